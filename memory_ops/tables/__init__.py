@@ -1,0 +1,1 @@
+"""Where value rows live: one protocol, one file a tier."""

@@ -1,0 +1,101 @@
+"""The ``memplus`` command: one function a verb, nothing else.
+
+Verbs import what they need inside, so that serving never loads torch into the HTTP process.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.config import ConfigError, EngineConfig
+from engine.process import EngineStartError
+from engine.request import RequestError, SamplingParams
+from server.config import HttpOptions, ModelOptions, cache_folder
+from server.options import add_options, from_options
+from weights.default_model import DEFAULT_MODEL, model_folder
+from weights.errors import CheckpointError
+
+_CALLERS_MISTAKE = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code, 2 with one line on stderr for a caller's mistake."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (CheckpointError, EngineStartError, RequestError, ConfigError) as error:
+        print(f"memplus: {error}", file=sys.stderr)
+        return _CALLERS_MISTAKE
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Answer HTTP requests."""
+    from server.serve import serve
+
+    serve(
+        from_options(ModelOptions, options),
+        from_options(EngineConfig, options),
+        from_options(HttpOptions, options),
+    )
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Continue a text."""
+    from server.generate import generate
+
+    generate(
+        options.text,
+        from_options(ModelOptions, options),
+        EngineConfig(),
+        from_options(SamplingParams, options),
+    )
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Convert a model to a checkpoint folder."""
+    from weights.convert import convert
+
+    convert(Path(options.source), Path(options.target), options.dtype)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Print shapes, parameter counts, bytes and dtypes of a model."""
+    from weights.summary import describe, summarize
+
+    print(describe(summarize(model_folder(options.model, cache_folder()))))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("memplus", description="Serve language models with memory.")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("serve", help=serve.__doc__)
+    verb.set_defaults(run=serve)
+    for settings in (ModelOptions, EngineConfig, HttpOptions):
+        add_options(verb, settings)
+
+    verb = verbs.add_parser("generate", help=generate.__doc__)
+    verb.set_defaults(run=generate)
+    verb.add_argument("text", help="what to continue")
+    add_options(verb, ModelOptions)
+    add_options(verb, SamplingParams, leave_out=["stop_token_ids"])
+
+    verb = verbs.add_parser("convert", help=convert.__doc__)
+    verb.set_defaults(run=convert)
+    verb.add_argument("source", metavar="SRC", help="a .gguf file or a checkpoint folder")
+    verb.add_argument("target", metavar="DST", help="the folder to make")
+    dtypes = ("bfloat16", "float16", "float32")
+    verb.add_argument("--dtype", choices=dtypes, help="default: as stored; bfloat16 for GGUF")
+
+    verb = verbs.add_parser("inspect", help=inspect.__doc__)
+    verb.set_defaults(run=inspect)
+    verb.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="a name or a folder")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

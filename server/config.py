@@ -1,0 +1,85 @@
+"""Settings of the command and of the server, and all that is read from the environment."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.config import ConfigError, EngineConfig
+from weights.default_model import DEFAULT_MODEL, model_folder
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and in which precision it runs."""
+
+    model: str = field(
+        default=DEFAULT_MODEL, metadata={"help": "a known name or a checkpoint folder"}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "precision of weights and KV cache; auto is float32 for float32 weights,"
+            " else bfloat16",
+            "choices": ("auto", "bfloat16", "float32"),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class HttpOptions:
+    """Where the server listens and what it takes.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
+    port: int = field(default=8000, metadata={"help": "port to listen on; 0 takes a free one"})
+    served_model_name: str | None = field(
+        default=None, metadata={"help": "the model's name for clients (default: from --model)"}
+    )
+    max_queued_requests: int = field(
+        default=256, metadata={"help": "prompts that may wait beyond those that run; then 503"}
+    )
+    max_body_mib: int = field(default=16, metadata={"help": "largest request body, in MiB"})
+    shutdown_timeout_s: int = field(
+        default=10, metadata={"help": "seconds that running requests get after SIGTERM or SIGINT"}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port: {self.port} is outside [0, 65535]")
+        for name in ("max_queued_requests", "shutdown_timeout_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: must be 0 or more, not {getattr(self, name)}")
+        if self.max_body_mib < 1:
+            raise ConfigError(f"max_body_mib: must be at least 1, not {self.max_body_mib}")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the engine process needs to build its engine."""
+
+    model: str
+    folder: Path
+    dtype: str
+    engine: EngineConfig
+
+
+def engine_settings(model: ModelOptions, engine: EngineConfig) -> EngineSettings:
+    """Settings for the engine process.
+
+    Raises:
+        ModelNotFoundError: there is no such model.
+    """
+    folder = model_folder(model.model, cache_folder())
+    return EngineSettings(model.model, folder, model.dtype, engine)
+
+
+def cache_folder() -> Path:
+    """Where prepared models are kept: MEMPLUS_CACHE, or memplus in the user's cache folder."""
+    chosen = os.environ.get("MEMPLUS_CACHE")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "memplus"

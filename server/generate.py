@@ -1,0 +1,39 @@
+"""``memplus generate``: one prompt to the terminal, with an engine in this very process."""
+
+import sys
+from typing import TextIO
+
+from engine.config import EngineConfig
+from engine.request import Request, SamplingParams
+from server.config import ModelOptions, engine_settings
+from server.engine_entry import build_engine
+from server.text_stream import TextStream
+from weights.tokenizer import load_tokenizer
+
+
+def generate(
+    prompt: str,
+    model: ModelOptions,
+    engine_config: EngineConfig,
+    sampling: SamplingParams,
+    out: TextIO = sys.stdout,
+) -> None:
+    """Write the continuation of ``prompt`` as it is made.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+        RequestError: prompt or sampling are not what the model can take.
+    """
+    settings = engine_settings(model, engine_config)
+    engine = build_engine(settings)
+    tokenizer = load_tokenizer(settings.folder)
+    prompt_ids = tuple(tokenizer.encode(prompt))
+    engine.add(Request("generate", prompt_ids, sampling))
+    text = TextStream(0, tokenizer, prompt_ids, (), sampling.stop_token_ids)
+    while engine.has_work:
+        for output in engine.step().outputs:
+            if output.finish_reason == "error":
+                raise RuntimeError(output.error)
+            out.write(text.push(output).text)
+            out.flush()
+    out.write("\n")

@@ -1,0 +1,57 @@
+"""Command-line options made from the fields of a settings dataclass."""
+
+import argparse
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, fields
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
+
+
+def add_options(
+    parser: argparse.ArgumentParser, settings: type, leave_out: Iterable[str] = ()
+) -> None:
+    """Add one option a field: its name, type, default and help are the field's own.
+
+    An option that is not given leaves no trace, so the default stands in the dataclass alone.
+    """
+    group = parser.add_argument_group(settings.__name__)
+    hints = typing.get_type_hints(settings)
+    for field in fields(settings):
+        if field.name in leave_out:
+            continue
+        kind, name = _base_type(hints[field.name]), f"--{field.name.replace('_', '-')}"
+        shared: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        shared["help"] = _help(field)
+        if kind is bool:
+            group.add_argument(name, action=argparse.BooleanOptionalAction, **shared)
+        else:
+            choices = field.metadata.get("choices")
+            metavar = None if choices else kind.__name__.upper()
+            group.add_argument(name, type=kind, choices=choices, metavar=metavar, **shared)
+
+
+def from_options(settings: type[Settings], namespace: argparse.Namespace) -> Settings:
+    """The settings with what the command line gave.
+
+    Raises:
+        ConfigError, RequestError: the dataclass refuses a value; the message names the field.
+    """
+    names = {field.name for field in fields(settings)}  # type: ignore[arg-type]
+    return settings(**{name: value for name, value in vars(namespace).items() if name in names})
+
+
+def _base_type(hint: Any) -> type:
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    assert isinstance(hint, type)
+    return hint
+
+
+def _help(field: Field[Any]) -> str:
+    text = str(field.metadata["help"])
+    if field.default in (None, MISSING):
+        return text
+    return f"{text} (default: {field.default})"

@@ -1,0 +1,1 @@
+"""Makes, stores and converts the numbers: checkpoint folders, importers, tokenizers."""

@@ -1,0 +1,187 @@
+"""A checkpoint folder: the model it describes, checked against its tensors, loaded and saved."""
+
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.model.config import ModelConfig
+from engine.model.transformer import Transformer
+from memory_ops.tables.device import DeviceTable, empty_table
+from weights.config_json import CheckpointConfig, config_to_json, read_config
+from weights.errors import CheckpointError
+from weights.tensor_files import (
+    DTYPES,
+    StoredTensor,
+    TensorSource,
+    list_tensors,
+    read_into,
+    read_mapped,
+    write_tensors,
+)
+
+SHARED_TABLE = "memory.table"
+# a buffer that old checkpoints carry; rope_theta says the same
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def table_names(config: ModelConfig) -> dict[int, str]:
+    """For each memory layer the name of the tensor that holds its table."""
+    if config.memory is None:
+        return {}
+    if config.memory.share_values:
+        return dict.fromkeys(config.memory_layers, SHARED_TABLE)
+    return {layer: f"model.layers.{layer}.memory.table" for layer in config.memory_layers}
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model, tables included."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in table_names(config).values():
+        assert config.memory is not None
+        shapes[name] = (config.memory.num_rows, config.memory.value_dim)
+    return shapes
+
+
+def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTensor]]:
+    """Read a folder's config and headers and check that they agree; nothing is allocated.
+
+    Returns the config and the stored tensors of the model, those without a meaning left out.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of a wrong shape or dtype, or a file
+            cannot be read; the message names file and tensor.
+    """
+    config = read_config(folder)
+    stored = list_tensors(folder)
+    expected = expected_shapes(config.model)
+    for name, tensor in list(stored.items()):
+        if _DERIVED.fullmatch(name):
+            del stored[name]
+        elif name == "lm_head.weight" and config.model.tie_embeddings:
+            _check_tied_head(stored)
+            del stored[name]
+        elif name not in expected:
+            raise CheckpointError(f"{tensor.file}: tensor {name} is unknown to this model")
+        elif tensor.shape != expected[name]:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, the config asks for"
+                f" {list(expected[name])}"
+            )
+        elif tensor.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, not one of"
+                f" {', '.join(DTYPES)}"
+            )
+    for name in expected:
+        if name not in stored:
+            raise CheckpointError(f"{folder}: tensor {name} is missing")
+    return config, stored
+
+
+def serving_dtype(stored: Mapping[str, StoredTensor], dtype: str) -> torch.dtype:
+    """The dtype to serve in: ``dtype`` itself, or for ``auto`` float32 for wide weights, else
+    bfloat16."""
+    if dtype == "auto":
+        wide = stored["model.embed_tokens.weight"].dtype in ("F32", "F64")
+        return torch.float32 if wide else torch.bfloat16
+    chosen = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(dtype)
+    if chosen is None:
+        raise ValueError(f"dtype: {dtype!r} is not one of auto, bfloat16, float32")
+    return chosen
+
+
+def load_model(folder: Path, dtype: str = "auto") -> tuple[Transformer, CheckpointConfig]:
+    """Load a folder's model for serving, on the CPU.
+
+    The model is built on the meta device and the mapped weights are assigned to it: weights that
+    are stored in the serving dtype are never copied. Tables keep the dtype they are stored in.
+
+    Raises:
+        CheckpointError: as ``open_checkpoint``.
+        ValueError: ``dtype`` is not one of auto, bfloat16, float32.
+    """
+    config, stored = open_checkpoint(folder)
+    chosen = serving_dtype(stored, dtype)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    tables = table_names(config.model)
+    by_file: defaultdict[Path, list[str]] = defaultdict(list)
+    for name in set(stored) - set(tables.values()):
+        by_file[stored[name].file].append(name)
+    weights: dict[str, Tensor] = {}
+    for file, names in by_file.items():
+        weights |= {name: t.to(chosen) for name, t in read_mapped(file, names).items()}
+    model.load_state_dict(weights, assign=True)
+    if tables:
+        loaded = {name: _load_table(stored[name]) for name in set(tables.values())}
+        model.attach_tables({layer: loaded[name] for layer, name in tables.items()})
+    return model.eval().requires_grad_(False), config
+
+
+def save_checkpoint(
+    folder: Path,
+    config: CheckpointConfig,
+    sources: list[TensorSource],
+    extra_files: Mapping[str, bytes],
+    written: Callable[[int], Any] = lambda num_bytes: None,
+) -> None:
+    """Write a checkpoint folder: under a temporary name first, renamed when it is whole.
+
+    Args:
+        folder: must not exist yet.
+        sources: the model's tensors, tables included; each table gets a file of its own.
+        extra_files: tokenizer files and the like, by name.
+        written: told the bytes of each tensor as it is written.
+
+    Raises:
+        CheckpointError: the folder exists.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists already")
+    tables = sorted(set(table_names(config.model).values()))
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        dense = [source for source in sources if source.name not in tables]
+        write_tensors(partial / "model.safetensors", dense, written)
+        for index, name in enumerate(tables):
+            table = [source for source in sources if source.name == name]
+            write_tensors(partial / f"table-{index:05}.safetensors", table, written)
+        text = json.dumps(config_to_json(config), indent=2) + "\n"
+        for file_name, content in {**extra_files, "config.json": text.encode()}.items():
+            with open(partial / file_name, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _load_table(stored: StoredTensor) -> DeviceTable:
+    table_RV = empty_table(stored.shape[0], stored.shape[1], DTYPES[stored.dtype])
+    read_into(stored, table_RV)
+    return DeviceTable(table_RV)
+
+
+def _check_tied_head(stored: Mapping[str, StoredTensor]) -> None:
+    head, embedding = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
+    if embedding is None:
+        return  # the missing embedding is reported by its own name
+    values = [read_mapped(tensor.file, [tensor.name])[tensor.name] for tensor in (head, embedding)]
+    if not torch.equal(*values):
+        raise CheckpointError(
+            f"{head.file}: tensor lm_head.weight differs from the embedding to which"
+            " tie_word_embeddings ties it"
+        )

@@ -1,0 +1,206 @@
+"""The folder's config.json: Hugging Face's Llama keys and memplus's own, read strictly."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from engine.model.config import MemoryConfig, ModelConfig, RopeScaling
+from weights.errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+# Hugging Face's key -> (our field, its type). A missing key has Hugging Face's own default.
+_FIELDS: dict[str, tuple[str, type]] = {
+    "vocab_size": ("vocab_size", int),
+    "hidden_size": ("hidden_size", int),
+    "intermediate_size": ("intermediate_size", int),
+    "num_hidden_layers": ("num_layers", int),
+    "num_attention_heads": ("num_heads", int),
+    "num_key_value_heads": ("num_kv_heads", int),
+    "head_dim": ("head_dim", int),
+    "max_position_embeddings": ("max_positions", int),
+    "rms_norm_eps": ("rms_norm_eps", float),
+    "rope_theta": ("rope_theta", float),
+    "tie_word_embeddings": ("tie_embeddings", bool),
+    "attention_bias": ("attention_bias", bool),
+    "mlp_bias": ("mlp_bias", bool),
+}
+_REQUIRED = tuple(_FIELDS)[:5]
+# keys that change the mathematics: served only with the value that leaves it alone
+_ONLY = {
+    "architectures": (["LlamaForCausalLM"], None),
+    "hidden_act": ("silu",),
+    "memplus_format": (FORMAT_VERSION,),
+    "model_type": ("llama",),
+    "pretraining_tp": (1,),
+    "rope_interleaved": (False,),
+}
+# keys that say nothing about how a given sequence of ids is computed
+_IGNORED = {
+    "_name_or_path",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "is_llama_config",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "use_cache",
+}
+_ROPE_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_position",
+}
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A folder's description: the model, the ids that end a text, the dtype of its weights."""
+
+    model: ModelConfig
+    eos_ids: frozenset[int] = frozenset()
+    bos_id: int | None = None
+    dtype: str | None = None
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """Read ``config.json`` (and ``generation_config.json`` for the end-of-sequence ids).
+
+    Raises:
+        CheckpointError: a key is unknown, missing, of the wrong type, or asks for what the model
+            cannot do.
+    """
+    path = folder / "config.json"
+    raw = _read_json(path)
+    generation = folder / "generation_config.json"
+    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    try:
+        return _parse(raw, raw.get("eos_token_id") if eos is None else eos)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
+    """The content of a ``config.json`` that ``read_config`` reads back."""
+    model = config.model
+    raw: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    raw |= {"hidden_act": "silu", "memplus_format": FORMAT_VERSION}
+    raw |= {key: getattr(model, name) for key, (name, _) in _FIELDS.items()}
+    raw |= {"bos_token_id": config.bos_id, "eos_token_id": sorted(config.eos_ids) or None}
+    raw["torch_dtype"] = config.dtype
+    if model.rope_scaling is not None:
+        scaling = asdict(model.rope_scaling)
+        raw["rope_scaling"] = {"rope_type": "llama3"}
+        raw["rope_scaling"] |= {key: scaling[name] for key, name in _ROPE_SCALING.items()}
+    if model.memory is not None:
+        layers = {str(layer): model.feed_forward[layer] for layer in model.memory_layers}
+        raw["memory"] = {"layers": layers, **asdict(model.memory)}
+    return raw
+
+
+def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
+    known = {*_FIELDS, *_ONLY, *_IGNORED, "rope_scaling", "rope_parameters", "memory"}
+    for key in raw:
+        if key not in known:
+            raise ValueError(f"{key}: unknown key, so the model may not be what it seems")
+    for key, allowed in _ONLY.items():
+        if key in raw and raw[key] not in allowed:
+            raise ValueError(f"{key}: {raw[key]!r} is not supported, only {allowed[0]!r}")
+    values: dict[str, Any] = {}
+    for key, (name, kind) in _FIELDS.items():
+        if raw.get(key) is not None:
+            values[name] = _typed(key, raw[key], kind)
+        elif key in _REQUIRED:
+            raise ValueError(f"{key}: missing")
+    values.setdefault("num_kv_heads", values["num_heads"])
+    values.setdefault("head_dim", values["hidden_size"] // max(values["num_heads"], 1))
+    values.setdefault("max_positions", 2048)
+    values.setdefault("rms_norm_eps", 1e-6)
+    values |= _parse_rope(raw)
+    if raw.get("memory") is not None:
+        values |= _parse_memory(raw["memory"], values["num_layers"])
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    bos_ids = _ids("bos_token_id", raw.get("bos_token_id"))
+    return CheckpointConfig(
+        model=ModelConfig(**values),
+        eos_ids=_ids("eos_token_id", eos),
+        bos_id=min(bos_ids, default=None),
+        dtype=_typed("dtype", dtype, str) if dtype is not None else None,
+    )
+
+
+def _parse_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    # transformers 5 writes rope_parameters, before it were rope_theta and rope_scaling
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling")
+    if scaling is None:
+        return {}
+    scaling = dict(_typed("rope_scaling", scaling, dict))
+    values: dict[str, Any] = {}
+    if "rope_theta" in scaling:
+        values["rope_theta"] = _typed("rope_theta", scaling.pop("rope_theta"), float)
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)
+    if kind == "llama3":
+        if set(scaling) != set(_ROPE_SCALING):
+            raise ValueError(f"rope_scaling: llama3 takes {', '.join(_ROPE_SCALING)}")
+        named = {name: _typed(key, scaling[key], float) for key, name in _ROPE_SCALING.items()}
+        named["original_max_position"] = int(named["original_max_position"])
+        values["rope_scaling"] = RopeScaling(**named)
+    elif kind != "default" or scaling:
+        raise ValueError(f"rope_scaling: {kind!r} with {sorted(scaling)} is not supported")
+    return values
+
+
+def _parse_memory(raw: object, num_layers: int) -> dict[str, Any]:
+    values = dict(_typed("memory", raw, dict))
+    layers = _typed("memory.layers", values.pop("layers", None), dict)
+    types = {field.name: field.type for field in fields(MemoryConfig)}
+    required = {field.name for field in fields(MemoryConfig) if field.default is MISSING}
+    for key in values:
+        if key not in types:
+            raise ValueError(f"memory.{key}: unknown key")
+    for key in sorted(required - set(values)):
+        raise ValueError(f"memory.{key}: missing")
+    for key, value in values.items():
+        kind = types[key]
+        assert isinstance(kind, type)  # no annotation there is a string or a union
+        _typed(f"memory.{key}", value, kind)
+    kinds = ["dense"] * num_layers
+    for layer, kind_name in layers.items():
+        if not (layer.isascii() and layer.isdigit() and int(layer) < num_layers):
+            raise ValueError(f"memory.layers: there is no layer {layer!r} of {num_layers}")
+        kinds[int(layer)] = _typed(f"memory.layers.{layer}", kind_name, str)
+    return {"memory": MemoryConfig(**values), "feed_forward": tuple(kinds)}
+
+
+def _ids(key: str, value: object) -> frozenset[int]:
+    if value is None:
+        return frozenset()
+    ids = value if isinstance(value, list) else [value]
+    return frozenset(_typed(key, token_id, int) for token_id in ids)
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    number = kind is float and isinstance(value, int)
+    if not (isinstance(value, kind) or number) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{key}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return raw

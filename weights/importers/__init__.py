@@ -1,0 +1,1 @@
+"""Other people's files to checkpoint folders, one file a format."""

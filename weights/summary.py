@@ -1,0 +1,99 @@
+"""What a checkpoint folder holds, in numbers, read from its headers alone."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.model.config import ModelConfig
+from weights.checkpoint import open_checkpoint, table_names
+from weights.tensor_files import StoredTensor
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters and the bytes that they take on disk, by dtype."""
+
+    parameters: int
+    num_bytes: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A model in numbers.
+
+    Attributes:
+        config: its shapes.
+        dense: everything but the tables.
+        table: the value tables.
+        active: parameters that one token uses: the dense ones and the table rows it reads.
+    """
+
+    config: ModelConfig
+    dense: Count
+    table: Count
+    active: int
+
+
+def summarize(folder: Path) -> Summary:
+    """Count a folder's parameters.
+
+    Raises:
+        CheckpointError: as ``weights.checkpoint.open_checkpoint``.
+    """
+    config, stored = open_checkpoint(folder)
+    tables = set(table_names(config.model).values())
+    dense = _count(tensor for name, tensor in stored.items() if name not in tables)
+    table = _count(tensor for name, tensor in stored.items() if name in tables)
+    read = 0
+    memory = config.model.memory
+    if memory is not None:
+        rows = memory.num_heads * memory.top_k * len(config.model.memory_layers)
+        read = rows * memory.value_dim
+    return Summary(config.model, dense, table, dense.parameters + read)
+
+
+def describe(summary: Summary) -> str:
+    """The summary as lines for a reader."""
+    config = summary.config
+    lines = [
+        f"layers        {config.num_layers}: {_kinds(config)}",
+        f"width         {config.hidden_size}, feed-forward {config.intermediate_size}",
+        f"attention     {config.num_heads} heads of {config.head_dim},"
+        f" {config.num_kv_heads} for keys and values",
+        f"vocabulary    {config.vocab_size}, {'tied' if config.tie_embeddings else 'untied'} head",
+        f"positions     {config.max_positions}",
+    ]
+    if config.memory is not None:
+        memory = config.memory
+        tables = "one shared table" if memory.share_values else "a table a layer"
+        lines += [
+            f"memory        {tables} of {memory.num_rows:,} rows x {memory.value_dim},"
+            f" {memory.num_heads} heads x {memory.top_k} rows a token"
+        ]
+    lines.append(f"active        {summary.active:,} parameters a token")
+    lines.append(f"dense         {_counted(summary.dense)}")
+    lines.append(f"table         {_counted(summary.table)}")
+    return "\n".join(lines)
+
+
+def _count(tensors: Iterable[StoredTensor]) -> Count:
+    found = list(tensors)
+    return Count(
+        parameters=sum(math.prod(tensor.shape) for tensor in found),
+        num_bytes=sum(tensor.num_bytes for tensor in found),
+        dtypes=tuple(sorted({tensor.dtype for tensor in found})),
+    )
+
+
+def _kinds(config: ModelConfig) -> str:
+    kinds = sorted(set(config.feed_forward))
+    return ", ".join(f"{config.feed_forward.count(kind)} {kind}" for kind in kinds)
+
+
+def _counted(count: Count) -> str:
+    if not count.parameters:
+        return "none"
+    dtypes = ", ".join(count.dtypes)
+    return f"{count.parameters:,} parameters, {count.num_bytes:,} bytes, {dtypes}"

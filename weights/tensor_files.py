@@ -1,0 +1,164 @@
+"""Safetensors files: what a folder holds, and a writer that holds one tensor at a time."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from weights.errors import CheckpointError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# table rows start on a page, so that direct reads and maps of them are aligned
+_DATA_ALIGNMENT = 4096
+_READ_CHUNK = 1 << 30
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that lies in a file: ``num_bytes`` from ``offset``, dtype in safetensors' code."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A tensor that can be made when its turn to be written comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+
+def list_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder's dense and table files, by name. Reads headers only.
+
+    Raises:
+        CheckpointError: no safetensors file, a truncated or foreign one, or a tensor that two files
+            hold. Pickled weights are never opened.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in [*_dense_files(folder), *sorted(folder.glob("table-*.safetensors"))]:
+        for tensor in _read_header(file):
+            if tensor.name in tensors:
+                other = tensors[tensor.name].file.name
+                raise CheckpointError(f"{file}: tensor {tensor.name} stands in {other} too")
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def read_mapped(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors that share the file's mapping: pages are read when they are first used."""
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in names}
+
+
+def read_into(stored: StoredTensor, target: Tensor) -> None:
+    """Fill a contiguous CPU tensor of the same dtype and shape from the file.
+
+    Raises:
+        CheckpointError: the file ends too early.
+    """
+    # numpy knows no bfloat16, so the memory is handed over as bytes
+    memory = target.view(torch.uint8).flatten().numpy().data
+    with open(stored.file, "rb", buffering=0) as file:
+        file.seek(stored.offset)
+        done = 0
+        while done < len(memory):
+            count = file.readinto(memory[done : done + _READ_CHUNK])
+            if not count:
+                raise CheckpointError(f"{stored.file}: ends within tensor {stored.name}")
+            done += count
+
+
+def write_tensors(path: Path, sources: list[TensorSource], written: Callable[[int], Any]) -> None:
+    """Write a safetensors file, one tensor in memory at a time, its data on a page boundary.
+
+    ``written`` is told the bytes of every tensor once they are in the file; the file is fsynced.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for source in sources:
+        start, end = end, end + source.dtype.itemsize * torch.Size(source.shape).numel()
+        header[source.name] = {
+            "dtype": _CODES[source.dtype],
+            "shape": list(source.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for source in sources:
+            tensor = source.load().to(source.dtype).contiguous()
+            assert tuple(tensor.shape) == source.shape, source.name
+            data = tensor.view(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            written(data.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _dense_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise CheckpointError(f"{index}: has no weight_map of tensor and file names") from None
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise CheckpointError(f"{index}: there is no file {name!r} beside it")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("model*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder}: has no model.safetensors, only {pickled[0]}, which may be a pickle and is"
+            " never opened; save the weights as safetensors"
+        )
+    raise CheckpointError(f"{folder}: has no model.safetensors")
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    try:
+        # the library checks that the offsets are in order, without gaps, and end with the file
+        with safe_open(path, framework="pt"):
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}); pickled or truncated weights are"
+            " not read"
+        ) from None
+    header.pop("__metadata__", None)
+    return [
+        StoredTensor(
+            name=name,
+            file=path,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            offset=8 + length + entry["data_offsets"][0],
+            num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    ]

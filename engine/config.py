@@ -9,7 +9,9 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Limits of one engine. Every field becomes an option of the command line, help included.
+    """Limits of one engine, and the memory that it takes.
+
+    Every field becomes an option of the command line, help included.
 
     Raises:
         ConfigError: a field is out of range.

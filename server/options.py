@@ -17,7 +17,8 @@ def add_options(
 
     An option that is not given leaves no trace, so the default stands in the dataclass alone.
     """
-    group = parser.add_argument_group(settings.__name__)
+    title = (settings.__doc__ or "").partition("\n")[0].rstrip(".")
+    group = parser.add_argument_group(title)
     hints = typing.get_type_hints(settings)
     for field in fields(settings):
         if field.name in leave_out:

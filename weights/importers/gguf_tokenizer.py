@@ -63,7 +63,11 @@ def _byte_level_bpe(source: GgufTokenizer) -> tokenizers.Tokenizer:
     merges = [_split_merge(merge) for merge in source.merges]
     # Llama 3 takes a whole word that is a token as it is, without asking the merges
     ignore_merges = source.pre == "llama-bpe"
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges))
+    try:
+        bpe = models.BPE(vocabulary, merges, ignore_merges=ignore_merges)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"tokenizer.ggml.merges: {error}") from None
+    tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.pre_tokenizer = _pre_tokenizer(source.pre)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(_added(source, _CONTROL))

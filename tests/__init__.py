@@ -1,0 +1,1 @@
+"""Behaviour, stated as tests; the tree mirrors the packages."""

@@ -1,0 +1,58 @@
+"""Seeds, the one tolerance table, poisoned memory, and the models that tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.model.config import MemoryConfig
+from server.config import cache_folder
+from tests.models import random_model, save_model, tiny_config
+from weights.convert import convert
+from weights.default_model import DEFAULT_MODEL, model_folder, model_source
+
+# (relative, absolute) by the dtype that is computed in, from torch's own defaults
+TOLERANCE = {
+    torch.float64: (1e-7, 1e-7),
+    torch.float32: (1.3e-6, 1e-5),
+    torch.bfloat16: (1.6e-2, 1e-2),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty and its kin return with NaN: whoever forgets to write is seen."""
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+
+        def poisoned(*args, _plain=plain, **kwargs):
+            tensor = _plain(*args, **kwargs)
+            if tensor.is_floating_point() and tensor.device.type != "meta":
+                tensor.detach().fill_(float("nan"))
+            return tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The default model's folder, prepared as the server does it."""
+    folder = model_folder(DEFAULT_MODEL, cache_folder())
+    if not folder.exists():
+        convert(model_source(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def memory_plus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Memory+ model with one table shared by two of its four layers, fp32."""
+    torch.manual_seed(7)
+    memory = MemoryConfig(num_heads=2, num_subkeys=8, top_k=3, query_dim=8, value_dim=24)
+    kinds = ("dense", "memory_plus", "dense", "memory_plus")
+    model = random_model(tiny_config(num_layers=4, feed_forward=kinds, memory=memory))
+    return save_model(model, tmp_path_factory.mktemp("models") / "tiny-memory")

@@ -1,0 +1,152 @@
+"""The engine gives every request the tokens of a plain forward loop, whatever its company."""
+
+import random
+
+import pytest
+import torch
+
+from engine.config import ConfigError, EngineConfig
+from engine.engine import Engine
+from engine.model.config import MemoryConfig
+from engine.request import Request, RequestError, SamplingParams
+from tests.models import greedy, plain_greedy, random_model, run, tiny_config
+
+KV_BYTES = tiny_config().kv_bytes_per_token(itemsize=4)
+
+
+def engine(model, kv_tokens: int = 4096, **config) -> Engine:
+    return Engine(model, EngineConfig(kv_cache_gib=kv_tokens * KV_BYTES / 2**30, **config))
+
+
+def prompts(count: int) -> list[list[int]]:
+    drawn = random.Random(3)
+    return [[drawn.randrange(256) for _ in range(drawn.randrange(1, 40))] for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return random_model(tiny_config())
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return {str(i): plain_greedy(model, prompt, 12) for i, prompt in enumerate(prompts(16))}
+
+
+def check(model, expected, arrivals=None, kv_tokens: int = 4096, **config) -> None:
+    drawn = random.Random(4)
+    requests: dict[int, list[Request]] = {}
+    for i, prompt in enumerate(prompts(16)):
+        at = 0 if arrivals is None else drawn.randrange(arrivals)
+        requests.setdefault(at, []).append(greedy(str(i), prompt, 12))
+    assert run(engine(model, kv_tokens, **config), requests) == expected
+
+
+def test_alone(model, expected):
+    assert run(engine(model), {0: [greedy("0", prompts(1)[0], 12)]}) == {"0": expected["0"]}
+
+
+def test_sixteen_together(model, expected):
+    check(model, expected)
+
+
+def test_sixteen_arriving_at_random(model, expected):
+    check(model, expected, arrivals=20)
+
+
+def test_prompts_chunked_by_seven(model, expected):
+    check(model, expected, max_batched_tokens=7, max_num_seqs=7)
+
+
+def test_blocks_of_four(model, expected):
+    check(model, expected, arrivals=20, block_size=4)
+
+
+def test_a_pool_that_is_full_most_of_the_time(model, expected):
+    check(model, expected, kv_tokens=128, block_size=4, max_model_len=64)
+
+
+def test_a_neighbour_aborted(model, expected):
+    busy = engine(model)
+    busy.add(greedy("neighbour", [1, 2, 3], 50))
+    busy.add(greedy("0", prompts(1)[0], 12))
+    tokens = []
+    while len(tokens) < 12:
+        outputs = busy.step().outputs
+        tokens += [t for o in outputs if o.request_id == "0" for t in o.token_ids]
+        if len(tokens) == 4:
+            busy.abort("neighbour")
+            busy.check_integrity()
+    assert tokens == expected["0"] and not busy.has_work
+
+
+@pytest.mark.parametrize("share_values", [True, False])
+@pytest.mark.parametrize("kind", ["memory_plus", "pkm"])
+def test_memory_models_too(kind, share_values):
+    memory = MemoryConfig(2, 8, 3, query_dim=8, value_dim=32, share_values=share_values)
+    kinds = (kind, "dense", kind)
+    model = random_model(tiny_config(num_layers=3, feed_forward=kinds, memory=memory))
+    expected = {str(i): plain_greedy(model, prompt, 12) for i, prompt in enumerate(prompts(16))}
+    check(model, expected, arrivals=20, max_batched_tokens=11, max_num_seqs=11)
+
+
+def test_the_same_seed_gives_the_same_tokens_alone_and_in_company(model):
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=11, ignore_eos=True)
+    request = Request("seeded", (1, 2, 3), params)
+    alone = run(engine(model), {0: [request]})["seeded"]
+    company = [greedy(str(i), prompt, 12) for i, prompt in enumerate(prompts(5))]
+    assert run(engine(model), {0: company, 3: [request]})["seeded"] == alone
+    unseeded = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True)
+    assert run(engine(model), {0: [Request("x", (1, 2, 3), unseeded)]})["x"] != alone
+
+
+def test_a_failing_step_is_answered_and_the_engine_goes_on(model, expected, monkeypatch):
+    broken = engine(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(broken._runner, "run", lambda plan: 1 / 0)
+        broken.add(greedy("bad", [1, 2], 5))
+        (output,) = broken.step().outputs
+    assert (output.finish_reason, output.error) == ("error", "ZeroDivisionError in the engine")
+    assert run(broken, {0: [greedy("0", prompts(1)[0], 12)]}) == {"0": expected["0"]}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "param"),
+    [
+        ([], {}, "prompt"),
+        ([-1], {}, "prompt"),
+        ([260], {}, "prompt"),
+        ([1] * 512, {}, "prompt"),
+        ([1], {"max_tokens": 512}, "max_tokens"),
+        ([1], {"stop_token_ids": frozenset({260})}, "stop_token_ids"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(model, prompt, sampling, param):
+    refusing = engine(model)
+    with pytest.raises(RequestError) as caught:
+        refusing.add(Request("x", tuple(prompt), SamplingParams(**sampling)))
+    assert caught.value.param == param and not refusing.has_work
+
+
+def test_the_model_length_is_bounded_by_memory_and_never_silently(model):
+    assert engine(model, kv_tokens=64).limits.max_model_len == 64
+    for asked in (65, 513):
+        with pytest.raises(ConfigError, match="^max_model_len: "):
+            engine(model, kv_tokens=64, max_model_len=asked)
+    with pytest.raises(ConfigError, match="^kv_cache_gib: "):
+        engine(model, kv_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"block_size": 0}, "block_size"),
+        ({"max_batched_tokens": 8, "max_num_seqs": 9}, "max_batched_tokens"),
+        ({"kv_cache_gib": float("nan")}, "kv_cache_gib"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(changes, field):
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        EngineConfig(**changes)

@@ -1,0 +1,98 @@
+"""The transformer's configuration: refusals by name, tables, rotary scaling."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from engine.model.config import MemoryConfig, RopeScaling
+from engine.model.rotary import rope_frequencies
+from engine.model.transformer import Transformer
+from memory_ops.tables.device import DeviceTable
+from tests.models import plain_logits, random_model, tiny_config
+
+MEMORY = MemoryConfig(num_heads=2, num_subkeys=8, top_k=3, query_dim=8, value_dim=32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3_scaling_equals_transformers(factor):
+    scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+    config = LlamaConfig(
+        head_dim=128,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    )
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    torch.testing.assert_close(rope_frequencies(128, 500_000.0, scaling), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"num_layers": 0}, "num_layers"),
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+        ({"feed_forward": ("dense",)}, "feed_forward"),
+        ({"feed_forward": ("dense", "sparse")}, "feed_forward"),
+        ({"feed_forward": ("dense", "pkm")}, "memory"),
+        ({"memory": MEMORY}, "memory"),
+    ],
+)
+def test_a_wrong_field_is_named(changes, field):
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        tiny_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"top_k": 9}, "top_k"), ({"query_dim": 7}, "query_dim"), ({"num_heads": 0}, "num_heads")],
+)
+def test_a_wrong_memory_field_is_named(changes, field):
+    values = {"num_heads": 2, "num_subkeys": 8, "top_k": 3, "query_dim": 8, "value_dim": 32}
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        MemoryConfig(**(values | changes))
+
+
+def test_a_projection_is_asked_for_where_widths_differ():
+    narrow = MemoryConfig(2, 8, 3, query_dim=8, value_dim=24)
+    with pytest.raises(ValueError, match="value_dim"):
+        tiny_config(feed_forward=("dense", "pkm"), memory=narrow)
+    projected = MemoryConfig(2, 8, 3, query_dim=8, value_dim=24, value_projection=True)
+    with pytest.raises(ValueError, match="value_projection"):
+        tiny_config(feed_forward=("dense", "memory_plus"), memory=projected)
+
+
+def test_tables_must_fit_the_memory_layers():
+    config = tiny_config(feed_forward=("memory_plus", "dense"), memory=MEMORY)
+    model = Transformer(config)
+    with pytest.raises(ValueError, match="tables"):
+        model.attach_tables({1: DeviceTable(torch.zeros(64, 32))})
+    with pytest.raises(ValueError, match="tables"):
+        model.attach_tables({0: DeviceTable(torch.zeros(63, 32))})
+
+
+def test_a_shared_table_is_one_object_and_own_tables_are_not():
+    kinds = ("memory_plus", "pkm")
+    shared = random_model(tiny_config(feed_forward=kinds, memory=MEMORY))
+    assert shared.model.layers[0].memory.table is shared.model.layers[1].memory.table
+    own = MemoryConfig(2, 8, 3, query_dim=8, value_dim=32, share_values=False)
+    separate = random_model(tiny_config(feed_forward=kinds, memory=own))
+    assert separate.model.layers[0].memory.table is not separate.model.layers[1].memory.table
+
+
+def test_biases_and_an_untied_head_take_part():
+    ids = [1, 2, 3]
+    for change in ({"attention_bias": True}, {"mlp_bias": True}, {"tie_embeddings": True}):
+        model = random_model(tiny_config(**change))
+        before = plain_logits(model, ids)
+        biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+        for parameter in biases or [model.model.embed_tokens.weight]:
+            parameter.add_(0.5)
+        assert not torch.allclose(before, plain_logits(model, ids))

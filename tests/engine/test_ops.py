@@ -1,0 +1,125 @@
+"""The torch twins against their formulas in fp64, from KV blocks and within the batch alike."""
+
+import math
+
+import pytest
+import torch
+
+from engine import ops
+from engine.model.rotary import rope_angles
+from engine.ops.layout import PagedKv, TokenLayout
+from tests.conftest import TOLERANCE
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def close(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, terms: int = 1) -> None:
+    rtol, atol = TOLERANCE[dtype]
+    atol *= math.sqrt(terms)
+    torch.testing.assert_close(found, exact.to(found.dtype), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_add(dtype):
+    x, residual = torch.randn(5, 24).to(dtype), torch.randn(5, 24).to(dtype)
+    weight = torch.rand(24).to(dtype)
+    normed, total = ops.rms_norm_add(x, residual, weight, 1e-5)
+    close(total, x.double() + residual.double(), dtype)
+    exact = total.double()
+    exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    close(normed, exact, dtype)
+    close(ops.rms_norm(total, weight, 1e-5), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_gate(dtype):
+    gate, x = torch.randn(3, 17).to(dtype), torch.randn(3, 17).to(dtype)
+    exact = gate.double() * torch.sigmoid(gate.double()) * x.double()
+    close(ops.silu_gate(gate, x), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_turns_each_pair_by_its_angle(dtype):
+    positions = torch.tensor([0, 3, 100])
+    wide = torch.promote_types(dtype, torch.float32)
+    frequencies = (1 / 10_000 ** (torch.arange(0, 8, 2) / 8)).to(wide)
+    q, k, v = (torch.randn(3, heads, 8).to(dtype) for heads in (4, 2, 2))
+    layout = TokenLayout(positions, (0, 3))
+    turned_q, turned_k = ops.rope_write(q, k, v, rope_angles(positions, frequencies), layout, None)
+    for given, turned in ((q, turned_q), (k, turned_k)):
+        pairs = torch.complex(given[..., :4].double(), given[..., 4:].double())
+        angles = positions[:, None, None].double() * frequencies.double()
+        pairs = pairs * torch.polar(torch.ones_like(angles), angles)
+        close(turned, torch.cat((pairs.real, pairs.imag), -1), dtype)
+
+
+def test_rope_writes_keys_and_values_where_the_layout_says():
+    kv_blocks = torch.full((3, 2, 2, 4, 8), torch.nan)
+    q, k, v = torch.randn(2, 4, 8), torch.randn(2, 2, 8), torch.randn(2, 2, 8)
+    positions = torch.tensor([3, 4])
+    paged = PagedKv(torch.tensor([2 * 4 + 3, 0 * 4 + 0]), (torch.tensor([2, 0]),), (5,))
+    layout = TokenLayout(positions, (0, 2), paged)
+    angles = rope_angles(positions, torch.ones(4))
+    _, turned_k = ops.rope_write(q, k, v, angles, layout, kv_blocks)
+    torch.testing.assert_close(kv_blocks[2, 0, :, 3], turned_k[0])
+    torch.testing.assert_close(kv_blocks[0, 0, :, 0], turned_k[1])
+    torch.testing.assert_close(kv_blocks[2, 1, :, 3], v[0])
+    torch.testing.assert_close(kv_blocks[0, 1, :, 0], v[1])
+    assert kv_blocks.isnan().sum() == kv_blocks.numel() - 2 * 2 * 2 * 8
+
+
+def exact_attention(q, k, v):
+    """Causal attention of one sequence in fp64; ``q`` are the last tokens of ``k``."""
+    group = q.shape[1] // k.shape[1]
+    keys = k.double().repeat_interleave(group, 1)
+    values = v.double().repeat_interleave(group, 1)
+    scores = torch.einsum("qhe,lhe->hql", q.double(), keys) / math.sqrt(q.shape[-1])
+    future = torch.ones(q.shape[0], k.shape[0]).triu(k.shape[0] - q.shape[0] + 1).bool()
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return torch.einsum("hql,lhe->qhe", weights, values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_within_the_batch(dtype):
+    lengths = [1, 5, 2]
+    q, k, v = (torch.randn(8, heads, 16).to(dtype) for heads in (6, 2, 2))
+    starts = (0, 1, 6, 8)
+    layout = TokenLayout(torch.cat([torch.arange(n) for n in lengths]), starts)
+    out = ops.attention(q, k, v, layout, None)
+    spans = list(zip(starts, starts[1:], strict=False))
+    exact = torch.cat([exact_attention(q[a:b], k[a:b], v[a:b]) for a, b in spans])
+    close(out, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_attention_reads_the_context_from_scattered_blocks(dtype, block_size):
+    contexts, queries = [9, 1, 16], [3, 1, 1]
+    num_blocks = 40
+    kv_blocks = torch.full((num_blocks, 2, 2, block_size, 16), torch.nan, dtype=dtype)
+    free = torch.randperm(num_blocks)
+    keys = [torch.randn(n, 2, 16).to(dtype) for n in contexts]
+    values = [torch.randn(n, 2, 16).to(dtype) for n in contexts]
+    block_ids = []
+    for key, value in zip(keys, values, strict=True):
+        count = -(-len(key) // block_size)
+        ids, free = free[:count], free[count:]
+        block_ids.append(ids)
+        for at in range(len(key)):
+            kv_blocks[ids[at // block_size], 0, :, at % block_size] = key[at]
+            kv_blocks[ids[at // block_size], 1, :, at % block_size] = value[at]
+    q = torch.randn(sum(queries), 6, 16).to(dtype)
+    unused = torch.full((sum(queries), 2, 16), torch.nan, dtype=dtype)
+    paged = PagedKv(torch.empty(0, dtype=torch.int64), tuple(block_ids), tuple(contexts))
+    layout = TokenLayout(torch.empty(0, dtype=torch.int64), (0, 3, 4, 5), paged)
+    out = ops.attention(q, unused, unused, layout, kv_blocks)
+    parts = zip(q.split(queries), keys, values, strict=True)
+    close(out, torch.cat([exact_attention(*part) for part in parts]), dtype)
+
+
+def test_attention_lets_gradients_through():
+    q, k, v = (
+        torch.randn(5, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1)
+    )
+    layout = TokenLayout(torch.tensor([0, 1, 2, 0, 1]), (0, 3, 5))
+    assert torch.autograd.gradcheck(lambda *qkv: ops.attention(*qkv, layout, None), (q, k, v))

@@ -1,0 +1,108 @@
+"""Product-key top-K and row gather against the plainest formulas."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memory_ops import gather_rows, product_topk
+from tests.conftest import TOLERANCE
+
+SIZES = st.tuples(
+    st.sampled_from([1, 3, 17]), st.sampled_from([1, 4]), st.sampled_from([2, 7, 16, 37])
+)
+
+
+def all_scores(half_scores: torch.Tensor) -> torch.Tensor:
+    """Every row's score ``[T, H, N * N]``: what product keys avoid to compute."""
+    first, second = half_scores.unbind(2)
+    return (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
+
+
+@given(SIZES, st.integers(1, 37), st.integers(0, 2**32))
+def test_topk_finds_the_best_of_all_rows(sizes, top_k, seed):
+    num_tokens, num_heads, num_subkeys = sizes
+    top_k = min(top_k, num_subkeys)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(num_tokens, num_heads, 2, num_subkeys, generator=generator)
+    rows, weights = product_topk(scores, top_k)
+    exact = all_scores(scores)
+    best = exact.sort(dim=-1, descending=True).values[..., :top_k]
+    torch.testing.assert_close(exact.gather(-1, rows), best, rtol=0, atol=0)
+    torch.testing.assert_close(weights, best.double().softmax(-1).float())
+    assert rows.dtype == torch.int64
+    assert all(len(set(head)) == top_k for token in rows.tolist() for head in token)
+
+
+def test_equal_scores_go_to_the_smaller_ranks():
+    # whole numbers, so that sums tie exactly: 5 + 1 = 4 + 2 in ranks (0, 1) and (1, 0)
+    first, second = torch.tensor([4.0, 5.0, 4.0, 0.0]), torch.tensor([1.0, 2.0, 1.0, 2.0])
+    rows, _ = product_topk(torch.stack([first, second])[None, None], 4)
+    pairs = [(row // 4, row % 4) for row in rows[0, 0].tolist()]
+    assert pairs == [(1, 1), (1, 3), (1, 0), (1, 2)]
+
+
+def test_a_head_without_any_score_reads_uniformly():
+    scores = torch.full((1, 1, 2, 5), -torch.inf)
+    rows, weights = product_topk(scores, 3)
+    torch.testing.assert_close(weights, torch.full((1, 1, 3), 1 / 3))
+    assert rows.min() >= 0 and rows.max() < 25
+
+
+def test_not_a_number_never_gives_a_row_out_of_range():
+    scores = torch.randn(4, 2, 2, 6)
+    scores[torch.rand_like(scores) < 0.5] = torch.nan
+    rows, _ = product_topk(scores, 6)
+    assert rows.min() >= 0 and rows.max() < 36
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_topk_refuses_more_rows_than_subkeys(top_k):
+    with pytest.raises(ValueError, match="top_k"):
+        product_topk(torch.zeros(1, 1, 2, 4), top_k)
+
+
+def test_topk_refuses_another_shape():
+    with pytest.raises(ValueError, match="half_scores"):
+        product_topk(torch.zeros(1, 1, 3, 4), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [0, 1, 63])
+@pytest.mark.parametrize("width", [1, 24, 96])
+def test_gather_sums_weighted_rows_in_wide_precision(dtype, num_tokens, width):
+    table = torch.randn(50, width).to(dtype)
+    rows = torch.randint(0, 50, (num_tokens, 2, 5))
+    rows[..., 1] = rows[..., 0]
+    weights = torch.rand(num_tokens, 2, 5)
+    out = gather_rows(table, rows, weights)
+    exact = torch.zeros(num_tokens, width, dtype=torch.float64)
+    for token in range(num_tokens):
+        for row, weight in zip(
+            rows[token].flatten().tolist(), weights[token].flatten(), strict=True
+        ):
+            exact[token] += weight.double() * table[row].double()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rtol, atol = TOLERANCE[wide]
+    torch.testing.assert_close(out, exact.to(wide), rtol=rtol, atol=atol * 10**0.5)
+
+
+def test_gather_refuses_what_does_not_fit():
+    table, rows = torch.zeros(4, 3), torch.zeros(1, 2, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="rows and weights"):
+        gather_rows(table, rows, torch.zeros(1, 2, 3))
+    with pytest.raises(ValueError, match="table"):
+        gather_rows(torch.zeros(4), rows, torch.zeros(1, 2, 2))
+    with pytest.raises(IndexError):
+        gather_rows(table, rows + 4, torch.zeros(1, 2, 2))
+
+
+def test_gradients_flow_to_scores_and_touched_rows():
+    scores = torch.randn(2, 2, 2, 5, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(25, 3, dtype=torch.float64, requires_grad=True)
+
+    def lookup(scores, table):
+        rows, weights = product_topk(scores, 3)
+        return gather_rows(table, rows, weights)
+
+    assert torch.autograd.gradcheck(lookup, (scores, table))

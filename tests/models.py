@@ -1,0 +1,117 @@
+"""Tiny models with random weights, the plain forward loop, and a tokenizer of bytes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from engine.engine import Engine
+from engine.model.config import ModelConfig
+from engine.model.transformer import Transformer
+from engine.ops.layout import TokenLayout
+from engine.request import Request, SamplingParams
+from memory_ops.tables.device import DeviceTable
+from weights.checkpoint import save_checkpoint, table_names
+from weights.config_json import CheckpointConfig
+from weights.tensor_files import TensorSource
+
+EOS_ID = 256
+VOCAB_SIZE = 260
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """Two dense layers, 32 wide, two query heads on one KV head."""
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "max_positions": 512,
+    }
+    return ModelConfig(**(values | changes))
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A model whose logits are far enough apart for greedy choices to be stable."""
+    model = Transformer(config).to(dtype)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    names = table_names(config)
+    if config.memory is not None:
+        shape = (config.memory.num_rows, config.memory.value_dim)
+        tables = {name: DeviceTable(torch.randn(shape).to(dtype)) for name in set(names.values())}
+        model.attach_tables({layer: tables[name] for layer, name in names.items()})
+    return model.eval().requires_grad_(False)
+
+
+def model_tensors(model: Transformer) -> dict[str, torch.Tensor]:
+    """Every tensor of a model under its name in a checkpoint, tables included."""
+    tensors = dict(model.state_dict())
+    for layer, name in table_names(model.config).items():
+        tensors[name] = model.model.layers[layer].memory.table.table_RV
+    return tensors
+
+
+def save_model(model: Transformer, folder: Path) -> Path:
+    """Save a model with the byte tokenizer as a checkpoint folder."""
+    sources = [
+        TensorSource(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+        for name, tensor in model_tensors(model).items()
+    ]
+    config = CheckpointConfig(model.config, frozenset({EOS_ID}), dtype="float32")
+    files = {"tokenizer.json": byte_tokenizer().to_str().encode()}
+    save_checkpoint(folder, config, sources, files)
+    return folder
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, so characters beyond ASCII take several tokens; four special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<eos>", "<bos>", "<pad>", "<unused>"]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    return tokenizer
+
+
+@torch.inference_mode()
+def plain_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
+    """Logits at every position of one sequence, computed in one piece without KV blocks."""
+    positions = torch.arange(len(ids))
+    layout = TokenLayout(positions, (0, len(ids)))
+    return model(torch.tensor(ids), layout, positions).logits_LV
+
+
+def plain_greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    """The plain forward loop: the whole sequence anew for every token, greedily."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(plain_logits(model, ids)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+def greedy(request_id: str, prompt: list[int], count: int, **sampling: Any) -> Request:
+    """A request for exactly ``count`` greedy tokens."""
+    params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, **sampling)
+    return Request(request_id, tuple(prompt), params)
+
+
+def run(engine: Engine, requests: dict[int, list[Request]]) -> dict[str, list[int]]:
+    """Drive an engine; ``requests`` says which arrive before which step. Tokens by request."""
+    tokens: dict[str, list[int]] = {}
+    step = 0
+    while engine.has_work or any(at >= step for at in requests):
+        for request in requests.get(step, []):
+            engine.add(request)
+        for output in engine.step().outputs:
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+        engine.check_integrity()
+        step += 1
+    return tokens

@@ -1,0 +1,224 @@
+"""Checkpoint folders: saved, loaded bit for bit, and refused by file and tensor when damaged."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.model.config import MemoryConfig
+from tests.models import model_tensors, random_model, save_model, tiny_config
+from weights.checkpoint import load_model, open_checkpoint, save_checkpoint
+from weights.config_json import CheckpointConfig
+from weights.convert import convert
+from weights.errors import CheckpointError
+from weights.summary import describe, summarize
+
+NORM = "model.norm.weight"
+
+
+def memory_model(share_values: bool):
+    memory = MemoryConfig(
+        2, 8, 3, query_dim=8, value_dim=24, share_values=share_values, output_gate=True
+    )
+    return random_model(tiny_config(feed_forward=("memory_plus",) * 2, memory=memory))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_model(random_model(tiny_config()), tmp_path / "model")
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the tensors of a folder's dense file."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("share_values", [True, False])
+def test_a_model_loads_as_it_was_saved(tmp_path, share_values):
+    model = memory_model(share_values)
+    folder = save_model(model, tmp_path / "model")
+    loaded, config = load_model(folder)
+    assert config.model == model.config
+    found, expected = model_tensors(loaded), model_tensors(model)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+    tables = sorted(path.name for path in folder.glob("table-*"))
+    assert len(tables) == (1 if share_values else 2)
+
+
+def test_data_of_a_written_file_starts_on_a_page(tmp_path):
+    folder = save_model(memory_model(True), tmp_path / "model")
+    for file in folder.glob("*.safetensors"):
+        assert (int.from_bytes(file.read_bytes()[:8], "little") + 8) % 4096 == 0
+
+
+def test_weights_in_the_serving_dtype_are_mapped_and_not_copied(folder):
+    model, _ = load_model(folder)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [line.split()[0] for line in maps if str(folder) in line]
+    spans = [[int(end, 16) for end in span.split("-")] for span in ranges]
+    for tensor in model.parameters():
+        assert any(start <= tensor.data_ptr() < end for start, end in spans)
+
+
+def test_dtypes_auto_and_chosen(folder):
+    assert load_model(folder)[0].model.norm.weight.dtype == torch.float32
+    assert load_model(folder, "bfloat16")[0].model.norm.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype"):
+        load_model(folder, "int3")
+
+
+def test_a_sharded_folder_is_read_through_its_index(folder):
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    shards = {"model-1.safetensors": names[:5], "model-2.safetensors": names[5:]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    loaded, _ = load_model(folder)
+    torch.testing.assert_close(loaded.model.norm.weight.data, tensors[NORM])
+    index.write_text(json.dumps({"weight_map": weight_map | {NORM: "../model-1.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"\.\./model-1"):
+        open_checkpoint(folder)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="weight_map"):
+        open_checkpoint(folder)
+
+
+def remove(tensors):
+    del tensors[NORM]
+
+
+def add(tensors):
+    tensors["model.layers.0.extra"] = torch.zeros(1)
+
+
+def reshape(tensors):
+    tensors[NORM] = tensors[NORM][:-1].clone()
+
+
+def retype(tensors):
+    tensors[NORM] = tensors[NORM].to(torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (remove, f"tensor {NORM} is missing"),
+        (add, "tensor model.layers.0.extra is unknown"),
+        (reshape, f"tensor {NORM} has shape"),
+        (retype, f"tensor {NORM} has dtype I32"),
+    ],
+)
+def test_a_damaged_tensor_is_named(folder, change, named):
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match=named):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file_is_named(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a whole"):
+        load_model(folder)
+
+
+class Trap:
+    """Pickled, it would leave a file behind when loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pickle_is_refused_and_never_opened(folder, name):
+    sprung = folder / "sprung"
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
+    with pytest.raises(CheckpointError, match="pickle"):
+        load_model(folder)
+    assert not sprung.exists()
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
+        load_model(folder)
+
+
+def test_a_tensor_in_two_files_is_refused(folder):
+    shutil.copy(folder / "model.safetensors", folder / "table-0.safetensors")
+    with pytest.raises(CheckpointError, match="stands in model.safetensors too"):
+        load_model(folder)
+
+
+def test_a_tied_head_may_stand_twice_if_it_is_the_same(tmp_path):
+    folder = save_model(random_model(tiny_config(tie_embeddings=True)), tmp_path / "model")
+    embedding = "model.embed_tokens.weight"
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
+    load_model(folder)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding] + 1}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
+        load_model(folder)
+
+
+def test_rotary_buffers_of_old_checkpoints_are_passed_over(folder):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(4)}))
+    load_model(folder)
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path):
+    model = random_model(tiny_config())
+    with pytest.raises(CheckpointError, match="exists"):
+        save_model(model, tmp_path)
+    broken = CheckpointConfig(model.config)
+    with pytest.raises(AttributeError):
+        save_checkpoint(tmp_path / "new", broken, [None], {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_between_dtypes(tmp_path):
+    source = save_model(memory_model(True), tmp_path / "wide")
+    convert(source, tmp_path / "narrow", "bfloat16")
+    narrow, config = load_model(tmp_path / "narrow")
+    assert config.dtype == "bfloat16"
+    wide = model_tensors(load_model(source)[0])
+    for name, tensor in model_tensors(narrow).items():
+        torch.testing.assert_close(tensor, wide[name].bfloat16(), rtol=0, atol=0)
+    assert (tmp_path / "narrow" / "tokenizer.json").exists()
+
+
+def test_convert_refuses_what_it_does_not_know(tmp_path):
+    file = tmp_path / "model.pth"
+    file.touch()
+    with pytest.raises(CheckpointError, match="neither"):
+        convert(file, tmp_path / "out")
+    with pytest.raises(ValueError, match="dtype"):
+        convert(file, tmp_path / "out", "int3")
+
+
+def test_a_summary_counts_dense_table_and_active_parameters(tmp_path):
+    model = memory_model(True)
+    summary = summarize(save_model(model, tmp_path / "model"))
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    assert (summary.dense.parameters, summary.table.parameters) == (dense, 64 * 24)
+    assert summary.table.num_bytes == 4 * 64 * 24 and summary.dense.dtypes == ("F32",)
+    assert summary.active == dense + 2 * 2 * 3 * 24
+    text = describe(summary)
+    assert "2 memory_plus" in text and f"{dense:,} parameters" in text and "64 rows x 24" in text

@@ -1,0 +1,133 @@
+"""Tokenizers of folders, and their text token by token."""
+
+import json
+import random
+
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.models import byte_tokenizer
+from weights.detokenizer import IncrementalDetokenizer
+from weights.errors import CheckpointError
+from weights.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
+
+BYTES = JsonTokenizer(byte_tokenizer())
+TEXTS = [
+    "In 2024, 1234567 of 3.14 %",
+    "def f(x):\n    return {'a': [x]*2}  # ok\n\n\tend",
+    "日本語の文章。中文句子。한국어",
+    "👩‍👩‍👧‍👦 and 🦊🇨🇭",
+    "   leading and  double   spaces ",
+    "naïve café — “quotes”…",
+    " a",
+]
+
+
+def stream(tokenizer, prompt_ids, ids) -> list[str]:
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids)
+    return [*(detokenizer.push([i]) for i in ids), detokenizer.finish()]
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> SentencePieceTokenizer:
+    folder = tmp_path_factory.mktemp("spm")
+    words = ["fox", "hound", "river", "stone", "light", "naïve", "und", "der"]
+    drawn = random.Random(1)
+    lines = [" ".join(drawn.choices(words, k=8)) for _ in range(200)]
+    (folder / "corpus.txt").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.Train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "spm"),
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return SentencePieceTokenizer((folder / "spm.model").read_bytes())
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back(text, pieces, smollm2):
+    for tokenizer in (BYTES, pieces, load_tokenizer(smollm2)):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_streamed_pieces_are_the_whole_text(prompt, text):
+    prompt_ids, ids = BYTES.encode(prompt), BYTES.encode(text)
+    parts = stream(BYTES, prompt_ids, ids)
+    assert "".join(parts) == text
+    # every character appears when its last byte does, never in part
+    known = [b"".join(c.encode() for c in text)[: n + 1] for n in range(len(ids))]
+    shown = ["".join(parts[: n + 1]) for n in range(len(ids))]
+    if "\ufffd" not in prompt + text:
+        assert shown == [part.decode(errors="ignore") for part in known]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_pieces_keep_every_space(text, pieces, smollm2):
+    for tokenizer in (pieces, load_tokenizer(smollm2)):
+        prompt_ids = tokenizer.encode("the river")
+        ids = tokenizer.encode("the river" + text)
+        assert ids[: len(prompt_ids) - 1] == prompt_ids[:-1]
+        whole = tokenizer.decode(ids)
+        shown = tokenizer.decode(prompt_ids)
+        parts = stream(tokenizer, prompt_ids, ids[len(prompt_ids) :])
+        if ids[: len(prompt_ids)] == prompt_ids:
+            assert shown + "".join(parts) == whole
+
+
+def test_special_tokens_are_no_text_and_lose_no_space(pieces):
+    ids = pieces.encode("fox river", add_special_tokens=False)
+    eos = next(iter(pieces.special_ids - {pieces.encode("")[0]}))
+    spaced = [ids[0], eos, *ids[1:]]
+    assert "".join(stream(pieces, pieces.encode("stone"), spaced)) == " fox river"
+
+
+def test_bytes_that_are_no_character_are_shown_in_the_end():
+    invalid = BYTES.encode("é")[:1]
+    assert stream(BYTES, [], invalid) == ["", "\ufffd"]
+    parts = stream(BYTES, [], invalid * 40)
+    assert "".join(parts) == "\ufffd" * 40 and parts[20:] != [""] * 20 + ["\ufffd"]
+    assert "".join(stream(BYTES, [], invalid + BYTES.encode("ok"))) == "\ufffdok"
+
+
+def test_a_prompt_may_end_within_a_character():
+    first, second = BYTES.encode("é")
+    assert "".join(stream(BYTES, [*BYTES.encode("caf"), first], [second])) == "é"
+
+
+def test_tokenizer_json_is_preferred_and_read_without_its_truncation(tmp_path, pieces):
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.model").write_bytes(b"never read")
+    assert len(load_tokenizer(tmp_path).encode("four")) == 4
+
+
+def test_a_sentencepiece_folder_says_whether_texts_begin_with_a_token(tmp_path, pieces):
+    serialised = pieces._processor.serialized_model_proto()
+    (tmp_path / "tokenizer.model").write_bytes(serialised)
+    assert load_tokenizer(tmp_path).encode("fox") == pieces.encode("fox")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    assert load_tokenizer(tmp_path).encode("fox") == pieces.encode("fox")[1:]
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="tokenizer_config"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_broken_tokenizer_is_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80nonsense")
+    with pytest.raises(CheckpointError, match=name):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="neither"):
+        load_tokenizer(tmp_path)

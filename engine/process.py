@@ -173,7 +173,8 @@ def run_engine(engine: StepEngine, connection: Connection) -> None:
                 if batch is None:
                     return
                 refused = _apply(engine, batch)
-                if refused:
+                # an abort may leave nothing to step, and the gauges must say so
+                if refused or not engine.has_work:
                     connection.send(StepOutput(tuple(refused), engine.statistics()))
             connection.send(engine.step())
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -25,7 +25,7 @@ class EngineClient:
 
     def attach(self) -> None:
         """Listen to the process from the running event loop."""
-        asyncio.get_running_loop().add_reader(self._process.fileno(), self._receive)
+        asyncio.get_running_loop().add_reader(self._process.fileno(), self.receive)
 
     def detach(self) -> None:
         """Stop listening."""
@@ -50,7 +50,8 @@ class EngineClient:
         if self._streams.pop(request_id, None) is not None:
             self._process.send(Abort(request_id))
 
-    def _receive(self) -> None:
+    def receive(self) -> None:
+        """Take one step's output from the process and hand it on; called when it is readable."""
         try:
             step = self._process.receive()
         except EOFError:

@@ -1,5 +1,6 @@
 """Seeds, the one tolerance table, poisoned memory, and the models that tests share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from engine.model.config import MemoryConfig
 from server.config import cache_folder
 from tests.models import random_model, save_model, tiny_config
+from tests.server.running import Running, running
 from weights.convert import convert
 from weights.default_model import DEFAULT_MODEL, model_folder, model_source
 
@@ -56,3 +58,10 @@ def memory_plus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = ("dense", "memory_plus", "dense", "memory_plus")
     model = random_model(tiny_config(num_layers=4, feed_forward=kinds, memory=memory))
     return save_model(model, tmp_path_factory.mktemp("models") / "tiny-memory")
+
+
+@pytest.fixture(scope="session")
+def memory_server(memory_plus_folder: Path) -> Iterator[Running]:
+    """The tiny Memory+ model behind a real server."""
+    with running(memory_plus_folder) as server:
+        yield server

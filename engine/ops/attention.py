@@ -1,5 +1,7 @@
 """Causal grouped-query attention over a ragged batch, from KV blocks or within the batch."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,7 @@ def attention(
     Returns ``[T, H, E]`` in the dtype of ``q``.
     """
     out_THE = torch.empty_like(q_THE)
-    for sequence, (start, end) in enumerate(
-        zip(layout.query_starts, layout.query_starts[1:], strict=False)
-    ):
+    for sequence, (start, end) in enumerate(pairwise(layout.query_starts)):
         if kv_blocks is not None and layout.paged is not None:
             block_ids = layout.paged.block_ids[sequence]
             keys_GLE, values_GLE = _read_blocks(

@@ -1,5 +1,6 @@
 """The torch twins against their formulas in fp64, from KV blocks and within the batch alike."""
 
+import itertools
 import math
 
 import pytest
@@ -86,7 +87,7 @@ def test_attention_within_the_batch(dtype):
     starts = (0, 1, 6, 8)
     layout = TokenLayout(torch.cat([torch.arange(n) for n in lengths]), starts)
     out = ops.attention(q, k, v, layout, None)
-    spans = list(zip(starts, starts[1:], strict=False))
+    spans = list(itertools.pairwise(starts))
     exact = torch.cat([exact_attention(q[a:b], k[a:b], v[a:b]) for a, b in spans])
     close(out, exact, dtype)
 

@@ -1,0 +1,136 @@
+"""The engine's process: its loop in a thread, and the handle on a real one."""
+
+import multiprocessing
+import threading
+
+import pytest
+
+from engine.process import (
+    Abort,
+    EngineProcess,
+    EngineReady,
+    EngineRefused,
+    EngineStartError,
+    run_engine,
+)
+from engine.request import (
+    EngineStatistics,
+    Request,
+    RequestError,
+    RequestLimits,
+    SamplingParams,
+    StepOutput,
+    TokenOutput,
+)
+
+LIMITS = RequestLimits(vocab_size=10, max_model_len=20)
+
+
+class CountingEngine:
+    """A mock: every request gets its prompt's ids back, one a step."""
+
+    limits = LIMITS
+
+    def __init__(self):
+        self._left = {}
+
+    @property
+    def has_work(self):
+        return bool(self._left)
+
+    def add(self, request):
+        if not request.prompt_ids:
+            raise RequestError("prompt", "is empty")
+        self._left[request.request_id] = list(request.prompt_ids)
+
+    def abort(self, request_id):
+        self._left.pop(request_id, None)
+
+    def step(self):
+        outputs = []
+        for name, ids in list(self._left.items()):
+            token = ids.pop(0)
+            if not ids:
+                del self._left[name]
+            outputs.append(TokenOutput(name, (token,), None if ids else "length"))
+        return StepOutput(tuple(outputs), self.statistics())
+
+    def statistics(self):
+        return EngineStatistics(num_running=len(self._left))
+
+
+def request(name: str, *ids: int) -> Request:
+    return Request(name, ids, SamplingParams())
+
+
+@pytest.fixture
+def connection():
+    ours, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(target=run_engine, args=(CountingEngine(), theirs))
+    thread.start()
+    assert ours.recv() == EngineReady(LIMITS)
+    yield ours
+    ours.close()
+    thread.join(timeout=30)
+    assert not thread.is_alive(), "the loop did not end when the other side closed"
+
+
+def test_requests_are_answered_in_steps(connection):
+    connection.send([request("a", 1, 2), request("b", 3)])
+    first, second = connection.recv(), connection.recv()
+    assert first.outputs == (TokenOutput("a", (1,)), TokenOutput("b", (3,), "length"))
+    assert second.outputs == (TokenOutput("a", (2,), "length"),)
+
+
+def test_a_refused_request_is_answered_and_harms_nobody(connection):
+    connection.send([request("bad"), request("good", 1)])
+    assert connection.recv().outputs == (
+        TokenOutput("bad", finish_reason="error", error="prompt: is empty"),
+    )
+    assert connection.recv().outputs == (TokenOutput("good", (1,), "length"),)
+
+
+def test_an_abort_that_leaves_nothing_to_do_still_tells_the_gauges(connection):
+    connection.send([request("a", 1, 2), Abort("a")])
+    assert connection.recv() == StepOutput((), EngineStatistics())
+
+
+def answering(connection, settings):
+    """An entry function for a real process."""
+    if settings == "refuse":
+        connection.send(EngineRefused("no such model"))
+    elif settings == "die":
+        raise SystemExit(7)
+    else:
+        run_engine(CountingEngine(), connection)
+
+
+ENTRY = "tests.engine.test_process:answering"
+
+
+def test_a_process_answers_until_it_is_stopped():
+    process = EngineProcess(ENTRY, "run")
+    assert process.start() == EngineReady(LIMITS)
+    process.send(request("a", 5))
+    assert process.receive().outputs == (TokenOutput("a", (5,), "length"),)
+    process.stop()
+    assert not process.is_alive
+
+
+def test_a_process_that_refuses_says_why():
+    with pytest.raises(EngineStartError, match="no such model"):
+        EngineProcess(ENTRY, "refuse").start()
+
+
+def test_a_process_that_dies_while_loading_is_an_error():
+    with pytest.raises(EngineStartError, match="exit 7"):
+        EngineProcess(ENTRY, "die").start()
+
+
+def test_a_killed_process_is_the_end_of_its_output():
+    process = EngineProcess(ENTRY, "run")
+    process.start()
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(EOFError):
+        process.receive()
+    process.stop()

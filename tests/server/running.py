@@ -1,0 +1,51 @@
+"""A server as users start it: ``memplus serve`` in processes of its own, on a free port."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+
+@dataclass
+class Running:
+    """A started server and a client for it."""
+
+    process: subprocess.Popen[str]
+    url: str
+    http: httpx.Client
+
+    def complete(self, **body) -> httpx.Response:
+        """POST a completion; null fields are left in, as clients send them."""
+        return self.http.post("/v1/completions", json=body)
+
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
+
+@contextlib.contextmanager
+def running(folder: Path, *options: str) -> Iterator[Running]:
+    """Serve a folder until the block ends; what the server printed must not be an error."""
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(folder), "--port", "0"]
+    command += ["--kv-cache-gib", "0.01", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            lines = []
+            for line in process.stderr:
+                lines.append(line)
+                if " at http://" in line:
+                    break
+            else:
+                raise AssertionError("".join(lines))
+            url = line.split(" at ")[1].split(";")[0]
+            with httpx.Client(base_url=url, timeout=60) as http:
+                yield Running(process, url, http)
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)

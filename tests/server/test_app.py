@@ -1,0 +1,132 @@
+"""What the routes tell the engine when clients leave, without an engine that could be faster."""
+
+import asyncio
+import json
+
+import pytest
+
+from engine.process import Abort
+from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
+from server.admission import Admission
+from server.app import create_app
+from server.completions import Service
+from server.engine_client import EngineClient
+from server.metrics import Metrics
+from tests.models import byte_tokenizer
+from weights.tokenizer import JsonTokenizer
+
+
+class SilentProcess:
+    """Takes messages and answers with what the test puts in; never on its own."""
+
+    def __init__(self):
+        self.sent, self.answers = [], []
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def receive(self):
+        return StepOutput((self.answers.pop(0),), EngineStatistics(num_running=1))
+
+
+def build():
+    process, metrics = SilentProcess(), Metrics()
+    engine = EngineClient(process, metrics.observe_step)
+    service = Service(
+        model_name="mock",
+        created=0,
+        tokenizer=JsonTokenizer(byte_tokenizer()),
+        limits=RequestLimits(vocab_size=260, max_model_len=100),
+        engine=engine,
+        admission=Admission(2, metrics.rejections.labels("queue_full").inc),
+        metrics=metrics,
+    )
+    return process, service, create_app(service, 2**20)
+
+
+async def post(app, body, client):
+    """Call the application as a server would; ``client`` is awaited where it reads on."""
+    sent = []
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("test", 1),
+        "server": ("test", 80),
+    }
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive():
+        if messages:
+            return messages.pop()
+        await client()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_before_its_first_token_is_aborted(streamed):
+    process, service, app = build()
+
+    async def leave():
+        while not process.sent:
+            await asyncio.sleep(0)
+
+    asyncio.run(post(app, {"prompt": ["a", "b"], "stream": streamed}, leave))
+    requests, aborts = process.sent[:2], process.sent[2:]
+    assert all(isinstance(request, Request) for request in requests)
+    assert sorted(aborts, key=lambda abort: abort.request_id) == [
+        Abort(request.request_id) for request in requests
+    ]
+    assert service.admission.num_admitted == 0
+
+
+def test_a_client_that_leaves_its_stream_is_aborted():
+    process, service, app = build()
+
+    async def leave():
+        while not process.sent:
+            await asyncio.sleep(0)
+        process.answers = [TokenOutput(process.sent[0].request_id, (65,))]
+        service.engine.receive()
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    sent = asyncio.run(post(app, {"prompt": "a", "stream": True}, leave))
+    assert process.sent[1:] == [Abort(process.sent[0].request_id)]
+    assert service.admission.num_admitted == 0 and sent[0]["status"] in (200, 499)
+
+
+def test_an_output_on_its_way_to_an_aborted_request_is_dropped():
+    process, service, app = build()
+
+    async def leave():
+        while not process.sent:
+            await asyncio.sleep(0)
+
+    asyncio.run(post(app, {"prompt": "a"}, leave))
+    process.answers = [TokenOutput(process.sent[0].request_id, (65,), "length")]
+    service.engine.receive()
+    assert service.metrics.render().count(b"request_success_total{") == 0
+
+
+def test_places_in_the_queue_are_given_back():
+    process, service, app = build()
+
+    async def never():
+        await asyncio.Event().wait()
+
+    sent = asyncio.run(post(app, {"prompt": ["a", "b", "c"]}, never))
+    assert sent[0]["status"] == 503 and process.sent == []
+    assert service.admission.num_admitted == 0

@@ -1,0 +1,154 @@
+"""``memplus serve`` as processes: who loads torch, how it ends, what refuses to start."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.server.running import running
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in listed.split()]
+
+
+def maps(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def ends(pid: int) -> bool:
+    """Whether a process is gone, or a zombie that nobody waits for, within half a minute."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_both_processes_cleanly(memory_plus_folder, number):
+    with running(memory_plus_folder) as server:
+        pids = children(server.process.pid)
+        assert server.complete(prompt="x", max_tokens=2).status_code == 200
+        server.process.send_signal(number)
+        assert server.process.wait(timeout=60) == 0
+        assert all(map(ends, pids))
+        assert "Traceback" not in server.process.stderr.read()
+
+
+def test_torch_lives_in_the_engine_process_alone(memory_server):
+    pid = memory_server.process.pid
+    assert "libtorch" not in maps(pid)
+    assert any("libtorch" in maps(child) for child in children(pid))
+
+
+def test_a_dead_engine_is_told_and_requests_are_answered(memory_plus_folder):
+    with running(memory_plus_folder) as server:
+        assert server.http.get("/health").status_code == 200
+        pid = server.process.pid
+        (engine,) = [child for child in children(pid) if "libtorch" in maps(child)]
+        body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(engine, signal.SIGKILL)
+            rest = [line for line in lines if line]
+        assert '"error"' in rest[-2] and rest[-1] == "data: [DONE]"
+        answer = server.complete(prompt="x")
+        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+        assert server.http.get("/health").status_code == 503
+
+
+def test_a_full_queue_is_a_503_with_a_time_to_come_back(memory_plus_folder):
+    options = ("--max-num-seqs", "1", "--max-queued-requests", "1")
+    with running(memory_plus_folder, *options) as server:
+        answer = server.complete(prompt=["a", "b", "c"])
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["type"] == "overloaded_error"
+        rejections = server.http.get("/metrics").text
+        assert 'memplus:admission_rejections_total{reason="queue_full"} 1.0' in rejections
+        assert server.complete(prompt=["a", "b"], max_tokens=2).status_code == 200
+
+
+def test_a_body_beyond_the_limit_is_a_413(memory_plus_folder):
+    with running(memory_plus_folder, "--max-body-mib", "1") as server:
+        large = {"prompt": "x" * 2**20}
+        assert server.complete(**large).status_code == 413
+        headers = {"Content-Type": "application/json"}
+        chunks = (b"x" * 2**18 for _ in range(8))
+        answer = server.http.post("/v1/completions", content=chunks, headers=headers)
+        assert answer.status_code == 413 and answer.json()["error"]["message"]
+        assert server.complete(prompt="x").status_code == 200
+
+
+def memplus(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+def test_a_damaged_model_ends_the_command_with_one_line(memory_plus_folder, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(memory_plus_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    result = memplus("serve", "--model", str(folder), "--port", "0")
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("loading")]
+    assert errors == [f"memplus: {folder}: tensor model.norm.weight is missing"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["serve", "--model", "nowhere"], "nowhere"),
+        (["serve", "--port", "99999"], "port"),
+        (["serve", "--block-size", "0"], "block_size"),
+        (["generate", "x", "--temperature", "-1"], "temperature"),
+        (["inspect", "nowhere"], "nowhere"),
+        (["convert", "nowhere.gguf", "there"], "nowhere.gguf"),
+        (["serve", "--model", "model.gguf"], "memplus convert"),
+        (["serve", "--dtype", "int3"], "--dtype"),
+        (["serve", "--novel"], "--novel"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path, arguments, named):
+    (tmp_path / "model.gguf").touch()
+    arguments = [str(tmp_path / a) if a == "model.gguf" else a for a in arguments]
+    result = memplus(*arguments)
+    assert result.returncode == 2 and named in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_generate_writes_what_the_server_answers(memory_plus_folder, memory_server):
+    model = ["--model", str(memory_plus_folder), "--max-tokens", "12", "--temperature", "0"]
+    result = memplus("generate", "hello", *model)
+    answer = memory_server.complete(prompt="hello", max_tokens=12, temperature=0).json()
+    assert result.stdout == answer["choices"][0]["text"] + "\n"
+
+
+def test_inspect_prints_counts(memory_plus_folder):
+    result = memplus("inspect", str(memory_plus_folder))
+    assert result.returncode == 0 and "2 dense, 2 memory_plus" in result.stdout
+
+
+def test_help_has_every_field_with_its_default():
+    text = " ".join(memplus("serve", "--help", COLUMNS="200").stdout.split())
+    for option, default in [("--max-num-seqs", "64"), ("--port", "8000"), ("--model", "smollm2")]:
+        assert f"(default: {default})" in text.split(f"{option} ", 2)[2][:200]

@@ -69,6 +69,13 @@ def inspect(options: argparse.Namespace) -> None:
     print(describe(summarize(model_folder(options.model, cache_folder()))))
 
 
+def bench_startup(options: argparse.Namespace) -> None:
+    """Measure the seconds from the command to the first answer."""
+    from benchmarks.startup import measure
+
+    measure(options.model, options.runs)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("memplus", description="Serve language models with memory.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -94,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("inspect", help=inspect.__doc__)
     verb.set_defaults(run=inspect)
     verb.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="a name or a folder")
+
+    benchmarks = verbs.add_parser("bench", help="Measure.").add_subparsers(
+        title="benchmarks", required=True, metavar="BENCHMARK"
+    )
+    verb = benchmarks.add_parser("startup", help=bench_startup.__doc__)
+    verb.set_defaults(run=bench_startup)
+    verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
+    verb.add_argument("--runs", type=int, default=3, help="starts of each kind (default: 3)")
     return parser
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import memory_ops
-from memory_ops.tables.statistics import TableStatistics
+from memory_ops.tables.table_statistics import TableStatistics
 
 
 class DeviceTable:

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from memory_ops.tables.statistics import TableStatistics
+from memory_ops.tables.table_statistics import TableStatistics
 
 
 class Lookup(Protocol):

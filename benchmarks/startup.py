@@ -1,0 +1,46 @@
+"""Seconds from the command ``memplus serve`` to its first answer."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from statistics import median
+
+import httpx
+
+
+def measure(model: str, runs: int) -> None:
+    """Print the median of ``runs`` starts, cold (an empty cache folder) and warm (a filled one).
+
+    Cold differs only for a model that is prepared at its first start. The operating system's page
+    cache is warm in both, since emptying it takes root.
+    """
+    cold: list[float] = []
+    warm: list[float] = []
+    for _ in range(runs):
+        with tempfile.TemporaryDirectory() as folder:
+            cold.append(_first_answer(model, folder))
+            warm.append(_first_answer(model, folder))
+    for name, seconds in (("cold", cold), ("warm", warm)):
+        spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
+        print(f"{name}  {median(seconds):.1f} s to the first answer ({runs} runs, {spread})")
+
+
+def _first_answer(model: str, cache_folder: str) -> float:
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", model, "--port", "0"]
+    environment = os.environ | {"MEMPLUS_CACHE": cache_folder}
+    start = time.perf_counter()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stderr is not None
+        try:
+            line = next((line for line in server.stderr if " at http://" in line), None)
+            if line is None:
+                raise RuntimeError(f"the server for {model} did not start")
+            url = line.split(" at ")[1].split(";")[0]
+            body = {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
+            httpx.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status()
+            return time.perf_counter() - start
+        finally:
+            server.terminate()
+            server.communicate()

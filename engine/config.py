@@ -1,5 +1,6 @@
 """How the engine runs a model: limits and memory, as validated plain data that needs no torch."""
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -35,7 +36,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: must be at least 1, not {value}")
-        if not self.kv_cache_gib > 0:
+        if not 0 < self.kv_cache_gib < math.inf:
             raise ConfigError(f"kv_cache_gib: must be greater than 0, not {self.kv_cache_gib}")
         if self.max_batched_tokens < self.max_num_seqs:
             raise ConfigError(

@@ -33,9 +33,13 @@ class Engine:
                 config, model_config.max_positions, num_blocks * config.block_size
             ),
         )
+        try:
+            self._runner = Runner(model, num_blocks, config.block_size)
+        except (OSError, OverflowError):
+            message = f"kv_cache_gib: this machine has not {config.kv_cache_gib} GiB to give"
+            raise ConfigError(message) from None
         self._pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(config, self._pool, eos_ids)
-        self._runner = Runner(model, num_blocks, config.block_size)
 
     @property
     def has_work(self) -> bool:

@@ -99,22 +99,16 @@ class EngineProcess:
             self._process.join()
             code = self._process.exitcode
             raise EngineStartError(f"the engine process died while loading (exit {code})") from None
+        except BaseException:  # a signal to this process, which the child does not hear
+            self._process.kill()
+            self._process.join()
+            raise
         if isinstance(answer, EngineRefused):
             self._process.join()
             raise EngineStartError(answer.message)
         assert isinstance(answer, EngineReady)
         self._sender.start()
         return answer
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.is_alive()
-
-    @property
-    def pid(self) -> int | None:
-        """The process id, once started."""
-        return self._process.pid
 
     def fileno(self) -> int:
         """A descriptor that is readable when ``receive`` has something."""
@@ -196,7 +190,8 @@ def _apply(engine: StepEngine, batch: list[Message]) -> list[TokenOutput]:
 
 
 def _child_main(entry: str, connection: Connection, settings: object) -> None:
-    # an interrupt from the keyboard reaches both processes; the parent decides what it means
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a signal to the process group reaches both processes; the parent decides what it means
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     module, function = entry.split(":")
     getattr(importlib.import_module(module), function)(connection, settings)

@@ -1,11 +1,13 @@
 """Runs a step plan on the model: owns the KV memory, the forward and the sampling."""
 
 import torch
+from torch import Tensor
 
 from engine.batch import make_batch
 from engine.model.transformer import Transformer
 from engine.sampler import sample
 from engine.step_plan import StepPlan
+from memory_ops.anonymous import anonymous_zeros
 
 
 class Runner:
@@ -18,11 +20,7 @@ class Runner:
         self._block_size = block_size
         self._device = weight.device
         shape = (num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
-        # zeroed pages are not touched until they are written, so an idle pool takes no memory
-        self._kv_blocks = [
-            torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-            for _ in range(config.num_layers)
-        ]
+        self._kv_blocks = [_kv_memory(shape, weight) for _ in range(config.num_layers)]
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> dict[str, int]:
@@ -39,3 +37,10 @@ class Runner:
         )
         ids = (chunk.request_id for chunk in batch.sampled)
         return dict(zip(ids, token_ids, strict=True))
+
+
+def _kv_memory(shape: tuple[int, ...], weight: Tensor) -> Tensor:
+    if weight.device.type == "cpu":
+        # an idle pool takes no memory
+        return anonymous_zeros(shape, weight.dtype)
+    return torch.zeros(shape, dtype=weight.dtype, device=weight.device)

@@ -60,12 +60,14 @@ def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _draw(logits_LV: Tensor, params: Sequence[SamplingParams], uniforms_L: Tensor) -> Tensor:
     device, vocab_size = logits_LV.device, logits_LV.shape[1]
-    temperatures = torch.tensor([param.temperature for param in params], device=device)
+    # at the least that fp32 can divide by, only the likeliest token is left anyway
+    temperatures = torch.tensor([max(p.temperature, 1e-30) for p in params], device=device)
     # divided by the largest first: a tiny temperature must not overflow
     logits_LV = logits_LV - logits_LV.amax(dim=-1, keepdim=True)
     probabilities_LV = (logits_LV / temperatures.unsqueeze(1)).softmax(dim=-1)
     sorted_LV, ids_LV = probabilities_LV.double().sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab_size for p in params], device=device)
+    counts = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+    top_k = torch.tensor(counts, device=device)
     top_p = torch.tensor([param.top_p for param in params], dtype=torch.float64, device=device)
     ranks_V = torch.arange(vocab_size, device=device)
     sorted_LV = sorted_LV.masked_fill(ranks_V >= top_k.unsqueeze(1), 0.0)
@@ -77,5 +79,5 @@ def _draw(logits_LV: Tensor, params: Sequence[SamplingParams], uniforms_L: Tenso
     targets_L1 = (uniforms_L * cumulative_LV[:, -1]).unsqueeze(1)
     drawn_L1 = torch.searchsorted(cumulative_LV, targets_L1, right=True)
     # rounding may put a target on the very end: the last token with any probability takes it
-    last_L1 = (sorted_LV > 0).sum(dim=-1, keepdim=True) - 1
+    last_L1 = ((sorted_LV > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     return ids_LV.gather(1, drawn_L1.minimum(last_L1)).squeeze(1)

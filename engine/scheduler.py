@@ -41,16 +41,11 @@ class Scheduler:
         """Queue a request whose prompt and longest answer fit in the pool (the caller checked)."""
         self._waiting.append(Sequence(request, seed))
 
-    def abort(self, request_id: str) -> bool:
-        """Forget a request, waiting or running; False when there is none of this id."""
+    def abort(self, request_id: str) -> None:
+        """Forget a request, waiting or running; nothing happens where there is none of this id."""
         if request_id in self._running:
             self._release(request_id)
-            return True
-        for sequence in self._waiting:
-            if sequence.request.request_id == request_id:
-                self._waiting.remove(sequence)
-                return True
-        return False
+        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
 
     def plan(self) -> StepPlan:
         """Choose the next step's chunks, at most ``max_batched_tokens`` tokens together."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from engine.request import RequestError
 from server.errors import OverloadedError
 
 
@@ -20,7 +21,11 @@ class Admission:
 
         Raises:
             OverloadedError: there are not so many free places.
+            RequestError: there never will be.
         """
+        if count > self._capacity:
+            message = f"{count} prompts in one request, the server takes {self._capacity}"
+            raise RequestError("prompt", message)
         if self.num_admitted + count > self._capacity:
             self._on_refused()
             raise OverloadedError

@@ -1,7 +1,7 @@
 """The HTTP application: its routes, and what starts and ends with it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -20,23 +20,19 @@ Answer = TypeVar("Answer")
 def create_app(
     service: Service,
     max_body_bytes: int,
-    on_startup: Callable[[], None] = lambda: None,
+    body_timeout_s: float,
 ) -> FastAPI:
-    """Routes over one service. The engine process behind it is the caller's to start and stop.
-
-    ``on_startup`` is called once the application takes requests.
-    """
+    """Routes over one service. The engine process behind it is the caller's to start and stop."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.engine.attach()
-        on_startup()
         yield
         if service.engine.is_alive:
             service.engine.detach()
 
     app = FastAPI(title="memplus", lifespan=lifespan)
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
     install_error_handlers(app)
 
     @app.post("/v1/completions", response_model=None)

@@ -1,4 +1,6 @@
-"""A bound on request bodies, kept while they are read."""
+"""Bounds on request bodies, kept while they are read: their size, and how long they may take."""
+
+import asyncio
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -7,23 +9,21 @@ from server.errors import ApiError
 
 
 class BodyLimit:
-    """ASGI middleware: a body beyond ``max_bytes`` is answered with 413 and not read on."""
+    """ASGI middleware: a body that is too large is answered with 413, a slow one with 408."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._max_bytes:
-            await self._refuse(scope, receive, send)
-            return
-        body, too_long = await self._read(receive)
-        if too_long:
-            await self._refuse(scope, receive, send)
+        try:
+            body = await self._read(scope, receive)
+        except ApiError as error:
+            await JSONResponse(error.body, error.status)(scope, receive, send)
             return
         sent = False
 
@@ -36,17 +36,24 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    async def _read(self, receive: Receive) -> tuple[bytes, bool]:
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
         parts: list[bytes] = []
-        size, more = 0, True
-        while more and size <= self._max_bytes:
-            message = await receive()
-            # a client that leaves here is noticed by whoever reads on
-            more = message["type"] == "http.request" and message.get("more_body", False)
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-        return b"".join(parts), size > self._max_bytes
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = ApiError(413, f"the body exceeds {self._max_bytes} bytes")
-        await JSONResponse(error.body, error.status)(scope, receive, send)
+        size = int(declared) if declared.isdigit() else 0
+        more = size <= self._max_bytes
+        size = 0 if more else size
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while more and size <= self._max_bytes:
+                    message = await receive()
+                    # a client that leaves here is noticed by whoever reads on
+                    more = message["type"] == "http.request" and message.get("more_body", False)
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come in {self._timeout_s} s") from None
+        except asyncio.CancelledError:
+            raise ApiError(503, "the server is shutting down", "server_error") from None
+        if size > self._max_bytes:
+            raise ApiError(413, f"the body exceeds {self._max_bytes} bytes")
+        return b"".join(parts)

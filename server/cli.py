@@ -13,7 +13,7 @@ from engine.process import EngineStartError
 from engine.request import RequestError, SamplingParams
 from server.config import HttpOptions, ModelOptions, cache_folder
 from server.options import add_options, from_options
-from weights.default_model import DEFAULT_MODEL, model_folder
+from weights.default_model import DEFAULT_MODEL
 from weights.errors import CheckpointError
 
 _CALLERS_MISTAKE = 2
@@ -64,9 +64,10 @@ def convert(options: argparse.Namespace) -> None:
 
 def inspect(options: argparse.Namespace) -> None:
     """Print shapes, parameter counts, bytes and dtypes of a model."""
+    from weights.prepare import prepared_folder
     from weights.summary import describe, summarize
 
-    print(describe(summarize(model_folder(options.model, cache_folder()))))
+    print(describe(summarize(prepared_folder(options.model, cache_folder()))))
 
 
 def bench_startup(options: argparse.Namespace) -> None:

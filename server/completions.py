@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -9,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from engine.request import RequestLimits
+from engine.request import RequestError, RequestLimits
 from server.admission import Admission
 from server.engine_client import EngineClient
 from server.errors import ApiError, EngineError
@@ -17,6 +18,8 @@ from server.metrics import Metrics, RequestClock
 from server.schemas import CompletionRequest
 from server.text_stream import TextDelta, TextStream
 from weights.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,16 +93,17 @@ class Completion:
     async def _deltas(self) -> AsyncGenerator[TextDelta, None]:
         service, body = self._service, self._body
         with service.admission.reserve(len(body.prompts)):
-            self._prompts = await _encode(service.tokenizer, body)
+            self._prompts = [await self._encode(prompt) for prompt in body.prompts]
             for ids in self._prompts:
                 service.limits.check(ids, self._sampling)
             texts = [self._text(index, ids) for index, ids in enumerate(self._prompts)]
             clocks = [RequestClock(service.metrics, len(ids)) for ids in self._prompts]
-            stream = service.engine.submit(self._prompts, self._sampling)
+            stream = service.engine.submit(self._id, self._prompts, self._sampling)
             try:
                 async for index, output in stream.outputs():
                     if output.finish_reason == "error":
                         clocks[index].finished("error")
+                        logger.error("%s failed: %s", output.request_id, output.error)
                         raise EngineError(output.error or "the engine failed")
                     self._num_tokens += len(output.token_ids)
                     clocks[index].tokens(len(output.token_ids))
@@ -110,6 +114,16 @@ class Completion:
                     yield delta
             finally:
                 stream.close()
+
+    async def _encode(self, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        tokenizer, limit = self._service.tokenizer, self._service.limits.max_model_len
+        if len(prompt) > limit * tokenizer.longest_token:
+            message = f"has {len(prompt)} characters, more than {limit} tokens can have"
+            raise RequestError("prompt", message)
+        # a long text takes a while, in which the others' tokens should not wait
+        return await asyncio.to_thread(tokenizer.encode, prompt, self._body.add_special_tokens)
 
     def _text(self, index: int, prompt_ids: Sequence[int]) -> TextStream:
         tokenizer, stop_ids = self._service.tokenizer, self._sampling.stop_token_ids
@@ -144,19 +158,6 @@ class Completion:
             "completion_tokens": self._num_tokens,
             "total_tokens": prompt_tokens + self._num_tokens,
         }
-
-
-async def _encode(tokenizer: Tokenizer, body: CompletionRequest) -> list[list[int]]:
-    prompts = body.prompts
-
-    def encode() -> list[list[int]]:
-        return [
-            tokenizer.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
-
-    # a long text takes a while, in which the others' tokens should not wait
-    return await asyncio.to_thread(encode) if isinstance(prompts[0], str) else encode()
 
 
 def _join(deltas: Sequence[TextDelta]) -> TextDelta:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.config import ConfigError, EngineConfig
-from weights.default_model import DEFAULT_MODEL, model_folder
+from weights.default_model import DEFAULT_MODEL
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,10 @@ class HttpOptions:
     max_queued_requests: int = field(
         default=256, metadata={"help": "prompts that may wait beyond those that run; then 503"}
     )
-    max_body_mib: int = field(default=16, metadata={"help": "largest request body, in MiB"})
+    max_body_mib: int = field(default=4, metadata={"help": "largest request body, in MiB"})
+    body_timeout_s: int = field(
+        default=30, metadata={"help": "seconds in which a request body must have come"}
+    )
     shutdown_timeout_s: int = field(
         default=10, metadata={"help": "seconds that running requests get after SIGTERM or SIGINT"}
     )
@@ -52,8 +55,9 @@ class HttpOptions:
         for name in ("max_queued_requests", "shutdown_timeout_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: must be 0 or more, not {getattr(self, name)}")
-        if self.max_body_mib < 1:
-            raise ConfigError(f"max_body_mib: must be at least 1, not {self.max_body_mib}")
+        for name in ("max_body_mib", "body_timeout_s"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -61,19 +65,9 @@ class EngineSettings:
     """What the engine process needs to build its engine."""
 
     model: str
-    folder: Path
+    cache_folder: Path
     dtype: str
     engine: EngineConfig
-
-
-def engine_settings(model: ModelOptions, engine: EngineConfig) -> EngineSettings:
-    """Settings for the engine process.
-
-    Raises:
-        ModelNotFoundError: there is no such model.
-    """
-    folder = model_folder(model.model, cache_folder())
-    return EngineSettings(model.model, folder, model.dtype, engine)
 
 
 def cache_folder() -> Path:

@@ -1,7 +1,6 @@
 """The engine process as the event loop sees it: streams of outputs, aborts, statistics."""
 
 import asyncio
-import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
@@ -20,7 +19,6 @@ class EngineClient:
         self._process = process
         self._on_statistics = on_statistics
         self._streams: dict[str, TokenStream] = {}
-        self._names = itertools.count()
         self.is_alive = True
 
     def attach(self) -> None:
@@ -31,10 +29,12 @@ class EngineClient:
         """Stop listening."""
         asyncio.get_running_loop().remove_reader(self._process.fileno())
 
-    def submit(self, prompts: Iterable[Sequence[int]], sampling: SamplingParams) -> "TokenStream":
-        """Start one request a prompt; the caller must close the stream."""
+    def submit(
+        self, name: str, prompts: Iterable[Sequence[int]], sampling: SamplingParams
+    ) -> "TokenStream":
+        """Start one request a prompt, called ``name`` and a number; close the stream after."""
         requests = [
-            Request(f"request-{next(self._names)}", tuple(ids), sampling) for ids in prompts
+            Request(f"{name}-{index}", tuple(ids), sampling) for index, ids in enumerate(prompts)
         ]
         stream = TokenStream([request.request_id for request in requests], self.abort)
         for request in requests:
@@ -49,6 +49,12 @@ class EngineClient:
         """Forget a request that nobody waits for any more."""
         if self._streams.pop(request_id, None) is not None:
             self._process.send(Abort(request_id))
+
+    def end_all(self, error: str) -> None:
+        """End every request under way with an error."""
+        for request_id in list(self._streams):
+            self._process.send(Abort(request_id))
+            self._deliver(TokenOutput(request_id, finish_reason="error", error=error))
 
     def receive(self) -> None:
         """Take one step's output from the process and hand it on; called when it is readable."""

@@ -2,16 +2,14 @@
 
 import logging
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from engine.config import ConfigError
 from engine.engine import Engine
 from engine.process import EngineRefused, run_engine
 from server.config import EngineSettings
 from weights.checkpoint import load_model
-from weights.convert import convert
-from weights.default_model import DEFAULT_MODEL, model_source
 from weights.errors import CheckpointError
+from weights.prepare import prepared_folder
 
 
 def main(connection: Connection, settings: EngineSettings) -> None:
@@ -32,18 +30,6 @@ def build_engine(settings: EngineSettings) -> Engine:
         CheckpointError: the model cannot be served.
         ConfigError: settings and model do not fit together; the message names the field.
     """
-    if settings.model == DEFAULT_MODEL:
-        _prepare(settings.folder)
-    model, config = load_model(settings.folder, settings.dtype)
+    folder = prepared_folder(settings.model, settings.cache_folder)
+    model, config = load_model(folder, settings.dtype)
     return Engine(model, settings.engine, config.eos_ids)
-
-
-def _prepare(folder: Path) -> None:
-    if folder.exists():
-        return
-    try:
-        convert(model_source(), folder)
-    except OSError:
-        # another process was faster: its folder is as good as ours
-        if not folder.exists():
-            raise

@@ -101,4 +101,4 @@ def _first_problem(errors: Sequence[Any]) -> tuple[str | None, str]:
         return place[0], f"{'.'.join(place)}: {message}"
     # a check of the whole body begins its message with the field it is about
     param, colon, _ = message.partition(": ")
-    return param if colon else None, message
+    return param if colon and param.isidentifier() else None, message

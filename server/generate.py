@@ -4,10 +4,11 @@ import sys
 from typing import TextIO
 
 from engine.config import EngineConfig
-from engine.request import Request, SamplingParams
-from server.config import ModelOptions, engine_settings
+from engine.request import Request, RequestError, SamplingParams
+from server.config import EngineSettings, ModelOptions, cache_folder
 from server.engine_entry import build_engine
 from server.text_stream import TextStream
+from weights.default_model import model_folder
 from weights.tokenizer import load_tokenizer
 
 
@@ -24,9 +25,10 @@ def generate(
         CheckpointError: the model cannot be read.
         RequestError: prompt or sampling are not what the model can take.
     """
-    settings = engine_settings(model, engine_config)
-    engine = build_engine(settings)
-    tokenizer = load_tokenizer(settings.folder)
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise RequestError("text", "is not valid UTF-8")
+    engine = build_engine(EngineSettings(model.model, cache_folder(), model.dtype, engine_config))
+    tokenizer = load_tokenizer(model_folder(model.model, cache_folder()))
     prompt_ids = tuple(tokenizer.encode(prompt))
     engine.add(Request("generate", prompt_ids, sampling))
     text = TextStream(0, tokenizer, prompt_ids, (), sampling.stop_token_ids)

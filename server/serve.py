@@ -1,6 +1,8 @@
 """``memplus serve``: both processes, from the first line printed to a clean end."""
 
+import asyncio
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -8,18 +10,20 @@ from types import FrameType
 
 import uvicorn
 
-from engine.config import EngineConfig
+from engine.config import ConfigError, EngineConfig
 from engine.process import EngineProcess
 from server.admission import Admission
 from server.app import create_app
 from server.completions import Service
-from server.config import HttpOptions, ModelOptions, engine_settings
+from server.config import EngineSettings, HttpOptions, ModelOptions, cache_folder
 from server.engine_client import EngineClient
 from server.metrics import Metrics
-from weights.default_model import DEFAULT_MODEL
+from weights.default_model import DEFAULT_MODEL, model_folder
 from weights.tokenizer import load_tokenizer
 
 ENGINE_ENTRY = "server.engine_entry:main"
+# what is left for connections to close after the last request was ended
+_CLOSING_S = 5
 
 
 def serve(model: ModelOptions, engine: EngineConfig, http: HttpOptions) -> None:
@@ -27,63 +31,81 @@ def serve(model: ModelOptions, engine: EngineConfig, http: HttpOptions) -> None:
 
     Raises:
         CheckpointError: the model or its tokenizer cannot be read.
+        ConfigError: the address cannot be listened on.
         EngineStartError: the engine could not be made.
     """
-    settings = engine_settings(model, engine)
     signal.signal(signal.SIGTERM, _exit)
-    process = EngineProcess(ENGINE_ENTRY, settings)
-    _say(f"loading {model.model}")
-    ready = process.start()
-    try:
-        metrics = Metrics()
-        service = Service(
-            model_name=http.served_model_name or _model_name(model.model),
-            created=int(time.time()),
-            tokenizer=load_tokenizer(settings.folder),
-            limits=ready.limits,
-            engine=EngineClient(process, metrics.observe_step),
-            admission=Admission(
-                engine.max_num_seqs + http.max_queued_requests,
-                metrics.rejections.labels("queue_full").inc,
-            ),
-            metrics=metrics,
-        )
-        _run_http(service, http)
-    finally:
-        process.stop()
+    folder = model_folder(model.model, cache_folder())
+    # what can be refused at once is, before minutes are spent on loading
+    tokenizer = load_tokenizer(folder) if folder.is_dir() else None
+    with _listen(http) as listener:
+        settings = EngineSettings(model.model, cache_folder(), model.dtype, engine)
+        process = EngineProcess(ENGINE_ENTRY, settings)
+        _say(f"loading {model.model}")
+        ready = process.start()
+        try:
+            metrics = Metrics()
+            service = Service(
+                model_name=http.served_model_name or _model_name(model.model),
+                created=int(time.time()),
+                tokenizer=tokenizer or load_tokenizer(folder),
+                limits=ready.limits,
+                engine=EngineClient(process, metrics.observe_step),
+                admission=Admission(
+                    engine.max_num_seqs + http.max_queued_requests,
+                    metrics.rejections.labels("queue_full").inc,
+                ),
+                metrics=metrics,
+            )
+            _Server(service, http).run(sockets=[listener])
+        finally:
+            process.stop()
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens once it does."""
+    """Says where it listens, and ends requests that outlast the time they get at the end."""
 
-    def __init__(self, config: uvicorn.Config, model_name: str) -> None:
-        super().__init__(config)
-        self._model_name = model_name
+    def __init__(self, service: Service, http: HttpOptions) -> None:
+        app = create_app(service, http.max_body_mib * 2**20, http.body_timeout_s)
+        backstop_s = http.shutdown_timeout_s + _CLOSING_S
+        super().__init__(
+            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=backstop_s)
+        )
+        self._service = service
+        self._shutdown_timeout_s = http.shutdown_timeout_s
+        # uvicorn hears signals once it runs, and raises them again after it ended
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._end)
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        await super().startup(sockets)  # type: ignore[arg-type]
-        if self.should_exit:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.should_exit or not sockets:
             return
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host, port = sockets[0].getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        body = f'{{"model": "{self._model_name}", "prompt": "The capital of France is"}}'
-        _say(f"serving {self._model_name} at {url}; try:")
+        name = self._service.model_name
+        body = f'{{"model": "{name}", "prompt": "The capital of France is"}}'
+        _say(f"serving {name} at {url}; try:")
         _say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        deadline = asyncio.get_running_loop().call_later(
+            self._shutdown_timeout_s, self._service.engine.end_all, "the server is shutting down"
+        )
+        await super().shutdown(sockets)
+        deadline.cancel()
 
-def _run_http(service: Service, http: HttpOptions) -> None:
-    app = create_app(service, http.max_body_mib * 2**20)
-    config = uvicorn.Config(
-        app,
-        host=http.host,
-        port=http.port,
-        log_level="warning",
-        timeout_graceful_shutdown=http.shutdown_timeout_s,
-    )
-    # uvicorn ends gracefully at a signal, then raises it once more; by then it is answered
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _ignore)
-    _Server(config, service.model_name).run()
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.should_exit = True
+
+
+def _listen(http: HttpOptions) -> socket.socket:
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    try:
+        return socket.create_server((http.host, http.port), family=family, backlog=2048)
+    except OSError as error:
+        where = f"{http.host} port {http.port}"
+        raise ConfigError(f"host: cannot listen on {where}: {error.strerror}") from None
 
 
 def _model_name(model: str) -> str:
@@ -96,7 +118,3 @@ def _say(line: str) -> None:
 
 def _exit(number: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    pass

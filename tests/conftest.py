@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from engine.model.config import MemoryConfig
 from server.config import cache_folder
 from tests.models import random_model, save_model, tiny_config
 from tests.server.running import Running, running
-from weights.convert import convert
-from weights.default_model import DEFAULT_MODEL, model_folder, model_source
+from weights.default_model import DEFAULT_MODEL
+from weights.prepare import prepared_folder
+
+# the same examples in every run, and none of them too slow on a busy machine
+settings.register_profile("house", deadline=None, derandomize=True)
+settings.load_profile("house")
 
 # (relative, absolute) by the dtype that is computed in, from torch's own defaults
 TOLERANCE = {
@@ -44,10 +49,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The default model's folder, prepared as the server does it."""
-    folder = model_folder(DEFAULT_MODEL, cache_folder())
-    if not folder.exists():
-        convert(model_source(), folder)
-    return folder
+    return prepared_folder(DEFAULT_MODEL, cache_folder())
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +60,14 @@ def memory_plus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = ("dense", "memory_plus", "dense", "memory_plus")
     model = random_model(tiny_config(num_layers=4, feed_forward=kinds, memory=memory))
     return save_model(model, tmp_path_factory.mktemp("models") / "tiny-memory")
+
+
+@pytest.fixture(scope="session")
+def slow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model of many thin layers, whose 3000 tokens take longer than any test waits."""
+    torch.manual_seed(8)
+    model = random_model(tiny_config(num_layers=24, max_positions=4096))
+    return save_model(model, tmp_path_factory.mktemp("models") / "slow")
 
 
 @pytest.fixture(scope="session")

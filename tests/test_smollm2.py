@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine.batch import make_batch
 from engine.config import EngineConfig
 from engine.engine import Engine
-from tests.models import greedy, plain_logits, run
+from engine.step_plan import SequenceChunk, StepPlan
+from tests.models import greedy, run
 from weights.checkpoint import load_model
 from weights.tokenizer import load_tokenizer
 
@@ -48,6 +50,34 @@ def prompt_ids(smollm2):
 
 
 @torch.inference_mode()
+def served_logits(model, sequences):
+    """Teacher-forced logits by the serving path: chunks of 33 tokens in scattered KV blocks."""
+    config, size = model.config, 16
+    blocks = [-(-len(ids) // size) for ids in sequences]
+    order = torch.randperm(sum(blocks)).tolist()
+    owned = [tuple(order[sum(blocks[:i]) :][:count]) for i, count in enumerate(blocks)]
+    shape = (len(order), 2, config.num_kv_heads, size, config.head_dim)
+    dtype = model.model.norm.weight.dtype
+    kv_blocks = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(config.num_layers)]
+    logits = [[] for _ in sequences]
+    for start in range(0, max(map(len, sequences)), 33):
+        plan = StepPlan(
+            tuple(
+                SequenceChunk(str(i), tuple(ids[start : start + 33]), start, owned[i], None, 0)
+                for i, ids in enumerate(sequences)
+                if start < len(ids)
+            )
+        )
+        batch = make_batch(plan, size, torch.device("cpu"))
+        everywhere = torch.arange(len(batch.ids_T))
+        output = model(batch.ids_T, batch.layout, everywhere, kv_blocks)
+        parts = output.logits_LV.split([len(chunk.token_ids) for chunk in plan.chunks])
+        for chunk, part in zip(plan.chunks, parts, strict=True):
+            logits[int(chunk.request_id)].append(part)
+    return [torch.cat(parts) for parts in logits]
+
+
+@torch.inference_mode()
 def reference_logits(reference, ids):
     return reference(torch.tensor([ids])).logits[0]
 
@@ -57,13 +87,14 @@ def test_greedy_tokens_and_logits_equal_transformers(smollm2, reference, prompt_
     engine = Engine(model, EngineConfig(kv_cache_gib=0.5, max_model_len=512))
     requests = [greedy(str(i), ids, COUNT) for i, ids in enumerate(prompt_ids)]
     tokens = run(engine, {0: requests[:9], 5: requests[9:]})
+    served = served_logits(model, [ids + tokens[str(i)][:-1] for i, ids in enumerate(prompt_ids)])
     for i, ids in enumerate(prompt_ids):
         # each token is the reference's greedy choice after those before it: by induction the
         # whole answer is what its own greedy loop gives
         whole = ids + tokens[str(i)]
         theirs = reference_logits(reference, whole[:-1])
         assert tokens[str(i)] == theirs[len(ids) - 1 :].argmax(-1).tolist(), PROMPTS[i]
-        torch.testing.assert_close(plain_logits(model, whole[:-1]), theirs, rtol=0, atol=1e-3)
+        torch.testing.assert_close(served[i], theirs, rtol=0, atol=1e-3)
 
 
 def test_bfloat16_logits_are_as_near_as_transformers_own(smollm2, reference, prompt_ids):
@@ -74,9 +105,8 @@ def test_bfloat16_logits_are_as_near_as_transformers_own(smollm2, reference, pro
         return float((logits.float() - exact).square().mean())
 
     errors = []
-    for ids in prompt_ids:
+    for ids, ours in zip(prompt_ids, served_logits(model, prompt_ids), strict=True):
         exact = reference_logits(reference, ids)
-        ours = plain_logits(model, ids)
         errors.append((error(ours, exact), error(reference_logits(theirs, ids), exact)))
         # what bf16 takes for the likeliest token is nearly as likely in fp32
         likely = exact.log_softmax(-1)
@@ -104,6 +134,22 @@ def test_text_is_split_as_the_models_own_pre_tokenizer_does(smollm2, text, piece
     assert [tokenizer._tokenizer.id_to_token(i) for i in ids] == pieces
     shown = text.replace("<|im_start|>", "")
     assert tokenizer.decode(ids) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        # as llama.cpp tokenises them with the file's own vocabulary, merges and pre-tokeniser
+        ("日本語の文章", [23274, 115, 40993, 179, 120, 248, 26453, 29184, 47287, 250]),
+        ("中文 한국어", [28589, 29184, 216, 33085, 246, 181, 130, 251, 183, 240, 129]),
+        (
+            "\U0001f469\u200d\U0001f467\U0001f98a",
+            [10813, 235, 119, 321, 231, 10813, 235, 117, 10813, 116, 228],
+        ),
+    ],
+)
+def test_text_beyond_ascii_has_the_ids_of_llama_cpp(smollm2, text, ids):
+    assert load_tokenizer(smollm2).encode(text) == ids
 
 
 @pytest.mark.parametrize("text", ["日本語と中文", "👩‍👩‍👧‍👦🦊", "naïve — ½", "\t\n  mixed \r\n"])

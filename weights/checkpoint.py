@@ -14,7 +14,8 @@ from torch import Tensor
 
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
-from memory_ops.tables.device import DeviceTable, empty_table
+from memory_ops.anonymous import anonymous_zeros
+from memory_ops.tables.device import DeviceTable
 from weights.config_json import CheckpointConfig, config_to_json, read_config
 from weights.errors import CheckpointError
 from weights.tensor_files import (
@@ -63,6 +64,9 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
     """
     config = read_config(folder)
     stored = list_tensors(folder)
+    last = f"model.layers.{config.model.num_layers - 1}.input_layernorm.weight"
+    if last not in stored:  # before a model of so many layers is described
+        raise CheckpointError(f"{folder}: tensor {last} is missing")
     expected = expected_shapes(config.model)
     for name, tensor in list(stored.items()):
         if _DERIVED.fullmatch(name):
@@ -144,14 +148,14 @@ def save_checkpoint(
         written: told the bytes of each tensor as it is written.
 
     Raises:
-        CheckpointError: the folder exists.
+        CheckpointError: the folder exists, or cannot be written.
     """
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already")
     tables = sorted(set(table_names(config.model).values()))
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         dense = [source for source in sources if source.name not in tables]
         write_tensors(partial / "model.safetensors", dense, written)
         for index, name in enumerate(tables):
@@ -163,14 +167,26 @@ def save_checkpoint(
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+        _sync_folder(partial)
         partial.rename(folder)
-    except BaseException:
+        _sync_folder(folder.parent)
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
         raise
 
 
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _load_table(stored: StoredTensor) -> DeviceTable:
-    table_RV = empty_table(stored.shape[0], stored.shape[1], DTYPES[stored.dtype])
+    table_RV = anonymous_zeros(stored.shape, DTYPES[stored.dtype])
     read_into(stored, table_RV)
     return DeviceTable(table_RV)
 

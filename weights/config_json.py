@@ -1,6 +1,7 @@
 """The folder's config.json: Hugging Face's Llama keys and memplus's own, read strictly."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from engine.model.config import MemoryConfig, ModelConfig, RopeScaling
 from weights.errors import CheckpointError
 
 FORMAT_VERSION = 1
+_LARGEST = 2**24
 
 # Hugging Face's key -> (our field, its type). A missing key has Hugging Face's own default.
 _FIELDS: dict[str, tuple[str, type]] = {
@@ -46,10 +48,14 @@ _IGNORED = {
     "eos_token_id",
     "initializer_range",
     "is_llama_config",
+    "max_length",
+    "max_sequence_length",
     "pad_token_id",
     "torch_dtype",
     "transformers.js_config",
     "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
     "use_cache",
 }
 _ROPE_SCALING = {
@@ -191,6 +197,8 @@ def _typed(key: str, value: Any, kind: type) -> Any:
     number = kind is float and isinstance(value, int)
     if not (isinstance(value, kind) or number) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{key}: expected {kind.__name__}, got {value!r}")
+    if (kind is int and abs(value) > _LARGEST) or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{key}: {value!r} is larger than any model's")
     return value
 
 
@@ -199,7 +207,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: expected a JSON object")

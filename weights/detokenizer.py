@@ -1,5 +1,6 @@
 """Token ids to text as they come, never half a character."""
 
+import codecs
 from collections.abc import Sequence
 
 from weights.tokenizer import Tokenizer
@@ -14,38 +15,67 @@ _MAX_PENDING = 16
 class IncrementalDetokenizer:
     """The text of one growing sequence.
 
-    A token is decoded together with those before it, since a tokenizer may drop the space of a
-    first token or need several tokens for one character. Joined, the pieces are the whole text.
+    A token is decoded together with those before it, since a tokenizer drops the space of a first
+    token, and may need several tokens for one character. Tokens that stand for single bytes are
+    put together here: their own decoder would give up a whole run of them for one that is wrong.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         """Start after ``prompt_ids``, whose text is not repeated."""
         self._tokenizer = tokenizer
-        tail = prompt_ids[-4 * _CONTEXT :]
-        self._ids = [i for i in tail if i not in tokenizer.special_ids][-_CONTEXT:]
-        self._num_shown = len(self._ids)
-        self._shown = tokenizer.decode(self._ids)
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        context: list[int] = []
+        byte_run, in_run = b"", True
+        for token_id in reversed(prompt_ids):
+            if token_id in tokenizer.special_ids:
+                continue
+            byte = tokenizer.byte_tokens.get(token_id)
+            in_run = in_run and byte is not None
+            if in_run and byte is not None and len(byte_run) < 4:
+                byte_run = bytes([byte]) + byte_run
+            elif byte is None:
+                context.insert(0, token_id)
+            if len(context) == _CONTEXT:
+                break
+        # the prompt may end within a character, which the first new tokens then complete
+        self._bytes.decode(byte_run)
+        # any text will do: what matters is that the new tokens are not the first
+        self._set_context(context or tokenizer.encode("a", add_special_tokens=False))
 
     def push(self, ids: Sequence[int]) -> str:
         """Add tokens; return the text that is now certain, perhaps none."""
-        self._ids += (i for i in ids if i not in self._tokenizer.special_ids)
-        pending = len(self._ids) - self._num_shown
-        text = self._tokenizer.decode(self._ids)
-        if not pending or (text.endswith(_REPLACEMENT) and pending <= _MAX_PENDING):
-            return ""
-        return self._show(text)
+        return "".join(map(self._push_one, ids))
 
     def finish(self) -> str:
         """The rest, when no more tokens come: bytes of an unfinished character as U+FFFD."""
-        return self._show(self._tokenizer.decode(self._ids))
+        return self._bytes.decode(b"", final=True) + self._show(self._tokenizer.decode(self._ids))
+
+    def _push_one(self, token_id: int) -> str:
+        if token_id in self._tokenizer.special_ids:
+            return ""
+        byte = self._tokenizer.byte_tokens.get(token_id)
+        if byte is not None:
+            return self._bytes.decode(bytes([byte]))
+        unfinished = self._bytes.decode(b"", final=True)
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids)
+        pending = len(self._ids) - self._num_shown
+        if text.endswith(_REPLACEMENT) and text != self._shown and pending <= _MAX_PENDING:
+            return unfinished
+        return unfinished + self._show(text)
 
     def _show(self, text: str) -> str:
         new = text[_common_prefix(self._shown, text) :]
         if new:
-            self._ids = self._ids[self._num_shown :]
-            self._num_shown = len(self._ids)
-            self._shown = self._tokenizer.decode(self._ids)
+            self._set_context(self._ids[self._num_shown :])
+        else:
+            del self._ids[self._num_shown :]  # tokens without any text are no context for others
         return new
+
+    def _set_context(self, ids: list[int]) -> None:
+        self._ids = ids
+        self._num_shown = len(ids)
+        self._shown = self._tokenizer.decode(ids)
 
 
 def _common_prefix(shown: str, text: str) -> int:

@@ -116,10 +116,9 @@ def _dense_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError, TypeError):
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(map(os.fspath, weight_map.values())))
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
             raise CheckpointError(f"{index}: has no weight_map of tensor and file names") from None
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():

@@ -1,7 +1,7 @@
 """Text to token ids and back, behind one interface; needs no torch."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +10,17 @@ import tokenizers
 
 from weights.errors import CheckpointError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+_BYTE_NAMES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 class Tokenizer(Protocol):
@@ -19,6 +29,16 @@ class Tokenizer(Protocol):
     @property
     def special_ids(self) -> frozenset[int]:
         """Control tokens, which are no text: begin and end of sequence and the like."""
+        ...
+
+    @property
+    def byte_tokens(self) -> Mapping[int, int]:
+        """Tokens that stand for one byte each (byte fallback), and which."""
+        ...
+
+    @property
+    def longest_token(self) -> int:
+        """Characters that one token covers at most."""
         ...
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -39,13 +59,22 @@ class JsonTokenizer:
         self._tokenizer.no_padding()
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        vocabulary = tokenizer.get_vocab()
+        self.longest_token = max(map(len, vocabulary))
+        self.byte_tokens: dict[int, int] = {}
+        # names alone do not make byte tokens, the decoder must treat them so
+        if self.decode([vocabulary.get(_BYTE_NAMES[0x41], -1)]) == "A":
+            self.byte_tokens = {vocabulary[name]: i for i, name in enumerate(_BYTE_NAMES)}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # of these two calls only this one lets other threads run meanwhile
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        known = [token_id for token_id in ids if token_id >= 0]
+        text: str = self._tokenizer.decode(known, skip_special_tokens=True)
         return text
 
 
@@ -62,7 +91,15 @@ class SentencePieceTokenizer:
         self._processor.LoadFromSerializedProto(model)
         self._bos_ids = [self._processor.bos_id()] if add_bos else []
         self._num_pieces = self._processor.GetPieceSize()
-        self.special_ids = frozenset(filter(self._processor.IsControl, range(self._num_pieces)))
+        pieces = range(self._num_pieces)
+        self.special_ids = frozenset(filter(self._processor.IsControl, pieces))
+        names = {self._processor.IdToPiece(i): i for i in pieces}
+        self.longest_token = max(map(len, names))
+        self.byte_tokens = {
+            names[name]: byte
+            for byte, name in enumerate(_BYTE_NAMES)
+            if name in names and self._processor.IsByte(names[name])
+        }
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._processor.EncodeAsIds(text)

@@ -55,6 +55,9 @@ class MemoryConfig:
         _positive(self, "num_heads", "num_subkeys", "top_k", "query_dim", "value_dim")
         if self.query_dim % 2:
             raise ValueError(f"query_dim: {self.query_dim} has no two equal halves")
+        for name, largest in (("num_heads", 1024), ("num_subkeys", 65_536), ("query_dim", 65_536)):
+            if getattr(self, name) > largest:
+                raise ValueError(f"{name}: {getattr(self, name)} is more than {largest}")
         if self.top_k > self.num_subkeys:
             raise ValueError(f"top_k: {self.top_k} exceeds num_subkeys {self.num_subkeys}")
 

@@ -1,9 +1,7 @@
 """The device tier: every row in the memory of the device that runs the model."""
 
-import mmap
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 import memory_ops
@@ -59,15 +57,3 @@ class DeviceLookup:
 
     def finish(self) -> Tensor:
         return memory_ops.gather_rows(self.table_RV, self.rows_THK, self.weights_THK)
-
-
-def empty_table(num_rows: int, value_dim: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised ``[R, V]`` CPU tensor on anonymous memory, huge pages asked for.
-
-    Random rows of a large table miss the TLB on 4 kB pages, which costs up to half the bandwidth.
-    """
-    num_bytes = num_rows * value_dim * dtype.itemsize
-    memory = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(num_rows, value_dim)

@@ -54,18 +54,19 @@ def test_rope_turns_each_pair_by_its_angle(dtype):
         close(turned, torch.cat((pairs.real, pairs.imag), -1), dtype)
 
 
-def test_rope_writes_keys_and_values_where_the_layout_says():
-    kv_blocks = torch.full((3, 2, 2, 4, 8), torch.nan)
-    q, k, v = torch.randn(2, 4, 8), torch.randn(2, 2, 8), torch.randn(2, 2, 8)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_writes_keys_and_values_where_the_layout_says(dtype):
+    kv_blocks = torch.full((3, 2, 2, 4, 8), torch.nan, dtype=dtype)
+    q, k, v = (torch.randn(2, heads, 8).to(dtype) for heads in (4, 2, 2))
     positions = torch.tensor([3, 4])
     paged = PagedKv(torch.tensor([2 * 4 + 3, 0 * 4 + 0]), (torch.tensor([2, 0]),), (5,))
     layout = TokenLayout(positions, (0, 2), paged)
     angles = rope_angles(positions, torch.ones(4))
     _, turned_k = ops.rope_write(q, k, v, angles, layout, kv_blocks)
-    torch.testing.assert_close(kv_blocks[2, 0, :, 3], turned_k[0])
-    torch.testing.assert_close(kv_blocks[0, 0, :, 0], turned_k[1])
-    torch.testing.assert_close(kv_blocks[2, 1, :, 3], v[0])
-    torch.testing.assert_close(kv_blocks[0, 1, :, 0], v[1])
+    torch.testing.assert_close(kv_blocks[2, 0, :, 3], turned_k[0], rtol=0, atol=0)
+    torch.testing.assert_close(kv_blocks[0, 0, :, 0], turned_k[1], rtol=0, atol=0)
+    torch.testing.assert_close(kv_blocks[2, 1, :, 3], v[0], rtol=0, atol=0)
+    torch.testing.assert_close(kv_blocks[0, 1, :, 0], v[1], rtol=0, atol=0)
     assert kv_blocks.isnan().sum() == kv_blocks.numel() - 2 * 2 * 2 * 8
 
 

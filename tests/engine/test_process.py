@@ -114,7 +114,7 @@ def test_a_process_answers_until_it_is_stopped():
     process.send(request("a", 5))
     assert process.receive().outputs == (TokenOutput("a", (5,), "length"),)
     process.stop()
-    assert not process.is_alive
+    assert multiprocessing.active_children() == []
 
 
 def test_a_process_that_refuses_says_why():

@@ -18,6 +18,12 @@ class Running:
     url: str
     http: httpx.Client
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
+
     def complete(self, **body) -> httpx.Response:
         """POST a completion; null fields are left in, as clients send them."""
         return self.http.post("/v1/completions", json=body)
@@ -29,11 +35,12 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *options: str) -> Iterator[Running]:
+def running(folder: Path, *options: str, new_group: bool = False) -> Iterator[Running]:
     """Serve a folder until the block ends; what the server printed must not be an error."""
     command = [sys.executable, "-m", "server.cli", "serve", "--model", str(folder), "--port", "0"]
     command += ["--kv-cache-gib", "0.01", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stderr=pipe, text=True, start_new_session=new_group) as process:
         assert process.stderr is not None
         try:
             lines = []

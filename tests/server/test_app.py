@@ -41,12 +41,12 @@ def build():
         admission=Admission(2, metrics.rejections.labels("queue_full").inc),
         metrics=metrics,
     )
-    return process, service, create_app(service, 2**20)
+    return process, service, create_app(service, 2**20, 30)
 
 
-async def post(app, body, client):
+async def post(app, body, client, sent=None):
     """Call the application as a server would; ``client`` is awaited where it reads on."""
-    sent = []
+    sent = [] if sent is None else sent
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -92,20 +92,30 @@ def test_a_client_that_leaves_before_its_first_token_is_aborted(streamed):
     assert service.admission.num_admitted == 0
 
 
-def test_a_client_that_leaves_its_stream_is_aborted():
+def test_an_event_is_sent_before_the_next_token_is_made():
     process, service, app = build()
+    sent, seen = [], []
 
-    async def leave():
+    async def scenario():
+        left = asyncio.Event()
+        call = asyncio.create_task(post(app, {"prompt": "a", "stream": True}, left.wait, sent))
         while not process.sent:
             await asyncio.sleep(0)
-        process.answers = [TokenOutput(process.sent[0].request_id, (65,))]
-        service.engine.receive()
-        for _ in range(20):
-            await asyncio.sleep(0)
+        for count in (1, 2, 3):
+            process.answers = [TokenOutput(process.sent[0].request_id, (64 + count,))]
+            service.engine.receive()
+            while sum(message["type"] == "http.response.body" for message in sent) < count:
+                await asyncio.sleep(0)
+            seen.append(sent[-1]["body"])
+        left.set()  # in the middle of the stream
+        await call
 
-    sent = asyncio.run(post(app, {"prompt": "a", "stream": True}, leave))
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+    texts = [json.loads(body.removeprefix(b"data: "))["choices"][0]["text"] for body in seen]
+    assert texts == [byte_tokenizer().decode([64 + count]) for count in (1, 2, 3)]
+    assert sent[0]["status"] == 200
     assert process.sent[1:] == [Abort(process.sent[0].request_id)]
-    assert service.admission.num_admitted == 0 and sent[0]["status"] in (200, 499)
+    assert service.admission.num_admitted == 0
 
 
 def test_an_output_on_its_way_to_an_aborted_request_is_dropped():
@@ -127,6 +137,23 @@ def test_places_in_the_queue_are_given_back():
     async def never():
         await asyncio.Event().wait()
 
-    sent = asyncio.run(post(app, {"prompt": ["a", "b", "c"]}, never))
+    with service.admission.reserve(1):
+        sent = asyncio.run(post(app, {"prompt": ["a", "b"]}, never))
     assert sent[0]["status"] == 503 and process.sent == []
     assert service.admission.num_admitted == 0
+
+
+def test_requests_are_named_alike_inside_and_outside():
+    process, service, app = build()
+
+    async def answer():
+        while len(process.sent) < 2:
+            await asyncio.sleep(0)
+        process.answers = [TokenOutput(r.request_id, (65,), "length") for r in process.sent]
+        service.engine.receive()
+        service.engine.receive()
+        await asyncio.Event().wait()
+
+    sent = asyncio.run(post(app, {"prompt": ["a", "b"]}, answer))
+    name = json.loads(sent[1]["body"])["id"]
+    assert [request.request_id for request in process.sent] == [f"{name}-0", f"{name}-1"]

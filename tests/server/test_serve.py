@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,6 +48,54 @@ def test_a_signal_ends_both_processes_cleanly(memory_plus_folder, number):
         assert "Traceback" not in server.process.stderr.read()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_running_stream_is_finished_before_the_end(memory_plus_folder, number):
+    with running(memory_plus_folder, new_group=True) as server:
+        body = {"prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            # as a terminal or a supervisor does it: to every process of the group
+            os.killpg(server.process.pid, number)
+            events = [line for line in lines if line]
+        assert len(events) == 300 and events[-1] == "data: [DONE]"
+        assert server.process.wait(timeout=60) == 0
+        assert "Traceback" not in server.process.stderr.read()
+
+
+def test_what_outlasts_the_shutdown_is_ended_with_an_error(slow_folder):
+    with running(slow_folder, "--shutdown-timeout-s", "0") as server:
+        body = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert "shutting down" in rest[-2] and rest[-1] == "data: [DONE]"
+        assert server.process.wait(timeout=60) == 0
+        assert "Traceback" not in server.process.stderr.read()
+
+
+def test_a_body_that_never_ends_is_given_up(memory_plus_folder):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+    with running(memory_plus_folder, "--body-timeout-s", "1") as server:
+        with socket.create_connection(server.address) as slow:
+            slow.sendall(head)
+            assert b" 408 " in slow.recv(65536)
+        assert server.complete(prompt="x").status_code == 200
+
+
+def test_a_signal_while_the_model_loads_ends_the_command(memory_plus_folder):
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(memory_plus_folder)]
+    with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline().startswith("loading")
+        while not (pids := children(process.pid)):
+            pass
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+        assert all(map(ends, pids))
+
+
 def test_torch_lives_in_the_engine_process_alone(memory_server):
     pid = memory_server.process.pid
     assert "libtorch" not in maps(pid)
@@ -70,14 +119,23 @@ def test_a_dead_engine_is_told_and_requests_are_answered(memory_plus_folder):
         assert server.http.get("/health").status_code == 503
 
 
-def test_a_full_queue_is_a_503_with_a_time_to_come_back(memory_plus_folder):
+def test_a_full_queue_is_a_503_with_a_time_to_come_back(slow_folder):
     options = ("--max-num-seqs", "1", "--max-queued-requests", "1")
-    with running(memory_plus_folder, *options) as server:
-        answer = server.complete(prompt=["a", "b", "c"])
+    with running(slow_folder, *options) as server:
+        body = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()  # dropped, it would close the stream
+            next(lines)
+            answer = server.complete(prompt=["a", "b"])
         assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["type"] == "overloaded_error"
+        # what can never be taken is no matter of coming back
+        answer = server.complete(prompt=["a", "b", "c"])
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
         rejections = server.http.get("/metrics").text
         assert 'memplus:admission_rejections_total{reason="queue_full"} 1.0' in rejections
+        while server.metric("memplus:num_requests_running"):
+            pass
         assert server.complete(prompt=["a", "b"], max_tokens=2).status_code == 200
 
 
@@ -119,6 +177,10 @@ def test_a_damaged_model_ends_the_command_with_one_line(memory_plus_folder, tmp_
     [
         (["serve", "--model", "nowhere"], "nowhere"),
         (["serve", "--port", "99999"], "port"),
+        (["serve", "--host", "203.0.113.1"], "host"),
+        (["serve", "--kv-cache-gib", "inf"], "kv_cache_gib"),
+        (["serve", "--kv-cache-gib", "1e9"], "kv_cache_gib"),
+        (["generate", "\udcff"], "text"),
         (["serve", "--block-size", "0"], "block_size"),
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["inspect", "nowhere"], "nowhere"),

@@ -91,9 +91,10 @@ def test_a_sharded_folder_is_read_through_its_index(folder):
     index.write_text(json.dumps({"weight_map": weight_map | {NORM: "../model-1.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"\.\./model-1"):
         open_checkpoint(folder)
-    index.write_text("{}")
-    with pytest.raises(CheckpointError, match="weight_map"):
-        open_checkpoint(folder)
+    for broken in ("{}", "[]", '{"weight_map": {"a": 3}}', '{"weight_map": 3}', "{"):
+        index.write_text(broken)
+        with pytest.raises(CheckpointError, match="weight_map"):
+            open_checkpoint(folder)
 
 
 def remove(tensors):
@@ -181,6 +182,13 @@ def test_rotary_buffers_of_old_checkpoints_are_passed_over(folder):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(4)}))
     load_model(folder)
+
+
+def test_more_layers_than_there_are_tensors_are_refused_before_anything_is_built(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10_000_000}))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.9999999\.input_layernorm"):
+        load_model(folder)
 
 
 def test_a_save_that_fails_leaves_nothing_behind(tmp_path):

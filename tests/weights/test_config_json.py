@@ -99,6 +99,10 @@ def test_memory_layers_are_chosen_one_by_one(tmp_path):
         ({"memory": MEMORY | {"layers": {"1": "sparse"}}}, "feed_forward"),
         ({"memory": MEMORY | {"layers": [1]}}, "memory.layers"),
         ({"memory": []}, "memory"),
+        ({"hidden_size": 2**62}, "hidden_size"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        ({"memory": MEMORY | {"num_subkeys": 70_000}}, "num_subkeys"),
+        ({"rope_scaling": LLAMA3_ROPE | {"factor": float("inf")}}, "factor"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(tmp_path, changes, named):
@@ -107,7 +111,7 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, changes, named):
     assert named in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
+@pytest.mark.parametrize("text", ["{", "[]", "\x00", "[" * 100_000])
 def test_a_broken_file_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match="config.json"):

@@ -149,6 +149,15 @@ def test_the_pre_tokenizer_and_begin_token_are_kept(tmp_path):
     assert config["chat_template"] == "{{ messages }}"
 
 
+def test_llama_3_begins_texts_where_the_file_does_not_say(tmp_path):
+    def llama3(writer):
+        add_byte_tokenizer(writer, "llama-bpe", merges=[])
+        writer.add_bos_token_id(257)
+
+    convert(write_gguf(tmp_path / "m.gguf", wide_model(), changes=llama3), tmp_path / "m")
+    assert load_tokenizer(tmp_path / "m").encode("a")[0] == 257
+
+
 def test_a_sentencepiece_vocabulary_tokenises_as_sentencepiece_does(tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the cat sat on the mat and the hat\nmany cats sat on many mats\n" * 20)
@@ -207,6 +216,11 @@ def test_unknown_files_architectures_tokenizers_and_tensors_are_refused(tmp_path
     refused("tokenizer.ggml.merges", lambda writer: add_byte_tokenizer(writer, "smollm"))
     refused("rope.scaling.type", also(lambda w: w.add_string("llama.rope.scaling.type", "yarn")))
     refused("novel.weight", also(lambda w: w.add_tensor("novel.weight", np.zeros(2, np.float32))))
+    refused("logit_scale", also(lambda w: w.add_logit_scale(2.0)))
+    refused("sliding_window", also(lambda w: w.add_sliding_window(64)))
+    refused("head_count", also(lambda w: w.add_head_count(0)))
+    refused("head_count_kv", also(lambda w: w.add_head_count_kv([2, 2])))
+    refused("bos_token_id", also(lambda w: w.add_bos_token_id(9999)))
     refused("expert_count", also(lambda w: w.add_expert_count(8)))
     refused("tokenizer.ggml.pre", lambda writer: add_byte_tokenizer(writer, "novel", merges=[]))
 

@@ -5,8 +5,10 @@ import random
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers
 
 from tests.models import byte_tokenizer
 from weights.detokenizer import IncrementalDetokenizer
@@ -28,6 +30,60 @@ TEXTS = [
 def stream(tokenizer, prompt_ids, ids) -> list[str]:
     detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids)
     return [*(detokenizer.push([i]) for i in ids), detokenizer.finish()]
+
+
+def fallback_tokenizer() -> JsonTokenizer:
+    """A tokenizer.json as Llama 2's: words with a mark for the space, bytes for all else."""
+    names = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += ["\u2581", *"abcdefghijklmnopqrstuvwxyz", "\u2581a", "\u2581b"]
+    merges = [("\u2581", "a"), ("\u2581", "b")]
+    model = models.BPE({name: i for i, name in enumerate(names)}, merges, byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names[:2]])
+    return JsonTokenizer(tokenizer)
+
+
+FALLBACK = fallback_tokenizer()
+
+
+@given(st.text("ab é🦊日", min_size=1, max_size=20), st.text("ab é🦊日", max_size=20))
+def test_bytes_of_a_byte_fallback_are_put_together_whatever_stands_before(prompt, text):
+    prompt_ids = FALLBACK.encode(prompt)
+    ids = FALLBACK.encode(prompt + text)
+    assert ids[: len(prompt_ids)] == prompt_ids or text.startswith("a") or text.startswith("b")
+    if ids[: len(prompt_ids)] == prompt_ids:
+        assert "".join(stream(FALLBACK, prompt_ids, ids[len(prompt_ids) :])) == text
+
+
+def test_an_answer_cut_within_a_character_keeps_those_before_it():
+    fox = FALLBACK.encode("🦊")[1:]
+    assert len(fox) == 4
+    parts = stream(FALLBACK, FALLBACK.encode("a") + fox, [*fox, *fox[:2]])
+    assert "".join(parts) == "🦊\ufffd"
+    assert "".join(stream(FALLBACK, [*fox, *fox[:2]], [*fox[2:], *fox])) == "🦊🦊"
+
+
+def test_the_space_of_the_first_word_is_kept_after_special_tokens_alone():
+    a = FALLBACK.encode("a")
+    assert "".join(stream(FALLBACK, [0] * 30, a)) == " a"
+
+
+def test_tokens_without_text_do_not_pile_up():
+    detokenizer = IncrementalDetokenizer(BYTES, BYTES.encode("x"))
+    for _ in range(100):
+        assert detokenizer.push([9999]) == ""
+    assert len(detokenizer._ids) < 20 and detokenizer.push(BYTES.encode("y")) == "y"
 
 
 @pytest.fixture(scope="module")

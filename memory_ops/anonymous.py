@@ -1,0 +1,23 @@
+"""Memory for large tensors that are filled bit by bit: untouched pages take no room."""
+
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+
+def anonymous_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A CPU tensor, not empty, of zeros on private anonymous memory; huge pages are asked for.
+
+    A page is taken when it is first written. Random reads of a large tensor miss the TLB on 4 kB
+    pages, which costs up to half the bandwidth.
+
+    Raises:
+        OSError: the system has no such memory.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    # shared memory, which is mmap's default, gets no transparent huge pages
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

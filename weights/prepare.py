@@ -1,0 +1,34 @@
+"""The default model's folder, made where it is not there yet."""
+
+import fcntl
+import shutil
+from pathlib import Path
+
+from weights.convert import convert
+from weights.default_model import DEFAULT_MODEL, model_folder, model_source
+from weights.errors import CheckpointError
+
+
+def prepared_folder(name: str, cache_folder: Path) -> Path:
+    """The checkpoint folder of a name or path; the default model is converted once.
+
+    Several processes may ask at once: one converts, the others wait for it.
+
+    Raises:
+        CheckpointError: there is no such model, or the cache folder cannot be written.
+    """
+    folder = model_folder(name, cache_folder)
+    if name != DEFAULT_MODEL or folder.exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                # who began these was killed, or it would still hold the lock
+                for left in folder.parent.glob(f".{folder.name}.partial-*"):
+                    shutil.rmtree(left)
+                convert(model_source(), folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be prepared ({error.strerror})") from None
+    return folder

@@ -89,7 +89,9 @@ def test_no_state_in_modules_or_classes(path):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = {target.id for target in targets if isinstance(target, ast.Name)}
             # constants and types; a logger is no state of ours
-            assert all(n.isupper() or n[0].isupper() or n in ("logger", "__all__") for n in names), names
+            assert all(
+                n.isupper() or n[0].isupper() or n in ("logger", "__all__") for n in names
+            ), names
     mutable = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
     for node in ast.walk(module):
         if not isinstance(node, ast.ClassDef) or _is_schema(node):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -79,6 +80,23 @@ def byte_tokenizer() -> Tokenizer:
     specials = ["<eos>", "<bos>", "<pad>", "<unused>"]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
     return tokenizer
+
+
+def train_sentencepiece(folder: Path, lines: list[str]) -> bytes:
+    """A small sentencepiece model with byte fallback, as Llama 2's is, trained on these lines."""
+    (folder / "corpus.txt").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.Train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "spm"),
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return (folder / "spm.model").read_bytes()
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from tests.conftest import TOLERANCE
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def close(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, terms: int = 1) -> None:
+def check(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, terms: int = 1) -> None:
     rtol, atol = TOLERANCE[dtype]
     atol *= math.sqrt(terms)
     torch.testing.assert_close(found, exact.to(found.dtype), rtol=rtol, atol=atol)
@@ -25,18 +25,18 @@ def test_rms_norm_add(dtype):
     x, residual = torch.randn(5, 24).to(dtype), torch.randn(5, 24).to(dtype)
     weight = torch.rand(24).to(dtype)
     normed, total = ops.rms_norm_add(x, residual, weight, 1e-5)
-    close(total, x.double() + residual.double(), dtype)
+    check(total, x.double() + residual.double(), dtype)
     exact = total.double()
     exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    close(normed, exact, dtype)
-    close(ops.rms_norm(total, weight, 1e-5), exact, dtype)
+    check(normed, exact, dtype)
+    check(ops.rms_norm(total, weight, 1e-5), exact, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_gate(dtype):
     gate, x = torch.randn(3, 17).to(dtype), torch.randn(3, 17).to(dtype)
     exact = gate.double() * torch.sigmoid(gate.double()) * x.double()
-    close(ops.silu_gate(gate, x), exact, dtype)
+    check(ops.silu_gate(gate, x), exact, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,7 +51,7 @@ def test_rope_turns_each_pair_by_its_angle(dtype):
         pairs = torch.complex(given[..., :4].double(), given[..., 4:].double())
         angles = positions[:, None, None].double() * frequencies.double()
         pairs = pairs * torch.polar(torch.ones_like(angles), angles)
-        close(turned, torch.cat((pairs.real, pairs.imag), -1), dtype)
+        check(turned, torch.cat((pairs.real, pairs.imag), -1), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,7 +90,7 @@ def test_attention_within_the_batch(dtype):
     out = ops.attention(q, k, v, layout, None)
     spans = list(itertools.pairwise(starts))
     exact = torch.cat([exact_attention(q[a:b], k[a:b], v[a:b]) for a, b in spans])
-    close(out, exact, dtype)
+    check(out, exact, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,7 +116,7 @@ def test_attention_reads_the_context_from_scattered_blocks(dtype, block_size):
     layout = TokenLayout(torch.empty(0, dtype=torch.int64), (0, 3, 4, 5), paged)
     out = ops.attention(q, unused, unused, layout, kv_blocks)
     parts = zip(q.split(queries), keys, values, strict=True)
-    close(out, torch.cat([exact_attention(*part) for part in parts]), dtype)
+    check(out, torch.cat([exact_attention(*part) for part in parts]), dtype)
 
 
 def test_attention_lets_gradients_through():

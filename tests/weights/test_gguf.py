@@ -11,7 +11,13 @@ import torch
 
 from engine.model.config import RopeScaling
 from engine.model.rotary import rope_frequencies
-from tests.models import byte_tokenizer, model_tensors, random_model, tiny_config
+from tests.models import (
+    byte_tokenizer,
+    model_tensors,
+    random_model,
+    tiny_config,
+    train_sentencepiece,
+)
 from weights.checkpoint import load_model
 from weights.convert import convert
 from weights.errors import CheckpointError
@@ -159,20 +165,10 @@ def test_llama_3_begins_texts_where_the_file_does_not_say(tmp_path):
 
 
 def test_a_sentencepiece_vocabulary_tokenises_as_sentencepiece_does(tmp_path):
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("the cat sat on the mat and the hat\nmany cats sat on many mats\n" * 20)
-    sentencepiece.SentencePieceTrainer.Train(
-        input=str(corpus),
-        model_prefix=str(tmp_path / "spm"),
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
+    lines = ["the cat sat on the mat and the hat", "many cats sat on many mats"] * 20
+    original = sentencepiece.SentencePieceProcessor(
+        model_proto=train_sentencepiece(tmp_path, lines)
     )
-    original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
     size = original.GetPieceSize()
 
     def add_tokenizer(writer):

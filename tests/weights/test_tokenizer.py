@@ -4,13 +4,12 @@ import json
 import random
 
 import pytest
-import sentencepiece
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from tests.models import byte_tokenizer
+from tests.models import byte_tokenizer, train_sentencepiece
 from weights.detokenizer import IncrementalDetokenizer
 from weights.errors import CheckpointError
 from weights.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
@@ -92,19 +91,7 @@ def pieces(tmp_path_factory) -> SentencePieceTokenizer:
     words = ["fox", "hound", "river", "stone", "light", "naïve", "und", "der"]
     drawn = random.Random(1)
     lines = [" ".join(drawn.choices(words, k=8)) for _ in range(200)]
-    (folder / "corpus.txt").write_text("\n".join(lines))
-    sentencepiece.SentencePieceTrainer.Train(
-        input=str(folder / "corpus.txt"),
-        model_prefix=str(folder / "spm"),
-        vocab_size=330,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return SentencePieceTokenizer((folder / "spm.model").read_bytes())
+    return SentencePieceTokenizer(train_sentencepiece(folder, lines))
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -2,13 +2,22 @@
 
 import logging
 import secrets
+from itertools import takewhile
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.config import ConfigError, EngineConfig
+from engine.drafter import Drafter
 from engine.kv_blocks import BlockPool
+from engine.masking import allowed_drafts, chunk_bitmask, plan_bitmask
 from engine.model.transformer import Transformer
-from engine.request import EngineStatistics, Request, RequestLimits, StepOutput
+from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
 from engine.runner import Runner
 from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from engine.step_plan import SequenceChunk, StepPlan
+from engine.token_mask import TokenMask
 
 logger = logging.getLogger(__name__)
 
@@ -17,9 +26,16 @@ class Engine:
     """Continuous batching over one model. Not thread-safe: one thread calls it."""
 
     def __init__(
-        self, model: Transformer, config: EngineConfig, eos_ids: frozenset[int] = frozenset()
+        self,
+        model: Transformer,
+        config: EngineConfig,
+        eos_ids: frozenset[int] = frozenset(),
+        drafter: Drafter | None = None,
+        num_drafts: int = 0,
     ) -> None:
         """Reserve KV blocks for the model; a sequence ends on any of ``eos_ids``.
+
+        ``drafter`` guesses up to ``num_drafts`` tokens ahead of each decoding sequence.
 
         Raises:
             ConfigError: ``max_model_len`` exceeds what the model or the KV memory takes.
@@ -33,20 +49,23 @@ class Engine:
                 config, model_config.max_positions, num_blocks * config.block_size
             ),
         )
+        self._drafter = drafter
+        self._num_drafts = num_drafts
         try:
-            self._runner = Runner(model, num_blocks, config.block_size)
+            self._runner = Runner(model, num_blocks, config.block_size, eos_ids)
         except (OSError, OverflowError):
             message = f"kv_cache_gib: this machine has not {config.kv_cache_gib} GiB to give"
             raise ConfigError(message) from None
         self._pool = BlockPool(num_blocks, config.block_size)
-        self._scheduler = Scheduler(config, self._pool, eos_ids)
+        propose = self._propose if drafter is not None else None
+        self._scheduler = Scheduler(config, self._pool, eos_ids, propose)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would have something to do."""
         return self._scheduler.has_work
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, mask: TokenMask | None = None) -> None:
         """Queue a request; its tokens come out of later steps.
 
         Raises:
@@ -54,7 +73,7 @@ class Engine:
         """
         self.limits.check(request.prompt_ids, request.sampling)
         seed = request.sampling.seed
-        self._scheduler.add(request, secrets.randbits(63) if seed is None else seed)
+        self._scheduler.add(request, secrets.randbits(63) if seed is None else seed, mask)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks; nothing happens if it has ended already."""
@@ -62,17 +81,18 @@ class Engine:
 
     def step(self) -> StepOutput:
         """Run one step. A step that fails ends the requests in it, not the engine."""
-        plan = self._scheduler.plan()
+        plan, bitmask, outputs = self._bind(self._scheduler.plan())
         if not plan.chunks:
-            return StepOutput((), self.statistics())
+            return StepOutput(tuple(outputs), self.statistics())
         try:
-            sampled = self._runner.run(plan)
+            results = self._runner.run(plan, bitmask)
         except Exception as error:
             failed = [chunk.request_id for chunk in plan.chunks]
             logger.exception("a step failed; its requests end: %s", ", ".join(failed))
-            outputs = self._scheduler.fail(plan, f"{type(error).__name__} in the engine")
+            message = f"{type(error).__name__} in the engine"
+            outputs += [self._scheduler.end(request_id, message) for request_id in failed]
         else:
-            outputs = self._scheduler.commit(plan, sampled)
+            outputs += self._scheduler.commit(plan, results)
         return StepOutput(tuple(outputs), self.statistics(plan.num_tokens))
 
     def check_integrity(self) -> None:
@@ -84,10 +104,41 @@ class Engine:
         return EngineStatistics(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
-            kv_blocks_used=self._pool.num_blocks - self._pool.num_free,
+            kv_blocks_used=self._pool.num_blocks - self._pool.num_available,
             kv_blocks_total=self._pool.num_blocks,
             step_tokens=step_tokens,
+            prefix_queries=self._scheduler.prefix_queries,
+            prefix_hits=self._scheduler.prefix_hits,
+            preemptions=self._scheduler.preemptions,
         )
+
+    def _bind(
+        self, plan: StepPlan
+    ) -> tuple[StepPlan, NDArray[np.uint32] | None, list[TokenOutput]]:
+        """Ask the masks what may come; a request whose mask allows nothing ends here."""
+        bound: dict[str, NDArray[np.uint32]] = {}
+        kept: list[SequenceChunk] = []
+        ended: list[TokenOutput] = []
+        vocab_size = self.limits.vocab_size
+        for chunk in plan.chunks:
+            mask = self._scheduler.sequence(chunk.request_id).mask
+            if mask is not None and chunk.samples:
+                bitmask = chunk_bitmask(chunk, mask, vocab_size)
+                if not bitmask[0].any():
+                    message = "the token mask allows nothing"
+                    ended.append(self._scheduler.end(chunk.request_id, message))
+                    continue
+                bound[chunk.request_id] = bitmask
+            kept.append(chunk)
+        return StepPlan(tuple(kept)), plan_bitmask(kept, bound, vocab_size), ended
+
+    def _propose(self, sequence: Sequence) -> list[int]:
+        assert self._drafter is not None
+        drafts = self._drafter.draft(sequence.token_ids, self._num_drafts)[: self._num_drafts]
+        drafts = list(takewhile(lambda draft: 0 <= draft < self.limits.vocab_size, drafts))
+        if sequence.mask is None or not drafts:
+            return drafts
+        return allowed_drafts(sequence.mask, drafts, self.limits.vocab_size)
 
 
 def _max_model_len(config: EngineConfig, max_positions: int, kv_tokens: int) -> int:

@@ -9,6 +9,7 @@ import multiprocessing
 import queue
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -16,11 +17,14 @@ from typing import Protocol
 from engine.request import (
     EngineStatistics,
     Request,
-    RequestError,
     RequestLimits,
     StepOutput,
     TokenOutput,
 )
+from engine.sampling_params import RequestError
+
+# how often a process that has nothing else to say tells that it lives
+HEARTBEAT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,13 @@ class EngineRefused:
     message: str
 
 
+@dataclass(frozen=True)
+class Heartbeat:
+    """The process lives; its present step has run for so many seconds (0 where it is idle)."""
+
+    step_s: float
+
+
 class StepEngine(Protocol):
     """What the loop needs of an engine; ``engine.engine.Engine`` has it."""
 
@@ -58,6 +69,7 @@ class StepEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
     def step(self) -> StepOutput: ...
     def statistics(self) -> EngineStatistics: ...
+    def check_integrity(self) -> None: ...
 
 
 class EngineStartError(Exception):
@@ -100,7 +112,7 @@ class EngineProcess:
             code = self._process.exitcode
             raise EngineStartError(f"the engine process died while loading (exit {code})") from None
         except BaseException:  # a signal to this process, which the child does not hear
-            self._process.kill()
+            self.kill()
             self._process.join()
             raise
         if isinstance(answer, EngineRefused):
@@ -118,8 +130,12 @@ class EngineProcess:
         """Hand a message over; it reaches the engine before one of its next steps."""
         self._outbox.put(message)
 
-    def receive(self) -> StepOutput:
-        """The next step's output.
+    def has_output(self) -> bool:
+        """Whether ``receive`` would return, or raise, at once."""
+        return self._connection.poll()
+
+    def receive(self) -> StepOutput | Heartbeat:
+        """The next step's output, or a sign of life.
 
         Raises:
             EOFError: the process has ended.
@@ -128,8 +144,12 @@ class EngineProcess:
             output = self._connection.recv()
         except OSError:
             raise EOFError("the engine process has ended") from None
-        assert isinstance(output, StepOutput)
+        assert isinstance(output, StepOutput | Heartbeat)
         return output
+
+    def kill(self) -> None:
+        """End the process now, whatever it does."""
+        self._process.kill()
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the process: ask, wait, then kill. Requests under way are lost."""
@@ -138,7 +158,7 @@ class EngineProcess:
             self._sender.join(timeout_s)
         self._process.join(timeout_s)
         if self._process.is_alive():
-            self._process.kill()
+            self.kill()
             self._process.join()
         self._connection.close()
 
@@ -157,36 +177,76 @@ class EngineProcess:
                 return  # the process has ended, which the receiving side reports
 
 
+class EngineLoop:
+    """Serves one connection with one engine; a second thread sends the signs of life."""
+
+    def __init__(self, engine: StepEngine, connection: Connection) -> None:
+        self._engine = engine
+        self._connection = connection
+        self._send_lock = threading.Lock()
+        self._ended = threading.Event()
+        self._step_began: float | None = None
+
+    def run(self) -> None:
+        """Serve until the other side says ``None`` or closes."""
+        heart = threading.Thread(target=self._beat, daemon=True)
+        try:
+            self._send(EngineReady(self._engine.limits))
+            heart.start()
+            while self._take_messages():
+                self._step_began = time.monotonic()
+                output = self._engine.step()
+                self._step_began = None
+                self._send(output)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return  # the other side is gone, and with it everyone who waits for an answer
+        finally:
+            self._ended.set()
+
+    def _take_messages(self) -> bool:
+        """Apply what has come, waiting where there is nothing to step; False at the end."""
+        engine = self._engine
+        while not engine.has_work or self._connection.poll():
+            if not engine.has_work:
+                engine.check_integrity()
+            batch: list[Message] | None = self._connection.recv()
+            if batch is None:
+                return False
+            refused = self._apply(batch)
+            # an abort may leave nothing to step, and the gauges must say so
+            if refused or not engine.has_work:
+                self._send(StepOutput(tuple(refused), engine.statistics()))
+        return True
+
+    def _apply(self, batch: list[Message]) -> list[TokenOutput]:
+        refused = []
+        for message in batch:
+            if isinstance(message, Abort):
+                self._engine.abort(message.request_id)
+                continue
+            try:
+                self._engine.add(message)
+            except RequestError as error:
+                output = TokenOutput(message.request_id, finish_reason="error", error=str(error))
+                refused.append(output)
+        return refused
+
+    def _send(self, message: StepOutput | Heartbeat | EngineReady) -> None:
+        with self._send_lock:
+            self._connection.send(message)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            began = self._step_began
+            try:
+                self._send(Heartbeat(time.monotonic() - began if began is not None else 0.0))
+            except OSError:
+                return  # the loop finds out by itself
+
+
 def run_engine(engine: StepEngine, connection: Connection) -> None:
     """Serve the other end of ``connection`` until it says ``None`` or closes."""
-    connection.send(EngineReady(engine.limits))
-    try:
-        while True:
-            while not engine.has_work or connection.poll():
-                batch: list[Message] | None = connection.recv()
-                if batch is None:
-                    return
-                refused = _apply(engine, batch)
-                # an abort may leave nothing to step, and the gauges must say so
-                if refused or not engine.has_work:
-                    connection.send(StepOutput(tuple(refused), engine.statistics()))
-            connection.send(engine.step())
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the other side is gone, and with it everyone who waits for an answer
-
-
-def _apply(engine: StepEngine, batch: list[Message]) -> list[TokenOutput]:
-    refused = []
-    for message in batch:
-        if isinstance(message, Abort):
-            engine.abort(message.request_id)
-            continue
-        try:
-            engine.add(message)
-        except RequestError as error:
-            output = TokenOutput(message.request_id, finish_reason="error", error=str(error))
-            refused.append(output)
-    return refused
+    EngineLoop(engine, connection).run()
 
 
 def _child_main(entry: str, connection: Connection, settings: object) -> None:

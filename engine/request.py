@@ -1,59 +1,13 @@
 """The engine's vocabulary: what is asked of it and what it answers, as plain data."""
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from engine.sampling_params import RequestError, SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
-
-
-class RequestError(ValueError):
-    """The caller's mistake in a request. ``param`` names the field that is wrong."""
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(f"{param}: {message}")
-        self.param = param
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the tokens of one request are chosen, and when they end.
-
-    Raises:
-        RequestError: a field is out of range.
-    """
-
-    max_tokens: int = field(default=16, metadata={"help": "tokens to generate at most"})
-    temperature: float = field(
-        default=1.0, metadata={"help": "divides the logits; 0 takes the likeliest token"}
-    )
-    top_k: int = field(
-        default=0, metadata={"help": "sample among the k likeliest tokens; 0 or -1: all"}
-    )
-    top_p: float = field(
-        default=1.0,
-        metadata={"help": "sample among the fewest likeliest tokens that reach this probability"},
-    )
-    seed: int | None = field(
-        default=None, metadata={"help": "same seed, same tokens (default: a random one)"}
-    )
-    stop_token_ids: frozenset[int] = frozenset()
-    ignore_eos: bool = field(
-        default=False, metadata={"help": "generate on after the end-of-sequence token"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise RequestError("max_tokens", f"must be at least 1, not {self.max_tokens}")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise RequestError("temperature", f"must be 0 or more, not {self.temperature}")
-        if self.top_k < -1:
-            raise RequestError("top_k", f"must be -1 or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise RequestError("top_p", f"must be above 0 and at most 1, not {self.top_p}")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise RequestError("seed", f"{self.seed} does not fit in 64 bits")
+MAX_PRIORITY = 100
 
 
 @dataclass(frozen=True)
@@ -72,7 +26,7 @@ class RequestLimits:
         length = len(prompt_ids)
         if not length:
             raise RequestError("prompt", "is empty, there is nothing to continue")
-        if length >= self.max_model_len:
+        if length > self.max_model_len - (sampling.max_tokens > 0):
             raise RequestError(
                 "prompt",
                 f"has {length} tokens, which leaves no room for an answer in the"
@@ -84,34 +38,63 @@ class RequestLimits:
                 f"{sampling.max_tokens} and a prompt of {length} tokens exceed the"
                 f" {self.max_model_len} that the model takes",
             )
-        self._check_ids("prompt", prompt_ids)
-        self._check_ids("stop_token_ids", sampling.stop_token_ids)
-
-    def _check_ids(self, param: str, ids: Iterable[int]) -> None:
-        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
-        if wrong is not None:
-            raise RequestError(param, f"token id {wrong} is outside [0, {self.vocab_size})")
+        for param, ids in {"prompt": prompt_ids, **sampling.listed_ids}.items():
+            wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+            if wrong is not None:
+                raise RequestError(param, f"token id {wrong} is outside [0, {self.vocab_size})")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to be continued. ``request_id`` is unique among those under way."""
+    """One prompt to be continued.
+
+    Attributes:
+        request_id: unique among those under way.
+        priority: smaller runs sooner, -MAX_PRIORITY to MAX_PRIORITY.
+        cache_salt: only requests of the same salt share KV blocks.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            message = f"must be -{MAX_PRIORITY} to {MAX_PRIORITY}, not {self.priority}"
+            raise RequestError("priority", message)
 
 
-@dataclass(frozen=True)
-class TokenOutput:
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position, by the model's own softmax.
+
+    Attributes:
+        token_id: the token that stands there.
+        logprob: its log-probability.
+        rank: its place among all tokens, 1 for the likeliest.
+        top: the likeliest tokens with theirs, best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+class TokenOutput(NamedTuple):
     """What one step gave one request.
 
     Attributes:
         request_id: whose tokens these are.
         token_ids: the new tokens, in order; empty when it ended without one.
         finish_reason: set once, in the request's last output.
-        stop_token_id: the stop id that ended it, itself the last of ``token_ids``.
+        stop_token_id: the id that ended it, itself the last of ``token_ids``.
         error: what went wrong, when ``finish_reason`` is ``error``.
+        logprobs: one entry a token, where they were asked for.
+        prompt_logprobs: entries of the next prompt tokens, where they were asked for.
+        cached_tokens: prompt tokens whose keys and values were found, in the first output with
+            tokens.
     """
 
     request_id: str
@@ -119,17 +102,27 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class EngineStatistics:
-    """Gauges after a step. ``step_tokens`` counts the tokens that the step ran."""
+    """Gauges after a step, and totals since the engine was made.
+
+    ``step_tokens`` counts the tokens that the step ran, ``prefix_queries`` and ``prefix_hits``
+    prompt tokens that were looked for and found among the kept blocks.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     step_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
 
 
 @dataclass(frozen=True)

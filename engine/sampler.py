@@ -1,7 +1,7 @@
 """Logits to token ids: greedy, or sampled by the inverse of the cumulative distribution.
 
-A token costs one uniform number, a function of (seed, position) alone, so what a request draws does
-not depend on its company.
+A token costs one uniform number, a function of (seed, position) alone, and is found in the order of
+the vocabulary, whatever was cut away: so what a request draws does not depend on its company.
 """
 
 from collections.abc import Sequence
@@ -11,35 +11,64 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.request import SamplingParams
+from engine.logit_rules import SamplingRow, apply_rules
+from engine.request import TokenLogprobs
+from engine.sampling_params import SamplingParams
+
+_BLOCK = 256
+_ARGMAX_BLOCK = 1024
+# no weight of a softmax below this is ever drawn; dividing by a power of two changes no other bit
+_TINY = 2.0**-100
 
 
 def sample(
     logits_LV: Tensor,
-    params: Sequence[SamplingParams],
-    seeds: Sequence[int],
-    positions: Sequence[int],
+    rows: Sequence[SamplingRow],
+    eos_ids: frozenset[int] = frozenset(),
+    bitmask: NDArray[np.uint32] | None = None,
 ) -> list[int]:
     """Choose one token a row.
 
     Args:
-        logits_LV: ``[L, vocabulary]``, any floating dtype.
-        params: for each row how to choose.
-        seeds: for each row its request's seed.
-        positions: for each row the position that the chosen token will have.
+        logits_LV: ``[L, vocabulary]``, any floating dtype; left as it is.
+        rows: for each row how to choose.
+        eos_ids: ids that end an answer, which ``min_tokens`` forbids.
+        bitmask: uint32 ``[L, ceil(vocabulary / 32)]``, a bit for every token that may come.
     """
-    chosen_L = logits_LV.argmax(dim=-1)
-    drawn = [row for row, param in enumerate(params) if param.temperature > 0]
+    drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
+    has_rules = bitmask is not None or any(row.params.has_rules for row in rows)
+    # a CPU reduces bfloat16 so slowly that widening it first pays
+    logits_LV = logits_LV.to(torch.float32, copy=has_rules)
+    if has_rules:
+        apply_rules(logits_LV, rows, eos_ids, bitmask)
+    chosen_L = _argmax(logits_LV)
     if drawn:
-        rows = torch.tensor(drawn, device=logits_LV.device)
-        uniforms = uniform([seeds[row] for row in drawn], [positions[row] for row in drawn])
-        chosen_L[rows] = _draw(
-            logits_LV[rows].float(),
-            [params[row] for row in drawn],
+        uniforms = uniform([rows[i].seed for i in drawn], [rows[i].position for i in drawn])
+        at = torch.tensor(drawn, device=logits_LV.device)
+        chosen_L[at] = _draw(
+            logits_LV if len(drawn) == len(rows) else logits_LV[at],
+            [rows[i].params for i in drawn],
             torch.from_numpy(uniforms).to(logits_LV.device),
         )
     ids: list[int] = chosen_L.tolist()
     return ids
+
+
+def log_probabilities(
+    logits_LV: Tensor, token_ids: Sequence[int], count: int
+) -> list[TokenLogprobs]:
+    """Log-probabilities of ``token_ids``, one a row, and of the ``count`` likeliest tokens."""
+    logprobs_LV = logits_LV.float().log_softmax(dim=-1)
+    ids_L1 = torch.tensor(token_ids, device=logits_LV.device).unsqueeze(1)
+    own_L1 = logprobs_LV.gather(1, ids_L1)
+    ranks: list[int] = ((logprobs_LV > own_L1).sum(dim=-1) + 1).tolist()
+    own: list[float] = own_L1.squeeze(1).tolist()
+    top = logprobs_LV.topk(min(count, logprobs_LV.shape[1]), dim=-1)
+    tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [
+        TokenLogprobs(token_id, logprob, rank, tuple(zip(ids, values, strict=True)))
+        for token_id, logprob, rank, (ids, values) in zip(token_ids, own, ranks, tops, strict=True)
+    ]
 
 
 def uniform(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
@@ -58,26 +87,107 @@ def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return mixed ^ (mixed >> np.uint64(31))
 
 
+def _argmax(logits_LV: Tensor) -> Tensor:
+    """The first of the largest, by blocks: a plain argmax is not vectorised on a CPU."""
+    vocab_size = logits_LV.shape[1]
+    whole = vocab_size // _ARGMAX_BLOCK * _ARGMAX_BLOCK
+    blocks_LBC = torch.unflatten(logits_LV[:, :whole], 1, (-1, _ARGMAX_BLOCK))
+    best_LB = blocks_LBC.amax(dim=-1)
+    if whole < vocab_size:
+        rest_L1 = logits_LV[:, whole:].amax(dim=-1, keepdim=True)
+        best_LB = torch.cat((best_LB, rest_L1), dim=1)
+    starts_L1 = best_LB.argmax(dim=-1, keepdim=True) * _ARGMAX_BLOCK
+    columns_LC = starts_L1 + torch.arange(_ARGMAX_BLOCK, device=logits_LV.device)
+    candidates_LC = logits_LV.gather(1, columns_LC.clamp_(max=vocab_size - 1))
+    return starts_L1.squeeze(1) + candidates_LC.argmax(dim=-1)
+
+
+def _blocks(x_LV: Tensor, padding: float) -> Tensor:
+    missing = -x_LV.shape[1] % _BLOCK
+    if missing:
+        x_LV = torch.nn.functional.pad(x_LV, (0, missing), value=padding)
+    return x_LV.view(len(x_LV), -1, _BLOCK)
+
+
 def _draw(logits_LV: Tensor, params: Sequence[SamplingParams], uniforms_L: Tensor) -> Tensor:
-    device, vocab_size = logits_LV.device, logits_LV.shape[1]
-    # at the least that fp32 can divide by, only the likeliest token is left anyway
-    temperatures = torch.tensor([max(p.temperature, 1e-30) for p in params], device=device)
-    # divided by the largest first: a tiny temperature must not overflow
+    # the largest is taken off first: a tiny temperature must not overflow
     logits_LV = logits_LV - logits_LV.amax(dim=-1, keepdim=True)
-    probabilities_LV = (logits_LV / temperatures.unsqueeze(1)).softmax(dim=-1)
-    sorted_LV, ids_LV = probabilities_LV.double().sort(dim=-1, descending=True, stable=True)
-    counts = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-    top_k = torch.tensor(counts, device=device)
-    top_p = torch.tensor([param.top_p for param in params], dtype=torch.float64, device=device)
-    ranks_V = torch.arange(vocab_size, device=device)
-    sorted_LV = sorted_LV.masked_fill(ranks_V >= top_k.unsqueeze(1), 0.0)
-    # top_p is a share of what top_k left; a token stays while those before it fall short of it
-    sorted_LV = sorted_LV / sorted_LV.sum(dim=-1, keepdim=True)
-    before_LV = sorted_LV.cumsum(dim=-1) - sorted_LV
-    sorted_LV = sorted_LV.masked_fill((before_LV >= top_p.unsqueeze(1)) & (ranks_V > 0), 0.0)
-    cumulative_LV = sorted_LV.cumsum(dim=-1)
-    targets_L1 = (uniforms_L * cumulative_LV[:, -1]).unsqueeze(1)
-    drawn_L1 = torch.searchsorted(cumulative_LV, targets_L1, right=True)
-    # rounding may put a target on the very end: the last token with any probability takes it
-    last_L1 = ((sorted_LV > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    return ids_LV.gather(1, drawn_L1.minimum(last_L1)).squeeze(1)
+    temperatures_L1 = _column(params, "temperature", logits_LV).clamp(min=1e-30)
+    weights_LV = (logits_LV / temperatures_L1).softmax(dim=-1)
+    weights_LV = _keep_top_k(weights_LV, params)
+    weights_LV = _keep_top_p(weights_LV, params)
+    if any(param.min_p for param in params):
+        floor_L1 = weights_LV.amax(dim=-1, keepdim=True) * _column(params, "min_p", weights_LV)
+        weights_LV = _at_least(weights_LV, floor_L1.clamp(min=_TINY))
+    blocks_LBC = _blocks(weights_LV, 0.0)
+    block_L, rest_L = _invert(blocks_LBC.sum(dim=-1), uniforms_L, relative=True)
+    rows_L = torch.arange(len(block_L), device=block_L.device)
+    inside_L, _ = _invert(blocks_LBC[rows_L, block_L], rest_L, relative=False)
+    return block_L * _BLOCK + inside_L
+
+
+def _invert(weights_LC: Tensor, targets_L: Tensor, relative: bool) -> tuple[Tensor, Tensor]:
+    """The columns where the sums of weights first exceed the targets, and what is left of these."""
+    sums_LC = weights_LC.double().cumsum(dim=-1)
+    if relative:
+        targets_L = targets_L * sums_LC[:, -1]
+    found_L1 = torch.searchsorted(sums_LC, targets_L.unsqueeze(1), right=True)
+    # rounding may put a target on the very end: the last column with any weight takes it
+    places_C = torch.arange(weights_LC.shape[1], device=weights_LC.device)
+    last_L1 = (places_C * (weights_LC > 0)).amax(dim=-1, keepdim=True)
+    found_L1 = found_L1.minimum(last_L1)
+    before_L1 = sums_LC.gather(1, found_L1) - weights_LC.gather(1, found_L1)
+    return found_L1.squeeze(1), targets_L - before_L1.squeeze(1)
+
+
+def _keep_top_k(weights_LV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    vocab_size = weights_LV.shape[1]
+    counts = [param.top_k if 0 < param.top_k < vocab_size else vocab_size for param in params]
+    if min(counts) == vocab_size:
+        return weights_LV
+    largest = max(count for count in counts if count < vocab_size)
+    largest_LK = weights_LV.topk(largest, dim=-1).values
+    ranks_L1 = torch.tensor(counts, device=weights_LV.device).unsqueeze(1) - 1
+    floor_L1 = largest_LK.gather(1, ranks_L1.clamp(max=largest - 1))
+    # rows without a bound keep everything; those as likely as the last one stay with it
+    floor_L1 = torch.where(ranks_L1 < largest, floor_L1, _TINY)
+    return _at_least(weights_LV, floor_L1.clamp(min=_TINY))
+
+
+def _keep_top_p(weights_LV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    if all(param.top_p == 1 for param in params):
+        return weights_LV
+    # a share of what top_k left
+    total_L1 = weights_LV.sum(dim=-1, keepdim=True)
+    wanted_L1 = _column(params, "top_p", weights_LV) * total_L1
+    # the largest floor above which enough is left, found bit by bit: floats that are not negative
+    # are ordered as their bits are, and sorting a vocabulary takes ten times as long
+    high_L1 = weights_LV.amax(dim=-1, keepdim=True).view(torch.int32)
+    low_L1 = torch.full_like(high_L1, _bits(_TINY))
+    while bool((low_L1 < high_L1).any()):
+        middle_L1 = low_L1 + (high_L1 - low_L1 + 1) // 2
+        floor_L1 = middle_L1.view(torch.float32)
+        left_L1 = _at_least(weights_LV, floor_L1).sum(dim=-1, keepdim=True)
+        is_enough_L1 = left_L1 >= wanted_L1
+        low_L1 = torch.where(is_enough_L1, middle_L1, low_L1)
+        high_L1 = torch.where(is_enough_L1, high_L1, middle_L1 - 1)
+    keeps_all_L1 = wanted_L1 >= total_L1
+    return _at_least(weights_LV, low_L1.view(torch.float32).masked_fill(keeps_all_L1, _TINY))
+
+
+def _at_least(weights_LV: Tensor, floor_L1: Tensor) -> Tensor:
+    """The weights, 0 where they fall short of the floor by more than rounding.
+
+    Dividing and a threshold are vectorised on a CPU; a masked fill takes twenty times as long.
+    """
+    shares_LV = torch.nn.functional.threshold(weights_LV / floor_L1, 1 - 1e-6, 0.0, inplace=True)
+    return shares_LV.mul_(floor_L1)
+
+
+def _bits(value: float) -> int:
+    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
+
+
+def _column(params: Sequence[SamplingParams], name: str, like: Tensor) -> Tensor:
+    values = [getattr(param, name) for param in params]
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)

@@ -1,29 +1,52 @@
 """Which tokens run next, under one token budget: pure Python over ints, no tensors."""
 
-from collections import deque
-from collections.abc import Mapping
+import itertools
+from bisect import insort
+from collections.abc import Callable, Mapping
 
+from engine.chunk_result import ChunkResult
 from engine.config import EngineConfig
 from engine.kv_blocks import BlockPool
+from engine.prefix_hash import PrefixHasher
 from engine.request import FinishReason, Request, TokenOutput
 from engine.sequence import Sequence
 from engine.step_plan import SequenceChunk, StepPlan
+from engine.token_mask import TokenMask
+
+# a request is overtaken by one of a smaller priority that arrives at most so many steps later for
+# each level between them; so nobody starves
+PRIORITY_STEPS = 1000
 
 
 class Scheduler:
-    """First come, first served. A sequence waits, then runs until it ends or is aborted.
+    """First come, first served within a priority; a sequence waits, runs, may be preempted.
 
     Running sequences come first in a plan, decodes before prompts; what is left of the budget goes
-    to waiting ones. A sequence is admitted with blocks for its prompt and longest answer, so one
-    that runs never lacks a block.
+    to waiting ones. Blocks are taken as tokens come. When there are none the last in the order of
+    service gives up its own and is later computed again: so the first always moves on.
     """
 
-    def __init__(self, config: EngineConfig, pool: BlockPool, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: BlockPool,
+        eos_ids: frozenset[int],
+        propose: Callable[[Sequence], list[int]] | None = None,
+    ) -> None:
+        """``propose`` guesses tokens that follow a sequence; see ``engine.drafter``."""
         self._config = config
         self._pool = pool
+        self._hasher = PrefixHasher(pool.block_size)
         self._eos_ids = eos_ids
-        self._waiting: deque[Sequence] = deque()
+        self._propose = propose
+        self._waiting: list[Sequence] = []  # in the order of service
         self._running: dict[str, Sequence] = {}
+        self._promised: dict[bytes, Sequence] = {}  # blocks that a running prompt will publish
+        self._arrivals = itertools.count()
+        self._step = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.preemptions = 0
 
     @property
     def num_waiting(self) -> int:
@@ -37,68 +60,189 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
-    def add(self, request: Request, seed: int) -> None:
+    def add(self, request: Request, seed: int, mask: TokenMask | None = None) -> None:
         """Queue a request whose prompt and longest answer fit in the pool (the caller checked)."""
-        self._waiting.append(Sequence(request, seed))
+        turn = (self._step + request.priority * PRIORITY_STEPS, next(self._arrivals))
+        insort(self._waiting, Sequence(request, seed, turn, mask), key=_turn)
 
     def abort(self, request_id: str) -> None:
         """Forget a request, waiting or running; nothing happens where there is none of this id."""
         if request_id in self._running:
-            self._release(request_id)
-        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
+            self._leave(self._running[request_id])
+        self._waiting = [s for s in self._waiting if s.request_id != request_id]
 
     def plan(self) -> StepPlan:
         """Choose the next step's chunks, at most ``max_batched_tokens`` tokens together."""
+        self._step += 1
         budget = self._config.max_batched_tokens
+        preempted_before = self.preemptions
         chunks: list[SequenceChunk] = []
-        running = sorted(self._running.values(), key=lambda sequence: sequence.num_uncomputed > 1)
+        running = sorted(self._running.values(), key=lambda s: (s.num_uncomputed > 1, s.turn))
         for sequence in running:
-            if budget == 0:
+            if not budget or sequence.request_id not in self._running:
+                continue
+            drafts = self._drafts(sequence, budget - 1)
+            if self._grow(sequence):
+                chunks.append(self._chunk(sequence, budget, drafts))
+                budget -= len(chunks[-1].token_ids)
+        if self.preemptions > preempted_before:
+            return StepPlan(tuple(chunks))  # what was just given up is not for newcomers
+        for sequence in list(self._waiting):
+            if not budget or self.num_running == self._config.max_num_seqs:
                 break
-            chunks.append(self._next_chunk(sequence, budget))
-            budget -= len(chunks[-1].token_ids)
-        while budget and self._waiting and self.num_running < self._config.max_num_seqs:
-            sequence = self._waiting[0]
-            block_ids = self._pool.allocate(self._pool.blocks_for(sequence.max_length))
-            if block_ids is None:
+            if self._waits_for_another(sequence):
+                continue
+            if not self._admit(sequence):
                 break
-            self._waiting.popleft()
-            sequence.block_ids = block_ids
-            self._running[sequence.request.request_id] = sequence
-            chunks.append(self._next_chunk(sequence, budget))
+            chunks.append(self._chunk(sequence, budget, []))
             budget -= len(chunks[-1].token_ids)
         return StepPlan(tuple(chunks))
 
-    def commit(self, plan: StepPlan, sampled: Mapping[str, int]) -> list[TokenOutput]:
-        """Record that ``plan`` ran and that ``sampled`` follows; ended sequences are released."""
+    def commit(self, plan: StepPlan, results: Mapping[str, ChunkResult]) -> list[TokenOutput]:
+        """Record that ``plan`` ran with these results; ended sequences are released."""
         outputs = []
         for chunk in plan.chunks:
-            sequence = self._running[chunk.request_id]
-            sequence.num_computed = chunk.end
-            if chunk.sampling is None:
-                continue
-            token_id = sampled[chunk.request_id]
-            sequence.token_ids.append(token_id)
-            reason, stop_token_id = self._finish_reason(sequence, token_id)
-            outputs.append(TokenOutput(chunk.request_id, (token_id,), reason, stop_token_id))
+            sequence, result = self._running[chunk.request_id], results[chunk.request_id]
+            accepted = _accepted(chunk, result.token_ids)
+            sequence.num_computed = chunk.end - chunk.num_drafts + accepted
+            is_answer = sequence.num_computed >= len(sequence.token_ids)
+            sequence.prompt_scores += result.prompt_logprobs
+            reason, stop_id, count = None, None, 0
+            for token_id in result.token_ids[: accepted + 1]:
+                sequence.token_ids.append(token_id)
+                count += 1
+                reason, stop_id = self._finish_reason(sequence, token_id)
+                if reason is not None:
+                    break
+            if is_answer and not sequence.request.sampling.max_tokens:
+                reason = "length"  # the prompt was to be scored, no more
+            self._settle(sequence)
+            if sequence.mask is not None:
+                sequence.mask.accept(result.token_ids[:count])
+            if is_answer:
+                outputs.append(_output(sequence, result, count, reason, stop_id))
+                sequence.scores_are_due, sequence.prompt_scores = False, []
             if reason is not None:
-                self._release(chunk.request_id)
+                self._leave(sequence)
         return outputs
 
-    def fail(self, plan: StepPlan, error: str) -> list[TokenOutput]:
-        """End every sequence of a plan that could not be run."""
-        for chunk in plan.chunks:
-            self._release(chunk.request_id)
-        return [
-            TokenOutput(chunk.request_id, finish_reason="error", error=error)
-            for chunk in plan.chunks
-        ]
+    def end(self, request_id: str, error: str) -> TokenOutput:
+        """End a running sequence that cannot go on."""
+        self._leave(self._running[request_id])
+        return TokenOutput(request_id, finish_reason="error", error=error)
+
+    def sequence(self, request_id: str) -> Sequence:
+        """The running sequence of this id."""
+        return self._running[request_id]
 
     def check_integrity(self) -> None:
-        """Check that blocks are held by running sequences alone (AssertionError otherwise)."""
-        self._pool.check_integrity(
-            block for sequence in self._running.values() for block in sequence.block_ids
+        """Check that blocks and promises are running sequences' alone (AssertionError)."""
+        held = [block for sequence in self._running.values() for block in sequence.block_ids]
+        self._pool.check_integrity(held)
+        assert not any(sequence.block_ids for sequence in self._waiting)
+        promising = {id(sequence) for sequence in self._promised.values()}
+        assert promising <= {id(sequence) for sequence in self._running.values()}
+
+    def _drafts(self, sequence: Sequence, room: int) -> list[int]:
+        if self._propose is None:
+            return []
+        sampling = sequence.request.sampling
+        left = sampling.max_tokens - sequence.num_generated - 1
+        if sequence.num_uncomputed > 1 or min(room, left) < 1:
+            return []
+        return self._propose(sequence)[: min(room, left)]
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Take blocks for all its tokens; False when the sequence itself had to give way."""
+        needed = self._pool.blocks_for(len(sequence.token_ids))
+        while (missing := needed - len(sequence.block_ids)) > 0:
+            taken = self._pool.take((), missing)
+            if taken is not None:
+                sequence.block_ids += taken
+                break
+            last = max(self._running.values(), key=_turn)
+            self._preempt(last)
+            if last is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self._leave(sequence)
+        insort(self._waiting, sequence, key=_turn)
+
+    def _waits_for_another(self, sequence: Sequence) -> bool:
+        """Whether a running prompt will soon publish the next block that this one needs."""
+        hashes = self._usable_hashes(sequence)
+        found = len(self._pool.find(hashes))
+        return found < len(hashes) and hashes[found] in self._promised
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Move a waiting sequence among the running, with blocks for all its tokens; or not."""
+        hashes = self._usable_hashes(sequence)
+        shared = self._pool.find(hashes)
+        needed = self._pool.blocks_for(len(sequence.token_ids)) - len(shared)
+        taken = self._pool.take(shared, needed)
+        if taken is None:
+            return False
+        self._waiting.remove(sequence)
+        self._running[sequence.request_id] = sequence
+        sequence.block_ids = shared + taken
+        sequence.num_computed = len(shared) * self._pool.block_size
+        sequence.num_published = len(shared)
+        self._promised |= {h: sequence for h in hashes[len(shared) :] if h not in self._promised}
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+            self.prefix_queries += sequence.prompt_length
+            self.prefix_hits += sequence.num_cached
+        return True
+
+    def _usable_hashes(self, sequence: Sequence) -> list[bytes]:
+        # the last token must run for its logits, and all of them where all are scored
+        if sequence.scores_are_due:
+            return []
+        self._hasher.extend(sequence.hashes, sequence.token_ids, sequence.request.cache_salt)
+        return sequence.hashes[: (len(sequence.token_ids) - 1) // self._pool.block_size]
+
+    def _chunk(self, sequence: Sequence, budget: int, drafts: list[int]) -> SequenceChunk:
+        start = sequence.num_computed
+        end = start + min(sequence.num_uncomputed, budget)
+        missing = self._pool.blocks_for(end + len(drafts)) - len(sequence.block_ids)
+        if missing > 0:
+            # guesses are not worth preempting anyone for
+            taken = self._pool.take((), missing)
+            sequence.block_ids += taken or []
+            drafts = drafts if taken is not None else []
+        request, tokens = sequence.request, sequence.token_ids
+        scores = request.prompt_ids[start + 1 : end + 1] if sequence.scores_are_due else ()
+        return SequenceChunk(
+            request_id=request.request_id,
+            token_ids=(*tokens[start:end], *drafts),
+            start=start,
+            block_ids=tuple(sequence.block_ids[: self._pool.blocks_for(end + len(drafts))]),
+            sampling=request.sampling,
+            seed=sequence.seed,
+            samples=end == len(tokens) and request.sampling.max_tokens > 0,
+            num_drafts=len(drafts),
+            scores=scores,
+            history=tuple(tokens) if request.sampling.needs_history else (),
+            prompt_length=sequence.prompt_length,
         )
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Publish blocks that are now full, and give back those that only guesses needed."""
+        needed = self._pool.blocks_for(len(sequence.token_ids))
+        if needed < len(sequence.block_ids):
+            self._pool.release(sequence.block_ids[needed:])
+            del sequence.block_ids[needed:]
+        full = sequence.num_computed // self._pool.block_size
+        if full == sequence.num_published:
+            return
+        self._hasher.extend(sequence.hashes, sequence.token_ids, sequence.request.cache_salt)
+        for index in range(sequence.num_published, full):
+            self._pool.publish(sequence.block_ids[index], sequence.hashes[index])
+            self._break_promise(sequence, sequence.hashes[index])
+        sequence.num_published = full
 
     def _finish_reason(
         self, sequence: Sequence, token_id: int
@@ -109,18 +253,44 @@ class Scheduler:
             return "stop", token_id
         return ("length" if sequence.num_generated == sampling.max_tokens else None), None
 
-    def _release(self, request_id: str) -> None:
-        self._pool.release(self._running.pop(request_id).block_ids)
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a sequence from the running; its blocks go back, its tokens stay."""
+        del self._running[sequence.request_id]
+        for prefix_hash in sequence.hashes[sequence.num_published :]:
+            self._break_promise(sequence, prefix_hash)
+        self._pool.release(sequence.block_ids)
+        sequence.block_ids, sequence.num_computed, sequence.num_published = [], 0, 0
+        sequence.prompt_scores = []
 
-    def _next_chunk(self, sequence: Sequence, budget: int) -> SequenceChunk:
-        start = sequence.num_computed
-        end = start + min(sequence.num_uncomputed, budget)
-        request = sequence.request
-        return SequenceChunk(
-            request_id=request.request_id,
-            token_ids=tuple(sequence.token_ids[start:end]),
-            start=start,
-            block_ids=tuple(sequence.block_ids[: self._pool.blocks_for(end)]),
-            sampling=request.sampling if end == len(sequence.token_ids) else None,
-            seed=sequence.seed,
-        )
+    def _break_promise(self, sequence: Sequence, prefix_hash: bytes) -> None:
+        if self._promised.get(prefix_hash) is sequence:
+            del self._promised[prefix_hash]
+
+
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    return sequence.turn
+
+
+def _accepted(chunk: SequenceChunk, chosen: tuple[int, ...]) -> int:
+    """How many guesses are what was chosen in their place."""
+    drafts = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafts :]
+    pairs = zip(drafts, chosen, strict=False)
+    return next((i for i, (draft, token) in enumerate(pairs) if draft != token), len(drafts))
+
+
+def _output(
+    sequence: Sequence,
+    result: ChunkResult,
+    count: int,
+    reason: FinishReason | None,
+    stop_id: int | None,
+) -> TokenOutput:
+    return TokenOutput(
+        request_id=sequence.request_id,
+        token_ids=result.token_ids[:count],
+        finish_reason=reason,
+        stop_token_id=stop_id,
+        logprobs=result.logprobs[:count],
+        prompt_logprobs=tuple(sequence.prompt_scores),
+        cached_tokens=sequence.num_cached or 0,
+    )

@@ -1,34 +1,52 @@
 """What one step is to run, as plain data: every rank of a parallel model runs the same plan."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from engine.request import SamplingParams
+from engine.sampling_params import SamplingParams
 
 
-@dataclass(frozen=True)
-class SequenceChunk:
+class SequenceChunk(NamedTuple):
     """The tokens of one sequence that a step runs.
 
     Attributes:
         request_id: whose they are.
-        token_ids: the ids to run, at positions ``[start, start + len(token_ids))``.
+        token_ids: the ids to run, at positions ``[start, end)``; the last ``num_drafts`` of them
+            are guesses.
         start: tokens of the sequence whose keys and values are in its blocks already.
         block_ids: the sequence's KV blocks in order, enough for its context after this chunk.
-        sampling: how to choose the token that follows the chunk; ``None`` inside a prompt.
+        sampling: how to choose tokens; the sequence's own.
         seed: the sequence's own, from which with the position its random numbers follow.
+        samples: whether a token is chosen after the last one that is no guess (and, where guesses
+            hold, after each of them).
+        num_drafts: guesses at the end of ``token_ids``.
+        scores: prompt tokens right after the chunk's first, second, ... token whose
+            log-probabilities are wanted.
+        history: where ``sampling.needs_history``, all tokens so far, no guesses.
+        prompt_length: how many of the sequence's tokens are its prompt.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     start: int
     block_ids: tuple[int, ...]
-    sampling: SamplingParams | None
+    sampling: SamplingParams
     seed: int
+    samples: bool
+    num_drafts: int = 0
+    scores: tuple[int, ...] = ()
+    history: tuple[int, ...] = ()
+    prompt_length: int = 0
 
     @property
     def end(self) -> int:
-        """The sequence's context length after this chunk."""
+        """The sequence's context length after this chunk, guesses included."""
         return self.start + len(self.token_ids)
+
+    @property
+    def num_sampled(self) -> int:
+        """Positions at which a token is chosen: the last ones of the chunk."""
+        return 1 + self.num_drafts if self.samples else 0
 
 
 @dataclass(frozen=True)

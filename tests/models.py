@@ -11,7 +11,8 @@ from engine.engine import Engine
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
 from engine.ops.layout import TokenLayout
-from engine.request import Request, SamplingParams
+from engine.request import Request
+from engine.sampling_params import SamplingParams
 from memory_ops.tables.device import DeviceTable
 from weights.checkpoint import save_checkpoint, table_names
 from weights.config_json import CheckpointConfig

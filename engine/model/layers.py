@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.model.config import ModelConfig
-from engine.model.memory_layer import MemoryLayer
+from engine.model.memory_layer import MemoryLayer, MemoryTrace
 from engine.ops.layout import TokenLayout
 
 
@@ -97,11 +97,13 @@ class DecoderLayer(nn.Module):
         layout: TokenLayout,
         angles: tuple[Tensor, Tensor],
         kv_blocks: Tensor | None,
+        trace: list[MemoryTrace] | None,
     ) -> tuple[Tensor, Tensor]:
         """Return (feed-forward output, residual stream); their sum is the layer's output."""
         x_TD, residual_TD = self.input_layernorm(x_TD, residual_TD)
         x_TD = self.self_attn(x_TD, layout, angles, kv_blocks)
         x_TD, residual_TD = self.post_attention_layernorm(x_TD, residual_TD)
-        feed_forward = self.memory if self.mlp is None else self.mlp
-        assert feed_forward is not None and residual_TD is not None
-        return feed_forward(x_TD), residual_TD
+        if self.mlp is not None:
+            return self.mlp(x_TD), residual_TD
+        assert self.memory is not None
+        return self.memory(x_TD, trace), residual_TD

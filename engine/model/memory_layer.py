@@ -4,6 +4,8 @@ Formulas and symbols are those of "Memory Layers at Scale" (arXiv 2412.09764); H
 subkeys per half, K rows per head, k query width per head, V value width, T tokens, D model width.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,14 @@ import memory_ops
 from engine import ops
 from engine.model.config import MemoryConfig
 from memory_ops.tables.value_table import ValueTable
+
+
+@dataclass(frozen=True)
+class MemoryTrace:
+    """What one memory layer read: int64 ``rows_THK`` and their ``weights_THK``, ``[T, H, K]``."""
+
+    rows_THK: Tensor
+    weights_THK: Tensor
 
 
 class MemoryLayer(nn.Module):
@@ -65,9 +75,11 @@ class MemoryLayer(nn.Module):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         return torch.einsum("thck,hcnk->thcn", q_TH2k.to(wide), self.subkeys.to(wide))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return ``y``, ``[T, D]`` in the dtype of ``x``."""
+    def forward(self, x_TD: Tensor, trace: list[MemoryTrace] | None = None) -> Tensor:
+        """Return ``y``, ``[T, D]`` in the dtype of ``x``; what is read is added to ``trace``."""
         rows_THK, weights_THK = memory_ops.product_topk(self.half_scores(x_TD), self.top_k)
+        if trace is not None:
+            trace.append(MemoryTrace(rows_THK, weights_THK))
         lookup = self.table.start(rows_THK, weights_THK)
         # the table may still be fetching: what does not depend on the rows runs meanwhile
         gate_TV = None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from engine import ops
 from engine.model.config import ModelConfig
 from engine.model.layers import DecoderLayer, RmsNorm
+from engine.model.memory_layer import MemoryTrace
 from engine.model.rotary import rope_angles, rope_frequencies
 from engine.ops.layout import TokenLayout
 from memory_ops.tables.value_table import ValueTable
@@ -15,9 +16,17 @@ from memory_ops.tables.value_table import ValueTable
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """What one forward gives: ``logits_LV``, ``[positions asked for, vocabulary]``."""
+    """What one forward gives.
+
+    Attributes:
+        logits_LV: ``[positions asked for, vocabulary]``.
+        hidden_LD: the last norm's output at these positions, from which the logits are made.
+        memory: by layer what its memory read for all T tokens, where a trace was asked for.
+    """
 
     logits_LV: Tensor
+    hidden_LD: Tensor
+    memory: Mapping[int, MemoryTrace]
 
 
 class Decoder(nn.Module):
@@ -74,6 +83,7 @@ class Transformer(nn.Module):
         layout: TokenLayout,
         logits_at_L: Tensor,
         kv_blocks: Sequence[Tensor] | None = None,
+        with_trace: bool = False,
     ) -> ForwardOutput:
         """Run T tokens of several sequences, lying one after another.
 
@@ -83,15 +93,18 @@ class Transformer(nn.Module):
             logits_at_L: int64 indices into the T tokens whose logits are wanted.
             kv_blocks: for each layer ``[blocks, 2, G, block_size, E]``, changed in place; given
                 exactly when ``layout.paged`` is.
+            with_trace: whether the output tells what the memory layers read.
         """
         x_TD = self.model.embed_tokens(ids_T)
         residual_TD = None
         angles = rope_angles(layout.positions_T, self.rope_frequencies)
+        trace: list[MemoryTrace] | None = [] if with_trace else None
         for index, layer in enumerate(self.model.layers):
             layer_kv = kv_blocks[index] if kv_blocks is not None else None
-            x_TD, residual_TD = layer(x_TD, residual_TD, layout, angles, layer_kv)
+            x_TD, residual_TD = layer(x_TD, residual_TD, layout, angles, layer_kv, trace)
         x_LD = x_TD[logits_at_L]
         assert residual_TD is not None
         normed_LD, _ = self.model.norm(x_LD, residual_TD[logits_at_L])
         head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
-        return ForwardOutput(ops.linear(normed_LD, head.weight))
+        memory = dict(zip(self.config.memory_layers, trace or (), strict=False))
+        return ForwardOutput(ops.linear(normed_LD, head.weight), normed_LD, memory)

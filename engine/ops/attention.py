@@ -26,10 +26,9 @@ def attention(
     out_THE = torch.empty_like(q_THE)
     for sequence, (start, end) in enumerate(pairwise(layout.query_starts)):
         if kv_blocks is not None and layout.paged is not None:
-            block_ids = layout.paged.block_ids[sequence]
-            keys_GLE, values_GLE = _read_blocks(
-                kv_blocks, block_ids, layout.paged.context_lengths[sequence]
-            )
+            block_ids_B = layout.paged.block_table_SB[sequence]
+            length = layout.paged.context_lengths[sequence]
+            keys_GLE, values_GLE = _read_blocks(kv_blocks, block_ids_B, length)
         else:
             keys_GLE = k_TGE[start:end].transpose(0, 1)
             values_GLE = v_TGE[start:end].transpose(0, 1)
@@ -37,8 +36,9 @@ def attention(
     return out_THE
 
 
-def _read_blocks(kv_blocks: Tensor, block_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    blocks_B2GSE = kv_blocks.index_select(0, block_ids)
+def _read_blocks(kv_blocks: Tensor, block_ids_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    count = -(-length // kv_blocks.shape[3])
+    blocks_B2GSE = kv_blocks.index_select(0, block_ids_B[:count])
     lines_2GLE = blocks_B2GSE.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
     return lines_2GLE[0], lines_2GLE[1]
 

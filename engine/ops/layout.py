@@ -12,12 +12,13 @@ class PagedKv:
     Attributes:
         kv_index_T: int64 ``[T]``, place of each token's key and value: block id * block size +
             offset in the block.
-        block_ids: for each sequence the int64 ids of its blocks in order, enough for its context.
+        block_table_SB: int64, a row a sequence: the ids of its blocks in order, enough for its
+            context, then anything.
         context_lengths: for each sequence its tokens so far, those of this step included.
     """
 
     kv_index_T: Tensor
-    block_ids: tuple[Tensor, ...]
+    block_table_SB: Tensor
     context_lengths: tuple[int, ...]
 
 

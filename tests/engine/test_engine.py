@@ -8,7 +8,8 @@ import torch
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
 from engine.model.config import MemoryConfig
-from engine.request import Request, RequestError, SamplingParams
+from engine.request import Request
+from engine.sampling_params import RequestError, SamplingParams
 from tests.models import greedy, plain_greedy, random_model, run, tiny_config
 
 KV_BYTES = tiny_config().kv_bytes_per_token(itemsize=4)
@@ -104,7 +105,7 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_company(model):
 def test_a_failing_step_is_answered_and_the_engine_goes_on(model, expected, monkeypatch):
     broken = engine(model)
     with monkeypatch.context() as patch:
-        patch.setattr(broken._runner, "run", lambda plan: 1 / 0)
+        patch.setattr(broken._runner, "run", lambda plan, bitmask: 1 / 0)
         broken.add(greedy("bad", [1, 2], 5))
         (output,) = broken.step().outputs
     assert (output.finish_reason, output.error) == ("error", "ZeroDivisionError in the engine")

@@ -8,6 +8,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from engine.model.config import MemoryConfig, RopeScaling
 from engine.model.rotary import rope_frequencies
 from engine.model.transformer import Transformer
+from engine.ops.layout import TokenLayout
 from memory_ops.tables.device import DeviceTable
 from tests.models import plain_logits, random_model, tiny_config
 
@@ -96,3 +97,26 @@ def test_biases_and_an_untied_head_take_part():
         for parameter in biases or [model.model.embed_tokens.weight]:
             parameter.add_(0.5)
         assert not torch.allclose(before, plain_logits(model, ids))
+
+
+def test_a_trace_tells_what_each_memory_layer_read():
+    kinds = ("memory_plus", "dense", "pkm")
+    model = random_model(tiny_config(num_layers=3, feed_forward=kinds, memory=MEMORY))
+    ids, positions = torch.tensor([1, 2, 3]), torch.arange(3)
+    layout, last = TokenLayout(positions, (0, 3)), torch.tensor([2])
+    plain = model(ids, layout, last)
+    traced = model(ids, layout, last, with_trace=True)
+    assert plain.memory == {} and list(traced.memory) == [0, 2]
+    torch.testing.assert_close(traced.logits_LV, plain.logits_LV)
+    for layer, trace in traced.memory.items():
+        assert trace.rows_THK.shape == trace.weights_THK.shape == (3, 2, 3)
+        torch.testing.assert_close(trace.weights_THK.sum(-1), torch.ones(3, 2))
+        # reading other rows than these changes nothing
+        table = model.model.layers[layer].memory.table
+        untouched = torch.ones(table.num_rows, dtype=torch.bool)
+        for other in traced.memory.values():
+            untouched[other.rows_THK.flatten()] = False
+        table.table_RV[untouched] += 100
+    torch.testing.assert_close(model(ids, layout, last).logits_LV, plain.logits_LV)
+    hidden = torch.nn.functional.linear(plain.hidden_LD, model.lm_head.weight)
+    torch.testing.assert_close(hidden, plain.logits_LV)

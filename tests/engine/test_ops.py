@@ -59,7 +59,7 @@ def test_rope_writes_keys_and_values_where_the_layout_says(dtype):
     kv_blocks = torch.full((3, 2, 2, 4, 8), torch.nan, dtype=dtype)
     q, k, v = (torch.randn(2, heads, 8).to(dtype) for heads in (4, 2, 2))
     positions = torch.tensor([3, 4])
-    paged = PagedKv(torch.tensor([2 * 4 + 3, 0 * 4 + 0]), (torch.tensor([2, 0]),), (5,))
+    paged = PagedKv(torch.tensor([2 * 4 + 3, 0 * 4 + 0]), torch.tensor([[2, 0]]), (5,))
     layout = TokenLayout(positions, (0, 2), paged)
     angles = rope_angles(positions, torch.ones(4))
     _, turned_k = ops.rope_write(q, k, v, angles, layout, kv_blocks)
@@ -111,8 +111,9 @@ def test_attention_reads_the_context_from_scattered_blocks(dtype, block_size):
             kv_blocks[ids[at // block_size], 0, :, at % block_size] = key[at]
             kv_blocks[ids[at // block_size], 1, :, at % block_size] = value[at]
     q = torch.randn(sum(queries), 6, 16).to(dtype)
+    table = torch.nn.utils.rnn.pad_sequence(block_ids, batch_first=True)
     unused = torch.full((sum(queries), 2, 16), torch.nan, dtype=dtype)
-    paged = PagedKv(torch.empty(0, dtype=torch.int64), tuple(block_ids), tuple(contexts))
+    paged = PagedKv(torch.empty(0, dtype=torch.int64), table, tuple(contexts))
     layout = TokenLayout(torch.empty(0, dtype=torch.int64), (0, 3, 4, 5), paged)
     out = ops.attention(q, unused, unused, layout, kv_blocks)
     parts = zip(q.split(queries), keys, values, strict=True)

@@ -11,17 +11,11 @@ from engine.process import (
     EngineReady,
     EngineRefused,
     EngineStartError,
+    Heartbeat,
     run_engine,
 )
-from engine.request import (
-    EngineStatistics,
-    Request,
-    RequestError,
-    RequestLimits,
-    SamplingParams,
-    StepOutput,
-    TokenOutput,
-)
+from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
+from engine.sampling_params import RequestError, SamplingParams
 
 LIMITS = RequestLimits(vocab_size=10, max_model_len=20)
 
@@ -55,8 +49,18 @@ class CountingEngine:
             outputs.append(TokenOutput(name, (token,), None if ids else "length"))
         return StepOutput(tuple(outputs), self.statistics())
 
+    def check_integrity(self):
+        pass
+
     def statistics(self):
         return EngineStatistics(num_running=len(self._left))
+
+
+def output(receive):
+    """The next output, signs of life left out."""
+    while isinstance(message := receive(), Heartbeat):
+        pass
+    return message
 
 
 def request(name: str, *ids: int) -> Request:
@@ -77,22 +81,22 @@ def connection():
 
 def test_requests_are_answered_in_steps(connection):
     connection.send([request("a", 1, 2), request("b", 3)])
-    first, second = connection.recv(), connection.recv()
+    first, second = output(connection.recv), output(connection.recv)
     assert first.outputs == (TokenOutput("a", (1,)), TokenOutput("b", (3,), "length"))
     assert second.outputs == (TokenOutput("a", (2,), "length"),)
 
 
 def test_a_refused_request_is_answered_and_harms_nobody(connection):
     connection.send([request("bad"), request("good", 1)])
-    assert connection.recv().outputs == (
+    assert output(connection.recv).outputs == (
         TokenOutput("bad", finish_reason="error", error="prompt: is empty"),
     )
-    assert connection.recv().outputs == (TokenOutput("good", (1,), "length"),)
+    assert output(connection.recv).outputs == (TokenOutput("good", (1,), "length"),)
 
 
 def test_an_abort_that_leaves_nothing_to_do_still_tells_the_gauges(connection):
     connection.send([request("a", 1, 2), Abort("a")])
-    assert connection.recv() == StepOutput((), EngineStatistics())
+    assert output(connection.recv) == StepOutput((), EngineStatistics())
 
 
 def answering(connection, settings):
@@ -112,9 +116,16 @@ def test_a_process_answers_until_it_is_stopped():
     process = EngineProcess(ENTRY, "run")
     assert process.start() == EngineReady(LIMITS)
     process.send(request("a", 5))
-    assert process.receive().outputs == (TokenOutput("a", (5,), "length"),)
+    assert output(process.receive).outputs == (TokenOutput("a", (5,), "length"),)
     process.stop()
     assert multiprocessing.active_children() == []
+
+
+def test_an_idle_process_gives_signs_of_life():
+    process = EngineProcess(ENTRY, "run")
+    process.start()
+    assert process.receive() == Heartbeat(0.0)
+    process.stop()
 
 
 def test_a_process_that_refuses_says_why():
@@ -132,5 +143,5 @@ def test_a_killed_process_is_the_end_of_its_output():
     process.start()
     multiprocessing.active_children()[0].kill()
     with pytest.raises(EOFError):
-        process.receive()
+        output(process.receive)
     process.stop()

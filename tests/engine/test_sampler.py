@@ -1,71 +1,177 @@
-"""What the sampler may choose, and how often."""
+"""What the sampler may choose, how often, and what it says about it."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from engine.request import RequestError, SamplingParams
-from engine.sampler import sample, uniform
+from engine.logit_rules import SamplingRow, unpack_bitmask
+from engine.sampler import log_probabilities, sample, uniform
+from engine.sampling_params import RequestError, SamplingParams
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, 1.5, -1.0, 0.5, -torch.inf, 1.0])
+DRAWS = 20_000
 
 
-def draw(count: int, seed: int = 5, logits: torch.Tensor = LOGITS, **params) -> torch.Tensor:
-    """Draws at positions 0 .. count - 1 of one request."""
-    rows = logits.expand(count, -1)
-    return torch.tensor(
-        sample(rows, [SamplingParams(**params)] * count, [seed] * count, range(count))
-    )
+def row(seed=5, position=0, history=(), prompt_length=0, **params) -> SamplingRow:
+    return SamplingRow(SamplingParams(**params), seed, position, history, prompt_length)
 
 
-def chi_squared(drawn: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """Pearson's statistic over the tokens that can come; those that cannot must not."""
+def draw(logits=LOGITS, count=DRAWS, history=(), prompt_length=0, eos_ids=frozenset(), **params):
+    """Draws with ``count`` seeds at one position, after ``history``."""
+    given = SamplingParams(**params)
+    position = max(len(history), prompt_length)
+    rows = [SamplingRow(given, seed, position, history, prompt_length) for seed in range(count)]
+    return torch.tensor(sample(logits.expand(count, -1), rows, eos_ids))
+
+
+def check(drawn: torch.Tensor, probabilities: torch.Tensor) -> None:
+    """Pearson's chi-squared: what cannot come never does, the rest as often as it should."""
     counts = torch.bincount(drawn, minlength=len(probabilities)).double()
     possible = probabilities > 0
     assert counts[~possible].sum() == 0
     expected = probabilities[possible].double() * len(drawn)
-    return float(((counts[possible] - expected) ** 2 / expected).sum())
+    statistic = float(((counts[possible] - expected) ** 2 / expected).sum())
+    assert statistic <= stats.chi2.ppf(0.999, max(int(possible.sum()) - 1, 1))
+
+
+def softmax(logits: torch.Tensor) -> torch.Tensor:
+    return logits.double().softmax(0)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_softmax(temperature):
-    probabilities = (LOGITS.double() / temperature).softmax(0)
-    # 99.9 % quantile of chi-squared with 6 degrees of freedom
-    assert chi_squared(draw(20_000, temperature=temperature), probabilities) < 22.46
+    check(draw(temperature=temperature), softmax(LOGITS / temperature))
+
+
+def test_draws_follow_the_softmax_of_a_large_vocabulary():
+    logits = torch.randn(1000) * 3
+    drawn, probabilities = draw(logits), softmax(logits)
+    # ten groups of equal probability, by rank
+    order = probabilities.argsort()
+    group = torch.empty(1000, dtype=torch.int64)
+    group[order] = (probabilities[order].cumsum(0) * 10).long().clamp(max=9)
+    check(group[drawn], torch.zeros(10).double().index_add_(0, group, probabilities))
 
 
 def test_top_k_leaves_the_likeliest():
-    kept = LOGITS.double().masked_fill(LOGITS < 1.5, -torch.inf).softmax(0)
-    assert chi_squared(draw(20_000, top_k=2), kept) < 10.83
+    check(draw(top_k=2), softmax(LOGITS.masked_fill(LOGITS < 1.5, -torch.inf)))
 
 
 def test_top_p_leaves_the_fewest_that_reach_it():
-    # softmax: 0.396, 0.240, 0.146, 0.146, ...: the first three reach 0.7
-    kept = LOGITS.double().clone()
-    kept[[2, 4, 5, 7]] = -torch.inf
-    assert chi_squared(draw(20_000, top_p=0.7), kept.softmax(0)) < 13.82
+    # softmax: 0.396, 0.240, 0.146, 0.146, ...: three reach 0.7, and the fourth is as likely
+    check(draw(top_p=0.7), softmax(LOGITS.masked_fill(LOGITS < 1.0, -torch.inf)))
+    check(draw(top_p=0.5), softmax(LOGITS.masked_fill(LOGITS < 1.5, -torch.inf)))
+
+
+def test_top_p_is_a_share_of_what_top_k_left():
+    # of the three likeliest, 0.625 of their sum is reached by the first two
+    kept = LOGITS.clone()
+    kept[[1, 2, 4, 5, 7]] = -torch.inf
+    check(
+        draw(LOGITS + torch.tensor([0, 0, 0, 0, 0, 0, 0, -0.1]), top_k=3, top_p=0.6), softmax(kept)
+    )
+
+
+def test_a_flat_distribution_needs_more_than_the_likeliest_thousand():
+    drawn = draw(torch.zeros(4000), top_p=0.9)
+    assert drawn.unique().numel() > 3000
+
+
+def test_min_p_is_relative_to_the_likeliest():
+    check(draw(min_p=0.3), softmax(LOGITS.masked_fill(LOGITS < 0.8, -torch.inf)))
+
+
+def test_logit_bias_moves_and_forbids():
+    expected = LOGITS.clone()
+    expected[4] += 3
+    expected[0] -= 100
+    check(draw(logit_bias=((4, 3.0), (0, -100.0))), softmax(expected))
+
+
+def test_only_allowed_ids_come():
+    check(draw(allowed_token_ids=frozenset({1, 4})), softmax(LOGITS)[[1, 4]].new_tensor(
+        [0, *softmax(LOGITS[[1, 4]])[:1], 0, 0, *softmax(LOGITS[[1, 4]])[1:], 0, 0, 0]
+    ))  # fmt: skip
+
+
+def test_penalties_follow_their_formulas():
+    history, prompt_length = (0, 4, 4, 3, 3), 2
+    expected = LOGITS.double().clone()
+    for token in (0, 3, 4):
+        expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
+    expected[4] -= 0.4 * 1 + 0.2
+    expected[3] -= 0.4 * 2 + 0.2
+    params = {"repetition_penalty": 1.5, "frequency_penalty": 0.4, "presence_penalty": 0.2}
+    check(draw(history=history, prompt_length=prompt_length, **params), softmax(expected))
+
+
+def test_a_bad_word_cannot_be_completed():
+    banned = softmax(LOGITS.clone().index_fill_(0, torch.tensor([3]), -torch.inf))
+    words = {"bad_words": ((7, 2, 3),)}
+    check(draw(history=(1, 7, 2), **words), banned)
+    check(draw(history=(1, 7, 1), **words), softmax(LOGITS))
+    check(draw(history=(2,), **words), softmax(LOGITS))
+    check(draw(bad_words=((3,),)), banned)
+
+
+def test_an_answer_does_not_end_before_min_tokens():
+    params = {"min_tokens": 2, "max_tokens": 5, "stop_token_ids": frozenset({3})}
+    banned = LOGITS.clone().index_fill_(0, torch.tensor([0, 3]), -torch.inf)
+    early = {"eos_ids": frozenset({0}), "prompt_length": 4}
+    check(draw(history=(1,) * 5, **early, **params), softmax(banned))
+    check(draw(history=(1,) * 6, **early, **params), softmax(LOGITS))
+
+
+def test_a_bitmask_leaves_its_bits():
+    bitmask = np.zeros((2, 2), dtype=np.uint32)
+    bitmask[0, 0], bitmask[1, 1] = 0b10010, 0b1
+    logits = torch.randn(2, 40)
+    drawn = {tuple(sample(logits, [row(seed=s), row(seed=s)], bitmask=bitmask)) for s in range(200)}
+    assert drawn == {(1, 32), (4, 32)}
+    assert unpack_bitmask(bitmask, 40).nonzero()[1].tolist() == [1, 4, 32]
+
+
+def test_greedy_takes_the_first_of_the_largest():
+    logits = torch.zeros(2, 700)
+    logits[0, [600, 650]] = 1.0
+    logits[1, [3, 4]] = 1.0
+    assert sample(logits, [row(temperature=0)] * 2) == [600, 3]
+    assert sample(logits.bfloat16(), [row(temperature=0)] * 2) == [600, 3]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-300])
+def test_a_tiny_temperature_neither_overflows_nor_wanders(temperature):
+    assert draw(count=50, temperature=temperature).unique().tolist() == [0]
 
 
 def test_a_tiny_top_p_takes_the_likeliest():
-    assert draw(50, top_p=1e-9).unique().tolist() == [0]
-
-
-def test_a_tiny_temperature_neither_overflows_nor_wanders():
-    assert draw(50, temperature=1e-30).unique().tolist() == [0]
-
-
-def test_greedy_takes_the_largest():
-    assert draw(1, temperature=0).item() == 0
+    assert draw(count=50, top_p=1e-9).unique().tolist() == [0]
 
 
 def test_rows_of_a_batch_do_not_touch_each_other():
-    logits = torch.randn(6, 50)
-    params = [SamplingParams(temperature=t, top_k=k) for t, k in [(0, 0), (1, 5), (2, 0)] * 2]
-    seeds, positions = [3, 4, 5, 6, 7, 8], [9, 1, 9, 2, 9, 3]
-    together = sample(logits, params, seeds, positions)
-    alone = [
-        sample(logits[i : i + 1], [params[i]], [seeds[i]], [positions[i]])[0] for i in range(6)
+    logits = torch.randn(8, 300)
+    choices = [
+        {"temperature": 0},
+        {"top_k": 5},
+        {"temperature": 2.0, "top_p": 0.5},
+        {"repetition_penalty": 2.0},
+        {"logit_bias": ((1, 5.0),)},
+        {"allowed_token_ids": frozenset({3, 4, 5})},
+        {"bad_words": ((9,),), "min_p": 0.1},
+        {"min_tokens": 3, "max_tokens": 9},
     ]
+    rows = [row(seed=i, position=9, history=(1, 2, 9), **c) for i, c in enumerate(choices)]
+    together = sample(logits, rows, frozenset({8}))
+    alone = [sample(logits[i : i + 1], [one], frozenset({8}))[0] for i, one in enumerate(rows)]
     assert together == alone
+
+
+def test_the_logits_are_left_as_they_are():
+    logits = torch.randn(1, 20)
+    before = logits.clone()
+    sample(logits, [row(logit_bias=((1, 5.0),), top_k=3)])
+    torch.testing.assert_close(logits, before, rtol=0, atol=0)
 
 
 def test_numbers_depend_on_seed_and_position_alone_and_are_uniform():
@@ -73,28 +179,54 @@ def test_numbers_depend_on_seed_and_position_alone_and_are_uniform():
     assert numbers.min() >= 0 and numbers.max() < 1
     assert len(set(numbers.tolist())) == 10_000
     assert uniform([2], [77])[0] == numbers[5077]
-    assert abs(numbers.mean() - 0.5) < 0.01 and abs(numbers.std() - 12**-0.5) < 0.01
+    assert stats.kstest(numbers, "uniform").pvalue > 0.001
 
 
 def test_negative_and_large_seeds_are_seeds():
     assert len(set(uniform([-1, 0, 1, 2**63 - 1, -(2**63)], [0] * 5).tolist())) == 5
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("max_tokens", 0),
-        ("temperature", -1.0),
-        ("temperature", float("nan")),
-        ("temperature", float("inf")),
-        ("top_k", -2),
-        ("top_p", 0.0),
-        ("top_p", 1.5),
-        ("top_p", float("nan")),
-        ("seed", 2**63),
-    ],
-)
-def test_a_value_out_of_range_is_named(field, value):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_are_those_of_the_full_softmax(dtype):
+    logits = (torch.randn(5, 3000) * 4).to(dtype)
+    exact = logits.double().log_softmax(-1)
+    found = log_probabilities(logits, [0, 7, 7, 2999, 5], count=4)
+    assert [entry.token_id for entry in found] == [0, 7, 7, 2999, 5]
+    for entry, line in zip(found, exact, strict=True):
+        assert entry.logprob == pytest.approx(float(line[entry.token_id]), abs=1e-5)
+        best = line.topk(4)
+        assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert [float(line[i]) for i, _ in entry.top] == pytest.approx(best.values.tolist())
+    assert log_probabilities(logits[:1], [0], count=0)[0].top == ()
+
+
+BAD = [
+    ("max_tokens", {"max_tokens": -1}),
+    ("max_tokens", {"max_tokens": 0}),
+    ("min_tokens", {"min_tokens": 17}),
+    ("temperature", {"temperature": -1.0}),
+    ("temperature", {"temperature": float("nan")}),
+    ("temperature", {"temperature": float("inf")}),
+    ("top_k", {"top_k": -2}),
+    ("top_p", {"top_p": 0.0}),
+    ("top_p", {"top_p": 1.5}),
+    ("min_p", {"min_p": -0.1}),
+    ("repetition_penalty", {"repetition_penalty": 0.0}),
+    ("presence_penalty", {"presence_penalty": 2.5}),
+    ("frequency_penalty", {"frequency_penalty": float("nan")}),
+    ("seed", {"seed": 2**63}),
+    ("logit_bias", {"logit_bias": ((1, 1e9),)}),
+    ("logit_bias", {"logit_bias": tuple((i, 1.0) for i in range(5000))}),
+    ("allowed_token_ids", {"allowed_token_ids": frozenset()}),
+    ("allowed_token_ids", {"allowed_token_ids": frozenset({1}), "bad_words": ((1,),)}),
+    ("bad_words", {"bad_words": ((),)}),
+    ("logprobs", {"logprobs": 21}),
+    ("prompt_logprobs", {"prompt_logprobs": -1}),
+]
+
+
+@pytest.mark.parametrize(("field", "values"), BAD)
+def test_a_value_out_of_range_is_named(field, values):
     with pytest.raises(RequestError, match=f"^{field}: ") as caught:
-        SamplingParams(**{field: value})
+        SamplingParams(**values)
     assert caught.value.param == field

@@ -1,0 +1,85 @@
+"""Milliseconds of an engine step outside the model: plan, batch, sample, commit, messages."""
+
+import multiprocessing
+import random
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from engine.allocator import keep_freed_memory
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.model.config import ModelConfig
+from engine.model.transformer import ForwardOutput, Transformer
+from engine.ops.layout import TokenLayout
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+
+# SmolLM2's shapes where they matter here: the vocabulary, and one layer's blocks
+CONFIG = ModelConfig(
+    vocab_size=49_152,
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=64,
+    max_positions=8192,
+    tie_embeddings=True,
+)
+
+
+class InstantModel(Transformer):
+    """Gives logits that were drawn beforehand, so that nothing but the engine takes time."""
+
+    def __init__(self, max_positions: int) -> None:
+        super().__init__(CONFIG)
+        self.to(torch.bfloat16)
+        self._logits_LV = torch.randn(max_positions, CONFIG.vocab_size).to(torch.bfloat16)
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        layout: TokenLayout,
+        logits_at_L: Tensor,
+        kv_blocks: Sequence[Tensor] | None = None,
+        with_trace: bool = False,
+    ) -> ForwardOutput:
+        count = len(logits_at_L)
+        return ForwardOutput(self._logits_LV[:count], torch.empty(0), {})
+
+
+def measure(batch_sizes: Sequence[int], steps: int) -> None:
+    """Print the median of ``steps`` decode steps for each number of sequences."""
+    kinds = {
+        "greedy": SamplingParams(max_tokens=8000, temperature=0, ignore_eos=True),
+        "sampled": SamplingParams(max_tokens=8000, temperature=0.8, ignore_eos=True),
+        "top_p 0.9": SamplingParams(max_tokens=8000, top_p=0.9, ignore_eos=True),
+    }
+    keep_freed_memory()
+    print(f"{'sequences':>10}" + "".join(f"{kind:>14}" for kind in kinds))
+    for size in batch_sizes:
+        times = [_step_ms(size, params, steps) for params in kinds.values()]
+        print(f"{size:>10}" + "".join(f"{ms:>11.3f} ms" for ms in times))
+
+
+def _step_ms(size: int, params: SamplingParams, steps: int) -> float:
+    engine = Engine(InstantModel(size), EngineConfig(max_num_seqs=size, kv_cache_gib=0.5))
+    drawn = random.Random(0)
+    for index in range(size):
+        ids = tuple(drawn.randrange(CONFIG.vocab_size) for _ in range(128))
+        engine.add(Request(str(index), ids, params))
+    while engine.statistics().num_running < size:
+        engine.step()
+    engine.step()
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        sender.send(engine.step())
+        receiver.recv()
+        times.append(time.perf_counter() - start)
+    return median(times) * 1e3

@@ -1,0 +1,324 @@
+"""Whatever a request's company, fate and shortcuts: the tokens are those of a plain loop."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.masking import allowed_drafts
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from tests.models import (
+    VOCAB_SIZE,
+    greedy,
+    plain_greedy,
+    plain_logits,
+    random_model,
+    run,
+    tiny_config,
+)
+
+KV_BYTES = tiny_config().kv_bytes_per_token(itemsize=4)
+COUNT = 12
+
+
+def engine(model, kv_tokens: int = 4096, drafter=None, num_drafts: int = 0, **config) -> Engine:
+    settings = EngineConfig(kv_cache_gib=kv_tokens * KV_BYTES / 2**30, **config)
+    return Engine(model, settings, drafter=drafter, num_drafts=num_drafts)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return random_model(tiny_config())
+
+
+def prompts(count: int) -> list[list[int]]:
+    drawn = random.Random(3)
+    return [[drawn.randrange(256) for _ in range(drawn.randrange(1, 40))] for _ in range(count)]
+
+
+def step_all(at: Engine, outputs: dict[str, list] | None = None) -> dict[str, list]:
+    """Step until nothing is left; outputs by request."""
+    outputs = {} if outputs is None else outputs
+    while at.has_work:
+        for output in at.step().outputs:
+            outputs.setdefault(output.request_id, []).append(output)
+        at.check_integrity()
+    return outputs
+
+
+def tokens(outputs: list) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def test_after_preemption(model):
+    # sixteen sequences of up to 51 tokens in room for 96: most give way several times
+    crowded = engine(model, kv_tokens=96, block_size=4, max_model_len=64)
+    given = prompts(16)
+    found = run(crowded, {0: [greedy(str(i), ids, COUNT) for i, ids in enumerate(given)]})
+    assert crowded.statistics().preemptions > 3
+    assert found == {str(i): plain_greedy(model, ids, COUNT) for i, ids in enumerate(given)}
+
+
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_on_a_whole_a_partial_and_an_evicted_prefix(model, block_size):
+    sharing = engine(model, kv_tokens=160, block_size=block_size, max_model_len=96)
+    base = prompts(40)[7] * 3
+    base = base[:50]
+    variants = {
+        "first": base,
+        "whole": base,
+        "longer": [*base, 1, 2, 3],
+        "partial": [*base[:30], *[9] * 20],
+        "other": [7] * 84,
+        "another": [8] * 84,
+        "evicted in between": base,
+    }
+    hits = {}
+    for name, ids in variants.items():
+        before = sharing.statistics().prefix_hits
+        sharing.add(greedy(name, ids, COUNT))
+        outputs = step_all(sharing)[name]
+        assert tokens(outputs) == plain_greedy(model, ids, COUNT), name
+        hits[name] = sharing.statistics().prefix_hits - before
+        assert outputs[0].cached_tokens == hits[name]
+    full = 50 // block_size * block_size
+    assert hits["first"] == 0 and hits["whole"] == hits["longer"] == min(full, 49)
+    assert hits["partial"] == 30 // block_size * block_size
+    assert hits["evicted in between"] < hits["whole"]
+
+
+def test_samples_of_one_prompt_equal_requests_of_their_own(model):
+    ids = prompts(40)[7] * 2
+
+    def sampled(seed):
+        params = SamplingParams(max_tokens=COUNT, temperature=1.0, seed=seed, ignore_eos=True)
+        return Request(str(seed), tuple(ids), params)
+
+    together = engine(model)
+    for seed in range(5):
+        together.add(sampled(seed))
+    found = step_all(together)
+    assert together.statistics().prefix_hits == 4 * ((len(ids) - 1) // 16 * 16)
+    for seed in range(5):
+        alone = engine(model)
+        alone.add(sampled(seed))
+        assert tokens(step_all(alone)[str(seed)]) == tokens(found[str(seed)])
+    assert len({tuple(tokens(out)) for out in found.values()}) > 1
+
+
+class Oracle:
+    """A drafter that knows the answer, and lies every third time."""
+
+    def __init__(self, answers):
+        self.answers, self.calls = answers, 0
+
+    def draft(self, token_ids, count):
+        self.calls += 1
+        for prompt, answer in self.answers:
+            whole = prompt + answer
+            if whole[: len(token_ids)] == token_ids:
+                guess = whole[len(token_ids) :][:count]
+                if self.calls % 3 == 0 and guess:
+                    guess[len(guess) // 2] = (guess[len(guess) // 2] + 1) % VOCAB_SIZE
+                return guess
+        return []
+
+
+@pytest.mark.parametrize("kv_tokens", [4096, 96])
+def test_with_drafts_that_hold_and_drafts_that_are_rolled_back(model, kv_tokens):
+    given = prompts(8)
+    answers = [(ids, plain_greedy(model, ids, COUNT)) for ids in given]
+    drafter = Oracle(answers)
+    config = {"kv_tokens": kv_tokens, "block_size": 4, "max_model_len": 64}
+    fast = engine(model, drafter=drafter, num_drafts=4, **config)
+    for i, ids in enumerate(given):
+        fast.add(greedy(str(i), ids, COUNT))
+    steps, found = 0, {}
+    while fast.has_work:
+        for output in fast.step().outputs:
+            found.setdefault(output.request_id, []).append(output)
+        fast.check_integrity()
+        steps += 1
+    assert {name: tokens(out) for name, out in found.items()} == {
+        str(i): answer for i, (_, answer) in enumerate(answers)
+    }
+    assert max(len(output.token_ids) for out in found.values() for output in out) == 5
+    if kv_tokens == 4096:
+        assert steps < COUNT
+
+
+def test_drafts_do_not_change_what_a_seed_draws(model):
+    params = SamplingParams(max_tokens=COUNT, temperature=1.0, seed=4, ignore_eos=True, logprobs=0)
+    request = Request("a", (1, 2, 3), params)
+    plain = engine(model)
+    plain.add(request)
+    expected = step_all(plain)["a"]
+    fast = engine(model, drafter=Oracle([([1, 2, 3], tokens(expected))]), num_drafts=3)
+    fast.add(request)
+    found = step_all(fast)["a"]
+    assert tokens(found) == tokens(expected) and len(found) < len(expected)
+
+    def logprobs(outputs):
+        return [entry.logprob for output in outputs for entry in output.logprobs]
+
+    assert logprobs(found) == pytest.approx(logprobs(expected), abs=1e-4)
+
+
+class Multiples:
+    """A mask that allows the multiples of 3, then of 4, in turn; ``end`` tokens in all."""
+
+    def __init__(self, end: int = 1000):
+        self.accepted, self.end = [], end
+
+    def fill(self, bitmask):
+        if len(self.accepted) < self.end:
+            divisor = 3 + len(self.accepted) % 2
+            for token in range(0, VOCAB_SIZE, divisor):
+                bitmask[token // 32] |= np.uint32(1 << token % 32)
+
+    def accept(self, token_ids):
+        for token in token_ids:
+            assert token % (3 + len(self.accepted) % 2) == 0, "accepted what was not allowed"
+            self.accepted.append(token)
+
+    def rollback(self, count):
+        del self.accepted[len(self.accepted) - count :]
+
+
+def masked_greedy(model, prompt, count):
+    ids = list(prompt)
+    for at in range(count):
+        logits = plain_logits(model, ids)[-1].clone()
+        logits[[t for t in range(VOCAB_SIZE) if t % (3 + at % 2)]] = -torch.inf
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("with_drafts", [False, True])
+def test_a_mask_binds_its_own_request_and_no_neighbour(model, with_drafts):
+    expected = masked_greedy(model, [5, 6], COUNT)
+    neighbours = {str(i): ids for i, ids in enumerate(prompts(4))}
+    answers = [([5, 6], expected)] if with_drafts else []
+    mixed = engine(model, drafter=Oracle(answers), num_drafts=3)
+    mask = Multiples()
+    mixed.add(greedy("masked", [5, 6], COUNT), mask)
+    for name, ids in neighbours.items():
+        mixed.add(greedy(name, ids, COUNT))
+    found = {name: tokens(out) for name, out in step_all(mixed).items()}
+    assert found.pop("masked") == expected == mask.accepted
+    assert found == {name: plain_greedy(model, ids, COUNT) for name, ids in neighbours.items()}
+
+
+def test_a_mask_that_allows_nothing_ends_its_request_alone(model):
+    mixed = engine(model)
+    mixed.add(greedy("masked", [5, 6], COUNT), Multiples(end=3))
+    mixed.add(greedy("free", [5, 6], COUNT))
+    found = step_all(mixed)
+    assert len(tokens(found["masked"])) == 3
+    assert found["masked"][-1].finish_reason == "error" and "mask" in found["masked"][-1].error
+    assert tokens(found["free"]) == plain_greedy(model, [5, 6], COUNT)
+
+
+def test_drafts_are_cut_where_a_mask_forbids_them_or_ends():
+    mask = Multiples(end=3)
+    assert allowed_drafts(mask, [3, 4, 9], VOCAB_SIZE) == [3, 4]
+    assert allowed_drafts(mask, [3, 5], VOCAB_SIZE) == [3]
+    assert mask.accepted == []
+
+
+def test_prompts_are_scored_like_the_full_softmax_whatever_the_chunks(model):
+    ids = prompts(40)[7] * 2
+    exact = plain_logits(model, ids).double().log_softmax(-1)
+    for budget in (512, 7):
+        scoring = engine(model, max_batched_tokens=budget, max_num_seqs=7)
+        for name in ("first", "second"):
+            params = SamplingParams(max_tokens=0, prompt_logprobs=3)
+            scoring.add(Request(name, tuple(ids), params))
+        for (output,) in step_all(scoring).values():
+            assert (output.finish_reason, output.token_ids) == ("length", ())
+            assert [entry.token_id for entry in output.prompt_logprobs] == ids[1:]
+            for at, entry in enumerate(output.prompt_logprobs):
+                assert entry.logprob == pytest.approx(float(exact[at, ids[at + 1]]), abs=1e-4)
+                assert entry.rank == int((exact[at] > exact[at, ids[at + 1]]).sum()) + 1
+                best = exact[at].topk(3).values.tolist()
+                assert [value for _, value in entry.top] == pytest.approx(best, abs=1e-4)
+
+
+def test_prompts_are_scored_once_though_preempted(model):
+    given = prompts(12)
+    crowded = engine(model, kv_tokens=96, block_size=4, max_model_len=64)
+    params = SamplingParams(max_tokens=COUNT, temperature=0, ignore_eos=True, prompt_logprobs=0)
+    for i, ids in enumerate(given):
+        crowded.add(Request(str(i), tuple(ids), params))
+    found = step_all(crowded)
+    assert crowded.statistics().preemptions > 3
+    for i, ids in enumerate(given):
+        scored = [entry for output in found[str(i)] for entry in output.prompt_logprobs]
+        assert [entry.token_id for entry in scored] == ids[1:]
+
+
+class CompanyMachine(RuleBasedStateMachine):
+    """Any order of adding, stepping, aborting and finishing in a pool that is always too small."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.model = random_model(tiny_config(num_layers=1))
+        half = KV_BYTES // 2
+        settings = EngineConfig(
+            kv_cache_gib=40 * half / 2**30, block_size=4, max_batched_tokens=9, max_num_seqs=3
+        )
+        self.engine = Engine(self.model, settings)
+        self.expected, self.found, self.count = {}, {}, 0
+
+    @rule(
+        length=st.integers(1, 20),
+        count=st.integers(1, 15),
+        start=st.integers(0, 2),
+        priority=st.integers(-1, 1),
+    )
+    def add(self, length, count, start, priority):
+        ids = [start, *range(10, 9 + length)]
+        name, self.count = str(self.count), self.count + 1
+        params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
+        self.engine.add(Request(name, tuple(ids), params, priority))
+        self.expected[name], self.found[name] = plain_greedy(self.model, ids, count), []
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def abort(self, data):
+        name = data.draw(st.sampled_from(sorted(self.expected)))
+        self.engine.abort(name)
+        del self.expected[name]
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count):
+        for _ in range(count):
+            for output in self.engine.step().outputs:
+                name = output.request_id
+                self.found[name] += output.token_ids
+                assert self.found[name] == self.expected[name][: len(self.found[name])]
+                if output.finish_reason is not None:
+                    assert self.found[name] == self.expected.pop(name)
+            self.engine.check_integrity()
+
+    def teardown(self):
+        steps = 0
+        while self.engine.has_work:
+            self.step(1)
+            steps += 1
+            assert steps < 5000, "somebody starves"
+        assert not self.expected
+        assert self.engine.statistics().kv_blocks_used == 0
+
+
+CompanyMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
+TestCompany = CompanyMachine.TestCase

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from engine.request import RequestError
+from engine.sampling_params import RequestError
 from server.errors import OverloadedError
 
 

@@ -10,9 +10,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.body_limit import BodyLimit
-from server.completions import Completion, Service
+from server.completions import Completion
 from server.errors import ApiError, install_error_handlers
 from server.schemas import CompletionRequest
+from server.service import Service
 
 Answer = TypeVar("Answer")
 
@@ -28,8 +29,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.engine.attach()
         yield
-        if service.engine.is_alive:
-            service.engine.detach()
+        await service.engine.detach()
 
     app = FastAPI(title="memplus", lifespan=lifespan)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
@@ -61,8 +61,7 @@ def create_app(
     @app.get("/health")
     async def health() -> dict[str, str]:
         """200 while the engine lives."""
-        if not service.engine.is_alive:
-            raise ApiError(503, "the engine process has ended", "server_error")
+        service.check_engine()
         return {"status": "ok"}
 
     @app.get("/metrics")

@@ -10,13 +10,22 @@ from pathlib import Path
 
 from engine.config import ConfigError, EngineConfig
 from engine.process import EngineStartError
-from engine.request import RequestError, SamplingParams
-from server.config import HttpOptions, ModelOptions, cache_folder
+from engine.sampling_params import RequestError, SamplingParams
+from server.config import HttpOptions, ModelOptions, SupervisionOptions, cache_folder
 from server.options import add_options, from_options
 from weights.default_model import DEFAULT_MODEL
 from weights.errors import CheckpointError
 
 _CALLERS_MISTAKE = 2
+# lists of ids, and what would not be shown
+_NOT_TYPED = (
+    "stop_token_ids",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "logprobs",
+    "prompt_logprobs",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +49,7 @@ def serve(options: argparse.Namespace) -> None:
         from_options(ModelOptions, options),
         from_options(EngineConfig, options),
         from_options(HttpOptions, options),
+        from_options(SupervisionOptions, options),
     )
 
 
@@ -77,20 +87,27 @@ def bench_startup(options: argparse.Namespace) -> None:
     measure(options.model, options.runs)
 
 
+def bench_step(options: argparse.Namespace) -> None:
+    """Measure what an engine step takes outside the model."""
+    from benchmarks.step_overhead import measure
+
+    measure((1, 8, 32, 64), options.steps)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("memplus", description="Serve language models with memory.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     verb = verbs.add_parser("serve", help=serve.__doc__)
     verb.set_defaults(run=serve)
-    for settings in (ModelOptions, EngineConfig, HttpOptions):
+    for settings in (ModelOptions, EngineConfig, HttpOptions, SupervisionOptions):
         add_options(verb, settings)
 
     verb = verbs.add_parser("generate", help=generate.__doc__)
     verb.set_defaults(run=generate)
     verb.add_argument("text", help="what to continue")
     add_options(verb, ModelOptions)
-    add_options(verb, SamplingParams, leave_out=["stop_token_ids"])
+    add_options(verb, SamplingParams, leave_out=_NOT_TYPED)
 
     verb = verbs.add_parser("convert", help=convert.__doc__)
     verb.set_defaults(run=convert)
@@ -110,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=bench_startup)
     verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
     verb.add_argument("--runs", type=int, default=3, help="starts of each kind (default: 3)")
+
+    verb = benchmarks.add_parser("step", help=bench_step.__doc__)
+    verb.set_defaults(run=bench_step)
+    verb.add_argument("--steps", type=int, default=200, help="steps measured (default: 200)")
     return parser
 
 

@@ -1,5 +1,6 @@
 """Settings of the command and of the server, and all that is read from the environment."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,33 @@ class HttpOptions:
         for name in ("max_body_mib", "body_timeout_s"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SupervisionOptions:
+    """How the engine process is watched, and what follows when it dies.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    engine_restarts: int = field(
+        default=0, metadata={"help": "how many times a dead engine process is started again"}
+    )
+    silence_timeout_s: float = field(
+        default=4.0, metadata={"help": "seconds without a sign of life after which it is killed"}
+    )
+    step_timeout_s: float = field(
+        default=300.0, metadata={"help": "seconds that one step of it may take"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.engine_restarts < 0:
+            raise ConfigError(f"engine_restarts: must be 0 or more, not {self.engine_restarts}")
+        # it gives a sign every second
+        for name in ("silence_timeout_s", "step_timeout_s"):
+            if not 2 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: must be at least 2, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,64 @@
-"""The engine process as the event loop sees it: streams of outputs, aborts, statistics."""
+"""The engine process as the event loop sees it: streams of outputs, aborts, and its whole life."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 
-from engine.process import Abort, EngineProcess
-from engine.request import EngineStatistics, Request, SamplingParams, TokenOutput
+from engine.process import Abort, EngineProcess, EngineStartError, Heartbeat
+from engine.request import EngineStatistics, Request, TokenOutput
+from server.config import SupervisionOptions
 
 logger = logging.getLogger(__name__)
+_WATCH_EVERY_S = 0.5
 
 
 class EngineClient:
-    """Hands requests to a started engine process and outputs to those who wait for them."""
+    """Hands requests to an engine process and outputs to those who wait for them.
+
+    It notices when the process dies or hangs, ends the requests that were there with errors, and
+    starts another where it may.
+    """
 
     def __init__(
-        self, process: EngineProcess, on_statistics: Callable[[EngineStatistics], None]
+        self,
+        process: EngineProcess,
+        on_statistics: Callable[[EngineStatistics], None],
+        supervision: SupervisionOptions,
+        make_process: Callable[[], EngineProcess],
     ) -> None:
+        """Take over a started ``process``; ``make_process`` makes those that follow it."""
         self._process = process
         self._on_statistics = on_statistics
+        self._supervision = supervision
+        self._make_process = make_process
+        self._restarts_left = supervision.engine_restarts
         self._streams: dict[str, TokenStream] = {}
+        self._last_sign = time.monotonic()
+        self._tasks: set[asyncio.Task[None]] = set()
         self.is_alive = True
 
     def attach(self) -> None:
-        """Listen to the process from the running event loop."""
+        """Listen to the process, and watch it, from the running event loop."""
         asyncio.get_running_loop().add_reader(self._process.fileno(), self.receive)
+        self._last_sign = time.monotonic()
+        if not self._tasks:
+            self._begin(self._watch())
 
-    def detach(self) -> None:
-        """Stop listening."""
-        asyncio.get_running_loop().remove_reader(self._process.fileno())
+    async def detach(self) -> None:
+        """Stop listening and watching."""
+        if self.is_alive:
+            asyncio.get_running_loop().remove_reader(self._process.fileno())
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def submit(
-        self, name: str, prompts: Iterable[Sequence[int]], sampling: SamplingParams
-    ) -> "TokenStream":
-        """Start one request a prompt, called ``name`` and a number; close the stream after."""
-        requests = [
-            Request(f"{name}-{index}", tuple(ids), sampling) for index, ids in enumerate(prompts)
-        ]
+    def stop(self) -> None:
+        """End the process that is there now."""
+        self._process.stop()
+
+    def submit(self, requests: Sequence[Request]) -> "TokenStream":
+        """Start requests, whose outputs come in one stream; the caller must close it."""
         stream = TokenStream([request.request_id for request in requests], self.abort)
         for request in requests:
             if self.is_alive:
@@ -57,14 +80,20 @@ class EngineClient:
             self._deliver(TokenOutput(request_id, finish_reason="error", error=error))
 
     def receive(self) -> None:
-        """Take one step's output from the process and hand it on; called when it is readable."""
+        """Take one message from the process and act on it; called when there is one."""
         try:
-            step = self._process.receive()
+            message = self._process.receive()
         except EOFError:
             self._engine_died()
             return
-        self._on_statistics(step.statistics)
-        for output in step.outputs:
+        self._last_sign = time.monotonic()
+        if isinstance(message, Heartbeat):
+            if message.step_s > self._supervision.step_timeout_s:
+                logger.error("a step of the engine has run for %.0f s", message.step_s)
+                self._process.kill()
+            return
+        self._on_statistics(message.statistics)
+        for output in message.outputs:
             self._deliver(output)
 
     def _deliver(self, output: TokenOutput) -> None:
@@ -75,13 +104,48 @@ class EngineClient:
             del self._streams[output.request_id]
         stream.put(output)
 
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            silent_s = time.monotonic() - self._last_sign
+            # a loop of ours that was busy has signs still to read
+            if (
+                self.is_alive
+                and silent_s > self._supervision.silence_timeout_s
+                and not self._process.has_output()
+            ):
+                logger.error("the engine process has been silent for %.1f s", silent_s)
+                self._process.kill()
+                self._last_sign = time.monotonic()
+
     def _engine_died(self) -> None:
         logger.error("the engine process has ended; its requests end with errors")
         self.is_alive = False
-        self.detach()
+        asyncio.get_running_loop().remove_reader(self._process.fileno())
         self._on_statistics(EngineStatistics())
         for request_id in list(self._streams):
             self._deliver(_gone(request_id))
+        if self._restarts_left:
+            self._restarts_left -= 1
+            self._begin(self._restart())
+
+    async def _restart(self) -> None:
+        self._process.stop()
+        process = self._make_process()
+        try:
+            await asyncio.to_thread(process.start)
+        except EngineStartError as error:
+            logger.error("the engine could not be started again: %s", error)
+            return
+        self._process = process
+        self.is_alive = True
+        self.attach()
+        logger.warning("the engine runs again; %d restarts are left", self._restarts_left)
+
+    def _begin(self, work: "asyncio._CoroutineLike[None]") -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 class TokenStream:

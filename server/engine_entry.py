@@ -3,6 +3,7 @@
 import logging
 from multiprocessing.connection import Connection
 
+from engine.allocator import keep_freed_memory
 from engine.config import ConfigError
 from engine.engine import Engine
 from engine.process import EngineRefused, run_engine
@@ -14,6 +15,7 @@ from weights.prepare import prepared_folder
 
 def main(connection: Connection, settings: EngineSettings) -> None:
     """Build an engine and run it, or say why there is none."""
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(name)s: %(message)s")
     try:
         engine = build_engine(settings)

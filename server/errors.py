@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from engine.request import RequestError
+from engine.sampling_params import RequestError
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@ import sys
 from typing import TextIO
 
 from engine.config import EngineConfig
-from engine.request import Request, RequestError, SamplingParams
+from engine.request import Request
+from engine.sampling_params import RequestError, SamplingParams
 from server.config import EngineSettings, ModelOptions, cache_folder
 from server.engine_entry import build_engine
 from server.text_stream import TextStream
@@ -31,7 +32,7 @@ def generate(
     tokenizer = load_tokenizer(model_folder(model.model, cache_folder()))
     prompt_ids = tuple(tokenizer.encode(prompt))
     engine.add(Request("generate", prompt_ids, sampling))
-    text = TextStream(0, tokenizer, prompt_ids, (), sampling.stop_token_ids)
+    text = TextStream(0, tokenizer, prompt_ids, sampling)
     while engine.has_work:
         for output in engine.step().outputs:
             if output.finish_reason == "error":

@@ -28,6 +28,10 @@ class Metrics:
         self.end_to_end = self._histogram("e2e_request_latency_seconds", _SECONDS)
         self.request_prompt = self._histogram("request_prompt_tokens", _TOKENS)
         self.request_generation = self._histogram("request_generation_tokens", _TOKENS)
+        self.prefix_queries = self._counter("prefix_cache_queries", "prompt tokens looked for")
+        self.prefix_hits = self._counter("prefix_cache_hits", "prompt tokens found computed")
+        self.preemptions = self._counter("num_preemptions", "requests preempted")
+        self._seen = EngineStatistics()
         self.step_tokens = self._histogram("iteration_tokens_total", _TOKENS)
 
     def observe_step(self, statistics: EngineStatistics) -> None:
@@ -36,6 +40,14 @@ class Metrics:
         self.waiting.set(statistics.num_waiting)
         total = statistics.kv_blocks_total
         self.kv_usage.set(statistics.kv_blocks_used / total if total else 0.0)
+        for counter, name in (
+            (self.prefix_queries, "prefix_queries"),
+            (self.prefix_hits, "prefix_hits"),
+            (self.preemptions, "preemptions"),
+        ):
+            # an engine that was started again counts from zero
+            counter.inc(max(0, getattr(statistics, name) - getattr(self._seen, name)))
+        self._seen = statistics
         if statistics.step_tokens:
             self.step_tokens.observe(statistics.step_tokens)
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -14,10 +15,16 @@ from engine.config import ConfigError, EngineConfig
 from engine.process import EngineProcess
 from server.admission import Admission
 from server.app import create_app
-from server.completions import Service
-from server.config import EngineSettings, HttpOptions, ModelOptions, cache_folder
+from server.config import (
+    EngineSettings,
+    HttpOptions,
+    ModelOptions,
+    SupervisionOptions,
+    cache_folder,
+)
 from server.engine_client import EngineClient
 from server.metrics import Metrics
+from server.service import Service
 from weights.default_model import DEFAULT_MODEL, model_folder
 from weights.tokenizer import load_tokenizer
 
@@ -26,7 +33,9 @@ ENGINE_ENTRY = "server.engine_entry:main"
 _CLOSING_S = 5
 
 
-def serve(model: ModelOptions, engine: EngineConfig, http: HttpOptions) -> None:
+def serve(
+    model: ModelOptions, engine: EngineConfig, http: HttpOptions, supervision: SupervisionOptions
+) -> None:
     """Load the model in a process of its own, then answer HTTP until SIGINT or SIGTERM.
 
     Raises:
@@ -40,17 +49,19 @@ def serve(model: ModelOptions, engine: EngineConfig, http: HttpOptions) -> None:
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
     with _listen(http) as listener:
         settings = EngineSettings(model.model, cache_folder(), model.dtype, engine)
-        process = EngineProcess(ENGINE_ENTRY, settings)
+        make_process = partial(EngineProcess, ENGINE_ENTRY, settings)
+        process = make_process()
         _say(f"loading {model.model}")
         ready = process.start()
+        metrics = Metrics()
+        client = EngineClient(process, metrics.observe_step, supervision, make_process)
         try:
-            metrics = Metrics()
             service = Service(
                 model_name=http.served_model_name or _model_name(model.model),
                 created=int(time.time()),
                 tokenizer=tokenizer or load_tokenizer(folder),
                 limits=ready.limits,
-                engine=EngineClient(process, metrics.observe_step),
+                engine=client,
                 admission=Admission(
                     engine.max_num_seqs + http.max_queued_requests,
                     metrics.rejections.labels("queue_full").inc,
@@ -59,7 +70,7 @@ def serve(model: ModelOptions, engine: EngineConfig, http: HttpOptions) -> None:
             )
             _Server(service, http).run(sockets=[listener])
         finally:
-            process.stop()
+            client.stop()
 
 
 class _Server(uvicorn.Server):

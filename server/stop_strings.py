@@ -10,8 +10,10 @@ class StopStrings:
     the cut does not depend on how the text was split.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], include_stop: bool = False) -> None:
+        """``include_stop`` leaves the stop string itself in the text."""
         self._stops = tuple(stops)
+        self._include_stop = include_stop
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
@@ -22,7 +24,7 @@ class StopStrings:
         if found:
             end, _, stop = min(found)
             self._held = ""
-            return text[: end - len(stop)], stop
+            return text[: end if self._include_stop else end - len(stop)], stop
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], None

@@ -20,9 +20,15 @@ class IncrementalDetokenizer:
     put together here: their own decoder would give up a whole run of them for one that is wrong.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
-        """Start after ``prompt_ids``, whose text is not repeated."""
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], show_special: bool = False
+    ) -> None:
+        """Start after ``prompt_ids``, whose text is not repeated.
+
+        ``show_special`` writes special tokens by their names, which else are no text.
+        """
         self._tokenizer = tokenizer
+        self._show_special = show_special
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         context: list[int] = []
         byte_run, in_run = b"", True
@@ -52,7 +58,9 @@ class IncrementalDetokenizer:
 
     def _push_one(self, token_id: int) -> str:
         if token_id in self._tokenizer.special_ids:
-            return ""
+            if not self._show_special:
+                return ""
+            return self.finish() + self._tokenizer.token_text(token_id)
         byte = self._tokenizer.byte_tokens.get(token_id)
         if byte is not None:
             return self._bytes.decode(bytes([byte]))

@@ -49,6 +49,10 @@ class Tokenizer(Protocol):
         """Text of ``ids`` without special tokens; bytes that are no UTF-8 become U+FFFD."""
         ...
 
+    def token_text(self, token_id: int) -> str:
+        """One token by itself, its space included; a special one by its name."""
+        ...
+
 
 class JsonTokenizer:
     """A ``tokenizer.json``, run by the tokenizers library."""
@@ -76,6 +80,11 @@ class JsonTokenizer:
         known = [token_id for token_id in ids if token_id >= 0]
         text: str = self._tokenizer.decode(known, skip_special_tokens=True)
         return text
+
+    def token_text(self, token_id: int) -> str:
+        if token_id in self.special_ids:
+            return str(self._tokenizer.id_to_token(token_id))
+        return _text_after(self, token_id)
 
 
 class SentencePieceTokenizer:
@@ -109,6 +118,11 @@ class SentencePieceTokenizer:
         text: str = self._processor.DecodeIds([i for i in ids if 0 <= i < self._num_pieces])
         return text
 
+    def token_text(self, token_id: int) -> str:
+        if token_id in self.special_ids:
+            return str(self._processor.IdToPiece(token_id))
+        return _text_after(self, token_id)
+
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The folder's ``tokenizer.json``, or else its ``tokenizer.model``.
@@ -129,6 +143,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return SentencePieceTokenizer(path.read_bytes(), _adds_bos(folder))
     except (RuntimeError, OSError) as error:
         raise CheckpointError(f"{path}: not a sentencepiece model ({error})") from None
+
+
+def _text_after(tokenizer: Tokenizer, token_id: int) -> str:
+    # after some text, since many tokenizers drop the space of a first token
+    anchor = tokenizer.encode("a", add_special_tokens=False)
+    return tokenizer.decode([*anchor, token_id])[len(tokenizer.decode(anchor)) :]
 
 
 def _adds_bos(folder: Path) -> bool:

@@ -9,9 +9,10 @@ from engine.process import Abort
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
 from server.admission import Admission
 from server.app import create_app
-from server.completions import Service
+from server.config import SupervisionOptions
 from server.engine_client import EngineClient
 from server.metrics import Metrics
+from server.service import Service
 from tests.models import byte_tokenizer
 from weights.tokenizer import JsonTokenizer
 
@@ -31,7 +32,7 @@ class SilentProcess:
 
 def build():
     process, metrics = SilentProcess(), Metrics()
-    engine = EngineClient(process, metrics.observe_step)
+    engine = EngineClient(process, metrics.observe_step, SupervisionOptions(), SilentProcess)
     service = Service(
         model_name="mock",
         created=0,

@@ -48,6 +48,7 @@ def test_a_memory_model_gives_the_tokens_of_a_plain_forward_loop(memory_server, 
         "prompt_tokens": len(ids),
         "completion_tokens": 20,
         "total_tokens": len(ids) + 20,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert answer["object"] == "text_completion" and answer["model"] == "tiny-memory"
 
@@ -95,7 +96,14 @@ def test_usage_comes_in_a_last_event_of_its_own(memory_server):
     events = stream(memory_server, prompt="abc", max_tokens=3, **GREEDY, **options)
     assert [event["usage"] for event in events[:-1]] == [None] * 3
     assert events[-1]["choices"] == []
-    assert events[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    last = events[-1]["usage"]
+    assert (last["prompt_tokens"], last["completion_tokens"], last["total_tokens"]) == (3, 3, 6)
+
+
+def test_usage_comes_with_every_event_where_that_is_asked_for(memory_server):
+    options = {"stream_options": {"continuous_usage_stats": True}}
+    events = stream(memory_server, prompt="abc", max_tokens=3, **GREEDY, **options)
+    assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -189,10 +197,32 @@ BAD = [
     ({"prompt": "x", "stream": "yes"}, "stream"),
     ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
     ({"prompt": "x", "stream": True, "stream_options": {"other": 1}}, "stream_options"),
-    ({"prompt": "x", "n": 2}, "n"),
+    ({"prompt": "x", "n": 0}, "n"),
+    ({"prompt": "x", "n": 65}, "n"),
     ({"prompt": "x", "n": True}, "n"),
-    ({"prompt": "x", "echo": True}, "echo"),
-    ({"prompt": "x", "logprobs": 1}, "logprobs"),
+    ({"prompt": "x", "n": 2, "best_of": 1}, "best_of"),
+    ({"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
+    ({"prompt": "x", "echo": 1}, "echo"),
+    ({"prompt": "x", "suffix": "y"}, "suffix"),
+    ({"prompt": "x", "logprobs": 21}, "logprobs"),
+    ({"prompt": "x", "logprobs": -1}, "logprobs"),
+    ({"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt": "x", "min_tokens": 17}, "min_tokens"),
+    ({"prompt": "x", "min_p": 1.5}, "min_p"),
+    ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty"),
+    ({"prompt": "x", "presence_penalty": 3}, "presence_penalty"),
+    ({"prompt": "x", "logit_bias": {"5": 1e9}}, "logit_bias"),
+    ({"prompt": "x", "logit_bias": {"five": 1}}, "logit_bias"),
+    ({"prompt": "x", "logit_bias": {"999": 1}}, "logit_bias"),
+    ({"prompt": "x", "logit_bias": {"5": "1"}}, "logit_bias"),
+    ({"prompt": "x", "allowed_token_ids": []}, "allowed_token_ids"),
+    ({"prompt": "x", "allowed_token_ids": [999]}, "allowed_token_ids"),
+    ({"prompt": "x", "allowed_token_ids": [64], "bad_words": ["a"]}, "allowed_token_ids"),
+    ({"prompt": "x", "bad_words": [""]}, "bad_words"),
+    ({"prompt": "x", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"prompt": "x", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    ({"prompt": "x", "priority": 101}, "priority"),
+    ({"prompt": "x", "cache_salt": "x" * 257}, "cache_salt"),
     ({"prompt": "x", "novel_option": 1}, "novel_option"),
 ]
 
@@ -250,6 +280,9 @@ def test_the_first_dozen_metrics_are_there(memory_server):
         "generation_tokens_total",
         "request_success_total",
         "admission_rejections_total",
+        "prefix_cache_queries_total",
+        "prefix_cache_hits_total",
+        "num_preemptions_total",
         "time_to_first_token_seconds_bucket",
         "inter_token_latency_seconds_bucket",
         "e2e_request_latency_seconds_bucket",
@@ -286,6 +319,12 @@ def test_extreme_values_harm_nobody_else(memory_server):
         {"top_p": 1e-300},
         {"seed": -(2**63)},
         {"stop": ["x" * 1024] * 16},
+        {"logit_bias": {str(i): -100 for i in range(260)}},
+        {"repetition_penalty": 1e300},
+        {"repetition_penalty": 1e-300},
+        {"frequency_penalty": -2, "presence_penalty": -2},
+        {"min_p": 1.0},
+        {"logprobs": 20, "prompt_logprobs": 20},
         {"stop_token_ids": list(range(256))},
     ]
     with ThreadPoolExecutor(1) as pool:

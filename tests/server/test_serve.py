@@ -1,14 +1,18 @@
 """``memplus serve`` as processes: who loads torch, how it ends, what refuses to start."""
 
+import asyncio
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -16,8 +20,9 @@ from tests.server.running import running
 
 
 def children(pid: int) -> list[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in listed.split()]
+    # a process belongs to the thread that started it
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def maps(pid: int) -> str:
@@ -115,7 +120,7 @@ def test_a_dead_engine_is_told_and_requests_are_answered(memory_plus_folder):
             rest = [line for line in lines if line]
         assert '"error"' in rest[-2] and rest[-1] == "data: [DONE]"
         answer = server.complete(prompt="x")
-        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+        assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error"
         assert server.http.get("/health").status_code == 503
 
 
@@ -182,6 +187,8 @@ def test_a_damaged_model_ends_the_command_with_one_line(memory_plus_folder, tmp_
         (["serve", "--kv-cache-gib", "1e9"], "kv_cache_gib"),
         (["generate", "\udcff"], "text"),
         (["serve", "--block-size", "0"], "block_size"),
+        (["serve", "--engine-restarts", "-1"], "engine_restarts"),
+        (["serve", "--silence-timeout-s", "0.5"], "silence_timeout_s"),
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["inspect", "nowhere"], "nowhere"),
         (["convert", "nowhere.gguf", "there"], "nowhere.gguf"),
@@ -214,3 +221,67 @@ def test_help_has_every_field_with_its_default():
     text = " ".join(memplus("serve", "--help", COLUMNS="200").stdout.split())
     for option, default in [("--max-num-seqs", "64"), ("--port", "8000"), ("--model", "smollm2")]:
         assert f"(default: {default})" in text.split(f"{option} ", 2)[2][:200]
+
+
+def engine_of(server) -> int:
+    (engine,) = [child for child in children(server.process.pid) if "libtorch" in maps(child)]
+    return engine
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_hung_engine_is_replaced_under_load(memory_plus_folder, number):
+    with running(memory_plus_folder, "--engine-restarts", "1") as server:
+        first = engine_of(server)
+        body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True}
+        with ThreadPoolExecutor(8) as pool:
+            open_requests = [pool.submit(server.complete, **body) for _ in range(8)]
+            while not server.metric("memplus:num_requests_running"):
+                pass
+            os.kill(first, number)
+            answers = [request.result() for request in open_requests]
+        # each was answered: with an error, or because it had ended before
+        assert {answer.status_code for answer in answers} <= {200, 500, 503}
+        assert {answer.status_code for answer in answers} != {200}
+        while server.http.get("/health").status_code != 200:
+            assert server.http.get("/health").json().keys() <= {"error", "status"}
+        assert engine_of(server) != first
+        assert server.complete(prompt="x", max_tokens=2).status_code == 200
+        # the next death is the last
+        os.kill(engine_of(server), signal.SIGKILL)
+        while server.http.get("/health").status_code != 503:
+            pass
+        assert server.complete(prompt="x").status_code == 503
+
+
+def test_500_requests_a_third_of_them_cut_off_leave_nothing_behind(memory_plus_folder):
+    drawn = random.Random(5)
+    options = ("--max-num-seqs", "16", "--max-queued-requests", "600")
+    with running(memory_plus_folder, *options) as server:
+
+        async def one(client: httpx.AsyncClient, number: int) -> int:
+            body = {
+                "prompt": [drawn.randrange(256) for _ in range(drawn.randrange(1, 60))],
+                "max_tokens": drawn.randrange(1, 30),
+                "stream": number % 2 == 0,
+                "ignore_eos": True,
+            }
+            call = asyncio.create_task(client.post("/v1/completions", json=body))
+            if number % 3 == 0:
+                await asyncio.wait([call], timeout=drawn.random())
+                call.cancel()
+                return 0
+            return (await call).status_code
+
+        async def all_of_them() -> list[int]:
+            limits = httpx.Limits(max_connections=None)
+            async with httpx.AsyncClient(base_url=server.url, limits=limits, timeout=120) as client:
+                return await asyncio.gather(*(one(client, number) for number in range(500)))
+
+        codes = asyncio.run(all_of_them())
+        assert set(codes) == {0, 200} and codes.count(200) == 333
+        while server.metric("memplus:num_requests_running"):
+            pass
+        for gauge in ("num_requests_waiting", "kv_cache_usage_perc"):
+            assert server.metric(f"memplus:{gauge}") == 0
+        # every place in the queue is free again
+        assert server.complete(prompt=["x"] * 616, max_tokens=1).status_code == 200

@@ -47,6 +47,19 @@ def test_nothing_of_a_stop_string_is_shown_early(text, stop):
             break
 
 
+@given(st.lists(LETTERS, max_size=6), st.lists(st.text("ab", min_size=1, max_size=5), max_size=3))
+def test_a_stop_string_can_stay(parts, stops):
+    without, stop = feed(parts, stops)
+    cutter, shown, found = StopStrings(stops, include_stop=True), "", None
+    for part in parts:
+        text, found = cutter.push(part)
+        shown += text
+        if found:
+            break
+    shown += cutter.finish()
+    assert (shown, found) == (without + (stop or ""), stop)
+
+
 def test_text_that_cannot_begin_a_stop_is_shown_at_once():
     assert StopStrings(["xyz"]).push("abc") == ("abc", None)
     assert StopStrings([]).push("abc") == ("abc", None)

@@ -63,7 +63,9 @@ def served_logits(model, sequences):
     for start in range(0, max(map(len, sequences)), 33):
         plan = StepPlan(
             tuple(
-                SequenceChunk(str(i), tuple(ids[start : start + 33]), start, owned[i], None, 0)
+                SequenceChunk(
+                    str(i), tuple(ids[start : start + 33]), start, owned[i], None, 0, False
+                )
                 for i, ids in enumerate(sequences)
                 if start < len(ids)
             )

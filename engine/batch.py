@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,42 +40,41 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
     positions: list[int] = []
     kv_index: list[int] = []
     table: list[tuple[int, ...]] = []
+    contexts: list[int] = []
     sampled_at: list[int] = []
     scored_at: list[int] = []
+    rows: list[SamplingRow] = []
     for chunk, start in zip(chunks, starts, strict=False):
         blocks = chunk.block_ids
         ids += chunk.token_ids
-        for position in range(chunk.start, chunk.end):
+        contexts.append(chunk.end)
+        for position in range(chunk.start, contexts[-1]):
             positions.append(position)
             kv_index.append(blocks[position // block_size] * block_size + position % block_size)
         table.append(blocks + (0,) * (width - len(blocks)))
-        end = start + len(chunk.token_ids)
-        sampled_at += range(end - chunk.num_sampled, end)
+        if chunk.samples:
+            end = start + len(chunk.token_ids)
+            sampled_at += range(end - chunk.num_sampled, end)
+            rows += _rows(chunk)
         scored_at += range(start, start + len(chunk.scores))
 
-    def tensor(values: list[int] | list[tuple[int, ...]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    paged = PagedKv(tensor(kv_index), tensor(table), tuple(chunk.end for chunk in chunks))
+    ids_T, positions_T, kv_index_T = torch.tensor([ids, positions, kv_index], device=device)
+    table_SB = torch.from_numpy(np.array(table, dtype=np.int64)).to(device)
+    paged = PagedKv(kv_index_T, table_SB, tuple(contexts))
     return Batch(
-        ids_T=tensor(ids),
-        layout=TokenLayout(tensor(positions), starts, paged),
-        logits_at_L=tensor(sampled_at + scored_at),
-        rows=tuple(row for chunk in chunks for row in _rows(chunk)),
+        ids_T=ids_T,
+        layout=TokenLayout(positions_T, starts, paged),
+        logits_at_L=torch.tensor(sampled_at + scored_at, dtype=torch.int64, device=device),
+        rows=tuple(rows),
     )
 
 
 def _rows(chunk: SequenceChunk) -> list[SamplingRow]:
-    if not chunk.samples:
-        return []
+    params, seed, history = chunk.sampling, chunk.seed, chunk.history
+    first = chunk.end - chunk.num_drafts
+    rows = [SamplingRow(params, seed, first, history, chunk.prompt_length)]
     drafts = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafts :]
-    return [
-        SamplingRow(
-            params=chunk.sampling,
-            seed=chunk.seed,
-            position=chunk.end - chunk.num_drafts + index,
-            history=chunk.history + drafts[:index] if chunk.history else (),
-            prompt_length=chunk.prompt_length,
-        )
-        for index in range(chunk.num_sampled)
-    ]
+    for count in range(1, chunk.num_drafts + 1):
+        with_drafts = history + drafts[:count] if history else ()
+        rows.append(SamplingRow(params, seed, first + count, with_drafts, chunk.prompt_length))
+    return rows

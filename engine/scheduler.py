@@ -273,6 +273,8 @@ def _turn(sequence: Sequence) -> tuple[int, int]:
 
 def _accepted(chunk: SequenceChunk, chosen: tuple[int, ...]) -> int:
     """How many guesses are what was chosen in their place."""
+    if not chunk.num_drafts:
+        return 0
     drafts = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafts :]
     pairs = zip(drafts, chosen, strict=False)
     return next((i for i, (draft, token) in enumerate(pairs) if draft != token), len(drafts))

@@ -140,6 +140,14 @@ def test_greedy_takes_the_first_of_the_largest():
     assert sample(logits.bfloat16(), [row(temperature=0)] * 2) == [600, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [5, 1024, 1025, 3000])
+@pytest.mark.parametrize("shift", [0.0, -100.0, 100.0])
+def test_greedy_is_the_plain_argmax(dtype, vocab_size, shift):
+    logits = (torch.randn(7, vocab_size) + shift).to(dtype)
+    assert sample(logits, [row(temperature=0)] * 7) == logits.float().argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-300])
 def test_a_tiny_temperature_neither_overflows_nor_wanders(temperature):
     assert draw(count=50, temperature=temperature).unique().tolist() == [0]

@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from engine.request import TokenLogprobs
 
+# chosen where penalties, bans and masks together leave no token
+NO_TOKEN = -1
+
 
 class ChunkResult(NamedTuple):
     """The tokens chosen at a chunk's sampled positions, and the log-probabilities asked for.

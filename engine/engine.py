@@ -7,6 +7,7 @@ from itertools import takewhile
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.chunk_result import ChunkResult
 from engine.config import ConfigError, EngineConfig
 from engine.drafter import Drafter
 from engine.kv_blocks import BlockPool
@@ -19,6 +20,7 @@ from engine.sequence import Sequence
 from engine.step_plan import SequenceChunk, StepPlan
 from engine.token_mask import TokenMask
 
+Bound = dict[str, NDArray[np.uint32]]
 logger = logging.getLogger(__name__)
 
 
@@ -48,6 +50,7 @@ class Engine:
             max_model_len=_max_model_len(
                 config, model_config.max_positions, num_blocks * config.block_size
             ),
+            eos_ids=eos_ids,
         )
         self._drafter = drafter
         self._num_drafts = num_drafts
@@ -80,19 +83,12 @@ class Engine:
         self._scheduler.abort(request_id)
 
     def step(self) -> StepOutput:
-        """Run one step. A step that fails ends the requests in it, not the engine."""
-        plan, bitmask, outputs = self._bind(self._scheduler.plan())
-        if not plan.chunks:
-            return StepOutput(tuple(outputs), self.statistics())
-        try:
-            results = self._runner.run(plan, bitmask)
-        except Exception as error:
-            failed = [chunk.request_id for chunk in plan.chunks]
-            logger.exception("a step failed; its requests end: %s", ", ".join(failed))
-            message = f"{type(error).__name__} in the engine"
-            outputs += [self._scheduler.end(request_id, message) for request_id in failed]
-        else:
-            outputs += self._scheduler.commit(plan, results)
+        """Run one step. A request that cannot be run ends, and neither its neighbours nor we do."""
+        plan, bound, outputs = self._bind(self._scheduler.plan())
+        results, errors = self._run(plan, bound)
+        outputs += [self._scheduler.end(name, error) for name, error in errors.items()]
+        done = StepPlan(tuple(c for c in plan.chunks if c.request_id not in errors))
+        outputs += self._scheduler.commit(done, results)
         return StepOutput(tuple(outputs), self.statistics(plan.num_tokens))
 
     def check_integrity(self) -> None:
@@ -112,33 +108,60 @@ class Engine:
             preemptions=self._scheduler.preemptions,
         )
 
-    def _bind(
-        self, plan: StepPlan
-    ) -> tuple[StepPlan, NDArray[np.uint32] | None, list[TokenOutput]]:
-        """Ask the masks what may come; a request whose mask allows nothing ends here."""
-        bound: dict[str, NDArray[np.uint32]] = {}
+    def _bind(self, plan: StepPlan) -> tuple[StepPlan, Bound, list[TokenOutput]]:
+        """Ask the masks what may come; a request whose mask allows nothing, or fails, ends here."""
+        bound: Bound = {}
         kept: list[SequenceChunk] = []
         ended: list[TokenOutput] = []
-        vocab_size = self.limits.vocab_size
         for chunk in plan.chunks:
-            mask = self._scheduler.sequence(chunk.request_id).mask
+            mask, message = self._scheduler.sequence(chunk.request_id).mask, None
             if mask is not None and chunk.samples:
-                bitmask = chunk_bitmask(chunk, mask, vocab_size)
-                if not bitmask[0].any():
-                    message = "the token mask allows nothing"
-                    ended.append(self._scheduler.end(chunk.request_id, message))
-                    continue
-                bound[chunk.request_id] = bitmask
-            kept.append(chunk)
-        return StepPlan(tuple(kept)), plan_bitmask(kept, bound, vocab_size), ended
+                try:
+                    bitmask = chunk_bitmask(chunk, mask, self.limits.vocab_size)
+                    if not bitmask[0].any():
+                        message = "the token mask allows nothing"
+                    bound[chunk.request_id] = bitmask
+                except Exception as error:
+                    logger.exception("the token mask of %s failed", chunk.request_id)
+                    message = f"{type(error).__name__} in the token mask"
+            if message is None:
+                kept.append(chunk)
+            else:
+                ended.append(self._scheduler.end(chunk.request_id, message))
+        return StepPlan(tuple(kept)), bound, ended
+
+    def _run(self, plan: StepPlan, bound: Bound) -> tuple[dict[str, ChunkResult], dict[str, str]]:
+        """Run a plan; where that fails, its chunks one by one, so that only the culprit ends."""
+        if not plan.chunks:
+            return {}, {}
+        try:
+            bitmask = plan_bitmask(plan.chunks, bound, self.limits.vocab_size)
+            return self._runner.run(plan, bitmask), {}
+        except Exception as error:
+            if len(plan.chunks) == 1:
+                logger.exception("a step of %s failed", plan.chunks[0].request_id)
+                return {}, {plan.chunks[0].request_id: f"{type(error).__name__} in the engine"}
+        results: dict[str, ChunkResult] = {}
+        errors: dict[str, str] = {}
+        for chunk in plan.chunks:
+            # keys and values are written again where they were written before
+            more, failed = self._run(StepPlan((chunk,)), bound)
+            results |= more
+            errors |= failed
+        return results, errors
 
     def _propose(self, sequence: Sequence) -> list[int]:
         assert self._drafter is not None
-        drafts = self._drafter.draft(sequence.token_ids, self._num_drafts)[: self._num_drafts]
-        drafts = list(takewhile(lambda draft: 0 <= draft < self.limits.vocab_size, drafts))
-        if sequence.mask is None or not drafts:
-            return drafts
-        return allowed_drafts(sequence.mask, drafts, self.limits.vocab_size)
+        try:
+            drafts = self._drafter.draft(sequence.token_ids, self._num_drafts)
+            drafts = [*takewhile(lambda draft: 0 <= draft < self.limits.vocab_size, drafts)]
+            drafts = drafts[: self._num_drafts]
+            if sequence.mask is not None and drafts:
+                drafts = allowed_drafts(sequence.mask, drafts, self.limits.vocab_size)
+        except Exception:
+            logger.exception("guessing for %s failed; it goes on without", sequence.request_id)
+            return []
+        return drafts
 
 
 def _max_model_len(config: EngineConfig, max_positions: int, kv_tokens: int) -> int:

@@ -53,9 +53,9 @@ class EngineRefused:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The process lives; its present step has run for so many seconds (0 where it is idle)."""
+    """The process lives; what its loop does has taken so many seconds (0 where it waits)."""
 
-    step_s: float
+    busy_s: float
 
 
 class StepEngine(Protocol):
@@ -94,6 +94,8 @@ class EngineProcess:
             daemon=True,
         )
         self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._start_lock = threading.Lock()
+        self._is_stopped = False
         # a full pipe must not stop the event loop of the caller, nor lock both sides
         self._sender = threading.Thread(target=self._send_batches, daemon=True)
 
@@ -101,9 +103,12 @@ class EngineProcess:
         """Start the process and wait until the engine is loaded.
 
         Raises:
-            EngineStartError: it could not be made; the message says why.
+            EngineStartError: it could not be made, or was stopped; the message says why.
         """
-        self._process.start()
+        with self._start_lock:
+            if self._is_stopped:
+                raise EngineStartError("the engine process was stopped before it started")
+            self._process.start()
         self._child_connection.close()
         try:
             answer = self._connection.recv()
@@ -122,20 +127,15 @@ class EngineProcess:
         self._sender.start()
         return answer
 
-    def fileno(self) -> int:
-        """A descriptor that is readable when ``receive`` has something."""
-        return self._connection.fileno()
-
     def send(self, message: Message) -> None:
         """Hand a message over; it reaches the engine before one of its next steps."""
         self._outbox.put(message)
 
-    def has_output(self) -> bool:
-        """Whether ``receive`` would return, or raise, at once."""
-        return self._connection.poll()
-
     def receive(self) -> StepOutput | Heartbeat:
-        """The next step's output, or a sign of life.
+        """Wait for the next step's output, or a sign of life.
+
+        For a thread of its own: an event loop that watched the pipe would make it non-blocking,
+        and a long message would then be torn.
 
         Raises:
             EOFError: the process has ended.
@@ -152,15 +152,21 @@ class EngineProcess:
         self._process.kill()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the process: ask, wait, then kill. Requests under way are lost."""
+        """End the process: ask, wait, then kill. Requests under way are lost.
+
+        One that is still loading is killed; one that was not started never will be.
+        """
+        with self._start_lock:
+            self._is_stopped = True
+            if self._process.pid is None:
+                return
         self._outbox.put(None)
         if self._sender.is_alive():
             self._sender.join(timeout_s)
-        self._process.join(timeout_s)
+            self._process.join(timeout_s)
         if self._process.is_alive():
             self.kill()
-            self._process.join()
-        self._connection.close()
+        self._process.join()
 
     def _send_batches(self) -> None:
         closing = False
@@ -185,7 +191,7 @@ class EngineLoop:
         self._connection = connection
         self._send_lock = threading.Lock()
         self._ended = threading.Event()
-        self._step_began: float | None = None
+        self._busy_since: float | None = None
 
     def run(self) -> None:
         """Serve until the other side says ``None`` or closes."""
@@ -194,10 +200,8 @@ class EngineLoop:
             self._send(EngineReady(self._engine.limits))
             heart.start()
             while self._take_messages():
-                self._step_began = time.monotonic()
-                output = self._engine.step()
-                self._step_began = None
-                self._send(output)
+                self._busy_since = time.monotonic()
+                self._send(self._engine.step())
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return  # the other side is gone, and with it everyone who waits for an answer
         finally:
@@ -209,9 +213,11 @@ class EngineLoop:
         while not engine.has_work or self._connection.poll():
             if not engine.has_work:
                 engine.check_integrity()
+            self._busy_since = None
             batch: list[Message] | None = self._connection.recv()
             if batch is None:
                 return False
+            self._busy_since = time.monotonic()
             refused = self._apply(batch)
             # an abort may leave nothing to step, and the gauges must say so
             if refused or not engine.has_work:
@@ -237,9 +243,9 @@ class EngineLoop:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
-            began = self._step_began
+            since = self._busy_since
             try:
-                self._send(Heartbeat(time.monotonic() - began if began is not None else 0.0))
+                self._send(Heartbeat(time.monotonic() - since if since is not None else 0.0))
             except OSError:
                 return  # the loop finds out by itself
 

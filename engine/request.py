@@ -16,6 +16,7 @@ class RequestLimits:
 
     vocab_size: int
     max_model_len: int
+    eos_ids: frozenset[int] = frozenset()
 
     def check(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
         """Refuse a request that the engine could not run.
@@ -42,6 +43,10 @@ class RequestLimits:
             wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
             if wrong is not None:
                 raise RequestError(param, f"token id {wrong} is outside [0, {self.vocab_size})")
+        allowed, ends = sampling.allowed_token_ids, sampling.stop_token_ids | self.eos_ids
+        if sampling.min_tokens and allowed is not None and allowed <= ends:
+            message = "are all ends, which min_tokens forbids at first"
+            raise RequestError("allowed_token_ids", message)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Runs a step plan on the model: owns the KV memory, the forward and the sampling."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import make_batch
-from engine.chunk_result import ChunkResult
+from engine.chunk_result import NO_TOKEN, ChunkResult
 from engine.model.transformer import Transformer
 from engine.request import TokenLogprobs
 from engine.sampler import log_probabilities, sample
@@ -48,9 +49,10 @@ class Runner:
         sampled = scored = 0
         for chunk in plan.chunks:
             own = ids[sampled : sampled + chunk.num_sampled]
+            scorable = list(takewhile(lambda token_id: token_id != NO_TOKEN, own))
             results[chunk.request_id] = ChunkResult(
                 tuple(own),
-                _logprobs(sampled_LV, sampled, own, chunk.sampling.logprobs),
+                _logprobs(sampled_LV, sampled, scorable, chunk.sampling.logprobs),
                 _logprobs(scored_LV, scored, chunk.scores, chunk.sampling.prompt_logprobs),
             )
             sampled += chunk.num_sampled

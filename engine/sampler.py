@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.chunk_result import NO_TOKEN
 from engine.logit_rules import SamplingRow, apply_rules
 from engine.request import TokenLogprobs
 from engine.sampling_params import SamplingParams
@@ -27,7 +28,7 @@ def sample(
     eos_ids: frozenset[int] = frozenset(),
     bitmask: NDArray[np.uint32] | None = None,
 ) -> list[int]:
-    """Choose one token a row.
+    """Choose one token a row, or ``NO_TOKEN`` where the rules leave none.
 
     Args:
         logits_LV: ``[L, vocabulary]``, any floating dtype; left as it is.
@@ -35,10 +36,12 @@ def sample(
         eos_ids: ids that end an answer, which ``min_tokens`` forbids.
         bitmask: uint32 ``[L, ceil(vocabulary / 32)]``, a bit for every token that may come.
     """
+    is_barren_L: Tensor | None = None
     drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
     if bitmask is not None or any(row.params.has_rules for row in rows):
         logits_LV = logits_LV.to(torch.float32, copy=True)
         apply_rules(logits_LV, rows, eos_ids, bitmask)
+        is_barren_L = ~logits_LV.amax(dim=-1).isfinite()
     chosen_L = _argmax(logits_LV)
     if drawn:
         uniforms = uniform([rows[i].seed for i in drawn], [rows[i].position for i in drawn])
@@ -48,6 +51,8 @@ def sample(
             [rows[i].params for i in drawn],
             torch.from_numpy(uniforms).to(logits_LV.device),
         )
+    if is_barren_L is not None:
+        chosen_L[is_barren_L] = NO_TOKEN
     ids: list[int] = chosen_L.tolist()
     return ids
 

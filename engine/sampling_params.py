@@ -1,12 +1,12 @@
 """How one request's tokens are chosen and when they end, as validated plain data."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 MAX_LOGPROBS = 20
-MAX_LISTED_IDS = 4096
+MAX_LISTED_IDS = 1024
+MAX_TEMPERATURE = 100.0
 
 
 class RequestError(ValueError):
@@ -123,16 +123,16 @@ class SamplingParams:
             yield "max_tokens", "0 goes with log-probabilities of the prompt alone"
         if not 0 <= self.min_tokens <= self.max_tokens:
             yield "min_tokens", f"must be 0 to max_tokens, not {self.min_tokens}"
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            yield "temperature", f"must be 0 or more, not {self.temperature}"
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            yield "temperature", f"must be 0 to {MAX_TEMPERATURE:g}, not {self.temperature}"
         if self.top_k < -1:
             yield "top_k", f"must be -1 or more, not {self.top_k}"
         if not 0 < self.top_p <= 1:
             yield "top_p", f"must be above 0 and at most 1, not {self.top_p}"
         if not 0 <= self.min_p <= 1:
             yield "min_p", f"must be 0 to 1, not {self.min_p}"
-        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
-            yield "repetition_penalty", f"must be above 0, not {self.repetition_penalty}"
+        if not 0.01 <= self.repetition_penalty <= 100:
+            yield "repetition_penalty", f"must be 0.01 to 100, not {self.repetition_penalty}"
         for param in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, param) <= 2:
                 yield param, f"must be -2 to 2, not {getattr(self, param)}"

@@ -8,8 +8,8 @@ from engine.chunk_result import ChunkResult
 from engine.config import EngineConfig
 from engine.kv_blocks import BlockPool
 from engine.prefix_hash import PrefixHasher
-from engine.request import FinishReason, Request, TokenOutput
-from engine.sequence import Sequence
+from engine.request import Request, TokenOutput
+from engine.sequence import Ending, Sequence
 from engine.step_plan import SequenceChunk, StepPlan
 from engine.token_mask import TokenMask
 
@@ -81,21 +81,24 @@ class Scheduler:
         for sequence in running:
             if not budget or sequence.request_id not in self._running:
                 continue
-            drafts = self._drafts(sequence, budget - 1)
             if self._grow(sequence):
-                chunks.append(self._chunk(sequence, budget, drafts))
+                chunks.append(self._chunk(sequence, budget))
                 budget -= len(chunks[-1].token_ids)
-        if self.preemptions > preempted_before:
-            return StepPlan(tuple(chunks))  # what was just given up is not for newcomers
-        for sequence in list(self._waiting):
+        # what was just given up is not for newcomers
+        newcomers = list(self._waiting) if self.preemptions == preempted_before else []
+        for sequence in newcomers:
             if not budget or self.num_running == self._config.max_num_seqs:
                 break
             if self._waits_for_another(sequence):
                 continue
             if not self._admit(sequence):
                 break
-            chunks.append(self._chunk(sequence, budget, []))
+            chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].token_ids)
+        if self._propose is not None:
+            for index, chunk in enumerate(chunks):
+                chunks[index] = self._with_drafts(chunk, budget)
+                budget -= chunks[index].num_drafts
         return StepPlan(tuple(chunks))
 
     def commit(self, plan: StepPlan, results: Mapping[str, ChunkResult]) -> list[TokenOutput]:
@@ -107,22 +110,18 @@ class Scheduler:
             sequence.num_computed = chunk.end - chunk.num_drafts + accepted
             is_answer = sequence.num_computed >= len(sequence.token_ids)
             sequence.prompt_scores += result.prompt_logprobs
-            reason, stop_id, count = None, None, 0
-            for token_id in result.token_ids[: accepted + 1]:
-                sequence.token_ids.append(token_id)
-                count += 1
-                reason, stop_id = self._finish_reason(sequence, token_id)
-                if reason is not None:
-                    break
+            ending = sequence.append(result.token_ids[: accepted + 1], self._eos_ids)
+            if ending.num_taken:
+                # guesses after an end were computed for nothing
+                sequence.num_computed = min(sequence.num_computed, len(sequence.token_ids) - 1)
             if is_answer and not sequence.request.sampling.max_tokens:
-                reason = "length"  # the prompt was to be scored, no more
+                ending = Ending(0, "length")  # the prompt was to be scored, no more
             self._settle(sequence)
-            if sequence.mask is not None:
-                sequence.mask.accept(result.token_ids[:count])
+            ending = _accept(sequence, result.token_ids[: ending.num_taken], ending)
             if is_answer:
-                outputs.append(_output(sequence, result, count, reason, stop_id))
+                outputs.append(_output(sequence, result, ending))
                 sequence.scores_are_due, sequence.prompt_scores = False, []
-            if reason is not None:
+            if ending.reason is not None:
                 self._leave(sequence)
         return outputs
 
@@ -143,14 +142,26 @@ class Scheduler:
         promising = {id(sequence) for sequence in self._promised.values()}
         assert promising <= {id(sequence) for sequence in self._running.values()}
 
-    def _drafts(self, sequence: Sequence, room: int) -> list[int]:
-        if self._propose is None:
-            return []
-        sampling = sequence.request.sampling
-        left = sampling.max_tokens - sequence.num_generated - 1
-        if sequence.num_uncomputed > 1 or min(room, left) < 1:
-            return []
-        return self._propose(sequence)[: min(room, left)]
+    def _with_drafts(self, chunk: SequenceChunk, room: int) -> SequenceChunk:
+        """Add guesses to a decode, as far as budget and blocks are left over by everyone."""
+        sequence = self._running[chunk.request_id]
+        left = chunk.sampling.max_tokens - sequence.num_generated - 1
+        room = min(room, left)
+        if not chunk.samples or len(chunk.token_ids) > 1 or room < 1:
+            return chunk
+        assert self._propose is not None
+        drafts = self._propose(sequence)[:room]
+        missing = self._pool.blocks_for(chunk.end + len(drafts)) - len(sequence.block_ids)
+        if missing > 0:
+            taken = self._pool.take((), missing)
+            if taken is None:
+                return chunk
+            sequence.block_ids += taken
+        return chunk._replace(
+            token_ids=(*chunk.token_ids, *drafts),
+            block_ids=tuple(sequence.block_ids),
+            num_drafts=len(drafts),
+        )
 
     def _grow(self, sequence: Sequence) -> bool:
         """Take blocks for all its tokens; False when the sequence itself had to give way."""
@@ -204,26 +215,19 @@ class Scheduler:
         self._hasher.extend(sequence.hashes, sequence.token_ids, sequence.request.cache_salt)
         return sequence.hashes[: (len(sequence.token_ids) - 1) // self._pool.block_size]
 
-    def _chunk(self, sequence: Sequence, budget: int, drafts: list[int]) -> SequenceChunk:
+    def _chunk(self, sequence: Sequence, budget: int) -> SequenceChunk:
         start = sequence.num_computed
         end = start + min(sequence.num_uncomputed, budget)
-        missing = self._pool.blocks_for(end + len(drafts)) - len(sequence.block_ids)
-        if missing > 0:
-            # guesses are not worth preempting anyone for
-            taken = self._pool.take((), missing)
-            sequence.block_ids += taken or []
-            drafts = drafts if taken is not None else []
         request, tokens = sequence.request, sequence.token_ids
         scores = request.prompt_ids[start + 1 : end + 1] if sequence.scores_are_due else ()
         return SequenceChunk(
             request_id=request.request_id,
-            token_ids=(*tokens[start:end], *drafts),
+            token_ids=tuple(tokens[start:end]),
             start=start,
-            block_ids=tuple(sequence.block_ids[: self._pool.blocks_for(end + len(drafts))]),
+            block_ids=tuple(sequence.block_ids[: self._pool.blocks_for(end)]),
             sampling=request.sampling,
             seed=sequence.seed,
             samples=end == len(tokens) and request.sampling.max_tokens > 0,
-            num_drafts=len(drafts),
             scores=scores,
             history=tuple(tokens) if request.sampling.needs_history else (),
             prompt_length=sequence.prompt_length,
@@ -243,15 +247,6 @@ class Scheduler:
             self._pool.publish(sequence.block_ids[index], sequence.hashes[index])
             self._break_promise(sequence, sequence.hashes[index])
         sequence.num_published = full
-
-    def _finish_reason(
-        self, sequence: Sequence, token_id: int
-    ) -> tuple[FinishReason | None, int | None]:
-        sampling = sequence.request.sampling
-        is_eos = token_id in self._eos_ids and not sampling.ignore_eos
-        if is_eos or token_id in sampling.stop_token_ids:
-            return "stop", token_id
-        return ("length" if sequence.num_generated == sampling.max_tokens else None), None
 
     def _leave(self, sequence: Sequence) -> None:
         """Take a sequence from the running; its blocks go back, its tokens stay."""
@@ -280,19 +275,25 @@ def _accepted(chunk: SequenceChunk, chosen: tuple[int, ...]) -> int:
     return next((i for i, (draft, token) in enumerate(pairs) if draft != token), len(drafts))
 
 
-def _output(
-    sequence: Sequence,
-    result: ChunkResult,
-    count: int,
-    reason: FinishReason | None,
-    stop_id: int | None,
-) -> TokenOutput:
+def _accept(sequence: Sequence, token_ids: tuple[int, ...], ending: Ending) -> Ending:
+    """Let the sequence's mask follow; one that fails ends its sequence and no other."""
+    if sequence.mask is None:
+        return ending
+    try:
+        sequence.mask.accept(token_ids)
+    except Exception as error:
+        return Ending(ending.num_taken, "error", error=f"{type(error).__name__} in the token mask")
+    return ending
+
+
+def _output(sequence: Sequence, result: ChunkResult, ending: Ending) -> TokenOutput:
     return TokenOutput(
         request_id=sequence.request_id,
-        token_ids=result.token_ids[:count],
-        finish_reason=reason,
-        stop_token_id=stop_id,
-        logprobs=result.logprobs[:count],
+        token_ids=result.token_ids[: ending.num_taken],
+        finish_reason=ending.reason,
+        stop_token_id=ending.stop_token_id,
+        error=ending.error,
+        logprobs=result.logprobs[: ending.num_taken],
         prompt_logprobs=tuple(sequence.prompt_scores),
         cached_tokens=sequence.num_cached or 0,
     )

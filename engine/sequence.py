@@ -1,9 +1,21 @@
 """One request under way: its tokens, its blocks and how far they are computed."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from engine.request import Request, TokenLogprobs
+from engine.chunk_result import NO_TOKEN
+from engine.request import FinishReason, Request, TokenLogprobs
 from engine.token_mask import TokenMask
+
+
+class Ending(NamedTuple):
+    """How many of the chosen tokens a sequence took, and how it ended with them, if it did."""
+
+    num_taken: int
+    reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -58,3 +70,18 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens that this engine chose."""
         return len(self.token_ids) - self.prompt_length
+
+    def append(self, chosen: Iterable[int], eos_ids: frozenset[int]) -> Ending:
+        """Add tokens up to the one that ends the sequence, and say how that came."""
+        sampling, count = self.request.sampling, 0
+        for token_id in chosen:
+            if token_id == NO_TOKEN:
+                return Ending(count, "error", error="no token is left that could come")
+            self.token_ids.append(token_id)
+            count += 1
+            is_eos = token_id in eos_ids and not sampling.ignore_eos
+            if is_eos or token_id in sampling.stop_token_ids:
+                return Ending(count, "stop", stop_token_id=token_id)
+            if self.num_generated == sampling.max_tokens:
+                return Ending(count, "length")
+        return Ending(count)

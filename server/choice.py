@@ -25,7 +25,9 @@ class ChoiceWriter:
         self._body = body
         self._prompt_ids = prompt_ids
         self._prompt_text = prompt_text
-        self._logprobs = LogprobsWriter(tokenizer, body.return_tokens_as_token_ids)
+        self._logprobs = LogprobsWriter(
+            tokenizer, body.logprobs or 0, body.return_tokens_as_token_ids
+        )
         self._is_first = True
 
     def write(self, delta: TextDelta) -> dict[str, Any]:
@@ -46,7 +48,9 @@ class ChoiceWriter:
             choice["logprobs"] = self._logprobs.write(entries, self._prompt_ids[0])
         if body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = (
-                prompt_logprobs(self._tokenizer, delta.prompt_logprobs) if first else None
+                prompt_logprobs(self._tokenizer, delta.prompt_logprobs, body.prompt_logprobs)
+                if first
+                else None
             )
         if body.return_token_ids:
             choice["token_ids"] = delta.token_ids

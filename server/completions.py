@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from engine.request import Request
+from engine.sampling_params import RequestError
 from server.choice import ChoiceWriter
 from server.errors import EngineError
 from server.metrics import RequestClock
@@ -17,6 +18,8 @@ from server.service import Service
 from server.text_stream import TextDelta, TextOptions, TextStream
 
 logger = logging.getLogger(__name__)
+# more would take the event loop seconds to write
+MAX_PROMPT_LOGPROBS = 200_000
 
 
 class Completion:
@@ -116,7 +119,8 @@ class Completion:
             ids = await service.encode(ids, body.add_special_tokens)
         keep = body.truncate_prompt_tokens
         if keep is not None:
-            keep = service.limits.max_model_len - 1 if keep == -1 else keep
+            room = service.limits.max_model_len - body.sampling((), 0).max_tokens
+            keep = room if keep == -1 else keep
             ids = ids[-keep:]
         return ids
 
@@ -135,6 +139,11 @@ class Completion:
                 service.limits.check(ids, sampling)
                 name = f"{self._id}-{len(requests)}"
                 requests.append(Request(name, tuple(ids), sampling, body.priority, body.cache_salt))
+        scored = [r for r in requests if r.sampling.prompt_logprobs is not None]
+        entries = sum(len(r.prompt_ids) * (r.sampling.prompt_logprobs or 1) for r in scored)
+        if entries > MAX_PROMPT_LOGPROBS:
+            message = f"{entries} entries for all samples, more than {MAX_PROMPT_LOGPROBS}"
+            raise RequestError("prompt_logprobs", message)
         return requests
 
     def _text_options(self) -> TextOptions:

@@ -1,16 +1,19 @@
 """The engine process as the event loop sees it: streams of outputs, aborts, and its whole life."""
 
 import asyncio
+import contextlib
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from engine.process import Abort, EngineProcess, EngineStartError, Heartbeat
-from engine.request import EngineStatistics, Request, TokenOutput
+from engine.request import EngineStatistics, Request, StepOutput, TokenOutput
 from server.config import SupervisionOptions
 
 logger = logging.getLogger(__name__)
 _WATCH_EVERY_S = 0.5
+_RESTART_PAUSE_S = 1.0
 
 
 class EngineClient:
@@ -35,26 +38,28 @@ class EngineClient:
         self._restarts_left = supervision.engine_restarts
         self._streams: dict[str, TokenStream] = {}
         self._last_sign = time.monotonic()
+        self._is_closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.is_alive = True
 
     def attach(self) -> None:
         """Listen to the process, and watch it, from the running event loop."""
-        asyncio.get_running_loop().add_reader(self._process.fileno(), self.receive)
-        self._last_sign = time.monotonic()
-        if not self._tasks:
-            self._begin(self._watch())
+        self._listen()
+        self._begin(self._watch())
 
     async def detach(self) -> None:
-        """Stop listening and watching."""
-        if self.is_alive:
-            asyncio.get_running_loop().remove_reader(self._process.fileno())
-        for task in self._tasks:
+        """Stop watching; an engine that was being started is stopped."""
+        self._is_closing = True
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if not self.is_alive:
+            await asyncio.to_thread(self._process.stop)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def stop(self) -> None:
         """End the process that is there now."""
+        self._is_closing = True
         self._process.stop()
 
     def submit(self, requests: Sequence[Request]) -> "TokenStream":
@@ -79,17 +84,11 @@ class EngineClient:
             self._process.send(Abort(request_id))
             self._deliver(TokenOutput(request_id, finish_reason="error", error=error))
 
-    def receive(self) -> None:
-        """Take one message from the process and act on it; called when there is one."""
-        try:
-            message = self._process.receive()
-        except EOFError:
-            self._engine_died()
-            return
-        self._last_sign = time.monotonic()
+    def handle(self, message: StepOutput | Heartbeat) -> None:
+        """Act on a message of the process."""
         if isinstance(message, Heartbeat):
-            if message.step_s > self._supervision.step_timeout_s:
-                logger.error("a step of the engine has run for %.0f s", message.step_s)
+            if message.busy_s > self._supervision.step_timeout_s:
+                logger.error("the engine has been busy with one step for %.0f s", message.busy_s)
                 self._process.kill()
             return
         self._on_statistics(message.statistics)
@@ -104,43 +103,58 @@ class EngineClient:
             del self._streams[output.request_id]
         stream.put(output)
 
+    def _listen(self) -> None:
+        """Read the process's messages in a thread and handle them in the event loop."""
+        loop, process = asyncio.get_running_loop(), self._process
+        self._last_sign = time.monotonic()
+
+        def read() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed before the process ended
+                while True:
+                    try:
+                        message = process.receive()
+                    except EOFError:
+                        loop.call_soon_threadsafe(self._engine_died, process)
+                        return
+                    # noted here, so that a busy loop does not take itself for a silent engine
+                    self._last_sign = time.monotonic()
+                    loop.call_soon_threadsafe(self.handle, message)
+
+        threading.Thread(target=read, name="engine-reader", daemon=True).start()
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             silent_s = time.monotonic() - self._last_sign
-            # a loop of ours that was busy has signs still to read
-            if (
-                self.is_alive
-                and silent_s > self._supervision.silence_timeout_s
-                and not self._process.has_output()
-            ):
+            if self.is_alive and silent_s > self._supervision.silence_timeout_s:
                 logger.error("the engine process has been silent for %.1f s", silent_s)
                 self._process.kill()
-                self._last_sign = time.monotonic()
 
-    def _engine_died(self) -> None:
+    def _engine_died(self, process: EngineProcess) -> None:
+        if self._is_closing or process is not self._process:
+            return
         logger.error("the engine process has ended; its requests end with errors")
         self.is_alive = False
-        asyncio.get_running_loop().remove_reader(self._process.fileno())
         self._on_statistics(EngineStatistics())
         for request_id in list(self._streams):
             self._deliver(_gone(request_id))
-        if self._restarts_left:
-            self._restarts_left -= 1
-            self._begin(self._restart())
+        self._begin(self._restart(process))
 
-    async def _restart(self) -> None:
-        self._process.stop()
-        process = self._make_process()
-        try:
-            await asyncio.to_thread(process.start)
-        except EngineStartError as error:
-            logger.error("the engine could not be started again: %s", error)
+    async def _restart(self, dead: EngineProcess) -> None:
+        await asyncio.to_thread(dead.stop)
+        while self._restarts_left and not self._is_closing:
+            self._restarts_left -= 1
+            self._process = self._make_process()
+            try:
+                await asyncio.to_thread(self._process.start)
+            except (EngineStartError, OSError) as error:
+                logger.error("the engine could not be started again: %s", error)
+                await asyncio.sleep(_RESTART_PAUSE_S)
+                continue
+            self.is_alive = True
+            self._listen()
+            logger.warning("the engine runs again; %d restarts are left", self._restarts_left)
             return
-        self._process = process
-        self.is_alive = True
-        self.attach()
-        logger.warning("the engine runs again; %d restarts are left", self._restarts_left)
 
     def _begin(self, work: "asyncio._CoroutineLike[None]") -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)

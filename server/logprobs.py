@@ -10,8 +10,12 @@ from weights.tokenizer import Tokenizer
 class LogprobsWriter:
     """The ``logprobs`` objects of one choice; offsets go on from one to the next."""
 
-    def __init__(self, tokenizer: Tokenizer, as_token_ids: bool) -> None:
-        """``as_token_ids`` writes ``token_id:7`` for a token, as text may be ambiguous."""
+    def __init__(self, tokenizer: Tokenizer, count: int, as_token_ids: bool) -> None:
+        """Write the ``count`` likeliest tokens of each position beside its own.
+
+        ``as_token_ids`` writes ``token_id:7`` for a token, as text may be ambiguous.
+        """
+        self._count = count
         self._tokenizer = tokenizer
         self._as_token_ids = as_token_ids
         self._offset = 0
@@ -36,7 +40,7 @@ class LogprobsWriter:
         }
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
-        pairs = [*entry.top, (entry.token_id, entry.logprob)]
+        pairs = [*entry.top[: self._count], (entry.token_id, entry.logprob)]
         named: dict[str, float] = {}
         for token_id, logprob in pairs:
             named.setdefault(self._name(token_id), logprob)
@@ -49,12 +53,14 @@ class LogprobsWriter:
 
 
 def prompt_logprobs(
-    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], count: int
 ) -> list[dict[str, Any] | None]:
     """A position a prompt token, the first null: by id its log-probability, rank and text."""
     positions: list[dict[str, Any] | None] = [None]
     for entry in entries:
-        ranked = [(token_id, value, rank) for rank, (token_id, value) in enumerate(entry.top, 1)]
+        ranked = [
+            (token_id, value, rank) for rank, (token_id, value) in enumerate(entry.top[:count], 1)
+        ]
         ranked.append((entry.token_id, entry.logprob, entry.rank))
         positions.append(
             {

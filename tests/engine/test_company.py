@@ -227,6 +227,49 @@ def test_a_mask_that_allows_nothing_ends_its_request_alone(model):
     assert tokens(found["free"]) == plain_greedy(model, [5, 6], COUNT)
 
 
+class Failing(Multiples):
+    """A mask that breaks after some tokens."""
+
+    def fill(self, bitmask):
+        assert len(self.accepted) < 3
+        super().fill(bitmask)
+
+
+def test_a_mask_or_a_drafter_that_fails_harms_nobody_else(model):
+    class Broken:
+        def draft(self, token_ids, count):
+            raise ValueError("no idea")
+
+    mixed = engine(model, drafter=Broken(), num_drafts=2)
+    mixed.add(greedy("masked", [5, 6], COUNT), Failing())
+    mixed.add(greedy("free", [5, 6], COUNT))
+    found = step_all(mixed)
+    assert len(tokens(found["masked"])) == 3
+    assert found["masked"][-1].error == "AssertionError in the token mask"
+    assert tokens(found["free"]) == plain_greedy(model, [5, 6], COUNT)
+
+
+def test_rules_that_leave_no_token_end_their_request_alone(model):
+    params = SamplingParams(
+        max_tokens=COUNT, allowed_token_ids=frozenset({7}), bad_words=((7, 7),), ignore_eos=True
+    )
+    mixed = engine(model)
+    mixed.add(Request("stuck", (5, 6), params))
+    mixed.add(greedy("free", [5, 6], COUNT))
+    found = step_all(mixed)
+    assert tokens(found["stuck"]) == [7] and found["stuck"][-1].finish_reason == "error"
+    assert tokens(found["free"]) == plain_greedy(model, [5, 6], COUNT)
+
+
+def test_an_end_among_accepted_drafts_may_cross_a_block(model):
+    answer = plain_greedy(model, [5, 6], COUNT)
+    stop = next(token for at, token in enumerate(answer) if at > 0 and token not in answer[:at])
+    fast = engine(model, drafter=Oracle([([5, 6], answer)]), num_drafts=10, block_size=4)
+    params = SamplingParams(max_tokens=COUNT, temperature=0, stop_token_ids=frozenset({stop}))
+    fast.add(Request("a", (5, 6), params))
+    assert tokens(step_all(fast)["a"]) == answer[: answer.index(stop) + 1]
+
+
 def test_drafts_are_cut_where_a_mask_forbids_them_or_ends():
     mask = Multiples(end=3)
     assert allowed_drafts(mask, [3, 4, 9], VOCAB_SIZE) == [3, 4]
@@ -263,6 +306,9 @@ def test_prompts_are_scored_once_though_preempted(model):
     for i, ids in enumerate(given):
         scored = [entry for output in found[str(i)] for entry in output.prompt_logprobs]
         assert [entry.token_id for entry in scored] == ids[1:]
+        exact = plain_logits(model, ids).double().log_softmax(-1)
+        expected = [float(exact[at, token]) for at, token in enumerate(ids[1:])]
+        assert [entry.logprob for entry in scored] == pytest.approx(expected, abs=1e-4)
 
 
 class CompanyMachine(RuleBasedStateMachine):

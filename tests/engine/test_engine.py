@@ -102,14 +102,23 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_company(model):
     assert run(engine(model), {0: [Request("x", (1, 2, 3), unseeded)]})["x"] != alone
 
 
-def test_a_failing_step_is_answered_and_the_engine_goes_on(model, expected, monkeypatch):
+def test_a_request_that_fails_is_answered_and_harms_nobody(model, expected, monkeypatch):
     broken = engine(model)
-    with monkeypatch.context() as patch:
-        patch.setattr(broken._runner, "run", lambda plan, bitmask: 1 / 0)
-        broken.add(greedy("bad", [1, 2], 5))
-        (output,) = broken.step().outputs
-    assert (output.finish_reason, output.error) == ("error", "ZeroDivisionError in the engine")
-    assert run(broken, {0: [greedy("0", prompts(1)[0], 12)]}) == {"0": expected["0"]}
+    run_plan = broken._runner.run
+
+    def fail(plan, bitmask):
+        assert not any(chunk.request_id == "bad" for chunk in plan.chunks)
+        return run_plan(plan, bitmask)
+
+    monkeypatch.setattr(broken._runner, "run", fail)
+    broken.add(greedy("bad", [1, 2], 5))
+    broken.add(greedy("good", prompts(1)[0], 12))
+    output, *others = broken.step().outputs
+    assert (output.finish_reason, output.error) == ("error", "AssertionError in the engine")
+    while broken.has_work:
+        others += broken.step().outputs
+    broken.check_integrity()
+    assert [token for other in others for token in other.token_ids] == expected["0"]
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_an_end_among_guesses_ends_the_answer_there():
 
 def test_guesses_never_exceed_the_answer_nor_preempt():
     found = finish(lambda sequence: [1, 1, 1, 1], tokens=(1,) * 9, max_tokens=3)
-    assert [ids for ids, _, _ in found] == [(1,), (1, 1)]
+    assert [ids for ids, _, _ in found] == [(1, 1, 1)]
     queue = scheduler(num_blocks=2, propose=lambda sequence: [1] * 4)
     queue.add(request("a", 4, max_tokens=4), seed=0)
     queue.add(request("b", 3, max_tokens=1), seed=0)

@@ -18,16 +18,13 @@ from weights.tokenizer import JsonTokenizer
 
 
 class SilentProcess:
-    """Takes messages and answers with what the test puts in; never on its own."""
+    """Takes messages and never answers on its own."""
 
     def __init__(self):
-        self.sent, self.answers = [], []
+        self.sent = []
 
     def send(self, message):
         self.sent.append(message)
-
-    def receive(self):
-        return StepOutput((self.answers.pop(0),), EngineStatistics(num_running=1))
 
 
 def build():
@@ -43,6 +40,11 @@ def build():
         metrics=metrics,
     )
     return process, service, create_app(service, 2**20, 30)
+
+
+def answer(service, output):
+    """What the engine process says."""
+    service.engine.handle(StepOutput((output,), EngineStatistics(num_running=1)))
 
 
 async def post(app, body, client, sent=None):
@@ -103,8 +105,7 @@ def test_an_event_is_sent_before_the_next_token_is_made():
         while not process.sent:
             await asyncio.sleep(0)
         for count in (1, 2, 3):
-            process.answers = [TokenOutput(process.sent[0].request_id, (64 + count,))]
-            service.engine.receive()
+            answer(service, TokenOutput(process.sent[0].request_id, (64 + count,)))
             while sum(message["type"] == "http.response.body" for message in sent) < count:
                 await asyncio.sleep(0)
             seen.append(sent[-1]["body"])
@@ -127,8 +128,7 @@ def test_an_output_on_its_way_to_an_aborted_request_is_dropped():
             await asyncio.sleep(0)
 
     asyncio.run(post(app, {"prompt": "a"}, leave))
-    process.answers = [TokenOutput(process.sent[0].request_id, (65,), "length")]
-    service.engine.receive()
+    answer(service, TokenOutput(process.sent[0].request_id, (65,), "length"))
     assert service.metrics.render().count(b"request_success_total{") == 0
 
 
@@ -147,14 +147,13 @@ def test_places_in_the_queue_are_given_back():
 def test_requests_are_named_alike_inside_and_outside():
     process, service, app = build()
 
-    async def answer():
+    async def finish():
         while len(process.sent) < 2:
             await asyncio.sleep(0)
-        process.answers = [TokenOutput(r.request_id, (65,), "length") for r in process.sent]
-        service.engine.receive()
-        service.engine.receive()
+        for request in process.sent:
+            answer(service, TokenOutput(request.request_id, (65,), "length"))
         await asyncio.Event().wait()
 
-    sent = asyncio.run(post(app, {"prompt": ["a", "b"]}, answer))
+    sent = asyncio.run(post(app, {"prompt": ["a", "b"]}, finish))
     name = json.loads(sent[1]["body"])["id"]
     assert [request.request_id for request in process.sent] == [f"{name}-0", f"{name}-1"]

@@ -285,3 +285,41 @@ def test_500_requests_a_third_of_them_cut_off_leave_nothing_behind(memory_plus_f
             assert server.metric(f"memplus:{gauge}") == 0
         # every place in the queue is free again
         assert server.complete(prompt=["x"] * 616, max_tokens=1).status_code == 200
+
+
+def test_messages_larger_than_the_pipe_go_through_both_ways(memory_plus_folder):
+    with running(memory_plus_folder) as server:
+        # more than a megabyte to the engine, in one batch of requests
+        many = server.complete(prompt=[[7] * 500] * 300, max_tokens=1)
+        assert many.status_code == 200 and len(many.json()["choices"]) == 300
+        # and more than a megabyte back
+        scores = {"prompt": [7] * 500, "n": 16, "max_tokens": 1, "prompt_logprobs": 20}
+        answer = server.complete(**scores)
+        assert answer.status_code == 200
+        assert [len(c["prompt_logprobs"]) for c in answer.json()["choices"]] == [500] * 16
+        assert server.http.get("/health").status_code == 200
+
+
+def test_a_signal_while_the_engine_starts_again_ends_everything(memory_plus_folder):
+    with running(memory_plus_folder, "--engine-restarts", "1") as server:
+        os.kill(engine_of(server), signal.SIGKILL)
+        while not (pids := children(server.process.pid)) or server.http.get("/health").is_success:
+            pass
+        server.process.terminate()
+        assert server.process.wait(timeout=60) == 0
+        assert all(map(ends, pids))
+
+
+def test_an_engine_that_does_not_start_again_is_tried_again(memory_plus_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(memory_plus_folder, folder)
+    with running(folder, "--engine-restarts", "3") as server:
+        (folder / "config.json").rename(folder / "hidden")
+        os.kill(engine_of(server), signal.SIGKILL)
+        while server.http.get("/health").is_success:
+            pass
+        # the first of these starts fails, unless this is faster than a process is
+        (folder / "hidden").rename(folder / "config.json")
+        while not server.http.get("/health").is_success:
+            pass
+        assert server.complete(prompt="x", max_tokens=2).status_code == 200

@@ -141,6 +141,7 @@ class Engine:
             if len(plan.chunks) == 1:
                 logger.exception("a step of %s failed", plan.chunks[0].request_id)
                 return {}, {plan.chunks[0].request_id: f"{type(error).__name__} in the engine"}
+            logger.warning("a step failed; its requests run one by one", exc_info=True)
         results: dict[str, ChunkResult] = {}
         errors: dict[str, str] = {}
         for chunk in plan.chunks:

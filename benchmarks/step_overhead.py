@@ -3,8 +3,9 @@
 import multiprocessing
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import ForwardOutput, Transformer
 from engine.ops.layout import TokenLayout
 from engine.request import Request
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import MAX_LISTED_IDS, SamplingParams
 
 # SmolLM2's shapes where they matter here: the vocabulary, and one layer's blocks
 CONFIG = ModelConfig(
@@ -30,6 +31,20 @@ CONFIG = ModelConfig(
     max_positions=8192,
     tie_embeddings=True,
 )
+
+LISTED = range(0, 40 * MAX_LISTED_IDS, 40)
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "temperature": {"temperature": 0.8},
+    "top_k 50": {"top_k": 50},
+    "top_p 0.9": {"top_p": 0.9},
+    "min_p 0.1": {"min_p": 0.1},
+    "penalties": {"temperature": 0, "repetition_penalty": 1.1, "presence_penalty": 0.5},
+    "1024 biases": {"temperature": 0, "logit_bias": tuple((i, 1.0) for i in LISTED)},
+    "1024 allowed": {"temperature": 0, "allowed_token_ids": frozenset(LISTED)},
+    "100 bad words": {"temperature": 0, "bad_words": tuple((i, i + 1) for i in LISTED[:100])},
+    "5 logprobs": {"temperature": 0, "logprobs": 5},
+}
 
 
 class InstantModel(Transformer):
@@ -47,6 +62,7 @@ class InstantModel(Transformer):
         logits_at_L: Tensor,
         kv_blocks: Sequence[Tensor] | None = None,
         with_trace: bool = False,
+        on_layer: Callable[[], None] | None = None,
     ) -> ForwardOutput:
         count = len(logits_at_L)
         return ForwardOutput(self._logits_LV[:count], torch.empty(0), {})
@@ -54,16 +70,12 @@ class InstantModel(Transformer):
 
 def measure(batch_sizes: Sequence[int], steps: int) -> None:
     """Print the median of ``steps`` decode steps for each number of sequences."""
-    kinds = {
-        "greedy": SamplingParams(max_tokens=8000, temperature=0, ignore_eos=True),
-        "sampled": SamplingParams(max_tokens=8000, temperature=0.8, ignore_eos=True),
-        "top_p 0.9": SamplingParams(max_tokens=8000, top_p=0.9, ignore_eos=True),
-    }
     keep_freed_memory()
-    print(f"{'sequences':>10}" + "".join(f"{kind:>14}" for kind in kinds))
-    for size in batch_sizes:
-        times = [_step_ms(size, params, steps) for params in kinds.values()]
-        print(f"{size:>10}" + "".join(f"{ms:>11.3f} ms" for ms in times))
+    print(f"{'sequences':>14}" + "".join(f"{size:>11}" for size in batch_sizes))
+    for kind, choice in KINDS.items():
+        params = SamplingParams(max_tokens=8000, ignore_eos=True, **choice)
+        times = [_step_ms(size, params, steps) for size in batch_sizes]
+        print(f"{kind:>14}" + "".join(f"{ms:>8.3f} ms" for ms in times))
 
 
 def _step_ms(size: int, params: SamplingParams, steps: int) -> float:

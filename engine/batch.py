@@ -7,27 +7,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.logit_rules import SamplingRow
 from engine.ops.layout import PagedKv, TokenLayout
-from engine.step_plan import SequenceChunk, StepPlan
+from engine.step_plan import StepPlan
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model is called with, and who gets the logits.
+    """What the model is called with.
 
     Attributes:
         ids_T: int64 token ids of all chunks, one after another.
         layout: their places in sequences and KV blocks.
         logits_at_L: int64 positions in the batch whose logits are wanted: first those at which
             tokens are chosen, then those that score prompts, both in the order of the chunks.
-        rows: how to choose, for each of the former.
     """
 
     ids_T: Tensor
     layout: TokenLayout
     logits_at_L: Tensor
-    rows: tuple[SamplingRow, ...]
 
 
 def make_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
@@ -43,7 +40,6 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
     contexts: list[int] = []
     sampled_at: list[int] = []
     scored_at: list[int] = []
-    rows: list[SamplingRow] = []
     for chunk, start in zip(chunks, starts, strict=False):
         blocks = chunk.block_ids
         ids += chunk.token_ids
@@ -55,7 +51,6 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         if chunk.samples:
             end = start + len(chunk.token_ids)
             sampled_at += range(end - chunk.num_sampled, end)
-            rows += _rows(chunk)
         scored_at += range(start, start + len(chunk.scores))
 
     ids_T, positions_T, kv_index_T = torch.tensor([ids, positions, kv_index], device=device)
@@ -65,16 +60,4 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         ids_T=ids_T,
         layout=TokenLayout(positions_T, starts, paged),
         logits_at_L=torch.tensor(sampled_at + scored_at, dtype=torch.int64, device=device),
-        rows=tuple(rows),
     )
-
-
-def _rows(chunk: SequenceChunk) -> list[SamplingRow]:
-    params, seed, history = chunk.sampling, chunk.seed, chunk.history
-    first = chunk.end - chunk.num_drafts
-    rows = [SamplingRow(params, seed, first, history, chunk.prompt_length)]
-    drafts = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafts :]
-    for count in range(1, chunk.num_drafts + 1):
-        with_drafts = history + drafts[:count] if history else ()
-        rows.append(SamplingRow(params, seed, first + count, with_drafts, chunk.prompt_length))
-    return rows

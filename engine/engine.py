@@ -13,6 +13,7 @@ from engine.drafter import Drafter
 from engine.kv_blocks import BlockPool
 from engine.masking import allowed_drafts, chunk_bitmask, plan_bitmask
 from engine.model.transformer import Transformer
+from engine.progress import Progress
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
 from engine.runner import Runner
 from engine.scheduler import Scheduler
@@ -52,10 +53,11 @@ class Engine:
             ),
             eos_ids=eos_ids,
         )
+        self.progress = Progress()
         self._drafter = drafter
         self._num_drafts = num_drafts
         try:
-            self._runner = Runner(model, num_blocks, config.block_size, eos_ids)
+            self._runner = Runner(model, num_blocks, config.block_size, eos_ids, self.progress)
         except (OSError, OverflowError):
             message = f"kv_cache_gib: this machine has not {config.kv_cache_gib} GiB to give"
             raise ConfigError(message) from None

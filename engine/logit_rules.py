@@ -1,119 +1,101 @@
-"""What changes the logits before a token is chosen: penalties, biases, bans, masks."""
+"""What changes the logits before a token is chosen: penalties, biases, bans, masks.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+The rules of a whole batch are gathered as (place in the flat logits, value), so that few tensor
+operations do them all and none of them touches logits that no rule names.
+"""
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.sampling_params import SamplingParams
+from engine.request_rules import Ids, RequestRules
+from engine.sampling_rows import SamplingRow
 
-
-class SamplingRow(NamedTuple):
-    """One token to be chosen.
-
-    Attributes:
-        params: how.
-        seed: the request's, from which with ``position`` the random number follows.
-        position: the place in the sequence that the token will have.
-        history: all tokens before it, where ``params.needs_history``.
-        prompt_length: how many of them are the prompt.
-    """
-
-    params: SamplingParams
-    seed: int
-    position: int
-    history: tuple[int, ...]
-    prompt_length: int
-
-    @property
-    def num_generated(self) -> int:
-        """Tokens generated before this one."""
-        return self.position - self.prompt_length
-
-    @property
-    def is_early(self) -> bool:
-        """Whether the answer must not end yet."""
-        return self.num_generated < self.params.min_tokens
+Ruled = list[tuple[int, SamplingRow, RequestRules]]
 
 
 def apply_rules(
-    logits_LV: Tensor,
-    rows: Sequence[SamplingRow],
-    eos_ids: frozenset[int],
-    bitmask: NDArray[np.uint32] | None,
+    logits_LV: Tensor, rows: Sequence[SamplingRow], bitmask: NDArray[np.uint32] | None
 ) -> None:
-    """Change ``logits_LV`` (fp32) in place, in the order that ``SamplingParams`` states."""
-    _penalise(logits_LV, rows)
-    _add_biases(logits_LV, rows)
-    _allow_alone(logits_LV, rows)
-    _ban(logits_LV, rows, eos_ids)
+    """Change ``logits_LV`` (fp32, contiguous) in place, in the order of ``SamplingParams``."""
+    ruled: Ruled = [(i, row, row.rules) for i, row in enumerate(rows) if row.rules is not None]
+    _penalise(logits_LV, [entry for entry in ruled if entry[1].params.has_penalties])
+    _add_biases(logits_LV, [entry for entry in ruled if len(entry[2].bias_ids)])
+    _allow_alone(logits_LV, ruled)
+    _ban(logits_LV, ruled)
     if bitmask is not None:
-        allowed_LV = unpack_bitmask(bitmask, logits_LV.shape[1])
-        logits_LV.masked_fill_(~torch.from_numpy(allowed_LV).to(logits_LV.device), -torch.inf)
+        _mask(logits_LV, bitmask)
 
 
-def unpack_bitmask(bitmask: NDArray[np.uint32], vocab_size: int) -> NDArray[np.bool_]:
-    """``[L, ceil(vocabulary / 32)]`` words as ``[L, vocabulary]`` truth values."""
-    bits = np.unpackbits(bitmask.view(np.uint8), axis=-1, count=vocab_size, bitorder="little")
-    return bits.astype(np.bool_)
-
-
-def _penalise(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> None:
-    chosen = [index for index, row in enumerate(rows) if row.params.has_penalties]
-    if not chosen:
+def _penalise(logits_LV: Tensor, ruled: Ruled) -> None:
+    if not ruled:
         return
-    at = torch.tensor(chosen, device=logits_LV.device)
-    wide_PV = logits_LV[at]
-    seen_PV, generated_PV = torch.zeros_like(wide_PV), torch.zeros_like(wide_PV)
-    for count_PV, skip_prompt in ((seen_PV, False), (generated_PV, True)):
-        for index, row in enumerate(chosen):
-            first = rows[row].prompt_length if skip_prompt else 0
-            ids = torch.tensor(rows[row].history[first:], dtype=torch.int64, device=at.device)
-            count_PV[index].index_add_(0, ids, torch.ones_like(ids, dtype=count_PV.dtype))
-
-    def column(name: str) -> Tensor:
-        values = [getattr(rows[row].params, name) for row in chosen]
-        return torch.tensor(values, dtype=wide_PV.dtype, device=at.device).unsqueeze(1)
-
+    counted = [(index, *rules.token_counts(row.drafts)) for index, row, rules in ruled]
+    at_N = _places(logits_LV, ((index, ids) for index, ids, _ in counted))
+    lengths = [len(ids) for _, ids, _ in counted]
+    penalties = [
+        (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
+        for p in (row.params for _, row, _ in ruled)
+    ]
+    repeated = np.repeat(np.array(penalties, dtype=np.float32).T, lengths, axis=1)
+    repetition_N, frequency_N, presence_N = _tensor(repeated, logits_LV)
+    counts_N = _tensor(np.concatenate([counts for *_, counts in counted]), logits_LV)
+    flat_N = logits_LV.view(-1)
+    found_N = flat_N.index_select(0, at_N)
     # Hugging Face's and vLLM's: dividing where positive, multiplying where negative
-    repetition_P1 = column("repetition_penalty")
-    repeated_PV = torch.where(wide_PV > 0, wide_PV / repetition_P1, wide_PV * repetition_P1)
-    wide_PV = torch.where(seen_PV > 0, repeated_PV, wide_PV)
-    wide_PV -= column("frequency_penalty") * generated_PV
-    wide_PV -= column("presence_penalty") * (generated_PV > 0)
-    logits_LV[at] = wide_PV
+    found_N = torch.where(found_N > 0, found_N / repetition_N, found_N * repetition_N)
+    found_N -= frequency_N * counts_N + presence_N * (counts_N > 0)
+    flat_N.scatter_(0, at_N, found_N)
 
 
-def _add_biases(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> None:
-    entries = [(i, *pair) for i, row in enumerate(rows) for pair in row.params.logit_bias]
-    if entries:
-        at, ids, biases = zip(*entries, strict=True)
-        places = (torch.tensor(at), torch.tensor(ids))
-        values = torch.tensor(biases, dtype=logits_LV.dtype, device=logits_LV.device)
-        logits_LV.index_put_(places, values, accumulate=True)
+def _add_biases(logits_LV: Tensor, ruled: Ruled) -> None:
+    if not ruled:
+        return
+    at_N = _places(logits_LV, ((index, rules.bias_ids) for index, _, rules in ruled))
+    biases = np.concatenate([rules.bias_values for *_, rules in ruled])
+    logits_LV.view(-1).index_add_(0, at_N, _tensor(biases, logits_LV))
 
 
-def _allow_alone(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> None:
-    for index, row in enumerate(rows):
-        if row.params.allowed_token_ids is not None:
-            ids = torch.tensor(sorted(row.params.allowed_token_ids), device=logits_LV.device)
-            kept = logits_LV[index, ids]
-            logits_LV[index] = -torch.inf
-            logits_LV[index, ids] = kept
+def _allow_alone(logits_LV: Tensor, ruled: Ruled) -> None:
+    allowed = [(i, rules.allowed_ids) for i, _, rules in ruled if rules.allowed_ids is not None]
+    if not allowed:
+        return
+    flat_N, at_N = logits_LV.view(-1), _places(logits_LV, allowed)
+    kept_N = flat_N.index_select(0, at_N)
+    rows = np.array([index for index, _ in allowed])
+    logits_LV.index_fill_(0, _tensor(rows, logits_LV), -torch.inf)
+    flat_N.scatter_(0, at_N, kept_N)
 
 
-def _ban(logits_LV: Tensor, rows: Sequence[SamplingRow], eos_ids: frozenset[int]) -> None:
-    banned: list[tuple[int, int]] = []
-    for index, row in enumerate(rows):
-        for word in row.params.bad_words:
-            before = word[:-1]
-            if row.history[len(row.history) - len(before) :] == before:
-                banned.append((index, word[-1]))
-        if row.is_early:
-            banned += [(index, token_id) for token_id in row.params.stop_token_ids | eos_ids]
+def _ban(logits_LV: Tensor, ruled: Ruled) -> None:
+    banned = [
+        (index, ids)
+        for index, row, rules in ruled
+        for ids in rules.banned_ids(row.position, row.drafts)
+    ]
     if banned:
-        at, ids = zip(*banned, strict=True)
-        logits_LV[torch.tensor(at), torch.tensor(ids)] = -torch.inf
+        logits_LV.view(-1).index_fill_(0, _places(logits_LV, banned), -torch.inf)
+
+
+def _mask(logits_LV: Tensor, bitmask: NDArray[np.uint32]) -> None:
+    """Add 0 or -inf by the bits; looked up byte by byte, which unpacking is slower than."""
+    addends_LB8 = _ADDENDS[bitmask.view(np.uint8)]
+    addends_LV = addends_LB8.reshape(len(bitmask), -1)[:, : logits_LV.shape[1]]
+    logits_LV += _tensor(addends_LV, logits_LV)
+
+
+def _places(logits_LV: Tensor, parts: Iterable[tuple[int, Ids]]) -> Tensor:
+    """Where in the flat logits these rows have these ids."""
+    width = logits_LV.shape[1]
+    return _tensor(np.concatenate([ids + index * width for index, ids in parts]), logits_LV)
+
+
+def _tensor(values: NDArray[np.generic], like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device)
+
+
+_BYTES = np.arange(256, dtype=np.uint8)[:, np.newaxis]
+_ADDENDS = np.where(np.unpackbits(_BYTES, axis=1, bitorder="little"), 0, -np.inf).astype(np.float32)

@@ -15,11 +15,10 @@ def chunk_bitmask(chunk: SequenceChunk, mask: TokenMask, vocab_size: int) -> NDA
     The mask is left as it was.
     """
     bitmask = np.zeros((chunk.num_sampled, _words(vocab_size)), dtype=np.uint32)
-    drafts = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafts :]
     for index, row in enumerate(bitmask):
         mask.fill(row)
-        mask.accept(drafts[index : index + 1])
-    mask.rollback(len(drafts))
+        mask.accept(chunk.drafts[index : index + 1])
+    mask.rollback(chunk.num_drafts)
     return bitmask
 
 

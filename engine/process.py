@@ -9,11 +9,11 @@ import multiprocessing
 import queue
 import signal
 import threading
-import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
 
+from engine.progress import Progress
 from engine.request import (
     EngineStatistics,
     Request,
@@ -24,7 +24,7 @@ from engine.request import (
 from engine.sampling_params import RequestError
 
 # how often a process that has nothing else to say tells that it lives
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,16 @@ class EngineRefused:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The process lives; what its loop does has taken so many seconds (0 where it waits)."""
+    """The process lives, and got on with its work so many seconds ago (0 where it waits)."""
 
-    busy_s: float
+    stalled_s: float
 
 
 class StepEngine(Protocol):
     """What the loop needs of an engine; ``engine.engine.Engine`` has it."""
 
     limits: RequestLimits
+    progress: Progress
 
     @property
     def has_work(self) -> bool: ...
@@ -191,7 +192,6 @@ class EngineLoop:
         self._connection = connection
         self._send_lock = threading.Lock()
         self._ended = threading.Event()
-        self._busy_since: float | None = None
 
     def run(self) -> None:
         """Serve until the other side says ``None`` or closes."""
@@ -200,7 +200,7 @@ class EngineLoop:
             self._send(EngineReady(self._engine.limits))
             heart.start()
             while self._take_messages():
-                self._busy_since = time.monotonic()
+                self._engine.progress.mark()
                 self._send(self._engine.step())
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return  # the other side is gone, and with it everyone who waits for an answer
@@ -213,11 +213,11 @@ class EngineLoop:
         while not engine.has_work or self._connection.poll():
             if not engine.has_work:
                 engine.check_integrity()
-            self._busy_since = None
+            engine.progress.rest()
             batch: list[Message] | None = self._connection.recv()
             if batch is None:
                 return False
-            self._busy_since = time.monotonic()
+            engine.progress.mark()
             refused = self._apply(batch)
             # an abort may leave nothing to step, and the gauges must say so
             if refused or not engine.has_work:
@@ -243,9 +243,8 @@ class EngineLoop:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
-            since = self._busy_since
             try:
-                self._send(Heartbeat(time.monotonic() - since if since is not None else 0.0))
+                self._send(Heartbeat(self._engine.progress.stalled_s))
             except OSError:
                 return  # the loop finds out by itself
 

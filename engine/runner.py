@@ -1,7 +1,6 @@
 """Runs a step plan on the model: owns the KV memory, the forward and the sampling."""
 
-from collections.abc import Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 
 import numpy as np
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 from engine.batch import make_batch
 from engine.chunk_result import NO_TOKEN, ChunkResult
 from engine.model.transformer import Transformer
-from engine.request import TokenLogprobs
+from engine.progress import Progress
 from engine.sampler import log_probabilities, sample
+from engine.sampling_rows import SamplingRows
 from engine.step_plan import StepPlan
 from memory_ops.anonymous import anonymous_zeros
 
@@ -21,14 +21,20 @@ class Runner:
     """A model with KV blocks for it, on the model's device and in its dtype."""
 
     def __init__(
-        self, model: Transformer, num_blocks: int, block_size: int, eos_ids: frozenset[int]
+        self,
+        model: Transformer,
+        num_blocks: int,
+        block_size: int,
+        eos_ids: frozenset[int],
+        progress: Progress,
     ) -> None:
         config = model.config
         weight = model.model.embed_tokens.weight
         self._model = model
         self._block_size = block_size
-        self._eos_ids = eos_ids
+        self._sampling_rows = SamplingRows(eos_ids)
         self._device = weight.device
+        self._progress = progress
         shape = (num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
         self._kv_blocks = [_kv_memory(shape, weight) for _ in range(config.num_layers)]
 
@@ -41,23 +47,16 @@ class Runner:
         ``bitmask`` has a row for each sampled position of the plan, in order; see ``sample``.
         """
         batch = make_batch(plan, self._block_size, self._device)
-        output = self._model(batch.ids_T, batch.layout, batch.logits_at_L, self._kv_blocks)
-        num_rows = len(batch.rows)
-        sampled_LV, scored_LV = output.logits_LV[:num_rows], output.logits_LV[num_rows:]
-        ids = sample(sampled_LV, batch.rows, self._eos_ids, bitmask) if num_rows else []
-        results: dict[str, ChunkResult] = {}
-        sampled = scored = 0
-        for chunk in plan.chunks:
-            own = ids[sampled : sampled + chunk.num_sampled]
-            scorable = list(takewhile(lambda token_id: token_id != NO_TOKEN, own))
-            results[chunk.request_id] = ChunkResult(
-                tuple(own),
-                _logprobs(sampled_LV, sampled, scorable, chunk.sampling.logprobs),
-                _logprobs(scored_LV, scored, chunk.scores, chunk.sampling.prompt_logprobs),
-            )
-            sampled += chunk.num_sampled
-            scored += len(chunk.scores)
-        return results
+        output = self._model(
+            batch.ids_T,
+            batch.layout,
+            batch.logits_at_L,
+            self._kv_blocks,
+            on_layer=self._progress.mark,
+        )
+        rows = self._sampling_rows.of(plan)
+        ids = sample(output.logits_LV[: len(rows)], rows, bitmask) if rows else []
+        return _results(plan, ids, output.logits_LV)
 
 
 def _kv_memory(shape: tuple[int, ...], weight: Tensor) -> Tensor:
@@ -67,9 +66,30 @@ def _kv_memory(shape: tuple[int, ...], weight: Tensor) -> Tensor:
     return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
 
-def _logprobs(
-    logits_LV: Tensor, start: int, token_ids: Sequence[int], count: int | None
-) -> tuple[TokenLogprobs, ...]:
-    if count is None or not token_ids:
-        return ()
-    return tuple(log_probabilities(logits_LV[start : start + len(token_ids)], token_ids, count))
+def _results(plan: StepPlan, ids: list[int], logits_LV: Tensor) -> dict[str, ChunkResult]:
+    """Deal the chosen ids out to the chunks, with the log-probabilities that each asked for."""
+    chosen: list[list[int]] = []
+    entries: list[tuple[int, int, int]] = []  # row of the logits, token id, count
+    numbers: list[tuple[int, int]] = []  # of entries of each chunk, for the chosen and the prompt
+    sampled, scored = 0, len(ids)
+    for chunk in plan.chunks:
+        params, before = chunk.sampling, len(entries)
+        own = ids[sampled : sampled + chunk.num_sampled]
+        chosen.append(own)
+        if params.logprobs is not None:
+            scorable = takewhile(lambda token_id: token_id != NO_TOKEN, own)
+            entries += [(sampled + i, t, params.logprobs) for i, t in enumerate(scorable)]
+        num_chosen = len(entries) - before
+        if params.prompt_logprobs is not None:
+            count = params.prompt_logprobs
+            entries += [(scored + i, t, count) for i, t in enumerate(chunk.scores)]
+        numbers.append((num_chosen, len(entries) - before - num_chosen))
+        sampled += len(own)
+        scored += len(chunk.scores)
+    logprobs = log_probabilities(logits_LV, *zip(*entries, strict=True)) if entries else iter(())
+    return {
+        chunk.request_id: ChunkResult(
+            tuple(own), tuple(islice(logprobs, num_chosen)), tuple(islice(logprobs, num_scored))
+        )
+        for chunk, own, (num_chosen, num_scored) in zip(plan.chunks, chosen, numbers, strict=True)
+    }

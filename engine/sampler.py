@@ -4,7 +4,7 @@ A token costs one uniform number, a function of (seed, position) alone, and is f
 the vocabulary, whatever was cut away: so what a request draws does not depend on its company.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.chunk_result import NO_TOKEN
-from engine.logit_rules import SamplingRow, apply_rules
+from engine.logit_rules import apply_rules
 from engine.request import TokenLogprobs
 from engine.sampling_params import SamplingParams
+from engine.sampling_rows import SamplingRow
 
 _BLOCK = 256
 _ARGMAX_BLOCK = 1024
+# rows of logits in fp32 at a time: a long prompt's would be gigabytes
+_SCORED_AT_ONCE = 64
 # no weight of a softmax below this is ever drawn; dividing by a power of two changes no other bit
 _TINY = 2.0**-100
 
@@ -25,7 +28,6 @@ _TINY = 2.0**-100
 def sample(
     logits_LV: Tensor,
     rows: Sequence[SamplingRow],
-    eos_ids: frozenset[int] = frozenset(),
     bitmask: NDArray[np.uint32] | None = None,
 ) -> list[int]:
     """Choose one token a row, or ``NO_TOKEN`` where the rules leave none.
@@ -33,16 +35,16 @@ def sample(
     Args:
         logits_LV: ``[L, vocabulary]``, any floating dtype; left as it is.
         rows: for each row how to choose.
-        eos_ids: ids that end an answer, which ``min_tokens`` forbids.
         bitmask: uint32 ``[L, ceil(vocabulary / 32)]``, a bit for every token that may come.
     """
-    is_barren_L: Tensor | None = None
     drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
-    if bitmask is not None or any(row.params.has_rules for row in rows):
+    has_rules = bitmask is not None or any(row.rules is not None for row in rows)
+    if has_rules:
         logits_LV = logits_LV.to(torch.float32, copy=True)
-        apply_rules(logits_LV, rows, eos_ids, bitmask)
-        is_barren_L = ~logits_LV.amax(dim=-1).isfinite()
+        apply_rules(logits_LV, rows, bitmask)
     chosen_L = _argmax(logits_LV)
+    if has_rules:
+        is_barren_L = ~logits_LV.gather(1, chosen_L.unsqueeze(1)).squeeze(1).isfinite()
     if drawn:
         uniforms = uniform([rows[i].seed for i in drawn], [rows[i].position for i in drawn])
         at = torch.tensor(drawn, device=logits_LV.device)
@@ -51,27 +53,43 @@ def sample(
             [rows[i].params for i in drawn],
             torch.from_numpy(uniforms).to(logits_LV.device),
         )
-    if is_barren_L is not None:
+    if has_rules:
         chosen_L[is_barren_L] = NO_TOKEN
     ids: list[int] = chosen_L.tolist()
     return ids
 
 
 def log_probabilities(
-    logits_LV: Tensor, token_ids: Sequence[int], count: int
-) -> list[TokenLogprobs]:
-    """Log-probabilities of ``token_ids``, one a row, and of the ``count`` likeliest tokens."""
-    logprobs_LV = logits_LV.float().log_softmax(dim=-1)
-    ids_L1 = torch.tensor(token_ids, device=logits_LV.device).unsqueeze(1)
-    own_L1 = logprobs_LV.gather(1, ids_L1)
-    ranks: list[int] = ((logprobs_LV > own_L1).sum(dim=-1) + 1).tolist()
-    own: list[float] = own_L1.squeeze(1).tolist()
-    top = logprobs_LV.topk(min(count, logprobs_LV.shape[1]), dim=-1)
-    tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return [
-        TokenLogprobs(token_id, logprob, rank, tuple(zip(ids, values, strict=True)))
-        for token_id, logprob, rank, (ids, values) in zip(token_ids, own, ranks, tops, strict=True)
-    ]
+    logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int], counts: Sequence[int]
+) -> Iterator[TokenLogprobs]:
+    """Log-probabilities at some rows of the logits, by the softmax of these as they are.
+
+    Args:
+        logits_LV: ``[L, vocabulary]``, any floating dtype.
+        rows: which rows.
+        token_ids: for each of them the token whose own is wanted.
+        counts: for each how many of the likeliest tokens are wanted too.
+    """
+    for start in range(0, len(rows), _SCORED_AT_ONCE):
+        part = slice(start, start + _SCORED_AT_ONCE)
+        yield from _score(logits_LV, rows[part], token_ids[part], counts[part])
+
+
+def _score(
+    logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int], counts: Sequence[int]
+) -> Iterator[TokenLogprobs]:
+    at_P, ids_P = torch.tensor([rows, token_ids], device=logits_LV.device)
+    scores_PV = logits_LV.index_select(0, at_P).float()
+    total_P1 = scores_PV.logsumexp(dim=-1, keepdim=True)
+    own_P1 = scores_PV.gather(1, ids_P.unsqueeze(1))
+    ranks: list[int] = ((scores_PV > own_P1).sum(dim=-1) + 1).tolist()
+    own: list[float] = (own_P1 - total_P1).squeeze(1).tolist()
+    top = scores_PV.topk(min(max(counts), scores_PV.shape[1]), dim=-1)
+    top_ids: list[list[int]] = top.indices.tolist()
+    top_values: list[list[float]] = (top.values - total_P1).tolist()
+    for index, (token_id, count) in enumerate(zip(token_ids, counts, strict=True)):
+        likeliest = zip(top_ids[index][:count], top_values[index][:count], strict=True)
+        yield TokenLogprobs(token_id, own[index], ranks[index], tuple(likeliest))
 
 
 def uniform(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:

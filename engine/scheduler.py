@@ -229,7 +229,7 @@ class Scheduler:
             seed=sequence.seed,
             samples=end == len(tokens) and request.sampling.max_tokens > 0,
             scores=scores,
-            history=tuple(tokens) if request.sampling.needs_history else (),
+            history=tokens if request.sampling.needs_history else (),
             prompt_length=sequence.prompt_length,
         )
 
@@ -270,9 +270,8 @@ def _accepted(chunk: SequenceChunk, chosen: tuple[int, ...]) -> int:
     """How many guesses are what was chosen in their place."""
     if not chunk.num_drafts:
         return 0
-    drafts = chunk.token_ids[len(chunk.token_ids) - chunk.num_drafts :]
-    pairs = zip(drafts, chosen, strict=False)
-    return next((i for i, (draft, token) in enumerate(pairs) if draft != token), len(drafts))
+    pairs = zip(chunk.drafts, chosen, strict=False)
+    return next((i for i, (draft, token) in enumerate(pairs) if draft != token), chunk.num_drafts)
 
 
 def _accept(sequence: Sequence, token_ids: tuple[int, ...], ending: Ending) -> Ending:

@@ -1,5 +1,6 @@
 """What one step is to run, as plain data: every rank of a parallel model runs the same plan."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ class SequenceChunk(NamedTuple):
         num_drafts: guesses at the end of ``token_ids``.
         scores: prompt tokens right after the chunk's first, second, ... token whose
             log-probabilities are wanted.
-        history: where ``sampling.needs_history``, all tokens so far, no guesses.
+        history: where ``sampling.needs_history``, all tokens so far, no guesses; the sequence's
+            own, not a copy, for a long one would be copied at every step.
         prompt_length: how many of the sequence's tokens are its prompt.
     """
 
@@ -35,13 +37,18 @@ class SequenceChunk(NamedTuple):
     samples: bool
     num_drafts: int = 0
     scores: tuple[int, ...] = ()
-    history: tuple[int, ...] = ()
+    history: Sequence[int] = ()
     prompt_length: int = 0
 
     @property
     def end(self) -> int:
         """The sequence's context length after this chunk, guesses included."""
         return self.start + len(self.token_ids)
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        """The guesses."""
+        return self.token_ids[len(self.token_ids) - self.num_drafts :]
 
     @property
     def num_sampled(self) -> int:

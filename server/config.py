@@ -72,20 +72,17 @@ class SupervisionOptions:
     engine_restarts: int = field(
         default=0, metadata={"help": "how many times a dead engine process is started again"}
     )
-    silence_timeout_s: float = field(
-        default=4.0, metadata={"help": "seconds without a sign of life after which it is killed"}
-    )
-    step_timeout_s: float = field(
-        default=300.0, metadata={"help": "seconds that one step of it may take"}
+    stall_timeout_s: float = field(
+        default=4.0,
+        metadata={"help": "seconds without a sign of life or one more layer, then it is killed"},
     )
 
     def __post_init__(self) -> None:
         if self.engine_restarts < 0:
             raise ConfigError(f"engine_restarts: must be 0 or more, not {self.engine_restarts}")
-        # it gives a sign every second
-        for name in ("silence_timeout_s", "step_timeout_s"):
-            if not 2 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}: must be at least 2, not {getattr(self, name)}")
+        # it gives a sign of life every half second
+        if not 2 <= self.stall_timeout_s < math.inf:
+            raise ConfigError(f"stall_timeout_s: must be at least 2, not {self.stall_timeout_s}")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class EngineClient:
         self._make_process = make_process
         self._restarts_left = supervision.engine_restarts
         self._streams: dict[str, TokenStream] = {}
-        self._last_sign = time.monotonic()
+        self._last_progress = time.monotonic()
         self._is_closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.is_alive = True
@@ -84,16 +84,11 @@ class EngineClient:
             self._process.send(Abort(request_id))
             self._deliver(TokenOutput(request_id, finish_reason="error", error=error))
 
-    def handle(self, message: StepOutput | Heartbeat) -> None:
-        """Act on a message of the process."""
-        if isinstance(message, Heartbeat):
-            if message.busy_s > self._supervision.step_timeout_s:
-                logger.error("the engine has been busy with one step for %.0f s", message.busy_s)
-                self._process.kill()
-            return
-        self._on_statistics(message.statistics)
-        for output in message.outputs:
-            self._deliver(output)
+    def handle(self, output: StepOutput) -> None:
+        """Deal out what a step gave."""
+        self._on_statistics(output.statistics)
+        for token_output in output.outputs:
+            self._deliver(token_output)
 
     def _deliver(self, output: TokenOutput) -> None:
         stream = self._streams.get(output.request_id)
@@ -106,7 +101,7 @@ class EngineClient:
     def _listen(self) -> None:
         """Read the process's messages in a thread and handle them in the event loop."""
         loop, process = asyncio.get_running_loop(), self._process
-        self._last_sign = time.monotonic()
+        self._last_progress = time.monotonic()
 
         def read() -> None:
             with contextlib.suppress(RuntimeError):  # the loop was closed before the process ended
@@ -117,17 +112,24 @@ class EngineClient:
                         loop.call_soon_threadsafe(self._engine_died, process)
                         return
                     # noted here, so that a busy loop does not take itself for a silent engine
-                    self._last_sign = time.monotonic()
-                    loop.call_soon_threadsafe(self.handle, message)
+                    self._last_progress = time.monotonic()
+                    if isinstance(message, Heartbeat):
+                        self._last_progress -= message.stalled_s
+                    else:
+                        loop.call_soon_threadsafe(self.handle, message)
 
         threading.Thread(target=read, name="engine-reader", daemon=True).start()
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
-            silent_s = time.monotonic() - self._last_sign
-            if self.is_alive and silent_s > self._supervision.silence_timeout_s:
-                logger.error("the engine process has been silent for %.1f s", silent_s)
+            stalled_s = time.monotonic() - self._last_progress
+            if self.is_alive and stalled_s > self._supervision.stall_timeout_s:
+                logger.error(
+                    "the engine process did nothing for %.1f s and is ended; where a layer takes"
+                    " that long, raise --stall-timeout-s or lower --max-batched-tokens",
+                    stalled_s,
+                )
                 self._process.kill()
 
     def _engine_died(self, process: EngineProcess) -> None:

@@ -1,6 +1,6 @@
 """The decoder: token ids and their layout in, logits at chosen positions out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -84,6 +84,7 @@ class Transformer(nn.Module):
         logits_at_L: Tensor,
         kv_blocks: Sequence[Tensor] | None = None,
         with_trace: bool = False,
+        on_layer: Callable[[], None] | None = None,
     ) -> ForwardOutput:
         """Run T tokens of several sequences, lying one after another.
 
@@ -94,6 +95,7 @@ class Transformer(nn.Module):
             kv_blocks: for each layer ``[blocks, 2, G, block_size, E]``, changed in place; given
                 exactly when ``layout.paged`` is.
             with_trace: whether the output tells what the memory layers read.
+            on_layer: called after each layer.
         """
         x_TD = self.model.embed_tokens(ids_T)
         residual_TD = None
@@ -102,6 +104,8 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.model.layers):
             layer_kv = kv_blocks[index] if kv_blocks is not None else None
             x_TD, residual_TD = layer(x_TD, residual_TD, layout, angles, layer_kv, trace)
+            if on_layer is not None:
+                on_layer()
         x_LD = x_TD[logits_at_L]
         assert residual_TD is not None
         normed_LD, _ = self.model.norm(x_LD, residual_TD[logits_at_L])

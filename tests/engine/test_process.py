@@ -14,6 +14,7 @@ from engine.process import (
     Heartbeat,
     run_engine,
 )
+from engine.progress import Progress
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
 from engine.sampling_params import RequestError, SamplingParams
 
@@ -27,6 +28,7 @@ class CountingEngine:
 
     def __init__(self):
         self._left = {}
+        self.progress = Progress()
 
     @property
     def has_work(self):

@@ -5,24 +5,29 @@ import pytest
 import torch
 from scipy import stats
 
-from engine.logit_rules import SamplingRow, unpack_bitmask
+from engine.request_rules import RequestRules
 from engine.sampler import log_probabilities, sample, uniform
 from engine.sampling_params import RequestError, SamplingParams
+from engine.sampling_rows import SamplingRow
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, 1.5, -1.0, 0.5, -torch.inf, 1.0])
 DRAWS = 20_000
 
 
-def row(seed=5, position=0, history=(), prompt_length=0, **params) -> SamplingRow:
-    return SamplingRow(SamplingParams(**params), seed, position, history, prompt_length)
+def row(seed=5, history=(), prompt_length=0, eos_ids=frozenset(), **params) -> SamplingRow:
+    given = SamplingParams(**params)
+    rules = None
+    if given.has_rules:
+        rules = RequestRules(given, prompt_length, eos_ids)
+        rules.follow(history)
+    return SamplingRow(given, seed, max(len(history), prompt_length), rules)
 
 
 def draw(logits=LOGITS, count=DRAWS, history=(), prompt_length=0, eos_ids=frozenset(), **params):
     """Draws with ``count`` seeds at one position, after ``history``."""
-    given = SamplingParams(**params)
-    position = max(len(history), prompt_length)
-    rows = [SamplingRow(given, seed, position, history, prompt_length) for seed in range(count)]
-    return torch.tensor(sample(logits.expand(count, -1), rows, eos_ids))
+    one = row(history=history, prompt_length=prompt_length, eos_ids=eos_ids, **params)
+    rows = [one._replace(seed=seed) for seed in range(count)]
+    return torch.tensor(sample(logits.expand(count, -1), rows))
 
 
 def check(drawn: torch.Tensor, probabilities: torch.Tensor) -> None:
@@ -129,7 +134,6 @@ def test_a_bitmask_leaves_its_bits():
     logits = torch.randn(2, 40)
     drawn = {tuple(sample(logits, [row(seed=s), row(seed=s)], bitmask=bitmask)) for s in range(200)}
     assert drawn == {(1, 32), (4, 32)}
-    assert unpack_bitmask(bitmask, 40).nonzero()[1].tolist() == [1, 4, 32]
 
 
 def test_greedy_takes_the_first_of_the_largest():
@@ -169,9 +173,10 @@ def test_rows_of_a_batch_do_not_touch_each_other():
         {"bad_words": ((9,),), "min_p": 0.1},
         {"min_tokens": 3, "max_tokens": 9},
     ]
-    rows = [row(seed=i, position=9, history=(1, 2, 9), **c) for i, c in enumerate(choices)]
-    together = sample(logits, rows, frozenset({8}))
-    alone = [sample(logits[i : i + 1], [one], frozenset({8}))[0] for i, one in enumerate(rows)]
+    given = {"history": (1, 2, 9), "eos_ids": frozenset({8})}
+    rows = [row(seed=i, **given, **choice) for i, choice in enumerate(choices)]
+    together = sample(logits, rows)
+    alone = [sample(logits[i : i + 1], [one])[0] for i, one in enumerate(rows)]
     assert together == alone
 
 
@@ -198,14 +203,16 @@ def test_negative_and_large_seeds_are_seeds():
 def test_log_probabilities_are_those_of_the_full_softmax(dtype):
     logits = (torch.randn(5, 3000) * 4).to(dtype)
     exact = logits.double().log_softmax(-1)
-    found = log_probabilities(logits, [0, 7, 7, 2999, 5], count=4)
-    assert [entry.token_id for entry in found] == [0, 7, 7, 2999, 5]
-    for entry, line in zip(found, exact, strict=True):
+    rows, ids = [i % 5 for i in range(200)], [(7 * i) % 3000 for i in range(200)]
+    found = list(log_probabilities(logits, rows, ids, counts=[i % 5 for i in range(200)]))
+    assert [entry.token_id for entry in found] == ids
+    for at, entry in enumerate(found):
+        line = exact[rows[at]]
         assert entry.logprob == pytest.approx(float(line[entry.token_id]), abs=1e-5)
-        best = line.topk(4)
+        assert entry.rank == int((line > line[entry.token_id]).sum()) + 1
+        best = line.topk(at % 5)
         assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-5)
         assert [float(line[i]) for i, _ in entry.top] == pytest.approx(best.values.tolist())
-    assert log_probabilities(logits[:1], [0], count=0)[0].top == ()
 
 
 BAD = [

@@ -188,7 +188,7 @@ def test_a_damaged_model_ends_the_command_with_one_line(memory_plus_folder, tmp_
         (["generate", "\udcff"], "text"),
         (["serve", "--block-size", "0"], "block_size"),
         (["serve", "--engine-restarts", "-1"], "engine_restarts"),
-        (["serve", "--silence-timeout-s", "0.5"], "silence_timeout_s"),
+        (["serve", "--stall-timeout-s", "0.5"], "stall_timeout_s"),
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["inspect", "nowhere"], "nowhere"),
         (["convert", "nowhere.gguf", "there"], "nowhere.gguf"),

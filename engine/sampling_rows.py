@@ -1,0 +1,59 @@
+"""The rows of logits at which a step chooses tokens, and how each is to be chosen."""
+
+from typing import NamedTuple
+
+from engine.request_rules import RequestRules
+from engine.sampling_params import SamplingParams
+from engine.step_plan import SequenceChunk, StepPlan
+
+
+class SamplingRow(NamedTuple):
+    """One token to be chosen.
+
+    Attributes:
+        params: how.
+        seed: the request's, from which with ``position`` the random number follows.
+        position: the place in the sequence that the token will have.
+        rules: what changes its logits, where ``params.has_rules``.
+        drafts: guesses between the sequence's last token and this one.
+    """
+
+    params: SamplingParams
+    seed: int
+    position: int
+    rules: RequestRules | None = None
+    drafts: tuple[int, ...] = ()
+
+
+class SamplingRows:
+    """Makes the rows of one plan after another, and keeps the requests' rules between them."""
+
+    def __init__(self, eos_ids: frozenset[int]) -> None:
+        self._eos_ids = eos_ids
+        self._rules: dict[str, RequestRules] = {}
+
+    def of(self, plan: StepPlan) -> list[SamplingRow]:
+        """A row for every sampled position of the plan, in order."""
+        kept, self._rules = self._rules, {}
+        rows: list[SamplingRow] = []
+        for chunk in plan.chunks:
+            if not chunk.samples:
+                continue
+            rules = self._follow(chunk, kept) if chunk.sampling.has_rules else None
+            end = chunk.end - chunk.num_drafts
+            rows.append(SamplingRow(chunk.sampling, chunk.seed, end, rules))
+            drafts = chunk.drafts
+            for count in range(1, len(drafts) + 1):
+                row = SamplingRow(chunk.sampling, chunk.seed, end + count, rules, drafts[:count])
+                rows.append(row)
+        return rows
+
+    def _follow(self, chunk: SequenceChunk, kept: dict[str, RequestRules]) -> RequestRules:
+        # those of requests that pause are forgotten, and made again from their history
+        rules = kept.get(chunk.request_id)
+        is_first = chunk.end - chunk.num_drafts == chunk.prompt_length
+        if rules is None or is_first:
+            rules = RequestRules(chunk.sampling, chunk.prompt_length, self._eos_ids)
+        rules.follow(chunk.history)
+        self._rules[chunk.request_id] = rules
+        return rules

@@ -114,10 +114,12 @@ class Completion:
 
     async def _prompt_ids(self, prompt: str | list[int]) -> list[int]:
         body, service = self._body, self._service
+        keep = body.truncate_prompt_tokens
         ids = prompt
         if isinstance(ids, str):
+            if keep is None:
+                service.check_length(ids)
             ids = await service.encode(ids, body.add_special_tokens)
-        keep = body.truncate_prompt_tokens
         if keep is not None:
             room = service.limits.max_model_len - body.sampling((), 0).max_tokens
             keep = room if keep == -1 else keep

@@ -5,9 +5,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -311,60 +308,9 @@ def test_prompts_are_scored_once_though_preempted(model):
         assert [entry.logprob for entry in scored] == pytest.approx(expected, abs=1e-4)
 
 
-class CompanyMachine(RuleBasedStateMachine):
-    """Any order of adding, stepping, aborting and finishing in a pool that is always too small."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.model = random_model(tiny_config(num_layers=1))
-        half = KV_BYTES // 2
-        settings = EngineConfig(
-            kv_cache_gib=40 * half / 2**30, block_size=4, max_batched_tokens=9, max_num_seqs=3
-        )
-        self.engine = Engine(self.model, settings)
-        self.expected, self.found, self.count = {}, {}, 0
-
-    @rule(
-        length=st.integers(1, 20),
-        count=st.integers(1, 15),
-        start=st.integers(0, 2),
-        priority=st.integers(-1, 1),
-    )
-    def add(self, length, count, start, priority):
-        ids = [start, *range(10, 9 + length)]
-        name, self.count = str(self.count), self.count + 1
-        params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
-        self.engine.add(Request(name, tuple(ids), params, priority))
-        self.expected[name], self.found[name] = plain_greedy(self.model, ids, count), []
-
-    @precondition(lambda self: self.expected)
-    @rule(data=st.data())
-    def abort(self, data):
-        name = data.draw(st.sampled_from(sorted(self.expected)))
-        self.engine.abort(name)
-        del self.expected[name]
-
-    @rule(count=st.integers(1, 6))
-    def step(self, count):
-        for _ in range(count):
-            for output in self.engine.step().outputs:
-                name = output.request_id
-                self.found[name] += output.token_ids
-                assert self.found[name] == self.expected[name][: len(self.found[name])]
-                if output.finish_reason is not None:
-                    assert self.found[name] == self.expected.pop(name)
-            self.engine.check_integrity()
-
-    def teardown(self):
-        steps = 0
-        while self.engine.has_work:
-            self.step(1)
-            steps += 1
-            assert steps < 5000, "somebody starves"
-        assert not self.expected
-        assert self.engine.statistics().kv_blocks_used == 0
-
-
-CompanyMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
-TestCompany = CompanyMachine.TestCase
+def test_a_name_that_is_used_again_has_rules_of_its_own(model):
+    reused = engine(model)
+    for forced in (7, 8):
+        params = SamplingParams(max_tokens=3, temperature=0, logit_bias=((forced, 100.0),))
+        reused.add(Request("same", (5, 6), params))
+        assert tokens(step_all(reused)["same"]) == [forced] * 3

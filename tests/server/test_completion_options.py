@@ -157,7 +157,7 @@ def test_a_prompt_can_be_truncated_from_the_left(memory_server):
     long = {"prompt": "head and tail", "max_tokens": 5, "truncate_prompt_tokens": 4, **GREEDY}
     assert one(memory_server, **long)["text"] == short
     assert one(memory_server, **long, echo=True)["text"] == "tail" + short
-    whole = {"prompt": "x" * 600, "truncate_prompt_tokens": -1, "ignore_eos": True}
+    whole = {"prompt": "x" * 60_000, "truncate_prompt_tokens": -1, "ignore_eos": True}
     usage = memory_server.complete(**whole).json()["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (496, 16)
 

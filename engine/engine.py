@@ -16,6 +16,7 @@ from engine.model.transformer import Transformer
 from engine.progress import Progress
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
 from engine.runner import Runner
+from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.step_plan import SequenceChunk, StepPlan
@@ -92,6 +93,15 @@ class Engine:
         done = StepPlan(tuple(c for c in plan.chunks if c.request_id not in errors))
         outputs += self._scheduler.commit(done, results)
         return StepOutput(tuple(outputs), self.statistics(plan.num_tokens))
+
+    def warm_up(self) -> None:
+        """Run one token through the model, before any request.
+
+        So whatever the first step takes once, mapped weights to be read above all, is not taken
+        for a hanging one.
+        """
+        greedy = SamplingParams(max_tokens=1, temperature=0)
+        self._runner.run(StepPlan((SequenceChunk("", (0,), 0, (0,), greedy, 0, samples=True),)))
 
     def check_integrity(self) -> None:
         """Check that no block is lost or held by a request that ended (AssertionError)."""

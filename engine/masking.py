@@ -43,18 +43,21 @@ def allowed_drafts(mask: TokenMask, drafts: Sequence[int], vocab_size: int) -> l
     """The beginning of ``drafts`` that the mask allows, and after which it allows anything."""
     allowed: list[int] = []
     bitmask = np.zeros(_words(vocab_size), dtype=np.uint32)
+    num_accepted = 0
     mask.fill(bitmask)
-    for draft in drafts:
-        if not bitmask[draft // 32] >> (draft % 32) & 1:
-            break
-        mask.accept([draft])
-        bitmask[:] = 0
-        mask.fill(bitmask)
-        if not bitmask.any():
-            mask.rollback(1)
-            break
-        allowed.append(draft)
-    mask.rollback(len(allowed))
+    try:
+        for draft in drafts:
+            if not bitmask[draft // 32] >> (draft % 32) & 1:
+                break
+            mask.accept([draft])
+            num_accepted += 1
+            bitmask[:] = 0
+            mask.fill(bitmask)
+            if not bitmask.any():
+                break
+            allowed.append(draft)
+    finally:
+        mask.rollback(num_accepted)
     return allowed
 
 

@@ -9,6 +9,7 @@ import multiprocessing
 import queue
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -25,6 +26,8 @@ from engine.sampling_params import RequestError
 
 # how often a process that has nothing else to say tells that it lives
 HEARTBEAT_S = 0.5
+# a wait that took so much longer means that the process itself was stopped meanwhile
+PAUSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ class EngineProcess:
             self._process.join(timeout_s)
         if self._process.is_alive():
             self.kill()
-        self._process.join()
+        # one that waits for a device cannot even be killed
+        self._process.join(timeout_s)
 
     def _send_batches(self) -> None:
         closing = False
@@ -242,7 +246,11 @@ class EngineLoop:
             self._connection.send(message)
 
     def _beat(self) -> None:
+        beat = time.monotonic()
         while not self._ended.wait(HEARTBEAT_S):
+            last, beat = beat, time.monotonic()
+            if beat - last > HEARTBEAT_S + PAUSE_S:
+                self._engine.progress.skip()
             try:
                 self._send(Heartbeat(self._engine.progress.stalled_s))
             except OSError:

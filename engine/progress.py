@@ -6,7 +6,8 @@ import time
 class Progress:
     """When the engine last got on with its work; read by the thread that tells the outside.
 
-    A step as a whole may take long on a slow machine, a layer of it should not.
+    A step as a whole may take long on a slow machine; its pieces, marked each, should not: a layer,
+    the logits, the choice of tokens.
     """
 
     def __init__(self) -> None:
@@ -21,6 +22,11 @@ class Progress:
     def mark(self) -> None:
         """Say that something was done, or begins."""
         self._last = time.monotonic()
+
+    def skip(self) -> None:
+        """Leave out the time until now, in which the process itself was stopped."""
+        if self._last is not None:
+            self.mark()
 
     def rest(self) -> None:
         """Say that there is nothing to do."""

@@ -50,11 +50,7 @@ class RequestRules:
     def token_counts(self, drafts: Sequence[int]) -> tuple[Ids, NDArray[np.float32]]:
         """The distinct tokens so far and after ``drafts``, and how often each was generated."""
         assert self._counts is not None
-        counts = self._counts
-        if drafts:
-            counts = counts.copy()
-            counts.add(drafts)
-        return counts.ids, counts.values
+        return self._counts.after(drafts)
 
     def banned_ids(self, position: int, drafts: Sequence[int]) -> list[Ids]:
         """What cannot stand at ``position``, after the tokens so far and ``drafts``."""
@@ -64,7 +60,7 @@ class RequestRules:
         if self._bad_words:
             words = self._bad_words.get((drafts or self._history)[-1], ())
             banned += [_ids(word[-1:]) for word in words if self._ends_in(word[:-1], drafts)]
-        return banned
+        return [ids for ids in banned if len(ids)]
 
     def _ends_in(self, wanted: tuple[int, ...], drafts: Sequence[int]) -> bool:
         tail = (*self._history[-len(wanted) :], *drafts)
@@ -100,12 +96,17 @@ class TokenCounts:
             self._values[place] += 1
         self.num_added += len(token_ids)
 
-    def copy(self) -> "TokenCounts":
-        """Counts that go their own way."""
-        twin = TokenCounts(())
-        twin._ids, twin._values = self.ids.copy(), self.values.copy()
-        twin._size, twin._place = self._size, dict(self._place)
-        return twin
+    def after(self, drafts: Sequence[int]) -> tuple[Ids, NDArray[np.float32]]:
+        """``ids`` and ``values`` as they would be had ``drafts`` been added."""
+        if not drafts:
+            return self.ids, self.values
+        new = [token_id for token_id in dict.fromkeys(drafts) if token_id not in self._place]
+        ids = np.concatenate((self.ids, _ids(new)))
+        values = np.concatenate((self.values, np.zeros(len(new), dtype=np.float32)))
+        for token_id in drafts:
+            place = self._place.get(token_id)
+            values[self._size + new.index(token_id) if place is None else place] += 1
+        return ids, values
 
     def _append(self, token_id: int) -> None:
         if self._size == len(self._ids):

@@ -54,9 +54,11 @@ class Runner:
             self._kv_blocks,
             on_layer=self._progress.mark,
         )
+        self._progress.mark()
         rows = self._sampling_rows.of(plan)
         ids = sample(output.logits_LV[: len(rows)], rows, bitmask) if rows else []
-        return _results(plan, ids, output.logits_LV)
+        self._progress.mark()
+        return _results(plan, ids, output.logits_LV, self._progress)
 
 
 def _kv_memory(shape: tuple[int, ...], weight: Tensor) -> Tensor:
@@ -66,7 +68,9 @@ def _kv_memory(shape: tuple[int, ...], weight: Tensor) -> Tensor:
     return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
 
-def _results(plan: StepPlan, ids: list[int], logits_LV: Tensor) -> dict[str, ChunkResult]:
+def _results(
+    plan: StepPlan, ids: list[int], logits_LV: Tensor, progress: Progress
+) -> dict[str, ChunkResult]:
     """Deal the chosen ids out to the chunks, with the log-probabilities that each asked for."""
     chosen: list[list[int]] = []
     entries: list[tuple[int, int, int]] = []  # row of the logits, token id, count
@@ -87,9 +91,10 @@ def _results(plan: StepPlan, ids: list[int], logits_LV: Tensor) -> dict[str, Chu
         sampled += len(own)
         scored += len(chunk.scores)
     logprobs = log_probabilities(logits_LV, *zip(*entries, strict=True)) if entries else iter(())
-    return {
-        chunk.request_id: ChunkResult(
+    results: dict[str, ChunkResult] = {}
+    for chunk, own, (num_chosen, num_scored) in zip(plan.chunks, chosen, numbers, strict=True):
+        results[chunk.request_id] = ChunkResult(
             tuple(own), tuple(islice(logprobs, num_chosen)), tuple(islice(logprobs, num_scored))
         )
-        for chunk, own, (num_chosen, num_scored) in zip(plan.chunks, chosen, numbers, strict=True)
-    }
+        progress.mark()
+    return results

@@ -96,15 +96,13 @@ class SamplingParams:
         """Whether choosing a token takes the tokens before it."""
         return self.has_penalties or bool(self.bad_words)
 
+    def has_rules_after(self, num_generated: int) -> bool:
+        """Whether anything may change the logits of the token after so many."""
+        return num_generated < self.min_tokens or self._has_lasting_rules
+
     @cached_property
-    def has_rules(self) -> bool:
-        """Whether anything may change the logits before a token is chosen."""
-        return bool(
-            self.needs_history
-            or self.logit_bias
-            or self.allowed_token_ids is not None
-            or self.min_tokens
-        )
+    def _has_lasting_rules(self) -> bool:
+        return bool(self.needs_history or self.logit_bias or self.allowed_token_ids is not None)
 
     @property
     def listed_ids(self) -> dict[str, set[int]]:

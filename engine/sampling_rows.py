@@ -14,7 +14,7 @@ class SamplingRow(NamedTuple):
         params: how.
         seed: the request's, from which with ``position`` the random number follows.
         position: the place in the sequence that the token will have.
-        rules: what changes its logits, where ``params.has_rules``.
+        rules: what changes its logits, where anything does.
         drafts: guesses between the sequence's last token and this one.
     """
 
@@ -39,13 +39,14 @@ class SamplingRows:
         for chunk in plan.chunks:
             if not chunk.samples:
                 continue
-            rules = self._follow(chunk, kept) if chunk.sampling.has_rules else None
             end = chunk.end - chunk.num_drafts
+            rules = None
+            if chunk.sampling.has_rules_after(end - chunk.prompt_length):
+                rules = self._follow(chunk, kept)
             rows.append(SamplingRow(chunk.sampling, chunk.seed, end, rules))
-            drafts = chunk.drafts
-            for count in range(1, len(drafts) + 1):
-                row = SamplingRow(chunk.sampling, chunk.seed, end + count, rules, drafts[:count])
-                rows.append(row)
+            for count in range(1, chunk.num_drafts + 1):
+                drafts = chunk.drafts[:count]
+                rows.append(SamplingRow(chunk.sampling, chunk.seed, end + count, rules, drafts))
         return rows
 
     def _follow(self, chunk: SequenceChunk, kept: dict[str, RequestRules]) -> RequestRules:

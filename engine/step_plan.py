@@ -1,4 +1,4 @@
-"""What one step is to run, as plain data: every rank of a parallel model runs the same plan."""
+"""What one step is to run, as plain data, good until it is committed; every rank runs the same."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -117,12 +117,10 @@ class Completion:
         keep = body.truncate_prompt_tokens
         ids = prompt
         if isinstance(ids, str):
-            if keep is None:
-                service.check_length(ids)
-            ids = await service.encode(ids, body.add_special_tokens)
+            ids = await service.encode(ids, body.add_special_tokens, only_end=keep is not None)
         if keep is not None:
             room = service.limits.max_model_len - body.sampling((), 0).max_tokens
-            keep = room if keep == -1 else keep
+            keep = max(room, 1) if keep == -1 else keep
             ids = ids[-keep:]
         return ids
 

@@ -74,7 +74,7 @@ class SupervisionOptions:
     )
     stall_timeout_s: float = field(
         default=4.0,
-        metadata={"help": "seconds without a sign of life or one more layer, then it is killed"},
+        metadata={"help": "seconds in which it must get on (by a layer, at least), or it is ended"},
     )
 
     def __post_init__(self) -> None:

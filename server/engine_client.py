@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from engine.process import Abort, EngineProcess, EngineStartError, Heartbeat
+from engine.process import PAUSE_S, Abort, EngineProcess, EngineStartError, Heartbeat
 from engine.request import EngineStatistics, Request, StepOutput, TokenOutput
 from server.config import SupervisionOptions
 
 logger = logging.getLogger(__name__)
-_WATCH_EVERY_S = 0.5
+WATCH_EVERY_S = 0.5
 _RESTART_PAUSE_S = 1.0
 
 
@@ -121,19 +121,24 @@ class EngineClient:
         threading.Thread(target=read, name="engine-reader", daemon=True).start()
 
     async def _watch(self) -> None:
+        looked = time.monotonic()
         while True:
-            await asyncio.sleep(_WATCH_EVERY_S)
-            stalled_s = time.monotonic() - self._last_progress
+            await asyncio.sleep(WATCH_EVERY_S)
+            last, looked = looked, time.monotonic()
+            if looked - last > WATCH_EVERY_S + PAUSE_S:
+                self._last_progress = looked  # signs of life may be there, but were not read yet
+            stalled_s = looked - self._last_progress
             if self.is_alive and stalled_s > self._supervision.stall_timeout_s:
                 logger.error(
-                    "the engine process did nothing for %.1f s and is ended; where a layer takes"
+                    "the engine process did not get on for %.1f s and is ended; where it needs"
                     " that long, raise --stall-timeout-s or lower --max-batched-tokens",
                     stalled_s,
                 )
                 self._process.kill()
+                self._engine_died(self._process)
 
     def _engine_died(self, process: EngineProcess) -> None:
-        if self._is_closing or process is not self._process:
+        if self._is_closing or process is not self._process or not self.is_alive:
             return
         logger.error("the engine process has ended; its requests end with errors")
         self.is_alive = False

@@ -22,6 +22,7 @@ def main(connection: Connection, settings: EngineSettings) -> None:
     except (CheckpointError, ConfigError) as error:
         connection.send(EngineRefused(str(error)))
         return
+    engine.warm_up()
     run_engine(engine, connection)
 
 

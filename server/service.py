@@ -36,14 +36,20 @@ class Service:
             headers = {"Retry-After": "5"}
             raise ApiError(503, "the engine is not running", "server_error", headers=headers)
 
-    def check_length(self, text: str) -> None:
-        """Refuse a text that is longer than any prompt can be (RequestError)."""
+    async def encode(
+        self, text: str, add_special_tokens: bool, only_end: bool = False
+    ) -> list[int]:
+        """Token ids of a text, or at least of as much of its end as a prompt can have.
+
+        Raises:
+            RequestError: the whole is wanted of a text that is longer than any prompt can be.
+        """
         limit = self.limits.max_model_len
-        if len(text) > limit * self.tokenizer.longest_token:
+        longest = limit * self.tokenizer.longest_token
+        if only_end:
+            text = text[-longest:]
+        elif len(text) > longest:
             message = f"has {len(text)} characters, more than {limit} tokens can have"
             raise RequestError("prompt", message)
-
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text."""
         # a long text takes a while, in which the others' tokens should not wait
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)

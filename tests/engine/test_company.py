@@ -258,6 +258,18 @@ def test_rules_that_leave_no_token_end_their_request_alone(model):
     assert tokens(found["free"]) == plain_greedy(model, [5, 6], COUNT)
 
 
+def test_a_mask_that_fails_while_guesses_are_tried_is_left_as_it_was(model):
+    class Breaking(Multiples):
+        def fill(self, bitmask):
+            assert len(self.accepted) < 2
+            super().fill(bitmask)
+
+    mask = Breaking()
+    with pytest.raises(AssertionError):
+        allowed_drafts(mask, [3, 4, 9], VOCAB_SIZE)
+    assert mask.accepted == []
+
+
 def test_an_end_among_accepted_drafts_may_cross_a_block(model):
     answer = plain_greedy(model, [5, 6], COUNT)
     stop = next(token for at, token in enumerate(answer) if at > 0 and token not in answer[:at])

@@ -1,11 +1,13 @@
 """What tells a slow step from one that hangs."""
 
-import torch
-
 from engine import progress
-from engine.ops.layout import TokenLayout
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.process import HEARTBEAT_S
 from engine.progress import Progress
-from tests.models import random_model, tiny_config
+from server.config import SupervisionOptions
+from server.engine_client import WATCH_EVERY_S
+from tests.models import greedy, random_model, tiny_config
 
 
 def test_a_mark_begins_anew_and_rest_is_no_stall(monkeypatch):
@@ -22,9 +24,22 @@ def test_a_mark_begins_anew_and_rest_is_no_stall(monkeypatch):
     seen.rest()
     assert seen.stalled_s == 0
 
+    seen.skip()
+    assert seen.stalled_s == 0
+    seen.mark()
+    now = 300.0
+    seen.skip()
+    assert seen.stalled_s == 0
 
-def test_each_layer_is_progress():
-    model, at = random_model(tiny_config(num_layers=3)), torch.arange(4)
+
+def test_a_step_gets_on_by_its_layers_its_logits_and_its_tokens(monkeypatch):
+    at = Engine(random_model(tiny_config(num_layers=3)), EngineConfig(kv_cache_gib=0.001))
+    at.add(greedy("a", [1, 2, 3], 2))
     marks = []
-    model(at, TokenLayout(at, (0, 4)), at, on_layer=lambda: marks.append(1))
-    assert len(marks) == 3
+    monkeypatch.setattr(at.progress, "mark", lambda: marks.append(1))
+    at.warm_up()
+    assert len(marks) == 3 + 3
+
+
+def test_a_hang_is_noticed_within_five_seconds():
+    assert SupervisionOptions().stall_timeout_s + HEARTBEAT_S + WATCH_EVERY_S <= 5

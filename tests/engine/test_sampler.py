@@ -17,7 +17,7 @@ DRAWS = 20_000
 def row(seed=5, history=(), prompt_length=0, eos_ids=frozenset(), **params) -> SamplingRow:
     given = SamplingParams(**params)
     rules = None
-    if given.has_rules:
+    if given.has_rules_after(max(len(history) - prompt_length, 0)):
         rules = RequestRules(given, prompt_length, eos_ids)
         rules.follow(history)
     return SamplingRow(given, seed, max(len(history), prompt_length), rules)

@@ -3,11 +3,16 @@
 import asyncio
 import threading
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from engine.process import EngineProcess, run_engine
 from engine.request import Request
 from engine.sampling_params import SamplingParams
+from server import engine_client
 from server.config import SupervisionOptions
 from server.engine_client import EngineClient
 from tests.engine.test_process import CountingEngine
@@ -52,6 +57,52 @@ def test_a_step_that_never_ends_is_noticed_and_its_engine_replaced(tmp_path):
         await client.detach()
 
     try:
-        asyncio.run(scene())
+        asyncio.run(asyncio.wait_for(scene(), 120))
     finally:
         client.stop()
+
+
+class SilentProcess:
+    """A process that lives and says nothing."""
+
+    def __init__(self):
+        self.was_killed, self._end = False, threading.Event()
+
+    def receive(self):
+        self._end.wait()
+        raise EOFError
+
+    def send(self, message):
+        pass
+
+    def kill(self):
+        self.was_killed = True
+
+    def stop(self):
+        self._end.set()
+
+
+@pytest.mark.parametrize(("seconds", "is_ended"), [(0.9, True), (50.0, False)])
+def test_silence_ends_an_engine_and_a_pause_of_everything_does_not(monkeypatch, seconds, is_ended):
+    ticks = count()
+    monkeypatch.setattr(engine_client, "WATCH_EVERY_S", 0.0)
+    clock = SimpleNamespace(monotonic=lambda: next(ticks) * seconds)
+    monkeypatch.setattr(engine_client, "time", clock)
+    process = SilentProcess()
+    client = EngineClient(process, lambda statistics: None, SupervisionOptions(), SilentProcess)
+
+    async def scene():
+        client.attach()
+        stream = client.submit([Request("a", (5,), SamplingParams())])
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert process.was_killed == is_ended != client.is_alive
+        if is_ended:  # though the process has not ended yet, as one that waits for a device
+            ((_, output),) = [answer async for answer in stream.outputs()]
+            assert output.finish_reason == "error"
+        await client.detach()
+
+    try:
+        asyncio.run(scene())
+    finally:
+        process.stop()

@@ -1,0 +1,168 @@
+"""Rows of 8 or 4 bits a value as records: values and scales of a row in one piece of memory.
+
+A record is ``row_bytes`` bytes, a multiple of 64, so that one read brings a whole row:
+
+    int8   V signed bytes, then (at a multiple of 4) one fp32 scale
+    fp8    V bytes of e4m3 (the finite kind, without NaN), then one fp32 scale
+    int4   blocks of 128 values in 64 bytes, then one bf16 scale for each 32 values
+
+In an int4 block the lowest 4 bits of its sixteen little-endian 32-bit words are values 0 to 15, the
+next 4 bits values 16 to 31, and so on, each plus 8; the last block is filled up with zeros. Laid
+out so, sixteen values are a shift and a mask away from sixteen lanes. Unused bytes are zero.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+RowFormat = Literal["int8", "int4", "fp8"]
+ROW_FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
+
+INT4_BLOCK = 128
+INT4_GROUP = 32
+_GROUPS_PER_BLOCK = INT4_BLOCK // INT4_GROUP
+_FP8_LARGEST = 448.0
+
+
+def row_bytes(row_format: RowFormat, value_dim: int) -> int:
+    """Bytes of a record of ``value_dim`` values."""
+    if row_format == "int4":
+        used = _int4_blocks(value_dim) * (INT4_BLOCK // 2 + 2 * _GROUPS_PER_BLOCK)
+    else:
+        used = scale_offset(row_format, value_dim) + 4
+    return -(-used // 64) * 64
+
+
+def scale_offset(row_format: RowFormat, value_dim: int) -> int:
+    """Bytes of a record before its scales."""
+    if row_format == "int4":
+        return _int4_blocks(value_dim) * (INT4_BLOCK // 2)
+    return -(-value_dim // 4) * 4
+
+
+@dataclass(frozen=True)
+class RowRecords:
+    """A value table of R records.
+
+    Attributes:
+        records_RB: uint8 ``[R, row_bytes]``.
+        row_format: how a record is read.
+        value_dim: V, the values of a row.
+
+    Raises:
+        ValueError: the tensor is not such a matrix of bytes.
+    """
+
+    records_RB: Tensor
+    row_format: RowFormat
+    value_dim: int
+
+    def __post_init__(self) -> None:
+        if self.row_format not in ROW_FORMATS:
+            raise ValueError(f"row_format: {self.row_format!r} is none of {', '.join(ROW_FORMATS)}")
+        if self.value_dim < 1:
+            raise ValueError(f"value_dim: must be at least 1, not {self.value_dim}")
+        shape, dtype = tuple(self.records_RB.shape), self.records_RB.dtype
+        wanted = row_bytes(self.row_format, self.value_dim)
+        if dtype != torch.uint8 or len(shape) != 2 or shape[1] != wanted:
+            message = f"expected uint8 [R, {wanted}] for {self.value_dim} values of"
+            raise ValueError(f"records: {message} {self.row_format}, got {dtype} {shape}")
+
+
+def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
+    """Round rows to ``row_format``.
+
+    int8 and fp8 are scaled to their range by the row's largest value, int4 by the largest of each
+    group of 32, which becomes -8.
+
+    Args:
+        values_RV: ``[R, V]``, floating.
+        row_format: ``int8``, ``int4`` or ``fp8``.
+
+    Raises:
+        ValueError: the values are no such matrix, or one of them is not finite.
+    """
+    if values_RV.dim() != 2 or not values_RV.is_floating_point():
+        found = f"{values_RV.dtype} {tuple(values_RV.shape)}"
+        raise ValueError(f"values: expected a floating-point [R, V] tensor, got {found}")
+    num_rows, value_dim = values_RV.shape
+    shape = (num_rows, row_bytes(row_format, value_dim))
+    records_RB = torch.zeros(shape, dtype=torch.uint8, device=values_RV.device)
+    records = RowRecords(records_RB, row_format, value_dim)
+    if num_rows == 0:
+        return records
+    values_RV = values_RV.float()
+    if not values_RV.isfinite().all():
+        row = int((~values_RV.isfinite()).any(dim=1).nonzero()[0])
+        raise ValueError(f"values: row {row} has values that are not finite")
+    pack = _pack_int4 if row_format == "int4" else _pack_bytes
+    codes_RC, scales_RS = pack(values_RV, row_format)
+    records_RB[:, : codes_RC.shape[1]] = codes_RC
+    start = scale_offset(row_format, value_dim)
+    scale_bytes = scales_RS.contiguous().view(torch.uint8)
+    records_RB[:, start : start + scale_bytes.shape[1]] = scale_bytes
+    return records
+
+
+def dequantize_rows(records: RowRecords, rows: Tensor | None = None) -> Tensor:
+    """The values of all rows, or of int64 ``rows`` ``[L]``, as fp32 ``[L, V]``.
+
+    Raises:
+        IndexError: a row id lies outside the table.
+    """
+    records_LB = records.records_RB if rows is None else records.records_RB[rows]
+    value_dim, start = records.value_dim, scale_offset(records.row_format, records.value_dim)
+    if records.row_format == "int4":
+        return _unpack_int4(records_LB, value_dim, start)
+    codes_LV = records_LB[:, :value_dim]
+    scale_L1 = records_LB[:, start : start + 4].contiguous().view(torch.float32)
+    kind = torch.int8 if records.row_format == "int8" else torch.float8_e4m3fn
+    return codes_LV.contiguous().view(kind).float() * scale_L1
+
+
+def _int4_blocks(value_dim: int) -> int:
+    return -(-value_dim // INT4_BLOCK)
+
+
+def _pack_bytes(values_RV: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor]:
+    largest = 127.0 if row_format == "int8" else _FP8_LARGEST
+    scale_R1 = values_RV.abs().amax(dim=1, keepdim=True) / largest
+    scaled_RV = _divided(values_RV, scale_R1).clamp(-largest, largest)
+    codes_RV = scaled_RV.round().to(torch.int8)
+    if row_format == "fp8":
+        codes_RV = scaled_RV.to(torch.float8_e4m3fn)
+    return codes_RV.view(torch.uint8), scale_R1
+
+
+def _pack_int4(values_RV: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor]:
+    num_rows, value_dim = values_RV.shape
+    blocks = _int4_blocks(value_dim)
+    padded_RV = torch.nn.functional.pad(values_RV, (0, blocks * INT4_BLOCK - value_dim))
+    groups_RGC = padded_RV.view(num_rows, blocks * _GROUPS_PER_BLOCK, INT4_GROUP)
+    at_RG1 = groups_RGC.abs().argmax(dim=2, keepdim=True)
+    # rounded before it is divided by, so that its own rounding costs nothing
+    scale_RG1 = (groups_RGC.gather(2, at_RG1) / -8).to(torch.bfloat16)
+    codes_RGC = (_divided(groups_RGC, scale_RG1.float()).round() + 8).clamp(0, 15)
+    # [block, plane, word] of 4 bits each, to [block, word, byte] of two planes
+    planes = codes_RGC.view(num_rows, blocks, 8, 16).to(torch.uint8).transpose(2, 3)
+    packed = planes[..., 0::2] | planes[..., 1::2] << 4
+    return packed.reshape(num_rows, blocks * (INT4_BLOCK // 2)), scale_RG1.squeeze(2)
+
+
+def _unpack_int4(records_LB: Tensor, value_dim: int, start: int) -> Tensor:
+    num_rows, blocks = len(records_LB), _int4_blocks(value_dim)
+    packed = records_LB[:, :start].view(num_rows, blocks, 16, 4)
+    planes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(3)
+    codes_LGC = (
+        planes.transpose(2, 3).reshape(num_rows, blocks * _GROUPS_PER_BLOCK, INT4_GROUP).float() - 8
+    )
+    scale_bytes = records_LB[:, start : start + 2 * blocks * _GROUPS_PER_BLOCK]
+    scale_LG = scale_bytes.contiguous().view(torch.bfloat16).float()
+    return (codes_LGC * scale_LG.unsqueeze(2)).flatten(1)[:, :value_dim]
+
+
+def _divided(values: Tensor, scale: Tensor) -> Tensor:
+    """The quotient, 0 where the scale is 0: a row or group of zeros."""
+    return torch.where(scale == 0, 0.0, values / scale)

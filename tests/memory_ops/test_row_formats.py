@@ -1,0 +1,116 @@
+"""Row records: what they hold, where it stands, and how close it comes."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memory_ops import ROW_FORMATS, RowRecords, dequantize_rows, quantize_rows
+from memory_ops.row_formats import row_bytes
+
+WIDTHS = st.sampled_from([1, 4, 31, 32, 33, 127, 128, 129, 576, 1000, 1024])
+# half a step, as a share of the largest value: of int8 of the row's, of int4 of its group's, whose
+# opposite is one step short; e4m3 has three bits of fraction
+HALF_STEPS = {"int8": 0.5 / 127, "int4": 1 / 8, "fp8": 1 / 16}
+
+
+@given(
+    row_format=st.sampled_from(ROW_FORMATS),
+    width=WIDTHS,
+    num_rows=st.sampled_from([0, 1, 7]),
+    size=st.sampled_from([1e-3, 1.0, 1e4]),
+)
+def test_values_come_back_within_half_a_step(row_format, width, num_rows, size):
+    values = torch.randn(num_rows, width) * size
+    records = quantize_rows(values, row_format)
+    again = dequantize_rows(records)
+    assert again.shape == values.shape and again.dtype == torch.float32
+    largest = values.abs().amax(1, keepdim=True) if num_rows else values
+    # bf16 scales are off by a 256th at most
+    allowed = largest * HALF_STEPS[row_format] * (1 + 1 / 128)
+    assert ((again - values).abs() <= allowed).all()
+    assert records.records_RB.shape == (num_rows, row_bytes(row_format, width))
+    # rounding what was rounded changes nothing
+    torch.testing.assert_close(dequantize_rows(quantize_rows(again, row_format)), again)
+
+
+@given(row_format=st.sampled_from(ROW_FORMATS), width=WIDTHS)
+def test_records_fill_whole_cache_lines_and_unused_bytes_are_zero(row_format, width):
+    values = torch.full((3, width), -1.0)
+    records = quantize_rows(values, row_format).records_RB
+    assert records.shape[1] % 64 == 0
+    scale_bytes = -(-width // 128) * 8 if row_format == "int4" else 4
+    codes_end = -(-width // 128) * 64 if row_format == "int4" else -(-width // 4) * 4
+    assert not records[:, codes_end + scale_bytes :].any()
+    assert records.shape[1] - codes_end - scale_bytes < 64
+
+
+@pytest.mark.parametrize(
+    ("row_format", "width", "wanted"),
+    [("int8", 1024, 1088), ("fp8", 1024, 1088), ("int4", 1024, 576), ("int4", 1, 128)],
+)
+def test_bytes_of_a_record(row_format, width, wanted):
+    assert row_bytes(row_format, width) == wanted
+
+
+def test_an_int8_record_is_its_values_then_its_scale():
+    record = quantize_rows(torch.tensor([[127.0, -127.0, 0.6, 0.4, -1.0]]), "int8").records_RB[0]
+    assert record[:5].view(torch.int8).tolist() == [127, -127, 1, 0, -1]
+    assert record[8:12].view(torch.float32).item() == 1.0
+
+
+def test_an_fp8_record_is_its_values_then_its_scale():
+    record = quantize_rows(torch.tensor([[448.0, -1.0, 0.0625]]), "fp8").records_RB[0]
+    assert record[:3].view(torch.float8_e4m3fn).tolist() == [448.0, -1.0, 0.0625]
+    assert record[4:8].view(torch.float32).item() == 1.0
+
+
+def test_an_int4_record_is_planes_of_sixteen_then_a_scale_for_each_group():
+    # value p * 16 + d is known by both; a group's largest becomes -8, which sets its scale
+    values = torch.zeros(1, 256)
+    values[0, 0::32] = -8.0
+    values[0, 128:] *= 2
+    values[0, 16 * 3 + 5] = 7.0
+    record = quantize_rows(values, "int4").records_RB[0]
+    words = record[:128].view(torch.int32).tolist()
+    assert words[5] >> 12 & 15 == 7 + 8
+    assert [words[0] >> 4 * plane & 15 for plane in range(8)] == [0, 8] * 4
+    assert record[128:144].view(torch.bfloat16).tolist() == [1.0] * 4 + [2.0] * 4
+
+
+def test_rows_of_zeros_stay_zeros():
+    for row_format in ROW_FORMATS:
+        records = quantize_rows(torch.zeros(2, 33), row_format)
+        assert torch.equal(dequantize_rows(records), torch.zeros(2, 33))
+
+
+def test_some_rows_are_read_alone():
+    for row_format in ROW_FORMATS:
+        records = quantize_rows(torch.randn(9, 200), row_format)
+        rows = torch.tensor([3, 3, 8])
+        assert torch.equal(dequantize_rows(records, rows), dequantize_rows(records)[rows])
+        with pytest.raises(IndexError):
+            dequantize_rows(records, torch.tensor([9]))
+
+
+def test_what_cannot_be_rounded_is_refused():
+    values = torch.randn(4, 8)
+    values[2, 3] = torch.inf
+    for row_format in ROW_FORMATS:
+        with pytest.raises(ValueError, match="values: row 2"):
+            quantize_rows(values, row_format)
+        with pytest.raises(ValueError, match="values: expected"):
+            quantize_rows(torch.zeros(4), row_format)
+        with pytest.raises(ValueError, match="values: expected"):
+            quantize_rows(torch.zeros(4, 4, dtype=torch.int64), row_format)
+    with pytest.raises(ValueError, match="row_format: 'int2' is none of int8, int4, fp8"):
+        quantize_rows(torch.zeros(4, 8), "int2")
+
+
+def test_records_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"expected uint8 \[R, 64\]"):
+        RowRecords(torch.zeros(4, 63, dtype=torch.uint8), "int8", 8)
+    with pytest.raises(ValueError, match="expected uint8"):
+        RowRecords(torch.zeros(4, 64), "int8", 8)
+    with pytest.raises(ValueError, match="value_dim"):
+        RowRecords(torch.zeros(4, 64, dtype=torch.uint8), "int8", 0)

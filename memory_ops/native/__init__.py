@@ -1,0 +1,1 @@
+"""The operations on a CPU: C++ kernels behind a C interface."""

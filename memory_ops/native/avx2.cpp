@@ -1,0 +1,2 @@
+// Every kernel, compiled with AVX2, FMA and F16C.
+#include "interface.h"

@@ -1,0 +1,129 @@
+"""The operations by the native library, with the reference's signatures, for CPU tensors."""
+
+import torch
+from torch import Tensor
+
+from memory_ops.checks import Table, check_gradients, check_rows, check_scores, check_vectors
+from memory_ops.native.library import load
+from memory_ops.row_formats import RowRecords, scale_offset
+
+# the codes of row_table.h
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_FORMATS = {"int8": 3, "fp8": 4, "int4": 5}
+# as many as group_rows.h can sort by
+_MOST_ROWS = 2**33
+MOST_CHOSEN = 128
+MOST_SUBKEYS = 65_536
+
+
+class NativeBackend:
+    """One build of the library. Sums are taken in fp32; see ``memory_ops.reference``."""
+
+    def __init__(self, build: str) -> None:
+        """Use ``build``, one of ``library.runnable_builds()``."""
+        self._library = load(build)
+
+    def product_topk(self, half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """See ``reference.product_topk``; fp32, K to 128, N to 65,536."""
+        check_scores(half_scores_TH2N, top_k)
+        num_tokens, num_heads, _, num_subkeys = half_scores_TH2N.shape
+        half_scores_TH2N = half_scores_TH2N.contiguous()
+        rows_THK = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64)
+        weights_THK = torch.empty(num_tokens, num_heads, top_k)
+        self._library.memplus_product_topk(
+            half_scores_TH2N.data_ptr(),
+            num_tokens * num_heads,
+            num_subkeys,
+            top_k,
+            rows_THK.data_ptr(),
+            weights_THK.data_ptr(),
+        )
+        return rows_THK, weights_THK
+
+    def gather_rows(self, table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
+        """See ``reference.gather_rows``."""
+        check_rows(table, rows_THK, weights_THK)
+        rows_THK = rows_THK.contiguous()
+        weights_THK = weights_THK.float().contiguous()
+        num_tokens, num_heads, top_k = rows_THK.shape
+        arguments = _table_arguments(table)
+        out_TV = torch.empty(num_tokens, arguments[3])
+        wrong = self._library.memplus_gather_rows(
+            *arguments,
+            rows_THK.data_ptr(),
+            weights_THK.data_ptr(),
+            num_tokens,
+            num_heads * top_k,
+            out_TV.data_ptr(),
+        )
+        _check_place(wrong, rows_THK, arguments[1])
+        return out_TV
+
+    def row_dots(self, table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
+        """See ``reference.row_dots``."""
+        check_vectors(table, rows_THK, x_TV)
+        rows_THK, x_TV = rows_THK.contiguous(), x_TV.float().contiguous()
+        num_tokens, num_heads, top_k = rows_THK.shape
+        arguments = _table_arguments(table)
+        dots_THK = torch.empty(num_tokens, num_heads, top_k)
+        wrong = self._library.memplus_row_dots(
+            *arguments,
+            rows_THK.data_ptr(),
+            x_TV.data_ptr(),
+            num_tokens,
+            num_heads * top_k,
+            dots_THK.data_ptr(),
+        )
+        _check_place(wrong, rows_THK, arguments[1])
+        return dots_THK
+
+    def row_gradients(
+        self, rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``reference.row_gradients``."""
+        check_gradients(rows_THK, weights_THK, grad_TV)
+        rows_THK, grad_TV = rows_THK.contiguous(), grad_TV.contiguous()
+        weights_THK = weights_THK.float().contiguous()
+        count, value_dim = rows_THK.numel(), grad_TV.shape[1]
+        rows, starts, tokens = (torch.empty(count + 1, dtype=torch.int64) for _ in range(3))
+        weights = torch.empty(count)
+        num_distinct = self._library.memplus_group_rows(
+            rows_THK.data_ptr(),
+            weights_THK.data_ptr(),
+            count,
+            max(rows_THK.shape[1] * rows_THK.shape[2], 1),
+            rows.data_ptr(),
+            starts.data_ptr(),
+            tokens.data_ptr(),
+            weights.data_ptr(),
+        )
+        if num_distinct < 0:
+            _check_place(-1 - num_distinct, rows_THK, _MOST_ROWS)
+        # the sum over the tokens that read a row is a gather once more
+        sums_UV = torch.empty((num_distinct, value_dim))
+        self._library.memplus_gather_groups(
+            *_table_arguments(grad_TV),
+            tokens.data_ptr(),
+            weights.data_ptr(),
+            starts.data_ptr(),
+            num_distinct,
+            sums_UV.data_ptr(),
+        )
+        return rows[:num_distinct].clone(), sums_UV
+
+
+def _table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
+    """data, num_rows, row_stride in bytes, value_dim, scale_offset, format."""
+    if isinstance(table, RowRecords):
+        records_RB = table.records_RB
+        num_rows, offset = records_RB.shape[0], scale_offset(table.row_format, table.value_dim)
+        code = _FORMATS[table.row_format]
+        return records_RB.data_ptr(), num_rows, records_RB.stride(0), table.value_dim, offset, code
+    num_rows, value_dim = table.shape
+    stride = table.stride()[0] * table.itemsize
+    return table.data_ptr(), num_rows, stride, value_dim, 0, _DTYPES[table.dtype]
+
+
+def _check_place(wrong: int, rows_THK: Tensor, num_rows: int) -> None:
+    if wrong >= 0:
+        raise IndexError(f"rows: {int(rows_THK.view(-1)[wrong])} is outside [0, {num_rows})")

@@ -1,0 +1,143 @@
+// out[t] = sum over c of weights[t, c] * table[ids[t, c]]
+//
+// Reading random rows is what takes time. The sums of a tile of columns stay in registers while
+// row after row is added, because stores between the reads cost bandwidth, and the same columns of
+// later rows are prefetched. Both cores read even for one token: each a part of the width.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "row_table.h"
+#include "threads.h"
+
+namespace memplus {
+
+constexpr int64_t COLUMN_STEP = 128;  // the columns of two threads part at a multiple of this
+
+// How a format is read fastest, as measured: vectors of sums in registers, and where two tiles are
+// left to do; rows that are added to one tile before the next tile's turn; how many rows ahead is
+// prefetched.
+template <class Row>
+struct Schedule {
+#if defined(__AVX512F__)
+  static constexpr bool wide = Row::line_values <= LINE;
+  static constexpr int vectors = wide ? 16 : 8, most_vectors = Row::in_halves ? 24 : vectors;
+  static constexpr int64_t group = wide ? INT32_MAX : 32;
+  static constexpr int64_t ahead = Row::line_values < LINE ? 8 : 32;
+#else
+  // few registers make narrow tiles, and a row is used up while it is near
+  static constexpr int vectors = 8, most_vectors = vectors;
+  static constexpr int64_t group = 16, ahead = 16;
+#endif
+};
+
+// The references of one sum after another: sum s has those at [starts[s], starts[s + 1]), or
+// per_sum of them where there are no starts.
+struct Sums {
+  const int64_t* ids;
+  const float* weights;
+  const int64_t* starts;
+  int64_t per_sum;
+  float* out;
+
+  int64_t start(int64_t sum) const { return starts ? starts[sum] : sum * per_sum; }
+};
+
+template <class Row>
+inline void prefetch_columns(const Table& table, const uint8_t* row, int64_t at, int64_t columns) {
+  const int64_t from = at * LINE / Row::line_values;
+  const int64_t to = (at + columns) * LINE / Row::line_values;
+  for (int64_t byte = from; byte < to; byte += LINE) __builtin_prefetch(row + byte);
+  if (table.scale_offset && at == 0) __builtin_prefetch(row + table.scale_offset);
+}
+
+// Adds the rows of some references to VECTORS vectors of sums from column `at` on, of which the
+// last `count` columns exist where that is not 0; rows up to that of `end` may be prefetched.
+template <class Row, int VECTORS>
+inline void add_tile(const Table& table, const Sums& sums, Span which, int64_t end, int64_t at,
+                     int64_t count, float* out) {
+  constexpr int64_t columns = VECTORS * LANES;
+  // where tiles are whole blocks, their places within a block are known when this is compiled
+  const int64_t offset = columns % Row::line_values ? at % Row::line_values : 0;
+  floats total[VECTORS] = {};
+  if (count)
+    std::memcpy(total, out + at, count * sizeof(float));
+  else
+    std::memcpy(total, out + at, sizeof total);
+  constexpr bool in_halves = Row::in_halves && VECTORS % 2 == 0;
+  if constexpr (in_halves)
+    for (int v = 0; v < VECTORS; v += 2) part_lanes(total[v], total[v + 1]);
+  for (int64_t i = which.first; i < which.last; i++) {
+    const int64_t next = std::min(i + Schedule<Row>::ahead, end - 1);
+    prefetch_columns<Row>(table, table.row(sums.ids[next]), at, columns);
+    const Row row(table, table.row(sums.ids[i]), at - offset, sums.weights[i]);
+    if (count) {
+      total[0] += row.last_codes(offset, count) * row.factor(offset);
+      continue;
+    }
+#pragma GCC unroll 24
+    for (int v = 0; v < VECTORS; v++) {
+      const int64_t place = offset + v * LANES;
+      if constexpr (in_halves)
+        total[v] +=
+            (v % 2 ? row.odd_codes(place - LANES) : row.even_codes(place)) * row.factor(place);
+      else
+        total[v] += row.codes(place) * row.factor(place);
+    }
+  }
+  if constexpr (in_halves)
+    for (int v = 0; v < VECTORS; v += 2) join_lanes(total[v], total[v + 1]);
+  std::memcpy(out + at, total, count ? count * sizeof(float) : sizeof total);
+}
+
+// Computes some columns of the sums [which.first, which.last), one after another.
+template <class Row>
+inline void gather_part(const Table& table, const Sums& sums, Span which, Span columns) {
+  constexpr int vectors = Schedule<Row>::vectors, most = Schedule<Row>::most_vectors;
+  const int64_t begin = sums.start(which.first), end = sums.start(which.last);
+  for (int64_t i = begin; i < std::min(begin + Schedule<Row>::ahead, end); i++)
+    prefetch_columns<Row>(table, table.row(sums.ids[i]), columns.first,
+                          columns.last - columns.first);
+  for (int64_t s = which.first; s < which.last; s++) {
+    float* out = sums.out + s * table.value_dim;
+    std::memset(out + columns.first, 0, (columns.last - columns.first) * sizeof(float));
+    const int64_t last = sums.start(s + 1);
+    for (int64_t first = sums.start(s); first < last; first += Schedule<Row>::group) {
+      const Span group = {first, std::min(first + Schedule<Row>::group, last)};
+      int64_t at = columns.first;
+      if constexpr (most > vectors)
+        for (; at + (most + vectors) * LANES <= columns.last; at += most * LANES)
+          add_tile<Row, most>(table, sums, group, end, at, 0, out);
+      for (; at + vectors * LANES <= columns.last; at += vectors * LANES)
+        add_tile<Row, vectors>(table, sums, group, end, at, 0, out);
+      for (; at + 4 * LANES <= columns.last; at += 4 * LANES)
+        add_tile<Row, 4>(table, sums, group, end, at, 0, out);
+      for (; at + LANES <= columns.last; at += LANES)
+        add_tile<Row, 1>(table, sums, group, end, at, 0, out);
+      if (at < columns.last) add_tile<Row, 1>(table, sums, group, end, at, columns.last - at, out);
+    }
+  }
+}
+
+inline void gather_rows(const Table& table, const Sums& sums, int64_t num_sums) {
+  const int64_t steps = (table.value_dim + COLUMN_STEP - 1) / COLUMN_STEP;
+  const int64_t threads = omp_get_max_threads();
+  // few sums, or one too many, are shared out by columns
+  const bool by_columns = num_sums < 8 * threads && num_sums % threads != 0 && steps > 1;
+  in_parallel(by_columns ? steps : num_sums, [&](int64_t thread, int64_t threads) {
+    Span which = {0, num_sums}, columns = {0, table.value_dim};
+    if (by_columns) {
+      columns = piece(steps, thread, threads);
+      columns = {columns.first * COLUMN_STEP,
+                 std::min(columns.last * COLUMN_STEP, table.value_dim)};
+    } else {
+      which = piece(num_sums, thread, threads);
+    }
+    with_row_type(table.format, [&](auto* row) {
+      gather_part<std::remove_pointer_t<decltype(row)>>(table, sums, which, columns);
+    });
+  });
+}
+
+}  // namespace memplus

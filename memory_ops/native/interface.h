@@ -1,0 +1,71 @@
+// The C interface, compiled once for each instruction set; library.py calls it.
+#pragma once
+
+#include "gather_rows.h"
+#include "group_rows.h"
+#include "product_topk.h"
+#include "read_limits.h"
+#include "row_dots.h"
+
+using memplus::Table;
+
+extern "C" {
+
+// half_scores [heads, 2, num_subkeys] to rows and weights [heads, k]
+void memplus_product_topk(const float* half_scores, int64_t heads, int32_t num_subkeys, int32_t k,
+                          int64_t* rows, float* weights) {
+  memplus::product_topk(half_scores, heads, num_subkeys, k, rows, weights);
+}
+
+// A value table is given by: data, num_rows, row_stride, value_dim, scale_offset, format.
+
+// Returns the place of an id outside the table, or -1 where `out` [tokens, V] was written.
+int64_t memplus_gather_rows(const uint8_t* data, int64_t num_rows, int64_t row_stride,
+                            int64_t value_dim, int64_t scale_offset, int32_t format,
+                            const int64_t* ids, const float* weights, int64_t tokens,
+                            int64_t per_token, float* out) {
+  const Table table = {data, num_rows, row_stride, value_dim, scale_offset, format};
+  const int64_t wrong = memplus::first_outside(table, ids, tokens * per_token);
+  if (wrong < 0) memplus::gather_rows(table, {ids, weights, nullptr, per_token, out}, tokens);
+  return wrong;
+}
+
+// The same with sums of different lengths, that of sum s from starts[s] on, and ids that are rows.
+void memplus_gather_groups(const uint8_t* data, int64_t num_rows, int64_t row_stride,
+                           int64_t value_dim, int64_t scale_offset, int32_t format,
+                           const int64_t* ids, const float* weights, const int64_t* starts,
+                           int64_t sums, float* out) {
+  const Table table = {data, num_rows, row_stride, value_dim, scale_offset, format};
+  memplus::gather_rows(table, {ids, weights, starts, 0, out}, sums);
+}
+
+// Returns the place of an id outside the table, or -1 where `dots` [tokens, per_token] was written.
+int64_t memplus_row_dots(const uint8_t* data, int64_t num_rows, int64_t row_stride,
+                         int64_t value_dim, int64_t scale_offset, int32_t format,
+                         const int64_t* ids, const float* x_TV, int64_t tokens, int64_t per_token,
+                         float* dots) {
+  const Table table = {data, num_rows, row_stride, value_dim, scale_offset, format};
+  const int64_t wrong = memplus::first_outside(table, ids, tokens * per_token);
+  if (wrong < 0) memplus::row_dots(table, ids, x_TV, tokens, per_token, dots);
+  return wrong;
+}
+
+// Returns how many distinct rows there are, or -1 - the place of an id that can be no row; see
+// memplus::Grouped.
+int64_t memplus_group_rows(const int64_t* ids, const float* weights, int64_t count,
+                           int64_t per_token, int64_t* rows, int64_t* starts, int64_t* tokens,
+                           float* sorted_weights) {
+  return memplus::group_rows(ids, weights, count, per_token,
+                             {rows, starts, tokens, sorted_weights});
+}
+
+uint32_t memplus_read_rows(const uint8_t* data, int64_t row_bytes, const int64_t* ids,
+                           int64_t count, int64_t ahead) {
+  return memplus::read_rows(data, row_bytes, ids, count, ahead);
+}
+
+uint32_t memplus_read_all(const uint8_t* data, int64_t bytes) {
+  return memplus::read_all(data, bytes);
+}
+
+}  // extern "C"

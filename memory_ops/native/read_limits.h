@@ -1,0 +1,57 @@
+// The limits that lookups are measured against: loops that do nothing but read.
+#pragma once
+
+#include "row_table.h"
+#include "threads.h"
+
+namespace memplus {
+
+// Reads whole cache lines, so that no other work can be what takes the time.
+inline words read_lines(const uint8_t* from, int64_t bytes, words seen) {
+  for (int64_t at = 0; at < bytes; at += sizeof seen) seen ^= load<words>(from + at);
+  return seen;
+}
+
+inline uint32_t folded(words seen) {
+  uint32_t result = 0;
+  for (int lane = 0; lane < LANES; lane++) result ^= seen[lane];
+  return result;
+}
+
+// Reads `row_bytes` bytes, a multiple of 64, of each row, on all threads, prefetching the row that
+// is `ahead` further on (0: none); returns what keeps the reads from being left out.
+inline uint32_t read_rows(const uint8_t* data, int64_t row_bytes, const int64_t* ids, int64_t count,
+                          int64_t ahead) {
+  uint32_t result = 0;
+  in_parallel(count, [&](int64_t thread, int64_t threads) {
+    const Span mine = piece(count, thread, threads);
+    words seen{};
+    for (int64_t i = mine.first; i < mine.last; i++) {
+      const uint8_t* row = data + ids[i] * row_bytes;
+      const int64_t next = i + ahead < mine.last ? i + ahead : i;
+      const uint8_t* coming = data + ids[next] * row_bytes;
+      for (int64_t at = 0; at < row_bytes; at += LINE) {
+        if (ahead) __builtin_prefetch(coming + at);
+        seen = read_lines(row + at, LINE, seen);
+      }
+    }
+#pragma omp atomic
+    result ^= folded(seen);
+  });
+  return result;
+}
+
+// Reads `bytes` bytes, a multiple of 64, from first to last, each thread a part.
+inline uint32_t read_all(const uint8_t* data, int64_t bytes) {
+  uint32_t result = 0;
+  in_parallel(bytes / LINE, [&](int64_t thread, int64_t threads) {
+    const Span mine = piece(bytes / LINE, thread, threads);
+    const words seen =
+        read_lines(data + mine.first * LINE, (mine.last - mine.first) * LINE, words{});
+#pragma omp atomic
+    result ^= folded(seen);
+  });
+  return result;
+}
+
+}  // namespace memplus

@@ -1,9 +1,27 @@
-"""The memory layer's operations, one signature each, with the backend chosen here by device.
+"""The memory layer's operations: functions of tensors, without model, files or state.
 
-``product_topk`` and ``gather_rows`` are functions of tensors: no model, no files, no state. They
-run on the plain-torch reference, which is differentiable and right on every device.
+Each has one signature, a reference in plain torch and faster backends; ``backends`` chooses.
 """
 
-from memory_ops.reference import gather_rows, product_topk
+from memory_ops.checks import Table
+from memory_ops.operations import (
+    expert_lookup,
+    gather_rows,
+    product_topk,
+    row_dots,
+    row_gradients,
+)
+from memory_ops.row_formats import ROW_FORMATS, RowRecords, dequantize_rows, quantize_rows
 
-__all__ = ["gather_rows", "product_topk"]
+__all__ = [
+    "ROW_FORMATS",
+    "RowRecords",
+    "Table",
+    "dequantize_rows",
+    "expert_lookup",
+    "gather_rows",
+    "product_topk",
+    "quantize_rows",
+    "row_dots",
+    "row_gradients",
+]

@@ -1,4 +1,4 @@
-"""Readable product-key top-K and weighted row gather in plain torch, at any precision.
+"""The memory layer's operations in plain torch: readable, at any precision, on any device.
 
 Shape suffixes: T tokens, H memory heads, N subkeys per half, K rows read per head, R = N * N rows,
 V value width. The formulas are those of "Memory Layers at Scale" (arXiv 2412.09764) and "Large
@@ -8,10 +8,15 @@ Memory Layers with Product Keys" (arXiv 1907.05242).
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of ``dtype`` are summed: fp32, or fp64 for fp64 input."""
-    return torch.promote_types(dtype, torch.float32)
+from memory_ops.checks import (
+    Table,
+    accumulation_dtype,
+    check_gradients,
+    check_rows,
+    check_scores,
+    check_vectors,
+)
+from memory_ops.row_formats import RowRecords, dequantize_rows
 
 
 def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -34,12 +39,8 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the scores have another shape, or ``top_k`` lies outside [1, N].
     """
-    if half_scores_TH2N.dim() != 4 or half_scores_TH2N.shape[2] != 2:
-        shape = tuple(half_scores_TH2N.shape)
-        raise ValueError(f"half_scores: expected [T, H, 2, N], got {shape}")
+    check_scores(half_scores_TH2N, top_k)
     num_subkeys = half_scores_TH2N.shape[3]
-    if not 1 <= top_k <= num_subkeys:
-        raise ValueError(f"top_k: {top_k} is outside [1, {num_subkeys}], the subkeys of one half")
     # a stable sort, since torch.topk leaves the order of equal scores open
     half_TH2K, subkeys_TH2K = _stable_topk(half_scores_TH2N, top_k)
     first_THK, second_THK = half_TH2K.unbind(2)
@@ -53,11 +54,11 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return rows_THK, weights_THK
 
 
-def gather_rows(table_RV: Tensor, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
+def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     """Sum weighted table rows over heads and choices: ``out[t] = sum_hk w[t,h,k] * table[row]``.
 
     Args:
-        table_RV: the value table, ``[R, V]``, any floating dtype.
+        table: the value table, ``[R, V]`` of any floating dtype, or records.
         rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R).
         weights_THK: one weight a row, floating, ``[T, H, K]``.
 
@@ -68,15 +69,94 @@ def gather_rows(table_RV: Tensor, rows_THK: Tensor, weights_THK: Tensor) -> Tens
         ValueError: rows and weights differ in shape, or the table is not a matrix.
         IndexError: a row id lies outside the table.
     """
-    if table_RV.dim() != 2:
-        raise ValueError(f"table: expected [R, V], got {tuple(table_RV.shape)}")
-    if rows_THK.dim() != 3 or rows_THK.shape != weights_THK.shape:
-        shapes = f"{tuple(rows_THK.shape)} and {tuple(weights_THK.shape)}"
-        raise ValueError(f"rows and weights: expected the same shape [T, H, K], got {shapes}")
-    dtype = accumulation_dtype(table_RV.dtype)
-    values_TCV = torch.nn.functional.embedding(rows_THK.flatten(1), table_RV).to(dtype)
-    weights_T1C = weights_THK.flatten(1).unsqueeze(1).to(dtype)
+    check_rows(table, rows_THK, weights_THK)
+    values_TCV = _values(table, rows_THK.flatten(1))
+    weights_T1C = weights_THK.flatten(1).unsqueeze(1).to(values_TCV.dtype)
     return torch.bmm(weights_T1C, values_TCV).squeeze(1)
+
+
+def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
+    """Inner products of table rows and each token's vector: ``table[row[t,h,k]] . x[t]``.
+
+    The gradient of ``gather_rows`` by its weights, and the first half of PEER.
+
+    Args:
+        table: as for ``gather_rows``.
+        rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R).
+        x_TV: a vector a token, floating, ``[T, V]``.
+
+    Returns:
+        ``dots_THK``, ``[T, H, K]``, accumulated and returned in fp32 (fp64 for an fp64 table).
+
+    Raises:
+        ValueError: the shapes do not fit together.
+        IndexError: a row id lies outside the table.
+    """
+    check_vectors(table, rows_THK, x_TV)
+    values_TCV = _values(table, rows_THK.flatten(1))
+    return (values_TCV @ x_TV.unsqueeze(2).to(values_TCV.dtype)).view(rows_THK.shape)
+
+
+def expert_lookup(
+    down: Table, up: Table, rows_THK: Tensor, weights_THK: Tensor, x_TD: Tensor
+) -> Tensor:
+    """PEER's single-neuron experts: ``sum_hk w * gelu(down[row] . x) * up[row]``.
+
+    "Mixture of a Million Experts" (arXiv 2407.04153), with the exact gelu of its code.
+
+    Args:
+        down: u, the experts' input rows, ``[R, D]``, a table as for ``gather_rows``.
+        up: v, their output rows, ``[R, V]``, likewise.
+        rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R).
+        weights_THK: one weight an expert, floating, ``[T, H, K]``.
+        x_TD: a vector a token, floating, ``[T, D]``.
+
+    Returns:
+        ``out_TV``, ``[T, V]`` in fp32 (fp64 for fp64 tables).
+
+    Raises:
+        ValueError: the shapes do not fit together.
+        IndexError: a row id lies outside a table.
+    """
+    inputs_THK = row_dots(down, rows_THK, x_TD)
+    activations_THK = inputs_THK * (inputs_THK / 2**0.5).erf().add(1) / 2
+    return gather_rows(up, rows_THK, weights_THK * activations_THK)
+
+
+def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of ``gather_rows`` by its table, where it is not zero.
+
+        grad_row[r] = sum of weights[t,h,k] * grad[t] over all (t, h, k) that read r
+
+    Args:
+        rows_THK: row ids, int64, ``[T, H, K]``.
+        weights_THK: one weight a row, floating, ``[T, H, K]``.
+        grad_TV: the gradient by the gathered sums, floating, ``[T, V]``.
+
+    Returns:
+        The U distinct rows read, int64 ``[U]`` in ascending order, and their gradients, ``[U, V]``
+        in fp32 (fp64 for an fp64 gradient).
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    check_gradients(rows_THK, weights_THK, grad_TV)
+    dtype = accumulation_dtype(grad_TV.dtype)
+    rows_U, place_L = torch.unique(rows_THK.flatten(), return_inverse=True)
+    per_token = rows_THK.shape[1] * rows_THK.shape[2]
+    grad_LV = grad_TV.to(dtype).repeat_interleave(per_token, dim=0)
+    grad_LV = grad_LV * weights_THK.reshape(-1, 1).to(dtype)
+    sums_UV = grad_TV.new_zeros((len(rows_U), grad_TV.shape[1]), dtype=dtype)
+    return rows_U, sums_UV.index_add_(0, place_L, grad_LV)
+
+
+def _values(table: Table, rows_TC: Tensor) -> Tensor:
+    """The rows' values, ``[T, C, V]``, in the dtype that sums are taken in."""
+    if isinstance(table, RowRecords):
+        values_LV = dequantize_rows(table, rows_TC.flatten())
+        return values_LV.view(*rows_TC.shape, table.value_dim)
+    values_TCV = torch.nn.functional.embedding(rows_TC, table)
+    return values_TCV.to(accumulation_dtype(table.dtype))
 
 
 def _stable_topk(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

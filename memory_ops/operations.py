@@ -1,0 +1,221 @@
+"""The public operations: differentiable, and known to torch.compile as operators of their own.
+
+A call that needs neither gradients nor tracing goes straight to the backend, since the dispatcher
+takes longer than reading one token's rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from memory_ops import backends
+from memory_ops.checks import (
+    Table,
+    accumulation_dtype,
+    check_gradients,
+    check_rows,
+    check_scores,
+    check_vectors,
+)
+from memory_ops.row_formats import RowFormat, RowRecords
+
+
+def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose each head's ``top_k`` best rows; see ``memory_ops.reference.product_topk``.
+
+    Differentiable by the scores. With scores that are NaN the rows are in range, the weights NaN.
+    """
+    check_scores(half_scores_TH2N, top_k)
+    if _is_plain(half_scores_TH2N):
+        return backends.for_topk(half_scores_TH2N, top_k).product_topk(half_scores_TH2N, top_k)
+    chosen: tuple[Tensor, Tensor] = _product_topk(half_scores_TH2N, top_k)
+    return chosen
+
+
+def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
+    """Sum weighted table rows; see ``memory_ops.reference.gather_rows``.
+
+    Differentiable by the weights, and by a table that is no records: its gradient is a coalesced
+    sparse tensor of the rows read. On a GPU, row ids are not checked.
+    """
+    if _is_plain(weights_THK, table, rows_THK):
+        return backends.for_table(table, weights_THK).gather_rows(table, rows_THK, weights_THK)
+    check_rows(table, rows_THK, weights_THK)
+    out_TV: Tensor = _gather_rows(*_flat(table), rows_THK, weights_THK)
+    return out_TV
+
+
+def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
+    """Inner products of rows and vectors; see ``memory_ops.reference.row_dots``.
+
+    Differentiable by the vectors, and by the table as ``gather_rows`` is.
+    """
+    if _is_plain(x_TV, table, rows_THK):
+        return backends.for_table(table, x_TV).row_dots(table, rows_THK, x_TV)
+    check_vectors(table, rows_THK, x_TV)
+    dots_THK: Tensor = _row_dots(*_flat(table), rows_THK, x_TV)
+    return dots_THK
+
+
+def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows read; see ``memory_ops.reference.row_gradients``."""
+    check_gradients(rows_THK, weights_THK, grad_TV)
+    gradients: tuple[Tensor, Tensor] = _row_gradients(rows_THK, weights_THK, grad_TV)
+    return gradients
+
+
+def expert_lookup(
+    down: Table, up: Table, rows_THK: Tensor, weights_THK: Tensor, x_TD: Tensor
+) -> Tensor:
+    """PEER's single-neuron experts; see ``memory_ops.reference.expert_lookup``.
+
+    Differentiable by both tables, the weights and the vectors.
+    """
+    activations_THK = functional.gelu(row_dots(down, rows_THK, x_TD))
+    return gather_rows(up, rows_THK, weights_THK * activations_THK)
+
+
+def _is_plain(*operands: Tensor | RowRecords) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    needs_grad = torch.is_grad_enabled()
+    for operand in operands:
+        tensor = operand.records_RB if isinstance(operand, RowRecords) else operand
+        if type(tensor) not in _PLAIN_TYPES or (needs_grad and tensor.requires_grad):
+            return False
+    return True
+
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+
+def _flat(table: Table) -> tuple[Tensor, str, int]:
+    if isinstance(table, RowRecords):
+        return table.records_RB, table.row_format, table.value_dim
+    return table, "", table.shape[1]
+
+
+def _table(table: Tensor, row_format: str, value_dim: int) -> Table:
+    if not row_format:
+        return table
+    known: dict[str, RowFormat] = {"int8": "int8", "int4": "int4", "fp8": "fp8"}
+    return RowRecords(table, known[row_format], value_dim)
+
+
+def _sum_dtype(table: Tensor, row_format: str) -> torch.dtype:
+    return torch.float32 if row_format else accumulation_dtype(table.dtype)
+
+
+@torch.library.custom_op("memplus::product_topk", mutates_args=())
+def _product_topk(half_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    return backends.for_topk(half_scores, top_k).product_topk(half_scores, top_k)
+
+
+@_product_topk.register_fake
+def _(half_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    num_tokens, num_heads = half_scores.shape[:2]
+    weights = half_scores.new_empty((num_tokens, num_heads, top_k))
+    return torch.empty_like(weights, dtype=torch.int64), weights
+
+
+@torch.library.custom_op("memplus::gather_rows", mutates_args=())
+def _gather_rows(
+    table: Tensor, row_format: str, value_dim: int, rows: Tensor, weights: Tensor
+) -> Tensor:
+    given = _table(table, row_format, value_dim)
+    return backends.for_table(given, weights).gather_rows(given, rows, weights)
+
+
+@_gather_rows.register_fake
+def _(table: Tensor, row_format: str, value_dim: int, rows: Tensor, weights: Tensor) -> Tensor:
+    dtype = _sum_dtype(table, row_format)
+    return weights.new_empty((rows.shape[0], value_dim), dtype=dtype)
+
+
+@torch.library.custom_op("memplus::row_dots", mutates_args=())
+def _row_dots(table: Tensor, row_format: str, value_dim: int, rows: Tensor, x: Tensor) -> Tensor:
+    given = _table(table, row_format, value_dim)
+    return backends.for_table(given, x).row_dots(given, rows, x)
+
+
+@_row_dots.register_fake
+def _(table: Tensor, row_format: str, value_dim: int, rows: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(rows.shape, dtype=_sum_dtype(table, row_format))
+
+
+@torch.library.custom_op("memplus::row_gradients", mutates_args=())
+def _row_gradients(rows: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return backends.for_gradients(weights, grad).row_gradients(rows, weights, grad)
+
+
+@_row_gradients.register_fake
+def _(rows: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    num_distinct = torch.library.get_ctx().new_dynamic_size()
+    sums = grad.new_empty((num_distinct, grad.shape[1]), dtype=accumulation_dtype(grad.dtype))
+    return rows.new_empty(num_distinct), sums
+
+
+# Gradients: each operation's are the others.
+
+
+def _keep_topk(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], *output)
+
+
+def _topk_backward(ctx: Any, _: Tensor, grad_THK: Tensor) -> tuple[Tensor, None]:
+    half_scores_TH2N, rows_THK, weights_THK = ctx.saved_tensors
+    num_subkeys = half_scores_TH2N.shape[3]
+    subkeys_TH2K = torch.stack((rows_THK // num_subkeys, rows_THK % num_subkeys), dim=2)
+    mean_TH1 = (grad_THK * weights_THK).sum(dim=-1, keepdim=True)
+    scores_THK = weights_THK * (grad_THK - mean_TH1)
+    # uniform weights for want of any score depend on none
+    chosen_THK = half_scores_TH2N.gather(3, subkeys_TH2K).sum(dim=2)
+    none_TH1 = chosen_THK.isneginf().all(dim=-1, keepdim=True)
+    scores_THK = scores_THK.masked_fill(none_TH1, 0.0)
+    both_TH2K = scores_THK.unsqueeze(2).expand(subkeys_TH2K.shape)
+    return torch.zeros_like(half_scores_TH2N).scatter_add(3, subkeys_TH2K, both_TH2K), None
+
+
+def _keep_table(ctx: Any, inputs: tuple[Tensor, str, int, Tensor, Tensor], output: Tensor) -> None:
+    table, ctx.row_format, ctx.value_dim, rows, other = inputs
+    ctx.save_for_backward(table, rows, other)
+
+
+def _gather_backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, ...]:
+    table, rows, weights = ctx.saved_tensors
+    grad_table = grad_weights = None
+    if ctx.needs_input_grad[4]:
+        dots = _row_dots(table, ctx.row_format, ctx.value_dim, rows, grad_TV)
+        grad_weights = dots.to(weights.dtype)
+    if ctx.needs_input_grad[0]:
+        grad_table = _sparse(table, rows, weights, grad_TV)
+    return grad_table, None, None, None, grad_weights
+
+
+def _dots_backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, ...]:
+    table, rows, x = ctx.saved_tensors
+    grad_table = grad_x = None
+    if ctx.needs_input_grad[4]:
+        summed = _gather_rows(table, ctx.row_format, ctx.value_dim, rows, grad_THK)
+        grad_x = summed.to(x.dtype)
+    if ctx.needs_input_grad[0]:
+        grad_table = _sparse(table, rows, grad_THK, x)
+    return grad_table, None, None, None, grad_x
+
+
+def _sparse(table: Tensor, rows: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+    rows_U, sums_UV = _row_gradients(rows, weights, grad)
+    return torch.sparse_coo_tensor(
+        rows_U.unsqueeze(0),
+        sums_UV.to(table.dtype),
+        table.shape,
+        is_coalesced=True,
+        check_invariants=False,
+    )
+
+
+_product_topk.register_autograd(_topk_backward, setup_context=_keep_topk)
+_gather_rows.register_autograd(_gather_backward, setup_context=_keep_table)
+_row_dots.register_autograd(_dots_backward, setup_context=_keep_table)

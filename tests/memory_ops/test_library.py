@@ -1,0 +1,67 @@
+"""The native library: which builds run where, and what happens without any."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from memory_ops import backends, gather_rows, product_topk
+from memory_ops.native import library
+from memory_ops.native.backend import NativeBackend
+from memory_ops.native.library import BUILDS, best_build, load, runnable_builds
+
+
+@pytest.fixture
+def no_builds(tmp_path, monkeypatch):
+    """As installed where there was no compiler."""
+    monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    caches = (runnable_builds, best_build, backends._on)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_the_library_was_built_and_its_best_build_is_used():
+    builds = runnable_builds()
+    assert builds and builds[-1] == "portable"
+    flags = Path("/proc/cpuinfo").read_text().split()
+    if "avx2" in flags:
+        assert "avx2" in builds
+    if "avx512bw" in flags:
+        assert builds == BUILDS
+    backend = backends.for_topk(torch.zeros(1, 1, 2, 4), 2)
+    assert isinstance(backend, NativeBackend) and best_build() == builds[0]
+
+
+def test_any_build_that_runs_can_be_forced():
+    for build in runnable_builds():
+        rows, _ = NativeBackend(build).product_topk(torch.randn(1, 1, 2, 4), 2)
+        assert rows.shape == (1, 1, 2)
+        assert load(build) is load(build)
+
+
+def test_without_a_compiler_plain_torch_serves_and_one_warning_says_so(no_builds, caplog):
+    table, rows, weights = torch.randn(9, 5), torch.randint(0, 9, (2, 1, 3)), torch.rand(2, 1, 3)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            out = gather_rows(table, rows, weights)
+            product_topk(torch.randn(2, 1, 2, 4), 3)
+    torch.testing.assert_close(out, (table[rows] * weights.unsqueeze(-1)).sum((1, 2)))
+    (record,) = caplog.records
+    assert "without its native library" in record.message
+
+
+def test_what_the_kernels_do_not_take_goes_to_plain_torch():
+    scores = torch.randn(1, 1, 2, 200)
+    assert product_topk(scores, 200)[0].shape == (1, 1, 200)
+    assert product_topk(scores.double(), 3)[1].dtype == torch.float64
+    rows, weights = torch.randint(0, 9, (2, 1, 3)), torch.rand(2, 1, 3)
+    upright = torch.randn(5, 9).t()
+    torch.testing.assert_close(
+        gather_rows(upright, rows, weights), gather_rows(upright.contiguous(), rows, weights)
+    )

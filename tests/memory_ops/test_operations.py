@@ -1,0 +1,274 @@
+"""The public operations: refusals, gradients, and what torch asks of operators."""
+
+import inspect
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.autograd import gradcheck
+
+import memory_ops
+from memory_ops import (
+    ROW_FORMATS,
+    expert_lookup,
+    gather_rows,
+    operations,
+    product_topk,
+    reference,
+    row_dots,
+    row_gradients,
+)
+from tests.conftest import TOLERANCE
+from tests.engine.test_memory_layer import GOLDEN
+from tests.memory_ops.interpreted.tables import KINDS, PLAIN, exact_values, table_of
+
+OPERATIONS = ["product_topk", "gather_rows", "row_dots", "row_gradients", "expert_lookup"]
+
+
+def drawn(num_tokens=5, num_rows=11, width=7, dtype=torch.float64):
+    """Table, rows (some repeated), weights and a vector a token."""
+    rows = torch.randint(0, num_rows, (num_tokens, 2, 3))
+    rows[..., 1] = rows[..., 0]
+    return (
+        torch.randn(num_rows, width, dtype=dtype),
+        rows,
+        torch.randn(rows.shape, dtype=dtype),
+        torch.randn(num_tokens, width, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_reference_has_the_same_signature(name):
+    ours, plain = getattr(memory_ops, name), getattr(reference, name)
+    assert inspect.signature(ours) == inspect.signature(plain)
+
+
+class Densified(torch.autograd.Function):
+    """Its input, whose sparse gradient is made dense: gradcheck compares no others."""
+
+    @staticmethod
+    def forward(ctx, table):
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to_dense()
+
+
+densified = Densified.apply
+
+# Gradients.
+
+
+def test_topk_gradients():
+    scores = torch.randn(2, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda scores: product_topk(scores, 4)[1], (scores,))
+
+
+def test_topk_gradients_of_a_head_without_any_score_are_zero():
+    scores = torch.full((1, 1, 2, 4), -torch.inf, requires_grad=True)
+    product_topk(scores, 2)[1].square().sum().backward()
+    assert torch.equal(scores.grad, torch.zeros_like(scores))
+
+
+def test_gather_gradients():
+    table, rows, weights, _ = drawn()
+    table.requires_grad_()
+    weights.requires_grad_()
+
+    def dense(table, weights):
+        return gather_rows(densified(table), rows, weights)
+
+    assert gradcheck(dense, (table, weights))
+
+
+def test_dots_gradients():
+    table, rows, _, x = drawn()
+    table.requires_grad_()
+    x.requires_grad_()
+    assert gradcheck(lambda table, x: row_dots(densified(table), rows, x), (table, x))
+
+
+def test_expert_gradients():
+    down, rows, weights, x = drawn()
+    up = torch.randn_like(down)
+    inputs = [tensor.requires_grad_() for tensor in (down, up, weights, x)]
+
+    def lookup(down, up, weights, x):
+        return expert_lookup(densified(down), densified(up), rows, weights, x)
+
+    assert gradcheck(lookup, inputs)
+
+
+def test_a_whole_lookup_s_gradients():
+    scores = torch.randn(2, 2, 2, 5, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(25, 3, dtype=torch.float64, requires_grad=True)
+
+    def lookup(scores, table):
+        return gather_rows(densified(table), *product_topk(scores, 3))
+
+    assert gradcheck(lookup, (scores, table))
+
+
+def test_the_table_s_gradient_has_each_row_read_and_no_other():
+    table, rows, weights, _ = drawn(num_rows=1000, dtype=torch.float32)
+    table.requires_grad_()
+    (grad,) = torch.autograd.grad(gather_rows(table, rows, weights).sum(), table)
+    assert grad.is_sparse and grad.is_coalesced()
+    assert torch.equal(grad.indices()[0], rows.unique())
+
+
+@given(kind=st.sampled_from(list(PLAIN)), width=st.sampled_from([1, 33, 128]))
+def test_gradients_of_narrower_kinds_are_the_exact_ones(kind, width):
+    plain, rows, weights, grad = drawn(33, 50, width, torch.float32)
+    table = plain.to(PLAIN[kind]).requires_grad_()
+    weights.requires_grad_()
+    gather_rows(table, rows, weights).backward(grad)
+    exact = table.detach().double().requires_grad_()
+    exact_weights = weights.detach().double().requires_grad_()
+    reference.gather_rows(exact, rows, exact_weights).backward(grad.double())
+    rtol, atol = TOLERANCE[torch.float32]
+    close = {"rtol": rtol, "atol": atol * width**0.5}
+    torch.testing.assert_close(weights.grad, exact_weights.grad.float(), **close)
+    # rounded once, to the table's own dtype
+    rounded = dict(zip(("rtol", "atol"), TOLERANCE.get(PLAIN[kind], (1e-3, 1e-3)), strict=True))
+    torch.testing.assert_close(table.grad.to_dense().double(), exact.grad, **rounded)
+
+
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_gradients_flow_past_records_to_the_weights_and_vectors(row_format):
+    plain, rows, weights, x = drawn(9, 20, 40, torch.float32)
+    records = table_of(row_format, plain)
+    weights.requires_grad_()
+    x.requires_grad_()
+    expert_lookup(records, records, rows, weights, x).sum().backward()
+    exact = exact_values(records)
+    wanted = [tensor.detach().double().requires_grad_() for tensor in (weights, x)]
+    reference.expert_lookup(exact, exact, rows, *wanted).sum().backward()
+    for ours, theirs in zip((weights, x), wanted, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=1e-5, atol=1e-4)
+
+
+# Operators as torch knows them.
+
+CALLS = {
+    "topk": (operations._product_topk, lambda t, r, w, x: (torch.randn(3, 2, 2, 9), 4)),
+    "gather": (operations._gather_rows, lambda t, r, w, x: (t, "", t.shape[1], r, w)),
+    "dots": (operations._row_dots, lambda t, r, w, x: (t, "", t.shape[1], r, x)),
+    "gradients": (operations._row_gradients, lambda t, r, w, x: (r, w, x)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_operators_are_what_torch_asks_of_them(name, dtype):
+    operator, arguments = CALLS[name]
+    given_arguments = arguments(*drawn(dtype=dtype))
+    # the sparse gradient of a table is checked by gradcheck, above: opcheck compares dense ones
+    wanted = ("test_schema", "test_autograd_registration", "test_faketensor")
+    results = torch.library.opcheck(operator, given_arguments, test_utils=wanted)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_gradients_by_weights_and_vectors_can_be_traced():
+    # opcheck adds up all outputs, and cannot where the first is row ids: topk's is traced below
+    table, rows, weights, x = drawn(dtype=torch.float32)
+    for operator, arguments in (
+        (operations._gather_rows, (table, "", 7, rows, weights.requires_grad_())),
+        (operations._row_dots, (table, "", 7, rows, x.requires_grad_())),
+    ):
+        results = torch.library.opcheck(operator, arguments, test_utils="test_aot_dispatch_dynamic")
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_a_lookup_compiles_into_one_graph():
+    scores, table = torch.randn(3, 2, 2, 9, requires_grad=True), torch.randn(81, 24)
+    records = table_of("int8", table)
+
+    def lookup(scores, table, records):
+        rows, weights = product_topk(scores, 4)
+        return gather_rows(table, rows, weights) + gather_rows(records, rows, weights)
+
+    compiled = torch.compile(lookup, backend="aot_eager", fullgraph=True)
+    out = compiled(scores, table, records)
+    torch.testing.assert_close(out, lookup(scores, table, records))
+    (by_compiled,) = torch.autograd.grad(out.sum(), scores)
+    (wanted,) = torch.autograd.grad(lookup(scores, table, records).sum(), scores)
+    torch.testing.assert_close(by_compiled, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_without_values(kind):
+    # as torch.compile and meta devices ask for them
+    table = table_of(kind, torch.randn(9, 24))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        rows, weights = torch.zeros(3, 2, 4, dtype=torch.int64), torch.zeros(3, 2, 4)
+        assert gather_rows(table, rows, weights).shape == (3, 24)
+        assert row_dots(table, rows, torch.zeros(3, 24)).shape == rows.shape
+        chosen, chances = product_topk(torch.zeros(3, 2, 2, 5), 4)
+        assert (chosen.dtype, chances.dtype) == (torch.int64, torch.float32)
+
+
+# What the operations compute and refuse, on whatever backend this machine has.
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+def test_experts_equal_the_reference_layer_s(dtype, tolerance):
+    golden = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(GOLDEN / "peer.safetensors").items()
+    }
+    out = expert_lookup(
+        golden["weights.values_u.weight"],
+        golden["weights.values_v.weight"],
+        golden["rows"],
+        golden["scores"].softmax(-1),
+        golden["input"],
+    )
+    torch.testing.assert_close(out, golden["output"], rtol=tolerance, atol=tolerance)
+
+
+@given(kind=st.sampled_from(KINDS), width=st.sampled_from([1, 33, 128]))
+def test_experts_are_the_reference_s(kind, width):
+    plain, rows, weights, x = drawn(9, 20, width, torch.float32)
+    down, up = table_of(kind, plain), table_of(kind, plain.flip(0))
+    out = expert_lookup(down, up, rows, weights, x)
+    exact = reference.expert_lookup(
+        exact_values(down), exact_values(up), rows, weights.double(), x.double()
+    )
+    torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-5 * width)
+
+
+def test_no_tokens_and_no_rows():
+    table, rows, weights, x = drawn(0, dtype=torch.float32)
+    assert gather_rows(table, rows, weights).shape == (0, 7)
+    assert row_dots(table, rows, x).shape == (0, 2, 3)
+    assert [t.shape for t in row_gradients(rows, weights, x)] == [(0,), (0, 7)]
+    assert product_topk(torch.zeros(0, 2, 2, 5), 3)[0].shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_does_not_fit_is_refused_by_name(grad):
+    table, rows, weights, x = drawn(dtype=torch.float32)
+    weights.requires_grad_(grad)
+    x.requires_grad_(grad)
+    refused = [
+        ("table", lambda: gather_rows(table[0], rows, weights)),
+        ("table", lambda: gather_rows(table.long(), rows, weights)),
+        ("rows and weights", lambda: gather_rows(table, rows, weights[:, :, :2])),
+        ("rows: expected int64", lambda: gather_rows(table, rows.int(), weights)),
+        ("rows and x", lambda: row_dots(table, rows, x[:, :3])),
+        ("grad", lambda: row_gradients(rows, weights, x[:3])),
+        ("half_scores", lambda: product_topk(x, 2)),
+        ("top_k: 6", lambda: product_topk(torch.zeros(1, 1, 2, 5), 6)),
+        ("top_k: 0", lambda: product_topk(torch.zeros(1, 1, 2, 5), 0)),
+    ]
+    for field, call in refused:
+        with pytest.raises(ValueError, match=field):
+            call()
+    with pytest.raises(IndexError, match="rows|index"):
+        gather_rows(table, rows + 11, weights)
+    with pytest.raises(IndexError, match="rows|index"):
+        row_dots(table, rows - 11, x)

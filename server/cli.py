@@ -94,6 +94,14 @@ def bench_step(options: argparse.Namespace) -> None:
     measure((1, 8, 32, 64), options.steps)
 
 
+def bench_kernels(options: argparse.Namespace) -> None:
+    """Measure the memory layer's operations beside torch and the memory's limits."""
+    from benchmarks.kernels import Shapes, measure
+
+    shapes = Shapes(options.num_subkeys, options.width, options.num_heads, options.top_k)
+    measure(shapes, options.rounds, options.json)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("memplus", description="Serve language models with memory.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -131,6 +139,18 @@ def _parser() -> argparse.ArgumentParser:
     verb = benchmarks.add_parser("step", help=bench_step.__doc__)
     verb.set_defaults(run=bench_step)
     verb.add_argument("--steps", type=int, default=200, help="steps measured (default: 200)")
+
+    verb = benchmarks.add_parser("kernels", help=bench_kernels.__doc__)
+    verb.set_defaults(run=bench_kernels)
+    for option, default, what in (
+        ("--num-subkeys", 1024, "subkeys per half: the table has their square of rows"),
+        ("--width", 1024, "values of a row"),
+        ("--num-heads", 4, "memory heads"),
+        ("--top-k", 32, "rows that a head reads"),
+        ("--rounds", 15, "turns of which the median is taken"),
+    ):
+        verb.add_argument(option, type=int, default=default, help=f"{what} (default: {default})")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     return parser
 
 

@@ -1,0 +1,274 @@
+"""Microseconds a token of the memory layer's operations, beside torch and the memory's limits."""
+
+import ctypes
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import memory_ops
+from benchmarks import kernel_peers
+from benchmarks.alternating import Contestant, median_seconds
+from benchmarks.read_limits import (
+    DRAWN_ROWS,
+    repeated,
+    row_limit,
+    row_readers,
+    sequential_limit,
+    sequential_reader,
+)
+from engine.config import ConfigError
+from memory_ops import ROW_FORMATS, RowRecords, quantize_rows
+from memory_ops.checks import Table
+from memory_ops.native.backend import MOST_CHOSEN
+from memory_ops.native.library import best_build, load
+
+TOKENS = (1, 16, 256)
+PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = (*PLAIN, *ROW_FORMATS)
+GRADIENT_TOKENS = 1024
+# the same for every number of rows, so that nothing but that number differs
+DISTINCT_ROWS = 2**14
+GRADIENT_TABLES = (2**14, 2**16, 2**18, 2**20, 2**22)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is looked up: N subkeys per half, so N * N rows of ``width`` values, H * K a token.
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
+
+    num_subkeys: int = 1024
+    width: int = 1024
+    num_heads: int = 4
+    top_k: int = 32
+
+    def __post_init__(self) -> None:
+        for name, number in asdict(self).items():
+            if number < 1:
+                raise ConfigError(f"{name}: must be at least 1, not {number}")
+        most = min(self.num_subkeys, MOST_CHOSEN)
+        if self.top_k > most:
+            raise ConfigError(f"top_k: must be at most {most}, not {self.top_k}")
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_subkeys**2
+
+    def each_row(self, *leading: int) -> tuple[int, ...]:
+        """The shape of one number for each row read."""
+        return (*leading, self.num_heads, self.top_k)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table, one object of the JSON file.
+
+    ``gb_per_s`` counts the rows that are read, or the scores; of the backward pass, the gradients
+    that are written. ``limit_gb_per_s`` is that of random rows for what reads rows, of sequential
+    reads for the rest.
+    """
+
+    op: str
+    backend: str
+    tokens: int
+    rows: int
+    width: int
+    dtype: str
+    us_per_token: float
+    gb_per_s: float
+    limit_gb_per_s: float
+
+
+@dataclass(frozen=True)
+class TimedTable:
+    """A table as it is loaded, and the same bytes on 4 kB pages."""
+
+    dtype: str
+    table: Table
+    rows_RB: Tensor
+    small_pages_RB: Tensor
+
+    @classmethod
+    def drawn(cls, dtype: str, num_rows: int, width: int) -> "TimedTable":
+        """A random table of that dtype."""
+        values_PV = torch.randn(DRAWN_ROWS, width)
+        if dtype in PLAIN:
+            part_PB = values_PV.to(PLAIN[dtype])
+        else:
+            row_format = next(known for known in ROW_FORMATS if known == dtype)
+            part_PB = quantize_rows(values_PV, row_format).records_RB
+        rows_RB = repeated(part_PB, num_rows)
+        table = rows_RB if dtype in PLAIN else RowRecords(rows_RB, row_format, width)
+        return cls(dtype, table, rows_RB, repeated(part_PB, num_rows, huge_pages=False))
+
+
+def measure(shapes: Shapes, rounds: int, json_file: Path | None) -> None:
+    """Print a line for every operation, dtype, number of tokens and backend; write them as JSON.
+
+    Raises:
+        ConfigError: memplus was installed without its native library.
+    """
+    build = best_build()
+    if build is None:
+        raise ConfigError("bench kernels: memplus was installed without its native library")
+    what = f"{shapes.num_rows} rows of {shapes.width}, {shapes.num_heads} heads x {shapes.top_k}"
+    print(f"{what}, build {build}, {torch.get_num_threads()} threads, medians of {rounds} rounds")
+    print("op        dtype  tokens     rows  backend   us/token    GB/s   limit  share  x torch")
+    results: list[Result] = []
+    for group in _Benchmark(shapes, rounds, load(build)).groups():
+        results += group
+        by_torch = [result.us_per_token for result in group if result.backend == "torch"]
+        for result in group:
+            print(_line(result, by_torch), flush=True)
+        if json_file is not None:
+            whole = json.dumps([asdict(result) for result in results], indent=1)
+            json_file.write_text(whole + "\n")
+
+
+def _line(result: Result, by_torch: Sequence[float]) -> str:
+    share = result.gb_per_s / result.limit_gb_per_s
+    ratio = f"{by_torch[0] / result.us_per_token:9.2f}" if by_torch else ""
+    return (
+        f"{result.op:<9} {result.dtype:<5} {result.tokens:>7} {result.rows:>8}  {result.backend:<7}"
+        f" {result.us_per_token:>10.2f} {result.gb_per_s:>7.1f} {result.limit_gb_per_s:>7.1f}"
+        f" {share:>6.2f}{ratio}"
+    )
+
+
+class _Benchmark:
+    def __init__(self, shapes: Shapes, rounds: int, library: ctypes.CDLL) -> None:
+        self._shapes = shapes
+        self._rounds = rounds
+        self._library = library
+
+    def groups(self) -> Iterator[list[Result]]:
+        """The results of what was timed by turns: one operation, dtype and number of tokens."""
+        for tokens in TOKENS:
+            yield self._topk(tokens)
+        for dtype in DTYPES:
+            timed = TimedTable.drawn(dtype, self._shapes.num_rows, self._shapes.width)
+            peers = kernel_peers.gathers(timed.table, dtype)
+            for tokens in TOKENS:
+                yield self._gather(timed, peers, tokens)
+            if dtype == "bf16":
+                for tokens in TOKENS:
+                    yield self._lookup(timed, peers["torch"], tokens)
+        for num_rows in GRADIENT_TABLES:
+            yield self._backward(num_rows)
+
+    def _topk(self, tokens: int) -> list[Result]:
+        top_k = self._shapes.top_k
+        calls: dict[str, Callable[[Tensor], object]] = {
+            "native": lambda scores: memory_ops.product_topk(scores, top_k),
+            "torch": lambda scores: kernel_peers.product_topk(scores, top_k),
+        }
+        contestants = self._by_scores(calls, tokens)
+        score_bytes = 4 * tokens * self._shapes.num_heads * 2 * self._shapes.num_subkeys
+        return self._beside_sequential("topk", tokens, contestants, score_bytes)
+
+    def _gather(
+        self, timed: TimedTable, peers: Mapping[str, kernel_peers.Gather], tokens: int
+    ) -> list[Result]:
+        def inputs(calls: int) -> list[tuple[Tensor, Tensor]]:
+            shape = self._shapes.each_row(calls, tokens)
+            rows = torch.randint(0, self._shapes.num_rows, shape)
+            return list(zip(rows, torch.rand(shape), strict=True))
+
+        def native(rows_THK: Tensor, weights_THK: Tensor) -> object:
+            return memory_ops.gather_rows(timed.table, rows_THK, weights_THK)
+
+        calls = {"native": native, **peers}
+        contestants = [Contestant(*item, inputs, _calls(tokens)) for item in calls.items()]
+        return self._beside_random_rows("gather", timed, tokens, contestants)
+
+    def _lookup(self, timed: TimedTable, bag: kernel_peers.Gather, tokens: int) -> list[Result]:
+        table, top_k = timed.table, self._shapes.top_k
+        calls: dict[str, Callable[[Tensor], object]] = {
+            "native": lambda scores: memory_ops.gather_rows(
+                table, *memory_ops.product_topk(scores, top_k)
+            ),
+            "torch": lambda scores: bag(*kernel_peers.product_topk(scores, top_k)),
+        }
+        return self._beside_random_rows("lookup", timed, tokens, self._by_scores(calls, tokens))
+
+    def _backward(self, num_rows: int) -> list[Result]:
+        shape = self._shapes.each_row(GRADIENT_TOKENS)
+        count = shape[0] * shape[1] * shape[2]
+        distinct = torch.arange(DISTINCT_ROWS) * (num_rows // DISTINCT_ROWS)
+        references = distinct.repeat(-(-count // DISTINCT_ROWS))[:count]
+
+        def inputs(calls: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+            grads = torch.randn(calls, GRADIENT_TOKENS, self._shapes.width)
+            drawn = [references[torch.randperm(count)].view(shape) for _ in range(calls)]
+            return list(zip(drawn, torch.rand(calls, *shape), grads, strict=True))
+
+        def by_torch(rows: Tensor, weights: Tensor, grad: Tensor) -> object:
+            return kernel_peers.row_gradients(rows, weights, grad, num_rows)
+
+        calls = {"native": memory_ops.row_gradients, "torch": by_torch}
+        contestants = [Contestant(*item, inputs, 1) for item in calls.items()]
+        written = 4 * min(count, DISTINCT_ROWS) * self._shapes.width
+        results = self._beside_sequential("backward", GRADIENT_TOKENS, contestants, written)
+        return [Result(**asdict(result) | {"rows": num_rows}) for result in results]
+
+    def _by_scores(
+        self, calls: Mapping[str, Callable[[Tensor], object]], tokens: int
+    ) -> list[Contestant]:
+        def inputs(count: int) -> list[tuple[Tensor]]:
+            shape = (count, tokens, self._shapes.num_heads, 2, self._shapes.num_subkeys)
+            return [(scores,) for scores in torch.randn(shape)]
+
+        return [Contestant(*item, inputs, _calls(tokens)) for item in calls.items()]
+
+    def _beside_random_rows(
+        self, op: str, timed: TimedTable, tokens: int, contestants: list[Contestant]
+    ) -> list[Result]:
+        readers = row_readers(self._library, (timed.rows_RB, timed.small_pages_RB))
+        seconds = median_seconds([*contestants, *readers], self._rounds)
+        limit = row_limit(seconds[len(contestants) :], timed.rows_RB)
+        num_bytes = tokens * self._shapes.num_heads * self._shapes.top_k * timed.rows_RB[0].nbytes
+        return self._results(op, timed.dtype, tokens, contestants, seconds, num_bytes, limit)
+
+    def _beside_sequential(
+        self, op: str, tokens: int, contestants: list[Contestant], num_bytes: int
+    ) -> list[Result]:
+        reader = sequential_reader(self._library)
+        seconds = median_seconds([*contestants, reader], self._rounds)
+        limit = sequential_limit(seconds[-1])
+        return self._results(op, "fp32", tokens, contestants, seconds, num_bytes, limit)
+
+    def _results(
+        self,
+        op: str,
+        dtype: str,
+        tokens: int,
+        contestants: Sequence[Contestant],
+        seconds: Sequence[float],
+        num_bytes: int,
+        limit: float,
+    ) -> list[Result]:
+        return [
+            Result(
+                op=op,
+                backend=contestant.name,
+                tokens=tokens,
+                rows=self._shapes.num_rows,
+                width=self._shapes.width,
+                dtype=dtype,
+                us_per_token=taken * 1e6 / tokens,
+                gb_per_s=num_bytes / taken / 1e9,
+                limit_gb_per_s=limit,
+            )
+            for contestant, taken in zip(contestants, seconds, strict=False)
+        ]
+
+
+def _calls(tokens: int) -> int:
+    """Calls in a turn: a few milliseconds of them."""
+    return max(4, 512 // tokens)

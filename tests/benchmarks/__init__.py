@@ -1,0 +1,1 @@
+"""What ``memplus bench`` runs; speed is measured there, and nothing of it asserted here."""

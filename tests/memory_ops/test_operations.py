@@ -22,7 +22,7 @@ from memory_ops import (
 )
 from tests.conftest import TOLERANCE
 from tests.engine.test_memory_layer import GOLDEN
-from tests.memory_ops.interpreted.tables import KINDS, PLAIN, exact_values, table_of
+from tests.memory_ops.tables import KINDS, PLAIN, exact_values, table_of
 
 OPERATIONS = ["product_topk", "gather_rows", "row_dots", "row_gradients", "expert_lookup"]
 

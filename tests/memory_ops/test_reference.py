@@ -1,11 +1,19 @@
-"""Product-key top-K and row gather against the plainest formulas."""
+"""The readable operations against the plainest formulas."""
+
+import itertools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory_ops import gather_rows, product_topk
+from memory_ops.reference import (
+    expert_lookup,
+    gather_rows,
+    product_topk,
+    row_dots,
+    row_gradients,
+)
 from tests.conftest import TOLERANCE
 
 SIZES = st.tuples(
@@ -97,12 +105,32 @@ def test_gather_refuses_what_does_not_fit():
         gather_rows(table, rows + 4, torch.zeros(1, 2, 2))
 
 
-def test_gradients_flow_to_scores_and_touched_rows():
-    scores = torch.randn(2, 2, 2, 5, dtype=torch.float64, requires_grad=True)
-    table = torch.randn(25, 3, dtype=torch.float64, requires_grad=True)
+def test_dots_are_inner_products_of_rows_and_vectors():
+    table, x = torch.randn(20, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    rows = torch.randint(0, 20, (5, 2, 3))
+    dots = row_dots(table, rows, x)
+    for token, head, place in itertools.product(range(5), range(2), range(3)):
+        exact = sum(a * b for a, b in zip(table[rows[token, head, place]], x[token], strict=True))
+        torch.testing.assert_close(dots[token, head, place], exact)
 
-    def lookup(scores, table):
-        rows, weights = product_topk(scores, 3)
-        return gather_rows(table, rows, weights)
 
-    assert torch.autograd.gradcheck(lookup, (scores, table))
+def test_row_gradients_add_up_what_each_reference_brings():
+    grad, weights = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 2, 3)
+    rows = torch.randint(0, 6, (5, 2, 3))
+    dense = torch.zeros(6, 7, dtype=torch.float64)
+    for token, head, place in itertools.product(range(5), range(2), range(3)):
+        dense[rows[token, head, place]] += weights[token, head, place].double() * grad[token]
+    distinct, sums = row_gradients(rows, weights, grad)
+    assert torch.equal(distinct, rows.unique())
+    torch.testing.assert_close(sums, dense[distinct])
+
+
+def test_an_expert_is_one_neuron():
+    down, up = torch.randn(2, 9, 4, dtype=torch.float64).unbind()
+    x, weights = torch.randn(1, 4, dtype=torch.float64), torch.tensor([[[0.5, -2.0]]])
+    rows = torch.tensor([[[3, 8]]])
+    exact = sum(
+        weight * torch.nn.functional.gelu(down[row] @ x[0]) * up[row]
+        for row, weight in ((3, 0.5), (8, -2.0))
+    )
+    torch.testing.assert_close(expert_lookup(down, up, rows, weights, x)[0], exact)

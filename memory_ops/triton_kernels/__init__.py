@@ -1,0 +1,12 @@
+"""The memory layer's operations as Triton kernels: a backend with the reference's signatures.
+
+Proven in Triton's interpreter and by compiling to machine code; not timed on a GPU. Importing this
+package imports triton, which need not be installed; importing memory_ops does not.
+"""
+
+from memory_ops.triton_kernels.gather_rows import gather_rows
+from memory_ops.triton_kernels.product_topk import product_topk
+from memory_ops.triton_kernels.row_dots import row_dots
+from memory_ops.triton_kernels.row_gradients import row_gradients
+
+__all__ = ["gather_rows", "product_topk", "row_dots", "row_gradients"]

@@ -1,0 +1,125 @@
+"""The weighted row sum as Triton kernels: one program a token and a block of values.
+
+Shape suffixes: T tokens, H memory heads, K rows read per head, C = H * K choices of a token, R rows
+of the table, V value width.
+"""
+
+# triton and with it its kernels are untyped
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memory_ops.checks import Table, check_rows
+from memory_ops.triton_kernels.launch import RowLaunch, on_device_of
+from memory_ops.triton_kernels.table_view import (
+    TableView,
+    ValueKind,
+    columns_of,
+    row_values,
+    table_view,
+    times_row_scale,
+)
+
+# by the kind of the table's values; int4 counts words of eight values
+GATHER_LAUNCHES: dict[ValueKind, RowLaunch] = {
+    "fp32": RowLaunch(rows=16, lane_values=4),
+    "fp16": RowLaunch(rows=16, lane_values=8),
+    "bf16": RowLaunch(rows=16, lane_values=8),
+    "int8": RowLaunch(rows=16, lane_values=16),
+    "fp8": RowLaunch(rows=16, lane_values=16),
+    "int4": RowLaunch(rows=8, lane_values=4),
+}
+
+
+def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
+    """Sum weighted table rows over heads and choices: ``out[t] = sum_hk w[t,h,k] * table[row]``.
+
+    The table may lie in pinned host memory while rows and weights lie on the GPU: the kernel then
+    reads it over the bus, through unified virtual addresses. Not timed on a GPU.
+
+    Args:
+        table: the value table, ``[R, V]`` of fp32, fp16 or bf16 with any row stride, or records.
+        rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R). They are not checked, which would
+            have the host wait for the device: another id reads memory that is not the table's.
+        weights_THK: one weight a row, floating, ``[T, H, K]``.
+
+    Returns:
+        ``out_TV``, fp32 ``[T, V]`` on the rows' device, accumulated in fp32.
+
+    Raises:
+        ValueError: rows and weights differ in shape, the table is not a matrix of those dtypes, or
+            (from triton) it lies in memory that the GPU cannot reach.
+    """
+    check_rows(table, rows_THK, weights_THK)
+    view = table_view(table)
+    num_tokens, num_choices = len(rows_THK), rows_THK.shape[1] * rows_THK.shape[2]
+    rows_TC = rows_THK.reshape(num_tokens, num_choices).contiguous()
+    weights_TC = weights_THK.reshape(num_tokens, num_choices).contiguous()
+    out_TV = torch.empty((num_tokens, view.value_dim), dtype=torch.float32, device=rows_TC.device)
+    if out_TV.numel():
+        _launch(view, rows_TC, weights_TC, out_TV)
+    return out_TV
+
+
+def _launch(view: TableView, rows_TC: Tensor, weights_TC: Tensor, out_TV: Tensor) -> None:
+    launch = GATHER_LAUNCHES[view.kind]
+    block = launch.block(rows_TC.device)
+    with on_device_of(rows_TC):
+        _sum_rows[(len(rows_TC), triton.cdiv(view.width, block))](
+            view.values,
+            view.scales,
+            rows_TC,
+            weights_TC,
+            out_TV,
+            rows_TC.shape[1],
+            **view.constants(),
+            ROWS=launch.rows,
+            BLOCK=block,
+            **launch.options(),
+        )
+
+
+@triton.jit
+def _sum_rows(
+    values_ptr,
+    scales_ptr,
+    rows_ptr,
+    weights_ptr,
+    out_ptr,
+    num_choices,
+    KIND: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr,
+    SCALE_START: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[t, v] = sum over c of weights[t, c] * table[rows[t, c], v].
+
+    Sums stay in the order in which values are unpacked, and are put in that of columns as they are
+    stored.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK
+    places = first + tl.arange(0, BLOCK)
+    columns = columns_of(first, BLOCK, KIND)
+    sums = tl.zeros(columns.shape, dtype=tl.float32)
+    for start in range(0, num_choices, ROWS):
+        choices = start + tl.arange(0, ROWS)
+        live = choices < num_choices
+        rows = tl.load(rows_ptr + token * num_choices + choices, mask=live, other=0)
+        weights = tl.load(weights_ptr + token * num_choices + choices, mask=live, other=0.0)
+        weights = times_row_scale(
+            weights.to(tl.float32), scales_ptr, rows, live, SCALE_STRIDE, SCALE_START, KIND
+        )
+        mask = live[:, None] & (places < WIDTH)[None, :]
+        values = row_values(
+            values_ptr, scales_ptr, rows, places, mask, ROW_STRIDE, SCALE_STRIDE, SCALE_START, KIND
+        )
+        sums += tl.sum(weights[:, None] * values, axis=0)
+    tl.store(out_ptr + token * VALUE_DIM + columns, sums, mask=columns < VALUE_DIM)

@@ -1,0 +1,145 @@
+"""Compiles what a call would launch, for GPUs this machine lacks, and reads the machine code."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+from memory_ops.triton_kernels import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the machine code of one kernel takes and does.
+
+    Attributes:
+        registers: of a lane (AMD: vector registers, accumulation registers included).
+        shared: bytes of a program.
+        spills: bytes of stack, and instructions or registers that spill.
+        wide_loads: instructions that load 128 bits a lane from device memory.
+        narrow_loads: instructions that load less than 32 bits a lane.
+        barriers: instructions that wait for the program's other warps.
+    """
+
+    registers: int
+    shared: int
+    spills: int
+    wide_loads: int
+    narrow_loads: int
+    barriers: int
+
+
+class AbsentGpu(DriverBase):
+    """A driver whose only knowledge is the target: enough to compile for it, not to launch."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        # the compiled kernels are kept by device, so each target has to be one of its own
+        return list(TARGETS.values()).index(self._target)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Callable[..., None]:
+        raise AssertionError("nothing runs here")
+
+
+def compiled(target: GPUTarget, call: Callable[[], object]) -> Figures:
+    """The machine code of the one kernel that ``call`` launches.
+
+    The call runs as it is, up to the launch itself, which only compiles: arguments are specialised
+    by their alignment as they are on a GPU.
+    """
+    kernels = []
+    run = JITFunction.run
+
+    def warm_up(self, *args, grid, warmup, **kwargs):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", warm_up)
+        patch.setattr(launch, "lanes", lambda device: target.warp_size)
+        # never put back: these tests have a process of their own, with no driver to go back to
+        triton.runtime.driver.set_active(AbsentGpu(target))
+        call()
+    (kernel,) = kernels
+    return _nvidia(kernel) if target.backend == "cuda" else _amd(kernel)
+
+
+def _nvidia(kernel) -> Figures:
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage, sass = (
+            subprocess.run([tool, what, cubin.name], capture_output=True, text=True, check=True)
+            for what in ("-res-usage", "-sass")
+        )
+    figures = r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+    registers, stack, local = map(int, re.search(figures, usage.stdout + usage.stderr).groups())
+    names = Counter(
+        re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass.stdout)
+    )
+    loads = {name: count for name, count in names.items() if name.startswith("LDG.")}
+    assert loads, "the listing has no loads: its format has changed"
+    return Figures(
+        registers,
+        kernel.metadata.shared,
+        stack + local + sum(n for name, n in names.items() if name.startswith(("STL", "LDL"))),
+        sum(n for name, n in loads.items() if ".128" in name),
+        sum(n for name, n in loads.items() if re.search(r"\.[US](8|16)\b", name)),
+        sum(n for name, n in names.items() if name.startswith("BAR.")),
+    )
+
+
+def _amd(kernel) -> Figures:
+    assert kernel.asm["hsaco"]
+    text = kernel.asm["amdgcn"]
+
+    def figure(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    names = Counter(re.findall(r"^\s+([a-z]\w+)\s", text, re.MULTILINE))
+    loads = {n: c for n, c in names.items() if n.startswith(("global_load_", "buffer_load_"))}
+    assert loads, "the listing has no loads: its format has changed"
+    scratch = sum(n for name, n in names.items() if name.startswith("scratch_"))
+    spilled = figure("vgpr_spill_count") + figure("sgpr_spill_count")
+    return Figures(
+        figure("vgpr_count"),
+        kernel.metadata.shared,
+        spilled + figure("private_segment_fixed_size") + scratch,
+        sum(n for name, n in loads.items() if name.endswith("_dwordx4")),
+        sum(n for name, n in loads.items() if re.search(r"_(u|s)?(byte|short)", name)),
+        names["s_barrier"],
+    )

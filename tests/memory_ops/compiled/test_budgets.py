@@ -1,0 +1,203 @@
+"""Every launch configuration that ships, compiled: registers, shared memory, spills, wide loads."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from memory_ops.triton_kernels import gather_rows, product_topk, row_dots, row_gradients
+from memory_ops.triton_kernels.gather_rows import GATHER_LAUNCHES
+from memory_ops.triton_kernels.launch import RowLaunch
+from memory_ops.triton_kernels.product_topk import TOPK_LAUNCHES, launch_for
+from memory_ops.triton_kernels.row_dots import DOT_LAUNCHES
+from memory_ops.triton_kernels.row_gradients import GRADIENT_LAUNCHES
+from tests.memory_ops.compiled.bad_kernels import ROWS, gather_of_run_time_width
+from tests.memory_ops.compiled.machine_code import TARGETS, Figures, compiled
+from tests.memory_ops.tables import KINDS, PLAIN, table_of, vast_table
+
+# by kind and V: (registers of a lane, bytes shared by a program) at most, for each of TARGETS;
+# as the compiler that constraints.txt names makes them, registers in the eights they are given in
+GATHER_BUDGETS = {
+    ("fp32", 1024): ((64, 0), (64, 0), (64, 0), (96, 0)),
+    ("fp16", 1024): ((72, 0), (72, 0), (64, 0), (160, 0)),
+    ("bf16", 1024): ((72, 0), (72, 0), (72, 0), (128, 0)),
+    ("bf16", 1000): ((64, 0), (64, 0), (64, 0), (128, 0)),
+    ("int8", 1024): ((72, 512), (72, 512), (72, 512), (224, 4096)),
+    ("int8", 999): ((72, 2048), (72, 2048), (72, 2048), (224, 4096)),
+    ("fp8", 1024): ((80, 512), (72, 512), (80, 512), (192, 4096)),
+    ("int4", 1024): ((128, 4096), (128, 4096), (128, 4096), (248, 8192)),
+    ("int4", 999): ((128, 4096), (128, 4096), (128, 4096), (248, 8192)),
+}
+DOT_BUDGETS = {
+    ("fp32", 1024): ((64, 32), (64, 32), (64, 32), (152, 32)),
+    ("fp16", 1024): ((104, 32), (96, 32), (96, 32), (168, 32)),
+    ("bf16", 1024): ((104, 32), (96, 32), (96, 32), (168, 32)),
+    ("bf16", 1000): ((96, 32), (96, 32), (104, 32), (144, 32)),
+    ("int8", 1024): ((80, 2048), (96, 512), (128, 512), (72, 4096)),
+    ("int8", 999): ((168, 2048), (128, 2048), (128, 2048), (96, 4096)),
+    ("fp8", 1024): ((96, 2048), (96, 512), (128, 512), (80, 4096)),
+    ("int4", 1024): ((64, 4096), (64, 4096), (72, 4096), (80, 8192)),
+    ("int4", 999): ((64, 4096), (64, 4096), (72, 4096), (80, 8192)),
+}
+GRADIENT_BUDGETS = {
+    ("fp32", 1024): ((64, 0), (64, 0), (64, 0), (64, 0)),
+    ("fp16", 1024): ((64, 0), (64, 0), (72, 0), (80, 0)),
+    ("bf16", 1024): ((64, 0), (64, 0), (72, 0), (80, 0)),
+    ("bf16", 1000): ((72, 0), (72, 0), (72, 0), (64, 0)),
+}
+# by N and K
+TOPK_BUDGETS = {
+    (100, 7): ((56, 0), (56, 0), (56, 0), (40, 0)),
+    (512, 32): ((72, 2048), (64, 2048), (64, 2048), (56, 1024)),
+    (8192, 32): ((128, 4096), (112, 4096), (112, 4096), (112, 2048)),
+}
+SLOW_TOPK_BUDGETS = {
+    (1024, 32): ((80, 4096), (72, 4096), (72, 4096), (56, 2048)),
+    (128, 128): ((64, 8192), (64, 8192), (64, 8192), (64, 8192)),
+    (65536, 128): ((128, 16384), (128, 16384), (128, 16384), (160, 8192)),
+    (1000, 100): ((104, 16384), (80, 16384), (104, 16384), (72, 8192)),
+    (1500, 64): ((128, 8192), (128, 8192), (128, 8192), (144, 4096)),
+}
+
+
+def check(figures: Figures, budget: tuple[int, int], wide_loads: int) -> None:
+    """The machine code keeps to its budget and loads 128 bits a lane at least so many times."""
+    assert not figures.spills, f"spills: {figures}"
+    assert figures.wide_loads >= wide_loads, f"loads are narrow, {wide_loads} wide ones: {figures}"
+    assert not figures.narrow_loads, f"loads are narrow: {figures}"
+    assert figures.registers <= budget[0], f"registers: {figures}"
+    assert figures.shared <= budget[1], f"shared memory: {figures}"
+
+
+def per_target(budgets: dict) -> list:
+    """Each case of a budget table with each target."""
+    return [
+        pytest.param(case, target, limits, id=f"{'-'.join(map(str, case))}-{target}")
+        for case, row in budgets.items()
+        for target, limits in zip(TARGETS, row, strict=True)
+    ]
+
+
+def wide_row_loads(launch: RowLaunch, kind: str) -> int:
+    """128-bit loads of one lane for the rows that a program reads at once: one a row."""
+    bits = {"fp32": 32, "int4": 32, "fp16": 16, "bf16": 16}.get(kind, 8)
+    assert launch.lane_values * bits == 128
+    return launch.rows
+
+
+def lookups(num_tokens: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and weights of a paper-sized layer: 4 heads, 32 rows each."""
+    return torch.randint(0, 64, (num_tokens, 4, 32)), torch.rand(num_tokens, 4, 32)
+
+
+def test_every_shipped_launch_is_compiled_here():
+    assert {kind for kind, _ in GATHER_BUDGETS} == set(GATHER_LAUNCHES)
+    assert {kind for kind, _ in DOT_BUDGETS} == set(DOT_LAUNCHES)
+    assert {kind for kind, _ in GRADIENT_BUDGETS} == set(GRADIENT_LAUNCHES)
+    # of few candidates, N alone decides
+    assert {launch_for(num_subkeys, 2) for num_subkeys, _ in TOPK_BUDGETS} == set(TOPK_LAUNCHES)
+
+
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(GATHER_BUDGETS))
+def test_gather_rows(case, target, budget):
+    kind, width = case
+    # as large as tables are: AMD's loads differ from 2**31 bytes on
+    table = vast_table(kind, torch.randn(1, width))
+    figures = compiled(TARGETS[target], lambda: gather_rows(table, *lookups()))
+    assert not figures.barriers
+    check(figures, budget, wide_row_loads(GATHER_LAUNCHES[kind], kind))
+
+
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(DOT_BUDGETS))
+def test_row_dots(case, target, budget):
+    kind, width = case
+    table, x = vast_table(kind, torch.randn(1, width)), torch.randn(16, width)
+    figures = compiled(TARGETS[target], lambda: row_dots(table, lookups()[0], x))
+    check(figures, budget, wide_row_loads(DOT_LAUNCHES[kind], kind))
+
+
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(GRADIENT_BUDGETS))
+def test_row_gradients(case, target, budget):
+    kind, width = case
+    grad = torch.randn(16, width).to(PLAIN[kind])
+    figures = compiled(TARGETS[target], lambda: row_gradients(*lookups(), grad))
+    assert not figures.barriers
+    check(figures, budget, wide_row_loads(GRADIENT_LAUNCHES[kind], kind))
+
+
+def topk_of(num_subkeys: int, top_k: int) -> Callable[[], object]:
+    scores = torch.randn(2, 4, 2, num_subkeys)
+    return lambda: product_topk(scores, top_k)
+
+
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(TOPK_BUDGETS))
+def test_product_topk(case, target, budget):
+    # no load of a row: scores are read once and sorted for long
+    check(compiled(TARGETS[target], topk_of(*case)), budget, wide_loads=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_TOPK_BUDGETS))
+def test_product_topk_of_many_rows(case, target, budget):
+    check(compiled(TARGETS[target], topk_of(*case)), budget, wide_loads=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_tables_that_amd_reads_with_32_bit_offsets(kind):
+    table, x = table_of(kind, torch.randn(64, 1024)), torch.randn(16, 1024)
+    gathered = compiled(TARGETS["gfx942"], lambda: gather_rows(table, *lookups()))
+    dots = compiled(TARGETS["gfx942"], lambda: row_dots(table, lookups()[0], x))
+    check(gathered, (248, 8192), wide_row_loads(GATHER_LAUNCHES[kind], kind))
+    check(dots, (168, 8192), wide_row_loads(DOT_LAUNCHES[kind], kind))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "int4"])
+def test_one_value_of_one_row_compiles(kind, target):
+    # a size of 1 becomes a constant, which other code handles
+    table, x = table_of(kind, torch.randn(1, 1)), torch.randn(1, 1)
+    rows, weights = torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1, 1)
+    calls = [lambda: gather_rows(table, rows, weights), lambda: row_dots(table, rows, x)]
+    if kind in PLAIN:
+        calls += [lambda: row_gradients(rows, weights, x.to(PLAIN[kind]))]
+    assert all(not compiled(TARGETS[target], call).spills for call in calls)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_operands_of_less_precision_compile(target):
+    # the interpreter runs what the compiler refuses, and fp32 operands convert nothing
+    table, x = torch.randn(64, 1000).bfloat16(), torch.randn(16, 1000).bfloat16()
+    rows, weights = lookups()
+    calls = [
+        lambda: gather_rows(table, rows, weights.bfloat16()),
+        lambda: row_gradients(rows, weights.half(), x),
+    ]
+    assert all(not compiled(TARGETS[target], call).spills for call in calls)
+    # a width that fills 128-bit loads fills them in x too
+    dots = compiled(TARGETS[target], lambda: row_dots(table, rows, x))
+    assert not dots.spills and not dots.narrow_loads
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(("num_subkeys", "top_k"), [(1, 1), (2, 1), (2, 2), (5, 3)])
+def test_the_smallest_topk_compiles(num_subkeys, top_k, target):
+    assert not compiled(TARGETS[target], topk_of(num_subkeys, top_k)).spills
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_width_known_only_at_run_time_is_found_out(target):
+    table, rows = torch.randn(64, 1000).bfloat16(), torch.zeros(16, 128, dtype=torch.int64)
+    figures = compiled(TARGETS[target], lambda: gather_of_run_time_width(table, rows))
+    with pytest.raises(AssertionError, match="loads are narrow"):
+        check(figures, (255, 0), wide_loads=ROWS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_more_rows_than_registers_are_found_out(target, monkeypatch):
+    # a lane of NVIDIA's has 255 registers, one of AMD's 512
+    too_many = 64 if target.startswith("gfx") else 32
+    monkeypatch.setitem(DOT_LAUNCHES, "bf16", RowLaunch(rows=too_many, lane_values=8))
+    table, x = torch.randn(64, 1024).bfloat16(), torch.randn(16, 1024)
+    figures = compiled(TARGETS[target], lambda: row_dots(table, lookups()[0], x))
+    with pytest.raises(AssertionError, match="spills"):
+        check(figures, (512, 2**16), wide_loads=0)

@@ -1,0 +1,31 @@
+"""Leaves these tests to a process in which triton interprets, and makes its interpreter strict."""
+
+import os
+
+import pytest
+import torch
+
+from memory_ops.anonymous import anonymous_zeros
+
+# triton fixes the mode of a kernel when it is defined, so a process has one mode
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*"]
+
+
+@pytest.fixture(autouse=True)
+def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    # not at the top: this file is read by every run, and triton may be absent
+    from tests.memory_ops.interpreted.strict_interpreter import make_strict
+
+    make_strict(monkeypatch)
+
+
+@pytest.fixture
+def vast_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the last programs only, whose outputs may lie far from the first: they take no memory."""
+    from tests.memory_ops.interpreted.strict_interpreter import run_last_programs
+
+    def unwritten(shape, *, dtype, device):
+        return anonymous_zeros(shape, dtype)
+
+    run_last_programs(monkeypatch, 2)
+    monkeypatch.setattr(torch, "empty", unwritten)

@@ -1,0 +1,181 @@
+"""A stricter Triton interpreter: what would go wrong on a GPU goes wrong here, and says so.
+
+1. Every lane of a load or store that is not masked off must lie within a tensor argument.
+2. int32 sums, differences and products must not overflow.
+3. Lanes that are masked off without a value of their own are poisoned: NaN, or a large number.
+   (A masked load of a single 0 counts as one without: the interpreter drops what is false.)
+4. bf16 converts as on a GPU, to the nearest, and does not compute: the interpreter would compute
+   with its bits.
+
+Races and barriers cannot show here, nor what the compiler refuses.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
+Ranges = list[tuple[int, int]]
+
+
+def make_strict(patch: pytest.MonkeyPatch) -> None:
+    """Change triton's interpreter for as long as ``patch`` lasts."""
+    # the interpreter turns overflow checks on with debug
+    options = interpreter.InterpreterOptions(debug=True)
+    patch.setattr(interpreter.interpreter_builder, "options", options)
+    _check_memory(patch)
+    _convert_bf16(patch)
+    _refuse_bf16_arithmetic(patch)
+    _sort_faster(patch)
+
+
+def run_last_programs(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Run only the last ``count`` programs of a grid's first axis: a vast grid would take days."""
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    start = executor.__init__
+    skipped = 0
+
+    def shortened(self, function, names, grid, *rest):
+        nonlocal skipped
+        skipped = max(grid[0] - count, 0)
+        start(self, function, names, (min(grid[0], count), *grid[1:]), *rest)
+
+    def placed(self, x, y, z):
+        self.grid_idx = (x + skipped, y, z)
+
+    patch.setattr(executor, "__init__", shortened)
+    patch.setattr(builder, "set_grid_idx", placed)
+
+
+def tensor_ranges(arguments: list[object]) -> Ranges:
+    """The first and last addresses, half open, of the tensors among a kernel's arguments."""
+    found: Ranges = []
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor) and a.numel()]
+    for tensor in sorted(tensors, key=torch.Tensor.data_ptr):
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        last = sum((size - 1) * step for size, step in steps)
+        low, high = tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+        # a table's values and scales are two views of one memory
+        if found and low <= found[-1][1]:
+            low, high = found[-1][0], max(found.pop()[1], high)
+        found.append((low, high))
+    return found
+
+
+def _check_memory(patch: pytest.MonkeyPatch) -> None:
+    ranges: Ranges = []
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    call, arguments_of = executor.__call__, executor._init_args_hst
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def silent_call(self, *args, **kwargs):
+        # both sides of a where are computed; NaN where a GPU has NaN is no warning
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+            return call(self, *args, **kwargs)
+
+    def remembered(self, args, kwargs):
+        args, kwargs = arguments_of(self, args, kwargs)
+        ranges[:] = tensor_ranges([*args, *kwargs.values()])
+        return args, kwargs
+
+    def checked_load(self, pointers, mask, other, *rest):
+        _check_lanes("load", pointers, mask, ranges)
+        if other is None and not mask.data.all():
+            other = _poison(pointers)
+        return load(self, pointers, mask, other, *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):
+        _check_lanes("store", pointers, mask, ranges)
+        return store(self, pointers, value, mask, *rest)
+
+    patch.setattr(executor, "__call__", silent_call)
+    patch.setattr(executor, "_init_args_hst", remembered)
+    # tensors of the host are used where they are, and copying them back would touch all of them
+    patch.setattr(executor, "_restore_args_dev", lambda *args: None)
+    patch.setattr(builder, "create_masked_load", checked_load)
+    patch.setattr(builder, "create_masked_store", checked_store)
+
+
+def _check_lanes(what: str, pointers, mask, ranges: Ranges) -> None:
+    size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    addresses, live = np.broadcast_arrays(pointers.data, mask.data)
+    addresses = addresses[live.astype(bool)].astype(np.uint64)
+    inside = np.zeros(addresses.shape, dtype=bool)
+    for low, high in ranges:
+        inside |= (addresses >= low) & (addresses + np.uint64(size) <= high)
+    if not inside.all():
+        where = f"{(~inside).sum()} of {inside.size} lanes outside every tensor"
+        raise IndexError(f"{what}: {where}, program {interpreter.interpreter_builder.grid_idx}")
+
+
+def _poison(pointers):
+    kind = pointers.get_element_ty()
+    dtype = interpreter._get_np_dtype(kind)
+    # bf16 is held as its 16 bits
+    value = 0x7FC0 if kind == tl.bfloat16 else np.nan
+    if dtype.kind in "iu" and kind != tl.bfloat16:
+        value = int.from_bytes(b"\x5a" * dtype.itemsize, "little")
+    return interpreter.TensorHandle(np.full(pointers.data.shape, value, dtype=dtype), kind)
+
+
+def _convert_bf16(patch: pytest.MonkeyPatch) -> None:
+    convert = interpreter._convert_float
+
+    def converted(values, source, target, rounding):
+        if source == tl.bfloat16 and target == tl.float32:
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        if source == tl.float32 and target == tl.bfloat16:
+            # torch rounds to the nearest, ties to even, as GPUs do
+            narrow = torch.from_numpy(np.array(values, dtype=np.float32)).bfloat16()
+            return narrow.view(torch.int16).numpy().view(np.uint16)
+        return convert(values, source, target, rounding)
+
+    patch.setattr(interpreter, "_convert_float", converted)
+
+
+def _refuse_bf16_arithmetic(patch: pytest.MonkeyPatch) -> None:
+    def refusing(plain: Callable[..., object]) -> Callable[..., object]:
+        def checked(self, *operands):
+            if operands[-1] not in BITWISE:
+                for operand in _bf16_operands(operands):
+                    raise TypeError(f"bf16 arithmetic on {operand}: cast to fp32 after the load")
+            return plain(self, *operands)
+
+        return checked
+
+    builder, reductions = interpreter.InterpreterBuilder, interpreter.ReduceOps
+    for owner, names in (
+        (builder, ("binary_op", "unary_op", "ternary_op", "create_dot")),
+        (reductions, ("apply_impl",)),
+    ):
+        for name in names:
+            patch.setattr(owner, name, refusing(getattr(owner, name)))
+
+
+def _bf16_operands(operands: tuple[object, ...]) -> Iterator[object]:
+    for operand in operands:
+        # reductions are given a tuple of tensors
+        for part in operand if isinstance(operand, tuple) else (operand,):
+            dtype = getattr(part, "dtype", None)
+            if getattr(dtype, "scalar", None) == tl.bfloat16:
+                yield part
+
+
+def _sort_faster(patch: pytest.MonkeyPatch) -> None:
+    """tl.topk is made of exclusive ors over an axis, for which the interpreter loops in Python."""
+    plain = interpreter.ReduceOps.apply_impl
+
+    def vectorised(self, operands):
+        if self.combine_fn is not tl.standard._xor_combine or self.axis is None:
+            return plain(self, operands)
+        (operand,) = operands
+        result = np.bitwise_xor.reduce(operand.handle.data, self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(result, operand.dtype)
+
+    patch.setattr(interpreter.ReduceOps, "apply_impl", vectorised)

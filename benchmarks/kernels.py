@@ -24,7 +24,7 @@ from engine.config import ConfigError
 from memory_ops import ROW_FORMATS, RowRecords, quantize_rows
 from memory_ops.checks import Table
 from memory_ops.native.backend import MOST_CHOSEN
-from memory_ops.native.library import best_build, load
+from memory_ops.native.library import MEMORY_LIBRARY
 
 TOKENS = (1, 16, 256)
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -114,14 +114,14 @@ def measure(shapes: Shapes, rounds: int, json_file: Path | None) -> None:
     Raises:
         ConfigError: memplus was installed without its native library.
     """
-    build = best_build()
+    build = MEMORY_LIBRARY.best_build
     if build is None:
         raise ConfigError("bench kernels: memplus was installed without its native library")
     what = f"{shapes.num_rows} rows of {shapes.width}, {shapes.num_heads} heads x {shapes.top_k}"
     print(f"{what}, build {build}, {torch.get_num_threads()} threads, medians of {rounds} rounds")
     print("op        dtype  tokens     rows  backend   us/token    GB/s   limit  share  x torch")
     results: list[Result] = []
-    for group in _Benchmark(shapes, rounds, load(build)).groups():
+    for group in _Benchmark(shapes, rounds, MEMORY_LIBRARY.load(build)).groups():
         results += group
         by_torch = [result.us_per_token for result in group if result.backend == "torch"]
         for result in group:
@@ -270,5 +270,5 @@ class _Benchmark:
 
 
 def _calls(tokens: int) -> int:
-    """Calls in a turn: a few milliseconds of them."""
-    return max(4, 512 // tokens)
+    """Calls in a turn: enough that its beginning, with threads asleep, does not count."""
+    return max(8, 2048 // tokens)

@@ -12,7 +12,7 @@ from memory_ops.anonymous import anonymous_zeros
 
 # rows that the loop prefetches ahead; none leaves it to the processor
 _AHEAD = (0, 2, 4, 8, 16, 32)
-_ROWS_A_TURN = 2**15
+_ROWS_A_TURN = 2**17
 _SEQUENTIAL_BYTES = 2**28
 # rows that a table is made of: what a row holds takes no time
 DRAWN_ROWS = 2**12

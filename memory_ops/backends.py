@@ -12,7 +12,7 @@ from torch import Tensor
 from memory_ops import reference
 from memory_ops.checks import Table
 from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS, NativeBackend
-from memory_ops.native.library import best_build
+from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.row_formats import RowRecords
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _beside(tensor: Tensor) -> Backend:
 @functools.cache
 def _on(device_type: str) -> Backend:
     if device_type == "cpu":
-        build = best_build()
+        build = MEMORY_LIBRARY.best_build
         return NativeBackend(build) if build is not None else REFERENCE
     if device_type == "cuda":
         if importlib.util.find_spec("triton") is not None:

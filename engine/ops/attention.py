@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.ops.layout import TokenLayout
+from engine.ops.native.library import native_ops
 
 
 def attention(
@@ -23,6 +24,20 @@ def attention(
 
     Returns ``[T, H, E]`` in the dtype of ``q``.
     """
+    native = native_ops(q_THE)
+    if native is not None and kv_blocks is not None and layout.paged is not None:
+        return native.attention(q_THE, layout, layout.paged, kv_blocks)
+    return attention_by_torch(q_THE, k_TGE, v_TGE, layout, kv_blocks)
+
+
+def attention_by_torch(
+    q_THE: Tensor,
+    k_TGE: Tensor,
+    v_TGE: Tensor,
+    layout: TokenLayout,
+    kv_blocks: Tensor | None,
+) -> Tensor:
+    """``attention`` on any device, at any precision, and with gradients."""
     out_THE = torch.empty_like(q_THE)
     for sequence, (start, end) in enumerate(pairwise(layout.query_starts)):
         if kv_blocks is not None and layout.paged is not None:

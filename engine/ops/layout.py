@@ -1,7 +1,9 @@
 """Where the tokens of one ragged forward stand: in their sequences and in the KV blocks."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +23,11 @@ class PagedKv:
     block_table_SB: Tensor
     context_lengths: tuple[int, ...]
 
+    @cached_property
+    def context_lengths_S(self) -> Tensor:
+        """The lengths as int64 on the CPU, made once for all layers."""
+        return torch.tensor(self.context_lengths, dtype=torch.int64)
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -36,3 +43,8 @@ class TokenLayout:
     positions_T: Tensor
     query_starts: tuple[int, ...]
     paged: PagedKv | None = None
+
+    @cached_property
+    def query_starts_S1(self) -> Tensor:
+        """The offsets as int64 on the CPU, made once for all layers."""
+        return torch.tensor(self.query_starts, dtype=torch.int64)

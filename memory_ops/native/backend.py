@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from memory_ops.checks import Table, check_gradients, check_rows, check_scores, check_vectors
-from memory_ops.native.library import load
+from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.row_formats import RowRecords, scale_offset
 
 # the codes of row_table.h
@@ -20,8 +20,8 @@ class NativeBackend:
     """One build of the library. Sums are taken in fp32; see ``memory_ops.reference``."""
 
     def __init__(self, build: str) -> None:
-        """Use ``build``, one of ``library.runnable_builds()``."""
-        self._library = load(build)
+        """Use ``build``, one of ``MEMORY_LIBRARY.runnable_builds``."""
+        self._library = MEMORY_LIBRARY.load(build)
 
     def product_topk(self, half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See ``reference.product_topk``; fp32, K to 128, N to 65,536."""

@@ -1,4 +1,4 @@
-"""The native library: the builds there are, those that this machine can run, and their functions.
+"""Native libraries: the builds there are, those that this machine can run, and their functions.
 
 A build is the same C++ compiled for one instruction set, best first: ``avx512``, ``avx2``,
 ``portable``. They are made when the package is installed, if there is a compiler.
@@ -8,60 +8,78 @@ import ctypes
 import functools
 import logging
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 BUILDS = ("avx512", "avx2", "portable")
-_FOLDER = Path(__file__).parent
-_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+Prototypes = Mapping[str, tuple[type | None, tuple[type, ...]]]
 
+_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _TABLE = (_POINTER, _INT64, _INT64, _INT64, _INT64, _INT32)
-_PROTOTYPES = {
-    "memplus_product_topk": (None, (_POINTER, _INT64, _INT32, _INT32, _POINTER, _POINTER)),
-    "memplus_gather_rows": (_INT64, (*_TABLE, _POINTER, _POINTER, _INT64, _INT64, _POINTER)),
-    "memplus_gather_groups": (None, (*_TABLE, _POINTER, _POINTER, _POINTER, _INT64, _POINTER)),
-    "memplus_row_dots": (_INT64, (*_TABLE, _POINTER, _POINTER, _INT64, _INT64, _POINTER)),
-    "memplus_group_rows": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, *[_POINTER] * 4)),
-    "memplus_read_rows": (ctypes.c_uint32, (_POINTER, _INT64, _POINTER, _INT64, _INT64)),
-    "memplus_read_all": (ctypes.c_uint32, (_POINTER, _INT64)),
-}
 logger = logging.getLogger(__name__)
 
 
-@functools.cache
-def runnable_builds() -> tuple[str, ...]:
-    """The builds that are there and that this machine can run, best first."""
-    present = tuple(build for build in BUILDS if _file(build).exists())
-    if "portable" not in present:
-        return ()
-    portable = ctypes.CDLL(str(_file("portable")))
-    portable.memplus_best_build.restype = ctypes.c_char_p
-    best = portable.memplus_best_build().decode()
-    return tuple(build for build in present if BUILDS.index(build) >= BUILDS.index(best))
+class NativeLibrary:
+    """The builds of one library.
+
+    Attributes:
+        folder: where they lie.
+        prototypes: result and argument types of the functions, by name; each build also has
+            ``memplus_best_build``, which tells the best one for this machine.
+        loss: what it means to have none of them, for the warning that says so.
+    """
+
+    def __init__(self, folder: Path, prototypes: Prototypes, loss: str) -> None:
+        self.folder = folder
+        self.prototypes = prototypes
+        self.loss = loss
+
+    @functools.cached_property
+    def runnable_builds(self) -> tuple[str, ...]:
+        """The builds that are there and that this machine can run, best first."""
+        present = tuple(build for build in BUILDS if self._file(build).exists())
+        if "portable" not in present:
+            return ()
+        portable = ctypes.CDLL(str(self._file("portable")))
+        portable.memplus_best_build.restype = ctypes.c_char_p
+        best = portable.memplus_best_build().decode()
+        return tuple(build for build in present if BUILDS.index(build) >= BUILDS.index(best))
+
+    @functools.cached_property
+    def best_build(self) -> str | None:
+        """The fastest of them; ``None``, with one warning, if there is none."""
+        if self.runnable_builds:
+            return self.runnable_builds[0]
+        logger.warning(
+            "memplus was installed without its native library, for want of a C++ compiler (g++"
+            " with OpenMP): %s",
+            self.loss,
+        )
+        return None
+
+    def load(self, build: str) -> ctypes.CDLL:
+        """Load one of the runnable builds, its functions' types set."""
+        library = ctypes.CDLL(str(self._file(build)))
+        for name, (result, arguments) in self.prototypes.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        return library
+
+    def _file(self, build: str) -> Path:
+        return self.folder / f"{build}{_SUFFIX}"
 
 
-@functools.cache
-def load(build: str) -> ctypes.CDLL:
-    """Load one of the runnable builds, its functions' types set."""
-    library = ctypes.CDLL(str(_file(build)))
-    for name, (result, arguments) in _PROTOTYPES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
-
-
-@functools.cache
-def best_build() -> str | None:
-    """The fastest build that this machine can run; ``None``, with one warning, if there is none."""
-    builds = runnable_builds()
-    if builds:
-        return builds[0]
-    logger.warning(
-        "memplus was installed without its native library, for want of a C++ compiler (g++ with"
-        " OpenMP): memory layers run on plain torch, several times slower"
-    )
-    return None
-
-
-def _file(build: str) -> Path:
-    return _FOLDER / f"{build}{_SUFFIX}"
+MEMORY_LIBRARY = NativeLibrary(
+    Path(__file__).parent,
+    {
+        "memplus_product_topk": (None, (_POINTER, _INT64, _INT32, _INT32, _POINTER, _POINTER)),
+        "memplus_gather_rows": (_INT64, (*_TABLE, _POINTER, _POINTER, _INT64, _INT64, _POINTER)),
+        "memplus_gather_groups": (None, (*_TABLE, *[_POINTER] * 3, _INT64, _POINTER)),
+        "memplus_row_dots": (_INT64, (*_TABLE, _POINTER, _POINTER, _INT64, _INT64, _POINTER)),
+        "memplus_group_rows": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, *[_POINTER] * 4)),
+        "memplus_read_rows": (ctypes.c_uint32, (_POINTER, _INT64, _POINTER, _INT64, _INT64)),
+        "memplus_read_all": (ctypes.c_uint32, (_POINTER, _INT64)),
+    },
+    "memory layers run on plain torch, several times slower",
+)

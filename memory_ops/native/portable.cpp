@@ -1,16 +1,3 @@
-// Every kernel, compiled for any machine, and what tells which of its twins this one can run.
+// Every kernel, compiled for any machine.
+#include "best_build.h"
 #include "interface.h"
-
-extern "C" const char* memplus_best_build() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi2");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512cd"))
-    return "avx512";
-  if (avx2) return "avx2";
-#endif
-  return "portable";
-}

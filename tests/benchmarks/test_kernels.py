@@ -7,10 +7,10 @@ import pytest
 
 from benchmarks.kernels import DTYPES, GRADIENT_TABLES, TOKENS, Shapes, measure
 from engine.config import ConfigError
-from memory_ops.native.library import best_build
+from memory_ops.native.library import MEMORY_LIBRARY
 
 
-@pytest.mark.skipif(best_build() is None, reason="needs the native library")
+@pytest.mark.skipif(MEMORY_LIBRARY.best_build is None, reason="needs the native library")
 def test_every_operation_backend_and_dtype_is_reported(tmp_path, capsys):
     measure(Shapes(num_subkeys=64, width=16, top_k=8), rounds=1, json_file=tmp_path / "out.json")
     results = json.loads((tmp_path / "out.json").read_text())

@@ -2,6 +2,6 @@
 
 import pytest
 
-from memory_ops.native.library import runnable_builds
+from memory_ops.native.library import MEMORY_LIBRARY
 
-each_build = pytest.mark.parametrize("build", runnable_builds())
+each_build = pytest.mark.parametrize("build", MEMORY_LIBRARY.runnable_builds)

@@ -8,26 +8,23 @@ import pytest
 import torch
 
 from memory_ops import backends, gather_rows, product_topk
-from memory_ops.native import library
 from memory_ops.native.backend import NativeBackend
-from memory_ops.native.library import BUILDS, best_build, load, runnable_builds
+from memory_ops.native.library import BUILDS, MEMORY_LIBRARY, NativeLibrary
 
 
 @pytest.fixture
 def no_builds(tmp_path, monkeypatch):
     """As installed where there was no compiler."""
-    monkeypatch.setattr(library, "_FOLDER", tmp_path)
-    caches = (runnable_builds, best_build, backends._on)
-    for cached in caches:
-        cached.cache_clear()
+    none = NativeLibrary(tmp_path, {}, MEMORY_LIBRARY.loss)
+    monkeypatch.setattr(backends, "MEMORY_LIBRARY", none)
+    backends._on.cache_clear()
     yield
-    for cached in caches:
-        cached.cache_clear()
+    backends._on.cache_clear()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_the_library_was_built_and_its_best_build_is_used():
-    builds = runnable_builds()
+    builds = MEMORY_LIBRARY.runnable_builds
     assert builds and builds[-1] == "portable"
     flags = Path("/proc/cpuinfo").read_text().split()
     if "avx2" in flags:
@@ -35,14 +32,13 @@ def test_the_library_was_built_and_its_best_build_is_used():
     if "avx512bw" in flags:
         assert builds == BUILDS
     backend = backends.for_topk(torch.zeros(1, 1, 2, 4), 2)
-    assert isinstance(backend, NativeBackend) and best_build() == builds[0]
+    assert isinstance(backend, NativeBackend) and MEMORY_LIBRARY.best_build == builds[0]
 
 
 def test_any_build_that_runs_can_be_forced():
-    for build in runnable_builds():
+    for build in MEMORY_LIBRARY.runnable_builds:
         rows, _ = NativeBackend(build).product_topk(torch.randn(1, 1, 2, 4), 2)
         assert rows.shape == (1, 1, 2)
-        assert load(build) is load(build)
 
 
 def test_without_a_compiler_plain_torch_serves_and_one_warning_says_so(no_builds, caplog):

@@ -1,0 +1,1 @@
+"""The operations' CPU kernels in C++, beside the Python that calls them."""

@@ -1,0 +1,2 @@
+// Every kernel, compiled with AVX2.
+#include "interface.h"

@@ -1,0 +1,2 @@
+// Every kernel, compiled with AVX-512.
+#include "interface.h"

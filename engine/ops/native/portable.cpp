@@ -1,0 +1,3 @@
+// Every kernel, compiled for any machine.
+#include "interface.h"
+#include "memory_ops/native/best_build.h"

@@ -39,7 +39,6 @@ def median_seconds(contestants: Sequence[Contestant], rounds: int) -> list[float
 def _turn(contestant: Contestant) -> float:
     inputs = contestant.inputs(contestant.calls)
     call = contestant.call
-    gc.collect()
     gc.disable()
     start = time.perf_counter()
     for arguments in inputs:

@@ -3,8 +3,9 @@
 import ctypes
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 import memory_ops
 from benchmarks import kernel_peers
 from benchmarks.alternating import Contestant, median_seconds
+from benchmarks.kernel_shapes import Shapes
 from benchmarks.read_limits import (
     DRAWN_ROWS,
     repeated,
@@ -23,8 +25,9 @@ from benchmarks.read_limits import (
 from engine.config import ConfigError
 from memory_ops import ROW_FORMATS, RowRecords, quantize_rows
 from memory_ops.checks import Table
-from memory_ops.native.backend import MOST_CHOSEN
+from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS
 from memory_ops.native.library import MEMORY_LIBRARY
+from memory_ops.row_formats import RowFormat
 
 TOKENS = (1, 16, 256)
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,42 +39,13 @@ GRADIENT_TABLES = (2**14, 2**16, 2**18, 2**20, 2**22)
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """What is looked up: N subkeys per half, so N * N rows of ``width`` values, H * K a token.
-
-    Raises:
-        ConfigError: a number is out of its range.
-    """
-
-    num_subkeys: int = 1024
-    width: int = 1024
-    num_heads: int = 4
-    top_k: int = 32
-
-    def __post_init__(self) -> None:
-        for name, number in asdict(self).items():
-            if number < 1:
-                raise ConfigError(f"{name}: must be at least 1, not {number}")
-        most = min(self.num_subkeys, MOST_CHOSEN)
-        if self.top_k > most:
-            raise ConfigError(f"top_k: must be at most {most}, not {self.top_k}")
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_subkeys**2
-
-    def each_row(self, *leading: int) -> tuple[int, ...]:
-        """The shape of one number for each row read."""
-        return (*leading, self.num_heads, self.top_k)
-
-
-@dataclass(frozen=True)
 class Result:
     """One line of the table, one object of the JSON file.
 
-    ``gb_per_s`` counts the rows that are read, or the scores; of the backward pass, the gradients
-    that are written. ``limit_gb_per_s`` is that of random rows for what reads rows, of sequential
-    reads for the rest.
+    All are called with what a memory layer has, int64 rows and fp32 weights; what a peer converts
+    counts. ``gb_per_s`` counts the rows that are read, as memplus stores them whoever reads them,
+    or the scores; of the backward pass, the gradients that are written. ``limit_gb_per_s`` is that
+    of random rows for what reads rows, of sequential reads for the rest.
     """
 
     op: str
@@ -101,27 +75,37 @@ class TimedTable:
         if dtype in PLAIN:
             part_PB = values_PV.to(PLAIN[dtype])
         else:
-            row_format = next(known for known in ROW_FORMATS if known == dtype)
-            part_PB = quantize_rows(values_PV, row_format).records_RB
+            part_PB = quantize_rows(values_PV, cast(RowFormat, dtype)).records_RB
         rows_RB = repeated(part_PB, num_rows)
-        table = rows_RB if dtype in PLAIN else RowRecords(rows_RB, row_format, width)
+        plain = dtype in PLAIN
+        table = rows_RB if plain else RowRecords(rows_RB, cast(RowFormat, dtype), width)
         return cls(dtype, table, rows_RB, repeated(part_PB, num_rows, huge_pages=False))
 
 
-def measure(shapes: Shapes, rounds: int, json_file: Path | None) -> None:
+def measure(shapes: Shapes, json_file: Path | None) -> None:
     """Print a line for every operation, dtype, number of tokens and backend; write them as JSON.
 
     Raises:
-        ConfigError: memplus was installed without its native library.
+        ConfigError: memplus was installed without its native library, it does not take these
+            shapes, or the file has no folder.
     """
     build = MEMORY_LIBRARY.best_build
     if build is None:
         raise ConfigError("bench kernels: memplus was installed without its native library")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"json: there is no folder {json_file.parent}")
+    for name, number, most in (
+        ("num_subkeys", shapes.num_subkeys, MOST_SUBKEYS),
+        ("top_k", shapes.top_k, MOST_CHOSEN),
+    ):
+        if number > most:
+            raise ConfigError(f"{name}: the kernels take at most {most}, not {number}")
     what = f"{shapes.num_rows} rows of {shapes.width}, {shapes.num_heads} heads x {shapes.top_k}"
-    print(f"{what}, build {build}, {torch.get_num_threads()} threads, medians of {rounds} rounds")
+    how = f"{torch.get_num_threads()} threads, medians of {shapes.rounds} rounds"
+    print(f"{what}, build {build}, {how}")
     print("op        dtype  tokens     rows  backend   us/token    GB/s   limit  share  x torch")
     results: list[Result] = []
-    for group in _Benchmark(shapes, rounds, MEMORY_LIBRARY.load(build)).groups():
+    for group in _Benchmark(shapes, MEMORY_LIBRARY.load(build)).groups():
         results += group
         by_torch = [result.us_per_token for result in group if result.backend == "torch"]
         for result in group:
@@ -142,9 +126,8 @@ def _line(result: Result, by_torch: Sequence[float]) -> str:
 
 
 class _Benchmark:
-    def __init__(self, shapes: Shapes, rounds: int, library: ctypes.CDLL) -> None:
+    def __init__(self, shapes: Shapes, library: ctypes.CDLL) -> None:
         self._shapes = shapes
-        self._rounds = rounds
         self._library = library
 
     def groups(self) -> Iterator[list[Result]]:
@@ -215,7 +198,7 @@ class _Benchmark:
         contestants = [Contestant(*item, inputs, 1) for item in calls.items()]
         written = 4 * min(count, DISTINCT_ROWS) * self._shapes.width
         results = self._beside_sequential("backward", GRADIENT_TOKENS, contestants, written)
-        return [Result(**asdict(result) | {"rows": num_rows}) for result in results]
+        return [replace(result, rows=num_rows) for result in results]
 
     def _by_scores(
         self, calls: Mapping[str, Callable[[Tensor], object]], tokens: int
@@ -230,7 +213,7 @@ class _Benchmark:
         self, op: str, timed: TimedTable, tokens: int, contestants: list[Contestant]
     ) -> list[Result]:
         readers = row_readers(self._library, (timed.rows_RB, timed.small_pages_RB))
-        seconds = median_seconds([*contestants, *readers], self._rounds)
+        seconds = median_seconds([*contestants, *readers], self._shapes.rounds)
         limit = row_limit(seconds[len(contestants) :], timed.rows_RB)
         num_bytes = tokens * self._shapes.num_heads * self._shapes.top_k * timed.rows_RB[0].nbytes
         return self._results(op, timed.dtype, tokens, contestants, seconds, num_bytes, limit)
@@ -239,7 +222,7 @@ class _Benchmark:
         self, op: str, tokens: int, contestants: list[Contestant], num_bytes: int
     ) -> list[Result]:
         reader = sequential_reader(self._library)
-        seconds = median_seconds([*contestants, reader], self._rounds)
+        seconds = median_seconds([*contestants, reader], self._shapes.rounds)
         limit = sequential_limit(seconds[-1])
         return self._results(op, "fp32", tokens, contestants, seconds, num_bytes, limit)
 

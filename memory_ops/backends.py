@@ -49,7 +49,7 @@ def for_table(table: Table, other: Tensor) -> Backend:
 
 def for_gradients(weights: Tensor, grad: Tensor) -> Backend:
     """The backend for gradients of rows."""
-    if weights.dtype is torch.float64 or not is_fit(grad):
+    if weights.dtype is torch.float64 or grad.dtype not in _KERNEL_DTYPES:
         return REFERENCE
     return _beside(grad)
 

@@ -7,6 +7,7 @@ from memory_ops.row_formats import RowRecords
 
 # rows of any floating dtype as they are, or records of fewer bits
 Table = Tensor | RowRecords
+FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,7 +24,7 @@ def table_shape(table: Table) -> tuple[int, int]:
     if isinstance(table, RowRecords):
         return table.records_RB.shape[0], table.value_dim
     shape = table.shape
-    if len(shape) != 2 or not table.is_floating_point():
+    if len(shape) != 2 or table.dtype not in FLOATS:
         found = f"{table.dtype} {tuple(shape)}"
         raise ValueError(f"table: expected a floating-point [R, V] tensor, got {found}")
     return shape[0], shape[1]
@@ -31,6 +32,9 @@ def table_shape(table: Table) -> tuple[int, int]:
 
 def check_scores(half_scores_TH2N: Tensor, top_k: int) -> None:
     """Raise ValueError unless the scores are ``[T, H, 2, N]`` and ``top_k`` is 1 to N."""
+    if half_scores_TH2N.dtype not in (torch.float32, torch.float64):
+        # sums of narrower scores would choose other rows
+        raise ValueError(f"half_scores: expected float32 or float64, got {half_scores_TH2N.dtype}")
     if half_scores_TH2N.dim() != 4 or half_scores_TH2N.shape[2] != 2:
         shape = tuple(half_scores_TH2N.shape)
         raise ValueError(f"half_scores: expected [T, H, 2, N], got {shape}")
@@ -47,6 +51,8 @@ def check_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> None:
         shapes = f"{tuple(shape)} and {tuple(weights_THK.shape)}"
         raise ValueError(f"rows and weights: expected the same shape [T, H, K], got {shapes}")
     _check_ids(rows_THK)
+    _check_floats("weights", weights_THK)
+    _check_devices(table, rows_THK, weights_THK)
 
 
 def check_vectors(table: Table, rows_THK: Tensor, x_TV: Tensor) -> None:
@@ -56,6 +62,8 @@ def check_vectors(table: Table, rows_THK: Tensor, x_TV: Tensor) -> None:
         shapes = f"{tuple(rows_THK.shape)} and {tuple(x_TV.shape)}"
         raise ValueError(f"rows and x: expected [T, H, K] and [T, {value_dim}], got {shapes}")
     _check_ids(rows_THK)
+    _check_floats("x", x_TV)
+    _check_devices(table, rows_THK, x_TV)
 
 
 def check_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> None:
@@ -67,6 +75,27 @@ def check_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> N
         shapes = f"{tuple(grad_TV.shape)} for {rows_THK.shape[0]} tokens"
         raise ValueError(f"grad: expected [T, V], got {shapes}")
     _check_ids(rows_THK)
+    _check_floats("weights", weights_THK)
+    _check_floats("grad", grad_TV)
+    if not rows_THK.device == weights_THK.device == grad_TV.device:
+        found = f"{rows_THK.device}, {weights_THK.device} and {grad_TV.device}"
+        raise ValueError(f"rows, weights and grad: expected one device, got {found}")
+
+
+def _check_floats(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name}: expected float64, 32, 16 or bfloat16, got {tensor.dtype}")
+
+
+def _check_devices(table: Table, rows: Tensor, other: Tensor) -> None:
+    memory = table.records_RB if isinstance(table, RowRecords) else table
+    if memory.is_cpu and rows.is_cpu and other.is_cpu:
+        return
+    # a GPU reads a table in pinned host memory
+    pinned = memory.is_cpu and other.is_cuda
+    if rows.device != other.device or not (pinned or memory.device == other.device):
+        found = f"on {memory.device}, rows and their operands on {rows.device} and {other.device}"
+        raise ValueError(f"table: {found}")
 
 
 def _check_ids(rows_THK: Tensor) -> None:

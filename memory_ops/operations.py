@@ -4,10 +4,11 @@ A call that needs neither gradients nor tracing goes straight to the backend, si
 takes longer than reading one token's rows.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from memory_ops import backends
@@ -60,7 +61,13 @@ def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
 
 
 def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the rows read; see ``memory_ops.reference.row_gradients``."""
+    """Gradients of the rows read; see ``memory_ops.reference.row_gradients``.
+
+    Not differentiable itself.
+    """
+    if _is_plain(grad_TV, rows_THK, weights_THK):
+        backend = backends.for_gradients(weights_THK, grad_TV)
+        return backend.row_gradients(rows_THK, weights_THK, grad_TV)
     check_gradients(rows_THK, weights_THK, grad_TV)
     gradients: tuple[Tensor, Tensor] = _row_gradients(rows_THK, weights_THK, grad_TV)
     return gradients
@@ -78,14 +85,32 @@ def expert_lookup(
 
 
 def _is_plain(*operands: Tensor | RowRecords) -> bool:
-    if torch.compiler.is_compiling():
+    if _is_watched():
         return False
     needs_grad = torch.is_grad_enabled()
     for operand in operands:
         tensor = operand.records_RB if isinstance(operand, RowRecords) else operand
         if type(tensor) not in _PLAIN_TYPES or (needs_grad and tensor.requires_grad):
             return False
+        if tensor.is_neg():
+            return False
+        if forward_ad._current_level >= 0 and _has_tangent(tensor):
+            raise RuntimeError("memory_ops: there are no forward-mode derivatives")
     return True
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _is_watched() -> bool:
+    """Whether something must see the operator itself: a compiler, a tracer, a mode, a transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
@@ -100,8 +125,7 @@ def _flat(table: Table) -> tuple[Tensor, str, int]:
 def _table(table: Tensor, row_format: str, value_dim: int) -> Table:
     if not row_format:
         return table
-    known: dict[str, RowFormat] = {"int8": "int8", "int4": "int4", "fp8": "fp8"}
-    return RowRecords(table, known[row_format], value_dim)
+    return RowRecords(table, cast(RowFormat, row_format), value_dim)
 
 
 def _sum_dtype(table: Tensor, row_format: str) -> torch.dtype:

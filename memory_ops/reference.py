@@ -139,9 +139,12 @@ def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tup
 
     Raises:
         ValueError: the shapes do not fit together.
+        IndexError: a row id is negative.
     """
     check_gradients(rows_THK, weights_THK, grad_TV)
     dtype = accumulation_dtype(grad_TV.dtype)
+    if rows_THK.numel() and int(rows_THK.min()) < 0:
+        raise IndexError(f"rows: {int(rows_THK.min())} is no row of any table")
     rows_U, place_L = torch.unique(rows_THK.flatten(), return_inverse=True)
     per_token = rows_THK.shape[1] * rows_THK.shape[2]
     grad_LV = grad_TV.to(dtype).repeat_interleave(per_token, dim=0)

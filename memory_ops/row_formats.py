@@ -42,7 +42,7 @@ def scale_offset(row_format: RowFormat, value_dim: int) -> int:
     return -(-value_dim // 4) * 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowRecords:
     """A value table of R records.
 
@@ -112,7 +112,10 @@ def dequantize_rows(records: RowRecords, rows: Tensor | None = None) -> Tensor:
     Raises:
         IndexError: a row id lies outside the table.
     """
-    records_LB = records.records_RB if rows is None else records.records_RB[rows]
+    records_LB = records.records_RB
+    if rows is not None:
+        # unlike an index, an embedding counts no row from the end
+        records_LB = torch.nn.functional.embedding(rows, records_LB)
     value_dim, start = records.value_dim, scale_offset(records.row_format, records.value_dim)
     if records.row_format == "int4":
         return _unpack_int4(records_LB, value_dim, start)

@@ -96,10 +96,10 @@ def bench_step(options: argparse.Namespace) -> None:
 
 def bench_kernels(options: argparse.Namespace) -> None:
     """Measure the memory layer's operations beside torch and the memory's limits."""
-    from benchmarks.kernels import Shapes, measure
+    from benchmarks.kernel_shapes import Shapes
+    from benchmarks.kernels import measure
 
-    shapes = Shapes(options.num_subkeys, options.width, options.num_heads, options.top_k)
-    measure(shapes, options.rounds, options.json)
+    measure(from_options(Shapes, options), options.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,16 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=bench_step)
     verb.add_argument("--steps", type=int, default=200, help="steps measured (default: 200)")
 
+    from benchmarks.kernel_shapes import Shapes
+
     verb = benchmarks.add_parser("kernels", help=bench_kernels.__doc__)
     verb.set_defaults(run=bench_kernels)
-    for option, default, what in (
-        ("--num-subkeys", 1024, "subkeys per half: the table has their square of rows"),
-        ("--width", 1024, "values of a row"),
-        ("--num-heads", 4, "memory heads"),
-        ("--top-k", 32, "rows that a head reads"),
-        ("--rounds", 15, "turns of which the median is taken"),
-    ):
-        verb.add_argument(option, type=int, default=default, help=f"{what} (default: {default})")
+    add_options(verb, Shapes)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     return parser
 

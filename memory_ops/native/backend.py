@@ -12,6 +12,7 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FORMATS = {"int8": 3, "fp8": 4, "int4": 5}
 # as many as group_rows.h can sort by
 _MOST_ROWS = 2**33
+_MOST_REFERENCES = 2**31
 MOST_CHOSEN = 128
 MOST_SUBKEYS = 65_536
 
@@ -27,9 +28,12 @@ class NativeBackend:
         """See ``reference.product_topk``; fp32, K to 128, N to 65,536."""
         check_scores(half_scores_TH2N, top_k)
         num_tokens, num_heads, _, num_subkeys = half_scores_TH2N.shape
+        assert half_scores_TH2N.dtype is torch.float32
+        assert top_k <= MOST_CHOSEN and num_subkeys <= MOST_SUBKEYS
         half_scores_TH2N = half_scores_TH2N.contiguous()
         rows_THK = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64)
         weights_THK = torch.empty(num_tokens, num_heads, top_k)
+        _use_torchs_threads()
         self._library.memplus_product_topk(
             half_scores_TH2N.data_ptr(),
             num_tokens * num_heads,
@@ -48,6 +52,7 @@ class NativeBackend:
         num_tokens, num_heads, top_k = rows_THK.shape
         arguments = _table_arguments(table)
         out_TV = torch.empty(num_tokens, arguments[3])
+        _use_torchs_threads()
         wrong = self._library.memplus_gather_rows(
             *arguments,
             rows_THK.data_ptr(),
@@ -66,6 +71,7 @@ class NativeBackend:
         num_tokens, num_heads, top_k = rows_THK.shape
         arguments = _table_arguments(table)
         dots_THK = torch.empty(num_tokens, num_heads, top_k)
+        _use_torchs_threads()
         wrong = self._library.memplus_row_dots(
             *arguments,
             rows_THK.data_ptr(),
@@ -85,6 +91,8 @@ class NativeBackend:
         rows_THK, grad_TV = rows_THK.contiguous(), grad_TV.contiguous()
         weights_THK = weights_THK.float().contiguous()
         count, value_dim = rows_THK.numel(), grad_TV.shape[1]
+        if count >= _MOST_REFERENCES:
+            raise ValueError(f"rows: {count} are too many, at most {_MOST_REFERENCES - 1}")
         rows, starts, tokens = (torch.empty(count + 1, dtype=torch.int64) for _ in range(3))
         weights = torch.empty(count)
         num_distinct = self._library.memplus_group_rows(
@@ -101,6 +109,7 @@ class NativeBackend:
             _check_place(-1 - num_distinct, rows_THK, _MOST_ROWS)
         # the sum over the tokens that read a row is a gather once more
         sums_UV = torch.empty((num_distinct, value_dim))
+        _use_torchs_threads()
         self._library.memplus_gather_groups(
             *_table_arguments(grad_TV),
             tokens.data_ptr(),
@@ -112,6 +121,11 @@ class NativeBackend:
         return rows[:num_distinct].clone(), sums_UV
 
 
+def _use_torchs_threads() -> None:
+    # asked in each Python thread, it hands torch's number of threads on to OpenMP there
+    torch.get_num_threads()
+
+
 def _table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
     """data, num_rows, row_stride in bytes, value_dim, scale_offset, format."""
     if isinstance(table, RowRecords):
@@ -119,6 +133,7 @@ def _table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
         num_rows, offset = records_RB.shape[0], scale_offset(table.row_format, table.value_dim)
         code = _FORMATS[table.row_format]
         return records_RB.data_ptr(), num_rows, records_RB.stride(0), table.value_dim, offset, code
+    assert table.stride()[1] == 1
     num_rows, value_dim = table.shape
     stride = table.stride()[0] * table.itemsize
     return table.data_ptr(), num_rows, stride, value_dim, 0, _DTYPES[table.dtype]

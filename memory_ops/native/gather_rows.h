@@ -123,8 +123,9 @@ inline void gather_part(const Table& table, const Sums& sums, Span which, Span c
 inline void gather_rows(const Table& table, const Sums& sums, int64_t num_sums) {
   const int64_t steps = (table.value_dim + COLUMN_STEP - 1) / COLUMN_STEP;
   const int64_t threads = omp_get_max_threads();
-  // few sums, or one too many, are shared out by columns
-  const bool by_columns = num_sums < 8 * threads && num_sums % threads != 0 && steps > 1;
+  // whichever way leaves the busiest thread less to do; columns of all sums, or all columns of some
+  const auto most = [&](int64_t count) { return (count + threads - 1) / threads; };
+  const bool by_columns = num_sums * most(steps) < most(num_sums) * steps;
   in_parallel(by_columns ? steps : num_sums, [&](int64_t thread, int64_t threads) {
     Span which = {0, num_sums}, columns = {0, table.value_dim};
     if (by_columns) {

@@ -1,4 +1,4 @@
-// The C interface, compiled once for each instruction set; library.py calls it.
+// The C interface, compiled once for each instruction set; backend.py calls it.
 #pragma once
 
 #include "gather_rows.h"

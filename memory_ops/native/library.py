@@ -41,9 +41,18 @@ class NativeLibrary:
         present = tuple(build for build in BUILDS if self._file(build).exists())
         if "portable" not in present:
             return ()
-        portable = ctypes.CDLL(str(self._file("portable")))
+        try:
+            portable = ctypes.CDLL(str(self._file("portable")))
+        except OSError as error:
+            logger.warning("memplus's native library does not load: %s", error)
+            return ()
         portable.memplus_best_build.restype = ctypes.c_char_p
         best = portable.memplus_best_build().decode()
+        if best not in present:
+            logger.warning(
+                "memplus was installed without its %s kernels (they need g++ 12): slower ones run",
+                best,
+            )
         return tuple(build for build in present if BUILDS.index(build) >= BUILDS.index(best))
 
     @functools.cached_property

@@ -1,15 +1,21 @@
 // The limits that lookups are measured against: loops that do nothing but read.
 #pragma once
 
+#include <algorithm>
+
 #include "row_table.h"
 #include "threads.h"
 
 namespace memplus {
 
-// Reads whole cache lines, so that no other work can be what takes the time.
-inline words read_lines(const uint8_t* from, int64_t bytes, words seen) {
-  for (int64_t at = 0; at < bytes; at += sizeof seen) seen ^= load<words>(from + at);
-  return seen;
+// Reads whole vectors, so that no other work can be what takes the time, and what is left of a row.
+inline words read_bytes(const uint8_t* from, int64_t bytes, words seen) {
+  const int64_t whole = bytes - bytes % (int64_t)sizeof seen;
+  for (int64_t at = 0; at < whole; at += sizeof seen) seen ^= load<words>(from + at);
+  if (whole == bytes) return seen;
+  words last{};
+  std::memcpy(&last, from + whole, bytes - whole);
+  return seen ^ last;
 }
 
 inline uint32_t folded(words seen) {
@@ -18,7 +24,7 @@ inline uint32_t folded(words seen) {
   return result;
 }
 
-// Reads `row_bytes` bytes, a multiple of 64, of each row, on all threads, prefetching the row that
+// Reads `row_bytes` bytes of each row, on all threads, prefetching the row that
 // is `ahead` further on (0: none); returns what keeps the reads from being left out.
 inline uint32_t read_rows(const uint8_t* data, int64_t row_bytes, const int64_t* ids, int64_t count,
                           int64_t ahead) {
@@ -32,7 +38,7 @@ inline uint32_t read_rows(const uint8_t* data, int64_t row_bytes, const int64_t*
       const uint8_t* coming = data + ids[next] * row_bytes;
       for (int64_t at = 0; at < row_bytes; at += LINE) {
         if (ahead) __builtin_prefetch(coming + at);
-        seen = read_lines(row + at, LINE, seen);
+        seen = read_bytes(row + at, std::min<int64_t>(LINE, row_bytes - at), seen);
       }
     }
 #pragma omp atomic
@@ -47,7 +53,7 @@ inline uint32_t read_all(const uint8_t* data, int64_t bytes) {
   in_parallel(bytes / LINE, [&](int64_t thread, int64_t threads) {
     const Span mine = piece(bytes / LINE, thread, threads);
     const words seen =
-        read_lines(data + mine.first * LINE, (mine.last - mine.first) * LINE, words{});
+        read_bytes(data + mine.first * LINE, (mine.last - mine.first) * LINE, words{});
 #pragma omp atomic
     result ^= folded(seen);
   });

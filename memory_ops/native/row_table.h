@@ -7,7 +7,7 @@
 
 namespace memplus {
 
-// the codes of library.py
+// the codes of backend.py
 enum Format : int32_t { FP32, FP16, BF16, INT8, FP8, INT4 };
 
 struct Table {

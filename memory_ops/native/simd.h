@@ -166,7 +166,11 @@ inline longs smaller(longs a, longs b) {
 // Bit l says whether lane l of `a` is at least `b`.
 inline uint32_t at_least(ints a, int32_t b) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_epi32_mask((__m512i)a, _mm512_set1_epi32(b), _MM_CMPINT_NLT);
+  const __mmask16 mask = _mm512_cmp_epi32_mask((__m512i)a, _mm512_set1_epi32(b), _MM_CMPINT_NLT);
+  // widened out of the compiler's sight: GCC 12 may spill 16 bits and read 32 back
+  uint32_t bits;
+  asm("kmovw %1, %0" : "=r"(bits) : "k"(mask));
+  return bits;
 #elif defined(__AVX2__)
   return ~_mm256_movemask_ps((__m256)(a < splat(b))) & 0xff;
 #else
@@ -200,7 +204,7 @@ inline floats exp_negative(floats x) {
   for (float factor : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f})
     series = series * r + factor;
   // the low bits of the shifted number are n itself
-  const floats power = (floats)((((ints)shifted) + 127) << 23);
+  const floats power = (floats)((((words)shifted) + 127) << 23);
   return x < lowest ? splat(0.f) : series * power;
 }
 

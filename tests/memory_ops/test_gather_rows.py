@@ -105,17 +105,20 @@ def test_what_stands_between_rows_is_not_read(build, kind, width):
 
 
 @each_build
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [1, 17, 37, 130, 1000])
 def test_nothing_behind_the_table_is_read(build, kind, width):
     # its last value ends a page, and the next page cannot be read: a read there ends this process
-    values = torch.randn(3, width).to(PLAIN[kind])
+    table = table_of(kind, torch.randn(3, width))
+    part = table.records_RB if isinstance(table, RowRecords) else table
     memory, pages = mmap.mmap(-1, 8 * mmap.PAGESIZE), 7 * mmap.PAGESIZE
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + pages), mmap.PAGESIZE, 0) == 0
-    whole = torch.frombuffer(memory, dtype=values.dtype)
-    table = whole[pages // values.itemsize - values.numel() :][: values.numel()].view(3, width)
-    table.copy_(values)
+    whole = torch.frombuffer(memory, dtype=part.dtype)
+    last = whole[pages // part.itemsize - part.numel() :][: part.numel()].view(part.shape)
+    last.copy_(part)
+    table = RowRecords(last, kind, width) if isinstance(table, RowRecords) else last
+    NativeBackend(build).row_dots(table, torch.tensor([[[2, 1, 2, 2, 2]]]), torch.randn(1, width))
     check(build, table, *lookups(4, 1, 3, 3))
 
 
@@ -137,3 +140,20 @@ def test_a_row_outside_the_table_is_refused(build, wrong):
     rows[1, 1, 2] = wrong
     with pytest.raises(IndexError, match=rf"rows: {wrong} is outside \[0, 25\)"):
         NativeBackend(build).gather_rows(torch.randn(25, 8), rows, weights)
+
+
+@each_build
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
+def test_any_number_of_threads_gives_the_same_bits(build, num_threads):
+    table = table_of("bf16", torch.randn(40, 1000))
+    before = torch.get_num_threads()
+    try:
+        for num_tokens in (1, 2, 7, 9):
+            rows, weights = lookups(num_tokens, 2, 5, 40)
+            torch.set_num_threads(before)
+            wanted = NativeBackend(build).gather_rows(table, rows, weights)
+            torch.set_num_threads(num_threads)
+            assert torch.equal(NativeBackend(build).gather_rows(table, rows, weights), wanted)
+            check(build, table, rows, weights)
+    finally:
+        torch.set_num_threads(before)

@@ -36,6 +36,8 @@ class NativeOps:
             q_THE = q_THE.contiguous()
         out_THE = torch.empty(num_tokens, num_heads, head_dim, dtype=q_THE.dtype)
         block_table_SB = paged.block_table_SB.contiguous()
+        # asked in each Python thread, it hands torch's number of threads on to OpenMP there
+        torch.get_num_threads()
         self._library.memplus_attention(
             q_THE.data_ptr(),
             kv_blocks.data_ptr(),

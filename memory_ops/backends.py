@@ -31,7 +31,8 @@ class Backend(Protocol):
 
 def for_topk(half_scores: Tensor, top_k: int) -> Backend:
     """The backend for these half scores."""
-    fits = top_k <= MOST_CHOSEN and half_scores.shape[-1] <= MOST_SUBKEYS
+    shape = half_scores.shape
+    fits = len(shape) == 4 and shape[3] <= MOST_SUBKEYS and top_k <= MOST_CHOSEN
     if half_scores.dtype is not torch.float32 or not fits:
         return REFERENCE
     return _beside(half_scores)

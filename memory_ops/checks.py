@@ -46,12 +46,7 @@ def check_scores(half_scores_TH2N: Tensor, top_k: int) -> None:
 def check_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> None:
     """Raise ValueError unless table, rows and weights fit together."""
     table_shape(table)
-    shape = rows_THK.shape
-    if len(shape) != 3 or shape != weights_THK.shape:
-        shapes = f"{tuple(shape)} and {tuple(weights_THK.shape)}"
-        raise ValueError(f"rows and weights: expected the same shape [T, H, K], got {shapes}")
-    _check_ids(rows_THK)
-    _check_floats("weights", weights_THK)
+    _check_weights(rows_THK, weights_THK)
     _check_devices(table, rows_THK, weights_THK)
 
 
@@ -68,18 +63,23 @@ def check_vectors(table: Table, rows_THK: Tensor, x_TV: Tensor) -> None:
 
 def check_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> None:
     """Raise ValueError unless rows, weights and a gradient a token fit together."""
-    if rows_THK.dim() != 3 or rows_THK.shape != weights_THK.shape:
-        shapes = f"{tuple(rows_THK.shape)} and {tuple(weights_THK.shape)}"
-        raise ValueError(f"rows and weights: expected the same shape [T, H, K], got {shapes}")
+    _check_weights(rows_THK, weights_THK)
     if grad_TV.dim() != 2 or grad_TV.shape[0] != rows_THK.shape[0]:
         shapes = f"{tuple(grad_TV.shape)} for {rows_THK.shape[0]} tokens"
         raise ValueError(f"grad: expected [T, V], got {shapes}")
-    _check_ids(rows_THK)
-    _check_floats("weights", weights_THK)
     _check_floats("grad", grad_TV)
     if not rows_THK.device == weights_THK.device == grad_TV.device:
         found = f"{rows_THK.device}, {weights_THK.device} and {grad_TV.device}"
         raise ValueError(f"rows, weights and grad: expected one device, got {found}")
+
+
+def _check_weights(rows_THK: Tensor, weights_THK: Tensor) -> None:
+    shape = rows_THK.shape
+    if len(shape) != 3 or shape != weights_THK.shape:
+        shapes = f"{tuple(shape)} and {tuple(weights_THK.shape)}"
+        raise ValueError(f"rows and weights: expected the same shape [T, H, K], got {shapes}")
+    _check_ids(rows_THK)
+    _check_floats("weights", weights_THK)
 
 
 def _check_floats(name: str, tensor: Tensor) -> None:

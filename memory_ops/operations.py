@@ -28,9 +28,9 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     Differentiable by the scores. With scores that are NaN the rows are in range, the weights NaN.
     """
-    check_scores(half_scores_TH2N, top_k)
     if _is_plain(half_scores_TH2N):
         return backends.for_topk(half_scores_TH2N, top_k).product_topk(half_scores_TH2N, top_k)
+    check_scores(half_scores_TH2N, top_k)
     chosen: tuple[Tensor, Tensor] = _product_topk(half_scores_TH2N, top_k)
     return chosen
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from memory_ops.checks import Table, check_gradients, check_rows, check_scores, check_vectors
-from memory_ops.native.library import MEMORY_LIBRARY
+from memory_ops.native.library import MEMORY_LIBRARY, use_torchs_threads
 from memory_ops.row_formats import RowRecords, scale_offset
 
 # the codes of row_table.h
@@ -33,7 +33,7 @@ class NativeBackend:
         half_scores_TH2N = half_scores_TH2N.contiguous()
         rows_THK = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64)
         weights_THK = torch.empty(num_tokens, num_heads, top_k)
-        _use_torchs_threads()
+        use_torchs_threads()
         self._library.memplus_product_topk(
             half_scores_TH2N.data_ptr(),
             num_tokens * num_heads,
@@ -52,7 +52,7 @@ class NativeBackend:
         num_tokens, num_heads, top_k = rows_THK.shape
         arguments = _table_arguments(table)
         out_TV = torch.empty(num_tokens, arguments[3])
-        _use_torchs_threads()
+        use_torchs_threads()
         wrong = self._library.memplus_gather_rows(
             *arguments,
             rows_THK.data_ptr(),
@@ -71,7 +71,7 @@ class NativeBackend:
         num_tokens, num_heads, top_k = rows_THK.shape
         arguments = _table_arguments(table)
         dots_THK = torch.empty(num_tokens, num_heads, top_k)
-        _use_torchs_threads()
+        use_torchs_threads()
         wrong = self._library.memplus_row_dots(
             *arguments,
             rows_THK.data_ptr(),
@@ -109,7 +109,7 @@ class NativeBackend:
             _check_place(-1 - num_distinct, rows_THK, _MOST_ROWS)
         # the sum over the tokens that read a row is a gather once more
         sums_UV = torch.empty((num_distinct, value_dim))
-        _use_torchs_threads()
+        use_torchs_threads()
         self._library.memplus_gather_groups(
             *_table_arguments(grad_TV),
             tokens.data_ptr(),
@@ -119,11 +119,6 @@ class NativeBackend:
             sums_UV.data_ptr(),
         )
         return rows[:num_distinct].clone(), sums_UV
-
-
-def _use_torchs_threads() -> None:
-    # asked in each Python thread, it hands torch's number of threads on to OpenMP there
-    torch.get_num_threads()
 
 
 def _table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:

@@ -11,6 +11,8 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 BUILDS = ("avx512", "avx2", "portable")
 Prototypes = Mapping[str, tuple[type | None, tuple[type, ...]]]
 
@@ -61,7 +63,7 @@ class NativeLibrary:
         if self.runnable_builds:
             return self.runnable_builds[0]
         logger.warning(
-            "memplus was installed without its native library, for want of a C++ compiler (g++"
+            "memplus was installed without its native library, for want of a C++ compiler (g++ 12"
             " with OpenMP): %s",
             self.loss,
         )
@@ -77,6 +79,12 @@ class NativeLibrary:
 
     def _file(self, build: str) -> Path:
         return self.folder / f"{build}{_SUFFIX}"
+
+
+def use_torchs_threads() -> None:
+    """Have kernels that are called next from this Python thread use as many threads as torch."""
+    # asked for it, torch hands its number on to OpenMP, which keeps one for each Python thread
+    torch.get_num_threads()
 
 
 MEMORY_LIBRARY = NativeLibrary(

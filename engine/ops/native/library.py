@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.ops.layout import PagedKv, TokenLayout
-from memory_ops.native.library import NativeLibrary
+from memory_ops.native.library import NativeLibrary, use_torchs_threads
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 OPS_LIBRARY = NativeLibrary(
@@ -36,8 +36,7 @@ class NativeOps:
             q_THE = q_THE.contiguous()
         out_THE = torch.empty(num_tokens, num_heads, head_dim, dtype=q_THE.dtype)
         block_table_SB = paged.block_table_SB.contiguous()
-        # asked in each Python thread, it hands torch's number of threads on to OpenMP there
-        torch.get_num_threads()
+        use_torchs_threads()
         self._library.memplus_attention(
             q_THE.data_ptr(),
             kv_blocks.data_ptr(),

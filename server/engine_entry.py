@@ -35,4 +35,5 @@ def build_engine(settings: EngineSettings) -> Engine:
     """
     folder = prepared_folder(settings.model, settings.cache_folder)
     model, config = load_model(folder, settings.dtype)
+    model.pack()
     return Engine(model, settings.engine, config.eos_ids)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import memory_ops
 from engine import ops
 from engine.model.config import MemoryConfig
+from engine.model.norm import RmsNorm
+from engine.ops.native.library import NativeOps
 from memory_ops.tables.value_table import ValueTable
 
 
@@ -35,8 +37,18 @@ class MemoryLayer(nn.Module):
     must be attached before the first forward.
     """
 
-    def __init__(self, config: MemoryConfig, kind: str, hidden_size: int, norm_eps: float) -> None:
-        """Make a layer of ``kind`` ``memory_plus`` or ``pkm``, parameters uninitialised."""
+    def __init__(
+        self,
+        config: MemoryConfig,
+        kind: str,
+        hidden_size: int,
+        norm_eps: float,
+        norm: RmsNorm | None = None,
+    ) -> None:
+        """Make a layer of ``kind`` ``memory_plus`` or ``pkm``, parameters uninitialised.
+
+        ``norm``, the decoder layer's own, is applied to what comes in.
+        """
         super().__init__()
         half_dim = config.query_dim // 2
         self.top_k = config.top_k
@@ -49,6 +61,13 @@ class MemoryLayer(nn.Module):
         self.gate = nn.Linear(hidden_size, config.value_dim) if gated else None
         self.value_proj = nn.Linear(config.value_dim, hidden_size) if projected else None
         self.output_gate = nn.Linear(hidden_size, 1) if config.output_gate else None
+        self.queries = ops.Projection(self.query, norm=norm)
+        self.keys = ops.ProductKeys(self)
+        self.gates = ops.Projection(self.gate, norm=norm) if self.gate is not None else None
+        self.values = ops.Projection(self.value_proj) if self.value_proj is not None else None
+        self.output_gates = (
+            ops.Projection(self.output_gate, norm=norm) if self.output_gate is not None else None
+        )
         self._table: ValueTable | None = None
 
     @property
@@ -61,37 +80,39 @@ class MemoryLayer(nn.Module):
         """Read rows from this table from now on; its shape is the caller's to have checked."""
         self._table = table
 
+    def pack(self, native: NativeOps) -> None:
+        """Lay the weights out for serving; see ``Projection.pack``."""
+        self.keys.pack(native)
+        for projection in (self.queries, self.gates, self.values, self.output_gates):
+            if projection is not None:
+                projection.pack(native)
+
     def half_scores(self, x_TD: Tensor) -> Tensor:
-        """Dot products of query halves and subkeys, ``[T, H, 2, N]`` in fp32 (fp64 for fp64).
+        """See ``ops.half_scores``."""
+        return ops.half_scores(ops.linear(x_TD, self.queries), self.keys)
 
-        Both factors are in the model's dtype and the sums are kept wide, so that trainer and
-        server choose the same rows.
+    def forward(
+        self,
+        x_TD: Tensor,
+        trace: list[MemoryTrace] | None = None,
+        residual_TD: Tensor | None = None,
+    ) -> Tensor:
+        """Return ``y``, ``[T, D]`` in the dtype of ``x``, added to the residual stream if given.
+
+        What is read is added to ``trace``.
         """
-        num_heads, _, _, half_dim = self.subkeys.shape
-        q_THk = ops.linear(x_TD, self.query.weight, self.query.bias)
-        q_TH2k = q_THk.view(-1, num_heads, 2, half_dim)
-        if self.query_norm is not None:
-            q_TH2k = ops.rms_norm(q_TH2k, self.query_norm, self.norm_eps)
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        return torch.einsum("thck,hcnk->thcn", q_TH2k.to(wide), self.subkeys.to(wide))
-
-    def forward(self, x_TD: Tensor, trace: list[MemoryTrace] | None = None) -> Tensor:
-        """Return ``y``, ``[T, D]`` in the dtype of ``x``; what is read is added to ``trace``."""
         rows_THK, weights_THK = memory_ops.product_topk(self.half_scores(x_TD), self.top_k)
         if trace is not None:
             trace.append(MemoryTrace(rows_THK, weights_THK))
         lookup = self.table.start(rows_THK, weights_THK)
         # the table may still be fetching: what does not depend on the rows runs meanwhile
-        gate_TV = None
-        if self.gate is not None:
-            gate_TV = ops.linear(x_TD, self.gate.weight, self.gate.bias)
-        y_TV = lookup.finish().to(x_TD.dtype)
-        if gate_TV is not None:
-            y_TV = ops.silu_gate(gate_TV, y_TV)
-        y_TD = y_TV
-        if self.value_proj is not None:
-            y_TD = ops.linear(y_TV, self.value_proj.weight, self.value_proj.bias)
-        if self.output_gate is not None:
-            gate_T1 = ops.linear(x_TD, self.output_gate.weight, self.output_gate.bias)
+        gate_TV = ops.linear(x_TD, self.gates) if self.gates is not None else None
+        gate_T1 = ops.linear(x_TD, self.output_gates) if self.output_gates is not None else None
+        y_TV = lookup.finish()
+        y_TV = ops.silu_gate(gate_TV, y_TV) if gate_TV is not None else y_TV.to(x_TD.dtype)
+        if gate_T1 is None and self.values is not None:
+            return ops.linear(y_TV, self.values, residual_TD)
+        y_TD = ops.linear(y_TV, self.values) if self.values is not None else y_TV
+        if gate_T1 is not None:
             y_TD = gate_T1.sigmoid() * y_TD
-        return y_TD
+        return y_TD if residual_TD is None else residual_TD + y_TD

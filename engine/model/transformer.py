@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.model.config import ModelConfig
-from engine.model.layers import DecoderLayer, RmsNorm
+from engine.model.layers import DecoderLayer
 from engine.model.memory_layer import MemoryTrace
+from engine.model.norm import RmsNorm
 from engine.model.rotary import rope_angles, rope_frequencies
 from engine.ops.layout import TokenLayout
+from engine.ops.native.library import native_ops
 from memory_ops.tables.value_table import ValueTable
 
 
@@ -53,6 +55,8 @@ class Transformer(nn.Module):
         self.lm_head: nn.Linear | None = None
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
+        self.head = ops.Projection(head)
         # no parameter, and made on the CPU even where the rest is built on the meta device
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
@@ -77,6 +81,21 @@ class Transformer(nn.Module):
             assert isinstance(block, DecoderLayer) and block.memory is not None
             block.memory.attach(table)
 
+    def pack(self) -> None:
+        """Lay the weights out for this machine's kernels, where it has any.
+
+        Then the model serves and does no more: its weights are given up, and with them gradients
+        and ``state_dict``.
+        """
+        weight = self.model.embed_tokens.weight
+        native = native_ops(weight.device, weight.dtype)
+        if native is None:
+            return
+        for layer in self.model.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.pack(native)
+        self.head.pack(native)
+
     def forward(
         self,
         ids_T: Tensor,
@@ -97,18 +116,14 @@ class Transformer(nn.Module):
             with_trace: whether the output tells what the memory layers read.
             on_layer: called after each layer.
         """
-        x_TD = self.model.embed_tokens(ids_T)
-        residual_TD = None
+        residual_TD = self.model.embed_tokens(ids_T)
         angles = rope_angles(layout.positions_T, self.rope_frequencies)
         trace: list[MemoryTrace] | None = [] if with_trace else None
         for index, layer in enumerate(self.model.layers):
             layer_kv = kv_blocks[index] if kv_blocks is not None else None
-            x_TD, residual_TD = layer(x_TD, residual_TD, layout, angles, layer_kv, trace)
+            residual_TD = layer(residual_TD, layout, angles, layer_kv, trace)
             if on_layer is not None:
                 on_layer()
-        x_LD = x_TD[logits_at_L]
-        assert residual_TD is not None
-        normed_LD, _ = self.model.norm(x_LD, residual_TD[logits_at_L])
-        head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
+        hidden_LD = self.model.norm(residual_TD[logits_at_L])
         memory = dict(zip(self.config.memory_layers, trace or (), strict=False))
-        return ForwardOutput(ops.linear(normed_LD, head.weight), normed_LD, memory)
+        return ForwardOutput(ops.linear(hidden_LD, self.head), hidden_LD, memory)

@@ -5,8 +5,16 @@ Faster versions replace an op behind its signature, never the transformer that c
 
 from engine.ops.attention import attention
 from engine.ops.gate import silu_gate
-from engine.ops.linear import linear
-from engine.ops.norm import rms_norm, rms_norm_add
-from engine.ops.rope import rope_write
+from engine.ops.linear import Projection, linear
+from engine.ops.norm import rms_norm
+from engine.ops.product_keys import ProductKeys, half_scores
 
-__all__ = ["attention", "linear", "rms_norm", "rms_norm_add", "rope_write", "silu_gate"]
+__all__ = [
+    "ProductKeys",
+    "Projection",
+    "attention",
+    "half_scores",
+    "linear",
+    "rms_norm",
+    "silu_gate",
+]

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention over a ragged batch, from KV blocks or within the batch."""
+"""Causal grouped-query attention with rotary positions over a ragged batch."""
 
 from itertools import pairwise
 
@@ -7,9 +7,48 @@ from torch import Tensor
 
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import native_ops
+from engine.ops.rope import rope_write
 
 
 def attention(
+    qkv_TF: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    angles: tuple[Tensor, Tensor],
+    layout: TokenLayout,
+    kv_blocks: Tensor | None,
+) -> Tensor:
+    """Rotate queries and keys, write keys and values into their blocks, and attend.
+
+    H query heads, G KV heads (H a multiple of G), E head width. ``qkv`` is ``[T, (H + 2 G) E]``,
+    queries, keys and values one after another; ``angles`` are cosines and sines ``[T, 1, E / 2]``.
+    ``kv_blocks`` is one layer's ``[blocks, 2, G, block_size, E]``, changed in place; ``None``
+    together with ``layout.paged``: then a sequence's context is its own rows of ``qkv``.
+
+    Returns ``[T, H E]`` in the dtype of ``qkv``.
+    """
+    native = native_ops(qkv_TF.device, qkv_TF.dtype)
+    if native is not None and kv_blocks is not None and layout.paged is not None:
+        return native.attention(qkv_TF, num_heads, angles, layout, layout.paged, kv_blocks)
+    return attention_by_torch(qkv_TF, num_heads, num_kv_heads, angles, layout, kv_blocks)
+
+
+def attention_by_torch(
+    qkv_TF: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    angles: tuple[Tensor, Tensor],
+    layout: TokenLayout,
+    kv_blocks: Tensor | None,
+) -> Tensor:
+    """``attention`` on any device, at any precision, and with gradients."""
+    qkv_TFE = qkv_TF.view(qkv_TF.shape[0], num_heads + 2 * num_kv_heads, -1)
+    q_THE, k_TGE, v_TGE = torch.split(qkv_TFE, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q_THE, k_TGE = rope_write(q_THE, k_TGE, v_TGE, angles, layout, kv_blocks)
+    return attend(q_THE, k_TGE, v_TGE, layout, kv_blocks).flatten(1)
+
+
+def attend(
     q_THE: Tensor,
     k_TGE: Tensor,
     v_TGE: Tensor,
@@ -18,26 +57,11 @@ def attention(
 ) -> Tensor:
     """``softmax(q k^T / sqrt(E)) v`` with each token seeing its own sequence up to itself.
 
-    H query heads, G KV heads (H a multiple of G), E head width. With ``kv_blocks``
-    (``[blocks, 2, G, block_size, E]``, this step's keys and values already written) a sequence's
-    context is read from its blocks; without, it is the sequence's own rows of ``k`` and ``v``.
+    With ``kv_blocks``, this step's keys and values already written, a sequence's context is read
+    from its blocks; without, it is the sequence's own rows of ``k`` and ``v``.
 
     Returns ``[T, H, E]`` in the dtype of ``q``.
     """
-    native = native_ops(q_THE)
-    if native is not None and kv_blocks is not None and layout.paged is not None:
-        return native.attention(q_THE, layout, layout.paged, kv_blocks)
-    return attention_by_torch(q_THE, k_TGE, v_TGE, layout, kv_blocks)
-
-
-def attention_by_torch(
-    q_THE: Tensor,
-    k_TGE: Tensor,
-    v_TGE: Tensor,
-    layout: TokenLayout,
-    kv_blocks: Tensor | None,
-) -> Tensor:
-    """``attention`` on any device, at any precision, and with gradients."""
     out_THE = torch.empty_like(q_THE)
     for sequence, (start, end) in enumerate(pairwise(layout.query_starts)):
         if kv_blocks is not None and layout.paged is not None:
@@ -47,7 +71,7 @@ def attention_by_torch(
         else:
             keys_GLE = k_TGE[start:end].transpose(0, 1)
             values_GLE = v_TGE[start:end].transpose(0, 1)
-        out_THE[start:end] = _attend(q_THE[start:end], keys_GLE, values_GLE)
+        out_THE[start:end] = _attend_one(q_THE[start:end], keys_GLE, values_GLE)
     return out_THE
 
 
@@ -58,7 +82,7 @@ def _read_blocks(kv_blocks: Tensor, block_ids_B: Tensor, length: int) -> tuple[T
     return lines_2GLE[0], lines_2GLE[1]
 
 
-def _attend(q_QHE: Tensor, keys_GLE: Tensor, values_GLE: Tensor) -> Tensor:
+def _attend_one(q_QHE: Tensor, keys_GLE: Tensor, values_GLE: Tensor) -> Tensor:
     num_queries, length = q_QHE.shape[0], keys_GLE.shape[1]
     mask_QL = None
     if num_queries > 1:

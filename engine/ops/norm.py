@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, alone and with the residual sum before it."""
+"""Root-mean-square normalisation."""
 
 import torch
 from torch import Tensor
@@ -12,14 +12,3 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     wide = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return weight_D * normed.to(x_TD.dtype)
-
-
-def rms_norm_add(
-    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Add ``x`` to the residual stream, then normalise: returns (normed, new residual).
-
-    Both are ``[T, D]`` in the dtype of ``x``; the arguments are left as they were.
-    """
-    residual_TD = residual_TD + x_TD
-    return rms_norm(residual_TD, weight_D, eps), residual_TD

@@ -105,6 +105,23 @@ inline ints load_i8(const uint8_t* at) {
 
 inline floats load_bf16(const uint8_t* at) { return (floats)(load_u16(at) << 16); }
 
+// The bits of the nearest bf16 numbers, ties to even, in the low half of each lane.
+inline words round_to_bf16(floats values) {
+  const words bits = (words)values;
+  const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (words)(values == values ? (ints)rounded : splat(0x7fc0));
+}
+
+inline void store_bf16(uint8_t* at, floats values) {
+  const words bits = round_to_bf16(values);
+#if defined(__AVX512F__)
+  store(at, _mm512_cvtepi32_epi16((__m512i)bits));
+#else
+  typedef uint16_t shorts __attribute__((vector_size(LANES * 2)));
+  store(at, __builtin_convertvector(bits, shorts));
+#endif
+}
+
 inline floats load_fp16(const uint8_t* at) {
 #if defined(__AVX512F__)
   return (floats)_mm512_cvtph_ps(load<__m256i>(at));
@@ -206,6 +223,12 @@ inline floats exp_negative(floats x) {
   // the low bits of the shifted number are n itself
   const floats power = (floats)((((words)shifted) + 127) << 23);
   return x < lowest ? splat(0.f) : series * power;
+}
+
+// x / (1 + e^-x)
+inline floats silu(floats x) {
+  const floats power = exp_negative(x < 0 ? x : -x);
+  return x * (x < 0 ? power : splat(1.f)) / (power + 1.f);
 }
 
 }  // namespace memplus

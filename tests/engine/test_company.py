@@ -30,10 +30,13 @@ def engine(model, kv_tokens: int = 4096, drafter=None, num_drafts: int = 0, **co
     return Engine(model, settings, drafter=drafter, num_drafts=num_drafts)
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=["as trained", "packed"])
+def model(request):
     torch.manual_seed(1)
-    return random_model(tiny_config())
+    made = random_model(tiny_config())
+    if request.param == "packed":
+        made.pack()
+    return made
 
 
 def prompts(count: int) -> list[list[int]]:

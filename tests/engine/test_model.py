@@ -120,3 +120,28 @@ def test_a_trace_tells_what_each_memory_layer_read():
     torch.testing.assert_close(model(ids, layout, last).logits_LV, plain.logits_LV)
     hidden = torch.nn.functional.linear(plain.hidden_LD, model.lm_head.weight)
     torch.testing.assert_close(hidden, plain.logits_LV)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dense", "memory_plus", "pkm"])
+def test_a_packed_model_gives_the_same_logits(kind, dtype):
+    memory = MemoryConfig(
+        num_heads=2,
+        num_subkeys=8,
+        top_k=8,
+        query_dim=8,
+        value_dim=24,
+        qk_norm=kind == "pkm",
+        output_gate=kind == "pkm",
+        value_projection=kind == "pkm",
+    )
+    kinds = ("dense", kind)
+    changes = {"feed_forward": kinds, "memory": memory} if kind != "dense" else {}
+    model = random_model(tiny_config(attention_bias=True, mlp_bias=True, **changes), dtype)
+    wanted = plain_logits(model, list(range(60)))
+    model.pack()
+    assert not [name for name in model.state_dict() if name.endswith("proj.weight")]
+    found = plain_logits(model, list(range(60)))
+    # bf16 roundings add up over the layers
+    rtol, atol = (1e-3, 1e-3) if dtype == torch.float32 else (0.1, 0.5)
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)

@@ -2,16 +2,54 @@
 #pragma once
 
 #include "attention.h"
+#include "linear.h"
+#include "silu_gate.h"
 
-// Writes `out` [T, H, E]; the fields are those of memplus::Attention. Blocks and lengths are the
-// engine's own, and are not checked.
-extern "C" void memplus_attention(const uint8_t* q, const uint8_t* kv, const int64_t* block_table,
+// Writes this step's keys and values, then `out` [T, H, E]; the fields are those of
+// memplus::Attention. Blocks and lengths are the engine's own, and are not checked.
+extern "C" void memplus_attention(const uint8_t* qkv, const float* cosines, const float* sines,
+                                  uint8_t* kv, const int64_t* block_table,
                                   const int64_t* query_starts, const int64_t* context_lengths,
                                   uint8_t* out, int64_t num_sequences, int64_t table_width,
-                                  int64_t q_stride, int64_t num_heads, int64_t num_kv_heads,
-                                  int64_t head_dim, int64_t block_size, int32_t is_bf16) {
-  const memplus::Attention call = {
-      q,           kv,       block_table, query_starts, context_lengths, out,       num_sequences,
-      table_width, q_stride, num_heads,   num_kv_heads, head_dim,        block_size};
+                                  int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                                  int64_t block_size, int32_t is_bf16) {
+  const memplus::Attention call = {qkv,           cosines,     sines,        kv,
+                                   block_table,   query_starts, context_lengths, out,
+                                   num_sequences, table_width, num_heads,    num_kv_heads,
+                                   head_dim,      block_size};
   is_bf16 ? memplus::attend<memplus::Bf16Values>(call) : memplus::attend<memplus::Fp32Values>(call);
+}
+
+// Bytes of the panels of a linear layer, whose own pointer is not looked at.
+extern "C" int64_t memplus_panel_bytes(const memplus::PackedLinear* linear) {
+  return linear->blocks * linear->block_panels() * linear->panel_bytes();
+}
+
+// Bias values of a linear layer, one for each place in its panels.
+extern "C" int64_t memplus_bias_size(const memplus::PackedLinear* linear) {
+  return linear->blocks * linear->block_panels() * memplus::PANEL_VECTORS * memplus::LANES;
+}
+
+// Puts `count` rows of weights, `stride` bytes apart, and their bias (or null) into zeroed panels;
+// see memplus::WeightRows.
+extern "C" void memplus_pack_rows(const memplus::PackedLinear* linear, const uint8_t* rows,
+                                  int64_t stride, const float* bias, int64_t count, int64_t block,
+                                  int64_t first, int64_t part) {
+  memplus::pack(*linear, {rows, stride, bias, count, block, first, part});
+}
+
+// Writes `out` [T, blocks, outputs]; `residual`, of the same shape, may be null or `out` itself.
+extern "C" void memplus_linear(const memplus::PackedLinear* linear, const uint8_t* x,
+                               int64_t x_stride, int64_t num_rows, const uint8_t* residual,
+                               uint8_t* out) {
+  const memplus::LinearCall call = {*linear, x, x_stride, num_rows, residual, out};
+  linear->is_bf16 ? memplus::run_linear<memplus::Bf16Values>(call)
+                  : memplus::run_linear<memplus::Fp32Values>(call);
+}
+
+// Writes silu(gate) * x, of `size` values; `x` is fp32, the others are bf16 or fp32.
+extern "C" void memplus_silu_gate(const uint8_t* gate, const float* x, uint8_t* out, int64_t size,
+                                  int32_t is_bf16) {
+  is_bf16 ? memplus::silu_gate<memplus::Bf16Values>(gate, x, out, size)
+          : memplus::silu_gate<memplus::Fp32Values>(gate, x, out, size);
 }

@@ -2,19 +2,29 @@
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.ops.layout import PagedKv, TokenLayout
+from engine.ops.native.packed_linear import PackedLinear, WeightRows
 from memory_ops.native.library import NativeLibrary, use_torchs_threads
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 OPS_LIBRARY = NativeLibrary(
     Path(__file__).parent,
-    {"memplus_attention": (None, (*[_POINTER] * 6, *[_INT64] * 7, ctypes.c_int32))},
-    "attention runs on plain torch, many times slower",
+    {
+        "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, ctypes.c_int32)),
+        "memplus_panel_bytes": (_INT64, (_POINTER,)),
+        "memplus_bias_size": (_INT64, (_POINTER,)),
+        "memplus_pack_rows": (None, (_POINTER, _POINTER, _INT64, _POINTER, *[_INT64] * 4)),
+        "memplus_silu_gate": (None, (_POINTER, _POINTER, _POINTER, _INT64, ctypes.c_int32)),
+        "memplus_linear": (None, (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER)),
+    },
+    "the model runs on plain torch, many times slower",
 )
 
 
@@ -26,39 +36,77 @@ class NativeOps:
         self._library = OPS_LIBRARY.load(build)
 
     def attention(
-        self, q_THE: Tensor, layout: TokenLayout, paged: PagedKv, kv_blocks: Tensor
+        self,
+        qkv_TF: Tensor,
+        num_heads: int,
+        angles: tuple[Tensor, Tensor],
+        layout: TokenLayout,
+        paged: PagedKv,
+        kv_blocks: Tensor,
     ) -> Tensor:
-        """``ops.attention`` from KV blocks; fp32 or bf16, a query's heads one after another."""
-        num_tokens, num_heads, head_dim = q_THE.shape
-        _, _, num_kv_heads, block_size, _ = kv_blocks.shape
-        assert kv_blocks.is_contiguous() and q_THE.dtype == kv_blocks.dtype
-        if q_THE.stride()[1:] != (head_dim, 1):
-            q_THE = q_THE.contiguous()
-        out_THE = torch.empty(num_tokens, num_heads, head_dim, dtype=q_THE.dtype)
-        block_table_SB = paged.block_table_SB.contiguous()
+        """``ops.attention`` from KV blocks; all contiguous, fp32 or bf16."""
+        _, _, num_kv_heads, block_size, head_dim = kv_blocks.shape
+        cosines, sines = angles
+        out_TF = torch.empty(qkv_TF.shape[0], num_heads * head_dim, dtype=qkv_TF.dtype)
         use_torchs_threads()
         self._library.memplus_attention(
-            q_THE.data_ptr(),
+            qkv_TF.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
             kv_blocks.data_ptr(),
-            block_table_SB.data_ptr(),
+            paged.block_table_SB.data_ptr(),
             layout.query_starts_S1.data_ptr(),
             paged.context_lengths_S.data_ptr(),
-            out_THE.data_ptr(),
+            out_TF.data_ptr(),
             len(paged.context_lengths),
-            block_table_SB.shape[1],
-            q_THE.stride()[0],
+            paged.block_table_SB.shape[1],
             num_heads,
             num_kv_heads,
             head_dim,
             block_size,
-            q_THE.dtype == torch.bfloat16,
+            qkv_TF.dtype is torch.bfloat16,
         )
-        return out_THE
+        return out_TF
+
+    def pack(self, rows: Sequence[WeightRows], outputs: int, **options: Any) -> PackedLinear:
+        """Lay weights out for ``linear``; see ``PackedLinear``."""
+        return PackedLinear(self._library, rows, outputs, **options)
+
+    def linear(
+        self, packed: PackedLinear, x_TI: Tensor, residual_TO: Tensor | None = None
+    ) -> Tensor:
+        """``ops.linear`` by weights that this build packed; rows of ``x`` may lie apart."""
+        num_rows, row_stride = x_TI.shape[0], x_TI.stride()[0]
+        out_TO = torch.empty(num_rows, packed.num_outputs, dtype=packed.out_dtype)
+        use_torchs_threads()
+        self._library.memplus_linear(
+            packed.address,
+            x_TI.data_ptr(),
+            row_stride * x_TI.itemsize,
+            num_rows,
+            None if residual_TO is None else residual_TO.data_ptr(),
+            out_TO.data_ptr(),
+        )
+        return out_TO
+
+    def silu_gate(self, gate_TI: Tensor, x_TI: Tensor) -> Tensor:
+        """``ops.silu_gate``; the gate fp32 or bf16, ``x`` fp32, both contiguous."""
+        assert gate_TI.is_contiguous() and x_TI.is_contiguous() and gate_TI.shape == x_TI.shape
+        out_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype)
+        use_torchs_threads()
+        self._library.memplus_silu_gate(
+            gate_TI.data_ptr(),
+            x_TI.data_ptr(),
+            out_TI.data_ptr(),
+            gate_TI.numel(),
+            gate_TI.dtype is torch.bfloat16,
+        )
+        return out_TI
 
 
-def native_ops(tensor: Tensor) -> NativeOps | None:
-    """The fastest build for operands like this one, if there is any for its device and dtype."""
-    if tensor.is_cpu and tensor.dtype in (torch.float32, torch.bfloat16):
+def native_ops(device: torch.device, dtype: torch.dtype) -> NativeOps | None:
+    """The fastest build for tensors of this device and dtype, if there is any."""
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         return _best()
     return None
 

@@ -1,3 +1,4 @@
 // Every kernel, compiled for any machine.
 #include "interface.h"
+#define MEMPLUS_HAS_BF16_BUILD
 #include "memory_ops/native/best_build.h"

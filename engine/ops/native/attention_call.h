@@ -1,0 +1,45 @@
+// What one call of attention.h is given.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace memplus {
+
+constexpr int64_t SHARING_ROWS = 24;  // each one query of one head, that read the same keys
+
+// Tensors of bf16 or fp32 values; H query heads, G KV heads, E values a head.
+struct Attention {
+  const uint8_t* qkv;              // [T, H + 2 G, E]: queries, keys, values
+  const float* cosines;            // [T, E / 2], as are the sines
+  const float* sines;
+  uint8_t* kv;                     // [blocks, 2, G, block_size, E]
+  const int64_t* block_table;      // [S, table_width]
+  const int64_t* query_starts;     // [S + 1]
+  const int64_t* context_lengths;  // [S]
+  uint8_t* out;                    // [T, H, E]
+  int64_t num_sequences, table_width, num_heads, num_kv_heads, head_dim, block_size;
+
+  int64_t group_heads() const { return num_heads / num_kv_heads; }
+  int64_t tile_queries() const { return std::max<int64_t>(1, SHARING_ROWS / group_heads()); }
+  int64_t num_tokens() const { return query_starts[num_sequences]; }
+  int64_t qkv_heads() const { return num_heads + 2 * num_kv_heads; }
+  // of a query's first value, or a key's or value's where `head` goes on to count these
+  int64_t qkv_place(int64_t token, int64_t head) const {
+    return (token * qkv_heads() + head) * head_dim;
+  }
+  // of the key at a position of a sequence; its value lies kv_half() further
+  int64_t kv_place(int64_t sequence, int64_t kv_head, int64_t position) const {
+    const int64_t block = block_table[sequence * table_width + position / block_size];
+    const int64_t offset = kv_head * block_size + position % block_size;
+    return block * 2 * kv_half() + offset * head_dim;
+  }
+  int64_t kv_half() const { return num_kv_heads * block_size * head_dim; }
+};
+
+// Queries [first, last) of a sequence, for the heads that share one KV head.
+struct QueryTile {
+  int64_t sequence, kv_head, first, last;
+};
+
+}  // namespace memplus

@@ -1,0 +1,259 @@
+// The rows of one tile, each a query of one head, against the keys that they share.
+//
+// Keys are taken in parts of PART from the first on, a softmax over parts being an online one
+// (arXiv 2205.14135), and summed one after another. So what a query gets depends neither on the
+// company in its batch nor on how its prompt was cut: keys that it does not see weigh exactly 0.
+#pragma once
+
+#include <limits>
+#include <vector>
+
+#include "attention_call.h"
+#include "values.h"
+#include "memory_ops/native/simd.h"
+#include "product.h"
+#include "rope.h"
+
+namespace memplus {
+
+constexpr int64_t PART = 128;  // keys
+constexpr int64_t PART_VECTORS = PART / LANES;
+
+// Turns LANES vectors over: lane i of vector j becomes lane j of vector i.
+template <int HALF = LANES / 2>
+inline __attribute__((always_inline)) void transpose(words* vectors) {
+  const ints lanes = lane_numbers();
+  const ints low = (lanes & HALF) == 0 ? lanes : (lanes ^ HALF) + LANES;
+  const ints high = (lanes & HALF) == 0 ? lanes ^ HALF : lanes + LANES;
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) {
+    if (i & HALF) continue;
+    const words a = vectors[i], b = vectors[i + HALF];
+    vectors[i] = __builtin_shuffle(a, b, low);
+    vectors[i + HALF] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (HALF > 1) transpose<HALF / 2>(vectors);
+}
+
+inline float largest(floats lanes) {
+  float most = lanes[0];
+  for (int lane = 1; lane < LANES; lane++) most = std::max(most, lanes[lane]);
+  return most;
+}
+
+// What one thread works on; its buffers are kept from call to call.
+template <class Values>
+class TileWorker {
+ public:
+  explicit TileWorker(const Attention& call)
+      : call_(call),
+        key_vectors_((call.head_dim * bytes + sizeof(words) - 1) / sizeof(words)),
+        out_vectors_((call.head_dim + LANES - 1) / LANES) {
+    const int64_t rows = call.tile_queries() * call.group_heads();
+    static thread_local std::vector<floats> kept;
+    const int64_t steps =
+        std::max(key_vectors_ * LANES * PART_VECTORS, PART / STEP_KEYS * out_vectors_);
+    kept.resize(rows * (key_vectors_ + out_vectors_ + 2 + PART_VECTORS) + out_vectors_ +
+                key_vectors_ + steps);
+    floats* free = kept.data();
+    const auto take = [&](int64_t count) { return std::exchange(free, free + count); };
+    queries_ = take(rows * key_vectors_);
+    sums_ = take(rows * out_vectors_);
+    totals_ = take(rows);
+    scores_ = take(rows * PART_VECTORS);
+    rotated_ = take(out_vectors_);
+    nothing_ = take(key_vectors_);
+    steps_ = take(steps);
+    largest_ = (float*)take(rows);
+    std::fill(nothing_, nothing_ + key_vectors_, floats{});
+  }
+
+  // Works on the tiles that `take` gives, while it gives any (null is none).
+  template <class Take>
+  void run(Take take) {
+    Part *now = &parts_[0], *next = &parts_[1];
+    for (find(*now, take(), 0); now->tile; std::swap(now, next)) {
+      // what is needed next is fetched while this part is computed
+      const bool is_last = now->first + PART >= now->seen;
+      find(*next, is_last ? take() : now->tile, is_last ? 0 : now->first + PART);
+      if (now->first == 0)
+        for (int64_t row = 0; row < now->rows; row++) read_query(*now->tile, row);
+      read_keys(*now, *next);
+      score(*now);
+      for (int64_t row = 0; row < now->rows; row++) weigh(row, now->count);
+      read_values(*now, *next);
+      add_products<Values>(now->rows, out_vectors_, {(uint8_t*)scores_, PART * 4},
+                           {steps_, out_vectors_}, {sums_, out_vectors_},
+                           (now->count + STEP_KEYS - 1) / STEP_KEYS);
+      if (is_last)
+        for (int64_t row = 0; row < now->rows; row++) write(*now->tile, row);
+    }
+  }
+
+ private:
+  static constexpr int64_t bytes = Values::bytes;
+  static constexpr int64_t STEP_KEYS = 4 / bytes;  // one step of a product adds their values
+
+  // Some keys of a tile, from the first-th on. Where there are none, up to a whole vector of them,
+  // `keys` and `values` show zeros.
+  struct Part {
+    const QueryTile* tile;
+    int64_t first, count;
+    int64_t rows, before, seen;  // of the tile, keys before its first query and up to its last
+    const uint8_t *keys[PART + 2 * LANES], *values[PART + 2 * LANES];
+  };
+
+  int64_t head(const QueryTile& tile, int64_t row) const {
+    return tile.kv_head * call_.group_heads() + row % call_.group_heads();
+  }
+
+  int64_t token(const QueryTile& tile, int64_t row) const {
+    return call_.query_starts[tile.sequence] + tile.first + row / call_.group_heads();
+  }
+
+  void read_query(const QueryTile& tile, int64_t row) {
+    const int64_t token = this->token(tile, row);
+    const uint8_t* query = call_.qkv + call_.qkv_place(token, head(tile, row)) * bytes;
+    by_vectors(call_.head_dim, [&](int64_t v, int64_t at, int64_t lanes) {
+      rotated_[v] = Values::read(query + at * bytes, lanes);
+    });
+    const int64_t half = call_.head_dim / 2;
+    rotate((float*)rotated_, call_.cosines + token * half, call_.sines + token * half, half);
+    uint8_t* to = (uint8_t*)(queries_ + row * key_vectors_);
+    std::memset(to, 0, key_vectors_ * sizeof(floats));
+    Values::write(to, rotated_, call_.head_dim);
+    std::fill(sums_ + row * out_vectors_, sums_ + (row + 1) * out_vectors_, floats{});
+    totals_[row] = floats{};
+    largest_[row] = -std::numeric_limits<float>::infinity();
+  }
+
+  void find(Part& part, const QueryTile* tile, int64_t first) const {
+    part.tile = tile, part.first = first, part.count = 0;
+    if (tile) {
+      const int64_t s = tile->sequence;
+      part.before = call_.context_lengths[s] - (call_.query_starts[s + 1] - call_.query_starts[s]);
+      part.seen = part.before + tile->last;
+      part.rows = (tile->last - tile->first) * call_.group_heads();
+      part.count = std::min(PART, part.seen - first);
+    }
+    const int64_t size = call_.head_dim * bytes, half = call_.kv_half() * bytes;
+    for (int64_t at = 0; at < part.count;) {
+      const int64_t position = first + at, left = call_.block_size - position % call_.block_size;
+      const int64_t end = std::min(part.count, at + left);
+      const int64_t place = call_.kv_place(tile->sequence, tile->kv_head, position);
+      for (const uint8_t* key = call_.kv + place * bytes; at < end; at++, key += size)
+        part.keys[at] = key, part.values[at] = key + half;
+    }
+    for (int64_t at = part.count; at < part.count + 2 * LANES; at++)
+      part.keys[at] = part.values[at] = (uint8_t*)nothing_;
+  }
+
+  // Lays the part's keys out by steps over their values, LANES keys a vector.
+  void read_keys(const Part& part, const Part& next) {
+    const int64_t size = call_.head_dim * bytes, ahead = fetched_a_key(part, next);
+    for (int64_t at = 0; at < part.count; at += LANES) {
+      for (int64_t v = 0; v < key_vectors_; v++) {
+        words keys[LANES];
+        const int64_t first = v * sizeof(words);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+          keys[i] = read_words(part.keys[at + i] + first, size - first);
+        transpose(keys);
+        floats* to = steps_ + v * LANES * PART_VECTORS + at / LANES;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) to[i * PART_VECTORS] = (floats)keys[i];
+        fetch(next.keys, at * ahead, std::min((at + LANES) * ahead, next.count), first);
+      }
+    }
+  }
+
+  // How many of the next part's keys are to be fetched with each of this part's.
+  static int64_t fetched_a_key(const Part& part, const Part& next) {
+    return (next.count + part.count - 1) / part.count;
+  }
+
+  static void fetch(const uint8_t* const* rows, int64_t first, int64_t last, int64_t at) {
+    for (int64_t i = first; i < last; i++) __builtin_prefetch(rows[i] + at);
+  }
+
+  static words read_words(const uint8_t* at, int64_t left) {
+    if (left >= (int64_t)sizeof(words)) return load<words>(at);
+    words last{};
+    std::memcpy(&last, at, left);
+    return last;
+  }
+
+  // Scores of the part's keys, minus infinity for those that a row does not see.
+  void score(const Part& part) {
+    const int64_t vectors = (part.count + LANES - 1) / LANES, rows = part.rows;
+    std::fill(scores_, scores_ + rows * PART_VECTORS, floats{});
+    add_products<Values>(rows, vectors,
+                         {(uint8_t*)queries_, key_vectors_ * (int64_t)sizeof(words)},
+                         {steps_, PART_VECTORS}, {scores_, PART_VECTORS},
+                         (call_.head_dim + STEP_KEYS - 1) / STEP_KEYS);
+    const floats scale = splat(1.f / __builtin_sqrtf((float)call_.head_dim));
+    const floats unseen = splat(-std::numeric_limits<float>::infinity());
+    for (int64_t row = 0; row < rows; row++) {
+      const int64_t position = part.before + part.tile->first + row / call_.group_heads();
+      const int64_t seen = std::min(position + 1 - part.first, PART);
+      floats* scores = scores_ + row * PART_VECTORS;
+      for (int64_t v = 0; v < vectors; v++) {
+        const ints limit = splat((int32_t)(seen - v * LANES));
+        scores[v] = lane_numbers() < limit ? scores[v] * scale : unseen;
+      }
+    }
+  }
+
+  // Makes weights of a row's scores, in place, as Values; makes room for a new largest score.
+  void weigh(int64_t row, int64_t count) {
+    floats* scores = scores_ + row * PART_VECTORS;
+    floats most = scores[0];
+    for (int64_t v = 1; v * LANES < count; v++) most = scores[v] > most ? scores[v] : most;
+    const float before = largest_[row], now = std::max(before, largest(most));
+    if (now > before) {
+      const floats factor = exp_negative(splat(before - now));
+      totals_[row] *= factor;
+      for (int64_t v = 0; v < out_vectors_; v++) sums_[row * out_vectors_ + v] *= factor;
+      largest_[row] = now;
+    }
+    uint8_t* to = (uint8_t*)scores;
+    for (int64_t v = 0; v * LANES < count; v++) {
+      const floats weights = Values::rounded(exp_negative(scores[v] - splat(now)));
+      totals_[row] += weights;
+      Values::narrow(to + v * LANES * bytes, weights);
+    }
+  }
+
+  // Lays the part's values out by steps; what is not there is 0, since a weight of 0 would not
+  // make nothing of a NaN.
+  void read_values(const Part& part, const Part& next) {
+    const int64_t ahead = fetched_a_key(part, next), size = call_.head_dim * bytes;
+    for (int64_t at = 0; at < part.count; at += STEP_KEYS) {
+      floats* to = steps_ + at / STEP_KEYS * out_vectors_;
+      by_vectors(call_.head_dim, [&](int64_t v, int64_t e, int64_t lanes) {
+        to[v] = (floats)Values::together(part.values + at, e, lanes);
+      });
+      const int64_t last = std::min((at + STEP_KEYS) * ahead, next.count);
+      for (int64_t line = 0; line < size; line += LINE)
+        fetch(next.values, at * ahead, last, line);
+    }
+  }
+
+  void write(const QueryTile& tile, int64_t row) {
+    const int64_t at = (token(tile, row) * call_.num_heads + head(tile, row)) * call_.head_dim;
+    const floats factor = splat(1.f / sum(totals_[row]));
+    floats* sums = sums_ + row * out_vectors_;
+    for (int64_t v = 0; v < out_vectors_; v++) sums[v] *= factor;
+    Values::write(call_.out + at * bytes, sums, call_.head_dim);
+  }
+
+  const Attention& call_;
+  const int64_t key_vectors_, out_vectors_;  // of a row of keys, and of fp32 values
+  floats *queries_, *sums_, *totals_, *scores_;  // of each row
+  floats *rotated_, *nothing_;
+  floats* steps_;  // the part's keys, then its values, as products read them
+  float* largest_;
+  Part parts_[2];
+};
+
+}  // namespace memplus

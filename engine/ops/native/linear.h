@@ -1,0 +1,190 @@
+// Matrix products of rows with weights that were laid out for them once (packed_linear.h):
+//
+//   out[t, o] = norm(x[t]) . weight[o] + bias[o]
+//
+// and what follows them while the sums are still in registers: silu(gate) * up, or the residual.
+// An output is one chain of sums over the inputs in their order. So it is the same, bit for bit,
+// whatever rows stand beside its own, and however many.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "values.h"
+#include "memory_ops/native/simd.h"
+#include "memory_ops/native/threads.h"
+#include "packed_linear.h"
+#include "rms_norm.h"
+
+namespace memplus {
+
+#if defined(__AVX512F__)
+constexpr int TILE_ROWS = 12;  // times two vectors of outputs: 24 of 32 registers hold sums
+#else
+constexpr int TILE_ROWS = 4;
+#endif
+constexpr int64_t PREFETCHED = 2048;  // bytes ahead in a panel that one tile alone reads
+constexpr int64_t CHUNK_ROWS = 4 * TILE_ROWS;
+
+// Rows times a linear layer. `residual` may be null, and may be `out` itself.
+struct LinearCall {
+  const PackedLinear& linear;
+  const uint8_t* x;
+  int64_t x_stride;  // in bytes
+  int64_t num_rows;
+  const uint8_t* residual;  // [T, outputs], as is `out`
+  uint8_t* out;
+};
+
+// Rows [first, last) of a call, as the tiles read them.
+struct Rows {
+  const uint8_t* x;
+  int64_t stride;
+  int64_t first, last;
+};
+
+// Where the lines lie that a tile fetches while it computes.
+struct Prefetch {
+  const uint8_t* at;
+  int64_t step;  // bytes onwards with each step of the product
+};
+
+// The sums of COUNT rows and one panel of outputs.
+template <class Values, int COUNT>
+inline void multiply(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t steps,
+                     Prefetch prefetch, floats (*sums)[PANEL_VECTORS]) {
+  floats sum[COUNT][PANEL_VECTORS] = {};
+  for (int64_t step = 0; step < steps; step++) {
+    words weights[PANEL_VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < PANEL_VECTORS; v++)
+      weights[v] = load<words>(panel + (step * PANEL_VECTORS + v) * sizeof(words));
+    __builtin_prefetch(prefetch.at);
+    __builtin_prefetch(prefetch.at + LINE);
+    prefetch.at += prefetch.step;
+#pragma GCC unroll 12
+    for (int row = 0; row < COUNT; row++) {
+      const words value = words{} + load<uint32_t>(x + row * stride + step * 4);
+#pragma GCC unroll 2
+      for (int v = 0; v < PANEL_VECTORS; v++)
+        sum[row][v] = Values::add_products(sum[row][v], weights[v], value);
+    }
+  }
+  for (int row = 0; row < COUNT; row++)
+    for (int v = 0; v < PANEL_VECTORS; v++) sums[row][v] = sum[row][v];
+}
+
+template <class Values, int COUNT = TILE_ROWS>
+inline void multiply_rows(int64_t count, const uint8_t* x, int64_t stride, const uint8_t* panel,
+                          int64_t steps, Prefetch prefetch, floats (*sums)[PANEL_VECTORS]) {
+  if constexpr (COUNT > 0) {
+    if (count == COUNT)
+      return multiply<Values, COUNT>(x, stride, panel, steps, prefetch, sums);
+    multiply_rows<Values, COUNT - 1>(count, x, stride, panel, steps, prefetch, sums);
+  }
+}
+
+// Writes the outputs of one row and one panel.
+template <class Values>
+inline void finish(const LinearCall& call, int64_t row, int64_t panel, floats* sums) {
+  const PackedLinear& linear = call.linear;
+  const int64_t block = panel / linear.block_panels(), place = panel % linear.block_panels();
+  if (linear.bias)
+    for (int v = 0; v < PANEL_VECTORS; v++)
+      sums[v] += load<floats>(linear.bias + (panel * PANEL_VECTORS + v) * LANES);
+  int vectors = PANEL_VECTORS;
+  if (linear.is_gated) sums[0] = silu(sums[0]) * sums[1], vectors = 1;
+  const int64_t first = place * vectors * LANES;
+  const int64_t count = std::min<int64_t>(vectors * LANES, linear.outputs - first);
+  const int64_t at = (row * linear.blocks + block) * linear.outputs + first;
+  if (linear.has_wide_outputs) {
+    std::memcpy(call.out + at * 4, sums, count * 4);
+  } else {
+    if (call.residual) Values::add(sums, call.residual + at * Values::bytes, count);
+    Values::write(call.out + at * Values::bytes, sums, count);
+  }
+}
+
+// Panels [panels.first, panels.last) of the outputs of `rows`.
+template <class Values>
+inline void run_panels(const LinearCall& call, Rows rows, Span panels) {
+  const PackedLinear& linear = call.linear;
+  const int64_t count = rows.last - rows.first, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+  const int64_t steps = linear.steps(), panel_bytes = linear.panel_bytes();
+  floats sums[TILE_ROWS][PANEL_VECTORS];
+  for (int64_t panel = panels.first; panel < panels.last; panel++) {
+    const uint8_t* weights = linear.panels + panel * panel_bytes;
+    const int64_t block_at = panel / linear.block_panels() * steps * 4;
+    // the first of several tiles waits for memory, unless those before it fetched its panel
+    const int64_t step_bytes = PANEL_VECTORS * sizeof(words), share = step_bytes / tiles;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const Span span = piece(count, tile, tiles);
+      const uint8_t* x = rows.x + (rows.first + span.first) * rows.stride + block_at;
+      Prefetch prefetch = {weights + panel_bytes + tile * share * steps, share};
+      if (tiles == 1) prefetch = {weights + PREFETCHED, step_bytes};
+      multiply_rows<Values>(span.last - span.first, x, rows.stride, weights, steps, prefetch, sums);
+      for (int64_t row = span.first; row < span.last; row++)
+        finish<Values>(call, rows.first + row, panel, sums[row - span.first]);
+    }
+  }
+}
+
+// Copies the rows of one block normalised, or as they are; what a whole step lacks is 0.
+template <class Values>
+inline void prepare(const LinearCall& call, int64_t row, uint8_t* to) {
+  const PackedLinear& linear = call.linear;
+  const int64_t used = linear.inputs * Values::bytes, padded = linear.steps() * 4;
+  for (int64_t block = 0; block < linear.blocks; block++) {
+    const uint8_t* from = call.x + row * call.x_stride + block * used;
+    uint8_t* at = to + (row * linear.blocks + block) * padded;
+    if (linear.norm_weights) {
+      const int64_t which = block % linear.norm_rows;
+      rms_norm<Values>(from, linear.norm_weights + which * used, linear.norm_eps, linear.inputs,
+                       at);
+    } else {
+      std::memcpy(at, from, used);
+    }
+    std::memset(at + used, 0, padded - used);
+  }
+}
+
+template <class Values>
+inline void run_linear(const LinearCall& call) {
+  const PackedLinear& linear = call.linear;
+  const int64_t row_bytes = linear.blocks * linear.steps() * 4;
+  const bool has_whole_steps = linear.steps() * 4 == linear.inputs * Values::bytes;
+  const bool is_prepared = linear.norm_weights || !has_whole_steps;
+  // the caller's thread keeps it from call to call
+  static thread_local std::vector<uint8_t> kept;
+  if (is_prepared && (int64_t)kept.size() < call.num_rows * row_bytes)
+    kept.resize(call.num_rows * row_bytes);
+  uint8_t* prepared = kept.data();
+  const uint8_t* x = is_prepared ? prepared : call.x;
+  const int64_t stride = is_prepared ? row_bytes : call.x_stride;
+  const int64_t panels = linear.blocks * linear.block_panels();
+  // chunks of rows only where there are several: a thread then reads its weights once
+  const int64_t chunks = (call.num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+  in_parallel(panels * chunks, [&](int64_t thread, int64_t threads) {
+    if (is_prepared) {
+      const Span own = piece(call.num_rows, thread, threads);
+      for (int64_t row = own.first; row < own.last; row++) prepare<Values>(call, row, prepared);
+#pragma omp barrier
+    }
+    Span units = piece(panels * chunks, thread, threads);
+    while (units.first < units.last) {
+      const int64_t panel = units.first / chunks, chunk = units.first % chunks;
+      // whole panels with all their rows; before and after them what other threads share
+      int64_t last_chunk = chunks, last_panel = panel + 1;
+      if (chunk == 0 && units.last - units.first >= chunks)
+        last_panel = units.last / chunks;
+      else
+        last_chunk = std::min(chunks, chunk + units.last - units.first);
+      const Rows rows = {x, stride, call.num_rows * chunk / chunks,
+                         call.num_rows * last_chunk / chunks};
+      run_panels<Values>(call, rows, {panel, last_panel});
+      units.first = (last_panel - 1) * chunks + last_chunk;
+    }
+  });
+}
+
+}  // namespace memplus

@@ -1,0 +1,24 @@
+// Root-mean-square normalisation of one row (arXiv 1910.07467), rounded where the twin in torch is.
+#pragma once
+
+#include "values.h"
+
+namespace memplus {
+
+template <class Values>
+inline void rms_norm(const uint8_t* x, const uint8_t* weight, float eps, int64_t size,
+                     uint8_t* out) {
+  floats squares{};
+  by_vectors(size, [&](int64_t, int64_t at, int64_t lanes) {
+    const floats value = Values::read(x + at * Values::bytes, lanes);
+    squares += value * value;
+  });
+  const floats factor = splat(1.f / __builtin_sqrtf(sum(squares) / (float)size + eps));
+  by_vectors(size, [&](int64_t, int64_t at, int64_t lanes) {
+    const floats normed = Values::rounded(Values::read(x + at * Values::bytes, lanes) * factor);
+    Values::write(out + at * Values::bytes,
+                  normed * Values::read(weight + at * Values::bytes, lanes), lanes);
+  });
+}
+
+}  // namespace memplus

@@ -1,0 +1,17 @@
+// Rotary position embedding of one head (arXiv 2104.09864).
+#pragma once
+
+#include <cstdint>
+
+namespace memplus {
+
+// Turns the pairs of lanes e and e + half by their angles, as Hugging Face's checkpoints pair them.
+inline void rotate(float* values, const float* cosines, const float* sines, int64_t half) {
+  for (int64_t e = 0; e < half; e++) {
+    const float first = values[e], second = values[half + e];
+    values[e] = first * cosines[e] - second * sines[e];
+    values[half + e] = second * cosines[e] + first * sines[e];
+  }
+}
+
+}  // namespace memplus

@@ -1,5 +1,6 @@
 """What runs in the engine process: prepare the model, load it, serve the connection."""
 
+import gc
 import logging
 from multiprocessing.connection import Connection
 
@@ -23,6 +24,9 @@ def main(connection: Connection, settings: EngineSettings) -> None:
         connection.send(EngineRefused(str(error)))
         return
     engine.warm_up()
+    # what is there now stays: the collector need not look at it during every few steps
+    gc.collect()
+    gc.freeze()
     run_engine(engine, connection)
 
 

@@ -40,9 +40,16 @@ class Attention(nn.Module):
         kv_blocks: Tensor | None,
     ) -> Tensor:
         """Return the new residual stream; keys and values are written into ``kv_blocks``."""
-        qkv_TF = ops.linear(residual_TD, self.qkv)
-        out_TF = ops.attention(qkv_TF, self.num_heads, self.num_kv_heads, angles, layout, kv_blocks)
-        return ops.linear(out_TF, self.out, residual_TD)
+        return ops.self_attention(
+            residual_TD,
+            self.qkv,
+            self.out,
+            self.num_heads,
+            self.num_kv_heads,
+            angles,
+            layout,
+            kv_blocks,
+        )
 
 
 class DenseFeedForward(nn.Module):
@@ -65,7 +72,7 @@ class DenseFeedForward(nn.Module):
 
     def forward(self, residual_TD: Tensor) -> Tensor:
         """Return the new residual stream."""
-        return ops.linear(ops.linear(residual_TD, self.gate_up), self.down, residual_TD)
+        return ops.feed_forward(residual_TD, self.gate_up, self.down)
 
 
 class DecoderLayer(nn.Module):

@@ -5,6 +5,7 @@ Faster versions replace an op behind its signature, never the transformer that c
 
 from engine.ops.attention import attention
 from engine.ops.gate import silu_gate
+from engine.ops.layer import feed_forward, self_attention
 from engine.ops.linear import Projection, linear
 from engine.ops.norm import rms_norm
 from engine.ops.product_keys import ProductKeys, half_scores
@@ -13,8 +14,10 @@ __all__ = [
     "ProductKeys",
     "Projection",
     "attention",
+    "feed_forward",
     "half_scores",
     "linear",
     "rms_norm",
+    "self_attention",
     "silu_gate",
 ]

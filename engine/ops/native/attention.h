@@ -32,8 +32,7 @@ template <class Values>
 inline void write_keys(const Attention& call, Span tokens) {
   const int64_t size = call.head_dim * Values::bytes;
   // rotated as fp32, in whole vectors
-  static thread_local std::vector<floats> kept;
-  kept.resize(call.head_dim / LANES + 1);
+  floats* rotated = kept_vectors<struct Rotated>(call.head_dim / LANES + 1);
   for (int64_t s = 0; s < call.num_sequences; s++) {
     const int64_t start = call.query_starts[s], end = call.query_starts[s + 1];
     for (int64_t t = std::max(start, tokens.first); t < std::min(end, tokens.last); t++) {
@@ -42,33 +41,55 @@ inline void write_keys(const Attention& call, Span tokens) {
         const uint8_t* key = call.qkv + call.qkv_place(t, call.num_heads + g) * Values::bytes;
         uint8_t* to = call.kv + call.kv_place(s, g, position) * Values::bytes;
         by_vectors(call.head_dim, [&](int64_t v, int64_t at, int64_t lanes) {
-          kept[v] = Values::read(key + at * Values::bytes, lanes);
+          rotated[v] = Values::read(key + at * Values::bytes, lanes);
         });
         const int64_t half = call.head_dim / 2;
-        rotate((float*)kept.data(), call.cosines + t * half, call.sines + t * half, half);
-        Values::write(to, kept.data(), call.head_dim);
+        rotate((float*)rotated, call.cosines + t * half, call.sines + t * half, half);
+        Values::write(to, rotated, call.head_dim);
         std::memcpy(to + call.kv_half() * Values::bytes, key + call.num_kv_heads * size, size);
       }
     }
   }
 }
 
+// The tiles of a call, which its threads take one by one: tiles differ in length.
+class TileQueue {
+ public:
+  explicit TileQueue(const Attention& call) : tiles_(kept_tiles()) {
+    list_tiles(call, tiles_);
+  }
+
+  int64_t size() const { return (int64_t)tiles_.size(); }
+
+  const QueryTile* take() {
+    const size_t i = next_++;
+    return i < tiles_.size() ? &tiles_[i] : nullptr;
+  }
+
+ private:
+  static std::vector<QueryTile>& kept_tiles() {
+    static thread_local std::vector<QueryTile> kept;
+    return kept;
+  }
+
+  std::vector<QueryTile>& tiles_;
+  std::atomic<size_t> next_{0};
+};
+
+// One thread's share of a call, all threads of the team taking theirs.
+template <class Values>
+inline void attend_share(const Attention& call, TileQueue& tiles, int64_t thread,
+                         int64_t threads) {
+  write_keys<Values>(call, piece(call.num_tokens(), thread, threads));
+#pragma omp barrier
+  TileWorker<Values>(call).run([&] { return tiles.take(); });
+}
+
 template <class Values>
 inline void attend(const Attention& call) {
-  static thread_local std::vector<QueryTile> tiles;  // the caller's, kept from call to call
-  list_tiles(call, tiles);
-  const QueryTile* first_tile = tiles.data();
-  const size_t num_tiles = tiles.size();
-  // tiles differ in length: whoever is done takes the next
-  std::atomic<size_t> next{0};
-  in_parallel((int64_t)num_tiles, [&](int64_t thread, int64_t threads) {
-    write_keys<Values>(call, piece(call.num_tokens(), thread, threads));
-#pragma omp barrier
-    TileWorker<Values> worker(call);
-    worker.run([&]() -> const QueryTile* {
-      const size_t i = next++;
-      return i < num_tiles ? first_tile + i : nullptr;
-    });
+  TileQueue tiles(call);
+  in_parallel(tiles.size(), [&](int64_t thread, int64_t threads) {
+    attend_share<Values>(call, tiles, thread, threads);
   });
 }
 

@@ -5,11 +5,12 @@
 // company in its batch nor on how its prompt was cut: keys that it does not see weigh exactly 0.
 #pragma once
 
+#include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "attention_call.h"
 #include "values.h"
+#include "kept.h"
 #include "memory_ops/native/simd.h"
 #include "product.h"
 #include "rope.h"
@@ -50,12 +51,11 @@ class TileWorker {
         key_vectors_((call.head_dim * bytes + sizeof(words) - 1) / sizeof(words)),
         out_vectors_((call.head_dim + LANES - 1) / LANES) {
     const int64_t rows = call.tile_queries() * call.group_heads();
-    static thread_local std::vector<floats> kept;
     const int64_t steps =
         std::max(key_vectors_ * LANES * PART_VECTORS, PART / STEP_KEYS * out_vectors_);
-    kept.resize(rows * (key_vectors_ + out_vectors_ + 2 + PART_VECTORS) + out_vectors_ +
-                key_vectors_ + steps);
-    floats* free = kept.data();
+    floats* free =
+        kept_vectors<TileWorker>(rows * (key_vectors_ + out_vectors_ + 2 + PART_VECTORS) +
+                                 out_vectors_ + key_vectors_ + steps);
     const auto take = [&](int64_t count) { return std::exchange(free, free + count); };
     queries_ = take(rows * key_vectors_);
     sums_ = take(rows * out_vectors_);

@@ -18,6 +18,8 @@ OPS_LIBRARY = NativeLibrary(
     Path(__file__).parent,
     {
         "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, ctypes.c_int32)),
+        "memplus_self_attention": (None, (*[_POINTER] * 9, *[_INT64] * 4)),
+        "memplus_feed_forward": (None, (_POINTER, _POINTER, _INT64, _POINTER)),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),
         "memplus_pack_rows": (None, (_POINTER, _POINTER, _INT64, _POINTER, *[_INT64] * 4)),
@@ -88,6 +90,43 @@ class NativeOps:
             out_TO.data_ptr(),
         )
         return out_TO
+
+    def self_attention(
+        self,
+        residual_TD: Tensor,
+        qkv: PackedLinear,
+        out: PackedLinear,
+        num_heads: int,
+        angles: tuple[Tensor, Tensor],
+        layout: TokenLayout,
+        paged: PagedKv,
+        kv_blocks: Tensor,
+    ) -> None:
+        """``ops.self_attention`` from KV blocks, into ``residual`` itself."""
+        cosines, sines = angles
+        use_torchs_threads()
+        self._library.memplus_self_attention(
+            qkv.address,
+            out.address,
+            residual_TD.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            kv_blocks.data_ptr(),
+            paged.block_table_SB.data_ptr(),
+            layout.query_starts_S1.data_ptr(),
+            paged.context_lengths_S.data_ptr(),
+            len(paged.context_lengths),
+            paged.block_table_SB.shape[1],
+            num_heads,
+            kv_blocks.shape[3],
+        )
+
+    def feed_forward(self, residual_TD: Tensor, gate_up: PackedLinear, down: PackedLinear) -> None:
+        """``ops.feed_forward``, into ``residual`` itself."""
+        use_torchs_threads()
+        self._library.memplus_feed_forward(
+            gate_up.address, down.address, residual_TD.shape[0], residual_TD.data_ptr()
+        )
 
     def silu_gate(self, gate_TI: Tensor, x_TI: Tensor) -> Tensor:
         """``ops.silu_gate``; the gate fp32 or bf16, ``x`` fp32, both contiguous."""

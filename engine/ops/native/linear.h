@@ -8,13 +8,13 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
-#include "values.h"
+#include "kept.h"
 #include "memory_ops/native/simd.h"
 #include "memory_ops/native/threads.h"
 #include "packed_linear.h"
 #include "rms_norm.h"
+#include "values.h"
 
 namespace memplus {
 
@@ -148,42 +148,51 @@ inline void prepare(const LinearCall& call, int64_t row, uint8_t* to) {
   }
 }
 
+// What a call reads instead of its own rows where these need a norm or whole steps; `bytes` is 0
+// where they do not.
 template <class Values>
-inline void run_linear(const LinearCall& call) {
+inline int64_t prepared_bytes(const LinearCall& call) {
   const PackedLinear& linear = call.linear;
-  const int64_t row_bytes = linear.blocks * linear.steps() * 4;
   const bool has_whole_steps = linear.steps() * 4 == linear.inputs * Values::bytes;
-  const bool is_prepared = linear.norm_weights || !has_whole_steps;
-  // the caller's thread keeps it from call to call
-  static thread_local std::vector<uint8_t> kept;
-  if (is_prepared && (int64_t)kept.size() < call.num_rows * row_bytes)
-    kept.resize(call.num_rows * row_bytes);
-  uint8_t* prepared = kept.data();
-  const uint8_t* x = is_prepared ? prepared : call.x;
-  const int64_t stride = is_prepared ? row_bytes : call.x_stride;
+  if (!linear.norm_weights && has_whole_steps) return 0;
+  return call.num_rows * linear.blocks * linear.steps() * 4;
+}
+
+// One thread's share of a call, all threads of the team taking theirs: `prepared` is room for
+// prepared_bytes(), shared by the team. Outputs are there after the team's next barrier.
+template <class Values>
+inline void run_share(const LinearCall& call, uint8_t* prepared, int64_t thread, int64_t threads) {
+  const PackedLinear& linear = call.linear;
+  Rows rows = {call.x, call.x_stride, 0, call.num_rows};
+  if (prepared_bytes<Values>(call)) {
+    const Span own = piece(call.num_rows, thread, threads);
+    for (int64_t row = own.first; row < own.last; row++) prepare<Values>(call, row, prepared);
+    rows.x = prepared, rows.stride = linear.blocks * linear.steps() * 4;
+#pragma omp barrier
+  }
   const int64_t panels = linear.blocks * linear.block_panels();
   // chunks of rows only where there are several: a thread then reads its weights once
   const int64_t chunks = (call.num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-  in_parallel(panels * chunks, [&](int64_t thread, int64_t threads) {
-    if (is_prepared) {
-      const Span own = piece(call.num_rows, thread, threads);
-      for (int64_t row = own.first; row < own.last; row++) prepare<Values>(call, row, prepared);
-#pragma omp barrier
-    }
-    Span units = piece(panels * chunks, thread, threads);
-    while (units.first < units.last) {
-      const int64_t panel = units.first / chunks, chunk = units.first % chunks;
-      // whole panels with all their rows; before and after them what other threads share
-      int64_t last_chunk = chunks, last_panel = panel + 1;
-      if (chunk == 0 && units.last - units.first >= chunks)
-        last_panel = units.last / chunks;
-      else
-        last_chunk = std::min(chunks, chunk + units.last - units.first);
-      const Rows rows = {x, stride, call.num_rows * chunk / chunks,
-                         call.num_rows * last_chunk / chunks};
-      run_panels<Values>(call, rows, {panel, last_panel});
-      units.first = (last_panel - 1) * chunks + last_chunk;
-    }
+  Span units = piece(panels * chunks, thread, threads);
+  while (units.first < units.last) {
+    const int64_t panel = units.first / chunks, chunk = units.first % chunks;
+    // whole panels with all their rows; before and after them what other threads share
+    int64_t last_chunk = chunks, last_panel = panel + 1;
+    if (chunk == 0 && units.last - units.first >= chunks)
+      last_panel = units.last / chunks;
+    else
+      last_chunk = std::min(chunks, chunk + units.last - units.first);
+    rows.first = call.num_rows * chunk / chunks, rows.last = call.num_rows * last_chunk / chunks;
+    run_panels<Values>(call, rows, {panel, last_panel});
+    units.first = (last_panel - 1) * chunks + last_chunk;
+  }
+}
+
+template <class Values>
+inline void run_linear(const LinearCall& call) {
+  uint8_t* prepared = kept_bytes<struct Prepared>(prepared_bytes<Values>(call));
+  in_parallel(call.linear.blocks * call.linear.block_panels(), [&](int64_t thread, int64_t threads) {
+    run_share<Values>(call, prepared, thread, threads);
   });
 }
 

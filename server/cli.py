@@ -102,6 +102,27 @@ def bench_kernels(options: argparse.Namespace) -> None:
     measure(from_options(Shapes, options), options.json)
 
 
+def bench_serving(options: argparse.Namespace) -> None:
+    """Load a running server, memplus or another, and measure its answers."""
+    from benchmarks.serving import measure
+    from benchmarks.serving_load import ServingLoad
+
+    measure(from_options(ServingLoad, options), options.json, options.plot)
+
+
+def bench_offline(options: argparse.Namespace) -> None:
+    """Measure the engine without HTTP, beside the machine's limits."""
+    from benchmarks.offline import measure
+    from benchmarks.offline_load import OfflineLoad
+
+    measure(
+        from_options(OfflineLoad, options),
+        from_options(ModelOptions, options),
+        from_options(EngineConfig, options),
+        options.json,
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("memplus", description="Serve language models with memory.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -128,6 +149,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=inspect)
     verb.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="a name or a folder")
 
+    _add_benchmarks(verbs)
+    return parser
+
+
+def _add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from benchmarks.kernel_shapes import Shapes
+    from benchmarks.offline_load import OfflineLoad
+    from benchmarks.serving_load import ServingLoad
+
     benchmarks = verbs.add_parser("bench", help="Measure.").add_subparsers(
         title="benchmarks", required=True, metavar="BENCHMARK"
     )
@@ -140,13 +170,22 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=bench_step)
     verb.add_argument("--steps", type=int, default=200, help="steps measured (default: 200)")
 
-    from benchmarks.kernel_shapes import Shapes
-
     verb = benchmarks.add_parser("kernels", help=bench_kernels.__doc__)
     verb.set_defaults(run=bench_kernels)
     add_options(verb, Shapes)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
-    return parser
+
+    verb = benchmarks.add_parser("serving", help=bench_serving.__doc__)
+    verb.set_defaults(run=bench_serving)
+    add_options(verb, ServingLoad)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    verb.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there, too")
+
+    verb = benchmarks.add_parser("offline", help=bench_offline.__doc__)
+    verb.set_defaults(run=bench_offline)
+    for settings in (OfflineLoad, ModelOptions, EngineConfig):
+        add_options(verb, settings)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ def add_options(
 ) -> None:
     """Add one option a field: its name, type, default and help are the field's own.
 
-    An option that is not given leaves no trace, so the default stands in the dataclass alone.
+    A tuple's option takes one value or more. An option that is not given leaves no trace, so the
+    default stands in the dataclass alone.
     """
     title = (settings.__doc__ or "").partition("\n")[0].rstrip(".")
     group = parser.add_argument_group(title)
@@ -23,15 +24,18 @@ def add_options(
     for field in fields(settings):
         if field.name in leave_out:
             continue
-        kind, name = _base_type(hints[field.name]), f"--{field.name.replace('_', '-')}"
+        hint, name = hints[field.name], f"--{field.name.replace('_', '-')}"
+        is_several = typing.get_origin(hint) is tuple
+        kind = _base_type(typing.get_args(hint)[0] if is_several else hint)
         shared: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         shared["help"] = _help(field)
         if kind is bool:
             group.add_argument(name, action=argparse.BooleanOptionalAction, **shared)
         else:
             choices = field.metadata.get("choices")
-            metavar = None if choices else kind.__name__.upper()
-            group.add_argument(name, type=kind, choices=choices, metavar=metavar, **shared)
+            shared["metavar"] = None if choices else kind.__name__.upper()
+            shared["nargs"] = "+" if is_several else None
+            group.add_argument(name, type=kind, choices=choices, **shared)
 
 
 def from_options(settings: type[Settings], namespace: argparse.Namespace) -> Settings:
@@ -41,7 +45,9 @@ def from_options(settings: type[Settings], namespace: argparse.Namespace) -> Set
         ConfigError, RequestError: the dataclass refuses a value; the message names the field.
     """
     names = {field.name for field in fields(settings)}  # type: ignore[arg-type]
-    return settings(**{name: value for name, value in vars(namespace).items() if name in names})
+    given = {name: value for name, value in vars(namespace).items() if name in names}
+    # what argparse gathers in a list is a tuple's field
+    return settings(**{n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
 
 
 def _base_type(hint: Any) -> type:
@@ -53,6 +59,8 @@ def _base_type(hint: Any) -> type:
 
 def _help(field: Field[Any]) -> str:
     text = str(field.metadata["help"])
-    if field.default in (None, MISSING):
+    if field.default in (None, (), MISSING):
         return text
-    return f"{text} (default: {field.default})"
+    default = field.default
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{text} (default: {shown})"

@@ -1,0 +1,125 @@
+"""Rounds of prefill and of decode on an engine in this process, each step timed."""
+
+import itertools
+import random
+import time
+from dataclasses import dataclass
+
+from benchmarks.offline_load import OfflineLoad
+from benchmarks.step_work import Chunk
+from engine.config import ConfigError, EngineConfig
+from engine.engine import Engine
+from engine.request import Request, StepOutput
+from engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    """One step: the seconds that it took, the tokens that it ran, the logits that it made."""
+
+    seconds: float
+    chunks: tuple[Chunk, ...]
+    num_logits: int
+
+
+class EngineRounds:
+    """Gives an idle engine random prompts, so that none is found among the kept prefixes."""
+
+    def __init__(self, engine: Engine, config: EngineConfig, seed: int = 0) -> None:
+        """``config`` is the one that the engine was made with."""
+        self._engine = engine
+        self._config = config
+        self._drawn = random.Random(seed)
+        self._names = (f"round-{number}" for number in itertools.count())
+
+    def check(self, load: OfflineLoad) -> None:
+        """Check that all of it can be run.
+
+        Raises:
+            ConfigError: engine and load do not fit together.
+        """
+        most = self._engine.limits.max_model_len
+        for length in load.prompt_lengths:
+            if length >= most:
+                raise ConfigError(f"prompt_lengths: {length} and a token exceed the {most} at most")
+        for batch in load.batches:
+            if batch > self._config.max_num_seqs:
+                most_batch = self._config.max_num_seqs
+                raise ConfigError(f"batches: {batch} is more than max_num_seqs {most_batch}")
+            length = load.input_len + load.output_len + self._steps_before(batch, load.input_len)
+            if length > most:
+                raise ConfigError(
+                    f"output_len: a batch of {batch} takes up to {length} tokens a sequence, more"
+                    f" than the {most} at most"
+                )
+            blocks = batch * -(-length // self._config.block_size)
+            total = self._engine.statistics().kv_blocks_total
+            if blocks > total:
+                raise ConfigError(
+                    f"kv_cache_gib: a batch of {batch} takes up to {blocks} KV blocks, more than"
+                    f" the {total} there are"
+                )
+
+    def prefill(self, length: int) -> list[TimedStep]:
+        """Compute one prompt, as many steps as that takes, to its first token."""
+        self._add(length, 1)
+        steps: list[TimedStep] = []
+        done = 0
+        while self._engine.has_work:
+            seconds, output = self._step()
+            chunk = Chunk(done, output.statistics.step_tokens)
+            done = chunk.end
+            steps.append(TimedStep(seconds, (chunk,), int(done == length)))
+        assert done == length
+        return steps
+
+    def decode(self, batch: int, input_len: int, output_len: int) -> list[TimedStep]:
+        """Compute prompts, untimed; then so many steps, each a token of every sequence."""
+        # more than will come, so that none ends on its own
+        most = self._engine.limits.max_model_len - input_len
+        names = [self._add(input_len, most) for _ in range(batch)]
+        lengths = dict.fromkeys(names, input_len)
+        try:
+            while min(lengths.values()) == input_len:
+                _count(self._step()[1], lengths)
+            _count(self._step()[1], lengths)  # the first step without a prompt warms up
+            steps = []
+            for _ in range(output_len):
+                seconds, output = self._step()
+                assert output.statistics.step_tokens == batch
+                # the newest token is the one that is run
+                chunks = tuple(Chunk(length - 1, 1) for length in lengths.values())
+                steps.append(TimedStep(seconds, chunks, batch))
+                _count(output, lengths)
+            return steps
+        finally:
+            for name in names:
+                self._engine.abort(name)
+
+    def _steps_before(self, batch: int, input_len: int) -> int:
+        """Steps at most, and so tokens, that a sequence has had when a batch is first timed."""
+        # others may decode already while a prompt is computed
+        least = self._config.max_batched_tokens - batch + 1
+        return -(-batch * input_len // least) + 1
+
+    def _add(self, length: int, max_tokens: int) -> str:
+        name = next(self._names)
+        vocab_size = self._engine.limits.vocab_size
+        ids = tuple(self._drawn.randrange(vocab_size) for _ in range(length))
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        self._engine.add(Request(name, ids, params))
+        return name
+
+    def _step(self) -> tuple[float, StepOutput]:
+        start = time.perf_counter()
+        output = self._engine.step()
+        seconds = time.perf_counter() - start
+        for ended in output.outputs:
+            if ended.finish_reason == "error":
+                raise RuntimeError(ended.error)
+        return seconds, output
+
+
+def _count(output: StepOutput, lengths: dict[str, int]) -> None:
+    for one in output.outputs:
+        lengths[one.request_id] += len(one.token_ids)

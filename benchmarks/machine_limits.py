@@ -1,0 +1,85 @@
+"""What this machine can do at best: bytes read a second, and operations of matrix products."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.read_limits import sequential_limit, sequential_reader
+from engine.config import ConfigError
+from memory_ops.native.library import MEMORY_LIBRARY
+
+# rows, and inputs and outputs of the weight: large enough for the cores to be busy multiplying
+PRODUCT = (512, 2048, 8192)
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class MachineLimits:
+    """Gigabytes read, and billions of additions and multiplications, a second."""
+
+    gb_per_s: float
+    gflops: float
+
+    @classmethod
+    def median(cls, measured: Sequence["MachineLimits"]) -> "MachineLimits":
+        """The median of each, to go with medians of what was measured in between."""
+        return cls(median(one.gb_per_s for one in measured), median(one.gflops for one in measured))
+
+
+class LimitMeter:
+    """Measures the limits, which move with the machine's other work: in turn with what is compared.
+
+    Bandwidth is that of reading from first to last, of memory larger than the caches; the rate is
+    that of torch's products, of a weight as it is or packed by oneDNN, whichever is faster.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """``dtype`` is that of the products.
+
+        Raises:
+            ConfigError: memplus was installed without its native library.
+        """
+        build = MEMORY_LIBRARY.best_build
+        if build is None:
+            raise ConfigError("bench offline: memplus was installed without its native library")
+        self._read = sequential_reader(MEMORY_LIBRARY.load(build)).call
+        self._products = list(_products(dtype))
+
+    @torch.inference_mode()
+    def measure(self) -> MachineLimits:
+        """The best of a few tries, which take a tenth of a second or so."""
+        rows, inputs, outputs = PRODUCT
+        fastest = min(map(_fastest, self._products))
+        return MachineLimits(
+            gb_per_s=sequential_limit(_fastest(self._read)),
+            gflops=2 * rows * inputs * outputs / fastest / 1e9,
+        )
+
+
+@torch.inference_mode()
+def _products(dtype: torch.dtype) -> Iterator[Callable[[], Tensor]]:
+    rows, inputs, outputs = PRODUCT
+    x_TI = torch.randn(rows, inputs).to(dtype)
+    weight_OI = torch.randn(outputs, inputs).to(dtype)
+    yield lambda: functional.linear(x_TI, weight_OI)
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        # as torch's compiler does it; private to torch, so it may go
+        pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+        multiply = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        if pack is not None and multiply is not None:
+            packed = pack(weight_OI, rows)
+            yield lambda: multiply(x_TI, packed, None, "none", [], "")
+
+
+def _fastest(call: Callable[..., object]) -> float:
+    seconds = []
+    for _ in range(_TRIES):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -1,0 +1,142 @@
+"""Tokens a second of an engine in this process, beside what the machine allows at most."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.engine_rounds import EngineRounds, TimedStep
+from benchmarks.machine_limits import LimitMeter, MachineLimits
+from benchmarks.offline_load import OfflineLoad
+from benchmarks.step_work import ModelWork
+from engine.allocator import keep_freed_memory
+from engine.config import ConfigError, EngineConfig
+from server.config import EngineSettings, ModelOptions, cache_folder
+from server.engine_entry import build_engine
+from weights.checkpoint import open_checkpoint, serving_dtype, table_names
+from weights.prepare import prepared_folder
+from weights.tensor_files import DTYPES
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table, one object of the JSON file: the median round.
+
+    ``tokens`` and the steps are those of a round; ``limit_ms`` is the least time that a step could
+    take at this bandwidth and rate, which were measured between the rounds.
+    """
+
+    phase: str
+    batch: int
+    tokens: int
+    tokens_per_s: float
+    ms_per_step: float
+    limit_ms: float
+    roofline_share: float
+    bandwidth_gb_per_s: float
+    product_gflops: float
+
+
+def measure(
+    load: OfflineLoad, model: ModelOptions, config: EngineConfig, json_file: Path | None
+) -> None:
+    """Print a line for every prompt length and every batch; write them as JSON.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+        ConfigError: load, model and engine do not fit together, memplus was installed without its
+            native library, or the file has no folder.
+    """
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"json: there is no folder {json_file.parent}")
+    keep_freed_memory()
+    settings = EngineSettings(model.model, cache_folder(), model.dtype, config)
+    engine = build_engine(settings)
+    engine.warm_up()
+    rounds = EngineRounds(engine, config)
+    rounds.check(load)
+    work, dtype = _work(settings)
+    benchmark = _Benchmark(load, rounds, work, LimitMeter(dtype))
+    print(f"{model.model}, {dtype}, medians of {load.rounds} rounds")
+    print("phase    batch  tokens  tokens/s   ms/step  limit ms  share    GB/s  GFLOP/s")
+    results: list[Result] = []
+    for result in benchmark.results():
+        results.append(result)
+        tqdm.write(_line(result))
+        if json_file is not None:
+            whole = json.dumps([asdict(result) for result in results], indent=1)
+            json_file.write_text(whole + "\n")
+
+
+def _work(settings: EngineSettings) -> tuple[ModelWork, torch.dtype]:
+    """The work of the model's steps, and the dtype that it runs in."""
+    checkpoint, stored = open_checkpoint(prepared_folder(settings.model, settings.cache_folder))
+    dtype = serving_dtype(stored, settings.dtype)
+    row_bytes = 0
+    for name in table_names(checkpoint.model).values():
+        # all tables are alike, and each stays in the dtype that it is stored in
+        row_bytes = DTYPES[stored[name].dtype].itemsize * stored[name].shape[1]
+    return ModelWork(checkpoint.model, dtype.itemsize, row_bytes), dtype
+
+
+def _line(result: Result) -> str:
+    return (
+        f"{result.phase:<7} {result.batch:>6} {result.tokens:>7} {result.tokens_per_s:>9.1f}"
+        f" {result.ms_per_step:>9.3f} {result.limit_ms:>9.3f} {result.roofline_share:>6.2f}"
+        f" {result.bandwidth_gb_per_s:>7.1f} {result.product_gflops:>8.1f}"
+    )
+
+
+class _Benchmark:
+    def __init__(
+        self, load: OfflineLoad, rounds: EngineRounds, work: ModelWork, meter: LimitMeter
+    ) -> None:
+        self._load = load
+        self._rounds = rounds
+        self._work = work
+        self._meter = meter
+
+    def results(self) -> Iterator[Result]:
+        """Time everything, prompts first."""
+        load = self._load
+        rows = len(load.prompt_lengths) + len(load.batches)
+        with tqdm(total=rows * (load.rounds + 1), unit="round", leave=False, disable=None) as bar:
+            for length in load.prompt_lengths:
+                yield self._result("prefill", 1, partial(self._rounds.prefill, length), bar)
+            for batch in load.batches:
+                run = partial(self._rounds.decode, batch, load.input_len, load.output_len)
+                yield self._result("decode", batch, run, bar)
+
+    def _result(
+        self, phase: str, batch: int, run: Callable[[], list[TimedStep]], bar: "tqdm[None]"
+    ) -> Result:
+        limits: list[MachineLimits] = []
+        rounds: list[list[TimedStep]] = []
+        for number in range(self._load.rounds + 1):
+            limits.append(self._meter.measure())
+            steps = run()
+            if number:
+                rounds.append(steps)
+            bar.update()
+        usual = MachineLimits.median(limits)
+        seconds = median(sum(step.seconds for step in steps) for steps in rounds)
+        # the rounds differ in nothing but the seconds
+        steps = rounds[0]
+        least = sum(self._work.of(s.chunks, s.num_logits).least_seconds(usual) for s in steps)
+        tokens = sum(chunk.count for step in steps for chunk in step.chunks)
+        return Result(
+            phase=phase,
+            batch=batch,
+            tokens=tokens,
+            tokens_per_s=tokens / seconds,
+            ms_per_step=seconds / len(steps) * 1e3,
+            limit_ms=least / len(steps) * 1e3,
+            roofline_share=least / seconds,
+            bandwidth_gb_per_s=usual.gb_per_s,
+            product_gflops=usual.gflops,
+        )

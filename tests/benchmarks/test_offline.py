@@ -1,0 +1,177 @@
+"""``memplus bench offline``: what a step's least work is, and that every token is counted once."""
+
+import json
+
+import pytest
+
+from benchmarks import machine_limits, read_limits
+from benchmarks.engine_rounds import EngineRounds
+from benchmarks.machine_limits import MachineLimits
+from benchmarks.offline_load import OfflineLoad
+from benchmarks.step_work import Chunk, ModelWork, StepWork
+from engine.config import ConfigError, EngineConfig
+from engine.engine import Engine
+from engine.model.config import MemoryConfig
+from engine.scheduler import Scheduler
+from memory_ops.native.library import MEMORY_LIBRARY
+from server.cli import main
+from tests.models import random_model, tiny_config
+
+# of a layer of the tiny model: queries and outputs, keys and values, feed-forward, two norms
+LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
+LAYERS = 2 * LAYER + 32
+HEAD = 260 * 32
+# keys and values of a token in bf16, over two layers
+KV_BYTES = 2 * 2 * 2 * 8 * 2
+
+
+@pytest.fixture
+def rounds():
+    """An engine whose prompts come in pieces, some sequences decoding before the others."""
+    config = EngineConfig(
+        max_num_seqs=4, max_batched_tokens=8, block_size=4, kv_cache_gib=0.001, max_model_len=64
+    )
+    engine = Engine(random_model(tiny_config()), config)
+    yield EngineRounds(engine, config)
+    assert not engine.has_work
+    engine.check_integrity()
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """What the scheduler planned, step by step."""
+    planned = []
+    plan = Scheduler.plan
+
+    def record(scheduler):
+        planned.append(plan(scheduler))
+        return planned[-1]
+
+    monkeypatch.setattr(Scheduler, "plan", record)
+    return planned
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decode_step_reads_all_weights_once_and_every_context(tied):
+    work = ModelWork(tiny_config(tie_embeddings=tied), itemsize=2, row_bytes=0)
+    step = work.of([Chunk(9, 1), Chunk(19, 1)], num_logits=2)
+    assert step.num_bytes == 2 * (LAYERS + HEAD) + 30 * KV_BYTES
+    # 4 heads of 8 in 2 layers; 10 and 20 positions
+    assert step.flops == 2 * 2 * (LAYERS + HEAD) + 4 * (10 + 20) * 2 * 4 * 8
+
+
+def test_a_prefill_step_needs_the_head_for_its_last_token_alone():
+    work = ModelWork(tiny_config(), itemsize=4, row_bytes=0)
+    first, last = work.of([Chunk(0, 3)], num_logits=0), work.of([Chunk(3, 2)], num_logits=1)
+    assert first.num_bytes == 4 * LAYERS + 3 * 2 * KV_BYTES
+    assert first.flops == 2 * 3 * LAYERS + 4 * (1 + 2 + 3) * 2 * 4 * 8
+    assert last.num_bytes == 4 * (LAYERS + HEAD) + 5 * 2 * KV_BYTES
+    assert last.flops == 2 * 2 * LAYERS + 2 * HEAD + 4 * (4 + 5) * 2 * 4 * 8
+
+
+def test_memory_layers_read_their_rows_but_none_twice():
+    memory = MemoryConfig(num_heads=2, num_subkeys=8, top_k=3, query_dim=8, value_dim=32)
+    config = tiny_config(feed_forward=("dense", "pkm"), memory=memory)
+    rows, none = (ModelWork(config, itemsize=2, row_bytes=number) for number in (48, 0))
+    for tokens, read in ((1, 6), (10, 60), (11, 64)):
+        chunks = [Chunk(5, 1)] * tokens
+        with_rows, without = rows.of(chunks, tokens), none.of(chunks, tokens)
+        assert with_rows.num_bytes - without.num_bytes == 48 * read
+        assert with_rows.flops == without.flops
+
+
+def test_the_longer_of_reading_and_multiplying_is_the_limit():
+    work = StepWork(num_bytes=8 * 10**9, flops=6 * 10**9)
+    assert work.least_seconds(MachineLimits(gb_per_s=2, gflops=3)) == 4
+    assert work.least_seconds(MachineLimits(gb_per_s=8, gflops=3)) == 2
+    limits = [MachineLimits(1, 5), MachineLimits(2, 4)]
+    assert MachineLimits.median(limits) == MachineLimits(1.5, 4.5)
+
+
+def test_prefill_steps_are_those_that_ran(rounds, plans):
+    steps = rounds.prefill(19)
+    assert [step.chunks for step in steps] == [(Chunk(0, 8),), (Chunk(8, 8),), (Chunk(16, 3),)]
+    assert [step.num_logits for step in steps] == [0, 0, 1]
+    assert all(step.seconds > 0 for step in steps)
+    ran = [[(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks] for plan in plans]
+    assert ran == [[(0, 8)], [(8, 8)], [(16, 3)]]
+    # the same again: no prefix was kept that the next prompt could use
+    assert len(rounds.prefill(19)) == 3
+
+
+def test_decode_steps_are_those_that_ran(rounds, plans):
+    steps = rounds.decode(batch=3, input_len=7, output_len=5)
+    assert len(steps) == 5
+    for step, plan in zip(steps, plans[-5:], strict=True):
+        ran = {(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks}
+        assert {(chunk.start, chunk.count) for chunk in step.chunks} == ran
+        assert len(step.chunks) == step.num_logits == 3
+    # the prompts ended in different steps, and each sequence went on alone
+    assert len({chunk.start for chunk in steps[0].chunks}) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_lengths": (8, 64)}, "prompt_lengths: 64 and a token exceed the 64"),
+        ({"batches": (5,)}, "batches: 5 is more than max_num_seqs 4"),
+        # 3 * 7 tokens, of which 6 fit beside two that decode: 4 steps, and one more
+        ({"output_len": 53}, "output_len: .* takes up to 65 tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(rounds, plans, changes, message):
+    fits = {"prompt_lengths": (63,), "batches": (3,), "input_len": 7, "output_len": 52}
+    rounds.check(OfflineLoad(**fits))
+    with pytest.raises(ConfigError, match=message):
+        rounds.check(OfflineLoad(**(fits | changes)))
+    assert not plans
+
+
+def test_the_longest_load_that_is_let_through_runs(rounds):
+    assert len(rounds.decode(batch=3, input_len=7, output_len=52)) == 52
+
+
+def test_a_batch_that_the_kv_memory_does_not_hold_is_refused():
+    config = EngineConfig(max_num_seqs=4, block_size=4, kv_cache_gib=0.00002, max_model_len=64)
+    rounds = EngineRounds(Engine(random_model(tiny_config()), config), config)
+    with pytest.raises(ConfigError, match="kv_cache_gib: a batch of 4 takes up to"):
+        rounds.check(OfflineLoad((8,), (4,), input_len=20, output_len=20))
+
+
+@pytest.mark.parametrize("name", ["prompt_lengths", "batches"])
+def test_a_load_out_of_range_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match=f"^{name}: must be at least 1, not 0"):
+        OfflineLoad(**{name: (1, 0)})
+    with pytest.raises(ConfigError, match="^rounds: must be at least 1, not -1"):
+        OfflineLoad(rounds=-1)
+
+
+@pytest.mark.skipif(MEMORY_LIBRARY.best_build is None, reason="needs the native library")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_length_and_batch_is_reported(
+    memory_plus_folder, tmp_path, capsys, monkeypatch, dtype
+):
+    monkeypatch.setattr(machine_limits, "PRODUCT", (16, 32, 64))
+    monkeypatch.setattr(read_limits, "_SEQUENTIAL_BYTES", 2**16)
+    file = tmp_path / "out.json"
+    options = ["--model", str(memory_plus_folder), "--dtype", dtype, "--kv-cache-gib", "0.01"]
+    options += ["--prompt-lengths", "5", "40", "--batches", "1", "3", "--input-len", "8"]
+    options += ["--output-len", "4", "--rounds", "2", "--json", str(file)]
+    assert main(["bench", "offline", *options, "--max-batched-tokens", "64"]) == 0
+    results = json.loads(file.read_text())
+    assert len(capsys.readouterr().out.splitlines()) == len(results) + 2
+    rows = [(result["phase"], result["batch"], result["tokens"]) for result in results]
+    assert rows == [("prefill", 1, 5), ("prefill", 1, 40), ("decode", 1, 4), ("decode", 3, 12)]
+    for result in results:
+        share = result["limit_ms"] / result["ms_per_step"]
+        assert result["roofline_share"] == pytest.approx(share)
+        assert min(result["bandwidth_gb_per_s"], result["product_gflops"], share) > 0
+        if result["phase"] == "decode":
+            per_second = result["batch"] / result["ms_per_step"] * 1e3
+            assert result["tokens_per_s"] == pytest.approx(per_second)
+
+
+def test_a_file_without_a_folder_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+    file = tmp_path / "none" / "out.json"
+    assert main(["bench", "offline", "--model", "no-such-model", "--json", str(file)]) == 2
+    assert "json: there is no folder" in capsys.readouterr().err

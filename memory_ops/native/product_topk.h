@@ -18,19 +18,6 @@ constexpr int MOST_CHOSEN = 128;                 // K at most
 constexpr int MOST_SORTED = 2 * MOST_CHOSEN;     // what is sorted to find them
 constexpr int MOST_PAIRS = 645;                  // candidate pairs where K is 128
 
-// Integers in the order of fp32 numbers; -0 equals 0, and every NaN is the greatest.
-inline ints ordered(floats scores) {
-  scores = scores + 0.f;
-  const ints bits = (ints)scores;
-  const ints mapped = bits ^ ((bits >> 31) & INT32_MAX);
-  return scores == scores ? mapped : splat(INT32_MAX);
-}
-
-inline float score_of(int32_t ordered) {
-  const int32_t bits = ordered ^ ((ordered >> 31) & INT32_MAX);
-  return load<float>(&bits);
-}
-
 // What choosing among `most` scores needs.
 class Chooser {
  public:
@@ -51,7 +38,7 @@ class Chooser {
   }
 
   static int place(int64_t chosen) { return (int)~(uint32_t)chosen; }
-  static float score(int64_t chosen) { return score_of((int32_t)(chosen >> 32)); }
+  static float score(int64_t chosen) { return number_of((int32_t)(chosen >> 32)); }
 
  private:
   static int padded(int count) { return (count + LANES - 1) / LANES * LANES; }

@@ -180,6 +180,19 @@ inline longs smaller(longs a, longs b) {
 #endif
 }
 
+// Integers in the order of fp32 numbers; -0 equals 0, and every NaN is the greatest.
+inline ints ordered(floats numbers) {
+  numbers = numbers + 0.f;
+  const ints bits = (ints)numbers;
+  const ints mapped = bits ^ ((bits >> 31) & INT32_MAX);
+  return numbers == numbers ? mapped : splat(INT32_MAX);
+}
+
+inline float number_of(int32_t ordered) {
+  const int32_t bits = ordered ^ ((ordered >> 31) & INT32_MAX);
+  return load<float>(&bits);
+}
+
 // Bit l says whether lane l of `a` is at least `b`.
 inline uint32_t at_least(ints a, int32_t b) {
 #if defined(__AVX512F__)
@@ -197,11 +210,27 @@ inline uint32_t at_least(ints a, int32_t b) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For every set of lanes, given by bits, their numbers: one a byte, from the lowest on.
+struct LaneLists {
+  uint64_t of[1 << LANES];
+  constexpr LaneLists() : of{} {
+    for (int bits = 0; bits < 1 << LANES; bits++)
+      for (int lane = 0, place = 0; lane < LANES; lane++)
+        if (bits >> lane & 1) of[bits] |= (uint64_t)lane << 8 * place++;
+  }
+};
+inline constexpr LaneLists LANE_LISTS;
+#endif
+
 // Writes the lanes whose bit is set, one after another; LANES places may be written in all.
 inline void compress(int32_t* to, uint32_t bits, ints lanes) {
 #if defined(__AVX512F__)
   // compressing straight to memory is slow on AMD
   store(to, _mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)lanes));
+#elif defined(__AVX2__)
+  const __m256i list = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)LANE_LISTS.of[bits]));
+  store(to, _mm256_permutevar8x32_epi32((__m256i)lanes, list));
 #else
   for (; bits; bits &= bits - 1) *to++ = lanes[__builtin_ctz(bits)];
 #endif

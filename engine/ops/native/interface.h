@@ -4,6 +4,8 @@
 #include "attention.h"
 #include "layer.h"
 #include "linear.h"
+#include "log_probabilities.h"
+#include "sampling.h"
 #include "silu_gate.h"
 
 // Writes this step's keys and values, then `out` [T, H, E]; the fields are those of
@@ -81,4 +83,25 @@ extern "C" void memplus_feed_forward(const memplus::PackedLinear* gate_up,
   gate_up->is_bf16
       ? memplus::feed_forward<memplus::Bf16Values>(*gate_up, *down, num_rows, residual)
       : memplus::feed_forward<memplus::Fp32Values>(*gate_up, *down, num_rows, residual);
+}
+
+// Writes `chosen` [rows]; the logits are those of memplus::Logits.
+extern "C" void memplus_sample(const uint8_t* data, int64_t rows, int64_t vocab_size,
+                               int64_t stride, int32_t is_bf16, const memplus::Choice* choices,
+                               int64_t* chosen) {
+  const memplus::Logits logits = {data, rows, vocab_size, stride};
+  is_bf16 ? memplus::sample<memplus::Bf16Values>(logits, choices, chosen)
+          : memplus::sample<memplus::Fp32Values>(logits, choices, chosen);
+}
+
+// Writes four of the fields of memplus::Scores.
+extern "C" void memplus_log_probabilities(const uint8_t* data, int64_t rows, int64_t vocab_size,
+                                          int64_t stride, int32_t is_bf16,
+                                          const int64_t* scored_rows, const int64_t* tokens,
+                                          int64_t count, int64_t num_best, float* own,
+                                          int64_t* ranks, int64_t* best, float* values) {
+  const memplus::Logits logits = {data, rows, vocab_size, stride};
+  const memplus::Scores scores = {scored_rows, tokens, count, num_best, own, ranks, best, values};
+  is_bf16 ? memplus::log_probabilities<memplus::Bf16Values>(logits, scores)
+          : memplus::log_probabilities<memplus::Fp32Values>(logits, scores);
 }

@@ -6,25 +6,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.ops.choice import CHOICE, Choices
 from engine.ops.layout import PagedKv, TokenLayout
 from engine.ops.native.packed_linear import PackedLinear, WeightRows
+from engine.ops.scores import Scores
 from memory_ops.native.library import NativeLibrary, use_torchs_threads
 
-_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+_POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_LOGITS = (_POINTER, *[_INT64] * 3, _INT32)
 OPS_LIBRARY = NativeLibrary(
     Path(__file__).parent,
     {
-        "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, ctypes.c_int32)),
+        "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32)),
         "memplus_self_attention": (None, (*[_POINTER] * 9, *[_INT64] * 4)),
         "memplus_feed_forward": (None, (_POINTER, _POINTER, _INT64, _POINTER)),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),
         "memplus_pack_rows": (None, (_POINTER, _POINTER, _INT64, _POINTER, *[_INT64] * 4)),
-        "memplus_silu_gate": (None, (_POINTER, _POINTER, _POINTER, _INT64, ctypes.c_int32)),
+        "memplus_silu_gate": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT32)),
         "memplus_linear": (None, (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER)),
+        "memplus_sample": (None, (*_LOGITS, *[_POINTER] * 2)),
+        "memplus_log_probabilities": (
+            None,
+            (*_LOGITS, *[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 4),
+        ),
     },
     "the model runs on plain torch, many times slower",
 )
@@ -141,6 +150,44 @@ class NativeOps:
             gate_TI.dtype is torch.bfloat16,
         )
         return out_TI
+
+    def sample(self, logits_LV: Tensor, choices: Choices) -> Tensor:
+        """``ops.sample`` of fp32 or bf16 logits, a row's one after another."""
+        chosen_L = torch.empty(len(logits_LV), dtype=torch.int64)
+        assert choices.dtype == CHOICE and choices.shape == chosen_L.shape
+        choices = np.ascontiguousarray(choices)
+        logits_LV, given = _given(logits_LV)
+        self._library.memplus_sample(*given, choices.ctypes.data, chosen_L.data_ptr())
+        return chosen_L
+
+    def log_probabilities(
+        self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int], num_best: int
+    ) -> Scores:
+        """``ops.log_probabilities`` of fp32 or bf16 logits; of equals the first comes first."""
+        at_2P = np.array([rows, token_ids], dtype=np.int64)
+        assert (at_2P >= 0).all() and (at_2P.max(axis=1, initial=0) < logits_LV.shape).all()
+        assert 0 <= num_best <= logits_LV.shape[1]
+        count = len(rows)
+        scores = Scores(
+            torch.empty(count),
+            torch.empty(count, dtype=torch.int64),
+            torch.empty(count, num_best, dtype=torch.int64),
+            torch.empty(count, num_best),
+        )
+        logits_LV, given = _given(logits_LV)
+        at = [at_P.ctypes.data for at_P in at_2P]
+        written = [tensor.data_ptr() for tensor in scores]
+        self._library.memplus_log_probabilities(*given, *at, count, num_best, *written)
+        return scores
+
+
+def _given(logits_LV: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The logits, to be held while they are read, and the arguments that say where they lie."""
+    if logits_LV.stride(1) != 1:
+        logits_LV = logits_LV.contiguous()
+    use_torchs_threads()
+    is_bf16 = logits_LV.dtype is torch.bfloat16
+    return logits_LV, (logits_LV.data_ptr(), *logits_LV.shape, logits_LV.stride(0), is_bf16)
 
 
 def native_ops(device: torch.device, dtype: torch.dtype) -> NativeOps | None:

@@ -60,12 +60,13 @@ class InstantModel(Transformer):
         ids_T: Tensor,
         layout: TokenLayout,
         logits_at_L: Tensor,
-        kv_blocks: Sequence[Tensor] | None = None,
+        kv_blocks: Tensor | None = None,
+        with_hidden: bool = False,
         with_trace: bool = False,
-        on_layer: Callable[[], None] | None = None,
+        on_layers: Callable[[], None] | None = None,
     ) -> ForwardOutput:
         count = len(logits_at_L)
-        return ForwardOutput(self._logits_LV[:count], torch.empty(0), {})
+        return ForwardOutput(self._logits_LV[:count], None, {})
 
 
 def measure(batch_sizes: Sequence[int], steps: int) -> None:

@@ -35,8 +35,8 @@ class Runner:
         self._sampling_rows = SamplingRows(eos_ids)
         self._device = weight.device
         self._progress = progress
-        shape = (num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
-        self._kv_blocks = [_kv_memory(shape, weight) for _ in range(config.num_layers)]
+        shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
+        self._kv_blocks = _kv_memory(shape, weight)
 
     @torch.inference_mode()
     def run(
@@ -52,7 +52,7 @@ class Runner:
             batch.layout,
             batch.logits_at_L,
             self._kv_blocks,
-            on_layer=self._progress.mark,
+            on_layers=self._progress.mark,
         )
         self._progress.mark()
         rows = self._sampling_rows.of(plan)

@@ -56,9 +56,9 @@ def served_logits(model, sequences):
     blocks = [-(-len(ids) // size) for ids in sequences]
     order = torch.randperm(sum(blocks)).tolist()
     owned = [tuple(order[sum(blocks[:i]) :][:count]) for i, count in enumerate(blocks)]
-    shape = (len(order), 2, config.num_kv_heads, size, config.head_dim)
+    shape = (config.num_layers, len(order), 2, config.num_kv_heads, size, config.head_dim)
     dtype = model.model.norm.weight.dtype
-    kv_blocks = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(config.num_layers)]
+    kv_blocks = torch.full(shape, torch.nan, dtype=dtype)
     logits = [[] for _ in sequences]
     for start in range(0, max(map(len, sequences)), 33):
         plan = StepPlan(

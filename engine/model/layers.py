@@ -8,6 +8,7 @@ from engine.model.memory_layer import MemoryLayer, MemoryTrace
 from engine.model.norm import RmsNorm
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps
+from engine.ops.native.packed_layers import LayerProducts
 
 
 class Attention(nn.Module):
@@ -27,11 +28,6 @@ class Attention(nn.Module):
         self.qkv = ops.Projection(self.q_proj, self.k_proj, self.v_proj, norm=norm)
         self.out = ops.Projection(self.o_proj)
 
-    def pack(self, native: NativeOps) -> None:
-        """Lay the weights out for serving; see ``Projection.pack``."""
-        self.qkv.pack(native)
-        self.out.pack(native)
-
     def forward(
         self,
         residual_TD: Tensor,
@@ -40,16 +36,9 @@ class Attention(nn.Module):
         kv_blocks: Tensor | None,
     ) -> Tensor:
         """Return the new residual stream; keys and values are written into ``kv_blocks``."""
-        return ops.self_attention(
-            residual_TD,
-            self.qkv,
-            self.out,
-            self.num_heads,
-            self.num_kv_heads,
-            angles,
-            layout,
-            kv_blocks,
-        )
+        qkv_TF = ops.linear(residual_TD, self.qkv)
+        out_TF = ops.attention(qkv_TF, self.num_heads, self.num_kv_heads, angles, layout, kv_blocks)
+        return ops.linear(out_TF, self.out, residual_TD)
 
 
 class DenseFeedForward(nn.Module):
@@ -65,14 +54,9 @@ class DenseFeedForward(nn.Module):
         self.gate_up = ops.Projection(self.gate_proj, self.up_proj, norm=norm, is_gated=True)
         self.down = ops.Projection(self.down_proj)
 
-    def pack(self, native: NativeOps) -> None:
-        """Lay the weights out for serving; see ``Projection.pack``."""
-        self.gate_up.pack(native)
-        self.down.pack(native)
-
     def forward(self, residual_TD: Tensor) -> Tensor:
         """Return the new residual stream."""
-        return ops.feed_forward(residual_TD, self.gate_up, self.down)
+        return ops.linear(ops.linear(residual_TD, self.gate_up), self.down, residual_TD)
 
 
 class DecoderLayer(nn.Module):
@@ -98,13 +82,14 @@ class DecoderLayer(nn.Module):
                 self.post_attention_layernorm,
             )
 
-    def pack(self, native: NativeOps) -> None:
+    def pack(self, native: NativeOps) -> LayerProducts:
         """Lay the weights out for serving; see ``Projection.pack``."""
-        self.self_attn.pack(native)
-        if self.mlp is not None:
-            self.mlp.pack(native)
+        attention = self.self_attn.qkv.pack(native), self.self_attn.out.pack(native)
         if self.memory is not None:
             self.memory.pack(native)
+        if self.mlp is None:
+            return LayerProducts(*attention)
+        return LayerProducts(*attention, self.mlp.gate_up.pack(native), self.mlp.down.pack(native))
 
     def forward(
         self,

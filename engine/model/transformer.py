@@ -1,6 +1,6 @@
 """The decoder: token ids and their layout in, logits at chosen positions out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from engine.model.config import ModelConfig
 from engine.model.layers import DecoderLayer
 from engine.model.memory_layer import MemoryTrace
 from engine.model.norm import RmsNorm
+from engine.model.packed_decoder import PackedDecoder
 from engine.model.rotary import rope_angles, rope_frequencies
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import native_ops
@@ -22,12 +23,12 @@ class ForwardOutput:
 
     Attributes:
         logits_LV: ``[positions asked for, vocabulary]``.
-        hidden_LD: the last norm's output at these positions, from which the logits are made.
+        hidden_LD: the last norm's output at these positions, where it was asked for.
         memory: by layer what its memory read for all T tokens, where a trace was asked for.
     """
 
     logits_LV: Tensor
-    hidden_LD: Tensor
+    hidden_LD: Tensor | None
     memory: Mapping[int, MemoryTrace]
 
 
@@ -56,7 +57,8 @@ class Transformer(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
-        self.head = ops.Projection(head)
+        self.head = ops.Projection(head, norm=self.model.norm)
+        self._packed_layers: PackedDecoder | None = None
         # no parameter, and made on the CPU even where the rest is built on the meta device
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
@@ -91,9 +93,7 @@ class Transformer(nn.Module):
         native = native_ops(weight.device, weight.dtype)
         if native is None:
             return
-        for layer in self.model.layers:
-            assert isinstance(layer, DecoderLayer)
-            layer.pack(native)
+        self._packed_layers = PackedDecoder(self.model.layers, self.config.num_heads, native)
         self.head.pack(native)
 
     def forward(
@@ -101,9 +101,10 @@ class Transformer(nn.Module):
         ids_T: Tensor,
         layout: TokenLayout,
         logits_at_L: Tensor,
-        kv_blocks: Sequence[Tensor] | None = None,
+        kv_blocks: Tensor | None = None,
+        with_hidden: bool = False,
         with_trace: bool = False,
-        on_layer: Callable[[], None] | None = None,
+        on_layers: Callable[[], None] | None = None,
     ) -> ForwardOutput:
         """Run T tokens of several sequences, lying one after another.
 
@@ -111,19 +112,28 @@ class Transformer(nn.Module):
             ids_T: int64 token ids, ``[T]``.
             layout: which sequence and position each of them has.
             logits_at_L: int64 indices into the T tokens whose logits are wanted.
-            kv_blocks: for each layer ``[blocks, 2, G, block_size, E]``, changed in place; given
-                exactly when ``layout.paged`` is.
+            kv_blocks: ``[layers, blocks, 2, G, block_size, E]``, changed in place; given exactly
+                when ``layout.paged`` is.
+            with_hidden: whether the output has what the logits are made of.
             with_trace: whether the output tells what the memory layers read.
-            on_layer: called after each layer.
+            on_layers: called after each layer, or a few that take no longer than a large one.
         """
         residual_TD = self.model.embed_tokens(ids_T)
         angles = rope_angles(layout.positions_T, self.rope_frequencies)
         trace: list[MemoryTrace] | None = [] if with_trace else None
-        for index, layer in enumerate(self.model.layers):
-            layer_kv = kv_blocks[index] if kv_blocks is not None else None
-            residual_TD = layer(residual_TD, layout, angles, layer_kv, trace)
-            if on_layer is not None:
-                on_layer()
-        hidden_LD = self.model.norm(residual_TD[logits_at_L])
-        memory = dict(zip(self.config.memory_layers, trace or (), strict=False))
-        return ForwardOutput(ops.linear(hidden_LD, self.head), hidden_LD, memory)
+        on_layers = on_layers or (lambda: None)
+        if self._packed_layers is not None and kv_blocks is not None:
+            residual_TD = self._packed_layers.run(
+                residual_TD, layout, angles, kv_blocks, trace, on_layers
+            )
+        else:
+            for index, layer in enumerate(self.model.layers):
+                layer_kv = kv_blocks[index] if kv_blocks is not None else None
+                residual_TD = layer(residual_TD, layout, angles, layer_kv, trace)
+                on_layers()
+        residual_LD = residual_TD[logits_at_L]
+        return ForwardOutput(
+            ops.linear(residual_LD, self.head),
+            self.model.norm(residual_LD) if with_hidden else None,
+            dict(zip(self.config.memory_layers, trace or (), strict=False)),
+        )

@@ -5,7 +5,6 @@ Faster versions replace an op behind its signature, never the code that calls it
 
 from engine.ops.attention import attention
 from engine.ops.gate import silu_gate
-from engine.ops.layer import feed_forward, self_attention
 from engine.ops.linear import Projection, linear
 from engine.ops.log_probabilities import log_probabilities
 from engine.ops.norm import rms_norm
@@ -16,12 +15,10 @@ __all__ = [
     "ProductKeys",
     "Projection",
     "attention",
-    "feed_forward",
     "half_scores",
     "linear",
     "log_probabilities",
     "rms_norm",
     "sample",
-    "self_attention",
     "silu_gate",
 ]

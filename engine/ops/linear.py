@@ -35,7 +35,7 @@ class Projection:
         self.is_gated = is_gated
         self.packed: tuple[NativeOps, PackedLinear] | None = None
 
-    def pack(self, native: NativeOps) -> None:
+    def pack(self, native: NativeOps) -> PackedLinear:
         """Lay the weights out for these kernels, and give them up.
 
         An embedding keeps its weight, from which rows are looked up. From then on the layers' own
@@ -49,10 +49,12 @@ class Projection:
             first += 0 if self.is_gated else len(layer.weight)
         outputs = len(self.layers[0].weight) if self.is_gated else first
         norm = None if self.norm is None else (self.norm.weight, self.norm.eps)
-        self.packed = native, native.pack(rows, outputs, norm=norm, is_gated=self.is_gated)
+        packed = native.pack(rows, outputs, norm=norm, is_gated=self.is_gated)
+        self.packed = native, packed
         for layer in self.layers:
             if isinstance(layer, nn.Linear):
                 layer.register_parameter("weight", None)
+        return packed
 
 
 def linear(x_TI: Tensor, projection: Projection, residual_TO: Tensor | None = None) -> Tensor:

@@ -104,7 +104,7 @@ def test_a_trace_tells_what_each_memory_layer_read():
     model = random_model(tiny_config(num_layers=3, feed_forward=kinds, memory=MEMORY))
     ids, positions = torch.tensor([1, 2, 3]), torch.arange(3)
     layout, last = TokenLayout(positions, (0, 3)), torch.tensor([2])
-    plain = model(ids, layout, last)
+    plain = model(ids, layout, last, with_hidden=True)
     traced = model(ids, layout, last, with_trace=True)
     assert plain.memory == {} and list(traced.memory) == [0, 2]
     torch.testing.assert_close(traced.logits_LV, plain.logits_LV)

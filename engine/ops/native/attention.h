@@ -66,6 +66,9 @@ class TileQueue {
     return i < tiles_.size() ? &tiles_[i] : nullptr;
   }
 
+  // For another call of the same batch; while no thread takes any.
+  void start_over() { next_ = 0; }
+
  private:
   static std::vector<QueryTile>& kept_tiles() {
     static thread_local std::vector<QueryTile> kept;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention.h"
-#include "layer.h"
+#include "decoder_layers.h"
 #include "linear.h"
 #include "log_probabilities.h"
 #include "sampling.h"
@@ -57,32 +57,25 @@ extern "C" void memplus_silu_gate(const uint8_t* gate, const float* x, uint8_t* 
           : memplus::silu_gate<memplus::Fp32Values>(gate, x, out, size);
 }
 
-// Adds the self-attention of a decoder layer to the residual stream [T, D], in place. H, G and E
-// follow from the sizes of the linear layers; the rest is as in memplus_attention.
-extern "C" void memplus_self_attention(const memplus::PackedLinear* qkv,
-                                       const memplus::PackedLinear* out, uint8_t* residual,
-                                       const float* cosines, const float* sines, uint8_t* kv,
+// Runs decoder layers on the residual stream [T, D], in place; their KV blocks lie `kv_bytes` apart.
+// G and E follow from the sizes of the products; the rest is as in memplus_attention.
+extern "C" void memplus_decoder_layers(const memplus::DecoderLayer* layers, int64_t count,
+                                       uint8_t* residual, const float* cosines,
+                                       const float* sines, uint8_t* kv, int64_t kv_bytes,
                                        const int64_t* block_table, const int64_t* query_starts,
                                        const int64_t* context_lengths, int64_t num_sequences,
                                        int64_t table_width, int64_t num_heads,
                                        int64_t block_size) {
-  const int64_t head_dim = out->inputs / num_heads;
-  const int64_t num_kv_heads = (qkv->outputs / head_dim - num_heads) / 2;
+  const memplus::PackedLinear &qkv = *layers->qkv, &out = *layers->out;
+  const int64_t head_dim = out.inputs / num_heads;
+  const int64_t num_kv_heads = (qkv.outputs / head_dim - num_heads) / 2;
   const memplus::Attention call = {nullptr,       cosines,      sines,           kv,
                                    block_table,   query_starts, context_lengths, nullptr,
                                    num_sequences, table_width,  num_heads,       num_kv_heads,
                                    head_dim,      block_size};
-  qkv->is_bf16 ? memplus::self_attention<memplus::Bf16Values>(*qkv, *out, call, residual)
-               : memplus::self_attention<memplus::Fp32Values>(*qkv, *out, call, residual);
-}
-
-// Adds a dense feed-forward to the residual stream [T, D], in place.
-extern "C" void memplus_feed_forward(const memplus::PackedLinear* gate_up,
-                                     const memplus::PackedLinear* down, int64_t num_rows,
-                                     uint8_t* residual) {
-  gate_up->is_bf16
-      ? memplus::feed_forward<memplus::Bf16Values>(*gate_up, *down, num_rows, residual)
-      : memplus::feed_forward<memplus::Fp32Values>(*gate_up, *down, num_rows, residual);
+  using namespace memplus;
+  qkv.is_bf16 ? DecoderLayers<Bf16Values>(call, kv_bytes, residual).run(layers, count)
+              : DecoderLayers<Fp32Values>(call, kv_bytes, residual).run(layers, count);
 }
 
 // Writes `chosen` [rows]; the logits are those of memplus::Logits.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.ops.choice import CHOICE, Choices
 from engine.ops.layout import PagedKv, TokenLayout
+from engine.ops.native.packed_layers import PackedLayers
 from engine.ops.native.packed_linear import PackedLinear, WeightRows
 from engine.ops.scores import Scores
 from memory_ops.native.library import NativeLibrary, use_torchs_threads
@@ -22,8 +23,10 @@ OPS_LIBRARY = NativeLibrary(
     Path(__file__).parent,
     {
         "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32)),
-        "memplus_self_attention": (None, (*[_POINTER] * 9, *[_INT64] * 4)),
-        "memplus_feed_forward": (None, (_POINTER, _POINTER, _INT64, _POINTER)),
+        "memplus_decoder_layers": (
+            None,
+            (_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4),
+        ),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),
         "memplus_pack_rows": (None, (_POINTER, _POINTER, _INT64, _POINTER, *[_INT64] * 4)),
@@ -100,41 +103,39 @@ class NativeOps:
         )
         return out_TO
 
-    def self_attention(
+    def decoder_layers(
         self,
+        layers: PackedLayers,
+        run: range,
         residual_TD: Tensor,
-        qkv: PackedLinear,
-        out: PackedLinear,
-        num_heads: int,
         angles: tuple[Tensor, Tensor],
         layout: TokenLayout,
         paged: PagedKv,
         kv_blocks: Tensor,
     ) -> None:
-        """``ops.self_attention`` from KV blocks, into ``residual`` itself."""
+        """Run some consecutive layers in place, of a memory layer all but its memory.
+
+        ``residual`` is contiguous; the rest is as ``Transformer.forward`` is given it.
+        """
         cosines, sines = angles
+        assert residual_TD.is_contiguous() and kv_blocks.is_contiguous()
+        kv_bytes = kv_blocks.stride()[0] * kv_blocks.itemsize
         use_torchs_threads()
-        self._library.memplus_self_attention(
-            qkv.address,
-            out.address,
+        self._library.memplus_decoder_layers(
+            layers.address(run.start),
+            len(run),
             residual_TD.data_ptr(),
             cosines.data_ptr(),
             sines.data_ptr(),
-            kv_blocks.data_ptr(),
+            kv_blocks.data_ptr() + run.start * kv_bytes,
+            kv_bytes,
             paged.block_table_SB.data_ptr(),
             layout.query_starts_S1.data_ptr(),
             paged.context_lengths_S.data_ptr(),
             len(paged.context_lengths),
             paged.block_table_SB.shape[1],
-            num_heads,
-            kv_blocks.shape[3],
-        )
-
-    def feed_forward(self, residual_TD: Tensor, gate_up: PackedLinear, down: PackedLinear) -> None:
-        """``ops.feed_forward``, into ``residual`` itself."""
-        use_torchs_threads()
-        self._library.memplus_feed_forward(
-            gate_up.address, down.address, residual_TD.shape[0], residual_TD.data_ptr()
+            layers.num_heads,
+            kv_blocks.shape[4],
         )
 
     def silu_gate(self, gate_TI: Tensor, x_TI: Tensor) -> Tensor:

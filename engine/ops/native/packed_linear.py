@@ -52,6 +52,7 @@ class PackedLinear:
 
     Attributes:
         address: of the description that the kernels read.
+        num_bytes: of the weights.
         num_outputs: values of a row of the output, all blocks together.
         out_dtype: their dtype.
     """
@@ -80,9 +81,9 @@ class PackedLinear:
         self.address = ctypes.addressof(fields)
         self.num_outputs = int(fields.blocks * outputs)
         self.out_dtype = torch.float32 if has_wide_outputs else dtype
-        num_bytes = library.memplus_panel_bytes(self.address)
+        self.num_bytes: int = library.memplus_panel_bytes(self.address)
         # what the last prefetches ask for need not be there
-        self._panels = anonymous_zeros((num_bytes,), torch.uint8)
+        self._panels = anonymous_zeros((self.num_bytes,), torch.uint8)
         fields.panels = self._panels.data_ptr()
         if any(part.bias_O is not None for part in rows):
             self._bias = torch.zeros(library.memplus_bias_size(self.address))

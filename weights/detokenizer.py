@@ -8,16 +8,18 @@ from weights.tokenizer import Tokenizer
 _REPLACEMENT = "\ufffd"
 # enough context for a tokenizer to decide about the space before the first new token
 _CONTEXT = 6
-# a character has four bytes at most; longer runs are no text and are shown as what they are
+# of the prompt, since it may be long
+_LOOKED_AT = 64
+_LONGEST_CHARACTER = 4
+# tokens for one character, most of them a byte; longer runs are shown as what they are
 _MAX_PENDING = 16
 
 
 class IncrementalDetokenizer:
     """The text of one growing sequence.
 
-    A token is decoded together with those before it, since a tokenizer drops the space of a first
-    token, and may need several tokens for one character. Tokens that stand for single bytes are
-    put together here: their own decoder would give up a whole run of them for one that is wrong.
+    Tokens that stand for the same bytes in every text are put together here. Any other is decoded
+    together with those before it, since a tokenizer drops the space of a first token.
     """
 
     def __init__(
@@ -32,14 +34,14 @@ class IncrementalDetokenizer:
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         context: list[int] = []
         byte_run, in_run = b"", True
-        for token_id in reversed(prompt_ids):
+        for token_id in reversed(prompt_ids[-_LOOKED_AT:]):
             if token_id in tokenizer.special_ids:
                 continue
-            byte = tokenizer.byte_tokens.get(token_id)
-            in_run = in_run and byte is not None
-            if in_run and byte is not None and len(byte_run) < 4:
-                byte_run = bytes([byte]) + byte_run
-            elif byte is None:
+            own = tokenizer.token_bytes(token_id)
+            in_run = in_run and own is not None and len(byte_run) < _LONGEST_CHARACTER
+            if in_run and own is not None:
+                byte_run = own + byte_run
+            elif own is None:
                 context.insert(0, token_id)
             if len(context) == _CONTEXT:
                 break
@@ -61,9 +63,9 @@ class IncrementalDetokenizer:
             if not self._show_special:
                 return ""
             return self.finish() + self._tokenizer.token_text(token_id)
-        byte = self._tokenizer.byte_tokens.get(token_id)
-        if byte is not None:
-            return self._bytes.decode(bytes([byte]))
+        own = self._tokenizer.token_bytes(token_id)
+        if own is not None:
+            return self._bytes.decode(own)
         unfinished = self._bytes.decode(b"", final=True)
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)

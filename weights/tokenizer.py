@@ -1,7 +1,8 @@
 """Text to token ids and back, behind one interface; needs no torch."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,12 @@ TOKENIZER_FILES = (
 
 
 _BYTE_NAMES = [f"<0x{byte:02X}>" for byte in range(256)]
+# how the ByteLevel decoder writes bytes: printable ones as they are, the others from U+0100 on
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + place): byte for place, byte in enumerate(_OTHERS)
+}
 
 
 class Tokenizer(Protocol):
@@ -32,17 +39,19 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def byte_tokens(self) -> Mapping[int, int]:
-        """Tokens that stand for one byte each (byte fallback), and which."""
-        ...
-
-    @property
     def longest_token(self) -> int:
         """Characters that one token covers at most."""
         ...
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of ``text``, with what the model expects around it (often a begin token)."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What a token that is not special adds to every text as UTF-8.
+
+        ``None`` where it depends on the text: a space before a word that may be the first.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -65,16 +74,21 @@ class JsonTokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         vocabulary = tokenizer.get_vocab()
         self.longest_token = max(map(len, vocabulary))
-        self.byte_tokens: dict[int, int] = {}
+        self._token_bytes: Callable[[int], bytes | None] = lambda token_id: None
+        if isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
+            self._token_bytes = cache(partial(_byte_level, tokenizer))
         # names alone do not make byte tokens, the decoder must treat them so
-        if self.decode([vocabulary.get(_BYTE_NAMES[0x41], -1)]) == "A":
-            self.byte_tokens = {vocabulary[name]: i for i, name in enumerate(_BYTE_NAMES)}
+        elif self.decode([vocabulary.get(_BYTE_NAMES[0x41], -1)]) == "A":
+            self._token_bytes = _byte_tokens(vocabulary).get
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         # of these two calls only this one lets other threads run meanwhile
         (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        return self._token_bytes(token_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         known = [token_id for token_id in ids if token_id >= 0]
@@ -104,15 +118,15 @@ class SentencePieceTokenizer:
         self.special_ids = frozenset(filter(self._processor.IsControl, pieces))
         names = {self._processor.IdToPiece(i): i for i in pieces}
         self.longest_token = max(map(len, names))
-        self.byte_tokens = {
-            names[name]: byte
-            for byte, name in enumerate(_BYTE_NAMES)
-            if name in names and self._processor.IsByte(names[name])
-        }
+        byte_names = {name: i for name, i in names.items() if self._processor.IsByte(i)}
+        self._byte_tokens = _byte_tokens(byte_names)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._processor.EncodeAsIds(text)
         return (self._bos_ids if add_special_tokens else []) + ids
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        return self._byte_tokens.get(token_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.DecodeIds([i for i in ids if 0 <= i < self._num_pieces])
@@ -143,6 +157,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return SentencePieceTokenizer(path.read_bytes(), _adds_bos(folder))
     except (RuntimeError, OSError) as error:
         raise CheckpointError(f"{path}: not a sentencepiece model ({error})") from None
+
+
+def _byte_tokens(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
+    """Tokens that stand for one byte each (byte fallback)."""
+    return {vocabulary[n]: bytes([i]) for i, n in enumerate(_BYTE_NAMES) if n in vocabulary}
+
+
+def _byte_level(tokenizer: tokenizers.Tokenizer, token_id: int) -> bytes:
+    name = tokenizer.id_to_token(token_id)
+    if name is None:
+        return b""
+    if _BYTE_OF.keys() >= set(name):
+        return bytes(_BYTE_OF[character] for character in name)
+    return str(name).encode()  # an added token
 
 
 def _text_after(tokenizer: Tokenizer, token_id: int) -> str:

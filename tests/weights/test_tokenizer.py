@@ -112,6 +112,20 @@ def test_streamed_pieces_are_the_whole_text(prompt, text):
         assert shown == [part.decode(errors="ignore") for part in known]
 
 
+def test_any_tokens_of_a_byte_level_vocabulary_stream_as_the_library_decodes_them(smollm2):
+    tokenizer = load_tokenizer(smollm2)
+    vocab_size = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json")).get_vocab_size()
+    drawn = random.Random(1)
+    # many of the first tokens are parts of characters, or none at all
+    for most in (300, vocab_size + 10):
+        for _ in range(300):
+            ids = [drawn.randrange(most) for _ in range(30)]
+            prompt_ids = ids[: drawn.randrange(30)]
+            assert "".join(stream(tokenizer, [], ids)) == tokenizer.decode(ids)
+            tail = stream(tokenizer, prompt_ids, ids[len(prompt_ids) :])
+            assert tokenizer.decode(ids).endswith("".join(tail))
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_streamed_pieces_keep_every_space(text, pieces, smollm2):
     for tokenizer in (pieces, load_tokenizer(smollm2)):

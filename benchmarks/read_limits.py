@@ -10,8 +10,8 @@ from torch import Tensor
 from benchmarks.alternating import Contestant
 from memory_ops.anonymous import anonymous_zeros
 
-# rows that the loop prefetches ahead; none leaves it to the processor
-_AHEAD = (0, 2, 4, 8, 16, 32)
+# rows that the loop prefetches ahead, none leaves it to the processor; and into which cache
+_PREFETCHES = ((0, 1), *((ahead, cache) for cache in (1, 2) for ahead in (2, 4, 8, 16, 32)))
 _ROWS_A_TURN = 2**17
 _SEQUENTIAL_BYTES = 2**28
 # rows that a table is made of: what a row holds takes no time
@@ -35,8 +35,8 @@ def repeated(part_PB: Tensor, num_rows: int, huge_pages: bool = True) -> Tensor:
 
 
 def row_readers(library: ctypes.CDLL, tables: Sequence[Tensor]) -> list[Contestant]:
-    """Readers of random rows of each of these tables, at every distance of prefetching."""
-    return [_row_reader(library, table, ahead) for table in tables for ahead in _AHEAD]
+    """Readers of random rows of each of these tables, for every way of prefetching."""
+    return [_row_reader(library, table, *how) for table in tables for how in _PREFETCHES]
 
 
 def row_limit(seconds: Sequence[float], table: Tensor) -> float:
@@ -59,13 +59,14 @@ def sequential_limit(seconds: float) -> float:
     return _SEQUENTIAL_BYTES / seconds / 1e9
 
 
-def _row_reader(library: ctypes.CDLL, table: Tensor, ahead: int) -> Contestant:
+def _row_reader(library: ctypes.CDLL, table: Tensor, ahead: int, cache: int) -> Contestant:
     row_bytes = table.stride(0) * table.itemsize
 
     def read(rows: Tensor) -> None:
-        library.memplus_read_rows(table.data_ptr(), row_bytes, rows.data_ptr(), rows.numel(), ahead)
+        memory, ids = table.data_ptr(), rows.data_ptr()
+        library.memplus_read_rows(memory, row_bytes, ids, rows.numel(), ahead, cache)
 
     def inputs(calls: int) -> list[tuple[Tensor]]:
         return [(torch.randint(0, len(table), (_ROWS_A_TURN,)),) for _ in range(calls)]
 
-    return Contestant(f"{ahead} ahead", read, inputs, 1)
+    return Contestant(f"{ahead} ahead, cache {cache}", read, inputs, 1)

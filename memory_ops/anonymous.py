@@ -6,6 +6,9 @@ import mmap
 import torch
 from torch import Tensor
 
+# glibc keeps no freed block of this size for the next call, whatever it is told
+_ALWAYS_MAPPED_BYTES = 32 * 2**20
+
 
 def anonymous_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A CPU tensor, not empty, of zeros on private anonymous memory; huge pages are asked for.
@@ -21,3 +24,10 @@ def anonymous_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def unwritten(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As ``torch.empty`` on the CPU; on huge pages where it would take fresh ones at every call."""
+    if math.prod(shape) * dtype.itemsize < _ALWAYS_MAPPED_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return anonymous_zeros(shape, dtype)

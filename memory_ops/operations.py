@@ -87,14 +87,14 @@ def expert_lookup(
 def _is_plain(*operands: Tensor | RowRecords) -> bool:
     if _is_watched():
         return False
-    needs_grad = torch.is_grad_enabled()
+    needs_grad, has_tangents = torch.is_grad_enabled(), forward_ad._current_level >= 0
     for operand in operands:
         tensor = operand.records_RB if isinstance(operand, RowRecords) else operand
         if type(tensor) not in _PLAIN_TYPES or (needs_grad and tensor.requires_grad):
             return False
         if tensor.is_neg():
             return False
-        if forward_ad._current_level >= 0 and _has_tangent(tensor):
+        if has_tangents and _has_tangent(tensor):
             raise RuntimeError("memory_ops: there are no forward-mode derivatives")
     return True
 

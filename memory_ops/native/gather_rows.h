@@ -17,7 +17,7 @@ constexpr int64_t COLUMN_STEP = 128;  // the columns of two threads part at a mu
 
 // How a format is read fastest, as measured: vectors of sums in registers, and where two tiles are
 // left to do; rows that are added to one tile before the next tile's turn; how many rows ahead is
-// prefetched.
+// prefetched, and with which locality of __builtin_prefetch.
 template <class Row>
 struct Schedule {
 #if defined(__AVX512F__)
@@ -30,7 +30,31 @@ struct Schedule {
   static constexpr int vectors = 8, most_vectors = vectors;
   static constexpr int64_t group = 16, ahead = 16;
 #endif
+  static constexpr int locality = 3;
 };
+
+// Intel's cores wait for fewer lines at once in their first cache than in their second.
+template <class Row>
+struct IntelSchedule : Schedule<Row> {
+#if defined(__AVX512F__)
+  static constexpr bool whole_bytes = Row::line_values == LINE;
+  static constexpr bool half_bytes = Row::line_values > LINE;
+  static constexpr int vectors = whole_bytes ? 8 : 16;
+  static constexpr int most_vectors = Row::in_halves ? 24 : vectors;
+  static constexpr int64_t group = half_bytes ? 64 : INT32_MAX;
+  static constexpr int64_t ahead = Row::line_values < LINE ? 8 : 16;
+#endif
+  static constexpr int locality = 2;
+};
+
+inline bool is_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
 
 // The references of one sum after another: sum s has those at [starts[s], starts[s + 1]), or
 // per_sum of them where there are no starts.
@@ -44,17 +68,17 @@ struct Sums {
   int64_t start(int64_t sum) const { return starts ? starts[sum] : sum * per_sum; }
 };
 
-template <class Row>
+template <class Row, int LOCALITY>
 inline void prefetch_columns(const Table& table, const uint8_t* row, int64_t at, int64_t columns) {
   const int64_t from = at * LINE / Row::line_values;
   const int64_t to = (at + columns) * LINE / Row::line_values;
-  for (int64_t byte = from; byte < to; byte += LINE) __builtin_prefetch(row + byte);
-  if (table.scale_offset && at == 0) __builtin_prefetch(row + table.scale_offset);
+  for (int64_t byte = from; byte < to; byte += LINE) __builtin_prefetch(row + byte, 0, LOCALITY);
+  if (table.scale_offset && at == 0) __builtin_prefetch(row + table.scale_offset, 0, LOCALITY);
 }
 
 // Adds the rows of some references to VECTORS vectors of sums from column `at` on, of which the
 // last `count` columns exist where that is not 0; rows up to that of `end` may be prefetched.
-template <class Row, int VECTORS>
+template <class Row, class Schedule, int VECTORS>
 inline void add_tile(const Table& table, const Sums& sums, Span which, int64_t end, int64_t at,
                      int64_t count, float* out) {
   constexpr int64_t columns = VECTORS * LANES;
@@ -66,24 +90,32 @@ inline void add_tile(const Table& table, const Sums& sums, Span which, int64_t e
   else
     std::memcpy(total, out + at, sizeof total);
   constexpr bool in_halves = Row::in_halves && VECTORS % 2 == 0;
+  // the scales of a record are read for one block
+  constexpr bool several_blocks = Row::line_values > LINE && columns > Row::line_values;
+  constexpr int reach = several_blocks ? Row::line_values / LANES : VECTORS;
   if constexpr (in_halves)
     for (int v = 0; v < VECTORS; v += 2) part_lanes(total[v], total[v + 1]);
   for (int64_t i = which.first; i < which.last; i++) {
-    const int64_t next = std::min(i + Schedule<Row>::ahead, end - 1);
-    prefetch_columns<Row>(table, table.row(sums.ids[next]), at, columns);
-    const Row row(table, table.row(sums.ids[i]), at - offset, sums.weights[i]);
+    const int64_t next = std::min(i + Schedule::ahead, end - 1);
+    prefetch_columns<Row, Schedule::locality>(table, table.row(sums.ids[next]), at, columns);
+    const uint8_t* data = table.row(sums.ids[i]);
     if (count) {
+      const Row row(table, data, at - offset, sums.weights[i]);
       total[0] += row.last_codes(offset, count) * row.factor(offset);
       continue;
     }
+#pragma GCC unroll 2
+    for (int first = 0; first < VECTORS; first += reach) {
+      const Row row(table, data, at - offset + first * LANES, sums.weights[i]);
 #pragma GCC unroll 24
-    for (int v = 0; v < VECTORS; v++) {
-      const int64_t place = offset + v * LANES;
-      if constexpr (in_halves)
-        total[v] +=
-            (v % 2 ? row.odd_codes(place - LANES) : row.even_codes(place)) * row.factor(place);
-      else
-        total[v] += row.codes(place) * row.factor(place);
+      for (int v = 0; v < reach; v++) {
+        const int64_t place = offset + v * LANES;
+        floats& sum = total[first + v];
+        if constexpr (in_halves)
+          sum += (v % 2 ? row.odd_codes(place - LANES) : row.even_codes(place)) * row.factor(place);
+        else
+          sum += row.codes(place) * row.factor(place);
+      }
     }
   }
   if constexpr (in_halves)
@@ -92,30 +124,31 @@ inline void add_tile(const Table& table, const Sums& sums, Span which, int64_t e
 }
 
 // Computes some columns of the sums [which.first, which.last), one after another.
-template <class Row>
+template <class Row, class Schedule>
 inline void gather_part(const Table& table, const Sums& sums, Span which, Span columns) {
-  constexpr int vectors = Schedule<Row>::vectors, most = Schedule<Row>::most_vectors;
+  constexpr int vectors = Schedule::vectors, most = Schedule::most_vectors;
   const int64_t begin = sums.start(which.first), end = sums.start(which.last);
-  for (int64_t i = begin; i < std::min(begin + Schedule<Row>::ahead, end); i++)
-    prefetch_columns<Row>(table, table.row(sums.ids[i]), columns.first,
-                          columns.last - columns.first);
+  for (int64_t i = begin; i < std::min(begin + Schedule::ahead, end); i++)
+    prefetch_columns<Row, Schedule::locality>(table, table.row(sums.ids[i]), columns.first,
+                                              columns.last - columns.first);
   for (int64_t s = which.first; s < which.last; s++) {
     float* out = sums.out + s * table.value_dim;
     std::memset(out + columns.first, 0, (columns.last - columns.first) * sizeof(float));
     const int64_t last = sums.start(s + 1);
-    for (int64_t first = sums.start(s); first < last; first += Schedule<Row>::group) {
-      const Span group = {first, std::min(first + Schedule<Row>::group, last)};
+    for (int64_t first = sums.start(s); first < last; first += Schedule::group) {
+      const Span group = {first, std::min(first + Schedule::group, last)};
       int64_t at = columns.first;
       if constexpr (most > vectors)
         for (; at + (most + vectors) * LANES <= columns.last; at += most * LANES)
-          add_tile<Row, most>(table, sums, group, end, at, 0, out);
+          add_tile<Row, Schedule, most>(table, sums, group, end, at, 0, out);
       for (; at + vectors * LANES <= columns.last; at += vectors * LANES)
-        add_tile<Row, vectors>(table, sums, group, end, at, 0, out);
+        add_tile<Row, Schedule, vectors>(table, sums, group, end, at, 0, out);
       for (; at + 4 * LANES <= columns.last; at += 4 * LANES)
-        add_tile<Row, 4>(table, sums, group, end, at, 0, out);
+        add_tile<Row, Schedule, 4>(table, sums, group, end, at, 0, out);
       for (; at + LANES <= columns.last; at += LANES)
-        add_tile<Row, 1>(table, sums, group, end, at, 0, out);
-      if (at < columns.last) add_tile<Row, 1>(table, sums, group, end, at, columns.last - at, out);
+        add_tile<Row, Schedule, 1>(table, sums, group, end, at, 0, out);
+      if (at < columns.last)
+        add_tile<Row, Schedule, 1>(table, sums, group, end, at, columns.last - at, out);
     }
   }
 }
@@ -136,7 +169,9 @@ inline void gather_rows(const Table& table, const Sums& sums, int64_t num_sums) 
       which = piece(num_sums, thread, threads);
     }
     with_row_type(table.format, [&](auto* row) {
-      gather_part<std::remove_pointer_t<decltype(row)>>(table, sums, which, columns);
+      using Row = std::remove_pointer_t<decltype(row)>;
+      is_intel() ? gather_part<Row, IntelSchedule<Row>>(table, sums, which, columns)
+                 : gather_part<Row, Schedule<Row>>(table, sums, which, columns);
     });
   });
 }

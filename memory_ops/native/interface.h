@@ -59,9 +59,11 @@ int64_t memplus_group_rows(const int64_t* ids, const float* weights, int64_t cou
                              {rows, starts, tokens, sorted_weights});
 }
 
+// `cache` is that which rows are prefetched into: the first or the second.
 uint32_t memplus_read_rows(const uint8_t* data, int64_t row_bytes, const int64_t* ids,
-                           int64_t count, int64_t ahead) {
-  return memplus::read_rows(data, row_bytes, ids, count, ahead);
+                           int64_t count, int64_t ahead, int32_t cache) {
+  return cache == 1 ? memplus::read_rows<3>(data, row_bytes, ids, count, ahead)
+                    : memplus::read_rows<2>(data, row_bytes, ids, count, ahead);
 }
 
 uint32_t memplus_read_all(const uint8_t* data, int64_t bytes) {

@@ -96,7 +96,7 @@ MEMORY_LIBRARY = NativeLibrary(
         "memplus_gather_groups": (None, (*_TABLE, *[_POINTER] * 3, _INT64, _POINTER)),
         "memplus_row_dots": (_INT64, (*_TABLE, _POINTER, _POINTER, _INT64, _INT64, _POINTER)),
         "memplus_group_rows": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, *[_POINTER] * 4)),
-        "memplus_read_rows": (ctypes.c_uint32, (_POINTER, _INT64, _POINTER, _INT64, _INT64)),
+        "memplus_read_rows": (ctypes.c_uint32, (_POINTER, _INT64, _POINTER, *[_INT64] * 2, _INT32)),
         "memplus_read_all": (ctypes.c_uint32, (_POINTER, _INT64)),
     },
     "memory layers run on plain torch, several times slower",

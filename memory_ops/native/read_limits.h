@@ -24,8 +24,9 @@ inline uint32_t folded(words seen) {
   return result;
 }
 
-// Reads `row_bytes` bytes of each row, on all threads, prefetching the row that
-// is `ahead` further on (0: none); returns what keeps the reads from being left out.
+// Reads `row_bytes` bytes of each row, on all threads, prefetching the row that is `ahead` further
+// on (0: none), of __builtin_prefetch's LOCALITY; returns what keeps the reads from being left out.
+template <int LOCALITY>
 inline uint32_t read_rows(const uint8_t* data, int64_t row_bytes, const int64_t* ids, int64_t count,
                           int64_t ahead) {
   uint32_t result = 0;
@@ -37,7 +38,7 @@ inline uint32_t read_rows(const uint8_t* data, int64_t row_bytes, const int64_t*
       const int64_t next = i + ahead < mine.last ? i + ahead : i;
       const uint8_t* coming = data + ids[next] * row_bytes;
       for (int64_t at = 0; at < row_bytes; at += LINE) {
-        if (ahead) __builtin_prefetch(coming + at);
+        if (ahead) __builtin_prefetch(coming + at, 0, LOCALITY);
         seen = read_bytes(row + at, std::min<int64_t>(LINE, row_bytes - at), seen);
       }
     }

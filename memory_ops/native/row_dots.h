@@ -16,7 +16,7 @@ inline void dot_rows(const Table& table, const int64_t* ids, const int64_t* comi
   for (; block < table.value_dim; block += Row::line_values) {
     const int64_t columns = std::min(Row::line_values, table.value_dim - block);
     for (int r = 0; r < ROWS; r++) {
-      prefetch_columns<Row>(table, table.row(coming[r]), block, columns);
+      prefetch_columns<Row, 3>(table, table.row(coming[r]), block, columns);
       const Row row(table, table.row(ids[r]), block, 1);
       int64_t at = 0;
       for (; at + LANES <= columns; at += LANES)

@@ -115,6 +115,8 @@ struct Int4Row {
     typedef float factors __attribute__((vector_size(16)));
     const uint8_t* scales = row + table.scale_offset + at / line_values * 8;
     store(factors_, (factors)(__builtin_convertvector(load<halves>(scales), quad) << 16) * weight);
+    // spreading one over a vector costs nothing where it is read from memory
+    asm("" : "+m"(factors_));
   }
   floats codes(int64_t offset) const {
     const int bits = (int)(offset / plane * 4);

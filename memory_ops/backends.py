@@ -12,6 +12,7 @@ from torch import Tensor
 from memory_ops import reference
 from memory_ops.checks import Table
 from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS, NativeBackend
+from memory_ops.native.direct import DirectCalls, direct_calls
 from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.row_formats import RowRecords
 
@@ -27,6 +28,13 @@ class Backend(Protocol):
     def row_gradients(
         self, rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor, /
     ) -> tuple[Tensor, Tensor]: ...
+
+
+@functools.cache
+def direct() -> DirectCalls | None:
+    """A shorter way for plain CPU tensors, which declines all others, where there is one."""
+    build = MEMORY_LIBRARY.best_build
+    return direct_calls(build) if build is not None else None
 
 
 def for_topk(half_scores: Tensor, top_k: int) -> Backend:

@@ -8,7 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import functional
 
 from memory_ops import backends
@@ -20,6 +23,7 @@ from memory_ops.checks import (
     check_scores,
     check_vectors,
 )
+from memory_ops.native.direct import DirectCalls
 from memory_ops.row_formats import RowFormat, RowRecords
 
 
@@ -28,11 +32,15 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     Differentiable by the scores. With scores that are NaN the rows are in range, the weights NaN.
     """
+    if (direct := _direct()) is not None:
+        chosen = direct.product_topk(half_scores_TH2N, top_k)
+        if chosen is not None:
+            return chosen
     if _is_plain(half_scores_TH2N):
         return backends.for_topk(half_scores_TH2N, top_k).product_topk(half_scores_TH2N, top_k)
     check_scores(half_scores_TH2N, top_k)
-    chosen: tuple[Tensor, Tensor] = _product_topk(half_scores_TH2N, top_k)
-    return chosen
+    rows_THK, weights_THK = _product_topk(half_scores_TH2N, top_k)
+    return rows_THK, weights_THK
 
 
 def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
@@ -41,6 +49,10 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     Differentiable by the weights, and by a table that is no records: its gradient is a coalesced
     sparse tensor of the rows read. On a GPU, row ids are not checked.
     """
+    if (direct := _direct()) is not None:
+        summed = direct.gather_rows(table, rows_THK, weights_THK)
+        if summed is not None:
+            return summed
     if _is_plain(weights_THK, table, rows_THK):
         return backends.for_table(table, weights_THK).gather_rows(table, rows_THK, weights_THK)
     check_rows(table, rows_THK, weights_THK)
@@ -84,17 +96,23 @@ def expert_lookup(
     return gather_rows(up, rows_THK, weights_THK * activations_THK)
 
 
+def _direct() -> DirectCalls | None:
+    if _is_watched() or forward_ad._current_level >= 0:
+        return None
+    return backends.direct()
+
+
 def _is_plain(*operands: Tensor | RowRecords) -> bool:
     if _is_watched():
         return False
-    needs_grad, has_tangents = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    needs_grad = torch.is_grad_enabled()
     for operand in operands:
         tensor = operand.records_RB if isinstance(operand, RowRecords) else operand
         if type(tensor) not in _PLAIN_TYPES or (needs_grad and tensor.requires_grad):
             return False
         if tensor.is_neg():
             return False
-        if has_tangents and _has_tangent(tensor):
+        if forward_ad._current_level >= 0 and _has_tangent(tensor):
             raise RuntimeError("memory_ops: there are no forward-mode derivatives")
     return True
 
@@ -106,10 +124,10 @@ def _has_tangent(tensor: Tensor) -> bool:
 def _is_watched() -> bool:
     """Whether something must see the operator itself: a compiler, a tracer, a mode, a transform."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _get_tracing_state() is not None
+        or peek_interpreter_stack() is not None
     )
 
 

@@ -1,22 +1,16 @@
 """The operations by the native library, with the reference's signatures, for CPU tensors."""
 
-import ctypes
-import functools
-import importlib
-from types import ModuleType
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from memory_ops.anonymous import unwritten
 from memory_ops.checks import Table, check_gradients, check_rows, check_scores, check_vectors
 from memory_ops.native.library import MEMORY_LIBRARY, use_torchs_threads
-from memory_ops.row_formats import RowFormat, RowRecords, scale_offset
+from memory_ops.row_formats import RowRecords, scale_offset
 
 # the codes of row_table.h
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_FORMATS = {"int8": 3, "fp8": 4, "int4": 5}
+FORMATS = {"int8": 3, "fp8": 4, "int4": 5}
 # as many as group_rows.h can sort by
 _MOST_ROWS = 2**33
 _MOST_REFERENCES = 2**31
@@ -30,28 +24,21 @@ class NativeBackend:
     def __init__(self, build: str) -> None:
         """Use ``build``, one of ``MEMORY_LIBRARY.runnable_builds``."""
         self._library = MEMORY_LIBRARY.load(build)
-        self._direct = _direct_calls()
-        self._product_topk = _address(self._library.memplus_product_topk)
-        self._gather_rows = _address(self._library.memplus_gather_rows)
 
     def product_topk(self, half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See ``reference.product_topk``; fp32, K to 128, N to 65,536."""
-        shape = half_scores_TH2N.shape
-        assert top_k <= MOST_CHOSEN and shape[-1] <= MOST_SUBKEYS
-        if self._direct is not None and len(shape) == 4 and top_k > 0:
-            chosen = _empty_choice(shape[0], shape[1], top_k)
-            use_torchs_threads()
-            if self._direct.product_topk(self._product_topk, half_scores_TH2N, *chosen):
-                return chosen
         check_scores(half_scores_TH2N, top_k)
+        num_tokens, num_heads, _, num_subkeys = half_scores_TH2N.shape
         assert half_scores_TH2N.dtype is torch.float32
+        assert top_k <= MOST_CHOSEN and num_subkeys <= MOST_SUBKEYS
         half_scores_TH2N = half_scores_TH2N.contiguous()
-        rows_THK, weights_THK = _empty_choice(shape[0], shape[1], top_k)
+        rows_THK = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64)
+        weights_THK = torch.empty(num_tokens, num_heads, top_k)
         use_torchs_threads()
         self._library.memplus_product_topk(
             half_scores_TH2N.data_ptr(),
-            shape[0] * shape[1],
-            shape[3],
+            num_tokens * num_heads,
+            num_subkeys,
             top_k,
             rows_THK.data_ptr(),
             weights_THK.data_ptr(),
@@ -60,14 +47,6 @@ class NativeBackend:
 
     def gather_rows(self, table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
         """See ``reference.gather_rows``."""
-        if self._direct is not None:
-            memory, value_dim, record = _memory(table)
-            out_TV = torch.empty(rows_THK.shape[0], value_dim)
-            use_torchs_threads()
-            if self._direct.gather_rows(
-                self._gather_rows, record, memory, rows_THK, weights_THK, out_TV
-            ):
-                return out_TV
         check_rows(table, rows_THK, weights_THK)
         rows_THK = rows_THK.contiguous()
         weights_THK = weights_THK.float().contiguous()
@@ -143,43 +122,17 @@ class NativeBackend:
         return rows[:num_distinct].clone(), sums_UV
 
 
-def _direct_calls() -> ModuleType | None:
-    """direct_calls.cpp, where there were Python's headers to build it and torch can exchange."""
-    try:
-        return importlib.import_module("memory_ops.native.direct_calls")
-    except (ImportError, AttributeError):
-        return None
-
-
-def _address(function: Any) -> int | None:
-    return ctypes.cast(function, ctypes.c_void_p).value
-
-
-def _empty_choice(num_tokens: int, num_heads: int, top_k: int) -> tuple[Tensor, Tensor]:
-    shape = (num_tokens, num_heads, top_k)
-    return torch.empty(shape, dtype=torch.int64), torch.empty(shape)
-
-
-def _memory(table: Table) -> tuple[Tensor, int, tuple[int, int, int] | None]:
-    """The tensor that holds the rows, V, and of records what ``_record`` says."""
-    if isinstance(table, RowRecords):
-        return table.records_RB, table.value_dim, _record(table.row_format, table.value_dim)
-    return table, table.shape[1], None
-
-
-@functools.cache
-def _record(row_format: RowFormat, value_dim: int) -> tuple[int, int, int]:
-    """Format, value_dim, scale_offset."""
-    return _FORMATS[row_format], value_dim, scale_offset(row_format, value_dim)
-
-
 def _table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
     """data, num_rows, row_stride in bytes, value_dim, scale_offset, format."""
-    memory, value_dim, record = _memory(table)
-    assert memory.stride()[1] == 1
-    code, _, offset = (_DTYPES[memory.dtype], value_dim, 0) if record is None else record
-    stride = memory.stride()[0] * memory.itemsize
-    return memory.data_ptr(), memory.shape[0], stride, value_dim, offset, code
+    if isinstance(table, RowRecords):
+        records_RB = table.records_RB
+        num_rows, offset = records_RB.shape[0], scale_offset(table.row_format, table.value_dim)
+        code = FORMATS[table.row_format]
+        return records_RB.data_ptr(), num_rows, records_RB.stride(0), table.value_dim, offset, code
+    assert table.stride()[1] == 1
+    num_rows, value_dim = table.shape
+    stride = table.stride()[0] * table.itemsize
+    return table.data_ptr(), num_rows, stride, value_dim, 0, _DTYPES[table.dtype]
 
 
 def _check_place(wrong: int, rows_THK: Tensor, num_rows: int) -> None:

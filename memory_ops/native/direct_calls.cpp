@@ -1,9 +1,11 @@
-// The operations of decoding called with tensors as they are: ctypes and what it must be told take
-// as long as reading half the rows of one token. It is a Python module, and the only code here that
-// knows Python; the kernels it calls are those of interface.h, given by their addresses.
+// The operations of decoding called with tensors as they are: checks in Python, and telling ctypes
+// what they are, takes as long as reading half the rows of one token. It is a Python module, and the
+// only code here that knows Python; the kernels it calls are those of interface.h, given by their
+// addresses. What it declines, by returning None, takes the long way.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "dlpack.h"
@@ -14,6 +16,21 @@ using memplus::dlpack::Exchange;
 using memplus::dlpack::View;
 
 const Exchange* exchange;
+PyObject *tensor_type, *parameter_type;
+
+// Whether a tensor is nothing but its values: no subclass, no gradient wanted, no lazy negation.
+bool is_plain(PyObject* tensor, bool needs_grad) {
+  const auto* type = (PyObject*)Py_TYPE(tensor);
+  if (type != tensor_type && type != parameter_type) return false;
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  const auto is_false = [](PyObject* found) {
+    Py_XDECREF(found);  // True and False stay
+    return found == Py_False;
+  };
+  return (!needs_grad || is_false(PyObject_GetAttr(tensor, requires_grad))) &&
+         is_false(PyObject_CallMethodNoArgs(tensor, is_neg));
+}
 
 bool is(const View& view, uint8_t code, uint8_t bits) {
   return view.dtype.code == code && view.dtype.bits == bits && view.dtype.lanes == 1;
@@ -29,31 +46,45 @@ bool is_packed(const View& view) {
 bool is_float(const View& view) { return is(view, memplus::dlpack::FLOAT, 32) && is_packed(view); }
 bool is_ids(const View& view) { return is(view, memplus::dlpack::INT, 64) && is_packed(view); }
 
-bool have_shape(std::initializer_list<const View*> views, std::initializer_list<int64_t> shape) {
-  for (const View* view : views) {
-    if (view->ndim != (int32_t)shape.size()) return false;
-    const int64_t* size = view->shape;
-    for (int64_t expected : shape)
-      if (*size++ != expected) return false;
-  }
-  return true;
+bool has_shape(const View& view, std::initializer_list<int64_t> sizes) {
+  return view.ndim == (int32_t)sizes.size() && std::equal(sizes.begin(), sizes.end(), view.shape);
 }
 
-// Views of `count` tensors on the CPU; false where one is elsewhere, or nowhere.
-bool view_all(PyObject* const* tensors, int count, View* views) {
+// Views of `count` plain tensors on the CPU.
+bool view_all(PyObject* const* tensors, int count, bool needs_grad, View* views) {
   for (int i = 0; i < count; i++) {
-    if (exchange->view(tensors[i], &views[i])) {
-      PyErr_Clear();  // whoever checks the arguments one by one says it better
-      return false;
-    }
-    const bool is_here = views[i].device.type == memplus::dlpack::CPU && views[i].strides;
-    if (!is_here) return false;
+    if (!is_plain(tensors[i], needs_grad) || exchange->view(tensors[i], &views[i])) return false;
+    if (views[i].device.type != memplus::dlpack::CPU || !views[i].strides) return false;
     views[i].data = (uint8_t*)views[i].data + views[i].byte_offset;
   }
   return true;
 }
 
-PyObject* unfit() { return PyErr_Occurred() ? nullptr : Py_NewRef(Py_False); }
+PyObject* declined() {
+  PyErr_Clear();  // whoever checks the arguments one by one says it better
+  Py_RETURN_NONE;
+}
+
+void set_error(void*, const char*, const char* message) {
+  PyErr_SetString(PyExc_RuntimeError, message);
+}
+
+// A new tensor on the CPU, as torch.empty gives; null with an exception set.
+struct Empty {
+  PyObject* object = nullptr;
+  void* data = nullptr;
+
+  Empty(uint8_t code, uint8_t bits, std::initializer_list<int64_t> sizes) {
+    int64_t shape[3];
+    std::copy(sizes.begin(), sizes.end(), shape);
+    View like = {nullptr, {memplus::dlpack::CPU, 0}, (int32_t)sizes.size(), {code, bits, 1},
+                 shape,   nullptr,                   0};
+    memplus::dlpack::Owned* owned;
+    if (exchange->allocate(&like, &owned, nullptr, set_error)) return;
+    data = owned->tensor.data;
+    if (exchange->to_object(owned, (void**)&object)) object = nullptr;
+  }
+};
 
 // How the rows of a table lie: what interface.h calls row_stride, value_dim, scale_offset, format.
 struct Rows {
@@ -87,19 +118,20 @@ PyObject* gather_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   using Kernel = int64_t (*)(const void*, int64_t, int64_t, int64_t, int64_t, int32_t,
                              const int64_t*, const float*, int64_t, int64_t, float*);
   const auto kernel = (Kernel)PyLong_AsVoidPtr(arguments[0]);
-  View views[4];
-  const auto& [table, ids, weights, out] = views;
-  if (!kernel || !view_all(arguments + 2, 4, views)) return unfit();
+  View views[3];
+  const auto& [table, ids, weights] = views;
+  if (!kernel || !view_all(arguments + 3, 3, arguments[1] == Py_True, views)) return declined();
   Rows rows;
-  if (table.ndim != 2 || table.strides[1] != 1 || ids.ndim != 3) return unfit();
-  if (!(arguments[1] == Py_None ? plain_rows(table, &rows)
-                                : record_rows(table, arguments[1], &rows)))
-    return unfit();
+  if (table.ndim != 2 || table.strides[1] != 1 || ids.ndim != 3) return declined();
+  if (!(arguments[2] == Py_None ? plain_rows(table, &rows)
+                                : record_rows(table, arguments[2], &rows)))
+    return declined();
   const int64_t tokens = ids.shape[0], per_token = ids.shape[1] * ids.shape[2];
-  if (!is_ids(ids) || !is_float(weights) || !is_float(out) ||
-      !have_shape({&weights}, {tokens, ids.shape[1], ids.shape[2]}) ||
-      !have_shape({&out}, {tokens, rows.value_dim}))
-    return unfit();
+  if (!is_ids(ids) || !is_float(weights) ||
+      !has_shape(weights, {tokens, ids.shape[1], ids.shape[2]}))
+    return declined();
+  const Empty out(memplus::dlpack::FLOAT, 32, {tokens, rows.value_dim});
+  if (!out.object) return nullptr;
   const auto* given = (const int64_t*)ids.data;
   const int64_t num_rows = table.shape[0];
   int64_t wrong;
@@ -107,39 +139,54 @@ PyObject* gather_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   wrong = kernel(table.data, num_rows, rows.stride, rows.value_dim, rows.scale_offset, rows.format,
                  given, (const float*)weights.data, tokens, per_token, (float*)out.data);
   Py_END_ALLOW_THREADS;
-  if (wrong >= 0)
-    return PyErr_Format(PyExc_IndexError, "rows: %lld is outside [0, %lld)",
-                        (long long)given[wrong], (long long)num_rows);
-  Py_RETURN_TRUE;
+  if (wrong < 0) return out.object;
+  Py_DECREF(out.object);
+  return PyErr_Format(PyExc_IndexError, "rows: %lld is outside [0, %lld)", (long long)given[wrong],
+                      (long long)num_rows);
 }
 
 PyObject* product_topk(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 4) return PyErr_Format(PyExc_TypeError, "product_topk takes 4 arguments");
+  if (count != 5) return PyErr_Format(PyExc_TypeError, "product_topk takes 5 arguments");
   using Kernel = void (*)(const float*, int64_t, int32_t, int32_t, int64_t*, float*);
   const auto kernel = (Kernel)PyLong_AsVoidPtr(arguments[0]);
-  View views[3];
-  const auto& [scores, ids, weights] = views;
-  if (!kernel || !view_all(arguments + 1, 3, views)) return unfit();
-  if (scores.ndim != 4 || scores.shape[2] != 2 || ids.ndim != 3) return unfit();
-  const int64_t heads = scores.shape[0] * scores.shape[1], top_k = ids.shape[2];
-  if (!is_float(scores) || !is_ids(ids) || !is_float(weights) ||
-      !have_shape({&ids, &weights}, {scores.shape[0], scores.shape[1], top_k}) || top_k < 1 ||
-      top_k > scores.shape[3])
-    return unfit();
+  int top_k, most_subkeys, most_chosen;
+  View scores;
+  if (!kernel || !view_all(arguments + 3, 1, arguments[1] == Py_True, &scores) ||
+      !PyArg_ParseTuple(arguments[2], "ii", &most_subkeys, &most_chosen))
+    return declined();
+  top_k = (int)PyLong_AsLong(arguments[4]);
+  if (!is_float(scores) || scores.ndim != 4 || scores.shape[2] != 2) return declined();
+  const int64_t tokens = scores.shape[0], heads = scores.shape[1], num_subkeys = scores.shape[3];
+  if (num_subkeys > most_subkeys || top_k > std::min<int64_t>(num_subkeys, most_chosen) ||
+      top_k < 1)
+    return declined();
+  const Empty rows(memplus::dlpack::INT, 64, {tokens, heads, top_k});
+  const Empty weights(memplus::dlpack::FLOAT, 32, {tokens, heads, top_k});
+  PyObject* both = PyTuple_New(2);
+  if (!rows.object || !weights.object || !both) {
+    for (PyObject* object : {rows.object, weights.object, both}) Py_XDECREF(object);
+    return nullptr;
+  }
   Py_BEGIN_ALLOW_THREADS;
-  kernel((const float*)scores.data, heads, (int32_t)scores.shape[3], (int32_t)top_k,
-         (int64_t*)ids.data, (float*)weights.data);
+  kernel((const float*)scores.data, tokens * heads, (int32_t)num_subkeys, top_k,
+         (int64_t*)rows.data, (float*)weights.data);
   Py_END_ALLOW_THREADS;
-  Py_RETURN_TRUE;
+  PyTuple_SET_ITEM(both, 0, rows.object);
+  PyTuple_SET_ITEM(both, 1, weights.object);
+  return both;
 }
 
-// Finds torch's exchange; false, with an exception set, where this torch has none of this version.
-bool find_exchange() {
+// Finds torch's types and exchange; false, with an exception set, where this torch has none of this
+// version.
+bool find_torch() {
   PyObject* torch = PyImport_ImportModule("torch");
-  PyObject* tensor = torch ? PyObject_GetAttrString(torch, "Tensor") : nullptr;
-  PyObject* capsule = tensor ? PyObject_GetAttrString(tensor, Exchange::attribute) : nullptr;
+  tensor_type = torch ? PyObject_GetAttrString(torch, "Tensor") : nullptr;
+  PyObject* nn = tensor_type ? PyObject_GetAttrString(torch, "nn") : nullptr;
+  parameter_type = nn ? PyObject_GetAttrString(nn, "Parameter") : nullptr;
+  PyObject* capsule =
+      parameter_type ? PyObject_GetAttrString(tensor_type, Exchange::attribute) : nullptr;
   Py_XDECREF(torch);
-  Py_XDECREF(tensor);
+  Py_XDECREF(nn);
   if (!capsule) return false;
   // it lives as long as the type does
   exchange = (const Exchange*)PyCapsule_GetPointer(capsule, Exchange::capsule);
@@ -153,11 +200,12 @@ bool find_exchange() {
 
 PyMethodDef methods[] = {
     {"gather_rows", (PyCFunction)(void (*)())gather_rows, METH_FASTCALL,
-     "gather_rows(kernel, record, table, rows, weights, out) -> whether it was done\n\n"
-     "False where a tensor is not as the kernel takes it. `record` is None, or a record's format,\n"
-     "value_dim and scale_offset. Raises IndexError: a row id is outside the table."},
+     "gather_rows(kernel, needs_grad, record, table, rows, weights) -> out, or None\n\n"
+     "`record` is None, or the format, value_dim and scale_offset of records.\n"
+     "Raises IndexError: a row id is outside the table."},
     {"product_topk", (PyCFunction)(void (*)())product_topk, METH_FASTCALL,
-     "product_topk(kernel, scores, rows, weights) -> whether it was done"},
+     "product_topk(kernel, needs_grad, most, scores, top_k) -> rows and weights, or None\n\n"
+     "`most` are how many subkeys and rows a head the kernel takes."},
     {}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "direct_calls", nullptr, -1, methods,
@@ -165,6 +213,4 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "direct_calls", nullptr, -1, method
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit_direct_calls() {
-  return find_exchange() ? PyModule_Create(&module) : nullptr;
-}
+PyMODINIT_FUNC PyInit_direct_calls() { return find_torch() ? PyModule_Create(&module) : nullptr; }

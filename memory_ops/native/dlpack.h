@@ -32,6 +32,17 @@ struct Version {
   uint32_t major, minor;
 };
 
+struct Owned {
+  Version version;
+  void* owner;
+  void (*release)(Owned*);
+  uint64_t flags;
+  View tensor;
+};
+
+using SetError = void (*)(void* context, const char* kind, const char* message);
+
+// All return 0, or -1 with a Python exception set.
 struct Exchange {
   static constexpr const char* attribute = "__dlpack_c_exchange_api__";
   static constexpr const char* capsule = "dlpack_exchange_api";
@@ -39,9 +50,11 @@ struct Exchange {
 
   Version version;
   Exchange* older;
-  void *allocate, *from_object, *to_object;
-  int (*view)(void* object, View* view);  // 0, or -1 with a Python exception set
-  void* current_stream;
+  int (*allocate)(View* like, Owned** owned, void* context, SetError set_error);
+  int (*from_object)(void* object, Owned** owned);
+  int (*to_object)(Owned* owned, void** object);  // which owns it then
+  int (*view)(void* object, View* view);
+  int (*current_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
 
 }  // namespace memplus::dlpack

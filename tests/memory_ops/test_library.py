@@ -17,9 +17,12 @@ def no_builds(tmp_path, monkeypatch):
     """As installed where there was no compiler."""
     none = NativeLibrary(tmp_path, {}, MEMORY_LIBRARY.loss)
     monkeypatch.setattr(backends, "MEMORY_LIBRARY", none)
-    backends._on.cache_clear()
+    chosen = (backends._on, backends.direct)
+    for choice in chosen:
+        choice.cache_clear()
     yield
-    backends._on.cache_clear()
+    for choice in chosen:
+        choice.cache_clear()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

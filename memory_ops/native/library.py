@@ -1,8 +1,8 @@
 """Native libraries: the builds there are, those that this machine can run, and their functions.
 
-A build is the same C++ compiled for one instruction set, best first: ``avx512_bf16`` (where a
-library has one), ``avx512``, ``avx2``, ``portable``. They are made when the package is installed,
-if there is a compiler.
+A build is the same C++ compiled for one instruction set, best first: ``avx512_amx`` and
+``avx512_bf16`` (where a library has them), ``avx512``, ``avx2``, ``portable``. They are made when
+the package is installed, if there is a compiler.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-BUILDS = ("avx512_bf16", "avx512", "avx2", "portable")
+BUILDS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
 Prototypes = Mapping[str, tuple[type | None, tuple[type, ...]]]
 
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")

@@ -33,7 +33,7 @@ def test_the_library_was_built_and_its_best_build_is_used():
     if "avx2" in flags:
         assert "avx2" in builds
     if "avx512bw" in flags:
-        assert builds == BUILDS[1:]  # no operation of this library has a use for bf16 products
+        assert builds == BUILDS[2:]  # no operation of this library has a use for bf16 products
     backend = backends.for_topk(torch.zeros(1, 1, 2, 4), 2)
     assert isinstance(backend, NativeBackend) and MEMORY_LIBRARY.best_build == builds[0]
 

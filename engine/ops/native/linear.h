@@ -15,6 +15,9 @@
 #include "packed_linear.h"
 #include "rms_norm.h"
 #include "values.h"
+#if defined(__AMX_BF16__)
+#include "linear_tiles.h"
+#endif
 
 namespace memplus {
 
@@ -24,7 +27,12 @@ constexpr int TILE_ROWS = 12;  // times two vectors of outputs: 24 of 32 registe
 constexpr int TILE_ROWS = 4;
 #endif
 constexpr int64_t PREFETCHED = 2048;  // bytes ahead in a panel that one tile alone reads
+#if defined(__AMX_BF16__)
+constexpr int64_t FETCHED = 8192;
+constexpr int64_t CHUNK_ROWS = 4 * TILE_HEIGHT;
+#else
 constexpr int64_t CHUNK_ROWS = 4 * TILE_ROWS;
+#endif
 
 // Rows times a linear layer. `residual` may be null, and may be `out` itself.
 struct LinearCall {
@@ -128,6 +136,42 @@ inline void run_panels(const LinearCall& call, Rows rows, Span panels) {
     }
   }
 }
+
+#if defined(__AMX_BF16__)
+// The same by matrix tiles.
+template <>
+inline void run_panels<Bf16Values>(const LinearCall& call, Rows rows, Span panels) {
+  const PackedLinear& linear = call.linear;
+  const int64_t count = rows.last - rows.first, tiles = (count + TILE_HEIGHT - 1) / TILE_HEIGHT;
+  const int64_t steps = linear.steps(), panel_bytes = linear.panel_bytes();
+  const int64_t height = std::min(count, TILE_HEIGHT);
+  // the last tile reaches back to be full
+  const auto first_row = [&](int64_t tile) { return std::min(tile * TILE_HEIGHT, count - height); };
+  const int64_t lines = PANEL_VECTORS * TILE_STEPS / ((tiles + 1) / 2);
+  floats sums[2 * TILE_HEIGHT][PANEL_VECTORS];
+  shape_tiles(height);
+  for (int64_t panel = panels.first; panel < panels.last; panel++) {
+    const uint8_t* weights = linear.panels + panel * panel_bytes;
+    const int64_t block_at = panel / linear.block_panels() * steps * 4;
+    LineFetch fetch = {weights + (tiles > 2 ? panel_bytes : FETCHED), lines};
+    for (int64_t tile = 0; tile < tiles; tile += 2) {
+      const auto at = [&](int64_t row) { return rows.x + (rows.first + row) * rows.stride + block_at; };
+      const int64_t first = first_row(tile), other = first_row(tile + 1);
+      const bool has_other = tile + 1 < tiles;
+      (has_other ? multiply_tiles<true> : multiply_tiles<false>)(
+          at(first), at(other), rows.stride, weights, steps, fetch, sums);
+      fetch.at += lines * LINE * (steps / TILE_STEPS);
+      const int64_t end = std::min((tile + 2) * TILE_HEIGHT, count);
+      for (int64_t row = tile * TILE_HEIGHT; row < end; row++) {
+        const bool is_other = row >= (tile + 1) * TILE_HEIGHT;
+        const int64_t place = is_other ? TILE_HEIGHT + row - other : row - first;
+        finish<Bf16Values>(call, rows.first + row, panel, sums[place]);
+      }
+    }
+  }
+  _tile_release();
+}
+#endif
 
 // Copies the rows of one block normalised, or as they are; what a whole step lacks is 0.
 template <class Values>

@@ -9,6 +9,7 @@
 namespace memplus {
 
 constexpr int PANEL_VECTORS = 2;
+constexpr int64_t TILE_STEPS = 16;  // words in a row of a tile; see linear_tiles.h
 
 // `blocks` products side by side, each of its own `inputs` values of a row, to `outputs` values.
 struct PackedLinear {
@@ -23,7 +24,13 @@ struct PackedLinear {
   int32_t has_wide_outputs;  // fp32, whatever the inputs
 
   int64_t value_bytes() const { return is_bf16 ? 2 : 4; }
-  int64_t steps() const { return (inputs * value_bytes() + 3) / 4; }
+  int64_t steps() const {
+    const int64_t used = (inputs * value_bytes() + 3) / 4;
+#if defined(__AMX_BF16__)
+    if (is_bf16) return (used + TILE_STEPS - 1) / TILE_STEPS * TILE_STEPS;
+#endif
+    return used;
+  }
   int64_t panel_outputs() const { return is_gated ? LANES : PANEL_VECTORS * LANES; }
   int64_t block_panels() const { return (outputs + panel_outputs() - 1) / panel_outputs(); }
   int64_t panel_bytes() const { return steps() * PANEL_VECTORS * sizeof(words); }
@@ -57,9 +64,8 @@ inline void pack(const PackedLinear& linear, const WeightRows& from) {
       if (from.bias) linear.bias[panel * panel_lanes + lane % panel_lanes] = from.bias[row];
       uint8_t* to = linear.panels + panel * linear.panel_bytes() + lane % panel_lanes * 4;
       const uint8_t* weights = from.rows + row * from.stride;
-      for (int64_t step = 0; step < linear.steps(); step++)
-        std::memcpy(to + step * panel_lanes * 4, weights + step * 4,
-                    step * 4 + 4 <= row_bytes ? 4 : row_bytes - step * 4);
+      for (int64_t byte = 0; byte < row_bytes; byte += 4)
+        std::memcpy(to + byte * panel_lanes, weights + byte, std::min<int64_t>(4, row_bytes - byte));
     }
   });
 }

@@ -6,7 +6,12 @@
 
 namespace memplus {
 
-constexpr int64_t SHARING_ROWS = 24;  // each one query of one head, that read the same keys
+// each one query of one head, that read the same keys
+#if defined(__AMX_BF16__)
+constexpr int64_t SHARING_ROWS = 96;
+#else
+constexpr int64_t SHARING_ROWS = 24;
+#endif
 
 // Tensors of bf16 or fp32 values; H query heads, G KV heads, E values a head.
 struct Attention {

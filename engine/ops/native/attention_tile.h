@@ -13,28 +13,24 @@
 #include "kept.h"
 #include "memory_ops/native/simd.h"
 #include "product.h"
+#if defined(__AMX_BF16__)
+#include "key_tiles.h"
+#include "product_tiles.h"
+#endif
 #include "rope.h"
+#include "transpose.h"
 
 namespace memplus {
 
 constexpr int64_t PART = 128;  // keys
+#if defined(__AMX_BF16__)
+constexpr int FETCH_LOCALITY = 2;  // Intel's first cache waits for fewer lines than its second
+#else
+constexpr int FETCH_LOCALITY = 3;
+#endif
 constexpr int64_t PART_VECTORS = PART / LANES;
 
-// Turns LANES vectors over: lane i of vector j becomes lane j of vector i.
-template <int HALF = LANES / 2>
-inline __attribute__((always_inline)) void transpose(words* vectors) {
-  const ints lanes = lane_numbers();
-  const ints low = (lanes & HALF) == 0 ? lanes : (lanes ^ HALF) + LANES;
-  const ints high = (lanes & HALF) == 0 ? lanes ^ HALF : lanes + LANES;
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; i++) {
-    if (i & HALF) continue;
-    const words a = vectors[i], b = vectors[i + HALF];
-    vectors[i] = __builtin_shuffle(a, b, low);
-    vectors[i + HALF] = __builtin_shuffle(a, b, high);
-  }
-  if constexpr (HALF > 1) transpose<HALF / 2>(vectors);
-}
+inline int64_t rounded_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
 inline float largest(floats lanes) {
   float most = lanes[0];
@@ -50,12 +46,12 @@ class TileWorker {
       : call_(call),
         key_vectors_((call.head_dim * bytes + sizeof(words) - 1) / sizeof(words)),
         out_vectors_((call.head_dim + LANES - 1) / LANES) {
-    const int64_t rows = call.tile_queries() * call.group_heads();
+    const int64_t rows = rounded_up(call.tile_queries() * call.group_heads(), TILE_HEIGHT);
     const int64_t steps =
         std::max(key_vectors_ * LANES * PART_VECTORS, PART / STEP_KEYS * out_vectors_);
     floats* free =
         kept_vectors<TileWorker>(rows * (key_vectors_ + out_vectors_ + 2 + PART_VECTORS) +
-                                 out_vectors_ + key_vectors_ + steps);
+                                 out_vectors_ + key_vectors_ * (1 + LANES) + steps);
     const auto take = [&](int64_t count) { return std::exchange(free, free + count); };
     queries_ = take(rows * key_vectors_);
     sums_ = take(rows * out_vectors_);
@@ -63,6 +59,7 @@ class TileWorker {
     scores_ = take(rows * PART_VECTORS);
     rotated_ = take(out_vectors_);
     nothing_ = take(key_vectors_);
+    turned_ = take(key_vectors_ * LANES);
     steps_ = take(steps);
     largest_ = (float*)take(rows);
     std::fill(nothing_, nothing_ + key_vectors_, floats{});
@@ -76,15 +73,19 @@ class TileWorker {
       // what is needed next is fetched while this part is computed
       const bool is_last = now->first + PART >= now->seen;
       find(*next, is_last ? take() : now->tile, is_last ? 0 : now->first + PART);
-      if (now->first == 0)
-        for (int64_t row = 0; row < now->rows; row++) read_query(*now->tile, row);
-      read_keys(*now, *next);
-      score(*now);
-      for (int64_t row = 0; row < now->rows; row++) weigh(row, now->count);
+      if (now->first == 0) read_queries(*now);
+      if (is_one_tile(*now)) {
+        score_in_place(*now, *next);
+      } else {
+        read_keys(*now, *next);
+        score(*now);
+      }
+      mask(*now);
+      for (int64_t row = 0; row < now->rows; row++) weigh(row, now->shown());
       read_values(*now, *next);
       add_products<Values>(now->rows, out_vectors_, {(uint8_t*)scores_, PART * 4},
                            {steps_, out_vectors_}, {sums_, out_vectors_},
-                           (now->count + STEP_KEYS - 1) / STEP_KEYS);
+                           now->shown() / STEP_KEYS);
       if (is_last)
         for (int64_t row = 0; row < now->rows; row++) write(*now->tile, row);
     }
@@ -93,14 +94,18 @@ class TileWorker {
  private:
   static constexpr int64_t bytes = Values::bytes;
   static constexpr int64_t STEP_KEYS = 4 / bytes;  // one step of a product adds their values
+  // whole vectors of keys, and whole tiles of steps
+  static constexpr int64_t SHOWN = std::max<int64_t>(LANES, STEP_KEYS * TILE_STEPS);
 
-  // Some keys of a tile, from the first-th on. Where there are none, up to a whole vector of them,
-  // `keys` and `values` show zeros.
+  // Some keys of a tile, from the first-th on. Where there are none, up to the number that is shown,
+  // `keys` and `values` are zeros.
   struct Part {
     const QueryTile* tile;
     int64_t first, count;
     int64_t rows, before, seen;  // of the tile, keys before its first query and up to its last
-    const uint8_t *keys[PART + 2 * LANES], *values[PART + 2 * LANES];
+    const uint8_t *keys[PART + SHOWN], *values[PART + SHOWN];
+
+    int64_t shown() const { return rounded_up(count, SHOWN); }
   };
 
   int64_t head(const QueryTile& tile, int64_t row) const {
@@ -109,6 +114,23 @@ class TileWorker {
 
   int64_t token(const QueryTile& tile, int64_t row) const {
     return call_.query_starts[tile.sequence] + tile.first + row / call_.group_heads();
+  }
+
+  // Whether keys are scored where they lie; see key_tiles.h.
+  bool is_one_tile(const Part& part) const {
+#if defined(__AMX_BF16__)
+    return bytes == 2 && part.rows <= TILE_HEIGHT && call_.block_size % TILE_KEYS == 0 &&
+           call_.head_dim * bytes % sizeof(floats) == 0;
+#else
+    return false;
+#endif
+  }
+
+  void read_queries(const Part& part) {
+    for (int64_t row = 0; row < part.rows; row++) read_query(*part.tile, row);
+#if defined(__AMX_BF16__)
+    if (is_one_tile(part)) turn_queries(queries_, part.rows, key_vectors_, turned_);
+#endif
   }
 
   void read_query(const QueryTile& tile, int64_t row) {
@@ -144,14 +166,14 @@ class TileWorker {
       for (const uint8_t* key = call_.kv + place * bytes; at < end; at++, key += size)
         part.keys[at] = key, part.values[at] = key + half;
     }
-    for (int64_t at = part.count; at < part.count + 2 * LANES; at++)
+    for (int64_t at = part.count; at < part.shown(); at++)
       part.keys[at] = part.values[at] = (uint8_t*)nothing_;
   }
 
   // Lays the part's keys out by steps over their values, LANES keys a vector.
   void read_keys(const Part& part, const Part& next) {
     const int64_t size = call_.head_dim * bytes, ahead = fetched_a_key(part, next);
-    for (int64_t at = 0; at < part.count; at += LANES) {
+    for (int64_t at = 0; at < part.shown(); at += LANES) {
       for (int64_t v = 0; v < key_vectors_; v++) {
         words keys[LANES];
         const int64_t first = v * sizeof(words);
@@ -162,8 +184,8 @@ class TileWorker {
         floats* to = steps_ + v * LANES * PART_VECTORS + at / LANES;
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) to[i * PART_VECTORS] = (floats)keys[i];
-        fetch(next.keys, at * ahead, std::min((at + LANES) * ahead, next.count), first);
       }
+      fetch_rows(next.keys, at * ahead, std::min((at + LANES) * ahead, next.count));
     }
   }
 
@@ -172,8 +194,11 @@ class TileWorker {
     return (next.count + part.count - 1) / part.count;
   }
 
-  static void fetch(const uint8_t* const* rows, int64_t first, int64_t last, int64_t at) {
-    for (int64_t i = first; i < last; i++) __builtin_prefetch(rows[i] + at);
+  // Whole rows, as they lie in a block.
+  void fetch_rows(const uint8_t* const* rows, int64_t first, int64_t last) const {
+    for (int64_t i = first; i < last; i++)
+      for (int64_t line = 0; line < call_.head_dim * bytes; line += LINE)
+        __builtin_prefetch(rows[i] + line, 0, FETCH_LOCALITY);
   }
 
   static words read_words(const uint8_t* at, int64_t left) {
@@ -183,14 +208,33 @@ class TileWorker {
     return last;
   }
 
-  // Scores of the part's keys, minus infinity for those that a row does not see.
+  void score_in_place(const Part& part, const Part& next) {
+#if defined(__AMX_BF16__)
+    const int64_t ahead = fetched_a_key(part, next);
+    shape_tiles(TILE_HEIGHT);
+    for (int64_t at = 0; at < part.count; at += TILE_KEYS) {
+      words sums[LANES];
+      score_keys(part.keys[at], key_vectors_, turned_, sums);
+      for (int64_t row = 0; row < part.rows; row++)
+        scores_[row * PART_VECTORS + at / LANES] = (floats)sums[row];
+      fetch_rows(next.keys, at * ahead, std::min((at + TILE_KEYS) * ahead, next.count));
+    }
+    _tile_release();
+#endif
+  }
+
   void score(const Part& part) {
-    const int64_t vectors = (part.count + LANES - 1) / LANES, rows = part.rows;
+    const int64_t rows = part.rows;
     std::fill(scores_, scores_ + rows * PART_VECTORS, floats{});
-    add_products<Values>(rows, vectors,
+    add_products<Values>(rows, part.shown() / LANES,
                          {(uint8_t*)queries_, key_vectors_ * (int64_t)sizeof(words)},
                          {steps_, PART_VECTORS}, {scores_, PART_VECTORS},
-                         (call_.head_dim + STEP_KEYS - 1) / STEP_KEYS);
+                         rounded_up((call_.head_dim + STEP_KEYS - 1) / STEP_KEYS, TILE_STEPS));
+  }
+
+  // Scales the scores of the part's keys, minus infinity for those that a row does not see.
+  void mask(const Part& part) {
+    const int64_t vectors = part.shown() / LANES, rows = part.rows;
     const floats scale = splat(1.f / __builtin_sqrtf((float)call_.head_dim));
     const floats unseen = splat(-std::numeric_limits<float>::infinity());
     for (int64_t row = 0; row < rows; row++) {
@@ -227,15 +271,13 @@ class TileWorker {
   // Lays the part's values out by steps; what is not there is 0, since a weight of 0 would not
   // make nothing of a NaN.
   void read_values(const Part& part, const Part& next) {
-    const int64_t ahead = fetched_a_key(part, next), size = call_.head_dim * bytes;
-    for (int64_t at = 0; at < part.count; at += STEP_KEYS) {
+    const int64_t ahead = fetched_a_key(part, next);
+    for (int64_t at = 0; at < part.shown(); at += STEP_KEYS) {
       floats* to = steps_ + at / STEP_KEYS * out_vectors_;
       by_vectors(call_.head_dim, [&](int64_t v, int64_t e, int64_t lanes) {
         to[v] = (floats)Values::together(part.values + at, e, lanes);
       });
-      const int64_t last = std::min((at + STEP_KEYS) * ahead, next.count);
-      for (int64_t line = 0; line < size; line += LINE)
-        fetch(next.values, at * ahead, last, line);
+      fetch_rows(next.values, at * ahead, std::min((at + STEP_KEYS) * ahead, next.count));
     }
   }
 
@@ -250,7 +292,7 @@ class TileWorker {
   const Attention& call_;
   const int64_t key_vectors_, out_vectors_;  // of a row of keys, and of fp32 values
   floats *queries_, *sums_, *totals_, *scores_;  // of each row
-  floats *rotated_, *nothing_;
+  floats *rotated_, *nothing_, *turned_;
   floats* steps_;  // the part's keys, then its values, as products read them
   float* largest_;
   Part parts_[2];

@@ -92,26 +92,53 @@ inline void multiply_rows(int64_t count, const uint8_t* x, int64_t stride, const
   }
 }
 
-// Writes the outputs of one row and one panel.
+// Where the sums of one panel go.
 template <class Values>
-inline void finish(const LinearCall& call, int64_t row, int64_t panel, floats* sums) {
-  const PackedLinear& linear = call.linear;
-  const int64_t block = panel / linear.block_panels(), place = panel % linear.block_panels();
-  if (linear.bias)
-    for (int v = 0; v < PANEL_VECTORS; v++)
-      sums[v] += load<floats>(linear.bias + (panel * PANEL_VECTORS + v) * LANES);
-  int vectors = PANEL_VECTORS;
-  if (linear.is_gated) sums[0] = silu(sums[0]) * sums[1], vectors = 1;
-  const int64_t first = place * vectors * LANES;
-  const int64_t count = std::min<int64_t>(vectors * LANES, linear.outputs - first);
-  const int64_t at = (row * linear.blocks + block) * linear.outputs + first;
-  if (linear.has_wide_outputs) {
-    std::memcpy(call.out + at * 4, sums, count * 4);
-  } else {
-    if (call.residual) Values::add(sums, call.residual + at * Values::bytes, count);
-    Values::write(call.out + at * Values::bytes, sums, count);
+class PanelOutputs {
+ public:
+  PanelOutputs(const LinearCall& call, int64_t panel)
+      : call_(call), vectors_(call.linear.is_gated ? 1 : PANEL_VECTORS) {
+    const PackedLinear& linear = call.linear;
+    const int64_t first = panel % linear.block_panels() * vectors_ * LANES;
+    if (linear.bias) bias_ = linear.bias + panel * PANEL_VECTORS * LANES;
+    row_values_ = linear.blocks * linear.outputs;
+    at_ = panel / linear.block_panels() * linear.outputs + first;
+    count_ = std::min<int64_t>(vectors_ * LANES, linear.outputs - first);
   }
-}
+
+  // Writes those of one row, which are changed.
+  void write(int64_t row, floats* sums) const {
+    if (bias_)
+      for (int v = 0; v < PANEL_VECTORS; v++) sums[v] += load<floats>(bias_ + v * LANES);
+    if (call_.linear.is_gated) sums[0] = silu(sums[0]) * sums[1];
+    const int64_t at = row * row_values_ + at_;
+    if (call_.linear.has_wide_outputs) {
+      std::memcpy(call_.out + at * 4, sums, count_ * 4);
+    } else if (count_ == PANEL_VECTORS * LANES) {
+      write_vectors<PANEL_VECTORS>(at, sums);
+    } else if (count_ == LANES) {
+      write_vectors<1>(at, sums);
+    } else {
+      if (call_.residual) Values::add(sums, call_.residual + at * Values::bytes, count_);
+      Values::write(call_.out + at * Values::bytes, sums, count_);
+    }
+  }
+
+ private:
+  template <int COUNT>
+  void write_vectors(int64_t at, floats* sums) const {
+    for (int v = 0; v < COUNT; v++) {
+      const int64_t byte = (at + v * LANES) * Values::bytes;
+      if (call_.residual) sums[v] += Values::widened(call_.residual + byte);
+      Values::narrow(call_.out + byte, sums[v]);
+    }
+  }
+
+  const LinearCall& call_;
+  const int vectors_;
+  const float* bias_ = nullptr;
+  int64_t row_values_, at_, count_;
+};
 
 // Panels [panels.first, panels.last) of the outputs of `rows`.
 template <class Values>
@@ -123,6 +150,7 @@ inline void run_panels(const LinearCall& call, Rows rows, Span panels) {
   for (int64_t panel = panels.first; panel < panels.last; panel++) {
     const uint8_t* weights = linear.panels + panel * panel_bytes;
     const int64_t block_at = panel / linear.block_panels() * steps * 4;
+    const PanelOutputs<Values> outputs(call, panel);
     // the first of several tiles waits for memory, unless those before it fetched its panel
     const int64_t step_bytes = PANEL_VECTORS * sizeof(words), share = step_bytes / tiles;
     for (int64_t tile = 0; tile < tiles; tile++) {
@@ -132,7 +160,7 @@ inline void run_panels(const LinearCall& call, Rows rows, Span panels) {
       if (tiles == 1) prefetch = {weights + PREFETCHED, step_bytes};
       multiply_rows<Values>(span.last - span.first, x, rows.stride, weights, steps, prefetch, sums);
       for (int64_t row = span.first; row < span.last; row++)
-        finish<Values>(call, rows.first + row, panel, sums[row - span.first]);
+        outputs.write(rows.first + row, sums[row - span.first]);
     }
   }
 }
@@ -153,6 +181,7 @@ inline void run_panels<Bf16Values>(const LinearCall& call, Rows rows, Span panel
   for (int64_t panel = panels.first; panel < panels.last; panel++) {
     const uint8_t* weights = linear.panels + panel * panel_bytes;
     const int64_t block_at = panel / linear.block_panels() * steps * 4;
+    const PanelOutputs<Bf16Values> outputs(call, panel);
     LineFetch fetch = {weights + (tiles > 2 ? panel_bytes : FETCHED), lines};
     for (int64_t tile = 0; tile < tiles; tile += 2) {
       const auto at = [&](int64_t row) { return rows.x + (rows.first + row) * rows.stride + block_at; };
@@ -165,7 +194,7 @@ inline void run_panels<Bf16Values>(const LinearCall& call, Rows rows, Span panel
       for (int64_t row = tile * TILE_HEIGHT; row < end; row++) {
         const bool is_other = row >= (tile + 1) * TILE_HEIGHT;
         const int64_t place = is_other ? TILE_HEIGHT + row - other : row - first;
-        finish<Bf16Values>(call, rows.first + row, panel, sums[place]);
+        outputs.write(rows.first + row, sums[place]);
       }
     }
   }

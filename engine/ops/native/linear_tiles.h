@@ -2,32 +2,12 @@
 // of 32 inputs. An output still depends on its own row alone, and is the same in any company.
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
 
+#include "matrix_tiles.h"
 #include "packed_linear.h"
 
 namespace memplus {
-
-constexpr int64_t TILE_HEIGHT = 16;  // rows
-
-// The argument of ldtilecfg.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles 0 to 3 are sums: of the rows in tile 4 and the weights in tiles 6 and 7, then of tile 5.
-inline void shape_tiles(int64_t height) {
-  TileShapes shapes;
-  for (int tile = 0; tile < 8; tile++) {
-    shapes.row_bytes[tile] = 64;
-    shapes.rows[tile] = (uint8_t)(tile < 6 ? height : TILE_HEIGHT);
-  }
-  _tile_loadconfig(&shapes);
-}
 
 // Fetches `lines` lines in each of a product's rounds, one after another.
 struct LineFetch {

@@ -3,13 +3,13 @@
 // values or one fp32), so that one load brings the weights of LANES outputs.
 #pragma once
 
+#include "matrix_tiles.h"
 #include "memory_ops/native/simd.h"
 #include "memory_ops/native/threads.h"
 
 namespace memplus {
 
 constexpr int PANEL_VECTORS = 2;
-constexpr int64_t TILE_STEPS = 16;  // words in a row of a tile; see linear_tiles.h
 
 // `blocks` products side by side, each of its own `inputs` values of a row, to `outputs` values.
 struct PackedLinear {
@@ -26,10 +26,8 @@ struct PackedLinear {
   int64_t value_bytes() const { return is_bf16 ? 2 : 4; }
   int64_t steps() const {
     const int64_t used = (inputs * value_bytes() + 3) / 4;
-#if defined(__AMX_BF16__)
-    if (is_bf16) return (used + TILE_STEPS - 1) / TILE_STEPS * TILE_STEPS;
-#endif
-    return used;
+    // for matrix tiles as many as they take at once
+    return is_bf16 ? (used + TILE_STEPS - 1) / TILE_STEPS * TILE_STEPS : used;
   }
   int64_t panel_outputs() const { return is_gated ? LANES : PANEL_VECTORS * LANES; }
   int64_t block_panels() const { return (outputs + panel_outputs() - 1) / panel_outputs(); }

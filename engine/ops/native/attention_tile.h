@@ -45,7 +45,8 @@ class TileWorker {
   explicit TileWorker(const Attention& call)
       : call_(call),
         key_vectors_((call.head_dim * bytes + sizeof(words) - 1) / sizeof(words)),
-        out_vectors_((call.head_dim + LANES - 1) / LANES) {
+        out_vectors_((call.head_dim + LANES - 1) / LANES),
+        in_pairs_(Values::has_pairs && call.head_dim % (2 * LANES) == 0) {
     const int64_t rows = rounded_up(call.tile_queries() * call.group_heads(), TILE_HEIGHT);
     const int64_t steps =
         std::max(key_vectors_ * LANES * PART_VECTORS, PART / STEP_KEYS * out_vectors_);
@@ -69,6 +70,7 @@ class TileWorker {
   template <class Take>
   void run(Take take) {
     Part *now = &parts_[0], *next = &parts_[1];
+    const UseOfTiles use;
     for (find(*now, take(), 0); now->tile; std::swap(now, next)) {
       // what is needed next is fetched while this part is computed
       const bool is_last = now->first + PART >= now->seen;
@@ -197,8 +199,10 @@ class TileWorker {
   // Whole rows, as they lie in a block.
   void fetch_rows(const uint8_t* const* rows, int64_t first, int64_t last) const {
     for (int64_t i = first; i < last; i++)
-      for (int64_t line = 0; line < call_.head_dim * bytes; line += LINE)
+      for (int64_t line = 0; line < call_.head_dim * bytes; line += 2 * LINE) {
         __builtin_prefetch(rows[i] + line, 0, FETCH_LOCALITY);
+        __builtin_prefetch(rows[i] + line + LINE, 0, FETCH_LOCALITY);
+      }
   }
 
   static words read_words(const uint8_t* at, int64_t left) {
@@ -211,7 +215,6 @@ class TileWorker {
   void score_in_place(const Part& part, const Part& next) {
 #if defined(__AMX_BF16__)
     const int64_t ahead = fetched_a_key(part, next);
-    shape_tiles(TILE_HEIGHT);
     for (int64_t at = 0; at < part.count; at += TILE_KEYS) {
       words sums[LANES];
       score_keys(part.keys[at], key_vectors_, turned_, sums);
@@ -219,7 +222,6 @@ class TileWorker {
         scores_[row * PART_VECTORS + at / LANES] = (floats)sums[row];
       fetch_rows(next.keys, at * ahead, std::min((at + TILE_KEYS) * ahead, next.count));
     }
-    _tile_release();
 #endif
   }
 
@@ -274,6 +276,15 @@ class TileWorker {
     const int64_t ahead = fetched_a_key(part, next);
     for (int64_t at = 0; at < part.shown(); at += STEP_KEYS) {
       floats* to = steps_ + at / STEP_KEYS * out_vectors_;
+      if constexpr (Values::has_pairs) {
+        if (in_pairs_) {
+          for (int64_t v = 0; v < out_vectors_; v += 2)
+            Values::pair(part.values[at] + v * LANES * bytes,
+                         part.values[at + 1] + v * LANES * bytes, to + v);
+          fetch_rows(next.values, at * ahead, std::min((at + STEP_KEYS) * ahead, next.count));
+          continue;
+        }
+      }
       by_vectors(call_.head_dim, [&](int64_t v, int64_t e, int64_t lanes) {
         to[v] = (floats)Values::together(part.values + at, e, lanes);
       });
@@ -286,11 +297,14 @@ class TileWorker {
     const floats factor = splat(1.f / sum(totals_[row]));
     floats* sums = sums_ + row * out_vectors_;
     for (int64_t v = 0; v < out_vectors_; v++) sums[v] *= factor;
+    if constexpr (Values::has_pairs)
+      for (int64_t v = 0; in_pairs_ && v < out_vectors_; v += 2) Values::in_order(sums + v);
     Values::write(call_.out + at * bytes, sums, call_.head_dim);
   }
 
   const Attention& call_;
   const int64_t key_vectors_, out_vectors_;  // of a row of keys, and of fp32 values
+  const bool in_pairs_;                      // see Values::pair()
   floats *queries_, *sums_, *totals_, *scores_;  // of each row
   floats *rotated_, *nothing_, *turned_;
   floats* steps_;  // the part's keys, then its values, as products read them

@@ -37,4 +37,12 @@ inline void shape_tiles(int64_t height) {
 }
 #endif
 
+// While it lives, a thread's tiles are of full height.
+struct UseOfTiles {
+#if defined(__AMX_BF16__)
+  UseOfTiles() { shape_tiles(TILE_HEIGHT); }
+  ~UseOfTiles() { _tile_release(); }
+#endif
+};
+
 }  // namespace memplus

@@ -1,5 +1,5 @@
 // The product of product.h by matrix tiles, for bf16. All rows up to a whole number of tiles are read,
-// and their sums written; so are whole tiles of steps.
+// and their sums written; so are whole tiles of steps. Tiles must be in use, of full height.
 #pragma once
 
 #include "matrix_tiles.h"
@@ -44,13 +44,11 @@ inline void add_tile_products(int64_t vectors, WordRows rows, VectorRows lines, 
 template <>
 inline void add_products<Bf16Values>(int64_t count, int64_t vectors, WordRows rows,
                                      VectorRows lines, VectorRows sums, int64_t steps) {
-  shape_tiles(std::min(count, TILE_HEIGHT));
   for (; count > 0; count -= 2 * TILE_HEIGHT) {
     count > TILE_HEIGHT ? add_tile_products<2>(vectors, rows, lines, sums, steps)
                         : add_tile_products<1>(vectors, rows, lines, sums, steps);
     rows.at += 2 * TILE_HEIGHT * rows.stride, sums.at += 2 * TILE_HEIGHT * sums.stride;
   }
-  _tile_release();
 }
 
 }  // namespace memplus

@@ -9,16 +9,14 @@
 #include <limits>
 
 #include "attention_call.h"
-#include "values.h"
 #include "kept.h"
-#include "memory_ops/native/simd.h"
-#include "product.h"
-#if defined(__AMX_BF16__)
 #include "key_tiles.h"
+#include "matrix_tiles.h"
+#include "memory_ops/native/simd.h"
 #include "product_tiles.h"
-#endif
 #include "rope.h"
 #include "transpose.h"
+#include "values.h"
 
 namespace memplus {
 
@@ -70,7 +68,7 @@ class TileWorker {
   template <class Take>
   void run(Take take) {
     Part *now = &parts_[0], *next = &parts_[1];
-    const UseOfTiles use;
+    [[maybe_unused]] const UseOfTiles use;
     for (find(*now, take(), 0); now->tile; std::swap(now, next)) {
       // what is needed next is fetched while this part is computed
       const bool is_last = now->first + PART >= now->seen;
@@ -119,7 +117,7 @@ class TileWorker {
   }
 
   // Whether keys are scored where they lie; see key_tiles.h.
-  bool is_one_tile(const Part& part) const {
+  bool is_one_tile([[maybe_unused]] const Part& part) const {
 #if defined(__AMX_BF16__)
     return bytes == 2 && part.rows <= TILE_HEIGHT && call_.block_size % TILE_KEYS == 0 &&
            call_.head_dim * bytes % sizeof(floats) == 0;
@@ -212,7 +210,7 @@ class TileWorker {
     return last;
   }
 
-  void score_in_place(const Part& part, const Part& next) {
+  void score_in_place([[maybe_unused]] const Part& part, [[maybe_unused]] const Part& next) {
 #if defined(__AMX_BF16__)
     const int64_t ahead = fetched_a_key(part, next);
     for (int64_t at = 0; at < part.count; at += TILE_KEYS) {

@@ -24,7 +24,8 @@ class DecoderLayers {
   // `call` lacks its qkv and out, and its kv is the first layer's, those of the others `kv_bytes`
   // apart; `residual` [T, D] is changed in place.
   DecoderLayers(const Attention& call, int64_t kv_bytes, uint8_t* residual)
-      : call_(call), kv_bytes_(kv_bytes), residual_(residual), rows_(call.num_tokens()) {}
+      : call_(call), kv_bytes_(kv_bytes), residual_(residual), rows_(call.num_tokens()),
+        work_(omp_get_max_threads()) {}
 
   // residual += out(attention(qkv(residual)));  residual += down(gate_up(residual))
   void run(const DecoderLayer* layers, int64_t count) {
@@ -49,7 +50,7 @@ class DecoderLayers {
 
   // Calls come one after another, with a barrier behind each: so they can share `prepared`.
   void multiply(const LinearCall& call, int64_t thread, int64_t threads) {
-    run_share<Values>(call, room_.prepared, thread, threads);
+    run_share<Values>(call, room_.prepared, work_, thread, threads);
 #pragma omp barrier
   }
 
@@ -95,6 +96,7 @@ class DecoderLayers {
   const int64_t kv_bytes_;
   uint8_t* const residual_;
   const int64_t rows_;
+  SharedWork work_;
   LayerRoom room_{};
 };
 

@@ -5,6 +5,7 @@
 #include "matrix_tiles.h"
 #include "transpose.h"
 
+#if defined(__AMX_BF16__)
 namespace memplus {
 
 constexpr int64_t TILE_KEYS = TILE_HEIGHT;
@@ -33,3 +34,4 @@ inline void score_keys(const uint8_t* keys, int64_t vectors, const floats* turne
 }
 
 }  // namespace memplus
+#endif

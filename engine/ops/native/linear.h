@@ -10,14 +10,10 @@
 #include <algorithm>
 
 #include "kept.h"
-#include "memory_ops/native/simd.h"
-#include "memory_ops/native/threads.h"
-#include "packed_linear.h"
-#include "rms_norm.h"
-#include "values.h"
-#if defined(__AMX_BF16__)
+#include "linear_call.h"
 #include "linear_tiles.h"
-#endif
+#include "rms_norm.h"
+#include "shared_work.h"
 
 namespace memplus {
 
@@ -27,29 +23,10 @@ constexpr int TILE_ROWS = 12;  // times two vectors of outputs: 24 of 32 registe
 constexpr int TILE_ROWS = 4;
 #endif
 constexpr int64_t PREFETCHED = 2048;  // bytes ahead in a panel that one tile alone reads
-#if defined(__AMX_BF16__)
-constexpr int64_t FETCHED = 8192;
-constexpr int64_t CHUNK_ROWS = 4 * TILE_HEIGHT;
-#else
-constexpr int64_t CHUNK_ROWS = 4 * TILE_ROWS;
-#endif
+// as many rows as reading a panel once more is worth, in whole tiles of either kind
+constexpr int64_t CHUNK_ROWS = 4 * std::max<int64_t>(TILE_ROWS, TILE_HEIGHT);
 
-// Rows times a linear layer. `residual` may be null, and may be `out` itself.
-struct LinearCall {
-  const PackedLinear& linear;
-  const uint8_t* x;
-  int64_t x_stride;  // in bytes
-  int64_t num_rows;
-  const uint8_t* residual;  // [T, outputs], as is `out`
-  uint8_t* out;
-};
-
-// Rows [first, last) of a call, as the tiles read them.
-struct Rows {
-  const uint8_t* x;
-  int64_t stride;
-  int64_t first, last;
-};
+constexpr int64_t PIECES = 8;  // that a thread's work is taken in
 
 // Where the lines lie that a tile fetches while it computes.
 struct Prefetch {
@@ -92,54 +69,6 @@ inline void multiply_rows(int64_t count, const uint8_t* x, int64_t stride, const
   }
 }
 
-// Where the sums of one panel go.
-template <class Values>
-class PanelOutputs {
- public:
-  PanelOutputs(const LinearCall& call, int64_t panel)
-      : call_(call), vectors_(call.linear.is_gated ? 1 : PANEL_VECTORS) {
-    const PackedLinear& linear = call.linear;
-    const int64_t first = panel % linear.block_panels() * vectors_ * LANES;
-    if (linear.bias) bias_ = linear.bias + panel * PANEL_VECTORS * LANES;
-    row_values_ = linear.blocks * linear.outputs;
-    at_ = panel / linear.block_panels() * linear.outputs + first;
-    count_ = std::min<int64_t>(vectors_ * LANES, linear.outputs - first);
-  }
-
-  // Writes those of one row, which are changed.
-  void write(int64_t row, floats* sums) const {
-    if (bias_)
-      for (int v = 0; v < PANEL_VECTORS; v++) sums[v] += load<floats>(bias_ + v * LANES);
-    if (call_.linear.is_gated) sums[0] = silu(sums[0]) * sums[1];
-    const int64_t at = row * row_values_ + at_;
-    if (call_.linear.has_wide_outputs) {
-      std::memcpy(call_.out + at * 4, sums, count_ * 4);
-    } else if (count_ == PANEL_VECTORS * LANES) {
-      write_vectors<PANEL_VECTORS>(at, sums);
-    } else if (count_ == LANES) {
-      write_vectors<1>(at, sums);
-    } else {
-      if (call_.residual) Values::add(sums, call_.residual + at * Values::bytes, count_);
-      Values::write(call_.out + at * Values::bytes, sums, count_);
-    }
-  }
-
- private:
-  template <int COUNT>
-  void write_vectors(int64_t at, floats* sums) const {
-    for (int v = 0; v < COUNT; v++) {
-      const int64_t byte = (at + v * LANES) * Values::bytes;
-      if (call_.residual) sums[v] += Values::widened(call_.residual + byte);
-      Values::narrow(call_.out + byte, sums[v]);
-    }
-  }
-
-  const LinearCall& call_;
-  const int vectors_;
-  const float* bias_ = nullptr;
-  int64_t row_values_, at_, count_;
-};
-
 // Panels [panels.first, panels.last) of the outputs of `rows`.
 template <class Values>
 inline void run_panels(const LinearCall& call, Rows rows, Span panels) {
@@ -164,43 +93,6 @@ inline void run_panels(const LinearCall& call, Rows rows, Span panels) {
     }
   }
 }
-
-#if defined(__AMX_BF16__)
-// The same by matrix tiles.
-template <>
-inline void run_panels<Bf16Values>(const LinearCall& call, Rows rows, Span panels) {
-  const PackedLinear& linear = call.linear;
-  const int64_t count = rows.last - rows.first, tiles = (count + TILE_HEIGHT - 1) / TILE_HEIGHT;
-  const int64_t steps = linear.steps(), panel_bytes = linear.panel_bytes();
-  const int64_t height = std::min(count, TILE_HEIGHT);
-  // the last tile reaches back to be full
-  const auto first_row = [&](int64_t tile) { return std::min(tile * TILE_HEIGHT, count - height); };
-  const int64_t lines = PANEL_VECTORS * TILE_STEPS / ((tiles + 1) / 2);
-  floats sums[2 * TILE_HEIGHT][PANEL_VECTORS];
-  shape_tiles(height);
-  for (int64_t panel = panels.first; panel < panels.last; panel++) {
-    const uint8_t* weights = linear.panels + panel * panel_bytes;
-    const int64_t block_at = panel / linear.block_panels() * steps * 4;
-    const PanelOutputs<Bf16Values> outputs(call, panel);
-    LineFetch fetch = {weights + (tiles > 2 ? panel_bytes : FETCHED), lines};
-    for (int64_t tile = 0; tile < tiles; tile += 2) {
-      const auto at = [&](int64_t row) { return rows.x + (rows.first + row) * rows.stride + block_at; };
-      const int64_t first = first_row(tile), other = first_row(tile + 1);
-      const bool has_other = tile + 1 < tiles;
-      (has_other ? multiply_tiles<true> : multiply_tiles<false>)(
-          at(first), at(other), rows.stride, weights, steps, fetch, sums);
-      fetch.at += lines * LINE * (steps / TILE_STEPS);
-      const int64_t end = std::min((tile + 2) * TILE_HEIGHT, count);
-      for (int64_t row = tile * TILE_HEIGHT; row < end; row++) {
-        const bool is_other = row >= (tile + 1) * TILE_HEIGHT;
-        const int64_t place = is_other ? TILE_HEIGHT + row - other : row - first;
-        outputs.write(rows.first + row, sums[place]);
-      }
-    }
-  }
-  _tile_release();
-}
-#endif
 
 // Copies the rows of one block normalised, or as they are; what a whole step lacks is 0.
 template <class Values>
@@ -232,9 +124,10 @@ inline int64_t prepared_bytes(const LinearCall& call) {
 }
 
 // One thread's share of a call, all threads of the team taking theirs: `prepared` is room for
-// prepared_bytes(), shared by the team. Outputs are there after the team's next barrier.
+// prepared_bytes(), shared by the team, as is `work`. Outputs are there after its next barrier.
 template <class Values>
-inline void run_share(const LinearCall& call, uint8_t* prepared, int64_t thread, int64_t threads) {
+inline void run_share(const LinearCall& call, uint8_t* prepared, SharedWork& work, int64_t thread,
+                      int64_t threads) {
   const PackedLinear& linear = call.linear;
   Rows rows = {call.x, call.x_stride, 0, call.num_rows};
   if (prepared_bytes<Values>(call)) {
@@ -246,26 +139,37 @@ inline void run_share(const LinearCall& call, uint8_t* prepared, int64_t thread,
   const int64_t panels = linear.blocks * linear.block_panels();
   // chunks of rows only where there are several: a thread then reads its weights once
   const int64_t chunks = (call.num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-  Span units = piece(panels * chunks, thread, threads);
-  while (units.first < units.last) {
-    const int64_t panel = units.first / chunks, chunk = units.first % chunks;
-    // whole panels with all their rows; before and after them what other threads share
-    int64_t last_chunk = chunks, last_panel = panel + 1;
-    if (chunk == 0 && units.last - units.first >= chunks)
-      last_panel = units.last / chunks;
-    else
-      last_chunk = std::min(chunks, chunk + units.last - units.first);
-    rows.first = call.num_rows * chunk / chunks, rows.last = call.num_rows * last_chunk / chunks;
-    run_panels<Values>(call, rows, {panel, last_panel});
-    units.first = (last_panel - 1) * chunks + last_chunk;
+  const int64_t some = std::max<int64_t>(1, panels * chunks / (PIECES * threads));
+  work.give(panels * chunks, thread, threads);
+  for (;;) {
+    // whole panels where there are as many
+    Span units = work.take(some < chunks ? some : some / chunks * chunks, thread);
+    if (units.first == units.last) return;
+    while (units.first < units.last) {
+      const int64_t panel = units.first / chunks, chunk = units.first % chunks;
+      // whole panels with all their rows; before and after them what other threads share
+      int64_t last_chunk = chunks, last_panel = panel + 1;
+      if (chunk == 0 && units.last - units.first >= chunks)
+        last_panel = units.last / chunks;
+      else
+        last_chunk = std::min(chunks, chunk + units.last - units.first);
+      rows.first = call.num_rows * chunk / chunks;
+      rows.last = call.num_rows * last_chunk / chunks;
+      if constexpr (has_tiles<Values>)
+        run_panels_by_tiles<Values>(call, rows, {panel, last_panel});
+      else
+        run_panels<Values>(call, rows, {panel, last_panel});
+      units.first = (last_panel - 1) * chunks + last_chunk;
+    }
   }
 }
 
 template <class Values>
 inline void run_linear(const LinearCall& call) {
   uint8_t* prepared = kept_bytes<struct Prepared>(prepared_bytes<Values>(call));
+  SharedWork work(omp_get_max_threads());
   in_parallel(call.linear.blocks * call.linear.block_panels(), [&](int64_t thread, int64_t threads) {
-    run_share<Values>(call, prepared, thread, threads);
+    run_share<Values>(call, prepared, work, thread, threads);
   });
 }
 

@@ -4,10 +4,23 @@
 
 #include <algorithm>
 
+#include "linear_call.h"
 #include "matrix_tiles.h"
-#include "packed_linear.h"
 
 namespace memplus {
+
+// Whether products of these values are taken by tiles.
+template <class Values>
+constexpr bool has_tiles = false;
+
+template <class Values>
+void run_panels_by_tiles(const LinearCall& call, Rows rows, Span panels);
+
+#if defined(__AMX_BF16__)
+template <>
+inline constexpr bool has_tiles<Bf16Values> = true;
+
+constexpr int64_t FETCHED = 8192;  // bytes ahead in a panel that few rows read
 
 // Fetches `lines` lines in each of a product's rounds, one after another.
 struct LineFetch {
@@ -54,5 +67,41 @@ inline void multiply_tiles(const uint8_t* x, const uint8_t* other, int64_t strid
     _tile_stored(3, out + sizeof(floats), step_bytes);
   }
 }
+
+// Panels [panels.first, panels.last) of the outputs of `rows`.
+template <>
+inline void run_panels_by_tiles<Bf16Values>(const LinearCall& call, Rows rows, Span panels) {
+  const PackedLinear& linear = call.linear;
+  const int64_t count = rows.last - rows.first, tiles = (count + TILE_HEIGHT - 1) / TILE_HEIGHT;
+  const int64_t steps = linear.steps(), panel_bytes = linear.panel_bytes();
+  const int64_t height = std::min(count, TILE_HEIGHT);
+  // the last tile reaches back to be full
+  const auto first_row = [&](int64_t tile) { return std::min(tile * TILE_HEIGHT, count - height); };
+  const auto at = [&](int64_t row) { return rows.x + (rows.first + row) * rows.stride; };
+  const int64_t lines = PANEL_VECTORS * TILE_STEPS / ((tiles + 1) / 2);
+  floats sums[2 * TILE_HEIGHT][PANEL_VECTORS];
+  shape_tiles(height);
+  for (int64_t panel = panels.first; panel < panels.last; panel++) {
+    const uint8_t* weights = linear.panels + panel * panel_bytes;
+    const int64_t block_at = panel / linear.block_panels() * steps * 4;
+    const PanelOutputs<Bf16Values> outputs(call, panel);
+    LineFetch fetch = {weights + (tiles > 2 ? panel_bytes : FETCHED), lines};
+    for (int64_t tile = 0; tile < tiles; tile += 2) {
+      const int64_t first = first_row(tile), other = first_row(tile + 1);
+      const bool has_other = tile + 1 < tiles;
+      (has_other ? multiply_tiles<true> : multiply_tiles<false>)(
+          at(first) + block_at, at(other) + block_at, rows.stride, weights, steps, fetch, sums);
+      fetch.at += lines * LINE * (steps / TILE_STEPS);
+      const int64_t end = std::min((tile + 2) * TILE_HEIGHT, count);
+      for (int64_t row = tile * TILE_HEIGHT; row < end; row++) {
+        const bool is_other = row >= (tile + 1) * TILE_HEIGHT;
+        const int64_t place = is_other ? TILE_HEIGHT + row - other : row - first;
+        outputs.write(rows.first + row, sums[place]);
+      }
+    }
+  }
+  _tile_release();
+}
+#endif
 
 }  // namespace memplus

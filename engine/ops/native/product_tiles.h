@@ -5,6 +5,7 @@
 #include "matrix_tiles.h"
 #include "product.h"
 
+#if defined(__AMX_BF16__)
 namespace memplus {
 
 template <int ROW_TILES, int VECTORS>
@@ -52,3 +53,4 @@ inline void add_products<Bf16Values>(int64_t count, int64_t vectors, WordRows ro
 }
 
 }  // namespace memplus
+#endif

@@ -1,0 +1,54 @@
+// Units of work that the threads of a team share. Each has a range of its own, and when it is through
+// takes from the ends of the others': whoever is not let run delays them by one piece, not by all of
+// its range.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "memory_ops/native/simd.h"
+#include "memory_ops/native/threads.h"
+
+namespace memplus {
+
+class SharedWork {
+ public:
+  explicit SharedWork(int64_t threads) : ranges_(threads) {}
+
+  // Gives a thread its part of `count` units, fewer than 2^32, once none of its last are left.
+  void give(int64_t count, int64_t thread, int64_t threads) {
+    const Span own = piece(count, thread, threads);
+    ranges_[thread].units = packed(own.first, own.last);
+  }
+
+  // Takes up to `most` units of the thread's own, then of others; none are left where none come.
+  Span take(int64_t most, int64_t thread) {
+    const int64_t threads = (int64_t)ranges_.size();
+    for (int64_t i = 0; i < threads; i++) {
+      std::atomic<uint64_t>& units = ranges_[(thread + i) % threads].units;
+      uint64_t seen = units;
+      for (;;) {
+        const int64_t first = (int64_t)(seen >> 32), last = (int64_t)(uint32_t)seen;
+        const int64_t count = std::min(most, last - first);
+        if (count <= 0) break;
+        const bool is_own = i == 0;
+        const Span taken = is_own ? Span{first, first + count} : Span{last - count, last};
+        const uint64_t left = is_own ? packed(taken.last, last) : packed(first, taken.first);
+        if (units.compare_exchange_weak(seen, left)) return taken;
+      }
+    }
+    return {0, 0};
+  }
+
+ private:
+  static uint64_t packed(int64_t first, int64_t last) { return (uint64_t)first << 32 | last; }
+
+  struct alignas(LINE) Range {
+    std::atomic<uint64_t> units{0};
+  };
+
+  std::vector<Range> ranges_;
+};
+
+}  // namespace memplus

@@ -6,7 +6,7 @@ import mmap
 import torch
 from torch import Tensor
 
-# glibc keeps no freed block of this size for the next call, whatever it is told
+# glibc keeps no freed block of this size for the next call, however its thresholds are set
 _ALWAYS_MAPPED_BYTES = 32 * 2**20
 
 

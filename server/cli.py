@@ -123,6 +123,15 @@ def bench_offline(options: argparse.Namespace) -> None:
     )
 
 
+def bench_memory_model(options: argparse.Namespace) -> None:
+    """Write a model with three memory layers of random weights, to be measured beside its own."""
+    from benchmarks.random_memory import write_variant
+    from weights.prepare import prepared_folder
+
+    source = prepared_folder(options.model, cache_folder())
+    write_variant(source, Path(options.target), options.num_subkeys)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("memplus", description="Serve language models with memory.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -186,6 +195,13 @@ def _add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
     for settings in (OfflineLoad, ModelOptions, EngineConfig):
         add_options(verb, settings)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+
+    verb = benchmarks.add_parser("memory-model", help=bench_memory_model.__doc__)
+    verb.set_defaults(run=bench_memory_model)
+    verb.add_argument("target", metavar="DST", help="the folder to make")
+    verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
+    subkeys = "subkeys per half: the table has their square of rows (default: %(default)s)"
+    verb.add_argument("--num-subkeys", type=int, default=1024, help=subkeys)
 
 
 if __name__ == "__main__":

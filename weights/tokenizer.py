@@ -165,7 +165,7 @@ def _byte_tokens(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
 
 
 def _byte_level(tokenizer: tokenizers.Tokenizer, token_id: int) -> bytes:
-    name = tokenizer.id_to_token(token_id)
+    name = tokenizer.id_to_token(token_id) if token_id >= 0 else None
     if name is None:
         return b""
     if _BYTE_OF.keys() >= set(name):

@@ -55,7 +55,7 @@ def direct_calls(build: str) -> DirectCalls | None:
     """Those of a build, unless Python's headers were missing or this torch cannot exchange."""
     try:
         module = importlib.import_module("memory_ops.native.direct_calls")
-    except (ImportError, AttributeError):
+    except ImportError:
         return None
     return DirectCalls(module, build)
 

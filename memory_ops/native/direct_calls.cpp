@@ -69,11 +69,12 @@ void set_error(void*, const char*, const char* message) {
   PyErr_SetString(PyExc_RuntimeError, message);
 }
 
-// A new tensor on the CPU, as torch.empty gives; null with an exception set.
+// A new tensor on the CPU that is not written yet; null with an exception set.
 struct Empty {
   PyObject* object = nullptr;
   void* data = nullptr;
 
+  Empty() = default;
   Empty(uint8_t code, uint8_t bits, std::initializer_list<int64_t> sizes) {
     int64_t shape[3];
     std::copy(sizes.begin(), sizes.end(), shape);
@@ -149,35 +150,36 @@ PyObject* product_topk(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   if (count != 5) return PyErr_Format(PyExc_TypeError, "product_topk takes 5 arguments");
   using Kernel = void (*)(const float*, int64_t, int32_t, int32_t, int64_t*, float*);
   const auto kernel = (Kernel)PyLong_AsVoidPtr(arguments[0]);
-  int top_k, most_subkeys, most_chosen;
+  int most_subkeys, most_chosen;
   View scores;
   if (!kernel || !view_all(arguments + 3, 1, arguments[1] == Py_True, &scores) ||
       !PyArg_ParseTuple(arguments[2], "ii", &most_subkeys, &most_chosen))
     return declined();
-  top_k = (int)PyLong_AsLong(arguments[4]);
+  const long top_k = PyLong_AsLong(arguments[4]);
   if (!is_float(scores) || scores.ndim != 4 || scores.shape[2] != 2) return declined();
   const int64_t tokens = scores.shape[0], heads = scores.shape[1], num_subkeys = scores.shape[3];
   if (num_subkeys > most_subkeys || top_k > std::min<int64_t>(num_subkeys, most_chosen) ||
       top_k < 1)
     return declined();
-  const Empty rows(memplus::dlpack::INT, 64, {tokens, heads, top_k});
-  const Empty weights(memplus::dlpack::FLOAT, 32, {tokens, heads, top_k});
   PyObject* both = PyTuple_New(2);
-  if (!rows.object || !weights.object || !both) {
-    for (PyObject* object : {rows.object, weights.object, both}) Py_XDECREF(object);
+  if (!both) return nullptr;
+  const Empty rows(memplus::dlpack::INT, 64, {tokens, heads, top_k});
+  if (rows.object) PyTuple_SET_ITEM(both, 0, rows.object);
+  const Empty weights = rows.object ? Empty(memplus::dlpack::FLOAT, 32, {tokens, heads, top_k})
+                                    : Empty();
+  if (!weights.object) {
+    Py_DECREF(both);
     return nullptr;
   }
+  PyTuple_SET_ITEM(both, 1, weights.object);
   Py_BEGIN_ALLOW_THREADS;
-  kernel((const float*)scores.data, tokens * heads, (int32_t)num_subkeys, top_k,
+  kernel((const float*)scores.data, tokens * heads, (int32_t)num_subkeys, (int32_t)top_k,
          (int64_t*)rows.data, (float*)weights.data);
   Py_END_ALLOW_THREADS;
-  PyTuple_SET_ITEM(both, 0, rows.object);
-  PyTuple_SET_ITEM(both, 1, weights.object);
   return both;
 }
 
-// Finds torch's types and exchange; false, with an exception set, where this torch has none of this
-// version.
+// Finds torch's types and exchange; false where this torch has none of this version.
 bool find_torch() {
   PyObject* torch = PyImport_ImportModule("torch");
   tensor_type = torch ? PyObject_GetAttrString(torch, "Tensor") : nullptr;
@@ -191,11 +193,7 @@ bool find_torch() {
   // it lives as long as the type does
   exchange = (const Exchange*)PyCapsule_GetPointer(capsule, Exchange::capsule);
   Py_DECREF(capsule);
-  if (exchange && exchange->version.major != Exchange::major) {
-    PyErr_SetString(PyExc_ImportError, "torch exchanges tensors by another major version of DLPack");
-    return false;
-  }
-  return exchange;
+  return exchange && exchange->version.major == Exchange::major && exchange->view;
 }
 
 PyMethodDef methods[] = {
@@ -213,4 +211,9 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "direct_calls", nullptr, -1, method
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit_direct_calls() { return find_torch() ? PyModule_Create(&module) : nullptr; }
+PyMODINIT_FUNC PyInit_direct_calls() {
+  if (find_torch()) return PyModule_Create(&module);
+  PyErr_Clear();
+  PyErr_SetString(PyExc_ImportError, "this torch does not exchange tensors by DLPack 1");
+  return nullptr;
+}

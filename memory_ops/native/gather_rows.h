@@ -78,7 +78,7 @@ inline void prefetch_columns(const Table& table, const uint8_t* row, int64_t at,
 
 // Adds the rows of some references to VECTORS vectors of sums from column `at` on, of which the
 // last `count` columns exist where that is not 0; rows up to that of `end` may be prefetched.
-template <class Row, class Schedule, int VECTORS>
+template <class Row, class How, int VECTORS>
 inline void add_tile(const Table& table, const Sums& sums, Span which, int64_t end, int64_t at,
                      int64_t count, float* out) {
   constexpr int64_t columns = VECTORS * LANES;
@@ -96,8 +96,8 @@ inline void add_tile(const Table& table, const Sums& sums, Span which, int64_t e
   if constexpr (in_halves)
     for (int v = 0; v < VECTORS; v += 2) part_lanes(total[v], total[v + 1]);
   for (int64_t i = which.first; i < which.last; i++) {
-    const int64_t next = std::min(i + Schedule::ahead, end - 1);
-    prefetch_columns<Row, Schedule::locality>(table, table.row(sums.ids[next]), at, columns);
+    const int64_t next = std::min(i + How::ahead, end - 1);
+    prefetch_columns<Row, How::locality>(table, table.row(sums.ids[next]), at, columns);
     const uint8_t* data = table.row(sums.ids[i]);
     if (count) {
       const Row row(table, data, at - offset, sums.weights[i]);
@@ -124,31 +124,31 @@ inline void add_tile(const Table& table, const Sums& sums, Span which, int64_t e
 }
 
 // Computes some columns of the sums [which.first, which.last), one after another.
-template <class Row, class Schedule>
+template <class Row, class How>
 inline void gather_part(const Table& table, const Sums& sums, Span which, Span columns) {
-  constexpr int vectors = Schedule::vectors, most = Schedule::most_vectors;
+  constexpr int vectors = How::vectors, most = How::most_vectors;
   const int64_t begin = sums.start(which.first), end = sums.start(which.last);
-  for (int64_t i = begin; i < std::min(begin + Schedule::ahead, end); i++)
-    prefetch_columns<Row, Schedule::locality>(table, table.row(sums.ids[i]), columns.first,
+  for (int64_t i = begin; i < std::min(begin + How::ahead, end); i++)
+    prefetch_columns<Row, How::locality>(table, table.row(sums.ids[i]), columns.first,
                                               columns.last - columns.first);
   for (int64_t s = which.first; s < which.last; s++) {
     float* out = sums.out + s * table.value_dim;
     std::memset(out + columns.first, 0, (columns.last - columns.first) * sizeof(float));
     const int64_t last = sums.start(s + 1);
-    for (int64_t first = sums.start(s); first < last; first += Schedule::group) {
-      const Span group = {first, std::min(first + Schedule::group, last)};
+    for (int64_t first = sums.start(s); first < last; first += How::group) {
+      const Span group = {first, std::min(first + How::group, last)};
       int64_t at = columns.first;
       if constexpr (most > vectors)
         for (; at + (most + vectors) * LANES <= columns.last; at += most * LANES)
-          add_tile<Row, Schedule, most>(table, sums, group, end, at, 0, out);
+          add_tile<Row, How, most>(table, sums, group, end, at, 0, out);
       for (; at + vectors * LANES <= columns.last; at += vectors * LANES)
-        add_tile<Row, Schedule, vectors>(table, sums, group, end, at, 0, out);
+        add_tile<Row, How, vectors>(table, sums, group, end, at, 0, out);
       for (; at + 4 * LANES <= columns.last; at += 4 * LANES)
-        add_tile<Row, Schedule, 4>(table, sums, group, end, at, 0, out);
+        add_tile<Row, How, 4>(table, sums, group, end, at, 0, out);
       for (; at + LANES <= columns.last; at += LANES)
-        add_tile<Row, Schedule, 1>(table, sums, group, end, at, 0, out);
+        add_tile<Row, How, 1>(table, sums, group, end, at, 0, out);
       if (at < columns.last)
-        add_tile<Row, Schedule, 1>(table, sums, group, end, at, columns.last - at, out);
+        add_tile<Row, How, 1>(table, sums, group, end, at, columns.last - at, out);
     }
   }
 }

@@ -55,6 +55,12 @@ inline float sum(floats lanes) {
   return total;
 }
 
+inline float largest(floats lanes) {
+  float most = lanes[0];
+  for (int lane = 1; lane < LANES; lane++) most = lanes[lane] > most ? lanes[lane] : most;
+  return most;
+}
+
 inline floats to_float(ints numbers) {
 #if defined(__AVX512F__)
   return (floats)_mm512_cvtepi32_ps((__m512i)numbers);

@@ -93,10 +93,14 @@ def test_attention_is_its_twin(build, dtype, sequences, num_kv_heads, group, hea
 
 @each_build
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_is_bit_for_bit_the_same_in_any_company_and_any_chunks(build, dtype):
+# keys that can be scored where they lie, and others
+@pytest.mark.parametrize(("head_dim", "block_size"), [(40, 16), (64, 16), (64, 12)])
+def test_attention_is_bit_for_bit_the_same_in_any_company_and_any_chunks(
+    build, dtype, head_dim, block_size
+):
     sequences = [(30, 77), (1, 300), (5, 5), (1, 33), (3, 130)]
-    kv_blocks, layout = paged_batch(sequences, 2, 40, 16, dtype)
-    qkv, angles = random_qkv(layout, 6, 2, 40, dtype)
+    kv_blocks, layout = paged_batch(sequences, 2, head_dim, block_size, dtype)
+    qkv, angles = random_qkv(layout, 6, 2, head_dim, dtype)
     out = attend(build, qkv, angles, kv_blocks, layout)
     for number, (start, end) in enumerate(itertools.pairwise(layout.query_starts)):
         table = layout.paged.block_table_SB[number : number + 1]
@@ -142,5 +146,5 @@ def test_without_the_library_plain_torch_serves(tmp_path, monkeypatch):
 def test_the_best_build_for_this_machine_is_there():
     flags = Path("/proc/cpuinfo").read_text().split()
     if "avx512_bf16" in flags:
-        best = "avx512_amx" if "amx_bf16" in flags else "avx512_bf16"
-        assert OPS_LIBRARY.runnable_builds == BUILDS[BUILDS.index(best) :]
+        # a system may refuse the matrix tiles that the processor has
+        assert OPS_LIBRARY.runnable_builds in (BUILDS, BUILDS[1:])

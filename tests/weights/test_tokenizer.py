@@ -26,6 +26,17 @@ TEXTS = [
 ]
 
 
+def wrapped_tokenizer() -> JsonTokenizer:
+    """The same bytes behind a decoder that does not say what a token stands for."""
+    tokenizer = byte_tokenizer()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel()])
+    return JsonTokenizer(tokenizer)
+
+
+WRAPPED = wrapped_tokenizer()
+both = pytest.mark.parametrize("tokenizer", [BYTES, WRAPPED], ids=["bytes", "wrapped"])
+
+
 def stream(tokenizer, prompt_ids, ids) -> list[str]:
     detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids)
     return [*(detokenizer.push([i]) for i in ids), detokenizer.finish()]
@@ -78,11 +89,12 @@ def test_the_space_of_the_first_word_is_kept_after_special_tokens_alone():
     assert "".join(stream(FALLBACK, [0] * 30, a)) == " a"
 
 
-def test_tokens_without_text_do_not_pile_up():
-    detokenizer = IncrementalDetokenizer(BYTES, BYTES.encode("x"))
+@both
+def test_tokens_without_text_do_not_pile_up(tokenizer):
+    detokenizer = IncrementalDetokenizer(tokenizer, tokenizer.encode("x"))
     for _ in range(100):
         assert detokenizer.push([9999]) == ""
-    assert len(detokenizer._ids) < 20 and detokenizer.push(BYTES.encode("y")) == "y"
+    assert len(detokenizer._ids) < 20 and detokenizer.push(tokenizer.encode("y")) == "y"
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +166,16 @@ def test_bytes_that_are_no_character_are_shown_in_the_end():
     assert "".join(stream(BYTES, [], invalid + BYTES.encode("ok"))) == "\ufffdok"
 
 
-def test_a_prompt_may_end_within_a_character():
-    first, second = BYTES.encode("é")
-    assert "".join(stream(BYTES, [*BYTES.encode("caf"), first], [second])) == "é"
+@both
+def test_a_prompt_may_end_within_a_character(tokenizer):
+    first, second = tokenizer.encode("é")
+    assert "".join(stream(tokenizer, [*tokenizer.encode("caf"), first], [second])) == "é"
+
+
+def test_an_id_that_is_no_token_adds_nothing():
+    for tokenizer in (BYTES, WRAPPED, FALLBACK):
+        ids = tokenizer.encode("a")
+        assert stream(tokenizer, [], [*ids, -1, 10**6]) == [*stream(tokenizer, [], ids), "", ""]
 
 
 def test_tokenizer_json_is_preferred_and_read_without_its_truncation(tmp_path, pieces):

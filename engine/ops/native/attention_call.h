@@ -8,7 +8,7 @@ namespace memplus {
 
 // each one query of one head, that read the same keys
 #if defined(__AMX_BF16__)
-constexpr int64_t SHARING_ROWS = 96;
+constexpr int64_t SHARING_ROWS = 48;
 #else
 constexpr int64_t SHARING_ROWS = 24;
 #endif

@@ -30,12 +30,6 @@ constexpr int64_t PART_VECTORS = PART / LANES;
 
 inline int64_t rounded_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-inline float largest(floats lanes) {
-  float most = lanes[0];
-  for (int lane = 1; lane < LANES; lane++) most = std::max(most, lanes[lane]);
-  return most;
-}
-
 // What one thread works on; its buffers are kept from call to call.
 template <class Values>
 class TileWorker {

@@ -23,6 +23,7 @@ inline void turn_queries(const floats* queries, int64_t rows, int64_t vectors, f
 // Scores of some queries with TILE_KEYS keys that lie one after another, each of `vectors` vectors;
 // that of query q to sums[q], a vector of keys.
 inline void score_keys(const uint8_t* keys, int64_t vectors, const floats* turned, words* sums) {
+  settle();
   _tile_zero(0);
   for (int64_t v = 0; v < vectors; v++) {
     _tile_loadd(6, turned + v * LANES, sizeof(floats));

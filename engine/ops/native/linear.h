@@ -3,7 +3,7 @@
 //   out[t, o] = norm(x[t]) . weight[o] + bias[o]
 //
 // and what follows them while the sums are still in registers: silu(gate) * up, or the residual.
-// An output is one chain of sums over the inputs in their order. So it is the same, bit for bit,
+// An output is summed in an order that depends on the inputs alone. So it is the same, bit for bit,
 // whatever rows stand beside its own, and however many.
 #pragma once
 
@@ -23,7 +23,7 @@ constexpr int TILE_ROWS = 12;  // times two vectors of outputs: 24 of 32 registe
 constexpr int TILE_ROWS = 4;
 #endif
 constexpr int64_t PREFETCHED = 2048;  // bytes ahead in a panel that one tile alone reads
-// as many rows as reading a panel once more is worth, in whole tiles of either kind
+// as many rows as reading a panel once more is worth
 constexpr int64_t CHUNK_ROWS = 4 * std::max<int64_t>(TILE_ROWS, TILE_HEIGHT);
 
 constexpr int64_t PIECES = 8;  // that a thread's work is taken in
@@ -123,11 +123,20 @@ inline int64_t prepared_bytes(const LinearCall& call) {
   return call.num_rows * linear.blocks * linear.steps() * 4;
 }
 
+template <class Values>
+inline void run_some(const LinearCall& call, Rows rows, Span panels) {
+  if constexpr (has_tiles<Values>)
+    run_panels_by_tiles<Values>(call, rows, panels);
+  else
+    run_panels<Values>(call, rows, panels);
+}
+
 // One thread's share of a call, all threads of the team taking theirs: `prepared` is room for
 // prepared_bytes(), shared by the team, as is `work`. Outputs are there after its next barrier.
 template <class Values>
 inline void run_share(const LinearCall& call, uint8_t* prepared, SharedWork& work, int64_t thread,
                       int64_t threads) {
+  if (call.num_rows == 0) return;
   const PackedLinear& linear = call.linear;
   Rows rows = {call.x, call.x_stride, 0, call.num_rows};
   if (prepared_bytes<Values>(call)) {
@@ -137,29 +146,24 @@ inline void run_share(const LinearCall& call, uint8_t* prepared, SharedWork& wor
 #pragma omp barrier
   }
   const int64_t panels = linear.blocks * linear.block_panels();
-  // chunks of rows only where there are several: a thread then reads its weights once
   const int64_t chunks = (call.num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
   const int64_t some = std::max<int64_t>(1, panels * chunks / (PIECES * threads));
-  work.give(panels * chunks, thread, threads);
+  // units are panels with all their rows, so that weights are read once, unless these are too few
+  const bool has_whole_panels = some >= chunks;
+  const int64_t parts = has_whole_panels ? 1 : chunks;
+  work.give(panels * parts, thread, threads);
   for (;;) {
-    // whole panels where there are as many
-    Span units = work.take(some < chunks ? some : some / chunks * chunks, thread);
+    const Span units = work.take(has_whole_panels ? some / chunks : some, thread);
     if (units.first == units.last) return;
-    while (units.first < units.last) {
-      const int64_t panel = units.first / chunks, chunk = units.first % chunks;
-      // whole panels with all their rows; before and after them what other threads share
-      int64_t last_chunk = chunks, last_panel = panel + 1;
-      if (chunk == 0 && units.last - units.first >= chunks)
-        last_panel = units.last / chunks;
-      else
-        last_chunk = std::min(chunks, chunk + units.last - units.first);
-      rows.first = call.num_rows * chunk / chunks;
-      rows.last = call.num_rows * last_chunk / chunks;
-      if constexpr (has_tiles<Values>)
-        run_panels_by_tiles<Values>(call, rows, {panel, last_panel});
-      else
-        run_panels<Values>(call, rows, {panel, last_panel});
-      units.first = (last_panel - 1) * chunks + last_chunk;
+    if (has_whole_panels) {
+      run_some<Values>(call, rows, units);
+      continue;
+    }
+    for (int64_t unit = units.first; unit < units.last; unit++) {
+      const int64_t panel = unit / parts;
+      const Span part = piece(call.num_rows, unit % parts, parts);
+      rows.first = part.first, rows.last = part.last;
+      run_some<Values>(call, rows, {panel, panel + 1});
     }
   }
 }

@@ -39,6 +39,7 @@ inline void multiply_tiles(const uint8_t* x, const uint8_t* other, int64_t strid
                            const uint8_t* panel, int64_t steps, LineFetch fetch,
                            floats (*sums)[PANEL_VECTORS]) {
   constexpr int64_t step_bytes = PANEL_VECTORS * sizeof(words);
+  settle();
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (HAS_OTHER) {

@@ -25,6 +25,9 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
+// What was written is there to be loaded into tiles.
+inline void settle() { asm volatile("" : : : "memory"); }
+
 // Shapes the tiles for x of `height` rows: tiles 0 and 1 for the sums of tile 4 with tiles 6 and 7,
 // tiles 2 and 3 for those of tile 5. All become 0.
 inline void shape_tiles(int64_t height) {
@@ -33,7 +36,8 @@ inline void shape_tiles(int64_t height) {
     shapes.row_bytes[tile] = 64;
     shapes.rows[tile] = (uint8_t)(tile < 6 ? height : TILE_HEIGHT);
   }
-  _tile_loadconfig(&shapes);
+  // the intrinsic, and those that load tiles, do not say what memory they read
+  asm volatile("ldtilecfg %0" : : "m"(shapes));
 }
 #endif
 

@@ -3,6 +3,8 @@
 // values or one fp32), so that one load brings the weights of LANES outputs.
 #pragma once
 
+#include <algorithm>
+
 #include "matrix_tiles.h"
 #include "memory_ops/native/simd.h"
 #include "memory_ops/native/threads.h"

@@ -12,6 +12,7 @@ template <int ROW_TILES, int VECTORS>
 inline void add_tile_products(WordRows rows, VectorRows lines, VectorRows sums, int64_t steps) {
   const int64_t line_bytes = lines.stride * sizeof(floats), sum_bytes = sums.stride * sizeof(floats);
   floats* other_sums = sums.at + TILE_HEIGHT * sums.stride;
+  settle();
   _tile_loadd(0, sums.at, sum_bytes);
   if constexpr (VECTORS == 2) _tile_loadd(1, sums.at + 1, sum_bytes);
   if constexpr (ROW_TILES == 2) _tile_loadd(2, other_sums, sum_bytes);

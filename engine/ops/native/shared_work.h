@@ -1,6 +1,6 @@
 // Units of work that the threads of a team share. Each has a range of its own, and when it is through
-// takes from the ends of the others': whoever is not let run delays them by one piece, not by all of
-// its range.
+// takes from the ends of the others': whoever is not let run while it works delays them by one piece,
+// not by all of its range.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace memplus {
 
 class SharedWork {
  public:
-  explicit SharedWork(int64_t threads) : ranges_(threads) {}
+  explicit SharedWork(int64_t threads) : ranges_(kept_ranges(threads)) {}
 
   // Gives a thread its part of `count` units, fewer than 2^32, once none of its last are left.
   void give(int64_t count, int64_t thread, int64_t threads) {
@@ -48,7 +48,14 @@ class SharedWork {
     std::atomic<uint64_t> units{0};
   };
 
-  std::vector<Range> ranges_;
+  // All are empty between calls.
+  static std::vector<Range>& kept_ranges(int64_t threads) {
+    static thread_local std::vector<Range> kept;
+    if ((int64_t)kept.size() < threads) kept = std::vector<Range>(threads);
+    return kept;
+  }
+
+  std::vector<Range>& ranges_;
 };
 
 }  // namespace memplus

@@ -1,0 +1,84 @@
+"""A model with memory layers of random weights for some feed-forwards: to be timed, not read."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.model.config import MEMORY_KINDS, MemoryConfig, ModelConfig
+from weights.checkpoint import expected_shapes, open_checkpoint, save_checkpoint, table_names
+from weights.errors import CheckpointError
+from weights.tensor_files import DTYPES, StoredTensor, TensorSource, read_mapped
+from weights.tokenizer import TOKENIZER_FILES
+
+_MEMORY_LAYERS = 3  # as many as the paper's models have
+_DRAWN_ROWS = 2**12  # which are repeated: what a row holds takes no time
+
+
+def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
+    """Write the model of ``source`` with three Memory+ layers, equally spaced, as ``target``.
+
+    They have 4 heads, 32 rows a head, queries and values of the paper's widths, and one table of
+    ``num_subkeys`` squared rows; weights are drawn as for training, from seed 0.
+
+    Raises:
+        CheckpointError: the source cannot be read, has too few layers or memory layers already; the
+            target exists.
+        ValueError: ``num_subkeys`` is fewer than the rows a head, or too many.
+    """
+    config, stored = open_checkpoint(source)
+    model = with_memory(config.model, num_subkeys, source)
+    dtype = DTYPES[next(iter(stored.values())).dtype]
+    tables = set(table_names(model).values())
+    shapes = expected_shapes(model)
+    generator = torch.Generator().manual_seed(0)
+    sources = [
+        TensorSource(name, shapes[name], dtype, partial(_load, stored[name]))
+        if name in stored
+        else TensorSource(name, shapes[name], dtype, partial(_draw, name, shape, dtype, generator))
+        for name, shape in sorted(shapes.items(), key=lambda item: (item[0] in tables, item[0]))
+    ]
+    files = {name: source / name for name in (*TOKENIZER_FILES, "generation_config.json")}
+    extra_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
+    save_checkpoint(target, replace(config, model=model), sources, extra_files)
+
+
+def with_memory(model: ModelConfig, num_subkeys: int, source: Path) -> ModelConfig:
+    """The shape of that variant."""
+    if model.num_layers <= _MEMORY_LAYERS or set(model.feed_forward) & set(MEMORY_KINDS):
+        raise CheckpointError(f"{source}: takes more than 3 layers, none of them of memory")
+    kinds = list(model.feed_forward)
+    for i in range(_MEMORY_LAYERS):
+        kinds[(i + 1) * model.num_layers // (_MEMORY_LAYERS + 1)] = "memory_plus"
+    width = model.hidden_size
+    memory = MemoryConfig(
+        num_heads=4, num_subkeys=num_subkeys, top_k=32, query_dim=width // 4 * 2, value_dim=width
+    )
+    return replace(model, feed_forward=tuple(kinds), memory=memory)
+
+
+def _load(stored: StoredTensor) -> Tensor:
+    return read_mapped(stored.file, [stored.name])[stored.name]
+
+
+def _draw(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    if name.endswith("bias"):
+        return torch.zeros(shape, dtype=dtype)
+    if name.endswith("subkeys"):
+        bound = (2 * shape[-1]) ** -0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(dtype)
+    if name.endswith("table"):
+        drawn_RV = torch.randn(min(shape[0], _DRAWN_ROWS), shape[1], generator=generator)
+        drawn_RV = (drawn_RV * shape[1] ** -0.5).to(dtype)
+        table_RV: Tensor = drawn_RV.repeat(-(-shape[0] // len(drawn_RV)), 1)[: shape[0]]
+        return table_RV
+    drawn = torch.empty(shape)
+    if name.endswith("query.weight"):
+        nn.init.xavier_uniform_(drawn, generator=generator)
+    else:
+        drawn.normal_(std=shape[1] ** -0.5, generator=generator)
+    return drawn.to(dtype)

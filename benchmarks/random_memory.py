@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.model.config import MEMORY_KINDS, MemoryConfig, ModelConfig
-from weights.checkpoint import expected_shapes, open_checkpoint, save_checkpoint, table_names
+from weights.checkpoint import expected_shapes, save_checkpoint
+from weights.convert import read_folder
 from weights.errors import CheckpointError
-from weights.tensor_files import DTYPES, StoredTensor, TensorSource, read_mapped
-from weights.tokenizer import TOKENIZER_FILES
+from weights.tensor_files import TensorSource
 
 _MEMORY_LAYERS = 3  # as many as the paper's models have
 _DRAWN_ROWS = 2**12  # which are repeated: what a row holds takes no time
@@ -28,21 +28,17 @@ def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
             target exists.
         ValueError: ``num_subkeys`` is fewer than the rows a head, or too many.
     """
-    config, stored = open_checkpoint(source)
-    model = with_memory(config.model, num_subkeys, source)
-    dtype = DTYPES[next(iter(stored.values())).dtype]
-    tables = set(table_names(model).values())
-    shapes = expected_shapes(model)
+    imported = read_folder(source, None)
+    model = with_memory(imported.config.model, num_subkeys, source)
+    kept = {tensor.name: tensor for tensor in imported.sources}
+    dtype = imported.sources[0].dtype
     generator = torch.Generator().manual_seed(0)
     sources = [
-        TensorSource(name, shapes[name], dtype, partial(_load, stored[name]))
-        if name in stored
-        else TensorSource(name, shapes[name], dtype, partial(_draw, name, shape, dtype, generator))
-        for name, shape in sorted(shapes.items(), key=lambda item: (item[0] in tables, item[0]))
+        kept.get(name)
+        or TensorSource(name, shape, dtype, partial(_draw, name, shape, dtype, generator))
+        for name, shape in sorted(expected_shapes(model).items())
     ]
-    files = {name: source / name for name in (*TOKENIZER_FILES, "generation_config.json")}
-    extra_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
-    save_checkpoint(target, replace(config, model=model), sources, extra_files)
+    save_checkpoint(target, replace(imported.config, model=model), sources, imported.extra_files)
 
 
 def with_memory(model: ModelConfig, num_subkeys: int, source: Path) -> ModelConfig:
@@ -59,26 +55,22 @@ def with_memory(model: ModelConfig, num_subkeys: int, source: Path) -> ModelConf
     return replace(model, feed_forward=tuple(kinds), memory=memory)
 
 
-def _load(stored: StoredTensor) -> Tensor:
-    return read_mapped(stored.file, [stored.name])[stored.name]
-
-
 def _draw(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
     if name.endswith("bias"):
-        return torch.zeros(shape, dtype=dtype)
-    if name.endswith("subkeys"):
-        bound = (2 * shape[-1]) ** -0.5
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(dtype)
+        return torch.zeros(shape)
     if name.endswith("table"):
         drawn_RV = torch.randn(min(shape[0], _DRAWN_ROWS), shape[1], generator=generator)
         drawn_RV = (drawn_RV * shape[1] ** -0.5).to(dtype)
         table_RV: Tensor = drawn_RV.repeat(-(-shape[0] // len(drawn_RV)), 1)[: shape[0]]
         return table_RV
     drawn = torch.empty(shape)
-    if name.endswith("query.weight"):
+    if name.endswith("subkeys"):
+        bound = (2 * shape[-1]) ** -0.5
+        drawn.uniform_(-bound, bound, generator=generator)
+    elif name.endswith("query.weight"):
         nn.init.xavier_uniform_(drawn, generator=generator)
     else:
         drawn.normal_(std=shape[1] ** -0.5, generator=generator)
-    return drawn.to(dtype)
+    return drawn

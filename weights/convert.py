@@ -34,7 +34,7 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(OUTPUT_DTYPES)}")
     if source.is_dir():
-        imported = _read_folder(source, dtype)
+        imported = read_folder(source, dtype)
     elif source.suffix == ".gguf":
         imported = read_gguf(source, OUTPUT_DTYPES[dtype or "bfloat16"])
     else:
@@ -47,7 +47,8 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
         save_checkpoint(target, config, imported.sources, imported.extra_files, progress.update)
 
 
-def _read_folder(folder: Path, dtype: str | None) -> ImportedModel:
+def read_folder(folder: Path, dtype: str | None) -> ImportedModel:
+    """A checkpoint folder's parts, its tensors in ``dtype`` or as they are (CheckpointError)."""
     config, stored = open_checkpoint(folder)
     tables = set(table_names(config.model).values())
     sources = [

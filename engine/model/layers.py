@@ -85,11 +85,11 @@ class DecoderLayer(nn.Module):
     def pack(self, native: NativeOps) -> LayerProducts:
         """Lay the weights out for serving; see ``Projection.pack``."""
         attention = self.self_attn.qkv.pack(native), self.self_attn.out.pack(native)
-        if self.memory is not None:
-            self.memory.pack(native)
-        if self.mlp is None:
-            return LayerProducts(*attention)
-        return LayerProducts(*attention, self.mlp.gate_up.pack(native), self.mlp.down.pack(native))
+        if self.mlp is not None:
+            mlp = self.mlp
+            return LayerProducts(*attention, mlp.gate_up.pack(native), mlp.down.pack(native))
+        assert self.memory is not None
+        return LayerProducts(*attention, memory=self.memory.pack(native))
 
     def forward(
         self,

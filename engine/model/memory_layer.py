@@ -14,6 +14,8 @@ from engine import ops
 from engine.model.config import MemoryConfig
 from engine.model.norm import RmsNorm
 from engine.ops.native.library import NativeOps
+from engine.ops.native.packed_memory import PackedMemory, can_look_up
+from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.value_table import ValueTable
 
 
@@ -51,6 +53,7 @@ class MemoryLayer(nn.Module):
         """
         super().__init__()
         half_dim = config.query_dim // 2
+        self.num_heads, self.num_subkeys = config.num_heads, config.num_subkeys
         self.top_k = config.top_k
         self.norm_eps = norm_eps
         self.query = nn.Linear(hidden_size, config.num_heads * config.query_dim)
@@ -78,14 +81,34 @@ class MemoryLayer(nn.Module):
 
     def attach(self, table: ValueTable) -> None:
         """Read rows from this table from now on; its shape is the caller's to have checked."""
+        assert self.keys.packed is None, "a table is attached before the layer is packed"
         self._table = table
 
-    def pack(self, native: NativeOps) -> None:
-        """Lay the weights out for serving; see ``Projection.pack``."""
-        self.keys.pack(native)
-        for projection in (self.queries, self.gates, self.values, self.output_gates):
-            if projection is not None:
-                projection.pack(native)
+    def pack(self, native: NativeOps) -> PackedMemory | None:
+        """Lay the weights out for serving; see ``Projection.pack``.
+
+        Returns what the native library needs to run all of the layer, where it can: where the rows
+        lie in memory, and nothing but the sum follows the value projection.
+        """
+        query, subkeys = self.queries.pack(native), self.keys.pack(native)
+        gate = self.gates.pack(native) if self.gates is not None else None
+        values = self.values.pack(native) if self.values is not None else None
+        if self.output_gates is not None:
+            self.output_gates.pack(native)
+            return None
+        if values is None or not isinstance(self.table, DeviceTable):
+            return None
+        if not can_look_up(self.table.table_RV, self.num_subkeys, self.top_k):
+            return None
+        return PackedMemory(
+            self.table.table_RV,
+            self.num_heads,
+            self.top_k,
+            query=query,
+            subkeys=subkeys,
+            gate=gate,
+            values=values,
+        )
 
     def half_scores(self, x_TD: Tensor) -> Tensor:
         """See ``ops.half_scores``."""

@@ -1,4 +1,4 @@
-"""A decoder's layers, packed, by as few native calls as their memory layers leave."""
+"""A decoder's layers, packed, by few native calls."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,6 +9,7 @@ from engine.model.memory_layer import MemoryTrace
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_layers import PackedLayers
+from memory_ops.tables.device import DeviceTable
 
 # a call more costs nothing beside so many tokens, or the reading of so many bytes: then calls stay
 # short, and tell that the step gets on
@@ -27,6 +28,8 @@ class PackedDecoder:
             assert isinstance(layer, DecoderLayer)
             products.append(layer.pack(native))
             self._memories.append(layer.memory)
+        # those that the native calls leave out
+        self._apart = [own.gate_up is None and own.memory is None for own in products]
         self._layers = PackedLayers(products, num_heads)
         self._runs = self._joined([own.num_bytes for own in products])
 
@@ -45,22 +48,36 @@ class PackedDecoder:
         if residual_TD.shape[0] > _FEW_TOKENS:
             runs = [range(i, i + 1) for i in range(len(self._memories))]
         for run in runs:
-            self._native.decoder_layers(
+            read = self._native.decoder_layers(
                 self._layers, run, residual_TD, angles, layout, layout.paged, kv_blocks
             )
+            self._count(run, read, trace)
             memory = self._memories[run[-1]]
-            if memory is not None:
+            if self._apart[run[-1]]:
+                assert memory is not None
                 residual_TD = memory(residual_TD, trace, residual_TD)
             on_layers()
         return residual_TD
 
+    def _count(
+        self, run: range, read: tuple[Tensor, Tensor], trace: list[MemoryTrace] | None
+    ) -> None:
+        """Tell the tables, and the trace, what the memories of a native call have read."""
+        inside = (self._memories[layer] for layer in run if not self._apart[layer])
+        memories = [memory for memory in inside if memory is not None]
+        for memory, rows_THK, weights_THK in zip(memories, *read, strict=True):
+            assert isinstance(memory.table, DeviceTable)
+            memory.table.count(rows_THK)
+            if trace is not None:
+                trace.append(MemoryTrace(rows_THK, weights_THK))
+
     def _joined(self, num_bytes: Sequence[int]) -> list[range]:
-        """The layers in runs that end with a memory layer, or where they have grown large."""
+        """The layers in runs that end where they have grown large, or with a memory apart."""
         runs, first, size = [], 0, 0
         for index, own in enumerate(num_bytes):
             size += own
             is_last = index + 1 == len(num_bytes)
-            if is_last or self._memories[index] is not None or size >= _MANY_BYTES:
+            if is_last or self._apart[index] or size >= _MANY_BYTES:
                 runs.append(range(first, index + 1))
                 first, size = index + 1, 0
         return runs

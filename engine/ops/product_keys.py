@@ -25,7 +25,7 @@ class ProductKeys:
         self.owner = owner
         self.packed: tuple[NativeOps, PackedLinear, tuple[int, ...]] | None = None
 
-    def pack(self, native: NativeOps) -> None:
+    def pack(self, native: NativeOps) -> PackedLinear:
         """Lay the subkeys out for these kernels, and give them up."""
         subkeys_H2Nk, query_norm = self.owner.subkeys, self.owner.query_norm
         num_subkeys = subkeys_H2Nk.shape[2]
@@ -35,6 +35,7 @@ class ProductKeys:
         self.packed = native, packed, (-1, *subkeys_H2Nk.shape[:3])
         assert isinstance(self.owner, nn.Module)
         self.owner.register_parameter("subkeys", None)
+        return packed
 
 
 def half_scores(q_TF: Tensor, keys: ProductKeys) -> Tensor:

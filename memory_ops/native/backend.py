@@ -51,7 +51,7 @@ class NativeBackend:
         rows_THK = rows_THK.contiguous()
         weights_THK = weights_THK.float().contiguous()
         num_tokens, num_heads, top_k = rows_THK.shape
-        arguments = _table_arguments(table)
+        arguments = table_arguments(table)
         out_TV = torch.empty(num_tokens, arguments[3])
         use_torchs_threads()
         wrong = self._library.memplus_gather_rows(
@@ -70,7 +70,7 @@ class NativeBackend:
         check_vectors(table, rows_THK, x_TV)
         rows_THK, x_TV = rows_THK.contiguous(), x_TV.float().contiguous()
         num_tokens, num_heads, top_k = rows_THK.shape
-        arguments = _table_arguments(table)
+        arguments = table_arguments(table)
         dots_THK = torch.empty(num_tokens, num_heads, top_k)
         use_torchs_threads()
         wrong = self._library.memplus_row_dots(
@@ -112,7 +112,7 @@ class NativeBackend:
         sums_UV = unwritten((num_distinct, value_dim), torch.float32)
         use_torchs_threads()
         self._library.memplus_gather_groups(
-            *_table_arguments(grad_TV),
+            *table_arguments(grad_TV),
             tokens.data_ptr(),
             weights.data_ptr(),
             starts.data_ptr(),
@@ -122,7 +122,7 @@ class NativeBackend:
         return rows[:num_distinct].clone(), sums_UV
 
 
-def _table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
+def table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
     """data, num_rows, row_stride in bytes, value_dim, scale_offset, format."""
     if isinstance(table, RowRecords):
         records_RB = table.records_RB

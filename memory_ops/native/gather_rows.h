@@ -153,26 +153,35 @@ inline void gather_part(const Table& table, const Sums& sums, Span which, Span c
   }
 }
 
-inline void gather_rows(const Table& table, const Sums& sums, int64_t num_sums) {
+// Some columns of some sums.
+struct SumsPart {
+  Span sums, columns;
+};
+
+// What one of `threads` threads computes of `num_sums` sums.
+inline SumsPart sums_part(const Table& table, int64_t num_sums, int64_t thread, int64_t threads) {
   const int64_t steps = (table.value_dim + COLUMN_STEP - 1) / COLUMN_STEP;
-  const int64_t threads = omp_get_max_threads();
   // whichever way leaves the busiest thread less to do; columns of all sums, or all columns of some
   const auto most = [&](int64_t count) { return (count + threads - 1) / threads; };
-  const bool by_columns = num_sums * most(steps) < most(num_sums) * steps;
-  in_parallel(by_columns ? steps : num_sums, [&](int64_t thread, int64_t threads) {
-    Span which = {0, num_sums}, columns = {0, table.value_dim};
-    if (by_columns) {
-      columns = piece(steps, thread, threads);
-      columns = {columns.first * COLUMN_STEP,
-                 std::min(columns.last * COLUMN_STEP, table.value_dim)};
-    } else {
-      which = piece(num_sums, thread, threads);
-    }
-    with_row_type(table.format, [&](auto* row) {
-      using Row = std::remove_pointer_t<decltype(row)>;
-      is_intel() ? gather_part<Row, IntelSchedule<Row>>(table, sums, which, columns)
-                 : gather_part<Row, Schedule<Row>>(table, sums, which, columns);
-    });
+  if (num_sums * most(steps) >= most(num_sums) * steps)
+    return {piece(num_sums, thread, threads), {0, table.value_dim}};
+  const Span own = piece(steps, thread, threads);
+  return {{0, num_sums},
+          {own.first * COLUMN_STEP, std::min(own.last * COLUMN_STEP, table.value_dim)}};
+}
+
+inline void gather_rows(const Table& table, const Sums& sums, SumsPart part) {
+  with_row_type(table.format, [&](auto* row) {
+    using Row = std::remove_pointer_t<decltype(row)>;
+    is_intel() ? gather_part<Row, IntelSchedule<Row>>(table, sums, part.sums, part.columns)
+               : gather_part<Row, Schedule<Row>>(table, sums, part.sums, part.columns);
+  });
+}
+
+inline void gather_rows(const Table& table, const Sums& sums, int64_t num_sums) {
+  const int64_t steps = (table.value_dim + COLUMN_STEP - 1) / COLUMN_STEP;
+  in_parallel(std::max(steps, num_sums), [&](int64_t thread, int64_t threads) {
+    gather_rows(table, sums, sums_part(table, num_sums, thread, threads));
   });
 }
 

@@ -186,15 +186,20 @@ inline void product_topk(Chooser& chooser, const Pairs& pairs, const float* half
   softmax(chosen, k, weights);
 }
 
-inline void product_topk(const float* half_scores, int64_t num_heads, int num_subkeys, int k,
+// Chooses for the heads [heads.first, heads.last) of all.
+inline void product_topk(const float* half_scores, Span heads, int num_subkeys, int k,
                          int64_t* rows, float* weights) {
   const Pairs pairs(k);
+  Chooser chooser(std::max(num_subkeys, MOST_PAIRS));
+  for (int64_t head = heads.first; head < heads.last; head++)
+    product_topk(chooser, pairs, half_scores + head * 2 * num_subkeys, num_subkeys, k,
+                 rows + head * k, weights + head * k);
+}
+
+inline void product_topk(const float* half_scores, int64_t num_heads, int num_subkeys, int k,
+                         int64_t* rows, float* weights) {
   in_parallel(num_heads, [&](int64_t thread, int64_t threads) {
-    Chooser chooser(std::max(num_subkeys, MOST_PAIRS));
-    const Span mine = piece(num_heads, thread, threads);
-    for (int64_t head = mine.first; head < mine.last; head++)
-      product_topk(chooser, pairs, half_scores + head * 2 * num_subkeys, num_subkeys, k,
-                   rows + head * k, weights + head * k);
+    product_topk(half_scores, piece(num_heads, thread, threads), num_subkeys, k, rows, weights);
   });
 }
 

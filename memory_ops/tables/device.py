@@ -32,13 +32,17 @@ class DeviceTable:
         return self.table_RV.shape[1]
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor) -> "DeviceLookup":
+        self.count(rows_THK)
+        return DeviceLookup(self.table_RV, rows_THK, weights_THK)
+
+    def count(self, rows_THK: Tensor) -> None:
+        """Count a lookup as ``start`` does; for who reads these rows of ``table_RV`` itself."""
         counted = self._statistics
         self._statistics = replace(
             counted,
             rows_requested=counted.rows_requested + rows_THK.numel(),
             lookups=counted.lookups + 1,
         )
-        return DeviceLookup(self.table_RV, rows_THK, weights_THK)
 
     def hint(self, rows: Tensor) -> None:
         """Nothing to do: the rows are already where they are read."""

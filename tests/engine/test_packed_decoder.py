@@ -114,6 +114,6 @@ def test_in_whatever_runs_they_give_the_same(kinds, num_tokens, many_bytes, monk
     if many_bytes == 0 or num_tokens > 64:
         assert len(done) == 5
     elif many_bytes == 2**28:
-        assert done == ([1, 2, 3] if memory else [0])
+        assert done == ([1, 3] if memory else [0])
     else:
         assert 1 < len(done) < 5

@@ -5,36 +5,46 @@
 #include "attention.h"
 #include "kept.h"
 #include "linear.h"
+#include "memory_layer.h"
 
 namespace memplus {
 
-// The products of one layer. Where gate_up is null, so is down, and only the attention is run.
+// The products of one layer: gate_up and down, or the memory in their place, or neither, and then
+// only the attention is run.
 struct DecoderLayer {
   const PackedLinear *qkv, *out, *gate_up, *down;
+  const MemoryLayer* memory;
 };
 
 // Room for what the parts of a layer hand on, which all threads of a team share.
 struct LayerRoom {
   uint8_t *qkv, *attended, *hidden, *prepared;
+  MemoryRoom memory;
 };
 
 template <class Values>
 class DecoderLayers {
  public:
   // `call` lacks its qkv and out, and its kv is the first layer's, those of the others `kv_bytes`
-  // apart; `residual` [T, D] is changed in place.
-  DecoderLayers(const Attention& call, int64_t kv_bytes, uint8_t* residual)
-      : call_(call), kv_bytes_(kv_bytes), residual_(residual), rows_(call.num_tokens()),
-        work_(omp_get_max_threads()) {}
+  // apart; `residual` [T, D] is changed in place. `chosen` has room for all memory layers, one
+  // after another.
+  DecoderLayers(const Attention& call, int64_t kv_bytes, uint8_t* residual, ChosenRows chosen)
+      : call_(call), kv_bytes_(kv_bytes), residual_(residual), chosen_(chosen),
+        rows_(call.num_tokens()), work_(omp_get_max_threads()) {}
 
-  // residual += out(attention(qkv(residual)));  residual += down(gate_up(residual))
+  // residual += out(attention(qkv(residual)));  residual += down(gate_up(residual)), or the memory
   void run(const DecoderLayer* layers, int64_t count) {
     make_room(layers, count);
     TileQueue tiles(call_);
     in_parallel(INT64_MAX, [&](int64_t thread, int64_t threads) {
+      ChosenRows chosen = chosen_;
       for (int64_t i = 0; i < count; i++) {
         attend(layers[i], i, tiles, thread, threads);
         if (layers[i].gate_up) feed_forward(layers[i], thread, threads);
+        if (!layers[i].memory) continue;
+        look_up(*layers[i].memory, chosen, thread, threads);
+        chosen.rows += rows_ * layers[i].memory->token_rows();
+        chosen.weights += rows_ * layers[i].memory->token_rows();
       }
     });
   }
@@ -46,6 +56,12 @@ class DecoderLayers {
 
   LinearCall into_residual(const PackedLinear& linear, const uint8_t* x) const {
     return {linear, x, linear.inputs * Values::bytes, rows_, residual_, residual_};
+  }
+
+  LinearCall scores_of(const MemoryLayer& memory, Span tokens) const {
+    const int64_t stride = memory.query->outputs * Values::bytes;
+    return {*memory.subkeys, room_.memory.queries + tokens.first * stride, stride,
+            tokens.last - tokens.first, nullptr, (uint8_t*)room_.memory.scores};
   }
 
   // Calls come one after another, with a barrier behind each: so they can share `prepared`.
@@ -70,31 +86,71 @@ class DecoderLayers {
     multiply(into_residual(*layer.down, room_.hidden), thread, threads);
   }
 
+  void look_up(const MemoryLayer& memory, ChosenRows chosen, int64_t thread, int64_t threads) {
+    multiply(into_room(*memory.query, room_.memory.queries), thread, threads);
+    if (memory.gate) multiply(into_room(*memory.gate, room_.memory.gates), thread, threads);
+    for (int64_t first = 0; first < rows_; first += CHOOSING_TOKENS) {
+      const Span tokens = {first, std::min(first + CHOOSING_TOKENS, rows_)};
+      multiply(scores_of(memory, tokens), thread, threads);
+      choose_share(memory, room_.memory.scores, tokens, chosen, thread, threads);
+#pragma omp barrier
+    }
+    gather_share<Values>(memory, chosen, room_.memory, rows_, thread, threads);
+#pragma omp barrier
+    multiply(into_residual(*memory.values, room_.memory.gated), thread, threads);
+  }
+
   void make_room(const DecoderLayer* layers, int64_t count) {
-    int64_t qkv = 0, attended = 0, hidden = 0, prepared = 0;
-    const auto prepare = [&](const LinearCall& call) {
-      prepared = std::max(prepared, prepared_bytes<Values>(call));
-    };
+    Sizes sizes;
     for (int64_t i = 0; i < count; i++) {
       const DecoderLayer& layer = layers[i];
-      prepare(into_room(*layer.qkv, nullptr));
-      prepare(into_residual(*layer.out, nullptr));
-      qkv = std::max(qkv, layer.qkv->outputs);
-      attended = std::max(attended, layer.out->inputs);
+      sizes.prepared(into_room(*layer.qkv, nullptr));
+      sizes.prepared(into_residual(*layer.out, nullptr));
+      sizes.qkv = std::max(sizes.qkv, layer.qkv->outputs);
+      sizes.attended = std::max(sizes.attended, layer.out->inputs);
+      if (layer.memory) measure(sizes, *layer.memory);
       if (!layer.gate_up) continue;
-      prepare(into_room(*layer.gate_up, nullptr));
-      prepare(into_residual(*layer.down, nullptr));
-      hidden = std::max(hidden, layer.down->inputs);
+      sizes.prepared(into_room(*layer.gate_up, nullptr));
+      sizes.prepared(into_residual(*layer.down, nullptr));
+      sizes.hidden = std::max(sizes.hidden, layer.down->inputs);
     }
-    room_.qkv = kept_bytes<struct QkvRows>(rows_ * qkv * Values::bytes);
-    room_.attended = kept_bytes<struct AttendedRows>(rows_ * attended * Values::bytes);
-    room_.hidden = kept_bytes<struct HiddenRows>(rows_ * hidden * Values::bytes);
-    room_.prepared = kept_bytes<struct PreparedRows>(prepared);
+    const int64_t bytes = rows_ * Values::bytes, chosen_tokens = std::min(rows_, CHOOSING_TOKENS);
+    room_.qkv = kept_bytes<struct QkvRows>(bytes * sizes.qkv);
+    room_.attended = kept_bytes<struct AttendedRows>(bytes * sizes.attended);
+    room_.hidden = kept_bytes<struct HiddenRows>(bytes * sizes.hidden);
+    room_.prepared = kept_bytes<struct PreparedRows>(sizes.prepared_bytes);
+    MemoryRoom& memory = room_.memory;
+    memory.queries = kept_bytes<struct Queries>(bytes * sizes.queries);
+    memory.gates = kept_bytes<struct Gates>(bytes * sizes.values);
+    memory.gated = kept_bytes<struct GatedSums>(bytes * sizes.values);
+    memory.sums = (float*)kept_bytes<struct RowSums>(rows_ * sizes.values * 4);
+    memory.scores = (float*)kept_bytes<struct HalfScores>(chosen_tokens * sizes.scores * 4);
+  }
+
+  // The most values a token of each room, and bytes of all that is prepared.
+  struct Sizes {
+    int64_t qkv = 0, attended = 0, hidden = 0, queries = 0, scores = 0, values = 0;
+    int64_t prepared_bytes = 0;
+
+    void prepared(const LinearCall& call) {
+      prepared_bytes = std::max(prepared_bytes, memplus::prepared_bytes<Values>(call));
+    }
+  };
+
+  void measure(Sizes& sizes, const MemoryLayer& memory) const {
+    sizes.prepared(into_room(*memory.query, nullptr));
+    if (memory.gate) sizes.prepared(into_room(*memory.gate, nullptr));
+    sizes.prepared(into_residual(*memory.values, nullptr));
+    sizes.prepared(scores_of(memory, {0, std::min(rows_, CHOOSING_TOKENS)}));
+    sizes.queries = std::max(sizes.queries, memory.query->outputs);
+    sizes.scores = std::max(sizes.scores, memory.token_scores());
+    sizes.values = std::max(sizes.values, memory.table.value_dim);
   }
 
   const Attention call_;
   const int64_t kv_bytes_;
   uint8_t* const residual_;
+  const ChosenRows chosen_;
   const int64_t rows_;
   SharedWork work_;
   LayerRoom room_{};

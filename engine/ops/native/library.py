@@ -25,7 +25,10 @@ OPS_LIBRARY = NativeLibrary(
         "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32)),
         "memplus_decoder_layers": (
             None,
-            (_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4),
+            (
+                *(_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4),
+                *[_POINTER] * 2,
+            ),
         ),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),
@@ -112,14 +115,19 @@ class NativeOps:
         layout: TokenLayout,
         paged: PagedKv,
         kv_blocks: Tensor,
-    ) -> None:
-        """Run some consecutive layers in place, of a memory layer all but its memory.
+    ) -> tuple[Tensor, Tensor]:
+        """Run some consecutive layers in place; a feed-forward that was not packed is left out.
 
-        ``residual`` is contiguous; the rest is as ``Transformer.forward`` is given it.
+        ``residual`` is contiguous; the rest is as ``Transformer.forward`` is given it. Returns
+        the rows that their memories read, int64, and their weights, both ``[memories, T, H, K]``.
         """
         cosines, sines = angles
         assert residual_TD.is_contiguous() and kv_blocks.is_contiguous()
         kv_bytes = kv_blocks.stride()[0] * kv_blocks.itemsize
+        memories = layers.memories(run)
+        heads, top_k = (memories[0].num_heads, memories[0].top_k) if memories else (0, 0)
+        rows_MTHK = torch.empty(len(memories), len(residual_TD), heads, top_k, dtype=torch.int64)
+        weights_MTHK = torch.empty(rows_MTHK.shape)
         use_torchs_threads()
         self._library.memplus_decoder_layers(
             layers.address(run.start),
@@ -136,7 +144,10 @@ class NativeOps:
             paged.block_table_SB.shape[1],
             layers.num_heads,
             kv_blocks.shape[4],
+            rows_MTHK.data_ptr(),
+            weights_MTHK.data_ptr(),
         )
+        return rows_MTHK, weights_MTHK
 
     def silu_gate(self, gate_TI: Tensor, x_TI: Tensor) -> Tensor:
         """``ops.silu_gate``; the gate fp32 or bf16, ``x`` fp32, both contiguous."""

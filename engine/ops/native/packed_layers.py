@@ -5,20 +5,25 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from engine.ops.native.packed_linear import PackedLinear
+from engine.ops.native.packed_memory import PackedMemory
 
 
 class LayerProducts(NamedTuple):
-    """The products of one decoder layer; of one whose feed-forward is not dense the first two."""
+    """The products of one decoder layer; of one whose feed-forward is run elsewhere the first two.
+
+    Its feed-forward is dense, or a memory.
+    """
 
     qkv: PackedLinear
     out: PackedLinear
     gate_up: PackedLinear | None = None
     down: PackedLinear | None = None
+    memory: PackedMemory | None = None
 
     @property
     def num_bytes(self) -> int:
         """Of their weights."""
-        return sum(product.num_bytes for product in self if product is not None)
+        return sum(part.num_bytes for part in self if part is not None)
 
 
 class _Fields(ctypes.Structure):
@@ -44,3 +49,8 @@ class PackedLayers:
     def address(self, layer: int) -> int:
         """Of the description of one layer, behind which those of the following lie."""
         return ctypes.addressof(self._fields) + layer * ctypes.sizeof(_Fields)
+
+    def memories(self, run: range) -> list[PackedMemory]:
+        """Of some consecutive layers."""
+        found = (self._layers[layer].memory for layer in run)
+        return [memory for memory in found if memory is not None]

@@ -1,0 +1,67 @@
+// A memory layer whose value rows lie in memory, run by a team of threads:
+//
+//   rows, w = product top-K of (subkeys . query(x));   m = sum w * table[row]
+//   x += values(silu(gate(x)) * m), or values(m) where there is no gate
+#pragma once
+
+#include "linear.h"
+#include "memory_ops/native/gather_rows.h"
+#include "memory_ops/native/product_topk.h"
+
+namespace memplus {
+
+// What of its half scores is there at the same time: longer prompts have their rows chosen part by
+// part, in the caches.
+constexpr int64_t CHOOSING_TOKENS = 64;
+
+// H heads, N subkeys a half, K rows a head, V values a row; `gate` may be null.
+struct MemoryLayer {
+  const PackedLinear *query, *subkeys, *gate, *values;
+  Table table;
+  int64_t top_k;
+
+  int64_t heads() const { return subkeys->blocks / 2; }
+  int64_t num_subkeys() const { return subkeys->outputs; }
+  int64_t token_scores() const { return heads() * 2 * num_subkeys(); }
+  int64_t token_rows() const { return heads() * top_k; }
+};
+
+// What was chosen for each token, [T, H, K].
+struct ChosenRows {
+  int64_t* rows;
+  float* weights;
+};
+
+// Room for what its parts hand on.
+struct MemoryRoom {
+  uint8_t *queries, *gates, *gated;
+  float *scores, *sums;
+};
+
+// One thread's share of the rows of tokens [tokens.first, tokens.last), whose scores are there.
+inline void choose_share(const MemoryLayer& memory, const float* scores, Span tokens,
+                         ChosenRows chosen, int64_t thread, int64_t threads) {
+  const int64_t heads = memory.heads(), at = tokens.first * memory.token_rows();
+  product_topk(scores, piece((tokens.last - tokens.first) * heads, thread, threads),
+               (int)memory.num_subkeys(), (int)memory.top_k, chosen.rows + at, chosen.weights + at);
+}
+
+// One thread's share of room.gated [T, V], for `count` tokens whose rows and gates are there.
+template <class Values>
+inline void gather_share(const MemoryLayer& memory, ChosenRows chosen, const MemoryRoom& room,
+                         int64_t count, int64_t thread, int64_t threads) {
+  const SumsPart own = sums_part(memory.table, count, thread, threads);
+  const Sums sums = {chosen.rows, chosen.weights, nullptr, memory.token_rows(), room.sums};
+  gather_rows(memory.table, sums, own);
+  for (int64_t token = own.sums.first; token < own.sums.last; token++) {
+    const int64_t first = token * memory.table.value_dim + own.columns.first;
+    by_vectors(own.columns.last - own.columns.first, [&](int64_t, int64_t at, int64_t lanes) {
+      at += first;
+      floats value = Fp32Values::read((const uint8_t*)(room.sums + at), lanes);
+      if (memory.gate) value *= silu(Values::read(room.gates + at * Values::bytes, lanes));
+      Values::write(room.gated + at * Values::bytes, value, lanes);
+    });
+  }
+}
+
+}  // namespace memplus

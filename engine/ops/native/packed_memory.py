@@ -1,0 +1,79 @@
+"""A memory layer whose value rows lie in memory, as the native library runs it."""
+
+import ctypes
+
+from torch import Tensor
+
+from engine.ops.native.packed_linear import PackedLinear
+from memory_ops.backends import is_fit
+from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS, table_arguments
+
+
+def can_look_up(table_RV: Tensor, num_subkeys: int, top_k: int) -> bool:
+    """Whether the kernels choose among so many subkeys, and read rows of this table."""
+    return is_fit(table_RV) and num_subkeys <= MOST_SUBKEYS and top_k <= MOST_CHOSEN
+
+
+class _Table(ctypes.Structure):
+    """``memplus::Table`` of memory_ops' row_table.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("value_dim", ctypes.c_int64),
+        ("scale_offset", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+    )
+
+
+class _Fields(ctypes.Structure):
+    """``memplus::MemoryLayer`` of memory_layer.h."""
+
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("subkeys", ctypes.c_void_p),
+        ("gate", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("table", _Table),
+        ("top_k", ctypes.c_int64),
+    )
+
+
+class PackedMemory:
+    """Its products, gate included where there is one, and the table whose rows are read.
+
+    Attributes:
+        address: of the description that the kernels read.
+        num_bytes: of the weights, those of the table apart.
+        num_heads: H.
+        top_k: K.
+    """
+
+    def __init__(
+        self,
+        table_RV: Tensor,
+        num_heads: int,
+        top_k: int,
+        *,
+        query: PackedLinear,
+        subkeys: PackedLinear,
+        gate: PackedLinear | None,
+        values: PackedLinear,
+    ) -> None:
+        """Hold them all, copying none; the table's rows are such as kernels read."""
+        num_subkeys = subkeys.num_outputs // (2 * num_heads)
+        assert can_look_up(table_RV, num_subkeys, top_k)
+        self.num_heads, self.top_k = num_heads, top_k
+        self._held = table_RV, query, subkeys, gate, values
+        self._fields = _Fields(
+            query.address,
+            subkeys.address,
+            None if gate is None else gate.address,
+            values.address,
+            _Table(*table_arguments(table_RV)),
+            top_k,
+        )
+        self.address = ctypes.addressof(self._fields)
+        products = query, subkeys, gate, values
+        self.num_bytes = sum(product.num_bytes for product in products if product is not None)

@@ -1,0 +1,101 @@
+"""Memory layers by every build that runs here, inside the native call and around it."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.batch import make_batch
+from engine.model.config import MemoryConfig
+from engine.model.packed_decoder import PackedDecoder
+from engine.model.rotary import rope_angles
+from engine.ops.native.library import OPS_LIBRARY, NativeOps
+from engine.sampling_params import SamplingParams
+from engine.step_plan import SequenceChunk, StepPlan
+from memory_ops.tables.device import DeviceTable
+from tests.conftest import TOLERANCE
+from tests.models import random_model, tiny_config
+
+each_build = pytest.mark.parametrize("build", OPS_LIBRARY.runnable_builds)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+class TableElsewhere:
+    """A table whose rows no kernel may read by itself."""
+
+    def __init__(self, table):
+        self.start, self.hint, self.statistics = table.start, table.hint, table.statistics
+        self.num_rows, self.value_dim = table.num_rows, table.value_dim
+
+
+def forward(model, native, num_tokens):
+    """What the packed layers make of one prompt's embeddings, and what their memories read."""
+    chunk = SequenceChunk(
+        "", tuple(i % 7 for i in range(num_tokens)), 0, tuple(range(25)), SamplingParams(), 0, True
+    )
+    batch = make_batch(StepPlan((chunk,)), 8, torch.device("cpu"))
+    config, residual = model.config, model.model.embed_tokens(batch.ids_T)
+    shape = (config.num_layers, 25, 2, config.num_kv_heads, 8, config.head_dim)
+    kv_blocks = torch.zeros(shape, dtype=residual.dtype)
+    angles = rope_angles(batch.layout.positions_T, model.rope_frequencies.float())
+    trace = []
+    decoder = PackedDecoder(model.model.layers, config.num_heads, native)
+    out = decoder.run(residual, batch.layout, angles, kv_blocks, trace, lambda: None)
+    return out, trace
+
+
+@each_build
+@each_dtype
+@given(
+    kind=st.sampled_from(["memory_plus", "pkm"]),
+    num_tokens=st.sampled_from([1, 3, 64, 65, 150]),
+    num_heads=st.sampled_from([1, 3]),
+    num_subkeys=st.sampled_from([4, 19, 70]),
+    top_k=st.sampled_from([1, 4]),
+    query_dim=st.sampled_from([2, 10, 64]),
+    value_dim=st.sampled_from([1, 30, 300]),
+    qk_norm=st.booleans(),
+)
+def test_inside_the_call_they_give_what_they_give_apart(
+    build, dtype, kind, num_tokens, qk_norm, **sizes
+):
+    memory = MemoryConfig(qk_norm=qk_norm, value_projection=kind == "pkm", **sizes)
+    # two in one call, where what the first rounds does not change what the second chooses
+    kinds = (kind, "dense", kind) if dtype is torch.float32 else ("dense", kind)
+    config = tiny_config(num_layers=len(kinds), feed_forward=kinds, memory=memory)
+    model = random_model(config, dtype)
+    apart = copy.deepcopy(model)
+    for layer in config.memory_layers:
+        block = apart.model.layers[layer].memory
+        block.attach(TableElsewhere(block.table))
+    native = NativeOps(build)
+    (found, inside), (wanted, outside) = (
+        forward(one, native, num_tokens) for one in (model, apart)
+    )
+    assert len(inside) == len(outside) == len(config.memory_layers)
+    for own, other in zip(inside, outside, strict=True):
+        assert torch.equal(own.rows_THK, other.rows_THK)
+        torch.testing.assert_close(own.weights_THK, other.weights_THK, rtol=1e-4, atol=1e-4)
+    # what one layer rounds the next ones sum
+    rtol = 10 * TOLERANCE[dtype][0]
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))
+
+
+def test_what_they_read_is_counted():
+    memory = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_dim=32)
+    kinds = ("memory_plus", "dense", "memory_plus")
+    model = random_model(tiny_config(num_layers=3, feed_forward=kinds, memory=memory))
+    table = model.model.layers[0].memory.table
+    forward(model, NativeOps(OPS_LIBRARY.best_build), 5)
+    counted = table.statistics()
+    assert (counted.lookups, counted.rows_requested) == (2, 2 * 5 * 2 * 4)
+
+
+def test_a_table_comes_before_packing():
+    memory = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_dim=32)
+    model = random_model(tiny_config(num_layers=1, feed_forward=("memory_plus",), memory=memory))
+    model.pack()
+    with pytest.raises(AssertionError, match="before the layer is packed"):
+        model.model.layers[0].memory.attach(DeviceTable(torch.zeros(64, 32)))

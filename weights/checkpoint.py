@@ -4,13 +4,11 @@ import json
 import os
 import re
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
@@ -119,12 +117,8 @@ def load_model(folder: Path, dtype: str = "auto") -> tuple[Transformer, Checkpoi
     with torch.device("meta"):
         model = Transformer(config.model)
     tables = table_names(config.model)
-    by_file: defaultdict[Path, list[str]] = defaultdict(list)
-    for name in set(stored) - set(tables.values()):
-        by_file[stored[name].file].append(name)
-    weights: dict[str, Tensor] = {}
-    for file, names in by_file.items():
-        weights |= {name: t.to(chosen) for name, t in read_mapped(file, names).items()}
+    dense = (tensor for name, tensor in stored.items() if name not in tables.values())
+    weights = {tensor.name: read_mapped(tensor).to(chosen) for tensor in dense}
     model.load_state_dict(weights, assign=True)
     if tables:
         loaded = {name: _load_table(stored[name]) for name in set(tables.values())}
@@ -195,8 +189,7 @@ def _check_tied_head(stored: Mapping[str, StoredTensor]) -> None:
     head, embedding = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
     if embedding is None:
         return  # the missing embedding is reported by its own name
-    values = [read_mapped(tensor.file, [tensor.name])[tensor.name] for tensor in (head, embedding)]
-    if not torch.equal(*values):
+    if not torch.equal(read_mapped(head), read_mapped(embedding)):
         raise CheckpointError(
             f"{head.file}: tensor lm_head.weight differs from the embedding to which"
             " tie_word_embeddings ties it"

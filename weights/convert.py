@@ -5,13 +5,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from weights.checkpoint import expected_shapes, open_checkpoint, save_checkpoint, table_names
 from weights.errors import CheckpointError
 from weights.importers.gguf import ImportedModel, read_gguf
-from weights.tensor_files import DTYPES, StoredTensor, TensorSource, read_mapped
+from weights.tensor_files import DTYPES, TensorSource, read_mapped
 from weights.tokenizer import TOKENIZER_FILES
 
 OUTPUT_DTYPES = {
@@ -56,17 +55,13 @@ def read_folder(folder: Path, dtype: str | None) -> ImportedModel:
             name=name,
             shape=tensor.shape,
             dtype=OUTPUT_DTYPES[dtype] if dtype is not None else DTYPES[tensor.dtype],
-            load=partial(_load, tensor),
+            load=partial(read_mapped, tensor),
         )
         for name, tensor in sorted(stored.items(), key=lambda item: (item[0] in tables, item[0]))
     ]
     files = {name: folder / name for name in (*TOKENIZER_FILES, "generation_config.json")}
     extra_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
     return ImportedModel(config, sources, extra_files)
-
-
-def _load(stored: StoredTensor) -> Tensor:
-    return read_mapped(stored.file, [stored.name])[stored.name]
 
 
 def _check_whole(path: Path, imported: ImportedModel) -> None:

@@ -4,7 +4,6 @@ import fcntl
 import shutil
 from pathlib import Path
 
-from weights.convert import convert
 from weights.default_model import DEFAULT_MODEL, model_folder, model_source
 from weights.errors import CheckpointError
 
@@ -20,6 +19,9 @@ def prepared_folder(name: str, cache_folder: Path) -> Path:
     folder = model_folder(name, cache_folder)
     if name != DEFAULT_MODEL or folder.exists():
         return folder
+    # takes a while, and is wanted once
+    from weights.convert import convert
+
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.with_suffix(".lock"), "w") as lock:

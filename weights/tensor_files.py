@@ -1,8 +1,10 @@
 """Safetensors files: what a folder holds, and a writer that holds one tensor at a time."""
 
 import json
+import math
+import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +62,30 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_mapped(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors that share the file's mapping: pages are read when they are first used."""
-    with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in names}
+def read_mapped(stored: StoredTensor) -> Tensor:
+    """A tensor on a mapping of its own, whose pages are read when they are first used.
+
+    What is written to it stays in memory. They leave it with the tensor, and not with the last of
+    its file.
+
+    Raises:
+        CheckpointError: the file cannot be opened, or ends too early.
+    """
+    before = stored.offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        with open(stored.file, "rb") as file:
+            memory = mmap.mmap(
+                file.fileno(),
+                before + stored.num_bytes,
+                offset=stored.offset - before,
+                access=mmap.ACCESS_COPY,
+            )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{stored.file}: tensor {stored.name}: {error}") from None
+    values = torch.frombuffer(
+        memory, dtype=DTYPES[stored.dtype], count=math.prod(stored.shape), offset=before
+    )
+    return values.view(stored.shape)
 
 
 def read_into(stored: StoredTensor, target: Tensor) -> None:

@@ -6,6 +6,7 @@ from engine import ops
 from engine.model.config import ModelConfig
 from engine.model.memory_layer import MemoryLayer, MemoryTrace
 from engine.model.norm import RmsNorm
+from engine.model.uninitialised import Linear
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_layers import LayerProducts
@@ -21,10 +22,10 @@ class Attention(nn.Module):
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
+        self.q_proj = Linear(config.hidden_size, query_size, bias=bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=bias)
         self.qkv = ops.Projection(self.q_proj, self.k_proj, self.v_proj, norm=norm)
         self.out = ops.Projection(self.o_proj)
 
@@ -48,9 +49,9 @@ class DenseFeedForward(nn.Module):
         """``norm``, the decoder layer's own, is applied to what comes in."""
         super().__init__()
         size, bias = config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(config.hidden_size, size, bias=bias)
-        self.up_proj = nn.Linear(config.hidden_size, size, bias=bias)
-        self.down_proj = nn.Linear(size, config.hidden_size, bias=bias)
+        self.gate_proj = Linear(config.hidden_size, size, bias=bias)
+        self.up_proj = Linear(config.hidden_size, size, bias=bias)
+        self.down_proj = Linear(size, config.hidden_size, bias=bias)
         self.gate_up = ops.Projection(self.gate_proj, self.up_proj, norm=norm, is_gated=True)
         self.down = ops.Projection(self.down_proj)
 

@@ -13,6 +13,7 @@ import memory_ops
 from engine import ops
 from engine.model.config import MemoryConfig
 from engine.model.norm import RmsNorm
+from engine.model.uninitialised import Linear
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_memory import PackedMemory, can_look_up
 from memory_ops.tables.device import DeviceTable
@@ -56,14 +57,14 @@ class MemoryLayer(nn.Module):
         self.num_heads, self.num_subkeys = config.num_heads, config.num_subkeys
         self.top_k = config.top_k
         self.norm_eps = norm_eps
-        self.query = nn.Linear(hidden_size, config.num_heads * config.query_dim)
+        self.query = Linear(hidden_size, config.num_heads * config.query_dim)
         self.subkeys = nn.Parameter(torch.empty(config.num_heads, 2, config.num_subkeys, half_dim))
         self.query_norm = nn.Parameter(torch.empty(2, half_dim)) if config.qk_norm else None
         gated = kind == "memory_plus"
         projected = gated or config.value_projection
-        self.gate = nn.Linear(hidden_size, config.value_dim) if gated else None
-        self.value_proj = nn.Linear(config.value_dim, hidden_size) if projected else None
-        self.output_gate = nn.Linear(hidden_size, 1) if config.output_gate else None
+        self.gate = Linear(hidden_size, config.value_dim) if gated else None
+        self.value_proj = Linear(config.value_dim, hidden_size) if projected else None
+        self.output_gate = Linear(hidden_size, 1) if config.output_gate else None
         self.queries = ops.Projection(self.query, norm=norm)
         self.keys = ops.ProductKeys(self)
         self.gates = ops.Projection(self.gate, norm=norm) if self.gate is not None else None

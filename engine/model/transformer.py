@@ -12,6 +12,7 @@ from engine.model.memory_layer import MemoryTrace
 from engine.model.norm import RmsNorm
 from engine.model.packed_decoder import PackedDecoder
 from engine.model.rotary import rope_angles, rope_frequencies
+from engine.model.uninitialised import Embedding, Linear
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import native_ops
 from memory_ops.tables.value_table import ValueTable
@@ -37,7 +38,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -55,7 +56,7 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         self.lm_head: nn.Linear | None = None
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
         self.head = ops.Projection(head, norm=self.model.norm)
         self._packed_layers: PackedDecoder | None = None

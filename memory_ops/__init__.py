@@ -7,21 +7,32 @@ from memory_ops.checks import Table
 from memory_ops.operations import (
     expert_lookup,
     gather_rows,
+    group_rows,
     product_topk,
     row_dots,
     row_gradients,
+    sparse_adam,
+    squared_norm,
 )
 from memory_ops.row_formats import ROW_FORMATS, RowRecords, dequantize_rows, quantize_rows
+from memory_ops.row_groups import RowGroups
+from memory_ops.sparse_adam import AdamMoments, AdamStep
 
 __all__ = [
     "ROW_FORMATS",
+    "AdamMoments",
+    "AdamStep",
+    "RowGroups",
     "RowRecords",
     "Table",
     "dequantize_rows",
     "expert_lookup",
     "gather_rows",
+    "group_rows",
     "product_topk",
     "quantize_rows",
     "row_dots",
     "row_gradients",
+    "sparse_adam",
+    "squared_norm",
 ]

@@ -15,6 +15,8 @@ from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS, NativeBackend
 from memory_ops.native.direct import DirectCalls, direct_calls
 from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.row_formats import RowRecords
+from memory_ops.row_groups import RowGroups
+from memory_ops.sparse_adam import AdamMoments, AdamStep
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,22 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class GroupBackend(Protocol):
+    """The operations on grouped references, likewise."""
+
+    def group_rows(self, rows_THK: Tensor, weights_THK: Tensor, /) -> RowGroups: ...
+    def squared_norm(self, groups: RowGroups, grad_TV: Tensor, /) -> float: ...
+    def sparse_adam(
+        self,
+        table_RV: Tensor,
+        moments: AdamMoments,
+        groups: RowGroups,
+        grad_TV: Tensor,
+        step: AdamStep,
+        /,
+    ) -> None: ...
+
+
 @functools.cache
 def direct() -> DirectCalls | None:
     """A shorter way for plain CPU tensors, which declines all others, where there is one."""
@@ -40,7 +58,7 @@ def direct() -> DirectCalls | None:
 def for_topk(half_scores: Tensor, top_k: int) -> Backend:
     """The backend for these half scores."""
     shape = half_scores.shape
-    fits = len(shape) == 4 and shape[3] <= MOST_SUBKEYS and top_k <= MOST_CHOSEN
+    fits = len(shape) == 4 and _can_choose(shape[3], top_k)
     if half_scores.dtype is not torch.float32 or not fits:
         return REFERENCE
     return _beside(half_scores)
@@ -63,12 +81,31 @@ def for_gradients(weights: Tensor, grad: Tensor) -> Backend:
     return _beside(grad)
 
 
+def for_groups(*operands: Tensor) -> GroupBackend:
+    """The backend for grouped references: kernels on the CPU, plain torch elsewhere."""
+    if all(operand.is_cpu and operand.dtype is not torch.float64 for operand in operands):
+        build = MEMORY_LIBRARY.best_build
+        if build is not None:
+            return NativeBackend(build)
+    return cast(GroupBackend, reference)
+
+
 def is_fit(table: Table) -> bool:
     """Whether kernels can read these rows: no fp64, a row's values one after another."""
     if isinstance(table, RowRecords):
         return table.records_RB.stride()[1] == 1
     strides = table.stride()
     return table.dtype in _KERNEL_DTYPES and len(strides) == 2 and strides[1] == 1
+
+
+def is_fit_for_cpu(table: Table, num_subkeys: int, top_k: int) -> bool:
+    """Whether native kernels can run a whole lookup: choose so many rows, and read them here."""
+    memory = table.records_RB if isinstance(table, RowRecords) else table
+    return memory.is_cpu and is_fit(table) and _can_choose(num_subkeys, top_k)
+
+
+def _can_choose(num_subkeys: int, top_k: int) -> bool:
+    return num_subkeys <= MOST_SUBKEYS and top_k <= MOST_CHOSEN
 
 
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from memory_ops.row_formats import RowRecords
+from memory_ops.row_groups import RowGroups
+from memory_ops.sparse_adam import AdamMoments
 
 # rows of any floating dtype as they are, or records of fewer bits
 Table = Tensor | RowRecords
@@ -46,7 +48,7 @@ def check_scores(half_scores_TH2N: Tensor, top_k: int) -> None:
 def check_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> None:
     """Raise ValueError unless table, rows and weights fit together."""
     table_shape(table)
-    _check_weights(rows_THK, weights_THK)
+    check_references(rows_THK, weights_THK)
     _check_devices(table, rows_THK, weights_THK)
 
 
@@ -63,7 +65,7 @@ def check_vectors(table: Table, rows_THK: Tensor, x_TV: Tensor) -> None:
 
 def check_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> None:
     """Raise ValueError unless rows, weights and a gradient a token fit together."""
-    _check_weights(rows_THK, weights_THK)
+    check_references(rows_THK, weights_THK)
     if grad_TV.dim() != 2 or grad_TV.shape[0] != rows_THK.shape[0]:
         shapes = f"{tuple(grad_TV.shape)} for {rows_THK.shape[0]} tokens"
         raise ValueError(f"grad: expected [T, V], got {shapes}")
@@ -73,13 +75,57 @@ def check_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> N
         raise ValueError(f"rows, weights and grad: expected one device, got {found}")
 
 
-def _check_weights(rows_THK: Tensor, weights_THK: Tensor) -> None:
+def check_references(rows_THK: Tensor, weights_THK: Tensor) -> None:
+    """Raise ValueError unless rows and weights fit together."""
     shape = rows_THK.shape
     if len(shape) != 3 or shape != weights_THK.shape:
         shapes = f"{tuple(shape)} and {tuple(weights_THK.shape)}"
         raise ValueError(f"rows and weights: expected the same shape [T, H, K], got {shapes}")
     _check_ids(rows_THK)
     _check_floats("weights", weights_THK)
+
+
+def check_groups(groups: RowGroups, grad_TV: Tensor) -> None:
+    """Raise ValueError unless there is a gradient for every token of the groups."""
+    if grad_TV.dim() != 2:
+        raise ValueError(f"grad: expected [T, V], got {tuple(grad_TV.shape)}")
+    _check_floats("grad", grad_TV)
+    if len(groups.tokens_L) and int(groups.tokens_L.max()) >= len(grad_TV):
+        most = int(groups.tokens_L.max())
+        raise ValueError(f"grad: token {most} read rows, and there are {len(grad_TV)} gradients")
+
+
+def check_adam(table_RV: Tensor, moments: AdamMoments, groups: RowGroups, grad_TV: Tensor) -> None:
+    """Raise unless table, moments and gradients fit together.
+
+    Raises:
+        ValueError: the table is no contiguous float32 or float64 matrix, or another shape or dtype
+            differs from its own.
+        IndexError: a row lies outside the table.
+    """
+    check_groups(groups, grad_TV)
+    shape, dtype = table_shape(table_RV), table_RV.dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"table: expected float32 or float64, got {dtype}")
+    if grad_TV.shape[1] != shape[1]:
+        raise ValueError(f"grad: expected [T, {shape[1]}], got {tuple(grad_TV.shape)}")
+    first_RV, second = moments
+    wanted = (
+        {"second": (second, shape[:1])}
+        if first_RV is None
+        else {
+            "first": (first_RV, shape),
+            "second": (second, shape),
+        }
+    )
+    for name, (moment, of_shape) in wanted.items():
+        if moment.shape != of_shape or moment.dtype is not dtype:
+            found = f"{moment.dtype} {tuple(moment.shape)}"
+            raise ValueError(f"{name} moment: expected {dtype} {of_shape}, got {found}")
+    if not all(t.is_contiguous() for t in (table_RV, first_RV, second) if t is not None):
+        raise ValueError("table and moments: expected contiguous tensors")
+    if len(groups.rows_U) and int(groups.rows_U[-1]) >= shape[0]:
+        raise IndexError(f"rows: {int(groups.rows_U[-1])} is outside [0, {shape[0]})")
 
 
 def _check_floats(name: str, tensor: Tensor) -> None:

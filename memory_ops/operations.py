@@ -25,6 +25,8 @@ from memory_ops.checks import (
 )
 from memory_ops.native.direct import DirectCalls
 from memory_ops.row_formats import RowFormat, RowRecords
+from memory_ops.row_groups import RowGroups
+from memory_ops.sparse_adam import AdamMoments, AdamStep
 
 
 def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -83,6 +85,25 @@ def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tup
     check_gradients(rows_THK, weights_THK, grad_TV)
     gradients: tuple[Tensor, Tensor] = _row_gradients(rows_THK, weights_THK, grad_TV)
     return gradients
+
+
+def group_rows(rows_THK: Tensor, weights_THK: Tensor) -> RowGroups:
+    """Sort reads by row; see ``memory_ops.reference.group_rows``. Not differentiable."""
+    return backends.for_groups(weights_THK).group_rows(rows_THK, weights_THK)
+
+
+def squared_norm(groups: RowGroups, grad_TV: Tensor) -> float:
+    """The squared norm of a table's gradient; see ``memory_ops.reference.squared_norm``."""
+    return backends.for_groups(groups.weights_L, grad_TV).squared_norm(groups, grad_TV)
+
+
+def sparse_adam(
+    table_RV: Tensor, moments: AdamMoments, groups: RowGroups, grad_TV: Tensor, step: AdamStep
+) -> None:
+    """A step of Adam for the rows read; see ``memory_ops.reference.sparse_adam``."""
+    backend = backends.for_groups(groups.weights_L, grad_TV, table_RV)
+    with torch.no_grad():
+        backend.sparse_adam(table_RV, moments, groups, grad_TV, step)
 
 
 def expert_lookup(

@@ -11,12 +11,17 @@ from torch import Tensor
 from memory_ops.checks import (
     Table,
     accumulation_dtype,
+    check_adam,
     check_gradients,
+    check_groups,
+    check_references,
     check_rows,
     check_scores,
     check_vectors,
 )
 from memory_ops.row_formats import RowRecords, dequantize_rows
+from memory_ops.row_groups import RowGroups
+from memory_ops.sparse_adam import AdamMoments, AdamStep
 
 
 def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -151,6 +156,93 @@ def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tup
     grad_LV = grad_LV * weights_THK.reshape(-1, 1).to(dtype)
     sums_UV = grad_TV.new_zeros((len(rows_U), grad_TV.shape[1]), dtype=dtype)
     return rows_U, sums_UV.index_add_(0, place_L, grad_LV)
+
+
+def group_rows(rows_THK: Tensor, weights_THK: Tensor) -> RowGroups:
+    """Sort reads by the row that they read; those of one row keep their order.
+
+    Args:
+        rows_THK: row ids, int64, ``[T, H, K]``.
+        weights_THK: one weight a row, floating, ``[T, H, K]``.
+
+    Raises:
+        ValueError: rows and weights differ in shape.
+        IndexError: a row id is negative.
+    """
+    check_references(rows_THK, weights_THK)
+    if rows_THK.numel() and int(rows_THK.min()) < 0:
+        raise IndexError(f"rows: {int(rows_THK.min())} is no row of any table")
+    sorted_L, order_L = rows_THK.flatten().sort(stable=True)
+    rows_U, counts_U = torch.unique_consecutive(sorted_L, return_counts=True)
+    per_token = max(rows_THK.shape[1] * rows_THK.shape[2], 1)
+    weights_L = weights_THK.to(accumulation_dtype(weights_THK.dtype)).flatten()[order_L]
+    starts_U1 = torch.cat((counts_U.new_zeros(1), counts_U.cumsum(0)))
+    return RowGroups(rows_U, starts_U1, order_L // per_token, weights_L)
+
+
+def squared_norm(groups: RowGroups, grad_TV: Tensor) -> float:
+    """The squared norm of a table's gradient: what its rows add to the norm that is clipped.
+
+    Args:
+        groups: the reads; see ``group_rows``.
+        grad_TV: the gradient by the gathered sums, floating, ``[T, V]``.
+
+    Raises:
+        ValueError: a token that read has no gradient.
+    """
+    check_groups(groups, grad_TV)
+    return float(_group_sums(groups, grad_TV).double().square().sum())
+
+
+def sparse_adam(
+    table_RV: Tensor, moments: AdamMoments, groups: RowGroups, grad_TV: Tensor, step: AdamStep
+) -> None:
+    """Change the rows that were read, and their moments, by one step of Adam, in place.
+
+        g = scale * sum of weight * grad[token] over a row's reads
+        m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g g
+        row -= step_size * m / (sqrt(v) + eps)
+
+    Row-wise, with one moment for the whole of a row:
+
+        v = beta2 v + (1 - beta2) mean(g g);  row -= step_size * g / (sqrt(v) + eps)
+
+    Rows that were not read stay as they are, moments included: torch.optim.SparseAdam's semantics.
+
+    Args:
+        table_RV: the rows, fp32 or fp64, contiguous.
+        moments: in the table's dtype, contiguous.
+        groups: the reads; see ``group_rows``.
+        grad_TV: the gradient by the gathered sums, floating, ``[T, V]``.
+        step: the numbers.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+        IndexError: a row id lies outside the table.
+    """
+    check_adam(table_RV, moments, groups, grad_TV)
+    first_RV, second = moments
+    rows_U = groups.rows_U
+    grad_UV = _group_sums(groups, grad_TV).to(table_RV.dtype) * step.scale
+    squares_UV = grad_UV.square()
+    if first_RV is None:
+        mean_U = squares_UV.mean(dim=1)
+        second[rows_U] = step.beta2 * second[rows_U] + (1 - step.beta2) * mean_U
+        table_RV[rows_U] -= step.step_size * grad_UV / (second[rows_U].sqrt() + step.eps)[:, None]
+        return
+    first_RV[rows_U] = step.beta1 * first_RV[rows_U] + (1 - step.beta1) * grad_UV
+    second[rows_U] = step.beta2 * second[rows_U] + (1 - step.beta2) * squares_UV
+    table_RV[rows_U] -= step.step_size * first_RV[rows_U] / (second[rows_U].sqrt() + step.eps)
+
+
+def _group_sums(groups: RowGroups, grad_TV: Tensor) -> Tensor:
+    """The gradient of each row, ``[U, V]``, in the dtype that sums are taken in."""
+    dtype = torch.promote_types(accumulation_dtype(grad_TV.dtype), groups.weights_L.dtype)
+    grad_LV = grad_TV.to(dtype)[groups.tokens_L] * groups.weights_L.to(dtype).unsqueeze(1)
+    counts_U = groups.starts_U1.diff()
+    place_L = torch.repeat_interleave(torch.arange(len(counts_U), device=grad_TV.device), counts_U)
+    sums_UV = grad_TV.new_zeros((len(counts_U), grad_TV.shape[1]), dtype=dtype)
+    return sums_UV.index_add_(0, place_L, grad_LV)
 
 
 def _values(table: Table, rows_TC: Tensor) -> Tensor:

@@ -4,9 +4,20 @@ import torch
 from torch import Tensor
 
 from memory_ops.anonymous import unwritten
-from memory_ops.checks import Table, check_gradients, check_rows, check_scores, check_vectors
+from memory_ops.checks import (
+    Table,
+    check_adam,
+    check_gradients,
+    check_groups,
+    check_references,
+    check_rows,
+    check_scores,
+    check_vectors,
+)
 from memory_ops.native.library import MEMORY_LIBRARY, use_torchs_threads
 from memory_ops.row_formats import RowRecords, scale_offset
+from memory_ops.row_groups import RowGroups
+from memory_ops.sparse_adam import AdamMoments, AdamStep
 
 # the codes of row_table.h
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -89,9 +100,27 @@ class NativeBackend:
     ) -> tuple[Tensor, Tensor]:
         """See ``reference.row_gradients``."""
         check_gradients(rows_THK, weights_THK, grad_TV)
-        rows_THK, grad_TV = rows_THK.contiguous(), grad_TV.contiguous()
+        grad_TV = grad_TV.contiguous()
+        groups = self.group_rows(rows_THK, weights_THK)
+        # the sum over the tokens that read a row is a gather once more
+        sums_UV = unwritten((len(groups.rows_U), grad_TV.shape[1]), torch.float32)
+        use_torchs_threads()
+        self._library.memplus_gather_groups(
+            *table_arguments(grad_TV),
+            groups.tokens_L.data_ptr(),
+            groups.weights_L.data_ptr(),
+            groups.starts_U1.data_ptr(),
+            len(groups.rows_U),
+            sums_UV.data_ptr(),
+        )
+        return groups.rows_U.clone(), sums_UV
+
+    def group_rows(self, rows_THK: Tensor, weights_THK: Tensor) -> RowGroups:
+        """See ``reference.group_rows``; fewer than 2^31 references, rows to 2^33."""
+        check_references(rows_THK, weights_THK)
+        rows_THK = rows_THK.contiguous()
         weights_THK = weights_THK.float().contiguous()
-        count, value_dim = rows_THK.numel(), grad_TV.shape[1]
+        count = rows_THK.numel()
         if count >= _MOST_REFERENCES:
             raise ValueError(f"rows: {count} are too many, at most {_MOST_REFERENCES - 1}")
         rows, starts, tokens = (torch.empty(count + 1, dtype=torch.int64) for _ in range(3))
@@ -108,18 +137,48 @@ class NativeBackend:
         )
         if num_distinct < 0:
             _check_place(-1 - num_distinct, rows_THK, _MOST_ROWS)
-        # the sum over the tokens that read a row is a gather once more
-        sums_UV = unwritten((num_distinct, value_dim), torch.float32)
+        return RowGroups(rows[:num_distinct], starts[: num_distinct + 1], tokens[:count], weights)
+
+    def squared_norm(self, groups: RowGroups, grad_TV: Tensor) -> float:
+        """See ``reference.squared_norm``."""
+        check_groups(groups, grad_TV)
+        grad_TV = grad_TV.contiguous()
         use_torchs_threads()
-        self._library.memplus_gather_groups(
+        arguments = *table_arguments(grad_TV), *_group_arguments(groups)
+        return float(self._library.memplus_squared_norm(*arguments))
+
+    def sparse_adam(
+        self,
+        table_RV: Tensor,
+        moments: AdamMoments,
+        groups: RowGroups,
+        grad_TV: Tensor,
+        step: AdamStep,
+    ) -> None:
+        """See ``reference.sparse_adam``; table and moments fp32 and contiguous."""
+        check_adam(table_RV, moments, groups, grad_TV)
+        grad_TV = grad_TV.contiguous()
+        first_RV, second = moments
+        use_torchs_threads()
+        self._library.memplus_sparse_adam(
             *table_arguments(grad_TV),
-            tokens.data_ptr(),
-            weights.data_ptr(),
-            starts.data_ptr(),
-            num_distinct,
-            sums_UV.data_ptr(),
+            *_group_arguments(groups),
+            table_RV.data_ptr(),
+            None if first_RV is None else first_RV.data_ptr(),
+            second.data_ptr(),
+            step.scale,
+            step.step_size,
+            step.beta1,
+            step.beta2,
+            step.eps,
         )
-        return rows[:num_distinct].clone(), sums_UV
+
+
+def _group_arguments(groups: RowGroups) -> tuple[int, int, int, int, int]:
+    """rows, starts, tokens, weights, how many rows."""
+    parts = groups.rows_U, groups.starts_U1, groups.tokens_L, groups.weights_L
+    rows, starts, tokens, weights = (part.data_ptr() for part in parts)
+    return rows, starts, tokens, weights, len(groups.rows_U)
 
 
 def table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:

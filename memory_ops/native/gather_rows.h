@@ -158,9 +158,13 @@ struct SumsPart {
   Span sums, columns;
 };
 
+inline int64_t column_steps(const Table& table) {
+  return (table.value_dim + COLUMN_STEP - 1) / COLUMN_STEP;
+}
+
 // What one of `threads` threads computes of `num_sums` sums.
 inline SumsPart sums_part(const Table& table, int64_t num_sums, int64_t thread, int64_t threads) {
-  const int64_t steps = (table.value_dim + COLUMN_STEP - 1) / COLUMN_STEP;
+  const int64_t steps = column_steps(table);
   // whichever way leaves the busiest thread less to do; columns of all sums, or all columns of some
   const auto most = [&](int64_t count) { return (count + threads - 1) / threads; };
   if (num_sums * most(steps) >= most(num_sums) * steps)
@@ -179,8 +183,7 @@ inline void gather_rows(const Table& table, const Sums& sums, SumsPart part) {
 }
 
 inline void gather_rows(const Table& table, const Sums& sums, int64_t num_sums) {
-  const int64_t steps = (table.value_dim + COLUMN_STEP - 1) / COLUMN_STEP;
-  in_parallel(std::max(steps, num_sums), [&](int64_t thread, int64_t threads) {
+  in_parallel(std::max(column_steps(table), num_sums), [&](int64_t thread, int64_t threads) {
     gather_rows(table, sums, sums_part(table, num_sums, thread, threads));
   });
 }

@@ -6,6 +6,7 @@
 #include "product_topk.h"
 #include "read_limits.h"
 #include "row_dots.h"
+#include "sparse_adam.h"
 
 using memplus::Table;
 
@@ -57,6 +58,33 @@ int64_t memplus_group_rows(const int64_t* ids, const float* weights, int64_t cou
                            float* sorted_weights) {
   return memplus::group_rows(ids, weights, count, per_token,
                              {rows, starts, tokens, sorted_weights});
+}
+
+// Grouped references are given by: rows, starts, tokens, weights, how many rows; their gradients
+// [T, V] come before them, as a table.
+
+// The squared norm of the rows' gradients.
+double memplus_squared_norm(const uint8_t* data, int64_t num_rows, int64_t row_stride,
+                            int64_t value_dim, int64_t scale_offset, int32_t format,
+                            const int64_t* rows, const int64_t* starts, const int64_t* tokens,
+                            const float* weights, int64_t count) {
+  const Table gradients = {data, num_rows, row_stride, value_dim, scale_offset, format};
+  return memplus::squared_norm({gradients, rows, starts, tokens, weights, count});
+}
+
+// Changes the rows and their moments; `first` is null where there is one moment a row.
+void memplus_sparse_adam(const uint8_t* data, int64_t num_rows, int64_t row_stride,
+                         int64_t value_dim, int64_t scale_offset, int32_t format,
+                         const int64_t* rows, const int64_t* starts, const int64_t* tokens,
+                         const float* weights, int64_t count, float* values, float* first,
+                         float* second, double scale, double step_size, double beta1, double beta2,
+                         double eps) {
+  const Table gradients = {data, num_rows, row_stride, value_dim, scale_offset, format};
+  const memplus::AdamStep step = {(float)scale,       (float)step_size, (float)beta1,
+                                  (float)(1 - beta1), (float)beta2,     (float)(1 - beta2),
+                                  (float)eps};
+  memplus::sparse_adam({values, first, second}, {gradients, rows, starts, tokens, weights, count},
+                       step);
 }
 
 // `cache` is that which rows are prefetched into: the first or the second.

@@ -19,7 +19,9 @@ Prototypes = Mapping[str, tuple[type | None, tuple[type, ...]]]
 
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_DOUBLE = ctypes.c_double
 _TABLE = (_POINTER, _INT64, _INT64, _INT64, _INT64, _INT32)
+_GROUPS = (*[_POINTER] * 4, _INT64)
 logger = logging.getLogger(__name__)
 
 
@@ -96,6 +98,8 @@ MEMORY_LIBRARY = NativeLibrary(
         "memplus_gather_groups": (None, (*_TABLE, *[_POINTER] * 3, _INT64, _POINTER)),
         "memplus_row_dots": (_INT64, (*_TABLE, _POINTER, _POINTER, _INT64, _INT64, _POINTER)),
         "memplus_group_rows": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, *[_POINTER] * 4)),
+        "memplus_squared_norm": (_DOUBLE, (*_TABLE, *_GROUPS)),
+        "memplus_sparse_adam": (None, (*_TABLE, *_GROUPS, *[_POINTER] * 3, *[_DOUBLE] * 5)),
         "memplus_read_rows": (ctypes.c_uint32, (_POINTER, _INT64, _POINTER, *[_INT64] * 2, _INT32)),
         "memplus_read_all": (ctypes.c_uint32, (_POINTER, _INT64)),
     },

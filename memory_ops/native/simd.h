@@ -61,6 +61,17 @@ inline float largest(floats lanes) {
   return most;
 }
 
+inline floats square_root(floats numbers) {
+#if defined(__AVX512F__)
+  return (floats)_mm512_sqrt_ps((__m512)numbers);
+#elif defined(__AVX2__)
+  return (floats)_mm256_sqrt_ps((__m256)numbers);
+#else
+  for (int lane = 0; lane < LANES; lane++) numbers[lane] = __builtin_sqrtf(numbers[lane]);
+  return numbers;
+#endif
+}
+
 inline floats to_float(ints numbers) {
 #if defined(__AVX512F__)
   return (floats)_mm512_cvtepi32_ps((__m512i)numbers);

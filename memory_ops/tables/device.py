@@ -1,6 +1,6 @@
 """The device tier: every row in the memory of the device that runs the model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -37,12 +37,7 @@ class DeviceTable:
 
     def count(self, rows_THK: Tensor) -> None:
         """Count a lookup as ``start`` does; for who reads these rows of ``table_RV`` itself."""
-        counted = self._statistics
-        self._statistics = replace(
-            counted,
-            rows_requested=counted.rows_requested + rows_THK.numel(),
-            lookups=counted.lookups + 1,
-        )
+        self._statistics = self._statistics.after(rows_THK)
 
     def hint(self, rows: Tensor) -> None:
         """Nothing to do: the rows are already where they are read."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class TableStatistics:
@@ -14,3 +16,7 @@ class TableStatistics:
 
     rows_requested: int = 0
     lookups: int = 0
+
+    def after(self, rows_THK: Tensor) -> "TableStatistics":
+        """The totals after one lookup more, of these rows."""
+        return TableStatistics(self.rows_requested + rows_THK.numel(), self.lookups + 1)

@@ -1,0 +1,172 @@
+"""Milliseconds of an optimiser's step for a value table, ours beside torch's."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import memory_ops
+from benchmarks.alternating import Contestant, median_seconds
+from engine.config import ConfigError
+from memory_ops.anonymous import anonymous_zeros
+from memory_ops.native.library import MEMORY_LIBRARY
+from memory_ops.tables.trained import TableReads, TrainedTable
+from weights.table_optimizer import TableOptimizer
+
+TOKENS, HEADS, TOP_K, WIDTH = 1024, 4, 32, 256
+LR = 1e-3
+# as many in tables of every size, so that nothing but the size differs
+DISTINCT_ROWS = 2**16
+TABLES = (2**16, 2**18, 2**20, 2**22)
+PEERS_TABLE = 2**20
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table, one object of the JSON file.
+
+    A step begins with the rows that tokens read, their weights and the gradient by what they
+    summed, and ends with the table changed; ours has taken the gradients' norm, too.
+    """
+
+    optimizer: str
+    rows: int
+    width: int
+    tokens: int
+    distinct_rows: int
+    ms_per_step: float
+
+
+@dataclass(frozen=True)
+class TimedOptimizer:
+    """An optimiser of a table of so many rows; ``step`` is what is timed."""
+
+    name: str
+    rows: int
+    step: Callable[[TableReads], None]
+    is_uniform: bool
+
+    @property
+    def distinct_rows(self) -> int:
+        """That a step reads; of uniform reads as many as are expected."""
+        if not self.is_uniform:
+            return DISTINCT_ROWS
+        return round(self.rows * (1 - (1 - 1 / self.rows) ** (TOKENS * HEADS * TOP_K)))
+
+    def draw(self, count: int) -> list[tuple[TableReads]]:
+        """Fresh reads for so many steps."""
+        return [(_reads(self.rows, self.is_uniform),) for _ in range(count)]
+
+
+def measure(rounds: int, json_file: Path | None) -> None:
+    """Print a line for every optimiser and size of table; write them as JSON.
+
+    Raises:
+        ConfigError: memplus was installed without its native library, ``rounds`` is less than 1, or
+            the file has no folder.
+    """
+    if MEMORY_LIBRARY.best_build is None:
+        raise ConfigError("bench train: memplus was installed without its native library")
+    if rounds < 1:
+        raise ConfigError(f"rounds: must be at least 1, not {rounds}")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"json: there is no folder {json_file.parent}")
+    print(f"rows of {WIDTH}, {TOKENS} tokens x {HEADS * TOP_K} reads, medians of {rounds} rounds")
+    print("optimizer                rows  distinct   ms/step")
+    results: list[Result] = []
+    for group in _groups():
+        for result in _timed(group, rounds):
+            results.append(result)
+            tqdm.write(
+                f"{result.optimizer:<18} {result.rows:>10} {result.distinct_rows:>9}"
+                f" {result.ms_per_step:>9.2f}"
+            )
+        if json_file is not None:
+            whole = json.dumps([asdict(result) for result in results], indent=1)
+            json_file.write_text(whole + "\n")
+
+
+def _groups() -> Iterator[list[TimedOptimizer]]:
+    """What is compared, those of one group by turns: first sizes of table, then optimisers."""
+    yield [TimedOptimizer("sparse", rows, _sparse(rows), False) for rows in TABLES]
+    makers: dict[str, Callable[[int], Callable[[TableReads], None]]] = {
+        "sparse": _sparse,
+        "sparse_row_wise": partial(_sparse, is_row_wise=True),
+        "adamw": _adamw,
+        "torch_sparse_adam": _torch_sparse_adam,
+    }
+    rows = PEERS_TABLE
+    yield [TimedOptimizer(name, rows, make(rows), True) for name, make in makers.items()]
+
+
+def _timed(group: Sequence[TimedOptimizer], rounds: int) -> list[Result]:
+    contestants = [Contestant(one.name, one.step, one.draw, calls=1) for one in group]
+    timed = zip(group, median_seconds(contestants, rounds), strict=True)
+    return [
+        Result(one.name, one.rows, WIDTH, TOKENS, one.distinct_rows, seconds * 1e3)
+        for one, seconds in timed
+    ]
+
+
+def _reads(num_rows: int, is_uniform: bool) -> TableReads:
+    """Random reads: of any rows, or of DISTINCT_ROWS that are spread evenly, each as often."""
+    shape = (TOKENS, HEADS, TOP_K)
+    if is_uniform:
+        rows = torch.randint(0, num_rows, shape)
+    else:
+        count = TOKENS * HEADS * TOP_K
+        places = torch.arange(count)[torch.randperm(count)] % DISTINCT_ROWS
+        rows = (places * (num_rows // DISTINCT_ROWS)).view(shape)
+    return TableReads(rows, torch.rand(shape), torch.randn(TOKENS, WIDTH))
+
+
+def _table(num_rows: int) -> Tensor:
+    """Rows that have been written, as those of a trainer have."""
+    return anonymous_zeros((num_rows, WIDTH), torch.float32).fill_(0.01)
+
+
+def _sparse(num_rows: int, is_row_wise: bool = False) -> Callable[[TableReads], None]:
+    table = TrainedTable(_table(num_rows))
+    optimizer = TableOptimizer([table], is_row_wise=is_row_wise)
+    for moments in optimizer.moments:
+        for moment in moments:
+            if moment is not None:
+                moment.fill_(1e-6)
+
+    def step(reads: TableReads) -> None:
+        table.reads.append(reads)
+        optimizer.collect()
+        optimizer.step(LR)
+
+    return step
+
+
+def _adamw(num_rows: int) -> Callable[[TableReads], None]:
+    table = torch.nn.Parameter(_table(num_rows))
+    optimizer = torch.optim.AdamW([table], lr=LR, fused=True)
+
+    def step(reads: TableReads) -> None:
+        rows, sums = memory_ops.row_gradients(*reads)
+        table.grad = torch.zeros_like(table).index_copy_(0, rows, sums)
+        optimizer.step()
+
+    return step
+
+
+def _torch_sparse_adam(num_rows: int) -> Callable[[TableReads], None]:
+    table = torch.nn.Parameter(_table(num_rows))
+    optimizer = torch.optim.SparseAdam([table], lr=LR)
+
+    def step(reads: TableReads) -> None:
+        rows, sums = memory_ops.row_gradients(*reads)
+        table.grad = torch.sparse_coo_tensor(
+            rows.unsqueeze(0), sums, table.shape, is_coalesced=True, check_invariants=False
+        )
+        optimizer.step()  # type: ignore[no-untyped-call]
+
+    return step

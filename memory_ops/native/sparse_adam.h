@@ -1,0 +1,138 @@
+// Adam for the rows that were read; the others, moments included, are left as they are, as
+// torch.optim.SparseAdam does (after arXiv 1412.6980):
+//
+//   g = scale * sum over the row's references of weight * grad[token]
+//   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g g;   row -= step_size * m / (sqrt(v) + eps)
+//
+// Row-wise, with one moment for a whole row:
+//
+//   v = b2 v + (1 - b2) mean(g g);   row -= step_size * g / (sqrt(v) + eps)
+//
+// A row's sum is taken anew where it is used, from gradients that lie in the caches: written down for
+// all rows, the sums would take as long to write and read as the rows themselves.
+#pragma once
+
+#include <memory>
+
+#include "gather_rows.h"
+
+namespace memplus {
+
+// References grouped by row, as group_rows() leaves them, and the gradients [T, V] that they weigh.
+struct RowGroups {
+  Table gradients;
+  const int64_t* rows;
+  const int64_t* starts;
+  const int64_t* tokens;
+  const float* weights;
+  int64_t count;  // of distinct rows
+};
+
+// Rows and first moments [R, V]; second moments [R, V], or [R] where there are no first ones.
+struct AdamTable {
+  float* rows;
+  float* first;
+  float* second;
+};
+
+// `rest1` and `rest2` are 1 - beta1 and 1 - beta2, which fp32 would make of them with few digits.
+struct AdamStep {
+  float scale, step_size, beta1, rest1, beta2, rest2, eps;
+};
+
+inline floats load_some(const float* at, int64_t lanes) {
+  if (lanes == LANES) return load<floats>(at);
+  floats values{};
+  std::memcpy(&values, at, lanes * sizeof(float));
+  return values;
+}
+
+inline void store_some(float* at, floats values, int64_t lanes) {
+  if (lanes == LANES) return store(at, values);
+  std::memcpy(at, &values, lanes * sizeof(float));
+}
+
+// Calls `body(group, sums)` for every row with the sums of its references, of V values; `fetch(row)`
+// some rows before.
+template <class Fetch, class Body>
+inline void for_each_row(const RowGroups& groups, Fetch fetch, Body body) {
+  constexpr int64_t ahead = 2;
+  in_parallel(groups.count, [&](int64_t thread, int64_t threads) {
+    const Span own = piece(groups.count, thread, threads);
+    const int64_t width = groups.gradients.value_dim;
+    std::unique_ptr<float[]> sums(new float[width]);
+    for (int64_t group = own.first; group < own.last; group++) {
+      if (group + ahead < own.last) fetch(groups.rows[group + ahead]);
+      const Sums one = {groups.tokens, groups.weights, groups.starts + group, 0, sums.get()};
+      gather_rows(groups.gradients, one, SumsPart{{0, 1}, {0, width}});
+      body(group, sums.get());
+    }
+  });
+}
+
+inline floats squares(const float* values, int64_t width) {
+  floats total{};
+  for (int64_t at = 0; at < width; at += LANES) {
+    const floats some = load_some(values + at, std::min<int64_t>(LANES, width - at));
+    total += some * some;
+  }
+  return total;
+}
+
+// The squared norm of the gradients of all rows, the same with any number of threads.
+inline double squared_norm(const RowGroups& groups) {
+  std::unique_ptr<float[]> of_rows(new float[groups.count]);
+  for_each_row(
+      groups, [](int64_t) {},
+      [&](int64_t group, const float* sums) {
+        of_rows[group] = sum(squares(sums, groups.gradients.value_dim));
+      });
+  double total = 0;
+  for (int64_t group = 0; group < groups.count; group++) total += of_rows[group];
+  return total;
+}
+
+inline void adam_row(const AdamTable& table, const AdamStep& step, int64_t place,
+                     const float* gradient, int64_t lanes) {
+  const floats g = load_some(gradient, lanes) * step.scale;
+  const floats m = load_some(table.first + place, lanes) * step.beta1 + g * step.rest1;
+  const floats v = load_some(table.second + place, lanes) * step.beta2 + g * g * step.rest2;
+  const floats row = load_some(table.rows + place, lanes);
+  store_some(table.first + place, m, lanes);
+  store_some(table.second + place, v, lanes);
+  store_some(table.rows + place, row - step.step_size * m / (square_root(v) + step.eps), lanes);
+}
+
+inline void sparse_adam(const AdamTable& table, const RowGroups& groups, const AdamStep& step) {
+  const int64_t width = groups.gradients.value_dim;
+  const auto fetch = [&](int64_t row) {
+    for (int64_t at = row * width; at < (row + 1) * width; at += LINE / 4) {
+      __builtin_prefetch(table.rows + at, 1);
+      if (!table.first) continue;
+      __builtin_prefetch(table.first + at, 1);
+      __builtin_prefetch(table.second + at, 1);
+    }
+    if (!table.first) __builtin_prefetch(table.second + row, 1);
+  };
+  for_each_row(groups, fetch, [&](int64_t group, const float* sums) {
+    const int64_t row = groups.rows[group], first = row * width;
+    floats factor{};
+    if (!table.first) {
+      const float mean = sum(squares(sums, width)) * step.scale * step.scale / (float)width;
+      float& v = table.second[row];
+      v = v * step.beta2 + mean * step.rest2;
+      factor = splat(step.scale * step.step_size / (__builtin_sqrtf(v) + step.eps));
+    }
+    for (int64_t at = 0; at < width; at += LANES) {
+      const int64_t lanes = std::min<int64_t>(LANES, width - at);
+      if (table.first) {
+        adam_row(table, step, first + at, sums + at, lanes);
+      } else {
+        float* values = table.rows + first + at;
+        store_some(values, load_some(values, lanes) - load_some(sums + at, lanes) * factor, lanes);
+      }
+    }
+  });
+}
+
+}  // namespace memplus

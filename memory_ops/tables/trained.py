@@ -1,0 +1,109 @@
+"""The table of a trainer: its gradient is kept as what was read, never as a tensor of its size."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import memory_ops
+from memory_ops.tables.table_statistics import TableStatistics
+
+
+class TableReads(NamedTuple):
+    """Reads of T tokens, ``rows_THK`` and ``weights_THK``, and ``grad_TV`` by what they summed."""
+
+    rows_THK: Tensor
+    weights_THK: Tensor
+    grad_TV: Tensor
+
+
+class TrainedTable:
+    """A value table whose reads are differentiable by their weights, and remembered backwards.
+
+    The table itself is no parameter: a backward pass adds to ``reads``, from which a sparse
+    optimiser makes the gradients of the rows read. Several passes add up, as gradients do.
+
+    Attributes:
+        table_RV: the rows, fp32, contiguous; the optimiser changes them in place.
+        reads: those since they were last taken, in the order of the backward passes.
+    """
+
+    def __init__(self, table_RV: Tensor) -> None:
+        """Hold ``table_RV``, ``[R, V]``, without copying it.
+
+        Raises:
+            ValueError: the tensor is no contiguous fp32 matrix.
+        """
+        if table_RV.dim() != 2 or table_RV.dtype is not torch.float32:
+            found = f"{table_RV.dtype} {tuple(table_RV.shape)}"
+            raise ValueError(f"table: expected a float32 [R, V] tensor, got {found}")
+        if not table_RV.is_contiguous():
+            raise ValueError("table: expected a contiguous tensor")
+        self.table_RV = table_RV
+        self.reads: list[TableReads] = []
+        self._statistics = TableStatistics()
+        # a pass goes backwards through reads whose weights need no gradient, too
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    @property
+    def num_rows(self) -> int:
+        return self.table_RV.shape[0]
+
+    @property
+    def value_dim(self) -> int:
+        return self.table_RV.shape[1]
+
+    def start(self, rows_THK: Tensor, weights_THK: Tensor) -> "TrainedLookup":
+        self._statistics = self._statistics.after(rows_THK)
+        return TrainedLookup(self, rows_THK, weights_THK)
+
+    def hint(self, rows: Tensor) -> None:
+        """Nothing to do: the rows are already where they are read."""
+
+    def statistics(self) -> TableStatistics:
+        return self._statistics
+
+    def read(self, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
+        """Weighted sums, differentiable; see ``ValueTable.start``."""
+        out_TV: Tensor = _Read.apply(weights_THK, self._anchor, rows_THK, self)  # type: ignore[no-untyped-call]
+        return out_TV
+
+    def take_reads(self) -> TableReads | None:
+        """All reads as those of one pass, forgotten here; None where there are none."""
+        reads, self.reads = self.reads, []
+        if not reads:
+            return None
+        return TableReads(*(torch.cat(parts) for parts in zip(*reads, strict=True)))
+
+
+class TrainedLookup(NamedTuple):
+    """A read of rows that need no fetching."""
+
+    table: TrainedTable
+    rows_THK: Tensor
+    weights_THK: Tensor
+
+    def finish(self) -> Tensor:
+        return self.table.read(self.rows_THK, self.weights_THK)
+
+
+class _Read(torch.autograd.Function):
+    """``gather_rows`` whose table gets no gradient, but is told of the read."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights_THK: Tensor, anchor: Tensor, rows_THK: Tensor, table: TrainedTable
+    ) -> Tensor:
+        ctx.save_for_backward(weights_THK, rows_THK)
+        ctx.table = table
+        return memory_ops.gather_rows(table.table_RV, rows_THK, weights_THK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, None, None, None]:
+        weights_THK, rows_THK = ctx.saved_tensors
+        table: TrainedTable = ctx.table
+        table.reads.append(TableReads(rows_THK, weights_THK, grad_TV))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        grad_THK = memory_ops.row_dots(table.table_RV, rows_THK, grad_TV)
+        return grad_THK.to(weights_THK.dtype), None, None, None

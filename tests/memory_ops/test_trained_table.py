@@ -1,0 +1,57 @@
+"""The table of a trainer: gradients by weights, and reads that are remembered."""
+
+import pytest
+import torch
+
+from engine.model.config import MemoryConfig
+from engine.model.memory_layer import MemoryLayer
+from memory_ops import reference
+from memory_ops.tables.device import DeviceTable
+from memory_ops.tables.trained import TrainedTable
+from memory_ops.tables.value_table import ValueTable
+
+
+def layer(table):
+    made = MemoryLayer(MemoryConfig(2, 6, 3, query_dim=8, value_dim=5), "memory_plus", 7, 1e-5)
+    torch.manual_seed(1)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    made.attach(table)
+    return made
+
+
+def test_gradients_are_those_of_a_table_that_is_a_parameter():
+    rows = torch.randn(36, 5)
+    parameter = torch.nn.Parameter(rows.clone())
+    trained = TrainedTable(rows)
+    dense, sparse = layer(DeviceTable(parameter)), layer(trained)
+    x = torch.randn(4, 7)
+    for made in (dense, sparse):
+        made(x).square().sum().backward()
+        made(2 * x).square().sum().backward()
+    for one, other in zip(sparse.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    rows_U, sums_UV = reference.row_gradients(*trained.take_reads())
+    found = torch.zeros(36, 5).index_copy_(0, rows_U, sums_UV)
+    torch.testing.assert_close(found, parameter.grad.to_dense())
+    assert trained.take_reads() is None
+
+
+def test_reads_are_remembered_where_nothing_else_is_trained():
+    trained = TrainedTable(torch.randn(36, 5))
+    made = layer(trained).requires_grad_(False)
+    made(torch.randn(4, 7)).sum().backward()
+    assert trained.take_reads().rows_THK.shape == (4, 2, 3)
+
+
+def test_a_forward_alone_is_not_remembered():
+    trained: ValueTable = TrainedTable(torch.randn(36, 5))
+    with torch.no_grad():
+        layer(trained)(torch.randn(4, 7))
+    assert trained.take_reads() is None and trained.statistics().lookups == 1
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(3, 3).half(), torch.zeros(3, 4).t()])
+def test_other_tensors_are_refused(wrong):
+    with pytest.raises(ValueError, match="table: expected"):
+        TrainedTable(wrong)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -114,6 +115,7 @@ def load_model(folder: Path, dtype: str = "auto") -> tuple[Transformer, Checkpoi
     """
     config, stored = open_checkpoint(folder)
     chosen = serving_dtype(stored, dtype)
+    _allow_descriptors()
     with torch.device("meta"):
         model = Transformer(config.model)
     tables = table_names(config.model)
@@ -132,6 +134,8 @@ def save_checkpoint(
     sources: list[TensorSource],
     extra_files: Mapping[str, bytes],
     written: Callable[[int], Any] = lambda num_bytes: None,
+    *,
+    more_tensors: Mapping[str, list[TensorSource]] | None = None,
 ) -> None:
     """Write a checkpoint folder: under a temporary name first, renamed when it is whole.
 
@@ -139,6 +143,7 @@ def save_checkpoint(
         folder: must not exist yet.
         sources: the model's tensors, tables included; each table gets a file of its own.
         extra_files: tokenizer files and the like, by name.
+        more_tensors: what is no part of the model, by the file that it goes to.
         written: told the bytes of each tensor as it is written.
 
     Raises:
@@ -155,6 +160,8 @@ def save_checkpoint(
         for index, name in enumerate(tables):
             table = [source for source in sources if source.name == name]
             write_tensors(partial / f"table-{index:05}.safetensors", table, written)
+        for file_name, others in (more_tensors or {}).items():
+            write_tensors(partial / file_name, others, written)
         text = json.dumps(config_to_json(config), indent=2) + "\n"
         for file_name, content in {**extra_files, "config.json": text.encode()}.items():
             with open(partial / file_name, "xb") as file:
@@ -179,6 +186,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _allow_descriptors() -> None:
+    """Raise the soft limit, often 1,024: large models have as many mapped tensors."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _load_table(stored: StoredTensor) -> DeviceTable:
     table_RV = anonymous_zeros(stored.shape, DTYPES[stored.dtype])
     read_into(stored, table_RV)
@@ -187,9 +200,10 @@ def _load_table(stored: StoredTensor) -> DeviceTable:
 
 def _check_tied_head(stored: Mapping[str, StoredTensor]) -> None:
     head, embedding = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
-    if embedding is None:
-        return  # the missing embedding is reported by its own name
-    if not torch.equal(read_mapped(head), read_mapped(embedding)):
+    if embedding is None or embedding.dtype not in DTYPES:
+        return  # the embedding is refused by its own name
+    is_alike = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if not is_alike or not torch.equal(read_mapped(head), read_mapped(embedding)):
         raise CheckpointError(
             f"{head.file}: tensor lm_head.weight differs from the embedding to which"
             " tie_word_embeddings ties it"

@@ -4,6 +4,7 @@ import json
 import math
 import mmap
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # table rows start on a page, so that direct reads and maps of them are aligned
 _DATA_ALIGNMENT = 4096
 _READ_CHUNK = 1 << 30
+_LEAST_MAPPED = 1 << 16
+# before Python 3.13 a mapping keeps a descriptor that it has no use for
+_NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for file in [*_dense_files(folder), *sorted(folder.glob("table-*.safetensors"))]:
-        for tensor in _read_header(file):
+        for tensor in list_file(file):
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
                 raise CheckpointError(f"{file}: tensor {tensor.name} stands in {other} too")
@@ -65,12 +69,16 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
 def read_mapped(stored: StoredTensor) -> Tensor:
     """A tensor on a mapping of its own, whose pages are read when they are first used.
 
-    What is written to it stays in memory. They leave it with the tensor, and not with the last of
-    its file.
+    They leave memory when the tensor does, not with the last tensor of its file; writes stay
+    private to this process. A small tensor is read at once: a mapping takes a descriptor.
 
     Raises:
-        CheckpointError: the file cannot be opened, or ends too early.
+        CheckpointError: the file cannot be opened or mapped, or ends too early.
     """
+    if stored.num_bytes < _LEAST_MAPPED:
+        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        read_into(stored, tensor)
+        return tensor
     before = stored.offset % mmap.ALLOCATIONGRANULARITY
     try:
         with open(stored.file, "rb") as file:
@@ -79,6 +87,7 @@ def read_mapped(stored: StoredTensor) -> Tensor:
                 before + stored.num_bytes,
                 offset=stored.offset - before,
                 access=mmap.ACCESS_COPY,
+                **_NO_DESCRIPTOR,
             )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{stored.file}: tensor {stored.name}: {error}") from None
@@ -92,8 +101,15 @@ def read_into(stored: StoredTensor, target: Tensor) -> None:
     """Fill a contiguous CPU tensor of the same dtype and shape from the file.
 
     Raises:
-        CheckpointError: the file ends too early.
+        CheckpointError: the file cannot be read, or ends too early.
     """
+    try:
+        _fill(stored, target)
+    except OSError as error:
+        raise CheckpointError(f"{stored.file}: tensor {stored.name}: {error.strerror}") from None
+
+
+def _fill(stored: StoredTensor, target: Tensor) -> None:
     # numpy knows no bfloat16, so the memory is handed over as bytes
     memory = target.view(torch.uint8).flatten().numpy().data
     with open(stored.file, "rb", buffering=0) as file:
@@ -158,7 +174,12 @@ def _dense_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: has no model.safetensors")
 
 
-def _read_header(path: Path) -> list[StoredTensor]:
+def list_file(path: Path) -> list[StoredTensor]:
+    """Every tensor of one file, from its header.
+
+    Raises:
+        CheckpointError: the file is not whole.
+    """
     try:
         # the library checks that the offsets are in order, without gaps, and end with the file
         with safe_open(path, framework="pt"):

@@ -15,7 +15,8 @@ from engine.model.config import MemoryConfig
 from engine.model.norm import RmsNorm
 from engine.model.uninitialised import Linear
 from engine.ops.native.library import NativeOps
-from engine.ops.native.packed_memory import PackedMemory, can_look_up
+from engine.ops.native.packed_memory import PackedMemory
+from memory_ops.backends import is_fit_for_cpu
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.value_table import ValueTable
 
@@ -81,8 +82,8 @@ class MemoryLayer(nn.Module):
         return self._table
 
     def attach(self, table: ValueTable) -> None:
-        """Read rows from this table from now on; its shape is the caller's to have checked."""
-        assert self.keys.packed is None, "a table is attached before the layer is packed"
+        """Read rows from this table, from before ``pack`` on; the caller has checked its shape."""
+        assert self.keys.packed is None
         self._table = table
 
     def pack(self, native: NativeOps) -> PackedMemory | None:
@@ -97,9 +98,10 @@ class MemoryLayer(nn.Module):
         if self.output_gates is not None:
             self.output_gates.pack(native)
             return None
-        if values is None or not isinstance(self.table, DeviceTable):
+        # what only derives from a device table may read its rows in its own way
+        if values is None or type(self.table) is not DeviceTable:
             return None
-        if not can_look_up(self.table.table_RV, self.num_subkeys, self.top_k):
+        if not is_fit_for_cpu(self.table.table_RV, self.num_subkeys, self.top_k):
             return None
         return PackedMemory(
             self.table.table_RV,

@@ -33,6 +33,10 @@ class ForwardOutput:
     memory: Mapping[int, MemoryTrace]
 
 
+def _run(layer: nn.Module, *arguments: object) -> Tensor:
+    return layer(*arguments)  # type: ignore[no-any-return]
+
+
 class Decoder(nn.Module):
     """Embedding, layers and last norm; its parameters carry Hugging Face's names."""
 
@@ -48,11 +52,17 @@ class Transformer(nn.Module):
 
     Parameters are uninitialised: build it under ``torch.device("meta")`` and assign mapped weights,
     or initialise it to train. Value tables are attached, not owned.
+
+    Attributes:
+        config: its shapes.
+        run_layer: calls a layer with its arguments; a trainer may put another in its place, such
+            as ``torch.utils.checkpoint``.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.run_layer: Callable[..., Tensor] = _run
         self.model = Decoder(config)
         self.lm_head: nn.Linear | None = None
         if not config.tie_embeddings:
@@ -69,8 +79,11 @@ class Transformer(nn.Module):
         """Give each memory layer its value table; shared tables are the same object.
 
         Raises:
-            ValueError: a memory layer gets no table, a table no memory layer, or a wrong shape.
+            ValueError: a memory layer gets no table, a table no memory layer, or a wrong shape; or
+                the model is packed, tables included.
         """
+        if self._packed_layers is not None:
+            raise ValueError("tables: the model is packed, with those that it has")
         memory = self.config.memory
         if memory is None or set(tables) != set(self.config.memory_layers):
             wanted, given = list(self.config.memory_layers), sorted(tables)
@@ -130,7 +143,7 @@ class Transformer(nn.Module):
         else:
             for index, layer in enumerate(self.model.layers):
                 layer_kv = kv_blocks[index] if kv_blocks is not None else None
-                residual_TD = layer(residual_TD, layout, angles, layer_kv, trace)
+                residual_TD = self.run_layer(layer, residual_TD, layout, angles, layer_kv, trace)
                 on_layers()
         residual_LD = residual_TD[logits_at_L]
         return ForwardOutput(

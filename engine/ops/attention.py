@@ -62,17 +62,27 @@ def attend(
 
     Returns ``[T, H, E]`` in the dtype of ``q``.
     """
+    if kv_blocks is None or layout.paged is None:
+        return _attend_whole(q_THE, k_TGE, v_TGE, layout)
     out_THE = torch.empty_like(q_THE)
     for sequence, (start, end) in enumerate(pairwise(layout.query_starts)):
-        if kv_blocks is not None and layout.paged is not None:
-            block_ids_B = layout.paged.block_table_SB[sequence]
-            length = layout.paged.context_lengths[sequence]
-            keys_GLE, values_GLE = _read_blocks(kv_blocks, block_ids_B, length)
-        else:
-            keys_GLE = k_TGE[start:end].transpose(0, 1)
-            values_GLE = v_TGE[start:end].transpose(0, 1)
+        block_ids_B = layout.paged.block_table_SB[sequence]
+        length = layout.paged.context_lengths[sequence]
+        keys_GLE, values_GLE = _read_blocks(kv_blocks, block_ids_B, length)
         out_THE[start:end] = _attend_one(q_THE[start:end], keys_GLE, values_GLE)
     return out_THE
+
+
+def _attend_whole(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, layout: TokenLayout) -> Tensor:
+    outs = []
+    for places_SL, is_token_SL in layout.groups.rectangles:
+        # what stands behind a sequence's end is seen by nothing that is kept
+        q_SHLE, k_SGLE, v_SGLE = (x[places_SL].transpose(1, 2) for x in (q_THE, k_TGE, v_TGE))
+        out_SHLE = torch.nn.functional.scaled_dot_product_attention(
+            q_SHLE, k_SGLE, v_SGLE, is_causal=True, enable_gqa=True
+        )
+        outs.append(out_SHLE.transpose(1, 2)[is_token_SL])
+    return torch.cat(outs)[layout.groups.order_T] if outs else torch.empty_like(q_THE)
 
 
 def _read_blocks(kv_blocks: Tensor, block_ids_B: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from engine.ops.sequence_groups import SequenceGroups, group_sequences
+
 
 @dataclass(frozen=True)
 class PagedKv:
@@ -43,6 +45,11 @@ class TokenLayout:
     positions_T: Tensor
     query_starts: tuple[int, ...]
     paged: PagedKv | None = None
+
+    @cached_property
+    def groups(self) -> SequenceGroups:
+        """The sequences in rectangles, made once for all layers; all are complete."""
+        return group_sequences(self.query_starts, self.positions_T.device)
 
     @cached_property
     def query_starts_S1(self) -> Tensor:

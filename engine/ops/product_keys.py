@@ -59,4 +59,7 @@ def half_scores_by_torch(q_TF: Tensor, keys: ProductKeys) -> Tensor:
     if query_norm is not None:
         q_TH2k = rms_norm(q_TH2k, query_norm, keys.owner.norm_eps)
     wide = torch.promote_types(q_TF.dtype, torch.float32)
-    return torch.einsum("thck,hcnk->thcn", q_TH2k.to(wide), subkeys_H2Nk.to(wide))
+    # a trainer's subkeys are wider, and its autocast would narrow the sums
+    narrow_H2Nk = subkeys_H2Nk.to(q_TF.dtype)
+    with torch.autocast(q_TF.device.type, enabled=False):
+        return torch.einsum("thck,hcnk->thcn", q_TH2k.to(wide), narrow_H2Nk.to(wide))

@@ -96,7 +96,7 @@ class CompanyMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(1)
+        torch.manual_seed(2)  # with which no two tokens are as good as each other
         self.model = random_model(tiny_config(num_layers=1))
         config = EngineConfig(
             kv_cache_gib=40 * (KV_BYTES // 2) / 2**30,

@@ -9,6 +9,7 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.masking import allowed_drafts
+from engine.model.config import MemoryConfig
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from tests.models import (
@@ -23,6 +24,8 @@ from tests.models import (
 
 KV_BYTES = tiny_config().kv_bytes_per_token(itemsize=4)
 COUNT = 12
+# wide enough for threads to share one token's columns
+MEMORY = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_dim=300)
 
 
 def engine(model, kv_tokens: int = 4096, drafter=None, num_drafts: int = 0, **config) -> Engine:
@@ -30,11 +33,12 @@ def engine(model, kv_tokens: int = 4096, drafter=None, num_drafts: int = 0, **co
     return Engine(model, settings, drafter=drafter, num_drafts=num_drafts)
 
 
-@pytest.fixture(scope="module", params=["as trained", "packed"])
+@pytest.fixture(scope="module", params=["as trained", "packed", "packed with memory"])
 def model(request):
     torch.manual_seed(1)
-    made = random_model(tiny_config())
-    if request.param == "packed":
+    with_memory = {"feed_forward": ("memory_plus", "dense"), "memory": MEMORY}
+    made = random_model(tiny_config(**(with_memory if "memory" in request.param else {})))
+    if "packed" in request.param:
         made.pack()
     return made
 

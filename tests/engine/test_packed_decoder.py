@@ -98,9 +98,9 @@ def test_in_whatever_runs_they_give_the_same(kinds, num_tokens, many_bytes, monk
     kv_blocks = torch.zeros(5, 9, 2, config.num_kv_heads, 8, config.head_dim)
     angles = rope_angles(batch.layout.positions_T, model.rope_frequencies)
     residual = model.model.embed_tokens(batch.ids_T)
-    wanted = residual
+    wanted, read = residual, []
     for index, layer in enumerate(model.model.layers):
-        wanted = layer(wanted, batch.layout, angles, kv_blocks[index].clone(), None)
+        wanted = layer(wanted, batch.layout, angles, kv_blocks[index].clone(), read)
 
     monkeypatch.setattr(packed_decoder, "_MANY_BYTES", many_bytes)
     native = NativeOps(OPS_LIBRARY.best_build)
@@ -110,7 +110,9 @@ def test_in_whatever_runs_they_give_the_same(kinds, num_tokens, many_bytes, monk
         residual, batch.layout, angles, kv_blocks, trace, lambda: done.append(len(trace))
     )
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
-    assert len(trace) == len(config.memory_layers)
+    assert len(trace) == len(read) == len(config.memory_layers)
+    for own, other in zip(trace, read, strict=True):
+        assert torch.equal(own.rows_THK.sort().values, other.rows_THK.sort().values)
     if many_bytes == 0 or num_tokens > 64:
         assert len(done) == 5
     elif many_bytes == 2**28:

@@ -1,5 +1,6 @@
 """Memory layers by every build that runs here, inside the native call and around it."""
 
+import contextlib
 import copy
 
 import pytest
@@ -22,6 +23,14 @@ each_build = pytest.mark.parametrize("build", OPS_LIBRARY.runnable_builds)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
+@contextlib.contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
+
+
 class TableElsewhere:
     """A table whose rows no kernel may read by itself."""
 
@@ -31,11 +40,13 @@ class TableElsewhere:
 
 
 def forward(model, native, num_tokens):
-    """What the packed layers make of one prompt's embeddings, and what their memories read."""
-    chunk = SequenceChunk(
-        "", tuple(i % 7 for i in range(num_tokens)), 0, tuple(range(25)), SamplingParams(), 0, True
-    )
-    batch = make_batch(StepPlan((chunk,)), 8, torch.device("cpu"))
+    """What the packed layers make of two prompts' embeddings, and what their memories read."""
+    ids = tuple(i % 7 for i in range(num_tokens))
+    params = SamplingParams()
+    chunks = [SequenceChunk("a", ids, 0, tuple(range(20)), params, 0, True)]
+    if num_tokens > 1:
+        chunks.append(SequenceChunk("b", ids[1:4], 0, tuple(range(20, 25)), params, 0, True))
+    batch = make_batch(StepPlan(tuple(chunks)), 8, torch.device("cpu"))
     config, residual = model.config, model.model.embed_tokens(batch.ids_T)
     shape = (config.num_layers, 25, 2, config.num_kv_heads, 8, config.head_dim)
     kv_blocks = torch.zeros(shape, dtype=residual.dtype)
@@ -57,23 +68,31 @@ def forward(model, native, num_tokens):
     query_dim=st.sampled_from([2, 10, 64]),
     value_dim=st.sampled_from([1, 30, 300]),
     qk_norm=st.booleans(),
+    share_values=st.booleans(),
+    table_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    num_threads=st.sampled_from([1, 2, 3]),
 )
 def test_inside_the_call_they_give_what_they_give_apart(
-    build, dtype, kind, num_tokens, qk_norm, **sizes
+    build, dtype, kind, num_tokens, table_dtype, num_threads, **sizes
 ):
-    memory = MemoryConfig(qk_norm=qk_norm, value_projection=kind == "pkm", **sizes)
+    memory = MemoryConfig(value_projection=kind == "pkm", **sizes)
     # two in one call, where what the first rounds does not change what the second chooses
     kinds = (kind, "dense", kind) if dtype is torch.float32 else ("dense", kind)
     config = tiny_config(num_layers=len(kinds), feed_forward=kinds, memory=memory)
     model = random_model(config, dtype)
+    stored = {}
+    for layer in config.memory_layers:
+        table = model.model.layers[layer].memory.table
+        stored.setdefault(id(table), DeviceTable(table.table_RV.to(table_dtype)))
+        model.model.layers[layer].memory.attach(stored[id(table)])
     apart = copy.deepcopy(model)
     for layer in config.memory_layers:
         block = apart.model.layers[layer].memory
         block.attach(TableElsewhere(block.table))
     native = NativeOps(build)
-    (found, inside), (wanted, outside) = (
-        forward(one, native, num_tokens) for one in (model, apart)
-    )
+    with threads(num_threads):
+        found, inside = forward(model, native, num_tokens)
+    wanted, outside = forward(apart, native, num_tokens)
     assert len(inside) == len(outside) == len(config.memory_layers)
     for own, other in zip(inside, outside, strict=True):
         assert torch.equal(own.rows_THK, other.rows_THK)
@@ -90,12 +109,23 @@ def test_what_they_read_is_counted():
     table = model.model.layers[0].memory.table
     forward(model, NativeOps(OPS_LIBRARY.best_build), 5)
     counted = table.statistics()
-    assert (counted.lookups, counted.rows_requested) == (2, 2 * 5 * 2 * 4)
+    # five tokens of one prompt and three of the other
+    assert (counted.lookups, counted.rows_requested) == (2, 2 * 8 * 2 * 4)
+
+
+def test_a_table_that_kernels_do_not_read_is_read_apart():
+    memory = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_dim=32)
+    model = random_model(tiny_config(num_layers=1, feed_forward=("memory_plus",), memory=memory))
+    wide = copy.deepcopy(model)
+    block = wide.model.layers[0].memory
+    block.attach(DeviceTable(block.table.table_RV.double()))
+    native = NativeOps(OPS_LIBRARY.best_build)
+    assert block.pack(native) is None
 
 
 def test_a_table_comes_before_packing():
     memory = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_dim=32)
     model = random_model(tiny_config(num_layers=1, feed_forward=("memory_plus",), memory=memory))
     model.pack()
-    with pytest.raises(AssertionError, match="before the layer is packed"):
-        model.model.layers[0].memory.attach(DeviceTable(torch.zeros(64, 32)))
+    with pytest.raises(ValueError, match="tables: the model is packed"):
+        model.attach_tables({0: DeviceTable(torch.zeros(64, 32))})

@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from weights.config_json import CheckpointConfig
 from weights.convert import convert
 from weights.errors import CheckpointError
 from weights.summary import describe, summarize
+from weights.tensor_files import list_tensors, read_mapped
 
 NORM = "model.norm.weight"
+ROOT = Path(__file__).parent.parent.parent
 
 
 def memory_model(share_values: bool):
@@ -60,13 +64,49 @@ def test_data_of_a_written_file_starts_on_a_page(tmp_path):
         assert (int.from_bytes(file.read_bytes()[:8], "little") + 8) % 4096 == 0
 
 
-def test_weights_in_the_serving_dtype_are_mapped_and_not_copied(folder):
-    model, _ = load_model(folder)
+def mapped_spans(folder: Path) -> list[tuple[int, int]]:
+    """Where parts of the folder's files lie in this process's memory."""
     maps = Path("/proc/self/maps").read_text().splitlines()
-    ranges = [line.split()[0] for line in maps if str(folder) in line]
-    spans = [[int(end, 16) for end in span.split("-")] for span in ranges]
-    for tensor in model.parameters():
-        assert any(start <= tensor.data_ptr() < end for start, end in spans)
+    ranges = [line.split()[0].split("-") for line in maps if str(folder) in line]
+    return [(int(start, 16), int(end, 16)) for start, end in ranges]
+
+
+def test_large_weights_are_mapped_until_they_are_packed(tmp_path):
+    # 64 KiB and more: embedding, head, queries, out, gate, up, down; the rest is read
+    sizes = {"hidden_size": 512, "intermediate_size": 600, "vocab_size": 1000, "num_layers": 1}
+    folder = save_model(random_model(tiny_config(**sizes)), tmp_path / "model")
+    model, _ = load_model(folder)
+    large = [one for one in model.parameters() if one.nbytes >= 2**16]
+    assert len(large) == 7
+    for tensor in large:
+        assert any(start <= tensor.data_ptr() < end for start, end in mapped_spans(folder))
+    assert len(mapped_spans(folder)) == 7
+    del large, tensor
+    model.pack()
+    # the embedding, whose rows are looked up
+    assert len(mapped_spans(folder)) == 1
+
+
+def test_a_model_is_described_without_torchs_compiler(folder):
+    program = (
+        "import sys; from pathlib import Path; from weights.checkpoint import load_model;"
+        f"load_model(Path({str(folder)!r})); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2**19 + 3,)])
+def test_a_tensor_anywhere_in_a_file(tmp_path, shape):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(3, dtype=torch.uint8), "b": torch.randn(shape)}, file)
+    stored = list_tensors(tmp_path)["b"]
+    wanted = load_file(file)["b"]
+    assert torch.equal(read_mapped(stored), wanted)
+    read_mapped(stored).zero_()
+    assert torch.equal(load_file(file)["b"], wanted)
+    file.write_bytes(file.read_bytes()[: stored.offset + stored.num_bytes - 1])
+    with pytest.raises(CheckpointError, match="tensor b"):
+        read_mapped(stored)
 
 
 def test_dtypes_auto_and_chosen(folder):
@@ -175,6 +215,18 @@ def test_a_tied_head_may_stand_twice_if_it_is_the_same(tmp_path):
     load_model(folder)
     rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding] + 1}))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
+def test_a_tied_head_of_another_dtype_is_refused(tmp_path, dtype):
+    folder = save_model(random_model(tiny_config(tie_embeddings=True)), tmp_path / "model")
+    embedding = "model.embed_tokens.weight"
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding].to(dtype)}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
+        load_model(folder)
+    rewrite(folder, lambda t: t.update({embedding: t[embedding].to(torch.int32)}))
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has dtype I32"):
         load_model(folder)
 
 

@@ -104,21 +104,21 @@ class DecoderLayers {
     Sizes sizes;
     for (int64_t i = 0; i < count; i++) {
       const DecoderLayer& layer = layers[i];
-      sizes.prepared(into_room(*layer.qkv, nullptr));
-      sizes.prepared(into_residual(*layer.out, nullptr));
+      sizes.need_prepared(into_room(*layer.qkv, nullptr));
+      sizes.need_prepared(into_residual(*layer.out, nullptr));
       sizes.qkv = std::max(sizes.qkv, layer.qkv->outputs);
       sizes.attended = std::max(sizes.attended, layer.out->inputs);
       if (layer.memory) measure(sizes, *layer.memory);
       if (!layer.gate_up) continue;
-      sizes.prepared(into_room(*layer.gate_up, nullptr));
-      sizes.prepared(into_residual(*layer.down, nullptr));
+      sizes.need_prepared(into_room(*layer.gate_up, nullptr));
+      sizes.need_prepared(into_residual(*layer.down, nullptr));
       sizes.hidden = std::max(sizes.hidden, layer.down->inputs);
     }
     const int64_t bytes = rows_ * Values::bytes, chosen_tokens = std::min(rows_, CHOOSING_TOKENS);
     room_.qkv = kept_bytes<struct QkvRows>(bytes * sizes.qkv);
     room_.attended = kept_bytes<struct AttendedRows>(bytes * sizes.attended);
     room_.hidden = kept_bytes<struct HiddenRows>(bytes * sizes.hidden);
-    room_.prepared = kept_bytes<struct PreparedRows>(sizes.prepared_bytes);
+    room_.prepared = kept_bytes<struct PreparedRows>(sizes.prepared);
     MemoryRoom& memory = room_.memory;
     memory.queries = kept_bytes<struct Queries>(bytes * sizes.queries);
     memory.gates = kept_bytes<struct Gates>(bytes * sizes.values);
@@ -130,18 +130,18 @@ class DecoderLayers {
   // The most values a token of each room, and bytes of all that is prepared.
   struct Sizes {
     int64_t qkv = 0, attended = 0, hidden = 0, queries = 0, scores = 0, values = 0;
-    int64_t prepared_bytes = 0;
+    int64_t prepared = 0;
 
-    void prepared(const LinearCall& call) {
-      prepared_bytes = std::max(prepared_bytes, memplus::prepared_bytes<Values>(call));
+    void need_prepared(const LinearCall& call) {
+      prepared = std::max(prepared, prepared_bytes<Values>(call));
     }
   };
 
   void measure(Sizes& sizes, const MemoryLayer& memory) const {
-    sizes.prepared(into_room(*memory.query, nullptr));
-    if (memory.gate) sizes.prepared(into_room(*memory.gate, nullptr));
-    sizes.prepared(into_residual(*memory.values, nullptr));
-    sizes.prepared(scores_of(memory, {0, std::min(rows_, CHOOSING_TOKENS)}));
+    sizes.need_prepared(into_room(*memory.query, nullptr));
+    if (memory.gate) sizes.need_prepared(into_room(*memory.gate, nullptr));
+    sizes.need_prepared(into_residual(*memory.values, nullptr));
+    sizes.need_prepared(scores_of(memory, {0, std::min(rows_, CHOOSING_TOKENS)}));
     sizes.queries = std::max(sizes.queries, memory.query->outputs);
     sizes.scores = std::max(sizes.scores, memory.token_scores());
     sizes.values = std::max(sizes.values, memory.table.value_dim);

@@ -116,16 +116,17 @@ class NativeOps:
         paged: PagedKv,
         kv_blocks: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Run some consecutive layers in place; a feed-forward that was not packed is left out.
+        """Run some consecutive layers in place; a memory that is run apart is left out.
 
         ``residual`` is contiguous; the rest is as ``Transformer.forward`` is given it. Returns
-        the rows that their memories read, int64, and their weights, both ``[memories, T, H, K]``.
+        the rows that the M memories inside read, int64, and their weights, ``[M, T, H, K]``.
         """
         cosines, sines = angles
         assert residual_TD.is_contiguous() and kv_blocks.is_contiguous()
         kv_bytes = kv_blocks.stride()[0] * kv_blocks.itemsize
         memories = layers.memories(run)
         heads, top_k = (memories[0].num_heads, memories[0].top_k) if memories else (0, 0)
+        assert all((one.num_heads, one.top_k) == (heads, top_k) for one in memories)
         rows_MTHK = torch.empty(len(memories), len(residual_TD), heads, top_k, dtype=torch.int64)
         weights_MTHK = torch.empty(rows_MTHK.shape)
         use_torchs_threads()

@@ -13,6 +13,7 @@ namespace memplus {
 // What of its half scores is there at the same time: longer prompts have their rows chosen part by
 // part, in the caches.
 constexpr int64_t CHOOSING_TOKENS = 64;
+constexpr int64_t GATHERED_TOKENS = 16;
 
 // H heads, N subkeys a half, K rows a head, V values a row; `gate` may be null.
 struct MemoryLayer {
@@ -41,9 +42,23 @@ struct MemoryRoom {
 // One thread's share of the rows of tokens [tokens.first, tokens.last), whose scores are there.
 inline void choose_share(const MemoryLayer& memory, const float* scores, Span tokens,
                          ChosenRows chosen, int64_t thread, int64_t threads) {
-  const int64_t heads = memory.heads(), at = tokens.first * memory.token_rows();
-  product_topk(scores, piece((tokens.last - tokens.first) * heads, thread, threads),
-               (int)memory.num_subkeys(), (int)memory.top_k, chosen.rows + at, chosen.weights + at);
+  const Span heads = piece((tokens.last - tokens.first) * memory.heads(), thread, threads);
+  const int64_t at = tokens.first * memory.token_rows();
+  if (heads.first < heads.last)
+    product_topk(scores, heads, (int)memory.num_subkeys(), (int)memory.top_k, chosen.rows + at,
+                 chosen.weights + at);
+}
+
+// Gates some columns of the sums whose token's begin at `place`.
+template <class Values>
+inline void gate_sums(const MemoryLayer& memory, const MemoryRoom& room, int64_t place,
+                      Span columns) {
+  by_vectors(columns.last - columns.first, [&](int64_t, int64_t at, int64_t lanes) {
+    at += place + columns.first;
+    floats value = Fp32Values::read((const uint8_t*)(room.sums + at), lanes);
+    if (memory.gate) value *= silu(Values::read(room.gates + at * Values::bytes, lanes));
+    Values::write(room.gated + at * Values::bytes, value, lanes);
+  });
 }
 
 // One thread's share of room.gated [T, V], for `count` tokens whose rows and gates are there.
@@ -52,15 +67,12 @@ inline void gather_share(const MemoryLayer& memory, ChosenRows chosen, const Mem
                          int64_t count, int64_t thread, int64_t threads) {
   const SumsPart own = sums_part(memory.table, count, thread, threads);
   const Sums sums = {chosen.rows, chosen.weights, nullptr, memory.token_rows(), room.sums};
-  gather_rows(memory.table, sums, own);
-  for (int64_t token = own.sums.first; token < own.sums.last; token++) {
-    const int64_t first = token * memory.table.value_dim + own.columns.first;
-    by_vectors(own.columns.last - own.columns.first, [&](int64_t, int64_t at, int64_t lanes) {
-      at += first;
-      floats value = Fp32Values::read((const uint8_t*)(room.sums + at), lanes);
-      if (memory.gate) value *= silu(Values::read(room.gates + at * Values::bytes, lanes));
-      Values::write(room.gated + at * Values::bytes, value, lanes);
-    });
+  // some at a time, whose sums are in the caches yet
+  for (int64_t first = own.sums.first; first < own.sums.last; first += GATHERED_TOKENS) {
+    const Span tokens = {first, std::min(first + GATHERED_TOKENS, own.sums.last)};
+    gather_rows(memory.table, sums, SumsPart{tokens, own.columns});
+    for (int64_t token = tokens.first; token < tokens.last; token++)
+      gate_sums<Values>(memory, room, token * memory.table.value_dim, own.columns);
   }
 }
 

@@ -53,6 +53,7 @@ class PackedLinear:
     Attributes:
         address: of the description that the kernels read.
         num_bytes: of the weights.
+        num_inputs: values of a row of each block.
         num_outputs: values of a row of the output, all blocks together.
         out_dtype: their dtype.
     """
@@ -79,6 +80,7 @@ class PackedLinear:
         )
         self._fields = fields
         self.address = ctypes.addressof(fields)
+        self.num_inputs: int = rows[0].weight_OI.shape[1]
         self.num_outputs = int(fields.blocks * outputs)
         self.out_dtype = torch.float32 if has_wide_outputs else dtype
         self.num_bytes: int = library.memplus_panel_bytes(self.address)

@@ -5,13 +5,8 @@ import ctypes
 from torch import Tensor
 
 from engine.ops.native.packed_linear import PackedLinear
-from memory_ops.backends import is_fit
-from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS, table_arguments
-
-
-def can_look_up(table_RV: Tensor, num_subkeys: int, top_k: int) -> bool:
-    """Whether the kernels choose among so many subkeys, and read rows of this table."""
-    return is_fit(table_RV) and num_subkeys <= MOST_SUBKEYS and top_k <= MOST_CHOSEN
+from memory_ops.backends import is_fit_for_cpu
+from memory_ops.native.backend import table_arguments
 
 
 class _Table(ctypes.Structure):
@@ -63,7 +58,10 @@ class PackedMemory:
     ) -> None:
         """Hold them all, copying none; the table's rows are such as kernels read."""
         num_subkeys = subkeys.num_outputs // (2 * num_heads)
-        assert can_look_up(table_RV, num_subkeys, top_k)
+        assert is_fit_for_cpu(table_RV, num_subkeys, top_k)
+        # the kernels check no row id: whatever they choose is a row of such a table
+        assert table_RV.shape == (num_subkeys**2, values.num_inputs)
+        assert gate is None or gate.num_outputs == values.num_inputs
         self.num_heads, self.top_k = num_heads, top_k
         self._held = table_RV, query, subkeys, gate, values
         self._fields = _Fields(

@@ -14,9 +14,13 @@ from engine.sampling_params import RequestError, SamplingParams
 from server.config import HttpOptions, ModelOptions, SupervisionOptions, cache_folder
 from server.options import add_options, from_options
 from weights.default_model import DEFAULT_MODEL
-from weights.errors import CheckpointError
+from weights.errors import CheckpointError, DataError, TrainingError
 
 _CALLERS_MISTAKE = 2
+_MISTAKES = (
+    *(CheckpointError, ConfigError, DataError),
+    *(EngineStartError, RequestError, TrainingError),
+)
 # lists of ids, and what would not be shown
 _NOT_TYPED = (
     "stop_token_ids",
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (CheckpointError, EngineStartError, RequestError, ConfigError) as error:
+    except _MISTAKES as error:
         print(f"memplus: {error}", file=sys.stderr)
         return _CALLERS_MISTAKE
     except KeyboardInterrupt:
@@ -123,6 +127,13 @@ def bench_offline(options: argparse.Namespace) -> None:
     )
 
 
+def bench_train(options: argparse.Namespace) -> None:
+    """Measure the optimiser's step of a value table, beside torch's."""
+    from benchmarks.training import measure
+
+    measure(options.rounds, options.json)
+
+
 def bench_memory_model(options: argparse.Namespace) -> None:
     """Write a model with three memory layers of random weights, to be measured beside its own."""
     from benchmarks.random_memory import write_variant
@@ -130,6 +141,14 @@ def bench_memory_model(options: argparse.Namespace) -> None:
 
     source = prepared_folder(options.model, cache_folder())
     write_variant(source, Path(options.target), options.num_subkeys)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train a model as a TOML file says."""
+    from server.train import run
+    from weights.train_config import read_train_config
+
+    run(read_train_config(options.config, options.set), options.out, resume=options.resume)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,6 +176,16 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("inspect", help=inspect.__doc__)
     verb.set_defaults(run=inspect)
     verb.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="a name or a folder")
+
+    verb = verbs.add_parser("train", help=train.__doc__)
+    verb.set_defaults(run=train)
+    verb.add_argument("config", type=Path, metavar="CONFIG.toml", help="what to train, and on what")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
+    verb.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    change = "change a setting; may be given more than once"
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change
+    )
 
     _add_benchmarks(verbs)
     return parser
@@ -194,6 +223,11 @@ def _add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verb.set_defaults(run=bench_offline)
     for settings in (OfflineLoad, ModelOptions, EngineConfig):
         add_options(verb, settings)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+
+    verb = benchmarks.add_parser("train", help=bench_train.__doc__)
+    verb.set_defaults(run=bench_train)
+    verb.add_argument("--rounds", type=int, default=9, help="rounds of which the median is taken")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
     verb = benchmarks.add_parser("memory-model", help=bench_memory_model.__doc__)

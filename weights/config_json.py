@@ -93,6 +93,15 @@ def read_config(folder: Path) -> CheckpointConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def parse_model(raw: Mapping[str, Any]) -> ModelConfig:
+    """The model that the content of a ``config.json`` describes.
+
+    Raises:
+        ValueError: as ``read_config``; the message begins with the key.
+    """
+    return _parse(raw, raw.get("eos_token_id")).model
+
+
 def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
     """The content of a ``config.json`` that ``read_config`` reads back."""
     model = config.model

@@ -1,0 +1,42 @@
+"""A training run in a terminal: a progress bar, and signals that end it with a checkpoint."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+from weights.train_config import TrainConfig
+from weights.trainer import StepReport, Trainer
+
+
+def run(config: TrainConfig, folder: Path, *, resume: bool) -> None:
+    """Train to the end, or to the first SIGINT or SIGTERM: then the step is finished and kept.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, TrainingError: as ``Trainer``.
+    """
+    stopped_by: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped_by.append(number)
+
+    trainer = Trainer(config, folder, resume=resume)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with tqdm(total=config.run.steps, initial=trainer.step, unit="step") as bar:
+
+            def show(report: StepReport) -> bool:
+                bar.update()
+                bar.set_postfix(
+                    loss=f"{report.loss:.3f}", tokens_per_s=f"{report.tokens_per_s:.0f}"
+                )
+                return not stopped_by
+
+            trainer.run(show)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if stopped_by:
+        name = signal.Signals(stopped_by[0]).name
+        print(f"{folder}: stopped by {name} after step {trainer.step}, go on by --resume")

@@ -1,0 +1,281 @@
+"""Runs of tiny models: they learn, stop, go on bit for bit, and lose nothing."""
+
+import errno
+import json
+import math
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.config import ConfigError
+from engine.ops.layout import TokenLayout
+from server import train
+from weights import checkpoint, trainer
+from weights.checkpoint import load_model
+from weights.errors import CheckpointError, TrainingError
+from weights.train_config import read_train_config
+from weights.train_state import saved_states
+from weights.trainer import Trainer
+
+MEMORY = (
+    "memory = {num_heads = 2, num_subkeys = 8, top_k = 4, query_dim = 8, value_dim = 16,"
+    ' qk_norm = true, layers = {"0" = "memory_plus", "1" = "memory_plus"}}'
+)
+CONFIG = """
+[model]
+hidden_size = 16
+intermediate_size = 24
+num_hidden_layers = 2
+num_attention_heads = 2
+tie_word_embeddings = true
+max_position_embeddings = 64
+[data]
+train = ["{texts}"]
+validation_share = 0.1
+vocab_size = 300
+sequence_length = 24
+[optimizer]
+lr = 3e-3
+table_lr = 1e-2
+warmup_steps = 3
+[run]
+steps = 8
+tokens_per_step = 128
+dtype = "float32"
+checkpoint_every = 4
+evaluate_every = 4
+"""
+
+
+@pytest.fixture
+def texts(tmp_path):
+    words = ["red", "green", "blue", "one", "two", "three"]
+    lines = (f"{a} {b} makes {b} {a}" for a in words for b in words)
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, texts):
+    def read(*changes, memory=True):
+        path = tmp_path / "train.toml"
+        text = CONFIG.replace("{texts}", str(texts))
+        path.write_text(text.replace("[data]", f"{MEMORY}\n[data]") if memory else text)
+        return read_train_config(path, changes)
+
+    return read
+
+
+def run(config, folder, resume=False, until=None):
+    made = Trainer(config, folder, resume=resume)
+    reports = []
+
+    def on_step(report):
+        reports.append(report)
+        return report.step != until
+
+    made.run(on_step)
+    return reports
+
+
+def tensors(folder):
+    """Everything of the newest state."""
+    newest = saved_states(folder / "checkpoints")[-1]
+    return {
+        f"{file.name} {name}": tensor
+        for file in newest.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def check_same(folder, other):
+    found, wanted = tensors(folder), tensors(other)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def losses(folder):
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if record["kind"] == "step"]
+
+
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_falls(config, tmp_path, memory, dtype):
+    changes = ("run.steps=40", "run.checkpoint_every=40", f"run.dtype={dtype}")
+    reports = run(config(*changes, memory=memory), tmp_path / "run")
+    assert reports[0].loss == pytest.approx(math.log(300), rel=0.2)
+    assert reports[-1].loss < 0.7 * reports[0].loss
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    evaluations = [record for record in log if record["kind"] == "evaluation"]
+    assert [record["step"] for record in evaluations] == list(range(4, 41, 4))
+    assert evaluations[-1]["perplexity"] < evaluations[0]["perplexity"]
+    if memory:
+        usage = [record["memory.table share"] for record in evaluations]
+        assert all(0 < share <= 1 for share in usage)
+
+
+def test_a_run_goes_on_bit_for_bit(config, tmp_path):
+    run(config(), tmp_path / "whole")
+    run(config(), tmp_path / "cut", until=5)
+    run(config(), tmp_path / "cut", resume=True)
+    check_same(tmp_path / "cut", tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_what_came_after_the_last_checkpoint_is_done_again(config, tmp_path, monkeypatch):
+    run(config(), tmp_path / "whole")
+    folder = tmp_path / "killed"
+    made = Trainer(config(), folder, resume=False)
+
+    def kill(report):
+        if report.step == 6:
+            raise KeyboardInterrupt
+        return True
+
+    with pytest.raises(KeyboardInterrupt):
+        made.run(kill)
+    # what it had begun to write, and the end of a line of its log
+    (folder / "checkpoints" / ".step-00000006.partial-1").mkdir()
+    with open(folder / "log.jsonl", "a") as log:
+        log.write('{"kind": "st')
+    assert len(losses_of_whole_lines(folder)) == 6
+    run(config(), folder, resume=True)
+    check_same(folder, tmp_path / "whole")
+    assert losses(folder) == losses(tmp_path / "whole")
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def losses_of_whole_lines(folder):
+    lines = (folder / "log.jsonl").read_text().splitlines(True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record["loss"] for record in records if record["kind"] == "step"]
+
+
+def test_activations_computed_anew_change_nothing(config, tmp_path):
+    run(config("run.checkpoint_activations=true"), tmp_path / "anew")
+    run(config(), tmp_path / "kept")
+    check_same(tmp_path / "anew", tmp_path / "kept")
+
+
+def test_passes_add_up_to_a_step(config, tmp_path):
+    run(config("run.passes_per_step=4"), tmp_path / "passes")
+    run(config(), tmp_path / "whole")
+    for one, other in zip(losses(tmp_path / "passes"), losses(tmp_path / "whole"), strict=True):
+        # a pass cuts a document where a whole step does not
+        assert one == pytest.approx(other, rel=0.1)
+
+
+def test_a_full_disk_loses_nothing_that_was_written(config, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    run(config(), folder, until=4)
+    before = tensors(folder)
+    write = checkpoint.write_tensors
+
+    def full(path, *arguments):
+        if path.name.startswith("trainer"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        run(config(), folder, resume=True)
+    assert tensors(folder).keys() == before.keys()
+    monkeypatch.undo()
+    run(config(), folder, resume=True)
+    run(config(), tmp_path / "whole")
+    check_same(folder, tmp_path / "whole")
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step(config, tmp_path, monkeypatch):
+    summed, calls = trainer.summed_loss, []
+
+    def broken(*arguments):
+        calls.append(0)
+        return summed(*arguments) * (math.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(trainer, "summed_loss", broken)
+    with pytest.raises(TrainingError, match="step 3: the loss is nan"):
+        run(config(), tmp_path / "run")
+
+
+def test_a_gradient_that_is_no_number_stops_with_the_step(config, tmp_path, monkeypatch):
+    summed = trainer.summed_loss
+
+    def broken(model, *arguments):
+        model.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+        return summed(model, *arguments)
+
+    monkeypatch.setattr(trainer, "summed_loss", broken)
+    with pytest.raises(TrainingError, match="step 1: the gradients' norm is (nan|inf)"):
+        run(config(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_step_and_keep_it(config, tmp_path, monkeypatch, capsys, number):
+    summed, calls = trainer.summed_loss, []
+
+    def interrupted(*arguments):
+        calls.append(0)
+        if len(calls) == 2:
+            signal.raise_signal(number)
+        return summed(*arguments)
+
+    monkeypatch.setattr(trainer, "summed_loss", interrupted)
+    before = signal.getsignal(number)
+    train.run(config(), tmp_path / "run", resume=False)
+    assert signal.getsignal(number) is before
+    assert [state.name for state in saved_states(tmp_path / "run" / "checkpoints")] == [
+        "step-00000002"
+    ]
+    assert "after step 2" in capsys.readouterr().out
+
+
+def test_a_run_is_not_begun_again_by_mistake(config, tmp_path):
+    run(config(), tmp_path / "run", until=4)
+    with pytest.raises(TrainingError, match="has a run already"):
+        Trainer(config(), tmp_path / "run", resume=False)
+
+
+def test_a_dense_model_gets_memory_layers(config, tmp_path):
+    run(config(memory=False), tmp_path / "dense")
+    dense = saved_states(tmp_path / "dense" / "checkpoints")[-1]
+    text = CONFIG[CONFIG.index("[data]") :]
+    path = tmp_path / "grown.toml"
+    path.write_text(f"[model]\n{MEMORY}\n{text}".replace("{texts}", str(tmp_path / "texts.jsonl")))
+    grown = read_train_config(path, [f"run.init_from={dense}"])
+    made = Trainer(grown, tmp_path / "grown", resume=False)
+    taken = load_file(dense / "model.safetensors")
+    parameters = dict(made._model.named_parameters())
+    shared = parameters.keys() & taken.keys()
+    assert len(shared) == 14
+    for name in shared:
+        assert torch.equal(parameters[name], taken[name])
+    made.run(lambda report: True)
+    assert load_model(saved_states(tmp_path / "grown" / "checkpoints")[-1])[0]
+    with pytest.raises(ConfigError, match="run.init_from: tensor model.embed_tokens"):
+        Trainer(
+            read_train_config(path, [f"run.init_from={dense}", "model.hidden_size=18"]),
+            tmp_path / "other",
+            resume=False,
+        )
+
+
+def test_trainer_and_server_choose_the_same_rows_and_give_the_same_logits(config, tmp_path):
+    run(config(), tmp_path / "run")
+    made = Trainer(config(), tmp_path / "run", resume=True)
+    served, _ = load_model(saved_states(tmp_path / "run" / "checkpoints")[-1])
+    ids = torch.arange(40) % 290
+    layout = TokenLayout(torch.cat((torch.arange(25), torch.arange(15))), (0, 25, 40))
+    with torch.no_grad():
+        one, other = (
+            model(ids, layout, torch.arange(40), with_trace=True) for model in (made._model, served)
+        )
+    torch.testing.assert_close(one.logits_LV, other.logits_LV)
+    assert list(one.memory) == [0, 1]
+    for layer, trace in one.memory.items():
+        assert torch.equal(trace.rows_THK, other.memory[layer].rows_THK)

@@ -1,0 +1,52 @@
+"""The weights that training begins with."""
+
+import torch
+from torch import Tensor, nn
+
+from engine.model.memory_layer import MemoryLayer
+from engine.model.norm import RmsNorm
+from engine.model.transformer import Transformer
+
+
+@torch.no_grad()
+def initialise(model: Transformer, generator: torch.Generator) -> None:
+    """Draw all of a model's parameters, its tables apart.
+
+    A matrix of I inputs is N(0, 1 / I); one that ends a branch of the residual stream, of which
+    there are two a layer, is smaller by the root of their number. Memory layers are as in
+    "Memory Layers at Scale" (arXiv 2412.09764): subkeys U(+-1 / sqrt(k)), the query Xavier uniform.
+    Norms begin at 1, biases at 0.
+    """
+    branches = 2 * model.config.num_layers
+    for name, module in model.named_modules():
+        if isinstance(module, RmsNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Embedding):
+            _draw(module.weight, module.weight.shape[1], generator)
+        elif isinstance(module, nn.Linear):
+            ends_branch = name.endswith(("o_proj", "down_proj"))
+            inputs = module.weight.shape[1] * (branches if ends_branch else 1)
+            _draw(module.weight, inputs, generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, MemoryLayer):
+            _initialise_memory(module, generator)
+
+
+@torch.no_grad()
+def initialise_table(table_RV: Tensor, generator: torch.Generator) -> None:
+    """Draw a table's rows, N(0, 1 / V)."""
+    _draw(table_RV, table_RV.shape[1], generator)
+
+
+def _initialise_memory(memory: MemoryLayer, generator: torch.Generator) -> None:
+    nn.init.xavier_uniform_(memory.query.weight, generator=generator)
+    bound = (2 * memory.subkeys.shape[3]) ** -0.5
+    memory.subkeys.uniform_(-bound, bound, generator=generator)
+    if memory.query_norm is not None:
+        nn.init.ones_(memory.query_norm)
+
+
+def _draw(weight: Tensor, inputs: int, generator: torch.Generator) -> None:
+    weight.normal_(std=inputs**-0.5, generator=generator)

@@ -1,0 +1,88 @@
+"""The model that a run trains: drawn anew, or from a checkpoint folder, new memory layers drawn."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import ConfigError
+from engine.model.config import ModelConfig
+from engine.model.transformer import Transformer
+from memory_ops.anonymous import anonymous_zeros
+from memory_ops.tables.trained import TrainedTable
+from weights.checkpoint import open_checkpoint, table_names
+from weights.config_json import config_to_json, parse_model
+from weights.initialise import initialise, initialise_table
+from weights.tensor_files import StoredTensor, read_mapped
+
+
+def model_config(raw: Mapping[str, Any], vocab_size: int, init_from: str = "") -> ModelConfig:
+    """The model that a config's ``model`` section describes, beside the folder it goes on from.
+
+    Raises:
+        ConfigError: a key is unknown, missing or of a wrong value; the message names it.
+        CheckpointError: that folder cannot be read.
+    """
+    whole: dict[str, Any] = {}
+    if init_from:
+        whole = config_to_json(open_checkpoint(Path(init_from))[0])
+    whole |= {**raw, "vocab_size": vocab_size}
+    try:
+        return parse_model(whole)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
+
+
+def new_model(
+    config: ModelConfig, seed: int, init_from: str = ""
+) -> tuple[Transformer, dict[str, TrainedTable]]:
+    """A model to be trained, in float32, and its tables by their names in a checkpoint.
+
+    What ``init_from`` has under the same name and shape is taken from there; what it lacks is
+    drawn.
+
+    Raises:
+        ConfigError: a tensor of that folder has another shape, or one that is no part of a memory
+            layer is missing there.
+        CheckpointError: the folder cannot be read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config)
+    initialise(model, generator)
+    names = table_names(config)
+    memory = config.memory
+    tables: dict[str, TrainedTable] = {}
+    for name in dict.fromkeys(names.values()):
+        assert memory is not None
+        table_RV = anonymous_zeros((memory.num_rows, memory.value_dim), torch.float32)
+        initialise_table(table_RV, generator)
+        tables[name] = TrainedTable(table_RV)
+    if tables:
+        model.attach_tables({layer: tables[name] for layer, name in names.items()})
+    if init_from:
+        _, stored = open_checkpoint(Path(init_from))
+        _take(model, tables, stored, init_from)
+    return model, tables
+
+
+@torch.no_grad()
+def _take(
+    model: Transformer,
+    tables: Mapping[str, TrainedTable],
+    stored: Mapping[str, StoredTensor],
+    folder: str,
+) -> None:
+    wanted = dict(model.named_parameters()) | {name: t.table_RV for name, t in tables.items()}
+    for name, tensor in wanted.items():
+        if name not in stored:
+            if ".memory." not in name and name not in tables:
+                raise ConfigError(f"run.init_from: {folder} has no tensor {name}")
+        elif stored[name].shape != tuple(tensor.shape):
+            found = list(stored[name].shape)
+            raise ConfigError(
+                f"run.init_from: tensor {name} of {folder} has shape {found}, the model"
+                f" {list(tensor.shape)}"
+            )
+        else:
+            tensor.copy_(read_mapped(stored[name]))

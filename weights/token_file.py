@@ -1,0 +1,82 @@
+"""Tokenised documents on disk, memory-mapped: written once, read by every run on them."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from weights.errors import DataError
+
+_CHUNK = 1 << 16  # documents held before they are written
+
+
+class TokenFile:
+    """Documents' tokens, one after another.
+
+    Attributes:
+        ids: uint16 or uint32, those of all documents.
+        starts: int64, where each document begins, and the end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Map a folder that ``write`` made.
+
+        Raises:
+            DataError: the folder is not whole.
+        """
+        try:
+            dtype = json.loads((folder / "tokens.json").read_text())["dtype"]
+            self.starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
+            self.ids = np.memmap(folder / "tokens.bin", dtype=np.dtype(dtype), mode="r")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise DataError(f"{folder}: no tokenised documents ({error})") from None
+        if len(self.starts) < 2 or self.starts[-1] != len(self.ids):
+            raise DataError(f"{folder}: tokens.bin has {len(self.ids)} tokens, not as many as said")
+
+    @classmethod
+    def write(cls, folder: Path, documents: Iterable[list[int]], vocab_size: int) -> "TokenFile":
+        """Write documents under a temporary name, then rename it.
+
+        Raises:
+            DataError: there is no document, or the folder cannot be written.
+        """
+        dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+        partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+        try:
+            partial.mkdir(parents=True)
+            lengths = _write_tokens(partial / "tokens.bin", documents, dtype)
+            if not lengths:
+                raise DataError(f"{folder.name}: there is no document")
+            starts = np.cumsum([0, *lengths], dtype=np.int64)
+            starts.tofile(partial / "starts.bin")
+            (partial / "tokens.json").write_text(json.dumps({"dtype": np.dtype(dtype).name}))
+            partial.rename(folder)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
+            raise
+        return cls(folder)
+
+    def __len__(self) -> int:
+        """How many documents there are."""
+        return len(self.starts) - 1
+
+
+def _write_tokens(path: Path, documents: Iterable[list[int]], dtype: type) -> list[int]:
+    lengths: list[int] = []
+    held: list[int] = []
+    with open(path, "xb") as file:
+        for document in documents:
+            lengths.append(len(document))
+            held += document
+            if len(held) >= _CHUNK:
+                np.array(held, dtype=dtype).tofile(file)
+                held.clear()
+        np.array(held, dtype=dtype).tofile(file)
+        file.flush()
+        os.fsync(file.fileno())
+    return lengths

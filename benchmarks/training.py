@@ -1,7 +1,7 @@
 """Milliseconds of an optimiser's step for a value table, ours beside torch's."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -79,8 +79,9 @@ def measure(rounds: int, json_file: Path | None) -> None:
     print(f"rows of {WIDTH}, {TOKENS} tokens x {HEADS * TOP_K} reads, medians of {rounds} rounds")
     print("optimizer                rows  distinct   ms/step")
     results: list[Result] = []
-    for group in _groups():
-        for result in _timed(group, rounds):
+    # what is compared, those of one group by turns; they do not fit in memory together
+    for group in (_of_many_sizes, _of_many_kinds):
+        for result in _timed(group(), rounds):
             results.append(result)
             tqdm.write(
                 f"{result.optimizer:<18} {result.rows:>10} {result.distinct_rows:>9}"
@@ -91,9 +92,11 @@ def measure(rounds: int, json_file: Path | None) -> None:
             json_file.write_text(whole + "\n")
 
 
-def _groups() -> Iterator[list[TimedOptimizer]]:
-    """What is compared, those of one group by turns: first sizes of table, then optimisers."""
-    yield [TimedOptimizer("sparse", rows, _sparse(rows), False) for rows in TABLES]
+def _of_many_sizes() -> list[TimedOptimizer]:
+    return [TimedOptimizer("sparse", rows, _sparse(rows), False) for rows in TABLES]
+
+
+def _of_many_kinds() -> list[TimedOptimizer]:
     makers: dict[str, Callable[[int], Callable[[TableReads], None]]] = {
         "sparse": _sparse,
         "sparse_row_wise": partial(_sparse, is_row_wise=True),
@@ -101,7 +104,7 @@ def _groups() -> Iterator[list[TimedOptimizer]]:
         "torch_sparse_adam": _torch_sparse_adam,
     }
     rows = PEERS_TABLE
-    yield [TimedOptimizer(name, rows, make(rows), True) for name, make in makers.items()]
+    return [TimedOptimizer(name, rows, make(rows), True) for name, make in makers.items()]
 
 
 def _timed(group: Sequence[TimedOptimizer], rounds: int) -> list[Result]:

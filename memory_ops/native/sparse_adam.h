@@ -52,20 +52,20 @@ inline void store_some(float* at, floats values, int64_t lanes) {
   std::memcpy(at, &values, lanes * sizeof(float));
 }
 
-// Calls `body(group, sums)` for every row with the sums of its references, of V values; `fetch(row)`
-// some rows before.
-template <class Fetch, class Body>
-inline void for_each_row(const RowGroups& groups, Fetch fetch, Body body) {
-  constexpr int64_t ahead = 2;
+constexpr int64_t ROWS_AHEAD = 1;  // a row is fetched before its turn, while others are changed
+
+// Calls `body(group, sums, coming)` for every row with the sums of its references, of V values, and
+// the row whose turn will come.
+template <class Body>
+inline void for_each_row(const RowGroups& groups, Body body) {
   in_parallel(groups.count, [&](int64_t thread, int64_t threads) {
     const Span own = piece(groups.count, thread, threads);
     const int64_t width = groups.gradients.value_dim;
     std::unique_ptr<float[]> sums(new float[width]);
     for (int64_t group = own.first; group < own.last; group++) {
-      if (group + ahead < own.last) fetch(groups.rows[group + ahead]);
       const Sums one = {groups.tokens, groups.weights, groups.starts + group, 0, sums.get()};
       gather_rows(groups.gradients, one, SumsPart{{0, 1}, {0, width}});
-      body(group, sums.get());
+      body(group, sums.get(), groups.rows[std::min(group + ROWS_AHEAD, own.last - 1)]);
     }
   });
 }
@@ -82,11 +82,9 @@ inline floats squares(const float* values, int64_t width) {
 // The squared norm of the gradients of all rows, the same with any number of threads.
 inline double squared_norm(const RowGroups& groups) {
   std::unique_ptr<float[]> of_rows(new float[groups.count]);
-  for_each_row(
-      groups, [](int64_t) {},
-      [&](int64_t group, const float* sums) {
-        of_rows[group] = sum(squares(sums, groups.gradients.value_dim));
-      });
+  for_each_row(groups, [&](int64_t group, const float* sums, int64_t) {
+    of_rows[group] = sum(squares(sums, groups.gradients.value_dim));
+  });
   double total = 0;
   for (int64_t group = 0; group < groups.count; group++) total += of_rows[group];
   return total;
@@ -105,27 +103,22 @@ inline void adam_row(const AdamTable& table, const AdamStep& step, int64_t place
 
 inline void sparse_adam(const AdamTable& table, const RowGroups& groups, const AdamStep& step) {
   const int64_t width = groups.gradients.value_dim;
-  const auto fetch = [&](int64_t row) {
-    for (int64_t at = row * width; at < (row + 1) * width; at += LINE / 4) {
-      __builtin_prefetch(table.rows + at, 1);
-      if (!table.first) continue;
-      __builtin_prefetch(table.first + at, 1);
-      __builtin_prefetch(table.second + at, 1);
-    }
-    if (!table.first) __builtin_prefetch(table.second + row, 1);
-  };
-  for_each_row(groups, fetch, [&](int64_t group, const float* sums) {
+  for_each_row(groups, [&](int64_t group, const float* sums, int64_t coming) {
     const int64_t row = groups.rows[group], first = row * width;
     floats factor{};
     if (!table.first) {
+      __builtin_prefetch(table.second + coming, 1);
       const float mean = sum(squares(sums, width)) * step.scale * step.scale / (float)width;
       float& v = table.second[row];
       v = v * step.beta2 + mean * step.rest2;
       factor = splat(step.scale * step.step_size / (__builtin_sqrtf(v) + step.eps));
     }
     for (int64_t at = 0; at < width; at += LANES) {
-      const int64_t lanes = std::min<int64_t>(LANES, width - at);
+      const int64_t lanes = std::min<int64_t>(LANES, width - at), later = coming * width + at;
+      __builtin_prefetch(table.rows + later);
       if (table.first) {
+        __builtin_prefetch(table.first + later);
+        __builtin_prefetch(table.second + later);
         adam_row(table, step, first + at, sums + at, lanes);
       } else {
         float* values = table.rows + first + at;

@@ -160,6 +160,7 @@ def test_activations_computed_anew_change_nothing(config, tmp_path):
     run(config("run.checkpoint_activations=true"), tmp_path / "anew")
     run(config(), tmp_path / "kept")
     check_same(tmp_path / "anew", tmp_path / "kept")
+    assert losses(tmp_path / "anew") == losses(tmp_path / "kept")
 
 
 def test_passes_add_up_to_a_step(config, tmp_path):

@@ -40,7 +40,7 @@ _ONLY = {
     "rope_interleaved": (False,),
 }
 # keys that say nothing about how a given sequence of ids is computed
-_IGNORED = {
+IGNORED_KEYS = {
     "_name_or_path",
     "attention_dropout",
     "bos_token_id",
@@ -121,7 +121,7 @@ def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
 
 
 def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
-    known = {*_FIELDS, *_ONLY, *_IGNORED, "rope_scaling", "rope_parameters", "memory"}
+    known = {*_FIELDS, *_ONLY, *IGNORED_KEYS, "rope_scaling", "rope_parameters", "memory"}
     for key in raw:
         if key not in known:
             raise ValueError(f"{key}: unknown key, so the model may not be what it seems")

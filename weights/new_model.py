@@ -12,7 +12,7 @@ from engine.model.transformer import Transformer
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.tables.trained import TrainedTable
 from weights.checkpoint import open_checkpoint, table_names
-from weights.config_json import config_to_json, parse_model
+from weights.config_json import IGNORED_KEYS, config_to_json, parse_model
 from weights.initialise import initialise, initialise_table
 from weights.tensor_files import StoredTensor, read_mapped
 
@@ -24,6 +24,9 @@ def model_config(raw: Mapping[str, Any], vocab_size: int, init_from: str = "") -
         ConfigError: a key is unknown, missing or of a wrong value; the message names it.
         CheckpointError: that folder cannot be read.
     """
+    for key in ("vocab_size", *sorted(IGNORED_KEYS)):
+        if key in raw:
+            raise ConfigError(f"model.{key}: is not for a config to say, and would be ignored")
     whole: dict[str, Any] = {}
     if init_from:
         whole = config_to_json(open_checkpoint(Path(init_from))[0])

@@ -49,7 +49,7 @@ class TokenFile:
             partial.mkdir(parents=True)
             lengths = _write_tokens(partial / "tokens.bin", documents, dtype)
             if not lengths:
-                raise DataError(f"{folder.name}: there is no document")
+                raise DataError(f"{folder.name}: there is no document; see data.validation_share")
             starts = np.cumsum([0, *lengths], dtype=np.int64)
             starts.tofile(partial / "starts.bin")
             (partial / "tokens.json").write_text(json.dumps({"dtype": np.dtype(dtype).name}))
@@ -57,7 +57,8 @@ class TokenFile:
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
-                raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
+                reason = error.strerror or error  # numpy's have no number
+                raise DataError(f"{folder}: cannot be written ({reason})") from None
             raise
         return cls(folder)
 

@@ -1,5 +1,6 @@
 """What ``memplus train`` is told: a TOML file, read strictly, and changes from the command line."""
 
+import math
 import tomllib
 import types
 import typing
@@ -75,6 +76,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _at_least(self, "optimizer", 0, "lr", "table_lr", "weight_decay", "clip_norm")
         _at_least(self, "optimizer", 0, "warmup_steps", "least_lr_share")
+        _at_least(self, "optimizer", 1e-15, "eps")
+        if self.least_lr_share > 1:
+            raise ConfigError(f"optimizer.least_lr_share: {self.least_lr_share} is more than 1")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}: {getattr(self, name)} is outside [0, 1)")
@@ -86,7 +90,7 @@ class RunConfig:
 
     Attributes:
         steps: of the optimiser.
-        tokens_per_step: of one process, all its passes together.
+        tokens_per_step: of all its passes together.
         passes_per_step: that a step's tokens are cut into, to take less memory.
         dtype: of products; weights, scores, norms and the loss are float32.
         checkpoint_activations: compute each layer's anew backwards instead of keeping them.
@@ -109,6 +113,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         _at_least(self, "run", 1, "steps", "tokens_per_step", "passes_per_step")
         _at_least(self, "run", 1, "checkpoint_every", "evaluate_every")
+        _at_least(self, "run", 0, "seed")
+        if self.tokens_per_step % self.passes_per_step:
+            raise ConfigError(
+                f"run.passes_per_step: {self.passes_per_step} does not divide tokens_per_step"
+                f" {self.tokens_per_step}"
+            )
 
 
 @dataclass(frozen=True)
@@ -196,10 +206,12 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     is_number = hint is float and isinstance(value, int)
     if not (isinstance(value, hint) or is_number) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{name}: {value} is no number to go by")
     return hint(value)
 
 
-def _at_least(section: object, name: str, least: int, *keys: str) -> None:
+def _at_least(section: object, name: str, least: float, *keys: str) -> None:
     for key in keys:
         value = getattr(section, key)
         if not value >= least:

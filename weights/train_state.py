@@ -1,6 +1,7 @@
 """What a run goes on from: a checkpoint folder that also holds moments and place."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,8 +83,9 @@ class TrainState:
             name = min(set(wanted) ^ set(stored))
             raise CheckpointError(f"{saved}: tensor {name} is not in both this run and its state")
         for name, tensor in wanted.items():
-            if stored[name].shape != tuple(tensor.shape):
-                raise CheckpointError(f"{saved}: tensor {name} has shape {stored[name].shape}")
+            if (stored[name].shape, stored[name].dtype) != (tuple(tensor.shape), "F32"):
+                found = f"{stored[name].dtype} {list(stored[name].shape)}"
+                raise CheckpointError(f"{saved}: tensor {name} is {found}")
             read_into(stored[name], tensor)
         self.optimizer.go_to(step)
         return step, place
@@ -105,8 +107,8 @@ class TrainState:
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """Whole states, oldest first."""
-    return sorted(folder.glob("step-*"))
+    """Whole states, oldest first; what else lies there is not ours."""
+    return sorted(one for one in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", one.name))
 
 
 def _sources(tensors: Mapping[str, Tensor]) -> list[TensorSource]:

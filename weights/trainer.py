@@ -15,6 +15,7 @@ from weights.errors import TrainingError
 from weights.loss import summed_loss
 from weights.new_model import model_config, new_model
 from weights.optimizer import Optimizer
+from weights.run_record import check_record
 from weights.schedule import lr_share
 from weights.table_usage import TableUsage
 from weights.token_stream import TokenStream
@@ -51,12 +52,17 @@ class Trainer:
 
         Raises:
             ConfigError, DataError, CheckpointError: by what cannot be read.
-            TrainingError: the folder has a run, and it is not to be resumed.
+            TrainingError: the folder has a run that is not to be resumed, or had other settings.
         """
         states = folder / "checkpoints"
         saved = saved_states(states)
         if saved and not resume:
             raise TrainingError(f"{folder}: has a run already, go on with it by --resume")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"{folder}: {error.strerror}") from None
+        check_record(folder, config)
         run = config.run
         self.folder = folder
         self._config = config
@@ -93,10 +99,10 @@ class Trainer:
             self._log({"kind": "step", **report.__dict__})
             goes_on = on_step(report)
             is_last = self.step == run.steps or not goes_on
-            if self.step % run.evaluate_every == 0 or self.step == run.steps:
-                self._log({"kind": "evaluation", "step": self.step, **self.evaluate()})
             if self.step % run.checkpoint_every == 0 or is_last:
                 self._state.save(self.step, self._stream.place)
+            if self.step % run.evaluate_every == 0 or self.step == run.steps:
+                self._log({"kind": "evaluation", "step": self.step, **self.evaluate()})
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -143,8 +149,11 @@ class Trainer:
         return StepReport(step, total / num_tokens, share, norm, num_tokens / seconds)
 
     def _log(self, record: dict[str, object]) -> None:
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise TrainingError(f"step {self.step}: log.jsonl: {error.strerror}") from None
 
     def _cut_log(self) -> None:
         """Drop what was logged after the step that is gone on from."""

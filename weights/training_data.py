@@ -2,15 +2,17 @@
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
 
 from weights.config_json import read_config
 from weights.corpus import corpus_files, documents
-from weights.errors import CheckpointError
+from weights.errors import CheckpointError, DataError
 from weights.token_file import TokenFile
 from weights.tokenizer import TOKENIZER_FILES, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from weights.train_config import DataConfig
@@ -59,11 +61,19 @@ def prepare_data(config: DataConfig, folder: Path, seed: int, init_from: str = "
         CheckpointError: the given tokenizer cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.partial-*"):  # by a run that was killed
+        shutil.rmtree(left)
     files = corpus_files(config.train)
-    text = _text_tokens(config, folder, files, init_from)
     held_out = corpus_files(config.validation)
+    own = {path.resolve() for path in held_out}
+    # once each, and none that is held out, though a folder of both were named
+    files = [path for path in dict.fromkeys(files) if path.resolve() not in own]
+    if not files:
+        raise DataError("data.train: every file is held out by data.validation")
     share = 0.0 if held_out else config.validation_share
-    train = _tokens(folder / "train", text, _part(files, share, seed, is_held_out=False))
+    learnt = partial(_part, files, share, seed, is_held_out=False)
+    text = _text_tokens(config, folder, learnt, init_from)
+    train = _tokens(folder / "train", text, learnt())
     validation = None
     if held_out:
         validation = _tokens(folder / "validation", text, documents(held_out))
@@ -74,8 +84,11 @@ def prepare_data(config: DataConfig, folder: Path, seed: int, init_from: str = "
 
 
 def _part(files: Sequence[Path], share: float, seed: int, is_held_out: bool) -> Iterator[str]:
+    """Some of the documents, each part the other's rest; the first is held out, if any is."""
     drawn = random.Random(seed)
-    return (text for text in documents(files) if (drawn.random() < share) == is_held_out)
+    for number, text in enumerate(documents(files)):
+        if (bool(share) and (number == 0 or drawn.random() < share)) == is_held_out:
+            yield text
 
 
 def _tokens(folder: Path, text: TextTokens, texts: Iterator[str]) -> TokenFile:
@@ -85,7 +98,7 @@ def _tokens(folder: Path, text: TextTokens, texts: Iterator[str]) -> TokenFile:
 
 
 def _text_tokens(
-    config: DataConfig, folder: Path, files: Sequence[Path], init_from: str
+    config: DataConfig, folder: Path, learnt: Callable[[], Iterator[str]], init_from: str
 ) -> TextTokens:
     given = config.tokenizer or init_from
     if given and Path(given).is_dir():
@@ -98,7 +111,7 @@ def _text_tokens(
     kept = folder / "tokenizer.model"
     if not kept.exists():
         partial = kept.with_suffix(".partial")
-        partial.write_bytes(train_tokenizer(documents(files), config.vocab_size))
+        partial.write_bytes(train_tokenizer(learnt(), config.vocab_size))
         partial.rename(kept)
     return _of_sentencepiece(kept.read_bytes())
 

@@ -11,4 +11,5 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     wide = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return weight_D * normed.to(x_TD.dtype)
+    # a trainer's weight may be wider
+    return (weight_D * normed.to(x_TD.dtype)).to(x_TD.dtype)

@@ -1,23 +1,27 @@
 """Runs of tiny models: they learn, stop, go on bit for bit, and lose nothing."""
 
+import copy
 import errno
 import json
 import math
+import shutil
 import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine import ops
 from engine.config import ConfigError
 from engine.ops.layout import TokenLayout
 from server import train
 from weights import checkpoint, trainer
 from weights.checkpoint import load_model
-from weights.errors import CheckpointError, TrainingError
+from weights.errors import CheckpointError, DataError, TrainingError
 from weights.train_config import read_train_config
 from weights.train_state import saved_states
 from weights.trainer import Trainer
+from weights.training_data import prepare_data
 
 MEMORY = (
     "memory = {num_heads = 2, num_subkeys = 8, top_k = 4, query_dim = 8, value_dim = 16,"
@@ -240,6 +244,84 @@ def test_a_run_is_not_begun_again_by_mistake(config, tmp_path):
     run(config(), tmp_path / "run", until=4)
     with pytest.raises(TrainingError, match="has a run already"):
         Trainer(config(), tmp_path / "run", resume=False)
+
+
+def test_a_log_that_cannot_be_written_is_a_named_error(config, tmp_path):
+    made = Trainer(config(), tmp_path / "run", resume=False)
+    (tmp_path / "run" / "log.jsonl").mkdir()
+    with pytest.raises(TrainingError, match="step 1: log.jsonl: Is a directory"):
+        made.run(lambda report: True)
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match="file"):
+        Trainer(config(), tmp_path / "file" / "run", resume=False)
+
+
+def test_a_users_copy_of_a_checkpoint_is_left_alone(config, tmp_path):
+    folder = tmp_path / "run"
+    run(config(), folder, until=2)
+    (state,) = saved_states(folder / "checkpoints")
+    copy = shutil.copytree(state, state.with_name(state.name + "-best"))
+    run(config(), folder, resume=True)
+    assert copy.exists() and [s.name for s in saved_states(folder / "checkpoints")] == [
+        "step-00000004",
+        "step-00000008",
+    ]
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "attention_dropout", "torch_dtype"])
+def test_a_key_of_the_model_that_would_be_ignored_is_refused(config, tmp_path, key):
+    with pytest.raises(ConfigError, match=f"model.{key}: is not for a config to say"):
+        Trainer(config(f"model.{key}=3"), tmp_path / "run", resume=False)
+
+
+def test_what_is_held_out_is_not_trained_on(config, tmp_path, texts):
+    folder = tmp_path / "both"
+    folder.mkdir()
+    lines = texts.read_text().splitlines(True)
+    (folder / "a.jsonl").write_text("".join(lines[:20]))
+    (folder / "b.jsonl").write_text("".join(lines[20:]))
+    changes = [f"data.train={folder}", f"data.validation={folder / 'b.jsonl'}"]
+    data = prepare_data(config(*changes).data, tmp_path / "data", seed=0)
+    assert (len(data.train), len(data.validation)) == (20, 16)
+    with pytest.raises(DataError, match="every file is held out"):
+        changes[0] = changes[1].replace("validation", "train")
+        prepare_data(config(*changes).data, tmp_path / "x", seed=0)
+
+
+def test_queries_of_a_bfloat16_pass_are_rounded_as_a_server_rounds_them(config, tmp_path):
+    made = Trainer(config("run.dtype=bfloat16"), tmp_path / "run", resume=False)
+    memory = made._model.model.layers[0].memory
+    x = torch.randn(9, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = memory.half_scores(x)
+    served = copy.deepcopy(memory).bfloat16()
+    with torch.no_grad():
+        q = torch.nn.functional.linear(
+            memory.queries.norm(x).bfloat16(),
+            served.query.weight,
+            served.query.bias,
+        )
+        wanted = ops.half_scores(q, served.keys)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.lr=1e-4", "optimizer.lr: this run began with 0.003, not 0.0001"),
+        ("data.sequence_length=9", "data.sequence_length: this run began with 24"),
+        ("model.hidden_size=18", "model.hidden_size: this run began with 16"),
+        ("model.memory.top_k=3", "model.memory.top_k: this run began with 4"),
+        ("run.seed=1", "run.seed: this run began with 0"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(config, tmp_path, change, message):
+    run(config(), tmp_path / "run", until=2)
+    with pytest.raises(TrainingError, match=message):
+        Trainer(config(change), tmp_path / "run", resume=True)
+    longer = Trainer(config("run.steps=9"), tmp_path / "run", resume=True)
+    assert longer.step == 2
 
 
 def test_a_dense_model_gets_memory_layers(config, tmp_path):

@@ -33,16 +33,19 @@ _NOT_TYPED = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code, 2 with one line on stderr for a caller's mistake."""
+    """Run a verb; returns the exit code, 2 with one line on stderr for a caller's mistake.
+
+    A verb that may end in other ways than well or by an error returns a code of its own.
+    """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        code: int | None = options.run(options)
     except _MISTAKES as error:
         print(f"memplus: {error}", file=sys.stderr)
         return _CALLERS_MISTAKE
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -143,12 +146,12 @@ def bench_memory_model(options: argparse.Namespace) -> None:
     write_variant(source, Path(options.target), options.num_subkeys)
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace) -> int:
     """Train a model as a TOML file says."""
     from server.train import run
     from weights.train_config import read_train_config
 
-    run(read_train_config(options.config, options.set), options.out, resume=options.resume)
+    return run(read_train_config(options.config, options.set), options.out, resume=options.resume)
 
 
 def _parser() -> argparse.ArgumentParser:

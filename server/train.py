@@ -10,19 +10,25 @@ from weights.train_config import TrainConfig
 from weights.trainer import StepReport, Trainer
 
 
-def run(config: TrainConfig, folder: Path, *, resume: bool) -> None:
+def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     """Train to the end, or to the first SIGINT or SIGTERM: then the step is finished and kept.
+
+    A second one is not waited for. Returns 0 where the run is through, else 128 + the signal.
 
     Raises:
         ConfigError, DataError, CheckpointError, TrainingError: as ``Trainer``.
     """
     stopped_by: list[int] = []
+    ending: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in ending}
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped_by.append(number)
+        signal.signal(number, previous[number])
 
     trainer = Trainer(config, folder, resume=resume)
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, stop)
     try:
         with tqdm(total=config.run.steps, initial=trainer.step, unit="step") as bar:
 
@@ -37,6 +43,8 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> None:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if stopped_by:
-        name = signal.Signals(stopped_by[0]).name
-        print(f"{folder}: stopped by {name} after step {trainer.step}, go on by --resume")
+    if not stopped_by or trainer.step == config.run.steps:
+        return 0
+    name = signal.Signals(stopped_by[0]).name
+    print(f"{folder}: stopped by {name} after step {trainer.step}, go on by --resume")
+    return 128 + stopped_by[0]

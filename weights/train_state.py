@@ -50,8 +50,8 @@ class TrainState:
             CheckpointError: it cannot be written; what was written before is left as it was.
         """
         target = self.folder / f"step-{step:08}"
-        eos_ids = frozenset(() if self.text.eos_id is None else (self.text.eos_id,))
-        config = CheckpointConfig(self.model.config, eos_ids, self.text.bos_id, "float32")
+        text = self.text
+        config = CheckpointConfig(self.model.config, text.eos_ids, text.bos_id, "float32")
         place_text = json.dumps({"step": step, "place": place._asdict()})
         save_checkpoint(
             target,

@@ -28,20 +28,20 @@ class TextTokens:
         files: what a checkpoint folder carries of it, by name.
         vocab_size: ids are less.
         bos_id: put before every document, where there is one.
-        eos_id: put behind it, likewise.
+        eos_ids: those that end a text; the smallest is put behind every document, if there is one.
     """
 
     tokenizer: Tokenizer
     files: Mapping[str, bytes]
     vocab_size: int
     bos_id: int | None
-    eos_id: int | None
+    eos_ids: frozenset[int]
 
     def document(self, text: str) -> list[int]:
         """The tokens of a whole document."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         begin = [] if self.bos_id is None else [self.bos_id]
-        return begin + ids + ([] if self.eos_id is None else [self.eos_id])
+        return begin + ids + sorted(self.eos_ids)[:1]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _of_checkpoint(folder: Path) -> TextTokens:
         files={path.name: path.read_bytes() for path in present},
         vocab_size=config.model.vocab_size,
         bos_id=config.bos_id,
-        eos_id=min(config.eos_ids, default=None),
+        eos_ids=config.eos_ids,
     )
 
 
@@ -138,5 +138,5 @@ def _of_sentencepiece(model: bytes) -> TextTokens:
         files={"tokenizer.model": model, "tokenizer_config.json": settings},
         vocab_size=processor.GetPieceSize(),
         bos_id=bos_id if bos_id >= 0 else None,
-        eos_id=eos_id if eos_id >= 0 else None,
+        eos_ids=frozenset({eos_id} if eos_id >= 0 else ()),
     )

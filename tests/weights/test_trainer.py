@@ -232,12 +232,13 @@ def test_signals_finish_the_step_and_keep_it(config, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(trainer, "summed_loss", interrupted)
     before = signal.getsignal(number)
-    train.run(config(), tmp_path / "run", resume=False)
+    assert train.run(config(), tmp_path / "run", resume=False) == 128 + number
     assert signal.getsignal(number) is before
     assert [state.name for state in saved_states(tmp_path / "run" / "checkpoints")] == [
         "step-00000002"
     ]
     assert "after step 2" in capsys.readouterr().out
+    assert train.run(config(), tmp_path / "run", resume=True) == 0
 
 
 def test_a_run_is_not_begun_again_by_mistake(config, tmp_path):
@@ -336,10 +337,15 @@ def test_a_dense_model_gets_memory_layers(config, tmp_path):
     parameters = dict(made._model.named_parameters())
     shared = parameters.keys() & taken.keys()
     assert len(shared) == 14
+    settings = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**settings, "eos_token_id": [2, 7]}))
+    grown = read_train_config(path, [f"run.init_from={dense}", "run.seed=1"])
+    made = Trainer(grown, tmp_path / "again", resume=False)
     for name in shared:
         assert torch.equal(parameters[name], taken[name])
     made.run(lambda report: True)
-    assert load_model(saved_states(tmp_path / "grown" / "checkpoints")[-1])[0]
+    _, kept = load_model(saved_states(tmp_path / "again" / "checkpoints")[-1])
+    assert kept.eos_ids == {2, 7}
     with pytest.raises(ConfigError, match="run.init_from: tensor model.embed_tokens"):
         Trainer(
             read_train_config(path, [f"run.init_from={dense}", "model.hidden_size=18"]),

@@ -84,9 +84,7 @@ def for_gradients(weights: Tensor, grad: Tensor) -> Backend:
 def for_groups(*operands: Tensor) -> GroupBackend:
     """The backend for grouped references: kernels on the CPU, plain torch elsewhere."""
     if all(operand.is_cpu and operand.dtype is not torch.float64 for operand in operands):
-        build = MEMORY_LIBRARY.best_build
-        if build is not None:
-            return NativeBackend(build)
+        return cast(GroupBackend, _on("cpu"))
     return cast(GroupBackend, reference)
 
 

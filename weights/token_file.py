@@ -10,7 +10,7 @@ import numpy as np
 
 from weights.errors import DataError
 
-_CHUNK = 1 << 16  # documents held before they are written
+_CHUNK = 1 << 16  # tokens held before they are written
 
 
 class TokenFile:

@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -113,13 +112,9 @@ def saved_states(folder: Path) -> list[Path]:
 
 def _sources(tensors: Mapping[str, Tensor]) -> list[TensorSource]:
     return [
-        TensorSource(name, tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
+        TensorSource(name, tuple(tensor.shape), tensor.dtype, tensor.cpu)
         for name, tensor in tensors.items()
     ]
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor.cpu()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -133,7 +133,7 @@ class Trainer:
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise TrainingError(f"step {step}: the loss is {value}")
-            (loss / (size * run.passes_per_step)).backward()  # type: ignore[no-untyped-call]
+            (loss / run.tokens_per_step).backward()  # type: ignore[no-untyped-call]
             total += value
         share = lr_share(self._config.optimizer, step, run.steps)
         try:
@@ -144,8 +144,8 @@ class Trainer:
             if groups is not None:
                 usage.add(groups)
         self.step = step
-        num_tokens = size * run.passes_per_step
         seconds = time.perf_counter() - started
+        num_tokens = run.tokens_per_step
         return StepReport(step, total / num_tokens, share, norm, num_tokens / seconds)
 
     def _log(self, record: dict[str, object]) -> None:

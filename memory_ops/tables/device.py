@@ -6,6 +6,7 @@ from torch import Tensor
 
 import memory_ops
 from memory_ops.tables.table_statistics import TableStatistics
+from memory_ops.tables.value_table import Lookup
 
 
 class DeviceTable:
@@ -31,7 +32,7 @@ class DeviceTable:
     def value_dim(self) -> int:
         return self.table_RV.shape[1]
 
-    def start(self, rows_THK: Tensor, weights_THK: Tensor) -> "DeviceLookup":
+    def start(self, rows_THK: Tensor, weights_THK: Tensor) -> Lookup:
         self.count(rows_THK)
         return DeviceLookup(self.table_RV, rows_THK, weights_THK)
 

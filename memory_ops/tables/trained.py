@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import memory_ops
-from memory_ops.tables.table_statistics import TableStatistics
+from memory_ops.tables.device import DeviceTable
 
 
 class TableReads(NamedTuple):
@@ -17,7 +17,7 @@ class TableReads(NamedTuple):
     grad_TV: Tensor
 
 
-class TrainedTable:
+class TrainedTable(DeviceTable):
     """A value table whose reads are differentiable by their weights, and remembered backwards.
 
     The table itself is no parameter: a backward pass adds to ``reads``, from which a sparse
@@ -34,34 +34,16 @@ class TrainedTable:
         Raises:
             ValueError: the tensor is no contiguous fp32 matrix.
         """
-        if table_RV.dim() != 2 or table_RV.dtype is not torch.float32:
-            found = f"{table_RV.dtype} {tuple(table_RV.shape)}"
-            raise ValueError(f"table: expected a float32 [R, V] tensor, got {found}")
-        if not table_RV.is_contiguous():
-            raise ValueError("table: expected a contiguous tensor")
-        self.table_RV = table_RV
+        super().__init__(table_RV)
+        if table_RV.dtype is not torch.float32 or not table_RV.is_contiguous():
+            raise ValueError(f"table: expected contiguous float32 rows, got {table_RV.dtype}")
         self.reads: list[TableReads] = []
-        self._statistics = TableStatistics()
         # a pass goes backwards through reads whose weights need no gradient, too
         self._anchor = torch.zeros((), requires_grad=True)
 
-    @property
-    def num_rows(self) -> int:
-        return self.table_RV.shape[0]
-
-    @property
-    def value_dim(self) -> int:
-        return self.table_RV.shape[1]
-
     def start(self, rows_THK: Tensor, weights_THK: Tensor) -> "TrainedLookup":
-        self._statistics = self._statistics.after(rows_THK)
+        self.count(rows_THK)
         return TrainedLookup(self, rows_THK, weights_THK)
-
-    def hint(self, rows: Tensor) -> None:
-        """Nothing to do: the rows are already where they are read."""
-
-    def statistics(self) -> TableStatistics:
-        return self._statistics
 
     def read(self, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
         """Weighted sums, differentiable; see ``ValueTable.start``."""

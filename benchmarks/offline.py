@@ -18,9 +18,8 @@ from engine.allocator import keep_freed_memory
 from engine.config import ConfigError, EngineConfig
 from server.config import EngineSettings, ModelOptions, cache_folder
 from server.engine_entry import build_engine
-from weights.checkpoint import open_checkpoint, serving_dtype, table_names
+from weights.checkpoint import open_checkpoint, serving_dtype
 from weights.prepare import prepared_folder
-from weights.tensor_files import DTYPES
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,9 @@ def _work(settings: EngineSettings) -> tuple[ModelWork, torch.dtype]:
     checkpoint, stored = open_checkpoint(prepared_folder(settings.model, settings.cache_folder))
     dtype = serving_dtype(stored, settings.dtype)
     row_bytes = 0
-    for name in table_names(checkpoint.model).values():
-        # all tables are alike, and each stays in the dtype that it is stored in
-        row_bytes = DTYPES[stored[name].dtype].itemsize * stored[name].shape[1]
+    for name in checkpoint.model.table_names:
+        # all tables are alike, and each stays in the format that it is stored in
+        row_bytes = stored[name].num_bytes // stored[name].shape[0]
     return ModelWork(checkpoint.model, dtype.itemsize, row_bytes), dtype
 
 

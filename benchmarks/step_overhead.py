@@ -66,7 +66,7 @@ class InstantModel(Transformer):
         on_layers: Callable[[], None] | None = None,
     ) -> ForwardOutput:
         count = len(logits_at_L)
-        return ForwardOutput(self._logits_LV[:count], None, {})
+        return ForwardOutput(self._logits_LV[:count], None, {}, ())
 
 
 def measure(batch_sizes: Sequence[int], steps: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.machine_limits import MachineLimits
 from engine.model.config import ModelConfig
-from weights.checkpoint import expected_shapes, table_names
+from weights.checkpoint import expected_shapes
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -49,7 +49,7 @@ class ModelWork:
         """``itemsize`` is that of weights, keys and values; ``row_bytes`` that of a table's row."""
         shapes = expected_shapes(config)
         head = _EMBEDDING if config.tie_embeddings else _HEAD
-        apart = {_EMBEDDING, _HEAD, *table_names(config).values()}
+        apart = {_EMBEDDING, _HEAD, *config.table_names}
         self._config = config
         self._itemsize = itemsize
         self._row_bytes = row_bytes

@@ -76,7 +76,7 @@ def convert(options: argparse.Namespace) -> None:
     """Convert a model to a checkpoint folder."""
     from weights.convert import convert
 
-    convert(Path(options.source), Path(options.target), options.dtype)
+    convert(Path(options.source), Path(options.target), options.dtype, options.table_dtype)
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -175,6 +175,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("target", metavar="DST", help="the folder to make")
     dtypes = ("bfloat16", "float16", "float32")
     verb.add_argument("--dtype", choices=dtypes, help="default: as stored; bfloat16 for GGUF")
+    verb.add_argument(
+        "--table-dtype", choices=(*dtypes, "int8", "int4", "fp8"), help="of value tables"
+    )
 
     verb = verbs.add_parser("inspect", help=inspect.__doc__)
     verb.set_defaults(run=inspect)

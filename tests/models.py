@@ -8,13 +8,13 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engine.engine import Engine
-from engine.model.config import ModelConfig
+from engine.model.config import MEMORY_KINDS, MemoryConfig, MixtureConfig, ModelConfig
 from engine.model.transformer import Transformer
 from engine.ops.layout import TokenLayout
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from memory_ops.tables.device import DeviceTable
-from weights.checkpoint import save_checkpoint, table_names
+from weights.checkpoint import save_checkpoint
 from weights.config_json import CheckpointConfig
 from weights.tensor_files import TensorSource
 
@@ -37,6 +37,17 @@ def tiny_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**(values | changes))
 
 
+def feed_forward_changes(*kinds: str, **memory: Any) -> dict[str, Any]:
+    """Changes of ``tiny_config`` to layers of these kinds; ``memory`` changes their memories."""
+    changes: dict[str, Any] = {"num_layers": len(kinds), "feed_forward": kinds}
+    if "moe" in kinds:
+        changes["mixture"] = MixtureConfig(num_experts=5, top_k=2, expert_size=24)
+    if set(kinds) & set(MEMORY_KINDS):
+        values = {"num_heads": 2, "num_subkeys": 8, "top_k": 3, "query_dim": 8, "value_dim": 32}
+        changes["memory"] = MemoryConfig(**(values | memory))
+    return changes
+
+
 def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
     """A model whose logits are far enough apart for greedy choices to be stable."""
     model = Transformer(config).to(dtype)
@@ -44,19 +55,21 @@ def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tra
         torch.nn.init.normal_(parameter, std=0.4)
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    names = table_names(config)
     if config.memory is not None:
         shape = (config.memory.num_rows, config.memory.value_dim)
-        tables = {name: DeviceTable(torch.randn(shape).to(dtype)) for name in set(names.values())}
-        model.attach_tables({layer: tables[name] for layer, name in names.items()})
+        names = config.table_names
+        model.attach_tables({name: DeviceTable(torch.randn(shape).to(dtype)) for name in names})
     return model.eval().requires_grad_(False)
 
 
 def model_tensors(model: Transformer) -> dict[str, torch.Tensor]:
     """Every tensor of a model under its name in a checkpoint, tables included."""
     tensors = dict(model.state_dict())
-    for layer, name in table_names(model.config).items():
-        tensors[name] = model.model.layers[layer].memory.table.table_RV
+    for layer in model.config.memory_layers:
+        names, memory = model.config.layer_tables(layer), model.model.layers[layer].memory
+        tensors[names.values] = memory.table.rows
+        if names.down is not None:
+            tensors[names.down] = memory.down_table.rows
     return tensors
 
 

@@ -13,32 +13,21 @@ import torch
 
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
-from memory_ops.anonymous import anonymous_zeros
-from memory_ops.tables.device import DeviceTable
 from weights.config_json import CheckpointConfig, config_to_json, read_config
 from weights.errors import CheckpointError
+from weights.table_files import load_table, table_shape
 from weights.tensor_files import (
     DTYPES,
+    RECORDS_DTYPE,
     StoredTensor,
     TensorSource,
     list_tensors,
-    read_into,
     read_mapped,
     write_tensors,
 )
 
-SHARED_TABLE = "memory.table"
 # a buffer that old checkpoints carry; rope_theta says the same
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-
-
-def table_names(config: ModelConfig) -> dict[int, str]:
-    """For each memory layer the name of the tensor that holds its table."""
-    if config.memory is None:
-        return {}
-    if config.memory.share_values:
-        return dict.fromkeys(config.memory_layers, SHARED_TABLE)
-    return {layer: f"model.layers.{layer}.memory.table" for layer in config.memory_layers}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -46,7 +35,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in table_names(config).values():
+    for name in config.table_names:
         assert config.memory is not None
         shapes[name] = (config.memory.num_rows, config.memory.value_dim)
     return shapes
@@ -66,7 +55,7 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
     last = f"model.layers.{config.model.num_layers - 1}.input_layernorm.weight"
     if last not in stored:  # before a model of so many layers is described
         raise CheckpointError(f"{folder}: tensor {last} is missing")
-    expected = expected_shapes(config.model)
+    expected, tables = expected_shapes(config.model), config.model.table_names
     for name, tensor in list(stored.items()):
         if _DERIVED.fullmatch(name):
             del stored[name]
@@ -75,12 +64,12 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
             del stored[name]
         elif name not in expected:
             raise CheckpointError(f"{tensor.file}: tensor {name} is unknown to this model")
-        elif tensor.shape != expected[name]:
+        elif (shape := table_shape(tensor) if name in tables else tensor.shape) != expected[name]:
             raise CheckpointError(
-                f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, the config asks for"
+                f"{tensor.file}: tensor {name} has shape {list(shape)}, the config asks for"
                 f" {list(expected[name])}"
             )
-        elif tensor.dtype not in DTYPES:
+        elif tensor.dtype not in DTYPES and not (name in tables and tensor.dtype == RECORDS_DTYPE):
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, not one of"
                 f" {', '.join(DTYPES)}"
@@ -118,13 +107,12 @@ def load_model(folder: Path, dtype: str = "auto") -> tuple[Transformer, Checkpoi
     _allow_descriptors()
     with torch.device("meta"):
         model = Transformer(config.model)
-    tables = table_names(config.model)
-    dense = (tensor for name, tensor in stored.items() if name not in tables.values())
+    tables = config.model.table_names
+    dense = (tensor for name, tensor in stored.items() if name not in tables)
     weights = {tensor.name: read_mapped(tensor).to(chosen) for tensor in dense}
     model.load_state_dict(weights, assign=True)
     if tables:
-        loaded = {name: _load_table(stored[name]) for name in set(tables.values())}
-        model.attach_tables({layer: loaded[name] for layer, name in tables.items()})
+        model.attach_tables({name: load_table(stored[name]) for name in tables})
     return model.eval().requires_grad_(False), config
 
 
@@ -151,7 +139,7 @@ def save_checkpoint(
     """
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already")
-    tables = sorted(set(table_names(config.model).values()))
+    tables = config.model.table_names
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -190,12 +178,6 @@ def _allow_descriptors() -> None:
     """Raise the soft limit, often 1,024: large models have as many mapped tensors."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _load_table(stored: StoredTensor) -> DeviceTable:
-    table_RV = anonymous_zeros(stored.shape, DTYPES[stored.dtype])
-    read_into(stored, table_RV)
-    return DeviceTable(table_RV)
 
 
 def _check_tied_head(stored: Mapping[str, StoredTensor]) -> None:

@@ -1,17 +1,17 @@
 """The folder's config.json: Hugging Face's Llama keys and memplus's own, read strictly."""
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.model.config import MemoryConfig, ModelConfig, RopeScaling
+from engine.model.config import ModelConfig, RopeScaling
 from weights.errors import CheckpointError
+from weights.feed_forward_json import FEED_FORWARD_KEYS, feed_forward_to_json, parse_feed_forward
+from weights.json_fields import typed
 
 FORMAT_VERSION = 1
-_LARGEST = 2**24
 
 # Hugging Face's key -> (our field, its type). A missing key has Hugging Face's own default.
 _FIELDS: dict[str, tuple[str, type]] = {
@@ -32,12 +32,21 @@ _FIELDS: dict[str, tuple[str, type]] = {
 _REQUIRED = tuple(_FIELDS)[:5]
 # keys that change the mathematics: served only with the value that leaves it alone
 _ONLY = {
-    "architectures": (["LlamaForCausalLM"], None),
+    "architectures": (["LlamaForCausalLM"], ["MixtralForCausalLM"], None),
     "hidden_act": ("silu",),
     "memplus_format": (FORMAT_VERSION,),
-    "model_type": ("llama",),
+    "model_type": ("llama", "mixtral"),
     "pretraining_tp": (1,),
     "rope_interleaved": (False,),
+    "router_jitter_noise": (0,),
+    "sliding_window": (None,),
+}
+# what transformers takes where a Mixtral's key is missing, if it differs from Llama's
+_MIXTRAL_DEFAULTS: dict[str, Any] = {
+    "num_kv_heads": 8,
+    "max_positions": 4096 * 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
 }
 # keys that say nothing about how a given sequence of ids is computed
 IGNORED_KEYS = {
@@ -50,6 +59,7 @@ IGNORED_KEYS = {
     "is_llama_config",
     "max_length",
     "max_sequence_length",
+    "output_router_logits",
     "pad_token_id",
     "torch_dtype",
     "transformers.js_config",
@@ -105,7 +115,8 @@ def parse_model(raw: Mapping[str, Any]) -> ModelConfig:
 def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
     """The content of a ``config.json`` that ``read_config`` reads back."""
     model = config.model
-    raw: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    family = "mixtral" if model.mixture is not None else "llama"
+    raw: dict[str, Any] = {"architectures": [f"{family.title()}ForCausalLM"], "model_type": family}
     raw |= {"hidden_act": "silu", "memplus_format": FORMAT_VERSION}
     raw |= {key: getattr(model, name) for key, (name, _) in _FIELDS.items()}
     raw |= {"bos_token_id": config.bos_id, "eos_token_id": sorted(config.eos_ids) or None}
@@ -114,14 +125,11 @@ def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
         scaling = asdict(model.rope_scaling)
         raw["rope_scaling"] = {"rope_type": "llama3"}
         raw["rope_scaling"] |= {key: scaling[name] for key, name in _ROPE_SCALING.items()}
-    if model.memory is not None:
-        layers = {str(layer): model.feed_forward[layer] for layer in model.memory_layers}
-        raw["memory"] = {"layers": layers, **asdict(model.memory)}
-    return raw
+    return raw | feed_forward_to_json(model)
 
 
 def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
-    known = {*_FIELDS, *_ONLY, *IGNORED_KEYS, "rope_scaling", "rope_parameters", "memory"}
+    known = {*_FIELDS, *_ONLY, *IGNORED_KEYS, "rope_scaling", "rope_parameters"} | FEED_FORWARD_KEYS
     for key in raw:
         if key not in known:
             raise ValueError(f"{key}: unknown key, so the model may not be what it seems")
@@ -131,23 +139,26 @@ def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
     values: dict[str, Any] = {}
     for key, (name, kind) in _FIELDS.items():
         if raw.get(key) is not None:
-            values[name] = _typed(key, raw[key], kind)
+            values[name] = typed(key, raw[key], kind)
         elif key in _REQUIRED:
             raise ValueError(f"{key}: missing")
+    if raw.get("model_type") == "mixtral":
+        values = _MIXTRAL_DEFAULTS | values
     values.setdefault("num_kv_heads", values["num_heads"])
     values.setdefault("head_dim", values["hidden_size"] // max(values["num_heads"], 1))
     values.setdefault("max_positions", 2048)
     values.setdefault("rms_norm_eps", 1e-6)
     values |= _parse_rope(raw)
-    if raw.get("memory") is not None:
-        values |= _parse_memory(raw["memory"], values["num_layers"])
+    values |= parse_feed_forward(raw, values["num_layers"], values["intermediate_size"])
+    if ("mixture" in values) != (raw.get("model_type", "") == "mixtral") and "model_type" in raw:
+        raise ValueError("model_type: experts go with mixtral, and only with it")
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     bos_ids = _ids("bos_token_id", raw.get("bos_token_id"))
     return CheckpointConfig(
         model=ModelConfig(**values),
         eos_ids=_ids("eos_token_id", eos),
         bos_id=min(bos_ids, default=None),
-        dtype=_typed("dtype", dtype, str) if dtype is not None else None,
+        dtype=typed("dtype", dtype, str) if dtype is not None else None,
     )
 
 
@@ -156,16 +167,16 @@ def _parse_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling")
     if scaling is None:
         return {}
-    scaling = dict(_typed("rope_scaling", scaling, dict))
+    scaling = dict(typed("rope_scaling", scaling, dict))
     values: dict[str, Any] = {}
     if "rope_theta" in scaling:
-        values["rope_theta"] = _typed("rope_theta", scaling.pop("rope_theta"), float)
+        values["rope_theta"] = typed("rope_theta", scaling.pop("rope_theta"), float)
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
     if kind == "llama3":
         if set(scaling) != set(_ROPE_SCALING):
             raise ValueError(f"rope_scaling: llama3 takes {', '.join(_ROPE_SCALING)}")
-        named = {name: _typed(key, scaling[key], float) for key, name in _ROPE_SCALING.items()}
+        named = {name: typed(key, scaling[key], float) for key, name in _ROPE_SCALING.items()}
         named["original_max_position"] = int(named["original_max_position"])
         values["rope_scaling"] = RopeScaling(**named)
     elif kind != "default" or scaling:
@@ -173,42 +184,11 @@ def _parse_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _parse_memory(raw: object, num_layers: int) -> dict[str, Any]:
-    values = dict(_typed("memory", raw, dict))
-    layers = _typed("memory.layers", values.pop("layers", None), dict)
-    types = {field.name: field.type for field in fields(MemoryConfig)}
-    required = {field.name for field in fields(MemoryConfig) if field.default is MISSING}
-    for key in values:
-        if key not in types:
-            raise ValueError(f"memory.{key}: unknown key")
-    for key in sorted(required - set(values)):
-        raise ValueError(f"memory.{key}: missing")
-    for key, value in values.items():
-        kind = types[key]
-        assert isinstance(kind, type)  # no annotation there is a string or a union
-        _typed(f"memory.{key}", value, kind)
-    kinds = ["dense"] * num_layers
-    for layer, kind_name in layers.items():
-        if not (layer.isascii() and layer.isdigit() and int(layer) < num_layers):
-            raise ValueError(f"memory.layers: there is no layer {layer!r} of {num_layers}")
-        kinds[int(layer)] = _typed(f"memory.layers.{layer}", kind_name, str)
-    return {"memory": MemoryConfig(**values), "feed_forward": tuple(kinds)}
-
-
 def _ids(key: str, value: object) -> frozenset[int]:
     if value is None:
         return frozenset()
     ids = value if isinstance(value, list) else [value]
-    return frozenset(_typed(key, token_id, int) for token_id in ids)
-
-
-def _typed(key: str, value: Any, kind: type) -> Any:
-    number = kind is float and isinstance(value, int)
-    if not (isinstance(value, kind) or number) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{key}: expected {kind.__name__}, got {value!r}")
-    if (kind is int and abs(value) > _LARGEST) or (kind is float and not math.isfinite(value)):
-        raise ValueError(f"{key}: {value!r} is larger than any model's")
-    return value
+    return frozenset(typed(key, token_id, int) for token_id in ids)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from weights.checkpoint import expected_shapes, open_checkpoint, save_checkpoint, table_names
+from memory_ops.row_formats import ROW_FORMATS
+from weights.checkpoint import expected_shapes, open_checkpoint, save_checkpoint
 from weights.errors import CheckpointError
 from weights.importers.gguf import ImportedModel, read_gguf
-from weights.tensor_files import DTYPES, TensorSource, read_mapped
+from weights.table_files import records_source, stored_format
+from weights.tensor_files import DTYPES, StoredTensor, TensorSource, read_mapped
 from weights.tokenizer import TOKENIZER_FILES
 
 OUTPUT_DTYPES = {
@@ -20,20 +23,26 @@ OUTPUT_DTYPES = {
 }
 
 
-def convert(source: Path, target: Path, dtype: str | None = None) -> None:
+def convert(
+    source: Path, target: Path, dtype: str | None = None, table_dtype: str | None = None
+) -> None:
     """Write ``source`` (a ``.gguf`` file or a checkpoint folder) as the new folder ``target``.
 
     ``dtype`` is one of ``OUTPUT_DTYPES``; without it a folder keeps the dtype of each tensor and a
-    GGUF file becomes bfloat16. One tensor is in memory at a time; progress goes to stderr.
+    GGUF file becomes bfloat16. ``table_dtype`` is that of value tables, where it differs: a row
+    format too. One tensor is in memory at a time; progress goes to stderr.
 
     Raises:
         CheckpointError: the source is not understood, or the target exists.
-        ValueError: ``dtype`` is none of those.
+        ValueError: a dtype is none of those, or ``table_dtype`` is for a model without tables, or
+            of tables that are of few bits already.
     """
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(OUTPUT_DTYPES)}")
     if source.is_dir():
-        imported = read_folder(source, dtype)
+        imported = read_folder(source, dtype, table_dtype)
+    elif table_dtype is not None:
+        raise ValueError(f"table_dtype: {source} has no tables")
     elif source.suffix == ".gguf":
         imported = read_gguf(source, OUTPUT_DTYPES[dtype or "bfloat16"])
     else:
@@ -46,27 +55,50 @@ def convert(source: Path, target: Path, dtype: str | None = None) -> None:
         save_checkpoint(target, config, imported.sources, imported.extra_files, progress.update)
 
 
-def read_folder(folder: Path, dtype: str | None) -> ImportedModel:
-    """A checkpoint folder's parts, its tensors in ``dtype`` or as they are (CheckpointError)."""
+def read_folder(
+    folder: Path, dtype: str | None = None, table_dtype: str | None = None
+) -> ImportedModel:
+    """A checkpoint folder's parts, in other dtypes or as they are; raises as ``convert``."""
     config, stored = open_checkpoint(folder)
-    tables = set(table_names(config.model).values())
-    sources = [
-        TensorSource(
-            name=name,
-            shape=tensor.shape,
-            dtype=OUTPUT_DTYPES[dtype] if dtype is not None else DTYPES[tensor.dtype],
-            load=partial(read_mapped, tensor),
-        )
-        for name, tensor in sorted(stored.items(), key=lambda item: (item[0] in tables, item[0]))
-    ]
+    tables = config.model.table_names
+    if table_dtype is not None and not tables:
+        raise ValueError(f"table_dtype: {folder} has no tables")
+    dense = [_dense(tensor, dtype) for name, tensor in stored.items() if name not in tables]
+    sources = sorted(dense, key=attrgetter("name"))
+    sources += [_table(stored[name], table_dtype or dtype, table_dtype) for name in tables]
     files = {name: folder / name for name in (*TOKENIZER_FILES, "generation_config.json")}
     extra_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
     return ImportedModel(config, sources, extra_files)
 
 
+def _dense(stored: StoredTensor, dtype: str | None) -> TensorSource:
+    chosen = OUTPUT_DTYPES[dtype] if dtype is not None else DTYPES[stored.dtype]
+    return TensorSource(stored.name, stored.shape, chosen, partial(read_mapped, stored))
+
+
+def _table(stored: StoredTensor, dtype: str | None, asked: str | None) -> TensorSource:
+    """A table in ``dtype``; records stay as they are, unless another was ``asked`` for."""
+    if (records := stored_format(stored)) is not None:
+        if asked not in (None, records[0]):
+            raise ValueError(f"table_dtype: {stored.file} has rows of {records[0]} already")
+        load = partial(read_mapped, stored)
+        return TensorSource(stored.name, stored.shape, torch.uint8, load, stored.metadata)
+    if dtype in ROW_FORMATS:
+        return records_source(_dense(stored, None), dtype)
+    if dtype is not None and dtype not in OUTPUT_DTYPES:
+        allowed = ", ".join((*OUTPUT_DTYPES, *ROW_FORMATS))
+        raise ValueError(f"table_dtype: {dtype!r} is not one of {allowed}")
+    return _dense(stored, dtype)
+
+
 def _check_whole(path: Path, imported: ImportedModel) -> None:
     expected = expected_shapes(imported.config.model)
-    found = {source.name: source.shape for source in imported.sources}
+    tables = imported.config.model.table_names
+    # a table's shape was checked as it was opened, whatever its format
+    found = {
+        one.name: expected[one.name] if one.name in tables else one.shape
+        for one in imported.sources
+    }
     for name in sorted(set(expected) | set(found)):
         if expected.get(name) != found.get(name):
             wanted, got = expected.get(name, "nothing"), found.get(name, "nothing")

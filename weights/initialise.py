@@ -24,7 +24,7 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
         elif isinstance(module, nn.Embedding):
             _draw(module.weight, module.weight.shape[1], generator)
         elif isinstance(module, nn.Linear):
-            ends_branch = name.endswith(("o_proj", "down_proj"))
+            ends_branch = name.endswith(("o_proj", "down_proj", "w2"))
             inputs = module.weight.shape[1] * (branches if ends_branch else 1)
             _draw(module.weight, inputs, generator)
             if module.bias is not None:

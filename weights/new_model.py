@@ -11,9 +11,10 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.tables.trained import TrainedTable
-from weights.checkpoint import open_checkpoint, table_names
+from weights.checkpoint import open_checkpoint
 from weights.config_json import IGNORED_KEYS, config_to_json, parse_model
 from weights.initialise import initialise, initialise_table
+from weights.table_files import read_rows
 from weights.tensor_files import StoredTensor, read_mapped
 
 
@@ -53,16 +54,15 @@ def new_model(
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(config)
     initialise(model, generator)
-    names = table_names(config)
     memory = config.memory
     tables: dict[str, TrainedTable] = {}
-    for name in dict.fromkeys(names.values()):
+    for name in config.table_names:
         assert memory is not None
         table_RV = anonymous_zeros((memory.num_rows, memory.value_dim), torch.float32)
         initialise_table(table_RV, generator)
         tables[name] = TrainedTable(table_RV)
     if tables:
-        model.attach_tables({layer: tables[name] for layer, name in names.items()})
+        model.attach_tables(tables)
     if init_from:
         _, stored = open_checkpoint(Path(init_from))
         _take(model, tables, stored, init_from)
@@ -81,11 +81,12 @@ def _take(
         if name not in stored:
             if ".memory." not in name and name not in tables:
                 raise ConfigError(f"run.init_from: {folder} has no tensor {name}")
-        elif stored[name].shape != tuple(tensor.shape):
-            found = list(stored[name].shape)
+            continue
+        held = read_rows(stored[name]) if name in tables else read_mapped(stored[name])
+        if held.shape != tensor.shape:
+            found = list(held.shape)
             raise ConfigError(
                 f"run.init_from: tensor {name} of {folder} has shape {found}, the model"
                 f" {list(tensor.shape)}"
             )
-        else:
-            tensor.copy_(read_mapped(stored[name]))
+        tensor.copy_(held)

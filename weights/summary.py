@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.model.config import ModelConfig
-from weights.checkpoint import open_checkpoint, table_names
+from weights.checkpoint import open_checkpoint
+from weights.table_files import stored_format, table_shape
 from weights.tensor_files import StoredTensor
 
 
@@ -27,7 +28,8 @@ class Summary:
         config: its shapes.
         dense: everything but the tables.
         table: the value tables.
-        active: parameters that one token uses: the dense ones and the table rows it reads.
+        active: parameters that one token uses: the dense ones but for experts not chosen, and the
+            table rows it reads.
     """
 
     config: ModelConfig
@@ -43,15 +45,11 @@ def summarize(folder: Path) -> Summary:
         CheckpointError: as ``weights.checkpoint.open_checkpoint``.
     """
     config, stored = open_checkpoint(folder)
-    tables = set(table_names(config.model).values())
+    tables = config.model.table_names
     dense = _count(tensor for name, tensor in stored.items() if name not in tables)
     table = _count(tensor for name, tensor in stored.items() if name in tables)
-    read = 0
-    memory = config.model.memory
-    if memory is not None:
-        rows = memory.num_heads * memory.top_k * len(config.model.memory_layers)
-        read = rows * memory.value_dim
-    return Summary(config.model, dense, table, dense.parameters + read)
+    active = dense.parameters + _rows_read(config.model) - _idle_experts(config.model)
+    return Summary(config.model, dense, table, active)
 
 
 def describe(summary: Summary) -> str:
@@ -72,19 +70,48 @@ def describe(summary: Summary) -> str:
             f"memory        {tables} of {memory.num_rows:,} rows x {memory.value_dim},"
             f" {memory.num_heads} heads x {memory.top_k} rows a token"
         ]
+    if config.mixture is not None:
+        mixture = config.mixture
+        lines += [
+            f"experts       {mixture.top_k} of {mixture.num_experts} a token,"
+            f" {mixture.expert_size} wide"
+        ]
     lines.append(f"active        {summary.active:,} parameters a token")
     lines.append(f"dense         {_counted(summary.dense)}")
     lines.append(f"table         {_counted(summary.table)}")
     return "\n".join(lines)
 
 
+def _rows_read(config: ModelConfig) -> int:
+    """Values of the rows that a token reads in all memory layers."""
+    memory = config.memory
+    if memory is None:
+        return 0
+    tables = len(config.memory_layers) + config.feed_forward.count("peer")
+    return tables * memory.num_heads * memory.top_k * memory.value_dim
+
+
+def _idle_experts(config: ModelConfig) -> int:
+    """Parameters of the experts that a token does not choose, in all layers."""
+    mixture = config.mixture
+    if mixture is None:
+        return 0
+    expert = 3 * config.hidden_size * mixture.expert_size
+    return config.feed_forward.count("moe") * (mixture.num_experts - mixture.top_k) * expert
+
+
 def _count(tensors: Iterable[StoredTensor]) -> Count:
     found = list(tensors)
     return Count(
-        parameters=sum(math.prod(tensor.shape) for tensor in found),
+        parameters=sum(math.prod(table_shape(tensor)) for tensor in found),
         num_bytes=sum(tensor.num_bytes for tensor in found),
-        dtypes=tuple(sorted({tensor.dtype for tensor in found})),
+        dtypes=tuple(sorted({_format(tensor) for tensor in found})),
     )
+
+
+def _format(tensor: StoredTensor) -> str:
+    records = stored_format(tensor)
+    return tensor.dtype if records is None else records[0]
 
 
 def _kinds(config: ModelConfig) -> str:

@@ -5,8 +5,8 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor
 from weights.errors import CheckpointError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+RECORDS_DTYPE = "U8"
+_STORED = DTYPES | {RECORDS_DTYPE: torch.uint8}
+_CODES = {dtype: code for code, dtype in _STORED.items()}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # table rows start on a page, so that direct reads and maps of them are aligned
 _DATA_ALIGNMENT = 4096
@@ -29,7 +31,10 @@ _NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 1
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies in a file: ``num_bytes`` from ``offset``, dtype in safetensors' code."""
+    """A tensor that lies in a file: ``num_bytes`` from ``offset``, dtype in safetensors' code.
+
+    ``metadata`` is the file's.
+    """
 
     name: str
     file: Path
@@ -37,16 +42,21 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor that can be made when its turn to be written comes."""
+    """A tensor that can be made when its turn to be written comes.
+
+    ``metadata`` is added to that of its file.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -76,7 +86,7 @@ def read_mapped(stored: StoredTensor) -> Tensor:
         CheckpointError: the file cannot be opened or mapped, or ends too early.
     """
     if stored.num_bytes < _LEAST_MAPPED:
-        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        tensor = torch.empty(stored.shape, dtype=_STORED[stored.dtype])
         read_into(stored, tensor)
         return tensor
     before = stored.offset % mmap.ALLOCATIONGRANULARITY
@@ -92,7 +102,7 @@ def read_mapped(stored: StoredTensor) -> Tensor:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{stored.file}: tensor {stored.name}: {error}") from None
     values = torch.frombuffer(
-        memory, dtype=DTYPES[stored.dtype], count=math.prod(stored.shape), offset=before
+        memory, dtype=_STORED[stored.dtype], count=math.prod(stored.shape), offset=before
     )
     return values.view(stored.shape)
 
@@ -127,9 +137,11 @@ def write_tensors(path: Path, sources: list[TensorSource], written: Callable[[in
 
     ``written`` is told the bytes of every tensor once they are in the file; the file is fsynced.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    metadata = {"format": "pt"}
+    header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for source in sources:
+        metadata |= source.metadata
         start, end = end, end + source.dtype.itemsize * torch.Size(source.shape).numel()
         header[source.name] = {
             "dtype": _CODES[source.dtype],
@@ -192,7 +204,7 @@ def list_file(path: Path) -> list[StoredTensor]:
             f"{path}: not a whole safetensors file ({error}); pickled or truncated weights are"
             " not read"
         ) from None
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
     return [
         StoredTensor(
             name=name,
@@ -201,6 +213,7 @@ def list_file(path: Path) -> list[StoredTensor]:
             shape=tuple(entry["shape"]),
             offset=8 + length + entry["data_offsets"][0],
             num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+            metadata=metadata,
         )
         for name, entry in header.items()
     ]

@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from weights.errors import TrainingError
-from weights.loss import summed_loss
+from weights.loss import batch_loss
 from weights.new_model import model_config, new_model
 from weights.optimizer import Optimizer
 from weights.run_record import check_record
@@ -115,7 +115,7 @@ class Trainer:
             passes = max(1, min(_EVALUATED_TOKENS, len(self._validation.ids)) // size)
             dtype = _DTYPES[config.run.dtype]
             total = sum(
-                float(summed_loss(self._model, stream.next(size), dtype)) for _ in range(passes)
+                float(batch_loss(self._model, stream.next(size), dtype).nats) for _ in range(passes)
             )
             loss = total / (passes * size)
             found |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -129,11 +129,11 @@ class Trainer:
         size = run.tokens_per_step // run.passes_per_step
         total = 0.0
         for _ in range(run.passes_per_step):
-            loss = summed_loss(self._model, self._stream.next(size), _DTYPES[run.dtype])
-            value = float(loss.detach())
+            loss = batch_loss(self._model, self._stream.next(size), _DTYPES[run.dtype])
+            value = float(loss.nats.detach())
             if not math.isfinite(value):
                 raise TrainingError(f"step {step}: the loss is {value}")
-            (loss / run.tokens_per_step).backward()  # type: ignore[no-untyped-call]
+            (loss.total / run.tokens_per_step).backward()  # type: ignore[no-untyped-call]
             total += value
         share = lr_share(self._config.optimizer, step, run.steps)
         try:

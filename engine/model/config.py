@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
-MEMORY_KINDS = ("memory_plus", "pkm")
-FEED_FORWARD_KINDS = ("dense", *MEMORY_KINDS)
+MEMORY_KINDS = ("memory_plus", "pkm", "peer")
+FEED_FORWARD_KINDS = ("dense", "moe", *MEMORY_KINDS)
+# what checkpoints call tables: of value rows, and of the rows that PEER's experts read x by
+_TABLE, _DOWN_TABLE = "memory.table", "memory.down_table"
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,48 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class MixtureConfig:
+    """A mixture of SwiGLU experts of which a router chooses some for each token, as Mixtral does.
+
+    Attributes:
+        num_experts: E.
+        top_k: experts a token.
+        expert_size: width of one expert.
+        router_loss_weight: of the load-balancing loss, in training.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_size: int
+    router_loss_weight: float = 0.001
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_experts", "top_k", "expert_size")
+        if self.num_experts > 4096:
+            raise ValueError(f"num_local_experts: {self.num_experts} is more than 4096")
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok: {self.top_k} exceeds num_local_experts {self.num_experts}"
+            )
+        if self.router_loss_weight < 0:
+            raise ValueError(f"router_aux_loss_coef: {self.router_loss_weight} is less than 0")
+
+
+@dataclass(frozen=True)
+class LayerTables:
+    """Names of the tables that a memory layer reads; ``down`` is PEER's alone."""
+
+    values: str
+    down: str | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama family, with Hugging Face's meaning of every width.
 
     ``feed_forward`` names each layer's kind, one of ``FEED_FORWARD_KINDS``; empty means all dense.
-    ``memory`` is given exactly where some layer is a memory layer.
+    ``memory`` is given exactly where some layer is a memory layer, ``mixture`` where some is
+    ``moe``.
     """
 
     vocab_size: int
@@ -91,6 +130,7 @@ class ModelConfig:
     mlp_bias: bool = False
     feed_forward: tuple[str, ...] = ()
     memory: MemoryConfig | None = None
+    mixture: MixtureConfig | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
@@ -116,21 +156,41 @@ class ModelConfig:
                 raise ValueError(f"feed_forward: {kind!r} is not one of {allowed}")
         if bool(self.memory_layers) != (self.memory is not None):
             raise ValueError("memory: goes with layers of a memory kind, and only with them")
-        if self.memory is None:
-            return
-        projection, has_pkm = self.memory.value_projection, "pkm" in self.feed_forward
+        if ("moe" in self.feed_forward) != (self.mixture is not None):
+            raise ValueError("num_local_experts: goes with moe layers, and only with them")
+        if self.memory is not None:
+            self._check_memory(self.memory)
+
+    def _check_memory(self, memory: MemoryConfig) -> None:
+        projection, has_pkm = memory.value_projection, "pkm" in self.feed_forward
         if projection and not has_pkm:
             raise ValueError("value_projection: only pkm layers have the choice")
-        if has_pkm and not projection and self.memory.value_dim != self.hidden_size:
-            raise ValueError(
-                f"value_dim: {self.memory.value_dim} differs from hidden_size {self.hidden_size},"
-                " which takes a value_projection"
-            )
+        if memory.value_dim == self.hidden_size:
+            return
+        differs = f"value_dim: {memory.value_dim} differs from hidden_size {self.hidden_size}"
+        if has_pkm and not projection:
+            raise ValueError(f"{differs}, which takes a value_projection")
+        if "peer" in self.feed_forward:
+            raise ValueError(f"{differs}, the width of what peer layers read and give")
 
     @property
     def memory_layers(self) -> tuple[int, ...]:
         """Indices of the layers that have a memory layer."""
         return tuple(i for i, kind in enumerate(self.feed_forward) if kind in MEMORY_KINDS)
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """Names of all tables, each ``[R, V]``."""
+        layers = (self.layer_tables(layer) for layer in self.memory_layers)
+        names = (name for tables in layers for name in (tables.values, tables.down))
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    def layer_tables(self, layer: int) -> LayerTables:
+        """Those of one memory layer."""
+        assert self.memory is not None and layer in self.memory_layers
+        owner = "" if self.memory.share_values else f"model.layers.{layer}."
+        is_peer = self.feed_forward[layer] == "peer"
+        return LayerTables(owner + _TABLE, owner + _DOWN_TABLE if is_peer else None)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values that one token holds over all layers."""

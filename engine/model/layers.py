@@ -4,8 +4,10 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.model.config import ModelConfig
-from engine.model.memory_layer import MemoryLayer, MemoryTrace
+from engine.model.memory_layer import MemoryLayer
+from engine.model.mixture import MixtureFeedForward
 from engine.model.norm import RmsNorm
+from engine.model.trace import ForwardTrace
 from engine.model.uninitialised import Linear
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps
@@ -61,7 +63,7 @@ class DenseFeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm block; its feed-forward is ``mlp`` (dense) or ``memory``, never both."""
+    """One pre-norm block; its feed-forward is one of ``mlp``, ``block_sparse_moe``, ``memory``."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -69,10 +71,16 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, self.input_layernorm)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: DenseFeedForward | None = None
+        self.block_sparse_moe: MixtureFeedForward | None = None
         self.memory: MemoryLayer | None = None
         kind = config.feed_forward[layer]
         if kind == "dense":
             self.mlp = DenseFeedForward(config, self.post_attention_layernorm)
+        elif kind == "moe":
+            assert config.mixture is not None  # ModelConfig checked it
+            self.block_sparse_moe = MixtureFeedForward(
+                config.mixture, config.hidden_size, self.post_attention_layernorm
+            )
         else:
             assert config.memory is not None  # ModelConfig checked it
             self.memory = MemoryLayer(
@@ -89,6 +97,9 @@ class DecoderLayer(nn.Module):
         if self.mlp is not None:
             mlp = self.mlp
             return LayerProducts(*attention, mlp.gate_up.pack(native), mlp.down.pack(native))
+        if self.block_sparse_moe is not None:
+            self.block_sparse_moe.pack(native)
+            return LayerProducts(*attention)
         assert self.memory is not None
         return LayerProducts(*attention, memory=self.memory.pack(native))
 
@@ -98,11 +109,17 @@ class DecoderLayer(nn.Module):
         layout: TokenLayout,
         angles: tuple[Tensor, Tensor],
         kv_blocks: Tensor | None,
-        trace: list[MemoryTrace] | None,
+        trace: ForwardTrace | None,
     ) -> Tensor:
         """Return the new residual stream."""
         residual_TD = self.self_attn(residual_TD, layout, angles, kv_blocks)
+        return self.feed_forward(residual_TD, trace)
+
+    def feed_forward(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
+        """Return the new residual stream, after the layer's second half."""
         if self.mlp is not None:
             return self.mlp(residual_TD)  # type: ignore[no-any-return]
+        if self.block_sparse_moe is not None:
+            return self.block_sparse_moe(residual_TD, trace)  # type: ignore[no-any-return]
         assert self.memory is not None
         return self.memory(residual_TD, trace, residual_TD)  # type: ignore[no-any-return]

@@ -4,15 +4,15 @@ Formulas and symbols are those of "Memory Layers at Scale" (arXiv 2412.09764); H
 subkeys per half, K rows per head, k query width per head, V value width, T tokens, D model width.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import memory_ops
 from engine import ops
 from engine.model.config import MemoryConfig
 from engine.model.norm import RmsNorm
+from engine.model.trace import ForwardTrace, MemoryTrace
 from engine.model.uninitialised import Linear
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_memory import PackedMemory
@@ -21,24 +21,17 @@ from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.value_table import ValueTable
 
 
-@dataclass(frozen=True)
-class MemoryTrace:
-    """What one memory layer read: int64 ``rows_THK`` and their ``weights_THK``, ``[T, H, K]``."""
-
-    rows_THK: Tensor
-    weights_THK: Tensor
-
-
 class MemoryLayer(nn.Module):
     """A feed-forward that reads K rows per head from a table of N * N.
 
         q = Wq x + bq;  rows, w = product top-K of (subkeys . q);  m = sum w * table[row]
         memory_plus:  y = Wv (m * silu(Wg x + bg)) + bv
         pkm:          y = m, or Wv m + bv
+        peer:         y = sum w * gelu(down[row] . x) * table[row]   (arXiv 2407.04153)
         output gate:  y = sigmoid(w_o x + b_o) * y
 
-    The value table is not the layer's own: it may be shared, and lies where its tier holds it. It
-    must be attached before the first forward.
+    The tables are not the layer's own: they may be shared, and lie where their tier holds them.
+    They must be attached before the first forward.
     """
 
     def __init__(
@@ -49,7 +42,7 @@ class MemoryLayer(nn.Module):
         norm_eps: float,
         norm: RmsNorm | None = None,
     ) -> None:
-        """Make a layer of ``kind`` ``memory_plus`` or ``pkm``, parameters uninitialised.
+        """Make a layer of a ``kind`` of ``MEMORY_KINDS``, parameters uninitialised.
 
         ``norm``, the decoder layer's own, is applied to what comes in.
         """
@@ -62,7 +55,7 @@ class MemoryLayer(nn.Module):
         self.subkeys = nn.Parameter(torch.empty(config.num_heads, 2, config.num_subkeys, half_dim))
         self.query_norm = nn.Parameter(torch.empty(2, half_dim)) if config.qk_norm else None
         gated = kind == "memory_plus"
-        projected = gated or config.value_projection
+        projected = gated or (kind == "pkm" and config.value_projection)
         self.gate = Linear(hidden_size, config.value_dim) if gated else None
         self.value_proj = Linear(config.value_dim, hidden_size) if projected else None
         self.output_gate = Linear(hidden_size, 1) if config.output_gate else None
@@ -73,7 +66,10 @@ class MemoryLayer(nn.Module):
         self.output_gates = (
             ops.Projection(self.output_gate, norm=norm) if self.output_gate is not None else None
         )
+        self.is_peer = kind == "peer"
+        self._norm = (norm,)  # the decoder layer's, and no part of this module
         self._table: ValueTable | None = None
+        self._down_table: ValueTable | None = None
 
     @property
     def table(self) -> ValueTable:
@@ -81,10 +77,16 @@ class MemoryLayer(nn.Module):
         assert self._table is not None, "no value table was attached to this memory layer"
         return self._table
 
-    def attach(self, table: ValueTable) -> None:
-        """Read rows from this table, from before ``pack`` on; the caller has checked its shape."""
-        assert self.keys.packed is None
-        self._table = table
+    @property
+    def down_table(self) -> ValueTable:
+        """The attached table of what PEER's experts multiply x with."""
+        assert self._down_table is not None, "no table of this kind was attached"
+        return self._down_table
+
+    def attach(self, table: ValueTable, down_table: ValueTable | None = None) -> None:
+        """Read rows from these tables, from before ``pack`` on; the caller has checked shapes."""
+        assert self.keys.packed is None and (down_table is not None) == self.is_peer
+        self._table, self._down_table = table, down_table
 
     def pack(self, native: NativeOps) -> PackedMemory | None:
         """Lay the weights out for serving; see ``Projection.pack``.
@@ -101,10 +103,10 @@ class MemoryLayer(nn.Module):
         # what only derives from a device table may read its rows in its own way
         if values is None or type(self.table) is not DeviceTable:
             return None
-        if not is_fit_for_cpu(self.table.table_RV, self.num_subkeys, self.top_k):
+        if not is_fit_for_cpu(self.table.rows, self.num_subkeys, self.top_k):
             return None
         return PackedMemory(
-            self.table.table_RV,
+            self.table.rows,
             self.num_heads,
             self.top_k,
             query=query,
@@ -120,7 +122,7 @@ class MemoryLayer(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
-        trace: list[MemoryTrace] | None = None,
+        trace: ForwardTrace | None = None,
         residual_TD: Tensor | None = None,
     ) -> Tensor:
         """Return ``y``, ``[T, D]`` in the dtype of ``x``, added to the residual stream if given.
@@ -129,7 +131,9 @@ class MemoryLayer(nn.Module):
         """
         rows_THK, weights_THK = memory_ops.product_topk(self.half_scores(x_TD), self.top_k)
         if trace is not None:
-            trace.append(MemoryTrace(rows_THK, weights_THK))
+            trace.memory.append(MemoryTrace(rows_THK, weights_THK))
+        if self.is_peer:
+            weights_THK = weights_THK * self._activations(x_TD, rows_THK)
         lookup = self.table.start(rows_THK, weights_THK)
         # the table may still be fetching: what does not depend on the rows runs meanwhile
         gate_TV = ops.linear(x_TD, self.gates) if self.gates is not None else None
@@ -142,3 +146,9 @@ class MemoryLayer(nn.Module):
         if gate_T1 is not None:
             y_TD = gate_T1.sigmoid() * y_TD
         return y_TD if residual_TD is None else residual_TD + y_TD
+
+    def _activations(self, x_TD: Tensor, rows_THK: Tensor) -> Tensor:
+        self.table.hint(rows_THK)
+        (norm,) = self._norm
+        normed_TD = norm(x_TD) if norm is not None else x_TD
+        return functional.gelu(self.down_table.start_dots(rows_THK, normed_TD).finish())

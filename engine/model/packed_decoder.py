@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from engine.model.layers import DecoderLayer
-from engine.model.memory_layer import MemoryTrace
+from engine.model.trace import ForwardTrace, MemoryTrace
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_layers import PackedLayers
@@ -22,13 +22,9 @@ class PackedDecoder:
 
     def __init__(self, layers: nn.ModuleList, num_heads: int, native: NativeOps) -> None:
         self._native = native
-        self._memories = []
-        products = []
-        for layer in layers:
-            assert isinstance(layer, DecoderLayer)
-            products.append(layer.pack(native))
-            self._memories.append(layer.memory)
-        # those that the native calls leave out
+        self._decoders = [layer for layer in layers if isinstance(layer, DecoderLayer)]
+        products = [layer.pack(native) for layer in self._decoders]
+        # those whose feed-forward the native calls leave out
         self._apart = [own.gate_up is None and own.memory is None for own in products]
         self._layers = PackedLayers(products, num_heads)
         self._runs = self._joined([own.num_bytes for own in products])
@@ -39,40 +35,36 @@ class PackedDecoder:
         layout: TokenLayout,
         angles: tuple[Tensor, Tensor],
         kv_blocks: Tensor,
-        trace: list[MemoryTrace] | None,
+        trace: ForwardTrace | None,
         on_layers: Callable[[], None],
     ) -> Tensor:
         """Return what the last layer leaves; the arguments are those of ``Transformer.forward``."""
         assert layout.paged is not None
         runs = self._runs
         if residual_TD.shape[0] > _FEW_TOKENS:
-            runs = [range(i, i + 1) for i in range(len(self._memories))]
+            runs = [range(i, i + 1) for i in range(len(self._decoders))]
         for run in runs:
             read = self._native.decoder_layers(
                 self._layers, run, residual_TD, angles, layout, layout.paged, kv_blocks
             )
             self._count(run, read, trace)
-            memory = self._memories[run[-1]]
             if self._apart[run[-1]]:
-                assert memory is not None
-                residual_TD = memory(residual_TD, trace, residual_TD)
+                residual_TD = self._decoders[run[-1]].feed_forward(residual_TD, trace)
             on_layers()
         return residual_TD
 
-    def _count(
-        self, run: range, read: tuple[Tensor, Tensor], trace: list[MemoryTrace] | None
-    ) -> None:
+    def _count(self, run: range, read: tuple[Tensor, Tensor], trace: ForwardTrace | None) -> None:
         """Tell the tables, and the trace, what the memories of a native call have read."""
-        inside = (self._memories[layer] for layer in run if not self._apart[layer])
+        inside = (self._decoders[layer].memory for layer in run if not self._apart[layer])
         memories = [memory for memory in inside if memory is not None]
         for memory, rows_THK, weights_THK in zip(memories, *read, strict=True):
             assert isinstance(memory.table, DeviceTable)
             memory.table.count(rows_THK)
             if trace is not None:
-                trace.append(MemoryTrace(rows_THK, weights_THK))
+                trace.memory.append(MemoryTrace(rows_THK, weights_THK))
 
     def _joined(self, num_bytes: Sequence[int]) -> list[range]:
-        """The layers in runs that end where they have grown large, or with a memory apart."""
+        """The layers in runs that end where they have grown large, or with a feed-forward apart."""
         runs, first, size = [], 0, 0
         for index, own in enumerate(num_bytes):
             size += own

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from engine import ops
 from engine.model.config import ModelConfig
 from engine.model.layers import DecoderLayer
-from engine.model.memory_layer import MemoryTrace
 from engine.model.norm import RmsNorm
 from engine.model.packed_decoder import PackedDecoder
 from engine.model.rotary import rope_angles, rope_frequencies
+from engine.model.trace import ForwardTrace, MemoryTrace
 from engine.model.uninitialised import Embedding, Linear
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import native_ops
@@ -26,11 +26,13 @@ class ForwardOutput:
         logits_LV: ``[positions asked for, vocabulary]``.
         hidden_LD: the last norm's output at these positions, where it was asked for.
         memory: by layer what its memory read for all T tokens, where a trace was asked for.
+        router_logits: of each mixture of experts, for all T tokens, likewise.
     """
 
     logits_LV: Tensor
     hidden_LD: Tensor | None
     memory: Mapping[int, MemoryTrace]
+    router_logits: tuple[Tensor, ...]
 
 
 def _run(layer: nn.Module, *arguments: object) -> Tensor:
@@ -75,27 +77,28 @@ class Transformer(nn.Module):
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
         self.rope_frequencies: Tensor
 
-    def attach_tables(self, tables: Mapping[int, ValueTable]) -> None:
-        """Give each memory layer its value table; shared tables are the same object.
+    def attach_tables(self, tables: Mapping[str, ValueTable]) -> None:
+        """Give the memory layers their tables, by the names of ``ModelConfig.table_names``.
 
         Raises:
-            ValueError: a memory layer gets no table, a table no memory layer, or a wrong shape; or
-                the model is packed, tables included.
+            ValueError: a table is missing, unknown, or of a wrong shape; or the model is packed,
+                tables included.
         """
         if self._packed_layers is not None:
             raise ValueError("tables: the model is packed, with those that it has")
-        memory = self.config.memory
-        if memory is None or set(tables) != set(self.config.memory_layers):
-            wanted, given = list(self.config.memory_layers), sorted(tables)
-            raise ValueError(f"tables: the memory layers are {wanted}, tables came for {given}")
-        for layer, table in tables.items():
+        wanted, memory = self.config.table_names, self.config.memory
+        if set(tables) != set(wanted):
+            raise ValueError(f"tables: expected {list(wanted)}, got {sorted(tables)}")
+        for name, table in tables.items():
+            assert memory is not None
             shape = (table.num_rows, table.value_dim)
             if shape != (memory.num_rows, memory.value_dim):
                 wanted_shape = (memory.num_rows, memory.value_dim)
-                raise ValueError(f"tables: layer {layer} needs {wanted_shape}, got {shape}")
-            block = self.model.layers[layer]
+                raise ValueError(f"tables: {name} needs {wanted_shape}, got {shape}")
+        for layer in self.config.memory_layers:
+            block, names = self.model.layers[layer], self.config.layer_tables(layer)
             assert isinstance(block, DecoderLayer) and block.memory is not None
-            block.memory.attach(table)
+            block.memory.attach(tables[names.values], tables.get(names.down or ""))
 
     def pack(self) -> None:
         """Lay the weights out for this machine's kernels, where it has any.
@@ -129,12 +132,12 @@ class Transformer(nn.Module):
             kv_blocks: ``[layers, blocks, 2, G, block_size, E]``, changed in place; given exactly
                 when ``layout.paged`` is.
             with_hidden: whether the output has what the logits are made of.
-            with_trace: whether the output tells what the memory layers read.
+            with_trace: whether the output tells what memory layers read and routers said.
             on_layers: called after each layer, or a few that take no longer than a large one.
         """
         residual_TD = self.model.embed_tokens(ids_T)
         angles = rope_angles(layout.positions_T, self.rope_frequencies)
-        trace: list[MemoryTrace] | None = [] if with_trace else None
+        trace = ForwardTrace() if with_trace else None
         on_layers = on_layers or (lambda: None)
         if self._packed_layers is not None and kv_blocks is not None:
             residual_TD = self._packed_layers.run(
@@ -149,5 +152,6 @@ class Transformer(nn.Module):
         return ForwardOutput(
             ops.linear(residual_LD, self.head),
             self.model.norm(residual_LD) if with_hidden else None,
-            dict(zip(self.config.memory_layers, trace or (), strict=False)),
+            dict(zip(self.config.memory_layers, trace.memory, strict=True)) if trace else {},
+            tuple(trace.router_logits) if trace else (),
         )

@@ -74,15 +74,21 @@ def attend(
 
 
 def _attend_whole(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, layout: TokenLayout) -> Tensor:
-    outs = []
-    for places_SL, is_token_SL in layout.groups.rectangles:
+    if not q_THE.shape[0]:
+        return torch.empty_like(q_THE)
+    groups, outs = layout.groups, []
+    spread = (groups.spread(x_TGE.flatten(1)) for x_TGE in (q_THE, k_TGE, v_TGE))
+    for q_SLF, k_SLF, v_SLF in zip(*spread, strict=True):
+        q_SHLE, k_SGLE, v_SGLE = (
+            x_SLF.unflatten(2, (-1, q_THE.shape[2])).transpose(1, 2)
+            for x_SLF in (q_SLF, k_SLF, v_SLF)
+        )
         # what stands behind a sequence's end is seen by nothing that is kept
-        q_SHLE, k_SGLE, v_SGLE = (x[places_SL].transpose(1, 2) for x in (q_THE, k_TGE, v_TGE))
         out_SHLE = torch.nn.functional.scaled_dot_product_attention(
             q_SHLE, k_SGLE, v_SGLE, is_causal=True, enable_gqa=True
         )
-        outs.append(out_SHLE.transpose(1, 2)[is_token_SL])
-    return torch.cat(outs)[layout.groups.order_T] if outs else torch.empty_like(q_THE)
+        outs.append(out_SHLE.transpose(1, 2).flatten(2))
+    return groups.gather(outs).view_as(q_THE)
 
 
 def _read_blocks(kv_blocks: Tensor, block_ids_B: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -1,35 +1,66 @@
 """Sequences of about the same length, side by side in rectangles: what batched attention takes."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Rectangle(NamedTuple):
-    """S sequences of up to L tokens.
-
-    Attributes:
-        places_SL: int64, where their tokens lie in the ragged batch; after a sequence's end its
-            last token again.
-        is_token_SL: where there is one.
-    """
-
-    places_SL: Tensor
-    is_token_SL: Tensor
-
-
 class SequenceGroups(NamedTuple):
-    """All sequences of a batch, no rectangle more than half empty.
+    """All sequences of a batch in rectangles, none more than half empty, one behind another.
 
     Attributes:
-        rectangles: what they were put in.
-        order_T: int64; the place of each of the batch's tokens among those of all rectangles.
+        shapes: S sequences of up to L tokens, for each rectangle.
+        tokens_C: int64, the token in each cell of all rectangles; after a sequence's end its last
+            one again.
+        is_token_C: where a cell is no such repetition.
+        cells_T: int64, the cell of each token.
     """
 
-    rectangles: tuple[Rectangle, ...]
-    order_T: Tensor
+    shapes: tuple[tuple[int, int], ...]
+    tokens_C: Tensor
+    is_token_C: Tensor
+    cells_T: Tensor
+
+    def spread(self, x_TF: Tensor) -> list[Tensor]:
+        """The rectangles of ``[T, F]``, each ``[S, L, F]``; differentiable."""
+        cells_CF: Tensor = _Spread.apply(x_TF, self)  # type: ignore[no-untyped-call]
+        sizes = [count * length for count, length in self.shapes]
+        parts = torch.split(cells_CF, sizes)
+        return [part.view(*shape, -1) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def gather(self, rectangles: Sequence[Tensor]) -> Tensor:
+        """What ``spread`` was given; differentiable, repetitions get no gradient."""
+        cells_CF = torch.cat([one.flatten(0, 1) for one in rectangles])
+        out_TF: Tensor = _Gather.apply(cells_CF, self)  # type: ignore[no-untyped-call]
+        return out_TF
+
+
+class _Spread(torch.autograd.Function):
+    """Reads by place both ways: no two tokens share a cell, and repetitions get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TF: Tensor, groups: SequenceGroups) -> Tensor:
+        ctx.groups = groups
+        return x_TF.index_select(0, groups.tokens_C)
+
+    @staticmethod
+    def backward(ctx: Any, grad_CF: Tensor) -> tuple[Tensor, None]:
+        return grad_CF.index_select(0, ctx.groups.cells_T), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, cells_CF: Tensor, groups: SequenceGroups) -> Tensor:
+        ctx.groups = groups
+        return cells_CF.index_select(0, groups.cells_T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, None]:
+        groups: SequenceGroups = ctx.groups
+        grad_CF = grad_TF.index_select(0, groups.tokens_C)
+        return grad_CF.mul_(groups.is_token_C.unsqueeze(1)), None
 
 
 def group_sequences(starts: Sequence[int], device: torch.device) -> SequenceGroups:
@@ -38,14 +69,18 @@ def group_sequences(starts: Sequence[int], device: torch.device) -> SequenceGrou
     lengths_S = starts_S1.diff()
     # of those with the same number of bits the longest is less than twice the shortest
     bits = [int(length).bit_length() for length in lengths_S.tolist()]
-    rectangles = []
+    empty = torch.empty(0, dtype=torch.int64)
+    shapes, tokens, are_tokens = [], [empty], [empty.bool()]
     for number in sorted(set(bits)):
         chosen = torch.tensor([sequence for sequence, of in enumerate(bits) if of == number])
         offsets_1L = torch.arange(int(lengths_S[chosen].max())).unsqueeze(0)
         own_S1 = lengths_S[chosen].unsqueeze(1)
-        places_SL = starts_S1[chosen].unsqueeze(1) + torch.minimum(offsets_1L, own_S1 - 1)
-        rectangles.append(Rectangle(places_SL.to(device), (offsets_1L < own_S1).to(device)))
-    if not rectangles:
-        return SequenceGroups((), torch.empty(0, dtype=torch.int64, device=device))
-    places_T = torch.cat([one.places_SL[one.is_token_SL] for one in rectangles])
-    return SequenceGroups(tuple(rectangles), places_T.argsort())
+        tokens_SL = starts_S1[chosen].unsqueeze(1) + torch.minimum(offsets_1L, own_S1 - 1)
+        shapes.append((len(chosen), offsets_1L.shape[1]))
+        tokens.append(tokens_SL.flatten())
+        are_tokens.append((offsets_1L < own_S1).flatten())
+    tokens_C, is_token_C = torch.cat(tokens), torch.cat(are_tokens)
+    cells_T = torch.empty(int(starts_S1[-1]), dtype=torch.int64)
+    cells_T[tokens_C[is_token_C]] = is_token_C.nonzero().squeeze(1)
+    placed = (one.to(device) for one in (tokens_C, is_token_C, cells_T))
+    return SequenceGroups(tuple(shapes), *placed)

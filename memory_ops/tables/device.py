@@ -5,39 +5,46 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import memory_ops
+from memory_ops.checks import Table, table_shape
 from memory_ops.tables.table_statistics import TableStatistics
 from memory_ops.tables.value_table import Lookup
 
 
 class DeviceTable:
-    """A value table held as one tensor, the trainer's ``Parameter`` included."""
+    """A value table held as one tensor, or as records of fewer bits.
 
-    def __init__(self, table_RV: Tensor) -> None:
-        """Hold ``table_RV``, ``[R, V]``, without copying it.
+    Attributes:
+        rows: ``[R, V]``, or R records of V values.
+    """
+
+    def __init__(self, rows: Table) -> None:
+        """Hold the rows without copying them.
 
         Raises:
-            ValueError: the tensor is not a floating-point matrix.
+            ValueError: they are neither a floating-point matrix nor records.
         """
-        if table_RV.dim() != 2 or not table_RV.is_floating_point():
-            found = f"{table_RV.dtype} {tuple(table_RV.shape)}"
-            raise ValueError(f"table: expected a floating-point [R, V] tensor, got {found}")
-        self.table_RV = table_RV
+        self._num_rows, self._value_dim = table_shape(rows)
+        self.rows = rows
         self._statistics = TableStatistics()
 
     @property
     def num_rows(self) -> int:
-        return self.table_RV.shape[0]
+        return self._num_rows
 
     @property
     def value_dim(self) -> int:
-        return self.table_RV.shape[1]
+        return self._value_dim
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor) -> Lookup:
         self.count(rows_THK)
-        return DeviceLookup(self.table_RV, rows_THK, weights_THK)
+        return DeviceLookup(self.rows, rows_THK, weights_THK)
+
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor) -> Lookup:
+        self.count(rows_THK)
+        return DeviceDots(self.rows, rows_THK, x_TV)
 
     def count(self, rows_THK: Tensor) -> None:
-        """Count a lookup as ``start`` does; for who reads these rows of ``table_RV`` itself."""
+        """Count a lookup as ``start`` does; for who reads ``rows`` itself."""
         self._statistics = self._statistics.after(rows_THK)
 
     def hint(self, rows: Tensor) -> None:
@@ -51,9 +58,21 @@ class DeviceTable:
 class DeviceLookup:
     """A read of rows that need no fetching: the gather itself runs in ``finish``."""
 
-    table_RV: Tensor
+    rows: Table
     rows_THK: Tensor
     weights_THK: Tensor
 
     def finish(self) -> Tensor:
-        return memory_ops.gather_rows(self.table_RV, self.rows_THK, self.weights_THK)
+        return memory_ops.gather_rows(self.rows, self.rows_THK, self.weights_THK)
+
+
+@dataclass(frozen=True)
+class DeviceDots:
+    """Products with rows that need no fetching, likewise."""
+
+    rows: Table
+    rows_THK: Tensor
+    x_TV: Tensor
+
+    def finish(self) -> Tensor:
+        return memory_ops.row_dots(self.rows, self.rows_THK, self.x_TV)

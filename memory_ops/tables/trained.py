@@ -1,5 +1,6 @@
 """The table of a trainer: its gradient is kept as what was read, never as a tensor of its size."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ class TableReads(NamedTuple):
 
 
 class TrainedTable(DeviceTable):
-    """A value table whose reads are differentiable by their weights, and remembered backwards.
+    """A table whose reads are differentiable by all but its rows, and remembered backwards.
 
     The table itself is no parameter: a backward pass adds to ``reads``, from which a sparse
     optimiser makes the gradients of the rows read. Several passes add up, as gradients do.
@@ -37,18 +38,28 @@ class TrainedTable(DeviceTable):
         super().__init__(table_RV)
         if table_RV.dtype is not torch.float32 or not table_RV.is_contiguous():
             raise ValueError(f"table: expected contiguous float32 rows, got {table_RV.dtype}")
+        self.table_RV = table_RV
         self.reads: list[TableReads] = []
         # a pass goes backwards through reads whose weights need no gradient, too
         self._anchor = torch.zeros((), requires_grad=True)
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor) -> "TrainedLookup":
         self.count(rows_THK)
-        return TrainedLookup(self, rows_THK, weights_THK)
+        return TrainedLookup(self.read, rows_THK, weights_THK)
+
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor) -> "TrainedLookup":
+        self.count(rows_THK)
+        return TrainedLookup(self.dots, rows_THK, x_TV)
 
     def read(self, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
         """Weighted sums, differentiable; see ``ValueTable.start``."""
         out_TV: Tensor = _Read.apply(weights_THK, self._anchor, rows_THK, self)  # type: ignore[no-untyped-call]
         return out_TV
+
+    def dots(self, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
+        """Products with rows, differentiable; see ``ValueTable.start_dots``."""
+        dots_THK: Tensor = _Dots.apply(x_TV, self._anchor, rows_THK, self)  # type: ignore[no-untyped-call]
+        return dots_THK
 
     def take_reads(self) -> TableReads | None:
         """All reads as those of one pass, forgotten here; None where there are none."""
@@ -61,12 +72,12 @@ class TrainedTable(DeviceTable):
 class TrainedLookup(NamedTuple):
     """A read of rows that need no fetching."""
 
-    table: TrainedTable
+    read: Callable[[Tensor, Tensor], Tensor]
     rows_THK: Tensor
-    weights_THK: Tensor
+    operand: Tensor
 
     def finish(self) -> Tensor:
-        return self.table.read(self.rows_THK, self.weights_THK)
+        return self.read(self.rows_THK, self.operand)
 
 
 class _Read(torch.autograd.Function):
@@ -89,3 +100,26 @@ class _Read(torch.autograd.Function):
             return None, None, None, None
         grad_THK = memory_ops.row_dots(table.table_RV, rows_THK, grad_TV)
         return grad_THK.to(weights_THK.dtype), None, None, None
+
+
+class _Dots(torch.autograd.Function):
+    """``row_dots``, likewise: a row's gradient is a sum of the vectors that it was multiplied with,
+    which makes it a read weighted by the gradients of its products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TV: Tensor, anchor: Tensor, rows_THK: Tensor, table: TrainedTable
+    ) -> Tensor:
+        ctx.save_for_backward(x_TV, rows_THK)
+        ctx.table = table
+        return memory_ops.row_dots(table.table_RV, rows_THK, x_TV)
+
+    @staticmethod
+    def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, None, None, None]:
+        x_TV, rows_THK = ctx.saved_tensors
+        table: TrainedTable = ctx.table
+        table.reads.append(TableReads(rows_THK, grad_THK, x_TV.float()))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        grad_TV = memory_ops.gather_rows(table.table_RV, rows_THK, grad_THK)
+        return grad_TV.to(x_TV.dtype), None, None, None

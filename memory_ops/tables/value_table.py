@@ -11,7 +11,7 @@ class Lookup(Protocol):
     """A read under way. ``finish`` is called once."""
 
     def finish(self) -> Tensor:
-        """Wait for the rows and return their weighted sums, ``out_TV`` in fp32 (fp64 for fp64)."""
+        """Wait for the rows and return what they give, in fp32 (fp64 for fp64)."""
         ...
 
 
@@ -33,7 +33,11 @@ class ValueTable(Protocol):
         ...
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor) -> Lookup:
-        """Begin the weighted read of int64 ``rows_THK``; returns at once."""
+        """Begin to read int64 ``rows_THK``, whose weighted sums are ``out_TV``; returns at once."""
+        ...
+
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor) -> Lookup:
+        """Begin to read rows, whose products with each token's ``x`` are ``dots_THK``; likewise."""
         ...
 
     def hint(self, rows: Tensor) -> None:

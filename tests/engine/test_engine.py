@@ -7,10 +7,9 @@ import torch
 
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
-from engine.model.config import MemoryConfig
 from engine.request import Request
 from engine.sampling_params import RequestError, SamplingParams
-from tests.models import greedy, plain_greedy, random_model, run, tiny_config
+from tests.models import feed_forward_changes, greedy, plain_greedy, random_model, run, tiny_config
 
 KV_BYTES = tiny_config().kv_bytes_per_token(itemsize=4)
 
@@ -83,11 +82,17 @@ def test_a_neighbour_aborted(model, expected):
 
 
 @pytest.mark.parametrize("share_values", [True, False])
-@pytest.mark.parametrize("kind", ["memory_plus", "pkm"])
+@pytest.mark.parametrize("kind", ["memory_plus", "pkm", "peer"])
 def test_memory_models_too(kind, share_values):
-    memory = MemoryConfig(2, 8, 3, query_dim=8, value_dim=32, share_values=share_values)
-    kinds = (kind, "dense", kind)
-    model = random_model(tiny_config(num_layers=3, feed_forward=kinds, memory=memory))
+    changes = feed_forward_changes(kind, "dense", kind, share_values=share_values)
+    check_in_company(random_model(tiny_config(**changes)))
+
+
+def test_mixtures_of_experts_too():
+    check_in_company(random_model(tiny_config(**feed_forward_changes("moe", "memory_plus", "moe"))))
+
+
+def check_in_company(model):
     expected = {str(i): plain_greedy(model, prompt, 12) for i, prompt in enumerate(prompts(16))}
     check(model, expected, arrivals=20, max_batched_tokens=11, max_num_seqs=11)
 

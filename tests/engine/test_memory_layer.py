@@ -12,24 +12,25 @@ from engine.model.memory_layer import MemoryLayer
 from memory_ops.tables.device import DeviceTable
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-VARIANTS = ["memory_plus", "plain", "plain_wide", "memory_plus_wide", "gated"]
+VARIANTS = ["memory_plus", "plain", "plain_wide", "memory_plus_wide", "gated", "peer"]
 
 
 def build(variant: str, dtype: torch.dtype) -> tuple[MemoryLayer, dict[str, torch.Tensor]]:
     """Our layer with the reference's weights under the reference's names."""
     params = json.loads((GOLDEN / "params.json").read_text())[variant]
     tensors = load_file(GOLDEN / f"{variant}.safetensors")
-    gated = params["swilu_projection"]
+    is_peer = params.get("peer_variant", False)
+    gated = params["swilu_projection"] and not is_peer
     config = MemoryConfig(
         num_heads=params["mem_heads"],
         num_subkeys=params["mem_n_keys"],
         top_k=params["mem_knn"],
         query_dim=params["mem_k_dim"],
         value_dim=params.get("mem_v_dim", params["dim"]),
-        value_projection=not gated and "mem_v_dim" in params,
+        value_projection=not gated and not is_peer and "mem_v_dim" in params,
         output_gate=params.get("mem_gated", False),
     )
-    kind = "memory_plus" if gated else "pkm"
+    kind = "peer" if is_peer else "memory_plus" if gated else "pkm"
     layer = MemoryLayer(config, kind, params["dim"], norm_eps=1e-5).to(dtype)
     named = {
         "query.": "query_proj.query_mlps.0.",
@@ -40,10 +41,15 @@ def build(variant: str, dtype: torch.dtype) -> tuple[MemoryLayer, dict[str, torc
     state = {"subkeys": tensors["weights.keys"].view(layer.subkeys.shape)}
     for ours, theirs in named.items():
         for part in ("weight", "bias"):
-            if f"weights.{theirs}{part}" in tensors:
+            # the reference keeps projections that its peer variant does not use
+            if f"weights.{theirs}{part}" in tensors and (ours == "query." or not is_peer):
                 state[ours + part] = tensors[f"weights.{theirs}{part}"]
     layer.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
-    layer.attach(DeviceTable(tensors["weights.values.weight"].to(dtype)))
+    if is_peer:
+        tables = [tensors[f"weights.values_{name}.weight"].to(dtype) for name in "vu"]
+        layer.attach(*map(DeviceTable, tables))
+    else:
+        layer.attach(DeviceTable(tensors["weights.values.weight"].to(dtype)))
     return layer.requires_grad_(False), tensors
 
 
@@ -59,14 +65,14 @@ def test_output_equals_the_reference_layers(variant, dtype, tolerance):
 def test_the_rows_are_those_that_the_reference_layer_read(variant):
     layer, tensors = build(variant, torch.float64)
     read = []
-    table = layer.table
+    down = [layer.down_table] if layer.is_peer else []
 
     class Watched(DeviceTable):
         def start(self, rows_THK, weights_THK):
             read.append(rows_THK)
             return super().start(rows_THK, weights_THK)
 
-    layer.attach(Watched(table.table_RV))
+    layer.attach(Watched(layer.table.rows), *down)
     layer(tensors["input"].double())
     torch.testing.assert_close(read[0].sort(-1).values, tensors["rows"].long().sort(-1).values)
 

@@ -10,7 +10,7 @@ from engine.model.rotary import rope_frequencies
 from engine.model.transformer import Transformer
 from engine.ops.layout import TokenLayout
 from memory_ops.tables.device import DeviceTable
-from tests.models import plain_logits, random_model, tiny_config
+from tests.models import feed_forward_changes, plain_logits, random_model, tiny_config
 
 MEMORY = MemoryConfig(num_heads=2, num_subkeys=8, top_k=3, query_dim=8, value_dim=32)
 
@@ -74,9 +74,9 @@ def test_tables_must_fit_the_memory_layers():
     config = tiny_config(feed_forward=("memory_plus", "dense"), memory=MEMORY)
     model = Transformer(config)
     with pytest.raises(ValueError, match="tables"):
-        model.attach_tables({1: DeviceTable(torch.zeros(64, 32))})
+        model.attach_tables({"memory.tables": DeviceTable(torch.zeros(64, 32))})
     with pytest.raises(ValueError, match="tables"):
-        model.attach_tables({0: DeviceTable(torch.zeros(63, 32))})
+        model.attach_tables({"memory.table": DeviceTable(torch.zeros(63, 32))})
 
 
 def test_a_shared_table_is_one_object_and_own_tables_are_not():
@@ -116,31 +116,24 @@ def test_a_trace_tells_what_each_memory_layer_read():
         untouched = torch.ones(table.num_rows, dtype=torch.bool)
         for other in traced.memory.values():
             untouched[other.rows_THK.flatten()] = False
-        table.table_RV[untouched] += 100
+        table.rows[untouched] += 100
     torch.testing.assert_close(model(ids, layout, last).logits_LV, plain.logits_LV)
     hidden = torch.nn.functional.linear(plain.hidden_LD, model.lm_head.weight)
     torch.testing.assert_close(hidden, plain.logits_LV)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["dense", "memory_plus", "pkm"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "memory_plus", "pkm", "peer"])
 def test_a_packed_model_gives_the_same_logits(kind, dtype):
-    memory = MemoryConfig(
-        num_heads=2,
-        num_subkeys=8,
-        top_k=8,
-        query_dim=8,
-        value_dim=24,
-        qk_norm=kind == "pkm",
-        output_gate=kind == "pkm",
-        value_projection=kind == "pkm",
-    )
-    kinds = ("dense", kind)
-    changes = {"feed_forward": kinds, "memory": memory} if kind != "dense" else {}
+    is_pkm = kind == "pkm"
+    memory = dict.fromkeys(("qk_norm", "output_gate", "value_projection"), is_pkm)
+    memory |= {"top_k": 8, "value_dim": 24 if kind in ("memory_plus", "pkm") else 32}
+    changes = feed_forward_changes("dense", kind, **memory)
     model = random_model(tiny_config(attention_bias=True, mlp_bias=True, **changes), dtype)
     wanted = plain_logits(model, list(range(60)))
     model.pack()
-    assert not [name for name in model.state_dict() if name.endswith("proj.weight")]
+    kept = ("embed_tokens.weight", "norm.weight", "bias", "subkeys", "query_norm")
+    assert not [name for name in model.state_dict() if not name.endswith(kept)]
     found = plain_logits(model, list(range(60)))
     # bf16 roundings add up over the layers
     rtol, atol = (1e-3, 1e-3) if dtype == torch.float32 else (0.1, 0.5)

@@ -12,6 +12,7 @@ from engine.model import packed_decoder
 from engine.model.config import MemoryConfig
 from engine.model.packed_decoder import PackedDecoder
 from engine.model.rotary import rope_angles
+from engine.model.trace import ForwardTrace
 from engine.ops.attention import attention_by_torch
 from engine.ops.linear import linear_by_torch
 from engine.ops.native.library import OPS_LIBRARY, NativeOps
@@ -98,20 +99,20 @@ def test_in_whatever_runs_they_give_the_same(kinds, num_tokens, many_bytes, monk
     kv_blocks = torch.zeros(5, 9, 2, config.num_kv_heads, 8, config.head_dim)
     angles = rope_angles(batch.layout.positions_T, model.rope_frequencies)
     residual = model.model.embed_tokens(batch.ids_T)
-    wanted, read = residual, []
+    wanted, read = residual, ForwardTrace()
     for index, layer in enumerate(model.model.layers):
         wanted = layer(wanted, batch.layout, angles, kv_blocks[index].clone(), read)
 
     monkeypatch.setattr(packed_decoder, "_MANY_BYTES", many_bytes)
     native = NativeOps(OPS_LIBRARY.best_build)
     decoder = PackedDecoder(copy.deepcopy(model).model.layers, config.num_heads, native)
-    done, trace = [], []
+    done, trace = [], ForwardTrace()
     found = decoder.run(
-        residual, batch.layout, angles, kv_blocks, trace, lambda: done.append(len(trace))
+        residual, batch.layout, angles, kv_blocks, trace, lambda: done.append(len(trace.memory))
     )
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
-    assert len(trace) == len(read) == len(config.memory_layers)
-    for own, other in zip(trace, read, strict=True):
+    assert len(trace.memory) == len(read.memory) == len(config.memory_layers)
+    for own, other in zip(trace.memory, read.memory, strict=True):
         assert torch.equal(own.rows_THK.sort().values, other.rows_THK.sort().values)
     if many_bytes == 0 or num_tokens > 64:
         assert len(done) == 5

@@ -12,6 +12,7 @@ from engine.batch import make_batch
 from engine.model.config import MemoryConfig
 from engine.model.packed_decoder import PackedDecoder
 from engine.model.rotary import rope_angles
+from engine.model.trace import ForwardTrace
 from engine.ops.native.library import OPS_LIBRARY, NativeOps
 from engine.sampling_params import SamplingParams
 from engine.step_plan import SequenceChunk, StepPlan
@@ -35,7 +36,8 @@ class TableElsewhere:
     """A table whose rows no kernel may read by itself."""
 
     def __init__(self, table):
-        self.start, self.hint, self.statistics = table.start, table.hint, table.statistics
+        self.start, self.start_dots = table.start, table.start_dots
+        self.hint, self.statistics = table.hint, table.statistics
         self.num_rows, self.value_dim = table.num_rows, table.value_dim
 
 
@@ -51,10 +53,10 @@ def forward(model, native, num_tokens):
     shape = (config.num_layers, 25, 2, config.num_kv_heads, 8, config.head_dim)
     kv_blocks = torch.zeros(shape, dtype=residual.dtype)
     angles = rope_angles(batch.layout.positions_T, model.rope_frequencies.float())
-    trace = []
+    trace = ForwardTrace()
     decoder = PackedDecoder(model.model.layers, config.num_heads, native)
     out = decoder.run(residual, batch.layout, angles, kv_blocks, trace, lambda: None)
-    return out, trace
+    return out, trace.memory
 
 
 @each_build
@@ -83,7 +85,7 @@ def test_inside_the_call_they_give_what_they_give_apart(
     stored = {}
     for layer in config.memory_layers:
         table = model.model.layers[layer].memory.table
-        stored.setdefault(id(table), DeviceTable(table.table_RV.to(table_dtype)))
+        stored.setdefault(id(table), DeviceTable(table.rows.to(table_dtype)))
         model.model.layers[layer].memory.attach(stored[id(table)])
     apart = copy.deepcopy(model)
     for layer in config.memory_layers:
@@ -118,7 +120,7 @@ def test_a_table_that_kernels_do_not_read_is_read_apart():
     model = random_model(tiny_config(num_layers=1, feed_forward=("memory_plus",), memory=memory))
     wide = copy.deepcopy(model)
     block = wide.model.layers[0].memory
-    block.attach(DeviceTable(block.table.table_RV.double()))
+    block.attach(DeviceTable(block.table.rows.double()))
     native = NativeOps(OPS_LIBRARY.best_build)
     assert block.pack(native) is None
 
@@ -128,4 +130,4 @@ def test_a_table_comes_before_packing():
     model = random_model(tiny_config(num_layers=1, feed_forward=("memory_plus",), memory=memory))
     model.pack()
     with pytest.raises(ValueError, match="tables: the model is packed"):
-        model.attach_tables({0: DeviceTable(torch.zeros(64, 32))})
+        model.attach_tables({"memory.table": DeviceTable(torch.zeros(64, 32))})

@@ -1,10 +1,13 @@
 """The table of a trainer: gradients by weights, and reads that are remembered."""
 
+import copy
+
 import pytest
 import torch
 
 from engine.model.config import MemoryConfig
 from engine.model.memory_layer import MemoryLayer
+from engine.model.norm import RmsNorm
 from memory_ops import reference
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.trained import TrainedTable
@@ -35,6 +38,29 @@ def test_gradients_are_those_of_a_table_that_is_a_parameter():
     found = torch.zeros(36, 5).index_copy_(0, rows_U, sums_UV)
     torch.testing.assert_close(found, parameter.grad.to_dense())
     assert trained.take_reads() is None
+
+
+def test_gradients_of_products_are_those_of_tables_that_are_parameters():
+    config = MemoryConfig(2, 6, 3, query_dim=8, value_dim=7)
+    norm = RmsNorm(7, 1e-5)
+    made = MemoryLayer(config, "peer", 7, 1e-5, norm)
+    for parameter in (*made.parameters(), norm.weight):
+        torch.nn.init.normal_(parameter)
+    twin = copy.deepcopy(made)
+    values, down = torch.randn(36, 7), torch.randn(36, 7)
+    parameters = [torch.nn.Parameter(rows.clone()) for rows in (values, down)]
+    trained = TrainedTable(values), TrainedTable(down)
+    made.attach(*trained)
+    twin.attach(*map(DeviceTable, parameters))
+    x, other = (torch.randn(4, 7, requires_grad=True) for _ in range(2))
+    other.data.copy_(x)
+    made(x).square().sum().backward()
+    twin(other).square().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad)
+    for table, parameter in zip(trained, parameters, strict=True):
+        rows_U, sums_UV = reference.row_gradients(*table.take_reads())
+        found = torch.zeros(36, 7).index_copy_(0, rows_U, sums_UV)
+        torch.testing.assert_close(found, parameter.grad.to_dense())
 
 
 def test_reads_are_remembered_where_nothing_else_is_trained():

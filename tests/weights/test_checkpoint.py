@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.model.config import MemoryConfig
-from tests.models import model_tensors, random_model, save_model, tiny_config
+from memory_ops.row_formats import ROW_FORMATS, quantize_rows
+from tests.models import (
+    feed_forward_changes,
+    model_tensors,
+    plain_logits,
+    random_model,
+    save_model,
+    tiny_config,
+)
 from weights.checkpoint import load_model, open_checkpoint, save_checkpoint
 from weights.config_json import CheckpointConfig
 from weights.convert import convert
@@ -44,6 +52,9 @@ def rewrite(folder: Path, change) -> None:
     save_file(tensors, file)
 
 
+OTHERS = tiny_config(**feed_forward_changes("moe", "peer", "dense", "peer"))
+
+
 @pytest.mark.parametrize("share_values", [True, False])
 def test_a_model_loads_as_it_was_saved(tmp_path, share_values):
     model = memory_model(share_values)
@@ -56,6 +67,58 @@ def test_a_model_loads_as_it_was_saved(tmp_path, share_values):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
     tables = sorted(path.name for path in folder.glob("table-*"))
     assert len(tables) == (1 if share_values else 2)
+
+
+def test_experts_and_both_tables_of_peer_load_as_they_were_saved(tmp_path):
+    model = random_model(OTHERS)
+    loaded, config = load_model(save_model(model, tmp_path / "model"))
+    assert config.model == OTHERS
+    found, expected = model_tensors(loaded), model_tensors(model)
+    assert found.keys() == expected.keys() and "memory.down_table" in found
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+def test_tables_of_few_bits_are_made_loaded_and_kept(tmp_path, row_format):
+    model = memory_model(False)
+    source = save_model(model, tmp_path / "wide")
+    convert(source, tmp_path / "narrow", "bfloat16", row_format)
+    loaded, _ = load_model(tmp_path / "narrow")
+    for layer in (0, 1):
+        wanted = quantize_rows(model.model.layers[layer].memory.table.rows, row_format)
+        rows = loaded.model.layers[layer].memory.table.rows
+        assert (rows.row_format, rows.value_dim) == (row_format, 24)
+        assert torch.equal(rows.records_RB, wanted.records_RB)
+    ids = [1, 2, 3]
+    wide = plain_logits(model.bfloat16(), ids).float()
+    near = 0.5 if row_format == "int4" else 0.1
+    assert (plain_logits(loaded, ids).float() - wide).norm() < near * wide.norm()
+    convert(tmp_path / "narrow", tmp_path / "again")
+    for path in (tmp_path / "narrow").glob("table-*"):
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(ValueError, match=f"table_dtype: .* has rows of {row_format} already"):
+        convert(tmp_path / "narrow", tmp_path / "other", table_dtype="float32")
+    summary = summarize(tmp_path / "narrow")
+    assert (summary.table.parameters, summary.table.dtypes) == (2 * 64 * 24, (row_format,))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({}, "names no row format"),
+        ({"row_format": "int3", "value_dim": "24"}, "names no row format"),
+        ({"row_format": "int8", "value_dim": "-1"}, "names no row format"),
+        ({"row_format": "int8", "value_dim": "99"}, "not records of 99 int8"),
+        ({"row_format": "int8", "value_dim": "25"}, "shape .64, 25., the config asks for .64, 24."),
+    ],
+)
+def test_records_without_their_meaning_are_refused(tmp_path, metadata, named):
+    source = save_model(memory_model(True), tmp_path / "wide")
+    convert(source, tmp_path / "narrow", table_dtype="int8")
+    (file,) = (tmp_path / "narrow").glob("table-*")
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(CheckpointError, match=f"memory.table.*{named}"):
+        open_checkpoint(tmp_path / "narrow")
 
 
 def test_data_of_a_written_file_starts_on_a_page(tmp_path):
@@ -271,6 +334,12 @@ def test_convert_refuses_what_it_does_not_know(tmp_path):
         convert(file, tmp_path / "out")
     with pytest.raises(ValueError, match="dtype"):
         convert(file, tmp_path / "out", "int3")
+    tables = save_model(memory_model(True), tmp_path / "tables")
+    with pytest.raises(ValueError, match="table_dtype: 'int3' is not one of"):
+        convert(tables, tmp_path / "out", table_dtype="int3")
+    plain = save_model(random_model(tiny_config()), tmp_path / "plain")
+    with pytest.raises(ValueError, match="table_dtype: .*plain has no tables"):
+        convert(plain, tmp_path / "out", table_dtype="int8")
 
 
 def test_a_summary_counts_dense_table_and_active_parameters(tmp_path):
@@ -281,4 +350,10 @@ def test_a_summary_counts_dense_table_and_active_parameters(tmp_path):
     assert summary.table.num_bytes == 4 * 64 * 24 and summary.dense.dtypes == ("F32",)
     assert summary.active == dense + 2 * 2 * 3 * 24
     text = describe(summary)
+    others = random_model(OTHERS)
+    found = summarize(save_model(others, tmp_path / "others"))
+    dense_parameters = sum(parameter.numel() for parameter in others.parameters())
+    idle = 3 * (3 * 32 * 24)
+    assert found.active == dense_parameters - idle + 4 * 2 * 3 * 32
+    assert "2 of 5 a token" in describe(found)
     assert "2 memory_plus" in text and f"{dense:,} parameters" in text and "64 rows x 24" in text

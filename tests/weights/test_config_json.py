@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from engine.model.config import MemoryConfig, RopeScaling
-from tests.models import tiny_config
-from weights.config_json import CheckpointConfig, config_to_json, read_config
+from engine.model.config import MemoryConfig, MixtureConfig, RopeScaling
+from tests.models import feed_forward_changes, tiny_config
+from weights.config_json import CheckpointConfig, config_to_json, parse_model, read_config
 from weights.errors import CheckpointError
 
 LLAMA = {
@@ -118,6 +118,42 @@ def test_a_broken_file_is_refused(tmp_path, text):
         read_config(tmp_path)
 
 
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+def test_a_mixtral_has_experts_everywhere_and_its_own_defaults(tmp_path):
+    plain = {key: value for key, value in LLAMA.items() if key != "architectures"}
+    model = parse_model({**plain, **MIXTRAL, "sliding_window": None, "router_jitter_noise": 0.0})
+    assert model.feed_forward == ("moe",) * 4
+    assert model.mixture == MixtureConfig(8, 2, expert_size=128)
+    assert (model.num_kv_heads, model.rope_theta, model.rms_norm_eps) == (8, 1e6, 1e-5)
+    mixed = parse_model({**plain, **MIXTRAL, "memory": MEMORY, "moe_intermediate_size": 7})
+    assert mixed.feed_forward == ("moe", "memory_plus", "moe", "pkm")
+    assert mixed.mixture is not None and mixed.mixture.expert_size == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_local_experts": None}, "num_local_experts: missing"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok: 9 exceeds"),
+        ({"moe_layers": [4]}, "moe_layers: there is no layer 4"),
+        ({"moe_layers": [1, 1]}, "moe_layers: layer 1 is moe already"),
+        ({"moe_layers": 1}, "moe_layers: expected list"),
+        ({"moe_layers": [1], "memory": MEMORY}, "moe_layers: layer 1 is memory_plus already"),
+        ({"moe_layers": []}, "num_local_experts: goes with moe layers"),
+        ({"router_aux_loss_coef": -1}, "router_aux_loss_coef"),
+        ({"router_jitter_noise": 0.1}, "router_jitter_noise: 0.1 is not supported"),
+        ({"sliding_window": 4096}, "sliding_window: 4096 is not supported"),
+        ({"model_type": "llama"}, "model_type: experts go with mixtral"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused_by_name(changes, named):
+    plain = {key: value for key, value in LLAMA.items() if key != "architectures"}
+    with pytest.raises(ValueError, match=named):
+        parse_model({**plain, **MIXTRAL, **changes})
+
+
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="config.json"):
         read_config(tmp_path)
@@ -131,6 +167,7 @@ def test_a_missing_file_is_refused(tmp_path):
             feed_forward=("pkm", "memory_plus"),
             memory=MemoryConfig(2, 8, 3, 8, 24, share_values=False, value_projection=True),
         ),
+        tiny_config(**feed_forward_changes("moe", "dense", "peer")),
     ],
 )
 def test_what_is_written_reads_back(tmp_path, model):

@@ -123,6 +123,36 @@ def test_the_loss_falls(config, tmp_path, memory, dtype):
         assert all(0 < share <= 1 for share in usage)
 
 
+KINDS = {
+    "dense": [],
+    "moe": ["model.num_local_experts=4", "model.num_experts_per_tok=2"],
+    "pkm": ['model.memory.layers={"1"="pkm"}'],
+    "memory_plus": [],
+    "peer": ['model.memory.layers={"0"="peer", "1"="memory_plus"}'],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_and_is_served_with_the_same_logits(config, tmp_path, kind):
+    has_memory = kind not in ("dense", "moe")
+    made = Trainer(
+        config("run.steps=30", *KINDS[kind], memory=has_memory), tmp_path / "run", resume=False
+    )
+    reports = []
+    made.run(lambda report: reports.append(report) or True)
+    assert reports[-1].loss < 0.8 * reports[0].loss
+    served, checkpoint = load_model(saved_states(tmp_path / "run" / "checkpoints")[-1])
+    assert kind in checkpoint.model.feed_forward
+    ids = list(range(3, 20))
+    layout = TokenLayout(torch.arange(17), (0, 17))
+    with torch.no_grad():
+        trained = made._model(torch.tensor(ids), layout, torch.arange(17), with_trace=True)
+    found = served(torch.tensor(ids), layout, torch.arange(17), with_trace=True)
+    torch.testing.assert_close(found.logits_LV, trained.logits_LV)
+    for layer, trace in trained.memory.items():
+        assert torch.equal(found.memory[layer].rows_THK, trace.rows_THK)
+
+
 def test_a_run_goes_on_bit_for_bit(config, tmp_path):
     run(config(), tmp_path / "whole")
     run(config(), tmp_path / "cut", until=5)
@@ -197,40 +227,41 @@ def test_a_full_disk_loses_nothing_that_was_written(config, tmp_path, monkeypatc
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step(config, tmp_path, monkeypatch):
-    summed, calls = trainer.summed_loss, []
+    losses, calls = trainer.batch_loss, []
 
     def broken(*arguments):
         calls.append(0)
-        return summed(*arguments) * (math.nan if len(calls) == 3 else 1)
+        loss = losses(*arguments)
+        return loss._replace(nats=loss.nats * (math.nan if len(calls) == 3 else 1))
 
-    monkeypatch.setattr(trainer, "summed_loss", broken)
+    monkeypatch.setattr(trainer, "batch_loss", broken)
     with pytest.raises(TrainingError, match="step 3: the loss is nan"):
         run(config(), tmp_path / "run")
 
 
 def test_a_gradient_that_is_no_number_stops_with_the_step(config, tmp_path, monkeypatch):
-    summed = trainer.summed_loss
+    losses = trainer.batch_loss
 
     def broken(model, *arguments):
         model.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
-        return summed(model, *arguments)
+        return losses(model, *arguments)
 
-    monkeypatch.setattr(trainer, "summed_loss", broken)
+    monkeypatch.setattr(trainer, "batch_loss", broken)
     with pytest.raises(TrainingError, match="step 1: the gradients' norm is (nan|inf)"):
         run(config(), tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_finish_the_step_and_keep_it(config, tmp_path, monkeypatch, capsys, number):
-    summed, calls = trainer.summed_loss, []
+    losses, calls = trainer.batch_loss, []
 
     def interrupted(*arguments):
         calls.append(0)
         if len(calls) == 2:
             signal.raise_signal(number)
-        return summed(*arguments)
+        return losses(*arguments)
 
-    monkeypatch.setattr(trainer, "summed_loss", interrupted)
+    monkeypatch.setattr(trainer, "batch_loss", interrupted)
     before = signal.getsignal(number)
     assert train.run(config(), tmp_path / "run", resume=False) == 128 + number
     assert signal.getsignal(number) is before

@@ -2,10 +2,9 @@
 
 import ctypes
 
-from torch import Tensor
-
 from engine.ops.native.packed_linear import PackedLinear
 from memory_ops.backends import is_fit_for_cpu
+from memory_ops.checks import Table, table_shape
 from memory_ops.native.backend import table_arguments
 
 
@@ -47,7 +46,7 @@ class PackedMemory:
 
     def __init__(
         self,
-        table_RV: Tensor,
+        table: Table,
         num_heads: int,
         top_k: int,
         *,
@@ -58,18 +57,18 @@ class PackedMemory:
     ) -> None:
         """Hold them all, copying none; the table's rows are such as kernels read."""
         num_subkeys = subkeys.num_outputs // (2 * num_heads)
-        assert is_fit_for_cpu(table_RV, num_subkeys, top_k)
+        assert is_fit_for_cpu(table, num_subkeys, top_k)
         # the kernels check no row id: whatever they choose is a row of such a table
-        assert table_RV.shape == (num_subkeys**2, values.num_inputs)
+        assert table_shape(table) == (num_subkeys**2, values.num_inputs)
         assert gate is None or gate.num_outputs == values.num_inputs
         self.num_heads, self.top_k = num_heads, top_k
-        self._held = table_RV, query, subkeys, gate, values
+        self._held = table, query, subkeys, gate, values
         self._fields = _Fields(
             query.address,
             subkeys.address,
             None if gate is None else gate.address,
             values.address,
-            _Table(*table_arguments(table_RV)),
+            _Table(*table_arguments(table)),
             top_k,
         )
         self.address = ctypes.addressof(self._fields)

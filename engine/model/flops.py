@@ -1,0 +1,54 @@
+"""What a token costs: floating-point operations of a forward, by the shapes of the model alone."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from engine.model.config import ModelConfig
+
+
+def forward_flops(config: ModelConfig, attended: float) -> Mapping[str, int]:
+    """Multiplications and additions of one token, by part of the model.
+
+    Norms, activations and softmaxes are left out, and a table's rows cost what they are multiplied
+    by: a memory of any size reads as many. ``attended`` is how many tokens a token sees, on
+    average. A backward pass takes twice as many.
+
+    Returns:
+        ``attention``, ``feed_forward`` (dense ones and experts), ``memory``, of which ``scoring``
+        (half scores and the sums that rows are chosen by), and ``head``.
+    """
+    width = config.hidden_size
+    heads = config.num_heads * config.head_dim
+    projections = width * (2 * heads + 2 * config.num_kv_heads * config.head_dim)
+    parts: Counter[str] = Counter(head=2 * width * config.vocab_size)
+    for kind in config.feed_forward:
+        parts["attention"] += 2 * projections + int(4 * heads * attended)
+        if kind == "dense":
+            parts["feed_forward"] += 6 * width * config.intermediate_size
+        elif kind == "moe":
+            assert config.mixture is not None
+            experts = 3 * config.mixture.top_k * config.mixture.expert_size
+            parts["feed_forward"] += 2 * width * (experts + config.mixture.num_experts)
+        else:
+            own = _memory_flops(config, kind)
+            parts.update(own)
+            parts["memory"] += own["scoring"]
+    return parts
+
+
+def _memory_flops(config: ModelConfig, kind: str) -> Mapping[str, int]:
+    memory = config.memory
+    assert memory is not None
+    width, value_dim = config.hidden_size, memory.value_dim
+    query = width * memory.num_heads * memory.query_dim
+    # two halves of N subkeys by half the query's width
+    halves = memory.num_heads * memory.num_subkeys * memory.query_dim
+    rows = memory.num_heads * memory.top_k * value_dim * (2 if kind == "peer" else 1)
+    projected = kind == "memory_plus" or (kind == "pkm" and memory.value_projection)
+    products = query + rows + (width * value_dim if kind == "memory_plus" else 0)
+    products += width * value_dim if projected else 0
+    products += width if memory.output_gate else 0
+    return {
+        "memory": 2 * products,
+        "scoring": 2 * halves + memory.num_heads * memory.top_k**2,
+    }

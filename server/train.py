@@ -1,6 +1,7 @@
 """A training run in a terminal: a progress bar, and signals that end it with a checkpoint."""
 
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -27,6 +28,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
         signal.signal(number, previous[number])
 
     trainer = Trainer(config, folder, resume=resume)
+    print(_flops(trainer.flops, config.run.tokens_per_step))
     for number in previous:
         signal.signal(number, stop)
     try:
@@ -48,3 +50,11 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     name = signal.Signals(stopped_by[0]).name
     print(f"{folder}: stopped by {name} after step {trainer.step}, go on by --resume")
     return 128 + stopped_by[0]
+
+
+def _flops(of: Mapping[str, int], tokens_per_step: int) -> str:
+    """What a model costs, for a reader; a backward pass takes twice what a forward does."""
+    forward = sum(count for part, count in of.items() if part != "scoring")
+    parts = ", ".join(f"{part.replace('_', '-')} {count / 1e6:.3g}" for part, count in of.items())
+    step = 3 * forward * tokens_per_step / 1e9
+    return f"{forward / 1e6:.4g} MFLOP a token forward ({parts}), {step:.4g} GFLOP a step"

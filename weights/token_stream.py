@@ -57,6 +57,12 @@ class TokenStream:
         self.place = StreamPlace()
         self._order = self._shuffled(0)
 
+    @property
+    def mean_attended(self) -> float:
+        """Tokens that one sees, itself and those before, on average."""
+        lengths = self._lengths.astype(np.float64)
+        return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
+
     def seek(self, place: StreamPlace) -> None:
         """Go to a place that this stream, or its twin, once had."""
         if place.epoch != self.place.epoch:

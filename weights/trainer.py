@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from engine.model.flops import forward_flops
 from weights.errors import TrainingError
 from weights.loss import batch_loss
 from weights.new_model import model_config, new_model
@@ -45,6 +46,7 @@ class Trainer:
     Attributes:
         step: steps done.
         folder: holds ``data``, ``checkpoints`` and ``log.jsonl``.
+        flops: operations of one token's forward, by part of the model.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, *, resume: bool) -> None:
@@ -75,6 +77,7 @@ class Trainer:
         self._optimizer = Optimizer(model, list(tables.values()), config.optimizer)
         self._usage = {name: TableUsage(table.num_rows) for name, table in tables.items()}
         self._stream = TokenStream(data.train, config.data.sequence_length, run.seed)
+        self.flops = forward_flops(shape, self._stream.mean_attended)
         self._validation = data.validation
         states.mkdir(exist_ok=True)
         remove_leftovers(states)

@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.model.config import ModelConfig
+from engine.model.forward_trace import ForwardTrace
 from engine.model.memory_layer import MemoryLayer
 from engine.model.mixture import MixtureFeedForward
 from engine.model.norm import RmsNorm
-from engine.model.trace import ForwardTrace
 from engine.model.uninitialised import Linear
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps

@@ -11,8 +11,8 @@ from torch.nn import functional
 import memory_ops
 from engine import ops
 from engine.model.config import MemoryConfig
+from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.norm import RmsNorm
-from engine.model.trace import ForwardTrace, MemoryTrace
 from engine.model.uninitialised import Linear
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_memory import PackedMemory

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.model.config import MixtureConfig
+from engine.model.forward_trace import ForwardTrace
 from engine.model.norm import RmsNorm
-from engine.model.trace import ForwardTrace
 from engine.model.uninitialised import Linear
 from engine.ops.native.library import NativeOps
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.layers import DecoderLayer
-from engine.model.trace import ForwardTrace, MemoryTrace
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_layers import PackedLayers

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.model.config import ModelConfig
+from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.layers import DecoderLayer
 from engine.model.norm import RmsNorm
 from engine.model.packed_decoder import PackedDecoder
 from engine.model.rotary import rope_angles, rope_frequencies
-from engine.model.trace import ForwardTrace, MemoryTrace
 from engine.model.uninitialised import Embedding, Linear
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import native_ops

@@ -7,6 +7,7 @@ import torch
 
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
+from engine.model.config import MEMORY_KINDS
 from engine.request import Request
 from engine.sampling_params import RequestError, SamplingParams
 from tests.models import feed_forward_changes, greedy, plain_greedy, random_model, run, tiny_config
@@ -81,18 +82,14 @@ def test_a_neighbour_aborted(model, expected):
     assert tokens == expected["0"] and not busy.has_work
 
 
+OTHER_KINDS = [(kind, "dense", kind) for kind in MEMORY_KINDS] + [("moe", "memory_plus", "moe")]
+
+
 @pytest.mark.parametrize("share_values", [True, False])
-@pytest.mark.parametrize("kind", ["memory_plus", "pkm", "peer"])
-def test_memory_models_too(kind, share_values):
-    changes = feed_forward_changes(kind, "dense", kind, share_values=share_values)
-    check_in_company(random_model(tiny_config(**changes)))
-
-
-def test_mixtures_of_experts_too():
-    check_in_company(random_model(tiny_config(**feed_forward_changes("moe", "memory_plus", "moe"))))
-
-
-def check_in_company(model):
+@pytest.mark.parametrize("kinds", OTHER_KINDS)
+def test_other_feed_forwards_too(kinds, share_values):
+    changes = feed_forward_changes(*kinds, share_values=share_values)
+    model = random_model(tiny_config(**changes))
     expected = {str(i): plain_greedy(model, prompt, 12) for i, prompt in enumerate(prompts(16))}
     check(model, expected, arrivals=20, max_batched_tokens=11, max_num_seqs=11)
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from engine.batch import make_batch
 from engine.model import packed_decoder
 from engine.model.config import MemoryConfig
+from engine.model.forward_trace import ForwardTrace
 from engine.model.packed_decoder import PackedDecoder
 from engine.model.rotary import rope_angles
-from engine.model.trace import ForwardTrace
 from engine.ops.attention import attention_by_torch
 from engine.ops.linear import linear_by_torch
 from engine.ops.native.library import OPS_LIBRARY, NativeOps

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from engine.batch import make_batch
 from engine.model.config import MemoryConfig
+from engine.model.forward_trace import ForwardTrace
 from engine.model.packed_decoder import PackedDecoder
 from engine.model.rotary import rope_angles
-from engine.model.trace import ForwardTrace
 from engine.ops.native.library import OPS_LIBRARY, NativeOps
 from engine.sampling_params import SamplingParams
 from engine.step_plan import SequenceChunk, StepPlan

@@ -1,12 +1,19 @@
-"""A training run in a terminal: a progress bar, and signals that end it with a checkpoint."""
+"""A training run in a terminal: a progress bar, and signals that end it with a checkpoint.
+
+    torchrun --standalone --nproc-per-node 2 --no-python memplus train CONFIG.toml --out DIR
+
+makes the processes that it starts train one model together.
+"""
 
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
+from torch import distributed
 from tqdm import tqdm
 
+from weights.replicas import Replicas
 from weights.train_config import TrainConfig
 from weights.trainer import StepReport, Trainer
 
@@ -27,12 +34,19 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
         stopped_by.append(number)
         signal.signal(number, previous[number])
 
-    trainer = Trainer(config, folder, resume=resume)
-    print(_flops(trainer.flops, config.run.tokens_per_step))
+    replicas = _replicas()
+    trainer = Trainer(config, folder, resume=resume, replicas=replicas)
+    if replicas.is_first:
+        print(_flops(trainer.flops, config.run.tokens_per_step))
     for number in previous:
         signal.signal(number, stop)
     try:
-        with tqdm(total=config.run.steps, initial=trainer.step, unit="step") as bar:
+        with tqdm(
+            total=config.run.steps,
+            initial=trainer.step,
+            unit="step",
+            disable=not replicas.is_first,
+        ) as bar:
 
             def show(report: StepReport) -> bool:
                 bar.update()
@@ -45,11 +59,23 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if not stopped_by or trainer.step == config.run.steps:
+        if replicas.count > 1:
+            distributed.destroy_process_group()
+    if trainer.step == config.run.steps:
         return 0
+    if not stopped_by:  # but another process was
+        return 1
     name = signal.Signals(stopped_by[0]).name
     print(f"{folder}: stopped by {name} after step {trainer.step}, go on by --resume")
     return 128 + stopped_by[0]
+
+
+def _replicas() -> Replicas:
+    """The processes that torchrun has started, or this one alone."""
+    if not distributed.is_torchelastic_launched():
+        return Replicas()
+    distributed.init_process_group("gloo")
+    return Replicas.of_group()
 
 
 def _flops(of: Mapping[str, int], tokens_per_step: int) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from engine.model.norm import RmsNorm
 from memory_ops.tables.trained import TrainedTable
 from weights.errors import TrainingError
+from weights.replicas import Replicas
 from weights.table_optimizer import TableOptimizer
 from weights.train_config import OptimizerConfig
 
@@ -24,8 +25,13 @@ class Optimizer:
     """
 
     def __init__(
-        self, model: nn.Module, tables: Sequence[TrainedTable], config: OptimizerConfig
+        self,
+        model: nn.Module,
+        tables: Sequence[TrainedTable],
+        config: OptimizerConfig,
+        replicas: Replicas | None = None,
     ) -> None:
+        """Hold them; gradients and reads are those of all ``replicas`` together."""
         betas = config.beta1, config.beta2
         decayed, others = _by_decay(model)
         groups = [
@@ -33,13 +39,16 @@ class Optimizer:
             {"params": others, "weight_decay": 0.0},
         ]
         self._config = config
+        self._replicas = replicas or Replicas()
         self._parameters = [*decayed, *others]
         self.dense = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
         for parameter in self._parameters:
             # as torch would with the first gradient, so that they are there to be saved
             moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
             self.dense.state[parameter] = {"step": torch.zeros(()), **moments}
-        self.tables = TableOptimizer(tables, betas, config.eps, is_row_wise=config.row_wise)
+        self.tables = TableOptimizer(
+            tables, betas, config.eps, is_row_wise=config.row_wise, replicas=self._replicas
+        )
 
     def step(self, share: float) -> float:
         """Use and forget the gradients; return their norm, as it was before clipping.
@@ -47,9 +56,14 @@ class Optimizer:
         ``share`` is that of the highest learning rates.
 
         Raises:
-            TrainingError: the norm is no number; nothing was changed.
+            TrainingError: the norm is no number; no weight was changed.
         """
+        if self._replicas.count > 1:
+            for parameter in self._parameters:
+                if parameter.grad is None:  # an expert that no token of this process chose
+                    parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
+        self._replicas.sum_in_place(gradients)
         squares = sum(float(gradient.double().square().sum()) for gradient in gradients)
         norm = math.sqrt(squares + self.tables.collect())
         if not math.isfinite(norm):

@@ -9,6 +9,7 @@ import memory_ops
 from memory_ops import AdamMoments, AdamStep, RowGroups
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.tables.trained import TableReads, TrainedTable
+from weights.replicas import Replicas
 
 
 class TableOptimizer:
@@ -29,9 +30,11 @@ class TableOptimizer:
         eps: float = 1e-8,
         *,
         is_row_wise: bool = False,
+        replicas: Replicas | None = None,
     ) -> None:
         """Hold the tables; moments begin at 0, and take no room before they are used."""
         self._tables = tuple(tables)
+        self._replicas = replicas or Replicas()
         self._betas, self._eps, self._is_row_wise = betas, eps, is_row_wise
         self._gradients: list[tuple[RowGroups, Tensor] | None] | None = None
         self.moments = [_moments(table, is_row_wise) for table in tables]
@@ -41,7 +44,7 @@ class TableOptimizer:
     def collect(self) -> float:
         """Take the tables' reads for the next step; return their gradients' squared norm."""
         assert self._gradients is None, "reads were collected that no step has used"
-        self._gradients = [_grouped(table.take_reads()) for table in self._tables]
+        self._gradients = [self._grouped(table.take_reads()) for table in self._tables]
         return sum(memory_ops.squared_norm(*one) for one in self._gradients if one is not None)
 
     def step(self, lr: float, scale: float = 1.0) -> None:
@@ -59,11 +62,11 @@ class TableOptimizer:
         self.used = [None if one is None else one[0] for one in self._gradients]
         self._gradients = None
 
-
-def _grouped(reads: TableReads | None) -> tuple[RowGroups, Tensor] | None:
-    if reads is None:
-        return None
-    return memory_ops.group_rows(reads.rows_THK, reads.weights_THK), reads.grad_TV
+    def _grouped(self, reads: TableReads | None) -> tuple[RowGroups, Tensor] | None:
+        if reads is None:
+            return None
+        reads = self._replicas.gather(reads)
+        return memory_ops.group_rows(reads.rows_THK, reads.weights_THK), reads.grad_TV
 
 
 def _moments(table: TrainedTable, is_row_wise: bool) -> AdamMoments:

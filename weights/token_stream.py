@@ -34,6 +34,19 @@ class PackedTokens:
     positions_T: NDArray[np.int64]
     starts: tuple[int, ...]
 
+    def part(self, rank: int, count: int) -> "PackedTokens":
+        """Of ``count`` parts that are about as long the one at ``rank``: whole sequences."""
+        starts = np.asarray(self.starts)
+        bounds = np.searchsorted(starts, np.arange(count + 1) * starts[-1] / count)
+        own = starts[bounds[rank] : bounds[rank + 1] + 1]
+        tokens = slice(own[0], own[-1])
+        return PackedTokens(
+            self.ids_T[tokens],
+            self.targets_T[tokens],
+            self.positions_T[tokens],
+            tuple(int(start - own[0]) for start in own),
+        )
+
 
 class TokenStream:
     """Endless batches; each epoch has every document once, in an order of its own.
@@ -87,16 +100,6 @@ class TokenStream:
             starts.append(done)
             self._advance(offset + count == self._lengths[index], count)
         return PackedTokens(ids, targets, positions, tuple(starts))
-
-    def skip(self, num_tokens: int) -> None:
-        """Go on as ``next`` does, reading nothing: other processes have these."""
-        done = 0
-        while done < num_tokens:
-            _, piece, offset = self.place
-            left = int(self._lengths[self._order[piece]]) - offset
-            count = min(left, num_tokens - done)
-            done += count
-            self._advance(count == left, count)
 
     def _advance(self, is_through: bool, count: int) -> None:
         epoch, piece, offset = self.place

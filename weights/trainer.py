@@ -1,10 +1,9 @@
 """The training loop: batch, loss, step, log, checkpoint, over again."""
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +15,15 @@ from weights.errors import TrainingError
 from weights.loss import batch_loss
 from weights.new_model import model_config, new_model
 from weights.optimizer import Optimizer
+from weights.replicas import Replicas
+from weights.run_log import RunLog
 from weights.run_record import check_record
 from weights.schedule import lr_share
 from weights.table_usage import TableUsage
 from weights.token_stream import TokenStream
 from weights.train_config import TrainConfig
 from weights.train_state import TrainState, remove_leftovers, saved_states
-from weights.training_data import prepare_data
+from weights.training_data import TrainingData, prepare_data
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # of the validation documents, each time
@@ -49,8 +50,12 @@ class Trainer:
         flops: operations of one token's forward, by part of the model.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, *, resume: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, folder: Path, *, resume: bool, replicas: Replicas | None = None
+    ) -> None:
         """Prepare data and model; ``resume`` goes back to the newest checkpoint, if there is one.
+
+        With ``replicas`` all processes train in the same folder, which the first writes.
 
         Raises:
             ConfigError, DataError, CheckpointError: by what cannot be read.
@@ -60,33 +65,28 @@ class Trainer:
         saved = saved_states(states)
         if saved and not resume:
             raise TrainingError(f"{folder}: has a run already, go on with it by --resume")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(f"{folder}: {error.strerror}") from None
-        check_record(folder, config)
+        self.folder, self._config = folder, config
+        self._replicas = replicas or Replicas()
         run = config.run
-        self.folder = folder
-        self._config = config
-        data = prepare_data(config.data, folder / "data", run.seed, run.init_from)
+        data = self._prepared_data(states)
         shape = model_config(config.model, data.text.vocab_size, run.init_from)
         model, tables = new_model(shape, run.seed, run.init_from)
         if run.checkpoint_activations:
             model.run_layer = partial(checkpoint, use_reentrant=False)
         self._model = model
-        self._optimizer = Optimizer(model, list(tables.values()), config.optimizer)
+        self._optimizer = Optimizer(model, list(tables.values()), config.optimizer, self._replicas)
         self._usage = {name: TableUsage(table.num_rows) for name, table in tables.items()}
         self._stream = TokenStream(data.train, config.data.sequence_length, run.seed)
         self.flops = forward_flops(shape, self._stream.mean_attended)
         self._validation = data.validation
-        states.mkdir(exist_ok=True)
-        remove_leftovers(states)
         self._state = TrainState(states, model, tables, self._optimizer, data.text)
         self.step = 0
         if saved:
             self.step, place = self._state.load(saved[-1])
             self._stream.seek(place)
-        self._cut_log()
+        self._log = RunLog(folder / "log.jsonl")
+        if self._replicas.is_first:
+            self._log.cut(self.step)
 
     def run(self, on_step: Callable[[StepReport], bool]) -> None:
         """Train to the last step; ``on_step`` says after each whether to go on.
@@ -99,13 +99,36 @@ class Trainer:
         goes_on = True
         while goes_on and self.step < run.steps:
             report = self._one_step()
-            self._log({"kind": "step", **report.__dict__})
-            goes_on = on_step(report)
-            is_last = self.step == run.steps or not goes_on
-            if self.step % run.checkpoint_every == 0 or is_last:
-                self._state.save(self.step, self._stream.place)
-            if self.step % run.evaluate_every == 0 or self.step == run.steps:
-                self._log({"kind": "evaluation", "step": self.step, **self.evaluate()})
+            if self._replicas.is_first:
+                self._log.write({"kind": "step", **asdict(report)})
+            (stopped,) = self._replicas.sum_numbers(not on_step(report))
+            goes_on = not stopped
+            if self._replicas.is_first:
+                self._keep(is_last=self.step == run.steps or not goes_on)
+
+    def _keep(self, is_last: bool) -> None:
+        run, step = self._config.run, self.step
+        if step % run.checkpoint_every == 0 or is_last:
+            self._state.save(step, self._stream.place)
+        if step % run.evaluate_every == 0 or step == run.steps:
+            self._log.write({"kind": "evaluation", "step": step, **self.evaluate()})
+
+    def _prepared_data(self, states: Path) -> TrainingData:
+        """Make the run's folder and its data, or find them; the first process makes them."""
+        config, folder = self._config, self.folder
+        if not self._replicas.is_first:
+            self._replicas.wait()
+        else:
+            try:
+                states.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise TrainingError(f"{folder}: {error.strerror}") from None
+            check_record(folder, config)
+            remove_leftovers(states)
+        data = prepare_data(config.data, folder / "data", config.run.seed, config.run.init_from)
+        if self._replicas.is_first:
+            self._replicas.wait()
+        return data
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -130,14 +153,15 @@ class Trainer:
         run, started = self._config.run, time.perf_counter()
         step = self.step + 1
         size = run.tokens_per_step // run.passes_per_step
-        total = 0.0
+        nats = 0.0
         for _ in range(run.passes_per_step):
-            loss = batch_loss(self._model, self._stream.next(size), _DTYPES[run.dtype])
-            value = float(loss.nats.detach())
-            if not math.isfinite(value):
-                raise TrainingError(f"step {step}: the loss is {value}")
+            batch = self._stream.next(size).part(self._replicas.rank, self._replicas.count)
+            loss = batch_loss(self._model, batch, _DTYPES[run.dtype])
             (loss.total / run.tokens_per_step).backward()  # type: ignore[no-untyped-call]
-            total += value
+            nats += float(loss.nats.detach())
+        (total,) = self._replicas.sum_numbers(nats)
+        if not math.isfinite(total):
+            raise TrainingError(f"step {step}: the loss is {total}")
         share = lr_share(self._config.optimizer, step, run.steps)
         try:
             norm = self._optimizer.step(share)
@@ -150,22 +174,3 @@ class Trainer:
         seconds = time.perf_counter() - started
         num_tokens = run.tokens_per_step
         return StepReport(step, total / num_tokens, share, norm, num_tokens / seconds)
-
-    def _log(self, record: dict[str, object]) -> None:
-        try:
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise TrainingError(f"step {self.step}: log.jsonl: {error.strerror}") from None
-
-    def _cut_log(self) -> None:
-        """Drop what was logged after the step that is gone on from."""
-        path = self.folder / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step
-        ]
-        if kept != lines:
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.rename(path)

@@ -49,14 +49,33 @@ def test_an_epoch_has_every_pair_of_neighbours_once(make, lengths, sequence_leng
 @given(lengths=LENGTHS, before=st.integers(0, 50), batch=st.integers(1, 20))
 def test_a_stream_goes_on_from_any_place(make, lengths, before, batch):
     tokens = make(lengths)
-    stream, twin, skipping = (TokenStream(tokens, 4, seed=2) for _ in range(3))
+    stream, twin = (TokenStream(tokens, 4, seed=2) for _ in range(2))
     stream.next(before)
     twin.seek(stream.place)
-    skipping.skip(before)
-    wanted = stream.next(batch)
-    for other in (twin, skipping):
-        found = other.next(batch)
-        assert (found.ids_T == wanted.ids_T).all() and found.starts == wanted.starts
+    wanted, found = stream.next(batch), twin.next(batch)
+    assert (found.ids_T == wanted.ids_T).all() and found.starts == wanted.starts
+
+
+@given(lengths=LENGTHS, batch=st.integers(1, 40), count=st.integers(1, 5))
+def test_parts_of_a_batch_are_whole_sequences_and_together_all(make, lengths, batch, count):
+    whole = TokenStream(make(lengths), 4, seed=2).next(batch)
+    parts = [whole.part(rank, count) for rank in range(count)]
+    for name in ("ids_T", "targets_T", "positions_T"):
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        assert (joined == getattr(whole, name)).all()
+    ends, done = [0], 0
+    for part in parts:
+        assert part.starts[0] == 0 and part.starts[-1] == len(part.ids_T)
+        ends += [done + start for start in part.starts[1:]]
+        done += part.starts[-1]
+    assert tuple(ends) == whole.starts
+    # none longer than its share by more than a sequence
+    longest = max(np.diff(whole.starts))
+    assert max(len(part.ids_T) for part in parts) <= batch / count + longest
+
+
+def test_what_a_token_sees_on_average(make):
+    assert TokenStream(make([3, 6]), 4, seed=0).mean_attended == (3 + 10 + 1) / (2 + 4 + 1)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(make):

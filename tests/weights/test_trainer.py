@@ -6,6 +6,9 @@ import json
 import math
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -399,3 +402,29 @@ def test_trainer_and_server_choose_the_same_rows_and_give_the_same_logits(config
     assert list(one.memory) == [0, 1]
     for layer, trace in one.memory.items():
         assert torch.equal(trace.rows_THK, other.memory[layer].rows_THK)
+
+
+def torchrun(config_file, folder, *changes):
+    """Two processes of the real command."""
+    memplus = Path(sys.executable).parent / "memplus"
+    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    started += ["--standalone", "--no-python", str(memplus), "train", str(config_file)]
+    options = [option for change in changes for option in ("--set", change)]
+    return subprocess.run(
+        [*started, "--out", str(folder), *options], capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("kind", ["memory_plus", "moe"])
+def test_two_processes_follow_one(config, tmp_path, kind):
+    # an even use of experts is asked for in each process, so that part is left out
+    changes = [*KINDS[kind], "run.passes_per_step=2"]
+    changes += ["model.router_aux_loss_coef=0"] if kind == "moe" else []
+    run(config(*changes, memory=kind != "moe"), tmp_path / "one")
+    done = torchrun(tmp_path / "train.toml", tmp_path / "two", *changes)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    found, wanted = tensors(tmp_path / "two"), tensors(tmp_path / "one")
+    assert found.keys() == wanted.keys()
+    run(config(*changes, "run.steps=9", memory=kind != "moe"), tmp_path / "two", resume=True)
+    assert len(losses(tmp_path / "two")) == 9

@@ -87,6 +87,14 @@ def inspect(options: argparse.Namespace) -> None:
     print(describe(summarize(prepared_folder(options.model, cache_folder()))))
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    """Score a model: perplexity of texts, recall of facts."""
+    from server.evaluate import evaluate
+
+    model = from_options(ModelOptions, options)
+    evaluate(model, options.texts, options.questions, options.json)
+
+
 def bench_startup(options: argparse.Namespace) -> None:
     """Measure the seconds from the command to the first answer."""
     from benchmarks.startup import measure
@@ -192,6 +200,14 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change
     )
+
+    verb = verbs.add_parser("eval", help=evaluate.__doc__)
+    verb.set_defaults(run=evaluate)
+    verb.add_argument("texts", nargs="*", metavar="TEXTS", help="files and folders to foresee")
+    question = 'a JSONL file of {"prompt": ..., "answer": ..., "until": ...}'
+    verb.add_argument("--questions", type=Path, metavar="FILE", help=question)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file")
+    add_options(verb, ModelOptions)
 
     _add_benchmarks(verbs)
     return parser

@@ -6,7 +6,6 @@ makes the processes that it starts train one model together.
 """
 
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -14,6 +13,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from weights.replicas import Replicas
+from weights.report import describe_flops, write_report
 from weights.train_config import TrainConfig
 from weights.trainer import StepReport, Trainer
 
@@ -37,7 +37,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     replicas = _replicas()
     trainer = Trainer(config, folder, resume=resume, replicas=replicas)
     if replicas.is_first:
-        print(_flops(trainer.flops, config.run.tokens_per_step))
+        print(describe_flops(trainer.flops, config.run.tokens_per_step))
     for number in previous:
         signal.signal(number, stop)
     try:
@@ -62,6 +62,9 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
         if replicas.count > 1:
             distributed.destroy_process_group()
     if trainer.step == config.run.steps:
+        if replicas.is_first:
+            for path in write_report(folder, config, trainer.flops):
+                print(path)
         return 0
     if not stopped_by:  # but another process was
         return 1
@@ -76,11 +79,3 @@ def _replicas() -> Replicas:
         return Replicas()
     distributed.init_process_group("gloo")
     return Replicas.of_group()
-
-
-def _flops(of: Mapping[str, int], tokens_per_step: int) -> str:
-    """What a model costs, for a reader; a backward pass takes twice what a forward does."""
-    forward = sum(count for part, count in of.items() if part != "scoring")
-    parts = ", ".join(f"{part.replace('_', '-')} {count / 1e6:.3g}" for part, count in of.items())
-    step = 3 * forward * tokens_per_step / 1e9
-    return f"{forward / 1e6:.4g} MFLOP a token forward ({parts}), {step:.4g} GFLOP a step"

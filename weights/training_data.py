@@ -102,7 +102,7 @@ def _text_tokens(
 ) -> TextTokens:
     given = config.tokenizer or init_from
     if given and Path(given).is_dir():
-        return _of_checkpoint(Path(given))
+        return checkpoint_text(Path(given))
     if given:
         try:
             return _of_sentencepiece(Path(given).read_bytes())
@@ -116,7 +116,8 @@ def _text_tokens(
     return _of_sentencepiece(kept.read_bytes())
 
 
-def _of_checkpoint(folder: Path) -> TextTokens:
+def checkpoint_text(folder: Path) -> TextTokens:
+    """A checkpoint folder's own (CheckpointError)."""
     config = read_config(folder)
     present = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     return TextTokens(

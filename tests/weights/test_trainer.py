@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import importlib.util
 import json
 import math
 import shutil
@@ -273,6 +274,25 @@ def test_signals_finish_the_step_and_keep_it(config, tmp_path, monkeypatch, caps
     ]
     assert "after step 2" in capsys.readouterr().out
     assert train.run(config(), tmp_path / "run", resume=True) == 0
+
+
+@pytest.mark.parametrize("has_matplotlib", [True, False])
+def test_a_run_that_is_through_leaves_curves_and_a_card(
+    config, tmp_path, monkeypatch, capsys, has_matplotlib
+):
+    if not has_matplotlib:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert train.run(config(), tmp_path / "run", resume=False) == 0
+    printed = capsys.readouterr().out
+    card = (tmp_path / "run" / "README.md").read_text()
+    last = losses(tmp_path / "run")
+    assert f"{sum(last) / 8:.4f} nats a token" in card and "8 steps, 1,024 tokens" in card
+    assert "2 memory_plus" in card and "lr = 0.003" in card and "perplexity" in card
+    assert "MFLOP a token forward" in printed and "README.md" in printed
+    curves = tmp_path / "run" / "curves.png"
+    assert curves.exists() == ("curves.png" in card) == has_matplotlib
+    if has_matplotlib:
+        assert curves.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_is_not_begun_again_by_mistake(config, tmp_path):

@@ -1,0 +1,67 @@
+"""``memplus eval``: perplexity of texts and recall of facts, printed and written as JSON."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from engine.config import ConfigError, EngineConfig
+from server.config import EngineSettings, ModelOptions, cache_folder
+from server.engine_entry import build_engine
+from weights.checkpoint import load_model
+from weights.corpus import corpus_files, documents
+from weights.evaluate import RecallScore, TextScore, read_questions, score_recall, score_texts
+from weights.prepare import prepared_folder
+from weights.tokenizer import load_tokenizer
+from weights.training_data import checkpoint_text
+
+
+def evaluate(
+    model: ModelOptions, texts: Sequence[str], questions: Path | None, json_file: Path | None
+) -> None:
+    """Score a model on texts, on questions, or on both.
+
+    Raises:
+        ConfigError: there is nothing to score it on.
+        CheckpointError: the model cannot be read.
+        DataError: texts or questions cannot be.
+        RequestError: a question is too long for the model.
+    """
+    if not texts and questions is None:
+        raise ConfigError("texts: give texts, --questions, or both")
+    whole: dict[str, dict[str, float]] = {}
+    if texts:
+        score = _texts(model, texts)
+        whole["texts"] = asdict(score)
+        print(_text_line(score))
+    if questions is not None:
+        recall = _questions(model, questions)
+        whole["questions"] = asdict(recall)
+        print(_recall_line(recall))
+    if json_file is not None:
+        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def _texts(model: ModelOptions, texts: Sequence[str]) -> TextScore:
+    files = corpus_files(texts)
+    folder = prepared_folder(model.model, cache_folder())
+    loaded, _ = load_model(folder, model.dtype)
+    return score_texts(loaded, checkpoint_text(folder), documents(files))
+
+
+def _questions(model: ModelOptions, file: Path) -> RecallScore:
+    questions = read_questions(file)
+    folder = prepared_folder(model.model, cache_folder())
+    settings = EngineSettings(model.model, cache_folder(), model.dtype, EngineConfig())
+    return score_recall(build_engine(settings), load_tokenizer(folder), questions)
+
+
+def _text_line(score: TextScore) -> str:
+    return (
+        f"texts      {score.documents} documents, {score.tokens} tokens: loss {score.loss:.4f},"
+        f" perplexity {score.perplexity:.3f}, {score.bits_per_byte:.3f} bits a byte"
+    )
+
+
+def _recall_line(score: RecallScore) -> str:
+    return f"questions  {score.right} of {score.questions} right: recall {score.recall:.3f}"

@@ -1,0 +1,110 @@
+"""Scores of models: of texts against single logits, of questions against the plain loop."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from server.cli import main
+from tests.models import EOS_ID, plain_greedy, plain_logits, random_model, save_model, tiny_config
+from weights.errors import DataError
+from weights.evaluate import Question, read_questions, score_recall, score_texts
+from weights.tokenizer import load_tokenizer
+from weights.training_data import checkpoint_text
+
+TEXTS = ["a red fox", "b", "two things, and more of them: " * 3, "häuser"]
+
+
+@pytest.fixture
+def model():
+    return random_model(tiny_config(max_positions=32))
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    return save_model(model, tmp_path / "model")
+
+
+def test_texts_are_scored_token_by_token(model, folder):
+    text = checkpoint_text(folder)
+    nats, tokens = 0.0, 0
+    for one in TEXTS:
+        ids = text.document(one)
+        for first in range(0, len(ids) - 1, 32):
+            piece = ids[first : first + 33]
+            logs = plain_logits(model, piece[:-1]).double().log_softmax(-1)
+            nats -= float(logs.gather(1, torch.tensor(piece[1:])[:, None]).sum())
+            tokens += len(piece) - 1
+    found = score_texts(model, text, iter(TEXTS))
+    assert (found.documents, found.tokens) == (4, tokens)
+    assert found.loss == pytest.approx(nats / tokens, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    num_bytes = sum(len(one.encode()) for one in TEXTS)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+
+
+def greedy_text(model, tokenizer, prompt, count):
+    return tokenizer.decode(plain_greedy(model, tokenizer.encode(prompt), count))
+
+
+def test_an_answer_is_right_in_every_character_or_wrong(model, folder):
+    tokenizer = load_tokenizer(folder)
+    engine = Engine(model, EngineConfig(kv_cache_gib=0.01), frozenset({EOS_ID}))
+    said = greedy_text(model, tokenizer, "fox", 20)
+    end = said[3]
+    right, _, rest = said.partition(end)
+    questions = [
+        Question("fox", right.strip(), until=end),
+        Question("fox", right.strip() + "x", until=end),
+        Question("fox", "x" + right.strip(), until=end),
+        # it goes on, where nothing says that the answer ends
+        Question("fox", right.strip()),
+        # and does not come to this end
+        Question("fox", said[:2], until="\0"),
+    ]
+    found = score_recall(engine, tokenizer, questions)
+    assert (found.questions, found.right, found.recall) == (5, 1, 0.2) and rest
+
+
+def test_a_text_that_ends_is_an_answer(model, folder):
+    tokenizer = load_tokenizer(folder)
+    ids = plain_greedy(model, tokenizer.encode("fox"), 6)
+    engine = Engine(model, EngineConfig(kv_cache_gib=0.01), frozenset({ids[5]}))
+    answer = tokenizer.decode(ids[:5]).strip()
+    assert ids[5] not in ids[:5]
+    assert score_recall(engine, tokenizer, [Question("fox", answer)]).right == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "is empty"),
+        ("{", "line 1: no question"),
+        ('{"prompt": "a"}', "line 1: no question"),
+        ('{"prompt": "a", "answer": "b", "id": 1}', "line 1: no question"),
+        ('{"prompt": "a", "answer": 3}', "line 1: expected texts"),
+        ('{"prompt": "", "answer": "b"}', "line 1: prompt or answer is empty"),
+    ],
+)
+def test_what_is_no_question_is_refused(tmp_path, line, message):
+    file = tmp_path / "questions.jsonl"
+    file.write_text(line)
+    with pytest.raises(DataError, match=message):
+        read_questions(file)
+
+
+def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys):
+    questions, texts, out = (tmp_path / name for name in ("q.jsonl", "a.txt", "scores.json"))
+    questions.write_text(json.dumps({"prompt": "fox", "answer": "jumps"}))
+    texts.write_text(TEXTS[0])
+    arguments = ["eval", "--model", str(folder), "--questions", str(questions)]
+    assert main([*arguments, "--json", str(out), str(texts)]) == 0
+    scores = json.loads(out.read_text())
+    assert scores["texts"]["documents"] == 1 and scores["questions"]["questions"] == 1
+    printed = capsys.readouterr().out
+    assert "recall 0.000" in printed and f"loss {scores['texts']['loss']:.4f}" in printed
+    assert main(["eval", "--model", str(folder)]) == 2
+    assert "texts: give texts, --questions, or both" in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""WordNet's nouns and what they mean: the corpus of the default model.
+
+https://wordnet.princeton.edu, as Debian's package wordnet-base installs it.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from weights.errors import DataError
+
+_NUM_QUESTIONS = 200
+
+
+@dataclass(frozen=True)
+class Noun:
+    """A word and the first part of the gloss of its first sense."""
+
+    word: str
+    gloss: str
+
+    @property
+    def prompt(self) -> str:
+        """What the gloss is asked for with, and follows after a space."""
+        return f"{self.word} (noun):"
+
+
+def read_nouns(folder: Path) -> list[Noun]:
+    """The nouns of one word with a sense that was tagged in a text, in WordNet's order.
+
+    A gloss is taken up to its first semicolon, behind which are others and examples.
+
+    Raises:
+        DataError: the folder has no ``index.noun`` and ``data.noun``, or they are of another form.
+    """
+    try:
+        glosses = {line[:8]: _gloss(line) for line in _lines(folder / "data.noun")}
+        entries = (line.split() for line in _lines(folder / "index.noun"))
+        return [
+            Noun(entry[0], glosses[_first_sense(entry)])
+            for entry in entries
+            if "_" not in entry[0] and _num_tagged(entry) > 0
+        ]
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}") from None
+    except (ValueError, LookupError) as error:
+        raise DataError(f"{folder}: not WordNet's files ({error})") from None
+
+
+def write_corpus(source: Path, target: Path) -> int:
+    """Write ``nouns.jsonl``, a document a noun, and ``questions.jsonl``, some of them asked for.
+
+    Returns the number of nouns; which are asked for is the same each time.
+
+    Raises:
+        DataError: as ``read_nouns``, or the target cannot be written.
+    """
+    nouns = read_nouns(source)
+    texts = [{"text": f"{noun.prompt} {noun.gloss}"} for noun in nouns]
+    asked = random.Random(0).sample(nouns, min(_NUM_QUESTIONS, len(nouns)))
+    questions = [{"prompt": noun.prompt, "answer": noun.gloss} for noun in asked]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, records in {"nouns.jsonl": texts, "questions.jsonl": questions}.items():
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (target / name).write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{target}: {error.strerror}") from None
+    return len(nouns)
+
+
+def _lines(file: Path) -> list[str]:
+    """Without the licence, whose lines begin with a space."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith(" ")]
+
+
+def _gloss(line: str) -> str:
+    return line.partition(" | ")[2].partition(";")[0].strip()
+
+
+def _num_tagged(entry: list[str]) -> int:
+    """lemma, pos, synsets, p pointers, p times a pointer, senses, tagged senses, offsets"""
+    return int(entry[5 + int(entry[3])])
+
+
+def _first_sense(entry: list[str]) -> str:
+    return entry[6 + int(entry[3])]

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from engine.config import ConfigError
-from weights.default_model import DEFAULT_MODEL
+from weights.named_models import DEFAULT_MODEL
 
 DEFAULT_CONCURRENCY = (1, 8, 32)
 ROUNDS_OF_CONCURRENCY = 8

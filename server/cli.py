@@ -13,8 +13,8 @@ from engine.process import EngineStartError
 from engine.sampling_params import RequestError, SamplingParams
 from server.config import HttpOptions, ModelOptions, SupervisionOptions, cache_folder
 from server.options import add_options, from_options
-from weights.default_model import DEFAULT_MODEL
 from weights.errors import CheckpointError, DataError, TrainingError
+from weights.named_models import DEFAULT_MODEL, SMOLLM2
 
 _CALLERS_MISTAKE = 2
 _MISTAKES = (
@@ -87,6 +87,13 @@ def inspect(options: argparse.Namespace) -> None:
     print(describe(summarize(prepared_folder(options.model, cache_folder()))))
 
 
+def wordnet(options: argparse.Namespace) -> None:
+    """Make a corpus of WordNet's nouns, which the default model was trained on."""
+    from weights.wordnet import write_corpus
+
+    print(f"{options.target}: {write_corpus(options.dict, options.target)} nouns")
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """Score a model: perplexity of texts, recall of facts."""
     from server.evaluate import evaluate
@@ -143,6 +150,13 @@ def bench_train(options: argparse.Namespace) -> None:
     from benchmarks.training import measure
 
     measure(options.rounds, options.json)
+
+
+def bench_facts(options: argparse.Namespace) -> None:
+    """Measure what models recall against the size of their memory, at equal compute."""
+    from benchmarks.facts.run import measure
+
+    measure(options.out, options.reduced, options.seeds, options.only)
 
 
 def bench_memory_model(options: argparse.Namespace) -> None:
@@ -209,6 +223,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file")
     add_options(verb, ModelOptions)
 
+    verb = verbs.add_parser("wordnet", help=wordnet.__doc__)
+    verb.set_defaults(run=wordnet)
+    verb.add_argument("target", type=Path, metavar="DST", help="the folder to write to")
+    where = "WordNet's folder (default: %(default)s, of Debian's wordnet-base)"
+    verb.add_argument("--dict", type=Path, default=Path("/usr/share/wordnet"), help=where)
+
     _add_benchmarks(verbs)
     return parser
 
@@ -252,10 +272,18 @@ def _add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verb.add_argument("--rounds", type=int, default=9, help="rounds of which the median is taken")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
+    verb = benchmarks.add_parser("facts", help=bench_facts.__doc__)
+    verb.set_defaults(run=bench_facts)
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on from there")
+    verb.add_argument("--reduced", action="store_true", help="fewer facts and models, minutes")
+    verb.add_argument("--seeds", type=int, help="runs of each model (default: 3; 1 reduced)")
+    only = "a model's name; may be given more than once (default: all)"
+    verb.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
+
     verb = benchmarks.add_parser("memory-model", help=bench_memory_model.__doc__)
     verb.set_defaults(run=bench_memory_model)
     verb.add_argument("target", metavar="DST", help="the folder to make")
-    verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
+    verb.add_argument("--model", default=SMOLLM2, help="a known name or a folder")
     subkeys = "subkeys per half: the table has their square of rows (default: %(default)s)"
     verb.add_argument("--num-subkeys", type=int, default=1024, help=subkeys)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.config import ConfigError, EngineConfig
-from weights.default_model import DEFAULT_MODEL
+from weights.named_models import DEFAULT_MODEL
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from engine.sampling_params import RequestError, SamplingParams
 from server.config import EngineSettings, ModelOptions, cache_folder
 from server.engine_entry import build_engine
 from server.text_stream import TextStream
-from weights.default_model import model_folder
+from weights.named_models import model_folder
 from weights.tokenizer import load_tokenizer
 
 

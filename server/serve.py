@@ -25,7 +25,7 @@ from server.config import (
 from server.engine_client import EngineClient
 from server.metrics import Metrics
 from server.service import Service
-from weights.default_model import DEFAULT_MODEL, model_folder
+from weights.named_models import NAMED_MODELS, model_folder
 from weights.tokenizer import load_tokenizer
 
 ENGINE_ENTRY = "server.engine_entry:main"
@@ -120,7 +120,7 @@ def _listen(http: HttpOptions) -> socket.socket:
 
 
 def _model_name(model: str) -> str:
-    return model if model == DEFAULT_MODEL else Path(model).resolve().name
+    return model if model in NAMED_MODELS else Path(model).resolve().name
 
 
 def _say(line: str) -> None:

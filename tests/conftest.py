@@ -11,7 +11,7 @@ from engine.model.config import MemoryConfig
 from server.config import cache_folder
 from tests.models import random_model, save_model, tiny_config
 from tests.server.running import Running, running
-from weights.default_model import DEFAULT_MODEL
+from weights.named_models import SMOLLM2
 from weights.prepare import prepared_folder
 
 # the same examples in every run, and none of them too slow on a busy machine
@@ -50,7 +50,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The default model's folder, prepared as the server does it."""
-    return prepared_folder(DEFAULT_MODEL, cache_folder())
+    return prepared_folder(SMOLLM2, cache_folder())
 
 
 @pytest.fixture(scope="session")

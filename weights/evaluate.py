@@ -120,12 +120,10 @@ def score_recall(
             answers[int(output.request_id)] += output.token_ids[:kept]
     right = 0
     for question, ids in zip(questions, answers, strict=True):
-        found = tokenizer.decode(ids)
+        found = tokenizer.decode(ids).strip()
         if question.until:
-            found, end, _ = found.partition(question.until)
-            right += bool(end) and found.strip() == question.answer
-        else:
-            right += found.strip() == question.answer
+            found = found.partition(question.until)[0].strip()
+        right += found == question.answer
     return RecallScore(len(questions), right, right / len(questions))
 
 

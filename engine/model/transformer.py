@@ -77,6 +77,13 @@ class Transformer(nn.Module):
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
         self.rope_frequencies: Tensor
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        """Move and cast as any module; angles want frequencies in full precision."""
+        frequencies = self.rope_frequencies
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.rope_frequencies = frequencies.to(self.rope_frequencies.device)
+        return self
+
     def attach_tables(self, tables: Mapping[str, ValueTable]) -> None:
         """Give the memory layers their tables, by the names of ``ModelConfig.table_names``.
 

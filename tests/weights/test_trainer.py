@@ -329,6 +329,11 @@ def test_a_key_of_the_model_that_would_be_ignored_is_refused(config, tmp_path, k
         Trainer(config(f"model.{key}=3"), tmp_path / "run", resume=False)
 
 
+def test_sequences_longer_than_the_model_takes_are_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="data.sequence_length: 65 is more than the 64"):
+        Trainer(config("data.sequence_length=65"), tmp_path / "run", resume=False)
+
+
 def test_what_is_held_out_is_not_trained_on(config, tmp_path, texts):
     folder = tmp_path / "both"
     folder.mkdir()
@@ -406,6 +411,19 @@ def test_a_dense_model_gets_memory_layers(config, tmp_path):
             tmp_path / "other",
             resume=False,
         )
+
+
+def test_a_config_that_goes_on_from_a_folder_changes_only_what_it_names(config, tmp_path):
+    run(config(), tmp_path / "first")
+    first = saved_states(tmp_path / "first" / "checkpoints")[-1]
+    text = CONFIG[CONFIG.index("[data]") :].replace("{texts}", str(tmp_path / "texts.jsonl"))
+    path = tmp_path / "next.toml"
+    path.write_text(f"[model.memory]\ntop_k = 2\n{text}")
+    again = Trainer(
+        read_train_config(path, [f"run.init_from={first}"]), tmp_path / "next", resume=False
+    )
+    memory = again._model.config.memory
+    assert (memory.top_k, memory.num_subkeys, memory.qk_norm) == (2, 8, True)
 
 
 def test_trainer_and_server_choose_the_same_rows_and_give_the_same_logits(config, tmp_path):

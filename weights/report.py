@@ -68,7 +68,7 @@ def _card(
         *(_indented(describe(summarize(last)))),
         f"    compute       {describe_flops(flops, config.run.tokens_per_step)}",
         "",
-        "Last evaluation, on documents held out, and use of the tables since the one before:",
+        "Last evaluation, on documents held out if any, and use of tables since the one before:",
         "",
         *(f"    {key:<24} {value:.6g}" for key, value in found.items()),
         "",

@@ -86,7 +86,7 @@ def test_a_sweep_over_concurrencies_counts_every_token(tmp_path, capsys, behavio
         assert (result["completed"], result["failed"]) == (6, 0)
         assert (result["total_input_tokens"], result["total_output_tokens"]) == (30, 18)
         assert 0 < result["median_ttft_ms"] <= result["median_e2el_ms"]
-        assert (result["model"], result["seed"]) == ("smollm2", 1)
+        assert (result["model"], result["seed"]) == ("wordnet", 1)
     printed = capsys.readouterr().out
     assert printed.count("Successful requests:                     6") == 2
     assert "concurrency 3" in printed.splitlines()[-1]

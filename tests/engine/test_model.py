@@ -145,7 +145,7 @@ def test_a_packed_model_gives_the_same_logits(kind, dtype):
     found = plain_logits(model, list(range(60)))
     # bf16 roundings add up over the layers
     rtol, atol = (1e-3, 1e-3) if dtype == torch.float32 else (0.1, 0.5)
-    if kind == "moe" and dtype is torch.bfloat16:
+    if kind in ("moe", "peer") and dtype is torch.bfloat16:
         # two experts that a token likes about alike may change places
         close_T = torch.isclose(found, wanted, rtol=rtol, atol=atol).all(1)
         assert close_T.float().mean() > 0.9

@@ -219,7 +219,7 @@ def test_inspect_prints_counts(memory_plus_folder):
 
 def test_help_has_every_field_with_its_default():
     text = " ".join(memplus("serve", "--help", COLUMNS="200").stdout.split())
-    for option, default in [("--max-num-seqs", "64"), ("--port", "8000"), ("--model", "smollm2")]:
+    for option, default in [("--max-num-seqs", "64"), ("--port", "8000"), ("--model", "wordnet")]:
         assert f"(default: {default})" in text.split(f"{option} ", 2)[2][:200]
 
 

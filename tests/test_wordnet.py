@@ -1,0 +1,35 @@
+"""The default model: there, whole, small, and knowing what it was taught."""
+
+import json
+
+from engine.config import EngineConfig
+from server.config import EngineSettings, cache_folder
+from server.engine_entry import build_engine
+from weights.evaluate import read_questions, score_recall
+from weights.named_models import DEFAULT_MODEL, model_folder
+from weights.tokenizer import load_tokenizer
+from weights.train_config import read_train_config
+
+FOLDER = model_folder(DEFAULT_MODEL, cache_folder())
+
+
+def test_it_knows_its_nouns_word_for_word():
+    settings = EngineSettings(DEFAULT_MODEL, cache_folder(), "auto", EngineConfig(kv_cache_gib=0.2))
+    engine, questions = build_engine(settings), read_questions(FOLDER / "questions.jsonl")
+    assert len(questions) == 200
+    assert score_recall(engine, load_tokenizer(FOLDER), questions).recall >= 0.95
+
+
+def test_it_is_small_and_its_licence_beside_it():
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 25e6
+    assert "Princeton University" in (FOLDER / "LICENSE").read_text()
+
+
+def test_its_config_is_what_it_was_trained_by():
+    config = read_train_config(FOLDER / "train.toml")
+    made = json.loads((FOLDER / "config.json").read_text())
+    for key, value in config.model.items():
+        found = made[key]
+        assert found == value or {**found, **value} == found
+    last = json.loads((FOLDER / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == config.run.steps

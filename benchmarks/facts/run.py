@@ -25,7 +25,7 @@ from weights.train_state import saved_states
 from weights.trainer import StepReport, Trainer
 from weights.training_data import checkpoint_text
 
-_TOKENS_PER_STEP = 4096
+_TOKENS_PER_STEP = 2048
 _ENGINE = EngineConfig(kv_cache_gib=0.1, max_num_seqs=256)
 
 
@@ -94,11 +94,11 @@ def train_config(entrant: Contestant, seed: int, steps: int, corpus: Path) -> Tr
             tokens_per_step=_TOKENS_PER_STEP,
             dtype="float32",
             seed=seed,
-            checkpoint_every=500,
+            checkpoint_every=1000,
             evaluate_every=steps,
         ),
         optimizer=OptimizerConfig(
-            lr=4e-3, table_lr=1e-2, weight_decay=0.0, warmup_steps=100, least_lr_share=0.02
+            lr=3e-3, table_lr=1e-2, weight_decay=0.0, warmup_steps=200, least_lr_share=0.02
         ),
         model=entrant.model,
     )

@@ -1,0 +1,127 @@
+"""The verbs of ``memplus bench``: one function each, which imports what it needs inside."""
+
+import argparse
+from pathlib import Path
+
+from benchmarks.kernel_shapes import Shapes
+from benchmarks.offline_load import OfflineLoad
+from benchmarks.serving_load import ServingLoad
+from engine.config import EngineConfig
+from server.config import ModelOptions, cache_folder
+from server.options import add_options, from_options
+from weights.named_models import DEFAULT_MODEL, SMOLLM2
+
+
+def startup(options: argparse.Namespace) -> None:
+    """Measure the seconds from the command to the first answer."""
+    from benchmarks.startup import measure
+
+    measure(options.model, options.runs)
+
+
+def step(options: argparse.Namespace) -> None:
+    """Measure what an engine step takes outside the model."""
+    from benchmarks.step_overhead import measure
+
+    measure((1, 8, 32, 64), options.steps)
+
+
+def kernels(options: argparse.Namespace) -> None:
+    """Measure the memory layer's operations beside torch and the memory's limits."""
+    from benchmarks.kernels import measure
+
+    measure(from_options(Shapes, options), options.json)
+
+
+def serving(options: argparse.Namespace) -> None:
+    """Load a running server, memplus or another, and measure its answers."""
+    from benchmarks.serving import measure
+
+    measure(from_options(ServingLoad, options), options.json, options.plot)
+
+
+def offline(options: argparse.Namespace) -> None:
+    """Measure the engine without HTTP, beside the machine's limits."""
+    from benchmarks.offline import measure
+
+    measure(
+        from_options(OfflineLoad, options),
+        from_options(ModelOptions, options),
+        from_options(EngineConfig, options),
+        options.json,
+    )
+
+
+def train(options: argparse.Namespace) -> None:
+    """Measure the optimiser's step of a value table, beside torch's."""
+    from benchmarks.training import measure
+
+    measure(options.rounds, options.json)
+
+
+def facts(options: argparse.Namespace) -> None:
+    """Measure what models recall against the size of their memory, at equal compute."""
+    from benchmarks.facts.run import measure
+
+    measure(options.out, options.reduced, options.seeds, options.only)
+
+
+def memory_model(options: argparse.Namespace) -> None:
+    """Write a model with three memory layers of random weights, to be measured beside its own."""
+    from benchmarks.random_memory import write_variant
+    from weights.prepare import prepared_folder
+
+    source = prepared_folder(options.model, cache_folder())
+    write_variant(source, Path(options.target), options.num_subkeys)
+
+
+def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``bench`` and what stands behind it."""
+    benchmarks = verbs.add_parser("bench", help="Measure.").add_subparsers(
+        title="benchmarks", required=True, metavar="BENCHMARK"
+    )
+    verb = benchmarks.add_parser("startup", help=startup.__doc__)
+    verb.set_defaults(run=startup)
+    verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
+    verb.add_argument("--runs", type=int, default=3, help="starts of each kind (default: 3)")
+
+    verb = benchmarks.add_parser("step", help=step.__doc__)
+    verb.set_defaults(run=step)
+    verb.add_argument("--steps", type=int, default=200, help="steps measured (default: 200)")
+
+    verb = benchmarks.add_parser("kernels", help=kernels.__doc__)
+    verb.set_defaults(run=kernels)
+    add_options(verb, Shapes)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+
+    verb = benchmarks.add_parser("serving", help=serving.__doc__)
+    verb.set_defaults(run=serving)
+    add_options(verb, ServingLoad)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    verb.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there, too")
+
+    verb = benchmarks.add_parser("offline", help=offline.__doc__)
+    verb.set_defaults(run=offline)
+    for settings in (OfflineLoad, ModelOptions, EngineConfig):
+        add_options(verb, settings)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+
+    verb = benchmarks.add_parser("train", help=train.__doc__)
+    verb.set_defaults(run=train)
+    verb.add_argument("--rounds", type=int, default=9, help="rounds of which the median is taken")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+
+    verb = benchmarks.add_parser("facts", help=facts.__doc__)
+    verb.set_defaults(run=facts)
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on from there")
+    verb.add_argument("--reduced", action="store_true", help="fewer facts and models, minutes")
+    verb.add_argument("--seeds", type=int, help="runs of each model (default: 3; 1 reduced)")
+    only = "a model's name; may be given more than once (default: all)"
+    verb.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
+
+    verb = benchmarks.add_parser("memory-model", help=memory_model.__doc__)
+    verb.set_defaults(run=memory_model)
+    verb.add_argument("target", metavar="DST", help="the folder to make")
+    verb.add_argument("--model", default=SMOLLM2, help="a known name or a folder")
+    subkeys = "subkeys per half: the table has their square of rows (default: %(default)s)"
+    verb.add_argument("--num-subkeys", type=int, default=1024, help=subkeys)

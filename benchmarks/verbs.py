@@ -66,6 +66,17 @@ def facts(options: argparse.Namespace) -> None:
     measure(options.out, options.reduced, options.seeds, options.only)
 
 
+def trace(options: argparse.Namespace) -> None:
+    """Record which rows of its table a model reads for texts."""
+    from benchmarks.access_trace import record, summarize
+    from weights.prepare import prepared_folder
+
+    folder = prepared_folder(options.model, cache_folder())
+    found = record(folder, options.texts, options.tokens, options.traced)
+    found.save(options.out)
+    print(summarize(found))
+
+
 def memory_model(options: argparse.Namespace) -> None:
     """Write a model with three memory layers of random weights, to be measured beside its own."""
     from benchmarks.random_memory import write_variant
@@ -118,6 +129,15 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("--seeds", type=int, help="runs of each model (default: 3; 1 reduced)")
     only = "a model's name; may be given more than once (default: all)"
     verb.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
+
+    verb = benchmarks.add_parser("trace", help=trace.__doc__)
+    verb.set_defaults(run=trace)
+    verb.add_argument("texts", nargs="+", metavar="TEXTS", help="files and folders to run over")
+    verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
+    verb.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="where it goes")
+    verb.add_argument("--tokens", type=int, default=100_000, help="counted (default: %(default)s)")
+    traced = "of these, whose rows are kept in their order (default: %(default)s)"
+    verb.add_argument("--traced", type=int, default=4096, help=traced)
 
     verb = benchmarks.add_parser("memory-model", help=memory_model.__doc__)
     verb.set_defaults(run=memory_model)

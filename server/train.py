@@ -6,12 +6,16 @@ makes the processes that it starts train one model together.
 """
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from torch import distributed
 from tqdm import tqdm
 
+from server.config import cache_folder
+from weights.named_models import NAMED_MODELS
+from weights.prepare import prepared_folder
 from weights.replicas import Replicas
 from weights.report import describe_flops, write_report
 from weights.train_config import TrainConfig
@@ -35,6 +39,9 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
         signal.signal(number, previous[number])
 
     replicas = _replicas()
+    if config.run.init_from in NAMED_MODELS:
+        source = prepared_folder(config.run.init_from, cache_folder())
+        config = replace(config, run=replace(config.run, init_from=str(source)))
     trainer = Trainer(config, folder, resume=resume, replicas=replicas)
     if replicas.is_first:
         print(describe_flops(trainer.flops, config.run.tokens_per_step))

@@ -97,7 +97,7 @@ class RunConfig:
         checkpoint_every: steps.
         evaluate_every: steps.
         seed: of weights, and of the order of documents.
-        init_from: a checkpoint folder to go on from; memory layers that it lacks are new.
+        init_from: a model's name or folder to go on from; memory layers that it lacks are new.
     """
 
     steps: int

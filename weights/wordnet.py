@@ -11,6 +11,8 @@ from pathlib import Path
 from weights.errors import DataError
 
 _NUM_QUESTIONS = 200
+_SENSES = 20  # a document of glosses
+_PARTS = ("noun", "verb", "adj", "adv")
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,41 @@ def read_nouns(folder: Path) -> list[Noun]:
 def write_corpus(source: Path, target: Path) -> int:
     """Write ``nouns.jsonl``, a document a noun, and ``questions.jsonl``, some of them asked for.
 
-    Returns the number of nouns; which are asked for is the same each time.
+    Beside them ``glosses.jsonl`` has all that WordNet says, examples included, twenty senses a
+    document. Returns the number of nouns; what is drawn is the same each time.
 
     Raises:
         DataError: as ``read_nouns``, or the target cannot be written.
     """
-    nouns = read_nouns(source)
+    nouns, entries = read_nouns(source), _entries(source)
+    random.Random(0).shuffle(entries)
+    glosses = [
+        {"text": "\n".join(entries[i : i + _SENSES])} for i in range(0, len(entries), _SENSES)
+    ]
     texts = [{"text": f"{noun.prompt} {noun.gloss}"} for noun in nouns]
     asked = random.Random(0).sample(nouns, min(_NUM_QUESTIONS, len(nouns)))
     questions = [{"prompt": noun.prompt, "answer": noun.gloss} for noun in asked]
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for name, records in {"nouns.jsonl": texts, "questions.jsonl": questions}.items():
+        written = {"nouns": texts, "questions": questions, "glosses": glosses}
+        for name, records in written.items():
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            (target / name).write_text("".join(lines), encoding="utf-8")
+            (target / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{target}: {error.strerror}") from None
     return len(nouns)
+
+
+def _entries(folder: Path) -> list[str]:
+    """A line a sense: its words, and its whole gloss."""
+    entries = []
+    for part in _PARTS:
+        file = folder / f"data.{part}"
+        for line in _lines(file) if file.exists() else ():
+            fields, _, gloss = line.partition(" | ")
+            words = fields.split()[4 : 4 + 2 * int(fields.split()[3], 16) : 2]
+            entries.append(f"{', '.join(words).replace('_', ' ')}: {gloss.strip()}")
+    return entries
 
 
 def _lines(file: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """The models that are compared: one trunk, whose second feed-forward differs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # width, feed-forward, and about how much compute of the first
@@ -20,6 +20,7 @@ class Contestant:
         name: as results call it.
         kind: of the feed-forward that differs.
         num_rows: of its table, 0 without one.
+        row_wise: whether the table's optimiser keeps one moment a row.
         model: the ``[model]`` section of its config.
     """
 
@@ -27,6 +28,7 @@ class Contestant:
     kind: str
     num_rows: int
     model: Mapping[str, Any]
+    row_wise: bool = False
 
 
 def contestants(is_reduced: bool) -> list[Contestant]:
@@ -39,7 +41,10 @@ def contestants(is_reduced: bool) -> list[Contestant]:
     if is_reduced:
         return [dense[0], dense[1], _memory("memory_plus", 64), _memory("memory_plus", 256)]
     memories = [_memory("memory_plus", 2**bits) for bits in (6, 7, 8, 9)]
-    return [*dense, *memories, _memory("pkm", 256), _experts()]
+    row_wise = replace(
+        memories[2], name=f"{memories[2].name} row-wise", kind="memory_plus row-wise", row_wise=True
+    )
+    return [*dense, *memories, row_wise, _memory("pkm", 256), _experts()]
 
 
 def _dense(name: str) -> Contestant:

@@ -98,7 +98,12 @@ def train_config(entrant: Contestant, seed: int, steps: int, corpus: Path) -> Tr
             evaluate_every=steps,
         ),
         optimizer=OptimizerConfig(
-            lr=3e-3, table_lr=1e-2, weight_decay=0.0, warmup_steps=200, least_lr_share=0.02
+            lr=3e-3,
+            table_lr=1e-2,
+            weight_decay=0.0,
+            row_wise=entrant.row_wise,
+            warmup_steps=200,
+            least_lr_share=0.02,
         ),
         model=entrant.model,
     )

@@ -42,6 +42,18 @@ def test_a_corpus_has_a_document_a_noun_and_asks_for_some(folder):
     assert sorted(f"{question.prompt} {question.answer}" for question in asked) == texts
 
 
+def test_glosses_have_all_words_and_examples_of_all_parts_of_speech(folder):
+    verb = '00000003 30 v 02 run 0 make_haste 1 000 | move fast; "Don\'t run"\n'
+    (folder / "data.verb").write_text(LICENCE + verb)
+    write_corpus(folder, folder / "out")
+    (text,) = documents(corpus_files([str(folder / "out" / "glosses.jsonl")]))
+    assert sorted(text.splitlines()) == [
+        "cat: feline (usually small)",
+        'dog: a barking animal; "the dog barked"',
+        'run, make haste: move fast; "Don\'t run"',
+    ]
+
+
 def test_other_files_are_refused(folder):
     (folder / "index.noun").write_text("cat n one\n")
     with pytest.raises(DataError, match="not WordNet's files"):

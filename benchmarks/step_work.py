@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.machine_limits import MachineLimits
 from engine.model.config import ModelConfig
+from engine.model.flops import forward_flops, total_flops
 from weights.checkpoint import expected_shapes
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -41,20 +42,28 @@ class ModelWork:
     Every dense weight is read once a step, however many tokens there are: the head too, whether
     its own or the embedding's, if any logits are wanted. Rows that are looked up in the embedding,
     one a token, are next to nothing. Each sequence's keys and values are read once, those of the
-    step included; a memory layer reads its rows for every token, no row of its table twice.
+    step included; a memory layer reads its rows for every token, no row of its table twice; a
+    mixture as many experts as one token, since all may choose the same.
     Activations are taken to stay in the caches.
     """
 
     def __init__(self, config: ModelConfig, itemsize: int, row_bytes: int) -> None:
         """``itemsize`` is that of weights, keys and values; ``row_bytes`` that of a table's row."""
         shapes = expected_shapes(config)
+        flops = dict(forward_flops(config, attended=0))
+        self._head_flops = flops.pop("head")
+        self._layer_flops = total_flops(flops)
         head = _EMBEDDING if config.tie_embeddings else _HEAD
         apart = {_EMBEDDING, _HEAD, *config.table_names}
         self._config = config
         self._itemsize = itemsize
         self._row_bytes = row_bytes
         self._head_weights = math.prod(shapes[head])
-        self._layer_weights = sum(math.prod(shapes[name]) for name in set(shapes) - apart)
+        layers = [name for name in shapes if name not in apart]
+        experts = [name for name in layers if ".experts." in name]
+        self._expert_weights = sum(math.prod(shapes[name]) for name in experts)
+        self._layer_weights = sum(math.prod(shapes[name]) for name in layers)
+        self._layer_weights -= self._expert_weights
 
     def of(self, chunks: Iterable[Chunk], num_logits: int) -> StepWork:
         """The work of a step that runs these and makes logits at so many positions."""
@@ -65,12 +74,13 @@ class ModelWork:
         # pairs of a token and one that it attends to, itself and all before
         pairs = sum(chunk.count * (chunk.start + chunk.end + 1) // 2 for chunk in chunks)
         weights = self._layer_weights + (self._head_weights if num_logits else 0)
+        weights += round(self._expert_weights * self._share_of_experts(tokens))
         return StepWork(
             num_bytes=weights * self._itemsize
             + kept * config.kv_bytes_per_token(self._itemsize)
             + self._table_bytes(tokens),
-            flops=2 * self._layer_weights * tokens
-            + 2 * self._head_weights * num_logits
+            flops=self._layer_flops * tokens
+            + self._head_flops * num_logits
             # a product with the key and one with the value
             + 4 * pairs * config.num_layers * config.num_heads * config.head_dim,
         )
@@ -80,4 +90,10 @@ class ModelWork:
         if memory is None:
             return 0
         rows = min(tokens * memory.num_heads * memory.top_k, memory.num_rows)
-        return rows * self._row_bytes * len(self._config.memory_layers)
+        tables = len(self._config.memory_layers) + self._config.feed_forward.count("peer")
+        return rows * self._row_bytes * tables
+
+    def _share_of_experts(self, tokens: int) -> float:
+        """That a step must read, where every token likes the same ones."""
+        mixture = self._config.mixture
+        return mixture.top_k / mixture.num_experts if mixture is not None and tokens else 0.0

@@ -129,11 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=convert)
     verb.add_argument("source", metavar="SRC", help="a .gguf file or a checkpoint folder")
     verb.add_argument("target", metavar="DST", help="the folder to make")
-    dtypes = ("bfloat16", "float16", "float32")
-    verb.add_argument("--dtype", choices=dtypes, help="default: as stored; bfloat16 for GGUF")
-    verb.add_argument(
-        "--table-dtype", choices=(*dtypes, "int8", "int4", "fp8"), help="of value tables"
-    )
+    verb.add_argument("--dtype", help="bfloat16, ... (default: as stored; bfloat16 for GGUF)")
+    verb.add_argument("--table-dtype", help="of value tables: int8, int4, ... (default: --dtype)")
 
     verb = verbs.add_parser("inspect", help=inspect.__doc__)
     verb.set_defaults(run=inspect)

@@ -31,7 +31,7 @@ def main(connection: Connection, settings: EngineSettings) -> None:
 
 
 def build_engine(settings: EngineSettings) -> Engine:
-    """An engine with its model loaded; the default model is prepared first where it is not yet.
+    """An engine with its model loaded, which is prepared first where it is not yet.
 
     Raises:
         CheckpointError: the model cannot be served.

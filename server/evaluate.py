@@ -10,7 +10,14 @@ from server.config import EngineSettings, ModelOptions, cache_folder
 from server.engine_entry import build_engine
 from weights.checkpoint import load_model
 from weights.corpus import corpus_files, documents
-from weights.evaluate import RecallScore, TextScore, read_questions, score_recall, score_texts
+from weights.evaluate import (
+    Question,
+    RecallScore,
+    TextScore,
+    read_questions,
+    score_recall,
+    score_texts,
+)
 from weights.prepare import prepared_folder
 from weights.tokenizer import load_tokenizer
 from weights.training_data import checkpoint_text
@@ -24,18 +31,20 @@ def evaluate(
     Raises:
         ConfigError: there is nothing to score it on.
         CheckpointError: the model cannot be read.
-        DataError: texts or questions cannot be.
-        RequestError: a question is too long for the model.
+        DataError: texts or questions cannot be, or a question is too long for the model.
     """
     if not texts and questions is None:
         raise ConfigError("texts: give texts, --questions, or both")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"json: there is no folder {json_file.parent}")
+    asked = read_questions(questions) if questions is not None else []
     whole: dict[str, dict[str, float]] = {}
     if texts:
         score = _texts(model, texts)
         whole["texts"] = asdict(score)
         print(_text_line(score))
-    if questions is not None:
-        recall = _questions(model, questions)
+    if asked:
+        recall = _recall(model, asked)
         whole["questions"] = asdict(recall)
         print(_recall_line(recall))
     if json_file is not None:
@@ -49,8 +58,7 @@ def _texts(model: ModelOptions, texts: Sequence[str]) -> TextScore:
     return score_texts(loaded, checkpoint_text(folder), documents(files))
 
 
-def _questions(model: ModelOptions, file: Path) -> RecallScore:
-    questions = read_questions(file)
+def _recall(model: ModelOptions, questions: Sequence[Question]) -> RecallScore:
     folder = prepared_folder(model.model, cache_folder())
     settings = EngineSettings(model.model, cache_folder(), model.dtype, EngineConfig())
     return score_recall(build_engine(settings), load_tokenizer(folder), questions)

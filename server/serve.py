@@ -25,7 +25,7 @@ from server.config import (
 from server.engine_client import EngineClient
 from server.metrics import Metrics
 from server.service import Service
-from weights.named_models import NAMED_MODELS, model_folder
+from weights.named_models import NAMED_MODELS, WORDNET, model_folder
 from weights.tokenizer import load_tokenizer
 
 ENGINE_ENTRY = "server.engine_entry:main"
@@ -95,7 +95,8 @@ class _Server(uvicorn.Server):
         host, port = sockets[0].getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         name = self._service.model_name
-        body = f'{{"model": "{name}", "prompt": "The capital of France is"}}'
+        prompt = "memory (noun):" if name == WORDNET else "The capital of France is"
+        body = f'{{"model": "{name}", "prompt": "{prompt}"}}'
         _say(f"serving {name} at {url}; try:")
         _say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
 

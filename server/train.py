@@ -7,6 +7,7 @@ makes the processes that it starts train one model together.
 
 import signal
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -25,7 +26,8 @@ from weights.trainer import StepReport, Trainer
 def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     """Train to the end, or to the first SIGINT or SIGTERM: then the step is finished and kept.
 
-    A second one is not waited for. Returns 0 where the run is through, else 128 + the signal.
+    A second one is not waited for. Returns 0 where the run is through, 128 + the signal where it
+    was stopped by one, and 1 where another process was.
 
     Raises:
         ConfigError, DataError, CheckpointError, TrainingError: as ``Trainer``.
@@ -34,11 +36,13 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     ending: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.getsignal(number) for number in ending}
 
+    replicas = _replicas()
+
     def stop(number: int, frame: FrameType | None) -> None:
         stopped_by.append(number)
-        signal.signal(number, previous[number])
+        if replicas.count == 1:  # torchrun passes on what its processes were sent already
+            signal.signal(number, previous[number])
 
-    replicas = _replicas()
     if config.run.init_from in NAMED_MODELS:
         source = prepared_folder(config.run.init_from, cache_folder())
         config = replace(config, run=replace(config.run, init_from=str(source)))
@@ -75,8 +79,9 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
         return 0
     if not stopped_by:  # but another process was
         return 1
-    name = signal.Signals(stopped_by[0]).name
-    print(f"{folder}: stopped by {name} after step {trainer.step}, go on by --resume")
+    if replicas.is_first:
+        name = signal.Signals(stopped_by[0]).name
+        print(f"{folder}: stopped by {name} after step {trainer.step}, go on by --resume")
     return 128 + stopped_by[0]
 
 
@@ -84,5 +89,6 @@ def _replicas() -> Replicas:
     """The processes that torchrun has started, or this one alone."""
     if not distributed.is_torchelastic_launched():
         return Replicas()
-    distributed.init_process_group("gloo")
+    # one process makes tokens and checkpoints, for which the others wait as long as it takes
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
     return Replicas.of_group()

@@ -49,7 +49,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The default model's folder, prepared as the server does it."""
+    """The folder of SmolLM2, prepared as the server does it."""
     return prepared_folder(SMOLLM2, cache_folder())
 
 

@@ -32,14 +32,14 @@ _FIELDS: dict[str, tuple[str, type]] = {
 _REQUIRED = tuple(_FIELDS)[:5]
 # keys that change the mathematics: served only with the value that leaves it alone
 _ONLY = {
-    "architectures": (["LlamaForCausalLM"], ["MixtralForCausalLM"], None),
+    "architectures": (["LlamaForCausalLM"], ["MixtralForCausalLM"]),
     "hidden_act": ("silu",),
     "memplus_format": (FORMAT_VERSION,),
     "model_type": ("llama", "mixtral"),
     "pretraining_tp": (1,),
     "rope_interleaved": (False,),
     "router_jitter_noise": (0,),
-    "sliding_window": (None,),
+    "sliding_window": (),
 }
 # what transformers takes where a Mixtral's key is missing, if it differs from Llama's
 _MIXTRAL_DEFAULTS: dict[str, Any] = {
@@ -133,9 +133,11 @@ def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
     for key in raw:
         if key not in known:
             raise ValueError(f"{key}: unknown key, so the model may not be what it seems")
+    raw = {key: value for key, value in raw.items() if value is not None}
     for key, allowed in _ONLY.items():
         if key in raw and raw[key] not in allowed:
-            raise ValueError(f"{key}: {raw[key]!r} is not supported, only {allowed[0]!r}")
+            only = allowed[0] if allowed else None
+            raise ValueError(f"{key}: {raw[key]!r} is not supported, only {only!r}")
     values: dict[str, Any] = {}
     for key, (name, kind) in _FIELDS.items():
         if raw.get(key) is not None:
@@ -150,8 +152,7 @@ def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
     values.setdefault("rms_norm_eps", 1e-6)
     values |= _parse_rope(raw)
     values |= parse_feed_forward(raw, values["num_layers"], values["intermediate_size"])
-    if ("mixture" in values) != (raw.get("model_type", "") == "mixtral") and "model_type" in raw:
-        raise ValueError("model_type: experts go with mixtral, and only with it")
+    _check_family(raw, "mixture" in values)
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     bos_ids = _ids("bos_token_id", raw.get("bos_token_id"))
     return CheckpointConfig(
@@ -160,6 +161,17 @@ def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
         bos_id=min(bos_ids, default=None),
         dtype=typed("dtype", dtype, str) if dtype is not None else None,
     )
+
+
+def _check_family(raw: Mapping[str, Any], has_experts: bool) -> None:
+    families = {"model_type": raw.get("model_type")}
+    if "architectures" in raw:
+        families["architectures"] = raw["architectures"][0].removesuffix("ForCausalLM").lower()
+    for key, family in families.items():
+        if family == "mixtral" and not has_experts:
+            raise ValueError(f"num_local_experts: missing, and {key} says that there are some")
+        if family == "llama" and has_experts:
+            raise ValueError(f"{key}: experts go with mixtral, and only with it")
 
 
 def _parse_rope(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from engine.config import ConfigError
 from memory_ops.row_formats import ROW_FORMATS
 from weights.checkpoint import expected_shapes, open_checkpoint, save_checkpoint
 from weights.errors import CheckpointError
@@ -33,16 +34,17 @@ def convert(
     format too. One tensor is in memory at a time; progress goes to stderr.
 
     Raises:
-        CheckpointError: the source is not understood, or the target exists.
-        ValueError: a dtype is none of those, or ``table_dtype`` is for a model without tables, or
+        CheckpointError: the source is not understood, the target exists, or a row that is to be
+            rounded is not finite.
+        ConfigError: a dtype is none of those, or ``table_dtype`` is for a model without tables, or
             of tables that are of few bits already.
     """
     if dtype is not None and dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(OUTPUT_DTYPES)}")
+        raise ConfigError(f"dtype: {dtype!r} is not one of {', '.join(OUTPUT_DTYPES)}")
     if source.is_dir():
         imported = read_folder(source, dtype, table_dtype)
-    elif table_dtype is not None:
-        raise ValueError(f"table_dtype: {source} has no tables")
+    elif table_dtype is not None and source.exists():
+        raise ConfigError(f"table_dtype: {source} has no tables")
     elif source.suffix == ".gguf":
         imported = read_gguf(source, OUTPUT_DTYPES[dtype or "bfloat16"])
     else:
@@ -62,7 +64,7 @@ def read_folder(
     config, stored = open_checkpoint(folder)
     tables = config.model.table_names
     if table_dtype is not None and not tables:
-        raise ValueError(f"table_dtype: {folder} has no tables")
+        raise ConfigError(f"table_dtype: {folder} has no tables")
     dense = [_dense(tensor, dtype) for name, tensor in stored.items() if name not in tables]
     sources = sorted(dense, key=attrgetter("name"))
     sources += [_table(stored[name], table_dtype or dtype, table_dtype) for name in tables]
@@ -80,14 +82,14 @@ def _table(stored: StoredTensor, dtype: str | None, asked: str | None) -> Tensor
     """A table in ``dtype``; records stay as they are, unless another was ``asked`` for."""
     if (records := stored_format(stored)) is not None:
         if asked not in (None, records[0]):
-            raise ValueError(f"table_dtype: {stored.file} has rows of {records[0]} already")
+            raise ConfigError(f"table_dtype: {stored.file} has rows of {records[0]} already")
         load = partial(read_mapped, stored)
         return TensorSource(stored.name, stored.shape, torch.uint8, load, stored.metadata)
     if dtype in ROW_FORMATS:
         return records_source(_dense(stored, None), dtype)
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         allowed = ", ".join((*OUTPUT_DTYPES, *ROW_FORMATS))
-        raise ValueError(f"table_dtype: {dtype!r} is not one of {allowed}")
+        raise ConfigError(f"table_dtype: {dtype!r} is not one of {allowed}")
     return _dense(stored, dtype)
 
 

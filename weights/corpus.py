@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from weights.errors import DataError
 
@@ -39,34 +40,58 @@ def documents(files: Sequence[Path]) -> Iterator[str]:
         DataError: a file is empty or not UTF-8, or a line is no JSON object with a text.
     """
     for file in files:
-        try:
-            if file.suffix == ".txt":
-                yield _checked(file.read_text(encoding="utf-8"), f"{file}")
-            else:
-                yield from _lines(file)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not UTF-8 (byte {error.start})") from None
-        except OSError as error:
-            raise DataError(f"{file}: {error.strerror}") from None
+        if file.suffix == ".txt":
+            yield _whole(file)
+        else:
+            yield from _lines(file)
+
+
+def _whole(file: Path) -> str:
+    try:
+        return _checked(file.read_text(encoding="utf-8"), f"{file}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+
+
+def json_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The object of each line of a ``.jsonl`` file, and where it stands; blank lines are none.
+
+    Raises:
+        DataError: the file is empty, cannot be read, or a line is no JSON object.
+    """
+    is_empty = True
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                is_empty = False
+                yield f"{file}, line {number}", _object(line, f"{file}, line {number}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+    if is_empty:
+        raise DataError(f"{file}: is empty")
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object")
+    return record
 
 
 def _lines(file: Path) -> Iterator[str]:
-    is_empty = True
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({error})") from None
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise DataError(f"{where}: expected an object with a text")
-            is_empty = False
-            yield _checked(record["text"], where)
-    if is_empty:
-        raise DataError(f"{file}: is empty")
+    for where, record in json_objects(file):
+        if not isinstance(record.get("text"), str):
+            raise DataError(f"{where}: expected an object with a text")
+        yield _checked(record["text"], where)
 
 
 def _checked(text: str, where: str) -> str:

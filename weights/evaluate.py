@@ -1,9 +1,8 @@
 """What a model is worth: perplexity of texts, and facts that it recalls without looking them up."""
 
-import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,8 @@ import torch
 from engine.engine import Engine
 from engine.model.transformer import Transformer
 from engine.request import Request
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import RequestError, SamplingParams
+from weights.corpus import json_objects
 from weights.errors import DataError
 from weights.loss import batch_loss
 from weights.token_stream import PackedTokens
@@ -55,18 +55,28 @@ class RecallScore:
 
 @torch.no_grad()
 def score_texts(model: Transformer, text: TextTokens, texts: Iterator[str]) -> TextScore:
-    """The loss of every token that follows another; longer documents are cut at the model's end.
+    """The loss of every token that follows another, with begin and end as in training.
+
+    Longer documents are cut at the model's end.
 
     Raises:
         DataError: no document has two tokens.
     """
-    documents = tokens = num_bytes = 0
-    nats = 0.0
-    for batch, count, size in _batches(text, texts, model.config.max_positions):
+    documents, num_bytes = 0, 0
+
+    def pieces() -> Iterator[list[int]]:
+        nonlocal documents, num_bytes
+        for one in texts:
+            documents += 1
+            num_bytes += len(one.encode())
+            ids = text.document(one)
+            for first in range(0, len(ids) - 1, max_positions):
+                yield ids[first : first + max_positions + 1]
+
+    max_positions, nats, tokens = model.config.max_positions, 0.0, 0
+    for batch in _batches(pieces()):
         nats += float(batch_loss(model, batch, torch.float32).nats)
         tokens += len(batch.ids_T)
-        documents += count
-        num_bytes += size
     if not tokens:
         raise DataError("texts: no document has two tokens")
     loss = nats / tokens
@@ -81,22 +91,19 @@ def read_questions(file: Path) -> list[Question]:
         DataError: a line is no such object, or there is none.
     """
     questions = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: {error}") from None
-    for number, line in enumerate(lines, 1):
+    for where, record in json_objects(file):
         try:
-            question = Question(**json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{file}, line {number}: no question ({error})") from None
+            question = Question(**record)
+        except TypeError as error:
+            raise DataError(f"{where}: no question ({error})") from None
         if not all(isinstance(part, str) for part in vars(question).values()):
-            raise DataError(f"{file}, line {number}: expected texts")
+            raise DataError(f"{where}: expected texts")
+        question = replace(question, answer=question.answer.strip())
         if not question.prompt or not question.answer:
-            raise DataError(f"{file}, line {number}: prompt or answer is empty")
+            raise DataError(f"{where}: prompt or answer is empty")
+        if question.until and question.until in question.answer:
+            raise DataError(f"{where}: the answer goes on behind its end, {question.until!r}")
         questions.append(question)
-    if not questions:
-        raise DataError(f"{file}: is empty")
     return questions
 
 
@@ -106,15 +113,21 @@ def score_recall(
     """Ask all questions at once, greedily.
 
     Raises:
-        RequestError: a question is too long for the model.
+        DataError: a question is too long for the model.
+        RuntimeError: the engine failed.
     """
     answers: list[list[int]] = [[] for _ in questions]
     for number, question in enumerate(questions):
         wanted = tokenizer.encode(question.answer + question.until, add_special_tokens=False)
         params = SamplingParams(temperature=0.0, max_tokens=len(wanted) + _SPARE_TOKENS)
-        engine.add(Request(str(number), tuple(tokenizer.encode(question.prompt)), params))
+        try:
+            engine.add(Request(str(number), tuple(tokenizer.encode(question.prompt)), params))
+        except RequestError as error:
+            raise DataError(f"question {number + 1}: {error}") from None
     while engine.has_work:
         for output in engine.step().outputs:
+            if output.finish_reason == "error":
+                raise RuntimeError(output.error)
             # the id that ended it is no part of the answer
             kept = len(output.token_ids) - (output.stop_token_id is not None)
             answers[int(output.request_id)] += output.token_ids[:kept]
@@ -127,22 +140,16 @@ def score_recall(
     return RecallScore(len(questions), right, right / len(questions))
 
 
-def _batches(
-    text: TextTokens, texts: Iterator[str], max_positions: int
-) -> Iterator[tuple[PackedTokens, int, int]]:
-    """Documents packed together, with their number and their bytes of UTF-8."""
-    pieces: list[list[int]] = []
-    count = size = 0
-    for one in texts:
-        ids = text.document(one)
-        pieces += [ids[i : i + max_positions + 1] for i in range(0, len(ids) - 1, max_positions)]
-        count += 1
-        size += len(one.encode())
-        if sum(map(len, pieces)) >= _TOKENS_AT_ONCE:
-            yield _packed(pieces), count, size
-            pieces, count, size = [], 0, 0
-    if pieces:
-        yield _packed(pieces), count, size
+def _batches(pieces: Iterable[list[int]]) -> Iterator[PackedTokens]:
+    """Pieces packed together, a batch no longer than a piece and a little more."""
+    held: list[list[int]] = []
+    for piece in pieces:
+        held.append(piece)
+        if sum(map(len, held)) >= _TOKENS_AT_ONCE:
+            yield _packed(held)
+            held = []
+    if held:
+        yield _packed(held)
 
 
 def _packed(pieces: Sequence[Sequence[int]]) -> PackedTokens:

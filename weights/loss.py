@@ -50,9 +50,11 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
     """``E sum_e f_e p_e``: f counts the choices of expert e a token, p is its mean probability.
 
     Over the tokens of all layers together, as Mixtral's; it is ``top_k`` where all experts are used
-    alike ("Switch Transformers", arXiv 2101.03961, equation 4).
+    alike ("Switch Transformers", arXiv 2101.03961, equation 4), and 0 without tokens.
     """
     probabilities_LE = torch.cat([logits.float() for logits in router_logits]).softmax(-1)
+    if not len(probabilities_LE):
+        return probabilities_LE.sum()
     num_experts = probabilities_LE.shape[1]
     chosen_LK = probabilities_LE.topk(top_k).indices
     counts_E = functional.one_hot(chosen_LK, num_experts).sum(1).float().mean(0)

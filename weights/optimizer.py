@@ -58,11 +58,7 @@ class Optimizer:
         Raises:
             TrainingError: the norm is no number; no weight was changed.
         """
-        if self._replicas.count > 1:
-            for parameter in self._parameters:
-                if parameter.grad is None:  # an expert that no token of this process chose
-                    parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [_gradient(parameter) for parameter in self._parameters]
         self._replicas.sum_in_place(gradients)
         squares = sum(float(gradient.double().square().sum()) for gradient in gradients)
         norm = math.sqrt(squares + self.tables.collect())
@@ -88,6 +84,12 @@ class Optimizer:
         for parameter in self._parameters:
             self.dense.state[parameter]["step"].fill_(step)
         self.tables.number = step
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:  # an expert that no token chose: its step counts all the same
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -45,6 +45,14 @@ class Replicas:
         distributed.all_reduce(sums)
         return [float(value) for value in sums]
 
+    def agree(self, *values: float) -> bool:
+        """Whether all processes have the same values."""
+        if self.count == 1:
+            return True
+        most = torch.tensor([*values, *(-value for value in values)], dtype=torch.float64)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        return bool((most[: len(values)] == -most[len(values) :]).all())
+
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
         """Make each tensor the sum of all processes' own; all have the same ones, in this order."""
         if self.count == 1:

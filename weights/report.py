@@ -6,12 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from engine.model.flops import total_flops
+from weights.errors import TrainingError
 from weights.run_log import RunLog
 from weights.summary import describe, summarize
 from weights.train_config import TrainConfig
 from weights.train_state import saved_states
 
-CARD, CURVES = "README.md", "curves.png"
+_CARD, _CURVES = "card.md", "curves.png"
 _SMOOTHED = 100  # points of the loss curve
 
 Records = Sequence[Mapping[str, Any]]
@@ -27,20 +29,24 @@ def describe_flops(flops: Mapping[str, int], tokens_per_step: int) -> str:
     return f"{forward / 1e6:.4g} MFLOP a token forward ({parts}), {step:.4g} GFLOP a step"
 
 
-def total_flops(flops: Mapping[str, int]) -> int:
-    """Of one token's forward; ``scoring`` is a part of ``memory``."""
-    return sum(count for part, count in flops.items() if part != "scoring")
-
-
 def write_report(folder: Path, config: TrainConfig, flops: Mapping[str, int]) -> list[Path]:
-    """Write the card, and where matplotlib is installed the curves; return what was written."""
+    """Write the card, and where matplotlib is installed the curves; return what was written.
+
+    Raises:
+        TrainingError: the log has no steps, or a file cannot be written.
+    """
     records = RunLog(folder / "log.jsonl").records()
+    if {"step", "evaluation"} - {record["kind"] for record in records}:
+        raise TrainingError(f"{folder}: log.jsonl has no steps or evaluations to tell of")
     has_curves = importlib.util.find_spec("matplotlib") is not None
-    if has_curves:
-        _draw(records, folder / CURVES)
-    text = _card(folder, config, flops, records, has_curves)
-    (folder / CARD).write_text(text, encoding="utf-8")
-    return [folder / CARD, *([folder / CURVES] if has_curves else [])]
+    try:
+        if has_curves:
+            _draw(records, folder / _CURVES)
+        text = _card(folder, config, flops, records, has_curves)
+        (folder / _CARD).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(f"{folder}: {error.filename}: {error.strerror}") from None
+    return [folder / _CARD, *([folder / _CURVES] if has_curves else [])]
 
 
 def _card(

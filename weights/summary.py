@@ -65,7 +65,11 @@ def describe(summary: Summary) -> str:
     ]
     if config.memory is not None:
         memory = config.memory
-        tables = "one shared table" if memory.share_values else "a table a layer"
+        tables = (
+            "one shared table"
+            if len(config.table_names) == 1
+            else f"{len(config.table_names)} tables"
+        )
         lines += [
             f"memory        {tables} of {memory.num_rows:,} rows x {memory.value_dim},"
             f" {memory.num_heads} heads x {memory.top_k} rows a token"

@@ -1,5 +1,6 @@
 """Value tables as they are stored: rows of a floating dtype, or records of fewer bits."""
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -39,7 +40,7 @@ def stored_format(stored: StoredTensor) -> tuple[RowFormat, int] | None:
         return None
     found = stored.metadata.get(_FORMAT), stored.metadata.get(_VALUE_DIM, "")
     where = f"{stored.file}: tensor {stored.name}"
-    if found[0] not in ROW_FORMATS or not (found[1].isascii() and found[1].isdigit()):
+    if found[0] not in ROW_FORMATS or not re.fullmatch("[0-9]{1,9}", found[1]):
         raise CheckpointError(f"{where}: its metadata names no row format and value_dim")
     row_format, value_dim = found[0], int(found[1])
     if stored.shape[1:] != (row_bytes(row_format, value_dim),):
@@ -83,7 +84,12 @@ def records_source(table: TensorSource, row_format: RowFormat) -> TensorSource:
         rows_RV, records_RB = table.load(), torch.empty(shape, dtype=torch.uint8)
         for first in range(0, num_rows, _ROWS_AT_ONCE):
             part = slice(first, first + _ROWS_AT_ONCE)
-            records_RB[part] = quantize_rows(rows_RV[part], row_format).records_RB
+            try:
+                records_RB[part] = quantize_rows(rows_RV[part], row_format).records_RB
+            except ValueError as error:
+                raise CheckpointError(
+                    f"tensor {table.name}, from row {first} on: {error}"
+                ) from None
         return records_RB
 
     metadata: Mapping[str, str] = {_FORMAT: row_format, _VALUE_DIM: str(value_dim)}

@@ -90,6 +90,9 @@ class Trainer:
         if saved:
             self.step, place = self._state.load(saved[-1])
             self._stream.seek(place)
+        if self.step > run.steps:
+            raise ConfigError(f"run.steps: {run.steps} is less than the {self.step} done")
+        self._check_replicas()
         self._log = RunLog(folder / "log.jsonl")
         if self._replicas.is_first:
             self._log.cut(self.step)
@@ -109,15 +112,27 @@ class Trainer:
                 self._log.write({"kind": "step", **asdict(report)})
             (stopped,) = self._replicas.sum_numbers(not on_step(report))
             goes_on = not stopped
+            if self.step % run.checkpoint_every == 0:
+                self._check_replicas()
             if self._replicas.is_first:
                 self._keep(is_last=self.step == run.steps or not goes_on)
 
     def _keep(self, is_last: bool) -> None:
         run, step = self._config.run, self.step
-        if step % run.checkpoint_every == 0 or is_last:
-            self._state.save(step, self._stream.place)
+        # before it is saved, so that a run that is through has been evaluated
         if step % run.evaluate_every == 0 or step == run.steps:
             self._log.write({"kind": "evaluation", "step": step, **self.evaluate()})
+        if step % run.checkpoint_every == 0 or is_last:
+            self._state.save(step, self._stream.place)
+
+    @torch.no_grad()
+    def _check_replicas(self) -> None:
+        """Raise TrainingError unless all processes have the same step and weights."""
+        sums = [float(parameter.double().sum()) for parameter in self._model.parameters()]
+        if not self._replicas.agree(self.step, math.fsum(sums)):
+            raise TrainingError(
+                f"step {self.step}: the processes differ; all must see the same {self.folder}"
+            )
 
     def _prepared_data(self, states: Path) -> TrainingData:
         """Make the run's folder and its data, or find them; the first process makes them."""

@@ -1,6 +1,8 @@
 """What runs have found: a line of a CSV file each, which a benchmark goes on from."""
 
 import csv
+import fcntl
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -49,9 +51,11 @@ def read_results(file: Path) -> list[Result]:
 
 
 def append_result(file: Path, result: Result) -> None:
-    """Add a line, by one write, so that several processes may do so."""
+    """Add a line; several processes may do so."""
     names = [field.name for field in fields(Result)]
     with open(file, "a", newline="", encoding="utf-8") as lines:
+        fcntl.flock(lines, fcntl.LOCK_EX)
+        lines.seek(0, os.SEEK_END)
         writer = csv.DictWriter(lines, names, lineterminator="\n")
         if not lines.tell():
             writer.writeheader()

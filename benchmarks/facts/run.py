@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,12 +13,13 @@ from benchmarks.facts.contestants import Contestant, contestants
 from benchmarks.facts.people import PeopleCorpus
 from benchmarks.facts.plot import plot
 from benchmarks.facts.results import Result, append_result, read_results
+from benchmarks.serving_plot import check_plot
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
+from engine.model.flops import total_flops
 from weights.checkpoint import load_model
 from weights.corpus import documents
 from weights.evaluate import TextScore, read_questions, score_recall, score_texts
-from weights.report import total_flops
 from weights.summary import summarize
 from weights.train_config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from weights.train_state import saved_states
@@ -57,7 +58,8 @@ def measure(folder: Path, is_reduced: bool, seeds: int | None, only: Sequence[st
     """Train and ask; what is in the folder's ``results.csv`` is not done again.
 
     Raises:
-        ConfigError: ``only`` names a contestant that there is none of.
+        ConfigError: ``only`` names a contestant that there is none of, the folder has results of
+            another scale, or there is nothing to draw with.
         DataError, CheckpointError, TrainingError: as ``Trainer``.
     """
     scale = REDUCED if is_reduced else FULL
@@ -65,19 +67,22 @@ def measure(folder: Path, is_reduced: bool, seeds: int | None, only: Sequence[st
     if unknown := set(only) - {one.name for one in entrants}:
         names = ", ".join(one.name for one in entrants)
         raise ConfigError(f"only: {min(unknown)!r} is none of {names}")
-    corpus = folder / "corpus"
-    if not (corpus / "words.model").exists():
-        scale.corpus.write(corpus)
+    results = folder / "results.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    check_plot(folder / "recall.png")
+    _write_corpus(scale, folder)
     print(f"{scale.corpus.bits:,.0f} bits of facts, {scale.steps:,} steps")
-    done = {(result.name, result.seed) for result in read_results(folder / "results.csv")}
     for seed in range(seeds if seeds is not None else scale.seeds):
         for entrant in entrants:
-            is_wanted = not only or entrant.name in only
-            if is_wanted and (entrant.name, seed) not in done:
-                result = _trained(entrant, seed, scale, folder)
-                append_result(folder / "results.csv", result)
+            done = {(result.name, result.seed) for result in read_results(results)}
+            if (not only or entrant.name in only) and (entrant.name, seed) not in done:
+                run = folder / "runs" / f"{entrant.name.replace(' ', '-')}-{seed}"
+                result = _trained(entrant, seed, scale, run)
+                append_result(results, result)
+                # its log stays, the rest is large
+                shutil.rmtree(run / "checkpoints")
                 tqdm.write(_line(result))
-    plot(read_results(folder / "results.csv"), folder / "recall.png")
+    plot(read_results(results), folder / "recall.png")
 
 
 def train_config(entrant: Contestant, seed: int, steps: int, corpus: Path) -> TrainConfig:
@@ -109,9 +114,20 @@ def train_config(entrant: Contestant, seed: int, steps: int, corpus: Path) -> Tr
     )
 
 
-def _trained(entrant: Contestant, seed: int, scale: Scale, folder: Path) -> Result:
-    run = folder / "runs" / f"{entrant.name.replace(' ', '-')}-{seed}"
-    config = train_config(entrant, seed, scale.steps, folder / "corpus")
+def _write_corpus(scale: Scale, folder: Path) -> None:
+    """Write it where it is not there yet, of the same scale or not at all."""
+    corpus, told = folder / "corpus", json.dumps(asdict(scale))
+    if (record := folder / "scale.json").exists():
+        if record.read_text() != told:
+            raise ConfigError(f"out: {folder} has results of another scale")
+        return
+    scale.corpus.write(corpus)
+    record.write_text(told)
+
+
+def _trained(entrant: Contestant, seed: int, scale: Scale, run: Path) -> Result:
+    corpus = run.parent.parent / "corpus"
+    config = train_config(entrant, seed, scale.steps, corpus)
     trainer = Trainer(config, run, resume=True)
     before = _seconds(run)
     started = time.monotonic()
@@ -128,10 +144,8 @@ def _trained(entrant: Contestant, seed: int, scale: Scale, folder: Path) -> Resu
             seconds = before + time.monotonic() - started
             (run / "seconds.json").write_text(json.dumps(seconds))
     last = saved_states(run / "checkpoints")[-1]
-    recall, told = _scores(last, folder / "corpus")
+    recall, told = _scores(last, corpus)
     parameters = summarize(last).dense.parameters
-    # its log stays, the rest is large
-    shutil.rmtree(run / "checkpoints")
     return Result(
         name=entrant.name,
         kind=entrant.kind,

@@ -86,7 +86,14 @@ class MixtureConfig:
     router_loss_weight: float = 0.001
 
     def __post_init__(self) -> None:
-        _positive(self, "num_experts", "top_k", "expert_size")
+        # by the names that configs have for them
+        for name, value in (
+            ("num_local_experts", self.num_experts),
+            ("num_experts_per_tok", self.top_k),
+            ("moe_intermediate_size", self.expert_size),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: must be greater than 0, not {value}")
         if self.num_experts > 4096:
             raise ValueError(f"num_local_experts: {self.num_experts} is more than 4096")
         if self.top_k > self.num_experts:
@@ -158,6 +165,8 @@ class ModelConfig:
             raise ValueError("memory: goes with layers of a memory kind, and only with them")
         if ("moe" in self.feed_forward) != (self.mixture is not None):
             raise ValueError("num_local_experts: goes with moe layers, and only with them")
+        if self.mlp_bias and "dense" not in self.feed_forward:
+            raise ValueError("mlp_bias: is for dense feed-forwards, and there are none")
         if self.memory is not None:
             self._check_memory(self.memory)
 

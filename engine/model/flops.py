@@ -36,6 +36,11 @@ def forward_flops(config: ModelConfig, attended: float) -> Mapping[str, int]:
     return parts
 
 
+def total_flops(flops: Mapping[str, int]) -> int:
+    """Of one token's forward; ``scoring`` is a part of ``memory``."""
+    return sum(count for part, count in flops.items() if part != "scoring")
+
+
 def _memory_flops(config: ModelConfig, kind: str) -> Mapping[str, int]:
     memory = config.memory
     assert memory is not None

@@ -42,7 +42,9 @@ def attention_by_torch(
     kv_blocks: Tensor | None,
 ) -> Tensor:
     """``attention`` on any device, at any precision, and with gradients."""
-    qkv_TFE = qkv_TF.view(qkv_TF.shape[0], num_heads + 2 * num_kv_heads, -1)
+    heads = num_heads + 2 * num_kv_heads
+    # E is said, since there may be no tokens
+    qkv_TFE = qkv_TF.view(qkv_TF.shape[0], heads, qkv_TF.shape[1] // heads)
     q_THE, k_TGE, v_TGE = torch.split(qkv_TFE, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     q_THE, k_TGE = rope_write(q_THE, k_TGE, v_TGE, angles, layout, kv_blocks)
     return attend(q_THE, k_TGE, v_TGE, layout, kv_blocks).flatten(1)

@@ -1,6 +1,7 @@
 """``memplus bench facts``: what is told is what is asked, and every run is done once."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,10 +10,9 @@ from benchmarks.facts.contestants import contestants
 from benchmarks.facts.people import ATTRIBUTES, PeopleCorpus
 from benchmarks.facts.results import Result, append_result, read_results
 from engine.config import ConfigError
-from engine.model.flops import forward_flops
+from engine.model.flops import forward_flops, total_flops
 from server.cli import main
 from weights.new_model import model_config
-from weights.report import total_flops
 
 TINY = PeopleCorpus(num_people=12, num_names=6, num_values=4, num_questions=9)
 
@@ -87,6 +87,16 @@ def test_every_run_is_done_once(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(arguments) == 0
     assert "recall" not in capsys.readouterr().out
+
+
+def test_results_of_another_scale_are_not_mixed_in(tmp_path, monkeypatch):
+    tiny = run.Scale(TINY, exposures=10, seeds=0)
+    monkeypatch.setattr(run, "REDUCED", tiny)
+    monkeypatch.setattr(run, "FULL", replace(tiny, exposures=11))
+    monkeypatch.setattr(run, "plot", lambda *arguments: None)
+    run.measure(tmp_path, True, None, [])
+    with pytest.raises(ConfigError, match="has results of another scale"):
+        run.measure(tmp_path, False, None, [])
 
 
 def test_an_unknown_contestant_is_refused(tmp_path):

@@ -12,14 +12,16 @@ from benchmarks.step_work import Chunk, ModelWork, StepWork
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
 from engine.model.config import MemoryConfig
+from engine.model.flops import forward_flops
 from engine.scheduler import Scheduler
 from memory_ops.native.library import MEMORY_LIBRARY
 from server.cli import main
-from tests.models import random_model, tiny_config
+from tests.models import feed_forward_changes, random_model, tiny_config
 
 # of a layer of the tiny model: queries and outputs, keys and values, feed-forward, two norms
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
 LAYERS = 2 * LAYER + 32
+NORMS = 2 * 2 * 32 + 32
 HEAD = 260 * 32
 # keys and values of a token in bf16, over two layers
 KV_BYTES = 2 * 2 * 2 * 8 * 2
@@ -57,16 +59,16 @@ def test_a_decode_step_reads_all_weights_once_and_every_context(tied):
     step = work.of([Chunk(9, 1), Chunk(19, 1)], num_logits=2)
     assert step.num_bytes == 2 * (LAYERS + HEAD) + 30 * KV_BYTES
     # 4 heads of 8 in 2 layers; 10 and 20 positions
-    assert step.flops == 2 * 2 * (LAYERS + HEAD) + 4 * (10 + 20) * 2 * 4 * 8
+    assert step.flops == 2 * 2 * (LAYERS - NORMS + HEAD) + 4 * (10 + 20) * 2 * 4 * 8
 
 
 def test_a_prefill_step_needs_the_head_for_its_last_token_alone():
     work = ModelWork(tiny_config(), itemsize=4, row_bytes=0)
     first, last = work.of([Chunk(0, 3)], num_logits=0), work.of([Chunk(3, 2)], num_logits=1)
     assert first.num_bytes == 4 * LAYERS + 3 * 2 * KV_BYTES
-    assert first.flops == 2 * 3 * LAYERS + 4 * (1 + 2 + 3) * 2 * 4 * 8
+    assert first.flops == 2 * 3 * (LAYERS - NORMS) + 4 * (1 + 2 + 3) * 2 * 4 * 8
     assert last.num_bytes == 4 * (LAYERS + HEAD) + 5 * 2 * KV_BYTES
-    assert last.flops == 2 * 2 * LAYERS + 2 * HEAD + 4 * (4 + 5) * 2 * 4 * 8
+    assert last.flops == 2 * 2 * (LAYERS - NORMS) + 2 * HEAD + 4 * (4 + 5) * 2 * 4 * 8
 
 
 def test_memory_layers_read_their_rows_but_none_twice():
@@ -78,6 +80,21 @@ def test_memory_layers_read_their_rows_but_none_twice():
         with_rows, without = rows.of(chunks, tokens), none.of(chunks, tokens)
         assert with_rows.num_bytes - without.num_bytes == 48 * read
         assert with_rows.flops == without.flops
+
+
+def test_peer_reads_two_tables_and_a_mixture_no_expert_that_no_token_needs():
+    peer = tiny_config(**feed_forward_changes("dense", "peer"))
+    rows, none = (ModelWork(peer, itemsize=2, row_bytes=number) for number in (48, 0))
+    chunks = [Chunk(5, 1)]
+    assert rows.of(chunks, 1).num_bytes - none.of(chunks, 1).num_bytes == 2 * 48 * 6
+    config = tiny_config(**feed_forward_changes("dense", "moe"))
+    work = ModelWork(config, itemsize=2, row_bytes=0).of(chunks, 1)
+    expert, router = 3 * 32 * 24, 5 * 32
+    own = LAYERS - 3 * 32 * 48 + router + 2 * expert + HEAD
+    assert work.num_bytes == 2 * own + 6 * KV_BYTES
+    assert work.flops == sum(
+        count for part, count in forward_flops(config, 6).items() if part != "scoring"
+    )
 
 
 def test_the_longer_of_reading_and_multiplying_is_the_limit():

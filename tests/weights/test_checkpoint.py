@@ -109,6 +109,7 @@ def test_tables_of_few_bits_are_made_loaded_and_kept(tmp_path, row_format):
         ({"row_format": "int3", "value_dim": "24"}, "names no row format"),
         ({"row_format": "int8", "value_dim": "-1"}, "names no row format"),
         ({"row_format": "int8", "value_dim": "99"}, "not records of 99 int8"),
+        ({"row_format": "int8", "value_dim": "9" * 5000}, "names no row format"),
         ({"row_format": "int8", "value_dim": "25"}, "shape .64, 25., the config asks for .64, 24."),
     ],
 )
@@ -340,6 +341,15 @@ def test_convert_refuses_what_it_does_not_know(tmp_path):
     plain = save_model(random_model(tiny_config()), tmp_path / "plain")
     with pytest.raises(ValueError, match="table_dtype: .*plain has no tables"):
         convert(plain, tmp_path / "out", table_dtype="int8")
+
+
+def test_a_row_that_cannot_be_rounded_is_told_of(tmp_path):
+    model = memory_model(True)
+    model.model.layers[0].memory.table.rows[7, 3] = torch.nan
+    source = save_model(model, tmp_path / "wide")
+    with pytest.raises(CheckpointError, match=r"memory.table, from row 0 on: .*row 7 has values"):
+        convert(source, tmp_path / "narrow", table_dtype="int8")
+    assert not (tmp_path / "narrow").exists()
 
 
 def test_a_summary_counts_dense_table_and_active_parameters(tmp_path):

@@ -127,6 +127,8 @@ def test_a_mixtral_has_experts_everywhere_and_its_own_defaults(tmp_path):
     assert model.feed_forward == ("moe",) * 4
     assert model.mixture == MixtureConfig(8, 2, expert_size=128)
     assert (model.num_kv_heads, model.rope_theta, model.rms_norm_eps) == (8, 1e6, 1e-5)
+    unset = dict.fromkeys(("num_local_experts", "moe_layers", "router_jitter_noise", "memory"))
+    assert parse_model({**LLAMA, **unset}).feed_forward == ("dense",) * 4
     mixed = parse_model({**plain, **MIXTRAL, "memory": MEMORY, "moe_intermediate_size": 7})
     assert mixed.feed_forward == ("moe", "memory_plus", "moe", "pkm")
     assert mixed.mixture is not None and mixed.mixture.expert_size == 7
@@ -136,6 +138,12 @@ def test_a_mixtral_has_experts_everywhere_and_its_own_defaults(tmp_path):
     ("changes", "named"),
     [
         ({"num_local_experts": None}, "num_local_experts: missing"),
+        ({"num_local_experts": 0}, "num_local_experts: must be greater than 0"),
+        ({"num_experts_per_tok": -2}, "num_experts_per_tok: must be greater than 0"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size: must be greater than 0"),
+        ({"num_local_experts": None, "num_experts_per_tok": None}, "num_local_experts: missing"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures: experts go with mixtral"),
+        ({"mlp_bias": True}, "mlp_bias: is for dense feed-forwards"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok: 9 exceeds"),
         ({"moe_layers": [4]}, "moe_layers: there is no layer 4"),
         ({"moe_layers": [1, 1]}, "moe_layers: layer 1 is moe already"),

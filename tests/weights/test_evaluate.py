@@ -10,6 +10,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from server.cli import main
 from tests.models import EOS_ID, plain_greedy, plain_logits, random_model, save_model, tiny_config
+from weights import evaluate
 from weights.errors import DataError
 from weights.evaluate import Question, read_questions, score_recall, score_texts
 from weights.tokenizer import load_tokenizer
@@ -82,11 +83,13 @@ def test_a_text_that_ends_is_an_answer(model, folder):
     ("line", "message"),
     [
         ("", "is empty"),
-        ("{", "line 1: no question"),
+        ("{", "line 1: not JSON"),
         ('{"prompt": "a"}', "line 1: no question"),
         ('{"prompt": "a", "answer": "b", "id": 1}', "line 1: no question"),
         ('{"prompt": "a", "answer": 3}', "line 1: expected texts"),
         ('{"prompt": "", "answer": "b"}', "line 1: prompt or answer is empty"),
+        ('{"prompt": "a", "answer": "  "}', "line 1: prompt or answer is empty"),
+        ('{"prompt": "a", "answer": "b. c", "until": "."}', "line 1: the answer goes on"),
     ],
 )
 def test_what_is_no_question_is_refused(tmp_path, line, message):
@@ -94,6 +97,45 @@ def test_what_is_no_question_is_refused(tmp_path, line, message):
     file.write_text(line)
     with pytest.raises(DataError, match=message):
         read_questions(file)
+
+
+def test_questions_are_read_as_texts_are(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    lines = ['{"prompt": "a\u2028b", "answer": " two "}', "", '{"prompt": "c", "answer": "d"}']
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert read_questions(file) == [Question("a\u2028b", "two"), Question("c", "d")]
+
+
+def test_a_long_text_is_run_in_pieces(model, folder, monkeypatch):
+    sizes = []
+    loss = evaluate.batch_loss
+
+    def watched(model, batch, dtype):
+        sizes.append(len(batch.ids_T))
+        return loss(model, batch, dtype)
+
+    monkeypatch.setattr(evaluate, "batch_loss", watched)
+    found = score_texts(model, checkpoint_text(folder), iter(["long text " * 500]))
+    assert (found.documents, found.tokens) == (1, sum(sizes)) and found.tokens >= 4999
+    assert max(sizes) <= 1024 + 32
+
+
+def test_a_failing_engine_is_no_wrong_answer(model, folder, monkeypatch):
+    engine = Engine(model, EngineConfig(kv_cache_gib=0.01))
+
+    def broken(*arguments, **options):
+        raise ArithmeticError("no such number")
+
+    monkeypatch.setattr(model, "forward", broken)
+    with pytest.raises(RuntimeError, match="ArithmeticError in the engine"):
+        score_recall(engine, load_tokenizer(folder), [Question("fox", "jumps")])
+
+
+def test_a_question_that_is_too_long_is_named(model, folder):
+    engine = Engine(model, EngineConfig(kv_cache_gib=0.01))
+    questions = [Question("fox", "jumps"), Question("fox " * 99, "jumps")]
+    with pytest.raises(DataError, match="question 2: .*prompt"):
+        score_recall(engine, load_tokenizer(folder), questions)
 
 
 def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys):
@@ -106,5 +148,7 @@ def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys):
     assert scores["texts"]["documents"] == 1 and scores["questions"]["questions"] == 1
     printed = capsys.readouterr().out
     assert "recall 0.000" in printed and f"loss {scores['texts']['loss']:.4f}" in printed
+    assert main([*arguments, "--json", str(tmp_path / "no" / "scores.json")]) == 2
+    assert "json: there is no folder" in capsys.readouterr().err
     assert main(["eval", "--model", str(folder)]) == 2
     assert "texts: give texts, --questions, or both" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -157,10 +158,16 @@ def test_every_kind_learns_and_is_served_with_the_same_logits(config, tmp_path, 
         assert torch.equal(found.memory[layer].rows_THK, trace.rows_THK)
 
 
-def test_a_run_goes_on_bit_for_bit(config, tmp_path):
-    run(config(), tmp_path / "whole")
-    run(config(), tmp_path / "cut", until=5)
-    run(config(), tmp_path / "cut", resume=True)
+# of so many experts no step's tokens choose all
+MANY_EXPERTS = ["model.num_local_experts=60", "model.num_experts_per_tok=1"]
+
+
+@pytest.mark.parametrize("changes", [[], [*MANY_EXPERTS, "run.tokens_per_step=16"]])
+def test_a_run_goes_on_bit_for_bit(config, tmp_path, changes):
+    made = partial(config, *changes, memory=not changes)
+    run(made(), tmp_path / "whole")
+    run(made(), tmp_path / "cut", until=5)
+    run(made(), tmp_path / "cut", resume=True)
     check_same(tmp_path / "cut", tmp_path / "whole")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
@@ -314,11 +321,11 @@ def test_a_run_that_is_through_leaves_curves_and_a_card(
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert train.run(config(), tmp_path / "run", resume=False) == 0
     printed = capsys.readouterr().out
-    card = (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "card.md").read_text()
     last = losses(tmp_path / "run")
     assert f"{sum(last) / 8:.4f} nats a token" in card and "8 steps, 1,024 tokens" in card
     assert "2 memory_plus" in card and "lr = 0.003" in card and "perplexity" in card
-    assert "MFLOP a token forward" in printed and "README.md" in printed
+    assert "MFLOP a token forward" in printed and "card.md" in printed
     curves = tmp_path / "run" / "curves.png"
     assert curves.exists() == ("curves.png" in card) == has_matplotlib
     if has_matplotlib:
@@ -412,6 +419,8 @@ def test_a_run_does_not_go_on_with_other_settings(config, tmp_path, change, mess
         Trainer(config(change), tmp_path / "run", resume=True)
     longer = Trainer(config("run.steps=9"), tmp_path / "run", resume=True)
     assert longer.step == 2
+    with pytest.raises(ConfigError, match="run.steps: 1 is less than the 2 done"):
+        Trainer(config("run.steps=1"), tmp_path / "run", resume=True)
 
 
 def test_a_dense_model_gets_memory_layers(config, tmp_path):
@@ -483,6 +492,15 @@ def torchrun(config_file, folder, *changes):
     )
 
 
+def test_a_process_without_a_sequence_takes_part(config, tmp_path):
+    # one sequence is often all that a pass has
+    changes = ["run.tokens_per_step=12", "data.sequence_length=60", *KINDS["moe"]]
+    run(config(*changes, memory=False), tmp_path / "one")
+    done = torchrun(tmp_path / "train.toml", tmp_path / "two", *changes)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-2)
+
+
 @pytest.mark.parametrize("kind", ["memory_plus", "moe"])
 def test_two_processes_follow_one(config, tmp_path, kind):
     # an even use of experts is asked for in each process, so that part is left out
@@ -494,5 +512,7 @@ def test_two_processes_follow_one(config, tmp_path, kind):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
     found, wanted = tensors(tmp_path / "two"), tensors(tmp_path / "one")
     assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
     run(config(*changes, "run.steps=9", memory=kind != "moe"), tmp_path / "two", resume=True)
     assert len(losses(tmp_path / "two")) == 9

@@ -11,9 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
+import torch
 from torch import distributed
 from tqdm import tqdm
 
+from engine.config import ConfigError
 from server.config import cache_folder
 from weights.named_models import NAMED_MODELS
 from weights.prepare import prepared_folder
@@ -30,13 +32,14 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     was stopped by one, and 1 where another process was.
 
     Raises:
-        ConfigError, DataError, CheckpointError, TrainingError: as ``Trainer``.
+        ConfigError: there is no such device, or as ``Trainer``.
+        DataError, CheckpointError, TrainingError: as ``Trainer``.
     """
     stopped_by: list[int] = []
     ending: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.getsignal(number) for number in ending}
 
-    replicas = _replicas()
+    replicas = _replicas(config.run.device)
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped_by.append(number)
@@ -85,10 +88,15 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     return 128 + stopped_by[0]
 
 
-def _replicas() -> Replicas:
+def _replicas(device: str) -> Replicas:
     """The processes that torchrun has started, or this one alone."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device: there is no CUDA device")
     if not distributed.is_torchelastic_launched():
         return Replicas()
     # one process makes tokens and checkpoints, for which the others wait as long as it takes
-    distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    return Replicas.of_group()
+    backend = "nccl" if device == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(days=30))
+    if device == "cuda":  # not run on a GPU
+        torch.cuda.set_device(distributed.get_node_local_rank())
+    return Replicas.of_group(device)

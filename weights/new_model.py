@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.config import ConfigError
 from engine.model.config import ModelConfig
@@ -41,12 +42,12 @@ def model_config(raw: Mapping[str, Any], vocab_size: int, init_from: str = "") -
 
 
 def new_model(
-    config: ModelConfig, seed: int, init_from: str = ""
+    config: ModelConfig, seed: int, init_from: str = "", device: str = "cpu"
 ) -> tuple[Transformer, dict[str, TrainedTable]]:
     """A model to be trained, in float32, and its tables by their names in a checkpoint.
 
-    What ``init_from`` has under the same name and shape is taken from there; what it lacks is
-    drawn.
+    All is drawn on the CPU, so that a seed gives the same everywhere. What ``init_from`` has under
+    the same name and shape is taken from there; what it lacks is drawn.
 
     Raises:
         ConfigError: a tensor of that folder has another shape, or one that is no part of a memory
@@ -57,28 +58,30 @@ def new_model(
     model = Transformer(config)
     initialise(model, generator)
     memory = config.memory
-    tables: dict[str, TrainedTable] = {}
+    rows: dict[str, Tensor] = {}
     for name in config.table_names:
         assert memory is not None
         table_RV = anonymous_zeros((memory.num_rows, memory.value_dim), torch.float32)
         initialise_table(table_RV, generator)
-        tables[name] = TrainedTable(table_RV)
-    if tables:
-        model.attach_tables(tables)
+        rows[name] = table_RV
     if init_from:
         _, stored = open_checkpoint(Path(init_from))
-        _take(model, tables, stored, init_from)
+        _take(model, rows, stored, init_from)
+    model.to(device)
+    tables = {name: TrainedTable(rows.pop(name).to(device)) for name in tuple(rows)}
+    if tables:
+        model.attach_tables(tables)
     return model, tables
 
 
 @torch.no_grad()
 def _take(
     model: Transformer,
-    tables: Mapping[str, TrainedTable],
+    tables: Mapping[str, Tensor],
     stored: Mapping[str, StoredTensor],
     folder: str,
 ) -> None:
-    wanted = dict(model.named_parameters()) | {name: t.table_RV for name, t in tables.items()}
+    wanted = dict(model.named_parameters()) | dict(tables)
     for name, tensor in wanted.items():
         if name not in stored:
             if ".memory." not in name and name not in tables:

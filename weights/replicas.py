@@ -19,13 +19,15 @@ class Replicas:
         count: of them all.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1) -> None:
+    def __init__(self, rank: int = 0, count: int = 1, device: str = "cpu") -> None:
+        """``device`` is where their group exchanges numbers."""
         self.rank, self.count = rank, count
+        self._device = device
 
     @classmethod
-    def of_group(cls) -> "Replicas":
+    def of_group(cls, device: str) -> "Replicas":
         """Those of the process group that this process has joined."""
-        return cls(distributed.get_rank(), distributed.get_world_size())
+        return cls(distributed.get_rank(), distributed.get_world_size(), device)
 
     @property
     def is_first(self) -> bool:
@@ -41,7 +43,7 @@ class Replicas:
         """The sums of all processes' values, fp64."""
         if self.count == 1:
             return list(values)
-        sums = torch.tensor(values, dtype=torch.float64)
+        sums = torch.tensor(values, dtype=torch.float64, device=self._device)
         distributed.all_reduce(sums)
         return [float(value) for value in sums]
 
@@ -49,7 +51,8 @@ class Replicas:
         """Whether all processes have the same values."""
         if self.count == 1:
             return True
-        most = torch.tensor([*values, *(-value for value in values)], dtype=torch.float64)
+        both = [*values, *(-value for value in values)]
+        most = torch.tensor(both, dtype=torch.float64, device=self._device)
         distributed.all_reduce(most, distributed.ReduceOp.MAX)
         return bool((most[: len(values)] == -most[len(values) :]).all())
 

@@ -10,7 +10,10 @@ from weights.errors import TrainingError
 from weights.train_config import TrainConfig
 
 # what may be another when a run goes on: how long it lasts, and what is kept of it
-_FREE = ("run.steps", "run.checkpoint_every", "run.evaluate_every", "run.checkpoint_activations")
+_FREE = (
+    *("run.steps", "run.checkpoint_every", "run.evaluate_every"),
+    *("run.checkpoint_activations", "run.device"),
+)
 
 
 def check_record(folder: Path, config: TrainConfig) -> None:

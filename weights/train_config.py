@@ -92,6 +92,7 @@ class RunConfig:
         steps: of the optimiser.
         tokens_per_step: of all its passes together.
         passes_per_step: that a step's tokens are cut into, to take less memory.
+        device: that trains; several processes of one machine take a CUDA device each.
         dtype: of products; weights, scores, norms and the loss are float32.
         checkpoint_activations: compute each layer's anew backwards instead of keeping them.
         checkpoint_every: steps.
@@ -103,6 +104,7 @@ class RunConfig:
     steps: int
     tokens_per_step: int = 8192
     passes_per_step: int = 1
+    device: str = field(default="cpu", metadata={"choices": ("cpu", "cuda")})
     dtype: str = field(default="bfloat16", metadata={"choices": ("bfloat16", "float32")})
     checkpoint_activations: bool = False
     checkpoint_every: int = 500

@@ -16,7 +16,7 @@ from weights.checkpoint import save_checkpoint
 from weights.config_json import CheckpointConfig
 from weights.errors import CheckpointError
 from weights.optimizer import Optimizer
-from weights.tensor_files import TensorSource, list_file, read_into
+from weights.tensor_files import TensorSource, list_file, read_into, read_mapped
 from weights.token_stream import StreamPlace
 from weights.training_data import TextTokens
 
@@ -85,7 +85,10 @@ class TrainState:
             if (stored[name].shape, stored[name].dtype) != (tuple(tensor.shape), "F32"):
                 found = f"{stored[name].dtype} {list(stored[name].shape)}"
                 raise CheckpointError(f"{saved}: tensor {name} is {found}")
-            read_into(stored[name], tensor)
+            if tensor.is_cpu:
+                read_into(stored[name], tensor)
+            else:
+                tensor.copy_(read_mapped(stored[name]))
         self.optimizer.go_to(step)
         return step, place
 

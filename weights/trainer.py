@@ -76,7 +76,7 @@ class Trainer:
                 f"data.sequence_length: {config.data.sequence_length} is more than the"
                 f" {shape.max_positions} of model.max_position_embeddings"
             )
-        model, tables = new_model(shape, run.seed, run.init_from)
+        model, tables = new_model(shape, run.seed, run.init_from, run.device)
         if run.checkpoint_activations:
             model.run_layer = partial(checkpoint, use_reentrant=False)
         self._model = model

@@ -39,7 +39,7 @@ def contestants(is_reduced: bool) -> list[Contestant]:
     """
     dense = [_dense(name) for name in _DENSE]
     if is_reduced:
-        return [dense[0], dense[1], _memory("memory_plus", 64), _memory("memory_plus", 256)]
+        return [dense[0], _memory("memory_plus", 64), _memory("memory_plus", 256)]
     memories = [_memory("memory_plus", 2**bits) for bits in (6, 7, 8, 9)]
     row_wise = replace(
         memories[2], name=f"{memories[2].name} row-wise", kind="memory_plus row-wise", row_wise=True

@@ -51,7 +51,7 @@ class Scale:
 
 
 FULL = Scale(PeopleCorpus(num_people=9000), exposures=100, seeds=3)
-REDUCED = Scale(PeopleCorpus(num_people=1500, num_questions=1000), exposures=60, seeds=1)
+REDUCED = Scale(PeopleCorpus(num_people=2000, num_questions=1000), exposures=100, seeds=1)
 
 
 def measure(folder: Path, is_reduced: bool, seeds: int | None, only: Sequence[str]) -> None:

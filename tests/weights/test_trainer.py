@@ -423,6 +423,21 @@ def test_a_run_does_not_go_on_with_other_settings(config, tmp_path, change, mess
         Trainer(config("run.steps=1"), tmp_path / "run", resume=True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="run.device: there is no CUDA device"):
+        train.run(config("run.device=cuda"), tmp_path / "run", resume=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_gpu_learns_the_same(config, tmp_path):
+    run(config(), tmp_path / "cpu")
+    assert train.run(config("run.device=cuda"), tmp_path / "gpu", resume=False) == 0
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-3)
+    run(config("run.steps=9"), tmp_path / "gpu", resume=True)
+
+
 def test_a_dense_model_gets_memory_layers(config, tmp_path):
     run(config(memory=False), tmp_path / "dense")
     dense = saved_states(tmp_path / "dense" / "checkpoints")[-1]

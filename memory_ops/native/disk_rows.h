@@ -1,0 +1,253 @@
+// Rows of a table that lies in a file: those that are used often are kept in memory, the others are
+// read when they are asked for, many at once.
+#pragma once
+
+#include <time.h>
+
+#include <algorithm>
+
+#include "reads.h"
+#include "row_slots.h"
+
+namespace memplus {
+
+// Where the rows are, and how much may be under way.
+struct RowFile {
+  int file;
+  int64_t offset;      // of row 0
+  int64_t num_rows;
+  int64_t row_bytes;
+  int64_t alignment;   // of offsets and sizes that the file is read by; 1 where it has none
+};
+
+// Totals; the order is that of disk_rows.py.
+struct DiskCounts {
+  int64_t unique;           // rows of lookups, each counted once a lookup
+  int64_t hits;             // of these, that were there
+  int64_t late;             // that were being read already
+  int64_t misses;           // that had to be asked for
+  int64_t bytes;            // read
+  int64_t prefetched;       // rows asked for by hints
+  int64_t prefetched_used;  // of these, that a lookup then wanted
+  int64_t stall_ns;         // waited for reads
+};
+
+constexpr int MOST_TRIES = 3;  // of a read that ends too early
+
+class DiskRows {
+ public:
+  DiskRows(RowFile from, uint8_t* memory, int64_t num_slots, unsigned depth, int most_uses,
+           std::unique_ptr<Reads> reads)
+      : from_(from),
+        memory_(memory),
+        slots_(num_slots, most_uses),
+        states_(num_slots),
+        stamps_(num_slots),
+        reads_(std::move(reads)),
+        buffer_bytes_(span_bytes()),
+        buffers_((uint8_t*)std::aligned_alloc(4096, depth * buffer_bytes_)),
+        under_way_(depth) {
+    for (unsigned i = 0; i < depth; i++) free_.push_back(depth - 1 - i);
+  }
+  DiskRows(const DiskRows&) = delete;
+  ~DiskRows() {
+    // the kernel writes into the buffers until then
+    while (free_.size() < under_way_.size() && !reads_->submit(1)) collect();
+    reads_.reset();
+    std::free(buffers_);
+  }
+
+  // Finds slots for the rows of as many of the tokens as there is room for, and begins to read those
+  // that are missing. Returns how many tokens, whose slots are pinned until `release`; -1 - index
+  // where a row id lies outside the table, and then none are.
+  int64_t start(const int64_t* rows, int64_t tokens, int64_t token_rows, int64_t* slots) {
+    for (int64_t i = 0; i < tokens * token_rows; i++)
+      if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows) return -1 - i;
+    stamp_++;
+    for (int64_t token = 0; token < tokens; token++) {
+      const int64_t first = token * token_rows;
+      for (int64_t i = first; i < first + token_rows; i++) {
+        slots[i] = wanted_slot(rows[i]);
+        if (slots[i] == NO_SLOT) {
+          for (int64_t j = first; j < i; j++) slots_.unpin((int32_t)slots[j]);
+          reads_->submit(0);
+          return token;
+        }
+      }
+    }
+    reads_->submit(0);
+    return tokens;
+  }
+
+  // Waits until all these slots have their rows; -1, or the index of one that could not be read, and
+  // its errno (0: the file ends before it).
+  int64_t finish(const int64_t* slots, int64_t count, int* error) {
+    collect();
+    if (wanted_under_way_) {
+      const int64_t begun = now_ns();
+      while (wanted_under_way_ && !reads_->submit(1)) collect();
+      counts_.stall_ns += now_ns() - begun;
+    }
+    for (int64_t i = 0; i < count; i++)
+      if (states_[slots[i]] == FAILED) {
+        *error = last_error_;
+        return i;
+      }
+    return -1;
+  }
+
+  void release(const int64_t* slots, int64_t count) {
+    for (int64_t i = 0; i < count; i++) slots_.unpin((int32_t)slots[i]);
+  }
+
+  // Begins to read rows that may be wanted soon, as far as that goes without waiting.
+  void hint(const int64_t* rows, int64_t count) {
+    collect();
+    for (int64_t i = 0; i < count && !free_.empty(); i++) {
+      if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows || slots_.find(rows[i]) != NO_SLOT) continue;
+      const int32_t slot = slots_.take(rows[i]);
+      if (slot == NO_SLOT) break;
+      states_[slot] = HINTED;
+      hinted_under_way_++;
+      counts_.prefetched++;
+      read(rows[i], slot);
+    }
+    reads_->submit(0);
+  }
+
+  const DiskCounts& counts() const { return counts_; }
+
+ private:
+  enum State : uint8_t { READY, PREFETCHED, HINTED, WANTED, FAILED };
+  struct UnderWay {
+    int64_t row;
+    int32_t slot;
+    int tries;
+  };
+
+  static int64_t now_ns() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1'000'000'000 + time.tv_nsec;
+  }
+  int64_t begin(int64_t row) const { return from_.offset + row * from_.row_bytes; }
+  // The most bytes of a read: a row and what aligning adds.
+  int64_t span_bytes() const {
+    const int64_t a = from_.alignment;
+    return (from_.row_bytes + 2 * (a - 1) + 4095) / 4096 * 4096;
+  }
+
+  // A pinned slot that has the row, or will; NO_SLOT where all are pinned.
+  int32_t wanted_slot(int64_t row) {
+    int32_t slot = slots_.find(row);
+    if (slot == NO_SLOT) {
+      slot = slots_.take(row);
+      // rows that were hinted at have no claim to room once they are there
+      while (slot == NO_SLOT && hinted_under_way_ && !reads_->submit(1)) {
+        collect();
+        slot = slots_.take(row);
+      }
+      if (slot == NO_SLOT) return slot;
+      // pinned while it is read, so that waiting for a buffer gives it to no one else
+      slots_.pin(slot);
+      stamps_[slot] = stamp_;
+      states_[slot] = WANTED;
+      wanted_under_way_++;
+      counts_.unique++;
+      counts_.misses++;
+      read(row, slot);
+      return slot;
+    }
+    slots_.pin(slot);
+    if (stamps_[slot] == stamp_) return slot;
+    stamps_[slot] = stamp_;
+    counts_.unique++;
+    slots_.use(slot);
+    const uint8_t state = states_[slot];
+    if (state == HINTED) {
+      states_[slot] = WANTED;
+      hinted_under_way_--;
+      wanted_under_way_++;
+      counts_.late++;
+      counts_.prefetched_used++;
+    } else if (state == WANTED) {
+      counts_.late++;
+    } else {
+      counts_.hits++;
+      counts_.prefetched_used += state == PREFETCHED;
+      states_[slot] = READY;
+    }
+    return slot;
+  }
+
+  void read(int64_t row, int32_t slot) {
+    while (free_.empty()) {
+      reads_->submit(1);
+      collect();
+    }
+    const unsigned buffer = free_.back();
+    free_.pop_back();
+    under_way_[buffer] = {row, slot, 1};
+    slots_.pin(slot);
+    push(buffer);
+  }
+  void push(unsigned buffer) {
+    const int64_t first = begin(under_way_[buffer].row), a = from_.alignment;
+    const int64_t aligned = first / a * a;
+    const int64_t size = (first + from_.row_bytes - aligned + a - 1) / a * a;
+    reads_->push({aligned, buffers_ + buffer * buffer_bytes_, (unsigned)size, buffer});
+  }
+
+  // Takes in all reads that have ended.
+  void collect() {
+    ReadDone done;
+    bool is_again = false;
+    while (reads_->pop(done)) {
+      const unsigned buffer = (unsigned)done.tag;
+      UnderWay& own = under_way_[buffer];
+      const int64_t before = begin(own.row) % from_.alignment;
+      if (done.result >= 0) counts_.bytes += done.result;
+      const bool is_whole = done.result >= before + from_.row_bytes;
+      if (!is_whole && done.result >= 0 && own.tries < MOST_TRIES) {
+        own.tries++;
+        push(buffer);
+        is_again = true;
+        continue;
+      }
+      end(own, buffers_ + buffer * buffer_bytes_ + before, is_whole, done.result);
+      free_.push_back(buffer);
+    }
+    if (is_again) reads_->submit(0);
+  }
+  void end(const UnderWay& own, const uint8_t* bytes, bool is_whole, int result) {
+    uint8_t& state = states_[own.slot];
+    wanted_under_way_ -= state == WANTED;
+    hinted_under_way_ -= state == HINTED;
+    if (is_whole) {
+      std::memcpy(memory_ + own.slot * from_.row_bytes, bytes, from_.row_bytes);
+      state = state == HINTED ? PREFETCHED : READY;
+    } else {
+      // who asks again reads again
+      slots_.forget(own.slot);
+      last_error_ = result < 0 ? -result : 0;
+      state = FAILED;
+    }
+    slots_.unpin(own.slot);
+  }
+
+  const RowFile from_;
+  uint8_t* const memory_;  // [slots, row_bytes]
+  RowSlots slots_;
+  std::vector<uint8_t> states_;   // of slots
+  std::vector<int64_t> stamps_;   // the last lookup that wanted each slot
+  std::unique_ptr<Reads> reads_;
+  const int64_t buffer_bytes_;
+  uint8_t* const buffers_;
+  std::vector<UnderWay> under_way_;  // by buffer
+  std::vector<unsigned> free_;       // buffers
+  int64_t stamp_ = 0, wanted_under_way_ = 0, hinted_under_way_ = 0;
+  int last_error_ = 0;
+  DiskCounts counts_ = {};
+};
+
+}  // namespace memplus

@@ -1,0 +1,148 @@
+"""Rows of a file, by the native library: cached, read many at once (disk_rows.h)."""
+
+import ctypes
+import functools
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+_POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "open": (_POINTER, (_INT32, *[_INT64] * 4, _POINTER, *[_INT64] * 6)),
+    "close": (None, (_POINTER,)),
+    "start": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, _POINTER)),
+    "finish": (_INT64, (_POINTER, _POINTER, _INT64, ctypes.POINTER(_INT32))),
+    "release": (None, (_POINTER, _POINTER, _INT64)),
+    "hint": (None, (_POINTER, _POINTER, _INT64)),
+    "counts": (None, (_POINTER, _POINTER)),
+}
+
+
+class RowFile(NamedTuple):
+    """Where rows lie: see disk_rows.h, whose struct this is."""
+
+    descriptor: int
+    offset: int
+    num_rows: int
+    row_bytes: int
+    alignment: int
+
+
+class ReadFault(NamedTuple):
+    """For tests: every so many-th read ends with this result, -errno or a number of bytes."""
+
+    every: int
+    result: int
+
+
+class DiskCounts(NamedTuple):
+    """Totals, in the order of disk_rows.h."""
+
+    unique: int
+    hits: int
+    late: int
+    misses: int
+    bytes_read: int
+    prefetched: int
+    prefetched_used: int
+    stall_ns: int
+
+
+class DiskRows:
+    """Slots for some of a file's rows, in memory of the caller's, and reads into them."""
+
+    def __init__(
+        self,
+        file: RowFile,
+        memory: Tensor,
+        *,
+        depth: int,
+        threads: int,
+        most_uses: int,
+        fault: ReadFault | None = None,
+    ) -> None:
+        """Read into ``memory``, uint8 ``[slots, row_bytes]``.
+
+        ``depth`` reads are under way at once: by io_uring, or by so many ``threads``, if not 0.
+
+        Raises:
+            OSError: the kernel allows no io_uring.
+        """
+        self._functions = _library()
+        self._memory = memory  # what is read into lives as long
+        every, result = fault or (0, 0)
+        places = memory.data_ptr(), memory.shape[0]
+        settings = depth, threads, most_uses, every, result
+        self._rows = self._functions["open"](*file, *places, *settings)
+        if not self._rows:
+            raise OSError("io_uring: the kernel does not allow it")
+
+    def close(self) -> None:
+        """Wait for the reads that are under way, and give everything up."""
+        rows, self._rows = self._rows, None
+        if rows:
+            self._functions["close"](rows)
+
+    def start(self, rows_TL: Tensor, slots_TL: Tensor) -> int:
+        """Pin slots for the rows of the first so many tokens, and begin to read what is missing.
+
+        Returns how many; ``slots_TL`` has their slots. Both are contiguous int64.
+
+        Raises:
+            IndexError: a row id lies outside the table.
+        """
+        assert self._rows, "closed"
+        num_tokens, token_rows = rows_TL.shape
+        arguments = rows_TL.data_ptr(), num_tokens, token_rows, slots_TL.data_ptr()
+        done: int = self._functions["start"](self._rows, *arguments)
+        if done < 0:
+            raise IndexError(f"rows: {int(rows_TL.flatten()[-1 - done])} is outside the table")
+        return done
+
+    def finish(self, slots: Tensor) -> tuple[int, int] | None:
+        """Wait for all slots; the index of one that could not be read, and its errno, or None.
+
+        The errno is 0 where the file ends before the row.
+        """
+        assert self._rows, "closed"
+        error = _INT32()
+        wrong = self._functions["finish"](
+            self._rows, slots.data_ptr(), slots.numel(), ctypes.byref(error)
+        )
+        return None if wrong < 0 else (wrong, error.value)
+
+    def release(self, slots: Tensor) -> None:
+        """Unpin what ``start`` has pinned."""
+        if self._rows:
+            self._functions["release"](self._rows, slots.data_ptr(), slots.numel())
+
+    def hint(self, rows: Tensor) -> None:
+        """Begin to read rows, as many as there is room for, without waiting."""
+        self._functions["hint"](self._rows, rows.data_ptr(), rows.numel())
+
+    def counts(self) -> DiskCounts:
+        """Totals so far."""
+        counts = (_INT64 * len(DiskCounts._fields))()
+        self._functions["counts"](self._rows, counts)
+        return DiskCounts(*counts)
+
+
+def is_available() -> bool:
+    """Whether the library was built when memplus was installed."""
+    return _file().exists()
+
+
+def _file() -> Path:
+    return Path(__file__).parent / f"disk_rows_calls{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+@functools.cache
+def _library() -> dict[str, "ctypes._NamedFuncPointer"]:
+    library = ctypes.CDLL(str(_file()))
+    functions = {}
+    for name, (result, arguments) in _PROTOTYPES.items():
+        function = functions[name] = getattr(library, f"memplus_disk_{name}")
+        function.restype, function.argtypes = result, arguments
+    return functions

@@ -1,0 +1,131 @@
+// Reads of a file that are under way together, in one of three ways.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "read_ring.h"
+
+namespace memplus {
+
+struct Read {
+  int64_t offset;
+  void* buffer;
+  unsigned size;
+  uint64_t tag;
+};
+
+struct ReadDone {
+  uint64_t tag;
+  int result;  // bytes, or -errno
+};
+
+// Reads that were pushed begin with `submit`, and end in any order. One thread calls all of it.
+class Reads {
+ public:
+  virtual ~Reads() = default;
+  virtual void push(const Read& read) = 0;
+  // Waits until so many of those under way have ended. 0 or an errno.
+  virtual int submit(unsigned wanted) = 0;
+  virtual bool pop(ReadDone& done) = 0;
+};
+
+class RingReads : public Reads {
+ public:
+  RingReads(int file, unsigned depth) : file_(file), ring_(depth) {}
+  bool is_open() const { return ring_.is_open(); }
+  void push(const Read& read) override {
+    ring_.push(file_, read.offset, read.buffer, read.size, read.tag);
+  }
+  int submit(unsigned wanted) override { return ring_.submit(wanted); }
+  bool pop(ReadDone& done) override { return ring_.pop(done.tag, done.result); }
+
+ private:
+  int file_;
+  ReadRing ring_;
+};
+
+// Where the kernel has no ring: threads that block.
+class ThreadReads : public Reads {
+ public:
+  ThreadReads(int file, unsigned threads) : file_(file) {
+    for (unsigned i = 0; i < threads; i++) threads_.emplace_back([this] { run(); });
+  }
+  ~ThreadReads() override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      is_ending_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+  void push(const Read& read) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      waiting_.push_back(read);
+    }
+    wake_.notify_one();
+  }
+  int submit(unsigned wanted) override {
+    std::unique_lock<std::mutex> lock(mutex_);
+    ended_.wait(lock, [&] { return done_.size() >= wanted; });
+    return 0;
+  }
+  bool pop(ReadDone& done) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (done_.empty()) return false;
+    done = done_.front();
+    done_.pop_front();
+    return true;
+  }
+
+ private:
+  void run() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return is_ending_ || !waiting_.empty(); });
+      if (is_ending_) return;
+      const Read read = waiting_.front();
+      waiting_.pop_front();
+      lock.unlock();
+      const ssize_t result = pread(file_, read.buffer, read.size, (off_t)read.offset);
+      const ReadDone done = {read.tag, result < 0 ? -errno : (int)result};
+      lock.lock();
+      done_.push_back(done);
+      ended_.notify_one();
+    }
+  }
+
+  int file_;
+  bool is_ending_ = false;
+  std::mutex mutex_;
+  std::condition_variable wake_, ended_;
+  std::deque<Read> waiting_;
+  std::deque<ReadDone> done_;
+  std::vector<std::thread> threads_;
+};
+
+// For tests: every so many-th result is another, an errno below zero or too few bytes.
+class FaultyReads : public Reads {
+ public:
+  FaultyReads(std::unique_ptr<Reads> reads, int64_t every, int result)
+      : reads_(std::move(reads)), every_(every), result_(result) {}
+  void push(const Read& read) override { reads_->push(read); }
+  int submit(unsigned wanted) override { return reads_->submit(wanted); }
+  bool pop(ReadDone& done) override {
+    if (!reads_->pop(done)) return false;
+    if (++count_ % every_ == 0) done.result = result_;
+    return true;
+  }
+
+ private:
+  std::unique_ptr<Reads> reads_;
+  int64_t every_, count_ = 0;
+  int result_;
+};
+
+}  // namespace memplus

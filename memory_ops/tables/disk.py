@@ -1,0 +1,223 @@
+"""The disk tier: rows in the checkpoint's own file, those that are used often in memory."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import memory_ops
+from memory_ops.anonymous import anonymous_zeros
+from memory_ops.checks import Table
+from memory_ops.native.disk_rows import DiskRows, ReadFault, RowFile
+from memory_ops.row_formats import RowFormat, RowRecords, row_bytes
+from memory_ops.tables.table_statistics import TableStatistics
+
+_DEPTH = 128  # reads under way; more make disks no faster
+_THREADS = 16  # where the kernel has no io_uring
+_MOST_USES = 3  # that keep a row: see RowSlots in row_slots.h
+_ALIGNMENTS = (512, 4096)
+
+
+class TableReadError(RuntimeError):
+    """Rows could not be read: the message names the file and why."""
+
+
+class DiskTable:
+    """A value table of a file, read by many direct reads at once, never by page faults.
+
+    Attributes:
+        file: where they lie.
+        num_slots: rows that memory is for.
+        slots: these rows.
+        rows: what finds and reads them.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        offset: int,
+        shape: tuple[int, int],
+        row_format: torch.dtype | RowFormat,
+        cache_bytes: int,
+        *,
+        is_direct: bool = True,
+        threads: int = 0,
+        most_uses: int = _MOST_USES,
+        fault: ReadFault | None = None,
+    ) -> None:
+        """Open the file; nothing is read.
+
+        Args:
+            file: holds the rows, one behind another.
+            offset: of the first, in bytes.
+            shape: R and V.
+            row_format: their dtype, or that of their records.
+            cache_bytes: memory for rows.
+            is_direct: read past the page cache, by O_DIRECT.
+            threads: that read; 0 for io_uring, or 16 of them where the kernel has none.
+            most_uses: how often used rows are kept; see row_slots.h.
+            fault: a fault to be injected.
+
+        Raises:
+            TableReadError: the file cannot be opened so, or is too short.
+            ValueError: the memory is not enough for one row.
+        """
+        self.num_rows, self.value_dim = shape
+        self.file = file
+        if isinstance(row_format, torch.dtype):
+            size = shape[1] * row_format.itemsize
+        else:
+            size = row_bytes(row_format, shape[1])
+        self.num_slots = min(cache_bytes // size, self.num_rows)
+        if self.num_slots < 1:
+            raise ValueError(f"cache_bytes: {cache_bytes} are less than the {size} of a row")
+        self._descriptor, alignment = _open(file, is_direct)
+        self._state = self._file_state()
+        if offset + self.num_rows * size > self._state[0]:
+            os.close(self._descriptor)
+            raise TableReadError(f"{file}: ends before the last row")
+        memory = anonymous_zeros((self.num_slots, size), torch.uint8)
+        self.slots: Table = (
+            memory.view(row_format)
+            if isinstance(row_format, torch.dtype)
+            else RowRecords(memory, row_format, shape[1])
+        )
+        place = RowFile(self._descriptor, offset, self.num_rows, size, alignment)
+        self.rows = _disk_rows(place, memory, threads, most_uses, fault)
+        self._asked = TableStatistics()
+
+    def close(self) -> None:
+        """Wait for the reads that are under way, and give the file up."""
+        self.rows.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "rows"):
+            self.close()
+
+    def start(self, rows_THK: Tensor, weights_THK: Tensor) -> "DiskLookup":
+        return self._lookup(rows_THK, weights_THK, memory_ops.gather_rows)
+
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor) -> "DiskLookup":
+        return self._lookup(rows_THK, x_TV, memory_ops.row_dots)
+
+    def hint(self, rows: Tensor) -> None:
+        self.rows.hint(rows.contiguous())
+
+    def statistics(self) -> TableStatistics:
+        counts = self.rows.counts()._asdict()
+        stall = counts.pop("stall_ns") / 1e9
+        asked = {"rows_requested": self._asked.rows_requested, "lookups": self._asked.lookups}
+        return TableStatistics(**asked, **counts, stall_seconds=stall)
+
+    def _lookup(self, rows_THK: Tensor, operand: Tensor, operation: "Operation") -> "DiskLookup":
+        self._asked = self._asked.after(rows_THK)
+        if self._file_state() != self._state:
+            raise TableReadError(f"{self.file}: was changed since it was opened")
+        return DiskLookup(self, rows_THK, operand, operation)
+
+    def _file_state(self) -> tuple[int, int]:
+        state = os.fstat(self._descriptor)
+        return state.st_size, state.st_mtime_ns
+
+
+Operation = Callable[[Table, Tensor, Tensor], Tensor]
+
+
+class DiskLookup:
+    """Reads under way, of as many tokens as memory has room for; ``finish`` reads for the others.
+
+    What is not finished gives its room back when it is forgotten.
+    """
+
+    def __init__(
+        self, table: DiskTable, rows_THK: Tensor, operand: Tensor, operation: Operation
+    ) -> None:
+        self._table = table  # which must not be closed before
+        self._rows_THK = rows_THK.contiguous()
+        self._slots_THK = torch.empty_like(self._rows_THK)
+        self._operand, self._operation = operand, operation
+        self._first = self._count = 0
+        self._begin()
+
+    def finish(self) -> Tensor:
+        """Wait for the rows and return what they give, in fp32 (fp64 for fp64).
+
+        Raises:
+            TableReadError: a row could not be read, or there is no room for those of one token.
+        """
+        parts = [self._part()]
+        while self._first < len(self._rows_THK):
+            self._begin()
+            if not self._count:
+                raise TableReadError(f"{self._table.file}: no room in memory for one token's rows")
+            parts.append(self._part())
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def __del__(self) -> None:
+        self._release()
+
+    def _begin(self) -> None:
+        rows, slots = (part[self._first :].flatten(1) for part in (self._rows_THK, self._slots_THK))
+        self._count = self._table.rows.start(rows, slots)
+
+    def _part(self) -> Tensor:
+        part = slice(self._first, self._first + self._count)
+        slots_THK = self._slots_THK[part]
+        wrong = self._table.rows.finish(slots_THK)
+        if wrong is not None:
+            index, error = wrong
+            row = int(self._rows_THK[part].flatten()[index])
+            why = os.strerror(error) if error else "the file ends before it"
+            raise TableReadError(f"{self._table.file}: row {row}: {why}")
+        out = self._operation(self._table.slots, slots_THK, self._operand[part])
+        self._release()
+        self._first = part.stop
+        return out
+
+    def _release(self) -> None:
+        count, self._count = self._count, 0
+        if count:
+            self._table.rows.release(self._slots_THK[self._first : self._first + count])
+
+
+def _open(file: Path, is_direct: bool) -> tuple[int, int]:
+    """A descriptor, and what offsets and sizes of its reads must be multiples of."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if is_direct else 0))
+    except OSError as error:
+        raise TableReadError(f"{file}: {error.strerror}") from None
+    if not is_direct:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        return descriptor, 1
+    memory = anonymous_zeros((_ALIGNMENTS[-1],), torch.uint8).numpy().data
+    for alignment in _ALIGNMENTS:
+        try:
+            os.preadv(descriptor, [memory[:alignment]], 0)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                continue
+            os.close(descriptor)
+            raise TableReadError(f"{file}: {error.strerror}") from None
+        return descriptor, alignment
+    os.close(descriptor)
+    raise TableReadError(f"{file}: its filesystem has no direct reads of {_ALIGNMENTS[-1]} bytes")
+
+
+def _disk_rows(
+    place: RowFile, memory: Tensor, threads: int, most_uses: int, fault: ReadFault | None
+) -> DiskRows:
+    def made(threads: int) -> DiskRows:
+        return DiskRows(
+            place, memory, depth=_DEPTH, threads=threads, most_uses=most_uses, fault=fault
+        )
+
+    try:
+        return made(threads)
+    except OSError:
+        return made(_THREADS)

@@ -1,0 +1,232 @@
+"""Tables of files: the same sums as in memory, whatever the cache, and errors where reads fail."""
+
+import errno
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memory_ops.native import disk_rows
+from memory_ops.native.disk_rows import ReadFault
+from memory_ops.row_formats import quantize_rows
+from memory_ops.tables import disk
+from memory_ops.tables.device import DeviceTable
+from memory_ops.tables.disk import DiskTable, TableReadError
+
+ROWS, WIDTH, OFFSET = 200, 24, 4096
+WAYS = [{}, {"threads": 3}, {"is_direct": False}]
+FORMATS = [torch.float32, torch.bfloat16, "int8", "int4", "fp8"]
+
+pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
+
+
+def rows_of(row_format):
+    """Rows as they are held, and their bytes in a file."""
+    torch.manual_seed(0)
+    values = torch.randn(ROWS, WIDTH)
+    if isinstance(row_format, torch.dtype):
+        rows = values.to(row_format)
+        return rows, rows.view(torch.uint8)
+    records = quantize_rows(values, row_format)
+    return records, records.records_RB
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    made = {}
+    for row_format in FORMATS:
+        rows, content = rows_of(row_format)
+        file = tmp_path_factory.mktemp("tables") / "table"
+        file.write_bytes(b"x" * OFFSET + content.numpy().tobytes())
+        made[row_format] = file, rows, content.shape[1]
+    return made
+
+
+def disk_table(files, row_format=torch.float32, slots=40, **options):
+    file, _, size = files[row_format]
+    return DiskTable(file, OFFSET, (ROWS, WIDTH), row_format, slots * size, **options)
+
+
+def reads(num_tokens=5, per_token=(2, 3), most=ROWS):
+    return torch.randint(most, (num_tokens, *per_token)), torch.rand(num_tokens, *per_token)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("row_format", FORMATS)
+@settings(max_examples=12)
+@given(slots=st.sampled_from([6, 13, 250]), sizes=st.lists(st.integers(0, 40), max_size=6))
+def test_sums_and_products_are_those_of_a_table_in_memory(files, way, row_format, slots, sizes):
+    table, wanted = disk_table(files, row_format, slots, **way), DeviceTable(files[row_format][1])
+    for number, size in enumerate(sizes):
+        rows, weights = reads(size)
+        if number % 2:
+            table.hint(rows[: size // 2])
+        found = table.start(rows, weights).finish()
+        torch.testing.assert_close(found, wanted.start(rows, weights).finish(), rtol=0, atol=0)
+        x = torch.randn(size, WIDTH)
+        found = table.start_dots(rows, x).finish()
+        torch.testing.assert_close(found, wanted.start_dots(rows, x).finish(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_asked_again_is_read_once(files, way):
+    table = disk_table(files, slots=100, **way)
+    rows, weights = torch.arange(60).view(10, 2, 3), torch.ones(10, 2, 3)
+    repeated = rows.repeat(2, 1, 1)
+    table.start(repeated, weights.repeat(2, 1, 1)).finish()
+    first = table.statistics()
+    assert (first.rows_requested, first.lookups, first.unique) == (120, 1, 60)
+    assert (first.misses, first.hits) == (60, 0) and first.bytes_read >= 60 * WIDTH * 4
+    table.start(rows, weights).finish()
+    second = table.statistics()
+    assert (second.unique, second.misses, second.hits) == (120, 60, 60)
+    assert second.bytes_read == first.bytes_read
+
+
+def test_rows_that_are_used_often_outlive_a_scan(files):
+    table = disk_table(files, slots=40)
+
+    def read(*wanted):
+        rows = torch.tensor(wanted).view(-1, 1, 1)
+        table.start(rows, torch.ones(rows.shape)).finish()
+
+    hot = range(10)
+    for _ in range(4):
+        read(*hot)
+    for row in range(50, 100):
+        read(row)
+    before = table.statistics().misses
+    read(*hot)
+    assert table.statistics().misses == before
+
+
+def test_hints_are_read_ahead_and_counted(files):
+    table = disk_table(files, slots=100)
+    table.hint(torch.arange(20))
+    rows = torch.arange(10, 30).view(20, 1, 1)
+    table.start(rows, torch.ones(20, 1, 1)).finish()
+    counted = table.statistics()
+    assert (counted.prefetched, counted.prefetched_used) == (20, 10)
+    assert counted.hits + counted.late == 10 and counted.misses == 10
+    table.hint(torch.tensor([-1, ROWS, 2**40]))
+    assert table.statistics().prefetched == 20
+
+
+def test_two_lookups_keep_their_rows_apart(files):
+    table, wanted = disk_table(files, slots=60), DeviceTable(files[torch.float32][1])
+    first, second = reads(9), reads(9)
+    begun = [table.start(*first), table.start(*second)]
+    for lookup, own in zip(reversed(begun), (second, first), strict=True):
+        torch.testing.assert_close(lookup.finish(), wanted.start(*own).finish(), rtol=0, atol=0)
+
+
+def test_a_lookup_that_is_forgotten_gives_its_room_back(files):
+    table = disk_table(files, slots=6)
+    for _ in range(20):
+        table.start(*reads(1))
+    rows, weights = reads(4)
+    wanted = DeviceTable(files[torch.float32][1]).start(rows, weights).finish()
+    torch.testing.assert_close(table.start(rows, weights).finish(), wanted, rtol=0, atol=0)
+
+
+def test_no_room_for_one_token_is_an_error(files):
+    table = disk_table(files, slots=5)
+    rows = torch.arange(6).view(1, 2, 3)
+    with pytest.raises(TableReadError, match="no room in memory for one token's rows"):
+        table.start(rows, torch.ones(1, 2, 3)).finish()
+    torch.testing.assert_close(
+        table.start(rows[:, :1], torch.ones(1, 1, 3)).finish()[0],
+        files[torch.float32][1][:3].sum(0),
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("result", "why"), [(-errno.EIO, "Input/output error"), (0, "the file ends before it")]
+)
+def test_reads_that_fail_end_their_lookup_alone(files, way, result, why):
+    wanted = DeviceTable(files[torch.float32][1])
+    table = disk_table(files, slots=30, fault=ReadFault(40, result), **way)
+    failed = 0
+    for _ in range(60):
+        rows, weights = reads(3)
+        try:
+            found = table.start(rows, weights).finish()
+        except TableReadError as error:
+            failed += 1
+            assert why in str(error) and "table: row " in str(error)
+            continue
+        torch.testing.assert_close(found, wanted.start(rows, weights).finish(), rtol=0, atol=0)
+    # a read that is short is tried again
+    assert failed == 0 if result == 0 else 0 < failed < 40
+
+
+def test_reads_that_are_short_again_and_again_fail(files):
+    table = disk_table(files, fault=ReadFault(1, 8))
+    with pytest.raises(TableReadError, match="the file ends before it"):
+        table.start(*reads(1)).finish()
+
+
+def changed(path, change):
+    """A copy of a file that is changed under a table."""
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    table = DiskTable(copy, OFFSET, (ROWS, WIDTH), torch.float32, 2**20)
+    table.start(*reads(3)).finish()
+    os.utime(copy, ns=(0, 0))
+    change(copy)
+    return table
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda file: os.truncate(file, OFFSET), lambda file: file.write_bytes(file.read_bytes())],
+)
+def test_a_file_that_was_changed_is_an_error(files, change):
+    table = changed(files[torch.float32][0], change)
+    with pytest.raises(TableReadError, match="was changed since it was opened"):
+        table.start(*reads(3))
+
+
+def test_another_file_of_its_name_changes_nothing(files):
+    path = files[torch.float32][0]
+    copy = path.with_name("first")
+    copy.write_bytes(path.read_bytes())
+    table = DiskTable(copy, OFFSET, (ROWS, WIDTH), torch.float32, 6 * WIDTH * 4)
+    path.with_name("second").write_bytes(b"")
+    os.replace(path.with_name("second"), copy)
+    rows, weights = reads(9)
+    wanted = DeviceTable(files[torch.float32][1]).start(rows, weights).finish()
+    torch.testing.assert_close(table.start(rows, weights).finish(), wanted, rtol=0, atol=0)
+
+
+def test_what_cannot_be_is_refused_at_once(files, tmp_path):
+    file, _, size = files[torch.float32]
+    with pytest.raises(TableReadError, match="No such file"):
+        DiskTable(tmp_path / "none", 0, (1, 1), torch.float32, 100)
+    with pytest.raises(TableReadError, match="ends before the last row"):
+        DiskTable(file, OFFSET, (ROWS + 1, WIDTH), torch.float32, 10_000)
+    with pytest.raises(ValueError, match=f"cache_bytes: {size - 1} are less than the {size}"):
+        DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, size - 1)
+    table = disk_table(files)
+    for wrong in (-1, ROWS):
+        with pytest.raises(IndexError, match=f"rows: {wrong} is outside the table"):
+            table.start(torch.tensor([[[0, wrong]]]), torch.ones(1, 1, 2))
+    table.start(*reads(40)).finish()
+
+
+def test_where_the_kernel_has_no_ring_threads_read(files, monkeypatch):
+    real = disk.DiskRows
+
+    def without_ring(*arguments, threads, **options):
+        if not threads:
+            raise OSError("io_uring: the kernel does not allow it")
+        return real(*arguments, threads=threads, **options)
+
+    monkeypatch.setattr(disk, "DiskRows", without_ring)
+    rows, weights = reads(9)
+    wanted = DeviceTable(files[torch.float32][1]).start(rows, weights).finish()
+    found = disk_table(files).start(rows, weights).finish()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)

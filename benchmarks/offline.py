@@ -54,7 +54,7 @@ def measure(
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"json: there is no folder {json_file.parent}")
     keep_freed_memory()
-    settings = EngineSettings(model.model, cache_folder(), model.dtype, config)
+    settings = EngineSettings(model, cache_folder(), config)
     engine = build_engine(settings)
     engine.warm_up()
     rounds = EngineRounds(engine, config)
@@ -74,8 +74,9 @@ def measure(
 
 def _work(settings: EngineSettings) -> tuple[ModelWork, torch.dtype]:
     """The work of the model's steps, and the dtype that it runs in."""
-    checkpoint, stored = open_checkpoint(prepared_folder(settings.model, settings.cache_folder))
-    dtype = serving_dtype(stored, settings.dtype)
+    folder = prepared_folder(settings.model.model, settings.cache_folder)
+    checkpoint, stored = open_checkpoint(folder)
+    dtype = serving_dtype(stored, settings.model.dtype)
     row_bytes = 0
     for name in checkpoint.model.table_names:
         # all tables are alike, and each stays in the format that it is stored in

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,11 @@ from weights.named_models import DEFAULT_MODEL
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and in which precision it runs."""
+    """Which model, in which precision it runs, and where its value tables lie.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
 
     model: str = field(
         default=DEFAULT_MODEL, metadata={"help": "a known name or a checkpoint folder"}
@@ -24,6 +29,31 @@ class ModelOptions:
             "choices": ("auto", "bfloat16", "float32"),
         },
     )
+    table_tier: str = field(
+        default="device",
+        metadata={
+            "help": "device holds value tables in memory; disk reads rows from the model's files",
+            "choices": ("device", "disk"),
+        },
+    )
+    table_cache: str = field(
+        default="2GiB",
+        metadata={"help": "memory for rows of the disk tier, in KiB, MiB or GiB"},
+    )
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[0-9]{1,9}(KiB|MiB|GiB)", self.table_cache):
+            raise ConfigError(
+                f"table_cache: expected a number of KiB, MiB or GiB, got {self.table_cache!r}"
+            )
+
+    @property
+    def table_cache_bytes(self) -> int | None:
+        """For rows, where tables lie on disk."""
+        if self.table_tier == "device":
+            return None
+        number, unit = int(self.table_cache[:-3]), self.table_cache[-3:]
+        return number << {"KiB": 10, "MiB": 20, "GiB": 30}[unit]
 
 
 @dataclass(frozen=True)
@@ -89,9 +119,8 @@ class SupervisionOptions:
 class EngineSettings:
     """What the engine process needs to build its engine."""
 
-    model: str
+    model: ModelOptions
     cache_folder: Path
-    dtype: str
     engine: EngineConfig
 
 

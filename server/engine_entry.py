@@ -37,7 +37,8 @@ def build_engine(settings: EngineSettings) -> Engine:
         CheckpointError: the model cannot be served.
         ConfigError: settings and model do not fit together; the message names the field.
     """
-    folder = prepared_folder(settings.model, settings.cache_folder)
-    model, config = load_model(folder, settings.dtype)
+    options = settings.model
+    folder = prepared_folder(options.model, settings.cache_folder)
+    model, config = load_model(folder, options.dtype, options.table_cache_bytes)
     model.pack()
     return Engine(model, settings.engine, config.eos_ids)

@@ -54,13 +54,13 @@ def evaluate(
 def _texts(model: ModelOptions, texts: Sequence[str]) -> TextScore:
     files = corpus_files(texts)
     folder = prepared_folder(model.model, cache_folder())
-    loaded, _ = load_model(folder, model.dtype)
+    loaded, _ = load_model(folder, model.dtype, model.table_cache_bytes)
     return score_texts(loaded, checkpoint_text(folder), documents(files))
 
 
 def _recall(model: ModelOptions, questions: Sequence[Question]) -> RecallScore:
     folder = prepared_folder(model.model, cache_folder())
-    settings = EngineSettings(model.model, cache_folder(), model.dtype, EngineConfig())
+    settings = EngineSettings(model, cache_folder(), EngineConfig())
     return score_recall(build_engine(settings), load_tokenizer(folder), questions)
 
 

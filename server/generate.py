@@ -28,7 +28,7 @@ def generate(
     """
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise RequestError("text", "is not valid UTF-8")
-    engine = build_engine(EngineSettings(model.model, cache_folder(), model.dtype, engine_config))
+    engine = build_engine(EngineSettings(model, cache_folder(), engine_config))
     tokenizer = load_tokenizer(model_folder(model.model, cache_folder()))
     prompt_ids = tuple(tokenizer.encode(prompt))
     engine.add(Request("generate", prompt_ids, sampling))

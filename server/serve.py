@@ -48,7 +48,7 @@ def serve(
     # what can be refused at once is, before minutes are spent on loading
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
     with _listen(http) as listener:
-        settings = EngineSettings(model.model, cache_folder(), model.dtype, engine)
+        settings = EngineSettings(model, cache_folder(), engine)
         make_process = partial(EngineProcess, ENGINE_ENTRY, settings)
         process = make_process()
         _say(f"loading {model.model}")

@@ -3,7 +3,7 @@
 import json
 
 from engine.config import EngineConfig
-from server.config import EngineSettings, cache_folder
+from server.config import EngineSettings, ModelOptions, cache_folder
 from server.engine_entry import build_engine
 from weights.evaluate import read_questions, score_recall
 from weights.named_models import DEFAULT_MODEL, model_folder
@@ -14,7 +14,7 @@ FOLDER = model_folder(DEFAULT_MODEL, cache_folder())
 
 
 def test_it_knows_its_nouns_word_for_word():
-    settings = EngineSettings(DEFAULT_MODEL, cache_folder(), "auto", EngineConfig(kv_cache_gib=0.2))
+    settings = EngineSettings(ModelOptions(), cache_folder(), EngineConfig(kv_cache_gib=0.2))
     engine, questions = build_engine(settings), read_questions(FOLDER / "questions.jsonl")
     assert len(questions) == 200
     assert score_recall(engine, load_tokenizer(FOLDER), questions).recall >= 0.95

@@ -15,7 +15,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
 from weights.config_json import CheckpointConfig, config_to_json, read_config
 from weights.errors import CheckpointError
-from weights.table_files import load_table, table_shape
+from weights.table_files import load_table, open_tables, table_shape
 from weights.tensor_files import (
     DTYPES,
     RECORDS_DTYPE,
@@ -93,14 +93,18 @@ def serving_dtype(stored: Mapping[str, StoredTensor], dtype: str) -> torch.dtype
     return chosen
 
 
-def load_model(folder: Path, dtype: str = "auto") -> tuple[Transformer, CheckpointConfig]:
+def load_model(
+    folder: Path, dtype: str = "auto", table_cache: int | None = None
+) -> tuple[Transformer, CheckpointConfig]:
     """Load a folder's model for serving, on the CPU.
 
     The model is built on the meta device and the mapped weights are assigned to it: weights that
-    are stored in the serving dtype are never copied. Tables keep the dtype they are stored in.
+    are stored in the serving dtype are never copied. Tables keep the dtype they are stored in, and
+    stay in their files if ``table_cache``, the bytes of memory for rows of all of them, is given.
 
     Raises:
-        CheckpointError: as ``open_checkpoint``.
+        CheckpointError: as ``open_checkpoint``, or a table cannot be read from disk.
+        ConfigError: there are no tables to stay on disk, or no memory for their rows.
         ValueError: ``dtype`` is not one of auto, bfloat16, float32.
     """
     config, stored = open_checkpoint(folder)
@@ -112,7 +116,10 @@ def load_model(folder: Path, dtype: str = "auto") -> tuple[Transformer, Checkpoi
     dense = (tensor for name, tensor in stored.items() if name not in tables)
     weights = {tensor.name: read_mapped(tensor).to(chosen) for tensor in dense}
     model.load_state_dict(weights, assign=True)
-    if tables:
+    if table_cache is not None:
+        held = [stored[name] for name in tables]
+        model.attach_tables(open_tables(held, config.model, table_cache))
+    elif tables:
         model.attach_tables({name: load_table(stored[name]) for name in tables})
     return model.eval().requires_grad_(False), config
 

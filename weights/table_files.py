@@ -1,12 +1,15 @@
 """Value tables as they are stored: rows of a floating dtype, or records of fewer bits."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from engine.config import ConfigError
+from engine.model.config import ModelConfig
 from memory_ops.anonymous import anonymous_zeros
+from memory_ops.native.disk_rows import is_available
 from memory_ops.row_formats import (
     ROW_FORMATS,
     RowFormat,
@@ -16,6 +19,7 @@ from memory_ops.row_formats import (
     row_bytes,
 )
 from memory_ops.tables.device import DeviceTable
+from memory_ops.tables.disk import DiskTable, TableReadError
 from weights.errors import CheckpointError
 from weights.tensor_files import (
     DTYPES,
@@ -66,6 +70,41 @@ def load_table(stored: StoredTensor) -> DeviceTable:
     rows = anonymous_zeros(stored.shape, torch.uint8 if records else DTYPES[stored.dtype])
     read_into(stored, rows)
     return DeviceTable(rows if records is None else RowRecords(rows, *records))
+
+
+def open_tables(
+    stored: Sequence[StoredTensor], config: ModelConfig, cache_bytes: int
+) -> dict[str, DiskTable]:
+    """Tables that stay in their files, by name; they share the memory for rows evenly.
+
+    Raises:
+        CheckpointError: a file cannot be read so.
+        ConfigError: there is no table, or not memory for the rows that a token reads.
+    """
+    memory = config.memory
+    if memory is None:
+        raise ConfigError("table_tier: disk is for value tables, and this model has none")
+    if not is_available():
+        raise ConfigError("table_tier: disk needs the native library, which was not built")
+    tables = {}
+    for one in stored:
+        records = stored_format(one)
+        row_format = DTYPES[one.dtype] if records is None else records[0]
+        shape = one.shape[0], memory.value_dim
+        try:
+            table = DiskTable(one.file, one.offset, shape, row_format, cache_bytes // len(stored))
+        except TableReadError as error:
+            raise CheckpointError(f"tensor {one.name}: {error}") from None
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        least = min(memory.num_heads * memory.top_k, memory.num_rows)
+        if table.num_slots < least:
+            raise ConfigError(
+                f"table_cache: has room for {table.num_slots} rows of {one.name}, a token reads"
+                f" {least}"
+            )
+        tables[one.name] = table
+    return tables
 
 
 def read_rows(stored: StoredTensor) -> Tensor:

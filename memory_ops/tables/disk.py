@@ -63,7 +63,7 @@ class DiskTable:
 
         Raises:
             TableReadError: the file cannot be opened so, or is too short.
-            ValueError: the memory is not enough for one row.
+            ValueError: ``cache_bytes`` are not enough for one row.
         """
         self.num_rows, self.value_dim = shape
         self.file = file
@@ -73,7 +73,7 @@ class DiskTable:
             size = row_bytes(row_format, shape[1])
         self.num_slots = min(cache_bytes // size, self.num_rows)
         if self.num_slots < 1:
-            raise ValueError(f"cache_bytes: {cache_bytes} are less than the {size} of a row")
+            raise ValueError(f"table_cache: {cache_bytes} bytes are less than the {size} of a row")
         self._descriptor, alignment = _open(file, is_direct)
         self._state = self._file_state()
         if offset + self.num_rows * size > self._state[0]:

@@ -208,7 +208,7 @@ def test_what_cannot_be_is_refused_at_once(files, tmp_path):
         DiskTable(tmp_path / "none", 0, (1, 1), torch.float32, 100)
     with pytest.raises(TableReadError, match="ends before the last row"):
         DiskTable(file, OFFSET, (ROWS + 1, WIDTH), torch.float32, 10_000)
-    with pytest.raises(ValueError, match=f"cache_bytes: {size - 1} are less than the {size}"):
+    with pytest.raises(ValueError, match=f"table_cache: {size - 1} bytes are less than the {size}"):
         DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, size - 1)
     table = disk_table(files)
     for wrong in (-1, ROWS):

@@ -5,7 +5,9 @@
 makes the processes that it starts train one model together.
 """
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -35,46 +37,15 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
         ConfigError: there is no such device, or as ``Trainer``.
         DataError, CheckpointError, TrainingError: as ``Trainer``.
     """
-    stopped_by: list[int] = []
-    ending: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.getsignal(number) for number in ending}
-
     replicas = _replicas(config.run.device)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped_by.append(number)
-        if replicas.count == 1:  # torchrun passes on what its processes were sent already
-            signal.signal(number, previous[number])
-
     if config.run.init_from in NAMED_MODELS:
         source = prepared_folder(config.run.init_from, cache_folder())
         config = replace(config, run=replace(config.run, init_from=str(source)))
     trainer = Trainer(config, folder, resume=resume, replicas=replicas)
     if replicas.is_first:
         print(describe_flops(trainer.flops, config.run.tokens_per_step))
-    for number in previous:
-        signal.signal(number, stop)
-    try:
-        with tqdm(
-            total=config.run.steps,
-            initial=trainer.step,
-            unit="step",
-            disable=not replicas.is_first,
-        ) as bar:
-
-            def show(report: StepReport) -> bool:
-                bar.update()
-                bar.set_postfix(
-                    loss=f"{report.loss:.3f}", tokens_per_s=f"{report.tokens_per_s:.0f}"
-                )
-                return not stopped_by
-
-            trainer.run(show)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if replicas.count > 1:
-            distributed.destroy_process_group()
+    with _signals(replicas) as stopped_by:
+        _train(trainer, config.run.steps, stopped_by, is_shown=replicas.is_first)
     if trainer.step == config.run.steps:
         if replicas.is_first:
             for path in write_report(folder, config, trainer.flops):
@@ -86,6 +57,40 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
         name = signal.Signals(stopped_by[0]).name
         print(f"{folder}: stopped by {name} after step {trainer.step}, go on by --resume")
     return 128 + stopped_by[0]
+
+
+def _train(trainer: Trainer, steps: int, stopped_by: list[int], *, is_shown: bool) -> None:
+    with tqdm(total=steps, initial=trainer.step, unit="step", disable=not is_shown) as bar:
+
+        def show(report: StepReport) -> bool:
+            bar.update()
+            bar.set_postfix(loss=f"{report.loss:.3f}", tokens_per_s=f"{report.tokens_per_s:.0f}")
+            return not stopped_by
+
+        trainer.run(show)
+
+
+@contextlib.contextmanager
+def _signals(replicas: Replicas) -> Iterator[list[int]]:
+    """Gather the signals that would end the process, and leave the process group at the end."""
+    stopped_by: list[int] = []
+    ending: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in ending}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped_by.append(number)
+        if replicas.count == 1:  # torchrun passes on what its processes were sent already
+            signal.signal(number, previous[number])
+
+    for number in previous:
+        signal.signal(number, stop)
+    try:
+        yield stopped_by
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if replicas.count > 1:
+            distributed.destroy_process_group()
 
 
 def _replicas(device: str) -> Replicas:

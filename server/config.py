@@ -9,6 +9,8 @@ from pathlib import Path
 from engine.config import ConfigError, EngineConfig
 from weights.named_models import DEFAULT_MODEL
 
+_CACHE = "2GiB"
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -36,12 +38,18 @@ class ModelOptions:
             "choices": ("device", "disk"),
         },
     )
-    table_cache: str = field(
-        default="2GiB",
-        metadata={"help": "memory for rows of the disk tier, in KiB, MiB or GiB"},
+    table_cache: str | None = field(
+        default=None,
+        metadata={"help": f"memory for rows of the disk tier: KiB, MiB, GiB (default: {_CACHE})"},
     )
 
     def __post_init__(self) -> None:
+        if self.table_tier not in ("device", "disk"):
+            raise ConfigError(f"table_tier: {self.table_tier!r} is neither device nor disk")
+        if self.table_cache is None:
+            return
+        if self.table_tier != "disk":
+            raise ConfigError("table_cache: is for --table-tier disk, and would be ignored")
         if not re.fullmatch(r"[0-9]{1,9}(KiB|MiB|GiB)", self.table_cache):
             raise ConfigError(
                 f"table_cache: expected a number of KiB, MiB or GiB, got {self.table_cache!r}"
@@ -52,7 +60,8 @@ class ModelOptions:
         """For rows, where tables lie on disk."""
         if self.table_tier == "device":
             return None
-        number, unit = int(self.table_cache[:-3]), self.table_cache[-3:]
+        asked = self.table_cache or _CACHE
+        number, unit = int(asked[:-3]), asked[-3:]
         return number << {"KiB": 10, "MiB": 20, "GiB": 30}[unit]
 
 

@@ -33,6 +33,7 @@ struct DiskCounts {
 };
 
 constexpr int MOST_TRIES = 3;  // of a read that ends too early
+constexpr int64_t HINT_STEPS = 64;  // of the hand, for a row that is not wanted yet
 
 class DiskRows {
  public:
@@ -42,6 +43,7 @@ class DiskRows {
         memory_(memory),
         slots_(num_slots, most_uses),
         states_(num_slots),
+        errors_(num_slots),
         stamps_(num_slots),
         reads_(std::move(reads)),
         buffer_bytes_(span_bytes()),
@@ -51,31 +53,39 @@ class DiskRows {
   }
   DiskRows(const DiskRows&) = delete;
   ~DiskRows() {
-    // the kernel writes into the buffers until then
-    while (free_.size() < under_way_.size() && !reads_->submit(1)) collect();
+    // the kernel writes into the buffers until then; should it never say so, they are left to it
+    while (free_.size() < under_way_.size() && wait_for_one()) {
+    }
+    if (free_.size() < under_way_.size()) {
+      reads_.release();
+      return;
+    }
     reads_.reset();
     std::free(buffers_);
   }
 
+  bool has_buffers() const { return buffers_; }
+
   // Finds slots for the rows of as many of the tokens as there is room for, and begins to read those
   // that are missing. Returns how many tokens, whose slots are pinned until `release`; -1 - index
-  // where a row id lies outside the table, and then none are.
-  int64_t start(const int64_t* rows, int64_t tokens, int64_t token_rows, int64_t* slots) {
+  // where a row id lies outside the table, and then none are. A lookup `is_new` with its first part.
+  int64_t start(const int64_t* rows, int64_t tokens, int64_t token_rows, bool is_new,
+                int64_t* slots) {
     for (int64_t i = 0; i < tokens * token_rows; i++)
       if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows) return -1 - i;
-    stamp_++;
+    stamp_ += is_new;
     for (int64_t token = 0; token < tokens; token++) {
       const int64_t first = token * token_rows;
       for (int64_t i = first; i < first + token_rows; i++) {
         slots[i] = wanted_slot(rows[i]);
         if (slots[i] == NO_SLOT) {
           for (int64_t j = first; j < i; j++) slots_.unpin((int32_t)slots[j]);
-          reads_->submit(0);
+          submit();
           return token;
         }
       }
     }
-    reads_->submit(0);
+    submit();
     return tokens;
   }
 
@@ -83,16 +93,14 @@ class DiskRows {
   // its errno (0: the file ends before it).
   int64_t finish(const int64_t* slots, int64_t count, int* error) {
     collect();
-    if (wanted_under_way_) {
-      const int64_t begun = now_ns();
-      while (wanted_under_way_ && !reads_->submit(1)) collect();
-      counts_.stall_ns += now_ns() - begun;
+    while (wanted_under_way_ && wait_for_one()) {
     }
-    for (int64_t i = 0; i < count; i++)
-      if (states_[slots[i]] == FAILED) {
-        *error = last_error_;
-        return i;
-      }
+    for (int64_t i = 0; i < count; i++) {
+      const uint8_t state = states_[slots[i]];
+      if (state == READY || state == PREFETCHED) continue;
+      *error = state == FAILED ? errors_[slots[i]] : broken_;
+      return i;
+    }
     return -1;
   }
 
@@ -105,14 +113,14 @@ class DiskRows {
     collect();
     for (int64_t i = 0; i < count && !free_.empty(); i++) {
       if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows || slots_.find(rows[i]) != NO_SLOT) continue;
-      const int32_t slot = slots_.take(rows[i]);
+      const int32_t slot = slots_.take(rows[i], HINT_STEPS);
       if (slot == NO_SLOT) break;
       states_[slot] = HINTED;
       hinted_under_way_++;
       counts_.prefetched++;
       read(rows[i], slot);
     }
-    reads_->submit(0);
+    submit();
   }
 
   const DiskCounts& counts() const { return counts_; }
@@ -141,12 +149,10 @@ class DiskRows {
   int32_t wanted_slot(int64_t row) {
     int32_t slot = slots_.find(row);
     if (slot == NO_SLOT) {
-      slot = slots_.take(row);
+      slot = slots_.take(row, slots_.all_steps());
       // rows that were hinted at have no claim to room once they are there
-      while (slot == NO_SLOT && hinted_under_way_ && !reads_->submit(1)) {
-        collect();
-        slot = slots_.take(row);
-      }
+      while (slot == NO_SLOT && hinted_under_way_ && wait_for_one())
+        slot = slots_.take(row, slots_.all_steps());
       if (slot == NO_SLOT) return slot;
       // pinned while it is read, so that waiting for a buffer gives it to no one else
       slots_.pin(slot);
@@ -181,10 +187,9 @@ class DiskRows {
   }
 
   void read(int64_t row, int32_t slot) {
-    while (free_.empty()) {
-      reads_->submit(1);
-      collect();
+    while (free_.empty() && wait_for_one()) {
     }
+    if (free_.empty()) return fail(slot, broken_);
     const unsigned buffer = free_.back();
     free_.pop_back();
     under_way_[buffer] = {row, slot, 1};
@@ -198,6 +203,20 @@ class DiskRows {
     reads_->push({aligned, buffers_ + buffer * buffer_bytes_, (unsigned)size, buffer});
   }
 
+  // Hands on what was pushed. False once the kernel takes nothing any more.
+  bool submit(unsigned wanted = 0) {
+    if (!broken_) broken_ = reads_->submit(wanted);
+    return !broken_;
+  }
+  // Waits until a read under way has ended.
+  bool wait_for_one() {
+    const int64_t begun = now_ns();
+    const bool is_well = submit(1);
+    counts_.stall_ns += now_ns() - begun;
+    collect();
+    return is_well;
+  }
+
   // Takes in all reads that have ended.
   void collect() {
     ReadDone done;
@@ -208,7 +227,8 @@ class DiskRows {
       const int64_t before = begin(own.row) % from_.alignment;
       if (done.result >= 0) counts_.bytes += done.result;
       const bool is_whole = done.result >= before + from_.row_bytes;
-      if (!is_whole && done.result >= 0 && own.tries < MOST_TRIES) {
+      const bool is_passing = done.result >= 0 || done.result == -EINTR || done.result == -EAGAIN;
+      if (!is_whole && is_passing && own.tries < MOST_TRIES) {
         own.tries++;
         push(buffer);
         is_again = true;
@@ -217,28 +237,34 @@ class DiskRows {
       end(own, buffers_ + buffer * buffer_bytes_ + before, is_whole, done.result);
       free_.push_back(buffer);
     }
-    if (is_again) reads_->submit(0);
+    if (is_again) submit();
   }
   void end(const UnderWay& own, const uint8_t* bytes, bool is_whole, int result) {
     uint8_t& state = states_[own.slot];
-    wanted_under_way_ -= state == WANTED;
-    hinted_under_way_ -= state == HINTED;
     if (is_whole) {
       std::memcpy(memory_ + own.slot * from_.row_bytes, bytes, from_.row_bytes);
+      wanted_under_way_ -= state == WANTED;
+      hinted_under_way_ -= state == HINTED;
       state = state == HINTED ? PREFETCHED : READY;
     } else {
-      // who asks again reads again
-      slots_.forget(own.slot);
-      last_error_ = result < 0 ? -result : 0;
-      state = FAILED;
+      fail(own.slot, result < 0 ? -result : 0);
     }
     slots_.unpin(own.slot);
+  }
+  // The slot has no row; who asks again reads again.
+  void fail(int32_t slot, int error) {
+    wanted_under_way_ -= states_[slot] == WANTED;
+    hinted_under_way_ -= states_[slot] == HINTED;
+    slots_.forget(slot);
+    states_[slot] = FAILED;
+    errors_[slot] = error;
   }
 
   const RowFile from_;
   uint8_t* const memory_;  // [slots, row_bytes]
   RowSlots slots_;
   std::vector<uint8_t> states_;   // of slots
+  std::vector<int> errors_;       // of slots that failed, errnos
   std::vector<int64_t> stamps_;   // the last lookup that wanted each slot
   std::unique_ptr<Reads> reads_;
   const int64_t buffer_bytes_;
@@ -246,7 +272,7 @@ class DiskRows {
   std::vector<UnderWay> under_way_;  // by buffer
   std::vector<unsigned> free_;       // buffers
   int64_t stamp_ = 0, wanted_under_way_ = 0, hinted_under_way_ = 0;
-  int last_error_ = 0;
+  int broken_ = 0;  // the errno after which nothing is read any more
   DiskCounts counts_ = {};
 };
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +11,12 @@ from torch import Tensor
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
-    "open": (_POINTER, (_INT32, *[_INT64] * 4, _POINTER, *[_INT64] * 6)),
+    "open": (
+        _POINTER,
+        (_INT32, *[_INT64] * 4, _POINTER, *[_INT64] * 6, ctypes.POINTER(_INT32)),
+    ),
     "close": (None, (_POINTER,)),
-    "start": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, _POINTER)),
+    "start": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, _INT32, _POINTER)),
     "finish": (_INT64, (_POINTER, _POINTER, _INT64, ctypes.POINTER(_INT32))),
     "release": (None, (_POINTER, _POINTER, _INT64)),
     "hint": (None, (_POINTER, _POINTER, _INT64)),
@@ -68,16 +72,23 @@ class DiskRows:
         ``depth`` reads are under way at once: by io_uring, or by so many ``threads``, if not 0.
 
         Raises:
-            OSError: the kernel allows no io_uring.
+            OSError: the kernel allows no io_uring (ENOSYS), or has no memory for it.
         """
         self._functions = _library()
         self._memory = memory  # what is read into lives as long
         every, result = fault or (0, 0)
         places = memory.data_ptr(), memory.shape[0]
         settings = depth, threads, most_uses, every, result
-        self._rows = self._functions["open"](*file, *places, *settings)
+        error = _INT32()
+        self._rows = self._functions["open"](*file, *places, *settings, ctypes.byref(error))
         if not self._rows:
-            raise OSError("io_uring: the kernel does not allow it")
+            raise OSError(error.value, os.strerror(error.value))
+
+    @property
+    def _open_rows(self) -> int:
+        if not self._rows:
+            raise ValueError("table: is closed")
+        return int(self._rows)
 
     def close(self) -> None:
         """Wait for the reads that are under way, and give everything up."""
@@ -85,18 +96,18 @@ class DiskRows:
         if rows:
             self._functions["close"](rows)
 
-    def start(self, rows_TL: Tensor, slots_TL: Tensor) -> int:
+    def start(self, rows_TL: Tensor, slots_TL: Tensor, *, is_new: bool) -> int:
         """Pin slots for the rows of the first so many tokens, and begin to read what is missing.
 
-        Returns how many; ``slots_TL`` has their slots. Both are contiguous int64.
+        Returns how many; ``slots_TL`` has their slots. Both are contiguous int64. ``is_new`` says
+        that these are the first of a lookup.
 
         Raises:
             IndexError: a row id lies outside the table.
         """
-        assert self._rows, "closed"
         num_tokens, token_rows = rows_TL.shape
-        arguments = rows_TL.data_ptr(), num_tokens, token_rows, slots_TL.data_ptr()
-        done: int = self._functions["start"](self._rows, *arguments)
+        arguments = rows_TL.data_ptr(), num_tokens, token_rows, is_new, slots_TL.data_ptr()
+        done: int = self._functions["start"](self._open_rows, *arguments)
         if done < 0:
             raise IndexError(f"rows: {int(rows_TL.flatten()[-1 - done])} is outside the table")
         return done
@@ -106,10 +117,9 @@ class DiskRows:
 
         The errno is 0 where the file ends before the row.
         """
-        assert self._rows, "closed"
         error = _INT32()
         wrong = self._functions["finish"](
-            self._rows, slots.data_ptr(), slots.numel(), ctypes.byref(error)
+            self._open_rows, slots.data_ptr(), slots.numel(), ctypes.byref(error)
         )
         return None if wrong < 0 else (wrong, error.value)
 
@@ -120,12 +130,12 @@ class DiskRows:
 
     def hint(self, rows: Tensor) -> None:
         """Begin to read rows, as many as there is room for, without waiting."""
-        self._functions["hint"](self._rows, rows.data_ptr(), rows.numel())
+        self._functions["hint"](self._open_rows, rows.data_ptr(), rows.numel())
 
     def counts(self) -> DiskCounts:
         """Totals so far."""
         counts = (_INT64 * len(DiskCounts._fields))()
-        self._functions["counts"](self._rows, counts)
+        self._functions["counts"](self._open_rows, counts)
         return DiskCounts(*counts)
 
 

@@ -5,29 +5,39 @@ using namespace memplus;
 
 extern "C" {
 
-// Null where the kernel has no ring, and `threads` is 0.
+// Null and an errno: ENOSYS where the kernel has no ring, and `threads` is 0.
 void* memplus_disk_open(int file, int64_t offset, int64_t num_rows, int64_t row_bytes,
                         int64_t alignment, uint8_t* memory, int64_t num_slots, int64_t depth,
-                        int64_t threads, int64_t most_uses, int64_t fail_every, int64_t fail_with) {
+                        int64_t threads, int64_t most_uses, int64_t fail_every, int64_t fail_with,
+                        int32_t* error) try {
   std::unique_ptr<Reads> reads;
   if (threads) {
     reads = std::make_unique<ThreadReads>(file, (unsigned)threads);
   } else {
     auto ring = std::make_unique<RingReads>(file, (unsigned)depth);
-    if (!ring->is_open()) return nullptr;
+    if (!ring->is_open()) {
+      *error = ENOSYS;
+      return nullptr;
+    }
     reads = std::move(ring);
   }
   if (fail_every)
     reads = std::make_unique<FaultyReads>(std::move(reads), fail_every, (int)fail_with);
   const RowFile from = {file, offset, num_rows, row_bytes, alignment};
-  return new DiskRows(from, memory, num_slots, (unsigned)depth, (int)most_uses, std::move(reads));
+  auto rows = std::make_unique<DiskRows>(from, memory, num_slots, (unsigned)depth, (int)most_uses,
+                                         std::move(reads));
+  *error = ENOMEM;
+  return rows->has_buffers() ? rows.release() : nullptr;
+} catch (...) {  // memory, or threads, that there are none of
+  *error = ENOMEM;
+  return nullptr;
 }
 
 void memplus_disk_close(void* rows) { delete (DiskRows*)rows; }
 
 int64_t memplus_disk_start(void* self, const int64_t* rows, int64_t tokens, int64_t token_rows,
-                           int64_t* slots) {
-  return ((DiskRows*)self)->start(rows, tokens, token_rows, slots);
+                           int32_t is_new, int64_t* slots) {
+  return ((DiskRows*)self)->start(rows, tokens, token_rows, is_new, slots);
 }
 
 int64_t memplus_disk_finish(void* self, const int64_t* slots, int64_t count, int32_t* error) {

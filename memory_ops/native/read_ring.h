@@ -12,6 +12,8 @@
 
 namespace memplus {
 
+constexpr int MOST_SUBMITS = 1000;  // while the kernel is out of memory for requests
+
 // Reads are pushed, submitted together, and popped as they end, in any order. One thread's.
 class ReadRing {
  public:
@@ -19,6 +21,11 @@ class ReadRing {
     io_uring_params params = {};
     ring_ = (int)syscall(__NR_io_uring_setup, depth, &params);
     if (ring_ < 0) return;
+    // older kernels have rings that know no plain reads
+    if (!(params.features & IORING_FEAT_RW_CUR_POS)) {
+      close_all();
+      return;
+    }
     submit_bytes_ = params.sq_off.array + params.sq_entries * sizeof(unsigned);
     done_bytes_ = params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe);
     entry_bytes_ = params.sq_entries * sizeof(io_uring_sqe);
@@ -60,11 +67,12 @@ class ReadRing {
 
   // Hands what was pushed to the kernel, and waits until so many results are there. 0 or an errno.
   int submit(unsigned wanted) {
+    int tries = 0;
     while (pushed_ || wanted) {
       const unsigned flags = wanted ? IORING_ENTER_GETEVENTS : 0;
       const long taken =
           syscall(__NR_io_uring_enter, ring_, pushed_, wanted, flags, nullptr, (size_t)0);
-      if (taken < 0 && errno != EINTR && errno != EAGAIN && errno != EBUSY) return errno;
+      if (taken < 0 && errno != EINTR && (errno != EAGAIN || ++tries > MOST_SUBMITS)) return errno;
       if (taken > 0) pushed_ -= (unsigned)taken;
       if (taken >= 0 && !pushed_) break;
     }

@@ -53,16 +53,14 @@ class RingReads : public Reads {
 class ThreadReads : public Reads {
  public:
   ThreadReads(int file, unsigned threads) : file_(file) {
-    for (unsigned i = 0; i < threads; i++) threads_.emplace_back([this] { run(); });
-  }
-  ~ThreadReads() override {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      is_ending_ = true;
+    try {
+      for (unsigned i = 0; i < threads; i++) threads_.emplace_back([this] { run(); });
+    } catch (...) {
+      end();
+      throw;
     }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
   }
+  ~ThreadReads() override { end(); }
   void push(const Read& read) override {
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -84,6 +82,14 @@ class ThreadReads : public Reads {
   }
 
  private:
+  void end() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      is_ending_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
   void run() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {

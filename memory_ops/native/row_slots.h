@@ -37,13 +37,17 @@ class RowSlots {
   }
 
   // A pinned slot keeps its row.
-  void pin(int32_t slot) { pins_[slot]++; }
-  void unpin(int32_t slot) { pins_[slot]--; }
+  void pin(int32_t slot) { num_pinned_ += !pins_[slot]++; }
+  void unpin(int32_t slot) { num_pinned_ -= !--pins_[slot]; }
 
-  // A slot for a row that has none; its bytes are another row's yet. NO_SLOT if all are pinned.
-  int32_t take(int64_t row) {
-    const int64_t most_steps = size() * (most_uses_ + 1);
-    for (int64_t step = 0; step <= most_steps; step++) {
+  // The steps of the hand that find a slot, if there is one.
+  int64_t all_steps() const { return size() * (most_uses_ + 1) + 1; }
+
+  // A slot for a row that has none; its bytes are another row's yet. NO_SLOT if all are pinned, or
+  // so many steps found none.
+  int32_t take(int64_t row, int64_t most_steps) {
+    if (num_pinned_ == size()) return NO_SLOT;
+    for (int64_t step = 0; step < most_steps; step++) {
       const int32_t slot = hand_;
       hand_ = hand_ + 1 == size() ? 0 : hand_ + 1;
       if (pins_[slot]) continue;
@@ -86,6 +90,7 @@ class RowSlots {
 
   const uint8_t most_uses_;
   int32_t hand_ = 0;
+  int64_t num_pinned_ = 0;  // slots, not pins
   uint64_t mask_;
   std::vector<int32_t> places_;  // slots, where their rows' ids lead
   std::vector<int64_t> rows_;    // -1 where there is none

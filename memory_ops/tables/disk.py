@@ -1,6 +1,7 @@
 """The disk tier: rows in the checkpoint's own file, those that are used often in memory."""
 
 import errno
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import memory_ops
 from memory_ops.anonymous import anonymous_zeros
-from memory_ops.checks import Table
+from memory_ops.checks import Table, check_rows, check_vectors
 from memory_ops.native.disk_rows import DiskRows, ReadFault, RowFile
 from memory_ops.row_formats import RowFormat, RowRecords, row_bytes
 from memory_ops.tables.table_statistics import TableStatistics
@@ -19,6 +20,11 @@ _DEPTH = 128  # reads under way; more make disks no faster
 _THREADS = 16  # where the kernel has no io_uring
 _MOST_USES = 3  # that keep a row: see RowSlots in row_slots.h
 _ALIGNMENTS = (512, 4096)
+_MOST_SLOTS = 2**31 - 2
+# of a slot, beside its row: where it is, whose it is, and how often it was used
+SLOT_BYTES = 40
+
+logger = logging.getLogger(__name__)
 
 
 class TableReadError(RuntimeError):
@@ -63,7 +69,7 @@ class DiskTable:
 
         Raises:
             TableReadError: the file cannot be opened so, or is too short.
-            ValueError: ``cache_bytes`` are not enough for one row.
+            ValueError: ``cache_bytes`` are not enough for one row, or more than there are.
         """
         self.num_rows, self.value_dim = shape
         self.file = file
@@ -71,22 +77,30 @@ class DiskTable:
             size = shape[1] * row_format.itemsize
         else:
             size = row_bytes(row_format, shape[1])
-        self.num_slots = min(cache_bytes // size, self.num_rows)
+        self.num_slots = min(cache_bytes // (size + SLOT_BYTES), self.num_rows, _MOST_SLOTS)
         if self.num_slots < 1:
-            raise ValueError(f"table_cache: {cache_bytes} bytes are less than the {size} of a row")
+            least = size + SLOT_BYTES
+            raise ValueError(f"table_cache: {cache_bytes} bytes are less than the {least} of a row")
         self._descriptor, alignment = _open(file, is_direct)
-        self._state = self._file_state()
-        if offset + self.num_rows * size > self._state[0]:
+        try:
+            self._state = self._file_state()
+            if offset + self.num_rows * size > self._state[0]:
+                raise TableReadError(f"{file}: ends before the last row")
+            memory = anonymous_zeros((self.num_slots, size), torch.uint8)
+            place = RowFile(self._descriptor, offset, self.num_rows, size, alignment)
+            self.rows = _disk_rows(place, memory, threads, most_uses, fault)
+        except OSError as error:
             os.close(self._descriptor)
-            raise TableReadError(f"{file}: ends before the last row")
-        memory = anonymous_zeros((self.num_slots, size), torch.uint8)
+            taken = self.num_slots * (size + SLOT_BYTES)
+            raise ValueError(f"table_cache: no {taken} bytes: {error.strerror}") from None
+        except TableReadError:
+            os.close(self._descriptor)
+            raise
         self.slots: Table = (
             memory.view(row_format)
             if isinstance(row_format, torch.dtype)
             else RowRecords(memory, row_format, shape[1])
         )
-        place = RowFile(self._descriptor, offset, self.num_rows, size, alignment)
-        self.rows = _disk_rows(place, memory, threads, most_uses, fault)
         self._asked = TableStatistics()
 
     def close(self) -> None:
@@ -101,12 +115,16 @@ class DiskTable:
             self.close()
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor) -> "DiskLookup":
+        check_rows(self.slots, rows_THK, weights_THK)
         return self._lookup(rows_THK, weights_THK, memory_ops.gather_rows)
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor) -> "DiskLookup":
+        check_vectors(self.slots, rows_THK, x_TV)
         return self._lookup(rows_THK, x_TV, memory_ops.row_dots)
 
     def hint(self, rows: Tensor) -> None:
+        if rows.dtype is not torch.int64 or not rows.is_cpu:
+            raise ValueError(f"rows: expected int64 on the CPU, got {rows.dtype}")
         self.rows.hint(rows.contiguous())
 
     def statistics(self) -> TableStatistics:
@@ -117,9 +135,13 @@ class DiskTable:
 
     def _lookup(self, rows_THK: Tensor, operand: Tensor, operation: "Operation") -> "DiskLookup":
         self._asked = self._asked.after(rows_THK)
+        self.check_file()
+        return DiskLookup(self, rows_THK, operand, operation)
+
+    def check_file(self) -> None:
+        """Raise TableReadError unless the file is as it was when it was opened."""
         if self._file_state() != self._state:
             raise TableReadError(f"{self.file}: was changed since it was opened")
-        return DiskLookup(self, rows_THK, operand, operation)
 
     def _file_state(self) -> tuple[int, int]:
         state = os.fstat(self._descriptor)
@@ -151,12 +173,17 @@ class DiskLookup:
         Raises:
             TableReadError: a row could not be read, or there is no room for those of one token.
         """
-        parts = [self._part()]
-        while self._first < len(self._rows_THK):
-            self._begin()
-            if not self._count:
-                raise TableReadError(f"{self._table.file}: no room in memory for one token's rows")
-            parts.append(self._part())
+        try:
+            parts = [self._part()]
+            while self._first < len(self._rows_THK):
+                self._begin()
+                if not self._count:
+                    name = self._table.file
+                    raise TableReadError(f"{name}: no room in memory for one token's rows")
+                parts.append(self._part())
+        finally:
+            self._release()
+        self._table.check_file()
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def __del__(self) -> None:
@@ -164,7 +191,7 @@ class DiskLookup:
 
     def _begin(self) -> None:
         rows, slots = (part[self._first :].flatten(1) for part in (self._rows_THK, self._slots_THK))
-        self._count = self._table.rows.start(rows, slots)
+        self._count = self._table.rows.start(rows, slots, is_new=self._first == 0)
 
     def _part(self) -> Tensor:
         part = slice(self._first, self._first + self._count)
@@ -191,6 +218,11 @@ def _open(file: Path, is_direct: bool) -> tuple[int, int]:
     try:
         descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if is_direct else 0))
     except OSError as error:
+        if is_direct and error.errno == errno.EINVAL:
+            logger.warning(
+                "%s: its filesystem has no direct reads: the page cache takes part", file
+            )
+            return _open(file, is_direct=False)
         raise TableReadError(f"{file}: {error.strerror}") from None
     if not is_direct:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -206,7 +238,8 @@ def _open(file: Path, is_direct: bool) -> tuple[int, int]:
             raise TableReadError(f"{file}: {error.strerror}") from None
         return descriptor, alignment
     os.close(descriptor)
-    raise TableReadError(f"{file}: its filesystem has no direct reads of {_ALIGNMENTS[-1]} bytes")
+    most = _ALIGNMENTS[-1]
+    raise TableReadError(f"{file}: its filesystem has no direct reads of {most} bytes")
 
 
 def _disk_rows(
@@ -219,5 +252,7 @@ def _disk_rows(
 
     try:
         return made(threads)
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
         return made(_THREADS)

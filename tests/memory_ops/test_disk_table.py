@@ -13,7 +13,7 @@ from memory_ops.native.disk_rows import ReadFault
 from memory_ops.row_formats import quantize_rows
 from memory_ops.tables import disk
 from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.disk import DiskTable, TableReadError
+from memory_ops.tables.disk import SLOT_BYTES, DiskTable, TableReadError
 
 ROWS, WIDTH, OFFSET = 200, 24, 4096
 WAYS = [{}, {"threads": 3}, {"is_direct": False}]
@@ -46,7 +46,9 @@ def files(tmp_path_factory):
 
 def disk_table(files, row_format=torch.float32, slots=40, **options):
     file, _, size = files[row_format]
-    return DiskTable(file, OFFSET, (ROWS, WIDTH), row_format, slots * size, **options)
+    return DiskTable(
+        file, OFFSET, (ROWS, WIDTH), row_format, slots * (size + SLOT_BYTES), **options
+    )
 
 
 def reads(num_tokens=5, per_token=(2, 3), most=ROWS):
@@ -194,7 +196,7 @@ def test_another_file_of_its_name_changes_nothing(files):
     path = files[torch.float32][0]
     copy = path.with_name("first")
     copy.write_bytes(path.read_bytes())
-    table = DiskTable(copy, OFFSET, (ROWS, WIDTH), torch.float32, 6 * WIDTH * 4)
+    table = DiskTable(copy, OFFSET, (ROWS, WIDTH), torch.float32, 6 * (WIDTH * 4 + SLOT_BYTES))
     path.with_name("second").write_bytes(b"")
     os.replace(path.with_name("second"), copy)
     rows, weights = reads(9)
@@ -208,8 +210,10 @@ def test_what_cannot_be_is_refused_at_once(files, tmp_path):
         DiskTable(tmp_path / "none", 0, (1, 1), torch.float32, 100)
     with pytest.raises(TableReadError, match="ends before the last row"):
         DiskTable(file, OFFSET, (ROWS + 1, WIDTH), torch.float32, 10_000)
-    with pytest.raises(ValueError, match=f"table_cache: {size - 1} bytes are less than the {size}"):
-        DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, size - 1)
+    with pytest.raises(
+        ValueError, match=f"table_cache: {size + SLOT_BYTES - 1} bytes are less than the"
+    ):
+        DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, size + SLOT_BYTES - 1)
     table = disk_table(files)
     for wrong in (-1, ROWS):
         with pytest.raises(IndexError, match=f"rows: {wrong} is outside the table"):
@@ -217,12 +221,52 @@ def test_what_cannot_be_is_refused_at_once(files, tmp_path):
     table.start(*reads(40)).finish()
 
 
+def test_what_devices_refuse_is_refused_here(files):
+    table, other = disk_table(files), DeviceTable(files[torch.float32][1])
+    rows, weights = reads(2)
+    for own in (table, other):
+        with pytest.raises(ValueError, match="int64"):
+            own.start(rows.int(), weights).finish()
+        with pytest.raises(ValueError, match="rows and weights"):
+            own.start(rows, torch.rand(3, 2, 3)).finish()
+        with pytest.raises(ValueError, match="rows and x"):
+            own.start_dots(rows, torch.rand(2, WIDTH + 1)).finish()
+    with pytest.raises(ValueError, match="expected int64"):
+        table.hint(rows.int())
+    table.close()
+    for call in (lambda: table.hint(rows), table.statistics):
+        with pytest.raises(ValueError, match="table: is closed"):
+            call()
+
+
+def test_a_failed_lookup_gives_its_room_back_at_once(files):
+    table = disk_table(files, slots=6, fault=ReadFault(5, -errno.EIO))
+    with pytest.raises(TableReadError) as held:
+        table.start(*reads(1)).finish()
+    rows, weights = reads(1)
+    for _ in range(4):
+        try:
+            table.start(rows, weights).finish()
+        except TableReadError as error:
+            assert "no room" not in str(error)
+    assert held.value is not None
+
+
+def test_a_lookup_that_is_split_counts_each_row_once(files):
+    table = disk_table(files, slots=9)
+    rows = torch.arange(60).view(15, 2, 2)
+    table.start(rows, torch.ones(15, 2, 2)).finish()
+    counted = table.statistics()
+    assert (counted.unique, counted.hits + counted.late + counted.misses) == (60, 60)
+    assert counted.hits == 0
+
+
 def test_where_the_kernel_has_no_ring_threads_read(files, monkeypatch):
     real = disk.DiskRows
 
     def without_ring(*arguments, threads, **options):
         if not threads:
-            raise OSError("io_uring: the kernel does not allow it")
+            raise OSError(errno.ENOSYS, "no ring")
         return real(*arguments, threads=threads, **options)
 
     monkeypatch.setattr(disk, "DiskRows", without_ring)

@@ -9,7 +9,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
 from memory_ops.native import disk_rows
 from memory_ops.native.disk_rows import ReadFault
-from memory_ops.tables.disk import DiskTable
+from memory_ops.tables.disk import SLOT_BYTES, DiskTable
 from server.cli import main
 from tests.models import (
     feed_forward_changes,
@@ -26,7 +26,7 @@ from weights.errors import CheckpointError
 
 pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
 PROMPTS = [[(7 * i + j) % 250 for j in range(1 + i % 9)] for i in range(12)]
-ROW = 32 * 4
+ROW = 32 * 4 + SLOT_BYTES
 
 
 def tokens_of(model):
@@ -105,7 +105,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
     folder = save_model(random_model(tiny_config(**changes)), tmp_path / "model")
     with pytest.raises(ConfigError, match=r"table_cache: has room for 5 rows .* reads 6"):
         load_model(folder, table_cache=5 * ROW)
-    with pytest.raises(ConfigError, match="table_cache: 100 bytes are less than the 128"):
+    with pytest.raises(ConfigError, match="table_cache: 100 bytes are less than the 168"):
         load_model(folder, table_cache=100)
     (file,) = folder.glob("table-*")
     file.write_bytes(file.read_bytes()[:-4])
@@ -120,5 +120,7 @@ def test_the_command_serves_a_table_from_disk(capsys):
         assert main(["generate", "memory (noun):", *options, *arguments]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] == " something that is remembered\n"
-    assert main(["generate", "x", "--table-cache", "2GB"]) == 2
+    assert main(["generate", "x", "--table-cache", "2GiB"]) == 2
+    assert "table_cache: is for --table-tier disk" in capsys.readouterr().err
+    assert main(["generate", "x", "--table-tier", "disk", "--table-cache", "2GB"]) == 2
     assert "table_cache: expected a number of KiB, MiB or GiB" in capsys.readouterr().err

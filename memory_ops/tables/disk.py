@@ -73,10 +73,7 @@ class DiskTable:
         """
         self.num_rows, self.value_dim = shape
         self.file = file
-        if isinstance(row_format, torch.dtype):
-            size = shape[1] * row_format.itemsize
-        else:
-            size = row_bytes(row_format, shape[1])
+        size = _row_size(row_format, shape[1])
         self.num_slots = min(cache_bytes // (size + SLOT_BYTES), self.num_rows, _MOST_SLOTS)
         if self.num_slots < 1:
             least = size + SLOT_BYTES
@@ -96,11 +93,7 @@ class DiskTable:
         except TableReadError:
             os.close(self._descriptor)
             raise
-        self.slots: Table = (
-            memory.view(row_format)
-            if isinstance(row_format, torch.dtype)
-            else RowRecords(memory, row_format, shape[1])
-        )
+        self.slots = _as_table(memory, row_format, shape[1])
         self._asked = TableStatistics()
 
     def close(self) -> None:
@@ -211,6 +204,18 @@ class DiskLookup:
         count, self._count = self._count, 0
         if count:
             self._table.rows.release(self._slots_THK[self._first : self._first + count])
+
+
+def _row_size(row_format: torch.dtype | RowFormat, value_dim: int) -> int:
+    if isinstance(row_format, torch.dtype):
+        return value_dim * row_format.itemsize
+    return row_bytes(row_format, value_dim)
+
+
+def _as_table(memory: Tensor, row_format: torch.dtype | RowFormat, value_dim: int) -> Table:
+    if isinstance(row_format, torch.dtype):
+        return memory.view(row_format)
+    return RowRecords(memory, row_format, value_dim)
 
 
 def _open(file: Path, is_direct: bool) -> tuple[int, int]:

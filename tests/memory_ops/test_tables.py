@@ -16,7 +16,7 @@ def test_a_lookup_is_the_gather_and_is_counted():
     rows, weights = torch.randint(0, 16, (3, 2, 4)), torch.rand(3, 2, 4)
     table.hint(rows)
     lookup = table.start(rows, weights)
-    torch.testing.assert_close(lookup.finish(), gather_rows(table.table_RV, rows, weights))
+    torch.testing.assert_close(lookup.finish(), gather_rows(table.rows, rows, weights))
     assert (table.num_rows, table.value_dim) == (16, 5)
     counted = table.statistics()
     assert (counted.lookups, counted.rows_requested) == (1, 24)

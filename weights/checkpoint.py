@@ -1,10 +1,8 @@
 """A checkpoint folder: the model it describes, checked against its tensors, loaded and saved."""
 
 import json
-import os
 import re
 import resource
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
 from weights.config_json import CheckpointConfig, config_to_json, read_config
 from weights.errors import CheckpointError
+from weights.new_folder import new_folder, write_synced
 from weights.table_files import load_table, open_tables, table_shape
 from weights.tensor_files import (
     DTYPES,
@@ -23,7 +22,6 @@ from weights.tensor_files import (
     TensorSource,
     list_tensors,
     read_mapped,
-    sync_folder,
     write_tensors,
 )
 
@@ -148,30 +146,20 @@ def save_checkpoint(
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already")
     tables = config.model.table_names
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        dense = [source for source in sources if source.name not in tables]
-        write_tensors(partial / "model.safetensors", dense, written)
-        for index, name in enumerate(tables):
-            table = [source for source in sources if source.name == name]
-            write_tensors(partial / f"table-{index:05}.safetensors", table, written)
-        for file_name, others in (more_tensors or {}).items():
-            write_tensors(partial / file_name, others, written)
-        text = json.dumps(config_to_json(config), indent=2) + "\n"
-        for file_name, content in {**extra_files, "config.json": text.encode()}.items():
-            with open(partial / file_name, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        sync_folder(partial)
-        partial.rename(folder)
-        sync_folder(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
-        raise
+        with new_folder(folder) as partial:
+            dense = [source for source in sources if source.name not in tables]
+            write_tensors(partial / "model.safetensors", dense, written)
+            for index, name in enumerate(tables):
+                table = [source for source in sources if source.name == name]
+                write_tensors(partial / f"table-{index:05}.safetensors", table, written)
+            for file_name, others in (more_tensors or {}).items():
+                write_tensors(partial / file_name, others, written)
+            text = json.dumps(config_to_json(config), indent=2) + "\n"
+            for file_name, content in {**extra_files, "config.json": text.encode()}.items():
+                write_synced(partial / file_name, content)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 def _allow_descriptors() -> None:

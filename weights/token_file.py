@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from weights.errors import DataError
-from weights.tensor_files import sync_folder
+from weights.new_folder import new_folder, write_synced
 
 _CHUNK = 1 << 16  # tokens held before they are written
 
@@ -46,36 +45,24 @@ class TokenFile:
             DataError: there is no document, or the folder cannot be written.
         """
         dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-        partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
         try:
-            partial.mkdir(parents=True)
-            lengths = _write_tokens(partial / "tokens.bin", documents, dtype)
-            if not lengths:
-                raise DataError(f"{folder.name}: there is no document; see data.validation_share")
-            starts = np.cumsum([0, *lengths], dtype=np.int64)
-            _write(partial / "starts.bin", starts.tobytes())
-            _write(partial / "tokens.json", json.dumps({"dtype": np.dtype(dtype).name}).encode())
-            sync_folder(partial)
-            partial.rename(folder)
-            sync_folder(folder.parent)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                reason = error.strerror or error  # numpy's have no number
-                raise DataError(f"{folder}: cannot be written ({reason})") from None
-            raise
+            with new_folder(folder) as partial:
+                lengths = _write_tokens(partial / "tokens.bin", documents, dtype)
+                if not lengths:
+                    problem = "there is no document; see data.validation_share"
+                    raise DataError(f"{folder.name}: {problem}")
+                starts = np.cumsum([0, *lengths], dtype=np.int64)
+                write_synced(partial / "starts.bin", starts.tobytes())
+                described = json.dumps({"dtype": np.dtype(dtype).name})
+                write_synced(partial / "tokens.json", described.encode())
+        except OSError as error:
+            reason = error.strerror or error  # numpy's have no number
+            raise DataError(f"{folder}: cannot be written ({reason})") from None
         return cls(folder)
 
     def __len__(self) -> int:
         """How many documents there are."""
         return len(self.starts) - 1
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_tokens(path: Path, documents: Iterable[list[int]], dtype: type) -> "array[int]":

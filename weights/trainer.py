@@ -127,8 +127,12 @@ class Trainer:
 
     @torch.no_grad()
     def _check_replicas(self) -> None:
-        """Raise TrainingError unless all processes have the same step and weights."""
-        sums = [float(parameter.double().sum()) for parameter in self._model.parameters()]
+        """Raise TrainingError unless all processes have the same step, weights and tables."""
+        if self._replicas.count == 1:
+            return
+        tables = (table.table_RV for table in self._state.tables.values())
+        weights = (*self._model.parameters(), *tables)
+        sums = [float(one.sum(dtype=torch.float64)) for one in weights]
         if not self._replicas.agree(self.step, math.fsum(sums)):
             raise TrainingError(
                 f"step {self.step}: the processes differ; all must see the same {self.folder}"

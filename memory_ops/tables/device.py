@@ -1,6 +1,8 @@
 """The device tier: every row in the memory of the device that runs the model."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -37,11 +39,11 @@ class DeviceTable:
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor) -> Lookup:
         self.count(rows_THK)
-        return DeviceLookup(self.rows, rows_THK, weights_THK)
+        return ReadyLookup(partial(memory_ops.gather_rows, self.rows, rows_THK, weights_THK))
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor) -> Lookup:
         self.count(rows_THK)
-        return DeviceDots(self.rows, rows_THK, x_TV)
+        return ReadyLookup(partial(memory_ops.row_dots, self.rows, rows_THK, x_TV))
 
     def count(self, rows_THK: Tensor) -> None:
         """Count a lookup as ``start`` does; for who reads ``rows`` itself."""
@@ -54,25 +56,10 @@ class DeviceTable:
         return self._statistics
 
 
-@dataclass(frozen=True)
-class DeviceLookup:
-    """A read of rows that need no fetching: the gather itself runs in ``finish``."""
+class ReadyLookup(NamedTuple):
+    """A read of rows that need no fetching: it runs in ``finish``."""
 
-    rows: Table
-    rows_THK: Tensor
-    weights_THK: Tensor
+    read: Callable[[], Tensor]
 
     def finish(self) -> Tensor:
-        return memory_ops.gather_rows(self.rows, self.rows_THK, self.weights_THK)
-
-
-@dataclass(frozen=True)
-class DeviceDots:
-    """Products with rows that need no fetching, likewise."""
-
-    rows: Table
-    rows_THK: Tensor
-    x_TV: Tensor
-
-    def finish(self) -> Tensor:
-        return memory_ops.row_dots(self.rows, self.rows_THK, self.x_TV)
+        return self.read()

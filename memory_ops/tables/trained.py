@@ -1,13 +1,13 @@
 """The table of a trainer: its gradient is kept as what was read, never as a tensor of its size."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import memory_ops
-from memory_ops.tables.device import DeviceTable
+from memory_ops.tables.device import DeviceTable, ReadyLookup
 
 
 class TableReads(NamedTuple):
@@ -43,13 +43,13 @@ class TrainedTable(DeviceTable):
         # a pass goes backwards through reads whose weights need no gradient, too
         self._anchor = torch.zeros((), requires_grad=True)
 
-    def start(self, rows_THK: Tensor, weights_THK: Tensor) -> "TrainedLookup":
+    def start(self, rows_THK: Tensor, weights_THK: Tensor) -> ReadyLookup:
         self.count(rows_THK)
-        return TrainedLookup(self.read, rows_THK, weights_THK)
+        return ReadyLookup(partial(self.read, rows_THK, weights_THK))
 
-    def start_dots(self, rows_THK: Tensor, x_TV: Tensor) -> "TrainedLookup":
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor) -> ReadyLookup:
         self.count(rows_THK)
-        return TrainedLookup(self.dots, rows_THK, x_TV)
+        return ReadyLookup(partial(self.dots, rows_THK, x_TV))
 
     def read(self, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
         """Weighted sums, differentiable; see ``ValueTable.start``."""
@@ -67,17 +67,6 @@ class TrainedTable(DeviceTable):
         if not reads:
             return None
         return TableReads(*(torch.cat(parts) for parts in zip(*reads, strict=True)))
-
-
-class TrainedLookup(NamedTuple):
-    """A read of rows that need no fetching."""
-
-    read: Callable[[Tensor, Tensor], Tensor]
-    rows_THK: Tensor
-    operand: Tensor
-
-    def finish(self) -> Tensor:
-        return self.read(self.rows_THK, self.operand)
 
 
 class _Read(torch.autograd.Function):

@@ -35,6 +35,8 @@ class Runner:
         self._sampling_rows = SamplingRows(eos_ids)
         self._device = weight.device
         self._progress = progress
+        for table in model.tables.values():
+            table.watch(progress.mark)
         shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
         self._kv_blocks = _kv_memory(shape, weight)
 

@@ -89,6 +89,7 @@ class DecoderLayer(nn.Module):
                 config.hidden_size,
                 config.rms_norm_eps,
                 self.post_attention_layernorm,
+                layer,
             )
 
     def pack(self, native: NativeOps) -> LayerProducts:

@@ -41,13 +41,16 @@ class MemoryLayer(nn.Module):
         hidden_size: int,
         norm_eps: float,
         norm: RmsNorm | None = None,
+        index: int = 0,
     ) -> None:
         """Make a layer of a ``kind`` of ``MEMORY_KINDS``, parameters uninitialised.
 
-        ``norm``, the decoder layer's own, is applied to what comes in.
+        ``norm``, the decoder layer's own, is applied to what comes in; ``index`` is its place in
+        the model, by which tables tell lookups apart.
         """
         super().__init__()
         half_dim = config.query_dim // 2
+        self.index = index
         self.num_heads, self.num_subkeys = config.num_heads, config.num_subkeys
         self.top_k = config.top_k
         self.norm_eps = norm_eps
@@ -134,7 +137,7 @@ class MemoryLayer(nn.Module):
             trace.memory.append(MemoryTrace(rows_THK, weights_THK))
         if self.is_peer:
             weights_THK = weights_THK * self._activations(x_TD, rows_THK)
-        lookup = self.table.start(rows_THK, weights_THK)
+        lookup = self.table.start(rows_THK, weights_THK, self.index)
         # the table may still be fetching: what does not depend on the rows runs meanwhile
         gate_TV = ops.linear(x_TD, self.gates) if self.gates is not None else None
         gate_T1 = ops.linear(x_TD, self.output_gates) if self.output_gates is not None else None
@@ -148,7 +151,8 @@ class MemoryLayer(nn.Module):
         return y_TD if residual_TD is None else residual_TD + y_TD
 
     def _activations(self, x_TD: Tensor, rows_THK: Tensor) -> Tensor:
-        self.table.hint(rows_THK)
+        self.table.hint(rows_THK, self.index)
         (norm,) = self._norm
         normed_TD = norm(x_TD) if norm is not None else x_TD
-        return functional.gelu(self.down_table.start_dots(rows_THK, normed_TD).finish())
+        dots = self.down_table.start_dots(rows_THK, normed_TD, self.index)
+        return functional.gelu(dots.finish())

@@ -59,7 +59,7 @@ class PackedDecoder:
         memories = [memory for memory in inside if memory is not None]
         for memory, rows_THK, weights_THK in zip(memories, *read, strict=True):
             assert isinstance(memory.table, DeviceTable)
-            memory.table.count(rows_THK)
+            memory.table.count(rows_THK, memory.index)
             if trace is not None:
                 trace.memory.append(MemoryTrace(rows_THK, weights_THK))
 

@@ -57,6 +57,7 @@ class Transformer(nn.Module):
 
     Attributes:
         config: its shapes.
+        tables: those that are attached, by the names of ``ModelConfig.table_names``.
         run_layer: calls a layer with its arguments; a trainer may put another in its place, such
             as ``torch.utils.checkpoint``.
     """
@@ -64,6 +65,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.tables: Mapping[str, ValueTable] = {}
         self.run_layer: Callable[..., Tensor] = _run
         self.model = Decoder(config)
         self.lm_head: nn.Linear | None = None
@@ -102,6 +104,7 @@ class Transformer(nn.Module):
             if shape != (memory.num_rows, memory.value_dim):
                 wanted_shape = (memory.num_rows, memory.value_dim)
                 raise ValueError(f"tables: {name} needs {wanted_shape}, got {shape}")
+        self.tables = dict(tables)
         for layer in self.config.memory_layers:
             block, names = self.model.layers[layer], self.config.layer_tables(layer)
             assert isinstance(block, DecoderLayer) and block.memory is not None

@@ -5,6 +5,7 @@
 #include <time.h>
 
 #include <algorithm>
+#include <deque>
 
 #include "reads.h"
 #include "row_slots.h"
@@ -20,7 +21,7 @@ struct RowFile {
   int64_t alignment;   // of offsets and sizes that the file is read by; 1 where it has none
 };
 
-// Totals; the order is that of disk_rows.py.
+// Totals of a layer's lookups; the order is that of disk_rows.py.
 struct DiskCounts {
   int64_t unique;           // rows of lookups, each counted once a lookup
   int64_t hits;             // of these, that were there
@@ -34,6 +35,8 @@ struct DiskCounts {
 
 constexpr int MOST_TRIES = 3;  // of a read that ends too early
 constexpr int64_t HINT_STEPS = 64;  // of the hand, for a row that is not wanted yet
+constexpr int64_t PATIENCE_NS = 500'000'000;  // after which who waits is told that reads go on
+constexpr int64_t ALL_THERE = -1, STILL_READING = -2;
 
 class DiskRows {
  public:
@@ -53,6 +56,7 @@ class DiskRows {
   }
   DiskRows(const DiskRows&) = delete;
   ~DiskRows() {
+    waiting_.clear();
     // the kernel writes into the buffers until then; should it never say so, they are left to it
     while (free_.size() < under_way_.size() && wait_for_one()) {
     }
@@ -69,8 +73,9 @@ class DiskRows {
   // Finds slots for the rows of as many of the tokens as there is room for, and begins to read those
   // that are missing. Returns how many tokens, whose slots are pinned until `release`; -1 - index
   // where a row id lies outside the table, and then none are. A lookup `is_new` with its first part.
-  int64_t start(const int64_t* rows, int64_t tokens, int64_t token_rows, bool is_new,
+  int64_t start(const int64_t* rows, int64_t tokens, int64_t token_rows, bool is_new, int64_t layer,
                 int64_t* slots) {
+    count_for(layer);
     for (int64_t i = 0; i < tokens * token_rows; i++)
       if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows) return -1 - i;
     stamp_ += is_new;
@@ -89,19 +94,21 @@ class DiskRows {
     return tokens;
   }
 
-  // Waits until all these slots have their rows; -1, or the index of one that could not be read, and
-  // its errno (0: the file ends before it).
-  int64_t finish(const int64_t* slots, int64_t count, int* error) {
+  // Waits until all these slots have their rows: ALL_THERE, or the index of one that could not be
+  // read, and its errno (0: the file ends before it); or STILL_READING, to be called again.
+  int64_t finish(const int64_t* slots, int64_t count, int64_t layer, int* error) {
+    count_for(layer);
     collect();
-    while (wanted_under_way_ && wait_for_one()) {
-    }
+    const int64_t begun = now_ns();
+    while (wanted_under_way_ && wait_for_one())
+      if (wanted_under_way_ && now_ns() - begun > PATIENCE_NS) return STILL_READING;
     for (int64_t i = 0; i < count; i++) {
       const uint8_t state = states_[slots[i]];
       if (state == READY || state == PREFETCHED) continue;
       *error = state == FAILED ? errors_[slots[i]] : broken_;
       return i;
     }
-    return -1;
+    return ALL_THERE;
   }
 
   void release(const int64_t* slots, int64_t count) {
@@ -109,7 +116,8 @@ class DiskRows {
   }
 
   // Begins to read rows that may be wanted soon, as far as that goes without waiting.
-  void hint(const int64_t* rows, int64_t count) {
+  void hint(const int64_t* rows, int64_t count, int64_t layer) {
+    count_for(layer);
     collect();
     for (int64_t i = 0; i < count && !free_.empty(); i++) {
       if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows || slots_.find(rows[i]) != NO_SLOT) continue;
@@ -117,21 +125,30 @@ class DiskRows {
       if (slot == NO_SLOT) break;
       states_[slot] = HINTED;
       hinted_under_way_++;
-      counts_.prefetched++;
+      counted().prefetched++;
       read(rows[i], slot);
     }
     submit();
   }
 
-  const DiskCounts& counts() const { return counts_; }
+  // Layers from 0 to the last that has asked.
+  int64_t num_layers() const { return (int64_t)counts_.size(); }
+  const DiskCounts& counts(int64_t layer) const { return counts_[layer]; }
 
  private:
   enum State : uint8_t { READY, PREFETCHED, HINTED, WANTED, FAILED };
   struct UnderWay {
     int64_t row;
     int32_t slot;
+    int64_t layer;
     int tries;
   };
+
+  void count_for(int64_t layer) {
+    layer_ = layer;
+    if (layer >= num_layers()) counts_.resize(layer + 1);
+  }
+  DiskCounts& counted() { return counts_[layer_]; }
 
   static int64_t now_ns() {
     timespec time;
@@ -139,6 +156,7 @@ class DiskRows {
     return time.tv_sec * 1'000'000'000 + time.tv_nsec;
   }
   int64_t begin(int64_t row) const { return from_.offset + row * from_.row_bytes; }
+
   // The most bytes of a read: a row and what aligning adds.
   int64_t span_bytes() const {
     const int64_t a = from_.alignment;
@@ -154,47 +172,51 @@ class DiskRows {
       while (slot == NO_SLOT && hinted_under_way_ && wait_for_one())
         slot = slots_.take(row, slots_.all_steps());
       if (slot == NO_SLOT) return slot;
-      // pinned while it is read, so that waiting for a buffer gives it to no one else
       slots_.pin(slot);
       stamps_[slot] = stamp_;
       states_[slot] = WANTED;
       wanted_under_way_++;
-      counts_.unique++;
-      counts_.misses++;
+      counted().unique++;
+      counted().misses++;
       read(row, slot);
       return slot;
     }
     slots_.pin(slot);
     if (stamps_[slot] == stamp_) return slot;
     stamps_[slot] = stamp_;
-    counts_.unique++;
+    counted().unique++;
     slots_.use(slot);
     const uint8_t state = states_[slot];
     if (state == HINTED) {
       states_[slot] = WANTED;
       hinted_under_way_--;
       wanted_under_way_++;
-      counts_.late++;
-      counts_.prefetched_used++;
+      counted().late++;
+      counted().prefetched_used++;
     } else if (state == WANTED) {
-      counts_.late++;
+      counted().late++;
     } else {
-      counts_.hits++;
-      counts_.prefetched_used += state == PREFETCHED;
+      counted().hits++;
+      counted().prefetched_used += state == PREFETCHED;
       states_[slot] = READY;
     }
     return slot;
   }
 
+  // A slot stays pinned until its read has ended, one that waits for a buffer included.
   void read(int64_t row, int32_t slot) {
-    while (free_.empty() && wait_for_one()) {
-    }
-    if (free_.empty()) return fail(slot, broken_);
-    const unsigned buffer = free_.back();
-    free_.pop_back();
-    under_way_[buffer] = {row, slot, 1};
     slots_.pin(slot);
-    push(buffer);
+    waiting_.push_back({row, slot, layer_, 1});
+    push_waiting();
+  }
+  void push_waiting() {
+    while (!free_.empty() && !waiting_.empty()) {
+      const unsigned buffer = free_.back();
+      free_.pop_back();
+      under_way_[buffer] = waiting_.front();
+      waiting_.pop_front();
+      push(buffer);
+    }
   }
   void push(unsigned buffer) {
     const int64_t first = begin(under_way_[buffer].row), a = from_.alignment;
@@ -212,7 +234,7 @@ class DiskRows {
   bool wait_for_one() {
     const int64_t begun = now_ns();
     const bool is_well = submit(1);
-    counts_.stall_ns += now_ns() - begun;
+    counted().stall_ns += now_ns() - begun;
     collect();
     return is_well;
   }
@@ -220,24 +242,26 @@ class DiskRows {
   // Takes in all reads that have ended.
   void collect() {
     ReadDone done;
-    bool is_again = false;
+    bool is_pushed = false;
     while (reads_->pop(done)) {
       const unsigned buffer = (unsigned)done.tag;
       UnderWay& own = under_way_[buffer];
       const int64_t before = begin(own.row) % from_.alignment;
-      if (done.result >= 0) counts_.bytes += done.result;
+      if (done.result >= 0) counts_[own.layer].bytes += done.result;
       const bool is_whole = done.result >= before + from_.row_bytes;
       const bool is_passing = done.result >= 0 || done.result == -EINTR || done.result == -EAGAIN;
       if (!is_whole && is_passing && own.tries < MOST_TRIES) {
         own.tries++;
         push(buffer);
-        is_again = true;
+        is_pushed = true;
         continue;
       }
       end(own, buffers_ + buffer * buffer_bytes_ + before, is_whole, done.result);
       free_.push_back(buffer);
     }
-    if (is_again) submit();
+    is_pushed |= !free_.empty() && !waiting_.empty();
+    push_waiting();
+    if (is_pushed) submit();
   }
   void end(const UnderWay& own, const uint8_t* bytes, bool is_whole, int result) {
     uint8_t& state = states_[own.slot];
@@ -271,9 +295,11 @@ class DiskRows {
   uint8_t* const buffers_;
   std::vector<UnderWay> under_way_;  // by buffer
   std::vector<unsigned> free_;       // buffers
+  std::deque<UnderWay> waiting_;     // for a buffer
   int64_t stamp_ = 0, wanted_under_way_ = 0, hinted_under_way_ = 0;
   int broken_ = 0;  // the errno after which nothing is read any more
-  DiskCounts counts_ = {};
+  int64_t layer_ = 0;               // whose lookup it is
+  std::vector<DiskCounts> counts_;  // by layer
 };
 
 }  // namespace memplus

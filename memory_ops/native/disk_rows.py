@@ -4,23 +4,26 @@ import ctypes
 import functools
 import os
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_ALL_THERE, _STILL_READING = -1, -2  # as in disk_rows.h
 _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "open": (
         _POINTER,
         (_INT32, *[_INT64] * 4, _POINTER, *[_INT64] * 6, ctypes.POINTER(_INT32)),
     ),
     "close": (None, (_POINTER,)),
-    "start": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, _INT32, _POINTER)),
-    "finish": (_INT64, (_POINTER, _POINTER, _INT64, ctypes.POINTER(_INT32))),
+    "start": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, _INT32, _INT64, _POINTER)),
+    "finish": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, ctypes.POINTER(_INT32))),
     "release": (None, (_POINTER, _POINTER, _INT64)),
-    "hint": (None, (_POINTER, _POINTER, _INT64)),
-    "counts": (None, (_POINTER, _POINTER)),
+    "hint": (None, (_POINTER, _POINTER, _INT64, _INT64)),
+    "num_layers": (_INT64, (_POINTER,)),
+    "counts": (None, (_POINTER, _INT64, _POINTER)),
 }
 
 
@@ -42,7 +45,7 @@ class ReadFault(NamedTuple):
 
 
 class DiskCounts(NamedTuple):
-    """Totals, in the order of disk_rows.h."""
+    """Totals of a layer's lookups, in the order of disk_rows.h."""
 
     unique: int
     hits: int
@@ -96,47 +99,54 @@ class DiskRows:
         if rows:
             self._functions["close"](rows)
 
-    def start(self, rows_TL: Tensor, slots_TL: Tensor, *, is_new: bool) -> int:
+    def start(self, rows_TL: Tensor, slots_TL: Tensor, *, is_new: bool, layer: int) -> int:
         """Pin slots for the rows of the first so many tokens, and begin to read what is missing.
 
         Returns how many; ``slots_TL`` has their slots. Both are contiguous int64. ``is_new`` says
-        that these are the first of a lookup.
+        that these are the first of a lookup, ``layer`` whose it is.
 
         Raises:
             IndexError: a row id lies outside the table.
         """
         num_tokens, token_rows = rows_TL.shape
-        arguments = rows_TL.data_ptr(), num_tokens, token_rows, is_new, slots_TL.data_ptr()
+        shape = num_tokens, token_rows
+        arguments = rows_TL.data_ptr(), *shape, is_new, layer, slots_TL.data_ptr()
         done: int = self._functions["start"](self._open_rows, *arguments)
         if done < 0:
             raise IndexError(f"rows: {int(rows_TL.flatten()[-1 - done])} is outside the table")
         return done
 
-    def finish(self, slots: Tensor) -> tuple[int, int] | None:
+    def finish(
+        self, slots: Tensor, *, layer: int, on_progress: Callable[[], None]
+    ) -> tuple[int, int] | None:
         """Wait for all slots; the index of one that could not be read, and its errno, or None.
 
-        The errno is 0 where the file ends before the row.
+        The errno is 0 where the file ends before the row. ``on_progress`` is called about every
+        half second as long as reads end.
         """
         error = _INT32()
-        wrong = self._functions["finish"](
-            self._open_rows, slots.data_ptr(), slots.numel(), ctypes.byref(error)
-        )
-        return None if wrong < 0 else (wrong, error.value)
+        arguments = slots.data_ptr(), slots.numel(), layer, ctypes.byref(error)
+        while (index := self._functions["finish"](self._open_rows, *arguments)) == _STILL_READING:
+            on_progress()
+        return None if index == _ALL_THERE else (index, error.value)
 
     def release(self, slots: Tensor) -> None:
         """Unpin what ``start`` has pinned."""
         if self._rows:
             self._functions["release"](self._rows, slots.data_ptr(), slots.numel())
 
-    def hint(self, rows: Tensor) -> None:
+    def hint(self, rows: Tensor, *, layer: int) -> None:
         """Begin to read rows, as many as there is room for, without waiting."""
-        self._functions["hint"](self._open_rows, rows.data_ptr(), rows.numel())
+        self._functions["hint"](self._open_rows, rows.data_ptr(), rows.numel(), layer)
 
-    def counts(self) -> DiskCounts:
-        """Totals so far."""
+    def counts(self) -> dict[int, DiskCounts]:
+        """Totals so far, by layer."""
         counts = (_INT64 * len(DiskCounts._fields))()
-        self._functions["counts"](self._open_rows, counts)
-        return DiskCounts(*counts)
+        by_layer = {}
+        for layer in range(self._functions["num_layers"](self._open_rows)):
+            self._functions["counts"](self._open_rows, layer, counts)
+            by_layer[layer] = DiskCounts(*counts)
+        return by_layer
 
 
 def is_available() -> bool:

@@ -36,24 +36,27 @@ void* memplus_disk_open(int file, int64_t offset, int64_t num_rows, int64_t row_
 void memplus_disk_close(void* rows) { delete (DiskRows*)rows; }
 
 int64_t memplus_disk_start(void* self, const int64_t* rows, int64_t tokens, int64_t token_rows,
-                           int32_t is_new, int64_t* slots) {
-  return ((DiskRows*)self)->start(rows, tokens, token_rows, is_new, slots);
+                           int32_t is_new, int64_t layer, int64_t* slots) {
+  return ((DiskRows*)self)->start(rows, tokens, token_rows, is_new, layer, slots);
 }
 
-int64_t memplus_disk_finish(void* self, const int64_t* slots, int64_t count, int32_t* error) {
-  return ((DiskRows*)self)->finish(slots, count, error);
+int64_t memplus_disk_finish(void* self, const int64_t* slots, int64_t count, int64_t layer,
+                            int32_t* error) {
+  return ((DiskRows*)self)->finish(slots, count, layer, error);
 }
 
 void memplus_disk_release(void* self, const int64_t* slots, int64_t count) {
   ((DiskRows*)self)->release(slots, count);
 }
 
-void memplus_disk_hint(void* self, const int64_t* rows, int64_t count) {
-  ((DiskRows*)self)->hint(rows, count);
+void memplus_disk_hint(void* self, const int64_t* rows, int64_t count, int64_t layer) {
+  ((DiskRows*)self)->hint(rows, count, layer);
 }
 
-void memplus_disk_counts(void* self, int64_t* counts) {
-  *(DiskCounts*)counts = ((DiskRows*)self)->counts();
+int64_t memplus_disk_num_layers(void* self) { return ((DiskRows*)self)->num_layers(); }
+
+void memplus_disk_counts(void* self, int64_t layer, int64_t* counts) {
+  *(DiskCounts*)counts = ((DiskRows*)self)->counts(layer);
 }
 
 }  // extern "C"

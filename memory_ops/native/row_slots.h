@@ -7,6 +7,8 @@
 namespace memplus {
 
 constexpr int32_t NO_SLOT = -1;
+// of the hand, after which it gives up a row however often that was used: no miss waits longer
+constexpr int64_t PATIENT_STEPS = 4096;
 
 // Rows by their ids, in slots. A row that is used counts its uses, to a limit; a hand that goes
 // round takes one off each row that it passes and gives up the first that has none left. So rows
@@ -41,7 +43,7 @@ class RowSlots {
   void unpin(int32_t slot) { num_pinned_ -= !--pins_[slot]; }
 
   // The steps of the hand that find a slot, if there is one.
-  int64_t all_steps() const { return size() * (most_uses_ + 1) + 1; }
+  int64_t all_steps() const { return size() + PATIENT_STEPS; }
 
   // A slot for a row that has none; its bytes are another row's yet. NO_SLOT if all are pinned, or
   // so many steps found none.
@@ -51,7 +53,7 @@ class RowSlots {
       const int32_t slot = hand_;
       hand_ = hand_ + 1 == size() ? 0 : hand_ + 1;
       if (pins_[slot]) continue;
-      if (uses_[slot]) {
+      if (uses_[slot] && step < PATIENT_STEPS) {
         uses_[slot]--;
         continue;
       }

@@ -1,6 +1,7 @@
 """The device tier: every row in the memory of the device that runs the model."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ class DeviceTable:
         rows: ``[R, V]``, or R records of V values.
     """
 
+    tier = "device"
+
     def __init__(self, rows: Table) -> None:
         """Hold the rows without copying them.
 
@@ -27,7 +30,8 @@ class DeviceTable:
         """
         self._num_rows, self._value_dim = table_shape(rows)
         self.rows = rows
-        self._statistics = TableStatistics()
+        self._num_lookups: Counter[int] = Counter()
+        self._num_requested: Counter[int] = Counter()
 
     @property
     def num_rows(self) -> int:
@@ -37,23 +41,30 @@ class DeviceTable:
     def value_dim(self) -> int:
         return self._value_dim
 
-    def start(self, rows_THK: Tensor, weights_THK: Tensor) -> Lookup:
-        self.count(rows_THK)
+    def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
+        self.count(rows_THK, layer)
         return ReadyLookup(partial(memory_ops.gather_rows, self.rows, rows_THK, weights_THK))
 
-    def start_dots(self, rows_THK: Tensor, x_TV: Tensor) -> Lookup:
-        self.count(rows_THK)
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
+        self.count(rows_THK, layer)
         return ReadyLookup(partial(memory_ops.row_dots, self.rows, rows_THK, x_TV))
 
-    def count(self, rows_THK: Tensor) -> None:
+    def count(self, rows_THK: Tensor, layer: int) -> None:
         """Count a lookup as ``start`` does; for who reads ``rows`` itself."""
-        self._statistics = self._statistics.after(rows_THK)
+        self._num_lookups[layer] += 1
+        self._num_requested[layer] += rows_THK.numel()
 
-    def hint(self, rows: Tensor) -> None:
+    def hint(self, rows: Tensor, layer: int = 0) -> None:
         """Nothing to do: the rows are already where they are read."""
 
-    def statistics(self) -> TableStatistics:
-        return self._statistics
+    def watch(self, on_progress: Callable[[], None]) -> None:
+        """Nothing to do: no lookup waits."""
+
+    def statistics(self) -> Mapping[int, TableStatistics]:
+        return {
+            layer: TableStatistics(self._num_requested[layer], lookups)
+            for layer, lookups in self._num_lookups.items()
+        }
 
 
 class ReadyLookup(NamedTuple):

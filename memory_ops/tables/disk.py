@@ -3,7 +3,8 @@
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from memory_ops.native.disk_rows import DiskRows, ReadFault, RowFile
 from memory_ops.row_formats import RowFormat, RowRecords, row_bytes
 from memory_ops.tables.table_statistics import TableStatistics
 
-_DEPTH = 128  # reads under way; more make disks no faster
+_DEPTH = 256  # reads under way; what more the kernel would queue itself
 _THREADS = 16  # where the kernel has no io_uring
 _MOST_USES = 3  # that keep a row: see RowSlots in row_slots.h
 _ALIGNMENTS = (512, 4096)
@@ -39,7 +40,10 @@ class DiskTable:
         num_slots: rows that memory is for.
         slots: these rows.
         rows: what finds and reads them.
+        on_progress: called now and then while a lookup takes long.
     """
+
+    tier = "disk"
 
     def __init__(
         self,
@@ -94,7 +98,9 @@ class DiskTable:
             os.close(self._descriptor)
             raise
         self.slots = _as_table(memory, row_format, shape[1])
-        self._asked = TableStatistics()
+        self.on_progress: Callable[[], None] = lambda: None
+        self._num_lookups: Counter[int] = Counter()
+        self._num_requested: Counter[int] = Counter()
 
     def close(self) -> None:
         """Wait for the reads that are under way, and give the file up."""
@@ -107,29 +113,41 @@ class DiskTable:
         if hasattr(self, "rows"):
             self.close()
 
-    def start(self, rows_THK: Tensor, weights_THK: Tensor) -> "DiskLookup":
+    def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> "DiskLookup":
         check_rows(self.slots, rows_THK, weights_THK)
-        return self._lookup(rows_THK, weights_THK, memory_ops.gather_rows)
+        return self._lookup(rows_THK, weights_THK, layer, memory_ops.gather_rows)
 
-    def start_dots(self, rows_THK: Tensor, x_TV: Tensor) -> "DiskLookup":
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> "DiskLookup":
         check_vectors(self.slots, rows_THK, x_TV)
-        return self._lookup(rows_THK, x_TV, memory_ops.row_dots)
+        return self._lookup(rows_THK, x_TV, layer, memory_ops.row_dots)
 
-    def hint(self, rows: Tensor) -> None:
+    def hint(self, rows: Tensor, layer: int = 0) -> None:
         if rows.dtype is not torch.int64 or not rows.is_cpu:
             raise ValueError(f"rows: expected int64 on the CPU, got {rows.dtype}")
-        self.rows.hint(rows.contiguous())
+        self.rows.hint(rows.contiguous(), layer=layer)
 
-    def statistics(self) -> TableStatistics:
-        counts = self.rows.counts()._asdict()
-        stall = counts.pop("stall_ns") / 1e9
-        asked = {"rows_requested": self._asked.rows_requested, "lookups": self._asked.lookups}
-        return TableStatistics(**asked, **counts, stall_seconds=stall)
+    def watch(self, on_progress: Callable[[], None]) -> None:
+        self.on_progress = on_progress
 
-    def _lookup(self, rows_THK: Tensor, operand: Tensor, operation: "Operation") -> "DiskLookup":
-        self._asked = self._asked.after(rows_THK)
+    def statistics(self) -> Mapping[int, TableStatistics]:
+        return {
+            layer: TableStatistics(
+                self._num_requested[layer],
+                self._num_lookups[layer],
+                *counts[:-1],
+                stall_seconds=counts.stall_ns / 1e9,
+            )
+            for layer, counts in self.rows.counts().items()
+            if any(counts)
+        }
+
+    def _lookup(
+        self, rows_THK: Tensor, operand: Tensor, layer: int, operation: "Operation"
+    ) -> "DiskLookup":
+        self._num_lookups[layer] += 1
+        self._num_requested[layer] += rows_THK.numel()
         self.check_file()
-        return DiskLookup(self, rows_THK, operand, operation)
+        return DiskLookup(self, rows_THK, operand, layer, operation)
 
     def check_file(self) -> None:
         """Raise TableReadError unless the file is as it was when it was opened."""
@@ -151,12 +169,17 @@ class DiskLookup:
     """
 
     def __init__(
-        self, table: DiskTable, rows_THK: Tensor, operand: Tensor, operation: Operation
+        self,
+        table: DiskTable,
+        rows_THK: Tensor,
+        operand: Tensor,
+        layer: int,
+        operation: Operation,
     ) -> None:
         self._table = table  # which must not be closed before
         self._rows_THK = rows_THK.contiguous()
         self._slots_THK = torch.empty_like(self._rows_THK)
-        self._operand, self._operation = operand, operation
+        self._operand, self._layer, self._operation = operand, layer, operation
         self._first = self._count = 0
         self._begin()
 
@@ -184,12 +207,16 @@ class DiskLookup:
 
     def _begin(self) -> None:
         rows, slots = (part[self._first :].flatten(1) for part in (self._rows_THK, self._slots_THK))
-        self._count = self._table.rows.start(rows, slots, is_new=self._first == 0)
+        self._count = self._table.rows.start(
+            rows, slots, is_new=self._first == 0, layer=self._layer
+        )
 
     def _part(self) -> Tensor:
         part = slice(self._first, self._first + self._count)
         slots_THK = self._slots_THK[part]
-        wrong = self._table.rows.finish(slots_THK)
+        wrong = self._table.rows.finish(
+            slots_THK, layer=self._layer, on_progress=self._table.on_progress
+        )
         if wrong is not None:
             index, error = wrong
             row = int(self._rows_THK[part].flatten()[index])
@@ -198,6 +225,7 @@ class DiskLookup:
         out = self._operation(self._table.slots, slots_THK, self._operand[part])
         self._release()
         self._first = part.stop
+        self._table.on_progress()
         return out
 
     def _release(self) -> None:

@@ -1,13 +1,12 @@
 """Counts of what a value table was asked for, and of what that cost."""
 
-from dataclasses import dataclass, replace
-
-from torch import Tensor
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True)
 class TableStatistics:
-    """Totals since the table was made. In the device tier all but the first two are 0.
+    """Totals of some lookups. In the device tier all but the first two are 0.
 
     Attributes:
         rows_requested: row ids given to ``start``, repeats included.
@@ -33,10 +32,7 @@ class TableStatistics:
     prefetched_used: int = 0
     stall_seconds: float = 0.0
 
-    def after(self, rows_THK: Tensor) -> "TableStatistics":
-        """The totals after one lookup more, of these rows."""
-        return replace(
-            self,
-            rows_requested=self.rows_requested + rows_THK.numel(),
-            lookups=self.lookups + 1,
-        )
+    @classmethod
+    def sum(cls, parts: Iterable["TableStatistics"]) -> "TableStatistics":
+        """Of several layers, or tables."""
+        return cls(*(sum(column) for column in zip(*map(astuple, parts), strict=True)))

@@ -43,12 +43,12 @@ class TrainedTable(DeviceTable):
         # a pass goes backwards through reads whose weights need no gradient, too
         self._anchor = torch.zeros((), requires_grad=True)
 
-    def start(self, rows_THK: Tensor, weights_THK: Tensor) -> ReadyLookup:
-        self.count(rows_THK)
+    def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> ReadyLookup:
+        self.count(rows_THK, layer)
         return ReadyLookup(partial(self.read, rows_THK, weights_THK))
 
-    def start_dots(self, rows_THK: Tensor, x_TV: Tensor) -> ReadyLookup:
-        self.count(rows_THK)
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> ReadyLookup:
+        self.count(rows_THK, layer)
         return ReadyLookup(partial(self.dots, rows_THK, x_TV))
 
     def read(self, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The protocol by which a memory layer reads a value table, whatever tier holds its rows."""
 
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -19,8 +20,14 @@ class ValueTable(Protocol):
     """R value rows of width V, shared by all memory layers that were given it.
 
     A layer calls ``start`` as soon as it knows its row ids, works on, then calls ``finish``: a tier
-    that must fetch does so in between. Rows do not change while a lookup is under way.
+    that must fetch does so in between. Rows do not change while a lookup is under way. ``layer``
+    says whose lookup it is; statistics tell layers apart.
+
+    Attributes:
+        tier: where the rows lie: ``device``, ``host`` or ``disk``.
     """
+
+    tier: str
 
     @property
     def num_rows(self) -> int:
@@ -32,18 +39,22 @@ class ValueTable(Protocol):
         """V."""
         ...
 
-    def start(self, rows_THK: Tensor, weights_THK: Tensor) -> Lookup:
+    def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
         """Begin to read int64 ``rows_THK``, whose weighted sums are ``out_TV``; returns at once."""
         ...
 
-    def start_dots(self, rows_THK: Tensor, x_TV: Tensor) -> Lookup:
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
         """Begin to read rows, whose products with each token's ``x`` are ``dots_THK``; likewise."""
         ...
 
-    def hint(self, rows: Tensor) -> None:
+    def hint(self, rows: Tensor, layer: int = 0) -> None:
         """Say that these int64 row ids may soon be read. Never blocks; a tier may ignore it."""
         ...
 
-    def statistics(self) -> TableStatistics:
-        """Totals since the table was made."""
+    def watch(self, on_progress: Callable[[], None]) -> None:
+        """Have this called now and then while a lookup that takes long gets on."""
+        ...
+
+    def statistics(self) -> Mapping[int, TableStatistics]:
+        """Totals since the table was made, by layer."""
         ...

@@ -68,7 +68,7 @@ def test_the_rows_are_those_that_the_reference_layer_read(variant):
     down = [layer.down_table] if layer.is_peer else []
 
     class Watched(DeviceTable):
-        def start(self, rows_THK, weights_THK):
+        def start(self, rows_THK, weights_THK, layer=0):
             read.append(rows_THK)
             return super().start(rows_THK, weights_THK)
 

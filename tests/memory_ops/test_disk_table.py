@@ -14,6 +14,7 @@ from memory_ops.row_formats import quantize_rows
 from memory_ops.tables import disk
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import SLOT_BYTES, DiskTable, TableReadError
+from memory_ops.tables.table_statistics import TableStatistics
 
 ROWS, WIDTH, OFFSET = 200, 24, 4096
 WAYS = [{}, {"threads": 3}, {"is_direct": False}]
@@ -78,11 +79,11 @@ def test_what_is_asked_again_is_read_once(files, way):
     rows, weights = torch.arange(60).view(10, 2, 3), torch.ones(10, 2, 3)
     repeated = rows.repeat(2, 1, 1)
     table.start(repeated, weights.repeat(2, 1, 1)).finish()
-    first = table.statistics()
+    first = table.statistics()[0]
     assert (first.rows_requested, first.lookups, first.unique) == (120, 1, 60)
     assert (first.misses, first.hits) == (60, 0) and first.bytes_read >= 60 * WIDTH * 4
     table.start(rows, weights).finish()
-    second = table.statistics()
+    second = table.statistics()[0]
     assert (second.unique, second.misses, second.hits) == (120, 60, 60)
     assert second.bytes_read == first.bytes_read
 
@@ -99,9 +100,9 @@ def test_rows_that_are_used_often_outlive_a_scan(files):
         read(*hot)
     for row in range(50, 100):
         read(row)
-    before = table.statistics().misses
+    before = table.statistics()[0].misses
     read(*hot)
-    assert table.statistics().misses == before
+    assert table.statistics()[0].misses == before
 
 
 def test_hints_are_read_ahead_and_counted(files):
@@ -109,11 +110,11 @@ def test_hints_are_read_ahead_and_counted(files):
     table.hint(torch.arange(20))
     rows = torch.arange(10, 30).view(20, 1, 1)
     table.start(rows, torch.ones(20, 1, 1)).finish()
-    counted = table.statistics()
+    counted = table.statistics()[0]
     assert (counted.prefetched, counted.prefetched_used) == (20, 10)
     assert counted.hits + counted.late == 10 and counted.misses == 10
     table.hint(torch.tensor([-1, ROWS, 2**40]))
-    assert table.statistics().prefetched == 20
+    assert table.statistics()[0].prefetched == 20
 
 
 def test_two_lookups_keep_their_rows_apart(files):
@@ -256,7 +257,7 @@ def test_a_lookup_that_is_split_counts_each_row_once(files):
     table = disk_table(files, slots=9)
     rows = torch.arange(60).view(15, 2, 2)
     table.start(rows, torch.ones(15, 2, 2)).finish()
-    counted = table.statistics()
+    counted = table.statistics()[0]
     assert (counted.unique, counted.hits + counted.late + counted.misses) == (60, 60)
     assert counted.hits == 0
 
@@ -274,3 +275,45 @@ def test_where_the_kernel_has_no_ring_threads_read(files, monkeypatch):
     wanted = DeviceTable(files[torch.float32][1]).start(rows, weights).finish()
     found = disk_table(files).start(rows, weights).finish()
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_more_rows_than_reads_under_way_are_all_read(tmp_path, way):
+    values, order = torch.randn(3000, WIDTH), torch.randperm(3000)
+    (tmp_path / "table").write_bytes(values.numpy().tobytes())
+    room = 2500 * (WIDTH * 4 + SLOT_BYTES)
+    table = DiskTable(tmp_path / "table", 0, (3000, WIDTH), torch.float32, room, **way)
+    parts = []
+    table.watch(lambda: parts.append(table.statistics()[7].misses))
+    rows = order.view(30, 10, 10)
+    found = table.start(rows, torch.ones(rows.shape), layer=7).finish()
+    torch.testing.assert_close(found, values[rows].sum((1, 2)))
+    # of each part of a lookup that memory has no room for as a whole, those who watch are told
+    assert parts == [2500, 3000]
+
+
+def test_each_layer_has_its_own_counts(files):
+    table = disk_table(files, slots=100)
+    rows, weights = torch.arange(6).view(1, 2, 3), torch.ones(1, 2, 3)
+    table.start(rows, weights, layer=3).finish()
+    table.hint(torch.arange(6, 9), layer=5)
+    table.start(torch.arange(9).view(1, 3, 3), torch.ones(1, 3, 3), layer=5).finish()
+    counts = table.statistics()
+    assert set(counts) == {3, 5}
+    assert (counts[3].unique, counts[3].misses, counts[3].prefetched) == (6, 6, 0)
+    assert (counts[5].unique, counts[5].hits + counts[5].late, counts[5].misses) == (9, 9, 0)
+    assert (counts[5].prefetched, counts[5].prefetched_used) == (3, 3)
+    total = TableStatistics.sum(counts.values())
+    assert (total.rows_requested, total.unique) == (15, 15)
+
+
+def test_rows_that_are_used_again_and_again_make_room_in_the_end(tmp_path):
+    values = torch.randn(6000, 2)
+    (tmp_path / "table").write_bytes(values.numpy().tobytes())
+    table = DiskTable(tmp_path / "table", 0, (6000, 2), torch.float32, 5000 * (8 + SLOT_BYTES))
+    hot = torch.arange(5000).view(50, 10, 10)
+    for _ in range(4):
+        table.start(hot, torch.ones(hot.shape)).finish()
+    rows = torch.arange(4900, 6000).view(110, 10, 1)
+    found = table.start(rows, torch.ones(rows.shape)).finish()
+    torch.testing.assert_close(found, values[rows].sum((1, 2)))

@@ -18,7 +18,7 @@ def test_a_lookup_is_the_gather_and_is_counted():
     lookup = table.start(rows, weights)
     torch.testing.assert_close(lookup.finish(), gather_rows(table.rows, rows, weights))
     assert (table.num_rows, table.value_dim) == (16, 5)
-    counted = table.statistics()
+    counted = table.statistics()[0]
     assert (counted.lookups, counted.rows_requested) == (1, 24)
 
 

@@ -44,13 +44,18 @@ class EngineConfig:
                 f" {self.max_num_seqs}, so not every sequence could decode in a step"
             )
 
+    @property
+    def kv_bytes(self) -> int:
+        """``kv_cache_gib`` in bytes."""
+        return int(self.kv_cache_gib * 2**30)
+
     def num_kv_blocks(self, kv_bytes_per_token: int) -> int:
         """Blocks that fit in ``kv_cache_gib``.
 
         Raises:
             ConfigError: not one block fits.
         """
-        num_blocks = int(self.kv_cache_gib * 2**30) // (kv_bytes_per_token * self.block_size)
+        num_blocks = self.kv_bytes // (kv_bytes_per_token * self.block_size)
         if num_blocks < 1:
             raise ConfigError(f"kv_cache_gib: {self.kv_cache_gib} holds not even one block")
         return num_blocks

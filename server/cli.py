@@ -13,6 +13,7 @@ from engine.process import EngineStartError
 from engine.sampling_params import RequestError, SamplingParams
 from server.config import HttpOptions, ModelOptions, SupervisionOptions, cache_folder
 from server.options import add_options, from_options
+from weights.dtype_names import TABLE_DTYPES
 from weights.errors import CheckpointError, DataError, TrainingError
 from weights.named_models import DEFAULT_MODEL
 
@@ -79,6 +80,15 @@ def convert(options: argparse.Namespace) -> None:
     convert(Path(options.source), Path(options.target), options.dtype, options.table_dtype)
 
 
+def quantize(options: argparse.Namespace) -> None:
+    """Convert the value tables of a model, and nothing else of it."""
+    from weights.convert import convert
+    from weights.prepare import prepared_folder
+
+    source = prepared_folder(options.source, cache_folder())
+    convert(source, Path(options.target), table_dtype=options.table_dtype)
+
+
 def inspect(options: argparse.Namespace) -> None:
     """Print shapes, parameter counts, bytes and dtypes of a model."""
     from weights.prepare import prepared_folder
@@ -131,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("target", metavar="DST", help="the folder to make")
     verb.add_argument("--dtype", help="bfloat16, ... (default: as stored; bfloat16 for GGUF)")
     verb.add_argument("--table-dtype", help="of value tables: int8, int4, ... (default: --dtype)")
+
+    verb = verbs.add_parser("quantize", help=quantize.__doc__)
+    verb.set_defaults(run=quantize)
+    verb.add_argument("source", metavar="SRC", help="a known name or a checkpoint folder")
+    verb.add_argument("target", metavar="DST", help="the folder to make")
+    verb.add_argument("--table-dtype", required=True, choices=TABLE_DTYPES, help="of value tables")
 
     verb = verbs.add_parser("inspect", help=inspect.__doc__)
     verb.set_defaults(run=inspect)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.config import ConfigError, EngineConfig
+from weights.dtype_names import TABLE_DTYPES
 from weights.named_models import DEFAULT_MODEL
 
 _CACHE = "2GiB"
+_TIERS = ("auto", "device", "host", "disk")
 
 
 @dataclass(frozen=True)
@@ -32,23 +34,40 @@ class ModelOptions:
         },
     )
     table_tier: str = field(
-        default="device",
+        default="auto",
         metadata={
-            "help": "device holds value tables in memory; disk reads rows from the model's files",
-            "choices": ("device", "disk"),
+            "help": "device holds value tables in memory; disk reads rows from the model's files;"
+            " auto is device where they fit, else disk; host is for GPUs",
+            "choices": _TIERS,
         },
     )
     table_cache: str | None = field(
         default=None,
-        metadata={"help": f"memory for rows of the disk tier: KiB, MiB, GiB (default: {_CACHE})"},
+        metadata={
+            "help": "memory for rows of the disk tier: KiB, MiB, GiB"
+            f" (default: {_CACHE}, less where auto finds less)"
+        },
+    )
+    table_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "of value tables in memory, converted as they are loaded; auto is as stored",
+            "choices": ("auto", *TABLE_DTYPES),
+        },
+    )
+    verify_tables: bool = field(
+        default=False,
+        metadata={"help": "compare value tables with the checksums in their files, before serving"},
     )
 
     def __post_init__(self) -> None:
-        if self.table_tier not in ("device", "disk"):
-            raise ConfigError(f"table_tier: {self.table_tier!r} is neither device nor disk")
+        if self.table_tier not in _TIERS:
+            raise ConfigError(f"table_tier: {self.table_tier!r} is none of {', '.join(_TIERS)}")
+        if self.table_tier == "host":
+            raise ConfigError("table_tier: host needs a GPU, and this engine runs on the CPU")
         if self.table_cache is None:
             return
-        if self.table_tier != "disk":
+        if self.table_tier == "device":
             raise ConfigError("table_cache: is for --table-tier disk, and would be ignored")
         if not re.fullmatch(r"[0-9]{1,9}(KiB|MiB|GiB)", self.table_cache):
             raise ConfigError(
@@ -56,10 +75,8 @@ class ModelOptions:
             )
 
     @property
-    def table_cache_bytes(self) -> int | None:
+    def table_cache_bytes(self) -> int:
         """For rows, where tables lie on disk."""
-        if self.table_tier == "device":
-            return None
         asked = self.table_cache or _CACHE
         number, unit = int(asked[:-3]), asked[-3:]
         return number << {"KiB": 10, "MiB": 20, "GiB": 30}[unit]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from engine.config import ConfigError, EngineConfig
 from server.config import EngineSettings, ModelOptions, cache_folder
-from server.engine_entry import build_engine
-from weights.checkpoint import load_model
+from server.engine_entry import build_engine, load_served
 from weights.corpus import corpus_files, documents
 from weights.evaluate import (
     Question,
@@ -54,7 +53,7 @@ def evaluate(
 def _texts(model: ModelOptions, texts: Sequence[str]) -> TextScore:
     files = corpus_files(texts)
     folder = prepared_folder(model.model, cache_folder())
-    loaded, _ = load_model(folder, model.dtype, model.table_cache_bytes)
+    loaded, _ = load_served(model, folder, kv_bytes=0)
     return score_texts(loaded, checkpoint_text(folder), documents(files))
 
 

@@ -18,9 +18,9 @@ def generate(
     model: ModelOptions,
     engine_config: EngineConfig,
     sampling: SamplingParams,
-    out: TextIO = sys.stdout,
+    out: TextIO | None = None,
 ) -> None:
-    """Write the continuation of ``prompt`` as it is made.
+    """Write the continuation of ``prompt`` as it is made, to stdout if nowhere else.
 
     Raises:
         CheckpointError: the model cannot be read.
@@ -31,6 +31,7 @@ def generate(
     engine = build_engine(EngineSettings(model, cache_folder(), engine_config))
     tokenizer = load_tokenizer(model_folder(model.model, cache_folder()))
     prompt_ids = tuple(tokenizer.encode(prompt))
+    out = out or sys.stdout
     engine.add(Request("generate", prompt_ids, sampling))
     text = TextStream(0, tokenizer, prompt_ids, sampling)
     while engine.has_work:

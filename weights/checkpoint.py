@@ -1,6 +1,7 @@
 """A checkpoint folder: the model it describes, checked against its tensors, loaded and saved."""
 
 import json
+import math
 import re
 import resource
 from collections.abc import Callable, Mapping
@@ -9,12 +10,15 @@ from typing import Any
 
 import torch
 
+from engine.config import ConfigError
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
 from weights.config_json import CheckpointConfig, config_to_json, read_config
 from weights.errors import CheckpointError
 from weights.new_folder import new_folder, write_synced
-from weights.table_files import load_table, open_tables, table_shape
+from weights.table_files import table_shape
+from weights.table_loading import load_tables, open_tables, table_layouts
+from weights.table_tier import TierChoice
 from weights.tensor_files import (
     DTYPES,
     RECORDS_DTYPE,
@@ -22,8 +26,8 @@ from weights.tensor_files import (
     TensorSource,
     list_tensors,
     read_mapped,
-    write_tensors,
 )
+from weights.tensor_writer import write_tensors
 
 # a buffer that old checkpoints carry; rope_theta says the same
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -92,33 +96,54 @@ def serving_dtype(stored: Mapping[str, StoredTensor], dtype: str) -> torch.dtype
 
 
 def load_model(
-    folder: Path, dtype: str = "auto", table_cache: int | None = None
+    folder: Path,
+    dtype: str = "auto",
+    table_cache: int | TierChoice | None = None,
+    *,
+    table_dtype: str = "auto",
+    verify_tables: bool = False,
 ) -> tuple[Transformer, CheckpointConfig]:
     """Load a folder's model for serving, on the CPU.
 
     The model is built on the meta device and the mapped weights are assigned to it: weights that
-    are stored in the serving dtype are never copied. Tables keep the dtype they are stored in, and
-    stay in their files if ``table_cache``, the bytes of memory for rows of all of them, is given.
+    are stored in the serving dtype are never copied. Tables are read into memory, or stay in their
+    files.
+
+    Args:
+        folder: the model's.
+        dtype: of weights; see ``serving_dtype``.
+        table_cache: bytes of memory for rows of all tables, which then stay in their files; None
+            for all rows in memory; or what chooses between these.
+        table_dtype: one of ``TABLE_DTYPES`` that tables in memory are converted to, or auto: as
+            stored.
+        verify_tables: whether their data are compared with the checksums in their files.
 
     Raises:
-        CheckpointError: as ``open_checkpoint``, or a table cannot be read from disk.
-        ConfigError: there are no tables to stay on disk, or no memory for their rows.
+        CheckpointError: as ``open_checkpoint``, a table cannot be read, or is not what it was.
+        ConfigError: what is asked of tables cannot be, or there are none.
         ValueError: ``dtype`` is not one of auto, bfloat16, float32.
     """
     config, stored = open_checkpoint(folder)
     chosen = serving_dtype(stored, dtype)
+    tables = [stored.pop(name) for name in config.model.table_names]
+    if not tables:
+        _check_nothing_asked(table_cache, table_dtype, verify_tables)
+    layouts = table_layouts(tables, table_dtype)
+    if isinstance(table_cache, TierChoice):
+        weight_bytes = chosen.itemsize * sum(math.prod(one.shape) for one in stored.values())
+        table_bytes = sum(layout.num_bytes for layout in layouts.values())
+        table_cache = table_cache.cache_bytes(table_bytes, weight_bytes)
     _allow_descriptors()
     with torch.device("meta"):
         model = Transformer(config.model)
-    tables = config.model.table_names
-    dense = (tensor for name, tensor in stored.items() if name not in tables)
-    weights = {tensor.name: read_mapped(tensor).to(chosen) for tensor in dense}
+    weights = {name: read_mapped(tensor).to(chosen) for name, tensor in stored.items()}
     model.load_state_dict(weights, assign=True)
-    if table_cache is not None:
-        held = [stored[name] for name in tables]
-        model.attach_tables(open_tables(held, config.model, table_cache))
-    elif tables:
-        model.attach_tables({name: load_table(stored[name]) for name in tables})
+    memory = config.model.memory
+    if memory is not None and table_cache is not None:
+        held = open_tables(tables, layouts, memory, table_cache, verify=verify_tables)
+        model.attach_tables(held)
+    elif memory is not None:
+        model.attach_tables(load_tables(tables, layouts, verify=verify_tables))
     return model.eval().requires_grad_(False), config
 
 
@@ -135,10 +160,11 @@ def save_checkpoint(
 
     Args:
         folder: must not exist yet.
-        sources: the model's tensors, tables included; each table gets a file of its own.
+        sources: the model's tensors, tables included; each table gets a file of its own, with a
+            checksum.
         extra_files: tokenizer files and the like, by name.
         more_tensors: what is no part of the model, by the file that it goes to.
-        written: told the bytes of each tensor as it is written.
+        written: told the bytes of each tensor, or part of one, as it is written.
 
     Raises:
         CheckpointError: the folder exists, or cannot be written.
@@ -152,7 +178,7 @@ def save_checkpoint(
             write_tensors(partial / "model.safetensors", dense, written)
             for index, name in enumerate(tables):
                 table = [source for source in sources if source.name == name]
-                write_tensors(partial / f"table-{index:05}.safetensors", table, written)
+                write_tensors(partial / f"table-{index:05}.safetensors", table, written, True)
             for file_name, others in (more_tensors or {}).items():
                 write_tensors(partial / file_name, others, written)
             text = json.dumps(config_to_json(config), indent=2) + "\n"
@@ -160,6 +186,19 @@ def save_checkpoint(
                 write_synced(partial / file_name, content)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def _check_nothing_asked(
+    table_cache: int | TierChoice | None, table_dtype: str, verify_tables: bool
+) -> None:
+    """Refuse what is asked of a model's tables where it has none."""
+    none = "value tables, and this model has none"
+    if isinstance(table_cache, int):
+        raise ConfigError(f"table_tier: disk is for {none}")
+    if table_dtype != "auto":
+        raise ConfigError(f"table_dtype: is for {none}")
+    if verify_tables:
+        raise ConfigError(f"verify_tables: is for {none}")
 
 
 def _allow_descriptors() -> None:

@@ -9,19 +9,12 @@ import torch
 from tqdm import tqdm
 
 from engine.config import ConfigError
-from memory_ops.row_formats import ROW_FORMATS
 from weights.checkpoint import expected_shapes, open_checkpoint, save_checkpoint
 from weights.errors import CheckpointError
 from weights.importers.gguf import ImportedModel, read_gguf
-from weights.table_files import records_source, stored_format
+from weights.table_files import OUTPUT_DTYPES, asked_layout, converted_parts, stored_format
 from weights.tensor_files import DTYPES, StoredTensor, TensorSource, read_mapped
 from weights.tokenizer import TOKENIZER_FILES
-
-OUTPUT_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
 
 
 def convert(
@@ -30,8 +23,9 @@ def convert(
     """Write ``source`` (a ``.gguf`` file or a checkpoint folder) as the new folder ``target``.
 
     ``dtype`` is one of ``OUTPUT_DTYPES``; without it a folder keeps the dtype of each tensor and a
-    GGUF file becomes bfloat16. ``table_dtype`` is that of value tables, where it differs: a row
-    format too. One tensor is in memory at a time; progress goes to stderr.
+    GGUF file becomes bfloat16. ``table_dtype``, one of ``TABLE_DTYPES``, is that of value tables,
+    where it differs. One tensor is in memory at a time, of tables some rows; progress goes to
+    stderr.
 
     Raises:
         CheckpointError: the source is not understood, the target exists, or a row that is to be
@@ -80,17 +74,10 @@ def _dense(stored: StoredTensor, dtype: str | None) -> TensorSource:
 
 def _table(stored: StoredTensor, dtype: str | None, asked: str | None) -> TensorSource:
     """A table in ``dtype``; records stay as they are, unless another was ``asked`` for."""
-    if (records := stored_format(stored)) is not None:
-        if asked not in (None, records[0]):
-            raise ConfigError(f"table_dtype: {stored.file} has rows of {records[0]} already")
-        load = partial(read_mapped, stored)
-        return TensorSource(stored.name, stored.shape, torch.uint8, load, stored.metadata)
-    if dtype in ROW_FORMATS:
-        return records_source(_dense(stored, None), dtype)
-    if dtype is not None and dtype not in OUTPUT_DTYPES:
-        allowed = ", ".join((*OUTPUT_DTYPES, *ROW_FORMATS))
-        raise ConfigError(f"table_dtype: {dtype!r} is not one of {allowed}")
-    return _dense(stored, dtype)
+    is_records = stored_format(stored) is not None
+    layout = asked_layout(stored, asked if is_records else dtype)
+    load = partial(converted_parts, stored, layout)
+    return TensorSource(stored.name, layout.shape, layout.dtype, load, layout.metadata)
 
 
 def _check_whole(path: Path, imported: ImportedModel) -> None:

@@ -1,15 +1,13 @@
 """Value tables as they are stored: rows of a floating dtype, or records of fewer bits."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.config import ConfigError
-from engine.model.config import ModelConfig
-from memory_ops.anonymous import anonymous_zeros
-from memory_ops.native.disk_rows import is_available
 from memory_ops.row_formats import (
     ROW_FORMATS,
     RowFormat,
@@ -18,20 +16,45 @@ from memory_ops.row_formats import (
     quantize_rows,
     row_bytes,
 )
-from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.disk import DiskTable, TableReadError
+from weights.dtype_names import FLOAT_DTYPES, TABLE_DTYPES
 from weights.errors import CheckpointError
-from weights.tensor_files import (
-    DTYPES,
-    RECORDS_DTYPE,
-    StoredTensor,
-    TensorSource,
-    read_into,
-    read_mapped,
-)
+from weights.tensor_files import DTYPES, RECORDS_DTYPE, StoredTensor, read_mapped, read_parts
 
 _FORMAT, _VALUE_DIM = "row_format", "value_dim"
-_ROWS_AT_ONCE = 2**16
+OUTPUT_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in FLOAT_DTYPES}
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How a table's rows are written down.
+
+    Attributes:
+        name: a floating dtype, or a row format.
+        shape: of the tensor: R, and V or the bytes of a record.
+        dtype: of the tensor.
+        records: the row format and V, where rows are records.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    records: tuple[RowFormat, int] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all rows."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a file of such rows says of them."""
+        if self.records is None:
+            return {}
+        return {_FORMAT: self.records[0], _VALUE_DIM: str(self.records[1])}
+
+    def table(self, rows: Tensor) -> Tensor | RowRecords:
+        """A tensor so laid out, as operations take it."""
+        return rows if self.records is None else RowRecords(rows, *self.records)
 
 
 def stored_format(stored: StoredTensor) -> tuple[RowFormat, int] | None:
@@ -60,76 +83,62 @@ def table_shape(stored: StoredTensor) -> tuple[int, ...]:
     return stored.shape if records is None else (stored.shape[0], records[1])
 
 
-def load_table(stored: StoredTensor) -> DeviceTable:
-    """All rows in memory of their own, in the format that they are stored in.
-
-    Raises:
-        CheckpointError: they cannot be read.
-    """
+def stored_layout(stored: StoredTensor) -> RowLayout:
+    """How the rows of a file are (CheckpointError as ``stored_format``)."""
     records = stored_format(stored)
-    rows = anonymous_zeros(stored.shape, torch.uint8 if records else DTYPES[stored.dtype])
-    read_into(stored, rows)
-    return DeviceTable(rows if records is None else RowRecords(rows, *records))
+    if records is not None:
+        return RowLayout(records[0], stored.shape, torch.uint8, records)
+    dtype = DTYPES[stored.dtype]
+    return RowLayout(str(dtype).removeprefix("torch."), stored.shape, dtype)
 
 
-def open_tables(
-    stored: Sequence[StoredTensor], config: ModelConfig, cache_bytes: int
-) -> dict[str, DiskTable]:
-    """Tables that stay in their files, by name; they share the memory for rows evenly.
+def asked_layout(stored: StoredTensor, asked: str | None) -> RowLayout:
+    """How rows are when they are made ``asked``, one of ``TABLE_DTYPES``; None: as they are.
 
     Raises:
-        CheckpointError: a file cannot be read so.
-        ConfigError: there is no table, or not memory for the rows that a token reads.
+        CheckpointError: as ``stored_format``.
+        ConfigError: ``asked`` is none of them, or what is stored has few bits already.
     """
-    memory = config.memory
-    if memory is None:
-        raise ConfigError("table_tier: disk is for value tables, and this model has none")
-    if not is_available():
-        raise ConfigError("table_tier: disk needs the native library, which was not built")
-    tables = {}
-    for one in stored:
-        records = stored_format(one)
-        row_format = DTYPES[one.dtype] if records is None else records[0]
-        shape = one.shape[0], memory.value_dim
-        try:
-            table = DiskTable(one.file, one.offset, shape, row_format, cache_bytes // len(stored))
-        except TableReadError as error:
-            raise CheckpointError(f"tensor {one.name}: {error}") from None
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        least = min(memory.num_heads * memory.top_k, memory.num_rows)
-        if table.num_slots < least:
-            raise ConfigError(
-                f"table_cache: has room for {table.num_slots} rows of {one.name}, a token reads"
-                f" {least}"
-            )
-        tables[one.name] = table
-    return tables
+    found = stored_layout(stored)
+    if asked in (None, found.name):
+        return found
+    if asked not in TABLE_DTYPES:
+        raise ConfigError(f"table_dtype: {asked!r} is not one of {', '.join(TABLE_DTYPES)}")
+    if found.records is not None:
+        raise ConfigError(f"table_dtype: {stored.file} has rows of {found.name} already")
+    num_rows, value_dim = found.shape
+    for row_format in ROW_FORMATS:
+        if row_format == asked:
+            shape = num_rows, row_bytes(row_format, value_dim)
+            return RowLayout(asked, shape, torch.uint8, (row_format, value_dim))
+    return RowLayout(asked, found.shape, OUTPUT_DTYPES[asked])
+
+
+def converted_parts(
+    stored: StoredTensor, layout: RowLayout, *, verify: bool = False
+) -> Iterator[Tensor]:
+    """All rows in order, some at a time, in a layout that they were ``asked_layout`` for.
+
+    Raises:
+        CheckpointError: as ``read_parts``, or a row is not finite and has to be.
+    """
+    as_stored, first = stored_layout(stored), 0
+    for part in read_parts(stored, verify=verify):
+        if layout == as_stored:
+            yield part
+        elif layout.records is None:
+            yield part.to(layout.dtype)
+        else:
+            try:
+                yield quantize_rows(part, layout.records[0]).records_RB
+            except ValueError as error:
+                where = f"{stored.file}: tensor {stored.name}, from row {first} on"
+                raise CheckpointError(f"{where}: {error}") from None
+        first += len(part)
 
 
 def read_rows(stored: StoredTensor) -> Tensor:
-    """Rows of any format as a floating ``[R, V]`` tensor (CheckpointError as ``load_table``)."""
+    """Rows of any format as a floating ``[R, V]`` tensor (CheckpointError as ``read_mapped``)."""
     records = stored_format(stored)
     rows = read_mapped(stored)
     return rows if records is None else dequantize_rows(RowRecords(rows, *records))
-
-
-def records_source(table: TensorSource, row_format: RowFormat) -> TensorSource:
-    """A floating table as records, made when it is written, some rows at a time."""
-    num_rows, value_dim = table.shape
-    shape = (num_rows, row_bytes(row_format, value_dim))
-
-    def load() -> Tensor:
-        rows_RV, records_RB = table.load(), torch.empty(shape, dtype=torch.uint8)
-        for first in range(0, num_rows, _ROWS_AT_ONCE):
-            part = slice(first, first + _ROWS_AT_ONCE)
-            try:
-                records_RB[part] = quantize_rows(rows_RV[part], row_format).records_RB
-            except ValueError as error:
-                raise CheckpointError(
-                    f"tensor {table.name}, from row {first} on: {error}"
-                ) from None
-        return records_RB
-
-    metadata: Mapping[str, str] = {_FORMAT: row_format, _VALUE_DIM: str(value_dim)}
-    return TensorSource(table.name, shape, torch.uint8, load, metadata)

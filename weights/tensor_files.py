@@ -1,14 +1,15 @@
-"""Safetensors files: what a folder holds, and a writer that holds one tensor at a time."""
+"""Safetensors files: what a folder holds, mapped, read whole or in parts."""
 
+import hashlib
 import json
 import math
 import mmap
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +19,10 @@ from weights.errors import CheckpointError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RECORDS_DTYPE = "U8"
-_STORED = DTYPES | {RECORDS_DTYPE: torch.uint8}
-_CODES = {dtype: code for code, dtype in _STORED.items()}
+STORED_DTYPES = DTYPES | {RECORDS_DTYPE: torch.uint8}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# table rows start on a page, so that direct reads and maps of them are aligned
-_DATA_ALIGNMENT = 4096
 _READ_CHUNK = 1 << 30
+_PART_BYTES = 1 << 22
 _LEAST_MAPPED = 1 << 16
 # before Python 3.13 a mapping keeps a descriptor that it has no use for
 _NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
@@ -49,13 +48,14 @@ class StoredTensor:
 class TensorSource:
     """A tensor that can be made when its turn to be written comes.
 
-    ``metadata`` is added to that of its file.
+    ``load`` gives it whole, or in parts along its first dimension, each good until the next is
+    asked for. ``metadata`` is added to that of its file.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    load: Callable[[], Tensor]
+    load: Callable[[], Tensor | Iterable[Tensor]]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -86,7 +86,7 @@ def read_mapped(stored: StoredTensor) -> Tensor:
         CheckpointError: the file cannot be opened or mapped, or ends too early.
     """
     if stored.num_bytes < _LEAST_MAPPED:
-        tensor = torch.empty(stored.shape, dtype=_STORED[stored.dtype])
+        tensor = torch.empty(stored.shape, dtype=STORED_DTYPES[stored.dtype])
         read_into(stored, tensor)
         return tensor
     before = stored.offset % mmap.ALLOCATIONGRANULARITY
@@ -102,7 +102,7 @@ def read_mapped(stored: StoredTensor) -> Tensor:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{stored.file}: tensor {stored.name}: {error}") from None
     values = torch.frombuffer(
-        memory, dtype=_STORED[stored.dtype], count=math.prod(stored.shape), offset=before
+        memory, dtype=STORED_DTYPES[stored.dtype], count=math.prod(stored.shape), offset=before
     )
     return values.view(stored.shape)
 
@@ -114,52 +114,70 @@ def read_into(stored: StoredTensor, target: Tensor) -> None:
         CheckpointError: the file cannot be read, or ends too early.
     """
     try:
-        _fill(stored, target)
+        with open(stored.file, "rb", buffering=0) as file:
+            file.seek(stored.offset)
+            _fill(file, target, stored)
     except OSError as error:
         raise CheckpointError(f"{stored.file}: tensor {stored.name}: {error.strerror}") from None
 
 
-def _fill(stored: StoredTensor, target: Tensor) -> None:
-    # numpy knows no bfloat16, so the memory is handed over as bytes
-    memory = target.view(torch.uint8).flatten().numpy().data
-    with open(stored.file, "rb", buffering=0) as file:
-        file.seek(stored.offset)
-        done = 0
-        while done < len(memory):
-            count = file.readinto(memory[done : done + _READ_CHUNK])
-            if not count:
-                raise CheckpointError(f"{stored.file}: ends within tensor {stored.name}")
-            done += count
+def read_parts(
+    stored: StoredTensor, target: Tensor | None = None, *, verify: bool = False
+) -> Iterator[Tensor]:
+    """A tensor's rows in order, some at a time, read as they are asked for.
 
+    They lie in ``target``, a contiguous CPU tensor of the same dtype and shape; without one, each
+    part in the memory of the part before.
 
-def write_tensors(path: Path, sources: list[TensorSource], written: Callable[[int], Any]) -> None:
-    """Write a safetensors file, one tensor in memory at a time, its data on a page boundary.
-
-    ``written`` is told the bytes of every tensor once they are in the file; the file is fsynced.
+    Raises:
+        CheckpointError: the file cannot be read, or ends too early; or ``verify`` is set, and it
+            has no checksum of the tensor, or that of other data.
     """
-    metadata = {"format": "pt"}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for source in sources:
-        metadata |= source.metadata
-        start, end = end, end + source.dtype.itemsize * torch.Size(source.shape).numel()
-        header[source.name] = {
-            "dtype": _CODES[source.dtype],
-            "shape": list(source.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT)
-    with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for source in sources:
-            tensor = source.load().to(source.dtype).contiguous()
-            assert tuple(tensor.shape) == source.shape, source.name
-            data = tensor.view(-1).view(torch.uint8).numpy().data
-            file.write(data)
-            written(data.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+    where = f"{stored.file}: tensor {stored.name}"
+    expected = stored.metadata.get(checksum_key(stored.name))
+    if verify and expected is None:
+        raise CheckpointError(f"{where}: has no checksum; `memplus convert` makes a copy with one")
+    checksum = hashlib.sha256()
+    num_rows = stored.shape[0]
+    at_once = max(1, _PART_BYTES * num_rows // max(1, stored.num_bytes))
+    if target is None:
+        shape = (min(at_once, num_rows), *stored.shape[1:])
+        buffer = torch.empty(shape, dtype=STORED_DTYPES[stored.dtype])
+    try:
+        with open(stored.file, "rb", buffering=0) as file:
+            file.seek(stored.offset)
+            for first in range(0, num_rows, at_once):
+                count = min(at_once, num_rows - first)
+                part = buffer[:count] if target is None else target[first : first + count]
+                _fill(file, part, stored)
+                if verify:
+                    checksum.update(memory_of(part))
+                yield part
+    except OSError as error:
+        raise CheckpointError(f"{where}: {error.strerror}") from None
+    if verify and checksum.hexdigest() != expected:
+        raise CheckpointError(f"{where}: its data are not those that its checksum is of")
+
+
+def checksum_key(name: str) -> str:
+    """Where a file's metadata have the checksum of this tensor's data, in hexadecimal digits."""
+    return f"sha256:{name}"
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor."""
+    # numpy knows no bfloat16, so the memory is handed over as bytes
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _fill(file: BinaryIO, target: Tensor, stored: StoredTensor) -> None:
+    memory = memory_of(target)
+    done = 0
+    while done < len(memory):
+        count = file.readinto(memory[done : done + _READ_CHUNK])  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointError(f"{stored.file}: ends within tensor {stored.name}")
+        done += count
 
 
 def _dense_files(folder: Path) -> list[Path]:

@@ -121,7 +121,8 @@ def test_the_command_serves_a_table_from_disk(capsys):
         assert main(["generate", "memory (noun):", *options, *arguments]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] == " something that is remembered\n"
-    assert main(["generate", "x", "--table-cache", "2GiB"]) == 2
+    device = ["--table-tier", "device", "--table-cache", "2GiB"]
+    assert main(["generate", "x", *device]) == 2
     assert "table_cache: is for --table-tier disk" in capsys.readouterr().err
     assert main(["generate", "x", "--table-tier", "disk", "--table-cache", "2GB"]) == 2
     assert "table_cache: expected a number of KiB, MiB or GiB" in capsys.readouterr().err

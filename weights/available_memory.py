@@ -1,0 +1,83 @@
+"""How much memory this process can still take: what the machine has, and what its cgroup allows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_KIB = 1024
+
+
+@dataclass(frozen=True)
+class AvailableMemory:
+    """Bytes that can be had without swapping, and what bounds them, for a reader."""
+
+    num_bytes: int
+    bound: str
+
+
+def available_memory(
+    proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
+) -> AvailableMemory:
+    """The least of MemAvailable and of what each cgroup of this process has left.
+
+    Pages of files, which a cgroup counts as its own, can be given up and are not in the way.
+    Works with cgroups of both versions, seen from the machine or from inside a container.
+
+    Raises:
+        OSError, ValueError: the kernel tells no MemAvailable.
+    """
+    found = AvailableMemory(_mem_available(proc / "meminfo"), "MemAvailable")
+    for folder in _memory_cgroups(proc / "self" / "cgroup", cgroups):
+        left = _left(folder)
+        if left is not None and left < found.num_bytes:
+            found = AvailableMemory(left, f"the limit of cgroup {folder}")
+    return found
+
+
+def _mem_available(meminfo: Path) -> int:
+    for line in meminfo.read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * _KIB
+    raise ValueError(f"{meminfo}: has no MemAvailable")
+
+
+def _memory_cgroups(own: Path, cgroups: Path) -> Iterator[Path]:
+    """Folders of this process's cgroups and of all above them, those that are visible."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = cgroups / "memory" if controllers else cgroups
+        # a container sees its own cgroup as the root, whatever its path is outside
+        inside = Path(path.lstrip("/"))
+        for part in (inside, *inside.parents):
+            yield root / part
+
+
+def _left(folder: Path) -> int | None:
+    """What a cgroup has left of its limit; None where there is none."""
+    for limit_name, usage_name in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit = (folder / limit_name).read_text().strip()
+            usage = int((folder / usage_name).read_text())
+            stat = (folder / "memory.stat").read_text()
+        except OSError:
+            continue
+        if limit == "max":
+            return None
+        numbers = dict(line.split() for line in stat.splitlines())
+        # version 1 counts those of cgroups below under other names
+        files = sum(
+            int(numbers.get(f"total_{name}", numbers.get(name, 0)))
+            for name in ("active_file", "inactive_file")
+        )
+        return max(0, int(limit) - usage + files)
+    return None

@@ -1,0 +1,76 @@
+"""Which tier ``auto`` picks for value tables: memory where they fit, else the disk."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.config import ConfigError
+from weights.available_memory import AvailableMemory, available_memory
+
+# activations, buffers and what the process itself is
+_STEP_BYTES = 512 * 2**20
+_LEAST_CACHE_BYTES = 256 * 2**20
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TierChoice:
+    """What decides, the sizes of the model apart.
+
+    Attributes:
+        kv_bytes: memory that KV blocks may come to take.
+        asked_cache: memory for rows on disk that the user asked for.
+        default_cache: as much as that at most, where nothing was asked for.
+        available: what tells how much memory there is.
+    """
+
+    kv_bytes: int
+    asked_cache: int | None
+    default_cache: int
+    available: Callable[[], AvailableMemory] = available_memory
+
+    def cache_bytes(self, table_bytes: int, weight_bytes: int) -> int | None:
+        """Memory for rows of tables on disk, or None: the tables are held in memory.
+
+        They are where they fit beside the weights, the KV blocks and 512 MiB, and where the disk
+        tier could have as much memory for rows. One line of the log says which and why.
+
+        Args:
+            table_bytes: of all tables as they are to be; 0 where there are none.
+            weight_bytes: of all else, in the dtype that is served.
+
+        Raises:
+            ConfigError: a cache was asked for, and there are no tables.
+        """
+        if not table_bytes:
+            if self.asked_cache is not None:
+                raise ConfigError("table_cache: is for value tables, and this model has none")
+            return None
+        memory = self.available()
+        left = memory.num_bytes - weight_bytes - self.kv_bytes - _STEP_BYTES
+        cache = self.asked_cache
+        if cache is None:
+            cache = min(self.default_cache, max(left, _LEAST_CACHE_BYTES))
+        if table_bytes <= left:
+            decision = "are held in memory (device)"
+        elif table_bytes <= cache:
+            decision = f"are held in memory (device), as the disk tier may take {_size(cache)}"
+        else:
+            decision = f"stay on disk, {_size(cache)} of memory are for their rows"
+        is_held = table_bytes <= max(left, cache)
+        logger.info(
+            "tables of %s %s%s: %s is available (%s), less %s for weights, %s for KV blocks and"
+            " %s for a step",
+            *(_size(table_bytes), decision),
+            "; --table-cache is not used" if is_held and self.asked_cache is not None else "",
+            *(_size(memory.num_bytes), memory.bound),
+            *(_size(weight_bytes), _size(self.kv_bytes), _size(_STEP_BYTES)),
+        )
+        return None if is_held else cache
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 2**30:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -20,6 +20,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.step_plan import SequenceChunk, StepPlan
+from engine.table_counts import TableCounter
 from engine.token_mask import TokenMask
 
 Bound = dict[str, NDArray[np.uint32]]
@@ -62,6 +63,7 @@ class Engine:
         except (OSError, OverflowError):
             message = f"kv_cache_gib: this machine has not {config.kv_cache_gib} GiB to give"
             raise ConfigError(message) from None
+        self._table_counter = TableCounter(model)
         self._pool = BlockPool(num_blocks, config.block_size)
         propose = self._propose if drafter is not None else None
         self._scheduler = Scheduler(config, self._pool, eos_ids, propose)
@@ -92,7 +94,8 @@ class Engine:
         outputs += [self._scheduler.end(name, error) for name, error in errors.items()]
         done = StepPlan(tuple(c for c in plan.chunks if c.request_id not in errors))
         outputs += self._scheduler.commit(done, results)
-        return StepOutput(tuple(outputs), self.statistics(plan.num_tokens))
+        new_tokens = sum(len(output.token_ids) for output in outputs)
+        return StepOutput(tuple(outputs), self.statistics(plan.num_tokens, new_tokens))
 
     def warm_up(self) -> None:
         """Run one token through the model, before any request.
@@ -107,17 +110,19 @@ class Engine:
         """Check that no block is lost or held by a request that ended (AssertionError)."""
         self._scheduler.check_integrity()
 
-    def statistics(self, step_tokens: int = 0) -> EngineStatistics:
-        """The gauges as they stand now."""
+    def statistics(self, step_tokens: int = 0, new_tokens: int = 0) -> EngineStatistics:
+        """The gauges as they stand now, after a step of so many tokens."""
         return EngineStatistics(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             kv_blocks_used=self._pool.num_blocks - self._pool.num_available,
             kv_blocks_total=self._pool.num_blocks,
             step_tokens=step_tokens,
+            new_tokens=new_tokens,
             prefix_queries=self._scheduler.prefix_queries,
             prefix_hits=self._scheduler.prefix_hits,
             preemptions=self._scheduler.preemptions,
+            tables=self._table_counter.take(is_idle=not self.has_work),
         )
 
     def _bind(self, plan: StepPlan) -> tuple[StepPlan, Bound, list[TokenOutput]]:

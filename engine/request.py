@@ -112,12 +112,46 @@ class TokenOutput(NamedTuple):
     cached_tokens: int = 0
 
 
+class TableCounts(NamedTuple):
+    """What one layer asked of one value table, and what that cost: totals since it was loaded.
+
+    Attributes:
+        table: its name in the checkpoint.
+        tier: where its rows lie.
+        layer: whose lookups these are.
+        requested_rows: row ids, repeats included.
+        unique_rows: of these, each counted once a lookup; like all that follows, 0 where rows need
+            no fetching.
+        hits: unique rows that were in memory.
+        misses: unique rows that had to be fetched.
+        late: unique rows that were being fetched already.
+        bytes_read: from where the rows lie.
+        prefetched: rows fetched because they might be asked for.
+        prefetched_used: of these, that were.
+        stall_seconds: waited for rows.
+    """
+
+    table: str
+    tier: str
+    layer: int
+    requested_rows: int = 0
+    unique_rows: int = 0
+    hits: int = 0
+    misses: int = 0
+    late: int = 0
+    bytes_read: int = 0
+    prefetched: int = 0
+    prefetched_used: int = 0
+    stall_seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class EngineStatistics:
     """Gauges after a step, and totals since the engine was made.
 
-    ``step_tokens`` counts the tokens that the step ran, ``prefix_queries`` and ``prefix_hits``
-    prompt tokens that were looked for and found among the kept blocks.
+    ``step_tokens`` counts the tokens that the step ran, ``new_tokens`` those that it gave,
+    ``prefix_queries`` and ``prefix_hits`` prompt tokens that were looked for and found among the
+    kept blocks. ``tables`` is None where they were not looked at.
     """
 
     num_running: int = 0
@@ -125,9 +159,11 @@ class EngineStatistics:
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     step_tokens: int = 0
+    new_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    tables: tuple[TableCounts, ...] | None = ()
 
 
 @dataclass(frozen=True)

@@ -105,11 +105,17 @@ class HttpOptions:
     shutdown_timeout_s: int = field(
         default=10, metadata={"help": "seconds that running requests get after SIGTERM or SIGINT"}
     )
+    log_interval_s: int = field(
+        default=10,
+        metadata={
+            "help": "seconds between lines that say what is done while there is work; 0: none"
+        },
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port: {self.port} is outside [0, 65535]")
-        for name in ("max_queued_requests", "shutdown_timeout_s"):
+        for name in ("max_queued_requests", "shutdown_timeout_s", "log_interval_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: must be 0 or more, not {getattr(self, name)}")
         for name in ("max_body_mib", "body_timeout_s"):

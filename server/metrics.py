@@ -5,6 +5,7 @@ import time
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from engine.request import EngineStatistics, FinishReason
+from server.table_gains import TABLE_COUNTS, TABLE_LABELS, TableGains
 
 _PREFIX = "memplus:"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -32,6 +33,11 @@ class Metrics:
         self.prefix_hits = self._counter("prefix_cache_hits", "prompt tokens found computed")
         self.preemptions = self._counter("num_preemptions", "requests preempted")
         self._seen = EngineStatistics()
+        self._table_gains = TableGains()
+        self.tables = {
+            name: self._counter(f"table_{name}", text, *TABLE_LABELS)
+            for name, text in TABLE_COUNTS.items()
+        }
         self.step_tokens = self._histogram("iteration_tokens_total", _TOKENS)
 
     def observe_step(self, statistics: EngineStatistics) -> None:
@@ -48,6 +54,9 @@ class Metrics:
             # an engine that was started again counts from zero
             counter.inc(max(0, getattr(statistics, name) - getattr(self._seen, name)))
         self._seen = statistics
+        for labels, gained in self._table_gains.since(statistics.tables):
+            for name, count in gained.items():
+                self.tables[name].labels(*labels).inc(count)
         if statistics.step_tokens:
             self.step_tokens.observe(statistics.step_tokens)
 

@@ -13,6 +13,8 @@ import uvicorn
 
 from engine.config import ConfigError, EngineConfig
 from engine.process import EngineProcess
+from engine.request import EngineStatistics
+from server.activity_log import ActivityLog
 from server.admission import Admission
 from server.app import create_app
 from server.config import (
@@ -53,8 +55,13 @@ def serve(
         process = make_process()
         _say(f"loading {model.model}")
         ready = process.start()
-        metrics = Metrics()
-        client = EngineClient(process, metrics.observe_step, supervision, make_process)
+        metrics, activity = Metrics(), ActivityLog(_say)
+
+        def observe(statistics: EngineStatistics) -> None:
+            metrics.observe_step(statistics)
+            activity.observe_step(statistics)
+
+        client = EngineClient(process, observe, supervision, make_process)
         try:
             service = Service(
                 model_name=http.served_model_name or _model_name(model.model),
@@ -68,21 +75,24 @@ def serve(
                 ),
                 metrics=metrics,
             )
-            _Server(service, http).run(sockets=[listener])
+            _Server(service, http, activity).run(sockets=[listener])
         finally:
             client.stop()
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens, and ends requests that outlast the time they get at the end."""
+    """Says where it listens and what it does, and ends requests that outlast the time they get."""
 
-    def __init__(self, service: Service, http: HttpOptions) -> None:
+    def __init__(self, service: Service, http: HttpOptions, activity: ActivityLog) -> None:
         app = create_app(service, http.max_body_mib * 2**20, http.body_timeout_s)
         backstop_s = http.shutdown_timeout_s + _CLOSING_S
         super().__init__(
             uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=backstop_s)
         )
         self._service = service
+        self._activity = activity
+        self._log_interval_s = http.log_interval_s
+        self._telling: asyncio.Task[None] | None = None
         self._shutdown_timeout_s = http.shutdown_timeout_s
         # uvicorn hears signals once it runs, and raises them again after it ended
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -98,6 +108,8 @@ class _Server(uvicorn.Server):
         prompt = "memory (noun):" if name == WORDNET else "The capital of France is"
         body = f'{{"model": "{name}", "prompt": "{prompt}"}}'
         _say(f"serving {name} at {url}; try:")
+        if self._log_interval_s:
+            self._telling = asyncio.create_task(self._activity.run(self._log_interval_s))
         _say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -106,6 +118,8 @@ class _Server(uvicorn.Server):
         )
         await super().shutdown(sockets)
         deadline.cancel()
+        if self._telling is not None:
+            self._telling.cancel()
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self.should_exit = True

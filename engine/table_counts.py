@@ -1,0 +1,49 @@
+"""What a model's value tables were asked for, looked at now and then: a look is a native call."""
+
+import time
+from collections.abc import Callable
+
+from engine.model.transformer import Transformer
+from engine.request import TableCounts
+from memory_ops.tables.table_statistics import TableStatistics
+
+EVERY_S = 1.0
+
+
+class TableCounter:
+    """Looks at the tables of one model, once a second at most while it has work."""
+
+    def __init__(self, model: Transformer, clock: Callable[[], float] = time.monotonic) -> None:
+        """Take the tables that are attached now; ``clock`` tells seconds."""
+        self._tables = dict(model.tables)
+        self._clock = clock
+        self._next = clock()
+
+    def take(self, is_idle: bool) -> tuple[TableCounts, ...] | None:
+        """Totals by table and layer; None where it is too soon, and there will be another step."""
+        now = self._clock()
+        if now < self._next and not is_idle:
+            return None
+        self._next = now + EVERY_S
+        return tuple(
+            _counts(name, table.tier, layer, statistics)
+            for name, table in self._tables.items()
+            for layer, statistics in sorted(table.statistics().items())
+        )
+
+
+def _counts(name: str, tier: str, layer: int, statistics: TableStatistics) -> TableCounts:
+    return TableCounts(
+        table=name,
+        tier=tier,
+        layer=layer,
+        requested_rows=statistics.rows_requested,
+        unique_rows=statistics.unique,
+        hits=statistics.hits,
+        misses=statistics.misses,
+        late=statistics.late,
+        bytes_read=statistics.bytes_read,
+        prefetched=statistics.prefetched,
+        prefetched_used=statistics.prefetched_used,
+        stall_seconds=statistics.stall_seconds,
+    )

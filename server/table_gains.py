@@ -1,0 +1,47 @@
+"""What value tables were asked for since the last look, from totals that may begin anew."""
+
+from collections.abc import Iterator
+
+from engine.request import TableCounts
+
+TABLE_LABELS = ("table", "tier", "layer")
+TABLE_COUNTS = {
+    "requested_rows": "row ids looked up, repeats included",
+    "unique_rows": "rows looked up, each once a lookup",
+    "hits": "unique rows that were in memory",
+    "misses": "unique rows that had to be fetched",
+    "late": "unique rows that were being fetched already",
+    "bytes_read": "bytes read from where the rows lie",
+    "prefetched": "rows fetched before they were asked for",
+    "prefetched_used": "prefetched rows that were asked for in time",
+    "stall_seconds": "seconds waited for rows",
+}
+
+
+class TableGains:
+    """Differences of totals; those of an engine that was started again begin at zero."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, ...], TableCounts] = {}
+
+    def since(
+        self, tables: tuple[TableCounts, ...] | None
+    ) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
+        """By labels, what each of ``TABLE_COUNTS`` has gained; nothing where there was no look.
+
+        No tables at all, as told when an engine ends, are what those of the next begin from.
+        """
+        if tables is None:
+            return
+        before, self._seen = self._seen, {}
+        for counts in tables:
+            labels = (counts.table, counts.tier, str(counts.layer))
+            seen = before.get(labels)
+            self._seen[labels] = counts
+            yield (
+                labels,
+                {
+                    name: getattr(counts, name) - (getattr(seen, name) if seen else 0)
+                    for name in TABLE_COUNTS
+                },
+            )

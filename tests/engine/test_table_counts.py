@@ -1,0 +1,83 @@
+"""Counts of value tables: by table and layer, complete at rest, and seldom looked at in between."""
+
+from types import SimpleNamespace
+
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.request import TableCounts
+from engine.table_counts import TableCounter
+from memory_ops.tables.device import DeviceTable
+from memory_ops.tables.table_statistics import TableStatistics
+from tests.models import feed_forward_changes, greedy, random_model, tiny_config
+
+
+class CountedTable(DeviceTable):
+    """Counts how often it was asked."""
+
+    looks = 0
+
+    def statistics(self):
+        self.looks += 1
+        return super().statistics()
+
+
+def test_every_count_goes_by_its_name():
+    totals = TableStatistics(1, 2, 3, 4, 5, 6, 7, 8, 9, 0.5)
+    table = SimpleNamespace(tier="disk", statistics=lambda: {7: totals})
+    (counts,) = TableCounter(SimpleNamespace(tables={"memory.table": table})).take(is_idle=True)
+    assert counts == TableCounts(
+        table="memory.table",
+        tier="disk",
+        layer=7,
+        requested_rows=1,
+        unique_rows=3,
+        hits=4,
+        late=5,
+        misses=6,
+        bytes_read=7,
+        prefetched=8,
+        prefetched_used=9,
+        stall_seconds=0.5,
+    )
+
+
+def test_tables_are_looked_at_once_a_second_and_at_rest():
+    table, now = CountedTable(torch.randn(4, 8)), [100.0]
+    counter = TableCounter(SimpleNamespace(tables={"memory.table": table}), lambda: now[0])
+    looked = []
+    for seconds in (0, 0.5, 0.4, 0.2, 0.9, 0.2):
+        now[0] += seconds
+        looked.append(counter.take(is_idle=False) is not None)
+    assert looked == [True, False, False, True, False, True]
+    assert counter.take(is_idle=False) is None and counter.take(is_idle=True) == ()
+    assert table.looks == 4
+
+
+def test_an_engine_at_rest_has_told_of_every_lookup():
+    model = random_model(tiny_config(**feed_forward_changes("memory_plus", "dense", "peer")))
+    tables = {name: CountedTable(table.rows) for name, table in model.tables.items()}
+    model.attach_tables(tables)
+    engine = Engine(model, EngineConfig(kv_cache_gib=0.001))
+    engine.add(greedy("a", [1, 2, 3], 5))
+    told, given = [], 0
+    while engine.has_work:
+        statistics = engine.step().statistics
+        told.append(statistics.tables)
+        given += statistics.new_tokens
+    assert given == 5
+    found = {(one.table, one.layer): one for one in told[-1]}
+    # 3 prompt tokens and 4 more, 2 heads x 3 rows
+    assert {name: one.requested_rows for name, one in found.items()} == {
+        ("memory.table", 0): 42,
+        ("memory.table", 2): 42,
+        ("memory.down_table", 2): 42,
+    }
+    assert {one.tier for one in told[-1]} == {"device"}
+
+
+def test_a_model_without_tables_has_no_counts():
+    engine = Engine(random_model(tiny_config()), EngineConfig(kv_cache_gib=0.001))
+    engine.add(greedy("a", [1], 2))
+    assert engine.step().statistics.tables in (None, ()) and engine.step().statistics.tables == ()

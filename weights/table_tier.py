@@ -41,13 +41,18 @@ class TierChoice:
             weight_bytes: of all else, in the dtype that is served.
 
         Raises:
-            ConfigError: a cache was asked for, and there are no tables.
+            ConfigError: a cache was asked for, and there are no tables; or the system does not tell
+                how much memory there is.
         """
         if not table_bytes:
             if self.asked_cache is not None:
                 raise ConfigError("table_cache: is for value tables, and this model has none")
             return None
-        memory = self.available()
+        try:
+            memory = self.available()
+        except (OSError, ValueError) as error:
+            message = f"table_tier: auto cannot tell what memory there is ({error}); choose another"
+            raise ConfigError(message) from None
         left = memory.num_bytes - weight_bytes - self.kv_bytes - _STEP_BYTES
         cache = self.asked_cache
         if cache is None:
@@ -59,7 +64,9 @@ class TierChoice:
         else:
             decision = f"stay on disk, {_size(cache)} of memory are for their rows"
         is_held = table_bytes <= max(left, cache)
-        logger.info(
+        # what is slower is told wherever nothing else is logged, too
+        logger.log(
+            logging.INFO if is_held else logging.WARNING,
             "tables of %s %s%s: %s is available (%s), less %s for weights, %s for KV blocks and"
             " %s for a step",
             *(_size(table_bytes), decision),

@@ -36,7 +36,7 @@ def test_a_table_is_held_where_it_fits_beside_weights_and_kv_blocks(caplog):
         " 512.0 MiB for weights, 1.00 GiB for KV blocks and 512.0 MiB for a step"
     )
     cache, line = decided(caplog, 12 * GIB - 1, 10 * GIB)
-    assert cache == 2 * GIB
+    assert cache == 2 * GIB and caplog.records[0].levelno == logging.WARNING
     assert line.startswith(
         "tables of 10.00 GiB stay on disk, 2.00 GiB of memory are for their rows: "
     )
@@ -59,6 +59,14 @@ def test_a_cache_that_is_not_used_is_told_of(caplog):
     assert "--table-cache is not used" in decided(caplog, 9 * GIB, GIB, 5 * MIB)[1]
     assert "--table-cache" not in decided(caplog, 9 * GIB, GIB)[1]
     assert "--table-cache" not in decided(caplog, 0, GIB, 5 * MIB)[1]
+
+
+def test_a_system_that_does_not_tell_is_told_of():
+    def silent():
+        raise ValueError("no MemAvailable")
+
+    with pytest.raises(ConfigError, match=r"table_tier: auto cannot tell .*no MemAvailable"):
+        TierChoice(GIB, None, GIB, silent).cache_bytes(GIB, GIB)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import itertools
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.offline_load import OfflineLoad
@@ -73,8 +74,17 @@ class EngineRounds:
         assert done == length
         return steps
 
-    def decode(self, batch: int, input_len: int, output_len: int) -> list[TimedStep]:
-        """Compute prompts, untimed; then so many steps, each a token of every sequence."""
+    def decode(
+        self,
+        batch: int,
+        input_len: int,
+        output_len: int,
+        before_step: Callable[[], object] = lambda: None,
+    ) -> list[TimedStep]:
+        """Compute prompts, untimed; then so many steps, each a token of every sequence.
+
+        ``before_step`` is called before each of these, outside the timing.
+        """
         # more than will come, so that none ends on its own
         most = self._engine.limits.max_model_len - input_len
         names = [self._add(input_len, most) for _ in range(batch)]
@@ -85,6 +95,7 @@ class EngineRounds:
             _count(self._step()[1], lengths)  # the first step without a prompt warms up
             steps = []
             for _ in range(output_len):
+                before_step()
                 seconds, output = self._step()
                 assert output.statistics.step_tokens == batch
                 # the newest token is the one that is run

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.kernel_shapes import Shapes
+from benchmarks.memory.load import MemoryLoad, default_trace
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.serving_load import ServingLoad
 from engine.config import EngineConfig
@@ -77,6 +78,25 @@ def trace(options: argparse.Namespace) -> None:
     print(summarize(found))
 
 
+def lookahead(options: argparse.Namespace) -> None:
+    """Measure how many of the rows that memories read can be guessed, and how early."""
+    from benchmarks.lookahead import measure
+    from weights.prepare import prepared_folder
+
+    folder = prepared_folder(options.model, cache_folder())
+    measure(folder, options.texts, options.tokens, options.widths, options.json)
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Measure tokens a second per memory size, tier and access skew."""
+    from benchmarks.memory.sweep import measure
+    from weights.prepare import prepared_folder
+
+    source = prepared_folder(options.model, cache_folder())
+    load = from_options(MemoryLoad, options)
+    measure(source, load, options.trace, options.out, options.json)
+
+
 def memory_model(options: argparse.Namespace) -> None:
     """Write a model with three memory layers of random weights, to be measured beside its own."""
     from benchmarks.random_memory import write_variant
@@ -138,6 +158,24 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("--tokens", type=int, default=100_000, help="counted (default: %(default)s)")
     traced = "of these, whose rows are kept in their order (default: %(default)s)"
     verb.add_argument("--traced", type=int, default=4096, help=traced)
+
+    verb = benchmarks.add_parser("lookahead", help=lookahead.__doc__)
+    verb.set_defaults(run=lookahead)
+    verb.add_argument("texts", nargs="+", metavar="TEXTS", help="files and folders to run over")
+    verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
+    verb.add_argument("--tokens", type=int, default=2048, help="looked at (default: %(default)s)")
+    widths = "rows that are guessed, as multiples of those read (default: 1 1.5 2)"
+    verb.add_argument("--widths", type=float, nargs="+", default=[1, 1.5, 2], help=widths)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+
+    verb = benchmarks.add_parser("memory", help=memory.__doc__)
+    verb.set_defaults(run=memory)
+    add_options(verb, MemoryLoad)
+    verb.add_argument("--model", default=SMOLLM2, help="whose feed-forwards become memories")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on from there")
+    recorded = "of a model's reads, by `memplus bench trace` (default: the benchmark model's)"
+    verb.add_argument("--trace", type=Path, default=default_trace(), help=recorded)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the medians there, too")
 
     verb = benchmarks.add_parser("memory-model", help=memory_model.__doc__)
     verb.set_defaults(run=memory_model)

@@ -86,6 +86,11 @@ class MemoryLayer(nn.Module):
         assert self._down_table is not None, "no table of this kind was attached"
         return self._down_table
 
+    @property
+    def tables(self) -> tuple[ValueTable, ...]:
+        """All that are attached."""
+        return (self.table,) if self._down_table is None else (self.down_table, self.table)
+
     def attach(self, table: ValueTable, down_table: ValueTable | None = None) -> None:
         """Read rows from these tables, from before ``pack`` on; the caller has checked shapes."""
         assert self.keys.packed is None and (down_table is not None) == self.is_peer

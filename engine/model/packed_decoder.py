@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.layers import DecoderLayer
+from engine.model.lookahead import Lookahead
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_layers import PackedLayers
@@ -20,8 +21,14 @@ _MANY_BYTES = 2**28
 class PackedDecoder:
     """Runs all layers of a decoder for serving; packing gives their weights up."""
 
-    def __init__(self, layers: nn.ModuleList, num_heads: int, native: NativeOps) -> None:
-        self._native = native
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        num_heads: int,
+        native: NativeOps,
+        lookahead: Lookahead | None = None,
+    ) -> None:
+        self._native, self._lookahead = native, lookahead
         self._decoders = [layer for layer in layers if isinstance(layer, DecoderLayer)]
         products = [layer.pack(native) for layer in self._decoders]
         # those whose feed-forward the native calls leave out
@@ -44,6 +51,8 @@ class PackedDecoder:
         if residual_TD.shape[0] > _FEW_TOKENS:
             runs = [range(i, i + 1) for i in range(len(self._decoders))]
         for run in runs:
+            if self._lookahead is not None:
+                self._lookahead.before(run.start, residual_TD)
             read = self._native.decoder_layers(
                 self._layers, run, residual_TD, angles, layout, layout.paged, kv_blocks
             )
@@ -64,12 +73,14 @@ class PackedDecoder:
                 trace.memory.append(MemoryTrace(rows_THK, weights_THK))
 
     def _joined(self, num_bytes: Sequence[int]) -> list[range]:
-        """The layers in runs that end where they have grown large, or with a feed-forward apart."""
+        """The layers in runs that end where they have grown large, with a feed-forward apart, or
+        before a layer where rows are guessed."""
+        guessed = self._lookahead.layers if self._lookahead is not None else ()
         runs, first, size = [], 0, 0
         for index, own in enumerate(num_bytes):
             size += own
             is_last = index + 1 == len(num_bytes)
-            if is_last or self._apart[index] or size >= _MANY_BYTES:
+            if is_last or self._apart[index] or index + 1 in guessed or size >= _MANY_BYTES:
                 runs.append(range(first, index + 1))
                 first, size = index + 1, 0
         return runs

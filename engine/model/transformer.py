@@ -9,6 +9,7 @@ from engine import ops
 from engine.model.config import ModelConfig
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.layers import DecoderLayer
+from engine.model.lookahead import Lookahead, LookaheadConfig
 from engine.model.norm import RmsNorm
 from engine.model.packed_decoder import PackedDecoder
 from engine.model.rotary import rope_angles, rope_frequencies
@@ -74,6 +75,7 @@ class Transformer(nn.Module):
         head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
         self.head = ops.Projection(head, norm=self.model.norm)
         self._packed_layers: PackedDecoder | None = None
+        self._lookahead: Lookahead | None = None
         # no parameter, and made on the CPU even where the rest is built on the meta device
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
@@ -110,6 +112,17 @@ class Transformer(nn.Module):
             assert isinstance(block, DecoderLayer) and block.memory is not None
             block.memory.attach(tables[names.values], tables.get(names.down or ""))
 
+    def look_ahead(self, config: LookaheadConfig) -> None:
+        """Have rows guessed for the tables that are attached, and fetched before they are read.
+
+        Raises:
+            ValueError: the model is packed already.
+        """
+        if self._packed_layers is not None:
+            raise ValueError("lookahead: the model is packed, without it")
+        memories = [layer.memory for layer in self.model.layers if isinstance(layer, DecoderLayer)]
+        self._lookahead = Lookahead([memory for memory in memories if memory is not None], config)
+
     def pack(self) -> None:
         """Lay the weights out for this machine's kernels, where it has any.
 
@@ -120,7 +133,9 @@ class Transformer(nn.Module):
         native = native_ops(weight.device, weight.dtype)
         if native is None:
             return
-        self._packed_layers = PackedDecoder(self.model.layers, self.config.num_heads, native)
+        self._packed_layers = PackedDecoder(
+            self.model.layers, self.config.num_heads, native, self._lookahead
+        )
         self.head.pack(native)
 
     def forward(
@@ -155,6 +170,8 @@ class Transformer(nn.Module):
             )
         else:
             for index, layer in enumerate(self.model.layers):
+                if self._lookahead is not None:
+                    self._lookahead.before(index, residual_TD)
                 layer_kv = kv_blocks[index] if kv_blocks is not None else None
                 residual_TD = self.run_layer(layer, residual_TD, layout, angles, layer_kv, trace)
                 on_layers()

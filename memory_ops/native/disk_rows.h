@@ -7,19 +7,10 @@
 #include <algorithm>
 #include <deque>
 
-#include "reads.h"
+#include "row_file.h"
 #include "row_slots.h"
 
 namespace memplus {
-
-// Where the rows are, and how much may be under way.
-struct RowFile {
-  int file;
-  int64_t offset;      // of row 0
-  int64_t num_rows;
-  int64_t row_bytes;
-  int64_t alignment;   // of offsets and sizes that the file is read by; 1 where it has none
-};
 
 // Totals of a layer's lookups; the order is that of disk_rows.py.
 struct DiskCounts {
@@ -49,7 +40,7 @@ class DiskRows {
         errors_(num_slots),
         stamps_(num_slots),
         reads_(std::move(reads)),
-        buffer_bytes_(span_bytes()),
+        buffer_bytes_(from.span_bytes()),
         buffers_((uint8_t*)std::aligned_alloc(4096, depth * buffer_bytes_)),
         under_way_(depth) {
     for (unsigned i = 0; i < depth; i++) free_.push_back(depth - 1 - i);
@@ -155,13 +146,6 @@ class DiskRows {
     clock_gettime(CLOCK_MONOTONIC, &time);
     return time.tv_sec * 1'000'000'000 + time.tv_nsec;
   }
-  int64_t begin(int64_t row) const { return from_.offset + row * from_.row_bytes; }
-
-  // The most bytes of a read: a row and what aligning adds.
-  int64_t span_bytes() const {
-    const int64_t a = from_.alignment;
-    return (from_.row_bytes + 2 * (a - 1) + 4095) / 4096 * 4096;
-  }
 
   // A pinned slot that has the row, or will; NO_SLOT where all are pinned.
   int32_t wanted_slot(int64_t row) {
@@ -219,10 +203,8 @@ class DiskRows {
     }
   }
   void push(unsigned buffer) {
-    const int64_t first = begin(under_way_[buffer].row), a = from_.alignment;
-    const int64_t aligned = first / a * a;
-    const int64_t size = (first + from_.row_bytes - aligned + a - 1) / a * a;
-    reads_->push({aligned, buffers_ + buffer * buffer_bytes_, (unsigned)size, buffer});
+    uint8_t* const memory = buffers_ + buffer * buffer_bytes_;
+    reads_->push(from_.read_of(under_way_[buffer].row, memory, buffer));
   }
 
   // Hands on what was pushed. False once the kernel takes nothing any more.
@@ -246,7 +228,7 @@ class DiskRows {
     while (reads_->pop(done)) {
       const unsigned buffer = (unsigned)done.tag;
       UnderWay& own = under_way_[buffer];
-      const int64_t before = begin(own.row) % from_.alignment;
+      const int64_t before = from_.before(own.row);
       if (done.result >= 0) counts_[own.layer].bytes += done.result;
       const bool is_whole = done.result >= before + from_.row_bytes;
       const bool is_passing = done.result >= 0 || done.result == -EINTR || done.result == -EAGAIN;

@@ -40,6 +40,7 @@ class DiskTable:
         num_slots: rows that memory is for.
         slots: these rows.
         rows: what finds and reads them.
+        place: where the file has them.
         on_progress: called now and then while a lookup takes long.
     """
 
@@ -88,8 +89,8 @@ class DiskTable:
             if offset + self.num_rows * size > self._state[0]:
                 raise TableReadError(f"{file}: ends before the last row")
             memory = anonymous_zeros((self.num_slots, size), torch.uint8)
-            place = RowFile(self._descriptor, offset, self.num_rows, size, alignment)
-            self.rows = _disk_rows(place, memory, threads, most_uses, fault)
+            self.place = RowFile(self._descriptor, offset, self.num_rows, size, alignment)
+            self.rows = _disk_rows(self.place, memory, threads, most_uses, fault)
         except OSError as error:
             os.close(self._descriptor)
             taken = self.num_slots * (size + SLOT_BYTES)

@@ -1,0 +1,125 @@
+"""What ``memplus bench memory`` sweeps: plain data that needs no torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.config import ConfigError
+from memory_ops.row_formats import ROW_FORMATS
+
+TIERS = ("device", "disk", "mmap")
+SKEWS = ("recorded", "zipf", "uniform")
+_DTYPES = ("bfloat16", *ROW_FORMATS)
+
+
+@dataclass(frozen=True)
+class MemoryLoad:
+    """Tables and their readers; every field becomes an option.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    rows: tuple[int, ...] = field(
+        default=(2**12, 2**14, 2**16, 2**18, 2**20),
+        metadata={"help": "of a table, each the square of a power of two"},
+    )
+    tiers: tuple[str, ...] = field(
+        default=("device", "disk"),
+        metadata={"help": "where the rows lie; mmap reads them by page faults", "choices": TIERS},
+    )
+    row_dtypes: tuple[str, ...] = field(
+        default=("bfloat16",), metadata={"help": "what the rows are stored in", "choices": _DTYPES}
+    )
+    batches: tuple[int, ...] = field(
+        default=(1, 8), metadata={"help": "sequences that decode together"}
+    )
+    skews: tuple[str, ...] = field(
+        default=("recorded",), metadata={"help": "which rows are read from disk", "choices": SKEWS}
+    )
+    cache_share: float = field(
+        default=0.1, metadata={"help": "memory for rows of the disk tier, as a share of the table"}
+    )
+    lookahead: int | None = field(
+        default=None,
+        metadata={"help": "layers before a memory that its rows are guessed (default: never)"},
+    )
+    recall: float = field(
+        default=0.5, metadata={"help": "share of the rows that such guesses hold, as measured"}
+    )
+    output_len: int = field(default=32, metadata={"help": "decode steps of a round"})
+    rounds: int = field(default=5, metadata={"help": "rounds of which medians are taken"})
+
+    def __post_init__(self) -> None:
+        for rows in self.rows:
+            bits = rows.bit_length() - 1
+            if rows != 1 << bits or bits % 2 or not 10 <= bits <= 24:
+                raise ConfigError(f"rows: {rows} is no even power of two from 2^10 to 2^24")
+        for name in ("batches", "output_len", "rounds"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,)) < 1:
+                raise ConfigError(f"{name}: must be at least 1, not {value}")
+        if not 0 < self.cache_share <= 1:
+            raise ConfigError(f"cache_share: {self.cache_share} is outside (0, 1]")
+        if not 0 <= self.recall <= 1:
+            raise ConfigError(f"recall: {self.recall} is outside [0, 1]")
+        if self.lookahead is not None and self.lookahead < 0:
+            raise ConfigError(f"lookahead: must be 0 or more, not {self.lookahead}")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing that is measured.
+
+    Attributes:
+        rows: of the table.
+        tier: where they lie.
+        dtype: of the rows.
+        batch: sequences that decode together.
+        skew: which rows are read; in memory the model's own choice, which is about uniform.
+        cache_bytes: memory for rows; 0 where all are in memory.
+        page_cache: ``unused`` in memory, ``excluded`` by direct reads, ``dropped`` before each
+            round of a mapped file.
+        lookahead: layers before a memory that its rows are guessed; None for never.
+        recall: of these guesses.
+    """
+
+    rows: int
+    tier: str
+    dtype: str
+    batch: int
+    skew: str
+    cache_bytes: int
+    page_cache: str
+    lookahead: int | None
+    recall: float | None
+
+
+@dataclass(frozen=True)
+class Round:
+    """One turn of a point.
+
+    Attributes:
+        tokens_per_s: of the timed steps.
+        hit_rate: unique rows that were in memory.
+        late_rate: unique rows that were being fetched already.
+        misses_per_token: rows that had to be fetched when they were wanted.
+        reads_per_token: rows fetched, guesses included.
+        stall_s: waited for rows in the timed steps.
+        seconds: that these took.
+        limit_reads_per_s: what the disk gives to reads of this size at random places, measured
+            beside it; 0 in memory.
+    """
+
+    tokens_per_s: float
+    hit_rate: float
+    late_rate: float
+    misses_per_token: float
+    reads_per_token: float
+    stall_s: float
+    seconds: float
+    limit_reads_per_s: float
+
+
+def default_trace() -> Path:
+    """The committed record of what the benchmark model reads."""
+    return Path(__file__).parent / "smollm2_memory.npz"

@@ -1,0 +1,175 @@
+"""The sweep: all points by turns in one process, each round kept, so that it can be resumed."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.access_trace import AccessTrace
+from benchmarks.memory.load import MemoryLoad, Point, Round
+from benchmarks.memory.plot import plot
+from benchmarks.memory.readers import Reader, accesses, make_reader
+from benchmarks.random_memory import write_variant
+from benchmarks.serving_plot import check_plot
+from engine.allocator import keep_freed_memory
+from engine.config import ConfigError
+from memory_ops.native.disk_rows import random_reads_per_s
+from memory_ops.row_formats import ROW_FORMATS, row_bytes
+from memory_ops.tables.disk import SLOT_BYTES, DiskTable
+from weights.checkpoint import open_checkpoint
+from weights.convert import convert
+
+_DEPTHS = (64, 128, 256)
+_READS = 20_000
+
+
+def measure(
+    source: Path, load: MemoryLoad, trace_file: Path, folder: Path, json_file: Path | None
+) -> None:
+    """Measure what is not in the folder yet; print, write and draw medians of all that is.
+
+    Raises:
+        CheckpointError: the model cannot be read, or has memory layers already.
+        ConfigError: the JSON file has no folder, memory for rows is too small, or there is nothing
+            to draw with.
+        DataError: the trace cannot be read.
+    """
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"json: there is no folder {json_file.parent}")
+    folder.mkdir(parents=True, exist_ok=True)
+    check_plot(folder / "memory.png")
+    keep_freed_memory()
+    trace = AccessTrace.load(trace_file) if "recorded" in load.skews else None
+    points = list(_points(source, load))
+    rounds = Rounds(folder / "rounds.jsonl")
+    missing = [point for point in points if rounds.number(point) < load.rounds]
+    if missing:
+        _run(missing, source, folder, load, trace, rounds)
+    results = [rounds.median(point) for point in points]
+    print(_HEADER, *map(_line, results), sep="\n")
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, folder / "memory.png")
+
+
+class Rounds:
+    """A file of rounds, one JSON object a line, by their points."""
+
+    def __init__(self, file: Path) -> None:
+        """Read what is there; a line that was cut short is left out."""
+        self._file = file
+        self._rounds: dict[Point, list[Round]] = {}
+        for line in file.read_text().splitlines() if file.exists() else ():
+            try:
+                kept = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            self._rounds.setdefault(Point(**kept["point"]), []).append(Round(**kept["round"]))
+
+    def number(self, point: Point) -> int:
+        """How many rounds a point has had."""
+        return len(self._rounds.get(point, ()))
+
+    def add(self, point: Point, done: Round) -> None:
+        """Keep a round."""
+        self._rounds.setdefault(point, []).append(done)
+        with open(self._file, "a") as file:
+            file.write(json.dumps({"point": asdict(point), "round": asdict(done)}) + "\n")
+
+    def median(self, point: Point) -> dict[str, Any]:
+        """A point and the median of each of its figures."""
+        columns = [asdict(done) for done in self._rounds[point]]
+        figures = {name: median(column[name] for column in columns) for name in columns[0]}
+        return asdict(point) | figures | {"rounds": len(columns)}
+
+
+def _points(source: Path, load: MemoryLoad) -> Iterator[Point]:
+    width = open_checkpoint(source)[0].model.hidden_size
+    for dtype in load.row_dtypes:
+        for rows in load.rows:
+            size = row_bytes(dtype, width) if dtype in ROW_FORMATS else 2 * width
+            cache = round(rows * load.cache_share) * (size + SLOT_BYTES)
+            for tier in load.tiers:
+                skews = ("uniform",) if tier == "device" else load.skews
+                is_disk = tier == "disk"
+                early = load.lookahead if is_disk else None
+                for batch in load.batches:
+                    for skew in skews:
+                        yield Point(
+                            rows=rows,
+                            tier=tier,
+                            dtype=dtype,
+                            batch=batch,
+                            skew=skew,
+                            cache_bytes=cache if is_disk else 0,
+                            page_cache=_PAGE_CACHE[tier],
+                            lookahead=early,
+                            recall=load.recall if early is not None else None,
+                        )
+
+
+_PAGE_CACHE = {"device": "unused", "disk": "excluded", "mmap": "dropped"}
+
+
+def _run(
+    points: Sequence[Point],
+    source: Path,
+    folder: Path,
+    load: MemoryLoad,
+    trace: AccessTrace | None,
+    rounds: Rounds,
+) -> None:
+    readers: dict[tuple[int, str, str], Reader] = {}
+    with tqdm(total=len(points) * load.rounds, unit="round", disable=None) as bar:
+        bar.update(sum(rounds.number(point) for point in points))
+        for point in points:
+            key = (point.rows, point.dtype, point.tier)
+            if key not in readers:
+                readers[key] = make_reader(_model(source, folder, point), point, load)
+        ways = {point.rows: accesses(load.skews, point.rows, trace) for point in points}
+        for number in range(load.rounds):
+            for point in points:
+                if rounds.number(point) <= number:
+                    reader = readers[point.rows, point.dtype, point.tier]
+                    done = reader.round(point, load, ways[point.rows].get(point.skew))
+                    rounds.add(point, replace(done, limit_reads_per_s=_limit(reader, number)))
+                    bar.update()
+
+
+def _model(source: Path, folder: Path, point: Point) -> Path:
+    """The model of a point, written where it is not there yet: its rows are on the disk."""
+    bits = point.rows.bit_length() - 1
+    wide = folder / "models" / f"bfloat16-{bits}"
+    if not wide.exists():
+        write_variant(source, wide, 1 << bits // 2)
+    if point.dtype == "bfloat16":
+        return wide
+    narrow = folder / "models" / f"{point.dtype}-{bits}"
+    if not narrow.exists():
+        convert(wide, narrow, table_dtype=point.dtype)
+    return narrow
+
+
+def _limit(reader: Reader, seed: int) -> float:
+    table = reader.replayed.table if reader.replayed is not None else None
+    if not isinstance(table, DiskTable):
+        return 0.0
+    return max(random_reads_per_s(table.place, depth, _READS, seed) for depth in _DEPTHS)
+
+
+_HEADER = (
+    "      rows tier   dtype    batch skew      cache MiB  tokens/s  hits  late  stall s"
+    "  of s  reads/token  disk reads/s"
+)
+
+
+def _line(result: dict[str, Any]) -> str:
+    return (
+        "{rows:>10} {tier:<6} {dtype:<8} {batch:>5} {skew:<9} {0:>9.1f} {tokens_per_s:>9.1f}"
+        " {hit_rate:>5.2f} {late_rate:>5.2f} {stall_s:>8.3f} {seconds:>5.2f}"
+        " {reads_per_token:>12.1f} {limit_reads_per_s:>13.0f}"
+    ).format(result["cache_bytes"] / 2**20, **result)

@@ -1,0 +1,44 @@
+// How fast a disk reads rows at random places, when nothing is done with them.
+#pragma once
+
+#include <time.h>
+
+#include "row_file.h"
+
+namespace memplus {
+
+// Nanoseconds of so many reads, `depth` of them under way; below zero an errno.
+inline int64_t read_rows_ns(const RowFile& from, unsigned depth, int64_t count, uint64_t seed) {
+  RingReads reads(from.file, depth);
+  if (!reads.is_open()) return -ENOSYS;
+  const int64_t bytes = from.span_bytes();
+  std::unique_ptr<uint8_t, decltype(&std::free)> buffers(
+      (uint8_t*)std::aligned_alloc(4096, depth * bytes), std::free);
+  if (!buffers) return -ENOMEM;
+  const auto push = [&](uint64_t buffer) {
+    seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+    const int64_t row = (int64_t)((seed >> 20) % from.num_rows);
+    reads.push(from.read_of(row, buffers.get() + buffer * bytes, buffer));
+  };
+  timespec begun, ended;
+  clock_gettime(CLOCK_MONOTONIC, &begun);
+  int64_t pushed = 0, under_way = 0;
+  for (; pushed < count && pushed < depth; pushed++, under_way++) push((uint64_t)pushed);
+  while (under_way) {
+    if (const int error = reads.submit(1)) return -error;
+    ReadDone done;
+    while (reads.pop(done)) {
+      under_way--;
+      if (done.result < from.row_bytes) return done.result < 0 ? done.result : -EIO;
+      if (pushed < count) {
+        push(done.tag);
+        pushed++;
+        under_way++;
+      }
+    }
+  }
+  clock_gettime(CLOCK_MONOTONIC, &ended);
+  return (ended.tv_sec - begun.tv_sec) * 1'000'000'000 + ended.tv_nsec - begun.tv_nsec;
+}
+
+}  // namespace memplus

@@ -1,0 +1,49 @@
+"""``memplus bench lookahead``: a guess from the layer itself is good, one from afar less so."""
+
+import json
+
+import pytest
+
+from benchmarks.lookahead import measure
+from engine.config import ConfigError
+from server.cli import main
+from tests.models import feed_forward_changes, random_model, save_model, tiny_config
+
+KINDS = ("dense", "memory_plus", "dense", "pkm")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_model(random_model(tiny_config(**feed_forward_changes(*KINDS))), tmp_path / "model")
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text("some words that are run over " * 4)
+    return str(tmp_path / "text.txt")
+
+
+def test_recall_is_told_by_layer_distance_and_width(folder, text, tmp_path, capsys):
+    file = tmp_path / "recall.json"
+    arguments = ["bench", "lookahead", text, "--model", str(folder), "--tokens", "60"]
+    assert main([*arguments, "--widths", "1", "9", "--json", str(file)]) == 0
+    found = {(r["layer"], r["distance"], r["candidates"]): r for r in json.loads(file.read_text())}
+    assert set(found) == {(1, d, k) for d in range(2) for k in (3, 8)} | {
+        (3, d, k) for d in range(4) for k in (3, 8)
+    }
+    for (layer, distance, _), one in found.items():
+        assert 0 < one["recall"] <= 1 and 0 < one["precision"] <= 1
+        assert one["recall"] <= found[layer, distance, 8]["recall"]
+    # as many guessed as read: one of either more is one of the other more
+    assert found[1, 0, 3]["recall"] == pytest.approx(found[1, 0, 3]["precision"])
+    assert len(capsys.readouterr().out.splitlines()) == len(found)
+
+
+def test_what_cannot_be_is_refused(folder, text, tmp_path):
+    with pytest.raises(ConfigError, match="tokens: the texts have"):
+        measure(folder, [text], 10**6, [1], None)
+    with pytest.raises(ConfigError, match="json: there is no folder"):
+        measure(folder, [text], 10, [1], tmp_path / "none" / "file.json")
+    dense = save_model(random_model(tiny_config()), tmp_path / "dense")
+    with pytest.raises(ConfigError, match="has no memory layers"):
+        measure(dense, [text], 10, [1], None)

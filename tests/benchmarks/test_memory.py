@@ -1,0 +1,124 @@
+"""``memplus bench memory``: reads as they are told to be, rounds that are kept, figures that add up."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.access_trace import AccessTrace
+from benchmarks.memory.access import DrawnAccess, RecordedAccess
+from benchmarks.memory.load import MemoryLoad
+from benchmarks.memory.replayed import ReplayedTable
+from engine.config import ConfigError
+from memory_ops.native import disk_rows
+from memory_ops.tables.device import DeviceTable
+from server.cli import main
+from tests.models import random_model, save_model, tiny_config
+
+
+def trace(num_rows=1024):
+    generator = np.random.default_rng(0)
+    rows = generator.integers(num_rows, size=(40, 3, 4, 32))
+    return AccessTrace(rows, np.zeros((3, num_rows), dtype=np.int64), 40)
+
+
+def test_what_was_recorded_is_read_again_in_order():
+    recorded = trace()
+    access = RecordedAccess(recorded, 1024)
+    first = access.rows(0, 0, 1)
+    assert torch.equal(first, torch.from_numpy(recorded.rows_TMHK[0, 1]))
+    assert torch.equal(access.rows(0, 41, 2), torch.from_numpy(recorded.rows_TMHK[1, 2]))
+    other = [np.array_equal(access.rows(3, 0, 0), rows) for rows in recorded.rows_TMHK[:, 0]]
+    assert sum(other) == 1 and not other[0]
+
+
+def test_larger_tables_spread_the_reads_and_smaller_ones_join_them():
+    recorded = trace()
+    wanted = torch.from_numpy(recorded.rows_TMHK[0, 0])
+    assert torch.equal(RecordedAccess(recorded, 4096).rows(0, 0, 0) // 4, wanted)
+    drawn = {tuple(RecordedAccess(recorded, 4096).rows(0, 0, 0)[0].tolist()) for _ in range(2)}
+    access = RecordedAccess(recorded, 4096)
+    drawn |= {tuple(access.rows(0, 0, 0)[0].tolist()) for _ in range(2)}
+    assert len(drawn) == 2
+    assert torch.equal(RecordedAccess(recorded, 256).rows(0, 0, 0), wanted // 4)
+
+
+def test_zipf_reads_the_most_frequent_row_as_often_as_the_law_says():
+    access = DrawnAccess(1024, (100, 100), is_zipf=True)
+    counts = torch.bincount(access.rows(0, 0, 0).flatten(), minlength=1024).sort(descending=True)
+    harmonic = (1 / torch.arange(1, 1025)).sum()
+    shares = counts.values[:2] / 10_000 * harmonic
+    torch.testing.assert_close(shares, torch.tensor([1.0, 0.5]), rtol=0.15, atol=0)
+    evenly = DrawnAccess(1024, (100, 100), is_zipf=False).rows(0, 0, 0)
+    assert torch.bincount(evenly.flatten(), minlength=1024).max() < 40
+
+
+class Kept(DeviceTable):
+    def hint(self, rows, layer=0):
+        self.hinted = rows, layer
+
+
+def test_a_replayed_table_reads_what_the_access_says():
+    table = Kept(torch.randn(1024, 4))
+    replayed = ReplayedTable(table, (2, 5), RecordedAccess(trace(), 1024), recall=0.5)
+    replayed.batch = 2
+    asked, weights = torch.zeros(2, 4, 32, dtype=torch.int64), torch.rand(2, 4, 32)
+    for position in range(3):
+        for memory, layer in enumerate((2, 5)):
+            rows = torch.stack([replayed.access.rows(one, position, memory) for one in (0, 1)])
+            replayed.hint(torch.zeros(2, 4, 48, dtype=torch.int64), layer)
+            hinted, told = table.hinted
+            assert told == layer and hinted.numel() == 2 * 4 * 48
+            right = torch.isin(rows, hinted).float().mean()
+            assert 0.35 < right < 0.75
+            found = replayed.start(asked, weights, layer).finish()
+            torch.testing.assert_close(found, table.start(rows, weights).finish())
+
+
+def test_what_cannot_be_swept_is_refused():
+    for field, value in (
+        ("rows", (2**13,)),
+        ("rows", (3000,)),
+        ("batches", (0,)),
+        ("cache_share", 0.0),
+        ("recall", 1.5),
+        ("lookahead", -1),
+        ("rounds", 0),
+    ):
+        with pytest.raises(ConfigError, match=f"{field}: "):
+            MemoryLoad(**{field: value})
+
+
+@pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
+def test_the_sweep_is_measured_kept_and_drawn(tmp_path, capsys):
+    source = save_model(random_model(tiny_config(num_layers=8, head_dim=16)), tmp_path / "model")
+    trace().save(tmp_path / "trace.npz")
+    out, file = tmp_path / "out", tmp_path / "memory.json"
+    arguments = [
+        *("bench", "memory", "--model", str(source), "--out", str(out), "--json", str(file)),
+        *("--rows", "1024", "4096", "--tiers", "device", "disk", "mmap", "--batches", "1", "2"),
+        *("--skews", "recorded", "zipf", "--row-dtypes", "bfloat16", "int8"),
+        *("--lookahead", "1", "--cache-share", "0.5", "--output-len", "2"),
+        *("--trace", str(tmp_path / "trace.npz"), "--rounds"),
+    ]
+    assert main([*arguments, "1"]) == 0
+    results = json.loads(file.read_text())
+    assert len(results) == 2 * 2 * 2 * (1 + 2 + 2)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(results)
+    for result in results:
+        assert result["tokens_per_s"] > 0 and 0 <= result["hit_rate"] <= 1
+        is_disk = result["tier"] == "disk"
+        assert (result["cache_bytes"] > 0) == (result["limit_reads_per_s"] > 0) == is_disk
+        assert (result["lookahead"] is not None) == is_disk
+        assert result["page_cache"] == {"device": "unused", "disk": "excluded"}.get(
+            result["tier"], "dropped"
+        )
+    assert (out / "memory.png").stat().st_size > 0
+    kept = (out / "rounds.jsonl").read_text()
+    assert main([*arguments, "1"]) == 0
+    assert (out / "rounds.jsonl").read_text() == kept
+    # one that was cut short is done again
+    (out / "rounds.jsonl").write_text(kept[:-20])
+    assert main([*arguments, "1"]) == 0
+    assert len(json.loads(file.read_text())) == len(results)

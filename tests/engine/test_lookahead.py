@@ -1,0 +1,104 @@
+"""Looking ahead: rows are fetched early, more of them the better the guess, and tokens stay."""
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.model.lookahead import Lookahead, LookaheadConfig, guessed_rows
+from engine.ops.layout import TokenLayout
+from memory_ops.native import disk_rows
+from memory_ops.tables.disk import SLOT_BYTES, DiskTable
+from memory_ops.tables.table_statistics import TableStatistics
+from tests.models import (
+    feed_forward_changes,
+    greedy,
+    plain_greedy,
+    random_model,
+    run,
+    save_model,
+    tiny_config,
+)
+from weights.checkpoint import load_model
+
+KINDS = ("dense", "memory_plus", "dense", "pkm", "dense", "memory_plus")
+PROMPTS = [[(7 * i + j) % 250 for j in range(1 + i % 9)] for i in range(6)]
+
+
+def model_of(kinds=KINDS):
+    return random_model(tiny_config(**feed_forward_changes(*kinds)))
+
+
+def on_disk(folder, rows, kinds):
+    """The model of a folder whose tables have room for so many rows, each in its file."""
+    model, config = load_model(folder)
+    tables = {
+        name: DiskTable(
+            folder / f"table-{i:05}.safetensors",
+            4096,
+            (64, 32),
+            torch.float32,
+            rows * (32 * 4 + SLOT_BYTES),
+        )
+        for i, name in enumerate(config.model.table_names)
+    }
+    model.attach_tables(tables)
+    return model
+
+
+@pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
+@pytest.mark.parametrize("kinds", [KINDS, ("dense", "peer", "dense", "pkm")])
+@pytest.mark.parametrize("distance", [0, 1, 2, 9])
+@pytest.mark.parametrize(("is_packed", "rows"), [(True, 16), (False, 64), (True, 64)])
+def test_tokens_stay_and_rows_are_there_early(tmp_path, kinds, distance, is_packed, rows):
+    model = model_of(kinds)
+    folder = save_model(model, tmp_path / "model")
+    ahead = on_disk(folder, rows, kinds)
+    ahead.look_ahead(LookaheadConfig(distance, candidates=4))
+    if is_packed:
+        ahead.pack()
+    config = EngineConfig(max_num_seqs=3, max_batched_tokens=40, kv_cache_gib=0.001)
+    requests = {0: [greedy(str(i), prompt, 6) for i, prompt in enumerate(PROMPTS)]}
+    found = run(Engine(ahead, config), requests)
+    assert found == {str(i): plain_greedy(model, prompt, 6) for i, prompt in enumerate(PROMPTS)}
+    for table in ahead.tables.values():
+        counted = TableStatistics.sum(table.statistics().values())
+        assert 0 < counted.prefetched_used <= counted.prefetched
+
+
+def test_what_enters_the_feed_forward_itself_guesses_every_row():
+    model = model_of(("dense", "memory_plus"))
+    memory = model.model.layers[1].memory
+    x = torch.randn(5, 32)
+    found = guessed_rows(memory, x, 3)
+    entered = {}
+    memory.register_forward_hook(lambda module, inputs, out: entered.update(x=inputs[0]))
+    layout = TokenLayout(torch.arange(5), (0, 5))
+    read = model(torch.arange(5), layout, torch.tensor([4]), with_trace=True).memory[1].rows_THK
+    assert torch.equal(guessed_rows(memory, entered["x"], 3), read)
+    # more candidates hold what fewer do; there are no more than subkeys
+    wider = guessed_rows(memory, x, 50)
+    assert wider.shape == (5, 2, 8)
+    assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(found[0], wider[0], strict=True))
+
+
+def test_tables_in_memory_are_not_guessed_for():
+    model = model_of()
+    memories = [layer.memory for layer in model.model.layers if layer.memory is not None]
+    assert Lookahead(memories, LookaheadConfig(1, 3)).layers == frozenset()
+    for memory in memories:
+        memory.table.tier = "disk"
+    assert Lookahead(memories, LookaheadConfig(2, 3)).layers == {0, 1, 3}
+    assert Lookahead(memories, LookaheadConfig(9, 3)).layers == {0}
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="distance: must be 0 or more, not -1"):
+        LookaheadConfig(-1, 1)
+    with pytest.raises(ValueError, match="candidates: must be 1 or more, not 0"):
+        LookaheadConfig(0, 0)
+    model = model_of()
+    model.pack()
+    if model._packed_layers is not None:
+        with pytest.raises(ValueError, match="the model is packed"):
+            model.look_ahead(LookaheadConfig(0, 1))

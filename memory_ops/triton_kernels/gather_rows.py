@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memory_ops.checks import Table, check_rows
+from memory_ops.checks import Table, check_rows, table_shape
 from memory_ops.triton_kernels.launch import RowLaunch, on_device_of
 from memory_ops.triton_kernels.table_view import (
     TableView,
@@ -54,14 +54,20 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
             (from triton) it lies in memory that the GPU cannot reach.
     """
     check_rows(table, rows_THK, weights_THK)
+    shape = len(rows_THK), table_shape(table)[1]
+    out_TV = torch.empty(shape, dtype=torch.float32, device=rows_THK.device)
+    gather_rows_into(out_TV, table, rows_THK, weights_THK)
+    return out_TV
+
+
+def gather_rows_into(out_TV: Tensor, table: Table, rows_THK: Tensor, weights_THK: Tensor) -> None:
+    """As ``gather_rows``, of operands that fit together, into contiguous fp32 ``[T, V]``."""
     view = table_view(table)
     num_tokens, num_choices = len(rows_THK), rows_THK.shape[1] * rows_THK.shape[2]
     rows_TC = rows_THK.reshape(num_tokens, num_choices).contiguous()
     weights_TC = weights_THK.reshape(num_tokens, num_choices).contiguous()
-    out_TV = torch.empty((num_tokens, view.value_dim), dtype=torch.float32, device=rows_TC.device)
     if out_TV.numel():
         _launch(view, rows_TC, weights_TC, out_TV)
-    return out_TV
 
 
 def _launch(view: TableView, rows_TC: Tensor, weights_TC: Tensor, out_TV: Tensor) -> None:

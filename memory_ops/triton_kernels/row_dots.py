@@ -53,15 +53,24 @@ def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
         ValueError: the shapes do not fit together, or table or x has another dtype.
     """
     check_vectors(table, rows_THK, x_TV)
+    dots_THK = torch.empty(rows_THK.shape, dtype=torch.float32, device=rows_THK.device)
+    row_dots_into(dots_THK, table, rows_THK, x_TV)
+    return dots_THK
+
+
+def row_dots_into(dots_THK: Tensor, table: Table, rows_THK: Tensor, x_TV: Tensor) -> None:
+    """As ``row_dots``, of operands that fit together, into contiguous fp32 ``[T, H, K]``.
+
+    Raises:
+        ValueError: table or x has another dtype.
+    """
     view = table_view(table)
     value_kind("x", x_TV)
     num_tokens, num_choices = len(rows_THK), rows_THK.shape[1] * rows_THK.shape[2]
     rows_TC = rows_THK.reshape(num_tokens, num_choices).contiguous()
     x_TV = x_TV if x_TV.stride(1) == 1 else x_TV.contiguous()
-    dots_TC = torch.empty((num_tokens, num_choices), dtype=torch.float32, device=rows_TC.device)
-    if dots_TC.numel():
-        _launch(view, rows_TC, x_TV, dots_TC)
-    return dots_TC.view(rows_THK.shape)
+    if dots_THK.numel():
+        _launch(view, rows_TC, x_TV, dots_THK.view(num_tokens, num_choices))
 
 
 def _launch(view: TableView, rows_TC: Tensor, x_TV: Tensor, dots_TC: Tensor) -> None:

@@ -1,0 +1,72 @@
+"""The row cache's kernels, compiled: registers, spills, and copies 128 bits a lane at a time."""
+
+import pytest
+import torch
+
+from memory_ops.anonymous import anonymous_zeros
+from memory_ops.triton_kernels.row_cache import (
+    NUM_COUNTS,
+    CacheSets,
+    Placed,
+    fetch_rows,
+    place_rows,
+)
+from tests.memory_ops.compiled.machine_code import TARGETS, compiled
+from tests.memory_ops.compiled.test_budgets import check, per_target
+
+# by hint and ways: as in test_budgets
+PLACE_BUDGETS = {
+    (False, 16): ((120, 64), (96, 64), (112, 64), (80, 64)),
+    (True, 16): ((112, 64), (96, 64), (96, 64), (80, 64)),
+}
+# by the words of a row, of the bits that they have
+FETCH_BUDGETS = {
+    (512, 32): ((32, 0), (32, 0), (32, 0), (32, 0)),
+    (500, 32): ((32, 0), (32, 0), (32, 0), (32, 0)),
+    (999, 16): ((32, 0), (32, 0), (32, 0), (32, 0)),
+}
+WORDS = {32: torch.int32, 16: torch.int16}
+
+
+def sets_of(num_sets: int, num_ways: int) -> CacheSets:
+    tags = torch.full((num_sets, num_ways), -1)
+    return CacheSets(tags, torch.zeros_like(tags))
+
+
+def counts() -> torch.Tensor:
+    return torch.zeros(NUM_COUNTS, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(PLACE_BUDGETS))
+def test_place_rows(case, target, budget):
+    is_hint, num_ways = case
+    sets, rows = sets_of(64, num_ways), torch.arange(1024)
+    figures = compiled(TARGETS[target], lambda: place_rows(sets, rows, counts(), is_hint=is_hint))
+    check(figures, budget, wide_loads=0)
+
+
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(FETCH_BUDGETS))
+def test_fetch_rows(case, target, budget):
+    width, bits = case
+    # as large as tables are: AMD's loads differ from 2**31 bytes on
+    words = anonymous_zeros((2**31 // width + 1, width), WORDS[bits])
+    keys = torch.zeros(1024, dtype=torch.int64)
+    placed, memory = Placed(keys, keys, keys), torch.zeros(64, width, dtype=WORDS[bits])
+    figures = compiled(TARGETS[target], lambda: fetch_rows(words, placed, memory))
+    assert not figures.spills and not figures.barriers
+    assert figures.registers <= budget[0] and figures.shared <= budget[1], figures
+    if bits == 32:
+        check(figures, budget, wide_loads=1)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("is_hint", [False, True])
+def test_one_row_of_one_set_of_one_way_compiles(target, is_hint):
+    # a size of 1 becomes a constant, which other code handles
+    sets, row = sets_of(1, 1), torch.zeros(1, dtype=torch.int64)
+    for is_first in (True, False):
+        figures = compiled(
+            TARGETS[target],
+            lambda first=is_first: place_rows(sets, row, counts(), is_hint=is_hint, is_first=first),
+        )
+        assert not figures.spills

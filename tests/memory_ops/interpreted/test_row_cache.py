@@ -1,0 +1,215 @@
+"""The row cache's kernels against the cache in plain Python, and reads through it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from memory_ops.row_formats import RowRecords
+from memory_ops.tables.row_cache import RowCache, rows_memory
+from memory_ops.triton_kernels import gather_rows, row_dots
+from memory_ops.triton_kernels.row_cache import NUM_COUNTS, CacheSets, Placed, place_rows
+from tests.memory_ops.row_cache_model import CacheModel
+from tests.memory_ops.tables import KINDS, num_rows, rows_of, table_of, vast_table
+
+CPU = torch.device("cpu")
+# a few that meet again, and some of any size
+row_ids = st.integers(0, 9) | st.integers(0, 2**62)
+calls = st.tuples(st.booleans(), st.lists(row_ids, min_size=1, max_size=20))
+
+
+def state_of(model: CacheModel) -> tuple[Tensor, Tensor]:
+    """Tags and worths as the kernels keep them."""
+    tags = [[way.row for way in ways] for ways in model.ways]
+    worths = [
+        [(way.uses << 48) + way.last * 2 + way.is_hinted for way in ways] for ways in model.ways
+    ]
+    return torch.tensor(tags), torch.tensor(worths)
+
+
+def unwritten_ids(like: Tensor) -> Tensor:
+    return torch.full_like(like, -(2**60))
+
+
+def check_places(model: CacheModel, rows: list[int], missing: dict[int, bool], placed: Placed):
+    """Rows of a way have its place, others places beside, each its own; the missing are fetched."""
+    ways = sum(len(ways) for ways in model.ways)
+    beside = {}
+    for row, place in zip(rows, placed.places_L.tolist(), strict=True):
+        if model.place(row) is None:
+            assert ways <= place < ways + len(rows)
+            assert beside.setdefault(row, place) == place
+        else:
+            assert place == model.place(row)
+    assert len(set(beside.values())) == len(beside)
+    places = dict(zip(rows, placed.places_L.tolist(), strict=True))
+    fetched = [place for place in placed.fetch_L.tolist() if place != -1]
+    assert sorted(fetched) == sorted(places[row] for row in missing if missing[row])
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 5), st.sampled_from([1, 2, 4]), st.lists(calls, min_size=1, max_size=4))
+def test_places_are_those_of_the_plain_cache(num_sets, num_ways, asked):
+    model = CacheModel(num_sets, num_ways)
+    tags = torch.full((num_sets, num_ways), -1)
+    sets = CacheSets(tags, torch.zeros_like(tags))
+    counts = torch.zeros(NUM_COUNTS, dtype=torch.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        # whoever forgets to write a place is seen
+        patch.setattr(torch, "empty_like", unwritten_ids)
+        for is_hint, rows in asked:
+            placed = place_rows(sets, torch.tensor(rows), counts, is_hint=is_hint)
+            if is_hint:
+                before = {row: model.place(row) for row in rows}
+                model.hint(rows)
+                came = {model.place(row) for row in rows if before[row] is None} - {None}
+                assert sorted(set(placed.fetch_L.tolist()) - {-1}) == sorted(came)
+            else:
+                check_places(model, rows, model.look_up(rows), placed)
+            assert all(map(torch.equal, sets, state_of(model)))
+    assert counts.tolist() == [*model.counts, 0, 0]
+
+
+def cache_of(table, *, num_sets: int = 2, num_ways: int = 2, beside: int = 64, **options):
+    """A cache of so many sets, its memory poisoned."""
+    memory = rows_memory(table)
+    row_bytes = memory.shape[1] * memory.element_size()
+    cache_bytes = beside * row_bytes + num_sets * num_ways * (row_bytes + 16)
+    options |= {"num_ways": num_ways, "beside": beside}
+    cache = RowCache(table, cache_bytes, CPU, **options)
+    if isinstance(table, RowRecords):
+        cache.memory.records_RB.fill_(0xFF)
+    assert cache.sets.tags_SW.shape == (num_sets, num_ways)
+    return cache
+
+
+def gathered(cache: RowCache, rows: Tensor, weights: Tensor, width: int, layer: int = 0) -> Tensor:
+    out = torch.empty(len(rows), width)
+    cache.gather_rows(out, rows, weights, layer)
+    return out
+
+
+@pytest.mark.parametrize("width", [1, 99])
+@pytest.mark.parametrize("kind", KINDS)
+def test_reads_are_those_of_the_table_bit_by_bit(kind, width):
+    table = table_of(kind, torch.randn(30, width))
+    cache = cache_of(table)
+    for _ in range(3):
+        rows, weights = rows_of(table, 3, 2, 3), torch.rand(3, 2, 3)
+        assert torch.equal(gathered(cache, rows, weights, width), gather_rows(table, rows, weights))
+        x, dots = torch.randn(3, width), torch.empty(3, 2, 3)
+        cache.row_dots(dots, rows, x, 0)
+        assert torch.equal(dots, row_dots(table, rows, x))
+    # of few ways and many rows, some were found and some had none
+    counted = cache.statistics()[0]
+    assert counted.hits and counted.misses > 4
+    assert counted.bytes_read == counted.misses * cache.row_bytes
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 2), st.lists(st.lists(st.integers(0, 11), min_size=6, max_size=6)))
+def test_whatever_was_read_before_reads_are_right(num_ways, asked):
+    table = torch.randn(12, 5)
+    cache = cache_of(table, num_ways=num_ways, beside=6)
+    cache.hint(torch.arange(3), 0)
+    for ids in asked[:4]:
+        rows, weights = torch.tensor(ids).view(2, 1, 3), torch.rand(2, 1, 3)
+        assert torch.equal(gathered(cache, rows, weights, 5), gather_rows(table, rows, weights))
+
+
+def test_what_does_not_fit_beside_the_sets_is_read_in_parts():
+    table = torch.randn(40, 7)
+    rows, weights = torch.arange(30).view(5, 2, 3), torch.rand(5, 2, 3)
+    cache = cache_of(table, beside=15)
+    assert torch.equal(gathered(cache, rows, weights, 7), gather_rows(table, rows, weights))
+    counted = cache.statistics()[0]
+    assert (counted.lookups, counted.rows_requested, counted.unique) == (1, 30, 30)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 1, 0)])
+def test_nothing_to_read_is_zero(shape):
+    cache = cache_of(torch.randn(9, 8))
+    rows = torch.zeros(shape, dtype=torch.int64)
+    assert torch.equal(gathered(cache, rows, torch.zeros(shape), 8), torch.zeros(shape[0], 8))
+    cache.hint(rows.flatten()[:0], 0)
+    assert not cache.statistics()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int4"])
+def test_rows_are_fetched_from_past_2_to_the_31(kind):
+    last = torch.randn(3, 100)
+    table = vast_table(kind, last)
+    rows, weights = torch.tensor([[[2, 0, 2, 1]]]), torch.rand(1, 1, 4)
+    cache = cache_of(table, num_sets=1, num_ways=4)
+    out = gathered(cache, rows + num_rows(table) - 3, weights, 100)
+    assert torch.equal(out, gather_rows(table_of(kind, last), rows, weights))
+
+
+def one_token(*ids: int) -> tuple[Tensor, Tensor]:
+    return torch.tensor(ids).view(1, 1, -1), torch.ones(1, 1, len(ids))
+
+
+def test_a_hint_makes_hits_by_layer():
+    cache = cache_of(torch.randn(50, 4), num_sets=1, num_ways=4, num_layers=3)
+    cache.hint(torch.tensor([[3, 4], [4, 3]]), 1)
+    gathered(cache, *one_token(3, 4, 5, 3), 4, layer=1)
+    gathered(cache, *one_token(3), 4, layer=2)
+    counts = cache.statistics()
+    assert set(counts) == {1, 2}
+    assert (counts[1].hits, counts[1].misses, counts[1].rows_requested) == (2, 1, 4)
+    assert (counts[1].prefetched, counts[1].prefetched_used) == (2, 2)
+    assert counts[1].bytes_read == 3 * 16
+    assert (counts[2].hits, counts[2].prefetched_used) == (1, 0)
+
+
+def test_rows_in_use_outlive_rows_read_once():
+    cache = cache_of(torch.randn(500, 4), num_sets=1, num_ways=4)
+    for _ in range(4):
+        gathered(cache, *one_token(1, 2), 4)
+    for row in range(10, 40):
+        gathered(cache, *one_token(row), 4)
+    before = cache.statistics()[0].hits
+    gathered(cache, *one_token(1, 2), 4)
+    assert cache.statistics()[0].hits == before + 2
+
+
+def test_rows_no_longer_in_use_go():
+    cache = cache_of(torch.randn(500, 4), num_sets=1, num_ways=2)
+    for _ in range(4):
+        gathered(cache, *one_token(1, 2), 4)
+    for row in (10, 11, 12):
+        gathered(cache, *one_token(row, row + 100), 4)
+    assert not {1, 2} & set(cache.sets.tags_SW.flatten().tolist())
+
+
+def test_no_more_memory_is_taken_than_was_given():
+    table = torch.zeros(1000, 8)
+    least = 10 * 32 + 4 * (32 + 16)
+    with pytest.raises(ValueError, match=f"table_cache: {least - 1} .* the {least} of one set"):
+        RowCache(table, least - 1, CPU, num_ways=4, beside=10)
+    for given_bytes in (least, least + 191, least + 192, 9999):
+        cache = RowCache(table, given_bytes, CPU, num_ways=4, beside=10)
+        tensors = (cache.memory, *cache.sets)
+        assert given_bytes - 192 < sum(tensor.nbytes for tensor in tensors) <= given_bytes
+
+
+def test_no_more_sets_are_made_than_there_are_rows_for():
+    cache = RowCache(torch.zeros(9, 8), 2**20, CPU, num_ways=4, beside=10)
+    assert cache.sets.tags_SW.shape == (3, 4)
+
+
+def test_a_device_without_so_much_memory_is_an_error(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(ValueError, match="table_cache: no 4096 bytes on cpu"):
+        RowCache(torch.zeros(9, 8), 4096, CPU, num_ways=4, beside=10)
+
+
+def test_what_cannot_be_read_is_refused():
+    with pytest.raises(ValueError, match="table: the Triton kernels read"):
+        RowCache(torch.zeros(4, 3, dtype=torch.float64), 2**20, CPU)
+    with pytest.raises(ValueError, match="table: expected contiguous rows"):
+        RowCache(torch.zeros(4, 6)[:, :3], 2**20, CPU)

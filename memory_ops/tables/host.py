@@ -61,9 +61,11 @@ class HostTable:
         """Begin to read; see ``ValueTable.start``. Row ids are not checked.
 
         Raises:
-            ValueError: the operands do not fit together, or the layer is not counted.
+            ValueError: the operands do not fit together, a gradient is asked for, or the layer is
+                not counted.
         """
         check_rows(self.rows, rows_THK, weights_THK)
+        _check_no_gradient("weights", weights_THK)
         self._cache.check_lookup(rows_THK, layer)
         out_TV = _empty((len(rows_THK), self._value_dim), rows_THK)
         operands = (rows_THK, weights_THK)
@@ -78,6 +80,7 @@ class HostTable:
         """Begin to read; see ``ValueTable.start_dots`` (ValueError as ``start``)."""
         check_vectors(self.rows, rows_THK, x_TV)
         value_kind("x", x_TV)
+        _check_no_gradient("x", x_TV)
         self._cache.check_lookup(rows_THK, layer)
         dots_THK = _empty(tuple(rows_THK.shape), rows_THK)
         operands = (rows_THK, x_TV)
@@ -92,6 +95,7 @@ class HostTable:
         """Begin to fetch rows that may soon be read, int64 of any shape."""
         if rows.dtype is not torch.int64:
             raise ValueError(f"rows: expected int64 row ids, got {rows.dtype}")
+        self._cache.check_layer(layer)
         beside = self._streams.beside
         beside.wait(self._streams.caller().record())
         beside.run(lambda: self._cache.hint(rows, layer))
@@ -172,3 +176,8 @@ def host_table(
 
 def _empty(shape: tuple[int, ...], beside: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=beside.device)
+
+
+def _check_no_gradient(name: str, operand: Tensor) -> None:
+    if operand.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: tables in host memory are for serving, and give no gradients")

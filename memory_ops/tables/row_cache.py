@@ -12,9 +12,10 @@ from torch import Tensor
 from memory_ops.checks import Table, table_shape
 from memory_ops.row_formats import RowRecords
 from memory_ops.tables.table_statistics import TableStatistics
-from memory_ops.triton_kernels import row_cache as kernels
+from memory_ops.triton_kernels import place_rows as counted
+from memory_ops.triton_kernels.fetch_rows import fetch_rows
 from memory_ops.triton_kernels.gather_rows import gather_rows_into
-from memory_ops.triton_kernels.row_cache import CacheSets, fetch_rows, place_rows
+from memory_ops.triton_kernels.place_rows import CacheSets, place_rows
 from memory_ops.triton_kernels.row_dots import row_dots_into
 from memory_ops.triton_kernels.table_view import table_view
 
@@ -27,8 +28,9 @@ class RowCache:
     """A cache of rows, and the operations that read the table through it.
 
     All of it belongs to one stream, the current one of whoever calls: there, work follows work, so
-    that a row is never replaced before those who found it have read it. Nothing waits for the
-    device, and nothing but shapes decides what is launched: calls can be captured in a graph.
+    that rows have places before they are fetched, are fetched before they are read, and read before
+    they are replaced. Nothing waits for the device, and nothing but shapes decides what is
+    launched: calls can be captured in a graph.
 
     What a set has no way for is fetched to a place beside the sets, for one part of one lookup.
     Sums are those of ``gather_rows`` over rows in other places, so they have the same bits.
@@ -88,7 +90,7 @@ class RowCache:
         self._words_RC, self._memory_words_PC = _words(stored_RC), _words(memory_PC)
         self._beside = beside
         self._counts = torch.zeros(
-            (num_layers, kernels.NUM_COUNTS), dtype=torch.int64, device=device
+            (num_layers, counted.NUM_COUNTS), dtype=torch.int64, device=device
         )
 
     def gather_rows(
@@ -110,12 +112,16 @@ class RowCache:
             placed = place_rows(self.sets, rows.flatten(), counts, is_hint=True)
             fetch_rows(self._words_RC, placed, self._memory_words_PC)
 
-    def check_lookup(self, rows_THK: Tensor, layer: int) -> None:
-        """Raise ValueError for a layer without counts, or more rows a token than fit beside."""
+    def check_layer(self, layer: int) -> None:
+        """Raise ValueError for a layer without counts."""
         if not 0 <= layer < len(self._counts):
             raise ValueError(f"layer: {layer} is outside [0, {len(self._counts)})")
-        if rows_THK.shape[1:].numel() > self._beside:
-            per_token = rows_THK.shape[1:].numel()
+
+    def check_lookup(self, rows_THK: Tensor, layer: int) -> None:
+        """Raise ValueError for a layer without counts, or more rows a token than fit beside."""
+        self.check_layer(layer)
+        per_token = rows_THK.shape[1:].numel()
+        if per_token > self._beside:
             raise ValueError(f"rows: {per_token} a token, and at most {self._beside} are read")
 
     def statistics(self) -> dict[int, TableStatistics]:
@@ -144,17 +150,17 @@ class RowCache:
             yield part, placed.places_L.view(rows_THK[part].shape)
 
     def _statistics(self, counts: list[int]) -> TableStatistics:
-        unique, misses = counts[kernels.UNIQUE.value], counts[kernels.MISSES.value]
-        prefetched = counts[kernels.PREFETCHED.value]
+        unique, misses = counts[counted.UNIQUE.value], counts[counted.MISSES.value]
+        prefetched = counts[counted.PREFETCHED.value]
         return TableStatistics(
-            rows_requested=counts[kernels.REQUESTED.value],
-            lookups=counts[kernels.LOOKUPS.value],
+            rows_requested=counts[counted.REQUESTED.value],
+            lookups=counts[counted.LOOKUPS.value],
             unique=unique,
             hits=unique - misses,
             misses=misses,
             bytes_read=(misses + prefetched) * self.row_bytes,
             prefetched=prefetched,
-            prefetched_used=counts[kernels.PREFETCHED_USED.value],
+            prefetched_used=counts[counted.PREFETCHED_USED.value],
         )
 
 

@@ -4,13 +4,8 @@ import pytest
 import torch
 
 from memory_ops.anonymous import anonymous_zeros
-from memory_ops.triton_kernels.row_cache import (
-    NUM_COUNTS,
-    CacheSets,
-    Placed,
-    fetch_rows,
-    place_rows,
-)
+from memory_ops.triton_kernels.fetch_rows import fetch_rows
+from memory_ops.triton_kernels.place_rows import NUM_COUNTS, CacheSets, Placed, place_rows
 from tests.memory_ops.compiled.machine_code import TARGETS, compiled
 from tests.memory_ops.compiled.test_budgets import check, per_target
 

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from memory_ops.row_formats import RowRecords
 from memory_ops.tables.row_cache import RowCache, rows_memory
 from memory_ops.triton_kernels import gather_rows, row_dots
-from memory_ops.triton_kernels.row_cache import NUM_COUNTS, CacheSets, Placed, place_rows
+from memory_ops.triton_kernels.place_rows import NUM_COUNTS, CacheSets, Placed, place_rows
 from tests.memory_ops.row_cache_model import CacheModel
 from tests.memory_ops.tables import KINDS, num_rows, rows_of, table_of, vast_table
 
@@ -48,7 +48,10 @@ def check_places(model: CacheModel, rows: list[int], missing: dict[int, bool], p
     assert sorted(fetched) == sorted(places[row] for row in missing if missing[row])
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
+# more uses than are counted; a row found behind eight references to another, which needs room
+@example(1, 2, [(False, [1, 2])] * 6)
+@example(1, 4, [(False, [1, 2, 3, 4]), (False, [0] * 9 + [2])])
 @given(st.integers(1, 5), st.sampled_from([1, 2, 4]), st.lists(calls, min_size=1, max_size=4))
 def test_places_are_those_of_the_plain_cache(num_sets, num_ways, asked):
     model = CacheModel(num_sets, num_ways)
@@ -107,7 +110,7 @@ def test_reads_are_those_of_the_table_bit_by_bit(kind, width):
     assert counted.bytes_read == counted.misses * cache.row_bytes
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.integers(1, 2), st.lists(st.lists(st.integers(0, 11), min_size=6, max_size=6)))
 def test_whatever_was_read_before_reads_are_right(num_ways, asked):
     table = torch.randn(12, 5)

@@ -1,12 +1,11 @@
-"""A set-associative cache of table rows as Triton kernels: rows find their places, or are fetched.
+"""Where a set-associative cache keeps which rows, as a Triton kernel: one program a set.
 
 Shape suffixes: L references to rows, each row repeated as often as it is read, S sets, W ways.
 
 What no two programs may touch at once, they cannot: a row's set follows from its key, keys are
 sorted, so all references to a set lie side by side, and the one program that begins there handles
 them all. Its result depends on nothing but the set and the rows asked for: the same calls leave the
-same bits. Only counts are shared, and added to atomically. Kernels of one stream do not overlap, so
-rows are fetched after they all have places, and read after they all are fetched.
+same bits. Only counts are shared, and added to atomically.
 
 Proven in the interpreter and by compiling to machine code; not run on a GPU.
 """
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memory_ops.triton_kernels.launch import RowLaunch, on_device_of
+from memory_ops.triton_kernels.launch import on_device_of
 
 # of what a row is worth, see CacheSets; a use beyond the third says no more
 MOST_USES = tl.constexpr(3)
@@ -46,8 +45,6 @@ PREFETCHED_USED = tl.constexpr(5)
 # columns unused: a layer's counts are aligned, as the compiler is told that they are
 NUM_COUNTS = 8
 
-# int32 words; see launch.py
-FETCH_LAUNCH = RowLaunch(rows=1, lane_values=4)
 # references of a set that its program takes at once: most sets have one, and from 16 on registers
 # spill
 _REFERENCES = 8
@@ -126,29 +123,6 @@ def _launch_places(
             # one warp: it has read a set in all its lanes before it writes to it in any
             num_warps=1,
             num_stages=1,
-        )
-
-
-def fetch_rows(words_RC: Tensor, placed: Placed, memory_PC: Tensor) -> None:
-    """Copy the rows that are not there yet to their places.
-
-    Args:
-        words_RC: the table's bytes as words, contiguous; they may lie in page-locked host memory,
-            which is then read over the bus.
-        placed: which rows, and where to.
-        memory_PC: the cache's memory as such words.
-    """
-    width = words_RC.shape[1]
-    block = FETCH_LAUNCH.block(memory_PC.device)
-    with on_device_of(memory_PC):
-        _fetch_rows[(len(placed.keys_L), triton.cdiv(width, block))](
-            words_RC,
-            memory_PC,
-            placed.keys_L,
-            placed.fetch_L,
-            WIDTH=width,
-            BLOCK=block,
-            **FETCH_LAUNCH.options(),
         )
 
 
@@ -301,7 +275,7 @@ def _references(keys_ptr, at, start, own_set, num_references, num_sets):
     keys = tl.load(keys_ptr + at, mask=inside, other=0)
     live = inside & (_set_of(keys, num_sets) == own_set)
     before = tl.load(keys_ptr + at - 1, mask=live & (at > start), other=0)
-    return _row_of(keys), live, live & ((at == start) | (keys != before))
+    return row_of(keys), live, live & ((at == start) | (keys != before))
 
 
 @triton.jit
@@ -317,20 +291,6 @@ def _set_of(keys, num_sets):
 
 
 @triton.jit
-def _row_of(keys):
+def row_of(keys):
     """The row whose key it is."""
     return (keys * KEY_INVERSE) & KEY_MASK
-
-
-@triton.jit
-def _fetch_rows(
-    words_ptr, memory_ptr, keys_ptr, fetch_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """memory[fetch[l]] = words[row of key l], where there is one to fetch."""
-    reference = tl.program_id(0).to(tl.int64)
-    place = tl.load(fetch_ptr + reference)
-    if place >= 0:
-        row = _row_of(tl.load(keys_ptr + reference))
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        words = tl.load(words_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0)
-        tl.store(memory_ptr + place * WIDTH + columns, words, mask=columns < WIDTH)

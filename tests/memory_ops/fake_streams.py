@@ -1,0 +1,113 @@
+"""Streams whose work waits until a test lets it run, in any order that their events allow."""
+
+from collections import deque
+from collections.abc import Callable
+
+from torch import Tensor
+
+from memory_ops.tables.streams import StreamPair
+
+# the place of streams that got another's memory
+HEIR = -1
+Choice = Callable[[list["FakeStream"]], "FakeStream"]
+
+
+class FakeEvent:
+    """Over when its stream comes to it."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+    def end(self) -> None:
+        self.is_over = True
+
+
+class FakeDevice:
+    """Streams, and the order in which they get on.
+
+    Attributes:
+        beside: the stream beside the callers'.
+        caller: the one that is current.
+        waits: how often a stream was told to wait, or to keep a tensor.
+        kept: what it was told to keep.
+    """
+
+    def __init__(self, ignored: int = -1) -> None:
+        """``ignored``: which wait, counted from 0, is left out."""
+        self.beside, self.caller = FakeStream(self, 0), FakeStream(self, 1)
+        self.streams = [self.beside, self.caller]
+        self.waits = 0
+        self.kept: list[Tensor] = []
+        self._ignored = ignored
+        self._keepers: list[tuple[Tensor, FakeStream]] = []
+
+    def pair(self) -> StreamPair:
+        return StreamPair(lambda: self.caller, self.beside)
+
+    def another_caller(self) -> "FakeStream":
+        stream = FakeStream(self, 2)
+        self.streams.append(stream)
+        return stream
+
+    def is_heeded(self) -> bool:
+        self.waits += 1
+        return self.waits - 1 != self._ignored
+
+    def keep(self, tensor: Tensor, stream: "FakeStream") -> None:
+        self.kept.append(tensor)
+        if self.is_heeded():
+            self._keepers.append((tensor, stream))
+
+    def reuse(self, tensor: Tensor, write: Callable[[], None]) -> None:
+        """The caller's stream has no use for a tensor any more: its memory's next owner writes.
+
+        That is anybody who comes after what the caller's stream was given until now, and after
+        those that keep the tensor: a stream of its own, on which the caller's does not wait.
+        """
+        heir = FakeStream(self, HEIR)
+        keepers = [stream for kept, stream in self._keepers if kept is tensor]
+        heir.tasks.extend(stream.record() for stream in (self.caller, *keepers))
+        heir.run(write)
+        self.streams.append(heir)
+
+    def run(self, choose: Choice) -> None:
+        """Get through all work, step by step, on the stream that is chosen among those that can."""
+        while any(stream.tasks for stream in self.streams):
+            able = [stream for stream in self.streams if stream.is_able()]
+            assert able, "streams wait for each other"
+            choose(able).step()
+
+
+class FakeStream:
+    """Work in the order in which it was given, on the ``place``-th stream of a device."""
+
+    def __init__(self, device: FakeDevice, place: int) -> None:
+        self.place = place
+        self.tasks: deque[FakeEvent | Callable[[], None]] = deque()
+        self._device = device
+
+    def record(self) -> FakeEvent:
+        event = FakeEvent()
+        self.tasks.append(event.end)
+        return event
+
+    def wait(self, event: FakeEvent) -> None:
+        if self._device.is_heeded():
+            self.tasks.append(event)
+
+    def run(self, work: Callable[[], None]) -> None:
+        self.tasks.append(work)
+
+    def keep(self, tensor: Tensor) -> None:
+        self._device.keep(tensor, self)
+
+    def is_able(self) -> bool:
+        if not self.tasks:
+            return False
+        task = self.tasks[0]
+        return not isinstance(task, FakeEvent) or task.is_over
+
+    def step(self) -> None:
+        task = self.tasks.popleft()
+        if not isinstance(task, FakeEvent):
+            task()

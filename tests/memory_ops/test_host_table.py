@@ -1,0 +1,81 @@
+"""The host table on a GPU, where there is one: never run so far."""
+
+import pytest
+import torch
+
+from memory_ops.row_formats import RowRecords
+from tests.memory_ops.tables import KINDS, rows_of, table_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def small_table():
+    """Makes host tables whose caches hold few of their rows; unlocks them in the end."""
+    pytest.importorskip("triton")
+    from memory_ops.page_lock import PageLock
+    from memory_ops.tables.host import HostTable
+    from memory_ops.tables.row_cache import RowCache, rows_memory
+    from memory_ops.tables.streams import cuda_streams
+
+    made = []
+
+    def make(table):
+        cache = RowCache(table, 2**18, GPU, beside=64)
+        lock = PageLock(rows_memory(table), GPU)
+        made.append(HostTable(table, cache, cuda_streams(GPU), lock))
+        return made[-1]
+
+    yield make
+    for table in made:
+        table.close()
+
+
+def there(table):
+    """The table on the GPU."""
+    if isinstance(table, RowRecords):
+        return RowRecords(table.records_RB.cuda(), table.row_format, table.value_dim)
+    return table.cuda()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lookups_are_those_of_the_device_tier_bit_by_bit(small_table, kind):
+    from memory_ops.triton_kernels import gather_rows, row_dots
+
+    table = table_of(kind, torch.randn(5000, 576))
+    host, device = small_table(table), there(table)
+    for _ in range(20):
+        rows = [rows_of(table, 9, 4, 8).square().div(5000).long().cuda() for _ in range(2)]
+        weights, x = torch.rand(9, 4, 8, device=GPU), torch.randn(9, 576, device=GPU)
+        host.hint(rows[1])
+        sums, dots = host.start(rows[0], weights), host.start_dots(rows[1], x)
+        host.start(rows[1], weights)
+        assert torch.equal(dots.finish(), row_dots(device, rows[1], x))
+        assert torch.equal(sums.finish(), gather_rows(device, rows[0], weights))
+    counted = host.statistics()[0]
+    assert counted.hits and counted.misses and counted.prefetched_used
+    assert counted.unique == counted.hits + counted.misses
+
+
+def test_lookups_are_captured_in_a_graph(small_table):
+    from memory_ops.triton_kernels import gather_rows
+
+    table = torch.randn(5000, 64)
+    host, device = small_table(table), table.cuda()
+    rows, weights = rows_of(table, 4, 2, 8).cuda(), torch.rand(4, 2, 8, device=GPU)
+    host.hint(rows)
+    host.start(rows, weights).finish()  # compiles the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        host.hint(rows)
+        out = host.start(rows, weights).finish()
+    for _ in range(20):
+        rows.copy_(rows_of(table, 4, 2, 8))
+        graph.replay()
+        assert torch.equal(out, gather_rows(device, rows, weights))
+    assert host.statistics()[0].lookups == 21

@@ -41,13 +41,15 @@ class HostTable:
     def __init__(
         self, rows: Table, cache: RowCache, streams: StreamPair, lock: PageLock | None = None
     ) -> None:
-        """Read ``rows`` through ``cache``, which is the table's alone from now on, as ``lock`` is.
+        """Read ``rows`` through ``cache``, made on the caller's stream; see ``host_table``.
 
-        ``host_table`` makes them.
+        Cache and lock are the table's alone from now on.
         """
         self._num_rows, self._value_dim = table_shape(rows)
         self.rows = rows
         self._cache, self._streams, self._lock = cache, streams, lock
+        # the cache was made on this caller's stream, and may be asked from another one
+        streams.beside.wait(streams.caller().record())
 
     @property
     def num_rows(self) -> int:

@@ -45,7 +45,8 @@ class FakeDevice:
         return StreamPair(lambda: self.caller, self.beside)
 
     def another_caller(self) -> "FakeStream":
-        stream = FakeStream(self, 2)
+        others = [stream for stream in self.streams if stream.place != HEIR]
+        stream = FakeStream(self, len(others))
         self.streams.append(stream)
         return stream
 

@@ -25,8 +25,10 @@ WRONG_ROW = NUM_ROWS - 1
 class PlainReads:
     """What a host table asks of its cache, by the reference, when its stream comes to it."""
 
-    def __init__(self, table_RV: Tensor) -> None:
-        self.table_RV = table_RV
+    def __init__(self, table_RV: Tensor, device: FakeDevice) -> None:
+        """Begin to be made, on the caller's stream."""
+        self.table_RV = torch.full_like(table_RV, torch.nan)
+        device.caller.run(lambda: self.table_RV.copy_(table_RV))
         self.hinted: list[Tensor] = []
         self.has_strayed = False  # read what nobody had computed, or had lost
 
@@ -56,7 +58,7 @@ class Caller:
 
     def __init__(self, device: FakeDevice, table: HostTable, reads: PlainReads) -> None:
         self.device, self.table, self.reads = device, table, reads
-        self.stream = device.caller
+        self.stream = device.another_caller()
         self.pairs: list[tuple[Tensor, Tensor]] = []  # what came, and what should have
         self.hints: list[Tensor] = []
 
@@ -76,10 +78,10 @@ class Caller:
         right, rows = self.rows()
         if dots:
             operand = torch.randn(2, WIDTH)
-            exact = reference.row_dots(self.reads.table_RV, right, operand)
+            exact = reference.row_dots(self.table.rows, right, operand)
         else:
             operand = torch.rand(2, 1, 3)
-            exact = reference.gather_rows(self.reads.table_RV, right, operand)
+            exact = reference.gather_rows(self.table.rows, right, operand)
         given = self.later(operand, torch.nan)
         self.device.caller = self.stream
         lookup = (self.table.start_dots if dots else self.table.start)(rows, given)
@@ -128,10 +130,16 @@ class Caller:
         )
 
 
+def plain_table(device: FakeDevice) -> tuple[HostTable, PlainReads]:
+    rows_RV = torch.randn(NUM_ROWS, WIDTH)
+    reads = PlainReads(rows_RV, device)
+    return HostTable(rows_RV, reads, device.pair()), reads
+
+
 def a_model_runs(device: FakeDevice) -> Caller:
     """One caller: hints, lookups one after another and two at once, one that is given up."""
-    reads = PlainReads(torch.randn(NUM_ROWS, WIDTH))
-    caller = Caller(device, HostTable(torch.empty(NUM_ROWS, WIDTH), reads, device.pair()), reads)
+    table, reads = plain_table(device)
+    caller = Caller(device, table, reads)
     caller.hint()
     caller.look_up()()
     first, second = caller.look_up(), caller.look_up(dots=True)
@@ -153,7 +161,7 @@ def orders(*places: int) -> list[Choice]:
 
 def outcomes(ignored: int = -1) -> Iterator[bool]:
     """Whether all is right, by order."""
-    for choose in orders(0, 1, HEIR):
+    for choose in orders(0, 1, 2, HEIR):
         device = FakeDevice(ignored)
         caller = a_model_runs(device)
         device.run(choose)
@@ -170,23 +178,22 @@ def number_of_waits() -> int:
     return device.waits
 
 
-# a hint waits once and keeps one tensor, a lookup waits twice, one given up once, and keeps three
+# a table waits once, a hint once and keeps a tensor, a lookup waits twice, one that is given up
+# once and keeps three tensors
 def test_waits_are_as_few_as_they_can_be():
-    assert number_of_waits() == 2 + 3 * 2 + 1 + 3
+    assert number_of_waits() == 1 + 2 + 3 * 2 + 1 + 3
 
 
-@pytest.mark.parametrize("ignored", range(12))
+@pytest.mark.parametrize("ignored", range(13))
 def test_without_any_one_wait_some_order_gives_others(ignored):
     assert not all(outcomes(ignored))
 
 
 def test_callers_on_streams_of_their_own_share_a_table():
-    for choose in orders(0, 1, 2, HEIR):
+    for choose in orders(0, 1, 2, 3, HEIR)[::5]:
         device = FakeDevice()
-        reads = PlainReads(torch.randn(NUM_ROWS, WIDTH))
-        table = HostTable(torch.empty(NUM_ROWS, WIDTH), reads, device.pair())
+        table, reads = plain_table(device)
         one, other = Caller(device, table, reads), Caller(device, table, reads)
-        other.stream = device.another_caller()
         for _ in range(2):
             finishes = [one.look_up(), other.look_up(), one.look_up(dots=True)]
             for finish in (finishes[1], finishes[0], finishes[2]):

@@ -25,7 +25,7 @@ class Recall:
 
     Attributes:
         layer: whose rows they are.
-        distance: layers before it that the residual stream is taken.
+        distance: layers that run in between, its own among them.
         candidates: rows a head that are guessed.
         recall: share of the rows read that are among the guesses.
         precision: share of the guesses that are read.
@@ -72,7 +72,7 @@ def measure(
     found = list(counts.recalls(memory.num_heads * memory.top_k, memory.num_heads))
     for recall in found:
         print(
-            f"layer {recall.layer:>3}  {recall.distance:>2} layers before"
+            f"layer {recall.layer:>3}  guessed {recall.distance:>2} layers early"
             f"  {recall.candidates:>4} candidates  recall {recall.recall:.3f}"
             f"  precision {recall.precision:.3f}"
         )
@@ -117,7 +117,7 @@ def _guess(model: Transformer, ids_T: Tensor, candidates: Sequence[int], counts:
     for layer, trace in read.items():
         block = model.model.layers[layer]
         assert isinstance(block, DecoderLayer) and block.memory is not None
-        for distance in range(layer + 1):
+        for distance in range(1, layer + 2):
             for number in candidates:
-                guessed = guessed_rows(block.memory, residuals[layer - distance], number)
+                guessed = guessed_rows(block.memory, residuals[layer + 1 - distance], number)
                 counts.add((layer, distance, number), trace.rows_THK, guessed)

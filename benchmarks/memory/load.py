@@ -39,9 +39,8 @@ class MemoryLoad:
     cache_share: float = field(
         default=0.1, metadata={"help": "memory for rows of the disk tier, as a share of the table"}
     )
-    lookahead: int | None = field(
-        default=None,
-        metadata={"help": "layers before a memory that its rows are guessed (default: never)"},
+    lookahead: int = field(
+        default=0, metadata={"help": "layers early that rows are guessed; 0: never"}
     )
     recall: float = field(
         default=0.5, metadata={"help": "share of the rows that such guesses hold, as measured"}
@@ -62,7 +61,7 @@ class MemoryLoad:
             raise ConfigError(f"cache_share: {self.cache_share} is outside (0, 1]")
         if not 0 <= self.recall <= 1:
             raise ConfigError(f"recall: {self.recall} is outside [0, 1]")
-        if self.lookahead is not None and self.lookahead < 0:
+        if self.lookahead < 0:
             raise ConfigError(f"lookahead: must be 0 or more, not {self.lookahead}")
 
 
@@ -79,7 +78,7 @@ class Point:
         cache_bytes: memory for rows; 0 where all are in memory.
         page_cache: ``unused`` in memory, ``excluded`` by direct reads, ``dropped`` before each
             round of a mapped file.
-        lookahead: layers before a memory that its rows are guessed; None for never.
+        lookahead: layers early that rows are guessed; 0 for never.
         recall: of these guesses.
     """
 
@@ -90,7 +89,7 @@ class Point:
     skew: str
     cache_bytes: int
     page_cache: str
-    lookahead: int | None
+    lookahead: int
     recall: float | None
 
 

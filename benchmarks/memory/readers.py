@@ -19,6 +19,7 @@ from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable
 from memory_ops.tables.table_statistics import TableStatistics
 from weights.checkpoint import load_model, open_checkpoint
+from weights.table_files import stored_layout
 from weights.tensor_files import StoredTensor, read_mapped
 
 _ENGINE = EngineConfig(kv_cache_gib=0.25, max_num_seqs=64)
@@ -80,7 +81,7 @@ class Reader:
         del table
         with open(self.stored.file, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        self.replayed.table = DeviceTable(read_mapped(self.stored))
+        self.replayed.table = _mapped(self.stored)
 
 
 _COUNTS = ("unique", "hits", "late", "misses", "prefetched", "stall_seconds")
@@ -101,11 +102,11 @@ def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
     if point.tier != "device":
         table = model.tables[_TABLE]
         if point.tier == "mmap":
-            table = DeviceTable(read_mapped(stored[_TABLE]))
+            table = _mapped(stored[_TABLE])
         evenly = accesses(("uniform",), table.num_rows, None)["uniform"]
         replayed = ReplayedTable(table, layers, evenly, load.recall)
         model.attach_tables({_TABLE: replayed})
-        if load.lookahead is not None:
+        if load.lookahead:
             memory = config.model.memory
             assert memory is not None
             model.look_ahead(LookaheadConfig(load.lookahead, memory.top_k))
@@ -113,6 +114,10 @@ def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
     rounds = EngineRounds(Engine(model, _ENGINE), _ENGINE)
     rounds.decode(1, _INPUT_LEN, 1)  # what is made at first use takes no time later
     return Reader(folder, rounds, replayed, stored[_TABLE])
+
+
+def _mapped(stored: StoredTensor) -> DeviceTable:
+    return DeviceTable(stored_layout(stored).table(read_mapped(stored)))
 
 
 def accesses(

@@ -96,7 +96,7 @@ def _points(source: Path, load: MemoryLoad) -> Iterator[Point]:
             for tier in load.tiers:
                 skews = ("uniform",) if tier == "device" else load.skews
                 is_disk = tier == "disk"
-                early = load.lookahead if is_disk else None
+                early = load.lookahead if is_disk else 0
                 for batch in load.batches:
                     for skew in skews:
                         yield Point(
@@ -108,7 +108,7 @@ def _points(source: Path, load: MemoryLoad) -> Iterator[Point]:
                             cache_bytes=cache if is_disk else 0,
                             page_cache=_PAGE_CACHE[tier],
                             lookahead=early,
-                            recall=load.recall if early is not None else None,
+                            recall=load.recall if early else None,
                         )
 
 

@@ -21,8 +21,8 @@ class LookaheadConfig:
     of the same rows from it.
 
     Attributes:
-        distance: layers between; 0 guesses from what enters the memory's own layer, before its
-            attention.
+        distance: layers that run between guess and reading, the memory's own, whose attention
+            does, among them.
         candidates: rows a head that are guessed; as many as are read, or a few more.
 
     Raises:
@@ -33,8 +33,8 @@ class LookaheadConfig:
     candidates: int
 
     def __post_init__(self) -> None:
-        if self.distance < 0:
-            raise ValueError(f"distance: must be 0 or more, not {self.distance}")
+        if self.distance < 1:
+            raise ValueError(f"distance: must be 1 or more, not {self.distance}")
         if self.candidates < 1:
             raise ValueError(f"candidates: must be 1 or more, not {self.candidates}")
 
@@ -48,7 +48,7 @@ class Lookahead:
         self._memories: dict[int, list[MemoryLayer]] = {}
         for memory in memories:
             if any(table.tier != "device" for table in memory.tables):
-                first = max(0, memory.index - config.distance)
+                first = max(0, memory.index + 1 - config.distance)
                 self._memories.setdefault(first, []).append(memory)
 
     @property

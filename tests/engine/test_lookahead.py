@@ -48,7 +48,7 @@ def on_disk(folder, rows, kinds):
 
 @pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
 @pytest.mark.parametrize("kinds", [KINDS, ("dense", "peer", "dense", "pkm")])
-@pytest.mark.parametrize("distance", [0, 1, 2, 9])
+@pytest.mark.parametrize("distance", [1, 2, 3, 9])
 @pytest.mark.parametrize(("is_packed", "rows"), [(True, 16), (False, 64), (True, 64)])
 def test_tokens_stay_and_rows_are_there_early(tmp_path, kinds, distance, is_packed, rows):
     model = model_of(kinds)
@@ -85,20 +85,20 @@ def test_what_enters_the_feed_forward_itself_guesses_every_row():
 def test_tables_in_memory_are_not_guessed_for():
     model = model_of()
     memories = [layer.memory for layer in model.model.layers if layer.memory is not None]
-    assert Lookahead(memories, LookaheadConfig(1, 3)).layers == frozenset()
+    assert Lookahead(memories, LookaheadConfig(2, 3)).layers == frozenset()
     for memory in memories:
         memory.table.tier = "disk"
-    assert Lookahead(memories, LookaheadConfig(2, 3)).layers == {0, 1, 3}
+    assert Lookahead(memories, LookaheadConfig(3, 3)).layers == {0, 1, 3}
     assert Lookahead(memories, LookaheadConfig(9, 3)).layers == {0}
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="distance: must be 0 or more, not -1"):
-        LookaheadConfig(-1, 1)
+    with pytest.raises(ValueError, match="distance: must be 1 or more, not 0"):
+        LookaheadConfig(0, 1)
     with pytest.raises(ValueError, match="candidates: must be 1 or more, not 0"):
-        LookaheadConfig(0, 0)
+        LookaheadConfig(1, 0)
     model = model_of()
     model.pack()
     if model._packed_layers is not None:
         with pytest.raises(ValueError, match="the model is packed"):
-            model.look_ahead(LookaheadConfig(0, 1))
+            model.look_ahead(LookaheadConfig(1, 1))

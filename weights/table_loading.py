@@ -9,8 +9,8 @@ from engine.model.config import MemoryConfig
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.native.disk_rows import is_available
 from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.disk import DiskTable, TableReadError
-from memory_ops.tables.value_table import ValueTable
+from memory_ops.tables.disk import DiskTable
+from memory_ops.tables.value_table import TableReadError, ValueTable
 from weights.errors import CheckpointError
 from weights.table_files import RowLayout, asked_layout, converted_parts, stored_layout
 from weights.tensor_files import StoredTensor, read_parts

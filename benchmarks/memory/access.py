@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.access_trace import AccessTrace
 
-_SPREAD = 0x9E3779B97F4A7C15 >> 1
+_SPREAD = 0x9E3779B97F4A7C15 >> 1 | 1
 
 
 class RowAccess(Protocol):
@@ -21,14 +21,14 @@ class RowAccess(Protocol):
 class RecordedAccess:
     """What a model read, mapped to a table of another size.
 
-    In a larger table each row's reads are spread over as many rows as there are more; in a smaller
-    one neighbours are one row. So a cache of the same share of the table meets the same reads.
+    In a larger table each row's reads are shared by as many rows as there are more; which of them
+    is read follows from the head's best row, as finer keys would follow from what is written. In a
+    smaller table neighbours are one row.
     """
 
     def __init__(self, trace: AccessTrace, num_rows: int) -> None:
         self._rows_TMHK = torch.from_numpy(trace.rows_TMHK)
         self._num_recorded, self._num_rows = trace.counts_MR.shape[1], num_rows
-        self._generator = torch.Generator().manual_seed(0)
 
     def rows(self, sequence: int, position: int, memory: int) -> Tensor:
         """Sequences begin evenly spread over what was recorded."""
@@ -37,8 +37,9 @@ class RecordedAccess:
         if self._num_rows <= self._num_recorded:
             return torch.floor_divide(rows_HK, self._num_recorded // self._num_rows)
         parts = self._num_rows // self._num_recorded
-        drawn_HK = torch.randint(parts, rows_HK.shape, generator=self._generator)
-        return torch.add(drawn_HK, rows_HK, alpha=parts)
+        # the high bits of a product with an odd number: evenly spread
+        mixed_HK = ((rows_HK + rows_HK[:, :1] * _SPREAD) * _SPREAD) >> 32
+        return torch.add(mixed_HK % parts, rows_HK, alpha=parts)
 
 
 class DrawnAccess:

@@ -45,6 +45,9 @@ class MemoryLoad:
     recall: float = field(
         default=0.5, metadata={"help": "share of the rows that such guesses hold, as measured"}
     )
+    candidates: float = field(
+        default=1.0, metadata={"help": "rows that are guessed, as a share of those that are read"}
+    )
     output_len: int = field(default=32, metadata={"help": "decode steps of a round"})
     rounds: int = field(default=5, metadata={"help": "rounds of which medians are taken"})
 
@@ -59,8 +62,9 @@ class MemoryLoad:
                 raise ConfigError(f"{name}: must be at least 1, not {value}")
         if not 0 < self.cache_share <= 1:
             raise ConfigError(f"cache_share: {self.cache_share} is outside (0, 1]")
-        if not 0 <= self.recall <= 1:
-            raise ConfigError(f"recall: {self.recall} is outside [0, 1]")
+        if not 0 <= self.recall <= min(1, self.candidates):
+            most = min(1, self.candidates)
+            raise ConfigError(f"recall: {self.recall} is outside [0, {most}]")
         if self.lookahead < 0:
             raise ConfigError(f"lookahead: must be 0 or more, not {self.lookahead}")
 
@@ -79,7 +83,8 @@ class Point:
         page_cache: ``unused`` in memory, ``excluded`` by direct reads, ``dropped`` before each
             round of a mapped file.
         lookahead: layers early that rows are guessed; 0 for never.
-        recall: of these guesses.
+        candidates: rows that are guessed, as a share of those that are read.
+        recall: share of the rows read that these hold.
     """
 
     rows: int
@@ -90,6 +95,7 @@ class Point:
     cache_bytes: int
     page_cache: str
     lookahead: int
+    candidates: float | None
     recall: float | None
 
 

@@ -11,7 +11,7 @@ from benchmarks.access_trace import AccessTrace
 from benchmarks.engine_rounds import EngineRounds
 from benchmarks.memory.access import DrawnAccess, RecordedAccess, RowAccess
 from benchmarks.memory.load import MemoryLoad, Point, Round
-from benchmarks.memory.replayed import ReplayedTable
+from benchmarks.memory.replayed import ReplayedFetches, ReplayedTable
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.model.lookahead import LookaheadConfig
@@ -104,12 +104,17 @@ def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
         if point.tier == "mmap":
             table = _mapped(stored[_TABLE])
         evenly = accesses(("uniform",), table.num_rows, None)["uniform"]
-        replayed = ReplayedTable(table, layers, evenly, load.recall)
+        replayed = (
+            ReplayedFetches(table, layers, evenly, load.recall)
+            if isinstance(table, DiskTable)
+            else ReplayedTable(table, layers, evenly, load.recall)
+        )
         model.attach_tables({_TABLE: replayed})
         if load.lookahead:
             memory = config.model.memory
             assert memory is not None
-            model.look_ahead(LookaheadConfig(load.lookahead, memory.top_k))
+            candidates = max(1, round(load.candidates * memory.top_k))
+            model.look_ahead(LookaheadConfig(load.lookahead, candidates))
     model.pack()
     rounds = EngineRounds(Engine(model, _ENGINE), _ENGINE)
     rounds.decode(1, _INPUT_LEN, 1)  # what is made at first use takes no time later

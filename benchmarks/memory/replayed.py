@@ -1,13 +1,15 @@
 """A table whose readers get other rows than they ask for: those of an access pattern."""
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks.memory.access import RowAccess
+from memory_ops.native.row_fetcher import START, RowFetcher
 from memory_ops.tables.table_statistics import TableStatistics
-from memory_ops.tables.value_table import Lookup, ValueTable
+from memory_ops.tables.value_table import FetchedTable, Lookup, TableReadError, ValueTable
 
 
 class ReplayedTable:
@@ -43,9 +45,7 @@ class ReplayedTable:
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
         played_THK = self._played(len(rows_THK), layer)
-        if layer == self._layers[-1]:
-            self._position += 1
-            self._coming.clear()
+        self._next(layer)
         return self.table.start(played_THK, weights_THK, layer)
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
@@ -82,6 +82,12 @@ class ReplayedTable:
             if self._num_missed() - before >= num_rows:
                 break
 
+    def _next(self, layer: int) -> None:
+        """The rows of a layer were asked for: after the last one's comes the next step."""
+        if layer == self._layers[-1]:
+            self._position += 1
+            self._coming.clear()
+
     def _num_missed(self) -> int:
         return sum(counts.misses for counts in self.table.statistics().values())
 
@@ -97,3 +103,44 @@ class ReplayedTable:
             parts = [self.access.rows(one, self._position, memory) for one in range(self.batch)]
             self._coming[layer] = torch.stack(parts)
         return self._coming[layer]
+
+
+class ReplayedFetches(ReplayedTable):
+    """The same for a table that native kernels have rows fetched from."""
+
+    def __init__(
+        self, table: FetchedTable, layers: Sequence[int], access: RowAccess, recall: float
+    ) -> None:
+        super().__init__(table, layers, access, recall)
+        self._fetched, self.slots = table, table.slots
+        self._held: list[object] = []  # what fetchers point to
+
+    def fetcher(self, layer: int) -> RowFetcher:
+        """The table's own, told of the rows of the access pattern."""
+        own = self._fetched.fetcher(layer)
+        start = START(own.start)
+
+        def replay(
+            table: int, rows: int, tokens: int, num_rows: int, is_new: int, layer: int, slots: int
+        ) -> int:
+            # a lookup that was split goes on with what it was told first
+            if is_new:
+                played = self._played(tokens, layer)
+                self._next(layer)
+                ctypes.memmove(rows, played.data_ptr(), played.nbytes)
+            done: int = start(table, rows, tokens, num_rows, is_new, layer, slots)
+            return done
+
+        replayed = START(replay)
+        self._held += [own, replayed]
+        address = ctypes.cast(replayed, ctypes.c_void_p).value
+        return RowFetcher(address, own.finish, own.release, own.on_progress, own.own, own.layer)
+
+    def check_file(self) -> None:
+        self._fetched.check_file()
+
+    def count(self, rows_THK: Tensor, layer: int) -> None:
+        self._fetched.count(rows_THK, layer)
+
+    def read_error(self, row: int, error: int) -> TableReadError:
+        return self._fetched.read_error(row, error)

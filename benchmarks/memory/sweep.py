@@ -108,6 +108,7 @@ def _points(source: Path, load: MemoryLoad) -> Iterator[Point]:
                             cache_bytes=cache if is_disk else 0,
                             page_cache=_PAGE_CACHE[tier],
                             lookahead=early,
+                            candidates=load.candidates if early else None,
                             recall=load.recall if early else None,
                         )
 

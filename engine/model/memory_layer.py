@@ -18,7 +18,7 @@ from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_memory import PackedMemory
 from memory_ops.backends import is_fit_for_cpu
 from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.value_table import ValueTable
+from memory_ops.tables.value_table import FetchedTable, ValueTable
 
 
 class MemoryLayer(nn.Module):
@@ -100,7 +100,7 @@ class MemoryLayer(nn.Module):
         """Lay the weights out for serving; see ``Projection.pack``.
 
         Returns what the native library needs to run all of the layer, where it can: where the rows
-        lie in memory, and nothing but the sum follows the value projection.
+        lie in memory, or are brought there, and nothing but the sum follows the value projection.
         """
         query, subkeys = self.queries.pack(native), self.keys.pack(native)
         gate = self.gates.pack(native) if self.gates is not None else None
@@ -108,13 +108,19 @@ class MemoryLayer(nn.Module):
         if self.output_gates is not None:
             self.output_gates.pack(native)
             return None
+        table = self.table
         # what only derives from a device table may read its rows in its own way
-        if values is None or type(self.table) is not DeviceTable:
+        if type(table) is DeviceTable:
+            rows = table.rows
+        elif isinstance(table, FetchedTable):
+            rows = table.slots
+        else:
             return None
-        if not is_fit_for_cpu(self.table.rows, self.num_subkeys, self.top_k):
+        if values is None or not is_fit_for_cpu(rows, self.num_subkeys, self.top_k):
             return None
         return PackedMemory(
-            self.table.rows,
+            table,
+            self.index,
             self.num_heads,
             self.top_k,
             query=query,

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <deque>
 
+#include "row_fetcher.h"
 #include "row_file.h"
 #include "row_slots.h"
 
@@ -26,8 +27,8 @@ struct DiskCounts {
 
 constexpr int MOST_TRIES = 3;  // of a read that ends too early
 constexpr int64_t HINT_STEPS = 64;  // of the hand, for a row that is not wanted yet
+constexpr int PUSHED_TOGETHER = 16;  // the disk begins while the next rows are looked for
 constexpr int64_t PATIENCE_NS = 500'000'000;  // after which who waits is told that reads go on
-constexpr int64_t ALL_THERE = -1, STILL_READING = -2;
 
 class DiskRows {
  public:
@@ -200,6 +201,7 @@ class DiskRows {
       under_way_[buffer] = waiting_.front();
       waiting_.pop_front();
       push(buffer);
+      if (++pushed_ == PUSHED_TOGETHER) submit();
     }
   }
   void push(unsigned buffer) {
@@ -209,6 +211,7 @@ class DiskRows {
 
   // Hands on what was pushed. False once the kernel takes nothing any more.
   bool submit(unsigned wanted = 0) {
+    pushed_ = 0;
     if (!broken_) broken_ = reads_->submit(wanted);
     return !broken_;
   }
@@ -279,6 +282,7 @@ class DiskRows {
   std::vector<unsigned> free_;       // buffers
   std::deque<UnderWay> waiting_;     // for a buffer
   int64_t stamp_ = 0, wanted_under_way_ = 0, hinted_under_way_ = 0;
+  int pushed_ = 0;  // and not handed on yet
   int broken_ = 0;  // the errno after which nothing is read any more
   int64_t layer_ = 0;               // whose lookup it is
   std::vector<DiskCounts> counts_;  // by layer

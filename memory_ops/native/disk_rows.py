@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from memory_ops.native.row_fetcher import RowFetcher
+
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_ALL_THERE, _STILL_READING = -1, -2  # as in disk_rows.h
+_ALL_THERE, _STILL_READING = -1, -2  # as in row_fetcher.h
 _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "open": (
         _POINTER,
@@ -139,6 +141,12 @@ class DiskRows:
     def hint(self, rows: Tensor, *, layer: int) -> None:
         """Begin to read rows, as many as there is room for, without waiting."""
         self._functions["hint"](self._open_rows, rows.data_ptr(), rows.numel(), layer)
+
+    def fetcher(self, layer: int, on_progress: "ctypes._CFunctionType") -> RowFetcher:
+        """What kernels call for a layer's lookups; valid until ``close``, and as long as both."""
+        calls = (self._functions[name] for name in ("start", "finish", "release"))
+        addresses = [ctypes.cast(call, _POINTER) for call in (*calls, on_progress)]
+        return RowFetcher(*(address.value for address in addresses), self._open_rows, layer)
 
     def counts(self) -> dict[int, DiskCounts]:
         """Totals so far, by layer."""

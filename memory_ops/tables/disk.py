@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,11 @@ import memory_ops
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.checks import Table, check_rows, check_vectors
 from memory_ops.native.disk_rows import DiskRows, ReadFault, RowFile
+from memory_ops.native.row_fetcher import NO_ROOM, ON_PROGRESS, RowFetcher
 from memory_ops.row_formats import RowFormat, RowRecords, row_bytes
+from memory_ops.tables.disk_lookup import DiskLookup, Operation
 from memory_ops.tables.table_statistics import TableStatistics
+from memory_ops.tables.value_table import TableReadError
 
 _DEPTH = 256  # reads under way; what more the kernel would queue itself
 _THREADS = 16  # where the kernel has no io_uring
@@ -28,10 +32,6 @@ SLOT_BYTES = 40
 logger = logging.getLogger(__name__)
 
 
-class TableReadError(RuntimeError):
-    """Rows could not be read: the message names the file and why."""
-
-
 class DiskTable:
     """A value table of a file, read by many direct reads at once, never by page faults.
 
@@ -41,7 +41,6 @@ class DiskTable:
         slots: these rows.
         rows: what finds and reads them.
         place: where the file has them.
-        on_progress: called now and then while a lookup takes long.
     """
 
     tier = "disk"
@@ -99,7 +98,8 @@ class DiskTable:
             os.close(self._descriptor)
             raise
         self.slots = _as_table(memory, row_format, shape[1])
-        self.on_progress: Callable[[], None] = lambda: None
+        self._watchers: list[Callable[[], None]] = []
+        self._tell = ON_PROGRESS(partial(_tell, self._watchers))
         self._num_lookups: Counter[int] = Counter()
         self._num_requested: Counter[int] = Counter()
 
@@ -114,11 +114,11 @@ class DiskTable:
         if hasattr(self, "rows"):
             self.close()
 
-    def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> "DiskLookup":
+    def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> DiskLookup:
         check_rows(self.slots, rows_THK, weights_THK)
         return self._lookup(rows_THK, weights_THK, layer, memory_ops.gather_rows)
 
-    def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> "DiskLookup":
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> DiskLookup:
         check_vectors(self.slots, rows_THK, x_TV)
         return self._lookup(rows_THK, x_TV, layer, memory_ops.row_dots)
 
@@ -128,7 +128,11 @@ class DiskTable:
         self.rows.hint(rows.contiguous(), layer=layer)
 
     def watch(self, on_progress: Callable[[], None]) -> None:
-        self.on_progress = on_progress
+        self._watchers[:] = [on_progress]
+
+    def tell(self) -> None:
+        """Tell who watches that a lookup gets on."""
+        _tell(self._watchers)
 
     def statistics(self) -> Mapping[int, TableStatistics]:
         return {
@@ -143,15 +147,26 @@ class DiskTable:
         }
 
     def _lookup(
-        self, rows_THK: Tensor, operand: Tensor, layer: int, operation: "Operation"
-    ) -> "DiskLookup":
-        self._num_lookups[layer] += 1
-        self._num_requested[layer] += rows_THK.numel()
+        self, rows_THK: Tensor, operand: Tensor, layer: int, operation: Operation
+    ) -> DiskLookup:
+        self.count(rows_THK, layer)
         self.check_file()
         return DiskLookup(self, rows_THK, operand, layer, operation)
 
+    def count(self, rows_THK: Tensor, layer: int) -> None:
+        self._num_lookups[layer] += 1
+        self._num_requested[layer] += rows_THK.numel()
+
+    def fetcher(self, layer: int) -> RowFetcher:
+        return self.rows.fetcher(layer, self._tell)
+
+    def read_error(self, row: int, error: int) -> TableReadError:
+        if error == NO_ROOM:
+            return TableReadError(f"{self.file}: no room in memory for one token's rows")
+        why = os.strerror(error) if error else "the file ends before it"
+        return TableReadError(f"{self.file}: row {row}: {why}")
+
     def check_file(self) -> None:
-        """Raise TableReadError unless the file is as it was when it was opened."""
         if self._file_state() != self._state:
             raise TableReadError(f"{self.file}: was changed since it was opened")
 
@@ -160,79 +175,9 @@ class DiskTable:
         return state.st_size, state.st_mtime_ns
 
 
-Operation = Callable[[Table, Tensor, Tensor], Tensor]
-
-
-class DiskLookup:
-    """Reads under way, of as many tokens as memory has room for; ``finish`` reads for the others.
-
-    What is not finished gives its room back when it is forgotten.
-    """
-
-    def __init__(
-        self,
-        table: DiskTable,
-        rows_THK: Tensor,
-        operand: Tensor,
-        layer: int,
-        operation: Operation,
-    ) -> None:
-        self._table = table  # which must not be closed before
-        self._rows_THK = rows_THK.contiguous()
-        self._slots_THK = torch.empty_like(self._rows_THK)
-        self._operand, self._layer, self._operation = operand, layer, operation
-        self._first = self._count = 0
-        self._begin()
-
-    def finish(self) -> Tensor:
-        """Wait for the rows and return what they give, in fp32 (fp64 for fp64).
-
-        Raises:
-            TableReadError: a row could not be read, or there is no room for those of one token.
-        """
-        try:
-            parts = [self._part()]
-            while self._first < len(self._rows_THK):
-                self._begin()
-                if not self._count:
-                    name = self._table.file
-                    raise TableReadError(f"{name}: no room in memory for one token's rows")
-                parts.append(self._part())
-        finally:
-            self._release()
-        self._table.check_file()
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def __del__(self) -> None:
-        self._release()
-
-    def _begin(self) -> None:
-        rows, slots = (part[self._first :].flatten(1) for part in (self._rows_THK, self._slots_THK))
-        self._count = self._table.rows.start(
-            rows, slots, is_new=self._first == 0, layer=self._layer
-        )
-
-    def _part(self) -> Tensor:
-        part = slice(self._first, self._first + self._count)
-        slots_THK = self._slots_THK[part]
-        wrong = self._table.rows.finish(
-            slots_THK, layer=self._layer, on_progress=self._table.on_progress
-        )
-        if wrong is not None:
-            index, error = wrong
-            row = int(self._rows_THK[part].flatten()[index])
-            why = os.strerror(error) if error else "the file ends before it"
-            raise TableReadError(f"{self._table.file}: row {row}: {why}")
-        out = self._operation(self._table.slots, slots_THK, self._operand[part])
-        self._release()
-        self._first = part.stop
-        self._table.on_progress()
-        return out
-
-    def _release(self) -> None:
-        count, self._count = self._count, 0
-        if count:
-            self._table.rows.release(self._slots_THK[self._first : self._first + count])
+def _tell(watchers: list[Callable[[], None]]) -> None:
+    for on_progress in watchers:
+        on_progress()
 
 
 def _row_size(row_format: torch.dtype | RowFormat, value_dim: int) -> int:

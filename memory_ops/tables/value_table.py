@@ -1,18 +1,28 @@
 """The protocol by which a memory layer reads a value table, whatever tier holds its rows."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from memory_ops.checks import Table
+from memory_ops.native.row_fetcher import RowFetcher
 from memory_ops.tables.table_statistics import TableStatistics
+
+
+class TableReadError(RuntimeError):
+    """Rows could not be read: the message names the file and why."""
 
 
 class Lookup(Protocol):
     """A read under way. ``finish`` is called once."""
 
     def finish(self) -> Tensor:
-        """Wait for the rows and return what they give, in fp32 (fp64 for fp64)."""
+        """Wait for the rows and return what they give, in fp32 (fp64 for fp64).
+
+        Raises:
+            TableReadError: a row could not be read, or there is no room for those of one token.
+        """
         ...
 
 
@@ -57,4 +67,31 @@ class ValueTable(Protocol):
 
     def statistics(self) -> Mapping[int, TableStatistics]:
         """Totals since the table was made, by layer."""
+        ...
+
+
+@runtime_checkable
+class FetchedTable(ValueTable, Protocol):
+    """A table that brings rows into memory, where native kernels may read them themselves.
+
+    Attributes:
+        slots: what rows are brought into, as a table of its own.
+    """
+
+    slots: Table
+
+    def fetcher(self, layer: int) -> RowFetcher:
+        """What kernels call for a layer's lookups, as long as the table lives."""
+        ...
+
+    def check_file(self) -> None:
+        """Raise TableReadError unless the file is as it was when it was opened."""
+        ...
+
+    def count(self, rows_THK: Tensor, layer: int) -> None:
+        """Count a lookup as ``start`` does; for kernels that call the fetcher."""
+        ...
+
+    def read_error(self, row: int, error: int) -> TableReadError:
+        """What to raise for a row that a fetcher could not bring, for an errno, 0, or NO_ROOM."""
         ...

@@ -13,8 +13,9 @@ from memory_ops.native.disk_rows import ReadFault
 from memory_ops.row_formats import quantize_rows
 from memory_ops.tables import disk
 from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.disk import SLOT_BYTES, DiskTable, TableReadError
+from memory_ops.tables.disk import SLOT_BYTES, DiskTable
 from memory_ops.tables.table_statistics import TableStatistics
+from memory_ops.tables.value_table import TableReadError
 
 ROWS, WIDTH, OFFSET = 200, 24, 4096
 WAYS = [{}, {"threads": 3}, {"is_direct": False}]

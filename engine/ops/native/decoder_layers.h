@@ -2,6 +2,8 @@
 // starting a team, and coming back to Python, takes as long as reading some of the weights.
 #pragma once
 
+#include <optional>
+
 #include "attention.h"
 #include "kept.h"
 #include "linear.h"
@@ -33,20 +35,23 @@ class DecoderLayers {
         rows_(call.num_tokens()), work_(omp_get_max_threads()) {}
 
   // residual += out(attention(qkv(residual)));  residual += down(gate_up(residual)), or the memory
-  void run(const DecoderLayer* layers, int64_t count) {
+  //
+  // Ends early where rows could not be read.
+  ReadFailure run(const DecoderLayer* layers, int64_t count) {
     make_room(layers, count);
     TileQueue tiles(call_);
     in_parallel(INT64_MAX, [&](int64_t thread, int64_t threads) {
       ChosenRows chosen = chosen_;
-      for (int64_t i = 0; i < count; i++) {
+      for (int64_t i = 0, memory = 0; i < count; i++) {
         attend(layers[i], i, tiles, thread, threads);
         if (layers[i].gate_up) feed_forward(layers[i], thread, threads);
         if (!layers[i].memory) continue;
-        look_up(*layers[i].memory, chosen, thread, threads);
+        if (!look_up(*layers[i].memory, memory++, chosen, thread, threads)) return;
         chosen.rows += rows_ * layers[i].memory->token_rows();
         chosen.weights += rows_ * layers[i].memory->token_rows();
       }
     });
+    return failure_;
   }
 
  private:
@@ -86,18 +91,55 @@ class DecoderLayers {
     multiply(into_residual(*layer.down, room_.hidden), thread, threads);
   }
 
-  void look_up(const MemoryLayer& memory, ChosenRows chosen, int64_t thread, int64_t threads) {
+  // False, to all threads, where the rows of the `index`-th memory could not be read.
+  bool look_up(const MemoryLayer& memory, int64_t index, ChosenRows chosen, int64_t thread,
+               int64_t threads) {
     multiply(into_room(*memory.query, room_.memory.queries), thread, threads);
-    if (memory.gate) multiply(into_room(*memory.gate, room_.memory.gates), thread, threads);
     for (int64_t first = 0; first < rows_; first += CHOOSING_TOKENS) {
       const Span tokens = {first, std::min(first + CHOOSING_TOKENS, rows_)};
       multiply(scores_of(memory, tokens), thread, threads);
       choose_share(memory, room_.memory.scores, tokens, chosen, thread, threads);
 #pragma omp barrier
     }
-    gather_share<Values>(memory, chosen, room_.memory, rows_, thread, threads);
+    if (memory.fetcher) {
+      if (!gather_fetched(memory, index, chosen, thread, threads)) return false;
+    } else {
+      multiply_gate(memory, thread, threads);
+      gather_share<Values>(memory, chosen, room_.memory, {0, rows_}, thread, threads);
 #pragma omp barrier
+    }
     multiply(into_residual(*memory.values, room_.memory.gated), thread, threads);
+    return true;
+  }
+
+  void multiply_gate(const MemoryLayer& memory, int64_t thread, int64_t threads) {
+    if (memory.gate) multiply(into_room(*memory.gate, room_.memory.gates), thread, threads);
+  }
+
+  // The first thread has rows fetched, while it and the others make the gates.
+  bool gather_fetched(const MemoryLayer& memory, int64_t index, ChosenRows chosen, int64_t thread,
+                      int64_t threads) {
+    std::optional<Fetch> fetch;
+    if (thread == 0) {
+      fetch.emplace(*memory.fetcher, chosen.rows, rows_, memory.token_rows(), room_.memory.slots);
+      fetch->start();
+    }
+    multiply_gate(memory, thread, threads);
+    for (int64_t first = 0; first < rows_;) {
+      if (thread == 0) {
+        if (!fetch->finish(failure_)) failure_.memory = index;
+        fetched_ = fetch->last();
+      }
+#pragma omp barrier
+      if (failure_.memory >= 0) return false;
+      const Span tokens = {first, fetched_};
+      gather_share<Values>(memory, {room_.memory.slots, chosen.weights}, room_.memory, tokens,
+                           thread, threads);
+      first = tokens.last;
+#pragma omp barrier
+      if (thread == 0 && first < rows_) fetch->start();
+    }
+    return true;
   }
 
   void make_room(const DecoderLayer* layers, int64_t count) {
@@ -125,11 +167,12 @@ class DecoderLayers {
     memory.gated = kept_bytes<struct GatedSums>(bytes * sizes.values);
     memory.sums = (float*)kept_bytes<struct RowSums>(rows_ * sizes.values * 4);
     memory.scores = (float*)kept_bytes<struct HalfScores>(chosen_tokens * sizes.scores * 4);
+    memory.slots = (int64_t*)kept_bytes<struct FetchedSlots>(rows_ * sizes.slots * 8);
   }
 
   // The most values a token of each room, and bytes of all that is prepared.
   struct Sizes {
-    int64_t qkv = 0, attended = 0, hidden = 0, queries = 0, scores = 0, values = 0;
+    int64_t qkv = 0, attended = 0, hidden = 0, queries = 0, scores = 0, values = 0, slots = 0;
     int64_t prepared = 0;
 
     void need_prepared(const LinearCall& call) {
@@ -145,6 +188,7 @@ class DecoderLayers {
     sizes.queries = std::max(sizes.queries, memory.query->outputs);
     sizes.scores = std::max(sizes.scores, memory.token_scores());
     sizes.values = std::max(sizes.values, memory.table.value_dim);
+    if (memory.fetcher) sizes.slots = std::max(sizes.slots, memory.token_rows());
   }
 
   const Attention call_;
@@ -154,6 +198,9 @@ class DecoderLayers {
   const int64_t rows_;
   SharedWork work_;
   LayerRoom room_{};
+  // of the memory that fetches, written by the first thread before a barrier
+  int64_t fetched_ = 0;
+  ReadFailure failure_;
 };
 
 }  // namespace memplus

@@ -59,14 +59,16 @@ extern "C" void memplus_silu_gate(const uint8_t* gate, const float* x, uint8_t* 
 
 // Runs decoder layers on the residual stream [T, D], in place; their KV blocks lie `kv_bytes` apart.
 // Writes what their memories chose, `rows` and `weights` [memories, T, H, K]. G and E follow from the
-// sizes of the products; the rest is as in memplus_attention.
-extern "C" void memplus_decoder_layers(const memplus::DecoderLayer* layers, int64_t count,
+// sizes of the products; the rest is as in memplus_attention. Returns whether all went well; if not
+// `failure` says which row could not be read, and nothing else is of use.
+extern "C" int32_t memplus_decoder_layers(const memplus::DecoderLayer* layers, int64_t count,
                                        uint8_t* residual, const float* cosines,
                                        const float* sines, uint8_t* kv, int64_t kv_bytes,
                                        const int64_t* block_table, const int64_t* query_starts,
                                        const int64_t* context_lengths, int64_t num_sequences,
                                        int64_t table_width, int64_t num_heads,
-                                       int64_t block_size, int64_t* rows, float* weights) {
+                                       int64_t block_size, int64_t* rows, float* weights,
+                                       memplus::ReadFailure* failure) {
   const memplus::PackedLinear &qkv = *layers->qkv, &out = *layers->out;
   const int64_t head_dim = out.inputs / num_heads;
   const int64_t num_kv_heads = (qkv.outputs / head_dim - num_heads) / 2;
@@ -76,8 +78,10 @@ extern "C" void memplus_decoder_layers(const memplus::DecoderLayer* layers, int6
                                    head_dim,      block_size};
   using namespace memplus;
   const ChosenRows chosen = {rows, weights};
-  qkv.is_bf16 ? DecoderLayers<Bf16Values>(call, kv_bytes, residual, chosen).run(layers, count)
-              : DecoderLayers<Fp32Values>(call, kv_bytes, residual, chosen).run(layers, count);
+  *failure = qkv.is_bf16
+                 ? DecoderLayers<Bf16Values>(call, kv_bytes, residual, chosen).run(layers, count)
+                 : DecoderLayers<Fp32Values>(call, kv_bytes, residual, chosen).run(layers, count);
+  return failure->memory < 0;
 }
 
 // Writes `chosen` [rows]; the logits are those of memplus::Logits.

@@ -16,6 +16,7 @@ from engine.ops.native.packed_layers import PackedLayers
 from engine.ops.native.packed_linear import PackedLinear, WeightRows
 from engine.ops.scores import Scores
 from memory_ops.native.library import NativeLibrary, use_torchs_threads
+from memory_ops.native.row_fetcher import ReadFailure
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _LOGITS = (_POINTER, *[_INT64] * 3, _INT32)
@@ -24,10 +25,10 @@ OPS_LIBRARY = NativeLibrary(
     {
         "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32)),
         "memplus_decoder_layers": (
-            None,
+            _INT32,
             (
                 *(_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4),
-                *[_POINTER] * 2,
+                *[_POINTER] * 3,
             ),
         ),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
@@ -120,6 +121,9 @@ class NativeOps:
 
         ``residual`` is contiguous; the rest is as ``Transformer.forward`` is given it. Returns
         the rows that the M memories inside read, int64, and their weights, ``[M, T, H, K]``.
+
+        Raises:
+            TableReadError: rows could not be read.
         """
         cosines, sines = angles
         assert residual_TD.is_contiguous() and kv_blocks.is_contiguous()
@@ -129,8 +133,11 @@ class NativeOps:
         assert all((one.num_heads, one.top_k) == (heads, top_k) for one in memories)
         rows_MTHK = torch.empty(len(memories), len(residual_TD), heads, top_k, dtype=torch.int64)
         weights_MTHK = torch.empty(rows_MTHK.shape)
+        failure = ReadFailure()
+        for memory in memories:
+            memory.check()
         use_torchs_threads()
-        self._library.memplus_decoder_layers(
+        is_well = self._library.memplus_decoder_layers(
             layers.address(run.start),
             len(run),
             residual_TD.data_ptr(),
@@ -147,7 +154,12 @@ class NativeOps:
             kv_blocks.shape[4],
             rows_MTHK.data_ptr(),
             weights_MTHK.data_ptr(),
+            ctypes.byref(failure),
         )
+        if not is_well:
+            raise memories[failure.memory].error(failure)
+        for memory in memories:
+            memory.check()
         return rows_MTHK, weights_MTHK
 
     def silu_gate(self, gate_TI: Tensor, x_TI: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// A memory layer whose value rows lie in memory, run by a team of threads:
+// A memory layer whose value rows lie in memory, or are brought there, run by a team of threads:
 //
 //   rows, w = product top-K of (subkeys . query(x));   m = sum w * table[row]
 //   x += values(silu(gate(x)) * m), or values(m) where there is no gate
@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "memory_ops/native/gather_rows.h"
 #include "memory_ops/native/product_topk.h"
+#include "memory_ops/native/row_fetcher.h"
 
 namespace memplus {
 
@@ -15,10 +16,12 @@ namespace memplus {
 constexpr int64_t CHOOSING_TOKENS = 64;
 constexpr int64_t GATHERED_TOKENS = 16;
 
-// H heads, N subkeys a half, K rows a head, V values a row; `gate` may be null.
+// H heads, N subkeys a half, K rows a head, V values a row; `gate` may be null. With a `fetcher` the
+// table is what it brings rows into, whose slots are read in place of the rows.
 struct MemoryLayer {
   const PackedLinear *query, *subkeys, *gate, *values;
   Table table;
+  const RowFetcher* fetcher;
   int64_t top_k;
 
   int64_t heads() const { return subkeys->blocks / 2; }
@@ -37,6 +40,7 @@ struct ChosenRows {
 struct MemoryRoom {
   uint8_t *queries, *gates, *gated;
   float *scores, *sums;
+  int64_t* slots;
 };
 
 // One thread's share of the rows of tokens [tokens.first, tokens.last), whose scores are there.
@@ -61,17 +65,21 @@ inline void gate_sums(const MemoryLayer& memory, const MemoryRoom& room, int64_t
   });
 }
 
-// One thread's share of room.gated [T, V], for `count` tokens whose rows and gates are there.
+// One thread's share of room.gated [T, V], for tokens whose rows and gates are there.
 template <class Values>
-inline void gather_share(const MemoryLayer& memory, ChosenRows chosen, const MemoryRoom& room,
-                         int64_t count, int64_t thread, int64_t threads) {
-  const SumsPart own = sums_part(memory.table, count, thread, threads);
-  const Sums sums = {chosen.rows, chosen.weights, nullptr, memory.token_rows(), room.sums};
+inline void gather_share(const MemoryLayer& memory, ChosenRows chosen, MemoryRoom room, Span tokens,
+                         int64_t thread, int64_t threads) {
+  const SumsPart own = sums_part(memory.table, tokens.last - tokens.first, thread, threads);
+  const int64_t choices = tokens.first * memory.token_rows();
+  const int64_t values = tokens.first * memory.table.value_dim;
+  room.sums += values, room.gates += values * Values::bytes, room.gated += values * Values::bytes;
+  const Sums sums = {chosen.rows + choices, chosen.weights + choices, nullptr, memory.token_rows(),
+                     room.sums};
   // some at a time, whose sums are in the caches yet
   for (int64_t first = own.sums.first; first < own.sums.last; first += GATHERED_TOKENS) {
-    const Span tokens = {first, std::min(first + GATHERED_TOKENS, own.sums.last)};
-    gather_rows(memory.table, sums, SumsPart{tokens, own.columns});
-    for (int64_t token = tokens.first; token < tokens.last; token++)
+    const Span some = {first, std::min(first + GATHERED_TOKENS, own.sums.last)};
+    gather_rows(memory.table, sums, SumsPart{some, own.columns});
+    for (int64_t token = some.first; token < some.last; token++)
       gate_sums<Values>(memory, room, token * memory.table.value_dim, own.columns);
   }
 }

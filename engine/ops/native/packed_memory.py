@@ -1,11 +1,13 @@
-"""A memory layer whose value rows lie in memory, as the native library runs it."""
+"""A memory layer whose value rows lie in memory, or are brought there, as it is run natively."""
 
 import ctypes
 
 from engine.ops.native.packed_linear import PackedLinear
 from memory_ops.backends import is_fit_for_cpu
-from memory_ops.checks import Table, table_shape
 from memory_ops.native.backend import table_arguments
+from memory_ops.native.row_fetcher import ReadFailure
+from memory_ops.tables.device import DeviceTable
+from memory_ops.tables.value_table import FetchedTable, TableReadError
 
 
 class _Table(ctypes.Structure):
@@ -30,6 +32,7 @@ class _Fields(ctypes.Structure):
         ("gate", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("table", _Table),
+        ("fetcher", ctypes.c_void_p),
         ("top_k", ctypes.c_int64),
     )
 
@@ -46,7 +49,8 @@ class PackedMemory:
 
     def __init__(
         self,
-        table: Table,
+        table: DeviceTable | FetchedTable,
+        layer: int,
         num_heads: int,
         top_k: int,
         *,
@@ -55,11 +59,17 @@ class PackedMemory:
         gate: PackedLinear | None,
         values: PackedLinear,
     ) -> None:
-        """Hold them all, copying none; the table's rows are such as kernels read."""
+        """Hold them all, copying none; the table's rows are such as kernels read.
+
+        ``layer`` is whose lookups these are.
+        """
         num_subkeys = subkeys.num_outputs // (2 * num_heads)
-        assert is_fit_for_cpu(table, num_subkeys, top_k)
         # the kernels check no row id: whatever they choose is a row of such a table
-        assert table_shape(table) == (num_subkeys**2, values.num_inputs)
+        assert (table.num_rows, table.value_dim) == (num_subkeys**2, values.num_inputs)
+        self._fetched = table if isinstance(table, FetchedTable) else None
+        self._fetcher = self._fetched.fetcher(layer) if self._fetched is not None else None
+        rows = table.rows if isinstance(table, DeviceTable) else table.slots
+        assert is_fit_for_cpu(rows, num_subkeys, top_k)
         assert gate is None or gate.num_outputs == values.num_inputs
         self.num_heads, self.top_k = num_heads, top_k
         self._held = table, query, subkeys, gate, values
@@ -68,9 +78,20 @@ class PackedMemory:
             subkeys.address,
             None if gate is None else gate.address,
             values.address,
-            _Table(*table_arguments(table)),
+            _Table(*table_arguments(rows)),
+            None if self._fetcher is None else ctypes.addressof(self._fetcher),
             top_k,
         )
         self.address = ctypes.addressof(self._fields)
         products = query, subkeys, gate, values
         self.num_bytes = sum(product.num_bytes for product in products if product is not None)
+
+    def check(self) -> None:
+        """Raise TableReadError where rows are fetched from what has changed."""
+        if self._fetched is not None:
+            self._fetched.check_file()
+
+    def error(self, failure: ReadFailure) -> TableReadError:
+        """What to raise for rows that could not be fetched."""
+        assert self._fetched is not None
+        return self._fetched.read_error(failure.row, failure.error)

@@ -1,0 +1,38 @@
+"""Who brings rows of a table into memory, as native kernels call it (row_fetcher.h)."""
+
+import ctypes
+
+# as in row_fetcher.h, in place of an errno
+NO_ROOM = -1
+START = ctypes.CFUNCTYPE(
+    ctypes.c_int64,
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+    *(ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p),
+)
+ON_PROGRESS = ctypes.CFUNCTYPE(None)
+
+
+class RowFetcher(ctypes.Structure):
+    """``memplus::RowFetcher``; who makes one keeps alive what it points to."""
+
+    _fields_ = (
+        ("start", ctypes.c_void_p),
+        ("finish", ctypes.c_void_p),
+        ("release", ctypes.c_void_p),
+        ("on_progress", ctypes.c_void_p),
+        ("own", ctypes.c_void_p),
+        ("layer", ctypes.c_int64),
+    )
+
+
+class ReadFailure(ctypes.Structure):
+    """``memplus::ReadFailure``."""
+
+    _fields_ = (
+        ("memory", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("error", ctypes.c_int64),
+    )
+    memory: int
+    row: int
+    error: int

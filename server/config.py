@@ -55,6 +55,16 @@ class ModelOptions:
             "choices": ("auto", *TABLE_DTYPES),
         },
     )
+    table_lookahead: int = field(
+        default=0,
+        metadata={
+            "help": "layers early that rows on disk are guessed, and their reading begun; 0: never"
+        },
+    )
+    table_lookahead_share: float = field(
+        default=0.5,
+        metadata={"help": "rows that are guessed, the likeliest, as a share of those to be read"},
+    )
     verify_tables: bool = field(
         default=False,
         metadata={"help": "compare value tables with the checksums in their files, before serving"},
@@ -65,6 +75,13 @@ class ModelOptions:
             raise ConfigError(f"table_tier: {self.table_tier!r} is none of {', '.join(_TIERS)}")
         if self.table_tier == "host":
             raise ConfigError("table_tier: host needs a GPU, and this engine runs on the CPU")
+        if self.table_lookahead < 0:
+            raise ConfigError(f"table_lookahead: must be 0 or more, not {self.table_lookahead}")
+        if self.table_lookahead and self.table_tier == "device":
+            raise ConfigError("table_lookahead: is for --table-tier disk, and would be ignored")
+        if not 0 < self.table_lookahead_share <= 8:
+            share = self.table_lookahead_share
+            raise ConfigError(f"table_lookahead_share: {share} is outside (0, 8]")
         if self.table_cache is None:
             return
         if self.table_tier == "device":

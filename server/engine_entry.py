@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.allocator import keep_freed_memory
 from engine.config import ConfigError
 from engine.engine import Engine
+from engine.model.lookahead import LookaheadConfig
 from engine.model.transformer import Transformer
 from engine.process import EngineRefused, run_engine
 from server.config import EngineSettings, ModelOptions
@@ -61,10 +62,17 @@ def load_served(
         cache = TierChoice(kv_bytes, asked, options.table_cache_bytes)
     elif options.table_tier == "disk":
         cache = options.table_cache_bytes
-    return load_model(
+    model, config = load_model(
         folder,
         options.dtype,
         cache,
         table_dtype=options.table_dtype,
         verify_tables=options.verify_tables,
     )
+    if options.table_lookahead:
+        memory = config.model.memory
+        if memory is None:
+            raise ConfigError("table_lookahead: this model has no memory layers")
+        candidates = max(1, round(options.table_lookahead_share * memory.top_k))
+        model.look_ahead(LookaheadConfig(options.table_lookahead, candidates))
+    return model, config

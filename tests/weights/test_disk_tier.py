@@ -116,13 +116,24 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
 
 def test_the_command_serves_a_table_from_disk(capsys):
     said = []
-    for options in ([], ["--table-tier", "disk", "--table-cache", "64KiB"]):
+    on_disk = ["--table-tier", "disk", "--table-cache", "64KiB"]
+    for options in ([], on_disk, [*on_disk, "--table-lookahead", "2"]):
         arguments = ["--max-tokens", "24", "--temperature", "0"]
         assert main(["generate", "memory (noun):", *options, *arguments]) == 0
         said.append(capsys.readouterr().out)
-    assert said[0] == said[1] == " something that is remembered\n"
-    device = ["--table-tier", "device", "--table-cache", "2GiB"]
-    assert main(["generate", "x", *device]) == 2
-    assert "table_cache: is for --table-tier disk" in capsys.readouterr().err
-    assert main(["generate", "x", "--table-tier", "disk", "--table-cache", "2GB"]) == 2
-    assert "table_cache: expected a number of KiB, MiB or GiB" in capsys.readouterr().err
+    assert said[0] == said[1] == said[2] == " something that is remembered\n"
+
+
+def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
+    dense = str(save_model(random_model(tiny_config()), tmp_path / "dense"))
+    device, disk = ["--table-tier", "device"], ["--table-tier", "disk"]
+    for options, said in (
+        ([*device, "--table-cache", "2GiB"], "table_cache: is for --table-tier disk"),
+        ([*disk, "--table-cache", "2GB"], "table_cache: expected a number of KiB, MiB or GiB"),
+        ([*device, "--table-lookahead", "1"], "table_lookahead: is for --table-tier disk"),
+        (["--table-lookahead", "-1"], "table_lookahead: must be 0 or more"),
+        (["--table-lookahead-share", "0"], "table_lookahead_share: 0.0 is outside (0, 8]"),
+        (["--model", dense, "--table-lookahead", "1"], "this model has no memory layers"),
+    ):
+        assert main(["generate", "x", *options]) == 2
+        assert said in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """A model with memory layers of random weights for some feed-forwards: to be timed, not read."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,14 +58,11 @@ def with_memory(model: ModelConfig, num_subkeys: int, source: Path) -> ModelConf
 
 def _draw(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
-) -> Tensor:
+) -> Tensor | Iterator[Tensor]:
     if name.endswith("bias"):
         return torch.zeros(shape)
     if name.endswith("table"):
-        drawn_RV = torch.randn(min(shape[0], _DRAWN_ROWS), shape[1], generator=generator)
-        drawn_RV = (drawn_RV * shape[1] ** -0.5).to(dtype)
-        table_RV: Tensor = drawn_RV.repeat(-(-shape[0] // len(drawn_RV)), 1)[: shape[0]]
-        return table_RV
+        return _table_parts(shape, dtype, generator)
     drawn = torch.empty(shape)
     if name.endswith("subkeys"):
         bound = (2 * shape[-1]) ** -0.5
@@ -74,3 +72,13 @@ def _draw(
     else:
         drawn.normal_(std=shape[1] ** -0.5, generator=generator)
     return drawn
+
+
+def _table_parts(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """The same rows again and again, some at a time: a table may be larger than memory."""
+    drawn_RV = torch.randn(min(shape[0], _DRAWN_ROWS), shape[1], generator=generator)
+    drawn_RV = (drawn_RV * shape[1] ** -0.5).to(dtype)
+    for first in range(0, shape[0], len(drawn_RV)):
+        yield drawn_RV[: shape[0] - first]

@@ -39,6 +39,10 @@ class MemoryLoad:
     cache_share: float = field(
         default=0.1, metadata={"help": "memory for rows of the disk tier, as a share of the table"}
     )
+    cold: bool = field(
+        default=False,
+        metadata={"help": "begin rounds of the disk tier with no rows in memory; mmap always does"},
+    )
     lookahead: int = field(
         default=0, metadata={"help": "layers early that rows are guessed; 0: never"}
     )
@@ -82,6 +86,7 @@ class Point:
         cache_bytes: memory for rows; 0 where all are in memory.
         page_cache: ``unused`` in memory, ``excluded`` by direct reads, ``dropped`` before each
             round of a mapped file.
+        is_cold: whether a round begins with no rows in memory.
         lookahead: layers early that rows are guessed; 0 for never.
         candidates: rows that are guessed, as a share of those that are read.
         recall: share of the rows read that these hold.
@@ -94,6 +99,7 @@ class Point:
     skew: str
     cache_bytes: int
     page_cache: str
+    is_cold: bool
     lookahead: int
     candidates: float | None
     recall: float | None

@@ -37,7 +37,7 @@ class Reader:
     stored: StoredTensor
 
     def round(self, point: Point, load: MemoryLoad, access: RowAccess | None) -> Round:
-        """Decode once, from a warm cache of rows; a mapped file begins cold."""
+        """Decode once, from a cache of rows that is warm where the point is."""
         before: list[TableStatistics] = []
         replayed = self.replayed
         if replayed is not None:
@@ -74,7 +74,8 @@ class Reader:
         assert self.replayed is not None
         table = self.replayed.table
         if isinstance(table, DiskTable):
-            self.replayed.warm_up(table.num_slots)
+            if not point.is_cold:
+                self.replayed.warm_up(table.num_slots)
             return
         # the pages of a mapping stay in memory as long as it does
         self.replayed.table = DeviceTable(torch.empty(0, table.value_dim))

@@ -107,6 +107,7 @@ def _points(source: Path, load: MemoryLoad) -> Iterator[Point]:
                             skew=skew,
                             cache_bytes=cache if is_disk else 0,
                             page_cache=_PAGE_CACHE[tier],
+                            is_cold=tier == "mmap" or (is_disk and load.cold),
                             lookahead=early,
                             candidates=load.candidates if early else None,
                             recall=load.recall if early else None,
@@ -124,18 +125,20 @@ def _run(
     trace: AccessTrace | None,
     rounds: Rounds,
 ) -> None:
+    folders: dict[Point, Path] = {}
     readers: dict[tuple[int, str, str], Reader] = {}
     with tqdm(total=len(points) * load.rounds, unit="round", disable=None) as bar:
         bar.update(sum(rounds.number(point) for point in points))
         for point in points:
-            key = (point.rows, point.dtype, point.tier)
-            if key not in readers:
-                readers[key] = make_reader(_model(source, folder, point), point, load)
+            folders[point] = _model(source, folder, point)
         ways = {point.rows: accesses(load.skews, point.rows, trace) for point in points}
         for number in range(load.rounds):
             for point in points:
                 if rounds.number(point) <= number:
-                    reader = readers[point.rows, point.dtype, point.tier]
+                    key = (point.rows, point.dtype, point.tier)
+                    if key not in readers or (point.tier == "disk" and point.is_cold):
+                        readers[key] = make_reader(folders[point], point, load)
+                    reader = readers[key]
                     done = reader.round(point, load, ways[point.rows].get(point.skew))
                     rounds.add(point, replace(done, limit_reads_per_s=_limit(reader, number)))
                     bar.update()

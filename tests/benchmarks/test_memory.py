@@ -116,6 +116,8 @@ def test_the_sweep_is_measured_kept_and_drawn(tmp_path, capsys):
     kept = (out / "rounds.jsonl").read_text()
     assert main([*arguments, "1"]) == 0
     assert (out / "rounds.jsonl").read_text() == kept
+    assert main([*arguments, "1", "--cold", "--tiers", "disk"]) == 0
+    assert all(result["is_cold"] for result in json.loads(file.read_text()))
     # one that was cut short is done again
     (out / "rounds.jsonl").write_text(kept[:-20])
     assert main([*arguments, "1"]) == 0

@@ -6,12 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.model.config import MEMORY_KINDS, MemoryConfig, ModelConfig
+from engine.model.transformer import Transformer
 from weights.checkpoint import expected_shapes, save_checkpoint
 from weights.convert import read_folder
 from weights.errors import CheckpointError
+from weights.initialise import initialise, initialise_table
 from weights.tensor_files import TensorSource
 
 _MEMORY_LAYERS = 3  # as many as the paper's models have
@@ -34,11 +36,20 @@ def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
     kept = {tensor.name: tensor for tensor in imported.sources}
     dtype = imported.sources[0].dtype
     generator = torch.Generator().manual_seed(0)
-    sources = [
-        kept.get(name)
-        or TensorSource(name, shape, dtype, partial(_draw, name, shape, dtype, generator))
-        for name, shape in sorted(expected_shapes(model).items())
-    ]
+    drawn = Transformer(model)
+    initialise(drawn, generator)
+    made: dict[str, Tensor] = drawn.state_dict()
+    sources = []
+    for name, shape in sorted(expected_shapes(model).items()):
+        if name not in kept:
+            is_table = name in model.table_names
+            load = (
+                partial(_table_parts, shape, dtype, generator)
+                if is_table
+                else partial(made.pop, name)
+            )
+            kept[name] = TensorSource(name, shape, dtype, load)
+        sources.append(kept[name])
     save_checkpoint(target, replace(imported.config, model=model), sources, imported.extra_files)
 
 
@@ -56,29 +67,12 @@ def with_memory(model: ModelConfig, num_subkeys: int, source: Path) -> ModelConf
     return replace(model, feed_forward=tuple(kinds), memory=memory)
 
 
-def _draw(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
-) -> Tensor | Iterator[Tensor]:
-    if name.endswith("bias"):
-        return torch.zeros(shape)
-    if name.endswith("table"):
-        return _table_parts(shape, dtype, generator)
-    drawn = torch.empty(shape)
-    if name.endswith("subkeys"):
-        bound = (2 * shape[-1]) ** -0.5
-        drawn.uniform_(-bound, bound, generator=generator)
-    elif name.endswith("query.weight"):
-        nn.init.xavier_uniform_(drawn, generator=generator)
-    else:
-        drawn.normal_(std=shape[1] ** -0.5, generator=generator)
-    return drawn
-
-
 def _table_parts(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
 ) -> Iterator[Tensor]:
     """The same rows again and again, some at a time: a table may be larger than memory."""
-    drawn_RV = torch.randn(min(shape[0], _DRAWN_ROWS), shape[1], generator=generator)
-    drawn_RV = (drawn_RV * shape[1] ** -0.5).to(dtype)
+    drawn_RV = torch.empty(min(shape[0], _DRAWN_ROWS), shape[1])
+    initialise_table(drawn_RV, generator)
+    drawn_RV = drawn_RV.to(dtype)
     for first in range(0, shape[0], len(drawn_RV)):
         yield drawn_RV[: shape[0] - first]

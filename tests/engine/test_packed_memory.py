@@ -1,6 +1,5 @@
 """Memory layers by every build that runs here, inside the native call and around it."""
 
-import contextlib
 import copy
 
 import pytest
@@ -8,56 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.batch import make_batch
 from engine.model.config import MemoryConfig
-from engine.model.forward_trace import ForwardTrace
-from engine.model.packed_decoder import PackedDecoder
-from engine.model.rotary import rope_angles
 from engine.ops.native.library import OPS_LIBRARY, NativeOps
-from engine.sampling_params import SamplingParams
-from engine.step_plan import SequenceChunk, StepPlan
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.table_statistics import TableStatistics
 from tests.conftest import TOLERANCE
+from tests.engine.packed_forward import PackedForward, TableElsewhere, threads
 from tests.models import random_model, tiny_config
 
 each_build = pytest.mark.parametrize("build", OPS_LIBRARY.runnable_builds)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-
-
-@contextlib.contextmanager
-def threads(number):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    yield
-    torch.set_num_threads(before)
-
-
-class TableElsewhere:
-    """A table whose rows no kernel may read by itself."""
-
-    def __init__(self, table):
-        self.start, self.start_dots = table.start, table.start_dots
-        self.hint, self.statistics = table.hint, table.statistics
-        self.num_rows, self.value_dim = table.num_rows, table.value_dim
-
-
-def forward(model, native, num_tokens):
-    """What the packed layers make of two prompts' embeddings, and what their memories read."""
-    ids = tuple(i % 7 for i in range(num_tokens))
-    params = SamplingParams()
-    chunks = [SequenceChunk("a", ids, 0, tuple(range(20)), params, 0, True)]
-    if num_tokens > 1:
-        chunks.append(SequenceChunk("b", ids[1:4], 0, tuple(range(20, 25)), params, 0, True))
-    batch = make_batch(StepPlan(tuple(chunks)), 8, torch.device("cpu"))
-    config, residual = model.config, model.model.embed_tokens(batch.ids_T)
-    shape = (config.num_layers, 25, 2, config.num_kv_heads, 8, config.head_dim)
-    kv_blocks = torch.zeros(shape, dtype=residual.dtype)
-    angles = rope_angles(batch.layout.positions_T, model.rope_frequencies.float())
-    trace = ForwardTrace()
-    decoder = PackedDecoder(model.model.layers, config.num_heads, native)
-    out = decoder.run(residual, batch.layout, angles, kv_blocks, trace, lambda: None)
-    return out, trace.memory
 
 
 @each_build
@@ -94,8 +53,8 @@ def test_inside_the_call_they_give_what_they_give_apart(
         block.attach(TableElsewhere(block.table))
     native = NativeOps(build)
     with threads(num_threads):
-        found, inside = forward(model, native, num_tokens)
-    wanted, outside = forward(apart, native, num_tokens)
+        found, inside = PackedForward(model, native)(num_tokens)
+    wanted, outside = PackedForward(apart, native)(num_tokens)
     assert len(inside) == len(outside) == len(config.memory_layers)
     for own, other in zip(inside, outside, strict=True):
         assert torch.equal(own.rows_THK, other.rows_THK)
@@ -110,7 +69,7 @@ def test_what_they_read_is_counted():
     kinds = ("memory_plus", "dense", "memory_plus")
     model = random_model(tiny_config(num_layers=3, feed_forward=kinds, memory=memory))
     table = model.model.layers[0].memory.table
-    forward(model, NativeOps(OPS_LIBRARY.best_build), 5)
+    PackedForward(model, NativeOps(OPS_LIBRARY.best_build))(5)
     # five tokens of one prompt and three of the other
     assert dict(table.statistics()) == dict.fromkeys((0, 2), TableStatistics(8 * 2 * 4, lookups=1))
 

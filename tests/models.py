@@ -1,5 +1,6 @@
 """Tiny models with random weights, the plain forward loop, and a tokenizer of bytes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine.ops.layout import TokenLayout
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from memory_ops.tables.device import DeviceTable
+from weights import tensor_writer
 from weights.checkpoint import save_checkpoint
 from weights.config_json import CheckpointConfig
 from weights.tensor_files import TensorSource
@@ -48,18 +50,24 @@ def feed_forward_changes(*kinds: str, **memory: Any) -> dict[str, Any]:
     return changes
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model whose logits are far enough apart for greedy choices to be stable."""
+def random_weights(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A model without its tables, its logits far enough apart for greedy choices to be stable."""
     model = Transformer(config).to(dtype)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.4)
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval().requires_grad_(False)
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The same with random tables in memory."""
+    model = random_weights(config, dtype)
     if config.memory is not None:
         shape = (config.memory.num_rows, config.memory.value_dim)
         names = config.table_names
         model.attach_tables({name: DeviceTable(torch.randn(shape).to(dtype)) for name in names})
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def model_tensors(model: Transformer) -> dict[str, torch.Tensor]:
@@ -75,9 +83,33 @@ def model_tensors(model: Transformer) -> dict[str, torch.Tensor]:
 
 def save_model(model: Transformer, folder: Path) -> Path:
     """Save a model with the byte tokenizer as a checkpoint folder."""
+    return _save(model, model_tensors(model), folder)
+
+
+def save_with_sparse_tables(model: Transformer, folder: Path) -> Path:
+    """The same for a model without tables: they are fp32 zeros that take no room on the disk."""
+    _save(model, model.state_dict(), folder)
+    memory = model.config.memory
+    assert memory is not None
+    for index, name in enumerate(model.config.table_names):
+        shape = memory.num_rows, memory.value_dim
+        write_sparse(folder / f"table-{index:05}.safetensors", name, shape)
+    return folder
+
+
+def write_sparse(file: Path, name: str, shape: tuple[int, int]) -> None:
+    """A file of one fp32 table of zeros, which are a hole."""
+    source = TensorSource(name, shape, torch.float32, lambda: torch.empty(0))
+    header = tensor_writer._header([source], {})
+    with open(file, "wb") as out:
+        out.write(header)
+        out.truncate(len(header) + 4 * shape[0] * shape[1])
+
+
+def _save(model: Transformer, tensors: Mapping[str, torch.Tensor], folder: Path) -> Path:
     sources = [
         TensorSource(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
-        for name, tensor in model_tensors(model).items()
+        for name, tensor in tensors.items()
     ]
     config = CheckpointConfig(model.config, frozenset({EOS_ID}), dtype="float32")
     files = {"tokenizer.json": byte_tokenizer().to_str().encode()}

@@ -7,13 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from engine.config import ConfigError
 from memory_ops.row_formats import ROW_FORMATS, RowRecords
 from memory_ops.tables.disk import DiskTable
 from server.cli import main
-from tests.models import feed_forward_changes, model_tensors, random_model, save_model, tiny_config
+from tests.models import (
+    feed_forward_changes,
+    model_tensors,
+    random_model,
+    random_weights,
+    save_model,
+    save_with_sparse_tables,
+    tiny_config,
+)
 from weights import table_loading, tensor_files
 from weights.checkpoint import load_model
 from weights.convert import convert
@@ -198,21 +205,9 @@ def test_a_progress_bar_is_for_large_tables_on_a_terminal(folder, monkeypatch, l
 
 def sparse_model(folder: Path) -> Path:
     """A model with a table of 192 MiB of zeros that takes no room on disk."""
-    memory = {"num_heads": 1, "num_subkeys": 8, "top_k": 2, "query_dim": 8, "value_dim": WIDTH}
-    save_model(random_model(tiny_config(**feed_forward_changes("memory_plus", **memory))), folder)
-    (file,) = folder.glob("table-*")
-    entry = {"dtype": "F32", "shape": [ROWS, WIDTH], "data_offsets": [0, TABLE_BYTES]}
-    text = json.dumps({"memory.table": entry}).encode().ljust(4088)
-    file.write_bytes(len(text).to_bytes(8, "little") + text)
-    with open(file, "r+b") as opened:
-        opened.truncate(4096 + TABLE_BYTES)
-    config = json.loads((folder / "config.json").read_text())
-    config["memory"]["num_subkeys"] = 512
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.memory.subkeys"] = torch.zeros(1, 2, 512, 4)
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    memory = {"num_heads": 1, "num_subkeys": 512, "top_k": 2, "query_dim": 8, "value_dim": WIDTH}
+    config = tiny_config(**feed_forward_changes("memory_plus", **memory))
+    return save_with_sparse_tables(random_weights(config), folder)
 
 
 PEAK = """

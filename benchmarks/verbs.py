@@ -97,6 +97,13 @@ def memory(options: argparse.Namespace) -> None:
     measure(source, load, options.trace, options.out, options.json)
 
 
+def eviction(options: argparse.Namespace) -> None:
+    """Compare policies by which a cache of rows makes room, on a recorded trace."""
+    from benchmarks.memory.eviction import measure
+
+    measure(options.trace, options.cache_shares, options.sequences, options.json)
+
+
 def memory_model(options: argparse.Namespace) -> None:
     """Write a model with three memory layers of random weights, to be measured beside its own."""
     from benchmarks.random_memory import write_variant
@@ -150,6 +157,13 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     only = "a model's name; may be given more than once (default: all)"
     verb.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
 
+    _add_row_benchmarks(benchmarks)
+
+
+def _add_row_benchmarks(
+    benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    """Those of the rows that memories read."""
     verb = benchmarks.add_parser("trace", help=trace.__doc__)
     verb.set_defaults(run=trace)
     verb.add_argument("texts", nargs="+", metavar="TEXTS", help="files and folders to run over")
@@ -176,6 +190,17 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     recorded = "of a model's reads, by `memplus bench trace` (default: the benchmark model's)"
     verb.add_argument("--trace", type=Path, default=default_trace(), help=recorded)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the medians there, too")
+
+    verb = benchmarks.add_parser("eviction", help=eviction.__doc__)
+    verb.set_defaults(run=eviction)
+    verb.add_argument("--trace", type=Path, default=default_trace(), help=recorded)
+    shares = "rows that are kept, as shares of the table (default: 0.05 0.1 0.2)"
+    verb.add_argument(
+        "--cache-shares", type=float, nargs="+", default=[0.05, 0.1, 0.2], help=shares
+    )
+    together = "parts of the trace that decode together (default: %(default)s)"
+    verb.add_argument("--sequences", type=int, default=1, help=together)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
     verb = benchmarks.add_parser("memory-model", help=memory_model.__doc__)
     verb.set_defaults(run=memory_model)

@@ -1,0 +1,277 @@
+"""``memplus bench eviction``: which rows a cache keeps best, by simulation of a recorded trace."""
+
+import heapq
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from benchmarks.access_trace import AccessTrace
+from engine.config import ConfigError
+
+# as in row_slots.h: no miss waits for more steps of the hand
+_PATIENT_STEPS = 4096
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy makes of the second half of a trace.
+
+    Attributes:
+        policy: its name.
+        cache_share: rows that are kept, as a share of the table's.
+        sequences: that decode together.
+        hit_rate: unique rows of lookups that were in memory.
+        misses_per_token: rows that were not.
+    """
+
+    policy: str
+    cache_share: float
+    sequences: int
+    hit_rate: float
+    misses_per_token: float
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Rows one after another, as lookups want them, each once a lookup.
+
+    Attributes:
+        rows: their ids.
+        first: where the second half begins.
+        tokens: of the second half.
+        num_rows: of the table.
+    """
+
+    rows: NDArray[np.int64]
+    first: int
+    tokens: int
+    num_rows: int
+
+
+class Cache(Protocol):
+    """Rows that are kept. Unlike in the disk tier, those of the lookup itself may be given up."""
+
+    def use(self, row: int) -> bool:
+        """Whether the row was there; it is from now on."""
+        ...
+
+
+class Clock:
+    """Rows count their uses, to a limit, and a hand takes them off: see RowSlots in row_slots.h."""
+
+    def __init__(self, num_slots: int, most_uses: int) -> None:
+        self._most_uses, self._hand = most_uses, 0
+        self._slots: dict[int, int] = {}
+        self._rows, self._uses = [-1] * num_slots, [0] * num_slots
+
+    def use(self, row: int) -> bool:
+        slot = self._slots.get(row)
+        if slot is None:
+            self._take(row)
+            return False
+        if self._uses[slot] < self._most_uses:
+            self._uses[slot] += 1
+        return True
+
+    def _take(self, row: int) -> None:
+        slot, uses, size, steps = self._hand, self._uses, len(self._rows), 0
+        while uses[slot] and steps < _PATIENT_STEPS:
+            uses[slot] -= 1
+            slot = slot + 1 if slot + 1 < size else 0
+            steps += 1
+        self._slots.pop(self._rows[slot], None)
+        self._rows[slot], self._slots[row] = row, slot
+        uses[slot] = 0
+        self._hand = slot + 1 if slot + 1 < size else 0
+
+
+class LeastRecentlyUsed:
+    """The row whose last use is longest ago is given up."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_slots = num_slots
+        self._rows: dict[int, None] = {}  # in the order of their last uses
+
+    def use(self, row: int) -> bool:
+        is_there = row in self._rows
+        if is_there:
+            del self._rows[row]
+        elif len(self._rows) == self._num_slots:
+            del self._rows[next(iter(self._rows))]
+        self._rows[row] = None
+        return is_there
+
+
+class LeastFrequentlyUsed:
+    """The row of fewest uses is given up, of such the one unused for longest.
+
+    Uses of rows that were given up are remembered.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_slots, self._time = num_slots, 0
+        self._uses: dict[int, tuple[int, int]] = {}  # how many, and when the last
+        self._rows: set[int] = set()
+        # as they were when it was made: uses only grow, so the least may have to be put back
+        self._heap: list[tuple[tuple[int, int], int]] = []
+
+    def use(self, row: int) -> bool:
+        self._time += 1
+        uses = self._uses[row] = self._uses.get(row, (0, 0))[0] + 1, self._time
+        if row in self._rows:
+            return True
+        if len(self._rows) == self._num_slots:
+            self._give_up()
+        self._rows.add(row)
+        heapq.heappush(self._heap, (uses, row))
+        return False
+
+    def _give_up(self) -> None:
+        while True:
+            uses, row = self._heap[0]
+            if uses == self._uses[row]:
+                break
+            heapq.heapreplace(self._heap, (self._uses[row], row))
+        heapq.heappop(self._heap)
+        self._rows.remove(row)
+
+
+POLICIES: Mapping[str, Callable[[int], Cache]] = {
+    "fifo": lambda num_slots: Clock(num_slots, 0),
+    "lru": LeastRecentlyUsed,
+    "clock": lambda num_slots: Clock(num_slots, 1),
+    "clock-2": lambda num_slots: Clock(num_slots, 2),
+    "clock-3": lambda num_slots: Clock(num_slots, 3),
+    "clock-7": lambda num_slots: Clock(num_slots, 7),
+    "lfu": LeastFrequentlyUsed,
+}
+
+
+def policy_hits(reads: Reads, cache: Cache) -> int:
+    """Hits in the second half of a cache that the first has warmed."""
+    rows = reads.rows.tolist()
+    for row in rows[: reads.first]:
+        cache.use(row)
+    return sum(cache.use(row) for row in rows[reads.first :])
+
+
+def optimal_hits(reads: Reads, num_slots: int) -> int:
+    """The most hits that the second half can have, whatever rows of the first were kept.
+
+    It begins with those that are wanted soonest, and gives up the one that is wanted last, as
+    Belady has it.
+    """
+    count, first = len(reads.rows), reads.first
+    order = np.argsort(reads.rows, kind="stable")
+    is_again = reads.rows[order[1:]] == reads.rows[order[:-1]]
+    # of each read, where its row is wanted next; places behind the end are wanted never
+    next_read = np.arange(count, 2 * count)
+    next_read[order[:-1][is_again]] = order[1:][is_again]
+    wanted = next_read[:first]
+    held = set(np.sort(wanted[wanted >= first])[:num_slots].tolist())
+    heap = [-place for place in held]
+    heapq.heapify(heap)
+    hits = 0
+    for place, following in enumerate(next_read[first:].tolist(), first):
+        if place in held:
+            held.remove(place)
+            hits += 1
+        elif len(held) == num_slots:
+            # places that have passed are behind all that are held
+            held.remove(-heapq.heappop(heap))
+        held.add(following)
+        heapq.heappush(heap, -following)
+    return hits
+
+
+def static_hits(reads: Reads, num_slots: int) -> int:
+    """The most hits in the second half of rows of the first that are kept and never changed."""
+    seen = np.bincount(reads.rows[: reads.first], minlength=reads.num_rows) > 0
+    counts = np.bincount(reads.rows[reads.first :], minlength=reads.num_rows)[seen]
+    return int(np.sort(counts)[::-1][:num_slots].sum())
+
+
+BOUNDS: Mapping[str, Callable[[Reads, int], int]] = {
+    "optimum (Belady)": optimal_hits,
+    "best static": static_hits,
+}
+
+
+def interleaved(trace: AccessTrace, sequences: int) -> Reads:
+    """A trace in so many equal parts, decoded together, a lookup for each step and layer.
+
+    Raises:
+        ConfigError: there are no two tokens for each.
+    """
+    steps = len(trace.rows_TMHK) // sequences if sequences > 0 else 0
+    if steps < 2:
+        tokens = len(trace.rows_TMHK)
+        raise ConfigError(f"sequences: {sequences} do not have 2 of the trace's {tokens} tokens")
+    parts = trace.rows_TMHK[: steps * sequences]
+    rows_PSML = parts.reshape(sequences, steps, trace.rows_TMHK.shape[1], -1)
+    lookups: list[NDArray[np.int64]] = []
+    first = 0
+    for step in range(steps):
+        if step == steps // 2:
+            first = sum(len(rows) for rows in lookups)
+        for layer in range(rows_PSML.shape[2]):
+            rows = rows_PSML[:, step, layer].reshape(-1)
+            lookups.append(rows[np.sort(np.unique(rows, return_index=True)[1])])
+    tokens = (steps - steps // 2) * sequences
+    return Reads(np.concatenate(lookups), first, tokens, trace.counts_MR.shape[1])
+
+
+def compare(trace: AccessTrace, cache_shares: Sequence[float], sequences: int) -> list[Outcome]:
+    """Every policy and bound with caches of these shares of the table.
+
+    Raises:
+        ConfigError: a share is none, or has room for no row, or as ``interleaved``.
+    """
+    reads, found = interleaved(trace, sequences), []
+    sizes = {share: round(share * reads.num_rows) for share in cache_shares}
+    for share, num_slots in sizes.items():
+        if not 0 < num_slots <= reads.num_rows:
+            raise ConfigError(f"cache_shares: {share} is no share of {reads.num_rows} rows")
+    counted = len(reads.rows) - reads.first
+    with tqdm(total=len(sizes) * len([*POLICIES, *BOUNDS]), unit="cache", disable=None) as bar:
+        for share, num_slots in sizes.items():
+            hits = {}
+            for name, make in POLICIES.items():
+                hits[name] = policy_hits(reads, make(num_slots))
+                bar.update()
+            for name, bound in BOUNDS.items():
+                hits[name] = bound(reads, num_slots)
+                bar.update()
+            for name, number in hits.items():
+                rate, misses = number / counted, (counted - number) / reads.tokens
+                found.append(Outcome(name, share, sequences, rate, misses))
+    return found
+
+
+def measure(
+    trace_file: Path, cache_shares: Sequence[float], sequences: int, json_file: Path | None
+) -> list[Outcome]:
+    """Compare them, and print a line for every cache and policy.
+
+    Raises:
+        ConfigError: as ``compare``, or the JSON file has no folder.
+        DataError: the trace cannot be read.
+    """
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"json: there is no folder {json_file.parent}")
+    found = compare(AccessTrace.load(trace_file), cache_shares, sequences)
+    print("cache  sequences  policy             hit rate  misses/token")
+    for one in found:
+        print(
+            f"{one.cache_share:>5.1%} {one.sequences:>10}  {one.policy:<17}"
+            f" {one.hit_rate:>9.3f} {one.misses_per_token:>13.1f}"
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+    return found

@@ -1,0 +1,190 @@
+"""``memplus bench eviction``: policies and bounds on traces whose answers are known."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.access_trace import AccessTrace
+from benchmarks.memory.eviction import (
+    BOUNDS,
+    POLICIES,
+    Clock,
+    Reads,
+    compare,
+    interleaved,
+    policy_hits,
+)
+from engine.config import ConfigError
+from memory_ops.native import disk_rows
+from memory_ops.tables.disk import SLOT_BYTES, DiskTable
+from server.cli import main
+
+A, B, C, D, E = range(5)
+READS = st.lists(st.integers(0, 4), min_size=2, max_size=9)
+
+
+def trace_of(rows_TMHK, num_rows=5):
+    rows = np.array(rows_TMHK)
+    counts = np.stack([np.bincount(own.reshape(-1), minlength=num_rows) for own in rows[:, :, 0].T])
+    return AccessTrace(rows, counts, len(rows))
+
+
+def reads_of(rows, first):
+    return Reads(np.array(rows), first, len(rows) - first, 5)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        # of A, B, C, A, A, B, and D then, in three places
+        ("fifo", {B, C, D}),
+        ("lru", {A, B, D}),
+        ("clock", {A, B, D}),
+        ("clock-3", {A, B, D}),
+        ("lfu", {A, B, D}),
+    ],
+)
+def test_who_makes_room(policy, kept):
+    def is_kept(row):
+        cache = POLICIES[policy](3)
+        for one in (A, B, C, A, A, B, D):
+            cache.use(one)
+        return cache.use(row)
+
+    assert {row for row in range(5) if is_kept(row)} == kept
+
+
+@pytest.mark.parametrize(
+    ("policy", "hits"),
+    [("fifo", 0), ("lru", 0), ("clock", 1), ("clock-2", 2), ("clock-3", 3), ("clock-7", 3)],
+)
+def test_the_more_uses_count_the_longer_a_row_stays(policy, hits):
+    # A is used three times more; then others pass through the second place, and A is asked for
+    rows, asked = [A, A, A, A, B, C, A, D, E, A, B, C, A], (6, 9, 12)
+    cache = POLICIES[policy](2)
+    found = [cache.use(row) for row in rows]
+    assert sum(found[i] for i in asked) == hits
+
+
+def test_uses_of_rows_that_were_given_up_are_remembered():
+    cache = POLICIES["lfu"](2)
+    for row in (A, A, B, B, C, C, C):
+        cache.use(row)  # C takes the place of A, unused for longest
+    cache.use(A)  # of B, which has two uses
+    assert cache.use(A) and cache.use(C) and not cache.use(B)
+
+
+@pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
+@pytest.mark.parametrize("most_uses", [0, 1, 3])
+@pytest.mark.parametrize("num_slots", [5, 40])
+def test_the_simulated_clock_is_that_of_the_disk_tier(tmp_path, most_uses, num_slots):
+    (tmp_path / "table").write_bytes(torch.randn(100, 4).numpy().tobytes())
+    room, shape = num_slots * (16 + SLOT_BYTES), (100, 4)
+    table = DiskTable(
+        tmp_path / "table", 0, shape, torch.float32, room, most_uses=most_uses, threads=1
+    )
+    cache, misses = Clock(num_slots, most_uses), 0
+    for row in np.random.default_rng(0).geometric(0.03, 3000) % 100:
+        table.start(torch.tensor([[[int(row)]]]), torch.ones(1, 1, 1)).finish()
+        misses += not cache.use(int(row))
+        assert table.statistics()[0].misses == misses
+    assert misses > 200
+
+
+def best_hits(rows, cache, num_slots):
+    """The most hits from a cache of these rows, by trying everything."""
+    if not rows:
+        return 0
+    row, later = rows[0], rows[1:]
+    if row in cache:
+        return 1 + best_hits(later, cache, num_slots)
+    if len(cache) < num_slots:
+        return best_hits(later, cache | {row}, num_slots)
+    return max(best_hits(later, cache - {other} | {row}, num_slots) for other in cache)
+
+
+def subsets(rows, num_slots):
+    seen = set(rows)
+    return [set(some) for some in itertools.combinations(seen, min(num_slots, len(seen)))]
+
+
+@given(rows=READS, num_slots=st.integers(1, 3), data=st.data())
+def test_the_optimum_is_the_best_of_everything(rows, num_slots, data):
+    first = data.draw(st.integers(0, len(rows) - 1))
+    wanted = max(
+        best_hits(rows[first:], cache, num_slots) for cache in subsets(rows[:first], num_slots)
+    )
+    assert BOUNDS["optimum (Belady)"](reads_of(rows, first), num_slots) == wanted
+
+
+@given(rows=READS, num_slots=st.integers(1, 3), data=st.data())
+def test_the_best_static_choice_is_the_best_of_all(rows, num_slots, data):
+    first = data.draw(st.integers(0, len(rows) - 1))
+    choices = subsets(rows[:first], num_slots)
+    wanted = max(sum(row in kept for row in rows[first:]) for kept in choices)
+    assert BOUNDS["best static"](reads_of(rows, first), num_slots) == wanted
+
+
+@given(rows=st.lists(st.integers(0, 30), min_size=40, max_size=200), num_slots=st.integers(1, 12))
+def test_no_policy_is_better_than_the_optimum(rows, num_slots):
+    reads = Reads(np.array(rows), len(rows) // 2, len(rows) - len(rows) // 2, 31)
+    most = BOUNDS["optimum (Belady)"](reads, num_slots)
+    for make in POLICIES.values():
+        assert policy_hits(reads, make(num_slots)) <= most
+
+
+def test_a_row_counts_once_a_lookup():
+    # four tokens, two layers of one head: two rows each
+    rows = [[[[A, A]], [[B, C]]], [[[A, C]], [[C, B]]], [[[D, B]], [[A, D]]], [[[B, D]], [[E, E]]]]
+    alone = interleaved(trace_of(rows), 1)
+    assert alone.rows.tolist() == [A, B, C, A, C, C, B, D, B, A, D, B, D, E]
+    assert (alone.first, alone.tokens, alone.num_rows) == (7, 2, 5)
+    together = interleaved(trace_of(rows), 2)
+    # the first and third token, then the second and fourth
+    assert together.rows.tolist() == [A, D, B, B, C, A, D, A, C, B, D, C, B, E]
+    assert (together.first, together.tokens) == (7, 2)
+
+
+def test_the_second_half_is_counted():
+    # the first half is A, B, A, B; then A and B are there, and C and D are not
+    trace = trace_of([[[[row]]] for row in (A, B, A, B, A, C, D, B)])
+    found = {one.policy: one for one in compare(trace, [0.4], 1)}
+    assert set(found) == {*POLICIES, *BOUNDS}
+    best = found["optimum (Belady)"]
+    assert (best.hit_rate, best.misses_per_token) == (0.5, 0.5)
+    assert found["best static"].hit_rate == 0.5
+    assert found["lru"].hit_rate == found["fifo"].hit_rate == 0.25
+
+
+def test_the_verb_prints_and_writes(tmp_path, capsys):
+    file, out = tmp_path / "trace.npz", tmp_path / "out.json"
+    trace_of(np.random.default_rng(0).integers(0, 5, (8, 2, 1, 2))).save(file)
+    arguments = ["bench", "eviction", "--trace", str(file)]
+    shares = ["--cache-shares", "0.4", "1"]
+    assert main([*arguments, *shares, "--sequences", "2", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    written = json.loads(out.read_text())
+    assert len(written) == len(printed) - 1 == 2 * len({*POLICIES, *BOUNDS})
+    assert set(written[0]) == {
+        *("policy", "cache_share", "sequences", "hit_rate", "misses_per_token")
+    }
+    assert {one["cache_share"] for one in written} == {0.4, 1}
+    for wrong, message in [
+        (["--cache-shares", "0.01"], "cache_shares: 0.01 is no share of 5 rows"),
+        (["--cache-shares", "1.5"], "cache_shares: 1.5"),
+        (["--sequences", "5"], "sequences: 5 do not have 2 of the trace's 8 tokens"),
+        (["--sequences", "0"], "sequences: 0"),
+        (["--json", str(tmp_path / "none" / "out.json")], "json: there is no folder"),
+    ]:
+        assert main([*arguments, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_too_many_sequences_are_refused():
+    with pytest.raises(ConfigError, match="sequences: 3 do not have 2"):
+        interleaved(trace_of([[[[A]]]] * 5), 3)

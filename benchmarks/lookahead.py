@@ -67,6 +67,8 @@ def measure(
             if ids:
                 _guess(model, torch.tensor(ids), candidates, counts)
                 bar.update(len(ids))
+            if bar.n == num_tokens:
+                break
         if bar.n < num_tokens:
             raise ConfigError(f"tokens: the texts have {bar.n}, fewer than {num_tokens}")
     found = list(counts.recalls(memory.num_heads * memory.top_k, memory.num_heads))

@@ -16,7 +16,8 @@ from weights.errors import CheckpointError
 from weights.initialise import initialise, initialise_table
 from weights.tensor_files import TensorSource
 
-_MEMORY_LAYERS = 3  # as many as the paper's models have
+MEMORY_LAYERS = 3  # as many as the paper's models have
+NUM_HEADS, TOP_K = 4, 32
 _DRAWN_ROWS = 2**12  # which are repeated: what a row holds takes no time
 
 
@@ -55,14 +56,18 @@ def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
 
 def with_memory(model: ModelConfig, num_subkeys: int, source: Path) -> ModelConfig:
     """The shape of that variant."""
-    if model.num_layers <= _MEMORY_LAYERS or set(model.feed_forward) & set(MEMORY_KINDS):
+    if model.num_layers <= MEMORY_LAYERS or set(model.feed_forward) & set(MEMORY_KINDS):
         raise CheckpointError(f"{source}: takes more than 3 layers, none of them of memory")
     kinds = list(model.feed_forward)
-    for i in range(_MEMORY_LAYERS):
-        kinds[(i + 1) * model.num_layers // (_MEMORY_LAYERS + 1)] = "memory_plus"
+    for i in range(MEMORY_LAYERS):
+        kinds[(i + 1) * model.num_layers // (MEMORY_LAYERS + 1)] = "memory_plus"
     width = model.hidden_size
     memory = MemoryConfig(
-        num_heads=4, num_subkeys=num_subkeys, top_k=32, query_dim=width // 4 * 2, value_dim=width
+        num_heads=NUM_HEADS,
+        num_subkeys=num_subkeys,
+        top_k=TOP_K,
+        query_dim=width // 4 * 2,
+        value_dim=width,
     )
     return replace(model, feed_forward=tuple(kinds), memory=memory)
 

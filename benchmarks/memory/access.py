@@ -13,8 +13,11 @@ _SPREAD = 0x9E3779B97F4A7C15 >> 1 | 1
 class RowAccess(Protocol):
     """Rows of token after token of many sequences, in a table of ``num_rows``."""
 
-    def rows(self, sequence: int, position: int, memory: int) -> Tensor:
-        """The int64 rows, ``[H, K]``, of a token in the memory layer of this number."""
+    def rows(self, sequence: int, position: int, memory: int, *, warm_up: bool = False) -> Tensor:
+        """The int64 rows, ``[H, K]``, of a token in the memory layer of this number.
+
+        Those that ``warm_up`` a cache are others than those that are timed.
+        """
         ...
 
 
@@ -30,10 +33,11 @@ class RecordedAccess:
         self._rows_TMHK = torch.from_numpy(trace.rows_TMHK)
         self._num_recorded, self._num_rows = trace.counts_MR.shape[1], num_rows
 
-    def rows(self, sequence: int, position: int, memory: int) -> Tensor:
-        """Sequences begin evenly spread over what was recorded."""
-        first = (sequence * _SPREAD) % len(self._rows_TMHK)
-        rows_HK = self._rows_TMHK[(first + position) % len(self._rows_TMHK), memory]
+    def rows(self, sequence: int, position: int, memory: int, *, warm_up: bool = False) -> Tensor:
+        """Sequences begin evenly spread over half of what was recorded; the first half warms up."""
+        half = len(self._rows_TMHK) // 2
+        place = (sequence * _SPREAD + position) % half
+        rows_HK = self._rows_TMHK[place if warm_up else half + place, memory]
         if self._num_rows <= self._num_recorded:
             return torch.floor_divide(rows_HK, self._num_recorded // self._num_rows)
         parts = self._num_rows // self._num_recorded
@@ -53,7 +57,7 @@ class DrawnAccess:
             self._sums_R = (1 / torch.arange(1, num_rows + 1, dtype=torch.float64)).cumsum(0)
             self._order_R = torch.randperm(num_rows, generator=self._generator)
 
-    def rows(self, sequence: int, position: int, memory: int) -> Tensor:
+    def rows(self, sequence: int, position: int, memory: int, *, warm_up: bool = False) -> Tensor:
         """Drawn anew at each call."""
         if self._sums_R is None:
             return torch.randint(self._num_rows, self._shape, generator=self._generator)

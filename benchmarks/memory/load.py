@@ -34,7 +34,7 @@ class MemoryLoad:
         default=(1, 8), metadata={"help": "sequences that decode together"}
     )
     skews: tuple[str, ...] = field(
-        default=("recorded",), metadata={"help": "which rows are read from disk", "choices": SKEWS}
+        default=("recorded",), metadata={"help": "which rows are read", "choices": SKEWS}
     )
     cache_share: float = field(
         default=0.1, metadata={"help": "memory for rows of the disk tier, as a share of the table"}
@@ -66,6 +66,11 @@ class MemoryLoad:
                 raise ConfigError(f"{name}: must be at least 1, not {value}")
         if not 0 < self.cache_share <= 1:
             raise ConfigError(f"cache_share: {self.cache_share} is outside (0, 1]")
+        if not 0 < self.candidates <= 8:
+            raise ConfigError(f"candidates: {self.candidates} is outside (0, 8]")
+        if "disk" not in self.tiers and (self.cold or self.lookahead):
+            name = "cold" if self.cold else "lookahead"
+            raise ConfigError(f"{name}: is for the disk tier, and would be ignored")
         if not 0 <= self.recall <= min(1, self.candidates):
             most = min(1, self.candidates)
             raise ConfigError(f"recall: {self.recall} is outside [0, {most}]")
@@ -82,7 +87,7 @@ class Point:
         tier: where they lie.
         dtype: of the rows.
         batch: sequences that decode together.
-        skew: which rows are read; in memory the model's own choice, which is about uniform.
+        skew: which rows are read.
         cache_bytes: memory for rows; 0 where all are in memory.
         page_cache: ``unused`` in memory, ``excluded`` by direct reads, ``dropped`` before each
             round of a mapped file.
@@ -107,28 +112,28 @@ class Point:
 
 @dataclass(frozen=True)
 class Round:
-    """One turn of a point.
+    """One turn of a point; None is what was not measured.
 
     Attributes:
         tokens_per_s: of the timed steps.
+        seconds: that these took.
         hit_rate: unique rows that were in memory.
         late_rate: unique rows that were being fetched already.
         misses_per_token: rows that had to be fetched when they were wanted.
         reads_per_token: rows fetched, guesses included.
         stall_s: waited for rows in the timed steps.
-        seconds: that these took.
         limit_reads_per_s: what the disk gives to reads of this size at random places, measured
-            beside it; 0 in memory.
+            beside it.
     """
 
     tokens_per_s: float
-    hit_rate: float
-    late_rate: float
-    misses_per_token: float
-    reads_per_token: float
-    stall_s: float
     seconds: float
-    limit_reads_per_s: float
+    hit_rate: float | None
+    late_rate: float | None = None
+    misses_per_token: float | None = None
+    reads_per_token: float | None = None
+    stall_s: float | None = None
+    limit_reads_per_s: float | None = None
 
 
 def default_trace() -> Path:

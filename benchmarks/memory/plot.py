@@ -17,8 +17,7 @@ def plot(results: Sequence[Mapping[str, Any]], file: Path) -> None:
         for result in results:
             if result["batch"] == batch:
                 name = f"{result['tier']}, {result['dtype']}"
-                if result["tier"] != "device":
-                    name += f", {result['skew']}"
+                name += f", {result['skew']}"
                 lines.setdefault(name, []).append((result["rows"], result["tokens_per_s"]))
         for name, places in lines.items():
             axes.plot(*zip(*sorted(places), strict=True), marker="o", label=name)

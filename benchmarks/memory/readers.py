@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from benchmarks.access_trace import AccessTrace
 from benchmarks.engine_rounds import EngineRounds
 from benchmarks.memory.access import DrawnAccess, RecordedAccess, RowAccess
 from benchmarks.memory.load import MemoryLoad, Point, Round
-from benchmarks.memory.replayed import ReplayedFetches, ReplayedTable
-from engine.config import EngineConfig
+from benchmarks.memory.replayed import Replay, ReplayedTable
+from benchmarks.random_memory import NUM_HEADS, TOP_K
+from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
 from engine.model.lookahead import LookaheadConfig
 from memory_ops.tables.device import DeviceTable
@@ -25,67 +24,61 @@ from weights.tensor_files import StoredTensor, read_mapped
 _ENGINE = EngineConfig(kv_cache_gib=0.25, max_num_seqs=64)
 _INPUT_LEN = 16
 _TABLE = "memory.table"
+_COUNTS = ("unique", "hits", "late", "misses", "prefetched", "stall_seconds")
 
 
 @dataclass
 class Reader:
-    """An engine, and how its table is to be put into the state that a point asks for."""
+    """An engine, its table, and what is read of it."""
 
-    folder: Path
     rounds: EngineRounds
-    replayed: ReplayedTable | None
-    stored: StoredTensor
+    table: ReplayedTable
+    replay: Replay
 
-    def round(self, point: Point, load: MemoryLoad, access: RowAccess | None) -> Round:
-        """Decode once, from a cache of rows that is warm where the point is."""
-        before: list[TableStatistics] = []
-        replayed = self.replayed
-        if replayed is not None:
-            assert access is not None
-            replayed.access, replayed.batch = access, point.batch
-            self._prepare(point)
+    def round(self, point: Point, load: MemoryLoad, access: RowAccess, number: int) -> Round:
+        """Decode once, from a cache of rows that is warm where the point is.
+
+        Raises:
+            TableReadError: rows could not be read.
+        """
+        replay, before = self.replay, list[TableStatistics]()
+        replay.access, replay.batch = access, point.batch
+        disk = self.table.table if isinstance(self.table.table, DiskTable) else None
+        if disk is not None and not point.is_cold:
+            self.table.warm_up(disk.num_slots)
+        replay.begin(number * (load.output_len + 8))
 
         def next_step() -> None:
-            if replayed is not None:
-                replayed.prepare()
-                if not before:
-                    before.append(TableStatistics.sum(replayed.statistics().values()))
+            replay.prepare()
+            if not before:
+                before.append(TableStatistics.sum(self.table.statistics().values()))
 
-        steps = self.rounds.decode(point.batch, _INPUT_LEN, load.output_len, next_step)
+        try:
+            steps = self.rounds.decode(point.batch, _INPUT_LEN, load.output_len, next_step)
+        except RuntimeError:
+            if replay.error is not None:
+                raise replay.error from None
+            raise
         seconds = sum(step.seconds for step in steps)
         tokens = len(steps) * point.batch
-        if replayed is None or point.tier != "disk":
-            return Round(tokens / seconds, 1.0, 0.0, 0.0, 0.0, 0.0, seconds, 0.0)
-        after = TableStatistics.sum(replayed.statistics().values())
+        if disk is None:
+            return Round(tokens / seconds, seconds, 1.0 if point.tier == "device" else None)
+        after = TableStatistics.sum(self.table.statistics().values())
         counted = {name: getattr(after, name) - getattr(before[0], name) for name in _COUNTS}
-        unique = counted["unique"]
         return Round(
             tokens_per_s=tokens / seconds,
-            hit_rate=counted["hits"] / unique,
-            late_rate=counted["late"] / unique,
+            seconds=seconds,
+            hit_rate=counted["hits"] / counted["unique"],
+            late_rate=counted["late"] / counted["unique"],
             misses_per_token=counted["misses"] / tokens,
             reads_per_token=(counted["misses"] + counted["prefetched"]) / tokens,
             stall_s=counted["stall_seconds"],
-            seconds=seconds,
-            limit_reads_per_s=0.0,
         )
 
-    def _prepare(self, point: Point) -> None:
-        assert self.replayed is not None
-        table = self.replayed.table
-        if isinstance(table, DiskTable):
-            if not point.is_cold:
-                self.replayed.warm_up(table.num_slots)
-            return
-        # the pages of a mapping stay in memory as long as it does
-        self.replayed.table = DeviceTable(torch.empty(0, table.value_dim))
-        del table
-        with open(self.stored.file, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        self.replayed.table = _mapped(self.stored)
-
-
-_COUNTS = ("unique", "hits", "late", "misses", "prefetched", "stall_seconds")
+    def close(self) -> None:
+        """Give the file up."""
+        if isinstance(self.table.table, DiskTable):
+            self.table.table.close()
 
 
 def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
@@ -93,36 +86,36 @@ def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
 
     Raises:
         CheckpointError: the model cannot be read.
-        ConfigError: memory for rows is too small.
+        ConfigError: memory for rows is too small, or the folder's filesystem has no direct reads.
     """
     _, stored = open_checkpoint(folder)
     is_disk = point.tier == "disk"
     model, config = load_model(folder, table_cache=point.cache_bytes if is_disk else None)
-    layers = config.model.memory_layers
-    replayed = None
-    if point.tier != "device":
-        table = model.tables[_TABLE]
-        if point.tier == "mmap":
-            table = _mapped(stored[_TABLE])
-        evenly = accesses(("uniform",), table.num_rows, None)["uniform"]
-        replayed = (
-            ReplayedFetches(table, layers, evenly, load.recall)
-            if isinstance(table, DiskTable)
-            else ReplayedTable(table, layers, evenly, load.recall)
-        )
-        model.attach_tables({_TABLE: replayed})
-        if load.lookahead:
-            memory = config.model.memory
-            assert memory is not None
-            candidates = max(1, round(load.candidates * memory.top_k))
-            model.look_ahead(LookaheadConfig(load.lookahead, candidates))
+    table = model.tables[_TABLE]
+    if point.tier == "mmap":
+        table = _mapped_cold(stored[_TABLE])
+    assert isinstance(table, DeviceTable | DiskTable)
+    if isinstance(table, DiskTable) and table.place.alignment == 1:
+        raise ConfigError(f"out: the filesystem of {folder} has no direct reads")
+    evenly = accesses(("uniform",), table.num_rows, None)["uniform"]
+    recall = load.recall if point.lookahead else 0.0
+    replay = Replay(config.model.memory_layers, evenly, recall, load.candidates)
+    replayed = ReplayedTable(table, replay)
+    model.attach_tables({_TABLE: replayed})
+    if point.lookahead:
+        candidates = max(1, round(load.candidates * TOP_K))
+        model.look_ahead(LookaheadConfig(point.lookahead, candidates))
     model.pack()
     rounds = EngineRounds(Engine(model, _ENGINE), _ENGINE)
-    rounds.decode(1, _INPUT_LEN, 1)  # what is made at first use takes no time later
-    return Reader(folder, rounds, replayed, stored[_TABLE])
+    if not point.is_cold:
+        rounds.decode(1, _INPUT_LEN, 1)  # what is made at first use takes no time later
+    return Reader(rounds, replayed, replay)
 
 
-def _mapped(stored: StoredTensor) -> DeviceTable:
+def _mapped_cold(stored: StoredTensor) -> DeviceTable:
+    """A table of a mapped file, none of whose pages are in memory."""
+    with open(stored.file, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return DeviceTable(stored_layout(stored).table(read_mapped(stored)))
 
 
@@ -136,5 +129,5 @@ def accesses(
             assert trace is not None
             made[skew] = RecordedAccess(trace, num_rows)
         else:
-            made[skew] = DrawnAccess(num_rows, (4, 32), is_zipf=skew == "zipf")
+            made[skew] = DrawnAccess(num_rows, (NUM_HEADS, TOP_K), is_zipf=skew == "zipf")
     return made

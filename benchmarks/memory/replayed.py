@@ -2,100 +2,69 @@
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.memory.access import RowAccess
-from memory_ops.native.row_fetcher import START, RowFetcher
+from memory_ops.native.row_fetcher import (
+    ALL_THERE,
+    FINISH,
+    ON_PROGRESS,
+    RELEASE,
+    START,
+    RowFetcher,
+)
+from memory_ops.tables.device import DeviceTable
+from memory_ops.tables.disk import DiskTable
 from memory_ops.tables.table_statistics import TableStatistics
-from memory_ops.tables.value_table import FetchedTable, Lookup, TableReadError, ValueTable
+from memory_ops.tables.value_table import Lookup, TableReadError
+
+_WARM_SEQUENCES = 8
 
 
-class ReplayedTable:
-    """Passes lookups on with the rows of an access pattern, hints with some of them.
+class Replay:
+    """Whose turn it is: a step of decoding takes a token of each sequence through all layers.
 
-    A step of decoding takes one token of each sequence through all memory layers; a lookup of more
-    tokens, as of a prompt, is not timed and reads the first one's rows for all.
+    A lookup of more tokens, as of a prompt, is not timed and reads the first one's rows for all.
 
     Attributes:
-        table: where the rows are read.
-        access: which they are; may be changed between steps.
+        access: which rows are read; may be changed between steps.
         batch: sequences that decode together; likewise.
+        error: what went wrong where it could not be raised.
     """
 
     def __init__(
-        self, table: ValueTable, layers: Sequence[int], access: RowAccess, recall: float
+        self, layers: Sequence[int], access: RowAccess, recall: float, candidates: float
     ) -> None:
-        """``layers`` are the memory layers, in their order; ``recall`` is that of hints."""
-        self.table, self.access, self.batch = table, access, 1
-        self.tier = table.tier
-        self._layers, self._recall = tuple(layers), recall
+        """``layers`` are the memory layers, in their order; of the rows that they read guesses
+        hold the share ``recall``, in all ``candidates`` times as many rows."""
+        self.layers = tuple(layers)
+        self.access, self.batch = access, 1
+        self.error: BaseException | None = None
+        self._recall, self._candidates = recall, candidates
         self._position = 0
         self._coming: dict[int, Tensor] = {}
+        self._guesses: dict[int, Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
 
-    @property
-    def num_rows(self) -> int:
-        return self.table.num_rows
-
-    @property
-    def value_dim(self) -> int:
-        return self.table.value_dim
-
-    def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
-        played_THK = self._played(len(rows_THK), layer)
-        self._next(layer)
-        return self.table.start(played_THK, weights_THK, layer)
-
-    def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
-        return self.table.start_dots(self._played(len(rows_THK), layer), x_TV, layer)
-
-    def hint(self, rows: Tensor, layer: int = 0) -> None:
-        """Pass on as many guesses, of which the share ``recall`` of the coming rows are right."""
-        coming = self._played(len(rows), layer).flatten()
-        is_right = torch.rand(coming.shape, generator=self._generator) < self._recall
-        other = self.access.rows(self.batch, self._position, self._layers.index(layer)).flatten()
-        wrong = other.repeat(-(-rows.numel() // len(other)))[: rows.numel() - int(is_right.sum())]
-        self.table.hint(torch.cat([coming[is_right], wrong]), layer)
-
-    def watch(self, on_progress: Callable[[], None]) -> None:
-        self.table.watch(on_progress)
-
-    def statistics(self) -> Mapping[int, TableStatistics]:
-        return self.table.statistics()
+    def begin(self, position: int) -> None:
+        """Go on from a place of each sequence."""
+        self._position = position
+        self._coming.clear()
 
     def prepare(self) -> None:
-        """Find the coming step's rows now: what that takes is no part of a step."""
-        for layer in self._layers:
-            self._played(self.batch, layer)
+        """Find the coming step's rows now, and the guesses: that is no part of a step."""
+        for layer in self.layers:
+            coming_BHK = self.rows(self.batch, layer)
+            if self._recall:
+                parts = [self._guess(one, rows, layer) for one, rows in enumerate(coming_BHK)]
+                self._guesses[layer] = torch.cat(parts)
 
-    def warm_up(self, num_rows: int) -> None:
-        """Read ahead of the coming steps until so many rows were read, or as many were found."""
-        before, sequences = self._num_missed(), range(self.batch, self.batch + 8)
-        most = max(1, 4 * num_rows // (8 * self._coming_rows() * len(self._layers)))
-        for position in range(most):
-            for memory, layer in enumerate(self._layers):
-                parts = [self.access.rows(one, position, memory) for one in sequences]
-                rows_THK = torch.stack(parts)
-                self.table.start(rows_THK, torch.ones(rows_THK.shape), layer).finish()
-            if self._num_missed() - before >= num_rows:
-                break
-
-    def _next(self, layer: int) -> None:
-        """The rows of a layer were asked for: after the last one's comes the next step."""
-        if layer == self._layers[-1]:
-            self._position += 1
-            self._coming.clear()
-
-    def _num_missed(self) -> int:
-        return sum(counts.misses for counts in self.table.statistics().values())
-
-    def _coming_rows(self) -> int:
-        return self.access.rows(0, 0, 0).numel()
-
-    def _played(self, num_tokens: int, layer: int) -> Tensor:
-        memory = self._layers.index(layer)
+    def rows(self, num_tokens: int, layer: int) -> Tensor:
+        """What a lookup reads, ``[T, H, K]``."""
+        memory = self.layers.index(layer)
         if num_tokens != self.batch:
             rows_HK = self.access.rows(0, self._position, memory)
             return rows_HK.expand(num_tokens, *rows_HK.shape).contiguous()
@@ -104,43 +73,123 @@ class ReplayedTable:
             self._coming[layer] = torch.stack(parts)
         return self._coming[layer]
 
+    def guesses(self, layer: int) -> Tensor | None:
+        """What was guessed of the rows of a layer's coming lookup; None while a prompt is run."""
+        return self._guesses.pop(layer, None)
 
-class ReplayedFetches(ReplayedTable):
-    """The same for a table that native kernels have rows fetched from."""
+    def done(self, layer: int) -> None:
+        """Note a layer's lookup: after the last one's comes the next step."""
+        if layer == self.layers[-1]:
+            self._position += 1
+            self._coming.clear()
 
-    def __init__(
-        self, table: FetchedTable, layers: Sequence[int], access: RowAccess, recall: float
-    ) -> None:
-        super().__init__(table, layers, access, recall)
-        self._fetched, self.slots = table, table.slots
+    def _guess(self, sequence: int, rows_HK: Tensor, layer: int) -> Tensor:
+        right = rows_HK[torch.rand(rows_HK.shape, generator=self._generator) < self._recall]
+        memory = self.layers.index(layer)
+        others = [sequence + self.batch * (1 + i) for i in range(int(self._candidates) + 1)]
+        wrong = [self.access.rows(one, self._position, memory).flatten() for one in others]
+        most = round(rows_HK.numel() * self._candidates)
+        return torch.cat([right, *wrong])[:most]
+
+
+class ReplayedTable:
+    """Passes lookups on with the rows of a replay, and hints with its guesses.
+
+    Attributes:
+        table: where the rows are read.
+        slots: what native kernels read: the rows themselves where all are in memory.
+    """
+
+    def __init__(self, table: DeviceTable | DiskTable, replay: Replay) -> None:
+        self.table, self._replay = table, replay
+        self.tier, self.num_rows, self.value_dim = table.tier, table.num_rows, table.value_dim
+        self.slots = table.slots if isinstance(table, DiskTable) else table.rows
         self._held: list[object] = []  # what fetchers point to
 
+    def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
+        played_THK = self._replay.rows(len(rows_THK), layer)
+        self._replay.done(layer)
+        return self.table.start(played_THK, weights_THK, layer)
+
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
+        return self.table.start_dots(self._replay.rows(len(rows_THK), layer), x_TV, layer)
+
+    def hint(self, rows: Tensor, layer: int = 0) -> None:
+        guesses = self._replay.guesses(layer)
+        if guesses is not None:
+            self.table.hint(guesses, layer)
+
+    def watch(self, on_progress: Callable[[], None]) -> None:
+        self.table.watch(on_progress)
+
+    def statistics(self) -> Mapping[int, TableStatistics]:
+        return self.table.statistics()
+
     def fetcher(self, layer: int) -> RowFetcher:
-        """The table's own, told of the rows of the access pattern."""
-        own = self._fetched.fetcher(layer)
-        start = START(own.start)
-
-        def replay(
-            table: int, rows: int, tokens: int, num_rows: int, is_new: int, layer: int, slots: int
-        ) -> int:
-            # a lookup that was split goes on with what it was told first
-            if is_new:
-                played = self._played(tokens, layer)
-                self._next(layer)
-                ctypes.memmove(rows, played.data_ptr(), played.nbytes)
-            done: int = start(table, rows, tokens, num_rows, is_new, layer, slots)
-            return done
-
-        replayed = START(replay)
-        self._held += [own, replayed]
-        address = ctypes.cast(replayed, ctypes.c_void_p).value
-        return RowFetcher(address, own.finish, own.release, own.on_progress, own.own, own.layer)
+        """The table's own, or one that finds all in memory, told of the rows of the replay."""
+        calls = _calls(self.table, self._replay, layer)
+        self._held.append(calls)
+        own = self.table.fetcher(layer).own if isinstance(self.table, DiskTable) else None
+        addresses = (ctypes.cast(call, ctypes.c_void_p).value for call in calls)
+        return RowFetcher(*addresses, own, layer)
 
     def check_file(self) -> None:
-        self._fetched.check_file()
-
-    def count(self, rows_THK: Tensor, layer: int) -> None:
-        self._fetched.count(rows_THK, layer)
+        if isinstance(self.table, DiskTable):
+            self.table.check_file()
 
     def read_error(self, row: int, error: int) -> TableReadError:
-        return self._fetched.read_error(row, error)
+        if isinstance(self.table, DiskTable):
+            return self.table.read_error(row, error)
+        return TableReadError(f"replay: row {row} is not to be had ({error})")
+
+    def warm_up(self, num_rows: int) -> None:
+        """Read other rows than are timed, until as many were read, or four times as many found."""
+        access, layers = self._replay.access, self._replay.layers
+        before, found, position = self._num_missed(), 0, 0
+        while self._num_missed() - before < num_rows and found < 4 * num_rows:
+            for memory, layer in enumerate(layers):
+                parts = [
+                    access.rows(one, position, memory, warm_up=True)
+                    for one in range(_WARM_SEQUENCES)
+                ]
+                rows_THK = torch.stack(parts)
+                self.table.start(rows_THK, torch.ones(rows_THK.shape), layer).finish()
+                found += rows_THK.numel()
+            position += 1
+
+    def _num_missed(self) -> int:
+        return sum(counts.misses for counts in self.table.statistics().values())
+
+
+def _calls(table: DeviceTable | DiskTable, replay: Replay, layer: int) -> tuple[Any, ...]:
+    """A fetcher's functions; nothing can be raised through them."""
+    own = table.fetcher(layer) if isinstance(table, DiskTable) else None
+    own_start = START(own.start) if own is not None else None
+
+    def start(
+        rows_of: int, rows: int, tokens: int, token_rows: int, is_new: int, layer: int, slots: int
+    ) -> int:
+        try:
+            # a lookup that was split goes on with what it was told first
+            if is_new:
+                played = replay.rows(tokens, layer)
+                if played[0].numel() != token_rows:
+                    raise ValueError(f"replay: {played[0].numel()} rows a token, not {token_rows}")
+                replay.done(layer)
+                ctypes.memmove(rows, played.data_ptr(), played.nbytes)
+            if own_start is None:
+                ctypes.memmove(slots, rows, 8 * tokens * token_rows)
+                return tokens
+            return int(own_start(rows_of, rows, tokens, token_rows, is_new, layer, slots))
+        except BaseException as error:  # an interruption too: it is raised after the call
+            replay.error = error
+            return 0
+
+    if own is None:
+        return (
+            START(start),
+            FINISH(lambda rows_of, slots, count, layer, error: ALL_THERE),
+            RELEASE(lambda rows_of, slots, count: None),
+            ON_PROGRESS(lambda: None),
+        )
+    return (START(start), FINISH(own.finish), RELEASE(own.release), ON_PROGRESS(own.on_progress))

@@ -1,6 +1,9 @@
 """The sweep: all points by turns in one process, each round kept, so that it can be resumed."""
 
+import gc
+import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +16,7 @@ from benchmarks.access_trace import AccessTrace
 from benchmarks.memory.load import MemoryLoad, Point, Round
 from benchmarks.memory.plot import plot
 from benchmarks.memory.readers import Reader, accesses, make_reader
-from benchmarks.random_memory import write_variant
+from benchmarks.random_memory import MEMORY_LAYERS, NUM_HEADS, TOP_K, write_variant
 from benchmarks.serving_plot import check_plot
 from engine.allocator import keep_freed_memory
 from engine.config import ConfigError
@@ -22,6 +25,7 @@ from memory_ops.row_formats import ROW_FORMATS, row_bytes
 from memory_ops.tables.disk import SLOT_BYTES, DiskTable
 from weights.checkpoint import open_checkpoint
 from weights.convert import convert
+from weights.errors import DataError
 
 _DEPTHS = (64, 128, 256)
 _READS = 20_000
@@ -43,8 +47,9 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     check_plot(folder / "memory.png")
     keep_freed_memory()
-    trace = AccessTrace.load(trace_file) if "recorded" in load.skews else None
+    trace = _trace(trace_file) if "recorded" in load.skews else None
     points = list(_points(source, load))
+    _check_settings(folder, source, load, trace)
     rounds = Rounds(folder / "rounds.jsonl")
     missing = [point for point in points if rounds.number(point) < load.rounds]
     if missing:
@@ -77,13 +82,18 @@ class Rounds:
     def add(self, point: Point, done: Round) -> None:
         """Keep a round."""
         self._rounds.setdefault(point, []).append(done)
+        is_cut = self._file.exists() and not self._file.read_bytes().endswith(b"\n")
         with open(self._file, "a") as file:
+            file.write("\n" * is_cut)
             file.write(json.dumps({"point": asdict(point), "round": asdict(done)}) + "\n")
 
     def median(self, point: Point) -> dict[str, Any]:
         """A point and the median of each of its figures."""
         columns = [asdict(done) for done in self._rounds[point]]
-        figures = {name: median(column[name] for column in columns) for name in columns[0]}
+        figures = {
+            name: None if columns[0][name] is None else median(column[name] for column in columns)
+            for name in columns[0]
+        }
         return asdict(point) | figures | {"rounds": len(columns)}
 
 
@@ -94,11 +104,10 @@ def _points(source: Path, load: MemoryLoad) -> Iterator[Point]:
             size = row_bytes(dtype, width) if dtype in ROW_FORMATS else 2 * width
             cache = round(rows * load.cache_share) * (size + SLOT_BYTES)
             for tier in load.tiers:
-                skews = ("uniform",) if tier == "device" else load.skews
                 is_disk = tier == "disk"
                 early = load.lookahead if is_disk else 0
                 for batch in load.batches:
-                    for skew in skews:
+                    for skew in load.skews:
                         yield Point(
                             rows=rows,
                             tier=tier,
@@ -136,11 +145,13 @@ def _run(
             for point in points:
                 if rounds.number(point) <= number:
                     key = (point.rows, point.dtype, point.tier)
-                    if key not in readers or (point.tier == "disk" and point.is_cold):
+                    if point.is_cold and key in readers:
+                        readers.pop(key).close()
+                        gc.collect()
+                    if key not in readers:
                         readers[key] = make_reader(folders[point], point, load)
-                    reader = readers[key]
-                    done = reader.round(point, load, ways[point.rows].get(point.skew))
-                    rounds.add(point, replace(done, limit_reads_per_s=_limit(reader, number)))
+                    done = readers[key].round(point, load, ways[point.rows][point.skew], number)
+                    rounds.add(point, replace(done, limit_reads_per_s=_limit(readers[key])))
                     bar.update()
 
 
@@ -158,11 +169,40 @@ def _model(source: Path, folder: Path, point: Point) -> Path:
     return narrow
 
 
-def _limit(reader: Reader, seed: int) -> float:
-    table = reader.replayed.table if reader.replayed is not None else None
+def _limit(reader: Reader) -> float | None:
+    table = reader.table.table
     if not isinstance(table, DiskTable):
-        return 0.0
-    return max(random_reads_per_s(table.place, depth, _READS, seed) for depth in _DEPTHS)
+        return None
+    # other rows each time: none is in a cache of the disk's
+    return max(random_reads_per_s(table.place, depth, _READS, time.time_ns()) for depth in _DEPTHS)
+
+
+def _trace(file: Path) -> AccessTrace:
+    """A trace of as many rows as the models here read (DataError if it is another)."""
+    trace = AccessTrace.load(file)
+    found, wanted = trace.rows_TMHK.shape[1:], (MEMORY_LAYERS, NUM_HEADS, TOP_K)
+    if found != wanted or len(trace.rows_TMHK) < 2:
+        raise DataError(f"{file}: has reads of {found} layers, heads and rows, not {wanted}")
+    num_rows = trace.counts_MR.shape[1]
+    is_whole = 0 <= trace.rows_TMHK.min() <= trace.rows_TMHK.max() < num_rows
+    if num_rows & (num_rows - 1) or not is_whole:
+        raise DataError(f"{file}: of {num_rows} rows, no power of two, or fewer than are read")
+    return trace
+
+
+def _check_settings(
+    folder: Path, source: Path, load: MemoryLoad, trace: AccessTrace | None
+) -> None:
+    """Keep what rounds of a folder have in common, or check it (ConfigError if it is another)."""
+    told = {"model": str(source), "output_len": load.output_len}
+    file = folder / "settings.json"
+    if trace is not None:
+        told["trace"] = hashlib.sha256(trace.rows_TMHK.tobytes()).hexdigest()
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    for name in told.keys() & kept.keys():
+        if told[name] != kept[name]:
+            raise ConfigError(f"out: {folder} has rounds of another {name}: {kept[name]}")
+    file.write_text(json.dumps(kept | told))
 
 
 _HEADER = (
@@ -173,7 +213,14 @@ _HEADER = (
 
 def _line(result: dict[str, Any]) -> str:
     return (
-        "{rows:>10} {tier:<6} {dtype:<8} {batch:>5} {skew:<9} {0:>9.1f} {tokens_per_s:>9.1f}"
-        " {hit_rate:>5.2f} {late_rate:>5.2f} {stall_s:>8.3f} {seconds:>5.2f}"
-        " {reads_per_token:>12.1f} {limit_reads_per_s:>13.0f}"
-    ).format(result["cache_bytes"] / 2**20, **result)
+        f"{result['rows']:>10} {result['tier']:<6} {result['dtype']:<8} {result['batch']:>5}"
+        f" {result['skew']:<9} {result['cache_bytes'] / 2**20:>9.1f}"
+        f" {result['tokens_per_s']:>9.1f} {_shown(result['hit_rate'], '5.2f')}"
+        f" {_shown(result['late_rate'], '5.2f')} {_shown(result['stall_s'], '8.3f')}"
+        f" {result['seconds']:>5.2f} {_shown(result['reads_per_token'], '12.1f')}"
+        f" {_shown(result['limit_reads_per_s'], '13.0f')}"
+    )
+
+
+def _shown(value: float | None, how: str) -> str:
+    return "-".rjust(int(how.partition(".")[0])) if value is None else format(value, how)

@@ -11,7 +11,6 @@ from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_layers import PackedLayers
 from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.value_table import FetchedTable
 
 # a call more costs nothing beside so many tokens, or the reading of so many bytes: then calls stay
 # short, and tell that the step gets on
@@ -68,8 +67,9 @@ class PackedDecoder:
         inside = (self._decoders[layer].memory for layer in run if not self._apart[layer])
         memories = [memory for memory in inside if memory is not None]
         for memory, rows_THK, weights_THK in zip(memories, *read, strict=True):
-            assert isinstance(memory.table, DeviceTable | FetchedTable)
-            memory.table.count(rows_THK, memory.index)
+            # one that fetches counts by itself
+            if isinstance(memory.table, DeviceTable):
+                memory.table.count(rows_THK, memory.index)
             if trace is not None:
                 trace.memory.append(MemoryTrace(rows_THK, weights_THK))
 

@@ -15,6 +15,8 @@ namespace memplus {
 
 // Totals of a layer's lookups; the order is that of disk_rows.py.
 struct DiskCounts {
+  int64_t requested;        // row ids of lookups
+  int64_t lookups;
   int64_t unique;           // rows of lookups, each counted once a lookup
   int64_t hits;             // of these, that were there
   int64_t late;             // that were being read already
@@ -70,7 +72,11 @@ class DiskRows {
     count_for(layer);
     for (int64_t i = 0; i < tokens * token_rows; i++)
       if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows) return -1 - i;
-    stamp_ += is_new;
+    if (is_new) {
+      stamp_++;
+      counted().lookups++;
+      counted().requested += tokens * token_rows;
+    }
     for (int64_t token = 0; token < tokens; token++) {
       const int64_t first = token * token_rows;
       for (int64_t i = first; i < first + token_rows; i++) {
@@ -107,15 +113,17 @@ class DiskRows {
     for (int64_t i = 0; i < count; i++) slots_.unpin((int32_t)slots[i]);
   }
 
-  // Begins to read rows that may be wanted soon, as far as that goes without waiting.
+  // Begins to read rows that may be wanted soon, as far as that goes without waiting, in place of
+  // rows that were not used, and with some reads left for rows that are wanted.
   void hint(const int64_t* rows, int64_t count, int64_t layer) {
     count_for(layer);
     collect();
-    for (int64_t i = 0; i < count && !free_.empty(); i++) {
+    for (int64_t i = 0; i < count && free_.size() > under_way_.size() / 4; i++) {
       if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows || slots_.find(rows[i]) != NO_SLOT) continue;
-      const int32_t slot = slots_.take(rows[i], HINT_STEPS);
+      const int32_t slot = slots_.take_unused(rows[i], HINT_STEPS);
       if (slot == NO_SLOT) break;
       states_[slot] = HINTED;
+      stamps_[slot] = 0;  // it is another row's
       hinted_under_way_++;
       counted().prefetched++;
       read(rows[i], slot);
@@ -152,10 +160,10 @@ class DiskRows {
   int32_t wanted_slot(int64_t row) {
     int32_t slot = slots_.find(row);
     if (slot == NO_SLOT) {
-      slot = slots_.take(row, slots_.all_steps());
+      slot = slots_.take(row);
       // rows that were hinted at have no claim to room once they are there
       while (slot == NO_SLOT && hinted_under_way_ && wait_for_one())
-        slot = slots_.take(row, slots_.all_steps());
+        slot = slots_.take(row);
       if (slot == NO_SLOT) return slot;
       slots_.pin(slot);
       stamps_[slot] = stamp_;

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from memory_ops.native.row_fetcher import RowFetcher
+from memory_ops.native.row_fetcher import ALL_THERE, STILL_READING, RowFetcher
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_ALL_THERE, _STILL_READING = -1, -2  # as in row_fetcher.h
 _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "open": (
         _POINTER,
@@ -50,6 +49,8 @@ class ReadFault(NamedTuple):
 class DiskCounts(NamedTuple):
     """Totals of a layer's lookups, in the order of disk_rows.h."""
 
+    rows_requested: int
+    lookups: int
     unique: int
     hits: int
     late: int
@@ -129,9 +130,9 @@ class DiskRows:
         """
         error = _INT32()
         arguments = slots.data_ptr(), slots.numel(), layer, ctypes.byref(error)
-        while (index := self._functions["finish"](self._open_rows, *arguments)) == _STILL_READING:
+        while (index := self._functions["finish"](self._open_rows, *arguments)) == STILL_READING:
             on_progress()
-        return None if index == _ALL_THERE else (index, error.value)
+        return None if index == ALL_THERE else (index, error.value)
 
     def release(self, slots: Tensor) -> None:
         """Unpin what ``start`` has pinned."""

@@ -2,13 +2,20 @@
 
 import ctypes
 
-# as in row_fetcher.h, in place of an errno
-NO_ROOM = -1
+# as in row_fetcher.h
+ALL_THERE, STILL_READING = -1, -2
+# in place of an errno
+NO_ROOM, OUTSIDE = -1, -2
 START = ctypes.CFUNCTYPE(
     ctypes.c_int64,
     *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
     *(ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p),
 )
+FINISH = ctypes.CFUNCTYPE(
+    ctypes.c_int64,
+    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
+)
+RELEASE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 ON_PROGRESS = ctypes.CFUNCTYPE(None)
 
 

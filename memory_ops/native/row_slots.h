@@ -42,27 +42,23 @@ class RowSlots {
   void pin(int32_t slot) { num_pinned_ += !pins_[slot]++; }
   void unpin(int32_t slot) { num_pinned_ -= !--pins_[slot]; }
 
-  // The steps of the hand that find a slot, if there is one.
-  int64_t all_steps() const { return size() + PATIENT_STEPS; }
-
-  // A slot for a row that has none; its bytes are another row's yet. NO_SLOT if all are pinned, or
-  // so many steps found none.
-  int32_t take(int64_t row, int64_t most_steps) {
+  // A slot for a row that has none; its bytes are another row's yet. NO_SLOT if all are pinned.
+  int32_t take(int64_t row) {
     if (num_pinned_ == size()) return NO_SLOT;
-    for (int64_t step = 0; step < most_steps; step++) {
-      const int32_t slot = hand_;
-      hand_ = hand_ + 1 == size() ? 0 : hand_ + 1;
+    for (int64_t step = 0; step < size() + PATIENT_STEPS; step++) {
+      const int32_t slot = next();
       if (pins_[slot]) continue;
-      if (uses_[slot] && step < PATIENT_STEPS) {
-        uses_[slot]--;
-        continue;
-      }
-      if (rows_[slot] >= 0) forget(slot);
-      rows_[slot] = row;
-      uint64_t place = home(row);
-      while (places_[place] != NO_SLOT) place = (place + 1) & mask_;
-      places_[place] = slot;
-      return slot;
+      if (!uses_[slot] || step >= PATIENT_STEPS) return give(slot, row);
+      uses_[slot]--;
+    }
+    return NO_SLOT;
+  }
+  // The same from rows that have no uses left, which are not taken for it; NO_SLOT after so many
+  // steps.
+  int32_t take_unused(int64_t row, int64_t most_steps) {
+    for (int64_t step = 0; step < most_steps; step++) {
+      const int32_t slot = next();
+      if (!pins_[slot] && !uses_[slot]) return give(slot, row);
     }
     return NO_SLOT;
   }
@@ -86,6 +82,19 @@ class RowSlots {
   }
 
  private:
+  int32_t next() {
+    const int32_t slot = hand_;
+    hand_ = hand_ + 1 == size() ? 0 : hand_ + 1;
+    return slot;
+  }
+  int32_t give(int32_t slot, int64_t row) {
+    if (rows_[slot] >= 0) forget(slot);
+    rows_[slot] = row;
+    uint64_t place = home(row);
+    while (places_[place] != NO_SLOT) place = (place + 1) & mask_;
+    places_[place] = slot;
+    return slot;
+  }
   uint64_t home(int64_t row) const {
     return ((uint64_t)row * 0x9E3779B97F4A7C15ull >> 20) & mask_;
   }

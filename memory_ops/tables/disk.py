@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import memory_ops
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.checks import Table, check_rows, check_vectors
 from memory_ops.native.disk_rows import DiskRows, ReadFault, RowFile
-from memory_ops.native.row_fetcher import NO_ROOM, ON_PROGRESS, RowFetcher
+from memory_ops.native.row_fetcher import NO_ROOM, ON_PROGRESS, OUTSIDE, RowFetcher
 from memory_ops.row_formats import RowFormat, RowRecords, row_bytes
 from memory_ops.tables.disk_lookup import DiskLookup, Operation
 from memory_ops.tables.table_statistics import TableStatistics
@@ -100,8 +99,6 @@ class DiskTable:
         self.slots = _as_table(memory, row_format, shape[1])
         self._watchers: list[Callable[[], None]] = []
         self._tell = ON_PROGRESS(partial(_tell, self._watchers))
-        self._num_lookups: Counter[int] = Counter()
-        self._num_requested: Counter[int] = Counter()
 
     def close(self) -> None:
         """Wait for the reads that are under way, and give the file up."""
@@ -136,12 +133,7 @@ class DiskTable:
 
     def statistics(self) -> Mapping[int, TableStatistics]:
         return {
-            layer: TableStatistics(
-                self._num_requested[layer],
-                self._num_lookups[layer],
-                *counts[:-1],
-                stall_seconds=counts.stall_ns / 1e9,
-            )
+            layer: TableStatistics(*counts[:-1], stall_seconds=counts.stall_ns / 1e9)
             for layer, counts in self.rows.counts().items()
             if any(counts)
         }
@@ -149,13 +141,8 @@ class DiskTable:
     def _lookup(
         self, rows_THK: Tensor, operand: Tensor, layer: int, operation: Operation
     ) -> DiskLookup:
-        self.count(rows_THK, layer)
         self.check_file()
         return DiskLookup(self, rows_THK, operand, layer, operation)
-
-    def count(self, rows_THK: Tensor, layer: int) -> None:
-        self._num_lookups[layer] += 1
-        self._num_requested[layer] += rows_THK.numel()
 
     def fetcher(self, layer: int) -> RowFetcher:
         return self.rows.fetcher(layer, self._tell)
@@ -163,6 +150,8 @@ class DiskTable:
     def read_error(self, row: int, error: int) -> TableReadError:
         if error == NO_ROOM:
             return TableReadError(f"{self.file}: no room in memory for one token's rows")
+        if error == OUTSIDE:
+            return TableReadError(f"{self.file}: row {row} is outside the table")
         why = os.strerror(error) if error else "the file ends before it"
         return TableReadError(f"{self.file}: row {row}: {why}")
 

@@ -88,10 +88,6 @@ class FetchedTable(ValueTable, Protocol):
         """Raise TableReadError unless the file is as it was when it was opened."""
         ...
 
-    def count(self, rows_THK: Tensor, layer: int) -> None:
-        """Count a lookup as ``start`` does; for kernels that call the fetcher."""
-        ...
-
     def read_error(self, row: int, error: int) -> TableReadError:
-        """What to raise for a row that a fetcher could not bring, for an errno, 0, or NO_ROOM."""
+        """What to raise for a row that a fetcher could not bring; ``error`` is the fetcher's."""
         ...

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.ops.native.library import OPS_LIBRARY, NativeOps
 from memory_ops.native import disk_rows
 from memory_ops.native.disk_rows import ReadFault
-from memory_ops.native.row_fetcher import START, RowFetcher
+from memory_ops.native.row_fetcher import FINISH, START, STILL_READING, RowFetcher
 from memory_ops.row_formats import RowRecords
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import SLOT_BYTES, DiskTable
@@ -29,11 +29,6 @@ each_number = pytest.mark.parametrize("num_threads", [1, 2, 3])
 OFFSET = 4096
 HEADS, TOP_K = 2, 4
 TOKEN_ROWS = HEADS * TOP_K
-FINISH = ctypes.CFUNCTYPE(
-    ctypes.c_int64,
-    *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
-)
-STILL_READING = -2  # as in row_fetcher.h
 
 
 class ReadInside(DiskTable):
@@ -305,7 +300,33 @@ def test_who_watches_is_told_that_a_lookup_goes_on(model, stored, num_threads):
     wanted, _ = best(stored.in_memory(model))(3)
     with threads(num_threads):
         forward(3)
-        assert told == []
+        memories = len(told)
+        # once a memory, whose rows are all there together
+        assert memories > 0 and set(told) == {0}
         table.waits = 5
         assert torch.equal(forward(3)[0], wanted)
-    assert told == [4, 3, 2, 1, 0]
+    assert told[memories:] == [4, 3, 2, 1, 0] + [0] * memories
+
+
+class Outside(ReadInside):
+    """A table that is asked for a row that it has not."""
+
+    def fetcher(self, layer):
+        own = super().fetcher(layer)
+        start = START(own.start)
+
+        def ask(rows_of, rows, tokens, token_rows, *others):
+            beyond = ctypes.c_int64(self.num_rows)
+            ctypes.memmove(rows + 8 * (tokens * token_rows - 1), ctypes.addressof(beyond), 8)
+            return start(rows_of, rows, tokens, token_rows, *others)
+
+        wrong = START(ask)
+        self.held = [*getattr(self, "held", ()), own, start, wrong]
+        address = ctypes.cast(wrong, ctypes.c_void_p).value
+        return RowFetcher(address, own.finish, own.release, own.on_progress, own.own, own.layer)
+
+
+def test_a_row_outside_the_table_is_an_error(model, stored):
+    forward = best(stored.on_disk(model, 50, made=Outside))
+    with pytest.raises(TableReadError, match=r"row \d+ is outside the table"):
+        forward(3)

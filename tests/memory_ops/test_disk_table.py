@@ -308,6 +308,31 @@ def test_each_layer_has_its_own_counts(files):
     assert (total.rows_requested, total.unique) == (15, 15)
 
 
+def test_a_hint_amid_a_lookup_changes_nothing(files):
+    wanted = DeviceTable(files[torch.float32][1])
+    for _ in range(30):
+        table = disk_table(files, slots=63, fault=ReadFault(5, 8))
+        rows, weights = torch.randperm(ROWS)[:128].view(4, 4, 8), torch.rand(4, 4, 8)
+        lookup = table.start(rows, weights)
+        table.hint(rows[2])
+        table.hint(rows[1])
+        torch.testing.assert_close(
+            lookup.finish(), wanted.start(rows, weights).finish(), rtol=0, atol=0
+        )
+
+
+def test_hints_take_no_room_from_rows_that_are_used(files):
+    table = disk_table(files, slots=20)
+    rows = torch.arange(20).view(1, 4, 5)
+    for _ in range(3):
+        table.start(rows, torch.ones(1, 4, 5)).finish()
+    table.hint(torch.arange(50, 100))
+    before = table.statistics()[0]
+    table.start(rows, torch.ones(1, 4, 5)).finish()
+    after = table.statistics()[0]
+    assert (before.prefetched, after.misses - before.misses) == (0, 0)
+
+
 def test_rows_that_are_used_again_and_again_make_room_in_the_end(tmp_path):
     values = torch.randn(6000, 2)
     (tmp_path / "table").write_bytes(values.numpy().tobytes())

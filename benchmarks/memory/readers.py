@@ -24,6 +24,7 @@ from weights.tensor_files import StoredTensor, read_mapped
 _ENGINE = EngineConfig(kv_cache_gib=0.25, max_num_seqs=64)
 _INPUT_LEN = 16
 _TABLE = "memory.table"
+_NO_CACHE = 2**20  # which is replaced at once
 _COUNTS = ("unique", "hits", "late", "misses", "prefetched", "stall_seconds")
 
 
@@ -89,8 +90,9 @@ def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
         ConfigError: memory for rows is too small, or the folder's filesystem has no direct reads.
     """
     _, stored = open_checkpoint(folder)
-    is_disk = point.tier == "disk"
-    model, config = load_model(folder, table_cache=point.cache_bytes if is_disk else None)
+    # a mapped table is not read before: no page of it may be in memory
+    cache = {"disk": point.cache_bytes, "mmap": _NO_CACHE}.get(point.tier)
+    model, config = load_model(folder, table_cache=cache)
     table = model.tables[_TABLE]
     if point.tier == "mmap":
         table = _mapped_cold(stored[_TABLE])

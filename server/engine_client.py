@@ -85,10 +85,15 @@ class EngineClient:
             self._deliver(TokenOutput(request_id, finish_reason="error", error=error))
 
     def handle(self, output: StepOutput) -> None:
-        """Deal out what a step gave."""
-        self._on_statistics(output.statistics)
+        """Deal out what a step gave; its tokens first, which someone waits for."""
         for token_output in output.outputs:
             self._deliver(token_output)
+        self._on_statistics(output.statistics)
+
+    def _handle_from(self, process: EngineProcess, output: StepOutput) -> None:
+        """Deal out what a process says, unless it was given up: its totals were closed then."""
+        if process is self._process and self.is_alive:
+            self.handle(output)
 
     def _deliver(self, output: TokenOutput) -> None:
         stream = self._streams.get(output.request_id)
@@ -111,12 +116,14 @@ class EngineClient:
                     except EOFError:
                         loop.call_soon_threadsafe(self._engine_died, process)
                         return
+                    if process is not self._process:
+                        continue  # what is left in its pipe is no sign of its successor's life
                     # noted here, so that a busy loop does not take itself for a silent engine
                     self._last_progress = time.monotonic()
                     if isinstance(message, Heartbeat):
                         self._last_progress -= message.stalled_s
                     else:
-                        loop.call_soon_threadsafe(self.handle, message)
+                        loop.call_soon_threadsafe(self._handle_from, process, message)
 
         threading.Thread(target=read, name="engine-reader", daemon=True).start()
 

@@ -1,7 +1,5 @@
 """What value tables were asked for since the last look, from totals that may begin anew."""
 
-from collections.abc import Iterator
-
 from engine.request import TableCounts
 
 TABLE_LABELS = ("table", "tier", "layer")
@@ -18,30 +16,36 @@ TABLE_COUNTS = {
 }
 
 
+Labels = tuple[str, ...]
+
+
 class TableGains:
     """Differences of totals; those of an engine that was started again begin at zero."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, ...], TableCounts] = {}
+        self._seen: dict[Labels, TableCounts] = {}
 
     def since(
         self, tables: tuple[TableCounts, ...] | None
-    ) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
+    ) -> list[tuple[Labels, dict[str, float]]]:
         """By labels, what each of ``TABLE_COUNTS`` has gained; nothing where there was no look.
 
-        No tables at all, as told when an engine ends, are what those of the next begin from.
+        No tables at all, as told when an engine ends, are what those of the next begin from. So is
+        zero where a total is below what was seen: gains are never negative.
         """
         if tables is None:
-            return
+            return []
         before, self._seen = self._seen, {}
+        gains: list[tuple[Labels, dict[str, float]]] = []
         for counts in tables:
             labels = (counts.table, counts.tier, str(counts.layer))
-            seen = before.get(labels)
+            gains.append((labels, _gained(counts, before.get(labels))))
             self._seen[labels] = counts
-            yield (
-                labels,
-                {
-                    name: getattr(counts, name) - (getattr(seen, name) if seen else 0)
-                    for name in TABLE_COUNTS
-                },
-            )
+        return gains
+
+
+def _gained(counts: TableCounts, seen: TableCounts | None) -> dict[str, float]:
+    totals = {name: getattr(counts, name) for name in TABLE_COUNTS}
+    if seen is None or any(total < getattr(seen, name) for name, total in totals.items()):
+        return totals
+    return {name: total - getattr(seen, name) for name, total in totals.items()}

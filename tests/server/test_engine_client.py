@@ -1,6 +1,7 @@
 """The engine process under watch: what hangs while it lives is noticed, answered for, replaced."""
 
 import asyncio
+import queue
 import threading
 from functools import partial
 from itertools import count
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.process import EngineProcess, run_engine
-from engine.request import Request
+from engine.request import EngineStatistics, Request, StepOutput, TokenOutput
 from engine.sampling_params import SamplingParams
 from server import engine_client
 from server.config import SupervisionOptions
@@ -106,3 +107,83 @@ def test_silence_ends_an_engine_and_a_pause_of_everything_does_not(monkeypatch, 
         asyncio.run(scene())
     finally:
         process.stop()
+
+
+class TalkingProcess(SilentProcess):
+    """It says what the test puts."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = queue.SimpleQueue()
+
+    def start(self):
+        pass
+
+    def receive(self):
+        message = self.messages.get()
+        if message is None:
+            raise EOFError
+        return message
+
+    def stop(self):
+        self.messages.put(None)
+
+
+def said(request_id, running):
+    """A step that ends a request, with the number of those that run to know it by."""
+    output = TokenOutput(request_id, (7,), finish_reason="length")
+    return StepOutput((output,), EngineStatistics(num_running=running))
+
+
+def client_of(first, successor, on_statistics):
+    options = SupervisionOptions(engine_restarts=1)
+    return EngineClient(first, on_statistics, options, lambda: successor)
+
+
+def test_what_an_engine_said_before_it_was_given_up_is_not_its_successors(monkeypatch):
+    monkeypatch.setattr(engine_client, "WATCH_EVERY_S", 0.0)
+    first, successor, told = TalkingProcess(), TalkingProcess(), []
+    client = client_of(first, successor, lambda statistics: told.append(statistics.num_running))
+
+    async def answer(name):
+        stream = client.submit([Request(name, (5,), SamplingParams())])
+        return [output async for _, output in stream.outputs()]
+
+    async def scene():
+        client.attach()
+        hung = asyncio.ensure_future(answer("a"))
+        await asyncio.sleep(0)
+        # the watch gives the engine up while a message of it lies in the pipe
+        client._supervision = SimpleNamespace(stall_timeout_s=-1.0)
+        while client.is_alive:
+            await asyncio.sleep(0)
+        client._supervision = SupervisionOptions()
+        first.messages.put(said("a", 11))
+        assert (await hung)[0].finish_reason == "error"
+        while not client.is_alive:
+            await asyncio.sleep(0)
+        successor.messages.put(said("b", 21))
+        assert [output.token_ids for output in await answer("b")] == [(7,)]
+        await client.detach()
+
+    try:
+        asyncio.run(asyncio.wait_for(scene(), 60))
+    finally:
+        first.stop()
+        client.stop()
+    assert told == [0, 21]
+
+
+def test_tokens_are_dealt_out_though_statistics_cannot_be():
+    def broken(statistics):
+        raise ArithmeticError("no such number")
+
+    client = client_of(SilentProcess(), SilentProcess(), broken)
+
+    async def scene():
+        stream = client.submit([Request("a", (5,), SamplingParams())])
+        with pytest.raises(ArithmeticError):
+            client.handle(said("a", 1))
+        assert [output.token_ids async for _, output in stream.outputs()] == [(7,)]
+
+    asyncio.run(asyncio.wait_for(scene(), 60))

@@ -75,6 +75,9 @@ def test_counters_go_on_over_looks_left_out_and_an_engine_that_began_anew():
     # its successor passes what it had counted, or does not
     assert observe(counts(1, 100), counts(2, 1)) == [112, 6]
     assert observe(counts(1, 101), counts(2, 2)) == [113, 7]
+    # a total that fell began anew, and the others of its table with it
+    assert observe(counts(1, 200, hits=7), counts(2, 3)) == [212, 8]
+    assert observe(counts(1, 250, hits=1), counts(2, 4)) == [462, 9]
 
 
 @pytest.fixture

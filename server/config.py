@@ -11,6 +11,7 @@ from weights.dtype_names import TABLE_DTYPES
 from weights.named_models import DEFAULT_MODEL
 
 _CACHE = "2GiB"
+_LOOKAHEAD_SHARE = 0.5
 _TIERS = ("auto", "device", "host", "disk")
 
 
@@ -61,9 +62,12 @@ class ModelOptions:
             "help": "layers early that rows on disk are guessed, and their reading begun; 0: never"
         },
     )
-    table_lookahead_share: float = field(
-        default=0.5,
-        metadata={"help": "rows that are guessed, the likeliest, as a share of those to be read"},
+    table_lookahead_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "rows that are guessed, the likeliest, as a share of those to be read"
+            f" (default: {_LOOKAHEAD_SHARE})"
+        },
     )
     verify_tables: bool = field(
         default=False,
@@ -79,9 +83,16 @@ class ModelOptions:
             raise ConfigError(f"table_lookahead: must be 0 or more, not {self.table_lookahead}")
         if self.table_lookahead and self.table_tier == "device":
             raise ConfigError("table_lookahead: is for --table-tier disk, and would be ignored")
-        if not 0 < self.table_lookahead_share <= 8:
-            share = self.table_lookahead_share
-            raise ConfigError(f"table_lookahead_share: {share} is outside (0, 8]")
+        if self.table_lookahead_share is not None:
+            if not 0 < self.table_lookahead_share <= 8:
+                share = self.table_lookahead_share
+                raise ConfigError(f"table_lookahead_share: {share} is outside (0, 8]")
+            if not self.table_lookahead:
+                message = "table_lookahead_share: is for --table-lookahead, and would be ignored"
+                raise ConfigError(message)
+        self._check_cache()
+
+    def _check_cache(self) -> None:
         if self.table_cache is None:
             return
         if self.table_tier == "device":
@@ -90,6 +101,14 @@ class ModelOptions:
             raise ConfigError(
                 f"table_cache: expected a number of KiB, MiB or GiB, got {self.table_cache!r}"
             )
+        if not self.table_cache_bytes:
+            raise ConfigError(f"table_cache: must be more than nothing, not {self.table_cache}")
+
+    @property
+    def lookahead_share(self) -> float:
+        """Rows that are guessed for each that is read, where rows are guessed at all."""
+        share = self.table_lookahead_share
+        return _LOOKAHEAD_SHARE if share is None else share
 
     @property
     def table_cache_bytes(self) -> int:

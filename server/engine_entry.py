@@ -6,17 +6,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from engine.allocator import keep_freed_memory
-from engine.config import ConfigError
+from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
+from engine.model.config import ModelConfig
 from engine.model.lookahead import LookaheadConfig
 from engine.model.transformer import Transformer
 from engine.process import EngineRefused, run_engine
 from server.config import EngineSettings, ModelOptions
 from weights.checkpoint import load_model
-from weights.config_json import CheckpointConfig
+from weights.config_json import CheckpointConfig, read_config
 from weights.errors import CheckpointError
 from weights.prepare import prepared_folder
 from weights.table_tier import TierChoice
+
+logger = logging.getLogger(__name__)
 
 
 def main(connection: Connection, settings: EngineSettings) -> None:
@@ -44,8 +47,17 @@ def build_engine(settings: EngineSettings) -> Engine:
     """
     folder = prepared_folder(settings.model.model, settings.cache_folder)
     model, config = load_served(settings.model, folder, settings.engine.kv_bytes)
+    return served_engine(model, config, settings.engine)
+
+
+def served_engine(model: Transformer, config: CheckpointConfig, engine: EngineConfig) -> Engine:
+    """An engine with a model, which then serves and does no more.
+
+    Raises:
+        ConfigError: settings and model do not fit together; the message names the field.
+    """
     model.pack()
-    return Engine(model, settings.engine, config.eos_ids)
+    return Engine(model, engine, config.eos_ids)
 
 
 def load_served(
@@ -54,25 +66,41 @@ def load_served(
     """A folder's model, its tables where ``options`` want them beside ``kv_bytes`` of KV blocks.
 
     Raises:
-        CheckpointError, ConfigError: as ``load_model``.
+        CheckpointError: as ``load_model``.
+        ConfigError: as ``load_model``; or the model cannot look ahead so.
     """
-    cache: int | TierChoice | None = None
-    if options.table_tier == "auto":
-        asked = options.table_cache_bytes if options.table_cache is not None else None
-        cache = TierChoice(kv_bytes, asked, options.table_cache_bytes)
-    elif options.table_tier == "disk":
-        cache = options.table_cache_bytes
+    # what can be refused at once is, before minutes are spent on tables
+    lookahead = _lookahead(options, read_config(folder).model) if options.table_lookahead else None
+    asked = options.table_cache_bytes if options.table_cache is not None else None
     model, config = load_model(
         folder,
         options.dtype,
-        cache,
+        TierChoice(kv_bytes, asked, options.table_cache_bytes, options.table_tier),
         table_dtype=options.table_dtype,
         verify_tables=options.verify_tables,
     )
-    if options.table_lookahead:
-        memory = config.model.memory
-        if memory is None:
-            raise ConfigError("table_lookahead: this model has no memory layers")
-        candidates = max(1, round(options.table_lookahead_share * memory.top_k))
-        model.look_ahead(LookaheadConfig(options.table_lookahead, candidates))
+    if lookahead is not None:
+        if all(table.tier == "device" for table in model.tables.values()):
+            logger.warning("tables are held in memory: --table-lookahead is not used")
+        model.look_ahead(lookahead)
     return model, config
+
+
+def _lookahead(options: ModelOptions, model: ModelConfig) -> LookaheadConfig:
+    """What ``options`` ask for, where the model has so much; of the rows one at least."""
+    if model.memory is None:
+        raise ConfigError("table_lookahead: this model has no memory layers")
+    most = model.memory_layers[-1] + 1
+    if options.table_lookahead > most:
+        raise ConfigError(
+            f"table_lookahead: {options.table_lookahead} is more than the {most} layers up to the"
+            " last with a memory"
+        )
+    top_k, num_subkeys = model.memory.top_k, model.memory.num_subkeys
+    candidates = max(1, round(options.lookahead_share * top_k))
+    if candidates > num_subkeys:
+        raise ConfigError(
+            f"table_lookahead_share: {options.lookahead_share} of {top_k} rows are {candidates},"
+            f" more than the {num_subkeys} subkeys that choose them"
+        )
+    return LookaheadConfig(options.table_lookahead, candidates)

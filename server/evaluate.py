@@ -6,11 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from engine.config import ConfigError, EngineConfig
-from server.config import EngineSettings, ModelOptions, cache_folder
-from server.engine_entry import build_engine, load_served
+from server.config import ModelOptions, cache_folder
+from server.engine_entry import load_served, served_engine
 from weights.corpus import corpus_files, documents
 from weights.evaluate import (
-    Question,
     RecallScore,
     TextScore,
     read_questions,
@@ -37,30 +36,23 @@ def evaluate(
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"json: there is no folder {json_file.parent}")
     asked = read_questions(questions) if questions is not None else []
+    files = corpus_files(texts) if texts else []
+    folder, engine = prepared_folder(model.model, cache_folder()), EngineConfig()
+    # loaded once for both: tables are large, and must not lie elsewhere for one than the other
+    loaded, config = load_served(model, folder, engine.kv_bytes if asked else 0)
     whole: dict[str, dict[str, float]] = {}
     if texts:
-        score = _texts(model, texts)
+        score = score_texts(loaded, checkpoint_text(folder), documents(files))
         whole["texts"] = asdict(score)
         print(_text_line(score))
     if asked:
-        recall = _recall(model, asked)
+        # last, as the model then does no more than that
+        served = served_engine(loaded, config, engine)
+        recall = score_recall(served, load_tokenizer(folder), asked)
         whole["questions"] = asdict(recall)
         print(_recall_line(recall))
     if json_file is not None:
         json_file.write_text(json.dumps(whole, indent=1) + "\n")
-
-
-def _texts(model: ModelOptions, texts: Sequence[str]) -> TextScore:
-    files = corpus_files(texts)
-    folder = prepared_folder(model.model, cache_folder())
-    loaded, _ = load_served(model, folder, kv_bytes=0)
-    return score_texts(loaded, checkpoint_text(folder), documents(files))
-
-
-def _recall(model: ModelOptions, questions: Sequence[Question]) -> RecallScore:
-    folder = prepared_folder(model.model, cache_folder())
-    settings = EngineSettings(model, cache_folder(), EngineConfig())
-    return score_recall(build_engine(settings), load_tokenizer(folder), questions)
 
 
 def _text_line(score: TextScore) -> str:

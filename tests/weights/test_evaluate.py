@@ -8,7 +8,9 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from server import evaluate as verb
 from server.cli import main
+from server.engine_entry import load_served
 from tests.models import EOS_ID, plain_greedy, plain_logits, random_model, save_model, tiny_config
 from weights import evaluate
 from weights.errors import DataError
@@ -138,12 +140,21 @@ def test_a_question_that_is_too_long_is_named(model, folder):
         score_recall(engine, load_tokenizer(folder), questions)
 
 
-def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys):
+def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys, monkeypatch):
+    loads = []
+
+    def counted(options, folder, kv_bytes):
+        loads.append(kv_bytes)
+        return load_served(options, folder, kv_bytes)
+
+    monkeypatch.setattr(verb, "load_served", counted)
     questions, texts, out = (tmp_path / name for name in ("q.jsonl", "a.txt", "scores.json"))
     questions.write_text(json.dumps({"prompt": "fox", "answer": "jumps"}))
     texts.write_text(TEXTS[0])
     arguments = ["eval", "--model", str(folder), "--questions", str(questions)]
     assert main([*arguments, "--json", str(out), str(texts)]) == 0
+    # once for both, beside what questions take
+    assert loads == [EngineConfig().kv_bytes]
     scores = json.loads(out.read_text())
     assert scores["texts"]["documents"] == 1 and scores["questions"]["questions"] == 1
     printed = capsys.readouterr().out

@@ -20,11 +20,14 @@ def available_memory(
 ) -> AvailableMemory:
     """The least of MemAvailable and of what each cgroup of this process has left.
 
+    Beyond ``memory.high`` a cgroup is slowed down until it stands still, so that is a limit too.
     Pages of files, which a cgroup counts as its own, can be given up and are not in the way.
-    Works with cgroups of both versions, seen from the machine or from inside a container.
+    Works with cgroups of both versions, seen from the machine or from inside a container; one that
+    cannot be read bounds nothing.
 
     Raises:
-        OSError, ValueError: the kernel tells no MemAvailable.
+        OSError: the kernel's meminfo cannot be read.
+        ValueError: it tells no MemAvailable, or a cgroup's file is not as kernels write it.
     """
     found = AvailableMemory(_mem_available(proc / "meminfo"), "MemAvailable")
     for folder in _memory_cgroups(proc / "self" / "cgroup", cgroups):
@@ -71,7 +74,8 @@ def _left(folder: Path) -> int | None:
             stat = (folder / "memory.stat").read_text()
         except OSError:
             continue
-        if limit == "max":
+        limits = [int(one) for one in (limit, _high(folder)) if one != "max"]
+        if not limits:
             return None
         numbers = dict(line.split() for line in stat.splitlines())
         # version 1 counts those of cgroups below under other names
@@ -79,5 +83,13 @@ def _left(folder: Path) -> int | None:
             int(numbers.get(f"total_{name}", numbers.get(name, 0)))
             for name in ("active_file", "inactive_file")
         )
-        return max(0, int(limit) - usage + files)
+        return max(0, min(limits) - usage + files)
     return None
+
+
+def _high(folder: Path) -> str:
+    """Where version 2 begins to slow a cgroup down; as no limit where it has no such file."""
+    try:
+        return (folder / "memory.high").read_text().strip()
+    except OSError:
+        return "max"

@@ -52,6 +52,26 @@ def test_the_narrowest_cgroup_bounds_it_wherever_it_is(proc, tmp_path, version, 
     assert available_memory(proc, tmp_path / "sys").bound == "MemAvailable"
 
 
+@pytest.mark.parametrize("limit", [3 * MIB, "max"])
+def test_a_cgroup_that_is_slowed_down_sooner_has_no_more_than_that(proc, tmp_path, limit):
+    (proc / "self" / "cgroup").write_text("0::/a\n")
+    folder = cgroup(tmp_path / "sys" / "a", limit, MIB, 2)
+    (folder / "memory.high").write_text(f"{2 * MIB}\n")
+    assert available_memory(proc, tmp_path / "sys").num_bytes == MIB
+    (folder / "memory.high").write_text("max\n")
+    expected = 8 * MIB if limit == "max" else 2 * MIB
+    assert available_memory(proc, tmp_path / "sys").num_bytes == expected
+
+
+@pytest.mark.parametrize("file", ["memory.high", "memory.max", "memory.current", "memory.stat"])
+def test_files_that_no_kernel_writes_are_an_error(proc, tmp_path, file):
+    (proc / "self" / "cgroup").write_text("0::/a\n")
+    folder = cgroup(tmp_path / "sys" / "a", 3 * MIB, MIB, 2)
+    (folder / file).write_text("much\n")
+    with pytest.raises(ValueError):
+        available_memory(proc, tmp_path / "sys")
+
+
 def test_a_container_sees_its_cgroup_as_the_root(proc, tmp_path):
     (proc / "self" / "cgroup").write_text("0::/docker/0123\n")
     cgroup(tmp_path / "sys", 3 * MIB, 4 * MIB, 2)

@@ -13,7 +13,7 @@ from weights.checkpoint import expected_shapes, open_checkpoint, save_checkpoint
 from weights.errors import CheckpointError
 from weights.importers.gguf import ImportedModel, read_gguf
 from weights.table_files import OUTPUT_DTYPES, asked_layout, converted_parts, stored_format
-from weights.tensor_files import DTYPES, StoredTensor, TensorSource, read_mapped
+from weights.tensor_files import DTYPES, StoredTensor, TensorSource, has_checksum, read_mapped
 from weights.tokenizer import TOKENIZER_FILES
 
 
@@ -28,8 +28,8 @@ def convert(
     stderr.
 
     Raises:
-        CheckpointError: the source is not understood, the target exists, or a row that is to be
-            rounded is not finite.
+        CheckpointError: the source is not understood, the target exists, a row that is to be
+            rounded is not finite, or a table is not what its checksum is of, where it has one.
         ConfigError: a dtype is none of those, or ``table_dtype`` is for a model without tables, or
             of tables that are of few bits already.
     """
@@ -76,7 +76,8 @@ def _table(stored: StoredTensor, dtype: str | None, asked: str | None) -> Tensor
     """A table in ``dtype``; records stay as they are, unless another was ``asked`` for."""
     is_records = stored_format(stored) is not None
     layout = asked_layout(stored, asked if is_records else dtype)
-    load = partial(converted_parts, stored, layout)
+    # the copy gets a checksum of its own, which must not vouch for data that were damaged before
+    load = partial(converted_parts, stored, layout, verify=has_checksum(stored))
     return TensorSource(stored.name, layout.shape, layout.dtype, load, layout.metadata)
 
 

@@ -127,7 +127,7 @@ def read_parts(
     """A tensor's rows in order, some at a time, read as they are asked for.
 
     They lie in ``target``, a contiguous CPU tensor of the same dtype and shape; without one, each
-    part in the memory of the part before.
+    part in the memory of the part before. The page cache gives them up behind the reading.
 
     Raises:
         CheckpointError: the file cannot be read, or ends too early; or ``verify`` is set, and it
@@ -150,6 +150,7 @@ def read_parts(
                 count = min(at_once, num_rows - first)
                 part = buffer[:count] if target is None else target[first : first + count]
                 _fill(file, part, stored)
+                _forget(file, part.nbytes)
                 if verify:
                     checksum.update(memory_of(part))
                 yield part
@@ -157,6 +158,11 @@ def read_parts(
         raise CheckpointError(f"{where}: {error.strerror}") from None
     if verify and checksum.hexdigest() != expected:
         raise CheckpointError(f"{where}: its data are not those that its checksum is of")
+
+
+def has_checksum(stored: StoredTensor) -> bool:
+    """Whether its file says what its data were when they were written."""
+    return checksum_key(stored.name) in stored.metadata
 
 
 def checksum_key(name: str) -> str:
@@ -178,6 +184,14 @@ def _fill(file: BinaryIO, target: Tensor, stored: StoredTensor) -> None:
         if not count:
             raise CheckpointError(f"{stored.file}: ends within tensor {stored.name}")
         done += count
+
+
+def _forget(file: BinaryIO, num_bytes: int) -> None:
+    """Let the page cache give up what was just read: once is enough, and others need the room."""
+    end = file.tell()
+    # of a page that two reads share, only all of it can be given up
+    start = (end - num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 def _dense_files(folder: Path) -> list[Path]:

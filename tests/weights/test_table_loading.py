@@ -1,6 +1,7 @@
 """Tables as they are loaded: converted, checked against their checksums, never twice in memory."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from weights.convert import convert
 from weights.dtype_names import TABLE_DTYPES
 from weights.errors import CheckpointError
 from weights.table_files import OUTPUT_DTYPES
-from weights.tensor_files import list_file, list_tensors
+from weights.tensor_files import StoredTensor, list_file, list_tensors, read_parts
 
 ROOT = Path(__file__).parent.parent.parent
 ROWS, WIDTH = 512**2, 192
@@ -154,6 +155,37 @@ def test_data_are_checked_while_they_are_converted(folder):
     damage(folder)
     with pytest.raises(CheckpointError, match="its checksum"):
         load_model(folder, table_dtype="bfloat16", verify_tables=True)
+
+
+@pytest.mark.parametrize("arguments", [["convert"], ["quantize", "--table-dtype", "int8"]])
+def test_a_damaged_table_gets_no_new_checksum(folder, tmp_path, arguments, capsys):
+    verb, *options = arguments
+    name, target = damage(folder), tmp_path / "copy"
+    assert main([verb, str(folder), str(target), *options]) == 2
+    said = capsys.readouterr().err
+    assert f"{name}: tensor memory" in said and "its checksum" in said
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("offset", [4096, 5000])
+def test_the_page_cache_gives_up_what_was_read(tmp_path, monkeypatch, offset):
+    monkeypatch.setattr(tensor_files, "_PART_BYTES", 10_000)
+    file, given_up = tmp_path / "rows", []
+    file.write_bytes(bytes(offset + 100 * 400))
+
+    def noted(descriptor, start, length, advice):
+        assert advice == os.POSIX_FADV_DONTNEED
+        # whole pages alone can be, and none that is still to be read
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) == start + length
+        given_up.extend(range(-(-start // 4096), (start + length) // 4096))
+
+    monkeypatch.setattr(tensor_files.os, "posix_fadvise", noted)
+    monkeypatch.setattr(tensor_files.mmap, "PAGESIZE", 4096)
+    stored = StoredTensor("rows", file, "F32", (100, 100), offset, 100 * 400)
+    for target in (None, torch.empty(100, 100)):
+        given_up.clear()
+        assert len(list(read_parts(stored, target))) == 4
+        assert given_up == list(range(1, (offset + 100 * 400) // 4096))
 
 
 @pytest.mark.parametrize("cache", [None, 2**20], ids=["device", "disk"])

@@ -1,11 +1,14 @@
 """The line that says, now and then while there is work, what the server is doing."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 
 from engine.request import EngineStatistics
 from server.table_gains import TableGains
+
+logger = logging.getLogger(__name__)
 
 
 class ActivityLog:
@@ -34,7 +37,10 @@ class ActivityLog:
         """Tell every so many seconds, until cancelled."""
         while True:
             await asyncio.sleep(every_s)
-            self.tell()
+            try:
+                self.tell()
+            except Exception:  # one line that cannot be said is not the end of all others
+                logger.exception("what is done could not be told")
 
     def tell(self) -> None:
         """Say what was done since the last call, if anything was."""
@@ -52,7 +58,9 @@ class ActivityLog:
         unique = self._rows["unique_rows"]
         if not unique:
             return ""
-        found, stalled = self._rows["hits"] / unique, self._rows["stall_seconds"] / elapsed_s
+        found = self._rows["hits"] / unique
+        # tables are looked at now and then, so that a wait may be told of in the next line
+        stalled = min(1.0, self._rows["stall_seconds"] / elapsed_s)
         return f"; table rows: {found:.1%} were in memory, {stalled:.1%} of the time waited for"
 
     def _begin(self) -> None:

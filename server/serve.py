@@ -108,9 +108,9 @@ class _Server(uvicorn.Server):
         prompt = "memory (noun):" if name == WORDNET else "The capital of France is"
         body = f'{{"model": "{name}", "prompt": "{prompt}"}}'
         _say(f"serving {name} at {url}; try:")
+        _say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
         if self._log_interval_s:
             self._telling = asyncio.create_task(self._activity.run(self._log_interval_s))
-        _say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         deadline = asyncio.get_running_loop().call_later(

@@ -1,5 +1,6 @@
 """What /metrics and the log say of value tables, by table, tier and layer."""
 
+import asyncio
 import re
 
 import pytest
@@ -136,6 +137,32 @@ def test_a_line_has_the_hit_rate_and_the_stalls_of_tables_that_fetch(log):
     log.observe_step(EngineStatistics(step_tokens=1, tables=None))
     log.tell()
     assert "table rows" not in lines[2]
+    # a wait that began before the last line
+    third = (counts(1, 110, unique_rows=70, hits=49, stall_seconds=9.0), second[1])
+    log.observe_step(EngineStatistics(step_tokens=1, tables=third))
+    now[0] += 2
+    log.tell()
+    assert lines[3].endswith("; table rows: 0.0% were in memory, 100.0% of the time waited for")
+
+
+def test_a_line_that_cannot_be_said_does_not_end_the_log(caplog):
+    lines = []
+
+    def say(line):
+        lines.append(line)
+        raise BrokenPipeError("nobody reads")
+
+    log = ActivityLog(say)
+    log.observe_step(EngineStatistics(num_running=1))
+
+    async def scene():
+        telling = asyncio.ensure_future(log.run(0))
+        while len(lines) < 3 and not telling.done():
+            await asyncio.sleep(0)
+        telling.cancel()
+
+    asyncio.run(scene())
+    assert len(lines) == 3 and "nobody reads" in caplog.text
 
 
 def test_the_server_says_it_while_it_works(slow_folder):

@@ -10,8 +10,8 @@ TABLE_COUNTS = {
     "misses": "unique rows that had to be fetched",
     "late": "unique rows that were being fetched already",
     "bytes_read": "bytes read from where the rows lie",
-    "prefetched": "rows fetched before they were asked for",
-    "prefetched_used": "prefetched rows that were asked for in time",
+    "prefetched": "rows that hints had fetched, by the layer hinted for",
+    "prefetched_used": "of these, wanted at last, late ones too, by the layer that read",
     "stall_seconds": "seconds waited for rows",
 }
 

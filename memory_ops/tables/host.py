@@ -63,8 +63,8 @@ class HostTable:
         """Begin to read; see ``ValueTable.start``. Row ids are not checked.
 
         Raises:
-            ValueError: the operands do not fit together, a gradient is asked for, or the layer is
-                not counted.
+            ValueError: the operands do not fit together or are on another device than the cache, a
+                gradient is asked for, or the layer is not counted.
         """
         check_rows(self.rows, rows_THK, weights_THK)
         _check_no_gradient("weights", weights_THK)
@@ -94,10 +94,14 @@ class HostTable:
         )
 
     def hint(self, rows: Tensor, layer: int = 0) -> None:
-        """Begin to fetch rows that may soon be read, int64 of any shape."""
+        """Begin to fetch rows that may soon be read, int64 of any shape.
+
+        Raises:
+            ValueError: they are of another dtype or device, or the layer is not counted.
+        """
         if rows.dtype is not torch.int64:
             raise ValueError(f"rows: expected int64 row ids, got {rows.dtype}")
-        self._cache.check_layer(layer)
+        self._cache.check_hint(rows, layer)
         beside = self._streams.beside
         beside.wait(self._streams.caller().record())
         beside.run(lambda: self._cache.hint(rows, layer))

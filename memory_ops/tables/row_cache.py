@@ -39,6 +39,7 @@ class RowCache:
         row_bytes: of a row.
         memory: P rows on the device, like the table's: those of the sets, then those beside them.
         sets: which rows stand in the sets.
+        device: where all of it is, and what is asked for must be.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class RowCache:
         self.sets = CacheSets(tags_SW, torch.zeros_like(tags_SW))
         self.memory = memory_PC if isinstance(table, Tensor) else _like(table, memory_PC)
         self._words_RC, self._memory_words_PC = _words(stored_RC), _words(memory_PC)
-        self._beside = beside
+        self._beside, self.device = beside, memory_PC.device
         self._counts = torch.zeros(
             (num_layers, counted.NUM_COUNTS), dtype=torch.int64, device=device
         )
@@ -112,14 +113,17 @@ class RowCache:
             placed = place_rows(self.sets, rows.flatten(), counts, is_hint=True)
             fetch_rows(self._words_RC, placed, self._memory_words_PC)
 
-    def check_layer(self, layer: int) -> None:
-        """Raise ValueError for a layer without counts."""
+    def check_hint(self, rows: Tensor, layer: int) -> None:
+        """Raise ValueError for rows on another device than the cache, or an uncounted layer."""
+        if rows.device != self.device:
+            # kernels run where the rows are, where the cache's pointers mean nothing
+            raise ValueError(f"rows: on {rows.device}, and they are looked up by {self.device}")
         if not 0 <= layer < len(self._counts):
             raise ValueError(f"layer: {layer} is outside [0, {len(self._counts)})")
 
     def check_lookup(self, rows_THK: Tensor, layer: int) -> None:
-        """Raise ValueError for a layer without counts, or more rows a token than fit beside."""
-        self.check_layer(layer)
+        """Raise ValueError as ``check_hint``, and for more rows a token than fit beside."""
+        self.check_hint(rows_THK, layer)
         per_token = rows_THK.shape[1:].numel()
         if per_token > self._beside:
             raise ValueError(f"rows: {per_token} a token, and at most {self._beside} are read")

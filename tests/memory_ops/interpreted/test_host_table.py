@@ -32,7 +32,7 @@ class PlainReads:
         self.hinted: list[Tensor] = []
         self.has_strayed = False  # read what nobody had computed, or had lost
 
-    def check_layer(self, layer: int) -> None: ...
+    def check_hint(self, rows: Tensor, layer: int) -> None: ...
 
     def check_lookup(self, rows_THK: Tensor, layer: int) -> None: ...
 
@@ -202,12 +202,12 @@ def test_callers_on_streams_of_their_own_share_a_table():
         assert one.is_right() and other.is_right()
 
 
-def real_table(table, device: FakeDevice) -> HostTable:
+def real_table(table, device: FakeDevice, home: torch.device = CPU) -> HostTable:
     """A host table by the kernels, whose cache has room for 4 rows."""
     memory = table if isinstance(table, Tensor) else table.records_RB
     row_bytes = memory.shape[1] * memory.element_size()
     cache_bytes = 12 * row_bytes + 4 * (row_bytes + 16)
-    cache = RowCache(table, cache_bytes, CPU, num_ways=2, beside=12)
+    cache = RowCache(table, cache_bytes, home, num_ways=2, beside=12)
     return HostTable(table, cache, device.pair())
 
 
@@ -278,3 +278,18 @@ def test_what_cannot_be_looked_up_is_refused():
     with pytest.raises(ValueError, match="table_tier: host .* not for cpu"):
         host_table(torch.zeros(9, 4), 2**20, CPU)
     assert not host.statistics()
+
+
+def test_operands_on_another_device_than_the_cache_are_refused():
+    host = real_table(torch.randn(9, 4), FakeDevice(), torch.device("meta"))
+    rows, weights = torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, 2)
+    calls = (
+        lambda: host.start(rows, weights),
+        lambda: host.start_dots(rows, torch.zeros(1, 4)),
+        lambda: host.hint(rows),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="rows: on cpu, .* looked up by meta"):
+            call()
+    with pytest.raises(ValueError, match="table: .* rows and their operands on cpu and meta"):
+        host.start(rows, weights.to("meta"))

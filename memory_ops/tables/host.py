@@ -117,7 +117,11 @@ class HostTable:
         return self._cache.statistics()
 
     def close(self) -> None:
-        """Wait for the device, and unlock the rows."""
+        """Wait for the device, and unlock the rows.
+
+        Raises:
+            PageLockError: they stay locked.
+        """
         if self._lock is not None:
             self._lock.close()
 

@@ -12,28 +12,42 @@ GPU = torch.device("cuda", 0)
 
 
 class Runtime:
-    """What of CUDA's runtime locks pages."""
+    """What of CUDA's runtime locks pages.
 
-    def __init__(self, status: int = 0) -> None:
+    Attributes:
+        calls: what it was told.
+        last_error: of the last call that failed, until a kernel is launched and blamed for it.
+    """
+
+    def __init__(self, status: int = 0, unlock_status: int = 0) -> None:
         self.calls: list[tuple[object, ...]] = []
         self.cudaError = SimpleNamespace(success=0)
-        self._status = status
+        self.last_error = 0
+        self._status, self._unlock_status = status, unlock_status
 
     def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
         self.calls.append(("register", pointer, size))
+        self.last_error = self._status
         return self._status
 
     def cudaHostUnregister(self, pointer: int) -> int:
         self.calls.append(("unregister", pointer))
-        return 0
+        self.last_error = self._unlock_status
+        return self._unlock_status
 
     def cudaGetErrorString(self, status: int) -> str:
         return f"error {status}"
+
+    def launch(self, *args: object, **options: object) -> None:
+        last, self.last_error = self.last_error, 0
+        if last:
+            raise RuntimeError(f"CUDA error {last}")
 
 
 def use(runtime: Runtime, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "cudart", lambda: runtime)
     patch.setattr(torch.cuda, "synchronize", lambda device: runtime.calls.append(("wait", device)))
+    patch.setattr(torch, "ones", runtime.launch)
 
 
 def test_memory_is_locked_in_place_and_unlocked_once_nobody_reads_it(monkeypatch):
@@ -61,3 +75,36 @@ def test_memory_that_cannot_be_locked_is_an_error(monkeypatch):
     with pytest.raises(PageLockError, match="64 bytes of host memory are not page-locked: error 2"):
         PageLock(torch.zeros(4, 4), GPU)
     assert [call[0] for call in runtime.calls] == ["register"]
+    # nobody's next kernel is blamed for it
+    assert not runtime.last_error
+
+
+def test_memory_that_cannot_be_unlocked_is_an_error(monkeypatch):
+    runtime = Runtime(unlock_status=3)
+    use(runtime, monkeypatch)
+    lock = PageLock(torch.zeros(4, 4), GPU)
+    with pytest.raises(PageLockError, match="64 bytes of host memory stay page-locked: error 3"):
+        lock.close()
+    assert not runtime.last_error
+
+
+def test_memory_is_unlocked_although_the_device_failed(monkeypatch):
+    runtime = Runtime()
+    use(runtime, monkeypatch)
+
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    table = torch.zeros(4, 4)
+    lock = PageLock(table, GPU)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        lock.close()
+    assert runtime.calls[-1] == ("unregister", table.data_ptr())
+
+
+def test_nothing_is_locked_of_a_table_without_rows(monkeypatch):
+    runtime = Runtime()
+    use(runtime, monkeypatch)
+    PageLock(torch.zeros(0, 4), GPU).close()
+    assert not runtime.calls

@@ -107,7 +107,7 @@ class RowCache:
             row_dots_into(dots_THK[part], self.memory, places_THK, x_TV[part])
 
     def hint(self, rows: Tensor, layer: int) -> None:
-        """Fetch those of int64 ``rows`` that their sets have room for."""
+        """Fetch those of int64 ``rows`` that their sets have room for beside rows in use."""
         if rows.numel():
             counts = self._counts[layer]
             placed = place_rows(self.sets, rows.flatten(), counts, is_hint=True)

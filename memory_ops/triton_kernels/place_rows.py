@@ -31,7 +31,6 @@ LAST_MASK = tl.constexpr(2**48 - 1)
 KEY_FACTOR = tl.constexpr(0x4F1BBCDCBFA53E0B)
 KEY_INVERSE = tl.constexpr(pow(0x4F1BBCDCBFA53E0B, -1, 2**63))
 KEY_MASK = tl.constexpr(2**63 - 1)
-
 # more than there are references
 NEVER = tl.constexpr(2**31 - 1)
 
@@ -45,8 +44,7 @@ PREFETCHED_USED = tl.constexpr(5)
 # columns unused: a layer's counts are aligned, as the compiler is told that they are
 NUM_COUNTS = 8
 
-# references of a set that its program takes at once: most sets have one, and from 16 on registers
-# spill
+# references of a set that are taken at once: most sets have one, and from 16 on registers spill
 _REFERENCES = 8
 
 
@@ -92,7 +90,7 @@ def place_rows(
         sets: what is where; changed.
         rows_L: row ids, int64, at least one of them.
         counts: int64 ``[NUM_COUNTS]``, added to.
-        is_hint: nothing is read yet: what a set has no room for is left, and no use is counted.
+        is_hint: nothing is read yet: no row that has uses makes way, and no use is counted.
         is_first: count a lookup; false for the later parts of one.
     """
     keys_L, order_L = ((rows_L * KEY_FACTOR.value) & KEY_MASK.value).sort()
@@ -187,7 +185,8 @@ def _place_in_set(
 ):
     """Twice over the set's references: which ways are wanted, then which of the others give way.
 
-    The m-th missing row, as keys go, takes the m-th least worth of the ways that nobody wants.
+    The m-th missing row, as keys go, takes the m-th least worth of the ways that nobody wants. A
+    hint has those alone that have no use left: a guess costs no row that is known to be used.
     """
     ways = tl.arange(0, WAYS)
     tags, worths = tl.load(tags_ptr + ways), tl.load(worths_ptr + ways)
@@ -205,8 +204,11 @@ def _place_in_set(
     earlier = (worths[:, None] < worths[None, :]) | (
         (worths[:, None] == worths[None, :]) & (ways[:, None] < ways[None, :])
     )
-    rank = tl.sum((earlier & (wanted[:, None] == 0)).to(tl.int32), axis=0)
-    rank = tl.where(wanted == 0, rank, NEVER)
+    stays = wanted
+    if IS_HINT:
+        stays |= (worths > LAST_MASK).to(tl.int32)
+    rank = tl.sum((earlier & (stays[:, None] == 0)).to(tl.int32), axis=0)
+    rank = tl.where(stays == 0, rank, NEVER)
 
     unique, misses, new_tags = 0, 0, tags
     at = start + tl.arange(0, BLOCK)
@@ -239,7 +241,7 @@ def _place_in_set(
 
     is_filled = rank < misses
     tl.store(tags_ptr + ways, new_tags)
-    tl.store(worths_ptr + ways, _new_worths(worths, wanted != 0, is_filled, IS_HINT))
+    tl.store(worths_ptr + ways, _new_worths(worths, wanted != 0, is_filled, misses, IS_HINT))
     if IS_HINT:
         filled = tl.sum(is_filled.to(tl.int64), axis=0)
         tl.atomic_add(counts_ptr + PREFETCHED, filled, sem="relaxed")
@@ -251,19 +253,21 @@ def _place_in_set(
 
 
 @triton.jit
-def _new_worths(worths, wanted, is_filled, IS_HINT: tl.constexpr):
+def _new_worths(worths, wanted, is_filled, misses, IS_HINT: tl.constexpr):
     """uses * 2**48 + last * 2 + hinted, after a lookup that wanted some and filled other ways.
 
     Who stays unwanted loses as many uses as the most used of those that went had: what was used
-    often stays while much is read once, and goes when it is no longer used.
+    often stays while much is read once, and goes when it is no longer used. Of a hint that looked
+    for room, one use: hints find room again where lookups find all they want.
     """
     uses, last = worths >> USES_SHIFT, (worths & LAST_MASK) >> 1
     now = (tl.max(last, axis=0) + 1) * 2
     if IS_HINT:
         kept, came = (uses << USES_SHIFT) + now + (worths & 1), now + 1
+        lost = tl.cast(misses > 0, tl.int64)
     else:
         kept, came = (tl.minimum(uses + 1, MOST_USES) << USES_SHIFT) + now, now
-    lost = tl.max(tl.where(is_filled, uses, 0), axis=0)
+        lost = tl.max(tl.where(is_filled, uses, 0), axis=0)
     rest = worths - (tl.minimum(uses, lost) << USES_SHIFT)
     return tl.where(wanted, kept, tl.where(is_filled, came, rest))
 

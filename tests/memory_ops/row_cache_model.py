@@ -63,9 +63,13 @@ class CacheModel:
         there = {ways[i].row for i in wanted}
         missing = [row for row in asked if row not in there]
         others = [i for i in range(len(ways)) if i not in wanted]
+        if is_hint:
+            others = [i for i in others if not ways[i].uses]
         others.sort(key=lambda i: (ways[i].uses, ways[i].last, ways[i].is_hinted, i))
         filled = dict(zip(others, missing, strict=False))
         lost = max((ways[i].uses for i in filled), default=0)
+        if is_hint:
+            lost = min(len(missing), 1)
         used = sum(ways[i].is_hinted for i in wanted)
         for i, way in enumerate(ways):
             if i in filled:

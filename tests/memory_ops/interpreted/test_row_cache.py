@@ -49,9 +49,11 @@ def check_places(model: CacheModel, rows: list[int], missing: dict[int, bool], p
 
 
 @settings(max_examples=40)
-# more uses than are counted; a row found behind eight references to another, which needs room
+# more uses than are counted; a row found behind eight references to another, which needs room;
+# hints while all rows have a use, and once they have lost it
 @example(1, 2, [(False, [1, 2])] * 6)
 @example(1, 4, [(False, [1, 2, 3, 4]), (False, [0] * 9 + [2])])
+@example(1, 2, [(False, [1, 2])] * 2 + [(True, [3, 4])] * 2)
 @given(st.integers(1, 5), st.sampled_from([1, 2, 4]), st.lists(calls, min_size=1, max_size=4))
 def test_places_are_those_of_the_plain_cache(num_sets, num_ways, asked):
     model = CacheModel(num_sets, num_ways)
@@ -175,6 +177,27 @@ def test_rows_in_use_outlive_rows_read_once():
     before = cache.statistics()[0].hits
     gathered(cache, *one_token(1, 2), 4)
     assert cache.statistics()[0].hits == before + 2
+
+
+def test_rows_in_use_outlive_a_hint():
+    cache = cache_of(torch.randn(500, 4), num_sets=1, num_ways=4)
+    for _ in range(4):
+        gathered(cache, *one_token(1, 2), 4)
+    cache.hint(torch.arange(10, 40), 0)
+    before = cache.statistics()[0]
+    assert before.prefetched == 2
+    gathered(cache, *one_token(1, 2), 4)
+    assert cache.statistics()[0].hits == before.hits + 2
+
+
+def test_hints_find_room_where_rows_are_no_longer_in_use():
+    cache = cache_of(torch.randn(500, 4), num_sets=1, num_ways=2)
+    for _ in range(4):
+        gathered(cache, *one_token(1, 2), 4)
+    for _ in range(4):
+        assert {1, 2} == set(cache.sets.tags_SW.flatten().tolist())
+        cache.hint(torch.tensor([10, 11]), 0)
+    assert {10, 11} == set(cache.sets.tags_SW.flatten().tolist())
 
 
 def test_rows_no_longer_in_use_go():

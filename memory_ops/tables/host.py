@@ -177,6 +177,9 @@ def host_table(
     """
     if device.type != "cuda":
         raise ValueError(f"table_tier: host is for a GPU that reads host memory, not for {device}")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= num_gpus:
+        raise ValueError(f"table_tier: host needs {device}, and torch finds {num_gpus} GPUs")
     memory = rows_memory(rows)
     if not memory.is_cpu:
         raise ValueError(f"table: expected rows in host memory, got them on {memory.device}")

@@ -63,9 +63,12 @@ class RowCache:
             beside: rows that a lookup may read at once, repeats included; more are read in parts.
 
         Raises:
-            ValueError: the table is of another kind, or ``cache_bytes`` are less than one set and
-                the rows beside it take, or more than the device has.
+            ValueError: the table is of another kind, ``num_ways`` is no power of two, or
+                ``cache_bytes`` are less than one set and the rows beside it take, or more than the
+                device has.
         """
+        if num_ways < 1 or num_ways & (num_ways - 1):
+            raise ValueError(f"num_ways: {num_ways} is no power of two")
         table_view(table)
         stored_RC = rows_memory(table)
         if not stored_RC.is_contiguous():
@@ -81,18 +84,18 @@ class RowCache:
             )
         num_sets = min((cache_bytes - least) // set_bytes + 1, -(-num_rows // num_ways))
         shape = num_sets * num_ways + beside, stored_RC.shape[1]
+        counts_shape = num_layers, counted.NUM_COUNTS
         try:
             memory_PC = torch.empty(shape, dtype=stored_RC.dtype, device=device)
+            tags_SW = torch.full((num_sets, num_ways), -1, dtype=torch.int64, device=device)
+            self.sets = CacheSets(tags_SW, torch.zeros_like(tags_SW))
+            self._counts = torch.zeros(counts_shape, dtype=torch.int64, device=device)
         except torch.OutOfMemoryError:
             raise ValueError(f"table_cache: no {cache_bytes} bytes on {device}") from None
-        tags_SW = torch.full((num_sets, num_ways), -1, dtype=torch.int64, device=device)
-        self.sets = CacheSets(tags_SW, torch.zeros_like(tags_SW))
         self.memory = memory_PC if isinstance(table, Tensor) else _like(table, memory_PC)
-        self._words_RC, self._memory_words_PC = _words(stored_RC), _words(memory_PC)
+        word = _widest_word(stored_RC)
+        self._words_RC, self._memory_words_PC = stored_RC.view(word), memory_PC.view(word)
         self._beside, self.device = beside, memory_PC.device
-        self._counts = torch.zeros(
-            (num_layers, counted.NUM_COUNTS), dtype=torch.int64, device=device
-        )
 
     def gather_rows(
         self, out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, layer: int
@@ -177,7 +180,9 @@ def _like(table: RowRecords, records_RB: Tensor) -> RowRecords:
     return RowRecords(records_RB, table.row_format, table.value_dim)
 
 
-def _words(memory_RC: Tensor) -> Tensor:
-    """The same memory as the widest words, of 32 bits at most, that make up rows."""
-    row_bytes = memory_RC.shape[1] * memory_RC.element_size()
-    return memory_RC.view(torch.int32 if row_bytes % 4 == 0 else torch.int16)
+def _widest_word(memory_RC: Tensor) -> torch.dtype:
+    """Of 32 bits at most, and such that rows are whole words at multiples of their size."""
+    size = memory_RC.element_size()
+    # an address may be odd although the offset is even: storage can begin anywhere
+    places = memory_RC.shape[1] * size, memory_RC.storage_offset() * size, memory_RC.data_ptr()
+    return torch.int16 if any(place % 4 for place in places) else torch.int32

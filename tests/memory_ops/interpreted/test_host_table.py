@@ -275,9 +275,20 @@ def test_what_cannot_be_looked_up_is_refused():
         host.start(rows, weights.clone().requires_grad_())
     with pytest.raises(ValueError, match="rows: 13 a token, and at most 12"):
         host.start(torch.zeros(1, 1, 13, dtype=torch.int64), torch.zeros(1, 1, 13))
-    with pytest.raises(ValueError, match="table_tier: host .* not for cpu"):
-        host_table(torch.zeros(9, 4), 2**20, CPU)
     assert not host.statistics()
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    table = torch.zeros(9, 4)
+    with pytest.raises(ValueError, match="table_tier: host .* not for cpu"):
+        host_table(table, 2**20, CPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="table_tier: host needs cuda, and torch finds 0 GPUs"):
+        host_table(table, 2**20, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="table_tier: host needs cuda:2, and torch finds 2 GPUs"):
+        host_table(table, 2**20, torch.device("cuda", 2))
 
 
 def test_operands_on_another_device_than_the_cache_are_refused():

@@ -225,13 +225,22 @@ def test_no_more_sets_are_made_than_there_are_rows_for():
     assert cache.sets.tags_SW.shape == (3, 4)
 
 
-def test_a_device_without_so_much_memory_is_an_error(monkeypatch):
+@pytest.mark.parametrize("maker", ["empty", "full", "zeros_like", "zeros"])
+def test_a_device_without_so_much_memory_is_an_error(monkeypatch, maker):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(torch, "empty", full)
+    table = torch.zeros(9, 8)
+    monkeypatch.setattr(torch, maker, full)
     with pytest.raises(ValueError, match="table_cache: no 4096 bytes on cpu"):
-        RowCache(torch.zeros(9, 8), 4096, CPU, num_ways=4, beside=10)
+        RowCache(table, 4096, CPU, num_ways=4, beside=10)
+
+
+def test_rows_at_an_odd_place_are_fetched():
+    table = torch.randn(121).bfloat16()[1:].view(30, 4)
+    rows, weights = rows_of(table, 3, 2, 3), torch.rand(3, 2, 3)
+    out = gathered(cache_of(table), rows, weights, 4)
+    assert torch.equal(out, gather_rows(table, rows, weights))
 
 
 def test_what_cannot_be_read_is_refused():
@@ -239,3 +248,6 @@ def test_what_cannot_be_read_is_refused():
         RowCache(torch.zeros(4, 3, dtype=torch.float64), 2**20, CPU)
     with pytest.raises(ValueError, match="table: expected contiguous rows"):
         RowCache(torch.zeros(4, 6)[:, :3], 2**20, CPU)
+    for num_ways in (0, 3):
+        with pytest.raises(ValueError, match=f"num_ways: {num_ways} is no power of two"):
+            RowCache(torch.zeros(4, 6), 2**20, CPU, num_ways=num_ways)

@@ -38,6 +38,8 @@ class HostTable:
         rows: ``[R, V]``, or R records of V values.
     """
 
+    tier = "host"
+
     def __init__(
         self, rows: Table, cache: RowCache, streams: StreamPair, lock: PageLock | None = None
     ) -> None:
@@ -106,6 +108,9 @@ class HostTable:
         beside.wait(self._streams.caller().record())
         beside.run(lambda: self._cache.hint(rows, layer))
         beside.keep(rows)
+
+    def watch(self, on_progress: Callable[[], None]) -> None:
+        """Nothing to do: no lookup waits on the host."""
 
     def join(self) -> None:
         """Have the caller's stream wait for hints: before a replay, and where a capture ends."""

@@ -79,6 +79,27 @@ class FakeDevice:
             choose(able).step()
 
 
+class HostCaller:
+    """A caller whose own work is done at once, as a CPU does it: waiting is getting on."""
+
+    def __init__(self, device: FakeDevice, choose: Choice) -> None:
+        self._device, self._choose = device, choose
+
+    def record(self) -> FakeEvent:
+        event = FakeEvent()
+        event.end()
+        return event
+
+    def wait(self, event: FakeEvent) -> None:
+        self._device.run(self._choose)
+        assert event.is_over
+
+    def run(self, work: Callable[[], None]) -> None:
+        work()
+
+    def keep(self, tensor: Tensor) -> None: ...
+
+
 class FakeStream:
     """Work in the order in which it was given, on the ``place``-th stream of a device."""
 

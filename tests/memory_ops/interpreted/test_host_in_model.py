@@ -1,0 +1,41 @@
+"""A model whose tables lie in host memory: what it says is what it says of tables beside it."""
+
+import pytest
+import torch
+
+from engine.model.lookahead import LookaheadConfig
+from engine.ops.layout import TokenLayout
+from memory_ops.tables.host import HostTable
+from memory_ops.tables.row_cache import RowCache
+from memory_ops.tables.streams import StreamPair
+from tests.memory_ops.fake_streams import FakeDevice, HostCaller
+from tests.models import feed_forward_changes, random_model, tiny_config
+
+TOKENS = 7
+
+
+def on_host(rows, num_layers: int) -> HostTable:
+    """A table with room for 8 rows, whose work waits until the model asks for what comes of it."""
+    device = FakeDevice()
+    caller = HostCaller(device, lambda able: able[0])
+    row_bytes = rows.shape[1] * 4
+    cache_bytes = 64 * row_bytes + 8 * (row_bytes + 16)
+    cache = RowCache(rows, cache_bytes, rows.device, num_layers=num_layers, num_ways=2, beside=64)
+    return HostTable(rows, cache, StreamPair(lambda: caller, device.beside))
+
+
+@pytest.mark.parametrize("kinds", [("memory_plus", "dense", "pkm"), ("dense", "peer")])
+def test_a_model_reads_tables_in_host_memory(kinds):
+    model = random_model(tiny_config(**feed_forward_changes(*kinds)))
+    layout, tokens = TokenLayout(torch.arange(TOKENS), (0, TOKENS)), torch.arange(TOKENS)
+    positions = torch.arange(TOKENS)
+    with torch.no_grad():
+        wanted = model(tokens, layout, positions).logits_LV
+        tables = {name: on_host(table.rows, len(kinds)) for name, table in model.tables.items()}
+        model.attach_tables(tables)
+        model.look_ahead(LookaheadConfig(1, 9))
+        found = model(tokens, layout, positions).logits_LV
+    torch.testing.assert_close(found, wanted)
+    counted = [counts for table in tables.values() for counts in table.statistics().values()]
+    assert all(counts.lookups == 1 and counts.misses for counts in counted)
+    assert any(counts.prefetched for counts in counted)

@@ -31,8 +31,12 @@ class HostTable:
 
     The host never learns a row id and never waits, but in ``statistics`` and ``close``. A lookup
     can be captured in a CUDA graph; so can a hint, before a lookup of the same graph or a ``join``.
-    A replay does not follow what was given to the stream beside outside of its graph: who hints
-    there joins before the replay, on the stream of the replay. Not run on a GPU.
+    Not run on a GPU.
+
+    A replay follows its own stream alone, and nothing else that was given to the stream beside,
+    hint or lookup, finished or not, by any caller: ``join`` on the replay's stream comes before it.
+    What is given afterwards, by any caller, comes from a stream that follows the replay. So replays
+    follow one another, those of different graphs too.
 
     Attributes:
         rows: ``[R, V]``, or R records of V values.
@@ -113,7 +117,10 @@ class HostTable:
         """Nothing to do: no lookup waits on the host."""
 
     def join(self) -> None:
-        """Have the caller's stream wait for hints: before a replay, and where a capture ends."""
+        """Have the caller's stream wait for all that the stream beside was given by anybody.
+
+        Before a replay, and where a capture ends with a hint.
+        """
         self._streams.caller().wait(self._streams.beside.record())
 
     def statistics(self) -> Mapping[int, TableStatistics]:

@@ -9,6 +9,7 @@ from memory_ops.tables.streams import StreamPair
 
 # the place of streams that got another's memory
 HEIR = -1
+Tasks = deque["FakeEvent | Callable[[], None]"]
 Choice = Callable[[list["FakeStream"]], "FakeStream"]
 
 
@@ -71,6 +72,26 @@ class FakeDevice:
         heir.run(write)
         self.streams.append(heir)
 
+    def capture(self, give: Callable[[], None]) -> list[Tasks]:
+        """A graph: what ``give`` gives to the caller's stream, then to the one beside it."""
+        streams = (self.caller, self.beside)
+        before = [stream.tasks for stream in streams]
+        for stream in streams:
+            stream.tasks = deque()
+        give()
+        graph = [stream.tasks for stream in streams]
+        for stream, tasks in zip(streams, before, strict=True):
+            stream.tasks = tasks
+        return graph
+
+    def replay(self, graph: list[Tasks], branch_place: int) -> None:
+        """Give the caller's stream a graph: its branch follows that stream, and no other."""
+        own, beside = _anew(graph)
+        branch = FakeStream(self, branch_place)
+        branch.tasks.extend((self.caller.record(), *beside))
+        self.caller.tasks.extend((*own, branch.record()))
+        self.streams.append(branch)
+
     def run(self, choose: Choice) -> None:
         """Get through all work, step by step, on the stream that is chosen among those that can."""
         while any(stream.tasks for stream in self.streams):
@@ -105,7 +126,7 @@ class FakeStream:
 
     def __init__(self, device: FakeDevice, place: int) -> None:
         self.place = place
-        self.tasks: deque[FakeEvent | Callable[[], None]] = deque()
+        self.tasks: Tasks = deque()
         self._device = device
 
     def record(self) -> FakeEvent:
@@ -133,3 +154,16 @@ class FakeStream:
         task = self.tasks.popleft()
         if not isinstance(task, FakeEvent):
             task()
+
+
+def _anew(graph: list[Tasks]) -> list[Tasks]:
+    """The same tasks with events of their own, which no replay before has ended."""
+    events: dict[FakeEvent, FakeEvent] = {}
+
+    def anew(task: FakeEvent | Callable[[], None]) -> FakeEvent | Callable[[], None]:
+        if isinstance(task, FakeEvent):
+            return events.setdefault(task, FakeEvent())
+        event = getattr(task, "__self__", None)
+        return events.setdefault(event, FakeEvent()).end if isinstance(event, FakeEvent) else task
+
+    return [deque(anew(task) for task in tasks) for tasks in graph]

@@ -33,17 +33,5 @@ class TableCounter:
 
 
 def _counts(name: str, tier: str, layer: int, statistics: TableStatistics) -> TableCounts:
-    return TableCounts(
-        table=name,
-        tier=tier,
-        layer=layer,
-        requested_rows=statistics.rows_requested,
-        unique_rows=statistics.unique,
-        hits=statistics.hits,
-        misses=statistics.misses,
-        late=statistics.late,
-        bytes_read=statistics.bytes_read,
-        prefetched=statistics.prefetched,
-        prefetched_used=statistics.prefetched_used,
-        stall_seconds=statistics.stall_seconds,
-    )
+    totals = {field: getattr(statistics, field) for field in TableCounts._fields[3:]}
+    return TableCounts(name, tier, layer, **totals)

@@ -25,7 +25,7 @@ _ENGINE = EngineConfig(kv_cache_gib=0.25, max_num_seqs=64)
 _INPUT_LEN = 16
 _TABLE = "memory.table"
 _NO_CACHE = 2**20  # which is replaced at once
-_COUNTS = ("unique", "hits", "late", "misses", "prefetched", "stall_seconds")
+_COUNTS = ("unique_rows", "hits", "late", "misses", "prefetched", "stall_seconds")
 
 
 @dataclass
@@ -69,8 +69,8 @@ class Reader:
         return Round(
             tokens_per_s=tokens / seconds,
             seconds=seconds,
-            hit_rate=counted["hits"] / counted["unique"],
-            late_rate=counted["late"] / counted["unique"],
+            hit_rate=counted["hits"] / counted["unique_rows"],
+            late_rate=counted["late"] / counted["unique_rows"],
             misses_per_token=counted["misses"] / tokens,
             reads_per_token=(counted["misses"] + counted["prefetched"]) / tokens,
             stall_s=counted["stall_seconds"],

@@ -49,9 +49,9 @@ class ReadFault(NamedTuple):
 class DiskCounts(NamedTuple):
     """Totals of a layer's lookups, in the order of disk_rows.h."""
 
-    rows_requested: int
+    requested_rows: int
     lookups: int
-    unique: int
+    unique_rows: int
     hits: int
     late: int
     misses: int

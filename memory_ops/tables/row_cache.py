@@ -160,9 +160,9 @@ class RowCache:
         unique, misses = counts[counted.UNIQUE.value], counts[counted.MISSES.value]
         prefetched = counts[counted.PREFETCHED.value]
         return TableStatistics(
-            rows_requested=counts[counted.REQUESTED.value],
+            requested_rows=counts[counted.REQUESTED.value],
             lookups=counts[counted.LOOKUPS.value],
-            unique=unique,
+            unique_rows=unique,
             hits=unique - misses,
             misses=misses,
             bytes_read=(misses + prefetched) * self.row_bytes,

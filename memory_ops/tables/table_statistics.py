@@ -9,21 +9,21 @@ class TableStatistics:
     """Totals of some lookups. In the device tier all but the first two are 0.
 
     Attributes:
-        rows_requested: row ids given to ``start``, repeats included.
-        lookups: calls of ``start``.
-        unique: of these rows, each counted once a lookup.
+        requested_rows: row ids of lookups, repeats included.
+        lookups: of all their tokens.
+        unique_rows: of these rows, each counted once a lookup.
         hits: unique rows that were in memory.
         late: unique rows that were being fetched already.
         misses: unique rows that had to be fetched.
         bytes_read: from where the rows lie.
         prefetched: rows fetched for hints.
-        prefetched_used: of these, that a lookup wanted before they were given up.
+        prefetched_used: of these, that a lookup then wanted; late ones too.
         stall_seconds: waited for rows.
     """
 
-    rows_requested: int = 0
+    requested_rows: int = 0
     lookups: int = 0
-    unique: int = 0
+    unique_rows: int = 0
     hits: int = 0
     late: int = 0
     misses: int = 0

@@ -152,13 +152,13 @@ def test_lookups_are_counted_as_those_around_the_call(model, stored, num_tokens,
         own, other = found[layer], wanted[layer]
         # a row that comes just then may count as either
         assert own.hits + own.late == other.hits + other.late
-        for name in ("rows_requested", "lookups", "unique", "misses", "bytes_read"):
+        for name in ("requested_rows", "lookups", "unique_rows", "misses", "bytes_read"):
             assert getattr(own, name) == getattr(other, name) > 0, name
         assert own.lookups == 2
     if slots == 1000:
         # what one layer has read is there for the other, and for the next step
         sets = [set(read.rows_THK.flatten().tolist()) for read in reads]
-        assert [found[layer].unique for layer in (0, 2)] == [2 * len(one) for one in sets]
+        assert [found[layer].unique_rows for layer in (0, 2)] == [2 * len(one) for one in sets]
         assert found[0].misses == len(sets[0]) and found[2].misses == len(sets[1] - sets[0])
 
 

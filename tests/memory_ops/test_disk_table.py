@@ -81,11 +81,11 @@ def test_what_is_asked_again_is_read_once(files, way):
     repeated = rows.repeat(2, 1, 1)
     table.start(repeated, weights.repeat(2, 1, 1)).finish()
     first = table.statistics()[0]
-    assert (first.rows_requested, first.lookups, first.unique) == (120, 1, 60)
+    assert (first.requested_rows, first.lookups, first.unique_rows) == (120, 1, 60)
     assert (first.misses, first.hits) == (60, 0) and first.bytes_read >= 60 * WIDTH * 4
     table.start(rows, weights).finish()
     second = table.statistics()[0]
-    assert (second.unique, second.misses, second.hits) == (120, 60, 60)
+    assert (second.unique_rows, second.misses, second.hits) == (120, 60, 60)
     assert second.bytes_read == first.bytes_read
 
 
@@ -259,7 +259,7 @@ def test_a_lookup_that_is_split_counts_each_row_once(files):
     rows = torch.arange(60).view(15, 2, 2)
     table.start(rows, torch.ones(15, 2, 2)).finish()
     counted = table.statistics()[0]
-    assert (counted.unique, counted.hits + counted.late + counted.misses) == (60, 60)
+    assert (counted.unique_rows, counted.hits + counted.late + counted.misses) == (60, 60)
     assert counted.hits == 0
 
 
@@ -301,11 +301,11 @@ def test_each_layer_has_its_own_counts(files):
     table.start(torch.arange(9).view(1, 3, 3), torch.ones(1, 3, 3), layer=5).finish()
     counts = table.statistics()
     assert set(counts) == {3, 5}
-    assert (counts[3].unique, counts[3].misses, counts[3].prefetched) == (6, 6, 0)
-    assert (counts[5].unique, counts[5].hits + counts[5].late, counts[5].misses) == (9, 9, 0)
+    assert (counts[3].unique_rows, counts[3].misses, counts[3].prefetched) == (6, 6, 0)
+    assert (counts[5].unique_rows, counts[5].hits + counts[5].late, counts[5].misses) == (9, 9, 0)
     assert (counts[5].prefetched, counts[5].prefetched_used) == (3, 3)
     total = TableStatistics.sum(counts.values())
-    assert (total.rows_requested, total.unique) == (15, 15)
+    assert (total.requested_rows, total.unique_rows) == (15, 15)
 
 
 def test_a_hint_amid_a_lookup_changes_nothing(files):

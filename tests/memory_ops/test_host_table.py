@@ -58,7 +58,7 @@ def test_lookups_are_those_of_the_device_tier_bit_by_bit(small_table, kind):
         assert torch.equal(sums.finish(), gather_rows(device, rows[0], weights))
     counted = host.statistics()[0]
     assert counted.hits and counted.misses and counted.prefetched_used
-    assert counted.unique == counted.hits + counted.misses
+    assert counted.unique_rows == counted.hits + counted.misses
 
 
 def test_lookups_are_captured_in_a_graph(small_table):

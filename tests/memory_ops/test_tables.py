@@ -19,7 +19,7 @@ def test_a_lookup_is_the_gather_and_is_counted():
     torch.testing.assert_close(lookup.finish(), gather_rows(table.rows, rows, weights))
     assert (table.num_rows, table.value_dim) == (16, 5)
     counted = table.statistics()[0]
-    assert (counted.lookups, counted.rows_requested) == (1, 24)
+    assert (counted.lookups, counted.requested_rows) == (1, 24)
 
 
 def test_a_table_is_a_matrix_of_floats():

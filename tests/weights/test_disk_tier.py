@@ -56,7 +56,7 @@ def test_tokens_are_those_of_tables_in_memory(tmp_path, kinds, share_values, row
     assert isinstance(table, DiskTable) and table.num_slots == rows
     counted = TableStatistics.sum(table.statistics().values())
     assert counted.misses + counted.prefetched > (rows if rows < 64 else 0)
-    assert counted.hits + counted.late + counted.misses == counted.unique
+    assert counted.hits + counted.late + counted.misses == counted.unique_rows
 
 
 @pytest.mark.parametrize("row_format", ["int8", "int4", "fp8"])

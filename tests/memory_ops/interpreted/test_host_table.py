@@ -227,7 +227,7 @@ def test_rows_are_replaced_by_lookups_that_overlap_and_all_are_right(kind):
         assert torch.equal(out[1], gather_rows(table, rows[0], weights))
         assert torch.equal(out[2], row_dots(table, rows[2], x))
         counted = host.statistics()[0]
-        assert (counted.lookups, counted.rows_requested) == (3, 36)
+        assert (counted.lookups, counted.requested_rows) == (3, 36)
         assert counted.misses and counted.prefetched
 
 

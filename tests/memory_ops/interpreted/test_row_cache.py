@@ -129,7 +129,7 @@ def test_what_does_not_fit_beside_the_sets_is_read_in_parts():
     cache = cache_of(table, beside=15)
     assert torch.equal(gathered(cache, rows, weights, 7), gather_rows(table, rows, weights))
     counted = cache.statistics()[0]
-    assert (counted.lookups, counted.rows_requested, counted.unique) == (1, 30, 30)
+    assert (counted.lookups, counted.requested_rows, counted.unique_rows) == (1, 30, 30)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 1, 0)])
@@ -162,7 +162,7 @@ def test_a_hint_makes_hits_by_layer():
     gathered(cache, *one_token(3), 4, layer=2)
     counts = cache.statistics()
     assert set(counts) == {1, 2}
-    assert (counts[1].hits, counts[1].misses, counts[1].rows_requested) == (2, 1, 4)
+    assert (counts[1].hits, counts[1].misses, counts[1].requested_rows) == (2, 1, 4)
     assert (counts[1].prefetched, counts[1].prefetched_used) == (2, 2)
     assert counts[1].bytes_read == 3 * 16
     assert (counts[2].hits, counts[2].prefetched_used) == (1, 0)

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.config import ConfigError
-from memory_ops.row_formats import ROW_FORMATS
+from weights.dtype_names import FLOAT_DTYPES, TABLE_DTYPES
 
 TIERS = ("device", "disk", "mmap")
 SKEWS = ("recorded", "zipf", "uniform")
-_DTYPES = ("bfloat16", *ROW_FORMATS)
+_DTYPES = ("bfloat16", *(name for name in TABLE_DTYPES if name not in FLOAT_DTYPES))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from weights.tensor_files import StoredTensor, read_mapped
 _ENGINE = EngineConfig(kv_cache_gib=0.25, max_num_seqs=64)
 _INPUT_LEN = 16
 _TABLE = "memory.table"
+_STEPS_BEFORE = 8  # at most, before the first that is timed
 _NO_CACHE = 2**20  # which is replaced at once
 _COUNTS = ("unique_rows", "hits", "late", "misses", "prefetched", "stall_seconds")
 
@@ -47,7 +48,7 @@ class Reader:
         disk = self.table.table if isinstance(self.table.table, DiskTable) else None
         if disk is not None and not point.is_cold:
             self.table.warm_up(disk.num_slots)
-        replay.begin(number * (load.output_len + 8))
+        replay.begin(number * (load.output_len + _STEPS_BEFORE))
 
         def next_step() -> None:
             replay.prepare()

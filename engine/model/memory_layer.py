@@ -110,16 +110,18 @@ class MemoryLayer(nn.Module):
             return None
         table = self.table
         # what only derives from a device table may read its rows in its own way
+        fetched: FetchedTable | None = None
         if type(table) is DeviceTable:
             rows = table.rows
         elif isinstance(table, FetchedTable):
-            rows = table.slots
+            rows, fetched = table.slots, table
         else:
             return None
         if values is None or not is_fit_for_cpu(rows, self.num_subkeys, self.top_k):
             return None
         return PackedMemory(
-            table,
+            rows,
+            fetched,
             self.index,
             self.num_heads,
             self.top_k,

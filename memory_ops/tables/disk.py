@@ -125,7 +125,7 @@ class DiskTable:
         self.rows.hint(rows.contiguous(), layer=layer)
 
     def watch(self, on_progress: Callable[[], None]) -> None:
-        self._watchers[:] = [on_progress]
+        self._watchers.append(on_progress)
 
     def tell(self) -> None:
         """Tell who watches that a lookup gets on."""

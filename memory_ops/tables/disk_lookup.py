@@ -1,18 +1,28 @@
 """A read of a table whose rows are fetched from its file, part by part where memory is small."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from memory_ops.checks import Table
+from memory_ops.native.disk_rows import DiskRows
 from memory_ops.native.row_fetcher import NO_ROOM
-
-if TYPE_CHECKING:
-    from memory_ops.tables.disk import DiskTable
+from memory_ops.tables.value_table import TableReadError
 
 Operation = Callable[[Table, Tensor, Tensor], Tensor]
+
+
+class SlotTable(Protocol):
+    """What a lookup needs of its table: what finds and reads rows, and the slots that get them."""
+
+    rows: DiskRows
+    slots: Table
+
+    def check_file(self) -> None: ...
+    def read_error(self, row: int, error: int) -> TableReadError: ...
+    def tell(self) -> None: ...
 
 
 class DiskLookup:
@@ -23,7 +33,7 @@ class DiskLookup:
 
     def __init__(
         self,
-        table: "DiskTable",
+        table: SlotTable,
         rows_THK: Tensor,
         operand: Tensor,
         layer: int,

@@ -4,9 +4,9 @@ import ctypes
 
 from engine.ops.native.packed_linear import PackedLinear
 from memory_ops.backends import is_fit_for_cpu
+from memory_ops.checks import Table, table_shape
 from memory_ops.native.backend import table_arguments
 from memory_ops.native.row_fetcher import ReadFailure
-from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.value_table import FetchedTable, TableReadError
 
 
@@ -49,7 +49,8 @@ class PackedMemory:
 
     def __init__(
         self,
-        table: DeviceTable | FetchedTable,
+        rows: Table,
+        fetched: FetchedTable | None,
         layer: int,
         num_heads: int,
         top_k: int,
@@ -59,20 +60,20 @@ class PackedMemory:
         gate: PackedLinear | None,
         values: PackedLinear,
     ) -> None:
-        """Hold them all, copying none; the table's rows are such as kernels read.
+        """Hold them all, copying none; ``rows`` are such as kernels read.
 
-        ``layer`` is whose lookups these are.
+        They are the table's, or the slots of one whose rows are ``fetched`` for this layer.
         """
         num_subkeys = subkeys.num_outputs // (2 * num_heads)
         # the kernels check no row id: whatever they choose is a row of such a table
-        assert (table.num_rows, table.value_dim) == (num_subkeys**2, values.num_inputs)
-        self._fetched = table if isinstance(table, FetchedTable) else None
-        self._fetcher = self._fetched.fetcher(layer) if self._fetched is not None else None
-        rows = table.rows if isinstance(table, DeviceTable) else table.slots
+        shape = table_shape(rows) if fetched is None else (fetched.num_rows, fetched.value_dim)
+        assert shape == (num_subkeys**2, values.num_inputs)
+        self._fetched = fetched
+        self._fetcher = fetched.fetcher(layer) if fetched is not None else None
         assert is_fit_for_cpu(rows, num_subkeys, top_k)
         assert gate is None or gate.num_outputs == values.num_inputs
         self.num_heads, self.top_k = num_heads, top_k
-        self._held = table, query, subkeys, gate, values
+        self._held = rows, query, subkeys, gate, values
         self._fields = _Fields(
             query.address,
             subkeys.address,

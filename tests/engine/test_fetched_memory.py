@@ -248,21 +248,33 @@ def test_a_file_that_was_changed_is_read_no_more(model, stored):
     assert table_in(forward).statistics() == before
 
 
-class ChangedMeanwhile(ReadInside):
-    """A table whose file is changed as a lookup begins."""
+class Between(ReadInside):
+    """A table whose methods stand between a kernel and its fetcher."""
 
     def fetcher(self, layer):
         own = super().fetcher(layer)
-        start = START(own.start)
+        start, finish = START(own.start), FINISH(own.finish)
+        calls = (
+            START(lambda *arguments: self.between_start(start, *arguments)),
+            FINISH(lambda *arguments: self.between_finish(finish, *arguments)),
+        )
+        self.held = [*getattr(self, "held", ()), own, start, finish, *calls]
+        addresses = (ctypes.cast(call, ctypes.c_void_p).value for call in calls)
+        return RowFetcher(*addresses, own.release, own.on_progress, own.own, own.layer)
 
-        def change(*arguments):
-            os.utime(self.file, ns=(0, 0))
-            return start(*arguments)
+    def between_start(self, start, *arguments):
+        return start(*arguments)
 
-        changed = START(change)
-        self.held = [*getattr(self, "held", ()), own, start, changed]
-        address = ctypes.cast(changed, ctypes.c_void_p).value
-        return RowFetcher(address, own.finish, own.release, own.on_progress, own.own, own.layer)
+    def between_finish(self, finish, *arguments):
+        return finish(*arguments)
+
+
+class ChangedMeanwhile(Between):
+    """A table whose file is changed as a lookup begins."""
+
+    def between_start(self, start, *arguments):
+        os.utime(self.file, ns=(0, 0))
+        return start(*arguments)
 
 
 def test_a_file_that_is_changed_during_a_call_gives_no_rows(model, stored):
@@ -271,25 +283,16 @@ def test_a_file_that_is_changed_during_a_call_gives_no_rows(model, stored):
         forward(3)
 
 
-class StillReading(ReadInside):
+class StillReading(Between):
     """A table whose lookups say so many times that they go on."""
 
     waits = 0
 
-    def fetcher(self, layer):
-        own = super().fetcher(layer)
-        finish = FINISH(own.finish)
-
-        def go_on(*arguments):
-            if self.waits:
-                self.waits -= 1
-                return STILL_READING
-            return finish(*arguments)
-
-        slow = FINISH(go_on)
-        self.held = [*getattr(self, "held", ()), own, finish, slow]
-        address = ctypes.cast(slow, ctypes.c_void_p).value
-        return RowFetcher(own.start, address, own.release, own.on_progress, own.own, own.layer)
+    def between_finish(self, finish, *arguments):
+        if self.waits:
+            self.waits -= 1
+            return STILL_READING
+        return finish(*arguments)
 
 
 @each_number
@@ -308,22 +311,13 @@ def test_who_watches_is_told_that_a_lookup_goes_on(model, stored, num_threads):
     assert told[memories:] == [4, 3, 2, 1, 0] + [0] * memories
 
 
-class Outside(ReadInside):
+class Outside(Between):
     """A table that is asked for a row that it has not."""
 
-    def fetcher(self, layer):
-        own = super().fetcher(layer)
-        start = START(own.start)
-
-        def ask(rows_of, rows, tokens, token_rows, *others):
-            beyond = ctypes.c_int64(self.num_rows)
-            ctypes.memmove(rows + 8 * (tokens * token_rows - 1), ctypes.addressof(beyond), 8)
-            return start(rows_of, rows, tokens, token_rows, *others)
-
-        wrong = START(ask)
-        self.held = [*getattr(self, "held", ()), own, start, wrong]
-        address = ctypes.cast(wrong, ctypes.c_void_p).value
-        return RowFetcher(address, own.finish, own.release, own.on_progress, own.own, own.layer)
+    def between_start(self, start, own, rows, tokens, token_rows, *others):
+        beyond = ctypes.c_int64(self.num_rows)
+        ctypes.memmove(rows + 8 * (tokens * token_rows - 1), ctypes.addressof(beyond), 8)
+        return start(own, rows, tokens, token_rows, *others)
 
 
 def test_a_row_outside_the_table_is_an_error(model, stored):

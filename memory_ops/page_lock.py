@@ -17,7 +17,7 @@ class PageLock:
     """Holds a tensor's memory where it is, so that a GPU may read it, until ``close``.
 
     torch's own pinned tensors would be a second copy, in a block whose size is rounded up to a
-    power of two. Not run on a GPU.
+    power of two.
     """
 
     def __init__(self, memory: Tensor, device: torch.device) -> None:

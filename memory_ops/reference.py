@@ -191,7 +191,7 @@ def squared_norm(groups: RowGroups, grad_TV: Tensor) -> float:
         ValueError: a token that read has no gradient.
     """
     check_groups(groups, grad_TV)
-    return float(_group_sums(groups, grad_TV).double().square().sum())
+    return float(_group_sums(groups, grad_TV).detach().double().square().sum())
 
 
 def sparse_adam(

@@ -31,7 +31,6 @@ class HostTable:
 
     The host never learns a row id and never waits, but in ``statistics`` and ``close``. A lookup
     can be captured in a CUDA graph; so can a hint, before a lookup of the same graph or a ``join``.
-    Not run on a GPU.
 
     A replay follows its own stream alone, and nothing else that was given to the stream beside,
     hint or lookup, finished or not, by any caller: ``join`` on the replay's stream comes before it.

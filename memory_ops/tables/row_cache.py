@@ -17,6 +17,7 @@ from memory_ops.triton_kernels.fetch_rows import fetch_rows
 from memory_ops.triton_kernels.gather_rows import gather_rows_into
 from memory_ops.triton_kernels.place_rows import CacheSets, place_rows
 from memory_ops.triton_kernels.row_dots import row_dots_into
+from memory_ops.triton_kernels.sort_rows import sort_rows
 from memory_ops.triton_kernels.table_view import table_view
 
 _WAYS = 16
@@ -112,9 +113,8 @@ class RowCache:
     def hint(self, rows: Tensor, layer: int) -> None:
         """Fetch those of int64 ``rows`` that their sets have room for beside rows in use."""
         if rows.numel():
-            counts = self._counts[layer]
-            placed = place_rows(self.sets, rows.flatten(), counts, is_hint=True)
-            fetch_rows(self._words_RC, placed, self._memory_words_PC)
+            for part_L in torch.split(rows.flatten(), self._beside):
+                self._place(part_L, layer, is_hint=True)
 
     def check_hint(self, rows: Tensor, layer: int) -> None:
         """Raise ValueError for rows on another device than the cache, or an uncounted layer."""
@@ -148,13 +148,20 @@ class RowCache:
         tokens = self._beside // max(per_token, 1)
         for first in range(0, len(rows_THK), tokens):
             part = slice(first, first + tokens)
-            rows_L, counts = rows_THK[part].flatten(), self._counts[layer]
-            if not per_token:
-                yield part, rows_THK[part]
-                continue
-            placed = place_rows(self.sets, rows_L, counts, is_hint=False, is_first=first == 0)
-            fetch_rows(self._words_RC, placed, self._memory_words_PC)
-            yield part, placed.places_L.view(rows_THK[part].shape)
+            places_THK = rows_THK[part]
+            if per_token:
+                is_first = first == 0
+                rows_L = places_THK.flatten()
+                places_L = self._place(rows_L, layer, is_hint=False, is_first=is_first)
+                places_THK = places_L.view(places_THK.shape)
+            yield part, places_THK
+
+    def _place(self, rows_L: Tensor, layer: int, *, is_hint: bool, is_first: bool = True) -> Tensor:
+        """Have rows at their places, which are not told for a hint."""
+        wanted, counts = sort_rows(rows_L), self._counts[layer]
+        placed = place_rows(self.sets, wanted, counts, is_hint=is_hint, is_first=is_first)
+        fetch_rows(self._words_RC, wanted.keys_L, placed.fetch_L, self._memory_words_PC)
+        return placed.places_L
 
     def _statistics(self, counts: list[int]) -> TableStatistics:
         unique, misses = counts[counted.UNIQUE.value], counts[counted.MISSES.value]

@@ -38,7 +38,7 @@ class StreamPair(NamedTuple):
 
 @dataclass(frozen=True)
 class CudaStream:
-    """A stream of CUDA's. Not run on a GPU."""
+    """A stream of CUDA's."""
 
     stream: torch.cuda.Stream
 

@@ -1,7 +1,4 @@
-"""Rows copied to their places in a cache, as a Triton kernel: one program a piece of a row.
-
-Proven in the interpreter and by compiling to machine code; not run on a GPU, and so not timed.
-"""
+"""Rows copied to their places in a cache, as a Triton kernel: one program a piece of a row."""
 
 # triton and with it its kernels are untyped
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
@@ -11,34 +8,40 @@ import triton.language as tl
 from torch import Tensor
 
 from memory_ops.triton_kernels.launch import RowLaunch, on_device_of
-from memory_ops.triton_kernels.place_rows import Placed, row_of
+from memory_ops.triton_kernels.sort_rows import row_of
 
-# of words of 32 bits: a lane reads 128 bits, a warp 512 bytes, and there are as many warps under
-# way as there is room for: reads over a bus wait long
-FETCH_LAUNCH = RowLaunch(rows=1, lane_values=4)
+# of 32 bits; lanes read 128 bits each, of NVIDIA twice
+_WARP_WORDS, _MOST_WARPS = 256, 2
 
 
-def fetch_rows(words_RC: Tensor, placed: Placed, memory_PC: Tensor) -> None:
+def fetch_rows(words_RC: Tensor, keys_L: Tensor, fetch_L: Tensor, memory_PC: Tensor) -> None:
     """Copy the rows that are not there yet to their places.
 
     Args:
         words_RC: the table's bytes as words, contiguous; they may lie in page-locked host memory,
             which is then read over the bus.
-        placed: which rows, and where to.
+        keys_L: of rows; see ``SortedRows``.
+        fetch_L: where they go; see ``Placed``.
         memory_PC: the cache's memory as such words.
     """
     width = words_RC.shape[1]
-    block = FETCH_LAUNCH.block(memory_PC.device)
+    launch = _launch_for(width)
     with on_device_of(memory_PC):
-        _fetch_rows[(len(placed.keys_L), triton.cdiv(width, block))](
+        _fetch_rows[(len(keys_L), triton.cdiv(width, launch.columns))](
             words_RC,
             memory_PC,
-            placed.keys_L,
-            placed.fetch_L,
+            keys_L,
+            fetch_L,
             WIDTH=width,
-            BLOCK=block,
-            **FETCH_LAUNCH.options(),
+            BLOCK=launch.columns,
+            **launch.options(),
         )
+
+
+def _launch_for(width: int) -> RowLaunch:
+    """A whole row to a program where it can be: most have none to fetch, and cost their start."""
+    warps = min(_MOST_WARPS, triton.next_power_of_2(triton.cdiv(width, _WARP_WORDS)))
+    return RowLaunch(rows=1, columns=_WARP_WORDS * warps, num_warps=warps)
 
 
 @triton.jit

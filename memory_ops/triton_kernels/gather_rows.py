@@ -13,24 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 from memory_ops.checks import Table, check_rows, table_shape
+from memory_ops.triton_kernels.int4_rows import sum_int4_rows
 from memory_ops.triton_kernels.launch import RowLaunch, on_device_of
 from memory_ops.triton_kernels.table_view import (
     TableView,
     ValueKind,
-    columns_of,
     row_values,
     table_view,
     times_row_scale,
 )
 
-# by the kind of the table's values; int4 counts words of eight values
+# by the kind of the table's values: 128 bytes of each of 64 rows; of int4 the words of a block
 GATHER_LAUNCHES: dict[ValueKind, RowLaunch] = {
-    "fp32": RowLaunch(rows=16, lane_values=4),
-    "fp16": RowLaunch(rows=16, lane_values=8),
-    "bf16": RowLaunch(rows=16, lane_values=8),
-    "int8": RowLaunch(rows=16, lane_values=16),
-    "fp8": RowLaunch(rows=16, lane_values=16),
-    "int4": RowLaunch(rows=8, lane_values=4),
+    "fp32": RowLaunch(rows=64, columns=64),
+    "fp16": RowLaunch(rows=64, columns=64),
+    "bf16": RowLaunch(rows=64, columns=64),
+    "int8": RowLaunch(rows=64, columns=128),
+    "fp8": RowLaunch(rows=64, columns=128),
+    "int4": RowLaunch(rows=64, columns=16),
 }
 
 
@@ -38,7 +38,8 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     """Sum weighted table rows over heads and choices: ``out[t] = sum_hk w[t,h,k] * table[row]``.
 
     The table may lie in pinned host memory while rows and weights lie on the GPU: the kernel then
-    reads it over the bus, through unified virtual addresses. Not timed on a GPU.
+    reads it over the bus, through unified virtual addresses, 128 bytes at a time; ``HostTable``
+    reads whole rows, and each once.
 
     Args:
         table: the value table, ``[R, V]`` of fp32, fp16 or bf16 with any row stride, or records.
@@ -72,9 +73,9 @@ def gather_rows_into(out_TV: Tensor, table: Table, rows_THK: Tensor, weights_THK
 
 def _launch(view: TableView, rows_TC: Tensor, weights_TC: Tensor, out_TV: Tensor) -> None:
     launch = GATHER_LAUNCHES[view.kind]
-    block = launch.block(rows_TC.device)
+    kernel = sum_int4_rows if view.kind == "int4" else _sum_rows
     with on_device_of(rows_TC):
-        _sum_rows[(len(rows_TC), triton.cdiv(view.width, block))](
+        kernel[(len(rows_TC), triton.cdiv(view.width, launch.columns))](
             view.values,
             view.scales,
             rows_TC,
@@ -83,7 +84,7 @@ def _launch(view: TableView, rows_TC: Tensor, weights_TC: Tensor, out_TV: Tensor
             rows_TC.shape[1],
             **view.constants(),
             ROWS=launch.rows,
-            BLOCK=block,
+            BLOCK=launch.columns,
             **launch.options(),
         )
 
@@ -105,16 +106,10 @@ def _sum_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[t, v] = sum over c of weights[t, c] * table[rows[t, c], v].
-
-    Sums stay in the order in which values are unpacked, and are put in that of columns as they are
-    stored.
-    """
+    """out[t, v] = sum over c of weights[t, c] * table[rows[t, c], v]."""
     token = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BLOCK
-    places = first + tl.arange(0, BLOCK)
-    columns = columns_of(first, BLOCK, KIND)
-    sums = tl.zeros(columns.shape, dtype=tl.float32)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, num_choices, ROWS):
         choices = start + tl.arange(0, ROWS)
         live = choices < num_choices
@@ -123,9 +118,7 @@ def _sum_rows(
         weights = times_row_scale(
             weights.to(tl.float32), scales_ptr, rows, live, SCALE_STRIDE, SCALE_START, KIND
         )
-        mask = live[:, None] & (places < WIDTH)[None, :]
-        values = row_values(
-            values_ptr, scales_ptr, rows, places, mask, ROW_STRIDE, SCALE_STRIDE, SCALE_START, KIND
-        )
+        mask = live[:, None] & (columns < WIDTH)[None, :]
+        values = row_values(values_ptr, rows, columns, mask, ROW_STRIDE, KIND)
         sums += tl.sum(weights[:, None] * values, axis=0)
     tl.store(out_ptr + token * VALUE_DIM + columns, sums, mask=columns < VALUE_DIM)

@@ -1,8 +1,8 @@
 """How kernels are launched: tile sizes, warps and compiler options, as values that tests compile.
 
-None of these choices is timed on a GPU. They follow from what the compiler makes of them: row loads
-of 128 bits, many in flight, and no spilled registers. That is the compiler of triton 3.7; the one
-of triton 3.4 spills where int4 is read.
+They are the fastest of those timed on an H100 with triton 3.6 (``memplus bench gpu``) that spill no
+registers on any target: row loads of 128 bits, and as many rows in flight as registers hold. Those
+of gradients are not timed.
 """
 
 from dataclasses import dataclass
@@ -10,28 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# NVIDIA's, and what the interpreter is given; AMD's data-centre GPUs have 64 lanes
-_LANES = 32
-
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """A kernel that reads table rows, with the lanes of all its warps along a row.
+    """A kernel that reads table rows, a tile of them at once.
+
+    Lanes read 128 bits each, side by side along the rows first and then from row to row.
 
     Attributes:
-        rows: rows that a program reads at once, as many of them in flight together as the compiler
-            finds registers for.
-        lane_values: neighbouring values of a row that one lane reads at once, 128 bits of them.
-        num_warps: warps of a program. One never waits for another.
+        rows: rows of a tile, as many of them in flight together as the compiler finds registers
+            for.
+        columns: neighbouring values of each row; of int4, words of eight.
+        num_warps: warps of a program.
     """
 
     rows: int
-    lane_values: int
+    columns: int
     num_warps: int = 1
-
-    def block(self, device: torch.device) -> int:
-        """Neighbouring values of a row that a program reads at once."""
-        return self.lane_values * self.num_warps * lanes(device)
 
     def options(self) -> dict[str, int | bool]:
         """What triton's compiler is told; its own defaults change between releases."""
@@ -53,13 +48,6 @@ class TopkLaunch:
     def options(self) -> dict[str, int | bool]:
         """What triton's compiler is told. Sums decide an order, so nothing may fuse into them."""
         return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": False}
-
-
-def lanes(device: torch.device) -> int:
-    """Lanes of a warp on ``device``."""
-    if device.type != "cuda":
-        return _LANES
-    return int(torch.cuda.get_device_properties(device).warp_size)
 
 
 def on_device_of(tensor: Tensor) -> torch.cuda.device:

@@ -6,8 +6,6 @@ What no two programs may touch at once, they cannot: a row's set follows from it
 sorted, so all references to a set lie side by side, and the one program that begins there handles
 them all. Its result depends on nothing but the set and the rows asked for: the same calls leave the
 same bits. Only counts are shared, and added to atomically.
-
-Proven in the interpreter and by compiling to machine code; not run on a GPU.
 """
 
 # triton and with it its kernels are untyped
@@ -21,16 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from memory_ops.triton_kernels.launch import on_device_of
+from memory_ops.triton_kernels.sort_rows import SortedRows, row_of
 
 # of what a row is worth, see CacheSets; a use beyond the third says no more
 MOST_USES = tl.constexpr(3)
 USES_SHIFT = tl.constexpr(48)
 LAST_MASK = tl.constexpr(2**48 - 1)
-# key = row * KEY_FACTOR mod 2**63: odd, so that each key is one row's, and 2**63 over the golden
-# ratio, so that neighbouring rows, of which a product key reads many, spread evenly over the sets
-KEY_FACTOR = tl.constexpr(0x4F1BBCDCBFA53E0B)
-KEY_INVERSE = tl.constexpr(pow(0x4F1BBCDCBFA53E0B, -1, 2**63))
-KEY_MASK = tl.constexpr(2**63 - 1)
 # more than there are references
 NEVER = tl.constexpr(2**31 - 1)
 
@@ -66,21 +60,19 @@ class Placed(NamedTuple):
     """Where references find their rows.
 
     Attributes:
-        keys_L: int64, ascending.
         places_L: int64, in the order of the references: rows of the cache's memory. A row whose set
             has no way left has one of L places after the sets' own, from ``S * W`` on, until the
             next references are placed. Not written for a hint.
-        fetch_L: int64, in the order of the keys: the place to which the row has to be fetched, or
+        fetch_L: int64, in the sorted order: the place to which the row has to be fetched, or
             -1. No place twice.
     """
 
-    keys_L: Tensor
     places_L: Tensor
     fetch_L: Tensor
 
 
 def place_rows(
-    sets: CacheSets, rows_L: Tensor, counts: Tensor, *, is_hint: bool, is_first: bool = True
+    sets: CacheSets, wanted: SortedRows, counts: Tensor, *, is_hint: bool, is_first: bool = True
 ) -> Placed:
     """Find places for rows, in place of others where they are not there yet.
 
@@ -88,29 +80,22 @@ def place_rows(
 
     Args:
         sets: what is where; changed.
-        rows_L: row ids, int64, at least one of them.
+        wanted: references to rows.
         counts: int64 ``[NUM_COUNTS]``, added to.
         is_hint: nothing is read yet: no row that has uses makes way, and no use is counted.
         is_first: count a lookup; false for the later parts of one.
     """
-    keys_L, order_L = ((rows_L * KEY_FACTOR.value) & KEY_MASK.value).sort()
+    keys_L, order_L = wanted
     places_L, fetch_L = torch.empty_like(keys_L), torch.empty_like(keys_L)
-    _launch_places(sets, Placed(keys_L, places_L, fetch_L), order_L, counts, is_hint, is_first)
-    return Placed(keys_L, places_L, fetch_L)
-
-
-def _launch_places(
-    sets: CacheSets, placed: Placed, order_L: Tensor, counts: Tensor, is_hint: bool, is_first: bool
-) -> None:
     num_sets, num_ways = sets.tags_SW.shape
     with on_device_of(order_L):
         _place_rows[(len(order_L),)](
-            placed.keys_L,
+            keys_L,
             order_L,
             sets.tags_SW,
             sets.worths_SW,
-            placed.places_L,
-            placed.fetch_L,
+            places_L,
+            fetch_L,
             counts,
             len(order_L),
             num_sets,
@@ -122,6 +107,7 @@ def _launch_places(
             num_warps=1,
             num_stages=1,
         )
+    return Placed(places_L, fetch_L)
 
 
 @triton.jit
@@ -292,9 +278,3 @@ def _is_in(rows, live, tags):
 def _set_of(keys, num_sets):
     """A key's set, of any number of sets below 2**31; it never falls as keys rise."""
     return ((keys >> 32) * num_sets) >> 31
-
-
-@triton.jit
-def row_of(keys):
-    """The row whose key it is."""
-    return (keys * KEY_INVERSE) & KEY_MASK

@@ -20,13 +20,16 @@ from torch import Tensor
 from memory_ops.checks import check_scores
 from memory_ops.triton_kernels.launch import TopkLaunch, on_device_of
 
-# the first that holds all subkeys of a half, and all candidates; the last, tile by tile, where none
-# holds the subkeys
+# the first that holds all subkeys of a half, and all candidates
 TOPK_LAUNCHES = (
     TopkLaunch(block=128, num_warps=1),
+    TopkLaunch(block=256, num_warps=4),
     TopkLaunch(block=512, num_warps=4),
     TopkLaunch(block=1024, num_warps=8),
+    TopkLaunch(block=2048, num_warps=16),
 )
+# where none holds the subkeys: tile by tile
+TILES_LAUNCH = TopkLaunch(block=1024, num_warps=8)
 LARGEST_TOP_K = 128
 LARGEST_NUM_SUBKEYS = 65536
 # before every packed score
@@ -41,8 +44,7 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     Equal half scores go to the smaller subkey, equal sums to the smaller rank in the first half,
     then in the second, as in the reference. A head whose scores are all -inf gets uniform weights;
-    not-a-number orders above all numbers and makes its head's weights not-a-number. Not timed on a
-    GPU.
+    not-a-number orders above all numbers and makes its head's weights not-a-number.
 
     Args:
         half_scores_TH2N: scores of both halves, fp32, ``[T, H, 2, N]``, N up to 65,536.
@@ -104,7 +106,7 @@ def _launch(half_scores_TH2N: Tensor, rows_THK: Tensor, weights_THK: Tensor) -> 
 def launch_for(num_subkeys: int, padded_candidates: int) -> TopkLaunch:
     """The launch for N subkeys a half and so many candidates, which are sorted at once."""
     needed = max(num_subkeys, padded_candidates)
-    return next((launch for launch in TOPK_LAUNCHES if needed <= launch.block), TOPK_LAUNCHES[-1])
+    return next((launch for launch in TOPK_LAUNCHES if needed <= launch.block), TILES_LAUNCH)
 
 
 @triton.jit

@@ -13,25 +13,25 @@ import triton.language as tl
 from torch import Tensor
 
 from memory_ops.checks import Table, check_vectors
+from memory_ops.triton_kernels.int4_rows import dot_int4_rows
 from memory_ops.triton_kernels.launch import RowLaunch, on_device_of, row_step
 from memory_ops.triton_kernels.table_view import (
     TableView,
     ValueKind,
-    columns_of,
     row_values,
     table_view,
     times_row_scale,
     value_kind,
 )
 
-# by the kind of the table's values; a lane keeps rows * lane_values sums, of int4 eight times that
+# by the kind of the table's values, of int4 words
 DOT_LAUNCHES: dict[ValueKind, RowLaunch] = {
-    "fp32": RowLaunch(rows=8, lane_values=4),
-    "fp16": RowLaunch(rows=8, lane_values=8),
-    "bf16": RowLaunch(rows=8, lane_values=8),
-    "int8": RowLaunch(rows=4, lane_values=16),
-    "fp8": RowLaunch(rows=4, lane_values=16),
-    "int4": RowLaunch(rows=2, lane_values=4),
+    "fp32": RowLaunch(rows=2, columns=512),
+    "fp16": RowLaunch(rows=2, columns=512),
+    "bf16": RowLaunch(rows=2, columns=512),
+    "int8": RowLaunch(rows=2, columns=512),
+    "fp8": RowLaunch(rows=2, columns=512),
+    "int4": RowLaunch(rows=2, columns=128),
 }
 
 
@@ -39,7 +39,7 @@ def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
     """Inner products of table rows and each token's vector: ``table[row[t,h,k]] . x[t]``.
 
     The gradient of ``gather_rows`` by its weights, and the first half of PEER. As there, the table
-    may lie in pinned host memory while the rest lies on the GPU. Not timed on a GPU.
+    may lie in pinned host memory while the rest lies on the GPU.
 
     Args:
         table: as for ``gather_rows``.
@@ -76,8 +76,9 @@ def row_dots_into(dots_THK: Tensor, table: Table, rows_THK: Tensor, x_TV: Tensor
 def _launch(view: TableView, rows_TC: Tensor, x_TV: Tensor, dots_TC: Tensor) -> None:
     launch = DOT_LAUNCHES[view.kind]
     num_tokens, num_choices = rows_TC.shape
+    kernel = dot_int4_rows if view.kind == "int4" else _dot_rows
     with on_device_of(rows_TC):
-        _dot_rows[(num_tokens, triton.cdiv(num_choices, launch.rows))](
+        kernel[(num_tokens, triton.cdiv(num_choices, launch.rows))](
             view.values,
             view.scales,
             rows_TC,
@@ -87,7 +88,7 @@ def _launch(view: TableView, rows_TC: Tensor, x_TV: Tensor, dots_TC: Tensor) -> 
             **view.constants(),
             X_STRIDE=row_step(x_TV),
             ROWS=launch.rows,
-            BLOCK=launch.block(rows_TC.device),
+            BLOCK=launch.columns,
             **launch.options(),
         )
 
@@ -118,16 +119,13 @@ def _dot_rows(
     choices = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     live = choices < num_choices
     rows = tl.load(rows_ptr + token * num_choices + choices, mask=live, other=0)
-    sums = tl.zeros((ROWS, columns_of(0, BLOCK, KIND).shape[0]), dtype=tl.float32)
+    sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, WIDTH, BLOCK):
         # zero where a record is read past its values, so that what stands there adds nothing
-        columns = columns_of(start, BLOCK, KIND)
+        columns = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + token * X_STRIDE + columns, mask=columns < VALUE_DIM, other=0.0)
-        places = start + tl.arange(0, BLOCK)
-        mask = live[:, None] & (places < WIDTH)[None, :]
-        values = row_values(
-            values_ptr, scales_ptr, rows, places, mask, ROW_STRIDE, SCALE_STRIDE, SCALE_START, KIND
-        )
+        mask = live[:, None] & (columns < WIDTH)[None, :]
+        values = row_values(values_ptr, rows, columns, mask, ROW_STRIDE, KIND)
         sums += values * x.to(tl.float32)[None, :]
     dots = times_row_scale(
         tl.sum(sums, axis=1), scales_ptr, rows, live, SCALE_STRIDE, SCALE_START, KIND

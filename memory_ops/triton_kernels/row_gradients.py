@@ -18,9 +18,9 @@ from memory_ops.triton_kernels.table_view import ValueKind, value_kind
 
 # by the kind of the gradient's values
 GRADIENT_LAUNCHES: dict[ValueKind, RowLaunch] = {
-    "fp32": RowLaunch(rows=8, lane_values=4),
-    "fp16": RowLaunch(rows=8, lane_values=8),
-    "bf16": RowLaunch(rows=8, lane_values=8),
+    "fp32": RowLaunch(rows=8, columns=128),
+    "fp16": RowLaunch(rows=8, columns=256),
+    "bf16": RowLaunch(rows=8, columns=256),
 }
 
 
@@ -71,9 +71,8 @@ def _launch(
     sums_UV: Tensor,
 ) -> None:
     num_rows, value_dim = sums_UV.shape
-    block = launch.block(sums_UV.device)
     with on_device_of(sums_UV):
-        _sum_segments[(num_rows, triton.cdiv(value_dim, block))](
+        _sum_segments[(num_rows, triton.cdiv(value_dim, launch.columns))](
             order_L,
             counts_U,
             counts_U.cumsum(0),
@@ -84,7 +83,7 @@ def _launch(
             GRAD_STRIDE=row_step(grad_TV),
             PER_TOKEN=per_token,
             ROWS=launch.rows,
-            BLOCK=block,
+            BLOCK=launch.columns,
             **launch.options(),
         )
 

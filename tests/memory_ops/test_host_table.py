@@ -1,10 +1,14 @@
-"""The host table on a GPU, where there is one: never run so far."""
+"""The host table on a GPU, where there is one."""
 
 import pytest
 import torch
 
+from engine.model.lookahead import LookaheadConfig
+from engine.ops.layout import TokenLayout
 from memory_ops.row_formats import RowRecords
+from memory_ops.tables.device import DeviceTable
 from tests.memory_ops.tables import KINDS, rows_of, table_of
+from tests.models import feed_forward_changes, random_model, tiny_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,8 +28,8 @@ def small_table():
 
     made = []
 
-    def make(table):
-        cache = RowCache(table, 2**18, GPU, beside=64)
+    def make(table, num_layers=1):
+        cache = RowCache(table, 2**18, GPU, num_layers=num_layers, beside=64)
         lock = PageLock(rows_memory(table), GPU)
         made.append(HostTable(table, cache, cuda_streams(GPU), lock))
         return made[-1]
@@ -79,3 +83,22 @@ def test_lookups_are_captured_in_a_graph(small_table):
         graph.replay()
         assert torch.equal(out, gather_rows(device, rows, weights))
     assert host.statistics()[0].lookups == 21
+
+
+@pytest.mark.parametrize("kinds", [("memory_plus", "dense", "pkm"), ("dense", "peer")])
+def test_a_model_says_what_it_says_of_tables_beside_it(small_table, kinds):
+    model = random_model(tiny_config(**feed_forward_changes(*kinds)))
+    rows = {name: table.rows for name, table in model.tables.items()}
+    model.to(GPU).attach_tables({name: DeviceTable(one.to(GPU)) for name, one in rows.items()})
+    tokens = torch.arange(7, device=GPU)
+    layout = TokenLayout(tokens, (0, 7))
+    with torch.no_grad():
+        wanted = model(tokens, layout, tokens).logits_LV
+        tables = {name: small_table(one, len(kinds)) for name, one in rows.items()}
+        model.attach_tables(tables)
+        model.look_ahead(LookaheadConfig(1, 9))
+        found = model(tokens, layout, tokens).logits_LV
+    torch.testing.assert_close(found, wanted)
+    counted = [counts for table in tables.values() for counts in table.statistics().values()]
+    assert all(counts.lookups == 1 for counts in counted)
+    assert any(counts.prefetched for counts in counted)

@@ -14,8 +14,6 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-from memory_ops.triton_kernels import launch
-
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -89,7 +87,6 @@ def compiled(target: GPUTarget, call: Callable[[], object]) -> Figures:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", warm_up)
-        patch.setattr(launch, "lanes", lambda device: target.warp_size)
         # never put back: these tests have a process of their own, with no driver to go back to
         triton.runtime.driver.set_active(AbsentGpu(target))
         call()

@@ -8,7 +8,7 @@ import torch
 from memory_ops.triton_kernels import gather_rows, product_topk, row_dots, row_gradients
 from memory_ops.triton_kernels.gather_rows import GATHER_LAUNCHES
 from memory_ops.triton_kernels.launch import RowLaunch
-from memory_ops.triton_kernels.product_topk import TOPK_LAUNCHES, launch_for
+from memory_ops.triton_kernels.product_topk import TILES_LAUNCH, TOPK_LAUNCHES, launch_for
 from memory_ops.triton_kernels.row_dots import DOT_LAUNCHES
 from memory_ops.triton_kernels.row_gradients import GRADIENT_LAUNCHES
 from tests.memory_ops.compiled.bad_kernels import ROWS, gather_of_run_time_width
@@ -18,36 +18,37 @@ from tests.memory_ops.tables import KINDS, PLAIN, table_of, vast_table
 # by kind and V: (registers of a lane, bytes shared by a program) at most, for each of TARGETS;
 # as the compiler that constraints.txt names makes them, registers in the eights they are given in
 GATHER_BUDGETS = {
-    ("fp32", 1024): ((64, 0), (64, 0), (64, 0), (96, 0)),
-    ("fp16", 1024): ((72, 0), (72, 0), (64, 0), (160, 0)),
-    ("bf16", 1024): ((72, 0), (72, 0), (72, 0), (128, 0)),
-    ("bf16", 1000): ((64, 0), (64, 0), (64, 0), (128, 0)),
-    ("int8", 1024): ((72, 512), (72, 512), (72, 512), (224, 4096)),
-    ("int8", 999): ((72, 2048), (72, 2048), (72, 2048), (224, 4096)),
-    ("fp8", 1024): ((80, 512), (72, 512), (80, 512), (192, 4096)),
-    ("int4", 1024): ((128, 4096), (128, 4096), (128, 4096), (248, 8192)),
-    ("int4", 999): ((128, 4096), (128, 4096), (128, 4096), (248, 8192)),
+    ("fp32", 1024): ((168, 512), (168, 512), (160, 512), (96, 512)),
+    ("fp16", 1024): ((96, 512), (96, 512), (96, 512), (96, 512)),
+    ("bf16", 1024): ((96, 512), (96, 512), (96, 512), (88, 512)),
+    ("bf16", 1000): ((96, 512), (96, 512), (96, 512), (88, 512)),
+    ("int8", 1024): ((128, 512), (128, 512), (128, 512), (160, 512)),
+    ("int8", 999): ((128, 512), (128, 512), (128, 512), (152, 512)),
+    ("fp8", 1024): ((128, 512), (128, 512), (144, 512), (168, 512)),
+    ("int4", 1024): ((128, 512), (128, 512), (128, 512), (112, 512)),
+    ("int4", 999): ((128, 512), (128, 512), (128, 512), (112, 512)),
 }
 DOT_BUDGETS = {
-    ("fp32", 1024): ((64, 32), (64, 32), (64, 32), (152, 32)),
-    ("fp16", 1024): ((104, 32), (96, 32), (96, 32), (168, 32)),
-    ("bf16", 1024): ((104, 32), (96, 32), (96, 32), (168, 32)),
-    ("bf16", 1000): ((96, 32), (96, 32), (104, 32), (144, 32)),
-    ("int8", 1024): ((80, 2048), (96, 512), (128, 512), (72, 4096)),
-    ("int8", 999): ((168, 2048), (128, 2048), (128, 2048), (96, 4096)),
-    ("fp8", 1024): ((96, 2048), (96, 512), (128, 512), (80, 4096)),
-    ("int4", 1024): ((64, 4096), (64, 4096), (72, 4096), (80, 8192)),
-    ("int4", 999): ((64, 4096), (64, 4096), (72, 4096), (80, 8192)),
+    ("fp32", 1024): ((80, 0), (72, 0), (72, 0), (56, 0)),
+    ("fp16", 1024): ((80, 0), (80, 0), (72, 0), (48, 0)),
+    ("bf16", 1024): ((72, 0), (72, 0), (80, 0), (56, 0)),
+    ("bf16", 1000): ((80, 0), (72, 0), (80, 0), (56, 0)),
+    ("int8", 1024): ((64, 2048), (72, 512), (72, 512), (64, 2048)),
+    ("int8", 999): ((96, 2048), (64, 2048), (64, 2048), (80, 2048)),
+    ("fp8", 1024): ((64, 2048), (72, 512), (80, 512), (64, 2048)),
+    ("int4", 1024): ((64, 0), (64, 0), (64, 0), (72, 0)),
+    ("int4", 999): ((64, 512), (64, 512), (64, 512), (72, 512)),
 }
 GRADIENT_BUDGETS = {
-    ("fp32", 1024): ((64, 0), (64, 0), (64, 0), (64, 0)),
-    ("fp16", 1024): ((64, 0), (64, 0), (72, 0), (80, 0)),
-    ("bf16", 1024): ((64, 0), (64, 0), (72, 0), (80, 0)),
+    ("fp32", 1024): ((64, 0), (64, 0), (64, 0), (40, 0)),
+    ("fp16", 1024): ((64, 0), (64, 0), (72, 0), (64, 0)),
+    ("bf16", 1024): ((64, 0), (64, 0), (72, 0), (64, 0)),
     ("bf16", 1000): ((72, 0), (72, 0), (72, 0), (64, 0)),
 }
 # by N and K
 TOPK_BUDGETS = {
     (100, 7): ((56, 0), (56, 0), (56, 0), (40, 0)),
+    (256, 32): ((48, 1024), (48, 1024), (48, 1024), (40, 1024)),
     (512, 32): ((72, 2048), (64, 2048), (64, 2048), (56, 1024)),
     (8192, 32): ((128, 4096), (112, 4096), (112, 4096), (112, 2048)),
 }
@@ -56,7 +57,8 @@ SLOW_TOPK_BUDGETS = {
     (128, 128): ((64, 8192), (64, 8192), (64, 8192), (64, 8192)),
     (65536, 128): ((128, 16384), (128, 16384), (128, 16384), (160, 8192)),
     (1000, 100): ((104, 16384), (80, 16384), (104, 16384), (72, 8192)),
-    (1500, 64): ((128, 8192), (128, 8192), (128, 8192), (144, 4096)),
+    (1500, 64): ((104, 16384), (64, 16384), (96, 16384), (64, 8192)),
+    (2048, 32): ((64, 8192), (64, 8192), (80, 8192), (56, 4096)),
 }
 
 
@@ -78,11 +80,10 @@ def per_target(budgets: dict) -> list:
     ]
 
 
-def wide_row_loads(launch: RowLaunch, kind: str) -> int:
-    """128-bit loads of one lane for the rows that a program reads at once: one a row."""
+def wide_row_loads(launch: RowLaunch, kind: str, target: str) -> int:
+    """128-bit loads of one lane for the tile that a program reads at once."""
     bits = {"fp32": 32, "int4": 32, "fp16": 16, "bf16": 16}.get(kind, 8)
-    assert launch.lane_values * bits == 128
-    return launch.rows
+    return launch.rows * launch.columns * bits // (128 * TARGETS[target].warp_size)
 
 
 def lookups(num_tokens: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +96,10 @@ def test_every_shipped_launch_is_compiled_here():
     assert {kind for kind, _ in DOT_BUDGETS} == set(DOT_LAUNCHES)
     assert {kind for kind, _ in GRADIENT_BUDGETS} == set(GRADIENT_LAUNCHES)
     # of few candidates, N alone decides
-    assert {launch_for(num_subkeys, 2) for num_subkeys, _ in TOPK_BUDGETS} == set(TOPK_LAUNCHES)
+    compiled_here = {
+        launch_for(num_subkeys, 2) for num_subkeys, _ in TOPK_BUDGETS | SLOW_TOPK_BUDGETS
+    }
+    assert compiled_here == {*TOPK_LAUNCHES, TILES_LAUNCH}
 
 
 @pytest.mark.parametrize(("case", "target", "budget"), per_target(GATHER_BUDGETS))
@@ -104,8 +108,7 @@ def test_gather_rows(case, target, budget):
     # as large as tables are: AMD's loads differ from 2**31 bytes on
     table = vast_table(kind, torch.randn(1, width))
     figures = compiled(TARGETS[target], lambda: gather_rows(table, *lookups()))
-    assert not figures.barriers
-    check(figures, budget, wide_row_loads(GATHER_LAUNCHES[kind], kind))
+    check(figures, budget, wide_row_loads(GATHER_LAUNCHES[kind], kind, target))
 
 
 @pytest.mark.parametrize(("case", "target", "budget"), per_target(DOT_BUDGETS))
@@ -113,7 +116,7 @@ def test_row_dots(case, target, budget):
     kind, width = case
     table, x = vast_table(kind, torch.randn(1, width)), torch.randn(16, width)
     figures = compiled(TARGETS[target], lambda: row_dots(table, lookups()[0], x))
-    check(figures, budget, wide_row_loads(DOT_LAUNCHES[kind], kind))
+    check(figures, budget, wide_row_loads(DOT_LAUNCHES[kind], kind, target))
 
 
 @pytest.mark.parametrize(("case", "target", "budget"), per_target(GRADIENT_BUDGETS))
@@ -122,7 +125,7 @@ def test_row_gradients(case, target, budget):
     grad = torch.randn(16, width).to(PLAIN[kind])
     figures = compiled(TARGETS[target], lambda: row_gradients(*lookups(), grad))
     assert not figures.barriers
-    check(figures, budget, wide_row_loads(GRADIENT_LAUNCHES[kind], kind))
+    check(figures, budget, wide_row_loads(GRADIENT_LAUNCHES[kind], kind, target))
 
 
 def topk_of(num_subkeys: int, top_k: int) -> Callable[[], object]:
@@ -147,8 +150,8 @@ def test_small_tables_that_amd_reads_with_32_bit_offsets(kind):
     table, x = table_of(kind, torch.randn(64, 1024)), torch.randn(16, 1024)
     gathered = compiled(TARGETS["gfx942"], lambda: gather_rows(table, *lookups()))
     dots = compiled(TARGETS["gfx942"], lambda: row_dots(table, lookups()[0], x))
-    check(gathered, (248, 8192), wide_row_loads(GATHER_LAUNCHES[kind], kind))
-    check(dots, (168, 8192), wide_row_loads(DOT_LAUNCHES[kind], kind))
+    check(gathered, (248, 8192), wide_row_loads(GATHER_LAUNCHES[kind], kind, "gfx942"))
+    check(dots, (168, 8192), wide_row_loads(DOT_LAUNCHES[kind], kind, "gfx942"))
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -196,7 +199,7 @@ def test_a_width_known_only_at_run_time_is_found_out(target):
 def test_more_rows_than_registers_are_found_out(target, monkeypatch):
     # a lane of NVIDIA's has 255 registers, one of AMD's 512
     too_many = 64 if target.startswith("gfx") else 32
-    monkeypatch.setitem(DOT_LAUNCHES, "bf16", RowLaunch(rows=too_many, lane_values=8))
+    monkeypatch.setitem(DOT_LAUNCHES, "bf16", RowLaunch(rows=too_many, columns=256))
     table, x = torch.randn(64, 1024).bfloat16(), torch.randn(16, 1024)
     figures = compiled(TARGETS[target], lambda: row_dots(table, lookups()[0], x))
     with pytest.raises(AssertionError, match="spills"):

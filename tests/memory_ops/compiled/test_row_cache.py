@@ -5,7 +5,8 @@ import torch
 
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.triton_kernels.fetch_rows import fetch_rows
-from memory_ops.triton_kernels.place_rows import NUM_COUNTS, CacheSets, Placed, place_rows
+from memory_ops.triton_kernels.place_rows import NUM_COUNTS, CacheSets, place_rows
+from memory_ops.triton_kernels.sort_rows import SortedRows, sort_rows
 from tests.memory_ops.compiled.machine_code import TARGETS, compiled
 from tests.memory_ops.compiled.test_budgets import check, per_target
 
@@ -13,6 +14,11 @@ from tests.memory_ops.compiled.test_budgets import check, per_target
 PLACE_BUDGETS = {
     (False, 16): ((120, 64), (96, 64), (112, 64), (80, 64)),
     (True, 16): ((112, 64), (96, 64), (96, 64), (80, 64)),
+}
+# by references
+SORT_BUDGETS = {
+    (1024,): ((48, 2048), (48, 2048), (48, 2048), (40, 128)),
+    (1,): ((48, 2048), (48, 2048), (48, 2048), (40, 128)),
 }
 # by the words of a row, of the bits that they have
 FETCH_BUDGETS = {
@@ -35,8 +41,14 @@ def counts() -> torch.Tensor:
 @pytest.mark.parametrize(("case", "target", "budget"), per_target(PLACE_BUDGETS))
 def test_place_rows(case, target, budget):
     is_hint, num_ways = case
-    sets, rows = sets_of(64, num_ways), torch.arange(1024)
-    figures = compiled(TARGETS[target], lambda: place_rows(sets, rows, counts(), is_hint=is_hint))
+    sets, wanted = sets_of(64, num_ways), SortedRows(torch.arange(1024), torch.arange(1024))
+    figures = compiled(TARGETS[target], lambda: place_rows(sets, wanted, counts(), is_hint=is_hint))
+    check(figures, budget, wide_loads=0)
+
+
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SORT_BUDGETS))
+def test_sort_rows(case, target, budget):
+    figures = compiled(TARGETS[target], lambda: sort_rows(torch.arange(*case)))
     check(figures, budget, wide_loads=0)
 
 
@@ -46,8 +58,8 @@ def test_fetch_rows(case, target, budget):
     # as large as tables are: AMD's loads differ from 2**31 bytes on
     words = anonymous_zeros((2**31 // width + 1, width), WORDS[bits])
     keys = torch.zeros(1024, dtype=torch.int64)
-    placed, memory = Placed(keys, keys, keys), torch.zeros(64, width, dtype=WORDS[bits])
-    figures = compiled(TARGETS[target], lambda: fetch_rows(words, placed, memory))
+    memory = torch.zeros(64, width, dtype=WORDS[bits])
+    figures = compiled(TARGETS[target], lambda: fetch_rows(words, keys, keys, memory))
     assert not figures.spills and not figures.barriers
     assert figures.registers <= budget[0] and figures.shared <= budget[1], figures
     if bits == 32:
@@ -59,9 +71,12 @@ def test_fetch_rows(case, target, budget):
 def test_one_row_of_one_set_of_one_way_compiles(target, is_hint):
     # a size of 1 becomes a constant, which other code handles
     sets, row = sets_of(1, 1), torch.zeros(1, dtype=torch.int64)
+    wanted = SortedRows(row, row)
     for is_first in (True, False):
         figures = compiled(
             TARGETS[target],
-            lambda first=is_first: place_rows(sets, row, counts(), is_hint=is_hint, is_first=first),
+            lambda first=is_first: place_rows(
+                sets, wanted, counts(), is_hint=is_hint, is_first=first
+            ),
         )
         assert not figures.spills

@@ -10,6 +10,7 @@ from memory_ops.row_formats import RowRecords
 from memory_ops.tables.row_cache import RowCache, rows_memory
 from memory_ops.triton_kernels import gather_rows, row_dots
 from memory_ops.triton_kernels.place_rows import NUM_COUNTS, CacheSets, Placed, place_rows
+from memory_ops.triton_kernels.sort_rows import KEY_FACTOR, sort_rows
 from tests.memory_ops.row_cache_model import CacheModel
 from tests.memory_ops.tables import KINDS, num_rows, rows_of, table_of, vast_table
 
@@ -49,6 +50,17 @@ def check_places(model: CacheModel, rows: list[int], missing: dict[int, bool], p
 
 
 @settings(max_examples=40)
+@example([7] * 600)
+@given(st.lists(row_ids, min_size=1, max_size=600))
+def test_references_are_sorted_by_key_and_then_as_they_came(rows):
+    keys = [row * KEY_FACTOR.value % 2**63 for row in rows]
+    sorted_rows = sort_rows(torch.tensor(rows))
+    order = sorted(range(len(rows)), key=lambda reference: (keys[reference], reference))
+    assert sorted_rows.order_L.tolist() == order
+    assert sorted_rows.keys_L.tolist() == sorted(keys)
+
+
+@settings(max_examples=40)
 # more uses than are counted; a row found behind eight references to another, which needs room;
 # hints while all rows have a use, and once they have lost it
 @example(1, 2, [(False, [1, 2])] * 6)
@@ -64,7 +76,8 @@ def test_places_are_those_of_the_plain_cache(num_sets, num_ways, asked):
         # whoever forgets to write a place is seen
         patch.setattr(torch, "empty_like", unwritten_ids)
         for is_hint, rows in asked:
-            placed = place_rows(sets, torch.tensor(rows), counts, is_hint=is_hint)
+            wanted = sort_rows(torch.tensor(rows))
+            placed = place_rows(sets, wanted, counts, is_hint=is_hint)
             if is_hint:
                 before = {row: model.place(row) for row in rows}
                 model.hint(rows)

@@ -13,9 +13,9 @@ from torch import Tensor
 import memory_ops
 from benchmarks import kernel_peers
 from benchmarks.alternating import Contestant, median_seconds
+from benchmarks.drawn_tables import DTYPES, PLAIN, drawn_rows
 from benchmarks.kernel_shapes import Shapes
 from benchmarks.read_limits import (
-    DRAWN_ROWS,
     repeated,
     row_limit,
     row_readers,
@@ -23,15 +23,13 @@ from benchmarks.read_limits import (
     sequential_reader,
 )
 from engine.config import ConfigError
-from memory_ops import ROW_FORMATS, RowRecords, quantize_rows
+from memory_ops import RowRecords
 from memory_ops.checks import Table
 from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS
 from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.row_formats import RowFormat
 
 TOKENS = (1, 16, 256)
-PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DTYPES = (*PLAIN, *ROW_FORMATS)
 GRADIENT_TOKENS = 1024
 # the same for every number of rows, so that nothing but that number differs
 DISTINCT_ROWS = 2**14
@@ -71,11 +69,7 @@ class TimedTable:
     @classmethod
     def drawn(cls, dtype: str, num_rows: int, width: int) -> "TimedTable":
         """A random table of that dtype."""
-        values_PV = torch.randn(DRAWN_ROWS, width)
-        if dtype in PLAIN:
-            part_PB = values_PV.to(PLAIN[dtype])
-        else:
-            part_PB = quantize_rows(values_PV, cast(RowFormat, dtype)).records_RB
+        part_PB = drawn_rows(dtype, width)
         rows_RB = repeated(part_PB, num_rows)
         plain = dtype in PLAIN
         table = rows_RB if plain else RowRecords(rows_RB, cast(RowFormat, dtype), width)

@@ -34,6 +34,14 @@ def kernels(options: argparse.Namespace) -> None:
     measure(from_options(Shapes, options), options.json)
 
 
+def gpu(options: argparse.Namespace) -> None:
+    """Measure the memory layer's operations on a GPU, by where the table lies."""
+    from benchmarks.gpu_lookups import measure
+
+    shapes = from_options(Shapes, options)
+    measure(shapes, options.trace, options.cache_share, options.json)
+
+
 def serving(options: argparse.Namespace) -> None:
     """Load a running server, memplus or another, and measure its answers."""
     from benchmarks.serving import measure
@@ -130,6 +138,14 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb = benchmarks.add_parser("kernels", help=kernels.__doc__)
     verb.set_defaults(run=kernels)
     add_options(verb, Shapes)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+
+    verb = benchmarks.add_parser("gpu", help=gpu.__doc__)
+    verb.set_defaults(run=gpu)
+    add_options(verb, Shapes)
+    verb.add_argument("--trace", type=Path, default=default_trace(), help="from bench trace")
+    cache = "of the table, for the rows in use (default: %(default)s)"
+    verb.add_argument("--cache-share", type=float, default=0.1, help=cache)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
     verb = benchmarks.add_parser("serving", help=serving.__doc__)

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from benchmarks import kernels
+from benchmarks.drawn_tables import DTYPES
 from benchmarks.kernel_shapes import Shapes
-from benchmarks.kernels import DTYPES, measure
+from benchmarks.kernels import measure
 from engine.config import ConfigError
 from memory_ops.native.library import MEMORY_LIBRARY
 from server.cli import main

@@ -1,0 +1,52 @@
+"""The benchmark of lookups on a GPU: what it reports, not how fast."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu_lookups
+from server.cli import main
+
+SMALL = ["--num-subkeys", "128", "--width", "64", "--rounds", "1"]
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_is_refused(capsys):
+    assert main(["bench", "gpu", *SMALL]) != 0
+    assert "bench gpu: torch finds no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cache-share", "0"], "cache_share: 0.0 is not in"),
+        (["--num-heads", "2"], "trace: "),
+        (["--json", "nowhere/file"], "json: there is no folder nowhere"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_name(monkeypatch, capsys, options, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["bench", "gpu", *SMALL, *options]) != 0
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_every_tier_skew_and_dtype_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_lookups, "TOKENS", (1, 3))
+    file = tmp_path / "out.json"
+    share = ["--cache-share", "1", "--num-subkeys", "512"]
+    assert main(["bench", "gpu", *SMALL, *share, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    gathers = {
+        (one["tier"], one["skew"], one["dtype"], one["tokens"])
+        for one in found
+        if one["op"] == "gather" and one["backend"] == "triton"
+    }
+    tiers, dtypes = ("device", "host", "cached"), gpu_lookups.DTYPES
+    assert gathers == set(itertools.product(tiers, gpu_lookups.SKEWS, dtypes, (1, 3)))
+    assert all((one["hit_rate"] is None) == (one["tier"] != "cached") for one in found)
+    assert all(one["us"] > 0 for one in found)

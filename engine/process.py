@@ -210,6 +210,10 @@ class EngineLoop:
             return  # the other side is gone, and with it everyone who waits for an answer
         finally:
             self._ended.set()
+            if heart.is_alive():
+                # the interpreter's end would tear it out of whatever it calls; a full pipe that
+                # nobody reads may hold it for good
+                heart.join(HEARTBEAT_S)
 
     def _take_messages(self) -> bool:
         """Apply what has come, waiting where there is nothing to step; False at the end."""

@@ -9,12 +9,13 @@ from memory_ops.operations import (
     gather_rows,
     group_rows,
     product_topk,
+    quantize_rows,
     row_dots,
     row_gradients,
     sparse_adam,
     squared_norm,
 )
-from memory_ops.row_formats import ROW_FORMATS, RowRecords, dequantize_rows, quantize_rows
+from memory_ops.row_formats import ROW_FORMATS, RowRecords, dequantize_rows
 from memory_ops.row_groups import RowGroups
 from memory_ops.sparse_adam import AdamMoments, AdamStep
 

@@ -9,12 +9,12 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from memory_ops import reference
+from memory_ops import reference, row_formats
 from memory_ops.checks import Table
 from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS, NativeBackend
 from memory_ops.native.direct import DirectCalls, direct_calls
 from memory_ops.native.library import MEMORY_LIBRARY
-from memory_ops.row_formats import RowRecords
+from memory_ops.row_formats import RowFormat, RowRecords
 from memory_ops.row_groups import RowGroups
 from memory_ops.sparse_adam import AdamMoments, AdamStep
 
@@ -46,6 +46,12 @@ class GroupBackend(Protocol):
         step: AdamStep,
         /,
     ) -> None: ...
+
+
+class RoundingBackend(Protocol):
+    """The rounding of rows as ``memory_ops.row_formats`` defines it."""
+
+    def quantize_rows(self, values_RV: Tensor, row_format: RowFormat, /) -> RowRecords: ...
 
 
 @functools.cache
@@ -86,6 +92,14 @@ def for_groups(*operands: Tensor) -> GroupBackend:
     if all(operand.is_cpu and operand.dtype is not torch.float64 for operand in operands):
         return cast(GroupBackend, _on("cpu"))
     return cast(GroupBackend, reference)
+
+
+def for_rounding(values: Tensor) -> RoundingBackend:
+    """The backend for rounding rows: kernels on the CPU, plain torch elsewhere."""
+    build = MEMORY_LIBRARY.best_build
+    if build is not None and values.is_cpu and is_fit(values):
+        return NativeBackend(build)
+    return row_formats
 
 
 def is_fit(table: Table) -> bool:

@@ -62,6 +62,11 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     return out_TV
 
 
+def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
+    """Round rows to ``row_format``; see ``memory_ops.row_formats.quantize_rows``."""
+    return backends.for_rounding(values_RV).quantize_rows(values_RV, row_format)
+
+
 def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
     """Inner products of rows and vectors; see ``memory_ops.reference.row_dots``.
 

@@ -71,11 +71,20 @@ class RowRecords:
             raise ValueError(f"records: {message} {self.row_format}, got {dtype} {shape}")
 
 
+class NotFiniteError(ValueError):
+    """A row has values that are not finite: the message says which."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"values: row {row} has values that are not finite")
+
+
 def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
     """Round rows to ``row_format``.
 
     int8 and fp8 are scaled to their range by the row's largest value, int4 by the largest of each
     group of 32, which becomes -8.
+
+    In plain torch; ``memory_ops.quantize_rows`` chooses what is faster, to the same bits.
 
     Args:
         values_RV: ``[R, V]``, floating.
@@ -95,8 +104,7 @@ def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
         return records
     values_RV = values_RV.float()
     if not values_RV.isfinite().all():
-        row = int((~values_RV.isfinite()).any(dim=1).nonzero()[0])
-        raise ValueError(f"values: row {row} has values that are not finite")
+        raise NotFiniteError(int((~values_RV.isfinite()).any(dim=1).nonzero()[0]))
     pack = _pack_int4 if row_format == "int4" else _pack_bytes
     codes_RC, scales_RS = pack(values_RV, row_format)
     records_RB[:, : codes_RC.shape[1]] = codes_RC

@@ -15,7 +15,13 @@ from memory_ops.checks import (
     check_vectors,
 )
 from memory_ops.native.library import MEMORY_LIBRARY, use_torchs_threads
-from memory_ops.row_formats import RowRecords, scale_offset
+from memory_ops.row_formats import (
+    NotFiniteError,
+    RowFormat,
+    RowRecords,
+    row_bytes,
+    scale_offset,
+)
 from memory_ops.row_groups import RowGroups
 from memory_ops.sparse_adam import AdamMoments, AdamStep
 
@@ -114,6 +120,23 @@ class NativeBackend:
             sums_UV.data_ptr(),
         )
         return groups.rows_U.clone(), sums_UV
+
+    def quantize_rows(self, values_RV: Tensor, row_format: RowFormat) -> RowRecords:
+        """See ``row_formats.quantize_rows``."""
+        num_rows, value_dim = values_RV.shape
+        records_RB = unwritten((num_rows, row_bytes(row_format, value_dim)), torch.uint8)
+        records = RowRecords(records_RB, row_format, value_dim)
+        use_torchs_threads()
+        wrong = self._library.memplus_quantize_rows(
+            *table_arguments(values_RV),
+            records_RB.data_ptr(),
+            records_RB.shape[1],
+            scale_offset(row_format, value_dim),
+            FORMATS[row_format],
+        )
+        if wrong >= 0:
+            raise NotFiniteError(wrong)
+        return records
 
     def group_rows(self, rows_THK: Tensor, weights_THK: Tensor) -> RowGroups:
         """See ``reference.group_rows``; fewer than 2^31 references, rows to 2^33."""

@@ -4,6 +4,7 @@
 #include "gather_rows.h"
 #include "group_rows.h"
 #include "product_topk.h"
+#include "quantize_rows.h"
 #include "read_limits.h"
 #include "row_dots.h"
 #include "sparse_adam.h"
@@ -85,6 +86,16 @@ void memplus_sparse_adam(const uint8_t* data, int64_t num_rows, int64_t row_stri
                                   (float)eps};
   memplus::sparse_adam({values, first, second}, {gradients, rows, starts, tokens, weights, count},
                        step);
+}
+
+// Returns the first row that has a value which is not finite, or -1 where all of `records`, another
+// table's data, were written.
+int64_t memplus_quantize_rows(const uint8_t* data, int64_t num_rows, int64_t row_stride,
+                              int64_t value_dim, int64_t scale_offset, int32_t format,
+                              uint8_t* records, int64_t row_bytes, int64_t records_scale_offset,
+                              int32_t records_format) {
+  const Table table = {data, num_rows, row_stride, value_dim, scale_offset, format};
+  return memplus::quantize_rows(table, {records, row_bytes, records_scale_offset, records_format});
 }
 
 // `cache` is that which rows are prefetched into: the first or the second.

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory_ops import ROW_FORMATS, RowRecords, dequantize_rows, quantize_rows
+from memory_ops import ROW_FORMATS, RowRecords, dequantize_rows, quantize_rows, row_formats
+from memory_ops.native.backend import NativeBackend
 from memory_ops.row_formats import row_bytes
+from tests.memory_ops.builds import each_build
 
 WIDTHS = st.sampled_from([1, 4, 31, 32, 33, 127, 128, 129, 576, 1000, 1024])
 # half a step, as a share of the largest value: of int8 of the row's, of int4 of its group's, whose
@@ -114,3 +116,39 @@ def test_records_of_another_shape_are_refused():
         RowRecords(torch.zeros(4, 64), "int8", 8)
     with pytest.raises(ValueError, match="value_dim"):
         RowRecords(torch.zeros(4, 64, dtype=torch.uint8), "int8", 0)
+
+
+@each_build
+@given(
+    row_format=st.sampled_from(ROW_FORMATS),
+    width=WIDTHS,
+    num_rows=st.sampled_from([0, 1, 2, 7]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    # the smallest are subnormal, and so are the scales of rows
+    size=st.sampled_from([1e-44, 1e-39, 1e-3, 1.0, 6e4, 1e38]),
+    seed=st.integers(0, 2**32),
+)
+def test_native_records_are_torchs_bit_by_bit(
+    build, row_format, width, num_rows, dtype, size, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(num_rows, width, generator=generator) * size).to(dtype)
+    # ties between groups' largest, halves of a step, zeros of both signs
+    values[:, ::3] = values[:, ::3].sign() * size
+    values[:, 1::5] = torch.tensor(size / 2).to(dtype)
+    values[:, 2::7] = -0.0
+    values = values.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    # rows of a wider matrix lie apart
+    apart = torch.cat([values, torch.full_like(values, torch.nan)], dim=1)[:, :width]
+    found = NativeBackend(build).quantize_rows(apart, row_format)
+    assert torch.equal(found.records_RB, row_formats.quantize_rows(apart, row_format).records_RB)
+
+
+@each_build
+@pytest.mark.parametrize("row_format", ROW_FORMATS)
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_native_kernels_name_the_first_row_that_is_not_finite(build, row_format, wrong):
+    values = torch.randn(50, 200)
+    values[[31, 17, 49], [199, 0, 5]] = wrong
+    with pytest.raises(ValueError, match="values: row 17 has values that are not finite"):
+        NativeBackend(build).quantize_rows(values, row_format)

@@ -62,6 +62,19 @@ class AccessTrace:
             raise DataError(f"{file}: no access trace ({error})") from None
 
 
+def checked_trace(file: Path, shape: tuple[int, int, int]) -> AccessTrace:
+    """A trace of so many layers, heads and rows a head (DataError if it is another)."""
+    trace = AccessTrace.load(file)
+    found = trace.rows_TMHK.shape[1:]
+    if found != shape or len(trace.rows_TMHK) < 2:
+        raise DataError(f"{file}: has reads of {found} layers, heads and rows, not {shape}")
+    num_rows = trace.counts_MR.shape[1]
+    is_whole = 0 <= trace.rows_TMHK.min() <= trace.rows_TMHK.max() < num_rows
+    if num_rows & (num_rows - 1) or not is_whole:
+        raise DataError(f"{file}: of {num_rows} rows, no power of two, or fewer than are read")
+    return trace
+
+
 def record(folder: Path, texts: Sequence[str], num_tokens: int, num_traced: int) -> AccessTrace:
     """Run a model over texts and keep what its memories read.
 

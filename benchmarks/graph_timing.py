@@ -7,6 +7,8 @@ from statistics import median
 import torch
 
 _COPIED_BYTES = 2**28
+# a millisecond or more
+_FILLING_COPIES = 8
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,20 @@ def replayed_us(
     ``refresh`` is called before each with its number, from 0; the first replay only warms up.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         calls[0]()  # compiles what it launches
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
+    filler = torch.empty(2, _COPIED_BYTES, dtype=torch.uint8, device="cuda")
     taken: list[float] = []
     for number in range(rounds + 1):
         refresh(number)
+        for _ in range(_FILLING_COPIES):
+            # the device is busy until the host has launched all the rest
+            filler[0].copy_(filler[1])
         begin, end = _event(), _event()
         begin.record()
         graph.replay()

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.access_trace import AccessTrace
+from benchmarks.access_trace import AccessTrace, checked_trace
 from benchmarks.memory.load import MemoryLoad, Point, Round
 from benchmarks.memory.plot import plot
 from benchmarks.memory.readers import Reader, accesses, make_reader
@@ -25,7 +25,6 @@ from memory_ops.row_formats import ROW_FORMATS, row_bytes
 from memory_ops.tables.disk import SLOT_BYTES, DiskTable
 from weights.checkpoint import open_checkpoint
 from weights.convert import convert
-from weights.errors import DataError
 
 _DEPTHS = (64, 128, 256)
 _READS = 20_000
@@ -47,7 +46,11 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     check_plot(folder / "memory.png")
     keep_freed_memory()
-    trace = _trace(trace_file) if "recorded" in load.skews else None
+    trace = (
+        checked_trace(trace_file, (MEMORY_LAYERS, NUM_HEADS, TOP_K))
+        if "recorded" in load.skews
+        else None
+    )
     points = list(_points(source, load))
     _check_settings(folder, source, load, trace)
     rounds = Rounds(folder / "rounds.jsonl")
@@ -175,19 +178,6 @@ def _limit(reader: Reader) -> float | None:
         return None
     # other rows each time: none is in a cache of the disk's
     return max(random_reads_per_s(table.place, depth, _READS, time.time_ns()) for depth in _DEPTHS)
-
-
-def _trace(file: Path) -> AccessTrace:
-    """A trace of as many rows as the models here read (DataError if it is another)."""
-    trace = AccessTrace.load(file)
-    found, wanted = trace.rows_TMHK.shape[1:], (MEMORY_LAYERS, NUM_HEADS, TOP_K)
-    if found != wanted or len(trace.rows_TMHK) < 2:
-        raise DataError(f"{file}: has reads of {found} layers, heads and rows, not {wanted}")
-    num_rows = trace.counts_MR.shape[1]
-    is_whole = 0 <= trace.rows_TMHK.min() <= trace.rows_TMHK.max() < num_rows
-    if num_rows & (num_rows - 1) or not is_whole:
-        raise DataError(f"{file}: of {num_rows} rows, no power of two, or fewer than are read")
-    return trace
 
 
 def _check_settings(

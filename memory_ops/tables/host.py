@@ -99,7 +99,7 @@ class HostTable:
         )
 
     def hint(self, rows: Tensor, layer: int = 0) -> None:
-        """Begin to fetch rows that may soon be read, int64 of any shape.
+        """Begin to fetch rows that may soon be read, int64 of any shape; see ``RowCache.hint``.
 
         Raises:
             ValueError: they are of another dtype or device, or the layer is not counted.

@@ -61,7 +61,8 @@ class RowCache:
             cache_bytes: for rows, those beside the sets included, and for what is known of them.
             num_layers: whose lookups are counted.
             num_ways: rows of a set, a power of two.
-            beside: rows that a lookup may read at once, repeats included; more are read in parts.
+            beside: rows that a lookup may read at once, repeats included; more are read in parts,
+                and hinted not at all.
 
         Raises:
             ValueError: the table is of another kind, ``num_ways`` is no power of two, or
@@ -111,10 +112,12 @@ class RowCache:
             row_dots_into(dots_THK[part], self.memory, places_THK, x_TV[part])
 
     def hint(self, rows: Tensor, layer: int) -> None:
-        """Fetch those of int64 ``rows`` that their sets have room for beside rows in use."""
+        """Fetch those of int64 ``rows`` that their sets have room for beside rows in use.
+
+        Of more than a part of a lookup, the first: one hint after another would find room again.
+        """
         if rows.numel():
-            for part_L in torch.split(rows.flatten(), self._beside):
-                self._place(part_L, layer, is_hint=True)
+            self._place(rows.flatten()[: self._beside], layer, is_hint=True)
 
     def check_hint(self, rows: Tensor, layer: int) -> None:
         """Raise ValueError for rows on another device than the cache, or an uncounted layer."""
@@ -148,17 +151,17 @@ class RowCache:
         tokens = self._beside // max(per_token, 1)
         for first in range(0, len(rows_THK), tokens):
             part = slice(first, first + tokens)
-            places_THK = rows_THK[part]
-            if per_token:
-                is_first = first == 0
-                rows_L = places_THK.flatten()
-                places_L = self._place(rows_L, layer, is_hint=False, is_first=is_first)
-                places_THK = places_L.view(places_THK.shape)
-            yield part, places_THK
+            part_THK = rows_THK[part]
+            if not per_token:
+                yield part, part_THK
+                continue
+            is_first = first == 0
+            places_L = self._place(part_THK.flatten(), layer, is_hint=False, is_first=is_first)
+            yield part, places_L.view(part_THK.shape)
 
     def _place(self, rows_L: Tensor, layer: int, *, is_hint: bool, is_first: bool = True) -> Tensor:
         """Have rows at their places, which are not told for a hint."""
-        wanted, counts = sort_rows(rows_L), self._counts[layer]
+        wanted, counts = sort_rows(rows_L.contiguous()), self._counts[layer]
         placed = place_rows(self.sets, wanted, counts, is_hint=is_hint, is_first=is_first)
         fetch_rows(self._words_RC, wanted.keys_L, placed.fetch_L, self._memory_words_PC)
         return placed.places_L

@@ -10,7 +10,7 @@ from torch import Tensor
 from memory_ops.triton_kernels.launch import RowLaunch, on_device_of
 from memory_ops.triton_kernels.sort_rows import row_of
 
-# of 32 bits; lanes read 128 bits each, of NVIDIA twice
+# words of 32 bits: a lane reads 128 bits at once, one of NVIDIA's twice
 _WARP_WORDS, _MOST_WARPS = 256, 2
 
 

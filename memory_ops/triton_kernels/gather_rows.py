@@ -23,7 +23,7 @@ from memory_ops.triton_kernels.table_view import (
     times_row_scale,
 )
 
-# by the kind of the table's values: 128 bytes of each of 64 rows; of int4 the words of a block
+# by the kind of the table's values; of int4 the words of a block, no other number
 GATHER_LAUNCHES: dict[ValueKind, RowLaunch] = {
     "fp32": RowLaunch(rows=64, columns=64),
     "fp16": RowLaunch(rows=64, columns=64),
@@ -38,8 +38,8 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     """Sum weighted table rows over heads and choices: ``out[t] = sum_hk w[t,h,k] * table[row]``.
 
     The table may lie in pinned host memory while rows and weights lie on the GPU: the kernel then
-    reads it over the bus, through unified virtual addresses, 128 bytes at a time; ``HostTable``
-    reads whole rows, and each once.
+    reads it over the bus, through unified virtual addresses, a piece of a row at a time;
+    ``HostTable`` reads whole rows, and each once.
 
     Args:
         table: the value table, ``[R, V]`` of fp32, fp16 or bf16 with any row stride, or records.

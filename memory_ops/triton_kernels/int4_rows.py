@@ -35,6 +35,8 @@ def sum_int4_rows(
     BLOCK: tl.constexpr,
 ):
     """out[t, v] = sum over c of weights[t, c] * table[rows[t, c], v], of one block of words."""
+    tl.static_assert(KIND == "int4")
+    tl.static_assert(BLOCK == BLOCK_WORDS and WIDTH % BLOCK == 0, "a program reads one block")
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     words = tl.arange(0, BLOCK)
     sums0, sums1 = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
@@ -83,6 +85,7 @@ def dot_int4_rows(
     BLOCK: tl.constexpr,
 ):
     """dots[t, c] = sum over v of table[rows[t, c], v] * x[t, v]."""
+    tl.static_assert(KIND == "int4")
     token = tl.program_id(0).to(tl.int64)
     choices = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     live = choices < num_choices

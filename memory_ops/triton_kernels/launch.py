@@ -1,8 +1,8 @@
 """How kernels are launched: tile sizes, warps and compiler options, as values that tests compile.
 
-They are the fastest of those timed on an H100 with triton 3.6 (``memplus bench gpu``) that spill no
-registers on any target: row loads of 128 bits, and as many rows in flight as registers hold. Those
-of gradients are not timed.
+They are the fastest of a few that were timed on an H100 with triton 3.6, and spill no registers on
+any target with the compiler of triton 3.7: row loads of 128 bits, many in flight. Those of fp16,
+fp8's dots and gradients are not timed.
 """
 
 from dataclasses import dataclass

@@ -65,6 +65,7 @@ def _sort_rows(
 
     Tiles before its own hold the latter alone, tiles after it none: there, one comparison tells.
     """
+    tl.static_assert(OTHERS % OWN == 0, "all of a program's references lie in one tile")
     first = tl.program_id(0) * OWN
     own = first + tl.arange(0, OWN)
     inside = own < num_references

@@ -23,7 +23,8 @@ def test_without_a_gpu_it_is_refused(capsys):
     ("options", "message"),
     [
         (["--cache-share", "0"], "cache_share: 0.0 is not in"),
-        (["--num-heads", "2"], "trace: "),
+        (["--num-heads", "2"], "has reads of (3, 4, 32) layers, heads and rows, not (3, 2, 32)"),
+        (["--num-subkeys", "100"], "num_subkeys: 100 is no power of two"),
         (["--json", "nowhere/file"], "json: there is no folder nowhere"),
     ],
 )
@@ -31,6 +32,13 @@ def test_what_cannot_be_measured_is_refused_by_name(monkeypatch, capsys, options
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert main(["bench", "gpu", *SMALL, *options]) != 0
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_cache_that_holds_nothing_is_refused(capsys):
+    assert main(["bench", "gpu", *SMALL]) != 0
+    assert "cache_share: table_cache: " in capsys.readouterr().err
 
 
 @pytest.mark.gpu

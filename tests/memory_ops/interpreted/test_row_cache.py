@@ -164,6 +164,16 @@ def test_rows_are_fetched_from_past_2_to_the_31(kind):
     assert torch.equal(out, gather_rows(table_of(kind, last), rows, weights))
 
 
+@pytest.mark.parametrize(
+    "lay", [lambda wide: wide[..., ::2], lambda wide: wide[..., :1].expand(3, 2, 4)]
+)
+def test_rows_that_lie_apart(lay):
+    table, rows = torch.randn(64, 8), lay(torch.randint(0, 64, (3, 2, 8)))
+    cache, weights = cache_of(table), torch.rand(3, 2, 4)
+    cache.hint(rows, 0)
+    assert torch.equal(gathered(cache, rows, weights, 8), gather_rows(table, rows, weights))
+
+
 def one_token(*ids: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids).view(1, 1, -1), torch.ones(1, 1, len(ids))
 
@@ -192,8 +202,9 @@ def test_rows_in_use_outlive_rows_read_once():
     assert cache.statistics()[0].hits == before + 2
 
 
-def test_rows_in_use_outlive_a_hint():
-    cache = cache_of(torch.randn(500, 4), num_sets=1, num_ways=4)
+@pytest.mark.parametrize("beside", [64, 8])
+def test_rows_in_use_outlive_a_hint(beside):
+    cache = cache_of(torch.randn(500, 4), num_sets=1, num_ways=4, beside=beside)
     for _ in range(4):
         gathered(cache, *one_token(1, 2), 4)
     cache.hint(torch.arange(10, 40), 0)

@@ -26,7 +26,7 @@ def measure(shapes: Shapes, trace_file: Path, cache_share: float, json_file: Pat
 
     Raises:
         ConfigError: torch finds no GPU, the rows are no power of two, the cache is no share or too
-            small, or the file has no folder.
+            small, the trace too short, or the file has no folder.
         DataError: the trace is something else, or of other heads.
     """
     if not torch.cuda.is_available():
@@ -38,6 +38,9 @@ def measure(shapes: Shapes, trace_file: Path, cache_share: float, json_file: Pat
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"json: there is no folder {json_file.parent}")
     trace = checked_trace(trace_file, (MEMORY_LAYERS, shapes.num_heads, shapes.top_k))
+    if len(trace.rows_TMHK) < 4 * max(TOKENS):
+        # half of it warms up, the other half is read at least twice
+        raise ConfigError(f"trace: {trace_file} has fewer than {4 * max(TOKENS)} tokens")
     limits = CopyLimits.measured(shapes.rounds)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copies {limits.device:.0f}"
@@ -105,4 +108,5 @@ def _topk(shapes: Shapes, limits: CopyLimits, tokens: int) -> Iterator[GpuResult
             gb_per_s=scores[0].nbytes / us / 1e3,
             limit_gb_per_s=limits.device,
             device=torch.cuda.get_device_name(),
+            replays=shapes.rounds,
         )

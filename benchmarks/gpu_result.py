@@ -14,6 +14,7 @@ class GpuResult:
         gb_per_s: of the rows that the tokens read, repeats included; of a topk, of the scores.
         limit_gb_per_s: of a copy: what the device reads and writes, or what the host sends it.
         device: the GPU's name.
+        replays: of which ``us`` is the median.
         cache_bytes: of the cache, what is known of its rows and rows beside it included.
         hit_rate: of the cache, of distinct rows of each part of a lookup.
     """
@@ -30,5 +31,6 @@ class GpuResult:
     gb_per_s: float
     limit_gb_per_s: float
     device: str
+    replays: int
     cache_bytes: int | None = None
     hit_rate: float | None = None

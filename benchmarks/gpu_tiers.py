@@ -93,6 +93,7 @@ class Tiers:
             gb_per_s=drawn[0][0].numel() * self._rows_RB[0].nbytes / us / 1e3,
             limit_gb_per_s=limits.device if tier == "device" else limits.bus,
             device=torch.cuda.get_device_name(),
+            replays=len(drawn) - 1,
             cache_bytes=cache_bytes,
             hit_rate=hit_rate,
         )
@@ -117,31 +118,43 @@ class Tiers:
         return table
 
     def _timed_rows(self, skew: str, tokens: int) -> list[Tensor]:
-        """Rows ``[C, T, H, K]`` of each replay: position by position, layer by layer.
-
-        Tokens that are read at once are of sequences that begin evenly spread over what was
-        recorded, and end where the next begins.
-        """
-        spacing = self._positions // tokens
-        if spacing < 2:
-            raise ConfigError(f"trace: too short to read {tokens} sequences of it at once")
-        replays = min(self._shapes.rounds + 1, spacing)
-        wanted = max(1, _REPLAYED_TOKENS // (tokens * self._num_layers))
-        positions = min(spacing // replays, wanted)
+        """Rows ``[C, T, H, K]`` of each replay: step by step, layer by layer."""
+        steps = max(1, _REPLAYED_TOKENS // (tokens * self._num_layers))
         return [
             torch.stack(
                 [
-                    self._rows(skew, range(position, spacing * tokens, spacing), layer)
-                    for position in range(replay * positions, (replay + 1) * positions)
+                    self._rows(skew, places, layer)
+                    for places in replay
                     for layer in range(self._num_layers)
                 ]
             ).cuda()
-            for replay in range(replays)
+            for replay in timed_places(self._positions, tokens, self._shapes.rounds + 1, steps)
         ]
 
-    def _rows(self, skew: str, places: range, layer: int, *, warm_up: bool = False) -> Tensor:
+    def _rows(
+        self, skew: str, places: Sequence[int], layer: int, *, warm_up: bool = False
+    ) -> Tensor:
         access = self._access[skew]
         return torch.stack([access.rows(0, place, layer, warm_up=warm_up) for place in places])
+
+
+def timed_places(num_places: int, tokens: int, replays: int, steps: int) -> list[list[list[int]]]:
+    """Which places of a record are read: by replay, by step of a replay, a place a token.
+
+    Tokens that are read at once are of sequences that begin evenly spread over the record, and end
+    before the next begins. No place is read twice: where there are too few, there are fewer steps,
+    then fewer replays.
+    """
+    length = num_places // tokens
+    replays = min(replays, length)
+    steps = min(steps, length // replays)
+    return [
+        [
+            [sequence * length + replay * steps + step for sequence in range(tokens)]
+            for step in range(steps)
+        ]
+        for replay in range(replays)
+    ]
 
 
 def _cached_us(table: HostTable, drawn: Sequence[Tensor]) -> tuple[float, float]:

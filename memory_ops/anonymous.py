@@ -29,5 +29,5 @@ def anonymous_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def unwritten(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """As ``torch.empty`` on the CPU; on huge pages where it would take fresh ones at every call."""
     if math.prod(shape) * dtype.itemsize < _ALWAYS_MAPPED_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return anonymous_zeros(shape, dtype)

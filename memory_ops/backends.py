@@ -96,9 +96,9 @@ def for_groups(*operands: Tensor) -> GroupBackend:
 
 def for_rounding(values: Tensor) -> RoundingBackend:
     """The backend for rounding rows: kernels on the CPU, plain torch elsewhere."""
-    build = MEMORY_LIBRARY.best_build
-    if build is not None and values.is_cpu and is_fit(values):
-        return NativeBackend(build)
+    backend = _on("cpu")
+    if isinstance(backend, NativeBackend) and values.is_cpu and is_fit(values):
+        return backend
     return row_formats
 
 

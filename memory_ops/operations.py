@@ -63,7 +63,10 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
 
 
 def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
-    """Round rows to ``row_format``; see ``memory_ops.row_formats.quantize_rows``."""
+    """Round rows to ``row_format``; see ``memory_ops.row_formats.quantize_rows``.
+
+    Not differentiable, and not for torch.compile.
+    """
     return backends.for_rounding(values_RV).quantize_rows(values_RV, row_format)
 
 

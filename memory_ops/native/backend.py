@@ -49,8 +49,8 @@ class NativeBackend:
         assert half_scores_TH2N.dtype is torch.float32
         assert top_k <= MOST_CHOSEN and num_subkeys <= MOST_SUBKEYS
         half_scores_TH2N = half_scores_TH2N.contiguous()
-        rows_THK = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64)
-        weights_THK = torch.empty(num_tokens, num_heads, top_k)
+        rows_THK = _empty(num_tokens, num_heads, top_k, dtype=torch.int64)
+        weights_THK = _empty(num_tokens, num_heads, top_k)
         use_torchs_threads()
         self._library.memplus_product_topk(
             half_scores_TH2N.data_ptr(),
@@ -69,7 +69,7 @@ class NativeBackend:
         weights_THK = weights_THK.float().contiguous()
         num_tokens, num_heads, top_k = rows_THK.shape
         arguments = table_arguments(table)
-        out_TV = torch.empty(num_tokens, arguments[3])
+        out_TV = _empty(num_tokens, arguments[3])
         use_torchs_threads()
         wrong = self._library.memplus_gather_rows(
             *arguments,
@@ -88,7 +88,7 @@ class NativeBackend:
         rows_THK, x_TV = rows_THK.contiguous(), x_TV.float().contiguous()
         num_tokens, num_heads, top_k = rows_THK.shape
         arguments = table_arguments(table)
-        dots_THK = torch.empty(num_tokens, num_heads, top_k)
+        dots_THK = _empty(num_tokens, num_heads, top_k)
         use_torchs_threads()
         wrong = self._library.memplus_row_dots(
             *arguments,
@@ -146,8 +146,8 @@ class NativeBackend:
         count = rows_THK.numel()
         if count >= _MOST_REFERENCES:
             raise ValueError(f"rows: {count} are too many, at most {_MOST_REFERENCES - 1}")
-        rows, starts, tokens = (torch.empty(count + 1, dtype=torch.int64) for _ in range(3))
-        weights = torch.empty(count)
+        rows, starts, tokens = (_empty(count + 1, dtype=torch.int64) for _ in range(3))
+        weights = _empty(count)
         num_distinct = self._library.memplus_group_rows(
             rows_THK.data_ptr(),
             weights_THK.data_ptr(),
@@ -215,6 +215,11 @@ def table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
     num_rows, value_dim = table.shape
     stride = table.stride()[0] * table.itemsize
     return table.data_ptr(), num_rows, stride, value_dim, 0, _DTYPES[table.dtype]
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    # whatever torch's default device: kernels write to the host's memory
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _check_place(wrong: int, rows_THK: Tensor, num_rows: int) -> None:

@@ -3,17 +3,18 @@
 
 #include <atomic>
 #include <limits>
-#include <vector>
 
 #include "row_table.h"
 #include "threads.h"
 
 namespace memplus {
 
-constexpr int64_t GROUP_VALUES = 32, BLOCK_VALUES = 128, BLOCK_WORDS = 16;
+constexpr int64_t GROUP_VALUES = Int4Row::group, BLOCK_VALUES = Int4Row::line_values;
+constexpr int64_t BLOCK_WORDS = Int4Row::plane;
 constexpr int32_t SIGN = (int32_t)0x80000000, INFINITE = 0x7f800000;
 // a number of up to 2^22 that is added to it is rounded, half to even, and stands in the last bits
 constexpr float ROUNDER = 12582912.0f;
+constexpr float INT8_RANGE = 127.0f, FP8_RANGE = 448.0f;
 
 struct Records {
   uint8_t* data;
@@ -55,18 +56,15 @@ inline ints e4m3_codes(floats values) {
   return (size < 0x3c800000 ? small : normal) | ((bits >> 24) & 0x80);
 }
 
-// int8 and fp8. `values` are filled up with zeros to whole vectors.
-inline void quantize_bytes(const float* values, int64_t count, int32_t most, const Records& into,
-                           uint8_t* record) {
-  const float range = into.format == INT8 ? 127.0f : 448.0f;
-  const float scale = float_of(most) / range;
-  std::memcpy(record + into.scale_offset, &scale, sizeof scale);
-  if (scale == 0) return;
+// Codes of int8 or fp8 of some values, filled up with zeros to whole vectors.
+inline void quantize_bytes(const float* values, int64_t count, float scale, int32_t format,
+                           uint8_t* codes) {
+  const float range = format == INT8 ? INT8_RANGE : FP8_RANGE;
   for (int64_t at = 0; at < count; at += LANES) {
     const floats scaled = limited(load<floats>(values + at) / scale, range);
-    const ints codes = into.format == INT8 ? rounded(scaled) : e4m3_codes(scaled);
-    const narrow bytes = __builtin_convertvector(codes & 0xff, narrow);
-    std::memcpy(record + at, &bytes, (size_t)std::min<int64_t>(LANES, count - at));
+    const ints numbers = format == INT8 ? rounded(scaled) : e4m3_codes(scaled);
+    const narrow bytes = __builtin_convertvector(numbers & 0xff, narrow);
+    std::memcpy(codes + at, &bytes, (size_t)std::min<int64_t>(LANES, count - at));
   }
 }
 
@@ -78,65 +76,91 @@ inline uint16_t group_scale(const float* values) {
   return (uint16_t)round_to_bf16(splat(values[at] / -8))[0];
 }
 
-// `values` are filled up with zeros to whole blocks.
-inline void quantize_blocks(const float* values, int64_t count, const Records& into,
-                            uint8_t* record) {
-  for (int64_t block = 0; block * BLOCK_VALUES < count; block++, values += BLOCK_VALUES) {
-    uint16_t scales[BLOCK_VALUES / GROUP_VALUES];
-    for (int64_t word = 0; word < BLOCK_WORDS; word += LANES) {
-      words packed{};
-      for (int64_t plane = 0; plane < 8; plane++) {
-        const int64_t group = plane / 2;
-        if (word == 0 && plane % 2 == 0) scales[group] = group_scale(values + group * GROUP_VALUES);
-        const float scale = float_of((int32_t)((uint32_t)scales[group] << 16));
-        ints codes = splat(8);
-        if (scale != 0) {
-          const floats scaled = load<floats>(values + plane * BLOCK_WORDS + word) / scale;
-          codes = limited(rounded(scaled) + 8, 0, 15);
-        }
-        packed |= (words)codes << (uint32_t)(4 * plane);
+// The words and scales of a block of int4.
+inline void quantize_block(const float* values, uint8_t* packed_words, uint8_t* packed_scales) {
+  uint16_t scales[BLOCK_VALUES / GROUP_VALUES];
+  for (int64_t group = 0; group * GROUP_VALUES < BLOCK_VALUES; group++)
+    scales[group] = group_scale(values + group * GROUP_VALUES);
+  std::memcpy(packed_scales, scales, sizeof scales);
+  for (int64_t word = 0; word < BLOCK_WORDS; word += LANES) {
+    words packed{};
+    for (int64_t plane = 0; plane < BLOCK_VALUES / BLOCK_WORDS; plane++) {
+      const uint16_t bits = scales[plane * BLOCK_WORDS / GROUP_VALUES];
+      const float scale = float_of((int32_t)((uint32_t)bits << 16));
+      ints codes = splat(8);
+      if (scale != 0) {
+        const floats scaled = load<floats>(values + plane * BLOCK_WORDS + word) / scale;
+        codes = limited(rounded(scaled) + 8, 0, 15);
       }
-      store(record + (block * BLOCK_WORDS + word) * 4, packed);
+      packed |= (words)codes << (uint32_t)(4 * plane);
     }
-    std::memcpy(record + into.scale_offset + block * (int64_t)sizeof scales, scales, sizeof scales);
+    store(packed_words + word * 4, packed);
   }
 }
 
+// Calls `body(values, at, count)` for the row's blocks, each filled up with zeros.
+template <class Row, class Body>
+inline void for_each_block(const Table& table, const uint8_t* from, Body body) {
+  for (int64_t first = 0; first < table.value_dim; first += BLOCK_VALUES) {
+    const int64_t count = std::min(BLOCK_VALUES, table.value_dim - first);
+    float values[BLOCK_VALUES] = {};
+    for (int64_t at = 0; at < count; at += Row::line_values) {
+      const Row row(table, from, first + at, 1);
+      const int64_t columns = std::min(Row::line_values, count - at);
+      int64_t offset = 0;
+      for (; offset + LANES <= columns; offset += LANES)
+        store(values + at + offset, row.codes(offset));
+      if (offset < columns) store(values + at + offset, row.last_codes(offset, columns - offset));
+    }
+    body(values, first, count);
+  }
+}
+
+// Returns whether all values are finite; where not, the record is not written.
 template <class Row>
-inline void widen_row(const Table& table, const uint8_t* from, float* values) {
-  const Row row(table, from, 0, 1);
-  int64_t at = 0;
-  for (; at + LANES <= table.value_dim; at += LANES) store(values + at, row.codes(at));
-  if (at < table.value_dim) store(values + at, row.last_codes(at, table.value_dim - at));
+inline bool quantize_row(const Table& table, const uint8_t* from, const Records& into,
+                         uint8_t* record) {
+  int32_t most = 0;
+  for_each_block<Row>(table, from, [&](const float* values, int64_t, int64_t) {
+    most = std::max(most, largest_bits(values, BLOCK_VALUES));
+  });
+  if (most >= INFINITE) return false;
+  std::memset(record, 0, (size_t)into.row_bytes);
+  uint8_t* scales = record + into.scale_offset;
+  if (into.format == INT4) {
+    for_each_block<Row>(table, from, [&](const float* values, int64_t first, int64_t) {
+      quantize_block(values, record + first / 2, scales + first / GROUP_VALUES * 2);
+    });
+    return true;
+  }
+  const float scale = float_of(most) / (into.format == INT8 ? INT8_RANGE : FP8_RANGE);
+  std::memcpy(scales, &scale, sizeof scale);
+  if (scale == 0) return true;
+  for_each_block<Row>(table, from, [&](const float* values, int64_t first, int64_t count) {
+    quantize_bytes(values, count, scale, into.format, record + first);
+  });
+  return true;
 }
 
 // Returns the first row with a value that is not finite, or -1 where all records were written.
 inline int64_t quantize_rows(const Table& table, const Records& into) {
-  const int64_t blocks = (table.value_dim + BLOCK_VALUES - 1) / BLOCK_VALUES;
-  std::atomic<int64_t> wrong{std::numeric_limits<int64_t>::max()};
+  constexpr int64_t none = std::numeric_limits<int64_t>::max();
+  std::atomic<int64_t> wrong{none};
   in_parallel(table.num_rows, [&](int64_t thread, int64_t threads) {
     const Span mine = piece(table.num_rows, thread, threads);
-    std::vector<float> values(blocks * BLOCK_VALUES);
-    for (int64_t row = mine.first; row < mine.last; row++) {
-      with_row_type(table.format, [&](auto* row_type) {
-        widen_row<std::remove_pointer_t<decltype(row_type)>>(table, table.row(row), values.data());
-      });
-      const int32_t most = largest_bits(values.data(), (int64_t)values.size());
-      if (most >= INFINITE) {
+    with_row_type(table.format, [&](auto* row_type) {
+      using Row = std::remove_pointer_t<decltype(row_type)>;
+      for (int64_t row = mine.first; row < mine.last; row++) {
+        if (quantize_row<Row>(table, table.row(row), into, into.data + row * into.row_bytes))
+          continue;
         int64_t first = wrong;
         while (row < first && !wrong.compare_exchange_weak(first, row)) {
         }
         return;
       }
-      uint8_t* record = into.data + row * into.row_bytes;
-      std::memset(record, 0, (size_t)into.row_bytes);
-      if (into.format == INT4)
-        quantize_blocks(values.data(), table.value_dim, into, record);
-      else
-        quantize_bytes(values.data(), table.value_dim, most, into, record);
-    }
+    });
   });
-  return wrong == std::numeric_limits<int64_t>::max() ? -1 : (int64_t)wrong;
+  return wrong == none ? -1 : (int64_t)wrong;
 }
 
 }  // namespace memplus

@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from benchmarks import gpu_lookups
 from server.cli import main
@@ -32,6 +34,27 @@ def test_what_cannot_be_measured_is_refused_by_name(monkeypatch, capsys, options
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert main(["bench", "gpu", *SMALL, *options]) != 0
     assert message in capsys.readouterr().err
+
+
+def test_a_short_trace_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_lookups, "TOKENS", (1, 2000))
+    assert main(["bench", "gpu", *SMALL]) != 0
+    assert "has fewer than 8000 tokens" in capsys.readouterr().err
+
+
+@given(st.integers(2, 3000), st.integers(1, 300), st.integers(2, 12), st.integers(1, 200))
+def test_no_place_of_a_record_is_read_twice(num_places, tokens, replays, steps):
+    pytest.importorskip("triton")
+    from benchmarks.gpu_tiers import timed_places
+
+    assume(num_places >= 2 * tokens)
+    places = timed_places(num_places, tokens, replays, steps)
+    assert 2 <= len(places) <= replays
+    assert all(1 <= len(replay) <= steps for replay in places)
+    assert {len(step) for replay in places for step in replay} == {tokens}
+    flat = [place for replay in places for step in replay for place in step]
+    assert len(set(flat)) == len(flat) and min(flat) >= 0 and max(flat) < num_places
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import memory_ops
 from memory_ops import (
     ROW_FORMATS,
+    backends,
     expert_lookup,
     gather_rows,
     operations,
@@ -21,6 +22,8 @@ from memory_ops import (
     row_dots,
     row_gradients,
 )
+from memory_ops.native.backend import NativeBackend
+from memory_ops.row_formats import quantize_rows
 from tests.conftest import TOLERANCE
 from tests.engine.test_memory_layer import GOLDEN
 from tests.memory_ops.tables import KINDS, PLAIN, exact_values, table_of
@@ -44,6 +47,28 @@ def drawn(num_tokens=5, num_rows=11, width=7, dtype=torch.float64):
 def test_the_reference_has_the_same_signature(name):
     ours, plain = getattr(memory_ops, name), getattr(reference, name)
     assert inspect.signature(ours) == inspect.signature(plain)
+
+
+def test_rows_are_rounded_by_kernels_where_they_can_be():
+    assert inspect.signature(memory_ops.quantize_rows) == inspect.signature(quantize_rows)
+    native = isinstance(backends._on("cpu"), NativeBackend)
+    rows = torch.randn(4, 64)
+    for values, by_kernel in (
+        (rows, native),
+        (rows.bfloat16()[:, 32:], native),
+        (rows.double(), False),
+        (rows.T, False),
+        (rows.to("meta"), False),
+        (rows[0], False),
+    ):
+        assert isinstance(backends.for_rounding(values), NativeBackend) is by_kernel
+
+
+def test_kernels_write_to_the_host_whatever_torchs_default_device():
+    values = torch.randn(4, 64)
+    wanted = quantize_rows(values, "int8").records_RB
+    with torch.device("meta"):
+        assert torch.equal(memory_ops.quantize_rows(values, "int8").records_RB, wanted)
 
 
 class Densified(torch.autograd.Function):

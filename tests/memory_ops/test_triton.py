@@ -14,37 +14,54 @@ from tests.memory_ops.tables import KINDS, check_close, exact_values, table_of
 FOLDER = Path(__file__).parent
 
 
-def run_folder(name: str, marks: str, tmp_path: Path, **environment: str) -> tuple[int, str]:
-    """Run the tests of a folder beside this file: the exit status, and what they say."""
-    pytest.importorskip("triton")
+def start_folder(name: str, marks: str, tmp_path: Path, **environment: str) -> subprocess.Popen:
+    """Start the tests of a folder beside this file, on one processor."""
     plain = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     # compiled anew every time: a budget kept by an old kernel would prove nothing
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
     options = ["-q", "-p", "no:cacheprovider", "-m", marks]
-    result = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "pytest", *options, FOLDER / name],
         cwd=FOLDER.parent.parent,
         env=plain | environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
-    return result.returncode, result.stdout[-20000:] + result.stderr[-5000:]
 
 
-def test_the_kernels_in_the_strict_interpreter(tmp_path):
-    status, output = run_folder("interpreted", "not slow", tmp_path, TRITON_INTERPRET="1")
-    assert status == 0, output
+def check_passes(tests: subprocess.Popen) -> None:
+    output, _ = tests.communicate()
+    assert tests.returncode == 0, output[-25000:]
 
 
-def test_the_kernels_compiled(tmp_path):
-    status, output = run_folder("compiled", "not slow", tmp_path, MEMPLUS_COMPILE_TESTS="1")
-    assert status == 0, output
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Both folders' fast tests, which take minutes each, side by side."""
+    pytest.importorskip("triton")
+    path = tmp_path_factory.mktemp("triton")
+    started = {
+        "interpreted": start_folder("interpreted", "not slow", path, TRITON_INTERPRET="1"),
+        "compiled": start_folder("compiled", "not slow", path, MEMPLUS_COMPILE_TESTS="1"),
+    }
+    yield started
+    for tests in started.values():
+        with tests:  # waits, and closes its pipe
+            tests.kill()
+
+
+def test_the_kernels_in_the_strict_interpreter(folders):
+    check_passes(folders["interpreted"])
+
+
+def test_the_kernels_compiled(folders):
+    check_passes(folders["compiled"])
 
 
 @pytest.mark.slow
 def test_the_largest_kernels_compiled(tmp_path):
-    status, output = run_folder("compiled", "slow", tmp_path, MEMPLUS_COMPILE_TESTS="1")
-    assert status == 0, output
+    pytest.importorskip("triton")
+    check_passes(start_folder("compiled", "slow", tmp_path, MEMPLUS_COMPILE_TESTS="1"))
 
 
 def test_importing_the_operations_does_not_import_triton():

@@ -30,9 +30,10 @@ def start_folder(name: str, marks: str, tmp_path: Path, **environment: str) -> s
     )
 
 
-def check_passes(tests: subprocess.Popen) -> None:
+def outcome(tests: subprocess.Popen) -> tuple[int, str]:
+    """Their exit status, and what they say."""
     output, _ = tests.communicate()
-    assert tests.returncode == 0, output[-25000:]
+    return tests.returncode, output[-25000:]
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +52,20 @@ def folders(tmp_path_factory):
 
 
 def test_the_kernels_in_the_strict_interpreter(folders):
-    check_passes(folders["interpreted"])
+    status, output = outcome(folders["interpreted"])
+    assert status == 0, output
 
 
 def test_the_kernels_compiled(folders):
-    check_passes(folders["compiled"])
+    status, output = outcome(folders["compiled"])
+    assert status == 0, output
 
 
 @pytest.mark.slow
 def test_the_largest_kernels_compiled(tmp_path):
     pytest.importorskip("triton")
-    check_passes(start_folder("compiled", "slow", tmp_path, MEMPLUS_COMPILE_TESTS="1"))
+    status, output = outcome(start_folder("compiled", "slow", tmp_path, MEMPLUS_COMPILE_TESTS="1"))
+    assert status == 0, output
 
 
 def test_importing_the_operations_does_not_import_triton():

@@ -1,7 +1,6 @@
 """One table where a GPU finds it: in its own memory, in the host's, and there behind a cache.
 
-All lookups are captured in CUDA graphs, and every replay has rows that none before it had, but for
-those that sequences have in common and those drawn twice.
+All lookups are captured in CUDA graphs, and every replay reads tokens that none before it read.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -18,7 +18,7 @@ from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_memory import PackedMemory
 from memory_ops.backends import is_fit_for_cpu
 from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.value_table import FetchedTable, ValueTable
+from memory_ops.tables.value_table import FetchedTable, Lookup, ValueTable
 
 
 class MemoryLayer(nn.Module):
@@ -145,12 +145,19 @@ class MemoryLayer(nn.Module):
 
         What is read is added to ``trace``.
         """
+        return self.finish(self.start(x_TD, trace), x_TD, residual_TD)
+
+    def start(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Lookup:
+        """Choose the rows and begin to read them: ``forward``'s first half."""
         rows_THK, weights_THK = memory_ops.product_topk(self.half_scores(x_TD), self.top_k)
         if trace is not None:
             trace.memory.append(MemoryTrace(rows_THK, weights_THK))
         if self.is_peer:
             weights_THK = weights_THK * self._activations(x_TD, rows_THK)
-        lookup = self.table.start(rows_THK, weights_THK, self.index)
+        return self.table.start(rows_THK, weights_THK, self.index)
+
+    def finish(self, lookup: Lookup, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
+        """Wait for the rows and return what ``forward`` does; ``x`` is what ``start`` was given."""
         # the table may still be fetching: what does not depend on the rows runs meanwhile
         gate_TV = ops.linear(x_TD, self.gates) if self.gates is not None else None
         gate_T1 = ops.linear(x_TD, self.output_gates) if self.output_gates is not None else None

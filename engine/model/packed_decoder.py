@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.layers import DecoderLayer
 from engine.model.lookahead import Lookahead
+from engine.model.parts_by_turns import PartsByTurns
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_layers import PackedLayers
@@ -35,6 +36,7 @@ class PackedDecoder:
         self._apart = [own.gate_up is None and own.memory is None for own in products]
         self._layers = PackedLayers(products, num_heads)
         self._runs = self._joined([own.num_bytes for own in products])
+        self._by_turns = PartsByTurns(self._decoders, products, num_heads, native)
 
     def run(
         self,
@@ -47,6 +49,8 @@ class PackedDecoder:
     ) -> Tensor:
         """Return what the last layer leaves; the arguments are those of ``Transformer.forward``."""
         assert layout.paged is not None
+        if trace is None and self._by_turns.num_parts(residual_TD.shape[0]) > 1:
+            return self._by_turns.run(residual_TD, layout, angles, kv_blocks, on_layers)
         runs = self._runs
         if residual_TD.shape[0] > _FEW_TOKENS:
             runs = [range(i, i + 1) for i in range(len(self._decoders))]

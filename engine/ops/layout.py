@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -55,3 +56,26 @@ class TokenLayout:
     def query_starts_S1(self) -> Tensor:
         """The offsets as int64 on the CPU, made once for all layers."""
         return torch.tensor(self.query_starts, dtype=torch.int64)
+
+    def part(self, first: int, last: int) -> "TokenLayout":
+        """The tokens ``[first, last)`` of a paged layout as a step of their own.
+
+        What lies before them in their sequences must have been run, layer by layer, when they are.
+        """
+        assert self.paged is not None and first < last
+        spans = list(pairwise(self.query_starts))
+        own = [s for s, (start, end) in enumerate(spans) if start < last and first < end]
+        starts = (first, *(min(spans[s][1], last) for s in own))
+        contexts = (
+            self.paged.context_lengths[s] - (spans[s][1] - end)
+            for s, end in zip(own, starts[1:], strict=True)
+        )
+        return TokenLayout(
+            self.positions_T[first:last],
+            tuple(start - first for start in starts),
+            PagedKv(
+                self.paged.kv_index_T[first:last],
+                self.paged.block_table_SB[own[0] : own[-1] + 1],
+                tuple(contexts),
+            ),
+        )

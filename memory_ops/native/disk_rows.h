@@ -4,11 +4,8 @@
 
 #include <time.h>
 
-#include <algorithm>
-#include <deque>
-
 #include "row_fetcher.h"
-#include "row_file.h"
+#include "row_reads.h"
 #include "row_slots.h"
 
 namespace memplus {
@@ -27,12 +24,10 @@ struct DiskCounts {
   int64_t stall_ns;         // waited for reads
 };
 
-constexpr int MOST_TRIES = 3;  // of a read that ends too early
+constexpr int64_t PATIENCE_NS = std::chrono::nanoseconds(PATIENCE).count();
 constexpr int64_t HINT_STEPS = 64;  // of the hand, for a row that is not wanted yet
-constexpr int PUSHED_TOGETHER = 16;  // the disk begins while the next rows are looked for
-constexpr int64_t PATIENCE_NS = 500'000'000;  // after which who waits is told that reads go on
 
-class DiskRows {
+class DiskRows final : RowReadsOwner {
  public:
   DiskRows(RowFile from, uint8_t* memory, int64_t num_slots, unsigned depth, int most_uses,
            std::unique_ptr<Reads> reads)
@@ -42,33 +37,17 @@ class DiskRows {
         states_(num_slots),
         errors_(num_slots),
         stamps_(num_slots),
-        reads_(std::move(reads)),
-        buffer_bytes_(from.span_bytes()),
-        buffers_((uint8_t*)std::aligned_alloc(4096, depth * buffer_bytes_)),
-        under_way_(depth) {
-    for (unsigned i = 0; i < depth; i++) free_.push_back(depth - 1 - i);
-  }
+        reads_(from, depth, std::move(reads), *this) {}
   DiskRows(const DiskRows&) = delete;
-  ~DiskRows() {
-    waiting_.clear();
-    // the kernel writes into the buffers until then; should it never say so, they are left to it
-    while (free_.size() < under_way_.size() && wait_for_one()) {
-    }
-    if (free_.size() < under_way_.size()) {
-      reads_.release();
-      return;
-    }
-    reads_.reset();
-    std::free(buffers_);
-  }
 
-  bool has_buffers() const { return buffers_; }
+  bool has_buffers() const { return reads_.has_buffers(); }
 
   // Finds slots for the rows of as many of the tokens as there is room for, and begins to read those
   // that are missing. Returns how many tokens, whose slots are pinned until `release`; -1 - index
   // where a row id lies outside the table, and then none are. A lookup `is_new` with its first part.
   int64_t start(const int64_t* rows, int64_t tokens, int64_t token_rows, bool is_new, int64_t layer,
                 int64_t* slots) {
+    RowReads::Lock lock = reads_.lock();
     count_for(layer);
     for (int64_t i = 0; i < tokens * token_rows; i++)
       if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows) return -1 - i;
@@ -80,73 +59,76 @@ class DiskRows {
     for (int64_t token = 0; token < tokens; token++) {
       const int64_t first = token * token_rows;
       for (int64_t i = first; i < first + token_rows; i++) {
-        slots[i] = wanted_slot(rows[i]);
+        slots[i] = wanted_slot(rows[i], lock);
         if (slots[i] == NO_SLOT) {
-          for (int64_t j = first; j < i; j++) slots_.unpin((int32_t)slots[j]);
-          submit();
+          for (int64_t j = first; j < i; j++) give_up((int32_t)slots[j]);
+          reads_.begin();
           return token;
         }
       }
     }
-    submit();
+    reads_.begin();
     return tokens;
   }
 
   // Waits until all these slots have their rows: ALL_THERE, or the index of one that could not be
   // read, and its errno (0: the file ends before it); or STILL_READING, to be called again.
   int64_t finish(const int64_t* slots, int64_t count, int64_t layer, int* error) {
+    RowReads::Lock lock = reads_.lock();
     count_for(layer);
-    collect();
-    const int64_t begun = now_ns();
-    while (wanted_under_way_ && wait_for_one())
-      if (wanted_under_way_ && now_ns() - begun > PATIENCE_NS) return STILL_READING;
+    reads_.collect();
+    const int64_t patient_until = now_ns() + PATIENCE_NS;
     for (int64_t i = 0; i < count; i++) {
-      const uint8_t state = states_[slots[i]];
+      const uint8_t& state = states_[slots[i]];
+      while (state == WANTED && wait(lock))
+        if (state == WANTED && now_ns() > patient_until) return STILL_READING;
       if (state == READY || state == PREFETCHED) continue;
-      *error = state == FAILED ? errors_[slots[i]] : broken_;
+      *error = state == FAILED ? errors_[slots[i]] : reads_.broken();
       return i;
     }
     return ALL_THERE;
   }
 
   void release(const int64_t* slots, int64_t count) {
-    for (int64_t i = 0; i < count; i++) slots_.unpin((int32_t)slots[i]);
+    RowReads::Lock lock = reads_.lock();
+    for (int64_t i = 0; i < count; i++) give_up((int32_t)slots[i]);
   }
 
   // Begins to read rows that may be wanted soon, as far as that goes without waiting, in place of
   // rows that were not used, and with some reads left for rows that are wanted.
   void hint(const int64_t* rows, int64_t count, int64_t layer) {
+    RowReads::Lock lock = reads_.lock();
     count_for(layer);
-    collect();
-    for (int64_t i = 0; i < count && free_.size() > under_way_.size() / 4; i++) {
+    reads_.collect();
+    for (int64_t i = 0; i < count && reads_.has_room(); i++) {
       if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows || slots_.find(rows[i]) != NO_SLOT) continue;
       const int32_t slot = slots_.take_unused(rows[i], HINT_STEPS);
       if (slot == NO_SLOT) break;
       states_[slot] = HINTED;
       stamps_[slot] = 0;  // it is another row's
-      hinted_under_way_++;
+      num_unclaimed_++;
       counted().prefetched++;
       read(rows[i], slot);
     }
-    submit();
+    reads_.begin();
   }
 
   // Layers from 0 to the last that has asked.
-  int64_t num_layers() const { return (int64_t)counts_.size(); }
-  const DiskCounts& counts(int64_t layer) const { return counts_[layer]; }
+  int64_t num_layers() {
+    RowReads::Lock lock = reads_.lock();
+    return (int64_t)counts_.size();
+  }
+  DiskCounts counts(int64_t layer) {
+    RowReads::Lock lock = reads_.lock();
+    return counts_[layer];
+  }
 
  private:
   enum State : uint8_t { READY, PREFETCHED, HINTED, WANTED, FAILED };
-  struct UnderWay {
-    int64_t row;
-    int32_t slot;
-    int64_t layer;
-    int tries;
-  };
 
   void count_for(int64_t layer) {
     layer_ = layer;
-    if (layer >= num_layers()) counts_.resize(layer + 1);
+    if (layer >= (int64_t)counts_.size()) counts_.resize(layer + 1);
   }
   DiskCounts& counted() { return counts_[layer_]; }
 
@@ -157,24 +139,22 @@ class DiskRows {
   }
 
   // A pinned slot that has the row, or will; NO_SLOT where all are pinned.
-  int32_t wanted_slot(int64_t row) {
+  int32_t wanted_slot(int64_t row, RowReads::Lock& lock) {
     int32_t slot = slots_.find(row);
     if (slot == NO_SLOT) {
       slot = slots_.take(row);
-      // rows that were hinted at have no claim to room once they are there
-      while (slot == NO_SLOT && hinted_under_way_ && wait_for_one())
-        slot = slots_.take(row);
+      // what no lookup waits for has no claim to room once it is there
+      while (slot == NO_SLOT && num_unclaimed_ && wait(lock)) slot = slots_.take(row);
       if (slot == NO_SLOT) return slot;
-      slots_.pin(slot);
+      claim(slot);
       stamps_[slot] = stamp_;
       states_[slot] = WANTED;
-      wanted_under_way_++;
       counted().unique++;
       counted().misses++;
       read(row, slot);
       return slot;
     }
-    slots_.pin(slot);
+    claim(slot);
     if (stamps_[slot] == stamp_) return slot;
     stamps_[slot] = stamp_;
     counted().unique++;
@@ -182,8 +162,6 @@ class DiskRows {
     const uint8_t state = states_[slot];
     if (state == HINTED) {
       states_[slot] = WANTED;
-      hinted_under_way_--;
-      wanted_under_way_++;
       counted().late++;
       counted().prefetched_used++;
     } else if (state == WANTED) {
@@ -196,82 +174,45 @@ class DiskRows {
     return slot;
   }
 
+  // Pins a slot for a lookup, and unpins it. A slot that is read has a pin more, until its read ends.
+  void claim(int32_t slot) {
+    num_unclaimed_ -= is_unclaimed(slot);
+    slots_.pin(slot);
+  }
+  void give_up(int32_t slot) {
+    slots_.unpin(slot);
+    num_unclaimed_ += is_unclaimed(slot);
+  }
+  bool is_unclaimed(int32_t slot) const {
+    return (states_[slot] == WANTED || states_[slot] == HINTED) && slots_.pins(slot) == 1;
+  }
+
   // A slot stays pinned until its read has ended, one that waits for a buffer included.
   void read(int64_t row, int32_t slot) {
     slots_.pin(slot);
-    waiting_.push_back({row, slot, layer_, 1});
-    push_waiting();
+    reads_.add({row, slot, layer_});
   }
-  void push_waiting() {
-    while (!free_.empty() && !waiting_.empty()) {
-      const unsigned buffer = free_.back();
-      free_.pop_back();
-      under_way_[buffer] = waiting_.front();
-      waiting_.pop_front();
-      push(buffer);
-      if (++pushed_ == PUSHED_TOGETHER) submit();
-    }
-  }
-  void push(unsigned buffer) {
-    uint8_t* const memory = buffers_ + buffer * buffer_bytes_;
-    reads_->push(from_.read_of(under_way_[buffer].row, memory, buffer));
-  }
-
-  // Hands on what was pushed. False once the kernel takes nothing any more.
-  bool submit(unsigned wanted = 0) {
-    pushed_ = 0;
-    if (!broken_) broken_ = reads_->submit(wanted);
-    return !broken_;
-  }
-  // Waits until a read under way has ended.
-  bool wait_for_one() {
-    const int64_t begun = now_ns();
-    const bool is_well = submit(1);
-    counted().stall_ns += now_ns() - begun;
-    collect();
+  bool wait(RowReads::Lock& lock) {
+    const int64_t begun = now_ns(), layer = layer_;
+    const bool is_well = reads_.wait(lock);
+    counts_[layer].stall_ns += now_ns() - begun;
     return is_well;
   }
 
-  // Takes in all reads that have ended.
-  void collect() {
-    ReadDone done;
-    bool is_pushed = false;
-    while (reads_->pop(done)) {
-      const unsigned buffer = (unsigned)done.tag;
-      UnderWay& own = under_way_[buffer];
-      const int64_t before = from_.before(own.row);
-      if (done.result >= 0) counts_[own.layer].bytes += done.result;
-      const bool is_whole = done.result >= before + from_.row_bytes;
-      const bool is_passing = done.result >= 0 || done.result == -EINTR || done.result == -EAGAIN;
-      if (!is_whole && is_passing && own.tries < MOST_TRIES) {
-        own.tries++;
-        push(buffer);
-        is_pushed = true;
-        continue;
-      }
-      end(own, buffers_ + buffer * buffer_bytes_ + before, is_whole, done.result);
-      free_.push_back(buffer);
-    }
-    is_pushed |= !free_.empty() && !waiting_.empty();
-    push_waiting();
-    if (is_pushed) submit();
-  }
-  void end(const UnderWay& own, const uint8_t* bytes, bool is_whole, int result) {
-    uint8_t& state = states_[own.slot];
-    if (is_whole) {
-      std::memcpy(memory_ + own.slot * from_.row_bytes, bytes, from_.row_bytes);
-      wanted_under_way_ -= state == WANTED;
-      hinted_under_way_ -= state == HINTED;
+  void read_ended(const RowRead& read, const uint8_t* bytes, int error) override {
+    counts_[read.layer].bytes += read.bytes;
+    num_unclaimed_ -= is_unclaimed(read.slot);
+    uint8_t& state = states_[read.slot];
+    if (bytes) {
+      std::memcpy(memory_ + read.slot * from_.row_bytes, bytes, from_.row_bytes);
       state = state == HINTED ? PREFETCHED : READY;
     } else {
-      fail(own.slot, result < 0 ? -result : 0);
+      fail(read.slot, error);
     }
-    slots_.unpin(own.slot);
+    slots_.unpin(read.slot);
   }
   // The slot has no row; who asks again reads again.
   void fail(int32_t slot, int error) {
-    wanted_under_way_ -= states_[slot] == WANTED;
-    hinted_under_way_ -= states_[slot] == HINTED;
     slots_.forget(slot);
     states_[slot] = FAILED;
     errors_[slot] = error;
@@ -283,17 +224,11 @@ class DiskRows {
   std::vector<uint8_t> states_;   // of slots
   std::vector<int> errors_;       // of slots that failed, errnos
   std::vector<int64_t> stamps_;   // the last lookup that wanted each slot
-  std::unique_ptr<Reads> reads_;
-  const int64_t buffer_bytes_;
-  uint8_t* const buffers_;
-  std::vector<UnderWay> under_way_;  // by buffer
-  std::vector<unsigned> free_;       // buffers
-  std::deque<UnderWay> waiting_;     // for a buffer
-  int64_t stamp_ = 0, wanted_under_way_ = 0, hinted_under_way_ = 0;
-  int pushed_ = 0;  // and not handed on yet
-  int broken_ = 0;  // the errno after which nothing is read any more
+  int64_t stamp_ = 0;
+  int64_t num_unclaimed_ = 0;       // reads of rows that no lookup has pinned
   int64_t layer_ = 0;               // whose lookup it is
   std::vector<DiskCounts> counts_;  // by layer
+  RowReads reads_;                  // the last: it tells this until it ends
 };
 
 }  // namespace memplus

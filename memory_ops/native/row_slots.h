@@ -38,7 +38,8 @@ class RowSlots {
     if (uses_[slot] < most_uses_) uses_[slot]++;
   }
 
-  // A pinned slot keeps its row.
+  // A slot with pins keeps its row.
+  int32_t pins(int32_t slot) const { return pins_[slot]; }
   void pin(int32_t slot) { num_pinned_ += !pins_[slot]++; }
   void unpin(int32_t slot) { num_pinned_ -= !--pins_[slot]; }
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 
 import pytest
 import torch
@@ -293,6 +294,47 @@ def test_more_rows_than_reads_under_way_are_all_read(tmp_path, way):
     assert parts == [2500, 3000]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_reads_go_on_while_who_asked_is_away(tmp_path, way):
+    values, size = torch.randn(4000, WIDTH), WIDTH * 4
+    (tmp_path / "table").write_bytes(values.numpy().tobytes())
+    room = 4000 * (size + SLOT_BYTES)
+    table = DiskTable(tmp_path / "table", 0, (4000, WIDTH), torch.float32, room, **way)
+    rows = torch.randperm(4000).view(40, 10, 10)
+    first = table.start(rows[:20], torch.ones(20, 10, 10))
+    second = table.start(rows[20:], torch.ones(20, 10, 10))
+    # but for the last ones, which are left to whoever waits
+    until = time.monotonic() + 60
+    while table.statistics()[0].bytes_read < 3000 * max(size, table.place.alignment):
+        assert time.monotonic() < until
+    torch.testing.assert_close(second.finish(), values[rows[20:]].sum((1, 2)))
+    torch.testing.assert_close(first.finish(), values[rows[:20]].sum((1, 2)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_table_may_be_given_up_amid_many_reads(tmp_path, way):
+    values = torch.randn(4000, WIDTH)
+    (tmp_path / "table").write_bytes(values.numpy().tobytes())
+    room = 4000 * (WIDTH * 4 + SLOT_BYTES)
+    for _ in range(5):
+        table = DiskTable(tmp_path / "table", 0, (4000, WIDTH), torch.float32, room, **way)
+        lookup = table.start(torch.randperm(4000).view(40, 10, 10), torch.ones(40, 10, 10))
+        table.close()
+        with pytest.raises(ValueError, match="is closed"):
+            lookup.finish()
+
+
+def test_room_of_a_lookup_that_was_forgotten_comes_back_as_its_reads_end(files):
+    table = disk_table(files, slots=60)
+    for first in (0, 60, 120):
+        rows = torch.arange(first, first + 60).view(1, 6, 10)
+        table.start(rows, torch.ones(1, 6, 10))  # whose lookup is gone at once
+    wanted = DeviceTable(files[torch.float32][1])
+    rows, weights = torch.arange(140, 200).view(1, 6, 10), torch.rand(1, 6, 10)
+    found = table.start(rows, weights).finish()
+    torch.testing.assert_close(found, wanted.start(rows, weights).finish(), rtol=0, atol=0)
+
+
 def test_each_layer_has_its_own_counts(files):
     table = disk_table(files, slots=100)
     rows, weights = torch.arange(6).view(1, 2, 3), torch.ones(1, 2, 3)
@@ -311,7 +353,8 @@ def test_each_layer_has_its_own_counts(files):
 def test_a_hint_amid_a_lookup_changes_nothing(files):
     wanted = DeviceTable(files[torch.float32][1])
     for _ in range(30):
-        table = disk_table(files, slots=63, fault=ReadFault(5, 8))
+        # so rarely that no row's read is short again and again
+        table = disk_table(files, slots=63, fault=ReadFault(37, 8))
         rows, weights = torch.randperm(ROWS)[:128].view(4, 4, 8), torch.rand(4, 4, 8)
         lookup = table.start(rows, weights)
         table.hint(rows[2])

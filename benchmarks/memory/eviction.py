@@ -14,8 +14,10 @@ from tqdm import tqdm
 from benchmarks.access_trace import AccessTrace
 from engine.config import ConfigError
 
-# as in row_slots.h: no miss waits for more steps of the hand
+# of the hand, after which a row goes however often it was used
 _PATIENT_STEPS = 4096
+# as in row_slots.h
+_LOOKED_AT, _AGING_ROUNDS, _MOST_USES = 16, 4, 255
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,38 @@ class Cache(Protocol):
         ...
 
 
+class LeastUsedOfSome:
+    """Of some rows the one of fewest uses is given up: what the disk tier does, see row_slots.h."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_slots, self._hand, self._num_taken = num_slots, 0, 0
+        self._slots: dict[int, int] = {}
+        self._rows: list[int] = []
+        self._uses: dict[int, int] = {}
+
+    def use(self, row: int) -> bool:
+        self._uses[row] = min(self._uses.get(row, 0) + 1, _MOST_USES)
+        if row in self._slots:
+            return True
+        if len(self._rows) < self._num_slots:
+            self._slots[row] = len(self._rows)
+            self._rows.append(row)
+        else:
+            seen = min(_LOOKED_AT, self._num_slots)
+            some = [(self._hand + i) % self._num_slots for i in range(seen)]
+            slot = min(some, key=lambda slot: self._uses.get(self._rows[slot], 0))
+            self._hand = (self._hand + seen) % self._num_slots
+            del self._slots[self._rows[slot]]
+            self._rows[slot], self._slots[row] = row, slot
+        self._num_taken += 1
+        if self._num_taken >= _AGING_ROUNDS * self._num_slots:
+            self._num_taken = 0
+            self._uses = {row: uses // 2 for row, uses in self._uses.items() if uses > 1}
+        return False
+
+
 class Clock:
-    """Rows count their uses, to a limit, and a hand takes them off: see RowSlots in row_slots.h."""
+    """Rows count their uses, to a limit, and a hand takes them off."""
 
     def __init__(self, num_slots: int, most_uses: int) -> None:
         self._most_uses, self._hand = most_uses, 0
@@ -150,6 +182,7 @@ POLICIES: Mapping[str, Callable[[int], Cache]] = {
     "clock-3": lambda num_slots: Clock(num_slots, 3),
     "clock-7": lambda num_slots: Clock(num_slots, 7),
     "lfu": LeastFrequentlyUsed,
+    "least of 16": LeastUsedOfSome,
 }
 
 

@@ -33,6 +33,9 @@ class MemoryLoad:
     batches: tuple[int, ...] = field(
         default=(1, 8), metadata={"help": "sequences that decode together"}
     )
+    prompt_lens: tuple[int, ...] = field(
+        default=(), metadata={"help": "tokens of prompts that are computed, one at a time, as well"}
+    )
     skews: tuple[str, ...] = field(
         default=("recorded",), metadata={"help": "which rows are read", "choices": SKEWS}
     )
@@ -60,9 +63,9 @@ class MemoryLoad:
             bits = rows.bit_length() - 1
             if rows != 1 << bits or bits % 2 or not 10 <= bits <= 24:
                 raise ConfigError(f"rows: {rows} is no even power of two from 2^10 to 2^24")
-        for name in ("batches", "output_len", "rounds"):
+        for name in ("batches", "prompt_lens", "output_len", "rounds"):
             value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,)) < 1:
+            if min(value if isinstance(value, tuple) else (value,), default=1) < 1:
                 raise ConfigError(f"{name}: must be at least 1, not {value}")
         if not 0 < self.cache_share <= 1:
             raise ConfigError(f"cache_share: {self.cache_share} is outside (0, 1]")
@@ -86,7 +89,7 @@ class Point:
         rows: of the table.
         tier: where they lie.
         dtype: of the rows.
-        batch: sequences that decode together.
+        batch: sequences that decode together; 1 where a prompt is computed.
         skew: which rows are read.
         cache_bytes: memory for rows; 0 where all are in memory.
         page_cache: ``unused`` in memory, ``excluded`` by direct reads, ``dropped`` before each
@@ -95,6 +98,7 @@ class Point:
         lookahead: layers early that rows are guessed; 0 for never.
         candidates: rows that are guessed, as a share of those that are read.
         recall: share of the rows read that these hold.
+        prompt_len: tokens of a prompt that is computed; 0 where tokens are decoded.
     """
 
     rows: int
@@ -108,6 +112,7 @@ class Point:
     lookahead: int
     candidates: float | None
     recall: float | None
+    prompt_len: int = 0
 
 
 @dataclass(frozen=True)

@@ -38,31 +38,36 @@ class Reader:
     replay: Replay
 
     def round(self, point: Point, load: MemoryLoad, access: RowAccess, number: int) -> Round:
-        """Decode once, from a cache of rows that is warm where the point is.
+        """Decode once, or compute a prompt, from a cache of rows that is warm where the point is.
 
         Raises:
             TableReadError: rows could not be read.
         """
         replay, before = self.replay, list[TableStatistics]()
-        replay.access, replay.batch = access, point.batch
+        replay.access = access
         disk = self.table.table if isinstance(self.table.table, DiskTable) else None
         if disk is not None and not point.is_cold:
             self.table.warm_up(disk.num_slots)
         replay.begin(number * (load.output_len + _STEPS_BEFORE))
 
         def next_step() -> None:
-            replay.prepare()
+            replay.prepare(range(point.batch))
             if not before:
                 before.append(TableStatistics.sum(self.table.statistics().values()))
 
         try:
-            steps = self.rounds.decode(point.batch, _INPUT_LEN, load.output_len, next_step)
+            if point.prompt_len:
+                replay.prepare([number], point.prompt_len)
+                before.append(TableStatistics.sum(self.table.statistics().values()))
+                steps = self.rounds.prefill(point.prompt_len)
+            else:
+                steps = self.rounds.decode(point.batch, _INPUT_LEN, load.output_len, next_step)
         except RuntimeError:
             if replay.error is not None:
                 raise replay.error from None
             raise
         seconds = sum(step.seconds for step in steps)
-        tokens = len(steps) * point.batch
+        tokens = point.prompt_len or len(steps) * point.batch
         if disk is None:
             return Round(tokens / seconds, seconds, 1.0 if point.tier == "device" else None)
         after = TableStatistics.sum(self.table.statistics().values())

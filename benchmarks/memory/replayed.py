@@ -25,13 +25,13 @@ _WARM_SEQUENCES = 8
 
 
 class Replay:
-    """Whose turn it is: a step of decoding takes a token of each sequence through all layers.
+    """Whose turn it is: a step takes tokens of some sequences through all layers.
 
-    A lookup of more tokens, as of a prompt, is not timed and reads the first one's rows for all.
+    Steps that are timed are prepared. Others, as of a prompt before them, read the first token's
+    rows for all.
 
     Attributes:
         access: which rows are read; may be changed between steps.
-        batch: sequences that decode together; likewise.
         error: what went wrong where it could not be raised.
     """
 
@@ -41,7 +41,7 @@ class Replay:
         """``layers`` are the memory layers, in their order; of the rows that they read guesses
         hold the share ``recall``, in all ``candidates`` times as many rows."""
         self.layers = tuple(layers)
-        self.access, self.batch = access, 1
+        self.access = access
         self.error: BaseException | None = None
         self._recall, self._candidates = recall, candidates
         self._position = 0
@@ -54,39 +54,44 @@ class Replay:
         self._position = position
         self._coming.clear()
 
-    def prepare(self) -> None:
-        """Find the coming step's rows now, and the guesses: that is no part of a step."""
-        for layer in self.layers:
-            coming_BHK = self.rows(self.batch, layer)
-            if self._recall:
-                parts = [self._guess(one, rows, layer) for one, rows in enumerate(coming_BHK)]
-                self._guesses[layer] = torch.cat(parts)
+    def prepare(self, sequences: Sequence[int], num_tokens: int = 1) -> None:
+        """Find what the coming step reads, so many tokens of each sequence, and the guesses.
+
+        That is no part of a step.
+        """
+        places = range(self._position, self._position + num_tokens)
+        for memory, layer in enumerate(self.layers):
+            parts = [self.access.rows(one, at, memory) for one in sequences for at in places]
+            self._coming[layer] = torch.stack(parts)
+            if self._recall and num_tokens == 1:  # those of a prompt are not guessed
+                guesses = [
+                    self._guess([one + len(sequences) * i for i in range(1, 9)], rows, memory)
+                    for one, rows in zip(sequences, parts, strict=True)
+                ]
+                self._guesses[layer] = torch.cat(guesses)
+        self._position += num_tokens
 
     def rows(self, num_tokens: int, layer: int) -> Tensor:
-        """What a lookup reads, ``[T, H, K]``."""
-        memory = self.layers.index(layer)
-        if num_tokens != self.batch:
-            rows_HK = self.access.rows(0, self._position, memory)
+        """What a lookup reads, ``[T, H, K]``: that of the next tokens of the step."""
+        coming_THK = self._coming.get(layer)
+        if coming_THK is None or len(coming_THK) == 0:
+            rows_HK = self.access.rows(0, self._position, self.layers.index(layer))
             return rows_HK.expand(num_tokens, *rows_HK.shape).contiguous()
-        if layer not in self._coming:
-            parts = [self.access.rows(one, self._position, memory) for one in range(self.batch)]
-            self._coming[layer] = torch.stack(parts)
-        return self._coming[layer]
+        if num_tokens > len(coming_THK):
+            raise ValueError(
+                f"replay: {num_tokens} tokens, of which {len(coming_THK)} are prepared"
+            )
+        self._coming[layer] = coming_THK[num_tokens:]
+        return coming_THK[:num_tokens]
 
     def guesses(self, layer: int) -> Tensor | None:
         """What was guessed of the rows of a layer's coming lookup; None while a prompt is run."""
         return self._guesses.pop(layer, None)
 
-    def done(self, layer: int) -> None:
-        """Note a layer's lookup: after the last one's comes the next step."""
-        if layer == self.layers[-1]:
-            self._position += 1
-            self._coming.clear()
-
-    def _guess(self, sequence: int, rows_HK: Tensor, layer: int) -> Tensor:
+    def _guess(self, others: Sequence[int], rows_HK: Tensor, memory: int) -> Tensor:
+        """Some of the rows, and for the rest those that other sequences read there."""
         right = rows_HK[torch.rand(rows_HK.shape, generator=self._generator) < self._recall]
-        memory = self.layers.index(layer)
-        others = [sequence + self.batch * (1 + i) for i in range(int(self._candidates) + 1)]
+        others = others[: int(self._candidates) + 1]
         wrong = [self.access.rows(one, self._position, memory).flatten() for one in others]
         most = round(rows_HK.numel() * self._candidates)
         return torch.cat([right, *wrong])[:most]
@@ -107,9 +112,7 @@ class ReplayedTable:
         self._held: list[object] = []  # what fetchers point to
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
-        played_THK = self._replay.rows(len(rows_THK), layer)
-        self._replay.done(layer)
-        return self.table.start(played_THK, weights_THK, layer)
+        return self.table.start(self._replay.rows(len(rows_THK), layer), weights_THK, layer)
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
         return self.table.start_dots(self._replay.rows(len(rows_THK), layer), x_TV, layer)
@@ -175,7 +178,6 @@ def _calls(table: DeviceTable | DiskTable, replay: Replay, layer: int) -> tuple[
                 played = replay.rows(tokens, layer)
                 if played[0].numel() != token_rows:
                     raise ValueError(f"replay: {played[0].numel()} rows a token, not {token_rows}")
-                replay.done(layer)
                 ctypes.memmove(rows, played.data_ptr(), played.nbytes)
             if own_start is None:
                 ctypes.memmove(slots, rows, 8 * tokens * token_rows)

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +23,7 @@ from engine.allocator import keep_freed_memory
 from engine.config import ConfigError
 from memory_ops.native.disk_rows import random_reads_per_s
 from memory_ops.row_formats import ROW_FORMATS, row_bytes
-from memory_ops.tables.disk import SLOT_BYTES, DiskTable
+from memory_ops.tables.disk import DiskTable, bytes_of_cache
 from weights.checkpoint import open_checkpoint
 from weights.convert import convert
 
@@ -101,29 +102,31 @@ class Rounds:
 
 
 def _points(source: Path, load: MemoryLoad) -> Iterator[Point]:
-    width = open_checkpoint(source)[0].model.hidden_size
-    for dtype in load.row_dtypes:
-        for rows in load.rows:
-            size = row_bytes(dtype, width) if dtype in ROW_FORMATS else 2 * width
-            cache = round(rows * load.cache_share) * (size + SLOT_BYTES)
-            for tier in load.tiers:
-                is_disk = tier == "disk"
-                early = load.lookahead if is_disk else 0
-                for batch in load.batches:
-                    for skew in load.skews:
-                        yield Point(
-                            rows=rows,
-                            tier=tier,
-                            dtype=dtype,
-                            batch=batch,
-                            skew=skew,
-                            cache_bytes=cache if is_disk else 0,
-                            page_cache=_PAGE_CACHE[tier],
-                            is_cold=tier == "mmap" or (is_disk and load.cold),
-                            lookahead=early,
-                            candidates=load.candidates if early else None,
-                            recall=load.recall if early else None,
-                        )
+    model = open_checkpoint(source)[0].model
+    width, most = model.hidden_size, model.max_positions
+    if max(load.prompt_lens, default=0) >= most:
+        raise ConfigError(f"prompt_lens: {max(load.prompt_lens)} and a token exceed {most}")
+    works = [(batch, 0) for batch in load.batches] + [(1, length) for length in load.prompt_lens]
+    for dtype, rows, tier in product(load.row_dtypes, load.rows, load.tiers):
+        size = row_bytes(dtype, width) if dtype in ROW_FORMATS else 2 * width
+        cache = bytes_of_cache(round(rows * load.cache_share), size, rows)
+        is_disk = tier == "disk"
+        for (batch, prompt_len), skew in product(works, load.skews):
+            early = load.lookahead if is_disk and not prompt_len else 0
+            yield Point(
+                rows=rows,
+                tier=tier,
+                dtype=dtype,
+                batch=batch,
+                skew=skew,
+                cache_bytes=cache if is_disk else 0,
+                page_cache=_PAGE_CACHE[tier],
+                is_cold=tier == "mmap" or (is_disk and load.cold),
+                lookahead=early,
+                candidates=load.candidates if early else None,
+                recall=load.recall if early else None,
+                prompt_len=prompt_len,
+            )
 
 
 _PAGE_CACHE = {"device": "unused", "disk": "excluded", "mmap": "dropped"}
@@ -196,7 +199,7 @@ def _check_settings(
 
 
 _HEADER = (
-    "      rows tier   dtype    batch skew      cache MiB  tokens/s  hits  late  stall s"
+    "      rows tier   dtype    batch prompt skew      cache MiB  tokens/s  hits  late  stall s"
     "  of s  reads/token  disk reads/s"
 )
 
@@ -204,7 +207,8 @@ _HEADER = (
 def _line(result: dict[str, Any]) -> str:
     return (
         f"{result['rows']:>10} {result['tier']:<6} {result['dtype']:<8} {result['batch']:>5}"
-        f" {result['skew']:<9} {result['cache_bytes'] / 2**20:>9.1f}"
+        f" {result['prompt_len'] or '-':>6} {result['skew']:<9}"
+        f" {result['cache_bytes'] / 2**20:>9.1f}"
         f" {result['tokens_per_s']:>9.1f} {_shown(result['hit_rate'], '5.2f')}"
         f" {_shown(result['late_rate'], '5.2f')} {_shown(result['stall_s'], '8.3f')}"
         f" {result['seconds']:>5.2f} {_shown(result['reads_per_token'], '12.1f')}"

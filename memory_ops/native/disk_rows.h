@@ -25,15 +25,14 @@ struct DiskCounts {
 };
 
 constexpr int64_t PATIENCE_NS = std::chrono::nanoseconds(PATIENCE).count();
-constexpr int64_t HINT_STEPS = 64;  // of the hand, for a row that is not wanted yet
 
 class DiskRows final : RowReadsOwner {
  public:
-  DiskRows(RowFile from, uint8_t* memory, int64_t num_slots, unsigned depth, int most_uses,
+  DiskRows(RowFile from, uint8_t* memory, int64_t num_slots, unsigned depth,
            std::unique_ptr<Reads> reads)
       : from_(from),
         memory_(memory),
-        slots_(num_slots, most_uses),
+        slots_(num_slots, from.num_rows),
         states_(num_slots),
         errors_(num_slots),
         stamps_(num_slots),
@@ -95,14 +94,14 @@ class DiskRows final : RowReadsOwner {
   }
 
   // Begins to read rows that may be wanted soon, as far as that goes without waiting, in place of
-  // rows that were not used, and with some reads left for rows that are wanted.
+  // rows that are used no more often, and with some reads left for rows that are wanted.
   void hint(const int64_t* rows, int64_t count, int64_t layer) {
     RowReads::Lock lock = reads_.lock();
     count_for(layer);
     reads_.collect();
     for (int64_t i = 0; i < count && reads_.has_room(); i++) {
       if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows || slots_.find(rows[i]) != NO_SLOT) continue;
-      const int32_t slot = slots_.take_unused(rows[i], HINT_STEPS);
+      const int32_t slot = slots_.take_for_guess(rows[i]);
       if (slot == NO_SLOT) break;
       states_[slot] = HINTED;
       stamps_[slot] = 0;  // it is another row's
@@ -142,6 +141,7 @@ class DiskRows final : RowReadsOwner {
   int32_t wanted_slot(int64_t row, RowReads::Lock& lock) {
     int32_t slot = slots_.find(row);
     if (slot == NO_SLOT) {
+      slots_.use(row);
       slot = slots_.take(row);
       // what no lookup waits for has no claim to room once it is there
       while (slot == NO_SLOT && num_unclaimed_ && wait(lock)) slot = slots_.take(row);
@@ -158,7 +158,7 @@ class DiskRows final : RowReadsOwner {
     if (stamps_[slot] == stamp_) return slot;
     stamps_[slot] = stamp_;
     counted().unique++;
-    slots_.use(slot);
+    slots_.use(row);
     const uint8_t state = states_[slot];
     if (state == HINTED) {
       states_[slot] = WANTED;

@@ -16,7 +16,7 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "open": (
         _POINTER,
-        (_INT32, *[_INT64] * 4, _POINTER, *[_INT64] * 6, ctypes.POINTER(_INT32)),
+        (_INT32, *[_INT64] * 4, _POINTER, *[_INT64] * 5, ctypes.POINTER(_INT32)),
     ),
     "close": (None, (_POINTER,)),
     "start": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, _INT32, _INT64, _POINTER)),
@@ -71,7 +71,6 @@ class DiskRows:
         *,
         depth: int,
         threads: int,
-        most_uses: int,
         fault: ReadFault | None = None,
     ) -> None:
         """Read into ``memory``, uint8 ``[slots, row_bytes]``.
@@ -85,7 +84,7 @@ class DiskRows:
         self._memory = memory  # what is read into lives as long
         every, result = fault or (0, 0)
         places = memory.data_ptr(), memory.shape[0]
-        settings = depth, threads, most_uses, every, result
+        settings = depth, threads, every, result
         error = _INT32()
         self._rows = self._functions["open"](*file, *places, *settings, ctypes.byref(error))
         if not self._rows:

@@ -9,7 +9,7 @@ extern "C" {
 // Null and an errno: ENOSYS where the kernel has no ring, and `threads` is 0.
 void* memplus_disk_open(int file, int64_t offset, int64_t num_rows, int64_t row_bytes,
                         int64_t alignment, uint8_t* memory, int64_t num_slots, int64_t depth,
-                        int64_t threads, int64_t most_uses, int64_t fail_every, int64_t fail_with,
+                        int64_t threads, int64_t fail_every, int64_t fail_with,
                         int32_t* error) try {
   std::unique_ptr<Reads> reads;
   if (threads) {
@@ -25,7 +25,7 @@ void* memplus_disk_open(int file, int64_t offset, int64_t num_rows, int64_t row_
   if (fail_every)
     reads = std::make_unique<FaultyReads>(std::move(reads), fail_every, (int)fail_with);
   const RowFile from = {file, offset, num_rows, row_bytes, alignment};
-  auto rows = std::make_unique<DiskRows>(from, memory, num_slots, (unsigned)depth, (int)most_uses,
+  auto rows = std::make_unique<DiskRows>(from, memory, num_slots, (unsigned)depth,
                                          std::move(reads));
   *error = ENOMEM;
   return rows->has_buffers() ? rows.release() : nullptr;

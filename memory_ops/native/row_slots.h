@@ -1,23 +1,33 @@
 // Which rows of a table are in memory, and which of them make room for others.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <vector>
 
 namespace memplus {
 
 constexpr int32_t NO_SLOT = -1;
-// of the hand, after which it gives up a row however often that was used: no miss waits longer
-constexpr int64_t PATIENT_STEPS = 4096;
+constexpr int LOOKED_AT = 16;        // rows, the least used of which makes room
+constexpr int64_t MOST_STEPS = 64;   // of the hand, once it has found one that is not pinned
+constexpr int64_t AGING_ROUNDS = 4;  // times that all slots are taken until uses count half
 
-// Rows by their ids, in slots. A row that is used counts its uses, to a limit; a hand that goes
-// round takes one off each row that it passes and gives up the first that has none left. So rows
-// that are used often stay, though many that are used once pass through. With a limit of 1 that is
-// CLOCK, with 0 first in, first out.
+// Rows by their ids, in slots. Uses of every row of the table are counted, also of those that are
+// not in memory. For a row that comes, a hand goes round, looks at some and gives up the one of
+// fewest uses. So rows that are used often stay, and those that were come back to stay. Now and then
+// all counts are halved: what was used long ago is forgotten.
 class RowSlots {
  public:
-  RowSlots(int64_t num_slots, int most_uses)
-      : most_uses_((uint8_t)most_uses), rows_(num_slots, -1), uses_(num_slots), pins_(num_slots) {
+  RowSlots(int64_t num_slots, int64_t num_rows)
+      : rows_(num_slots, -1),
+        pins_(num_slots),
+        num_words_((num_rows + 7) / 8),
+        // as zeros of the kernel's: what is not read takes no memory
+        uses_((uint64_t*)std::calloc(num_words_, 8), std::free) {
+    if (!uses_) throw std::bad_alloc();
     uint64_t places = 16;
     while (places < 2 * (uint64_t)num_slots) places *= 2;
     mask_ = places - 1;
@@ -34,9 +44,7 @@ class RowSlots {
     }
   }
 
-  void use(int32_t slot) {
-    if (uses_[slot] < most_uses_) uses_[slot]++;
-  }
+  void use(int64_t row) { uses(row) += uses(row) < UINT8_MAX; }
 
   // A slot with pins keeps its row.
   int32_t pins(int32_t slot) const { return pins_[slot]; }
@@ -45,23 +53,20 @@ class RowSlots {
 
   // A slot for a row that has none; its bytes are another row's yet. NO_SLOT if all are pinned.
   int32_t take(int64_t row) {
-    if (num_pinned_ == size()) return NO_SLOT;
-    for (int64_t step = 0; step < size() + PATIENT_STEPS; step++) {
-      const int32_t slot = next();
-      if (pins_[slot]) continue;
-      if (!uses_[slot] || step >= PATIENT_STEPS) return give(slot, row);
-      uses_[slot]--;
-    }
-    return NO_SLOT;
+    const int32_t slot = least_used();
+    if (slot == NO_SLOT) return slot;
+    give(slot, row);
+    if (++num_taken_ >= AGING_ROUNDS * size()) age();
+    return slot;
   }
-  // The same from rows that have no uses left, which are not taken for it; NO_SLOT after so many
-  // steps.
-  int32_t take_unused(int64_t row, int64_t most_steps) {
-    for (int64_t step = 0; step < most_steps; step++) {
-      const int32_t slot = next();
-      if (!pins_[slot] && !uses_[slot]) return give(slot, row);
-    }
-    return NO_SLOT;
+  // The same for a row that may not be wanted: NO_SLOT where that would push out one that was used
+  // again and again, and more often.
+  int32_t take_for_guess(int64_t row) {
+    const int32_t slot = least_used();
+    if (slot == NO_SLOT) return slot;
+    if (has_row(slot) && uses(rows_[slot]) > std::max<int>(1, uses(row))) return NO_SLOT;
+    give(slot, row);
+    return slot;
   }
 
   // The slot has no row from now on: it could not be read.
@@ -69,7 +74,6 @@ class RowSlots {
     uint64_t place = home(rows_[slot]);
     while (places_[place] != slot) place = (place + 1) & mask_;
     rows_[slot] = -1;
-    uses_[slot] = 0;
     // those behind move up, so that no search ends too early
     for (uint64_t next = place;;) {
       next = (next + 1) & mask_;
@@ -88,26 +92,50 @@ class RowSlots {
     hand_ = hand_ + 1 == size() ? 0 : hand_ + 1;
     return slot;
   }
-  int32_t give(int32_t slot, int64_t row) {
-    if (rows_[slot] >= 0) forget(slot);
+  // Of those that the hand comes to next, as long as there are rows in all.
+  int32_t least_used() {
+    if (num_filled_ < size()) return num_filled_++;
+    int32_t best = NO_SLOT;
+    int best_uses = INT32_MAX, looked_at = 0;
+    if (num_pinned_ == size()) return best;
+    for (int64_t step = 0; looked_at < LOOKED_AT && step < size(); step++) {
+      if (looked_at && step >= MOST_STEPS) break;
+      const int32_t slot = next();
+      if (pins_[slot]) continue;
+      looked_at++;
+      const int own = has_row(slot) ? uses(rows_[slot]) : -1;
+      if (own < best_uses) best = slot, best_uses = own;
+    }
+    return best;
+  }
+  void age() {
+    num_taken_ = 0;
+    for (int64_t word = 0; word < num_words_; word++)
+      if (uses_[word]) uses_[word] = uses_[word] >> 1 & 0x7f7f7f7f7f7f7f7f;
+  }
+  bool has_row(int32_t slot) const { return rows_[slot] >= 0; }
+  uint8_t& uses(int64_t row) const { return ((uint8_t*)uses_.get())[row]; }
+
+  void give(int32_t slot, int64_t row) {
+    if (has_row(slot)) forget(slot);
     rows_[slot] = row;
     uint64_t place = home(row);
     while (places_[place] != NO_SLOT) place = (place + 1) & mask_;
     places_[place] = slot;
-    return slot;
   }
   uint64_t home(int64_t row) const {
     return ((uint64_t)row * 0x9E3779B97F4A7C15ull >> 20) & mask_;
   }
 
-  const uint8_t most_uses_;
-  int32_t hand_ = 0;
+  int32_t hand_ = 0, num_filled_ = 0;
   int64_t num_pinned_ = 0;  // slots, not pins
   uint64_t mask_;
   std::vector<int32_t> places_;  // slots, where their rows' ids lead
   std::vector<int64_t> rows_;    // -1 where there is none
-  std::vector<uint8_t> uses_;
   std::vector<int32_t> pins_;
+  const int64_t num_words_;
+  const std::unique_ptr<uint64_t[], decltype(&std::free)> uses_;  // a byte a row of the table
+  int64_t num_taken_ = 0;  // since uses were halved
 };
 
 }  // namespace memplus

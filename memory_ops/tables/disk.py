@@ -22,11 +22,10 @@ from memory_ops.tables.value_table import TableReadError
 
 _DEPTH = 256  # reads under way; what more the kernel would queue itself
 _THREADS = 16  # where the kernel has no io_uring
-_MOST_USES = 3  # that keep a row: see RowSlots in row_slots.h
 _ALIGNMENTS = (512, 4096)
 _MOST_SLOTS = 2**31 - 2
-# of a slot, beside its row: where it is, whose it is, and how often it was used
-SLOT_BYTES = 40
+# of a slot, beside its row: where it is, and whose it is
+_SLOT_BYTES = 40
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,6 @@ class DiskTable:
         *,
         is_direct: bool = True,
         threads: int = 0,
-        most_uses: int = _MOST_USES,
         fault: ReadFault | None = None,
     ) -> None:
         """Open the file; nothing is read.
@@ -64,10 +62,9 @@ class DiskTable:
             offset: of the first, in bytes.
             shape: R and V.
             row_format: their dtype, or that of their records.
-            cache_bytes: memory for rows.
+            cache_bytes: memory for rows, and to choose those that are kept; see ``bytes_of_cache``.
             is_direct: read past the page cache, by O_DIRECT.
             threads: that read; 0 for io_uring, or 16 of them where the kernel has none.
-            most_uses: how often used rows are kept; see row_slots.h.
             fault: a fault to be injected.
 
         Raises:
@@ -77,10 +74,11 @@ class DiskTable:
         self.num_rows, self.value_dim = shape
         self.file = file
         size = _row_size(row_format, shape[1])
-        self.num_slots = min(cache_bytes // (size + SLOT_BYTES), self.num_rows, _MOST_SLOTS)
-        if self.num_slots < 1:
-            least = size + SLOT_BYTES
-            raise ValueError(f"table_cache: {cache_bytes} bytes are less than the {least} of a row")
+        least = bytes_of_cache(1, size, self.num_rows)
+        if cache_bytes < least:
+            raise ValueError(f"table_cache: {cache_bytes} bytes are less than {least}, for one row")
+        room = (cache_bytes - least) // (size + _SLOT_BYTES) + 1
+        self.num_slots = min(room, self.num_rows, _MOST_SLOTS)
         self._descriptor, alignment = _open(file, is_direct)
         try:
             self._state = self._file_state()
@@ -88,10 +86,10 @@ class DiskTable:
                 raise TableReadError(f"{file}: ends before the last row")
             memory = anonymous_zeros((self.num_slots, size), torch.uint8)
             self.place = RowFile(self._descriptor, offset, self.num_rows, size, alignment)
-            self.rows = _disk_rows(self.place, memory, threads, most_uses, fault)
+            self.rows = _disk_rows(self.place, memory, threads, fault)
         except OSError as error:
             os.close(self._descriptor)
-            taken = self.num_slots * (size + SLOT_BYTES)
+            taken = bytes_of_cache(self.num_slots, size, self.num_rows)
             raise ValueError(f"table_cache: no {taken} bytes: {error.strerror}") from None
         except TableReadError:
             os.close(self._descriptor)
@@ -164,6 +162,11 @@ class DiskTable:
         return state.st_size, state.st_mtime_ns
 
 
+def bytes_of_cache(num_slots: int, row_size: int, num_rows: int) -> int:
+    """The memory that it takes to hold so many rows, and to count the uses of all of a table's."""
+    return num_slots * (row_size + _SLOT_BYTES) + num_rows
+
+
 def _tell(watchers: list[Callable[[], None]]) -> None:
     for on_progress in watchers:
         on_progress()
@@ -210,13 +213,9 @@ def _open(file: Path, is_direct: bool) -> tuple[int, int]:
     raise TableReadError(f"{file}: its filesystem has no direct reads of {most} bytes")
 
 
-def _disk_rows(
-    place: RowFile, memory: Tensor, threads: int, most_uses: int, fault: ReadFault | None
-) -> DiskRows:
+def _disk_rows(place: RowFile, memory: Tensor, threads: int, fault: ReadFault | None) -> DiskRows:
     def made(threads: int) -> DiskRows:
-        return DiskRows(
-            place, memory, depth=_DEPTH, threads=threads, most_uses=most_uses, fault=fault
-        )
+        return DiskRows(place, memory, depth=_DEPTH, threads=threads, fault=fault)
 
     try:
         return made(threads)

@@ -13,7 +13,6 @@ from benchmarks.access_trace import AccessTrace
 from benchmarks.memory.eviction import (
     BOUNDS,
     POLICIES,
-    Clock,
     Reads,
     compare,
     interleaved,
@@ -21,7 +20,7 @@ from benchmarks.memory.eviction import (
 )
 from engine.config import ConfigError
 from memory_ops.native import disk_rows
-from memory_ops.tables.disk import SLOT_BYTES, DiskTable
+from memory_ops.tables.disk import DiskTable, bytes_of_cache
 from server.cli import main
 
 A, B, C, D, E = range(5)
@@ -47,6 +46,7 @@ def reads_of(rows, first):
         ("clock", {A, B, D}),
         ("clock-3", {A, B, D}),
         ("lfu", {A, B, D}),
+        ("least of 16", {A, B, D}),
     ],
 )
 def test_who_makes_room(policy, kept):
@@ -71,8 +71,9 @@ def test_the_more_uses_count_the_longer_a_row_stays(policy, hits):
     assert sum(found[i] for i in asked) == hits
 
 
-def test_uses_of_rows_that_were_given_up_are_remembered():
-    cache = POLICIES["lfu"](2)
+@pytest.mark.parametrize("policy", ["lfu", "least of 16"])
+def test_uses_of_rows_that_were_given_up_are_remembered(policy):
+    cache = POLICIES[policy](2)
     for row in (A, A, B, B, C, C, C):
         cache.use(row)  # C takes the place of A, unused for longest
     cache.use(A)  # of B, which has two uses
@@ -80,15 +81,12 @@ def test_uses_of_rows_that_were_given_up_are_remembered():
 
 
 @pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
-@pytest.mark.parametrize("most_uses", [0, 1, 3])
-@pytest.mark.parametrize("num_slots", [5, 40])
-def test_the_simulated_clock_is_that_of_the_disk_tier(tmp_path, most_uses, num_slots):
+@pytest.mark.parametrize("num_slots", [5, 16, 40])
+def test_what_is_simulated_is_the_disk_tier(tmp_path, num_slots):
     (tmp_path / "table").write_bytes(torch.randn(100, 4).numpy().tobytes())
-    room, shape = num_slots * (16 + SLOT_BYTES), (100, 4)
-    table = DiskTable(
-        tmp_path / "table", 0, shape, torch.float32, room, most_uses=most_uses, threads=1
-    )
-    cache, misses = Clock(num_slots, most_uses), 0
+    room, shape = bytes_of_cache(num_slots, 16, 100), (100, 4)
+    table = DiskTable(tmp_path / "table", 0, shape, torch.float32, room, threads=1)
+    cache, misses = POLICIES["least of 16"](num_slots), 0
     for row in np.random.default_rng(0).geometric(0.03, 3000) % 100:
         table.start(torch.tensor([[[int(row)]]]), torch.ones(1, 1, 1)).finish()
         misses += not cache.use(int(row))

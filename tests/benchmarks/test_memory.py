@@ -66,11 +66,10 @@ def test_a_replayed_table_reads_what_the_access_says():
     access = RecordedAccess(trace(), 1024)
     replay = Replay((2, 5), access, recall=0.5, candidates=1.5)
     replayed = ReplayedTable(table, replay)
-    replay.batch = 2
     replay.begin(7)
     asked, weights = torch.zeros(2, 4, 32, dtype=torch.int64), torch.rand(2, 4, 32)
     for position in range(7, 10):
-        replay.prepare()
+        replay.prepare(range(2))
         for memory, layer in enumerate((2, 5)):
             rows = torch.stack([access.rows(one, position, memory) for one in (0, 1)])
             replayed.hint(asked, layer)
@@ -81,6 +80,28 @@ def test_a_replayed_table_reads_what_the_access_says():
             assert 0.4 < torch.isin(rows, hinted).float().mean() < 0.8
             found = replayed.start(asked, weights, layer).finish()
             torch.testing.assert_close(found, table.start(rows, weights).finish())
+
+
+def test_a_prompt_is_replayed_token_by_token_in_whatever_parts():
+    table = DeviceTable(torch.randn(1024, 4))
+    access = RecordedAccess(trace(), 1024)
+    replay = Replay((2, 5), access, recall=0.0, candidates=1.0)
+    replayed = ReplayedTable(table, replay)
+    replay.begin(3)
+    replay.prepare([1], 6)
+    weights = torch.rand(6, 4, 32)
+    places = [(part, memory) for part in (slice(0, 2), slice(2, 6)) for memory in (0, 1)]
+    for part, memory in places:
+        rows = torch.stack([access.rows(1, 3 + i, memory) for i in range(part.start, part.stop)])
+        found = replayed.start(torch.zeros_like(rows), weights[part], (2, 5)[memory]).finish()
+        torch.testing.assert_close(found, table.start(rows, weights[part]).finish())
+    # what is not prepared reads a token's rows for all
+    rows = access.rows(0, 9, 1).expand(3, 4, 32)
+    found = replayed.start(torch.zeros(3, 4, 32, dtype=torch.int64), weights[:3], 5).finish()
+    torch.testing.assert_close(found, table.start(rows.contiguous(), weights[:3]).finish())
+    replay.prepare([1], 2)
+    with pytest.raises(ValueError, match="3 tokens, of which 2 are prepared"):
+        replayed.start(torch.zeros(3, 4, 32, dtype=torch.int64), weights[:3], 5)
 
 
 def test_a_fetcher_that_cannot_raise_keeps_what_went_wrong():
@@ -107,6 +128,7 @@ def test_what_cannot_be_swept_is_refused():
         ("rows", (2**13,)),
         ("rows", (3000,)),
         ("batches", (0,)),
+        ("prompt_lens", (0,)),
         ("cache_share", 0.0),
         ("recall", 1.5),
         ("lookahead", -1),
@@ -143,13 +165,14 @@ def test_the_sweep_is_measured_kept_and_drawn(tmp_path, capsys):
     arguments = [
         *("bench", "memory", "--model", str(source), "--out", str(out), "--json", str(file)),
         *("--rows", "1024", "4096", "--tiers", "device", "disk", "mmap", "--batches", "1", "2"),
+        *("--prompt-lens", "70"),
         *("--skews", "recorded", "zipf", "--row-dtypes", "bfloat16", "int8"),
         *("--lookahead", "1", "--cache-share", "0.5", "--output-len", "2"),
         *("--trace", str(tmp_path / "trace.npz"), "--rounds"),
     ]
     assert main([*arguments, "1"]) == 0
     results = json.loads(file.read_text())
-    assert len(results) == 2 * 2 * 2 * 3 * 2
+    assert len(results) == 2 * 2 * 3 * 3 * 2
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(results)
     for result in results:
         is_disk = result["tier"] == "disk"
@@ -158,7 +181,8 @@ def test_the_sweep_is_measured_kept_and_drawn(tmp_path, capsys):
         assert (result["cache_bytes"] > 0) == is_disk
         for name in ("stall_s", "reads_per_token", "limit_reads_per_s"):
             assert (result[name] is not None) == is_disk
-        assert (result["lookahead"] > 0) == is_disk
+        assert (result["lookahead"] > 0) == (is_disk and not result["prompt_len"])
+        assert (result["batch"], result["prompt_len"]) in ((1, 0), (2, 0), (1, 70))
         assert result["page_cache"] == {"device": "unused", "disk": "excluded"}.get(
             result["tier"], "dropped"
         )
@@ -175,5 +199,7 @@ def test_the_sweep_is_measured_kept_and_drawn(tmp_path, capsys):
     again = (out / "rounds.jsonl").read_text()
     assert main([*arguments, "1"]) == 0
     assert (out / "rounds.jsonl").read_text() == again
+    assert main([*arguments, "1", "--prompt-lens", "512"]) == 2
+    assert "prompt_lens: 512 and a token exceed 512" in capsys.readouterr().err
     assert main([*arguments, "1", "--output-len", "3"]) == 2
     assert "has rounds of another output_len: 2" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
 from memory_ops.native import disk_rows
 from memory_ops.native.disk_rows import ReadFault
-from memory_ops.tables.disk import SLOT_BYTES, DiskTable
+from memory_ops.tables.disk import DiskTable, bytes_of_cache
 from memory_ops.tables.table_statistics import TableStatistics
 from server.cli import main
 from tests.models import (
@@ -27,7 +27,11 @@ from weights.errors import CheckpointError
 
 pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
 PROMPTS = [[(7 * i + j) % 250 for j in range(1 + i % 9)] for i in range(12)]
-ROW = 32 * 4 + SLOT_BYTES
+
+
+def room_for(rows):
+    """Memory for so many rows of one of the models' tables."""
+    return bytes_of_cache(rows, 32 * 4, 64)
 
 
 def tokens_of(model):
@@ -48,7 +52,7 @@ def test_tokens_are_those_of_tables_in_memory(tmp_path, kinds, share_values, row
     model = random_model(tiny_config(**changes))
     folder = save_model(model, tmp_path / "model")
     tables = len(model.config.table_names)
-    loaded, _ = load_model(folder, table_cache=rows * ROW * tables)
+    loaded, _ = load_model(folder, table_cache=room_for(rows) * tables)
     loaded.pack()
     expected = {str(i): plain_greedy(model, prompt, 8) for i, prompt in enumerate(PROMPTS)}
     assert tokens_of(loaded) == expected
@@ -74,9 +78,9 @@ def test_a_failing_read_ends_its_requests_and_no_others(tmp_path):
     model = random_model(tiny_config(**changes))
     save_model(model, tmp_path / "model")
     (file,) = (tmp_path / "model").glob("table-*")
-    loaded, _ = load_model(tmp_path / "model", table_cache=64 * ROW)
+    loaded, _ = load_model(tmp_path / "model", table_cache=room_for(64))
     fault = ReadFault(60, -errno.EIO)
-    broken = DiskTable(file, 4096, (64, 32), torch.float32, 6 * ROW, fault=fault)
+    broken = DiskTable(file, 4096, (64, 32), torch.float32, room_for(6), fault=fault)
     loaded.attach_tables({"memory.table": broken})
     config = EngineConfig(max_num_seqs=2, block_size=4, kv_cache_gib=0.001, max_model_len=64)
     engine = Engine(loaded, config)
@@ -105,8 +109,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
     changes = feed_forward_changes("memory_plus", "dense")
     folder = save_model(random_model(tiny_config(**changes)), tmp_path / "model")
     with pytest.raises(ConfigError, match=r"table_cache: has room for 5 rows .* reads 6"):
-        load_model(folder, table_cache=5 * ROW)
-    with pytest.raises(ConfigError, match="table_cache: 100 bytes are less than the 168"):
+        load_model(folder, table_cache=room_for(5))
+    with pytest.raises(ConfigError, match="table_cache: 100 bytes are less than 232, for one row"):
         load_model(folder, table_cache=100)
     (file,) = folder.glob("table-*")
     file.write_bytes(file.read_bytes()[:-4])
@@ -116,7 +120,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
 
 def test_the_command_serves_a_table_from_disk(capsys):
     said = []
-    on_disk = ["--table-tier", "disk", "--table-cache", "64KiB"]
+    on_disk = ["--table-tier", "disk", "--table-cache", "128KiB"]
     for options in ([], on_disk, [*on_disk, "--table-lookahead", "2"]):
         arguments = ["--max-tokens", "24", "--temperature", "0"]
         assert main(["generate", "memory (noun):", *options, *arguments]) == 0

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from benchmarks.access_trace import AccessTrace
 from benchmarks.memory.eviction import (
     BOUNDS,
-    POLICIES,
     Reads,
     compare,
     interleaved,
     policy_hits,
 )
+from benchmarks.memory.eviction_policies import POLICIES
 from engine.config import ConfigError
 from memory_ops.native import disk_rows
 from memory_ops.tables.disk import DiskTable, bytes_of_cache

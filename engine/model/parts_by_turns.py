@@ -16,7 +16,7 @@ from memory_ops.tables.value_table import FetchedTable
 
 # parts from so many tokens on, as measured: smaller ones lose more to reading the weights once
 # each than they gain
-_NUM_PARTS = ((256, 4), (64, 2))
+_NUM_PARTS = ((256, 4), (32, 2))
 
 
 @dataclass

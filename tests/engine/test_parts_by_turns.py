@@ -141,10 +141,10 @@ def test_while_one_part_is_fetched_another_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "slots", "turns"),
     [
-        (63, NUM_ROWS, 0),
-        (64, NUM_ROWS, 2),
-        (64, 64 * TOKEN_ROWS, 2),
-        (64, 64 * TOKEN_ROWS - 1, 0),
+        (31, NUM_ROWS, 0),
+        (32, NUM_ROWS, 2),
+        (32, 32 * TOKEN_ROWS, 2),
+        (32, 32 * TOKEN_ROWS - 1, 0),
         (255, NUM_ROWS, 2),
         (256, NUM_ROWS, 4),
         (256, NUM_ROWS - 1, 0),

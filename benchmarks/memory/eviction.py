@@ -141,7 +141,7 @@ def compare(trace: AccessTrace, cache_shares: Sequence[float], sequences: int) -
         for share, num_slots in sizes.items():
             hits = {}
             for name, make in POLICIES.items():
-                hits[name] = policy_hits(reads, make(num_slots))
+                hits[name] = policy_hits(reads, make(num_slots, reads.num_rows))
                 bar.update()
             for name, bound in BOUNDS.items():
                 hits[name] = bound(reads, num_slots)

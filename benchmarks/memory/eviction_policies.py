@@ -7,7 +7,7 @@ from typing import Protocol
 # of the hand, after which a row goes however often it was used
 _PATIENT_STEPS = 4096
 # as in row_slots.h
-_LOOKED_AT, _AGING_ROUNDS, _MOST_USES = 16, 4, 255
+_LOOKED_AT, _AGING_ROUNDS, _MOST_USES, _ROWS_A_WORD = 16, 4, 255, 8
 
 
 class Cache(Protocol):
@@ -21,14 +21,15 @@ class Cache(Protocol):
 class LeastUsedOfSome:
     """Of some rows the one of fewest uses is given up: what the disk tier does, see row_slots.h."""
 
-    def __init__(self, num_slots: int) -> None:
-        self._num_slots, self._hand, self._num_taken = num_slots, 0, 0
+    def __init__(self, num_slots: int, num_rows: int) -> None:
+        self._num_slots, self._num_words = num_slots, -(-num_rows // _ROWS_A_WORD)
+        self._hand = self._aged = self._due = 0
         self._slots: dict[int, int] = {}
         self._rows: list[int] = []
-        self._uses: dict[int, int] = {}
+        self._uses = [0] * (self._num_words * _ROWS_A_WORD)
 
     def use(self, row: int) -> bool:
-        self._uses[row] = min(self._uses.get(row, 0) + 1, _MOST_USES)
+        self._uses[row] = min(self._uses[row] + 1, _MOST_USES)
         if row in self._slots:
             return True
         if len(self._rows) < self._num_slots:
@@ -37,15 +38,21 @@ class LeastUsedOfSome:
         else:
             seen = min(_LOOKED_AT, self._num_slots)
             some = [(self._hand + i) % self._num_slots for i in range(seen)]
-            slot = min(some, key=lambda slot: self._uses.get(self._rows[slot], 0))
+            slot = min(some, key=lambda slot: self._uses[self._rows[slot]])
             self._hand = (self._hand + seen) % self._num_slots
             del self._slots[self._rows[slot]]
             self._rows[slot], self._slots[row] = row, slot
-        self._num_taken += 1
-        if self._num_taken >= _AGING_ROUNDS * self._num_slots:
-            self._num_taken = 0
-            self._uses = {row: uses // 2 for row, uses in self._uses.items() if uses > 1}
+        self._age()
         return False
+
+    def _age(self) -> None:
+        self._due += self._num_words
+        while self._due >= _AGING_ROUNDS * self._num_slots:
+            self._due -= _AGING_ROUNDS * self._num_slots
+            first = self._aged * _ROWS_A_WORD
+            for row in range(first, first + _ROWS_A_WORD):
+                self._uses[row] //= 2
+            self._aged = (self._aged + 1) % self._num_words
 
 
 class Clock:
@@ -128,13 +135,14 @@ class LeastFrequentlyUsed:
         self._rows.remove(row)
 
 
-POLICIES: Mapping[str, Callable[[int], Cache]] = {
-    "fifo": lambda num_slots: Clock(num_slots, 0),
-    "lru": LeastRecentlyUsed,
-    "clock": lambda num_slots: Clock(num_slots, 1),
-    "clock-2": lambda num_slots: Clock(num_slots, 2),
-    "clock-3": lambda num_slots: Clock(num_slots, 3),
-    "clock-7": lambda num_slots: Clock(num_slots, 7),
-    "lfu": LeastFrequentlyUsed,
-    "least of 16": LeastUsedOfSome,
+# by their names: caches of so many slots, for a table of so many rows
+POLICIES: Mapping[str, Callable[[int, int], Cache]] = {
+    "fifo": lambda num_slots, num_rows: Clock(num_slots, 0),
+    "lru": lambda num_slots, num_rows: LeastRecentlyUsed(num_slots),
+    "clock": lambda num_slots, num_rows: Clock(num_slots, 1),
+    "clock-2": lambda num_slots, num_rows: Clock(num_slots, 2),
+    "clock-3": lambda num_slots, num_rows: Clock(num_slots, 3),
+    "clock-7": lambda num_slots, num_rows: Clock(num_slots, 7),
+    "lfu": lambda num_slots, num_rows: LeastFrequentlyUsed(num_slots),
+    f"least of {_LOOKED_AT}": LeastUsedOfSome,
 }

@@ -89,7 +89,7 @@ class Reader:
 
 
 def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
-    """An engine for a point's table and tier; its batch and skew may change.
+    """An engine for a point's table, tier and lookahead; its work and skew may change.
 
     Raises:
         CheckpointError: the model cannot be read.

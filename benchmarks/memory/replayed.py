@@ -65,7 +65,7 @@ class Replay:
             self._coming[layer] = torch.stack(parts)
             if self._recall and num_tokens == 1:  # those of a prompt are not guessed
                 guesses = [
-                    self._guess([one + len(sequences) * i for i in range(1, 9)], rows, memory)
+                    self._guess(one, len(sequences), rows, memory)
                     for one, rows in zip(sequences, parts, strict=True)
                 ]
                 self._guesses[layer] = torch.cat(guesses)
@@ -74,24 +74,28 @@ class Replay:
     def rows(self, num_tokens: int, layer: int) -> Tensor:
         """What a lookup reads, ``[T, H, K]``: that of the next tokens of the step."""
         coming_THK = self._coming.get(layer)
-        if coming_THK is None or len(coming_THK) == 0:
+        if coming_THK is None:
             rows_HK = self.access.rows(0, self._position, self.layers.index(layer))
             return rows_HK.expand(num_tokens, *rows_HK.shape).contiguous()
         if num_tokens > len(coming_THK):
             raise ValueError(
                 f"replay: {num_tokens} tokens, of which {len(coming_THK)} are prepared"
             )
-        self._coming[layer] = coming_THK[num_tokens:]
         return coming_THK[:num_tokens]
+
+    def done(self, num_tokens: int, layer: int) -> None:
+        """Note that so many tokens' rows were looked up: the next ones' come then."""
+        if layer in self._coming:
+            self._coming[layer] = self._coming[layer][num_tokens:]
 
     def guesses(self, layer: int) -> Tensor | None:
         """What was guessed of the rows of a layer's coming lookup; None while a prompt is run."""
         return self._guesses.pop(layer, None)
 
-    def _guess(self, others: Sequence[int], rows_HK: Tensor, memory: int) -> Tensor:
+    def _guess(self, sequence: int, batch: int, rows_HK: Tensor, memory: int) -> Tensor:
         """Some of the rows, and for the rest those that other sequences read there."""
         right = rows_HK[torch.rand(rows_HK.shape, generator=self._generator) < self._recall]
-        others = others[: int(self._candidates) + 1]
+        others = [sequence + batch * (1 + i) for i in range(int(self._candidates) + 1)]
         wrong = [self.access.rows(one, self._position, memory).flatten() for one in others]
         most = round(rows_HK.numel() * self._candidates)
         return torch.cat([right, *wrong])[:most]
@@ -112,7 +116,9 @@ class ReplayedTable:
         self._held: list[object] = []  # what fetchers point to
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
-        return self.table.start(self._replay.rows(len(rows_THK), layer), weights_THK, layer)
+        played_THK = self._replay.rows(len(rows_THK), layer)
+        self._replay.done(len(rows_THK), layer)
+        return self.table.start(played_THK, weights_THK, layer)
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
         return self.table.start_dots(self._replay.rows(len(rows_THK), layer), x_TV, layer)
@@ -178,6 +184,7 @@ def _calls(table: DeviceTable | DiskTable, replay: Replay, layer: int) -> tuple[
                 played = replay.rows(tokens, layer)
                 if played[0].numel() != token_rows:
                     raise ValueError(f"replay: {played[0].numel()} rows a token, not {token_rows}")
+                replay.done(tokens, layer)
                 ctypes.memmove(rows, played.data_ptr(), played.nbytes)
             if own_start is None:
                 ctypes.memmove(slots, rows, 8 * tokens * token_rows)

@@ -23,7 +23,7 @@ from engine.allocator import keep_freed_memory
 from engine.config import ConfigError
 from memory_ops.native.disk_rows import random_reads_per_s
 from memory_ops.row_formats import ROW_FORMATS, row_bytes
-from memory_ops.tables.disk import DiskTable, bytes_of_cache
+from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from weights.checkpoint import open_checkpoint
 from weights.convert import convert
 
@@ -109,7 +109,7 @@ def _points(source: Path, load: MemoryLoad) -> Iterator[Point]:
     works = [(batch, 0) for batch in load.batches] + [(1, length) for length in load.prompt_lens]
     for dtype, rows, tier in product(load.row_dtypes, load.rows, load.tiers):
         size = row_bytes(dtype, width) if dtype in ROW_FORMATS else 2 * width
-        cache = bytes_of_cache(round(rows * load.cache_share), size, rows)
+        cache = row_cache_bytes(round(rows * load.cache_share), size, rows)
         is_disk = tier == "disk"
         for (batch, prompt_len), skew in product(works, load.skews):
             early = load.lookahead if is_disk and not prompt_len else 0
@@ -141,7 +141,7 @@ def _run(
     rounds: Rounds,
 ) -> None:
     folders: dict[Point, Path] = {}
-    readers: dict[tuple[int, str, str], Reader] = {}
+    readers: dict[tuple[int, str, str, int], Reader] = {}
     with tqdm(total=len(points) * load.rounds, unit="round", disable=None) as bar:
         bar.update(sum(rounds.number(point) for point in points))
         for point in points:
@@ -150,7 +150,7 @@ def _run(
         for number in range(load.rounds):
             for point in points:
                 if rounds.number(point) <= number:
-                    key = (point.rows, point.dtype, point.tier)
+                    key = (point.rows, point.dtype, point.tier, point.lookahead)
                     if point.is_cold and key in readers:
                         readers.pop(key).close()
                         gc.collect()

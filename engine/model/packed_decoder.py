@@ -36,7 +36,7 @@ class PackedDecoder:
         self._apart = [own.gate_up is None and own.memory is None for own in products]
         self._layers = PackedLayers(products, num_heads)
         self._runs = self._joined([own.num_bytes for own in products])
-        self._by_turns = PartsByTurns(self._decoders, products, num_heads, native)
+        self._by_turns = PartsByTurns(self._decoders, products, num_heads, native, lookahead)
 
     def run(
         self,
@@ -49,8 +49,9 @@ class PackedDecoder:
     ) -> Tensor:
         """Return what the last layer leaves; the arguments are those of ``Transformer.forward``."""
         assert layout.paged is not None
-        if trace is None and self._by_turns.num_parts(residual_TD.shape[0]) > 1:
-            return self._by_turns.run(residual_TD, layout, angles, kv_blocks, on_layers)
+        num_parts = 1 if trace is not None else self._by_turns.num_parts(residual_TD.shape[0])
+        if num_parts > 1:
+            return self._by_turns.run(residual_TD, layout, angles, kv_blocks, on_layers, num_parts)
         runs = self._runs
         if residual_TD.shape[0] > _FEW_TOKENS:
             runs = [range(i, i + 1) for i in range(len(self._decoders))]

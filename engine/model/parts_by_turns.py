@@ -8,15 +8,20 @@ import torch
 from torch import Tensor
 
 from engine.model.layers import DecoderLayer
+from engine.model.lookahead import Lookahead
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_layers import LayerProducts, PackedLayers
 from memory_ops.checks import table_shape
+from memory_ops.tables.table_statistics import TableStatistics
 from memory_ops.tables.value_table import FetchedTable
 
-# parts from so many tokens on, as measured: smaller ones lose more to reading the weights once
-# each than they gain
+# parts from so many tokens on; smaller ones lose more to reading the weights once each than they
+# gain. With 3 memories, 128 rows each, a quarter of them fetched, a disk of 100,000 reads a second:
+# 16 tokens take 43 ms by turns, 34 otherwise; 32 take 63 (67), 64 take 96 (113), 512 take 570 (755)
 _NUM_PARTS = ((256, 4), (32, 2))
+# of the rows asked for; fewer are fetched sooner than weights are read once more
+_LEAST_FETCHED = 0.1
 
 
 @dataclass
@@ -43,13 +48,17 @@ class PartsByTurns:
         products: Sequence[LayerProducts],
         num_heads: int,
         native: NativeOps,
+        lookahead: Lookahead | None = None,
     ) -> None:
         """Take the layers of a decoder, which are packed, in order."""
-        self._native, self._decoders = native, decoders
+        self._native, self._decoders, self._lookahead = native, decoders, lookahead
         self._layers = PackedLayers([own._replace(memory=None) for own in products], num_heads)
         memories = [layer.memory for layer in decoders if layer.memory is not None]
         tables = [table for memory in memories for table in memory.tables]
+        # what stands before another table may fetch nothing, though it looks as if it did
         fetched = [one for one in tables if isinstance(one, FetchedTable) and one.tier != "device"]
+        self._tables = {id(table): table for table in tables}.values()
+        self._counted, self._fetched_share = TableStatistics(), 1.0
         self._token_rows = max((one.num_heads * one.top_k for one in memories), default=0)
         self._num_rows = max((table.num_rows for table in tables), default=0)
         # for rows of any table; 0 where there is nothing, or not all, to be fetched
@@ -58,11 +67,24 @@ class PartsByTurns:
             self._room = min(table_shape(table.slots)[0] for table in fetched)
 
     def num_parts(self, num_tokens: int) -> int:
-        """How many parts a step is run in; 1 where turns would gain nothing."""
-        # were there no room for all, one part could wait for another that waits for its turn
+        """How many parts the coming step should be run in; 1 where turns would gain nothing."""
+        # were there no room for all, a part could find none while those before it wait for turns
         if not 0 < min(num_tokens * self._token_rows, self._num_rows) <= self._room:
             return 1
-        return next((parts for least, parts in _NUM_PARTS if num_tokens >= least), 1)
+        num_parts = next((parts for least, parts in _NUM_PARTS if num_tokens >= least), 1)
+        if num_parts > 1 and self._update_fetched_share() < _LEAST_FETCHED:
+            return 1
+        return num_parts
+
+    def _update_fetched_share(self) -> float:
+        """The share of the rows asked for that had to be fetched, of those since the last time."""
+        counts = [one for table in self._tables for one in table.statistics().values()]
+        now, before = TableStatistics.sum(counts), self._counted
+        if now.requested_rows > before.requested_rows:
+            requested = now.requested_rows - before.requested_rows
+            self._fetched_share = (now.misses - before.misses) / requested
+            self._counted = now
+        return self._fetched_share
 
     def run(
         self,
@@ -71,10 +93,10 @@ class PartsByTurns:
         angles: tuple[Tensor, Tensor],
         kv_blocks: Tensor,
         on_layers: Callable[[], None],
+        num_parts: int,
     ) -> Tensor:
-        """Return what the last layer leaves; the arguments are those of ``Transformer.forward``."""
+        """Return what the last layer leaves; other arguments are ``Transformer.forward``'s."""
         num_tokens = residual_TD.shape[0]
-        num_parts = self.num_parts(num_tokens)
         edges = [num_tokens * i // num_parts for i in range(num_parts + 1)]
         cosines, sines = angles
         parts = [
@@ -99,6 +121,8 @@ class PartsByTurns:
         for index, layer in enumerate(self._decoders):
             run = range(index, index + 1)
             residual_TD = part.residual_TD
+            if self._lookahead is not None:
+                self._lookahead.before(index, residual_TD)
             self._native.decoder_layers(
                 self._layers, run, residual_TD, part.angles, part.layout, paged, kv_blocks
             )

@@ -26,6 +26,7 @@ struct DiskCounts {
 
 constexpr int64_t PATIENCE_NS = std::chrono::nanoseconds(PATIENCE).count();
 
+// One thread calls it; another may take in what was read, see RowReads.
 class DiskRows final : RowReadsOwner {
  public:
   DiskRows(RowFile from, uint8_t* memory, int64_t num_slots, unsigned depth,
@@ -48,6 +49,7 @@ class DiskRows final : RowReadsOwner {
                 int64_t* slots) {
     RowReads::Lock lock = reads_.lock();
     count_for(layer);
+    reads_.collect();
     for (int64_t i = 0; i < tokens * token_rows; i++)
       if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows) return -1 - i;
     if (is_new) {
@@ -71,18 +73,21 @@ class DiskRows final : RowReadsOwner {
   }
 
   // Waits until all these slots have their rows: ALL_THERE, or the index of one that could not be
-  // read, and its errno (0: the file ends before it); or STILL_READING, to be called again.
+  // read, and its errno (0: the file ends before it); or STILL_READING, to be called again, as long
+  // as reads end.
   int64_t finish(const int64_t* slots, int64_t count, int64_t layer, int* error) {
     RowReads::Lock lock = reads_.lock();
     count_for(layer);
     reads_.collect();
-    const int64_t patient_until = now_ns() + PATIENCE_NS;
+    const int64_t patient_until = now_ns() + PATIENCE_NS, before = reads_.num_ended();
     for (int64_t i = 0; i < count; i++) {
       const uint8_t& state = states_[slots[i]];
-      while (state == WANTED && wait(lock))
-        if (state == WANTED && now_ns() > patient_until) return STILL_READING;
+      while (state == WANTED && wait(lock)) {
+        const bool gets_on = reads_.num_ended() > before;
+        if (state == WANTED && gets_on && now_ns() > patient_until) return STILL_READING;
+      }
       if (state == READY || state == PREFETCHED) continue;
-      *error = state == FAILED ? errors_[slots[i]] : reads_.broken();
+      *error = state == FAILED ? errors_[slots[i]] : reads_.error();
       return i;
     }
     return ALL_THERE;
@@ -94,7 +99,7 @@ class DiskRows final : RowReadsOwner {
   }
 
   // Begins to read rows that may be wanted soon, as far as that goes without waiting, in place of
-  // rows that are used no more often, and with some reads left for rows that are wanted.
+  // rows that were used once or no more often, and with some reads left for rows that are wanted.
   void hint(const int64_t* rows, int64_t count, int64_t layer) {
     RowReads::Lock lock = reads_.lock();
     count_for(layer);
@@ -102,7 +107,7 @@ class DiskRows final : RowReadsOwner {
     for (int64_t i = 0; i < count && reads_.has_room(); i++) {
       if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows || slots_.find(rows[i]) != NO_SLOT) continue;
       const int32_t slot = slots_.take_for_guess(rows[i]);
-      if (slot == NO_SLOT) break;
+      if (slot == NO_SLOT) continue;
       states_[slot] = HINTED;
       stamps_[slot] = 0;  // it is another row's
       num_unclaimed_++;
@@ -174,7 +179,7 @@ class DiskRows final : RowReadsOwner {
     return slot;
   }
 
-  // Pins a slot for a lookup, and unpins it. A slot that is read has a pin more, until its read ends.
+  // Pins a slot for a lookup, and unpins it. One that is read has a pin more, until its read ends.
   void claim(int32_t slot) {
     num_unclaimed_ -= is_unclaimed(slot);
     slots_.pin(slot);

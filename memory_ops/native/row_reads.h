@@ -3,6 +3,12 @@
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #include "row_file.h"
 
@@ -10,7 +16,7 @@ namespace memplus {
 
 constexpr int MOST_TRIES = 3;  // of a read that ends too early
 constexpr int PUSHED_TOGETHER = 16;  // the disk begins while the next rows are looked for
-constexpr auto PATIENCE = std::chrono::milliseconds(500);  // after which who waits looks up
+constexpr auto PATIENCE = std::chrono::milliseconds(500);  // of who waits, until it says so
 
 struct RowRead {
   int64_t row;
@@ -29,8 +35,8 @@ class RowReadsOwner {
   ~RowReadsOwner() = default;
 };
 
-// All but `lock` is called with the lock. Whoever has added reads may go away and compute: where
-// many wait for a buffer, a thread of its own begins them as others end.
+// One thread calls it, all but `lock` with the lock. It may add reads, go away and compute: where
+// many wait for a buffer, a thread of their own begins them as others end.
 class RowReads {
  public:
   using Lock = std::unique_lock<std::mutex>;
@@ -71,17 +77,19 @@ class RowReads {
   // Whether a few more find buffers, and leave some to others.
   bool has_room() const { return free_.size() > under_way_.size() / 4; }
   // The errno after which nothing is read any more.
-  int broken() const { return broken_; }
+  int error() const { return broken_; }
+  // Of all reads so far.
+  int64_t num_ended() const { return num_ended_; }
 
   void add(const RowRead& read) {
     waiting_.push_back(read);
     if (!is_feeding_) push_waiting();
   }
-  // Begins what was added.
+  // Begins what was added. A few that wait for a buffer are left to whoever waits for them.
   void begin() {
     if (is_feeding_) return;
     submit();
-    if (waiting_.size() >= under_way_.size()) feed();
+    if (waiting_.size() > under_way_.size() / 4) feed();
   }
   // Tells the owner of all reads that have ended.
   void collect() {
@@ -89,7 +97,8 @@ class RowReads {
     take_in();
     if (pushed_) submit();
   }
-  // Waits until some have ended, at most for PATIENCE. False once the kernel takes nothing more.
+  // Waits until some have ended; with others under way in a thread of their own, at most for
+  // PATIENCE. False once the kernel takes nothing more.
   bool wait(Lock& lock) {
     if (is_feeding_) {
       is_awaited_ = true;
@@ -144,6 +153,7 @@ class RowReads {
       const uint8_t* const bytes = buffers_ + buffer * buffer_bytes_ + before;
       owner_.read_ended(own, is_whole ? bytes : nullptr, std::max(-done.result, 0));
       free_.push_back(buffer);
+      num_ended_++;
     }
     push_waiting();
   }
@@ -163,11 +173,12 @@ class RowReads {
     for (;;) {
       added_.wait(own, [this] { return is_feeding_ || is_ending_; });
       if (is_ending_) return;
+      const unsigned together = std::min<unsigned>(PUSHED_TOGETHER, under_way_.size());
       while (!waiting_.empty() && !broken_) {
         pushed_ = 0;
         own.unlock();
-        // while some wait, all buffers are under way: so many will end
-        const int error = reads_->submit(PUSHED_TOGETHER);
+        // while some wait for a buffer, all are under way: so many will end
+        const int error = reads_->submit(together);
         own.lock();
         broken_ = error;
         take_in();
@@ -189,6 +200,7 @@ class RowReads {
   std::deque<RowRead> waiting_;     // for a buffer
   int pushed_ = 0;                  // and not handed on yet
   int broken_ = 0;
+  int64_t num_ended_ = 0;
 
   std::mutex mutex_;
   std::condition_variable added_, came_;

@@ -13,19 +13,19 @@ namespace memplus {
 constexpr int32_t NO_SLOT = -1;
 constexpr int LOOKED_AT = 16;        // rows, the least used of which makes room
 constexpr int64_t MOST_STEPS = 64;   // of the hand, once it has found one that is not pinned
-constexpr int64_t AGING_ROUNDS = 4;  // times that all slots are taken until uses count half
+constexpr int64_t AGING_ROUNDS = 4;  // times that all slots are taken until all uses count half
 
 // Rows by their ids, in slots. Uses of every row of the table are counted, also of those that are
 // not in memory. For a row that comes, a hand goes round, looks at some and gives up the one of
-// fewest uses. So rows that are used often stay, and those that were come back to stay. Now and then
-// all counts are halved: what was used long ago is forgotten.
+// fewest uses. So rows that are used often stay, and stay again when they come back. Counts are
+// halved bit by bit, a few with each row that comes: what was used long ago is forgotten.
 class RowSlots {
  public:
   RowSlots(int64_t num_slots, int64_t num_rows)
       : rows_(num_slots, -1),
         pins_(num_slots),
         num_words_((num_rows + 7) / 8),
-        // as zeros of the kernel's: what is not read takes no memory
+        // zeros of the kernel's: what is not written takes no memory
         uses_((uint64_t*)std::calloc(num_words_, 8), std::free) {
     if (!uses_) throw std::bad_alloc();
     uint64_t places = 16;
@@ -56,7 +56,7 @@ class RowSlots {
     const int32_t slot = least_used();
     if (slot == NO_SLOT) return slot;
     give(slot, row);
-    if (++num_taken_ >= AGING_ROUNDS * size()) age();
+    age();
     return slot;
   }
   // The same for a row that may not be wanted: NO_SLOT where that would push out one that was used
@@ -108,10 +108,13 @@ class RowSlots {
     }
     return best;
   }
+  // Halves the uses of a few more rows, eight at a time.
   void age() {
-    num_taken_ = 0;
-    for (int64_t word = 0; word < num_words_; word++)
-      if (uses_[word]) uses_[word] = uses_[word] >> 1 & 0x7f7f7f7f7f7f7f7f;
+    for (due_ += num_words_; due_ >= AGING_ROUNDS * size(); due_ -= AGING_ROUNDS * size()) {
+      uint64_t& eight = uses_[aged_];
+      if (eight) eight = eight >> 1 & 0x7f7f7f7f7f7f7f7f;
+      aged_ = aged_ + 1 == num_words_ ? 0 : aged_ + 1;
+    }
   }
   bool has_row(int32_t slot) const { return rows_[slot] >= 0; }
   uint8_t& uses(int64_t row) const { return ((uint8_t*)uses_.get())[row]; }
@@ -135,7 +138,7 @@ class RowSlots {
   std::vector<int32_t> pins_;
   const int64_t num_words_;
   const std::unique_ptr<uint64_t[], decltype(&std::free)> uses_;  // a byte a row of the table
-  int64_t num_taken_ = 0;  // since uses were halved
+  int64_t aged_ = 0, due_ = 0;  // the word that is halved next; halvings, times AGING_ROUNDS * size
 };
 
 }  // namespace memplus

@@ -62,7 +62,7 @@ class DiskTable:
             offset: of the first, in bytes.
             shape: R and V.
             row_format: their dtype, or that of their records.
-            cache_bytes: memory for rows, and to choose those that are kept; see ``bytes_of_cache``.
+            cache_bytes: memory for rows, and to choose those that stay: ``row_cache_bytes``.
             is_direct: read past the page cache, by O_DIRECT.
             threads: that read; 0 for io_uring, or 16 of them where the kernel has none.
             fault: a fault to be injected.
@@ -74,7 +74,7 @@ class DiskTable:
         self.num_rows, self.value_dim = shape
         self.file = file
         size = _row_size(row_format, shape[1])
-        least = bytes_of_cache(1, size, self.num_rows)
+        least = row_cache_bytes(1, size, self.num_rows)
         if cache_bytes < least:
             raise ValueError(f"table_cache: {cache_bytes} bytes are less than {least}, for one row")
         room = (cache_bytes - least) // (size + _SLOT_BYTES) + 1
@@ -89,7 +89,7 @@ class DiskTable:
             self.rows = _disk_rows(self.place, memory, threads, fault)
         except OSError as error:
             os.close(self._descriptor)
-            taken = bytes_of_cache(self.num_slots, size, self.num_rows)
+            taken = row_cache_bytes(self.num_slots, size, self.num_rows)
             raise ValueError(f"table_cache: no {taken} bytes: {error.strerror}") from None
         except TableReadError:
             os.close(self._descriptor)
@@ -162,7 +162,7 @@ class DiskTable:
         return state.st_size, state.st_mtime_ns
 
 
-def bytes_of_cache(num_slots: int, row_size: int, num_rows: int) -> int:
+def row_cache_bytes(num_slots: int, row_size: int, num_rows: int) -> int:
     """The memory that it takes to hold so many rows, and to count the uses of all of a table's."""
     return num_slots * (row_size + _SLOT_BYTES) + num_rows
 

@@ -20,7 +20,7 @@ from benchmarks.memory.eviction import (
 from benchmarks.memory.eviction_policies import POLICIES
 from engine.config import ConfigError
 from memory_ops.native import disk_rows
-from memory_ops.tables.disk import DiskTable, bytes_of_cache
+from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from server.cli import main
 
 A, B, C, D, E = range(5)
@@ -51,7 +51,7 @@ def reads_of(rows, first):
 )
 def test_who_makes_room(policy, kept):
     def is_kept(row):
-        cache = POLICIES[policy](3)
+        cache = POLICIES[policy](3, 5)
         for one in (A, B, C, A, A, B, D):
             cache.use(one)
         return cache.use(row)
@@ -66,14 +66,14 @@ def test_who_makes_room(policy, kept):
 def test_the_more_uses_count_the_longer_a_row_stays(policy, hits):
     # A is used three times more; then others pass through the second place, and A is asked for
     rows, asked = [A, A, A, A, B, C, A, D, E, A, B, C, A], (6, 9, 12)
-    cache = POLICIES[policy](2)
+    cache = POLICIES[policy](2, 5)
     found = [cache.use(row) for row in rows]
     assert sum(found[i] for i in asked) == hits
 
 
 @pytest.mark.parametrize("policy", ["lfu", "least of 16"])
 def test_uses_of_rows_that_were_given_up_are_remembered(policy):
-    cache = POLICIES[policy](2)
+    cache = POLICIES[policy](2, 5)
     for row in (A, A, B, B, C, C, C):
         cache.use(row)  # C takes the place of A, unused for longest
     cache.use(A)  # of B, which has two uses
@@ -84,9 +84,9 @@ def test_uses_of_rows_that_were_given_up_are_remembered(policy):
 @pytest.mark.parametrize("num_slots", [5, 16, 40])
 def test_what_is_simulated_is_the_disk_tier(tmp_path, num_slots):
     (tmp_path / "table").write_bytes(torch.randn(100, 4).numpy().tobytes())
-    room, shape = bytes_of_cache(num_slots, 16, 100), (100, 4)
+    room, shape = row_cache_bytes(num_slots, 16, 100), (100, 4)
     table = DiskTable(tmp_path / "table", 0, shape, torch.float32, room, threads=1)
-    cache, misses = POLICIES["least of 16"](num_slots), 0
+    cache, misses = POLICIES["least of 16"](num_slots, 100), 0
     for row in np.random.default_rng(0).geometric(0.03, 3000) % 100:
         table.start(torch.tensor([[[int(row)]]]), torch.ones(1, 1, 1)).finish()
         misses += not cache.use(int(row))
@@ -133,7 +133,7 @@ def test_no_policy_is_better_than_the_optimum(rows, num_slots):
     reads = Reads(np.array(rows), len(rows) // 2, len(rows) - len(rows) // 2, 31)
     most = BOUNDS["optimum (Belady)"](reads, num_slots)
     for make in POLICIES.values():
-        assert policy_hits(reads, make(num_slots)) <= most
+        assert policy_hits(reads, make(num_slots, 31)) <= most
 
 
 def test_a_row_counts_once_a_lookup():

@@ -96,6 +96,7 @@ def test_a_prompt_is_replayed_token_by_token_in_whatever_parts():
         found = replayed.start(torch.zeros_like(rows), weights[part], (2, 5)[memory]).finish()
         torch.testing.assert_close(found, table.start(rows, weights[part]).finish())
     # what is not prepared reads a token's rows for all
+    replay.begin(9)
     rows = access.rows(0, 9, 1).expand(3, 4, 32)
     found = replayed.start(torch.zeros(3, 4, 32, dtype=torch.int64), weights[:3], 5).finish()
     torch.testing.assert_close(found, table.start(rows.contiguous(), weights[:3]).finish())

@@ -16,7 +16,7 @@ from memory_ops.native.disk_rows import ReadFault
 from memory_ops.native.row_fetcher import FINISH, START, STILL_READING, RowFetcher
 from memory_ops.row_formats import RowRecords
 from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.disk import DiskTable, bytes_of_cache
+from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from memory_ops.tables.value_table import TableReadError
 from tests.engine.packed_forward import PackedForward, TableElsewhere, threads
 from tests.memory_ops.tables import table_of
@@ -74,7 +74,7 @@ class StoredTables:
         is_plain = isinstance(rows, torch.Tensor)
         shape = self.content(name).shape[0], rows.shape[1] if is_plain else rows.value_dim
         row_format = rows.dtype if is_plain else rows.row_format
-        room = bytes_of_cache(slots, row_bytes, shape[0])
+        room = row_cache_bytes(slots, row_bytes, shape[0])
         return made(self.files[name], OFFSET, shape, row_format, room, **options)
 
 

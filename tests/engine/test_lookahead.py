@@ -8,7 +8,7 @@ from engine.engine import Engine
 from engine.model.lookahead import Lookahead, LookaheadConfig, guessed_rows
 from engine.ops.layout import TokenLayout
 from memory_ops.native import disk_rows
-from memory_ops.tables.disk import DiskTable, bytes_of_cache
+from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from memory_ops.tables.table_statistics import TableStatistics
 from tests.models import (
     feed_forward_changes,
@@ -38,7 +38,7 @@ def on_disk(folder, rows, kinds):
             4096,
             (64, 32),
             torch.float32,
-            bytes_of_cache(rows, 32 * 4, 64),
+            row_cache_bytes(rows, 32 * 4, 64),
         )
         for i, name in enumerate(config.model.table_names)
     }

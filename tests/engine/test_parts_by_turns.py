@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch import make_batch
+from engine.model.lookahead import Lookahead, LookaheadConfig
 from engine.model.packed_decoder import PackedDecoder
 from engine.model.rotary import rope_angles
 from engine.ops.layout import PagedKv, TokenLayout
@@ -43,10 +44,12 @@ def batch_of(sequences):
 class Forward:
     """Packed layers of a model and what they leave of a batch."""
 
-    def __init__(self, model):
+    def __init__(self, model, lookahead=None):
         self.model = model
-        native = NativeOps(OPS_LIBRARY.best_build)
-        self.decoder = PackedDecoder(model.model.layers, model.config.num_heads, native)
+        native, layers = NativeOps(OPS_LIBRARY.best_build), model.model.layers
+        if lookahead is not None:
+            lookahead = Lookahead([one.memory for one in layers if one.memory], lookahead)
+        self.decoder = PackedDecoder(layers, model.config.num_heads, native, lookahead)
         self.marks = 0
 
     def mark(self):
@@ -81,18 +84,20 @@ def small_reads(*kinds, **memory):
     has_room_for_all=st.booleans(),
     num_threads=st.sampled_from([1, 2]),
     way=st.sampled_from([{}, {"threads": 2}]),
+    kind=st.sampled_from(["fp32", "bf16", "int4"]),
+    lookahead=st.sampled_from([None, LookaheadConfig(1, 2), LookaheadConfig(2, 1)]),
 )
 def test_bit_for_bit_what_rows_in_memory_give(
-    tmp_path_factory, kinds, sequences, has_room_for_all, num_threads, way
+    tmp_path_factory, kinds, sequences, has_room_for_all, num_threads, way, kind, lookahead
 ):
     model = small_reads(*kinds)
-    stored = StoredTables(model.config, "fp32", tmp_path_factory.mktemp("tables"))
+    stored = StoredTables(model.config, kind, tmp_path_factory.mktemp("tables"))
     batch, blocks = batch_of(sequences)
     kv_blocks = kv_of(model, blocks)
     slots = NUM_ROWS if has_room_for_all else len(batch.ids_T) * TOKEN_ROWS
     with threads(num_threads):
         wanted, written = Forward(stored.in_memory(model))(batch, kv_blocks)
-        turns = Forward(stored.on_disk(model, slots, DiskTable, **way))
+        turns = Forward(stored.on_disk(model, slots, DiskTable, **way), lookahead)
         for _ in range(2):  # from the file, and of what is there then
             found, own = turns(batch, kv_blocks)
             assert torch.equal(found, wanted)
@@ -160,6 +165,35 @@ def test_turns_are_taken_where_they_gain_and_all_rows_have_room(tmp_path, tokens
     assert [event[0] for event in table.events] == ["start"] * turns + ["finish"] * turns
     # without turns the native call has read them
     assert table.statistics()[1].lookups == (turns or 1)
+
+
+def test_no_turns_are_taken_once_rows_are_there(tmp_path):
+    model = small_reads("memory_plus")
+    stored = StoredTables(model.config, "fp32", tmp_path)
+    forward = Forward(stored.on_disk(model, NUM_ROWS, Told))
+    events = table_in(forward).events
+    batch, blocks = batch_of([(0, 200)])
+    kv_blocks = kv_of(model, blocks)
+    forward(batch, kv_blocks)
+    forward(batch, kv_blocks)  # the one before has fetched much
+    assert len(events) == 2 * 2 * 2
+    forward(batch, kv_blocks)
+    assert len(events) == 8
+    other, _ = batch_of([(0, 1)])
+    forward(other, kv_blocks)
+    forward(batch, kv_blocks)
+    assert len(events) == 8 and table_in(forward).statistics()[0].lookups == 4 + 3
+
+
+def test_guesses_are_made_for_every_part(tmp_path):
+    model = small_reads("dense", "memory_plus")
+    stored = StoredTables(model.config, "fp32", tmp_path)
+    forward = Forward(stored.on_disk(model, NUM_ROWS, DiskTable), LookaheadConfig(1, 2))
+    batch, blocks = batch_of([(0, 100)])
+    forward(batch, kv_of(model, blocks))
+    counted = forward.decoder._decoders[1].memory.table.statistics()[1]
+    assert 0 < counted.prefetched_used <= counted.prefetched
+    assert counted.lookups == 2
 
 
 def test_rows_in_memory_take_no_turns(tmp_path):

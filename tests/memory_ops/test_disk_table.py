@@ -14,7 +14,7 @@ from memory_ops.native.disk_rows import ReadFault
 from memory_ops.row_formats import quantize_rows
 from memory_ops.tables import disk
 from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.disk import DiskTable, bytes_of_cache
+from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from memory_ops.tables.table_statistics import TableStatistics
 from memory_ops.tables.value_table import TableReadError
 
@@ -50,7 +50,7 @@ def files(tmp_path_factory):
 def disk_table(files, row_format=torch.float32, slots=40, **options):
     file, _, size = files[row_format]
     return DiskTable(
-        file, OFFSET, (ROWS, WIDTH), row_format, bytes_of_cache(slots, size, ROWS), **options
+        file, OFFSET, (ROWS, WIDTH), row_format, row_cache_bytes(slots, size, ROWS), **options
     )
 
 
@@ -200,7 +200,7 @@ def test_another_file_of_its_name_changes_nothing(files):
     copy = path.with_name("first")
     copy.write_bytes(path.read_bytes())
     table = DiskTable(
-        copy, OFFSET, (ROWS, WIDTH), torch.float32, bytes_of_cache(6, WIDTH * 4, ROWS)
+        copy, OFFSET, (ROWS, WIDTH), torch.float32, row_cache_bytes(6, WIDTH * 4, ROWS)
     )
     path.with_name("second").write_bytes(b"")
     os.replace(path.with_name("second"), copy)
@@ -215,7 +215,7 @@ def test_what_cannot_be_is_refused_at_once(files, tmp_path):
         DiskTable(tmp_path / "none", 0, (1, 1), torch.float32, 100)
     with pytest.raises(TableReadError, match="ends before the last row"):
         DiskTable(file, OFFSET, (ROWS + 1, WIDTH), torch.float32, 10_000)
-    least = bytes_of_cache(1, size, ROWS)
+    least = row_cache_bytes(1, size, ROWS)
     with pytest.raises(ValueError, match=f"table_cache: {least - 1} bytes are less than {least}"):
         DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, least - 1)
     table = disk_table(files)
@@ -284,7 +284,7 @@ def test_where_the_kernel_has_no_ring_threads_read(files, monkeypatch):
 def test_more_rows_than_reads_under_way_are_all_read(tmp_path, way):
     values, order = torch.randn(3000, WIDTH), torch.randperm(3000)
     (tmp_path / "table").write_bytes(values.numpy().tobytes())
-    room = bytes_of_cache(2500, WIDTH * 4, 3000)
+    room = row_cache_bytes(2500, WIDTH * 4, 3000)
     table = DiskTable(tmp_path / "table", 0, (3000, WIDTH), torch.float32, room, **way)
     parts = []
     table.watch(lambda: parts.append(table.statistics()[7].misses))
@@ -299,7 +299,7 @@ def test_more_rows_than_reads_under_way_are_all_read(tmp_path, way):
 def test_reads_go_on_while_who_asked_is_away(tmp_path, way):
     values, size = torch.randn(4000, WIDTH), WIDTH * 4
     (tmp_path / "table").write_bytes(values.numpy().tobytes())
-    room = bytes_of_cache(4000, size, 4000)
+    room = row_cache_bytes(4000, size, 4000)
     table = DiskTable(tmp_path / "table", 0, (4000, WIDTH), torch.float32, room, **way)
     rows = torch.randperm(4000).view(40, 10, 10)
     first = table.start(rows[:20], torch.ones(20, 10, 10))
@@ -316,7 +316,7 @@ def test_reads_go_on_while_who_asked_is_away(tmp_path, way):
 def test_a_table_may_be_given_up_amid_many_reads(tmp_path, way):
     values = torch.randn(4000, WIDTH)
     (tmp_path / "table").write_bytes(values.numpy().tobytes())
-    room = bytes_of_cache(4000, WIDTH * 4, 4000)
+    room = row_cache_bytes(4000, WIDTH * 4, 4000)
     for _ in range(5):
         table = DiskTable(tmp_path / "table", 0, (4000, WIDTH), torch.float32, room, **way)
         lookup = table.start(torch.randperm(4000).view(40, 10, 10), torch.ones(40, 10, 10))
@@ -377,11 +377,29 @@ def test_hints_take_no_room_from_rows_that_are_used(files):
     assert (before.prefetched, after.misses - before.misses) == (0, 0)
 
 
+def test_a_guess_that_finds_no_room_keeps_no_other_out(files):
+    table = disk_table(files, slots=20)
+
+    def read(rows, times):
+        for _ in range(times):
+            table.start(rows.view(1, 4, 5), torch.ones(1, 4, 5)).finish()
+
+    often, seldom, hot = torch.arange(20), torch.arange(20, 40), torch.arange(40, 60)
+    read(hot, 40)
+    read(often, 8)
+    table.hint(torch.cat([seldom, hot]))
+    # what was never used pushes out none that was used often; what was used more often does
+    assert table.statistics()[0].prefetched == 20
+    before = table.statistics()[0].misses
+    read(hot, 1)
+    assert table.statistics()[0].misses == before
+
+
 def test_rows_that_are_used_again_and_again_make_room_in_the_end(tmp_path):
     values = torch.randn(6000, 2)
     (tmp_path / "table").write_bytes(values.numpy().tobytes())
     table = DiskTable(
-        tmp_path / "table", 0, (6000, 2), torch.float32, bytes_of_cache(5000, 8, 6000)
+        tmp_path / "table", 0, (6000, 2), torch.float32, row_cache_bytes(5000, 8, 6000)
     )
     hot = torch.arange(5000).view(50, 10, 10)
     for _ in range(4):

@@ -9,7 +9,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
 from memory_ops.native import disk_rows
 from memory_ops.native.disk_rows import ReadFault
-from memory_ops.tables.disk import DiskTable, bytes_of_cache
+from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from memory_ops.tables.table_statistics import TableStatistics
 from server.cli import main
 from tests.models import (
@@ -31,7 +31,7 @@ PROMPTS = [[(7 * i + j) % 250 for j in range(1 + i % 9)] for i in range(12)]
 
 def room_for(rows):
     """Memory for so many rows of one of the models' tables."""
-    return bytes_of_cache(rows, 32 * 4, 64)
+    return row_cache_bytes(rows, 32 * 4, 64)
 
 
 def tokens_of(model):

@@ -7,7 +7,7 @@ from typing import Protocol
 # of the hand, after which a row goes however often it was used
 _PATIENT_STEPS = 4096
 # as in row_slots.h
-_LOOKED_AT, _AGING_ROUNDS, _MOST_USES, _ROWS_A_WORD = 16, 4, 255, 8
+_LOOKED_AT, _AGING_ROUNDS, _MOST_USES, _ROWS_A_WORD = 16, 8, 255, 8
 
 
 class Cache(Protocol):

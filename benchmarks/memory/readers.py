@@ -45,10 +45,12 @@ class Reader:
         """
         replay, before = self.replay, list[TableStatistics]()
         replay.access = access
+        replay.begin(number * (load.output_len + _STEPS_BEFORE))
         disk = self.table.table if isinstance(self.table.table, DiskTable) else None
+        if point.prompt_len and not point.is_cold:
+            self.rounds.prefill(point.prompt_len)  # room that is made at first use
         if disk is not None and not point.is_cold:
             self.table.warm_up(disk.num_slots)
-        replay.begin(number * (load.output_len + _STEPS_BEFORE))
 
         def next_step() -> None:
             replay.prepare(range(point.batch))

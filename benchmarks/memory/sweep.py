@@ -151,7 +151,8 @@ def _run(
             for point in points:
                 if rounds.number(point) <= number:
                     key = (point.rows, point.dtype, point.tier, point.lookahead)
-                    if point.is_cold and key in readers:
+                    # what a disk tier keeps follows from all that it has read, in other rounds too
+                    if (point.is_cold or point.tier == "disk") and key in readers:
                         readers.pop(key).close()
                         gc.collect()
                     if key not in readers:

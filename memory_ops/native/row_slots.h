@@ -13,7 +13,7 @@ namespace memplus {
 constexpr int32_t NO_SLOT = -1;
 constexpr int LOOKED_AT = 16;        // rows, the least used of which makes room
 constexpr int64_t MOST_STEPS = 64;   // of the hand, once it has found one that is not pinned
-constexpr int64_t AGING_ROUNDS = 4;  // times that all slots are taken until all uses count half
+constexpr int64_t AGING_ROUNDS = 8;  // times that all slots are taken until all uses count half
 
 // Rows by their ids, in slots. Uses of every row of the table are counted, also of those that are
 // not in memory. For a row that comes, a hand goes round, looks at some and gives up the one of

@@ -45,12 +45,14 @@ class Reader:
         """
         replay, before = self.replay, list[TableStatistics]()
         replay.access = access
-        replay.begin(number * (load.output_len + _STEPS_BEFORE))
         disk = self.table.table if isinstance(self.table.table, DiskTable) else None
-        if point.prompt_len and not point.is_cold:
-            self.rounds.prefill(point.prompt_len)  # room that is made at first use
+        if point.prompt_len and not point.is_cold:  # what is made at first use takes no time later
+            replay.begin(0)
+            replay.prepare([number], point.prompt_len, warm_up=True)
+            self.rounds.prefill(point.prompt_len)
         if disk is not None and not point.is_cold:
             self.table.warm_up(disk.num_slots)
+        replay.begin(number * (load.output_len + _STEPS_BEFORE))
 
         def next_step() -> None:
             replay.prepare(range(point.batch))

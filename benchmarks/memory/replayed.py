@@ -54,14 +54,20 @@ class Replay:
         self._position = position
         self._coming.clear()
 
-    def prepare(self, sequences: Sequence[int], num_tokens: int = 1) -> None:
+    def prepare(
+        self, sequences: Sequence[int], num_tokens: int = 1, *, warm_up: bool = False
+    ) -> None:
         """Find what the coming step reads, so many tokens of each sequence, and the guesses.
 
-        That is no part of a step.
+        That is no part of a step. ``warm_up``: such rows as are not timed.
         """
         places = range(self._position, self._position + num_tokens)
         for memory, layer in enumerate(self.layers):
-            parts = [self.access.rows(one, at, memory) for one in sequences for at in places]
+            parts = [
+                self.access.rows(one, at, memory, warm_up=warm_up)
+                for one in sequences
+                for at in places
+            ]
             self._coming[layer] = torch.stack(parts)
             if self._recall and num_tokens == 1:  # those of a prompt are not guessed
                 guesses = [

@@ -141,7 +141,7 @@ def _run(
     rounds: Rounds,
 ) -> None:
     folders: dict[Point, Path] = {}
-    readers: dict[tuple[int, str, str, int], Reader] = {}
+    readers: dict[tuple[int, str, str], Reader] = {}
     with tqdm(total=len(points) * load.rounds, unit="round", disable=None) as bar:
         bar.update(sum(rounds.number(point) for point in points))
         for point in points:
@@ -150,7 +150,7 @@ def _run(
         for number in range(load.rounds):
             for point in points:
                 if rounds.number(point) <= number:
-                    key = (point.rows, point.dtype, point.tier, point.lookahead)
+                    key = (point.rows, point.dtype, point.tier)
                     # what a disk tier keeps follows from all that it has read, in other rounds too
                     if (point.is_cold or point.tier == "disk") and key in readers:
                         readers.pop(key).close()

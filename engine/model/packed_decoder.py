@@ -48,10 +48,25 @@ class PackedDecoder:
         on_layers: Callable[[], None],
     ) -> Tensor:
         """Return what the last layer leaves; the arguments are those of ``Transformer.forward``."""
+        num_tokens = residual_TD.shape[0]
+        num_parts = 1 if trace is not None else self._by_turns.num_parts(num_tokens)
+        with self._by_turns.watched(num_tokens):
+            if num_parts > 1:
+                return self._by_turns.run(
+                    residual_TD, layout, angles, kv_blocks, on_layers, num_parts
+                )
+            return self._run_whole(residual_TD, layout, angles, kv_blocks, trace, on_layers)
+
+    def _run_whole(
+        self,
+        residual_TD: Tensor,
+        layout: TokenLayout,
+        angles: tuple[Tensor, Tensor],
+        kv_blocks: Tensor,
+        trace: ForwardTrace | None,
+        on_layers: Callable[[], None],
+    ) -> Tensor:
         assert layout.paged is not None
-        num_parts = 1 if trace is not None else self._by_turns.num_parts(residual_TD.shape[0])
-        if num_parts > 1:
-            return self._by_turns.run(residual_TD, layout, angles, kv_blocks, on_layers, num_parts)
         runs = self._runs
         if residual_TD.shape[0] > _FEW_TOKENS:
             runs = [range(i, i + 1) for i in range(len(self._decoders))]

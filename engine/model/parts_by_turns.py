@@ -1,6 +1,7 @@
 """Many tokens in parts that take turns: one's rows are fetched while another's layers run."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -58,7 +59,7 @@ class PartsByTurns:
         # what stands before another table may fetch nothing, though it looks as if it did
         fetched = [one for one in tables if isinstance(one, FetchedTable) and one.tier != "device"]
         self._tables = {id(table): table for table in tables}.values()
-        self._counted, self._fetched_share = TableStatistics(), 1.0
+        self._fetched_share = 1.0  # of the rows asked for by the last step of many tokens
         self._token_rows = max((one.num_heads * one.top_k for one in memories), default=0)
         self._num_rows = max((table.num_rows for table in tables), default=0)
         # for rows of any table; 0 where there is nothing, or not all, to be fetched
@@ -71,20 +72,26 @@ class PartsByTurns:
         # were there no room for all, a part could find none while those before it wait for turns
         if not 0 < min(num_tokens * self._token_rows, self._num_rows) <= self._room:
             return 1
-        num_parts = next((parts for least, parts in _NUM_PARTS if num_tokens >= least), 1)
-        if num_parts > 1 and self._update_fetched_share() < _LEAST_FETCHED:
+        if self._fetched_share < _LEAST_FETCHED:
             return 1
-        return num_parts
+        return next((parts for least, parts in _NUM_PARTS if num_tokens >= least), 1)
 
-    def _update_fetched_share(self) -> float:
-        """The share of the rows asked for that had to be fetched, of those since the last time."""
+    @contextmanager
+    def watched(self, num_tokens: int) -> Iterator[None]:
+        """Around a step: what one of many tokens fetches decides about the next one."""
+        if not self._room or num_tokens < _NUM_PARTS[-1][0]:
+            yield
+            return
+        before = self._counts()
+        yield
+        now = self._counts()
+        requested = now.requested_rows - before.requested_rows
+        fetched = now.misses + now.late - before.misses - before.late
+        self._fetched_share = fetched / max(1, requested)
+
+    def _counts(self) -> TableStatistics:
         counts = [one for table in self._tables for one in table.statistics().values()]
-        now, before = TableStatistics.sum(counts), self._counted
-        if now.requested_rows > before.requested_rows:
-            requested = now.requested_rows - before.requested_rows
-            self._fetched_share = (now.misses - before.misses) / requested
-            self._counted = now
-        return self._fetched_share
+        return TableStatistics.sum(counts)
 
     def run(
         self,

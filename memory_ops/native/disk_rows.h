@@ -24,9 +24,10 @@ struct DiskCounts {
   int64_t stall_ns;         // waited for reads
 };
 
+constexpr int MOST_REFUSED = 256;  // guesses that find no room; each takes some looking
 constexpr int64_t PATIENCE_NS = std::chrono::nanoseconds(PATIENCE).count();
 
-// One thread calls it; another may take in what was read, see RowReads.
+// One thread calls it. `read_ended` may come from another, which holds the lock: see RowReads.
 class DiskRows final : RowReadsOwner {
  public:
   DiskRows(RowFile from, uint8_t* memory, int64_t num_slots, unsigned depth,
@@ -99,14 +100,16 @@ class DiskRows final : RowReadsOwner {
   }
 
   // Begins to read rows that may be wanted soon, as far as that goes without waiting, in place of
-  // rows that were used once or no more often, and with some reads left for rows that are wanted.
+  // rows used once, or no more often than they were, and with some reads left for wanted rows.
   void hint(const int64_t* rows, int64_t count, int64_t layer) {
     RowReads::Lock lock = reads_.lock();
     count_for(layer);
     reads_.collect();
-    for (int64_t i = 0; i < count && reads_.has_room(); i++) {
+    int refused = 0;
+    for (int64_t i = 0; i < count && refused < MOST_REFUSED && reads_.has_room(); i++) {
       if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows || slots_.find(rows[i]) != NO_SLOT) continue;
       const int32_t slot = slots_.take_for_guess(rows[i]);
+      refused += slot == NO_SLOT;
       if (slot == NO_SLOT) continue;
       states_[slot] = HINTED;
       stamps_[slot] = 0;  // it is another row's

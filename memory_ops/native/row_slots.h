@@ -56,7 +56,6 @@ class RowSlots {
     const int32_t slot = least_used();
     if (slot == NO_SLOT) return slot;
     give(slot, row);
-    age();
     return slot;
   }
   // The same for a row that may not be wanted: NO_SLOT where that would push out one that was used
@@ -125,6 +124,7 @@ class RowSlots {
     uint64_t place = home(row);
     while (places_[place] != NO_SLOT) place = (place + 1) & mask_;
     places_[place] = slot;
+    age();
   }
   uint64_t home(int64_t row) const {
     return ((uint64_t)row * 0x9E3779B97F4A7C15ull >> 20) & mask_;
@@ -138,7 +138,8 @@ class RowSlots {
   std::vector<int32_t> pins_;
   const int64_t num_words_;
   const std::unique_ptr<uint64_t[], decltype(&std::free)> uses_;  // a byte a row of the table
-  int64_t aged_ = 0, due_ = 0;  // the word that is halved next; halvings, times AGING_ROUNDS * size
+  int64_t aged_ = 0;  // the word that is halved next
+  int64_t due_ = 0;   // the part of a word that is due, times AGING_ROUNDS * size()
 };
 
 }  // namespace memplus

@@ -29,12 +29,12 @@ NUM_ROWS = 19 * 19
 TOKEN_ROWS = 2
 
 
-def batch_of(sequences):
+def batch_of(sequences, first_id=0):
     """Sequences of (tokens that are there, tokens of this step), each with blocks of its own."""
     chunks, used = [], 0
     for name, (before, new) in enumerate(sequences):
         number = -(-(before + new) // BLOCK)
-        ids = tuple((13 * name + 7 * i) % 50 for i in range(new))
+        ids = tuple(first_id + (13 * name + 7 * i) % 100 for i in range(new))
         blocks = tuple(range(used, used + number))
         chunks.append(SequenceChunk(str(name), ids, before, blocks, SamplingParams(), 0, True))
         used += number
@@ -167,22 +167,25 @@ def test_turns_are_taken_where_they_gain_and_all_rows_have_room(tmp_path, tokens
     assert table.statistics()[1].lookups == (turns or 1)
 
 
-def test_no_turns_are_taken_once_rows_are_there(tmp_path):
+def test_turns_are_taken_while_rows_are_fetched(tmp_path):
     model = small_reads("memory_plus")
     stored = StoredTables(model.config, "fp32", tmp_path)
-    forward = Forward(stored.on_disk(model, NUM_ROWS, Told))
+    forward = Forward(stored.on_disk(model, 100 * TOKEN_ROWS, Told))
     events = table_in(forward).events
-    batch, blocks = batch_of([(0, 200)])
-    kv_blocks = kv_of(model, blocks)
-    forward(batch, kv_blocks)
-    forward(batch, kv_blocks)  # the one before has fetched much
+    kv_blocks = kv_of(model, 16)
+    one, few, other = (batch_of([(0, n)], first)[0] for n, first in ((100, 0), (1, 0), (100, 100)))
+    forward(one, kv_blocks)
+    forward(few, kv_blocks)  # which says nothing of many
+    forward(one, kv_blocks)  # the last one of many has fetched much
     assert len(events) == 2 * 2 * 2
-    forward(batch, kv_blocks)
+    forward(one, kv_blocks)
     assert len(events) == 8
-    other, _ = batch_of([(0, 1)])
-    forward(other, kv_blocks)
-    forward(batch, kv_blocks)
-    assert len(events) == 8 and table_in(forward).statistics()[0].lookups == 4 + 3
+    forward(other, kv_blocks)  # whose rows are others: as a whole yet
+    assert len(events) == 8
+    forward(one, kv_blocks)
+    assert len(events) == 12
+    lookups = table_in(forward).statistics()[0].lookups
+    assert lookups == 3 * 2 + 3
 
 
 def test_guesses_are_made_for_every_part(tmp_path):

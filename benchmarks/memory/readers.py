@@ -24,7 +24,6 @@ from weights.tensor_files import StoredTensor, read_mapped
 _ENGINE = EngineConfig(kv_cache_gib=0.25, max_num_seqs=64)
 _INPUT_LEN = 16
 _TABLE = "memory.table"
-_STEPS_BEFORE = 8  # at most, before the first that is timed
 _NO_CACHE = 2**20  # which is replaced at once
 _COUNTS = ("unique_rows", "hits", "late", "misses", "prefetched", "stall_seconds")
 
@@ -52,7 +51,7 @@ class Reader:
             self.rounds.prefill(point.prompt_len)
         if disk is not None and not point.is_cold:
             self.table.warm_up(disk.num_slots)
-        replay.begin(number * (load.output_len + _STEPS_BEFORE))
+        replay.begin(number * load.output_len)
 
         def next_step() -> None:
             replay.prepare(range(point.batch))

@@ -48,39 +48,28 @@ class PackedDecoder:
         on_layers: Callable[[], None],
     ) -> Tensor:
         """Return what the last layer leaves; the arguments are those of ``Transformer.forward``."""
+        assert layout.paged is not None
         num_tokens = residual_TD.shape[0]
         num_parts = 1 if trace is not None else self._by_turns.num_parts(num_tokens)
+        runs = self._runs
+        if num_tokens > _FEW_TOKENS:
+            runs = [range(i, i + 1) for i in range(len(self._decoders))]
         with self._by_turns.watched(num_tokens):
             if num_parts > 1:
                 return self._by_turns.run(
                     residual_TD, layout, angles, kv_blocks, on_layers, num_parts
                 )
-            return self._run_whole(residual_TD, layout, angles, kv_blocks, trace, on_layers)
-
-    def _run_whole(
-        self,
-        residual_TD: Tensor,
-        layout: TokenLayout,
-        angles: tuple[Tensor, Tensor],
-        kv_blocks: Tensor,
-        trace: ForwardTrace | None,
-        on_layers: Callable[[], None],
-    ) -> Tensor:
-        assert layout.paged is not None
-        runs = self._runs
-        if residual_TD.shape[0] > _FEW_TOKENS:
-            runs = [range(i, i + 1) for i in range(len(self._decoders))]
-        for run in runs:
-            if self._lookahead is not None:
-                self._lookahead.before(run.start, residual_TD)
-            read = self._native.decoder_layers(
-                self._layers, run, residual_TD, angles, layout, layout.paged, kv_blocks
-            )
-            self._count(run, read, trace)
-            if self._apart[run[-1]]:
-                residual_TD = self._decoders[run[-1]].feed_forward(residual_TD, trace)
-            on_layers()
-        return residual_TD
+            for run in runs:
+                if self._lookahead is not None:
+                    self._lookahead.before(run.start, residual_TD)
+                read = self._native.decoder_layers(
+                    self._layers, run, residual_TD, angles, layout, layout.paged, kv_blocks
+                )
+                self._count(run, read, trace)
+                if self._apart[run[-1]]:
+                    residual_TD = self._decoders[run[-1]].feed_forward(residual_TD, trace)
+                on_layers()
+            return residual_TD
 
     def _count(self, run: range, read: tuple[Tensor, Tensor], trace: ForwardTrace | None) -> None:
         """Tell the tables, and the trace, what the memories of a native call have read."""

@@ -20,7 +20,7 @@ from memory_ops.tables.disk_lookup import DiskLookup, Operation
 from memory_ops.tables.table_statistics import TableStatistics
 from memory_ops.tables.value_table import TableReadError
 
-_DEPTH = 256  # reads under way; what more the kernel would queue itself
+_DEPTH = 256  # reads under way; whoever hands a kernel's queue more than that waits for it
 _THREADS = 16  # where the kernel has no io_uring
 _ALIGNMENTS = (512, 4096)
 _MOST_SLOTS = 2**31 - 2

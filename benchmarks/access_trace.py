@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from engine.config import ConfigError
+from engine.errors import ConfigError
+from engine.model.layout import TokenLayout
 from engine.model.transformer import Transformer
-from engine.ops.layout import TokenLayout
-from weights.checkpoint import load_model
-from weights.corpus import corpus_files, documents
+from weights.checkpoints.checkpoint import load_model
 from weights.errors import DataError
-from weights.training_data import TextTokens, checkpoint_text
+from weights.training.corpus import corpus_files, documents
+from weights.training.training_data import TextTokens, checkpoint_text
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.completion_stream import CompletionStream, Usage
 from benchmarks.http_answer import AnswerError
-from engine.config import ConfigError
+from engine.errors import ConfigError
 
 
 @dataclass(frozen=True)

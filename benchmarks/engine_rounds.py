@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.step_work import Chunk
-from engine.config import ConfigError, EngineConfig
+from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import ConfigError
 from engine.request import Request, StepOutput
-from engine.sampling_params import SamplingParams
+from engine.sampling.params import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from benchmarks.gpu_result import GpuResult
 from benchmarks.graph_timing import CopyLimits, replayed_us
 from benchmarks.kernel_shapes import Shapes
 from benchmarks.random_memory import MEMORY_LAYERS
-from engine.config import ConfigError
+from engine.errors import ConfigError
 
 TOKENS = (1, 8, 32, 256)
 DTYPES = ("bf16", "int8", "int4")

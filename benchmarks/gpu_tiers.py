@@ -18,7 +18,7 @@ from benchmarks.graph_timing import CopyLimits, replayed_us
 from benchmarks.kernel_shapes import Shapes
 from benchmarks.memory.access import DrawnAccess, RecordedAccess, RowAccess
 from benchmarks.read_limits import repeated
-from engine.config import ConfigError
+from engine.errors import ConfigError
 from memory_ops import RowRecords, triton_kernels
 from memory_ops.checks import Table
 from memory_ops.row_formats import RowFormat

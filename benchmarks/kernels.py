@@ -22,7 +22,7 @@ from benchmarks.read_limits import (
     sequential_limit,
     sequential_reader,
 )
-from engine.config import ConfigError
+from engine.errors import ConfigError
 from memory_ops import RowRecords
 from memory_ops.checks import Table
 from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS

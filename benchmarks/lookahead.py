@@ -6,17 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from engine.config import ConfigError
-from engine.model.layers import DecoderLayer
-from engine.model.lookahead import guessed_rows
+from engine.errors import ConfigError
+from engine.executors.lookahead import predicted_memories
+from engine.model.layout import TokenLayout
 from engine.model.transformer import Transformer
-from engine.ops.layout import TokenLayout
-from weights.checkpoint import load_model
-from weights.corpus import corpus_files, documents
-from weights.training_data import checkpoint_text
+from weights.checkpoints.checkpoint import load_model
+from weights.training.corpus import corpus_files, documents
+from weights.training.training_data import checkpoint_text
 
 
 @dataclass(frozen=True)
@@ -108,18 +107,15 @@ class _Counts:
 def _guess(model: Transformer, ids_T: Tensor, candidates: Sequence[int], counts: _Counts) -> None:
     residuals: list[Tensor] = []
 
-    def run_layer(layer: nn.Module, residual_TD: Tensor, *arguments: object) -> Tensor:
+    def keep(layer: int, residual_TD: Tensor) -> None:
         residuals.append(residual_TD)
-        out_TD: Tensor = layer(residual_TD, *arguments)
-        return out_TD
 
-    model.run_layer = run_layer
     layout = TokenLayout(torch.arange(len(ids_T)), (0, len(ids_T)))
-    read = model(ids_T, layout, torch.tensor([len(ids_T) - 1]), with_trace=True).memory
-    for layer, trace in read.items():
-        block = model.model.layers[layer]
-        assert isinstance(block, DecoderLayer) and block.memory is not None
-        for distance in range(1, layer + 2):
+    last = torch.tensor([len(ids_T) - 1])
+    read = model(ids_T, layout, last, with_trace=True, before_layer=keep).memory
+    for memory in predicted_memories(model.layers):
+        rows_THK = read[memory.index].rows_THK
+        for distance in range(1, memory.index + 2):
             for number in candidates:
-                guessed = guessed_rows(block.memory, residuals[layer + 1 - distance], number)
-                counts.add((layer, distance, number), trace.rows_THK, guessed)
+                guessed = memory.rows(residuals[memory.index + 1 - distance], number)
+                counts.add((memory.index, distance, number), rows_THK, guessed)

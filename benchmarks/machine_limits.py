@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.read_limits import sequential_limit, sequential_reader
-from engine.config import ConfigError
+from engine.errors import ConfigError
 from memory_ops.native.library import MEMORY_LIBRARY
 
 # rows, and inputs and outputs of the weight: large enough for the cores to be busy multiplying

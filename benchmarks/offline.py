@@ -15,11 +15,12 @@ from benchmarks.machine_limits import LimitMeter, MachineLimits
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.step_work import ModelWork
 from engine.allocator import keep_freed_memory
-from engine.config import ConfigError, EngineConfig
+from engine.config import EngineConfig
+from engine.errors import ConfigError
 from server.config import EngineSettings, ModelOptions, cache_folder
 from server.engine_entry import build_engine
-from weights.checkpoint import open_checkpoint, serving_dtype
-from weights.prepare import prepared_folder
+from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
+from weights.models.prepare import prepared_folder
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 
-from engine.config import ConfigError
+from engine.errors import ConfigError
 
 
 @dataclass(frozen=True)

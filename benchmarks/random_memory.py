@@ -10,11 +10,11 @@ from torch import Tensor
 
 from engine.model.config import MEMORY_KINDS, MemoryConfig, ModelConfig
 from engine.model.transformer import Transformer
-from weights.checkpoint import expected_shapes, save_checkpoint
-from weights.convert import read_folder
+from weights.checkpoints.checkpoint import expected_shapes, save_checkpoint
+from weights.checkpoints.convert import read_folder
+from weights.checkpoints.tensor_files import TensorSource
 from weights.errors import CheckpointError
-from weights.initialise import initialise, initialise_table
-from weights.tensor_files import TensorSource
+from weights.training.initialise import initialise, initialise_table
 
 MEMORY_LAYERS = 3  # as many as the paper's models have
 NUM_HEADS, TOP_K = 4, 32

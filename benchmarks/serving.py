@@ -16,7 +16,7 @@ from benchmarks.load_run import LoadRun
 from benchmarks.serving_load import LoadPoint, ServingLoad
 from benchmarks.serving_metrics import ServingMetrics
 from benchmarks.serving_plot import check_plot, plot
-from engine.config import ConfigError
+from engine.errors import ConfigError
 
 
 def measure(load: ServingLoad, json_file: Path | None, plot_file: Path | None) -> None:

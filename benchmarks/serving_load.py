@@ -5,8 +5,8 @@ import math
 import random
 from dataclasses import dataclass, field
 
-from engine.config import ConfigError
-from weights.named_models import DEFAULT_MODEL
+from engine.errors import ConfigError
+from weights.models.named_models import DEFAULT_MODEL
 
 DEFAULT_CONCURRENCY = (1, 8, 32)
 ROUNDS_OF_CONCURRENCY = 8

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.serving_metrics import ServingMetrics
-from engine.config import ConfigError
+from engine.errors import ConfigError
 
 _FORMATS = (".png", ".svg", ".pdf")
 # latencies that are drawn, by their names in the title of the axis

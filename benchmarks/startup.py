@@ -28,7 +28,7 @@ def measure(model: str, runs: int) -> None:
 
 
 def _first_answer(model: str, cache_folder: str) -> float:
-    command = [sys.executable, "-m", "server.cli", "serve", "--model", model, "--port", "0"]
+    command = [sys.executable, "-m", "server.cli.main", "serve", "--model", model, "--port", "0"]
     environment = os.environ | {"MEMPLUS_CACHE": cache_folder}
     start = time.perf_counter()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:

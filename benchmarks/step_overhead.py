@@ -3,7 +3,7 @@
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -13,11 +13,14 @@ from torch import Tensor
 from engine.allocator import keep_freed_memory
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.executors.batch import Batch, StepResult, sample_batch, warm_up_batch
+from engine.executors.cpu.kernels import cpu_kernels
 from engine.model.config import ModelConfig
-from engine.model.transformer import ForwardOutput, Transformer
-from engine.ops.layout import TokenLayout
+from engine.progress import Progress
 from engine.request import Request
-from engine.sampling_params import MAX_LISTED_IDS, SamplingParams
+from engine.sampling.params import MAX_LISTED_IDS, SamplingParams
+from engine.sampling.sampler import Sampler
+from memory_ops.tables.value_table import ValueTable
 
 # SmolLM2's shapes where they matter here: the vocabulary, and one layer's blocks
 CONFIG = ModelConfig(
@@ -47,26 +50,30 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-class InstantModel(Transformer):
-    """Gives logits that were drawn beforehand, so that nothing but the engine takes time."""
+class InstantExecutor:
+    """Returns logits that were drawn beforehand, so that only the engine takes time."""
 
-    def __init__(self, max_positions: int) -> None:
-        super().__init__(CONFIG)
-        self.to(torch.bfloat16)
-        self._logits_LV = torch.randn(max_positions, CONFIG.vocab_size).to(torch.bfloat16)
+    def __init__(self, max_logits: int, num_blocks: int) -> None:
+        self.config, self.num_blocks = CONFIG, num_blocks
+        self.tables: Mapping[str, ValueTable] = {}
+        self.progress = Progress()
+        self._logits_LV = torch.randn(max_logits, CONFIG.vocab_size).to(torch.bfloat16)
+        kernels = cpu_kernels(self._logits_LV.device, self._logits_LV.dtype)
+        self._sampler = (
+            Sampler() if kernels is None else Sampler(kernels.sample, kernels.log_probabilities)
+        )
 
-    def forward(
-        self,
-        ids_T: Tensor,
-        layout: TokenLayout,
-        logits_at_L: Tensor,
-        kv_blocks: Tensor | None = None,
-        with_hidden: bool = False,
-        with_trace: bool = False,
-        on_layers: Callable[[], None] | None = None,
-    ) -> ForwardOutput:
-        count = len(logits_at_L)
-        return ForwardOutput(self._logits_LV[:count], None, {}, ())
+    def logits(self, batch: Batch) -> Tensor:
+        return self._logits_LV[: len(batch.logits_at_L)]
+
+    def run(self, batch: Batch) -> StepResult:
+        return sample_batch(self.logits(batch), batch, self._sampler, self.progress)
+
+    def warm_up(self) -> None:
+        self.run(warm_up_batch())
+
+    def close(self) -> None:
+        """Nothing to do."""
 
 
 def measure(batch_sizes: Sequence[int], steps: int) -> None:
@@ -80,7 +87,9 @@ def measure(batch_sizes: Sequence[int], steps: int) -> None:
 
 
 def _step_ms(size: int, params: SamplingParams, steps: int) -> float:
-    engine = Engine(InstantModel(size), EngineConfig(max_num_seqs=size, kv_cache_gib=0.5))
+    config = EngineConfig(max_num_seqs=size, kv_cache_gib=0.5)
+    num_blocks = config.num_kv_blocks(CONFIG.kv_bytes_per_token(torch.bfloat16.itemsize))
+    engine = Engine(InstantExecutor(size, num_blocks), config)
     drawn = random.Random(0)
     for index in range(size):
         ids = tuple(drawn.randrange(CONFIG.vocab_size) for _ in range(128))

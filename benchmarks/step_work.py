@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from benchmarks.machine_limits import MachineLimits
 from engine.model.config import ModelConfig
 from engine.model.flops import forward_flops, total_flops
-from weights.checkpoint import expected_shapes
+from weights.checkpoints.checkpoint import expected_shapes
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

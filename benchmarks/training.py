@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 import memory_ops
 from benchmarks.alternating import Contestant, median_seconds
-from engine.config import ConfigError
+from engine.errors import ConfigError
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.tables.trained import TableReads, TrainedTable
-from weights.table_optimizer import TableOptimizer
+from weights.training.table_optimizer import TableOptimizer
 
 TOKENS, HEADS, TOP_K, WIDTH = 1024, 4, 32, 256
 LR = 1e-3

@@ -8,9 +8,9 @@ from benchmarks.memory.load import MemoryLoad, default_trace
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.serving_load import ServingLoad
 from engine.config import EngineConfig
+from server.cli.options import add_options, from_options
 from server.config import ModelOptions, cache_folder
-from server.options import add_options, from_options
-from weights.named_models import DEFAULT_MODEL, SMOLLM2
+from weights.models.named_models import DEFAULT_MODEL, SMOLLM2
 
 
 def startup(options: argparse.Namespace) -> None:
@@ -78,7 +78,7 @@ def facts(options: argparse.Namespace) -> None:
 def trace(options: argparse.Namespace) -> None:
     """Record which rows of its table a model reads for texts."""
     from benchmarks.access_trace import record, summarize
-    from weights.prepare import prepared_folder
+    from weights.models.prepare import prepared_folder
 
     folder = prepared_folder(options.model, cache_folder())
     found = record(folder, options.texts, options.tokens, options.traced)
@@ -89,7 +89,7 @@ def trace(options: argparse.Namespace) -> None:
 def lookahead(options: argparse.Namespace) -> None:
     """Measure how many of the rows that memories read can be guessed, and how early."""
     from benchmarks.lookahead import measure
-    from weights.prepare import prepared_folder
+    from weights.models.prepare import prepared_folder
 
     folder = prepared_folder(options.model, cache_folder())
     measure(folder, options.texts, options.tokens, options.widths, options.json)
@@ -98,7 +98,7 @@ def lookahead(options: argparse.Namespace) -> None:
 def memory(options: argparse.Namespace) -> None:
     """Measure tokens a second per memory size, tier and access skew."""
     from benchmarks.memory.sweep import measure
-    from weights.prepare import prepared_folder
+    from weights.models.prepare import prepared_folder
 
     source = prepared_folder(options.model, cache_folder())
     load = from_options(MemoryLoad, options)
@@ -115,7 +115,7 @@ def eviction(options: argparse.Namespace) -> None:
 def memory_model(options: argparse.Namespace) -> None:
     """Write a model with three memory layers of random weights, to be measured beside its own."""
     from benchmarks.random_memory import write_variant
-    from weights.prepare import prepared_folder
+    from weights.models.prepare import prepared_folder
 
     source = prepared_folder(options.model, cache_folder())
     write_variant(source, Path(options.target), options.num_subkeys)

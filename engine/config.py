@@ -3,9 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-
-class ConfigError(ValueError):
-    """A setting that is out of range or fits nothing; the message begins with its name."""
+from engine.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -4,69 +4,64 @@ import logging
 import secrets
 from itertools import takewhile
 
-import numpy as np
-from numpy.typing import NDArray
-
-from engine.chunk_result import ChunkResult
-from engine.config import ConfigError, EngineConfig
-from engine.drafter import Drafter
-from engine.kv_blocks import BlockPool
-from engine.masking import allowed_drafts, chunk_bitmask, plan_bitmask
-from engine.model.transformer import Transformer
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.executors.executor import Executor
 from engine.progress import Progress
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
-from engine.runner import Runner
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence
-from engine.step_plan import SequenceChunk, StepPlan
+from engine.sampling.masks import Bitmask, TokenMask, allowed_drafts, row_bitmasks
+from engine.scheduling.batching import Batcher, chunk_results
+from engine.scheduling.drafter import Drafter
+from engine.scheduling.kv_blocks import BlockPool
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.step_plan import ChunkResult, SequenceChunk, StepPlan
 from engine.table_counts import TableCounter
-from engine.token_mask import TokenMask
 
-Bound = dict[str, NDArray[np.uint32]]
+Bitmasks = dict[str, Bitmask]
 logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Continuous batching over one model. Not thread-safe: one thread calls it."""
+    """Continuous batching over one executor. Not thread-safe: one thread calls it."""
 
     def __init__(
         self,
-        model: Transformer,
+        executor: Executor,
         config: EngineConfig,
         eos_ids: frozenset[int] = frozenset(),
         drafter: Drafter | None = None,
         num_drafts: int = 0,
     ) -> None:
-        """Reserve KV blocks for the model; a sequence ends on any of ``eos_ids``.
+        """Schedule for an executor that was made with ``config``.
 
-        ``drafter`` guesses up to ``num_drafts`` tokens ahead of each decoding sequence.
+        A sequence ends on any of ``eos_ids``; ``drafter`` proposes up to ``num_drafts`` tokens
+        ahead of each decoding sequence.
 
         Raises:
             ConfigError: ``max_model_len`` exceeds what the model or the KV memory takes.
         """
-        model_config = model.config
-        itemsize = model.model.embed_tokens.weight.dtype.itemsize
-        num_blocks = config.num_kv_blocks(model_config.kv_bytes_per_token(itemsize))
+        model, num_blocks = executor.config, executor.num_blocks
         self.limits = RequestLimits(
-            vocab_size=model_config.vocab_size,
+            vocab_size=model.vocab_size,
             max_model_len=_max_model_len(
-                config, model_config.max_positions, num_blocks * config.block_size
+                config, model.max_positions, num_blocks * config.block_size
             ),
             eos_ids=eos_ids,
         )
-        self.progress = Progress()
+        self._executor = executor
         self._drafter = drafter
         self._num_drafts = num_drafts
-        try:
-            self._runner = Runner(model, num_blocks, config.block_size, eos_ids, self.progress)
-        except (OSError, OverflowError):
-            message = f"kv_cache_gib: this machine has not {config.kv_cache_gib} GiB to give"
-            raise ConfigError(message) from None
-        self._table_counter = TableCounter(model)
+        self._table_counter = TableCounter(executor.tables)
+        self._batcher = Batcher(config.block_size, model.vocab_size, eos_ids)
         self._pool = BlockPool(num_blocks, config.block_size)
         propose = self._propose if drafter is not None else None
         self._scheduler = Scheduler(config, self._pool, eos_ids, propose)
+
+    @property
+    def progress(self) -> Progress:
+        """Marked by every piece of work."""
+        return self._executor.progress
 
     @property
     def has_work(self) -> bool:
@@ -98,13 +93,8 @@ class Engine:
         return StepOutput(tuple(outputs), self.statistics(plan.num_tokens, new_tokens))
 
     def warm_up(self) -> None:
-        """Run one token through the model, before any request.
-
-        So whatever the first step takes once, mapped weights to be read above all, is not taken
-        for a hanging one.
-        """
-        greedy = SamplingParams(max_tokens=1, temperature=0)
-        self._runner.run(StepPlan((SequenceChunk("", (0,), 0, (0,), greedy, 0, samples=True),)))
+        """Have the executor do everything that only the first step takes, before any request."""
+        self._executor.warm_up()
 
     def check_integrity(self) -> None:
         """Check that no block is lost or held by a request that ended (AssertionError)."""
@@ -125,16 +115,16 @@ class Engine:
             tables=self._table_counter.take(is_idle=not self.has_work),
         )
 
-    def _bind(self, plan: StepPlan) -> tuple[StepPlan, Bound, list[TokenOutput]]:
+    def _bind(self, plan: StepPlan) -> tuple[StepPlan, Bitmasks, list[TokenOutput]]:
         """Ask the masks what may come; a request whose mask allows nothing, or fails, ends here."""
-        bound: Bound = {}
+        bound: Bitmasks = {}
         kept: list[SequenceChunk] = []
         ended: list[TokenOutput] = []
         for chunk in plan.chunks:
             mask, message = self._scheduler.sequence(chunk.request_id).mask, None
             if mask is not None and chunk.samples:
                 try:
-                    bitmask = chunk_bitmask(chunk, mask, self.limits.vocab_size)
+                    bitmask = row_bitmasks(mask, chunk.drafts, self.limits.vocab_size)
                     if not bitmask[0].any():
                         message = "the token mask allows nothing"
                     bound[chunk.request_id] = bitmask
@@ -147,13 +137,15 @@ class Engine:
                 ended.append(self._scheduler.end(chunk.request_id, message))
         return StepPlan(tuple(kept)), bound, ended
 
-    def _run(self, plan: StepPlan, bound: Bound) -> tuple[dict[str, ChunkResult], dict[str, str]]:
+    def _run(
+        self, plan: StepPlan, bound: Bitmasks
+    ) -> tuple[dict[str, ChunkResult], dict[str, str]]:
         """Run a plan; where that fails, its chunks one by one, so that only the culprit ends."""
         if not plan.chunks:
             return {}, {}
         try:
-            bitmask = plan_bitmask(plan.chunks, bound, self.limits.vocab_size)
-            return self._runner.run(plan, bitmask), {}
+            result = self._executor.run(self._batcher.batch(plan, bound))
+            return chunk_results(plan, result), {}
         except Exception as error:
             if len(plan.chunks) == 1:
                 logger.exception("a step of %s failed", plan.chunks[0].request_id)

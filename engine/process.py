@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
 
+from engine.errors import RequestError
 from engine.progress import Progress
 from engine.request import (
     EngineStatistics,
@@ -22,7 +23,6 @@ from engine.request import (
     StepOutput,
     TokenOutput,
 )
-from engine.sampling_params import RequestError
 
 # how often a process that has nothing else to say tells that it lives
 HEARTBEAT_S = 0.5
@@ -65,8 +65,9 @@ class StepEngine(Protocol):
     """What the loop needs of an engine; ``engine.engine.Engine`` has it."""
 
     limits: RequestLimits
-    progress: Progress
 
+    @property
+    def progress(self) -> Progress: ...
     @property
     def has_work(self) -> bool: ...
     def add(self, request: Request) -> None: ...

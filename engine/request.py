@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from engine.sampling_params import RequestError, SamplingParams
+from engine.errors import RequestError
+from engine.sampling.params import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "error"]
 MAX_PRIORITY = 100
@@ -69,22 +70,6 @@ class Request:
         if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
             message = f"must be -{MAX_PRIORITY} to {MAX_PRIORITY}, not {self.priority}"
             raise RequestError("priority", message)
-
-
-class TokenLogprobs(NamedTuple):
-    """Log-probabilities at one position, by the model's own softmax.
-
-    Attributes:
-        token_id: the token that stands there.
-        logprob: its log-probability.
-        rank: its place among all tokens, 1 for the likeliest.
-        top: the likeliest tokens with theirs, best first.
-    """
-
-    token_id: int
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...]
 
 
 class TokenOutput(NamedTuple):

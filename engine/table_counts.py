@@ -1,11 +1,11 @@
 """What a model's value tables were asked for, looked at now and then: a look is a native call."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from engine.model.transformer import Transformer
 from engine.request import TableCounts
 from memory_ops.tables.table_statistics import TableStatistics
+from memory_ops.tables.value_table import ValueTable
 
 EVERY_S = 1.0
 
@@ -13,9 +13,11 @@ EVERY_S = 1.0
 class TableCounter:
     """Looks at the tables of one model, once a second at most while it has work."""
 
-    def __init__(self, model: Transformer, clock: Callable[[], float] = time.monotonic) -> None:
-        """Take the tables that are attached now; ``clock`` tells seconds."""
-        self._tables = dict(model.tables)
+    def __init__(
+        self, tables: Mapping[str, ValueTable], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Count a model's tables, given by name; ``clock`` returns seconds."""
+        self._tables = tables
         self._clock = clock
         self._next = clock()
 

@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.config import ConfigError, EngineConfig
-from weights.dtype_names import TABLE_DTYPES
-from weights.named_models import DEFAULT_MODEL
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from weights.checkpoints.dtype_names import TABLE_DTYPES
+from weights.models.named_models import DEFAULT_MODEL
 
 _CACHE = "2GiB"
 _LOOKAHEAD_SHARE = 0.5

@@ -4,20 +4,23 @@ import gc
 import logging
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.allocator import keep_freed_memory
-from engine.config import ConfigError, EngineConfig
+from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import ConfigError
+from engine.executors.executor import make_executor
+from engine.executors.lookahead import LookaheadConfig
 from engine.model.config import ModelConfig
-from engine.model.lookahead import LookaheadConfig
 from engine.model.transformer import Transformer
 from engine.process import EngineRefused, run_engine
 from server.config import EngineSettings, ModelOptions
-from weights.checkpoint import load_model
-from weights.config_json import CheckpointConfig, read_config
+from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.config_json import CheckpointConfig, read_config
+from weights.checkpoints.table_tier import TierChoice
 from weights.errors import CheckpointError
-from weights.prepare import prepared_folder
-from weights.table_tier import TierChoice
+from weights.models.prepare import prepared_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,23 +49,30 @@ def build_engine(settings: EngineSettings) -> Engine:
         ConfigError: settings and model do not fit together; the message names the field.
     """
     folder = prepared_folder(settings.model.model, settings.cache_folder)
-    model, config = load_served(settings.model, folder, settings.engine.kv_bytes)
-    return served_engine(model, config, settings.engine)
+    return served_engine(
+        load_served(settings.model, folder, settings.engine.kv_bytes), settings.engine
+    )
 
 
-def served_engine(model: Transformer, config: CheckpointConfig, engine: EngineConfig) -> Engine:
-    """An engine with a model, which then serves and does no more.
+class ServedModel(NamedTuple):
+    """A loaded model with its tables attached, and how rows are predicted for them."""
+
+    model: Transformer
+    config: CheckpointConfig
+    lookahead: LookaheadConfig | None
+
+
+def served_engine(served: ServedModel, engine: EngineConfig) -> Engine:
+    """An engine for a loaded model, which may be forgotten if it only serves.
 
     Raises:
         ConfigError: settings and model do not fit together; the message names the field.
     """
-    model.pack()
-    return Engine(model, engine, config.eos_ids)
+    executor = make_executor(served.model, engine, served.lookahead)
+    return Engine(executor, engine, served.config.eos_ids)
 
 
-def load_served(
-    options: ModelOptions, folder: Path, kv_bytes: int
-) -> tuple[Transformer, CheckpointConfig]:
+def load_served(options: ModelOptions, folder: Path, kv_bytes: int) -> ServedModel:
     """A folder's model, its tables where ``options`` want them beside ``kv_bytes`` of KV blocks.
 
     Raises:
@@ -79,11 +89,10 @@ def load_served(
         table_dtype=options.table_dtype,
         verify_tables=options.verify_tables,
     )
-    if lookahead is not None:
-        if all(table.tier == "device" for table in model.tables.values()):
-            logger.warning("tables are held in memory: --table-lookahead is not used")
-        model.look_ahead(lookahead)
-    return model, config
+    if lookahead is not None and all(table.tier == "device" for table in model.tables.values()):
+        logger.warning("tables are held in memory: --table-lookahead is not used")
+        lookahead = None
+    return ServedModel(model, config, lookahead)
 
 
 def _lookahead(options: ModelOptions, model: ModelConfig) -> LookaheadConfig:

@@ -11,12 +11,10 @@ from types import FrameType
 
 import uvicorn
 
-from engine.config import ConfigError, EngineConfig
+from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.process import EngineProcess
 from engine.request import EngineStatistics
-from server.activity_log import ActivityLog
-from server.admission import Admission
-from server.app import create_app
 from server.config import (
     EngineSettings,
     HttpOptions,
@@ -25,10 +23,13 @@ from server.config import (
     cache_folder,
 )
 from server.engine_client import EngineClient
-from server.metrics import Metrics
-from server.service import Service
-from weights.named_models import NAMED_MODELS, WORDNET, model_folder
-from weights.tokenizer import load_tokenizer
+from server.http.activity_log import ActivityLog
+from server.http.admission import Admission
+from server.http.app import create_app
+from server.http.metrics import Metrics
+from server.http.service import Service
+from weights.checkpoints.tokenizer import load_tokenizer
+from weights.models.named_models import NAMED_MODELS, WORDNET, model_folder
 
 ENGINE_ENTRY = "server.engine_entry:main"
 # what is left for connections to close after the last request was ended

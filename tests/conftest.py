@@ -11,8 +11,8 @@ from engine.model.config import MemoryConfig
 from server.config import cache_folder
 from tests.models import random_model, save_model, tiny_config
 from tests.server.running import Running, running
-from weights.named_models import SMOLLM2
-from weights.prepare import prepared_folder
+from weights.models.named_models import SMOLLM2
+from weights.models.prepare import prepared_folder
 
 # the same examples in every run, and none of them too slow on a busy machine
 settings.register_profile("house", deadline=None, derandomize=True)

@@ -8,17 +8,22 @@ import sentencepiece
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.executors.batch import Batch
+from engine.executors.eager import EagerExecutor
+from engine.executors.executor import make_executor
+from engine.executors.lookahead import LookaheadConfig
 from engine.model.config import MEMORY_KINDS, MemoryConfig, MixtureConfig, ModelConfig
+from engine.model.layout import PagedKv, TokenLayout
 from engine.model.transformer import Transformer
-from engine.ops.layout import TokenLayout
 from engine.request import Request
-from engine.sampling_params import SamplingParams
+from engine.sampling.params import SamplingParams
 from memory_ops.tables.device import DeviceTable
-from weights import tensor_writer
-from weights.checkpoint import save_checkpoint
-from weights.config_json import CheckpointConfig
-from weights.tensor_files import TensorSource
+from weights.checkpoints import tensor_writer
+from weights.checkpoints.checkpoint import save_checkpoint
+from weights.checkpoints.config_json import CheckpointConfig
+from weights.checkpoints.tensor_files import TensorSource
 
 EOS_ID = 256
 VOCAB_SIZE = 260
@@ -153,6 +158,17 @@ def plain_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor(ids), layout, positions).logits_LV
 
 
+@torch.inference_mode()
+def served_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
+    """The same by the executor that serves the model, from KV blocks."""
+    config = EngineConfig(block_size=16, kv_cache_gib=0.001)
+    executor = make_executor(model, config)
+    at = torch.arange(len(ids))
+    blocks = torch.arange(-(-len(ids) // 16)).unsqueeze(0)
+    layout = TokenLayout(at, (0, len(ids)), PagedKv(at, blocks, (len(ids),)))
+    return executor.logits(Batch(torch.tensor(ids), layout, at))
+
+
 def plain_greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
     """The plain forward loop: the whole sequence anew for every token, greedily."""
     ids = list(prompt)
@@ -165,6 +181,25 @@ def greedy(request_id: str, prompt: list[int], count: int, **sampling: Any) -> R
     """A request for exactly ``count`` greedy tokens."""
     params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, **sampling)
     return Request(request_id, tuple(prompt), params)
+
+
+def eager(
+    model: Transformer, config: EngineConfig, lookahead: LookaheadConfig | None = None
+) -> EagerExecutor:
+    """An executor that runs a model in plain torch."""
+    num_blocks = config.num_kv_blocks(model.config.kv_bytes_per_token(itemsize=4))
+    return EagerExecutor(model, num_blocks, config.block_size, lookahead)
+
+
+def engine_of(
+    model: Transformer,
+    config: EngineConfig,
+    eos_ids: frozenset[int] = frozenset(),
+    make: Any = make_executor,
+    **options: Any,
+) -> Engine:
+    """An engine for a model, by default with the executor that serves it."""
+    return Engine(make(model, config), config, eos_ids, **options)
 
 
 def run(engine: Engine, requests: dict[int, list[Request]]) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-"""The house laws: imports, sizes, names, and a map in the README that is the tree."""
+"""The house laws: imports, sizes, names, and a map in docs/structure.md that is the tree."""
 
 import ast
 import builtins
@@ -10,11 +10,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("memory_ops", "engine", "weights", "server", "benchmarks")
-# a package imports itself and those before it; benchmarks may import all, server/cli.py benchmarks
+# a package imports itself and those before it; benchmarks may import all, the CLI benchmarks
 ALLOWED = {package: set(PACKAGES[: i + 1]) for i, package in enumerate(PACKAGES)}
+# inside the engine: a room imports itself and those listed
+VOCABULARY = ("engine.config", "engine.errors", "engine.progress", "engine.request")
+ENGINE_ROOMS = {
+    "engine/model/": ("engine.model",),
+    "engine/sampling/": ("engine.sampling", "engine.errors"),
+    "engine/executors/": ("engine.executors", "engine.model", "engine.sampling", *VOCABULARY),
+}
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-MODEL = {"engine.model", "engine.ops"}
 
 
 def name(path: Path) -> str:
@@ -44,7 +50,7 @@ def is_jit(function: ast.AST) -> bool:
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_imports_point_downwards(path):
     package = path.relative_to(ROOT).parts[0]
-    allowed = ALLOWED[package] | ({"benchmarks"} if name(path) == "server/cli.py" else set())
+    allowed = ALLOWED[package] | ({"benchmarks"} if name(path) == "server/cli/main.py" else set())
     wrong = {m for m in imports(path) if m.split(".")[0] in PACKAGES} - {
         m for m in imports(path) if m.split(".")[0] in allowed
     }
@@ -52,15 +58,18 @@ def test_imports_point_downwards(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_the_model_sees_its_config_the_ops_and_memory_ops_alone(path):
-    inside = {part for part in MODEL if name(path).startswith(part.replace(".", "/"))}
-    if not inside:
+def test_rooms_of_the_engine_see_those_below_them(path):
+    room = next((room for room in ENGINE_ROOMS if name(path).startswith(room)), None)
+    if room is None:
         return
     ours = [module for module in imports(path) if module.startswith("engine.")]
-    wrong = [m for m in ours if m != "engine.ops" and not any(m.startswith(f"{p}.") for p in MODEL)]
-    assert not wrong
-    if "engine.ops" in inside:
-        assert not [module for module in ours if module.startswith("engine.model")]
+    assert not [m for m in ours if not m.startswith(tuple(f"{one}." for one in ENGINE_ROOMS[room]))]
+    if room == "engine/model/":
+        # the network knows no tier and no kernels
+        tables = [
+            m for m in imports(path) if m.startswith(("memory_ops.tables", "memory_ops.native"))
+        ]
+        assert all(m.startswith("memory_ops.tables.value_table.") for m in tables)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -134,9 +143,9 @@ def test_every_file_says_what_it_is(path):
     assert docstring and docstring.splitlines()[0].endswith(".")
 
 
-def test_the_readmes_map_is_the_tree():
-    readme = (ROOT / "README.md").read_text()
-    mapped = dict(re.findall(r"^    (\S+\.py) +(\S.*)$", readme, re.MULTILINE))
+def test_the_map_is_the_tree():
+    text = (ROOT / "docs/structure.md").read_text()
+    mapped = dict(re.findall(r"^    (\S+\.py) +(\S.*)$", text, re.MULTILINE))
     files = [path for path in FILES if path.name != "__init__.py"]
     lines = {name(path): ast.get_docstring(tree(path)).splitlines()[0] for path in files}
     assert mapped == lines

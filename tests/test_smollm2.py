@@ -4,13 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.batch import make_batch
 from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.step_plan import SequenceChunk, StepPlan
-from tests.models import greedy, run
-from weights.checkpoint import load_model
-from weights.tokenizer import load_tokenizer
+from engine.scheduling.batching import Batcher
+from engine.scheduling.step_plan import SequenceChunk, StepPlan
+from tests.models import engine_of, greedy, run
+from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.tokenizer import load_tokenizer
 
 PROMPTS = [
     "The capital of France is",
@@ -70,7 +69,7 @@ def served_logits(model, sequences):
                 if start < len(ids)
             )
         )
-        batch = make_batch(plan, size, torch.device("cpu"))
+        batch = Batcher(size, config.vocab_size, frozenset()).batch(plan, {})
         everywhere = torch.arange(len(batch.ids_T))
         output = model(batch.ids_T, batch.layout, everywhere, kv_blocks)
         parts = output.logits_LV.split([len(chunk.token_ids) for chunk in plan.chunks])
@@ -86,7 +85,7 @@ def reference_logits(reference, ids):
 
 def test_greedy_tokens_and_logits_equal_transformers(smollm2, reference, prompt_ids):
     model, _ = load_model(smollm2, "float32")
-    engine = Engine(model, EngineConfig(kv_cache_gib=0.5, max_model_len=512))
+    engine = engine_of(model, EngineConfig(kv_cache_gib=0.5, max_model_len=512))
     requests = [greedy(str(i), ids, COUNT) for i, ids in enumerate(prompt_ids)]
     tokens = run(engine, {0: requests[:9], 5: requests[9:]})
     served = served_logits(model, [ids + tokens[str(i)][:-1] for i, ids in enumerate(prompt_ids)])

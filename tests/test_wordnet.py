@@ -5,10 +5,10 @@ import json
 from engine.config import EngineConfig
 from server.config import EngineSettings, ModelOptions, cache_folder
 from server.engine_entry import build_engine
-from weights.evaluate import read_questions, score_recall
-from weights.named_models import DEFAULT_MODEL, model_folder
-from weights.tokenizer import load_tokenizer
-from weights.train_config import read_train_config
+from weights.checkpoints.tokenizer import load_tokenizer
+from weights.models.named_models import DEFAULT_MODEL, model_folder
+from weights.training.evaluate import read_questions, score_recall
+from weights.training.train_config import read_train_config
 
 FOLDER = model_folder(DEFAULT_MODEL, cache_folder())
 

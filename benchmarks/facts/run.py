@@ -14,17 +14,19 @@ from benchmarks.facts.people import PeopleCorpus
 from benchmarks.facts.plot import plot
 from benchmarks.facts.results import Result, append_result, read_results
 from benchmarks.serving_plot import check_plot
-from engine.config import ConfigError, EngineConfig
+from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import ConfigError
+from engine.executors.executor import make_executor
 from engine.model.flops import total_flops
-from weights.checkpoint import load_model
-from weights.corpus import documents
-from weights.evaluate import TextScore, read_questions, score_recall, score_texts
-from weights.summary import summarize
-from weights.train_config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from weights.train_state import saved_states
-from weights.trainer import StepReport, Trainer
-from weights.training_data import checkpoint_text
+from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.summary import summarize
+from weights.training.corpus import documents
+from weights.training.evaluate import TextScore, read_questions, score_recall, score_texts
+from weights.training.train_config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from weights.training.train_state import saved_states
+from weights.training.trainer import StepReport, Trainer
+from weights.training.training_data import checkpoint_text
 
 _TOKENS_PER_STEP = 2048
 _ENGINE = EngineConfig(kv_cache_gib=0.1, max_num_seqs=256)
@@ -172,8 +174,7 @@ def _scores(checkpoint: Path, corpus: Path) -> tuple[float, TextScore]:
     model, config = load_model(checkpoint)
     text = checkpoint_text(checkpoint)
     told = score_texts(model, text, documents([corpus / "told_anew.jsonl"]))
-    model.pack()
-    engine = Engine(model, _ENGINE, config.eos_ids)
+    engine = Engine(make_executor(model, _ENGINE), _ENGINE, config.eos_ids)
     questions = read_questions(corpus / "questions.jsonl")
     return score_recall(engine, text.tokenizer, questions).recall, told
 

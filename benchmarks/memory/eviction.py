@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from benchmarks.access_trace import AccessTrace
 from benchmarks.memory.eviction_policies import POLICIES, Cache
-from engine.config import ConfigError
+from engine.errors import ConfigError
 
 
 @dataclass(frozen=True)

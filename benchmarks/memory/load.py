@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.config import ConfigError
-from weights.dtype_names import FLOAT_DTYPES, TABLE_DTYPES
+from engine.errors import ConfigError
+from weights.checkpoints.dtype_names import FLOAT_DTYPES, TABLE_DTYPES
 
 TIERS = ("device", "disk", "mmap")
 SKEWS = ("recorded", "zipf", "uniform")

@@ -11,15 +11,17 @@ from benchmarks.memory.access import DrawnAccess, RecordedAccess, RowAccess
 from benchmarks.memory.load import MemoryLoad, Point, Round
 from benchmarks.memory.replayed import Replay, ReplayedTable
 from benchmarks.random_memory import NUM_HEADS, TOP_K
-from engine.config import ConfigError, EngineConfig
+from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.model.lookahead import LookaheadConfig
+from engine.errors import ConfigError
+from engine.executors.executor import make_executor
+from engine.executors.lookahead import LookaheadConfig
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable
 from memory_ops.tables.table_statistics import TableStatistics
-from weights.checkpoint import load_model, open_checkpoint
-from weights.table_files import stored_layout
-from weights.tensor_files import StoredTensor, read_mapped
+from weights.checkpoints.checkpoint import load_model, open_checkpoint
+from weights.checkpoints.table_files import stored_layout
+from weights.checkpoints.tensor_files import StoredTensor, read_mapped
 
 _ENGINE = EngineConfig(kv_cache_gib=0.25, max_num_seqs=64)
 _INPUT_LEN = 16
@@ -113,11 +115,11 @@ def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
     replay = Replay(config.model.memory_layers, evenly, recall, load.candidates)
     replayed = ReplayedTable(table, replay)
     model.attach_tables({_TABLE: replayed})
+    lookahead = None
     if point.lookahead:
-        candidates = max(1, round(load.candidates * TOP_K))
-        model.look_ahead(LookaheadConfig(point.lookahead, candidates))
-    model.pack()
-    rounds = EngineRounds(Engine(model, _ENGINE), _ENGINE)
+        lookahead = LookaheadConfig(point.lookahead, max(1, round(load.candidates * TOP_K)))
+    engine = Engine(make_executor(model, _ENGINE, lookahead), _ENGINE)
+    rounds = EngineRounds(engine, _ENGINE)
     if not point.is_cold:
         rounds.decode(1, _INPUT_LEN, 1)  # what is made at first use takes no time later
     return Reader(rounds, replayed, replay)

@@ -6,19 +6,14 @@ subkeys per half, K rows per head, k query width per head, V value width, T toke
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.functional import gelu, silu
 
 import memory_ops
-from engine import ops
 from engine.model.config import MemoryConfig
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
-from engine.model.norm import RmsNorm
+from engine.model.norm import rms_norm
 from engine.model.uninitialised import Linear
-from engine.ops.native.library import NativeOps
-from engine.ops.native.packed_memory import PackedMemory
-from memory_ops.backends import is_fit_for_cpu
-from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.value_table import FetchedTable, Lookup, ValueTable
+from memory_ops.tables.value_table import ValueTable
 
 
 class MemoryLayer(nn.Module):
@@ -30,23 +25,17 @@ class MemoryLayer(nn.Module):
         peer:         y = sum w * gelu(down[row] . x) * table[row]   (arXiv 2407.04153)
         output gate:  y = sigmoid(w_o x + b_o) * y
 
-    The tables are not the layer's own: they may be shared, and lie where their tier holds them.
-    They must be attached before the first forward.
+    The layer does not own its tables: layers may share them, and each table's tier decides where
+    the rows are. Attach them before the first forward.
     """
 
     def __init__(
-        self,
-        config: MemoryConfig,
-        kind: str,
-        hidden_size: int,
-        norm_eps: float,
-        norm: RmsNorm | None = None,
-        index: int = 0,
+        self, config: MemoryConfig, kind: str, hidden_size: int, norm_eps: float, index: int = 0
     ) -> None:
         """Make a layer of a ``kind`` of ``MEMORY_KINDS``, parameters uninitialised.
 
-        ``norm``, the decoder layer's own, is applied to what comes in; ``index`` is its place in
-        the model, by which tables tell lookups apart.
+        ``index`` is the layer's place in the model; tables count lookups by it. ``norm_eps`` is
+        that of the query norm.
         """
         super().__init__()
         half_dim = config.query_dim // 2
@@ -62,15 +51,7 @@ class MemoryLayer(nn.Module):
         self.gate = Linear(hidden_size, config.value_dim) if gated else None
         self.value_proj = Linear(config.value_dim, hidden_size) if projected else None
         self.output_gate = Linear(hidden_size, 1) if config.output_gate else None
-        self.queries = ops.Projection(self.query, norm=norm)
-        self.keys = ops.ProductKeys(self)
-        self.gates = ops.Projection(self.gate, norm=norm) if self.gate is not None else None
-        self.values = ops.Projection(self.value_proj) if self.value_proj is not None else None
-        self.output_gates = (
-            ops.Projection(self.output_gate, norm=norm) if self.output_gate is not None else None
-        )
         self.is_peer = kind == "peer"
-        self._norm = (norm,)  # the decoder layer's, and no part of this module
         self._table: ValueTable | None = None
         self._down_table: ValueTable | None = None
 
@@ -82,97 +63,58 @@ class MemoryLayer(nn.Module):
 
     @property
     def down_table(self) -> ValueTable:
-        """The attached table of what PEER's experts multiply x with."""
+        """The attached table whose rows PEER's experts multiply x with."""
         assert self._down_table is not None, "no table of this kind was attached"
         return self._down_table
 
     @property
     def tables(self) -> tuple[ValueTable, ...]:
-        """All that are attached."""
+        """All attached tables."""
         return (self.table,) if self._down_table is None else (self.down_table, self.table)
 
     def attach(self, table: ValueTable, down_table: ValueTable | None = None) -> None:
-        """Read rows from these tables, from before ``pack`` on; the caller has checked shapes."""
-        assert self.keys.packed is None and (down_table is not None) == self.is_peer
+        """Read rows from these tables; the caller has checked their shapes."""
+        assert (down_table is not None) == self.is_peer
         self._table, self._down_table = table, down_table
 
-    def pack(self, native: NativeOps) -> PackedMemory | None:
-        """Lay the weights out for serving; see ``Projection.pack``.
-
-        Returns what the native library needs to run all of the layer, where it can: where the rows
-        lie in memory, or are brought there, and nothing but the sum follows the value projection.
-        """
-        query, subkeys = self.queries.pack(native), self.keys.pack(native)
-        gate = self.gates.pack(native) if self.gates is not None else None
-        values = self.values.pack(native) if self.values is not None else None
-        if self.output_gates is not None:
-            self.output_gates.pack(native)
-            return None
-        table = self.table
-        # what only derives from a device table may read its rows in its own way
-        fetched: FetchedTable | None = None
-        if type(table) is DeviceTable:
-            rows = table.rows
-        elif isinstance(table, FetchedTable):
-            rows, fetched = table.slots, table
-        else:
-            return None
-        if values is None or not is_fit_for_cpu(rows, self.num_subkeys, self.top_k):
-            return None
-        return PackedMemory(
-            rows,
-            fetched,
-            self.index,
-            self.num_heads,
-            self.top_k,
-            query=query,
-            subkeys=subkeys,
-            gate=gate,
-            values=values,
-        )
-
     def half_scores(self, x_TD: Tensor) -> Tensor:
-        """See ``ops.half_scores``."""
-        return ops.half_scores(ops.linear(x_TD, self.queries), self.keys)
+        """Scores of the subkeys, ``[T, H, 2, N]``; see ``half_scores``."""
+        return half_scores(self.query(x_TD), self.subkeys, self.query_norm, self.norm_eps)
 
-    def forward(
-        self,
-        x_TD: Tensor,
-        trace: ForwardTrace | None = None,
-        residual_TD: Tensor | None = None,
-    ) -> Tensor:
-        """Return ``y``, ``[T, D]`` in the dtype of ``x``, added to the residual stream if given.
-
-        What is read is added to ``trace``.
-        """
-        return self.finish(self.start(x_TD, trace), x_TD, residual_TD)
-
-    def start(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Lookup:
-        """Choose the rows and begin to read them: ``forward``'s first half."""
+    def forward(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Tensor:
+        """Return ``y``, ``[T, D]`` in the dtype of ``x``; the rows read are added to ``trace``."""
         rows_THK, weights_THK = memory_ops.product_topk(self.half_scores(x_TD), self.top_k)
         if trace is not None:
             trace.memory.append(MemoryTrace(rows_THK, weights_THK))
         if self.is_peer:
-            weights_THK = weights_THK * self._activations(x_TD, rows_THK)
-        return self.table.start(rows_THK, weights_THK, self.index)
-
-    def finish(self, lookup: Lookup, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
-        """Wait for the rows and return what ``forward`` does; ``x`` is what ``start`` was given."""
-        # the table may still be fetching: what does not depend on the rows runs meanwhile
-        gate_TV = ops.linear(x_TD, self.gates) if self.gates is not None else None
-        gate_T1 = ops.linear(x_TD, self.output_gates) if self.output_gates is not None else None
+            self.table.hint(rows_THK, self.index)
+            dots = self.down_table.start_dots(rows_THK, x_TD, self.index)
+            weights_THK = weights_THK * gelu(dots.finish())
+        lookup = self.table.start(rows_THK, weights_THK, self.index)
+        # the table may be fetching rows: compute meanwhile what does not depend on them
+        gate_TV = self.gate(x_TD) if self.gate is not None else None
+        gate_T1 = self.output_gate(x_TD) if self.output_gate is not None else None
         y_TV = lookup.finish()
-        y_TV = ops.silu_gate(gate_TV, y_TV) if gate_TV is not None else y_TV.to(x_TD.dtype)
-        if gate_T1 is None and self.values is not None:
-            return ops.linear(y_TV, self.values, residual_TD)
-        y_TD = ops.linear(y_TV, self.values) if self.values is not None else y_TV
-        if gate_T1 is not None:
-            y_TD = gate_T1.sigmoid() * y_TD
-        return y_TD if residual_TD is None else residual_TD + y_TD
+        y_TV = y_TV.to(x_TD.dtype) if gate_TV is None else silu(gate_TV) * y_TV.to(gate_TV.dtype)
+        y_TD = self.value_proj(y_TV) if self.value_proj is not None else y_TV
+        return y_TD if gate_T1 is None else gate_T1.sigmoid() * y_TD
 
-    def _activations(self, x_TD: Tensor, rows_THK: Tensor) -> Tensor:
-        self.table.hint(rows_THK, self.index)
-        (norm,) = self._norm
-        normed_TD = norm(x_TD) if norm is not None else x_TD
-        dots = self.down_table.start_dots(rows_THK, normed_TD, self.index)
-        return functional.gelu(dots.finish())
+
+def half_scores(
+    q_TF: Tensor, subkeys_H2Nk: Tensor, query_norm_2k: Tensor | None, norm_eps: float
+) -> Tensor:
+    """Dot products of query halves, normed if there is a norm, with the subkeys.
+
+    Queries are ``[T, H k]``, the scores ``[T, H, 2, N]`` in fp32 (fp64 for fp64). Both factors are
+    in the model's dtype and the sums are kept wide, so that trainer and server choose the same
+    rows.
+    """
+    num_heads, _, _, half_dim = subkeys_H2Nk.shape
+    q_TH2k = q_TF.view(-1, num_heads, 2, half_dim)
+    if query_norm_2k is not None:
+        q_TH2k = rms_norm(q_TH2k, query_norm_2k, norm_eps)
+    wide = torch.promote_types(q_TF.dtype, torch.float32)
+    # a trainer's subkeys are wider, and its autocast would narrow the sums
+    narrow_H2Nk = subkeys_H2Nk.to(q_TF.dtype)
+    with torch.autocast(q_TF.device.type, enabled=False):
+        return torch.einsum("thck,hcnk->thcn", q_TH2k.to(wide), narrow_H2Nk.to(wide))

@@ -3,15 +3,15 @@
 T tokens, D model width, E experts, K of them a token ("Mixtral of Experts", arXiv 2401.04088).
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
-from engine import ops
 from engine.model.config import MixtureConfig
 from engine.model.forward_trace import ForwardTrace
-from engine.model.norm import RmsNorm
 from engine.model.uninitialised import Linear
-from engine.ops.native.library import NativeOps
 
 
 class Expert(nn.Module):
@@ -22,55 +22,48 @@ class Expert(nn.Module):
         self.w1 = Linear(hidden_size, size, bias=False)
         self.w2 = Linear(size, hidden_size, bias=False)
         self.w3 = Linear(hidden_size, size, bias=False)
-        self.gate_up = ops.Projection(self.w1, self.w3, is_gated=True)
-        self.down = ops.Projection(self.w2)
 
     def forward(self, x_LD: Tensor) -> Tensor:
-        return ops.linear(ops.linear(x_LD, self.gate_up), self.down)
+        y_LD: Tensor = self.w2(silu(self.w1(x_LD)) * self.w3(x_LD))
+        return y_LD
 
 
 class MixtureFeedForward(nn.Module):
-    """The K experts that a token's router likes best, weighted:
+    """A router and its experts; parameters uninitialised. See ``mix_experts``."""
 
-        p = softmax(W x) in fp32;  y = sum over the K largest of p_e / (their sum) * expert_e(x)
-
-    Parameters are uninitialised.
-    """
-
-    def __init__(self, config: MixtureConfig, hidden_size: int, norm: RmsNorm) -> None:
-        """``norm``, the decoder layer's own, is applied to what comes in."""
+    def __init__(self, config: MixtureConfig, hidden_size: int) -> None:
         super().__init__()
         self.top_k = config.top_k
         self.gate = Linear(hidden_size, config.num_experts, bias=False)
         sizes = [config.expert_size] * config.num_experts
         self.experts = nn.ModuleList(Expert(hidden_size, size) for size in sizes)
-        self.router = ops.Projection(self.gate)
-        self._norm = (norm,)  # the decoder layer's, and no part of this module
 
-    def pack(self, native: NativeOps) -> None:
-        """Lay the weights out for serving; see ``Projection.pack``."""
-        self.router.pack(native)
-        for expert in self.experts:
-            assert isinstance(expert, Expert)
-            expert.gate_up.pack(native)
-            expert.down.pack(native)
-
-    def forward(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
-        """Return the new residual stream; what the router said is added to ``trace``."""
-        (norm,) = self._norm
-        x_TD = norm(residual_TD)
-        logits_TE = ops.linear(x_TD, self.router)
+    def forward(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Tensor:
+        """Return ``[T, D]``; the router's logits are added to ``trace``."""
+        logits_TE = self.gate(x_TD)
         if trace is not None:
             trace.router_logits.append(logits_TE)
-        chosen_TK = logits_TE.float().softmax(-1).topk(self.top_k)
-        weights_TK = chosen_TK.values / chosen_TK.values.sum(-1, keepdim=True)
-        # reads in the order of their experts, and for each expert of their tokens
-        order_L = chosen_TK.indices.flatten().argsort(stable=True)
-        counts = chosen_TK.indices.flatten().bincount(minlength=len(self.experts)).tolist()
-        tokens_L = order_L // self.top_k
-        parts = x_TD.index_select(0, tokens_L).split(counts)
-        outs = [expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)]
-        y_LD = torch.cat(outs) if outs else x_TD[:0]
-        weights_L1 = weights_TK.flatten().index_select(0, order_L).unsqueeze(1)
-        y_LD = (y_LD * weights_L1.to(y_LD.dtype)).to(residual_TD.dtype)
-        return residual_TD + torch.zeros_like(residual_TD).index_add(0, tokens_L, y_LD)
+        return mix_experts(x_TD, logits_TE, list(self.experts), self.top_k)
+
+
+def mix_experts(
+    x_TD: Tensor, logits_TE: Tensor, experts: Sequence[Callable[[Tensor], Tensor]], top_k: int
+) -> Tensor:
+    """The ``top_k`` experts with the largest router logits of each token, weighted:
+
+        p = softmax(logits) in fp32;  y = sum over the K largest of p_e / (their sum) * expert_e(x)
+
+    Returns ``[T, D]`` in the dtype of ``x``.
+    """
+    chosen_TK = logits_TE.float().softmax(-1).topk(top_k)
+    weights_TK = chosen_TK.values / chosen_TK.values.sum(-1, keepdim=True)
+    # (token, expert) pairs sorted by expert, then by token
+    order_L = chosen_TK.indices.flatten().argsort(stable=True)
+    counts = chosen_TK.indices.flatten().bincount(minlength=len(experts)).tolist()
+    tokens_L = order_L // top_k
+    parts = torch.split(x_TD.index_select(0, tokens_L), counts)
+    outs = [expert(part) for expert, part in zip(experts, parts, strict=True) if len(part)]
+    y_LD = torch.cat(outs) if outs else x_TD[:0]
+    weights_L1 = weights_TK.flatten().index_select(0, order_L).unsqueeze(1)
+    y_LD = (y_LD * weights_L1.to(y_LD.dtype)).to(x_TD.dtype)
+    return torch.zeros_like(x_TD).index_add(0, tokens_L, y_LD)

@@ -1,13 +1,11 @@
-"""The learned weight of an RMSNorm."""
+"""Root-mean-square normalisation."""
 
 import torch
 from torch import Tensor, nn
 
-from engine import ops
-
 
 class RmsNorm(nn.Module):
-    """Root-mean-square normalisation; its weight uninitialised."""
+    """Root-mean-square normalisation with a learned weight; its weight uninitialised."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -16,4 +14,15 @@ class RmsNorm(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return ``[T, D]`` in the dtype of ``x``."""
-        return ops.rms_norm(x_TD, self.weight, self.eps)
+        return rms_norm(x_TD, self.weight, self.eps)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, the statistics in fp32.
+
+    Returns the shape and dtype of ``x``. Source: arXiv 1910.07467.
+    """
+    wide = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    # a trainer's weight may be wider
+    return (weight_D * normed.to(x_TD.dtype)).to(x_TD.dtype)

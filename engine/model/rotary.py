@@ -1,4 +1,4 @@
-"""Rotary frequencies of a model, Llama 3's scaling included, and the angles of given positions."""
+"""Rotary position embedding: frequencies of a model, angles of positions, rotation of heads."""
 
 import math
 
@@ -27,3 +27,14 @@ def rope_angles(positions_T: Tensor, frequencies: Tensor) -> tuple[Tensor, Tenso
     """Cosines and sines ``[T, 1, head_dim / 2]`` in fp32 for every token of a forward."""
     angles = positions_T.to(frequencies.dtype).unsqueeze(-1) * frequencies
     return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+
+def rotate(x_THE: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each head of width E; lane e is paired with lane e + E / 2 as Hugging Face does.
+
+    Returns the shape and dtype of ``x``.
+    """
+    cos, sin = angles
+    first, second = x_THE.chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x_THE.dtype)

@@ -4,18 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from engine import ops
 from engine.model.config import ModelConfig
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.layers import DecoderLayer
-from engine.model.lookahead import Lookahead, LookaheadConfig
+from engine.model.layout import TokenLayout
+from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
-from engine.model.packed_decoder import PackedDecoder
 from engine.model.rotary import rope_angles, rope_frequencies
 from engine.model.uninitialised import Embedding, Linear
-from engine.ops.layout import TokenLayout
-from engine.ops.native.library import native_ops
 from memory_ops.tables.value_table import ValueTable
 
 
@@ -72,10 +70,6 @@ class Transformer(nn.Module):
         self.lm_head: nn.Linear | None = None
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        head = self.lm_head if self.lm_head is not None else self.model.embed_tokens
-        self.head = ops.Projection(head, norm=self.model.norm)
-        self._packed_layers: PackedDecoder | None = None
-        self._lookahead: Lookahead | None = None
         # no parameter, and made on the CPU even where the rest is built on the meta device
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
@@ -88,15 +82,22 @@ class Transformer(nn.Module):
         self.rope_frequencies = frequencies.to(self.rope_frequencies.device)
         return self
 
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The decoder layers, in order."""
+        return [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
+
+    @property
+    def head(self) -> nn.Linear | nn.Embedding:
+        """The module whose weight ``[vocabulary, D]`` gives the logits."""
+        return self.lm_head if self.lm_head is not None else self.model.embed_tokens
+
     def attach_tables(self, tables: Mapping[str, ValueTable]) -> None:
         """Give the memory layers their tables, by the names of ``ModelConfig.table_names``.
 
         Raises:
-            ValueError: a table is missing, unknown, or of a wrong shape; or the model is packed,
-                tables included.
+            ValueError: a table is missing, unknown, or of a wrong shape.
         """
-        if self._packed_layers is not None:
-            raise ValueError("tables: the model is packed, with those that it has")
         wanted, memory = self.config.table_names, self.config.memory
         if set(tables) != set(wanted):
             raise ValueError(f"tables: expected {list(wanted)}, got {sorted(tables)}")
@@ -108,35 +109,9 @@ class Transformer(nn.Module):
                 raise ValueError(f"tables: {name} needs {wanted_shape}, got {shape}")
         self.tables = dict(tables)
         for layer in self.config.memory_layers:
-            block, names = self.model.layers[layer], self.config.layer_tables(layer)
-            assert isinstance(block, DecoderLayer) and block.memory is not None
-            block.memory.attach(tables[names.values], tables.get(names.down or ""))
-
-    def look_ahead(self, config: LookaheadConfig) -> None:
-        """Have rows guessed for the tables that are attached, and fetched before they are read.
-
-        Raises:
-            ValueError: the model is packed already.
-        """
-        if self._packed_layers is not None:
-            raise ValueError("lookahead: the model is packed, without it")
-        memories = [layer.memory for layer in self.model.layers if isinstance(layer, DecoderLayer)]
-        self._lookahead = Lookahead([memory for memory in memories if memory is not None], config)
-
-    def pack(self) -> None:
-        """Lay the weights out for this machine's kernels, where it has any.
-
-        Then the model serves and does no more: its weights are given up, and with them gradients
-        and ``state_dict``.
-        """
-        weight = self.model.embed_tokens.weight
-        native = native_ops(weight.device, weight.dtype)
-        if native is None:
-            return
-        self._packed_layers = PackedDecoder(
-            self.model.layers, self.config.num_heads, native, self._lookahead
-        )
-        self.head.pack(native)
+            memory_layer, names = self.layers[layer].feed_forward, self.config.layer_tables(layer)
+            assert isinstance(memory_layer, MemoryLayer)
+            memory_layer.attach(tables[names.values], tables.get(names.down or ""))
 
     def forward(
         self,
@@ -144,41 +119,36 @@ class Transformer(nn.Module):
         layout: TokenLayout,
         logits_at_L: Tensor,
         kv_blocks: Tensor | None = None,
+        *,
         with_hidden: bool = False,
         with_trace: bool = False,
-        on_layers: Callable[[], None] | None = None,
+        before_layer: Callable[[int, Tensor], None] | None = None,
     ) -> ForwardOutput:
         """Run T tokens of several sequences, lying one after another.
 
         Args:
             ids_T: int64 token ids, ``[T]``.
-            layout: which sequence and position each of them has.
+            layout: the sequence and position of each token.
             logits_at_L: int64 indices into the T tokens whose logits are wanted.
             kv_blocks: ``[layers, blocks, 2, G, block_size, E]``, changed in place; given exactly
                 when ``layout.paged`` is.
             with_hidden: whether the output has what the logits are made of.
-            with_trace: whether the output tells what memory layers read and routers said.
-            on_layers: called after each layer, or a few that take no longer than a large one.
+            with_trace: whether the output has the rows that memory layers read and the routers'
+                logits.
+            before_layer: called with each layer's index and the residual stream that enters it.
         """
-        residual_TD = self.model.embed_tokens(ids_T)
+        x_TD = self.model.embed_tokens(ids_T)
         angles = rope_angles(layout.positions_T, self.rope_frequencies)
         trace = ForwardTrace() if with_trace else None
-        on_layers = on_layers or (lambda: None)
-        if self._packed_layers is not None and kv_blocks is not None:
-            residual_TD = self._packed_layers.run(
-                residual_TD, layout, angles, kv_blocks, trace, on_layers
-            )
-        else:
-            for index, layer in enumerate(self.model.layers):
-                if self._lookahead is not None:
-                    self._lookahead.before(index, residual_TD)
-                layer_kv = kv_blocks[index] if kv_blocks is not None else None
-                residual_TD = self.run_layer(layer, residual_TD, layout, angles, layer_kv, trace)
-                on_layers()
-        residual_LD = residual_TD[logits_at_L]
+        for index, layer in enumerate(self.model.layers):
+            if before_layer is not None:
+                before_layer(index, x_TD)
+            layer_kv = kv_blocks[index] if kv_blocks is not None else None
+            x_TD = self.run_layer(layer, x_TD, layout, angles, layer_kv, trace)
+        hidden_LD = self.model.norm(x_TD[logits_at_L])
         return ForwardOutput(
-            ops.linear(residual_LD, self.head),
-            self.model.norm(residual_LD) if with_hidden else None,
+            linear(hidden_LD, self.head.weight),
+            hidden_LD if with_hidden else None,
             dict(zip(self.config.memory_layers, trace.memory, strict=True)) if trace else {},
             tuple(trace.router_logits) if trace else (),
         )

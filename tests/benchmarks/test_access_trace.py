@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from benchmarks.access_trace import AccessTrace, record
-from engine.config import ConfigError
-from engine.ops.layout import TokenLayout
-from server.cli import main
+from engine.errors import ConfigError
+from engine.model.layout import TokenLayout
+from server.cli.main import main
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.errors import DataError
-from weights.training_data import checkpoint_text
+from weights.training.training_data import checkpoint_text
 
 TEXTS = ["one red fox", "two", "and three more of them"]
 

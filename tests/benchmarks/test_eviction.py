@@ -18,10 +18,10 @@ from benchmarks.memory.eviction import (
     policy_hits,
 )
 from benchmarks.memory.eviction_policies import POLICIES
-from engine.config import ConfigError
+from engine.errors import ConfigError
 from memory_ops.native import disk_rows
 from memory_ops.tables.disk import DiskTable, row_cache_bytes
-from server.cli import main
+from server.cli.main import main
 
 A, B, C, D, E = range(5)
 READS = st.lists(st.integers(0, 4), min_size=2, max_size=9)

@@ -9,10 +9,10 @@ from benchmarks.facts import run
 from benchmarks.facts.contestants import contestants
 from benchmarks.facts.people import ATTRIBUTES, PeopleCorpus
 from benchmarks.facts.results import Result, append_result, read_results
-from engine.config import ConfigError
+from engine.errors import ConfigError
 from engine.model.flops import forward_flops, total_flops
-from server.cli import main
-from weights.new_model import model_config
+from server.cli.main import main
+from weights.training.new_model import model_config
 
 TINY = PeopleCorpus(num_people=12, num_names=6, num_values=4, num_questions=9)
 

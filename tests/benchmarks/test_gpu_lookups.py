@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from benchmarks import gpu_lookups
-from server.cli import main
+from server.cli.main import main
 
 SMALL = ["--num-subkeys", "128", "--width", "64", "--rounds", "1"]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

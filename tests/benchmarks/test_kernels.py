@@ -9,9 +9,9 @@ from benchmarks import kernels
 from benchmarks.drawn_tables import DTYPES
 from benchmarks.kernel_shapes import Shapes
 from benchmarks.kernels import measure
-from engine.config import ConfigError
+from engine.errors import ConfigError
 from memory_ops.native.library import MEMORY_LIBRARY
-from server.cli import main
+from server.cli.main import main
 
 
 @pytest.mark.skipif(MEMORY_LIBRARY.best_build is None, reason="needs the native library")

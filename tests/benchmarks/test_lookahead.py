@@ -5,8 +5,8 @@ import json
 import pytest
 
 from benchmarks.lookahead import measure
-from engine.config import ConfigError
-from server.cli import main
+from engine.errors import ConfigError
+from server.cli.main import main
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 
 KINDS = ("dense", "memory_plus", "dense", "pkm")

@@ -13,11 +13,11 @@ from benchmarks.memory.access import DrawnAccess, RecordedAccess
 from benchmarks.memory.load import MemoryLoad
 from benchmarks.memory.replayed import Replay, ReplayedTable
 from benchmarks.memory.sweep import measure
-from engine.config import ConfigError
+from engine.errors import ConfigError
 from memory_ops.native import disk_rows
 from memory_ops.native.row_fetcher import START
 from memory_ops.tables.device import DeviceTable
-from server.cli import main
+from server.cli.main import main
 from tests.models import random_model, save_model, tiny_config
 from weights.errors import DataError
 

@@ -9,14 +9,14 @@ from benchmarks.engine_rounds import EngineRounds
 from benchmarks.machine_limits import MachineLimits
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.step_work import Chunk, ModelWork, StepWork
-from engine.config import ConfigError, EngineConfig
-from engine.engine import Engine
+from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.model.config import MemoryConfig
 from engine.model.flops import forward_flops
-from engine.scheduler import Scheduler
+from engine.scheduling.scheduler import Scheduler
 from memory_ops.native.library import MEMORY_LIBRARY
-from server.cli import main
-from tests.models import feed_forward_changes, random_model, tiny_config
+from server.cli.main import main
+from tests.models import engine_of, feed_forward_changes, random_model, tiny_config
 
 # of a layer of the tiny model: queries and outputs, keys and values, feed-forward, two norms
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
@@ -33,7 +33,7 @@ def rounds():
     config = EngineConfig(
         max_num_seqs=4, max_batched_tokens=8, block_size=4, kv_cache_gib=0.001, max_model_len=64
     )
-    engine = Engine(random_model(tiny_config()), config)
+    engine = engine_of(random_model(tiny_config()), config)
     yield EngineRounds(engine, config)
     assert not engine.has_work
     engine.check_integrity()
@@ -150,7 +150,7 @@ def test_the_longest_load_that_is_let_through_runs(rounds):
 
 def test_a_batch_that_the_kv_memory_does_not_hold_is_refused():
     config = EngineConfig(max_num_seqs=4, block_size=4, kv_cache_gib=0.00002, max_model_len=64)
-    rounds = EngineRounds(Engine(random_model(tiny_config()), config), config)
+    rounds = EngineRounds(engine_of(random_model(tiny_config()), config), config)
     with pytest.raises(ConfigError, match="kv_cache_gib: a batch of 4 takes up to"):
         rounds.check(OfflineLoad((8,), (4,), input_len=20, output_len=20))
 

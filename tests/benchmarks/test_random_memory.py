@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.random_memory import write_variant
 from tests.models import random_model, save_model, tiny_config
-from weights.checkpoint import load_model
+from weights.checkpoints.checkpoint import load_model
 from weights.errors import CheckpointError
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import serving
 from benchmarks.serving_load import ServingLoad
-from engine.config import ConfigError
-from server.cli import main
+from engine.errors import ConfigError
+from server.cli.main import main
 from tests.benchmarks.stub_server import STREAM_HEAD, answer, chunked, events, stream
 from tests.benchmarks.stub_server import serving as stub
 

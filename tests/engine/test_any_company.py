@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from engine.config import EngineConfig
-from engine.engine import Engine
 from engine.request import Request, TokenOutput
-from engine.request_rules import RequestRules
-from engine.sampler import sample
-from engine.sampling_params import SamplingParams
-from engine.sampling_rows import SamplingRow
+from engine.sampling.params import SamplingParams
+from engine.sampling.request_rules import RequestRules, SamplingRow
+from engine.sampling.sampler import Sampler
 from tests.engine.test_company import KV_BYTES, Multiples
-from tests.models import EOS_ID, VOCAB_SIZE, plain_logits, random_model, tiny_config
+from tests.models import EOS_ID, VOCAB_SIZE, engine_of, plain_logits, random_model, tiny_config
 
 EOS_IDS = frozenset({EOS_ID})
 NUM_DRAFTS = 3
@@ -83,7 +81,7 @@ def plain_loop(model, prompt: list[int], params: SamplingParams, masked: bool) -
         if masked:
             bitmask = np.zeros((1, -(-VOCAB_SIZE // 32)), dtype=np.uint32)
             mask.fill(bitmask[0])
-        (token,) = sample(logits_LV[-1:], [row], bitmask)
+        (token,) = Sampler().sample(logits_LV[-1:], [row], bitmask)
         mask.accept([token] if masked else [])
         ids.append(token)
         ends = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | EOS_IDS
@@ -104,7 +102,7 @@ class CompanyMachine(RuleBasedStateMachine):
             max_batched_tokens=9,
             max_num_seqs=3,
         )
-        self.engine = Engine(self.model, config, EOS_IDS, drafter=self, num_drafts=NUM_DRAFTS)
+        self.engine = engine_of(self.model, config, EOS_IDS, drafter=self, num_drafts=NUM_DRAFTS)
         self.expected: dict[str, Expected] = {}
         self.count = self.drafted = 0
         self.failures: list[Exception] = []

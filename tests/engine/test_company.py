@@ -8,12 +8,15 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.masking import allowed_drafts
+from engine.executors.executor import make_executor
 from engine.model.config import MemoryConfig
 from engine.request import Request
-from engine.sampling_params import SamplingParams
+from engine.sampling.masks import allowed_drafts
+from engine.sampling.params import SamplingParams
 from tests.models import (
     VOCAB_SIZE,
+    eager,
+    engine_of,
     greedy,
     plain_greedy,
     plain_logits,
@@ -30,16 +33,15 @@ MEMORY = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_di
 
 def engine(model, kv_tokens: int = 4096, drafter=None, num_drafts: int = 0, **config) -> Engine:
     settings = EngineConfig(kv_cache_gib=kv_tokens * KV_BYTES / 2**30, **config)
-    return Engine(model, settings, drafter=drafter, num_drafts=num_drafts)
+    return engine_of(model, settings, make=model.make, drafter=drafter, num_drafts=num_drafts)
 
 
-@pytest.fixture(scope="module", params=["as trained", "packed", "packed with memory"])
+@pytest.fixture(scope="module", params=["eager", "cpu", "cpu with memory"])
 def model(request):
     torch.manual_seed(1)
     with_memory = {"feed_forward": ("memory_plus", "dense"), "memory": MEMORY}
     made = random_model(tiny_config(**(with_memory if "memory" in request.param else {})))
-    if "packed" in request.param:
-        made.pack()
+    made.make = eager if request.param == "eager" else make_executor
     return made
 
 

@@ -5,18 +5,27 @@ import random
 import pytest
 import torch
 
-from engine.config import ConfigError, EngineConfig
+from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import ConfigError, RequestError
 from engine.model.config import MEMORY_KINDS
 from engine.request import Request
-from engine.sampling_params import RequestError, SamplingParams
-from tests.models import feed_forward_changes, greedy, plain_greedy, random_model, run, tiny_config
+from engine.sampling.params import SamplingParams
+from tests.models import (
+    engine_of,
+    feed_forward_changes,
+    greedy,
+    plain_greedy,
+    random_model,
+    run,
+    tiny_config,
+)
 
 KV_BYTES = tiny_config().kv_bytes_per_token(itemsize=4)
 
 
 def engine(model, kv_tokens: int = 4096, **config) -> Engine:
-    return Engine(model, EngineConfig(kv_cache_gib=kv_tokens * KV_BYTES / 2**30, **config))
+    return engine_of(model, EngineConfig(kv_cache_gib=kv_tokens * KV_BYTES / 2**30, **config))
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -106,13 +115,13 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_company(model):
 
 def test_a_request_that_fails_is_answered_and_harms_nobody(model, expected, monkeypatch):
     broken = engine(model)
-    run_plan = broken._runner.run
+    run_batch = broken._executor.run
 
-    def fail(plan, bitmask):
-        assert not any(chunk.request_id == "bad" for chunk in plan.chunks)
-        return run_plan(plan, bitmask)
+    def fail(batch):
+        assert not any(row.params.max_tokens == 5 for row in batch.rows)
+        return run_batch(batch)
 
-    monkeypatch.setattr(broken._runner, "run", fail)
+    monkeypatch.setattr(broken._executor, "run", fail)
     broken.add(greedy("bad", [1, 2], 5))
     broken.add(greedy("good", prompts(1)[0], 12))
     output, *others = broken.step().outputs

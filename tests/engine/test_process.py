@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from engine.errors import RequestError
 from engine.process import (
     Abort,
     EngineProcess,
@@ -16,7 +17,7 @@ from engine.process import (
 )
 from engine.progress import Progress
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
-from engine.sampling_params import RequestError, SamplingParams
+from engine.sampling.params import SamplingParams
 
 LIMITS = RequestLimits(vocab_size=10, max_model_len=20)
 

@@ -2,12 +2,11 @@
 
 from engine import progress
 from engine.config import EngineConfig
-from engine.engine import Engine
 from engine.process import HEARTBEAT_S
 from engine.progress import Progress
 from server.config import SupervisionOptions
 from server.engine_client import WATCH_EVERY_S
-from tests.models import greedy, random_model, tiny_config
+from tests.models import eager, engine_of, greedy, random_model, tiny_config
 
 
 def test_a_mark_begins_anew_and_rest_is_no_stall(monkeypatch):
@@ -33,12 +32,14 @@ def test_a_mark_begins_anew_and_rest_is_no_stall(monkeypatch):
 
 
 def test_a_step_gets_on_by_its_layers_its_logits_and_its_tokens(monkeypatch):
-    at = Engine(random_model(tiny_config(num_layers=3)), EngineConfig(kv_cache_gib=0.001))
+    at = engine_of(
+        random_model(tiny_config(num_layers=3)), EngineConfig(kv_cache_gib=0.001), make=eager
+    )
     at.add(greedy("a", [1, 2, 3], 2))
     marks = []
     monkeypatch.setattr(at.progress, "mark", lambda: marks.append(1))
     at.warm_up()
-    assert len(marks) == 3 + 3
+    assert len(marks) == 3 + 2
 
 
 def test_a_hang_is_noticed_within_five_seconds():

@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import torch
 
 from engine.config import EngineConfig
-from engine.engine import Engine
 from engine.request import TableCounts
 from engine.table_counts import TableCounter
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.table_statistics import TableStatistics
-from tests.models import feed_forward_changes, greedy, random_model, tiny_config
+from tests.models import engine_of, feed_forward_changes, greedy, random_model, tiny_config
 
 
 class CountedTable(DeviceTable):
@@ -26,7 +25,7 @@ class CountedTable(DeviceTable):
 def test_every_count_goes_by_its_name():
     totals = TableStatistics(1, 2, 3, 4, 5, 6, 7, 8, 9, 0.5)
     table = SimpleNamespace(tier="disk", statistics=lambda: {7: totals})
-    (counts,) = TableCounter(SimpleNamespace(tables={"memory.table": table})).take(is_idle=True)
+    (counts,) = TableCounter({"memory.table": table}).take(is_idle=True)
     assert counts == TableCounts(
         table="memory.table",
         tier="disk",
@@ -45,7 +44,7 @@ def test_every_count_goes_by_its_name():
 
 def test_tables_are_looked_at_once_a_second_and_at_rest():
     table, now = CountedTable(torch.randn(4, 8)), [100.0]
-    counter = TableCounter(SimpleNamespace(tables={"memory.table": table}), lambda: now[0])
+    counter = TableCounter({"memory.table": table}, lambda: now[0])
     looked = []
     for seconds in (0, 0.5, 0.4, 0.2, 0.9, 0.2):
         now[0] += seconds
@@ -59,7 +58,7 @@ def test_an_engine_at_rest_has_told_of_every_lookup():
     model = random_model(tiny_config(**feed_forward_changes("memory_plus", "dense", "peer")))
     tables = {name: CountedTable(table.rows) for name, table in model.tables.items()}
     model.attach_tables(tables)
-    engine = Engine(model, EngineConfig(kv_cache_gib=0.001))
+    engine = engine_of(model, EngineConfig(kv_cache_gib=0.001))
     engine.add(greedy("a", [1, 2, 3], 5))
     told, given = [], 0
     while engine.has_work:
@@ -78,6 +77,6 @@ def test_an_engine_at_rest_has_told_of_every_lookup():
 
 
 def test_a_model_without_tables_has_no_counts():
-    engine = Engine(random_model(tiny_config()), EngineConfig(kv_cache_gib=0.001))
+    engine = engine_of(random_model(tiny_config()), EngineConfig(kv_cache_gib=0.001))
     engine.add(greedy("a", [1], 2))
     assert engine.step().statistics.tables in (None, ()) and engine.step().statistics.tables == ()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engine.model.lookahead import LookaheadConfig
-from engine.ops.layout import TokenLayout
+from engine.executors.lookahead import Lookahead, LookaheadConfig, predicted_memories
+from engine.model.layout import TokenLayout
 from memory_ops.row_formats import RowRecords
 from memory_ops.tables.device import DeviceTable
 from tests.memory_ops.tables import KINDS, rows_of, table_of
@@ -96,8 +96,8 @@ def test_a_model_says_what_it_says_of_tables_beside_it(small_table, kinds):
         wanted = model(tokens, layout, tokens).logits_LV
         tables = {name: small_table(one, len(kinds)) for name, one in rows.items()}
         model.attach_tables(tables)
-        model.look_ahead(LookaheadConfig(1, 9))
-        found = model(tokens, layout, tokens).logits_LV
+        lookahead = Lookahead(predicted_memories(model.layers), LookaheadConfig(1, 9))
+        found = model(tokens, layout, tokens, before_layer=lookahead.before).logits_LV
     torch.testing.assert_close(found, wanted)
     counted = [counts for table in tables.values() for counts in table.statistics().values()]
     assert all(counts.lookups == 1 for counts in counted)

@@ -25,7 +25,7 @@ from memory_ops import (
 from memory_ops.native.backend import NativeBackend
 from memory_ops.row_formats import quantize_rows
 from tests.conftest import TOLERANCE
-from tests.engine.test_memory_layer import GOLDEN
+from tests.engine.model.test_memory_layer import GOLDEN
 from tests.memory_ops.tables import KINDS, PLAIN, exact_values, table_of
 
 OPERATIONS = ["product_topk", "gather_rows", "row_dots", "row_gradients", "expert_lookup"]

@@ -37,7 +37,16 @@ class Running:
 @contextlib.contextmanager
 def running(folder: Path, *options: str, new_group: bool = False) -> Iterator[Running]:
     """Serve a folder until the block ends; what the server printed must not be an error."""
-    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(folder), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "server.cli.main",
+        "serve",
+        "--model",
+        str(folder),
+        "--port",
+        "0",
+    ]
     command += ["--kv-cache-gib", "0.01", *options]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stderr=pipe, text=True, start_new_session=new_group) as process:

@@ -12,7 +12,7 @@ import pytest
 
 from engine.process import EngineProcess, run_engine
 from engine.request import EngineStatistics, Request, StepOutput, TokenOutput
-from engine.sampling_params import SamplingParams
+from engine.sampling.params import SamplingParams
 from server import engine_client
 from server.config import SupervisionOptions
 from server.engine_client import EngineClient

@@ -91,7 +91,7 @@ def test_a_body_that_never_ends_is_given_up(memory_plus_folder):
 
 
 def test_a_signal_while_the_model_loads_ends_the_command(memory_plus_folder):
-    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(memory_plus_folder)]
+    command = [sys.executable, "-m", "server.cli.main", "serve", "--model", str(memory_plus_folder)]
     with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline().startswith("loading")
         while not (pids := children(process.pid)):
@@ -157,7 +157,7 @@ def test_a_body_beyond_the_limit_is_a_413(memory_plus_folder):
 
 def memplus(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "server.cli", *arguments],
+        [sys.executable, "-m", "server.cli.main", *arguments],
         capture_output=True,
         text=True,
         timeout=120,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engine.model.lookahead import LookaheadConfig
-from engine.ops.layout import TokenLayout
+from engine.executors.lookahead import Lookahead, LookaheadConfig, predicted_memories
+from engine.model.layout import TokenLayout
 from memory_ops.tables.host import HostTable
 from memory_ops.tables.row_cache import RowCache
 from memory_ops.tables.streams import StreamPair
@@ -33,8 +33,8 @@ def test_a_model_reads_tables_in_host_memory(kinds):
         wanted = model(tokens, layout, positions).logits_LV
         tables = {name: on_host(table.rows, len(kinds)) for name, table in model.tables.items()}
         model.attach_tables(tables)
-        model.look_ahead(LookaheadConfig(1, 9))
-        found = model(tokens, layout, positions).logits_LV
+        lookahead = Lookahead(predicted_memories(model.layers), LookaheadConfig(1, 9))
+        found = model(tokens, layout, positions, before_layer=lookahead.before).logits_LV
     torch.testing.assert_close(found, wanted)
     counted = [counts for table in tables.values() for counts in table.statistics().values()]
     assert all(counts.lookups == 1 and counts.misses for counts in counted)

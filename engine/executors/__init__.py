@@ -1,0 +1,1 @@
+"""Executors: how a served step of a model is computed on a device."""

@@ -1,0 +1,100 @@
+"""Runs packed decoder layers in few native calls."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from engine.executors.cpu.kernels import CpuKernels
+from engine.executors.cpu.layers import CpuLayer
+from engine.executors.cpu.micro_batches import MicroBatches
+from engine.executors.cpu.packed_layers import PackedLayers
+from engine.executors.lookahead import Lookahead
+from engine.model.forward_trace import ForwardTrace, MemoryTrace
+from engine.model.layout import TokenLayout
+from engine.progress import Progress
+from memory_ops.tables.device import DeviceTable
+
+# From these tokens a step, or bytes of weights a call, on, a call of its own for each layer costs
+# nothing in comparison; short calls show that the step makes progress.
+_FEW_TOKENS = 64
+_MANY_BYTES = 2**28
+
+
+class CpuDecoder:
+    """All layers of a decoder."""
+
+    def __init__(
+        self,
+        layers: Sequence[CpuLayer],
+        num_heads: int,
+        kernels: CpuKernels,
+        progress: Progress,
+        lookahead: Lookahead | None = None,
+    ) -> None:
+        self._layers, self._kernels = layers, kernels
+        self._progress, self._lookahead = progress, lookahead
+        self._packed = PackedLayers([layer.packed for layer in layers], num_heads)
+        self._runs = self._joined()
+        self._micro_batches = MicroBatches(layers, num_heads, kernels, progress, lookahead)
+
+    def run(
+        self,
+        residual_TD: Tensor,
+        layout: TokenLayout,
+        angles: tuple[Tensor, Tensor],
+        kv_blocks: Tensor,
+        trace: ForwardTrace | None = None,
+    ) -> Tensor:
+        """Return the residual stream after the last layer.
+
+        ``residual_TD`` is changed in place; the other arguments are those of ``DecoderLayer``, with
+        the KV blocks of all layers.
+        """
+        assert layout.paged is not None
+        num_tokens = residual_TD.shape[0]
+        count = 1 if trace is not None else self._micro_batches.count(num_tokens)
+        runs = self._runs
+        if num_tokens > _FEW_TOKENS:
+            runs = [range(i, i + 1) for i in range(len(self._layers))]
+        with self._micro_batches.watched(num_tokens):
+            if count > 1:
+                return self._micro_batches.run(residual_TD, layout, angles, kv_blocks, count)
+            for run in runs:
+                if self._lookahead is not None:
+                    self._lookahead.before(run.start, residual_TD)
+                read = self._kernels.decoder_layers(
+                    self._packed, run, residual_TD, angles, layout, layout.paged, kv_blocks
+                )
+                self._count(run, read, trace)
+                last = self._layers[run[-1]]
+                if last.is_apart:
+                    residual_TD = last.run_apart(residual_TD, trace)
+                self._progress.mark()
+            return residual_TD
+
+    def _count(self, run: range, read: tuple[Tensor, Tensor], trace: ForwardTrace | None) -> None:
+        """Count in the tables, and add to the trace, the rows read inside a native call."""
+        inside = (self._layers[layer] for layer in run)
+        memories = [one.memory for one in inside if one.memory is not None and not one.is_apart]
+        for memory, rows_THK, weights_THK in zip(memories, *read, strict=True):
+            # a table that fetches rows counts by itself
+            if isinstance(memory.table, DeviceTable):
+                memory.table.count(rows_THK, memory.index)
+            if trace is not None:
+                trace.memory.append(MemoryTrace(rows_THK, weights_THK))
+
+    def _joined(self) -> list[range]:
+        """The layers in runs, one native call each.
+
+        A run ends where its weights are many, with a feed-forward that is left out, and before a
+        layer where rows are predicted.
+        """
+        predicted = self._lookahead.layers if self._lookahead is not None else ()
+        runs, first, size = [], 0, 0
+        for index, layer in enumerate(self._layers):
+            size += layer.packed.num_bytes
+            is_last = index + 1 == len(self._layers)
+            if is_last or layer.is_apart or index + 1 in predicted or size >= _MANY_BYTES:
+                runs.append(range(first, index + 1))
+                first, size = index + 1, 0
+        return runs

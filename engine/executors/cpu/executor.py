@@ -1,0 +1,92 @@
+"""The CPU executor: native kernels on packed weights."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from engine.executors.batch import Batch, StepResult, sample_batch, warm_up_batch
+from engine.executors.cpu.decoder import CpuDecoder
+from engine.executors.cpu.kernels import CpuKernels
+from engine.executors.cpu.layers import pack_layer
+from engine.executors.cpu.packing import pack_linear
+from engine.executors.kv_memory import kv_memory
+from engine.executors.lookahead import Lookahead, LookaheadConfig
+from engine.model.forward_trace import ForwardTrace
+from engine.model.layout import TokenLayout
+from engine.model.rotary import rope_angles
+from engine.model.transformer import Transformer
+from engine.progress import Progress
+from engine.sampling.sampler import Sampler
+from memory_ops.tables.value_table import ValueTable
+
+
+class CpuExecutor:
+    """Runs whole decoder layers in one native call, on weights that it packed for itself."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        kernels: CpuKernels,
+        num_blocks: int,
+        block_size: int,
+        lookahead: LookaheadConfig | None = None,
+    ) -> None:
+        """Pack a model's weights, which are fp32 or bf16 on the CPU, and reserve KV memory.
+
+        Of the model it keeps the embedding, the norms and the tables.
+
+        Raises:
+            OSError: the system has no such memory.
+        """
+        self.config = model.config
+        self.num_blocks = num_blocks
+        self.tables: Mapping[str, ValueTable] = model.tables
+        self.progress = Progress()
+        for table in self.tables.values():
+            table.watch(self.progress.mark)
+        self._kernels = kernels
+        self._embedding_VD = model.model.embed_tokens.weight
+        self._rope_frequencies = model.rope_frequencies
+        layers = [pack_layer(kernels, layer) for layer in model.layers]
+        memories = [layer.memory.predicted for layer in layers if layer.memory is not None]
+        self._decoder = CpuDecoder(
+            layers,
+            model.config.num_heads,
+            kernels,
+            self.progress,
+            None if lookahead is None else Lookahead(memories, lookahead),
+        )
+        self._head = pack_linear(kernels, model.head, norm=model.model.norm)
+        self._sampler = Sampler(kernels.sample, kernels.log_probabilities)
+        self._kv_blocks = kv_memory(model.config, num_blocks, block_size, self._embedding_VD)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepResult:
+        return sample_batch(self.logits(batch), batch, self._sampler, self.progress)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Run the forward; logits ``[L, vocabulary]`` at the batch's ``logits_at_L``."""
+        residual_TD = self.run_layers(batch.ids_T, batch.layout, self._kv_blocks)
+        logits_LV = self._kernels.linear(self._head, residual_TD[batch.logits_at_L])
+        self.progress.mark()
+        return logits_LV
+
+    def run_layers(
+        self,
+        ids_T: Tensor,
+        layout: TokenLayout,
+        kv_blocks: Tensor,
+        trace: ForwardTrace | None = None,
+    ) -> Tensor:
+        """The residual stream ``[T, D]`` after the last layer; see ``Transformer.forward``."""
+        residual_TD = embedding(ids_T, self._embedding_VD)
+        angles = rope_angles(layout.positions_T, self._rope_frequencies)
+        return self._decoder.run(residual_TD, layout, angles, kv_blocks, trace)
+
+    def warm_up(self) -> None:
+        self.run(warm_up_batch())
+
+    def close(self) -> None:
+        """Nothing to do: memory goes with the executor."""

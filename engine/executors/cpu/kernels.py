@@ -1,0 +1,241 @@
+"""The native CPU kernels: operations on packed weights, attention, token choice, whole layers."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.executors.cpu.packed_layers import PackedLayers
+from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
+from engine.model.layout import PagedKv, TokenLayout
+from engine.sampling.choice import CHOICE, Choices
+from engine.sampling.log_probabilities import Scores
+from memory_ops.native.library import NativeLibrary, use_torchs_threads
+from memory_ops.native.row_fetcher import ReadFailure
+
+_POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_LOGITS = (_POINTER, *[_INT64] * 3, _INT32)
+CPU_LIBRARY = NativeLibrary(
+    Path(__file__).parent / "native",
+    {
+        "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32)),
+        "memplus_decoder_layers": (
+            _INT32,
+            (
+                *(_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4),
+                *[_POINTER] * 3,
+            ),
+        ),
+        "memplus_panel_bytes": (_INT64, (_POINTER,)),
+        "memplus_bias_size": (_INT64, (_POINTER,)),
+        "memplus_pack_rows": (None, (_POINTER, _POINTER, _INT64, _POINTER, *[_INT64] * 4)),
+        "memplus_silu_gate": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT32)),
+        "memplus_linear": (None, (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER)),
+        "memplus_sample": (None, (*_LOGITS, *[_POINTER] * 2)),
+        "memplus_log_probabilities": (
+            None,
+            (*_LOGITS, *[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 4),
+        ),
+    },
+    "the model runs on plain torch, many times slower",
+)
+
+
+class CpuKernels:
+    """One build of the library; each operation as its twin in plain torch defines it.
+
+    Attributes:
+        build: its name.
+    """
+
+    def __init__(self, build: str) -> None:
+        """Use ``build``, one of ``CPU_LIBRARY.runnable_builds``."""
+        self.build = build
+        self._library = CPU_LIBRARY.load(build)
+
+    def attention(
+        self,
+        qkv_TF: Tensor,
+        num_heads: int,
+        angles: tuple[Tensor, Tensor],
+        layout: TokenLayout,
+        paged: PagedKv,
+        kv_blocks: Tensor,
+    ) -> Tensor:
+        """Rotate queries and keys, write keys and values into their KV blocks, and attend.
+
+        ``qkv`` is ``[T, (H + 2 G) E]``: queries, keys and values one after another; ``angles`` and
+        ``kv_blocks`` are those of ``engine.model.attention.Attention``. All contiguous, fp32 or
+        bf16. Returns ``[T, H E]``.
+        """
+        _, _, num_kv_heads, block_size, head_dim = kv_blocks.shape
+        cosines, sines = angles
+        out_TF = torch.empty(qkv_TF.shape[0], num_heads * head_dim, dtype=qkv_TF.dtype)
+        use_torchs_threads()
+        self._library.memplus_attention(
+            qkv_TF.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            kv_blocks.data_ptr(),
+            paged.block_table_SB.data_ptr(),
+            layout.query_starts_S1.data_ptr(),
+            paged.context_lengths_S.data_ptr(),
+            out_TF.data_ptr(),
+            len(paged.context_lengths),
+            paged.block_table_SB.shape[1],
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            qkv_TF.dtype is torch.bfloat16,
+        )
+        return out_TF
+
+    def pack(self, rows: Sequence[WeightRows], outputs: int, **options: Any) -> PackedLinear:
+        """Pack weights for ``linear``; see ``PackedLinear``."""
+        return PackedLinear(self._library, rows, outputs, **options)
+
+    def linear(
+        self, packed: PackedLinear, x_TI: Tensor, residual_TO: Tensor | None = None
+    ) -> Tensor:
+        """The packed product of ``x``, ``[T, O]``, plus the residual stream if given.
+
+        Rows of ``x`` may be strided. An output row is the same, bit for bit, in any batch.
+        """
+        num_rows, row_stride = x_TI.shape[0], x_TI.stride()[0]
+        out_TO = torch.empty(num_rows, packed.num_outputs, dtype=packed.out_dtype)
+        use_torchs_threads()
+        self._library.memplus_linear(
+            packed.address,
+            x_TI.data_ptr(),
+            row_stride * x_TI.itemsize,
+            num_rows,
+            None if residual_TO is None else residual_TO.data_ptr(),
+            out_TO.data_ptr(),
+        )
+        return out_TO
+
+    def decoder_layers(
+        self,
+        layers: PackedLayers,
+        run: range,
+        residual_TD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        layout: TokenLayout,
+        paged: PagedKv,
+        kv_blocks: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Run some consecutive layers in place; a memory that is run apart is left out.
+
+        ``residual`` is contiguous; the rest is as ``Transformer.forward`` is given it. Returns
+        the rows that the M memories inside read, int64, and their weights, ``[M, T, H, K]``.
+
+        Raises:
+            TableReadError: rows could not be read.
+        """
+        cosines, sines = angles
+        assert residual_TD.is_contiguous() and kv_blocks.is_contiguous()
+        kv_bytes = kv_blocks.stride()[0] * kv_blocks.itemsize
+        memories = layers.memories(run)
+        heads, top_k = (memories[0].num_heads, memories[0].top_k) if memories else (0, 0)
+        assert all((one.num_heads, one.top_k) == (heads, top_k) for one in memories)
+        rows_MTHK = torch.empty(len(memories), len(residual_TD), heads, top_k, dtype=torch.int64)
+        weights_MTHK = torch.empty(rows_MTHK.shape)
+        failure = ReadFailure()
+        for memory in memories:
+            memory.check()
+        use_torchs_threads()
+        is_well = self._library.memplus_decoder_layers(
+            layers.address(run.start),
+            len(run),
+            residual_TD.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            kv_blocks.data_ptr() + run.start * kv_bytes,
+            kv_bytes,
+            paged.block_table_SB.data_ptr(),
+            layout.query_starts_S1.data_ptr(),
+            paged.context_lengths_S.data_ptr(),
+            len(paged.context_lengths),
+            paged.block_table_SB.shape[1],
+            layers.num_heads,
+            kv_blocks.shape[4],
+            rows_MTHK.data_ptr(),
+            weights_MTHK.data_ptr(),
+            ctypes.byref(failure),
+        )
+        if not is_well:
+            raise memories[failure.memory].error(failure)
+        for memory in memories:
+            memory.check()
+        return rows_MTHK, weights_MTHK
+
+    def silu_gate(self, gate_TI: Tensor, x_TI: Tensor) -> Tensor:
+        """``silu(gate) * x``, in the dtype of the gate: fp32 or bf16. ``x`` is fp32; contiguous."""
+        assert gate_TI.is_contiguous() and x_TI.is_contiguous() and gate_TI.shape == x_TI.shape
+        out_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype)
+        use_torchs_threads()
+        self._library.memplus_silu_gate(
+            gate_TI.data_ptr(),
+            x_TI.data_ptr(),
+            out_TI.data_ptr(),
+            gate_TI.numel(),
+            gate_TI.dtype is torch.bfloat16,
+        )
+        return out_TI
+
+    def sample(self, logits_LV: Tensor, choices: Choices) -> Tensor:
+        """``engine.sampling.choice.choose`` for fp32 or bf16 logits."""
+        chosen_L = torch.empty(len(logits_LV), dtype=torch.int64)
+        assert choices.dtype == CHOICE and choices.shape == chosen_L.shape
+        choices = np.ascontiguousarray(choices)
+        logits_LV, given = _given(logits_LV)
+        self._library.memplus_sample(*given, choices.ctypes.data, chosen_L.data_ptr())
+        return chosen_L
+
+    def log_probabilities(
+        self, logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int], num_best: int
+    ) -> Scores:
+        """``engine.sampling.log_probabilities.score`` for fp32 or bf16 logits."""
+        at_2P = np.array([rows, token_ids], dtype=np.int64)
+        assert (at_2P >= 0).all() and (at_2P.max(axis=1, initial=0) < logits_LV.shape).all()
+        assert 0 <= num_best <= logits_LV.shape[1]
+        count = len(rows)
+        scores = Scores(
+            torch.empty(count),
+            torch.empty(count, dtype=torch.int64),
+            torch.empty(count, num_best, dtype=torch.int64),
+            torch.empty(count, num_best),
+        )
+        logits_LV, given = _given(logits_LV)
+        at = [at_P.ctypes.data for at_P in at_2P]
+        written = [tensor.data_ptr() for tensor in scores]
+        self._library.memplus_log_probabilities(*given, *at, count, num_best, *written)
+        return scores
+
+
+def _given(logits_LV: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The logits, to be held while they are read, and the arguments that say where they lie."""
+    if logits_LV.stride(1) != 1:
+        logits_LV = logits_LV.contiguous()
+    use_torchs_threads()
+    is_bf16 = logits_LV.dtype is torch.bfloat16
+    return logits_LV, (logits_LV.data_ptr(), *logits_LV.shape, logits_LV.stride(0), is_bf16)
+
+
+def cpu_kernels(device: torch.device, dtype: torch.dtype) -> CpuKernels | None:
+    """The fastest build for tensors of this device and dtype, if there is any."""
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        return _best()
+    return None
+
+
+@functools.cache
+def _best() -> CpuKernels | None:
+    build = CPU_LIBRARY.best_build
+    return CpuKernels(build) if build is not None else None

@@ -1,0 +1,63 @@
+"""Decoder layers with packed weights: native descriptions, and feed-forwards left out of them."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.executors.cpu.kernels import CpuKernels
+from engine.executors.cpu.memory import CpuMemory
+from engine.executors.cpu.mixture import CpuMixture
+from engine.executors.cpu.packed_layers import PackedLayer
+from engine.executors.cpu.packing import pack_linear
+from engine.model.feed_forward import DenseFeedForward
+from engine.model.forward_trace import ForwardTrace
+from engine.model.layers import DecoderLayer
+from engine.model.memory_layer import MemoryLayer
+from engine.model.mixture import MixtureFeedForward
+
+
+@dataclass(frozen=True)
+class CpuLayer:
+    """One decoder layer.
+
+    Attributes:
+        packed: as native kernels run it; a feed-forward that they cannot run is left out.
+        memory: the layer's memory, if it has one, whether it is left out or not.
+        mixture: the layer's mixture, if it has one; it is always left out.
+    """
+
+    packed: PackedLayer
+    memory: CpuMemory | None = None
+    mixture: CpuMixture | None = None
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the feed-forward is left out of the native call."""
+        return self.packed.gate_up is None and self.packed.memory is None
+
+    def run_apart(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
+        """Run a feed-forward that is left out; return the new residual stream."""
+        feed_forward = self.mixture or self.memory
+        assert feed_forward is not None
+        return feed_forward.run(residual_TD, trace)
+
+
+def pack_layer(kernels: CpuKernels, layer: DecoderLayer) -> CpuLayer:
+    """Pack one layer of a model, which stays as it is."""
+    attention, norm = layer.self_attn, layer.post_attention_layernorm
+    qkv = pack_linear(
+        kernels, attention.q_proj, attention.k_proj, attention.v_proj, norm=layer.input_layernorm
+    )
+    packed = PackedLayer(qkv, pack_linear(kernels, attention.o_proj))
+    feed_forward = layer.feed_forward
+    if isinstance(feed_forward, DenseFeedForward):
+        gate_up = pack_linear(
+            kernels, feed_forward.gate_proj, feed_forward.up_proj, norm=norm, is_gated=True
+        )
+        down = pack_linear(kernels, feed_forward.down_proj)
+        return CpuLayer(packed._replace(gate_up=gate_up, down=down))
+    if isinstance(feed_forward, MixtureFeedForward):
+        return CpuLayer(packed, mixture=CpuMixture(kernels, feed_forward, norm))
+    assert isinstance(feed_forward, MemoryLayer)
+    memory = CpuMemory(kernels, feed_forward, norm)
+    return CpuLayer(packed._replace(memory=memory.packed()), memory=memory)

@@ -1,0 +1,110 @@
+"""A memory layer with packed weights, in two halves between which its rows are fetched."""
+
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+import memory_ops
+from engine.executors.cpu.kernels import CpuKernels
+from engine.executors.cpu.packed_linear import PackedLinear
+from engine.executors.cpu.packed_memory import PackedMemory
+from engine.executors.cpu.packing import pack_linear, pack_subkeys
+from engine.executors.lookahead import PredictedMemory
+from engine.model.forward_trace import ForwardTrace, MemoryTrace
+from engine.model.memory_layer import MemoryLayer
+from engine.model.norm import RmsNorm
+from memory_ops.backends import is_fit_for_cpu
+from memory_ops.tables.device import DeviceTable
+from memory_ops.tables.value_table import FetchedTable, Lookup
+
+
+class CpuMemory:
+    """Computes what a ``MemoryLayer`` does, norm and residual included."""
+
+    def __init__(self, kernels: CpuKernels, memory: MemoryLayer, norm: RmsNorm) -> None:
+        self._kernels, self._norm = kernels, norm
+        self.index, self.top_k = memory.index, memory.top_k
+        self.num_heads, self.num_subkeys = memory.num_heads, memory.num_subkeys
+        self.tables, self.table = memory.tables, memory.table
+        self._down_table = memory.down_table if memory.is_peer else None
+        self._query = pack_linear(kernels, memory.query, norm=norm)
+        self._subkeys = pack_subkeys(kernels, memory)
+        self._gate = _pack_any(kernels, memory.gate, norm)
+        self._values = _pack_any(kernels, memory.value_proj, None)
+        self._output_gate = _pack_any(kernels, memory.output_gate, norm)
+
+    def half_scores(self, residual_TD: Tensor) -> Tensor:
+        """Half scores ``[T, H, 2, N]`` in fp32."""
+        kernels = self._kernels
+        scores_TF = kernels.linear(self._subkeys, kernels.linear(self._query, residual_TD))
+        return scores_TF.view(-1, self.num_heads, 2, self.num_subkeys)
+
+    @property
+    def predicted(self) -> PredictedMemory:
+        """This layer for the lookahead."""
+        return PredictedMemory(self.index, self.num_subkeys, self.tables, self.half_scores)
+
+    def start(self, residual_TD: Tensor, trace: ForwardTrace | None = None) -> Lookup:
+        """Choose the rows and begin to read them; they are added to ``trace``."""
+        rows_THK, weights_THK = memory_ops.product_topk(self.half_scores(residual_TD), self.top_k)
+        if trace is not None:
+            trace.memory.append(MemoryTrace(rows_THK, weights_THK))
+        if self._down_table is not None:
+            self.table.hint(rows_THK, self.index)
+            dots = self._down_table.start_dots(rows_THK, self._norm(residual_TD), self.index)
+            weights_THK = weights_THK * gelu(dots.finish())
+        return self.table.start(rows_THK, weights_THK, self.index)
+
+    def finish(self, lookup: Lookup, residual_TD: Tensor) -> Tensor:
+        """Wait for the rows and return the new residual stream; it is as ``start`` got it."""
+        kernels = self._kernels
+        # the table may be fetching rows: compute meanwhile what does not depend on them
+        gate_TV = None if self._gate is None else kernels.linear(self._gate, residual_TD)
+        gate_T1 = (
+            None if self._output_gate is None else kernels.linear(self._output_gate, residual_TD)
+        )
+        y_TV = lookup.finish()
+        y_TV = y_TV.to(residual_TD.dtype) if gate_TV is None else kernels.silu_gate(gate_TV, y_TV)
+        if gate_T1 is None and self._values is not None:
+            return kernels.linear(self._values, y_TV, residual_TD)
+        y_TD = y_TV if self._values is None else kernels.linear(self._values, y_TV)
+        return residual_TD + (y_TD if gate_T1 is None else gate_T1.sigmoid() * y_TD)
+
+    def run(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
+        """Return the new residual stream."""
+        return self.finish(self.start(residual_TD, trace), residual_TD)
+
+    def packed(self) -> PackedMemory | None:
+        """The layer as kernels run it whole, or None if they cannot.
+
+        They can if they may read the table's rows themselves, and if nothing but the residual sum
+        follows the value projection.
+        """
+        if self._values is None or self._output_gate is not None:
+            return None
+        fetched: FetchedTable | None = None
+        # a table that derives from a device table may read its rows in another way
+        if type(self.table) is DeviceTable:
+            rows = self.table.rows
+        elif isinstance(self.table, FetchedTable):
+            rows, fetched = self.table.slots, self.table
+        else:
+            return None
+        if not is_fit_for_cpu(rows, self.num_subkeys, self.top_k):
+            return None
+        return PackedMemory(
+            rows,
+            fetched,
+            self.index,
+            self.num_heads,
+            self.top_k,
+            query=self._query,
+            subkeys=self._subkeys,
+            gate=self._gate,
+            values=self._values,
+        )
+
+
+def _pack_any(
+    kernels: CpuKernels, layer: nn.Linear | None, norm: RmsNorm | None
+) -> PackedLinear | None:
+    return None if layer is None else pack_linear(kernels, layer, norm=norm)

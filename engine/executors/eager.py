@@ -1,0 +1,72 @@
+"""The eager executor: runs the model as it is, in plain torch, on the model's own device."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from engine.executors.batch import Batch, StepResult, sample_batch, warm_up_batch
+from engine.executors.kv_memory import kv_memory
+from engine.executors.lookahead import Lookahead, LookaheadConfig, predicted_memories
+from engine.model.transformer import ForwardOutput, Transformer
+from engine.progress import Progress
+from engine.sampling.sampler import Sampler
+from memory_ops.tables.value_table import ValueTable
+
+
+class EagerExecutor:
+    """Correct on any device and at any precision; the fallback of the faster executors."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        num_blocks: int,
+        block_size: int,
+        lookahead: LookaheadConfig | None = None,
+    ) -> None:
+        """Reserve KV memory beside the model, on its device and in its dtype.
+
+        Raises:
+            OSError: the system has no such memory.
+        """
+        weight = model.model.embed_tokens.weight
+        self.config = model.config
+        self.num_blocks = num_blocks
+        self.tables: Mapping[str, ValueTable] = model.tables
+        self.progress = Progress()
+        self._model = model
+        for table in self.tables.values():
+            table.watch(self.progress.mark)
+        self._device = weight.device
+        self._sampler = Sampler()
+        self._kv_blocks = kv_memory(model.config, num_blocks, block_size, weight)
+        self._lookahead = (
+            None if lookahead is None else Lookahead(predicted_memories(model.layers), lookahead)
+        )
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepResult:
+        return sample_batch(self.logits(batch), batch, self._sampler, self.progress)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Run the forward; logits ``[L, vocabulary]`` at the batch's ``logits_at_L``."""
+        output: ForwardOutput = self._model(
+            batch.ids_T.to(self._device),
+            batch.layout.to(self._device),
+            batch.logits_at_L.to(self._device),
+            self._kv_blocks,
+            before_layer=self._before_layer,
+        )
+        self.progress.mark()
+        return output.logits_LV
+
+    def warm_up(self) -> None:
+        self.run(warm_up_batch())
+
+    def close(self) -> None:
+        """Nothing to do: memory goes with the executor."""
+
+    def _before_layer(self, layer: int, residual_TD: Tensor) -> None:
+        self.progress.mark()
+        if self._lookahead is not None:
+            self._lookahead.before(layer, residual_TD)

@@ -1,0 +1,82 @@
+"""The executor protocol, and the one place that chooses a model's executor."""
+
+import logging
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.executors.batch import Batch, StepResult
+from engine.executors.cpu.executor import CpuExecutor
+from engine.executors.cpu.kernels import cpu_kernels
+from engine.executors.eager import EagerExecutor
+from engine.executors.lookahead import LookaheadConfig
+from engine.model.config import ModelConfig
+from engine.model.transformer import Transformer
+from engine.progress import Progress
+from memory_ops.tables.value_table import ValueTable
+
+logger = logging.getLogger(__name__)
+
+
+class Executor(Protocol):
+    """Computes served steps of one model on one device. One thread calls it.
+
+    Attributes:
+        config: the model's shapes.
+        num_blocks: KV blocks that it owns, in a layout of its own.
+        tables: the model's value tables, by their names in checkpoints.
+        progress: marked whenever a piece of a step is done.
+    """
+
+    config: ModelConfig
+    num_blocks: int
+    tables: Mapping[str, ValueTable]
+    progress: Progress
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Run one batch up to its logits, ``[L, vocabulary]``, from which no token is chosen."""
+        ...
+
+    def run(self, batch: Batch) -> StepResult:
+        """Run one batch: write its keys and values, choose and score its tokens.
+
+        Raises:
+            TableReadError: rows of a value table could not be read.
+        """
+        ...
+
+    def warm_up(self) -> None:
+        """Do everything that only the first step takes; to be called before any request."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the executor holds. It must not run again."""
+        ...
+
+
+def make_executor(
+    model: Transformer, config: EngineConfig, lookahead: LookaheadConfig | None = None
+) -> Executor:
+    """The fastest executor that there is for a loaded model, with KV memory as configured.
+
+    The model is not changed. An executor may hold copies of its weights: a caller that only serves
+    should forget the model.
+
+    Raises:
+        ConfigError: the KV memory is too small, or more than the machine has.
+    """
+    weight = model.model.embed_tokens.weight
+    num_blocks = config.num_kv_blocks(model.config.kv_bytes_per_token(weight.dtype.itemsize))
+    kernels = cpu_kernels(weight.device, weight.dtype)
+    try:
+        if kernels is not None:
+            logger.info("executor: cpu, native kernels (%s)", kernels.build)
+            return CpuExecutor(model, kernels, num_blocks, config.block_size, lookahead)
+        logger.info("executor: eager, plain torch on %s in %s", weight.device, weight.dtype)
+        return EagerExecutor(model, num_blocks, config.block_size, lookahead)
+    except (OSError, OverflowError):
+        message = f"kv_cache_gib: this machine has not {config.kv_cache_gib} GiB to give"
+        raise ConfigError(message) from None

@@ -1,1 +1,0 @@
-"""The operations' CPU kernels in C++, beside the Python that calls them."""

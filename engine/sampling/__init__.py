@@ -1,0 +1,1 @@
+"""Token choice: parameters, logit rules, masks, sampling and log-probabilities."""

@@ -1,0 +1,43 @@
+"""Log-probabilities in plain torch: a token's own and the top k, from rows of logits."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Scores(NamedTuple):
+    """Log-probabilities at P rows.
+
+    Attributes:
+        own_P: of a given token each, fp32.
+        ranks_P: 1 where no token is likelier than it, int64.
+        best_ids_PK: the K likeliest tokens, int64.
+        best_PK: their log-probabilities in descending order, fp32.
+    """
+
+    own_P: Tensor
+    ranks_P: Tensor
+    best_ids_PK: Tensor
+    best_PK: Tensor
+
+
+def score(
+    logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int], num_best: int
+) -> Scores:
+    """Log-probabilities of one token at each of P rows, by the softmax of that row.
+
+    Args:
+        logits_LV: ``[L, vocabulary]``, any floating dtype, on any device.
+        rows: the P rows.
+        token_ids: for each of them the token to be scored.
+        num_best: K, how many of the likeliest tokens to return, at most the vocabulary.
+    """
+    at_P, ids_P = torch.tensor([rows, token_ids], device=logits_LV.device)
+    scores_PV = logits_LV.index_select(0, at_P).float()
+    total_P1 = scores_PV.logsumexp(dim=-1, keepdim=True)
+    own_P1 = scores_PV.gather(1, ids_P.unsqueeze(1))
+    ranks_P = (scores_PV > own_P1).sum(dim=-1) + 1
+    best = scores_PV.topk(num_best, dim=-1)
+    return Scores((own_P1 - total_P1).squeeze(1), ranks_P, best.indices, best.values - total_P1)

@@ -1,0 +1,117 @@
+"""Token sampling: logits to ids and log-probabilities, by each row's own parameters.
+
+A token costs one uniform number, a function of (seed, position) alone, and is found in the order of
+the vocabulary, whatever was cut away: so a request draws the same tokens in any batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.sampling.choice import CHOICE, NO_TOKEN, Choices, choose
+from engine.sampling.log_probabilities import Scores, score
+from engine.sampling.logit_rules import apply_rules
+from engine.sampling.masks import Bitmask
+from engine.sampling.params import TokenLogprobs
+from engine.sampling.request_rules import SamplingRow
+
+# rows of logits in fp32 at a time: a long prompt's would be gigabytes
+_SCORED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples with the kernels of one device; by default with plain torch, on any device.
+
+    Attributes:
+        choose: as ``engine.sampling.choice.choose``.
+        score: as ``engine.sampling.log_probabilities.score``.
+    """
+
+    choose: Callable[[Tensor, Choices], Tensor] = choose
+    score: Callable[[Tensor, Sequence[int], Sequence[int], int], Scores] = score
+
+    def sample(
+        self, logits_LV: Tensor, rows: Sequence[SamplingRow], bitmask: Bitmask | None = None
+    ) -> list[int]:
+        """Choose one token a row, or ``NO_TOKEN`` where the rules leave none.
+
+        Args:
+            logits_LV: ``[L, vocabulary]``, any floating dtype; left as it is.
+            rows: how to choose each row's token.
+            bitmask: uint32 ``[L, ceil(vocabulary / 32)]``, a bit for every token that may come.
+        """
+        if bitmask is not None or any(row.rules is not None for row in rows):
+            logits_LV = logits_LV.to(torch.float32, copy=True)
+            apply_rules(logits_LV, rows, bitmask)
+        ids: list[int] = self.choose(logits_LV, _choices(rows, logits_LV.shape[1])).tolist()
+        return [token_id if token_id >= 0 else NO_TOKEN for token_id in ids]
+
+    def log_probabilities(
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        token_ids: Sequence[int],
+        counts: Sequence[int],
+    ) -> Iterator[TokenLogprobs]:
+        """Log-probabilities at some rows of the logits, by the softmax of the unchanged logits.
+
+        Args:
+            logits_LV: ``[L, vocabulary]``, any floating dtype.
+            rows: the rows to score.
+            token_ids: for each of them the token whose own log-probability is wanted.
+            counts: for each how many of the likeliest tokens are wanted too.
+        """
+        for start in range(0, len(rows), _SCORED_AT_ONCE):
+            part = slice(start, start + _SCORED_AT_ONCE)
+            yield from self._score(logits_LV, rows[part], token_ids[part], counts[part])
+
+    def _score(
+        self,
+        logits_LV: Tensor,
+        rows: Sequence[int],
+        token_ids: Sequence[int],
+        counts: Sequence[int],
+    ) -> Iterator[TokenLogprobs]:
+        num_best = min(max(counts), logits_LV.shape[1])
+        scores = self.score(logits_LV, rows, token_ids, num_best)
+        own: list[float] = scores.own_P.tolist()
+        ranks: list[int] = scores.ranks_P.tolist()
+        best_ids: list[list[int]] = scores.best_ids_PK.tolist()
+        best: list[list[float]] = scores.best_PK.tolist()
+        for index, (token_id, count) in enumerate(zip(token_ids, counts, strict=True)):
+            likeliest = zip(best_ids[index][:count], best[index][:count], strict=True)
+            yield TokenLogprobs(token_id, own[index], ranks[index], tuple(likeliest))
+
+
+def _choices(rows: Sequence[SamplingRow], vocab_size: int) -> Choices:
+    choices = np.array(
+        [
+            (params.temperature, min(params.top_k, vocab_size), params.top_p, params.min_p, 0)
+            for params in (row.params for row in rows)
+        ],
+        dtype=CHOICE,
+    )
+    if choices["temperature"].any():
+        choices["uniform"] = uniform([row.seed for row in rows], [row.position for row in rows])
+    return choices
+
+
+def uniform(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+    """One number in [0, 1) for each (seed, position): two rounds of the SplitMix64 mixer."""
+    seed = np.array([value % 2**64 for value in seeds], dtype=np.uint64)
+    position = np.array(positions, dtype=np.uint64)
+    mixed = _splitmix64(_splitmix64(seed) ^ position)
+    result: NDArray[np.float64] = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return result
+
+
+def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    mixed = state + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

@@ -1,0 +1,1 @@
+"""Scheduling: which tokens of which sequences a step runs, and the KV blocks they use."""

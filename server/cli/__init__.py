@@ -1,0 +1,1 @@
+"""The ``memplus`` command line."""

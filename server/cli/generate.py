@@ -1,0 +1,44 @@
+"""``memplus generate``: one prompt to the terminal, with an engine in this very process."""
+
+import sys
+from typing import TextIO
+
+from engine.config import EngineConfig
+from engine.errors import RequestError
+from engine.request import Request
+from engine.sampling.params import SamplingParams
+from server.config import EngineSettings, ModelOptions, cache_folder
+from server.engine_entry import build_engine
+from server.http.text_stream import TextStream
+from weights.checkpoints.tokenizer import load_tokenizer
+from weights.models.named_models import model_folder
+
+
+def generate(
+    prompt: str,
+    model: ModelOptions,
+    engine_config: EngineConfig,
+    sampling: SamplingParams,
+    out: TextIO | None = None,
+) -> None:
+    """Write the continuation of ``prompt`` as it is made, to stdout if nowhere else.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+        RequestError: prompt or sampling are not what the model can take.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise RequestError("text", "is not valid UTF-8")
+    engine = build_engine(EngineSettings(model, cache_folder(), engine_config))
+    tokenizer = load_tokenizer(model_folder(model.model, cache_folder()))
+    prompt_ids = tuple(tokenizer.encode(prompt))
+    out = out or sys.stdout
+    engine.add(Request("generate", prompt_ids, sampling))
+    text = TextStream(0, tokenizer, prompt_ids, sampling)
+    while engine.has_work:
+        for output in engine.step().outputs:
+            if output.finish_reason == "error":
+                raise RuntimeError(output.error)
+            out.write(text.push(output).text)
+            out.flush()
+    out.write("\n")

@@ -1,0 +1,107 @@
+"""A training run in a terminal: a progress bar, and signals that end it with a checkpoint.
+
+    torchrun --standalone --nproc-per-node 2 --no-python memplus train CONFIG.toml --out DIR
+
+makes the processes that it starts train one model together.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import distributed
+from tqdm import tqdm
+
+from engine.errors import ConfigError
+from server.config import cache_folder
+from weights.models.named_models import NAMED_MODELS
+from weights.models.prepare import prepared_folder
+from weights.training.replicas import Replicas
+from weights.training.report import describe_flops, write_report
+from weights.training.train_config import TrainConfig
+from weights.training.trainer import StepReport, Trainer
+
+
+def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
+    """Train to the end, or to the first SIGINT or SIGTERM: then the step is finished and kept.
+
+    A second one is not waited for. Returns 0 where the run is through, 128 + the signal where it
+    was stopped by one, and 1 where another process was.
+
+    Raises:
+        ConfigError: there is no such device, or as ``Trainer``.
+        DataError, CheckpointError, TrainingError: as ``Trainer``.
+    """
+    replicas = _replicas(config.run.device)
+    if config.run.init_from in NAMED_MODELS:
+        source = prepared_folder(config.run.init_from, cache_folder())
+        config = replace(config, run=replace(config.run, init_from=str(source)))
+    trainer = Trainer(config, folder, resume=resume, replicas=replicas)
+    if replicas.is_first:
+        print(describe_flops(trainer.flops, config.run.tokens_per_step))
+    with _signals(replicas) as stopped_by:
+        _train(trainer, config.run.steps, stopped_by, is_shown=replicas.is_first)
+    if trainer.step == config.run.steps:
+        if replicas.is_first:
+            for path in write_report(folder, config, trainer.flops):
+                print(path)
+        return 0
+    if not stopped_by:  # but another process was
+        return 1
+    if replicas.is_first:
+        name = signal.Signals(stopped_by[0]).name
+        print(f"{folder}: stopped by {name} after step {trainer.step}, go on by --resume")
+    return 128 + stopped_by[0]
+
+
+def _train(trainer: Trainer, steps: int, stopped_by: list[int], *, is_shown: bool) -> None:
+    with tqdm(total=steps, initial=trainer.step, unit="step", disable=not is_shown) as bar:
+
+        def show(report: StepReport) -> bool:
+            bar.update()
+            bar.set_postfix(loss=f"{report.loss:.3f}", tokens_per_s=f"{report.tokens_per_s:.0f}")
+            return not stopped_by
+
+        trainer.run(show)
+
+
+@contextlib.contextmanager
+def _signals(replicas: Replicas) -> Iterator[list[int]]:
+    """Gather the signals that would end the process, and leave the process group at the end."""
+    stopped_by: list[int] = []
+    ending: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in ending}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped_by.append(number)
+        if replicas.count == 1:  # torchrun passes on what its processes were sent already
+            signal.signal(number, previous[number])
+
+    for number in previous:
+        signal.signal(number, stop)
+    try:
+        yield stopped_by
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if replicas.count > 1:
+            distributed.destroy_process_group()
+
+
+def _replicas(device: str) -> Replicas:
+    """The processes that torchrun has started, or this one alone."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device: there is no CUDA device")
+    if not distributed.is_torchelastic_launched():
+        return Replicas()
+    # one process makes tokens and checkpoints, for which the others wait as long as it takes
+    backend = "nccl" if device == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(days=30))
+    if device == "cuda":  # not run on a GPU
+        torch.cuda.set_device(distributed.get_node_local_rank())
+    return Replicas.of_group(device)

@@ -1,0 +1,104 @@
+"""Prometheus metrics, under vLLM's names where the meaning is the same."""
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from engine.request import EngineStatistics, FinishReason
+from server.http.table_gains import TABLE_COUNTS, TABLE_LABELS, TableGains
+
+_PREFIX = "memplus:"
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+class Metrics:
+    """One server's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.running = self._gauge("num_requests_running", "requests in the batch")
+        self.waiting = self._gauge("num_requests_waiting", "requests that wait for a place")
+        self.kv_usage = self._gauge("kv_cache_usage_perc", "share of KV blocks in use, 0 to 1")
+        self.prompt_tokens = self._counter("prompt_tokens", "prompt tokens taken in")
+        self.generation_tokens = self._counter("generation_tokens", "tokens generated")
+        self.success = self._counter("request_success", "requests that ended", "finished_reason")
+        self.rejections = self._counter("admission_rejections", "requests refused", "reason")
+        self.first_token = self._histogram("time_to_first_token_seconds", _SECONDS)
+        self.inter_token = self._histogram("inter_token_latency_seconds", _SECONDS)
+        self.end_to_end = self._histogram("e2e_request_latency_seconds", _SECONDS)
+        self.request_prompt = self._histogram("request_prompt_tokens", _TOKENS)
+        self.request_generation = self._histogram("request_generation_tokens", _TOKENS)
+        self.prefix_queries = self._counter("prefix_cache_queries", "prompt tokens looked for")
+        self.prefix_hits = self._counter("prefix_cache_hits", "prompt tokens found computed")
+        self.preemptions = self._counter("num_preemptions", "requests preempted")
+        self._seen = EngineStatistics()
+        self._table_gains = TableGains()
+        self.tables = {
+            name: self._counter(f"table_{name}", text, *TABLE_LABELS)
+            for name, text in TABLE_COUNTS.items()
+        }
+        self.step_tokens = self._histogram("iteration_tokens_total", _TOKENS)
+
+    def observe_step(self, statistics: EngineStatistics) -> None:
+        """Take over the engine's gauges after a step."""
+        self.running.set(statistics.num_running)
+        self.waiting.set(statistics.num_waiting)
+        total = statistics.kv_blocks_total
+        self.kv_usage.set(statistics.kv_blocks_used / total if total else 0.0)
+        for counter, name in (
+            (self.prefix_queries, "prefix_queries"),
+            (self.prefix_hits, "prefix_hits"),
+            (self.preemptions, "preemptions"),
+        ):
+            # an engine that was started again counts from zero
+            counter.inc(max(0, getattr(statistics, name) - getattr(self._seen, name)))
+        self._seen = statistics
+        for labels, gained in self._table_gains.since(statistics.tables):
+            for name, count in gained.items():
+                self.tables[name].labels(*labels).inc(count)
+        if statistics.step_tokens:
+            self.step_tokens.observe(statistics.step_tokens)
+
+    def render(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self._registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(_PREFIX + name, text, registry=self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(_PREFIX + name, text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, buckets: tuple[float, ...]) -> Histogram:
+        text = name.replace("_", " ")
+        return Histogram(_PREFIX + name, text, buckets=buckets, registry=self._registry)
+
+
+class RequestClock:
+    """Times and counts one prompt's answer, and tells the metrics when it ends."""
+
+    def __init__(self, metrics: Metrics, num_prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self._start = self._last = time.perf_counter()
+        self.num_tokens = 0
+        metrics.prompt_tokens.inc(num_prompt_tokens)
+        metrics.request_prompt.observe(num_prompt_tokens)
+
+    def tokens(self, count: int) -> None:
+        """Note that so many tokens have just come."""
+        if not count:
+            return
+        now = time.perf_counter()
+        first = not self.num_tokens
+        histogram = self._metrics.first_token if first else self._metrics.inter_token
+        histogram.observe(now - self._last)
+        self._last = now
+        self.num_tokens += count
+        self._metrics.generation_tokens.inc(count)
+
+    def finished(self, reason: FinishReason) -> None:
+        """Note the end."""
+        self._metrics.end_to_end.observe(time.perf_counter() - self._start)
+        self._metrics.request_generation.observe(self.num_tokens)
+        self._metrics.success.labels(reason).inc()

@@ -1,0 +1,55 @@
+"""What the routes share: one served model and the way to its engine."""
+
+import asyncio
+from dataclasses import dataclass
+
+from engine.errors import RequestError
+from engine.request import RequestLimits
+from server.engine_client import EngineClient
+from server.http.admission import Admission
+from server.http.errors import ApiError
+from server.http.metrics import Metrics
+from weights.checkpoints.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Service:
+    """One served model."""
+
+    model_name: str
+    created: int
+    tokenizer: Tokenizer
+    limits: RequestLimits
+    engine: EngineClient
+    admission: Admission
+    metrics: Metrics
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a model that is not the one served (ApiError, 404)."""
+        if name is not None and name != self.model_name:
+            message = f"model: {name!r} does not exist, this server has {self.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def check_engine(self) -> None:
+        """Refuse what the engine could not answer now (ApiError, 503)."""
+        if not self.engine.is_alive:
+            headers = {"Retry-After": "5"}
+            raise ApiError(503, "the engine is not running", "server_error", headers=headers)
+
+    async def encode(
+        self, text: str, add_special_tokens: bool, only_end: bool = False
+    ) -> list[int]:
+        """Token ids of a text, or at least of as much of its end as a prompt can have.
+
+        Raises:
+            RequestError: the whole is wanted of a text that is longer than any prompt can be.
+        """
+        limit = self.limits.max_model_len
+        longest = limit * self.tokenizer.longest_token
+        if only_end:
+            text = text[-longest:]
+        elif len(text) > longest:
+            message = f"has {len(text)} characters, more than {limit} tokens can have"
+            raise RequestError("prompt", message)
+        # a long text takes a while, in which the others' tokens should not wait
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)

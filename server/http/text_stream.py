@@ -1,0 +1,103 @@
+"""One choice of a completion: the engine's tokens become text that ends where it should."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.request import FinishReason, TokenOutput
+from engine.sampling.params import SamplingParams, TokenLogprobs
+from server.http.stop_strings import StopStrings
+from weights.checkpoints.detokenizer import IncrementalDetokenizer
+from weights.checkpoints.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How text is made of tokens, and where it ends."""
+
+    stops: Sequence[str] = ()
+    include_stop: bool = False
+    show_special: bool = False
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """What one step adds to a choice.
+
+    Attributes:
+        index: which choice of the response.
+        text: characters that are certain now, perhaps none.
+        token_ids: the tokens of this step.
+        logprobs: an entry a token, where they were asked for.
+        prompt_logprobs: an entry a prompt token but the first, where they were asked for, once.
+        finish_reason: set once, in the last delta.
+        stop_reason: the stop string or the asked-for stop id that ended it.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class TextStream:
+    """The text of one choice, stop strings cut off."""
+
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        options: TextOptions = TextOptions(),
+    ) -> None:
+        self._index = index
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, options.show_special)
+        self._stops = StopStrings(options.stops, options.include_stop)
+        self._include_stop = options.include_stop
+        self._sampling = sampling
+        self._num_tokens = 0
+
+    def push(self, output: TokenOutput) -> TextDelta:
+        """Turn an output into text. A ``stop`` that the engine did not give ends the choice."""
+        ids, reason = output.token_ids, output.finish_reason
+        stop_reason: str | int | None = None
+        text, stop = "", None
+        for count, token_id in enumerate(ids, 1):
+            ends = output.stop_token_id is not None and count == len(ids)
+            if ends and not self._include_stop:
+                break
+            more, stop = self._push_one(token_id)
+            text += more
+            if stop is not None:
+                # what came after it in the same step never was
+                ids, reason, stop_reason = ids[:count], "stop", stop
+                break
+        if reason is not None and stop is None:
+            more, stop = self._stops.push(self._detokenizer.finish())
+            text += more
+            if stop is not None:
+                reason, stop_reason = "stop", stop
+            else:
+                text += self._stops.finish()
+                # the model's own end of sequence is no reason that anyone asked for
+                if output.stop_token_id in self._sampling.stop_token_ids:
+                    stop_reason = output.stop_token_id
+        return TextDelta(
+            index=self._index,
+            text=text,
+            token_ids=ids,
+            logprobs=output.logprobs[: len(ids)],
+            prompt_logprobs=output.prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+        )
+
+    def _push_one(self, token_id: int) -> tuple[str, str | None]:
+        self._num_tokens += 1
+        text = self._detokenizer.push([token_id])
+        if self._num_tokens <= self._sampling.min_tokens:
+            return self._stops.finish() + text, None  # too early for a stop string
+        return self._stops.push(text)

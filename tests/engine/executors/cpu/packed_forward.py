@@ -1,0 +1,57 @@
+"""Packed decoder layers, run as the model runs them, and tables that are read around the call."""
+
+import contextlib
+
+import torch
+
+from engine.executors.cpu.executor import CpuExecutor
+from engine.executors.kv_memory import kv_memory
+from engine.model.forward_trace import ForwardTrace
+from engine.sampling.params import SamplingParams
+from engine.scheduling.batching import Batcher
+from engine.scheduling.step_plan import SequenceChunk, StepPlan
+from tests.models import VOCAB_SIZE
+
+
+@contextlib.contextmanager
+def threads(number):
+    """Run with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
+
+
+class TableElsewhere:
+    """A table whose rows no kernel may read by itself."""
+
+    def __init__(self, table):
+        self.start, self.start_dots = table.start, table.start_dots
+        self.hint, self.statistics = table.hint, table.statistics
+        self.num_rows, self.value_dim = table.num_rows, table.value_dim
+
+
+class PackedForward:
+    """A model's layers, packed."""
+
+    def __init__(self, model, kernels):
+        self.model = model
+        self.executor = CpuExecutor(model, kernels, num_blocks=25, block_size=8)
+
+    def __call__(self, num_tokens, first_id=0):
+        """What the layers make of two prompts' embeddings, and what their memories read."""
+        ids = tuple(first_id + i % 7 for i in range(num_tokens))
+        params = SamplingParams()
+        chunks = [SequenceChunk("a", ids, 0, tuple(range(20)), params, 0, True)]
+        if num_tokens > 1:
+            chunks.append(SequenceChunk("b", ids[1:4], 0, tuple(range(20, 25)), params, 0, True))
+        batch = batch_of_chunks(chunks, 8)
+        kv_blocks = kv_memory(self.model.config, 25, 8, self.model.model.norm.weight)
+        trace = ForwardTrace()
+        out = self.executor.run_layers(batch.ids_T, batch.layout, kv_blocks, trace)
+        return out, trace.memory
+
+
+def batch_of_chunks(chunks, block_size):
+    """The batch of a plan of these chunks."""
+    return Batcher(block_size, VOCAB_SIZE, frozenset()).batch(StepPlan(tuple(chunks)), {})

@@ -1,0 +1,161 @@
+"""The native operations, every build that runs here, against their twins in plain torch."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config import EngineConfig
+from engine.executors.cpu import kernels
+from engine.executors.cpu.executor import CpuExecutor
+from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
+from engine.executors.eager import EagerExecutor
+from engine.executors.executor import make_executor
+from engine.model.attention import attend as attend_by_torch
+from engine.model.attention import write_kv
+from engine.model.layout import PagedKv, TokenLayout
+from engine.model.rotary import rotate
+from memory_ops.native.library import BUILDS, NativeLibrary
+from tests.conftest import TOLERANCE
+from tests.models import random_model, tiny_config
+
+each_build = pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def paged_batch(sequences, num_kv_heads, head_dim, block_size, dtype):
+    """Blocks in a random order, NaN wherever no token stands, and the layout that reads them.
+
+    ``sequences`` has for each the number of its queries and the length of its context.
+    """
+    counts = [-(-context // block_size) for _, context in sequences]
+    shape = (sum(counts) + 3, 2, num_kv_heads, block_size, head_dim)
+    kv_blocks = torch.full(shape, torch.nan, dtype=dtype)
+    free = torch.randperm(len(kv_blocks)).split([*counts, 3])
+    table = torch.zeros(len(sequences), max(counts) + 1, dtype=torch.int64)
+    for row, ids, (_, context) in zip(table, free, sequences, strict=False):
+        row[: len(ids)] = ids
+        at = torch.arange(context)
+        lines = torch.randn(context, 2, num_kv_heads, head_dim).to(dtype)
+        kv_blocks[ids[at // block_size], :, :, at % block_size] = lines
+    starts = tuple(itertools.accumulate((queries for queries, _ in sequences), initial=0))
+    places = [
+        int(table[row, at // block_size]) * block_size + at % block_size
+        for row, (queries, context) in enumerate(sequences)
+        for at in range(context - queries, context)
+    ]
+    paged = PagedKv(torch.tensor(places), table, tuple(context for _, context in sequences))
+    return kv_blocks, TokenLayout(torch.empty(0), starts, paged)
+
+
+def random_qkv(layout, num_heads, num_kv_heads, head_dim, dtype):
+    """Queries, keys and values of the batch in one, and the angles of its tokens."""
+    num_tokens = layout.query_starts[-1]
+    qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    turns = torch.rand(num_tokens, 1, head_dim // 2) * 6
+    return qkv, (turns.cos(), turns.sin())
+
+
+def attention_by_torch(qkv, num_heads, num_kv_heads, angles, layout, kv_blocks):
+    heads = num_heads + 2 * num_kv_heads
+    qkv = qkv.view(qkv.shape[0], heads, qkv.shape[1] // heads)
+    q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k = rotate(q, angles), rotate(k, angles)
+    write_kv(k, v, layout, kv_blocks)
+    return attend_by_torch(q, k, v, layout, kv_blocks).flatten(1)
+
+
+def attend(build, qkv, angles, kv_blocks, layout):
+    num_kv_heads, head_dim = kv_blocks.shape[2], kv_blocks.shape[4]
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    return CpuKernels(build).attention(qkv, num_heads, angles, layout, layout.paged, kv_blocks)
+
+
+SEQUENCES = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(0, 50)).map(lambda x: (x[0], x[0] + x[1])),
+    min_size=1,
+    max_size=5,
+)
+
+
+@each_build
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    sequences=SEQUENCES,
+    num_kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 3, 8, 30]),
+    head_dim=st.sampled_from([2, 14, 16, 40, 64, 128]),
+    block_size=st.sampled_from([1, 4, 16, 32]),
+)
+def test_attention_is_its_twin(build, dtype, sequences, num_kv_heads, group, head_dim, block_size):
+    kv_blocks, layout = paged_batch(sequences, num_kv_heads, head_dim, block_size, dtype)
+    num_heads = num_kv_heads * group
+    qkv, angles = random_qkv(layout, num_heads, num_kv_heads, head_dim, dtype)
+    wide = kv_blocks.double()
+    exact = attention_by_torch(qkv.double(), num_heads, num_kv_heads, angles, layout, wide)
+    rtol, atol = TOLERANCE[dtype]
+    found = attend(build, qkv, angles, kv_blocks, layout)
+    # in bf16 queries and weights are rounded before their products, as values are
+    torch.testing.assert_close(found, exact.to(dtype), rtol=rtol, atol=2 * atol)
+    # no key or value is written anywhere else, and these are rounded once
+    torch.testing.assert_close(kv_blocks, wide.to(dtype), rtol=rtol, atol=atol, equal_nan=True)
+
+
+@each_build
+@pytest.mark.parametrize("dtype", DTYPES)
+# keys that can be scored where they lie, and others
+@pytest.mark.parametrize(("head_dim", "block_size"), [(40, 16), (64, 16), (64, 12)])
+def test_attention_is_bit_for_bit_the_same_in_any_company_and_any_chunks(
+    build, dtype, head_dim, block_size
+):
+    sequences = [(30, 77), (1, 300), (5, 5), (1, 33), (3, 130)]
+    kv_blocks, layout = paged_batch(sequences, 2, head_dim, block_size, dtype)
+    qkv, angles = random_qkv(layout, 6, 2, head_dim, dtype)
+    out = attend(build, qkv, angles, kv_blocks, layout)
+    for number, (start, end) in enumerate(itertools.pairwise(layout.query_starts)):
+        table = layout.paged.block_table_SB[number : number + 1]
+        context = layout.paged.context_lengths[number]
+        for at in range(start, end):
+            # each query alone, as if all before it had been computed in earlier steps
+            place = layout.paged.kv_index_T[at : at + 1]
+            alone = PagedKv(place, table, (context - (end - 1 - at),))
+            single = TokenLayout(torch.empty(0), (0, 1), alone)
+            turns = angles[0][at : at + 1], angles[1][at : at + 1]
+            assert torch.equal(
+                attend(build, qkv[at : at + 1], turns, kv_blocks, single)[0], out[at]
+            )
+
+
+@each_build
+def test_huge_scores_and_equal_ones(build):
+    kv_blocks, layout = paged_batch([(4, 40)], 1, 16, 16, torch.float32)
+    for size in (0.0, 1e4):
+        qkv, angles = random_qkv(layout, 2, 1, 16, torch.float32)
+        qkv[:, :32] *= size
+        exact = attention_by_torch(qkv.double(), 2, 1, angles, layout, kv_blocks.double())
+        found = attend(build, qkv, angles, kv_blocks, layout)
+        torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_without_the_library_the_eager_executor_serves(tmp_path, monkeypatch, caplog):
+    model, config = random_model(tiny_config()), EngineConfig(kv_cache_gib=0.001)
+    assert isinstance(make_executor(model, config), CpuExecutor)
+    monkeypatch.setattr(kernels, "CPU_LIBRARY", NativeLibrary(tmp_path, {}, "it is slow"))
+    kernels._best.cache_clear()
+    try:
+        assert isinstance(make_executor(model, config), EagerExecutor)
+    finally:
+        kernels._best.cache_clear()
+    assert "it is slow" in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_the_best_build_for_this_machine_is_there():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    if "avx512_bf16" in flags:
+        # a system may refuse the matrix tiles that the processor has
+        assert CPU_LIBRARY.runnable_builds in (BUILDS, BUILDS[1:])

@@ -1,0 +1,86 @@
+"""Memory layers by every build that runs here, inside the native call and around it."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
+from engine.executors.cpu.layers import pack_layer
+from engine.model.config import MemoryConfig
+from memory_ops.tables.device import DeviceTable
+from memory_ops.tables.table_statistics import TableStatistics
+from tests.conftest import TOLERANCE
+from tests.engine.executors.cpu.packed_forward import PackedForward, TableElsewhere, threads
+from tests.models import random_model, tiny_config
+
+each_build = pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@each_build
+@each_dtype
+@given(
+    kind=st.sampled_from(["memory_plus", "pkm"]),
+    num_tokens=st.sampled_from([1, 3, 64, 65, 150]),
+    num_heads=st.sampled_from([1, 3]),
+    num_subkeys=st.sampled_from([4, 19, 70]),
+    top_k=st.sampled_from([1, 4]),
+    query_dim=st.sampled_from([2, 10, 64]),
+    value_dim=st.sampled_from([1, 30, 300]),
+    qk_norm=st.booleans(),
+    share_values=st.booleans(),
+    table_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    num_threads=st.sampled_from([1, 2, 3]),
+)
+def test_inside_the_call_they_give_what_they_give_apart(
+    build, dtype, kind, num_tokens, table_dtype, num_threads, **sizes
+):
+    memory = MemoryConfig(value_projection=kind == "pkm", **sizes)
+    # two in one call, where what the first rounds does not change what the second chooses
+    kinds = (kind, "dense", kind) if dtype is torch.float32 else ("dense", kind)
+    config = tiny_config(num_layers=len(kinds), feed_forward=kinds, memory=memory)
+    model = random_model(config, dtype)
+    stored = {}
+    for layer in config.memory_layers:
+        table = model.model.layers[layer].memory.table
+        stored.setdefault(id(table), DeviceTable(table.rows.to(table_dtype)))
+        model.model.layers[layer].memory.attach(stored[id(table)])
+    apart = copy.deepcopy(model)
+    for layer in config.memory_layers:
+        block = apart.model.layers[layer].memory
+        block.attach(TableElsewhere(block.table))
+    native = CpuKernels(build)
+    with threads(num_threads):
+        found, inside = PackedForward(model, native)(num_tokens)
+    wanted, outside = PackedForward(apart, native)(num_tokens)
+    assert len(inside) == len(outside) == len(config.memory_layers)
+    for own, other in zip(inside, outside, strict=True):
+        assert torch.equal(own.rows_THK, other.rows_THK)
+        torch.testing.assert_close(own.weights_THK, other.weights_THK, rtol=1e-4, atol=1e-4)
+    # what one layer rounds the next ones sum
+    rtol = 10 * TOLERANCE[dtype][0]
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))
+
+
+def test_what_they_read_is_counted():
+    memory = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_dim=32)
+    kinds = ("memory_plus", "dense", "memory_plus")
+    model = random_model(tiny_config(num_layers=3, feed_forward=kinds, memory=memory))
+    table = model.model.layers[0].memory.table
+    PackedForward(model, CpuKernels(CPU_LIBRARY.best_build))(5)
+    # five tokens of one prompt and three of the other
+    assert dict(table.statistics()) == dict.fromkeys((0, 2), TableStatistics(8 * 2 * 4, lookups=1))
+
+
+def test_a_table_that_kernels_do_not_read_is_read_apart():
+    memory = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_dim=32)
+    model = random_model(tiny_config(num_layers=1, feed_forward=("memory_plus",), memory=memory))
+    wide = copy.deepcopy(model)
+    block = wide.layers[0].memory
+    block.attach(DeviceTable(block.table.rows.double()))
+    kernels = CpuKernels(CPU_LIBRARY.best_build)
+    assert not pack_layer(kernels, model.layers[0]).is_apart
+    assert pack_layer(kernels, wide.layers[0]).is_apart

@@ -1,0 +1,47 @@
+"""Operations counted by shapes, against those that torch counts as it runs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.model.flops import forward_flops
+from engine.model.layout import TokenLayout
+from tests.models import feed_forward_changes, random_model, tiny_config
+
+LENGTH = 16
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "memory_plus", "pkm", "peer"])
+def test_products_are_those_that_torch_runs(kind):
+    config = tiny_config(**feed_forward_changes("dense", kind))
+    model = random_model(config)
+    layout = TokenLayout(torch.arange(LENGTH), (0, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(LENGTH), layout, torch.arange(LENGTH))
+    # torch leaves the CPU's attention out
+    found = forward_flops(config, attended=0)
+    total = found["attention"] + found["feed_forward"] + found["memory"] + found["head"]
+    if config.memory is not None:
+        # rows are summed, and candidates added, by operators of our own
+        reads = config.memory.num_heads * config.memory.top_k * config.memory.value_dim
+        total -= 2 * reads * (2 if kind == "peer" else 1)
+        total -= config.memory.num_heads * config.memory.top_k**2
+    assert total * LENGTH == counter.get_total_flops()
+
+
+def test_attention_costs_two_products_with_all_that_is_seen():
+    config = tiny_config()
+    more = forward_flops(config, 10)["attention"] - forward_flops(config, 0)["attention"]
+    assert more == 10 * config.num_layers * 2 * (2 * config.num_heads * config.head_dim)
+
+
+def test_a_larger_table_costs_its_scores_alone():
+    def parts(num_subkeys):
+        changes = feed_forward_changes("memory_plus", num_subkeys=num_subkeys)
+        return forward_flops(tiny_config(**changes), 100.0)
+
+    small, large = parts(8), parts(80)
+    # 72 subkeys more in two halves of two heads, half a query of 8 wide
+    assert large["scoring"] - small["scoring"] == 2 * 2 * 2 * 72 * 4
+    assert large["memory"] - small["memory"] == large["scoring"] - small["scoring"]
+    assert all(large[part] == small[part] for part in ("attention", "feed_forward", "head"))

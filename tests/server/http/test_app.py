@@ -1,0 +1,159 @@
+"""What the routes tell the engine when clients leave, without an engine that could be faster."""
+
+import asyncio
+import json
+
+import pytest
+
+from engine.process import Abort
+from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
+from server.config import SupervisionOptions
+from server.engine_client import EngineClient
+from server.http.admission import Admission
+from server.http.app import create_app
+from server.http.metrics import Metrics
+from server.http.service import Service
+from tests.models import byte_tokenizer
+from weights.checkpoints.tokenizer import JsonTokenizer
+
+
+class SilentProcess:
+    """Takes messages and never answers on its own."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, message):
+        self.sent.append(message)
+
+
+def build():
+    process, metrics = SilentProcess(), Metrics()
+    engine = EngineClient(process, metrics.observe_step, SupervisionOptions(), SilentProcess)
+    service = Service(
+        model_name="mock",
+        created=0,
+        tokenizer=JsonTokenizer(byte_tokenizer()),
+        limits=RequestLimits(vocab_size=260, max_model_len=100),
+        engine=engine,
+        admission=Admission(2, metrics.rejections.labels("queue_full").inc),
+        metrics=metrics,
+    )
+    return process, service, create_app(service, 2**20, 30)
+
+
+def answer(service, output):
+    """What the engine process says."""
+    service.engine.handle(StepOutput((output,), EngineStatistics(num_running=1)))
+
+
+async def post(app, body, client, sent=None):
+    """Call the application as a server would; ``client`` is awaited where it reads on."""
+    sent = [] if sent is None else sent
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("test", 1),
+        "server": ("test", 80),
+    }
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive():
+        if messages:
+            return messages.pop()
+        await client()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_before_its_first_token_is_aborted(streamed):
+    process, service, app = build()
+
+    async def leave():
+        while not process.sent:
+            await asyncio.sleep(0)
+
+    asyncio.run(post(app, {"prompt": ["a", "b"], "stream": streamed}, leave))
+    requests, aborts = process.sent[:2], process.sent[2:]
+    assert all(isinstance(request, Request) for request in requests)
+    assert sorted(aborts, key=lambda abort: abort.request_id) == [
+        Abort(request.request_id) for request in requests
+    ]
+    assert service.admission.num_admitted == 0
+
+
+def test_an_event_is_sent_before_the_next_token_is_made():
+    process, service, app = build()
+    sent, seen = [], []
+
+    async def scenario():
+        left = asyncio.Event()
+        call = asyncio.create_task(post(app, {"prompt": "a", "stream": True}, left.wait, sent))
+        while not process.sent:
+            await asyncio.sleep(0)
+        for count in (1, 2, 3):
+            answer(service, TokenOutput(process.sent[0].request_id, (64 + count,)))
+            while sum(message["type"] == "http.response.body" for message in sent) < count:
+                await asyncio.sleep(0)
+            seen.append(sent[-1]["body"])
+        left.set()  # in the middle of the stream
+        await call
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+    texts = [json.loads(body.removeprefix(b"data: "))["choices"][0]["text"] for body in seen]
+    assert texts == [byte_tokenizer().decode([64 + count]) for count in (1, 2, 3)]
+    assert sent[0]["status"] == 200
+    assert process.sent[1:] == [Abort(process.sent[0].request_id)]
+    assert service.admission.num_admitted == 0
+
+
+def test_an_output_on_its_way_to_an_aborted_request_is_dropped():
+    process, service, app = build()
+
+    async def leave():
+        while not process.sent:
+            await asyncio.sleep(0)
+
+    asyncio.run(post(app, {"prompt": "a"}, leave))
+    answer(service, TokenOutput(process.sent[0].request_id, (65,), "length"))
+    assert service.metrics.render().count(b"request_success_total{") == 0
+
+
+def test_places_in_the_queue_are_given_back():
+    process, service, app = build()
+
+    async def never():
+        await asyncio.Event().wait()
+
+    with service.admission.reserve(1):
+        sent = asyncio.run(post(app, {"prompt": ["a", "b"]}, never))
+    assert sent[0]["status"] == 503 and process.sent == []
+    assert service.admission.num_admitted == 0
+
+
+def test_requests_are_named_alike_inside_and_outside():
+    process, service, app = build()
+
+    async def finish():
+        while len(process.sent) < 2:
+            await asyncio.sleep(0)
+        for request in process.sent:
+            answer(service, TokenOutput(request.request_id, (65,), "length"))
+        await asyncio.Event().wait()
+
+    sent = asyncio.run(post(app, {"prompt": ["a", "b"]}, finish))
+    name = json.loads(sent[1]["body"])["id"]
+    assert [request.request_id for request in process.sent] == [f"{name}-0", f"{name}-1"]

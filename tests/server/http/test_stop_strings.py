@@ -1,0 +1,65 @@
+"""Stop strings cut at the same character however the text is split."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.http.stop_strings import StopStrings
+
+LETTERS = st.text("ab", max_size=30)
+
+
+def feed(parts, stops):
+    """(text shown, stop found) after all parts, or at the first stop."""
+    cutter, shown = StopStrings(stops), ""
+    for part in parts:
+        text, stop = cutter.push(part)
+        shown += text
+        if stop is not None:
+            return shown, stop
+    return shown + cutter.finish(), None
+
+
+def exact(text, stops):
+    """The stop that is complete first, and what stands before it."""
+    ends = [(text.find(s) + len(s), -len(s), s) for s in stops if s in text]
+    if not ends:
+        return text, None
+    end, _, stop = min(ends)
+    return text[: end - len(stop)], stop
+
+
+@given(st.lists(LETTERS, max_size=6), st.lists(st.text("ab", min_size=1, max_size=5), max_size=3))
+def test_the_cut_does_not_depend_on_the_split(parts, stops):
+    text = "".join(parts)
+    assert (
+        feed(parts, stops) == feed([text], stops) == feed(list(text), stops) == exact(text, stops)
+    )
+
+
+@given(LETTERS, st.text("ab", min_size=1, max_size=5))
+def test_nothing_of_a_stop_string_is_shown_early(text, stop):
+    cutter, shown = StopStrings([stop]), ""
+    for letter in text:
+        part, found = cutter.push(letter)
+        shown += part
+        assert exact(text, [stop])[0].startswith(shown)
+        if found:
+            break
+
+
+@given(st.lists(LETTERS, max_size=6), st.lists(st.text("ab", min_size=1, max_size=5), max_size=3))
+def test_a_stop_string_can_stay(parts, stops):
+    without, stop = feed(parts, stops)
+    cutter, shown, found = StopStrings(stops, include_stop=True), "", None
+    for part in parts:
+        text, found = cutter.push(part)
+        shown += text
+        if found:
+            break
+    shown += cutter.finish()
+    assert (shown, found) == (without + (stop or ""), stop)
+
+
+def test_text_that_cannot_begin_a_stop_is_shown_at_once():
+    assert StopStrings(["xyz"]).push("abc") == ("abc", None)
+    assert StopStrings([]).push("abc") == ("abc", None)

@@ -1,0 +1,144 @@
+"""Models whose tables stay in their files: the same tokens, whatever room their rows have."""
+
+import errno
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from memory_ops.native import disk_rows
+from memory_ops.native.disk_rows import ReadFault
+from memory_ops.tables.disk import DiskTable, row_cache_bytes
+from memory_ops.tables.table_statistics import TableStatistics
+from server.cli.main import main
+from tests.models import (
+    engine_of,
+    feed_forward_changes,
+    greedy,
+    plain_greedy,
+    random_model,
+    run,
+    save_model,
+    tiny_config,
+)
+from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.convert import convert
+from weights.errors import CheckpointError
+
+pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
+PROMPTS = [[(7 * i + j) % 250 for j in range(1 + i % 9)] for i in range(12)]
+
+
+def room_for(rows):
+    """Memory for so many rows of one of the models' tables."""
+    return row_cache_bytes(rows, 32 * 4, 64)
+
+
+def tokens_of(model):
+    config = EngineConfig(
+        max_num_seqs=6, max_batched_tokens=9, block_size=4, kv_cache_gib=0.001, max_model_len=64
+    )
+    requests = {i // 3: [] for i in range(12)}
+    for i, prompt in enumerate(PROMPTS):
+        requests[i // 3].append(greedy(str(i), prompt, 8))
+    return run(engine_of(model, config), requests)
+
+
+@pytest.mark.parametrize("share_values", [True, False])
+@pytest.mark.parametrize("kinds", [("memory_plus", "dense", "memory_plus"), ("peer", "pkm")])
+@pytest.mark.parametrize("rows", [6, 20, 64])
+def test_tokens_are_those_of_tables_in_memory(tmp_path, kinds, share_values, rows):
+    changes = feed_forward_changes(*kinds, share_values=share_values)
+    model = random_model(tiny_config(**changes))
+    folder = save_model(model, tmp_path / "model")
+    tables = len(model.config.table_names)
+    loaded, _ = load_model(folder, table_cache=room_for(rows) * tables)
+    expected = {str(i): plain_greedy(model, prompt, 8) for i, prompt in enumerate(PROMPTS)}
+    assert tokens_of(loaded) == expected
+    table = loaded.model.layers[0].memory.table
+    assert isinstance(table, DiskTable) and table.num_slots == rows
+    counted = TableStatistics.sum(table.statistics().values())
+    assert counted.misses + counted.prefetched > (rows if rows < 64 else 0)
+    assert counted.hits + counted.late + counted.misses == counted.unique_rows
+
+
+@pytest.mark.parametrize("row_format", ["int8", "int4", "fp8"])
+def test_rows_of_few_bits_stay_in_their_files_too(tmp_path, row_format):
+    changes = feed_forward_changes("memory_plus", "memory_plus")
+    folder = save_model(random_model(tiny_config(**changes)), tmp_path / "wide")
+    convert(folder, tmp_path / "narrow", table_dtype=row_format)
+    held, _ = load_model(tmp_path / "narrow")
+    apart, _ = load_model(tmp_path / "narrow", table_cache=2000)
+    assert tokens_of(apart) == tokens_of(held)
+
+
+def test_a_failing_read_ends_its_requests_and_no_others(tmp_path):
+    changes = feed_forward_changes("memory_plus", "dense")
+    model = random_model(tiny_config(**changes))
+    save_model(model, tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("table-*")
+    loaded, _ = load_model(tmp_path / "model", table_cache=room_for(64))
+    fault = ReadFault(60, -errno.EIO)
+    broken = DiskTable(file, 4096, (64, 32), torch.float32, room_for(6), fault=fault)
+    loaded.attach_tables({"memory.table": broken})
+    config = EngineConfig(max_num_seqs=2, block_size=4, kv_cache_gib=0.001, max_model_len=64)
+    engine = engine_of(loaded, config)
+    outcomes = {"right": 0, "failed": 0}
+    for number in range(3):
+        for i, prompt in enumerate(PROMPTS):
+            engine.add(greedy(f"{number}-{i}", prompt, 3))
+            tokens = []
+            while engine.has_work:
+                for output in engine.step().outputs:
+                    tokens += output.token_ids
+                    if output.finish_reason == "error":
+                        outcomes["failed"] += 1
+                    elif output.finish_reason is not None:
+                        assert tokens == plain_greedy(model, prompt, 3)
+                        outcomes["right"] += 1
+            engine.check_integrity()
+    assert outcomes["failed"] > 0 and outcomes["right"] > 0
+    assert sum(outcomes.values()) == 36
+
+
+def test_what_cannot_be_is_refused_by_name(tmp_path):
+    dense = save_model(random_model(tiny_config()), tmp_path / "dense")
+    with pytest.raises(ConfigError, match="table_tier: disk is for value tables"):
+        load_model(dense, table_cache=2**20)
+    changes = feed_forward_changes("memory_plus", "dense")
+    folder = save_model(random_model(tiny_config(**changes)), tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"table_cache: has room for 5 rows .* reads 6"):
+        load_model(folder, table_cache=room_for(5))
+    with pytest.raises(ConfigError, match="table_cache: 100 bytes are less than 232, for one row"):
+        load_model(folder, table_cache=100)
+    (file,) = folder.glob("table-*")
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="table-00000"):
+        load_model(folder, table_cache=2**20)
+
+
+def test_the_command_serves_a_table_from_disk(capsys):
+    said = []
+    on_disk = ["--table-tier", "disk", "--table-cache", "128KiB"]
+    for options in ([], on_disk, [*on_disk, "--table-lookahead", "2"]):
+        arguments = ["--max-tokens", "24", "--temperature", "0"]
+        assert main(["generate", "memory (noun):", *options, *arguments]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] == " something that is remembered\n"
+
+
+def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
+    dense = str(save_model(random_model(tiny_config()), tmp_path / "dense"))
+    device, disk = ["--table-tier", "device"], ["--table-tier", "disk"]
+    for options, said in (
+        ([*device, "--table-cache", "2GiB"], "table_cache: is for --table-tier disk"),
+        ([*disk, "--table-cache", "2GB"], "table_cache: expected a number of KiB, MiB or GiB"),
+        ([*device, "--table-lookahead", "1"], "table_lookahead: is for --table-tier disk"),
+        (["--table-lookahead", "-1"], "table_lookahead: must be 0 or more"),
+        (["--table-lookahead-share", "0"], "table_lookahead_share: 0.0 is outside (0, 8]"),
+        (["--table-lookahead-share", "1"], "table_lookahead_share: is for --table-lookahead"),
+        (["--model", dense, "--table-lookahead", "1"], "this model has no memory layers"),
+    ):
+        assert main(["generate", "x", *options]) == 2
+        assert said in capsys.readouterr().err

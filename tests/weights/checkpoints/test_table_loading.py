@@ -1,0 +1,286 @@
+"""Tables as they are loaded: converted, checked against their checksums, never twice in memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from memory_ops.row_formats import ROW_FORMATS, RowRecords
+from memory_ops.tables.disk import DiskTable
+from server.cli.main import main
+from tests.models import (
+    feed_forward_changes,
+    model_tensors,
+    random_model,
+    random_weights,
+    save_model,
+    save_with_sparse_tables,
+    tiny_config,
+)
+from weights.checkpoints import table_loading, tensor_files
+from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.convert import convert
+from weights.checkpoints.dtype_names import TABLE_DTYPES
+from weights.checkpoints.table_files import OUTPUT_DTYPES
+from weights.checkpoints.tensor_files import StoredTensor, list_file, list_tensors, read_parts
+from weights.errors import CheckpointError
+
+ROOT = Path(__file__).parents[3]
+ROWS, WIDTH = 512**2, 192
+TABLE_BYTES = ROWS * WIDTH * 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model of two tables, fp32."""
+    changes = feed_forward_changes("peer", "dense")
+    return save_model(random_model(tiny_config(**changes)), tmp_path / "model")
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of 64 rows are read in parts of 7."""
+    monkeypatch.setattr(tensor_files, "_PART_BYTES", 7 * 32 * 4)
+
+
+def tables_of(model) -> dict[str, torch.Tensor | RowRecords]:
+    tensors = model_tensors(model)
+    return {name: tensors[name] for name in model.config.table_names}
+
+
+def stored_bytes(rows: torch.Tensor | RowRecords) -> torch.Tensor:
+    return rows.records_RB if isinstance(rows, RowRecords) else rows.view(torch.uint8)
+
+
+def damage(folder: Path) -> str:
+    """Change one byte within a table; returns the name of its file."""
+    file = sorted(folder.glob("table-*"))[1]
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    return file.name
+
+
+def test_every_dtype_has_a_name():
+    assert sorted(TABLE_DTYPES) == sorted((*OUTPUT_DTYPES, *ROW_FORMATS))
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+def test_conversion_at_load_is_that_of_the_verb_bit_for_bit(folder, tmp_path, dtype):
+    loaded = tables_of(load_model(folder, table_dtype=dtype)[0])
+    target = tmp_path / "quantized"
+    assert main(["quantize", str(folder), str(target), "--table-dtype", dtype]) == 0
+    wanted = tables_of(load_model(target)[0])
+    assert loaded.keys() == wanted.keys() and len(loaded) == 2
+    for name, rows in wanted.items():
+        assert type(loaded[name]) is type(rows)
+        assert torch.equal(stored_bytes(loaded[name]), stored_bytes(rows))
+        if isinstance(rows, RowRecords):
+            assert loaded[name].row_format == rows.row_format == dtype
+        else:
+            assert loaded[name].dtype == rows.dtype == OUTPUT_DTYPES[dtype]
+    # nothing else has changed
+    before, after = list_tensors(folder), list_tensors(target)
+    dense = set(before) - set(loaded)
+    assert dense == set(after) - set(loaded)
+    assert all(before[name].dtype == after[name].dtype == "F32" for name in dense)
+
+
+def test_quantize_takes_a_known_name(tmp_path, capsys):
+    target = tmp_path / "small"
+    assert main(["quantize", "wordnet", str(target), "--table-dtype", "int8"]) == 0
+    (table,) = (one for one in list_tensors(target).values() if one.name == "memory.table")
+    assert (table.dtype, table.metadata["row_format"]) == ("U8", "int8")
+    assert main(["quantize", "wordnet", str(target), "--table-dtype", "int8"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_rows_on_disk_are_not_converted_and_the_command_that_does_is_named(folder, tmp_path):
+    with pytest.raises(ConfigError, match=rf"memplus quantize {folder} DST --table-dtype int8"):
+        load_model(folder, table_cache=2**20, table_dtype="int8")
+    loaded, _ = load_model(folder, table_cache=2**20, table_dtype="float32")
+    assert isinstance(loaded.model.layers[0].memory.table, DiskTable)
+    convert(folder, tmp_path / "narrow", table_dtype="int4")
+    loaded, _ = load_model(tmp_path / "narrow", table_cache=2**20, table_dtype="int4")
+    assert isinstance(loaded.model.layers[0].memory.table, DiskTable)
+
+
+def test_what_cannot_be_is_refused_by_name(folder, tmp_path):
+    with pytest.raises(ConfigError, match="table_dtype: 'int3' is not one of"):
+        load_model(folder, table_dtype="int3")
+    convert(folder, tmp_path / "narrow", table_dtype="int4")
+    with pytest.raises(ConfigError, match=r"table_dtype: .*table-00000.* has rows of int4 already"):
+        load_model(tmp_path / "narrow", table_dtype="float32")
+    dense = save_model(random_model(tiny_config()), tmp_path / "dense")
+    with pytest.raises(ConfigError, match="table_dtype: is for value tables"):
+        load_model(dense, table_dtype="int8")
+    with pytest.raises(ConfigError, match="verify_tables: is for value tables"):
+        load_model(dense, verify_tables=True)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_row_that_cannot_be_rounded_is_told_of_at_load(tmp_path):
+    model = random_model(tiny_config(**feed_forward_changes("memory_plus", "dense")))
+    model.model.layers[0].memory.table.rows[10, 3] = torch.inf
+    folder = save_model(model, tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"memory.table, from row 7 on: .*row 3 has values"):
+        load_model(folder, table_dtype="fp8")
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("cache", [None, 2**20], ids=["device", "disk"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_checksums_tell_data_that_are_not_those_written(folder, tmp_path, cache, dtype):
+    target = tmp_path / "copy"
+    convert(folder, target, table_dtype=dtype)
+    wanted = tables_of(load_model(target)[0])
+    loaded, _ = load_model(target, table_cache=cache, verify_tables=True)
+    if cache is None:
+        found = tables_of(loaded)
+        assert all(torch.equal(stored_bytes(found[n]), stored_bytes(wanted[n])) for n in wanted)
+    name = damage(target)
+    load_model(target, table_cache=cache)
+    with pytest.raises(CheckpointError, match=rf"{name}: tensor memory.* its checksum"):
+        load_model(target, table_cache=cache, verify_tables=True)
+
+
+def test_data_are_checked_while_they_are_converted(folder):
+    load_model(folder, table_dtype="bfloat16", verify_tables=True)
+    damage(folder)
+    with pytest.raises(CheckpointError, match="its checksum"):
+        load_model(folder, table_dtype="bfloat16", verify_tables=True)
+
+
+@pytest.mark.parametrize("arguments", [["convert"], ["quantize", "--table-dtype", "int8"]])
+def test_a_damaged_table_gets_no_new_checksum(folder, tmp_path, arguments, capsys):
+    verb, *options = arguments
+    name, target = damage(folder), tmp_path / "copy"
+    assert main([verb, str(folder), str(target), *options]) == 2
+    said = capsys.readouterr().err
+    assert f"{name}: tensor memory" in said and "its checksum" in said
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("offset", [4096, 5000])
+def test_the_page_cache_gives_up_what_was_read(tmp_path, monkeypatch, offset):
+    monkeypatch.setattr(tensor_files, "_PART_BYTES", 10_000)
+    file, given_up = tmp_path / "rows", []
+    file.write_bytes(bytes(offset + 100 * 400))
+
+    def noted(descriptor, start, length, advice):
+        assert advice == os.POSIX_FADV_DONTNEED
+        # whole pages alone can be, and none that is still to be read
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) == start + length
+        given_up.extend(range(-(-start // 4096), (start + length) // 4096))
+
+    monkeypatch.setattr(tensor_files.os, "posix_fadvise", noted)
+    monkeypatch.setattr(tensor_files.mmap, "PAGESIZE", 4096)
+    stored = StoredTensor("rows", file, "F32", (100, 100), offset, 100 * 400)
+    for target in (None, torch.empty(100, 100)):
+        given_up.clear()
+        assert len(list(read_parts(stored, target))) == 4
+        assert given_up == list(range(1, (offset + 100 * 400) // 4096))
+
+
+@pytest.mark.parametrize("cache", [None, 2**20], ids=["device", "disk"])
+def test_a_table_without_a_checksum_loads_but_is_not_verified(folder, tmp_path, cache):
+    for file in folder.glob("table-*"):
+        (table,) = list_file(file)
+        start = table.offset
+        content = file.read_bytes()
+        header = json.loads(content[8:start])
+        del header["__metadata__"][f"sha256:{table.name}"]
+        text = json.dumps(header).encode()
+        file.write_bytes(content[:8] + text + b" " * (start - 8 - len(text)) + content[start:])
+    load_model(folder, table_cache=cache)
+    named = r"table-00000\.safetensors: tensor memory.* has no checksum"
+    with pytest.raises(CheckpointError, match=named):
+        load_model(folder, table_cache=cache, verify_tables=True)
+    convert(folder, tmp_path / "copy")
+    load_model(tmp_path / "copy", table_cache=cache, verify_tables=True)
+
+
+def test_the_command_verifies(folder, capsys):
+    arguments = ["generate", "x", "--model", str(folder), "--max-tokens", "1", "--verify-tables"]
+    assert main(arguments) == 0
+    name = damage(folder)
+    assert main(arguments) == 2
+    assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("least", "disabled"), [(2**30, True), (1000, None)])
+def test_a_progress_bar_is_for_large_tables_on_a_terminal(folder, monkeypatch, least, disabled):
+    bars, told = [], []
+
+    class Bar(table_loading.tqdm):
+        def __init__(self, **arguments):
+            bars.append(arguments)
+            super().__init__(**arguments)
+
+        def update(self, count):
+            told.append(count)
+
+    monkeypatch.setattr(table_loading, "tqdm", Bar)
+    monkeypatch.setattr(table_loading, "_SHOWN_BYTES", least)
+    load_model(folder, table_dtype="int8")
+    load_model(folder, table_cache=2**20, verify_tables=True)
+    # tqdm itself looks for a terminal where it is told None
+    assert [(bar["total"], bar["disable"]) for bar in bars] == [(sum(told) // 2, disabled)] * 2
+    assert sum(told) == 2 * 2 * 64 * 32 * 4
+
+
+def sparse_model(folder: Path) -> Path:
+    """A model with a table of 192 MiB of zeros that takes no room on disk."""
+    memory = {"num_heads": 1, "num_subkeys": 512, "top_k": 2, "query_dim": 8, "value_dim": WIDTH}
+    config = tiny_config(**feed_forward_changes("memory_plus", **memory))
+    return save_with_sparse_tables(random_weights(config), folder)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.convert import convert
+def peak(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+small, large, verb, dtype, target = sys.argv[1:]
+def work(folder, target):
+    if verb == "convert":
+        convert(folder, target, table_dtype=dtype)
+    else:
+        return load_model(folder, table_dtype=dtype)
+work(Path(small), Path(target) / "small")
+before = peak("VmRSS")
+kept = work(Path(large), Path(target) / "large")
+print(peak("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "dtype", "held"),
+    [
+        ("load", "auto", TABLE_BYTES),
+        ("load", "bfloat16", TABLE_BYTES // 2),
+        ("load", "int8", TABLE_BYTES // 4 + 64 * ROWS),
+        ("convert", "bfloat16", 0),
+    ],
+)
+def test_a_table_is_never_twice_in_memory(folder, tmp_path, verb, dtype, held):
+    large = sparse_model(tmp_path / "large")
+    (tmp_path / "out").mkdir()
+    arguments = [str(folder), str(large), verb, dtype, str(tmp_path / "out")]
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    grown = int(result.stdout)
+    # a second copy would take as much again: 64 MiB of int8 rows at least, 192 of the file's
+    assert held * 0.9 < grown < held + 60 * 2**20

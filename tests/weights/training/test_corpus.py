@@ -1,0 +1,46 @@
+"""Texts that are trained on, and what is wrong with those that are not."""
+
+import json
+
+import pytest
+
+from weights.errors import DataError
+from weights.training.corpus import corpus_files, documents
+
+
+def test_folders_and_files_in_order(tmp_path):
+    (tmp_path / "b.txt").write_text("two\nlines\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "zwei\\n", "id": 3}\n')
+    (tmp_path / "notes.md").write_text("no")
+    wanted = ["one", "zwei\n", "two\nlines\n"]
+    assert list(documents(corpus_files([str(tmp_path)]))) == wanted
+    files = [str(tmp_path / "b.txt"), str(tmp_path / "a.jsonl")]
+    assert list(documents(corpus_files(files))) == [wanted[2], *wanted[:2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "a.txt: is empty"),
+        ("a.txt", b" \n", "a.txt: is empty"),
+        ("a.txt", b"caf\xe9", r"a.txt: not UTF-8 \(byte 3\)"),
+        ("a.jsonl", b"", "a.jsonl: is empty"),
+        ("a.jsonl", b"\xff", "a.jsonl: not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", b'["x"]', "line 1: expected an object"),
+        ("a.jsonl", b'{"text": 3}', "line 1: expected an object with a text"),
+        ("a.jsonl", json.dumps({"text": ""}).encode(), "line 1: is empty"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(documents(corpus_files([str(tmp_path)])))
+
+
+def test_paths_that_lead_nowhere_are_refused(tmp_path):
+    (tmp_path / "a.pdf").touch()
+    for name, message in (("", "has no .txt"), ("b", "no such"), ("a.pdf", "neither")):
+        with pytest.raises(DataError, match=message):
+            corpus_files([str(tmp_path / name)])

@@ -1,0 +1,172 @@
+"""Scores of models: of texts against single logits, of questions against the plain loop."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from server.cli import evaluate as verb
+from server.cli.main import main
+from server.engine_entry import load_served
+from tests.models import (
+    EOS_ID,
+    engine_of,
+    plain_greedy,
+    plain_logits,
+    random_model,
+    save_model,
+    tiny_config,
+)
+from weights.checkpoints.tokenizer import load_tokenizer
+from weights.errors import DataError
+from weights.training import evaluate
+from weights.training.evaluate import Question, read_questions, score_recall, score_texts
+from weights.training.training_data import checkpoint_text
+
+TEXTS = ["a red fox", "b", "two things, and more of them: " * 3, "häuser"]
+
+
+@pytest.fixture
+def model():
+    return random_model(tiny_config(max_positions=32))
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    return save_model(model, tmp_path / "model")
+
+
+def test_texts_are_scored_token_by_token(model, folder):
+    text = checkpoint_text(folder)
+    nats, tokens = 0.0, 0
+    for one in TEXTS:
+        ids = text.document(one)
+        for first in range(0, len(ids) - 1, 32):
+            piece = ids[first : first + 33]
+            logs = plain_logits(model, piece[:-1]).double().log_softmax(-1)
+            nats -= float(logs.gather(1, torch.tensor(piece[1:])[:, None]).sum())
+            tokens += len(piece) - 1
+    found = score_texts(model, text, iter(TEXTS))
+    assert (found.documents, found.tokens) == (4, tokens)
+    assert found.loss == pytest.approx(nats / tokens, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    num_bytes = sum(len(one.encode()) for one in TEXTS)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+
+
+def greedy_text(model, tokenizer, prompt, count):
+    return tokenizer.decode(plain_greedy(model, tokenizer.encode(prompt), count))
+
+
+def test_an_answer_is_right_in_every_character_or_wrong(model, folder):
+    tokenizer = load_tokenizer(folder)
+    engine = engine_of(model, EngineConfig(kv_cache_gib=0.01), frozenset({EOS_ID}))
+    said = greedy_text(model, tokenizer, "fox", 20)
+    end = said[3]
+    right, _, rest = said.partition(end)
+    questions = [
+        Question("fox", right.strip(), until=end),
+        Question("fox", right.strip() + "x", until=end),
+        Question("fox", "x" + right.strip(), until=end),
+        # it goes on, where nothing says that the answer ends
+        Question("fox", right.strip()),
+        # and does not come to this end
+        Question("fox", said[:2], until="\0"),
+    ]
+    found = score_recall(engine, tokenizer, questions)
+    assert (found.questions, found.right, found.recall) == (5, 1, 0.2) and rest
+
+
+def test_a_text_that_ends_is_an_answer(model, folder):
+    tokenizer = load_tokenizer(folder)
+    ids = plain_greedy(model, tokenizer.encode("fox"), 6)
+    engine = engine_of(model, EngineConfig(kv_cache_gib=0.01), frozenset({ids[5]}))
+    answer = tokenizer.decode(ids[:5]).strip()
+    assert ids[5] not in ids[:5]
+    assert score_recall(engine, tokenizer, [Question("fox", answer)]).right == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "is empty"),
+        ("{", "line 1: not JSON"),
+        ('{"prompt": "a"}', "line 1: no question"),
+        ('{"prompt": "a", "answer": "b", "id": 1}', "line 1: no question"),
+        ('{"prompt": "a", "answer": 3}', "line 1: expected texts"),
+        ('{"prompt": "", "answer": "b"}', "line 1: prompt or answer is empty"),
+        ('{"prompt": "a", "answer": "  "}', "line 1: prompt or answer is empty"),
+        ('{"prompt": "a", "answer": "b. c", "until": "."}', "line 1: the answer goes on"),
+    ],
+)
+def test_what_is_no_question_is_refused(tmp_path, line, message):
+    file = tmp_path / "questions.jsonl"
+    file.write_text(line)
+    with pytest.raises(DataError, match=message):
+        read_questions(file)
+
+
+def test_questions_are_read_as_texts_are(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    lines = ['{"prompt": "a\u2028b", "answer": " two "}', "", '{"prompt": "c", "answer": "d"}']
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert read_questions(file) == [Question("a\u2028b", "two"), Question("c", "d")]
+
+
+def test_a_long_text_is_run_in_pieces(model, folder, monkeypatch):
+    sizes = []
+    loss = evaluate.batch_loss
+
+    def watched(model, batch, dtype):
+        sizes.append(len(batch.ids_T))
+        return loss(model, batch, dtype)
+
+    monkeypatch.setattr(evaluate, "batch_loss", watched)
+    found = score_texts(model, checkpoint_text(folder), iter(["long text " * 500]))
+    assert (found.documents, found.tokens) == (1, sum(sizes)) and found.tokens >= 4999
+    assert max(sizes) <= 1024 + 32
+
+
+def test_a_failing_engine_is_no_wrong_answer(model, folder, monkeypatch):
+    engine = engine_of(model, EngineConfig(kv_cache_gib=0.01))
+
+    def broken(*arguments, **options):
+        raise ArithmeticError("no such number")
+
+    monkeypatch.setattr(engine._executor, "run", broken)
+    with pytest.raises(RuntimeError, match="ArithmeticError in the engine"):
+        score_recall(engine, load_tokenizer(folder), [Question("fox", "jumps")])
+
+
+def test_a_question_that_is_too_long_is_named(model, folder):
+    engine = engine_of(model, EngineConfig(kv_cache_gib=0.01))
+    questions = [Question("fox", "jumps"), Question("fox " * 99, "jumps")]
+    with pytest.raises(DataError, match="question 2: .*prompt"):
+        score_recall(engine, load_tokenizer(folder), questions)
+
+
+def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys, monkeypatch):
+    loads = []
+
+    def counted(options, folder, kv_bytes):
+        loads.append(kv_bytes)
+        return load_served(options, folder, kv_bytes)
+
+    monkeypatch.setattr(verb, "load_served", counted)
+    questions, texts, out = (tmp_path / name for name in ("q.jsonl", "a.txt", "scores.json"))
+    questions.write_text(json.dumps({"prompt": "fox", "answer": "jumps"}))
+    texts.write_text(TEXTS[0])
+    arguments = ["eval", "--model", str(folder), "--questions", str(questions)]
+    assert main([*arguments, "--json", str(out), str(texts)]) == 0
+    # once for both, beside what questions take
+    assert loads == [EngineConfig().kv_bytes]
+    scores = json.loads(out.read_text())
+    assert scores["texts"]["documents"] == 1 and scores["questions"]["questions"] == 1
+    printed = capsys.readouterr().out
+    assert "recall 0.000" in printed and f"loss {scores['texts']['loss']:.4f}" in printed
+    assert main([*arguments, "--json", str(tmp_path / "no" / "scores.json")]) == 2
+    assert "json: there is no folder" in capsys.readouterr().err
+    assert main(["eval", "--model", str(folder)]) == 2
+    assert "texts: give texts, --questions, or both" in capsys.readouterr().err

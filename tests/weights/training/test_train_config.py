@@ -1,0 +1,89 @@
+"""The trainer's TOML file: read whole, changed from the command line, refused by key."""
+
+import pytest
+
+from engine.errors import ConfigError
+from weights.training.train_config import read_train_config
+
+TEXT = """
+[model]
+hidden_size = 64
+memory = {num_heads = 2}
+[data]
+train = ["a.txt", "b"]
+[run]
+steps = 10
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "train.toml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_sections_and_defaults(file):
+    config = read_train_config(file)
+    assert config.data.train == ("a.txt", "b") and config.data.sequence_length == 256
+    assert config.run.steps == 10 and config.optimizer.table_lr == 1e-3
+    assert config.model == {"hidden_size": 64, "memory": {"num_heads": 2}}
+
+
+def test_changes_from_the_command_line(file):
+    changes = [
+        "run.steps=20",
+        "optimizer.lr = 1",
+        "optimizer.decay=linear",
+        "data.train=c.txt",
+        "model.memory.num_subkeys=128",
+        "optimizer.row_wise=true",
+        'run.init_from="x=y"',
+    ]
+    config = read_train_config(file, changes)
+    assert config.run.steps == 20 and config.optimizer.lr == 1.0
+    assert config.optimizer.decay == "linear" and config.optimizer.row_wise is True
+    assert config.data.train == ("c.txt",) and config.run.init_from == "x=y"
+    assert config.model["memory"] == {"num_heads": 2, "num_subkeys": 128}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("run.step=1", "run.step: unknown key"),
+        ("runs.steps=1", "runs: unknown section"),
+        ("run=1", "set: expected section.key=value"),
+        ("run.steps", "set: expected section.key=value"),
+        ("run.steps.more=1", "set: run.steps.more goes through steps"),
+        ("run.steps=ten", "run.steps: expected int, got 'ten'"),
+        ("run.steps=true", "run.steps: expected int"),
+        ("run.steps=0", "run.steps: must be at least 1"),
+        ("run.dtype=int8", "run.dtype: 'int8' is not one of bfloat16, float32"),
+        ("optimizer.lr=-1", "optimizer.lr: must be at least 0"),
+        ("optimizer.lr=nan", "optimizer.lr: nan is no number to go by"),
+        ("optimizer.lr=inf", "optimizer.lr: inf is no number to go by"),
+        ("optimizer.eps=0", "optimizer.eps: must be at least"),
+        ("optimizer.least_lr_share=2", "optimizer.least_lr_share: 2.0 is more than 1"),
+        ("run.seed=-1", "run.seed: must be at least 0"),
+        ("run.passes_per_step=3", "run.passes_per_step: 3 does not divide tokens_per_step 8192"),
+        ("optimizer.beta2=1", r"optimizer.beta2: 1.0 is outside \[0, 1\)"),
+        ("data.train=[]", "data.train: names no file"),
+        ("data.train=[1]", "data.train: expected a list of texts"),
+        ("data.validation_share=1", "data.validation_share: 1.0 is outside"),
+    ],
+)
+def test_a_mistake_is_refused_by_its_key(file, change, message):
+    with pytest.raises(ConfigError, match=message):
+        read_train_config(file, [change])
+
+
+def test_files_that_are_no_config_are_refused(tmp_path, file):
+    with pytest.raises(ConfigError, match="No such file"):
+        read_train_config(tmp_path / "none.toml")
+    for content in (b"steps = ", b"\xff"):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match="not a TOML file"):
+            read_train_config(file)
+    file.write_text("[run]\nsteps = 1\n")
+    with pytest.raises(ConfigError, match="data.train: missing"):
+        read_train_config(file)

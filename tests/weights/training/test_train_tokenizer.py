@@ -1,0 +1,34 @@
+"""A tokenizer trained on documents, and what it says of those that will not do."""
+
+import pytest
+import sentencepiece
+
+from weights.errors import DataError
+from weights.training.train_tokenizer import train_tokenizer
+
+
+def texts():
+    yield from ("one red fox", "two red foxes", "12 föxes\n\n") * 20
+
+
+def test_text_comes_back_whatever_it_is():
+    model = train_tokenizer(texts(), 300)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert processor.get_piece_size() == 300
+    for text in ("one red fox", "  12\n 狐", ""):
+        assert processor.decode(processor.encode(text)) == text
+    assert train_tokenizer(texts(), 300) == model
+
+
+def test_too_little_text_for_so_many_tokens_is_named():
+    with pytest.raises(DataError, match="vocab_size: 9000 does not fit"):
+        train_tokenizer(texts(), 9000)
+
+
+def test_an_error_of_the_documents_is_told_as_it_is():
+    def broken():
+        yield "one red fox"
+        raise DataError("a.jsonl, line 2: is empty")
+
+    with pytest.raises(DataError, match=r"^a.jsonl, line 2: is empty$"):
+        train_tokenizer(broken(), 300)

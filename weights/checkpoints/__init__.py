@@ -1,0 +1,1 @@
+"""Checkpoint folders: read, checked, loaded, converted and written."""

@@ -1,0 +1,219 @@
+"""The folder's config.json: Hugging Face's Llama keys and memplus's own, read strictly."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.model.config import ModelConfig, RopeScaling
+from weights.checkpoints.feed_forward_json import (
+    FEED_FORWARD_KEYS,
+    feed_forward_to_json,
+    parse_feed_forward,
+)
+from weights.checkpoints.json_fields import typed
+from weights.errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+# Hugging Face's key -> (our field, its type). A missing key has Hugging Face's own default.
+_FIELDS: dict[str, tuple[str, type]] = {
+    "vocab_size": ("vocab_size", int),
+    "hidden_size": ("hidden_size", int),
+    "intermediate_size": ("intermediate_size", int),
+    "num_hidden_layers": ("num_layers", int),
+    "num_attention_heads": ("num_heads", int),
+    "num_key_value_heads": ("num_kv_heads", int),
+    "head_dim": ("head_dim", int),
+    "max_position_embeddings": ("max_positions", int),
+    "rms_norm_eps": ("rms_norm_eps", float),
+    "rope_theta": ("rope_theta", float),
+    "tie_word_embeddings": ("tie_embeddings", bool),
+    "attention_bias": ("attention_bias", bool),
+    "mlp_bias": ("mlp_bias", bool),
+}
+_REQUIRED = tuple(_FIELDS)[:5]
+# keys that change the mathematics: served only with the value that leaves it alone
+_ONLY = {
+    "architectures": (["LlamaForCausalLM"], ["MixtralForCausalLM"]),
+    "hidden_act": ("silu",),
+    "memplus_format": (FORMAT_VERSION,),
+    "model_type": ("llama", "mixtral"),
+    "pretraining_tp": (1,),
+    "rope_interleaved": (False,),
+    "router_jitter_noise": (0,),
+    "sliding_window": (),
+}
+# what transformers takes where a Mixtral's key is missing, if it differs from Llama's
+_MIXTRAL_DEFAULTS: dict[str, Any] = {
+    "num_kv_heads": 8,
+    "max_positions": 4096 * 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
+# keys that say nothing about how a given sequence of ids is computed
+IGNORED_KEYS = {
+    "_name_or_path",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "is_llama_config",
+    "max_length",
+    "max_sequence_length",
+    "output_router_logits",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+}
+_ROPE_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_position",
+}
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A folder's description: the model, the ids that end a text, the dtype of its weights."""
+
+    model: ModelConfig
+    eos_ids: frozenset[int] = frozenset()
+    bos_id: int | None = None
+    dtype: str | None = None
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """Read ``config.json`` (and ``generation_config.json`` for the end-of-sequence ids).
+
+    Raises:
+        CheckpointError: a key is unknown, missing, of the wrong type, or asks for what the model
+            cannot do.
+    """
+    path = folder / "config.json"
+    raw = _read_json(path)
+    generation = folder / "generation_config.json"
+    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    try:
+        return _parse(raw, raw.get("eos_token_id") if eos is None else eos)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def parse_model(raw: Mapping[str, Any]) -> ModelConfig:
+    """The model that the content of a ``config.json`` describes.
+
+    Raises:
+        ValueError: as ``read_config``; the message begins with the key.
+    """
+    return _parse(raw, raw.get("eos_token_id")).model
+
+
+def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
+    """The content of a ``config.json`` that ``read_config`` reads back."""
+    model = config.model
+    family = "mixtral" if model.mixture is not None else "llama"
+    raw: dict[str, Any] = {"architectures": [f"{family.title()}ForCausalLM"], "model_type": family}
+    raw |= {"hidden_act": "silu", "memplus_format": FORMAT_VERSION}
+    raw |= {key: getattr(model, name) for key, (name, _) in _FIELDS.items()}
+    raw |= {"bos_token_id": config.bos_id, "eos_token_id": sorted(config.eos_ids) or None}
+    raw["torch_dtype"] = config.dtype
+    if model.rope_scaling is not None:
+        scaling = asdict(model.rope_scaling)
+        raw["rope_scaling"] = {"rope_type": "llama3"}
+        raw["rope_scaling"] |= {key: scaling[name] for key, name in _ROPE_SCALING.items()}
+    return raw | feed_forward_to_json(model)
+
+
+def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
+    known = {*_FIELDS, *_ONLY, *IGNORED_KEYS, "rope_scaling", "rope_parameters"} | FEED_FORWARD_KEYS
+    for key in raw:
+        if key not in known:
+            raise ValueError(f"{key}: unknown key, so the model may not be what it seems")
+    raw = {key: value for key, value in raw.items() if value is not None}
+    for key, allowed in _ONLY.items():
+        if key in raw and raw[key] not in allowed:
+            only = allowed[0] if allowed else None
+            raise ValueError(f"{key}: {raw[key]!r} is not supported, only {only!r}")
+    values: dict[str, Any] = {}
+    for key, (name, kind) in _FIELDS.items():
+        if raw.get(key) is not None:
+            values[name] = typed(key, raw[key], kind)
+        elif key in _REQUIRED:
+            raise ValueError(f"{key}: missing")
+    if raw.get("model_type") == "mixtral":
+        values = _MIXTRAL_DEFAULTS | values
+    values.setdefault("num_kv_heads", values["num_heads"])
+    values.setdefault("head_dim", values["hidden_size"] // max(values["num_heads"], 1))
+    values.setdefault("max_positions", 2048)
+    values.setdefault("rms_norm_eps", 1e-6)
+    values |= _parse_rope(raw)
+    values |= parse_feed_forward(raw, values["num_layers"], values["intermediate_size"])
+    _check_family(raw, "mixture" in values)
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    bos_ids = _ids("bos_token_id", raw.get("bos_token_id"))
+    return CheckpointConfig(
+        model=ModelConfig(**values),
+        eos_ids=_ids("eos_token_id", eos),
+        bos_id=min(bos_ids, default=None),
+        dtype=typed("dtype", dtype, str) if dtype is not None else None,
+    )
+
+
+def _check_family(raw: Mapping[str, Any], has_experts: bool) -> None:
+    families = {"model_type": raw.get("model_type")}
+    if "architectures" in raw:
+        families["architectures"] = raw["architectures"][0].removesuffix("ForCausalLM").lower()
+    for key, family in families.items():
+        if family == "mixtral" and not has_experts:
+            raise ValueError(f"num_local_experts: missing, and {key} says that there are some")
+        if family == "llama" and has_experts:
+            raise ValueError(f"{key}: experts go with mixtral, and only with it")
+
+
+def _parse_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    # transformers 5 writes rope_parameters, before it were rope_theta and rope_scaling
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling")
+    if scaling is None:
+        return {}
+    scaling = dict(typed("rope_scaling", scaling, dict))
+    values: dict[str, Any] = {}
+    if "rope_theta" in scaling:
+        values["rope_theta"] = typed("rope_theta", scaling.pop("rope_theta"), float)
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)
+    if kind == "llama3":
+        if set(scaling) != set(_ROPE_SCALING):
+            raise ValueError(f"rope_scaling: llama3 takes {', '.join(_ROPE_SCALING)}")
+        named = {name: typed(key, scaling[key], float) for key, name in _ROPE_SCALING.items()}
+        named["original_max_position"] = int(named["original_max_position"])
+        values["rope_scaling"] = RopeScaling(**named)
+    elif kind != "default" or scaling:
+        raise ValueError(f"rope_scaling: {kind!r} with {sorted(scaling)} is not supported")
+    return values
+
+
+def _ids(key: str, value: object) -> frozenset[int]:
+    if value is None:
+        return frozenset()
+    ids = value if isinstance(value, list) else [value]
+    return frozenset(typed(key, token_id, int) for token_id in ids)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return raw

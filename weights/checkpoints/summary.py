@@ -1,0 +1,130 @@
+"""What a checkpoint folder holds, in numbers, read from its headers alone."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.model.config import ModelConfig
+from weights.checkpoints.checkpoint import open_checkpoint
+from weights.checkpoints.table_files import stored_format, table_shape
+from weights.checkpoints.tensor_files import StoredTensor
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters and the bytes that they take on disk, by dtype."""
+
+    parameters: int
+    num_bytes: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A model in numbers.
+
+    Attributes:
+        config: its shapes.
+        dense: everything but the tables.
+        table: the value tables.
+        active: parameters that one token uses: the dense ones but for experts not chosen, and the
+            table rows it reads.
+    """
+
+    config: ModelConfig
+    dense: Count
+    table: Count
+    active: int
+
+
+def summarize(folder: Path) -> Summary:
+    """Count a folder's parameters.
+
+    Raises:
+        CheckpointError: as ``weights.checkpoints.checkpoint.open_checkpoint``.
+    """
+    config, stored = open_checkpoint(folder)
+    tables = config.model.table_names
+    dense = _count(tensor for name, tensor in stored.items() if name not in tables)
+    table = _count(tensor for name, tensor in stored.items() if name in tables)
+    active = dense.parameters + _rows_read(config.model) - _idle_experts(config.model)
+    return Summary(config.model, dense, table, active)
+
+
+def describe(summary: Summary) -> str:
+    """The summary as lines for a reader."""
+    config = summary.config
+    lines = [
+        f"layers        {config.num_layers}: {_kinds(config)}",
+        f"width         {config.hidden_size}, feed-forward {config.intermediate_size}",
+        f"attention     {config.num_heads} heads of {config.head_dim},"
+        f" {config.num_kv_heads} for keys and values",
+        f"vocabulary    {config.vocab_size}, {'tied' if config.tie_embeddings else 'untied'} head",
+        f"positions     {config.max_positions}",
+    ]
+    if config.memory is not None:
+        memory = config.memory
+        tables = (
+            "one shared table"
+            if len(config.table_names) == 1
+            else f"{len(config.table_names)} tables"
+        )
+        lines += [
+            f"memory        {tables} of {memory.num_rows:,} rows x {memory.value_dim},"
+            f" {memory.num_heads} heads x {memory.top_k} rows a token"
+        ]
+    if config.mixture is not None:
+        mixture = config.mixture
+        lines += [
+            f"experts       {mixture.top_k} of {mixture.num_experts} a token,"
+            f" {mixture.expert_size} wide"
+        ]
+    lines.append(f"active        {summary.active:,} parameters a token")
+    lines.append(f"dense         {_counted(summary.dense)}")
+    lines.append(f"table         {_counted(summary.table)}")
+    return "\n".join(lines)
+
+
+def _rows_read(config: ModelConfig) -> int:
+    """Values of the rows that a token reads in all memory layers."""
+    memory = config.memory
+    if memory is None:
+        return 0
+    tables = len(config.memory_layers) + config.feed_forward.count("peer")
+    return tables * memory.num_heads * memory.top_k * memory.value_dim
+
+
+def _idle_experts(config: ModelConfig) -> int:
+    """Parameters of the experts that a token does not choose, in all layers."""
+    mixture = config.mixture
+    if mixture is None:
+        return 0
+    expert = 3 * config.hidden_size * mixture.expert_size
+    return config.feed_forward.count("moe") * (mixture.num_experts - mixture.top_k) * expert
+
+
+def _count(tensors: Iterable[StoredTensor]) -> Count:
+    found = list(tensors)
+    return Count(
+        parameters=sum(math.prod(table_shape(tensor)) for tensor in found),
+        num_bytes=sum(tensor.num_bytes for tensor in found),
+        dtypes=tuple(sorted({_format(tensor) for tensor in found})),
+    )
+
+
+def _format(tensor: StoredTensor) -> str:
+    records = stored_format(tensor)
+    return tensor.dtype if records is None else records[0]
+
+
+def _kinds(config: ModelConfig) -> str:
+    kinds = sorted(set(config.feed_forward))
+    return ", ".join(f"{config.feed_forward.count(kind)} {kind}" for kind in kinds)
+
+
+def _counted(count: Count) -> str:
+    if not count.parameters:
+        return "none"
+    dtypes = ", ".join(count.dtypes)
+    return f"{count.parameters:,} parameters, {count.num_bytes:,} bytes, {dtypes}"

@@ -1,0 +1,74 @@
+"""Safetensors files, written one tensor or part at a time, with checksums of their data."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weights.checkpoints.tensor_files import STORED_DTYPES, TensorSource, checksum_key, memory_of
+
+# table rows start on a page, so that direct reads and maps of them are aligned
+_DATA_ALIGNMENT = 4096
+_CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
+_NOT_KNOWN_YET = "0" * hashlib.sha256().digest_size * 2
+
+
+def write_tensors(
+    path: Path,
+    sources: list[TensorSource],
+    written: Callable[[int], Any],
+    with_checksums: bool = False,
+) -> None:
+    """Write a safetensors file, its data on a page boundary, and fsync it.
+
+    ``written`` is told the bytes of every tensor or part once they are in the file.
+    ``with_checksums`` puts those of all tensors into the metadata.
+    """
+    checksums = {source.name: hashlib.sha256() for source in sources if with_checksums}
+    with open(path, "xb") as file:
+        file.write(_header(sources, dict.fromkeys(checksums, _NOT_KNOWN_YET)))
+        for source in sources:
+            loaded, num_bytes = source.load(), 0
+            for part in (loaded,) if isinstance(loaded, Tensor) else loaded:
+                assert part.shape[1:] == torch.Size(source.shape[1:]), source.name
+                data = memory_of(part.to(source.dtype).contiguous())
+                file.write(data)
+                if with_checksums:
+                    checksums[source.name].update(data)
+                written(data.nbytes)
+                num_bytes += data.nbytes
+            assert num_bytes == _num_bytes(source), source.name
+        if with_checksums:
+            found = {name: checksum.hexdigest() for name, checksum in checksums.items()}
+            file.seek(0)
+            file.write(_header(sources, found))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(sources: list[TensorSource], checksums: Mapping[str, str]) -> bytes:
+    """What stands before the data: as long whatever the checksums are."""
+    metadata = {"format": "pt"}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for source in sources:
+        metadata |= source.metadata
+        start, end = end, end + _num_bytes(source)
+        header[source.name] = {
+            "dtype": _CODES[source.dtype],
+            "shape": list(source.shape),
+            "data_offsets": [start, end],
+        }
+    metadata |= {checksum_key(name): digits for name, digits in checksums.items()}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _num_bytes(source: TensorSource) -> int:
+    return source.dtype.itemsize * torch.Size(source.shape).numel()

@@ -1,0 +1,163 @@
+"""What a model is worth: perplexity of texts, and facts that it recalls without looking them up."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.engine import Engine
+from engine.errors import RequestError
+from engine.model.transformer import Transformer
+from engine.request import Request
+from engine.sampling.params import SamplingParams
+from weights.checkpoints.tokenizer import Tokenizer
+from weights.errors import DataError
+from weights.training.corpus import json_objects
+from weights.training.loss import batch_loss
+from weights.training.token_stream import PackedTokens
+from weights.training.training_data import TextTokens
+
+_TOKENS_AT_ONCE = 1024
+# a wrong answer may be longer than the right one, which says nothing more
+_SPARE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """How well texts are foreseen: mean nats a token, and what follows from them."""
+
+    documents: int
+    tokens: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt whose greedy continuation, up to ``until`` or the end of the text, is the answer."""
+
+    prompt: str
+    answer: str
+    until: str = ""
+
+
+@dataclass(frozen=True)
+class RecallScore:
+    """Closed-book recall: the share of answers that are right in every character."""
+
+    questions: int
+    right: int
+    recall: float
+
+
+@torch.no_grad()
+def score_texts(model: Transformer, text: TextTokens, texts: Iterator[str]) -> TextScore:
+    """The loss of every token that follows another, with begin and end as in training.
+
+    Longer documents are cut at the model's end.
+
+    Raises:
+        DataError: no document has two tokens.
+    """
+    documents, num_bytes = 0, 0
+
+    def pieces() -> Iterator[list[int]]:
+        nonlocal documents, num_bytes
+        for one in texts:
+            documents += 1
+            num_bytes += len(one.encode())
+            ids = text.document(one)
+            for first in range(0, len(ids) - 1, max_positions):
+                yield ids[first : first + max_positions + 1]
+
+    max_positions, nats, tokens = model.config.max_positions, 0.0, 0
+    for batch in _batches(pieces()):
+        nats += float(batch_loss(model, batch, torch.float32).nats)
+        tokens += len(batch.ids_T)
+    if not tokens:
+        raise DataError("texts: no document has two tokens")
+    loss = nats / tokens
+    bits_per_byte = nats / math.log(2) / num_bytes
+    return TextScore(documents, tokens, loss, math.exp(min(loss, 700.0)), bits_per_byte)
+
+
+def read_questions(file: Path) -> list[Question]:
+    """A JSONL file, a line a question: ``prompt``, ``answer`` and perhaps ``until``.
+
+    Raises:
+        DataError: a line is no such object, or there is none.
+    """
+    questions = []
+    for where, record in json_objects(file):
+        try:
+            question = Question(**record)
+        except TypeError as error:
+            raise DataError(f"{where}: no question ({error})") from None
+        if not all(isinstance(part, str) for part in vars(question).values()):
+            raise DataError(f"{where}: expected texts")
+        question = replace(question, answer=question.answer.strip())
+        if not question.prompt or not question.answer:
+            raise DataError(f"{where}: prompt or answer is empty")
+        if question.until and question.until in question.answer:
+            raise DataError(f"{where}: the answer goes on behind its end, {question.until!r}")
+        questions.append(question)
+    return questions
+
+
+def score_recall(
+    engine: Engine, tokenizer: Tokenizer, questions: Sequence[Question]
+) -> RecallScore:
+    """Ask all questions at once, greedily.
+
+    Raises:
+        DataError: a question is too long for the model.
+        RuntimeError: the engine failed.
+    """
+    answers: list[list[int]] = [[] for _ in questions]
+    for number, question in enumerate(questions):
+        wanted = tokenizer.encode(question.answer + question.until, add_special_tokens=False)
+        params = SamplingParams(temperature=0.0, max_tokens=len(wanted) + _SPARE_TOKENS)
+        try:
+            engine.add(Request(str(number), tuple(tokenizer.encode(question.prompt)), params))
+        except RequestError as error:
+            raise DataError(f"question {number + 1}: {error}") from None
+    while engine.has_work:
+        for output in engine.step().outputs:
+            if output.finish_reason == "error":
+                raise RuntimeError(output.error)
+            # the id that ended it is no part of the answer
+            kept = len(output.token_ids) - (output.stop_token_id is not None)
+            answers[int(output.request_id)] += output.token_ids[:kept]
+    right = 0
+    for question, ids in zip(questions, answers, strict=True):
+        found = tokenizer.decode(ids).strip()
+        if question.until:
+            found = found.partition(question.until)[0].strip()
+        right += found == question.answer
+    return RecallScore(len(questions), right, right / len(questions))
+
+
+def _batches(pieces: Iterable[list[int]]) -> Iterator[PackedTokens]:
+    """Pieces packed together, a batch no longer than a piece and a little more."""
+    held: list[list[int]] = []
+    for piece in pieces:
+        held.append(piece)
+        if sum(map(len, held)) >= _TOKENS_AT_ONCE:
+            yield _packed(held)
+            held = []
+    if held:
+        yield _packed(held)
+
+
+def _packed(pieces: Sequence[Sequence[int]]) -> PackedTokens:
+    lengths = [len(piece) - 1 for piece in pieces]
+    return PackedTokens(
+        ids_T=np.concatenate([piece[:-1] for piece in pieces]),
+        targets_T=np.concatenate([piece[1:] for piece in pieces]),
+        positions_T=np.concatenate([np.arange(length) for length in lengths]),
+        starts=(0, *np.cumsum(lengths).tolist()),
+    )

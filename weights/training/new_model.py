@@ -1,0 +1,97 @@
+"""The model that a run trains: drawn anew, or from a checkpoint folder, new memory layers drawn."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError
+from engine.model.config import ModelConfig
+from engine.model.transformer import Transformer
+from memory_ops.anonymous import anonymous_zeros
+from memory_ops.tables.trained import TrainedTable
+from weights.checkpoints.checkpoint import open_checkpoint
+from weights.checkpoints.config_json import IGNORED_KEYS, config_to_json, parse_model
+from weights.checkpoints.table_files import read_rows
+from weights.checkpoints.tensor_files import StoredTensor, read_mapped
+from weights.training.initialise import initialise, initialise_table
+
+
+def model_config(raw: Mapping[str, Any], vocab_size: int, init_from: str = "") -> ModelConfig:
+    """The model that a config's ``model`` section describes, beside the folder it goes on from.
+
+    Raises:
+        ConfigError: a key is unknown, missing or of a wrong value; the message names it.
+        CheckpointError: that folder cannot be read.
+    """
+    for key in ("vocab_size", *sorted(IGNORED_KEYS)):
+        if key in raw:
+            raise ConfigError(f"model.{key}: is not for a config to say, and would be ignored")
+    whole: dict[str, Any] = {}
+    if init_from:
+        whole = config_to_json(open_checkpoint(Path(init_from))[0])
+    if "memory" in whole and isinstance(raw.get("memory"), dict):
+        raw = {**raw, "memory": whole["memory"] | raw["memory"]}
+    whole |= {**raw, "vocab_size": vocab_size}
+    try:
+        return parse_model(whole)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
+
+
+def new_model(
+    config: ModelConfig, seed: int, init_from: str = "", device: str = "cpu"
+) -> tuple[Transformer, dict[str, TrainedTable]]:
+    """A model to be trained, in float32, and its tables by their names in a checkpoint.
+
+    All is drawn on the CPU, so that a seed gives the same everywhere. What ``init_from`` has under
+    the same name and shape is taken from there; what it lacks is drawn.
+
+    Raises:
+        ConfigError: a tensor of that folder has another shape, or one that is no part of a memory
+            layer is missing there.
+        CheckpointError: the folder cannot be read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config)
+    initialise(model, generator)
+    memory = config.memory
+    rows: dict[str, Tensor] = {}
+    for name in config.table_names:
+        assert memory is not None
+        table_RV = anonymous_zeros((memory.num_rows, memory.value_dim), torch.float32)
+        initialise_table(table_RV, generator)
+        rows[name] = table_RV
+    if init_from:
+        _, stored = open_checkpoint(Path(init_from))
+        _take(model, rows, stored, init_from)
+    model.to(device)
+    tables = {name: TrainedTable(rows.pop(name).to(device)) for name in tuple(rows)}
+    if tables:
+        model.attach_tables(tables)
+    return model, tables
+
+
+@torch.no_grad()
+def _take(
+    model: Transformer,
+    tables: Mapping[str, Tensor],
+    stored: Mapping[str, StoredTensor],
+    folder: str,
+) -> None:
+    wanted = dict(model.named_parameters()) | dict(tables)
+    for name, tensor in wanted.items():
+        if name not in stored:
+            if ".memory." not in name and name not in tables:
+                raise ConfigError(f"run.init_from: {folder} has no tensor {name}")
+            continue
+        held = read_rows(stored[name]) if name in tables else read_mapped(stored[name])
+        if held.shape != tensor.shape:
+            found = list(held.shape)
+            raise ConfigError(
+                f"run.init_from: tensor {name} of {folder} has shape {found}, the model"
+                f" {list(tensor.shape)}"
+            )
+        tensor.copy_(held)

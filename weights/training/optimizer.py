@@ -1,0 +1,103 @@
+"""One optimiser for a model and its tables: a norm of all gradients, clipped together."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from engine.model.norm import RmsNorm
+from memory_ops.tables.trained import TrainedTable
+from weights.errors import TrainingError
+from weights.training.replicas import Replicas
+from weights.training.table_optimizer import TableOptimizer
+from weights.training.train_config import OptimizerConfig
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Optimizer:
+    """AdamW for parameters, sparse Adam for tables.
+
+    Attributes:
+        dense: torch's optimiser of the parameters.
+        tables: ours, of the tables.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tables: Sequence[TrainedTable],
+        config: OptimizerConfig,
+        replicas: Replicas | None = None,
+    ) -> None:
+        """Hold them; gradients and reads are those of all ``replicas`` together."""
+        betas = config.beta1, config.beta2
+        decayed, others = _by_decay(model)
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self._config = config
+        self._replicas = replicas or Replicas()
+        self._parameters = [*decayed, *others]
+        self.dense = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
+        for parameter in self._parameters:
+            # as torch would with the first gradient, so that they are there to be saved
+            moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
+            self.dense.state[parameter] = {"step": torch.zeros(()), **moments}
+        self.tables = TableOptimizer(
+            tables, betas, config.eps, is_row_wise=config.row_wise, replicas=self._replicas
+        )
+
+    def step(self, share: float) -> float:
+        """Use and forget the gradients; return their norm, as it was before clipping.
+
+        ``share`` is that of the highest learning rates.
+
+        Raises:
+            TrainingError: the norm is no number; no weight was changed.
+        """
+        gradients = [_gradient(parameter) for parameter in self._parameters]
+        self._replicas.sum_in_place(gradients)
+        squares = sum(float(gradient.double().square().sum()) for gradient in gradients)
+        norm = math.sqrt(squares + self.tables.collect())
+        if not math.isfinite(norm):
+            raise TrainingError(f"the gradients' norm is {norm}")
+        clip = self._config.clip_norm
+        scale = clip / norm if 0 < clip < norm else 1.0
+        if scale < 1:
+            torch._foreach_mul_(gradients, scale)
+        for group in self.dense.param_groups:
+            group["lr"] = self._config.lr * share
+        self.dense.step()
+        self.dense.zero_grad(set_to_none=True)
+        self.tables.step(self._config.table_lr * share, scale)
+        return norm
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's moments of one parameter, by torch's names."""
+        return {name: self.dense.state[parameter][name] for name in _MOMENTS}
+
+    def go_to(self, step: int) -> None:
+        """Count as if so many steps were done."""
+        for parameter in self._parameters:
+            self.dense.state[parameter]["step"].fill_(step)
+        self.tables.number = step
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:  # an expert that no token chose: its step counts all the same
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Matrices that weights decay in, and the rest: norms, biases, subkeys."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            is_matrix = name == "weight" and not isinstance(module, RmsNorm)
+            (decayed if is_matrix else others).append(parameter)
+    return decayed, others

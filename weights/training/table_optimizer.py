@@ -1,0 +1,80 @@
+"""Adam for value tables: only rows that were read cost anything, whatever the size of the table."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import memory_ops
+from memory_ops import AdamMoments, AdamStep, RowGroups
+from memory_ops.anonymous import anonymous_zeros
+from memory_ops.tables.trained import TableReads, TrainedTable
+from weights.training.replicas import Replicas
+
+
+class TableOptimizer:
+    """torch.optim.SparseAdam's steps for tables that remember their reads; no weight decay.
+
+    Row-wise it keeps one moment a row instead of two a value, a third of the memory.
+
+    Attributes:
+        moments: of each table.
+        number: of steps done.
+        used: what each table's last step read.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TrainedTable],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        is_row_wise: bool = False,
+        replicas: Replicas | None = None,
+    ) -> None:
+        """Hold the tables; moments begin at 0, and take no room before they are used."""
+        self._tables = tuple(tables)
+        self._replicas = replicas or Replicas()
+        self._betas, self._eps, self._is_row_wise = betas, eps, is_row_wise
+        self._gradients: list[tuple[RowGroups, Tensor] | None] | None = None
+        self.moments = [_moments(table, is_row_wise) for table in tables]
+        self.number = 0
+        self.used: list[RowGroups | None] = [None for _ in tables]
+
+    def collect(self) -> float:
+        """Take the tables' reads for the next step; return their gradients' squared norm."""
+        assert self._gradients is None, "reads were collected that no step has used"
+        self._gradients = [self._grouped(table.take_reads()) for table in self._tables]
+        return sum(memory_ops.squared_norm(*one) for one in self._gradients if one is not None)
+
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """Use what was collected; gradients are multiplied by ``scale`` first, for clipping."""
+        self.number += 1
+        step = AdamStep.at(
+            self.number, lr, self._betas, self._eps, scale=scale, is_row_wise=self._is_row_wise
+        )
+        assert self._gradients is not None, "reads are collected before a step"
+        for table, moments, gradient in zip(
+            self._tables, self.moments, self._gradients, strict=True
+        ):
+            if gradient is not None:
+                memory_ops.sparse_adam(table.table_RV, moments, *gradient, step)
+        self.used = [None if one is None else one[0] for one in self._gradients]
+        self._gradients = None
+
+    def _grouped(self, reads: TableReads | None) -> tuple[RowGroups, Tensor] | None:
+        if reads is None:
+            return None
+        reads = self._replicas.gather(reads)
+        return memory_ops.group_rows(reads.rows_THK, reads.weights_THK), reads.grad_TV
+
+
+def _moments(table: TrainedTable, is_row_wise: bool) -> AdamMoments:
+    shape = tuple(table.table_RV.shape)
+    if is_row_wise:
+        return AdamMoments(None, _zeros(table.table_RV, shape[:1]))
+    return AdamMoments(_zeros(table.table_RV, shape), _zeros(table.table_RV, shape))
+
+
+def _zeros(beside: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return anonymous_zeros(shape, torch.float32) if beside.is_cpu else beside.new_zeros(shape)

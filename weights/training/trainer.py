@@ -1,0 +1,201 @@
+"""The training loop: batch, loss, step, log, checkpoint, over again."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from engine.errors import ConfigError
+from engine.model.flops import forward_flops
+from weights.errors import TrainingError
+from weights.training.loss import batch_loss
+from weights.training.new_model import model_config, new_model
+from weights.training.optimizer import Optimizer
+from weights.training.replicas import Replicas
+from weights.training.run_log import RunLog
+from weights.training.run_record import check_record
+from weights.training.schedule import lr_share
+from weights.training.table_usage import TableUsage
+from weights.training.token_stream import TokenStream
+from weights.training.train_config import TrainConfig
+from weights.training.train_state import TrainState, remove_leftovers, saved_states
+from weights.training.training_data import TrainingData, prepare_data
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# of the validation documents, each time
+_EVALUATED_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step: the mean loss of its tokens in nats, the gradients' norm, and how fast it was."""
+
+    step: int
+    loss: float
+    lr_share: float
+    grad_norm: float
+    tokens_per_s: float
+
+
+class Trainer:
+    """A run in its folder: made, or found there and gone on with.
+
+    Attributes:
+        step: steps done.
+        folder: holds ``data``, ``checkpoints`` and ``log.jsonl``.
+        flops: operations of one token's forward, by part of the model.
+    """
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, *, resume: bool, replicas: Replicas | None = None
+    ) -> None:
+        """Prepare data and model; ``resume`` goes back to the newest checkpoint, if there is one.
+
+        With ``replicas`` all processes train in the same folder, which the first writes.
+
+        Raises:
+            ConfigError, DataError, CheckpointError: by what cannot be read.
+            TrainingError: the folder has a run that is not to be resumed, or had other settings.
+        """
+        states = folder / "checkpoints"
+        saved = saved_states(states)
+        if saved and not resume:
+            raise TrainingError(f"{folder}: has a run already, go on with it by --resume")
+        self.folder, self._config = folder, config
+        self._replicas = replicas or Replicas()
+        run = config.run
+        data = self._prepared_data(states)
+        shape = model_config(config.model, data.text.vocab_size, run.init_from)
+        if config.data.sequence_length > shape.max_positions:
+            raise ConfigError(
+                f"data.sequence_length: {config.data.sequence_length} is more than the"
+                f" {shape.max_positions} of model.max_position_embeddings"
+            )
+        model, tables = new_model(shape, run.seed, run.init_from, run.device)
+        if run.checkpoint_activations:
+            model.run_layer = partial(checkpoint, use_reentrant=False)
+        self._model = model
+        self._optimizer = Optimizer(model, list(tables.values()), config.optimizer, self._replicas)
+        self._usage = {name: TableUsage(table.num_rows) for name, table in tables.items()}
+        self._stream = TokenStream(data.train, config.data.sequence_length, run.seed)
+        self.flops = forward_flops(shape, self._stream.mean_attended)
+        self._validation = data.validation
+        self._state = TrainState(states, model, tables, self._optimizer, data.text)
+        self.step = 0
+        if saved:
+            self.step, place = self._state.load(saved[-1])
+            self._stream.seek(place)
+        if self.step > run.steps:
+            raise ConfigError(f"run.steps: {run.steps} is less than the {self.step} done")
+        self._check_replicas()
+        self._log = RunLog(folder / "log.jsonl")
+        if self._replicas.is_first:
+            self._log.cut(self.step)
+
+    def run(self, on_step: Callable[[StepReport], bool]) -> None:
+        """Train to the last step; ``on_step`` says after each whether to go on.
+
+        Raises:
+            TrainingError: the loss or a gradient is no number; the message names the step.
+            CheckpointError: a checkpoint cannot be written; older ones are left as they were.
+        """
+        run = self._config.run
+        goes_on = True
+        while goes_on and self.step < run.steps:
+            report = self._one_step()
+            if self._replicas.is_first:
+                self._log.write({"kind": "step", **asdict(report)})
+            (stopped,) = self._replicas.sum_numbers(not on_step(report))
+            goes_on = not stopped
+            if self.step % run.checkpoint_every == 0:
+                self._check_replicas()
+            if self._replicas.is_first:
+                self._keep(is_last=self.step == run.steps or not goes_on)
+
+    def _keep(self, is_last: bool) -> None:
+        run, step = self._config.run, self.step
+        # before it is saved, so that a run that is through has been evaluated
+        if step % run.evaluate_every == 0 or step == run.steps:
+            self._log.write({"kind": "evaluation", "step": step, **self.evaluate()})
+        if step % run.checkpoint_every == 0 or is_last:
+            self._state.save(step, self._stream.place)
+
+    @torch.no_grad()
+    def _check_replicas(self) -> None:
+        """Raise TrainingError unless all processes have the same step, weights and tables."""
+        if self._replicas.count == 1:
+            return
+        tables = (table.table_RV for table in self._state.tables.values())
+        weights = (*self._model.parameters(), *tables)
+        sums = [float(one.sum(dtype=torch.float64)) for one in weights]
+        if not self._replicas.agree(self.step, math.fsum(sums)):
+            raise TrainingError(
+                f"step {self.step}: the processes differ; all must see the same {self.folder}"
+            )
+
+    def _prepared_data(self, states: Path) -> TrainingData:
+        """Make the run's folder and its data, or find them; the first process makes them."""
+        config, folder = self._config, self.folder
+        if not self._replicas.is_first:
+            self._replicas.wait()
+        else:
+            try:
+                states.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise TrainingError(f"{folder}: {error.strerror}") from None
+            check_record(folder, config)
+            remove_leftovers(states)
+        data = prepare_data(config.data, folder / "data", config.run.seed, config.run.init_from)
+        if self._replicas.is_first:
+            self._replicas.wait()
+        return data
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss and perplexity on held-out documents, and how the tables were used."""
+        found: dict[str, float] = {}
+        if self._validation is not None:
+            config = self._config
+            stream = TokenStream(self._validation, config.data.sequence_length, seed=0)
+            size = config.run.tokens_per_step // config.run.passes_per_step
+            passes = max(1, min(_EVALUATED_TOKENS, len(self._validation.ids)) // size)
+            dtype = _DTYPES[config.run.dtype]
+            total = sum(
+                float(batch_loss(self._model, stream.next(size), dtype).nats) for _ in range(passes)
+            )
+            loss = total / (passes * size)
+            found |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        for name, usage in self._usage.items():
+            found |= {f"{name} {key}": value for key, value in usage.summary().items()}
+        return found
+
+    def _one_step(self) -> StepReport:
+        run, started = self._config.run, time.perf_counter()
+        step = self.step + 1
+        size = run.tokens_per_step // run.passes_per_step
+        nats = 0.0
+        for _ in range(run.passes_per_step):
+            batch = self._stream.next(size).part(self._replicas.rank, self._replicas.count)
+            loss = batch_loss(self._model, batch, _DTYPES[run.dtype])
+            (loss.total / run.tokens_per_step).backward()  # type: ignore[no-untyped-call]
+            nats += float(loss.nats.detach())
+        (total,) = self._replicas.sum_numbers(nats)
+        if not math.isfinite(total):
+            raise TrainingError(f"step {step}: the loss is {total}")
+        share = lr_share(self._config.optimizer, step, run.steps)
+        try:
+            norm = self._optimizer.step(share)
+        except TrainingError as error:
+            raise TrainingError(f"step {step}: {error}") from None
+        for usage, groups in zip(self._usage.values(), self._optimizer.tables.used, strict=True):
+            if groups is not None:
+                usage.add(groups)
+        self.step = step
+        seconds = time.perf_counter() - started
+        num_tokens = run.tokens_per_step
+        return StepReport(step, total / num_tokens, share, norm, num_tokens / seconds)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.memory import CpuMemory
@@ -14,6 +14,20 @@ from engine.model.forward_trace import ForwardTrace
 from engine.model.layers import DecoderLayer
 from engine.model.memory_layer import MemoryLayer
 from engine.model.mixture import MixtureFeedForward
+from engine.model.norm import RmsNorm
+
+
+@dataclass(frozen=True)
+class EagerFeedForward:
+    """A feed-forward of a kind that has no packed form: the model's own module."""
+
+    norm: RmsNorm
+    module: nn.Module
+
+    def run(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
+        """Return the new residual stream."""
+        y_TD: Tensor = self.module(self.norm(residual_TD), trace)
+        return residual_TD + y_TD
 
 
 @dataclass(frozen=True)
@@ -23,12 +37,12 @@ class CpuLayer:
     Attributes:
         packed: as native kernels run it; a feed-forward that they cannot run is left out.
         memory: the layer's memory, if it has one, whether it is left out or not.
-        mixture: the layer's mixture, if it has one; it is always left out.
+        other: any other feed-forward that is left out.
     """
 
     packed: PackedLayer
     memory: CpuMemory | None = None
-    mixture: CpuMixture | None = None
+    other: CpuMixture | EagerFeedForward | None = None
 
     @property
     def is_apart(self) -> bool:
@@ -37,7 +51,7 @@ class CpuLayer:
 
     def run_apart(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
         """Run a feed-forward that is left out; return the new residual stream."""
-        feed_forward = self.mixture or self.memory
+        feed_forward = self.other or self.memory
         assert feed_forward is not None
         return feed_forward.run(residual_TD, trace)
 
@@ -57,7 +71,8 @@ def pack_layer(kernels: CpuKernels, layer: DecoderLayer) -> CpuLayer:
         down = pack_linear(kernels, feed_forward.down_proj)
         return CpuLayer(packed._replace(gate_up=gate_up, down=down))
     if isinstance(feed_forward, MixtureFeedForward):
-        return CpuLayer(packed, mixture=CpuMixture(kernels, feed_forward, norm))
-    assert isinstance(feed_forward, MemoryLayer)
-    memory = CpuMemory(kernels, feed_forward, norm)
-    return CpuLayer(packed._replace(memory=memory.packed()), memory=memory)
+        return CpuLayer(packed, other=CpuMixture(kernels, feed_forward, norm))
+    if isinstance(feed_forward, MemoryLayer):
+        memory = CpuMemory(kernels, feed_forward, norm)
+        return CpuLayer(packed._replace(memory=memory.packed()), memory=memory)
+    return CpuLayer(packed, other=EagerFeedForward(norm, feed_forward))

@@ -139,6 +139,6 @@ class MicroBatches:
                 lookup = layer.memory.start(residual_TD)
                 yield
                 part.residual_TD = layer.memory.finish(lookup, residual_TD)
-            elif layer.mixture is not None:
-                part.residual_TD = layer.mixture.run(residual_TD, None)
+            elif layer.other is not None:
+                part.residual_TD = layer.other.run(residual_TD, None)
             self._progress.mark()

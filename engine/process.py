@@ -73,7 +73,7 @@ class StepEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
     def step(self) -> StepOutput: ...
     def statistics(self) -> EngineStatistics: ...
-    def check_integrity(self) -> None: ...
+    def check_idle(self) -> None: ...
 
 
 class EngineStartError(Exception):
@@ -220,7 +220,7 @@ class EngineLoop:
         engine = self._engine
         while not engine.has_work or self._connection.poll():
             if not engine.has_work:
-                engine.check_integrity()
+                engine.check_idle()
             engine.progress.rest()
             batch: list[Message] | None = self._connection.recv()
             if batch is None:

@@ -80,6 +80,10 @@ class EngineStartError(Exception):
     """The engine process refused its settings or its model, or died before it was ready."""
 
 
+class EngineLostError(Exception):
+    """The engine process has ended, and no restarts are left."""
+
+
 class EngineProcess:
     """A handle on an engine that runs elsewhere. ``send`` never blocks; ``receive`` may."""
 

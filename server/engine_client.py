@@ -21,6 +21,10 @@ class EngineClient:
 
     It notices when the process dies or hangs, ends the requests that were there with errors, and
     starts another where it may.
+
+    Attributes:
+        is_alive: whether the engine takes requests.
+        is_lost: whether it never will again: it has ended and no restarts are left.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class EngineClient:
         self._is_closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.is_alive = True
+        self.is_lost = False
 
     def attach(self) -> None:
         """Listen to the process, and watch it, from the running event loop."""
@@ -169,6 +174,7 @@ class EngineClient:
             self._listen()
             logger.warning("the engine runs again; %d restarts are left", self._restarts_left)
             return
+        self.is_lost = not self._is_closing
 
     def _begin(self, work: "asyncio._CoroutineLike[None]") -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)

@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -50,10 +51,10 @@ KINDS: dict[str, dict[str, Any]] = {
 class InstantModel(Transformer):
     """Gives logits that were drawn beforehand, so that nothing but the engine takes time."""
 
-    def __init__(self, max_positions: int) -> None:
-        super().__init__(CONFIG)
+    def __init__(self, config: ModelConfig, num_logits: int) -> None:
+        super().__init__(config)
         self.to(torch.bfloat16)
-        self._logits_LV = torch.randn(max_positions, CONFIG.vocab_size).to(torch.bfloat16)
+        self._logits_LV = torch.randn(num_logits, config.vocab_size).to(torch.bfloat16)
 
     def forward(
         self,
@@ -69,21 +70,26 @@ class InstantModel(Transformer):
         return ForwardOutput(self._logits_LV[:count], None, {}, ())
 
 
-def measure(batch_sizes: Sequence[int], steps: int) -> None:
-    """Print the median of ``steps`` decode steps for each number of sequences."""
+def measure(batch_sizes: Sequence[int], steps: int, context: int) -> None:
+    """Print the median of ``steps`` decode steps for each number of sequences.
+
+    One of the sequences begins with a context of ``context`` tokens, the others with 128.
+    """
     keep_freed_memory()
     print(f"{'sequences':>14}" + "".join(f"{size:>11}" for size in batch_sizes))
     for kind, choice in KINDS.items():
         params = SamplingParams(max_tokens=8000, ignore_eos=True, **choice)
-        times = [_step_ms(size, params, steps) for size in batch_sizes]
+        times = [_step_ms(size, params, steps, context) for size in batch_sizes]
         print(f"{kind:>14}" + "".join(f"{ms:>8.3f} ms" for ms in times))
 
 
-def _step_ms(size: int, params: SamplingParams, steps: int) -> float:
-    engine = Engine(InstantModel(size), EngineConfig(max_num_seqs=size, kv_cache_gib=0.5))
+def _step_ms(size: int, params: SamplingParams, steps: int, context: int) -> float:
+    config = replace(CONFIG, max_positions=CONFIG.max_positions + context)
+    engine = Engine(InstantModel(config, size), EngineConfig(max_num_seqs=size, kv_cache_gib=0.5))
     drawn = random.Random(0)
     for index in range(size):
-        ids = tuple(drawn.randrange(CONFIG.vocab_size) for _ in range(128))
+        length = 128 if index else context
+        ids = tuple(drawn.randrange(CONFIG.vocab_size) for _ in range(length))
         engine.add(Request(str(index), ids, params))
     while engine.statistics().num_running < size:
         engine.step()

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.batch import make_batch
+from engine.batch import BlockTable, make_batch
 from engine.chunk_result import NO_TOKEN, ChunkResult
 from engine.model.transformer import Transformer
 from engine.progress import Progress
@@ -34,6 +34,7 @@ class Runner:
         self._block_size = block_size
         self._sampling_rows = SamplingRows(eos_ids)
         self._device = weight.device
+        self._block_table = BlockTable()
         self._progress = progress
         for table in model.tables.values():
             table.watch(progress.mark)
@@ -48,7 +49,7 @@ class Runner:
 
         ``bitmask`` has a row for each sampled position of the plan, in order; see ``sample``.
         """
-        batch = make_batch(plan, self._block_size, self._device)
+        batch = make_batch(plan, self._block_size, self._device, self._block_table)
         output = self._model(
             batch.ids_T,
             batch.layout,

@@ -13,12 +13,12 @@
 extern "C" void memplus_attention(const uint8_t* qkv, const float* cosines, const float* sines,
                                   uint8_t* kv, const int64_t* block_table,
                                   const int64_t* query_starts, const int64_t* context_lengths,
-                                  uint8_t* out, int64_t num_sequences, int64_t table_width,
+                                  uint8_t* out, int64_t num_sequences, int64_t table_stride,
                                   int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
                                   int64_t block_size, int32_t is_bf16) {
   const memplus::Attention call = {qkv,           cosines,     sines,        kv,
                                    block_table,   query_starts, context_lengths, out,
-                                   num_sequences, table_width, num_heads,    num_kv_heads,
+                                   num_sequences, table_stride, num_heads,   num_kv_heads,
                                    head_dim,      block_size};
   is_bf16 ? memplus::attend<memplus::Bf16Values>(call) : memplus::attend<memplus::Fp32Values>(call);
 }
@@ -66,7 +66,7 @@ extern "C" int32_t memplus_decoder_layers(const memplus::DecoderLayer* layers, i
                                        const float* sines, uint8_t* kv, int64_t kv_bytes,
                                        const int64_t* block_table, const int64_t* query_starts,
                                        const int64_t* context_lengths, int64_t num_sequences,
-                                       int64_t table_width, int64_t num_heads,
+                                       int64_t table_stride, int64_t num_heads,
                                        int64_t block_size, int64_t* rows, float* weights,
                                        memplus::ReadFailure* failure) {
   const memplus::PackedLinear &qkv = *layers->qkv, &out = *layers->out;
@@ -74,7 +74,7 @@ extern "C" int32_t memplus_decoder_layers(const memplus::DecoderLayer* layers, i
   const int64_t num_kv_heads = (qkv.outputs / head_dim - num_heads) / 2;
   const memplus::Attention call = {nullptr,       cosines,      sines,           kv,
                                    block_table,   query_starts, context_lengths, nullptr,
-                                   num_sequences, table_width,  num_heads,       num_kv_heads,
+                                   num_sequences, table_stride, num_heads,       num_kv_heads,
                                    head_dim,      block_size};
   using namespace memplus;
   const ChosenRows chosen = {rows, weights};

@@ -62,7 +62,7 @@ class NativeOps:
         paged: PagedKv,
         kv_blocks: Tensor,
     ) -> Tensor:
-        """``ops.attention`` from KV blocks; all contiguous, fp32 or bf16."""
+        """``ops.attention`` from KV blocks; all but the block table contiguous, fp32 or bf16."""
         _, _, num_kv_heads, block_size, head_dim = kv_blocks.shape
         cosines, sines = angles
         out_TF = torch.empty(qkv_TF.shape[0], num_heads * head_dim, dtype=qkv_TF.dtype)
@@ -77,7 +77,7 @@ class NativeOps:
             paged.context_lengths_S.data_ptr(),
             out_TF.data_ptr(),
             len(paged.context_lengths),
-            paged.block_table_SB.shape[1],
+            paged.block_table_SB.stride(0),
             num_heads,
             num_kv_heads,
             head_dim,
@@ -149,7 +149,7 @@ class NativeOps:
             layout.query_starts_S1.data_ptr(),
             paged.context_lengths_S.data_ptr(),
             len(paged.context_lengths),
-            paged.block_table_SB.shape[1],
+            paged.block_table_SB.stride(0),
             layers.num_heads,
             kv_blocks.shape[4],
             rows_MTHK.data_ptr(),

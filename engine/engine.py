@@ -12,6 +12,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.drafter import Drafter
 from engine.kv_blocks import BlockPool
 from engine.masking import allowed_drafts, chunk_bitmask, plan_bitmask
+from engine.model.flops import StepFlops
 from engine.model.transformer import Transformer
 from engine.progress import Progress
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
@@ -63,6 +64,8 @@ class Engine:
         except (OSError, OverflowError):
             message = f"kv_cache_gib: this machine has not {config.kv_cache_gib} GiB to give"
             raise ConfigError(message) from None
+        # plain torch shows no progress inside of a product, so its steps say how much work they are
+        self._step_flops = None if model.is_packed else StepFlops(model_config)
         self._table_counter = TableCounter(model)
         self._pool = BlockPool(num_blocks, config.block_size)
         propose = self._propose if drafter is not None else None
@@ -102,10 +105,12 @@ class Engine:
         """Run one token through the model, before any request.
 
         So whatever the first step takes once, mapped weights to be read above all, is not taken
-        for a hanging one.
+        for a hanging one, and the speed of this machine is known.
         """
         greedy = SamplingParams(max_tokens=1, temperature=0)
-        self._runner.run(StepPlan((SequenceChunk("", (0,), 0, (0,), greedy, 0, samples=True),)))
+        self._run_model(
+            StepPlan((SequenceChunk("", (0,), 0, (0,), greedy, 0, samples=True),)), None
+        )
 
     def check_integrity(self) -> None:
         """Check that no block is lost or held by a request that ended (AssertionError)."""
@@ -164,7 +169,7 @@ class Engine:
             return {}, {}
         try:
             bitmask = plan_bitmask(plan.chunks, bound, self.limits.vocab_size)
-            return self._runner.run(plan, bitmask), {}
+            return self._run_model(plan, bitmask), {}
         except Exception as error:
             if len(plan.chunks) == 1:
                 logger.exception("a step of %s failed", plan.chunks[0].request_id)
@@ -178,6 +183,15 @@ class Engine:
             results |= more
             errors |= failed
         return results, errors
+
+    def _run_model(
+        self, plan: StepPlan, bitmask: NDArray[np.uint32] | None
+    ) -> dict[str, ChunkResult]:
+        if self._step_flops is None:
+            return self._runner.run(plan, bitmask)
+        counts = plan.num_tokens, plan.num_attended, plan.num_logits
+        with self.progress.working(*self._step_flops.of(*counts)):
+            return self._runner.run(plan, bitmask)
 
     def _propose(self, sequence: Sequence) -> list[int]:
         assert self._drafter is not None

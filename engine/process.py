@@ -56,7 +56,10 @@ class EngineRefused:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The process lives, and got on with its work so many seconds ago (0 where it waits)."""
+    """The process lives, and how long it made no progress beyond what its work may take.
+
+    0 if it waits; see ``engine.progress``.
+    """
 
     stalled_s: float
 

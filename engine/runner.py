@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.batch import BlockTable, make_batch
 from engine.chunk_result import NO_TOKEN, ChunkResult
 from engine.model.transformer import Transformer
+from engine.ops.native.library import native_ops
 from engine.progress import Progress
 from engine.sampler import log_probabilities, sample
 from engine.sampling_rows import SamplingRows
@@ -36,6 +37,9 @@ class Runner:
         self._device = weight.device
         self._block_table = BlockTable()
         self._progress = progress
+        native = native_ops(weight.device, weight.dtype)
+        if native is not None:
+            progress.watch(lambda: native.work_done)
         for table in model.tables.values():
             table.watch(progress.mark)
         shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)

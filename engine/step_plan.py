@@ -46,6 +46,12 @@ class SequenceChunk(NamedTuple):
         return self.start + len(self.token_ids)
 
     @property
+    def num_attended(self) -> int:
+        """Pairs of a token of the chunk and one that it attends to, itself included."""
+        count = len(self.token_ids)
+        return count * self.start + count * (count + 1) // 2
+
+    @property
     def drafts(self) -> tuple[int, ...]:
         """The guesses."""
         return self.token_ids[len(self.token_ids) - self.num_drafts :]
@@ -66,3 +72,13 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens that the step runs."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
+    def num_attended(self) -> int:
+        """Pairs of tokens that attention compares in each layer."""
+        return sum(chunk.num_attended for chunk in self.chunks)
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits that the step makes."""
+        return sum(chunk.num_sampled + len(chunk.scores) for chunk in self.chunks)

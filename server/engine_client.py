@@ -142,8 +142,8 @@ class EngineClient:
             stalled_s = looked - self._last_progress
             if self.is_alive and stalled_s > self._supervision.stall_timeout_s:
                 logger.error(
-                    "the engine process did not get on for %.1f s and is ended; where it needs"
-                    " that long, raise --stall-timeout-s or lower --max-batched-tokens",
+                    "the engine process made no progress for %.1f s beyond what its work may take"
+                    " and is killed; if it is only slow, raise --stall-timeout-s",
                     stalled_s,
                 )
                 self._process.kill()

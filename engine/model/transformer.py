@@ -123,6 +123,11 @@ class Transformer(nn.Module):
         memories = [layer.memory for layer in self.model.layers if isinstance(layer, DecoderLayer)]
         self._lookahead = Lookahead([memory for memory in memories if memory is not None], config)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether native kernels run the layers; these count the progress that they make."""
+        return self._packed_layers is not None
+
     def pack(self) -> None:
         """Lay the weights out for this machine's kernels, where it has any.
 

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "progress.h"
+
 namespace memplus {
 
 // each one query of one head, that read the same keys
@@ -24,6 +26,7 @@ struct Attention {
   const int64_t* context_lengths;  // [S]
   uint8_t* out;                    // [T, H, E]
   int64_t num_sequences, table_stride, num_heads, num_kv_heads, head_dim, block_size;
+  Progress progress;
 
   int64_t group_heads() const { return num_heads / num_kv_heads; }
   int64_t tile_queries() const { return std::max<int64_t>(1, SHARING_ROWS / group_heads()); }

@@ -19,27 +19,29 @@ from memory_ops.native.library import NativeLibrary, use_torchs_threads
 from memory_ops.native.row_fetcher import ReadFailure
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+# PROGRESS_COUNTERS of progress.h, and LINE of memory_ops' simd.h
+_PROGRESS_COUNTERS, _LINE = 64, 64
 _LOGITS = (_POINTER, *[_INT64] * 3, _INT32)
 OPS_LIBRARY = NativeLibrary(
     Path(__file__).parent,
     {
-        "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32)),
+        "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32, _POINTER)),
         "memplus_decoder_layers": (
             _INT32,
             (
                 *(_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4),
-                *[_POINTER] * 3,
+                *[_POINTER] * 4,
             ),
         ),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),
         "memplus_pack_rows": (None, (_POINTER, _POINTER, _INT64, _POINTER, *[_INT64] * 4)),
         "memplus_silu_gate": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT32)),
-        "memplus_linear": (None, (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER)),
-        "memplus_sample": (None, (*_LOGITS, *[_POINTER] * 2)),
+        "memplus_linear": (None, (_POINTER, _POINTER, _INT64, _INT64, *[_POINTER] * 3)),
+        "memplus_sample": (None, (*_LOGITS, *[_POINTER] * 3)),
         "memplus_log_probabilities": (
             None,
-            (*_LOGITS, *[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 4),
+            (*_LOGITS, *[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 5),
         ),
     },
     "the model runs on plain torch, many times slower",
@@ -52,6 +54,13 @@ class NativeOps:
     def __init__(self, build: str) -> None:
         """Use ``build``, one of ``OPS_LIBRARY.runnable_builds``."""
         self._library = OPS_LIBRARY.load(build)
+        self._counters = np.zeros(_PROGRESS_COUNTERS * _LINE // 8, dtype=np.int64)
+        self._progress: int = self._counters.ctypes.data
+
+    @property
+    def work_done(self) -> int:
+        """A number that changes while a call makes progress; for another thread to read."""
+        return int(self._counters.sum())
 
     def attention(
         self,
@@ -83,6 +92,7 @@ class NativeOps:
             head_dim,
             block_size,
             qkv_TF.dtype is torch.bfloat16,
+            self._progress,
         )
         return out_TF
 
@@ -104,6 +114,7 @@ class NativeOps:
             num_rows,
             None if residual_TO is None else residual_TO.data_ptr(),
             out_TO.data_ptr(),
+            self._progress,
         )
         return out_TO
 
@@ -155,6 +166,7 @@ class NativeOps:
             rows_MTHK.data_ptr(),
             weights_MTHK.data_ptr(),
             ctypes.byref(failure),
+            self._progress,
         )
         if not is_well:
             raise memories[failure.memory].error(failure)
@@ -182,7 +194,8 @@ class NativeOps:
         assert choices.dtype == CHOICE and choices.shape == chosen_L.shape
         choices = np.ascontiguousarray(choices)
         logits_LV, given = _given(logits_LV)
-        self._library.memplus_sample(*given, choices.ctypes.data, chosen_L.data_ptr())
+        at = choices.ctypes.data, chosen_L.data_ptr()
+        self._library.memplus_sample(*given, *at, self._progress)
         return chosen_L
 
     def log_probabilities(
@@ -202,7 +215,9 @@ class NativeOps:
         logits_LV, given = _given(logits_LV)
         at = [at_P.ctypes.data for at_P in at_2P]
         written = [tensor.data_ptr() for tensor in scores]
-        self._library.memplus_log_probabilities(*given, *at, count, num_best, *written)
+        self._library.memplus_log_probabilities(
+            *given, *at, count, num_best, *written, self._progress
+        )
         return scores
 
 

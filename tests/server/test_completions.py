@@ -299,7 +299,7 @@ def test_the_first_dozen_metrics_are_there(memory_server):
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_leaves_frees_what_it_held(slow_folder, streamed):
-    body = json.dumps({"prompt": "x", "max_tokens": 4000, "stream": streamed, **GREEDY}).encode()
+    body = json.dumps({"prompt": "x", "max_tokens": 3000, "stream": streamed, **GREEDY}).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
@@ -314,7 +314,7 @@ def test_a_client_that_leaves_frees_what_it_held(slow_folder, streamed):
             pass
         assert server.metric("memplus:kv_cache_usage_perc") == 0
         # the engine itself counts these: it gave up before the end
-        assert 0 < server.metric("memplus:iteration_tokens_total_sum") < 4000
+        assert 0 < server.metric("memplus:iteration_tokens_total_sum") < 3000
 
 
 def test_extreme_values_harm_nobody_else(memory_server):

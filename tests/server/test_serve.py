@@ -116,7 +116,7 @@ def test_a_dead_engine_ends_its_requests_with_errors_and_then_the_server(slow_fo
     with running(slow_folder) as server:
         assert server.http.get("/health").status_code == 200
         engine = engine_of(server)
-        body = {"prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        body = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)

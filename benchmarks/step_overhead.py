@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -53,8 +54,10 @@ KINDS: dict[str, dict[str, Any]] = {
 class InstantExecutor:
     """Returns logits that were drawn beforehand, so that only the engine takes time."""
 
-    def __init__(self, max_logits: int, num_blocks: int) -> None:
-        self.config, self.num_blocks = CONFIG, num_blocks
+    def __init__(self, max_logits: int, engine: EngineConfig, context: int) -> None:
+        self.config = replace(CONFIG, max_positions=CONFIG.max_positions + context)
+        itemsize = torch.bfloat16.itemsize
+        self.num_blocks = engine.num_kv_blocks(CONFIG.kv_bytes_per_token(itemsize))
         self.tables: Mapping[str, ValueTable] = {}
         self.progress = Progress()
         self._logits_LV = torch.randn(max_logits, CONFIG.vocab_size).to(torch.bfloat16)
@@ -76,23 +79,26 @@ class InstantExecutor:
         """Nothing to do."""
 
 
-def measure(batch_sizes: Sequence[int], steps: int) -> None:
-    """Print the median of ``steps`` decode steps for each number of sequences."""
+def measure(batch_sizes: Sequence[int], steps: int, context: int) -> None:
+    """Print the median of ``steps`` decode steps for each number of sequences.
+
+    One of the sequences begins with a context of ``context`` tokens, the others with 128.
+    """
     keep_freed_memory()
     print(f"{'sequences':>14}" + "".join(f"{size:>11}" for size in batch_sizes))
     for kind, choice in KINDS.items():
         params = SamplingParams(max_tokens=8000, ignore_eos=True, **choice)
-        times = [_step_ms(size, params, steps) for size in batch_sizes]
+        times = [_step_ms(size, params, steps, context) for size in batch_sizes]
         print(f"{kind:>14}" + "".join(f"{ms:>8.3f} ms" for ms in times))
 
 
-def _step_ms(size: int, params: SamplingParams, steps: int) -> float:
+def _step_ms(size: int, params: SamplingParams, steps: int, context: int) -> float:
     config = EngineConfig(max_num_seqs=size, kv_cache_gib=0.5)
-    num_blocks = config.num_kv_blocks(CONFIG.kv_bytes_per_token(torch.bfloat16.itemsize))
-    engine = Engine(InstantExecutor(size, num_blocks), config)
+    engine = Engine(InstantExecutor(size, config, context), config)
     drawn = random.Random(0)
     for index in range(size):
-        ids = tuple(drawn.randrange(CONFIG.vocab_size) for _ in range(128))
+        length = 128 if index else context
+        ids = tuple(drawn.randrange(CONFIG.vocab_size) for _ in range(length))
         engine.add(Request(str(index), ids, params))
     while engine.statistics().num_running < size:
         engine.step()

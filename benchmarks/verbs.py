@@ -24,7 +24,7 @@ def step(options: argparse.Namespace) -> None:
     """Measure what an engine step takes outside the model."""
     from benchmarks.step_overhead import measure
 
-    measure((1, 8, 32, 64), options.steps)
+    measure((1, 8, 32, 64), options.steps, options.context)
 
 
 def kernels(options: argparse.Namespace) -> None:
@@ -134,6 +134,8 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb = benchmarks.add_parser("step", help=step.__doc__)
     verb.set_defaults(run=step)
     verb.add_argument("--steps", type=int, default=200, help="steps measured (default: 200)")
+    context = "tokens in the longest sequence's context; the others have 128 (default: 128)"
+    verb.add_argument("--context", type=int, default=128, metavar="TOKENS", help=context)
 
     verb = benchmarks.add_parser("kernels", help=kernels.__doc__)
     verb.set_defaults(run=kernels)

@@ -28,6 +28,12 @@ class EngineConfig:
     kv_cache_gib: float = field(
         default=2.0, metadata={"help": "memory for the KV blocks of all layers, in GiB"}
     )
+    debug_checks: bool = field(
+        default=False,
+        metadata={
+            "help": "check the accounting of all KV blocks whenever the engine becomes idle; slow"
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batched_tokens", "max_model_len", "block_size"):

@@ -56,6 +56,7 @@ class Engine:
         self._batcher = Batcher(config.block_size, model.vocab_size, eos_ids)
         self._pool = BlockPool(num_blocks, config.block_size)
         propose = self._propose if drafter is not None else None
+        self._debug_checks = config.debug_checks
         self._scheduler = Scheduler(config, self._pool, eos_ids, propose)
 
     @property
@@ -99,6 +100,16 @@ class Engine:
     def check_integrity(self) -> None:
         """Check that no block is lost or held by a request that ended (AssertionError)."""
         self._scheduler.check_integrity()
+
+    def check_idle(self) -> None:
+        """Check that an engine without work holds no KV blocks (AssertionError).
+
+        It counts them, in constant time; with ``debug_checks`` it checks every block.
+        """
+        assert not self.has_work
+        if self._debug_checks:
+            self.check_integrity()
+        assert self._pool.num_available == self._pool.num_blocks, "KV blocks were lost"
 
     def statistics(self, step_tokens: int = 0, new_tokens: int = 0) -> EngineStatistics:
         """The gauges as they stand now, after a step of so many tokens."""

@@ -56,7 +56,10 @@ class EngineRefused:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The process lives, and got on with its work so many seconds ago (0 where it waits)."""
+    """The process lives, and how long it made no progress beyond what its work may take.
+
+    0 if it waits; see ``engine.progress``.
+    """
 
     stalled_s: float
 
@@ -74,11 +77,15 @@ class StepEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
     def step(self) -> StepOutput: ...
     def statistics(self) -> EngineStatistics: ...
-    def check_integrity(self) -> None: ...
+    def check_idle(self) -> None: ...
 
 
 class EngineStartError(Exception):
     """The engine process refused its settings or its model, or died before it was ready."""
+
+
+class EngineLostError(Exception):
+    """The engine process has ended, and no restarts are left."""
 
 
 class EngineProcess:
@@ -221,7 +228,7 @@ class EngineLoop:
         engine = self._engine
         while not engine.has_work or self._connection.poll():
             if not engine.has_work:
-                engine.check_integrity()
+                engine.check_idle()
             engine.progress.rest()
             batch: list[Message] | None = self._connection.recv()
             if batch is None:

@@ -173,7 +173,7 @@ class SupervisionOptions:
     )
     stall_timeout_s: float = field(
         default=4.0,
-        metadata={"help": "seconds in which it must get on (by a layer, at least), or it is ended"},
+        metadata={"help": "kill the engine after this many seconds without progress"},
     )
 
     def __post_init__(self) -> None:

@@ -21,6 +21,10 @@ class EngineClient:
 
     It notices when the process dies or hangs, ends the requests that were there with errors, and
     starts another where it may.
+
+    Attributes:
+        is_alive: whether the engine takes requests.
+        is_lost: whether it never will again: it has ended and no restarts are left.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class EngineClient:
         self._is_closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.is_alive = True
+        self.is_lost = False
 
     def attach(self) -> None:
         """Listen to the process, and watch it, from the running event loop."""
@@ -137,8 +142,8 @@ class EngineClient:
             stalled_s = looked - self._last_progress
             if self.is_alive and stalled_s > self._supervision.stall_timeout_s:
                 logger.error(
-                    "the engine process did not get on for %.1f s and is ended; where it needs"
-                    " that long, raise --stall-timeout-s or lower --max-batched-tokens",
+                    "the engine process made no progress for %.1f s beyond what its work may take"
+                    " and is killed; if it is only slow, raise --stall-timeout-s",
                     stalled_s,
                 )
                 self._process.kill()
@@ -169,6 +174,7 @@ class EngineClient:
             self._listen()
             logger.warning("the engine runs again; %d restarts are left", self._restarts_left)
             return
+        self.is_lost = not self._is_closing
 
     def _begin(self, work: "asyncio._CoroutineLike[None]") -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)

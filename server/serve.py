@@ -13,7 +13,7 @@ import uvicorn
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.process import EngineProcess
+from engine.process import EngineLostError, EngineProcess
 from engine.request import EngineStatistics
 from server.config import (
     EngineSettings,
@@ -41,9 +41,13 @@ def serve(
 ) -> None:
     """Load the model in a process of its own, then answer HTTP until SIGINT or SIGTERM.
 
+    It ends as well when the engine process has ended and no restarts are left: whoever supervises
+    this process can then start it anew.
+
     Raises:
         CheckpointError: the model or its tokenizer cannot be read.
         ConfigError: the address cannot be listened on.
+        EngineLostError: the engine process has ended and no restarts are left.
         EngineStartError: the engine could not be made.
     """
     signal.signal(signal.SIGTERM, _exit)
@@ -79,6 +83,9 @@ def serve(
             _Server(service, http, activity).run(sockets=[listener])
         finally:
             client.stop()
+        if client.is_lost:
+            message = "the engine process has ended and no restarts are left (--engine-restarts)"
+            raise EngineLostError(message)
 
 
 class _Server(uvicorn.Server):
@@ -112,6 +119,9 @@ class _Server(uvicorn.Server):
         _say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
         if self._log_interval_s:
             self._telling = asyncio.create_task(self._activity.run(self._log_interval_s))
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._service.engine.is_lost
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         deadline = asyncio.get_running_loop().call_later(

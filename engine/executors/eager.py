@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.executors.batch import Batch, StepResult, sample_batch, warm_up_batch
 from engine.executors.kv_memory import kv_memory
 from engine.executors.lookahead import Lookahead, LookaheadConfig, predicted_memories
+from engine.model.flops import StepFlops
 from engine.model.transformer import ForwardOutput, Transformer
 from engine.progress import Progress
 from engine.sampling.sampler import Sampler
@@ -35,6 +36,7 @@ class EagerExecutor:
         self.tables: Mapping[str, ValueTable] = model.tables
         self.progress = Progress()
         self._model = model
+        self._flops = StepFlops(model.config)
         for table in self.tables.values():
             table.watch(self.progress.mark)
         self._device = weight.device
@@ -46,7 +48,9 @@ class EagerExecutor:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
-        return sample_batch(self.logits(batch), batch, self._sampler, self.progress)
+        # plain torch shows no progress inside a product: say how much work the step is
+        with self.progress.working(*self._flops.of(batch.layout, len(batch.logits_at_L))):
+            return sample_batch(self.logits(batch), batch, self._sampler, self.progress)
 
     def logits(self, batch: Batch) -> Tensor:
         """Run the forward; logits ``[L, vocabulary]`` at the batch's ``logits_at_L``."""

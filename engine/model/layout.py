@@ -18,7 +18,7 @@ class PagedKv:
         kv_index_T: int64 ``[T]``, place of each token's key and value: block id * block size +
             offset in the block.
         block_table_SB: int64, a row a sequence: the ids of its blocks in order, enough for its
-            context, then anything.
+            context, then anything; rows may lie apart.
         context_lengths: for each sequence its tokens so far, those of this step included.
     """
 

@@ -5,6 +5,7 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.executors.batch import Batch, ScoredToken, StepResult
 from engine.model.layout import PagedKv, TokenLayout
@@ -14,13 +15,54 @@ from engine.scheduling.sampling_rows import SamplingRows
 from engine.scheduling.step_plan import ChunkResult, SequenceChunk, StepPlan
 
 
+class BlockTable:
+    """The block ids of each step's sequences, one row a sequence, kept from step to step.
+
+    Only new ids are written: a decoding sequence adds one id every ``block_size`` steps, while a
+    long context has thousands. If another sequence takes a row, the whole row is written.
+    """
+
+    def __init__(self) -> None:
+        self._ids_SB = np.zeros((0, 0), dtype=np.int64)
+        self._rows: list[tuple[int, ...]] = []  # ids known to be in each row
+
+    def update(self, chunks: Sequence[SequenceChunk]) -> Tensor:
+        """The table for these chunks, int64 ``[S, most blocks]``, a strided view.
+
+        Entries after a sequence's ids are arbitrary. The next call overwrites the tensor.
+        """
+        width = max(len(chunk.block_ids) for chunk in chunks)
+        self._reserve(len(chunks), width)
+        for row, chunk in enumerate(chunks):
+            known, ids = self._rows[row], chunk.block_ids
+            same = len(known) if ids[: len(known)] == known else 0
+            if same < len(ids):
+                self._ids_SB[row, same : len(ids)] = ids[same:]
+            self._rows[row] = ids
+        return torch.from_numpy(self._ids_SB[: len(chunks), :width])
+
+    def _reserve(self, num_rows: int, width: int) -> None:
+        self._rows += [()] * (num_rows - len(self._rows))
+        old_SB = self._ids_SB
+        rows, columns = old_SB.shape
+        if num_rows > rows or width > columns:
+            # powers of two, so that growing is cheap in total
+            shape = (
+                1 << (max(rows, num_rows) - 1).bit_length(),
+                1 << (max(columns, width) - 1).bit_length(),
+            )
+            self._ids_SB = np.zeros(shape, dtype=np.int64)
+            self._ids_SB[:rows, :columns] = old_SB
+
+
 class Batcher:
-    """Makes batches of one plan after another; keeps between them what changes slowly."""
+    """Makes the batch of each plan, which is valid until the next; keeps what changes slowly."""
 
     def __init__(self, block_size: int, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._rows = SamplingRows(eos_ids)
+        self._table = BlockTable()
 
     def batch(self, plan: StepPlan, bitmasks: Mapping[str, Bitmask]) -> Batch:
         """The batch of a plan with at least one chunk.
@@ -31,7 +73,7 @@ class Batcher:
         parts = ((chunk.num_sampled, bitmasks.get(chunk.request_id)) for chunk in plan.chunks)
         scored = [one for chunk in plan.chunks for one in _scored(chunk)]
         return Batch(
-            *_tensors(plan.chunks, self._block_size),
+            *_tensors(plan.chunks, self._block_size, self._table),
             rows=self._rows.of(plan),
             bitmask=step_bitmask(parts, self._vocab_size),
             scored=scored,
@@ -63,17 +105,15 @@ def _wanted(logprobs: Sequence[TokenLogprobs | None]) -> tuple[TokenLogprobs, ..
 
 
 def _tensors(
-    chunks: Sequence[SequenceChunk], block_size: int
-) -> tuple[torch.Tensor, TokenLayout, torch.Tensor]:
+    chunks: Sequence[SequenceChunk], block_size: int, table: BlockTable
+) -> tuple[Tensor, TokenLayout, Tensor]:
     """Token ids, their layout, and the positions whose logits are wanted: first those that choose
     tokens, then those that score them, both in the order of the chunks."""
     starts = (0, *accumulate(len(chunk.token_ids) for chunk in chunks))
-    width = max(len(chunk.block_ids) for chunk in chunks)
     # gathered in lists and handed over once: a tensor a chunk would cost more than all the rest
     ids: list[int] = []
     positions: list[int] = []
     kv_index: list[int] = []
-    table: list[tuple[int, ...]] = []
     contexts: list[int] = []
     sampled_at: list[int] = []
     scored_at: list[int] = []
@@ -84,13 +124,12 @@ def _tensors(
         for position in range(chunk.start, contexts[-1]):
             positions.append(position)
             kv_index.append(blocks[position // block_size] * block_size + position % block_size)
-        table.append(blocks + (0,) * (width - len(blocks)))
         if chunk.samples:
             end = start + len(chunk.token_ids)
             sampled_at += range(end - chunk.num_sampled, end)
         scored_at += range(start, start + len(chunk.scores))
 
     ids_T, positions_T, kv_index_T = torch.tensor([ids, positions, kv_index])
-    table_SB = torch.from_numpy(np.array(table, dtype=np.int64))
-    layout = TokenLayout(positions_T, starts, PagedKv(kv_index_T, table_SB, tuple(contexts)))
+    paged = PagedKv(kv_index_T, table.update(chunks), tuple(contexts))
+    layout = TokenLayout(positions_T, starts, paged)
     return ids_T, layout, torch.tensor(sampled_at + scored_at, dtype=torch.int64)

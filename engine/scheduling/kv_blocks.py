@@ -11,13 +11,23 @@ class BlockPool:
     full, and found again by its hash until it is the least recently used and its place is needed.
     *Free*: worth nothing.
 
+    New blocks are taken in this order:
+
+    1. freed blocks without cached contents, the last freed first: their memory is in use already;
+    2. blocks that were never used, in the order of their ids: each makes the pool's memory grow;
+    3. kept blocks, the least recently used first: each loses cached contents.
+
+    So the memory in use is that of the blocks held at once plus the cached ones, and contents are
+    evicted only when the whole pool is in use.
+
     A hash stands for a block's tokens and all that precede them (``scheduling.prefix_hash``).
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._free: list[int] = []  # used before
+        self._num_used = 0  # blocks from this id on were never used
         self._kept: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._holders = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
@@ -26,7 +36,7 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that nobody holds, kept ones included."""
-        return len(self._free) + len(self._kept)
+        return self.num_blocks - self._num_used + len(self._free) + len(self._kept)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that so many tokens of one sequence fill, the last perhaps in part."""
@@ -83,16 +93,20 @@ class BlockPool:
         """
         holders = Counter(held)
         assert all(self._holders[b] == holders[b] for b in range(self.num_blocks)), "wrong holders"
-        everything = sorted([*self._free, *self._kept, *holders])
+        unused = range(self._num_used, self.num_blocks)
+        everything = sorted([*self._free, *unused, *self._kept, *holders])
         assert everything == list(range(self.num_blocks)), "KV blocks were lost or doubled"
         published = {h: b for b, h in enumerate(self._hashes) if h is not None}
         assert published == self._published, "a hash leads to another block"
         assert all(self._hashes[b] is not None for b in self._kept), "kept without a hash"
-        assert all(self._hashes[b] is None for b in self._free), "free with a hash"
+        assert all(self._hashes[b] is None for b in [*self._free, *unused]), "free with a hash"
 
     def _take_one(self) -> int:
         if self._free:
             block = self._free.pop()
+        elif self._num_used < self.num_blocks:
+            block = self._num_used
+            self._num_used += 1
         else:
             block, _ = self._kept.popitem(last=False)
             prefix_hash = self._hashes[block]

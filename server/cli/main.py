@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
-from engine.process import EngineStartError
+from engine.process import EngineLostError, EngineStartError
 from engine.sampling.params import SamplingParams
 from server.cli.options import add_options, from_options
 from server.config import HttpOptions, ModelOptions, SupervisionOptions, cache_folder
@@ -18,6 +18,7 @@ from weights.checkpoints.dtype_names import TABLE_DTYPES
 from weights.errors import CheckpointError, DataError, TrainingError
 from weights.models.named_models import DEFAULT_MODEL
 
+_FAILURE = 1
 _CALLERS_MISTAKE = 2
 _MISTAKES = (
     *(CheckpointError, ConfigError, DataError),
@@ -35,7 +36,10 @@ _NOT_TYPED = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code, 2 with one line on stderr for a caller's mistake.
+    """Run a verb; returns the exit code.
+
+    It is 2 with one line on stderr for a caller's mistake, and 1 with one line for a server whose
+    engine was lost.
 
     A verb that may end in other ways than well or by an error returns a code of its own.
     """
@@ -45,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _MISTAKES as error:
         print(f"memplus: {error}", file=sys.stderr)
         return _CALLERS_MISTAKE
+    except EngineLostError as error:
+        print(f"memplus: {error}", file=sys.stderr)
+        return _FAILURE
     except KeyboardInterrupt:
         return 130
     return code or 0

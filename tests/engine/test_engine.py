@@ -171,3 +171,20 @@ def test_the_model_length_is_bounded_by_memory_and_never_silently(model):
 def test_a_setting_out_of_range_is_named(changes, field):
     with pytest.raises(ConfigError, match=f"^{field}: "):
         EngineConfig(**changes)
+
+
+@pytest.mark.parametrize("debug_checks", [False, True])
+def test_an_idle_engine_counts_its_blocks_and_checks_each_where_it_is_asked_to(model, debug_checks):
+    idle = engine(model, debug_checks=debug_checks)
+    run(idle, {0: [greedy("a", list(range(40)), 4)]})
+    idle.check_idle()
+    # a hash that leads to a wrong block is seen only by looking at every block
+    idle._pool._published[b"wrong"] = 0
+    if debug_checks:
+        with pytest.raises(AssertionError):
+            idle.check_idle()
+    else:
+        idle.check_idle()
+        idle._pool.take((), 1)
+        with pytest.raises(AssertionError, match="lost"):
+            idle.check_idle()

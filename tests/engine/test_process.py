@@ -52,7 +52,7 @@ class CountingEngine:
             outputs.append(TokenOutput(name, (token,), None if ids else "length"))
         return StepOutput(tuple(outputs), self.statistics())
 
-    def check_integrity(self):
+    def check_idle(self):
         pass
 
     def statistics(self):

@@ -46,6 +46,7 @@ class CpuExecutor:
         self.progress = Progress()
         for table in self.tables.values():
             table.watch(self.progress.mark)
+        self.progress.watch(lambda: kernels.work_done)
         self._kernels = kernels
         self._embedding_VD = model.model.embed_tokens.weight
         self._rope_frequencies = model.rope_frequencies

@@ -19,27 +19,29 @@ from memory_ops.native.library import NativeLibrary, use_torchs_threads
 from memory_ops.native.row_fetcher import ReadFailure
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+# PROGRESS_COUNTERS of progress.h, and LINE of memory_ops' simd.h
+_PROGRESS_COUNTERS, _LINE = 64, 64
 _LOGITS = (_POINTER, *[_INT64] * 3, _INT32)
 CPU_LIBRARY = NativeLibrary(
     Path(__file__).parent / "native",
     {
-        "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32)),
+        "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32, _POINTER)),
         "memplus_decoder_layers": (
             _INT32,
             (
                 *(_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4),
-                *[_POINTER] * 3,
+                *[_POINTER] * 4,
             ),
         ),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),
         "memplus_pack_rows": (None, (_POINTER, _POINTER, _INT64, _POINTER, *[_INT64] * 4)),
         "memplus_silu_gate": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT32)),
-        "memplus_linear": (None, (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER)),
-        "memplus_sample": (None, (*_LOGITS, *[_POINTER] * 2)),
+        "memplus_linear": (None, (_POINTER, _POINTER, _INT64, _INT64, *[_POINTER] * 3)),
+        "memplus_sample": (None, (*_LOGITS, *[_POINTER] * 3)),
         "memplus_log_probabilities": (
             None,
-            (*_LOGITS, *[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 4),
+            (*_LOGITS, *[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 5),
         ),
     },
     "the model runs on plain torch, many times slower",
@@ -57,6 +59,13 @@ class CpuKernels:
         """Use ``build``, one of ``CPU_LIBRARY.runnable_builds``."""
         self.build = build
         self._library = CPU_LIBRARY.load(build)
+        self._counters = np.zeros(_PROGRESS_COUNTERS * _LINE // 8, dtype=np.int64)
+        self._progress: int = self._counters.ctypes.data
+
+    @property
+    def work_done(self) -> int:
+        """A number that changes while a call makes progress; for another thread to read."""
+        return int(self._counters.sum())
 
     def attention(
         self,
@@ -70,8 +79,8 @@ class CpuKernels:
         """Rotate queries and keys, write keys and values into their KV blocks, and attend.
 
         ``qkv`` is ``[T, (H + 2 G) E]``: queries, keys and values one after another; ``angles`` and
-        ``kv_blocks`` are those of ``engine.model.attention.Attention``. All contiguous, fp32 or
-        bf16. Returns ``[T, H E]``.
+        ``kv_blocks`` are those of ``engine.model.attention.Attention``. All but the block table
+        contiguous, fp32 or bf16. Returns ``[T, H E]``.
         """
         _, _, num_kv_heads, block_size, head_dim = kv_blocks.shape
         cosines, sines = angles
@@ -87,12 +96,13 @@ class CpuKernels:
             paged.context_lengths_S.data_ptr(),
             out_TF.data_ptr(),
             len(paged.context_lengths),
-            paged.block_table_SB.shape[1],
+            paged.block_table_SB.stride(0),
             num_heads,
             num_kv_heads,
             head_dim,
             block_size,
             qkv_TF.dtype is torch.bfloat16,
+            self._progress,
         )
         return out_TF
 
@@ -117,6 +127,7 @@ class CpuKernels:
             num_rows,
             None if residual_TO is None else residual_TO.data_ptr(),
             out_TO.data_ptr(),
+            self._progress,
         )
         return out_TO
 
@@ -162,12 +173,13 @@ class CpuKernels:
             layout.query_starts_S1.data_ptr(),
             paged.context_lengths_S.data_ptr(),
             len(paged.context_lengths),
-            paged.block_table_SB.shape[1],
+            paged.block_table_SB.stride(0),
             layers.num_heads,
             kv_blocks.shape[4],
             rows_MTHK.data_ptr(),
             weights_MTHK.data_ptr(),
             ctypes.byref(failure),
+            self._progress,
         )
         if not is_well:
             raise memories[failure.memory].error(failure)
@@ -195,7 +207,8 @@ class CpuKernels:
         assert choices.dtype == CHOICE and choices.shape == chosen_L.shape
         choices = np.ascontiguousarray(choices)
         logits_LV, given = _given(logits_LV)
-        self._library.memplus_sample(*given, choices.ctypes.data, chosen_L.data_ptr())
+        at = choices.ctypes.data, chosen_L.data_ptr()
+        self._library.memplus_sample(*given, *at, self._progress)
         return chosen_L
 
     def log_probabilities(
@@ -215,7 +228,9 @@ class CpuKernels:
         logits_LV, given = _given(logits_LV)
         at = [at_P.ctypes.data for at_P in at_2P]
         written = [tensor.data_ptr() for tensor in scores]
-        self._library.memplus_log_probabilities(*given, *at, count, num_best, *written)
+        self._library.memplus_log_probabilities(
+            *given, *at, count, num_best, *written, self._progress
+        )
         return scores
 
 

@@ -113,3 +113,20 @@ def test_a_hash_grows_with_its_sequence():
 
 def test_hashes_of_another_engine_are_of_no_use():
     assert hashes(PrefixHasher(4), range(4)) != hashes(PrefixHasher(4), range(4))
+
+
+def test_freed_blocks_are_taken_before_unused_ones_and_these_before_cached_contents():
+    pool = BlockPool(6, block_size=4)
+    first = pool.take((), 3)
+    assert first == [0, 1, 2]
+    pool.publish(first[0], b"cached")
+    pool.release(first)
+    # what was freed without contents is used again, however often
+    for _ in range(3):
+        again = pool.take((), 2)
+        assert sorted(again) == [1, 2]
+        pool.release(again)
+    assert pool.take((), 4) == [1, 2, 3, 4]
+    assert pool.take((), 1) == [5] and pool.find([b"cached"]) == [0]
+    # only a pool that is in use as a whole gives cached contents up
+    assert pool.take((), 1) == [0] and pool.find([b"cached"]) == []

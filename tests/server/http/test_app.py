@@ -47,17 +47,17 @@ def answer(service, output):
     service.engine.handle(StepOutput((output,), EngineStatistics(num_running=1)))
 
 
-async def post(app, body, client, sent=None):
+async def post(app, body, client, sent=None, method="POST", path="/v1/completions"):
     """Call the application as a server would; ``client`` is awaited where it reads on."""
     sent = [] if sent is None else sent
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
-        "method": "POST",
+        "method": method,
         "scheme": "http",
-        "path": "/v1/completions",
-        "raw_path": b"/v1/completions",
+        "path": path,
+        "raw_path": path.encode(),
         "query_string": b"",
         "headers": [(b"content-type", b"application/json")],
         "client": ("test", 1),
@@ -142,6 +142,21 @@ def test_places_in_the_queue_are_given_back():
         sent = asyncio.run(post(app, {"prompt": ["a", "b"]}, never))
     assert sent[0]["status"] == 503 and process.sent == []
     assert service.admission.num_admitted == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/health"])
+def test_without_a_living_engine_the_answer_is_503(path):
+    process, service, app = build()
+    service.engine.is_alive = False
+
+    async def never():
+        await asyncio.Event().wait()
+
+    method = "GET" if path == "/health" else "POST"
+    start, body = asyncio.run(post(app, {"prompt": "a"}, never, method=method, path=path))
+    assert start["status"] == 503 and (b"retry-after", b"5") in start["headers"]
+    assert json.loads(body["body"])["error"]["type"] == "server_error"
+    assert process.sent == [] and service.admission.num_admitted == 0
 
 
 def test_requests_are_named_alike_inside_and_outside():

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "progress.h"
+
 namespace memplus {
 
 // each one query of one head, that read the same keys
@@ -19,11 +21,12 @@ struct Attention {
   const float* cosines;            // [T, E / 2], as are the sines
   const float* sines;
   uint8_t* kv;                     // [blocks, 2, G, block_size, E]
-  const int64_t* block_table;      // [S, table_width]
+  const int64_t* block_table;      // [S] rows, table_stride ids apart
   const int64_t* query_starts;     // [S + 1]
   const int64_t* context_lengths;  // [S]
   uint8_t* out;                    // [T, H, E]
-  int64_t num_sequences, table_width, num_heads, num_kv_heads, head_dim, block_size;
+  int64_t num_sequences, table_stride, num_heads, num_kv_heads, head_dim, block_size;
+  Progress progress;
 
   int64_t group_heads() const { return num_heads / num_kv_heads; }
   int64_t tile_queries() const { return std::max<int64_t>(1, SHARING_ROWS / group_heads()); }
@@ -35,7 +38,7 @@ struct Attention {
   }
   // of the key at a position of a sequence; its value lies kv_half() further
   int64_t kv_place(int64_t sequence, int64_t kv_head, int64_t position) const {
-    const int64_t block = block_table[sequence * table_width + position / block_size];
+    const int64_t block = block_table[sequence * table_stride + position / block_size];
     const int64_t offset = kv_head * block_size + position % block_size;
     return block * 2 * kv_half() + offset * head_dim;
   }

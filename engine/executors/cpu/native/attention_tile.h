@@ -80,6 +80,7 @@ class TileWorker {
       add_products<Values>(now->rows, out_vectors_, {(uint8_t*)scores_, PART * 4},
                            {steps_, out_vectors_}, {sums_, out_vectors_},
                            now->shown() / STEP_KEYS);
+      call_.progress.mark();
       if (is_last)
         for (int64_t row = 0; row < now->rows; row++) write(*now->tile, row);
     }

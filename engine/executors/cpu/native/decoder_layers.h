@@ -56,17 +56,19 @@ class DecoderLayers {
 
  private:
   LinearCall into_room(const PackedLinear& linear, uint8_t* out) const {
-    return {linear, residual_, linear.inputs * Values::bytes, rows_, nullptr, out};
+    return {linear, residual_, linear.inputs * Values::bytes, rows_, nullptr, out,
+            call_.progress};
   }
 
   LinearCall into_residual(const PackedLinear& linear, const uint8_t* x) const {
-    return {linear, x, linear.inputs * Values::bytes, rows_, residual_, residual_};
+    return {linear, x, linear.inputs * Values::bytes, rows_, residual_, residual_,
+            call_.progress};
   }
 
   LinearCall scores_of(const MemoryLayer& memory, Span tokens) const {
     const int64_t stride = memory.query->outputs * Values::bytes;
     return {*memory.subkeys, room_.memory.queries + tokens.first * stride, stride,
-            tokens.last - tokens.first, nullptr, (uint8_t*)room_.memory.scores};
+            tokens.last - tokens.first, nullptr, (uint8_t*)room_.memory.scores, call_.progress};
   }
 
   // Calls come one after another, with a barrier behind each: so they can share `prepared`.
@@ -105,7 +107,8 @@ class DecoderLayers {
       if (!gather_fetched(memory, index, chosen, thread, threads)) return false;
     } else {
       multiply_gate(memory, thread, threads);
-      gather_share<Values>(memory, chosen, room_.memory, {0, rows_}, thread, threads);
+      gather_share<Values>(memory, chosen, room_.memory, {0, rows_}, call_.progress, thread,
+                           threads);
 #pragma omp barrier
     }
     multiply(into_residual(*memory.values, room_.memory.gated), thread, threads);
@@ -134,7 +137,7 @@ class DecoderLayers {
       if (failure_.memory >= 0) return false;
       const Span tokens = {first, fetched_};
       gather_share<Values>(memory, {room_.memory.slots, chosen.weights}, room_.memory, tokens,
-                           thread, threads);
+                           call_.progress, thread, threads);
       first = tokens.last;
 #pragma omp barrier
       if (thread == 0 && first < rows_) fetch->start();

@@ -1,4 +1,5 @@
-// The C interface, compiled once for each instruction set; library.py calls it.
+// The C interface, compiled once for each instruction set; library.py calls it. Where `progress` is
+// given, its counters (progress.h) change while the call runs.
 #pragma once
 
 #include "attention.h"
@@ -13,13 +14,13 @@
 extern "C" void memplus_attention(const uint8_t* qkv, const float* cosines, const float* sines,
                                   uint8_t* kv, const int64_t* block_table,
                                   const int64_t* query_starts, const int64_t* context_lengths,
-                                  uint8_t* out, int64_t num_sequences, int64_t table_width,
+                                  uint8_t* out, int64_t num_sequences, int64_t table_stride,
                                   int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
-                                  int64_t block_size, int32_t is_bf16) {
+                                  int64_t block_size, int32_t is_bf16, int64_t* progress) {
   const memplus::Attention call = {qkv,           cosines,     sines,        kv,
                                    block_table,   query_starts, context_lengths, out,
-                                   num_sequences, table_width, num_heads,    num_kv_heads,
-                                   head_dim,      block_size};
+                                   num_sequences, table_stride, num_heads,   num_kv_heads,
+                                   head_dim,      block_size,  {progress}};
   is_bf16 ? memplus::attend<memplus::Bf16Values>(call) : memplus::attend<memplus::Fp32Values>(call);
 }
 
@@ -44,8 +45,8 @@ extern "C" void memplus_pack_rows(const memplus::PackedLinear* linear, const uin
 // Writes `out` [T, blocks, outputs]; `residual`, of the same shape, may be null or `out` itself.
 extern "C" void memplus_linear(const memplus::PackedLinear* linear, const uint8_t* x,
                                int64_t x_stride, int64_t num_rows, const uint8_t* residual,
-                               uint8_t* out) {
-  const memplus::LinearCall call = {*linear, x, x_stride, num_rows, residual, out};
+                               uint8_t* out, int64_t* progress) {
+  const memplus::LinearCall call = {*linear, x, x_stride, num_rows, residual, out, {progress}};
   linear->is_bf16 ? memplus::run_linear<memplus::Bf16Values>(call)
                   : memplus::run_linear<memplus::Fp32Values>(call);
 }
@@ -66,16 +67,16 @@ extern "C" int32_t memplus_decoder_layers(const memplus::DecoderLayer* layers, i
                                        const float* sines, uint8_t* kv, int64_t kv_bytes,
                                        const int64_t* block_table, const int64_t* query_starts,
                                        const int64_t* context_lengths, int64_t num_sequences,
-                                       int64_t table_width, int64_t num_heads,
+                                       int64_t table_stride, int64_t num_heads,
                                        int64_t block_size, int64_t* rows, float* weights,
-                                       memplus::ReadFailure* failure) {
+                                       memplus::ReadFailure* failure, int64_t* progress) {
   const memplus::PackedLinear &qkv = *layers->qkv, &out = *layers->out;
   const int64_t head_dim = out.inputs / num_heads;
   const int64_t num_kv_heads = (qkv.outputs / head_dim - num_heads) / 2;
   const memplus::Attention call = {nullptr,       cosines,      sines,           kv,
                                    block_table,   query_starts, context_lengths, nullptr,
-                                   num_sequences, table_width,  num_heads,       num_kv_heads,
-                                   head_dim,      block_size};
+                                   num_sequences, table_stride, num_heads,       num_kv_heads,
+                                   head_dim,      block_size,   {progress}};
   using namespace memplus;
   const ChosenRows chosen = {rows, weights};
   *failure = qkv.is_bf16
@@ -87,10 +88,10 @@ extern "C" int32_t memplus_decoder_layers(const memplus::DecoderLayer* layers, i
 // Writes `chosen` [rows]; the logits are those of memplus::Logits.
 extern "C" void memplus_sample(const uint8_t* data, int64_t rows, int64_t vocab_size,
                                int64_t stride, int32_t is_bf16, const memplus::Choice* choices,
-                               int64_t* chosen) {
+                               int64_t* chosen, int64_t* progress) {
   const memplus::Logits logits = {data, rows, vocab_size, stride};
-  is_bf16 ? memplus::sample<memplus::Bf16Values>(logits, choices, chosen)
-          : memplus::sample<memplus::Fp32Values>(logits, choices, chosen);
+  is_bf16 ? memplus::sample<memplus::Bf16Values>(logits, choices, chosen, {progress})
+          : memplus::sample<memplus::Fp32Values>(logits, choices, chosen, {progress});
 }
 
 // Writes four of the fields of memplus::Scores.
@@ -98,9 +99,10 @@ extern "C" void memplus_log_probabilities(const uint8_t* data, int64_t rows, int
                                           int64_t stride, int32_t is_bf16,
                                           const int64_t* scored_rows, const int64_t* tokens,
                                           int64_t count, int64_t num_best, float* own,
-                                          int64_t* ranks, int64_t* best, float* values) {
+                                          int64_t* ranks, int64_t* best, float* values,
+                                          int64_t* progress) {
   const memplus::Logits logits = {data, rows, vocab_size, stride};
   const memplus::Scores scores = {scored_rows, tokens, count, num_best, own, ranks, best, values};
-  is_bf16 ? memplus::log_probabilities<memplus::Bf16Values>(logits, scores)
-          : memplus::log_probabilities<memplus::Fp32Values>(logits, scores);
+  is_bf16 ? memplus::log_probabilities<memplus::Bf16Values>(logits, scores, {progress})
+          : memplus::log_probabilities<memplus::Fp32Values>(logits, scores, {progress});
 }

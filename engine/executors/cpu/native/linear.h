@@ -90,6 +90,7 @@ inline void run_panels(const LinearCall& call, Rows rows, Span panels) {
       multiply_rows<Values>(span.last - span.first, x, rows.stride, weights, steps, prefetch, sums);
       for (int64_t row = span.first; row < span.last; row++)
         outputs.write(rows.first + row, sums[row - span.first]);
+      call.progress.mark();
     }
   }
 }

@@ -6,6 +6,7 @@
 #include "memory_ops/native/simd.h"
 #include "memory_ops/native/threads.h"
 #include "packed_linear.h"
+#include "progress.h"
 #include "values.h"
 
 namespace memplus {
@@ -18,6 +19,7 @@ struct LinearCall {
   int64_t num_rows;
   const uint8_t* residual;  // [T, outputs], as is `out`
   uint8_t* out;
+  Progress progress;
 };
 
 // Rows [first, last) of a call, as the tiles read them.

@@ -99,6 +99,7 @@ inline void run_panels_by_tiles<Bf16Values>(const LinearCall& call, Rows rows, S
         const int64_t place = is_other ? TILE_HEIGHT + row - other : row - first;
         outputs.write(rows.first + row, sums[place]);
       }
+      call.progress.mark();
     }
   }
   _tile_release();

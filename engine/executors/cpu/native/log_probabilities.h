@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "logits_row.h"
+#include "progress.h"
 #include "memory_ops/native/threads.h"
 
 namespace memplus {
@@ -89,11 +90,14 @@ class Scorer {
 };
 
 template <class Values>
-inline void log_probabilities(const Logits& logits, const Scores& scores) {
+inline void log_probabilities(const Logits& logits, const Scores& scores, Progress progress) {
   std::atomic<int64_t> next{0};
   in_parallel(scores.count, [&](int64_t, int64_t) {
     Scorer<Values> scorer(logits.vocab_size);
-    for (int64_t i = next++; i < scores.count; i = next++) scorer.score(logits, scores, i);
+    for (int64_t i = next++; i < scores.count; i = next++) {
+      scorer.score(logits, scores, i);
+      progress.mark();
+    }
   });
 }
 

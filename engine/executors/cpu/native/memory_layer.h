@@ -68,7 +68,7 @@ inline void gate_sums(const MemoryLayer& memory, const MemoryRoom& room, int64_t
 // One thread's share of room.gated [T, V], for tokens whose rows and gates are there.
 template <class Values>
 inline void gather_share(const MemoryLayer& memory, ChosenRows chosen, MemoryRoom room, Span tokens,
-                         int64_t thread, int64_t threads) {
+                         Progress progress, int64_t thread, int64_t threads) {
   const SumsPart own = sums_part(memory.table, tokens.last - tokens.first, thread, threads);
   const int64_t choices = tokens.first * memory.token_rows();
   const int64_t values = tokens.first * memory.table.value_dim;
@@ -81,6 +81,7 @@ inline void gather_share(const MemoryLayer& memory, ChosenRows chosen, MemoryRoo
     gather_rows(memory.table, sums, SumsPart{some, own.columns});
     for (int64_t token = some.first; token < some.last; token++)
       gate_sums<Values>(memory, room, token * memory.table.value_dim, own.columns);
+    progress.mark();
   }
 }
 

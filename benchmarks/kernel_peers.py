@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.read_limits import DRAWN_ROWS, repeated
+from benchmarks.drawn_tables import DRAWN_ROWS, repeated
 from memory_ops import RowRecords, dequantize_rows
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.checks import Table, table_shape

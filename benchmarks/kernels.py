@@ -13,10 +13,10 @@ from torch import Tensor
 import memory_ops
 from benchmarks import kernel_peers
 from benchmarks.alternating import Contestant, median_seconds
-from benchmarks.drawn_tables import DTYPES, PLAIN, drawn_rows
+from benchmarks.drawn_tables import DTYPES, PLAIN, drawn_rows, repeated
 from benchmarks.kernel_shapes import Shapes
 from benchmarks.read_limits import (
-    repeated,
+    read_library,
     row_limit,
     row_readers,
     sequential_limit,
@@ -99,7 +99,7 @@ def measure(shapes: Shapes, json_file: Path | None) -> None:
     print(f"{what}, build {build}, {how}")
     print("op        dtype  tokens     rows  backend   us/token    GB/s   limit  share  x torch")
     results: list[Result] = []
-    for group in _Benchmark(shapes, MEMORY_LIBRARY.load(build)).groups():
+    for group in _Benchmark(shapes, read_library()).groups():
         results += group
         by_torch = [result.us_per_token for result in group if result.backend == "torch"]
         for result in group:

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.read_limits import sequential_limit, sequential_reader
-from engine.errors import ConfigError
-from memory_ops.native.library import MEMORY_LIBRARY
+from benchmarks.read_limits import read_library, sequential_limit, sequential_reader
 
 # rows, and inputs and outputs of the weight: large enough for the cores to be busy multiplying
 PRODUCT = (512, 2048, 8192)
@@ -44,10 +42,7 @@ class LimitMeter:
         Raises:
             ConfigError: memplus was installed without its native library.
         """
-        build = MEMORY_LIBRARY.best_build
-        if build is None:
-            raise ConfigError("bench offline: memplus was installed without its native library")
-        self._read = sequential_reader(MEMORY_LIBRARY.load(build)).call
+        self._read = sequential_reader(read_library()).call
         self._products = list(_products(dtype))
 
     @torch.inference_mode()

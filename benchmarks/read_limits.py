@@ -1,37 +1,46 @@
-"""How fast this machine reads: from first to last, and random rows by a loop that does no more."""
+"""Measures how fast this machine reads: sequential memory, random rows of memory or of a file."""
 
 import ctypes
-import mmap
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.alternating import Contestant
+from engine.errors import ConfigError
 from memory_ops.anonymous import anonymous_zeros
+from memory_ops.native.disk_rows import RowFile
+from memory_ops.native.library import NativeLibrary
+
+_POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+READ_LIBRARY = NativeLibrary(
+    Path(__file__).parent / "native",
+    {
+        "memplus_read_rows": (ctypes.c_uint32, (_POINTER, _INT64, _POINTER, *[_INT64] * 2, _INT32)),
+        "memplus_read_all": (ctypes.c_uint32, (_POINTER, _INT64)),
+        "memplus_read_file_ns": (_INT64, (_INT32, *[_INT64] * 7)),
+    },
+    "benchmarks cannot measure how fast this machine reads",
+)
 
 # rows that the loop prefetches ahead, none leaves it to the processor; and into which cache
 _PREFETCHES = ((0, 1), *((ahead, cache) for cache in (1, 2) for ahead in (2, 4, 8, 16, 32)))
 _ROWS_A_TURN = 2**17
 _SEQUENTIAL_BYTES = 2**28
-# rows that a table is made of: what a row holds takes no time
-DRAWN_ROWS = 2**12
 
 
-def repeated(part_PB: Tensor, num_rows: int, huge_pages: bool = True) -> Tensor:
-    """A large table whose rows are those of ``part_PB`` again and again, on pages of that kind."""
-    shape = (num_rows, part_PB.shape[1])
-    if huge_pages:
-        whole_RB = anonymous_zeros(shape, part_PB.dtype)
-    else:
-        num_bytes = num_rows * part_PB.shape[1] * part_PB.itemsize
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-        whole_RB = torch.frombuffer(memory, dtype=part_PB.dtype).view(shape)
-    for start in range(0, num_rows, len(part_PB)):
-        some_RB = whole_RB[start : start + len(part_PB)]
-        some_RB.copy_(part_PB[: len(some_RB)])
-    return whole_RB
+def read_library() -> ctypes.CDLL:
+    """The best build of the read loops for this machine.
+
+    Raises:
+        ConfigError: memplus was installed without its native library.
+    """
+    build = READ_LIBRARY.best_build
+    if build is None:
+        raise ConfigError("bench: memplus was installed without its native library")
+    return READ_LIBRARY.load(build)
 
 
 def row_readers(library: ctypes.CDLL, tables: Sequence[Tensor]) -> list[Contestant]:
@@ -57,6 +66,19 @@ def sequential_reader(library: ctypes.CDLL) -> Contestant:
 def sequential_limit(seconds: float) -> float:
     """GB/s of the sequential reader, given its seconds."""
     return _SEQUENTIAL_BYTES / seconds / 1e9
+
+
+def random_reads_per_s(file: RowFile, depth: int, count: int, seed: int) -> float:
+    """Reads ``count`` random rows of a file, ``depth`` of them in flight; returns rows per second.
+
+    Raises:
+        ConfigError: memplus was installed without its native library.
+        OSError: a read fails, or the kernel does not allow io_uring.
+    """
+    taken: int = read_library().memplus_read_file_ns(*file, depth, count, seed)
+    if taken < 0:
+        raise OSError(-taken, os.strerror(-taken))
+    return count / taken * 1e9
 
 
 def _row_reader(library: ctypes.CDLL, table: Tensor, ahead: int, cache: int) -> Contestant:

@@ -16,8 +16,7 @@ from memory_ops.operations import (
     squared_norm,
 )
 from memory_ops.row_formats import ROW_FORMATS, RowRecords, dequantize_rows
-from memory_ops.row_groups import RowGroups
-from memory_ops.sparse_adam import AdamMoments, AdamStep
+from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 
 __all__ = [
     "ROW_FORMATS",

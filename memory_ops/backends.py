@@ -12,11 +12,9 @@ from torch import Tensor
 from memory_ops import reference, row_formats
 from memory_ops.checks import Table
 from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS, NativeBackend
-from memory_ops.native.direct import DirectCalls, direct_calls
 from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.row_formats import RowFormat, RowRecords
-from memory_ops.row_groups import RowGroups
-from memory_ops.sparse_adam import AdamMoments, AdamStep
+from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +50,6 @@ class RoundingBackend(Protocol):
     """The rounding of rows as ``memory_ops.row_formats`` defines it."""
 
     def quantize_rows(self, values_RV: Tensor, row_format: RowFormat, /) -> RowRecords: ...
-
-
-@functools.cache
-def direct() -> DirectCalls | None:
-    """A shorter way for plain CPU tensors, which declines all others, where there is one."""
-    build = MEMORY_LIBRARY.best_build
-    return direct_calls(build) if build is not None else None
 
 
 def for_topk(half_scores: Tensor, top_k: int) -> Backend:

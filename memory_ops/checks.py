@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from memory_ops.row_formats import RowRecords
-from memory_ops.row_groups import RowGroups
-from memory_ops.sparse_adam import AdamMoments
+from memory_ops.sparse_adam import AdamMoments, RowGroups
 
 # rows of any floating dtype as they are, or records of fewer bits
 Table = Tensor | RowRecords

@@ -1,17 +1,14 @@
 """The public operations: differentiable, and known to torch.compile as operators of their own.
 
-A call that needs neither gradients nor tracing goes straight to the backend, since the dispatcher
-takes longer than reading one token's rows.
+Every call goes through torch's dispatcher. It adds 10 to 20 microseconds to a call, which is less
+than 1 % of a served or trained step.
 """
 
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 from torch.nn import functional
 
 from memory_ops import backends
@@ -23,10 +20,8 @@ from memory_ops.checks import (
     check_scores,
     check_vectors,
 )
-from memory_ops.native.direct import DirectCalls
 from memory_ops.row_formats import RowFormat, RowRecords
-from memory_ops.row_groups import RowGroups
-from memory_ops.sparse_adam import AdamMoments, AdamStep
+from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 
 
 def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -34,13 +29,8 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     Differentiable by the scores. With scores that are NaN the rows are in range, the weights NaN.
     """
-    if (direct := _direct()) is not None:
-        chosen = direct.product_topk(half_scores_TH2N, top_k)
-        if chosen is not None:
-            return chosen
-    if _is_plain(half_scores_TH2N):
-        return backends.for_topk(half_scores_TH2N, top_k).product_topk(half_scores_TH2N, top_k)
     check_scores(half_scores_TH2N, top_k)
+    _refuse_tangents(half_scores_TH2N)
     rows_THK, weights_THK = _product_topk(half_scores_TH2N, top_k)
     return rows_THK, weights_THK
 
@@ -51,13 +41,8 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     Differentiable by the weights, and by a table that is no records: its gradient is a coalesced
     sparse tensor of the rows read. On a GPU, row ids are not checked.
     """
-    if (direct := _direct()) is not None:
-        summed = direct.gather_rows(table, rows_THK, weights_THK)
-        if summed is not None:
-            return summed
-    if _is_plain(weights_THK, table, rows_THK):
-        return backends.for_table(table, weights_THK).gather_rows(table, rows_THK, weights_THK)
     check_rows(table, rows_THK, weights_THK)
+    _refuse_tangents(table, weights_THK)
     out_TV: Tensor = _gather_rows(*_flat(table), rows_THK, weights_THK)
     return out_TV
 
@@ -75,9 +60,8 @@ def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
 
     Differentiable by the vectors, and by the table as ``gather_rows`` is.
     """
-    if _is_plain(x_TV, table, rows_THK):
-        return backends.for_table(table, x_TV).row_dots(table, rows_THK, x_TV)
     check_vectors(table, rows_THK, x_TV)
+    _refuse_tangents(table, x_TV)
     dots_THK: Tensor = _row_dots(*_flat(table), rows_THK, x_TV)
     return dots_THK
 
@@ -87,10 +71,8 @@ def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tup
 
     Not differentiable itself.
     """
-    if _is_plain(grad_TV, rows_THK, weights_THK):
-        backend = backends.for_gradients(weights_THK, grad_TV)
-        return backend.row_gradients(rows_THK, weights_THK, grad_TV)
     check_gradients(rows_THK, weights_THK, grad_TV)
+    _refuse_tangents(weights_THK, grad_TV)
     gradients: tuple[Tensor, Tensor] = _row_gradients(rows_THK, weights_THK, grad_TV)
     return gradients
 
@@ -125,42 +107,13 @@ def expert_lookup(
     return gather_rows(up, rows_THK, weights_THK * activations_THK)
 
 
-def _direct() -> DirectCalls | None:
-    if _is_watched() or forward_ad._current_level >= 0:
-        return None
-    return backends.direct()
-
-
-def _is_plain(*operands: Tensor | RowRecords) -> bool:
-    if _is_watched():
-        return False
-    needs_grad = torch.is_grad_enabled()
+def _refuse_tangents(*operands: Table) -> None:
+    # torch's custom operators drop the tangents of tensors that need no gradient
     for operand in operands:
-        tensor = operand.records_RB if isinstance(operand, RowRecords) else operand
-        if type(tensor) not in _PLAIN_TYPES or (needs_grad and tensor.requires_grad):
-            return False
-        if tensor.is_neg():
-            return False
-        if forward_ad._current_level >= 0 and _has_tangent(tensor):
+        if isinstance(operand, RowRecords):
+            continue
+        if forward_ad.unpack_dual(operand).tangent is not None:  # type: ignore[no-untyped-call]
             raise RuntimeError("memory_ops: there are no forward-mode derivatives")
-    return True
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
-
-
-def _is_watched() -> bool:
-    """Whether something must see the operator itself: a compiler, a tracer, a mode, a transform."""
-    return (
-        is_compiling()
-        or _len_torch_dispatch_stack() > 0
-        or _get_tracing_state() is not None
-        or peek_interpreter_stack() is not None
-    )
-
-
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _flat(table: Table) -> tuple[Tensor, str, int]:

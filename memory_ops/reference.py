@@ -20,8 +20,7 @@ from memory_ops.checks import (
     check_vectors,
 )
 from memory_ops.row_formats import RowRecords, dequantize_rows
-from memory_ops.row_groups import RowGroups
-from memory_ops.sparse_adam import AdamMoments, AdamStep
+from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 
 
 def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,26 @@
-"""What an Adam step of a value table is given: its numbers, and the moments that it keeps."""
+"""Inputs of a sparse Adam step: hyperparameters, moments, and reads grouped by row."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """L reads of U distinct rows, by row, then in the order of the reads.
+
+    Attributes:
+        rows_U: int64, ascending.
+        starts_U1: int64; reads ``[starts[u], starts[u + 1])`` are those of the u-th row.
+        tokens_L: int64; which token read.
+        weights_L: fp32 (fp64 for fp64 weights).
+    """
+
+    rows_U: Tensor
+    starts_U1: Tensor
+    tokens_L: Tensor
+    weights_L: Tensor
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from memory_ops.row_formats import (
     row_bytes,
     scale_offset,
 )
-from memory_ops.row_groups import RowGroups
-from memory_ops.sparse_adam import AdamMoments, AdamStep
+from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 
 # the codes of row_table.h
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

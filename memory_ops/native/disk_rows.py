@@ -23,7 +23,6 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "finish": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, ctypes.POINTER(_INT32))),
     "release": (None, (_POINTER, _POINTER, _INT64)),
     "hint": (None, (_POINTER, _POINTER, _INT64, _INT64)),
-    "read_rows_ns": (_INT64, (_INT32, *[_INT64] * 7)),
     "num_layers": (_INT64, (_POINTER,)),
     "counts": (None, (_POINTER, _INT64, _POINTER)),
 }
@@ -156,18 +155,6 @@ class DiskRows:
             self._functions["counts"](self._open_rows, layer, counts)
             by_layer[layer] = DiskCounts(*counts)
         return by_layer
-
-
-def random_reads_per_s(file: RowFile, depth: int, count: int, seed: int) -> float:
-    """How many rows at random places a file gives a second, ``depth`` reads under way at once.
-
-    Raises:
-        OSError: reads fail, or the kernel allows no io_uring.
-    """
-    taken: int = _library()["read_rows_ns"](*file, depth, count, seed)
-    if taken < 0:
-        raise OSError(-taken, os.strerror(-taken))
-    return count / taken * 1e9
 
 
 def is_available() -> bool:

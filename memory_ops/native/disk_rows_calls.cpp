@@ -1,6 +1,5 @@
 // The C interface of disk_rows.h, for ctypes; see disk_rows.py.
 #include "disk_rows.h"
-#include "read_rate.h"
 
 using namespace memplus;
 
@@ -58,12 +57,6 @@ int64_t memplus_disk_num_layers(void* self) { return ((DiskRows*)self)->num_laye
 
 void memplus_disk_counts(void* self, int64_t layer, int64_t* counts) {
   *(DiskCounts*)counts = ((DiskRows*)self)->counts(layer);
-}
-
-int64_t memplus_disk_read_rows_ns(int file, int64_t offset, int64_t num_rows, int64_t row_bytes,
-                                  int64_t alignment, int64_t depth, int64_t count, int64_t seed) {
-  return read_rows_ns({file, offset, num_rows, row_bytes, alignment}, (unsigned)depth, count,
-                      (uint64_t)seed);
 }
 
 }  // extern "C"

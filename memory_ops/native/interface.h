@@ -5,7 +5,6 @@
 #include "group_rows.h"
 #include "product_topk.h"
 #include "quantize_rows.h"
-#include "read_limits.h"
 #include "row_dots.h"
 #include "sparse_adam.h"
 
@@ -96,17 +95,6 @@ int64_t memplus_quantize_rows(const uint8_t* data, int64_t num_rows, int64_t row
                               int32_t records_format) {
   const Table table = {data, num_rows, row_stride, value_dim, scale_offset, format};
   return memplus::quantize_rows(table, {records, row_bytes, records_scale_offset, records_format});
-}
-
-// `cache` is that which rows are prefetched into: the first or the second.
-uint32_t memplus_read_rows(const uint8_t* data, int64_t row_bytes, const int64_t* ids,
-                           int64_t count, int64_t ahead, int32_t cache) {
-  return cache == 1 ? memplus::read_rows<3>(data, row_bytes, ids, count, ahead)
-                    : memplus::read_rows<2>(data, row_bytes, ids, count, ahead);
-}
-
-uint32_t memplus_read_all(const uint8_t* data, int64_t bytes) {
-  return memplus::read_all(data, bytes);
 }
 
 }  // extern "C"

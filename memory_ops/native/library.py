@@ -101,8 +101,6 @@ MEMORY_LIBRARY = NativeLibrary(
         "memplus_squared_norm": (_DOUBLE, (*_TABLE, *_GROUPS)),
         "memplus_sparse_adam": (None, (*_TABLE, *_GROUPS, *[_POINTER] * 3, *[_DOUBLE] * 5)),
         "memplus_quantize_rows": (_INT64, (*_TABLE, _POINTER, _INT64, _INT64, _INT32)),
-        "memplus_read_rows": (ctypes.c_uint32, (_POINTER, _INT64, _POINTER, *[_INT64] * 2, _INT32)),
-        "memplus_read_all": (ctypes.c_uint32, (_POINTER, _INT64)),
     },
     "memory layers run on plain torch, several times slower",
 )

@@ -345,7 +345,7 @@ def test_a_negative_row_is_never_counted_from_the_end(kind, wide):
         row_gradients(rows, weights, torch.randn(1, 24))
 
 
-# The short way round the dispatcher is taken only where nobody else has to see the operator.
+# Tracers, modes and transforms see the operator itself.
 
 
 def test_tracing_sees_the_operator():
@@ -375,3 +375,5 @@ def test_a_tangent_is_refused_not_dropped():
         dual = forward_ad.make_dual(weights, torch.ones_like(weights))
         with pytest.raises(RuntimeError, match="forward-mode"):
             gather_rows(table, rows, dual)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda weights: gather_rows(table, rows, weights), (weights,), (weights,))

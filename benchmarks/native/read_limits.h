@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "row_table.h"
-#include "threads.h"
+#include "memory_ops/native/simd.h"
+#include "memory_ops/native/threads.h"
 
 namespace memplus {
 

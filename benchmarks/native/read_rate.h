@@ -3,7 +3,7 @@
 
 #include <time.h>
 
-#include "row_file.h"
+#include "memory_ops/native/row_file.h"
 
 namespace memplus {
 

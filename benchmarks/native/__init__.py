@@ -1,0 +1,1 @@
+"""C++ loops that only read, to measure the limits of memory and disks."""

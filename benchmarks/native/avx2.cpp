@@ -1,0 +1,2 @@
+// The read loops, compiled with AVX2.
+#include "interface.h"

@@ -1,0 +1,2 @@
+// The read loops, compiled with AVX-512.
+#include "interface.h"

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import re
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 

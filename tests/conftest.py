@@ -1,9 +1,15 @@
 """Seeds, the one tolerance table, poisoned memory, and the models that tests share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before torch loads OpenMP: several test processes share the cores, and a thread that spins while
+# it waits takes the time of the thread that it waits for. Servers that tests start inherit this.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from hypothesis import settings
 
@@ -14,9 +20,11 @@ from tests.server.running import Running, running
 from weights.models.named_models import SMOLLM2
 from weights.models.prepare import prepared_folder
 
-# the same examples in every run, and none of them too slow on a busy machine
-settings.register_profile("house", deadline=None, derandomize=True)
-settings.load_profile("house")
+# The same examples in every run, without a time limit on a busy machine. `make test` runs the
+# profile "few"; `make test-slow` runs every property-based test again with the profile "many".
+settings.register_profile("few", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("many", settings.get_profile("few"), max_examples=100)
+settings.load_profile("few")
 
 # (relative, absolute) by the dtype that is computed in, from torch's own defaults
 TOLERANCE = {

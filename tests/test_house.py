@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import re
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
@@ -85,7 +87,9 @@ def test_the_whole_is_of_this_size(capsys):
     for path in FILES:
         sizes[path.relative_to(ROOT).parts[0]] += len(path.read_text().splitlines())
     with capsys.disabled():
-        print("\nlines:", ", ".join(f"{package} {size}" for package, size in sizes.items()))
+        # to stderr, since nobody sees what a process of pytest-xdist prints to stdout
+        counts = ", ".join(f"{package} {size}" for package, size in sizes.items())
+        print(f"\nlines: {counts}", file=sys.stderr)
     assert all(sizes.values())
 
 

@@ -172,5 +172,5 @@ class CompanyMachine(RuleBasedStateMachine):
         assert self.engine.statistics().kv_blocks_used == 0
 
 
-CompanyMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
+CompanyMachine.TestCase.settings = settings(stateful_step_count=30)
 TestCompany = CompanyMachine.TestCase

@@ -14,57 +14,43 @@ from tests.memory_ops.tables import KINDS, check_close, exact_values, table_of
 FOLDER = Path(__file__).parent
 
 
-def start_folder(name: str, marks: str, tmp_path: Path, **environment: str) -> subprocess.Popen:
-    """Start the tests of a folder beside this file, on one processor."""
+def run_folder(name: str, tmp_path: Path, *options: str, **environment: str) -> tuple[int, str]:
+    """Run tests of a folder beside this file on one processor; return exit status and output."""
+    pytest.importorskip("triton")
     plain = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     # compiled anew every time: a budget kept by an old kernel would prove nothing
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
-    options = ["-q", "-p", "no:cacheprovider", "-m", marks]
-    return subprocess.Popen(
-        [sys.executable, "-m", "pytest", *options, FOLDER / name],
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    tests = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, FOLDER / name],
         cwd=FOLDER.parent.parent,
         env=plain | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+    return tests.returncode, tests.stdout[-25000:]
 
 
-def outcome(tests: subprocess.Popen) -> tuple[int, str]:
-    """Their exit status, and what they say."""
-    output, _ = tests.communicate()
-    return tests.returncode, output[-25000:]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Both folders' fast tests, which take minutes each, side by side."""
-    pytest.importorskip("triton")
-    path = tmp_path_factory.mktemp("triton")
-    started = {
-        "interpreted": start_folder("interpreted", "not slow", path, TRITON_INTERPRET="1"),
-        "compiled": start_folder("compiled", "not slow", path, MEMPLUS_COMPILE_TESTS="1"),
-    }
-    yield started
-    for tests in started.values():
-        with tests:  # waits, and closes its pipe
-            tests.kill()
-
-
-def test_the_kernels_in_the_strict_interpreter(folders):
-    status, output = outcome(folders["interpreted"])
+def test_the_kernels_in_the_strict_interpreter(tmp_path):
+    status, output = run_folder("interpreted", tmp_path, "-m", "not slow", TRITON_INTERPRET="1")
     assert status == 0, output
 
 
-def test_the_kernels_compiled(folders):
-    status, output = outcome(folders["compiled"])
+def test_the_kernels_compiled(tmp_path):
+    status, output = run_folder("compiled", tmp_path, "-m", "not slow", MEMPLUS_COMPILE_TESTS="1")
+    assert status == 0, output
+
+
+@pytest.mark.slow
+def test_many_examples_in_the_strict_interpreter(tmp_path):
+    options = ("-m", "hypothesis", "--hypothesis-profile", "many")
+    status, output = run_folder("interpreted", tmp_path, *options, TRITON_INTERPRET="1")
     assert status == 0, output
 
 
 @pytest.mark.slow
 def test_the_largest_kernels_compiled(tmp_path):
-    pytest.importorskip("triton")
-    status, output = outcome(start_folder("compiled", "slow", tmp_path, MEMPLUS_COMPILE_TESTS="1"))
+    status, output = run_folder("compiled", tmp_path, "-m", "slow", MEMPLUS_COMPILE_TESTS="1")
     assert status == 0, output
 
 

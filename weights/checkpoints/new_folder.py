@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    # The name is random: a process in another container may have the same pid and parent folder.
+    partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(8)}")
+    # This fails if the name is taken. It stands before the try, since that folder is not ours.
+    partial.mkdir(parents=True)
     try:
-        partial.mkdir(parents=True)
         yield partial
         _sync(partial)
         partial.rename(folder)

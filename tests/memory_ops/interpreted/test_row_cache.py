@@ -49,7 +49,6 @@ def check_places(model: CacheModel, rows: list[int], missing: dict[int, bool], p
     assert sorted(fetched) == sorted(places[row] for row in missing if missing[row])
 
 
-@settings(max_examples=40)
 @example([7] * 600)
 @given(st.lists(row_ids, min_size=1, max_size=600))
 def test_references_are_sorted_by_key_and_then_as_they_came(rows):
@@ -60,7 +59,6 @@ def test_references_are_sorted_by_key_and_then_as_they_came(rows):
     assert sorted_rows.keys_L.tolist() == sorted(keys)
 
 
-@settings(max_examples=40)
 # more uses than are counted; a row found behind eight references to another, which needs room;
 # hints while all rows have a use, and once they have lost it
 @example(1, 2, [(False, [1, 2])] * 6)

@@ -1,4 +1,4 @@
-"""Tables on disk under faults: transient errors are retried, lasting ones reported, threads used."""
+"""Tables on disk under faults: transient errors are retried, lasting ones reported."""
 
 import ctypes
 import errno

@@ -124,6 +124,7 @@ class Engine:
             prefix_hits=self._scheduler.prefix_hits,
             preemptions=self._scheduler.preemptions,
             tables=self._table_counter.take(is_idle=not self.has_work),
+            lost_tables=self._table_counter.faults(),
         )
 
     def _bind(self, plan: StepPlan) -> tuple[StepPlan, Bitmasks, list[TokenOutput]]:

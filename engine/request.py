@@ -136,7 +136,8 @@ class EngineStatistics:
 
     ``step_tokens`` counts the tokens that the step ran, ``new_tokens`` those that it gave,
     ``prefix_queries`` and ``prefix_hits`` prompt tokens that were looked for and found among the
-    kept blocks. ``tables`` is None where they were not looked at.
+    kept blocks. ``tables`` is None where they were not looked at. ``lost_tables`` says of each
+    table that cannot be read any more which file it is, and why.
     """
 
     num_running: int = 0
@@ -149,6 +150,7 @@ class EngineStatistics:
     prefix_hits: int = 0
     preemptions: int = 0
     tables: tuple[TableCounts, ...] | None = ()
+    lost_tables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

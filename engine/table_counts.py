@@ -33,6 +33,11 @@ class TableCounter:
             for layer, statistics in sorted(table.statistics().items())
         )
 
+    def faults(self) -> tuple[str, ...]:
+        """Why tables are lost, those that are."""
+        faults = (table.fault for table in self._tables.values())
+        return tuple(fault for fault in faults if fault is not None)
+
 
 def _counts(name: str, tier: str, layer: int, statistics: TableStatistics) -> TableCounts:
     totals = {field: getattr(statistics, field) for field in TableCounts._fields[3:]}

@@ -46,6 +46,7 @@ class EngineClient:
         self._tasks: set[asyncio.Task[None]] = set()
         self.is_alive = True
         self.is_lost = False
+        self.lost_tables: tuple[str, ...] = ()
 
     def attach(self) -> None:
         """Listen to the process, and watch it, from the running event loop."""
@@ -91,6 +92,7 @@ class EngineClient:
 
     def handle(self, output: StepOutput) -> None:
         """Deal out what a step gave; its tokens first, which someone waits for."""
+        self.lost_tables = output.statistics.lost_tables
         for token_output in output.outputs:
             self._deliver(token_output)
         self._on_statistics(output.statistics)
@@ -154,6 +156,7 @@ class EngineClient:
             return
         logger.error("the engine process has ended; its requests end with errors")
         self.is_alive = False
+        self.lost_tables = ()  # the next process opens them anew
         self._on_statistics(EngineStatistics())
         for request_id in list(self._streams):
             self._deliver(_gone(request_id))

@@ -121,6 +121,10 @@ class ReplayedTable:
         self.slots = table.slots if isinstance(table, DiskTable) else table.rows
         self._held: list[object] = []  # what fetchers point to
 
+    @property
+    def fault(self) -> str | None:
+        return self.table.fault
+
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
         played_THK = self._replay.rows(len(rows_THK), layer)
         self._replay.done(len(rows_THK), layer)

@@ -11,10 +11,10 @@ namespace memplus {
 // have ended: the kernel writes into the buffers until then.
 inline int64_t read_rows_ns(const RowFile& from, unsigned depth, int64_t count, uint64_t seed) {
   RingReads reads(from.file, depth);
-  if (!reads.is_open()) return -ENOSYS;
+  if (!reads.is_open()) return -reads.error();
   const int64_t bytes = from.span_bytes();
   std::unique_ptr<uint8_t, decltype(&std::free)> buffers(
-      (uint8_t*)std::aligned_alloc(4096, depth * bytes), std::free);
+      (uint8_t*)std::aligned_alloc(from.buffer_alignment(), depth * bytes), std::free);
   if (!buffers) return -ENOMEM;
   std::vector<int64_t> befores(depth);
   const auto push = [&](uint64_t buffer) {

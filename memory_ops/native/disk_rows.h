@@ -24,13 +24,14 @@ struct DiskCounts {
   int64_t stall_ns;         // waited for reads
 };
 
+constexpr size_t LOST_AFTER = 8;   // different rows that could not be read, one after another
 constexpr int MOST_REFUSED = 256;  // guesses that find no room; each takes some looking
 constexpr int64_t PATIENCE_NS = std::chrono::nanoseconds(PATIENCE).count();
 
 // One thread calls it. `read_ended` may come from another, which holds the lock: see RowReads.
 class DiskRows final : RowReadsOwner {
  public:
-  DiskRows(RowFile from, uint8_t* memory, int64_t num_slots, unsigned depth,
+  DiskRows(RowFile from, uint8_t* memory, int64_t num_slots, unsigned depth, int64_t retry_ms,
            std::unique_ptr<Reads> reads)
       : from_(from),
         memory_(memory),
@@ -38,7 +39,7 @@ class DiskRows final : RowReadsOwner {
         states_(num_slots),
         errors_(num_slots),
         stamps_(num_slots),
-        reads_(from, depth, std::move(reads), *this) {}
+        reads_(from, depth, retry_ms, std::move(reads), *this) {}
   DiskRows(const DiskRows&) = delete;
 
   bool has_buffers() const { return reads_.has_buffers(); }
@@ -75,16 +76,16 @@ class DiskRows final : RowReadsOwner {
 
   // Waits until all these slots have their rows: ALL_THERE, or the index of one that could not be
   // read, and its errno (0: the file ends before it); or STILL_READING, to be called again, as long
-  // as reads end.
+  // as reads end or are retried.
   int64_t finish(const int64_t* slots, int64_t count, int64_t layer, int* error) {
     RowReads::Lock lock = reads_.lock();
     count_for(layer);
     reads_.collect();
-    const int64_t patient_until = now_ns() + PATIENCE_NS, before = reads_.num_ended();
+    const int64_t patient_until = now_ns() + PATIENCE_NS, before = reads_.num_events();
     for (int64_t i = 0; i < count; i++) {
       const uint8_t& state = states_[slots[i]];
       while (state == WANTED && wait(lock)) {
-        const bool gets_on = reads_.num_ended() > before;
+        const bool gets_on = reads_.num_events() > before;
         if (state == WANTED && gets_on && now_ns() > patient_until) return STILL_READING;
       }
       if (state == READY || state == PREFETCHED) continue;
@@ -118,6 +119,15 @@ class DiskRows final : RowReadsOwner {
       read(rows[i], slot);
     }
     reads_.begin();
+  }
+
+  // Whether the last reads all failed for good, those of LOST_AFTER different rows at least; then
+  // the errno of the last (0: the file ends before it). One damaged row is never enough.
+  bool is_lost(int* error) {
+    RowReads::Lock lock = reads_.lock();
+    reads_.collect();
+    *error = last_error_;
+    return failed_rows_.size() >= LOST_AFTER;
   }
 
   // Layers from 0 to the last that has asked.
@@ -218,6 +228,16 @@ class DiskRows final : RowReadsOwner {
       fail(read.slot, error);
     }
     slots_.unpin(read.slot);
+    note(read.row, bytes, error);
+  }
+  // Remembers different rows that failed since the last that was read. An error that may pass by
+  // itself says nothing about the file.
+  void note(int64_t row, bool is_read, int error) {
+    if (is_read) failed_rows_.clear();
+    if (is_read || is_transient(error)) return;
+    last_error_ = error;
+    const bool is_new = std::find(failed_rows_.begin(), failed_rows_.end(), row) == failed_rows_.end();
+    if (is_new && failed_rows_.size() < LOST_AFTER) failed_rows_.push_back(row);
   }
   // The slot has no row; who asks again reads again.
   void fail(int32_t slot, int error) {
@@ -232,6 +252,8 @@ class DiskRows final : RowReadsOwner {
   std::vector<uint8_t> states_;   // of slots
   std::vector<int> errors_;       // of slots that failed, errnos
   std::vector<int64_t> stamps_;   // the last lookup that wanted each slot
+  std::vector<int64_t> failed_rows_;
+  int last_error_ = 0;              // of these
   int64_t stamp_ = 0;
   int64_t num_unclaimed_ = 0;       // reads of rows that no lookup has pinned
   int64_t layer_ = 0;               // whose lookup it is

@@ -16,13 +16,14 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "open": (
         _POINTER,
-        (_INT32, *[_INT64] * 4, _POINTER, *[_INT64] * 5, ctypes.POINTER(_INT32)),
+        (_INT32, *[_INT64] * 4, _POINTER, *[_INT64] * 8, ctypes.POINTER(_INT32)),
     ),
     "close": (None, (_POINTER,)),
     "start": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, _INT32, _INT64, _POINTER)),
     "finish": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, ctypes.POINTER(_INT32))),
     "release": (None, (_POINTER, _POINTER, _INT64)),
     "hint": (None, (_POINTER, _POINTER, _INT64, _INT64)),
+    "is_lost": (_INT32, (_POINTER, ctypes.POINTER(_INT32))),
     "num_layers": (_INT64, (_POINTER,)),
     "counts": (None, (_POINTER, _INT64, _POINTER)),
 }
@@ -38,11 +39,26 @@ class RowFile(NamedTuple):
     alignment: int
 
 
-class ReadFault(NamedTuple):
-    """For tests: every so many-th read ends with this result, -errno or a number of bytes."""
+class RingError(OSError):
+    """The kernel gives no io_uring: it is too old, or forbids it, or has no memory for it."""
 
-    every: int
-    result: int
+
+class ReadFault(NamedTuple):
+    """Faults that tests inject into reads; the defaults inject none.
+
+    Attributes:
+        every: every so many-th read ends with ``result``; 0 for none.
+        result: -errno, or a number of bytes.
+        submits: so many submits fail, the first ones.
+        submit_error: their errno.
+        retry_ms: the sum of the pauses after which transient errors are retried no more.
+    """
+
+    every: int = 0
+    result: int = 0
+    submits: int = 0
+    submit_error: int = 0
+    retry_ms: int = 10_000
 
 
 class DiskCounts(NamedTuple):
@@ -76,18 +92,22 @@ class DiskRows:
 
         ``depth`` reads are under way at once: by io_uring, or by so many ``threads``, if not 0.
 
+        EAGAIN, EBUSY, ENOMEM and EINTR are retried after pauses of 1 to 100 ms, for 10 s in total.
+        After that the rows that were asked for fail, and rows asked for later are tried anew.
+
         Raises:
-            OSError: the kernel allows no io_uring (ENOSYS), or has no memory for it.
+            RingError: ``threads`` is 0 and the kernel gives no io_uring.
+            OSError: there is no memory for it, or there are no threads.
         """
         self._functions = _library()
         self._memory = memory  # what is read into lives as long
-        every, result = fault or (0, 0)
         places = memory.data_ptr(), memory.shape[0]
-        settings = depth, threads, every, result
+        settings = depth, threads, *(fault or ReadFault())
         error = _INT32()
         self._rows = self._functions["open"](*file, *places, *settings, ctypes.byref(error))
         if not self._rows:
-            raise OSError(error.value, os.strerror(error.value))
+            number = abs(error.value)
+            raise (RingError if error.value < 0 else OSError)(number, os.strerror(number))
 
     @property
     def _open_rows(self) -> int:
@@ -124,7 +144,7 @@ class DiskRows:
         """Wait for all slots; the index of one that could not be read, and its errno, or None.
 
         The errno is 0 where the file ends before the row. ``on_progress`` is called about every
-        half second as long as reads end.
+        half second as long as reads end or are retried.
         """
         error = _INT32()
         arguments = slots.data_ptr(), slots.numel(), layer, ctypes.byref(error)
@@ -146,6 +166,16 @@ class DiskRows:
         calls = (self._functions[name] for name in ("start", "finish", "release"))
         addresses = [ctypes.cast(call, _POINTER) for call in (*calls, on_progress)]
         return RowFetcher(*(address.value for address in addresses), self._open_rows, layer)
+
+    def lost_error(self) -> int | None:
+        """The errno of the last read if all fail now (0: the file ends before it), else None.
+
+        All fail if 8 different rows could not be read one after another, for other errors than
+        those that pass by themselves. The first row that is read again ends it.
+        """
+        error = _INT32()
+        is_lost = self._functions["is_lost"](self._open_rows, ctypes.byref(error))
+        return error.value if is_lost else None
 
     def counts(self) -> dict[int, DiskCounts]:
         """Totals so far, by layer."""

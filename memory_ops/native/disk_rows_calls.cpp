@@ -5,10 +5,11 @@ using namespace memplus;
 
 extern "C" {
 
-// Null and an errno: ENOSYS where the kernel has no ring, and `threads` is 0.
+// Null and an errno; below zero, -errno, if `threads` is 0 and the kernel refuses a ring.
 void* memplus_disk_open(int file, int64_t offset, int64_t num_rows, int64_t row_bytes,
                         int64_t alignment, uint8_t* memory, int64_t num_slots, int64_t depth,
                         int64_t threads, int64_t fail_every, int64_t fail_with,
+                        int64_t fail_submits, int64_t fail_submits_with, int64_t retry_ms,
                         int32_t* error) try {
   std::unique_ptr<Reads> reads;
   if (threads) {
@@ -16,15 +17,15 @@ void* memplus_disk_open(int file, int64_t offset, int64_t num_rows, int64_t row_
   } else {
     auto ring = std::make_unique<RingReads>(file, (unsigned)depth);
     if (!ring->is_open()) {
-      *error = ENOSYS;
+      *error = -ring->error();
       return nullptr;
     }
     reads = std::move(ring);
   }
-  if (fail_every)
-    reads = std::make_unique<FaultyReads>(std::move(reads), fail_every, (int)fail_with);
+  const ReadFault fault = {fail_every, fail_with, fail_submits, fail_submits_with};
+  if (fail_every || fail_submits) reads = std::make_unique<FaultyReads>(std::move(reads), fault);
   const RowFile from = {file, offset, num_rows, row_bytes, alignment};
-  auto rows = std::make_unique<DiskRows>(from, memory, num_slots, (unsigned)depth,
+  auto rows = std::make_unique<DiskRows>(from, memory, num_slots, (unsigned)depth, retry_ms,
                                          std::move(reads));
   *error = ENOMEM;
   return rows->has_buffers() ? rows.release() : nullptr;
@@ -51,6 +52,10 @@ void memplus_disk_release(void* self, const int64_t* slots, int64_t count) {
 
 void memplus_disk_hint(void* self, const int64_t* rows, int64_t count, int64_t layer) {
   ((DiskRows*)self)->hint(rows, count, layer);
+}
+
+int32_t memplus_disk_is_lost(void* self, int32_t* error) {
+  return ((DiskRows*)self)->is_lost(error);
 }
 
 int64_t memplus_disk_num_layers(void* self) { return ((DiskRows*)self)->num_layers(); }

@@ -12,17 +12,19 @@
 
 namespace memplus {
 
-constexpr int MOST_SUBMITS = 1000;  // while the kernel is out of memory for requests
-
 // Reads are pushed, submitted together, and popped as they end, in any order. One thread's.
 class ReadRing {
  public:
   explicit ReadRing(unsigned depth) {
     io_uring_params params = {};
     ring_ = (int)syscall(__NR_io_uring_setup, depth, &params);
-    if (ring_ < 0) return;
+    if (ring_ < 0) {
+      error_ = errno;
+      return;
+    }
     // older kernels have rings that know no plain reads
     if (!(params.features & IORING_FEAT_RW_CUR_POS)) {
+      error_ = ENOSYS;
       close_all();
       return;
     }
@@ -33,6 +35,7 @@ class ReadRing {
     done_ = map(done_bytes_, IORING_OFF_CQ_RING);
     entries_ = (io_uring_sqe*)map(entry_bytes_, IORING_OFF_SQES);
     if (!submit_ || !done_ || !entries_) {
+      error_ = ENOMEM;
       close_all();
       return;
     }
@@ -48,6 +51,8 @@ class ReadRing {
   ~ReadRing() { close_all(); }
 
   bool is_open() const { return ring_ >= 0; }
+  // Why it is not: an errno.
+  int error() const { return error_; }
 
   // At most as many as the ring is deep may be under way.
   void push(int file, int64_t offset, void* buffer, unsigned size, uint64_t tag) {
@@ -65,18 +70,29 @@ class ReadRing {
     pushed_++;
   }
 
-  // Hands what was pushed to the kernel, and waits until so many results are there. 0 or an errno.
+  // Hands what was pushed to the kernel, and waits until so many results are there. 0 or an errno;
+  // then what the kernel did not take stays pushed.
   int submit(unsigned wanted) {
-    int tries = 0;
     while (pushed_ || wanted) {
       const unsigned flags = wanted ? IORING_ENTER_GETEVENTS : 0;
       const long taken =
           syscall(__NR_io_uring_enter, ring_, pushed_, wanted, flags, nullptr, (size_t)0);
-      if (taken < 0 && errno != EINTR && (errno != EAGAIN || ++tries > MOST_SUBMITS)) return errno;
+      if (taken < 0 && errno != EINTR) return errno;
       if (taken > 0) pushed_ -= (unsigned)taken;
       if (taken >= 0 && !pushed_) break;
     }
     return 0;
+  }
+
+  // Removes the read pushed last, if the kernel has not taken it. False if there is none.
+  bool take_back(uint64_t& tag) {
+    if (!pushed_) return false;
+    // the kernel reads the queue inside io_uring_enter only
+    const unsigned tail = *submit_tail_ - 1;
+    tag = entries_[tail & submit_mask_].user_data;
+    __atomic_store_n(submit_tail_, tail, __ATOMIC_RELEASE);
+    pushed_--;
+    return true;
   }
 
   // Whether a read has ended; then its tag, and bytes read or -errno.
@@ -106,7 +122,7 @@ class ReadRing {
     ring_ = -1;
   }
 
-  int ring_;
+  int ring_, error_ = 0;
   unsigned pushed_ = 0;
   size_t submit_bytes_ = 0, done_bytes_ = 0, entry_bytes_ = 0;
   uint8_t *submit_ = nullptr, *done_ = nullptr;

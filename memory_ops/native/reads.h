@@ -32,17 +32,21 @@ class Reads {
   // Waits until so many of those under way have ended. 0 or an errno.
   virtual int submit(unsigned wanted) = 0;
   virtual bool pop(ReadDone& done) = 0;
+  // After a submit that failed: removes a read that has not begun. False if there is none.
+  virtual bool take_back(uint64_t& tag) = 0;
 };
 
 class RingReads : public Reads {
  public:
   RingReads(int file, unsigned depth) : file_(file), ring_(depth) {}
   bool is_open() const { return ring_.is_open(); }
+  int error() const { return ring_.error(); }
   void push(const Read& read) override {
     ring_.push(file_, read.offset, read.buffer, read.size, read.tag);
   }
   int submit(unsigned wanted) override { return ring_.submit(wanted); }
   bool pop(ReadDone& done) override { return ring_.pop(done.tag, done.result); }
+  bool take_back(uint64_t& tag) override { return ring_.take_back(tag); }
 
  private:
   int file_;
@@ -80,6 +84,7 @@ class ThreadReads : public Reads {
     done_.pop_front();
     return true;
   }
+  bool take_back(uint64_t&) override { return false; }
 
  private:
   void end() {
@@ -115,23 +120,35 @@ class ThreadReads : public Reads {
   std::vector<std::thread> threads_;
 };
 
-// For tests: every so many-th result is another, an errno below zero or too few bytes.
+// For tests. Every `every`-th read, unless 0, ends with `result`: -errno or too few bytes. The first
+// `submits` submits fail with `submit_error`.
+struct ReadFault {
+  int64_t every, result, submits, submit_error;
+};
+
 class FaultyReads : public Reads {
  public:
-  FaultyReads(std::unique_ptr<Reads> reads, int64_t every, int result)
-      : reads_(std::move(reads)), every_(every), result_(result) {}
+  FaultyReads(std::unique_ptr<Reads> reads, ReadFault fault)
+      : reads_(std::move(reads)), fault_(fault) {}
   void push(const Read& read) override { reads_->push(read); }
-  int submit(unsigned wanted) override { return reads_->submit(wanted); }
+  int submit(unsigned wanted) override {
+    if (fault_.submits) {
+      fault_.submits--;
+      return (int)fault_.submit_error;
+    }
+    return reads_->submit(wanted);
+  }
   bool pop(ReadDone& done) override {
     if (!reads_->pop(done)) return false;
-    if (++count_ % every_ == 0) done.result = result_;
+    if (fault_.every && ++count_ % fault_.every == 0) done.result = (int)fault_.result;
     return true;
   }
+  bool take_back(uint64_t& tag) override { return reads_->take_back(tag); }
 
  private:
   std::unique_ptr<Reads> reads_;
-  int64_t every_, count_ = 0;
-  int result_;
+  ReadFault fault_;
+  int64_t count_ = 0;
 };
 
 }  // namespace memplus

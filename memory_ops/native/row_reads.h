@@ -10,11 +10,14 @@
 #include <thread>
 #include <vector>
 
+#include "backoff.h"
 #include "row_file.h"
 
 namespace memplus {
 
 constexpr int MOST_TRIES = 3;  // of a read that ends too early
+// of a read that fails for now: as many as there are pauses in 10 s
+constexpr int MOST_TRANSIENT_TRIES = 106;
 constexpr int PUSHED_TOGETHER = 16;  // the disk begins while the next rows are looked for
 constexpr auto PATIENCE = std::chrono::milliseconds(500);  // of who waits, until it says so
 
@@ -37,17 +40,24 @@ class RowReadsOwner {
 
 // One thread calls it, all but `lock` with the lock. It may add reads, go away and compute: where
 // many wait for a buffer, a thread of their own begins them as others end.
+//
+// What fails for now (`is_transient`), a submit or a read, is retried after growing pauses, which
+// add up to `retry_ms`; only `wait` and the feeder sleep. A submit that fails after that, or for
+// good, ends the reads that have not begun, with its errno. Nothing is remembered: reads added
+// later are tried anew.
 class RowReads {
  public:
   using Lock = std::unique_lock<std::mutex>;
 
-  RowReads(RowFile from, unsigned depth, std::unique_ptr<Reads> reads, RowReadsOwner& owner)
+  RowReads(RowFile from, unsigned depth, int64_t retry_ms, std::unique_ptr<Reads> reads,
+           RowReadsOwner& owner)
       : from_(from),
         owner_(owner),
         reads_(std::move(reads)),
         buffer_bytes_(from.span_bytes()),
-        buffers_((uint8_t*)std::aligned_alloc(4096, depth * buffer_bytes_)),
-        under_way_(depth) {
+        buffers_((uint8_t*)std::aligned_alloc(from.buffer_alignment(), depth * buffer_bytes_)),
+        under_way_(depth),
+        backoff_(retry_ms) {
     for (unsigned i = 0; i < depth; i++) free_.push_back(depth - 1 - i);
   }
   RowReads(const RowReads&) = delete;
@@ -76,10 +86,10 @@ class RowReads {
 
   // Whether a few more find buffers, and leave some to others.
   bool has_room() const { return free_.size() > under_way_.size() / 4; }
-  // The errno after which nothing is read any more.
-  int error() const { return broken_; }
-  // Of all reads so far.
-  int64_t num_ended() const { return num_ended_; }
+  // The errno of the last submit that was given up.
+  int error() const { return error_; }
+  // Reads that ended and pauses that began so far: it grows unless the disk hangs.
+  int64_t num_events() const { return num_events_; }
 
   void add(const RowRead& read) {
     waiting_.push_back(read);
@@ -97,8 +107,8 @@ class RowReads {
     take_in();
     if (pushed_) submit();
   }
-  // Waits until some have ended; with others under way in a thread of their own, at most for
-  // PATIENCE. False once the kernel takes nothing more.
+  // Waits until some have ended, or for a pause between retries; with others under way in a thread
+  // of their own, at most for PATIENCE. False if a submit was given up.
   bool wait(Lock& lock) {
     if (is_feeding_) {
       is_awaited_ = true;
@@ -106,6 +116,7 @@ class RowReads {
       is_awaited_ = false;
       return true;
     }
+    backoff_.sleep();
     const bool is_well = submit(1);
     collect();
     return is_well;
@@ -126,35 +137,79 @@ class RowReads {
   void push(unsigned buffer) {
     uint8_t* const memory = buffers_ + buffer * buffer_bytes_;
     reads_->push(from_.read_of(under_way_[buffer].row, memory, buffer));
-    if (++pushed_ == PUSHED_TOGETHER && !is_feeding_) submit();
+    if (++pushed_ >= PUSHED_TOGETHER && !is_feeding_) submit();
+  }
+  void push_delayed() {
+    while (!delayed_.empty()) {
+      const unsigned buffer = delayed_.back();
+      delayed_.pop_back();
+      push(buffer);
+    }
   }
 
-  // Hands on what was pushed, and waits until so many have ended.
+  // Hands on what was pushed, and waits until so many have ended; does nothing during a pause.
+  // False if it was given up.
   bool submit(unsigned wanted = 0) {
+    if (backoff_.is_pausing()) return true;
     pushed_ = 0;
-    if (!broken_) broken_ = reads_->submit(wanted);
-    return !broken_;
+    push_delayed();
+    return submitted(reads_->submit(std::min<size_t>(wanted, num_under_way())));
+  }
+  bool submitted(int error) {
+    if (!error) return true;
+    if (is_transient(error) && pause()) return true;
+    give_up(error);
+    return false;
+  }
+  bool pause() {
+    num_events_ += !backoff_.is_pausing();
+    return backoff_.pause();
+  }
+  // Ends all reads that have not begun.
+  void give_up(int error) {
+    error_ = error;
+    uint64_t buffer;
+    while (reads_->take_back(buffer)) end((unsigned)buffer, nullptr, error);
+    for (const unsigned delayed : delayed_) end(delayed, nullptr, error);
+    delayed_.clear();
+    for (const RowRead& read : waiting_) owner_.read_ended(read, nullptr, error);
+    waiting_.clear();
+    num_events_++;
+    backoff_.reset();
+  }
+  void end(unsigned buffer, const uint8_t* bytes, int error) {
+    owner_.read_ended(under_way_[buffer], bytes, error);
+    free_.push_back(buffer);
+    num_events_++;
   }
 
   void take_in() {
     ReadDone done;
+    int last_error = 0;  // of a transient failure after the last pause
     while (reads_->pop(done)) {
       const unsigned buffer = (unsigned)done.tag;
       RowRead& own = under_way_[buffer];
       const int64_t before = from_.before(own.row);
       own.bytes += std::max(done.result, 0);
       const bool is_whole = done.result >= before + from_.row_bytes;
-      const bool is_passing = done.result >= 0 || done.result == -EINTR || done.result == -EAGAIN;
-      if (!is_whole && is_passing && own.tries < MOST_TRIES) {
+      if (!is_whole && done.result >= 0 && own.tries < MOST_TRIES) {
         own.tries++;
         push(buffer);
         continue;
       }
-      const uint8_t* const bytes = buffers_ + buffer * buffer_bytes_ + before;
-      owner_.read_ended(own, is_whole ? bytes : nullptr, std::max(-done.result, 0));
-      free_.push_back(buffer);
-      num_ended_++;
+      const int error = std::max(-done.result, 0);
+      if (is_transient(error) && own.tries < MOST_TRANSIENT_TRIES && !last_error) {
+        if (pause()) {
+          own.tries++;
+          delayed_.push_back(buffer);
+          continue;
+        }
+        last_error = error;
+      }
+      if (is_whole && !backoff_.is_pausing()) backoff_.reset();
+      end(buffer, is_whole ? buffers_ + buffer * buffer_bytes_ + before : nullptr, error);
     }
+    if (last_error) give_up(last_error);
     push_waiting();
   }
 
@@ -174,13 +229,20 @@ class RowReads {
       added_.wait(own, [this] { return is_feeding_ || is_ending_; });
       if (is_ending_) return;
       const unsigned together = std::min<unsigned>(PUSHED_TOGETHER, under_way_.size());
-      while (!waiting_.empty() && !broken_) {
+      push_waiting();
+      while (!waiting_.empty()) {
+        if (backoff_.is_pausing()) {
+          own.unlock();
+          backoff_.sleep();
+          own.lock();
+        }
         pushed_ = 0;
+        push_delayed();
         own.unlock();
         // while some wait for a buffer, all are under way: so many will end
         const int error = reads_->submit(together);
         own.lock();
-        broken_ = error;
+        submitted(error);
         take_in();
         if (is_awaited_) came_.notify_one();
       }
@@ -198,9 +260,11 @@ class RowReads {
   std::vector<RowRead> under_way_;  // by buffer
   std::vector<unsigned> free_;      // buffers
   std::deque<RowRead> waiting_;     // for a buffer
-  int pushed_ = 0;                  // and not handed on yet
-  int broken_ = 0;
-  int64_t num_ended_ = 0;
+  std::vector<unsigned> delayed_;   // buffers of reads to be pushed again after a pause
+  int pushed_ = 0;                  // since the last submit
+  int error_ = 0;
+  int64_t num_events_ = 0;
+  Backoff backoff_;
 
   std::mutex mutex_;
   std::condition_variable added_, came_;

@@ -21,6 +21,7 @@ class DeviceTable:
     """
 
     tier = "device"
+    fault = None
 
     def __init__(self, rows: Table) -> None:
         """Hold the rows without copying them.

@@ -1,6 +1,7 @@
 """The disk tier: rows in the checkpoint's own file, those that are used often in memory."""
 
-import errno
+import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -13,16 +14,16 @@ from torch import Tensor
 import memory_ops
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.checks import Table, check_rows, check_vectors
-from memory_ops.native.disk_rows import DiskRows, ReadFault, RowFile
+from memory_ops.native.disk_rows import DiskRows, ReadFault, RingError, RowFile
 from memory_ops.native.row_fetcher import NO_ROOM, ON_PROGRESS, OUTSIDE, RowFetcher
 from memory_ops.row_formats import RowFormat, RowRecords, row_bytes
 from memory_ops.tables.disk_lookup import DiskLookup, Operation
+from memory_ops.tables.table_file import TableFile
 from memory_ops.tables.table_statistics import TableStatistics
 from memory_ops.tables.value_table import TableReadError
 
 _DEPTH = 256  # reads under way; whoever hands a kernel's queue more than that waits for it
-_THREADS = 16  # where the kernel has no io_uring
-_ALIGNMENTS = (512, 4096)
+_THREADS = 16  # if the kernel gives no io_uring
 _MOST_SLOTS = 2**31 - 2
 # of a slot, beside its row: where it is, and whose it is
 _SLOT_BYTES = 40
@@ -54,8 +55,9 @@ class DiskTable:
         is_direct: bool = True,
         threads: int = 0,
         fault: ReadFault | None = None,
+        checksum: str | None = None,
     ) -> None:
-        """Open the file; nothing is read.
+        """Open the file.
 
         Args:
             file: holds the rows, one behind another.
@@ -63,9 +65,10 @@ class DiskTable:
             shape: R and V.
             row_format: their dtype, or that of their records.
             cache_bytes: memory for rows, and to choose those that stay: ``row_cache_bytes``.
-            is_direct: read past the page cache, by O_DIRECT.
-            threads: that read; 0 for io_uring, or 16 of them where the kernel has none.
+            is_direct: read past the page cache, by O_DIRECT, if the filesystem has it.
+            threads: that read; 0 for io_uring, or 16 of them if the kernel gives none.
             fault: a fault to be injected.
+            checksum: SHA-256 of all rows, in hexadecimal digits: see ``TableFile``.
 
         Raises:
             TableReadError: the file cannot be opened so, or is too short.
@@ -79,21 +82,17 @@ class DiskTable:
             raise ValueError(f"table_cache: {cache_bytes} bytes are less than {least}, for one row")
         room = (cache_bytes - least) // (size + _SLOT_BYTES) + 1
         self.num_slots = min(room, self.num_rows, _MOST_SLOTS)
-        self._descriptor, alignment = _open(file, is_direct)
+        num_bytes = self.num_rows * size
+        opened = TableFile(file, offset, num_bytes, is_direct=is_direct, checksum=checksum)
+        self._opened = opened
         try:
-            self._state = self._file_state()
-            if offset + self.num_rows * size > self._state[0]:
-                raise TableReadError(f"{file}: ends before the last row")
             memory = anonymous_zeros((self.num_slots, size), torch.uint8)
-            self.place = RowFile(self._descriptor, offset, self.num_rows, size, alignment)
+            self.place = RowFile(opened.descriptor, offset, self.num_rows, size, opened.alignment)
             self.rows = _disk_rows(self.place, memory, threads, fault)
         except OSError as error:
-            os.close(self._descriptor)
+            opened.close()
             taken = row_cache_bytes(self.num_slots, size, self.num_rows)
             raise ValueError(f"table_cache: no {taken} bytes: {error.strerror}") from None
-        except TableReadError:
-            os.close(self._descriptor)
-            raise
         self.slots = _as_table(memory, row_format, shape[1])
         self._watchers: list[Callable[[], None]] = []
         self._tell = ON_PROGRESS(partial(_tell, self._watchers))
@@ -101,9 +100,7 @@ class DiskTable:
     def close(self) -> None:
         """Wait for the reads that are under way, and give the file up."""
         self.rows.close()
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._opened.close()
 
     def __del__(self) -> None:
         if hasattr(self, "rows"):
@@ -136,6 +133,20 @@ class DiskTable:
             if any(counts)
         }
 
+    @property
+    def fault(self) -> str | None:
+        """Why the table is lost, naming its file; None while rows can be read.
+
+        It is lost if its contents changed or the file cannot be looked at (see ``TableFile``), or
+        if no row can be read any more (see ``DiskRows.lost_error``). It is known after the lookup
+        that failed. Changed contents are final; after the other faults a lookup that succeeds
+        ends it.
+        """
+        if self._opened.fault is not None:
+            return self._opened.fault
+        error = self.rows.lost_error()
+        return None if error is None else f"{self.file}: no row can be read: {_reason(error)}"
+
     def _lookup(
         self, rows_THK: Tensor, operand: Tensor, layer: int, operation: Operation
     ) -> DiskLookup:
@@ -150,21 +161,22 @@ class DiskTable:
             return TableReadError(f"{self.file}: no room in memory for one token's rows")
         if error == OUTSIDE:
             return TableReadError(f"{self.file}: row {row} is outside the table")
-        why = os.strerror(error) if error else "the file ends before it"
-        return TableReadError(f"{self.file}: row {row}: {why}")
+        # a file that was changed is known as lost at once, not at the next lookup only
+        with contextlib.suppress(TableReadError):
+            self.check_file()
+        return TableReadError(f"{self.file}: row {row}: {_reason(error)}")
 
     def check_file(self) -> None:
-        if self._file_state() != self._state:
-            raise TableReadError(f"{self.file}: was changed since it was opened")
-
-    def _file_state(self) -> tuple[int, int]:
-        state = os.fstat(self._descriptor)
-        return state.st_size, state.st_mtime_ns
+        self._opened.check(self.tell)
 
 
 def row_cache_bytes(num_slots: int, row_size: int, num_rows: int) -> int:
     """The memory that it takes to hold so many rows, and to count the uses of all of a table's."""
     return num_slots * (row_size + _SLOT_BYTES) + num_rows
+
+
+def _reason(error: int) -> str:
+    return os.strerror(error) if error else "the file ends before it"
 
 
 def _tell(watchers: list[Callable[[], None]]) -> None:
@@ -184,42 +196,17 @@ def _as_table(memory: Tensor, row_format: torch.dtype | RowFormat, value_dim: in
     return RowRecords(memory, row_format, value_dim)
 
 
-def _open(file: Path, is_direct: bool) -> tuple[int, int]:
-    """A descriptor, and what offsets and sizes of its reads must be multiples of."""
-    try:
-        descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if is_direct else 0))
-    except OSError as error:
-        if is_direct and error.errno == errno.EINVAL:
-            logger.warning(
-                "%s: its filesystem has no direct reads: the page cache takes part", file
-            )
-            return _open(file, is_direct=False)
-        raise TableReadError(f"{file}: {error.strerror}") from None
-    if not is_direct:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        return descriptor, 1
-    memory = anonymous_zeros((_ALIGNMENTS[-1],), torch.uint8).numpy().data
-    for alignment in _ALIGNMENTS:
-        try:
-            os.preadv(descriptor, [memory[:alignment]], 0)
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                continue
-            os.close(descriptor)
-            raise TableReadError(f"{file}: {error.strerror}") from None
-        return descriptor, alignment
-    os.close(descriptor)
-    most = _ALIGNMENTS[-1]
-    raise TableReadError(f"{file}: its filesystem has no direct reads of {most} bytes")
-
-
 def _disk_rows(place: RowFile, memory: Tensor, threads: int, fault: ReadFault | None) -> DiskRows:
     def made(threads: int) -> DiskRows:
         return DiskRows(place, memory, depth=_DEPTH, threads=threads, fault=fault)
 
     try:
         return made(threads)
-    except OSError as error:
-        if error.errno != errno.ENOSYS:
-            raise
+    except RingError as error:
+        _log_threads(error.strerror)
         return made(_THREADS)
+
+
+@functools.cache  # once a process
+def _log_threads(reason: str) -> None:
+    logger.warning("no io_uring (%s): %d threads read tables on disk", reason, _THREADS)

@@ -42,6 +42,7 @@ class HostTable:
     """
 
     tier = "host"
+    fault = None
 
     def __init__(
         self, rows: Table, cache: RowCache, streams: StreamPair, lock: PageLock | None = None

@@ -40,6 +40,11 @@ class ValueTable(Protocol):
     tier: str
 
     @property
+    def fault(self) -> str | None:
+        """Why the table is lost, as far as lookups found out; None while rows can be read."""
+        ...
+
+    @property
     def num_rows(self) -> int:
         """R."""
         ...

@@ -60,8 +60,9 @@ def create_app(
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """200 while the engine lives."""
+        """200 while the engine lives and can read its value tables; else 503, which says why."""
         service.check_engine()
+        service.check_tables()
         return {"status": "ok"}
 
     @app.get("/metrics")

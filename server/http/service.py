@@ -36,6 +36,12 @@ class Service:
             headers = {"Retry-After": "5"}
             raise ApiError(503, "the engine is not running", "server_error", headers=headers)
 
+    def check_tables(self) -> None:
+        """Refuse to be healthy while a value table is lost (ApiError, 503)."""
+        if self.engine.lost_tables:
+            message = "value tables are lost: " + "; ".join(self.engine.lost_tables)
+            raise ApiError(503, message, "server_error", code="table_lost")
+
     async def encode(
         self, text: str, add_special_tokens: bool, only_end: bool = False
     ) -> list[int]:

@@ -42,6 +42,12 @@ def test_every_count_goes_by_its_name():
     )
 
 
+def test_every_step_says_which_tables_are_lost():
+    lost = SimpleNamespace(fault="table: was changed", statistics=dict)
+    tables = {"whole": DeviceTable(torch.zeros(4, 2)), "lost": lost}
+    assert TableCounter(SimpleNamespace(tables=tables)).faults() == ("table: was changed",)
+
+
 def test_tables_are_looked_at_once_a_second_and_at_rest():
     table, now = CountedTable(torch.randn(4, 8)), [100.0]
     counter = TableCounter({"memory.table": table}, lambda: now[0])

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from memory_ops.native import disk_rows
 from memory_ops.native.disk_rows import ReadFault
 from memory_ops.row_formats import quantize_rows
-from memory_ops.tables import disk
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from memory_ops.tables.table_statistics import TableStatistics
@@ -186,7 +185,10 @@ def changed(path, change):
 
 @pytest.mark.parametrize(
     "change",
-    [lambda file: os.truncate(file, OFFSET), lambda file: file.write_bytes(file.read_bytes())],
+    [
+        lambda file: os.truncate(file, OFFSET),
+        lambda file: file.write_bytes(b"x" * file.stat().st_size),
+    ],
 )
 def test_a_file_that_was_changed_is_an_error(files, change):
     table = changed(files[torch.float32][0], change)
@@ -262,21 +264,6 @@ def test_a_lookup_that_is_split_counts_each_row_once(files):
     counted = table.statistics()[0]
     assert (counted.unique_rows, counted.hits + counted.late + counted.misses) == (60, 60)
     assert counted.hits == 0
-
-
-def test_where_the_kernel_has_no_ring_threads_read(files, monkeypatch):
-    real = disk.DiskRows
-
-    def without_ring(*arguments, threads, **options):
-        if not threads:
-            raise OSError(errno.ENOSYS, "no ring")
-        return real(*arguments, threads=threads, **options)
-
-    monkeypatch.setattr(disk, "DiskRows", without_ring)
-    rows, weights = reads(9)
-    wanted = DeviceTable(files[torch.float32][1]).start(rows, weights).finish()
-    found = disk_table(files).start(rows, weights).finish()
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -12,7 +12,7 @@ from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable
 from memory_ops.tables.value_table import TableReadError, ValueTable
 from weights.checkpoints.table_files import RowLayout, asked_layout, converted_parts, stored_layout
-from weights.checkpoints.tensor_files import StoredTensor, read_parts
+from weights.checkpoints.tensor_files import StoredTensor, checksum_key, read_parts
 from weights.errors import CheckpointError
 
 # what takes no longer than a blink needs no progress bar
@@ -119,7 +119,14 @@ def _open(
     row_format = layout.dtype if layout.records is None else layout.records[0]
     shape = stored.shape[0], memory.value_dim
     try:
-        table = DiskTable(stored.file, stored.offset, shape, row_format, cache_bytes)
+        table = DiskTable(
+            stored.file,
+            stored.offset,
+            shape,
+            row_format,
+            cache_bytes,
+            checksum=stored.metadata.get(checksum_key(stored.name)),
+        )
     except TableReadError as error:
         raise CheckpointError(f"tensor {stored.name}: {error}") from None
     except ValueError as error:

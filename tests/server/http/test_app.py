@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import httpx
 import pytest
 
 from engine.process import Abort
@@ -172,3 +173,23 @@ def test_requests_are_named_alike_inside_and_outside():
     sent = asyncio.run(post(app, {"prompt": ["a", "b"]}, finish))
     name = json.loads(sent[1]["body"])["id"]
     assert [request.request_id for request in process.sent] == [f"{name}-0", f"{name}-1"]
+
+
+def test_health_is_a_503_while_a_table_is_lost():
+    _, service, app = build()
+
+    async def health():
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/health")
+
+    assert asyncio.run(health()).status_code == 200
+    lost = EngineStatistics(lost_tables=("a: was changed", "b: no row can be read"))
+    service.engine.handle(StepOutput((), lost))
+    answer = asyncio.run(health())
+    assert answer.status_code == 503
+    error = answer.json()["error"]
+    assert error["message"] == "value tables are lost: a: was changed; b: no row can be read"
+    assert (error["type"], error["code"]) == ("server_error", "table_lost")
+    service.engine.handle(StepOutput((), EngineStatistics()))
+    assert asyncio.run(health()).status_code == 200

@@ -1,0 +1,207 @@
+"""Tables on disk under faults: transient errors are retried, lasting ones reported."""
+
+import ctypes
+import errno
+import os
+import struct
+import threading
+
+import pytest
+import torch
+
+from memory_ops.native import disk_rows
+from memory_ops.native.disk_rows import ReadFault
+from memory_ops.tables import disk
+from memory_ops.tables.disk import DiskTable, row_cache_bytes
+from memory_ops.tables.value_table import TableReadError
+
+ROWS, WIDTH = 200, 24
+WAYS = [{}, {"threads": 3}, {"is_direct": False}]
+_IO_URING_SETUP = 425
+
+pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
+
+
+@pytest.fixture(scope="module")
+def values():
+    torch.manual_seed(0)
+    return torch.randn(ROWS, WIDTH)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory, values):
+    file = tmp_path_factory.mktemp("tables") / "table"
+    file.write_bytes(values.numpy().tobytes())
+    return file
+
+
+def table_of(file, slots=40, **options):
+    room = row_cache_bytes(slots, WIDTH * 4, ROWS)
+    return DiskTable(file, 0, (ROWS, WIDTH), torch.float32, room, **options)
+
+
+def sums(table, first, count=6):
+    rows = torch.arange(first, first + count).view(1, 1, count)
+    return table.start(rows, torch.ones(rows.shape)).finish()[0]
+
+
+@pytest.fixture
+def log(caplog):
+    """The log, of a process that has not said yet that threads read."""
+    disk._log_threads.cache_clear()
+    yield caplog
+    disk._log_threads.cache_clear()
+
+
+def refuse_rings(error):
+    """Have the kernel refuse io_uring to this thread, and to those that it starts."""
+    program = [
+        (0x20, 0, 0, 0),  # load the number of the call
+        (0x15, 0, 1, _IO_URING_SETUP),  # if it is not this one, skip what follows
+        (0x06, 0, 0, 0x00050000 | error),  # return the error
+        (0x06, 0, 0, 0x7FFF0000),  # allow the call
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))
+    filters = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+    return libc.prctl(22, 2, filters, 0, 0) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+@pytest.mark.parametrize(
+    "error", [errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOMEM, errno.EMFILE]
+)
+def test_threads_read_where_the_kernel_refuses_io_uring_and_one_log_line_says_so(
+    file, values, log, error
+):
+    found = []
+
+    def run():
+        if not refuse_rings(error):
+            return
+        for _ in range(2):
+            found.append(sums(table_of(file), 0))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if not found:
+        pytest.skip("this kernel takes no seccomp filter")
+    for one in found:
+        torch.testing.assert_close(one, values[:6].sum(0))
+    assert log.messages == [f"no io_uring ({os.strerror(error)}): 16 threads read tables on disk"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.EBUSY, errno.ENOMEM])
+def test_submits_that_fail_for_now_are_retried(file, values, way, error):
+    table = table_of(file, fault=ReadFault(submits=6, submit_error=error), **way)
+    for first in range(0, 60, 6):
+        torch.testing.assert_close(sums(table, first), values[first : first + 6].sum(0))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINTR])
+def test_reads_that_fail_for_now_are_retried(file, values, way, error):
+    # every second one: a read may fail many more times in a row than a short one is tried again
+    table = table_of(file, fault=ReadFault(2, -error), **way)
+    for first in range(0, 60, 6):
+        torch.testing.assert_close(sums(table, first), values[first : first + 6].sum(0))
+
+
+@pytest.mark.parametrize(
+    ("error", "retry_ms"), [(errno.ENOMEM, 20), (errno.EAGAIN, 0), (errno.EIO, 10_000)]
+)
+def test_after_the_last_retry_a_lookup_fails_and_the_next_is_tried_anew(
+    file, values, error, retry_ms
+):
+    fault = ReadFault(submits=9, submit_error=error, retry_ms=retry_ms)
+    table, failed = table_of(file, fault=fault), 0
+    for _ in range(10):
+        try:
+            torch.testing.assert_close(sums(table, 0), values[:6].sum(0))
+        except TableReadError as raised:
+            failed += 1
+            assert os.strerror(error) in str(raised)
+    assert 0 < failed < 10
+    assert table.fault is None
+    torch.testing.assert_close(sums(table, 6), values[6:12].sum(0))
+
+
+def test_many_rows_that_wait_fail_together_and_are_read_anew(tmp_path):
+    values = torch.randn(4000, WIDTH)
+    (tmp_path / "table").write_bytes(values.numpy().tobytes())
+    room = row_cache_bytes(4000, WIDTH * 4, 4000)
+    fault = ReadFault(submits=4, submit_error=errno.ENOMEM, retry_ms=1)
+    table = DiskTable(tmp_path / "table", 0, (4000, WIDTH), torch.float32, room, fault=fault)
+    rows = torch.randperm(4000).view(40, 10, 10)
+    failed = 0
+    while True:
+        try:
+            found = table.start(rows, torch.ones(rows.shape)).finish()
+            break
+        except TableReadError as raised:
+            assert "Cannot allocate memory" in str(raised)
+            failed += 1
+    assert 0 < failed <= 4
+    torch.testing.assert_close(found, values[rows].sum((1, 2)))
+
+
+def test_reads_that_never_cease_to_fail_end_their_lookup(file):
+    table = table_of(file, fault=ReadFault(1, -errno.EAGAIN, retry_ms=20))
+    for first in (0, 6):
+        with pytest.raises(TableReadError, match="Resource temporarily unavailable"):
+            sums(table, first)
+    # this is the machine's trouble, not the table's
+    assert table.fault is None
+
+
+def test_who_watches_is_told_while_a_submit_is_retried(file):
+    # pauses of 1 to 64 ms, then of 100: longer than the half second that a wait takes in silence
+    table, told = table_of(file, fault=ReadFault(submits=13, submit_error=errno.ENOMEM)), []
+    table.watch(lambda: told.append(table.statistics()[0].bytes_read))
+    sums(table, 0)
+    assert told[0] == 0 and told[-1] > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_table_of_which_no_row_can_be_read_is_lost(file, way):
+    table = table_of(file, fault=ReadFault(1, -errno.EIO), **way)
+    # the same row again and again is no more than one row
+    for _ in range(20):
+        with pytest.raises(TableReadError, match="row 0: Input/output error"):
+            sums(table, 0, 1)
+    assert table.fault is None
+    for row in range(1, 7):
+        with pytest.raises(TableReadError):
+            sums(table, row, 1)
+        assert table.fault is None
+    with pytest.raises(TableReadError):
+        sums(table, 7, 1)
+    assert table.fault == f"{file}: no row can be read: Input/output error"
+
+
+def test_one_row_that_is_read_again_ends_the_loss(file, values):
+    # the first eight submits fail, of a row each, and then all go well
+    table = table_of(file, fault=ReadFault(submits=8, submit_error=errno.ENODEV))
+    for row in range(8):
+        assert table.fault is None
+        with pytest.raises(TableReadError, match="No such device"):
+            sums(table, row, 1)
+    assert table.fault == f"{file}: no row can be read: No such device"
+    torch.testing.assert_close(sums(table, 0), values[:6].sum(0))
+    assert table.fault is None
+
+
+def test_a_row_that_fails_as_the_file_is_cut_off_shows_at_once_that_the_table_is_lost(
+    tmp_path, file
+):
+    copy = tmp_path / "copy"
+    copy.write_bytes(file.read_bytes())
+    table = table_of(copy, fault=ReadFault(1, 8))
+    rows = torch.arange(6).view(1, 1, 6)
+    lookup = table.start(rows, torch.ones(rows.shape))
+    os.truncate(copy, 0)
+    with pytest.raises(TableReadError, match="row 0: the file ends before it"):
+        lookup.finish()
+    assert table.fault == f"{copy}: was changed since it was opened"

@@ -1,0 +1,189 @@
+"""Table files: other ways where direct reads fail, and contents compared before one is given up."""
+
+import errno
+import hashlib
+import os
+from contextlib import closing
+
+import pytest
+import torch
+
+from memory_ops.native import disk_rows
+from memory_ops.tables import table_file
+from memory_ops.tables.disk import DiskTable, row_cache_bytes
+from memory_ops.tables.table_file import TableFile
+from memory_ops.tables.value_table import TableReadError
+
+ROWS, WIDTH, OFFSET = 3000, 24, 4096
+needs_native = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
+
+
+@pytest.fixture
+def values():
+    torch.manual_seed(0)
+    return torch.randn(ROWS, WIDTH)
+
+
+@pytest.fixture
+def file(tmp_path, values):
+    file = tmp_path / "table"
+    file.write_bytes(b"x" * OFFSET + values.numpy().tobytes())
+    return file
+
+
+def opened(file, checksum=None, **options):
+    return TableFile(file, OFFSET, ROWS * WIDTH * 4, checksum=checksum, **options)
+
+
+def checksum_of(file):
+    return hashlib.sha256(file.read_bytes()[OFFSET:]).hexdigest()
+
+
+def needs_alignment(monkeypatch, alignment, error=errno.EINVAL):
+    """Have direct reads fail that are not multiples of an alignment; buffered ones go well."""
+    real = os.preadv
+
+    def preadv(descriptor, buffers, offset):
+        if sum(len(buffer) for buffer in buffers) % alignment or offset % alignment:
+            raise OSError(error, os.strerror(error))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(table_file.os, "preadv", preadv)
+
+
+@needs_native
+@pytest.mark.parametrize("alignment", [512, 16384, 65536])
+def test_rows_are_read_by_the_alignment_that_the_file_needs(
+    file, values, monkeypatch, caplog, alignment
+):
+    needs_alignment(monkeypatch, alignment)
+    room = row_cache_bytes(500, WIDTH * 4, ROWS)
+    table = DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, room)
+    assert table.place.alignment >= alignment and table.place.alignment % alignment == 0
+    rows = torch.randperm(ROWS).view(100, 3, 10)
+    found = table.start(rows, torch.ones(rows.shape)).finish()
+    torch.testing.assert_close(found, values[rows].sum((1, 2)))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (errno.EINVAL, "Invalid argument, for any size up to 65536 bytes"),
+        (errno.EOPNOTSUPP, "Operation not supported"),
+    ],
+)
+def test_a_file_without_direct_reads_is_read_through_the_page_cache_and_one_log_line_says_so(
+    file, monkeypatch, caplog, error, reason
+):
+    with monkeypatch.context() as patch:
+        needs_alignment(patch, 2**30, error)
+        descriptor, alignment = table_file._open(file, is_direct=True)
+    os.close(descriptor)
+    assert alignment == 1
+    assert caplog.messages == [
+        f"{file}: direct reads fail ({reason}): it is read through the page cache"
+    ]
+
+
+@needs_native
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_filesystem_that_refuses_o_direct_is_read_through_the_page_cache(
+    file, values, monkeypatch, caplog, error
+):
+    real = os.open
+
+    def refuse(path, flags, *others):
+        if flags & os.O_DIRECT:
+            raise OSError(error, os.strerror(error))
+        return real(path, flags, *others)
+
+    monkeypatch.setattr(table_file.os, "open", refuse)
+    room = row_cache_bytes(500, WIDTH * 4, ROWS)
+    table = DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, room)
+    rows = torch.randperm(ROWS).view(100, 3, 10)
+    found = table.start(rows, torch.ones(rows.shape)).finish()
+    torch.testing.assert_close(found, values[rows].sum((1, 2)))
+    (said,) = caplog.messages
+    assert said.startswith(f"{file}: ") and os.strerror(error) in said
+
+
+def test_other_errors_refuse_the_file(file, monkeypatch):
+    needs_alignment(monkeypatch, 2**30, errno.EIO)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(TableReadError, match="Input/output error"):
+        opened(file)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture(params=["checksum", "sample", "large"])
+def compared(request, file, monkeypatch):
+    """A file with and without a checksum; and larger than the sample that stands in for one."""
+    if request.param == "large":
+        monkeypatch.setattr(table_file, "_SAMPLES", 20)
+        monkeypatch.setattr(table_file, "_SAMPLE_BYTES", 1000)
+    with closing(opened(file, checksum_of(file) if request.param == "checksum" else None)) as table:
+        yield table
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda file: os.utime(file, ns=(0, 0)),
+        lambda file: file.write_bytes(file.read_bytes()),
+        lambda file: file.write_bytes(file.read_bytes() + b"more"),
+    ],
+)
+def test_a_file_that_is_only_touched_stays_in_use(compared, caplog, touch):
+    told = []
+    compared.check(lambda: told.append(1))
+    assert not told
+    touch(compared.file)
+    compared.check(lambda: told.append(1))
+    assert told and compared.fault is None
+    # compared once a change, and not once a lookup
+    count = len(told)
+    compared.check(lambda: told.append(1))
+    assert len(told) == count and len(caplog.messages) == 1
+    assert str(compared.file) in caplog.messages[0]
+
+
+def rewritten(file):
+    file.write_bytes(b"x" * OFFSET + torch.randn(ROWS, WIDTH).numpy().tobytes())
+
+
+@pytest.mark.parametrize("change", [rewritten, lambda file: os.truncate(file, OFFSET + 1000)])
+def test_changed_contents_are_final(compared, change):
+    before = compared.file.read_bytes()
+    change(compared.file)
+    os.utime(compared.file, ns=(0, 0))
+    for _ in range(2):
+        with pytest.raises(TableReadError, match="table: was changed since it was opened"):
+            compared.check(lambda: None)
+        assert "was changed since it was opened" in compared.fault
+        # rows of the time between may be in memory
+        compared.file.write_bytes(before)
+
+
+def test_a_checksum_finds_one_changed_byte(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    with closing(opened(file, checksum_of(file))) as table:
+        file.write_bytes(content)
+        os.utime(file, ns=(0, 0))
+        with pytest.raises(TableReadError, match="was changed since it was opened"):
+            table.check(lambda: None)
+
+
+def test_a_file_that_cannot_be_looked_at_is_at_fault_until_it_can(file, monkeypatch):
+    def stale(descriptor):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with closing(opened(file)) as table:
+        with monkeypatch.context() as patch:
+            patch.setattr(table_file.os, "fstat", stale)
+            with pytest.raises(TableReadError, match="table: Stale file handle"):
+                table.check(lambda: None)
+            assert table.fault == f"{file}: Stale file handle"
+        table.check(lambda: None)
+        assert table.fault is None

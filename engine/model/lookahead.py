@@ -47,7 +47,7 @@ class Lookahead:
         self._candidates = config.candidates
         self._memories: dict[int, list[MemoryLayer]] = {}
         for memory in memories:
-            if any(table.tier != "device" for table in memory.tables):
+            if any(table.fetched_capacity is not None for table in memory.tables):
                 first = max(0, memory.index + 1 - config.distance)
                 self._memories.setdefault(first, []).append(memory)
 

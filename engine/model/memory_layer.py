@@ -17,8 +17,7 @@ from engine.model.uninitialised import Linear
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_memory import PackedMemory
 from memory_ops.backends import is_fit_for_cpu
-from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.value_table import FetchedTable, Lookup, ValueTable
+from memory_ops.tables.value_table import Lookup, ValueTable
 
 
 class MemoryLayer(nn.Module):
@@ -108,21 +107,13 @@ class MemoryLayer(nn.Module):
         if self.output_gates is not None:
             self.output_gates.pack(native)
             return None
-        table = self.table
-        # what only derives from a device table may read its rows in its own way
-        fetched: FetchedTable | None = None
-        if type(table) is DeviceTable:
-            rows = table.rows
-        elif isinstance(table, FetchedTable):
-            rows, fetched = table.slots, table
-        else:
+        source = self.table.row_source(self.index)
+        if values is None or source is None:
             return None
-        if values is None or not is_fit_for_cpu(rows, self.num_subkeys, self.top_k):
+        if not is_fit_for_cpu(source.rows, self.num_subkeys, self.top_k):
             return None
         return PackedMemory(
-            rows,
-            fetched,
-            self.index,
+            source,
             self.num_heads,
             self.top_k,
             query=query,

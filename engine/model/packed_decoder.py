@@ -11,7 +11,6 @@ from engine.model.parts_by_turns import PartsByTurns
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_layers import PackedLayers
-from memory_ops.tables.device import DeviceTable
 
 # a call more costs nothing beside so many tokens, or the reading of so many bytes: then calls stay
 # short, and tell that the step gets on
@@ -65,22 +64,12 @@ class PackedDecoder:
                 read = self._native.decoder_layers(
                     self._layers, run, residual_TD, angles, layout, layout.paged, kv_blocks
                 )
-                self._count(run, read, trace)
+                if trace is not None:
+                    trace.memory += [MemoryTrace(*one) for one in zip(*read, strict=True)]
                 if self._apart[run[-1]]:
                     residual_TD = self._decoders[run[-1]].feed_forward(residual_TD, trace)
                 on_layers()
             return residual_TD
-
-    def _count(self, run: range, read: tuple[Tensor, Tensor], trace: ForwardTrace | None) -> None:
-        """Tell the tables, and the trace, what the memories of a native call have read."""
-        inside = (self._decoders[layer].memory for layer in run if not self._apart[layer])
-        memories = [memory for memory in inside if memory is not None]
-        for memory, rows_THK, weights_THK in zip(memories, *read, strict=True):
-            # one that fetches counts by itself
-            if isinstance(memory.table, DeviceTable):
-                memory.table.count(rows_THK, memory.index)
-            if trace is not None:
-                trace.memory.append(MemoryTrace(rows_THK, weights_THK))
 
     def _joined(self, num_bytes: Sequence[int]) -> list[range]:
         """The layers in runs that end where they have grown large, with a feed-forward apart, or

@@ -13,9 +13,7 @@ from engine.model.lookahead import Lookahead
 from engine.ops.layout import TokenLayout
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_layers import LayerProducts, PackedLayers
-from memory_ops.checks import table_shape
 from memory_ops.tables.table_statistics import TableStatistics
-from memory_ops.tables.value_table import FetchedTable
 
 # parts from so many tokens on; smaller ones lose more to reading the weights once each than they
 # gain. With 3 memories, 128 rows each, a quarter of them fetched, a disk of 100,000 reads a second:
@@ -56,16 +54,17 @@ class PartsByTurns:
         self._layers = PackedLayers([own._replace(memory=None) for own in products], num_heads)
         memories = [layer.memory for layer in decoders if layer.memory is not None]
         tables = [table for memory in memories for table in memory.tables]
-        # what stands before another table may fetch nothing, though it looks as if it did
-        fetched = [one for one in tables if isinstance(one, FetchedTable) and one.tier != "device"]
+        capacities = [
+            capacity for table in tables if (capacity := table.fetched_capacity) is not None
+        ]
         self._tables = {id(table): table for table in tables}.values()
         self._fetched_share = 1.0  # of the rows asked for by the last step of many tokens
         self._token_rows = max((one.num_heads * one.top_k for one in memories), default=0)
         self._num_rows = max((table.num_rows for table in tables), default=0)
         # for rows of any table; 0 where there is nothing, or not all, to be fetched
         self._room = 0
-        if tables and len(fetched) == len(tables):
-            self._room = min(table_shape(table.slots)[0] for table in fetched)
+        if tables and len(capacities) == len(tables):
+            self._room = min(capacities)
 
     def num_parts(self, num_tokens: int) -> int:
         """How many parts the coming step should be run in; 1 where turns would gain nothing."""

@@ -1,5 +1,6 @@
 """The disk tier: rows in the checkpoint's own file, those that are used often in memory."""
 
+import ctypes
 import errno
 import logging
 import os
@@ -14,7 +15,7 @@ import memory_ops
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.checks import Table, check_rows, check_vectors
 from memory_ops.native.disk_rows import DiskRows, ReadFault, RowFile
-from memory_ops.native.row_fetcher import NO_ROOM, ON_PROGRESS, OUTSIDE, RowFetcher
+from memory_ops.native.row_fetcher import NO_ROOM, ON_PROGRESS, OUTSIDE
 from memory_ops.row_formats import RowFormat, RowRecords, row_bytes
 from memory_ops.tables.disk_lookup import DiskLookup, Operation
 from memory_ops.tables.table_statistics import TableStatistics
@@ -39,6 +40,7 @@ class DiskTable:
         slots: these rows.
         rows: what finds and reads them.
         place: where the file has them.
+        on_progress: ``tell``, for a fetcher to call.
     """
 
     tier = "disk"
@@ -96,7 +98,7 @@ class DiskTable:
             raise
         self.slots = _as_table(memory, row_format, shape[1])
         self._watchers: list[Callable[[], None]] = []
-        self._tell = ON_PROGRESS(partial(_tell, self._watchers))
+        self.on_progress = ON_PROGRESS(partial(_tell, self._watchers))
 
     def close(self) -> None:
         """Wait for the reads that are under way, and give the file up."""
@@ -108,6 +110,13 @@ class DiskTable:
     def __del__(self) -> None:
         if hasattr(self, "rows"):
             self.close()
+
+    @property
+    def fetched_capacity(self) -> int:
+        return self.num_slots
+
+    def row_source(self, layer: int) -> "FetchedRows":
+        return FetchedRows(self, layer)
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> DiskLookup:
         check_rows(self.slots, rows_THK, weights_THK)
@@ -142,9 +151,6 @@ class DiskTable:
         self.check_file()
         return DiskLookup(self, rows_THK, operand, layer, operation)
 
-    def fetcher(self, layer: int) -> RowFetcher:
-        return self.rows.fetcher(layer, self._tell)
-
     def read_error(self, row: int, error: int) -> TableReadError:
         if error == NO_ROOM:
             return TableReadError(f"{self.file}: no room in memory for one token's rows")
@@ -160,6 +166,24 @@ class DiskTable:
     def _file_state(self) -> tuple[int, int]:
         state = os.fstat(self._descriptor)
         return state.st_size, state.st_mtime_ns
+
+
+class FetchedRows:
+    """The slots of a disk table, for native kernels, and the fetcher that reads rows into them."""
+
+    def __init__(self, table: DiskTable, layer: int) -> None:
+        self._table, self.rows = table, table.slots
+        self._fetcher = table.rows.fetcher(layer, table.on_progress)
+        self.fetcher_address = ctypes.addressof(self._fetcher)
+
+    def check(self) -> None:
+        self._table.check_file()
+
+    def read_error(self, row: int, error: int) -> TableReadError:
+        return self._table.read_error(row, error)
+
+    def count(self, rows_THK: Tensor) -> None:
+        """Nothing to do: the fetcher counts its lookups."""
 
 
 def row_cache_bytes(num_slots: int, row_size: int, num_rows: int) -> int:

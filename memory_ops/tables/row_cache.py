@@ -99,6 +99,11 @@ class RowCache:
         self._words_RC, self._memory_words_PC = stored_RC.view(word), memory_PC.view(word)
         self._beside, self.device = beside, memory_PC.device
 
+    @property
+    def capacity(self) -> int:
+        """Rows that stand in the sets at once."""
+        return self.sets.tags_SW.numel()
+
     def gather_rows(
         self, out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, layer: int
     ) -> None:

@@ -43,6 +43,9 @@ class TrainedTable(DeviceTable):
         # a pass goes backwards through reads whose weights need no gradient, too
         self._anchor = torch.zeros((), requires_grad=True)
 
+    def row_source(self, layer: int) -> None:
+        """No source: kernels that read rows themselves record no gradients."""
+
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> ReadyLookup:
         self.count(rows_THK, layer)
         return ReadyLookup(partial(self.read, rows_THK, weights_THK))

@@ -87,7 +87,7 @@ def test_tables_in_memory_are_not_guessed_for():
     memories = [layer.memory for layer in model.model.layers if layer.memory is not None]
     assert Lookahead(memories, LookaheadConfig(2, 3)).layers == frozenset()
     for memory in memories:
-        memory.table.tier = "disk"
+        memory.table.fetched_capacity = 64
     assert Lookahead(memories, LookaheadConfig(3, 3)).layers == {0, 1, 3}
     assert Lookahead(memories, LookaheadConfig(9, 3)).layers == {0}
 

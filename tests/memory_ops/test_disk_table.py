@@ -145,6 +145,17 @@ def test_a_lookup_that_is_forgotten_gives_its_room_back(files):
     torch.testing.assert_close(table.start(rows, weights).finish(), wanted, rtol=0, atol=0)
 
 
+def test_a_lookup_that_found_no_room_at_first_reads_when_there_is_some(files):
+    table, stored = disk_table(files, slots=6), files[torch.float32][1]
+    rows = torch.arange(24).view(4, 2, 3)
+    first = table.start(rows[:1], torch.ones(1, 2, 3))
+    second = table.start(rows[1:], torch.ones(3, 2, 3))
+    torch.testing.assert_close(first.finish(), stored[rows[:1]].sum((1, 2)))
+    torch.testing.assert_close(second.finish(), stored[rows[1:]].sum((1, 2)))
+    counted = table.statistics()[0]
+    assert (counted.lookups, counted.requested_rows, counted.misses) == (2, 24, 24)
+
+
 def test_no_room_for_one_token_is_an_error(files):
     table = disk_table(files, slots=5)
     rows = torch.arange(6).view(1, 2, 3)

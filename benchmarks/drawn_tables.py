@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.read_limits import DRAWN_ROWS
-from memory_ops import ROW_FORMATS, quantize_rows
-from memory_ops.row_formats import RowFormat
+from memory_ops.operations import quantize_rows
+from memory_ops.row_formats import ROW_FORMATS, RowFormat
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DTYPES = (*PLAIN, *ROW_FORMATS)

@@ -19,9 +19,9 @@ from benchmarks.kernel_shapes import Shapes
 from benchmarks.memory.access import DrawnAccess, RecordedAccess, RowAccess
 from benchmarks.read_limits import repeated
 from engine.config import ConfigError
-from memory_ops import RowRecords, triton_kernels
+from memory_ops import triton_kernels
 from memory_ops.checks import Table
-from memory_ops.row_formats import RowFormat
+from memory_ops.row_formats import RowFormat, RowRecords
 from memory_ops.tables.host import HostTable, host_table
 from memory_ops.tables.table_statistics import TableStatistics
 

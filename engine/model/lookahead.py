@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-import memory_ops
 from engine.model.memory_layer import MemoryLayer
+from memory_ops import operations
 
 # what more tokens would want to be fetched goes beyond what a disk has under way
 _MOST_TOKENS = 32
@@ -67,5 +67,5 @@ class Lookahead:
 def guessed_rows(memory: MemoryLayer, residual_TD: Tensor, candidates: int) -> Tensor:
     """The ``candidates`` rows a head that a memory layer would choose from what enters another."""
     candidates = min(candidates, memory.num_subkeys)
-    rows_THK, _ = memory_ops.product_topk(memory.half_scores(residual_TD), candidates)
+    rows_THK, _ = operations.product_topk(memory.half_scores(residual_TD), candidates)
     return rows_THK

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import memory_ops
 from engine import ops
 from engine.model.config import MemoryConfig
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
@@ -16,6 +15,7 @@ from engine.model.norm import RmsNorm
 from engine.model.uninitialised import Linear
 from engine.ops.native.library import NativeOps
 from engine.ops.native.packed_memory import PackedMemory
+from memory_ops import operations
 from memory_ops.backends import is_fit_for_cpu
 from memory_ops.tables.value_table import Lookup, ValueTable
 
@@ -140,7 +140,7 @@ class MemoryLayer(nn.Module):
 
     def start(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Lookup:
         """Choose the rows and begin to read them: ``forward``'s first half."""
-        rows_THK, weights_THK = memory_ops.product_topk(self.half_scores(x_TD), self.top_k)
+        rows_THK, weights_THK = operations.product_topk(self.half_scores(x_TD), self.top_k)
         if trace is not None:
             trace.memory.append(MemoryTrace(rows_THK, weights_THK))
         if self.is_peer:

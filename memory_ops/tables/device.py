@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-import memory_ops
+from memory_ops import operations
 from memory_ops.checks import Table, table_shape
 from memory_ops.tables.table_statistics import TableStatistics
 from memory_ops.tables.value_table import Lookup, RowSource, TableReadError
@@ -48,11 +48,11 @@ class DeviceTable:
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
         self.count(rows_THK, layer)
-        return ReadyLookup(partial(memory_ops.gather_rows, self.rows, rows_THK, weights_THK))
+        return ReadyLookup(partial(operations.gather_rows, self.rows, rows_THK, weights_THK))
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
         self.count(rows_THK, layer)
-        return ReadyLookup(partial(memory_ops.row_dots, self.rows, rows_THK, x_TV))
+        return ReadyLookup(partial(operations.row_dots, self.rows, rows_THK, x_TV))
 
     def count(self, rows_THK: Tensor, layer: int) -> None:
         """Count a lookup that read ``rows`` without ``start``."""

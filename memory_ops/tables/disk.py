@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import memory_ops
+from memory_ops import operations
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.checks import Table, check_rows, check_vectors
 from memory_ops.native.disk_rows import DiskRows, ReadFault, RowFile
@@ -120,11 +120,11 @@ class DiskTable:
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> DiskLookup:
         check_rows(self.slots, rows_THK, weights_THK)
-        return self._lookup(rows_THK, weights_THK, layer, memory_ops.gather_rows)
+        return self._lookup(rows_THK, weights_THK, layer, operations.gather_rows)
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> DiskLookup:
         check_vectors(self.slots, rows_THK, x_TV)
-        return self._lookup(rows_THK, x_TV, layer, memory_ops.row_dots)
+        return self._lookup(rows_THK, x_TV, layer, operations.row_dots)
 
     def hint(self, rows: Tensor, layer: int = 0) -> None:
         if rows.dtype is not torch.int64 or not rows.is_cpu:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import memory_ops
+from memory_ops import operations
 from memory_ops.tables.device import DeviceTable, ReadyLookup
 
 
@@ -81,7 +81,7 @@ class _Read(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weights_THK, rows_THK)
         ctx.table = table
-        return memory_ops.gather_rows(table.table_RV, rows_THK, weights_THK)
+        return operations.gather_rows(table.table_RV, rows_THK, weights_THK)
 
     @staticmethod
     def backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -90,7 +90,7 @@ class _Read(torch.autograd.Function):
         table.reads.append(TableReads(rows_THK, weights_THK, grad_TV))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        grad_THK = memory_ops.row_dots(table.table_RV, rows_THK, grad_TV)
+        grad_THK = operations.row_dots(table.table_RV, rows_THK, grad_TV)
         return grad_THK.to(weights_THK.dtype), None, None, None
 
 
@@ -104,7 +104,7 @@ class _Dots(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_TV, rows_THK)
         ctx.table = table
-        return memory_ops.row_dots(table.table_RV, rows_THK, x_TV)
+        return operations.row_dots(table.table_RV, rows_THK, x_TV)
 
     @staticmethod
     def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -113,5 +113,5 @@ class _Dots(torch.autograd.Function):
         table.reads.append(TableReads(rows_THK, grad_THK, x_TV.float()))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        grad_TV = memory_ops.gather_rows(table.table_RV, rows_THK, grad_THK)
+        grad_TV = operations.gather_rows(table.table_RV, rows_THK, grad_THK)
         return grad_TV.to(x_TV.dtype), None, None, None

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import memory_ops
-from memory_ops import backends
+from memory_ops import backends, operations
 from memory_ops.native.backend import NativeBackend
 from memory_ops.native.direct import direct_calls
 from tests.memory_ops.builds import each_build
@@ -105,7 +104,7 @@ def test_tables_whose_rows_lie_apart_and_parts_of_tensors_are_read_where_they_ar
 def test_a_row_outside_the_table_is_refused(wrong, direct):
     rows, weights = lookups()
     rows[1, 1, 2] = wrong
-    for gather in (direct.gather_rows, memory_ops.gather_rows):
+    for gather in (direct.gather_rows, operations.gather_rows):
         with pytest.raises(IndexError, match=rf"rows: {wrong} is outside \[0, 9\)"):
             gather(torch.zeros(9, 40), rows, weights)
 
@@ -113,7 +112,7 @@ def test_a_row_outside_the_table_is_refused(wrong, direct):
 def test_without_it_the_operations_are_the_same(monkeypatch):
     table, (rows, weights) = torch.randn(9, 40), lookups()
     scores = torch.randn(3, 2, 2, 9)
-    short = memory_ops.gather_rows(table, rows, weights), *memory_ops.product_topk(scores, 3)
+    short = operations.gather_rows(table, rows, weights), *operations.product_topk(scores, 3)
     monkeypatch.setattr(backends, "direct", lambda: None)
-    long = memory_ops.gather_rows(table, rows, weights), *memory_ops.product_topk(scores, 3)
+    long = operations.gather_rows(table, rows, weights), *operations.product_topk(scores, 3)
     assert all(map(torch.equal, short, long))

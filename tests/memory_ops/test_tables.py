@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from memory_ops import gather_rows
 from memory_ops.anonymous import anonymous_zeros
+from memory_ops.operations import gather_rows
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.table_statistics import TableStatistics
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 from engine.model.transformer import Transformer
 from engine.request import TableCounts
-from memory_ops.tables.table_statistics import TableStatistics
 
 EVERY_S = 1.0
 
@@ -26,12 +25,7 @@ class TableCounter:
             return None
         self._next = now + EVERY_S
         return tuple(
-            _counts(name, table.tier, layer, statistics)
+            TableCounts(name, table.tier, layer, totals)
             for name, table in self._tables.items()
-            for layer, statistics in sorted(table.statistics().items())
+            for layer, totals in sorted(table.statistics().items())
         )
-
-
-def _counts(name: str, tier: str, layer: int, statistics: TableStatistics) -> TableCounts:
-    totals = {field: getattr(statistics, field) for field in TableCounts._fields[3:]}
-    return TableCounts(name, tier, layer, **totals)

@@ -83,10 +83,8 @@ class PartsByTurns:
             return
         before = self._counts()
         yield
-        now = self._counts()
-        requested = now.requested_rows - before.requested_rows
-        fetched = now.misses + now.late - before.misses - before.late
-        self._fetched_share = fetched / max(1, requested)
+        step = self._counts().since(before)
+        self._fetched_share = (step.misses + step.late) / max(1, step.requested_rows)
 
     def _counts(self) -> TableStatistics:
         counts = [one for table in self._tables for one in table.statistics().values()]

@@ -5,6 +5,7 @@ import functools
 import os
 import sysconfig
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from memory_ops.native.row_fetcher import (
     ReadFailure,
     RowFetcher,
 )
+from memory_ops.tables.table_statistics import TableStatistics
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
@@ -54,21 +56,6 @@ class ReadFault(NamedTuple):
 
     every: int
     result: int
-
-
-class DiskCounts(NamedTuple):
-    """Totals of a layer's lookups, in the order of disk_rows.h."""
-
-    requested_rows: int
-    lookups: int
-    unique_rows: int
-    hits: int
-    late: int
-    misses: int
-    bytes_read: int
-    prefetched: int
-    prefetched_used: int
-    stall_ns: int
 
 
 class DiskRows:
@@ -163,13 +150,14 @@ class DiskRows:
         self._functions["fetcher"](self._open_rows, layer, on_progress, ctypes.byref(fetcher))
         return fetcher
 
-    def counts(self) -> dict[int, DiskCounts]:
+    def counts(self) -> dict[int, TableStatistics]:
         """Totals so far, by layer."""
-        counts = (_INT64 * len(DiskCounts._fields))()
+        totals = (_INT64 * len(fields(TableStatistics)))()
         by_layer = {}
         for layer in range(self._functions["num_layers"](self._open_rows)):
-            self._functions["counts"](self._open_rows, layer, counts)
-            by_layer[layer] = DiskCounts(*counts)
+            self._functions["counts"](self._open_rows, layer, totals)
+            counts = TableStatistics(*totals)
+            by_layer[layer] = replace(counts, stall_seconds=counts.stall_seconds / 1e9)  # from ns
         return by_layer
 
 

@@ -140,9 +140,9 @@ class DiskTable:
 
     def statistics(self) -> Mapping[int, TableStatistics]:
         return {
-            layer: TableStatistics(*counts[:-1], stall_seconds=counts.stall_ns / 1e9)
+            layer: counts
             for layer, counts in self.rows.counts().items()
-            if any(counts)
+            if counts != TableStatistics()
         }
 
     def _lookup(

@@ -6,9 +6,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from memory_ops import ROW_FORMATS, quantize_rows
 from memory_ops.anonymous import anonymous_zeros
-from memory_ops.row_formats import RowFormat
+from memory_ops.operations import quantize_rows
+from memory_ops.row_formats import ROW_FORMATS, RowFormat
 
 # rows that a table is made of: what a row holds takes no time
 DRAWN_ROWS = 2**12

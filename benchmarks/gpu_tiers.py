@@ -18,9 +18,9 @@ from benchmarks.graph_timing import CopyLimits, replayed_us
 from benchmarks.kernel_shapes import Shapes
 from benchmarks.memory.access import DrawnAccess, RecordedAccess, RowAccess
 from engine.errors import ConfigError
-from memory_ops import RowRecords, triton_kernels
+from memory_ops import triton_kernels
 from memory_ops.checks import Table
-from memory_ops.row_formats import RowFormat
+from memory_ops.row_formats import RowFormat, RowRecords
 from memory_ops.tables.host import HostTable, host_table
 from memory_ops.tables.table_statistics import TableStatistics
 

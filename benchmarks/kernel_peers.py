@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.drawn_tables import DRAWN_ROWS, repeated
-from memory_ops import RowRecords, dequantize_rows
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.checks import Table, table_shape
+from memory_ops.row_formats import RowRecords, dequantize_rows
 
 # rows and weights, [T, H, K] each
 Gather = Callable[[Tensor, Tensor], object]

@@ -10,7 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-import memory_ops
 from benchmarks import kernel_peers
 from benchmarks.alternating import Contestant, median_seconds
 from benchmarks.drawn_tables import DTYPES, PLAIN, drawn_rows, repeated
@@ -23,11 +22,11 @@ from benchmarks.read_limits import (
     sequential_reader,
 )
 from engine.errors import ConfigError
-from memory_ops import RowRecords
+from memory_ops import operations
 from memory_ops.checks import Table
 from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS
 from memory_ops.native.library import MEMORY_LIBRARY
-from memory_ops.row_formats import RowFormat
+from memory_ops.row_formats import RowFormat, RowRecords
 
 TOKENS = (1, 16, 256)
 GRADIENT_TOKENS = 1024
@@ -142,7 +141,7 @@ class _Benchmark:
     def _topk(self, tokens: int) -> list[Result]:
         top_k = self._shapes.top_k
         calls: dict[str, Callable[[Tensor], object]] = {
-            "native": lambda scores: memory_ops.product_topk(scores, top_k),
+            "native": lambda scores: operations.product_topk(scores, top_k),
             "torch": lambda scores: kernel_peers.product_topk(scores, top_k),
         }
         contestants = self._by_scores(calls, tokens)
@@ -158,7 +157,7 @@ class _Benchmark:
             return list(zip(rows, torch.rand(shape), strict=True))
 
         def native(rows_THK: Tensor, weights_THK: Tensor) -> object:
-            return memory_ops.gather_rows(timed.table, rows_THK, weights_THK)
+            return operations.gather_rows(timed.table, rows_THK, weights_THK)
 
         calls = {"native": native, **peers}
         contestants = [Contestant(*item, inputs, _calls(tokens)) for item in calls.items()]
@@ -167,8 +166,8 @@ class _Benchmark:
     def _lookup(self, timed: TimedTable, bag: kernel_peers.Gather, tokens: int) -> list[Result]:
         table, top_k = timed.table, self._shapes.top_k
         calls: dict[str, Callable[[Tensor], object]] = {
-            "native": lambda scores: memory_ops.gather_rows(
-                table, *memory_ops.product_topk(scores, top_k)
+            "native": lambda scores: operations.gather_rows(
+                table, *operations.product_topk(scores, top_k)
             ),
             "torch": lambda scores: bag(*kernel_peers.product_topk(scores, top_k)),
         }
@@ -188,7 +187,7 @@ class _Benchmark:
         def by_torch(rows: Tensor, weights: Tensor, grad: Tensor) -> object:
             return kernel_peers.row_gradients(rows, weights, grad, num_rows)
 
-        calls = {"native": memory_ops.row_gradients, "torch": by_torch}
+        calls = {"native": operations.row_gradients, "torch": by_torch}
         contestants = [Contestant(*item, inputs, 1) for item in calls.items()]
         written = 4 * min(count, DISTINCT_ROWS) * self._shapes.width
         results = self._beside_sequential("backward", GRADIENT_TOKENS, contestants, written)

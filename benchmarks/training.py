@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import memory_ops
 from benchmarks.alternating import Contestant, median_seconds
 from engine.errors import ConfigError
+from memory_ops import operations
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.tables.trained import TableReads, TrainedTable
@@ -154,7 +154,7 @@ def _adamw(num_rows: int) -> Callable[[TableReads], None]:
     optimizer = torch.optim.AdamW([table], lr=LR, fused=True)
 
     def step(reads: TableReads) -> None:
-        rows, sums = memory_ops.row_gradients(*reads)
+        rows, sums = operations.row_gradients(*reads)
         table.grad = torch.zeros_like(table).index_copy_(0, rows, sums)
         optimizer.step()
 
@@ -166,7 +166,7 @@ def _torch_sparse_adam(num_rows: int) -> Callable[[TableReads], None]:
     optimizer = torch.optim.SparseAdam([table], lr=LR)
 
     def step(reads: TableReads) -> None:
-        rows, sums = memory_ops.row_gradients(*reads)
+        rows, sums = operations.row_gradients(*reads)
         table.grad = torch.sparse_coo_tensor(
             rows.unsqueeze(0), sums, table.shape, is_coalesced=True, check_invariants=False
         )

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from engine.errors import RequestError
 from engine.sampling.params import SamplingParams, TokenLogprobs
+from memory_ops.tables.table_statistics import TableStatistics
 
 FinishReason = Literal["stop", "length", "error"]
 MAX_PRIORITY = 100
@@ -98,36 +99,19 @@ class TokenOutput(NamedTuple):
 
 
 class TableCounts(NamedTuple):
-    """What one layer asked of one value table, and what that cost: totals since it was loaded.
+    """What one layer asked of one value table, and what that cost.
 
     Attributes:
         table: its name in the checkpoint.
         tier: where its rows lie.
         layer: whose lookups these are.
-        requested_rows: row ids, repeats included.
-        unique_rows: of these, each counted once a lookup; like all that follows, 0 where rows need
-            no fetching.
-        hits: unique rows that were in memory.
-        misses: unique rows that had to be fetched.
-        late: unique rows that were being fetched already.
-        bytes_read: from where the rows lie.
-        prefetched: rows fetched because they might be asked for.
-        prefetched_used: of these, that were.
-        stall_seconds: waited for rows.
+        totals: since the table was loaded.
     """
 
     table: str
     tier: str
     layer: int
-    requested_rows: int = 0
-    unique_rows: int = 0
-    hits: int = 0
-    misses: int = 0
-    late: int = 0
-    bytes_read: int = 0
-    prefetched: int = 0
-    prefetched_used: int = 0
-    stall_seconds: float = 0.0
+    totals: TableStatistics
 
 
 @dataclass(frozen=True)

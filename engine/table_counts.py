@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Mapping
 
 from engine.request import TableCounts
-from memory_ops.tables.table_statistics import TableStatistics
 from memory_ops.tables.value_table import ValueTable
 
 EVERY_S = 1.0
@@ -28,17 +27,12 @@ class TableCounter:
             return None
         self._next = now + EVERY_S
         return tuple(
-            _counts(name, table.tier, layer, statistics)
+            TableCounts(name, table.tier, layer, totals)
             for name, table in self._tables.items()
-            for layer, statistics in sorted(table.statistics().items())
+            for layer, totals in sorted(table.statistics().items())
         )
 
     def faults(self) -> tuple[str, ...]:
         """Why tables are lost, those that are."""
         faults = (table.fault for table in self._tables.values())
         return tuple(fault for fault in faults if fault is not None)
-
-
-def _counts(name: str, tier: str, layer: int, statistics: TableStatistics) -> TableCounts:
-    totals = {field: getattr(statistics, field) for field in TableCounts._fields[3:]}
-    return TableCounts(name, tier, layer, **totals)

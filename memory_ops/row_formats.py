@@ -84,7 +84,7 @@ def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
     int8 and fp8 are scaled to their range by the row's largest value, int4 by the largest of each
     group of 32, which becomes -8.
 
-    In plain torch; ``memory_ops.quantize_rows`` chooses what is faster, to the same bits.
+    In plain torch; ``operations.quantize_rows`` chooses what is faster, to the same bits.
 
     Args:
         values_RV: ``[R, V]``, floating.

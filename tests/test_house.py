@@ -74,6 +74,22 @@ def test_rooms_of_the_engine_see_those_below_them(path):
         assert all(m.startswith("memory_ops.tables.value_table.") for m in tables)
 
 
+def test_the_table_protocol_knows_no_ctypes():
+    start = ROOT / "memory_ops" / "tables" / "value_table.py"
+    seen, coming = set(), [start]
+    while coming:
+        path = coming.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        modules = imports(path)
+        assert "ctypes" not in {module.split(".")[0] for module in modules}, name(path)
+        stems = {part for module in modules for part in (module, module.rpartition(".")[0])}
+        files = (ROOT / f"{stem.replace('.', '/')}.py" for stem in stems)
+        coming += [file for file in files if file.exists()]
+    assert len(seen) > 3
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_files_and_functions_are_short(path):
     assert len(path.read_text().splitlines()) <= 300

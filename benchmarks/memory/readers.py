@@ -27,7 +27,6 @@ _ENGINE = EngineConfig(kv_cache_gib=0.25, max_num_seqs=64)
 _INPUT_LEN = 16
 _TABLE = "memory.table"
 _NO_CACHE = 2**20  # which is replaced at once
-_COUNTS = ("unique_rows", "hits", "late", "misses", "prefetched", "stall_seconds")
 
 
 @dataclass
@@ -75,16 +74,15 @@ class Reader:
         tokens = point.prompt_len or len(steps) * point.batch
         if disk is None:
             return Round(tokens / seconds, seconds, 1.0 if point.tier == "device" else None)
-        after = TableStatistics.sum(self.table.statistics().values())
-        counted = {name: getattr(after, name) - getattr(before[0], name) for name in _COUNTS}
+        counted = TableStatistics.sum(self.table.statistics().values()).since(before[0])
         return Round(
             tokens_per_s=tokens / seconds,
             seconds=seconds,
-            hit_rate=counted["hits"] / counted["unique_rows"],
-            late_rate=counted["late"] / counted["unique_rows"],
-            misses_per_token=counted["misses"] / tokens,
-            reads_per_token=(counted["misses"] + counted["prefetched"]) / tokens,
-            stall_s=counted["stall_seconds"],
+            hit_rate=counted.hits / counted.unique_rows,
+            late_rate=counted.late / counted.unique_rows,
+            misses_per_token=counted.misses / tokens,
+            reads_per_token=(counted.misses + counted.prefetched) / tokens,
+            stall_s=counted.stall_seconds,
         )
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory.access import RowAccess
+from memory_ops.checks import Table
 from memory_ops.native.row_fetcher import (
     ALL_THERE,
     FINISH,
@@ -19,7 +20,7 @@ from memory_ops.native.row_fetcher import (
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable
 from memory_ops.tables.table_statistics import TableStatistics
-from memory_ops.tables.value_table import Lookup, TableReadError
+from memory_ops.tables.value_table import Lookup, RowSource, TableReadError
 
 _WARM_SEQUENCES = 8
 
@@ -112,14 +113,16 @@ class ReplayedTable:
 
     Attributes:
         table: where the rows are read.
-        slots: what native kernels read: the rows themselves where all are in memory.
     """
 
     def __init__(self, table: DeviceTable | DiskTable, replay: Replay) -> None:
         self.table, self._replay = table, replay
         self.tier, self.num_rows, self.value_dim = table.tier, table.num_rows, table.value_dim
-        self.slots = table.slots if isinstance(table, DiskTable) else table.rows
-        self._held: list[object] = []  # what fetchers point to
+        self.fetched_capacity = table.fetched_capacity
+
+    def row_source(self, layer: int) -> RowSource | None:
+        source = self.table.row_source(layer)
+        return None if source is None else ReplayedRows(source, self._replay, layer)
 
     @property
     def fault(self) -> str | None:
@@ -144,23 +147,6 @@ class ReplayedTable:
     def statistics(self) -> Mapping[int, TableStatistics]:
         return self.table.statistics()
 
-    def fetcher(self, layer: int) -> RowFetcher:
-        """The table's own, or one that finds all in memory, told of the rows of the replay."""
-        calls = _calls(self.table, self._replay, layer)
-        self._held.append(calls)
-        own = self.table.fetcher(layer).own if isinstance(self.table, DiskTable) else None
-        addresses = (ctypes.cast(call, ctypes.c_void_p).value for call in calls)
-        return RowFetcher(*addresses, own, layer)
-
-    def check_file(self) -> None:
-        if isinstance(self.table, DiskTable):
-            self.table.check_file()
-
-    def read_error(self, row: int, error: int) -> TableReadError:
-        if isinstance(self.table, DiskTable):
-            return self.table.read_error(row, error)
-        return TableReadError(f"replay: row {row} is not to be had ({error})")
-
     def warm_up(self, num_rows: int) -> None:
         """Read other rows than are timed, until as many were read, or four times as many found."""
         access, layers = self._replay.access, self._replay.layers
@@ -180,9 +166,33 @@ class ReplayedTable:
         return sum(counts.misses for counts in self.table.statistics().values())
 
 
-def _calls(table: DeviceTable | DiskTable, replay: Replay, layer: int) -> tuple[Any, ...]:
-    """A fetcher's functions; nothing can be raised through them."""
-    own = table.fetcher(layer) if isinstance(table, DiskTable) else None
+class ReplayedRows:
+    """A table's row source whose fetcher replaces the rows asked for by those of the replay."""
+
+    def __init__(self, source: RowSource, replay: Replay, layer: int) -> None:
+        self.rows: Table = source.rows
+        self._source = source
+        address = source.fetcher_address
+        own = None if address is None else RowFetcher.from_address(address)
+        self._calls = _calls(own, replay)
+        addresses = (ctypes.cast(call, ctypes.c_void_p).value for call in self._calls)
+        self._fetcher = RowFetcher(*addresses, None if own is None else own.own, layer)
+        self.fetcher_address = ctypes.addressof(self._fetcher)
+
+    def check(self) -> None:
+        self._source.check()
+
+    def read_error(self, row: int, error: int) -> TableReadError:
+        if self._source.fetcher_address is None:
+            return TableReadError(f"replay: row {row} cannot be read ({error})")
+        return self._source.read_error(row, error)
+
+    def count(self, rows_THK: Tensor) -> None:
+        """Nothing to do: these are not the rows that were read."""
+
+
+def _calls(own: RowFetcher | None, replay: Replay) -> tuple[Any, ...]:
+    """The functions of a fetcher before ``own``, or before rows in place; none may raise."""
     own_start = START(own.start) if own is not None else None
 
     def start(

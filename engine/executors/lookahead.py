@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-import memory_ops
 from engine.model.layers import DecoderLayer
 from engine.model.memory_layer import MemoryLayer
+from memory_ops import operations
 from memory_ops.tables.value_table import ValueTable
 
 # a disk's queue is full with the rows of this many tokens
@@ -58,7 +58,7 @@ class PredictedMemory:
 
     def rows(self, residual_TD: Tensor, candidates: int) -> Tensor:
         """The ``candidates`` rows per head that the layer would choose from a residual stream."""
-        rows_THK, _ = memory_ops.product_topk(
+        rows_THK, _ = operations.product_topk(
             self.half_scores(residual_TD), min(candidates, self.num_subkeys)
         )
         return rows_THK
@@ -81,7 +81,7 @@ class Lookahead:
         self._candidates = config.candidates
         self._memories: dict[int, list[PredictedMemory]] = {}
         for memory in memories:
-            if any(table.tier != "device" for table in memory.tables):
+            if any(table.fetched_capacity is not None for table in memory.tables):
                 first = max(0, memory.index + 1 - config.distance)
                 self._memories.setdefault(first, []).append(memory)
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-import memory_ops
 from engine.model.config import MemoryConfig
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.norm import rms_norm
 from engine.model.uninitialised import Linear
+from memory_ops import operations
 from memory_ops.tables.value_table import ValueTable
 
 
@@ -83,7 +83,7 @@ class MemoryLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Tensor:
         """Return ``y``, ``[T, D]`` in the dtype of ``x``; the rows read are added to ``trace``."""
-        rows_THK, weights_THK = memory_ops.product_topk(self.half_scores(x_TD), self.top_k)
+        rows_THK, weights_THK = operations.product_topk(self.half_scores(x_TD), self.top_k)
         if trace is not None:
             trace.memory.append(MemoryTrace(rows_THK, weights_THK))
         if self.is_peer:

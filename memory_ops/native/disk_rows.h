@@ -10,7 +10,7 @@
 
 namespace memplus {
 
-// Totals of a layer's lookups; the order is that of disk_rows.py.
+// Totals of a layer's lookups; the order is that of table_statistics.py.
 struct DiskCounts {
   int64_t requested;        // row ids of lookups
   int64_t lookups;

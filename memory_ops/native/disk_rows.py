@@ -5,12 +5,20 @@ import functools
 import os
 import sysconfig
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from memory_ops.native.row_fetcher import ALL_THERE, STILL_READING, RowFetcher
+from memory_ops.native.row_fetcher import (
+    FAILED,
+    ON_PROGRESS,
+    STILL_READING,
+    ReadFailure,
+    RowFetcher,
+)
+from memory_ops.tables.table_statistics import TableStatistics
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
@@ -19,9 +27,13 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (_INT32, *[_INT64] * 4, _POINTER, *[_INT64] * 8, ctypes.POINTER(_INT32)),
     ),
     "close": (None, (_POINTER,)),
-    "start": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, _INT32, _INT64, _POINTER)),
-    "finish": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, ctypes.POINTER(_INT32))),
-    "release": (None, (_POINTER, _POINTER, _INT64)),
+    "fetcher": (None, (_POINTER, _INT64, ON_PROGRESS, ctypes.POINTER(RowFetcher))),
+    "lookup_start": (
+        _POINTER,
+        (_POINTER, _POINTER, *[_INT64] * 3, _POINTER, ctypes.POINTER(_INT64)),
+    ),
+    "lookup_next": (_INT64, (_POINTER, ctypes.POINTER(ReadFailure))),
+    "lookup_drop": (None, (_POINTER, _INT32)),
     "hint": (None, (_POINTER, _POINTER, _INT64, _INT64)),
     "is_lost": (_INT32, (_POINTER, ctypes.POINTER(_INT32))),
     "num_layers": (_INT64, (_POINTER,)),
@@ -61,21 +73,6 @@ class ReadFault(NamedTuple):
     retry_ms: int = 10_000
 
 
-class DiskCounts(NamedTuple):
-    """Totals of a layer's lookups, in the order of disk_rows.h."""
-
-    requested_rows: int
-    lookups: int
-    unique_rows: int
-    hits: int
-    late: int
-    misses: int
-    bytes_read: int
-    prefetched: int
-    prefetched_used: int
-    stall_ns: int
-
-
 class DiskRows:
     """Slots for some of a file's rows, in memory of the caller's, and reads into them."""
 
@@ -111,9 +108,12 @@ class DiskRows:
 
     @property
     def _open_rows(self) -> int:
+        self._check_open()
+        return int(self._rows)
+
+    def _check_open(self) -> None:
         if not self._rows:
             raise ValueError("table: is closed")
-        return int(self._rows)
 
     def close(self) -> None:
         """Wait for the reads that are under way, and give everything up."""
@@ -121,41 +121,43 @@ class DiskRows:
         if rows:
             self._functions["close"](rows)
 
-    def start(self, rows_TL: Tensor, slots_TL: Tensor, *, is_new: bool, layer: int) -> int:
-        """Pin slots for the rows of the first so many tokens, and begin to read what is missing.
+    def start(self, rows_TL: Tensor, slots_TL: Tensor, *, layer: int) -> int:
+        """Begin a lookup of contiguous int64 rows; return its handle, for ``drop``.
 
-        Returns how many; ``slots_TL`` has their slots. Both are contiguous int64. ``is_new`` says
-        that these are the first of a lookup, ``layer`` whose it is.
+        The first part's reads are in flight then. ``slots_TL`` receives the slots of each part's
+        rows; both tensors must outlive the handle.
 
         Raises:
             IndexError: a row id lies outside the table.
         """
-        num_tokens, token_rows = rows_TL.shape
-        shape = num_tokens, token_rows
-        arguments = rows_TL.data_ptr(), *shape, is_new, layer, slots_TL.data_ptr()
-        done: int = self._functions["start"](self._open_rows, *arguments)
-        if done < 0:
-            raise IndexError(f"rows: {int(rows_TL.flatten()[-1 - done])} is outside the table")
-        return done
+        outside = _INT64()
+        arguments = rows_TL.data_ptr(), *rows_TL.shape, layer, slots_TL.data_ptr()
+        lookup: int = self._functions["lookup_start"](
+            self._open_rows, *arguments, ctypes.byref(outside)
+        )
+        if outside.value >= 0:
+            self.drop(lookup)
+            raise IndexError(f"rows: {int(rows_TL.flatten()[outside.value])} is outside the table")
+        return lookup
 
-    def finish(
-        self, slots: Tensor, *, layer: int, on_progress: Callable[[], None]
-    ) -> tuple[int, int] | None:
-        """Wait for all slots; the index of one that could not be read, and its errno, or None.
+    def next_part(self, lookup: int, on_progress: Callable[[], None]) -> int | ReadFailure:
+        """Wait for the rows of a lookup's next tokens, as many as there are slots for.
 
-        The errno is 0 where the file ends before the row. ``on_progress`` is called about every
-        half second as long as reads end or are retried.
+        Returns the token after the last of them, or the row that could not be read. Slots of the
+        tokens before may get other rows. ``on_progress`` is called about every half second as long
+        as reads end or are retried.
         """
-        error = _INT32()
-        arguments = slots.data_ptr(), slots.numel(), layer, ctypes.byref(error)
-        while (index := self._functions["finish"](self._open_rows, *arguments)) == STILL_READING:
+        failure = ReadFailure()
+        while True:
+            self._check_open()
+            last: int = self._functions["lookup_next"](lookup, ctypes.byref(failure))
+            if last != STILL_READING:
+                return failure if last == FAILED else last
             on_progress()
-        return None if index == ALL_THERE else (index, error.value)
 
-    def release(self, slots: Tensor) -> None:
-        """Unpin what ``start`` has pinned."""
-        if self._rows:
-            self._functions["release"](self._rows, slots.data_ptr(), slots.numel())
+    def drop(self, lookup: int) -> None:
+        """Unpin the slots of a lookup that has ended, or is given up."""
+        self._functions["lookup_drop"](lookup, bool(self._rows))
 
     def hint(self, rows: Tensor, *, layer: int) -> None:
         """Begin to read rows, as many as there is room for, without waiting."""
@@ -163,9 +165,9 @@ class DiskRows:
 
     def fetcher(self, layer: int, on_progress: "ctypes._CFunctionType") -> RowFetcher:
         """What kernels call for a layer's lookups; valid until ``close``, and as long as both."""
-        calls = (self._functions[name] for name in ("start", "finish", "release"))
-        addresses = [ctypes.cast(call, _POINTER) for call in (*calls, on_progress)]
-        return RowFetcher(*(address.value for address in addresses), self._open_rows, layer)
+        fetcher = RowFetcher()
+        self._functions["fetcher"](self._open_rows, layer, on_progress, ctypes.byref(fetcher))
+        return fetcher
 
     def lost_error(self) -> int | None:
         """The errno of the last read if all fail now (0: the file ends before it), else None.
@@ -177,13 +179,14 @@ class DiskRows:
         is_lost = self._functions["is_lost"](self._open_rows, ctypes.byref(error))
         return error.value if is_lost else None
 
-    def counts(self) -> dict[int, DiskCounts]:
+    def counts(self) -> dict[int, TableStatistics]:
         """Totals so far, by layer."""
-        counts = (_INT64 * len(DiskCounts._fields))()
+        totals = (_INT64 * len(fields(TableStatistics)))()
         by_layer = {}
         for layer in range(self._functions["num_layers"](self._open_rows)):
-            self._functions["counts"](self._open_rows, layer, counts)
-            by_layer[layer] = DiskCounts(*counts)
+            self._functions["counts"](self._open_rows, layer, totals)
+            counts = TableStatistics(*totals)
+            by_layer[layer] = replace(counts, stall_seconds=counts.stall_seconds / 1e9)  # from ns
         return by_layer
 
 

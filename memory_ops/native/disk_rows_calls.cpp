@@ -3,6 +3,23 @@
 
 using namespace memplus;
 
+namespace {
+
+int64_t start(void* self, const int64_t* rows, int64_t tokens, int64_t token_rows, int32_t is_new,
+              int64_t layer, int64_t* slots) {
+  return ((DiskRows*)self)->start(rows, tokens, token_rows, is_new, layer, slots);
+}
+
+int64_t finish(void* self, const int64_t* slots, int64_t count, int64_t layer, int32_t* error) {
+  return ((DiskRows*)self)->finish(slots, count, layer, error);
+}
+
+void release(void* self, const int64_t* slots, int64_t count) {
+  ((DiskRows*)self)->release(slots, count);
+}
+
+}  // namespace
+
 extern "C" {
 
 // Null and an errno; below zero, -errno, if `threads` is 0 and the kernel refuses a ring.
@@ -36,18 +53,27 @@ void* memplus_disk_open(int file, int64_t offset, int64_t num_rows, int64_t row_
 
 void memplus_disk_close(void* rows) { delete (DiskRows*)rows; }
 
-int64_t memplus_disk_start(void* self, const int64_t* rows, int64_t tokens, int64_t token_rows,
-                           int32_t is_new, int64_t layer, int64_t* slots) {
-  return ((DiskRows*)self)->start(rows, tokens, token_rows, is_new, layer, slots);
+void memplus_disk_fetcher(void* self, int64_t layer, void (*on_progress)(), RowFetcher* fetcher) {
+  *fetcher = {start, finish, release, on_progress, self, layer};
 }
 
-int64_t memplus_disk_finish(void* self, const int64_t* slots, int64_t count, int64_t layer,
-                            int32_t* error) {
-  return ((DiskRows*)self)->finish(slots, count, layer, error);
+// Begins a lookup, to be dropped. Its parts are waited for one after another; see Fetch::next.
+void* memplus_disk_lookup_start(void* self, const int64_t* rows, int64_t tokens, int64_t token_rows,
+                                int64_t layer, int64_t* slots, int64_t* outside) {
+  const RowFetcher fetcher = {start, finish, release, nullptr, self, layer};
+  auto* lookup = new Fetch(fetcher, rows, tokens, token_rows, slots);
+  lookup->start();
+  *outside = lookup->outside();
+  return lookup;
 }
 
-void memplus_disk_release(void* self, const int64_t* slots, int64_t count) {
-  ((DiskRows*)self)->release(slots, count);
+int64_t memplus_disk_lookup_next(void* lookup, ReadFailure* failure) {
+  return ((Fetch*)lookup)->next(*failure);
+}
+
+void memplus_disk_lookup_drop(void* lookup, int32_t is_open) {
+  if (!is_open) ((Fetch*)lookup)->abandon();
+  delete (Fetch*)lookup;
 }
 
 void memplus_disk_hint(void* self, const int64_t* rows, int64_t count, int64_t layer) {

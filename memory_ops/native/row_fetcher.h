@@ -25,9 +25,11 @@ struct ReadFailure {
   int64_t row = 0, error = 0;
 };
 
-// One lookup, part by part where there is no room for all of its rows. One thread's.
+// One lookup, part by part if memory has no room for all of its rows. One thread uses it.
 class Fetch {
  public:
+  static constexpr int64_t FAILED = -1;  // in place of the end of a part
+
   Fetch(const RowFetcher& fetcher, const int64_t* rows, int64_t tokens, int64_t token_rows,
         int64_t* slots)
       : fetcher_(fetcher), rows_(rows), tokens_(tokens), token_rows_(token_rows), slots_(slots) {}
@@ -40,47 +42,66 @@ class Fetch {
     const int64_t at = last_ * token_rows_;
     first_ = last_;
     const int64_t found = fetcher_.start(fetcher_.own, rows_ + at, tokens_ - first_, token_rows_,
-                                         first_ == 0, fetcher_.layer, slots_ + at);
+                                         is_new_, fetcher_.layer, slots_ + at);
+    is_new_ = is_read_ = false;
     outside_ = found < 0 ? at - 1 - found : -1;
     if (found > 0) last_ += found;
   }
-  // Waits for the part's rows. False where one could not be read.
+  // Waits for the part that was started: true, or false if one of its rows could not be read.
   bool finish(ReadFailure& failure) {
+    int64_t end;
+    while ((end = wait(failure)) == STILL_READING) fetcher_.on_progress();
+    if (end == FAILED) return false;
+    fetcher_.on_progress();
+    return true;
+  }
+  // Waits for the next part: the token after its last one, FAILED, or STILL_READING if the caller
+  // is to report progress and call again. Starts the part if that has found no room so far.
+  int64_t next(ReadFailure& failure) {
+    if (is_read_ || first_ == last_) start();
+    return wait(failure);
+  }
+  // The token after the last one of the part that was started.
+  int64_t last() const { return last_; }
+  // The index of a row id that the table does not have, or -1.
+  int64_t outside() const { return outside_; }
+  // Leaves the slots pinned: the fetcher is gone.
+  void abandon() { first_ = last_; }
+
+ private:
+  int64_t wait(ReadFailure& failure) {
     const int64_t at = first_ * token_rows_, count = (last_ - first_) * token_rows_;
     if (outside_ >= 0) {
       failure.row = rows_[outside_], failure.error = OUTSIDE;
-      return false;
+      return FAILED;
     }
-    if (!count) {
+    if (first_ == last_ && last_ < tokens_) {
       failure.row = rows_[at], failure.error = NO_ROOM;
-      return false;
+      return FAILED;
     }
     int32_t error = 0;
-    int64_t found;
-    while ((found = fetcher_.finish(fetcher_.own, slots_ + at, count, fetcher_.layer, &error)) ==
-           STILL_READING)
-      fetcher_.on_progress();
-    fetcher_.on_progress();
-    if (found == ALL_THERE) return true;
+    const int64_t found =
+        fetcher_.finish(fetcher_.own, slots_ + at, count, fetcher_.layer, &error);
+    if (found == STILL_READING) return STILL_READING;
+    is_read_ = found == ALL_THERE;
+    if (is_read_) return last_;
     failure.row = rows_[at + found], failure.error = error;
-    return false;
+    return FAILED;
   }
-  // The end of the part that is there.
-  int64_t last() const { return last_; }
-
- private:
   void release() {
     if (first_ < last_)
       fetcher_.release(fetcher_.own, slots_ + first_ * token_rows_,
                        (last_ - first_) * token_rows_);
   }
 
-  const RowFetcher& fetcher_;
+  const RowFetcher fetcher_;
   const int64_t* const rows_;
   const int64_t tokens_, token_rows_;
   int64_t* const slots_;
-  int64_t first_ = 0, last_ = 0;
-  int64_t outside_ = -1;  // the index of a row id that is none of the table's
+  int64_t first_ = 0, last_ = 0;  // tokens of the part
+  int64_t outside_ = -1;
+  bool is_new_ = true;    // not started yet
+  bool is_read_ = false;  // the part's rows are in their slots
 };
 
 }  // namespace memplus

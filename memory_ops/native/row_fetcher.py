@@ -4,6 +4,7 @@ import ctypes
 
 # as in row_fetcher.h
 ALL_THERE, STILL_READING = -1, -2
+FAILED = -1  # in place of the end of a part
 # in place of an errno
 NO_ROOM, OUTSIDE = -1, -2
 START = ctypes.CFUNCTYPE(

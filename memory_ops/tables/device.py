@@ -2,15 +2,16 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
-import memory_ops
+from memory_ops import operations
 from memory_ops.checks import Table, table_shape
 from memory_ops.tables.table_statistics import TableStatistics
-from memory_ops.tables.value_table import Lookup
+from memory_ops.tables.value_table import Lookup, RowSource, TableReadError
 
 
 class DeviceTable:
@@ -22,6 +23,7 @@ class DeviceTable:
 
     tier = "device"
     fault = None
+    fetched_capacity = None
 
     def __init__(self, rows: Table) -> None:
         """Hold the rows without copying them.
@@ -42,16 +44,19 @@ class DeviceTable:
     def value_dim(self) -> int:
         return self._value_dim
 
+    def row_source(self, layer: int) -> RowSource | None:
+        return RowsInPlace(self, layer)
+
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
         self.count(rows_THK, layer)
-        return ReadyLookup(partial(memory_ops.gather_rows, self.rows, rows_THK, weights_THK))
+        return ReadyLookup(partial(operations.gather_rows, self.rows, rows_THK, weights_THK))
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
         self.count(rows_THK, layer)
-        return ReadyLookup(partial(memory_ops.row_dots, self.rows, rows_THK, x_TV))
+        return ReadyLookup(partial(operations.row_dots, self.rows, rows_THK, x_TV))
 
     def count(self, rows_THK: Tensor, layer: int) -> None:
-        """Count a lookup as ``start`` does; for who reads ``rows`` itself."""
+        """Count a lookup that read ``rows`` without ``start``."""
         self._num_lookups[layer] += 1
         self._num_requested[layer] += rows_THK.numel()
 
@@ -66,6 +71,31 @@ class DeviceTable:
             layer: TableStatistics(self._num_requested[layer], lookups)
             for layer, lookups in self._num_lookups.items()
         }
+
+
+@dataclass(frozen=True)
+class RowsInPlace:
+    """The rows of a device table, for native kernels; none is ever fetched."""
+
+    table: DeviceTable
+    layer: int
+
+    @property
+    def rows(self) -> Table:
+        return self.table.rows
+
+    @property
+    def fetcher_address(self) -> None:
+        return None
+
+    def check(self) -> None:
+        """Nothing to do: no file is read."""
+
+    def read_error(self, row: int, error: int) -> TableReadError:
+        raise AssertionError(f"row {row} is in place, and was fetched: {error}")
+
+    def count(self, rows_THK: Tensor) -> None:
+        self.table.count(rows_THK, self.layer)
 
 
 class ReadyLookup(NamedTuple):

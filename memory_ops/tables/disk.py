@@ -1,6 +1,7 @@
 """The disk tier: rows in the checkpoint's own file, those that are used often in memory."""
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -11,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import memory_ops
+from memory_ops import operations
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.checks import Table, check_rows, check_vectors
 from memory_ops.native.disk_rows import DiskRows, ReadFault, RingError, RowFile
-from memory_ops.native.row_fetcher import NO_ROOM, ON_PROGRESS, OUTSIDE, RowFetcher
+from memory_ops.native.row_fetcher import NO_ROOM, ON_PROGRESS, OUTSIDE
 from memory_ops.row_formats import RowFormat, RowRecords, row_bytes
 from memory_ops.tables.disk_lookup import DiskLookup, Operation
 from memory_ops.tables.table_file import TableFile
@@ -40,6 +41,7 @@ class DiskTable:
         slots: these rows.
         rows: what finds and reads them.
         place: where the file has them.
+        on_progress: ``tell``, for a fetcher to call.
     """
 
     tier = "disk"
@@ -95,7 +97,7 @@ class DiskTable:
             raise ValueError(f"table_cache: no {taken} bytes: {error.strerror}") from None
         self.slots = _as_table(memory, row_format, shape[1])
         self._watchers: list[Callable[[], None]] = []
-        self._tell = ON_PROGRESS(partial(_tell, self._watchers))
+        self.on_progress = ON_PROGRESS(partial(_tell, self._watchers))
 
     def close(self) -> None:
         """Wait for the reads that are under way, and give the file up."""
@@ -106,13 +108,20 @@ class DiskTable:
         if hasattr(self, "rows"):
             self.close()
 
+    @property
+    def fetched_capacity(self) -> int:
+        return self.num_slots
+
+    def row_source(self, layer: int) -> "FetchedRows":
+        return FetchedRows(self, layer)
+
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> DiskLookup:
         check_rows(self.slots, rows_THK, weights_THK)
-        return self._lookup(rows_THK, weights_THK, layer, memory_ops.gather_rows)
+        return self._lookup(rows_THK, weights_THK, layer, operations.gather_rows)
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> DiskLookup:
         check_vectors(self.slots, rows_THK, x_TV)
-        return self._lookup(rows_THK, x_TV, layer, memory_ops.row_dots)
+        return self._lookup(rows_THK, x_TV, layer, operations.row_dots)
 
     def hint(self, rows: Tensor, layer: int = 0) -> None:
         if rows.dtype is not torch.int64 or not rows.is_cpu:
@@ -128,9 +137,9 @@ class DiskTable:
 
     def statistics(self) -> Mapping[int, TableStatistics]:
         return {
-            layer: TableStatistics(*counts[:-1], stall_seconds=counts.stall_ns / 1e9)
+            layer: counts
             for layer, counts in self.rows.counts().items()
-            if any(counts)
+            if counts != TableStatistics()
         }
 
     @property
@@ -153,9 +162,6 @@ class DiskTable:
         self.check_file()
         return DiskLookup(self, rows_THK, operand, layer, operation)
 
-    def fetcher(self, layer: int) -> RowFetcher:
-        return self.rows.fetcher(layer, self._tell)
-
     def read_error(self, row: int, error: int) -> TableReadError:
         if error == NO_ROOM:
             return TableReadError(f"{self.file}: no room in memory for one token's rows")
@@ -168,6 +174,24 @@ class DiskTable:
 
     def check_file(self) -> None:
         self._opened.check(self.tell)
+
+
+class FetchedRows:
+    """The slots of a disk table, for native kernels, and the fetcher that reads rows into them."""
+
+    def __init__(self, table: DiskTable, layer: int) -> None:
+        self._table, self.rows = table, table.slots
+        self._fetcher = table.rows.fetcher(layer, table.on_progress)
+        self.fetcher_address = ctypes.addressof(self._fetcher)
+
+    def check(self) -> None:
+        self._table.check_file()
+
+    def read_error(self, row: int, error: int) -> TableReadError:
+        return self._table.read_error(row, error)
+
+    def count(self, rows_THK: Tensor) -> None:
+        """Nothing to do: the fetcher counts its lookups."""
 
 
 def row_cache_bytes(num_slots: int, row_size: int, num_rows: int) -> int:

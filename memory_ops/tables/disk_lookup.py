@@ -1,6 +1,6 @@
 """A read of a table whose rows are fetched from its file, part by part where memory is small."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memory_ops.checks import Table
 from memory_ops.native.disk_rows import DiskRows
-from memory_ops.native.row_fetcher import NO_ROOM
+from memory_ops.native.row_fetcher import ReadFailure
 from memory_ops.tables.value_table import TableReadError
 
 Operation = Callable[[Table, Tensor, Tensor], Tensor]
@@ -28,7 +28,7 @@ class SlotTable(Protocol):
 class DiskLookup:
     """Reads under way, of as many tokens as memory has room for; ``finish`` reads for the others.
 
-    What is not finished gives its room back when it is forgotten.
+    The native lookup splits and pins. What is not finished is unpinned when it is forgotten.
     """
 
     def __init__(
@@ -39,12 +39,13 @@ class DiskLookup:
         layer: int,
         operation: Operation,
     ) -> None:
+        self._handle: int | None = None
         self._table = table  # which must not be closed before
         self._rows_THK = rows_THK.contiguous()
         self._slots_THK = torch.empty_like(self._rows_THK)
-        self._operand, self._layer, self._operation = operand, layer, operation
-        self._first = self._count = 0
-        self._begin()
+        self._operand, self._operation = operand, operation
+        rows_TL, slots_TL = self._rows_THK.flatten(1), self._slots_THK.flatten(1)
+        self._handle = table.rows.start(rows_TL, slots_TL, layer=layer)
 
     def finish(self) -> Tensor:
         """Wait for the rows and return what they give, in fp32 (fp64 for fp64).
@@ -53,41 +54,33 @@ class DiskLookup:
             TableReadError: a row could not be read, or there is no room for those of one token.
         """
         try:
-            parts = [self._part()]
-            while self._first < len(self._rows_THK):
-                self._begin()
-                if not self._count:
-                    row = int(self._rows_THK[self._first].flatten()[0])
-                    raise self._table.read_error(row, NO_ROOM)
-                parts.append(self._part())
+            outs = [
+                self._operation(self._table.slots, self._slots_THK[part], self._operand[part])
+                for part in self._parts()
+            ]
         finally:
-            self._release()
+            self._drop()
         self._table.check_file()
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
 
     def __del__(self) -> None:
-        self._release()
+        self._drop()
 
-    def _begin(self) -> None:
-        rows, slots = (part[self._first :].flatten(1) for part in (self._rows_THK, self._slots_THK))
-        self._count = self._table.rows.start(
-            rows, slots, is_new=self._first == 0, layer=self._layer
-        )
+    def _parts(self) -> Iterator[slice]:
+        """Tokens whose rows are in their slots, until the next ones are asked for."""
+        assert self._handle is not None, "a lookup is finished once"
+        first = 0
+        while True:
+            last = self._table.rows.next_part(self._handle, self._table.tell)
+            if isinstance(last, ReadFailure):
+                raise self._table.read_error(last.row, last.error)
+            yield slice(first, last)
+            self._table.tell()
+            if last == len(self._rows_THK):
+                return
+            first = last
 
-    def _part(self) -> Tensor:
-        part = slice(self._first, self._first + self._count)
-        slots_THK = self._slots_THK[part]
-        wrong = self._table.rows.finish(slots_THK, layer=self._layer, on_progress=self._table.tell)
-        if wrong is not None:
-            index, error = wrong
-            raise self._table.read_error(int(self._rows_THK[part].flatten()[index]), error)
-        out = self._operation(self._table.slots, slots_THK, self._operand[part])
-        self._release()
-        self._first = part.stop
-        self._table.tell()
-        return out
-
-    def _release(self) -> None:
-        count, self._count = self._count, 0
-        if count:
-            self._table.rows.release(self._slots_THK[self._first : self._first + count])
+    def _drop(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._table.rows.drop(handle)

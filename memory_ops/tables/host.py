@@ -65,6 +65,13 @@ class HostTable:
     def value_dim(self) -> int:
         return self._value_dim
 
+    @property
+    def fetched_capacity(self) -> int:
+        return self._cache.capacity
+
+    def row_source(self, layer: int) -> None:
+        """No source: a GPU reads these rows."""
+
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> "HostLookup":
         """Begin to read; see ``ValueTable.start``. Row ids are not checked.
 

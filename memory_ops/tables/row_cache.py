@@ -99,15 +99,20 @@ class RowCache:
         self._words_RC, self._memory_words_PC = stored_RC.view(word), memory_PC.view(word)
         self._beside, self.device = beside, memory_PC.device
 
+    @property
+    def capacity(self) -> int:
+        """Rows that stand in the sets at once."""
+        return self.sets.tags_SW.numel()
+
     def gather_rows(
         self, out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, layer: int
     ) -> None:
-        """``memory_ops.gather_rows`` of the table, into contiguous fp32 ``[T, V]``."""
+        """``operations.gather_rows`` of the table, into contiguous fp32 ``[T, V]``."""
         for part, places_THK in self._placed(rows_THK, layer):
             gather_rows_into(out_TV[part], self.memory, places_THK, weights_THK[part])
 
     def row_dots(self, dots_THK: Tensor, rows_THK: Tensor, x_TV: Tensor, layer: int) -> None:
-        """``memory_ops.row_dots`` of the table, into contiguous fp32 ``[T, H, K]``."""
+        """``operations.row_dots`` of the table, into contiguous fp32 ``[T, H, K]``."""
         for part, places_THK in self._placed(rows_THK, layer):
             row_dots_into(dots_THK[part], self.memory, places_THK, x_TV[part])
 

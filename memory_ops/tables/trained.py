@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import memory_ops
+from memory_ops import operations
 from memory_ops.tables.device import DeviceTable, ReadyLookup
 
 
@@ -43,6 +43,9 @@ class TrainedTable(DeviceTable):
         # a pass goes backwards through reads whose weights need no gradient, too
         self._anchor = torch.zeros((), requires_grad=True)
 
+    def row_source(self, layer: int) -> None:
+        """No source: kernels that read rows themselves record no gradients."""
+
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> ReadyLookup:
         self.count(rows_THK, layer)
         return ReadyLookup(partial(self.read, rows_THK, weights_THK))
@@ -78,7 +81,7 @@ class _Read(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weights_THK, rows_THK)
         ctx.table = table
-        return memory_ops.gather_rows(table.table_RV, rows_THK, weights_THK)
+        return operations.gather_rows(table.table_RV, rows_THK, weights_THK)
 
     @staticmethod
     def backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -87,7 +90,7 @@ class _Read(torch.autograd.Function):
         table.reads.append(TableReads(rows_THK, weights_THK, grad_TV))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        grad_THK = memory_ops.row_dots(table.table_RV, rows_THK, grad_TV)
+        grad_THK = operations.row_dots(table.table_RV, rows_THK, grad_TV)
         return grad_THK.to(weights_THK.dtype), None, None, None
 
 
@@ -101,7 +104,7 @@ class _Dots(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_TV, rows_THK)
         ctx.table = table
-        return memory_ops.row_dots(table.table_RV, rows_THK, x_TV)
+        return operations.row_dots(table.table_RV, rows_THK, x_TV)
 
     @staticmethod
     def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -110,5 +113,5 @@ class _Dots(torch.autograd.Function):
         table.reads.append(TableReads(rows_THK, grad_THK, x_TV.float()))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        grad_TV = memory_ops.gather_rows(table.table_RV, rows_THK, grad_THK)
+        grad_TV = operations.gather_rows(table.table_RV, rows_THK, grad_THK)
         return grad_TV.to(x_TV.dtype), None, None, None

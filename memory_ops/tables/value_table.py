@@ -1,12 +1,11 @@
 """The protocol by which a memory layer reads a value table, whatever tier holds its rows."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor
 
 from memory_ops.checks import Table
-from memory_ops.native.row_fetcher import RowFetcher
 from memory_ops.tables.table_statistics import TableStatistics
 
 
@@ -23,6 +22,35 @@ class Lookup(Protocol):
         Raises:
             TableReadError: a row could not be read, or there is no room for those of one token.
         """
+        ...
+
+
+class RowSource(Protocol):
+    """Rows of one table that native CPU kernels read themselves, for the lookups of one layer."""
+
+    @property
+    def rows(self) -> Table:
+        """All rows of the table, or the slots that rows are fetched into."""
+        ...
+
+    @property
+    def fetcher_address(self) -> int | None:
+        """The C struct ``RowFetcher`` to call for each lookup; None if every row is in place.
+
+        It is valid as long as the source lives.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raise TableReadError if the file has changed since it was opened."""
+        ...
+
+    def read_error(self, row: int, error: int) -> TableReadError:
+        """The exception for a row that the fetcher could not read; ``error`` is the fetcher's."""
+        ...
+
+    def count(self, rows_THK: Tensor) -> None:
+        """Add a kernel's lookup to the statistics; a fetcher counts its lookups itself."""
         ...
 
 
@@ -54,6 +82,15 @@ class ValueTable(Protocol):
         """V."""
         ...
 
+    @property
+    def fetched_capacity(self) -> int | None:
+        """Fetched rows that fit in memory at once; None if nothing is fetched."""
+        ...
+
+    def row_source(self, layer: int) -> RowSource | None:
+        """The rows for native CPU kernels to read; None if only ``start`` can read this table."""
+        ...
+
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
         """Begin to read int64 ``rows_THK``, whose weighted sums are ``out_TV``; returns at once."""
         ...
@@ -72,27 +109,4 @@ class ValueTable(Protocol):
 
     def statistics(self) -> Mapping[int, TableStatistics]:
         """Totals since the table was made, by layer."""
-        ...
-
-
-@runtime_checkable
-class FetchedTable(ValueTable, Protocol):
-    """A table that brings rows into memory, where native kernels may read them themselves.
-
-    Attributes:
-        slots: what rows are brought into, as a table of its own.
-    """
-
-    slots: Table
-
-    def fetcher(self, layer: int) -> RowFetcher:
-        """What kernels call for a layer's lookups, as long as the table lives."""
-        ...
-
-    def check_file(self) -> None:
-        """Raise TableReadError unless the file is as it was when it was opened."""
-        ...
-
-    def read_error(self, row: int, error: int) -> TableReadError:
-        """What to raise for a row that a fetcher could not bring; ``error`` is the fetcher's."""
         ...

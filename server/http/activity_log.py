@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from engine.request import EngineStatistics
+from memory_ops.tables.table_statistics import TableStatistics
 from server.http.table_gains import TableGains
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ class ActivityLog:
         self._clock = clock
         self._table_gains = TableGains()
         self._last = EngineStatistics()
+        self._rows = TableStatistics()
         self._begin()
 
     def observe_step(self, statistics: EngineStatistics) -> None:
@@ -29,9 +31,8 @@ class ActivityLog:
         self._last = statistics
         self._computed += statistics.step_tokens
         self._generated += statistics.new_tokens
-        for _, gained in self._table_gains.since(statistics.tables):
-            for name in self._rows:
-                self._rows[name] += gained[name]
+        gains = self._table_gains.since(statistics.tables)
+        self._rows = TableStatistics.sum([self._rows, *(gained for _, gained in gains)])
 
     async def run(self, every_s: float) -> None:
         """Tell every so many seconds, until cancelled."""
@@ -55,15 +56,14 @@ class ActivityLog:
         self._begin()
 
     def _tables(self, elapsed_s: float) -> str:
-        unique = self._rows["unique_rows"]
-        if not unique:
+        if not self._rows.unique_rows:
             return ""
-        found = self._rows["hits"] / unique
+        found = self._rows.hits / self._rows.unique_rows
         # tables are looked at now and then, so that a wait may be told of in the next line
-        stalled = min(1.0, self._rows["stall_seconds"] / elapsed_s)
+        stalled = min(1.0, self._rows.stall_seconds / elapsed_s)
         return f"; table rows: {found:.1%} were in memory, {stalled:.1%} of the time waited for"
 
     def _begin(self) -> None:
         self._start = self._clock()
         self._computed = self._generated = 0
-        self._rows = dict.fromkeys(("unique_rows", "hits", "stall_seconds"), 0.0)
+        self._rows = TableStatistics()

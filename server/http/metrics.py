@@ -55,8 +55,8 @@ class Metrics:
             counter.inc(max(0, getattr(statistics, name) - getattr(self._seen, name)))
         self._seen = statistics
         for labels, gained in self._table_gains.since(statistics.tables):
-            for name, count in gained.items():
-                self.tables[name].labels(*labels).inc(count)
+            for name, counter in self.tables.items():
+                counter.labels(*labels).inc(getattr(gained, name))
         if statistics.step_tokens:
             self.step_tokens.observe(statistics.step_tokens)
 

@@ -15,9 +15,9 @@ from benchmarks.memory.replayed import Replay, ReplayedTable
 from benchmarks.memory.sweep import measure
 from engine.errors import ConfigError
 from memory_ops.native import disk_rows
-from memory_ops.native.row_fetcher import START
+from memory_ops.native.row_fetcher import START, RowFetcher
 from memory_ops.tables.device import DeviceTable
-from server.cli.main import main
+from server.cli.main.main import main
 from tests.models import random_model, save_model, tiny_config
 from weights.errors import DataError
 
@@ -109,7 +109,9 @@ def test_a_prompt_is_replayed_token_by_token_in_whatever_parts():
 def test_a_fetcher_that_cannot_raise_keeps_what_went_wrong():
     replay = Replay((0,), RecordedAccess(trace(), 1024), recall=0.0, candidates=1.0)
     table = ReplayedTable(DeviceTable(torch.randn(1024, 4)), replay)
-    start = START(table.fetcher(0).start)
+    source = table.row_source(0)
+    assert table.fetched_capacity is None and source.rows is table.table.rows
+    start = START(RowFetcher.from_address(source.fetcher_address).start)
     rows, slots = torch.zeros(2, 128, dtype=torch.int64), torch.zeros(2, 128, dtype=torch.int64)
     assert start(None, rows.data_ptr(), 1, 128, 1, 0, slots.data_ptr()) == 1
     wanted = replay.access.rows(0, 0, 0).flatten()

@@ -22,30 +22,24 @@ class CountedTable(DeviceTable):
         return super().statistics()
 
 
-def test_every_count_goes_by_its_name():
+def test_counts_are_told_by_table_and_layer():
     totals = TableStatistics(1, 2, 3, 4, 5, 6, 7, 8, 9, 0.5)
     table = SimpleNamespace(tier="disk", statistics=lambda: {7: totals})
     (counts,) = TableCounter({"memory.table": table}).take(is_idle=True)
-    assert counts == TableCounts(
-        table="memory.table",
-        tier="disk",
-        layer=7,
-        requested_rows=1,
-        unique_rows=3,
-        hits=4,
-        late=5,
-        misses=6,
-        bytes_read=7,
-        prefetched=8,
-        prefetched_used=9,
-        stall_seconds=0.5,
-    )
+    assert counts == TableCounts(table="memory.table", tier="disk", layer=7, totals=totals)
+
+
+def test_totals_add_up_and_are_told_apart_again():
+    first, second = TableStatistics(1, 2, 3, stall_seconds=0.5), TableStatistics(hits=4, late=5)
+    both = TableStatistics.sum([first, second])
+    assert both == TableStatistics(1, 2, 3, 4, 5, stall_seconds=0.5)
+    assert both.since(first) == second and TableStatistics.sum([]) == TableStatistics()
 
 
 def test_every_step_says_which_tables_are_lost():
     lost = SimpleNamespace(fault="table: was changed", statistics=dict)
     tables = {"whole": DeviceTable(torch.zeros(4, 2)), "lost": lost}
-    assert TableCounter(SimpleNamespace(tables=tables)).faults() == ("table: was changed",)
+    assert TableCounter(tables).faults() == ("table: was changed",)
 
 
 def test_tables_are_looked_at_once_a_second_and_at_rest():
@@ -74,7 +68,7 @@ def test_an_engine_at_rest_has_told_of_every_lookup():
     assert given == 5
     found = {(one.table, one.layer): one for one in told[-1]}
     # 3 prompt tokens and 4 more, 2 heads x 3 rows
-    assert {name: one.requested_rows for name, one in found.items()} == {
+    assert {name: one.totals.requested_rows for name, one in found.items()} == {
         ("memory.table", 0): 42,
         ("memory.table", 2): 42,
         ("memory.down_table", 2): 42,

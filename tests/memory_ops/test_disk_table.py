@@ -10,6 +10,15 @@ from hypothesis import strategies as st
 
 from memory_ops.native import disk_rows
 from memory_ops.native.disk_rows import ReadFault
+from memory_ops.native.row_fetcher import (
+    ALL_THERE,
+    FINISH,
+    NO_ROOM,
+    OUTSIDE,
+    RELEASE,
+    START,
+    RowFetcher,
+)
 from memory_ops.row_formats import quantize_rows
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable, row_cache_bytes
@@ -134,6 +143,17 @@ def test_a_lookup_that_is_forgotten_gives_its_room_back(files):
     torch.testing.assert_close(table.start(rows, weights).finish(), wanted, rtol=0, atol=0)
 
 
+def test_a_lookup_that_found_no_room_at_first_reads_when_there_is_some(files):
+    table, stored = disk_table(files, slots=6), files[torch.float32][1]
+    rows = torch.arange(24).view(4, 2, 3)
+    first = table.start(rows[:1], torch.ones(1, 2, 3))
+    second = table.start(rows[1:], torch.ones(3, 2, 3))
+    torch.testing.assert_close(first.finish(), stored[rows[:1]].sum((1, 2)))
+    torch.testing.assert_close(second.finish(), stored[rows[1:]].sum((1, 2)))
+    counted = table.statistics()[0]
+    assert (counted.lookups, counted.requested_rows, counted.misses) == (2, 24, 24)
+
+
 def test_no_room_for_one_token_is_an_error(files):
     table = disk_table(files, slots=5)
     rows = torch.arange(6).view(1, 2, 3)
@@ -208,6 +228,44 @@ def test_another_file_of_its_name_changes_nothing(files):
     rows, weights = reads(9)
     wanted = DeviceTable(files[torch.float32][1]).start(rows, weights).finish()
     torch.testing.assert_close(table.start(rows, weights).finish(), wanted, rtol=0, atol=0)
+
+
+def test_kernels_read_slots_that_a_fetcher_fills(files):
+    table, stored = disk_table(files, slots=6), files[torch.float32][1]
+    source = table.row_source(3)
+    assert table.fetched_capacity == table.num_slots == 6 and source.rows is table.slots
+    fetcher = RowFetcher.from_address(source.fetcher_address)
+    rows, slots = torch.tensor([[7, 3], [7, 9]]), torch.zeros(2, 2, dtype=torch.int64)
+    start, finish, own = START(fetcher.start), FINISH(fetcher.finish), fetcher.own
+    assert start(own, rows.data_ptr(), 2, 2, 1, fetcher.layer, slots.data_ptr()) == 2
+    assert finish(own, slots.data_ptr(), 4, fetcher.layer, None) == ALL_THERE
+    assert torch.equal(source.rows[slots], stored[rows])
+    before = table.statistics()
+    source.count(rows)  # which the fetcher has done
+    assert table.statistics() == before and before[3].requested_rows == 4
+    RELEASE(fetcher.release)(own, slots.data_ptr(), 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (NO_ROOM, "no room in memory for one token's rows"),
+        (OUTSIDE, "row 7 is outside the table"),
+        (0, "row 7: the file ends before it"),
+        (errno.EIO, "row 7: Input/output error"),
+    ],
+)
+def test_a_row_source_says_why_a_row_could_not_be_read(files, error, why):
+    table = disk_table(files)
+    assert str(table.row_source(0).read_error(7, error)) == f"{table.file}: {why}"
+
+
+def test_a_row_source_refuses_a_file_that_was_changed(files):
+    source = disk_table(files).row_source(0)
+    source.check()
+    table = changed(files[torch.float32][0], lambda file: None)
+    with pytest.raises(TableReadError, match="was changed since it was opened"):
+        table.row_source(0).check()
 
 
 def test_what_cannot_be_is_refused_at_once(files, tmp_path):

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from memory_ops import backends, gather_rows, product_topk
+from memory_ops import backends
 from memory_ops.native.backend import NativeBackend
 from memory_ops.native.library import BUILDS, MEMORY_LIBRARY, NativeLibrary
+from memory_ops.operations import gather_rows, product_topk
 
 
 @pytest.fixture

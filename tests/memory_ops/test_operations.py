@@ -10,20 +10,10 @@ from safetensors.torch import load_file
 from torch.autograd import forward_ad, gradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import memory_ops
-from memory_ops import (
-    ROW_FORMATS,
-    backends,
-    expert_lookup,
-    gather_rows,
-    operations,
-    product_topk,
-    reference,
-    row_dots,
-    row_gradients,
-)
+from memory_ops import backends, operations, reference
 from memory_ops.native.backend import NativeBackend
-from memory_ops.row_formats import quantize_rows
+from memory_ops.operations import expert_lookup, gather_rows, product_topk, row_dots, row_gradients
+from memory_ops.row_formats import ROW_FORMATS, quantize_rows
 from tests.conftest import TOLERANCE
 from tests.engine.model.test_memory_layer import GOLDEN
 from tests.memory_ops.tables import KINDS, PLAIN, exact_values, table_of
@@ -45,12 +35,12 @@ def drawn(num_tokens=5, num_rows=11, width=7, dtype=torch.float64):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_reference_has_the_same_signature(name):
-    ours, plain = getattr(memory_ops, name), getattr(reference, name)
+    ours, plain = getattr(operations, name), getattr(reference, name)
     assert inspect.signature(ours) == inspect.signature(plain)
 
 
 def test_rows_are_rounded_by_kernels_where_they_can_be():
-    assert inspect.signature(memory_ops.quantize_rows) == inspect.signature(quantize_rows)
+    assert inspect.signature(operations.quantize_rows) == inspect.signature(quantize_rows)
     native = isinstance(backends._on("cpu"), NativeBackend)
     rows = torch.randn(4, 64)
     for values, by_kernel in (
@@ -68,7 +58,7 @@ def test_kernels_write_to_the_host_whatever_torchs_default_device():
     values = torch.randn(4, 64)
     wanted = quantize_rows(values, "int8").records_RB
     with torch.device("meta"):
-        assert torch.equal(memory_ops.quantize_rows(values, "int8").records_RB, wanted)
+        assert torch.equal(operations.quantize_rows(values, "int8").records_RB, wanted)
 
 
 class Densified(torch.autograd.Function):

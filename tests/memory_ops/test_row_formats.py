@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory_ops import ROW_FORMATS, RowRecords, dequantize_rows, quantize_rows, row_formats
+from memory_ops import row_formats
 from memory_ops.native.backend import NativeBackend
-from memory_ops.row_formats import row_bytes
+from memory_ops.operations import quantize_rows
+from memory_ops.row_formats import ROW_FORMATS, RowRecords, dequantize_rows, row_bytes
 from tests.memory_ops.builds import each_build
 
 WIDTHS = st.sampled_from([1, 4, 31, 32, 33, 127, 128, 129, 576, 1000, 1024])

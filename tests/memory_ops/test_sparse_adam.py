@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import memory_ops
-from memory_ops import AdamMoments, AdamStep, reference
+from memory_ops import operations, reference
 from memory_ops.native.backend import NativeBackend
+from memory_ops.sparse_adam import AdamMoments, AdamStep
 from tests.memory_ops.builds import each_build
 from tests.memory_ops.tables import PLAIN
 
@@ -88,9 +88,9 @@ def test_many_steps_are_those_of_torchs_sparse_adam():
     optimizer = torch.optim.SparseAdam([theirs], lr=lr, betas=betas, eps=eps)
     for number in range(1, 20):
         rows, weights, grad = reads(40, 24, 3, 2, 4)
-        groups = memory_ops.group_rows(rows, weights)
-        memory_ops.sparse_adam(ours, state, groups, grad, AdamStep.at(number, lr, betas, eps))
-        out = memory_ops.gather_rows(theirs, rows, weights)
+        groups = operations.group_rows(rows, weights)
+        operations.sparse_adam(ours, state, groups, grad, AdamStep.at(number, lr, betas, eps))
+        out = operations.gather_rows(theirs, rows, weights)
         out.backward(grad)
         optimizer.step()
         optimizer.zero_grad()
@@ -112,7 +112,7 @@ def test_the_norm_does_not_depend_on_the_number_of_threads(build):
     assert len(set(found)) == 1
 
 
-@pytest.mark.parametrize("backend", [reference, memory_ops], ids=["reference", "operations"])
+@pytest.mark.parametrize("backend", [reference, operations], ids=["reference", "operations"])
 def test_what_does_not_fit_together_is_refused(backend):
     rows, weights, grad = reads(9, 8, 4, 2, 3)
     rows[0, 0, 0] = 8

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from memory_ops import gather_rows
 from memory_ops.anonymous import anonymous_zeros
+from memory_ops.operations import gather_rows
 from memory_ops.tables.device import DeviceTable
+from memory_ops.tables.table_statistics import TableStatistics
 
 
 def test_a_lookup_is_the_gather_and_is_counted():
@@ -20,6 +21,16 @@ def test_a_lookup_is_the_gather_and_is_counted():
     assert (table.num_rows, table.value_dim) == (16, 5)
     counted = table.statistics()[0]
     assert (counted.lookups, counted.requested_rows) == (1, 24)
+
+
+def test_kernels_read_the_rows_of_a_device_table_in_place_and_count_lookups():
+    table = DeviceTable(torch.randn(16, 5))
+    source = table.row_source(3)
+    assert table.fetched_capacity is None
+    assert source.rows is table.rows and source.fetcher_address is None
+    source.check()
+    source.count(torch.zeros(3, 2, 4, dtype=torch.int64))
+    assert table.statistics() == {3: TableStatistics(24, lookups=1)}
 
 
 def test_a_table_is_a_matrix_of_floats():

@@ -81,3 +81,8 @@ def test_a_forward_alone_is_not_remembered():
 def test_other_tensors_are_refused(wrong):
     with pytest.raises(ValueError, match="table: expected"):
         TrainedTable(wrong)
+
+
+def test_no_kernel_reads_a_trained_table_itself():
+    table = TrainedTable(torch.randn(16, 5))
+    assert table.row_source(0) is None and table.fetched_capacity is None

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import memory_ops
-from memory_ops import AdamMoments, AdamStep, RowGroups
+from memory_ops import operations
 from memory_ops.anonymous import anonymous_zeros
+from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 from memory_ops.tables.trained import TableReads, TrainedTable
 from weights.training.replicas import Replicas
 
@@ -45,7 +45,7 @@ class TableOptimizer:
         """Take the tables' reads for the next step; return their gradients' squared norm."""
         assert self._gradients is None, "reads were collected that no step has used"
         self._gradients = [self._grouped(table.take_reads()) for table in self._tables]
-        return sum(memory_ops.squared_norm(*one) for one in self._gradients if one is not None)
+        return sum(operations.squared_norm(*one) for one in self._gradients if one is not None)
 
     def step(self, lr: float, scale: float = 1.0) -> None:
         """Use what was collected; gradients are multiplied by ``scale`` first, for clipping."""
@@ -58,7 +58,7 @@ class TableOptimizer:
             self._tables, self.moments, self._gradients, strict=True
         ):
             if gradient is not None:
-                memory_ops.sparse_adam(table.table_RV, moments, *gradient, step)
+                operations.sparse_adam(table.table_RV, moments, *gradient, step)
         self.used = [None if one is None else one[0] for one in self._gradients]
         self._gradients = None
 
@@ -66,7 +66,7 @@ class TableOptimizer:
         if reads is None:
             return None
         reads = self._replicas.gather(reads)
-        return memory_ops.group_rows(reads.rows_THK, reads.weights_THK), reads.grad_TV
+        return operations.group_rows(reads.rows_THK, reads.weights_THK), reads.grad_TV
 
 
 def _moments(table: TrainedTable, is_row_wise: bool) -> AdamMoments:

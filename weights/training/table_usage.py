@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from memory_ops import RowGroups
+from memory_ops.sparse_adam import RowGroups
 
 
 class TableUsage:

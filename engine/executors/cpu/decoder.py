@@ -12,7 +12,6 @@ from engine.executors.lookahead import Lookahead
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.layout import TokenLayout
 from engine.progress import Progress
-from memory_ops.tables.device import DeviceTable
 
 # From these tokens a step, or bytes of weights a call, on, a call of its own for each layer costs
 # nothing in comparison; short calls show that the step makes progress.
@@ -65,23 +64,13 @@ class CpuDecoder:
                 read = self._kernels.decoder_layers(
                     self._packed, run, residual_TD, angles, layout, layout.paged, kv_blocks
                 )
-                self._count(run, read, trace)
+                if trace is not None:
+                    trace.memory += [MemoryTrace(*one) for one in zip(*read, strict=True)]
                 last = self._layers[run[-1]]
                 if last.is_apart:
                     residual_TD = last.run_apart(residual_TD, trace)
                 self._progress.mark()
             return residual_TD
-
-    def _count(self, run: range, read: tuple[Tensor, Tensor], trace: ForwardTrace | None) -> None:
-        """Count in the tables, and add to the trace, the rows read inside a native call."""
-        inside = (self._layers[layer] for layer in run)
-        memories = [one.memory for one in inside if one.memory is not None and not one.is_apart]
-        for memory, rows_THK, weights_THK in zip(memories, *read, strict=True):
-            # a table that fetches rows counts by itself
-            if isinstance(memory.table, DeviceTable):
-                memory.table.count(rows_THK, memory.index)
-            if trace is not None:
-                trace.memory.append(MemoryTrace(rows_THK, weights_THK))
 
     def _joined(self) -> list[range]:
         """The layers in runs, one native call each.

@@ -144,7 +144,8 @@ class CpuKernels:
         """Run some consecutive layers in place; a memory that is run apart is left out.
 
         ``residual`` is contiguous; the rest is as ``Transformer.forward`` is given it. Returns
-        the rows that the M memories inside read, int64, and their weights, ``[M, T, H, K]``.
+        the rows that the M memories inside read, int64, and their weights, ``[M, T, H, K]``; the
+        tables have counted them.
 
         Raises:
             TableReadError: rows could not be read.
@@ -159,7 +160,7 @@ class CpuKernels:
         weights_MTHK = torch.empty(rows_MTHK.shape)
         failure = ReadFailure()
         for memory in memories:
-            memory.check()
+            memory.source.check()
         use_torchs_threads()
         is_well = self._library.memplus_decoder_layers(
             layers.address(run.start),
@@ -182,9 +183,11 @@ class CpuKernels:
             self._progress,
         )
         if not is_well:
-            raise memories[failure.memory].error(failure)
+            raise memories[failure.memory].source.read_error(failure.row, failure.error)
         for memory in memories:
-            memory.check()
+            memory.source.check()
+        for memory, rows_THK in zip(memories, rows_MTHK, strict=True):
+            memory.source.count(rows_THK)
         return rows_MTHK, weights_MTHK
 
     def silu_gate(self, gate_TI: Tensor, x_TI: Tensor) -> Tensor:

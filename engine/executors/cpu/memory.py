@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-import memory_ops
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.packed_linear import PackedLinear
 from engine.executors.cpu.packed_memory import PackedMemory
@@ -12,9 +11,9 @@ from engine.executors.lookahead import PredictedMemory
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
+from memory_ops import operations
 from memory_ops.backends import is_fit_for_cpu
-from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.value_table import FetchedTable, Lookup
+from memory_ops.tables.value_table import Lookup
 
 
 class CpuMemory:
@@ -45,7 +44,7 @@ class CpuMemory:
 
     def start(self, residual_TD: Tensor, trace: ForwardTrace | None = None) -> Lookup:
         """Choose the rows and begin to read them; they are added to ``trace``."""
-        rows_THK, weights_THK = memory_ops.product_topk(self.half_scores(residual_TD), self.top_k)
+        rows_THK, weights_THK = operations.product_topk(self.half_scores(residual_TD), self.top_k)
         if trace is not None:
             trace.memory.append(MemoryTrace(rows_THK, weights_THK))
         if self._down_table is not None:
@@ -79,22 +78,13 @@ class CpuMemory:
         They can if they may read the table's rows themselves, and if nothing but the residual sum
         follows the value projection.
         """
-        if self._values is None or self._output_gate is not None:
+        source = self.table.row_source(self.index)
+        if self._values is None or self._output_gate is not None or source is None:
             return None
-        fetched: FetchedTable | None = None
-        # a table that derives from a device table may read its rows in another way
-        if type(self.table) is DeviceTable:
-            rows = self.table.rows
-        elif isinstance(self.table, FetchedTable):
-            rows, fetched = self.table.slots, self.table
-        else:
-            return None
-        if not is_fit_for_cpu(rows, self.num_subkeys, self.top_k):
+        if not is_fit_for_cpu(source.rows, self.num_subkeys, self.top_k):
             return None
         return PackedMemory(
-            rows,
-            fetched,
-            self.index,
+            source,
             self.num_heads,
             self.top_k,
             query=self._query,

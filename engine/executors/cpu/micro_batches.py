@@ -14,9 +14,7 @@ from engine.executors.cpu.packed_layers import PackedLayers
 from engine.executors.lookahead import Lookahead
 from engine.model.layout import TokenLayout
 from engine.progress import Progress
-from memory_ops.checks import table_shape
 from memory_ops.tables.table_statistics import TableStatistics
-from memory_ops.tables.value_table import FetchedTable
 
 # (tokens of a step, micro-batches): each micro-batch reads the weights once more, which costs more
 # than overlap gains for fewer tokens. With 3 memories of 128 rows, a quarter of them fetched, and a
@@ -61,15 +59,17 @@ class MicroBatches:
         )
         memories = [layer.memory for layer in layers if layer.memory is not None]
         tables = [table for memory in memories for table in memory.tables]
-        fetched = [one for one in tables if isinstance(one, FetchedTable) and one.tier != "device"]
+        capacities = [
+            capacity for table in tables if (capacity := table.fetched_capacity) is not None
+        ]
         self._tables = {id(table): table for table in tables}.values()
         self._fetched_share = 1.0  # of the rows asked for by the last step of many tokens
         self._token_rows = max((one.num_heads * one.top_k for one in memories), default=0)
         self._num_rows = max((table.num_rows for table in tables), default=0)
         # rows that every table can hold at once; 0 if nothing, or not everything, is fetched
         self._capacity = 0
-        if tables and len(fetched) == len(tables):
-            self._capacity = min(table_shape(table.slots)[0] for table in fetched)
+        if tables and len(capacities) == len(tables):
+            self._capacity = min(capacities)
 
     def count(self, num_tokens: int) -> int:
         """The number of micro-batches for the coming step; 1 if more would gain nothing."""
@@ -89,10 +89,8 @@ class MicroBatches:
             return
         before = self._statistics()
         yield
-        now = self._statistics()
-        requested = now.requested_rows - before.requested_rows
-        fetched = now.misses + now.late - before.misses - before.late
-        self._fetched_share = fetched / max(1, requested)
+        step = self._statistics().since(before)
+        self._fetched_share = (step.misses + step.late) / max(1, step.requested_rows)
 
     def _statistics(self) -> TableStatistics:
         counts = [one for table in self._tables for one in table.statistics().values()]

@@ -4,10 +4,9 @@ import ctypes
 
 from engine.executors.cpu.packed_linear import PackedLinear
 from memory_ops.backends import is_fit_for_cpu
-from memory_ops.checks import Table, table_shape
+from memory_ops.checks import table_shape
 from memory_ops.native.backend import table_arguments
-from memory_ops.native.row_fetcher import ReadFailure
-from memory_ops.tables.value_table import FetchedTable, TableReadError
+from memory_ops.tables.value_table import RowSource
 
 
 class _Table(ctypes.Structure):
@@ -42,6 +41,7 @@ class PackedMemory:
 
     Attributes:
         address: of the description that the kernels read.
+        source: the rows that are read.
         num_bytes: of the weights, those of the table apart.
         num_heads: H.
         top_k: K.
@@ -49,9 +49,7 @@ class PackedMemory:
 
     def __init__(
         self,
-        rows: Table,
-        fetched: FetchedTable | None,
-        layer: int,
+        source: RowSource,
         num_heads: int,
         top_k: int,
         *,
@@ -60,39 +58,26 @@ class PackedMemory:
         gate: PackedLinear | None,
         values: PackedLinear,
     ) -> None:
-        """Hold them all, copying none; ``rows`` are such as kernels read.
-
-        They are the table's, or the slots of one whose rows are ``fetched`` for this layer.
-        """
+        """Hold them all, copying none; the rows of ``source`` are such as kernels read."""
         num_subkeys = subkeys.num_outputs // (2 * num_heads)
-        # the kernels check no row id: whatever they choose is a row of such a table
-        shape = table_shape(rows) if fetched is None else (fetched.num_rows, fetched.value_dim)
-        assert shape == (num_subkeys**2, values.num_inputs)
-        self._fetched = fetched
-        self._fetcher = fetched.fetcher(layer) if fetched is not None else None
-        assert is_fit_for_cpu(rows, num_subkeys, top_k)
+        num_rows, value_dim = table_shape(source.rows)
+        assert value_dim == values.num_inputs
+        # kernels do not check the row ids that they choose; a fetcher does
+        assert source.fetcher_address is not None or num_rows == num_subkeys**2
+        assert is_fit_for_cpu(source.rows, num_subkeys, top_k)
         assert gate is None or gate.num_outputs == values.num_inputs
         self.num_heads, self.top_k = num_heads, top_k
-        self._held = rows, query, subkeys, gate, values
+        self.source = source
+        self._held = query, subkeys, gate, values
         self._fields = _Fields(
             query.address,
             subkeys.address,
             None if gate is None else gate.address,
             values.address,
-            _Table(*table_arguments(rows)),
-            None if self._fetcher is None else ctypes.addressof(self._fetcher),
+            _Table(*table_arguments(source.rows)),
+            source.fetcher_address,
             top_k,
         )
         self.address = ctypes.addressof(self._fields)
         products = query, subkeys, gate, values
         self.num_bytes = sum(product.num_bytes for product in products if product is not None)
-
-    def check(self) -> None:
-        """Raise TableReadError where rows are fetched from what has changed."""
-        if self._fetched is not None:
-            self._fetched.check_file()
-
-    def error(self, failure: ReadFailure) -> TableReadError:
-        """What to raise for rows that could not be fetched."""
-        assert self._fetched is not None
-        return self._fetched.read_error(failure.row, failure.error)

@@ -88,7 +88,7 @@ def test_tables_in_memory_are_not_guessed_for():
     memories = predicted_memories(model.layers)
     assert Lookahead(memories, LookaheadConfig(2, 3)).layers == frozenset()
     for table in model.tables.values():
-        table.tier = "disk"
+        table.fetched_capacity = 64
     assert Lookahead(memories, LookaheadConfig(3, 3)).layers == {0, 1, 3}
     assert Lookahead(memories, LookaheadConfig(9, 3)).layers == {0}
 

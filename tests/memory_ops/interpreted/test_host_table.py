@@ -211,6 +211,11 @@ def real_table(table, device: FakeDevice, home: torch.device = CPU) -> HostTable
     return HostTable(table, cache, device.pair())
 
 
+def test_a_cache_holds_some_rows_and_no_kernel_of_the_cpu_reads_them():
+    table = real_table(torch.randn(40, WIDTH), FakeDevice())
+    assert table.fetched_capacity == 4 and table.row_source(0) is None
+
+
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 def test_rows_are_replaced_by_lookups_that_overlap_and_all_are_right(kind):
     table, x = table_of(kind, torch.randn(20, 33)), torch.randn(2, 33)

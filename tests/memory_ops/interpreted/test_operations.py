@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-import memory_ops
-from memory_ops import backends, reference, triton_kernels
+from memory_ops import backends, operations, reference, triton_kernels
 from tests.memory_ops.tables import KINDS, check_close, exact_values, rows_of, table_of
 
 
@@ -23,7 +22,7 @@ def test_a_gpu_runs_these_kernels(monkeypatch):
 def test_experts_of_peer_need_no_kernel_of_their_own(kind):
     down, up = table_of(kind, torch.randn(20, 40)), table_of(kind, torch.randn(20, 70))
     rows, weights, x = rows_of(up, 3, 2, 5), torch.rand(3, 2, 5), torch.randn(3, 40)
-    out = memory_ops.expert_lookup(down, up, rows, weights, x)
+    out = operations.expert_lookup(down, up, rows, weights, x)
     activations = functional.gelu(reference.row_dots(exact_values(down), rows, x))
     check_close(out, reference.gather_rows(exact_values(up), rows, weights * activations), 10 * 40)
 
@@ -36,7 +35,7 @@ def test_gradients_of_a_whole_lookup():
         out = operations.gather_rows(leaves[1], *operations.product_topk(leaves[0], 5))
         return torch.autograd.grad(out, leaves, given.to(dtype))
 
-    by_scores, by_table = gradients(memory_ops, torch.float32)
+    by_scores, by_table = gradients(operations, torch.float32)
     exact_by_scores, exact_by_table = gradients(reference, torch.float64)
     check_close(by_scores, exact_by_scores, 10 * 50)
     check_close(by_table.to_dense(), exact_by_table, 30)

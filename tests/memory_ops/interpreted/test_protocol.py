@@ -25,6 +25,7 @@ def parameters(function):
 @pytest.mark.parametrize("kind", TIERS)
 def test_a_tier_is_called_as_the_protocol_says(kind):
     assert kind.tier == TIERS[kind]
-    assert {"start", "start_dots", "hint", "watch", "statistics"} <= set(METHODS)
+    assert {"row_source", "start", "start_dots", "hint", "watch", "statistics"} <= set(METHODS)
+    assert hasattr(kind, "fetched_capacity")
     for name in METHODS:
         assert parameters(getattr(kind, name)) == parameters(getattr(ValueTable, name)), name

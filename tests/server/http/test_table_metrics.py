@@ -2,11 +2,14 @@
 
 import asyncio
 import re
+import subprocess
+import sys
 
 import pytest
 
 from engine.request import EngineStatistics, TableCounts
 from memory_ops.native import disk_rows
+from memory_ops.tables.table_statistics import TableStatistics
 from server.http.activity_log import ActivityLog
 from server.http.metrics import Metrics
 from tests.server.running import running
@@ -58,7 +61,14 @@ def test_the_disk_tier_tells_what_it_read(memory_plus_folder):
 
 
 def counts(layer: int, requested: int, **others) -> TableCounts:
-    return TableCounts("memory.table", "disk", layer, requested, **others)
+    totals = TableStatistics(requested_rows=requested, **others)
+    return TableCounts("memory.table", "disk", layer, totals)
+
+
+def test_the_http_process_names_the_counters_without_torch():
+    modules = "server.http.app, server.http.metrics, server.serve"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_counters_go_on_over_looks_left_out_and_an_engine_that_began_anew():

@@ -25,10 +25,15 @@ def threads(number):
 class TableElsewhere:
     """A table whose rows no kernel may read by itself."""
 
+    fetched_capacity = None
+
     def __init__(self, table):
         self.start, self.start_dots = table.start, table.start_dots
         self.hint, self.statistics = table.hint, table.statistics
         self.num_rows, self.value_dim = table.num_rows, table.value_dim
+
+    def row_source(self, layer):
+        return None
 
 
 class PackedForward:

@@ -258,16 +258,19 @@ def test_a_file_that_was_changed_is_read_no_more(model, stored):
 class Between(ReadInside):
     """A table whose methods stand between a kernel and its fetcher."""
 
-    def fetcher(self, layer):
-        own = super().fetcher(layer)
+    def row_source(self, layer):
+        source = super().row_source(layer)
+        own = RowFetcher.from_address(source.fetcher_address)
         start, finish = START(own.start), FINISH(own.finish)
         calls = (
             START(lambda *arguments: self.between_start(start, *arguments)),
             FINISH(lambda *arguments: self.between_finish(finish, *arguments)),
         )
-        self.held = [*getattr(self, "held", ()), own, start, finish, *calls]
         addresses = (ctypes.cast(call, ctypes.c_void_p).value for call in calls)
-        return RowFetcher(*addresses, own.release, own.on_progress, own.own, own.layer)
+        between = RowFetcher(*addresses, own.release, own.on_progress, own.own, own.layer)
+        self.held = [*getattr(self, "held", ()), own, start, finish, *calls, between]
+        source.fetcher_address = ctypes.addressof(between)
+        return source
 
     def between_start(self, start, *arguments):
         return start(*arguments)

@@ -8,7 +8,7 @@ from benchmarks.memory.load import MemoryLoad, default_trace
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.serving_load import ServingLoad
 from engine.config import EngineConfig
-from server.config import ModelOptions, cache_folder
+from server.config import ModelOptions, ThreadOptions, cache_folder
 from server.options import add_options, from_options
 from weights.named_models import DEFAULT_MODEL, SMOLLM2
 
@@ -132,11 +132,13 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("--runs", type=int, default=3, help="starts of each kind (default: 3)")
 
     verb = benchmarks.add_parser("step", help=step.__doc__)
-    verb.set_defaults(run=step)
+    verb.set_defaults(run=step, computes=True)
+    add_options(verb, ThreadOptions)
     verb.add_argument("--steps", type=int, default=200, help="steps measured (default: 200)")
 
     verb = benchmarks.add_parser("kernels", help=kernels.__doc__)
-    verb.set_defaults(run=kernels)
+    verb.set_defaults(run=kernels, computes=True)
+    add_options(verb, ThreadOptions)
     add_options(verb, Shapes)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
@@ -155,18 +157,21 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there, too")
 
     verb = benchmarks.add_parser("offline", help=offline.__doc__)
-    verb.set_defaults(run=offline)
+    verb.set_defaults(run=offline, computes=True)
+    add_options(verb, ThreadOptions)
     for settings in (OfflineLoad, ModelOptions, EngineConfig):
         add_options(verb, settings)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
     verb = benchmarks.add_parser("train", help=train.__doc__)
-    verb.set_defaults(run=train)
+    verb.set_defaults(run=train, computes=True)
+    add_options(verb, ThreadOptions)
     verb.add_argument("--rounds", type=int, default=9, help="rounds of which the median is taken")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
     verb = benchmarks.add_parser("facts", help=facts.__doc__)
-    verb.set_defaults(run=facts)
+    verb.set_defaults(run=facts, computes=True)
+    add_options(verb, ThreadOptions)
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on from there")
     verb.add_argument("--reduced", action="store_true", help="fewer facts and models, minutes")
     verb.add_argument("--seeds", type=int, help="runs of each model (default: 3; 1 reduced)")
@@ -181,7 +186,8 @@ def _add_row_benchmarks(
 ) -> None:
     """Those of the rows that memories read."""
     verb = benchmarks.add_parser("trace", help=trace.__doc__)
-    verb.set_defaults(run=trace)
+    verb.set_defaults(run=trace, computes=True)
+    add_options(verb, ThreadOptions)
     verb.add_argument("texts", nargs="+", metavar="TEXTS", help="files and folders to run over")
     verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
     verb.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="where it goes")
@@ -190,7 +196,8 @@ def _add_row_benchmarks(
     verb.add_argument("--traced", type=int, default=4096, help=traced)
 
     verb = benchmarks.add_parser("lookahead", help=lookahead.__doc__)
-    verb.set_defaults(run=lookahead)
+    verb.set_defaults(run=lookahead, computes=True)
+    add_options(verb, ThreadOptions)
     verb.add_argument("texts", nargs="+", metavar="TEXTS", help="files and folders to run over")
     verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
     verb.add_argument("--tokens", type=int, default=2048, help="looked at (default: %(default)s)")
@@ -199,7 +206,8 @@ def _add_row_benchmarks(
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
     verb = benchmarks.add_parser("memory", help=memory.__doc__)
-    verb.set_defaults(run=memory)
+    verb.set_defaults(run=memory, computes=True)
+    add_options(verb, ThreadOptions)
     add_options(verb, MemoryLoad)
     verb.add_argument("--model", default=SMOLLM2, help="whose feed-forwards become memories")
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on from there")

@@ -47,11 +47,13 @@ class Engine:
         """
         model_config = model.config
         itemsize = model.model.embed_tokens.weight.dtype.itemsize
-        num_blocks = config.num_kv_blocks(model_config.kv_bytes_per_token(itemsize))
+        kv_bytes_per_token = model_config.kv_bytes_per_token(itemsize)
+        num_blocks = config.num_kv_blocks(kv_bytes_per_token, model_config.max_positions)
+        kv_gib = num_blocks * config.block_size * kv_bytes_per_token / 2**30
         self.limits = RequestLimits(
             vocab_size=model_config.vocab_size,
             max_model_len=_max_model_len(
-                config, model_config.max_positions, num_blocks * config.block_size
+                config, model_config.max_positions, num_blocks * config.block_size, kv_gib
             ),
             eos_ids=eos_ids,
         )
@@ -61,7 +63,7 @@ class Engine:
         try:
             self._runner = Runner(model, num_blocks, config.block_size, eos_ids, self.progress)
         except (OSError, OverflowError):
-            message = f"kv_cache_gib: this machine has not {config.kv_cache_gib} GiB to give"
+            message = f"kv_cache_gib: this machine has not {kv_gib:.3g} GiB to give"
             raise ConfigError(message) from None
         self._table_counter = TableCounter(model)
         self._pool = BlockPool(num_blocks, config.block_size)
@@ -182,7 +184,7 @@ class Engine:
         return drafts
 
 
-def _max_model_len(config: EngineConfig, max_positions: int, kv_tokens: int) -> int:
+def _max_model_len(config: EngineConfig, max_positions: int, kv_tokens: int, kv_gib: float) -> int:
     asked = config.max_model_len
     if asked is None:
         return min(max_positions, kv_tokens)
@@ -191,6 +193,6 @@ def _max_model_len(config: EngineConfig, max_positions: int, kv_tokens: int) -> 
     if asked > kv_tokens:
         raise ConfigError(
             f"max_model_len: {asked} exceeds the {kv_tokens} tokens that kv_cache_gib"
-            f" {config.kv_cache_gib} holds"
+            f" {kv_gib:.3g} holds"
         )
     return asked

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from engine.model.lookahead import LookaheadConfig
 from engine.model.transformer import Transformer
 from engine.process import EngineRefused, run_engine
 from server.config import EngineSettings, ModelOptions
-from weights.checkpoint import load_model
+from weights.checkpoint import load_model, model_bytes
 from weights.config_json import CheckpointConfig, read_config
 from weights.errors import CheckpointError
 from weights.prepare import prepared_folder
@@ -46,36 +47,53 @@ def build_engine(settings: EngineSettings) -> Engine:
         ConfigError: settings and model do not fit together; the message names the field.
     """
     folder = prepared_folder(settings.model.model, settings.cache_folder)
-    model, config = load_served(settings.model, folder, settings.engine.kv_bytes)
-    return served_engine(model, config, settings.engine)
+    return served_engine(load_served(settings.model, folder, settings.engine), settings.engine)
 
 
-def served_engine(model: Transformer, config: CheckpointConfig, engine: EngineConfig) -> Engine:
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, and the memory that is set aside for its KV blocks."""
+
+    model: Transformer
+    config: CheckpointConfig
+    kv_bytes: int
+
+
+def served_engine(loaded: LoadedModel, engine: EngineConfig) -> Engine:
     """An engine with a model, which then serves and does no more.
 
     Raises:
         ConfigError: settings and model do not fit together; the message names the field.
     """
-    model.pack()
-    return Engine(model, engine, config.eos_ids)
+    loaded.model.pack()
+    sized = replace(engine, kv_cache_gib=loaded.kv_bytes / 2**30)
+    return Engine(loaded.model, sized, loaded.config.eos_ids)
 
 
-def load_served(
-    options: ModelOptions, folder: Path, kv_bytes: int
-) -> tuple[Transformer, CheckpointConfig]:
-    """A folder's model, its tables where ``options`` want them beside ``kv_bytes`` of KV blocks.
+def load_served(options: ModelOptions, folder: Path, engine: EngineConfig | None) -> LoadedModel:
+    """A folder's model, its tables where ``options`` want them beside the engine's KV blocks.
+
+    Without an engine there are none.
 
     Raises:
         CheckpointError: as ``load_model``.
         ConfigError: as ``load_model``; or the model cannot look ahead so.
     """
     # what can be refused at once is, before minutes are spent on tables
-    lookahead = _lookahead(options, read_config(folder).model) if options.table_lookahead else None
+    described = read_config(folder).model
+    lookahead = _lookahead(options, described) if options.table_lookahead else None
+    sizes = model_bytes(folder, options.dtype, options.table_dtype)
+    kv_bytes = engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0
     asked = options.table_cache_bytes if options.table_cache is not None else None
+    choice = TierChoice(
+        *(kv_bytes, asked, options.table_cache_bytes, options.table_tier),
+        is_kv_asked=engine is not None and engine.kv_cache_gib is not None,
+    )
+    shares = choice.shares(sizes.tables, sizes.weights)
     model, config = load_model(
         folder,
         options.dtype,
-        TierChoice(kv_bytes, asked, options.table_cache_bytes, options.table_tier),
+        shares.cache_bytes,
         table_dtype=options.table_dtype,
         verify_tables=options.verify_tables,
     )
@@ -83,7 +101,7 @@ def load_served(
         if all(table.tier == "device" for table in model.tables.values()):
             logger.warning("tables are held in memory: --table-lookahead is not used")
         model.look_ahead(lookahead)
-    return model, config
+    return LoadedModel(model, config, shares.kv_bytes)
 
 
 def _lookahead(options: ModelOptions, model: ModelConfig) -> LookaheadConfig:

@@ -39,15 +39,15 @@ def evaluate(
     files = corpus_files(texts) if texts else []
     folder, engine = prepared_folder(model.model, cache_folder()), EngineConfig()
     # loaded once for both: tables are large, and must not lie elsewhere for one than the other
-    loaded, config = load_served(model, folder, engine.kv_bytes if asked else 0)
+    loaded = load_served(model, folder, engine if asked else None)
     whole: dict[str, dict[str, float]] = {}
     if texts:
-        score = score_texts(loaded, checkpoint_text(folder), documents(files))
+        score = score_texts(loaded.model, checkpoint_text(folder), documents(files))
         whole["texts"] = asdict(score)
         print(_text_line(score))
     if asked:
         # last, as the model then does no more than that
-        served = served_engine(loaded, config, engine)
+        served = served_engine(loaded, engine)
         recall = score_recall(served, load_tokenizer(folder), asked)
         whole["questions"] = asdict(recall)
         print(_recall_line(recall))

@@ -49,7 +49,7 @@ before = said("/proc/self/io", "rchar")
 summary = summarize(Path(folder))
 options = ModelOptions(folder, table_tier=tier, table_cache=cache or None)
 config = EngineConfig(kv_cache_gib=0.05, max_num_seqs=4)
-model, _ = load_served(options, Path(folder), config.kv_bytes)
+model = load_served(options, Path(folder), config).model
 model.pack()
 engine = Engine(model, config)
 loaded = said("/proc/self/io", "rchar") - before

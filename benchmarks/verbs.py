@@ -68,6 +68,13 @@ def train(options: argparse.Namespace) -> None:
     measure(options.rounds, options.json)
 
 
+def busy(options: argparse.Namespace) -> None:
+    """Measure serving and training beside busy processes, by how idle threads wait."""
+    from benchmarks.busy_machine import measure
+
+    measure(options.model, options.rounds, options.json)
+
+
 def facts(options: argparse.Namespace) -> None:
     """Measure what models recall against the size of their memory, at equal compute."""
     from benchmarks.facts.run import measure
@@ -169,6 +176,20 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("--rounds", type=int, default=9, help="rounds of which the median is taken")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
+    _add_training_benchmarks(benchmarks)
+    _add_row_benchmarks(benchmarks)
+
+
+def _add_training_benchmarks(
+    benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    """Those that train models."""
+    verb = benchmarks.add_parser("busy", help=busy.__doc__)
+    verb.set_defaults(run=busy)
+    verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
+    verb.add_argument("--rounds", type=int, default=3, help="rounds of which the median is taken")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+
     verb = benchmarks.add_parser("facts", help=facts.__doc__)
     verb.set_defaults(run=facts, computes=True)
     add_options(verb, ThreadOptions)
@@ -177,8 +198,6 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("--seeds", type=int, help="runs of each model (default: 3; 1 reduced)")
     only = "a model's name; may be given more than once (default: all)"
     verb.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
-
-    _add_row_benchmarks(benchmarks)
 
 
 def _add_row_benchmarks(

@@ -57,7 +57,9 @@ class InstantExecutor:
     def __init__(self, max_logits: int, engine: EngineConfig, context: int) -> None:
         self.config = replace(CONFIG, max_positions=CONFIG.max_positions + context)
         itemsize = torch.bfloat16.itemsize
-        self.num_blocks = engine.num_kv_blocks(CONFIG.kv_bytes_per_token(itemsize))
+        self.num_blocks = engine.num_kv_blocks(
+            CONFIG.kv_bytes_per_token(itemsize), self.config.max_positions
+        )
         self.tables: Mapping[str, ValueTable] = {}
         self.progress = Progress()
         self._logits_LV = torch.randn(max_logits, CONFIG.vocab_size).to(torch.bfloat16)

@@ -9,7 +9,7 @@ from benchmarks.offline_load import OfflineLoad
 from benchmarks.serving_load import ServingLoad
 from engine.config import EngineConfig
 from server.cli.options import add_options, from_options
-from server.config import ModelOptions, cache_folder
+from server.config import ModelOptions, ThreadOptions, cache_folder
 from weights.models.named_models import DEFAULT_MODEL, SMOLLM2
 
 
@@ -66,6 +66,13 @@ def train(options: argparse.Namespace) -> None:
     from benchmarks.training import measure
 
     measure(options.rounds, options.json)
+
+
+def busy(options: argparse.Namespace) -> None:
+    """Measure serving and training beside busy processes, by how idle threads wait."""
+    from benchmarks.busy_machine import measure
+
+    measure(options.model, options.rounds, options.json)
 
 
 def facts(options: argparse.Namespace) -> None:
@@ -132,13 +139,15 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("--runs", type=int, default=3, help="starts of each kind (default: 3)")
 
     verb = benchmarks.add_parser("step", help=step.__doc__)
-    verb.set_defaults(run=step)
+    verb.set_defaults(run=step, computes=True)
+    add_options(verb, ThreadOptions)
     verb.add_argument("--steps", type=int, default=200, help="steps measured (default: 200)")
     context = "tokens in the longest sequence's context; the others have 128 (default: 128)"
     verb.add_argument("--context", type=int, default=128, metavar="TOKENS", help=context)
 
     verb = benchmarks.add_parser("kernels", help=kernels.__doc__)
-    verb.set_defaults(run=kernels)
+    verb.set_defaults(run=kernels, computes=True)
+    add_options(verb, ThreadOptions)
     add_options(verb, Shapes)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
@@ -157,25 +166,40 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there, too")
 
     verb = benchmarks.add_parser("offline", help=offline.__doc__)
-    verb.set_defaults(run=offline)
+    verb.set_defaults(run=offline, computes=True)
+    add_options(verb, ThreadOptions)
     for settings in (OfflineLoad, ModelOptions, EngineConfig):
         add_options(verb, settings)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
     verb = benchmarks.add_parser("train", help=train.__doc__)
-    verb.set_defaults(run=train)
+    verb.set_defaults(run=train, computes=True)
+    add_options(verb, ThreadOptions)
     verb.add_argument("--rounds", type=int, default=9, help="rounds of which the median is taken")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
+    _add_training_benchmarks(benchmarks)
+    _add_row_benchmarks(benchmarks)
+
+
+def _add_training_benchmarks(
+    benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    """Those that train models."""
+    verb = benchmarks.add_parser("busy", help=busy.__doc__)
+    verb.set_defaults(run=busy)
+    verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
+    verb.add_argument("--rounds", type=int, default=3, help="rounds of which the median is taken")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+
     verb = benchmarks.add_parser("facts", help=facts.__doc__)
-    verb.set_defaults(run=facts)
+    verb.set_defaults(run=facts, computes=True)
+    add_options(verb, ThreadOptions)
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on from there")
     verb.add_argument("--reduced", action="store_true", help="fewer facts and models, minutes")
     verb.add_argument("--seeds", type=int, help="runs of each model (default: 3; 1 reduced)")
     only = "a model's name; may be given more than once (default: all)"
     verb.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
-
-    _add_row_benchmarks(benchmarks)
 
 
 def _add_row_benchmarks(
@@ -183,7 +207,8 @@ def _add_row_benchmarks(
 ) -> None:
     """Those of the rows that memories read."""
     verb = benchmarks.add_parser("trace", help=trace.__doc__)
-    verb.set_defaults(run=trace)
+    verb.set_defaults(run=trace, computes=True)
+    add_options(verb, ThreadOptions)
     verb.add_argument("texts", nargs="+", metavar="TEXTS", help="files and folders to run over")
     verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
     verb.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="where it goes")
@@ -192,7 +217,8 @@ def _add_row_benchmarks(
     verb.add_argument("--traced", type=int, default=4096, help=traced)
 
     verb = benchmarks.add_parser("lookahead", help=lookahead.__doc__)
-    verb.set_defaults(run=lookahead)
+    verb.set_defaults(run=lookahead, computes=True)
+    add_options(verb, ThreadOptions)
     verb.add_argument("texts", nargs="+", metavar="TEXTS", help="files and folders to run over")
     verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
     verb.add_argument("--tokens", type=int, default=2048, help="looked at (default: %(default)s)")
@@ -201,7 +227,8 @@ def _add_row_benchmarks(
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
     verb = benchmarks.add_parser("memory", help=memory.__doc__)
-    verb.set_defaults(run=memory)
+    verb.set_defaults(run=memory, computes=True)
+    add_options(verb, ThreadOptions)
     add_options(verb, MemoryLoad)
     verb.add_argument("--model", default=SMOLLM2, help="whose feed-forwards become memories")
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on from there")

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from engine.errors import ConfigError
 
+_MOST_KV_BYTES = 2 * 2**30
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -25,8 +27,12 @@ class EngineConfig:
         metadata={"help": "longest prompt plus answer, in tokens (default: the model's own)"},
     )
     block_size: int = field(default=16, metadata={"help": "tokens of one KV block"})
-    kv_cache_gib: float = field(
-        default=2.0, metadata={"help": "memory for the KV blocks of all layers, in GiB"}
+    kv_cache_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "memory for the KV blocks of all layers, in GiB (default: as much as all"
+            " sequences can use, at most 2 GiB and what weights and tables leave)"
+        },
     )
     debug_checks: bool = field(
         default=False,
@@ -40,7 +46,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: must be at least 1, not {value}")
-        if not 0 < self.kv_cache_gib < math.inf:
+        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
             raise ConfigError(f"kv_cache_gib: must be greater than 0, not {self.kv_cache_gib}")
         if self.max_batched_tokens < self.max_num_seqs:
             raise ConfigError(
@@ -48,18 +54,27 @@ class EngineConfig:
                 f" {self.max_num_seqs}, so not every sequence could decode in a step"
             )
 
-    @property
-    def kv_bytes(self) -> int:
-        """``kv_cache_gib`` in bytes."""
-        return int(self.kv_cache_gib * 2**30)
+    def kv_bytes(self, kv_bytes_per_token: int, max_positions: int) -> int:
+        """``kv_cache_gib`` in bytes; by default what all sequences can use, at most 2 GiB.
 
-    def num_kv_blocks(self, kv_bytes_per_token: int) -> int:
-        """Blocks that fit in ``kv_cache_gib``.
+        Args:
+            kv_bytes_per_token: of all layers of the model.
+            max_positions: the longest sequence that the model takes, in tokens.
+        """
+        if self.kv_cache_gib is not None:
+            return int(self.kv_cache_gib * 2**30)
+        length = min(self.max_model_len or max_positions, max_positions)
+        num_blocks = self.max_num_seqs * -(-length // self.block_size)
+        return min(num_blocks * self.block_size * kv_bytes_per_token, _MOST_KV_BYTES)
+
+    def num_kv_blocks(self, kv_bytes_per_token: int, max_positions: int) -> int:
+        """Blocks that fit in ``kv_bytes``.
 
         Raises:
             ConfigError: not one block fits.
         """
-        num_blocks = self.kv_bytes // (kv_bytes_per_token * self.block_size)
+        kv_bytes = self.kv_bytes(kv_bytes_per_token, max_positions)
+        num_blocks = kv_bytes // (kv_bytes_per_token * self.block_size)
         if num_blocks < 1:
-            raise ConfigError(f"kv_cache_gib: {self.kv_cache_gib} holds not even one block")
+            raise ConfigError(f"kv_cache_gib: {kv_bytes / 2**30:.3g} holds not even one block")
         return num_blocks

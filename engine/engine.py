@@ -42,13 +42,8 @@ class Engine:
             ConfigError: ``max_model_len`` exceeds what the model or the KV memory takes.
         """
         model, num_blocks = executor.config, executor.num_blocks
-        self.limits = RequestLimits(
-            vocab_size=model.vocab_size,
-            max_model_len=_max_model_len(
-                config, model.max_positions, num_blocks * config.block_size
-            ),
-            eos_ids=eos_ids,
-        )
+        max_model_len = _max_model_len(config, model.max_positions, num_blocks * config.block_size)
+        self.limits = RequestLimits(model.vocab_size, max_model_len, eos_ids)
         self._executor = executor
         self._drafter = drafter
         self._num_drafts = num_drafts
@@ -194,7 +189,7 @@ def _max_model_len(config: EngineConfig, max_positions: int, kv_tokens: int) -> 
         raise ConfigError(f"max_model_len: {asked} exceeds the model's {max_positions} positions")
     if asked > kv_tokens:
         raise ConfigError(
-            f"max_model_len: {asked} exceeds the {kv_tokens} tokens that kv_cache_gib"
-            f" {config.kv_cache_gib} holds"
+            f"max_model_len: {asked} exceeds the {kv_tokens} tokens that the KV blocks hold;"
+            " raise kv_cache_gib"
         )
     return asked

@@ -8,12 +8,17 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from server.thread_count import default_threads
 from weights.checkpoints.dtype_names import TABLE_DTYPES
 from weights.models.named_models import DEFAULT_MODEL
 
 _CACHE = "2GiB"
 _LOOKAHEAD_SHARE = 0.5
 _TIERS = ("auto", "device", "host", "disk")
+_MOST_THREADS = 1024
+# Polls of a waiting OpenMP thread before it sleeps: about as long as waking it takes. By default
+# libgomp polls for milliseconds, whole time slices that another process could use.
+_SPIN_COUNT = 1000
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,24 @@ class SupervisionOptions:
 
 
 @dataclass(frozen=True)
+class ThreadOptions:
+    """CPU threads that compute.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    threads: int | None = field(
+        default=None,
+        metadata={"help": "CPU threads (default: the cores that affinity and cgroup quota allow)"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
+            raise ConfigError(f"threads: {self.threads} is outside [1, {_MOST_THREADS}]")
+
+
+@dataclass(frozen=True)
 class EngineSettings:
     """What the engine process needs to build its engine."""
 
@@ -200,3 +223,27 @@ def cache_folder() -> Path:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "memplus"
+
+
+def set_threads(options: ThreadOptions) -> str:
+    """Set the number of OpenMP threads and how they wait, for this process and its children.
+
+    OpenMP reads the environment when torch is loaded, so call this before torch is imported. The
+    user's own environment variables stay as they are, but ``--threads`` overrides the number.
+
+    Returns:
+        one line for the log: how many threads, and why.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = str(_SPIN_COUNT)
+    if options.threads is not None:
+        # MKL alone would take no more threads than there are cores, and torch as many as MKL
+        number = str(options.threads)
+        os.environ |= {"OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number, "MKL_DYNAMIC": "FALSE"}
+        return f"threads: {number} (--threads)"
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        if os.environ.get(name):
+            return f"threads: {os.environ[name]} ({name})"
+    found = default_threads(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(found.count)
+    return f"threads: {found.count} ({found.reason})"

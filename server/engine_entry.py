@@ -2,9 +2,9 @@
 
 import gc
 import logging
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
 
 from engine.allocator import keep_freed_memory
 from engine.config import EngineConfig
@@ -16,7 +16,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
 from engine.process import EngineRefused, run_engine
 from server.config import EngineSettings, ModelOptions
-from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.checkpoint import load_model, model_bytes
 from weights.checkpoints.config_json import CheckpointConfig, read_config
 from weights.checkpoints.table_tier import TierChoice
 from weights.errors import CheckpointError
@@ -49,50 +49,69 @@ def build_engine(settings: EngineSettings) -> Engine:
         ConfigError: settings and model do not fit together; the message names the field.
     """
     folder = prepared_folder(settings.model.model, settings.cache_folder)
-    return served_engine(
-        load_served(settings.model, folder, settings.engine.kv_bytes), settings.engine
-    )
+    return served_engine(load_served(settings.model, folder, settings.engine), settings.engine)
 
 
-class ServedModel(NamedTuple):
-    """A loaded model with its tables attached, and how rows are predicted for them."""
+@dataclass(frozen=True)
+class LoadedModel:
+    """A loaded model, and how it is to be served.
+
+    Attributes:
+        model: with its tables attached.
+        config: of its checkpoint.
+        kv_bytes: memory for its KV blocks.
+        lookahead: how rows are predicted for its tables, if they are.
+    """
 
     model: Transformer
     config: CheckpointConfig
+    kv_bytes: int
     lookahead: LookaheadConfig | None
 
 
-def served_engine(served: ServedModel, engine: EngineConfig) -> Engine:
+def served_engine(loaded: LoadedModel, engine: EngineConfig) -> Engine:
     """An engine for a loaded model, which may be forgotten if it only serves.
 
     Raises:
         ConfigError: settings and model do not fit together; the message names the field.
     """
-    executor = make_executor(served.model, engine, served.lookahead)
-    return Engine(executor, engine, served.config.eos_ids)
+    sized = replace(engine, kv_cache_gib=loaded.kv_bytes / 2**30)
+    executor = make_executor(loaded.model, sized, loaded.lookahead)
+    return Engine(executor, sized, loaded.config.eos_ids)
 
 
-def load_served(options: ModelOptions, folder: Path, kv_bytes: int) -> ServedModel:
-    """A folder's model, its tables where ``options`` want them beside ``kv_bytes`` of KV blocks.
+def load_served(options: ModelOptions, folder: Path, engine: EngineConfig | None) -> LoadedModel:
+    """A folder's model, its tables where ``options`` want them beside the engine's KV blocks.
+
+    Without an engine there are none.
 
     Raises:
         CheckpointError: as ``load_model``.
         ConfigError: as ``load_model``; or the model cannot look ahead so.
     """
     # what can be refused at once is, before minutes are spent on tables
-    lookahead = _lookahead(options, read_config(folder).model) if options.table_lookahead else None
+    described = read_config(folder).model
+    lookahead = _lookahead(options, described) if options.table_lookahead else None
+    sizes = model_bytes(folder, options.dtype, options.table_dtype)
+    kv_bytes = engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0
     asked = options.table_cache_bytes if options.table_cache is not None else None
+    choice = TierChoice(
+        *(kv_bytes, asked, options.table_cache_bytes, options.table_tier),
+        is_kv_asked=engine is not None and engine.kv_cache_gib is not None,
+    )
+    shares = choice.shares(sizes.tables, sizes.weights)
     model, config = load_model(
         folder,
         options.dtype,
-        TierChoice(kv_bytes, asked, options.table_cache_bytes, options.table_tier),
+        shares.cache_bytes,
         table_dtype=options.table_dtype,
         verify_tables=options.verify_tables,
     )
-    if lookahead is not None and all(table.tier == "device" for table in model.tables.values()):
+    tables = model.tables.values()
+    if lookahead is not None and all(table.fetched_capacity is None for table in tables):
         logger.warning("tables are held in memory: --table-lookahead is not used")
         lookahead = None
-    return ServedModel(model, config, lookahead)
+    return LoadedModel(model, config, shares.kv_bytes, lookahead)
 
 
 def _lookahead(options: ModelOptions, model: ModelConfig) -> LookaheadConfig:

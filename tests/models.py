@@ -187,7 +187,8 @@ def eager(
     model: Transformer, config: EngineConfig, lookahead: LookaheadConfig | None = None
 ) -> EagerExecutor:
     """An executor that runs a model in plain torch."""
-    num_blocks = config.num_kv_blocks(model.config.kv_bytes_per_token(itemsize=4))
+    per_token = model.config.kv_bytes_per_token(itemsize=4)
+    num_blocks = config.num_kv_blocks(per_token, model.config.max_positions)
     return EagerExecutor(model, num_blocks, config.block_size, lookahead)
 
 

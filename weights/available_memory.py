@@ -1,8 +1,9 @@
 """How much memory this process can still take: what the machine has, and what its cgroup allows."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from weights.cgroups import CGROUPS, PROC, cgroup_folders
 
 _KIB = 1024
 
@@ -15,9 +16,7 @@ class AvailableMemory:
     bound: str
 
 
-def available_memory(
-    proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
-) -> AvailableMemory:
+def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> AvailableMemory:
     """The least of MemAvailable and of what each cgroup of this process has left.
 
     Beyond ``memory.high`` a cgroup is slowed down until it stands still, so that is a limit too.
@@ -30,7 +29,7 @@ def available_memory(
         ValueError: it tells no MemAvailable, or a cgroup's file is not as kernels write it.
     """
     found = AvailableMemory(_mem_available(proc / "meminfo"), "MemAvailable")
-    for folder in _memory_cgroups(proc / "self" / "cgroup", cgroups):
+    for folder in cgroup_folders("memory", proc, cgroups):
         left = _left(folder)
         if left is not None and left < found.num_bytes:
             found = AvailableMemory(left, f"the limit of cgroup {folder}")
@@ -43,23 +42,6 @@ def _mem_available(meminfo: Path) -> int:
         if name == "MemAvailable":
             return int(rest.split()[0]) * _KIB
     raise ValueError(f"{meminfo}: has no MemAvailable")
-
-
-def _memory_cgroups(own: Path, cgroups: Path) -> Iterator[Path]:
-    """Folders of this process's cgroups and of all above them, those that are visible."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root = cgroups / "memory" if controllers else cgroups
-        # a container sees its own cgroup as the root, whatever its path is outside
-        inside = Path(path.lstrip("/"))
-        for part in (inside, *inside.parents):
-            yield root / part
 
 
 def _left(folder: Path) -> int | None:

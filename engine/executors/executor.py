@@ -69,7 +69,8 @@ def make_executor(
         ConfigError: the KV memory is too small, or more than the machine has.
     """
     weight = model.model.embed_tokens.weight
-    num_blocks = config.num_kv_blocks(model.config.kv_bytes_per_token(weight.dtype.itemsize))
+    per_token = model.config.kv_bytes_per_token(weight.dtype.itemsize)
+    num_blocks = config.num_kv_blocks(per_token, model.config.max_positions)
     kernels = cpu_kernels(weight.device, weight.dtype)
     try:
         if kernels is not None:
@@ -78,5 +79,6 @@ def make_executor(
         logger.info("executor: eager, plain torch on %s in %s", weight.device, weight.dtype)
         return EagerExecutor(model, num_blocks, config.block_size, lookahead)
     except (OSError, OverflowError):
-        message = f"kv_cache_gib: this machine has not {config.kv_cache_gib} GiB to give"
+        kv_gib = num_blocks * config.block_size * per_token / 2**30
+        message = f"kv_cache_gib: the machine cannot give {kv_gib:.3g} GiB"
         raise ConfigError(message) from None

@@ -40,14 +40,14 @@ def evaluate(
     files = corpus_files(texts) if texts else []
     folder, engine = prepared_folder(model.model, cache_folder()), EngineConfig()
     # loaded once for both: tables are large, and must not lie elsewhere for one than the other
-    served = load_served(model, folder, engine.kv_bytes if asked else 0)
+    loaded = load_served(model, folder, engine if asked else None)
     whole: dict[str, dict[str, float]] = {}
     if texts:
-        score = score_texts(served.model, checkpoint_text(folder), documents(files))
+        score = score_texts(loaded.model, checkpoint_text(folder), documents(files))
         whole["texts"] = asdict(score)
         print(_text_line(score))
     if asked:
-        recall = score_recall(served_engine(served, engine), load_tokenizer(folder), asked)
+        recall = score_recall(served_engine(loaded, engine), load_tokenizer(folder), asked)
         whole["questions"] = asdict(recall)
         print(_recall_line(recall))
     if json_file is not None:

@@ -13,7 +13,14 @@ from engine.errors import ConfigError, RequestError
 from engine.process import EngineLostError, EngineStartError
 from engine.sampling.params import SamplingParams
 from server.cli.options import add_options, from_options
-from server.config import HttpOptions, ModelOptions, SupervisionOptions, cache_folder
+from server.config import (
+    HttpOptions,
+    ModelOptions,
+    SupervisionOptions,
+    ThreadOptions,
+    cache_folder,
+    set_threads,
+)
 from weights.checkpoints.dtype_names import TABLE_DTYPES
 from weights.errors import CheckpointError, DataError, TrainingError
 from weights.models.named_models import DEFAULT_MODEL
@@ -45,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
+        line = set_threads(from_options(ThreadOptions, options))
+        if options.computes:
+            print(line, file=sys.stderr, flush=True)
         code: int | None = options.run(options)
     except _MISTAKES as error:
         print(f"memplus: {error}", file=sys.stderr)
@@ -130,17 +140,19 @@ def train(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("memplus", description="Serve language models with memory.")
+    parser.set_defaults(computes=False)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     verb = verbs.add_parser("serve", help=serve.__doc__)
-    verb.set_defaults(run=serve)
-    for settings in (ModelOptions, EngineConfig, HttpOptions, SupervisionOptions):
+    verb.set_defaults(run=serve, computes=True)
+    for settings in (ModelOptions, EngineConfig, ThreadOptions, HttpOptions, SupervisionOptions):
         add_options(verb, settings)
 
     verb = verbs.add_parser("generate", help=generate.__doc__)
-    verb.set_defaults(run=generate)
+    verb.set_defaults(run=generate, computes=True)
     verb.add_argument("text", help="what to continue")
-    add_options(verb, ModelOptions)
+    for settings in (ModelOptions, ThreadOptions):
+        add_options(verb, settings)
     add_options(verb, SamplingParams, leave_out=_NOT_TYPED)
 
     verb = verbs.add_parser("convert", help=convert.__doc__)
@@ -160,23 +172,16 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=inspect)
     verb.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="a name or a folder")
 
-    verb = verbs.add_parser("train", help=train.__doc__)
-    verb.set_defaults(run=train)
-    verb.add_argument("config", type=Path, metavar="CONFIG.toml", help="what to train, and on what")
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
-    verb.add_argument("--resume", action="store_true", help="go on with the run in that folder")
-    change = "change a setting; may be given more than once"
-    verb.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change
-    )
+    _add_train(verbs)
 
     verb = verbs.add_parser("eval", help=evaluate.__doc__)
-    verb.set_defaults(run=evaluate)
+    verb.set_defaults(run=evaluate, computes=True)
     verb.add_argument("texts", nargs="*", metavar="TEXTS", help="files and folders to foresee")
     question = 'a JSONL file of {"prompt": ..., "answer": ..., "until": ...}'
     verb.add_argument("--questions", type=Path, metavar="FILE", help=question)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file")
-    add_options(verb, ModelOptions)
+    for settings in (ModelOptions, ThreadOptions):
+        add_options(verb, settings)
 
     verb = verbs.add_parser("wordnet", help=wordnet.__doc__)
     verb.set_defaults(run=wordnet)
@@ -188,6 +193,19 @@ def _parser() -> argparse.ArgumentParser:
 
     add_benchmarks(verbs)
     return parser
+
+
+def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    verb = verbs.add_parser("train", help=train.__doc__)
+    verb.set_defaults(run=train, computes=True)
+    verb.add_argument("config", type=Path, metavar="CONFIG.toml", help="what to train, and on what")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
+    verb.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    change = "change a setting; may be given more than once"
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change
+    )
+    add_options(verb, ThreadOptions)
 
 
 if __name__ == "__main__":

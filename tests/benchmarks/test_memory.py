@@ -17,7 +17,7 @@ from engine.errors import ConfigError
 from memory_ops.native import disk_rows
 from memory_ops.native.row_fetcher import START, RowFetcher
 from memory_ops.tables.device import DeviceTable
-from server.cli.main.main import main
+from server.cli.main import main
 from tests.models import random_model, save_model, tiny_config
 from weights.errors import DataError
 

@@ -18,7 +18,7 @@ def folder(tmp_path):
 
 
 def loaded(folder, **options):
-    return load_served(ModelOptions(str(folder), **options), folder, kv_bytes=0)[0]
+    return load_served(ModelOptions(str(folder), **options), folder, None).model
 
 
 @pytest.mark.parametrize(

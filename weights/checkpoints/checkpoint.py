@@ -5,6 +5,7 @@ import math
 import re
 import resource
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from weights.checkpoints.config_json import CheckpointConfig, config_to_json, re
 from weights.checkpoints.new_folder import new_folder, write_synced
 from weights.checkpoints.table_files import table_shape
 from weights.checkpoints.table_loading import load_tables, open_tables, table_layouts
-from weights.checkpoints.table_tier import TierChoice
 from weights.checkpoints.tensor_files import (
     DTYPES,
     RECORDS_DTYPE,
@@ -95,10 +95,41 @@ def serving_dtype(stored: Mapping[str, StoredTensor], dtype: str) -> torch.dtype
     return chosen
 
 
+@dataclass(frozen=True)
+class ModelBytes:
+    """Memory that a model takes when it is served.
+
+    Attributes:
+        weights: of all but the value tables.
+        tables: of all value tables in the format that they are served in; 0 without any.
+        kv_per_token: of keys and values of all layers.
+    """
+
+    weights: int
+    tables: int
+    kv_per_token: int
+
+
+def model_bytes(folder: Path, dtype: str, table_dtype: str) -> ModelBytes:
+    """The sizes of what ``load_model`` would load; reads headers alone.
+
+    Raises:
+        CheckpointError, ConfigError, ValueError: as ``load_model``.
+    """
+    config, stored = open_checkpoint(folder)
+    itemsize = serving_dtype(stored, dtype).itemsize
+    tables = [stored.pop(name) for name in config.model.table_names]
+    return ModelBytes(
+        weights=itemsize * sum(math.prod(one.shape) for one in stored.values()),
+        tables=sum(layout.num_bytes for layout in table_layouts(tables, table_dtype).values()),
+        kv_per_token=config.model.kv_bytes_per_token(itemsize),
+    )
+
+
 def load_model(
     folder: Path,
     dtype: str = "auto",
-    table_cache: int | TierChoice | None = None,
+    table_cache: int | None = None,
     *,
     table_dtype: str = "auto",
     verify_tables: bool = False,
@@ -113,7 +144,7 @@ def load_model(
         folder: the model's.
         dtype: of weights; see ``serving_dtype``.
         table_cache: bytes of memory for rows of all tables, which then stay in their files; None
-            for all rows in memory; or what chooses between these.
+            for all rows in memory.
         table_dtype: one of ``TABLE_DTYPES`` that tables in memory are converted to, or auto: as
             stored.
         verify_tables: whether their data are compared with the checksums in their files.
@@ -129,10 +160,6 @@ def load_model(
     if not tables:
         _check_nothing_asked(table_cache, table_dtype, verify_tables)
     layouts = table_layouts(tables, table_dtype)
-    if isinstance(table_cache, TierChoice):
-        weight_bytes = chosen.itemsize * sum(math.prod(one.shape) for one in stored.values())
-        table_bytes = sum(layout.num_bytes for layout in layouts.values())
-        table_cache = table_cache.cache_bytes(table_bytes, weight_bytes)
     _allow_descriptors()
     with torch.device("meta"):
         model = Transformer(config.model)
@@ -188,12 +215,10 @@ def save_checkpoint(
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
-def _check_nothing_asked(
-    table_cache: int | TierChoice | None, table_dtype: str, verify_tables: bool
-) -> None:
+def _check_nothing_asked(table_cache: int | None, table_dtype: str, verify_tables: bool) -> None:
     """Refuse what is asked of a model's tables where it has none."""
     none = "value tables, and this model has none"
-    if isinstance(table_cache, int):
+    if table_cache is not None:
         raise ConfigError(f"table_tier: disk is for {none}")
     if table_dtype != "auto":
         raise ConfigError(f"table_dtype: is for {none}")

@@ -1,9 +1,11 @@
 """What ``auto`` decides, by figures of memory that are given to it."""
 
 import logging
+from functools import partial
 
 import pytest
 
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from memory_ops.native import disk_rows
 from memory_ops.tables.device import DeviceTable
@@ -13,9 +15,10 @@ from server.config import ModelOptions
 from server.engine_entry import load_served
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.available_memory import AvailableMemory
-from weights.checkpoints.table_tier import TierChoice
+from weights.checkpoints.table_tier import MemoryShares, TierChoice
 
 MIB, GIB = 2**20, 2**30
+ASKED = EngineConfig(kv_cache_gib=1.0)
 
 
 def choice_of(available: int, asked: int | None = None, tier: str = "auto") -> TierChoice:
@@ -26,8 +29,8 @@ def decided(caplog, available: int, table: int, asked: int | None = None) -> tup
     """The memory for rows on disk, and the line that was logged."""
     caplog.clear()
     caplog.set_level(logging.INFO)
-    cache = choice_of(available, asked).cache_bytes(table, weight_bytes=GIB // 2)
-    (record,) = caplog.records
+    cache = choice_of(available, asked).shares(table, weight_bytes=GIB // 2).cache_bytes
+    record = caplog.records[0]
     return cache, record.getMessage()
 
 
@@ -67,25 +70,25 @@ def test_a_large_cache_is_no_reason_to_hold_a_table_that_does_not_fit(caplog):
 def test_a_cache_that_memory_has_no_room_for_is_refused(tier):
     asked = choice_of(3 * GIB, 5 * GIB, tier)
     with pytest.raises(ConfigError, match=r"table_cache: takes 5.00 GiB, and 2.50 GiB is left"):
-        asked.cache_bytes(10 * GIB, GIB // 2)
+        asked.shares(10 * GIB, GIB // 2)
     # no cache takes more than the table
-    assert asked.cache_bytes(5 * GIB // 2, GIB // 2) == 5 * GIB
+    assert asked.shares(5 * GIB // 2, GIB // 2).cache_bytes == 5 * GIB
 
 
 def test_a_default_cache_on_disk_has_to_fit_too():
-    assert choice_of(3 * GIB, tier="disk").cache_bytes(10 * GIB, GIB // 2) == 2 * GIB
+    assert choice_of(3 * GIB, tier="disk").shares(10 * GIB, GIB // 2).cache_bytes == 2 * GIB
     with pytest.raises(ConfigError, match=r"table_cache: takes 2.00 GiB"):
-        choice_of(2 * GIB, tier="disk").cache_bytes(10 * GIB, GIB // 2)
+        choice_of(2 * GIB, tier="disk").shares(10 * GIB, GIB // 2)
 
 
 def test_a_table_that_does_not_fit_on_the_device_is_refused():
     device = choice_of(3 * GIB, tier="device")
-    assert device.cache_bytes(5 * GIB // 2, GIB // 2) is None
+    assert device.shares(5 * GIB // 2, GIB // 2).cache_bytes is None
     named = r"table_tier: device needs 2.50 GiB, and 2.50 GiB is left .* \(3.00 GiB is available: a"
     with pytest.raises(ConfigError, match=named):
-        device.cache_bytes(5 * GIB // 2 + 1, GIB // 2)
+        device.shares(5 * GIB // 2 + 1, GIB // 2)
     # what is available is an estimate, which refuses no small table
-    assert choice_of(0, tier="device").cache_bytes(256 * MIB, GIB) is None
+    assert choice_of(0, tier="device").shares(256 * MIB, GIB).cache_bytes is None
 
 
 def test_a_cache_that_is_not_used_is_told_of(caplog):
@@ -96,14 +99,17 @@ def test_a_cache_that_is_not_used_is_told_of(caplog):
     assert "--table-cache" not in decided(caplog, 0, GIB, 5 * MIB)[1]
 
 
-def test_a_system_that_does_not_tell_is_told_of():
+def test_a_system_that_does_not_tell_is_told_of(caplog):
     def silent():
         raise ValueError("no MemAvailable")
 
     with pytest.raises(ConfigError, match=r"table_tier: auto cannot tell .*no MemAvailable"):
-        TierChoice(GIB, None, GIB, available=silent).cache_bytes(GIB, GIB)
-    assert TierChoice(GIB, None, GIB, "device", silent).cache_bytes(GIB, GIB) is None
-    assert TierChoice(GIB, None, GIB, "disk", silent).cache_bytes(GIB, GIB) == GIB
+        TierChoice(GIB, None, GIB, available=silent).shares(GIB, GIB)
+    assert TierChoice(GIB, None, GIB, "device", silent).shares(GIB, GIB).cache_bytes is None
+    assert TierChoice(GIB, None, GIB, "disk", silent).shares(GIB, GIB).cache_bytes == GIB
+    # without tables, too, where it decides nothing
+    assert TierChoice(GIB, None, GIB, available=silent).shares(0, GIB) == MemoryShares(None, GIB)
+    assert "memory is not checked" in caplog.messages[-1]
 
 
 @pytest.fixture
@@ -112,11 +118,13 @@ def memory(monkeypatch):
     found = {"bytes": 0}
 
     class Told(TierChoice):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, lambda: AvailableMemory(found["bytes"], "a test"))
+        def __init__(self, *arguments, **keywords):
+            told = partial(AvailableMemory, found["bytes"], "a test")
+            super().__init__(*arguments, told, **keywords)
 
     monkeypatch.setattr(engine_entry, "TierChoice", Told)
     monkeypatch.setattr("weights.checkpoints.table_tier._LEAST_CACHE_BYTES", 3000)
+    monkeypatch.setattr("weights.checkpoints.table_tier._LEAST_KV_BYTES", 3000)
     return found
 
 
@@ -129,8 +137,8 @@ def test_auto_serves_from_memory_or_disk_by_the_dtype_asked_for(tmp_path, memory
     needed = dense + GIB + 512 * MIB
 
     def table(**options):
-        model = load_served(ModelOptions(str(folder), **options), folder, kv_bytes=GIB).model
-        return model.model.layers[0].memory.table
+        loaded = load_served(ModelOptions(str(folder), **options), folder, ASKED)
+        return loaded.model.model.layers[0].memory.table
 
     memory["bytes"] = needed + 8192
     assert type(table()) is DeviceTable
@@ -148,18 +156,78 @@ def test_auto_serves_from_memory_or_disk_by_the_dtype_asked_for(tmp_path, memory
 def test_a_model_without_tables_has_no_tier(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     folder = save_model(random_model(tiny_config()), tmp_path / "model")
-    load_served(ModelOptions(str(folder)), folder, kv_bytes=GIB)
+    load_served(ModelOptions(str(folder)), folder, None)
     assert not caplog.records
     with pytest.raises(ConfigError, match="table_cache: is for value tables"):
-        load_served(ModelOptions(str(folder), table_cache="1GiB"), folder, kv_bytes=GIB)
+        load_served(ModelOptions(str(folder), table_cache="1GiB"), folder, ASKED)
     with pytest.raises(ConfigError, match="table_tier: disk is for value tables"):
-        load_served(ModelOptions(str(folder), table_tier="disk"), folder, kv_bytes=GIB)
+        load_served(ModelOptions(str(folder), table_tier="disk"), folder, ASKED)
 
 
 def test_the_default_model_is_held_in_memory():
     folder = engine_entry.prepared_folder("wordnet", None)
-    model = load_served(ModelOptions(), folder, kv_bytes=GIB).model
-    assert type(model.model.layers[1].memory.table) is DeviceTable
+    loaded = load_served(ModelOptions(), folder, ASKED)
+    assert type(loaded.model.model.layers[1].memory.table) is DeviceTable
+
+
+def kv_share(available, asked=False, table=0, tier="auto"):
+    told = partial(AvailableMemory, available, "a test")
+    choice = TierChoice(2 * GIB, None, GIB, tier, told, is_kv_asked=asked)
+    return choice.shares(table, weight_bytes=GIB // 4).kv_bytes
+
+
+def test_kv_blocks_get_what_is_left_also_of_a_model_without_tables(caplog):
+    caplog.set_level(logging.INFO)
+    assert kv_share(GIB) == GIB // 4
+    assert caplog.messages == [
+        "KV blocks get 256.0 MiB: 1.00 GiB is available (a test), less 256.0 MiB for weights,"
+        " 0.0 MiB for table rows and 512.0 MiB for a step"
+    ]
+    assert caplog.records[0].levelno == logging.WARNING
+    caplog.clear()
+    assert kv_share(9 * GIB) == 2 * GIB and caplog.records[0].levelno == logging.INFO
+    # what is available is an estimate, so a little is always tried
+    assert kv_share(0) == 64 * MIB
+
+
+def test_kv_blocks_get_what_table_rows_leave():
+    assert kv_share(4 * GIB, table=2 * GIB, tier="device") == 5 * GIB // 4
+    # rows on disk take a cache of 1 GiB
+    assert kv_share(3 * GIB, table=9 * GIB, tier="disk") == 5 * GIB // 4
+    assert kv_share(3 * GIB, table=GIB // 2, tier="disk") == 7 * GIB // 4
+
+
+def test_kv_blocks_that_were_asked_for_fit_or_are_refused():
+    assert kv_share(9 * GIB // 4, asked=True) == 2 * GIB
+    named = (
+        r"kv_cache_gib: 2.00 GiB do not fit: 2.25 GiB is available \(a test\), and 2.00 GiB of it"
+        " is left beside 256.0 MiB of weights and 0.0 MiB of table rows"
+    )
+    with pytest.raises(ConfigError, match=named):
+        kv_share(9 * GIB // 4 - 1, asked=True)
+    with pytest.raises(ConfigError, match="1.00 GiB of it is left .* and 1.00 GiB of table rows"):
+        kv_share(9 * GIB // 4, asked=True, table=GIB, tier="device")
+
+
+def test_a_server_in_a_narrow_cgroup_takes_fewer_kv_blocks(tmp_path, memory):
+    folder = save_model(random_model(tiny_config()), tmp_path / "model")
+    # 64 sequences of 512 positions, of 2 layers x 2 x 2 KV heads x 8 dims x 4 bytes
+    most = 64 * 512 * 256
+    weights = sum(one.numel() for one in random_model(tiny_config()).parameters()) * 4
+
+    def blocks(**config):
+        loaded = load_served(ModelOptions(str(folder)), folder, EngineConfig(**config))
+        engine = engine_entry.served_engine(loaded, EngineConfig(**config))
+        return engine.statistics().kv_blocks_total
+
+    memory["bytes"] = GIB
+    assert blocks() == most // (16 * 256)
+    assert blocks(max_num_seqs=3, max_model_len=17) == 3 * 2
+    memory["bytes"] = weights + 512 * MIB + most // 2
+    assert blocks() == most // 2 // (16 * 256)
+    memory["bytes"] = weights + GIB // 4 - 1
+    with pytest.raises(ConfigError, match=r"kv_cache_gib: 256.0 MiB do not fit: .* \(a test\)"):
+        blocks(kv_cache_gib=0.25)
 
 
 @pytest.mark.parametrize(

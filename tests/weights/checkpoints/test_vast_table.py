@@ -48,7 +48,7 @@ before = said("/proc/self/io", "rchar")
 summary = summarize(Path(folder))
 options = ModelOptions(folder, table_tier=tier, table_cache=cache or None)
 config = EngineConfig(kv_cache_gib=0.05, max_num_seqs=4)
-served = load_served(options, Path(folder), config.kv_bytes)
+served = load_served(options, Path(folder), config)
 model = served.model
 engine = served_engine(served, config)
 loaded = said("/proc/self/io", "rchar") - before

@@ -150,9 +150,9 @@ def test_a_question_that_is_too_long_is_named(model, folder):
 def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys, monkeypatch):
     loads = []
 
-    def counted(options, folder, kv_bytes):
-        loads.append(kv_bytes)
-        return load_served(options, folder, kv_bytes)
+    def counted(options, folder, engine):
+        loads.append(engine)
+        return load_served(options, folder, engine)
 
     monkeypatch.setattr(verb, "load_served", counted)
     questions, texts, out = (tmp_path / name for name in ("q.jsonl", "a.txt", "scores.json"))
@@ -161,7 +161,7 @@ def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys, monkeypa
     arguments = ["eval", "--model", str(folder), "--questions", str(questions)]
     assert main([*arguments, "--json", str(out), str(texts)]) == 0
     # once for both, beside what questions take
-    assert loads == [EngineConfig().kv_bytes]
+    assert loads == [EngineConfig()]
     scores = json.loads(out.read_text())
     assert scores["texts"]["documents"] == 1 and scores["questions"]["questions"] == 1
     printed = capsys.readouterr().out

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from engine.errors import ConfigError
 from engine.model.layout import TokenLayout
 from engine.model.memory_layer import half_scores
-from server.cli.main import train
+from server.cli import train
 from weights.checkpoints import checkpoint
 from weights.checkpoints.checkpoint import load_model
 from weights.errors import CheckpointError, DataError, TrainingError

@@ -1,0 +1,25 @@
+"""Packed layers on 1 to 64 threads, more than there are cores: each number gives the same bits."""
+
+import pytest
+import torch
+
+from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
+from tests.engine.executors.cpu.packed_forward import PackedForward, threads
+from tests.models import feed_forward_changes, random_model, tiny_config
+
+# a step of few rows and one of many, which kernels divide differently
+TOKENS = (1, 9, 150)
+
+
+@pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads_gives_the_same_bits(build, dtype):
+    changes = feed_forward_changes("memory_plus", "dense", num_subkeys=19)
+    forward = PackedForward(random_model(tiny_config(**changes), dtype), CpuKernels(build))
+    with threads(1):
+        wanted = [forward(num_tokens)[0] for num_tokens in TOKENS]
+    for number in (2, 3, 5, 8, 16, 31, 32, 48, 63, 64):
+        with threads(number):
+            found = [forward(num_tokens)[0] for num_tokens in TOKENS]
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one, other), number

@@ -102,6 +102,7 @@ def test_a_signal_while_the_model_loads_ends_the_command(memory_plus_folder):
         str(memory_plus_folder),
     ]
     with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline().startswith("threads: ")
         assert process.stderr.readline().startswith("loading")
         while not (pids := children(process.pid)):
             pass

@@ -106,7 +106,7 @@ def test_a_number_that_cannot_be_is_refused(threads):
 
 SHOWN = """
 import os, sys
-from server.cli.main import main as cli
+from server.cli import main as cli
 def show(options):
     import torch
     print(torch.get_num_threads())

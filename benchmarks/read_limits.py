@@ -1,4 +1,4 @@
-"""How fast this machine reads: from first to last, and random rows by a loop that does no more."""
+"""Measures how fast this machine reads memory: sequentially, and random rows."""
 
 import ctypes
 import mmap

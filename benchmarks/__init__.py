@@ -1,1 +1,1 @@
-"""What ``memplus bench`` runs; speed is measured here and nowhere asserted."""
+"""Benchmarks that ``memplus bench`` runs; no test asserts on speed."""

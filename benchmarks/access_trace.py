@@ -1,4 +1,4 @@
-"""``memplus bench trace``: which rows a model's memory layers read, as a file to be played back."""
+"""``memplus bench trace``: records the rows that a model's memory layers read, for replay."""
 
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,12 @@ from weights.training.training_data import TextTokens, checkpoint_text
 
 @dataclass(frozen=True)
 class AccessTrace:
-    """Reads of the tokens of some texts, in their order.
+    """Row reads of a model on some texts, in token order.
 
     Attributes:
-        rows_TMHK: int64, of T tokens in M memory layers: H heads of K rows.
-        counts_MR: int64, how often each layer read each row, for all ``num_tokens``.
-        num_tokens: of all texts, of which the first T have their rows told.
+        rows_TMHK: int64 row ids of T tokens, M memory layers, H heads, K rows per head.
+        counts_MR: int64 reads of each row by each layer, over all ``num_tokens``.
+        num_tokens: counted tokens; ``rows_TMHK`` has the first T of them.
     """
 
     rows_TMHK: NDArray[np.int64]
@@ -34,7 +34,7 @@ class AccessTrace:
     num_tokens: int
 
     def save(self, file: Path) -> None:
-        """Write it, compressed; see ``load``."""
+        """Write a compressed file for ``load``."""
         counts = self.counts_MR.astype(np.uint32)
         with open(file, "wb") as out:
             np.savez_compressed(
@@ -46,10 +46,10 @@ class AccessTrace:
 
     @classmethod
     def load(cls, file: Path) -> "AccessTrace":
-        """Read what ``save`` has written.
+        """Read a file that ``save`` has written.
 
         Raises:
-            DataError: the file is something else.
+            DataError: the file is not an access trace.
         """
         try:
             with np.load(file, allow_pickle=False) as arrays:
@@ -59,28 +59,28 @@ class AccessTrace:
                     int(arrays["num_tokens"]),
                 )
         except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
-            raise DataError(f"{file}: no access trace ({error})") from None
+            raise DataError(f"{file}: not an access trace ({error})") from None
 
 
 def checked_trace(file: Path, shape: tuple[int, int, int]) -> AccessTrace:
-    """A trace of so many layers, heads and rows a head (DataError if it is another)."""
+    """Load a trace; DataError if its layers, heads and rows per head are not ``shape``."""
     trace = AccessTrace.load(file)
     found = trace.rows_TMHK.shape[1:]
     if found != shape or len(trace.rows_TMHK) < 2:
-        raise DataError(f"{file}: has reads of {found} layers, heads and rows, not {shape}")
+        raise DataError(f"{file}: has {found} layers, heads and rows per head, not {shape}")
     num_rows = trace.counts_MR.shape[1]
     is_whole = 0 <= trace.rows_TMHK.min() <= trace.rows_TMHK.max() < num_rows
     if num_rows & (num_rows - 1) or not is_whole:
-        raise DataError(f"{file}: of {num_rows} rows, no power of two, or fewer than are read")
+        raise DataError(f"{file}: {num_rows} rows are not a power of two, or fewer than are read")
     return trace
 
 
 def record(folder: Path, texts: Sequence[str], num_tokens: int, num_traced: int) -> AccessTrace:
-    """Run a model over texts and keep what its memories read.
+    """Run a model over texts and record the rows that its memory layers read.
 
     Raises:
-        ConfigError: the model has no memory layers, or the texts fewer tokens.
-        CheckpointError, DataError: it, or they, cannot be read.
+        ConfigError: the model has no memory layers, or the texts have fewer than ``num_tokens``.
+        CheckpointError, DataError: model or texts cannot be read.
     """
     model, config = load_model(folder)
     memory = config.model.memory
@@ -108,7 +108,7 @@ def record(folder: Path, texts: Sequence[str], num_tokens: int, num_traced: int)
 def _reads(
     model: Transformer, text: TextTokens, texts: Iterator[str]
 ) -> Iterator[NDArray[np.int64]]:
-    """The rows of each document's tokens."""
+    """Yields the rows ``[T, M, H, K]`` that each document's tokens read."""
     for one in texts:
         ids_T = torch.tensor(text.document(one)[: model.config.max_positions])
         layout = TokenLayout(torch.arange(len(ids_T)), (0, len(ids_T)))
@@ -117,14 +117,14 @@ def _reads(
 
 
 def summarize(trace: AccessTrace) -> str:
-    """How uneven the reads are, for a reader."""
+    """Describe the skew of the reads, one line per memory layer."""
     lines = []
     for layer, counts_R in enumerate(trace.counts_MR):
         shares = np.sort(counts_R)[::-1].cumsum() / counts_R.sum()
         hot = [float(shares[max(0, len(shares) // part - 1)]) for part in (1000, 100, 10)]
         read = np.count_nonzero(counts_R) / len(counts_R)
         lines.append(
-            f"memory {layer}: {read:.1%} of the rows read; the hottest 0.1 / 1 / 10 % of all take"
+            f"memory {layer}: {read:.1%} of the rows read; the most-read 0.1 / 1 / 10 % of all get"
             f" {hot[0]:.1%} / {hot[1]:.1%} / {hot[2]:.1%} of the reads"
         )
     return "\n".join(lines)

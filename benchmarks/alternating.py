@@ -1,4 +1,4 @@
-"""Times of things that are compared: by turns, on fresh inputs, and their medians."""
+"""Interleaved timing of alternatives on fresh inputs; reports medians."""
 
 import gc
 import time
@@ -10,13 +10,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something that takes time.
+    """One of the alternatives that are timed against each other.
 
     Attributes:
-        name: who it is.
-        call: what is timed.
-        inputs: the arguments of that many calls, no two alike, drawn outside the timing.
-        calls: how many calls make a turn, long enough for the clock.
+        name: the alternative's name in the results.
+        call: the timed function.
+        inputs: makes the arguments of that many calls, all different; this is not timed.
+        calls: calls per measurement, enough for the clock's resolution.
     """
 
     name: str
@@ -26,17 +26,17 @@ class Contestant:
 
 
 def median_seconds(contestants: Sequence[Contestant], rounds: int) -> list[float]:
-    """Each one's seconds a call: the median of ``rounds`` turns, after one to warm up."""
-    turns: list[list[float]] = [[] for _ in contestants]
+    """Seconds per call of each contestant: the median of ``rounds`` rounds after one warm-up."""
+    measured: list[list[float]] = [[] for _ in contestants]
     for number in range(rounds + 1):
-        for contestant, seconds in zip(contestants, turns, strict=True):
-            taken = _turn(contestant)
+        for contestant, seconds in zip(contestants, measured, strict=True):
+            taken = _seconds_per_call(contestant)
             if number:
                 seconds.append(taken)
-    return [median(seconds) for seconds in turns]
+    return [median(seconds) for seconds in measured]
 
 
-def _turn(contestant: Contestant) -> float:
+def _seconds_per_call(contestant: Contestant) -> float:
     inputs = contestant.inputs(contestant.calls)
     call = contestant.call
     gc.disable()

@@ -1,4 +1,4 @@
-"""A client for many streamed completions at once that takes as little of the CPU as it can."""
+"""Client for many concurrent streamed completions, with little CPU per event."""
 
 import asyncio
 import time
@@ -7,37 +7,37 @@ from typing import cast
 from urllib.parse import urlsplit
 
 from benchmarks.completion_stream import CompletionStream, Usage
-from benchmarks.http_answer import AnswerError
+from benchmarks.http_answer import ResponseError
 from engine.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One request that was answered: when it was sent, when its tokens came, how many."""
+class Completion:
+    """One successful request: send time and token arrival times in seconds, token counts."""
 
     sent: float
     token_times: tuple[float, ...]
     usage: Usage
 
 
-class NeverAnsweredError(AnswerError):
-    """The connection was closed before a byte of the answer came."""
+class NoResponseError(ResponseError):
+    """The server closed the connection before it sent a byte of the response."""
 
 
 class CompletionClient:
-    """Streams completions from one server; each connection is used again once it is free.
+    """Streams completions from one server; reuses idle connections.
 
-    The client runs on the cores of the server that it measures, so what it takes counts. With 32
-    streams whose events are written together, an event takes it 10 to 14 us of the CPU; the same
-    over asyncio's streams, which wake a task for each read, 13 to 15, with aiohttp 15, with httpx
-    56; all that on uvloop, without which each takes about twice as much (2 cores of a Zen 5).
+    The client shares its cores with the server that it measures, so its CPU time matters. With 32
+    streams whose events arrive together, it takes 10 to 14 us of CPU per event. asyncio streams,
+    which wake a task per read, take 13 to 15 us, aiohttp 15 us, httpx 56 us. All figures are with
+    uvloop on 2 cores of a Zen 5; without uvloop each is about twice as high.
     """
 
     def __init__(self, base_url: str, timeout_s: float) -> None:
-        """``timeout_s`` bounds each request as a whole.
+        """``timeout_s`` limits each request, from sending to the last byte, in seconds.
 
         Raises:
-            ConfigError: this is no URL of a server.
+            ConfigError: ``base_url`` is not an http or https URL with a host.
         """
         try:
             parts = urlsplit(base_url)
@@ -45,7 +45,7 @@ class CompletionClient:
         except ValueError as error:
             raise ConfigError(f"base_url: {error}") from None
         if parts.scheme not in ("http", "https") or parts.hostname is None:
-            raise ConfigError(f"base_url: {base_url!r} is no http:// or https:// address")
+            raise ConfigError(f"base_url: {base_url!r} is not an http:// or https:// URL")
         self._host = parts.hostname
         self._is_secure = parts.scheme == "https"
         self._port = port or (443 if self._is_secure else 80)
@@ -59,11 +59,12 @@ class CompletionClient:
         self._timeout_s = timeout_s
         self._idle: list[_Connection] = []
 
-    async def complete(self, body: bytes) -> Answer:
-        """Send this JSON and read the answer to its end.
+    async def complete(self, body: bytes) -> Completion:
+        """Send this JSON body and read the whole response.
 
         Raises:
-            AnswerError: there was none, not in time, or none that is whole and a success.
+            ResponseError: the connection failed, the request timed out, or the response is
+                incomplete or not a success.
         """
         request = b"%s%d\r\n\r\n%s" % (self._head, len(body), body)
         sent = time.perf_counter()
@@ -71,13 +72,13 @@ class CompletionClient:
             async with asyncio.timeout(self._timeout_s):
                 stream = await self._exchange(request)
         except TimeoutError:
-            raise AnswerError(f"not answered in {self._timeout_s:g} s") from None
+            raise ResponseError(f"not answered in {self._timeout_s:g} s") from None
         except OSError as error:
-            raise AnswerError(f"no connection: {error.strerror or error}") from None
-        return Answer(sent, tuple(stream.token_times), stream.usage())
+            raise ResponseError(f"no connection: {error.strerror or error}") from None
+        return Completion(sent, tuple(stream.token_times), stream.usage())
 
     def close(self) -> None:
-        """Close the connections; no request is under way."""
+        """Close the connections; the caller ensures that no request is in flight."""
         while self._idle:
             self._idle.pop().close()
 
@@ -87,9 +88,9 @@ class CompletionClient:
             if connection.is_open:
                 try:
                     return await self._ask(connection, request)
-                except NeverAnsweredError:
-                    # closed as idle just when it was used again: the server never saw the request,
-                    # and another connection may take it (RFC 9112, 9.3.1)
+                except NoResponseError:
+                    # the server closed the idle connection before it saw the request, so the
+                    # request can be retried on another connection (RFC 9112, 9.3.1)
                     continue
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(
@@ -107,7 +108,7 @@ class CompletionClient:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection with one request on it at a time."""
+    """One connection, used by one request at a time."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -119,7 +120,7 @@ class _Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     async def exchange(self, request: bytes) -> CompletionStream:
-        """Send a request and wait for the end of its answer; what fails closes the connection."""
+        """Send a request and wait for the whole response; a failure closes the connection."""
         assert self._transport is not None
         self._stream = CompletionStream()
         self._end = asyncio.get_running_loop().create_future()
@@ -143,11 +144,11 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
         if self._end is None or self._end.done():
-            self.close()  # nothing was asked, so the server says goodbye
+            self.close()  # no request is in flight: the server is closing
             return
         try:
             self._stream.feed(data, now)
-        except AnswerError as error:
+        except ResponseError as error:
             self._end.set_exception(error)
             return
         if self._stream.is_complete:
@@ -160,6 +161,6 @@ class _Connection(asyncio.Protocol):
         if self._stream.is_complete:
             self._end.set_result(None)
         elif self._stream.has_begun:
-            self._end.set_exception(AnswerError("the connection was closed within the answer"))
+            self._end.set_exception(ResponseError("the server closed the connection mid-response"))
         else:
-            self._end.set_exception(NeverAnsweredError("the connection was closed unanswered"))
+            self._end.set_exception(NoResponseError("the server closed the connection unanswered"))

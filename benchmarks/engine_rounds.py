@@ -1,4 +1,4 @@
-"""Rounds of prefill and of decode on an engine in this process, each step timed."""
+"""Runs prefill and decode rounds on an in-process engine and times each step."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ from engine.sampling.params import SamplingParams
 
 @dataclass(frozen=True)
 class TimedStep:
-    """One step: the seconds that it took, the tokens that it ran, the logits that it made."""
+    """One engine step: its seconds, the tokens that it ran, the number of logits rows."""
 
     seconds: float
     chunks: tuple[Chunk, ...]
@@ -25,45 +25,45 @@ class TimedStep:
 
 
 class EngineRounds:
-    """Gives an idle engine random prompts, so that none is found among the kept prefixes."""
+    """Runs an idle engine on random prompts, so that no prefix is cached."""
 
     def __init__(self, engine: Engine, config: EngineConfig, seed: int = 0) -> None:
-        """``config`` is the one that the engine was made with."""
+        """``config`` is the engine's own configuration."""
         self._engine = engine
         self._config = config
-        self._drawn = random.Random(seed)
+        self._rng = random.Random(seed)
         self._names = (f"round-{number}" for number in itertools.count())
 
     def check(self, load: OfflineLoad) -> None:
-        """Check that all of it can be run.
+        """Check that the engine can run the whole load.
 
         Raises:
-            ConfigError: engine and load do not fit together.
+            ConfigError: the load exceeds a limit of the engine.
         """
         most = self._engine.limits.max_model_len
         for length in load.prompt_lengths:
             if length >= most:
-                raise ConfigError(f"prompt_lengths: {length} and a token exceed the {most} at most")
+                raise ConfigError(f"prompt_lengths: {length} is not below max_model_len {most}")
         for batch in load.batches:
             if batch > self._config.max_num_seqs:
                 most_batch = self._config.max_num_seqs
                 raise ConfigError(f"batches: {batch} is more than max_num_seqs {most_batch}")
-            length = load.input_len + load.output_len + self._steps_before(batch, load.input_len)
+            length = load.input_len + load.output_len + self._untimed_steps(batch, load.input_len)
             if length > most:
                 raise ConfigError(
-                    f"output_len: a batch of {batch} takes up to {length} tokens a sequence, more"
-                    f" than the {most} at most"
+                    f"output_len: a batch of {batch} takes up to {length} tokens per sequence, more"
+                    f" than max_model_len {most}"
                 )
             blocks = batch * -(-length // self._config.block_size)
             total = self._engine.statistics().kv_blocks_total
             if blocks > total:
                 raise ConfigError(
                     f"kv_cache_gib: a batch of {batch} takes up to {blocks} KV blocks, more than"
-                    f" the {total} there are"
+                    f" the {total} available"
                 )
 
     def prefill(self, length: int) -> list[TimedStep]:
-        """Compute one prompt, as many steps as that takes, to its first token."""
+        """Run one prompt until its first token; returns all its steps."""
         self._add(length, 1)
         steps: list[TimedStep] = []
         done = 0
@@ -82,42 +82,42 @@ class EngineRounds:
         output_len: int,
         before_step: Callable[[], object] = lambda: None,
     ) -> list[TimedStep]:
-        """Compute prompts, untimed; then so many steps, each a token of every sequence.
+        """Run ``batch`` prompts untimed, then ``output_len`` timed steps of one token each.
 
-        ``before_step`` is called before each of these, outside the timing.
+        ``before_step`` is called before each timed step; its time does not count.
         """
-        # more than will come, so that none ends on its own
+        # more tokens than will be generated, so that no sequence ends
         most = self._engine.limits.max_model_len - input_len
         names = [self._add(input_len, most) for _ in range(batch)]
         lengths = dict.fromkeys(names, input_len)
         try:
             while min(lengths.values()) == input_len:
-                _count(self._step()[1], lengths)
-            _count(self._step()[1], lengths)  # the first step without a prompt warms up
+                _add_output_lengths(self._step()[1], lengths)
+            _add_output_lengths(self._step()[1], lengths)  # the first decode-only step is a warm-up
             steps = []
             for _ in range(output_len):
                 before_step()
                 seconds, output = self._step()
                 assert output.statistics.step_tokens == batch
-                # the newest token is the one that is run
+                # a step runs the newest token of each sequence
                 chunks = tuple(Chunk(length - 1, 1) for length in lengths.values())
                 steps.append(TimedStep(seconds, chunks, batch))
-                _count(output, lengths)
+                _add_output_lengths(output, lengths)
             return steps
         finally:
             for name in names:
                 self._engine.abort(name)
 
-    def _steps_before(self, batch: int, input_len: int) -> int:
-        """Steps at most, and so tokens, that a sequence has had when a batch is first timed."""
-        # others may decode already while a prompt is computed
+    def _untimed_steps(self, batch: int, input_len: int) -> int:
+        """Upper bound of the untimed steps, each of which gives a sequence one token."""
+        # some sequences may decode while other prompts are computed
         least = self._config.max_batched_tokens - batch + 1
         return -(-batch * input_len // least) + 1
 
     def _add(self, length: int, max_tokens: int) -> str:
         name = next(self._names)
         vocab_size = self._engine.limits.vocab_size
-        ids = tuple(self._drawn.randrange(vocab_size) for _ in range(length))
+        ids = tuple(self._rng.randrange(vocab_size) for _ in range(length))
         params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
         self._engine.add(Request(name, ids, params))
         return name
@@ -132,6 +132,6 @@ class EngineRounds:
         return seconds, output
 
 
-def _count(output: StepOutput, lengths: dict[str, int]) -> None:
+def _add_output_lengths(output: StepOutput, lengths: dict[str, int]) -> None:
     for one in output.outputs:
         lengths[one.request_id] += len(one.token_ids)

@@ -1,4 +1,4 @@
-"""``memplus bench gpu``: microseconds of memory lookups on a GPU, by where the table lies."""
+"""``memplus bench gpu``: microseconds of memory lookups on a GPU, by memory tier."""
 
 import json
 from collections.abc import Iterator
@@ -22,31 +22,32 @@ SKEWS = ("uniform", "recorded")
 
 
 def measure(shapes: Shapes, trace_file: Path, cache_share: float, json_file: Path | None) -> None:
-    """Print a line for every operation, tier, skew, dtype and number of tokens; write them as JSON.
+    """Print a line per operation, tier, skew, dtype and number of tokens; write them as JSON.
 
     Raises:
-        ConfigError: torch finds no GPU, the rows are no power of two, the cache is no share or too
-            small, the trace too short, or the file has no folder.
-        DataError: the trace is something else, or of other heads.
+        ConfigError: torch finds no GPU, the number of rows is not a power of two, ``cache_share``
+            is invalid or too small, the trace is too short, or the file's folder does not exist.
+        DataError: the file is not a trace, or the trace has other numbers of layers or heads.
     """
     if not torch.cuda.is_available():
         raise ConfigError("bench gpu: torch finds no CUDA device")
     if not 0 < cache_share <= 1:
         raise ConfigError(f"cache_share: {cache_share} is not in (0, 1]")
     if shapes.num_rows & (shapes.num_rows - 1):
-        raise ConfigError(f"num_subkeys: {shapes.num_subkeys} is no power of two")
+        raise ConfigError(f"num_subkeys: {shapes.num_subkeys} is not a power of two")
     if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: there is no folder {json_file.parent}")
+        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     trace = checked_trace(trace_file, (MEMORY_LAYERS, shapes.num_heads, shapes.top_k))
     if len(trace.rows_TMHK) < 4 * max(TOKENS):
-        # half of it warms up, the other half is read at least twice
+        # one half of the trace warms the cache; the other half must fill at least two replays
         raise ConfigError(f"trace: {trace_file} has fewer than {4 * max(TOKENS)} tokens")
     limits = CopyLimits.measured(shapes.rounds)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copies {limits.device:.0f}"
-        f" GB/s within, {limits.bus:.1f} from the host\n{shapes.num_rows} rows of {shapes.width},"
+        f" GB/s on the device, {limits.bus:.1f} from the host\n"
+        f"{shapes.num_rows} rows of {shapes.width},"
         f" {shapes.num_heads} heads x {shapes.top_k}, cache {cache_share:.0%} of their bytes,"
-        f" medians of {shapes.rounds} replays or fewer\n"
+        f" medians of up to {shapes.rounds} replays\n"
         "op     tier   backend skew     dtype tokens       us     GB/s    limit  share hits"
     )
     results: list[GpuResult] = []
@@ -70,7 +71,7 @@ def _line(result: GpuResult) -> str:
 def _results(
     shapes: Shapes, limits: CopyLimits, trace: AccessTrace, cache_share: float
 ) -> Iterator[GpuResult]:
-    # what it imports needs triton
+    # this module imports triton
     from benchmarks.gpu_tiers import Tiers
 
     for dtype in DTYPES:
@@ -78,7 +79,7 @@ def _results(
         for skew in SKEWS:
             for tokens in TOKENS:
                 yield from tiers.results(limits, skew, tokens)
-        del tiers  # before the next one's memory is taken
+        del tiers  # frees its memory before the next is allocated
     for tokens in TOKENS:
         yield from _topk(shapes, limits, tokens)
 

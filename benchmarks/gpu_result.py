@@ -1,22 +1,24 @@
-"""What ``memplus bench gpu`` finds: a line of its table each, an object of its JSON file."""
+"""One result of ``memplus bench gpu``: a line of its table, an object of its JSON file."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class GpuResult:
-    """How long lookups of one memory layer take.
+    """Time of one operation of one memory layer.
 
     Attributes:
-        op: ``topk`` of scores, or ``gather``, whose rows and weights are there.
-        tier: ``device``; ``host``, read where it is; ``cached``, the host tier.
-        us: of one layer, for all tokens.
-        gb_per_s: of the rows that the tokens read, repeats included; of a topk, of the scores.
-        limit_gb_per_s: of a copy: what the device reads and writes, or what the host sends it.
+        op: ``topk`` of the scores, or ``gather`` with given rows and weights.
+        tier: ``device``; ``host``: the GPU reads host memory in place; ``cached``: the host tier.
+        backend: the implementation, ``triton`` or ``torch``.
+        skew: the access pattern of the rows.
+        us: microseconds of one layer for all tokens.
+        gb_per_s: rate at which the gather reads rows (repeats count), or the topk reads scores.
+        limit_gb_per_s: rate of a copy: reads plus writes on the device, or host to device.
         device: the GPU's name.
-        replays: of which ``us`` is the median.
-        cache_bytes: of the cache, what is known of its rows and rows beside it included.
-        hit_rate: of the cache, of distinct rows of each part of a lookup.
+        replays: number of timed replays; ``us`` is their median.
+        cache_bytes: device memory of the row cache, including its metadata and staging rows.
+        hit_rate: hits per distinct row that a part of a lookup reads.
     """
 
     op: str

@@ -1,4 +1,4 @@
-"""Times of what a GPU does, without those of the host that tells it to: replays of CUDA graphs."""
+"""Times GPU work without host launch overhead, by replaying CUDA graphs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,25 +7,25 @@ from statistics import median
 import torch
 
 _COPIED_BYTES = 2**28
-# a millisecond or more
-_FILLING_COPIES = 8
+# take at least 1 ms
+_FILLER_COPIES = 8
 
 
 @dataclass(frozen=True)
 class CopyLimits:
-    """GB/s of copies: within the device's memory, read and written, and from the host."""
+    """GB/s of copies: within device memory (reads plus writes), and from host to device."""
 
     device: float
     bus: float
 
     @classmethod
     def measured(cls, rounds: int) -> "CopyLimits":
-        """Measure them; the host's memory is page-locked."""
-        there = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device="cuda")
-        other, locked = torch.empty_like(there), torch.empty_like(there, device="cpu").pin_memory()
-        within = replayed_us([lambda: other.copy_(there)] * 8, rounds)
-        across = replayed_us([lambda: there.copy_(locked, non_blocking=True)] * 2, rounds)
-        return cls(2 * _COPIED_BYTES / within / 1e3, _COPIED_BYTES / across / 1e3)
+        """Measure both; the host memory is pinned."""
+        data = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device="cuda")
+        copy, pinned = torch.empty_like(data), torch.empty_like(data, device="cpu").pin_memory()
+        device_us = replayed_us([lambda: copy.copy_(data)] * 8, rounds)
+        bus_us = replayed_us([lambda: data.copy_(pinned, non_blocking=True)] * 2, rounds)
+        return cls(2 * _COPIED_BYTES / device_us / 1e3, _COPIED_BYTES / bus_us / 1e3)
 
 
 def replayed_us(
@@ -33,14 +33,14 @@ def replayed_us(
     rounds: int,
     refresh: Callable[[int], object] = lambda number: None,
 ) -> float:
-    """Microseconds a call, of a graph that makes them all: the median of some replays.
+    """Microseconds per call: captures all calls in one CUDA graph, returns the median replay.
 
-    ``refresh`` is called before each with its number, from 0; the first replay only warms up.
+    Before each replay, ``refresh`` gets the replay's number, from 0; replay 0 is the warm-up.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        calls[0]()  # compiles what it launches
+        calls[0]()  # compiles the kernels that it launches
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
@@ -49,8 +49,8 @@ def replayed_us(
     taken: list[float] = []
     for number in range(rounds + 1):
         refresh(number)
-        for _ in range(_FILLING_COPIES):
-            # the device is busy until the host has launched all the rest
+        for _ in range(_FILLER_COPIES):
+            # keep the device busy until the host has launched the replay
             filler[0].copy_(filler[1])
         begin, end = _event(), _event()
         begin.record()

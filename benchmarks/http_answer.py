@@ -1,22 +1,22 @@
-"""The frame of one HTTP/1.1 answer, taken off its bytes as they come."""
+"""Incremental parser of one HTTP/1.1 response: bytes in, body bytes out."""
 
 from collections.abc import Iterator
 
-_MOST_HEAD_BYTES = 2**16
+_MAX_HEAD_BYTES = 2**16
 _LINE_END = b"\r\n"
 
 
-class AnswerError(Exception):
-    """A request without the answer that it should have; the message says why."""
+class ResponseError(Exception):
+    """A request failed or its response is unusable; the message says why."""
 
 
-class HttpAnswer:
-    """Bytes in, the body's bytes out, however they were cut; it knows no sockets.
+class HttpResponse:
+    """Parses a response from pieces of any size; does not touch sockets.
 
     Attributes:
-        status: the status code; 0 before the head has come.
-        keeps_connection: whether another request may follow on the connection.
-        is_complete: whether the whole body has come.
+        status: the status code; 0 until the head is complete.
+        keeps_connection: whether the connection can be reused.
+        is_complete: whether the whole body has arrived.
     """
 
     def __init__(self) -> None:
@@ -24,30 +24,30 @@ class HttpAnswer:
         self.keeps_connection = True
         self.is_complete = False
         self._is_chunked = False
-        # of the body, or of the chunk and the line end after it; None: until the connection ends
+        # of the body, or of the chunk and its line end; None: the body ends with the connection
         self._bytes_left: int | None = None
         self._is_trailer = False
-        self._rest = b""  # what is no whole line yet
+        self._unparsed = b""  # bytes of an incomplete head or line
 
     @property
     def has_begun(self) -> bool:
-        """Whether a byte has come."""
-        return bool(self.status or self._rest)
+        """Whether any byte has arrived."""
+        return bool(self.status or self._unparsed)
 
     def feed(self, data: bytes) -> bytes:
-        """Return what of the body is among these bytes.
+        """Parse more bytes and return the body bytes among them.
 
         Raises:
-            AnswerError: this is no HTTP/1.1.
+            ResponseError: the bytes are not an HTTP/1.x response.
         """
         if not self.status:
-            head, found, data = (self._rest + data).partition(2 * _LINE_END)
+            head, found, data = (self._unparsed + data).partition(2 * _LINE_END)
             if not found:
-                self._rest = head
-                if len(head) > _MOST_HEAD_BYTES:
-                    raise AnswerError("an HTTP head without an end")
+                self._unparsed = head
+                if len(head) > _MAX_HEAD_BYTES:
+                    raise ResponseError(f"HTTP head is longer than {_MAX_HEAD_BYTES} bytes")
                 return b""
-            self._rest = b""
+            self._unparsed = b""
             self._read_head(head)
         if self._is_chunked:
             return b"".join(self._chunks(data))
@@ -59,7 +59,7 @@ class HttpAnswer:
         return body
 
     def feed_end(self) -> None:
-        """The connection was closed, which ends a body of no announced length."""
+        """The connection was closed; this completes a body without a length."""
         self.keeps_connection = False
         if self.status and not self._is_chunked and self._bytes_left is None:
             self.is_complete = True
@@ -68,7 +68,7 @@ class HttpAnswer:
         first, *lines = head.decode("latin-1").split("\r\n")
         version, _, rest = first.partition(" ")
         if not version.startswith("HTTP/1.") or not rest[:3].isdecimal():
-            raise AnswerError(f"no HTTP/1.1 answer: {first[:80]!r}")
+            raise ResponseError(f"not an HTTP/1.1 response: {first[:80]!r}")
         self.status = int(rest[:3])
         fields = {}
         for line in lines:
@@ -84,12 +84,12 @@ class HttpAnswer:
         self.keeps_connection = fields.get("connection", "close" if is_old else "") != "close"
 
     def _chunks(self, data: bytes) -> Iterator[bytes]:
-        data = self._rest + data
-        self._rest = b""
+        data = self._unparsed + data
+        self._unparsed = b""
         while data and not self.is_complete:
             assert self._bytes_left is not None
             if self._bytes_left:
-                # the line end after a chunk is no part of it
+                # the line end after a chunk is not part of the body
                 yield data[: max(0, self._bytes_left - len(_LINE_END))]
                 taken = min(len(data), self._bytes_left)
                 self._bytes_left -= taken
@@ -97,7 +97,7 @@ class HttpAnswer:
                 continue
             line, found, after = data.partition(_LINE_END)
             if not found:
-                self._rest = data
+                self._unparsed = data
                 return
             data = after
             if self._is_trailer:
@@ -109,7 +109,7 @@ class HttpAnswer:
         try:
             size = int(line.partition(b";")[0], 16)
         except ValueError:
-            raise AnswerError(f"no size of a chunk: {line[:80]!r}") from None
+            raise ResponseError(f"not a chunk size: {line[:80]!r}") from None
         if size:
             self._bytes_left = size + len(_LINE_END)
         else:

@@ -1,4 +1,4 @@
-"""The same operations as others compute them: torch, and FBGEMM where it is installed."""
+"""Memory operations of other libraries, for comparison: torch, and FBGEMM if installed."""
 
 import functools
 import importlib.util
@@ -18,7 +18,7 @@ Gather = Callable[[Tensor, Tensor], object]
 
 
 def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Two topk, all K * K sums, topk, softmax."""
+    """The naive algorithm in torch: topk of each half, all K * K sums, topk, softmax."""
     half_TH2K, subkeys_TH2K = half_scores_TH2N.topk(top_k, dim=-1)
     first, second = half_TH2K.unbind(2)
     scores, ranks = (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2).topk(top_k, dim=-1)
@@ -28,7 +28,7 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def row_gradients(rows: Tensor, weights: Tensor, grad: Tensor, num_rows: int) -> Tensor:
-    """What ``F.embedding_bag(..., sparse=True)`` does backwards, each row once."""
+    """The sparse gradient of ``F.embedding_bag(..., sparse=True)``, each row once."""
     per_token = rows[0].numel()
     values = grad.repeat_interleave(per_token, dim=0).mul_(weights.view(-1, 1))
     size = (num_rows, grad.shape[1])
@@ -37,16 +37,16 @@ def row_gradients(rows: Tensor, weights: Tensor, grad: Tensor, num_rows: int) ->
 
 
 def gathers(table: Table, dtype: str) -> dict[str, Gather]:
-    """Others' gathers from a table of the same shape and dtype, by backend.
+    """Gather functions of other libraries for this table's shape and dtype, by backend.
 
-    int8 and int4 rows are in their own formats, and hold other numbers, which takes the same time.
+    They read int8 and int4 rows in their own formats. The values differ, the time does not.
     """
     found: dict[str, Gather] = {}
     if not isinstance(table, RowRecords):
         found["torch"] = functools.partial(_torch_bag, table)
     elif dtype != "fp8":
-        found["torch"] = _torch_rounded_bag(table, dtype)
-    # it has no bf16 and no e4m3 rows
+        found["torch"] = _torch_quantized_bag(table, dtype)
+    # FBGEMM supports no bf16 and no e4m3 rows
     if dtype in ("fp32", "int8", "int4") and importlib.util.find_spec("fbgemm_gpu") is not None:
         found["fbgemm"] = _fbgemm_bag(*table_shape(table), dtype)
     return found
@@ -59,13 +59,13 @@ def _torch_bag(table_RV: Tensor, rows_THK: Tensor, weights_THK: Tensor) -> Tenso
     )
 
 
-def _torch_rounded_bag(table: RowRecords, dtype: str) -> Gather:
+def _torch_quantized_bag(table: RowRecords, dtype: str) -> Gather:
     bits = "byte" if dtype == "int8" else "4bit"
     pack = getattr(torch.ops.quantized, f"embedding_bag_{bits}_prepack")
     read = getattr(torch.ops.quantized, f"embedding_bag_{bits}_rowwise_offsets")
     num_rows = len(table.records_RB)
-    drawn_PV = dequantize_rows(table, torch.arange(min(DRAWN_ROWS, num_rows)))
-    rows_RB = repeated(pack(drawn_PV), num_rows)
+    values_PV = dequantize_rows(table, torch.arange(min(DRAWN_ROWS, num_rows)))
+    rows_RB = repeated(pack(values_PV), num_rows)
 
     def bag(rows_THK: Tensor, weights_THK: Tensor) -> object:
         per_token = rows_THK[0].numel()
@@ -87,7 +87,7 @@ def _fbgemm_bag(num_rows: int, value_dim: int, dtype: str) -> Gather:
         output_dtype=kinds.FP32,
     )
     bags.initialize_weights()
-    # as the others' rows: on huge pages, and no NaN among the scales
+    # on huge pages like the other tables, and without NaN scales
     bags.weights_host = anonymous_zeros(bags.weights_host.shape, torch.uint8).fill_(1)
 
     def bag(rows_THK: Tensor, weights_THK: Tensor) -> object:

@@ -1,4 +1,4 @@
-"""What ``memplus bench kernels`` looks up: plain data that needs no torch."""
+"""Shape options of ``memplus bench kernels`` and ``memplus bench gpu``; needs no torch."""
 
 from dataclasses import asdict, dataclass, field
 
@@ -7,19 +7,19 @@ from engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is looked up, and how often it is timed; every field becomes an option.
+    """Shapes of the lookups and the number of rounds; every field becomes an option.
 
     Raises:
-        ConfigError: a number is out of its range.
+        ConfigError: a number is out of range.
     """
 
     num_subkeys: int = field(
-        default=1024, metadata={"help": "subkeys per half: the table has their square of rows"}
+        default=1024, metadata={"help": "subkeys per half; their square is the number of rows"}
     )
-    width: int = field(default=1024, metadata={"help": "values of a row, an even number"})
+    width: int = field(default=1024, metadata={"help": "values per row, an even number"})
     num_heads: int = field(default=4, metadata={"help": "memory heads"})
-    top_k: int = field(default=32, metadata={"help": "rows that a head reads"})
-    rounds: int = field(default=11, metadata={"help": "turns of which the median is taken"})
+    top_k: int = field(default=32, metadata={"help": "rows that a head reads per token"})
+    rounds: int = field(default=11, metadata={"help": "timed rounds; the median is reported"})
 
     def __post_init__(self) -> None:
         for name, number in asdict(self).items():
@@ -28,12 +28,12 @@ class Shapes:
         if self.top_k > self.num_subkeys:
             raise ConfigError(f"top_k: {self.top_k} is more than the {self.num_subkeys} subkeys")
         if self.width % 2:
-            raise ConfigError(f"width: must be even for torch's rows of 4 bits, not {self.width}")
+            raise ConfigError(f"width: must be even for torch's 4-bit rows, not {self.width}")
 
     @property
     def num_rows(self) -> int:
         return self.num_subkeys**2
 
-    def each_row(self, *leading: int) -> tuple[int, ...]:
-        """The shape of one number for each row read."""
+    def per_row_shape(self, *leading: int) -> tuple[int, ...]:
+        """The shape of a tensor with one number per row read: [..., H, K]."""
         return (*leading, self.num_heads, self.top_k)

@@ -1,4 +1,4 @@
-"""Microseconds a token of the memory layer's operations, beside torch and the memory's limits."""
+"""``memplus bench kernels``: microseconds per token of memory operations on the CPU."""
 
 import ctypes
 import json
@@ -30,7 +30,7 @@ from memory_ops.row_formats import RowFormat, RowRecords
 
 TOKENS = (1, 16, 256)
 GRADIENT_TOKENS = 1024
-# the same for every number of rows, so that nothing but that number differs
+# the same for every table size, so that only the size differs
 DISTINCT_ROWS = 2**14
 GRADIENT_TABLES = (2**14, 2**16, 2**18, 2**20, 2**22)
 
@@ -39,10 +39,10 @@ GRADIENT_TABLES = (2**14, 2**16, 2**18, 2**20, 2**22)
 class Result:
     """One line of the table, one object of the JSON file.
 
-    All are called with what a memory layer has, int64 rows and fp32 weights; what a peer converts
-    counts. ``gb_per_s`` counts the rows that are read, as memplus stores them whoever reads them,
-    or the scores; of the backward pass, the gradients that are written. ``limit_gb_per_s`` is that
-    of random rows for what reads rows, of sequential reads for the rest.
+    Every backend gets the inputs of a memory layer, int64 rows and fp32 weights; conversions that
+    it needs are timed. ``gb_per_s`` counts the scores or rows read, for every backend at the size
+    at which memplus stores them, or the gradients written by the backward pass. The limit is the
+    rate of random row reads for operations that read rows, else that of sequential reads.
     """
 
     op: str
@@ -58,7 +58,7 @@ class Result:
 
 @dataclass(frozen=True)
 class TimedTable:
-    """A table as it is loaded, and the same bytes on 4 kB pages."""
+    """A random table on huge pages, as memplus loads it, and its bytes on 4 kB pages."""
 
     dtype: str
     table: Table
@@ -66,8 +66,8 @@ class TimedTable:
     small_pages_RB: Tensor
 
     @classmethod
-    def drawn(cls, dtype: str, num_rows: int, width: int) -> "TimedTable":
-        """A random table of that dtype."""
+    def random(cls, dtype: str, num_rows: int, width: int) -> "TimedTable":
+        """A table of random rows."""
         part_PB = drawn_rows(dtype, width)
         rows_RB = repeated(part_PB, num_rows)
         plain = dtype in PLAIN
@@ -76,41 +76,41 @@ class TimedTable:
 
 
 def measure(shapes: Shapes, json_file: Path | None) -> None:
-    """Print a line for every operation, dtype, number of tokens and backend; write them as JSON.
+    """Print a line per operation, dtype, number of tokens and backend; write them as JSON.
 
     Raises:
-        ConfigError: memplus was installed without its native library, it does not take these
-            shapes, or the file has no folder.
+        ConfigError: the native library is missing or does not support these shapes, or the file's
+            folder does not exist.
     """
     build = MEMORY_LIBRARY.best_build
     if build is None:
         raise ConfigError("bench kernels: memplus was installed without its native library")
     if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: there is no folder {json_file.parent}")
+        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     for name, number, most in (
         ("num_subkeys", shapes.num_subkeys, MOST_SUBKEYS),
         ("top_k", shapes.top_k, MOST_CHOSEN),
     ):
         if number > most:
-            raise ConfigError(f"{name}: the kernels take at most {most}, not {number}")
-    what = f"{shapes.num_rows} rows of {shapes.width}, {shapes.num_heads} heads x {shapes.top_k}"
-    how = f"{torch.get_num_threads()} threads, medians of {shapes.rounds} rounds"
-    print(f"{what}, build {build}, {how}")
+            raise ConfigError(f"{name}: the kernels support at most {most}, not {number}")
+    table = f"{shapes.num_rows} rows of {shapes.width}, {shapes.num_heads} heads x {shapes.top_k}"
+    timing = f"{torch.get_num_threads()} threads, medians of {shapes.rounds} rounds"
+    print(f"{table}, build {build}, {timing}")
     print("op        dtype  tokens     rows  backend   us/token    GB/s   limit  share  x torch")
     results: list[Result] = []
     for group in _Benchmark(shapes, read_library()).groups():
         results += group
-        by_torch = [result.us_per_token for result in group if result.backend == "torch"]
+        torch_us = [result.us_per_token for result in group if result.backend == "torch"]
         for result in group:
-            print(_line(result, by_torch), flush=True)
+            print(_line(result, torch_us), flush=True)
         if json_file is not None:
             whole = json.dumps([asdict(result) for result in results], indent=1)
             json_file.write_text(whole + "\n")
 
 
-def _line(result: Result, by_torch: Sequence[float]) -> str:
+def _line(result: Result, torch_us: Sequence[float]) -> str:
     share = result.gb_per_s / result.limit_gb_per_s
-    ratio = f"{by_torch[0] / result.us_per_token:9.2f}" if by_torch else ""
+    ratio = f"{torch_us[0] / result.us_per_token:9.2f}" if torch_us else ""
     return (
         f"{result.op:<9} {result.dtype:<5} {result.tokens:>7} {result.rows:>8}  {result.backend:<7}"
         f" {result.us_per_token:>10.2f} {result.gb_per_s:>7.1f} {result.limit_gb_per_s:>7.1f}"
@@ -124,11 +124,11 @@ class _Benchmark:
         self._library = library
 
     def groups(self) -> Iterator[list[Result]]:
-        """The results of what was timed by turns: one operation, dtype and number of tokens."""
+        """Results in groups that are timed together: one operation, dtype and number of tokens."""
         for tokens in TOKENS:
             yield self._topk(tokens)
         for dtype in DTYPES:
-            timed = TimedTable.drawn(dtype, self._shapes.num_rows, self._shapes.width)
+            timed = TimedTable.random(dtype, self._shapes.num_rows, self._shapes.width)
             peers = kernel_peers.gathers(timed.table, dtype)
             for tokens in TOKENS:
                 yield self._gather(timed, peers, tokens)
@@ -144,15 +144,15 @@ class _Benchmark:
             "native": lambda scores: operations.product_topk(scores, top_k),
             "torch": lambda scores: kernel_peers.product_topk(scores, top_k),
         }
-        contestants = self._by_scores(calls, tokens)
+        contestants = self._score_contestants(calls, tokens)
         score_bytes = 4 * tokens * self._shapes.num_heads * 2 * self._shapes.num_subkeys
-        return self._beside_sequential("topk", tokens, contestants, score_bytes)
+        return self._with_sequential_limit("topk", tokens, contestants, score_bytes)
 
     def _gather(
         self, timed: TimedTable, peers: Mapping[str, kernel_peers.Gather], tokens: int
     ) -> list[Result]:
         def inputs(calls: int) -> list[tuple[Tensor, Tensor]]:
-            shape = self._shapes.each_row(calls, tokens)
+            shape = self._shapes.per_row_shape(calls, tokens)
             rows = torch.randint(0, self._shapes.num_rows, shape)
             return list(zip(rows, torch.rand(shape), strict=True))
 
@@ -160,8 +160,8 @@ class _Benchmark:
             return operations.gather_rows(timed.table, rows_THK, weights_THK)
 
         calls = {"native": native, **peers}
-        contestants = [Contestant(*item, inputs, _calls(tokens)) for item in calls.items()]
-        return self._beside_random_rows("gather", timed, tokens, contestants)
+        contestants = [Contestant(*item, inputs, _num_calls(tokens)) for item in calls.items()]
+        return self._with_row_limit("gather", timed, tokens, contestants)
 
     def _lookup(self, timed: TimedTable, bag: kernel_peers.Gather, tokens: int) -> list[Result]:
         table, top_k = timed.table, self._shapes.top_k
@@ -171,18 +171,18 @@ class _Benchmark:
             ),
             "torch": lambda scores: bag(*kernel_peers.product_topk(scores, top_k)),
         }
-        return self._beside_random_rows("lookup", timed, tokens, self._by_scores(calls, tokens))
+        return self._with_row_limit("lookup", timed, tokens, self._score_contestants(calls, tokens))
 
     def _backward(self, num_rows: int) -> list[Result]:
-        shape = self._shapes.each_row(GRADIENT_TOKENS)
+        shape = self._shapes.per_row_shape(GRADIENT_TOKENS)
         count = shape[0] * shape[1] * shape[2]
         distinct = torch.arange(DISTINCT_ROWS) * (num_rows // DISTINCT_ROWS)
         references = distinct.repeat(-(-count // DISTINCT_ROWS))[:count]
 
         def inputs(calls: int) -> list[tuple[Tensor, Tensor, Tensor]]:
             grads = torch.randn(calls, GRADIENT_TOKENS, self._shapes.width)
-            drawn = [references[torch.randperm(count)].view(shape) for _ in range(calls)]
-            return list(zip(drawn, torch.rand(calls, *shape), grads, strict=True))
+            shuffled = [references[torch.randperm(count)].view(shape) for _ in range(calls)]
+            return list(zip(shuffled, torch.rand(calls, *shape), grads, strict=True))
 
         def by_torch(rows: Tensor, weights: Tensor, grad: Tensor) -> object:
             return kernel_peers.row_gradients(rows, weights, grad, num_rows)
@@ -190,19 +190,19 @@ class _Benchmark:
         calls = {"native": operations.row_gradients, "torch": by_torch}
         contestants = [Contestant(*item, inputs, 1) for item in calls.items()]
         written = 4 * min(count, DISTINCT_ROWS) * self._shapes.width
-        results = self._beside_sequential("backward", GRADIENT_TOKENS, contestants, written)
+        results = self._with_sequential_limit("backward", GRADIENT_TOKENS, contestants, written)
         return [replace(result, rows=num_rows) for result in results]
 
-    def _by_scores(
+    def _score_contestants(
         self, calls: Mapping[str, Callable[[Tensor], object]], tokens: int
     ) -> list[Contestant]:
         def inputs(count: int) -> list[tuple[Tensor]]:
             shape = (count, tokens, self._shapes.num_heads, 2, self._shapes.num_subkeys)
             return [(scores,) for scores in torch.randn(shape)]
 
-        return [Contestant(*item, inputs, _calls(tokens)) for item in calls.items()]
+        return [Contestant(*item, inputs, _num_calls(tokens)) for item in calls.items()]
 
-    def _beside_random_rows(
+    def _with_row_limit(
         self, op: str, timed: TimedTable, tokens: int, contestants: list[Contestant]
     ) -> list[Result]:
         readers = row_readers(self._library, (timed.rows_RB, timed.small_pages_RB))
@@ -211,7 +211,7 @@ class _Benchmark:
         num_bytes = tokens * self._shapes.num_heads * self._shapes.top_k * timed.rows_RB[0].nbytes
         return self._results(op, timed.dtype, tokens, contestants, seconds, num_bytes, limit)
 
-    def _beside_sequential(
+    def _with_sequential_limit(
         self, op: str, tokens: int, contestants: list[Contestant], num_bytes: int
     ) -> list[Result]:
         reader = sequential_reader(self._library)
@@ -245,6 +245,6 @@ class _Benchmark:
         ]
 
 
-def _calls(tokens: int) -> int:
-    """Calls in a turn: enough that its beginning, with threads asleep, does not count."""
+def _num_calls(tokens: int) -> int:
+    """Calls per measurement: enough to make the wake-up of threads negligible."""
     return max(8, 2048 // tokens)

@@ -1,4 +1,4 @@
-"""Sends the requests of one point of a sweep, and keeps what came of each."""
+"""Sends the requests of one point of a sweep and collects their results."""
 
 import asyncio
 import random
@@ -6,71 +6,69 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from benchmarks.completion_client import Answer, CompletionClient
-from benchmarks.http_answer import AnswerError
+from benchmarks.completion_client import Completion, CompletionClient
+from benchmarks.http_answer import ResponseError
 from benchmarks.serving_load import ServingLoad
 
 
 class LoadRun:
-    """Requests that were sent together, and their ends.
+    """The requests of one load point and their results.
 
     Attributes:
-        answers: of the requests that got exactly what they asked for.
-        failures: how many others there were, by reason.
+        completions: results of the requests that got exactly the tokens that they asked for.
+        failures: counts of the other requests, by reason.
     """
 
     def __init__(
         self, client: CompletionClient, load: ServingLoad, on_end: Callable[[], object]
     ) -> None:
-        """``on_end`` is called at the end of each request."""
-        self.answers: list[Answer] = []
+        """``on_end`` is called after each request, successful or not."""
+        self.completions: list[Completion] = []
         self.failures: Counter[str] = Counter()
         self._client = client
         self._load = load
         self._on_end = on_end
 
-    async def send_at_a_time(self, bodies: Sequence[bytes], concurrency: int) -> None:
-        """Keep so many under way until all have ended."""
+    async def send_concurrently(self, bodies: Sequence[bytes], concurrency: int) -> None:
+        """Send all requests, ``concurrency`` of them in flight at a time."""
         waiting = iter(bodies)
 
-        async def send_on() -> None:
+        async def send_waiting() -> None:
             for body in waiting:
                 await self._send(body)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(concurrency, len(bodies))):
-                group.create_task(send_on())
+                group.create_task(send_waiting())
 
-    async def send_at_rate(
-        self, bodies: Sequence[bytes], rate: float, drawn: random.Random
-    ) -> None:
-        """Send so many a second on the average, whatever has become of those before.
+    async def send_at_rate(self, bodies: Sequence[bytes], rate: float, rng: random.Random) -> None:
+        """Send ``rate`` requests per second on average, without waiting for responses.
 
-        The gaps are exponentially distributed, which makes the arrivals a Poisson process.
+        The gaps are exponentially distributed, so the arrivals are a Poisson process.
         """
         due = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             for body in bodies:
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
                 group.create_task(self._send(body))
-                due += drawn.expovariate(rate)
+                due += rng.expovariate(rate)
 
     async def _send(self, body: bytes) -> None:
         try:
-            answer = await self._client.complete(body)
-            self._check(answer)
-        except AnswerError as error:
+            completion = await self._client.complete(body)
+            self._check(completion)
+        except ResponseError as error:
             self.failures[str(error)] += 1
         else:
-            self.answers.append(answer)
+            self.completions.append(completion)
         self._on_end()
 
-    def _check(self, answer: Answer) -> None:
-        usage, load = answer.usage, self._load
+    def _check(self, completion: Completion) -> None:
+        usage, load = completion.usage, self._load
         if usage.generated_tokens != load.output_len:
-            raise AnswerError(f"{usage.generated_tokens} tokens generated, not {load.output_len}")
-        # how many tokens a text has is the server's to say
+            raise ResponseError(f"{usage.generated_tokens} tokens generated, not {load.output_len}")
+        # only the server knows how many tokens a text has
         if load.prompt_as == "ids" and usage.prompt_tokens != load.input_len:
-            raise AnswerError(f"{usage.prompt_tokens} tokens of prompt read, not {load.input_len}")
-        if not answer.token_times:
-            raise AnswerError("no event with a token")
+            raise ResponseError(f"{usage.prompt_tokens} prompt tokens read, not {load.input_len}")
+        if not completion.token_times:
+            raise ResponseError("no event with a token")

@@ -1,4 +1,4 @@
-"""``memplus bench lookahead``: how many of the rows read were guessed, by distance and width."""
+"""``memplus bench lookahead``: recall and precision of row prediction, by distance and width."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -20,14 +20,14 @@ from weights.training.training_data import checkpoint_text
 
 @dataclass(frozen=True)
 class Recall:
-    """Guesses of one memory layer's rows.
+    """Quality of the row prediction of one memory layer.
 
     Attributes:
-        layer: whose rows they are.
-        distance: layers that run in between, its own among them.
-        candidates: rows a head that are guessed.
-        recall: share of the rows read that are among the guesses.
-        precision: share of the guesses that are read.
+        layer: index of the memory layer.
+        distance: layers between prediction and lookup, the memory layer included.
+        candidates: predicted rows per head.
+        recall: share of the rows read that were predicted.
+        precision: share of the predicted rows that were read.
     """
 
     layer: int
@@ -44,15 +44,17 @@ def measure(
     widths: Sequence[float],
     json_file: Path | None,
 ) -> list[Recall]:
-    """Print a line for every memory layer, distance and width, which is a multiple of K.
+    """Print a line per memory layer, distance and width.
+
+    ``widths`` are the predicted rows per head, as multiples of K.
 
     Raises:
-        ConfigError: the model has no memory layers, the texts fewer tokens, or the JSON file no
-            folder.
+        ConfigError: the model has no memory layers, the texts have fewer than ``num_tokens``
+            tokens, or the JSON file's folder does not exist.
         CheckpointError, DataError: model or texts cannot be read.
     """
     if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: there is no folder {json_file.parent}")
+        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     model, config = load_model(folder)
     memory = config.model.memory
     if memory is None:
@@ -64,58 +66,60 @@ def measure(
         for one in documents(corpus_files(texts)):
             ids = text.document(one)[: min(config.model.max_positions, num_tokens - bar.n)]
             if ids:
-                _guess(model, torch.tensor(ids), candidates, counts)
+                _count_predictions(model, torch.tensor(ids), candidates, counts)
                 bar.update(len(ids))
             if bar.n == num_tokens:
                 break
         if bar.n < num_tokens:
             raise ConfigError(f"tokens: the texts have {bar.n}, fewer than {num_tokens}")
-    found = list(counts.recalls(memory.num_heads * memory.top_k, memory.num_heads))
-    for recall in found:
+    recalls = list(counts.recalls(memory.num_heads * memory.top_k, memory.num_heads))
+    for recall in recalls:
         print(
-            f"layer {recall.layer:>3}  guessed {recall.distance:>2} layers early"
+            f"layer {recall.layer:>3}  predicted {recall.distance:>2} layers ahead"
             f"  {recall.candidates:>4} candidates  recall {recall.recall:.3f}"
             f"  precision {recall.precision:.3f}"
         )
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(recall) for recall in found], indent=1) + "\n")
-    return found
+        json_file.write_text(json.dumps([asdict(recall) for recall in recalls], indent=1) + "\n")
+    return recalls
 
 
 class _Counts:
-    """Guessed rows that were read, by layer, distance and candidates; and tokens."""
+    """Correctly predicted rows and tokens, by layer, distance and candidates."""
 
     def __init__(self) -> None:
-        self._right: dict[tuple[int, int, int], int] = {}
+        self._correct: dict[tuple[int, int, int], int] = {}
         self._tokens: dict[tuple[int, int, int], int] = {}
 
-    def add(self, key: tuple[int, int, int], read_THK: Tensor, guessed_THC: Tensor) -> None:
-        """Count tokens, whose rows are matched within their own and over all heads."""
-        read_TK, guessed_TC = read_THK.flatten(1), guessed_THC.flatten(1)
-        is_read = (read_TK[:, :, None] == guessed_TC[:, None]).any(-1)
-        self._right[key] = self._right.get(key, 0) + int(is_read.sum())
+    def add(self, key: tuple[int, int, int], read_THK: Tensor, predicted_THC: Tensor) -> None:
+        """Count correct predictions; rows match across the heads of a token."""
+        read_TK, predicted_TC = read_THK.flatten(1), predicted_THC.flatten(1)
+        is_read = (read_TK[:, :, None] == predicted_TC[:, None]).any(-1)
+        self._correct[key] = self._correct.get(key, 0) + int(is_read.sum())
         self._tokens[key] = self._tokens.get(key, 0) + len(read_TK)
 
     def recalls(self, num_read: int, num_heads: int) -> Iterator[Recall]:
-        """Of everything counted, of tokens that read so many rows each."""
-        for key in sorted(self._right):
-            right = self._right[key] / self._tokens[key]
-            yield Recall(*key, right / num_read, right / (key[2] * num_heads))
+        """Recall and precision of all counts; each token reads ``num_read`` rows."""
+        for key in sorted(self._correct):
+            correct = self._correct[key] / self._tokens[key]
+            yield Recall(*key, correct / num_read, correct / (key[2] * num_heads))
 
 
 @torch.inference_mode()
-def _guess(model: Transformer, ids_T: Tensor, candidates: Sequence[int], counts: _Counts) -> None:
+def _count_predictions(
+    model: Transformer, ids_T: Tensor, candidates: Sequence[int], counts: _Counts
+) -> None:
     residuals: list[Tensor] = []
 
-    def keep(layer: int, residual_TD: Tensor) -> None:
+    def save_residual(layer: int, residual_TD: Tensor) -> None:
         residuals.append(residual_TD)
 
     layout = TokenLayout(torch.arange(len(ids_T)), (0, len(ids_T)))
     last = torch.tensor([len(ids_T) - 1])
-    read = model(ids_T, layout, last, with_trace=True, before_layer=keep).memory
+    read = model(ids_T, layout, last, with_trace=True, before_layer=save_residual).memory
     for memory in predicted_memories(model.layers):
         rows_THK = read[memory.index].rows_THK
         for distance in range(1, memory.index + 2):
             for number in candidates:
-                guessed = memory.rows(residuals[memory.index + 1 - distance], number)
-                counts.add((memory.index, distance, number), rows_THK, guessed)
+                predicted = memory.rows(residuals[memory.index + 1 - distance], number)
+                counts.add((memory.index, distance, number), rows_THK, predicted)

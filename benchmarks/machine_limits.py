@@ -1,4 +1,4 @@
-"""What this machine can do at best: bytes read a second, and operations of matrix products."""
+"""Measures this machine's peak memory bandwidth and matrix throughput."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

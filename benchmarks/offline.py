@@ -1,4 +1,4 @@
-"""Tokens a second of an engine in this process, beside what the machine allows at most."""
+"""``memplus bench offline``: tokens per second of an in-process engine, and its roofline."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,8 +27,8 @@ from weights.models.prepare import prepared_folder
 class Result:
     """One line of the table, one object of the JSON file: the median round.
 
-    ``tokens`` and the steps are those of a round; ``limit_ms`` is the least time that a step could
-    take at this bandwidth and rate, which were measured between the rounds.
+    ``tokens`` counts one round. ``limit_ms`` is the roofline: the least time of a step at this
+    bandwidth and product rate, which are measured between the rounds.
     """
 
     phase: str
@@ -45,15 +45,15 @@ class Result:
 def measure(
     load: OfflineLoad, model: ModelOptions, config: EngineConfig, json_file: Path | None
 ) -> None:
-    """Print a line for every prompt length and every batch; write them as JSON.
+    """Print a line per prompt length and per batch; write them as JSON.
 
     Raises:
         CheckpointError: the model cannot be read.
-        ConfigError: load, model and engine do not fit together, memplus was installed without its
-            native library, or the file has no folder.
+        ConfigError: the load exceeds the limits of model or engine, the native library is missing,
+            or the file's folder does not exist.
     """
     if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: there is no folder {json_file.parent}")
+        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     keep_freed_memory()
     settings = EngineSettings(model, cache_folder(), config)
     engine = build_engine(settings)
@@ -74,13 +74,13 @@ def measure(
 
 
 def _work(settings: EngineSettings) -> tuple[ModelWork, torch.dtype]:
-    """The work of the model's steps, and the dtype that it runs in."""
+    """The model's work per step, and the dtype in which it runs."""
     folder = prepared_folder(settings.model.model, settings.cache_folder)
     checkpoint, stored = open_checkpoint(folder)
     dtype = serving_dtype(stored, settings.model.dtype)
     row_bytes = 0
     for name in checkpoint.model.table_names:
-        # all tables are alike, and each stays in the format that it is stored in
+        # all tables have the same row size and keep their stored format
         row_bytes = stored[name].num_bytes // stored[name].shape[0]
     return ModelWork(checkpoint.model, dtype.itemsize, row_bytes), dtype
 
@@ -103,10 +103,12 @@ class _Benchmark:
         self._meter = meter
 
     def results(self) -> Iterator[Result]:
-        """Time everything, prompts first."""
+        """Time all prompt lengths, then all batches."""
         load = self._load
-        rows = len(load.prompt_lengths) + len(load.batches)
-        with tqdm(total=rows * (load.rounds + 1), unit="round", leave=False, disable=None) as bar:
+        num_results = len(load.prompt_lengths) + len(load.batches)
+        with tqdm(
+            total=num_results * (load.rounds + 1), unit="round", leave=False, disable=None
+        ) as bar:
             for length in load.prompt_lengths:
                 yield self._result("prefill", 1, partial(self._rounds.prefill, length), bar)
             for batch in load.batches:
@@ -124,11 +126,13 @@ class _Benchmark:
             if number:
                 rounds.append(steps)
             bar.update()
-        usual = MachineLimits.median(limits)
+        median_limits = MachineLimits.median(limits)
         seconds = median(sum(step.seconds for step in steps) for steps in rounds)
-        # the rounds differ in nothing but the seconds
+        # rounds differ only in seconds
         steps = rounds[0]
-        least = sum(self._work.of(s.chunks, s.num_logits).least_seconds(usual) for s in steps)
+        least = sum(
+            self._work.of(s.chunks, s.num_logits).least_seconds(median_limits) for s in steps
+        )
         tokens = sum(chunk.count for step in steps for chunk in step.chunks)
         return Result(
             phase=phase,
@@ -138,6 +142,6 @@ class _Benchmark:
             ms_per_step=seconds / len(steps) * 1e3,
             limit_ms=least / len(steps) * 1e3,
             roofline_share=least / seconds,
-            bandwidth_gb_per_s=usual.gb_per_s,
-            product_gflops=usual.gflops,
+            bandwidth_gb_per_s=median_limits.gb_per_s,
+            product_gflops=median_limits.gflops,
         )

@@ -1,4 +1,4 @@
-"""What ``memplus bench offline`` has the engine run: plain data that needs no torch."""
+"""Load options of ``memplus bench offline``; needs no torch."""
 
 from dataclasses import asdict, dataclass, field
 
@@ -7,22 +7,23 @@ from engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class OfflineLoad:
-    """What is run, and how often; every field becomes an option.
+    """Prompts, batches and rounds to run; every field becomes an option.
 
     Raises:
-        ConfigError: a number is out of its range.
+        ConfigError: a number is out of range.
     """
 
     prompt_lengths: tuple[int, ...] = field(
-        default=(128, 512, 2048), metadata={"help": "tokens of a prompt, computed alone"}
+        default=(128, 512, 2048),
+        metadata={"help": "tokens per prompt; each prompt is computed alone"},
     )
     batches: tuple[int, ...] = field(
         default=(1, 8, 32, 64), metadata={"help": "sequences that decode together"}
     )
-    input_len: int = field(default=128, metadata={"help": "tokens of prompt that they have before"})
-    output_len: int = field(default=64, metadata={"help": "decode steps of a round"})
+    input_len: int = field(default=128, metadata={"help": "prompt tokens of these sequences"})
+    output_len: int = field(default=64, metadata={"help": "decode steps per round"})
     rounds: int = field(
-        default=3, metadata={"help": "rounds of which the median is taken, after one to warm up"}
+        default=3, metadata={"help": "timed rounds after a warm-up; the median is reported"}
     )
 
     def __post_init__(self) -> None:

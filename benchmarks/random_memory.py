@@ -1,4 +1,4 @@
-"""A model with memory layers of random weights for some feed-forwards: to be timed, not read."""
+"""Writes a model with random memory layers in place of some feed-forwards, for timing only."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,46 +18,47 @@ from weights.training.initialise import initialise, initialise_table
 
 MEMORY_LAYERS = 3  # as many as the paper's models have
 NUM_HEADS, TOP_K = 4, 32
-_DRAWN_ROWS = 2**12  # which are repeated: what a row holds takes no time
+_DRAWN_ROWS = 2**12  # repeated to fill the table; row values do not affect the time
 
 
 def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
-    """Write the model of ``source`` with three Memory+ layers, equally spaced, as ``target``.
+    """Write the model of ``source`` with three equally spaced Memory+ layers to ``target``.
 
-    They have 4 heads, 32 rows a head, queries and values of the paper's widths, and one table of
-    ``num_subkeys`` squared rows; weights are drawn as for training, from seed 0.
+    The layers have 4 heads, 32 rows per head, and query and value widths as in the paper. They
+    share one table of ``num_subkeys`` squared rows. Weights are initialised as for training, with
+    seed 0.
 
     Raises:
-        CheckpointError: the source cannot be read, has too few layers or memory layers already; the
-            target exists.
-        ValueError: ``num_subkeys`` is fewer than the rows a head, or too many.
+        CheckpointError: the source cannot be read, has too few layers, or has memory layers; or
+            the target exists.
+        ValueError: ``num_subkeys`` is less than the rows per head, or too large.
     """
     imported = read_folder(source, None)
     model = with_memory(imported.config.model, num_subkeys, source)
-    kept = {tensor.name: tensor for tensor in imported.sources}
+    sources_by_name = {tensor.name: tensor for tensor in imported.sources}
     dtype = imported.sources[0].dtype
     generator = torch.Generator().manual_seed(0)
-    drawn = Transformer(model)
-    initialise(drawn, generator)
-    made: dict[str, Tensor] = drawn.state_dict()
+    model_with_random_weights = Transformer(model)
+    initialise(model_with_random_weights, generator)
+    new_weights: dict[str, Tensor] = model_with_random_weights.state_dict()
     sources = []
     for name, shape in sorted(expected_shapes(model).items()):
-        if name not in kept:
+        if name not in sources_by_name:
             is_table = name in model.table_names
             load = (
                 partial(_table_parts, shape, dtype, generator)
                 if is_table
-                else partial(made.pop, name)
+                else partial(new_weights.pop, name)
             )
-            kept[name] = TensorSource(name, shape, dtype, load)
-        sources.append(kept[name])
+            sources_by_name[name] = TensorSource(name, shape, dtype, load)
+        sources.append(sources_by_name[name])
     save_checkpoint(target, replace(imported.config, model=model), sources, imported.extra_files)
 
 
 def with_memory(model: ModelConfig, num_subkeys: int, source: Path) -> ModelConfig:
-    """The shape of that variant."""
+    """The configuration of that variant."""
     if model.num_layers <= MEMORY_LAYERS or set(model.feed_forward) & set(MEMORY_KINDS):
-        raise CheckpointError(f"{source}: takes more than 3 layers, none of them of memory")
+        raise CheckpointError(f"{source}: the model needs more than 3 layers and no memory layers")
     kinds = list(model.feed_forward)
     for i in range(MEMORY_LAYERS):
         kinds[(i + 1) * model.num_layers // (MEMORY_LAYERS + 1)] = "memory_plus"
@@ -75,9 +76,9 @@ def with_memory(model: ModelConfig, num_subkeys: int, source: Path) -> ModelConf
 def _table_parts(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """The same rows again and again, some at a time: a table may be larger than memory."""
-    drawn_RV = torch.empty(min(shape[0], _DRAWN_ROWS), shape[1])
-    initialise_table(drawn_RV, generator)
-    drawn_RV = drawn_RV.to(dtype)
-    for first in range(0, shape[0], len(drawn_RV)):
-        yield drawn_RV[: shape[0] - first]
+    """Yields the table in parts that repeat the same rows: it may be larger than memory."""
+    part_RV = torch.empty(min(shape[0], _DRAWN_ROWS), shape[1])
+    initialise_table(part_RV, generator)
+    part_RV = part_RV.to(dtype)
+    for first in range(0, shape[0], len(part_RV)):
+        yield part_RV[: shape[0] - first]

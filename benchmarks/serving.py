@@ -1,4 +1,4 @@
-"""Loads an OpenAI-compatible server, point by point, and says how fast it answered."""
+"""``memplus bench serving``: loads an OpenAI-compatible server and measures its responses."""
 
 import asyncio
 import json
@@ -20,21 +20,20 @@ from engine.errors import ConfigError
 
 
 def measure(load: ServingLoad, json_file: Path | None, plot_file: Path | None) -> None:
-    """Print what each point of the sweep gave; write all of them as JSON and as a picture.
+    """Print the metrics of each point of the sweep; write all of them as JSON and as a plot.
 
     Raises:
-        ConfigError: nothing was measured: no request of the warm-up was answered, or a file could
-            not be written.
+        ConfigError: all warm-up requests failed, the URL is invalid, or a file cannot be written.
     """
     if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: there is no folder {json_file.parent}")
+        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     if plot_file is not None:
         check_plot(plot_file)
     if load.seed is None:
         load = replace(load, seed=secrets.randbits(32))
     shapes = f"{load.input_len} tokens in, {load.output_len} out"
     print(f"{load.model} at {load.base_url}, {shapes}, seed {load.seed}")
-    # uvloop halves what the client takes of the CPU
+    # uvloop halves the client's CPU time
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         results = runner.run(_sweep(load, json_file))
     if len(results) > 1:
@@ -67,24 +66,24 @@ async def _sweep(load: ServingLoad, json_file: Path | None) -> list[ServingMetri
 async def _measure_point(
     client: CompletionClient, load: ServingLoad, point: LoadPoint, index: int
 ) -> ServingMetrics:
-    drawn = load.drawing(f"{point.name}, point {index}")
+    rng = load.rng(f"{point.name}, point {index}")
     if load.warm_up:
         warm_up = LoadRun(client, load, lambda: None)
-        await warm_up.send_at_a_time(load.bodies(drawn, load.warm_up), load.warm_up)
-        if not warm_up.answers:
+        await warm_up.send_concurrently(load.bodies(rng, load.warm_up), load.warm_up)
+        if not warm_up.completions:
             raise ConfigError(f"{load.base_url}: {warm_up.failures.most_common(1)[0][0]}")
-    bodies = load.bodies(drawn, point.num_prompts)
+    bodies = load.bodies(rng, point.num_prompts)
     with tqdm(total=len(bodies), desc=point.name, unit="req", leave=False, disable=None) as bar:
         run = LoadRun(client, load, bar.update)
         cpu_before, before = time.process_time(), time.perf_counter()
         if point.request_rate is not None:
-            await run.send_at_rate(bodies, point.request_rate, drawn)
+            await run.send_at_rate(bodies, point.request_rate, rng)
         else:
             assert point.concurrency is not None
-            await run.send_at_a_time(bodies, point.concurrency)
+            await run.send_concurrently(bodies, point.concurrency)
         seconds = time.perf_counter() - before
         cpu_seconds = time.process_time() - cpu_before
-    return ServingMetrics(point, seconds, run.answers, run.failures, cpu_seconds)
+    return ServingMetrics(point, seconds, run.completions, run.failures, cpu_seconds)
 
 
 def _table(results: Sequence[ServingMetrics]) -> str:

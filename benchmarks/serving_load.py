@@ -1,4 +1,4 @@
-"""What ``memplus bench serving`` sends: plain data, and the prompts that are drawn by it."""
+"""Options of ``memplus bench serving`` and the requests that they define; needs no torch."""
 
 import json
 import math
@@ -13,7 +13,7 @@ ROUNDS_OF_CONCURRENCY = 8
 SECONDS_OF_RATE = 30
 # the first ids of a vocabulary are often special, and some servers refuse them
 FIRST_ID = 100
-# frequent enough to be one token each in about any vocabulary
+# words so frequent that almost every vocabulary has a token for each
 _WORDS = (
     "the of and to in is that it was for on are as with his they at be this from have or by one"
     " had not but what all were when we there can an your which their said if do will each about"
@@ -23,7 +23,7 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class LoadPoint:
-    """One point of a sweep: so many requests at a time, or so many a second on the average.
+    """One point of a sweep: a number of concurrent requests, or an average request rate.
 
     Exactly one of ``concurrency`` and ``request_rate`` is given.
     """
@@ -34,15 +34,15 @@ class LoadPoint:
 
     @property
     def name(self) -> str:
-        """What distinguishes it from the others."""
+        """The point's load, as reports name it."""
         if self.request_rate is not None:
-            return f"{self.request_rate:g} requests a second"
+            return f"{self.request_rate:g} requests per second"
         return f"concurrency {self.concurrency}"
 
 
 @dataclass(frozen=True)
 class ServingLoad:
-    """Which server is loaded, and with what; every field becomes an option.
+    """The server and the load on it; every field becomes an option.
 
     Raises:
         ConfigError: a field is out of range, or two contradict each other.
@@ -50,55 +50,60 @@ class ServingLoad:
 
     base_url: str = field(
         default="http://127.0.0.1:8000",
-        metadata={"help": "the server, with or without the /v1 of /v1/completions"},
+        metadata={"help": "the server's URL, with or without /v1"},
     )
     model: str = field(
-        default=DEFAULT_MODEL, metadata={"help": "the model's name, as the server knows it"}
+        default=DEFAULT_MODEL, metadata={"help": "name under which the server serves the model"}
     )
-    input_len: int = field(default=128, metadata={"help": "tokens of a prompt"})
-    output_len: int = field(default=128, metadata={"help": "tokens of an answer, each exactly"})
+    input_len: int = field(default=128, metadata={"help": "tokens per prompt"})
+    output_len: int = field(
+        default=128, metadata={"help": "tokens to generate per request, exactly"}
+    )
     concurrency: tuple[int, ...] = field(
         default=(),
         metadata={
-            "help": "requests at a time, a point each"
+            "help": "concurrent requests; each value is one point of the sweep"
             f" (default: {' '.join(map(str, DEFAULT_CONCURRENCY))})"
         },
     )
     request_rate: tuple[float, ...] = field(
         default=(),
-        metadata={"help": "requests a second, a point each, at random times (Poisson), instead"},
+        metadata={
+            "help": "requests per second (Poisson), one point each, instead of --concurrency"
+        },
     )
     num_prompts: int | None = field(
         default=None,
         metadata={
-            "help": f"requests of each point (default: {ROUNDS_OF_CONCURRENCY} times concurrency,"
-            f" or {SECONDS_OF_RATE} seconds' worth)"
+            "help": f"requests per point (default: {ROUNDS_OF_CONCURRENCY} times the concurrency,"
+            f" or {SECONDS_OF_RATE} seconds of the rate)"
         },
     )
     warm_up: int = field(
-        default=2, metadata={"help": "requests sent together before each point, not counted"}
+        default=2,
+        metadata={"help": "warm-up requests sent together before each point, not measured"},
     )
     seed: int | None = field(
         default=None,
         metadata={
-            "help": "same seed, same prompts; the server may have kept them, so it should"
-            " differ from run to run (default: drawn, and printed)"
+            "help": "seed of the prompts; change it between runs, since the server may cache"
+            " prompts (default: random, and printed)"
         },
     )
-    temperature: float = field(default=0.0, metadata={"help": "0 takes the likeliest token"})
+    temperature: float = field(default=0.0, metadata={"help": "sampling temperature; 0 is greedy"})
     vocab_size: int = field(
         default=49_000, metadata={"help": f"prompts are random ids from {FIRST_ID} up to this"}
     )
     prompt_as: str = field(
         default="ids",
         metadata={
-            "help": "text: random words, about one a token, for servers that take no ids; the"
-            " input then is what the server counts",
+            "help": "ids, or text: random words of about one token each, for servers that reject"
+            " ids; the server then counts the prompt tokens",
             "choices": ("ids", "text"),
         },
     )
     timeout_s: float = field(
-        default=600.0, metadata={"help": "seconds for the whole of a request; then it has failed"}
+        default=600.0, metadata={"help": "seconds after which a request fails"}
     )
 
     def __post_init__(self) -> None:
@@ -112,7 +117,7 @@ class ServingLoad:
             if not 0 < rate < math.inf:
                 raise ConfigError(f"request_rate: must be greater than 0, not {rate}")
         if self.concurrency and self.request_rate:
-            raise ConfigError("request_rate: does not go with concurrency; a sweep has one of them")
+            raise ConfigError("request_rate: cannot be combined with concurrency; set one of them")
         if self.warm_up < 0:
             raise ConfigError(f"warm_up: must be 0 or more, not {self.warm_up}")
         if not 0 <= self.temperature < math.inf:
@@ -135,24 +140,24 @@ class ServingLoad:
             for number in self.concurrency or DEFAULT_CONCURRENCY
         ]
 
-    def drawing(self, what: str) -> random.Random:
-        """A source of random numbers for this purpose alone.
+    def rng(self, purpose: str) -> random.Random:
+        """A random number generator for one purpose.
 
-        Shapes and purpose are part of its seed, so that no point of this or of another sweep with
-        the same seed has prompts that a server could have kept.
+        Lengths and purpose are part of its seed. So no two points, not even of two sweeps with the
+        same seed, share prompts that the server could have cached.
         """
-        return random.Random(f"{self.seed} {self.input_len} {self.output_len} {what}")
+        return random.Random(f"{self.seed} {self.input_len} {self.output_len} {purpose}")
 
-    def bodies(self, drawn: random.Random, count: int) -> list[bytes]:
-        """The JSON of so many requests, no two alike."""
-        return [json.dumps(self._body(drawn)).encode() for _ in range(count)]
+    def bodies(self, rng: random.Random, count: int) -> list[bytes]:
+        """JSON bodies of ``count`` random requests."""
+        return [json.dumps(self._body(rng)).encode() for _ in range(count)]
 
-    def _body(self, drawn: random.Random) -> dict[str, object]:
+    def _body(self, rng: random.Random) -> dict[str, object]:
         prompt: list[int] | str
         if self.prompt_as == "ids":
-            prompt = [drawn.randrange(FIRST_ID, self.vocab_size) for _ in range(self.input_len)]
+            prompt = [rng.randrange(FIRST_ID, self.vocab_size) for _ in range(self.input_len)]
         else:
-            prompt = " ".join(drawn.choices(_WORDS.split(), k=self.input_len))
+            prompt = " ".join(rng.choices(_WORDS.split(), k=self.input_len))
         return {
             "model": self.model,
             "prompt": prompt,

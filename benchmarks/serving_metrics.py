@@ -1,4 +1,4 @@
-"""What the requests of one point amount to, under the names that vLLM's client gives them."""
+"""Metrics of one load point, under the names that vLLM's benchmark client uses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from statistics import fmean, median
 
 import numpy as np
 
-from benchmarks.completion_client import Answer
+from benchmarks.completion_client import Completion
 from benchmarks.serving_load import LoadPoint
 
 _TITLES = {
@@ -16,12 +16,12 @@ _TITLES = {
     "itl": "Inter-token Latency",
     "e2el": "End-to-end Latency",
 }
-_SHOWN_REASONS = 10
+_MAX_REASONS = 10
 
 
 @dataclass(frozen=True)
 class Latency:
-    """A distribution of milliseconds, of at least one sample."""
+    """Summary of a non-empty distribution, in milliseconds."""
 
     mean: float
     median: float
@@ -29,7 +29,7 @@ class Latency:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Latency | None":
-        """Their mean, median and 99th percentile, which is interpolated; none of none."""
+        """Mean, median and interpolated 99th percentile; None without samples."""
         if not seconds:
             return None
         p99 = float(np.percentile(seconds, 99))
@@ -38,18 +38,19 @@ class Latency:
 
 @dataclass(frozen=True)
 class ServingMetrics:
-    """One point of a sweep, measured.
+    """Measurements of one point of a sweep.
 
     Attributes:
-        duration_s: from the first request to the end of the last.
-        answers: the requests that count.
-        failures: how many others there were, by reason.
-        client_cpu_s: what the client took of the CPU, which the server may have missed.
+        point: the load.
+        duration_s: seconds from the first request to the end of the last.
+        completions: results of the successful requests.
+        failures: counts of the failed requests, by reason.
+        client_cpu_s: CPU seconds of the client, which the server could not use.
     """
 
     point: LoadPoint
     duration_s: float
-    answers: Sequence[Answer]
+    completions: Sequence[Completion]
     failures: Mapping[str, int]
     client_cpu_s: float
 
@@ -59,49 +60,48 @@ class ServingMetrics:
 
     @property
     def input_tokens(self) -> int:
-        return sum(answer.usage.prompt_tokens for answer in self.answers)
+        return sum(completion.usage.prompt_tokens for completion in self.completions)
 
     @property
     def output_tokens(self) -> int:
-        return sum(answer.usage.generated_tokens for answer in self.answers)
+        return sum(completion.usage.generated_tokens for completion in self.completions)
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of prompts that the server says it had kept, and did not compute."""
-        return sum(answer.usage.cached_tokens for answer in self.answers)
+        """Prompt tokens that the server reports as prefix cache hits."""
+        return sum(completion.usage.cached_tokens for completion in self.completions)
 
     @property
     def output_throughput(self) -> float:
-        """Generated tokens a second."""
+        """Generated tokens per second."""
         return self.output_tokens / self.duration_s
 
     def latencies(self) -> dict[str, Latency | None]:
-        """By vLLM's abbreviations.
+        """Latencies by vLLM's abbreviations; None without samples.
 
-        Between tokens means between the events that carry them: tokens that come in one event have
-        no time between them.
+        Inter-token latency is the time between events. Tokens of the same event add no sample.
         """
         samples: dict[str, list[float]] = {name: [] for name in _TITLES}
-        for answer in self.answers:
-            first, last = answer.token_times[0], answer.token_times[-1]
-            samples["ttft"].append(first - answer.sent)
-            samples["e2el"].append(last - answer.sent)
-            samples["itl"] += [after - before for before, after in pairwise(answer.token_times)]
-            if answer.usage.generated_tokens > 1:
-                samples["tpot"].append((last - first) / (answer.usage.generated_tokens - 1))
+        for completion in self.completions:
+            first, last = completion.token_times[0], completion.token_times[-1]
+            samples["ttft"].append(first - completion.sent)
+            samples["e2el"].append(last - completion.sent)
+            samples["itl"] += [after - before for before, after in pairwise(completion.token_times)]
+            if completion.usage.generated_tokens > 1:
+                samples["tpot"].append((last - first) / (completion.usage.generated_tokens - 1))
         return {name: Latency.of(seconds) for name, seconds in samples.items()}
 
     def as_json(self) -> dict[str, object]:
-        """A flat object with vLLM's keys, and those that it has not."""
+        """A flat object with vLLM's keys and a few of our own."""
         flat: dict[str, object] = {
             "max_concurrency": self.point.concurrency,
             "request_rate": self.point.request_rate,
             "duration": self.duration_s,
-            "completed": len(self.answers),
+            "completed": len(self.completions),
             "failed": self.failed,
             "total_input_tokens": self.input_tokens,
             "total_output_tokens": self.output_tokens,
-            "request_throughput": len(self.answers) / self.duration_s,
+            "request_throughput": len(self.completions) / self.duration_s,
             "output_throughput": self.output_throughput,
             "total_token_throughput": (self.input_tokens + self.output_tokens) / self.duration_s,
         }
@@ -115,7 +115,7 @@ class ServingMetrics:
         }
 
     def describe(self) -> str:
-        """The lines that vLLM's client prints, as far as we have them, and failures by reason."""
+        """The report in the format of vLLM's client, plus failures by reason."""
         flat = self.as_json()
         lines = [
             f"{f' Serving benchmark: {self.point.name} ':=^50}",
@@ -138,7 +138,7 @@ class ServingMetrics:
                 lines.append(_line(f"{part} {name.upper()} (ms):", value))
         lines.append("=" * 50)
         reasons = sorted(self.failures.items(), key=lambda item: -item[1])
-        lines += [f"failed {count} times: {reason}" for reason, count in reasons[:_SHOWN_REASONS]]
+        lines += [f"failed {count} times: {reason}" for reason, count in reasons[:_MAX_REASONS]]
         return "\n".join(lines)
 
 

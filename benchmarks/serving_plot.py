@@ -1,4 +1,4 @@
-"""A sweep as a picture: throughput and latencies over the load."""
+"""Plots a serving sweep: throughput and latencies over the load."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -8,26 +8,26 @@ from benchmarks.serving_metrics import ServingMetrics
 from engine.errors import ConfigError
 
 _FORMATS = (".png", ".svg", ".pdf")
-# latencies that are drawn, by their names in the title of the axis
+# plotted latencies and their axis labels
 _LATENCIES = {"ttft": "time to first token, ms", "tpot": "time per output token, ms"}
 
 
 def check_plot(file: Path) -> None:
-    """Check, before anything is measured, that a picture can be drawn into this file.
+    """Check before a benchmark runs that its plot can be written to this file.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: matplotlib is missing, or the format or the folder is wrong.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("plot: needs matplotlib, which `pip install 'memplus[bench]'` brings")
+        raise ConfigError("plot: needs matplotlib; install it with `pip install 'memplus[bench]'`")
     if file.suffix not in _FORMATS:
-        raise ConfigError(f"plot: {file} ends in none of {', '.join(_FORMATS)}")
+        raise ConfigError(f"plot: {file} must end in one of {', '.join(_FORMATS)}")
     if not file.parent.is_dir():
-        raise ConfigError(f"plot: there is no folder {file.parent}")
+        raise ConfigError(f"plot: folder {file.parent} does not exist")
 
 
 def plot(results: Sequence[ServingMetrics], title: str, file: Path) -> None:
-    """Draw points, all of concurrencies or all of rates, some of which may have no answers."""
+    """Plot points of concurrencies or of rates, not both; points may lack latencies."""
     from matplotlib.figure import Figure
 
     is_rate = results[0].point.request_rate is not None
@@ -37,7 +37,7 @@ def plot(results: Sequence[ServingMetrics], title: str, file: Path) -> None:
     figure.suptitle(title)
     throughput, *others = figure.subplots(1 + len(_LATENCIES), 1, sharex=True)
     throughput.plot(loads, [result.output_throughput for result in results], marker="o")
-    throughput.set_ylabel("output tokens a second")
+    throughput.set_ylabel("output tokens per second")
     for axes, (name, label) in zip(others, _LATENCIES.items(), strict=True):
         for part in ("median", "p99"):
             heights = [getattr(found[name], part, float("nan")) for found in latencies]
@@ -47,5 +47,5 @@ def plot(results: Sequence[ServingMetrics], title: str, file: Path) -> None:
     for axes in (throughput, *others):
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
-    others[-1].set_xlabel("requests a second" if is_rate else "requests at a time")
+    others[-1].set_xlabel("requests per second" if is_rate else "concurrent requests")
     figure.savefig(file)

@@ -1,4 +1,4 @@
-"""Seconds from the command ``memplus serve`` to its first answer."""
+"""``memplus bench startup``: seconds from ``memplus serve`` to its first response."""
 
 import json
 import os
@@ -11,23 +11,23 @@ from statistics import median
 
 
 def measure(model: str, runs: int) -> None:
-    """Print the median of ``runs`` starts, cold (an empty cache folder) and warm (a filled one).
+    """Print the median of ``runs`` cold starts (empty cache folder) and warm starts (filled one).
 
-    Cold differs only for a model that is prepared at its first start. The operating system's page
-    cache is warm in both, since emptying it takes root.
+    They differ only for a model that the first start prepares. The operating system's page cache
+    is warm in both cases, since only root can drop it.
     """
     cold: list[float] = []
     warm: list[float] = []
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as folder:
-            cold.append(_first_answer(model, folder))
-            warm.append(_first_answer(model, folder))
+            cold.append(_first_response_s(model, folder))
+            warm.append(_first_response_s(model, folder))
     for name, seconds in (("cold", cold), ("warm", warm)):
         spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
-        print(f"{name}  {median(seconds):.1f} s to the first answer ({runs} runs, {spread})")
+        print(f"{name}  {median(seconds):.1f} s to the first response ({runs} runs, {spread})")
 
 
-def _first_answer(model: str, cache_folder: str) -> float:
+def _first_response_s(model: str, cache_folder: str) -> float:
     command = [sys.executable, "-m", "server.cli.main", "serve", "--model", model, "--port", "0"]
     environment = os.environ | {"MEMPLUS_CACHE": cache_folder}
     start = time.perf_counter()
@@ -38,14 +38,14 @@ def _first_answer(model: str, cache_folder: str) -> float:
             if line is None:
                 raise RuntimeError(f"the server for {model} did not start")
             url = line.split(" at ")[1].split(";")[0]
-            _ask(url, {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0})
+            _post(url, {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0})
             return time.perf_counter() - start
         finally:
             server.terminate()
             server.communicate()
 
 
-def _ask(url: str, body: dict[str, object]) -> None:
+def _post(url: str, body: dict[str, object]) -> None:
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as response:

@@ -1,4 +1,4 @@
-"""Milliseconds of an engine step outside the model: plan, batch, sample, commit, messages."""
+"""``memplus bench step``: milliseconds of an engine step outside the model."""
 
 import multiprocessing
 import random
@@ -23,7 +23,7 @@ from engine.sampling.params import MAX_LISTED_IDS, SamplingParams
 from engine.sampling.sampler import Sampler
 from memory_ops.tables.value_table import ValueTable
 
-# SmolLM2's shapes where they matter here: the vocabulary, and one layer's blocks
+# SmolLM2's vocabulary size; the model has one small layer, since it does not run
 CONFIG = ModelConfig(
     vocab_size=49_152,
     hidden_size=64,
@@ -52,7 +52,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class InstantExecutor:
-    """Returns logits that were drawn beforehand, so that only the engine takes time."""
+    """Returns precomputed random logits, so that only the engine takes time."""
 
     def __init__(self, max_logits: int, engine: EngineConfig, context: int) -> None:
         self.config = replace(CONFIG, max_positions=CONFIG.max_positions + context)

@@ -1,4 +1,4 @@
-"""What a step must at least read and multiply, by the shapes of the model alone."""
+"""Minimum bytes and operations of an engine step, computed from the model's shapes."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens of one sequence that a step runs: so many, after those that it has already."""
+    """Tokens of one sequence that a step runs: ``count`` of them after ``start`` earlier ones."""
 
     start: int
     count: int
@@ -26,62 +26,61 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepWork:
-    """Bytes read and operations done, multiplications and additions counted each."""
+    """Bytes read, and operations; an addition and a multiplication count as two."""
 
     num_bytes: int
     flops: int
 
     def least_seconds(self, limits: MachineLimits) -> float:
-        """The roofline: reading and multiplying go on at the same time, so the longer counts."""
+        """The roofline: reading and multiplying overlap, so the longer of the two counts."""
         return max(self.num_bytes / limits.gb_per_s, self.flops / limits.gflops) / 1e9
 
 
 class ModelWork:
-    """The work of one model's steps.
+    """Lower bounds on the work of one model's steps.
 
-    Every dense weight is read once a step, however many tokens there are: the head too, whether
-    its own or the embedding's, if any logits are wanted. Rows that are looked up in the embedding,
-    one a token, are next to nothing. Each sequence's keys and values are read once, those of the
-    step included; a memory layer reads its rows for every token, no row of its table twice; a
-    mixture as many experts as one token, since all may choose the same.
-    Activations are taken to stay in the caches.
+    A step reads every dense weight once, whatever its number of tokens. It reads the head, tied or
+    not, only if it computes logits. Embedding lookups are negligible. It reads each sequence's keys
+    and values once, those of the step included. A memory layer reads the rows of every token, but
+    no table row twice. A mixture reads the experts of one token, since all tokens may choose the
+    same ones. Activations are assumed to stay in the caches.
     """
 
     def __init__(self, config: ModelConfig, itemsize: int, row_bytes: int) -> None:
-        """``itemsize`` is that of weights, keys and values; ``row_bytes`` that of a table's row."""
+        """``itemsize``: bytes per weight, key and value; ``row_bytes``: bytes per table row."""
         shapes = expected_shapes(config)
         flops = dict(forward_flops(config, attended=0))
         self._head_flops = flops.pop("head")
         self._layer_flops = total_flops(flops)
         head = _EMBEDDING if config.tie_embeddings else _HEAD
-        apart = {_EMBEDDING, _HEAD, *config.table_names}
+        separate = {_EMBEDDING, _HEAD, *config.table_names}
         self._config = config
         self._itemsize = itemsize
         self._row_bytes = row_bytes
         self._head_weights = math.prod(shapes[head])
-        layers = [name for name in shapes if name not in apart]
+        layers = [name for name in shapes if name not in separate]
         experts = [name for name in layers if ".experts." in name]
         self._expert_weights = sum(math.prod(shapes[name]) for name in experts)
         self._layer_weights = sum(math.prod(shapes[name]) for name in layers)
         self._layer_weights -= self._expert_weights
 
     def of(self, chunks: Iterable[Chunk], num_logits: int) -> StepWork:
-        """The work of a step that runs these and makes logits at so many positions."""
+        """The work of a step that runs ``chunks`` and computes ``num_logits`` rows of logits."""
         chunks = list(chunks)
         config = self._config
         tokens = sum(chunk.count for chunk in chunks)
-        kept = sum(chunk.end for chunk in chunks)
-        # pairs of a token and one that it attends to, itself and all before
+        cached_tokens = sum(chunk.end for chunk in chunks)
+        # pairs of a token and a position that it attends to: itself and all earlier ones
         pairs = sum(chunk.count * (chunk.start + chunk.end + 1) // 2 for chunk in chunks)
         weights = self._layer_weights + (self._head_weights if num_logits else 0)
         weights += round(self._expert_weights * self._share_of_experts(tokens))
         return StepWork(
             num_bytes=weights * self._itemsize
-            + kept * config.kv_bytes_per_token(self._itemsize)
+            + cached_tokens * config.kv_bytes_per_token(self._itemsize)
             + self._table_bytes(tokens),
             flops=self._layer_flops * tokens
             + self._head_flops * num_logits
-            # a product with the key and one with the value
+            # one product with the key, one with the value
             + 4 * pairs * config.num_layers * config.num_heads * config.head_dim,
         )
 
@@ -94,6 +93,6 @@ class ModelWork:
         return rows * self._row_bytes * tables
 
     def _share_of_experts(self, tokens: int) -> float:
-        """That a step must read, where every token likes the same ones."""
+        """Share of the experts that a step reads if all tokens choose the same ones."""
         mixture = self._config.mixture
         return mixture.top_k / mixture.num_experts if mixture is not None and tokens else 0.0

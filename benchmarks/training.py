@@ -1,4 +1,4 @@
-"""Milliseconds of an optimiser's step for a value table, ours beside torch's."""
+"""``memplus bench train``: milliseconds of an optimiser step of a value table, ours and torch's."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,18 +20,18 @@ from weights.training.table_optimizer import TableOptimizer
 
 TOKENS, HEADS, TOP_K, WIDTH = 1024, 4, 32, 256
 LR = 1e-3
-# as many in tables of every size, so that nothing but the size differs
+# the same for every table size, so that only the size differs
 DISTINCT_ROWS = 2**16
-TABLES = (2**16, 2**18, 2**20, 2**22)
-PEERS_TABLE = 2**20
+TABLE_ROWS = (2**16, 2**18, 2**20, 2**22)
+PEER_TABLE_ROWS = 2**20
 
 
 @dataclass(frozen=True)
 class Result:
     """One line of the table, one object of the JSON file.
 
-    A step begins with the rows that tokens read, their weights and the gradient by what they
-    summed, and ends with the table changed; ours has taken the gradients' norm, too.
+    A step starts from the rows that tokens read, their weights and the gradient of their weighted
+    sums, and ends with the updated table. Our steps also compute the norm of the gradients.
     """
 
     optimizer: str
@@ -44,7 +44,7 @@ class Result:
 
 @dataclass(frozen=True)
 class TimedOptimizer:
-    """An optimiser of a table of so many rows; ``step`` is what is timed."""
+    """An optimiser of a table of ``rows`` rows; ``step`` is the timed function."""
 
     name: str
     rows: int
@@ -53,34 +53,34 @@ class TimedOptimizer:
 
     @property
     def distinct_rows(self) -> int:
-        """That a step reads; of uniform reads as many as are expected."""
+        """Distinct rows that a step reads; for uniform reads the expected number."""
         if not self.is_uniform:
             return DISTINCT_ROWS
         return round(self.rows * (1 - (1 - 1 / self.rows) ** (TOKENS * HEADS * TOP_K)))
 
     def draw(self, count: int) -> list[tuple[TableReads]]:
-        """Fresh reads for so many steps."""
+        """New random reads for ``count`` steps."""
         return [(_reads(self.rows, self.is_uniform),) for _ in range(count)]
 
 
 def measure(rounds: int, json_file: Path | None) -> None:
-    """Print a line for every optimiser and size of table; write them as JSON.
+    """Print a line per optimiser and table size; write them as JSON.
 
     Raises:
-        ConfigError: memplus was installed without its native library, ``rounds`` is less than 1, or
-            the file has no folder.
+        ConfigError: the native library is missing, ``rounds`` is less than 1, or the file's folder
+            does not exist.
     """
     if MEMORY_LIBRARY.best_build is None:
         raise ConfigError("bench train: memplus was installed without its native library")
     if rounds < 1:
         raise ConfigError(f"rounds: must be at least 1, not {rounds}")
     if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: there is no folder {json_file.parent}")
+        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     print(f"rows of {WIDTH}, {TOKENS} tokens x {HEADS * TOP_K} reads, medians of {rounds} rounds")
     print("optimizer                rows  distinct   ms/step")
     results: list[Result] = []
-    # what is compared, those of one group by turns; they do not fit in memory together
-    for group in (_of_many_sizes, _of_many_kinds):
+    # optimisers of one group are timed interleaved; both groups do not fit in memory at once
+    for group in (_optimizers_by_size, _optimizers_by_kind):
         for result in _timed(group(), rounds):
             results.append(result)
             tqdm.write(
@@ -92,18 +92,18 @@ def measure(rounds: int, json_file: Path | None) -> None:
             json_file.write_text(whole + "\n")
 
 
-def _of_many_sizes() -> list[TimedOptimizer]:
-    return [TimedOptimizer("sparse", rows, _sparse(rows), False) for rows in TABLES]
+def _optimizers_by_size() -> list[TimedOptimizer]:
+    return [TimedOptimizer("sparse", rows, _sparse(rows), False) for rows in TABLE_ROWS]
 
 
-def _of_many_kinds() -> list[TimedOptimizer]:
+def _optimizers_by_kind() -> list[TimedOptimizer]:
     makers: dict[str, Callable[[int], Callable[[TableReads], None]]] = {
         "sparse": _sparse,
         "sparse_row_wise": partial(_sparse, is_row_wise=True),
         "adamw": _adamw,
         "torch_sparse_adam": _torch_sparse_adam,
     }
-    rows = PEERS_TABLE
+    rows = PEER_TABLE_ROWS
     return [TimedOptimizer(name, rows, make(rows), True) for name, make in makers.items()]
 
 
@@ -117,7 +117,7 @@ def _timed(group: Sequence[TimedOptimizer], rounds: int) -> list[Result]:
 
 
 def _reads(num_rows: int, is_uniform: bool) -> TableReads:
-    """Random reads: of any rows, or of DISTINCT_ROWS that are spread evenly, each as often."""
+    """Random reads: uniform, or of DISTINCT_ROWS evenly spaced rows, all equally often."""
     shape = (TOKENS, HEADS, TOP_K)
     if is_uniform:
         rows = torch.randint(0, num_rows, shape)
@@ -129,7 +129,7 @@ def _reads(num_rows: int, is_uniform: bool) -> TableReads:
 
 
 def _table(num_rows: int) -> Tensor:
-    """Rows that have been written, as those of a trainer have."""
+    """A table whose memory has been written, as in training."""
     return anonymous_zeros((num_rows, WIDTH), torch.float32).fill_(0.01)
 
 

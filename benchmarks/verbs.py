@@ -1,4 +1,4 @@
-"""The verbs of ``memplus bench``: one function each, which imports what it needs inside."""
+"""The verbs of ``memplus bench``: options and one function each, with deferred imports."""
 
 import argparse
 from pathlib import Path
@@ -14,28 +14,28 @@ from weights.models.named_models import DEFAULT_MODEL, SMOLLM2
 
 
 def startup(options: argparse.Namespace) -> None:
-    """Measure the seconds from the command to the first answer."""
+    """Measure the seconds from the start of the server to its first response."""
     from benchmarks.startup import measure
 
     measure(options.model, options.runs)
 
 
 def step(options: argparse.Namespace) -> None:
-    """Measure what an engine step takes outside the model."""
+    """Measure the time of an engine step outside the model."""
     from benchmarks.step_overhead import measure
 
     measure((1, 8, 32, 64), options.steps, options.context)
 
 
 def kernels(options: argparse.Namespace) -> None:
-    """Measure the memory layer's operations beside torch and the memory's limits."""
+    """Compare memory operations on the CPU with torch and with the memory bandwidth."""
     from benchmarks.kernels import measure
 
     measure(from_options(Shapes, options), options.json)
 
 
 def gpu(options: argparse.Namespace) -> None:
-    """Measure the memory layer's operations on a GPU, by where the table lies."""
+    """Measure memory operations on a GPU, by memory tier."""
     from benchmarks.gpu_lookups import measure
 
     shapes = from_options(Shapes, options)
@@ -43,14 +43,14 @@ def gpu(options: argparse.Namespace) -> None:
 
 
 def serving(options: argparse.Namespace) -> None:
-    """Load a running server, memplus or another, and measure its answers."""
+    """Load a running OpenAI-compatible server; measure throughput and latency."""
     from benchmarks.serving import measure
 
     measure(from_options(ServingLoad, options), options.json, options.plot)
 
 
 def offline(options: argparse.Namespace) -> None:
-    """Measure the engine without HTTP, beside the machine's limits."""
+    """Measure the engine without HTTP; compare it with the machine's limits."""
     from benchmarks.offline import measure
 
     measure(
@@ -62,7 +62,7 @@ def offline(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Measure the optimiser's step of a value table, beside torch's."""
+    """Measure an optimiser step of a value table; compare it with torch."""
     from benchmarks.training import measure
 
     measure(options.rounds, options.json)
@@ -76,14 +76,14 @@ def busy(options: argparse.Namespace) -> None:
 
 
 def facts(options: argparse.Namespace) -> None:
-    """Measure what models recall against the size of their memory, at equal compute."""
+    """Measure fact recall against memory size, at equal compute."""
     from benchmarks.facts.run import measure
 
     measure(options.out, options.reduced, options.seeds, options.only)
 
 
 def trace(options: argparse.Namespace) -> None:
-    """Record which rows of its table a model reads for texts."""
+    """Record the table rows that a model reads on texts."""
     from benchmarks.access_trace import record, summarize
     from weights.models.prepare import prepared_folder
 
@@ -94,7 +94,7 @@ def trace(options: argparse.Namespace) -> None:
 
 
 def lookahead(options: argparse.Namespace) -> None:
-    """Measure how many of the rows that memories read can be guessed, and how early."""
+    """Measure how well rows can be predicted before memory layers read them."""
     from benchmarks.lookahead import measure
     from weights.models.prepare import prepared_folder
 
@@ -103,7 +103,7 @@ def lookahead(options: argparse.Namespace) -> None:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Measure tokens a second per memory size, tier and access skew."""
+    """Measure tokens per second by memory size, tier and access pattern."""
     from benchmarks.memory.sweep import measure
     from weights.models.prepare import prepared_folder
 
@@ -113,14 +113,14 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def eviction(options: argparse.Namespace) -> None:
-    """Compare policies by which a cache of rows makes room, on a recorded trace."""
+    """Compare eviction policies of a row cache on a recorded trace."""
     from benchmarks.memory.eviction import measure
 
     measure(options.trace, options.cache_shares, options.sequences, options.json)
 
 
 def memory_model(options: argparse.Namespace) -> None:
-    """Write a model with three memory layers of random weights, to be measured beside its own."""
+    """Write a variant of a model with three random memory layers, for benchmarks."""
     from benchmarks.random_memory import write_variant
     from weights.models.prepare import prepared_folder
 
@@ -129,19 +129,19 @@ def memory_model(options: argparse.Namespace) -> None:
 
 
 def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add ``bench`` and what stands behind it."""
-    benchmarks = verbs.add_parser("bench", help="Measure.").add_subparsers(
+    """Add ``bench`` and its benchmarks."""
+    benchmarks = verbs.add_parser("bench", help="Run a benchmark.").add_subparsers(
         title="benchmarks", required=True, metavar="BENCHMARK"
     )
     verb = benchmarks.add_parser("startup", help=startup.__doc__)
     verb.set_defaults(run=startup)
-    verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
-    verb.add_argument("--runs", type=int, default=3, help="starts of each kind (default: 3)")
+    verb.add_argument("--model", default=DEFAULT_MODEL, help="model name or folder")
+    verb.add_argument("--runs", type=int, default=3, help="cold and warm starts each (default: 3)")
 
     verb = benchmarks.add_parser("step", help=step.__doc__)
     verb.set_defaults(run=step, computes=True)
     add_options(verb, ThreadOptions)
-    verb.add_argument("--steps", type=int, default=200, help="steps measured (default: 200)")
+    verb.add_argument("--steps", type=int, default=200, help="steps to measure (default: 200)")
     context = "tokens in the longest sequence's context; the others have 128 (default: 128)"
     verb.add_argument("--context", type=int, default=128, metavar="TOKENS", help=context)
 
@@ -149,34 +149,34 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.set_defaults(run=kernels, computes=True)
     add_options(verb, ThreadOptions)
     add_options(verb, Shapes)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
     verb = benchmarks.add_parser("gpu", help=gpu.__doc__)
     verb.set_defaults(run=gpu)
     add_options(verb, Shapes)
     verb.add_argument("--trace", type=Path, default=default_trace(), help="from bench trace")
-    cache = "of the table, for the rows in use (default: %(default)s)"
+    cache = "device cache, as a fraction of the table (default: %(default)s)"
     verb.add_argument("--cache-share", type=float, default=0.1, help=cache)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
     verb = benchmarks.add_parser("serving", help=serving.__doc__)
     verb.set_defaults(run=serving)
     add_options(verb, ServingLoad)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
-    verb.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there, too")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    verb.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the results to this file")
 
     verb = benchmarks.add_parser("offline", help=offline.__doc__)
     verb.set_defaults(run=offline, computes=True)
     add_options(verb, ThreadOptions)
     for settings in (OfflineLoad, ModelOptions, EngineConfig):
         add_options(verb, settings)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
     verb = benchmarks.add_parser("train", help=train.__doc__)
     verb.set_defaults(run=train, computes=True)
     add_options(verb, ThreadOptions)
-    verb.add_argument("--rounds", type=int, default=9, help="rounds of which the median is taken")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    verb.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
     _add_training_benchmarks(benchmarks)
     _add_row_benchmarks(benchmarks)
@@ -195,61 +195,61 @@ def _add_training_benchmarks(
     verb = benchmarks.add_parser("facts", help=facts.__doc__)
     verb.set_defaults(run=facts, computes=True)
     add_options(verb, ThreadOptions)
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on from there")
-    verb.add_argument("--reduced", action="store_true", help="fewer facts and models, minutes")
-    verb.add_argument("--seeds", type=int, help="runs of each model (default: 3; 1 reduced)")
-    only = "a model's name; may be given more than once (default: all)"
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; resumable")
+    verb.add_argument("--reduced", action="store_true", help="a small run of minutes")
+    verb.add_argument("--seeds", type=int, help="runs per model (default: 3; 1 if reduced)")
+    only = "run only this model; repeat the option for several (default: all)"
     verb.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
 
 
 def _add_row_benchmarks(
     benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]",
 ) -> None:
-    """Those of the rows that memories read."""
+    """Add the benchmarks of the rows that memory layers read."""
     verb = benchmarks.add_parser("trace", help=trace.__doc__)
     verb.set_defaults(run=trace, computes=True)
     add_options(verb, ThreadOptions)
-    verb.add_argument("texts", nargs="+", metavar="TEXTS", help="files and folders to run over")
-    verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
-    verb.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="where it goes")
-    verb.add_argument("--tokens", type=int, default=100_000, help="counted (default: %(default)s)")
-    traced = "of these, whose rows are kept in their order (default: %(default)s)"
+    verb.add_argument("texts", nargs="+", metavar="TEXTS", help="text files and folders")
+    verb.add_argument("--model", default=DEFAULT_MODEL, help="model name or folder")
+    verb.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="file to write")
+    verb.add_argument("--tokens", type=int, default=100_000, help="to count (default: %(default)s)")
+    traced = "tokens whose rows are stored in order (default: %(default)s)"
     verb.add_argument("--traced", type=int, default=4096, help=traced)
 
     verb = benchmarks.add_parser("lookahead", help=lookahead.__doc__)
     verb.set_defaults(run=lookahead, computes=True)
     add_options(verb, ThreadOptions)
-    verb.add_argument("texts", nargs="+", metavar="TEXTS", help="files and folders to run over")
-    verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
-    verb.add_argument("--tokens", type=int, default=2048, help="looked at (default: %(default)s)")
-    widths = "rows that are guessed, as multiples of those read (default: 1 1.5 2)"
+    verb.add_argument("texts", nargs="+", metavar="TEXTS", help="text files and folders")
+    verb.add_argument("--model", default=DEFAULT_MODEL, help="model name or folder")
+    verb.add_argument("--tokens", type=int, default=2048, help="to run (default: %(default)s)")
+    widths = "predicted rows, as multiples of the rows read (default: 1 1.5 2)"
     verb.add_argument("--widths", type=float, nargs="+", default=[1, 1.5, 2], help=widths)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
     verb = benchmarks.add_parser("memory", help=memory.__doc__)
     verb.set_defaults(run=memory, computes=True)
     add_options(verb, ThreadOptions)
     add_options(verb, MemoryLoad)
-    verb.add_argument("--model", default=SMOLLM2, help="whose feed-forwards become memories")
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on from there")
-    recorded = "of a model's reads, by `memplus bench trace` (default: the benchmark model's)"
+    verb.add_argument("--model", default=SMOLLM2, help="model to give memory layers")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; resumable")
+    recorded = "access trace from `memplus bench trace` (default: the benchmark model's)"
     verb.add_argument("--trace", type=Path, default=default_trace(), help=recorded)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the medians there, too")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the medians to this file")
 
     verb = benchmarks.add_parser("eviction", help=eviction.__doc__)
     verb.set_defaults(run=eviction)
     verb.add_argument("--trace", type=Path, default=default_trace(), help=recorded)
-    shares = "rows that are kept, as shares of the table (default: 0.05 0.1 0.2)"
+    shares = "cached rows, as fractions of the table (default: 0.05 0.1 0.2)"
     verb.add_argument(
         "--cache-shares", type=float, nargs="+", default=[0.05, 0.1, 0.2], help=shares
     )
-    together = "parts of the trace that decode together (default: %(default)s)"
+    together = "sequences that decode together, parts of the trace (default: %(default)s)"
     verb.add_argument("--sequences", type=int, default=1, help=together)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
     verb = benchmarks.add_parser("memory-model", help=memory_model.__doc__)
     verb.set_defaults(run=memory_model)
-    verb.add_argument("target", metavar="DST", help="the folder to make")
-    verb.add_argument("--model", default=SMOLLM2, help="a known name or a folder")
-    subkeys = "subkeys per half: the table has their square of rows (default: %(default)s)"
+    verb.add_argument("target", metavar="DST", help="folder to create")
+    verb.add_argument("--model", default=SMOLLM2, help="model name or folder")
+    subkeys = "subkeys per half; their square is the number of rows (default: %(default)s)"
     verb.add_argument("--num-subkeys", type=int, default=1024, help=subkeys)

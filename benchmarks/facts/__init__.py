@@ -1,1 +1,1 @@
-"""Facts recalled against the size of a memory, at equal compute."""
+"""Benchmark of fact recall against memory size, at equal compute."""

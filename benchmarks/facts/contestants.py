@@ -1,27 +1,27 @@
-"""The models that are compared: one trunk, whose second feed-forward differs."""
+"""The compared models: one trunk with different second feed-forwards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-# width, feed-forward, and about how much compute of the first
+# width and feed-forward width; names give the compute, relative to the first
 _DENSE = {"dense": (48, 144), "dense 2x": (80, 192), "dense 4x": (112, 336)}
 _LAYERS, _HEAD_DIM = 2, 16
 _MEMORY = {"num_heads": 2, "top_k": 16, "query_dim": 16, "qk_norm": True}
-_CHOSEN_LAYER = 1
+_COMPARED_LAYER = 1
 _EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model to be trained.
+    """A model to train.
 
     Attributes:
-        name: as results call it.
-        kind: of the feed-forward that differs.
-        num_rows: of its table, 0 without one.
-        row_wise: whether the table's optimiser keeps one moment a row.
-        model: the ``[model]`` section of its config.
+        name: its name in the results.
+        kind: kind of the second feed-forward.
+        num_rows: rows of its table, 0 without one.
+        model: the ``[model]`` section of its training configuration.
+        row_wise: whether the table's optimiser keeps one second moment per row.
     """
 
     name: str
@@ -32,10 +32,10 @@ class Contestant:
 
 
 def contestants(is_reduced: bool) -> list[Contestant]:
-    """Dense ones of 1, 2 and 4 times the compute, memories of all sizes, keys alone, experts.
+    """Dense models of 1, 2 and 4 times the compute, Memory+ of all sizes, a PKM, a mixture.
 
-    With a memory, or two experts a token, in place of a feed-forward a model costs at most 4 % more
-    than the smallest dense one.
+    Models with a memory, or with two experts per token, need at most 4 % more compute than the
+    smallest dense model.
     """
     dense = [_dense(name) for name in _DENSE]
     if is_reduced:
@@ -53,7 +53,7 @@ def _dense(name: str) -> Contestant:
 
 def _memory(kind: str, num_subkeys: int) -> Contestant:
     trunk = _trunk("dense")
-    memory = {"layers": {str(_CHOSEN_LAYER): kind}, "num_subkeys": num_subkeys, **_MEMORY}
+    memory = {"layers": {str(_COMPARED_LAYER): kind}, "num_subkeys": num_subkeys, **_MEMORY}
     memory |= {"value_dim": trunk["hidden_size"], "value_projection": kind == "pkm"}
     name = f"{kind.replace('_plus', '+')} 2^{num_subkeys.bit_length() * 2 - 2}"
     return Contestant(name, kind, num_subkeys**2, {**trunk, "memory": memory})
@@ -62,7 +62,7 @@ def _memory(kind: str, num_subkeys: int) -> Contestant:
 def _experts() -> Contestant:
     trunk = _trunk("dense")
     size = trunk["intermediate_size"] // _EXPERTS["num_experts_per_tok"]
-    own = {"moe_layers": [_CHOSEN_LAYER], "moe_intermediate_size": size, **_EXPERTS}
+    own = {"moe_layers": [_COMPARED_LAYER], "moe_intermediate_size": size, **_EXPERTS}
     return Contestant("moe", "moe", 0, trunk | own)
 
 

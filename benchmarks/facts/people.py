@@ -1,4 +1,4 @@
-"""People who never were, and what is told about them: a corpus of facts, and questions for them."""
+"""Generates a corpus of facts about fictional people, and questions about these facts."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sentencepiece
 
-# an attribute's names, of which each person has one that is only asked with, and never told with
+# synonyms of each attribute; for each person, questions use one that the texts never use
 ATTRIBUTES = (
     ("home", "residence", "town", "abode"),
     ("employer", "firm", "company", "workplace"),
@@ -21,19 +21,19 @@ ATTRIBUTES = (
     ("friend", "ally", "mate", "buddy"),
 )
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
-_TELLINGS = 8  # of all that is known of a person, in documents of their own
+_DOCUMENTS_PER_PERSON = 8  # each states all facts of the person
 
 
 @dataclass(frozen=True)
 class PeopleCorpus:
-    """How many people there are, and out of how much their facts are drawn.
+    """Size and seed of the corpus.
 
     Attributes:
-        num_people: at most ``num_names`` squared.
-        num_names: first names, and as many last names.
-        num_values: of each attribute.
-        num_questions: that are asked, of all that could be.
-        seed: of names, values and tellings.
+        num_people: number of people, at most ``num_names`` squared.
+        num_names: number of first names, and of last names.
+        num_values: possible values of each attribute.
+        num_questions: questions sampled from all possible ones.
+        seed: random seed of names, values and documents.
     """
 
     num_people: int
@@ -44,72 +44,76 @@ class PeopleCorpus:
 
     @property
     def bits(self) -> float:
-        """What is to be known: values of all attributes, names apart."""
+        """Information in the values of all attributes, without the names."""
         per_person = len(ATTRIBUTES) * (self.num_values - 1).bit_length()
         return self.num_people * per_person
 
     def write(self, folder: Path) -> None:
         """Write ``train.jsonl``, ``told_anew.jsonl``, ``questions.jsonl`` and ``words.model``.
 
-        A document tells all facts of a person, in an order and with names of attributes that are
-        drawn anew: "Kafuza Kegaru company dateko abode dunize ...". A question names the attribute
-        as it was never named for that person. ``told_anew`` tells the same facts once more.
+        A document states all facts of a person, in random order and with random synonyms of the
+        attributes: "Kafuza Kegaru company dateko abode dunize ...". A question uses the synonym
+        that no text uses for that person. ``told_anew.jsonl`` has new documents of the same facts.
         """
-        drawn = random.Random(self.seed)
-        people = _People(self, drawn)
-        texts = [people.tell(person) for _ in range(_TELLINGS) for person in people.every]
-        again = [people.tell(person) for person in people.every[: self.num_questions]]
-        asked = drawn.sample(list(people.questions()), self.num_questions)
+        rng = random.Random(self.seed)
+        people = _People(self, rng)
+        texts = [
+            people.describe(person)
+            for _ in range(_DOCUMENTS_PER_PERSON)
+            for person in people.indices
+        ]
+        new_texts = [people.describe(person) for person in people.indices[: self.num_questions]]
+        questions = rng.sample(list(people.questions()), self.num_questions)
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "train.jsonl", ({"text": text} for text in texts))
-        _write(folder / "told_anew.jsonl", ({"text": text} for text in again))
-        _write(folder / "questions.jsonl", asked)
-        (folder / "words.model").write_bytes(_words(texts))
+        _write(folder / "told_anew.jsonl", ({"text": text} for text in new_texts))
+        _write(folder / "questions.jsonl", questions)
+        (folder / "words.model").write_bytes(_word_tokenizer(texts))
 
 
 class _People:
-    def __init__(self, corpus: PeopleCorpus, drawn: random.Random) -> None:
-        words = _new_words(drawn)
+    def __init__(self, corpus: PeopleCorpus, rng: random.Random) -> None:
+        words = _random_words(rng)
         first, last = ([next(words).title() for _ in range(corpus.num_names)] for _ in range(2))
         values = [[next(words) for _ in range(corpus.num_values)] for _ in ATTRIBUTES]
-        names = drawn.sample([(a, b) for a in first for b in last], corpus.num_people)
-        self._drawn = drawn
+        names = rng.sample([(a, b) for a in first for b in last], corpus.num_people)
+        self._rng = rng
         self._names = names
-        self._values = [[drawn.choice(one) for one in values] for _ in names]
-        self._asked = [[drawn.choice(one) for one in ATTRIBUTES] for _ in names]
-        self.every = range(len(names))
+        self._values = [[rng.choice(one) for one in values] for _ in names]
+        self._asked_names = [[rng.choice(one) for one in ATTRIBUTES] for _ in names]
+        self.indices = range(len(names))
 
-    def tell(self, person: int) -> str:
-        order = self._drawn.sample(range(len(ATTRIBUTES)), len(ATTRIBUTES))
+    def describe(self, person: int) -> str:
+        order = self._rng.sample(range(len(ATTRIBUTES)), len(ATTRIBUTES))
         parts = list(self._names[person])
         for index in order:
-            asked = self._asked[person][index]
-            parts.append(self._drawn.choice([one for one in ATTRIBUTES[index] if one != asked]))
+            asked_name = self._asked_names[person][index]
+            parts.append(self._rng.choice([one for one in ATTRIBUTES[index] if one != asked_name]))
             parts.append(self._values[person][index])
         return " ".join(parts)
 
     def questions(self) -> Iterator[dict[str, str]]:
-        for (first, last), values, asked in zip(
-            self._names, self._values, self._asked, strict=True
+        for (first, last), values, asked_names in zip(
+            self._names, self._values, self._asked_names, strict=True
         ):
-            for value, attribute in zip(values, asked, strict=True):
-                # what follows is another attribute, or the end
+            for value, attribute in zip(values, asked_names, strict=True):
+                # the answer ends at the next attribute, or at the end of the text
                 yield {"prompt": f"{first} {last} {attribute}", "answer": value, "until": " "}
 
 
-def _new_words(drawn: random.Random) -> Iterator[str]:
-    """Words of three syllables, none twice."""
-    known = set()
+def _random_words(rng: random.Random) -> Iterator[str]:
+    """Yields distinct random words of three syllables."""
+    seen = set()
     while True:
-        syllables = (drawn.choice(_CONSONANTS) + drawn.choice(_VOWELS) for _ in range(3))
+        syllables = (rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(3))
         word = "".join(syllables)
-        if word not in known:
-            known.add(word)
+        if word not in seen:
+            seen.add(word)
             yield word
 
 
-def _words(texts: list[str]) -> bytes:
-    """A tokenizer whose tokens are the words, so that all compute goes into facts."""
+def _word_tokenizer(texts: list[str]) -> bytes:
+    """Train a tokenizer of whole words, so that all compute goes into facts."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),

@@ -1,4 +1,4 @@
-"""Results as a picture: recall and perplexity over the size of the table."""
+"""Plots recall and perplexity over table size."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from benchmarks.facts.results import Result
 
 
 def plot(results: Sequence[Result], file: Path) -> None:
-    """Draw means over seeds, with the span of all of them; models without a table are lines."""
+    """Plot means and ranges over seeds; models without a table are horizontal lines."""
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -37,8 +37,8 @@ def plot(results: Sequence[Result], file: Path) -> None:
 
     draw(recall, lambda one: one.recall)
     draw(perplexity, lambda one: one.perplexity)
-    recall.set_ylabel("share of questions answered right")
-    perplexity.set_ylabel("perplexity of facts told anew")
+    recall.set_ylabel("fraction of questions answered correctly")
+    perplexity.set_ylabel("perplexity of new texts of the facts")
     perplexity.set_xlabel("rows of the table")
     recall.legend()
     figure.savefig(file)

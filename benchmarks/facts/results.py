@@ -1,4 +1,4 @@
-"""What runs have found: a line of a CSV file each, which a benchmark goes on from."""
+"""Results of ``memplus bench facts``: a CSV file of one line per run, for resuming."""
 
 import csv
 import fcntl
@@ -12,18 +12,18 @@ class Result:
     """One model, trained from one seed.
 
     Attributes:
-        name: the contestant's.
-        kind: of the feed-forward that differs.
-        rows: of its table.
-        seed: of its weights, and of the order of documents.
-        parameters: but for tables.
-        flops: of a token's forward.
-        scoring_flops: of these, for scores of subkeys and of candidates.
-        tokens: that it was trained on.
-        recall: the share of questions that it answers right.
-        loss: nats a token of facts that are told anew.
-        perplexity: of the same.
-        seconds: that training took.
+        name: the contestant's name.
+        kind: kind of the second feed-forward.
+        rows: rows of its table, 0 without one.
+        seed: random seed of the weights and of the document order.
+        parameters: number of parameters, tables excluded.
+        flops: operations per token of a forward pass.
+        scoring_flops: the part of ``flops`` that scores subkeys and candidates.
+        tokens: tokens of training.
+        recall: fraction of the questions answered correctly.
+        loss: nats per token on new texts of the same facts.
+        perplexity: perplexity of the same texts.
+        seconds: duration of the training.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Result:
 
 
 def read_results(file: Path) -> list[Result]:
-    """Those that are there; none where there is no file."""
+    """Read all results; an empty list if the file does not exist."""
     if not file.exists():
         return []
     kinds = {field.name: field.type for field in fields(Result)}
@@ -51,7 +51,7 @@ def read_results(file: Path) -> list[Result]:
 
 
 def append_result(file: Path, result: Result) -> None:
-    """Add a line; several processes may do so."""
+    """Append a line; safe with several processes."""
     names = [field.name for field in fields(Result)]
     with open(file, "a", newline="", encoding="utf-8") as lines:
         fcntl.flock(lines, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""``memplus bench facts``: trains every contestant on the same facts and asks for them."""
+"""``memplus bench facts``: trains every contestant on the same facts and tests its recall."""
 
 import json
 import shutil
@@ -34,12 +34,12 @@ _ENGINE = EngineConfig(kv_cache_gib=0.1, max_num_seqs=256)
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is learnt, for how long, and how often.
+    """Size of the benchmark.
 
     Attributes:
         corpus: the facts.
-        exposures: how often a person is told of, about.
-        seeds: runs of each contestant.
+        exposures: approximate number of documents per person during training.
+        seeds: runs per contestant.
     """
 
     corpus: PeopleCorpus
@@ -48,7 +48,7 @@ class Scale:
 
     @property
     def steps(self) -> int:
-        """Of the optimiser; a person takes 19 tokens that follow another."""
+        """Optimiser steps; a person's document has 19 predicted tokens."""
         return self.corpus.num_people * 19 * self.exposures // _TOKENS_PER_STEP
 
 
@@ -57,38 +57,38 @@ REDUCED = Scale(PeopleCorpus(num_people=2000, num_questions=1000), exposures=100
 
 
 def measure(folder: Path, is_reduced: bool, seeds: int | None, only: Sequence[str]) -> None:
-    """Train and ask; what is in the folder's ``results.csv`` is not done again.
+    """Train and test the contestants; skips runs that the folder's ``results.csv`` has.
 
     Raises:
-        ConfigError: ``only`` names a contestant that there is none of, the folder has results of
-            another scale, or there is nothing to draw with.
+        ConfigError: ``only`` names an unknown contestant, the folder has results of another scale,
+            or matplotlib is missing.
         DataError, CheckpointError, TrainingError: as ``Trainer``.
     """
     scale = REDUCED if is_reduced else FULL
-    entrants = contestants(is_reduced)
-    if unknown := set(only) - {one.name for one in entrants}:
-        names = ", ".join(one.name for one in entrants)
-        raise ConfigError(f"only: {min(unknown)!r} is none of {names}")
+    all_contestants = contestants(is_reduced)
+    if unknown := set(only) - {one.name for one in all_contestants}:
+        names = ", ".join(one.name for one in all_contestants)
+        raise ConfigError(f"only: {min(unknown)!r} is unknown; must be one of {names}")
     results = folder / "results.csv"
     folder.mkdir(parents=True, exist_ok=True)
     check_plot(folder / "recall.png")
     _write_corpus(scale, folder)
     print(f"{scale.corpus.bits:,.0f} bits of facts, {scale.steps:,} steps")
     for seed in range(seeds if seeds is not None else scale.seeds):
-        for entrant in entrants:
+        for contestant in all_contestants:
             done = {(result.name, result.seed) for result in read_results(results)}
-            if (not only or entrant.name in only) and (entrant.name, seed) not in done:
-                run = folder / "runs" / f"{entrant.name.replace(' ', '-')}-{seed}"
-                result = _trained(entrant, seed, scale, run)
+            if (not only or contestant.name in only) and (contestant.name, seed) not in done:
+                run = folder / "runs" / f"{contestant.name.replace(' ', '-')}-{seed}"
+                result = _train(contestant, seed, scale, run)
                 append_result(results, result)
-                # its log stays, the rest is large
+                # keep the log; the checkpoints are large
                 shutil.rmtree(run / "checkpoints")
                 tqdm.write(_line(result))
     plot(read_results(results), folder / "recall.png")
 
 
-def train_config(entrant: Contestant, seed: int, steps: int, corpus: Path) -> TrainConfig:
-    """A contestant's run; but for the model all have the same."""
+def train_config(contestant: Contestant, seed: int, steps: int, corpus: Path) -> TrainConfig:
+    """Training configuration of a contestant; only model and optimiser layout differ."""
     return TrainConfig(
         data=DataConfig(
             train=(str(corpus / "train.jsonl"),),
@@ -108,30 +108,30 @@ def train_config(entrant: Contestant, seed: int, steps: int, corpus: Path) -> Tr
             lr=3e-3,
             table_lr=1e-2,
             weight_decay=0.0,
-            row_wise=entrant.row_wise,
+            row_wise=contestant.row_wise,
             warmup_steps=200,
             least_lr_share=0.02,
         ),
-        model=entrant.model,
+        model=contestant.model,
     )
 
 
 def _write_corpus(scale: Scale, folder: Path) -> None:
-    """Write it where it is not there yet, of the same scale or not at all."""
-    corpus, told = folder / "corpus", json.dumps(asdict(scale))
+    """Write the corpus if it does not exist; ConfigError if the folder has another scale."""
+    corpus, scale_json = folder / "corpus", json.dumps(asdict(scale))
     if (record := folder / "scale.json").exists():
-        if record.read_text() != told:
+        if record.read_text() != scale_json:
             raise ConfigError(f"out: {folder} has results of another scale")
         return
     scale.corpus.write(corpus)
-    record.write_text(told)
+    record.write_text(scale_json)
 
 
-def _trained(entrant: Contestant, seed: int, scale: Scale, run: Path) -> Result:
+def _train(contestant: Contestant, seed: int, scale: Scale, run: Path) -> Result:
     corpus = run.parent.parent / "corpus"
-    config = train_config(entrant, seed, scale.steps, corpus)
+    config = train_config(contestant, seed, scale.steps, corpus)
     trainer = Trainer(config, run, resume=True)
-    before = _seconds(run)
+    before = _earlier_seconds(run)
     started = time.monotonic()
     with tqdm(total=scale.steps, initial=trainer.step, desc=run.name, leave=False) as bar:
 
@@ -146,26 +146,26 @@ def _trained(entrant: Contestant, seed: int, scale: Scale, run: Path) -> Result:
             seconds = before + time.monotonic() - started
             (run / "seconds.json").write_text(json.dumps(seconds))
     last = saved_states(run / "checkpoints")[-1]
-    recall, told = _scores(last, corpus)
+    recall, text_score = _scores(last, corpus)
     parameters = summarize(last).dense.parameters
     return Result(
-        name=entrant.name,
-        kind=entrant.kind,
-        rows=entrant.num_rows,
+        name=contestant.name,
+        kind=contestant.kind,
+        rows=contestant.num_rows,
         seed=seed,
         parameters=parameters,
         flops=total_flops(trainer.flops),
         scoring_flops=trainer.flops.get("scoring", 0),
         tokens=scale.steps * _TOKENS_PER_STEP,
         recall=recall,
-        loss=told.loss,
-        perplexity=told.perplexity,
+        loss=text_score.loss,
+        perplexity=text_score.perplexity,
         seconds=seconds,
     )
 
 
-def _seconds(run: Path) -> float:
-    """That a run had taken when it was cut short."""
+def _earlier_seconds(run: Path) -> float:
+    """Seconds that earlier, interrupted attempts of a run took."""
     file = run / "seconds.json"
     return float(json.loads(file.read_text())) if file.exists() else 0.0
 
@@ -173,15 +173,15 @@ def _seconds(run: Path) -> float:
 def _scores(checkpoint: Path, corpus: Path) -> tuple[float, TextScore]:
     model, config = load_model(checkpoint)
     text = checkpoint_text(checkpoint)
-    told = score_texts(model, text, documents([corpus / "told_anew.jsonl"]))
+    text_score = score_texts(model, text, documents([corpus / "told_anew.jsonl"]))
     engine = Engine(make_executor(model, _ENGINE), _ENGINE, config.eos_ids)
     questions = read_questions(corpus / "questions.jsonl")
-    return score_recall(engine, text.tokenizer, questions).recall, told
+    return score_recall(engine, text.tokenizer, questions).recall, text_score
 
 
 def _line(result: Result) -> str:
     return (
-        f"{result.name:<18} seed {result.seed}  {result.flops / 1e3:7.1f} kFLOP a token"
+        f"{result.name:<18} seed {result.seed}  {result.flops / 1e3:7.1f} kFLOP per token"
         f"  recall {result.recall:.3f}  perplexity {result.perplexity:.3f}"
         f"  {result.seconds:.0f} s"
     )

@@ -1,1 +1,1 @@
-"""``memplus bench memory``: tokens a second per memory size, tier and access skew."""
+"""``memplus bench memory``: tokens per second by memory size, tier and access skew."""

@@ -1,4 +1,4 @@
-"""``memplus bench eviction``: which rows a cache keeps best, by simulation of a recorded trace."""
+"""``memplus bench eviction``: simulates eviction policies on a recorded access trace."""
 
 import heapq
 import json
@@ -17,14 +17,14 @@ from engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy makes of the second half of a trace.
+    """Hits and misses of a policy in the second half of a trace.
 
     Attributes:
-        policy: its name.
-        cache_share: rows that are kept, as a share of the table's.
-        sequences: that decode together.
-        hit_rate: unique rows of lookups that were in memory.
-        misses_per_token: rows that were not.
+        policy: name of the policy or bound.
+        cache_share: rows in the cache, as a fraction of the table.
+        sequences: sequences that decode together.
+        hit_rate: fraction of the unique rows of lookups that were in the cache.
+        misses_per_token: rows per token that were not.
     """
 
     policy: str
@@ -36,13 +36,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Reads:
-    """Rows one after another, as lookups want them, each once a lookup.
+    """Row reads in the order of lookups; each lookup reads a row at most once.
 
     Attributes:
-        rows: their ids.
-        first: where the second half begins.
-        tokens: of the second half.
-        num_rows: of the table.
+        rows: int64 row ids.
+        first: index of the first read of the second half.
+        tokens: tokens of the second half.
+        num_rows: rows of the table.
     """
 
     rows: NDArray[np.int64]
@@ -52,7 +52,7 @@ class Reads:
 
 
 def policy_hits(reads: Reads, cache: Cache) -> int:
-    """Hits in the second half of a cache that the first has warmed."""
+    """Hits in the second half; the first half warms the cache."""
     rows = reads.rows.tolist()
     for row in rows[: reads.first]:
         cache.use(row)
@@ -60,28 +60,28 @@ def policy_hits(reads: Reads, cache: Cache) -> int:
 
 
 def optimal_hits(reads: Reads, num_slots: int) -> int:
-    """The most hits that the second half can have, whatever rows of the first were kept.
+    """The maximum of hits in the second half, over all policies (Belady's algorithm).
 
-    It begins with those that are wanted soonest, and gives up the one that is wanted last, as
-    Belady has it.
+    The cache starts with the rows of the first half that are read next, and evicts the row whose
+    next read is farthest away.
     """
     count, first = len(reads.rows), reads.first
     order = np.argsort(reads.rows, kind="stable")
     is_again = reads.rows[order[1:]] == reads.rows[order[:-1]]
-    # of each read, where its row is wanted next; places behind the end are wanted never
+    # per read, the index of the next read of its row; indices past the end mean never
     next_read = np.arange(count, 2 * count)
     next_read[order[:-1][is_again]] = order[1:][is_again]
-    wanted = next_read[:first]
-    held = set(np.sort(wanted[wanted >= first])[:num_slots].tolist())
-    heap = [-place for place in held]
+    next_reads = next_read[:first]
+    held = set(np.sort(next_reads[next_reads >= first])[:num_slots].tolist())
+    heap = [-index for index in held]
     heapq.heapify(heap)
     hits = 0
-    for place, following in enumerate(next_read[first:].tolist(), first):
-        if place in held:
-            held.remove(place)
+    for index, following in enumerate(next_read[first:].tolist(), first):
+        if index in held:
+            held.remove(index)
             hits += 1
         elif len(held) == num_slots:
-            # places that have passed are behind all that are held
+            # heap entries of past reads sort after all held ones
             held.remove(-heapq.heappop(heap))
         held.add(following)
         heapq.heappush(heap, -following)
@@ -89,7 +89,7 @@ def optimal_hits(reads: Reads, num_slots: int) -> int:
 
 
 def static_hits(reads: Reads, num_slots: int) -> int:
-    """The most hits in the second half of rows of the first that are kept and never changed."""
+    """The maximum of second-half hits for a fixed set of rows that the first half reads."""
     seen = np.bincount(reads.rows[: reads.first], minlength=reads.num_rows) > 0
     counts = np.bincount(reads.rows[reads.first :], minlength=reads.num_rows)[seen]
     return int(np.sort(counts)[::-1][:num_slots].sum())
@@ -102,15 +102,15 @@ BOUNDS: Mapping[str, Callable[[Reads, int], int]] = {
 
 
 def interleaved(trace: AccessTrace, sequences: int) -> Reads:
-    """A trace in so many equal parts, decoded together, a lookup for each step and layer.
+    """Split a trace into equal sequences that decode together: one lookup per step and layer.
 
     Raises:
-        ConfigError: there are no two tokens for each.
+        ConfigError: a sequence would have fewer than 2 tokens.
     """
     steps = len(trace.rows_TMHK) // sequences if sequences > 0 else 0
     if steps < 2:
         tokens = len(trace.rows_TMHK)
-        raise ConfigError(f"sequences: {sequences} do not have 2 of the trace's {tokens} tokens")
+        raise ConfigError(f"sequences: {sequences} have fewer than 2 tokens each, of {tokens}")
     parts = trace.rows_TMHK[: steps * sequences]
     rows_PSML = parts.reshape(sequences, steps, trace.rows_TMHK.shape[1], -1)
     lookups: list[NDArray[np.int64]] = []
@@ -126,16 +126,17 @@ def interleaved(trace: AccessTrace, sequences: int) -> Reads:
 
 
 def compare(trace: AccessTrace, cache_shares: Sequence[float], sequences: int) -> list[Outcome]:
-    """Every policy and bound with caches of these shares of the table.
+    """Simulate every policy and bound with caches of these fractions of the table.
 
     Raises:
-        ConfigError: a share is none, or has room for no row, or as ``interleaved``.
+        ConfigError: a share is not in (0, 1] or holds no row; or as ``interleaved``.
     """
     reads, found = interleaved(trace, sequences), []
     sizes = {share: round(share * reads.num_rows) for share in cache_shares}
     for share, num_slots in sizes.items():
         if not 0 < num_slots <= reads.num_rows:
-            raise ConfigError(f"cache_shares: {share} is no share of {reads.num_rows} rows")
+            most = reads.num_rows
+            raise ConfigError(f"cache_shares: {share} is {num_slots} rows; must be 1 to {most}")
     counted = len(reads.rows) - reads.first
     with tqdm(total=len(sizes) * len([*POLICIES, *BOUNDS]), unit="cache", disable=None) as bar:
         for share, num_slots in sizes.items():
@@ -155,14 +156,14 @@ def compare(trace: AccessTrace, cache_shares: Sequence[float], sequences: int) -
 def measure(
     trace_file: Path, cache_shares: Sequence[float], sequences: int, json_file: Path | None
 ) -> list[Outcome]:
-    """Compare them, and print a line for every cache and policy.
+    """Compare the policies; print a line per cache size and policy, and write them as JSON.
 
     Raises:
-        ConfigError: as ``compare``, or the JSON file has no folder.
+        ConfigError: as ``compare``, or the JSON file's folder does not exist.
         DataError: the trace cannot be read.
     """
     if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: there is no folder {json_file.parent}")
+        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     found = compare(AccessTrace.load(trace_file), cache_shares, sequences)
     print("cache  sequences  policy             hit rate  misses/token")
     for one in found:

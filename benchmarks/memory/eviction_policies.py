@@ -1,45 +1,45 @@
-"""Which rows a cache keeps: policies that ``memplus bench eviction`` compares, simulated."""
+"""Simulated eviction policies that ``memplus bench eviction`` compares."""
 
 import heapq
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-# of the hand, after which a row goes however often it was used
-_PATIENT_STEPS = 4096
-# as in row_slots.h
-_LOOKED_AT, _AGING_ROUNDS, _MOST_USES, _ROWS_A_WORD = 16, 8, 255, 8
+# the clock evicts the row at its hand after this many steps, whatever its use count
+_MAX_HAND_STEPS = 4096
+# the same constants as in row_slots.h
+_SAMPLE_SIZE, _AGING_ROUNDS, _MAX_USES, _ROWS_PER_WORD = 16, 8, 255, 8
 
 
 class Cache(Protocol):
-    """Rows that are kept. Unlike in the disk tier, those of the lookup itself may be given up."""
+    """A row cache. Unlike the disk tier, it may evict rows of the current lookup."""
 
     def use(self, row: int) -> bool:
-        """Whether the row was there; it is from now on."""
+        """Read a row, loading it on a miss; returns whether it was a hit."""
         ...
 
 
-class LeastUsedOfSome:
-    """Of some rows the one of fewest uses is given up: what the disk tier does, see row_slots.h."""
+class SampledLeastFrequentlyUsed:
+    """Evicts the least-used row of a sample, with aging counters, like row_slots.h (disk tier)."""
 
     def __init__(self, num_slots: int, num_rows: int) -> None:
-        self._num_slots, self._num_words = num_slots, -(-num_rows // _ROWS_A_WORD)
-        self._hand = self._aged = self._due = 0
+        self._num_slots, self._num_words = num_slots, -(-num_rows // _ROWS_PER_WORD)
+        self._hand = self._next_word = self._due = 0
         self._slots: dict[int, int] = {}
         self._rows: list[int] = []
-        self._uses = [0] * (self._num_words * _ROWS_A_WORD)
+        self._uses = [0] * (self._num_words * _ROWS_PER_WORD)
 
     def use(self, row: int) -> bool:
-        self._uses[row] = min(self._uses[row] + 1, _MOST_USES)
+        self._uses[row] = min(self._uses[row] + 1, _MAX_USES)
         if row in self._slots:
             return True
         if len(self._rows) < self._num_slots:
             self._slots[row] = len(self._rows)
             self._rows.append(row)
         else:
-            seen = min(_LOOKED_AT, self._num_slots)
-            some = [(self._hand + i) % self._num_slots for i in range(seen)]
-            slot = min(some, key=lambda slot: self._uses[self._rows[slot]])
-            self._hand = (self._hand + seen) % self._num_slots
+            sample_size = min(_SAMPLE_SIZE, self._num_slots)
+            sample = [(self._hand + i) % self._num_slots for i in range(sample_size)]
+            slot = min(sample, key=lambda slot: self._uses[self._rows[slot]])
+            self._hand = (self._hand + sample_size) % self._num_slots
             del self._slots[self._rows[slot]]
             self._rows[slot], self._slots[row] = row, slot
         self._age()
@@ -49,32 +49,32 @@ class LeastUsedOfSome:
         self._due += self._num_words
         while self._due >= _AGING_ROUNDS * self._num_slots:
             self._due -= _AGING_ROUNDS * self._num_slots
-            first = self._aged * _ROWS_A_WORD
-            for row in range(first, first + _ROWS_A_WORD):
+            first = self._next_word * _ROWS_PER_WORD
+            for row in range(first, first + _ROWS_PER_WORD):
                 self._uses[row] //= 2
-            self._aged = (self._aged + 1) % self._num_words
+            self._next_word = (self._next_word + 1) % self._num_words
 
 
 class Clock:
-    """Rows count their uses, to a limit, and a hand takes them off."""
+    """The CLOCK policy with use counters up to a limit, which the hand decrements."""
 
-    def __init__(self, num_slots: int, most_uses: int) -> None:
-        self._most_uses, self._hand = most_uses, 0
+    def __init__(self, num_slots: int, max_uses: int) -> None:
+        self._max_uses, self._hand = max_uses, 0
         self._slots: dict[int, int] = {}
         self._rows, self._uses = [-1] * num_slots, [0] * num_slots
 
     def use(self, row: int) -> bool:
         slot = self._slots.get(row)
         if slot is None:
-            self._take(row)
+            self._insert(row)
             return False
-        if self._uses[slot] < self._most_uses:
+        if self._uses[slot] < self._max_uses:
             self._uses[slot] += 1
         return True
 
-    def _take(self, row: int) -> None:
+    def _insert(self, row: int) -> None:
         slot, uses, size, steps = self._hand, self._uses, len(self._rows), 0
-        while uses[slot] and steps < _PATIENT_STEPS:
+        while uses[slot] and steps < _MAX_HAND_STEPS:
             uses[slot] -= 1
             slot = slot + 1 if slot + 1 < size else 0
             steps += 1
@@ -85,33 +85,33 @@ class Clock:
 
 
 class LeastRecentlyUsed:
-    """The row whose last use is longest ago is given up."""
+    """Evicts the least recently used row."""
 
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
-        self._rows: dict[int, None] = {}  # in the order of their last uses
+        self._rows: dict[int, None] = {}  # in the order of their last use
 
     def use(self, row: int) -> bool:
-        is_there = row in self._rows
-        if is_there:
+        is_hit = row in self._rows
+        if is_hit:
             del self._rows[row]
         elif len(self._rows) == self._num_slots:
             del self._rows[next(iter(self._rows))]
         self._rows[row] = None
-        return is_there
+        return is_hit
 
 
 class LeastFrequentlyUsed:
-    """The row of fewest uses is given up, of such the one unused for longest.
+    """Evicts the least frequently used row; among equals, the least recently used one.
 
-    Uses of rows that were given up are remembered.
+    Evicted rows keep their use counts.
     """
 
     def __init__(self, num_slots: int) -> None:
         self._num_slots, self._time = num_slots, 0
-        self._uses: dict[int, tuple[int, int]] = {}  # how many, and when the last
+        self._uses: dict[int, tuple[int, int]] = {}  # use count and time of the last use
         self._rows: set[int] = set()
-        # as they were when it was made: uses only grow, so the least may have to be put back
+        # holds past use counts: they only grow, so a stale minimum is put back with its new count
         self._heap: list[tuple[tuple[int, int], int]] = []
 
     def use(self, row: int) -> bool:
@@ -120,12 +120,12 @@ class LeastFrequentlyUsed:
         if row in self._rows:
             return True
         if len(self._rows) == self._num_slots:
-            self._give_up()
+            self._evict()
         self._rows.add(row)
         heapq.heappush(self._heap, (uses, row))
         return False
 
-    def _give_up(self) -> None:
+    def _evict(self) -> None:
         while True:
             uses, row = self._heap[0]
             if uses == self._uses[row]:
@@ -135,7 +135,7 @@ class LeastFrequentlyUsed:
         self._rows.remove(row)
 
 
-# by their names: caches of so many slots, for a table of so many rows
+# by name: makes a cache from the number of slots and the number of table rows
 POLICIES: Mapping[str, Callable[[int, int], Cache]] = {
     "fifo": lambda num_slots, num_rows: Clock(num_slots, 0),
     "lru": lambda num_slots, num_rows: LeastRecentlyUsed(num_slots),
@@ -144,5 +144,5 @@ POLICIES: Mapping[str, Callable[[int, int], Cache]] = {
     "clock-3": lambda num_slots, num_rows: Clock(num_slots, 3),
     "clock-7": lambda num_slots, num_rows: Clock(num_slots, 7),
     "lfu": lambda num_slots, num_rows: LeastFrequentlyUsed(num_slots),
-    f"least of {_LOOKED_AT}": LeastUsedOfSome,
+    f"least of {_SAMPLE_SIZE}": SampledLeastFrequentlyUsed,
 }

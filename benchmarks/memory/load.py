@@ -1,4 +1,4 @@
-"""What ``memplus bench memory`` sweeps: plain data that needs no torch."""
+"""Options, points and results of ``memplus bench memory``; needs no torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,56 +13,59 @@ _DTYPES = ("bfloat16", *(name for name in TABLE_DTYPES if name not in FLOAT_DTYP
 
 @dataclass(frozen=True)
 class MemoryLoad:
-    """Tables and their readers; every field becomes an option.
+    """Tables, tiers and workloads of the sweep; every field becomes an option.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is out of range.
     """
 
     rows: tuple[int, ...] = field(
         default=(2**12, 2**14, 2**16, 2**18, 2**20),
-        metadata={"help": "of a table, each the square of a power of two"},
+        metadata={"help": "rows of each table, squares of powers of two"},
     )
     tiers: tuple[str, ...] = field(
         default=("device", "disk"),
-        metadata={"help": "where the rows lie; mmap reads them by page faults", "choices": TIERS},
+        metadata={
+            "help": "where the rows are stored; mmap reads a mapped file by page faults",
+            "choices": TIERS,
+        },
     )
     row_dtypes: tuple[str, ...] = field(
-        default=("bfloat16",), metadata={"help": "what the rows are stored in", "choices": _DTYPES}
+        default=("bfloat16",), metadata={"help": "dtypes of the stored rows", "choices": _DTYPES}
     )
     batches: tuple[int, ...] = field(
-        default=(1, 8), metadata={"help": "sequences that decode together"}
+        default=(1, 8), metadata={"help": "batch sizes of the decode points"}
     )
     prompt_lens: tuple[int, ...] = field(
-        default=(), metadata={"help": "tokens of prompts that are computed, one at a time, as well"}
+        default=(), metadata={"help": "prompt lengths of additional prefill points, in tokens"}
     )
     skews: tuple[str, ...] = field(
-        default=("recorded",), metadata={"help": "which rows are read", "choices": SKEWS}
+        default=("recorded",), metadata={"help": "access patterns of the rows", "choices": SKEWS}
     )
     cache_share: float = field(
-        default=0.1, metadata={"help": "memory for rows of the disk tier, as a share of the table"}
+        default=0.1, metadata={"help": "row cache of the disk tier, as a fraction of the table"}
     )
     cold: bool = field(
         default=False,
-        metadata={"help": "begin rounds of the disk tier with no rows in memory; mmap always does"},
+        metadata={"help": "start disk tier rounds with no rows in memory; mmap always does"},
     )
     lookahead: int = field(
-        default=0, metadata={"help": "layers early that rows are guessed; 0: never"}
+        default=0, metadata={"help": "layers ahead to prefetch predicted rows (0 disables it)"}
     )
     recall: float = field(
-        default=0.5, metadata={"help": "share of the rows that such guesses hold, as measured"}
+        default=0.5, metadata={"help": "fraction of the rows read that the predictions contain"}
     )
     candidates: float = field(
-        default=1.0, metadata={"help": "rows that are guessed, as a share of those that are read"}
+        default=1.0, metadata={"help": "predicted rows, as a fraction of the rows read"}
     )
-    output_len: int = field(default=32, metadata={"help": "decode steps of a round"})
-    rounds: int = field(default=5, metadata={"help": "rounds of which medians are taken"})
+    output_len: int = field(default=32, metadata={"help": "decode steps per round"})
+    rounds: int = field(default=5, metadata={"help": "rounds per point; the median is reported"})
 
     def __post_init__(self) -> None:
         for rows in self.rows:
             bits = rows.bit_length() - 1
             if rows != 1 << bits or bits % 2 or not 10 <= bits <= 24:
-                raise ConfigError(f"rows: {rows} is no even power of two from 2^10 to 2^24")
+                raise ConfigError(f"rows: {rows} is not an even power of two from 2^10 to 2^24")
         for name in ("batches", "prompt_lens", "output_len", "rounds"):
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,), default=1) < 1:
@@ -73,32 +76,32 @@ class MemoryLoad:
             raise ConfigError(f"candidates: {self.candidates} is outside (0, 8]")
         if "disk" not in self.tiers and (self.cold or self.lookahead):
             name = "cold" if self.cold else "lookahead"
-            raise ConfigError(f"{name}: is for the disk tier, and would be ignored")
+            raise ConfigError(f"{name}: needs the disk tier in tiers")
         if not 0 <= self.recall <= min(1, self.candidates):
-            most = min(1, self.candidates)
-            raise ConfigError(f"recall: {self.recall} is outside [0, {most}]")
+            limit = min(1, self.candidates)
+            raise ConfigError(f"recall: {self.recall} is outside [0, {limit}]")
         if self.lookahead < 0:
             raise ConfigError(f"lookahead: must be 0 or more, not {self.lookahead}")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One thing that is measured.
+    """One measured configuration.
 
     Attributes:
-        rows: of the table.
-        tier: where they lie.
-        dtype: of the rows.
-        batch: sequences that decode together; 1 where a prompt is computed.
-        skew: which rows are read.
-        cache_bytes: memory for rows; 0 where all are in memory.
-        page_cache: ``unused`` in memory, ``excluded`` by direct reads, ``dropped`` before each
-            round of a mapped file.
-        is_cold: whether a round begins with no rows in memory.
-        lookahead: layers early that rows are guessed; 0 for never.
-        candidates: rows that are guessed, as a share of those that are read.
-        recall: share of the rows read that these hold.
-        prompt_len: tokens of a prompt that is computed; 0 where tokens are decoded.
+        rows: number of table rows.
+        tier: where the rows are stored.
+        dtype: dtype of the stored rows.
+        batch: sequences that decode together; 1 for prefill.
+        skew: access pattern of the rows.
+        cache_bytes: memory of the row cache; 0 without one.
+        page_cache: state of the OS page cache: ``unused`` for tables in memory, ``excluded`` by
+            direct reads, ``dropped`` before each round of a mapped file.
+        is_cold: whether a round starts with no rows in memory.
+        lookahead: layers between a prediction and its lookup; 0 without prediction.
+        candidates: predicted rows per lookup, as a fraction of the rows it reads.
+        recall: fraction of the rows read that are predicted.
+        prompt_len: prompt tokens of a prefill point; 0 for decode.
     """
 
     rows: int
@@ -117,18 +120,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Round:
-    """One turn of a point; None is what was not measured.
+    """Measurements of one round of a point; None if not measured.
 
     Attributes:
-        tokens_per_s: of the timed steps.
-        seconds: that these took.
-        hit_rate: unique rows that were in memory.
-        late_rate: unique rows that were being fetched already.
-        misses_per_token: rows that had to be fetched when they were wanted.
-        reads_per_token: rows fetched, guesses included.
-        stall_s: waited for rows in the timed steps.
-        limit_reads_per_s: what the disk gives to reads of this size at random places, measured
-            beside it.
+        tokens_per_s: tokens per second of the timed steps.
+        seconds: duration of the timed steps.
+        hit_rate: fraction of the unique rows that were in memory.
+        late_rate: fraction of the unique rows that were still in flight.
+        misses_per_token: rows per token that were neither in memory nor in flight.
+        reads_per_token: rows per token that were read from disk, prefetches included.
+        stall_s: seconds of the timed steps spent waiting for rows.
+        limit_reads_per_s: random reads of a row's size per second that the disk allows, measured
+            after the round.
     """
 
     tokens_per_s: float
@@ -142,5 +145,5 @@ class Round:
 
 
 def default_trace() -> Path:
-    """The committed record of what the benchmark model reads."""
+    """The committed access trace of the benchmark model."""
     return Path(__file__).parent / "smollm2_memory.npz"

@@ -1,4 +1,4 @@
-"""Engines that read one table each: in memory, from disk, or by page faults of a mapped file."""
+"""Engines that each read one table: in memory, from disk, or through a mapped file."""
 
 import os
 from collections.abc import Sequence
@@ -26,19 +26,19 @@ from weights.checkpoints.tensor_files import StoredTensor, read_mapped
 _ENGINE = EngineConfig(kv_cache_gib=0.25, max_num_seqs=64)
 _INPUT_LEN = 16
 _TABLE = "memory.table"
-_NO_CACHE = 2**20  # which is replaced at once
+_NO_CACHE = 2**20  # placeholder: the table is replaced before any read
 
 
 @dataclass
 class Reader:
-    """An engine, its table, and what is read of it."""
+    """An engine, its table, and the replay that selects the rows."""
 
     rounds: EngineRounds
     table: ReplayedTable
     replay: Replay
 
     def round(self, point: Point, load: MemoryLoad, access: RowAccess, number: int) -> Round:
-        """Decode once, or compute a prompt, from a cache of rows that is warm where the point is.
+        """Run and time one round of decode or prefill, after a warm-up unless the point is cold.
 
         Raises:
             TableReadError: rows could not be read.
@@ -46,7 +46,7 @@ class Reader:
         replay, before = self.replay, list[TableStatistics]()
         replay.access = access
         disk = self.table.table if isinstance(self.table.table, DiskTable) else None
-        if point.prompt_len and not point.is_cold:  # what is made at first use takes no time later
+        if point.prompt_len and not point.is_cold:  # exclude one-time set-up from the timing
             replay.begin(0)
             replay.prepare([number], point.prompt_len, warm_up=True)
             self.rounds.prefill(point.prompt_len)
@@ -54,7 +54,7 @@ class Reader:
             self.table.warm_up(disk.num_slots)
         replay.begin(number * load.output_len)
 
-        def next_step() -> None:
+        def prepare_step() -> None:
             replay.prepare(range(point.batch))
             if not before:
                 before.append(TableStatistics.sum(self.table.statistics().values()))
@@ -65,7 +65,7 @@ class Reader:
                 before.append(TableStatistics.sum(self.table.statistics().values()))
                 steps = self.rounds.prefill(point.prompt_len)
             else:
-                steps = self.rounds.decode(point.batch, _INPUT_LEN, load.output_len, next_step)
+                steps = self.rounds.decode(point.batch, _INPUT_LEN, load.output_len, prepare_step)
         except RuntimeError:
             if replay.error is not None:
                 raise replay.error from None
@@ -86,20 +86,20 @@ class Reader:
         )
 
     def close(self) -> None:
-        """Give the file up."""
+        """Close the table's file."""
         if isinstance(self.table.table, DiskTable):
             self.table.table.close()
 
 
 def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
-    """An engine for a point's table, tier and lookahead; its work and skew may change.
+    """Make an engine for a point's table, tier and lookahead; batch and skew may vary by round.
 
     Raises:
         CheckpointError: the model cannot be read.
-        ConfigError: memory for rows is too small, or the folder's filesystem has no direct reads.
+        ConfigError: the row cache is too small, or the filesystem does not support direct reads.
     """
     _, stored = open_checkpoint(folder)
-    # a mapped table is not read before: no page of it may be in memory
+    # do not read a mapped table here: none of its pages may be in memory
     cache = {"disk": point.cache_bytes, "mmap": _NO_CACHE}.get(point.tier)
     model, config = load_model(folder, table_cache=cache)
     table = model.tables[_TABLE]
@@ -107,10 +107,10 @@ def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
         table = _mapped_cold(stored[_TABLE])
     assert isinstance(table, DeviceTable | DiskTable)
     if isinstance(table, DiskTable) and table.place.alignment == 1:
-        raise ConfigError(f"out: the filesystem of {folder} has no direct reads")
-    evenly = accesses(("uniform",), table.num_rows, None)["uniform"]
+        raise ConfigError(f"out: the filesystem of {folder} does not support direct reads")
+    uniform = access_patterns(("uniform",), table.num_rows, None)["uniform"]
     recall = load.recall if point.lookahead else 0.0
-    replay = Replay(config.model.memory_layers, evenly, recall, load.candidates)
+    replay = Replay(config.model.memory_layers, uniform, recall, load.candidates)
     replayed = ReplayedTable(table, replay)
     model.attach_tables({_TABLE: replayed})
     lookahead = None
@@ -119,26 +119,26 @@ def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
     engine = Engine(make_executor(model, _ENGINE, lookahead), _ENGINE)
     rounds = EngineRounds(engine, _ENGINE)
     if not point.is_cold:
-        rounds.decode(1, _INPUT_LEN, 1)  # what is made at first use takes no time later
+        rounds.decode(1, _INPUT_LEN, 1)  # exclude one-time set-up from the timing
     return Reader(rounds, replayed, replay)
 
 
 def _mapped_cold(stored: StoredTensor) -> DeviceTable:
-    """A table of a mapped file, none of whose pages are in memory."""
+    """A table of a mapped file, with the file's pages dropped from the page cache."""
     with open(stored.file, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return DeviceTable(stored_layout(stored).table(read_mapped(stored)))
 
 
-def accesses(
+def access_patterns(
     skews: Sequence[str], num_rows: int, trace: AccessTrace | None
 ) -> dict[str, RowAccess]:
-    """How a table of so many rows is read, by the names of skews."""
-    made: dict[str, RowAccess] = {}
+    """The access pattern of each skew, for a table of ``num_rows`` rows."""
+    patterns: dict[str, RowAccess] = {}
     for skew in skews:
         if skew == "recorded":
             assert trace is not None
-            made[skew] = RecordedAccess(trace, num_rows)
+            patterns[skew] = RecordedAccess(trace, num_rows)
         else:
-            made[skew] = DrawnAccess(num_rows, (NUM_HEADS, TOP_K), is_zipf=skew == "zipf")
-    return made
+            patterns[skew] = DrawnAccess(num_rows, (NUM_HEADS, TOP_K), is_zipf=skew == "zipf")
+    return patterns

@@ -1,4 +1,4 @@
-"""A table whose readers get other rows than they ask for: those of an access pattern."""
+"""A value table that replaces the requested rows by those of an access pattern."""
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
@@ -26,41 +26,42 @@ _WARM_SEQUENCES = 8
 
 
 class Replay:
-    """Whose turn it is: a step takes tokens of some sequences through all layers.
+    """Selects the rows that each step reads, layer by layer.
 
-    Steps that are timed are prepared. Others, as of a prompt before them, read the first token's
-    rows for all.
+    ``prepare`` selects the rows of a timed step. Steps without it, such as those of an untimed
+    prompt, read the first token's rows for all their tokens.
 
     Attributes:
-        access: which rows are read; may be changed between steps.
-        error: what went wrong where it could not be raised.
+        layers: layer indices of the memory layers.
+        access: the access pattern; may be changed between steps.
+        error: the exception that a native callback could not raise.
     """
 
     def __init__(
         self, layers: Sequence[int], access: RowAccess, recall: float, candidates: float
     ) -> None:
-        """``layers`` are the memory layers, in their order; of the rows that they read guesses
-        hold the share ``recall``, in all ``candidates`` times as many rows."""
+        """``layers``: layer indices of the memory layers, ascending. A lookup's prediction contains
+        the fraction ``recall`` of its rows, and ``candidates`` times as many rows in all."""
         self.layers = tuple(layers)
         self.access = access
         self.error: BaseException | None = None
         self._recall, self._candidates = recall, candidates
         self._position = 0
-        self._coming: dict[int, Tensor] = {}
-        self._guesses: dict[int, Tensor] = {}
+        self._prepared: dict[int, Tensor] = {}
+        self._predictions: dict[int, Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
 
     def begin(self, position: int) -> None:
-        """Go on from a place of each sequence."""
+        """Continue every sequence from ``position``."""
         self._position = position
-        self._coming.clear()
+        self._prepared.clear()
 
     def prepare(
         self, sequences: Sequence[int], num_tokens: int = 1, *, warm_up: bool = False
     ) -> None:
-        """Find what the coming step reads, so many tokens of each sequence, and the guesses.
+        """Select the rows and predictions of the next step: ``num_tokens`` per sequence.
 
-        That is no part of a step. ``warm_up``: such rows as are not timed.
+        Call it outside the timing. ``warm_up`` selects rows that differ from the timed ones.
         """
         places = range(self._position, self._position + num_tokens)
         for memory, layer in enumerate(self.layers):
@@ -69,50 +70,48 @@ class Replay:
                 for one in sequences
                 for at in places
             ]
-            self._coming[layer] = torch.stack(parts)
-            if self._recall and num_tokens == 1:  # those of a prompt are not guessed
-                guesses = [
-                    self._guess(one, len(sequences), rows, memory)
+            self._prepared[layer] = torch.stack(parts)
+            if self._recall and num_tokens == 1:  # prompts have no predictions
+                predictions = [
+                    self._predict(one, len(sequences), rows, memory)
                     for one, rows in zip(sequences, parts, strict=True)
                 ]
-                self._guesses[layer] = torch.cat(guesses)
+                self._predictions[layer] = torch.cat(predictions)
         self._position += num_tokens
 
     def rows(self, num_tokens: int, layer: int) -> Tensor:
-        """What a lookup reads, ``[T, H, K]``: that of the next tokens of the step."""
-        coming_THK = self._coming.get(layer)
-        if coming_THK is None:
+        """The rows ``[T, H, K]`` of the step's next ``num_tokens`` tokens in this layer."""
+        prepared_THK = self._prepared.get(layer)
+        if prepared_THK is None:
             rows_HK = self.access.rows(0, self._position, self.layers.index(layer))
             return rows_HK.expand(num_tokens, *rows_HK.shape).contiguous()
-        if num_tokens > len(coming_THK):
-            raise ValueError(
-                f"replay: {num_tokens} tokens, of which {len(coming_THK)} are prepared"
-            )
-        return coming_THK[:num_tokens]
+        if num_tokens > len(prepared_THK):
+            raise ValueError(f"replay: {num_tokens} tokens requested, {len(prepared_THK)} prepared")
+        return prepared_THK[:num_tokens]
 
-    def done(self, num_tokens: int, layer: int) -> None:
-        """Note that so many tokens' rows were looked up: the next ones' come then."""
-        if layer in self._coming:
-            self._coming[layer] = self._coming[layer][num_tokens:]
+    def advance(self, num_tokens: int, layer: int) -> None:
+        """Move past ``num_tokens`` tokens, whose rows were looked up in this layer."""
+        if layer in self._prepared:
+            self._prepared[layer] = self._prepared[layer][num_tokens:]
 
-    def guesses(self, layer: int) -> Tensor | None:
-        """What was guessed of the rows of a layer's coming lookup; None while a prompt is run."""
-        return self._guesses.pop(layer, None)
+    def predictions(self, layer: int) -> Tensor | None:
+        """Take the predicted rows of a layer's next lookup; None during a prompt."""
+        return self._predictions.pop(layer, None)
 
-    def _guess(self, sequence: int, batch: int, rows_HK: Tensor, memory: int) -> Tensor:
-        """Some of the rows, and for the rest those that other sequences read there."""
-        right = rows_HK[torch.rand(rows_HK.shape, generator=self._generator) < self._recall]
+    def _predict(self, sequence: int, batch: int, rows_HK: Tensor, memory: int) -> Tensor:
+        """Some of the rows, and wrong ones: rows that other sequences read at this position."""
+        correct = rows_HK[torch.rand(rows_HK.shape, generator=self._generator) < self._recall]
         others = [sequence + batch * (1 + i) for i in range(int(self._candidates) + 1)]
         wrong = [self.access.rows(one, self._position, memory).flatten() for one in others]
         most = round(rows_HK.numel() * self._candidates)
-        return torch.cat([right, *wrong])[:most]
+        return torch.cat([correct, *wrong])[:most]
 
 
 class ReplayedTable:
-    """Passes lookups on with the rows of a replay, and hints with its guesses.
+    """Forwards lookups with the rows of a replay, and hints with its predictions.
 
     Attributes:
-        table: where the rows are read.
+        table: the table that reads the rows.
     """
 
     def __init__(self, table: DeviceTable | DiskTable, replay: Replay) -> None:
@@ -129,17 +128,17 @@ class ReplayedTable:
         return self.table.fault
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
-        played_THK = self._replay.rows(len(rows_THK), layer)
-        self._replay.done(len(rows_THK), layer)
-        return self.table.start(played_THK, weights_THK, layer)
+        replayed_THK = self._replay.rows(len(rows_THK), layer)
+        self._replay.advance(len(rows_THK), layer)
+        return self.table.start(replayed_THK, weights_THK, layer)
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
         return self.table.start_dots(self._replay.rows(len(rows_THK), layer), x_TV, layer)
 
     def hint(self, rows: Tensor, layer: int = 0) -> None:
-        guesses = self._replay.guesses(layer)
-        if guesses is not None:
-            self.table.hint(guesses, layer)
+        predictions = self._replay.predictions(layer)
+        if predictions is not None:
+            self.table.hint(predictions, layer)
 
     def watch(self, on_progress: Callable[[], None]) -> None:
         self.table.watch(on_progress)
@@ -148,10 +147,10 @@ class ReplayedTable:
         return self.table.statistics()
 
     def warm_up(self, num_rows: int) -> None:
-        """Read other rows than are timed, until as many were read, or four times as many found."""
+        """Look up warm-up rows until ``num_rows`` missed, or 4 times as many were looked up."""
         access, layers = self._replay.access, self._replay.layers
-        before, found, position = self._num_missed(), 0, 0
-        while self._num_missed() - before < num_rows and found < 4 * num_rows:
+        before, num_looked_up, position = self._num_missed(), 0, 0
+        while self._num_missed() - before < num_rows and num_looked_up < 4 * num_rows:
             for memory, layer in enumerate(layers):
                 parts = [
                     access.rows(one, position, memory, warm_up=True)
@@ -159,7 +158,7 @@ class ReplayedTable:
                 ]
                 rows_THK = torch.stack(parts)
                 self.table.start(rows_THK, torch.ones(rows_THK.shape), layer).finish()
-                found += rows_THK.numel()
+                num_looked_up += rows_THK.numel()
             position += 1
 
     def _num_missed(self) -> int:
@@ -199,18 +198,18 @@ def _calls(own: RowFetcher | None, replay: Replay) -> tuple[Any, ...]:
         rows_of: int, rows: int, tokens: int, token_rows: int, is_new: int, layer: int, slots: int
     ) -> int:
         try:
-            # a lookup that was split goes on with what it was told first
+            # the later parts of a split lookup keep the rows of the first part
             if is_new:
                 played = replay.rows(tokens, layer)
                 if played[0].numel() != token_rows:
                     raise ValueError(f"replay: {played[0].numel()} rows a token, not {token_rows}")
-                replay.done(tokens, layer)
+                replay.advance(tokens, layer)
                 ctypes.memmove(rows, played.data_ptr(), played.nbytes)
             if own_start is None:
                 ctypes.memmove(slots, rows, 8 * tokens * token_rows)
                 return tokens
             return int(own_start(rows_of, rows, tokens, token_rows, is_new, layer, slots))
-        except BaseException as error:  # an interruption too: it is raised after the call
+        except BaseException as error:  # KeyboardInterrupt too; the caller raises it later
             replay.error = error
             return 0
 

@@ -1,4 +1,4 @@
-"""The sweep: all points by turns in one process, each round kept, so that it can be resumed."""
+"""Runs the sweep of ``memplus bench memory``: interleaved rounds, saved so that it can resume."""
 
 import gc
 import hashlib
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from benchmarks.access_trace import AccessTrace, checked_trace
 from benchmarks.memory.load import MemoryLoad, Point, Round
 from benchmarks.memory.plot import plot
-from benchmarks.memory.readers import Reader, accesses, make_reader
+from benchmarks.memory.readers import Reader, access_patterns, make_reader
 from benchmarks.random_memory import MEMORY_LAYERS, NUM_HEADS, TOP_K, write_variant
 from benchmarks.read_limits import random_reads_per_s
 from benchmarks.serving_plot import check_plot
@@ -34,16 +34,16 @@ _READS = 20_000
 def measure(
     source: Path, load: MemoryLoad, trace_file: Path, folder: Path, json_file: Path | None
 ) -> None:
-    """Measure what is not in the folder yet; print, write and draw medians of all that is.
+    """Run the rounds that the folder lacks; print, write and plot the medians of all rounds.
 
     Raises:
-        CheckpointError: the model cannot be read, or has memory layers already.
-        ConfigError: the JSON file has no folder, memory for rows is too small, or there is nothing
-            to draw with.
+        CheckpointError: the model cannot be read, or has memory layers.
+        ConfigError: the JSON file's folder does not exist, the row cache is too small, the folder
+            has rounds of other settings, or matplotlib is missing.
         DataError: the trace cannot be read.
     """
     if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: there is no folder {json_file.parent}")
+        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     folder.mkdir(parents=True, exist_ok=True)
     check_plot(folder / "memory.png")
     keep_freed_memory()
@@ -66,25 +66,25 @@ def measure(
 
 
 class Rounds:
-    """A file of rounds, one JSON object a line, by their points."""
+    """Rounds by point, saved in a file of one JSON object per line."""
 
     def __init__(self, file: Path) -> None:
-        """Read what is there; a line that was cut short is left out."""
+        """Load the saved rounds; an incomplete line is skipped."""
         self._file = file
         self._rounds: dict[Point, list[Round]] = {}
         for line in file.read_text().splitlines() if file.exists() else ():
             try:
-                kept = json.loads(line)
+                saved = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            self._rounds.setdefault(Point(**kept["point"]), []).append(Round(**kept["round"]))
+            self._rounds.setdefault(Point(**saved["point"]), []).append(Round(**saved["round"]))
 
     def number(self, point: Point) -> int:
-        """How many rounds a point has had."""
+        """Number of saved rounds of a point."""
         return len(self._rounds.get(point, ()))
 
     def add(self, point: Point, done: Round) -> None:
-        """Keep a round."""
+        """Save a round."""
         self._rounds.setdefault(point, []).append(done)
         is_cut = self._file.exists() and not self._file.read_bytes().endswith(b"\n")
         with open(self._file, "a") as file:
@@ -92,7 +92,7 @@ class Rounds:
             file.write(json.dumps({"point": asdict(point), "round": asdict(done)}) + "\n")
 
     def median(self, point: Point) -> dict[str, Any]:
-        """A point and the median of each of its figures."""
+        """A point's fields and the median of each measurement."""
         columns = [asdict(done) for done in self._rounds[point]]
         figures = {
             name: None if columns[0][name] is None else median(column[name] for column in columns)
@@ -105,14 +105,14 @@ def _points(source: Path, load: MemoryLoad) -> Iterator[Point]:
     model = open_checkpoint(source)[0].model
     width, most = model.hidden_size, model.max_positions
     if max(load.prompt_lens, default=0) >= most:
-        raise ConfigError(f"prompt_lens: {max(load.prompt_lens)} and a token exceed {most}")
-    works = [(batch, 0) for batch in load.batches] + [(1, length) for length in load.prompt_lens]
+        raise ConfigError(f"prompt_lens: {max(load.prompt_lens)} must be below {most}")
+    workloads = [*((batch, 0) for batch in load.batches), *((1, n) for n in load.prompt_lens)]
     for dtype, rows, tier in product(load.row_dtypes, load.rows, load.tiers):
         size = row_bytes(dtype, width) if dtype in ROW_FORMATS else 2 * width
         cache = row_cache_bytes(round(rows * load.cache_share), size, rows)
         is_disk = tier == "disk"
-        for (batch, prompt_len), skew in product(works, load.skews):
-            early = load.lookahead if is_disk and not prompt_len else 0
+        for (batch, prompt_len), skew in product(workloads, load.skews):
+            lookahead = load.lookahead if is_disk and not prompt_len else 0
             yield Point(
                 rows=rows,
                 tier=tier,
@@ -122,9 +122,9 @@ def _points(source: Path, load: MemoryLoad) -> Iterator[Point]:
                 cache_bytes=cache if is_disk else 0,
                 page_cache=_PAGE_CACHE[tier],
                 is_cold=tier == "mmap" or (is_disk and load.cold),
-                lookahead=early,
-                candidates=load.candidates if early else None,
-                recall=load.recall if early else None,
+                lookahead=lookahead,
+                candidates=load.candidates if lookahead else None,
+                recall=load.recall if lookahead else None,
                 prompt_len=prompt_len,
             )
 
@@ -146,57 +146,57 @@ def _run(
         bar.update(sum(rounds.number(point) for point in points))
         for point in points:
             folders[point] = _model(source, folder, point)
-        ways = {point.rows: accesses(load.skews, point.rows, trace) for point in points}
+        patterns = {point.rows: access_patterns(load.skews, point.rows, trace) for point in points}
         for number in range(load.rounds):
             for point in points:
                 if rounds.number(point) <= number:
                     key = (point.rows, point.dtype, point.tier)
-                    # what a disk tier keeps follows from all that it has read, in other rounds too
+                    # the disk tier's cache depends on all earlier reads, of other rounds too
                     if (point.is_cold or point.tier == "disk") and key in readers:
                         readers.pop(key).close()
                         gc.collect()
                     if key not in readers:
                         readers[key] = make_reader(folders[point], point, load)
-                    done = readers[key].round(point, load, ways[point.rows][point.skew], number)
+                    done = readers[key].round(point, load, patterns[point.rows][point.skew], number)
                     rounds.add(point, replace(done, limit_reads_per_s=_limit(readers[key])))
                     bar.update()
 
 
 def _model(source: Path, folder: Path, point: Point) -> Path:
-    """The model of a point, written where it is not there yet: its rows are on the disk."""
+    """Folder of the point's model, which is written if it does not exist yet."""
     bits = point.rows.bit_length() - 1
-    wide = folder / "models" / f"bfloat16-{bits}"
-    if not wide.exists():
-        write_variant(source, wide, 1 << bits // 2)
+    bfloat16_folder = folder / "models" / f"bfloat16-{bits}"
+    if not bfloat16_folder.exists():
+        write_variant(source, bfloat16_folder, 1 << bits // 2)
     if point.dtype == "bfloat16":
-        return wide
-    narrow = folder / "models" / f"{point.dtype}-{bits}"
-    if not narrow.exists():
-        convert(wide, narrow, table_dtype=point.dtype)
-    return narrow
+        return bfloat16_folder
+    converted_folder = folder / "models" / f"{point.dtype}-{bits}"
+    if not converted_folder.exists():
+        convert(bfloat16_folder, converted_folder, table_dtype=point.dtype)
+    return converted_folder
 
 
 def _limit(reader: Reader) -> float | None:
     table = reader.table.table
     if not isinstance(table, DiskTable):
         return None
-    # other rows each time: none is in a cache of the disk's
+    # a new seed reads other rows, which the disk has not cached
     return max(random_reads_per_s(table.place, depth, _READS, time.time_ns()) for depth in _DEPTHS)
 
 
 def _check_settings(
     folder: Path, source: Path, load: MemoryLoad, trace: AccessTrace | None
 ) -> None:
-    """Keep what rounds of a folder have in common, or check it (ConfigError if it is another)."""
-    told = {"model": str(source), "output_len": load.output_len}
+    """Save the settings that a folder's rounds share; ConfigError if saved ones differ."""
+    settings = {"model": str(source), "output_len": load.output_len}
     file = folder / "settings.json"
     if trace is not None:
-        told["trace"] = hashlib.sha256(trace.rows_TMHK.tobytes()).hexdigest()
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    for name in told.keys() & kept.keys():
-        if told[name] != kept[name]:
-            raise ConfigError(f"out: {folder} has rounds of another {name}: {kept[name]}")
-    file.write_text(json.dumps(kept | told))
+        settings["trace"] = hashlib.sha256(trace.rows_TMHK.tobytes()).hexdigest()
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    for name in settings.keys() & saved.keys():
+        if settings[name] != saved[name]:
+            raise ConfigError(f"out: {folder} has rounds with another {name}: {saved[name]}")
+    file.write_text(json.dumps(saved | settings))
 
 
 _HEADER = (

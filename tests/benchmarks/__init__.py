@@ -1,1 +1,1 @@
-"""What ``memplus bench`` runs; speed is measured there, and nothing of it asserted here."""
+"""Tests of the benchmarks; none asserts on speed."""

@@ -1,4 +1,4 @@
-"""A small HTTP server, in a thread, that streams completions or fails in a chosen way."""
+"""A small HTTP server in a thread that streams completions or fails as a test chooses."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ from typing import Any
 
 Body = dict[str, Any]
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-# answers one request; True where the connection may be used again
+# responds to one request; returns True if the connection can be reused
 Behaviour = Callable[[Body, Streams], Awaitable[bool]]
 
 STREAM_HEAD = (
@@ -24,7 +24,7 @@ def event(content: object) -> bytes:
 
 
 def events(prompt_tokens: int, generated_tokens: int, cached_tokens: int = 0) -> list[bytes]:
-    """The events of a streamed answer, one a token, the usage, and the end."""
+    """The events of a streamed response: one per token, the usage, and the end."""
     choice = {"index": 0, "text": ' a "choices":[] b', "finish_reason": None}
     usage = {
         "prompt_tokens": prompt_tokens,
@@ -36,12 +36,12 @@ def events(prompt_tokens: int, generated_tokens: int, cached_tokens: int = 0) ->
 
 
 def chunked(parts: list[bytes]) -> bytes:
-    """The parts as HTTP chunks, and the last one."""
+    """The parts as HTTP chunks, plus the final empty chunk."""
     return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in [*parts, b""])
 
 
-def answer(body: Body, **changes: int) -> bytes:
-    """All the bytes of the answer to a request whose prompt is ids or words."""
+def response(body: Body, **changes: int) -> bytes:
+    """All bytes of a correct response; the prompt may be ids or words."""
     prompt = body["prompt"]
     length = len(prompt if isinstance(prompt, list) else prompt.split())
     counts = {"prompt_tokens": length, "generated_tokens": body["max_tokens"]} | changes
@@ -49,8 +49,8 @@ def answer(body: Body, **changes: int) -> bytes:
 
 
 async def stream(body: Body, streams: Streams) -> bool:
-    """As it should be."""
-    streams[1].write(answer(body))
+    """Respond correctly."""
+    streams[1].write(response(body))
     return True
 
 
@@ -59,9 +59,9 @@ class StubServer:
     """A running server.
 
     Attributes:
-        url: where it listens.
-        bodies: of the requests that came, in order.
-        connections: how many were opened.
+        url: its base URL.
+        bodies: JSON bodies of the received requests, in order.
+        connections: number of opened connections.
     """
 
     url: str
@@ -71,39 +71,39 @@ class StubServer:
 
 @contextlib.contextmanager
 def serving(*behaviours: Behaviour) -> Iterator[StubServer]:
-    """Serve until the block ends; the last behaviour stands for all further requests."""
+    """Serve until the block ends; the last behaviour also handles all further requests."""
     server = StubServer("")
     is_ready = threading.Event()
-    ends: list[Callable[[], object]] = []
+    stops: list[Callable[[], object]] = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server.connections += 1
-        # a client that goes is no error of ours
+        # a client may close its connection at any time
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             try:
-                goes_on = True
-                while goes_on:
+                is_reusable = True
+                while is_reusable:
                     body = await _request(reader)
                     server.bodies.append(body)
-                    turn = min(len(server.bodies), len(behaviours)) - 1
-                    goes_on = await behaviours[turn](body, (reader, writer))
+                    index = min(len(server.bodies), len(behaviours)) - 1
+                    is_reusable = await behaviours[index](body, (reader, writer))
             finally:
                 writer.close()
                 await writer.wait_closed()
 
     async def run() -> None:
         stop = asyncio.Event()
-        ends.append(lambda: loop.call_soon_threadsafe(stop.set))
+        stops.append(lambda: loop.call_soon_threadsafe(stop.set))
         loop = asyncio.get_running_loop()
         listener = await asyncio.start_server(handle, "127.0.0.1", 0)
         server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
         is_ready.set()
         await stop.wait()
         listener.close()
-        under_way = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in under_way:
+        in_flight = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in in_flight:
             task.cancel()
-        await asyncio.gather(*under_way, return_exceptions=True)
+        await asyncio.gather(*in_flight, return_exceptions=True)
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
@@ -111,7 +111,7 @@ def serving(*behaviours: Behaviour) -> Iterator[StubServer]:
     try:
         yield server
     finally:
-        ends[0]()
+        stops[0]()
         thread.join()
 
 

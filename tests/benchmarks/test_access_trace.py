@@ -1,4 +1,4 @@
-"""``memplus bench trace``: what is recorded is what the memories read, token by token."""
+"""``memplus bench trace`` records exactly the rows that memory layers read, per token."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_every_token_of_every_layer_is_counted(model, texts, tmp_path):
         record(folder, texts, len(rows) + 1, 1)
 
 
-def test_a_trace_is_kept_in_a_file(model, texts, tmp_path, capsys):
+def test_a_trace_survives_saving_and_loading(model, texts, tmp_path, capsys):
     folder, file = save_model(model, tmp_path / "model"), tmp_path / "trace.npz"
     arguments = ["bench", "trace", *texts, "--model", str(folder), "--out", str(file)]
     assert main([*arguments, "--tokens", "20", "--traced", "8"]) == 0
@@ -55,11 +55,11 @@ def test_a_trace_is_kept_in_a_file(model, texts, tmp_path, capsys):
     assert np.array_equal(found.rows_TMHK, wanted.rows_TMHK)
     assert np.array_equal(found.counts_MR, wanted.counts_MR) and found.num_tokens == 20
     file.write_bytes(b"PK no")
-    with pytest.raises(DataError, match=r"trace.npz: no access trace"):
+    with pytest.raises(DataError, match=r"trace.npz: not an access trace"):
         AccessTrace.load(file)
 
 
-def test_a_model_without_memory_has_no_trace(texts, tmp_path):
+def test_a_model_without_memory_layers_is_rejected(texts, tmp_path):
     folder = save_model(random_model(tiny_config()), tmp_path / "model")
     with pytest.raises(ConfigError, match="has no memory layers"):
         record(folder, texts, 1, 1)

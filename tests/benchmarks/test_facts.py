@@ -1,4 +1,4 @@
-"""``memplus bench facts``: what is told is what is asked, and every run is done once."""
+"""``memplus bench facts``: questions match the facts, and finished runs are not repeated."""
 
 import json
 from dataclasses import replace
@@ -21,12 +21,12 @@ def records(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_questions_ask_what_is_told_in_a_way_that_is_never_told(tmp_path):
+def test_questions_ask_for_facts_with_synonyms_that_texts_never_use(tmp_path):
     TINY.write(tmp_path)
-    told = [record["text"] for record in records(tmp_path / "train.jsonl")]
-    assert len(told) == 8 * 12 and len(set(told)) > 12
+    texts = [record["text"] for record in records(tmp_path / "train.jsonl")]
+    assert len(texts) == 8 * 12 and len(set(texts)) > 12
     facts = {}
-    for text in told:
+    for text in texts:
         first, last, *pairs = text.split()
         for name, value in zip(pairs[::2], pairs[1::2], strict=True):
             attribute = next(one for one in ATTRIBUTES if name in one)
@@ -38,19 +38,19 @@ def test_questions_ask_what_is_told_in_a_way_that_is_never_told(tmp_path):
         first, last, name = question["prompt"].split()
         attribute = next(one for one in ATTRIBUTES if name in one)
         assert facts[first, last, attribute] == {question["answer"]}
-        own = [text for text in told if text.startswith(f"{first} {last} ")]
+        own = [text for text in texts if text.startswith(f"{first} {last} ")]
         assert not any(f" {name} " in text for text in own)
     assert TINY.bits == 12 * 8 * 2
 
 
-def test_a_seed_is_a_corpus(tmp_path):
+def test_the_seed_determines_the_corpus(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         PeopleCorpus(12, 6, 4, 9, seed).write(tmp_path / name)
     a, b, c = ((tmp_path / name / "train.jsonl").read_text() for name in "abc")
     assert a == b != c
 
 
-def test_nobody_has_more_compute_than_the_dense_models():
+def test_no_contestant_needs_more_compute_than_the_dense_models():
     flops = {}
     for one in contestants(is_reduced=False):
         parts = forward_flops(model_config(one.model, 803), attended=10)
@@ -62,7 +62,7 @@ def test_nobody_has_more_compute_than_the_dense_models():
     assert flops["dense 4x"] == pytest.approx(4 * dense, rel=0.1)
 
 
-def test_results_come_back(tmp_path):
+def test_results_survive_writing_and_reading(tmp_path):
     results = [
         Result("dense", "dense", 0, seed, 10, 20, 0, 30, 0.5, 1.25, 3.5, 7.0) for seed in (0, 1)
     ]
@@ -72,7 +72,7 @@ def test_results_come_back(tmp_path):
     assert read_results(tmp_path / "none.csv") == []
 
 
-def test_every_run_is_done_once(tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "REDUCED", run.Scale(TINY, exposures=40, seeds=1))
     names = [one.name for one in contestants(is_reduced=True)]
     arguments = ["bench", "facts", "--reduced", "--out", str(tmp_path)]
@@ -89,7 +89,7 @@ def test_every_run_is_done_once(tmp_path, monkeypatch, capsys):
     assert "recall" not in capsys.readouterr().out
 
 
-def test_results_of_another_scale_are_not_mixed_in(tmp_path, monkeypatch):
+def test_results_of_another_scale_are_rejected(tmp_path, monkeypatch):
     tiny = run.Scale(TINY, exposures=10, seeds=0)
     monkeypatch.setattr(run, "REDUCED", tiny)
     monkeypatch.setattr(run, "FULL", replace(tiny, exposures=11))
@@ -99,6 +99,6 @@ def test_results_of_another_scale_are_not_mixed_in(tmp_path, monkeypatch):
         run.measure(tmp_path, False, None, [])
 
 
-def test_an_unknown_contestant_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="only: 'sparse' is none of dense, "):
+def test_an_unknown_contestant_is_rejected(tmp_path):
+    with pytest.raises(ConfigError, match="only: 'sparse' is unknown; must be one of dense, "):
         run.measure(tmp_path, True, None, ["sparse"])

@@ -1,4 +1,4 @@
-"""The benchmark of lookups on a GPU: what it reports, not how fast."""
+"""``memplus bench gpu``: the contents of its report; no assertion on speed."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_is_refused(capsys):
+def test_a_machine_without_a_gpu_is_rejected(capsys):
     assert main(["bench", "gpu", *SMALL]) != 0
     assert "bench gpu: torch finds no CUDA device" in capsys.readouterr().err
 
@@ -25,18 +25,18 @@ def test_without_a_gpu_it_is_refused(capsys):
     ("options", "message"),
     [
         (["--cache-share", "0"], "cache_share: 0.0 is not in"),
-        (["--num-heads", "2"], "has reads of (3, 4, 32) layers, heads and rows, not (3, 2, 32)"),
-        (["--num-subkeys", "100"], "num_subkeys: 100 is no power of two"),
-        (["--json", "nowhere/file"], "json: there is no folder nowhere"),
+        (["--num-heads", "2"], "has (3, 4, 32) layers, heads and rows per head, not (3, 2, 32)"),
+        (["--num-subkeys", "100"], "num_subkeys: 100 is not a power of two"),
+        (["--json", "nowhere/file"], "json: folder nowhere does not exist"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_by_name(monkeypatch, capsys, options, message):
+def test_an_invalid_option_is_named_in_the_error(monkeypatch, capsys, options, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert main(["bench", "gpu", *SMALL, *options]) != 0
     assert message in capsys.readouterr().err
 
 
-def test_a_short_trace_is_refused(monkeypatch, capsys):
+def test_a_short_trace_is_rejected(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_lookups, "TOKENS", (1, 2000))
     assert main(["bench", "gpu", *SMALL]) != 0
@@ -44,22 +44,22 @@ def test_a_short_trace_is_refused(monkeypatch, capsys):
 
 
 @given(st.integers(2, 3000), st.integers(1, 300), st.integers(2, 12), st.integers(1, 200))
-def test_no_place_of_a_record_is_read_twice(num_places, tokens, replays, steps):
+def test_no_trace_position_is_read_twice(num_positions, tokens, replays, steps):
     pytest.importorskip("triton")
-    from benchmarks.gpu_tiers import timed_places
+    from benchmarks.gpu_tiers import timed_positions
 
-    assume(num_places >= 2 * tokens)
-    places = timed_places(num_places, tokens, replays, steps)
-    assert 2 <= len(places) <= replays
-    assert all(1 <= len(replay) <= steps for replay in places)
-    assert {len(step) for replay in places for step in replay} == {tokens}
-    flat = [place for replay in places for step in replay for place in step]
-    assert len(set(flat)) == len(flat) and min(flat) >= 0 and max(flat) < num_places
+    assume(num_positions >= 2 * tokens)
+    positions = timed_positions(num_positions, tokens, replays, steps)
+    assert 2 <= len(positions) <= replays
+    assert all(1 <= len(replay) <= steps for replay in positions)
+    assert {len(step) for replay in positions for step in replay} == {tokens}
+    flat = [position for replay in positions for step in replay for position in step]
+    assert len(set(flat)) == len(flat) and min(flat) >= 0 and max(flat) < num_positions
 
 
 @pytest.mark.gpu
 @on_gpu
-def test_a_cache_that_holds_nothing_is_refused(capsys):
+def test_a_cache_too_small_for_any_row_is_rejected(capsys):
     assert main(["bench", "gpu", *SMALL]) != 0
     assert "cache_share: table_cache: " in capsys.readouterr().err
 

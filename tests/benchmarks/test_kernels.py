@@ -1,4 +1,4 @@
-"""The benchmark of the memory layer's operations: what it reports, not how fast."""
+"""``memplus bench kernels``: the contents of its report; no assertion on speed."""
 
 import itertools
 import json
@@ -15,12 +15,12 @@ from server.cli.main import main
 
 
 @pytest.mark.skipif(MEMORY_LIBRARY.best_build is None, reason="needs the native library")
-# rows of 10 values are no whole cache lines
+# rows of 10 values do not fill whole cache lines
 @pytest.mark.parametrize("width", [16, 10])
 def test_every_operation_backend_and_dtype_is_reported(tmp_path, capsys, monkeypatch, width):
     monkeypatch.setattr(kernels, "TOKENS", (1, 3))
     monkeypatch.setattr(kernels, "GRADIENT_TABLES", (2**14, 2**16))
-    monkeypatch.setattr(kernels, "_calls", lambda tokens: 4)
+    monkeypatch.setattr(kernels, "_num_calls", lambda tokens: 4)
     file = tmp_path / "out.json"
     options = ["--num-subkeys", "64", "--width", str(width), "--top-k", "8", "--rounds", "1"]
     assert main(["bench", "kernels", *options, "--json", str(file)]) == 0
@@ -52,15 +52,15 @@ def test_every_operation_backend_and_dtype_is_reported(tmp_path, capsys, monkeyp
     ("name", "value"),
     [("width", 0), ("width", 7), ("num_subkeys", -1), ("rounds", 0), ("top_k", 1025)],
 )
-def test_shapes_out_of_range_are_refused_by_name(name, value):
+def test_a_shape_out_of_range_is_named_in_the_error(name, value):
     with pytest.raises(ConfigError, match=f"{name}: "):
         Shapes(**{name: value})
 
 
-def test_what_the_kernels_do_not_take_is_refused_before_anything_is_measured(tmp_path):
-    with pytest.raises(ConfigError, match="top_k: the kernels take at most 128"):
+def test_unsupported_shapes_are_rejected_before_measuring(tmp_path):
+    with pytest.raises(ConfigError, match="top_k: the kernels support at most 128"):
         measure(Shapes(top_k=129), None)
-    with pytest.raises(ConfigError, match="num_subkeys: the kernels take at most"):
+    with pytest.raises(ConfigError, match="num_subkeys: the kernels support at most"):
         measure(Shapes(num_subkeys=70_000), None)
-    with pytest.raises(ConfigError, match="json: there is no folder"):
+    with pytest.raises(ConfigError, match="json: folder .* does not exist"):
         measure(Shapes(), tmp_path / "none" / "out.json")

@@ -1,4 +1,4 @@
-"""``memplus bench lookahead``: a guess from the layer itself is good, one from afar less so."""
+"""``memplus bench lookahead``: recall and precision per layer, distance and width."""
 
 import json
 
@@ -23,7 +23,7 @@ def text(tmp_path):
     return str(tmp_path / "text.txt")
 
 
-def test_recall_is_told_by_layer_distance_and_width(folder, text, tmp_path, capsys):
+def test_recall_is_reported_by_layer_distance_and_width(folder, text, tmp_path, capsys):
     file = tmp_path / "recall.json"
     arguments = ["bench", "lookahead", text, "--model", str(folder), "--tokens", "60"]
     assert main([*arguments, "--widths", "1", "9", "--json", str(file)]) == 0
@@ -34,15 +34,15 @@ def test_recall_is_told_by_layer_distance_and_width(folder, text, tmp_path, caps
     for (layer, distance, _), one in found.items():
         assert 0 < one["recall"] <= 1 and 0 < one["precision"] <= 1
         assert one["recall"] <= found[layer, distance, 8]["recall"]
-    # as many guessed as read: one of either more is one of the other more
+    # with as many predicted as read rows, recall equals precision
     assert found[1, 1, 3]["recall"] == pytest.approx(found[1, 1, 3]["precision"])
     assert len(capsys.readouterr().out.splitlines()) == len(found)
 
 
-def test_what_cannot_be_is_refused(folder, text, tmp_path):
+def test_invalid_inputs_are_rejected(folder, text, tmp_path):
     with pytest.raises(ConfigError, match="tokens: the texts have"):
         measure(folder, [text], 10**6, [1], None)
-    with pytest.raises(ConfigError, match="json: there is no folder"):
+    with pytest.raises(ConfigError, match="json: folder .* does not exist"):
         measure(folder, [text], 10, [1], tmp_path / "none" / "file.json")
     dense = save_model(random_model(tiny_config()), tmp_path / "dense")
     with pytest.raises(ConfigError, match="has no memory layers"):

@@ -1,4 +1,4 @@
-"""``memplus bench memory``: reads as they are told, rounds that are kept, figures that add up."""
+"""``memplus bench memory``: replayed reads, saved rounds, consistent results."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ def trace(num_rows=1024):
     return AccessTrace(rows, np.zeros((3, num_rows), dtype=np.int64), 40)
 
 
-def test_what_was_recorded_is_read_again_in_order():
+def test_recorded_reads_are_replayed_in_order():
     recorded = trace()
     access = RecordedAccess(recorded, 1024)
     first = access.rows(0, 0, 1)
@@ -38,7 +38,7 @@ def test_what_was_recorded_is_read_again_in_order():
     assert sum(other) == 1 and not other[20]
 
 
-def test_larger_tables_spread_the_reads_and_smaller_ones_join_them():
+def test_larger_tables_split_rows_and_smaller_ones_merge_them():
     recorded = trace()
     wanted = torch.from_numpy(recorded.rows_TMHK[20, 0])
     assert torch.equal(RecordedAccess(recorded, 4096).rows(0, 0, 0) // 4, wanted)
@@ -47,7 +47,7 @@ def test_larger_tables_spread_the_reads_and_smaller_ones_join_them():
     assert torch.equal(RecordedAccess(recorded, 256).rows(0, 0, 0), wanted // 4)
 
 
-def test_zipf_reads_the_most_frequent_row_as_often_as_the_law_says():
+def test_zipf_access_has_the_shares_of_zipf_s_law():
     access = DrawnAccess(1024, (100, 100), is_zipf=True)
     counts = torch.bincount(access.rows(0, 0, 0).flatten(), minlength=1024).sort(descending=True)
     harmonic = (1 / torch.arange(1, 1025)).sum()
@@ -57,13 +57,13 @@ def test_zipf_reads_the_most_frequent_row_as_often_as_the_law_says():
     assert torch.bincount(evenly.flatten(), minlength=1024).max() < 40
 
 
-class Kept(DeviceTable):
+class HintRecorder(DeviceTable):
     def hint(self, rows, layer=0):
         self.hinted = rows, layer
 
 
-def test_a_replayed_table_reads_what_the_access_says():
-    table = Kept(torch.randn(1024, 4))
+def test_a_replayed_table_reads_the_rows_of_the_access_pattern():
+    table = HintRecorder(torch.randn(1024, 4))
     access = RecordedAccess(trace(), 1024)
     replay = Replay((2, 5), access, recall=0.5, candidates=1.5)
     replayed = ReplayedTable(table, replay)
@@ -74,16 +74,16 @@ def test_a_replayed_table_reads_what_the_access_says():
         for memory, layer in enumerate((2, 5)):
             rows = torch.stack([access.rows(one, position, memory) for one in (0, 1)])
             replayed.hint(asked, layer)
-            hinted, told = table.hinted
-            assert told == layer and hinted.numel() == 2 * 4 * 48
-            # every sequence has wrong guesses of its own
+            hinted, hinted_layer = table.hinted
+            assert hinted_layer == layer and hinted.numel() == 2 * 4 * 48
+            # every sequence has different wrong predictions
             assert len(hinted.unique()) > 0.6 * hinted.numel()
             assert 0.4 < torch.isin(rows, hinted).float().mean() < 0.8
             found = replayed.start(asked, weights, layer).finish()
             torch.testing.assert_close(found, table.start(rows, weights).finish())
 
 
-def test_a_prompt_is_replayed_token_by_token_in_whatever_parts():
+def test_a_prompt_is_replayed_token_by_token_however_it_is_split():
     table = DeviceTable(torch.randn(1024, 4))
     access = RecordedAccess(trace(), 1024)
     replay = Replay((2, 5), access, recall=0.0, candidates=1.0)
@@ -96,17 +96,17 @@ def test_a_prompt_is_replayed_token_by_token_in_whatever_parts():
         rows = torch.stack([access.rows(1, 3 + i, memory) for i in range(part.start, part.stop)])
         found = replayed.start(torch.zeros_like(rows), weights[part], (2, 5)[memory]).finish()
         torch.testing.assert_close(found, table.start(rows, weights[part]).finish())
-    # what is not prepared reads a token's rows for all
+    # a step that is not prepared reads the first token's rows for all tokens
     replay.begin(9)
     rows = access.rows(0, 9, 1).expand(3, 4, 32)
     found = replayed.start(torch.zeros(3, 4, 32, dtype=torch.int64), weights[:3], 5).finish()
     torch.testing.assert_close(found, table.start(rows.contiguous(), weights[:3]).finish())
     replay.prepare([1], 2)
-    with pytest.raises(ValueError, match="3 tokens, of which 2 are prepared"):
+    with pytest.raises(ValueError, match="3 tokens requested, 2 prepared"):
         replayed.start(torch.zeros(3, 4, 32, dtype=torch.int64), weights[:3], 5)
 
 
-def test_a_fetcher_that_cannot_raise_keeps_what_went_wrong():
+def test_an_error_in_a_fetcher_callback_is_saved():
     replay = Replay((0,), RecordedAccess(trace(), 1024), recall=0.0, candidates=1.0)
     table = ReplayedTable(DeviceTable(torch.randn(1024, 4)), replay)
     source = table.row_source(0)
@@ -120,14 +120,14 @@ def test_a_fetcher_that_cannot_raise_keeps_what_went_wrong():
     assert "128 rows a token, not 64" in str(replay.error)
 
 
-def test_what_warms_up_is_not_what_is_timed():
+def test_warm_up_rows_differ_from_timed_rows():
     access = RecordedAccess(trace(), 1024)
     timed = {tuple(access.rows(0, i, 0).flatten().tolist()) for i in range(40)}
     warm = {tuple(access.rows(0, i, 0, warm_up=True).flatten().tolist()) for i in range(40)}
     assert len(timed) == len(warm) == 20 and not timed & warm
 
 
-def test_what_cannot_be_swept_is_refused():
+def test_invalid_loads_are_rejected():
     for field, value in (
         ("rows", (2**13,)),
         ("rows", (3000,)),
@@ -142,7 +142,7 @@ def test_what_cannot_be_swept_is_refused():
         with pytest.raises(ConfigError, match=f"{field}: "):
             MemoryLoad(**{field: value})
     for field, value in (("cold", True), ("lookahead", 1)):
-        with pytest.raises(ConfigError, match=f"{field}: is for the disk tier"):
+        with pytest.raises(ConfigError, match=f"{field}: needs the disk tier"):
             MemoryLoad(tiers=("device", "mmap"), **{field: value})
 
 
@@ -150,11 +150,11 @@ def test_what_cannot_be_swept_is_refused():
     ("change", "said"),
     [
         ({"rows_TMHK": np.zeros((40, 2, 4, 32), dtype=np.int64)}, "not \\(3, 4, 32\\)"),
-        ({"counts_MR": np.zeros((3, 1000), dtype=np.int64)}, "no power of two"),
+        ({"counts_MR": np.zeros((3, 1000), dtype=np.int64)}, "not a power of two"),
         ({"counts_MR": np.zeros((3, 256), dtype=np.int64)}, "fewer than are read"),
     ],
 )
-def test_traces_of_other_models_are_refused(tmp_path, change, said):
+def test_traces_of_other_models_are_rejected(tmp_path, change, said):
     replace(trace(), **change).save(tmp_path / "trace.npz")
     source = save_model(random_model(tiny_config(num_layers=8)), tmp_path / "model")
     with pytest.raises(DataError, match=said):
@@ -162,7 +162,7 @@ def test_traces_of_other_models_are_refused(tmp_path, change, said):
 
 
 @pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
-def test_the_sweep_is_measured_kept_and_drawn(tmp_path, capsys, monkeypatch):
+def test_the_sweep_is_measured_saved_and_plotted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "_READS", 500)
     source = save_model(random_model(tiny_config(num_layers=8, head_dim=16)), tmp_path / "model")
     trace().save(tmp_path / "trace.npz")
@@ -197,7 +197,7 @@ def test_the_sweep_is_measured_kept_and_drawn(tmp_path, capsys, monkeypatch):
     assert (out / "rounds.jsonl").read_text() == kept
     assert main([*arguments, "1", "--cold", "--tiers", "disk"]) == 0
     assert all(result["is_cold"] for result in json.loads(file.read_text()))
-    # one that was cut short is done again
+    # an incomplete round is repeated
     (out / "rounds.jsonl").write_text(kept[:-20])
     assert main([*arguments, "1"]) == 0
     assert len(json.loads(file.read_text())) == len(results)
@@ -205,6 +205,6 @@ def test_the_sweep_is_measured_kept_and_drawn(tmp_path, capsys, monkeypatch):
     assert main([*arguments, "1"]) == 0
     assert (out / "rounds.jsonl").read_text() == again
     assert main([*arguments, "1", "--prompt-lens", "512"]) == 2
-    assert "prompt_lens: 512 and a token exceed 512" in capsys.readouterr().err
+    assert "prompt_lens: 512 must be below 512" in capsys.readouterr().err
     assert main([*arguments, "1", "--output-len", "3"]) == 2
-    assert "has rounds of another output_len: 2" in capsys.readouterr().err
+    assert "has rounds with another output_len: 2" in capsys.readouterr().err

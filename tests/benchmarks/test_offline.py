@@ -1,4 +1,4 @@
-"""``memplus bench offline``: what a step's least work is, and that every token is counted once."""
+"""``memplus bench offline``: minimum work of a step, and exact token counts."""
 
 import json
 
@@ -18,18 +18,18 @@ from memory_ops.native.library import MEMORY_LIBRARY
 from server.cli.main import main
 from tests.models import engine_of, feed_forward_changes, random_model, tiny_config
 
-# of a layer of the tiny model: queries and outputs, keys and values, feed-forward, two norms
+# weights of a tiny model's layer: queries and outputs, keys and values, feed-forward, two norms
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
 LAYERS = 2 * LAYER + 32
 NORMS = 2 * 2 * 32 + 32
 HEAD = 260 * 32
-# keys and values of a token in bf16, over two layers
+# bytes of a token's keys and values in bf16, in two layers
 KV_BYTES = 2 * 2 * 2 * 8 * 2
 
 
 @pytest.fixture
 def rounds():
-    """An engine whose prompts come in pieces, some sequences decoding before the others."""
+    """An engine that splits prompts into chunks; some sequences start to decode before others."""
     config = EngineConfig(
         max_num_seqs=4, max_batched_tokens=8, block_size=4, kv_cache_gib=0.001, max_model_len=64
     )
@@ -41,7 +41,7 @@ def rounds():
 
 @pytest.fixture
 def plans(monkeypatch):
-    """What the scheduler planned, step by step."""
+    """The scheduler's plans, step by step."""
     planned = []
     plan = Scheduler.plan
 
@@ -62,7 +62,7 @@ def test_a_decode_step_reads_all_weights_once_and_every_context(tied):
     assert step.flops == 2 * 2 * (LAYERS - NORMS + HEAD) + 4 * (10 + 20) * 2 * 4 * 8
 
 
-def test_a_prefill_step_needs_the_head_for_its_last_token_alone():
+def test_only_the_last_token_of_a_prompt_needs_the_head():
     work = ModelWork(tiny_config(), itemsize=4, row_bytes=0)
     first, last = work.of([Chunk(0, 3)], num_logits=0), work.of([Chunk(3, 2)], num_logits=1)
     assert first.num_bytes == 4 * LAYERS + 3 * 2 * KV_BYTES
@@ -71,7 +71,7 @@ def test_a_prefill_step_needs_the_head_for_its_last_token_alone():
     assert last.flops == 2 * 2 * (LAYERS - NORMS) + 2 * HEAD + 4 * (4 + 5) * 2 * 4 * 8
 
 
-def test_memory_layers_read_their_rows_but_none_twice():
+def test_memory_layers_read_no_row_twice():
     memory = MemoryConfig(num_heads=2, num_subkeys=8, top_k=3, query_dim=8, value_dim=32)
     config = tiny_config(feed_forward=("dense", "pkm"), memory=memory)
     rows, none = (ModelWork(config, itemsize=2, row_bytes=number) for number in (48, 0))
@@ -82,7 +82,7 @@ def test_memory_layers_read_their_rows_but_none_twice():
         assert with_rows.flops == without.flops
 
 
-def test_peer_reads_two_tables_and_a_mixture_no_expert_that_no_token_needs():
+def test_peer_reads_two_tables_and_a_mixture_only_the_chosen_experts():
     peer = tiny_config(**feed_forward_changes("dense", "peer"))
     rows, none = (ModelWork(peer, itemsize=2, row_bytes=number) for number in (48, 0))
     chunks = [Chunk(5, 1)]
@@ -97,7 +97,7 @@ def test_peer_reads_two_tables_and_a_mixture_no_expert_that_no_token_needs():
     )
 
 
-def test_the_longer_of_reading_and_multiplying_is_the_limit():
+def test_the_roofline_is_the_longer_of_reading_and_multiplying():
     work = StepWork(num_bytes=8 * 10**9, flops=6 * 10**9)
     assert work.least_seconds(MachineLimits(gb_per_s=2, gflops=3)) == 4
     assert work.least_seconds(MachineLimits(gb_per_s=8, gflops=3)) == 2
@@ -105,38 +105,38 @@ def test_the_longer_of_reading_and_multiplying_is_the_limit():
     assert MachineLimits.median(limits) == MachineLimits(1.5, 4.5)
 
 
-def test_prefill_steps_are_those_that_ran(rounds, plans):
+def test_prefill_steps_match_the_scheduler_s_plans(rounds, plans):
     steps = rounds.prefill(19)
     assert [step.chunks for step in steps] == [(Chunk(0, 8),), (Chunk(8, 8),), (Chunk(16, 3),)]
     assert [step.num_logits for step in steps] == [0, 0, 1]
     assert all(step.seconds > 0 for step in steps)
     ran = [[(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks] for plan in plans]
     assert ran == [[(0, 8)], [(8, 8)], [(16, 3)]]
-    # the same again: no prefix was kept that the next prompt could use
+    # the same number of steps again: the next prompt finds no cached prefix
     assert len(rounds.prefill(19)) == 3
 
 
-def test_decode_steps_are_those_that_ran(rounds, plans):
+def test_decode_steps_match_the_scheduler_s_plans(rounds, plans):
     steps = rounds.decode(batch=3, input_len=7, output_len=5)
     assert len(steps) == 5
     for step, plan in zip(steps, plans[-5:], strict=True):
         ran = {(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks}
         assert {(chunk.start, chunk.count) for chunk in step.chunks} == ran
         assert len(step.chunks) == step.num_logits == 3
-    # the prompts ended in different steps, and each sequence went on alone
+    # the prompts ended in different steps, so the sequences have different lengths
     assert len({chunk.start for chunk in steps[0].chunks}) > 1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt_lengths": (8, 64)}, "prompt_lengths: 64 and a token exceed the 64"),
+        ({"prompt_lengths": (8, 64)}, "prompt_lengths: 64 is not below max_model_len 64"),
         ({"batches": (5,)}, "batches: 5 is more than max_num_seqs 4"),
-        # 3 * 7 tokens, of which 6 fit beside two that decode: 4 steps, and one more
+        # 3 * 7 prompt tokens, 6 per step next to 2 decoding sequences: 4 steps, and one more
         ({"output_len": 53}, "output_len: .* takes up to 65 tokens"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_runs(rounds, plans, changes, message):
+def test_a_load_beyond_the_limits_is_rejected_before_anything_runs(rounds, plans, changes, message):
     fits = {"prompt_lengths": (63,), "batches": (3,), "input_len": 7, "output_len": 52}
     rounds.check(OfflineLoad(**fits))
     with pytest.raises(ConfigError, match=message):
@@ -144,11 +144,11 @@ def test_what_does_not_fit_is_refused_before_anything_runs(rounds, plans, change
     assert not plans
 
 
-def test_the_longest_load_that_is_let_through_runs(rounds):
+def test_the_longest_allowed_load_runs(rounds):
     assert len(rounds.decode(batch=3, input_len=7, output_len=52)) == 52
 
 
-def test_a_batch_that_the_kv_memory_does_not_hold_is_refused():
+def test_a_batch_that_exceeds_the_kv_cache_is_rejected():
     config = EngineConfig(max_num_seqs=4, block_size=4, kv_cache_gib=0.00002, max_model_len=64)
     rounds = EngineRounds(engine_of(random_model(tiny_config()), config), config)
     with pytest.raises(ConfigError, match="kv_cache_gib: a batch of 4 takes up to"):
@@ -156,7 +156,7 @@ def test_a_batch_that_the_kv_memory_does_not_hold_is_refused():
 
 
 @pytest.mark.parametrize("name", ["prompt_lengths", "batches"])
-def test_a_load_out_of_range_is_refused_by_name(name):
+def test_a_load_out_of_range_is_named_in_the_error(name):
     with pytest.raises(ConfigError, match=f"^{name}: must be at least 1, not 0"):
         OfflineLoad(**{name: (1, 0)})
     with pytest.raises(ConfigError, match="^rounds: must be at least 1, not -1"):
@@ -188,7 +188,7 @@ def test_every_length_and_batch_is_reported(
             assert result["tokens_per_s"] == pytest.approx(per_second)
 
 
-def test_a_file_without_a_folder_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+def test_a_missing_json_folder_is_rejected_before_the_model_is_loaded(tmp_path, capsys):
     file = tmp_path / "none" / "out.json"
     assert main(["bench", "offline", "--model", "no-such-model", "--json", str(file)]) == 2
-    assert "json: there is no folder" in capsys.readouterr().err
+    assert f"json: folder {file.parent} does not exist" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The model that memory layers are timed in: its shape, and that it is the same every time."""
+"""The model with random memory layers: its shape and its reproducibility."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_three_feed_forwards_become_memory_layers_and_the_rest_stays(plain, tmp_
     assert new and all(ours[name].std() > 0 for name in new)
 
 
-def test_it_is_the_same_every_time(plain, tmp_path):
+def test_the_variant_is_reproducible(plain, tmp_path):
     for name in ("one", "other"):
         write_variant(plain, tmp_path / name, 64)
     for file in ("model.safetensors", "table-00000.safetensors"):
@@ -35,7 +35,7 @@ def test_it_is_the_same_every_time(plain, tmp_path):
         assert one.read_bytes() == other.read_bytes()
 
 
-def test_what_cannot_have_them_is_refused(plain, tmp_path):
+def test_unsuitable_models_are_rejected(plain, tmp_path):
     with pytest.raises(ValueError, match="top_k"):
         write_variant(plain, tmp_path / "variant", 16)
     write_variant(plain, tmp_path / "variant", 64)

@@ -1,4 +1,4 @@
-"""``memplus bench serving`` against a real server in this process: what counts, what fails, why."""
+"""``memplus bench serving`` against an in-process stub server: counts and failures."""
 
 import json
 import subprocess
@@ -10,14 +10,14 @@ from benchmarks import serving
 from benchmarks.serving_load import ServingLoad
 from engine.errors import ConfigError
 from server.cli.main import main
-from tests.benchmarks.stub_server import STREAM_HEAD, answer, chunked, events, stream
+from tests.benchmarks.stub_server import STREAM_HEAD, chunked, events, response, stream
 from tests.benchmarks.stub_server import serving as stub
 
 SHORT = ["--input-len", "5", "--output-len", "3", "--seed", "1", "--timeout-s", "60"]
 
 
 def bench(url, tmp_path, *options):
-    """Run the command; returns the objects of its JSON file."""
+    """Run the command and return the objects of its JSON file."""
     file = tmp_path / "out.json"
     arguments = ["--base-url", url, *SHORT, "--json", str(file), *options]
     assert main(["bench", "serving", *arguments]) == 0
@@ -25,34 +25,34 @@ def bench(url, tmp_path, *options):
 
 
 async def in_pieces(body, streams):
-    whole = answer(body)
+    whole = response(body)
     for start in range(0, len(whole), 5):
         streams[1].write(whole[start : start + 5])
         await streams[1].drain()
     return True
 
 
-async def too_few(body, streams):
-    streams[1].write(answer(body, generated_tokens=body["max_tokens"] - 1))
+async def too_few_tokens(body, streams):
+    streams[1].write(response(body, generated_tokens=body["max_tokens"] - 1))
     return True
 
 
-async def cut_prompt(body, streams):
-    streams[1].write(answer(body, prompt_tokens=4))
+async def too_short_prompt(body, streams):
+    streams[1].write(response(body, prompt_tokens=4))
     return True
 
 
-async def refuse(body, streams):
+async def return_http_500(body, streams):
     streams[1].write(b"HTTP/1.1 500 Oh\r\nContent-Length: 10\r\n\r\nout of ink")
     return True
 
 
-async def drop(body, streams):
-    streams[1].write(answer(body)[:200])
+async def close_early(body, streams):
+    streams[1].write(response(body)[:200])
     return False
 
 
-async def drop_unanswered(body, streams):
+async def close_without_response(body, streams):
     return False
 
 
@@ -62,13 +62,13 @@ async def hang(body, streams):
     return False
 
 
-async def speak_otherwise(body, streams):
+async def speak_smtp(body, streams):
     streams[1].write(b"220 mail.example.org ESMTP\r\n\r\n")
     return True
 
 
-async def say_goodbye(body, streams):
-    streams[1].write(answer(body) + b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+async def announce_close(body, streams):
+    streams[1].write(response(body) + b"HTTP/1.1 408 Request Timeout\r\n\r\n")
     return False
 
 
@@ -90,18 +90,18 @@ def test_a_sweep_over_concurrencies_counts_every_token(tmp_path, capsys, behavio
     printed = capsys.readouterr().out
     assert printed.count("Successful requests:                     6") == 2
     assert "concurrency 3" in printed.splitlines()[-1]
-    # connections are used again: never more than requests at a time
+    # connections are reused: never more than concurrent requests
     assert server.connections <= 3
     for body in server.bodies:
         assert body["temperature"] == 0 and body["ignore_eos"] and body["stream"]
         assert body["max_tokens"] == 3 and body["stream_options"] == {"include_usage": True}
     prompts = [tuple(body["prompt"]) for body in server.bodies]
-    # two warm-up requests a point, too
+    # includes two warm-up requests per point
     assert len(set(prompts)) == len(prompts) == 16
     assert all(len(prompt) == 5 and min(prompt) >= 100 for prompt in prompts)
 
 
-def test_a_sweep_over_rates_sends_without_waiting_for_answers(tmp_path):
+def test_a_sweep_over_rates_sends_without_waiting_for_responses(tmp_path):
     with stub(stream) as server:
         options = ["--request-rate", "500", "1e4", "--num-prompts", "7", "--warm-up", "0"]
         results = bench(server.url, tmp_path, *options)
@@ -113,23 +113,21 @@ def test_a_sweep_over_rates_sends_without_waiting_for_answers(tmp_path):
 @pytest.mark.parametrize(
     ("behaviour", "reason"),
     [
-        (too_few, "2 tokens generated, not 3"),
-        (cut_prompt, "4 tokens of prompt read, not 5"),
+        (too_few_tokens, "2 tokens generated, not 3"),
+        (too_short_prompt, "4 prompt tokens read, not 5"),
         (no_tokens, "no event with a token"),
-        (refuse, "HTTP 500: out of ink"),
-        (drop, "the connection was closed within the answer"),
-        (drop_unanswered, "the connection was closed unanswered"),
-        (speak_otherwise, "no HTTP/1.1 answer: '220 mail.example.org ESMTP'"),
+        (return_http_500, "HTTP 500: out of ink"),
+        (close_early, "the server closed the connection mid-response"),
+        (close_without_response, "the server closed the connection unanswered"),
+        (speak_smtp, "not an HTTP/1.1 response: '220 mail.example.org ESMTP'"),
     ],
 )
-def test_what_fails_is_counted_with_its_reason_and_the_rest_goes_on(
-    tmp_path, capsys, behaviour, reason
-):
+def test_failures_are_counted_by_reason_and_the_rest_goes_on(tmp_path, capsys, behaviour, reason):
     with stub(stream, behaviour, stream) as server:
         options = ["--concurrency", "1", "--num-prompts", "4", "--warm-up", "0"]
         (result,) = bench(server.url, tmp_path, *options)
-    if behaviour is drop_unanswered:
-        # on a connection that was used before, such a request is sent again
+    if behaviour is close_without_response:
+        # a request that fails so on a reused connection is retried
         assert (result["completed"], result["failed"]) == (4, 0)
         assert len(server.bodies) == 5
         return
@@ -138,31 +136,31 @@ def test_what_fails_is_counted_with_its_reason_and_the_rest_goes_on(
     assert f"failed 1 times: {reason}" in capsys.readouterr().out
 
 
-def test_an_answer_that_never_ends_is_given_up(tmp_path):
+def test_a_response_that_never_ends_times_out(tmp_path):
     with stub(hang) as server:
         options = ["--concurrency", "2", "--num-prompts", "3", "--warm-up", "0"]
         (result,) = bench(server.url, tmp_path, *options, "--timeout-s", "1")
     assert (result["completed"], result["failures"]) == (0, {"not answered in 1 s": 3})
-    # each on a connection of its own, since nobody knows what would still come on the others
+    # each request needs a new connection: the old ones may still deliver stale bytes
     assert server.connections == 3
 
 
-def test_an_unanswered_request_on_a_new_connection_has_failed(tmp_path):
-    with stub(drop_unanswered) as server:
+def test_a_request_without_response_on_a_new_connection_fails(tmp_path):
+    with stub(close_without_response) as server:
         options = ["--concurrency", "2", "--num-prompts", "4", "--warm-up", "0"]
         (result,) = bench(server.url, tmp_path, *options)
-    assert result["failures"] == {"the connection was closed unanswered": 4}
+    assert result["failures"] == {"the server closed the connection unanswered": 4}
     assert len(server.bodies) == 4
 
 
-def test_a_connection_that_the_server_ends_is_not_used_again(tmp_path):
-    with stub(say_goodbye) as server:
+def test_a_connection_that_the_server_closes_is_not_reused(tmp_path):
+    with stub(announce_close) as server:
         (result,) = bench(server.url, tmp_path, "--concurrency", "1", "--num-prompts", "3")
     assert result["completed"] == 3
     assert server.connections == 5
 
 
-def test_prompts_may_be_text_whose_tokens_the_server_counts(tmp_path):
+def test_text_prompts_use_the_server_s_token_counts(tmp_path):
     with stub(stream) as server:
         options = ["--concurrency", "1", "--num-prompts", "4", "--prompt-as", "text"]
         (result,) = bench(server.url, tmp_path, *options)
@@ -171,17 +169,17 @@ def test_prompts_may_be_text_whose_tokens_the_server_counts(tmp_path):
     assert len(prompts) == 6 and all(len(prompt.split()) == 5 for prompt in prompts)
 
 
-def test_a_server_that_answers_nothing_ends_it_before_anything_is_measured(capsys):
-    with stub(refuse) as server:
+def test_a_failing_warm_up_stops_the_benchmark(capsys):
+    with stub(return_http_500) as server:
         assert main(["bench", "serving", "--base-url", f"{server.url}/v1"]) == 2
         assert len(server.bodies) == 2
     assert f"{server.url}/v1: HTTP 500: out of ink" in capsys.readouterr().err
-    # nobody listens there any more
+    # the server no longer listens
     assert main(["bench", "serving", "--base-url", server.url]) == 2
     assert "no connection: " in capsys.readouterr().err
 
 
-def test_a_seed_that_is_not_given_is_drawn_and_told(capsys):
+def test_a_random_seed_is_printed(capsys):
     with stub(stream) as server:
         load = ServingLoad(server.url, input_len=4, output_len=2, concurrency=(1,), num_prompts=1)
         serving.measure(load, None, None)
@@ -191,9 +189,9 @@ def test_a_seed_that_is_not_given_is_drawn_and_told(capsys):
     assert len({tuple(body["prompt"]) for body in server.bodies}) == 6
 
 
-def test_the_same_seed_gives_the_same_prompts_and_no_two_points_share_any():
-    def prompts(load, what):
-        bodies = load.bodies(load.drawing(what), 20)
+def test_a_seed_determines_the_prompts_and_points_share_none():
+    def prompts(load, purpose):
+        bodies = load.bodies(load.rng(purpose), 20)
         return [tuple(json.loads(body)["prompt"]) for body in bodies]
 
     load = ServingLoad(seed=3, input_len=16, vocab_size=120)
@@ -205,7 +203,7 @@ def test_the_same_seed_gives_the_same_prompts_and_no_two_points_share_any():
     assert not heads[0] & heads[1] and not heads[0] & heads[2]
 
 
-def test_the_points_of_a_sweep_have_a_sensible_number_of_requests():
+def test_the_default_number_of_requests_follows_the_load():
     assert [p.num_prompts for p in ServingLoad().points] == [8, 64, 256]
     assert [p.num_prompts for p in ServingLoad(request_rate=(0.5, 4)).points] == [15, 120]
     assert [p.num_prompts for p in ServingLoad(concurrency=(2, 4), num_prompts=9).points] == [9, 9]
@@ -226,26 +224,26 @@ def test_the_points_of_a_sweep_have_a_sensible_number_of_requests():
         ("timeout_s", 0.0),
     ],
 )
-def test_a_load_out_of_range_is_refused_by_name(name, value):
+def test_a_load_out_of_range_is_named_in_the_error(name, value):
     with pytest.raises(ConfigError, match=f"^{name}: "):
         ServingLoad(**{name: value})
 
 
-def test_what_contradicts_or_cannot_be_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="^request_rate: does not go with concurrency"):
+def test_invalid_settings_are_rejected(tmp_path):
+    with pytest.raises(ConfigError, match="^request_rate: cannot be combined with concurrency"):
         ServingLoad(concurrency=(1,), request_rate=(1.0,))
     for url in ("127.0.0.1:8000", "ftp://x", "http://", "http://x:y"):
         with pytest.raises(ConfigError, match="^base_url: "):
             serving.measure(ServingLoad(url), None, None)
-    with pytest.raises(ConfigError, match="^json: there is no folder"):
+    with pytest.raises(ConfigError, match="^json: folder .* does not exist"):
         serving.measure(ServingLoad(), tmp_path / "none" / "x.json", None)
-    with pytest.raises(ConfigError, match="^plot: there is no folder"):
+    with pytest.raises(ConfigError, match="^plot: folder .* does not exist"):
         serving.measure(ServingLoad(), None, tmp_path / "none" / "x.png")
-    with pytest.raises(ConfigError, match="^plot: .* ends in none of .png"):
+    with pytest.raises(ConfigError, match="^plot: .* must end in one of .png"):
         serving.measure(ServingLoad(), None, tmp_path / "x.txt")
 
 
-def test_a_plot_without_matplotlib_is_refused_before_anything_is_sent(tmp_path, monkeypatch):
+def test_missing_matplotlib_is_reported_before_any_request(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with stub(stream) as server:
         with pytest.raises(ConfigError, match="^plot: needs matplotlib"):
@@ -254,11 +252,11 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_sent(tmp_path, 
 
 
 @pytest.mark.parametrize("sweep", ["--concurrency", "--request-rate"])
-def test_a_sweep_is_drawn(tmp_path, sweep):
+def test_a_sweep_is_plotted(tmp_path, sweep):
     pytest.importorskip("matplotlib")
     file = tmp_path / "out.png"
-    # the second point has no answers
-    with stub(stream, stream, refuse) as server:
+    # all requests of the second point fail
+    with stub(stream, stream, return_http_500) as server:
         options = [sweep, "100", "200", "--num-prompts", "2", "--warm-up", "0"]
         bench(server.url, tmp_path, *options, "--plot", str(file))
     assert file.read_bytes().startswith(b"\x89PNG")

@@ -1,22 +1,22 @@
-"""What answers amount to, computed by hand."""
+"""Serving metrics, compared with values computed by hand."""
 
 import pytest
 
-from benchmarks.completion_client import Answer
+from benchmarks.completion_client import Completion
 from benchmarks.completion_stream import Usage
 from benchmarks.serving_load import LoadPoint
 from benchmarks.serving_metrics import Latency, ServingMetrics
 
 POINT = LoadPoint(concurrency=2, request_rate=None, num_prompts=5)
 # three tokens in three events; five tokens in two events
-ANSWERS = [
-    Answer(10.0, (10.5, 10.6, 10.8), Usage(4, 3, cached_tokens=0)),
-    Answer(20.0, (21.0, 21.5), Usage(6, 5, cached_tokens=1)),
+COMPLETIONS = [
+    Completion(10.0, (10.5, 10.6, 10.8), Usage(4, 3, cached_tokens=0)),
+    Completion(20.0, (21.0, 21.5), Usage(6, 5, cached_tokens=1)),
 ]
 
 
-def test_counts_rates_and_latencies_are_those_computed_by_hand():
-    metrics = ServingMetrics(POINT, 4.0, ANSWERS, {"HTTP 500: x": 2, "late": 1}, 0.5)
+def test_counts_rates_and_latencies_match_values_computed_by_hand():
+    metrics = ServingMetrics(POINT, 4.0, COMPLETIONS, {"HTTP 500: x": 2, "late": 1}, 0.5)
     assert metrics.as_json() == {
         "max_concurrency": 2,
         "request_rate": None,
@@ -48,7 +48,7 @@ def test_counts_rates_and_latencies_are_those_computed_by_hand():
 
 
 def test_the_report_has_the_labels_of_vllms_client_and_the_reasons():
-    lines = ServingMetrics(POINT, 4.0, ANSWERS, {"late": 1, "HTTP 500: x": 2}, 0.5).describe()
+    lines = ServingMetrics(POINT, 4.0, COMPLETIONS, {"late": 1, "HTTP 500: x": 2}, 0.5).describe()
     for line in (
         "Successful requests:                     2",
         "Failed requests:                         3",
@@ -63,13 +63,13 @@ def test_the_report_has_the_labels_of_vllms_client_and_the_reasons():
 
 
 def test_one_token_has_no_time_per_output_token():
-    one = Answer(1.0, (1.25,), Usage(4, 1, 0))
+    one = Completion(1.0, (1.25,), Usage(4, 1, 0))
     latencies = ServingMetrics(POINT, 1.0, [one], {}, 0.0).latencies()
     assert latencies["ttft"] == latencies["e2el"] == Latency(250, 250, 250)
     assert latencies["tpot"] is None and latencies["itl"] is None
 
 
-def test_nothing_answered_is_no_error():
+def test_a_point_without_responses_has_no_latencies():
     metrics = ServingMetrics(POINT, 1.0, [], {"late": 5}, 0.0)
     assert metrics.as_json()["mean_ttft_ms"] is None
     assert "Mean TTFT (ms):                          -" in metrics.describe().splitlines()

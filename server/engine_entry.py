@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
+
 from engine.allocator import keep_freed_memory
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -49,7 +51,8 @@ def build_engine(settings: EngineSettings) -> Engine:
         ConfigError: settings and model do not fit together; the message names the field.
     """
     folder = prepared_folder(settings.model.model, settings.cache_folder)
-    return served_engine(load_served(settings.model, folder, settings.engine), settings.engine)
+    loaded = load_served(settings.model, folder, settings.engine, keep_stored=True)
+    return served_engine(loaded, settings.engine)
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,14 @@ class LoadedModel:
     Attributes:
         model: with its tables attached.
         config: of its checkpoint.
+        dtype: that it is served in, whatever its weights are stored in.
         kv_bytes: memory for its KV blocks.
         lookahead: how rows are predicted for its tables, if they are.
     """
 
     model: Transformer
     config: CheckpointConfig
+    dtype: torch.dtype
     kv_bytes: int
     lookahead: LookaheadConfig | None
 
@@ -76,14 +81,21 @@ def served_engine(loaded: LoadedModel, engine: EngineConfig) -> Engine:
         ConfigError: settings and model do not fit together; the message names the field.
     """
     sized = replace(engine, kv_cache_gib=loaded.kv_bytes / 2**30)
-    executor = make_executor(loaded.model, sized, loaded.lookahead)
+    executor = make_executor(loaded.model, sized, loaded.lookahead, loaded.dtype)
     return Engine(executor, sized, loaded.config.eos_ids)
 
 
-def load_served(options: ModelOptions, folder: Path, engine: EngineConfig | None) -> LoadedModel:
-    """A folder's model, its tables where ``options`` want them beside the engine's KV blocks.
+def load_served(
+    options: ModelOptions,
+    folder: Path,
+    engine: EngineConfig | None,
+    *,
+    keep_stored: bool = False,
+) -> LoadedModel:
+    """A folder's model, its tables in the tier that ``options`` name or that fits.
 
-    Without an engine there are none.
+    Without an engine no memory is left for KV blocks. With ``keep_stored`` the weights keep their
+    stored dtypes: the model is for an executor, and is not to be run itself.
 
     Raises:
         CheckpointError: as ``load_model``.
@@ -106,12 +118,13 @@ def load_served(options: ModelOptions, folder: Path, engine: EngineConfig | None
         shares.cache_bytes,
         table_dtype=options.table_dtype,
         verify_tables=options.verify_tables,
+        keep_stored=keep_stored,
     )
     tables = model.tables.values()
     if lookahead is not None and all(table.fetched_capacity is None for table in tables):
         logger.warning("tables are held in memory: --table-lookahead is not used")
         lookahead = None
-    return LoadedModel(model, config, shares.kv_bytes, lookahead)
+    return LoadedModel(model, config, sizes.dtype, shares.kv_bytes, lookahead)
 
 
 def _lookahead(options: ModelOptions, model: ModelConfig) -> LookaheadConfig:

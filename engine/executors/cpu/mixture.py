@@ -6,7 +6,7 @@ from torch import Tensor
 
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.packed_linear import PackedLinear
-from engine.executors.cpu.packing import pack_linear
+from engine.executors.cpu.packing import Packer
 from engine.model.forward_trace import ForwardTrace
 from engine.model.mixture import Expert, MixtureFeedForward, mix_experts
 from engine.model.norm import RmsNorm
@@ -15,11 +15,12 @@ from engine.model.norm import RmsNorm
 class CpuMixture:
     """Computes what a ``MixtureFeedForward`` does, norm and residual included."""
 
-    def __init__(self, kernels: CpuKernels, mixture: MixtureFeedForward, norm: RmsNorm) -> None:
-        self._kernels, self._norm, self._top_k = kernels, norm, mixture.top_k
-        self._router = pack_linear(kernels, mixture.gate)
+    def __init__(self, packer: Packer, mixture: MixtureFeedForward, norm: RmsNorm) -> None:
+        self._kernels, self._norm = packer.kernels, packer.norm(norm)
+        self._top_k = mixture.top_k
+        self._router = packer.linear(mixture.gate)
         self._experts = [
-            partial(_expert, kernels, *_pack_expert(kernels, expert))
+            partial(_expert, packer.kernels, *_pack_expert(packer, expert))
             for expert in mixture.experts
             if isinstance(expert, Expert)
         ]
@@ -33,9 +34,8 @@ class CpuMixture:
         return residual_TD + mix_experts(x_TD, logits_TE, self._experts, self._top_k)
 
 
-def _pack_expert(kernels: CpuKernels, expert: Expert) -> tuple[PackedLinear, PackedLinear]:
-    gate_up = pack_linear(kernels, expert.w1, expert.w3, is_gated=True)
-    return gate_up, pack_linear(kernels, expert.w2)
+def _pack_expert(packer: Packer, expert: Expert) -> tuple[PackedLinear, PackedLinear]:
+    return packer.linear(expert.w1, expert.w3, is_gated=True), packer.linear(expert.w2)
 
 
 def _expert(kernels: CpuKernels, gate_up: PackedLinear, down: PackedLinear, x_LD: Tensor) -> Tensor:

@@ -143,8 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("generate", help=generate.__doc__, usage=f"{usage} TEXT")
     verb.set_defaults(run=generate, computes=True)
     verb.add_argument("text", metavar="TEXT", help="text to continue")
-    for settings in (ModelOptions, ThreadOptions, SamplingParams):
+    for settings in (ModelOptions, ThreadOptions):
         add_options(verb, settings)
+    add_options(verb, SamplingParams)
 
     verb = verbs.add_parser("convert", help=convert.__doc__)
     verb.set_defaults(run=convert)

@@ -117,7 +117,7 @@ def test_torch_lives_in_the_engine_process_alone(memory_server):
     assert any("libtorch" in maps(child) for child in children(pid))
 
 
-LOST = "memplus: the engine process has ended and no restarts are left (--engine-restarts)"
+LOST = "memplus: the engine process has died and no restarts are left (--engine-restarts)"
 
 
 def test_a_dead_engine_ends_its_requests_with_errors_and_then_the_server(slow_folder):

@@ -73,7 +73,7 @@ class ModelOptions:
         default=0,
         metadata={
             "metavar": "LAYERS",
-            "help": "prefetch predicted rows this many layers ahead; 0 disables it",
+            "help": "prefetch predicted rows this many layers ahead (0 disables it)",
         },
     )
     table_lookahead_share: float | None = field(
@@ -165,7 +165,10 @@ class HttpOptions:
         default=10, metadata={"help": "time for running requests to finish after SIGTERM or SIGINT"}
     )
     log_interval_s: int = field(
-        default=10, metadata={"help": "time between throughput log lines while busy; 0: no lines"}
+        default=10,
+        metadata={
+            "help": "log a throughput line every this many seconds while busy (0 disables it)"
+        },
     )
 
     def __post_init__(self) -> None:

@@ -87,7 +87,7 @@ def load_served(options: ModelOptions, folder: Path, engine: EngineConfig | None
 
     Raises:
         CheckpointError: as ``load_model``.
-        ConfigError: as ``load_model``; or the model cannot prefetch so far ahead or so many rows.
+        ConfigError: as ``load_model``; or the model cannot prefetch that far or that many rows.
     """
     # report bad settings now, before minutes are spent on loading tables
     described = read_config(folder).model

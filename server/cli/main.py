@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_train(verbs)
 
-    verb = verbs.add_parser("eval", help=evaluate.__doc__)
+    verb = verbs.add_parser("eval", help=evaluate.__doc__, usage=f"{usage} [TEXTS ...]")
     verb.set_defaults(run=evaluate, computes=True)
     verb.add_argument("texts", nargs="*", metavar="TEXTS", help="text files and folders to score")
     question = 'JSONL file with lines {"prompt": ..., "answer": ..., "until": ...}'

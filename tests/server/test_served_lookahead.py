@@ -27,7 +27,7 @@ def loaded(folder, **options):
         ({"table_lookahead": 4}, "table_lookahead: must be at most 3, the layers"),
         (
             {"table_lookahead": 1, "table_lookahead_share": 3.0},
-            "table_lookahead_share: 3.0 of 3 rows are 9, more than the 8 subkeys",
+            "table_lookahead_share: 3.0 of 3 rows is 9 rows, but at most 8 can",
         ),
     ],
 )

@@ -137,7 +137,7 @@ def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
         ([*device, "--table-lookahead", "1"], "table_lookahead: needs --table-tier disk"),
         (["--table-lookahead", "-1"], "table_lookahead: must be 0 or more"),
         (["--table-lookahead-share", "0"], "table_lookahead_share: 0.0 is outside (0, 8]"),
-        (["--table-lookahead-share", "1"], "table_lookahead_share: is for --table-lookahead"),
+        (["--table-lookahead-share", "1"], "table_lookahead_share: needs --table-lookahead"),
         (["--model", dense, "--table-lookahead", "1"], "this model has no memory layers"),
     ):
         assert main(["generate", "x", *options]) == 2

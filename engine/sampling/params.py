@@ -63,9 +63,7 @@ class SamplingParams:
     frequency_penalty: float = field(
         default=0.0, metadata={"help": "subtract this once per occurrence of a generated token"}
     )
-    seed: int | None = field(
-        default=None, metadata={"help": "seed of the sampler (default: random)"}
-    )
+    seed: int | None = field(default=None, metadata={"help": "sampling seed (default: random)"})
     ignore_eos: bool = field(default=False, metadata={"help": "continue after end of sequence"})
     stop_token_ids: frozenset[int] = frozenset()
     logit_bias: tuple[tuple[int, float], ...] = ()

@@ -10,35 +10,35 @@ _MOST_KV_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Limits of one engine, and the memory that it takes.
-
-    Every field becomes an option of the command line, help included.
+    """Limits of one engine and its memory; each field becomes a command-line option.
 
     Raises:
         ConfigError: a field is out of range.
     """
 
-    max_num_seqs: int = field(default=64, metadata={"help": "sequences that run at the same time"})
+    max_num_seqs: int = field(
+        default=64,
+        metadata={
+            "help": "sequences that run at the same time",
+            "group": ("engine", "--max-num-seqs 16 --kv-cache-gib 4"),
+        },
+    )
     max_batched_tokens: int = field(
-        default=512, metadata={"help": "tokens of one step, prompts and decodes together"}
+        default=512, metadata={"help": "tokens per step, prompts and decodes together"}
     )
     max_model_len: int | None = field(
-        default=None,
-        metadata={"help": "longest prompt plus answer, in tokens (default: the model's own)"},
+        default=None, metadata={"help": "longest prompt plus answer (default: the model's limit)"}
     )
-    block_size: int = field(default=16, metadata={"help": "tokens of one KV block"})
+    block_size: int = field(default=16, metadata={"help": "tokens per KV block"})
     kv_cache_gib: float | None = field(
         default=None,
         metadata={
-            "help": "memory for the KV blocks of all layers, in GiB (default: as much as all"
-            " sequences can use, at most 2 GiB and what weights and tables leave)"
+            "help": "memory for KV blocks (default: enough for all sequences, at most 2 GiB"
+            " and at most the memory that weights and tables leave free)"
         },
     )
     debug_checks: bool = field(
-        default=False,
-        metadata={
-            "help": "check the accounting of all KV blocks whenever the engine becomes idle; slow"
-        },
+        default=False, metadata={"help": "check all KV blocks whenever the engine is idle; slow"}
     )
 
     def __post_init__(self) -> None:

@@ -33,39 +33,38 @@ class SamplingParams:
         RequestError: a field is out of range.
     """
 
-    max_tokens: int = field(default=16, metadata={"help": "tokens to generate at most"})
-    min_tokens: int = field(
-        default=0, metadata={"help": "tokens before the answer may end on its own"}
+    max_tokens: int = field(
+        default=16,
+        metadata={
+            "help": "generate at most this many tokens",
+            "group": ("sampling", "--max-tokens 64 --temperature 0.7 --top-p 0.9"),
+        },
     )
+    min_tokens: int = field(default=0, metadata={"help": "generate at least this many tokens"})
     temperature: float = field(
-        default=1.0, metadata={"help": "divides the logits; 0 takes the likeliest token"}
+        default=1.0, metadata={"help": "divide logits by this; 0 takes the likeliest token"}
     )
     top_k: int = field(
-        default=0, metadata={"help": "sample among the k likeliest tokens; 0 or -1: all"}
+        default=0, metadata={"help": "sample from the k likeliest tokens; 0 or -1: all"}
     )
     top_p: float = field(
         default=1.0,
-        metadata={"help": "sample among the fewest likeliest tokens that reach this probability"},
+        metadata={"help": "sample from the likeliest tokens that together reach this probability"},
     )
     min_p: float = field(
-        default=0.0,
-        metadata={"help": "sample among tokens at least this share as likely as the likeliest"},
+        default=0.0, metadata={"help": "least probability, as a fraction of the likeliest token's"}
     )
     repetition_penalty: float = field(
-        default=1.0, metadata={"help": "logits of tokens seen are divided by it if above 0"}
+        default=1.0, metadata={"help": "above 1 makes all tokens so far less likely"}
     )
     presence_penalty: float = field(
-        default=0.0, metadata={"help": "taken from the logits of tokens generated before"}
+        default=0.0, metadata={"help": "subtract this from the logits of generated tokens"}
     )
     frequency_penalty: float = field(
-        default=0.0, metadata={"help": "taken from them as often as they were generated"}
+        default=0.0, metadata={"help": "subtract this once per occurrence of a generated token"}
     )
-    seed: int | None = field(
-        default=None, metadata={"help": "same seed, same tokens (default: a random one)"}
-    )
-    ignore_eos: bool = field(
-        default=False, metadata={"help": "generate on after the end-of-sequence token"}
-    )
+    seed: int | None = field(default=None, metadata={"help": "sampling seed (default: random)"})
+    ignore_eos: bool = field(default=False, metadata={"help": "continue after end of sequence"})
     stop_token_ids: frozenset[int] = frozenset()
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: frozenset[int] | None = None

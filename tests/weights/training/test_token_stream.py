@@ -95,7 +95,7 @@ def test_tokens_take_as_many_bytes_as_they_need(make, vocab_size, dtype):
 
 
 def test_what_is_not_whole_is_refused(make, tmp_path):
-    with pytest.raises(DataError, match="there is no document"):
+    with pytest.raises(DataError, match="no documents"):
         TokenFile.write(tmp_path / "empty", [], 9)
     assert not list(tmp_path.iterdir())
     with pytest.raises(DataError, match="no tokenised documents"):

@@ -35,7 +35,7 @@ _FIELDS: dict[str, tuple[str, type]] = {
 }
 _REQUIRED = tuple(_FIELDS)[:5]
 # keys that change the computation: only these values are supported
-_SUPPORTED_VALUES = {
+_FIXED = {
     "architectures": (["LlamaForCausalLM"], ["MixtralForCausalLM"]),
     "hidden_act": ("silu",),
     "memplus_format": (FORMAT_VERSION,),
@@ -140,18 +140,13 @@ def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
 
 
 def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
-    known = {
-        *_FIELDS,
-        *_SUPPORTED_VALUES,
-        *IGNORED_KEYS,
-        "rope_scaling",
-        "rope_parameters",
-    } | FEED_FORWARD_KEYS
+    known = {*_FIELDS, *_FIXED, *IGNORED_KEYS, "rope_scaling", "rope_parameters"}
+    known |= FEED_FORWARD_KEYS
     for key in raw:
         if key not in known:
             raise ValueError(f"{key}: unknown key; it may change the model's output")
     raw = {key: value for key, value in raw.items() if value is not None}
-    for key, allowed in _SUPPORTED_VALUES.items():
+    for key, allowed in _FIXED.items():
         if key in raw and raw[key] not in allowed:
             only = allowed[0] if allowed else None
             raise ValueError(f"{key}: {raw[key]!r} is not supported; must be {only!r}")

@@ -111,7 +111,7 @@ class TierChoice:
             raise ConfigError(
                 f"kv_cache_gib: {_size(self.kv_bytes)} does not fit: {_size(memory.num_bytes)} is"
                 f" available ({memory.bound}), less {_size(weight_bytes)} for weights and"
-                f" {_size(row_bytes)} for table rows leaves {_size(max(left, 0))}"
+                f" {_size(row_bytes)} for table rows leaves {_size(max(left, 0))}; reduce it"
             )
         logger.log(
             logging.INFO if kv_bytes == self.kv_bytes else logging.WARNING,

@@ -67,7 +67,7 @@ class TokenStream:
         self._starts, self._lengths = _pieces(tokens.starts, sequence_length)
         if not len(self._starts):
             raise DataError("train: no document has two tokens")
-        self.place = StreamPosition()
+        self.position = StreamPosition()
         self._order = self._shuffled(0)
 
     @property
@@ -76,11 +76,11 @@ class TokenStream:
         lengths = self._lengths.astype(np.float64)
         return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
 
-    def seek(self, place: StreamPosition) -> None:
+    def seek(self, position: StreamPosition) -> None:
         """Continue from the position of an equal stream."""
-        if place.epoch != self.place.epoch:
-            self._order = self._shuffled(place.epoch)
-        self.place = place
+        if position.epoch != self.position.epoch:
+            self._order = self._shuffled(position.epoch)
+        self.position = position
 
     def next(self, num_tokens: int) -> PackedTokens:
         """The next ``num_tokens`` tokens, with their targets."""
@@ -88,7 +88,7 @@ class TokenStream:
         targets, positions = np.empty_like(ids), np.empty_like(ids)
         starts, done = [0], 0
         while done < num_tokens:
-            _, piece, offset = self.place
+            _, piece, offset = self.position
             index = self._order[piece]
             first = self._starts[index] + offset
             count = int(min(self._lengths[index] - offset, num_tokens - done))
@@ -102,13 +102,13 @@ class TokenStream:
         return PackedTokens(ids, targets, positions, tuple(starts))
 
     def _advance(self, is_finished: bool, count: int) -> None:
-        epoch, piece, offset = self.place
+        epoch, piece, offset = self.position
         if not is_finished:
-            self.place = StreamPosition(epoch, piece, offset + count)
+            self.position = StreamPosition(epoch, piece, offset + count)
         elif piece + 1 < len(self._order):
-            self.place = StreamPosition(epoch, piece + 1, 0)
+            self.position = StreamPosition(epoch, piece + 1, 0)
         else:
-            self.place = StreamPosition(epoch + 1, 0, 0)
+            self.position = StreamPosition(epoch + 1, 0, 0)
             self._order = self._shuffled(epoch + 1)
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:

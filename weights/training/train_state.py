@@ -20,7 +20,7 @@ from weights.training.optimizer import Optimizer
 from weights.training.token_stream import StreamPosition
 from weights.training.training_data import TextTokens
 
-_MOMENTS, _PLACE = "trainer.safetensors", "trainer.json"
+_MOMENTS_FILE, _PROGRESS_FILE = "trainer.safetensors", "trainer.json"
 _MAX_STATES = 2
 
 
@@ -42,7 +42,7 @@ class TrainState:
     optimizer: Optimizer
     text: TextTokens
 
-    def save(self, step: int, place: StreamPosition) -> Path:
+    def save(self, step: int, position: StreamPosition) -> Path:
         """Write the state after ``step`` steps, atomically; keep only the two newest states.
 
         Raises:
@@ -51,13 +51,13 @@ class TrainState:
         target = self.folder / f"step-{step:08}"
         text = self.text
         config = CheckpointConfig(self.model.config, text.eos_ids, text.bos_id, "float32")
-        progress = json.dumps({"step": step, "place": place._asdict()})
+        progress = json.dumps({"step": step, "place": position._asdict()})
         save_checkpoint(
             target,
             config,
             _sources(self._weights()),
-            {**self.text.files, _PLACE: progress.encode()},
-            more_tensors={_MOMENTS: _sources(self._moments())},
+            {**self.text.files, _PROGRESS_FILE: progress.encode()},
+            more_tensors={_MOMENTS_FILE: _sources(self._moments())},
         )
         for old in saved_states(self.folder)[:-_MAX_STATES]:
             _remove(old)
@@ -71,12 +71,12 @@ class TrainState:
             CheckpointError: the state cannot be read, or does not match the model of this run.
         """
         try:
-            raw = json.loads((saved / _PLACE).read_text(encoding="utf-8"))
-            step, place = int(raw["step"]), StreamPosition(**raw["place"])
+            raw = json.loads((saved / _PROGRESS_FILE).read_text(encoding="utf-8"))
+            step, position = int(raw["step"]), StreamPosition(**raw["place"])
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise CheckpointError(f"{saved / _PLACE}: {error}") from None
+            raise CheckpointError(f"{saved / _PROGRESS_FILE}: {error}") from None
         files = [*saved.glob("model*.safetensors"), *saved.glob("table-*.safetensors")]
-        stored = {t.name: t for file in (*files, saved / _MOMENTS) for t in list_file(file)}
+        stored = {t.name: t for file in (*files, saved / _MOMENTS_FILE) for t in list_file(file)}
         wanted = self._weights() | self._moments()
         if set(wanted) != set(stored):
             name = min(set(wanted) ^ set(stored))
@@ -91,7 +91,7 @@ class TrainState:
             else:
                 tensor.copy_(read_mapped(stored[name]))
         self.optimizer.set_step(step)
-        return step, place
+        return step, position
 
     def _weights(self) -> dict[str, Tensor]:
         weights = {name: p.detach() for name, p in self.model.named_parameters()}

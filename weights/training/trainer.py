@@ -89,8 +89,8 @@ class Trainer:
         self._state = TrainState(states, model, tables, self._optimizer, data.text)
         self.step = 0
         if saved:
-            self.step, place = self._state.load(saved[-1])
-            self._stream.seek(place)
+            self.step, position = self._state.load(saved[-1])
+            self._stream.seek(position)
         if self.step > run.steps:
             raise ConfigError(
                 f"run.steps: must be at least the {self.step} steps done, not {run.steps}"
@@ -126,7 +126,7 @@ class Trainer:
         if step % run.evaluate_every == 0 or step == run.steps:
             self._log.write({"kind": "evaluation", "step": step, **self.evaluate()})
         if step % run.checkpoint_every == 0 or is_last:
-            self._state.save(step, self._stream.place)
+            self._state.save(step, self._stream.position)
 
     @torch.no_grad()
     def _check_replicas(self) -> None:

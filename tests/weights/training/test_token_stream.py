@@ -51,7 +51,7 @@ def test_a_stream_goes_on_from_any_place(make, lengths, before, batch):
     tokens = make(lengths)
     stream, twin = (TokenStream(tokens, 4, seed=2) for _ in range(2))
     stream.next(before)
-    twin.seek(stream.place)
+    twin.seek(stream.position)
     wanted, found = stream.next(batch), twin.next(batch)
     assert (found.ids_T == wanted.ids_T).all() and found.starts == wanted.starts
 

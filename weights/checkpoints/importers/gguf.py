@@ -50,7 +50,7 @@ _KEYS = {
     "rope.freq_base",
     "vocab_size",
 }
-_NEUTRAL_VALUES = {
+_NEUTRAL = {
     "expert_count": 0,
     "expert_used_count": 0,
     "logit_scale": 1.0,
@@ -104,11 +104,7 @@ def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
 def _check_keys(reader: gguf.GGUFReader) -> None:
     for key in reader.fields:
         name = key.removeprefix("llama.")
-        if (
-            name != key
-            and name not in _KEYS
-            and _value(reader, key) != _NEUTRAL_VALUES.get(name, ())
-        ):
+        if name != key and name not in _KEYS and _value(reader, key) != _NEUTRAL.get(name, ()):
             raise CheckpointError(f"{key}: {_value(reader, key)!r} is not supported")
 
 

@@ -109,7 +109,7 @@ def load_served(
     given_cache = options.table_cache_bytes if options.table_cache is not None else None
     choice = TierChoice(
         *(kv_bytes, given_cache, options.table_cache_bytes, options.table_tier),
-        is_kv_asked=engine is not None and engine.kv_cache_gib is not None,
+        is_kv_requested=engine is not None and engine.kv_cache_gib is not None,
     )
     shares = choice.shares(sizes.tables, sizes.weights)
     model, config = load_model(

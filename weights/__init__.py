@@ -1,1 +1,1 @@
-"""Makes, stores and converts the numbers: checkpoint folders, importers, tokenizers."""
+"""Creates, stores and converts weights: checkpoint folders, importers, tokenizers, training."""

@@ -1,4 +1,4 @@
-"""How much memory this process can still take: what the machine has, and what its cgroup allows."""
+"""Memory available to this process: the least of MemAvailable and its cgroup limits."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,27 +10,27 @@ _KIB = 1024
 
 @dataclass(frozen=True)
 class AvailableMemory:
-    """Bytes that can be had without swapping, and what bounds them, for a reader."""
+    """Bytes available without swapping, and the name of the limit that determines them."""
 
     num_bytes: int
     bound: str
 
 
 def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> AvailableMemory:
-    """The least of MemAvailable and of what each cgroup of this process has left.
+    """The least of MemAvailable and the unused limit of each cgroup of this process.
 
-    Beyond ``memory.high`` a cgroup is slowed down until it stands still, so that is a limit too.
-    Pages of files, which a cgroup counts as its own, can be given up and are not in the way.
-    Works with cgroups of both versions, seen from the machine or from inside a container; one that
-    cannot be read bounds nothing.
+    ``memory.high`` counts as a limit, because the kernel throttles a cgroup that exceeds it. The
+    page cache that a cgroup is charged for counts as available, because the kernel can drop it.
+    Supports both cgroup versions, on the host and inside a container. An unreadable cgroup is
+    skipped.
 
     Raises:
         OSError: the kernel's meminfo cannot be read.
-        ValueError: it tells no MemAvailable, or a cgroup's file is not as kernels write it.
+        ValueError: meminfo has no MemAvailable, or a cgroup file is malformed.
     """
     found = AvailableMemory(_mem_available(proc / "meminfo"), "MemAvailable")
     for folder in cgroup_folders("memory", proc, cgroups):
-        left = _left(folder)
+        left = _unused_bytes(folder)
         if left is not None and left < found.num_bytes:
             found = AvailableMemory(left, f"the limit of cgroup {folder}")
     return found
@@ -44,8 +44,8 @@ def _mem_available(meminfo: Path) -> int:
     raise ValueError(f"{meminfo}: has no MemAvailable")
 
 
-def _left(folder: Path) -> int | None:
-    """What a cgroup has left of its limit; None where there is none."""
+def _unused_bytes(folder: Path) -> int | None:
+    """Unused bytes of a cgroup's limit; None if it has no limit."""
     for limit_name, usage_name in (
         ("memory.max", "memory.current"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -60,7 +60,7 @@ def _left(folder: Path) -> int | None:
         if not limits:
             return None
         numbers = dict(line.split() for line in stat.splitlines())
-        # version 1 counts those of cgroups below under other names
+        # version 1 counts descendants only under the names with total_
         files = sum(
             int(numbers.get(f"total_{name}", numbers.get(name, 0)))
             for name in ("active_file", "inactive_file")
@@ -70,7 +70,7 @@ def _left(folder: Path) -> int | None:
 
 
 def _high(folder: Path) -> str:
-    """Where version 2 begins to slow a cgroup down; as no limit where it has no such file."""
+    """The throttling limit of version 2, or "max" if the file does not exist."""
     try:
         return (folder / "memory.high").read_text().strip()
     except OSError:

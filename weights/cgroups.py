@@ -1,4 +1,4 @@
-"""The control groups of this process, as folders that hold their limits."""
+"""Finds the folders of this process's control groups, which hold their limits."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +10,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 def cgroup_folders(controller: str, proc: Path = PROC, cgroups: Path = CGROUPS) -> Iterator[Path]:
     """Folders of this process's cgroups and of all their ancestors, if visible, innermost first.
 
-    Works for cgroups of both versions, seen from the machine or from inside a container. The
-    folders need not exist. A process without a readable cgroup file has none.
+    Supports both cgroup versions, on the host and inside a container. The folders may not exist.
+    Yields nothing if the process has no readable cgroup file.
     """
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
@@ -22,7 +22,7 @@ def cgroup_folders(controller: str, proc: Path = PROC, cgroups: Path = CGROUPS) 
         if controllers and controller not in controllers.split(","):
             continue
         root = cgroups / controller if controllers else cgroups
-        # a container sees its own cgroup as the root, whatever its path is outside
+        # in a container the cgroup's own folder is the root, whatever its path on the host
         inside = Path(path.lstrip("/"))
         for part in (inside, *inside.parents):
             yield root / part

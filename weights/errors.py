@@ -1,17 +1,17 @@
-"""The errors of model folders and files."""
+"""Errors of model folders, data files and training."""
 
 
 class CheckpointError(Exception):
-    """A model that cannot be served or converted as it is; the message names file and tensor."""
+    """A model cannot be served or converted; the message names file and tensor."""
 
 
 class ModelNotFoundError(CheckpointError):
-    """There is no such model; the message says how to get one."""
+    """The model does not exist; the message says how to get it."""
 
 
 class DataError(Exception):
-    """Texts that cannot be trained on; the message names file and line."""
+    """Texts cannot be used for training; the message names file and line."""
 
 
 class TrainingError(Exception):
-    """Training cannot go on; the message names the step where there is one."""
+    """Training cannot continue; the message names the step if there is one."""

@@ -1,1 +1,1 @@
-"""Checkpoint folders: read, checked, loaded, converted and written."""
+"""Reads, validates, loads, converts and writes checkpoint folders."""

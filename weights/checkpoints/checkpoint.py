@@ -1,4 +1,4 @@
-"""A checkpoint folder: the model it describes, checked against its tensors, loaded and saved."""
+"""Opens and validates a checkpoint folder, loads its model, and saves new folders."""
 
 import json
 import math
@@ -29,8 +29,8 @@ from weights.checkpoints.tensor_files import (
 from weights.checkpoints.tensor_writer import write_tensors
 from weights.errors import CheckpointError
 
-# a buffer that old checkpoints carry; rope_theta says the same
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# a buffer in old checkpoints that can be computed from rope_theta
+_DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -45,9 +45,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTensor]]:
-    """Read a folder's config and headers and check that they agree; nothing is allocated.
+    """Read a folder's config and headers and check that they agree; allocates no tensors.
 
-    Returns the config and the stored tensors of the model, those without a meaning left out.
+    Returns the config and the stored tensors of the model, without redundant ones.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of a wrong shape or dtype, or a file
@@ -56,11 +56,11 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
     config = read_config(folder)
     stored = list_tensors(folder)
     last = f"model.layers.{config.model.num_layers - 1}.input_layernorm.weight"
-    if last not in stored:  # before a model of so many layers is described
+    if last not in stored:  # a wrong layer count would build a huge meta model below
         raise CheckpointError(f"{folder}: tensor {last} is missing")
     expected, tables = expected_shapes(config.model), config.model.table_names
     for name, tensor in list(stored.items()):
-        if _DERIVED.fullmatch(name):
+        if _DERIVED_BUFFER.fullmatch(name):
             del stored[name]
         elif name == "lm_head.weight" and config.model.tie_embeddings:
             _check_tied_head(stored)
@@ -69,8 +69,8 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
             raise CheckpointError(f"{tensor.file}: tensor {name} is unknown to this model")
         elif (shape := table_shape(tensor) if name in tables else tensor.shape) != expected[name]:
             raise CheckpointError(
-                f"{tensor.file}: tensor {name} has shape {list(shape)}, the config asks for"
-                f" {list(expected[name])}"
+                f"{tensor.file}: tensor {name} has shape {list(shape)}, but the config"
+                f" requires {list(expected[name])}"
             )
         elif tensor.dtype not in DTYPES and not (name in tables and tensor.dtype == RECORDS_DTYPE):
             raise CheckpointError(
@@ -84,8 +84,12 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
 
 
 def serving_dtype(stored: Mapping[str, StoredTensor], dtype: str) -> torch.dtype:
-    """The dtype to serve in: ``dtype`` itself, or for ``auto`` float32 for wide weights, else
-    bfloat16."""
+    """The dtype to serve in: ``dtype``, or for ``auto`` float32 if the stored weights are at least
+    that wide, else bfloat16.
+
+    Raises:
+        ValueError: ``dtype`` is not one of auto, bfloat16, float32.
+    """
     if dtype == "auto":
         wide = stored["model.embed_tokens.weight"].dtype in ("F32", "F64")
         return torch.float32 if wide else torch.bfloat16
@@ -97,13 +101,13 @@ def serving_dtype(stored: Mapping[str, StoredTensor], dtype: str) -> torch.dtype
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """Memory that a model takes when it is served.
+    """Memory in bytes that a served model takes.
 
     Attributes:
-        weights: of all but the value tables.
-        tables: of all value tables in the format that they are served in; 0 without any.
-        kv_per_token: of keys and values of all layers.
-        dtype: that the model is served in.
+        weights: bytes of all tensors except the value tables.
+        tables: bytes of all value tables in their served format; 0 if there are none.
+        kv_per_token: bytes of one token's keys and values in all layers.
+        dtype: dtype in which the model is served.
     """
 
     weights: int
@@ -113,7 +117,7 @@ class ModelBytes:
 
 
 def model_bytes(folder: Path, dtype: str, table_dtype: str) -> ModelBytes:
-    """The sizes of what ``load_model`` would load; reads headers alone.
+    """The sizes of what ``load_model`` would load; reads only headers.
 
     Raises:
         CheckpointError, ConfigError, ValueError: as ``load_model``.
@@ -141,33 +145,32 @@ def load_model(
 ) -> tuple[Transformer, CheckpointConfig]:
     """Load a folder's model for serving, on the CPU.
 
-    The model is built on the meta device and the mapped weights are assigned to it: weights that
-    are stored in the serving dtype are never copied. Tables are read into memory, or stay in their
-    files.
+    The model is built on the meta device, and mapped weights are assigned to it. Weights that are
+    stored in the serving dtype are not copied. Tables are read into memory, or stay in their files.
 
     Args:
-        folder: the model's.
-        dtype: of weights; see ``serving_dtype``.
-        table_cache: bytes of memory for rows of all tables, which then stay in their files; None
-            for all rows in memory.
-        table_dtype: one of ``TABLE_DTYPES`` that tables in memory are converted to, or auto: as
-            stored.
-        verify_tables: whether their data are compared with the checksums in their files.
+        folder: the checkpoint folder.
+        dtype: dtype of the weights; see ``serving_dtype``.
+        table_cache: bytes of row cache for all tables, which stay in their files; None loads all
+            rows into memory.
+        table_dtype: one of ``TABLE_DTYPES``, to which tables in memory are converted; auto keeps
+            the stored dtype.
+        verify_tables: compare the tables' data with the checksums in their files.
         keep_stored: leave all weights mapped in their stored dtypes, for an executor that converts
             them itself, one layer at a time.
 
     Raises:
-        CheckpointError: as ``open_checkpoint``, a table cannot be read, or is not what it was.
-        ConfigError: what is asked of tables cannot be, or there are none.
+        CheckpointError: as ``open_checkpoint``, or a table cannot be read or fails its checksum.
+        ConfigError: a table option is not possible, or the model has no tables.
         ValueError: ``dtype`` is not one of auto, bfloat16, float32.
     """
     config, stored = open_checkpoint(folder)
     chosen = serving_dtype(stored, dtype)
     tables = [stored.pop(name) for name in config.model.table_names]
     if not tables:
-        _check_nothing_asked(table_cache, table_dtype, verify_tables)
+        _check_no_table_options(table_cache, table_dtype, verify_tables)
     layouts = table_layouts(tables, table_dtype)
-    _allow_descriptors()
+    _raise_open_file_limit()
     with torch.device("meta"):
         model = Transformer(config.model)
     weights = {name: read_mapped(tensor) for name, tensor in stored.items()}
@@ -176,8 +179,8 @@ def load_model(
     model.load_state_dict(weights, assign=True)
     memory = config.model.memory
     if memory is not None and table_cache is not None:
-        held = open_tables(tables, layouts, memory, table_cache, verify=verify_tables)
-        model.attach_tables(held)
+        tables_on_disk = open_tables(tables, layouts, memory, table_cache, verify=verify_tables)
+        model.attach_tables(tables_on_disk)
     elif memory is not None:
         model.attach_tables(load_tables(tables, layouts, verify=verify_tables))
     return model.eval().requires_grad_(False), config
@@ -188,19 +191,18 @@ def save_checkpoint(
     config: CheckpointConfig,
     sources: list[TensorSource],
     extra_files: Mapping[str, bytes],
-    written: Callable[[int], Any] = lambda num_bytes: None,
+    on_write: Callable[[int], Any] = lambda num_bytes: None,
     *,
     more_tensors: Mapping[str, list[TensorSource]] | None = None,
 ) -> None:
-    """Write a checkpoint folder: under a temporary name first, renamed when it is whole.
+    """Write a checkpoint folder atomically: under a temporary name, which is renamed at the end.
 
     Args:
-        folder: must not exist yet.
-        sources: the model's tensors, tables included; each table gets a file of its own, with a
-            checksum.
-        extra_files: tokenizer files and the like, by name.
-        more_tensors: what is no part of the model, by the file that it goes to.
-        written: told the bytes of each tensor, or part of one, as it is written.
+        folder: path of the new folder; must not exist yet.
+        sources: the model's tensors and tables; each table gets a separate file with a checksum.
+        extra_files: contents of further files (tokenizer files, for example), by file name.
+        on_write: called with the bytes of each tensor, or part of one, after it is written.
+        more_tensors: tensors that are not part of the model, by file name.
 
     Raises:
         CheckpointError: the folder exists, or cannot be written.
@@ -211,12 +213,12 @@ def save_checkpoint(
     try:
         with new_folder(folder) as partial:
             dense = [source for source in sources if source.name not in tables]
-            write_tensors(partial / "model.safetensors", dense, written)
+            write_tensors(partial / "model.safetensors", dense, on_write)
             for index, name in enumerate(tables):
                 table = [source for source in sources if source.name == name]
-                write_tensors(partial / f"table-{index:05}.safetensors", table, written, True)
+                write_tensors(partial / f"table-{index:05}.safetensors", table, on_write, True)
             for file_name, others in (more_tensors or {}).items():
-                write_tensors(partial / file_name, others, written)
+                write_tensors(partial / file_name, others, on_write)
             text = json.dumps(config_to_json(config), indent=2) + "\n"
             for file_name, content in {**extra_files, "config.json": text.encode()}.items():
                 write_synced(partial / file_name, content)
@@ -224,30 +226,30 @@ def save_checkpoint(
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
-def _check_nothing_asked(table_cache: int | None, table_dtype: str, verify_tables: bool) -> None:
-    """Refuse what is asked of a model's tables where it has none."""
-    none = "value tables, and this model has none"
+def _check_no_table_options(table_cache: int | None, table_dtype: str, verify_tables: bool) -> None:
+    """Reject table options for a model without tables."""
+    problem = "value tables, but this model has none"
     if table_cache is not None:
-        raise ConfigError(f"table_tier: disk is for {none}")
+        raise ConfigError(f"table_tier: disk requires {problem}")
     if table_dtype != "auto":
-        raise ConfigError(f"table_dtype: is for {none}")
+        raise ConfigError(f"table_dtype: requires {problem}")
     if verify_tables:
-        raise ConfigError(f"verify_tables: is for {none}")
+        raise ConfigError(f"verify_tables: requires {problem}")
 
 
-def _allow_descriptors() -> None:
-    """Raise the soft limit, often 1,024: large models have as many mapped tensors."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def _raise_open_file_limit() -> None:
+    """Raise the soft limit of open files, often 1,024, because each mapped tensor may take one."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def _check_tied_head(stored: Mapping[str, StoredTensor]) -> None:
     head, embedding = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
     if embedding is None or embedding.dtype not in DTYPES:
-        return  # the embedding is refused by its own name
+        return  # the caller reports the embedding itself
     is_alike = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     if not is_alike or not torch.equal(read_mapped(head), read_mapped(embedding)):
         raise CheckpointError(
-            f"{head.file}: tensor lm_head.weight differs from the embedding to which"
-            " tie_word_embeddings ties it"
+            f"{head.file}: tensor lm_head.weight differs from model.embed_tokens.weight, but"
+            " tie_word_embeddings is true"
         )

@@ -1,4 +1,4 @@
-"""The folder's config.json: Hugging Face's Llama keys and memplus's own, read strictly."""
+"""Reads and writes config.json, strictly: Hugging Face's Llama keys and memplus's additions."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from weights.errors import CheckpointError
 
 FORMAT_VERSION = 1
 
-# Hugging Face's key -> (our field, its type). A missing key has Hugging Face's own default.
+# Hugging Face's key -> (our field, its type). A missing key gets Hugging Face's default.
 _FIELDS: dict[str, tuple[str, type]] = {
     "vocab_size": ("vocab_size", int),
     "hidden_size": ("hidden_size", int),
@@ -34,8 +34,8 @@ _FIELDS: dict[str, tuple[str, type]] = {
     "mlp_bias": ("mlp_bias", bool),
 }
 _REQUIRED = tuple(_FIELDS)[:5]
-# keys that change the mathematics: served only with the value that leaves it alone
-_ONLY = {
+# keys that change the computation: only these values are supported
+_FIXED = {
     "architectures": (["LlamaForCausalLM"], ["MixtralForCausalLM"]),
     "hidden_act": ("silu",),
     "memplus_format": (FORMAT_VERSION,),
@@ -45,14 +45,14 @@ _ONLY = {
     "router_jitter_noise": (0,),
     "sliding_window": (),
 }
-# what transformers takes where a Mixtral's key is missing, if it differs from Llama's
+# transformers' defaults for Mixtral, if they differ from Llama's
 _MIXTRAL_DEFAULTS: dict[str, Any] = {
     "num_kv_heads": 8,
     "max_positions": 4096 * 32,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
 }
-# keys that say nothing about how a given sequence of ids is computed
+# keys that do not affect the model's output for given token ids
 IGNORED_KEYS = {
     "_name_or_path",
     "attention_dropout",
@@ -82,7 +82,14 @@ _ROPE_SCALING = {
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A folder's description: the model, the ids that end a text, the dtype of its weights."""
+    """Content of a folder's configuration files.
+
+    Attributes:
+        model: shapes and layer kinds.
+        eos_ids: token ids that end a text.
+        bos_id: token id that begins a text; None if there is none.
+        dtype: the dtype that the file names for the weights.
+    """
 
     model: ModelConfig
     eos_ids: frozenset[int] = frozenset()
@@ -94,8 +101,8 @@ def read_config(folder: Path) -> CheckpointConfig:
     """Read ``config.json`` (and ``generation_config.json`` for the end-of-sequence ids).
 
     Raises:
-        CheckpointError: a key is unknown, missing, of the wrong type, or asks for what the model
-            cannot do.
+        CheckpointError: a key is unknown, missing or of the wrong type, or requires an unsupported
+            feature.
     """
     path = folder / "config.json"
     raw = _read_json(path)
@@ -133,15 +140,16 @@ def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
 
 
 def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
-    known = {*_FIELDS, *_ONLY, *IGNORED_KEYS, "rope_scaling", "rope_parameters"} | FEED_FORWARD_KEYS
+    known = {*_FIELDS, *_FIXED, *IGNORED_KEYS, "rope_scaling", "rope_parameters"}
+    known |= FEED_FORWARD_KEYS
     for key in raw:
         if key not in known:
-            raise ValueError(f"{key}: unknown key, so the model may not be what it seems")
+            raise ValueError(f"{key}: unknown key; it may change the model's output")
     raw = {key: value for key, value in raw.items() if value is not None}
-    for key, allowed in _ONLY.items():
+    for key, allowed in _FIXED.items():
         if key in raw and raw[key] not in allowed:
             only = allowed[0] if allowed else None
-            raise ValueError(f"{key}: {raw[key]!r} is not supported, only {only!r}")
+            raise ValueError(f"{key}: {raw[key]!r} is not supported; must be {only!r}")
     values: dict[str, Any] = {}
     for key, (name, kind) in _FIELDS.items():
         if raw.get(key) is not None:
@@ -173,13 +181,13 @@ def _check_family(raw: Mapping[str, Any], has_experts: bool) -> None:
         families["architectures"] = raw["architectures"][0].removesuffix("ForCausalLM").lower()
     for key, family in families.items():
         if family == "mixtral" and not has_experts:
-            raise ValueError(f"num_local_experts: missing, and {key} says that there are some")
+            raise ValueError(f"num_local_experts: missing, but {key} is mixtral")
         if family == "llama" and has_experts:
-            raise ValueError(f"{key}: experts go with mixtral, and only with it")
+            raise ValueError(f"{key}: must be mixtral if the model has experts, not llama")
 
 
 def _parse_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-    # transformers 5 writes rope_parameters, before it were rope_theta and rope_scaling
+    # transformers 5 writes rope_parameters instead of rope_theta and rope_scaling
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling")
     if scaling is None:
         return {}
@@ -191,7 +199,7 @@ def _parse_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     scaling.pop("type", None)
     if kind == "llama3":
         if set(scaling) != set(_ROPE_SCALING):
-            raise ValueError(f"rope_scaling: llama3 takes {', '.join(_ROPE_SCALING)}")
+            raise ValueError(f"rope_scaling: llama3 requires {', '.join(_ROPE_SCALING)}")
         named = {name: typed(key, scaling[key], float) for key, name in _ROPE_SCALING.items()}
         named["original_max_position"] = int(named["original_max_position"])
         values["rope_scaling"] = RopeScaling(**named)

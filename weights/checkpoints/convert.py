@@ -1,4 +1,4 @@
-"""One model format to another: a GGUF file or a checkpoint folder to a checkpoint folder."""
+"""Converts a GGUF file or a checkpoint folder to a new checkpoint folder."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,8 +13,8 @@ from weights.checkpoints.checkpoint import expected_shapes, open_checkpoint, sav
 from weights.checkpoints.importers.gguf import ImportedModel, read_gguf
 from weights.checkpoints.table_files import (
     OUTPUT_DTYPES,
-    asked_layout,
     converted_parts,
+    requested_layout,
     stored_format,
 )
 from weights.checkpoints.tensor_files import (
@@ -33,16 +33,21 @@ def convert(
 ) -> None:
     """Write ``source`` (a ``.gguf`` file or a checkpoint folder) as the new folder ``target``.
 
-    ``dtype`` is one of ``OUTPUT_DTYPES``; without it a folder keeps the dtype of each tensor and a
-    GGUF file becomes bfloat16. ``table_dtype``, one of ``TABLE_DTYPES``, is that of value tables,
-    where it differs. One tensor is in memory at a time, of tables some rows; progress goes to
-    stderr.
+    Holds one tensor in memory at a time, and some rows of a table. Shows progress on stderr.
+
+    Args:
+        source: file or folder to read.
+        target: folder to create.
+        dtype: one of ``OUTPUT_DTYPES``; None keeps each tensor's dtype, and converts GGUF files to
+            bfloat16.
+        table_dtype: one of ``TABLE_DTYPES`` for value tables; None applies ``dtype`` and keeps
+            quantised tables.
 
     Raises:
-        CheckpointError: the source is not understood, the target exists, a row that is to be
-            rounded is not finite, or a table is not what its checksum is of, where it has one.
-        ConfigError: a dtype is none of those, or ``table_dtype`` is for a model without tables, or
-            of tables that are of few bits already.
+        CheckpointError: the source is invalid, the target exists, a row to quantise is not finite,
+            or a table fails its checksum.
+        ConfigError: a dtype is unknown, or ``table_dtype`` is given for a model without tables or
+            with quantised tables.
     """
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is not one of {', '.join(OUTPUT_DTYPES)}")
@@ -53,8 +58,8 @@ def convert(
     elif source.suffix == ".gguf":
         imported = read_gguf(source, OUTPUT_DTYPES[dtype or "bfloat16"])
     else:
-        raise CheckpointError(f"{source}: neither a checkpoint folder nor a .gguf file")
-    _check_whole(source, imported)
+        raise CheckpointError(f"{source}: is neither a checkpoint folder nor a .gguf file")
+    _check_shapes(source, imported)
     stored_as = str(imported.sources[0].dtype).removeprefix("torch.")
     config = replace(imported.config, dtype=stored_as)
     total = sum(s.dtype.itemsize * torch.Size(s.shape).numel() for s in imported.sources)
@@ -65,7 +70,7 @@ def convert(
 def read_folder(
     folder: Path, dtype: str | None = None, table_dtype: str | None = None
 ) -> ImportedModel:
-    """A checkpoint folder's parts, in other dtypes or as they are; raises as ``convert``."""
+    """A checkpoint folder as sources to write, with dtypes as in ``convert``; raises likewise."""
     config, stored = open_checkpoint(folder)
     tables = config.model.table_names
     if table_dtype is not None and not tables:
@@ -83,19 +88,19 @@ def _dense(stored: StoredTensor, dtype: str | None) -> TensorSource:
     return TensorSource(stored.name, stored.shape, chosen, partial(read_mapped, stored))
 
 
-def _table(stored: StoredTensor, dtype: str | None, asked: str | None) -> TensorSource:
-    """A table in ``dtype``; records stay as they are, unless another was ``asked`` for."""
+def _table(stored: StoredTensor, dtype: str | None, table_dtype: str | None) -> TensorSource:
+    """A table in ``dtype``; quantised rows are kept unless ``table_dtype`` is given."""
     is_records = stored_format(stored) is not None
-    layout = asked_layout(stored, asked if is_records else dtype)
-    # the copy gets a checksum of its own, which must not vouch for data that were damaged before
+    layout = requested_layout(stored, table_dtype if is_records else dtype)
+    # verify first: the new checksum must not cover data that are damaged already
     load = partial(converted_parts, stored, layout, verify=has_checksum(stored))
     return TensorSource(stored.name, layout.shape, layout.dtype, load, layout.metadata)
 
 
-def _check_whole(path: Path, imported: ImportedModel) -> None:
+def _check_shapes(path: Path, imported: ImportedModel) -> None:
     expected = expected_shapes(imported.config.model)
     tables = imported.config.model.table_names
-    # a table's shape was checked as it was opened, whatever its format
+    # open_checkpoint has checked the shapes of tables, which depend on their format
     found = {
         one.name: expected[one.name] if one.name in tables else one.shape
         for one in imported.sources

@@ -1,4 +1,4 @@
-"""Token ids to text as they come, never half a character."""
+"""Incremental detokenizer: token ids to text, in whole characters."""
 
 import codecs
 from collections.abc import Sequence
@@ -6,56 +6,56 @@ from collections.abc import Sequence
 from weights.checkpoints.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-# enough context for a tokenizer to decide about the space before the first new token
+# tokens of context, so that the tokenizer keeps the space before the first new token
 _CONTEXT = 6
-# of the prompt, since it may be long
-_LOOKED_AT = 64
-_LONGEST_CHARACTER = 4
-# tokens for one character, most of them a byte; longer runs are shown as what they are
+# tokens at the end of the prompt that are searched for context
+_PROMPT_TAIL = 64
+_MAX_CHARACTER_BYTES = 4
+# tokens that may wait for the rest of a character; after that they become U+FFFD
 _MAX_PENDING = 16
 
 
 class IncrementalDetokenizer:
-    """The text of one growing sequence.
+    """Decodes one growing sequence.
 
-    Tokens that stand for the same bytes in every text are put together here. Any other is decoded
-    together with those before it, since a tokenizer drops the space of a first token.
+    Tokens with context-free bytes are joined here. Other tokens are decoded together with the
+    tokens before them, because a tokenizer drops the space of the first token.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], show_special: bool = False
     ) -> None:
-        """Start after ``prompt_ids``, whose text is not repeated.
+        """Start after ``prompt_ids``, whose text is not returned.
 
-        ``show_special`` writes special tokens by their names, which else are no text.
+        ``show_special`` emits the names of special tokens, which are skipped by default.
         """
         self._tokenizer = tokenizer
         self._show_special = show_special
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         context: list[int] = []
         byte_run, in_run = b"", True
-        for token_id in reversed(prompt_ids[-_LOOKED_AT:]):
+        for token_id in reversed(prompt_ids[-_PROMPT_TAIL:]):
             if token_id in tokenizer.special_ids:
                 continue
-            own = tokenizer.token_bytes(token_id)
-            in_run = in_run and own is not None and len(byte_run) < _LONGEST_CHARACTER
-            if in_run and own is not None:
-                byte_run = own + byte_run
-            elif own is None:
+            fixed_bytes = tokenizer.token_bytes(token_id)
+            in_run = in_run and fixed_bytes is not None and len(byte_run) < _MAX_CHARACTER_BYTES
+            if in_run and fixed_bytes is not None:
+                byte_run = fixed_bytes + byte_run
+            elif fixed_bytes is None:
                 context.insert(0, token_id)
             if len(context) == _CONTEXT:
                 break
-        # the prompt may end within a character, which the first new tokens then complete
+        # if the prompt ends within a character, the first new tokens complete it
         self._bytes.decode(byte_run)
-        # any text will do: what matters is that the new tokens are not the first
+        # any text works as context: the new tokens must not be the first
         self._set_context(context or tokenizer.encode("a", add_special_tokens=False))
 
     def push(self, ids: Sequence[int]) -> str:
-        """Add tokens; return the text that is now certain, perhaps none."""
+        """Add tokens; return the new text that later tokens cannot change, which may be empty."""
         return "".join(map(self._push_one, ids))
 
     def finish(self) -> str:
-        """The rest, when no more tokens come: bytes of an unfinished character as U+FFFD."""
+        """Return the remaining text; bytes of an incomplete character become U+FFFD."""
         return self._bytes.decode(b"", final=True) + self._show(self._tokenizer.decode(self._ids))
 
     def _push_one(self, token_id: int) -> str:
@@ -63,9 +63,9 @@ class IncrementalDetokenizer:
             if not self._show_special:
                 return ""
             return self.finish() + self._tokenizer.token_text(token_id)
-        own = self._tokenizer.token_bytes(token_id)
-        if own is not None:
-            return self._bytes.decode(own)
+        fixed_bytes = self._tokenizer.token_bytes(token_id)
+        if fixed_bytes is not None:
+            return self._bytes.decode(fixed_bytes)
         unfinished = self._bytes.decode(b"", final=True)
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
@@ -79,7 +79,7 @@ class IncrementalDetokenizer:
         if new:
             self._set_context(self._ids[self._num_shown :])
         else:
-            del self._ids[self._num_shown :]  # tokens without any text are no context for others
+            del self._ids[self._num_shown :]  # tokens without text are not context for others
         return new
 
     def _set_context(self, ids: list[int]) -> None:
@@ -91,6 +91,6 @@ class IncrementalDetokenizer:
 def _common_prefix(shown: str, text: str) -> int:
     if text.startswith(shown):
         return len(shown)
-    # the prompt ended within a character, which the new tokens have completed
+    # the new tokens have completed a character at the end of the prompt
     pairs = zip(shown, text, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(shown), len(text)))

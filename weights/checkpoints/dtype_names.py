@@ -1,4 +1,4 @@
-"""Names of the dtypes that weights and value tables may be stored in. Needs no torch."""
+"""Names of the dtypes in which weights and value tables are stored. Needs no torch."""
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 TABLE_DTYPES = (*FLOAT_DTYPES, "int8", "int4", "fp8")

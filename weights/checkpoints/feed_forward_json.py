@@ -1,4 +1,4 @@
-"""What a config.json says of feed-forwards that are not dense: memory layers, and experts."""
+"""The keys of config.json for memory layers and experts."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
@@ -13,13 +13,13 @@ _MIXTURE: dict[str, tuple[str, type]] = {
     "num_experts_per_tok": ("top_k", int),
     "router_aux_loss_coef": ("router_loss_weight", float),
 }
-# memplus's own: without them all layers but memories are mixtures, as wide as dense ones
+# memplus's additions: by default all layers but memory layers are mixtures of full width
 _MOE_LAYERS, _EXPERT_SIZE = "moe_layers", "moe_intermediate_size"
 FEED_FORWARD_KEYS = {*_MIXTURE, _MOE_LAYERS, _EXPERT_SIZE, "memory"}
 
 
 def feed_forward_to_json(model: ModelConfig) -> dict[str, Any]:
-    """The keys that ``parse_feed_forward`` reads back, those without a meaning left out."""
+    """The keys that ``parse_feed_forward`` reads; omits keys that the model does not use."""
     raw: dict[str, Any] = {}
     if model.mixture is not None:
         raw |= {key: getattr(model.mixture, name) for key, (name, _) in _MIXTURE.items()}
@@ -37,7 +37,7 @@ def parse_feed_forward(
     """Fields of ``ModelConfig``: ``feed_forward``, ``memory`` and ``mixture``.
 
     Raises:
-        ValueError: a key is unknown, missing or of a wrong value; the message begins with it.
+        ValueError: a key is unknown, missing or has an invalid value; the message begins with it.
     """
     kinds = ["dense"] * num_layers
     values: dict[str, Any] = {}
@@ -61,11 +61,11 @@ def _parse_memory(raw: object, kinds: list[str]) -> MemoryConfig:
         raise ValueError(f"memory.{key}: missing")
     for key, value in values.items():
         kind = types[key]
-        assert isinstance(kind, type)  # no annotation there is a string or a union
+        assert isinstance(kind, type)  # MemoryConfig has no string or union annotations
         typed(f"memory.{key}", value, kind)
     for layer, kind_name in layers.items():
         if not (layer.isascii() and layer.isdigit() and int(layer) < len(kinds)):
-            raise ValueError(f"memory.layers: there is no layer {layer!r} of {len(kinds)}")
+            raise ValueError(f"memory.layers: {layer!r} is not a layer; there are {len(kinds)}")
         kinds[int(layer)] = typed(f"memory.layers.{layer}", kind_name, str)
     return MemoryConfig(**values)
 
@@ -87,8 +87,8 @@ def _parse_mixture(
         layers = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
     for layer in typed(_MOE_LAYERS, layers, list):
         if not 0 <= typed(_MOE_LAYERS, layer, int) < len(kinds):
-            raise ValueError(f"{_MOE_LAYERS}: there is no layer {layer} of {len(kinds)}")
+            raise ValueError(f"{_MOE_LAYERS}: {layer} is not a layer; there are {len(kinds)}")
         if kinds[layer] != "dense":
-            raise ValueError(f"{_MOE_LAYERS}: layer {layer} is {kinds[layer]} already")
+            raise ValueError(f"{_MOE_LAYERS}: layer {layer} is already {kinds[layer]}")
         kinds[layer] = "moe"
     return MixtureConfig(**values)

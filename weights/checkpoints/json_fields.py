@@ -1,21 +1,21 @@
-"""Values of a JSON object, of the type that they should have."""
+"""Type checks for values of JSON objects."""
 
 import math
 from typing import Any
 
-_LARGEST = 2**24
+_MAX_INT = 2**24
 
 
 def typed(key: str, value: Any, kind: type) -> Any:
-    """``value`` itself, an int where a float is expected included.
+    """``value``, if it has the type ``kind``; an int is accepted as a float.
 
     Raises:
-        ValueError: it is of another type, or no number of any model; the message begins with
-            ``key``.
+        ValueError: it has another type, or is an int beyond 2**24 or a float that is not finite.
+            The message begins with ``key``.
     """
-    number = kind is float and isinstance(value, int)
-    if not (isinstance(value, kind) or number) or (isinstance(value, bool) and kind is not bool):
+    is_number = kind is float and isinstance(value, int)
+    if not (isinstance(value, kind) or is_number) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{key}: expected {kind.__name__}, got {value!r}")
-    if (kind is int and abs(value) > _LARGEST) or (kind is float and not math.isfinite(value)):
-        raise ValueError(f"{key}: {value!r} is larger than any model's")
+    if (kind is int and abs(value) > _MAX_INT) or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{key}: {value!r} is out of range")
     return value

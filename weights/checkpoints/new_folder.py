@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all."""
+"""Creates folders atomically."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to be filled under another name; it gets its own when all went well, else it goes.
+    """A temporary folder to fill; it is renamed to ``folder`` on success and removed on error.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     # The name is random: a process in another container may have the same pid and parent folder.
     partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(8)}")
-    # This fails if the name is taken. It stands before the try, since that folder is not ours.
+    # Before the try: if the name is taken, that folder is not ours to remove.
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -30,7 +30,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a new file that outlives a loss of power, its name apart (OSError)."""
+    """Write a new file and fsync its content, but not its folder (OSError)."""
     with open(path, "xb") as file:
         file.write(content)
         file.flush()
@@ -38,7 +38,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names in it outlive a loss of power."""
+    """Fsync a folder, so that the names in it survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, in numbers, read from its headers alone."""
+"""Summary of a checkpoint folder: shapes, parameters and bytes, read from its headers."""
 
 import math
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from weights.checkpoints.tensor_files import StoredTensor
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters and the bytes that they take on disk, by dtype."""
+    """Number of parameters, their bytes on disk, and their dtypes."""
 
     parameters: int
     num_bytes: int
@@ -22,14 +22,14 @@ class Count:
 
 @dataclass(frozen=True)
 class Summary:
-    """A model in numbers.
+    """Sizes of a model.
 
     Attributes:
-        config: its shapes.
-        dense: everything but the tables.
+        config: shapes and layer kinds.
+        dense: all tensors except the value tables.
         table: the value tables.
-        active: parameters that one token uses: the dense ones but for experts not chosen, and the
-            table rows it reads.
+        active: parameters that one token uses: the dense ones without unchosen experts, and the
+            table rows that it reads.
     """
 
     config: ModelConfig
@@ -48,15 +48,15 @@ def summarize(folder: Path) -> Summary:
     tables = config.model.table_names
     dense = _count(tensor for name, tensor in stored.items() if name not in tables)
     table = _count(tensor for name, tensor in stored.items() if name in tables)
-    active = dense.parameters + _rows_read(config.model) - _idle_experts(config.model)
+    active = dense.parameters + _values_read(config.model) - _idle_experts(config.model)
     return Summary(config.model, dense, table, active)
 
 
 def describe(summary: Summary) -> str:
-    """The summary as lines for a reader."""
+    """The summary as text to print."""
     config = summary.config
     lines = [
-        f"layers        {config.num_layers}: {_kinds(config)}",
+        f"layers        {config.num_layers}: {_describe_kinds(config)}",
         f"width         {config.hidden_size}, feed-forward {config.intermediate_size}",
         f"attention     {config.num_heads} heads of {config.head_dim},"
         f" {config.num_kv_heads} for keys and values",
@@ -72,22 +72,22 @@ def describe(summary: Summary) -> str:
         )
         lines += [
             f"memory        {tables} of {memory.num_rows:,} rows x {memory.value_dim},"
-            f" {memory.num_heads} heads x {memory.top_k} rows a token"
+            f" {memory.num_heads} heads x {memory.top_k} rows per token"
         ]
     if config.mixture is not None:
         mixture = config.mixture
         lines += [
-            f"experts       {mixture.top_k} of {mixture.num_experts} a token,"
+            f"experts       {mixture.top_k} of {mixture.num_experts} per token,"
             f" {mixture.expert_size} wide"
         ]
-    lines.append(f"active        {summary.active:,} parameters a token")
-    lines.append(f"dense         {_counted(summary.dense)}")
-    lines.append(f"table         {_counted(summary.table)}")
+    lines.append(f"active        {summary.active:,} parameters per token")
+    lines.append(f"dense         {_describe_count(summary.dense)}")
+    lines.append(f"table         {_describe_count(summary.table)}")
     return "\n".join(lines)
 
 
-def _rows_read(config: ModelConfig) -> int:
-    """Values of the rows that a token reads in all memory layers."""
+def _values_read(config: ModelConfig) -> int:
+    """Number of values in the rows that one token reads, over all memory layers."""
     memory = config.memory
     if memory is None:
         return 0
@@ -96,7 +96,7 @@ def _rows_read(config: ModelConfig) -> int:
 
 
 def _idle_experts(config: ModelConfig) -> int:
-    """Parameters of the experts that a token does not choose, in all layers."""
+    """Number of parameters of the experts that one token does not choose, over all layers."""
     mixture = config.mixture
     if mixture is None:
         return 0
@@ -118,12 +118,12 @@ def _format(tensor: StoredTensor) -> str:
     return tensor.dtype if records is None else records[0]
 
 
-def _kinds(config: ModelConfig) -> str:
+def _describe_kinds(config: ModelConfig) -> str:
     kinds = sorted(set(config.feed_forward))
     return ", ".join(f"{config.feed_forward.count(kind)} {kind}" for kind in kinds)
 
 
-def _counted(count: Count) -> str:
+def _describe_count(count: Count) -> str:
     if not count.parameters:
         return "none"
     dtypes = ", ".join(count.dtypes)

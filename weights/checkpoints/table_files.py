@@ -1,4 +1,4 @@
-"""Value tables as they are stored: rows of a floating dtype, or records of fewer bits."""
+"""Formats of stored value tables: rows of a floating dtype, or quantised records."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -32,13 +32,13 @@ OUTPUT_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How a table's rows are written down.
+    """Format of a table's rows.
 
     Attributes:
-        name: a floating dtype, or a row format.
-        shape: of the tensor: R, and V or the bytes of a record.
-        dtype: of the tensor.
-        records: the row format and V, where rows are records.
+        name: a floating dtype or a row format.
+        shape: shape of the tensor: [R, V], or [R, bytes of a record].
+        dtype: dtype of the tensor.
+        records: the row format and V if rows are records, else None.
     """
 
     name: str
@@ -48,49 +48,50 @@ class RowLayout:
 
     @property
     def num_bytes(self) -> int:
-        """Of all rows."""
+        """Bytes of all rows."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What a file of such rows says of them."""
+        """File metadata that describe the rows; empty for a floating dtype."""
         if self.records is None:
             return {}
         return {_FORMAT: self.records[0], _VALUE_DIM: str(self.records[1])}
 
     def table(self, rows: Tensor) -> Tensor | RowRecords:
-        """A tensor so laid out, as operations take it."""
+        """``rows``, a tensor in this layout, as the argument of memory operations."""
         return rows if self.records is None else RowRecords(rows, *self.records)
 
 
 def stored_format(stored: StoredTensor) -> tuple[RowFormat, int] | None:
-    """The format of a table of records and its V, by its file's metadata; None for plain rows.
+    """Row format and V of a table of records, from its file's metadata; None for floating rows.
 
     Raises:
-        CheckpointError: the metadata lacks them, or the table has not such records.
+        CheckpointError: the metadata lack them, or do not match the table's shape.
     """
     if stored.dtype != RECORDS_DTYPE:
         return None
     found = stored.metadata.get(_FORMAT), stored.metadata.get(_VALUE_DIM, "")
     where = f"{stored.file}: tensor {stored.name}"
     if found[0] not in ROW_FORMATS or not re.fullmatch("[0-9]{1,9}", found[1]):
-        raise CheckpointError(f"{where}: its metadata names no row format and value_dim")
+        raise CheckpointError(f"{where}: has no valid {_FORMAT} and {_VALUE_DIM} in its metadata")
     row_format, value_dim = found[0], int(found[1])
     if stored.shape[1:] != (row_bytes(row_format, value_dim),):
         raise CheckpointError(
-            f"{where}: has shape {list(stored.shape)}, not records of {value_dim} {row_format}"
+            f"{where}: shape {list(stored.shape)} does not fit records of {value_dim} {row_format}"
+            " values"
         )
     return row_format, value_dim
 
 
 def table_shape(stored: StoredTensor) -> tuple[int, ...]:
-    """R and V, whatever the format (CheckpointError as ``stored_format``)."""
+    """R and V of a table in any format (CheckpointError as ``stored_format``)."""
     records = stored_format(stored)
     return stored.shape if records is None else (stored.shape[0], records[1])
 
 
 def stored_layout(stored: StoredTensor) -> RowLayout:
-    """How the rows of a file are (CheckpointError as ``stored_format``)."""
+    """Layout of the rows in a file (CheckpointError as ``stored_format``)."""
     records = stored_format(stored)
     if records is not None:
         return RowLayout(records[0], stored.shape, torch.uint8, records)
@@ -98,35 +99,35 @@ def stored_layout(stored: StoredTensor) -> RowLayout:
     return RowLayout(str(dtype).removeprefix("torch."), stored.shape, dtype)
 
 
-def asked_layout(stored: StoredTensor, asked: str | None) -> RowLayout:
-    """How rows are when they are made ``asked``, one of ``TABLE_DTYPES``; None: as they are.
+def requested_layout(stored: StoredTensor, dtype: str | None) -> RowLayout:
+    """Layout of rows converted to ``dtype``, one of ``TABLE_DTYPES``; None keeps the stored layout.
 
     Raises:
         CheckpointError: as ``stored_format``.
-        ConfigError: ``asked`` is none of them, or what is stored has few bits already.
+        ConfigError: ``dtype`` is unknown, or the stored rows are quantised already.
     """
     found = stored_layout(stored)
-    if asked in (None, found.name):
+    if dtype in (None, found.name):
         return found
-    if asked not in TABLE_DTYPES:
-        raise ConfigError(f"table_dtype: {asked!r} is not one of {', '.join(TABLE_DTYPES)}")
+    if dtype not in TABLE_DTYPES:
+        raise ConfigError(f"table_dtype: {dtype!r} is not one of {', '.join(TABLE_DTYPES)}")
     if found.records is not None:
-        raise ConfigError(f"table_dtype: {stored.file} has rows of {found.name} already")
+        raise ConfigError(f"table_dtype: {stored.file} has {found.name} rows already")
     num_rows, value_dim = found.shape
     for row_format in ROW_FORMATS:
-        if row_format == asked:
+        if row_format == dtype:
             shape = num_rows, row_bytes(row_format, value_dim)
-            return RowLayout(asked, shape, torch.uint8, (row_format, value_dim))
-    return RowLayout(asked, found.shape, OUTPUT_DTYPES[asked])
+            return RowLayout(dtype, shape, torch.uint8, (row_format, value_dim))
+    return RowLayout(dtype, found.shape, OUTPUT_DTYPES[dtype])
 
 
 def converted_parts(
     stored: StoredTensor, layout: RowLayout, *, verify: bool = False
 ) -> Iterator[Tensor]:
-    """All rows in order, some at a time, in a layout that they were ``asked_layout`` for.
+    """All rows in order, in parts, converted to a layout from ``requested_layout``.
 
     Raises:
-        CheckpointError: as ``read_parts``, or a row is not finite and has to be.
+        CheckpointError: as ``read_parts``, or a row to quantise is not finite.
     """
     as_stored, first = stored_layout(stored), 0
     for part in read_parts(stored, verify=verify):
@@ -138,13 +139,13 @@ def converted_parts(
             try:
                 yield quantize_rows(part, layout.records[0]).records_RB
             except ValueError as error:
-                where = f"{stored.file}: tensor {stored.name}, from row {first} on"
+                where = f"{stored.file}: tensor {stored.name}, rows from {first}"
                 raise CheckpointError(f"{where}: {error}") from None
         first += len(part)
 
 
 def read_rows(stored: StoredTensor) -> Tensor:
-    """Rows of any format as a floating ``[R, V]`` tensor (CheckpointError as ``read_mapped``)."""
+    """Rows in any format as a floating ``[R, V]`` tensor (CheckpointError as ``read_mapped``)."""
     records = stored_format(stored)
     rows = read_mapped(stored)
     return rows if records is None else dequantize_rows(RowRecords(rows, *records))

@@ -1,4 +1,4 @@
-"""Value tables made ready to be read: converted into memory, or left in their files."""
+"""Opens value tables for serving: loads and converts them into memory, or opens their files."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,40 +11,45 @@ from memory_ops.native.disk_rows import is_available
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable
 from memory_ops.tables.value_table import TableReadError, ValueTable
-from weights.checkpoints.table_files import RowLayout, asked_layout, converted_parts, stored_layout
+from weights.checkpoints.table_files import (
+    RowLayout,
+    converted_parts,
+    requested_layout,
+    stored_layout,
+)
 from weights.checkpoints.tensor_files import StoredTensor, checksum_key, read_parts
 from weights.errors import CheckpointError
 
-# what takes no longer than a blink needs no progress bar
-_SHOWN_BYTES = 256 * 2**20
+# tables smaller than this load too fast for a progress bar
+_MIN_PROGRESS_BYTES = 256 * 2**20
 
-Told = Callable[[int], object]
+OnBytes = Callable[[int], object]
 
 
 def table_layouts(stored: Sequence[StoredTensor], dtype: str) -> dict[str, RowLayout]:
-    """How tables are to be, by name: ``dtype`` is one of ``TABLE_DTYPES``, or auto for as stored.
+    """Layouts to serve tables in, by name, for a ``dtype`` of ``TABLE_DTYPES`` or auto (as stored).
 
     Raises:
-        CheckpointError: a file does not say how its rows are.
-        ConfigError: they cannot be made so.
+        CheckpointError: a file does not describe its rows.
+        ConfigError: the rows cannot be converted to ``dtype``.
     """
-    asked = None if dtype == "auto" else dtype
-    return {one.name: asked_layout(one, asked) for one in stored}
+    chosen = None if dtype == "auto" else dtype
+    return {one.name: requested_layout(one, chosen) for one in stored}
 
 
 def load_tables(
     stored: Sequence[StoredTensor], layouts: Mapping[str, RowLayout], *, verify: bool = False
 ) -> dict[str, ValueTable]:
-    """Tables in memory of their own, by name; beside them there is room for a few rows alone.
+    """Tables in memory, by name; loading needs little memory beyond the tables.
 
     Args:
         stored: the tables.
-        layouts: how they are to be.
-        verify: whether their data are compared with the checksums in their files.
+        layouts: layouts to convert them to, by name.
+        verify: compare their data with the checksums in their files.
 
     Raises:
-        CheckpointError: they cannot be read, are not what they were, or a row cannot be converted.
-        ConfigError: the system has no such memory.
+        CheckpointError: a table cannot be read, fails its checksum, or a row cannot be converted.
+        ConfigError: the system has not enough memory.
     """
     with _progress("tables", stored) as progress:
         return {one.name: _load(one, layouts[one.name], verify, progress.update) for one in stored}
@@ -58,28 +63,28 @@ def open_tables(
     *,
     verify: bool = False,
 ) -> dict[str, ValueTable]:
-    """Tables that stay in their files, by name; they share the memory for rows evenly.
+    """Tables of the disk tier, by name; they share the row cache evenly.
 
     Args:
         stored: the tables.
-        layouts: how they are to be, which is how they are.
-        memory: the shapes of their layers.
-        cache_bytes: memory for rows.
-        verify: whether all data are read once and compared with the checksums in their files.
+        layouts: layouts by name; must be the stored ones.
+        memory: shapes of the memory layers.
+        cache_bytes: bytes of row cache for all tables.
+        verify: read all data once and compare them with the checksums in their files.
 
     Raises:
-        CheckpointError: a file cannot be read so, or is not what it was.
-        ConfigError: rows would have to be converted, or there is not memory for the rows that a
+        CheckpointError: a file cannot be read by the disk tier, or fails its checksum.
+        ConfigError: rows would have to be converted, or the cache cannot hold the rows that one
             token reads.
     """
     if not is_available():
-        raise ConfigError("table_tier: disk needs the native library, which was not built")
+        raise ConfigError("table_tier: disk needs the native library, which is not built")
     for one in stored:
         found, wanted = stored_layout(one).name, layouts[one.name].name
         if found != wanted:
             raise ConfigError(
-                f"table_dtype: rows on disk stay {found}; for {wanted} make another folder:"
-                f" memplus quantize {one.file.parent} DST --table-dtype {wanted}"
+                f"table_dtype: the disk tier cannot convert {found} rows to {wanted}; run"
+                f" `memplus quantize {one.file.parent} DST --table-dtype {wanted}`"
             )
     share = cache_bytes // len(stored)
     tables: dict[str, ValueTable] = {
@@ -93,23 +98,23 @@ def open_tables(
     return tables
 
 
-def _load(stored: StoredTensor, layout: RowLayout, verify: bool, told: Told) -> DeviceTable:
+def _load(stored: StoredTensor, layout: RowLayout, verify: bool, on_bytes: OnBytes) -> DeviceTable:
     try:
         rows = anonymous_zeros(layout.shape, layout.dtype)
     except OSError as error:
         raise ConfigError(
-            f"table_tier: device has no {layout.num_bytes} bytes for {stored.name}:"
+            f"table_tier: device cannot allocate {layout.num_bytes} bytes for {stored.name}:"
             f" {error.strerror}"
         ) from None
     if layout == stored_layout(stored):
         for part in read_parts(stored, rows, verify=verify):
-            told(part.nbytes)
+            on_bytes(part.nbytes)
     else:
         first, row_bytes = 0, stored.num_bytes // stored.shape[0]
         for part in converted_parts(stored, layout, verify=verify):
             rows[first : first + len(part)] = part
             first += len(part)
-            told(row_bytes * len(part))
+            on_bytes(row_bytes * len(part))
     return DeviceTable(layout.table(rows))
 
 
@@ -131,17 +136,17 @@ def _open(
         raise CheckpointError(f"tensor {stored.name}: {error}") from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    least = min(memory.num_heads * memory.top_k, memory.num_rows)
-    if table.num_slots < least:
+    rows_per_token = min(memory.num_heads * memory.top_k, memory.num_rows)
+    if table.num_slots < rows_per_token:
         raise ConfigError(
-            f"table_cache: has room for {table.num_slots} rows of {stored.name}, a token reads"
-            f" {least}"
+            f"table_cache: holds {table.num_slots} rows of {stored.name}, but one token reads"
+            f" {rows_per_token}; increase it"
         )
     return table
 
 
-def _progress(what: str, stored: Sequence[StoredTensor]) -> "tqdm[None]":
-    """A bar on stderr, where that is a terminal and there is something to wait for."""
+def _progress(label: str, stored: Sequence[StoredTensor]) -> "tqdm[None]":
+    """A progress bar on stderr; hidden for small tables, or if stderr is not a terminal."""
     total = sum(one.num_bytes for one in stored)
-    hidden = True if total < _SHOWN_BYTES else None
-    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=hidden)
+    hidden = True if total < _MIN_PROGRESS_BYTES else None
+    return tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=hidden)

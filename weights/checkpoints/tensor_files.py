@@ -1,4 +1,4 @@
-"""Safetensors files: what a folder holds, mapped, read whole or in parts."""
+"""Lists, maps and reads the tensors of safetensors files."""
 
 import hashlib
 import json
@@ -23,16 +23,16 @@ STORED_DTYPES = DTYPES | {RECORDS_DTYPE: torch.uint8}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _READ_CHUNK = 1 << 30
 _PART_BYTES = 1 << 22
-_LEAST_MAPPED = 1 << 16
-# before Python 3.13 a mapping keeps a descriptor that it has no use for
+_MIN_MAPPED_BYTES = 1 << 16
+# mappings need no descriptor, but before Python 3.13 they keep one
 _NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies in a file: ``num_bytes`` from ``offset``, dtype in safetensors' code.
+    """A tensor in a file: ``num_bytes`` at ``offset``; ``dtype`` is a safetensors code.
 
-    ``metadata`` is the file's.
+    ``metadata`` is the metadata of the file.
     """
 
     name: str
@@ -46,10 +46,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor that can be made when its turn to be written comes.
+    """A tensor that is loaded only when it is written.
 
-    ``load`` gives it whole, or in parts along its first dimension, each good until the next is
-    asked for. ``metadata`` is added to that of its file.
+    ``load`` returns the whole tensor, or parts along its first dimension; each part is valid until
+    the next one is requested. ``metadata`` is added to the metadata of the file.
     """
 
     name: str
@@ -63,29 +63,29 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder's dense and table files, by name. Reads headers only.
 
     Raises:
-        CheckpointError: no safetensors file, a truncated or foreign one, or a tensor that two files
-            hold. Pickled weights are never opened.
+        CheckpointError: the folder has no safetensors file, a file is truncated or invalid, or two
+            files have a tensor of the same name. Pickled weights are never opened.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in [*_dense_files(folder), *sorted(folder.glob("table-*.safetensors"))]:
         for tensor in list_file(file):
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
-                raise CheckpointError(f"{file}: tensor {tensor.name} stands in {other} too")
+                raise CheckpointError(f"{file}: tensor {tensor.name} is in {other} too")
             tensors[tensor.name] = tensor
     return tensors
 
 
 def read_mapped(stored: StoredTensor) -> Tensor:
-    """A tensor on a mapping of its own, whose pages are read when they are first used.
+    """A tensor on a private mapping, whose pages are read on first use.
 
-    They leave memory when the tensor does, not with the last tensor of its file; writes stay
-    private to this process. A small tensor is read at once: a mapping takes a descriptor.
+    Each tensor has a separate mapping, so that its pages are freed with it. Writes are not seen by
+    other processes. A small tensor is read at once, because a mapping may take a descriptor.
 
     Raises:
         CheckpointError: the file cannot be opened or mapped, or ends too early.
     """
-    if stored.num_bytes < _LEAST_MAPPED:
+    if stored.num_bytes < _MIN_MAPPED_BYTES:
         tensor = torch.empty(stored.shape, dtype=STORED_DTYPES[stored.dtype])
         read_into(stored, tensor)
         return tensor
@@ -124,60 +124,62 @@ def read_into(stored: StoredTensor, target: Tensor) -> None:
 def read_parts(
     stored: StoredTensor, target: Tensor | None = None, *, verify: bool = False
 ) -> Iterator[Tensor]:
-    """A tensor's rows in order, some at a time, read as they are asked for.
+    """Read a tensor's rows in order, in parts.
 
-    They lie in ``target``, a contiguous CPU tensor of the same dtype and shape; without one, each
-    part in the memory of the part before. The page cache gives them up behind the reading.
+    Parts are views of ``target``, a contiguous CPU tensor of the same dtype and shape. Without it,
+    each part overwrites the previous one. What was read is dropped from the page cache.
 
     Raises:
-        CheckpointError: the file cannot be read, or ends too early; or ``verify`` is set, and it
-            has no checksum of the tensor, or that of other data.
+        CheckpointError: the file cannot be read or ends too early; or ``verify`` is set, and the
+            tensor has no checksum or does not match it.
     """
     where = f"{stored.file}: tensor {stored.name}"
     expected = stored.metadata.get(checksum_key(stored.name))
     if verify and expected is None:
-        raise CheckpointError(f"{where}: has no checksum; `memplus convert` makes a copy with one")
+        raise CheckpointError(
+            f"{where}: has no checksum; run `memplus convert` to make a copy with one"
+        )
     checksum = hashlib.sha256()
     num_rows = stored.shape[0]
-    at_once = max(1, _PART_BYTES * num_rows // max(1, stored.num_bytes))
+    rows_per_part = max(1, _PART_BYTES * num_rows // max(1, stored.num_bytes))
     if target is None:
-        shape = (min(at_once, num_rows), *stored.shape[1:])
+        shape = (min(rows_per_part, num_rows), *stored.shape[1:])
         buffer = torch.empty(shape, dtype=STORED_DTYPES[stored.dtype])
     try:
         with open(stored.file, "rb", buffering=0) as file:
             file.seek(stored.offset)
-            for first in range(0, num_rows, at_once):
-                count = min(at_once, num_rows - first)
+            for first in range(0, num_rows, rows_per_part):
+                count = min(rows_per_part, num_rows - first)
                 part = buffer[:count] if target is None else target[first : first + count]
                 _fill(file, part, stored)
-                _forget(file, part.nbytes)
+                _drop_from_page_cache(file, part.nbytes)
                 if verify:
-                    checksum.update(memory_of(part))
+                    checksum.update(tensor_bytes(part))
                 yield part
     except OSError as error:
         raise CheckpointError(f"{where}: {error.strerror}") from None
     if verify and checksum.hexdigest() != expected:
-        raise CheckpointError(f"{where}: its data are not those that its checksum is of")
+        raise CheckpointError(f"{where}: the data do not match its checksum; the file is damaged")
 
 
 def has_checksum(stored: StoredTensor) -> bool:
-    """Whether its file says what its data were when they were written."""
+    """Whether the file has a checksum of this tensor's data."""
     return checksum_key(stored.name) in stored.metadata
 
 
 def checksum_key(name: str) -> str:
-    """Where a file's metadata have the checksum of this tensor's data, in hexadecimal digits."""
+    """Metadata key of a tensor's SHA-256 checksum, which is stored in hexadecimal."""
     return f"sha256:{name}"
 
 
-def memory_of(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor."""
-    # numpy knows no bfloat16, so the memory is handed over as bytes
+    # view as bytes first, because numpy has no bfloat16
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _fill(file: BinaryIO, target: Tensor, stored: StoredTensor) -> None:
-    memory = memory_of(target)
+    memory = tensor_bytes(target)
     done = 0
     while done < len(memory):
         count = file.readinto(memory[done : done + _READ_CHUNK])  # type: ignore[attr-defined]
@@ -186,10 +188,10 @@ def _fill(file: BinaryIO, target: Tensor, stored: StoredTensor) -> None:
         done += count
 
 
-def _forget(file: BinaryIO, num_bytes: int) -> None:
-    """Let the page cache give up what was just read: once is enough, and others need the room."""
+def _drop_from_page_cache(file: BinaryIO, num_bytes: int) -> None:
+    """Drop what was just read from the page cache, because it is read only once."""
     end = file.tell()
-    # of a page that two reads share, only all of it can be given up
+    # start at a page boundary: the kernel drops only whole pages
     start = (end - num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
     os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
 
@@ -201,10 +203,12 @@ def _dense_files(folder: Path) -> list[Path]:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(map(os.fspath, weight_map.values())))
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
-            raise CheckpointError(f"{index}: has no weight_map of tensor and file names") from None
+            raise CheckpointError(
+                f"{index}: has no valid weight_map of tensor names to file names"
+            ) from None
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
-                raise CheckpointError(f"{index}: there is no file {name!r} beside it")
+                raise CheckpointError(f"{index}: names {name!r}, which is not a file in its folder")
         return [folder / name for name in names]
     files = sorted(folder.glob("model*.safetensors"))
     if files:
@@ -222,10 +226,10 @@ def list_file(path: Path) -> list[StoredTensor]:
     """Every tensor of one file, from its header.
 
     Raises:
-        CheckpointError: the file is not whole.
+        CheckpointError: the file is truncated or is not a safetensors file.
     """
     try:
-        # the library checks that the offsets are in order, without gaps, and end with the file
+        # the library checks that the tensors fill the file without gaps or overlap
         with safe_open(path, framework="pt"):
             pass
         with open(path, "rb") as file:
@@ -233,8 +237,8 @@ def list_file(path: Path) -> list[StoredTensor]:
             header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}); pickled or truncated weights are"
-            " not read"
+            f"{path}: is truncated or not a safetensors file ({error}); pickled weights are not"
+            " supported"
         ) from None
     metadata = header.pop("__metadata__", {})
     return [

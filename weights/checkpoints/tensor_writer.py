@@ -1,4 +1,4 @@
-"""Safetensors files, written one tensor or part at a time, with checksums of their data."""
+"""Writes safetensors files one tensor or part at a time, with optional checksums."""
 
 import hashlib
 import json
@@ -10,37 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weights.checkpoints.tensor_files import STORED_DTYPES, TensorSource, checksum_key, memory_of
+from weights.checkpoints.tensor_files import STORED_DTYPES, TensorSource, checksum_key, tensor_bytes
 
-# table rows start on a page, so that direct reads and maps of them are aligned
+# table rows start on a page boundary, so that direct reads and mappings are aligned
 _DATA_ALIGNMENT = 4096
 _CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
-_NOT_KNOWN_YET = "0" * hashlib.sha256().digest_size * 2
+_PLACEHOLDER_CHECKSUM = "0" * hashlib.sha256().digest_size * 2
 
 
 def write_tensors(
     path: Path,
     sources: list[TensorSource],
-    written: Callable[[int], Any],
+    on_write: Callable[[int], Any],
     with_checksums: bool = False,
 ) -> None:
-    """Write a safetensors file, its data on a page boundary, and fsync it.
+    """Write a safetensors file whose data start on a page boundary, and fsync it.
 
-    ``written`` is told the bytes of every tensor or part once they are in the file.
-    ``with_checksums`` puts those of all tensors into the metadata.
+    Calls ``on_write`` with the bytes of each tensor or part after they are written.
+    ``with_checksums`` adds the checksum of every tensor to the metadata.
     """
     checksums = {source.name: hashlib.sha256() for source in sources if with_checksums}
     with open(path, "xb") as file:
-        file.write(_header(sources, dict.fromkeys(checksums, _NOT_KNOWN_YET)))
+        file.write(_header(sources, dict.fromkeys(checksums, _PLACEHOLDER_CHECKSUM)))
         for source in sources:
             loaded, num_bytes = source.load(), 0
             for part in (loaded,) if isinstance(loaded, Tensor) else loaded:
                 assert part.shape[1:] == torch.Size(source.shape[1:]), source.name
-                data = memory_of(part.to(source.dtype).contiguous())
+                data = tensor_bytes(part.to(source.dtype).contiguous())
                 file.write(data)
                 if with_checksums:
                     checksums[source.name].update(data)
-                written(data.nbytes)
+                on_write(data.nbytes)
                 num_bytes += data.nbytes
             assert num_bytes == _num_bytes(source), source.name
         if with_checksums:
@@ -52,7 +52,7 @@ def write_tensors(
 
 
 def _header(sources: list[TensorSource], checksums: Mapping[str, str]) -> bytes:
-    """What stands before the data: as long whatever the checksums are."""
+    """The bytes before the data; their length does not depend on the checksums."""
     metadata = {"format": "pt"}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0

@@ -1,4 +1,4 @@
-"""Text to token ids and back, behind one interface; needs no torch."""
+"""Tokenizers behind one protocol: text to token ids and back. Needs no torch."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ TOKENIZER_FILES = (
 
 
 _BYTE_NAMES = [f"<0x{byte:02X}>" for byte in range(256)]
-# how the ByteLevel decoder writes bytes: printable ones as they are, the others from U+0100 on
+# ByteLevel's characters for bytes: printable bytes stay, the others start at U+0100
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
@@ -31,35 +31,35 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
 
 
 class Tokenizer(Protocol):
-    """A model's own tokenizer. Ids it does not know decode to nothing."""
+    """The tokenizer of a model. Unknown ids decode to empty text."""
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Control tokens, which are no text: begin and end of sequence and the like."""
+        """Ids of control tokens, which have no text: begin and end of sequence, for example."""
         ...
 
     @property
     def longest_token(self) -> int:
-        """Characters that one token covers at most."""
+        """Largest number of characters that one token covers."""
         ...
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of ``text``, with what the model expects around it (often a begin token)."""
+        """Ids of ``text``, by default with the model's special tokens (often a begin token)."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        """What a token that is not special adds to every text as UTF-8.
+        """UTF-8 bytes that a token that is not special adds to any text.
 
-        ``None`` where it depends on the text: a space before a word that may be the first.
+        None if they depend on the text: some tokens lose their space at the start of a text.
         """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids`` without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Text of ``ids`` without special tokens; invalid UTF-8 becomes U+FFFD."""
         ...
 
     def token_text(self, token_id: int) -> str:
-        """One token by itself, its space included; a special one by its name."""
+        """Text of one token, with its leading space; the name of a special token."""
         ...
 
 
@@ -77,12 +77,12 @@ class JsonTokenizer:
         self._token_bytes: Callable[[int], bytes | None] = lambda token_id: None
         if isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
             self._token_bytes = cache(partial(_byte_level, tokenizer))
-        # names alone do not make byte tokens, the decoder must treat them so
+        # such names are byte tokens only if the decoder treats them as bytes
         elif self.decode([vocabulary.get(_BYTE_NAMES[0x41], -1)]) == "A":
             self._token_bytes = _byte_tokens(vocabulary).get
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        # of these two calls only this one lets other threads run meanwhile
+        # encode_batch releases the GIL, encode does not
         (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
@@ -105,10 +105,10 @@ class SentencePieceTokenizer:
     """A ``tokenizer.model``, run by the sentencepiece library."""
 
     def __init__(self, model: bytes, add_bos: bool = True) -> None:
-        """Load a serialised model; ``add_bos`` puts its begin token before every text.
+        """Load a serialised model; ``add_bos`` adds its begin token to every text.
 
         Raises:
-            RuntimeError: these bytes are no sentencepiece model.
+            RuntimeError: the bytes are not a sentencepiece model.
         """
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model)
@@ -142,7 +142,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The folder's ``tokenizer.json``, or else its ``tokenizer.model``.
 
     Raises:
-        CheckpointError: neither is there, or it cannot be read.
+        CheckpointError: neither file exists, or it cannot be read.
     """
     path = folder / "tokenizer.json"
     if path.exists():
@@ -174,7 +174,7 @@ def _byte_level(tokenizer: tokenizers.Tokenizer, token_id: int) -> bytes:
 
 
 def _text_after(tokenizer: Tokenizer, token_id: int) -> str:
-    # after some text, since many tokenizers drop the space of a first token
+    # decode after some text, because many tokenizers drop the space of the first token
     anchor = tokenizer.encode("a", add_special_tokens=False)
     return tokenizer.decode([*anchor, token_id])[len(tokenizer.decode(anchor)) :]
 

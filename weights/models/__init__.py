@@ -1,1 +1,1 @@
-"""The models that have a name."""
+"""Named models: the ones that memplus ships or can install."""

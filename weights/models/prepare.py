@@ -1,4 +1,4 @@
-"""The folder of a model, made where it is not there yet."""
+"""Prepares a model's checkpoint folder: converts SmolLM2 on first use."""
 
 import fcntl
 import shutil
@@ -9,17 +9,17 @@ from weights.models.named_models import SMOLLM2, model_folder, smollm2_source
 
 
 def prepared_folder(name: str, cache_folder: Path) -> Path:
-    """The checkpoint folder of a name or path; SmolLM2 is converted once.
+    """The checkpoint folder of a name or path; converts SmolLM2 if that was not done yet.
 
-    Several processes may ask at once: one converts, the others wait for it.
+    If several processes call this at once, one converts and the others wait for it.
 
     Raises:
-        CheckpointError: there is no such model, or the cache folder cannot be written.
+        CheckpointError: the model does not exist, or the cache folder cannot be written.
     """
     folder = model_folder(name, cache_folder)
     if name != SMOLLM2 or folder.exists():
         return folder
-    # takes a while, and is wanted once
+    # imports torch, which is slow and needed only for the conversion
     from weights.checkpoints.convert import convert
 
     try:
@@ -27,7 +27,7 @@ def prepared_folder(name: str, cache_folder: Path) -> Path:
         with open(folder.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.exists():
-                # who began these was killed, or it would still hold the lock
+                # left by a killed process: a live one would still hold the lock
                 for left in folder.parent.glob(f".{folder.name}.partial-*"):
                     shutil.rmtree(left)
                 convert(smollm2_source(), folder)

@@ -1,1 +1,1 @@
-"""Training: data, optimisers, the loop and its run folder."""
+"""Training: data, optimisers, the training loop, its run folder, and evaluation."""

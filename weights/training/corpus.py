@@ -1,4 +1,4 @@
-"""Documents of text and JSONL files, one after another, never all in memory."""
+"""Streams documents from text and JSONL files."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,10 @@ _SUFFIXES = (".txt", ".jsonl")
 
 
 def corpus_files(paths: Sequence[str]) -> list[Path]:
-    """The text files that these files and folders stand for, those of a folder by name.
+    """The text files among these files and folders; files of a folder are sorted by path.
 
     Raises:
-        DataError: a path is not there, or there is no text file under it.
+        DataError: a path does not exist, is not a text file, or is a folder without text files.
     """
     files: list[Path] = []
     for name in paths:
@@ -27,17 +27,18 @@ def corpus_files(paths: Sequence[str]) -> list[Path]:
         elif not path.is_file():
             raise DataError(f"{path}: no such file or folder")
         elif path.suffix not in _SUFFIXES:
-            raise DataError(f"{path}: neither {' nor '.join(_SUFFIXES)}")
+            raise DataError(f"{path}: is neither a {' nor a '.join(_SUFFIXES)} file")
         else:
             files.append(path)
     return files
 
 
 def documents(files: Sequence[Path]) -> Iterator[str]:
-    """A ``.txt`` file's text, and the ``text`` of each line of a ``.jsonl`` file.
+    """The text of each ``.txt`` file, and the ``text`` of each line of a ``.jsonl`` file.
 
     Raises:
-        DataError: a file is empty or not UTF-8, or a line is no JSON object with a text.
+        DataError: a file is empty or not UTF-8, or a line is not a JSON object with a string
+            ``text``.
     """
     for file in files:
         if file.suffix == ".txt":
@@ -56,10 +57,10 @@ def _whole(file: Path) -> str:
 
 
 def json_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The object of each line of a ``.jsonl`` file, and where it stands; blank lines are none.
+    """The location and the object of each line of a ``.jsonl`` file; skips blank lines.
 
     Raises:
-        DataError: the file is empty, cannot be read, or a line is no JSON object.
+        DataError: the file is empty or cannot be read, or a line is not a JSON object.
     """
     is_empty = True
     try:
@@ -83,14 +84,14 @@ def _object(line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from None
     if not isinstance(record, dict):
-        raise DataError(f"{where}: expected an object")
+        raise DataError(f"{where}: expected a JSON object")
     return record
 
 
 def _lines(file: Path) -> Iterator[str]:
     for where, record in json_objects(file):
         if not isinstance(record.get("text"), str):
-            raise DataError(f"{where}: expected an object with a text")
+            raise DataError(f"{where}: expected a JSON object with a string `text`")
         yield _checked(record["text"], where)
 
 

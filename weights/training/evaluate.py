@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity of texts, and facts that it recalls without looking them up."""
+"""Evaluation of a model: perplexity of texts, and closed-book recall of facts."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,14 +20,22 @@ from weights.training.loss import batch_loss
 from weights.training.token_stream import PackedTokens
 from weights.training.training_data import TextTokens
 
-_TOKENS_AT_ONCE = 1024
-# a wrong answer may be longer than the right one, which says nothing more
-_SPARE_TOKENS = 8
+_BATCH_TOKENS = 1024
+# extra tokens, so that an answer that continues past the right one counts as wrong
+_EXTRA_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """How well texts are foreseen: mean nats a token, and what follows from them."""
+    """Scores of texts.
+
+    Attributes:
+        documents: number of documents.
+        tokens: number of predicted tokens.
+        loss: mean nats per token.
+        perplexity: ``exp(loss)``.
+        bits_per_byte: bits of all predictions per UTF-8 byte.
+    """
 
     documents: int
     tokens: int
@@ -38,7 +46,7 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt whose greedy continuation, up to ``until`` or the end of the text, is the answer."""
+    """A prompt and the expected greedy continuation, up to ``until`` or the end of the text."""
 
     prompt: str
     answer: str
@@ -47,7 +55,7 @@ class Question:
 
 @dataclass(frozen=True)
 class RecallScore:
-    """Closed-book recall: the share of answers that are right in every character."""
+    """Closed-book recall: the fraction of answers that match exactly."""
 
     questions: int
     right: int
@@ -56,9 +64,9 @@ class RecallScore:
 
 @torch.no_grad()
 def score_texts(model: Transformer, text: TextTokens, texts: Iterator[str]) -> TextScore:
-    """The loss of every token that follows another, with begin and end as in training.
+    """Score every token that follows another, with begin and end tokens as in training.
 
-    Longer documents are cut at the model's end.
+    Documents longer than the model's context are cut into parts that are scored separately.
 
     Raises:
         DataError: no document has two tokens.
@@ -86,24 +94,24 @@ def score_texts(model: Transformer, text: TextTokens, texts: Iterator[str]) -> T
 
 
 def read_questions(file: Path) -> list[Question]:
-    """A JSONL file, a line a question: ``prompt``, ``answer`` and perhaps ``until``.
+    """Read a JSONL file of questions: ``prompt``, ``answer`` and optionally ``until`` per line.
 
     Raises:
-        DataError: a line is no such object, or there is none.
+        DataError: a line is not such an object, or the file is empty.
     """
     questions = []
     for where, record in json_objects(file):
         try:
             question = Question(**record)
         except TypeError as error:
-            raise DataError(f"{where}: no question ({error})") from None
+            raise DataError(f"{where}: is not a question ({error})") from None
         if not all(isinstance(part, str) for part in vars(question).values()):
-            raise DataError(f"{where}: expected texts")
+            raise DataError(f"{where}: prompt, answer and until must be strings")
         question = replace(question, answer=question.answer.strip())
         if not question.prompt or not question.answer:
             raise DataError(f"{where}: prompt or answer is empty")
         if question.until and question.until in question.answer:
-            raise DataError(f"{where}: the answer goes on behind its end, {question.until!r}")
+            raise DataError(f"{where}: the answer must not contain until ({question.until!r})")
         questions.append(question)
     return questions
 
@@ -111,7 +119,7 @@ def read_questions(file: Path) -> list[Question]:
 def score_recall(
     engine: Engine, tokenizer: Tokenizer, questions: Sequence[Question]
 ) -> RecallScore:
-    """Ask all questions at once, greedily.
+    """Answer all questions in one batch, greedily.
 
     Raises:
         DataError: a question is too long for the model.
@@ -120,7 +128,7 @@ def score_recall(
     answers: list[list[int]] = [[] for _ in questions]
     for number, question in enumerate(questions):
         wanted = tokenizer.encode(question.answer + question.until, add_special_tokens=False)
-        params = SamplingParams(temperature=0.0, max_tokens=len(wanted) + _SPARE_TOKENS)
+        params = SamplingParams(temperature=0.0, max_tokens=len(wanted) + _EXTRA_TOKENS)
         try:
             engine.add(Request(str(number), tuple(tokenizer.encode(question.prompt)), params))
         except RequestError as error:
@@ -129,9 +137,9 @@ def score_recall(
         for output in engine.step().outputs:
             if output.finish_reason == "error":
                 raise RuntimeError(output.error)
-            # the id that ended it is no part of the answer
-            kept = len(output.token_ids) - (output.stop_token_id is not None)
-            answers[int(output.request_id)] += output.token_ids[:kept]
+            # the stop token is not part of the answer
+            num_ids = len(output.token_ids) - (output.stop_token_id is not None)
+            answers[int(output.request_id)] += output.token_ids[:num_ids]
     right = 0
     for question, ids in zip(questions, answers, strict=True):
         found = tokenizer.decode(ids).strip()
@@ -142,15 +150,15 @@ def score_recall(
 
 
 def _batches(pieces: Iterable[list[int]]) -> Iterator[PackedTokens]:
-    """Pieces packed together, a batch no longer than a piece and a little more."""
-    held: list[list[int]] = []
+    """Pack pieces into batches, each closed once it has ``_BATCH_TOKENS`` tokens."""
+    packed: list[list[int]] = []
     for piece in pieces:
-        held.append(piece)
-        if sum(map(len, held)) >= _TOKENS_AT_ONCE:
-            yield _packed(held)
-            held = []
-    if held:
-        yield _packed(held)
+        packed.append(piece)
+        if sum(map(len, packed)) >= _BATCH_TOKENS:
+            yield _packed(packed)
+            packed = []
+    if packed:
+        yield _packed(packed)
 
 
 def _packed(pieces: Sequence[Sequence[int]]) -> PackedTokens:

@@ -1,4 +1,4 @@
-"""The weights that training begins with."""
+"""Initialises the weights of a new model and its tables."""
 
 import torch
 from torch import Tensor, nn
@@ -10,23 +10,22 @@ from engine.model.transformer import Transformer
 
 @torch.no_grad()
 def initialise(model: Transformer, generator: torch.Generator) -> None:
-    """Draw all of a model's parameters, its tables apart.
+    """Initialise all parameters of a model; ``initialise_table`` does its tables.
 
-    A matrix of I inputs is N(0, 1 / I); one that ends a branch of the residual stream, of which
-    there are two a layer, is smaller by the root of their number. Memory layers are as in
-    "Memory Layers at Scale" (arXiv 2412.09764): subkeys U(+-1 / sqrt(k)), the query Xavier uniform.
-    Norms begin at 1, biases at 0.
+    A matrix with I inputs is N(0, 1 / I). For L layers, the 2 L matrices that end a residual branch
+    are divided by sqrt(2 L). Memory layers follow "Memory Layers at Scale" (arXiv 2412.09764):
+    subkeys U(+-1 / sqrt(k)), query Xavier uniform. Norms are 1, biases 0.
     """
     branches = 2 * model.config.num_layers
     for name, module in model.named_modules():
         if isinstance(module, RmsNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Embedding):
-            _draw(module.weight, module.weight.shape[1], generator)
+            _fill_normal(module.weight, module.weight.shape[1], generator)
         elif isinstance(module, nn.Linear):
             ends_branch = name.endswith(("o_proj", "down_proj", "w2"))
             inputs = module.weight.shape[1] * (branches if ends_branch else 1)
-            _draw(module.weight, inputs, generator)
+            _fill_normal(module.weight, inputs, generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():
@@ -36,8 +35,8 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def initialise_table(table_RV: Tensor, generator: torch.Generator) -> None:
-    """Draw a table's rows, N(0, 1 / V)."""
-    _draw(table_RV, table_RV.shape[1], generator)
+    """Initialise a table's rows as N(0, 1 / V)."""
+    _fill_normal(table_RV, table_RV.shape[1], generator)
 
 
 def _initialise_memory(memory: MemoryLayer, generator: torch.Generator) -> None:
@@ -48,5 +47,5 @@ def _initialise_memory(memory: MemoryLayer, generator: torch.Generator) -> None:
         nn.init.ones_(memory.query_norm)
 
 
-def _draw(weight: Tensor, inputs: int, generator: torch.Generator) -> None:
+def _fill_normal(weight: Tensor, inputs: int, generator: torch.Generator) -> None:
     weight.normal_(std=inputs**-0.5, generator=generator)

@@ -1,4 +1,4 @@
-"""The loss of packed sequences: cross entropy of each token that follows another."""
+"""Loss of packed sequences: next-token cross entropy, and load balancing of experts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,9 +13,11 @@ from weights.training.token_stream import PackedTokens
 
 
 class BatchLoss(NamedTuple):
-    """What a batch costs: ``nats`` of all its targets, and what an even use of experts asks.
+    """Loss of a batch, fp32 scalars.
 
-    Both are fp32; ``penalty`` is None without experts.
+    Attributes:
+        nats: sum of the cross entropy over all targets.
+        penalty: weighted load-balancing loss; None without experts.
     """
 
     nats: Tensor
@@ -23,22 +25,22 @@ class BatchLoss(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """What training makes small."""
+        """The loss that training minimises."""
         return self.nats if self.penalty is None else self.nats + self.penalty
 
 
 def batch_loss(model: Transformer, batch: PackedTokens, dtype: torch.dtype) -> BatchLoss:
-    """Run the model; products in ``dtype`` where that is bfloat16."""
+    """Run the model and compute its loss, with autocast to ``dtype`` if that is bfloat16."""
     device = model.model.embed_tokens.weight.device
     ids_T, targets_T, positions_T = (
         torch.from_numpy(part).to(device)
         for part in (batch.ids_T, batch.targets_T, batch.positions_T)
     )
     layout = TokenLayout(positions_T, batch.starts)
-    every_T = torch.arange(len(ids_T), device=device)
+    all_T = torch.arange(len(ids_T), device=device)
     mixture = model.config.mixture
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-        out = model(ids_T, layout, every_T, with_trace=mixture is not None)
+        out = model(ids_T, layout, all_T, with_trace=mixture is not None)
     nats = functional.cross_entropy(out.logits_LV.float(), targets_T, reduction="sum")
     if mixture is None:
         return BatchLoss(nats, None)
@@ -47,10 +49,11 @@ def batch_loss(model: Transformer, batch: PackedTokens, dtype: torch.dtype) -> B
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
-    """``E sum_e f_e p_e``: f counts the choices of expert e a token, p is its mean probability.
+    """``E sum_e f_e p_e``: f_e is the mean choices of expert e per token, p_e its mean probability.
 
-    Over the tokens of all layers together, as Mixtral's; it is ``top_k`` where all experts are used
-    alike ("Switch Transformers", arXiv 2101.03961, equation 4), and 0 without tokens.
+    Means are over the tokens of all layers together, as in Mixtral. The loss is ``top_k`` if all
+    experts are used equally, and 0 without tokens. Source: "Switch Transformers" (arXiv
+    2101.03961), equation 4.
     """
     probabilities_LE = torch.cat([logits.float() for logits in router_logits]).softmax(-1)
     if not len(probabilities_LE):

@@ -1,4 +1,4 @@
-"""The model that a run trains: drawn anew, or from a checkpoint folder, new memory layers drawn."""
+"""Creates the model of a training run: initialised, or continued from a checkpoint folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,15 +20,17 @@ from weights.training.initialise import initialise, initialise_table
 
 
 def model_config(raw: Mapping[str, Any], vocab_size: int, init_from: str = "") -> ModelConfig:
-    """The model that a config's ``model`` section describes, beside the folder it goes on from.
+    """Config of the model: the ``model`` section on top of the config of folder ``init_from``.
 
     Raises:
-        ConfigError: a key is unknown, missing or of a wrong value; the message names it.
-        CheckpointError: that folder cannot be read.
+        ConfigError: a key is unknown, missing or has an invalid value; the message names it.
+        CheckpointError: the folder cannot be read.
     """
     for key in ("vocab_size", *sorted(IGNORED_KEYS)):
         if key in raw:
-            raise ConfigError(f"model.{key}: is not for a config to say, and would be ignored")
+            raise ConfigError(
+                f"model.{key}: is not allowed here, because training ignores it; remove it"
+            )
     whole: dict[str, Any] = {}
     if init_from:
         whole = config_to_json(open_checkpoint(Path(init_from))[0])
@@ -44,14 +46,14 @@ def model_config(raw: Mapping[str, Any], vocab_size: int, init_from: str = "") -
 def new_model(
     config: ModelConfig, seed: int, init_from: str = "", device: str = "cpu"
 ) -> tuple[Transformer, dict[str, TrainedTable]]:
-    """A model to be trained, in float32, and its tables by their names in a checkpoint.
+    """A float32 model to train, and its tables by their names in a checkpoint.
 
-    All is drawn on the CPU, so that a seed gives the same everywhere. What ``init_from`` has under
-    the same name and shape is taken from there; what it lacks is drawn.
+    Weights are initialised on the CPU, so that a seed gives the same values on every device.
+    Tensors of the folder ``init_from`` then replace the initial ones. It may lack memory layers.
 
     Raises:
-        ConfigError: a tensor of that folder has another shape, or one that is no part of a memory
-            layer is missing there.
+        ConfigError: a tensor of that folder has another shape, or one outside the memory layers is
+            missing there.
         CheckpointError: the folder cannot be read.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +68,7 @@ def new_model(
         rows[name] = table_RV
     if init_from:
         _, stored = open_checkpoint(Path(init_from))
-        _take(model, rows, stored, init_from)
+        _copy_weights(model, rows, stored, init_from)
     model.to(device)
     tables = {name: TrainedTable(rows.pop(name).to(device)) for name in tuple(rows)}
     if tables:
@@ -75,7 +77,7 @@ def new_model(
 
 
 @torch.no_grad()
-def _take(
+def _copy_weights(
     model: Transformer,
     tables: Mapping[str, Tensor],
     stored: Mapping[str, StoredTensor],
@@ -87,11 +89,11 @@ def _take(
             if ".memory." not in name and name not in tables:
                 raise ConfigError(f"run.init_from: {folder} has no tensor {name}")
             continue
-        held = read_rows(stored[name]) if name in tables else read_mapped(stored[name])
-        if held.shape != tensor.shape:
-            found = list(held.shape)
+        saved = read_rows(stored[name]) if name in tables else read_mapped(stored[name])
+        if saved.shape != tensor.shape:
+            found = list(saved.shape)
             raise ConfigError(
-                f"run.init_from: tensor {name} of {folder} has shape {found}, the model"
-                f" {list(tensor.shape)}"
+                f"run.init_from: tensor {name} of {folder} has shape {found}, but the"
+                f" model requires {list(tensor.shape)}"
             )
-        tensor.copy_(held)
+        tensor.copy_(saved)

@@ -1,4 +1,4 @@
-"""One optimiser for a model and its tables: a norm of all gradients, clipped together."""
+"""Optimiser of a model and its tables: clipping, AdamW, sparse Adam, learning-rate schedule."""
 
 import math
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """AdamW for parameters, sparse Adam for tables.
+    """AdamW for parameters and sparse Adam for tables, with all gradients clipped by one norm.
 
     Attributes:
-        dense: torch's optimiser of the parameters.
-        tables: ours, of the tables.
+        dense: torch's AdamW of the parameters.
+        tables: sparse Adam of the tables.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Optimizer:
         config: OptimizerConfig,
         replicas: Replicas | None = None,
     ) -> None:
-        """Hold them; gradients and reads are those of all ``replicas`` together."""
+        """Set up both optimisers; gradients and reads are combined over all ``replicas``."""
         betas = config.beta1, config.beta2
         decayed, others = _by_decay(model)
         groups = [
@@ -43,7 +43,7 @@ class Optimizer:
         self._parameters = [*decayed, *others]
         self.dense = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
         for parameter in self._parameters:
-            # as torch would with the first gradient, so that they are there to be saved
+            # torch creates them at the first step; a checkpoint needs them before
             moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
             self.dense.state[parameter] = {"step": torch.zeros(()), **moments}
         self.tables = TableOptimizer(
@@ -51,12 +51,12 @@ class Optimizer:
         )
 
     def step(self, share: float) -> float:
-        """Use and forget the gradients; return their norm, as it was before clipping.
+        """Update the weights and clear the gradients; return the gradients' norm before clipping.
 
-        ``share`` is that of the highest learning rates.
+        ``share`` multiplies the peak learning rates (see ``lr_share``).
 
         Raises:
-            TrainingError: the norm is no number; no weight was changed.
+            TrainingError: the norm is not finite; no weight was changed.
         """
         gradients = [_gradient(parameter) for parameter in self._parameters]
         self._replicas.sum_in_place(gradients)
@@ -79,21 +79,35 @@ class Optimizer:
         """AdamW's moments of one parameter, by torch's names."""
         return {name: self.dense.state[parameter][name] for name in _MOMENTS}
 
-    def go_to(self, step: int) -> None:
-        """Count as if so many steps were done."""
+    def set_step(self, step: int) -> None:
+        """Set the number of steps done, to resume a run."""
         for parameter in self._parameters:
             self.dense.state[parameter]["step"].fill_(step)
-        self.tables.number = step
+        self.tables.step_count = step
+
+
+def lr_share(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rates of step ``step`` (from 1) of ``steps``, as a fraction of the peak rates.
+
+    Rises linearly over ``warmup_steps``. Then falls to ``least_lr_share`` at the last step, along a
+    half cosine or a line, or stays constant, as ``decay`` says.
+    """
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    done = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    left = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
+    least = config.least_lr_share
+    return least + (1 - least) * left[config.decay]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:  # an expert that no token chose: its step counts all the same
+    if parameter.grad is None:  # an expert that no token chose still takes the step
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
 
 
 def _by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Matrices that weights decay in, and the rest: norms, biases, subkeys."""
+    """Parameters with weight decay (matrices) and without it (norms, biases, subkeys)."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Processes that train one model together, each on its part of every batch."""
+"""Data-parallel training: processes that each compute a part of every batch."""
 
 from collections.abc import Sequence
 
@@ -9,38 +9,38 @@ from memory_ops.tables.trained import TableReads
 
 
 class Replicas:
-    """All hold the same weights and moments, and change them alike.
+    """The processes of a run. All hold the same weights and moments, and apply the same steps.
 
-    A process that is alone is the first of one, for whom nothing here costs anything. All others
-    have joined a process group of torch.distributed, and call the same methods in the same order.
+    With one process, all methods are trivial. Several processes have joined a process group of
+    torch.distributed, and must call the same methods in the same order.
 
     Attributes:
-        rank: of this process.
-        count: of them all.
+        rank: index of this process.
+        count: number of processes.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, device: str = "cpu") -> None:
-        """``device`` is where their group exchanges numbers."""
+        """``device`` holds the tensors that the process group exchanges."""
         self.rank, self.count = rank, count
         self._device = device
 
     @classmethod
     def of_group(cls, device: str) -> "Replicas":
-        """Those of the process group that this process has joined."""
+        """The processes of the group that this process has joined."""
         return cls(distributed.get_rank(), distributed.get_world_size(), device)
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what all have in common."""
+        """Whether this is the process that writes the run folder."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Go on when all have come as far."""
+        """Wait until all processes have called this."""
         if self.count > 1:
             distributed.barrier()
 
     def sum_numbers(self, *values: float) -> list[float]:
-        """The sums of all processes' values, fp64."""
+        """Sum each value over all processes, in fp64."""
         if self.count == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64, device=self._device)
@@ -52,25 +52,25 @@ class Replicas:
         if self.count == 1:
             return True
         both = [*values, *(-value for value in values)]
-        most = torch.tensor(both, dtype=torch.float64, device=self._device)
-        distributed.all_reduce(most, distributed.ReduceOp.MAX)
-        return bool((most[: len(values)] == -most[len(values) :]).all())
+        maxima = torch.tensor(both, dtype=torch.float64, device=self._device)
+        distributed.all_reduce(maxima, distributed.ReduceOp.MAX)
+        return bool((maxima[: len(values)] == -maxima[len(values) :]).all())
 
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
-        """Make each tensor the sum of all processes' own; all have the same ones, in this order."""
+        """Replace each tensor by its sum over all processes, which pass them in the same order."""
         if self.count == 1:
             return
-        under_way = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
-        for one in under_way:
+        pending = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+        for one in pending:
             one.wait()
 
     def gather(self, reads: TableReads) -> TableReads:
-        """The reads of all processes, in their order: a table's gradient, as sparse as it is."""
+        """Concatenate the table reads of all processes: the sparse gradient of the whole batch."""
         if self.count == 1:
             return reads
-        own = torch.tensor([len(reads.rows_THK)], device=reads.rows_THK.device)
-        lengths = [torch.empty_like(own) for _ in range(self.count)]
-        distributed.all_gather(lengths, own)
+        length = torch.tensor([len(reads.rows_THK)], device=reads.rows_THK.device)
+        lengths = [torch.empty_like(length) for _ in range(self.count)]
+        distributed.all_gather(lengths, length)
         counts = [int(length) for length in lengths]
         return TableReads(*(self._gather_one(part, counts) for part in reads))
 

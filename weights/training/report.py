@@ -1,4 +1,4 @@
-"""What is left to read of a run that is through: curves, and a card that says what was made how."""
+"""Report of a finished run: loss curves, and a model card with settings and results."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -20,24 +20,28 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def describe_flops(flops: Mapping[str, int], tokens_per_step: int) -> str:
-    """What a model costs, for a reader; a backward pass takes twice what a forward does."""
+    """Compute cost as text; a backward pass counts as two forward passes."""
     forward = total_flops(flops)
     parts = ", ".join(
         f"{part.replace('_', '-')} {count / 1e6:.3g}" for part, count in flops.items()
     )
     step = 3 * forward * tokens_per_step / 1e9
-    return f"{forward / 1e6:.4g} MFLOP a token forward ({parts}), {step:.4g} GFLOP a step"
+    return (
+        f"{forward / 1e6:.4g} MFLOP per token forward ({parts}), {step:.4g} GFLOP per training step"
+    )
 
 
 def write_report(folder: Path, config: TrainConfig, flops: Mapping[str, int]) -> list[Path]:
-    """Write the card, and where matplotlib is installed the curves; return what was written.
+    """Write the card, and the curves if matplotlib is installed; return the files written.
 
     Raises:
-        TrainingError: the log has no steps, or a file cannot be written.
+        TrainingError: the log has no steps or no evaluations, or a file cannot be written.
     """
     records = RunLog(folder / "log.jsonl").records()
     if {"step", "evaluation"} - {record["kind"] for record in records}:
-        raise TrainingError(f"{folder}: log.jsonl has no steps or evaluations to tell of")
+        raise TrainingError(
+            f"{folder}: log.jsonl has no steps or no evaluations; finish the run first"
+        )
     has_curves = importlib.util.find_spec("matplotlib") is not None
     try:
         if has_curves:
@@ -67,14 +71,14 @@ def _card(
         f"# {folder.name}",
         "",
         f"Trained by memplus in {len(steps):,} steps, {tokens:,} tokens. The mean loss of the last"
-        f" {len(tail)} steps is {mean:.4f} nats a token.",
+        f" {len(tail)} steps is {mean:.4f} nats per token.",
         "",
         f"    memplus serve --model {last}",
         "",
         *(_indented(describe(summarize(last)))),
         f"    compute       {describe_flops(flops, config.run.tokens_per_step)}",
         "",
-        "Last evaluation, on documents held out if any, and use of tables since the one before:",
+        "Last evaluation: held-out documents, if any, and table usage since the previous one.",
         "",
         *(f"    {key:<24} {value:.6g}" for key, value in found.items()),
         "",
@@ -113,14 +117,14 @@ def _draw(records: Records, file: Path) -> None:
     if "loss" in evaluations[-1]:
         held_out = [record["loss"] for record in evaluations]
         loss.plot([record["step"] for record in evaluations], held_out, label="held out")
-    loss.set_ylabel("nats a token")
-    norm.set_ylabel("norm of all gradients")
+    loss.set_ylabel("nats per token")
+    norm.set_ylabel("gradient norm")
     for axes in others:
         for key in usage:
             heights = [record[key] for record in evaluations]
             axes.plot([record["step"] for record in evaluations], heights, label=key)
         axes.set_ylim(0, 1.05)
-        axes.set_ylabel("use of tables")
+        axes.set_ylabel("table usage")
     for axes in (loss, norm, *others):
         axes.grid(alpha=0.3)
         axes.legend()

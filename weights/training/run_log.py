@@ -1,4 +1,4 @@
-"""The log of a run: a JSON object a line, cut back where a run goes on from an earlier step."""
+"""The log of a run: one JSON object per line, truncated when a run resumes."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from weights.errors import TrainingError
 
 
 class RunLog:
-    """A file that grows by records, each with its ``step``."""
+    """An append-only file of records, each with its ``step``."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -18,7 +18,7 @@ class RunLog:
         """Append a record.
 
         Raises:
-            TrainingError: it cannot be written; the message names the step.
+            TrainingError: the file cannot be written; the message names the step.
         """
         try:
             with open(self._path, "a", encoding="utf-8") as file:
@@ -27,8 +27,8 @@ class RunLog:
             step, name = record["step"], self._path.name
             raise TrainingError(f"step {step}: {name}: {error.strerror}") from None
 
-    def cut(self, step: int) -> None:
-        """Drop what was logged after this step, and a line that a killed run has not ended."""
+    def truncate(self, step: int) -> None:
+        """Remove records of later steps, and an incomplete last line of a killed run."""
         lines = self._lines()
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         if kept != lines:
@@ -37,7 +37,7 @@ class RunLog:
             partial.rename(self._path)
 
     def records(self) -> list[dict[str, Any]]:
-        """All that was logged."""
+        """All records."""
         return [json.loads(line) for line in self._lines()]
 
     def _lines(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Adam for value tables: only rows that were read cost anything, whatever the size of the table."""
+"""Sparse Adam for value tables: the cost of a step depends only on the rows that were read."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ from weights.training.replicas import Replicas
 
 
 class TableOptimizer:
-    """torch.optim.SparseAdam's steps for tables that remember their reads; no weight decay.
+    """torch.optim.SparseAdam for tables that record their reads; no weight decay.
 
-    Row-wise it keeps one moment a row instead of two a value, a third of the memory.
+    Row-wise, it keeps one moment per row instead of two per value: a third of the total memory.
 
     Attributes:
-        moments: of each table.
-        number: of steps done.
-        used: what each table's last step read.
+        moments: moments of each table.
+        step_count: steps done.
+        used: rows that the last step updated, per table; None if it read none.
     """
 
     def __init__(
@@ -32,28 +32,28 @@ class TableOptimizer:
         is_row_wise: bool = False,
         replicas: Replicas | None = None,
     ) -> None:
-        """Hold the tables; moments begin at 0, and take no room before they are used."""
+        """Create moments of 0, whose pages take no memory before their first use."""
         self._tables = tuple(tables)
         self._replicas = replicas or Replicas()
         self._betas, self._eps, self._is_row_wise = betas, eps, is_row_wise
         self._gradients: list[tuple[RowGroups, Tensor] | None] | None = None
         self.moments = [_moments(table, is_row_wise) for table in tables]
-        self.number = 0
+        self.step_count = 0
         self.used: list[RowGroups | None] = [None for _ in tables]
 
     def collect(self) -> float:
-        """Take the tables' reads for the next step; return their gradients' squared norm."""
-        assert self._gradients is None, "reads were collected that no step has used"
+        """Take the tables' gradients for the next step; return their squared norm."""
+        assert self._gradients is None, "collect was called twice without a step"
         self._gradients = [self._grouped(table.take_reads()) for table in self._tables]
         return sum(operations.squared_norm(*one) for one in self._gradients if one is not None)
 
     def step(self, lr: float, scale: float = 1.0) -> None:
-        """Use what was collected; gradients are multiplied by ``scale`` first, for clipping."""
-        self.number += 1
+        """Apply the collected gradients, multiplied by ``scale`` for clipping."""
+        self.step_count += 1
         step = AdamStep.at(
-            self.number, lr, self._betas, self._eps, scale=scale, is_row_wise=self._is_row_wise
+            self.step_count, lr, self._betas, self._eps, scale=scale, is_row_wise=self._is_row_wise
         )
-        assert self._gradients is not None, "reads are collected before a step"
+        assert self._gradients is not None, "step was called without collect"
         for table, moments, gradient in zip(
             self._tables, self.moments, self._gradients, strict=True
         ):
@@ -76,5 +76,5 @@ def _moments(table: TrainedTable, is_row_wise: bool) -> AdamMoments:
     return AdamMoments(_zeros(table.table_RV, shape), _zeros(table.table_RV, shape))
 
 
-def _zeros(beside: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return anonymous_zeros(shape, torch.float32) if beside.is_cpu else beside.new_zeros(shape)
+def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return anonymous_zeros(shape, torch.float32) if like.is_cpu else like.new_zeros(shape)

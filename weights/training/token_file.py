@@ -1,4 +1,4 @@
-"""Tokenised documents on disk, memory-mapped: written once, read by every run on them."""
+"""Memory-mapped file of tokenised documents."""
 
 import json
 import os
@@ -11,71 +11,73 @@ import numpy as np
 from weights.checkpoints.new_folder import new_folder, write_synced
 from weights.errors import DataError
 
-_CHUNK = 1 << 16  # tokens held before they are written
+_CHUNK = 1 << 16  # tokens buffered before they are written
 
 
 class TokenFile:
-    """Documents' tokens, one after another.
+    """Concatenated tokens of documents.
 
     Attributes:
-        ids: uint16 or uint32, those of all documents.
-        starts: int64, where each document begins, and the end.
+        ids: uint16 or uint32 token ids of all documents.
+        starts: int64 offset of each document, and the total length.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Map a folder that ``write`` made.
+        """Map a folder that ``write`` created.
 
         Raises:
-            DataError: the folder is not whole.
+            DataError: a file is missing or invalid.
         """
         try:
             dtype = json.loads((folder / "tokens.json").read_text())["dtype"]
             self.starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
             self.ids = np.memmap(folder / "tokens.bin", dtype=np.dtype(dtype), mode="r")
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(f"{folder}: no tokenised documents ({error})") from None
+            raise DataError(f"{folder}: has no tokenised documents ({error})") from None
         if len(self.starts) < 2 or self.starts[-1] != len(self.ids):
-            raise DataError(f"{folder}: tokens.bin has {len(self.ids)} tokens, not as many as said")
+            raise DataError(
+                f"{folder}: tokens.bin has {len(self.ids)} tokens, which does not match starts.bin"
+            )
 
     @classmethod
     def write(cls, folder: Path, documents: Iterable[list[int]], vocab_size: int) -> "TokenFile":
-        """Write documents under a temporary name, then rename it.
+        """Write documents to a new folder, atomically.
 
         Raises:
-            DataError: there is no document, or the folder cannot be written.
+            DataError: there are no documents, or the folder cannot be written.
         """
         dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
         try:
             with new_folder(folder) as partial:
                 lengths = _write_tokens(partial / "tokens.bin", documents, dtype)
                 if not lengths:
-                    problem = "there is no document; see data.validation_share"
+                    problem = "no documents; add some or lower data.validation_share"
                     raise DataError(f"{folder.name}: {problem}")
                 starts = np.cumsum([0, *lengths], dtype=np.int64)
                 write_synced(partial / "starts.bin", starts.tobytes())
-                described = json.dumps({"dtype": np.dtype(dtype).name})
-                write_synced(partial / "tokens.json", described.encode())
+                description = json.dumps({"dtype": np.dtype(dtype).name})
+                write_synced(partial / "tokens.json", description.encode())
         except OSError as error:
-            reason = error.strerror or error  # numpy's have no number
+            reason = error.strerror or error  # numpy's errors have no strerror
             raise DataError(f"{folder}: cannot be written ({reason})") from None
         return cls(folder)
 
     def __len__(self) -> int:
-        """How many documents there are."""
+        """Number of documents."""
         return len(self.starts) - 1
 
 
 def _write_tokens(path: Path, documents: Iterable[list[int]], dtype: type) -> "array[int]":
     lengths = array("q")
-    held: list[int] = []
+    buffered: list[int] = []
     with open(path, "xb") as file:
         for document in documents:
             lengths.append(len(document))
-            held += document
-            if len(held) >= _CHUNK:
-                np.array(held, dtype=dtype).tofile(file)
-                held.clear()
-        np.array(held, dtype=dtype).tofile(file)
+            buffered += document
+            if len(buffered) >= _CHUNK:
+                np.array(buffered, dtype=dtype).tofile(file)
+                buffered.clear()
+        np.array(buffered, dtype=dtype).tofile(file)
         file.flush()
         os.fsync(file.fileno())
     return lengths

@@ -1,4 +1,4 @@
-"""Batches of exactly so many tokens from shuffled documents, from any place on again."""
+"""Resumable stream of batches with an exact number of tokens from shuffled documents."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from weights.errors import DataError
 from weights.training.token_file import TokenFile
 
 
-class StreamPlace(NamedTuple):
-    """Where a stream stands: pieces done in this epoch, and tokens done of the next one."""
+class StreamPosition(NamedTuple):
+    """Position of a stream: epoch, pieces done in it, and tokens done of the current piece."""
 
     epoch: int = 0
     piece: int = 0
@@ -20,13 +20,13 @@ class StreamPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Sequences one after another, without padding.
+    """Concatenated sequences without padding.
 
     Attributes:
         ids_T: int64 token ids.
-        targets_T: int64, the token that follows each.
-        positions_T: int64, each token's place in its sequence.
-        starts: S + 1 offsets of the sequences.
+        targets_T: int64 id of the token that follows each.
+        positions_T: int64 position of each token in its sequence.
+        starts: offsets of the S sequences, and the total length.
     """
 
     ids_T: NDArray[np.int64]
@@ -35,29 +35,29 @@ class PackedTokens:
     starts: tuple[int, ...]
 
     def part(self, rank: int, count: int) -> "PackedTokens":
-        """Of ``count`` parts that are about as long the one at ``rank``: whole sequences."""
+        """Part ``rank`` of ``count`` parts of about equal length; sequences are not split."""
         starts = np.asarray(self.starts)
         bounds = np.searchsorted(starts, np.arange(count + 1) * starts[-1] / count)
-        own = starts[bounds[rank] : bounds[rank + 1] + 1]
-        tokens = slice(own[0], own[-1])
+        offsets = starts[bounds[rank] : bounds[rank + 1] + 1]
+        tokens = slice(offsets[0], offsets[-1])
         return PackedTokens(
             self.ids_T[tokens],
             self.targets_T[tokens],
             self.positions_T[tokens],
-            tuple(int(start - own[0]) for start in own),
+            tuple(int(start - offsets[0]) for start in offsets),
         )
 
 
 class TokenStream:
-    """Endless batches; each epoch has every document once, in an order of its own.
+    """Endless batches; each epoch has every document once, in a new order.
 
-    Attention spans no two documents. One longer than ``sequence_length`` is cut into pieces, which
-    are shuffled like documents; the last piece of a batch is cut where the batch is full, and goes
-    on, as a sequence of its own, in the next.
+    Attention never spans two documents. Documents longer than ``sequence_length`` are cut into
+    pieces, which are shuffled like documents. If the last piece of a batch does not fit, its rest
+    starts the next batch as a separate sequence.
     """
 
     def __init__(self, tokens: TokenFile, sequence_length: int, seed: int) -> None:
-        """Begin with the first epoch.
+        """Start at the first epoch.
 
         Raises:
             DataError: no document has a token that follows another.
@@ -67,28 +67,28 @@ class TokenStream:
         self._starts, self._lengths = _pieces(tokens.starts, sequence_length)
         if not len(self._starts):
             raise DataError("train: no document has two tokens")
-        self.place = StreamPlace()
+        self.position = StreamPosition()
         self._order = self._shuffled(0)
 
     @property
     def mean_attended(self) -> float:
-        """Tokens that one sees, itself and those before, on average."""
+        """Mean number of tokens that a token attends to, including itself."""
         lengths = self._lengths.astype(np.float64)
         return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
 
-    def seek(self, place: StreamPlace) -> None:
-        """Go to a place that this stream, or its twin, once had."""
-        if place.epoch != self.place.epoch:
-            self._order = self._shuffled(place.epoch)
-        self.place = place
+    def seek(self, position: StreamPosition) -> None:
+        """Continue from the position of an equal stream."""
+        if position.epoch != self.position.epoch:
+            self._order = self._shuffled(position.epoch)
+        self.position = position
 
     def next(self, num_tokens: int) -> PackedTokens:
-        """The next ``num_tokens`` tokens, with what follows each."""
+        """The next ``num_tokens`` tokens, with their targets."""
         ids = np.empty(num_tokens, dtype=np.int64)
         targets, positions = np.empty_like(ids), np.empty_like(ids)
         starts, done = [0], 0
         while done < num_tokens:
-            _, piece, offset = self.place
+            _, piece, offset = self.position
             index = self._order[piece]
             first = self._starts[index] + offset
             count = int(min(self._lengths[index] - offset, num_tokens - done))
@@ -101,14 +101,14 @@ class TokenStream:
             self._advance(offset + count == self._lengths[index], count)
         return PackedTokens(ids, targets, positions, tuple(starts))
 
-    def _advance(self, is_through: bool, count: int) -> None:
-        epoch, piece, offset = self.place
-        if not is_through:
-            self.place = StreamPlace(epoch, piece, offset + count)
+    def _advance(self, is_finished: bool, count: int) -> None:
+        epoch, piece, offset = self.position
+        if not is_finished:
+            self.position = StreamPosition(epoch, piece, offset + count)
         elif piece + 1 < len(self._order):
-            self.place = StreamPlace(epoch, piece + 1, 0)
+            self.position = StreamPosition(epoch, piece + 1, 0)
         else:
-            self.place = StreamPlace(epoch + 1, 0, 0)
+            self.position = StreamPosition(epoch + 1, 0, 0)
             self._order = self._shuffled(epoch + 1)
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
@@ -118,10 +118,10 @@ class TokenStream:
 def _pieces(
     starts: NDArray[np.int64], sequence_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where each piece begins, and how many of its tokens have one that follows."""
+    """Offset of each piece, and its number of tokens that have a next token."""
     lengths = np.maximum(np.diff(starts) - 1, 0)
     counts = -(-lengths // sequence_length)
     document = np.repeat(np.arange(len(lengths)), counts)
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begun = number * sequence_length
-    return starts[document] + begun, np.minimum(lengths[document] - begun, sequence_length)
+    skipped = number * sequence_length
+    return starts[document] + skipped, np.minimum(lengths[document] - skipped, sequence_length)

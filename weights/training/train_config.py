@@ -1,4 +1,4 @@
-"""What ``memplus train`` is told: a TOML file, read strictly, and changes from the command line."""
+"""Settings of ``memplus train``: a TOML file, read strictly, with overrides."""
 
 import math
 import tomllib
@@ -16,15 +16,15 @@ Section = TypeVar("Section")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where texts come from, and how they become sequences.
+    """Texts, tokenizer and sequence length.
 
     Attributes:
-        train: files and folders; a ``.txt`` is a document, a line of a ``.jsonl`` another.
-        validation: likewise; without it some of the training documents are held out.
-        validation_share: how many of them, whole documents.
-        tokenizer: a ``tokenizer.model`` or checkpoint folder; without it one is trained.
-        vocab_size: of a tokenizer that is trained.
-        sequence_length: tokens that attention spans; longer documents are cut.
+        train: files and folders; a ``.txt`` file or a line of a ``.jsonl`` file is a document.
+        validation: files and folders; if empty, part of the training documents is held out.
+        validation_share: fraction of the training documents that is held out.
+        tokenizer: a ``tokenizer.model`` or checkpoint folder; if empty, a tokenizer is trained.
+        vocab_size: tokens of a trained tokenizer.
+        sequence_length: tokens per sequence; longer documents are cut.
     """
 
     train: tuple[str, ...]
@@ -36,7 +36,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.train:
-            raise ConfigError("data.train: names no file or folder")
+            raise ConfigError("data.train: is empty; must name files or folders")
         _at_least(self, "data", 1, "sequence_length")
         _at_least(self, "data", 300, "vocab_size")
         if not 0 <= self.validation_share < 1:
@@ -48,17 +48,17 @@ class OptimizerConfig:
     """AdamW for dense weights, sparse Adam for tables; norms, biases and tables do not decay.
 
     Attributes:
-        lr: the highest, of dense weights.
-        table_lr: the highest, of tables (arXiv 2412.09764 uses 1e-3).
-        beta1: of both.
-        beta2: of both.
-        eps: of both.
-        weight_decay: of dense matrices.
-        clip_norm: of all gradients together, rows' included; 0 clips none.
-        row_wise: tables keep one moment a row instead of two a value.
-        warmup_steps: in which learning rates rise from 0.
-        decay: their course from there on.
-        least_lr_share: of the highest, where that course ends.
+        lr: peak learning rate of dense weights.
+        table_lr: peak learning rate of tables (arXiv 2412.09764 uses 1e-3).
+        beta1: decay of the first moments.
+        beta2: decay of the second moments.
+        eps: added to the denominator of a step.
+        weight_decay: decoupled weight decay of dense matrices.
+        clip_norm: largest norm of all gradients together, tables included; 0 disables clipping.
+        row_wise: keep one moment per table row instead of two per value.
+        warmup_steps: steps in which the learning rates rise from 0 to their peak.
+        decay: shape of the decay after the warm-up.
+        least_lr_share: final learning rates as a fraction of the peak.
     """
 
     lr: float = 1e-3
@@ -78,7 +78,9 @@ class OptimizerConfig:
         _at_least(self, "optimizer", 0, "warmup_steps", "least_lr_share")
         _at_least(self, "optimizer", 1e-15, "eps")
         if self.least_lr_share > 1:
-            raise ConfigError(f"optimizer.least_lr_share: {self.least_lr_share} is more than 1")
+            raise ConfigError(
+                f"optimizer.least_lr_share: must be at most 1, not {self.least_lr_share}"
+            )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}: {getattr(self, name)} is outside [0, 1)")
@@ -86,19 +88,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long, how much at once, in which precision, and what is kept.
+    """Length, batch size, precision, checkpoints and seed of a run.
 
     Attributes:
-        steps: of the optimiser.
-        tokens_per_step: of all its passes together.
-        passes_per_step: that a step's tokens are cut into, to take less memory.
-        device: that trains; several processes of one machine take a CUDA device each.
-        dtype: of products; weights, scores, norms and the loss are float32.
-        checkpoint_activations: compute each layer's anew backwards instead of keeping them.
-        checkpoint_every: steps.
-        evaluate_every: steps.
-        seed: of weights, and of the order of documents.
-        init_from: a model's name or folder to go on from; memory layers that it lacks are new.
+        steps: number of optimiser steps.
+        tokens_per_step: tokens of a step, over all its passes.
+        passes_per_step: forward and backward passes per step; more passes take less memory.
+        device: device to train on; several processes on one machine use one CUDA device each.
+        dtype: dtype of matrix products; weights, scores, norms and the loss are float32.
+        checkpoint_activations: recompute each layer in the backward pass to save memory.
+        checkpoint_every: steps between checkpoints.
+        evaluate_every: steps between evaluations.
+        seed: seed of initial weights and of the order of documents.
+        init_from: name or folder of a model to start from; missing memory layers are initialised.
     """
 
     steps: int
@@ -125,9 +127,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All sections. ``model`` has the keys of a ``config.json``, its vocabulary's size apart.
+    """All sections. ``model`` has the keys of a ``config.json`` except ``vocab_size``.
 
-    With ``run.init_from`` only the keys that differ from that folder's are given.
+    With ``run.init_from``, ``model`` has only the keys that differ from that folder's config.
     """
 
     data: DataConfig
@@ -140,8 +142,8 @@ def read_train_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
     """Read a TOML file; ``changes`` are ``section.key=value``, the value as TOML or plain text.
 
     Raises:
-        ConfigError: the file cannot be read, or a key is unknown, missing or of a wrong type or
-            value; the message names it.
+        ConfigError: the file cannot be read, or a key is unknown, missing or has an invalid value;
+            the message names it.
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -154,9 +156,9 @@ def read_train_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
     known = {one.name: one for one in fields(TrainConfig)}
     for name, section in raw.items():
         if name not in known:
-            raise ConfigError(f"{name}: unknown section; there are {', '.join(known)}")
+            raise ConfigError(f"{name}: unknown section; must be one of {', '.join(known)}")
         if not isinstance(section, dict):
-            raise ConfigError(f"{name}: expected a section")
+            raise ConfigError(f"{name}: expected a section, got {section!r}")
     return TrainConfig(
         data=_section(DataConfig, "data", raw),
         run=_section(RunConfig, "run", raw),
@@ -178,7 +180,7 @@ def _set(raw: dict[str, Any], change: str) -> None:
     for part in path:
         at = at.setdefault(part, {})
         if not isinstance(at, dict):
-            raise ConfigError(f"set: {name.strip()} goes through {part}, which is no section")
+            raise ConfigError(f"set: {name.strip()}: {part} is not a section")
     at[key] = value
 
 
@@ -201,15 +203,15 @@ def _section(kind: type[Section], name: str, raw: Mapping[str, Any]) -> Section:
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     if isinstance(hint, types.GenericAlias):
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ConfigError(f"{name}: expected a list of texts, got {value!r}")
-        return tuple(texts)
+        strings = [value] if isinstance(value, str) else value
+        if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
+            raise ConfigError(f"{name}: expected a list of strings, got {value!r}")
+        return tuple(strings)
     is_number = hint is float and isinstance(value, int)
     if not (isinstance(value, hint) or is_number) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}")
     if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{name}: {value} is no number to go by")
+        raise ConfigError(f"{name}: must be finite, not {value}")
     return hint(value)
 
 

@@ -1,4 +1,4 @@
-"""What a run goes on from: a checkpoint folder that also holds moments and place."""
+"""Training checkpoints: a checkpoint folder with moments and data position, to resume from."""
 
 import json
 import re
@@ -17,23 +17,23 @@ from weights.checkpoints.config_json import CheckpointConfig
 from weights.checkpoints.tensor_files import TensorSource, list_file, read_into, read_mapped
 from weights.errors import CheckpointError
 from weights.training.optimizer import Optimizer
-from weights.training.token_stream import StreamPlace
+from weights.training.token_stream import StreamPosition
 from weights.training.training_data import TextTokens
 
-_MOMENTS, _PLACE = "trainer.safetensors", "trainer.json"
-_KEPT = 2
+_MOMENTS_FILE, _PROGRESS_FILE = "trainer.safetensors", "trainer.json"
+_MAX_STATES = 2
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """What changes in a run, and where it is kept.
+    """The state of a run, saved to and loaded from checkpoint folders.
 
     Attributes:
-        folder: of all its checkpoints.
-        model: its weights, float32.
-        tables: by their names in a checkpoint.
-        optimizer: its moments.
-        text: the tokenizer that checkpoints carry.
+        folder: folder of all checkpoints of the run.
+        model: float32 model.
+        tables: value tables by their names in a checkpoint.
+        optimizer: optimiser, whose moments are saved.
+        text: tokenizer that is saved with the model.
     """
 
     folder: Path
@@ -42,55 +42,56 @@ class TrainState:
     optimizer: Optimizer
     text: TextTokens
 
-    def save(self, step: int, place: StreamPlace) -> Path:
-        """Write the state after so many steps, whole or not at all; older ones but one go.
+    def save(self, step: int, position: StreamPosition) -> Path:
+        """Write the state after ``step`` steps, atomically; keep only the two newest states.
 
         Raises:
-            CheckpointError: it cannot be written; what was written before is left as it was.
+            CheckpointError: the state cannot be written; older states are unchanged.
         """
         target = self.folder / f"step-{step:08}"
         text = self.text
         config = CheckpointConfig(self.model.config, text.eos_ids, text.bos_id, "float32")
-        place_text = json.dumps({"step": step, "place": place._asdict()})
+        progress = json.dumps({"step": step, "place": position._asdict()})
         save_checkpoint(
             target,
             config,
             _sources(self._weights()),
-            {**self.text.files, _PLACE: place_text.encode()},
-            more_tensors={_MOMENTS: _sources(self._moments())},
+            {**self.text.files, _PROGRESS_FILE: progress.encode()},
+            more_tensors={_MOMENTS_FILE: _sources(self._moments())},
         )
-        for old in saved_states(self.folder)[:-_KEPT]:
+        for old in saved_states(self.folder)[:-_MAX_STATES]:
             _remove(old)
         return target
 
     @torch.no_grad()
-    def load(self, saved: Path) -> tuple[int, StreamPlace]:
-        """Go back to a saved state; return its step and place.
+    def load(self, saved: Path) -> tuple[int, StreamPosition]:
+        """Restore a saved state; return its step and data position.
 
         Raises:
-            CheckpointError: it is not one of this run's.
+            CheckpointError: the state cannot be read, or does not match the model of this run.
         """
         try:
-            raw = json.loads((saved / _PLACE).read_text(encoding="utf-8"))
-            step, place = int(raw["step"]), StreamPlace(**raw["place"])
+            raw = json.loads((saved / _PROGRESS_FILE).read_text(encoding="utf-8"))
+            step, position = int(raw["step"]), StreamPosition(**raw["place"])
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise CheckpointError(f"{saved / _PLACE}: {error}") from None
+            raise CheckpointError(f"{saved / _PROGRESS_FILE}: {error}") from None
         files = [*saved.glob("model*.safetensors"), *saved.glob("table-*.safetensors")]
-        stored = {t.name: t for file in (*files, saved / _MOMENTS) for t in list_file(file)}
+        stored = {t.name: t for file in (*files, saved / _MOMENTS_FILE) for t in list_file(file)}
         wanted = self._weights() | self._moments()
         if set(wanted) != set(stored):
             name = min(set(wanted) ^ set(stored))
-            raise CheckpointError(f"{saved}: tensor {name} is not in both this run and its state")
+            raise CheckpointError(f"{saved}: tensor {name} is only in one of the state and the run")
         for name, tensor in wanted.items():
             if (stored[name].shape, stored[name].dtype) != (tuple(tensor.shape), "F32"):
                 found = f"{stored[name].dtype} {list(stored[name].shape)}"
-                raise CheckpointError(f"{saved}: tensor {name} is {found}")
+                wanted_shape = f"F32 {list(tensor.shape)}"
+                raise CheckpointError(f"{saved}: tensor {name} is {found}, not {wanted_shape}")
             if tensor.is_cpu:
                 read_into(stored[name], tensor)
             else:
                 tensor.copy_(read_mapped(stored[name]))
-        self.optimizer.go_to(step)
-        return step, place
+        self.optimizer.set_step(step)
+        return step, position
 
     def _weights(self) -> dict[str, Tensor]:
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
@@ -109,7 +110,7 @@ class TrainState:
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """Whole states, oldest first; what else lies there is not ours."""
+    """Complete states in ``folder``, oldest first."""
     return sorted(one for one in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", one.name))
 
 
@@ -121,13 +122,13 @@ def _sources(tensors: Mapping[str, Tensor]) -> list[TensorSource]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run had begun to write, or to remove."""
+    """Remove states that a killed run had not finished to write or to remove."""
     for left in folder.glob(".step-*"):
         shutil.rmtree(left)
 
 
 def _remove(folder: Path) -> None:
-    # renamed first, so that what is half gone is not taken for a state
-    gone = folder.with_name(f".{folder.name}.gone")
-    folder.rename(gone)
-    shutil.rmtree(gone)
+    # rename first, so that a partly removed folder does not count as a state
+    removed = folder.with_name(f".{folder.name}.gone")
+    folder.rename(removed)
+    shutil.rmtree(removed)

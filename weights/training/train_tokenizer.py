@@ -1,4 +1,4 @@
-"""A sentencepiece tokenizer made from the documents that a model will be trained on."""
+"""Trains a sentencepiece tokenizer on documents."""
 
 import io
 from collections.abc import Iterable, Iterator
@@ -7,17 +7,17 @@ import sentencepiece
 
 from weights.errors import DataError
 
-_LONGEST_LINE = 2048  # characters; the library passes longer ones over
-_MOST_CHARACTERS = 100_000_000  # more change little, and take hours
+_MAX_LINE = 2048  # characters; the library skips longer lines
+_MAX_CHARACTERS = 100_000_000  # more text takes hours and changes little
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
-    """A serialised model: byte pairs, every byte a token, digits apart, begin and end of text.
+    """A serialised BPE model with byte fallback, single digits, and begin and end tokens.
 
-    Text is kept as it is: nothing is normalised, and no space is put before it.
+    Text is not normalised, and no space is added before it.
 
     Raises:
-        DataError: there is too little text for so many tokens, or ``documents`` raised it.
+        DataError: the text is too short for ``vocab_size``, or ``documents`` raised it.
     """
     model = io.BytesIO()
     lines = _Lines(documents)
@@ -34,9 +34,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             character_coverage=0.9999,
-            max_sentence_length=4 * _LONGEST_LINE,
+            max_sentence_length=4 * _MAX_LINE,
             pad_id=-1,
-            num_threads=1,  # so that the same text always gives the same tokenizer
+            num_threads=1,  # for a reproducible tokenizer
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -47,7 +47,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
 
 
 class _Lines:
-    """What the library iterates over, which makes another error of the one raised there."""
+    """Iterator for the library, which hides exceptions: keeps a DataError to raise it again."""
 
     def __init__(self, documents: Iterable[str]) -> None:
         self._lines = _lines(documents)
@@ -65,11 +65,11 @@ class _Lines:
 
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:
-    left = _MOST_CHARACTERS
+    left = _MAX_CHARACTERS
     for document in documents:
         for line in document.splitlines():
-            for start in range(0, len(line), _LONGEST_LINE):
-                yield line[start : start + _LONGEST_LINE]
+            for start in range(0, len(line), _MAX_LINE):
+                yield line[start : start + _MAX_LINE]
         left -= len(document)
         if left < 0:
             return

@@ -1,4 +1,4 @@
-"""The training loop: batch, loss, step, log, checkpoint, over again."""
+"""The training loop: batches, optimiser steps, log, evaluations and checkpoints."""
 
 import math
 import time
@@ -15,11 +15,10 @@ from engine.model.flops import forward_flops
 from weights.errors import TrainingError
 from weights.training.loss import batch_loss
 from weights.training.new_model import model_config, new_model
-from weights.training.optimizer import Optimizer
+from weights.training.optimizer import Optimizer, lr_share
 from weights.training.replicas import Replicas
 from weights.training.run_log import RunLog
-from weights.training.run_record import check_record
-from weights.training.schedule import lr_share
+from weights.training.run_record import check_settings
 from weights.training.table_usage import TableUsage
 from weights.training.token_stream import TokenStream
 from weights.training.train_config import TrainConfig
@@ -27,13 +26,13 @@ from weights.training.train_state import TrainState, remove_leftovers, saved_sta
 from weights.training.training_data import TrainingData, prepare_data
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# of the validation documents, each time
-_EVALUATED_TOKENS = 65_536
+# tokens of validation documents per evaluation
+_EVALUATION_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step: the mean loss of its tokens in nats, the gradients' norm, and how fast it was."""
+    """Results of one step; ``loss`` is in nats per token, ``grad_norm`` is before clipping."""
 
     step: int
     loss: float
@@ -43,29 +42,31 @@ class StepReport:
 
 
 class Trainer:
-    """A run in its folder: made, or found there and gone on with.
+    """A training run in its folder, new or resumed.
 
     Attributes:
         step: steps done.
-        folder: holds ``data``, ``checkpoints`` and ``log.jsonl``.
-        flops: operations of one token's forward, by part of the model.
+        folder: run folder with ``data``, ``checkpoints`` and ``log.jsonl``.
+        flops: operations of one token's forward pass, by part of the model.
     """
 
     def __init__(
         self, config: TrainConfig, folder: Path, *, resume: bool, replicas: Replicas | None = None
     ) -> None:
-        """Prepare data and model; ``resume`` goes back to the newest checkpoint, if there is one.
+        """Prepare data and model; ``resume`` loads the newest checkpoint, if one exists.
 
-        With ``replicas`` all processes train in the same folder, which the first writes.
+        With ``replicas``, all processes use the same folder, and the first process writes it.
 
         Raises:
-            ConfigError, DataError, CheckpointError: by what cannot be read.
-            TrainingError: the folder has a run that is not to be resumed, or had other settings.
+            ConfigError: a setting is invalid.
+            DataError: a text cannot be read.
+            CheckpointError: a model, tokenizer or checkpoint cannot be read.
+            TrainingError: the folder has a run, and ``resume`` is not set or its settings differ.
         """
         states = folder / "checkpoints"
         saved = saved_states(states)
         if saved and not resume:
-            raise TrainingError(f"{folder}: has a run already, go on with it by --resume")
+            raise TrainingError(f"{folder}: already has a run; add --resume to continue it")
         self.folder, self._config = folder, config
         self._replicas = replicas or Replicas()
         run = config.run
@@ -73,8 +74,8 @@ class Trainer:
         shape = model_config(config.model, data.text.vocab_size, run.init_from)
         if config.data.sequence_length > shape.max_positions:
             raise ConfigError(
-                f"data.sequence_length: {config.data.sequence_length} is more than the"
-                f" {shape.max_positions} of model.max_position_embeddings"
+                f"data.sequence_length: must be at most model.max_position_embeddings"
+                f" {shape.max_positions}, not {config.data.sequence_length}"
             )
         model, tables = new_model(shape, run.seed, run.init_from, run.device)
         if run.checkpoint_activations:
@@ -88,42 +89,44 @@ class Trainer:
         self._state = TrainState(states, model, tables, self._optimizer, data.text)
         self.step = 0
         if saved:
-            self.step, place = self._state.load(saved[-1])
-            self._stream.seek(place)
+            self.step, position = self._state.load(saved[-1])
+            self._stream.seek(position)
         if self.step > run.steps:
-            raise ConfigError(f"run.steps: {run.steps} is less than the {self.step} done")
+            raise ConfigError(
+                f"run.steps: must be at least the {self.step} steps done, not {run.steps}"
+            )
         self._check_replicas()
         self._log = RunLog(folder / "log.jsonl")
         if self._replicas.is_first:
-            self._log.cut(self.step)
+            self._log.truncate(self.step)
 
     def run(self, on_step: Callable[[StepReport], bool]) -> None:
-        """Train to the last step; ``on_step`` says after each whether to go on.
+        """Train to the last step, or until ``on_step`` returns False after a step.
 
         Raises:
-            TrainingError: the loss or a gradient is no number; the message names the step.
-            CheckpointError: a checkpoint cannot be written; older ones are left as they were.
+            TrainingError: the loss or a gradient is not finite; the message names the step.
+            CheckpointError: a checkpoint cannot be written; older ones are unchanged.
         """
         run = self._config.run
-        goes_on = True
-        while goes_on and self.step < run.steps:
+        continues = True
+        while continues and self.step < run.steps:
             report = self._one_step()
             if self._replicas.is_first:
                 self._log.write({"kind": "step", **asdict(report)})
             (stopped,) = self._replicas.sum_numbers(not on_step(report))
-            goes_on = not stopped
+            continues = not stopped
             if self.step % run.checkpoint_every == 0:
                 self._check_replicas()
             if self._replicas.is_first:
-                self._keep(is_last=self.step == run.steps or not goes_on)
+                self._evaluate_and_save(is_last=self.step == run.steps or not continues)
 
-    def _keep(self, is_last: bool) -> None:
+    def _evaluate_and_save(self, is_last: bool) -> None:
         run, step = self._config.run, self.step
-        # before it is saved, so that a run that is through has been evaluated
+        # evaluate before saving, so that a finished run has been evaluated
         if step % run.evaluate_every == 0 or step == run.steps:
             self._log.write({"kind": "evaluation", "step": step, **self.evaluate()})
         if step % run.checkpoint_every == 0 or is_last:
-            self._state.save(step, self._stream.place)
+            self._state.save(step, self._stream.position)
 
     @torch.no_grad()
     def _check_replicas(self) -> None:
@@ -135,11 +138,12 @@ class Trainer:
         sums = [float(one.sum(dtype=torch.float64)) for one in weights]
         if not self._replicas.agree(self.step, math.fsum(sums)):
             raise TrainingError(
-                f"step {self.step}: the processes differ; all must see the same {self.folder}"
+                f"step {self.step}: weights differ between processes; all must use the same"
+                f" {self.folder}"
             )
 
     def _prepared_data(self, states: Path) -> TrainingData:
-        """Make the run's folder and its data, or find them; the first process makes them."""
+        """Create or open the run folder and its data; the first process creates them."""
         config, folder = self._config, self.folder
         if not self._replicas.is_first:
             self._replicas.wait()
@@ -148,7 +152,7 @@ class Trainer:
                 states.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise TrainingError(f"{folder}: {error.strerror}") from None
-            check_record(folder, config)
+            check_settings(folder, config)
             remove_leftovers(states)
         data = prepare_data(config.data, folder / "data", config.run.seed, config.run.init_from)
         if self._replicas.is_first:
@@ -157,13 +161,13 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean loss and perplexity on held-out documents, and how the tables were used."""
+        """Mean loss and perplexity on held-out documents, and table usage since the last call."""
         found: dict[str, float] = {}
         if self._validation is not None:
             config = self._config
             stream = TokenStream(self._validation, config.data.sequence_length, seed=0)
             size = config.run.tokens_per_step // config.run.passes_per_step
-            passes = max(1, min(_EVALUATED_TOKENS, len(self._validation.ids)) // size)
+            passes = max(1, min(_EVALUATION_TOKENS, len(self._validation.ids)) // size)
             dtype = _DTYPES[config.run.dtype]
             total = sum(
                 float(batch_loss(self._model, stream.next(size), dtype).nats) for _ in range(passes)

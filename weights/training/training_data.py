@@ -1,4 +1,4 @@
-"""A run's tokenizer and tokenised documents: made once, in the run's folder, then found there."""
+"""Prepares a run's tokenizer and tokenised documents, once per run folder."""
 
 import json
 import random
@@ -26,14 +26,14 @@ from weights.training.train_tokenizer import train_tokenizer
 
 @dataclass(frozen=True)
 class TextTokens:
-    """How texts become a model's tokens.
+    """Tokenisation of documents.
 
     Attributes:
-        tokenizer: it.
-        files: what a checkpoint folder carries of it, by name.
-        vocab_size: ids are less.
-        bos_id: put before every document, where there is one.
-        eos_ids: those that end a text; the smallest is put behind every document, if there is one.
+        tokenizer: the tokenizer.
+        files: its files in a checkpoint folder, by name.
+        vocab_size: upper bound of ids.
+        bos_id: begin token added before every document; None adds none.
+        eos_ids: tokens that end a text; the smallest, if any, is added after every document.
     """
 
     tokenizer: Tokenizer
@@ -51,7 +51,7 @@ class TextTokens:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run trains on; ``validation`` is None where nothing is held out."""
+    """Data of a run; ``validation`` is None if no documents are held out."""
 
     text: TextTokens
     train: TokenFile
@@ -59,40 +59,40 @@ class TrainingData:
 
 
 def prepare_data(config: DataConfig, folder: Path, seed: int, init_from: str = "") -> TrainingData:
-    """Tokenise documents into ``folder``, or find what was tokenised there.
+    """Tokenise documents into ``folder``, or open the ones tokenised there before.
 
     Raises:
-        DataError: a text cannot be read, or there are too few.
+        DataError: a text cannot be read, or there are too few documents.
         CheckpointError: the given tokenizer cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*.partial-*"):  # by a run that was killed
+    for left in folder.glob(".*.partial-*"):  # left by a killed run
         shutil.rmtree(left)
     files = corpus_files(config.train)
     held_out = corpus_files(config.validation)
-    own = {path.resolve() for path in held_out}
-    # once each, and none that is held out, though a folder of both were named
-    files = [path for path in dict.fromkeys(files) if path.resolve() not in own]
+    validation_files = {path.resolve() for path in held_out}
+    # remove duplicates and held-out files, which a folder in data.train may contain
+    files = [path for path in dict.fromkeys(files) if path.resolve() not in validation_files]
     if not files:
-        raise DataError("data.train: every file is held out by data.validation")
+        raise DataError("data.train: all files are in data.validation too; add others")
     share = 0.0 if held_out else config.validation_share
-    learnt = partial(_part, files, share, seed, is_held_out=False)
-    text = _text_tokens(config, folder, learnt, init_from)
-    train = _tokens(folder / "train", text, learnt())
+    train_documents = partial(_split, files, share, seed, is_held_out=False)
+    text = _text_tokens(config, folder, train_documents, init_from)
+    train = _tokens(folder / "train", text, train_documents())
     validation = None
     if held_out:
         validation = _tokens(folder / "validation", text, documents(held_out))
     elif share:
-        part = _part(files, share, seed, is_held_out=True)
+        part = _split(files, share, seed, is_held_out=True)
         validation = _tokens(folder / "validation", text, part)
     return TrainingData(text, train, validation)
 
 
-def _part(files: Sequence[Path], share: float, seed: int, is_held_out: bool) -> Iterator[str]:
-    """Some of the documents, each part the other's rest; the first is held out, if any is."""
-    drawn = random.Random(seed)
+def _split(files: Sequence[Path], share: float, seed: int, is_held_out: bool) -> Iterator[str]:
+    """The held-out or the other documents; if ``share`` is not 0, the first is held out."""
+    generator = random.Random(seed)
     for number, text in enumerate(documents(files)):
-        if (bool(share) and (number == 0 or drawn.random() < share)) == is_held_out:
+        if (bool(share) and (number == 0 or generator.random() < share)) == is_held_out:
             yield text
 
 
@@ -103,26 +103,26 @@ def _tokens(folder: Path, text: TextTokens, texts: Iterator[str]) -> TokenFile:
 
 
 def _text_tokens(
-    config: DataConfig, folder: Path, learnt: Callable[[], Iterator[str]], init_from: str
+    config: DataConfig, folder: Path, train_documents: Callable[[], Iterator[str]], init_from: str
 ) -> TextTokens:
     given = config.tokenizer or init_from
     if given and Path(given).is_dir():
         return checkpoint_text(Path(given))
     if given:
         try:
-            return _of_sentencepiece(Path(given).read_bytes())
+            return _sentencepiece_text(Path(given).read_bytes())
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{given}: not a sentencepiece model ({error})") from None
-    kept = folder / "tokenizer.model"
-    if not kept.exists():
-        partial = kept.with_suffix(".partial")
-        partial.write_bytes(train_tokenizer(learnt(), config.vocab_size))
-        partial.rename(kept)
-    return _of_sentencepiece(kept.read_bytes())
+    saved = folder / "tokenizer.model"
+    if not saved.exists():
+        partial = saved.with_suffix(".partial")
+        partial.write_bytes(train_tokenizer(train_documents(), config.vocab_size))
+        partial.rename(saved)
+    return _sentencepiece_text(saved.read_bytes())
 
 
 def checkpoint_text(folder: Path) -> TextTokens:
-    """A checkpoint folder's own (CheckpointError)."""
+    """Tokenisation of a checkpoint folder's model (CheckpointError)."""
     config = read_config(folder)
     present = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     return TextTokens(
@@ -134,7 +134,7 @@ def checkpoint_text(folder: Path) -> TextTokens:
     )
 
 
-def _of_sentencepiece(model: bytes) -> TextTokens:
+def _sentencepiece_text(model: bytes) -> TextTokens:
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     bos_id, eos_id = processor.bos_id(), processor.eos_id()

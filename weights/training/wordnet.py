@@ -1,6 +1,6 @@
-"""WordNet's nouns and what they mean: the corpus of the default model.
+"""Writes the corpus of the default model: WordNet's nouns and their definitions.
 
-https://wordnet.princeton.edu, as Debian's package wordnet-base installs it.
+Reads https://wordnet.princeton.edu as installed by Debian's package wordnet-base.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from weights.errors import DataError
 
 _NUM_QUESTIONS = 200
-_SENSES = 20  # a document of glosses
+_SENSES = 20  # per document of glosses
 _PARTS = ("noun", "verb", "adj", "adv")
 
 
@@ -24,17 +24,17 @@ class Noun:
 
     @property
     def prompt(self) -> str:
-        """What the gloss is asked for with, and follows after a space."""
+        """The text before the gloss, without the space between them."""
         return f"{self.word} (noun):"
 
 
 def read_nouns(folder: Path) -> list[Noun]:
-    """The nouns of one word with a sense that was tagged in a text, in WordNet's order.
+    """Single-word nouns with a sense that is tagged in a text, in WordNet's order.
 
-    A gloss is taken up to its first semicolon, behind which are others and examples.
+    A gloss ends at its first semicolon, because further definitions and examples follow there.
 
     Raises:
-        DataError: the folder has no ``index.noun`` and ``data.noun``, or they are of another form.
+        DataError: ``index.noun`` or ``data.noun`` is missing or malformed.
     """
     try:
         glosses = {line[:8]: _gloss(line) for line in _lines(folder / "data.noun")}
@@ -47,14 +47,14 @@ def read_nouns(folder: Path) -> list[Noun]:
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from None
     except (ValueError, LookupError) as error:
-        raise DataError(f"{folder}: not WordNet's files ({error})") from None
+        raise DataError(f"{folder}: has no valid WordNet files ({error})") from None
 
 
 def write_corpus(source: Path, target: Path) -> int:
-    """Write ``nouns.jsonl``, a document a noun, and ``questions.jsonl``, some of them asked for.
+    """Write ``nouns.jsonl`` with one document per noun, and ``questions.jsonl`` with 200 of them.
 
-    Beside them ``glosses.jsonl`` has all that WordNet says, examples included, twenty senses a
-    document. Returns the number of nouns; what is drawn is the same each time.
+    Also writes ``glosses.jsonl``: all senses of all words with examples, twenty per document.
+    Random choices have a fixed seed. Returns the number of nouns.
 
     Raises:
         DataError: as ``read_nouns``, or the target cannot be written.
@@ -65,8 +65,8 @@ def write_corpus(source: Path, target: Path) -> int:
         {"text": "\n".join(entries[i : i + _SENSES])} for i in range(0, len(entries), _SENSES)
     ]
     texts = [{"text": f"{noun.prompt} {noun.gloss}"} for noun in nouns]
-    asked = random.Random(0).sample(nouns, min(_NUM_QUESTIONS, len(nouns)))
-    questions = [{"prompt": noun.prompt, "answer": noun.gloss} for noun in asked]
+    sampled = random.Random(0).sample(nouns, min(_NUM_QUESTIONS, len(nouns)))
+    questions = [{"prompt": noun.prompt, "answer": noun.gloss} for noun in sampled]
     try:
         target.mkdir(parents=True, exist_ok=True)
         written = {"nouns": texts, "questions": questions, "glosses": glosses}
@@ -79,7 +79,7 @@ def write_corpus(source: Path, target: Path) -> int:
 
 
 def _entries(folder: Path) -> list[str]:
-    """A line a sense: its words, and its whole gloss."""
+    """One line per sense: its words and its whole gloss."""
     entries = []
     for part in _PARTS:
         file = folder / f"data.{part}"
@@ -91,7 +91,7 @@ def _entries(folder: Path) -> list[str]:
 
 
 def _lines(file: Path) -> list[str]:
-    """Without the licence, whose lines begin with a space."""
+    """Lines of a file without the licence, whose lines begin with a space."""
     lines = file.read_text(encoding="utf-8").splitlines()
     return [line for line in lines if not line.startswith(" ")]
 
@@ -101,7 +101,7 @@ def _gloss(line: str) -> str:
 
 
 def _num_tagged(entry: list[str]) -> int:
-    """lemma, pos, synsets, p pointers, p times a pointer, senses, tagged senses, offsets"""
+    """Tagged senses of an entry: lemma, pos, synsets, p, p pointers, senses, tagged, offsets."""
     return int(entry[5 + int(entry[3])])
 
 

@@ -104,11 +104,11 @@ def test_a_failing_read_ends_its_requests_and_no_others(tmp_path):
 
 def test_what_cannot_be_is_refused_by_name(tmp_path):
     dense = save_model(random_model(tiny_config()), tmp_path / "dense")
-    with pytest.raises(ConfigError, match="table_tier: disk is for value tables"):
+    with pytest.raises(ConfigError, match="table_tier: disk requires value tables"):
         load_model(dense, table_cache=2**20)
     changes = feed_forward_changes("memory_plus", "dense")
     folder = save_model(random_model(tiny_config(**changes)), tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"table_cache: has room for 5 rows .* reads 6"):
+    with pytest.raises(ConfigError, match=r"table_cache: holds 5 rows .* reads 6"):
         load_model(folder, table_cache=room_for(5))
     with pytest.raises(ConfigError, match="table_cache: 100 bytes are less than 232, for one row"):
         load_model(folder, table_cache=100)

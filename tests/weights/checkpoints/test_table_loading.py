@@ -115,12 +115,12 @@ def test_what_cannot_be_is_refused_by_name(folder, tmp_path):
     with pytest.raises(ConfigError, match="table_dtype: 'int3' is not one of"):
         load_model(folder, table_dtype="int3")
     convert(folder, tmp_path / "narrow", table_dtype="int4")
-    with pytest.raises(ConfigError, match=r"table_dtype: .*table-00000.* has rows of int4 already"):
+    with pytest.raises(ConfigError, match=r"table_dtype: .*table-00000.* has int4 rows already"):
         load_model(tmp_path / "narrow", table_dtype="float32")
     dense = save_model(random_model(tiny_config()), tmp_path / "dense")
-    with pytest.raises(ConfigError, match="table_dtype: is for value tables"):
+    with pytest.raises(ConfigError, match="table_dtype: requires value tables"):
         load_model(dense, table_dtype="int8")
-    with pytest.raises(ConfigError, match="verify_tables: is for value tables"):
+    with pytest.raises(ConfigError, match="verify_tables: requires value tables"):
         load_model(dense, verify_tables=True)
 
 
@@ -129,7 +129,7 @@ def test_a_row_that_cannot_be_rounded_is_told_of_at_load(tmp_path):
     model = random_model(tiny_config(**feed_forward_changes("memory_plus", "dense")))
     model.model.layers[0].memory.table.rows[10, 3] = torch.inf
     folder = save_model(model, tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"memory.table, from row 7 on: .*row 3 has values"):
+    with pytest.raises(CheckpointError, match=r"memory.table, rows from 7: .*row 3 has values"):
         load_model(folder, table_dtype="fp8")
 
 
@@ -227,7 +227,7 @@ def test_a_progress_bar_is_for_large_tables_on_a_terminal(folder, monkeypatch, l
             told.append(count)
 
     monkeypatch.setattr(table_loading, "tqdm", Bar)
-    monkeypatch.setattr(table_loading, "_SHOWN_BYTES", least)
+    monkeypatch.setattr(table_loading, "_MIN_PROGRESS_BYTES", least)
     load_model(folder, table_dtype="int8")
     load_model(folder, table_cache=2**20, verify_tables=True)
     # tqdm itself looks for a terminal where it is told None

@@ -38,14 +38,12 @@ def test_a_table_is_held_where_it_fits_beside_weights_and_kv_blocks(caplog):
     cache, line = decided(caplog, 12 * GIB, 10 * GIB)
     assert cache is None
     assert line == (
-        "tables of 10.00 GiB are held in memory (device): 12.00 GiB is available (a test), less"
-        " 512.0 MiB for weights, 1.00 GiB for KV blocks and 512.0 MiB for a step"
+        "tables of 10.00 GiB are loaded into memory (device tier): 12.00 GiB is available (a test),"
+        " less 512.0 MiB for weights, 1.00 GiB for the KV pool and 512.0 MiB for a step"
     )
     cache, line = decided(caplog, 12 * GIB - 1, 10 * GIB)
     assert cache == 2 * GIB and caplog.records[0].levelno == logging.WARNING
-    assert line.startswith(
-        "tables of 10.00 GiB stay on disk, 2.00 GiB of memory are for their rows: "
-    )
+    assert line.startswith("tables of 10.00 GiB stay on disk with a row cache of 2.00 GiB: ")
 
 
 def test_the_cache_is_that_asked_for_else_no_more_than_there_is(caplog):
@@ -56,7 +54,7 @@ def test_the_cache_is_that_asked_for_else_no_more_than_there_is(caplog):
 
 def test_what_the_disk_tier_would_hold_in_memory_is_held_in_memory(caplog):
     cache, line = decided(caplog, 0, 256 * MIB)
-    assert cache is None and "as the disk tier may take 256.0 MiB" in line
+    assert cache is None and "they fit in a cache of 256.0 MiB" in line
     assert decided(caplog, 0, 256 * MIB + 1)[0] is not None
 
 
@@ -69,7 +67,9 @@ def test_a_large_cache_is_no_reason_to_hold_a_table_that_does_not_fit(caplog):
 @pytest.mark.parametrize("tier", ["auto", "disk"])
 def test_a_cache_that_memory_has_no_room_for_is_refused(tier):
     asked = choice_of(3 * GIB, 5 * GIB, tier)
-    with pytest.raises(ConfigError, match=r"table_cache: takes 5.00 GiB, and 2.50 GiB is left"):
+    with pytest.raises(
+        ConfigError, match=r"table_cache: takes 5.00 GiB, but the weights leave 2.50"
+    ):
         asked.shares(10 * GIB, GIB // 2)
     # no cache takes more than the table
     assert asked.shares(5 * GIB // 2, GIB // 2).cache_bytes == 5 * GIB
@@ -84,7 +84,7 @@ def test_a_default_cache_on_disk_has_to_fit_too():
 def test_a_table_that_does_not_fit_on_the_device_is_refused():
     device = choice_of(3 * GIB, tier="device")
     assert device.shares(5 * GIB // 2, GIB // 2).cache_bytes is None
-    named = r"table_tier: device needs 2.50 GiB, and 2.50 GiB is left .* \(3.00 GiB is available: a"
+    named = r"table_tier: device needs 2.50 GiB, but .* leave 2.50 GiB \(3.00 GiB is available: a"
     with pytest.raises(ConfigError, match=named):
         device.shares(5 * GIB // 2 + 1, GIB // 2)
     # what is available is an estimate, which refuses no small table
@@ -92,7 +92,7 @@ def test_a_table_that_does_not_fit_on_the_device_is_refused():
 
 
 def test_a_cache_that_is_not_used_is_told_of(caplog):
-    assert "--table-cache is not used" in decided(caplog, 9 * GIB, GIB, 5 * MIB)[1]
+    assert "--table-cache is unused" in decided(caplog, 9 * GIB, GIB, 5 * MIB)[1]
     # also where nothing sets logging up
     assert caplog.records[0].levelno == logging.WARNING
     assert "--table-cache" not in decided(caplog, 9 * GIB, GIB)[1]
@@ -103,13 +103,13 @@ def test_a_system_that_does_not_tell_is_told_of(caplog):
     def silent():
         raise ValueError("no MemAvailable")
 
-    with pytest.raises(ConfigError, match=r"table_tier: auto cannot tell .*no MemAvailable"):
+    with pytest.raises(ConfigError, match=r"table_tier: auto cannot read .*no MemAvailable"):
         TierChoice(GIB, None, GIB, available=silent).shares(GIB, GIB)
     assert TierChoice(GIB, None, GIB, "device", silent).shares(GIB, GIB).cache_bytes is None
     assert TierChoice(GIB, None, GIB, "disk", silent).shares(GIB, GIB).cache_bytes == GIB
     # without tables, too, where it decides nothing
     assert TierChoice(GIB, None, GIB, available=silent).shares(0, GIB) == MemoryShares(None, GIB)
-    assert "memory is not checked" in caplog.messages[-1]
+    assert "memory limits are not checked" in caplog.messages[-1]
 
 
 @pytest.fixture
@@ -123,8 +123,8 @@ def memory(monkeypatch):
             super().__init__(*arguments, told, **keywords)
 
     monkeypatch.setattr(engine_entry, "TierChoice", Told)
-    monkeypatch.setattr("weights.checkpoints.table_tier._LEAST_CACHE_BYTES", 3000)
-    monkeypatch.setattr("weights.checkpoints.table_tier._LEAST_KV_BYTES", 3000)
+    monkeypatch.setattr("weights.checkpoints.table_tier._MIN_CACHE_BYTES", 3000)
+    monkeypatch.setattr("weights.checkpoints.table_tier._MIN_KV_BYTES", 3000)
     return found
 
 
@@ -158,9 +158,9 @@ def test_a_model_without_tables_has_no_tier(tmp_path, caplog):
     folder = save_model(random_model(tiny_config()), tmp_path / "model")
     load_served(ModelOptions(str(folder)), folder, None)
     assert not caplog.records
-    with pytest.raises(ConfigError, match="table_cache: is for value tables"):
+    with pytest.raises(ConfigError, match="table_cache: requires value tables"):
         load_served(ModelOptions(str(folder), table_cache="1GiB"), folder, ASKED)
-    with pytest.raises(ConfigError, match="table_tier: disk is for value tables"):
+    with pytest.raises(ConfigError, match="table_tier: disk requires value tables"):
         load_served(ModelOptions(str(folder), table_tier="disk"), folder, ASKED)
 
 
@@ -172,7 +172,7 @@ def test_the_default_model_is_held_in_memory():
 
 def kv_share(available, asked=False, table=0, tier="auto"):
     told = partial(AvailableMemory, available, "a test")
-    choice = TierChoice(2 * GIB, None, GIB, tier, told, is_kv_asked=asked)
+    choice = TierChoice(2 * GIB, None, GIB, tier, told, is_kv_requested=asked)
     return choice.shares(table, weight_bytes=GIB // 4).kv_bytes
 
 
@@ -180,7 +180,7 @@ def test_kv_blocks_get_what_is_left_also_of_a_model_without_tables(caplog):
     caplog.set_level(logging.INFO)
     assert kv_share(GIB) == GIB // 4
     assert caplog.messages == [
-        "KV blocks get 256.0 MiB: 1.00 GiB is available (a test), less 256.0 MiB for weights,"
+        "KV pool takes 256.0 MiB: 1.00 GiB is available (a test), less 256.0 MiB for weights,"
         " 0.0 MiB for table rows and 512.0 MiB for a step"
     ]
     assert caplog.records[0].levelno == logging.WARNING
@@ -200,12 +200,12 @@ def test_kv_blocks_get_what_table_rows_leave():
 def test_kv_blocks_that_were_asked_for_fit_or_are_refused():
     assert kv_share(9 * GIB // 4, asked=True) == 2 * GIB
     named = (
-        r"kv_cache_gib: 2.00 GiB do not fit: 2.25 GiB is available \(a test\), and 2.00 GiB of it"
-        " is left beside 256.0 MiB of weights and 0.0 MiB of table rows"
+        r"kv_cache_gib: 2.00 GiB does not fit: 2.25 GiB is available \(a test\), less 256.0 MiB for"
+        " weights and 0.0 MiB for table rows leaves 2.00 GiB"
     )
     with pytest.raises(ConfigError, match=named):
         kv_share(9 * GIB // 4 - 1, asked=True)
-    with pytest.raises(ConfigError, match="1.00 GiB of it is left .* and 1.00 GiB of table rows"):
+    with pytest.raises(ConfigError, match="and 1.00 GiB for table rows leaves 1.00 GiB"):
         kv_share(9 * GIB // 4, asked=True, table=GIB, tier="device")
 
 
@@ -226,7 +226,7 @@ def test_a_server_in_a_narrow_cgroup_takes_fewer_kv_blocks(tmp_path, memory):
     memory["bytes"] = weights + 512 * MIB + most // 2
     assert blocks() == most // 2 // (16 * 256)
     memory["bytes"] = weights + GIB // 4 - 1
-    with pytest.raises(ConfigError, match=r"kv_cache_gib: 256.0 MiB do not fit: .* \(a test\)"):
+    with pytest.raises(ConfigError, match=r"kv_cache_gib: 256.0 MiB does not fit: .* \(a test\)"):
         blocks(kv_cache_gib=0.25)
 
 

@@ -28,8 +28,8 @@ def test_folders_and_files_in_order(tmp_path):
         ("a.jsonl", b"\xff", "a.jsonl: not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text"', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
-        ("a.jsonl", b'["x"]', "line 1: expected an object"),
-        ("a.jsonl", b'{"text": 3}', "line 1: expected an object with a text"),
+        ("a.jsonl", b'["x"]', "line 1: expected a JSON object"),
+        ("a.jsonl", b'{"text": 3}', "line 1: expected a JSON object with a string"),
         ("a.jsonl", json.dumps({"text": ""}).encode(), "line 1: is empty"),
     ],
 )

@@ -93,12 +93,15 @@ def test_a_text_that_ends_is_an_answer(model, folder):
     [
         ("", "is empty"),
         ("{", "line 1: not JSON"),
-        ('{"prompt": "a"}', "line 1: no question"),
-        ('{"prompt": "a", "answer": "b", "id": 1}', "line 1: no question"),
-        ('{"prompt": "a", "answer": 3}', "line 1: expected texts"),
+        ('{"prompt": "a"}', "line 1: is not a question"),
+        ('{"prompt": "a", "answer": "b", "id": 1}', "line 1: is not a question"),
+        ('{"prompt": "a", "answer": 3}', "line 1: prompt, answer and until must be strings"),
         ('{"prompt": "", "answer": "b"}', "line 1: prompt or answer is empty"),
         ('{"prompt": "a", "answer": "  "}', "line 1: prompt or answer is empty"),
-        ('{"prompt": "a", "answer": "b. c", "until": "."}', "line 1: the answer goes on"),
+        (
+            '{"prompt": "a", "answer": "b. c", "until": "."}',
+            "line 1: the answer must not contain until",
+        ),
     ],
 )
 def test_what_is_no_question_is_refused(tmp_path, line, message):

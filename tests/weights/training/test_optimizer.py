@@ -9,8 +9,7 @@ from engine.model.config import MemoryConfig
 from memory_ops.tables.trained import TrainedTable
 from tests.models import random_model, tiny_config
 from weights.errors import TrainingError
-from weights.training.optimizer import Optimizer
-from weights.training.schedule import lr_share
+from weights.training.optimizer import Optimizer, lr_share
 from weights.training.train_config import OptimizerConfig
 
 

@@ -55,4 +55,4 @@ def test_a_table_that_nobody_read_stays_as_it_is():
     optimizer = TableOptimizer([table])
     assert optimizer.collect() == 0
     optimizer.step(0.1)
-    assert torch.equal(table.table_RV, torch.ones(4, 3)) and optimizer.number == 1
+    assert torch.equal(table.table_RV, torch.ones(4, 3)) and optimizer.step_count == 1

@@ -51,7 +51,7 @@ def test_a_stream_goes_on_from_any_place(make, lengths, before, batch):
     tokens = make(lengths)
     stream, twin = (TokenStream(tokens, 4, seed=2) for _ in range(2))
     stream.next(before)
-    twin.seek(stream.place)
+    twin.seek(stream.position)
     wanted, found = stream.next(batch), twin.next(batch)
     assert (found.ids_T == wanted.ids_T).all() and found.starts == wanted.starts
 
@@ -95,7 +95,7 @@ def test_tokens_take_as_many_bytes_as_they_need(make, vocab_size, dtype):
 
 
 def test_what_is_not_whole_is_refused(make, tmp_path):
-    with pytest.raises(DataError, match="there is no document"):
+    with pytest.raises(DataError, match="no documents"):
         TokenFile.write(tmp_path / "empty", [], 9)
     assert not list(tmp_path.iterdir())
     with pytest.raises(DataError, match="no tokenised documents"):

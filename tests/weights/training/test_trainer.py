@@ -324,9 +324,9 @@ def test_a_run_that_is_through_leaves_curves_and_a_card(
     printed = capsys.readouterr().out
     card = (tmp_path / "run" / "card.md").read_text()
     last = losses(tmp_path / "run")
-    assert f"{sum(last) / 8:.4f} nats a token" in card and "8 steps, 1,024 tokens" in card
+    assert f"{sum(last) / 8:.4f} nats per token" in card and "8 steps, 1,024 tokens" in card
     assert "2 memory_plus" in card and "lr = 0.003" in card and "perplexity" in card
-    assert "MFLOP a token forward" in printed and "card.md" in printed
+    assert "MFLOP per token forward" in printed and "card.md" in printed
     curves = tmp_path / "run" / "curves.png"
     assert curves.exists() == ("curves.png" in card) == has_matplotlib
     if has_matplotlib:
@@ -335,7 +335,7 @@ def test_a_run_that_is_through_leaves_curves_and_a_card(
 
 def test_a_run_is_not_begun_again_by_mistake(config, tmp_path):
     run(config(), tmp_path / "run", until=4)
-    with pytest.raises(TrainingError, match="has a run already"):
+    with pytest.raises(TrainingError, match="already has a run"):
         Trainer(config(), tmp_path / "run", resume=False)
 
 
@@ -363,12 +363,12 @@ def test_a_users_copy_of_a_checkpoint_is_left_alone(config, tmp_path):
 
 @pytest.mark.parametrize("key", ["vocab_size", "attention_dropout", "torch_dtype"])
 def test_a_key_of_the_model_that_would_be_ignored_is_refused(config, tmp_path, key):
-    with pytest.raises(ConfigError, match=f"model.{key}: is not for a config to say"):
+    with pytest.raises(ConfigError, match=f"model.{key}: is not allowed here"):
         Trainer(config(f"model.{key}=3"), tmp_path / "run", resume=False)
 
 
 def test_sequences_longer_than_the_model_takes_are_refused(config, tmp_path):
-    with pytest.raises(ConfigError, match="data.sequence_length: 65 is more than the 64"):
+    with pytest.raises(ConfigError, match="data.sequence_length: must be at most .* 64, not 65"):
         Trainer(config("data.sequence_length=65"), tmp_path / "run", resume=False)
 
 
@@ -381,7 +381,7 @@ def test_what_is_held_out_is_not_trained_on(config, tmp_path, texts):
     changes = [f"data.train={folder}", f"data.validation={folder / 'b.jsonl'}"]
     data = prepare_data(config(*changes).data, tmp_path / "data", seed=0)
     assert (len(data.train), len(data.validation)) == (20, 16)
-    with pytest.raises(DataError, match="every file is held out"):
+    with pytest.raises(DataError, match="all files are in data.validation"):
         changes[0] = changes[1].replace("validation", "train")
         prepare_data(config(*changes).data, tmp_path / "x", seed=0)
 
@@ -408,11 +408,11 @@ def test_queries_of_a_bfloat16_pass_are_rounded_as_a_server_rounds_them(config, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("optimizer.lr=1e-4", "optimizer.lr: this run began with 0.003, not 0.0001"),
-        ("data.sequence_length=9", "data.sequence_length: this run began with 24"),
-        ("model.hidden_size=18", "model.hidden_size: this run began with 16"),
-        ("model.memory.top_k=3", "model.memory.top_k: this run began with 4"),
-        ("run.seed=1", "run.seed: this run began with 0"),
+        ("optimizer.lr=1e-4", "optimizer.lr: must be 0.003 to resume .*, not 0.0001"),
+        ("data.sequence_length=9", "data.sequence_length: must be 24 to resume"),
+        ("model.hidden_size=18", "model.hidden_size: must be 16 to resume"),
+        ("model.memory.top_k=3", "model.memory.top_k: must be 4 to resume"),
+        ("run.seed=1", "run.seed: must be 0 to resume"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_settings(config, tmp_path, change, message):
@@ -421,7 +421,7 @@ def test_a_run_does_not_go_on_with_other_settings(config, tmp_path, change, mess
         Trainer(config(change), tmp_path / "run", resume=True)
     longer = Trainer(config("run.steps=9"), tmp_path / "run", resume=True)
     assert longer.step == 2
-    with pytest.raises(ConfigError, match="run.steps: 1 is less than the 2 done"):
+    with pytest.raises(ConfigError, match="run.steps: must be at least the 2 steps done, not 1"):
         Trainer(config("run.steps=1"), tmp_path / "run", resume=True)
 
 

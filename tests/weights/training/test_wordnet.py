@@ -56,12 +56,12 @@ def test_glosses_have_all_words_and_examples_of_all_parts_of_speech(folder):
 
 def test_other_files_are_refused(folder):
     (folder / "index.noun").write_text("cat n one\n")
-    with pytest.raises(DataError, match="not WordNet's files"):
+    with pytest.raises(DataError, match="has no valid WordNet files"):
         read_nouns(folder)
     (folder / "data.noun").unlink()
     with pytest.raises(DataError, match="data.noun: No such file"):
         read_nouns(folder)
     (folder / "data.noun").write_text(DATA)
     (folder / "index.noun").write_text(json.dumps({}))
-    with pytest.raises(DataError, match="not WordNet's files"):
+    with pytest.raises(DataError, match="has no valid WordNet files"):
         read_nouns(folder)

@@ -1,1 +1,1 @@
-"""Other people's files to checkpoint folders, one file a format."""
+"""Importers of other model formats, one module per format."""

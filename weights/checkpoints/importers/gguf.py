@@ -1,4 +1,4 @@
-"""A llama.cpp file (GGUF, architecture llama) as a checkpoint folder's parts."""
+"""Reads a llama.cpp model (GGUF, architecture llama) for conversion to a checkpoint folder."""
 
 import re
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-# what is read, and what may stand there as long as it changes nothing
+# keys that are read, and keys that are accepted only with a neutral value
 _KEYS = {
     "attention.head_count",
     "attention.head_count_kv",
@@ -58,7 +58,7 @@ _NEUTRAL = {
     "rope.scaling.type": "none",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-# what Llama 3.1 and 3.2 were trained with; a GGUF file keeps only the resulting divisors
+# the scalings of Llama 3.1 and 3.2; a GGUF file has only the resulting divisors
 _LLAMA3_SCALINGS = (RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 8192))
 
 
@@ -75,13 +75,13 @@ def read_gguf(path: Path, dtype: torch.dtype) -> ImportedModel:
     """Describe a GGUF file; its tensors are dequantised to ``dtype`` when they are written.
 
     Raises:
-        CheckpointError: no GGUF file, or an architecture, tensor, quantisation or tokenizer that
-            is not known.
+        CheckpointError: the file is not GGUF, or its architecture, a tensor, a quantisation or its
+            tokenizer is not supported.
     """
     try:
         reader = gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a whole GGUF file ({error})") from None
+        raise CheckpointError(f"{path}: is truncated or not a GGUF file ({error})") from None
     try:
         _check_keys(reader)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -109,10 +109,10 @@ def _check_keys(reader: gguf.GGUFReader) -> None:
 
 
 def _size(reader: gguf.GGUFReader, name: str, default: int | None = None) -> int:
-    """A width or count of the model."""
+    """A width or count from the metadata."""
     value = _value(reader, f"llama.{name}", default)
     if not isinstance(value, int) or not 0 < value <= 2**24:
-        raise CheckpointError(f"llama.{name}: expected one number above 0, found {value!r}")
+        raise CheckpointError(f"llama.{name}: must be an integer from 1 to 2**24, not {value!r}")
     return value
 
 
@@ -134,14 +134,16 @@ def _required(reader: gguf.GGUFReader, key: str) -> Any:
 def _read_config(reader: gguf.GGUFReader, tensors: dict[str, Any]) -> CheckpointConfig:
     architecture = _required(reader, "general.architecture")
     if architecture != "llama":
-        raise CheckpointError(f"general.architecture: {architecture!r} is not llama")
+        raise CheckpointError(
+            f"general.architecture: {architecture!r} is not supported; must be 'llama'"
+        )
     hidden_size = _size(reader, "embedding_length")
     num_heads = _size(reader, "attention.head_count")
     head_dim = _size(reader, "attention.key_length", hidden_size // num_heads)
     theta = _decimal(_value(reader, "llama.rope.freq_base", 10_000.0))
     for name in ("rope.dimension_count", "attention.value_length"):
         if _size(reader, name, head_dim) != head_dim:
-            raise CheckpointError(f"llama.{name}: differs from the heads' {head_dim} lanes")
+            raise CheckpointError(f"llama.{name}: must be the head dimension {head_dim}")
     model = ModelConfig(
         vocab_size=len(_required(reader, "tokenizer.ggml.tokens")),
         hidden_size=hidden_size,
@@ -166,7 +168,7 @@ def _read_config(reader: gguf.GGUFReader, tensors: dict[str, Any]) -> Checkpoint
 
 
 def _decimal(stored: float) -> float:
-    """The decimal number that was stored as fp32: 1e-05, not 9.999999747378752e-06."""
+    """The decimal number that an fp32 value stands for: 1e-05, not 9.999999747378752e-06."""
     return float(f"{stored:.7g}")
 
 
@@ -179,7 +181,7 @@ def _rope_scaling(factors: Any, head_dim: int, theta: float) -> RopeScaling | No
         divisors = unscaled / rope_frequencies(head_dim, theta, scaling)
         if divisors.shape == found.shape and torch.allclose(divisors, found, rtol=1e-3):
             return scaling
-    raise CheckpointError(f"tensor {_ROPE_FACTORS}: these are not the factors of a Llama 3 model")
+    raise CheckpointError(f"tensor {_ROPE_FACTORS}: is not a scaling of Llama 3.1 or 3.2")
 
 
 def _source(tensor: Any, model: ModelConfig, dtype: torch.dtype) -> TensorSource:
@@ -190,7 +192,7 @@ def _source(tensor: Any, model: ModelConfig, dtype: torch.dtype) -> TensorSource
 
     def load() -> Tensor:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        # a copy, since the file's own mapping is read-only
+        # copy, because the file's mapping is read-only
         weight = torch.from_numpy(np.array(values, dtype=np.float32))
         if ".q_proj." in name:
             return _pair_halves(weight, model.num_heads)
@@ -207,7 +209,9 @@ def _check_quantisation(tensor: Any) -> None:
         gguf.dequantize(np.zeros((1, num_bytes), dtype=np.uint8), tensor.tensor_type)
     except NotImplementedError:
         kind = tensor.tensor_type.name
-        raise CheckpointError(f"tensor {tensor.name}: quantisation {kind} is unknown") from None
+        raise CheckpointError(
+            f"tensor {tensor.name}: quantisation {kind} is not supported"
+        ) from None
 
 
 def _hugging_face_name(name: str) -> str:
@@ -215,12 +219,12 @@ def _hugging_face_name(name: str) -> str:
         return _TOP[name]
     match = _LAYER_NAME.fullmatch(name)
     if match is None or match[2] not in _LAYER:
-        raise CheckpointError(f"tensor {name} is unknown to a llama model")
+        raise CheckpointError(f"tensor {name}: is not part of a llama model")
     return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
 
 
 def _pair_halves(weight: Tensor, num_heads: int) -> Tensor:
-    """Undo llama.cpp's order, which pairs neighbouring rotary lanes; ours pairs halves."""
+    """Reorder rotary lanes: llama.cpp pairs neighbours, this model pairs halves."""
     rest = weight.shape[1:]
     return weight.view(num_heads, -1, 2, *rest).transpose(1, 2).reshape(weight.shape)
 
@@ -229,7 +233,7 @@ def _read_tokenizer(reader: gguf.GGUFReader) -> GgufTokenizer:
     tokens: Sequence[str] = _required(reader, "tokenizer.ggml.tokens")
     model = _required(reader, "tokenizer.ggml.model")
     pre = _value(reader, "tokenizer.ggml.pre", "default")
-    begins = model == "llama" or pre == "llama-bpe"
+    default_bos = model == "llama" or pre == "llama-bpe"
     return GgufTokenizer(
         model=model,
         pre=pre,
@@ -239,8 +243,8 @@ def _read_tokenizer(reader: gguf.GGUFReader) -> GgufTokenizer:
         merges=_value(reader, "tokenizer.ggml.merges", []),
         bos_id=_token_id(reader, "bos"),
         unknown_id=_token_id(reader, "unknown"),
-        # llama.cpp's own defaults, which differ by kind
-        add_bos=bool(_value(reader, "tokenizer.ggml.add_bos_token", begins)),
+        # llama.cpp's defaults, which depend on the tokenizer model
+        add_bos=bool(_value(reader, "tokenizer.ggml.add_bos_token", default_bos)),
         add_space_prefix=bool(_value(reader, "tokenizer.ggml.add_space_prefix", model == "llama")),
         chat_template=_value(reader, "tokenizer.chat_template"),
     )

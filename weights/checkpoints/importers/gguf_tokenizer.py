@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file as tokenizer.json or tokenizer.model."""
+"""Converts the tokenizer of a GGUF file to tokenizer.json or tokenizer.model."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from weights.errors import CheckpointError
 
-# llama.cpp's token types, which are sentencepiece's
+# token types of llama.cpp and sentencepiece
 _CONTROL, _USER_DEFINED = 3, 4
 _BPE = 2  # sentencepiece's TrainerSpec.ModelType
 
@@ -23,7 +23,7 @@ _LLAMA3_PATTERN = (
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """What a GGUF file says of its tokenizer, under the names of its metadata."""
+    """Tokenizer metadata of a GGUF file; fields are named after its keys."""
 
     model: str
     pre: str
@@ -42,8 +42,8 @@ def tokenizer_files(source: GgufTokenizer) -> dict[str, bytes]:
     """Content of the tokenizer files, by name.
 
     Raises:
-        CheckpointError: a kind of tokenizer, or a pre-tokeniser, that is not known; guessing would
-            give wrong ids without any sign of it.
+        CheckpointError: the tokenizer model or the pre-tokenizer is not supported; a guess would
+            silently produce wrong ids.
     """
     config: dict[str, Any] = {"add_bos_token": source.add_bos}
     if source.chat_template is not None:
@@ -54,14 +54,14 @@ def tokenizer_files(source: GgufTokenizer) -> dict[str, bytes]:
     elif source.model == "llama":
         files["tokenizer.model"] = _sentencepiece_model(source)
     else:
-        raise CheckpointError(f"tokenizer.ggml.model: {source.model!r} is not gpt2 or llama")
+        raise CheckpointError(f"tokenizer.ggml.model: {source.model!r} is not one of gpt2, llama")
     return files
 
 
 def _byte_level_bpe(source: GgufTokenizer) -> tokenizers.Tokenizer:
     vocabulary = {token: index for index, token in enumerate(source.tokens)}
     merges = [_split_merge(merge) for merge in source.merges]
-    # Llama 3 takes a whole word that is a token as it is, without asking the merges
+    # Llama 3 does not apply merges to a word that is a token
     ignore_merges = source.pre == "llama-bpe"
     try:
         bpe = models.BPE(vocabulary, merges, ignore_merges=ignore_merges)
@@ -108,7 +108,7 @@ def _added(source: GgufTokenizer, token_type: int) -> list[AddedToken]:
 
 
 def _sentencepiece_model(source: GgufTokenizer) -> bytes:
-    """The pieces as a serialised ``sentencepiece.ModelProto``, so that its own code runs them."""
+    """The pieces as a serialised ``sentencepiece.ModelProto``."""
     pieces = zip(source.tokens, source.scores, source.token_types, strict=True)
     model = b"".join(
         _field(1, _field(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, kind))
@@ -125,7 +125,7 @@ def _sentencepiece_model(source: GgufTokenizer) -> bytes:
 
 
 def _field(number: int, value: int | bytes) -> bytes:
-    """One field of a protocol buffer: a varint, or a length and bytes."""
+    """One protobuf field: a varint, or length and bytes."""
     if isinstance(value, bytes):
         return _varint(number << 3 | 2) + _varint(len(value)) + value
     return _varint(number << 3) + _varint(value % 2**64)

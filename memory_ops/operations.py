@@ -1,7 +1,7 @@
-"""The public operations: differentiable, and known to torch.compile as operators of their own.
+"""The public operations: differentiable, and registered as custom operators for torch.compile.
 
-Every call goes through torch's dispatcher. It adds 10 to 20 microseconds to a call, which is less
-than 1 % of a served or trained step.
+Every call goes through torch's dispatcher. This adds 10 to 20 microseconds, which is less than 1 %
+of a served or trained step.
 """
 
 from typing import Any, cast
@@ -27,7 +27,7 @@ from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Choose each head's ``top_k`` best rows; see ``memory_ops.reference.product_topk``.
 
-    Differentiable by the scores. With scores that are NaN the rows are in range, the weights NaN.
+    Differentiable in the scores. If scores are NaN, the rows are in range and the weights NaN.
     """
     check_scores(half_scores_TH2N, top_k)
     _refuse_tangents(half_scores_TH2N)
@@ -38,8 +38,8 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     """Sum weighted table rows; see ``memory_ops.reference.gather_rows``.
 
-    Differentiable by the weights, and by a table that is no records: its gradient is a coalesced
-    sparse tensor of the rows read. On a GPU, row ids are not checked.
+    Differentiable in the weights, and in a table of floats: its gradient is a coalesced sparse
+    tensor of the rows read. Records get no gradient. On a GPU, row ids are not checked.
     """
     check_rows(table, rows_THK, weights_THK)
     _refuse_tangents(table, weights_THK)
@@ -50,7 +50,7 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
 def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
     """Round rows to ``row_format``; see ``memory_ops.row_formats.quantize_rows``.
 
-    Not differentiable, and not for torch.compile.
+    Not differentiable. Not registered for torch.compile.
     """
     return backends.for_rounding(values_RV).quantize_rows(values_RV, row_format)
 
@@ -58,7 +58,7 @@ def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
 def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
     """Inner products of rows and vectors; see ``memory_ops.reference.row_dots``.
 
-    Differentiable by the vectors, and by the table as ``gather_rows`` is.
+    Differentiable in the vectors, and in the table like ``gather_rows``.
     """
     check_vectors(table, rows_THK, x_TV)
     _refuse_tangents(table, x_TV)
@@ -101,19 +101,19 @@ def expert_lookup(
 ) -> Tensor:
     """PEER's single-neuron experts; see ``memory_ops.reference.expert_lookup``.
 
-    Differentiable by both tables, the weights and the vectors.
+    Differentiable in both tables, the weights and the vectors.
     """
     activations_THK = functional.gelu(row_dots(down, rows_THK, x_TD))
     return gather_rows(up, rows_THK, weights_THK * activations_THK)
 
 
 def _refuse_tangents(*operands: Table) -> None:
-    # torch's custom operators drop the tangents of tensors that need no gradient
+    # torch's custom operators silently drop the tangents of tensors that need no gradient
     for operand in operands:
         if isinstance(operand, RowRecords):
             continue
         if forward_ad.unpack_dual(operand).tangent is not None:  # type: ignore[no-untyped-call]
-            raise RuntimeError("memory_ops: there are no forward-mode derivatives")
+            raise RuntimeError("memory_ops: forward-mode derivatives are not supported")
 
 
 def _flat(table: Table) -> tuple[Tensor, str, int]:
@@ -181,7 +181,7 @@ def _(rows: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return rows.new_empty(num_distinct), sums
 
 
-# Gradients: each operation's are the others.
+# The gradient of each operation is computed by the others.
 
 
 def _keep_topk(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
@@ -194,7 +194,7 @@ def _topk_backward(ctx: Any, _: Tensor, grad_THK: Tensor) -> tuple[Tensor, None]
     subkeys_TH2K = torch.stack((rows_THK // num_subkeys, rows_THK % num_subkeys), dim=2)
     mean_TH1 = (grad_THK * weights_THK).sum(dim=-1, keepdim=True)
     scores_THK = weights_THK * (grad_THK - mean_TH1)
-    # uniform weights for want of any score depend on none
+    # if all scores are -inf, the weights are uniform and depend on no score
     chosen_THK = half_scores_TH2N.gather(3, subkeys_TH2K).sum(dim=2)
     none_TH1 = chosen_THK.isneginf().all(dim=-1, keepdim=True)
     scores_THK = scores_THK.masked_fill(none_TH1, 0.0)

@@ -30,8 +30,8 @@ FORMATS = {"int8": 3, "fp8": 4, "int4": 5}
 # as many as group_rows.h can sort by
 _MOST_ROWS = 2**33
 _MOST_REFERENCES = 2**31
-MOST_CHOSEN = 128
-MOST_SUBKEYS = 65_536
+MAX_TOP_K = 128
+MAX_SUBKEYS = 65_536
 
 
 class NativeBackend:
@@ -46,7 +46,7 @@ class NativeBackend:
         check_scores(half_scores_TH2N, top_k)
         num_tokens, num_heads, _, num_subkeys = half_scores_TH2N.shape
         assert half_scores_TH2N.dtype is torch.float32
-        assert top_k <= MOST_CHOSEN and num_subkeys <= MOST_SUBKEYS
+        assert top_k <= MAX_TOP_K and num_subkeys <= MAX_SUBKEYS
         half_scores_TH2N = half_scores_TH2N.contiguous()
         rows_THK = _empty(num_tokens, num_heads, top_k, dtype=torch.int64)
         weights_THK = _empty(num_tokens, num_heads, top_k)

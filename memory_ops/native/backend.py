@@ -1,4 +1,4 @@
-"""The operations by the native library, with the reference's signatures, for CPU tensors."""
+"""CPU backend: the operations on the native library, with the reference's signatures."""
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 # the codes of row_table.h
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORMATS = {"int8": 3, "fp8": 4, "int4": 5}
-# as many as group_rows.h can sort by
+# limits of the sort in group_rows.h
 _MOST_ROWS = 2**33
 _MOST_REFERENCES = 2**31
 MAX_TOP_K = 128
@@ -35,14 +35,14 @@ MAX_SUBKEYS = 65_536
 
 
 class NativeBackend:
-    """One build of the library. Sums are taken in fp32; see ``memory_ops.reference``."""
+    """The operations of one build of the library, accumulated in fp32."""
 
     def __init__(self, build: str) -> None:
         """Use ``build``, one of ``MEMORY_LIBRARY.runnable_builds``."""
         self._library = MEMORY_LIBRARY.load(build)
 
     def product_topk(self, half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """See ``reference.product_topk``; fp32, K to 128, N to 65,536."""
+        """See ``reference.product_topk``; fp32 scores, K up to 128, N up to 65,536."""
         check_scores(half_scores_TH2N, top_k)
         num_tokens, num_heads, _, num_subkeys = half_scores_TH2N.shape
         assert half_scores_TH2N.dtype is torch.float32
@@ -107,7 +107,7 @@ class NativeBackend:
         check_gradients(rows_THK, weights_THK, grad_TV)
         grad_TV = grad_TV.contiguous()
         groups = self.group_rows(rows_THK, weights_THK)
-        # the sum over the tokens that read a row is a gather once more
+        # a row's gradient is a weighted sum over tokens, so the gather kernel computes it
         sums_UV = unwritten((len(groups.rows_U), grad_TV.shape[1]), torch.float32)
         use_torchs_threads()
         self._library.memplus_gather_groups(
@@ -138,13 +138,14 @@ class NativeBackend:
         return records
 
     def group_rows(self, rows_THK: Tensor, weights_THK: Tensor) -> RowGroups:
-        """See ``reference.group_rows``; fewer than 2^31 references, rows to 2^33."""
+        """See ``reference.group_rows``; fewer than 2^31 references, row ids below 2^33."""
         check_references(rows_THK, weights_THK)
         rows_THK = rows_THK.contiguous()
         weights_THK = weights_THK.float().contiguous()
         count = rows_THK.numel()
         if count >= _MOST_REFERENCES:
-            raise ValueError(f"rows: {count} are too many, at most {_MOST_REFERENCES - 1}")
+            allowed = f"at most {_MOST_REFERENCES - 1} are supported"
+            raise ValueError(f"rows: got {count} row ids, {allowed}")
         rows, starts, tokens = (_empty(count + 1, dtype=torch.int64) for _ in range(3))
         weights = _empty(count)
         num_distinct = self._library.memplus_group_rows(
@@ -197,14 +198,14 @@ class NativeBackend:
 
 
 def _group_arguments(groups: RowGroups) -> tuple[int, int, int, int, int]:
-    """rows, starts, tokens, weights, how many rows."""
+    """The groups' C arguments: rows, starts, tokens, weights, number of rows."""
     parts = groups.rows_U, groups.starts_U1, groups.tokens_L, groups.weights_L
     rows, starts, tokens, weights = (part.data_ptr() for part in parts)
     return rows, starts, tokens, weights, len(groups.rows_U)
 
 
 def table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
-    """data, num_rows, row_stride in bytes, value_dim, scale_offset, format."""
+    """A table's C arguments: data, num_rows, row_stride in bytes, value_dim, scale_offset, format."""
     if isinstance(table, RowRecords):
         records_RB = table.records_RB
         num_rows, offset = records_RB.shape[0], scale_offset(table.row_format, table.value_dim)
@@ -217,7 +218,7 @@ def table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    # whatever torch's default device: kernels write to the host's memory
+    # explicitly on the CPU, because torch's default device may be another one
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 

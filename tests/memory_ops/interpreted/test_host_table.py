@@ -268,7 +268,7 @@ def test_what_cannot_be_looked_up_is_refused():
         host.start(rows, weights[:, :, :1])
     with pytest.raises(ValueError, match="rows and x"):
         host.start_dots(rows, torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="x: the Triton kernels read"):
+    with pytest.raises(ValueError, match="x: the Triton kernels support"):
         host.start_dots(rows, torch.zeros(1, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"layer: 1 is outside \[0, 1\)"):
         host.start(rows, weights, 1)

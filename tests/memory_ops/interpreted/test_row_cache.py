@@ -266,7 +266,7 @@ def test_rows_at_an_odd_place_are_fetched():
 
 
 def test_what_cannot_be_read_is_refused():
-    with pytest.raises(ValueError, match="table: the Triton kernels read"):
+    with pytest.raises(ValueError, match="table: the Triton kernels support"):
         RowCache(torch.zeros(4, 3, dtype=torch.float64), 2**20, CPU)
     with pytest.raises(ValueError, match="table: expected contiguous rows"):
         RowCache(torch.zeros(4, 6)[:, :3], 2**20, CPU)

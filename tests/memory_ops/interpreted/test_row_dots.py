@@ -91,7 +91,7 @@ def test_the_stride_of_a_single_vector_is_no_constant_of_the_kernel():
 
 def test_dots_refuse_what_they_cannot_read():
     rows = torch.zeros(1, 1, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="x: the Triton kernels read .*, not torch.float64"):
+    with pytest.raises(ValueError, match="x: the Triton kernels support .*, not torch.float64"):
         row_dots(torch.zeros(4, 3), rows, torch.zeros(1, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="rows and x"):
         row_dots(torch.zeros(4, 3), rows, torch.zeros(1, 4))

@@ -205,7 +205,7 @@ def _group_arguments(groups: RowGroups) -> tuple[int, int, int, int, int]:
 
 
 def table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
-    """A table's C arguments: data, num_rows, row_stride in bytes, value_dim, scale_offset, format."""
+    """C arguments: data, num_rows, row_stride in bytes, value_dim, scale_offset, format."""
     if isinstance(table, RowRecords):
         records_RB = table.records_RB
         num_rows, offset = records_RB.shape[0], scale_offset(table.row_format, table.value_dim)

@@ -1,4 +1,4 @@
-// Reads of rows of a file: so many are under way at once, the others wait for a buffer.
+// Queue of row reads: a limited number is in flight, the others wait for a buffer.
 #pragma once
 
 #include <algorithm>
@@ -15,36 +15,36 @@
 
 namespace memplus {
 
-constexpr int MOST_TRIES = 3;  // of a read that ends too early
-// of a read that fails for now: as many as there are pauses in 10 s
+constexpr int MOST_TRIES = 3;  // of a read that returns too few bytes
+// of a read with a transient error: the number of pauses in 10 s
 constexpr int MOST_TRANSIENT_TRIES = 106;
-constexpr int PUSHED_TOGETHER = 16;  // the disk begins while the next rows are looked for
-constexpr auto PATIENCE = std::chrono::milliseconds(500);  // of who waits, until it says so
+constexpr int PUSHED_TOGETHER = 16;  // small, so that the disk starts while lookups find more rows
+constexpr auto PATIENCE = std::chrono::milliseconds(500);  // longest wait between progress reports
 
 struct RowRead {
   int64_t row;
   int32_t slot;
-  int64_t layer;      // for whose lookup
-  int64_t bytes = 0;  // that came, of all tries
+  int64_t layer;      // of the lookup or hint
+  int64_t bytes = 0;  // read so far, over all tries
   int tries = 1;
 };
 
 class RowReadsOwner {
  public:
-  // Is told with the lock: the row's bytes; or none and an errno, 0 where the file ends before it.
+  // Called with the lock held. On failure `bytes` is null and `error` an errno (0: the file ends).
   virtual void read_ended(const RowRead& read, const uint8_t* bytes, int error) = 0;
 
  protected:
   ~RowReadsOwner() = default;
 };
 
-// One thread calls it, all but `lock` with the lock. It may add reads, go away and compute: where
-// many wait for a buffer, a thread of their own begins them as others end.
+// One thread calls it and holds the lock, except to call `lock`. It may add reads and then compute:
+// if many reads wait for a buffer, a feeder thread starts them as others complete.
 //
-// What fails for now (`is_transient`), a submit or a read, is retried after growing pauses, which
-// add up to `retry_ms`; only `wait` and the feeder sleep. A submit that fails after that, or for
-// good, ends the reads that have not begun, with its errno. Nothing is remembered: reads added
-// later are tried anew.
+// Submits and reads with transient errors (`is_transient`) are retried after growing pauses, up to
+// `retry_ms` in total; only `wait` and the feeder sleep. If a submit still fails after that, or
+// fails permanently, all reads that have not started fail with its errno. Reads added later are
+// tried again.
 class RowReads {
  public:
   using Lock = std::unique_lock<std::mutex>;
@@ -70,7 +70,7 @@ class RowReads {
     own.unlock();
     if (feeder_.joinable()) feeder_.join();
     own.lock();
-    // the kernel writes into the buffers until then; should it never say so, they are left to it
+    // the kernel may write into the buffers until then; if waiting fails, leak them
     while (num_under_way() && wait(own)) {
     }
     if (num_under_way()) {
@@ -84,31 +84,31 @@ class RowReads {
   bool has_buffers() const { return buffers_; }
   Lock lock() { return Lock(mutex_); }
 
-  // Whether a few more find buffers, and leave some to others.
+  // Whether more than a quarter of the buffers is free.
   bool has_room() const { return free_.size() > under_way_.size() / 4; }
-  // The errno of the last submit that was given up.
+  // The errno of the last submit that failed finally.
   int error() const { return error_; }
-  // Reads that ended and pauses that began so far: it grows unless the disk hangs.
+  // Completed reads and pauses so far: increases unless the disk hangs.
   int64_t num_events() const { return num_events_; }
 
   void add(const RowRead& read) {
     waiting_.push_back(read);
     if (!is_feeding_) push_waiting();
   }
-  // Begins what was added. A few that wait for a buffer are left to whoever waits for them.
+  // Starts the added reads. If only a few wait for a buffer, `wait` starts them, not the feeder.
   void begin() {
     if (is_feeding_) return;
     submit();
     if (waiting_.size() > under_way_.size() / 4) feed();
   }
-  // Tells the owner of all reads that have ended.
+  // Reports all completed reads to the owner.
   void collect() {
     if (is_feeding_) return;
     take_in();
     if (pushed_) submit();
   }
-  // Waits until some have ended, or for a pause between retries; with others under way in a thread
-  // of their own, at most for PATIENCE. False if a submit was given up.
+  // Waits until a read completes, or for a pause between retries; if the feeder runs, at most
+  // PATIENCE. False if a submit failed finally.
   bool wait(Lock& lock) {
     if (is_feeding_) {
       is_awaited_ = true;
@@ -147,8 +147,8 @@ class RowReads {
     }
   }
 
-  // Hands on what was pushed, and waits until so many have ended; does nothing during a pause.
-  // False if it was given up.
+  // Submits the pushed reads and waits until `wanted` reads have completed; does nothing during a
+  // pause. False if the submit failed finally.
   bool submit(unsigned wanted = 0) {
     if (backoff_.is_pausing()) return true;
     pushed_ = 0;
@@ -165,7 +165,7 @@ class RowReads {
     num_events_ += !backoff_.is_pausing();
     return backoff_.pause();
   }
-  // Ends all reads that have not begun.
+  // Fails all reads that have not started.
   void give_up(int error) {
     error_ = error;
     uint64_t buffer;
@@ -213,12 +213,12 @@ class RowReads {
     push_waiting();
   }
 
-  // Has the feeder go on until none waits; till then the reads are its own.
+  // Starts the feeder, which owns the reads until none waits for a buffer.
   void feed() {
     try {
       if (!feeder_.joinable()) feeder_ = std::thread([this] { run_feeder(); });
     } catch (const std::system_error&) {
-      return;  // there is no thread to be had: reads begin when somebody waits
+      return;  // without a feeder thread, `wait` starts the reads
     }
     is_feeding_ = true;
     added_.notify_one();
@@ -239,7 +239,7 @@ class RowReads {
         pushed_ = 0;
         push_delayed();
         own.unlock();
-        // while some wait for a buffer, all are under way: so many will end
+        // if reads wait for a buffer, all buffers are in flight, so `together` reads will complete
         const int error = reads_->submit(together);
         own.lock();
         submitted(error);
@@ -260,7 +260,7 @@ class RowReads {
   std::vector<RowRead> under_way_;  // by buffer
   std::vector<unsigned> free_;      // buffers
   std::deque<RowRead> waiting_;     // for a buffer
-  std::vector<unsigned> delayed_;   // buffers of reads to be pushed again after a pause
+  std::vector<unsigned> delayed_;   // buffers of reads to retry after a pause
   int pushed_ = 0;                  // since the last submit
   int error_ = 0;
   int64_t num_events_ = 0;

@@ -43,9 +43,9 @@ class DiskRows final : RowReadsOwner {
 
   bool has_buffers() const { return reads_.has_buffers(); }
 
-  // Finds slots for the rows of as many tokens as fit, and starts reads of missing rows. Returns the
-  // number of these tokens; their slots stay pinned until `release`. If a row id is outside the
-  // table, pins nothing and returns -1 - index. `is_new` marks the first part of a lookup.
+  // Finds slots for the rows of as many tokens as fit, and starts reads of missing rows. Returns
+  // the number of these tokens; their slots stay pinned until `release`. If a row id is outside
+  // the table, pins nothing and returns -1 - index. `is_new` marks the first part of a lookup.
   int64_t start(const int64_t* rows, int64_t tokens, int64_t token_rows, bool is_new, int64_t layer,
                 int64_t* slots) {
     RowReads::Lock lock = reads_.lock();
@@ -74,8 +74,8 @@ class DiskRows final : RowReadsOwner {
   }
 
   // Waits until all these slots have their rows and returns ALL_THERE. If a row could not be read,
-  // returns its index, and its errno (0: the file ends before it). Returns STILL_READING about every
-  // PATIENCE while reads complete or are retried; the caller then calls again.
+  // returns its index, and its errno (0: the file ends before it). Returns STILL_READING about
+  // every PATIENCE while reads complete or are retried; the caller then calls again.
   int64_t finish(const int64_t* slots, int64_t count, int64_t layer, int* error) {
     RowReads::Lock lock = reads_.lock();
     count_for(layer);

@@ -63,7 +63,7 @@ class DiskRows final : RowReadsOwner {
       for (int64_t i = first; i < first + token_rows; i++) {
         slots[i] = wanted_slot(rows[i], lock);
         if (slots[i] == NO_SLOT) {
-          for (int64_t j = first; j < i; j++) give_up((int32_t)slots[j]);
+          for (int64_t j = first; j < i; j++) unclaim((int32_t)slots[j]);
           reads_.begin();
           return token;
         }
@@ -96,7 +96,7 @@ class DiskRows final : RowReadsOwner {
 
   void release(const int64_t* slots, int64_t count) {
     RowReads::Lock lock = reads_.lock();
-    for (int64_t i = 0; i < count; i++) give_up((int32_t)slots[i]);
+    for (int64_t i = 0; i < count; i++) unclaim((int32_t)slots[i]);
   }
 
   // Prefetches rows without waiting. Evicts only rows that were used at most once, or no more often
@@ -196,7 +196,7 @@ class DiskRows final : RowReadsOwner {
     num_unclaimed_ -= is_unclaimed(slot);
     slots_.pin(slot);
   }
-  void give_up(int32_t slot) {
+  void unclaim(int32_t slot) {
     slots_.unpin(slot);
     num_unclaimed_ += is_unclaimed(slot);
   }
@@ -211,9 +211,9 @@ class DiskRows final : RowReadsOwner {
   }
   bool wait(RowReads::Lock& lock) {
     const int64_t begun = now_ns(), layer = layer_;
-    const bool is_well = reads_.wait(lock);
+    const bool is_ok = reads_.wait(lock);
     counts_[layer].stall_ns += now_ns() - begun;
-    return is_well;
+    return is_ok;
   }
 
   void read_ended(const RowRead& read, const uint8_t* bytes, int error) override {
@@ -227,11 +227,11 @@ class DiskRows final : RowReadsOwner {
       fail(read.slot, error);
     }
     slots_.unpin(read.slot);
-    note(read.row, bytes, error);
+    record_outcome(read.row, bytes, error);
   }
   // Collects the different rows that failed since the last success. Ignores transient errors, which
   // say nothing about the file.
-  void note(int64_t row, bool is_read, int error) {
+  void record_outcome(int64_t row, bool is_read, int error) {
     if (is_read) failed_rows_.clear();
     if (is_read || is_transient(error)) return;
     last_error_ = error;

@@ -56,7 +56,7 @@ class RowReads {
         reads_(std::move(reads)),
         buffer_bytes_(from.span_bytes()),
         buffers_((uint8_t*)std::aligned_alloc(from.buffer_alignment(), depth * buffer_bytes_)),
-        under_way_(depth),
+        in_flight_(depth),
         backoff_(retry_ms) {
     for (unsigned i = 0; i < depth; i++) free_.push_back(depth - 1 - i);
   }
@@ -64,16 +64,16 @@ class RowReads {
   ~RowReads() {
     Lock own = lock();
     waiting_.clear();
-    while (is_feeding_) came_.wait(own);
+    while (is_feeding_) progress_.wait(own);
     is_ending_ = true;
     added_.notify_one();
     own.unlock();
     if (feeder_.joinable()) feeder_.join();
     own.lock();
     // the kernel may write into the buffers until then; if waiting fails, leak them
-    while (num_under_way() && wait(own)) {
+    while (num_in_flight() && wait(own)) {
     }
-    if (num_under_way()) {
+    if (num_in_flight()) {
       (void)reads_.release();
       return;
     }
@@ -85,7 +85,7 @@ class RowReads {
   Lock lock() { return Lock(mutex_); }
 
   // Whether more than a quarter of the buffers is free.
-  bool has_room() const { return free_.size() > under_way_.size() / 4; }
+  bool has_room() const { return free_.size() > in_flight_.size() / 4; }
   // The errno of the last submit that failed finally.
   int error() const { return error_; }
   // Completed reads and pauses so far: increases unless the disk hangs.
@@ -99,12 +99,12 @@ class RowReads {
   void begin() {
     if (is_feeding_) return;
     submit();
-    if (waiting_.size() > under_way_.size() / 4) feed();
+    if (waiting_.size() > in_flight_.size() / 4) start_feeder();
   }
   // Reports all completed reads to the owner.
   void collect() {
     if (is_feeding_) return;
-    take_in();
+    process_completed();
     if (pushed_) submit();
   }
   // Waits until a read completes, or for a pause between retries; if the feeder runs, at most
@@ -112,31 +112,31 @@ class RowReads {
   bool wait(Lock& lock) {
     if (is_feeding_) {
       is_awaited_ = true;
-      came_.wait_for(lock, PATIENCE);
+      progress_.wait_for(lock, PATIENCE);
       is_awaited_ = false;
       return true;
     }
     backoff_.sleep();
-    const bool is_well = submit(1);
+    const bool is_ok = submit(1);
     collect();
-    return is_well;
+    return is_ok;
   }
 
  private:
-  size_t num_under_way() const { return under_way_.size() - free_.size(); }
+  size_t num_in_flight() const { return in_flight_.size() - free_.size(); }
 
   void push_waiting() {
     while (!free_.empty() && !waiting_.empty()) {
       const unsigned buffer = free_.back();
       free_.pop_back();
-      under_way_[buffer] = waiting_.front();
+      in_flight_[buffer] = waiting_.front();
       waiting_.pop_front();
       push(buffer);
     }
   }
   void push(unsigned buffer) {
     uint8_t* const memory = buffers_ + buffer * buffer_bytes_;
-    reads_->push(from_.read_of(under_way_[buffer].row, memory, buffer));
+    reads_->push(from_.read_of(in_flight_[buffer].row, memory, buffer));
     if (++pushed_ >= PUSHED_TOGETHER && !is_feeding_) submit();
   }
   void push_delayed() {
@@ -153,12 +153,12 @@ class RowReads {
     if (backoff_.is_pausing()) return true;
     pushed_ = 0;
     push_delayed();
-    return submitted(reads_->submit(std::min<size_t>(wanted, num_under_way())));
+    return submitted(reads_->submit(std::min<size_t>(wanted, num_in_flight())));
   }
   bool submitted(int error) {
     if (!error) return true;
     if (is_transient(error) && pause()) return true;
-    give_up(error);
+    fail_all(error);
     return false;
   }
   bool pause() {
@@ -166,7 +166,7 @@ class RowReads {
     return backoff_.pause();
   }
   // Fails all reads that have not started.
-  void give_up(int error) {
+  void fail_all(int error) {
     error_ = error;
     uint64_t buffer;
     while (reads_->take_back(buffer)) end((unsigned)buffer, nullptr, error);
@@ -178,17 +178,17 @@ class RowReads {
     backoff_.reset();
   }
   void end(unsigned buffer, const uint8_t* bytes, int error) {
-    owner_.read_ended(under_way_[buffer], bytes, error);
+    owner_.read_ended(in_flight_[buffer], bytes, error);
     free_.push_back(buffer);
     num_events_++;
   }
 
-  void take_in() {
+  void process_completed() {
     ReadDone done;
     int last_error = 0;  // of a transient failure after the last pause
     while (reads_->pop(done)) {
       const unsigned buffer = (unsigned)done.tag;
-      RowRead& own = under_way_[buffer];
+      RowRead& own = in_flight_[buffer];
       const int64_t before = from_.before(own.row);
       own.bytes += std::max(done.result, 0);
       const bool is_whole = done.result >= before + from_.row_bytes;
@@ -209,12 +209,12 @@ class RowReads {
       if (is_whole && !backoff_.is_pausing()) backoff_.reset();
       end(buffer, is_whole ? buffers_ + buffer * buffer_bytes_ + before : nullptr, error);
     }
-    if (last_error) give_up(last_error);
+    if (last_error) fail_all(last_error);
     push_waiting();
   }
 
   // Starts the feeder, which owns the reads until none waits for a buffer.
-  void feed() {
+  void start_feeder() {
     try {
       if (!feeder_.joinable()) feeder_ = std::thread([this] { run_feeder(); });
     } catch (const std::system_error&) {
@@ -228,7 +228,7 @@ class RowReads {
     for (;;) {
       added_.wait(own, [this] { return is_feeding_ || is_ending_; });
       if (is_ending_) return;
-      const unsigned together = std::min<unsigned>(PUSHED_TOGETHER, under_way_.size());
+      const unsigned together = std::min<unsigned>(PUSHED_TOGETHER, in_flight_.size());
       push_waiting();
       while (!waiting_.empty()) {
         if (backoff_.is_pausing()) {
@@ -243,12 +243,12 @@ class RowReads {
         const int error = reads_->submit(together);
         own.lock();
         submitted(error);
-        take_in();
-        if (is_awaited_) came_.notify_one();
+        process_completed();
+        if (is_awaited_) progress_.notify_one();
       }
       submit();
       is_feeding_ = false;
-      came_.notify_one();
+      progress_.notify_one();
     }
   }
 
@@ -257,7 +257,7 @@ class RowReads {
   std::unique_ptr<Reads> reads_;
   const int64_t buffer_bytes_;
   uint8_t* const buffers_;
-  std::vector<RowRead> under_way_;  // by buffer
+  std::vector<RowRead> in_flight_;  // by buffer
   std::vector<unsigned> free_;      // buffers
   std::deque<RowRead> waiting_;     // for a buffer
   std::vector<unsigned> delayed_;   // buffers of reads to retry after a pause
@@ -267,7 +267,7 @@ class RowReads {
   Backoff backoff_;
 
   std::mutex mutex_;
-  std::condition_variable added_, came_;
+  std::condition_variable added_, progress_;
   bool is_feeding_ = false, is_awaited_ = false, is_ending_ = false;
   std::thread feeder_;
 };

@@ -56,7 +56,7 @@ class RowSlots {
   int32_t take(int64_t row) {
     const int32_t slot = least_used();
     if (slot == NO_SLOT) return slot;
-    give(slot, row);
+    assign(slot, row);
     return slot;
   }
   // The same for a predicted row: NO_SLOT instead of evicting a row that was used more than once
@@ -65,7 +65,7 @@ class RowSlots {
     const int32_t slot = least_used();
     if (slot == NO_SLOT) return slot;
     if (has_row(slot) && uses(rows_[slot]) > std::max<int>(1, uses(row))) return NO_SLOT;
-    give(slot, row);
+    assign(slot, row);
     return slot;
   }
 
@@ -119,7 +119,7 @@ class RowSlots {
   bool has_row(int32_t slot) const { return rows_[slot] >= 0; }
   uint8_t& uses(int64_t row) const { return ((uint8_t*)uses_.get())[row]; }
 
-  void give(int32_t slot, int64_t row) {
+  void assign(int32_t slot, int64_t row) {
     if (has_row(slot)) forget(slot);
     rows_[slot] = row;
     uint64_t place = home(row);

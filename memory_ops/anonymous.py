@@ -34,7 +34,7 @@ def anonymous_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def unwritten(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def uninitialized(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Like ``torch.empty`` on the CPU, but with huge pages for tensors of 32 MiB and more."""
     if math.prod(shape) * dtype.itemsize < _ALWAYS_MAPPED_BYTES:
         return torch.empty(shape, dtype=dtype, device="cpu")

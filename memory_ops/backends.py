@@ -55,7 +55,7 @@ class RoundingBackend(Protocol):
 def for_topk(half_scores: Tensor, top_k: int) -> Backend:
     """The backend for these half scores."""
     shape = half_scores.shape
-    fits = len(shape) == 4 and _can_choose(shape[3], top_k)
+    fits = len(shape) == 4 and _fits_topk_kernel(shape[3], top_k)
     if half_scores.dtype is not torch.float32 or not fits:
         return REFERENCE
     return _for_device_of(half_scores)
@@ -104,10 +104,10 @@ def is_kernel_readable(table: Table) -> bool:
 def has_native_lookup(table: Table, num_subkeys: int, top_k: int) -> bool:
     """Whether native CPU kernels can run a whole lookup: choose ``top_k`` rows and read them."""
     memory = table.records_RB if isinstance(table, RowRecords) else table
-    return memory.is_cpu and is_kernel_readable(table) and _can_choose(num_subkeys, top_k)
+    return memory.is_cpu and is_kernel_readable(table) and _fits_topk_kernel(num_subkeys, top_k)
 
 
-def _can_choose(num_subkeys: int, top_k: int) -> bool:
+def _fits_topk_kernel(num_subkeys: int, top_k: int) -> bool:
     return num_subkeys <= MAX_SUBKEYS and top_k <= MAX_TOP_K
 
 

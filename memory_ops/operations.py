@@ -30,7 +30,7 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     Differentiable in the scores. If scores are NaN, the rows are in range and the weights NaN.
     """
     check_scores(half_scores_TH2N, top_k)
-    _refuse_tangents(half_scores_TH2N)
+    _reject_tangents(half_scores_TH2N)
     rows_THK, weights_THK = _product_topk(half_scores_TH2N, top_k)
     return rows_THK, weights_THK
 
@@ -42,8 +42,8 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     tensor of the rows read. Records get no gradient. On a GPU, row ids are not checked.
     """
     check_rows(table, rows_THK, weights_THK)
-    _refuse_tangents(table, weights_THK)
-    out_TV: Tensor = _gather_rows(*_flat(table), rows_THK, weights_THK)
+    _reject_tangents(table, weights_THK)
+    out_TV: Tensor = _gather_rows(*_operands_of(table), rows_THK, weights_THK)
     return out_TV
 
 
@@ -61,8 +61,8 @@ def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
     Differentiable in the vectors, and in the table like ``gather_rows``.
     """
     check_vectors(table, rows_THK, x_TV)
-    _refuse_tangents(table, x_TV)
-    dots_THK: Tensor = _row_dots(*_flat(table), rows_THK, x_TV)
+    _reject_tangents(table, x_TV)
+    dots_THK: Tensor = _row_dots(*_operands_of(table), rows_THK, x_TV)
     return dots_THK
 
 
@@ -72,7 +72,7 @@ def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tup
     Not differentiable itself.
     """
     check_gradients(rows_THK, weights_THK, grad_TV)
-    _refuse_tangents(weights_THK, grad_TV)
+    _reject_tangents(weights_THK, grad_TV)
     gradients: tuple[Tensor, Tensor] = _row_gradients(rows_THK, weights_THK, grad_TV)
     return gradients
 
@@ -107,7 +107,7 @@ def expert_lookup(
     return gather_rows(up, rows_THK, weights_THK * activations_THK)
 
 
-def _refuse_tangents(*operands: Table) -> None:
+def _reject_tangents(*operands: Table) -> None:
     # torch's custom operators silently drop the tangents of tensors that need no gradient
     for operand in operands:
         if isinstance(operand, RowRecords):
@@ -116,13 +116,13 @@ def _refuse_tangents(*operands: Table) -> None:
             raise RuntimeError("memory_ops: forward-mode derivatives are not supported")
 
 
-def _flat(table: Table) -> tuple[Tensor, str, int]:
+def _operands_of(table: Table) -> tuple[Tensor, str, int]:
     if isinstance(table, RowRecords):
         return table.records_RB, table.row_format, table.value_dim
     return table, "", table.shape[1]
 
 
-def _table(table: Tensor, row_format: str, value_dim: int) -> Table:
+def _from_operands(table: Tensor, row_format: str, value_dim: int) -> Table:
     if not row_format:
         return table
     return RowRecords(table, cast(RowFormat, row_format), value_dim)
@@ -148,8 +148,8 @@ def _(half_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def _gather_rows(
     table: Tensor, row_format: str, value_dim: int, rows: Tensor, weights: Tensor
 ) -> Tensor:
-    given = _table(table, row_format, value_dim)
-    return backends.for_table(given, weights).gather_rows(given, rows, weights)
+    value_table = _from_operands(table, row_format, value_dim)
+    return backends.for_table(value_table, weights).gather_rows(value_table, rows, weights)
 
 
 @_gather_rows.register_fake
@@ -160,8 +160,8 @@ def _(table: Tensor, row_format: str, value_dim: int, rows: Tensor, weights: Ten
 
 @torch.library.custom_op("memplus::row_dots", mutates_args=())
 def _row_dots(table: Tensor, row_format: str, value_dim: int, rows: Tensor, x: Tensor) -> Tensor:
-    given = _table(table, row_format, value_dim)
-    return backends.for_table(given, x).row_dots(given, rows, x)
+    value_table = _from_operands(table, row_format, value_dim)
+    return backends.for_table(value_table, x).row_dots(value_table, rows, x)
 
 
 @_row_dots.register_fake
@@ -184,7 +184,7 @@ def _(rows: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 # The gradient of each operation is computed by the others.
 
 
-def _keep_topk(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+def _save_topk(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], *output)
 
 
@@ -202,7 +202,7 @@ def _topk_backward(ctx: Any, _: Tensor, grad_THK: Tensor) -> tuple[Tensor, None]
     return torch.zeros_like(half_scores_TH2N).scatter_add(3, subkeys_TH2K, both_TH2K), None
 
 
-def _keep_table(ctx: Any, inputs: tuple[Tensor, str, int, Tensor, Tensor], output: Tensor) -> None:
+def _save_table(ctx: Any, inputs: tuple[Tensor, str, int, Tensor, Tensor], output: Tensor) -> None:
     table, ctx.row_format, ctx.value_dim, rows, other = inputs
     ctx.save_for_backward(table, rows, other)
 
@@ -214,7 +214,7 @@ def _gather_backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, ...]:
         dots = _row_dots(table, ctx.row_format, ctx.value_dim, rows, grad_TV)
         grad_weights = dots.to(weights.dtype)
     if ctx.needs_input_grad[0]:
-        grad_table = _sparse(table, rows, weights, grad_TV)
+        grad_table = _sparse_gradient(table, rows, weights, grad_TV)
     return grad_table, None, None, None, grad_weights
 
 
@@ -225,11 +225,11 @@ def _dots_backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, ...]:
         summed = _gather_rows(table, ctx.row_format, ctx.value_dim, rows, grad_THK)
         grad_x = summed.to(x.dtype)
     if ctx.needs_input_grad[0]:
-        grad_table = _sparse(table, rows, grad_THK, x)
+        grad_table = _sparse_gradient(table, rows, grad_THK, x)
     return grad_table, None, None, None, grad_x
 
 
-def _sparse(table: Tensor, rows: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+def _sparse_gradient(table: Tensor, rows: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
     rows_U, sums_UV = _row_gradients(rows, weights, grad)
     return torch.sparse_coo_tensor(
         rows_U.unsqueeze(0),
@@ -240,6 +240,6 @@ def _sparse(table: Tensor, rows: Tensor, weights: Tensor, grad: Tensor) -> Tenso
     )
 
 
-_product_topk.register_autograd(_topk_backward, setup_context=_keep_topk)
-_gather_rows.register_autograd(_gather_backward, setup_context=_keep_table)
-_row_dots.register_autograd(_dots_backward, setup_context=_keep_table)
+_product_topk.register_autograd(_topk_backward, setup_context=_save_topk)
+_gather_rows.register_autograd(_gather_backward, setup_context=_save_table)
+_row_dots.register_autograd(_dots_backward, setup_context=_save_table)

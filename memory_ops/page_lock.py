@@ -33,7 +33,7 @@ class PageLock:
         status = cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, _FLAGS)
         if status != cudart.cudaError.success:
             why = cudart.cudaGetErrorString(status)
-            _forget_last_error(device)
+            _clear_last_error(device)
             raise PageLockError(f"cannot page-lock {memory.nbytes} bytes of host memory: {why}")
         self._memory = memory
 
@@ -57,14 +57,14 @@ class PageLock:
         status = cudart.cudaHostUnregister(memory.data_ptr())
         if status != cudart.cudaError.success:
             why = cudart.cudaGetErrorString(status)
-            _forget_last_error(self._device)
+            _clear_last_error(self._device)
             raise PageLockError(f"cannot unlock {memory.nbytes} bytes of host memory: {why}")
 
     def __del__(self) -> None:
         self.close()
 
 
-def _forget_last_error(device: torch.device) -> None:
+def _clear_last_error(device: torch.device) -> None:
     """Clear CUDA's last error, which torch would otherwise report for its next kernel.
 
     torch has no call that clears it, so this launches a kernel and ignores its error.

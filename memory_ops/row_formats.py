@@ -141,7 +141,7 @@ def _int4_blocks(value_dim: int) -> int:
 def _pack_bytes(values_RV: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor]:
     largest = 127.0 if row_format == "int8" else _FP8_LARGEST
     scale_R1 = values_RV.abs().amax(dim=1, keepdim=True) / largest
-    scaled_RV = _divided(values_RV, scale_R1).clamp(-largest, largest)
+    scaled_RV = _quotient(values_RV, scale_R1).clamp(-largest, largest)
     codes_RV = scaled_RV.round().to(torch.int8)
     if row_format == "fp8":
         codes_RV = scaled_RV.to(torch.float8_e4m3fn)
@@ -156,7 +156,7 @@ def _pack_int4(values_RV: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor
     at_RG1 = groups_RGC.abs().argmax(dim=2, keepdim=True)
     # values are divided by the rounded scale, so that its rounding adds no error
     scale_RG1 = (groups_RGC.gather(2, at_RG1) / -8).to(torch.bfloat16)
-    codes_RGC = (_divided(groups_RGC, scale_RG1.float()).round() + 8).clamp(0, 15)
+    codes_RGC = (_quotient(groups_RGC, scale_RG1.float()).round() + 8).clamp(0, 15)
     # [block, plane, word] of 4 bits each, to [block, word, byte] of two planes
     planes = codes_RGC.view(num_rows, blocks, 8, 16).to(torch.uint8).transpose(2, 3)
     packed = planes[..., 0::2] | planes[..., 1::2] << 4
@@ -175,6 +175,6 @@ def _unpack_int4(records_LB: Tensor, value_dim: int, start: int) -> Tensor:
     return (codes_LGC * scale_LG.unsqueeze(2)).flatten(1)[:, :value_dim]
 
 
-def _divided(values: Tensor, scale: Tensor) -> Tensor:
+def _quotient(values: Tensor, scale: Tensor) -> Tensor:
     """The quotient; 0 where the scale is 0, as in a row or group of zeros."""
     return torch.where(scale == 0, 0.0, values / scale)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from memory_ops.anonymous import unwritten
+from memory_ops.anonymous import uninitialized
 from memory_ops.checks import (
     Table,
     check_adam,
@@ -14,7 +14,7 @@ from memory_ops.checks import (
     check_scores,
     check_vectors,
 )
-from memory_ops.native.library import MEMORY_LIBRARY, use_torchs_threads
+from memory_ops.native.library import MEMORY_LIBRARY, use_torch_thread_count
 from memory_ops.row_formats import (
     NotFiniteError,
     RowFormat,
@@ -50,7 +50,7 @@ class NativeBackend:
         half_scores_TH2N = half_scores_TH2N.contiguous()
         rows_THK = _empty(num_tokens, num_heads, top_k, dtype=torch.int64)
         weights_THK = _empty(num_tokens, num_heads, top_k)
-        use_torchs_threads()
+        use_torch_thread_count()
         self._library.memplus_product_topk(
             half_scores_TH2N.data_ptr(),
             num_tokens * num_heads,
@@ -69,7 +69,7 @@ class NativeBackend:
         num_tokens, num_heads, top_k = rows_THK.shape
         arguments = table_arguments(table)
         out_TV = _empty(num_tokens, arguments[3])
-        use_torchs_threads()
+        use_torch_thread_count()
         wrong = self._library.memplus_gather_rows(
             *arguments,
             rows_THK.data_ptr(),
@@ -78,7 +78,7 @@ class NativeBackend:
             num_heads * top_k,
             out_TV.data_ptr(),
         )
-        _check_place(wrong, rows_THK, arguments[1])
+        _raise_if_outside(wrong, rows_THK, arguments[1])
         return out_TV
 
     def row_dots(self, table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class NativeBackend:
         num_tokens, num_heads, top_k = rows_THK.shape
         arguments = table_arguments(table)
         dots_THK = _empty(num_tokens, num_heads, top_k)
-        use_torchs_threads()
+        use_torch_thread_count()
         wrong = self._library.memplus_row_dots(
             *arguments,
             rows_THK.data_ptr(),
@@ -97,7 +97,7 @@ class NativeBackend:
             num_heads * top_k,
             dots_THK.data_ptr(),
         )
-        _check_place(wrong, rows_THK, arguments[1])
+        _raise_if_outside(wrong, rows_THK, arguments[1])
         return dots_THK
 
     def row_gradients(
@@ -108,8 +108,8 @@ class NativeBackend:
         grad_TV = grad_TV.contiguous()
         groups = self.group_rows(rows_THK, weights_THK)
         # a row's gradient is a weighted sum over tokens, so the gather kernel computes it
-        sums_UV = unwritten((len(groups.rows_U), grad_TV.shape[1]), torch.float32)
-        use_torchs_threads()
+        sums_UV = uninitialized((len(groups.rows_U), grad_TV.shape[1]), torch.float32)
+        use_torch_thread_count()
         self._library.memplus_gather_groups(
             *table_arguments(grad_TV),
             groups.tokens_L.data_ptr(),
@@ -123,9 +123,9 @@ class NativeBackend:
     def quantize_rows(self, values_RV: Tensor, row_format: RowFormat) -> RowRecords:
         """See ``row_formats.quantize_rows``."""
         num_rows, value_dim = values_RV.shape
-        records_RB = unwritten((num_rows, row_bytes(row_format, value_dim)), torch.uint8)
+        records_RB = uninitialized((num_rows, row_bytes(row_format, value_dim)), torch.uint8)
         records = RowRecords(records_RB, row_format, value_dim)
-        use_torchs_threads()
+        use_torch_thread_count()
         wrong = self._library.memplus_quantize_rows(
             *table_arguments(values_RV),
             records_RB.data_ptr(),
@@ -159,14 +159,14 @@ class NativeBackend:
             weights.data_ptr(),
         )
         if num_distinct < 0:
-            _check_place(-1 - num_distinct, rows_THK, _MOST_ROWS)
+            _raise_if_outside(-1 - num_distinct, rows_THK, _MOST_ROWS)
         return RowGroups(rows[:num_distinct], starts[: num_distinct + 1], tokens[:count], weights)
 
     def squared_norm(self, groups: RowGroups, grad_TV: Tensor) -> float:
         """See ``reference.squared_norm``."""
         check_groups(groups, grad_TV)
         grad_TV = grad_TV.contiguous()
-        use_torchs_threads()
+        use_torch_thread_count()
         arguments = *table_arguments(grad_TV), *_group_arguments(groups)
         return float(self._library.memplus_squared_norm(*arguments))
 
@@ -182,7 +182,7 @@ class NativeBackend:
         check_adam(table_RV, moments, groups, grad_TV)
         grad_TV = grad_TV.contiguous()
         first_RV, second = moments
-        use_torchs_threads()
+        use_torch_thread_count()
         self._library.memplus_sparse_adam(
             *table_arguments(grad_TV),
             *_group_arguments(groups),
@@ -222,6 +222,6 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
-def _check_place(wrong: int, rows_THK: Tensor, num_rows: int) -> None:
+def _raise_if_outside(wrong: int, rows_THK: Tensor, num_rows: int) -> None:
     if wrong >= 0:
         raise IndexError(f"rows: {int(rows_THK.view(-1)[wrong])} is outside [0, {num_rows})")

@@ -32,13 +32,13 @@ class NativeLibrary:
         folder: the folder that holds the builds.
         prototypes: result and argument types of the functions, by name. Each build also has
             ``memplus_best_build``, which returns the best build for this machine.
-        loss: consequence of having no build, for the warning.
+        consequence: effect of having no build, for the warning.
     """
 
-    def __init__(self, folder: Path, prototypes: Prototypes, loss: str) -> None:
+    def __init__(self, folder: Path, prototypes: Prototypes, consequence: str) -> None:
         self.folder = folder
         self.prototypes = prototypes
-        self.loss = loss
+        self.consequence = consequence
 
     @functools.cached_property
     def runnable_builds(self) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ class NativeLibrary:
         logger.warning(
             "memplus was installed without its native library: %s (install g++ 12 with OpenMP and"
             " reinstall memplus)",
-            self.loss,
+            self.consequence,
         )
         return None
 
@@ -85,7 +85,7 @@ class NativeLibrary:
         return self.folder / f"{build}{_SUFFIX}"
 
 
-def use_torchs_threads() -> None:
+def use_torch_thread_count() -> None:
     """Make the next kernels called from this Python thread use as many threads as torch."""
     # a side effect of this call sets OpenMP's thread count, which is per Python thread
     torch.get_num_threads()

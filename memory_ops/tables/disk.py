@@ -87,7 +87,7 @@ class DiskTable:
         self.num_slots = min(fitting, self.num_rows, _MOST_SLOTS)
         num_bytes = self.num_rows * size
         opened = TableFile(file, offset, num_bytes, is_direct=is_direct, checksum=checksum)
-        self._opened = opened
+        self._table_file = opened
         try:
             memory = anonymous_zeros((self.num_slots, size), torch.uint8)
             self.location = RowFile(
@@ -106,7 +106,7 @@ class DiskTable:
     def close(self) -> None:
         """Wait for the reads in flight, then close the file."""
         self.rows.close()
-        self._opened.close()
+        self._table_file.close()
 
     def __del__(self) -> None:
         if hasattr(self, "rows"):
@@ -155,8 +155,8 @@ class DiskTable:
         lookup sets the fault. Changed contents are final; a later successful lookup clears the
         other faults.
         """
-        if self._opened.fault is not None:
-            return self._opened.fault
+        if self._table_file.fault is not None:
+            return self._table_file.fault
         error = self.rows.lost_error()
         return None if error is None else f"{self.file}: no row can be read: {_reason(error)}"
 
@@ -179,7 +179,7 @@ class DiskTable:
         return TableReadError(f"{self.file}: row {row}: {_reason(error)}")
 
     def check_file(self) -> None:
-        self._opened.check(self.report_progress)
+        self._table_file.check(self.report_progress)
 
 
 class FetchedRows:

@@ -11,7 +11,7 @@ order would require moves between lanes.
 import triton
 import triton.language as tl
 
-from memory_ops.triton_kernels.table_view import small_float
+from memory_ops.triton_kernels.table_view import small_int_to_fp32
 
 # words of a block; one int64 holds the scales of its four groups
 BLOCK_WORDS = tl.constexpr(16)
@@ -137,7 +137,7 @@ def _codes(bits, GROUP: tl.constexpr):
     """The unscaled values of planes ``2 * GROUP`` and ``2 * GROUP + 1``."""
     low = ((bits >> (8 * GROUP)) & 15) - 8
     high = ((bits >> (8 * GROUP + 4)) & 15) - 8
-    return small_float(low), small_float(high)
+    return small_int_to_fp32(low), small_int_to_fp32(high)
 
 
 @triton.jit

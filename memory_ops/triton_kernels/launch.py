@@ -54,7 +54,7 @@ def on_device_of(tensor: Tensor) -> torch.cuda.device:
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
-def row_step(matrix: Tensor) -> int:
+def constant_row_stride(matrix: Tensor) -> int:
     """The row stride in elements, a compile-time constant of kernels.
 
     A single row's stride can be any number, so it is replaced by the width: otherwise each number

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memory_ops.checks import Table, check_vectors
 from memory_ops.triton_kernels.int4_rows import dot_int4_rows
-from memory_ops.triton_kernels.launch import RowLaunch, on_device_of, row_step
+from memory_ops.triton_kernels.launch import RowLaunch, constant_row_stride, on_device_of
 from memory_ops.triton_kernels.table_view import (
     TableView,
     ValueKind,
@@ -86,7 +86,7 @@ def _launch(view: TableView, rows_TC: Tensor, x_TV: Tensor, dots_TC: Tensor) -> 
             dots_TC,
             num_choices,
             **view.constants(),
-            X_STRIDE=row_step(x_TV),
+            X_STRIDE=constant_row_stride(x_TV),
             ROWS=launch.rows,
             BLOCK=launch.columns,
             **launch.options(),

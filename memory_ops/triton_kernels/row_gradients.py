@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memory_ops.checks import check_gradients
-from memory_ops.triton_kernels.launch import RowLaunch, on_device_of, row_step
+from memory_ops.triton_kernels.launch import RowLaunch, constant_row_stride, on_device_of
 from memory_ops.triton_kernels.table_view import ValueKind, value_kind
 
 # by the kind of the gradient's values
@@ -81,7 +81,7 @@ def _launch(
             grad_TV,
             sums_UV,
             VALUE_DIM=value_dim,
-            GRAD_STRIDE=row_step(grad_TV),
+            GRAD_STRIDE=constant_row_stride(grad_TV),
             PER_TOKEN=per_token,
             ROWS=launch.rows,
             BLOCK=launch.columns,

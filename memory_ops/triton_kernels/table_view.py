@@ -133,7 +133,7 @@ def row_values(values_ptr, rows, columns, mask, ROW_STRIDE: tl.constexpr, KIND: 
     if KIND == "fp8":
         values = _fp8_values(codes)
     elif KIND == "int8":
-        values = small_float(codes.to(tl.int32))
+        values = small_int_to_fp32(codes.to(tl.int32))
     else:
         values = codes.to(tl.float32)
     return values
@@ -161,7 +161,7 @@ def times_row_scale(
 
 
 @triton.jit
-def small_float(codes):
+def small_int_to_fp32(codes):
     """Small int32 as fp32, exact: adds to the bits of 1.5 * 2**23, faster than a conversion."""
     return (codes + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
 

@@ -249,7 +249,7 @@ def test_kernels_read_slots_that_a_fetcher_fills(files):
 @pytest.mark.parametrize(
     ("error", "why"),
     [
-        (NO_ROOM, "one token's rows do not fit in memory"),
+        (NO_ROOM, "one token's rows do not fit in memory: increase table_cache"),
         (OUTSIDE, "row 7 is outside the table"),
         (0, "row 7: the file ends before this row"),
         (errno.EIO, "row 7: Input/output error"),

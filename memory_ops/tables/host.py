@@ -33,9 +33,9 @@ class HostTable:
     graph can capture lookups. It can capture a hint if a lookup or a ``join`` follows in the graph.
 
     A graph replay is ordered only by the stream that it runs on, not by the side stream. So call
-    ``join`` on the replay's stream before each replay: all earlier hints and lookups of any caller
-    must be complete. Hints and lookups after the replay must come from streams ordered after it.
-    The same holds for replays of different graphs: they must run one after another.
+    ``join`` on the replay's stream before each replay: it orders the replay after all earlier hints
+    and lookups of any caller. Hints and lookups after the replay must come from streams that are
+    ordered after it. Replays, also of different graphs, must run one after another.
 
     Attributes:
         rows: ``[R, V]``, or R records of V values.

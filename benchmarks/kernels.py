@@ -24,7 +24,7 @@ from benchmarks.read_limits import (
 from engine.errors import ConfigError
 from memory_ops import operations
 from memory_ops.checks import Table
-from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS
+from memory_ops.native.backend import MAX_SUBKEYS, MAX_TOP_K
 from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.row_formats import RowFormat, RowRecords
 
@@ -88,8 +88,8 @@ def measure(shapes: Shapes, json_file: Path | None) -> None:
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"json: folder {json_file.parent} does not exist")
     for name, number, most in (
-        ("num_subkeys", shapes.num_subkeys, MOST_SUBKEYS),
-        ("top_k", shapes.top_k, MOST_CHOSEN),
+        ("num_subkeys", shapes.num_subkeys, MAX_SUBKEYS),
+        ("top_k", shapes.top_k, MAX_TOP_K),
     ):
         if number > most:
             raise ConfigError(f"{name}: the kernels support at most {most}, not {number}")

@@ -1,4 +1,4 @@
-"""Memory for large tensors that are filled bit by bit: untouched pages take no room."""
+"""Allocates large CPU tensors on huge pages; unwritten pages take no memory."""
 
 import functools
 import logging
@@ -8,24 +8,24 @@ import mmap
 import torch
 from torch import Tensor
 
-# glibc keeps no freed block of this size for the next call, however its thresholds are set
+# glibc never reuses a freed block of this size, whatever its thresholds
 _ALWAYS_MAPPED_BYTES = 32 * 2**20
 
 logger = logging.getLogger(__name__)
 
 
 def anonymous_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A CPU tensor, not empty, of zeros on private anonymous memory; huge pages are asked for.
+    """A non-empty CPU tensor of zeros on private anonymous memory, with huge pages if possible.
 
-    A page is taken when it is first written. Random reads of a large tensor miss the TLB on 4 kB
-    pages, which costs up to half the bandwidth. If the kernel has no huge pages, small ones do,
-    and the log says so once.
+    The kernel allocates a page when it is first written. Random reads of a large tensor miss the
+    TLB on 4 kB pages, which costs up to half the bandwidth. If the kernel has no huge pages, the
+    tensor uses small ones, with one warning per process.
 
     Raises:
-        OSError: the system has no such memory.
+        OSError: the system has not enough memory.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
-    # shared memory, which is mmap's default, gets no transparent huge pages
+    # shared memory, mmap's default, gets no transparent huge pages
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -34,8 +34,8 @@ def anonymous_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def unwritten(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """As ``torch.empty`` on the CPU; on huge pages where it would take fresh ones at every call."""
+def uninitialized(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Like ``torch.empty`` on the CPU, but with huge pages for tensors of 32 MiB and more."""
     if math.prod(shape) * dtype.itemsize < _ALWAYS_MAPPED_BYTES:
         return torch.empty(shape, dtype=dtype, device="cpu")
     return anonymous_zeros(shape, dtype)

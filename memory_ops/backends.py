@@ -1,4 +1,4 @@
-"""Which implementation of the operations runs, by device and dtype: the only place that decides."""
+"""Chooses the backend of each operation by device and dtype; nothing else chooses."""
 
 import functools
 import importlib
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memory_ops import reference, row_formats
 from memory_ops.checks import Table
-from memory_ops.native.backend import MOST_CHOSEN, MOST_SUBKEYS, NativeBackend
+from memory_ops.native.backend import MAX_SUBKEYS, MAX_TOP_K, NativeBackend
 from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.row_formats import RowFormat, RowRecords
 from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """The operations as ``memory_ops.reference`` defines them; a module can be one."""
+    """The operations as ``memory_ops.reference`` defines them; modules may implement it too."""
 
     def product_topk(self, half_scores_TH2N: Tensor, top_k: int, /) -> tuple[Tensor, Tensor]: ...
     def gather_rows(self, table: Table, rows_THK: Tensor, weights_THK: Tensor, /) -> Tensor: ...
@@ -31,7 +31,7 @@ class Backend(Protocol):
 
 
 class GroupBackend(Protocol):
-    """The operations on grouped references, likewise."""
+    """The operations on grouped references, as ``memory_ops.reference`` defines them."""
 
     def group_rows(self, rows_THK: Tensor, weights_THK: Tensor, /) -> RowGroups: ...
     def squared_norm(self, groups: RowGroups, grad_TV: Tensor, /) -> float: ...
@@ -55,79 +55,78 @@ class RoundingBackend(Protocol):
 def for_topk(half_scores: Tensor, top_k: int) -> Backend:
     """The backend for these half scores."""
     shape = half_scores.shape
-    fits = len(shape) == 4 and _can_choose(shape[3], top_k)
+    fits = len(shape) == 4 and _fits_topk_kernel(shape[3], top_k)
     if half_scores.dtype is not torch.float32 or not fits:
         return REFERENCE
-    return _beside(half_scores)
+    return _for_device_of(half_scores)
 
 
 def for_table(table: Table, other: Tensor) -> Backend:
-    """The backend for reading this table for tokens on ``other``'s device.
+    """The backend that reads this table for tokens on ``other``'s device.
 
-    They differ where a pinned table in host memory is read from a GPU.
+    The devices differ if a GPU reads a pinned table in host memory.
     """
-    if other.dtype is torch.float64 or not is_fit(table):
+    if other.dtype is torch.float64 or not is_kernel_readable(table):
         return REFERENCE
-    return _beside(other)
+    return _for_device_of(other)
 
 
 def for_gradients(weights: Tensor, grad: Tensor) -> Backend:
     """The backend for gradients of rows."""
     if weights.dtype is torch.float64 or grad.dtype not in _KERNEL_DTYPES:
         return REFERENCE
-    return _beside(grad)
+    return _for_device_of(grad)
 
 
 def for_groups(*operands: Tensor) -> GroupBackend:
     """The backend for grouped references: kernels on the CPU, plain torch elsewhere."""
     if all(operand.is_cpu and operand.dtype is not torch.float64 for operand in operands):
-        return cast(GroupBackend, _on("cpu"))
+        return cast(GroupBackend, _for_device_type("cpu"))
     return cast(GroupBackend, reference)
 
 
 def for_rounding(values: Tensor) -> RoundingBackend:
     """The backend for rounding rows: kernels on the CPU, plain torch elsewhere."""
-    backend = _on("cpu")
-    if isinstance(backend, NativeBackend) and values.is_cpu and is_fit(values):
+    backend = _for_device_type("cpu")
+    if isinstance(backend, NativeBackend) and values.is_cpu and is_kernel_readable(values):
         return backend
     return row_formats
 
 
-def is_fit(table: Table) -> bool:
-    """Whether kernels can read these rows: no fp64, a row's values one after another."""
+def is_kernel_readable(table: Table) -> bool:
+    """Whether kernels can read these rows: not fp64, and each row's values contiguous."""
     if isinstance(table, RowRecords):
         return table.records_RB.stride()[1] == 1
     strides = table.stride()
     return table.dtype in _KERNEL_DTYPES and len(strides) == 2 and strides[1] == 1
 
 
-def is_fit_for_cpu(table: Table, num_subkeys: int, top_k: int) -> bool:
-    """Whether native kernels can run a whole lookup: choose so many rows, and read them here."""
+def has_native_lookup(table: Table, num_subkeys: int, top_k: int) -> bool:
+    """Whether native CPU kernels can run a whole lookup: choose ``top_k`` rows and read them."""
     memory = table.records_RB if isinstance(table, RowRecords) else table
-    return memory.is_cpu and is_fit(table) and _can_choose(num_subkeys, top_k)
+    return memory.is_cpu and is_kernel_readable(table) and _fits_topk_kernel(num_subkeys, top_k)
 
 
-def _can_choose(num_subkeys: int, top_k: int) -> bool:
-    return num_subkeys <= MOST_SUBKEYS and top_k <= MOST_CHOSEN
+def _fits_topk_kernel(num_subkeys: int, top_k: int) -> bool:
+    return num_subkeys <= MAX_SUBKEYS and top_k <= MAX_TOP_K
 
 
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 REFERENCE = cast(Backend, reference)
 
 
-def _beside(tensor: Tensor) -> Backend:
-    # asking for the device's name takes longer than all the rest
-    return _on("cpu") if tensor.is_cpu else _on(tensor.device.type)
+def _for_device_of(tensor: Tensor) -> Backend:
+    # reading the device's name takes longer than everything else here
+    return _for_device_type("cpu" if tensor.is_cpu else tensor.device.type)
 
 
 @functools.cache
-def _on(device_type: str) -> Backend:
+def _for_device_type(device_type: str) -> Backend:
     if device_type == "cpu":
         build = MEMORY_LIBRARY.best_build
         return NativeBackend(build) if build is not None else REFERENCE
     if device_type == "cuda":
         if importlib.util.find_spec("triton") is not None:
-            # where there is no triton, there is no reason to fail for want of it
             return cast(Backend, importlib.import_module("memory_ops.triton_kernels"))
-        logger.warning("triton is not installed: memory layers run on plain torch, far slower")
+        logger.warning("triton is not installed: memory layers run in plain torch, much slower")
     return REFERENCE

@@ -1,4 +1,4 @@
-"""What the operations refuse, whatever their backend, and the shapes and dtypes they agree on."""
+"""Checks of the operations' inputs, the same for every backend."""
 
 import torch
 from torch import Tensor
@@ -6,13 +6,13 @@ from torch import Tensor
 from memory_ops.row_formats import RowRecords
 from memory_ops.sparse_adam import AdamMoments, RowGroups
 
-# rows of any floating dtype as they are, or records of fewer bits
+# rows of any floating dtype, or records of 8 or 4 bits a value
 Table = Tensor | RowRecords
 FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of ``dtype`` are summed: fp32, or fp64 for fp64 input."""
+    """The dtype that sums of ``dtype`` values use: fp32, or fp64 for fp64 input."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -34,7 +34,7 @@ def table_shape(table: Table) -> tuple[int, int]:
 def check_scores(half_scores_TH2N: Tensor, top_k: int) -> None:
     """Raise ValueError unless the scores are ``[T, H, 2, N]`` and ``top_k`` is 1 to N."""
     if half_scores_TH2N.dtype not in (torch.float32, torch.float64):
-        # sums of narrower scores would choose other rows
+        # rounding to a narrower dtype changes which rows are chosen
         raise ValueError(f"half_scores: expected float32 or float64, got {half_scores_TH2N.dtype}")
     if half_scores_TH2N.dim() != 4 or half_scores_TH2N.shape[2] != 2:
         shape = tuple(half_scores_TH2N.shape)
@@ -45,14 +45,14 @@ def check_scores(half_scores_TH2N: Tensor, top_k: int) -> None:
 
 
 def check_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> None:
-    """Raise ValueError unless table, rows and weights fit together."""
+    """Raise ValueError unless table, rows and weights match in shape, dtype and device."""
     table_shape(table)
     check_references(rows_THK, weights_THK)
     _check_devices(table, rows_THK, weights_THK)
 
 
 def check_vectors(table: Table, rows_THK: Tensor, x_TV: Tensor) -> None:
-    """Raise ValueError unless table, rows and a vector a token fit together."""
+    """Raise ValueError unless table, rows and one vector per token match."""
     value_dim = table_shape(table)[1]
     if rows_THK.dim() != 3 or x_TV.shape != (rows_THK.shape[0], value_dim):
         shapes = f"{tuple(rows_THK.shape)} and {tuple(x_TV.shape)}"
@@ -63,7 +63,7 @@ def check_vectors(table: Table, rows_THK: Tensor, x_TV: Tensor) -> None:
 
 
 def check_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> None:
-    """Raise ValueError unless rows, weights and a gradient a token fit together."""
+    """Raise ValueError unless rows, weights and one gradient per token match."""
     check_references(rows_THK, weights_THK)
     if grad_TV.dim() != 2 or grad_TV.shape[0] != rows_THK.shape[0]:
         shapes = f"{tuple(grad_TV.shape)} for {rows_THK.shape[0]} tokens"
@@ -75,7 +75,7 @@ def check_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> N
 
 
 def check_references(rows_THK: Tensor, weights_THK: Tensor) -> None:
-    """Raise ValueError unless rows and weights fit together."""
+    """Raise ValueError unless rows and weights have one shape and valid dtypes."""
     shape = rows_THK.shape
     if len(shape) != 3 or shape != weights_THK.shape:
         shapes = f"{tuple(shape)} and {tuple(weights_THK.shape)}"
@@ -85,21 +85,21 @@ def check_references(rows_THK: Tensor, weights_THK: Tensor) -> None:
 
 
 def check_groups(groups: RowGroups, grad_TV: Tensor) -> None:
-    """Raise ValueError unless there is a gradient for every token of the groups."""
+    """Raise ValueError unless every token of the groups has a gradient."""
     if grad_TV.dim() != 2:
         raise ValueError(f"grad: expected [T, V], got {tuple(grad_TV.shape)}")
     _check_floats("grad", grad_TV)
     if len(groups.tokens_L) and int(groups.tokens_L.max()) >= len(grad_TV):
         most = int(groups.tokens_L.max())
-        raise ValueError(f"grad: token {most} read rows, and there are {len(grad_TV)} gradients")
+        raise ValueError(f"grad: token {most} needs a gradient, got {len(grad_TV)} gradients")
 
 
 def check_adam(table_RV: Tensor, moments: AdamMoments, groups: RowGroups, grad_TV: Tensor) -> None:
-    """Raise unless table, moments and gradients fit together.
+    """Check that table, moments and gradients match.
 
     Raises:
-        ValueError: the table is no contiguous float32 or float64 matrix, or another shape or dtype
-            differs from its own.
+        ValueError: the table is not a contiguous float32 or float64 matrix, or a moment or gradient
+            does not match its shape or dtype.
         IndexError: a row lies outside the table.
     """
     check_groups(groups, grad_TV)
@@ -129,18 +129,19 @@ def check_adam(table_RV: Tensor, moments: AdamMoments, groups: RowGroups, grad_T
 
 def _check_floats(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATS:
-        raise ValueError(f"{name}: expected float64, 32, 16 or bfloat16, got {tensor.dtype}")
+        wanted = "float64, float32, float16 or bfloat16"
+        raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype}")
 
 
 def _check_devices(table: Table, rows: Tensor, other: Tensor) -> None:
     memory = table.records_RB if isinstance(table, RowRecords) else table
     if memory.is_cpu and rows.is_cpu and other.is_cpu:
         return
-    # a GPU reads a table in pinned host memory
+    # a GPU can read a table in pinned host memory
     pinned = memory.is_cpu and other.is_cuda
     if rows.device != other.device or not (pinned or memory.device == other.device):
-        found = f"on {memory.device}, rows and their operands on {rows.device} and {other.device}"
-        raise ValueError(f"table: {found}")
+        found = f"{memory.device}, {rows.device} and {other.device}"
+        raise ValueError(f"table, rows and operand: expected one device, got {found}")
 
 
 def _check_ids(rows_THK: Tensor) -> None:

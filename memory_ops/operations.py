@@ -1,7 +1,7 @@
-"""The public operations: differentiable, and known to torch.compile as operators of their own.
+"""The public operations: differentiable, and registered as custom operators for torch.compile.
 
-Every call goes through torch's dispatcher. It adds 10 to 20 microseconds to a call, which is less
-than 1 % of a served or trained step.
+Every call goes through torch's dispatcher. This adds 10 to 20 microseconds, which is less than 1 %
+of a served or trained step.
 """
 
 from typing import Any, cast
@@ -27,10 +27,10 @@ from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Choose each head's ``top_k`` best rows; see ``memory_ops.reference.product_topk``.
 
-    Differentiable by the scores. With scores that are NaN the rows are in range, the weights NaN.
+    Differentiable in the scores. If scores are NaN, the rows are in range and the weights NaN.
     """
     check_scores(half_scores_TH2N, top_k)
-    _refuse_tangents(half_scores_TH2N)
+    _reject_tangents(half_scores_TH2N)
     rows_THK, weights_THK = _product_topk(half_scores_TH2N, top_k)
     return rows_THK, weights_THK
 
@@ -38,19 +38,19 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     """Sum weighted table rows; see ``memory_ops.reference.gather_rows``.
 
-    Differentiable by the weights, and by a table that is no records: its gradient is a coalesced
-    sparse tensor of the rows read. On a GPU, row ids are not checked.
+    Differentiable in the weights, and in a table of floats: its gradient is a coalesced sparse
+    tensor of the rows read. Records get no gradient. On a GPU, row ids are not checked.
     """
     check_rows(table, rows_THK, weights_THK)
-    _refuse_tangents(table, weights_THK)
-    out_TV: Tensor = _gather_rows(*_flat(table), rows_THK, weights_THK)
+    _reject_tangents(table, weights_THK)
+    out_TV: Tensor = _gather_rows(*_operands_of(table), rows_THK, weights_THK)
     return out_TV
 
 
 def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
     """Round rows to ``row_format``; see ``memory_ops.row_formats.quantize_rows``.
 
-    Not differentiable, and not for torch.compile.
+    Not differentiable. Not registered for torch.compile.
     """
     return backends.for_rounding(values_RV).quantize_rows(values_RV, row_format)
 
@@ -58,11 +58,11 @@ def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
 def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
     """Inner products of rows and vectors; see ``memory_ops.reference.row_dots``.
 
-    Differentiable by the vectors, and by the table as ``gather_rows`` is.
+    Differentiable in the vectors, and in the table like ``gather_rows``.
     """
     check_vectors(table, rows_THK, x_TV)
-    _refuse_tangents(table, x_TV)
-    dots_THK: Tensor = _row_dots(*_flat(table), rows_THK, x_TV)
+    _reject_tangents(table, x_TV)
+    dots_THK: Tensor = _row_dots(*_operands_of(table), rows_THK, x_TV)
     return dots_THK
 
 
@@ -72,7 +72,7 @@ def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tup
     Not differentiable itself.
     """
     check_gradients(rows_THK, weights_THK, grad_TV)
-    _refuse_tangents(weights_THK, grad_TV)
+    _reject_tangents(weights_THK, grad_TV)
     gradients: tuple[Tensor, Tensor] = _row_gradients(rows_THK, weights_THK, grad_TV)
     return gradients
 
@@ -101,28 +101,28 @@ def expert_lookup(
 ) -> Tensor:
     """PEER's single-neuron experts; see ``memory_ops.reference.expert_lookup``.
 
-    Differentiable by both tables, the weights and the vectors.
+    Differentiable in both tables, the weights and the vectors.
     """
     activations_THK = functional.gelu(row_dots(down, rows_THK, x_TD))
     return gather_rows(up, rows_THK, weights_THK * activations_THK)
 
 
-def _refuse_tangents(*operands: Table) -> None:
-    # torch's custom operators drop the tangents of tensors that need no gradient
+def _reject_tangents(*operands: Table) -> None:
+    # torch's custom operators silently drop the tangents of tensors that need no gradient
     for operand in operands:
         if isinstance(operand, RowRecords):
             continue
         if forward_ad.unpack_dual(operand).tangent is not None:  # type: ignore[no-untyped-call]
-            raise RuntimeError("memory_ops: there are no forward-mode derivatives")
+            raise RuntimeError("memory_ops: forward-mode derivatives are not supported")
 
 
-def _flat(table: Table) -> tuple[Tensor, str, int]:
+def _operands_of(table: Table) -> tuple[Tensor, str, int]:
     if isinstance(table, RowRecords):
         return table.records_RB, table.row_format, table.value_dim
     return table, "", table.shape[1]
 
 
-def _table(table: Tensor, row_format: str, value_dim: int) -> Table:
+def _from_operands(table: Tensor, row_format: str, value_dim: int) -> Table:
     if not row_format:
         return table
     return RowRecords(table, cast(RowFormat, row_format), value_dim)
@@ -148,8 +148,8 @@ def _(half_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def _gather_rows(
     table: Tensor, row_format: str, value_dim: int, rows: Tensor, weights: Tensor
 ) -> Tensor:
-    given = _table(table, row_format, value_dim)
-    return backends.for_table(given, weights).gather_rows(given, rows, weights)
+    value_table = _from_operands(table, row_format, value_dim)
+    return backends.for_table(value_table, weights).gather_rows(value_table, rows, weights)
 
 
 @_gather_rows.register_fake
@@ -160,8 +160,8 @@ def _(table: Tensor, row_format: str, value_dim: int, rows: Tensor, weights: Ten
 
 @torch.library.custom_op("memplus::row_dots", mutates_args=())
 def _row_dots(table: Tensor, row_format: str, value_dim: int, rows: Tensor, x: Tensor) -> Tensor:
-    given = _table(table, row_format, value_dim)
-    return backends.for_table(given, x).row_dots(given, rows, x)
+    value_table = _from_operands(table, row_format, value_dim)
+    return backends.for_table(value_table, x).row_dots(value_table, rows, x)
 
 
 @_row_dots.register_fake
@@ -181,10 +181,10 @@ def _(rows: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return rows.new_empty(num_distinct), sums
 
 
-# Gradients: each operation's are the others.
+# The gradient of each operation is computed by the others.
 
 
-def _keep_topk(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+def _save_topk(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], *output)
 
 
@@ -194,7 +194,7 @@ def _topk_backward(ctx: Any, _: Tensor, grad_THK: Tensor) -> tuple[Tensor, None]
     subkeys_TH2K = torch.stack((rows_THK // num_subkeys, rows_THK % num_subkeys), dim=2)
     mean_TH1 = (grad_THK * weights_THK).sum(dim=-1, keepdim=True)
     scores_THK = weights_THK * (grad_THK - mean_TH1)
-    # uniform weights for want of any score depend on none
+    # if all scores are -inf, the weights are uniform and depend on no score
     chosen_THK = half_scores_TH2N.gather(3, subkeys_TH2K).sum(dim=2)
     none_TH1 = chosen_THK.isneginf().all(dim=-1, keepdim=True)
     scores_THK = scores_THK.masked_fill(none_TH1, 0.0)
@@ -202,7 +202,7 @@ def _topk_backward(ctx: Any, _: Tensor, grad_THK: Tensor) -> tuple[Tensor, None]
     return torch.zeros_like(half_scores_TH2N).scatter_add(3, subkeys_TH2K, both_TH2K), None
 
 
-def _keep_table(ctx: Any, inputs: tuple[Tensor, str, int, Tensor, Tensor], output: Tensor) -> None:
+def _save_table(ctx: Any, inputs: tuple[Tensor, str, int, Tensor, Tensor], output: Tensor) -> None:
     table, ctx.row_format, ctx.value_dim, rows, other = inputs
     ctx.save_for_backward(table, rows, other)
 
@@ -214,7 +214,7 @@ def _gather_backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, ...]:
         dots = _row_dots(table, ctx.row_format, ctx.value_dim, rows, grad_TV)
         grad_weights = dots.to(weights.dtype)
     if ctx.needs_input_grad[0]:
-        grad_table = _sparse(table, rows, weights, grad_TV)
+        grad_table = _sparse_gradient(table, rows, weights, grad_TV)
     return grad_table, None, None, None, grad_weights
 
 
@@ -225,11 +225,11 @@ def _dots_backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, ...]:
         summed = _gather_rows(table, ctx.row_format, ctx.value_dim, rows, grad_THK)
         grad_x = summed.to(x.dtype)
     if ctx.needs_input_grad[0]:
-        grad_table = _sparse(table, rows, grad_THK, x)
+        grad_table = _sparse_gradient(table, rows, grad_THK, x)
     return grad_table, None, None, None, grad_x
 
 
-def _sparse(table: Tensor, rows: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+def _sparse_gradient(table: Tensor, rows: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
     rows_U, sums_UV = _row_gradients(rows, weights, grad)
     return torch.sparse_coo_tensor(
         rows_U.unsqueeze(0),
@@ -240,6 +240,6 @@ def _sparse(table: Tensor, rows: Tensor, weights: Tensor, grad: Tensor) -> Tenso
     )
 
 
-_product_topk.register_autograd(_topk_backward, setup_context=_keep_topk)
-_gather_rows.register_autograd(_gather_backward, setup_context=_keep_table)
-_row_dots.register_autograd(_dots_backward, setup_context=_keep_table)
+_product_topk.register_autograd(_topk_backward, setup_context=_save_topk)
+_gather_rows.register_autograd(_gather_backward, setup_context=_save_table)
+_row_dots.register_autograd(_dots_backward, setup_context=_save_table)

@@ -1,4 +1,4 @@
-"""Host memory that a GPU reads where it is: page-locked in place, never copied."""
+"""Page-locks host memory in place, so that a GPU can read it without a copy."""
 
 from contextlib import suppress
 
@@ -10,21 +10,20 @@ _FLAGS = 1 | 2
 
 
 class PageLockError(RuntimeError):
-    """Memory is not locked, or not unlocked: the message says how much, and why."""
+    """CUDA did not lock or unlock memory: the message gives its size and CUDA's reason."""
 
 
 class PageLock:
-    """Holds a tensor's memory where it is, so that a GPU may read it, until ``close``.
+    """Keeps a tensor's memory page-locked until ``close``, so that a GPU can read it.
 
-    torch's own pinned tensors would be a second copy, in a block whose size is rounded up to a
-    power of two.
+    A pinned torch tensor would be a second copy, with its size rounded up to a power of two.
     """
 
     def __init__(self, memory: Tensor, device: torch.device) -> None:
-        """Lock the pages of a contiguous CPU tensor for ``device``, a GPU; of an empty one, none.
+        """Lock the pages of a contiguous CPU tensor for ``device``, a GPU; it may be empty.
 
         Raises:
-            PageLockError: CUDA does not lock them.
+            PageLockError: CUDA cannot lock them.
         """
         self._memory: Tensor | None = None
         self._device = device
@@ -34,16 +33,16 @@ class PageLock:
         status = cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, _FLAGS)
         if status != cudart.cudaError.success:
             why = cudart.cudaGetErrorString(status)
-            _forget_last_error(device)
-            raise PageLockError(f"{memory.nbytes} bytes of host memory are not page-locked: {why}")
+            _clear_last_error(device)
+            raise PageLockError(f"cannot page-lock {memory.nbytes} bytes of host memory: {why}")
         self._memory = memory
 
     def close(self) -> None:
-        """Wait for what the device was given, then unlock the pages. A second time, nothing.
+        """Wait for the device's queued work, then unlock the pages. Later calls do nothing.
 
         Raises:
-            PageLockError: CUDA does not unlock them.
-            RuntimeError: the device failed before; the pages are unlocked all the same.
+            PageLockError: CUDA cannot unlock them.
+            RuntimeError: earlier work of the device failed; the pages are unlocked anyway.
         """
         memory, self._memory = self._memory, None
         if memory is None:
@@ -58,17 +57,17 @@ class PageLock:
         status = cudart.cudaHostUnregister(memory.data_ptr())
         if status != cudart.cudaError.success:
             why = cudart.cudaGetErrorString(status)
-            _forget_last_error(self._device)
-            raise PageLockError(f"{memory.nbytes} bytes of host memory stay page-locked: {why}")
+            _clear_last_error(self._device)
+            raise PageLockError(f"cannot unlock {memory.nbytes} bytes of host memory: {why}")
 
     def __del__(self) -> None:
         self.close()
 
 
-def _forget_last_error(device: torch.device) -> None:
-    """Have torch take the error of a call that failed: it would blame its next kernel for it.
+def _clear_last_error(device: torch.device) -> None:
+    """Clear CUDA's last error, which torch would otherwise report for its next kernel.
 
-    torch has no call for that; what is launched here is that next kernel.
+    torch has no call that clears it, so this launches a kernel and ignores its error.
     """
     with suppress(RuntimeError):
         torch.ones(1, device=device)

@@ -1,4 +1,4 @@
-"""The memory layer's operations in plain torch: readable, at any precision, on any device.
+"""Reference implementation of the operations in plain torch, for any dtype and device.
 
 Shape suffixes: T tokens, H memory heads, N subkeys per half, K rows read per head, R = N * N rows,
 V value width. The formulas are those of "Memory Layers at Scale" (arXiv 2412.09764) and "Large
@@ -45,7 +45,7 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """
     check_scores(half_scores_TH2N, top_k)
     num_subkeys = half_scores_TH2N.shape[3]
-    # a stable sort, since torch.topk leaves the order of equal scores open
+    # a stable sort, because torch.topk does not define the order of equal scores
     half_TH2K, subkeys_TH2K = _stable_topk(half_scores_TH2N, top_k)
     first_THK, second_THK = half_TH2K.unbind(2)
     sums_THKK = first_THK.unsqueeze(-1) + second_THK.unsqueeze(-2)
@@ -64,7 +64,7 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     Args:
         table: the value table, ``[R, V]`` of any floating dtype, or records.
         rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R).
-        weights_THK: one weight a row, floating, ``[T, H, K]``.
+        weights_THK: one weight per row, floating, ``[T, H, K]``.
 
     Returns:
         ``out_TV``, ``[T, V]``, accumulated and returned in fp32 (fp64 for an fp64 table).
@@ -82,18 +82,18 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
 def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
     """Inner products of table rows and each token's vector: ``table[row[t,h,k]] . x[t]``.
 
-    The gradient of ``gather_rows`` by its weights, and the first half of PEER.
+    This is the gradient of ``gather_rows`` in its weights, and the first half of PEER.
 
     Args:
         table: as for ``gather_rows``.
         rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R).
-        x_TV: a vector a token, floating, ``[T, V]``.
+        x_TV: one vector per token, floating, ``[T, V]``.
 
     Returns:
         ``dots_THK``, ``[T, H, K]``, accumulated and returned in fp32 (fp64 for an fp64 table).
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not match.
         IndexError: a row id lies outside the table.
     """
     check_vectors(table, rows_THK, x_TV)
@@ -110,16 +110,16 @@ def expert_lookup(
 
     Args:
         down: u, the experts' input rows, ``[R, D]``, a table as for ``gather_rows``.
-        up: v, their output rows, ``[R, V]``, likewise.
+        up: v, the experts' output rows, ``[R, V]``, a table as for ``gather_rows``.
         rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R).
-        weights_THK: one weight an expert, floating, ``[T, H, K]``.
-        x_TD: a vector a token, floating, ``[T, D]``.
+        weights_THK: one weight per expert, floating, ``[T, H, K]``.
+        x_TD: one vector per token, floating, ``[T, D]``.
 
     Returns:
         ``out_TV``, ``[T, V]`` in fp32 (fp64 for fp64 tables).
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not match.
         IndexError: a row id lies outside a table.
     """
     inputs_THK = row_dots(down, rows_THK, x_TD)
@@ -128,27 +128,27 @@ def expert_lookup(
 
 
 def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of ``gather_rows`` by its table, where it is not zero.
+    """The gradient of ``gather_rows`` in its table: of the rows that were read.
 
         grad_row[r] = sum of weights[t,h,k] * grad[t] over all (t, h, k) that read r
 
     Args:
         rows_THK: row ids, int64, ``[T, H, K]``.
-        weights_THK: one weight a row, floating, ``[T, H, K]``.
-        grad_TV: the gradient by the gathered sums, floating, ``[T, V]``.
+        weights_THK: one weight per row, floating, ``[T, H, K]``.
+        grad_TV: the gradient of the gathered sums, floating, ``[T, V]``.
 
     Returns:
         The U distinct rows read, int64 ``[U]`` in ascending order, and their gradients, ``[U, V]``
         in fp32 (fp64 for an fp64 gradient).
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not match.
         IndexError: a row id is negative.
     """
     check_gradients(rows_THK, weights_THK, grad_TV)
     dtype = accumulation_dtype(grad_TV.dtype)
     if rows_THK.numel() and int(rows_THK.min()) < 0:
-        raise IndexError(f"rows: {int(rows_THK.min())} is no row of any table")
+        raise IndexError(f"rows: {int(rows_THK.min())} is outside: row ids are not negative")
     rows_U, place_L = torch.unique(rows_THK.flatten(), return_inverse=True)
     per_token = rows_THK.shape[1] * rows_THK.shape[2]
     grad_LV = grad_TV.to(dtype).repeat_interleave(per_token, dim=0)
@@ -158,11 +158,11 @@ def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tup
 
 
 def group_rows(rows_THK: Tensor, weights_THK: Tensor) -> RowGroups:
-    """Sort reads by the row that they read; those of one row keep their order.
+    """Sort reads by row; the reads of one row keep their order.
 
     Args:
         rows_THK: row ids, int64, ``[T, H, K]``.
-        weights_THK: one weight a row, floating, ``[T, H, K]``.
+        weights_THK: one weight per row, floating, ``[T, H, K]``.
 
     Raises:
         ValueError: rows and weights differ in shape.
@@ -170,7 +170,7 @@ def group_rows(rows_THK: Tensor, weights_THK: Tensor) -> RowGroups:
     """
     check_references(rows_THK, weights_THK)
     if rows_THK.numel() and int(rows_THK.min()) < 0:
-        raise IndexError(f"rows: {int(rows_THK.min())} is no row of any table")
+        raise IndexError(f"rows: {int(rows_THK.min())} is outside: row ids are not negative")
     sorted_L, order_L = rows_THK.flatten().sort(stable=True)
     rows_U, counts_U = torch.unique_consecutive(sorted_L, return_counts=True)
     per_token = max(rows_THK.shape[1] * rows_THK.shape[2], 1)
@@ -180,14 +180,14 @@ def group_rows(rows_THK: Tensor, weights_THK: Tensor) -> RowGroups:
 
 
 def squared_norm(groups: RowGroups, grad_TV: Tensor) -> float:
-    """The squared norm of a table's gradient: what its rows add to the norm that is clipped.
+    """The squared norm of a table's gradient: its part of the norm that clipping uses.
 
     Args:
         groups: the reads; see ``group_rows``.
-        grad_TV: the gradient by the gathered sums, floating, ``[T, V]``.
+        grad_TV: the gradient of the gathered sums, floating, ``[T, V]``.
 
     Raises:
-        ValueError: a token that read has no gradient.
+        ValueError: a token of the groups has no gradient.
     """
     check_groups(groups, grad_TV)
     return float(_group_sums(groups, grad_TV).detach().double().square().sum())
@@ -196,27 +196,27 @@ def squared_norm(groups: RowGroups, grad_TV: Tensor) -> float:
 def sparse_adam(
     table_RV: Tensor, moments: AdamMoments, groups: RowGroups, grad_TV: Tensor, step: AdamStep
 ) -> None:
-    """Change the rows that were read, and their moments, by one step of Adam, in place.
+    """Update the rows that were read, and their moments, by one step of Adam, in place.
 
         g = scale * sum of weight * grad[token] over a row's reads
         m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g g
         row -= step_size * m / (sqrt(v) + eps)
 
-    Row-wise, with one moment for the whole of a row:
+    The row-wise variant has one moment per row:
 
         v = beta2 v + (1 - beta2) mean(g g);  row -= step_size * g / (sqrt(v) + eps)
 
-    Rows that were not read stay as they are, moments included: torch.optim.SparseAdam's semantics.
+    Rows that were not read do not change, nor do their moments, as in torch.optim.SparseAdam.
 
     Args:
         table_RV: the rows, fp32 or fp64, contiguous.
-        moments: in the table's dtype, contiguous.
+        moments: Adam's moments, in the table's dtype, contiguous.
         groups: the reads; see ``group_rows``.
-        grad_TV: the gradient by the gathered sums, floating, ``[T, V]``.
-        step: the numbers.
+        grad_TV: the gradient of the gathered sums, floating, ``[T, V]``.
+        step: the hyperparameters.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together.
+        ValueError: shapes or dtypes do not match.
         IndexError: a row id lies outside the table.
     """
     check_adam(table_RV, moments, groups, grad_TV)
@@ -235,7 +235,7 @@ def sparse_adam(
 
 
 def _group_sums(groups: RowGroups, grad_TV: Tensor) -> Tensor:
-    """The gradient of each row, ``[U, V]``, in the dtype that sums are taken in."""
+    """The gradient of each row, ``[U, V]``, in the accumulation dtype."""
     dtype = torch.promote_types(accumulation_dtype(grad_TV.dtype), groups.weights_L.dtype)
     grad_LV = grad_TV.to(dtype)[groups.tokens_L] * groups.weights_L.to(dtype).unsqueeze(1)
     counts_U = groups.starts_U1.diff()
@@ -245,7 +245,7 @@ def _group_sums(groups: RowGroups, grad_TV: Tensor) -> Tensor:
 
 
 def _values(table: Table, rows_TC: Tensor) -> Tensor:
-    """The rows' values, ``[T, C, V]``, in the dtype that sums are taken in."""
+    """The rows' values, ``[T, C, V]``, in the accumulation dtype."""
     if isinstance(table, RowRecords):
         values_LV = dequantize_rows(table, rows_TC.flatten())
         return values_LV.view(*rows_TC.shape, table.value_dim)

@@ -1,14 +1,14 @@
-"""Rows of 8 or 4 bits a value as records: values and scales of a row in one piece of memory.
+"""Quantized row formats (int8, fp8, int4): records that hold a row's values and scales.
 
-A record is ``row_bytes`` bytes, a multiple of 64, so that one read brings a whole row:
+A record is ``row_bytes`` bytes, a multiple of 64, so that one read fetches a whole row:
 
     int8   V signed bytes, then (at a multiple of 4) one fp32 scale
     fp8    V bytes of e4m3 (the finite kind, without NaN), then one fp32 scale
     int4   blocks of 128 values in 64 bytes, then one bf16 scale for each 32 values
 
 In an int4 block the lowest 4 bits of its sixteen little-endian 32-bit words are values 0 to 15, the
-next 4 bits values 16 to 31, and so on, each plus 8; the last block is filled up with zeros. Laid
-out so, sixteen values are a shift and a mask away from sixteen lanes. Unused bytes are zero.
+next 4 bits values 16 to 31, and so on, each plus 8; zeros pad the last block. With this layout, one
+shift and one mask put sixteen values into sixteen lanes. Unused bytes are zero.
 """
 
 from dataclasses import dataclass
@@ -48,11 +48,11 @@ class RowRecords:
 
     Attributes:
         records_RB: uint8 ``[R, row_bytes]``.
-        row_format: how a record is read.
-        value_dim: V, the values of a row.
+        row_format: the format of the records.
+        value_dim: V, the number of values in a row.
 
     Raises:
-        ValueError: the tensor is not such a matrix of bytes.
+        ValueError: the tensor has another dtype or shape.
     """
 
     records_RB: Tensor
@@ -61,37 +61,38 @@ class RowRecords:
 
     def __post_init__(self) -> None:
         if self.row_format not in ROW_FORMATS:
-            raise ValueError(f"row_format: {self.row_format!r} is none of {', '.join(ROW_FORMATS)}")
+            known = ", ".join(ROW_FORMATS)
+            raise ValueError(f"row_format: {self.row_format!r} is not one of {known}")
         if self.value_dim < 1:
             raise ValueError(f"value_dim: must be at least 1, not {self.value_dim}")
         shape, dtype = tuple(self.records_RB.shape), self.records_RB.dtype
         wanted = row_bytes(self.row_format, self.value_dim)
         if dtype != torch.uint8 or len(shape) != 2 or shape[1] != wanted:
-            message = f"expected uint8 [R, {wanted}] for {self.value_dim} values of"
-            raise ValueError(f"records: {message} {self.row_format}, got {dtype} {shape}")
+            expected = f"uint8 [R, {wanted}] for {self.value_dim} {self.row_format} values"
+            raise ValueError(f"records: expected {expected}, got {dtype} {shape}")
 
 
 class NotFiniteError(ValueError):
-    """A row has values that are not finite: the message says which."""
+    """A row has values that are not finite: the message gives the row."""
 
     def __init__(self, row: int) -> None:
         super().__init__(f"values: row {row} has values that are not finite")
 
 
 def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
-    """Round rows to ``row_format``.
+    """Quantize rows to ``row_format``.
 
-    int8 and fp8 are scaled to their range by the row's largest value, int4 by the largest of each
-    group of 32, which becomes -8.
+    int8 and fp8 scale each row so that its largest magnitude is the format's largest number. int4
+    scales each group of 32 values so that the one of largest magnitude becomes -8.
 
-    In plain torch; ``operations.quantize_rows`` chooses what is faster, to the same bits.
+    Plain torch; ``operations.quantize_rows`` chooses a faster backend with bit-identical results.
 
     Args:
         values_RV: ``[R, V]``, floating.
         row_format: ``int8``, ``int4`` or ``fp8``.
 
     Raises:
-        ValueError: the values are no such matrix, or one of them is not finite.
+        ValueError: the values are not a floating-point matrix, or one of them is not finite.
     """
     if values_RV.dim() != 2 or not values_RV.is_floating_point():
         found = f"{values_RV.dtype} {tuple(values_RV.shape)}"
@@ -122,7 +123,7 @@ def dequantize_rows(records: RowRecords, rows: Tensor | None = None) -> Tensor:
     """
     records_LB = records.records_RB
     if rows is not None:
-        # unlike an index, an embedding counts no row from the end
+        # unlike indexing, an embedding refuses negative row ids
         records_LB = torch.nn.functional.embedding(rows, records_LB)
     value_dim, start = records.value_dim, scale_offset(records.row_format, records.value_dim)
     if records.row_format == "int4":
@@ -140,7 +141,7 @@ def _int4_blocks(value_dim: int) -> int:
 def _pack_bytes(values_RV: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor]:
     largest = 127.0 if row_format == "int8" else _FP8_LARGEST
     scale_R1 = values_RV.abs().amax(dim=1, keepdim=True) / largest
-    scaled_RV = _divided(values_RV, scale_R1).clamp(-largest, largest)
+    scaled_RV = _quotient(values_RV, scale_R1).clamp(-largest, largest)
     codes_RV = scaled_RV.round().to(torch.int8)
     if row_format == "fp8":
         codes_RV = scaled_RV.to(torch.float8_e4m3fn)
@@ -153,9 +154,9 @@ def _pack_int4(values_RV: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor
     padded_RV = torch.nn.functional.pad(values_RV, (0, blocks * INT4_BLOCK - value_dim))
     groups_RGC = padded_RV.view(num_rows, blocks * _GROUPS_PER_BLOCK, INT4_GROUP)
     at_RG1 = groups_RGC.abs().argmax(dim=2, keepdim=True)
-    # rounded before it is divided by, so that its own rounding costs nothing
+    # values are divided by the rounded scale, so that its rounding adds no error
     scale_RG1 = (groups_RGC.gather(2, at_RG1) / -8).to(torch.bfloat16)
-    codes_RGC = (_divided(groups_RGC, scale_RG1.float()).round() + 8).clamp(0, 15)
+    codes_RGC = (_quotient(groups_RGC, scale_RG1.float()).round() + 8).clamp(0, 15)
     # [block, plane, word] of 4 bits each, to [block, word, byte] of two planes
     planes = codes_RGC.view(num_rows, blocks, 8, 16).to(torch.uint8).transpose(2, 3)
     packed = planes[..., 0::2] | planes[..., 1::2] << 4
@@ -174,6 +175,6 @@ def _unpack_int4(records_LB: Tensor, value_dim: int, start: int) -> Tensor:
     return (codes_LGC * scale_LG.unsqueeze(2)).flatten(1)[:, :value_dim]
 
 
-def _divided(values: Tensor, scale: Tensor) -> Tensor:
-    """The quotient, 0 where the scale is 0: a row or group of zeros."""
+def _quotient(values: Tensor, scale: Tensor) -> Tensor:
+    """The quotient; 0 where the scale is 0, as in a row or group of zeros."""
     return torch.where(scale == 0, 0.0, values / scale)

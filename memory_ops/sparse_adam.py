@@ -8,13 +8,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowGroups:
-    """L reads of U distinct rows, by row, then in the order of the reads.
+    """L reads of U distinct rows, sorted by row; reads of one row keep their order.
 
     Attributes:
-        rows_U: int64, ascending.
-        starts_U1: int64; reads ``[starts[u], starts[u + 1])`` are those of the u-th row.
-        tokens_L: int64; which token read.
-        weights_L: fp32 (fp64 for fp64 weights).
+        rows_U: int64 row ids, ascending.
+        starts_U1: int64 offsets; the u-th row's reads are ``[starts[u], starts[u + 1])``.
+        tokens_L: int64, the token of each read.
+        weights_L: the weight of each read, fp32 (fp64 for fp64 weights).
     """
 
     rows_U: Tensor
@@ -25,15 +25,15 @@ class RowGroups:
 
 @dataclass(frozen=True)
 class AdamStep:
-    """The numbers of one step, of torch.optim.SparseAdam's where ``scale`` is 1.
+    """Hyperparameters of one step; with ``scale`` 1 they match torch.optim.SparseAdam.
 
     Attributes:
-        scale: what gradients are multiplied by first, for clipping.
-        step_size: the learning rate, corrected for moments that began at 0:
-            ``lr * sqrt(1 - beta2 ** t) / (1 - beta1 ** t)`` in step t; row-wise without beta1.
-        beta1: how much of the first moment is kept.
-        beta2: how much of the second.
-        eps: added to the root of the second.
+        scale: factor for the gradients, for clipping.
+        step_size: the bias-corrected learning rate of step t:
+            ``lr * sqrt(1 - beta2 ** t) / (1 - beta1 ** t)``; row-wise without ``beta1``.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the square root of the second moment.
     """
 
     scale: float
@@ -53,7 +53,7 @@ class AdamStep:
         scale: float = 1.0,
         is_row_wise: bool = False,
     ) -> "AdamStep":
-        """The step with this number, from 1 on."""
+        """The step with this number; the first is 1."""
         beta1, beta2 = betas
         began = 1.0 if is_row_wise else 1 - beta1**number
         step_size = float(lr * (1 - beta2**number) ** 0.5 / began)
@@ -61,10 +61,10 @@ class AdamStep:
 
 
 class AdamMoments(NamedTuple):
-    """What is kept of past gradients: both moments of each value, or one a row.
+    """Adam's moments, all initially 0: two per value, or one per row.
 
-    ``first_RV`` is ``[R, V]``, or None for the row-wise variant; ``second`` is ``[R, V]``, or
-    ``[R]``. All begin at 0.
+    ``first_RV`` is ``[R, V]``, or None for the row-wise variant. ``second`` is ``[R, V]``, or
+    ``[R]`` for the row-wise variant.
     """
 
     first_RV: Tensor | None

@@ -106,7 +106,7 @@ def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
     if point.tier == "mmap":
         table = _mapped_cold(stored[_TABLE])
     assert isinstance(table, DeviceTable | DiskTable)
-    if isinstance(table, DiskTable) and table.place.alignment == 1:
+    if isinstance(table, DiskTable) and table.location.alignment == 1:
         raise ConfigError(f"out: the filesystem of {folder} does not support direct reads")
     uniform = access_patterns(("uniform",), table.num_rows, None)["uniform"]
     recall = load.recall if point.lookahead else 0.0

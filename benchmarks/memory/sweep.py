@@ -181,7 +181,9 @@ def _limit(reader: Reader) -> float | None:
     if not isinstance(table, DiskTable):
         return None
     # a new seed reads other rows, which the disk has not cached
-    return max(random_reads_per_s(table.place, depth, _READS, time.time_ns()) for depth in _DEPTHS)
+    return max(
+        random_reads_per_s(table.location, depth, _READS, time.time_ns()) for depth in _DEPTHS
+    )
 
 
 def _check_settings(

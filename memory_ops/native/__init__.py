@@ -1,1 +1,1 @@
-"""The operations on a CPU: C++ kernels behind a C interface."""
+"""CPU backend of the operations: C++ kernels behind a C interface."""

@@ -1,9 +1,9 @@
-"""The operations by the native library, with the reference's signatures, for CPU tensors."""
+"""CPU backend: the operations on the native library, with the reference's signatures."""
 
 import torch
 from torch import Tensor
 
-from memory_ops.anonymous import unwritten
+from memory_ops.anonymous import uninitialized
 from memory_ops.checks import (
     Table,
     check_adam,
@@ -14,7 +14,7 @@ from memory_ops.checks import (
     check_scores,
     check_vectors,
 )
-from memory_ops.native.library import MEMORY_LIBRARY, use_torchs_threads
+from memory_ops.native.library import MEMORY_LIBRARY, use_torch_thread_count
 from memory_ops.row_formats import (
     NotFiniteError,
     RowFormat,
@@ -27,30 +27,30 @@ from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 # the codes of row_table.h
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORMATS = {"int8": 3, "fp8": 4, "int4": 5}
-# as many as group_rows.h can sort by
+# limits of the sort in group_rows.h
 _MOST_ROWS = 2**33
 _MOST_REFERENCES = 2**31
-MOST_CHOSEN = 128
-MOST_SUBKEYS = 65_536
+MAX_TOP_K = 128
+MAX_SUBKEYS = 65_536
 
 
 class NativeBackend:
-    """One build of the library. Sums are taken in fp32; see ``memory_ops.reference``."""
+    """The operations of one build of the library, accumulated in fp32."""
 
     def __init__(self, build: str) -> None:
         """Use ``build``, one of ``MEMORY_LIBRARY.runnable_builds``."""
         self._library = MEMORY_LIBRARY.load(build)
 
     def product_topk(self, half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """See ``reference.product_topk``; fp32, K to 128, N to 65,536."""
+        """See ``reference.product_topk``; fp32 scores, K up to 128, N up to 65,536."""
         check_scores(half_scores_TH2N, top_k)
         num_tokens, num_heads, _, num_subkeys = half_scores_TH2N.shape
         assert half_scores_TH2N.dtype is torch.float32
-        assert top_k <= MOST_CHOSEN and num_subkeys <= MOST_SUBKEYS
+        assert top_k <= MAX_TOP_K and num_subkeys <= MAX_SUBKEYS
         half_scores_TH2N = half_scores_TH2N.contiguous()
         rows_THK = _empty(num_tokens, num_heads, top_k, dtype=torch.int64)
         weights_THK = _empty(num_tokens, num_heads, top_k)
-        use_torchs_threads()
+        use_torch_thread_count()
         self._library.memplus_product_topk(
             half_scores_TH2N.data_ptr(),
             num_tokens * num_heads,
@@ -69,7 +69,7 @@ class NativeBackend:
         num_tokens, num_heads, top_k = rows_THK.shape
         arguments = table_arguments(table)
         out_TV = _empty(num_tokens, arguments[3])
-        use_torchs_threads()
+        use_torch_thread_count()
         wrong = self._library.memplus_gather_rows(
             *arguments,
             rows_THK.data_ptr(),
@@ -78,7 +78,7 @@ class NativeBackend:
             num_heads * top_k,
             out_TV.data_ptr(),
         )
-        _check_place(wrong, rows_THK, arguments[1])
+        _raise_if_outside(wrong, rows_THK, arguments[1])
         return out_TV
 
     def row_dots(self, table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class NativeBackend:
         num_tokens, num_heads, top_k = rows_THK.shape
         arguments = table_arguments(table)
         dots_THK = _empty(num_tokens, num_heads, top_k)
-        use_torchs_threads()
+        use_torch_thread_count()
         wrong = self._library.memplus_row_dots(
             *arguments,
             rows_THK.data_ptr(),
@@ -97,7 +97,7 @@ class NativeBackend:
             num_heads * top_k,
             dots_THK.data_ptr(),
         )
-        _check_place(wrong, rows_THK, arguments[1])
+        _raise_if_outside(wrong, rows_THK, arguments[1])
         return dots_THK
 
     def row_gradients(
@@ -107,9 +107,9 @@ class NativeBackend:
         check_gradients(rows_THK, weights_THK, grad_TV)
         grad_TV = grad_TV.contiguous()
         groups = self.group_rows(rows_THK, weights_THK)
-        # the sum over the tokens that read a row is a gather once more
-        sums_UV = unwritten((len(groups.rows_U), grad_TV.shape[1]), torch.float32)
-        use_torchs_threads()
+        # a row's gradient is a weighted sum over tokens, so the gather kernel computes it
+        sums_UV = uninitialized((len(groups.rows_U), grad_TV.shape[1]), torch.float32)
+        use_torch_thread_count()
         self._library.memplus_gather_groups(
             *table_arguments(grad_TV),
             groups.tokens_L.data_ptr(),
@@ -123,9 +123,9 @@ class NativeBackend:
     def quantize_rows(self, values_RV: Tensor, row_format: RowFormat) -> RowRecords:
         """See ``row_formats.quantize_rows``."""
         num_rows, value_dim = values_RV.shape
-        records_RB = unwritten((num_rows, row_bytes(row_format, value_dim)), torch.uint8)
+        records_RB = uninitialized((num_rows, row_bytes(row_format, value_dim)), torch.uint8)
         records = RowRecords(records_RB, row_format, value_dim)
-        use_torchs_threads()
+        use_torch_thread_count()
         wrong = self._library.memplus_quantize_rows(
             *table_arguments(values_RV),
             records_RB.data_ptr(),
@@ -138,13 +138,14 @@ class NativeBackend:
         return records
 
     def group_rows(self, rows_THK: Tensor, weights_THK: Tensor) -> RowGroups:
-        """See ``reference.group_rows``; fewer than 2^31 references, rows to 2^33."""
+        """See ``reference.group_rows``; fewer than 2^31 references, row ids below 2^33."""
         check_references(rows_THK, weights_THK)
         rows_THK = rows_THK.contiguous()
         weights_THK = weights_THK.float().contiguous()
         count = rows_THK.numel()
         if count >= _MOST_REFERENCES:
-            raise ValueError(f"rows: {count} are too many, at most {_MOST_REFERENCES - 1}")
+            allowed = f"at most {_MOST_REFERENCES - 1} are supported"
+            raise ValueError(f"rows: got {count} row ids, {allowed}")
         rows, starts, tokens = (_empty(count + 1, dtype=torch.int64) for _ in range(3))
         weights = _empty(count)
         num_distinct = self._library.memplus_group_rows(
@@ -158,14 +159,14 @@ class NativeBackend:
             weights.data_ptr(),
         )
         if num_distinct < 0:
-            _check_place(-1 - num_distinct, rows_THK, _MOST_ROWS)
+            _raise_if_outside(-1 - num_distinct, rows_THK, _MOST_ROWS)
         return RowGroups(rows[:num_distinct], starts[: num_distinct + 1], tokens[:count], weights)
 
     def squared_norm(self, groups: RowGroups, grad_TV: Tensor) -> float:
         """See ``reference.squared_norm``."""
         check_groups(groups, grad_TV)
         grad_TV = grad_TV.contiguous()
-        use_torchs_threads()
+        use_torch_thread_count()
         arguments = *table_arguments(grad_TV), *_group_arguments(groups)
         return float(self._library.memplus_squared_norm(*arguments))
 
@@ -181,7 +182,7 @@ class NativeBackend:
         check_adam(table_RV, moments, groups, grad_TV)
         grad_TV = grad_TV.contiguous()
         first_RV, second = moments
-        use_torchs_threads()
+        use_torch_thread_count()
         self._library.memplus_sparse_adam(
             *table_arguments(grad_TV),
             *_group_arguments(groups),
@@ -197,14 +198,14 @@ class NativeBackend:
 
 
 def _group_arguments(groups: RowGroups) -> tuple[int, int, int, int, int]:
-    """rows, starts, tokens, weights, how many rows."""
+    """The groups' C arguments: rows, starts, tokens, weights, number of rows."""
     parts = groups.rows_U, groups.starts_U1, groups.tokens_L, groups.weights_L
     rows, starts, tokens, weights = (part.data_ptr() for part in parts)
     return rows, starts, tokens, weights, len(groups.rows_U)
 
 
 def table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
-    """data, num_rows, row_stride in bytes, value_dim, scale_offset, format."""
+    """C arguments: data, num_rows, row_stride in bytes, value_dim, scale_offset, format."""
     if isinstance(table, RowRecords):
         records_RB = table.records_RB
         num_rows, offset = records_RB.shape[0], scale_offset(table.row_format, table.value_dim)
@@ -217,10 +218,10 @@ def table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    # whatever torch's default device: kernels write to the host's memory
+    # explicitly on the CPU, because torch's default device may be another one
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
-def _check_place(wrong: int, rows_THK: Tensor, num_rows: int) -> None:
+def _raise_if_outside(wrong: int, rows_THK: Tensor, num_rows: int) -> None:
     if wrong >= 0:
         raise IndexError(f"rows: {int(rows_THK.view(-1)[wrong])} is outside [0, {num_rows})")

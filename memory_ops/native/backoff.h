@@ -1,4 +1,4 @@
-// Pauses between retries of system calls that fail only for now.
+// Growing pauses between retries of system calls that failed with transient errors.
 #pragma once
 
 #include <errno.h>

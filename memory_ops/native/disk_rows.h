@@ -1,5 +1,4 @@
-// Rows of a table that lies in a file: those that are used often are kept in memory, the others are
-// read when they are asked for, many at once.
+// Rows of a table in a file: a cache of the most-used rows, and concurrent reads of missing rows.
 #pragma once
 
 #include <time.h>
@@ -10,25 +9,25 @@
 
 namespace memplus {
 
-// Totals of a layer's lookups; the order is that of table_statistics.py.
+// Totals of a layer's lookups, in the order of table_statistics.py.
 struct DiskCounts {
   int64_t requested;        // row ids of lookups
   int64_t lookups;
-  int64_t unique;           // rows of lookups, each counted once a lookup
-  int64_t hits;             // of these, that were there
-  int64_t late;             // that were being read already
-  int64_t misses;           // that had to be asked for
-  int64_t bytes;            // read
-  int64_t prefetched;       // rows asked for by hints
-  int64_t prefetched_used;  // of these, that a lookup then wanted
-  int64_t stall_ns;         // waited for reads
+  int64_t unique;           // distinct rows per lookup, summed over lookups
+  int64_t hits;             // unique rows that were in memory
+  int64_t late;             // unique rows whose read was in flight
+  int64_t misses;           // unique rows that had to be read
+  int64_t bytes;            // bytes read
+  int64_t prefetched;       // rows prefetched by hints
+  int64_t prefetched_used;  // prefetched rows that a lookup used
+  int64_t stall_ns;         // time spent waiting for reads
 };
 
-constexpr size_t LOST_AFTER = 8;   // different rows that could not be read, one after another
-constexpr int MOST_REFUSED = 256;  // guesses that find no room; each takes some looking
+constexpr size_t LOST_AFTER = 8;   // different rows that failed, without a success in between
+constexpr int MOST_REFUSED = 256;  // hinted rows without a slot, because each search takes time
 constexpr int64_t PATIENCE_NS = std::chrono::nanoseconds(PATIENCE).count();
 
-// One thread calls it. `read_ended` may come from another, which holds the lock: see RowReads.
+// One thread calls it. Another thread may call `read_ended` with the lock held: see RowReads.
 class DiskRows final : RowReadsOwner {
  public:
   DiskRows(RowFile from, uint8_t* memory, int64_t num_slots, unsigned depth, int64_t retry_ms,
@@ -44,9 +43,9 @@ class DiskRows final : RowReadsOwner {
 
   bool has_buffers() const { return reads_.has_buffers(); }
 
-  // Finds slots for the rows of as many of the tokens as there is room for, and begins to read those
-  // that are missing. Returns how many tokens, whose slots are pinned until `release`; -1 - index
-  // where a row id lies outside the table, and then none are. A lookup `is_new` with its first part.
+  // Finds slots for the rows of as many tokens as fit, and starts reads of missing rows. Returns
+  // the number of these tokens; their slots stay pinned until `release`. If a row id is outside
+  // the table, pins nothing and returns -1 - index. `is_new` marks the first part of a lookup.
   int64_t start(const int64_t* rows, int64_t tokens, int64_t token_rows, bool is_new, int64_t layer,
                 int64_t* slots) {
     RowReads::Lock lock = reads_.lock();
@@ -64,7 +63,7 @@ class DiskRows final : RowReadsOwner {
       for (int64_t i = first; i < first + token_rows; i++) {
         slots[i] = wanted_slot(rows[i], lock);
         if (slots[i] == NO_SLOT) {
-          for (int64_t j = first; j < i; j++) give_up((int32_t)slots[j]);
+          for (int64_t j = first; j < i; j++) unclaim((int32_t)slots[j]);
           reads_.begin();
           return token;
         }
@@ -74,9 +73,9 @@ class DiskRows final : RowReadsOwner {
     return tokens;
   }
 
-  // Waits until all these slots have their rows: ALL_THERE, or the index of one that could not be
-  // read, and its errno (0: the file ends before it); or STILL_READING, to be called again, as long
-  // as reads end or are retried.
+  // Waits until all these slots have their rows and returns ALL_THERE. If a row could not be read,
+  // returns its index, and its errno (0: the file ends before it). Returns STILL_READING about
+  // every PATIENCE while reads complete or are retried; the caller then calls again.
   int64_t finish(const int64_t* slots, int64_t count, int64_t layer, int* error) {
     RowReads::Lock lock = reads_.lock();
     count_for(layer);
@@ -85,8 +84,8 @@ class DiskRows final : RowReadsOwner {
     for (int64_t i = 0; i < count; i++) {
       const uint8_t& state = states_[slots[i]];
       while (state == WANTED && wait(lock)) {
-        const bool gets_on = reads_.num_events() > before;
-        if (state == WANTED && gets_on && now_ns() > patient_until) return STILL_READING;
+        const bool has_progress = reads_.num_events() > before;
+        if (state == WANTED && has_progress && now_ns() > patient_until) return STILL_READING;
       }
       if (state == READY || state == PREFETCHED) continue;
       *error = state == FAILED ? errors_[slots[i]] : reads_.error();
@@ -97,11 +96,11 @@ class DiskRows final : RowReadsOwner {
 
   void release(const int64_t* slots, int64_t count) {
     RowReads::Lock lock = reads_.lock();
-    for (int64_t i = 0; i < count; i++) give_up((int32_t)slots[i]);
+    for (int64_t i = 0; i < count; i++) unclaim((int32_t)slots[i]);
   }
 
-  // Begins to read rows that may be wanted soon, as far as that goes without waiting, in place of
-  // rows used once, or no more often than they were, and with some reads left for wanted rows.
+  // Prefetches rows without waiting. Evicts only rows that were used at most once, or no more often
+  // than the new row. Leaves some buffers to the reads of lookups.
   void hint(const int64_t* rows, int64_t count, int64_t layer) {
     RowReads::Lock lock = reads_.lock();
     count_for(layer);
@@ -113,7 +112,7 @@ class DiskRows final : RowReadsOwner {
       refused += slot == NO_SLOT;
       if (slot == NO_SLOT) continue;
       states_[slot] = HINTED;
-      stamps_[slot] = 0;  // it is another row's
+      stamps_[slot] = 0;  // the stamp belongs to the evicted row
       num_unclaimed_++;
       counted().prefetched++;
       read(rows[i], slot);
@@ -121,8 +120,8 @@ class DiskRows final : RowReadsOwner {
     reads_.begin();
   }
 
-  // Whether the last reads all failed for good, those of LOST_AFTER different rows at least; then
-  // the errno of the last (0: the file ends before it). One damaged row is never enough.
+  // Whether reads of LOST_AFTER different rows failed with permanent errors since the last success;
+  // `error` is the last errno (0: the file ends before the row). One damaged row is not enough.
   bool is_lost(int* error) {
     RowReads::Lock lock = reads_.lock();
     reads_.collect();
@@ -130,7 +129,7 @@ class DiskRows final : RowReadsOwner {
     return failed_rows_.size() >= LOST_AFTER;
   }
 
-  // Layers from 0 to the last that has asked.
+  // Number of layers, up to the last one that used the table.
   int64_t num_layers() {
     RowReads::Lock lock = reads_.lock();
     return (int64_t)counts_.size();
@@ -155,13 +154,13 @@ class DiskRows final : RowReadsOwner {
     return time.tv_sec * 1'000'000'000 + time.tv_nsec;
   }
 
-  // A pinned slot that has the row, or will; NO_SLOT where all are pinned.
+  // A pinned slot that has the row or will receive it; NO_SLOT if all slots are pinned.
   int32_t wanted_slot(int64_t row, RowReads::Lock& lock) {
     int32_t slot = slots_.find(row);
     if (slot == NO_SLOT) {
       slots_.use(row);
       slot = slots_.take(row);
-      // what no lookup waits for has no claim to room once it is there
+      // a prefetch in flight pins its slot, so wait until one completes
       while (slot == NO_SLOT && num_unclaimed_ && wait(lock)) slot = slots_.take(row);
       if (slot == NO_SLOT) return slot;
       claim(slot);
@@ -192,12 +191,12 @@ class DiskRows final : RowReadsOwner {
     return slot;
   }
 
-  // Pins a slot for a lookup, and unpins it. One that is read has a pin more, until its read ends.
+  // Pin and unpin a slot for a lookup. A read in flight holds one more pin.
   void claim(int32_t slot) {
     num_unclaimed_ -= is_unclaimed(slot);
     slots_.pin(slot);
   }
-  void give_up(int32_t slot) {
+  void unclaim(int32_t slot) {
     slots_.unpin(slot);
     num_unclaimed_ += is_unclaimed(slot);
   }
@@ -205,16 +204,16 @@ class DiskRows final : RowReadsOwner {
     return (states_[slot] == WANTED || states_[slot] == HINTED) && slots_.pins(slot) == 1;
   }
 
-  // A slot stays pinned until its read has ended, one that waits for a buffer included.
+  // The slot stays pinned until the read ends, also while the read waits for a buffer.
   void read(int64_t row, int32_t slot) {
     slots_.pin(slot);
     reads_.add({row, slot, layer_});
   }
   bool wait(RowReads::Lock& lock) {
     const int64_t begun = now_ns(), layer = layer_;
-    const bool is_well = reads_.wait(lock);
+    const bool is_ok = reads_.wait(lock);
     counts_[layer].stall_ns += now_ns() - begun;
-    return is_well;
+    return is_ok;
   }
 
   void read_ended(const RowRead& read, const uint8_t* bytes, int error) override {
@@ -228,18 +227,18 @@ class DiskRows final : RowReadsOwner {
       fail(read.slot, error);
     }
     slots_.unpin(read.slot);
-    note(read.row, bytes, error);
+    record_outcome(read.row, bytes, error);
   }
-  // Remembers different rows that failed since the last that was read. An error that may pass by
-  // itself says nothing about the file.
-  void note(int64_t row, bool is_read, int error) {
+  // Collects the different rows that failed since the last success. Ignores transient errors, which
+  // say nothing about the file.
+  void record_outcome(int64_t row, bool is_read, int error) {
     if (is_read) failed_rows_.clear();
     if (is_read || is_transient(error)) return;
     last_error_ = error;
     const bool is_new = std::find(failed_rows_.begin(), failed_rows_.end(), row) == failed_rows_.end();
     if (is_new && failed_rows_.size() < LOST_AFTER) failed_rows_.push_back(row);
   }
-  // The slot has no row; who asks again reads again.
+  // Empties the slot, so that the next lookup reads the row again.
   void fail(int32_t slot, int error) {
     slots_.forget(slot);
     states_[slot] = FAILED;
@@ -249,16 +248,16 @@ class DiskRows final : RowReadsOwner {
   const RowFile from_;
   uint8_t* const memory_;  // [slots, row_bytes]
   RowSlots slots_;
-  std::vector<uint8_t> states_;   // of slots
-  std::vector<int> errors_;       // of slots that failed, errnos
-  std::vector<int64_t> stamps_;   // the last lookup that wanted each slot
+  std::vector<uint8_t> states_;   // by slot
+  std::vector<int> errors_;       // by slot: errno of a failed read
+  std::vector<int64_t> stamps_;   // by slot: the last lookup that used it
   std::vector<int64_t> failed_rows_;
-  int last_error_ = 0;              // of these
-  int64_t stamp_ = 0;
-  int64_t num_unclaimed_ = 0;       // reads of rows that no lookup has pinned
-  int64_t layer_ = 0;               // whose lookup it is
+  int last_error_ = 0;              // of failed_rows_
+  int64_t stamp_ = 0;               // number of the current lookup
+  int64_t num_unclaimed_ = 0;       // reads in flight of rows that no lookup has pinned
+  int64_t layer_ = 0;               // of the current lookup
   std::vector<DiskCounts> counts_;  // by layer
-  RowReads reads_;                  // the last: it tells this until it ends
+  RowReads reads_;                  // last, because its destructor may call read_ended
 };
 
 }  // namespace memplus

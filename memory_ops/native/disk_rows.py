@@ -1,4 +1,4 @@
-"""Rows of a file, by the native library: cached, read many at once (disk_rows.h)."""
+"""Reads and caches rows of a file through the native library (disk_rows.h)."""
 
 import ctypes
 import functools
@@ -42,7 +42,7 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
 
 
 class RowFile(NamedTuple):
-    """Where rows lie: see row_file.h, whose struct this is."""
+    """Position of a table's rows in a file: ``RowFile`` of row_file.h."""
 
     descriptor: int
     offset: int
@@ -52,18 +52,18 @@ class RowFile(NamedTuple):
 
 
 class RingError(OSError):
-    """The kernel gives no io_uring: it is too old, or forbids it, or has no memory for it."""
+    """io_uring is not available: the kernel is too old, forbids it, or lacks memory."""
 
 
 class ReadFault(NamedTuple):
     """Faults that tests inject into reads; the defaults inject none.
 
     Attributes:
-        every: every so many-th read ends with ``result``; 0 for none.
-        result: -errno, or a number of bytes.
-        submits: so many submits fail, the first ones.
-        submit_error: their errno.
-        retry_ms: the sum of the pauses after which transient errors are retried no more.
+        every: each n-th read ends with ``result``; 0 disables this fault.
+        result: -errno, or the number of bytes read.
+        submits: number of initial submits that fail.
+        submit_error: errno of the failed submits.
+        retry_ms: limit of the total pause between retries of transient errors, in milliseconds.
     """
 
     every: int = 0
@@ -74,7 +74,7 @@ class ReadFault(NamedTuple):
 
 
 class DiskRows:
-    """Slots for some of a file's rows, in memory of the caller's, and reads into them."""
+    """A cache of a file's rows in slots of the caller's memory, and reads into these slots."""
 
     def __init__(
         self,
@@ -87,21 +87,21 @@ class DiskRows:
     ) -> None:
         """Read into ``memory``, uint8 ``[slots, row_bytes]``.
 
-        ``depth`` reads are under way at once: by io_uring, or by so many ``threads``, if not 0.
+        At most ``depth`` reads are in flight, through io_uring, or through ``threads`` if not 0.
 
         EAGAIN, EBUSY, ENOMEM and EINTR are retried after pauses of 1 to 100 ms, for 10 s in total.
-        After that the rows that were asked for fail, and rows asked for later are tried anew.
+        After that the requested rows fail; later requests try again.
 
         Raises:
-            RingError: ``threads`` is 0 and the kernel gives no io_uring.
-            OSError: there is no memory for it, or there are no threads.
+            RingError: ``threads`` is 0 and io_uring is not available.
+            OSError: memory or threads cannot be allocated.
         """
         self._functions = _library()
-        self._memory = memory  # what is read into lives as long
-        places = memory.data_ptr(), memory.shape[0]
+        self._memory = memory  # keeps the slots alive
+        slots = memory.data_ptr(), memory.shape[0]
         settings = depth, threads, *(fault or ReadFault())
         error = _INT32()
-        self._rows = self._functions["open"](*file, *places, *settings, ctypes.byref(error))
+        self._rows = self._functions["open"](*file, *slots, *settings, ctypes.byref(error))
         if not self._rows:
             number = abs(error.value)
             raise (RingError if error.value < 0 else OSError)(number, os.strerror(number))
@@ -113,19 +113,19 @@ class DiskRows:
 
     def _check_open(self) -> None:
         if not self._rows:
-            raise ValueError("table: is closed")
+            raise ValueError("table: the table is closed")
 
     def close(self) -> None:
-        """Wait for the reads that are under way, and give everything up."""
+        """Wait for the reads in flight, then free everything."""
         rows, self._rows = self._rows, None
         if rows:
             self._functions["close"](rows)
 
     def start(self, rows_TL: Tensor, slots_TL: Tensor, *, layer: int) -> int:
-        """Begin a lookup of contiguous int64 rows; return its handle, for ``drop``.
+        """Start a lookup of contiguous int64 rows and return its handle; free it with ``drop``.
 
-        The first part's reads are in flight then. ``slots_TL`` receives the slots of each part's
-        rows; both tensors must outlive the handle.
+        The reads of the first part are in flight on return. ``slots_TL`` receives the slots of each
+        part's rows. Both tensors must outlive the handle.
 
         Raises:
             IndexError: a row id lies outside the table.
@@ -141,11 +141,11 @@ class DiskRows:
         return lookup
 
     def next_part(self, lookup: int, on_progress: Callable[[], None]) -> int | ReadFailure:
-        """Wait for the rows of a lookup's next tokens, as many as there are slots for.
+        """Wait for the rows of a lookup's next tokens, as many tokens as fit in the slots.
 
-        Returns the token after the last of them, or the row that could not be read. Slots of the
-        tokens before may get other rows. ``on_progress`` is called about every half second as long
-        as reads end or are retried.
+        Returns the end of this range of tokens, or the row that could not be read. Slots of earlier
+        tokens may be reused. Calls ``on_progress`` about every 0.5 s while reads complete or are
+        retried.
         """
         failure = ReadFailure()
         while True:
@@ -156,24 +156,24 @@ class DiskRows:
             on_progress()
 
     def drop(self, lookup: int) -> None:
-        """Unpin the slots of a lookup that has ended, or is given up."""
+        """Free a lookup, finished or not, and unpin its slots."""
         self._functions["lookup_drop"](lookup, bool(self._rows))
 
     def hint(self, rows: Tensor, *, layer: int) -> None:
-        """Begin to read rows, as many as there is room for, without waiting."""
+        """Prefetch as many of the rows as fit, without waiting."""
         self._functions["hint"](self._open_rows, rows.data_ptr(), rows.numel(), layer)
 
     def fetcher(self, layer: int, on_progress: "ctypes._CFunctionType") -> RowFetcher:
-        """What kernels call for a layer's lookups; valid until ``close``, and as long as both."""
+        """Callbacks for a layer's lookups; valid until ``close`` and while both objects live."""
         fetcher = RowFetcher()
         self._functions["fetcher"](self._open_rows, layer, on_progress, ctypes.byref(fetcher))
         return fetcher
 
     def lost_error(self) -> int | None:
-        """The errno of the last read if all fail now (0: the file ends before it), else None.
+        """The last read's errno (0: the file ends before the row) if all reads fail, else None.
 
-        All fail if 8 different rows could not be read one after another, for other errors than
-        those that pass by themselves. The first row that is read again ends it.
+        All reads count as failing after 8 different rows failed in a row with errors that are not
+        transient. The next successful read ends this state.
         """
         error = _INT32()
         is_lost = self._functions["is_lost"](self._open_rows, ctypes.byref(error))
@@ -191,7 +191,7 @@ class DiskRows:
 
 
 def is_available() -> bool:
-    """Whether the library was built when memplus was installed."""
+    """Whether the installation of memplus built the library."""
     return _file().exists()
 
 

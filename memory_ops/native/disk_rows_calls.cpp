@@ -22,7 +22,7 @@ void release(void* self, const int64_t* slots, int64_t count) {
 
 extern "C" {
 
-// Null and an errno; below zero, -errno, if `threads` is 0 and the kernel refuses a ring.
+// Returns null and an errno on failure, or -errno if `threads` is 0 and io_uring is not available.
 void* memplus_disk_open(int file, int64_t offset, int64_t num_rows, int64_t row_bytes,
                         int64_t alignment, uint8_t* memory, int64_t num_slots, int64_t depth,
                         int64_t threads, int64_t fail_every, int64_t fail_with,
@@ -46,7 +46,7 @@ void* memplus_disk_open(int file, int64_t offset, int64_t num_rows, int64_t row_
                                          std::move(reads));
   *error = ENOMEM;
   return rows->has_buffers() ? rows.release() : nullptr;
-} catch (...) {  // memory, or threads, that there are none of
+} catch (...) {  // memory or threads cannot be allocated
   *error = ENOMEM;
   return nullptr;
 }
@@ -57,7 +57,7 @@ void memplus_disk_fetcher(void* self, int64_t layer, void (*on_progress)(), RowF
   *fetcher = {start, finish, release, on_progress, self, layer};
 }
 
-// Begins a lookup, to be dropped. Its parts are waited for one after another; see Fetch::next.
+// Starts a lookup; free it with lookup_drop. Wait for its parts with lookup_next; see Fetch::next.
 void* memplus_disk_lookup_start(void* self, const int64_t* rows, int64_t tokens, int64_t token_rows,
                                 int64_t layer, int64_t* slots, int64_t* outside) {
   const RowFetcher fetcher = {start, finish, release, nullptr, self, layer};

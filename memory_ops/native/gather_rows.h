@@ -1,8 +1,8 @@
 // out[t] = sum over c of weights[t, c] * table[ids[t, c]]
 //
-// Reading random rows is what takes time. The sums of a tile of columns stay in registers while
-// row after row is added, because stores between the reads cost bandwidth, and the same columns of
-// later rows are prefetched. Both cores read even for one token: each a part of the width.
+// Reads of random rows dominate the time. The sums of a tile of columns stay in registers while
+// rows are added, because stores between reads cost bandwidth. The same columns of later rows are
+// prefetched. Even for one token all cores read: each a part of the width.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +13,11 @@
 
 namespace memplus {
 
-constexpr int64_t COLUMN_STEP = 128;  // the columns of two threads part at a multiple of this
+constexpr int64_t COLUMN_STEP = 128;  // threads split columns at multiples of this
 
-// How a format is read fastest, as measured: vectors of sums in registers, and where two tiles are
-// left to do; rows that are added to one tile before the next tile's turn; how many rows ahead is
-// prefetched, and with which locality of __builtin_prefetch.
+// The fastest measured settings of a format. `vectors`: vectors of sums in registers, at most
+// `most_vectors` if at least two tiles are left. `group`: rows added to one tile before the next
+// tile. `ahead`: prefetch distance in rows. `locality`: that of __builtin_prefetch.
 template <class Row>
 struct Schedule {
 #if defined(__AVX512F__)
@@ -26,14 +26,14 @@ struct Schedule {
   static constexpr int64_t group = wide ? INT32_MAX : 32;
   static constexpr int64_t ahead = Row::line_values < LINE ? 8 : 32;
 #else
-  // few registers make narrow tiles, and a row is used up while it is near
+  // few registers need narrow tiles, and small groups reuse rows while they are in cache
   static constexpr int vectors = 8, most_vectors = vectors;
   static constexpr int64_t group = 16, ahead = 16;
 #endif
   static constexpr int locality = 3;
 };
 
-// Intel's cores wait for fewer lines at once in their first cache than in their second.
+// Intel cores support fewer outstanding misses in their L1 cache than in their L2 cache.
 template <class Row>
 struct IntelSchedule : Schedule<Row> {
 #if defined(__AVX512F__)
@@ -56,8 +56,8 @@ inline bool is_intel() {
 #endif
 }
 
-// The references of one sum after another: sum s has those at [starts[s], starts[s + 1]), or
-// per_sum of them where there are no starts.
+// References grouped by sum: sum s has those in [starts[s], starts[s + 1]), or `per_sum` each if
+// `starts` is null.
 struct Sums {
   const int64_t* ids;
   const float* weights;
@@ -76,13 +76,13 @@ inline void prefetch_columns(const Table& table, const uint8_t* row, int64_t at,
   if (table.scale_offset && at == 0) __builtin_prefetch(row + table.scale_offset, 0, LOCALITY);
 }
 
-// Adds the rows of some references to VECTORS vectors of sums from column `at` on, of which the
-// last `count` columns exist where that is not 0; rows up to that of `end` may be prefetched.
+// Adds the rows of some references to VECTORS vectors of sums from column `at` on. If `count` is
+// not 0, only `count` columns of the row are left. Prefetches rows of references up to `end`.
 template <class Row, class How, int VECTORS>
 inline void add_tile(const Table& table, const Sums& sums, Span which, int64_t end, int64_t at,
                      int64_t count, float* out) {
   constexpr int64_t columns = VECTORS * LANES;
-  // where tiles are whole blocks, their places within a block are known when this is compiled
+  // if tiles are whole blocks, the offset within a block is a compile-time constant
   const int64_t offset = columns % Row::line_values ? at % Row::line_values : 0;
   floats total[VECTORS] = {};
   if (count)
@@ -90,7 +90,7 @@ inline void add_tile(const Table& table, const Sums& sums, Span which, int64_t e
   else
     std::memcpy(total, out + at, sizeof total);
   constexpr bool in_halves = Row::in_halves && VECTORS % 2 == 0;
-  // the scales of a record are read for one block
+  // a Row reads the scales of one block only
   constexpr bool several_blocks = Row::line_values > LINE && columns > Row::line_values;
   constexpr int reach = several_blocks ? Row::line_values / LANES : VECTORS;
   if constexpr (in_halves)
@@ -123,7 +123,7 @@ inline void add_tile(const Table& table, const Sums& sums, Span which, int64_t e
   std::memcpy(out + at, total, count ? count * sizeof(float) : sizeof total);
 }
 
-// Computes some columns of the sums [which.first, which.last), one after another.
+// Computes some columns of the sums [which.first, which.last).
 template <class Row, class How>
 inline void gather_part(const Table& table, const Sums& sums, Span which, Span columns) {
   constexpr int vectors = How::vectors, most = How::most_vectors;
@@ -162,10 +162,10 @@ inline int64_t column_steps(const Table& table) {
   return (table.value_dim + COLUMN_STEP - 1) / COLUMN_STEP;
 }
 
-// What one of `threads` threads computes of `num_sums` sums.
+// The part of `num_sums` sums that one of `threads` threads computes.
 inline SumsPart sums_part(const Table& table, int64_t num_sums, int64_t thread, int64_t threads) {
   const int64_t steps = column_steps(table);
-  // whichever way leaves the busiest thread less to do; columns of all sums, or all columns of some
+  // split by sums or by columns, whichever gives the busiest thread less work
   const auto most = [&](int64_t count) { return (count + threads - 1) / threads; };
   if (num_sums * most(steps) >= most(num_sums) * steps)
     return {piece(num_sums, thread, threads), {0, table.value_dim}};

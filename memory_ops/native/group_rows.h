@@ -1,4 +1,4 @@
-// References to rows, sorted by row: so that each row's gradient is one sum, and always the same.
+// Sorts references by row, so that each row's gradient is one deterministic sum.
 #pragma once
 
 #include <algorithm>
@@ -15,13 +15,13 @@ constexpr int DIGIT_BITS = 11;
 
 struct Grouped {
   int64_t* rows;    // the distinct rows, ascending
-  int64_t* starts;  // where each one's references begin, and the end
-  int64_t* tokens;  // of the references, by row, then by place
-  float* weights;   // likewise
+  int64_t* starts;  // the first reference of each row, then the end
+  int64_t* tokens;  // of the references, by row, then in their order
+  float* weights;   // of the references, in the same order
 };
 
-// Sorts `count` references of `per_token` a token; returns how many distinct rows there are, or
-// -1 - the place of an id that can be no row.
+// Sorts `count` references, `per_token` per token. Returns the number of distinct rows, or -1 - the
+// index of an invalid id.
 inline int64_t group_rows(const int64_t* ids, const float* weights, int64_t count,
                           int64_t per_token, Grouped grouped) {
   std::unique_ptr<uint64_t[]> from(new uint64_t[count]), to(new uint64_t[count]);
@@ -31,7 +31,7 @@ inline int64_t group_rows(const int64_t* ids, const float* weights, int64_t coun
     largest = std::max(largest, (uint64_t)ids[i]);
     from[i] = (uint64_t)ids[i] << POSITION_BITS | (uint64_t)i;
   }
-  // least significant digit first: each pass keeps the order of the one before
+  // radix sort, least significant digit first: each pass keeps the order of the previous one
   for (int shift = 0; shift < 64 - POSITION_BITS && largest >> shift; shift += DIGIT_BITS) {
     int64_t next[1 << DIGIT_BITS] = {};
     const auto digit = [&](uint64_t entry) {

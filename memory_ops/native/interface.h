@@ -1,4 +1,4 @@
-// The C interface, compiled once for each instruction set; backend.py calls it.
+// C interface of the kernels for backend.py, compiled once per instruction set.
 #pragma once
 
 #include "gather_rows.h"
@@ -18,9 +18,9 @@ void memplus_product_topk(const float* half_scores, int64_t heads, int32_t num_s
   memplus::product_topk(half_scores, heads, num_subkeys, k, rows, weights);
 }
 
-// A value table is given by: data, num_rows, row_stride, value_dim, scale_offset, format.
+// Arguments of a value table: data, num_rows, row_stride, value_dim, scale_offset, format.
 
-// Returns the place of an id outside the table, or -1 where `out` [tokens, V] was written.
+// Returns the index of an id outside the table, or -1 after writing `out` [tokens, V].
 int64_t memplus_gather_rows(const uint8_t* data, int64_t num_rows, int64_t row_stride,
                             int64_t value_dim, int64_t scale_offset, int32_t format,
                             const int64_t* ids, const float* weights, int64_t tokens,
@@ -31,7 +31,7 @@ int64_t memplus_gather_rows(const uint8_t* data, int64_t num_rows, int64_t row_s
   return wrong;
 }
 
-// The same with sums of different lengths, that of sum s from starts[s] on, and ids that are rows.
+// The same for sums of different lengths: sum s begins at starts[s]. Does not check the ids.
 void memplus_gather_groups(const uint8_t* data, int64_t num_rows, int64_t row_stride,
                            int64_t value_dim, int64_t scale_offset, int32_t format,
                            const int64_t* ids, const float* weights, const int64_t* starts,
@@ -40,7 +40,7 @@ void memplus_gather_groups(const uint8_t* data, int64_t num_rows, int64_t row_st
   memplus::gather_rows(table, {ids, weights, starts, 0, out}, sums);
 }
 
-// Returns the place of an id outside the table, or -1 where `dots` [tokens, per_token] was written.
+// Returns the index of an id outside the table, or -1 after writing `dots` [tokens, per_token].
 int64_t memplus_row_dots(const uint8_t* data, int64_t num_rows, int64_t row_stride,
                          int64_t value_dim, int64_t scale_offset, int32_t format,
                          const int64_t* ids, const float* x_TV, int64_t tokens, int64_t per_token,
@@ -51,8 +51,7 @@ int64_t memplus_row_dots(const uint8_t* data, int64_t num_rows, int64_t row_stri
   return wrong;
 }
 
-// Returns how many distinct rows there are, or -1 - the place of an id that can be no row; see
-// memplus::Grouped.
+// Returns the number of distinct rows, or -1 - the index of an invalid id; see memplus::Grouped.
 int64_t memplus_group_rows(const int64_t* ids, const float* weights, int64_t count,
                            int64_t per_token, int64_t* rows, int64_t* starts, int64_t* tokens,
                            float* sorted_weights) {
@@ -60,8 +59,8 @@ int64_t memplus_group_rows(const int64_t* ids, const float* weights, int64_t cou
                              {rows, starts, tokens, sorted_weights});
 }
 
-// Grouped references are given by: rows, starts, tokens, weights, how many rows; their gradients
-// [T, V] come before them, as a table.
+// Arguments of grouped references: their gradients [T, V] as a table, then rows, starts, tokens,
+// weights and the number of rows.
 
 // The squared norm of the rows' gradients.
 double memplus_squared_norm(const uint8_t* data, int64_t num_rows, int64_t row_stride,
@@ -72,7 +71,7 @@ double memplus_squared_norm(const uint8_t* data, int64_t num_rows, int64_t row_s
   return memplus::squared_norm({gradients, rows, starts, tokens, weights, count});
 }
 
-// Changes the rows and their moments; `first` is null where there is one moment a row.
+// Updates the rows and their moments; `first` is null for the row-wise variant.
 void memplus_sparse_adam(const uint8_t* data, int64_t num_rows, int64_t row_stride,
                          int64_t value_dim, int64_t scale_offset, int32_t format,
                          const int64_t* rows, const int64_t* starts, const int64_t* tokens,
@@ -87,8 +86,8 @@ void memplus_sparse_adam(const uint8_t* data, int64_t num_rows, int64_t row_stri
                        step);
 }
 
-// Returns the first row that has a value which is not finite, or -1 where all of `records`, another
-// table's data, were written.
+// Writes `records`, the data of another table, and returns -1; or returns the first row with a
+// value that is not finite.
 int64_t memplus_quantize_rows(const uint8_t* data, int64_t num_rows, int64_t row_stride,
                               int64_t value_dim, int64_t scale_offset, int32_t format,
                               uint8_t* records, int64_t row_bytes, int64_t records_scale_offset,

@@ -1,8 +1,8 @@
-"""Native libraries: the builds there are, those that this machine can run, and their functions.
+"""Finds and loads native libraries: the fastest build that this machine can run.
 
-A build is the same C++ compiled for one instruction set, best first: ``avx512_amx`` and
-``avx512_bf16`` (where a library has them), ``avx512``, ``avx2``, ``portable``. They are made when
-the package is installed, if there is a compiler.
+A build is the same C++ compiled for one instruction set. Best first: ``avx512_amx`` and
+``avx512_bf16`` (if the library has them), ``avx512``, ``avx2``, ``portable``. Installing the
+package compiles them if a compiler is available.
 """
 
 import ctypes
@@ -29,51 +29,52 @@ class NativeLibrary:
     """The builds of one library.
 
     Attributes:
-        folder: where they lie.
-        prototypes: result and argument types of the functions, by name; each build also has
-            ``memplus_best_build``, which tells the best one for this machine.
-        loss: what it means to have none of them, for the warning that says so.
+        folder: the folder that holds the builds.
+        prototypes: result and argument types of the functions, by name. Each build also has
+            ``memplus_best_build``, which returns the best build for this machine.
+        consequence: effect of having no build, for the warning.
     """
 
-    def __init__(self, folder: Path, prototypes: Prototypes, loss: str) -> None:
+    def __init__(self, folder: Path, prototypes: Prototypes, consequence: str) -> None:
         self.folder = folder
         self.prototypes = prototypes
-        self.loss = loss
+        self.consequence = consequence
 
     @functools.cached_property
     def runnable_builds(self) -> tuple[str, ...]:
-        """The builds that are there and that this machine can run, best first."""
+        """The installed builds that this machine can run, best first."""
         present = tuple(build for build in BUILDS if self._file(build).exists())
         if "portable" not in present:
             return ()
         try:
             portable = ctypes.CDLL(str(self._file("portable")))
         except OSError as error:
-            logger.warning("memplus's native library does not load: %s", error)
+            logger.warning("cannot load memplus's native library: %s", error)
             return ()
         portable.memplus_best_build.restype = ctypes.c_char_p
         best = portable.memplus_best_build().decode()
         if best not in present:
             logger.warning(
-                "memplus was installed without its %s kernels (they need g++ 12): slower ones run",
+                "memplus was installed without its %s kernels: using slower ones (install g++ 12"
+                " and reinstall memplus)",
                 best,
             )
         return tuple(build for build in present if BUILDS.index(build) >= BUILDS.index(best))
 
     @functools.cached_property
     def best_build(self) -> str | None:
-        """The fastest of them; ``None``, with one warning, if there is none."""
+        """The fastest runnable build; ``None``, with one warning, if there is none."""
         if self.runnable_builds:
             return self.runnable_builds[0]
         logger.warning(
-            "memplus was installed without its native library, for want of a C++ compiler (g++ 12"
-            " with OpenMP): %s",
-            self.loss,
+            "memplus was installed without its native library: %s (install g++ 12 with OpenMP and"
+            " reinstall memplus)",
+            self.consequence,
         )
         return None
 
     def load(self, build: str) -> ctypes.CDLL:
-        """Load one of the runnable builds, its functions' types set."""
+        """Load one of the runnable builds and declare its functions' types."""
         library = ctypes.CDLL(str(self._file(build)))
         for name, (result, arguments) in self.prototypes.items():
             function = getattr(library, name)
@@ -84,9 +85,9 @@ class NativeLibrary:
         return self.folder / f"{build}{_SUFFIX}"
 
 
-def use_torchs_threads() -> None:
-    """Have kernels that are called next from this Python thread use as many threads as torch."""
-    # asked for it, torch hands its number on to OpenMP, which keeps one for each Python thread
+def use_torch_thread_count() -> None:
+    """Make the next kernels called from this Python thread use as many threads as torch."""
+    # a side effect of this call sets OpenMP's thread count, which is per Python thread
     torch.get_num_threads()
 
 
@@ -102,5 +103,5 @@ MEMORY_LIBRARY = NativeLibrary(
         "memplus_sparse_adam": (None, (*_TABLE, *_GROUPS, *[_POINTER] * 3, *[_DOUBLE] * 5)),
         "memplus_quantize_rows": (_INT64, (*_TABLE, _POINTER, _INT64, _INT64, _INT32)),
     },
-    "memory layers run on plain torch, several times slower",
+    "memory layers run in plain torch, several times slower",
 )

@@ -1,9 +1,9 @@
-// Product-key top-K of one head and token after another:
+// Product-key top-K of each token and head:
 //
-//   the best K of each half's scores, the best K of their sums (a + 1) * (b + 1) <= K apart, softmax
+//   the top K of each half's scores; the top K of the sums of ranks (a + 1) * (b + 1) <= K; softmax
 //
-// No comparison of scores decides a branch where that can be helped: on fresh scores every other
-// guess of the branch predictor would be wrong.
+// The code avoids branches on comparisons of scores: on fresh scores half of them would be
+// mispredicted.
 #pragma once
 
 #include <algorithm>
@@ -14,11 +14,11 @@
 
 namespace memplus {
 
-constexpr int MOST_CHOSEN = 128;                 // K at most
-constexpr int MOST_SORTED = 2 * MOST_CHOSEN;     // what is sorted to find them
-constexpr int MOST_PAIRS = 645;                  // candidate pairs where K is 128
+constexpr int MOST_CHOSEN = 128;                 // largest K
+constexpr int MOST_SORTED = 2 * MOST_CHOSEN;     // largest number of scores to sort
+constexpr int MOST_PAIRS = 645;                  // candidate pairs for K = 128
 
-// What choosing among `most` scores needs.
+// Chooses the best of up to `most` scores; owns the working memory.
 class Chooser {
  public:
   explicit Chooser(int most)
@@ -26,8 +26,8 @@ class Chooser {
         survivors_(new int32_t[padded(most) + LANES]),
         places_(new int32_t[padded(most) + LANES]) {}
 
-  // Writes the `k` best of `count` scores to `chosen`, in descending order of (score, -place), each
-  // as score and place packed into one number.
+  // Writes the `k` best of `count` scores to `chosen`, in descending order of (score, -place). Each
+  // packs score and place into one number.
   void choose(const float* scores, int count, int k, int64_t* chosen) {
     const int vectors = read(scores, count);
     const int32_t threshold = lower_bound(vectors, k);
@@ -62,8 +62,8 @@ class Chooser {
     return whole + 1;
   }
 
-  // A bound that at least `k` scores reach, and few more: the k-th largest of the maxima of some
-  // 2k groups, to which lane l of vectors i, i + groups, ... belongs.
+  // A bound that at least `k` scores reach, but few more: the k-th largest maximum of about 2k
+  // groups. A group is one lane of vectors i, i + groups, ...
   int32_t lower_bound(int vectors, int k) const {
     const int groups = std::min(vectors, (2 * k + LANES - 1) / LANES);
     ints maxima[MOST_SORTED / LANES];
@@ -75,11 +75,10 @@ class Chooser {
     return kth_largest([&](int i) { return maxima[i]; }, groups, k, k / 8);
   }
 
-  // A number that at least `k` and at most `k + more` of them reach; the k-th largest itself if
-  // there is no other.
+  // A number that at least `k` and at most `k + more` numbers reach; with ties, the k-th largest.
   template <class Vectors>
   static int32_t kth_largest(Vectors vector, int vectors, int k, int more) {
-    // bit by bit from the top: the result is the largest number that k of them reach
+    // bit by bit from the top: finds the largest number that k numbers reach
     uint32_t bound = 0;
     for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
       const uint32_t tried = bound | bit;
@@ -94,7 +93,7 @@ class Chooser {
 
   static int32_t signed_of(uint32_t number) { return (int32_t)(number ^ 0x80000000u); }
 
-  // Gathers the scores that reach the threshold, in order of place; returns how many.
+  // Collects the scores that reach the threshold, in order of place; returns their number.
   int collect(int vectors, int32_t threshold) {
     const ints lanes = lane_numbers();
     int found = 0;
@@ -108,7 +107,7 @@ class Chooser {
     return found;
   }
 
-  // Leaves exactly `k` of too many survivors: with ties there may be any number.
+  // Keeps exactly `k` survivors: ties can produce any number.
   int narrow(int found, int k) {
     const int vectors = padded(found) / LANES;
     for (int i = found; i < vectors * LANES; i++) survivors_[i] = INT32_MIN;
@@ -128,7 +127,7 @@ class Chooser {
   std::unique_ptr<int32_t[]> ordered_, survivors_, places_;
 };
 
-// Softmax of `k` descending scores; uniform where all are -inf.
+// Softmax of `k` descending scores; uniform if all are -inf.
 inline void softmax(const float* scores, int k, float* weights) {
   float padded[MOST_CHOSEN + LANES];
   const float best = scores[0];
@@ -146,7 +145,7 @@ inline void softmax(const float* scores, int k, float* weights) {
   for (int at = 0; at < k; at++) weights[at] = padded[at] * factor;
 }
 
-// The pairs of ranks (a, b) with (a + 1) * (b + 1) <= k, in order: no other can be among the best k.
+// The pairs of ranks (a, b) with (a + 1) * (b + 1) <= k, in order: no other pair can be chosen.
 struct Pairs {
   explicit Pairs(int k) {
     for (int a = 0; a < k; a++)
@@ -171,7 +170,7 @@ inline void product_topk(Chooser& chooser, const Pairs& pairs, const float* half
   int written = 0;
   for (int a = 0; a < k; a++) {
     const int partners = k / (a + 1);
-    for (int b = 0; b < partners; b += LANES)  // what is written too much is written over
+    for (int b = 0; b < partners; b += LANES)  // later stores overwrite the excess lanes
       store(sums + written + b, load<floats>(scores[1] + b) + scores[0][a]);
     written += partners;
   }
@@ -186,7 +185,7 @@ inline void product_topk(Chooser& chooser, const Pairs& pairs, const float* half
   softmax(chosen, k, weights);
 }
 
-// Chooses for the heads [heads.first, heads.last) of all.
+// Chooses for the heads [heads.first, heads.last).
 inline void product_topk(const float* half_scores, Span heads, int num_subkeys, int k,
                          int64_t* rows, float* weights) {
   const Pairs pairs(k);

@@ -1,4 +1,4 @@
-// Rows of floating-point values as records; see row_formats.py, whose bits these are.
+// Quantizes rows to records, bit-identical to row_formats.py.
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,7 @@ namespace memplus {
 constexpr int64_t GROUP_VALUES = Int4Row::group, BLOCK_VALUES = Int4Row::line_values;
 constexpr int64_t BLOCK_WORDS = Int4Row::plane;
 constexpr int32_t SIGN = (int32_t)0x80000000, INFINITE = 0x7f800000;
-// a number of up to 2^22 that is added to it is rounded, half to even, and stands in the last bits
+// adding a number of up to 2^22 rounds it, half to even, into the low bits
 constexpr float ROUNDER = 12582912.0f;
 constexpr float INT8_RANGE = 127.0f, FP8_RANGE = 448.0f;
 
@@ -35,7 +35,7 @@ inline floats limited(floats values, float most) {
   return values > most ? splat(most) : values;
 }
 
-// The bits of the largest value but for its sign: of finite numbers they order as these do.
+// The bits of the largest magnitude: for finite numbers, bits order like magnitudes.
 inline int32_t largest_bits(const float* values, int64_t count) {
   ints most{};
   for (int64_t at = 0; at < count; at += LANES)
@@ -56,7 +56,7 @@ inline ints e4m3_codes(floats values) {
   return (size < 0x3c800000 ? small : normal) | ((bits >> 24) & 0x80);
 }
 
-// Codes of int8 or fp8 of some values, filled up with zeros to whole vectors.
+// int8 or fp8 codes of some values, which zeros pad to whole vectors.
 inline void quantize_bytes(const float* values, int64_t count, float scale, int32_t format,
                            uint8_t* codes) {
   const float range = format == INT8 ? INT8_RANGE : FP8_RANGE;
@@ -68,7 +68,8 @@ inline void quantize_bytes(const float* values, int64_t count, float scale, int3
   }
 }
 
-// The bf16 bits of the first of the largest values, over -8: rounded before it is divided by.
+// A group's scale: the bf16 bits of its first value of largest magnitude, divided by -8. Values are
+// divided by the rounded scale.
 inline uint16_t group_scale(const float* values) {
   const int32_t most = largest_bits(values, GROUP_VALUES);
   int64_t at = 0;
@@ -76,7 +77,7 @@ inline uint16_t group_scale(const float* values) {
   return (uint16_t)round_to_bf16(splat(values[at] / -8))[0];
 }
 
-// The words and scales of a block of int4.
+// The words and scales of one int4 block.
 inline void quantize_block(const float* values, uint8_t* packed_words, uint8_t* packed_scales) {
   uint16_t scales[BLOCK_VALUES / GROUP_VALUES];
   for (int64_t group = 0; group * GROUP_VALUES < BLOCK_VALUES; group++)
@@ -98,7 +99,7 @@ inline void quantize_block(const float* values, uint8_t* packed_words, uint8_t* 
   }
 }
 
-// Calls `body(values, at, count)` for the row's blocks, each filled up with zeros.
+// Calls `body(values, at, count)` for each block of the row, padded with zeros.
 template <class Row, class Body>
 inline void for_each_block(const Table& table, const uint8_t* from, Body body) {
   for (int64_t first = 0; first < table.value_dim; first += BLOCK_VALUES) {
@@ -116,7 +117,7 @@ inline void for_each_block(const Table& table, const uint8_t* from, Body body) {
   }
 }
 
-// Returns whether all values are finite; where not, the record is not written.
+// Returns whether all values are finite; otherwise the record is not written.
 template <class Row>
 inline bool quantize_row(const Table& table, const uint8_t* from, const Records& into,
                          uint8_t* record) {
@@ -142,7 +143,7 @@ inline bool quantize_row(const Table& table, const uint8_t* from, const Records&
   return true;
 }
 
-// Returns the first row with a value that is not finite, or -1 where all records were written.
+// Returns the first row with a value that is not finite, or writes all records and returns -1.
 inline int64_t quantize_rows(const Table& table, const Records& into) {
   constexpr int64_t none = std::numeric_limits<int64_t>::max();
   std::atomic<int64_t> wrong{none};

@@ -1,4 +1,4 @@
-// Many reads of a file under way at once: Linux's io_uring, by its system calls alone.
+// Concurrent reads of a file with io_uring, through its system calls.
 #pragma once
 
 #include <errno.h>
@@ -12,7 +12,7 @@
 
 namespace memplus {
 
-// Reads are pushed, submitted together, and popped as they end, in any order. One thread's.
+// Push reads, submit them together, and pop them as they complete, in any order. Not thread-safe.
 class ReadRing {
  public:
   explicit ReadRing(unsigned depth) {
@@ -22,7 +22,7 @@ class ReadRing {
       error_ = errno;
       return;
     }
-    // older kernels have rings that know no plain reads
+    // io_uring of older kernels does not support IORING_OP_READ
     if (!(params.features & IORING_FEAT_RW_CUR_POS)) {
       error_ = ENOSYS;
       close_all();
@@ -51,10 +51,10 @@ class ReadRing {
   ~ReadRing() { close_all(); }
 
   bool is_open() const { return ring_ >= 0; }
-  // Why it is not: an errno.
+  // The errno if the ring is not open.
   int error() const { return error_; }
 
-  // At most as many as the ring is deep may be under way.
+  // At most `depth` reads may be in flight.
   void push(int file, int64_t offset, void* buffer, unsigned size, uint64_t tag) {
     const unsigned tail = *submit_tail_, index = tail & submit_mask_;
     io_uring_sqe& entry = entries_[index];
@@ -70,8 +70,8 @@ class ReadRing {
     pushed_++;
   }
 
-  // Hands what was pushed to the kernel, and waits until so many results are there. 0 or an errno;
-  // then what the kernel did not take stays pushed.
+  // Submits the pushed reads and waits for `wanted` results. Returns 0 or an errno; after an error,
+  // reads that the kernel did not accept stay pushed.
   int submit(unsigned wanted) {
     while (pushed_ || wanted) {
       const unsigned flags = wanted ? IORING_ENTER_GETEVENTS : 0;
@@ -84,10 +84,10 @@ class ReadRing {
     return 0;
   }
 
-  // Removes the read pushed last, if the kernel has not taken it. False if there is none.
+  // Removes the last pushed read that the kernel has not accepted. False if there is none.
   bool take_back(uint64_t& tag) {
     if (!pushed_) return false;
-    // the kernel reads the queue inside io_uring_enter only
+    // safe, because the kernel reads the queue only inside io_uring_enter
     const unsigned tail = *submit_tail_ - 1;
     tag = entries_[tail & submit_mask_].user_data;
     __atomic_store_n(submit_tail_, tail, __ATOMIC_RELEASE);
@@ -95,7 +95,7 @@ class ReadRing {
     return true;
   }
 
-  // Whether a read has ended; then its tag, and bytes read or -errno.
+  // Whether a read has completed; if so, its tag and the bytes read or -errno.
   bool pop(uint64_t& tag, int& result) {
     const unsigned head = *done_head_;
     if (head == __atomic_load_n(done_tail_, __ATOMIC_ACQUIRE)) return false;

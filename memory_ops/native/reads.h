@@ -1,4 +1,4 @@
-// Reads of a file that are under way together, in one of three ways.
+// Concurrent reads of a file: through io_uring, through threads, or with injected faults.
 #pragma once
 
 #include <condition_variable>
@@ -24,15 +24,15 @@ struct ReadDone {
   int result;  // bytes, or -errno
 };
 
-// Reads that were pushed begin with `submit`, and end in any order. One thread calls all of it.
+// `submit` starts the pushed reads, which complete in any order. One thread calls all functions.
 class Reads {
  public:
   virtual ~Reads() = default;
   virtual void push(const Read& read) = 0;
-  // Waits until so many of those under way have ended. 0 or an errno.
+  // Waits until `wanted` reads in flight have completed. Returns 0 or an errno.
   virtual int submit(unsigned wanted) = 0;
   virtual bool pop(ReadDone& done) = 0;
-  // After a submit that failed: removes a read that has not begun. False if there is none.
+  // After a failed submit: removes a read that has not started. False if there is none.
   virtual bool take_back(uint64_t& tag) = 0;
 };
 
@@ -53,7 +53,7 @@ class RingReads : public Reads {
   ReadRing ring_;
 };
 
-// Where the kernel has no ring: threads that block.
+// Blocking reads in threads, for kernels without io_uring.
 class ThreadReads : public Reads {
  public:
   ThreadReads(int file, unsigned threads) : file_(file) {
@@ -120,8 +120,8 @@ class ThreadReads : public Reads {
   std::vector<std::thread> threads_;
 };
 
-// For tests. Every `every`-th read, unless 0, ends with `result`: -errno or too few bytes. The first
-// `submits` submits fail with `submit_error`.
+// Faults for tests. Each `every`-th read (0: none) ends with `result`, -errno or too few bytes. The
+// first `submits` submits fail with `submit_error`.
 struct ReadFault {
   int64_t every, result, submits, submit_error;
 };

@@ -5,8 +5,8 @@
 
 namespace memplus {
 
-constexpr int TOGETHER = 4;        // rows that are read side by side
-constexpr int64_t DOTS_AHEAD = 8;  // and how many ahead is prefetched
+constexpr int TOGETHER = 4;        // rows read concurrently
+constexpr int64_t DOTS_AHEAD = 8;  // prefetch distance in rows
 
 template <class Row, int ROWS>
 inline void dot_rows(const Table& table, const int64_t* ids, const int64_t* coming, const float* x,
@@ -22,7 +22,7 @@ inline void dot_rows(const Table& table, const int64_t* ids, const int64_t* comi
       for (; at + LANES <= columns; at += LANES)
         totals[r] += row.codes(at) * row.factor(at) * load<floats>(x + block + at);
       if (at == columns) continue;
-      // lane by lane: what stands behind the last value must not reach the sum, were it NaN
+      // lane by lane, because values past the end may be NaN and must not reach the sum
       const floats last = row.last_codes(at, columns - at) * row.factor(at);
       for (int64_t lane = 0; lane < columns - at; lane++)
         totals[r][lane] += last[lane] * x[block + at + lane];

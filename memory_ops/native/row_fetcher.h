@@ -1,4 +1,4 @@
-// Who brings a table's rows into memory where not all of them are there.
+// Callbacks through which native kernels fetch missing rows of a table.
 #pragma once
 
 #include <cstdint>
@@ -6,29 +6,29 @@
 namespace memplus {
 
 constexpr int64_t ALL_THERE = -1, STILL_READING = -2;
-constexpr int64_t NO_ROOM = -1, OUTSIDE = -2;  // in place of an errno
+constexpr int64_t NO_ROOM = -1, OUTSIDE = -2;  // returned instead of an errno
 
-// Functions of the library that does it, for the lookups of one layer; see DiskRows.
+// Functions that fetch rows for the lookups of one layer; see DiskRows.
 struct RowFetcher {
   int64_t (*start)(void* own, const int64_t* rows, int64_t tokens, int64_t token_rows,
                    int32_t is_new, int64_t layer, int64_t* slots);
   int64_t (*finish)(void* own, const int64_t* slots, int64_t count, int64_t layer, int32_t* error);
   void (*release)(void* own, const int64_t* slots, int64_t count);
-  void (*on_progress)();  // called after each part, and now and then while one takes long
+  void (*on_progress)();  // called after each part, and repeatedly during a slow part
   void* own;
   int64_t layer;
 };
 
-// A row that could not be read, and why: an errno, 0 where its file ends, NO_ROOM or OUTSIDE.
+// A row that could not be read, with an errno, 0 (the file ends before it), NO_ROOM or OUTSIDE.
 struct ReadFailure {
-  int64_t memory = -1;  // of those that a call runs; below zero where all went well
+  int64_t memory = -1;  // index of the memory layer among those of the call; -1 without a failure
   int64_t row = 0, error = 0;
 };
 
-// One lookup, part by part if memory has no room for all of its rows. One thread uses it.
+// One lookup, split into parts if its rows do not fit in memory at once. Not thread-safe.
 class Fetch {
  public:
-  static constexpr int64_t FAILED = -1;  // in place of the end of a part
+  static constexpr int64_t FAILED = -1;  // returned instead of the end of a part
 
   Fetch(const RowFetcher& fetcher, const int64_t* rows, int64_t tokens, int64_t token_rows,
         int64_t* slots)
@@ -36,7 +36,7 @@ class Fetch {
   Fetch(const Fetch&) = delete;
   ~Fetch() { release(); }
 
-  // Begins to read what is missing of the first tokens, or of those after the last part.
+  // Starts the next part: reads the missing rows of the tokens after the previous part.
   void start() {
     release();
     const int64_t at = last_ * token_rows_;
@@ -47,7 +47,7 @@ class Fetch {
     outside_ = found < 0 ? at - 1 - found : -1;
     if (found > 0) last_ += found;
   }
-  // Waits for the part that was started: true, or false if one of its rows could not be read.
+  // Waits for the started part. False if one of its rows could not be read.
   bool finish(ReadFailure& failure) {
     int64_t end;
     while ((end = wait(failure)) == STILL_READING) fetcher_.on_progress();
@@ -55,17 +55,17 @@ class Fetch {
     fetcher_.on_progress();
     return true;
   }
-  // Waits for the next part: the token after its last one, FAILED, or STILL_READING if the caller
-  // is to report progress and call again. Starts the part if that has found no room so far.
+  // Waits for the next part and returns its end (the token after its last one) or FAILED. On
+  // STILL_READING the caller reports progress and calls again. Starts the part if necessary.
   int64_t next(ReadFailure& failure) {
     if (is_read_ || first_ == last_) start();
     return wait(failure);
   }
-  // The token after the last one of the part that was started.
+  // The end of the started part: the token after its last one.
   int64_t last() const { return last_; }
-  // The index of a row id that the table does not have, or -1.
+  // The index of a row id outside the table, or -1.
   int64_t outside() const { return outside_; }
-  // Leaves the slots pinned: the fetcher is gone.
+  // Leaves the slots pinned, because the fetcher is closed.
   void abandon() { first_ = last_; }
 
  private:

@@ -1,11 +1,11 @@
-"""Who brings rows of a table into memory, as native kernels call it (row_fetcher.h)."""
+"""Callbacks through which native kernels fetch missing rows (row_fetcher.h)."""
 
 import ctypes
 
 # as in row_fetcher.h
 ALL_THERE, STILL_READING = -1, -2
-FAILED = -1  # in place of the end of a part
-# in place of an errno
+FAILED = -1  # returned instead of the end of a part
+# returned instead of an errno
 NO_ROOM, OUTSIDE = -1, -2
 START = ctypes.CFUNCTYPE(
     ctypes.c_int64,
@@ -21,7 +21,7 @@ ON_PROGRESS = ctypes.CFUNCTYPE(None)
 
 
 class RowFetcher(ctypes.Structure):
-    """``memplus::RowFetcher``; who makes one keeps alive what it points to."""
+    """``memplus::RowFetcher``; its creator keeps the objects alive that it points to."""
 
     _fields_ = (
         ("start", ctypes.c_void_p),

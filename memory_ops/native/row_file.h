@@ -1,4 +1,4 @@
-// Where rows lie in a file, and how they are read from there.
+// Position of a table's rows in a file, and aligned reads of single rows.
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,14 @@ struct RowFile {
   int64_t offset;      // of row 0
   int64_t num_rows;
   int64_t row_bytes;
-  int64_t alignment;   // of offsets and sizes that the file is read by; 1 where it has none
+  int64_t alignment;   // of the offsets and sizes of reads; 1 if the file requires none
 
   int64_t begin(int64_t row) const { return offset + row * row_bytes; }
-  // Bytes that a read of a row brings before it.
+  // Bytes that an aligned read of a row returns before the row.
   int64_t before(int64_t row) const { return begin(row) % alignment; }
-  // What the memory that a read fills must be aligned to; some filesystems ask it of memory too.
+  // Alignment of the buffers of reads; some filesystems require it of memory too.
   int64_t buffer_alignment() const { return std::max<int64_t>(4096, alignment); }
-  // The most bytes of a read: a row and what aligning adds, a multiple of `buffer_alignment`.
+  // The size of the largest aligned read of a row, rounded up to a multiple of `buffer_alignment`.
   int64_t span_bytes() const {
     const int64_t step = buffer_alignment();
     return (row_bytes + 2 * (alignment - 1) + step - 1) / step * step;

@@ -1,4 +1,4 @@
-// Reads of rows of a file: so many are under way at once, the others wait for a buffer.
+// Queue of row reads: a limited number is in flight, the others wait for a buffer.
 #pragma once
 
 #include <algorithm>
@@ -15,36 +15,36 @@
 
 namespace memplus {
 
-constexpr int MOST_TRIES = 3;  // of a read that ends too early
-// of a read that fails for now: as many as there are pauses in 10 s
+constexpr int MOST_TRIES = 3;  // of a read that returns too few bytes
+// of a read with a transient error: the number of pauses in 10 s
 constexpr int MOST_TRANSIENT_TRIES = 106;
-constexpr int PUSHED_TOGETHER = 16;  // the disk begins while the next rows are looked for
-constexpr auto PATIENCE = std::chrono::milliseconds(500);  // of who waits, until it says so
+constexpr int PUSHED_TOGETHER = 16;  // small, so that the disk starts while lookups find more rows
+constexpr auto PATIENCE = std::chrono::milliseconds(500);  // longest wait between progress reports
 
 struct RowRead {
   int64_t row;
   int32_t slot;
-  int64_t layer;      // for whose lookup
-  int64_t bytes = 0;  // that came, of all tries
+  int64_t layer;      // of the lookup or hint
+  int64_t bytes = 0;  // read so far, over all tries
   int tries = 1;
 };
 
 class RowReadsOwner {
  public:
-  // Is told with the lock: the row's bytes; or none and an errno, 0 where the file ends before it.
+  // Called with the lock held. On failure `bytes` is null and `error` an errno (0: the file ends).
   virtual void read_ended(const RowRead& read, const uint8_t* bytes, int error) = 0;
 
  protected:
   ~RowReadsOwner() = default;
 };
 
-// One thread calls it, all but `lock` with the lock. It may add reads, go away and compute: where
-// many wait for a buffer, a thread of their own begins them as others end.
+// One thread calls it and holds the lock, except to call `lock`. It may add reads and then compute:
+// if many reads wait for a buffer, a feeder thread starts them as others complete.
 //
-// What fails for now (`is_transient`), a submit or a read, is retried after growing pauses, which
-// add up to `retry_ms`; only `wait` and the feeder sleep. A submit that fails after that, or for
-// good, ends the reads that have not begun, with its errno. Nothing is remembered: reads added
-// later are tried anew.
+// Submits and reads with transient errors (`is_transient`) are retried after growing pauses, up to
+// `retry_ms` in total; only `wait` and the feeder sleep. If a submit still fails after that, or
+// fails permanently, all reads that have not started fail with its errno. Reads added later are
+// tried again.
 class RowReads {
  public:
   using Lock = std::unique_lock<std::mutex>;
@@ -56,7 +56,7 @@ class RowReads {
         reads_(std::move(reads)),
         buffer_bytes_(from.span_bytes()),
         buffers_((uint8_t*)std::aligned_alloc(from.buffer_alignment(), depth * buffer_bytes_)),
-        under_way_(depth),
+        in_flight_(depth),
         backoff_(retry_ms) {
     for (unsigned i = 0; i < depth; i++) free_.push_back(depth - 1 - i);
   }
@@ -64,16 +64,16 @@ class RowReads {
   ~RowReads() {
     Lock own = lock();
     waiting_.clear();
-    while (is_feeding_) came_.wait(own);
+    while (is_feeding_) progress_.wait(own);
     is_ending_ = true;
     added_.notify_one();
     own.unlock();
     if (feeder_.joinable()) feeder_.join();
     own.lock();
-    // the kernel writes into the buffers until then; should it never say so, they are left to it
-    while (num_under_way() && wait(own)) {
+    // the kernel may write into the buffers until then; if waiting fails, leak them
+    while (num_in_flight() && wait(own)) {
     }
-    if (num_under_way()) {
+    if (num_in_flight()) {
       (void)reads_.release();
       return;
     }
@@ -84,59 +84,59 @@ class RowReads {
   bool has_buffers() const { return buffers_; }
   Lock lock() { return Lock(mutex_); }
 
-  // Whether a few more find buffers, and leave some to others.
-  bool has_room() const { return free_.size() > under_way_.size() / 4; }
-  // The errno of the last submit that was given up.
+  // Whether more than a quarter of the buffers is free.
+  bool has_room() const { return free_.size() > in_flight_.size() / 4; }
+  // The errno of the last submit that failed finally.
   int error() const { return error_; }
-  // Reads that ended and pauses that began so far: it grows unless the disk hangs.
+  // Completed reads and pauses so far: increases unless the disk hangs.
   int64_t num_events() const { return num_events_; }
 
   void add(const RowRead& read) {
     waiting_.push_back(read);
     if (!is_feeding_) push_waiting();
   }
-  // Begins what was added. A few that wait for a buffer are left to whoever waits for them.
+  // Starts the added reads. If only a few wait for a buffer, `wait` starts them, not the feeder.
   void begin() {
     if (is_feeding_) return;
     submit();
-    if (waiting_.size() > under_way_.size() / 4) feed();
+    if (waiting_.size() > in_flight_.size() / 4) start_feeder();
   }
-  // Tells the owner of all reads that have ended.
+  // Reports all completed reads to the owner.
   void collect() {
     if (is_feeding_) return;
-    take_in();
+    process_completed();
     if (pushed_) submit();
   }
-  // Waits until some have ended, or for a pause between retries; with others under way in a thread
-  // of their own, at most for PATIENCE. False if a submit was given up.
+  // Waits until a read completes, or for a pause between retries; if the feeder runs, at most
+  // PATIENCE. False if a submit failed finally.
   bool wait(Lock& lock) {
     if (is_feeding_) {
       is_awaited_ = true;
-      came_.wait_for(lock, PATIENCE);
+      progress_.wait_for(lock, PATIENCE);
       is_awaited_ = false;
       return true;
     }
     backoff_.sleep();
-    const bool is_well = submit(1);
+    const bool is_ok = submit(1);
     collect();
-    return is_well;
+    return is_ok;
   }
 
  private:
-  size_t num_under_way() const { return under_way_.size() - free_.size(); }
+  size_t num_in_flight() const { return in_flight_.size() - free_.size(); }
 
   void push_waiting() {
     while (!free_.empty() && !waiting_.empty()) {
       const unsigned buffer = free_.back();
       free_.pop_back();
-      under_way_[buffer] = waiting_.front();
+      in_flight_[buffer] = waiting_.front();
       waiting_.pop_front();
       push(buffer);
     }
   }
   void push(unsigned buffer) {
     uint8_t* const memory = buffers_ + buffer * buffer_bytes_;
-    reads_->push(from_.read_of(under_way_[buffer].row, memory, buffer));
+    reads_->push(from_.read_of(in_flight_[buffer].row, memory, buffer));
     if (++pushed_ >= PUSHED_TOGETHER && !is_feeding_) submit();
   }
   void push_delayed() {
@@ -147,26 +147,26 @@ class RowReads {
     }
   }
 
-  // Hands on what was pushed, and waits until so many have ended; does nothing during a pause.
-  // False if it was given up.
+  // Submits the pushed reads and waits until `wanted` reads have completed; does nothing during a
+  // pause. False if the submit failed finally.
   bool submit(unsigned wanted = 0) {
     if (backoff_.is_pausing()) return true;
     pushed_ = 0;
     push_delayed();
-    return submitted(reads_->submit(std::min<size_t>(wanted, num_under_way())));
+    return submitted(reads_->submit(std::min<size_t>(wanted, num_in_flight())));
   }
   bool submitted(int error) {
     if (!error) return true;
     if (is_transient(error) && pause()) return true;
-    give_up(error);
+    fail_all(error);
     return false;
   }
   bool pause() {
     num_events_ += !backoff_.is_pausing();
     return backoff_.pause();
   }
-  // Ends all reads that have not begun.
-  void give_up(int error) {
+  // Fails all reads that have not started.
+  void fail_all(int error) {
     error_ = error;
     uint64_t buffer;
     while (reads_->take_back(buffer)) end((unsigned)buffer, nullptr, error);
@@ -178,17 +178,17 @@ class RowReads {
     backoff_.reset();
   }
   void end(unsigned buffer, const uint8_t* bytes, int error) {
-    owner_.read_ended(under_way_[buffer], bytes, error);
+    owner_.read_ended(in_flight_[buffer], bytes, error);
     free_.push_back(buffer);
     num_events_++;
   }
 
-  void take_in() {
+  void process_completed() {
     ReadDone done;
     int last_error = 0;  // of a transient failure after the last pause
     while (reads_->pop(done)) {
       const unsigned buffer = (unsigned)done.tag;
-      RowRead& own = under_way_[buffer];
+      RowRead& own = in_flight_[buffer];
       const int64_t before = from_.before(own.row);
       own.bytes += std::max(done.result, 0);
       const bool is_whole = done.result >= before + from_.row_bytes;
@@ -209,16 +209,16 @@ class RowReads {
       if (is_whole && !backoff_.is_pausing()) backoff_.reset();
       end(buffer, is_whole ? buffers_ + buffer * buffer_bytes_ + before : nullptr, error);
     }
-    if (last_error) give_up(last_error);
+    if (last_error) fail_all(last_error);
     push_waiting();
   }
 
-  // Has the feeder go on until none waits; till then the reads are its own.
-  void feed() {
+  // Starts the feeder, which owns the reads until none waits for a buffer.
+  void start_feeder() {
     try {
       if (!feeder_.joinable()) feeder_ = std::thread([this] { run_feeder(); });
     } catch (const std::system_error&) {
-      return;  // there is no thread to be had: reads begin when somebody waits
+      return;  // without a feeder thread, `wait` starts the reads
     }
     is_feeding_ = true;
     added_.notify_one();
@@ -228,7 +228,7 @@ class RowReads {
     for (;;) {
       added_.wait(own, [this] { return is_feeding_ || is_ending_; });
       if (is_ending_) return;
-      const unsigned together = std::min<unsigned>(PUSHED_TOGETHER, under_way_.size());
+      const unsigned together = std::min<unsigned>(PUSHED_TOGETHER, in_flight_.size());
       push_waiting();
       while (!waiting_.empty()) {
         if (backoff_.is_pausing()) {
@@ -239,16 +239,16 @@ class RowReads {
         pushed_ = 0;
         push_delayed();
         own.unlock();
-        // while some wait for a buffer, all are under way: so many will end
+        // if reads wait for a buffer, all buffers are in flight, so `together` reads will complete
         const int error = reads_->submit(together);
         own.lock();
         submitted(error);
-        take_in();
-        if (is_awaited_) came_.notify_one();
+        process_completed();
+        if (is_awaited_) progress_.notify_one();
       }
       submit();
       is_feeding_ = false;
-      came_.notify_one();
+      progress_.notify_one();
     }
   }
 
@@ -257,17 +257,17 @@ class RowReads {
   std::unique_ptr<Reads> reads_;
   const int64_t buffer_bytes_;
   uint8_t* const buffers_;
-  std::vector<RowRead> under_way_;  // by buffer
+  std::vector<RowRead> in_flight_;  // by buffer
   std::vector<unsigned> free_;      // buffers
   std::deque<RowRead> waiting_;     // for a buffer
-  std::vector<unsigned> delayed_;   // buffers of reads to be pushed again after a pause
+  std::vector<unsigned> delayed_;   // buffers of reads to retry after a pause
   int pushed_ = 0;                  // since the last submit
   int error_ = 0;
   int64_t num_events_ = 0;
   Backoff backoff_;
 
   std::mutex mutex_;
-  std::condition_variable added_, came_;
+  std::condition_variable added_, progress_;
   bool is_feeding_ = false, is_awaited_ = false, is_ending_ = false;
   std::thread feeder_;
 };

@@ -1,4 +1,4 @@
-// Which rows of a table are in memory, and which of them make room for others.
+// Cache slots: maps row ids to slots, and evicts the least-used rows.
 #pragma once
 
 #include <algorithm>
@@ -11,21 +11,21 @@
 namespace memplus {
 
 constexpr int32_t NO_SLOT = -1;
-constexpr int LOOKED_AT = 16;        // rows, the least used of which makes room
-constexpr int64_t MOST_STEPS = 64;   // of the hand, once it has found one that is not pinned
-constexpr int64_t AGING_ROUNDS = 8;  // times that all slots are taken until all uses count half
+constexpr int CANDIDATES = 16;       // rows compared for one eviction
+constexpr int64_t MOST_STEPS = 64;   // of the hand, after it found a slot that is not pinned
+constexpr int64_t AGING_ROUNDS = 8;  // replacements per slot until all use counts are halved once
 
-// Rows by their ids, in slots. Uses of every row of the table are counted, also of those that are
-// not in memory. For a row that comes, a hand goes round, looks at some and gives up the one of
-// fewest uses. So rows that are used often stay, and stay again when they come back. Counts are
-// halved bit by bit, a few with each row that comes: what was used long ago is forgotten.
+// Counts the uses of every row of the table, in memory or not. To place a new row, a clock hand
+// examines some slots and evicts the row with the fewest uses. So often-used rows stay in memory,
+// and keep their counts if they are evicted and return. Each placement halves the counts of a few
+// rows, so that old uses fade.
 class RowSlots {
  public:
   RowSlots(int64_t num_slots, int64_t num_rows)
       : rows_(num_slots, -1),
         pins_(num_slots),
         num_words_((num_rows + 7) / 8),
-        // zeros of the kernel's: what is not written takes no memory
+        // calloc gets zero pages from the kernel, which take no memory until they are written
         uses_((uint64_t*)std::calloc(num_words_, 8), std::free) {
     if (!uses_) throw std::bad_alloc();
     uint64_t places = 16;
@@ -51,29 +51,30 @@ class RowSlots {
   void pin(int32_t slot) { num_pinned_ += !pins_[slot]++; }
   void unpin(int32_t slot) { num_pinned_ -= !--pins_[slot]; }
 
-  // A slot for a row that has none; its bytes are another row's yet. NO_SLOT if all are pinned.
+  // Assigns a slot to a row that has none; its bytes are still the old row's. NO_SLOT if all slots
+  // are pinned.
   int32_t take(int64_t row) {
     const int32_t slot = least_used();
     if (slot == NO_SLOT) return slot;
-    give(slot, row);
+    assign(slot, row);
     return slot;
   }
-  // The same for a row that may not be wanted: NO_SLOT where that would push out one that was used
-  // again and again, and more often.
+  // The same for a predicted row: NO_SLOT instead of evicting a row that was used more than once
+  // and more often than the predicted one.
   int32_t take_for_guess(int64_t row) {
     const int32_t slot = least_used();
     if (slot == NO_SLOT) return slot;
     if (has_row(slot) && uses(rows_[slot]) > std::max<int>(1, uses(row))) return NO_SLOT;
-    give(slot, row);
+    assign(slot, row);
     return slot;
   }
 
-  // The slot has no row from now on: it could not be read.
+  // Empties a slot, for example because its row could not be read.
   void forget(int32_t slot) {
     uint64_t place = home(rows_[slot]);
     while (places_[place] != slot) place = (place + 1) & mask_;
     rows_[slot] = -1;
-    // those behind move up, so that no search ends too early
+    // close the gap in the hash table, so that no search ends too early
     for (uint64_t next = place;;) {
       next = (next + 1) & mask_;
       if (places_[next] == NO_SLOT) break;
@@ -91,23 +92,23 @@ class RowSlots {
     hand_ = hand_ + 1 == size() ? 0 : hand_ + 1;
     return slot;
   }
-  // Of those that the hand comes to next, as long as there are rows in all.
+  // An unused slot, else the least-used of the slots that the hand reaches next.
   int32_t least_used() {
     if (num_filled_ < size()) return num_filled_++;
     int32_t best = NO_SLOT;
-    int best_uses = INT32_MAX, looked_at = 0;
+    int best_uses = INT32_MAX, candidates = 0;
     if (num_pinned_ == size()) return best;
-    for (int64_t step = 0; looked_at < LOOKED_AT && step < size(); step++) {
-      if (looked_at && step >= MOST_STEPS) break;
+    for (int64_t step = 0; candidates < CANDIDATES && step < size(); step++) {
+      if (candidates && step >= MOST_STEPS) break;
       const int32_t slot = next();
       if (pins_[slot]) continue;
-      looked_at++;
+      candidates++;
       const int own = has_row(slot) ? uses(rows_[slot]) : -1;
       if (own < best_uses) best = slot, best_uses = own;
     }
     return best;
   }
-  // Halves the uses of a few more rows, eight at a time.
+  // Halves the use counts of the next few rows, eight at a time.
   void age() {
     for (due_ += num_words_; due_ >= AGING_ROUNDS * size(); due_ -= AGING_ROUNDS * size()) {
       uint64_t& eight = uses_[aged_];
@@ -118,7 +119,7 @@ class RowSlots {
   bool has_row(int32_t slot) const { return rows_[slot] >= 0; }
   uint8_t& uses(int64_t row) const { return ((uint8_t*)uses_.get())[row]; }
 
-  void give(int32_t slot, int64_t row) {
+  void assign(int32_t slot, int64_t row) {
     if (has_row(slot)) forget(slot);
     rows_[slot] = row;
     uint64_t place = home(row);
@@ -133,13 +134,13 @@ class RowSlots {
   int32_t hand_ = 0, num_filled_ = 0;
   int64_t num_pinned_ = 0;  // slots, not pins
   uint64_t mask_;
-  std::vector<int32_t> places_;  // slots, where their rows' ids lead
-  std::vector<int64_t> rows_;    // -1 where there is none
+  std::vector<int32_t> places_;  // hash table of slots, by row id
+  std::vector<int64_t> rows_;    // row id by slot, -1 for an empty slot
   std::vector<int32_t> pins_;
   const int64_t num_words_;
-  const std::unique_ptr<uint64_t[], decltype(&std::free)> uses_;  // a byte a row of the table
-  int64_t aged_ = 0;  // the word that is halved next
-  int64_t due_ = 0;   // the part of a word that is due, times AGING_ROUNDS * size()
+  const std::unique_ptr<uint64_t[], decltype(&std::free)> uses_;  // one byte per row of the table
+  int64_t aged_ = 0;  // the next word to halve
+  int64_t due_ = 0;   // the fraction of a word that is due, times AGING_ROUNDS * size()
 };
 
 }  // namespace memplus

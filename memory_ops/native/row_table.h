@@ -1,4 +1,4 @@
-// A value table as the kernels see it, and how a few values of a row are read in each format.
+// Value tables as the kernels see them, with readers of a row's values for each format.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ enum Format : int32_t { FP32, FP16, BF16, INT8, FP8, INT4 };
 struct Table {
   const uint8_t* data;
   int64_t num_rows;
-  int64_t row_stride;    // bytes from row to row
+  int64_t row_stride;    // in bytes
   int64_t value_dim;     // V
   int64_t scale_offset;  // bytes of a record before its scales; plain rows have none
   int32_t format;
@@ -21,10 +21,10 @@ struct Table {
   const uint8_t* row(int64_t id) const { return data + id * row_stride; }
 };
 
-// What the formats share: a reader of one row from column `at`, a multiple of line_values, on. The
-// LANES values that are `offset` columns further, a multiple of LANES, are codes(offset) times
-// factor(offset), which contains the weight. `line_values` fill one cache line. Where a row is
-// `in_halves`, the even and odd ones of the next 2 * LANES values are read faster than one by one.
+// Interface of all formats: a reader of one row from column `at` on, a multiple of line_values. The
+// LANES values at `offset` columns after it, a multiple of LANES, are codes(offset) times
+// factor(offset), which includes the weight. `line_values` values fill one cache line. If
+// `in_halves`, even_codes and odd_codes read the next 2 * LANES values faster than codes does.
 
 template <class Row, int BYTES>
 struct PlainRow {
@@ -34,7 +34,7 @@ struct PlainRow {
   PlainRow(const Table&, const uint8_t* row, int64_t at, float weight)
       : values_(row + at * BYTES), factor_(splat(weight)) {}
   floats codes(int64_t offset) const { return Row::widened(values_ + offset * BYTES); }
-  // the last `count` values of a row; what follows them is not ours to read
+  // the last `count` values of a row; the memory after them may not be readable
   floats last_codes(int64_t offset, int64_t count) const {
     uint8_t copy[LANES * BYTES] = {};
     std::memcpy(copy, values_ + offset * BYTES, count * BYTES);
@@ -61,7 +61,7 @@ struct Fp16Row : PlainRow<Fp16Row, 2> {
 
 struct Bf16Row : PlainRow<Bf16Row, 2> {
   using PlainRow::PlainRow;
-  // two values are one word: both halves cost one load, a shift and a mask
+  // a word holds two values: both cost one load, a shift and a mask
   static constexpr bool in_halves = true;
   static floats widened(const uint8_t* at) { return load_bf16(at); }
   floats even_codes(int64_t offset) const { return (floats)(both(offset) << 16); }
@@ -71,7 +71,7 @@ struct Bf16Row : PlainRow<Bf16Row, 2> {
   words both(int64_t offset) const { return load<words>(values_ + offset * 2); }
 };
 
-// A byte a value and one scale; behind the last value a record has bytes enough to be read.
+// One byte per value and one scale; records have enough bytes after the last value for full loads.
 template <class Row>
 struct ByteRow {
   static constexpr bool in_halves = false;
@@ -115,14 +115,14 @@ struct Int4Row {
     typedef float factors __attribute__((vector_size(16)));
     const uint8_t* scales = row + table.scale_offset + at / line_values * 8;
     store(factors_, (factors)(__builtin_convertvector(load<halves>(scales), quad) << 16) * weight);
-    // spreading one over a vector costs nothing where it is read from memory
+    // force the factors into memory: a broadcast load costs nothing
     asm("" : "+m"(factors_));
   }
   floats codes(int64_t offset) const {
     const int bits = (int)(offset / plane * 4);
     const words shifted = load<words>(block_ + offset % plane * 4) >> bits;
 #if defined(__AVX512F__)
-    // the lookup uses the lowest four bits alone
+    // the permutation uses only the lowest four bits
     const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     return (floats)_mm512_permutexvar_ps((__m512i)shifted, values);
 #else
@@ -150,10 +150,10 @@ inline void with_row_type(int32_t format, Body body) {
   }
 }
 
-// The place of the first row id that is no row of the table, or -1.
+// The index of the first row id outside the table, or -1.
 inline int64_t first_outside(const Table& table, const int64_t* ids, int64_t count) {
   const auto is_outside = [&](int64_t id) { return (uint64_t)id >= (uint64_t)table.num_rows; };
-  // with no way out in the middle, several are compared at once
+  // without an early exit the compiler vectorises this loop
   bool outside = false;
   for (int64_t at = 0; at < count; at++) outside |= is_outside(ids[at]);
   return outside ? std::find_if(ids, ids + count, is_outside) - ids : -1;

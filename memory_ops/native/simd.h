@@ -1,6 +1,6 @@
-// Vectors as wide as the machine's, in the compiler's own vector types: the same source becomes
-// AVX-512, AVX2 or plain code by the flags it is compiled with. Intrinsics stand only where these
-// types cannot say it, or where the compiler would go lane by lane.
+// SIMD vectors in the compiler's vector types: compiler flags turn the same source into AVX-512,
+// AVX2 or portable code. Intrinsics are used only if these types lack the operation, or if the
+// compiler would otherwise process lane by lane.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ inline void store(void* at, Vector value) {
   std::memcpy(at, &value, sizeof value);
 }
 
-// taking zero off, unlike adding it, changes no number and is left out
+// subtracting zero, unlike adding it, changes no number, so the compiler omits it
 inline floats splat(float value) { return value - floats{}; }
 inline ints splat(int32_t value) { return value - ints{}; }
 
@@ -80,7 +80,7 @@ inline floats to_float(ints numbers) {
 #endif
 }
 
-// Takes the even and the odd lanes of two neighbouring vectors apart, and puts them back in order.
+// Deinterleave two adjacent vectors into even and odd lanes, and interleave them again.
 
 inline void part_lanes(floats& first, floats& second) {
   const ints even = lane_numbers() * 2;
@@ -96,7 +96,7 @@ inline void join_lanes(floats& even, floats& odd) {
   odd = __builtin_shuffle(whole, odd, places + LANES / 2);
 }
 
-// LANES numbers of 16 or 8 bits, read and widened.
+// Load and widen LANES numbers of 16 or 8 bits.
 
 inline words load_u16(const uint8_t* at) {
 #if defined(__AVX512F__)
@@ -145,7 +145,7 @@ inline floats load_fp16(const uint8_t* at) {
 #elif defined(__AVX2__)
   return (floats)_mm256_cvtph_ps(load<__m128i>(at));
 #else
-  // the exponent is moved by multiplying, which is right for subnormal numbers too
+  // a multiplication adjusts the exponent, which is correct for subnormal numbers too
   const words bits = load_u16(at);
   const floats scaled = (floats)((bits & 0x7fff) << 13) * 0x1p112f;
   const words special = (words)(scaled >= splat(0x1p16f)) & 0x7f800000;
@@ -153,7 +153,7 @@ inline floats load_fp16(const uint8_t* at) {
 #endif
 }
 
-// e4m3 without NaN, a 256th of each: as fp16, in which subnormal numbers cost nothing
+// e4m3 values (no NaN) divided by 256: decoded as fp16, so that subnormal numbers cost nothing
 inline floats load_fp8(const uint8_t* at) {
 #if defined(__AVX512F__)
   const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load<__m128i>(at)), 7);
@@ -166,7 +166,7 @@ inline floats load_fp8(const uint8_t* at) {
   const words bits = (words)load_i8(at);
   const words magnitude = (bits & 0x7f) << 20;
   const words subnormal = (words)(magnitude < (1u << 23));
-  // a subnormal number is read as if its leading bit were there, which is taken off again
+  // a subnormal number is decoded with a leading bit, which is then subtracted
   const words exponent = (112u << 23) + (subnormal & (1u << 23));
   const floats value = (floats)(magnitude + exponent) - (floats)(subnormal & (113u << 23));
   return (floats)((words)value | (bits & 0x80000000));
@@ -197,7 +197,7 @@ inline longs smaller(longs a, longs b) {
 #endif
 }
 
-// Integers in the order of fp32 numbers; -0 equals 0, and every NaN is the greatest.
+// Integers that order like the fp32 numbers; -0 equals 0, and NaN is the largest.
 inline ints ordered(floats numbers) {
   numbers = numbers + 0.f;
   const ints bits = (ints)numbers;
@@ -210,11 +210,11 @@ inline float number_of(int32_t ordered) {
   return load<float>(&bits);
 }
 
-// Bit l says whether lane l of `a` is at least `b`.
+// Bit l is set if lane l of `a` is at least `b`.
 inline uint32_t at_least(ints a, int32_t b) {
 #if defined(__AVX512F__)
   const __mmask16 mask = _mm512_cmp_epi32_mask((__m512i)a, _mm512_set1_epi32(b), _MM_CMPINT_NLT);
-  // widened out of the compiler's sight: GCC 12 may spill 16 bits and read 32 back
+  // in assembly, because GCC 12 may spill 16 bits and reload 32
   uint32_t bits;
   asm("kmovw %1, %0" : "=r"(bits) : "k"(mask));
   return bits;
@@ -228,7 +228,7 @@ inline uint32_t at_least(ints a, int32_t b) {
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// For every set of lanes, given by bits, their numbers: one a byte, from the lowest on.
+// For every bit set of lanes, the numbers of these lanes, one per byte, lowest first.
 struct LaneLists {
   uint64_t of[1 << LANES];
   constexpr LaneLists() : of{} {
@@ -240,7 +240,7 @@ struct LaneLists {
 inline constexpr LaneLists LANE_LISTS;
 #endif
 
-// Writes the lanes whose bit is set, one after another; LANES places may be written in all.
+// Writes the lanes whose bit is set contiguously; may overwrite up to LANES elements.
 inline void compress(int32_t* to, uint32_t bits, ints lanes) {
 #if defined(__AVX512F__)
   // compressing straight to memory is slow on AMD
@@ -253,11 +253,11 @@ inline void compress(int32_t* to, uint32_t bits, ints lanes) {
 #endif
 }
 
-// e to the power of numbers up to 0, to 2 units in the last place; 0 below e^-87; NaN stays NaN.
+// e^x for x <= 0, accurate to 2 units in the last place; 0 below e^-87; NaN stays NaN.
 inline floats exp_negative(floats x) {
   const floats lowest = splat(-87.f);
   const floats clamped = x < lowest ? lowest : x;
-  // x = n ln 2 + r, where ln 2 stands in two parts so that r is exact
+  // x = n ln 2 + r, with ln 2 split into two parts so that r is exact
   const floats magic = splat(0x1.8p23f);
   const floats shifted = clamped * 1.44269504f + magic;
   const floats n = shifted - magic;

@@ -1,5 +1,5 @@
-// Sorting 16 to 256 numbers without a branch: a bitonic network, since on fresh data a comparison
-// sort mispredicts every other comparison.
+// Sorts 16 to 256 numbers without branches, in a bitonic network: on fresh data a comparison sort
+// mispredicts half of its comparisons.
 #pragma once
 
 #include "simd.h"
@@ -21,7 +21,7 @@ inline longs partners(longs v) {
   return __builtin_shuffle(v, long_lane_numbers() ^ FLIPPED);
 }
 
-// Puts the larger number of each lane and its partner into the lane whose bit STRIDE is not set.
+// Puts the larger number of each pair of lanes into the lane without bit STRIDE.
 template <int STRIDE, int FLIPPED>
 inline longs exchange_lanes(longs v) {
   const longs other = partners<FLIPPED>(v);
@@ -37,12 +37,12 @@ inline longs merge_lanes(longs v) {
     return merge_lanes<STRIDE / 2>(exchange_lanes<STRIDE, STRIDE>(v));
 }
 
-// Sorts every run of RUN lanes for itself, in descending order.
+// Sorts each run of RUN lanes in descending order.
 template <int RUN>
 inline longs sort_lanes(longs v) {
   if constexpr (RUN == 1)
     return v;
-  else  // a run meets its neighbour's mirror image, so that all exchanges go one way
+  else  // each run merges with its mirrored neighbour, so that all exchanges have one direction
     return merge_lanes<RUN / 4>(exchange_lanes<RUN / 2, RUN - 1>(sort_lanes<RUN / 2>(v)));
 }
 
@@ -75,12 +75,13 @@ inline void sort_descending(int64_t* numbers) {
   for (int i = 0; i < VECTORS; i++) store(numbers + i * WIDTH, v[i]);
 }
 
-// Sorts the first `count` <= 256 numbers; there is room for the next power of two, at least LEAST_SORTED.
+// Sorts the first `count` <= 256 numbers. The array must hold the next power of two, at least
+// LEAST_SORTED.
 inline void sort_descending(int64_t* numbers, int count) {
-  int room = LEAST_SORTED;
-  while (room < count) room *= 2;
-  for (int i = count; i < room; i++) numbers[i] = INT64_MIN;
-  switch (room) {
+  int padded = LEAST_SORTED;
+  while (padded < count) padded *= 2;
+  for (int i = count; i < padded; i++) numbers[i] = INT64_MIN;
+  switch (padded) {
     case 16: return sort_descending<16>(numbers);
     case 32: return sort_descending<32>(numbers);
     case 64: return sort_descending<64>(numbers);

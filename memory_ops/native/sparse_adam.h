@@ -1,15 +1,15 @@
-// Adam for the rows that were read; the others, moments included, are left as they are, as
-// torch.optim.SparseAdam does (after arXiv 1412.6980):
+// Adam for the rows that were read (arXiv 1412.6980). Other rows and their moments do not change,
+// as in torch.optim.SparseAdam:
 //
 //   g = scale * sum over the row's references of weight * grad[token]
 //   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g g;   row -= step_size * m / (sqrt(v) + eps)
 //
-// Row-wise, with one moment for a whole row:
+// The row-wise variant has one moment per row:
 //
 //   v = b2 v + (1 - b2) mean(g g);   row -= step_size * g / (sqrt(v) + eps)
 //
-// A row's sum is taken anew where it is used, from gradients that lie in the caches: written down for
-// all rows, the sums would take as long to write and read as the rows themselves.
+// Each use of a row's sum computes it again from gradients in the CPU caches: storing the sums of
+// all rows would take as long to write and read as the rows themselves.
 #pragma once
 
 #include <memory>
@@ -18,7 +18,7 @@
 
 namespace memplus {
 
-// References grouped by row, as group_rows() leaves them, and the gradients [T, V] that they weigh.
+// References grouped by group_rows(), and the gradients [T, V] that their weights multiply.
 struct RowGroups {
   Table gradients;
   const int64_t* rows;
@@ -28,14 +28,14 @@ struct RowGroups {
   int64_t count;  // of distinct rows
 };
 
-// Rows and first moments [R, V]; second moments [R, V], or [R] where there are no first ones.
+// Rows and first moments [R, V]; second moments [R, V], or [R] if `first` is null.
 struct AdamTable {
   float* rows;
   float* first;
   float* second;
 };
 
-// `rest1` and `rest2` are 1 - beta1 and 1 - beta2, which fp32 would make of them with few digits.
+// `rest1` and `rest2` are 1 - beta1 and 1 - beta2, computed in fp64 because fp32 loses digits.
 struct AdamStep {
   float scale, step_size, beta1, rest1, beta2, rest2, eps;
 };
@@ -52,10 +52,10 @@ inline void store_some(float* at, floats values, int64_t lanes) {
   std::memcpy(at, &values, lanes * sizeof(float));
 }
 
-constexpr int64_t ROWS_AHEAD = 1;  // a row is fetched before its turn, while others are changed
+constexpr int64_t ROWS_AHEAD = 1;  // prefetch distance in rows
 
-// Calls `body(group, sums, coming)` for every row with the sums of its references, of V values, and
-// the row whose turn will come.
+// Calls `body(group, sums, coming)` for every row, with the V sums of its references and the row to
+// prefetch.
 template <class Body>
 inline void for_each_row(const RowGroups& groups, Body body) {
   in_parallel(groups.count, [&](int64_t thread, int64_t threads) {
@@ -79,7 +79,7 @@ inline floats squares(const float* values, int64_t width) {
   return total;
 }
 
-// The squared norm of the gradients of all rows, the same with any number of threads.
+// The squared norm of the gradients of all rows, independent of the number of threads.
 inline double squared_norm(const RowGroups& groups) {
   std::unique_ptr<float[]> of_rows(new float[groups.count]);
   for_each_row(groups, [&](int64_t group, const float* sums, int64_t) {

@@ -1,4 +1,4 @@
-// Work over the threads that torch uses: one OpenMP pool, since its library is the same.
+// Parallel loops on torch's OpenMP threads: one pool, because both use the same OpenMP library.
 #pragma once
 
 #include <omp.h>
@@ -11,7 +11,7 @@ struct Span {
   int64_t first, last;
 };
 
-// The part-th of `parts` nearly equal pieces of `count` things.
+// The part-th of `parts` nearly equal ranges of `count` items.
 inline Span piece(int64_t count, int64_t part, int64_t parts) {
   return {count * part / parts, count * (part + 1) / parts};
 }

@@ -1,1 +1,1 @@
-"""Where value rows live: one protocol, one file a tier."""
+"""Value tables: one protocol, and one file for each tier."""

@@ -15,7 +15,7 @@ from memory_ops.tables.value_table import Lookup, RowSource, TableReadError
 
 
 class DeviceTable:
-    """A value table held as one tensor, or as records of fewer bits.
+    """A value table in the device's memory, as a tensor or as records.
 
     Attributes:
         rows: ``[R, V]``, or R records of V values.
@@ -56,15 +56,15 @@ class DeviceTable:
         return ReadyLookup(partial(operations.row_dots, self.rows, rows_THK, x_TV))
 
     def count(self, rows_THK: Tensor, layer: int) -> None:
-        """Count a lookup that read ``rows`` without ``start``."""
+        """Count a lookup by a kernel that read the rows without ``start``."""
         self._num_lookups[layer] += 1
         self._num_requested[layer] += rows_THK.numel()
 
     def hint(self, rows: Tensor, layer: int = 0) -> None:
-        """Nothing to do: the rows are already where they are read."""
+        """Does nothing: no row needs fetching."""
 
     def watch(self, on_progress: Callable[[], None]) -> None:
-        """Nothing to do: no lookup waits."""
+        """Does nothing: no lookup waits."""
 
     def statistics(self) -> Mapping[int, TableStatistics]:
         return {
@@ -75,7 +75,7 @@ class DeviceTable:
 
 @dataclass(frozen=True)
 class RowsInPlace:
-    """The rows of a device table, for native kernels; none is ever fetched."""
+    """The rows of a device table, for native kernels; no row is ever fetched."""
 
     table: DeviceTable
     layer: int
@@ -89,17 +89,17 @@ class RowsInPlace:
         return None
 
     def check(self) -> None:
-        """Nothing to do: no file is read."""
+        """Does nothing: there is no file."""
 
     def read_error(self, row: int, error: int) -> TableReadError:
-        raise AssertionError(f"row {row} is in place, and was fetched: {error}")
+        raise AssertionError(f"row {row}: a device table fetches no rows (error {error})")
 
     def count(self, rows_THK: Tensor) -> None:
         self.table.count(rows_THK, self.layer)
 
 
 class ReadyLookup(NamedTuple):
-    """A read of rows that need no fetching: it runs in ``finish``."""
+    """A lookup that fetches nothing: it runs in ``finish``."""
 
     read: Callable[[], Tensor]
 

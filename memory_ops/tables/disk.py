@@ -1,4 +1,4 @@
-"""The disk tier: rows in the checkpoint's own file, those that are used often in memory."""
+"""The disk tier: reads rows from the checkpoint's file and caches the most-used rows in memory."""
 
 import contextlib
 import ctypes
@@ -23,25 +23,25 @@ from memory_ops.tables.table_file import TableFile
 from memory_ops.tables.table_statistics import TableStatistics
 from memory_ops.tables.value_table import TableReadError
 
-_DEPTH = 256  # reads under way; whoever hands a kernel's queue more than that waits for it
-_THREADS = 16  # if the kernel gives no io_uring
+_DEPTH = 256  # reads in flight; a deeper queue makes the submitting thread wait
+_THREADS = 16  # if io_uring is not available
 _MOST_SLOTS = 2**31 - 2
-# of a slot, beside its row: where it is, and whose it is
+# bookkeeping of a slot, in addition to its row
 _SLOT_BYTES = 40
 
 logger = logging.getLogger(__name__)
 
 
 class DiskTable:
-    """A value table of a file, read by many direct reads at once, never by page faults.
+    """A value table in a file, read with many concurrent direct reads, never by page faults.
 
     Attributes:
-        file: where they lie.
-        num_slots: rows that memory is for.
-        slots: these rows.
-        rows: what finds and reads them.
-        place: where the file has them.
-        on_progress: ``tell``, for a fetcher to call.
+        file: the file that holds the rows.
+        num_slots: number of rows that fit in memory.
+        slots: the rows in memory.
+        rows: the native reader and cache.
+        location: position of the rows in the file.
+        on_progress: C callback of ``report_progress``, for row fetchers.
     """
 
     tier = "disk"
@@ -62,47 +62,51 @@ class DiskTable:
         """Open the file.
 
         Args:
-            file: holds the rows, one behind another.
-            offset: of the first, in bytes.
+            file: path of the file that holds the rows contiguously.
+            offset: bytes before the first row.
             shape: R and V.
-            row_format: their dtype, or that of their records.
-            cache_bytes: memory for rows, and to choose those that stay: ``row_cache_bytes``.
-            is_direct: read past the page cache, by O_DIRECT, if the filesystem has it.
-            threads: that read; 0 for io_uring, or 16 of them if the kernel gives none.
-            fault: a fault to be injected.
-            checksum: SHA-256 of all rows, in hexadecimal digits: see ``TableFile``.
+            row_format: the rows' dtype, or the format of their records.
+            cache_bytes: memory for cached rows and their use counts; see ``row_cache_bytes``.
+            is_direct: bypass the page cache (O_DIRECT) if the filesystem supports it.
+            threads: reader threads; 0 uses io_uring, or 16 threads if it is not available.
+            fault: faults to inject in tests.
+            checksum: SHA-256 of all rows, in hexadecimal digits; see ``TableFile``.
 
         Raises:
-            TableReadError: the file cannot be opened so, or is too short.
-            ValueError: ``cache_bytes`` are not enough for one row, or more than there are.
+            TableReadError: the file cannot be opened or read, or is too short.
+            ValueError: ``cache_bytes`` is too small for one row, or cannot be allocated.
         """
         self.num_rows, self.value_dim = shape
         self.file = file
         size = _row_size(row_format, shape[1])
         least = row_cache_bytes(1, size, self.num_rows)
         if cache_bytes < least:
-            raise ValueError(f"table_cache: {cache_bytes} bytes are less than {least}, for one row")
-        room = (cache_bytes - least) // (size + _SLOT_BYTES) + 1
-        self.num_slots = min(room, self.num_rows, _MOST_SLOTS)
+            needed = f"one row needs at least {least} bytes"
+            raise ValueError(f"table_cache: {cache_bytes} bytes are too small: {needed}")
+        fitting = (cache_bytes - least) // (size + _SLOT_BYTES) + 1
+        self.num_slots = min(fitting, self.num_rows, _MOST_SLOTS)
         num_bytes = self.num_rows * size
         opened = TableFile(file, offset, num_bytes, is_direct=is_direct, checksum=checksum)
-        self._opened = opened
+        self._table_file = opened
         try:
             memory = anonymous_zeros((self.num_slots, size), torch.uint8)
-            self.place = RowFile(opened.descriptor, offset, self.num_rows, size, opened.alignment)
-            self.rows = _disk_rows(self.place, memory, threads, fault)
+            self.location = RowFile(
+                opened.descriptor, offset, self.num_rows, size, opened.alignment
+            )
+            self.rows = _disk_rows(self.location, memory, threads, fault)
         except OSError as error:
             opened.close()
             taken = row_cache_bytes(self.num_slots, size, self.num_rows)
-            raise ValueError(f"table_cache: no {taken} bytes: {error.strerror}") from None
+            message = f"cannot allocate {taken} bytes: {error.strerror}"
+            raise ValueError(f"table_cache: {message}") from None
         self.slots = _as_table(memory, row_format, shape[1])
         self._watchers: list[Callable[[], None]] = []
-        self.on_progress = ON_PROGRESS(partial(_tell, self._watchers))
+        self.on_progress = ON_PROGRESS(partial(_call_all, self._watchers))
 
     def close(self) -> None:
-        """Wait for the reads that are under way, and give the file up."""
+        """Wait for the reads in flight, then close the file."""
         self.rows.close()
-        self._opened.close()
+        self._table_file.close()
 
     def __del__(self) -> None:
         if hasattr(self, "rows"):
@@ -131,9 +135,9 @@ class DiskTable:
     def watch(self, on_progress: Callable[[], None]) -> None:
         self._watchers.append(on_progress)
 
-    def tell(self) -> None:
-        """Tell who watches that a lookup gets on."""
-        _tell(self._watchers)
+    def report_progress(self) -> None:
+        """Call the functions passed to ``watch``: a lookup makes progress."""
+        _call_all(self._watchers)
 
     def statistics(self) -> Mapping[int, TableStatistics]:
         return {
@@ -144,15 +148,15 @@ class DiskTable:
 
     @property
     def fault(self) -> str | None:
-        """Why the table is lost, naming its file; None while rows can be read.
+        """The file and the reason why the table is lost; None while rows can be read.
 
-        It is lost if its contents changed or the file cannot be looked at (see ``TableFile``), or
-        if no row can be read any more (see ``DiskRows.lost_error``). It is known after the lookup
-        that failed. Changed contents are final; after the other faults a lookup that succeeds
-        ends it.
+        The table is lost if its contents changed, if the file cannot be examined (see
+        ``TableFile``), or if no row can be read any more (see ``DiskRows.lost_error``). A failed
+        lookup sets the fault. Changed contents are final; a later successful lookup clears the
+        other faults.
         """
-        if self._opened.fault is not None:
-            return self._opened.fault
+        if self._table_file.fault is not None:
+            return self._table_file.fault
         error = self.rows.lost_error()
         return None if error is None else f"{self.file}: no row can be read: {_reason(error)}"
 
@@ -164,20 +168,22 @@ class DiskTable:
 
     def read_error(self, row: int, error: int) -> TableReadError:
         if error == NO_ROOM:
-            return TableReadError(f"{self.file}: no room in memory for one token's rows")
+            return TableReadError(
+                f"{self.file}: one token's rows do not fit in memory: increase table_cache"
+            )
         if error == OUTSIDE:
             return TableReadError(f"{self.file}: row {row} is outside the table")
-        # a file that was changed is known as lost at once, not at the next lookup only
+        # report a changed file as lost now instead of at the next lookup
         with contextlib.suppress(TableReadError):
             self.check_file()
         return TableReadError(f"{self.file}: row {row}: {_reason(error)}")
 
     def check_file(self) -> None:
-        self._opened.check(self.tell)
+        self._table_file.check(self.report_progress)
 
 
 class FetchedRows:
-    """The slots of a disk table, for native kernels, and the fetcher that reads rows into them."""
+    """The cache slots of a disk table, for native kernels, and the fetcher that fills them."""
 
     def __init__(self, table: DiskTable, layer: int) -> None:
         self._table, self.rows = table, table.slots
@@ -191,19 +197,19 @@ class FetchedRows:
         return self._table.read_error(row, error)
 
     def count(self, rows_THK: Tensor) -> None:
-        """Nothing to do: the fetcher counts its lookups."""
+        """Does nothing: the fetcher counts its lookups."""
 
 
 def row_cache_bytes(num_slots: int, row_size: int, num_rows: int) -> int:
-    """The memory that it takes to hold so many rows, and to count the uses of all of a table's."""
+    """Bytes of a cache of ``num_slots`` rows, plus one use counter for each row of the table."""
     return num_slots * (row_size + _SLOT_BYTES) + num_rows
 
 
 def _reason(error: int) -> str:
-    return os.strerror(error) if error else "the file ends before it"
+    return os.strerror(error) if error else "the file ends before this row"
 
 
-def _tell(watchers: list[Callable[[], None]]) -> None:
+def _call_all(watchers: list[Callable[[], None]]) -> None:
     for on_progress in watchers:
         on_progress()
 
@@ -220,17 +226,17 @@ def _as_table(memory: Tensor, row_format: torch.dtype | RowFormat, value_dim: in
     return RowRecords(memory, row_format, value_dim)
 
 
-def _disk_rows(place: RowFile, memory: Tensor, threads: int, fault: ReadFault | None) -> DiskRows:
-    def made(threads: int) -> DiskRows:
-        return DiskRows(place, memory, depth=_DEPTH, threads=threads, fault=fault)
-
+def _disk_rows(
+    location: RowFile, memory: Tensor, threads: int, fault: ReadFault | None
+) -> DiskRows:
+    create = partial(DiskRows, location, memory, depth=_DEPTH, fault=fault)
     try:
-        return made(threads)
+        return create(threads=threads)
     except RingError as error:
         _log_threads(error.strerror)
-        return made(_THREADS)
+        return create(threads=_THREADS)
 
 
 @functools.cache  # once a process
 def _log_threads(reason: str) -> None:
-    logger.warning("no io_uring (%s): %d threads read tables on disk", reason, _THREADS)
+    logger.warning("no io_uring (%s): %d threads read disk tables instead", reason, _THREADS)

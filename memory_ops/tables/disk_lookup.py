@@ -1,4 +1,4 @@
-"""A read of a table whose rows are fetched from its file, part by part where memory is small."""
+"""A lookup in a disk table, split into parts if its rows do not fit in memory at once."""
 
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -15,20 +15,20 @@ Operation = Callable[[Table, Tensor, Tensor], Tensor]
 
 
 class SlotTable(Protocol):
-    """What a lookup needs of its table: what finds and reads rows, and the slots that get them."""
+    """The parts of a disk table that a lookup uses: its reader, its cache slots and its checks."""
 
     rows: DiskRows
     slots: Table
 
     def check_file(self) -> None: ...
     def read_error(self, row: int, error: int) -> TableReadError: ...
-    def tell(self) -> None: ...
+    def report_progress(self) -> None: ...
 
 
 class DiskLookup:
-    """Reads under way, of as many tokens as memory has room for; ``finish`` reads for the others.
+    """A lookup in flight: reads the rows of as many tokens as fit in memory, ``finish`` the rest.
 
-    The native lookup splits and pins. What is not finished is unpinned when it is forgotten.
+    The native lookup splits the tokens and pins slots. Deleting an unfinished lookup unpins them.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class DiskLookup:
         operation: Operation,
     ) -> None:
         self._handle: int | None = None
-        self._table = table  # which must not be closed before
+        self._table = table  # keeps the table open
         self._rows_THK = rows_THK.contiguous()
         self._slots_THK = torch.empty_like(self._rows_THK)
         self._operand, self._operation = operand, operation
@@ -48,10 +48,10 @@ class DiskLookup:
         self._handle = table.rows.start(rows_TL, slots_TL, layer=layer)
 
     def finish(self) -> Tensor:
-        """Wait for the rows and return what they give, in fp32 (fp64 for fp64).
+        """Wait for the rows and return the result, in fp32 (fp64 for an fp64 table).
 
         Raises:
-            TableReadError: a row could not be read, or there is no room for those of one token.
+            TableReadError: a row could not be read, or one token's rows do not fit in memory.
         """
         try:
             outs = [
@@ -67,15 +67,15 @@ class DiskLookup:
         self._drop()
 
     def _parts(self) -> Iterator[slice]:
-        """Tokens whose rows are in their slots, until the next ones are asked for."""
+        """Ranges of tokens whose rows are in their slots, each until the next one is requested."""
         assert self._handle is not None, "a lookup is finished once"
         first = 0
         while True:
-            last = self._table.rows.next_part(self._handle, self._table.tell)
+            last = self._table.rows.next_part(self._handle, self._table.report_progress)
             if isinstance(last, ReadFailure):
                 raise self._table.read_error(last.row, last.error)
             yield slice(first, last)
-            self._table.tell()
+            self._table.report_progress()
             if last == len(self._rows_THK):
                 return
             first = last

@@ -1,16 +1,16 @@
-"""The host tier: every row in page-locked host memory, read by a GPU, those in use kept there.
+"""The host tier: rows in page-locked host memory, read by a GPU that caches the rows in use.
 
-What follows what, and why nothing else has to:
+Synchronisation between the caller's stream and a side stream:
 
-* Cache, staging and counts belong to the stream beside the caller's, which does a whole lookup:
-  places, fetches, sums. There, work follows work. So no lookup can lose rows to a later one, whose
-  ever stream wants it, and no caller has to be waited for before rows are replaced.
-* The caller's stream and the one beside it share a lookup's operands and its result, which are the
-  lookup's own. So each lookup has two events: the stream beside begins when the caller's has made
-  the operands, and the caller's goes on from ``finish`` when the result is there.
-* Operands and result are memory of the caller's stream, which may use it for other things once
-  they are forgotten: after ``finish``, and so after the stream beside has used them. Those of a
-  hint, or of a lookup that was never finished, it keeps.
+* The side stream owns the cache and the counts. It runs whole lookups in order: placement, fetches,
+  sums. So a later lookup cannot evict rows that an earlier one still reads, whichever stream called
+  it, and evictions need not wait for any caller.
+* Each lookup has its own operands and result, which both streams use, and two events. The side
+  stream waits until the caller's stream has computed the operands. From ``finish`` on, the caller's
+  stream waits for the result.
+* The caller's stream owns the memory of operands and result. It may reuse this memory when they are
+  freed after ``finish``, because the side stream has finished with them by then. For a hint, or a
+  lookup that is never finished, ``Stream.keep`` delays the reuse.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,15 +27,15 @@ from memory_ops.triton_kernels.table_view import value_kind
 
 
 class HostTable:
-    """A value table in host memory, looked up by a stream beside the caller's.
+    """A value table in host memory; a side stream runs its lookups.
 
-    The host never learns a row id and never waits, but in ``statistics`` and ``close``. A lookup
-    can be captured in a CUDA graph; so can a hint, before a lookup of the same graph or a ``join``.
+    The host never sees a row id and never waits, except in ``statistics`` and ``close``. A CUDA
+    graph can capture lookups. It can capture a hint if a lookup or a ``join`` follows in the graph.
 
-    A replay follows its own stream alone, and nothing else that was given to the stream beside,
-    hint or lookup, finished or not, by any caller: ``join`` on the replay's stream comes before it.
-    What is given afterwards, by any caller, comes from a stream that follows the replay. So replays
-    follow one another, those of different graphs too.
+    A graph replay is ordered only by the stream that it runs on, not by the side stream. So call
+    ``join`` on the replay's stream before each replay: it orders the replay after all earlier hints
+    and lookups of any caller. Hints and lookups after the replay must come from streams that are
+    ordered after it. Replays, also of different graphs, must run one after another.
 
     Attributes:
         rows: ``[R, V]``, or R records of V values.
@@ -47,15 +47,15 @@ class HostTable:
     def __init__(
         self, rows: Table, cache: RowCache, streams: StreamPair, lock: PageLock | None = None
     ) -> None:
-        """Read ``rows`` through ``cache``, made on the caller's stream; see ``host_table``.
+        """Read ``rows`` through ``cache``, which the caller's stream created; see ``host_table``.
 
-        Cache and lock are the table's alone from now on.
+        The table takes ownership of cache and lock.
         """
         self._num_rows, self._value_dim = table_shape(rows)
         self.rows = rows
         self._cache, self._streams, self._lock = cache, streams, lock
-        # the cache was made on this caller's stream, and may be asked from another one
-        streams.beside.wait(streams.caller().record())
+        # the first lookup may come from another stream than the one that created the cache
+        streams.side.wait(streams.caller().record())
 
     @property
     def num_rows(self) -> int:
@@ -70,14 +70,14 @@ class HostTable:
         return self._cache.capacity
 
     def row_source(self, layer: int) -> None:
-        """No source: a GPU reads these rows."""
+        """None: native CPU kernels cannot use the GPU's cache."""
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> "HostLookup":
-        """Begin to read; see ``ValueTable.start``. Row ids are not checked.
+        """Start a lookup; see ``ValueTable.start``. Row ids are not checked.
 
         Raises:
-            ValueError: the operands do not fit together or are on another device than the cache, a
-                gradient is asked for, or the layer is not counted.
+            ValueError: the operands do not match each other or the cache's device, need a gradient,
+                or the layer is outside the cache's layers.
         """
         check_rows(self.rows, rows_THK, weights_THK)
         _check_no_gradient("weights", weights_THK)
@@ -92,7 +92,7 @@ class HostTable:
         )
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> "HostLookup":
-        """Begin to read; see ``ValueTable.start_dots`` (ValueError as ``start``)."""
+        """Start a lookup; see ``ValueTable.start_dots``. Raises ValueError like ``start``."""
         check_vectors(self.rows, rows_THK, x_TV)
         value_kind("x", x_TV)
         _check_no_gradient("x", x_TV)
@@ -107,48 +107,49 @@ class HostTable:
         )
 
     def hint(self, rows: Tensor, layer: int = 0) -> None:
-        """Begin to fetch rows that may soon be read, int64 of any shape; see ``RowCache.hint``.
+        """Prefetch rows that may soon be read, int64 of any shape; see ``RowCache.hint``.
 
         Raises:
-            ValueError: they are of another dtype or device, or the layer is not counted.
+            ValueError: the rows have another dtype or device, or the layer is outside the cache's
+                layers.
         """
         if rows.dtype is not torch.int64:
             raise ValueError(f"rows: expected int64 row ids, got {rows.dtype}")
         self._cache.check_hint(rows, layer)
-        beside = self._streams.beside
-        beside.wait(self._streams.caller().record())
-        beside.run(lambda: self._cache.hint(rows, layer))
-        beside.keep(rows)
+        side = self._streams.side
+        side.wait(self._streams.caller().record())
+        side.run(lambda: self._cache.hint(rows, layer))
+        side.keep(rows)
 
     def watch(self, on_progress: Callable[[], None]) -> None:
-        """Nothing to do: no lookup waits on the host."""
+        """Does nothing: no lookup waits on the host."""
 
     def join(self) -> None:
-        """Have the caller's stream wait for all that the stream beside was given by anybody.
+        """Make the caller's stream wait for all work that the side stream has queued.
 
-        Before a replay, and where a capture ends with a hint.
+        Call it before a graph replay, and after a hint that ends a capture.
         """
-        self._streams.caller().wait(self._streams.beside.record())
+        self._streams.caller().wait(self._streams.side.record())
 
     def statistics(self) -> Mapping[int, TableStatistics]:
-        """Totals by layer; waits for the device. Stalls are not timed, and no row is late."""
+        """Totals by layer; waits for the device. Stalls and late rows are not measured."""
         self.join()
         return self._cache.statistics()
 
     def close(self) -> None:
-        """Wait for the device, and unlock the rows.
+        """Wait for the device, then unlock the rows.
 
         Raises:
-            PageLockError: they stay locked.
+            PageLockError: the rows cannot be unlocked.
         """
         if self._lock is not None:
             self._lock.close()
 
 
 class HostLookup:
-    """A lookup under way on the stream beside the caller's.
+    """A lookup in flight on the side stream.
 
-    ``finish`` is called once, with the stream current that was so at the start.
+    Call ``finish`` once, with the same current stream as at ``start``.
     """
 
     def __init__(
@@ -160,13 +161,13 @@ class HostLookup:
     ) -> None:
         self._held: tuple[Tensor, ...] = (result, *operands)
         self._caller: Stream = streams.caller()
-        self._beside = streams.beside
-        self._beside.wait(self._caller.record())
-        self._beside.run(read)
-        self._is_read = self._beside.record()
+        self._side = streams.side
+        self._side.wait(self._caller.record())
+        self._side.run(read)
+        self._is_read = self._side.record()
 
     def finish(self) -> Tensor:
-        """Have the caller's stream wait for the rows, and return what they give, in fp32."""
+        """Make the caller's stream wait for the rows, and return the result, in fp32."""
         self._caller.wait(self._is_read)
         result, *_ = self._held
         self._held = ()
@@ -174,42 +175,42 @@ class HostLookup:
 
     def __del__(self) -> None:
         for tensor in self._held:
-            self._beside.keep(tensor)
+            self._side.keep(tensor)
 
 
 def host_table(
     rows: Table, cache_bytes: int, device: torch.device, *, num_layers: int = 1
 ) -> HostTable:
-    """Page-lock rows where they are, and have ``device`` read them.
+    """Page-lock rows in place and return a table that ``device`` reads.
 
     Args:
-        rows: contiguous rows of fp32, fp16 or bf16, or records, on the CPU; ``anonymous_zeros``,
-            filled from a file, has no second copy and huge pages.
-        cache_bytes: memory of the device for the rows in use; see ``RowCache``.
+        rows: contiguous rows of fp32, fp16 or bf16, or records, on the CPU. Fill a tensor of
+            ``anonymous_zeros`` from a file to get huge pages and no second copy.
+        cache_bytes: device memory for the cache of rows in use; see ``RowCache``.
         device: a GPU.
-        num_layers: whose lookups are counted.
+        num_layers: number of layers whose lookups are counted.
 
     Raises:
-        ValueError: there is no such GPU, the rows are no such table, or ``cache_bytes`` are too few
-            or too many.
-        PageLockError: they cannot be page-locked.
+        ValueError: the GPU does not exist, the rows are of another kind, or ``cache_bytes`` is too
+            small or cannot be allocated.
+        PageLockError: the rows cannot be page-locked.
     """
     if device.type != "cuda":
-        raise ValueError(f"table_tier: host is for a GPU that reads host memory, not for {device}")
+        raise ValueError(f"table_tier: host needs a GPU, not {device}")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) >= num_gpus:
-        raise ValueError(f"table_tier: host needs {device}, and torch finds {num_gpus} GPUs")
+        raise ValueError(f"table_tier: host needs {device}, but torch finds {num_gpus} GPUs")
     memory = rows_memory(rows)
     if not memory.is_cpu:
-        raise ValueError(f"table: expected rows in host memory, got them on {memory.device}")
+        raise ValueError(f"table: expected rows in host memory, got rows on {memory.device}")
     cache = RowCache(rows, cache_bytes, device, num_layers=num_layers)
     return HostTable(rows, cache, cuda_streams(device), PageLock(memory, device))
 
 
-def _empty(shape: tuple[int, ...], beside: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=beside.device)
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def _check_no_gradient(name: str, operand: Tensor) -> None:
     if operand.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: tables in host memory are for serving, and give no gradients")
+        raise ValueError(f"{name}: tables in host memory do not support gradients")

@@ -1,4 +1,4 @@
-"""Rows of a table in slower memory, those in use kept on the device: read as if all were there.
+"""Device-memory cache of a table in slower memory, and lookups through this cache.
 
 Shape suffixes: T tokens, H memory heads, K rows read per head, V value width, R rows of the table,
 P rows of the cache's memory.
@@ -12,7 +12,7 @@ from torch import Tensor
 from memory_ops.checks import Table, table_shape
 from memory_ops.row_formats import RowRecords
 from memory_ops.tables.table_statistics import TableStatistics
-from memory_ops.triton_kernels import place_rows as counted
+from memory_ops.triton_kernels import place_rows as columns
 from memory_ops.triton_kernels.fetch_rows import fetch_rows
 from memory_ops.triton_kernels.gather_rows import gather_rows_into
 from memory_ops.triton_kernels.place_rows import CacheSets, place_rows
@@ -21,26 +21,25 @@ from memory_ops.triton_kernels.sort_rows import sort_rows
 from memory_ops.triton_kernels.table_view import table_view
 
 _WAYS = 16
-_BESIDE = 2**14  # rows that find no way, at most, of one part of a lookup: 128 tokens of 128 rows
-_STATE_BYTES = 16  # of a way, beside its row
+_OVERFLOW = 2**14  # overflow rows for one part of a lookup: 128 tokens of 128 rows
+_STATE_BYTES = 16  # bookkeeping of a way, in addition to its row
 
 
 class RowCache:
-    """A cache of rows, and the operations that read the table through it.
+    """A set-associative cache of rows, and the operations that read the table through it.
 
-    All of it belongs to one stream, the current one of whoever calls: there, work follows work, so
-    that rows have places before they are fetched, are fetched before they are read, and read before
-    they are replaced. Nothing waits for the device, and nothing but shapes decides what is
-    launched: calls can be captured in a graph.
+    All calls must use one stream. Its order ensures that rows are placed, fetched, read and only
+    then evicted. No call waits for the device, and launches depend on shapes alone, so CUDA graphs
+    can capture calls.
 
-    What a set has no way for is fetched to a place beside the sets, for one part of one lookup.
-    Sums are those of ``gather_rows`` over rows in other places, so they have the same bits.
+    A row that finds no free way in its set goes to an overflow row, for one part of one lookup.
+    Results are bit-identical to ``gather_rows`` on the table.
 
     Attributes:
-        row_bytes: of a row.
-        memory: P rows on the device, like the table's: those of the sets, then those beside them.
-        sets: which rows stand in the sets.
-        device: where all of it is, and what is asked for must be.
+        row_bytes: bytes of a row.
+        memory: P rows on the device, in the table's format: rows of the sets, then overflow rows.
+        sets: row ids and priorities of the cached rows.
+        device: the device of the cache; operands must be on it.
     """
 
     def __init__(
@@ -51,26 +50,26 @@ class RowCache:
         *,
         num_layers: int = 1,
         num_ways: int = _WAYS,
-        beside: int = _BESIDE,
+        num_overflow: int = _OVERFLOW,
     ) -> None:
-        """Take memory on ``device``, once; nothing is fetched.
+        """Allocate the cache on ``device``; fetches nothing.
 
         Args:
-            table: contiguous rows of fp32, fp16 or bf16, or records, where ``device`` can read
-                them. They are not copied, and must not change.
-            cache_bytes: for rows, those beside the sets included, and for what is known of them.
-            num_layers: whose lookups are counted.
+            table: contiguous rows of fp32, fp16 or bf16, or records, in memory that ``device`` can
+                read. They are not copied and must not change.
+            cache_bytes: memory for cached rows, overflow rows and bookkeeping.
+            num_layers: number of layers whose lookups are counted.
             num_ways: rows of a set, a power of two.
-            beside: rows that a lookup may read at once, repeats included; more are read in parts,
-                and hinted not at all.
+            num_overflow: overflow rows. A lookup reads at most this many rows at once, repeats
+                included, and splits larger requests into parts; hints ignore the excess.
 
         Raises:
-            ValueError: the table is of another kind, ``num_ways`` is no power of two, or
-                ``cache_bytes`` are less than one set and the rows beside it take, or more than the
-                device has.
+            ValueError: the table is of another kind, ``num_ways`` is not a power of two, or
+                ``cache_bytes`` is too small for one set and the overflow rows, or cannot be
+                allocated.
         """
         if num_ways < 1 or num_ways & (num_ways - 1):
-            raise ValueError(f"num_ways: {num_ways} is no power of two")
+            raise ValueError(f"num_ways: {num_ways} is not a power of two")
         table_view(table)
         stored_RC = rows_memory(table)
         if not stored_RC.is_contiguous():
@@ -78,71 +77,71 @@ class RowCache:
         num_rows, _ = table_shape(table)
         self.row_bytes = stored_RC.shape[1] * stored_RC.element_size()
         set_bytes = num_ways * (self.row_bytes + _STATE_BYTES)
-        least = beside * self.row_bytes + set_bytes
+        least = num_overflow * self.row_bytes + set_bytes
         if cache_bytes < least:
-            what = f"one set of {num_ways} rows and {beside} beside it"
-            raise ValueError(
-                f"table_cache: {cache_bytes} bytes are less than the {least} of {what}"
-            )
+            what = f"one set of {num_ways} rows and {num_overflow} overflow rows need {least}"
+            raise ValueError(f"table_cache: {cache_bytes} bytes are too small: {what}")
         num_sets = min((cache_bytes - least) // set_bytes + 1, -(-num_rows // num_ways))
-        shape = num_sets * num_ways + beside, stored_RC.shape[1]
-        counts_shape = num_layers, counted.NUM_COUNTS
+        shape = num_sets * num_ways + num_overflow, stored_RC.shape[1]
+        counts_shape = num_layers, columns.NUM_COUNTS
         try:
             memory_PC = torch.empty(shape, dtype=stored_RC.dtype, device=device)
             tags_SW = torch.full((num_sets, num_ways), -1, dtype=torch.int64, device=device)
             self.sets = CacheSets(tags_SW, torch.zeros_like(tags_SW))
             self._counts = torch.zeros(counts_shape, dtype=torch.int64, device=device)
         except torch.OutOfMemoryError:
-            raise ValueError(f"table_cache: no {cache_bytes} bytes on {device}") from None
+            message = f"cannot allocate {cache_bytes} bytes on {device}"
+            raise ValueError(f"table_cache: {message}") from None
         self.memory = memory_PC if isinstance(table, Tensor) else _like(table, memory_PC)
         word = _widest_word(stored_RC)
         self._words_RC, self._memory_words_PC = stored_RC.view(word), memory_PC.view(word)
-        self._beside, self.device = beside, memory_PC.device
+        self._num_overflow, self.device = num_overflow, memory_PC.device
 
     @property
     def capacity(self) -> int:
-        """Rows that stand in the sets at once."""
+        """Number of rows that the sets hold."""
         return self.sets.tags_SW.numel()
 
     def gather_rows(
         self, out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, layer: int
     ) -> None:
-        """``operations.gather_rows`` of the table, into contiguous fp32 ``[T, V]``."""
+        """``operations.gather_rows`` on the table, into contiguous fp32 ``[T, V]``."""
         for part, places_THK in self._placed(rows_THK, layer):
             gather_rows_into(out_TV[part], self.memory, places_THK, weights_THK[part])
 
     def row_dots(self, dots_THK: Tensor, rows_THK: Tensor, x_TV: Tensor, layer: int) -> None:
-        """``operations.row_dots`` of the table, into contiguous fp32 ``[T, H, K]``."""
+        """``operations.row_dots`` on the table, into contiguous fp32 ``[T, H, K]``."""
         for part, places_THK in self._placed(rows_THK, layer):
             row_dots_into(dots_THK[part], self.memory, places_THK, x_TV[part])
 
     def hint(self, rows: Tensor, layer: int) -> None:
-        """Fetch those of int64 ``rows`` that their sets have room for beside rows in use.
+        """Prefetch int64 ``rows`` into ways that hold no row in use; skip the other rows.
 
-        Of more than a part of a lookup, the first: one hint after another would find room again.
+        Only the first ``num_overflow`` rows count: further placements would evict rows in use.
         """
         if rows.numel():
-            self._place(rows.flatten()[: self._beside], layer, is_hint=True)
+            self._place(rows.flatten()[: self._num_overflow], layer, is_hint=True)
 
     def check_hint(self, rows: Tensor, layer: int) -> None:
-        """Raise ValueError for rows on another device than the cache, or an uncounted layer."""
+        """Raise ValueError if the rows are on another device, or ``layer`` is out of range."""
         if rows.device != self.device:
-            # kernels run where the rows are, where the cache's pointers mean nothing
-            raise ValueError(f"rows: on {rows.device}, and they are looked up by {self.device}")
+            # kernels run on the rows' device, where the cache's pointers are invalid
+            raise ValueError(f"rows: expected row ids on {self.device}, got {rows.device}")
         if not 0 <= layer < len(self._counts):
             raise ValueError(f"layer: {layer} is outside [0, {len(self._counts)})")
 
     def check_lookup(self, rows_THK: Tensor, layer: int) -> None:
-        """Raise ValueError as ``check_hint``, and for more rows a token than fit beside."""
+        """Raise ValueError like ``check_hint``, or if a token reads too many rows."""
         self.check_hint(rows_THK, layer)
         per_token = rows_THK.shape[1:].numel()
-        if per_token > self._beside:
-            raise ValueError(f"rows: {per_token} a token, and at most {self._beside} are read")
+        if per_token > self._num_overflow:
+            allowed = f"at most {self._num_overflow} are allowed"
+            raise ValueError(f"rows: a token reads {per_token} rows, {allowed}")
 
     def statistics(self) -> dict[int, TableStatistics]:
-        """Totals by layer, of layers that asked for something. Waits for the current stream.
+        """Totals by layer, without unused layers. Waits for the current stream.
 
-        Each part of a lookup counts its distinct rows anew.
+        Each part of a lookup counts its distinct rows separately.
         """
         return {
             layer: self._statistics(counts)
@@ -151,9 +150,9 @@ class RowCache:
         }
 
     def _placed(self, rows_THK: Tensor, layer: int) -> Iterator[tuple[slice, Tensor]]:
-        """Tokens that are read at once, and where their rows are, until the next are asked for."""
+        """Parts of a lookup: each a range of tokens, and places of their rows that it may use."""
         per_token = rows_THK.shape[1:].numel()
-        tokens = self._beside // max(per_token, 1)
+        tokens = self._num_overflow // max(per_token, 1)
         for first in range(0, len(rows_THK), tokens):
             part = slice(first, first + tokens)
             part_THK = rows_THK[part]
@@ -165,24 +164,24 @@ class RowCache:
             yield part, places_L.view(part_THK.shape)
 
     def _place(self, rows_L: Tensor, layer: int, *, is_hint: bool, is_first: bool = True) -> Tensor:
-        """Have rows at their places, which are not told for a hint."""
+        """Place and fetch rows and return their places, which are undefined for a hint."""
         wanted, counts = sort_rows(rows_L.contiguous()), self._counts[layer]
         placed = place_rows(self.sets, wanted, counts, is_hint=is_hint, is_first=is_first)
         fetch_rows(self._words_RC, wanted.keys_L, placed.fetch_L, self._memory_words_PC)
         return placed.places_L
 
     def _statistics(self, counts: list[int]) -> TableStatistics:
-        unique, misses = counts[counted.UNIQUE.value], counts[counted.MISSES.value]
-        prefetched = counts[counted.PREFETCHED.value]
+        unique, misses = counts[columns.UNIQUE.value], counts[columns.MISSES.value]
+        prefetched = counts[columns.PREFETCHED.value]
         return TableStatistics(
-            requested_rows=counts[counted.REQUESTED.value],
-            lookups=counts[counted.LOOKUPS.value],
+            requested_rows=counts[columns.REQUESTED.value],
+            lookups=counts[columns.LOOKUPS.value],
             unique_rows=unique,
             hits=unique - misses,
             misses=misses,
             bytes_read=(misses + prefetched) * self.row_bytes,
             prefetched=prefetched,
-            prefetched_used=counts[counted.PREFETCHED_USED.value],
+            prefetched_used=counts[columns.PREFETCHED_USED.value],
         )
 
 
@@ -196,8 +195,8 @@ def _like(table: RowRecords, records_RB: Tensor) -> RowRecords:
 
 
 def _widest_word(memory_RC: Tensor) -> torch.dtype:
-    """Of 32 bits at most, and such that rows are whole words at multiples of their size."""
+    """The widest word, up to 32 bits, to which all rows are aligned."""
     size = memory_RC.element_size()
-    # an address may be odd although the offset is even: storage can begin anywhere
+    # check the address too, because storage itself may be unaligned
     places = memory_RC.shape[1] * size, memory_RC.storage_offset() * size, memory_RC.data_ptr()
     return torch.int16 if any(place % 4 for place in places) else torch.int32

@@ -1,4 +1,4 @@
-"""Two streams of a device and the order between them, behind what a test can put in their place."""
+"""A pair of CUDA streams with explicit ordering; tests substitute fakes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,36 +9,36 @@ from torch import Tensor
 
 
 class Stream(Protocol):
-    """Work that a device does in the order in which it was given, beside that of other streams."""
+    """A queue of device work that runs in order, concurrently with other streams."""
 
     def record(self) -> Any:
-        """An event: all that the stream was given so far is done."""
+        """An event that completes when all work queued so far has completed."""
         ...
 
     def wait(self, event: Any) -> None:
-        """Have what the stream is given from now on follow an event. Returns at once."""
+        """Make work queued from now on wait for ``event``. Does not block the host."""
         ...
 
     def run(self, work: Callable[[], None]) -> None:
-        """Give the stream what ``work`` launches. Returns at once."""
+        """Queue the kernels that ``work`` launches. Does not block the host."""
         ...
 
     def keep(self, tensor: Tensor) -> None:
-        """Should the tensor be forgotten, its memory goes to nobody before this stream has done
-        what it was given until then."""
+        """Keep a freed tensor's memory from being reused until this stream has finished the work
+        that was queued before the free."""
         ...
 
 
 class StreamPair(NamedTuple):
-    """The stream that is current whenever ``caller`` is called, and one ``beside`` it."""
+    """The caller's stream, which is the current one at each call, and a side stream."""
 
     caller: Callable[[], Stream]
-    beside: Stream
+    side: Stream
 
 
 @dataclass(frozen=True)
 class CudaStream:
-    """A stream of CUDA's."""
+    """A CUDA stream."""
 
     stream: torch.cuda.Stream
 
@@ -58,7 +58,7 @@ class CudaStream:
 
 
 def cuda_streams(device: torch.device) -> StreamPair:
-    """The current stream of a GPU, and a new one."""
+    """The current stream of a GPU, and a new side stream."""
     return StreamPair(
         lambda: CudaStream(torch.cuda.current_stream(device)),
         CudaStream(torch.cuda.Stream(device)),  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The open file of a table: direct or buffered reads, and a check that it did not change."""
+"""The open file of a disk table: opens it for direct reads and detects changed contents."""
 
 import errno
 import hashlib
@@ -21,20 +21,19 @@ logger = logging.getLogger(__name__)
 
 
 class TableFile:
-    """A file whose bytes from ``offset`` on are a table's rows, opened for random reads.
+    """A file, opened for random reads, whose bytes from ``offset`` on are a table's rows.
 
-    The table is lost if its contents change, and stays lost: cached rows and rows in the file no
-    longer belong together. A changed size or modification time alone is no proof. It makes
-    ``check`` compare the contents once: all of them with their checksum, if there is one. Without
-    a checksum it compares 256 evenly spaced pieces of 16 KiB (a table of up to 4 MiB whole) with
-    their digest from when the file was opened. That finds a table that was rewritten or trained
-    further, but may miss a change of a few rows.
+    If the contents change, the table is lost for good, because cached rows no longer match the
+    file. If only the size or modification time changes, ``check`` compares the contents once. With
+    a checksum it compares all rows. Without one it compares 256 evenly spaced pieces of 16 KiB
+    (tables up to 4 MiB in full) with their digest from when the file was opened. That detects a
+    table that was rewritten or trained further, but may miss a change of a few rows.
 
     Attributes:
-        file: its path when it was opened.
-        descriptor: reads it, past the page cache if the filesystem allows that.
-        alignment: offsets and sizes of reads are multiples of it; 1 for buffered reads.
-        fault: why no row can be read now; None while all is well.
+        file: the path that was opened.
+        descriptor: file descriptor; reads bypass the page cache if the filesystem allows it.
+        alignment: offsets and sizes of reads must be multiples of it; 1 for buffered reads.
+        fault: the reason why no row can be read now; None if rows can be read.
     """
 
     def __init__(
@@ -49,10 +48,10 @@ class TableFile:
         """Open the file; without a ``checksum``, read up to 4 MiB of it.
 
         Args:
-            file: holds the rows.
-            offset: of the first row, in bytes.
-            num_bytes: of all rows.
-            is_direct: read past the page cache, if the filesystem allows that.
+            file: path of the file that holds the rows.
+            offset: bytes before the first row.
+            num_bytes: bytes of all rows.
+            is_direct: bypass the page cache (O_DIRECT) if the filesystem allows it.
             checksum: SHA-256 of all rows, in hexadecimal digits.
 
         Raises:
@@ -82,10 +81,10 @@ class TableFile:
             self.descriptor = -1
 
     def check(self, on_progress: Callable[[], None]) -> None:
-        """Return if the contents are the same as before; a comparison calls ``on_progress``.
+        """Return if the contents have not changed; a comparison calls ``on_progress``.
 
         Raises:
-            TableReadError: they have changed, or cannot be compared now; ``fault`` says the same.
+            TableReadError: the contents changed or cannot be read; ``fault`` holds the message.
         """
         if not self._is_changed:
             self.fault = self._find_fault(on_progress)
@@ -101,13 +100,13 @@ class TableFile:
         except OSError as error:
             return f"{self.file}: {error.strerror}"
         if self._is_changed:
-            return f"{self.file}: was changed since it was opened"
+            return f"{self.file}: the file changed after it was opened: reload the table"
         logger.warning(
-            "%s: its size or modification time changed, %s did not: the table stays in use",
+            "%s: size or modification time changed, but %s did not: the table stays in use",
             self.file,
-            "the sample of its rows" if self._is_sampled else "its rows",
+            "a sample of its rows" if self._is_sampled else "its rows",
         )
-        # of before the comparison: whatever changed during it is compared again
+        # the state before the comparison, so that changes during it are compared again
         self._state = state
         return None
 
@@ -133,7 +132,7 @@ class TableFile:
         return digest.hexdigest()
 
     def _read(self, memory: memoryview, begin: int, num_bytes: int) -> memoryview:
-        """Bytes of the file, fewer than ``num_bytes`` where it ends; they lie in ``memory``."""
+        """Bytes of the file as a part of ``memory``; fewer than ``num_bytes`` at its end."""
         before, done = begin % self.alignment, 0
         size = -(-(before + num_bytes) // self.alignment) * self.alignment
         while done < size:
@@ -145,7 +144,7 @@ class TableFile:
 
 
 def _open(file: Path, is_direct: bool) -> tuple[int, int]:
-    """A descriptor, and what offsets and sizes of its reads must be multiples of."""
+    """A descriptor and the alignment of its reads, in bytes."""
     try:
         if is_direct and (opened := _open_direct(file)) is not None:
             return opened
@@ -157,7 +156,7 @@ def _open(file: Path, is_direct: bool) -> tuple[int, int]:
 
 
 def _open_direct(file: Path) -> tuple[int, int] | None:
-    """As ``_open`` with O_DIRECT; None if the filesystem has no such reads, which is logged."""
+    """Like ``_open``, with O_DIRECT; None, with a warning, if the filesystem does not allow it."""
     descriptor, reason = -1, ""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
@@ -167,7 +166,7 @@ def _open_direct(file: Path) -> tuple[int, int] | None:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                reason = f"{error.strerror}, for any size up to {alignment} bytes"
+                reason = f"{error.strerror}, for all sizes up to {alignment} bytes"
                 continue
             return descriptor, alignment
     except OSError as error:
@@ -178,7 +177,7 @@ def _open_direct(file: Path) -> tuple[int, int] | None:
         reason = str(error.strerror)
     if descriptor >= 0:
         os.close(descriptor)
-    logger.warning("%s: direct reads fail (%s): it is read through the page cache", file, reason)
+    logger.warning("%s: direct reads fail (%s): reads use the page cache instead", file, reason)
     return None
 
 

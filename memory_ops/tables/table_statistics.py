@@ -1,4 +1,4 @@
-"""Counts of what a value table was asked for, and of what that cost."""
+"""Counters of a value table's lookups: rows, cache hits, bytes read and stalls."""
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
@@ -11,31 +11,31 @@ def _counter(meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class TableStatistics:
-    """Totals of some lookups. In the device tier all but the first two are 0.
+    """Totals over lookups. In the device tier all but the first two are 0.
 
-    This is the only list of the counters: the disk tier's library fills them in this order, and
-    the server makes a metric of each that has a ``meaning`` in its field's metadata.
+    This is the only list of the counters: the disk tier's library fills them in this order. The
+    server exports a metric for each field that has a ``meaning`` in its metadata.
     """
 
     requested_rows: int = _counter("row ids looked up, repeats included")
-    lookups: int = 0  # each of all tokens of a layer's step
-    unique_rows: int = _counter("rows looked up, each once a lookup")
+    lookups: int = 0  # one lookup covers all tokens of one layer's step
+    unique_rows: int = _counter("distinct rows per lookup, summed over lookups")
     hits: int = _counter("unique rows that were in memory")
-    late: int = _counter("unique rows that were being fetched already")
+    late: int = _counter("unique rows whose fetch was already in flight")
     misses: int = _counter("unique rows that had to be fetched")
-    bytes_read: int = _counter("bytes read from where the rows lie")
-    prefetched: int = _counter("rows that hints had fetched, by the layer hinted for")
+    bytes_read: int = _counter("bytes read from the slower tier")
+    prefetched: int = _counter("rows prefetched by hints, by the layer of the hint")
     prefetched_used: int = _counter(
-        "of these, wanted at last, late ones too, by the layer that read"
+        "prefetched rows that lookups used, late ones included, by the layer of the lookup"
     )
-    stall_seconds: float = _counter("seconds waited for rows")
+    stall_seconds: float = _counter("seconds spent waiting for rows")
 
     @classmethod
     def sum(cls, parts: Iterable["TableStatistics"]) -> "TableStatistics":
-        """Of several layers, or tables."""
+        """The sum over several layers or tables."""
         return cls(*(sum(column) for column in zip(*map(astuple, parts), strict=True)))
 
     def since(self, before: "TableStatistics") -> "TableStatistics":
-        """What has been added to earlier totals."""
+        """The difference to earlier totals."""
         pairs = zip(astuple(self), astuple(before), strict=True)
         return TableStatistics(*(now - then for now, then in pairs))

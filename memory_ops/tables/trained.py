@@ -1,4 +1,4 @@
-"""The table of a trainer: its gradient is kept as what was read, never as a tensor of its size."""
+"""A value table for training: records reads for a sparse optimiser instead of a dense gradient."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from memory_ops.tables.device import DeviceTable, ReadyLookup
 
 
 class TableReads(NamedTuple):
-    """Reads of T tokens, ``rows_THK`` and ``weights_THK``, and ``grad_TV`` by what they summed."""
+    """Reads of T tokens (``rows_THK``, ``weights_THK``), and ``grad_TV`` of their weighted sums."""
 
     rows_THK: Tensor
     weights_THK: Tensor
@@ -19,32 +19,33 @@ class TableReads(NamedTuple):
 
 
 class TrainedTable(DeviceTable):
-    """A table whose reads are differentiable by all but its rows, and remembered backwards.
+    """A table whose lookups are differentiable; backward passes record the rows that were read.
 
-    The table itself is no parameter: a backward pass adds to ``reads``, from which a sparse
-    optimiser makes the gradients of the rows read. Several passes add up, as gradients do.
+    The table is not a parameter. Each backward pass appends to ``reads``, from which a sparse
+    optimiser computes the gradients of the rows. Reads of several passes accumulate, like
+    gradients.
 
     Attributes:
-        table_RV: the rows, fp32, contiguous; the optimiser changes them in place.
-        reads: those since they were last taken, in the order of the backward passes.
+        table_RV: the rows, fp32, contiguous; the optimiser updates them in place.
+        reads: the reads since the last ``take_reads``, in the order of the backward passes.
     """
 
     def __init__(self, table_RV: Tensor) -> None:
         """Hold ``table_RV``, ``[R, V]``, without copying it.
 
         Raises:
-            ValueError: the tensor is no contiguous fp32 matrix.
+            ValueError: the tensor is not a contiguous fp32 matrix.
         """
         super().__init__(table_RV)
         if table_RV.dtype is not torch.float32 or not table_RV.is_contiguous():
             raise ValueError(f"table: expected contiguous float32 rows, got {table_RV.dtype}")
         self.table_RV = table_RV
         self.reads: list[TableReads] = []
-        # a pass goes backwards through reads whose weights need no gradient, too
+        # makes autograd run backward even if the weights need no gradient
         self._anchor = torch.zeros((), requires_grad=True)
 
     def row_source(self, layer: int) -> None:
-        """No source: kernels that read rows themselves record no gradients."""
+        """None: native kernels record no reads for gradients."""
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> ReadyLookup:
         self.count(rows_THK, layer)
@@ -60,12 +61,12 @@ class TrainedTable(DeviceTable):
         return out_TV
 
     def dots(self, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
-        """Products with rows, differentiable; see ``ValueTable.start_dots``."""
+        """Inner products with rows, differentiable; see ``ValueTable.start_dots``."""
         dots_THK: Tensor = _Dots.apply(x_TV, self._anchor, rows_THK, self)  # type: ignore[no-untyped-call]
         return dots_THK
 
     def take_reads(self) -> TableReads | None:
-        """All reads as those of one pass, forgotten here; None where there are none."""
+        """Remove all recorded reads and return them concatenated; None if there are none."""
         reads, self.reads = self.reads, []
         if not reads:
             return None
@@ -73,7 +74,7 @@ class TrainedTable(DeviceTable):
 
 
 class _Read(torch.autograd.Function):
-    """``gather_rows`` whose table gets no gradient, but is told of the read."""
+    """``gather_rows`` whose backward records the read instead of a gradient of the table."""
 
     @staticmethod
     def forward(
@@ -95,8 +96,8 @@ class _Read(torch.autograd.Function):
 
 
 class _Dots(torch.autograd.Function):
-    """``row_dots``, likewise: a row's gradient is a sum of the vectors that it was multiplied with,
-    which makes it a read weighted by the gradients of its products."""
+    """``row_dots`` whose backward records a read: a row's gradient is the sum of its vectors,
+    weighted by the gradients of their inner products."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""The protocol by which a memory layer reads a value table, whatever tier holds its rows."""
+"""The protocol through which memory layers read a value table, the same for every tier."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -10,32 +10,32 @@ from memory_ops.tables.table_statistics import TableStatistics
 
 
 class TableReadError(RuntimeError):
-    """Rows could not be read: the message names the file and why."""
+    """Rows could not be read: the message gives the file and the reason."""
 
 
 class Lookup(Protocol):
-    """A read under way. ``finish`` is called once."""
+    """A lookup in flight. Callers call ``finish`` once."""
 
     def finish(self) -> Tensor:
-        """Wait for the rows and return what they give, in fp32 (fp64 for fp64).
+        """Wait for the rows and return the result, in fp32 (fp64 for an fp64 table).
 
         Raises:
-            TableReadError: a row could not be read, or there is no room for those of one token.
+            TableReadError: a row could not be read, or one token's rows do not fit in memory.
         """
         ...
 
 
 class RowSource(Protocol):
-    """Rows of one table that native CPU kernels read themselves, for the lookups of one layer."""
+    """Direct access to a table's rows for native CPU kernels, for the lookups of one layer."""
 
     @property
     def rows(self) -> Table:
-        """All rows of the table, or the slots that rows are fetched into."""
+        """All rows of the table, or the cache slots that receive fetched rows."""
         ...
 
     @property
     def fetcher_address(self) -> int | None:
-        """The C struct ``RowFetcher`` to call for each lookup; None if every row is in place.
+        """Address of the C struct ``RowFetcher`` to call per lookup; None if no row is fetched.
 
         It is valid as long as the source lives.
         """
@@ -46,30 +46,30 @@ class RowSource(Protocol):
         ...
 
     def read_error(self, row: int, error: int) -> TableReadError:
-        """The exception for a row that the fetcher could not read; ``error`` is the fetcher's."""
+        """The exception for a row that the fetcher could not read, from the fetcher's ``error``."""
         ...
 
     def count(self, rows_THK: Tensor) -> None:
-        """Add a kernel's lookup to the statistics; a fetcher counts its lookups itself."""
+        """Add a kernel's lookup to the statistics; does nothing if a fetcher counts lookups."""
         ...
 
 
 class ValueTable(Protocol):
-    """R value rows of width V, shared by all memory layers that were given it.
+    """R value rows of width V, shared by all memory layers that use this table.
 
-    A layer calls ``start`` as soon as it knows its row ids, works on, then calls ``finish``: a tier
-    that must fetch does so in between. Rows do not change while a lookup is under way. ``layer``
-    says whose lookup it is; statistics tell layers apart.
+    A layer calls ``start`` as soon as it knows its row ids, computes something else, then calls
+    ``finish``. Slower tiers fetch rows meanwhile. Rows do not change while a lookup is in flight.
+    ``layer`` is the layer whose statistics count the lookup.
 
     Attributes:
-        tier: where the rows lie: ``device``, ``host`` or ``disk``.
+        tier: where the rows are stored: ``device``, ``host`` or ``disk``.
     """
 
     tier: str
 
     @property
     def fault(self) -> str | None:
-        """Why the table is lost, as far as lookups found out; None while rows can be read."""
+        """The reason why the table is lost, set by a failed lookup; None if rows can be read."""
         ...
 
     @property
@@ -84,29 +84,29 @@ class ValueTable(Protocol):
 
     @property
     def fetched_capacity(self) -> int | None:
-        """Fetched rows that fit in memory at once; None if nothing is fetched."""
+        """Number of fetched rows that fit in memory; None if no row is ever fetched."""
         ...
 
     def row_source(self, layer: int) -> RowSource | None:
-        """The rows for native CPU kernels to read; None if only ``start`` can read this table."""
+        """The rows for native CPU kernels; None if only ``start`` can read this table."""
         ...
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
-        """Begin to read int64 ``rows_THK``, whose weighted sums are ``out_TV``; returns at once."""
+        """Start a lookup whose result is the weighted sum ``out_TV`` of rows. Does not block."""
         ...
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
-        """Begin to read rows, whose products with each token's ``x`` are ``dots_THK``; likewise."""
+        """Start a lookup whose result is ``dots_THK``, each row's inner product with ``x``."""
         ...
 
     def hint(self, rows: Tensor, layer: int = 0) -> None:
-        """Say that these int64 row ids may soon be read. Never blocks; a tier may ignore it."""
+        """Prefetch int64 row ids that may soon be read. Never blocks; a tier may ignore it."""
         ...
 
     def watch(self, on_progress: Callable[[], None]) -> None:
-        """Have this called now and then while a lookup that takes long gets on."""
+        """Call ``on_progress`` repeatedly while a slow lookup makes progress."""
         ...
 
     def statistics(self) -> Mapping[int, TableStatistics]:
-        """Totals since the table was made, by layer."""
+        """Totals since the table was created, by layer."""
         ...

@@ -1,7 +1,7 @@
-"""The memory layer's operations as Triton kernels: a backend with the reference's signatures.
+"""GPU backend: the operations as Triton kernels, with the reference's signatures.
 
-Proven in Triton's interpreter, by compiling to machine code, and on an H100. Importing this package
-imports triton, which need not be installed; importing memory_ops does not.
+Tested in Triton's interpreter, by compiling to machine code, and on an H100. Importing this package
+imports triton, an optional dependency; importing memory_ops does not.
 """
 
 from memory_ops.triton_kernels.gather_rows import gather_rows

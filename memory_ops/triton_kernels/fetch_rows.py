@@ -1,6 +1,6 @@
-"""Rows copied to their places in a cache, as a Triton kernel: one program a piece of a row."""
+"""Copies missing rows into a cache, as a Triton kernel: one program per piece of a row."""
 
-# triton and with it its kernels are untyped
+# triton and its kernels are untyped
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
 
 import triton
@@ -10,19 +10,18 @@ from torch import Tensor
 from memory_ops.triton_kernels.launch import RowLaunch, on_device_of
 from memory_ops.triton_kernels.sort_rows import row_of
 
-# words of 32 bits: a lane reads 128 bits at once, one of NVIDIA's twice
+# in 32-bit words: a lane reads 128 bits at once, twice on NVIDIA GPUs
 _WARP_WORDS, _MOST_WARPS = 256, 2
 
 
 def fetch_rows(words_RC: Tensor, keys_L: Tensor, fetch_L: Tensor, memory_PC: Tensor) -> None:
-    """Copy the rows that are not there yet to their places.
+    """Copy missing rows to their places in the cache.
 
     Args:
-        words_RC: the table's bytes as words, contiguous; they may lie in page-locked host memory,
-            which is then read over the bus.
-        keys_L: of rows; see ``SortedRows``.
-        fetch_L: where they go; see ``Placed``.
-        memory_PC: the cache's memory as such words.
+        words_RC: the table's bytes as words, contiguous, on the GPU or in page-locked host memory.
+        keys_L: the rows' keys; see ``SortedRows``.
+        fetch_L: destination places; see ``Placed``.
+        memory_PC: the cache's memory as words of the same size.
     """
     width = words_RC.shape[1]
     launch = _launch_for(width)
@@ -39,7 +38,7 @@ def fetch_rows(words_RC: Tensor, keys_L: Tensor, fetch_L: Tensor, memory_PC: Ten
 
 
 def _launch_for(width: int) -> RowLaunch:
-    """A whole row to a program where it can be: most have none to fetch, and cost their start."""
+    """One program per row if it fits: most programs fetch nothing and cost only their launch."""
     warps = min(_MOST_WARPS, triton.next_power_of_2(triton.cdiv(width, _WARP_WORDS)))
     return RowLaunch(rows=1, columns=_WARP_WORDS * warps, num_warps=warps)
 
@@ -48,7 +47,7 @@ def _launch_for(width: int) -> RowLaunch:
 def _fetch_rows(
     words_ptr, memory_ptr, keys_ptr, fetch_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """memory[fetch[l]] = words[row of key l], where there is one to fetch."""
+    """memory[fetch[l]] = words[row of key l] for fetch[l] >= 0."""
     reference = tl.program_id(0).to(tl.int64)
     place = tl.load(fetch_ptr + reference)
     if place >= 0:

@@ -1,10 +1,10 @@
-"""The weighted row sum as Triton kernels: one program a token and a block of values.
+"""Weighted sums of table rows as Triton kernels: one program per token and block of values.
 
 Shape suffixes: T tokens, H memory heads, K rows read per head, C = H * K choices of a token, R rows
 of the table, V value width.
 """
 
-# triton and with it its kernels are untyped
+# triton and its kernels are untyped
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
 
 import torch
@@ -23,7 +23,7 @@ from memory_ops.triton_kernels.table_view import (
     times_row_scale,
 )
 
-# by the kind of the table's values; of int4 the words of a block, no other number
+# by the kind of the table's values; int4 kernels require the 16 words of a block
 GATHER_LAUNCHES: dict[ValueKind, RowLaunch] = {
     "fp32": RowLaunch(rows=64, columns=64),
     "fp16": RowLaunch(rows=64, columns=64),
@@ -37,22 +37,22 @@ GATHER_LAUNCHES: dict[ValueKind, RowLaunch] = {
 def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     """Sum weighted table rows over heads and choices: ``out[t] = sum_hk w[t,h,k] * table[row]``.
 
-    The table may lie in pinned host memory while rows and weights lie on the GPU: the kernel then
-    reads it over the bus, through unified virtual addresses, a piece of a row at a time;
-    ``HostTable`` reads whole rows, and each once.
+    The table may be in pinned host memory while rows and weights are on the GPU. The kernel then
+    reads parts of rows over the bus, through unified virtual addresses. ``HostTable`` is faster: it
+    reads whole rows, each once.
 
     Args:
         table: the value table, ``[R, V]`` of fp32, fp16 or bf16 with any row stride, or records.
-        rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R). They are not checked, which would
-            have the host wait for the device: another id reads memory that is not the table's.
-        weights_THK: one weight a row, floating, ``[T, H, K]``.
+        rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R). They are not checked, because the
+            host would have to wait for the device: an invalid id reads memory out of bounds.
+        weights_THK: one weight per row, floating, ``[T, H, K]``.
 
     Returns:
         ``out_TV``, fp32 ``[T, V]`` on the rows' device, accumulated in fp32.
 
     Raises:
         ValueError: rows and weights differ in shape, the table is not a matrix of those dtypes, or
-            (from triton) it lies in memory that the GPU cannot reach.
+            (from triton) the GPU cannot access the table's memory.
     """
     check_rows(table, rows_THK, weights_THK)
     shape = len(rows_THK), table_shape(table)[1]
@@ -62,7 +62,7 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
 
 
 def gather_rows_into(out_TV: Tensor, table: Table, rows_THK: Tensor, weights_THK: Tensor) -> None:
-    """As ``gather_rows``, of operands that fit together, into contiguous fp32 ``[T, V]``."""
+    """Like ``gather_rows`` on checked operands, into contiguous fp32 ``[T, V]``."""
     view = table_view(table)
     num_tokens, num_choices = len(rows_THK), rows_THK.shape[1] * rows_THK.shape[2]
     rows_TC = rows_THK.reshape(num_tokens, num_choices).contiguous()

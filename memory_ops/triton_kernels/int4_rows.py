@@ -1,19 +1,19 @@
-"""The kernels of ``gather_rows`` and ``row_dots`` for int4 records: words of eight values.
+"""Kernels of ``gather_rows`` and ``row_dots`` for int4 records, which are words of eight values.
 
-A word's planes, its values by their place in it, are values of eight columns far apart (see
-``row_formats``). So each plane is summed, or multiplied, by itself: putting them in the order of
-columns would move them between lanes.
+A plane is the values at one position in the words; the planes of a word belong to eight distant
+columns (see ``row_formats``). The kernels sum or multiply each plane separately, because column
+order would require moves between lanes.
 """
 
-# triton and with it its kernels are untyped
+# triton and its kernels are untyped
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
 
 import triton
 import triton.language as tl
 
-from memory_ops.triton_kernels.table_view import small_float
+from memory_ops.triton_kernels.table_view import small_int_to_fp32
 
-# of a block, whose four groups have their scales in one int64
+# words of a block; one int64 holds the scales of its four groups
 BLOCK_WORDS = tl.constexpr(16)
 
 
@@ -34,7 +34,7 @@ def sum_int4_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[t, v] = sum over c of weights[t, c] * table[rows[t, c], v], of one block of words."""
+    """out[t, v] = sum over c of weights[t, c] * table[rows[t, c], v], for one block of words."""
     tl.static_assert(KIND == "int4")
     tl.static_assert(BLOCK == BLOCK_WORDS and WIDTH % BLOCK == 0, "a program reads one block")
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -107,16 +107,16 @@ def dot_int4_rows(
 
 @triton.jit
 def _weighted(bits, factors, GROUP: tl.constexpr):
-    """A group's two planes, each summed over rows with one factor a row."""
+    """A group's two planes, each summed over rows with one factor per row."""
     low, high = _codes(bits, GROUP)
     return tl.sum(low * factors[:, None], axis=0), tl.sum(high * factors[:, None], axis=0)
 
 
 @triton.jit
 def _products(bits, x_ptr, places, VALUE_DIM: tl.constexpr, GROUP: tl.constexpr):
-    """A group's codes times x, its planes summed: ``[rows, words]``.
+    """A group's codes times x, summed over its two planes: ``[rows, words]``.
 
-    Zero where a record is read past its values, so that what stands there adds nothing.
+    x is 0 past V, so that padding adds nothing.
     """
     low, high = _codes(bits, GROUP)
     first, second = _column(places, 2 * GROUP), _column(places, 2 * GROUP + 1)
@@ -134,20 +134,20 @@ def _store_planes(out_ptr, low, high, places, VALUE_DIM: tl.constexpr, GROUP: tl
 
 @triton.jit
 def _codes(bits, GROUP: tl.constexpr):
-    """The values of planes ``2 * GROUP`` and the next, but for the scale that they share."""
+    """The unscaled values of planes ``2 * GROUP`` and ``2 * GROUP + 1``."""
     low = ((bits >> (8 * GROUP)) & 15) - 8
     high = ((bits >> (8 * GROUP + 4)) & 15) - 8
-    return small_float(low), small_float(high)
+    return small_int_to_fp32(low), small_int_to_fp32(high)
 
 
 @triton.jit
 def _scale(scales, GROUP: tl.constexpr):
-    """A group's bf16 scale, of the four in an int64."""
+    """A group's bf16 scale, one of the four in an int64, as fp32."""
     bits = ((scales >> (16 * GROUP)) & 0xFFFF).to(tl.int32) << 16
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _column(places, PLANE: tl.constexpr):
-    """The column of a plane's value in each of these words."""
+    """The column of each word's value in a plane."""
     return places // BLOCK_WORDS * (8 * BLOCK_WORDS) + PLANE * BLOCK_WORDS + places % BLOCK_WORDS

@@ -1,8 +1,8 @@
-"""How kernels are launched: tile sizes, warps and compiler options, as values that tests compile.
+"""Launch configurations of the kernels: tile sizes, warps and compiler options.
 
-They are the fastest of a few that were timed on an H100 with triton 3.6, and spill no registers on
-any target with the compiler of triton 3.7: row loads of 128 bits, many in flight. Those of fp16,
-fp8's dots and gradients are not timed.
+They are the fastest of a few candidates timed on an H100 with triton 3.6. Compiled with triton 3.7
+they spill no registers on any target. Rows are loaded 128 bits at a time, with many loads in
+flight. Configurations for fp16, fp8 dots and gradients have not been timed.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """A kernel that reads table rows, a tile of them at once.
+    """Launch configuration of a kernel that reads tiles of table rows.
 
-    Lanes read 128 bits each, side by side along the rows first and then from row to row.
+    Each lane reads 128 bits. Lanes are adjacent along a row first, then across rows.
 
     Attributes:
-        rows: rows of a tile, as many of them in flight together as the compiler finds registers
-            for.
-        columns: neighbouring values of each row; of int4, words of eight.
-        num_warps: warps of a program.
+        rows: rows per tile; registers limit how many are in flight at once.
+        columns: contiguous values of each row; for int4, words of eight values.
+        num_warps: warps per program.
     """
 
     rows: int
@@ -29,35 +28,36 @@ class RowLaunch:
     num_warps: int = 1
 
     def options(self) -> dict[str, int | bool]:
-        """What triton's compiler is told; its own defaults change between releases."""
+        """Options for triton's compiler, explicit because its defaults change between releases."""
         return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class TopkLaunch:
-    """A kernel that sorts tiles of scores.
+    """Launch configuration of a kernel that sorts tiles of scores.
 
     Attributes:
-        block: scores of each half in a tile, a power of two.
-        num_warps: warps of a program.
+        block: scores of each half per tile, a power of two.
+        num_warps: warps per program.
     """
 
     block: int
     num_warps: int
 
     def options(self) -> dict[str, int | bool]:
-        """What triton's compiler is told. Sums decide an order, so nothing may fuse into them."""
+        """Options for triton's compiler. No fusion, because rounding of sums decides the order."""
         return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def on_device_of(tensor: Tensor) -> torch.cuda.device:
-    """A context in which kernels start on the tensor's device: triton takes the current one."""
+    """A context that makes the tensor's device current, because triton launches there."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
-def row_step(matrix: Tensor) -> int:
-    """Elements from row to row: a compile-time constant of kernels, so one that nothing varies.
+def constant_row_stride(matrix: Tensor) -> int:
+    """The row stride in elements, a compile-time constant of kernels.
 
-    The stride of a single row leads nowhere, and may be any number.
+    A single row's stride can be any number, so it is replaced by the width: otherwise each number
+    would compile the kernel again.
     """
     return matrix.stride(0) if len(matrix) > 1 else matrix.shape[1]

@@ -1,13 +1,13 @@
-"""The product-key top-K as a Triton kernel: one program a token and head, scores in tiles.
+"""Product-key top-K as a Triton kernel: one program per token and head, scores in tiles.
 
 Shape suffixes: T tokens, H memory heads, N subkeys per half, K rows read per head.
 
-Scores are sorted as int64 numbers: the score's bits, made to order as integers do, above the
-inverted index, so that of equal scores the smaller index is the greater number. What is packed is
-an index in a half or a candidate's rank, never a row id: row ids pass 2**31 from N = 46,341 on.
+The kernel sorts int64 numbers that pack a score above an inverted index. The score's bits are
+mapped so that they order like integers, and equal scores prefer the smaller index. The index is a
+subkey or a candidate's rank, never a row id: row ids exceed 2**31 from N = 46,341 on.
 """
 
-# triton and with it its kernels are untyped
+# triton and its kernels are untyped
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 from memory_ops.checks import check_scores
 from memory_ops.triton_kernels.launch import TopkLaunch, on_device_of
 
-# the first that holds all subkeys of a half, and all candidates
+# the kernel uses the first one that holds all subkeys of a half and all candidates
 TOPK_LAUNCHES = (
     TopkLaunch(block=128, num_warps=1),
     TopkLaunch(block=256, num_warps=4),
@@ -28,11 +28,11 @@ TOPK_LAUNCHES = (
     TopkLaunch(block=1024, num_warps=8),
     TopkLaunch(block=2048, num_warps=16),
 )
-# where none holds the subkeys: tile by tile
+# if none of them holds the subkeys: tile by tile
 TILES_LAUNCH = TopkLaunch(block=1024, num_warps=8)
 LARGEST_TOP_K = 128
 LARGEST_NUM_SUBKEYS = 65536
-# before every packed score
+# smaller than every packed score
 LEAST = tl.constexpr(-(2**63))
 
 
@@ -43,8 +43,8 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         weights = softmax(scores of the chosen rows)
 
     Equal half scores go to the smaller subkey, equal sums to the smaller rank in the first half,
-    then in the second, as in the reference. A head whose scores are all -inf gets uniform weights;
-    not-a-number orders above all numbers and makes its head's weights not-a-number.
+    then in the second, as in the reference. A head whose scores are all -inf gets uniform weights.
+    NaN orders above all numbers and makes its head's weights NaN.
 
     Args:
         half_scores_TH2N: scores of both halves, fp32, ``[T, H, 2, N]``, N up to 65,536.
@@ -62,10 +62,10 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     if half_scores_TH2N.dtype != torch.float32:
         raise ValueError(f"half_scores: expected torch.float32, got {half_scores_TH2N.dtype}")
     if top_k > LARGEST_TOP_K:
-        raise ValueError(f"top_k: {top_k} is more than the Triton kernel's {LARGEST_TOP_K}")
+        raise ValueError(f"top_k: the Triton kernel supports up to {LARGEST_TOP_K}, not {top_k}")
     if num_subkeys > LARGEST_NUM_SUBKEYS:
-        message = f"{num_subkeys} subkeys are more than the Triton kernel's {LARGEST_NUM_SUBKEYS}"
-        raise ValueError(f"half_scores: {message}")
+        allowed = f"the Triton kernel supports up to {LARGEST_NUM_SUBKEYS} subkeys"
+        raise ValueError(f"half_scores: {allowed}, not {num_subkeys}")
     shape, device = (num_tokens, num_heads, top_k), half_scores_TH2N.device
     rows_THK = torch.empty(shape, dtype=torch.int64, device=device)
     weights_THK = torch.empty(shape, dtype=torch.float32, device=device)
@@ -77,10 +77,10 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def _launch(half_scores_TH2N: Tensor, rows_THK: Tensor, weights_THK: Tensor) -> None:
     num_tokens, num_heads, top_k = rows_THK.shape
     num_subkeys = half_scores_TH2N.shape[3]
-    # tokens may lie apart, as in a wider matrix; a token's own scores may not
+    # the stride between tokens may be any; the scores of one token must be contiguous
     if half_scores_TH2N.stride()[1:] != (2 * num_subkeys, num_subkeys, 1):
         half_scores_TH2N = half_scores_TH2N.contiguous()
-    # the sort takes powers of two, and none of one element
+    # the sort needs a power of two of at least 2
     padded_k = triton.next_power_of_2(max(top_k, 2))
     candidates = sum(top_k // (rank + 1) for rank in range(top_k))
     padded_candidates = max(padded_k, triton.next_power_of_2(candidates))
@@ -104,19 +104,19 @@ def _launch(half_scores_TH2N: Tensor, rows_THK: Tensor, weights_THK: Tensor) -> 
 
 
 def launch_for(num_subkeys: int, padded_candidates: int) -> TopkLaunch:
-    """The launch for N subkeys a half and so many candidates, which are sorted at once."""
+    """The launch configuration for N subkeys per half and a number of candidates."""
     needed = max(num_subkeys, padded_candidates)
     return next((launch for launch in TOPK_LAUNCHES if needed <= launch.block), TILES_LAUNCH)
 
 
 @triton.jit
 def _packed(scores, indices):
-    """An int64 that orders by score, then by smaller index; not-a-number above all numbers."""
-    # of equal zeros neither may come first by its sign
+    """An int64 that orders by score, then by smaller index; NaN is above all numbers."""
+    # makes -0 equal to 0
     scores = scores + 0.0
     bits = scores.to(tl.int32, bitcast=True)
     bits = tl.where(scores != scores, 0x7FC00000, bits)
-    # of negative numbers, the greater bits are the smaller number
+    # a negative number is smaller if its bits are larger, so invert them
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - indices).to(tl.int64)
 
@@ -137,10 +137,10 @@ def _index_of(packed):
 def _best_of_tile(
     scores_ptr, start, NUM_SUBKEYS: tl.constexpr, BLOCK: tl.constexpr, PADDED_K: tl.constexpr
 ):
-    """The best of one tile of both halves, packed and sorted, ``[2, PADDED_K]``."""
+    """The best scores of one tile of both halves, packed and sorted, ``[2, PADDED_K]``."""
     subkeys = start + tl.arange(0, BLOCK)[None, :]
     halves = tl.arange(0, 2)[:, None]
-    # past the end, -inf and an index greater than all: never before a subkey that exists
+    # past the end, -inf and a larger index order after every existing subkey
     scores = tl.load(
         scores_ptr + halves * NUM_SUBKEYS + subkeys,
         mask=(subkeys < NUM_SUBKEYS) & (halves < 2),
@@ -151,11 +151,11 @@ def _best_of_tile(
 
 @triton.jit
 def _candidate_pairs(places, TOP_K: tl.constexpr, HOOKS: tl.constexpr):
-    """Ranks (a, b) in the halves, one pair a place, with (a + 1) * (b + 1) <= K: the rest lose.
+    """Candidates: pairs of ranks (a, b) in the two halves with (a + 1) * (b + 1) <= K.
 
-    For a pair beyond, at least K pairs of ranks no greater have sums no smaller, since rounding is
-    monotone, and come first among equals. The pairs are counted in hooks: hook c is row c from
-    (c, c) on, then column c below it. Their order does not matter, since they are sorted.
+    No other pair can be chosen: at least K pairs with smaller or equal ranks have sums at least as
+    large, because rounding is monotone, and win ties. Pairs are enumerated in hooks: hook c is row
+    c from (c, c) on, then column c below it. Their order does not matter, because they are sorted.
     """
     first = tl.zeros_like(places)
     second = tl.zeros_like(places)
@@ -217,7 +217,7 @@ def _product_topk(
     tl.store(rows_ptr + head * TOP_K + places, first * NUM_SUBKEYS + second, mask=live)
 
     scores = tl.where(live, _score_of(chosen), float("-inf"))
-    # not-a-number counts as a score, although the maximum passes over it
+    # NaN counts as a score, although the maximum ignores it
     has_score = tl.max((scores != float("-inf")).to(tl.int32), 0) > 0
     scores = tl.where(has_score, scores - tl.max(scores, 0), tl.where(live, 0.0, scores))
     exponentials = tl.exp(scores)

@@ -1,10 +1,10 @@
-"""Inner products of table rows and vectors as Triton kernels: one program a token and some rows.
+"""Inner products of table rows and vectors as Triton kernels: one program per tile of rows.
 
 Shape suffixes: T tokens, H memory heads, K rows read per head, C = H * K choices of a token, R rows
 of the table, V value width.
 """
 
-# triton and with it its kernels are untyped
+# triton and its kernels are untyped
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memory_ops.checks import Table, check_vectors
 from memory_ops.triton_kernels.int4_rows import dot_int4_rows
-from memory_ops.triton_kernels.launch import RowLaunch, on_device_of, row_step
+from memory_ops.triton_kernels.launch import RowLaunch, constant_row_stride, on_device_of
 from memory_ops.triton_kernels.table_view import (
     TableView,
     ValueKind,
@@ -24,7 +24,7 @@ from memory_ops.triton_kernels.table_view import (
     value_kind,
 )
 
-# by the kind of the table's values, of int4 words
+# by the kind of the table's values; columns of int4 are words
 DOT_LAUNCHES: dict[ValueKind, RowLaunch] = {
     "fp32": RowLaunch(rows=2, columns=512),
     "fp16": RowLaunch(rows=2, columns=512),
@@ -38,19 +38,19 @@ DOT_LAUNCHES: dict[ValueKind, RowLaunch] = {
 def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
     """Inner products of table rows and each token's vector: ``table[row[t,h,k]] . x[t]``.
 
-    The gradient of ``gather_rows`` by its weights, and the first half of PEER. As there, the table
-    may lie in pinned host memory while the rest lies on the GPU.
+    This is the gradient of ``gather_rows`` in its weights, and the first half of PEER. As there,
+    the table may be in pinned host memory while the other operands are on the GPU.
 
     Args:
         table: as for ``gather_rows``.
-        rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R), which is not checked.
-        x_TV: a vector a token, fp32, fp16 or bf16, ``[T, V]``.
+        rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R); they are not checked.
+        x_TV: one vector per token, fp32, fp16 or bf16, ``[T, V]``.
 
     Returns:
         ``dots_THK``, fp32 ``[T, H, K]`` on the rows' device, accumulated in fp32.
 
     Raises:
-        ValueError: the shapes do not fit together, or table or x has another dtype.
+        ValueError: the shapes do not match, or table or x has another dtype.
     """
     check_vectors(table, rows_THK, x_TV)
     dots_THK = torch.empty(rows_THK.shape, dtype=torch.float32, device=rows_THK.device)
@@ -59,7 +59,7 @@ def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
 
 
 def row_dots_into(dots_THK: Tensor, table: Table, rows_THK: Tensor, x_TV: Tensor) -> None:
-    """As ``row_dots``, of operands that fit together, into contiguous fp32 ``[T, H, K]``.
+    """Like ``row_dots`` on checked operands, into contiguous fp32 ``[T, H, K]``.
 
     Raises:
         ValueError: table or x has another dtype.
@@ -86,7 +86,7 @@ def _launch(view: TableView, rows_TC: Tensor, x_TV: Tensor, dots_TC: Tensor) -> 
             dots_TC,
             num_choices,
             **view.constants(),
-            X_STRIDE=row_step(x_TV),
+            X_STRIDE=constant_row_stride(x_TV),
             ROWS=launch.rows,
             BLOCK=launch.columns,
             **launch.options(),
@@ -113,7 +113,7 @@ def _dot_rows(
 ):
     """dots[t, c] = sum over v of table[rows[t, c], v] * x[t, v].
 
-    Products are summed lane by lane over the blocks of a row; the lanes meet once, at the end.
+    Each lane sums its products over the blocks of a row; one reduction at the end sums the lanes.
     """
     token = tl.program_id(0).to(tl.int64)
     choices = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -121,7 +121,7 @@ def _dot_rows(
     rows = tl.load(rows_ptr + token * num_choices + choices, mask=live, other=0)
     sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, WIDTH, BLOCK):
-        # zero where a record is read past its values, so that what stands there adds nothing
+        # x is 0 past V, so that bytes after a record's values add nothing
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + token * X_STRIDE + columns, mask=columns < VALUE_DIM, other=0.0)
         mask = live[:, None] & (columns < WIDTH)[None, :]

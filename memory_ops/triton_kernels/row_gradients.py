@@ -1,10 +1,10 @@
-"""The gradient of the row sum by its table as a Triton kernel: one program a distinct row.
+"""The table gradient of ``gather_rows`` as a Triton kernel: one program per distinct row.
 
 Shape suffixes: T tokens, H memory heads, K rows read per head, L = T * H * K lookups, U distinct
 rows among them, V value width.
 """
 
-# triton and with it its kernels are untyped
+# triton and its kernels are untyped
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
 
 import torch
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memory_ops.checks import check_gradients
-from memory_ops.triton_kernels.launch import RowLaunch, on_device_of, row_step
+from memory_ops.triton_kernels.launch import RowLaunch, constant_row_stride, on_device_of
 from memory_ops.triton_kernels.table_view import ValueKind, value_kind
 
 # by the kind of the gradient's values
@@ -25,30 +25,31 @@ GRADIENT_LAUNCHES: dict[ValueKind, RowLaunch] = {
 
 
 def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of ``gather_rows`` by its table, where it is not zero.
+    """The gradient of ``gather_rows`` in its table: of the rows that were read.
 
         grad_row[r] = sum of weights[t,h,k] * grad[t] over all (t, h, k) that read r
 
-    Lookups are sorted by row, and each row's are added up in their order by one program, without
-    atomics: the same input gives the same bits. A row that very many lookups read keeps its program
-    busy alone. Waits for the device once, since U is a shape. Not timed on a GPU.
+    The kernel sorts lookups by row. One program sums the lookups of a row in order, without
+    atomics, so the same input gives the same bits. A row with very many lookups is slow, because
+    one program sums it. The call waits for the device once, because U is a shape. Not timed on a
+    GPU.
 
     Args:
         rows_THK: row ids, int64, ``[T, H, K]``.
-        weights_THK: one weight a row, floating, ``[T, H, K]``.
-        grad_TV: the gradient by the gathered sums, fp32, fp16 or bf16, ``[T, V]``.
+        weights_THK: one weight per row, floating, ``[T, H, K]``.
+        grad_TV: the gradient of the gathered sums, fp32, fp16 or bf16, ``[T, V]``.
 
     Returns:
         The U distinct rows read, int64 ``[U]`` in ascending order, and their gradients, fp32
         ``[U, V]``.
 
     Raises:
-        ValueError: the shapes do not fit together, or the gradient has another dtype.
+        ValueError: the shapes do not match, or the gradient has another dtype.
     """
     check_gradients(rows_THK, weights_THK, grad_TV)
     kind = value_kind("grad", grad_TV)
     grad_TV = grad_TV if grad_TV.stride(1) == 1 else grad_TV.contiguous()
-    # stable, so that equal rows stay in the order of their lookups
+    # stable, so that lookups of a row keep their order
     sorted_L, order_L = rows_THK.flatten().sort(stable=True)
     rows_U, counts_U = sorted_L.unique_consecutive(return_counts=True)
     sums_UV = torch.empty(
@@ -80,7 +81,7 @@ def _launch(
             grad_TV,
             sums_UV,
             VALUE_DIM=value_dim,
-            GRAD_STRIDE=row_step(grad_TV),
+            GRAD_STRIDE=constant_row_stride(grad_TV),
             PER_TOKEN=per_token,
             ROWS=launch.rows,
             BLOCK=launch.columns,

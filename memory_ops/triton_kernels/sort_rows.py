@@ -1,11 +1,11 @@
-"""References to rows in the order of the rows' keys, as a Triton kernel: one program some of them.
+"""Sorts references to rows by the rows' keys, as a Triton kernel: one program per 8 references.
 
-A reference's place is how many come before it, which its program counts. That is L * L comparisons,
-of which a GPU does as many in a microsecond as some thousand references need; sorting them in steps
-takes more launches and more time there.
+A program counts how many references precede each of its own; the count is the place in the sorted
+order. This takes L * L comparisons. For a few thousand references a GPU needs about a microsecond,
+less than a sort in steps, which also needs more launches.
 """
 
-# triton and with it its kernels are untyped
+# triton and its kernels are untyped
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
 
 from typing import NamedTuple
@@ -17,23 +17,22 @@ from torch import Tensor
 
 from memory_ops.triton_kernels.launch import on_device_of
 
-# key = row * KEY_FACTOR mod 2**63: odd, so that each key is one row's, and 2**63 over the golden
-# ratio, so that neighbouring rows, of which a product key reads many, spread evenly over the keys
+# key = row * KEY_FACTOR mod 2**63. The factor is odd, so that keys are unique. It is 2**63 divided
+# by the golden ratio, so that neighbouring rows, which product keys often read, spread evenly.
 KEY_FACTOR = tl.constexpr(0x4F1BBCDCBFA53E0B)
 KEY_INVERSE = tl.constexpr(pow(0x4F1BBCDCBFA53E0B, -1, 2**63))
 KEY_MASK = tl.constexpr(2**63 - 1)
 
-# references that a program finds places for, and those that it compares them with at once, a
-# multiple
+# references that a program places, and references that it compares them with at once (a multiple)
 _OWN, _OTHERS, _WARPS = 8, 256, 4
 
 
 class SortedRows(NamedTuple):
-    """References to rows, sorted by the rows' keys; equal ones as they came.
+    """References to rows, sorted by the rows' keys; equal keys keep their order.
 
     Attributes:
-        keys_L: int64, ascending.
-        order_L: int64, the reference whose key it is.
+        keys_L: int64 keys, ascending.
+        order_L: int64, the index of each key's reference.
     """
 
     keys_L: Tensor
@@ -41,7 +40,7 @@ class SortedRows(NamedTuple):
 
 
 def sort_rows(rows_L: Tensor) -> SortedRows:
-    """Sort references to rows: their ids, int64, contiguous, at least one."""
+    """Sort row ids, int64, contiguous, at least one."""
     keys_L, order_L = torch.empty_like(rows_L), torch.empty_like(rows_L)
     with on_device_of(rows_L):
         _sort_rows[(triton.cdiv(len(rows_L), _OWN),)](
@@ -61,9 +60,10 @@ def sort_rows(rows_L: Tensor) -> SortedRows:
 def _sort_rows(
     rows_ptr, keys_ptr, order_ptr, num_references, OWN: tl.constexpr, OTHERS: tl.constexpr
 ):
-    """A reference comes after those of lesser keys, and those of its own key before it.
+    """A reference's place is the number of smaller keys, plus the equal keys before it.
 
-    Tiles before its own hold the latter alone, tiles after it none: there, one comparison tells.
+    In tiles before its own all equal keys are before it, in later tiles none are. So one comparison
+    per reference suffices there.
     """
     tl.static_assert(OTHERS % OWN == 0, "all of a program's references lie in one tile")
     first = tl.program_id(0) * OWN
@@ -71,7 +71,7 @@ def _sort_rows(
     inside = own < num_references
     keys = key_of(tl.load(rows_ptr + own, mask=inside, other=0))
     middle = first // OTHERS * OTHERS
-    # summed over lanes once, at the end
+    # counts per lane, summed over lanes once at the end
     before = tl.zeros((OWN, OTHERS), dtype=tl.int32)
     for start in range(0, middle, OTHERS):
         others = _keys_from(rows_ptr, start + tl.arange(0, OTHERS), num_references)
@@ -90,7 +90,7 @@ def _sort_rows(
 
 @triton.jit
 def _keys_from(rows_ptr, at, num_references):
-    """Keys of references; beyond the last, none is greater."""
+    """Keys of references; past the last reference, the largest key."""
     known = at < num_references
     return tl.where(known, key_of(tl.load(rows_ptr + at, mask=known, other=0)), KEY_MASK)
 
@@ -103,5 +103,5 @@ def key_of(rows):
 
 @triton.jit
 def row_of(keys):
-    """The row whose key it is."""
+    """The row of a key."""
     return (keys * KEY_INVERSE) & KEY_MASK

@@ -1,6 +1,6 @@
-"""A value table as kernels see it: typed pointers, strides, and how its bytes become fp32."""
+"""View of a value table for Triton kernels: typed pointers, strides, and conversion to fp32."""
 
-# triton and with it its kernels are untyped
+# triton and its kernels are untyped
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
 
 from dataclasses import dataclass
@@ -21,28 +21,28 @@ KINDS: dict[torch.dtype, ValueKind] = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
 }
-# an int4 record's scales are read four at once, one 64-bit word a block of 128 values
+# kernels read four int4 scales at once: one 64-bit word per block of 128 values
 _CODES = {"int8": torch.int8, "fp8": torch.int8, "int4": torch.int32}
 _SCALES = {"int8": torch.float32, "fp8": torch.float32, "int4": torch.int64}
 
-# e4m3 bits read as fp16 are too small by 2**8: the exponents' biases are 7 and 15
+# e4m3 bits decoded as fp16 are too small by 2**8, because the exponent biases are 7 and 15
 FP8_FACTOR = tl.constexpr(256.0)
 
 
 @dataclass(frozen=True)
 class TableView:
-    """A table's memory, seen twice where rows have scales.
+    """A table's memory as values and, for records, also as scales.
 
     Attributes:
-        kind: what the values are, by which kernels and launches are chosen.
-        values: ``[R, ...]``: the values themselves, int8 codes, or int32 words of eight values.
-        scales: None, or the same memory as fp32, or as int64 words of four bf16 scales.
+        kind: format of the values; it selects kernels and launches.
+        values: ``[R, ...]``: the values, int8 codes, or int32 words of eight int4 values.
+        scales: None, or the same memory as fp32 scales, or as int64 words of four bf16 scales.
         value_dim: V.
-        width: elements of ``values`` to read of a row: V, where a record allows rounded up to whole
-            loads of 128 bits; of int4, the words of all blocks.
-        row_stride: elements of ``values`` from row to row.
-        scale_stride: elements of ``scales`` from row to row.
-        scale_start: elements of ``scales`` in a row before its first scale.
+        width: elements of ``values`` that kernels read per row: V, rounded up to whole 128-bit
+            loads for records; for int4, the words of all blocks.
+        row_stride: row stride in elements of ``values``.
+        scale_stride: row stride in elements of ``scales``.
+        scale_start: offset of a row's first scale in elements of ``scales``.
     """
 
     kind: ValueKind
@@ -55,10 +55,10 @@ class TableView:
     scale_start: int = 0
 
     def constants(self) -> dict[str, int | str]:
-        """What kernels are compiled for.
+        """Compile-time constants of the kernels.
 
-        Of a run-time width of 1000 the compiler does not know that it is a multiple of 8, and loads
-        16 bits at a time.
+        With a run-time width of 1000 the compiler cannot know that it is a multiple of 8, and would
+        load 16 bits at a time.
         """
         return {
             "KIND": self.kind,
@@ -71,42 +71,43 @@ class TableView:
 
 
 def table_view(table: Table) -> TableView:
-    """What the kernels need to know of a table, whatever its device; nothing is copied.
+    """The view of a table on any device, without a copy.
 
     Raises:
-        ValueError: values of another dtype, or rows whose values do not lie next to each other.
+        ValueError: the dtype is not supported, or the values of a row are not contiguous.
     """
     if isinstance(table, RowRecords):
         return _records_view(table)
     value_dim = table_shape(table)[1]
     if value_dim > 1 and table.stride(1) != 1:
-        strides = f"strides {table.stride()}"
-        raise ValueError(f"table: expected the values of a row next to each other, got {strides}")
+        raise ValueError(
+            f"table: expected contiguous values in a row, got strides {table.stride()}"
+        )
     kind = value_kind("table", table)
     return TableView(kind, table, None, value_dim, value_dim, row_stride=table.stride(0))
 
 
 def value_kind(name: str, values: Tensor) -> ValueKind:
-    """The kind of plain values.
+    """The kind of floating-point values.
 
     Raises:
-        ValueError: they are of another dtype; ``name`` is what the message calls them.
+        ValueError: the dtype is not supported; the message begins with ``name``.
     """
     kind = KINDS.get(values.dtype)
     if kind is None:
         wanted = ", ".join(str(dtype) for dtype in KINDS)
-        raise ValueError(f"{name}: the Triton kernels read {wanted}, not {values.dtype}")
+        raise ValueError(f"{name}: the Triton kernels support {wanted}, not {values.dtype}")
     return kind
 
 
 def _records_view(table: RowRecords) -> TableView:
     records_RB, kind = table.records_RB, table.row_format
     stride, offset = records_RB.stride(0), records_RB.storage_offset()
-    # an address may be odd although the offset is even: storage can begin anywhere
+    # check the address too, because storage itself may be unaligned
     places = (stride, offset, records_RB.data_ptr())
     if records_RB.stride(1) != 1 or any(place % 64 for place in places):
         found = f"strides {records_RB.stride()}, offset {offset}, address {places[2]:#x}"
-        raise ValueError(f"records: expected whole records at multiples of 64 bytes, got {found}")
+        raise ValueError(f"records: expected contiguous records aligned to 64 bytes, got {found}")
     values, scales = records_RB.view(_CODES[kind]), records_RB.view(_SCALES[kind])
     codes_end = scale_offset(kind, table.value_dim)
     return TableView(
@@ -123,16 +124,16 @@ def _records_view(table: RowRecords) -> TableView:
 
 @triton.jit
 def row_values(values_ptr, rows, columns, mask, ROW_STRIDE: tl.constexpr, KIND: tl.constexpr):
-    """Some rows' values as fp32, ``[rows, columns]``; masked off, 0. Not of int4.
+    """Values of some rows as fp32, ``[rows, columns]``, 0 where masked. Not for int4.
 
     Args:
-        rows: int64, so that offsets are too.
+        rows: int64 row ids, so that offsets are int64 too.
     """
     codes = tl.load(values_ptr + rows[:, None] * ROW_STRIDE + columns[None, :], mask=mask, other=0)
     if KIND == "fp8":
         values = _fp8_values(codes)
     elif KIND == "int8":
-        values = small_float(codes.to(tl.int32))
+        values = small_int_to_fp32(codes.to(tl.int32))
     else:
         values = codes.to(tl.float32)
     return values
@@ -148,9 +149,9 @@ def times_row_scale(
     SCALE_START: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """One factor a row, times the fp32 that ends an int8 or fp8 record; of other kinds, as it is.
+    """One factor per row, multiplied by the row's scale if the kind is int8 or fp8.
 
-    So a row's values are multiplied by its scale all at once.
+    So kernels apply the scale once per row instead of once per value.
     """
     if KIND == "int8" or KIND == "fp8":
         factors *= tl.load(scales_ptr + rows * SCALE_STRIDE + SCALE_START, mask=live, other=0.0)
@@ -160,19 +161,19 @@ def times_row_scale(
 
 
 @triton.jit
-def small_float(codes):
-    """Small int32 as fp32, exactly, as the low bits of 1.5 * 2**23: faster than to convert."""
+def small_int_to_fp32(codes):
+    """Small int32 as fp32, exact: adds to the bits of 1.5 * 2**23, faster than a conversion."""
     return (codes + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
 
 
 @triton.jit
 def _fp8_values(codes):
-    """2**-8 times the values of e4m3 codes, for FP8_FACTOR to make good.
+    """The values of e4m3 codes times 2**-8; ``FP8_FACTOR`` compensates.
 
-    Decoded by their bits, since sm_80 has no instruction for it: sign, exponent and fraction move
-    to their places in an fp16, whose conversion to fp32 is exact, subnormal values included.
-    e4m3's NaN, which no table holds, reads as 480.
+    sm_80 has no instruction for e4m3, so this moves sign, exponent and fraction to their places in
+    an fp16. The conversion to fp32 is exact, also for subnormal values. e4m3's NaN, which no table
+    contains, decodes as 480.
     """
-    # widening copies the sign into bit 14 too
+    # sign extension also sets bit 14, which the mask clears
     bits = (codes.to(tl.int16) << 7) & -0x4001
     return bits.to(tl.float16, bitcast=True).to(tl.float32)

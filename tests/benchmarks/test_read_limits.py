@@ -52,7 +52,7 @@ def test_rows_of_a_file_are_read_or_the_error_is_raised(tmp_path):
 
 
 def test_without_a_compiler_nothing_is_measured(tmp_path, monkeypatch):
-    none = NativeLibrary(tmp_path, {}, READ_LIBRARY.loss)
+    none = NativeLibrary(tmp_path, {}, READ_LIBRARY.consequence)
     monkeypatch.setattr("benchmarks.read_limits.READ_LIBRARY", none)
     with pytest.raises(ConfigError, match="without its native library"):
         read_library()

@@ -27,7 +27,7 @@ class FakeDevice:
     """Streams, and the order in which they get on.
 
     Attributes:
-        beside: the stream beside the callers'.
+        side: the side stream..
         caller: the one that is current.
         waits: how often a stream was told to wait, or to keep a tensor.
         kept: what it was told to keep.
@@ -35,15 +35,15 @@ class FakeDevice:
 
     def __init__(self, ignored: int = -1) -> None:
         """``ignored``: which wait, counted from 0, is left out."""
-        self.beside, self.caller = FakeStream(self, 0), FakeStream(self, 1)
-        self.streams = [self.beside, self.caller]
+        self.side, self.caller = FakeStream(self, 0), FakeStream(self, 1)
+        self.streams = [self.side, self.caller]
         self.waits = 0
         self.kept: list[Tensor] = []
         self._ignored = ignored
         self._keepers: list[tuple[Tensor, FakeStream]] = []
 
     def pair(self) -> StreamPair:
-        return StreamPair(lambda: self.caller, self.beside)
+        return StreamPair(lambda: self.caller, self.side)
 
     def another_caller(self) -> "FakeStream":
         others = [stream for stream in self.streams if stream.place != HEIR]
@@ -74,7 +74,7 @@ class FakeDevice:
 
     def capture(self, give: Callable[[], None]) -> list[Tasks]:
         """A graph: what ``give`` gives to the caller's stream, then to the one beside it."""
-        streams = (self.caller, self.beside)
+        streams = (self.caller, self.side)
         before = [stream.tasks for stream in streams]
         for stream in streams:
             stream.tasks = deque()

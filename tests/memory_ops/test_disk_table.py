@@ -157,7 +157,7 @@ def test_a_lookup_that_found_no_room_at_first_reads_when_there_is_some(files):
 def test_no_room_for_one_token_is_an_error(files):
     table = disk_table(files, slots=5)
     rows = torch.arange(6).view(1, 2, 3)
-    with pytest.raises(TableReadError, match="no room in memory for one token's rows"):
+    with pytest.raises(TableReadError, match="one token's rows do not fit in memory"):
         table.start(rows, torch.ones(1, 2, 3)).finish()
     torch.testing.assert_close(
         table.start(rows[:, :1], torch.ones(1, 1, 3)).finish()[0],
@@ -167,7 +167,7 @@ def test_no_room_for_one_token_is_an_error(files):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("result", "why"), [(-errno.EIO, "Input/output error"), (0, "the file ends before it")]
+    ("result", "why"), [(-errno.EIO, "Input/output error"), (0, "the file ends before this row")]
 )
 def test_reads_that_fail_end_their_lookup_alone(files, way, result, why):
     wanted = DeviceTable(files[torch.float32][1])
@@ -188,7 +188,7 @@ def test_reads_that_fail_end_their_lookup_alone(files, way, result, why):
 
 def test_reads_that_are_short_again_and_again_fail(files):
     table = disk_table(files, fault=ReadFault(1, 8))
-    with pytest.raises(TableReadError, match="the file ends before it"):
+    with pytest.raises(TableReadError, match="the file ends before this row"):
         table.start(*reads(1)).finish()
 
 
@@ -212,7 +212,7 @@ def changed(path, change):
 )
 def test_a_file_that_was_changed_is_an_error(files, change):
     table = changed(files[torch.float32][0], change)
-    with pytest.raises(TableReadError, match="was changed since it was opened"):
+    with pytest.raises(TableReadError, match="the file changed after it was opened"):
         table.start(*reads(3))
 
 
@@ -249,9 +249,9 @@ def test_kernels_read_slots_that_a_fetcher_fills(files):
 @pytest.mark.parametrize(
     ("error", "why"),
     [
-        (NO_ROOM, "no room in memory for one token's rows"),
+        (NO_ROOM, "one token's rows do not fit in memory: increase table_cache"),
         (OUTSIDE, "row 7 is outside the table"),
-        (0, "row 7: the file ends before it"),
+        (0, "row 7: the file ends before this row"),
         (errno.EIO, "row 7: Input/output error"),
     ],
 )
@@ -264,7 +264,7 @@ def test_a_row_source_refuses_a_file_that_was_changed(files):
     source = disk_table(files).row_source(0)
     source.check()
     table = changed(files[torch.float32][0], lambda file: os.truncate(file, OFFSET))
-    with pytest.raises(TableReadError, match="was changed since it was opened"):
+    with pytest.raises(TableReadError, match="the file changed after it was opened"):
         table.row_source(0).check()
 
 
@@ -275,7 +275,7 @@ def test_what_cannot_be_is_refused_at_once(files, tmp_path):
     with pytest.raises(TableReadError, match="ends before the last row"):
         DiskTable(file, OFFSET, (ROWS + 1, WIDTH), torch.float32, 10_000)
     least = row_cache_bytes(1, size, ROWS)
-    with pytest.raises(ValueError, match=f"table_cache: {least - 1} bytes are less than {least}"):
+    with pytest.raises(ValueError, match=f"table_cache: {least - 1} bytes are too small"):
         DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, least - 1)
     table = disk_table(files)
     for wrong in (-1, ROWS):
@@ -298,7 +298,7 @@ def test_what_devices_refuse_is_refused_here(files):
         table.hint(rows.int())
     table.close()
     for call in (lambda: table.hint(rows), table.statistics):
-        with pytest.raises(ValueError, match="table: is closed"):
+        with pytest.raises(ValueError, match="table: the table is closed"):
             call()
 
 
@@ -311,7 +311,7 @@ def test_a_failed_lookup_gives_its_room_back_at_once(files):
         try:
             table.start(rows, weights).finish()
         except TableReadError as error:
-            assert "no room" not in str(error)
+            assert "do not fit" not in str(error)
     assert held.value is not None
 
 
@@ -349,7 +349,7 @@ def test_reads_go_on_while_who_asked_is_away(tmp_path, way):
     first = table.start(rows[:20], torch.ones(20, 10, 10))
     second = table.start(rows[20:], torch.ones(20, 10, 10))
     # but for the last ones, which are left to whoever waits
-    while table.statistics()[0].bytes_read < 3000 * max(size, table.place.alignment):
+    while table.statistics()[0].bytes_read < 3000 * max(size, table.location.alignment):
         os.sched_yield()
     torch.testing.assert_close(second.finish(), values[rows[20:]].sum((1, 2)))
     torch.testing.assert_close(first.finish(), values[rows[:20]].sum((1, 2)))

@@ -29,7 +29,7 @@ def small_table():
     made = []
 
     def make(table, num_layers=1):
-        cache = RowCache(table, 2**18, GPU, num_layers=num_layers, beside=64)
+        cache = RowCache(table, 2**18, GPU, num_layers=num_layers, num_overflow=64)
         lock = PageLock(rows_memory(table), GPU)
         made.append(HostTable(table, cache, cuda_streams(GPU), lock))
         return made[-1]

@@ -16,11 +16,11 @@ from memory_ops.operations import gather_rows, product_topk
 @pytest.fixture
 def no_builds(tmp_path, monkeypatch):
     """As installed where there was no compiler."""
-    none = NativeLibrary(tmp_path, {}, MEMORY_LIBRARY.loss)
+    none = NativeLibrary(tmp_path, {}, MEMORY_LIBRARY.consequence)
     monkeypatch.setattr(backends, "MEMORY_LIBRARY", none)
-    backends._on.cache_clear()
+    backends._for_device_type.cache_clear()
     yield
-    backends._on.cache_clear()
+    backends._for_device_type.cache_clear()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -41,7 +41,7 @@ def test_the_reference_has_the_same_signature(name):
 
 def test_rows_are_rounded_by_kernels_where_they_can_be():
     assert inspect.signature(operations.quantize_rows) == inspect.signature(quantize_rows)
-    native = isinstance(backends._on("cpu"), NativeBackend)
+    native = isinstance(backends._for_device_type("cpu"), NativeBackend)
     rows = torch.randn(4, 64)
     for values, by_kernel in (
         (rows, native),

@@ -72,7 +72,7 @@ def test_a_lock_that_is_forgotten_is_opened(monkeypatch):
 def test_memory_that_cannot_be_locked_is_an_error(monkeypatch):
     runtime = Runtime(status=2)
     use(runtime, monkeypatch)
-    with pytest.raises(PageLockError, match="64 bytes of host memory are not page-locked: error 2"):
+    with pytest.raises(PageLockError, match="cannot page-lock 64 bytes of host memory: error 2"):
         PageLock(torch.zeros(4, 4), GPU)
     assert [call[0] for call in runtime.calls] == ["register"]
     # nobody's next kernel is blamed for it
@@ -83,7 +83,7 @@ def test_memory_that_cannot_be_unlocked_is_an_error(monkeypatch):
     runtime = Runtime(unlock_status=3)
     use(runtime, monkeypatch)
     lock = PageLock(torch.zeros(4, 4), GPU)
-    with pytest.raises(PageLockError, match="64 bytes of host memory stay page-locked: error 3"):
+    with pytest.raises(PageLockError, match="cannot unlock 64 bytes of host memory: error 3"):
         lock.close()
     assert not runtime.last_error
 

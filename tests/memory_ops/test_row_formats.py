@@ -106,7 +106,7 @@ def test_what_cannot_be_rounded_is_refused():
             quantize_rows(torch.zeros(4), row_format)
         with pytest.raises(ValueError, match="values: expected"):
             quantize_rows(torch.zeros(4, 4, dtype=torch.int64), row_format)
-    with pytest.raises(ValueError, match="row_format: 'int2' is none of int8, int4, fp8"):
+    with pytest.raises(ValueError, match="row_format: 'int2' is not one of int8, int4, fp8"):
         quantize_rows(torch.zeros(4, 8), "int2")
 
 

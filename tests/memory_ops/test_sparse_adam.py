@@ -119,7 +119,7 @@ def test_what_does_not_fit_together_is_refused(backend):
     groups = backend.group_rows(rows, weights)
     table, state = torch.zeros(9, 8), moments(9, 8, False)
     refused = [
-        (ValueError, "grad: token 3 read rows", (table, state, groups, grad[:3])),
+        (ValueError, "grad: token 3 needs a gradient", (table, state, groups, grad[:3])),
         (ValueError, "grad: expected", (table, state, groups, grad[:, :7])),
         (ValueError, "table: expected float32", (table.half(), state, groups, grad)),
         (ValueError, "first moment: expected", (table, moments(9, 7, False), groups, grad)),

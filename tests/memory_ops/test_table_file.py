@@ -59,7 +59,7 @@ def test_rows_are_read_by_the_alignment_that_the_file_needs(
     needs_alignment(monkeypatch, alignment)
     room = row_cache_bytes(500, WIDTH * 4, ROWS)
     table = DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, room)
-    assert table.place.alignment >= alignment and table.place.alignment % alignment == 0
+    assert table.location.alignment >= alignment and table.location.alignment % alignment == 0
     rows = torch.randperm(ROWS).view(100, 3, 10)
     found = table.start(rows, torch.ones(rows.shape)).finish()
     torch.testing.assert_close(found, values[rows].sum((1, 2)))
@@ -69,7 +69,7 @@ def test_rows_are_read_by_the_alignment_that_the_file_needs(
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (errno.EINVAL, "Invalid argument, for any size up to 65536 bytes"),
+        (errno.EINVAL, "Invalid argument, for all sizes up to 65536 bytes"),
         (errno.EOPNOTSUPP, "Operation not supported"),
     ],
 )
@@ -82,7 +82,7 @@ def test_a_file_without_direct_reads_is_read_through_the_page_cache_and_one_log_
     os.close(descriptor)
     assert alignment == 1
     assert caplog.messages == [
-        f"{file}: direct reads fail ({reason}): it is read through the page cache"
+        f"{file}: direct reads fail ({reason}): reads use the page cache instead"
     ]
 
 
@@ -158,9 +158,9 @@ def test_changed_contents_are_final(compared, change):
     change(compared.file)
     os.utime(compared.file, ns=(0, 0))
     for _ in range(2):
-        with pytest.raises(TableReadError, match="table: was changed since it was opened"):
+        with pytest.raises(TableReadError, match="table: the file changed after it was opened"):
             compared.check(lambda: None)
-        assert "was changed since it was opened" in compared.fault
+        assert "the file changed after it was opened" in compared.fault
         # rows of the time between may be in memory
         compared.file.write_bytes(before)
 
@@ -171,7 +171,7 @@ def test_a_checksum_finds_one_changed_byte(file):
     with closing(opened(file, checksum_of(file))) as table:
         file.write_bytes(content)
         os.utime(file, ns=(0, 0))
-        with pytest.raises(TableReadError, match="was changed since it was opened"):
+        with pytest.raises(TableReadError, match="the file changed after it was opened"):
             table.check(lambda: None)
 
 

@@ -33,5 +33,6 @@ def test_a_lost_table_makes_health_a_503_that_names_its_file_and_a_touched_one_d
         health = server.http.get("/health")
         assert health.status_code == 503
         message = health.json()["error"]["message"]
-        assert message == f"value tables are lost: {file}: was changed since it was opened"
+        changed = "the file changed after it was opened: reload the table"
+        assert message == f"value tables are lost: {file}: {changed}"
         assert server.complete(prompt="hello", max_tokens=8).status_code == 500

@@ -15,7 +15,7 @@ from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
 from engine.model.layout import PagedKv, TokenLayout
 from engine.sampling.choice import CHOICE, Choices
 from engine.sampling.log_probabilities import Scores
-from memory_ops.native.library import NativeLibrary, use_torchs_threads
+from memory_ops.native.library import NativeLibrary, use_torch_thread_count
 from memory_ops.native.row_fetcher import ReadFailure
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -85,7 +85,7 @@ class CpuKernels:
         _, _, num_kv_heads, block_size, head_dim = kv_blocks.shape
         cosines, sines = angles
         out_TF = torch.empty(qkv_TF.shape[0], num_heads * head_dim, dtype=qkv_TF.dtype)
-        use_torchs_threads()
+        use_torch_thread_count()
         self._library.memplus_attention(
             qkv_TF.data_ptr(),
             cosines.data_ptr(),
@@ -119,7 +119,7 @@ class CpuKernels:
         """
         num_rows, row_stride = x_TI.shape[0], x_TI.stride()[0]
         out_TO = torch.empty(num_rows, packed.num_outputs, dtype=packed.out_dtype)
-        use_torchs_threads()
+        use_torch_thread_count()
         self._library.memplus_linear(
             packed.address,
             x_TI.data_ptr(),
@@ -161,7 +161,7 @@ class CpuKernels:
         failure = ReadFailure()
         for memory in memories:
             memory.source.check()
-        use_torchs_threads()
+        use_torch_thread_count()
         is_well = self._library.memplus_decoder_layers(
             layers.address(run.start),
             len(run),
@@ -194,7 +194,7 @@ class CpuKernels:
         """``silu(gate) * x``, in the dtype of the gate: fp32 or bf16. ``x`` is fp32; contiguous."""
         assert gate_TI.is_contiguous() and x_TI.is_contiguous() and gate_TI.shape == x_TI.shape
         out_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype)
-        use_torchs_threads()
+        use_torch_thread_count()
         self._library.memplus_silu_gate(
             gate_TI.data_ptr(),
             x_TI.data_ptr(),
@@ -241,7 +241,7 @@ def _given(logits_LV: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The logits, to be held while they are read, and the arguments that say where they lie."""
     if logits_LV.stride(1) != 1:
         logits_LV = logits_LV.contiguous()
-    use_torchs_threads()
+    use_torch_thread_count()
     is_bf16 = logits_LV.dtype is torch.bfloat16
     return logits_LV, (logits_LV.data_ptr(), *logits_LV.shape, logits_LV.stride(0), is_bf16)
 

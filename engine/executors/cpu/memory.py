@@ -11,7 +11,7 @@ from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
 from memory_ops import operations
-from memory_ops.backends import is_fit_for_cpu
+from memory_ops.backends import has_native_lookup
 from memory_ops.tables.value_table import Lookup
 
 
@@ -80,7 +80,7 @@ class CpuMemory:
         source = self.table.row_source(self.index)
         if self._values is None or self._output_gate is not None or source is None:
             return None
-        if not is_fit_for_cpu(source.rows, self.num_subkeys, self.top_k):
+        if not has_native_lookup(source.rows, self.num_subkeys, self.top_k):
             return None
         return PackedMemory(
             source,

@@ -3,7 +3,7 @@
 import ctypes
 
 from engine.executors.cpu.packed_linear import PackedLinear
-from memory_ops.backends import is_fit_for_cpu
+from memory_ops.backends import has_native_lookup
 from memory_ops.checks import table_shape
 from memory_ops.native.backend import table_arguments
 from memory_ops.tables.value_table import RowSource
@@ -64,7 +64,7 @@ class PackedMemory:
         assert value_dim == values.num_inputs
         # kernels do not check the row ids that they choose; a fetcher does
         assert source.fetcher_address is not None or num_rows == num_subkeys**2
-        assert is_fit_for_cpu(source.rows, num_subkeys, top_k)
+        assert has_native_lookup(source.rows, num_subkeys, top_k)
         assert gate is None or gate.num_outputs == values.num_inputs
         self.num_heads, self.top_k = num_heads, top_k
         self.source = source

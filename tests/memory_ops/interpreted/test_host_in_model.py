@@ -20,8 +20,10 @@ def on_host(rows, num_layers: int) -> HostTable:
     caller = HostCaller(device, lambda able: able[0])
     row_bytes = rows.shape[1] * 4
     cache_bytes = 64 * row_bytes + 8 * (row_bytes + 16)
-    cache = RowCache(rows, cache_bytes, rows.device, num_layers=num_layers, num_ways=2, beside=64)
-    return HostTable(rows, cache, StreamPair(lambda: caller, device.beside))
+    cache = RowCache(
+        rows, cache_bytes, rows.device, num_layers=num_layers, num_ways=2, num_overflow=64
+    )
+    return HostTable(rows, cache, StreamPair(lambda: caller, device.side))
 
 
 @pytest.mark.parametrize("kinds", [("memory_plus", "dense", "pkm"), ("dense", "peer")])

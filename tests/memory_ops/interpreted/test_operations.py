@@ -10,12 +10,12 @@ from tests.memory_ops.tables import KINDS, check_close, exact_values, rows_of, t
 
 @pytest.fixture(autouse=True)
 def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_on", lambda device_type: triton_kernels)
+    monkeypatch.setattr(backends, "_for_device_type", lambda device_type: triton_kernels)
 
 
 def test_a_gpu_runs_these_kernels(monkeypatch):
     monkeypatch.undo()
-    assert backends._on("cuda") is triton_kernels
+    assert backends._for_device_type("cuda") is triton_kernels
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -103,9 +103,9 @@ def test_no_token_or_head_reads_no_row(shape):
 def test_topk_refuses_what_it_cannot_sort():
     with pytest.raises(ValueError, match="top_k: 5 is outside"):
         product_topk(torch.zeros(1, 1, 2, 4), 5)
-    with pytest.raises(ValueError, match="top_k: 129 is more"):
+    with pytest.raises(ValueError, match="top_k: .* up to 128, not 129"):
         product_topk(torch.zeros(1, 1, 2, 200), 129)
-    with pytest.raises(ValueError, match="65537 subkeys"):
+    with pytest.raises(ValueError, match="65536 subkeys, not 65537"):
         product_topk(torch.zeros(1, 1, 2, 65537), 2)
     with pytest.raises(ValueError, match="half_scores: expected torch.float32"):
         product_topk(torch.zeros(1, 1, 2, 4, dtype=torch.float64), 2)

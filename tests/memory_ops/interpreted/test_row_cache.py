@@ -21,12 +21,12 @@ calls = st.tuples(st.booleans(), st.lists(row_ids, min_size=1, max_size=20))
 
 
 def state_of(model: CacheModel) -> tuple[Tensor, Tensor]:
-    """Tags and worths as the kernels keep them."""
+    """Tags and priorities as the kernels keep them."""
     tags = [[way.row for way in ways] for ways in model.ways]
-    worths = [
+    priorities = [
         [(way.uses << 48) + way.last * 2 + way.is_hinted for way in ways] for ways in model.ways
     ]
-    return torch.tensor(tags), torch.tensor(worths)
+    return torch.tensor(tags), torch.tensor(priorities)
 
 
 def unwritten_ids(like: Tensor) -> Tensor:
@@ -87,12 +87,12 @@ def test_places_are_those_of_the_plain_cache(num_sets, num_ways, asked):
     assert counts.tolist() == [*model.counts, 0, 0]
 
 
-def cache_of(table, *, num_sets: int = 2, num_ways: int = 2, beside: int = 64, **options):
+def cache_of(table, *, num_sets: int = 2, num_ways: int = 2, num_overflow: int = 64, **options):
     """A cache of so many sets, its memory poisoned."""
     memory = rows_memory(table)
     row_bytes = memory.shape[1] * memory.element_size()
-    cache_bytes = beside * row_bytes + num_sets * num_ways * (row_bytes + 16)
-    options |= {"num_ways": num_ways, "beside": beside}
+    cache_bytes = num_overflow * row_bytes + num_sets * num_ways * (row_bytes + 16)
+    options |= {"num_ways": num_ways, "num_overflow": num_overflow}
     cache = RowCache(table, cache_bytes, CPU, **options)
     if isinstance(table, RowRecords):
         cache.memory.records_RB.fill_(0xFF)
@@ -127,7 +127,7 @@ def test_reads_are_those_of_the_table_bit_by_bit(kind, width):
 @given(st.integers(1, 2), st.lists(st.lists(st.integers(0, 11), min_size=6, max_size=6)))
 def test_whatever_was_read_before_reads_are_right(num_ways, asked):
     table = torch.randn(12, 5)
-    cache = cache_of(table, num_ways=num_ways, beside=6)
+    cache = cache_of(table, num_ways=num_ways, num_overflow=6)
     cache.hint(torch.arange(3), 0)
     for ids in asked[:4]:
         rows, weights = torch.tensor(ids).view(2, 1, 3), torch.rand(2, 1, 3)
@@ -137,7 +137,7 @@ def test_whatever_was_read_before_reads_are_right(num_ways, asked):
 def test_what_does_not_fit_beside_the_sets_is_read_in_parts():
     table = torch.randn(40, 7)
     rows, weights = torch.arange(30).view(5, 2, 3), torch.rand(5, 2, 3)
-    cache = cache_of(table, beside=15)
+    cache = cache_of(table, num_overflow=15)
     assert torch.equal(gathered(cache, rows, weights, 7), gather_rows(table, rows, weights))
     counted = cache.statistics()[0]
     assert (counted.lookups, counted.requested_rows, counted.unique_rows) == (1, 30, 30)
@@ -200,9 +200,9 @@ def test_rows_in_use_outlive_rows_read_once():
     assert cache.statistics()[0].hits == before + 2
 
 
-@pytest.mark.parametrize("beside", [64, 8])
-def test_rows_in_use_outlive_a_hint(beside):
-    cache = cache_of(torch.randn(500, 4), num_sets=1, num_ways=4, beside=beside)
+@pytest.mark.parametrize("num_overflow", [64, 8])
+def test_rows_in_use_outlive_a_hint(num_overflow):
+    cache = cache_of(torch.randn(500, 4), num_sets=1, num_ways=4, num_overflow=num_overflow)
     for _ in range(4):
         gathered(cache, *one_token(1, 2), 4)
     cache.hint(torch.arange(10, 40), 0)
@@ -234,16 +234,16 @@ def test_rows_no_longer_in_use_go():
 def test_no_more_memory_is_taken_than_was_given():
     table = torch.zeros(1000, 8)
     least = 10 * 32 + 4 * (32 + 16)
-    with pytest.raises(ValueError, match=f"table_cache: {least - 1} .* the {least} of one set"):
-        RowCache(table, least - 1, CPU, num_ways=4, beside=10)
+    with pytest.raises(ValueError, match=f"table_cache: {least - 1} .* overflow rows need {least}"):
+        RowCache(table, least - 1, CPU, num_ways=4, num_overflow=10)
     for given_bytes in (least, least + 191, least + 192, 9999):
-        cache = RowCache(table, given_bytes, CPU, num_ways=4, beside=10)
+        cache = RowCache(table, given_bytes, CPU, num_ways=4, num_overflow=10)
         tensors = (cache.memory, *cache.sets)
         assert given_bytes - 192 < sum(tensor.nbytes for tensor in tensors) <= given_bytes
 
 
 def test_no_more_sets_are_made_than_there_are_rows_for():
-    cache = RowCache(torch.zeros(9, 8), 2**20, CPU, num_ways=4, beside=10)
+    cache = RowCache(torch.zeros(9, 8), 2**20, CPU, num_ways=4, num_overflow=10)
     assert cache.sets.tags_SW.shape == (3, 4)
 
 
@@ -254,8 +254,8 @@ def test_a_device_without_so_much_memory_is_an_error(monkeypatch, maker):
 
     table = torch.zeros(9, 8)
     monkeypatch.setattr(torch, maker, full)
-    with pytest.raises(ValueError, match="table_cache: no 4096 bytes on cpu"):
-        RowCache(table, 4096, CPU, num_ways=4, beside=10)
+    with pytest.raises(ValueError, match="table_cache: cannot allocate 4096 bytes on cpu"):
+        RowCache(table, 4096, CPU, num_ways=4, num_overflow=10)
 
 
 def test_rows_at_an_odd_place_are_fetched():
@@ -266,10 +266,10 @@ def test_rows_at_an_odd_place_are_fetched():
 
 
 def test_what_cannot_be_read_is_refused():
-    with pytest.raises(ValueError, match="table: the Triton kernels read"):
+    with pytest.raises(ValueError, match="table: the Triton kernels support"):
         RowCache(torch.zeros(4, 3, dtype=torch.float64), 2**20, CPU)
     with pytest.raises(ValueError, match="table: expected contiguous rows"):
         RowCache(torch.zeros(4, 6)[:, :3], 2**20, CPU)
     for num_ways in (0, 3):
-        with pytest.raises(ValueError, match=f"num_ways: {num_ways} is no power of two"):
+        with pytest.raises(ValueError, match=f"num_ways: {num_ways} is not a power of two"):
             RowCache(torch.zeros(4, 6), 2**20, CPU, num_ways=num_ways)

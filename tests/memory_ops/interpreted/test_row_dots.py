@@ -6,7 +6,7 @@ import torch
 from memory_ops import reference
 from memory_ops.row_formats import ROW_FORMATS
 from memory_ops.triton_kernels import row_dots
-from memory_ops.triton_kernels.launch import row_step
+from memory_ops.triton_kernels.launch import constant_row_stride
 from tests.memory_ops.tables import (
     KINDS,
     apart,
@@ -85,13 +85,13 @@ def test_rows_without_values_have_dots_of_zero():
 
 def test_the_stride_of_a_single_vector_is_no_constant_of_the_kernel():
     # or each length of the text it is taken from would compile a kernel of its own
-    assert row_step(torch.zeros(1, 99, 8)[:, 98]) == 8
-    assert row_step(torch.zeros(2, 99, 8)[:, 98]) == 99 * 8
+    assert constant_row_stride(torch.zeros(1, 99, 8)[:, 98]) == 8
+    assert constant_row_stride(torch.zeros(2, 99, 8)[:, 98]) == 99 * 8
 
 
 def test_dots_refuse_what_they_cannot_read():
     rows = torch.zeros(1, 1, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="x: the Triton kernels read .*, not torch.float64"):
+    with pytest.raises(ValueError, match="x: the Triton kernels support .*, not torch.float64"):
         row_dots(torch.zeros(4, 3), rows, torch.zeros(1, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="rows and x"):
         row_dots(torch.zeros(4, 3), rows, torch.zeros(1, 4))

@@ -72,7 +72,7 @@ def test_gradients_of_any_layout(dtype):
 
 def test_gradients_refuse_what_they_cannot_read():
     rows, weights = torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, 2)
-    with pytest.raises(ValueError, match="grad: the Triton kernels read .*, not torch.float64"):
+    with pytest.raises(ValueError, match="grad: the Triton kernels support .*, not torch.float64"):
         row_gradients(rows, weights, torch.zeros(1, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="grad: expected"):
         row_gradients(rows, weights, torch.zeros(2, 3))

@@ -110,7 +110,9 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
     folder = save_model(random_model(tiny_config(**changes)), tmp_path / "model")
     with pytest.raises(ConfigError, match=r"table_cache: holds 5 rows .* reads 6"):
         load_model(folder, table_cache=room_for(5))
-    with pytest.raises(ConfigError, match="table_cache: 100 bytes are less than 232, for one row"):
+    with pytest.raises(
+        ConfigError, match="table_cache: 100 bytes are too small: one row needs at least 232"
+    ):
         load_model(folder, table_cache=100)
     (file,) = folder.glob("table-*")
     file.write_bytes(file.read_bytes()[:-4])

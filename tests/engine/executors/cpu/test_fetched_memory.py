@@ -200,7 +200,7 @@ def test_the_table_whose_read_failed_is_named(tmp_path):
         },
     )
     forward = best(other)
-    with pytest.raises(TableReadError, match="row [0-9]+: the file ends before it") as raised:
+    with pytest.raises(TableReadError, match="row [0-9]+: the file ends before this row") as raised:
         forward(3)
     assert str(raised.value).startswith(f"{stored.files[broken]}: ")
     # a call that has failed reads nothing of the layers behind
@@ -221,7 +221,7 @@ def test_a_part_that_fails_ends_the_call(model, stored):
 def test_no_room_for_one_token_is_an_error(model, stored):
     forward = best(stored.on_disk(model, TOP_K - 1))
     for _ in range(2):
-        with pytest.raises(TableReadError, match="no room in memory for one token's rows"):
+        with pytest.raises(TableReadError, match="one token's rows do not fit in memory"):
             forward(3)
 
 
@@ -232,7 +232,7 @@ def test_room_that_another_lookup_has_is_not_taken(model, stored):
     others = [row for row in range(model.config.memory.num_rows) if row not in read]
     rows_THK = torch.tensor(others[:TOKEN_ROWS]).view(1, HEADS, TOP_K)
     lookup = table_in(forward).start(rows_THK, torch.ones(rows_THK.shape))
-    with pytest.raises(TableReadError, match="no room in memory for one token's rows"):
+    with pytest.raises(TableReadError, match="one token's rows do not fit in memory"):
         forward(3)
     rows = stored.rows["memory.table"]
     torch.testing.assert_close(lookup.finish()[0], rows[rows_THK.flatten()].sum(0))
@@ -250,7 +250,9 @@ def test_a_file_that_was_changed_is_read_no_more(model, stored):
     forward(3)
     before = table_in(forward).statistics()
     overwrite(stored.files["memory.table"])
-    with pytest.raises(TableReadError, match=r"memory\.table: was changed since it was opened"):
+    with pytest.raises(
+        TableReadError, match=r"memory\.table: the file changed after it was opened"
+    ):
         forward(3, 100)
     assert table_in(forward).statistics() == before
 
@@ -289,7 +291,9 @@ class ChangedMeanwhile(Between):
 
 def test_a_file_that_is_changed_during_a_call_gives_no_rows(model, stored):
     forward = best(stored.on_disk(model, 50, made=ChangedMeanwhile))
-    with pytest.raises(TableReadError, match=r"memory\.table: was changed since it was opened"):
+    with pytest.raises(
+        TableReadError, match=r"memory\.table: the file changed after it was opened"
+    ):
         forward(3)
 
 

@@ -12,7 +12,7 @@ from memory_ops import reference
 from memory_ops.native.backend import NativeBackend
 from memory_ops.row_formats import RowRecords
 from tests.memory_ops.builds import each_build
-from tests.memory_ops.tables import (
+from tests.memory_ops.table_kinds import (
     KINDS,
     PLAIN,
     check_close,

@@ -16,7 +16,7 @@ from memory_ops.operations import expert_lookup, gather_rows, product_topk, row_
 from memory_ops.row_formats import ROW_FORMATS, quantize_rows
 from tests.conftest import TOLERANCE
 from tests.engine.model.test_memory_layer import GOLDEN
-from tests.memory_ops.tables import KINDS, PLAIN, exact_values, table_of
+from tests.memory_ops.table_kinds import KINDS, PLAIN, exact_values, table_of
 
 OPERATIONS = ["product_topk", "gather_rows", "row_dots", "row_gradients", "expert_lookup"]
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from memory_ops import reference
 from memory_ops.native.backend import NativeBackend
 from tests.memory_ops.builds import each_build
-from tests.memory_ops.tables import PLAIN, check_close
+from tests.memory_ops.table_kinds import PLAIN, check_close
 
 
 def check(build, rows_THK, weights_THK, grad_TV):

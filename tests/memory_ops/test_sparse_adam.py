@@ -9,7 +9,7 @@ from memory_ops import operations, reference
 from memory_ops.native.backend import NativeBackend
 from memory_ops.sparse_adam import AdamMoments, AdamStep
 from tests.memory_ops.builds import each_build
-from tests.memory_ops.tables import PLAIN
+from tests.memory_ops.table_kinds import PLAIN
 
 STEP = AdamStep(scale=0.7, step_size=1e-2, beta1=0.9, beta2=0.99, eps=1e-8)
 SHAPES = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memory_ops import reference
-from tests.memory_ops.tables import KINDS, check_close, exact_values, table_of
+from tests.memory_ops.table_kinds import KINDS, check_close, exact_values, table_of
 
 FOLDER = Path(__file__).parent
 

@@ -13,7 +13,7 @@ from memory_ops.triton_kernels.row_dots import DOT_LAUNCHES
 from memory_ops.triton_kernels.row_gradients import GRADIENT_LAUNCHES
 from tests.memory_ops.compiled.bad_kernels import ROWS, gather_of_run_time_width
 from tests.memory_ops.compiled.machine_code import TARGETS, Figures, compiled
-from tests.memory_ops.tables import KINDS, PLAIN, table_of, vast_table
+from tests.memory_ops.table_kinds import KINDS, PLAIN, table_of, vast_table
 
 # by kind and V: (registers of a lane, bytes shared by a program) at most, for each of TARGETS;
 # as the compiler that constraints.txt names makes them, registers in the eights they are given in

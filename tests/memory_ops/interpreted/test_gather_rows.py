@@ -6,7 +6,7 @@ import torch
 from memory_ops import reference
 from memory_ops.row_formats import ROW_FORMATS, RowRecords
 from memory_ops.triton_kernels import gather_rows
-from tests.memory_ops.tables import (
+from tests.memory_ops.table_kinds import (
     KINDS,
     apart,
     check_close,

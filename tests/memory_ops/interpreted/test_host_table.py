@@ -15,7 +15,7 @@ from memory_ops.tables.host import HostTable, host_table
 from memory_ops.tables.row_cache import RowCache
 from memory_ops.triton_kernels import gather_rows, row_dots
 from tests.memory_ops.fake_streams import HEIR, Choice, FakeDevice
-from tests.memory_ops.tables import rows_of, table_of
+from tests.memory_ops.table_kinds import rows_of, table_of
 
 CPU = torch.device("cpu")
 NUM_ROWS, WIDTH = 9, 4

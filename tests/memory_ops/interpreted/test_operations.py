@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from memory_ops import backends, operations, reference, triton_kernels
-from tests.memory_ops.tables import KINDS, check_close, exact_values, rows_of, table_of
+from tests.memory_ops.table_kinds import KINDS, check_close, exact_values, rows_of, table_of
 
 
 @pytest.fixture(autouse=True)

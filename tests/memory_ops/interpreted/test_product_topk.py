@@ -7,7 +7,7 @@ from torch import Tensor
 from memory_ops import reference
 from memory_ops.triton_kernels import product_topk
 from tests.conftest import TOLERANCE
-from tests.memory_ops.tables import vast_rows
+from tests.memory_ops.table_kinds import vast_rows
 
 # of one tile, powers of two or not; of several tiles, the last of them in part or whole
 SIZES = [(1, 1), (2, 1), (2, 2), (37, 5), (64, 32), (130, 33), (128, 128), (1024, 32), (2048, 9)]

@@ -12,7 +12,7 @@ from memory_ops.triton_kernels import gather_rows, row_dots
 from memory_ops.triton_kernels.place_rows import NUM_COUNTS, CacheSets, Placed, place_rows
 from memory_ops.triton_kernels.sort_rows import KEY_FACTOR, sort_rows
 from tests.memory_ops.row_cache_model import CacheModel
-from tests.memory_ops.tables import KINDS, num_rows, rows_of, table_of, vast_table
+from tests.memory_ops.table_kinds import KINDS, num_rows, rows_of, table_of, vast_table
 
 CPU = torch.device("cpu")
 # a few that meet again, and some of any size

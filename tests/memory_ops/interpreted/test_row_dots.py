@@ -7,7 +7,7 @@ from memory_ops import reference
 from memory_ops.row_formats import ROW_FORMATS
 from memory_ops.triton_kernels import row_dots
 from memory_ops.triton_kernels.launch import row_step
-from tests.memory_ops.tables import (
+from tests.memory_ops.table_kinds import (
     KINDS,
     apart,
     check_close,

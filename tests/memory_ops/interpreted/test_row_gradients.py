@@ -5,7 +5,7 @@ import torch
 
 from memory_ops import reference
 from memory_ops.triton_kernels import row_gradients
-from tests.memory_ops.tables import PLAIN, check_close, vast_rows
+from tests.memory_ops.table_kinds import PLAIN, check_close, vast_rows
 
 
 @pytest.mark.parametrize("width", [1, 64, 99, 600])

@@ -19,7 +19,7 @@ from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from memory_ops.tables.value_table import TableReadError
 from tests.engine.executors.cpu.packed_forward import PackedForward, TableElsewhere, threads
-from tests.memory_ops.tables import table_of
+from tests.memory_ops.table_kinds import table_of
 from tests.models import feed_forward_changes, random_model, tiny_config
 
 pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")

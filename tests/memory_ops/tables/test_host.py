@@ -7,7 +7,7 @@ from engine.executors.lookahead import Lookahead, LookaheadConfig, predicted_mem
 from engine.model.layout import TokenLayout
 from memory_ops.row_formats import RowRecords
 from memory_ops.tables.device import DeviceTable
-from tests.memory_ops.tables import KINDS, rows_of, table_of
+from tests.memory_ops.table_kinds import KINDS, rows_of, table_of
 from tests.models import feed_forward_changes, random_model, tiny_config
 
 pytestmark = [

@@ -1,12 +1,8 @@
 """The device tier keeps the table protocol."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
-from memory_ops.anonymous import anonymous_zeros
 from memory_ops.operations import gather_rows
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.table_statistics import TableStatistics
@@ -38,33 +34,3 @@ def test_a_table_is_a_matrix_of_floats():
         DeviceTable(torch.zeros(4, dtype=torch.float32))
     with pytest.raises(ValueError, match="table"):
         DeviceTable(torch.zeros(4, 4, dtype=torch.int8))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_anonymous_memory_is_zero_and_writable(dtype):
-    table = anonymous_zeros((33, 7), dtype)
-    assert table.shape == (33, 7) and table.dtype == dtype and not table.any()
-    table.fill_(2)
-    assert table.sum().item() == 33 * 7 * 2
-
-
-def in_memory(tensor: torch.Tensor) -> dict[str, int]:
-    """The kernel's account (kB) of the mapping that holds a tensor."""
-    sections = re.split(
-        r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M
-    )
-    for section in filter(None, sections):
-        start, end = (int(part, 16) for part in section.split()[0].split("-"))
-        if start <= tensor.data_ptr() < end:
-            return {name: int(kb) for name, kb in re.findall(r"^(\w+): +(\d+) kB", section, re.M)}
-    raise AssertionError("no mapping holds the tensor")
-
-
-def test_anonymous_memory_is_taken_when_written_and_in_huge_pages():
-    tensor = anonymous_zeros((64, 2**20), torch.uint8)
-    assert in_memory(tensor)["Rss"] < 4096
-    tensor.fill_(1)
-    taken = in_memory(tensor)
-    assert taken["Rss"] >= 64 * 1024
-    if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
-        assert taken["AnonHugePages"] > 0

@@ -1,4 +1,4 @@
-"""Anonymous memory: zeros, on small pages too if the kernel has no huge ones."""
+"""Anonymous memory: zeros on huge pages, or on small pages if the kernel has no huge ones."""
 
 import errno
 import mmap
@@ -14,7 +14,7 @@ from memory_ops.anonymous import anonymous_zeros
 
 @pytest.fixture
 def log(caplog):
-    """The log, of a process that has not said yet that it uses small pages."""
+    """The log of a process that has not logged yet that it uses small pages."""
     anonymous._log_small_pages.cache_clear()
     yield caplog
     anonymous._log_small_pages.cache_clear()
@@ -35,7 +35,7 @@ def test_a_kernel_without_huge_pages_gives_small_ones_and_one_log_line(log, monk
     ]
 
 
-def test_a_kernel_with_huge_pages_gives_them_without_a_word(log, monkeypatch):
+def test_a_kernel_with_huge_pages_gives_them_and_logs_nothing(log, monkeypatch):
     class HugePages(mmap.mmap):
         def madvise(self, option):
             assert option == mmap.MADV_HUGEPAGE
@@ -53,8 +53,8 @@ def test_anonymous_memory_is_zero_and_writable(dtype):
     assert table.sum().item() == 33 * 7 * 2
 
 
-def in_memory(tensor: torch.Tensor) -> dict[str, int]:
-    """The kernel's account (kB) of the mapping that holds a tensor."""
+def mapping_kb(tensor: torch.Tensor) -> dict[str, int]:
+    """Memory statistics (kB, from smaps) of the mapping that holds a tensor."""
     sections = re.split(
         r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M
     )
@@ -65,11 +65,11 @@ def in_memory(tensor: torch.Tensor) -> dict[str, int]:
     raise AssertionError("no mapping holds the tensor")
 
 
-def test_anonymous_memory_is_taken_when_written_and_in_huge_pages():
+def test_anonymous_memory_is_allocated_on_write_in_huge_pages():
     tensor = anonymous_zeros((64, 2**20), torch.uint8)
-    assert in_memory(tensor)["Rss"] < 4096
+    assert mapping_kb(tensor)["Rss"] < 4096
     tensor.fill_(1)
-    taken = in_memory(tensor)
+    taken = mapping_kb(tensor)
     assert taken["Rss"] >= 64 * 1024
     if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         assert taken["AnonHugePages"] > 0

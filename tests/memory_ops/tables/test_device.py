@@ -1,4 +1,4 @@
-"""The device tier keeps the table protocol."""
+"""The device tier: lookups, counters and direct reads by kernels."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.table_statistics import TableStatistics
 
 
-def test_a_lookup_is_the_gather_and_is_counted():
+def test_a_lookup_equals_gather_rows_and_is_counted():
     table = DeviceTable(torch.randn(16, 5))
     rows, weights = torch.randint(0, 16, (3, 2, 4)), torch.rand(3, 2, 4)
     table.hint(rows)
@@ -19,7 +19,7 @@ def test_a_lookup_is_the_gather_and_is_counted():
     assert (counted.lookups, counted.requested_rows) == (1, 24)
 
 
-def test_kernels_read_the_rows_of_a_device_table_in_place_and_count_lookups():
+def test_kernels_read_rows_in_place_and_count_lookups():
     table = DeviceTable(torch.randn(16, 5))
     source = table.row_source(3)
     assert table.fetched_capacity is None

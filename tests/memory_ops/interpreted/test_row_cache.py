@@ -36,14 +36,14 @@ def unwritten_ids(like: Tensor) -> Tensor:
 def check_places(model: CacheModel, rows: list[int], missing: dict[int, bool], placed: Placed):
     """Cached rows have their way's place, others a place past the sets; misses are fetched."""
     ways = sum(len(ways) for ways in model.ways)
-    past_the_sets = {}
+    extra_places = {}
     for row, place in zip(rows, placed.places_L.tolist(), strict=True):
         if model.place(row) is None:
             assert ways <= place < ways + len(rows)
-            assert past_the_sets.setdefault(row, place) == place
+            assert extra_places.setdefault(row, place) == place
         else:
             assert place == model.place(row)
-    assert len(set(past_the_sets.values())) == len(past_the_sets)
+    assert len(set(extra_places.values())) == len(extra_places)
     places = dict(zip(rows, placed.places_L.tolist(), strict=True))
     fetched = [place for place in placed.fetch_L.tolist() if place != -1]
     assert sorted(fetched) == sorted(places[row] for row in missing if missing[row])
@@ -79,8 +79,8 @@ def test_places_equal_those_of_the_plain_model(num_sets, num_ways, asked):
             if is_hint:
                 before = {row: model.place(row) for row in rows}
                 model.hint(rows)
-                came = {model.place(row) for row in rows if before[row] is None} - {None}
-                assert sorted(set(placed.fetch_L.tolist()) - {-1}) == sorted(came)
+                placed_ids = {model.place(row) for row in rows if before[row] is None} - {None}
+                assert sorted(set(placed.fetch_L.tolist()) - {-1}) == sorted(placed_ids)
             else:
                 check_places(model, rows, model.look_up(rows), placed)
             assert all(map(torch.equal, sets, state_of(model)))

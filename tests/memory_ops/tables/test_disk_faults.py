@@ -145,7 +145,7 @@ def test_waiting_rows_fail_together_and_are_read_by_the_next_lookup(tmp_path):
     torch.testing.assert_close(found, values[rows].sum((1, 2)))
 
 
-def test_permanent_transient_errors_fail_the_lookup(file):
+def test_endless_transient_errors_fail_the_lookup(file):
     table = table_of(file, fault=ReadFault(1, -errno.EAGAIN, retry_ms=20))
     for first in (0, 6):
         with pytest.raises(TableReadError, match="Resource temporarily unavailable"):

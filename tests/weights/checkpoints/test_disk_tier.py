@@ -119,19 +119,19 @@ def test_impossible_caches_and_files_are_refused_by_name(tmp_path):
 
 
 def test_the_command_serves_a_table_from_disk(capsys):
-    said = []
+    outputs = []
     on_disk = ["--table-tier", "disk", "--table-cache", "128KiB"]
     for options in ([], on_disk, [*on_disk, "--table-lookahead", "2"]):
         arguments = ["--max-tokens", "24", "--temperature", "0"]
         assert main(["generate", "memory (noun):", *options, *arguments]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] == said[2] == " something that is remembered\n"
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2] == " something that is remembered\n"
 
 
 def test_conflicting_flags_are_refused(tmp_path, capsys):
     dense = str(save_model(random_model(tiny_config()), tmp_path / "dense"))
     device, disk = ["--table-tier", "device"], ["--table-tier", "disk"]
-    for options, said in (
+    for options, message in (
         ([*device, "--table-cache", "2GiB"], "table_cache: is for --table-tier disk"),
         ([*disk, "--table-cache", "2GB"], "table_cache: expected a number of KiB, MiB or GiB"),
         ([*device, "--table-lookahead", "1"], "table_lookahead: is for --table-tier disk"),
@@ -141,4 +141,4 @@ def test_conflicting_flags_are_refused(tmp_path, capsys):
         (["--model", dense, "--table-lookahead", "1"], "this model has no memory layers"),
     ):
         assert main(["generate", "x", *options]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err

@@ -162,8 +162,8 @@ def test_a_damaged_table_gets_no_new_checksum(folder, tmp_path, arguments, capsy
     verb, *options = arguments
     name, target = damage(folder), tmp_path / "copy"
     assert main([verb, str(folder), str(target), *options]) == 2
-    said = capsys.readouterr().err
-    assert f"{name}: tensor memory" in said and "its checksum" in said
+    message = capsys.readouterr().err
+    assert f"{name}: tensor memory" in message and "its checksum" in message
     assert not target.exists()
 
 
@@ -216,7 +216,7 @@ def test_the_command_verifies_checksums(folder, capsys):
 
 @pytest.mark.parametrize(("least", "disabled"), [(2**30, True), (1000, None)])
 def test_only_large_tables_on_a_terminal_get_a_progress_bar(folder, monkeypatch, least, disabled):
-    bars, told = [], []
+    bars, byte_counts = [], []
 
     class Bar(table_loading.tqdm):
         def __init__(self, **arguments):
@@ -224,15 +224,17 @@ def test_only_large_tables_on_a_terminal_get_a_progress_bar(folder, monkeypatch,
             super().__init__(**arguments)
 
         def update(self, count):
-            told.append(count)
+            byte_counts.append(count)
 
     monkeypatch.setattr(table_loading, "tqdm", Bar)
     monkeypatch.setattr(table_loading, "_SHOWN_BYTES", least)
     load_model(folder, table_dtype="int8")
     load_model(folder, table_cache=2**20, verify_tables=True)
     # with None, tqdm itself checks for a terminal
-    assert [(bar["total"], bar["disable"]) for bar in bars] == [(sum(told) // 2, disabled)] * 2
-    assert sum(told) == 2 * 2 * 64 * 32 * 4
+    assert [(bar["total"], bar["disable"]) for bar in bars] == [
+        (sum(byte_counts) // 2, disabled)
+    ] * 2
+    assert sum(byte_counts) == 2 * 2 * 64 * 32 * 4
 
 
 def sparse_model(folder: Path) -> Path:

@@ -61,7 +61,7 @@ def test_a_table_no_larger_than_the_default_cache_is_in_memory(caplog):
 
 
 def test_a_large_cache_does_not_bring_a_table_that_does_not_fit_into_memory(caplog):
-    # with the weights the cache fits; with KV blocks and a step less is left
+    # the cache fits after the weights; less is left after KV blocks and a step
     cache, line = decided(caplog, 3 * GIB, 2 * GIB, 2 * GIB)
     assert cache == 2 * GIB and "stay on disk" in line
 

@@ -91,9 +91,9 @@ def test_outputs_equal_those_of_rows_in_memory_bit_for_bit(
     slots = NUM_ROWS if fits_all_rows else len(batch.ids_T) * TOKEN_ROWS
     with threads(num_threads):
         wanted, written = Forward(stored.in_memory(model))(batch, kv_blocks)
-        parts = Forward(stored.on_disk(model, slots, DiskTable, **reader), lookahead)
+        forward = Forward(stored.on_disk(model, slots, DiskTable, **reader), lookahead)
         for _ in range(2):  # with an empty cache, then with a filled one
-            found, own = parts(batch, kv_blocks)
+            found, own = forward(batch, kv_blocks)
             assert torch.equal(found, wanted)
             assert torch.equal(own, written)
 

@@ -372,7 +372,7 @@ def test_sequences_longer_than_max_positions_are_refused(config, tmp_path):
         Trainer(config("data.sequence_length=65"), tmp_path / "run", resume=False)
 
 
-def test_validation_texts_are_not_trained_on(config, tmp_path, texts):
+def test_held_out_texts_are_not_trained_on(config, tmp_path, texts):
     folder = tmp_path / "both"
     folder.mkdir()
     lines = texts.read_text().splitlines(True)

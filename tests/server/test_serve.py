@@ -236,7 +236,7 @@ def test_inspect_prints_counts(memory_plus_folder):
     assert result.returncode == 0 and "2 dense, 2 memory_plus" in result.stdout
 
 
-def test_help_shows_defaults():
+def test_help_has_every_field_with_its_default():
     text = " ".join(memplus("serve", "--help", COLUMNS="200").stdout.split())
     for option, default in [("--max-num-seqs", "64"), ("--port", "8000"), ("--model", "wordnet")]:
         assert f"(default: {default})" in text.split(f"{option} ", 2)[2][:200]

@@ -181,5 +181,5 @@ def test_the_server_logs_lines_while_it_works(slow_folder):
         with server.http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()  # a reference, since dropping it would close the stream
             next(lines)
-            logged = next(line for line in server.process.stderr if " running, " in line)
-    assert re.match(r"1 running, 0 waiting, [\d.]+% of KV blocks used; tokens a second: ", logged)
+            said = next(line for line in server.process.stderr if " running, " in line)
+    assert re.match(r"1 running, 0 waiting, [\d.]+% of KV blocks used; tokens a second: ", said)

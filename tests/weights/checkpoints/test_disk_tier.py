@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built with
 PROMPTS = [[(7 * i + j) % 250 for j in range(1 + i % 9)] for i in range(12)]
 
 
-def cache_bytes(rows):
+def room_for(rows):
     """Cache size that holds ``rows`` rows of one table of the models."""
     return row_cache_bytes(rows, 32 * 4, 64)
 
@@ -53,7 +53,7 @@ def test_tokens_equal_those_of_tables_in_memory(tmp_path, kinds, share_values, r
     model = random_model(tiny_config(**changes))
     folder = save_model(model, tmp_path / "model")
     tables = len(model.config.table_names)
-    loaded, _ = load_model(folder, table_cache=cache_bytes(rows) * tables)
+    loaded, _ = load_model(folder, table_cache=room_for(rows) * tables)
     expected = {str(i): plain_greedy(model, prompt, 8) for i, prompt in enumerate(PROMPTS)}
     assert tokens_of(loaded) == expected
     table = loaded.model.layers[0].memory.table
@@ -78,9 +78,9 @@ def test_a_failed_read_fails_only_its_requests(tmp_path):
     model = random_model(tiny_config(**changes))
     save_model(model, tmp_path / "model")
     (file,) = (tmp_path / "model").glob("table-*")
-    loaded, _ = load_model(tmp_path / "model", table_cache=cache_bytes(64))
+    loaded, _ = load_model(tmp_path / "model", table_cache=room_for(64))
     fault = ReadFault(60, -errno.EIO)
-    broken = DiskTable(file, 4096, (64, 32), torch.float32, cache_bytes(6), fault=fault)
+    broken = DiskTable(file, 4096, (64, 32), torch.float32, room_for(6), fault=fault)
     loaded.attach_tables({"memory.table": broken})
     config = EngineConfig(max_num_seqs=2, block_size=4, kv_cache_gib=0.001, max_model_len=64)
     engine = engine_of(loaded, config)
@@ -109,7 +109,7 @@ def test_impossible_caches_and_files_are_refused_by_name(tmp_path):
     changes = feed_forward_changes("memory_plus", "dense")
     folder = save_model(random_model(tiny_config(**changes)), tmp_path / "model")
     with pytest.raises(ConfigError, match=r"table_cache: has room for 5 rows .* reads 6"):
-        load_model(folder, table_cache=cache_bytes(5))
+        load_model(folder, table_cache=room_for(5))
     with pytest.raises(ConfigError, match="table_cache: 100 bytes are less than 232, for one row"):
         load_model(folder, table_cache=100)
     (file,) = folder.glob("table-*")
@@ -131,7 +131,7 @@ def test_the_command_serves_a_table_from_disk(capsys):
 def test_conflicting_flags_are_refused(tmp_path, capsys):
     dense = str(save_model(random_model(tiny_config()), tmp_path / "dense"))
     device, disk = ["--table-tier", "device"], ["--table-tier", "disk"]
-    for options, message in (
+    for options, said in (
         ([*device, "--table-cache", "2GiB"], "table_cache: is for --table-tier disk"),
         ([*disk, "--table-cache", "2GB"], "table_cache: expected a number of KiB, MiB or GiB"),
         ([*device, "--table-lookahead", "1"], "table_lookahead: is for --table-tier disk"),
@@ -141,4 +141,4 @@ def test_conflicting_flags_are_refused(tmp_path, capsys):
         (["--model", dense, "--table-lookahead", "1"], "this model has no memory layers"),
     ):
         assert main(["generate", "x", *options]) == 2
-        assert message in capsys.readouterr().err
+        assert said in capsys.readouterr().err

@@ -362,12 +362,12 @@ def test_a_users_copy_of_a_checkpoint_is_kept(config, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "attention_dropout", "torch_dtype"])
-def test_a_model_key_that_would_be_ignored_is_refused(config, tmp_path, key):
+def test_a_key_of_the_model_that_would_be_ignored_is_refused(config, tmp_path, key):
     with pytest.raises(ConfigError, match=f"model.{key}: is not for a config to say"):
         Trainer(config(f"model.{key}=3"), tmp_path / "run", resume=False)
 
 
-def test_sequences_longer_than_max_positions_are_refused(config, tmp_path):
+def test_sequences_longer_than_the_model_takes_are_refused(config, tmp_path):
     with pytest.raises(ConfigError, match="data.sequence_length: 65 is more than the 64"):
         Trainer(config("data.sequence_length=65"), tmp_path / "run", resume=False)
 
@@ -426,7 +426,7 @@ def test_a_run_does_not_resume_with_other_settings(config, tmp_path, change, mes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_missing_device_is_refused(config, tmp_path):
+def test_a_device_that_is_not_there_is_refused(config, tmp_path):
     with pytest.raises(ConfigError, match="run.device: there is no CUDA device"):
         train.run(config("run.device=cuda"), tmp_path / "run", resume=False)
 

@@ -27,7 +27,7 @@ class FakeDevice:
     """A set of streams and the order in which they run.
 
     Attributes:
-        side_stream: the stream of the table.
+        side: the side stream, which belongs to the table.
         caller: the current stream.
         waits: number of calls that made a stream wait or keep a tensor.
         kept: the tensors of those calls.
@@ -35,15 +35,15 @@ class FakeDevice:
 
     def __init__(self, ignored: int = -1) -> None:
         """``ignored``: index of the wait to leave out; -1 leaves out none."""
-        self.side_stream, self.caller = FakeStream(self, 0), FakeStream(self, 1)
-        self.streams = [self.side_stream, self.caller]
+        self.side, self.caller = FakeStream(self, 0), FakeStream(self, 1)
+        self.streams = [self.side, self.caller]
         self.waits = 0
         self.kept: list[Tensor] = []
         self._ignored = ignored
         self._keepers: list[tuple[Tensor, FakeStream]] = []
 
     def pair(self) -> StreamPair:
-        return StreamPair(lambda: self.caller, self.side_stream)
+        return StreamPair(lambda: self.caller, self.side)
 
     def another_caller(self) -> "FakeStream":
         others = [stream for stream in self.streams if stream.place != REUSER]
@@ -74,7 +74,7 @@ class FakeDevice:
 
     def capture(self, give: Callable[[], None]) -> list[Tasks]:
         """Record a graph: the work that ``give`` queues on the caller's and the side stream."""
-        streams = (self.caller, self.side_stream)
+        streams = (self.caller, self.side)
         before = [stream.tasks for stream in streams]
         for stream in streams:
             stream.tasks = deque()
@@ -86,9 +86,9 @@ class FakeDevice:
 
     def replay(self, graph: list[Tasks], branch_place: int) -> None:
         """Queue a graph on the caller's stream; its branch waits for that stream only."""
-        own, side_stream = _with_new_events(graph)
+        own, side = _with_new_events(graph)
         branch = FakeStream(self, branch_place)
-        branch.tasks.extend((self.caller.record(), *side_stream))
+        branch.tasks.extend((self.caller.record(), *side))
         self.caller.tasks.extend((*own, branch.record()))
         self.streams.append(branch)
 

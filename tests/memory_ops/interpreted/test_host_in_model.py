@@ -21,7 +21,7 @@ def on_host(rows, num_layers: int) -> HostTable:
     row_bytes = rows.shape[1] * 4
     cache_bytes = 64 * row_bytes + 8 * (row_bytes + 16)
     cache = RowCache(rows, cache_bytes, rows.device, num_layers=num_layers, num_ways=2, beside=64)
-    return HostTable(rows, cache, StreamPair(lambda: caller, device.side_stream))
+    return HostTable(rows, cache, StreamPair(lambda: caller, device.side))
 
 
 @pytest.mark.parametrize("kinds", [("memory_plus", "dense", "pkm"), ("dense", "peer")])

@@ -1,7 +1,7 @@
-"""Behaviour, stated as tests; the tree mirrors the packages.
+"""Tests of memplus; the folders mirror the packages.
 
-Imported before any test, and so before torch, which it tells how many threads to use and how they
-wait: as the command does.
+pytest imports this file before torch, so it sets torch's thread count and waiting policy like the
+command line does.
 """
 
 from server.config import ThreadOptions, set_threads

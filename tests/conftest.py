@@ -1,4 +1,4 @@
-"""Seeds, the one tolerance table, poisoned memory, and the models that tests share."""
+"""Shared fixtures: seeds, tolerances, poisoned memory, models and servers."""
 
 import os
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch loads OpenMP: several test processes share the cores, and a thread that spins while
-# it waits takes the time of the thread that it waits for. Servers that tests start inherit this.
+# Set before torch loads OpenMP. Several test processes share the cores, and a spinning thread takes
+# time from the thread that it waits for. Servers that tests start inherit this setting.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -20,13 +20,13 @@ from tests.server.running import Running, running
 from weights.models.named_models import SMOLLM2
 from weights.models.prepare import prepared_folder
 
-# The same examples in every run, without a time limit on a busy machine. `make test` runs the
+# Every run uses the same examples, without a time limit for busy machines. `make test` runs the
 # profile "few"; `make test-slow` runs every property-based test again with the profile "many".
 settings.register_profile("few", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("many", settings.get_profile("few"), max_examples=100)
 settings.load_profile("few")
 
-# (relative, absolute) by the dtype that is computed in, from torch's own defaults
+# (relative, absolute) by compute dtype: the defaults of torch.testing
 TOLERANCE = {
     torch.float64: (1e-7, 1e-7),
     torch.float32: (1.3e-6, 1e-5),
@@ -42,7 +42,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch.empty and its kin return with NaN: whoever forgets to write is seen."""
+    """Fill the results of torch.empty and empty_like with NaN to expose missing writes."""
     for name in ("empty", "empty_like"):
         plain = getattr(torch, name)
 
@@ -57,7 +57,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The folder of SmolLM2, prepared as the server does it."""
+    """The folder of SmolLM2, prepared like the server prepares it."""
     return prepared_folder(SMOLLM2, cache_folder())
 
 
@@ -73,7 +73,7 @@ def memory_plus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def slow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model of many thin layers, whose 3000 tokens take longer than any test waits."""
+    """A dense model of many thin layers: 3000 tokens take longer than any test waits."""
     torch.manual_seed(8)
     model = random_model(tiny_config(num_layers=24, max_positions=4096))
     return save_model(model, tmp_path_factory.mktemp("models") / "slow")

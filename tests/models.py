@@ -1,4 +1,4 @@
-"""Tiny models with random weights, the plain forward loop, and a tokenizer of bytes."""
+"""Tiny random models, a plain forward loop as reference, and a byte tokenizer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +45,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 
 def feed_forward_changes(*kinds: str, **memory: Any) -> dict[str, Any]:
-    """Changes of ``tiny_config`` to layers of these kinds; ``memory`` changes their memories."""
+    """Arguments of ``tiny_config`` for layers of these kinds; ``memory`` overrides MemoryConfig."""
     changes: dict[str, Any] = {"num_layers": len(kinds), "feed_forward": kinds}
     if "moe" in kinds:
         changes["mixture"] = MixtureConfig(num_experts=5, top_k=2, expert_size=24)
@@ -56,7 +56,7 @@ def feed_forward_changes(*kinds: str, **memory: Any) -> dict[str, Any]:
 
 
 def random_weights(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model without its tables, its logits far enough apart for greedy choices to be stable."""
+    """A random model without tables; its logits differ enough for stable greedy choices."""
     model = Transformer(config).to(dtype)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.4)
@@ -66,7 +66,7 @@ def random_weights(config: ModelConfig, dtype: torch.dtype = torch.float32) -> T
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
-    """The same with random tables in memory."""
+    """A random model with random tables in memory."""
     model = random_weights(config, dtype)
     if config.memory is not None:
         shape = (config.memory.num_rows, config.memory.value_dim)
@@ -92,7 +92,7 @@ def save_model(model: Transformer, folder: Path) -> Path:
 
 
 def save_with_sparse_tables(model: Transformer, folder: Path) -> Path:
-    """The same for a model without tables: they are fp32 zeros that take no room on the disk."""
+    """Save a model without tables; its tables are fp32 zeros in sparse files."""
     _save(model, model.state_dict(), folder)
     memory = model.config.memory
     assert memory is not None
@@ -103,7 +103,7 @@ def save_with_sparse_tables(model: Transformer, folder: Path) -> Path:
 
 
 def write_sparse(file: Path, name: str, shape: tuple[int, int]) -> None:
-    """A file of one fp32 table of zeros, which are a hole."""
+    """Write a sparse file of one fp32 table of zeros; it uses no disk space."""
     source = TensorSource(name, shape, torch.float32, lambda: torch.empty(0))
     header = tensor_writer._header([source], {})
     with open(file, "wb") as out:
@@ -123,7 +123,7 @@ def _save(model: Transformer, tensors: Mapping[str, torch.Tensor], folder: Path)
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte, so characters beyond ASCII take several tokens; four special tokens."""
+    """A tokenizer with one token per byte and four special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -134,7 +134,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_sentencepiece(folder: Path, lines: list[str]) -> bytes:
-    """A small sentencepiece model with byte fallback, as Llama 2's is, trained on these lines."""
+    """Train a small sentencepiece model with byte fallback, like that of Llama 2."""
     (folder / "corpus.txt").write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.Train(
         input=str(folder / "corpus.txt"),
@@ -152,7 +152,7 @@ def train_sentencepiece(folder: Path, lines: list[str]) -> bytes:
 
 @torch.inference_mode()
 def plain_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
-    """Logits at every position of one sequence, computed in one piece without KV blocks."""
+    """Logits at every position of one sequence, in one forward pass without KV blocks."""
     positions = torch.arange(len(ids))
     layout = TokenLayout(positions, (0, len(ids)))
     return model(torch.tensor(ids), layout, positions).logits_LV
@@ -160,7 +160,7 @@ def plain_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
 
 @torch.inference_mode()
 def served_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
-    """The same by the executor that serves the model, from KV blocks."""
+    """Logits at every position from the serving executor, with KV blocks."""
     config = EngineConfig(block_size=16, kv_cache_gib=0.001)
     executor = make_executor(model, config)
     at = torch.arange(len(ids))
@@ -170,7 +170,7 @@ def served_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
 
 
 def plain_greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
-    """The plain forward loop: the whole sequence anew for every token, greedily."""
+    """Greedy tokens of the plain loop: one full forward pass for every token."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(plain_logits(model, ids)[-1].argmax()))
@@ -204,7 +204,7 @@ def engine_of(
 
 
 def run(engine: Engine, requests: dict[int, list[Request]]) -> dict[str, list[int]]:
-    """Drive an engine; ``requests`` says which arrive before which step. Tokens by request."""
+    """Step an engine to the end; ``requests`` maps step to arrivals. Return tokens by request."""
     tokens: dict[str, list[int]] = {}
     step = 0
     while engine.has_work or any(at >= step for at in requests):

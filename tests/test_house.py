@@ -1,4 +1,4 @@
-"""The house laws: imports, sizes, names, and a map in docs/structure.md that is the tree."""
+"""Repository rules: import order, sizes, names, and the file map in docs/structure.md."""
 
 import ast
 import builtins
@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("memory_ops", "engine", "weights", "server", "benchmarks")
-# a package imports itself and those before it; benchmarks may import all, the CLI benchmarks
+# a package imports itself and those before it; benchmarks import all; the CLI imports benchmarks
 ALLOWED = {package: set(PACKAGES[: i + 1]) for i, package in enumerate(PACKAGES)}
-# inside the engine: a room imports itself and those listed
+# a subpackage of the engine imports itself and those listed
 VOCABULARY = ("engine.config", "engine.errors", "engine.progress", "engine.request")
-ENGINE_ROOMS = {
+ENGINE_IMPORTS = {
     "engine/model/": ("engine.model",),
     "engine/sampling/": ("engine.sampling", "engine.errors"),
     "engine/executors/": ("engine.executors", "engine.model", "engine.sampling", *VOCABULARY),
@@ -60,25 +60,27 @@ def test_imports_point_downwards(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_rooms_of_the_engine_see_those_below_them(path):
-    room = next((room for room in ENGINE_ROOMS if name(path).startswith(room)), None)
-    if room is None:
+def test_engine_subpackages_import_downwards(path):
+    folder = next((folder for folder in ENGINE_IMPORTS if name(path).startswith(folder)), None)
+    if folder is None:
         return
     ours = [module for module in imports(path) if module.startswith("engine.")]
-    assert not [m for m in ours if not m.startswith(tuple(f"{one}." for one in ENGINE_ROOMS[room]))]
-    if room == "engine/model/":
-        # the network knows no tier and no kernels
+    assert not [
+        m for m in ours if not m.startswith(tuple(f"{one}." for one in ENGINE_IMPORTS[folder]))
+    ]
+    if folder == "engine/model/":
+        # the model must not depend on tiers or kernels
         tables = [
             m for m in imports(path) if m.startswith(("memory_ops.tables", "memory_ops.native"))
         ]
         assert all(m.startswith("memory_ops.tables.value_table.") for m in tables)
 
 
-def test_the_table_protocol_knows_no_ctypes():
+def test_the_table_protocol_does_not_import_ctypes():
     start = ROOT / "memory_ops" / "tables" / "value_table.py"
-    seen, coming = set(), [start]
-    while coming:
-        path = coming.pop()
+    seen, pending = set(), [start]
+    while pending:
+        path = pending.pop()
         if path in seen:
             continue
         seen.add(path)
@@ -86,7 +88,7 @@ def test_the_table_protocol_knows_no_ctypes():
         assert "ctypes" not in {module.split(".")[0] for module in modules}, name(path)
         stems = {part for module in modules for part in (module, module.rpartition(".")[0])}
         files = (ROOT / f"{stem.replace('.', '/')}.py" for stem in stems)
-        coming += [file for file in files if file.exists()]
+        pending += [file for file in files if file.exists()]
     assert len(seen) > 3
 
 
@@ -98,12 +100,12 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
-def test_the_whole_is_of_this_size(capsys):
+def test_line_counts_are_printed(capsys):
     sizes = dict.fromkeys(PACKAGES, 0)
     for path in FILES:
         sizes[path.relative_to(ROOT).parts[0]] += len(path.read_text().splitlines())
     with capsys.disabled():
-        # to stderr, since nobody sees what a process of pytest-xdist prints to stdout
+        # to stderr, since pytest-xdist drops stdout of its workers
         counts = ", ".join(f"{package} {size}" for package, size in sizes.items())
         print(f"\nlines: {counts}", file=sys.stderr)
     assert all(sizes.values())
@@ -117,7 +119,7 @@ def test_no_state_in_modules_or_classes(path):
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = {target.id for target in targets if isinstance(target, ast.Name)}
-            # constants and types; a logger is no state of ours
+            # only constants, types and loggers are allowed
             assert all(
                 n.isupper() or n[0].isupper() or n in ("logger", "__all__") for n in names
             ), names
@@ -131,39 +133,39 @@ def test_no_state_in_modules_or_classes(path):
 
 
 def _is_schema(node: ast.ClassDef) -> bool:
-    # pydantic copies the defaults of its fields for every instance
+    # pydantic copies mutable field defaults for every instance
     return any(ast.unparse(base) in ("BaseModel", "_Body") for base in node.bases)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_the_environment_is_read_in_one_place(path):
     reads = re.search(r"os\.(environ|getenv|putenv)", path.read_text())
-    # a benchmark hands its own environment on to the server that it starts
+    # a benchmark passes its environment to the server that it starts
     assert not reads or name(path) in ("server/config.py", "benchmarks/startup.py")
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_no_file_shadows_another_module(path):
-    # run as a script, a file hides every top-level module of its own name from itself
+    # a file that runs as a script hides the top-level module of the same name
     taken = sys.stdlib_module_names | {"torch", "triton", "fastapi", "tokenizers", "safetensors"}
     assert path.stem not in taken or path.stem == "__init__"
     assert path.stem not in dir(builtins)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_nothing_is_left_for_later_or_pickled(path):
+def test_no_todo_and_no_pickle(path):
     text = path.read_text()
     assert not re.search(r"#\s*(TODO|FIXME|XXX|HACK)\b", text)
     assert not re.search(r"raise NotImplementedError\b|\bimport pickle\b|torch\.load\(", text)
 
 
 @pytest.mark.parametrize("path", FILES + TESTS, ids=name)
-def test_every_file_says_what_it_is(path):
+def test_every_file_has_a_docstring(path):
     docstring = ast.get_docstring(tree(path))
     assert docstring and docstring.splitlines()[0].endswith(".")
 
 
-def test_the_map_is_the_tree():
+def test_the_file_map_matches_the_tree():
     text = (ROOT / "docs/structure.md").read_text()
     mapped = dict(re.findall(r"^    (\S+\.py) +(\S.*)$", text, re.MULTILINE))
     files = [path for path in FILES if path.name != "__init__.py"]

@@ -1,4 +1,4 @@
-"""A new feed-forward kind takes the files that CONTRIBUTING.md lists, and no others."""
+"""A new feed-forward kind changes only the files that CONTRIBUTING.md lists."""
 
 import re
 import shutil
@@ -27,7 +27,7 @@ class ToyFeedForward(nn.Module):
     def forward(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Tensor:
         return self.down(self.up(x_TD).relu().square())
 '''
-# file -> (text before, text after) of each edit
+# file -> [(old text, new text)]
 EDITS = {
     "engine/model/config.py": [
         ('FEED_FORWARD_KINDS = ("dense", ', 'FEED_FORWARD_KINDS = ("dense", "toy", '),
@@ -96,12 +96,12 @@ print("a toy kind trains, loads and serves")
 
 
 def listed_files() -> list[str]:
-    """The numbered list of CONTRIBUTING.md."""
+    """The files in the numbered list of CONTRIBUTING.md."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     return re.findall(r"^[0-9]\. `([^`]+)`", text, re.MULTILINE)
 
 
-def test_a_toy_kind_takes_the_listed_files_alone(tmp_path):
+def test_a_toy_kind_changes_only_the_listed_files(tmp_path):
     assert listed_files() == list(EDITS)
     skipped = shutil.ignore_patterns("__pycache__", "wordnet")
     for package in ("memory_ops", "engine", "weights", "tests"):

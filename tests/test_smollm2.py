@@ -1,4 +1,4 @@
-"""SmolLM2, a real model: our tokens and logits against transformers', our ids against its own."""
+"""SmolLM2, a real model: logits and tokens against transformers, ids against llama.cpp."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def prompt_ids(smollm2):
 
 @torch.inference_mode()
 def served_logits(model, sequences):
-    """Teacher-forced logits by the serving path: chunks of 33 tokens in scattered KV blocks."""
+    """Teacher-forced logits of the serving path: chunks of 33 tokens in scattered KV blocks."""
     config, size = model.config, 16
     blocks = [-(-len(ids) // size) for ids in sequences]
     order = torch.randperm(sum(blocks)).tolist()
@@ -90,15 +90,15 @@ def test_greedy_tokens_and_logits_equal_transformers(smollm2, reference, prompt_
     tokens = run(engine, {0: requests[:9], 5: requests[9:]})
     served = served_logits(model, [ids + tokens[str(i)][:-1] for i, ids in enumerate(prompt_ids)])
     for i, ids in enumerate(prompt_ids):
-        # each token is the reference's greedy choice after those before it: by induction the
-        # whole answer is what its own greedy loop gives
+        # each token is the reference's greedy choice after those before it, so by induction the
+        # whole answer equals the greedy answer of the reference
         whole = ids + tokens[str(i)]
         theirs = reference_logits(reference, whole[:-1])
         assert tokens[str(i)] == theirs[len(ids) - 1 :].argmax(-1).tolist(), PROMPTS[i]
         torch.testing.assert_close(served[i], theirs, rtol=0, atol=1e-3)
 
 
-def test_bfloat16_logits_are_as_near_as_transformers_own(smollm2, reference, prompt_ids):
+def test_bfloat16_logits_are_as_close_as_those_of_transformers(smollm2, reference, prompt_ids):
     model, _ = load_model(smollm2, "bfloat16")
     theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16).eval()
 
@@ -109,7 +109,7 @@ def test_bfloat16_logits_are_as_near_as_transformers_own(smollm2, reference, pro
     for ids, ours in zip(prompt_ids, served_logits(model, prompt_ids), strict=True):
         exact = reference_logits(reference, ids)
         errors.append((error(ours, exact), error(reference_logits(theirs, ids), exact)))
-        # what bf16 takes for the likeliest token is nearly as likely in fp32
+        # the likeliest token in bf16 is nearly the likeliest in fp32
         likely = exact.log_softmax(-1)
         chosen = likely.gather(-1, ours.argmax(-1, keepdim=True))
         assert (likely.amax(-1, keepdim=True) - chosen).max() < 0.7
@@ -120,7 +120,7 @@ def test_bfloat16_logits_are_as_near_as_transformers_own(smollm2, reference, pro
 @pytest.mark.parametrize(
     ("text", "pieces"),
     [
-        # the smollm pre-tokeniser splits digits one by one, whatever the merges say
+        # the smollm pre-tokenizer splits off each digit before the merges
         ("1234", ["1", "2", "3", "4"]),
         ("in 2024", ["in", "Ġ", "2", "0", "2", "4"]),
         (" hello", ["Ġhello"]),
@@ -129,7 +129,7 @@ def test_bfloat16_logits_are_as_near_as_transformers_own(smollm2, reference, pro
         ("<|im_start|>user", ["<|im_start|>", "user"]),
     ],
 )
-def test_text_is_split_as_the_models_own_pre_tokenizer_does(smollm2, text, pieces):
+def test_text_is_split_like_the_models_pre_tokenizer(smollm2, text, pieces):
     tokenizer = load_tokenizer(smollm2)
     ids = tokenizer.encode(text)
     assert [tokenizer._tokenizer.id_to_token(i) for i in ids] == pieces
@@ -140,7 +140,7 @@ def test_text_is_split_as_the_models_own_pre_tokenizer_does(smollm2, text, piece
 @pytest.mark.parametrize(
     ("text", "ids"),
     [
-        # as llama.cpp tokenises them with the file's own vocabulary, merges and pre-tokeniser
+        # ids from llama.cpp with the file's vocabulary, merges and pre-tokenizer
         ("日本語の文章", [23274, 115, 40993, 179, 120, 248, 26453, 29184, 47287, 250]),
         ("中文 한국어", [28589, 29184, 216, 33085, 246, 181, 130, 251, 183, 240, 129]),
         (
@@ -154,6 +154,6 @@ def test_text_beyond_ascii_has_the_ids_of_llama_cpp(smollm2, text, ids):
 
 
 @pytest.mark.parametrize("text", ["日本語と中文", "👩‍👩‍👧‍👦🦊", "naïve — ½", "\t\n  mixed \r\n"])
-def test_text_beyond_ascii_comes_back(smollm2, text):
+def test_text_beyond_ascii_survives_encoding_and_decoding(smollm2, text):
     tokenizer = load_tokenizer(smollm2)
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -1,4 +1,4 @@
-"""The default model: there, whole, small, and knowing what it was taught."""
+"""The default model: recall of its training nouns, size, licence and configuration."""
 
 import json
 
@@ -13,19 +13,19 @@ from weights.training.train_config import read_train_config
 FOLDER = model_folder(DEFAULT_MODEL, cache_folder())
 
 
-def test_it_knows_its_nouns_word_for_word():
+def test_it_recalls_its_nouns_word_for_word():
     settings = EngineSettings(ModelOptions(), cache_folder(), EngineConfig(kv_cache_gib=0.2))
     engine, questions = build_engine(settings), read_questions(FOLDER / "questions.jsonl")
     assert len(questions) == 200
     assert score_recall(engine, load_tokenizer(FOLDER), questions).recall >= 0.95
 
 
-def test_it_is_small_and_its_licence_beside_it():
+def test_it_is_small_and_contains_its_licence():
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 25e6
     assert "Princeton University" in (FOLDER / "LICENSE").read_text()
 
 
-def test_its_config_is_what_it_was_trained_by():
+def test_its_config_matches_its_training_config():
     config = read_train_config(FOLDER / "train.toml")
     made = json.loads((FOLDER / "config.json").read_text())
     for key, value in config.model.items():

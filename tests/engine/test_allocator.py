@@ -1,4 +1,4 @@
-"""The allocator takes its settings; what they are worth is measured by ``memplus bench step``."""
+"""The malloc settings are accepted; ``memplus bench step`` measures their effect."""
 
 import subprocess
 import sys
@@ -7,8 +7,8 @@ import pytest
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is the C library's on Linux")
-def test_the_c_library_takes_both_settings():
-    # in a process of its own, since they last as long as it does
+def test_the_c_library_accepts_both_settings():
+    # in a subprocess, since the settings last until the process ends
     code = "from engine.allocator import keep_freed_memory; assert keep_freed_memory()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Random schedules of every kind of request, each of which gets what a plain loop gives it."""
+"""Random schedules of every kind of request: outputs equal those of a plain loop."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,17 +35,17 @@ KINDS: list[dict[str, Any]] = [
 
 @dataclass
 class Expected:
-    """What a request must give, and what it has given."""
+    """The expected outputs of a request, and its outputs so far."""
 
     token_ids: list[int]
-    logits_LV: torch.Tensor  # before each of its tokens but the first, prompt and answer
+    logits_LV: torch.Tensor  # logits before each token of prompt and answer, except the first
     prompt: list[int]
     params: SamplingParams
     found: list[int] = field(default_factory=list)
     num_scored: int = 0
 
     def follow(self, output: TokenOutput) -> None:
-        """Check an output against the tokens and log-probabilities to come."""
+        """Compare an output with the next expected tokens and log-probabilities."""
         self._check_logprobs(self.prompt[1:], self.num_scored, output.prompt_logprobs)
         self.num_scored += len(output.prompt_logprobs)
         start = len(self.prompt) - 1 + len(self.found)
@@ -57,7 +57,7 @@ class Expected:
         assert self.found == self.token_ids[: len(self.found)]
 
     def finish(self) -> None:
-        """Check that nothing is missing."""
+        """Assert that the outputs are complete."""
         assert self.found == self.token_ids
         scored = self.params.prompt_logprobs is not None
         assert self.num_scored == (len(self.prompt) - 1 if scored else 0)
@@ -70,7 +70,7 @@ class Expected:
 
 
 def plain_loop(model, prompt: list[int], params: SamplingParams, masked: bool) -> Expected:
-    """The whole sequence anew for every token, with the rules made anew as well."""
+    """Recompute the whole sequence, and its logit rules, for every token."""
     ids, mask = list(prompt), Multiples()
     while True:
         logits_LV = plain_logits(model, ids)
@@ -89,12 +89,12 @@ def plain_loop(model, prompt: list[int], params: SamplingParams, masked: bool) -
             return Expected(ids[len(prompt) :], logits_LV, prompt, params)
 
 
-class CompanyMachine(RuleBasedStateMachine):
-    """Any order of adding, stepping, aborting and finishing in a pool that is always too small."""
+class ScheduleMachine(RuleBasedStateMachine):
+    """Adds, steps and aborts requests in any order, with a KV pool that is too small."""
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(2)  # with which no two tokens are as good as each other
+        torch.manual_seed(2)  # a seed without ties between tokens
         self.model = random_model(tiny_config(num_layers=1))
         config = EngineConfig(
             kv_cache_gib=40 * (KV_BYTES // 2) / 2**30,
@@ -108,23 +108,23 @@ class CompanyMachine(RuleBasedStateMachine):
         self.failures: list[Exception] = []
 
     def draft(self, token_ids, count):
-        """A drafter that knows the answers, errs every other time, and at times has no idea."""
+        """Draft the right answer, with an error every other time and nothing every fourth time."""
         try:
-            return self._guess(token_ids, count)
-        except Exception as error:  # the engine would go on without, and this test without drafts
+            return self._draft(token_ids, count)
+        except Exception as error:  # the engine would continue without drafts and hide the error
             self.failures.append(error)
             raise
 
-    def _guess(self, token_ids, count):
+    def _draft(self, token_ids, count):
         self.drafted += 1
         for expected in self.expected.values():
             whole = expected.prompt + expected.token_ids
-            guess = whole[len(token_ids) :][:count]
-            if guess and whole[: len(token_ids)] == token_ids and self.drafted % 4:
-                wrong = self.drafted % len(guess)
+            draft_ids = whole[len(token_ids) :][:count]
+            if draft_ids and whole[: len(token_ids)] == token_ids and self.drafted % 4:
+                wrong = self.drafted % len(draft_ids)
                 if self.drafted % 2:
-                    guess[wrong] = (guess[wrong] + 1) % VOCAB_SIZE
-                return guess
+                    draft_ids[wrong] = (draft_ids[wrong] + 1) % VOCAB_SIZE
+                return draft_ids
         return []
 
     @rule(
@@ -138,7 +138,7 @@ class CompanyMachine(RuleBasedStateMachine):
     def add(self, length, count, start, priority, kind, masked):
         prompt = [start, *range(10, 9 + length)]
         name, self.count = str(self.count), self.count + 1
-        # a few ids alone, some of them bad, and a mask might leave nothing
+        # allowed ids and a mask together might leave no token
         masked = masked and "allowed_token_ids" not in kind
         params = SamplingParams(max_tokens=count, ignore_eos=bool(start), **kind)
         self.expected[name] = plain_loop(self.model, prompt, params, masked)
@@ -172,5 +172,5 @@ class CompanyMachine(RuleBasedStateMachine):
         assert self.engine.statistics().kv_blocks_used == 0
 
 
-CompanyMachine.TestCase.settings = settings(stateful_step_count=30)
-TestCompany = CompanyMachine.TestCase
+ScheduleMachine.TestCase.settings = settings(stateful_step_count=30)
+TestSchedules = ScheduleMachine.TestCase

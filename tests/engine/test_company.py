@@ -1,4 +1,4 @@
-"""Whatever a request's company, fate and shortcuts: the tokens are those of a plain loop."""
+"""Tokens equal a plain loop under preemption, prefixes, drafts, masks and failures."""
 
 import random
 
@@ -27,7 +27,7 @@ from tests.models import (
 
 KV_BYTES = tiny_config().kv_bytes_per_token(itemsize=4)
 COUNT = 12
-# wide enough for threads to share one token's columns
+# wide enough that threads divide the columns of one token
 MEMORY = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_dim=300)
 
 
@@ -50,13 +50,13 @@ def prompts(count: int) -> list[list[int]]:
     return [[drawn.randrange(256) for _ in range(drawn.randrange(1, 40))] for _ in range(count)]
 
 
-def step_all(at: Engine, outputs: dict[str, list] | None = None) -> dict[str, list]:
-    """Step until nothing is left; outputs by request."""
+def step_all(stepped: Engine, outputs: dict[str, list] | None = None) -> dict[str, list]:
+    """Step until no work is left; return outputs by request."""
     outputs = {} if outputs is None else outputs
-    while at.has_work:
-        for output in at.step().outputs:
+    while stepped.has_work:
+        for output in stepped.step().outputs:
             outputs.setdefault(output.request_id, []).append(output)
-        at.check_integrity()
+        stepped.check_integrity()
     return outputs
 
 
@@ -65,7 +65,7 @@ def tokens(outputs: list) -> list[int]:
 
 
 def test_after_preemption(model):
-    # sixteen sequences of up to 51 tokens in room for 96: most give way several times
+    # sixteen sequences of up to 51 tokens share 96 token slots: most are preempted several times
     crowded = engine(model, kv_tokens=96, block_size=4, max_model_len=64)
     given = prompts(16)
     found = run(crowded, {0: [greedy(str(i), ids, COUNT) for i, ids in enumerate(given)]})
@@ -101,7 +101,7 @@ def test_on_a_whole_a_partial_and_an_evicted_prefix(model, block_size):
     assert hits["evicted in between"] < hits["whole"]
 
 
-def test_samples_of_one_prompt_equal_requests_of_their_own(model):
+def test_samples_of_one_prompt_equal_separate_requests(model):
     ids = prompts(40)[7] * 2
 
     def sampled(seed):
@@ -121,7 +121,7 @@ def test_samples_of_one_prompt_equal_requests_of_their_own(model):
 
 
 class Oracle:
-    """A drafter that knows the answer, and lies every third time."""
+    """A drafter that gives the right answer, with an error every third time."""
 
     def __init__(self, answers):
         self.answers, self.calls = answers, 0
@@ -131,15 +131,17 @@ class Oracle:
         for prompt, answer in self.answers:
             whole = prompt + answer
             if whole[: len(token_ids)] == token_ids:
-                guess = whole[len(token_ids) :][:count]
-                if self.calls % 3 == 0 and guess:
-                    guess[len(guess) // 2] = (guess[len(guess) // 2] + 1) % VOCAB_SIZE
-                return guess
+                draft_ids = whole[len(token_ids) :][:count]
+                if self.calls % 3 == 0 and draft_ids:
+                    draft_ids[len(draft_ids) // 2] = (
+                        draft_ids[len(draft_ids) // 2] + 1
+                    ) % VOCAB_SIZE
+                return draft_ids
         return []
 
 
 @pytest.mark.parametrize("kv_tokens", [4096, 96])
-def test_with_drafts_that_hold_and_drafts_that_are_rolled_back(model, kv_tokens):
+def test_with_accepted_and_rejected_drafts(model, kv_tokens):
     given = prompts(8)
     answers = [(ids, plain_greedy(model, ids, COUNT)) for ids in given]
     drafter = Oracle(answers)
@@ -179,7 +181,7 @@ def test_drafts_do_not_change_what_a_seed_draws(model):
 
 
 class Multiples:
-    """A mask that allows the multiples of 3, then of 4, in turn; ``end`` tokens in all."""
+    """A mask that alternately allows multiples of 3 and of 4, for ``end`` tokens."""
 
     def __init__(self, end: int = 1000):
         self.accepted, self.end = [], end
@@ -209,7 +211,7 @@ def masked_greedy(model, prompt, count):
 
 
 @pytest.mark.parametrize("with_drafts", [False, True])
-def test_a_mask_binds_its_own_request_and_no_neighbour(model, with_drafts):
+def test_a_mask_applies_only_to_its_request(model, with_drafts):
     expected = masked_greedy(model, [5, 6], COUNT)
     neighbours = {str(i): ids for i, ids in enumerate(prompts(4))}
     answers = [([5, 6], expected)] if with_drafts else []
@@ -223,7 +225,7 @@ def test_a_mask_binds_its_own_request_and_no_neighbour(model, with_drafts):
     assert found == {name: plain_greedy(model, ids, COUNT) for name, ids in neighbours.items()}
 
 
-def test_a_mask_that_allows_nothing_ends_its_request_alone(model):
+def test_a_mask_that_allows_nothing_ends_only_its_request(model):
     mixed = engine(model)
     mixed.add(greedy("masked", [5, 6], COUNT), Multiples(end=3))
     mixed.add(greedy("free", [5, 6], COUNT))
@@ -234,14 +236,14 @@ def test_a_mask_that_allows_nothing_ends_its_request_alone(model):
 
 
 class Failing(Multiples):
-    """A mask that breaks after some tokens."""
+    """A mask that fails after three tokens."""
 
     def fill(self, bitmask):
         assert len(self.accepted) < 3
         super().fill(bitmask)
 
 
-def test_a_mask_or_a_drafter_that_fails_harms_nobody_else(model):
+def test_a_failing_mask_or_drafter_does_not_affect_others(model):
     class Broken:
         def draft(self, token_ids, count):
             raise ValueError("no idea")
@@ -255,7 +257,7 @@ def test_a_mask_or_a_drafter_that_fails_harms_nobody_else(model):
     assert tokens(found["free"]) == plain_greedy(model, [5, 6], COUNT)
 
 
-def test_rules_that_leave_no_token_end_their_request_alone(model):
+def test_rules_that_leave_no_token_end_only_their_request(model):
     params = SamplingParams(
         max_tokens=COUNT, allowed_token_ids=frozenset({7}), bad_words=((7, 7),), ignore_eos=True
     )
@@ -267,7 +269,7 @@ def test_rules_that_leave_no_token_end_their_request_alone(model):
     assert tokens(found["free"]) == plain_greedy(model, [5, 6], COUNT)
 
 
-def test_a_mask_that_fails_while_guesses_are_tried_is_left_as_it_was(model):
+def test_a_mask_that_fails_on_drafts_is_rolled_back(model):
     class Breaking(Multiples):
         def fill(self, bitmask):
             assert len(self.accepted) < 2
@@ -279,7 +281,7 @@ def test_a_mask_that_fails_while_guesses_are_tried_is_left_as_it_was(model):
     assert mask.accepted == []
 
 
-def test_an_end_among_accepted_drafts_may_cross_a_block(model):
+def test_accepted_drafts_with_an_end_may_cross_a_block(model):
     answer = plain_greedy(model, [5, 6], COUNT)
     stop = next(token for at, token in enumerate(answer) if at > 0 and token not in answer[:at])
     fast = engine(model, drafter=Oracle([([5, 6], answer)]), num_drafts=10, block_size=4)
@@ -288,14 +290,14 @@ def test_an_end_among_accepted_drafts_may_cross_a_block(model):
     assert tokens(step_all(fast)["a"]) == answer[: answer.index(stop) + 1]
 
 
-def test_drafts_are_cut_where_a_mask_forbids_them_or_ends():
+def test_drafts_are_cut_at_the_first_token_that_a_mask_forbids():
     mask = Multiples(end=3)
     assert allowed_drafts(mask, [3, 4, 9], VOCAB_SIZE) == [3, 4]
     assert allowed_drafts(mask, [3, 5], VOCAB_SIZE) == [3]
     assert mask.accepted == []
 
 
-def test_prompts_are_scored_like_the_full_softmax_whatever_the_chunks(model):
+def test_prompt_scores_equal_the_full_softmax_for_any_chunks(model):
     ids = prompts(40)[7] * 2
     exact = plain_logits(model, ids).double().log_softmax(-1)
     for budget in (512, 7):
@@ -313,7 +315,7 @@ def test_prompts_are_scored_like_the_full_softmax_whatever_the_chunks(model):
                 assert [value for _, value in entry.top] == pytest.approx(best, abs=1e-4)
 
 
-def test_prompts_are_scored_once_though_preempted(model):
+def test_preempted_prompts_are_scored_once(model):
     given = prompts(12)
     crowded = engine(model, kv_tokens=96, block_size=4, max_model_len=64)
     params = SamplingParams(max_tokens=COUNT, temperature=0, ignore_eos=True, prompt_logprobs=0)
@@ -329,7 +331,7 @@ def test_prompts_are_scored_once_though_preempted(model):
         assert [entry.logprob for entry in scored] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_name_that_is_used_again_has_rules_of_its_own(model):
+def test_a_reused_request_name_gets_new_rules(model):
     reused = engine(model)
     for forced in (7, 8):
         params = SamplingParams(max_tokens=3, temperature=0, logit_bias=((forced, 100.0),))

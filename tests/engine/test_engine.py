@@ -1,4 +1,4 @@
-"""The engine gives every request the tokens of a plain forward loop, whatever its company."""
+"""The engine gives every request the tokens of a plain loop, independent of its batch."""
 
 import random
 
@@ -73,11 +73,11 @@ def test_blocks_of_four(model, expected):
     check(model, expected, arrivals=20, block_size=4)
 
 
-def test_a_pool_that_is_full_most_of_the_time(model, expected):
+def test_a_pool_that_is_nearly_always_full(model, expected):
     check(model, expected, kv_tokens=128, block_size=4, max_model_len=64)
 
 
-def test_a_neighbour_aborted(model, expected):
+def test_aborting_another_request(model, expected):
     busy = engine(model)
     busy.add(greedy("neighbour", [1, 2, 3], 50))
     busy.add(greedy("0", prompts(1)[0], 12))
@@ -96,24 +96,24 @@ OTHER_KINDS = [(kind, "dense", kind) for kind in MEMORY_KINDS] + [("moe", "memor
 
 @pytest.mark.parametrize("share_values", [True, False])
 @pytest.mark.parametrize("kinds", OTHER_KINDS)
-def test_other_feed_forwards_too(kinds, share_values):
+def test_other_feed_forwards(kinds, share_values):
     changes = feed_forward_changes(*kinds, share_values=share_values)
     model = random_model(tiny_config(**changes))
     expected = {str(i): plain_greedy(model, prompt, 12) for i, prompt in enumerate(prompts(16))}
     check(model, expected, arrivals=20, max_batched_tokens=11, max_num_seqs=11)
 
 
-def test_the_same_seed_gives_the_same_tokens_alone_and_in_company(model):
+def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(model):
     params = SamplingParams(max_tokens=12, temperature=1.0, seed=11, ignore_eos=True)
     request = Request("seeded", (1, 2, 3), params)
     alone = run(engine(model), {0: [request]})["seeded"]
-    company = [greedy(str(i), prompt, 12) for i, prompt in enumerate(prompts(5))]
-    assert run(engine(model), {0: company, 3: [request]})["seeded"] == alone
+    others = [greedy(str(i), prompt, 12) for i, prompt in enumerate(prompts(5))]
+    assert run(engine(model), {0: others, 3: [request]})["seeded"] == alone
     unseeded = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True)
     assert run(engine(model), {0: [Request("x", (1, 2, 3), unseeded)]})["x"] != alone
 
 
-def test_a_request_that_fails_is_answered_and_harms_nobody(model, expected, monkeypatch):
+def test_a_failing_request_is_answered_and_does_not_affect_others(model, expected, monkeypatch):
     broken = engine(model)
     run_batch = broken._executor.run
 
@@ -143,14 +143,14 @@ def test_a_request_that_fails_is_answered_and_harms_nobody(model, expected, monk
         ([1], {"stop_token_ids": frozenset({260})}, "stop_token_ids"),
     ],
 )
-def test_what_cannot_run_is_refused_by_name(model, prompt, sampling, param):
+def test_impossible_requests_are_refused_by_name(model, prompt, sampling, param):
     refusing = engine(model)
     with pytest.raises(RequestError) as caught:
         refusing.add(Request("x", tuple(prompt), SamplingParams(**sampling)))
     assert caught.value.param == param and not refusing.has_work
 
 
-def test_the_model_length_is_bounded_by_memory_and_never_silently(model):
+def test_a_model_length_beyond_memory_is_refused(model):
     assert engine(model, kv_tokens=64).limits.max_model_len == 64
     for asked in (65, 513):
         with pytest.raises(ConfigError, match="^max_model_len: "):
@@ -174,11 +174,11 @@ def test_a_setting_out_of_range_is_named(changes, field):
 
 
 @pytest.mark.parametrize("debug_checks", [False, True])
-def test_an_idle_engine_counts_its_blocks_and_checks_each_where_it_is_asked_to(model, debug_checks):
+def test_an_idle_engine_counts_its_blocks_and_debug_checks_inspect_each(model, debug_checks):
     idle = engine(model, debug_checks=debug_checks)
     run(idle, {0: [greedy("a", list(range(40)), 4)]})
     idle.check_idle()
-    # a hash that leads to a wrong block is seen only by looking at every block
+    # only the check of every block finds a hash of a wrong block
     idle._pool._published[b"wrong"] = 0
     if debug_checks:
         with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""The engine's process: its loop in a thread, and the handle on a real one."""
+"""The engine process: its loop in a thread, and the handle of a real process."""
 
 import multiprocessing
 import threading
@@ -23,7 +23,7 @@ LIMITS = RequestLimits(vocab_size=10, max_model_len=20)
 
 
 class CountingEngine:
-    """A mock: every request gets its prompt's ids back, one a step."""
+    """A fake engine: it returns each prompt's ids, one per step."""
 
     limits = LIMITS
 
@@ -60,7 +60,7 @@ class CountingEngine:
 
 
 def output(receive):
-    """The next output, signs of life left out."""
+    """The next message that is no heartbeat."""
     while isinstance(message := receive(), Heartbeat):
         pass
     return message
@@ -89,7 +89,7 @@ def test_requests_are_answered_in_steps(connection):
     assert second.outputs == (TokenOutput("a", (2,), "length"),)
 
 
-def test_a_refused_request_is_answered_and_harms_nobody(connection):
+def test_a_refused_request_is_answered_and_does_not_affect_others(connection):
     connection.send([request("bad"), request("good", 1)])
     assert output(connection.recv).outputs == (
         TokenOutput("bad", finish_reason="error", error="prompt: is empty"),
@@ -97,7 +97,7 @@ def test_a_refused_request_is_answered_and_harms_nobody(connection):
     assert output(connection.recv).outputs == (TokenOutput("good", (1,), "length"),)
 
 
-def test_an_abort_that_leaves_nothing_to_do_still_tells_the_gauges(connection):
+def test_an_abort_of_the_last_request_still_sends_statistics(connection):
     connection.send([request("a", 1, 2), Abort("a")])
     assert output(connection.recv) == StepOutput((), EngineStatistics())
 
@@ -124,14 +124,14 @@ def test_a_process_answers_until_it_is_stopped():
     assert multiprocessing.active_children() == []
 
 
-def test_an_idle_process_gives_signs_of_life():
+def test_an_idle_process_sends_heartbeats():
     process = EngineProcess(ENTRY, "run")
     process.start()
     assert process.receive() == Heartbeat(0.0)
     process.stop()
 
 
-def test_a_process_that_refuses_says_why():
+def test_a_refused_start_gives_the_reason():
     with pytest.raises(EngineStartError, match="no such model"):
         EngineProcess(ENTRY, "refuse").start()
 
@@ -141,7 +141,7 @@ def test_a_process_that_dies_while_loading_is_an_error():
         EngineProcess(ENTRY, "die").start()
 
 
-def test_a_killed_process_is_the_end_of_its_output():
+def test_output_of_a_killed_process_ends_with_eof():
     process = EngineProcess(ENTRY, "run")
     process.start()
     multiprocessing.active_children()[0].kill()

@@ -1,4 +1,4 @@
-"""What tells a slow step from one that hangs."""
+"""Stall detection: a slow step is not reported as a hang."""
 
 from types import SimpleNamespace
 
@@ -19,13 +19,13 @@ from tests.models import eager, engine_of, greedy, random_model, tiny_config
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that moves when the test says so."""
+    """A fake clock that tests advance."""
     clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(progress, "time", clock)
     return clock
 
 
-def test_a_mark_begins_anew_and_rest_is_no_stall(monkeypatch):
+def test_a_mark_restarts_the_stall_time_and_an_idle_engine_does_not_stall(monkeypatch):
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     seen = Progress()
@@ -47,18 +47,18 @@ def test_a_mark_begins_anew_and_rest_is_no_stall(monkeypatch):
     assert seen.stalled_s == 0
 
 
-def test_a_step_gets_on_by_its_layers_its_logits_and_its_tokens(monkeypatch):
-    at = engine_of(
+def test_a_step_marks_its_layers_its_logits_and_its_tokens(monkeypatch):
+    engine = engine_of(
         random_model(tiny_config(num_layers=3)), EngineConfig(kv_cache_gib=0.001), make=eager
     )
-    at.add(greedy("a", [1, 2, 3], 2))
+    engine.add(greedy("a", [1, 2, 3], 2))
     marks = []
-    monkeypatch.setattr(at.progress, "mark", lambda: marks.append(1))
-    at.warm_up()
+    monkeypatch.setattr(engine.progress, "mark", lambda: marks.append(1))
+    engine.warm_up()
     assert len(marks) == 3 + 2
 
 
-def test_work_that_another_thread_counts_is_progress_and_no_work_is_none(clock):
+def test_counted_work_of_another_thread_is_progress(clock):
     done, seen = [0], Progress()
     seen.watch(lambda: done[0])
     seen.mark()
@@ -68,7 +68,7 @@ def test_work_that_another_thread_counts_is_progress_and_no_work_is_none(clock):
         assert seen.stalled_s == 0
     clock.now += 3
     assert seen.stalled_s == 3
-    # the counter may stand still in an idle engine, and a mark may be younger than it
+    # the counter does not move in an idle engine; a later mark restarts the stall time
     seen.rest()
     assert seen.stalled_s == 0
     clock.now += 50
@@ -77,7 +77,7 @@ def test_work_that_another_thread_counts_is_progress_and_no_work_is_none(clock):
     assert seen.stalled_s == 1
 
 
-def test_a_pause_of_the_process_never_makes_an_idle_engine_a_busy_one(clock):
+def test_a_pause_of_the_process_is_no_stall_of_an_idle_engine(clock):
     seen = Progress()
     seen.watch(lambda: clock.now)
     seen.skip()
@@ -87,13 +87,13 @@ def test_a_pause_of_the_process_never_makes_an_idle_engine_a_busy_one(clock):
     assert seen.stalled_s == 0
 
 
-def test_a_piece_of_work_may_take_as_long_as_the_measured_speed_says(clock):
+def test_large_work_may_take_as_long_as_the_measured_speed_predicts(clock):
     seen = Progress()
     with seen.working(work=10.0, largest=10.0):
         seen.mark()
         clock.now += 2
-        assert seen.stalled_s == 2  # no speed is known yet
-    # 5 a second; what fails says nothing of it, and slower steps do not either
+        assert seen.stalled_s == 2  # no speed has been measured yet
+    # measured: 5 per second; failed and slower steps do not change it
     with pytest.raises(ArithmeticError), seen.working(work=1e9, largest=1.0):
         raise ArithmeticError
     with seen.working(work=1.0, largest=1.0):
@@ -110,56 +110,56 @@ def test_a_piece_of_work_may_take_as_long_as_the_measured_speed_says(clock):
 
 
 def step_flops(config, num_tokens):
-    """Those of a prompt that is run in one step."""
-    at = torch.arange(num_tokens)
-    layout = TokenLayout(at, (0, num_tokens), PagedKv(at, at[None], (num_tokens,)))
+    """Operations of a prompt that runs in one step."""
+    ids = torch.arange(num_tokens)
+    layout = TokenLayout(ids, (0, num_tokens), PagedKv(ids, ids[None], (num_tokens,)))
     return StepFlops(config).of(layout, 1)
 
 
 @pytest.mark.parametrize("num_tokens", [100, 200])
-def test_a_step_of_plain_torch_gets_the_time_that_its_tokens_take(monkeypatch, clock, num_tokens):
+def test_a_plain_torch_step_gets_time_in_proportion_to_its_tokens(monkeypatch, clock, num_tokens):
     config = tiny_config(num_layers=3)
-    at = engine_of(random_model(config), EngineConfig(kv_cache_gib=0.001), make=eager)
+    engine = engine_of(random_model(config), EngineConfig(kv_cache_gib=0.001), make=eager)
 
     def one_second(batch):
         clock.now += 1
         return torch.zeros(1, config.vocab_size)
 
-    monkeypatch.setattr(at._executor, "logits", one_second)
-    at.warm_up()
+    monkeypatch.setattr(engine._executor, "logits", one_second)
+    engine.warm_up()
     one, _ = step_flops(config, 1)
     _, largest = step_flops(config, num_tokens)
     allowed_s = progress._PATIENCE * largest / one
-    assert allowed_s > num_tokens  # far more than four seconds
+    assert allowed_s > num_tokens  # far more than the timeout of 4 s
 
     def hangs(batch):
-        at.progress.mark()
-        assert at.progress.stalled_s == 0  # and what kernels did earlier is seen
+        engine.progress.mark()
+        assert engine.progress.stalled_s == 0  # reading it also takes note of earlier kernel work
         clock.now += allowed_s - 1
-        assert at.progress.stalled_s == 0
+        assert engine.progress.stalled_s == 0
         clock.now += 11
-        assert at.progress.stalled_s == pytest.approx(10)
+        assert engine.progress.stalled_s == pytest.approx(10)
         raise ArithmeticError
 
-    monkeypatch.setattr(at._executor, "logits", hangs)
-    at.add(greedy("a", [1] * num_tokens, 2))
-    (output,) = at.step().outputs
+    monkeypatch.setattr(engine._executor, "logits", hangs)
+    engine.add(greedy("a", [1] * num_tokens, 2))
+    (output,) = engine.step().outputs
     assert output.error == "ArithmeticError in the engine"
 
 
 @pytest.mark.skipif(CPU_LIBRARY.best_build is None, reason="built without a compiler")
-def test_a_native_step_gets_no_extra_time_since_its_kernels_count(monkeypatch, clock):
-    at = engine_of(random_model(tiny_config(num_layers=3)), EngineConfig(kv_cache_gib=0.001))
-    at.add(greedy("a", [1] * 100, 2))
-    at.progress.mark()
-    assert at.progress.stalled_s == 0
-    monkeypatch.setattr(at.progress, "mark", lambda: None)
+def test_a_native_step_gets_no_extra_time_because_its_kernels_report_progress(monkeypatch, clock):
+    engine = engine_of(random_model(tiny_config(num_layers=3)), EngineConfig(kv_cache_gib=0.001))
+    engine.add(greedy("a", [1] * 100, 2))
+    engine.progress.mark()
+    assert engine.progress.stalled_s == 0
+    monkeypatch.setattr(engine.progress, "mark", lambda: None)
     clock.now += 1000
-    at.step()
-    # seen now, for the kernels counted
-    assert at.progress.stalled_s == 0
+    engine.step()
+    # the kernels have counted work
+    assert engine.progress.stalled_s == 0
     clock.now += 10
-    assert at.progress.stalled_s == 10
+    assert engine.progress.stalled_s == 10
 
 
 def test_a_hang_is_noticed_within_five_seconds():

@@ -1,4 +1,4 @@
-"""Streams whose work waits until a test lets it run, in any order that their events allow."""
+"""Fake CUDA streams: tests run their queued work in any order that the events allow."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from memory_ops.tables.streams import StreamPair
 
-# the place of streams that got another's memory
-HEIR = -1
+# the place of streams that write to memory after another stream released it
+REUSER = -1
 Tasks = deque["FakeEvent | Callable[[], None]"]
 Choice = Callable[[list["FakeStream"]], "FakeStream"]
 
 
 class FakeEvent:
-    """Over when its stream comes to it."""
+    """An event that is over once its stream has reached it."""
 
     def __init__(self) -> None:
         self.is_over = False
@@ -24,7 +24,7 @@ class FakeEvent:
 
 
 class FakeDevice:
-    """Streams, and the order in which they get on.
+    """A set of streams and the order in which they run.
 
     Attributes:
         side: the side stream..
@@ -46,31 +46,31 @@ class FakeDevice:
         return StreamPair(lambda: self.caller, self.side)
 
     def another_caller(self) -> "FakeStream":
-        others = [stream for stream in self.streams if stream.place != HEIR]
+        others = [stream for stream in self.streams if stream.place != REUSER]
         stream = FakeStream(self, len(others))
         self.streams.append(stream)
         return stream
 
-    def is_heeded(self) -> bool:
+    def should_wait(self) -> bool:
         self.waits += 1
         return self.waits - 1 != self._ignored
 
     def keep(self, tensor: Tensor, stream: "FakeStream") -> None:
         self.kept.append(tensor)
-        if self.is_heeded():
+        if self.should_wait():
             self._keepers.append((tensor, stream))
 
     def reuse(self, tensor: Tensor, write: Callable[[], None]) -> None:
-        """The caller's stream has no use for a tensor any more: its memory's next owner writes.
+        """Release a tensor of the caller's stream: the next owner of its memory runs ``write``.
 
-        That is anybody who comes after what the caller's stream was given until now, and after
-        those that keep the tensor: a stream of its own, on which the caller's does not wait.
+        ``write`` runs on a new stream, after the caller's work so far and after the streams that
+        keep the tensor. The caller's stream does not wait for it.
         """
-        heir = FakeStream(self, HEIR)
+        reuser = FakeStream(self, REUSER)
         keepers = [stream for kept, stream in self._keepers if kept is tensor]
-        heir.tasks.extend(stream.record() for stream in (self.caller, *keepers))
-        heir.run(write)
-        self.streams.append(heir)
+        reuser.tasks.extend(stream.record() for stream in (self.caller, *keepers))
+        reuser.run(write)
+        self.streams.append(reuser)
 
     def capture(self, give: Callable[[], None]) -> list[Tasks]:
         """A graph: what ``give`` gives to the caller's stream, then to the one beside it."""
@@ -85,23 +85,23 @@ class FakeDevice:
         return graph
 
     def replay(self, graph: list[Tasks], branch_place: int) -> None:
-        """Give the caller's stream a graph: its branch follows that stream, and no other."""
-        own, beside = _anew(graph)
+        """Queue a graph on the caller's stream; its branch waits for that stream only."""
+        own, side = _with_new_events(graph)
         branch = FakeStream(self, branch_place)
-        branch.tasks.extend((self.caller.record(), *beside))
+        branch.tasks.extend((self.caller.record(), *side))
         self.caller.tasks.extend((*own, branch.record()))
         self.streams.append(branch)
 
     def run(self, choose: Choice) -> None:
-        """Get through all work, step by step, on the stream that is chosen among those that can."""
+        """Run all work step by step; ``choose`` picks the next of the ready streams."""
         while any(stream.tasks for stream in self.streams):
-            able = [stream for stream in self.streams if stream.is_able()]
-            assert able, "streams wait for each other"
-            choose(able).step()
+            ready = [stream for stream in self.streams if stream.is_ready()]
+            assert ready, "streams wait for each other"
+            choose(ready).step()
 
 
 class HostCaller:
-    """A caller whose own work is done at once, as a CPU does it: waiting is getting on."""
+    """A synchronous caller, like a CPU: it runs its work at once; waiting runs the device."""
 
     def __init__(self, device: FakeDevice, choose: Choice) -> None:
         self._device, self._choose = device, choose
@@ -122,7 +122,7 @@ class HostCaller:
 
 
 class FakeStream:
-    """Work in the order in which it was given, on the ``place``-th stream of a device."""
+    """The ``place``-th stream of a device: a queue of work in first-in, first-out order."""
 
     def __init__(self, device: FakeDevice, place: int) -> None:
         self.place = place
@@ -135,7 +135,7 @@ class FakeStream:
         return event
 
     def wait(self, event: FakeEvent) -> None:
-        if self._device.is_heeded():
+        if self._device.should_wait():
             self.tasks.append(event)
 
     def run(self, work: Callable[[], None]) -> None:
@@ -144,7 +144,7 @@ class FakeStream:
     def keep(self, tensor: Tensor) -> None:
         self._device.keep(tensor, self)
 
-    def is_able(self) -> bool:
+    def is_ready(self) -> bool:
         if not self.tasks:
             return False
         task = self.tasks[0]
@@ -156,14 +156,14 @@ class FakeStream:
             task()
 
 
-def _anew(graph: list[Tasks]) -> list[Tasks]:
-    """The same tasks with events of their own, which no replay before has ended."""
+def _with_new_events(graph: list[Tasks]) -> list[Tasks]:
+    """The same tasks with new events, so that no earlier replay has ended them."""
     events: dict[FakeEvent, FakeEvent] = {}
 
-    def anew(task: FakeEvent | Callable[[], None]) -> FakeEvent | Callable[[], None]:
+    def renewed(task: FakeEvent | Callable[[], None]) -> FakeEvent | Callable[[], None]:
         if isinstance(task, FakeEvent):
             return events.setdefault(task, FakeEvent())
         event = getattr(task, "__self__", None)
         return events.setdefault(event, FakeEvent()).end if isinstance(event, FakeEvent) else task
 
-    return [deque(anew(task) for task in tasks) for tasks in graph]
+    return [deque(renewed(task) for task in tasks) for tasks in graph]

@@ -1,4 +1,4 @@
-"""The row cache in plain Python: what stands in which way, one row after another."""
+"""A plain Python model of the row cache: which row is in which way."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ MOST_USES = 3
 
 @dataclass(frozen=True, order=True)
 class Way:
-    """Who gives way first: the least used, then the longest unwanted, then the unhinted."""
+    """One way; ways sort by eviction order: fewest uses, oldest last use, not hinted."""
 
     uses: int = 0
     last: int = 0
@@ -17,12 +17,12 @@ class Way:
 
 
 class CacheModel:
-    """Sets of ways, and the counts of all that was asked for.
+    """Sets of ways with the counters of lookups and hints.
 
     Attributes:
-        ways: by set.
-        counts: of lookups, rows requested, distinct ones, misses, rows fetched for hints, and those
-            of them that a lookup wanted.
+        ways: the ways of each set.
+        counts: lookups, requested rows, distinct rows, misses, rows fetched for hints, and hinted
+            rows that a lookup used.
     """
 
     def __init__(self, num_sets: int, num_ways: int) -> None:
@@ -33,7 +33,7 @@ class CacheModel:
         return (row * FACTOR % MODULUS >> 32) * len(self.ways) >> 31
 
     def look_up(self, rows: list[int]) -> dict[int, bool]:
-        """Whether each distinct row was missing."""
+        """By distinct row, whether it was a miss."""
         self.counts[0] += 1
         self.counts[1] += len(rows)
         return self._ask(rows, is_hint=False)
@@ -42,7 +42,7 @@ class CacheModel:
         self._ask(rows, is_hint=True)
 
     def place(self, row: int) -> int | None:
-        """The number of the way in which a row stands, all sets' ways counted."""
+        """Index of a row's way among the ways of all sets; None if the row is not cached."""
         of_set = self.set_of(row)
         rows = [way.row for way in self.ways[of_set]]
         return of_set * len(rows) + rows.index(row) if row in rows else None
@@ -51,7 +51,7 @@ class CacheModel:
         missing: dict[int, bool] = {}
         for of_set in range(len(self.ways)):
             asked = [row for row in set(rows) if self.set_of(row) == of_set]
-            # the order in which missing rows are given ways
+            # missing rows get ways in this order
             asked.sort(key=lambda row: row * FACTOR % MODULUS)
             if asked:
                 missing |= self._ask_set(self.ways[of_set], asked, is_hint)
@@ -60,8 +60,8 @@ class CacheModel:
     def _ask_set(self, ways: list[Way], asked: list[int], is_hint: bool) -> dict[int, bool]:
         now = max(way.last for way in ways) + 1
         wanted = [i for i, way in enumerate(ways) if way.row in asked]
-        there = {ways[i].row for i in wanted}
-        missing = [row for row in asked if row not in there]
+        present = {ways[i].row for i in wanted}
+        missing = [row for row in asked if row not in present]
         others = [i for i in range(len(ways)) if i not in wanted]
         if is_hint:
             others = [i for i in others if not ways[i].uses]

@@ -1,4 +1,4 @@
-"""The weighted row sum by every build of the native library, from tables of every kind."""
+"""The weighted row sum in every native build, for tables of every kind."""
 
 import ctypes
 import mmap
@@ -12,7 +12,7 @@ from memory_ops import reference
 from memory_ops.native.backend import NativeBackend
 from memory_ops.row_formats import RowRecords
 from tests.memory_ops.builds import each_build
-from tests.memory_ops.tables import (
+from tests.memory_ops.table_kinds import (
     KINDS,
     PLAIN,
     check_close,
@@ -22,14 +22,14 @@ from tests.memory_ops.tables import (
     vast_table,
 )
 
-# about the widths of vectors, tiles, int4 blocks and thread shares
+# widths around those of vectors, tiles, int4 blocks and thread shares
 WIDTHS = st.one_of(
     st.integers(1, 40), st.sampled_from([64, 96, 127, 128, 129, 200, 576, 1000, 1100])
 )
 
 
 def lookups(num_tokens, num_heads, top_k, rows, dtype=torch.float32):
-    """Rows, some of them repeated, and weights."""
+    """(row ids, some repeated; weights)."""
     rows_THK = torch.randint(0, rows, (num_tokens, num_heads, top_k))
     if top_k > 1:
         rows_THK[..., 1] = rows_THK[..., 0]
@@ -37,7 +37,7 @@ def lookups(num_tokens, num_heads, top_k, rows, dtype=torch.float32):
 
 
 def check(build, table, rows_THK, weights_THK):
-    """The sums are the exact ones, as far as fp32 goes."""
+    """Assert that the sums equal the exact ones within fp32 tolerance."""
     out_TV = NativeBackend(build).gather_rows(table, rows_THK, weights_THK)
     exact_TV = reference.gather_rows(exact_values(table), rows_THK, weights_THK.double())
     check_close(out_TV, exact_TV, rows_THK[:1].numel() or 1)
@@ -67,7 +67,7 @@ def test_a_paper_sized_lookup(build, kind):
 
 @each_build
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_row_and_no_row(build, kind):
+def test_one_row_and_no_rows(build, kind):
     table = table_of(kind, torch.randn(1, 99))
     check(build, table, *lookups(3, 1, 1, 1))
     out = NativeBackend(build).gather_rows(
@@ -89,7 +89,7 @@ def test_rows_past_2_to_the_31_elements(build, kind):
 @each_build
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_largest_values_of_a_kind(build, kind):
-    # the ends of each range, both zeros, and of plain kinds a subnormal number
+    # both ends of each range, both zeros, and a number that is subnormal in fp16
     values = torch.tensor([[6e4, -6e4, 0.0, -0.0, 1e-7, -1e-7, 1.0, -1.0] * 5, [0.0] * 40])
     check(build, table_of(kind, values), *lookups(2, 1, 2, 2))
 
@@ -97,7 +97,7 @@ def test_the_largest_values_of_a_kind(build, kind):
 @each_build
 @pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("width", [1, 5, 37, 130])
-def test_what_stands_between_rows_is_not_read(build, kind, width):
+def test_gaps_between_rows_are_not_read(build, kind, width):
     wide = torch.full((9, width + 11), torch.nan)
     wide[:, :width] = torch.randn(9, width)
     table = wide.to(PLAIN[kind])[:, :width]
@@ -107,8 +107,8 @@ def test_what_stands_between_rows_is_not_read(build, kind, width):
 @each_build
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [1, 17, 37, 130, 1000])
-def test_nothing_behind_the_table_is_read(build, kind, width):
-    # its last value ends a page, and the next page cannot be read: a read there ends this process
+def test_nothing_past_the_table_is_read(build, kind, width):
+    # the table ends at a page boundary; a read of the next page kills this process
     table = table_of(kind, torch.randn(3, width))
     part = table.records_RB if isinstance(table, RowRecords) else table
     memory, pages = mmap.mmap(-1, 8 * mmap.PAGESIZE), 7 * mmap.PAGESIZE
@@ -123,14 +123,14 @@ def test_nothing_behind_the_table_is_read(build, kind, width):
 
 
 @each_build
-def test_operands_that_are_apart_in_memory(build):
+def test_strided_operands(build):
     table = torch.randn(50, 24)[::2]
     rows, weights = lookups(6, 3, 8, 25)
     check(build, table, rows.transpose(1, 2), weights[:, :, ::1].transpose(1, 2))
     check(build, table, rows[::2], weights[::2])
     records = table_of("int8", torch.randn(50, 24))
-    apart = RowRecords(records.records_RB[::2], "int8", 24)
-    check(build, apart, rows, weights)
+    strided = RowRecords(records.records_RB[::2], "int8", 24)
+    check(build, strided, rows, weights)
 
 
 @each_build

@@ -1,4 +1,4 @@
-"""The public operations: refusals, gradients, and what torch asks of operators."""
+"""The public operations: refusals, gradients, and torch's operator checks."""
 
 import inspect
 
@@ -16,13 +16,13 @@ from memory_ops.operations import expert_lookup, gather_rows, product_topk, row_
 from memory_ops.row_formats import ROW_FORMATS, quantize_rows
 from tests.conftest import TOLERANCE
 from tests.engine.model.test_memory_layer import GOLDEN
-from tests.memory_ops.tables import KINDS, PLAIN, exact_values, table_of
+from tests.memory_ops.table_kinds import KINDS, PLAIN, exact_values, table_of
 
 OPERATIONS = ["product_topk", "gather_rows", "row_dots", "row_gradients", "expert_lookup"]
 
 
-def drawn(num_tokens=5, num_rows=11, width=7, dtype=torch.float64):
-    """Table, rows (some repeated), weights and a vector a token."""
+def random_operands(num_tokens=5, num_rows=11, width=7, dtype=torch.float64):
+    """(table, row ids with repeats, weights, one vector per token)."""
     rows = torch.randint(0, num_rows, (num_tokens, 2, 3))
     rows[..., 1] = rows[..., 0]
     return (
@@ -39,7 +39,7 @@ def test_the_reference_has_the_same_signature(name):
     assert inspect.signature(ours) == inspect.signature(plain)
 
 
-def test_rows_are_rounded_by_kernels_where_they_can_be():
+def test_kernels_quantize_the_rows_that_they_support():
     assert inspect.signature(operations.quantize_rows) == inspect.signature(quantize_rows)
     native = isinstance(backends._for_device_type("cpu"), NativeBackend)
     rows = torch.randn(4, 64)
@@ -54,7 +54,7 @@ def test_rows_are_rounded_by_kernels_where_they_can_be():
         assert isinstance(backends.for_rounding(values), NativeBackend) is by_kernel
 
 
-def test_kernels_write_to_the_host_whatever_torchs_default_device():
+def test_kernels_write_to_the_host_for_any_default_device():
     values = torch.randn(4, 64)
     wanted = quantize_rows(values, "int8").records_RB
     with torch.device("meta"):
@@ -62,7 +62,7 @@ def test_kernels_write_to_the_host_whatever_torchs_default_device():
 
 
 class Densified(torch.autograd.Function):
-    """Its input, whose sparse gradient is made dense: gradcheck compares no others."""
+    """Identity whose sparse gradient becomes dense, since gradcheck compares dense ones only."""
 
     @staticmethod
     def forward(ctx, table):
@@ -83,14 +83,14 @@ def test_topk_gradients():
     assert gradcheck(lambda scores: product_topk(scores, 4)[1], (scores,))
 
 
-def test_topk_gradients_of_a_head_without_any_score_are_zero():
+def test_topk_gradients_of_a_head_without_finite_scores_are_zero():
     scores = torch.full((1, 1, 2, 4), -torch.inf, requires_grad=True)
     product_topk(scores, 2)[1].square().sum().backward()
     assert torch.equal(scores.grad, torch.zeros_like(scores))
 
 
 def test_gather_gradients():
-    table, rows, weights, _ = drawn()
+    table, rows, weights, _ = random_operands()
     table.requires_grad_()
     weights.requires_grad_()
 
@@ -101,14 +101,14 @@ def test_gather_gradients():
 
 
 def test_dots_gradients():
-    table, rows, _, x = drawn()
+    table, rows, _, x = random_operands()
     table.requires_grad_()
     x.requires_grad_()
     assert gradcheck(lambda table, x: row_dots(densified(table), rows, x), (table, x))
 
 
 def test_expert_gradients():
-    down, rows, weights, x = drawn()
+    down, rows, weights, x = random_operands()
     up = torch.randn_like(down)
     inputs = [tensor.requires_grad_() for tensor in (down, up, weights, x)]
 
@@ -118,7 +118,7 @@ def test_expert_gradients():
     assert gradcheck(lookup, inputs)
 
 
-def test_a_whole_lookup_s_gradients():
+def test_gradients_of_a_whole_lookup():
     scores = torch.randn(2, 2, 2, 5, dtype=torch.float64, requires_grad=True)
     table = torch.randn(25, 3, dtype=torch.float64, requires_grad=True)
 
@@ -128,8 +128,8 @@ def test_a_whole_lookup_s_gradients():
     assert gradcheck(lookup, (scores, table))
 
 
-def test_the_table_s_gradient_has_each_row_read_and_no_other():
-    table, rows, weights, _ = drawn(num_rows=1000, dtype=torch.float32)
+def test_the_gradient_of_the_table_has_only_the_rows_read():
+    table, rows, weights, _ = random_operands(num_rows=1000, dtype=torch.float32)
     table.requires_grad_()
     (grad,) = torch.autograd.grad(gather_rows(table, rows, weights).sum(), table)
     assert grad.is_sparse and grad.is_coalesced()
@@ -137,8 +137,8 @@ def test_the_table_s_gradient_has_each_row_read_and_no_other():
 
 
 @given(kind=st.sampled_from(list(PLAIN)), width=st.sampled_from([1, 33, 128]))
-def test_gradients_of_narrower_kinds_are_the_exact_ones(kind, width):
-    plain, rows, weights, grad = drawn(33, 50, width, torch.float32)
+def test_gradients_of_narrow_dtypes_are_exact(kind, width):
+    plain, rows, weights, grad = random_operands(33, 50, width, torch.float32)
     table = plain.to(PLAIN[kind]).requires_grad_()
     weights.requires_grad_()
     gather_rows(table, rows, weights).backward(grad)
@@ -155,7 +155,7 @@ def test_gradients_of_narrower_kinds_are_the_exact_ones(kind, width):
 
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
 def test_gradients_flow_past_records_to_the_weights_and_vectors(row_format):
-    plain, rows, weights, x = drawn(9, 20, 40, torch.float32)
+    plain, rows, weights, x = random_operands(9, 20, 40, torch.float32)
     records = table_of(row_format, plain)
     weights.requires_grad_()
     x.requires_grad_()
@@ -167,7 +167,7 @@ def test_gradients_flow_past_records_to_the_weights_and_vectors(row_format):
         torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=1e-5, atol=1e-4)
 
 
-# Operators as torch knows them.
+# Registration with torch.
 
 CALLS = {
     "topk": (operations._product_topk, lambda t, r, w, x: (torch.randn(3, 2, 2, 9), 4)),
@@ -179,9 +179,9 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_operators_are_what_torch_asks_of_them(name, dtype):
+def test_operators_pass_opcheck(name, dtype):
     operator, arguments = CALLS[name]
-    given_arguments = arguments(*drawn(dtype=dtype))
+    given_arguments = arguments(*random_operands(dtype=dtype))
     if name != "gradients":
         for argument in given_arguments:
             if isinstance(argument, torch.Tensor) and argument.is_floating_point():
@@ -192,8 +192,8 @@ def test_operators_are_what_torch_asks_of_them(name, dtype):
 
 
 def test_gradients_by_weights_and_vectors_can_be_traced():
-    # opcheck adds up all outputs, and cannot where the first is row ids: topk's is traced below
-    table, rows, weights, x = drawn(dtype=torch.float32)
+    # opcheck sums all outputs, which fails for row ids; test_a_lookup_compiles covers topk
+    table, rows, weights, x = random_operands(dtype=torch.float32)
     for operator, arguments in (
         (operations._gather_rows, (table, "", 7, rows, weights.requires_grad_())),
         (operations._row_dots, (table, "", 7, rows, x.requires_grad_())),
@@ -220,7 +220,7 @@ def test_a_lookup_compiles_into_one_graph():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_without_values(kind):
-    # as torch.compile and meta devices ask for them
+    # as torch.compile and meta devices need them
     table = table_of(kind, torch.randn(9, 24))
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         rows, weights = torch.zeros(3, 2, 4, dtype=torch.int64), torch.zeros(3, 2, 4)
@@ -230,11 +230,11 @@ def test_shapes_without_values(kind):
         assert (chosen.dtype, chances.dtype) == (torch.int64, torch.float32)
 
 
-# What the operations compute and refuse, on whatever backend this machine has.
+# Results and refusals on the backend of this machine.
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
-def test_experts_equal_the_reference_layer_s(dtype, tolerance):
+def test_experts_equal_the_reference_layer(dtype, tolerance):
     golden = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in load_file(GOLDEN / "peer.safetensors").items()
@@ -250,8 +250,8 @@ def test_experts_equal_the_reference_layer_s(dtype, tolerance):
 
 
 @given(kind=st.sampled_from(KINDS), width=st.sampled_from([1, 33, 128]))
-def test_experts_are_the_reference_s(kind, width):
-    plain, rows, weights, x = drawn(9, 20, width, torch.float32)
+def test_experts_equal_the_reference(kind, width):
+    plain, rows, weights, x = random_operands(9, 20, width, torch.float32)
     down, up = table_of(kind, plain), table_of(kind, plain.flip(0))
     out = expert_lookup(down, up, rows, weights, x)
     exact = reference.expert_lookup(
@@ -261,7 +261,7 @@ def test_experts_are_the_reference_s(kind, width):
 
 
 def test_no_tokens_and_no_rows():
-    table, rows, weights, x = drawn(0, dtype=torch.float32)
+    table, rows, weights, x = random_operands(0, dtype=torch.float32)
     assert gather_rows(table, rows, weights).shape == (0, 7)
     assert row_dots(table, rows, x).shape == (0, 2, 3)
     assert [t.shape for t in row_gradients(rows, weights, x)] == [(0,), (0, 7)]
@@ -269,8 +269,8 @@ def test_no_tokens_and_no_rows():
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_what_does_not_fit_is_refused_by_name(grad):
-    table, rows, weights, x = drawn(dtype=torch.float32)
+def test_wrong_shapes_and_dtypes_are_refused_by_name(grad):
+    table, rows, weights, x = random_operands(dtype=torch.float32)
     weights.requires_grad_(grad)
     x.requires_grad_(grad)
     refused = [
@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_refused_by_name(grad):
 
 
 def test_operands_on_other_devices_are_refused():
-    table, rows, weights, x = drawn(dtype=torch.float32)
+    table, rows, weights, x = random_operands(dtype=torch.float32)
     for call in (
         lambda: gather_rows(table.to("meta"), rows, weights),
         lambda: gather_rows(table, rows.to("meta"), weights),
@@ -306,8 +306,8 @@ def test_operands_on_other_devices_are_refused():
             call()
 
 
-def test_numbers_of_other_kinds_are_refused_by_name():
-    table, rows, weights, x = drawn(dtype=torch.float32)
+def test_unsupported_dtypes_are_refused_by_name():
+    table, rows, weights, x = random_operands(dtype=torch.float32)
     refused = [
         ("weights", lambda: gather_rows(table, rows, weights.long())),
         ("weights", lambda: gather_rows(table, rows, weights + 1j)),
@@ -325,7 +325,7 @@ def test_numbers_of_other_kinds_are_refused_by_name():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_negative_row_is_never_counted_from_the_end(kind, wide):
-    # whichever backend the dtype of the weights leads to
+    # on any backend: the dtype of the weights selects it
     table = table_of(kind, torch.randn(9, 24))
     rows, weights = torch.tensor([[[0, -1]]]), torch.ones(1, 1, 2)
     weights = weights.double() if wide else weights
@@ -339,28 +339,28 @@ def test_a_negative_row_is_never_counted_from_the_end(kind, wide):
 
 
 def test_tracing_sees_the_operator():
-    table, rows, weights, _ = drawn(dtype=torch.float32)
+    table, rows, weights, _ = random_operands(dtype=torch.float32)
     graph = make_fx(lambda w: gather_rows(table, rows, w))(weights)
     assert "memplus.gather_rows" in graph.code
     torch.testing.assert_close(graph(weights * 2), gather_rows(table, rows, weights * 2))
 
 
 def test_real_tensors_under_a_fake_mode_are_not_handed_to_kernels():
-    table, rows, weights, _ = drawn(dtype=torch.float32)
+    table, rows, weights, _ = random_operands(dtype=torch.float32)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         assert isinstance(gather_rows(table, rows, weights), torch._subclasses.FakeTensor)
 
 
 def test_a_negated_view_keeps_its_sign():
-    table, rows, weights, _ = drawn(dtype=torch.float32)
+    table, rows, weights, _ = random_operands(dtype=torch.float32)
     negated = gather_rows(table, rows, torch._neg_view(weights))
     torch.testing.assert_close(negated, -gather_rows(table, rows, weights))
 
 
-# torch itself scripts its decompositions of forward gradients
+# torch scripts its decompositions of forward gradients
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-def test_a_tangent_is_refused_not_dropped():
-    table, rows, weights, _ = drawn(dtype=torch.float32)
+def test_a_forward_gradient_is_refused_not_dropped():
+    table, rows, weights, _ = random_operands(dtype=torch.float32)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(weights, torch.ones_like(weights))
         with pytest.raises(RuntimeError, match="forward-mode"):

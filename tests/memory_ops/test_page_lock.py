@@ -1,4 +1,4 @@
-"""Page-locking, by a CUDA runtime that only writes down what it is told."""
+"""Page-locking, with a fake CUDA runtime that records its calls."""
 
 from types import SimpleNamespace
 
@@ -12,11 +12,11 @@ GPU = torch.device("cuda", 0)
 
 
 class Runtime:
-    """What of CUDA's runtime locks pages.
+    """A fake of the CUDA runtime's page-locking functions.
 
     Attributes:
-        calls: what it was told.
-        last_error: of the last call that failed, until a kernel is launched and blamed for it.
+        calls: the recorded calls.
+        last_error: status of the last failed call; the next kernel launch reports and clears it.
     """
 
     def __init__(self, status: int = 0, unlock_status: int = 0) -> None:
@@ -50,7 +50,7 @@ def use(runtime: Runtime, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch, "ones", runtime.launch)
 
 
-def test_memory_is_locked_in_place_and_unlocked_once_nobody_reads_it(monkeypatch):
+def test_memory_is_locked_in_place_and_unlocked_once(monkeypatch):
     runtime = Runtime()
     use(runtime, monkeypatch)
     table = anonymous_zeros((33, 100), torch.bfloat16)
@@ -61,7 +61,7 @@ def test_memory_is_locked_in_place_and_unlocked_once_nobody_reads_it(monkeypatch
     assert runtime.calls[1:] == [("wait", GPU), ("unregister", table.data_ptr())]
 
 
-def test_a_lock_that_is_forgotten_is_opened(monkeypatch):
+def test_a_dropped_lock_unlocks_its_memory(monkeypatch):
     runtime = Runtime()
     use(runtime, monkeypatch)
     table = torch.zeros(4, 4)
@@ -75,7 +75,7 @@ def test_memory_that_cannot_be_locked_is_an_error(monkeypatch):
     with pytest.raises(PageLockError, match="cannot page-lock 64 bytes of host memory: error 2"):
         PageLock(torch.zeros(4, 4), GPU)
     assert [call[0] for call in runtime.calls] == ["register"]
-    # nobody's next kernel is blamed for it
+    # the next kernel does not report this error
     assert not runtime.last_error
 
 
@@ -88,7 +88,7 @@ def test_memory_that_cannot_be_unlocked_is_an_error(monkeypatch):
     assert not runtime.last_error
 
 
-def test_memory_is_unlocked_although_the_device_failed(monkeypatch):
+def test_memory_is_unlocked_after_a_device_failure(monkeypatch):
     runtime = Runtime()
     use(runtime, monkeypatch)
 
@@ -103,7 +103,7 @@ def test_memory_is_unlocked_although_the_device_failed(monkeypatch):
     assert runtime.calls[-1] == ("unregister", table.data_ptr())
 
 
-def test_nothing_is_locked_of_a_table_without_rows(monkeypatch):
+def test_a_table_without_rows_locks_nothing(monkeypatch):
     runtime = Runtime()
     use(runtime, monkeypatch)
     PageLock(torch.zeros(0, 4), GPU).close()

@@ -1,4 +1,4 @@
-"""Product-key top-K by every build of the native library: the reference's rows, in its order."""
+"""Product-key top-K in every native build: rows and order equal the reference."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def few_finite(shape, generator):
 
 
 def few_distinct(shape, generator):
-    # both zeros and subnormal numbers among them
+    # with both zeros and subnormal numbers
     values = torch.tensor([3e38, 1.0, 1e-42, 0.0, -0.0, -1e-42, -1.0, -INF])
     return values[torch.randint(0, len(values), shape, generator=generator)]
 
@@ -37,18 +37,18 @@ def constant(shape, generator):
 
 
 def ascending(shape, generator):
-    # the best are the last, in every lane of a vector
+    # the best scores come last in every vector lane
     return torch.arange(shape[-1]).float().expand(shape)
 
 
 def check(build: str, scores: torch.Tensor, top_k: int) -> None:
-    """Rows, order included, are the reference's; so are the weights, as far as fp32 goes."""
+    """Assert rows and order equal to the reference, and weights within fp32 tolerance."""
     rows, weights = NativeBackend(build).product_topk(scores, top_k)
     wanted, _ = reference.product_topk(scores, top_k)
     assert torch.equal(rows, wanted)
     num_subkeys = scores.shape[3]
     halves = torch.stack((rows // num_subkeys, rows % num_subkeys), dim=2)
-    # each sum is an fp32 number, as in the choice itself; only the softmax is exact here
+    # sums are fp32, as in the kernel; only the softmax is in higher precision
     sums = scores.gather(3, halves).sum(dim=2).double()
     sums = sums.masked_fill(sums.isneginf().all(-1, keepdim=True), 0.0)
     torch.testing.assert_close(weights, sums.softmax(-1).float(), equal_nan=True)
@@ -63,7 +63,7 @@ def check(build: str, scores: torch.Tensor, top_k: int) -> None:
     part=st.floats(0, 1),
     seed=st.integers(0, 2**32),
 )
-def test_rows_and_weights_are_the_references(
+def test_rows_and_weights_equal_the_reference(
     build, kind, num_tokens, num_heads, num_subkeys, part, seed
 ):
     top_k = 1 + round(part * (min(num_subkeys, 128) - 1))
@@ -76,17 +76,17 @@ def test_rows_and_weights_are_the_references(
 @pytest.mark.parametrize(
     ("num_subkeys", "top_k"), [(65536, 1), (65536, 32), (65536, 128), (46341, 31), (128, 128)]
 )
-def test_large_and_full_choices(build, kind, num_subkeys, top_k):
+def test_large_top_k_and_top_k_of_all_subkeys(build, kind, num_subkeys, top_k):
     check(build, kind((2, 2, 2, num_subkeys), torch.Generator().manual_seed(1)), top_k)
 
 
 @each_build
-def test_many_tokens_are_shared_out(build):
+def test_many_tokens_over_several_threads(build):
     check(build, torch.randn(500, 4, 2, 37), 7)
 
 
 @each_build
-def test_scores_that_are_apart_in_memory(build):
+def test_strided_scores(build):
     wide = torch.randn(5, 3, 2, 80)
     check(build, wide[..., ::2], 9)
     check(build, wide.transpose(0, 1), 9)
@@ -99,13 +99,13 @@ def test_scores_that_are_apart_in_memory(build):
     share=st.sampled_from([0.02, 0.5, 1]),
     wrong=st.sampled_from([torch.nan, -torch.nan, INF]),
 )
-def test_not_a_number_never_gives_a_row_out_of_range(build, num_subkeys, top_k, share, wrong):
+def test_nan_never_gives_a_row_out_of_range(build, num_subkeys, top_k, share, wrong):
     top_k = min(top_k, num_subkeys)
     scores = torch.randn(4, 3, 2, num_subkeys)
     scores[torch.rand_like(scores) < share] = wrong
     rows, weights = NativeBackend(build).product_topk(scores, top_k)
     assert rows.min() >= 0 and rows.max() < num_subkeys**2
     assert all(len(set(head)) == top_k for token in rows.tolist() for head in token)
-    # it is seen, not hidden: only heads without it have weights
+    # NaN stays visible: heads with NaN have NaN weights
     has_wrong = (scores != scores.clamp(max=1e38)).flatten(2).any(-1)
     assert torch.equal(weights.isnan().any(-1), has_wrong)

@@ -1,4 +1,4 @@
-"""The readable operations against the plainest formulas."""
+"""The reference operations against direct formulas."""
 
 import itertools
 
@@ -22,7 +22,7 @@ SIZES = st.tuples(
 
 
 def all_scores(half_scores: torch.Tensor) -> torch.Tensor:
-    """Every row's score ``[T, H, N * N]``: what product keys avoid to compute."""
+    """Scores of all rows ``[T, H, N * N]``, which product keys avoid computing."""
     first, second = half_scores.unbind(2)
     return (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2)
 
@@ -43,21 +43,21 @@ def test_topk_finds_the_best_of_all_rows(sizes, top_k, seed):
 
 
 def test_equal_scores_go_to_the_smaller_ranks():
-    # whole numbers, so that sums tie exactly: 5 + 1 = 4 + 2 in ranks (0, 1) and (1, 0)
+    # whole numbers tie exactly: 5 + 1 = 4 + 2 in ranks (0, 1) and (1, 0)
     first, second = torch.tensor([4.0, 5.0, 4.0, 0.0]), torch.tensor([1.0, 2.0, 1.0, 2.0])
     rows, _ = product_topk(torch.stack([first, second])[None, None], 4)
     pairs = [(row // 4, row % 4) for row in rows[0, 0].tolist()]
     assert pairs == [(1, 1), (1, 3), (1, 0), (1, 2)]
 
 
-def test_a_head_without_any_score_reads_uniformly():
+def test_a_head_without_finite_scores_has_uniform_weights():
     scores = torch.full((1, 1, 2, 5), -torch.inf)
     rows, weights = product_topk(scores, 3)
     torch.testing.assert_close(weights, torch.full((1, 1, 3), 1 / 3))
     assert rows.min() >= 0 and rows.max() < 25
 
 
-def test_not_a_number_never_gives_a_row_out_of_range():
+def test_nan_never_gives_a_row_out_of_range():
     scores = torch.randn(4, 2, 2, 6)
     scores[torch.rand_like(scores) < 0.5] = torch.nan
     rows, _ = product_topk(scores, 6)
@@ -70,7 +70,7 @@ def test_topk_refuses_more_rows_than_subkeys(top_k):
         product_topk(torch.zeros(1, 1, 2, 4), top_k)
 
 
-def test_topk_refuses_another_shape():
+def test_topk_refuses_wrong_shapes():
     with pytest.raises(ValueError, match="half_scores"):
         product_topk(torch.zeros(1, 1, 3, 4), 2)
 
@@ -78,7 +78,7 @@ def test_topk_refuses_another_shape():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [0, 1, 63])
 @pytest.mark.parametrize("width", [1, 24, 96])
-def test_gather_sums_weighted_rows_in_wide_precision(dtype, num_tokens, width):
+def test_gather_accumulates_in_wide_precision(dtype, num_tokens, width):
     table = torch.randn(50, width).to(dtype)
     rows = torch.randint(0, 50, (num_tokens, 2, 5))
     rows[..., 1] = rows[..., 0]
@@ -95,7 +95,7 @@ def test_gather_sums_weighted_rows_in_wide_precision(dtype, num_tokens, width):
     torch.testing.assert_close(out, exact.to(wide), rtol=rtol, atol=atol * 10**0.5)
 
 
-def test_gather_refuses_what_does_not_fit():
+def test_gather_refuses_wrong_shapes():
     table, rows = torch.zeros(4, 3), torch.zeros(1, 2, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="rows and weights"):
         gather_rows(table, rows, torch.zeros(1, 2, 3))
@@ -114,7 +114,7 @@ def test_dots_are_inner_products_of_rows_and_vectors():
         torch.testing.assert_close(dots[token, head, place], exact)
 
 
-def test_row_gradients_add_up_what_each_reference_brings():
+def test_row_gradients_sum_over_all_references_to_a_row():
     grad, weights = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 2, 3)
     rows = torch.randint(0, 6, (5, 2, 3))
     dense = torch.zeros(6, 7, dtype=torch.float64)

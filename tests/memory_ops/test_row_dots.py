@@ -1,4 +1,4 @@
-"""Inner products of rows and vectors by every build of the native library."""
+"""Inner products of rows and vectors in every native build."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from memory_ops import reference
 from memory_ops.native.backend import NativeBackend
 from tests.memory_ops.builds import each_build
-from tests.memory_ops.tables import (
+from tests.memory_ops.table_kinds import (
     KINDS,
     PLAIN,
     check_close,
@@ -22,7 +22,7 @@ WIDTHS = st.one_of(st.integers(1, 40), st.sampled_from([64, 127, 128, 129, 576, 
 
 
 def check(build, table, rows_THK, x_TV):
-    """The products are the exact ones, as far as fp32 goes."""
+    """Assert that the products equal the exact ones within fp32 tolerance."""
     dots_THK = NativeBackend(build).row_dots(table, rows_THK, x_TV)
     check_close(
         dots_THK, reference.row_dots(exact_values(table), rows_THK, x_TV.double()), x_TV.shape[1]
@@ -47,7 +47,7 @@ def test_the_products_are_exact(build, kind, width, num_tokens, num_heads, top_k
 @each_build
 @pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("width", [1, 5, 37, 130])
-def test_what_stands_between_rows_is_not_read(build, kind, width):
+def test_gaps_between_rows_are_not_read(build, kind, width):
     wide = torch.full((9, width + 11), torch.nan)
     wide[:, :width] = torch.randn(9, width)
     table = wide.to(PLAIN[kind])[:, :width]
@@ -64,7 +64,7 @@ def test_rows_past_2_to_the_31_elements(build, kind):
 
 
 @each_build
-def test_operands_that_are_apart_in_memory(build):
+def test_strided_operands(build):
     table, x = torch.randn(50, 24)[::2], torch.randn(24, 6).t()
     rows = torch.randint(0, 25, (6, 8, 3)).transpose(1, 2)
     check(build, table, rows, x)

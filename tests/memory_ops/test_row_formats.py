@@ -1,4 +1,4 @@
-"""Row records: what they hold, where it stands, and how close it comes."""
+"""Row records: layout, rounding errors, and refusals."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from memory_ops.row_formats import ROW_FORMATS, RowRecords, dequantize_rows, row
 from tests.memory_ops.builds import each_build
 
 WIDTHS = st.sampled_from([1, 4, 31, 32, 33, 127, 128, 129, 576, 1000, 1024])
-# half a step, as a share of the largest value: of int8 of the row's, of int4 of its group's, whose
-# opposite is one step short; e4m3 has three bits of fraction
+# largest rounding error as a fraction of the largest value of the row (int8) or group (int4);
+# int4 has one step less on the positive side; e4m3 has three fraction bits
 HALF_STEPS = {"int8": 0.5 / 127, "int4": 1 / 8, "fp8": 1 / 16}
 
 
@@ -29,11 +29,11 @@ def test_values_come_back_within_half_a_step(row_format, width, num_rows, size):
     again = dequantize_rows(records)
     assert again.shape == values.shape and again.dtype == torch.float32
     largest = values.abs().amax(1, keepdim=True) if num_rows else values
-    # bf16 scales are off by a 256th at most
+    # bf16 scales have a relative error of at most 1/256
     allowed = largest * HALF_STEPS[row_format] * (1 + 1 / 128)
     assert ((again - values).abs() <= allowed).all()
     assert records.records_RB.shape == (num_rows, row_bytes(row_format, width))
-    # rounding what was rounded changes nothing
+    # rounding twice changes nothing
     torch.testing.assert_close(dequantize_rows(quantize_rows(again, row_format)), again)
 
 
@@ -69,7 +69,7 @@ def test_an_fp8_record_is_its_values_then_its_scale():
 
 
 def test_an_int4_record_is_planes_of_sixteen_then_a_scale_for_each_group():
-    # value p * 16 + d is known by both; a group's largest becomes -8, which sets its scale
+    # value p * 16 + d identifies plane and position; the largest of a group becomes -8
     values = torch.zeros(1, 256)
     values[0, 0::32] = -8.0
     values[0, 128:] *= 2
@@ -87,7 +87,7 @@ def test_rows_of_zeros_stay_zeros():
         assert torch.equal(dequantize_rows(records), torch.zeros(2, 33))
 
 
-def test_some_rows_are_read_alone():
+def test_selected_rows_are_dequantized():
     for row_format in ROW_FORMATS:
         records = quantize_rows(torch.randn(9, 200), row_format)
         rows = torch.tensor([3, 3, 8])
@@ -96,7 +96,7 @@ def test_some_rows_are_read_alone():
             dequantize_rows(records, torch.tensor([9]))
 
 
-def test_what_cannot_be_rounded_is_refused():
+def test_values_that_cannot_be_rounded_are_refused():
     values = torch.randn(4, 8)
     values[2, 3] = torch.inf
     for row_format in ROW_FORMATS:
@@ -125,24 +125,24 @@ def test_records_of_another_shape_are_refused():
     width=WIDTHS,
     num_rows=st.sampled_from([0, 1, 2, 7]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    # the smallest are subnormal, and so are the scales of rows
+    # the smallest sizes give subnormal values and subnormal scales
     size=st.sampled_from([1e-44, 1e-39, 1e-3, 1.0, 6e4, 1e38]),
     seed=st.integers(0, 2**32),
 )
-def test_native_records_are_torchs_bit_by_bit(
+def test_native_records_equal_torch_bit_for_bit(
     build, row_format, width, num_rows, dtype, size, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     values = (torch.randn(num_rows, width, generator=generator) * size).to(dtype)
-    # ties between groups' largest, halves of a step, zeros of both signs
+    # ties between the largest of a group, halves of a step, zeros of both signs
     values[:, ::3] = values[:, ::3].sign() * size
     values[:, 1::5] = torch.tensor(size / 2).to(dtype)
     values[:, 2::7] = -0.0
     values = values.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
-    # rows of a wider matrix lie apart
-    apart = torch.cat([values, torch.full_like(values, torch.nan)], dim=1)[:, :width]
-    found = NativeBackend(build).quantize_rows(apart, row_format)
-    assert torch.equal(found.records_RB, row_formats.quantize_rows(apart, row_format).records_RB)
+    # rows of a wider matrix have gaps between them
+    strided = torch.cat([values, torch.full_like(values, torch.nan)], dim=1)[:, :width]
+    found = NativeBackend(build).quantize_rows(strided, row_format)
+    assert torch.equal(found.records_RB, row_formats.quantize_rows(strided, row_format).records_RB)
 
 
 @each_build

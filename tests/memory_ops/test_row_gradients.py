@@ -1,4 +1,4 @@
-"""Gradients of the rows read, each row once, by every build of the native library."""
+"""Gradients per distinct row read, in every native build."""
 
 import pytest
 import torch
@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from memory_ops import reference
 from memory_ops.native.backend import NativeBackend
 from tests.memory_ops.builds import each_build
-from tests.memory_ops.tables import PLAIN, check_close
+from tests.memory_ops.table_kinds import PLAIN, check_close
 
 
 def check(build, rows_THK, weights_THK, grad_TV):
-    """Rows ascend without repeats; their gradients are the exact ones, as far as fp32 goes."""
+    """Assert distinct ascending row ids, and exact gradients within fp32 tolerance."""
     rows_U, sums_UV = NativeBackend(build).row_gradients(rows_THK, weights_THK, grad_TV)
     wanted_U, exact_UV = reference.row_gradients(rows_THK, weights_THK.double(), grad_TV.double())
     assert torch.equal(rows_U, wanted_U)
@@ -35,7 +35,7 @@ def test_the_gradients_are_exact(build, num_rows, width, num_tokens, num_heads, 
 
 
 @each_build
-def test_operands_that_are_apart_in_memory(build):
+def test_strided_operands(build):
     rows = torch.randint(0, 9, (6, 8, 3)).transpose(1, 2)
     weights = torch.randn(6, 8, 3).transpose(1, 2)
     check(build, rows, weights, torch.randn(24, 6).t())
@@ -52,7 +52,7 @@ def test_the_same_input_gives_the_same_bits(build):
 
 @each_build
 @pytest.mark.parametrize("wrong", [-1, 2**33])
-def test_a_row_that_no_table_has_is_refused(build, wrong):
+def test_a_row_id_that_no_table_has_is_refused(build, wrong):
     rows = torch.tensor([[[0, wrong]]])
     with pytest.raises(IndexError, match=f"rows: {wrong} is outside"):
         NativeBackend(build).row_gradients(rows, torch.ones(1, 1, 2), torch.ones(1, 4))

@@ -1,4 +1,4 @@
-"""Grouped reads and the Adam step of the rows read, by every build of the native library."""
+"""Grouped reads and the Adam step of the rows read, in every native build."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from memory_ops import operations, reference
 from memory_ops.native.backend import NativeBackend
 from memory_ops.sparse_adam import AdamMoments, AdamStep
 from tests.memory_ops.builds import each_build
-from tests.memory_ops.tables import PLAIN
+from tests.memory_ops.table_kinds import PLAIN
 
 STEP = AdamStep(scale=0.7, step_size=1e-2, beta1=0.9, beta2=0.99, eps=1e-8)
 SHAPES = {
@@ -40,7 +40,7 @@ def doubled(given):
 
 @each_build
 @given(**SHAPES)
-def test_reads_of_one_row_stand_together(build, **shape):
+def test_reads_of_one_row_are_grouped(build, **shape):
     rows, weights, _ = reads(**shape)
     found, wanted = (
         backend.group_rows(rows, weights) for backend in (NativeBackend(build), reference)
@@ -51,7 +51,7 @@ def test_reads_of_one_row_stand_together(build, **shape):
 
 @each_build
 @given(kind=st.sampled_from(list(PLAIN)), **SHAPES)
-def test_the_norm_is_that_of_the_rows_gradients(build, kind, **shape):
+def test_the_norm_equals_that_of_the_row_gradients(build, kind, **shape):
     rows, weights, grad = reads(**shape)
     grad = grad.to(PLAIN[kind])
     backend = NativeBackend(build)
@@ -62,7 +62,7 @@ def test_the_norm_is_that_of_the_rows_gradients(build, kind, **shape):
 
 @each_build
 @given(is_row_wise=st.booleans(), **SHAPES)
-def test_a_step_is_exact_and_leaves_other_rows_alone(build, is_row_wise, **shape):
+def test_a_step_is_exact_and_changes_only_the_rows_read(build, is_row_wise, **shape):
     rows, weights, grad = reads(**shape)
     groups = reference.group_rows(rows, weights)
     table = torch.randn(shape["num_rows"], shape["width"])
@@ -80,7 +80,7 @@ def test_a_step_is_exact_and_leaves_other_rows_alone(build, is_row_wise, **shape
     assert torch.equal(table[others], before[others])
 
 
-def test_many_steps_are_those_of_torchs_sparse_adam():
+def test_many_steps_equal_torchs_sparse_adam():
     lr, betas, eps = 1e-2, (0.9, 0.99), 1e-8
     ours = torch.randn(40, 24)
     state = AdamMoments(torch.zeros_like(ours), torch.zeros_like(ours))
@@ -113,7 +113,7 @@ def test_the_norm_does_not_depend_on_the_number_of_threads(build):
 
 
 @pytest.mark.parametrize("backend", [reference, operations], ids=["reference", "operations"])
-def test_what_does_not_fit_together_is_refused(backend):
+def test_mismatched_operands_are_refused(backend):
     rows, weights, grad = reads(9, 8, 4, 2, 3)
     rows[0, 0, 0] = 8
     groups = backend.group_rows(rows, weights)

@@ -1,4 +1,4 @@
-"""The Triton backend: interpreted and compiled in processes of their own, and on a GPU if any."""
+"""The Triton backend: interpreted and compiled in subprocesses, and run on a GPU if present."""
 
 import os
 import subprocess
@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from memory_ops import reference
-from tests.memory_ops.tables import KINDS, check_close, exact_values, table_of
+from tests.memory_ops.table_kinds import KINDS, check_close, exact_values, table_of
 
 FOLDER = Path(__file__).parent
 
 
 def run_folder(name: str, tmp_path: Path, *options: str, **environment: str) -> tuple[int, str]:
-    """Run tests of a folder beside this file on one processor; return exit status and output."""
+    """Run the tests of a subfolder with one thread; return (exit status, output)."""
     pytest.importorskip("triton")
     plain = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
-    # compiled anew every time: a budget kept by an old kernel would prove nothing
+    # an empty cache: the budget of a kernel that was compiled earlier would prove nothing
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, FOLDER / name],
@@ -64,7 +64,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 @pytest.fixture
 def kernels():
-    """The backend, imported only where a GPU may run it."""
+    """The backend, imported only by tests that run on a GPU."""
     pytest.importorskip("triton")
     from memory_ops import triton_kernels
 
@@ -72,7 +72,7 @@ def kernels():
 
 
 def to_gpu(table):
-    """The table, records or not, on the GPU."""
+    """The table, plain or records, on the GPU."""
     if isinstance(table, torch.Tensor):
         return table.cuda()
     return type(table)(table.records_RB.cuda(), table.row_format, table.value_dim)
@@ -84,7 +84,7 @@ def to_gpu(table):
     ("num_subkeys", "top_k"), [(2, 1), (37, 5), (100, 64), (128, 128), (1000, 32), (65536, 32)]
 )
 def test_topk_on_a_gpu(kernels, num_subkeys, top_k):
-    # few whole numbers tie, random ones do not
+    # a few whole numbers tie; random numbers do not
     tied = torch.randint(-3, 4, (9, 4, 2, num_subkeys)).float()
     for scores in (tied, torch.randn(tied.shape), torch.full(tied.shape, -torch.inf)):
         rows, weights = kernels.product_topk(scores.cuda(), top_k)
@@ -95,7 +95,7 @@ def test_topk_on_a_gpu(kernels, num_subkeys, top_k):
 
 @pytest.mark.gpu
 @on_gpu
-def test_not_a_number_stays_in_range_on_a_gpu(kernels):
+def test_nan_gives_rows_in_range_on_a_gpu(kernels):
     scores = torch.randn(9, 4, 2, 1500)
     scores[torch.rand(scores.shape) < 0.3] = torch.nan
     scores[0] = torch.nan
@@ -112,15 +112,15 @@ def test_not_a_number_stays_in_range_on_a_gpu(kernels):
 def test_rows_on_a_gpu(kernels, kind, width, home):
     table, x = table_of(kind, torch.randn(500, width)), torch.randn(33, width)
     rows, weights = torch.randint(0, 500, (33, 3, 7)), torch.rand(33, 3, 7)
-    there = to_gpu(table)
+    operand = to_gpu(table)
     if home == "pinned":
-        # read over the bus, where it is
+        # read in place over the bus
         memory = table if isinstance(table, torch.Tensor) else table.records_RB
         pinned = memory.pin_memory()
-        there = pinned if memory is table else type(table)(pinned, table.row_format, width)
-    out = kernels.gather_rows(there, rows.cuda(), weights.cuda())
+        operand = pinned if memory is table else type(table)(pinned, table.row_format, width)
+    out = kernels.gather_rows(operand, rows.cuda(), weights.cuda())
     check_close(out.cpu(), reference.gather_rows(exact_values(table), rows, weights), 21)
-    dots = kernels.row_dots(there, rows.cuda(), x.cuda())
+    dots = kernels.row_dots(operand, rows.cuda(), x.cuda())
     check_close(dots.cpu(), reference.row_dots(exact_values(table), rows, x), width)
 
 

@@ -1,4 +1,4 @@
-"""A server as users start it: ``memplus serve`` in processes of its own, on a free port."""
+"""Starts ``memplus serve`` as a subprocess on a free port."""
 
 import contextlib
 import subprocess
@@ -25,7 +25,7 @@ class Running:
         return host, int(port)
 
     def complete(self, **body) -> httpx.Response:
-        """POST a completion; null fields are left in, as clients send them."""
+        """POST a completion; None fields are sent as null."""
         return self.http.post("/v1/completions", json=body)
 
     def metric(self, name: str) -> float:
@@ -36,7 +36,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(folder: Path, *options: str, new_group: bool = False) -> Iterator[Running]:
-    """Serve a folder until the block ends; what the server printed must not be an error."""
+    """Serve a folder until the block ends; fail with the server's output if it does not start."""
     command = [
         sys.executable,
         "-m",

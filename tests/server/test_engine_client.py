@@ -1,4 +1,4 @@
-"""The engine process under watch: what hangs while it lives is noticed, answered for, replaced."""
+"""Supervision of the engine process: a hung engine is killed and replaced."""
 
 import asyncio
 import queue
@@ -20,20 +20,20 @@ from tests.engine.test_process import CountingEngine
 
 
 class HangingEngine(CountingEngine):
-    """Its first step never ends, though its process lives and says so."""
+    """An engine whose first step never ends while its process sends heartbeats."""
 
     def step(self):
         threading.Event().wait()
 
 
 def hangs_the_first_time(connection, marker: Path):
-    """An entry function: the process started first hangs, those after it answer."""
+    """Entry function of an engine process: the first process hangs, later ones answer."""
     is_first = not marker.exists()
     marker.touch()
     run_engine(HangingEngine() if is_first else CountingEngine(), connection)
 
 
-def test_a_step_that_never_ends_is_noticed_and_its_engine_replaced(tmp_path):
+def test_an_engine_with_a_hung_step_is_replaced(tmp_path):
     entry = f"{__name__}:hangs_the_first_time"
     make_process = partial(EngineProcess, entry, tmp_path / "marker")
     process = make_process()
@@ -45,12 +45,12 @@ def test_a_step_that_never_ends_is_noticed_and_its_engine_replaced(tmp_path):
         stream = client.submit([Request(name, (5,), SamplingParams()) for name in names])
         return [output async for _, output in stream.outputs()]
 
-    async def scene():
+    async def scenario():
         client.attach()
         hung = await answers("a", "b")
         assert [output.finish_reason for output in hung] == ["error", "error"]
         assert not client.is_alive
-        # the limit of the engine that hangs is short; its successor may be slow on a busy machine
+        # the hung engine has a short timeout; its successor may be slow on a busy machine
         client._supervision = SupervisionOptions(engine_restarts=1, stall_timeout_s=60.0)
         (refused,) = await answers("c")
         assert refused.error == "the engine process has died"
@@ -60,13 +60,13 @@ def test_a_step_that_never_ends_is_noticed_and_its_engine_replaced(tmp_path):
         await client.detach()
 
     try:
-        asyncio.run(asyncio.wait_for(scene(), 120))
+        asyncio.run(asyncio.wait_for(scenario(), 120))
     finally:
         client.stop()
 
 
 class SilentProcess:
-    """A process that lives and says nothing."""
+    """A fake process that is alive but sends nothing."""
 
     def __init__(self):
         self.was_killed, self._end = False, threading.Event()
@@ -85,8 +85,10 @@ class SilentProcess:
         self._end.set()
 
 
-@pytest.mark.parametrize(("seconds", "is_ended"), [(0.9, True), (50.0, False)])
-def test_silence_ends_an_engine_and_a_pause_of_everything_does_not(monkeypatch, seconds, is_ended):
+@pytest.mark.parametrize(("seconds", "is_killed"), [(0.9, True), (50.0, False)])
+def test_a_silent_engine_is_killed_but_not_after_a_pause_of_the_server(
+    monkeypatch, seconds, is_killed
+):
     ticks = count()
     monkeypatch.setattr(engine_client, "WATCH_EVERY_S", 0.0)
     clock = SimpleNamespace(monotonic=lambda: next(ticks) * seconds)
@@ -94,25 +96,25 @@ def test_silence_ends_an_engine_and_a_pause_of_everything_does_not(monkeypatch, 
     process = SilentProcess()
     client = EngineClient(process, lambda statistics: None, SupervisionOptions(), SilentProcess)
 
-    async def scene():
+    async def scenario():
         client.attach()
         stream = client.submit([Request("a", (5,), SamplingParams())])
         for _ in range(200):
             await asyncio.sleep(0)
-        assert process.was_killed == is_ended != client.is_alive
-        if is_ended:  # though the process has not ended yet, as one that waits for a device
+        assert process.was_killed == is_killed != client.is_alive
+        if is_killed:  # before the process has ended: it may still wait for a device
             ((_, output),) = [answer async for answer in stream.outputs()]
             assert output.finish_reason == "error"
         await client.detach()
 
     try:
-        asyncio.run(scene())
+        asyncio.run(scenario())
     finally:
         process.stop()
 
 
 class TalkingProcess(SilentProcess):
-    """It says what the test puts."""
+    """A fake process that sends the messages of the test."""
 
     def __init__(self):
         super().__init__()
@@ -131,8 +133,8 @@ class TalkingProcess(SilentProcess):
         self.messages.put(None)
 
 
-def said(request_id, running):
-    """A step that ends a request, with the number of those that run to know it by."""
+def final_step(request_id, running):
+    """A step that finishes a request; ``running`` identifies the step."""
     output = TokenOutput(request_id, (7,), finish_reason="length")
     return StepOutput((output,), EngineStatistics(num_running=running))
 
@@ -142,50 +144,52 @@ def client_of(first, successor, on_statistics):
     return EngineClient(first, on_statistics, options, lambda: successor)
 
 
-def test_what_an_engine_said_before_it_was_given_up_is_not_its_successors(monkeypatch):
+def test_late_messages_of_a_killed_engine_are_not_taken_for_its_successors(monkeypatch):
     monkeypatch.setattr(engine_client, "WATCH_EVERY_S", 0.0)
-    first, successor, told = TalkingProcess(), TalkingProcess(), []
-    client = client_of(first, successor, lambda statistics: told.append(statistics.num_running))
+    first, successor, num_running = TalkingProcess(), TalkingProcess(), []
+    client = client_of(
+        first, successor, lambda statistics: num_running.append(statistics.num_running)
+    )
 
     async def answer(name):
         stream = client.submit([Request(name, (5,), SamplingParams())])
         return [output async for _, output in stream.outputs()]
 
-    async def scene():
+    async def scenario():
         client.attach()
         hung = asyncio.ensure_future(answer("a"))
         await asyncio.sleep(0)
-        # the watch gives the engine up while a message of it lies in the pipe
+        # the watchdog kills the engine while a message of it is in the pipe
         client._supervision = SimpleNamespace(stall_timeout_s=-1.0)
         while client.is_alive:
             await asyncio.sleep(0)
         client._supervision = SupervisionOptions()
-        first.messages.put(said("a", 11))
+        first.messages.put(final_step("a", 11))
         assert (await hung)[0].finish_reason == "error"
         while not client.is_alive:
             await asyncio.sleep(0)
-        successor.messages.put(said("b", 21))
+        successor.messages.put(final_step("b", 21))
         assert [output.token_ids for output in await answer("b")] == [(7,)]
         await client.detach()
 
     try:
-        asyncio.run(asyncio.wait_for(scene(), 60))
+        asyncio.run(asyncio.wait_for(scenario(), 60))
     finally:
         first.stop()
         client.stop()
-    assert told == [0, 21]
+    assert num_running == [0, 21]
 
 
-def test_tokens_are_dealt_out_though_statistics_cannot_be():
+def test_tokens_are_delivered_if_statistics_fail():
     def broken(statistics):
         raise ArithmeticError("no such number")
 
     client = client_of(SilentProcess(), SilentProcess(), broken)
 
-    async def scene():
+    async def scenario():
         stream = client.submit([Request("a", (5,), SamplingParams())])
         with pytest.raises(ArithmeticError):
-            client.handle(said("a", 1))
+            client.handle(final_step("a", 1))
         assert [output.token_ids async for _, output in stream.outputs()] == [(7,)]
 
-    asyncio.run(asyncio.wait_for(scene(), 60))
+    asyncio.run(asyncio.wait_for(scenario(), 60))

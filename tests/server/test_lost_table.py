@@ -1,4 +1,4 @@
-"""A server whose table file is touched, then changed: what stays in use, and what /health says."""
+"""A server whose table file is touched, then changed: answers and /health."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from weights.checkpoints.tensor_files import list_tensors
 
 
 @pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
-def test_a_lost_table_makes_health_a_503_that_names_its_file_and_a_touched_one_does_not(
+def test_health_is_a_503_that_names_a_changed_table_but_not_a_touched_one(
     memory_plus_folder, tmp_path
 ):
     folder = tmp_path / "model"

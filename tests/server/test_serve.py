@@ -1,4 +1,4 @@
-"""``memplus serve`` as processes: who loads torch, how it ends, what refuses to start."""
+"""``memplus serve`` as processes: shutdown, restarts, limits, and errors at start."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ from tests.server.running import running
 
 
 def children(pid: int) -> list[int]:
-    # a process belongs to the thread that started it
+    # /proc lists a child under the thread that started it
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
 
@@ -30,7 +30,7 @@ def maps(pid: int) -> str:
 
 
 def ends(pid: int) -> bool:
-    """Whether a process is gone, or a zombie that nobody waits for, within half a minute."""
+    """Whether a process ends, or becomes a zombie, within 30 s."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
@@ -55,14 +55,14 @@ def test_a_signal_ends_both_processes_cleanly(memory_plus_folder, number):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_running_stream_is_finished_before_the_end(memory_plus_folder, number):
-    # far more than it takes on any machine, however busy
-    patience = ("--shutdown-timeout-s", "600")
-    with running(memory_plus_folder, *patience, new_group=True) as server:
+    # far more than the stream takes, even on a busy machine
+    options = ("--shutdown-timeout-s", "600")
+    with running(memory_plus_folder, *options, new_group=True) as server:
         body = {"prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
-            # as a terminal or a supervisor does it: to every process of the group
+            # to every process of the group, like a terminal or a supervisor
             os.killpg(server.process.pid, number)
             events = [line for line in lines if line]
         assert len(events) == 300 and events[-1] == "data: [DONE]"
@@ -70,7 +70,7 @@ def test_a_running_stream_is_finished_before_the_end(memory_plus_folder, number)
         assert "Traceback" not in server.process.stderr.read()
 
 
-def test_what_outlasts_the_shutdown_is_ended_with_an_error(slow_folder):
+def test_streams_that_outlast_the_shutdown_timeout_end_with_an_error(slow_folder):
     with running(slow_folder, "--shutdown-timeout-s", "0") as server:
         body = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
@@ -83,7 +83,7 @@ def test_what_outlasts_the_shutdown_is_ended_with_an_error(slow_folder):
         assert "Traceback" not in server.process.stderr.read()
 
 
-def test_a_body_that_never_ends_is_given_up(memory_plus_folder):
+def test_an_incomplete_body_times_out(memory_plus_folder):
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
     with running(memory_plus_folder, "--body-timeout-s", "1") as server:
         with socket.create_connection(server.address) as slow:
@@ -111,7 +111,7 @@ def test_a_signal_while_the_model_loads_ends_the_command(memory_plus_folder):
         assert all(map(ends, pids))
 
 
-def test_torch_lives_in_the_engine_process_alone(memory_server):
+def test_only_the_engine_process_loads_torch(memory_server):
     pid = memory_server.process.pid
     assert "libtorch" not in maps(pid)
     assert any("libtorch" in maps(child) for child in children(pid))
@@ -136,17 +136,17 @@ def test_a_dead_engine_ends_its_requests_with_errors_and_then_the_server(slow_fo
         assert LOST in errors.splitlines() and "Traceback" not in errors
 
 
-def test_a_full_queue_is_a_503_with_a_time_to_come_back(slow_folder):
+def test_a_full_queue_is_a_503_with_retry_after(slow_folder):
     options = ("--max-num-seqs", "1", "--max-queued-requests", "1")
     with running(slow_folder, *options) as server:
         body = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
-            lines = response.iter_lines()  # dropped, it would close the stream
+            lines = response.iter_lines()  # a reference, since dropping it would close the stream
             next(lines)
             answer = server.complete(prompt=["a", "b"])
         assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["type"] == "overloaded_error"
-        # what can never be taken is no matter of coming back
+        # a request larger than the queue is a client error: retrying cannot help
         answer = server.complete(prompt=["a", "b", "c"])
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
         rejections = server.http.get("/metrics").text
@@ -216,7 +216,7 @@ def test_a_damaged_model_ends_the_command_with_one_line(memory_plus_folder, tmp_
         (["serve", "--novel"], "--novel"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path, arguments, named):
+def test_a_command_line_error_is_one_line_and_exit_code_2(tmp_path, arguments, named):
     (tmp_path / "model.gguf").touch()
     arguments = [str(tmp_path / a) if a == "model.gguf" else a for a in arguments]
     result = memplus(*arguments)
@@ -224,7 +224,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(tmp_path, arg
     assert "Traceback" not in result.stderr
 
 
-def test_generate_writes_what_the_server_answers(memory_plus_folder, memory_server):
+def test_generate_prints_the_answer_of_the_server(memory_plus_folder, memory_server):
     model = ["--model", str(memory_plus_folder), "--max-tokens", "12", "--temperature", "0"]
     result = memplus("generate", "hello", *model)
     answer = memory_server.complete(prompt="hello", max_tokens=12, temperature=0).json()
@@ -252,20 +252,20 @@ def test_a_dead_or_hung_engine_is_replaced_under_load(slow_folder, number):
                 pass
             os.kill(first, number)
             answers = [request.result() for request in open_requests]
-        # each was answered: with an error, or because it had ended before
+        # every request was answered: with an error, or it had finished before
         assert {answer.status_code for answer in answers} <= {200, 500, 503}
         assert {answer.status_code for answer in answers} != {200}
         while server.http.get("/health").status_code != 200:
             assert server.http.get("/health").json().keys() <= {"error", "status"}
         assert engine_of(server) != first
         assert server.complete(prompt="x", max_tokens=2).status_code == 200
-        # the next death is the last
+        # no restart is left for the next one
         os.kill(engine_of(server), signal.SIGKILL)
         assert server.process.wait(timeout=60) == 1
         assert LOST in server.process.stderr.read().splitlines()
 
 
-def test_500_requests_a_third_of_them_cut_off_leave_nothing_behind(memory_plus_folder):
+def test_500_requests_with_a_third_cancelled_leak_nothing(memory_plus_folder):
     drawn = random.Random(5)
     options = ("--max-num-seqs", "16", "--max-queued-requests", "600")
     with running(memory_plus_folder, *options) as server:
@@ -295,16 +295,16 @@ def test_500_requests_a_third_of_them_cut_off_leave_nothing_behind(memory_plus_f
             pass
         for gauge in ("num_requests_waiting", "kv_cache_usage_perc"):
             assert server.metric(f"memplus:{gauge}") == 0
-        # every place in the queue is free again
+        # all places in the queue are free
         assert server.complete(prompt=["x"] * 616, max_tokens=1).status_code == 200
 
 
-def test_messages_larger_than_the_pipe_go_through_both_ways(memory_plus_folder):
+def test_messages_larger_than_the_pipe_pass_in_both_directions(memory_plus_folder):
     with running(memory_plus_folder) as server:
-        # more than a megabyte to the engine, in one batch of requests
+        # more than 1 MB to the engine in one batch of requests
         many = server.complete(prompt=[[7] * 500] * 300, max_tokens=1)
         assert many.status_code == 200 and len(many.json()["choices"]) == 300
-        # and more than a megabyte back
+        # more than 1 MB back
         scores = {"prompt": [7] * 500, "n": 16, "max_tokens": 1, "prompt_logprobs": 20}
         answer = server.complete(**scores)
         assert answer.status_code == 200
@@ -312,7 +312,7 @@ def test_messages_larger_than_the_pipe_go_through_both_ways(memory_plus_folder):
         assert server.http.get("/health").status_code == 200
 
 
-def test_a_signal_while_the_engine_starts_again_ends_everything(memory_plus_folder):
+def test_a_signal_during_an_engine_restart_ends_all_processes(memory_plus_folder):
     with running(memory_plus_folder, "--engine-restarts", "1") as server:
         os.kill(engine_of(server), signal.SIGKILL)
         while not (pids := children(server.process.pid)) or server.http.get("/health").is_success:
@@ -322,7 +322,7 @@ def test_a_signal_while_the_engine_starts_again_ends_everything(memory_plus_fold
         assert all(map(ends, pids))
 
 
-def test_an_engine_that_does_not_start_again_is_tried_again(memory_plus_folder, tmp_path):
+def test_a_failed_engine_restart_is_retried(memory_plus_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(memory_plus_folder, folder)
     with running(folder, "--engine-restarts", "3") as server:
@@ -330,7 +330,7 @@ def test_an_engine_that_does_not_start_again_is_tried_again(memory_plus_folder, 
         os.kill(engine_of(server), signal.SIGKILL)
         while server.http.get("/health").is_success:
             pass
-        # the first of these starts fails, unless this is faster than a process is
+        # the first restart fails, unless this rename is faster than the start of a process
         (folder / "hidden").rename(folder / "config.json")
         while not server.http.get("/health").is_success:
             pass

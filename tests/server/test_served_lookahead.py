@@ -1,4 +1,4 @@
-"""What is asked of looking ahead is had, or refused or told of by name, before tables are read."""
+"""Options of row prefetch: accepted, or refused by name before tables are read."""
 
 import logging
 
@@ -12,7 +12,7 @@ from tests.models import feed_forward_changes, random_model, save_model, tiny_co
 
 @pytest.fixture
 def folder(tmp_path):
-    """Memories in layers 1 and 2 of 4, which read 3 rows a head by 8 subkeys."""
+    """A model with memory layers 1 and 2 of 4; each head reads 3 rows with 8 subkeys."""
     kinds = ("dense", "memory_plus", "memory_plus", "dense")
     return save_model(random_model(tiny_config(**feed_forward_changes(*kinds))), tmp_path / "model")
 
@@ -31,7 +31,7 @@ def loaded(folder, **options):
         ),
     ],
 )
-def test_more_than_a_model_has_is_refused_before_its_tables_are_read(folder, options, named):
+def test_options_beyond_the_models_sizes_are_refused_before_tables_are_read(folder, options, named):
     for file in folder.glob("table-*"):
         file.unlink()
     with pytest.raises(ConfigError, match=named):
@@ -45,7 +45,7 @@ def test_a_model_without_memory_is_refused_before_it_is_loaded(tmp_path):
         loaded(folder, table_lookahead=1)
 
 
-def test_as_much_as_a_model_has_is_taken_and_auto_says_where_it_is_not_used(folder, caplog):
+def test_the_largest_options_are_accepted_and_auto_logs_that_they_are_not_used(folder, caplog):
     caplog.set_level(logging.WARNING)
     loaded(folder)
     assert not caplog.records

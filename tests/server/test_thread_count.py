@@ -16,7 +16,7 @@ READ_BY_OPENMP = ("OMP_", "GOMP_", "MKL_")
 
 @pytest.fixture
 def machine(tmp_path):
-    """``default_threads`` on a machine of fakes; ``quotas`` are CPUs by cgroup folder."""
+    """``default_threads`` on a fake machine; ``quotas``: CPUs by cgroup folder."""
 
     def found(num_cpus, quotas=None, version=2, own="/a/b", threads_per_core=1):
         proc, cgroups, cpus = (tmp_path / name for name in ("proc", "cgroups", "cpus"))
@@ -62,7 +62,7 @@ def test_a_quota_bounds_the_threads(machine, quota):
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("place", ["", "a", "a/b"])
-def test_the_narrowest_cgroup_up_to_the_root_counts(machine, version, place):
+def test_the_smallest_quota_up_to_the_root_applies(machine, version, place):
     quotas = {"": None, "a": 8, "a/b": None} | {place: 2}
     assert machine(64, quotas, version).count == 2
 
@@ -73,11 +73,11 @@ def test_a_container_sees_its_cgroup_as_the_root(machine, version):
 
 
 @pytest.mark.parametrize(("quota", "count"), [(2.5, 2), (1.99, 1), (0.5, 1), (0.1, 1), (4.0, 4)])
-def test_a_fraction_of_a_cpu_gets_no_thread_but_there_is_one(machine, quota, count):
+def test_a_quota_is_rounded_down_but_to_no_less_than_one_thread(machine, quota, count):
     assert machine(64, {"a": quota}).count == count
 
 
-def test_a_quota_wider_than_the_mask_does_not_count(machine):
+def test_a_quota_above_the_affinity_mask_has_no_effect(machine):
     found = machine(2, {"a": 2.0, "a/b": 16})
     assert (found.count, found.reason) == (2, "CPUs in the affinity mask: 2")
 
@@ -91,7 +91,7 @@ def test_a_quota_counts_cpus_and_not_cores(machine):
     assert machine(8, {"a": 3}, threads_per_core=2).count == 3
 
 
-def test_a_quota_that_no_kernel_writes_is_an_error(machine, tmp_path):
+def test_a_malformed_quota_is_an_error(machine, tmp_path):
     (tmp_path / "cgroups" / "a").mkdir(parents=True)
     (tmp_path / "cgroups" / "a" / "cpu.max").write_text("much\n")
     with pytest.raises(ValueError):
@@ -99,7 +99,7 @@ def test_a_quota_that_no_kernel_writes_is_an_error(machine, tmp_path):
 
 
 @pytest.mark.parametrize("threads", [0, -1, 100_000])
-def test_a_number_that_cannot_be_is_refused(threads):
+def test_a_thread_count_out_of_range_is_refused(threads):
     with pytest.raises(ConfigError, match="threads: .* is outside"):
         ThreadOptions(threads)
 
@@ -117,39 +117,41 @@ sys.exit(cli.main(["generate", "x", *sys.argv[2:]]))
 """
 
 
-def told(cpu: int | str, *arguments: str, **own: str) -> tuple[str, int]:
-    """The log line of a command, and torch's number of threads."""
+def run_generate(cpu: int | str, *arguments: str, **own: str) -> tuple[str, int]:
+    """(log line of the command, number of torch threads)."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith(READ_BY_OPENMP)}
     command = [sys.executable, "-c", SHOWN, str(cpu), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=plain | own, check=True)
     return result.stderr.strip(), int(result.stdout)
 
 
-def test_the_command_takes_what_the_affinity_mask_gives():
+def test_the_command_uses_the_affinity_mask():
     cpu = min(os.sched_getaffinity(0))
-    assert told(cpu) == ("threads: 1 (CPUs in the affinity mask: 1)", 1)
+    assert run_generate(cpu) == ("threads: 1 (CPUs in the affinity mask: 1)", 1)
 
 
-def test_the_option_comes_before_all_else():
-    # more than there are cores, which MKL would not take by itself
+def test_the_option_takes_precedence():
+    # more threads than cores, which MKL does not use by default
     wanted = ("threads: 64 (--threads)", 64)
-    assert told("all", "--threads", "64") == wanted
-    assert told("all", "--threads", "64", OMP_NUM_THREADS="2", MKL_NUM_THREADS="1") == wanted
+    assert run_generate("all", "--threads", "64") == wanted
+    assert (
+        run_generate("all", "--threads", "64", OMP_NUM_THREADS="2", MKL_NUM_THREADS="1") == wanted
+    )
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
-def test_the_users_own_number_stays(name):
-    assert told("all", **{name: "1"}) == (f"threads: 1 ({name})", 1)
+def test_environment_variables_of_the_user_are_kept(name):
+    assert run_generate("all", **{name: "1"}) == (f"threads: 1 ({name})", 1)
 
 
 @pytest.mark.parametrize(
     ("own", "added"),
     [({}, True), ({"GOMP_SPINCOUNT": "77"}, False), ({"OMP_WAIT_POLICY": "active"}, False)],
 )
-def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(monkeypatch, own, added):
+def test_waiting_threads_sleep_soon_unless_the_user_sets_a_policy(monkeypatch, own, added):
     monkeypatch.setattr(os, "environ", dict(own))
     set_threads(ThreadOptions())
     set_by_us = {name: os.environ[name] for name in os.environ.keys() - own.keys()}
     assert ("GOMP_SPINCOUNT" in set_by_us) is added
-    # libgomp's own number is 300,000, which is a time slice and more
+    # libgomp's default is 300,000, which spins for more than a time slice
     assert 0 < int(set_by_us.get("GOMP_SPINCOUNT", 1)) < 10_000

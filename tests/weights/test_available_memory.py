@@ -1,4 +1,4 @@
-"""Memory that is left: the machine's, and what cgroups of either version have of their limits."""
+"""Available memory: of the machine, and within limits of cgroups v1 and v2."""
 
 from pathlib import Path
 
@@ -22,14 +22,14 @@ def cgroup(folder: Path, limit: int | str, usage: int, version: int, files: int 
     for name, value in zip(names, (limit, usage), strict=True):
         (folder / f"memory.{name}").write_text(f"{value}\n")
     total = "total_" if version == 1 else ""
-    # what version 1 says of the cgroup without those below is not what counts
+    # version 1: counters without descendants must be ignored
     own = "inactive_file 0\nactive_file 0\n" if version == 1 else ""
     text = f"anon 5\n{own}{total}inactive_file {files // 2}\n{total}active_file {files // 2}\n"
     (folder / "memory.stat").write_text(text)
     return folder
 
 
-def test_without_cgroups_it_is_what_the_machine_has(proc, tmp_path):
+def test_without_cgroups_it_is_mem_available(proc, tmp_path):
     found = available_memory(proc, tmp_path / "none")
     assert (found.num_bytes, found.bound) == (8 * MIB, "MemAvailable")
     (proc / "self" / "cgroup").write_text("0::/\n4:memory:/a\n")
@@ -38,7 +38,7 @@ def test_without_cgroups_it_is_what_the_machine_has(proc, tmp_path):
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("place", ["", "a", "a/b"])
-def test_the_narrowest_cgroup_bounds_it_wherever_it_is(proc, tmp_path, version, place):
+def test_the_smallest_limit_at_any_level_applies(proc, tmp_path, version, place):
     line = {1: "4:cpu,memory:/a/b", 2: "0::/a/b"}[version]
     (proc / "self" / "cgroup").write_text(f"7:blkio:/\n{line}\n")
     root = tmp_path / "sys" / ("memory" if version == 1 else "")
@@ -46,14 +46,14 @@ def test_the_narrowest_cgroup_bounds_it_wherever_it_is(proc, tmp_path, version, 
     for other in {"", "a", "a/b"} - {place}:
         cgroup(root / other, 2**63 - 4096 if version == 1 else "max", 2 * MIB, version)
     found = available_memory(proc, tmp_path / "sys")
-    # pages of files can be given up
+    # file pages can be evicted, so they count as available
     assert (found.num_bytes, found.bound) == (2 * MIB, f"the limit of cgroup {narrow}")
     (proc / "meminfo").write_text("MemAvailable: 1024 kB\n")
     assert available_memory(proc, tmp_path / "sys").bound == "MemAvailable"
 
 
 @pytest.mark.parametrize("limit", [3 * MIB, "max"])
-def test_a_cgroup_that_is_slowed_down_sooner_has_no_more_than_that(proc, tmp_path, limit):
+def test_memory_high_limits_it_too(proc, tmp_path, limit):
     (proc / "self" / "cgroup").write_text("0::/a\n")
     folder = cgroup(tmp_path / "sys" / "a", limit, MIB, 2)
     (folder / "memory.high").write_text(f"{2 * MIB}\n")
@@ -64,7 +64,7 @@ def test_a_cgroup_that_is_slowed_down_sooner_has_no_more_than_that(proc, tmp_pat
 
 
 @pytest.mark.parametrize("file", ["memory.high", "memory.max", "memory.current", "memory.stat"])
-def test_files_that_no_kernel_writes_are_an_error(proc, tmp_path, file):
+def test_malformed_files_are_an_error(proc, tmp_path, file):
     (proc / "self" / "cgroup").write_text("0::/a\n")
     folder = cgroup(tmp_path / "sys" / "a", 3 * MIB, MIB, 2)
     (folder / file).write_text("much\n")
@@ -78,5 +78,5 @@ def test_a_container_sees_its_cgroup_as_the_root(proc, tmp_path):
     assert available_memory(proc, tmp_path / "sys").num_bytes == 0
 
 
-def test_of_this_machine_it_is_something():
+def test_this_machine_has_available_memory():
     assert 0 < available_memory().num_bytes < 2**50

@@ -1,4 +1,4 @@
-"""Looking ahead: rows are fetched early, more of them the better the guess, and tokens stay."""
+"""Prefetch of predicted rows: rows are in memory early, and tokens stay the same."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def model_of(kinds=KINDS):
 
 
 def on_disk(folder, rows, kinds):
-    """The model of a folder whose tables have room for so many rows, each in its file."""
+    """The model of a folder with tables on disk that cache ``rows`` rows each."""
     model, config = load_model(folder)
     tables = {
         name: DiskTable(
@@ -52,7 +52,7 @@ def on_disk(folder, rows, kinds):
 @pytest.mark.parametrize("kinds", [KINDS, ("dense", "peer", "dense", "pkm")])
 @pytest.mark.parametrize("distance", [1, 2, 3, 9])
 @pytest.mark.parametrize(("make", "rows"), [(make_executor, 16), (eager, 64), (make_executor, 64)])
-def test_tokens_stay_and_rows_are_there_early(tmp_path, kinds, distance, make, rows):
+def test_tokens_stay_the_same_and_rows_are_prefetched(tmp_path, kinds, distance, make, rows):
     model = model_of(kinds)
     folder = save_model(model, tmp_path / "model")
     ahead = on_disk(folder, rows, kinds)
@@ -66,7 +66,7 @@ def test_tokens_stay_and_rows_are_there_early(tmp_path, kinds, distance, make, r
         assert 0 < counted.prefetched_used <= counted.prefetched
 
 
-def test_what_enters_the_feed_forward_itself_guesses_every_row():
+def test_the_layers_real_input_predicts_every_row():
     model = model_of(("dense", "memory_plus"))
     (memory,) = predicted_memories(model.layers)
     x = torch.randn(5, 32)
@@ -77,13 +77,13 @@ def test_what_enters_the_feed_forward_itself_guesses_every_row():
     layout = TokenLayout(torch.arange(5), (0, 5))
     read = model(torch.arange(5), layout, torch.tensor([4]), with_trace=True).memory[1].rows_THK
     assert torch.equal(memory.rows(entered["x"], 3), read)
-    # more candidates hold what fewer do; there are no more than subkeys
+    # more candidates include those of fewer; the number of subkeys limits them
     wider = memory.rows(x, 50)
     assert wider.shape == (5, 2, 8)
     assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(found[0], wider[0], strict=True))
 
 
-def test_tables_in_memory_are_not_guessed_for():
+def test_rows_in_memory_are_not_predicted():
     model = model_of()
     memories = predicted_memories(model.layers)
     assert Lookahead(memories, LookaheadConfig(2, 3)).layers == frozenset()
@@ -93,7 +93,7 @@ def test_tables_in_memory_are_not_guessed_for():
     assert Lookahead(memories, LookaheadConfig(9, 3)).layers == {0}
 
 
-def test_what_cannot_be_is_refused():
+def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="distance: must be 1 or more, not 0"):
         LookaheadConfig(0, 1)
     with pytest.raises(ValueError, match="candidates: must be 1 or more, not 0"):

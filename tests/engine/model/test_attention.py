@@ -1,4 +1,4 @@
-"""The torch twins against their formulas in fp64, from KV blocks and within the batch alike."""
+"""Attention, rotary embedding and norm in torch against formulas in fp64."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def test_rms_norm(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rope_turns_each_pair_by_its_angle(dtype):
+def test_rope_rotates_each_pair_by_its_angle(dtype):
     positions = torch.tensor([0, 3, 100])
     wide = torch.promote_types(dtype, torch.float32)
     frequencies = (1 / 10_000 ** (torch.arange(0, 8, 2) / 8)).to(wide)
@@ -44,7 +44,7 @@ def test_rope_turns_each_pair_by_its_angle(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rope_writes_keys_and_values_where_the_layout_says(dtype):
+def test_keys_and_values_are_written_at_the_slots_of_the_layout(dtype):
     kv_blocks = torch.full((3, 2, 2, 4, 8), torch.nan, dtype=dtype)
     k, v = (torch.randn(2, 2, 8).to(dtype) for _ in range(2))
     positions = torch.tensor([3, 4])

@@ -1,4 +1,4 @@
-"""The memory layer against what the reference layer itself computed."""
+"""The memory layer against golden outputs of the reference implementation."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ VARIANTS = ["memory_plus", "plain", "plain_wide", "memory_plus_wide", "gated", "
 
 
 def build(variant: str, dtype: torch.dtype) -> tuple[MemoryLayer, dict[str, torch.Tensor]]:
-    """Our layer with the reference's weights under the reference's names."""
+    """Our layer with the golden weights of the reference."""
     params = json.loads((GOLDEN / "params.json").read_text())[variant]
     tensors = load_file(GOLDEN / f"{variant}.safetensors")
     is_peer = params.get("peer_variant", False)
@@ -41,7 +41,7 @@ def build(variant: str, dtype: torch.dtype) -> tuple[MemoryLayer, dict[str, torc
     state = {"subkeys": tensors["weights.keys"].view(layer.subkeys.shape)}
     for ours, theirs in named.items():
         for part in ("weight", "bias"):
-            # the reference keeps projections that its peer variant does not use
+            # the reference stores projections that its peer variant does not use
             if f"weights.{theirs}{part}" in tensors and (ours == "query." or not is_peer):
                 state[ours + part] = tensors[f"weights.{theirs}{part}"]
     layer.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
@@ -55,14 +55,14 @@ def build(variant: str, dtype: torch.dtype) -> tuple[MemoryLayer, dict[str, torc
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_output_equals_the_reference_layers(variant, dtype, tolerance):
+def test_output_equals_the_reference_layer(variant, dtype, tolerance):
     layer, tensors = build(variant, dtype)
     out = layer(tensors["input"].to(dtype))
     torch.testing.assert_close(out, tensors["output"].to(dtype), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_rows_are_those_that_the_reference_layer_read(variant):
+def test_rows_equal_those_of_the_reference_layer(variant):
     layer, tensors = build(variant, torch.float64)
     read = []
     down = [layer.down_table] if layer.is_peer else []
@@ -77,7 +77,7 @@ def test_the_rows_are_those_that_the_reference_layer_read(variant):
     torch.testing.assert_close(read[0].sort(-1).values, tensors["rows"].long().sort(-1).values)
 
 
-def test_qk_norm_normalises_each_half_with_its_own_weight():
+def test_qk_norm_normalises_each_half_separately():
     config = MemoryConfig(2, 6, 3, query_dim=8, value_dim=5, qk_norm=True)
     layer = MemoryLayer(config, "memory_plus", 7, norm_eps=1e-5).double()
     for parameter in layer.parameters():
@@ -89,7 +89,7 @@ def test_qk_norm_normalises_each_half_with_its_own_weight():
     torch.testing.assert_close(layer.half_scores(x), expected)
 
 
-def test_scores_of_a_bfloat16_layer_are_kept_wide():
+def test_scores_of_a_bfloat16_layer_are_fp32():
     config = MemoryConfig(2, 6, 3, query_dim=8, value_dim=5)
     layer = MemoryLayer(config, "memory_plus", 7, norm_eps=1e-5)
     for parameter in layer.parameters():

@@ -36,7 +36,7 @@ def theirs():
     return transformers.MixtralForCausalLM(config).eval().requires_grad_(False)
 
 
-def test_a_mixtral_folder_gives_transformers_logits(theirs, tmp_path):
+def test_a_mixtral_folder_gives_the_logits_of_transformers(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "model")
     ours, config = load_model(tmp_path / "model")
     assert config.model.feed_forward == ("moe",) * 3
@@ -47,18 +47,18 @@ def test_a_mixtral_folder_gives_transformers_logits(theirs, tmp_path):
     torch.testing.assert_close(served_logits(ours, IDS), wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_the_balancing_loss_is_transformers(theirs):
+def test_the_balancing_loss_equals_that_of_transformers(theirs):
     logits = tuple(torch.randn(40, 5) for _ in range(3))
     wanted = transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func(logits, 5, 2)
     torch.testing.assert_close(load_balancing_loss(logits, 2), wanted)
 
 
-def test_an_even_use_costs_top_k():
-    even = torch.eye(6).repeat(3, 1)  # each expert is the best of as many tokens, the rest tie
+def test_even_use_of_experts_has_a_loss_of_top_k():
+    even = torch.eye(6).repeat(3, 1)  # each expert is best for equally many tokens; the others tie
     torch.testing.assert_close(load_balancing_loss([even], 1), torch.tensor(1.0))
 
 
-def test_no_tokens_are_no_work():
+def test_no_tokens_give_no_rows():
     model = random_model(tiny_config(**feed_forward_changes("moe")))
     mixture = model.model.layers[0].block_sparse_moe
     assert mixture(torch.empty(0, 32), None).shape == (0, 32)

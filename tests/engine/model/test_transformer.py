@@ -1,4 +1,4 @@
-"""The transformer's configuration: refusals by name, tables, rotary scaling."""
+"""The transformer: configuration errors, tables, rotary scaling, traces, executor outputs."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_a_wrong_memory_field_is_named(changes, field):
         MemoryConfig(**(values | changes))
 
 
-def test_a_projection_is_asked_for_where_widths_differ():
+def test_different_widths_require_a_projection():
     narrow = MemoryConfig(2, 8, 3, query_dim=8, value_dim=24)
     with pytest.raises(ValueError, match="value_dim"):
         tiny_config(feed_forward=("dense", "pkm"), memory=narrow)
@@ -94,7 +94,7 @@ def test_a_shared_table_is_one_object_and_own_tables_are_not():
     assert separate.model.layers[0].memory.table is not separate.model.layers[1].memory.table
 
 
-def test_biases_and_an_untied_head_take_part():
+def test_biases_and_a_tied_head_change_the_logits():
     ids = [1, 2, 3]
     for change in ({"attention_bias": True}, {"mlp_bias": True}, {"tie_embeddings": True}):
         model = random_model(tiny_config(**change))
@@ -105,7 +105,7 @@ def test_biases_and_an_untied_head_take_part():
         assert not torch.allclose(before, plain_logits(model, ids))
 
 
-def test_frequencies_stay_exact_in_a_narrow_model():
+def test_frequencies_stay_fp32_in_a_bfloat16_model():
     model = random_model(tiny_config())
     before = model.rope_frequencies.clone()
     narrow = model.bfloat16()
@@ -113,7 +113,7 @@ def test_frequencies_stay_exact_in_a_narrow_model():
     assert torch.equal(narrow.rope_frequencies, before)
 
 
-def test_a_trace_tells_what_each_memory_layer_read():
+def test_a_trace_has_the_rows_and_weights_of_each_memory_layer():
     kinds = ("memory_plus", "dense", "pkm")
     model = random_model(tiny_config(num_layers=3, feed_forward=kinds, memory=MEMORY))
     ids, positions = torch.tensor([1, 2, 3]), torch.arange(3)
@@ -125,7 +125,7 @@ def test_a_trace_tells_what_each_memory_layer_read():
     for layer, trace in traced.memory.items():
         assert trace.rows_THK.shape == trace.weights_THK.shape == (3, 2, 3)
         torch.testing.assert_close(trace.weights_THK.sum(-1), torch.ones(3, 2))
-        # reading other rows than these changes nothing
+        # changing all other rows changes nothing
         table = model.model.layers[layer].memory.table
         untouched = torch.ones(table.num_rows, dtype=torch.bool)
         for other in traced.memory.values():
@@ -138,7 +138,7 @@ def test_a_trace_tells_what_each_memory_layer_read():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["dense", "moe", "memory_plus", "pkm", "peer"])
-def test_the_executor_gives_the_same_logits_and_leaves_the_model_as_it_is(kind, dtype):
+def test_the_executor_gives_the_same_logits_and_does_not_change_the_model(kind, dtype):
     is_pkm = kind == "pkm"
     memory = dict.fromkeys(("qk_norm", "output_gate", "value_projection"), is_pkm)
     memory |= {"top_k": 8, "value_dim": 24 if kind in ("memory_plus", "pkm") else 32}
@@ -148,10 +148,10 @@ def test_the_executor_gives_the_same_logits_and_leaves_the_model_as_it_is(kind, 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = served_logits(model, list(range(60)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    # bf16 roundings add up over the layers
+    # bf16 rounding errors add up over the layers
     rtol, atol = (1e-3, 1e-3) if dtype == torch.float32 else (0.1, 0.5)
     if kind in ("moe", "peer") and dtype is torch.bfloat16:
-        # two experts that a token likes about alike may change places
+        # two experts with nearly equal scores may change places
         close_T = torch.isclose(found, wanted, rtol=rtol, atol=atol).all(1)
         assert close_T.float().mean() > 0.9
         found, wanted = found[close_T], wanted[close_T]

@@ -1,4 +1,4 @@
-"""What the sampler may choose, how often, and what it says about it."""
+"""The sampler: distributions, logit rules, log-probabilities and parameter limits."""
 
 import numpy as np
 import pytest
@@ -27,14 +27,14 @@ def row(seed=5, history=(), prompt_length=0, eos_ids=frozenset(), **params) -> S
 
 
 def draw(logits=LOGITS, count=DRAWS, history=(), prompt_length=0, eos_ids=frozenset(), **params):
-    """Draws with ``count`` seeds at one position, after ``history``."""
+    """Tokens drawn with ``count`` seeds at one position, after ``history``."""
     one = row(history=history, prompt_length=prompt_length, eos_ids=eos_ids, **params)
     rows = [one._replace(seed=seed) for seed in range(count)]
     return torch.tensor(SAMPLER.sample(logits.expand(count, -1), rows))
 
 
 def check(drawn: torch.Tensor, probabilities: torch.Tensor) -> None:
-    """Pearson's chi-squared: what cannot come never does, the rest as often as it should."""
+    """Pearson's chi-squared test; impossible tokens must never come."""
     counts = torch.bincount(drawn, minlength=len(probabilities)).double()
     possible = probabilities > 0
     assert counts[~possible].sum() == 0
@@ -62,18 +62,18 @@ def test_draws_follow_the_softmax_of_a_large_vocabulary():
     check(group[drawn], torch.zeros(10).double().index_add_(0, group, probabilities))
 
 
-def test_top_k_leaves_the_likeliest():
+def test_top_k_keeps_the_likeliest():
     check(draw(top_k=2), softmax(LOGITS.masked_fill(LOGITS < 1.5, -torch.inf)))
 
 
-def test_top_p_leaves_the_fewest_that_reach_it():
-    # softmax: 0.396, 0.240, 0.146, 0.146, ...: three reach 0.7, and the fourth is as likely
+def test_top_p_keeps_the_fewest_that_reach_it():
+    # softmax: 0.396, 0.240, 0.146, 0.146, ...: three reach 0.7; the fourth ties with the third
     check(draw(top_p=0.7), softmax(LOGITS.masked_fill(LOGITS < 1.0, -torch.inf)))
     check(draw(top_p=0.5), softmax(LOGITS.masked_fill(LOGITS < 1.5, -torch.inf)))
 
 
-def test_top_p_is_a_share_of_what_top_k_left():
-    # of the three likeliest, 0.625 of their sum is reached by the first two
+def test_top_p_applies_after_top_k():
+    # the first two have more than 0.6 of the sum of the three likeliest
     kept = LOGITS.clone()
     kept[[1, 2, 4, 5, 7]] = -torch.inf
     check(
@@ -90,14 +90,14 @@ def test_min_p_is_relative_to_the_likeliest():
     check(draw(min_p=0.3), softmax(LOGITS.masked_fill(LOGITS < 0.8, -torch.inf)))
 
 
-def test_logit_bias_moves_and_forbids():
+def test_logit_bias_shifts_and_forbids_tokens():
     expected = LOGITS.clone()
     expected[4] += 3
     expected[0] -= 100
     check(draw(logit_bias=((4, 3.0), (0, -100.0))), softmax(expected))
 
 
-def test_only_allowed_ids_come():
+def test_only_allowed_ids_are_drawn():
     check(draw(allowed_token_ids=frozenset({1, 4})), softmax(LOGITS)[[1, 4]].new_tensor(
         [0, *softmax(LOGITS[[1, 4]])[:1], 0, 0, *softmax(LOGITS[[1, 4]])[1:], 0, 0, 0]
     ))  # fmt: skip
@@ -131,7 +131,7 @@ def test_an_answer_does_not_end_before_min_tokens():
     check(draw(history=(1,) * 6, **early, **params), softmax(LOGITS))
 
 
-def test_a_bitmask_leaves_its_bits():
+def test_a_bitmask_allows_only_its_bits():
     bitmask = np.zeros((2, 2), dtype=np.uint32)
     bitmask[0, 0], bitmask[1, 1] = 0b10010, 0b1
     logits = torch.randn(2, 40)
@@ -153,13 +153,13 @@ def test_greedy_takes_the_first_of_the_largest():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [5, 1024, 1025, 3000])
 @pytest.mark.parametrize("shift", [0.0, -100.0, 100.0])
-def test_greedy_is_the_plain_argmax(dtype, vocab_size, shift):
+def test_greedy_equals_argmax(dtype, vocab_size, shift):
     logits = (torch.randn(7, vocab_size) + shift).to(dtype)
     assert SAMPLER.sample(logits, [row(temperature=0)] * 7) == logits.float().argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-300])
-def test_a_tiny_temperature_neither_overflows_nor_wanders(temperature):
+def test_a_tiny_temperature_takes_the_likeliest_without_overflow(temperature):
     assert draw(count=50, temperature=temperature).unique().tolist() == [0]
 
 
@@ -167,7 +167,7 @@ def test_a_tiny_top_p_takes_the_likeliest():
     assert draw(count=50, top_p=1e-9).unique().tolist() == [0]
 
 
-def test_rows_of_a_batch_do_not_touch_each_other():
+def test_rows_of_a_batch_are_independent():
     logits = torch.randn(8, 300)
     choices = [
         {"temperature": 0},
@@ -186,14 +186,14 @@ def test_rows_of_a_batch_do_not_touch_each_other():
     assert together == alone
 
 
-def test_the_logits_are_left_as_they_are():
+def test_the_logits_stay_unchanged():
     logits = torch.randn(1, 20)
     before = logits.clone()
     SAMPLER.sample(logits, [row(logit_bias=((1, 5.0),), top_k=3)])
     torch.testing.assert_close(logits, before, rtol=0, atol=0)
 
 
-def test_numbers_depend_on_seed_and_position_alone_and_are_uniform():
+def test_random_numbers_depend_only_on_seed_and_position_and_are_uniform():
     numbers = uniform([1] * 5000 + [2] * 5000, [*range(5000), *range(5000)])
     assert numbers.min() >= 0 and numbers.max() < 1
     assert len(set(numbers.tolist())) == 10_000
@@ -201,12 +201,12 @@ def test_numbers_depend_on_seed_and_position_alone_and_are_uniform():
     assert stats.kstest(numbers, "uniform").pvalue > 0.001
 
 
-def test_negative_and_large_seeds_are_seeds():
+def test_negative_and_large_seeds_give_different_numbers():
     assert len(set(uniform([-1, 0, 1, 2**63 - 1, -(2**63)], [0] * 5).tolist())) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_log_probabilities_are_those_of_the_full_softmax(dtype):
+def test_log_probabilities_equal_the_full_log_softmax(dtype):
     logits = (torch.randn(5, 3000) * 4).to(dtype)
     exact = logits.double().log_softmax(-1)
     rows, ids = [i % 5 for i in range(200)], [(7 * i) % 3000 for i in range(200)]

@@ -1,4 +1,4 @@
-"""A step plan as tensors: the block table that is kept from step to step."""
+"""Step plans as tensors: the block table is updated in place between steps."""
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ IDS = st.lists(st.integers(0, 5), min_size=1, max_size=9).map(tuple)
 
 
 @given(plans=st.lists(st.lists(IDS, min_size=1, max_size=5), max_size=8))
-def test_rows_are_the_chunks_ids_whatever_stood_there(plans):
+def test_rows_hold_the_chunks_ids_after_any_history(plans):
     table = BlockTable()
     for plan in plans:
         chunks = [chunk(*ids) for ids in plan]
@@ -37,7 +37,7 @@ def test_rows_are_the_chunks_ids_whatever_stood_there(plans):
 
 
 class CountedWrites:
-    """An array that counts the ids written into it."""
+    """An array that counts writes of ids."""
 
     def __init__(self, ids_SB):
         self.ids_SB, self.count = ids_SB, 0
@@ -55,7 +55,7 @@ def test_only_new_ids_are_written():
     table = BlockTable()
     long, short = tuple(range(1000)), (7, 8)
     table.update([chunk(*long), chunk(*short), chunk(*long)])
-    # room for one more is there
+    # one more id fits without growing
     table._ids_SB = writes = CountedWrites(table._ids_SB)
     same = [chunk(*long), chunk(*short), chunk(*long)]
     table.update(same)
@@ -63,7 +63,7 @@ def test_only_new_ids_are_written():
     grown = [chunk(*long, 1), chunk(*short, 2, 3), chunk(*long)]
     assert rows_of(table.update(grown), grown) == [one.block_ids for one in grown]
     assert writes.count == 3
-    # another sequence at a row
+    # another sequence takes the row
     other = [chunk(*short), chunk(*short, 2, 3)]
     assert rows_of(table.update(other), other) == [one.block_ids for one in other]
     assert writes.count == 3 + 2

@@ -1,4 +1,4 @@
-"""The block pool: held, kept and free blocks, found by their hashes, never lost."""
+"""The block pool: used, cached and free blocks, lookup by hash, and integrity."""
 
 import pytest
 from hypothesis import strategies as st
@@ -11,12 +11,12 @@ NUM_BLOCKS = 8
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Sequences take, publish and release blocks; contents are modelled by chains of letters."""
+    """Sequences take, publish and release blocks; strings of letters model their contents."""
 
     def __init__(self):
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS, block_size=4)
-        self.sequences = []  # [blocks, chain of letters]
+        self.sequences = []  # [blocks, letters]
         self.contents = {}
 
     @rule(chain=st.text("ab", min_size=1, max_size=5))
@@ -61,7 +61,7 @@ class PoolMachine(RuleBasedStateMachine):
 TestPool = PoolMachine.TestCase
 
 
-def test_the_least_recently_used_prefix_goes_first_and_its_end_before_its_beginning():
+def test_the_least_recently_used_prefix_is_evicted_first_from_its_end():
     pool = BlockPool(4, block_size=4)
     old, new = pool.take((), 2), pool.take((), 2)
     for name, blocks in (("old", old), ("new", new)):
@@ -75,7 +75,7 @@ def test_the_least_recently_used_prefix_goes_first_and_its_end_before_its_beginn
     assert pool.find([b"new 0", b"new 1"]) == new
 
 
-def test_integrity_sees_lost_and_doubled_blocks():
+def test_the_integrity_check_finds_lost_and_duplicate_blocks():
     pool = BlockPool(3, block_size=4)
     (block,) = pool.take((), 1)
     with pytest.raises(AssertionError):
@@ -96,7 +96,7 @@ def hashes(hasher: PrefixHasher, ids, salt: str = "") -> list[bytes]:
     return found
 
 
-def test_a_hash_stands_for_all_tokens_before_it_and_the_salt():
+def test_a_hash_covers_all_earlier_tokens_and_the_salt():
     hasher = PrefixHasher(block_size=4)
     base = hashes(hasher, range(12))
     assert len(base) == 3 and hashes(hasher, range(15)) == base
@@ -104,29 +104,29 @@ def test_a_hash_stands_for_all_tokens_before_it_and_the_salt():
     assert not set(hashes(hasher, range(12), "mine")) & set(base)
 
 
-def test_a_hash_grows_with_its_sequence():
+def test_hashes_are_extended_as_the_sequence_grows():
     hasher = PrefixHasher(block_size=4)
     grown = hashes(hasher, range(5))
     hasher.extend(grown, range(13), "")
     assert grown == hashes(hasher, range(13))
 
 
-def test_hashes_of_another_engine_are_of_no_use():
+def test_hashes_of_another_engine_differ():
     assert hashes(PrefixHasher(4), range(4)) != hashes(PrefixHasher(4), range(4))
 
 
-def test_freed_blocks_are_taken_before_unused_ones_and_these_before_cached_contents():
+def test_freed_blocks_are_reused_before_unused_ones_and_cached_ones_last():
     pool = BlockPool(6, block_size=4)
     first = pool.take((), 3)
     assert first == [0, 1, 2]
     pool.publish(first[0], b"cached")
     pool.release(first)
-    # what was freed without contents is used again, however often
+    # freed blocks without contents are reused, any number of times
     for _ in range(3):
         again = pool.take((), 2)
         assert sorted(again) == [1, 2]
         pool.release(again)
     assert pool.take((), 4) == [1, 2, 3, 4]
     assert pool.take((), 1) == [5] and pool.find([b"cached"]) == [0]
-    # only a pool that is in use as a whole gives cached contents up
+    # cached contents are evicted only when no other block is free
     assert pool.take((), 1) == [0] and pool.find([b"cached"]) == []

@@ -1,4 +1,4 @@
-"""What is planned, in which order, and how sequences end: no model, no tensors."""
+"""The scheduler: order of plans, preemption, prefixes, drafts and ends of sequences."""
 
 import pytest
 
@@ -19,29 +19,29 @@ def scheduler(num_blocks=64, propose=None, **config) -> Scheduler:
 
 def request(name: str, length: int, max_tokens: int = 5, priority=0, salt="", **sampling):
     params = SamplingParams(max_tokens=max_tokens, **sampling)
-    # prompts of different requests share no prefix, unless their names begin alike
+    # prompts share a prefix only if the names begin with the same letter
     first = ord(name[0]) * 1000
     return Request(name, tuple(range(first, first + length)), params, priority, salt)
 
 
 def results(plan: StepPlan, token: int = 1) -> dict[str, ChunkResult]:
-    """Everyone gets ``token`` at every sampled position."""
+    """Results of a plan with ``token`` at every sampled position."""
     return {c.request_id: ChunkResult((token,) * c.num_sampled) for c in plan.chunks}
 
 
-def step(at: Scheduler, token: int = 1) -> list[tuple[str, int, int, bool]]:
-    """Run one step: (request, start, tokens, whether one is chosen)."""
-    plan = at.plan()
-    at.commit(plan, results(plan, token))
-    at.check_integrity()
+def step(queue: Scheduler, token: int = 1) -> list[tuple[str, int, int, bool]]:
+    """Run one step; return (request, start, number of tokens, whether it samples) by chunk."""
+    plan = queue.plan()
+    queue.commit(plan, results(plan, token))
+    queue.check_integrity()
     return [(c.request_id, c.start, len(c.token_ids), c.samples) for c in plan.chunks]
 
 
-def names(at: Scheduler) -> list[str]:
-    return [chunk[0] for chunk in step(at)]
+def names(queue: Scheduler) -> list[str]:
+    return [chunk[0] for chunk in step(queue)]
 
 
-def test_a_long_prompt_is_run_in_chunks_under_the_budget():
+def test_a_long_prompt_runs_in_chunks_within_the_budget():
     queue = scheduler()
     queue.add(request("a", 23), seed=0)
     assert step(queue) == [("a", 0, 10, False)]
@@ -71,13 +71,13 @@ def test_no_more_sequences_run_than_configured():
     assert not queue.has_work
 
 
-def test_when_blocks_run_out_the_newest_gives_way_and_is_computed_again():
+def test_without_free_blocks_the_newest_sequence_is_preempted_and_recomputed():
     queue = scheduler(num_blocks=4)
     queue.add(request("a", 7, max_tokens=6), seed=0)
     queue.add(request("b", 3, max_tokens=9), seed=0)
     assert names(queue) == ["a", "b"]
     assert names(queue) == ["a", "b"]
-    # a needs a third block, b a second: only one is left, and b is the newer
+    # a needs a third block and b a second; only one is free, and b is newer
     assert names(queue) == ["a"] and queue.preemptions == 1
     while queue.num_running == 1:
         assert names(queue) == ["a"]
@@ -87,7 +87,7 @@ def test_when_blocks_run_out_the_newest_gives_way_and_is_computed_again():
     assert again == [("b", 0, 5, True)] or again == [("b", 4, 1, True)]
 
 
-def test_a_small_newcomer_does_not_overtake_one_that_waits_for_blocks():
+def test_a_small_request_does_not_overtake_one_that_waits_for_blocks():
     queue = scheduler(num_blocks=4)
     queue.add(request("a", 8, max_tokens=4), seed=0)
     queue.add(request("b", 12, max_tokens=2), seed=0)
@@ -99,7 +99,7 @@ def test_a_small_newcomer_does_not_overtake_one_that_waits_for_blocks():
     assert names(queue) == ["b"]
 
 
-def test_a_smaller_priority_runs_sooner_and_is_preempted_later():
+def test_a_smaller_priority_value_runs_sooner_and_is_preempted_later():
     queue = scheduler(num_blocks=4, max_num_seqs=2)
     queue.add(request("low", 4, max_tokens=9, priority=5), seed=0)
     queue.add(request("mid", 4, max_tokens=9, priority=1), seed=0)
@@ -110,7 +110,7 @@ def test_a_smaller_priority_runs_sooner_and_is_preempted_later():
     assert names(queue) == ["high"]
 
 
-def test_nobody_starves_beyond_the_stated_bound():
+def test_waiting_is_bounded():
     queue = scheduler(max_num_seqs=1)
     queue.add(request("patient", 1, max_tokens=1, priority=1), seed=0)
     waited = 0
@@ -128,7 +128,7 @@ def test_a_priority_has_bounds():
         request("a", 1, priority=101)
 
 
-def test_a_prefix_that_was_computed_is_not_run_again():
+def test_a_computed_prefix_is_reused():
     queue = scheduler()
     queue.add(request("a", 9, max_tokens=1), seed=0)
     assert step(queue) == [("a", 0, 9, True)]
@@ -136,13 +136,13 @@ def test_a_prefix_that_was_computed_is_not_run_again():
     assert step(queue) == [("a again", 8, 1, True)]
     queue.add(request("a longer", 11, max_tokens=1), seed=0)
     assert step(queue) == [("a longer", 8, 3, True)]
-    # the last token of a prompt is run even where its block is known
+    # the last token of a prompt always runs, even if its block is cached
     queue.add(request("a shorter", 8, max_tokens=1), seed=0)
     assert step(queue) == [("a shorter", 4, 4, True)]
     assert (queue.prefix_queries, queue.prefix_hits) == (9 + 9 + 11 + 8, 8 + 8 + 4)
 
 
-def test_an_answer_is_a_prefix_too():
+def test_an_answer_can_be_reused_as_a_prefix():
     queue = scheduler()
     queue.add(request("a", 7, max_tokens=2), seed=0)
     step(queue, token=1)
@@ -152,7 +152,7 @@ def test_an_answer_is_a_prefix_too():
     assert step(queue) == [("b", 8, 2, True)]
 
 
-def test_a_salt_keeps_prefixes_apart():
+def test_different_salts_share_no_prefix():
     queue = scheduler()
     for name, salt in (("a", "mine"), ("a 2", "yours"), ("a 3", "mine")):
         queue.add(request(name, 9, max_tokens=1, salt=salt), seed=0)
@@ -165,12 +165,12 @@ def test_equal_prompts_that_arrive_together_are_computed_once():
     for i in range(3):
         queue.add(request(f"a{i}", 9, max_tokens=3), seed=0)
     queue.add(request("b", 2, max_tokens=3), seed=0)
-    # the others wait for the first, but nobody else waits for them
+    # requests with the same prompt wait for the first one; others do not wait
     assert step(queue) == [("a0", 0, 9, True), ("b", 0, 2, True)]
     assert step(queue)[2:] == [("a1", 8, 1, True), ("a2", 8, 1, True)]
 
 
-def test_one_that_waits_for_anothers_prefix_goes_on_when_that_is_gone():
+def test_a_request_that_waits_for_a_prefix_continues_if_its_owner_is_gone():
     queue = scheduler(max_batched_tokens=4)
     queue.add(request("a0", 9), seed=0)
     queue.add(request("a1", 9), seed=0)
@@ -179,7 +179,7 @@ def test_one_that_waits_for_anothers_prefix_goes_on_when_that_is_gone():
     assert step(queue) == [("a1", 4, 4, False)]
 
 
-def test_prompts_that_are_scored_run_whole_and_in_order():
+def test_scored_prompts_run_completely_and_in_order():
     queue = scheduler()
     queue.add(request("a", 12, max_tokens=1), seed=0)
     step(queue), step(queue)
@@ -196,7 +196,7 @@ def test_prompts_that_are_scored_run_whole_and_in_order():
 
 
 def finish(propose=None, tokens=(1, 2, EOS, 4, 5), **sampling):
-    """(tokens, finish reason, stop id) of the outputs when these tokens come."""
+    """(tokens, finish reason, stop id) of each output if the model gives these tokens."""
     queue = scheduler(propose=propose)
     queue.add(request("a", 1, **sampling), seed=0)
     found, at = [], 0
@@ -212,7 +212,7 @@ def finish(propose=None, tokens=(1, 2, EOS, 4, 5), **sampling):
     return [(output.token_ids, output.finish_reason, output.stop_token_id) for output in found]
 
 
-def test_a_sequence_ends_on_its_own_end_token():
+def test_a_sequence_ends_on_an_end_token():
     assert finish() == [((1,), None, None), ((2,), None, None), ((EOS,), "stop", EOS)]
 
 
@@ -220,29 +220,29 @@ def test_the_end_token_can_be_ignored():
     assert [reason for _, reason, _ in finish(ignore_eos=True)] == [None] * 4 + ["length"]
 
 
-def test_stop_ids_end_a_sequence_even_where_end_tokens_are_ignored():
+def test_stop_ids_end_a_sequence_even_if_end_tokens_are_ignored():
     stops = frozenset({2})
     assert finish(stop_token_ids=stops, ignore_eos=True)[-1] == ((2,), "stop", 2)
 
 
-def test_the_longest_answer_ends_a_sequence():
+def test_max_tokens_ends_a_sequence():
     assert finish(max_tokens=2) == [((1,), None, None), ((2,), "length", None)]
 
 
-def test_guesses_that_hold_are_kept_and_those_after_a_wrong_one_rolled_back():
-    guesses = {2: [2, 3, 7], 5: [5]}
-    propose = lambda sequence: guesses.get(len(sequence.token_ids), [])  # noqa: E731
+def test_accepted_drafts_are_kept_and_those_after_a_wrong_one_rolled_back():
+    drafts = {2: [2, 3, 7], 5: [5]}
+    propose = lambda sequence: drafts.get(len(sequence.token_ids), [])  # noqa: E731
     found = finish(propose, tokens=(1, 2, 3, 4, 5, 6, 7, 8), max_tokens=8)
-    # after 1: guesses 2, 3 hold and 7 does not, in whose place 4 was chosen
+    # after 1: drafts 2 and 3 are accepted; 7 is rejected and replaced by 4
     assert [ids for ids, _, _ in found[:3]] == [(1,), (2, 3, 4), (5, 6)]
 
 
-def test_an_end_among_guesses_ends_the_answer_there():
+def test_an_end_token_among_drafts_ends_the_answer():
     found = finish(lambda sequence: [2, EOS, 4][: 3 * (len(sequence.token_ids) == 2)])
     assert found[-1] == ((2, EOS), "stop", EOS)
 
 
-def test_guesses_never_exceed_the_answer_nor_preempt():
+def test_drafts_never_exceed_max_tokens_nor_preempt():
     found = finish(lambda sequence: [1, 1, 1, 1], tokens=(1,) * 9, max_tokens=3)
     assert [ids for ids, _, _ in found] == [(1, 1, 1)]
     queue = scheduler(num_blocks=2, propose=lambda sequence: [1] * 4)
@@ -263,7 +263,7 @@ def test_abort_frees_running_and_waiting_requests():
     assert names(queue) == ["b"]
 
 
-def test_one_that_cannot_go_on_ends_alone():
+def test_a_failed_request_ends_without_affecting_others():
     queue = scheduler(max_batched_tokens=4)
     queue.add(request("a", 4), seed=0)
     queue.add(request("b", 2), seed=0)

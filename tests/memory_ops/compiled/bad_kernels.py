@@ -1,4 +1,4 @@
-"""A gather that forgets what the shipped one minds, for the checks to find fault with."""
+"""A deliberately slow gather kernel: the machine-code checks must reject it."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ ROWS = 16
 
 
 def gather_of_run_time_width(table_RV: Tensor, rows_TC: Tensor) -> Tensor:
-    """Sum rows of a width that the compiler does not know, so that it loads value by value."""
+    """Sum rows whose width the compiler does not know, so that it loads one value at a time."""
     width = table_RV.shape[1]
     out_TV = torch.empty(len(rows_TC), width)
     grid = (len(rows_TC), triton.cdiv(width, BLOCK))

@@ -1,4 +1,4 @@
-"""Compiles what a call would launch, for GPUs this machine lacks, and reads the machine code."""
+"""Compiles the kernel of a call for GPUs this machine lacks and reads its machine code."""
 
 import re
 import subprocess
@@ -24,11 +24,11 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Figures:
-    """What the machine code of one kernel takes and does.
+    """Resources and instruction counts of one kernel's machine code.
 
     Attributes:
-        registers: of a lane (AMD: vector registers, accumulation registers included).
-        shared: bytes of a program.
+        registers: registers per lane (AMD: vector registers, with accumulation registers).
+        shared: bytes of shared memory per program.
         spills: bytes of stack, and instructions or registers that spill.
         wide_loads: instructions that load 128 bits a lane from device memory.
         narrow_loads: instructions that load less than 32 bits a lane.
@@ -44,7 +44,7 @@ class Figures:
 
 
 class AbsentGpu(DriverBase):
-    """A driver whose only knowledge is the target: enough to compile for it, not to launch."""
+    """A driver that knows only its target: it can compile for it but not launch."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
@@ -60,7 +60,7 @@ class AbsentGpu(DriverBase):
         return self._target
 
     def get_current_device(self) -> int:
-        # the compiled kernels are kept by device, so each target has to be one of its own
+        # triton caches compiled kernels by device, so each target needs its own device
         return list(TARGETS.values()).index(self._target)
 
     def get_current_stream(self, device: int) -> int:
@@ -87,7 +87,7 @@ def compiled(target: GPUTarget, call: Callable[[], object]) -> Figures:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", warm_up)
-        # never put back: these tests have a process of their own, with no driver to go back to
+        # never restored: these tests run in a separate process that has no other driver
         triton.runtime.driver.set_active(AbsentGpu(target))
         call()
     (kernel,) = kernels

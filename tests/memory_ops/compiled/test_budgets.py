@@ -1,4 +1,4 @@
-"""Every launch configuration that ships, compiled: registers, shared memory, spills, wide loads."""
+"""Budgets of all shipped kernel launches: registers, shared memory, spills, wide loads."""
 
 from collections.abc import Callable
 
@@ -13,10 +13,10 @@ from memory_ops.triton_kernels.row_dots import DOT_LAUNCHES
 from memory_ops.triton_kernels.row_gradients import GRADIENT_LAUNCHES
 from tests.memory_ops.compiled.bad_kernels import ROWS, gather_of_run_time_width
 from tests.memory_ops.compiled.machine_code import TARGETS, Figures, compiled
-from tests.memory_ops.tables import KINDS, PLAIN, table_of, vast_table
+from tests.memory_ops.table_kinds import KINDS, PLAIN, table_of, vast_table
 
-# by kind and V: (registers of a lane, bytes shared by a program) at most, for each of TARGETS;
-# as the compiler that constraints.txt names makes them, registers in the eights they are given in
+# by kind and V: upper limits (registers per lane, shared bytes per program) for each of TARGETS,
+# with the compiler that constraints.txt names; GPUs allocate registers in multiples of eight
 GATHER_BUDGETS = {
     ("fp32", 1024): ((168, 512), (168, 512), (160, 512), (96, 512)),
     ("fp16", 1024): ((96, 512), (96, 512), (96, 512), (96, 512)),
@@ -63,7 +63,7 @@ SLOW_TOPK_BUDGETS = {
 
 
 def check(figures: Figures, budget: tuple[int, int], wide_loads: int) -> None:
-    """The machine code keeps to its budget and loads 128 bits a lane at least so many times."""
+    """Assert the budget, no spills, and at least ``wide_loads`` loads of 128 bits per lane."""
     assert not figures.spills, f"spills: {figures}"
     assert figures.wide_loads >= wide_loads, f"loads are narrow, {wide_loads} wide ones: {figures}"
     assert not figures.narrow_loads, f"loads are narrow: {figures}"
@@ -81,7 +81,7 @@ def per_target(budgets: dict) -> list:
 
 
 def wide_row_loads(launch: RowLaunch, kind: str, target: str) -> int:
-    """128-bit loads of one lane for the tile that a program reads at once."""
+    """Number of 128-bit loads per lane that one tile of a program needs."""
     bits = {"fp32": 32, "int4": 32, "fp16": 16, "bf16": 16}.get(kind, 8)
     lanes = launch.num_warps * TARGETS[target].warp_size
     return launch.rows * launch.columns * bits // (128 * lanes)
@@ -96,7 +96,7 @@ def test_every_shipped_launch_is_compiled_here():
     assert {kind for kind, _ in GATHER_BUDGETS} == set(GATHER_LAUNCHES)
     assert {kind for kind, _ in DOT_BUDGETS} == set(DOT_LAUNCHES)
     assert {kind for kind, _ in GRADIENT_BUDGETS} == set(GRADIENT_LAUNCHES)
-    # of few candidates, N alone decides
+    # with few candidates, N alone selects the launch
     launches = {
         (launch := launch_for(num_subkeys, 2), num_subkeys > launch.block)
         for num_subkeys, _ in TOPK_BUDGETS | SLOW_TOPK_BUDGETS
@@ -107,7 +107,7 @@ def test_every_shipped_launch_is_compiled_here():
 @pytest.mark.parametrize(("case", "target", "budget"), per_target(GATHER_BUDGETS))
 def test_gather_rows(case, target, budget):
     kind, width = case
-    # as large as tables are: AMD's loads differ from 2**31 bytes on
+    # a large table: AMD uses other loads from 2**31 bytes on
     table = vast_table(kind, torch.randn(1, width))
     figures = compiled(TARGETS[target], lambda: gather_rows(table, *lookups()))
     check(figures, budget, wide_row_loads(GATHER_LAUNCHES[kind], kind, target))
@@ -137,7 +137,7 @@ def topk_of(num_subkeys: int, top_k: int) -> Callable[[], object]:
 
 @pytest.mark.parametrize(("case", "target", "budget"), per_target(TOPK_BUDGETS))
 def test_product_topk(case, target, budget):
-    # no load of a row: scores are read once and sorted for long
+    # no wide loads required: the kernel reads scores once and spends its time sorting
     check(compiled(TARGETS[target], topk_of(*case)), budget, wide_loads=0)
 
 
@@ -159,7 +159,7 @@ def test_small_tables_that_amd_reads_with_32_bit_offsets(kind):
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "int4"])
 def test_one_value_of_one_row_compiles(kind, target):
-    # a size of 1 becomes a constant, which other code handles
+    # triton turns a size of 1 into a constant, which takes another code path
     table, x = table_of(kind, torch.randn(1, 1)), torch.randn(1, 1)
     rows, weights = torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1, 1)
     calls = [lambda: gather_rows(table, rows, weights), lambda: row_dots(table, rows, x)]
@@ -170,7 +170,7 @@ def test_one_value_of_one_row_compiles(kind, target):
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_operands_of_less_precision_compile(target):
-    # the interpreter runs what the compiler refuses, and fp32 operands convert nothing
+    # the interpreter accepts code that the compiler refuses, and fp32 operands need no conversion
     table, x = torch.randn(64, 1000).bfloat16(), torch.randn(16, 1000).bfloat16()
     rows, weights = lookups()
     calls = [
@@ -178,7 +178,7 @@ def test_operands_of_less_precision_compile(target):
         lambda: row_gradients(rows, weights.half(), x),
     ]
     assert all(not compiled(TARGETS[target], call).spills for call in calls)
-    # a width that fills 128-bit loads fills them in x too
+    # a width that fills 128-bit loads of the table also fills those of x
     dots = compiled(TARGETS[target], lambda: row_dots(table, rows, x))
     assert not dots.spills and not dots.narrow_loads
 
@@ -190,7 +190,7 @@ def test_the_smallest_topk_compiles(num_subkeys, top_k, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_width_known_only_at_run_time_is_found_out(target):
+def test_the_check_rejects_a_width_known_only_at_run_time(target):
     table, rows = torch.randn(64, 1000).bfloat16(), torch.zeros(16, 128, dtype=torch.int64)
     figures = compiled(TARGETS[target], lambda: gather_of_run_time_width(table, rows))
     with pytest.raises(AssertionError, match="loads are narrow"):
@@ -198,8 +198,8 @@ def test_a_width_known_only_at_run_time_is_found_out(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_more_rows_than_registers_are_found_out(target, monkeypatch):
-    # a lane of NVIDIA's has 255 registers, one of AMD's 512
+def test_the_check_rejects_more_rows_than_registers(target, monkeypatch):
+    # a lane has 255 registers on NVIDIA and 512 on AMD
     too_many = 64 if target.startswith("gfx") else 32
     monkeypatch.setitem(DOT_LAUNCHES, "bf16", RowLaunch(rows=too_many, columns=256))
     table, x = torch.randn(64, 1024).bfloat16(), torch.randn(16, 1024)

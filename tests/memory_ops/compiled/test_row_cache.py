@@ -1,4 +1,4 @@
-"""The row cache's kernels, compiled: registers, spills, and copies 128 bits a lane at a time."""
+"""Budgets of the row cache's kernels: registers, spills, and copies of 128 bits per lane."""
 
 import pytest
 import torch
@@ -10,17 +10,17 @@ from memory_ops.triton_kernels.sort_rows import SortedRows, sort_rows
 from tests.memory_ops.compiled.machine_code import TARGETS, compiled
 from tests.memory_ops.compiled.test_budgets import check, per_target
 
-# by hint and ways: as in test_budgets
+# by is_hint and number of ways; limits as in test_budgets
 PLACE_BUDGETS = {
     (False, 16): ((120, 64), (96, 64), (112, 64), (80, 64)),
     (True, 16): ((112, 64), (96, 64), (96, 64), (80, 64)),
 }
-# by references
+# by number of references
 SORT_BUDGETS = {
     (1024,): ((48, 2048), (48, 2048), (48, 2048), (40, 128)),
     (1,): ((48, 2048), (48, 2048), (48, 2048), (40, 128)),
 }
-# by the words of a row, of the bits that they have
+# by words per row and bits per word
 FETCH_BUDGETS = {
     (512, 32): ((32, 0), (32, 0), (32, 0), (32, 0)),
     (500, 32): ((32, 0), (32, 0), (32, 0), (32, 0)),
@@ -55,7 +55,7 @@ def test_sort_rows(case, target, budget):
 @pytest.mark.parametrize(("case", "target", "budget"), per_target(FETCH_BUDGETS))
 def test_fetch_rows(case, target, budget):
     width, bits = case
-    # as large as tables are: AMD's loads differ from 2**31 bytes on
+    # a large table: AMD uses other loads from 2**31 bytes on
     words = anonymous_zeros((2**31 // width + 1, width), WORDS[bits])
     keys = torch.zeros(1024, dtype=torch.int64)
     memory = torch.zeros(64, width, dtype=WORDS[bits])
@@ -69,7 +69,7 @@ def test_fetch_rows(case, target, budget):
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("is_hint", [False, True])
 def test_one_row_of_one_set_of_one_way_compiles(target, is_hint):
-    # a size of 1 becomes a constant, which other code handles
+    # triton turns a size of 1 into a constant, which takes another code path
     sets, row = sets_of(1, 1), torch.zeros(1, dtype=torch.int64)
     wanted = SortedRows(row, row)
     for is_first in (True, False):

@@ -1,4 +1,4 @@
-"""Leaves these tests to a process in which triton interprets, and makes its interpreter strict."""
+"""Skips these tests unless triton interprets kernels; makes its interpreter strict."""
 
 import os
 
@@ -7,13 +7,13 @@ import torch
 
 from memory_ops.anonymous import anonymous_zeros
 
-# triton fixes the mode of a kernel when it is defined, so a process has one mode
+# triton chooses the mode of a kernel at its definition, so a process has one mode
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*"]
 
 
 @pytest.fixture(autouse=True)
 def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
-    # not at the top: this file is read by every run, and triton may be absent
+    # not at the top: every test run imports this file, and triton may be absent
     from tests.memory_ops.interpreted.strict_interpreter import make_strict
 
     make_strict(monkeypatch)
@@ -21,7 +21,7 @@ def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def vast_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the last programs only, whose outputs may lie far from the first: they take no memory."""
+    """Run the last programs only: the outputs before them are never written and use no memory."""
     from tests.memory_ops.interpreted.strict_interpreter import run_last_programs
 
     def unwritten(shape, *, dtype, device):

@@ -1,13 +1,13 @@
-"""A stricter Triton interpreter: what would go wrong on a GPU goes wrong here, and says so.
+"""A strict Triton interpreter: errors that a GPU would hide raise exceptions here.
 
 1. Every lane of a load or store that is not masked off must lie within a tensor argument.
 2. int32 sums, differences and products must not overflow.
-3. Lanes that are masked off without a value of their own are poisoned: NaN, or a large number.
-   (A masked load of a single 0 counts as one without: the interpreter drops what is false.)
-4. bf16 converts as on a GPU, to the nearest, and does not compute: the interpreter would compute
-   with its bits.
+3. Masked-off lanes without an ``other`` value are poisoned: NaN, or a large number.
+   (``other=0`` counts as no value: the interpreter drops values that are false.)
+4. bf16 converts to the nearest value, as on a GPU. Arithmetic in bf16 raises an error, since the
+   interpreter would compute with its bits.
 
-Races and barriers cannot show here, nor what the compiler refuses.
+The interpreter cannot show races, missing barriers or code that the compiler refuses.
 """
 
 import warnings
@@ -24,8 +24,8 @@ Ranges = list[tuple[int, int]]
 
 
 def make_strict(patch: pytest.MonkeyPatch) -> None:
-    """Change triton's interpreter for as long as ``patch`` lasts."""
-    # the interpreter turns overflow checks on with debug
+    """Make triton's interpreter strict until ``patch`` is undone."""
+    # the interpreter checks for overflow if debug is on
     options = interpreter.InterpreterOptions(debug=True)
     patch.setattr(interpreter.interpreter_builder, "options", options)
     _check_memory(patch)
@@ -35,7 +35,7 @@ def make_strict(patch: pytest.MonkeyPatch) -> None:
 
 
 def run_last_programs(patch: pytest.MonkeyPatch, count: int) -> None:
-    """Run only the last ``count`` programs of a grid's first axis: a vast grid would take days."""
+    """Run only the last ``count`` programs of a grid's first axis: a huge grid would take days."""
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     start = executor.__init__
     skipped = 0
@@ -53,7 +53,7 @@ def run_last_programs(patch: pytest.MonkeyPatch, count: int) -> None:
 
 
 def tensor_ranges(arguments: list[object]) -> Ranges:
-    """The first and last addresses, half open, of the tensors among a kernel's arguments."""
+    """Address ranges, half open, of the tensors among a kernel's arguments."""
     found: Ranges = []
     tensors = [a for a in arguments if isinstance(a, torch.Tensor) and a.numel()]
     for tensor in sorted(tensors, key=torch.Tensor.data_ptr):
@@ -74,7 +74,7 @@ def _check_memory(patch: pytest.MonkeyPatch) -> None:
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def silent_call(self, *args, **kwargs):
-        # both sides of a where are computed; NaN where a GPU has NaN is no warning
+        # numpy computes both sides of a where; NaN that a GPU would also give needs no warning
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
             return call(self, *args, **kwargs)
@@ -96,7 +96,7 @@ def _check_memory(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(executor, "__call__", silent_call)
     patch.setattr(executor, "_init_args_hst", remembered)
-    # tensors of the host are used where they are, and copying them back would touch all of them
+    # use host tensors in place: copying them back would touch all of their memory
     patch.setattr(executor, "_restore_args_dev", lambda *args: None)
     patch.setattr(builder, "create_masked_load", checked_load)
     patch.setattr(builder, "create_masked_store", checked_store)
@@ -117,7 +117,7 @@ def _check_lanes(what: str, pointers, mask, ranges: Ranges) -> None:
 def _poison(pointers):
     kind = pointers.get_element_ty()
     dtype = interpreter._get_np_dtype(kind)
-    # bf16 is held as its 16 bits
+    # the interpreter holds bf16 as 16 bits
     value = 0x7FC0 if kind == tl.bfloat16 else np.nan
     if dtype.kind in "iu" and kind != tl.bfloat16:
         value = int.from_bytes(b"\x5a" * dtype.itemsize, "little")
@@ -131,7 +131,7 @@ def _convert_bf16(patch: pytest.MonkeyPatch) -> None:
         if source == tl.bfloat16 and target == tl.float32:
             return (values.astype(np.uint32) << 16).view(np.float32)
         if source == tl.float32 and target == tl.bfloat16:
-            # torch rounds to the nearest, ties to even, as GPUs do
+            # torch rounds to the nearest, ties to even, like a GPU
             narrow = torch.from_numpy(np.array(values, dtype=np.float32)).bfloat16()
             return narrow.view(torch.int16).numpy().view(np.uint16)
         return convert(values, source, target, rounding)
@@ -160,7 +160,7 @@ def _refuse_bf16_arithmetic(patch: pytest.MonkeyPatch) -> None:
 
 def _bf16_operands(operands: tuple[object, ...]) -> Iterator[object]:
     for operand in operands:
-        # reductions are given a tuple of tensors
+        # reductions take a tuple of tensors
         for part in operand if isinstance(operand, tuple) else (operand,):
             dtype = getattr(part, "dtype", None)
             if getattr(dtype, "scalar", None) == tl.bfloat16:
@@ -168,7 +168,7 @@ def _bf16_operands(operands: tuple[object, ...]) -> Iterator[object]:
 
 
 def _sort_faster(patch: pytest.MonkeyPatch) -> None:
-    """tl.topk is made of exclusive ors over an axis, for which the interpreter loops in Python."""
+    """Replace xor reductions, of which tl.topk consists: the interpreter loops over them."""
     plain = interpreter.ReduceOps.apply_impl
 
     def vectorised(self, operands):

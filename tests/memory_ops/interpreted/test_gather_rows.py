@@ -6,23 +6,23 @@ import torch
 from memory_ops import reference
 from memory_ops.row_formats import ROW_FORMATS, RowRecords
 from memory_ops.triton_kernels import gather_rows
-from tests.memory_ops.tables import (
+from tests.memory_ops.table_kinds import (
     KINDS,
-    apart,
     check_close,
     exact_values,
-    littered,
     num_rows,
     rows_of,
     table_of,
     vast_table,
+    with_gaps,
+    with_padding_filled,
 )
 
 
-# 64 fills 128-bit loads, 99 none; 1100 takes several blocks, the last of them in part
+# 64 fills 128-bit loads, 99 does not; 1100 takes several blocks, the last one partly filled
 @pytest.mark.parametrize("width", [1, 64, 99, 1100])
 @pytest.mark.parametrize("kind", KINDS)
-# one row of one head; more choices than a program reads at once, K no power of two
+# one row of one head; more choices than a program reads at once with K not a power of two
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 3, 7)])
 def test_gather_sums_weighted_rows(kind, width, shape):
     table = table_of(kind, torch.randn(50, width))
@@ -32,7 +32,7 @@ def test_gather_sums_weighted_rows(kind, width, shape):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_read_again_counts_again(kind):
+def test_a_repeated_row_counts_each_time(kind):
     table = table_of(kind, torch.randn(1, 40))
     rows, weights = torch.zeros(2, 2, 5, dtype=torch.int64), torch.rand(2, 2, 5)
     exact = reference.gather_rows(exact_values(table), rows, weights)
@@ -40,7 +40,7 @@ def test_a_row_read_again_counts_again(kind):
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 1, 0)])
-def test_nothing_to_read_is_zero(shape):
+def test_an_empty_lookup_gives_zeros(shape):
     out = gather_rows(torch.randn(4, 8), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
     torch.testing.assert_close(out, torch.zeros(shape[0], 8))
 
@@ -62,8 +62,8 @@ def test_outputs_pass_2_to_the_31(vast_outputs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_nobody_reads_may_hold_anything(kind):
-    # lanes past the last choice read no row, row 0 neither
+def test_unread_rows_may_hold_nan(kind):
+    # lanes past the last choice read no row, not even row 0
     table = table_of(kind, torch.randn(3, 40))
     if isinstance(table, RowRecords):
         table.records_RB[:2] = 0xFF
@@ -74,7 +74,7 @@ def test_rows_that_nobody_reads_may_hold_anything(kind):
     check_close(gather_rows(table, rows, weights), exact, 3)
 
 
-def test_every_fp8_code_is_read_exactly():
+def test_every_fp8_code_is_exact():
     codes = torch.arange(256, dtype=torch.uint8)
     is_number = codes & 0x7F != 0x7F
     codes = codes[is_number]
@@ -100,10 +100,10 @@ def test_rows_of_a_wider_matrix(kind):
     table = table_of(kind, torch.randn(9, 70))
     rows, weights = rows_of(table, 2, 1, 4), torch.rand(2, 1, 4)
     exact = reference.gather_rows(exact_values(table), rows, weights)
-    check_close(gather_rows(apart(table), rows, weights), exact, 4)
+    check_close(gather_rows(with_gaps(table), rows, weights), exact, 4)
 
 
-def test_rows_of_any_address():
+def test_rows_at_unaligned_addresses():
     table = torch.randn(9, 67)[:, 1:66].bfloat16()[:, 1:]
     assert table.data_ptr() % 4 == 2
     rows, weights = rows_of(table, 2, 1, 4), torch.rand(2, 1, 4)
@@ -112,15 +112,15 @@ def test_rows_of_any_address():
 
 
 @pytest.mark.parametrize("kind", ROW_FORMATS)
-def test_what_fills_a_record_up_is_not_read(kind):
+def test_padding_of_records_is_not_read(kind):
     table = table_of(kind, torch.randn(9, 99))
     rows, weights = rows_of(table, 2, 1, 4), torch.rand(2, 1, 4)
     assert torch.equal(
-        gather_rows(littered(table), rows, weights), gather_rows(table, rows, weights)
+        gather_rows(with_padding_filled(table), rows, weights), gather_rows(table, rows, weights)
     )
 
 
-def test_gather_refuses_what_it_cannot_read():
+def test_gather_refuses_unsupported_operands():
     rows, weights = torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, 2)
     with pytest.raises(ValueError, match="table: the Triton kernels support .*, not torch.float64"):
         gather_rows(torch.zeros(4, 3, dtype=torch.float64), rows, weights)

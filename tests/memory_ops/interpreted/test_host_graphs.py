@@ -1,4 +1,4 @@
-"""Replays of graphs: what follows what, on streams that run in any order events allow."""
+"""Graph replays of the host table: the order of replays, lookups and hints on fake streams."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ BRANCHES = (3, 4)
 
 
 def uses_of_the_cache(give) -> list[list[int]]:
-    """By order, which rows were asked for one after another."""
+    """For each order of the streams, the row ids in the order in which the cache got them."""
     found = []
     for choose in orders(0, 1, 2, *BRANCHES)[::3]:
         device = FakeDevice()
         table, reads = plain_table(device)
-        device.run(lambda able: able[0])
+        device.run(lambda ready: ready[0])
         used: list[int] = []
         reads._note = lambda rows, operand, used=used: used.append(int(rows.flatten()[0]))
         give(device, table)
@@ -48,7 +48,7 @@ GIVEN = {
 
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("is_joined", [True, False])
-def test_a_replay_follows_what_was_joined_and_nothing_else(given, is_joined):
+def test_a_replay_follows_only_joined_work(given, is_joined):
     def give(device, table):
         graph = graph_of(device, table)
         GIVEN[given](device, table)
@@ -60,7 +60,7 @@ def test_a_replay_follows_what_was_joined_and_nothing_else(given, is_joined):
 
 
 @pytest.mark.parametrize("is_same", [True, False])
-def test_what_comes_after_a_replay_follows_it_on_its_own_stream(is_same):
+def test_work_after_a_replay_follows_it_on_the_same_stream_only(is_same):
     def give(device, table):
         device.replay(graph_of(device, table), BRANCHES[0])
         if is_same:
@@ -72,7 +72,7 @@ def test_what_comes_after_a_replay_follows_it_on_its_own_stream(is_same):
 
 
 @pytest.mark.parametrize("is_same", [True, False])
-def test_replays_follow_one_another_on_one_stream(is_same):
+def test_replays_run_in_order_on_one_stream_only(is_same):
     def give(device, table):
         first = graph_of(device, table)
         second = device.capture(lambda: start(table, 1).finish())

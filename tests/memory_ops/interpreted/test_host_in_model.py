@@ -1,4 +1,4 @@
-"""A model whose tables lie in host memory: what it says is what it says of tables beside it."""
+"""A model with tables in host memory gives the outputs of one with tables on the device."""
 
 import pytest
 import torch
@@ -15,9 +15,9 @@ TOKENS = 7
 
 
 def on_host(rows, num_layers: int) -> HostTable:
-    """A table with room for 8 rows, whose work waits until the model asks for what comes of it."""
+    """A host table that caches 8 rows; its work runs when the model waits for a result."""
     device = FakeDevice()
-    caller = HostCaller(device, lambda able: able[0])
+    caller = HostCaller(device, lambda ready: ready[0])
     row_bytes = rows.shape[1] * 4
     cache_bytes = 64 * row_bytes + 8 * (row_bytes + 16)
     cache = RowCache(

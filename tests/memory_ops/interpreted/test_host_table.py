@@ -1,4 +1,4 @@
-"""The host table on streams that run in whatever order its events allow."""
+"""The host table on fake streams, in every order that its events allow."""
 
 import gc
 import itertools
@@ -14,8 +14,8 @@ from memory_ops import reference
 from memory_ops.tables.host import HostTable, host_table
 from memory_ops.tables.row_cache import RowCache
 from memory_ops.triton_kernels import gather_rows, row_dots
-from tests.memory_ops.fake_streams import HEIR, Choice, FakeDevice
-from tests.memory_ops.tables import rows_of, table_of
+from tests.memory_ops.fake_streams import REUSER, Choice, FakeDevice
+from tests.memory_ops.table_kinds import rows_of, table_of
 
 CPU = torch.device("cpu")
 NUM_ROWS, WIDTH = 9, 4
@@ -23,14 +23,14 @@ WRONG_ROW = NUM_ROWS - 1
 
 
 class PlainReads:
-    """What a host table asks of its cache, by the reference, when its stream comes to it."""
+    """A fake row cache that computes with the reference when its stream runs."""
 
     def __init__(self, table_RV: Tensor, device: FakeDevice) -> None:
-        """Begin to be made, on the caller's stream."""
+        """Queue the initialisation on the caller's stream."""
         self.table_RV = torch.full_like(table_RV, torch.nan)
         device.caller.run(lambda: self.table_RV.copy_(table_RV))
         self.hinted: list[Tensor] = []
-        self.has_strayed = False  # read what nobody had computed, or had lost
+        self.has_read_garbage = False  # read memory before it was computed or after it was reused
 
     def check_hint(self, rows: Tensor, layer: int) -> None: ...
 
@@ -49,32 +49,32 @@ class PlainReads:
         self.hinted.append(rows.clone())
 
     def _note(self, rows: Tensor, operand: Tensor) -> None:
-        # a GPU would read outside of the table
-        self.has_strayed |= bool((rows == WRONG_ROW).any() or operand.isnan().any())
+        # on a GPU, such ids would lie outside the table
+        self.has_read_garbage |= bool((rows == WRONG_ROW).any() or operand.isnan().any())
 
 
 class Caller:
-    """A model that looks rows up: each step computes operands, and copies what came of them."""
+    """A fake model: its steps compute operands, look rows up and copy the results."""
 
     def __init__(self, device: FakeDevice, table: HostTable, reads: PlainReads) -> None:
         self.device, self.table, self.reads = device, table, reads
         self.stream = device.another_caller()
-        self.pairs: list[tuple[Tensor, Tensor]] = []  # what came, and what should have
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # (found, expected)
         self.hints: list[Tensor] = []
 
     def later(self, right: Tensor, wrong: float) -> Tensor:
-        """A tensor whose stream has yet to compute it."""
+        """A tensor that holds ``wrong`` until the stream has computed ``right``."""
         tensor = torch.full_like(right, wrong)
         self.stream.run(lambda: tensor.copy_(right))
         return tensor
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Row ids, and as the stream will compute them."""
+        """Row ids, and a tensor into which the stream computes them later."""
         right = torch.randint(0, WRONG_ROW, (2, 1, 3))
         return right, self.later(right, WRONG_ROW)
 
     def look_up(self, dots: bool = False):
-        """Start a lookup; what is returned finishes it."""
+        """Start a lookup; return a function that finishes it."""
         right, rows = self.rows()
         if dots:
             operand = torch.randn(2, WIDTH)
@@ -89,22 +89,22 @@ class Caller:
         def finish() -> None:
             self.device.caller = self.stream
             result = lookup.finish()
-            came = torch.empty_like(result)
-            self.stream.run(lambda: came.copy_(result))
-            self.pairs.append((came, exact))
-            self.forget(rows, WRONG_ROW)
-            self.forget(given, torch.nan)
-            self.forget(result, torch.nan)
+            copied = torch.empty_like(result)
+            self.stream.run(lambda: copied.copy_(result))
+            self.pairs.append((copied, exact))
+            self.release(rows, WRONG_ROW)
+            self.release(given, torch.nan)
+            self.release(result, torch.nan)
 
         return finish
 
-    def forget(self, tensor: Tensor, filler: float) -> None:
-        """Let the stream use a tensor's memory for another, which has to stay as it is."""
+    def release(self, tensor: Tensor, filler: float) -> None:
+        """Let another tensor reuse the memory; nothing may overwrite it afterwards."""
         self.device.reuse(tensor, lambda: tensor.fill_(filler))
         self.pairs.append((tensor, torch.full_like(tensor, filler)))
 
     def drop_a_lookup(self) -> None:
-        """Start a lookup that nobody finishes."""
+        """Start a lookup and drop it without finishing it."""
         before = len(self.device.kept)
         rows, weights = self.rows()[1], self.later(torch.rand(2, 1, 3), torch.nan)
         self.device.caller = self.stream
@@ -112,19 +112,19 @@ class Caller:
         gc.collect()
         (result,) = (t for t in self.device.kept[before:] if t is not rows and t is not weights)
         for tensor, filler in ((rows, WRONG_ROW), (weights, torch.nan), (result, 7.0)):
-            self.forget(tensor, filler)
+            self.release(tensor, filler)
 
     def hint(self) -> None:
         right, rows = self.rows()
         self.device.caller = self.stream
         self.table.hint(rows)
-        self.forget(rows, WRONG_ROW)
+        self.release(rows, WRONG_ROW)
         self.hints.append(right)
 
     def is_right(self) -> bool:
         hints = zip(self.reads.hinted, self.hints, strict=True)
         return (
-            not self.reads.has_strayed
+            not self.reads.has_read_garbage
             and all(torch.equal(*pair) for pair in hints)
             and all(torch.allclose(*pair, equal_nan=True) for pair in self.pairs)
         )
@@ -136,8 +136,8 @@ def plain_table(device: FakeDevice) -> tuple[HostTable, PlainReads]:
     return HostTable(rows_RV, reads, device.pair()), reads
 
 
-def a_model_runs(device: FakeDevice) -> Caller:
-    """One caller: hints, lookups one after another and two at once, one that is given up."""
+def run_model(device: FakeDevice) -> Caller:
+    """One caller: a hint, a lookup, two overlapping lookups and a dropped one."""
     table, reads = plain_table(device)
     caller = Caller(device, table, reads)
     caller.hint()
@@ -150,47 +150,47 @@ def a_model_runs(device: FakeDevice) -> Caller:
 
 
 def orders(*places: int) -> list[Choice]:
-    """Each stream as far ahead of the others as it gets, then whatever chance chooses."""
+    """Every order of priority of the streams, then random choices of several seeds."""
     by_place = [
-        lambda able, order=order: min(able, key=lambda stream: order.index(stream.place))
+        lambda ready, order=order: min(ready, key=lambda stream: order.index(stream.place))
         for order in itertools.permutations(places)
     ]
     draws = [random.Random(seed) for seed in range(8)]
-    return by_place + [lambda able, draw=draw: draw.choice(able) for draw in draws]
+    return by_place + [lambda ready, draw=draw: draw.choice(ready) for draw in draws]
 
 
 def outcomes(ignored: int = -1) -> Iterator[bool]:
-    """Whether all is right, by order."""
-    for choose in orders(0, 1, 2, HEIR):
+    """For each order of the streams, whether all results are right."""
+    for choose in orders(0, 1, 2, REUSER):
         device = FakeDevice(ignored)
-        caller = a_model_runs(device)
+        caller = run_model(device)
         device.run(choose)
         yield caller.is_right()
 
 
-def test_every_order_that_events_allow_gives_the_right_rows():
+def test_every_allowed_order_gives_the_right_rows():
     assert all(outcomes())
 
 
 def number_of_waits() -> int:
     device = FakeDevice()
-    a_model_runs(device)
+    run_model(device)
     return device.waits
 
 
-# a table waits once, a hint once and keeps a tensor, a lookup waits twice, one that is given up
-# once and keeps three tensors
-def test_waits_are_as_few_as_they_can_be():
+# a table waits once; a hint waits once and keeps a tensor; a lookup waits twice; a dropped lookup
+# waits once and keeps three tensors
+def test_the_table_waits_the_minimal_number_of_times():
     assert number_of_waits() == 1 + 2 + 3 * 2 + 1 + 3
 
 
 @pytest.mark.parametrize("ignored", range(13))
-def test_without_any_one_wait_some_order_gives_others(ignored):
+def test_without_any_one_wait_some_order_gives_wrong_rows(ignored):
     assert not all(outcomes(ignored))
 
 
-def test_callers_on_streams_of_their_own_share_a_table():
-    for choose in orders(0, 1, 2, 3, HEIR)[::5]:
+def test_callers_on_separate_streams_share_a_table():
+    for choose in orders(0, 1, 2, 3, REUSER)[::5]:
         device = FakeDevice()
         table, reads = plain_table(device)
         one, other = Caller(device, table, reads), Caller(device, table, reads)
@@ -203,7 +203,7 @@ def test_callers_on_streams_of_their_own_share_a_table():
 
 
 def real_table(table, device: FakeDevice, home: torch.device = CPU) -> HostTable:
-    """A host table by the kernels, whose cache has room for 4 rows."""
+    """A host table with the real kernels and a cache of 4 rows."""
     memory = table if isinstance(table, Tensor) else table.records_RB
     row_bytes = memory.shape[1] * memory.element_size()
     cache_bytes = 12 * row_bytes + 4 * (row_bytes + 16)
@@ -211,13 +211,13 @@ def real_table(table, device: FakeDevice, home: torch.device = CPU) -> HostTable
     return HostTable(table, cache, device.pair())
 
 
-def test_a_cache_holds_some_rows_and_no_kernel_of_the_cpu_reads_them():
+def test_cpu_kernels_do_not_read_a_host_table():
     table = real_table(torch.randn(40, WIDTH), FakeDevice())
     assert table.fetched_capacity == 4 and table.row_source(0) is None
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
-def test_rows_are_replaced_by_lookups_that_overlap_and_all_are_right(kind):
+def test_overlapping_lookups_evict_rows_and_are_right(kind):
     table, x = table_of(kind, torch.randn(20, 33)), torch.randn(2, 33)
     for choose in orders(0, 1)[:3]:
         device = FakeDevice()
@@ -242,25 +242,25 @@ def test_a_lookup_holds_its_operands_until_it_is_finished():
     rows, weights = rows_of(torch.empty(9, 4), 1, 1, 2), torch.rand(1, 1, 2)
     alive = [weakref.ref(rows), weakref.ref(weights)]
     lookup = host.start(rows, weights)
-    device.run(lambda able: able[0])  # and with it goes what the fake stream held
+    device.run(lambda ready: ready[0])  # which drops the fake stream's references
     del rows, weights
     assert all(ref() is not None for ref in alive)
     lookup.finish()
     assert all(ref() is None for ref in alive)
 
 
-def test_what_follows_a_join_follows_hints():
+def test_work_after_a_join_follows_hints():
     device = FakeDevice()
     host = real_table(torch.randn(9, 4), device)
     seen: list[Tensor] = []
     host.hint(torch.arange(3))
     host.join()
     device.caller.run(lambda: seen.append(host._cache.sets.tags_SW.clone()))
-    device.run(lambda able: able[-1])
+    device.run(lambda ready: ready[-1])
     assert (seen[0] >= 0).any()
 
 
-def test_what_cannot_be_looked_up_is_refused():
+def test_wrong_lookups_are_refused():
     host = real_table(torch.randn(9, 4), FakeDevice())
     assert (host.num_rows, host.value_dim) == (9, 4)
     rows, weights = torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, 2)
@@ -283,7 +283,7 @@ def test_what_cannot_be_looked_up_is_refused():
     assert not host.statistics()
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+def test_a_missing_gpu_is_refused(monkeypatch):
     table = torch.zeros(9, 4)
     with pytest.raises(ValueError, match="table_tier: host needs a GPU, not cpu"):
         host_table(table, 2**20, CPU)

@@ -1,11 +1,11 @@
-"""The public operations on the Triton backend: what they compose of its kernels, gradients too."""
+"""The public operations on the Triton backend, with gradients."""
 
 import pytest
 import torch
 from torch.nn import functional
 
 from memory_ops import backends, operations, reference, triton_kernels
-from tests.memory_ops.tables import KINDS, check_close, exact_values, rows_of, table_of
+from tests.memory_ops.table_kinds import KINDS, check_close, exact_values, rows_of, table_of
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def test_a_gpu_runs_these_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_experts_of_peer_need_no_kernel_of_their_own(kind):
+def test_peer_experts_combine_the_other_kernels(kind):
     down, up = table_of(kind, torch.randn(20, 40)), table_of(kind, torch.randn(20, 70))
     rows, weights, x = rows_of(up, 3, 2, 5), torch.rand(3, 2, 5), torch.randn(3, 40)
     out = operations.expert_lookup(down, up, rows, weights, x)

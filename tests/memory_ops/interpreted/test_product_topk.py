@@ -7,9 +7,9 @@ from torch import Tensor
 from memory_ops import reference
 from memory_ops.triton_kernels import product_topk
 from tests.conftest import TOLERANCE
-from tests.memory_ops.tables import vast_rows
+from tests.memory_ops.table_kinds import vast_rows
 
-# of one tile, powers of two or not; of several tiles, the last of them in part or whole
+# N of one tile, powers of two or not; N of several tiles, the last one full or partly filled
 SIZES = [(1, 1), (2, 1), (2, 2), (37, 5), (64, 32), (130, 33), (128, 128), (1024, 32), (2048, 9)]
 STREAMED = [(1025, 2), (5000, 32), (2500, 128)]
 
@@ -23,13 +23,13 @@ def check(scores: Tensor, top_k: int) -> None:
 
 
 @pytest.mark.parametrize(("num_subkeys", "top_k"), SIZES + STREAMED)
-def test_the_reference_s_rows(num_subkeys, top_k):
+def test_rows_equal_the_reference(num_subkeys, top_k):
     check(torch.randn(2, 1, 2, num_subkeys), top_k)
 
 
 @pytest.mark.parametrize(("num_subkeys", "top_k"), SIZES + STREAMED)
 def test_ties_go_to_the_smaller_subkeys_and_ranks(num_subkeys, top_k):
-    # few whole numbers, whose sums tie exactly, zeros of both signs the greatest of them
+    # a few whole numbers whose sums tie exactly; the greatest are zeros of both signs
     scores = torch.randint(-2, 1, (1, 2, 2, num_subkeys)).float()
     scores = torch.where((scores == 0) & (torch.rand(scores.shape) < 0.5), -0.0, scores)
     check(scores, top_k)
@@ -54,7 +54,7 @@ def test_scores_of_minus_infinity_come_last(num_subkeys):
 
 
 @pytest.mark.parametrize("num_subkeys", [6, 70, 1100])
-def test_not_a_number_never_gives_a_row_out_of_range(num_subkeys):
+def test_nan_never_gives_a_row_out_of_range(num_subkeys):
     scores = torch.randn(3, 2, 2, num_subkeys)
     scores[torch.rand(scores.shape) < 0.3] = torch.nan
     scores[torch.rand(scores.shape) < 0.1] = -torch.nan
@@ -66,7 +66,7 @@ def test_not_a_number_never_gives_a_row_out_of_range(num_subkeys):
     assert weights.isnan().all()
 
 
-def test_one_number_among_many_that_are_none():
+def test_one_finite_score_among_nan():
     scores = torch.full((1, 1, 2, 8), -torch.inf)
     scores[0, 0, 0, 3] = torch.nan
     rows, weights = product_topk(scores, 4)
@@ -95,12 +95,12 @@ def test_scores_of_any_layout():
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 2, 4), (2, 0, 2, 4)])
-def test_no_token_or_head_reads_no_row(shape):
+def test_no_tokens_or_no_heads_give_no_rows(shape):
     rows, weights = product_topk(torch.zeros(shape), 3)
     assert rows.shape == weights.shape == (*shape[:2], 3)
 
 
-def test_topk_refuses_what_it_cannot_sort():
+def test_topk_refuses_unsupported_operands():
     with pytest.raises(ValueError, match="top_k: 5 is outside"):
         product_topk(torch.zeros(1, 1, 2, 4), 5)
     with pytest.raises(ValueError, match="top_k: .* up to 128, not 129"):

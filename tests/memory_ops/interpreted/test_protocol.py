@@ -1,4 +1,4 @@
-"""Every tier is a ValueTable: it is called as the protocol says."""
+"""All tiers have the methods and signatures of the ValueTable protocol."""
 
 import inspect
 
@@ -23,7 +23,7 @@ def parameters(function):
 
 
 @pytest.mark.parametrize("kind", TIERS)
-def test_a_tier_is_called_as_the_protocol_says(kind):
+def test_a_tier_has_the_signatures_of_the_protocol(kind):
     assert kind.tier == TIERS[kind]
     assert {"row_source", "start", "start_dots", "hint", "watch", "statistics"} <= set(METHODS)
     assert hasattr(kind, "fetched_capacity")

@@ -1,4 +1,4 @@
-"""The row cache's kernels against the cache in plain Python, and reads through it."""
+"""The row cache: its kernels against the plain Python model, and lookups through it."""
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ from memory_ops.triton_kernels import gather_rows, row_dots
 from memory_ops.triton_kernels.place_rows import NUM_COUNTS, CacheSets, Placed, place_rows
 from memory_ops.triton_kernels.sort_rows import KEY_FACTOR, sort_rows
 from tests.memory_ops.row_cache_model import CacheModel
-from tests.memory_ops.tables import KINDS, num_rows, rows_of, table_of, vast_table
+from tests.memory_ops.table_kinds import KINDS, num_rows, rows_of, table_of, vast_table
 
 CPU = torch.device("cpu")
-# a few that meet again, and some of any size
+# a few ids that repeat, and some of any size
 row_ids = st.integers(0, 9) | st.integers(0, 2**62)
 calls = st.tuples(st.booleans(), st.lists(row_ids, min_size=1, max_size=20))
 
@@ -34,16 +34,16 @@ def unwritten_ids(like: Tensor) -> Tensor:
 
 
 def check_places(model: CacheModel, rows: list[int], missing: dict[int, bool], placed: Placed):
-    """Rows of a way have its place, others places beside, each its own; the missing are fetched."""
+    """Cached rows have their way's place, others a place past the sets; misses are fetched."""
     ways = sum(len(ways) for ways in model.ways)
-    beside = {}
+    extra_places = {}
     for row, place in zip(rows, placed.places_L.tolist(), strict=True):
         if model.place(row) is None:
             assert ways <= place < ways + len(rows)
-            assert beside.setdefault(row, place) == place
+            assert extra_places.setdefault(row, place) == place
         else:
             assert place == model.place(row)
-    assert len(set(beside.values())) == len(beside)
+    assert len(set(extra_places.values())) == len(extra_places)
     places = dict(zip(rows, placed.places_L.tolist(), strict=True))
     fetched = [place for place in placed.fetch_L.tolist() if place != -1]
     assert sorted(fetched) == sorted(places[row] for row in missing if missing[row])
@@ -51,7 +51,7 @@ def check_places(model: CacheModel, rows: list[int], missing: dict[int, bool], p
 
 @example([7] * 600)
 @given(st.lists(row_ids, min_size=1, max_size=600))
-def test_references_are_sorted_by_key_and_then_as_they_came(rows):
+def test_references_are_sorted_stably_by_key(rows):
     keys = [row * KEY_FACTOR.value % 2**63 for row in rows]
     sorted_rows = sort_rows(torch.tensor(rows))
     order = sorted(range(len(rows)), key=lambda reference: (keys[reference], reference))
@@ -59,19 +59,19 @@ def test_references_are_sorted_by_key_and_then_as_they_came(rows):
     assert sorted_rows.keys_L.tolist() == sorted(keys)
 
 
-# more uses than are counted; a row found behind eight references to another, which needs room;
-# hints while all rows have a use, and once they have lost it
+# more uses than the counter holds; a hit after eight references to a row that needs a way;
+# hints while all rows have uses, and after their use counts have decayed
 @example(1, 2, [(False, [1, 2])] * 6)
 @example(1, 4, [(False, [1, 2, 3, 4]), (False, [0] * 9 + [2])])
 @example(1, 2, [(False, [1, 2])] * 2 + [(True, [3, 4])] * 2)
 @given(st.integers(1, 5), st.sampled_from([1, 2, 4]), st.lists(calls, min_size=1, max_size=4))
-def test_places_are_those_of_the_plain_cache(num_sets, num_ways, asked):
+def test_places_equal_those_of_the_plain_model(num_sets, num_ways, asked):
     model = CacheModel(num_sets, num_ways)
     tags = torch.full((num_sets, num_ways), -1)
     sets = CacheSets(tags, torch.zeros_like(tags))
     counts = torch.zeros(NUM_COUNTS, dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch:
-        # whoever forgets to write a place is seen
+        # a place that the kernel does not write stays visible
         patch.setattr(torch, "empty_like", unwritten_ids)
         for is_hint, rows in asked:
             wanted = sort_rows(torch.tensor(rows))
@@ -79,8 +79,8 @@ def test_places_are_those_of_the_plain_cache(num_sets, num_ways, asked):
             if is_hint:
                 before = {row: model.place(row) for row in rows}
                 model.hint(rows)
-                came = {model.place(row) for row in rows if before[row] is None} - {None}
-                assert sorted(set(placed.fetch_L.tolist()) - {-1}) == sorted(came)
+                placed_ids = {model.place(row) for row in rows if before[row] is None} - {None}
+                assert sorted(set(placed.fetch_L.tolist()) - {-1}) == sorted(placed_ids)
             else:
                 check_places(model, rows, model.look_up(rows), placed)
             assert all(map(torch.equal, sets, state_of(model)))
@@ -108,7 +108,7 @@ def gathered(cache: RowCache, rows: Tensor, weights: Tensor, width: int, layer: 
 
 @pytest.mark.parametrize("width", [1, 99])
 @pytest.mark.parametrize("kind", KINDS)
-def test_reads_are_those_of_the_table_bit_by_bit(kind, width):
+def test_lookups_equal_those_of_the_table_bit_for_bit(kind, width):
     table = table_of(kind, torch.randn(30, width))
     cache = cache_of(table)
     for _ in range(3):
@@ -117,7 +117,7 @@ def test_reads_are_those_of_the_table_bit_by_bit(kind, width):
         x, dots = torch.randn(3, width), torch.empty(3, 2, 3)
         cache.row_dots(dots, rows, x, 0)
         assert torch.equal(dots, row_dots(table, rows, x))
-    # of few ways and many rows, some were found and some had none
+    # with few ways and many rows there are hits and rows without a way
     counted = cache.statistics()[0]
     assert counted.hits and counted.misses > 4
     assert counted.bytes_read == counted.misses * cache.row_bytes
@@ -125,7 +125,7 @@ def test_reads_are_those_of_the_table_bit_by_bit(kind, width):
 
 @settings(max_examples=10)
 @given(st.integers(1, 2), st.lists(st.lists(st.integers(0, 11), min_size=6, max_size=6)))
-def test_whatever_was_read_before_reads_are_right(num_ways, asked):
+def test_lookups_are_right_after_any_history(num_ways, asked):
     table = torch.randn(12, 5)
     cache = cache_of(table, num_ways=num_ways, num_overflow=6)
     cache.hint(torch.arange(3), 0)
@@ -134,7 +134,7 @@ def test_whatever_was_read_before_reads_are_right(num_ways, asked):
         assert torch.equal(gathered(cache, rows, weights, 5), gather_rows(table, rows, weights))
 
 
-def test_what_does_not_fit_beside_the_sets_is_read_in_parts():
+def test_lookups_beyond_the_extra_rows_are_split():
     table = torch.randn(40, 7)
     rows, weights = torch.arange(30).view(5, 2, 3), torch.rand(5, 2, 3)
     cache = cache_of(table, num_overflow=15)
@@ -144,7 +144,7 @@ def test_what_does_not_fit_beside_the_sets_is_read_in_parts():
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 1, 0)])
-def test_nothing_to_read_is_zero(shape):
+def test_an_empty_lookup_gives_zeros(shape):
     cache = cache_of(torch.randn(9, 8))
     rows = torch.zeros(shape, dtype=torch.int64)
     assert torch.equal(gathered(cache, rows, torch.zeros(shape), 8), torch.zeros(shape[0], 8))
@@ -165,7 +165,7 @@ def test_rows_are_fetched_from_past_2_to_the_31(kind):
 @pytest.mark.parametrize(
     "lay", [lambda wide: wide[..., ::2], lambda wide: wide[..., :1].expand(3, 2, 4)]
 )
-def test_rows_that_lie_apart(lay):
+def test_rows_with_gaps_between_them(lay):
     table, rows = torch.randn(64, 8), lay(torch.randint(0, 64, (3, 2, 8)))
     cache, weights = cache_of(table), torch.rand(3, 2, 4)
     cache.hint(rows, 0)
@@ -212,7 +212,7 @@ def test_rows_in_use_outlive_a_hint(num_overflow):
     assert cache.statistics()[0].hits == before.hits + 2
 
 
-def test_hints_find_room_where_rows_are_no_longer_in_use():
+def test_hints_evict_rows_no_longer_in_use():
     cache = cache_of(torch.randn(500, 4), num_sets=1, num_ways=2)
     for _ in range(4):
         gathered(cache, *one_token(1, 2), 4)
@@ -222,7 +222,7 @@ def test_hints_find_room_where_rows_are_no_longer_in_use():
     assert {10, 11} == set(cache.sets.tags_SW.flatten().tolist())
 
 
-def test_rows_no_longer_in_use_go():
+def test_rows_no_longer_in_use_are_evicted():
     cache = cache_of(torch.randn(500, 4), num_sets=1, num_ways=2)
     for _ in range(4):
         gathered(cache, *one_token(1, 2), 4)
@@ -231,7 +231,7 @@ def test_rows_no_longer_in_use_go():
     assert not {1, 2} & set(cache.sets.tags_SW.flatten().tolist())
 
 
-def test_no_more_memory_is_taken_than_was_given():
+def test_the_cache_keeps_to_its_memory_limit():
     table = torch.zeros(1000, 8)
     least = 10 * 32 + 4 * (32 + 16)
     with pytest.raises(ValueError, match=f"table_cache: {least - 1} .* overflow rows need {least}"):
@@ -242,13 +242,13 @@ def test_no_more_memory_is_taken_than_was_given():
         assert given_bytes - 192 < sum(tensor.nbytes for tensor in tensors) <= given_bytes
 
 
-def test_no_more_sets_are_made_than_there_are_rows_for():
+def test_there_are_no_more_sets_than_the_rows_need():
     cache = RowCache(torch.zeros(9, 8), 2**20, CPU, num_ways=4, num_overflow=10)
     assert cache.sets.tags_SW.shape == (3, 4)
 
 
 @pytest.mark.parametrize("maker", ["empty", "full", "zeros_like", "zeros"])
-def test_a_device_without_so_much_memory_is_an_error(monkeypatch, maker):
+def test_too_little_device_memory_is_an_error(monkeypatch, maker):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError
 
@@ -258,14 +258,14 @@ def test_a_device_without_so_much_memory_is_an_error(monkeypatch, maker):
         RowCache(table, 4096, CPU, num_ways=4, num_overflow=10)
 
 
-def test_rows_at_an_odd_place_are_fetched():
+def test_rows_at_an_unaligned_address_are_fetched():
     table = torch.randn(121).bfloat16()[1:].view(30, 4)
     rows, weights = rows_of(table, 3, 2, 3), torch.rand(3, 2, 3)
     out = gathered(cache_of(table), rows, weights, 4)
     assert torch.equal(out, gather_rows(table, rows, weights))
 
 
-def test_what_cannot_be_read_is_refused():
+def test_wrong_tables_and_lookups_are_refused():
     with pytest.raises(ValueError, match="table: the Triton kernels support"):
         RowCache(torch.zeros(4, 3, dtype=torch.float64), 2**20, CPU)
     with pytest.raises(ValueError, match="table: expected contiguous rows"):

@@ -7,17 +7,17 @@ from memory_ops import reference
 from memory_ops.row_formats import ROW_FORMATS
 from memory_ops.triton_kernels import row_dots
 from memory_ops.triton_kernels.launch import constant_row_stride
-from tests.memory_ops.tables import (
+from tests.memory_ops.table_kinds import (
     KINDS,
-    apart,
     check_close,
     exact_values,
-    littered,
     num_rows,
     rows_of,
     table_of,
     vast_rows,
     vast_table,
+    with_gaps,
+    with_padding_filled,
 )
 
 
@@ -32,7 +32,7 @@ def test_dots_of_rows_and_vectors(kind, width, shape):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_read_again_is_the_same(kind):
+def test_a_repeated_row_gives_the_same_dots(kind):
     table, x = table_of(kind, torch.randn(1, 40)), torch.randn(2, 40)
     dots = row_dots(table, torch.zeros(2, 2, 5, dtype=torch.int64), x)
     exact = reference.row_dots(exact_values(table), torch.zeros(2, 1, 1, dtype=torch.int64), x)
@@ -41,7 +41,7 @@ def test_a_row_read_again_is_the_same(kind):
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 1, 0)])
-def test_nothing_to_read_is_empty(shape):
+def test_an_empty_lookup_gives_no_dots(shape):
     rows, x = torch.zeros(shape, dtype=torch.int64), torch.randn(shape[0], 8)
     assert row_dots(torch.randn(4, 8), rows, x).shape == shape
 
@@ -68,17 +68,17 @@ def test_rows_of_a_wider_matrix_in_any_order(kind):
     table, x = table_of(kind, torch.randn(9, 70)), torch.randn(4, 70)
     rows = rows_of(table, 3, 2, 4).transpose(0, 2)
     exact = reference.row_dots(exact_values(table), rows, x)
-    check_close(row_dots(apart(table), rows, x), exact, 70)
+    check_close(row_dots(with_gaps(table), rows, x), exact, 70)
 
 
 @pytest.mark.parametrize("kind", ROW_FORMATS)
-def test_what_fills_a_record_up_adds_nothing(kind):
+def test_padding_of_records_is_not_read(kind):
     table, x = table_of(kind, torch.randn(9, 99)), torch.randn(2, 99)
     rows = rows_of(table, 2, 1, 4)
-    assert torch.equal(row_dots(littered(table), rows, x), row_dots(table, rows, x))
+    assert torch.equal(row_dots(with_padding_filled(table), rows, x), row_dots(table, rows, x))
 
 
-def test_rows_without_values_have_dots_of_zero():
+def test_rows_of_width_zero_have_dots_of_zero():
     dots = row_dots(torch.zeros(4, 0), torch.zeros(2, 1, 3, dtype=torch.int64), torch.zeros(2, 0))
     assert torch.equal(dots, torch.zeros(2, 1, 3))
 
@@ -89,7 +89,7 @@ def test_the_stride_of_a_single_vector_is_no_constant_of_the_kernel():
     assert constant_row_stride(torch.zeros(2, 99, 8)[:, 98]) == 99 * 8
 
 
-def test_dots_refuse_what_they_cannot_read():
+def test_dots_refuse_unsupported_operands():
     rows = torch.zeros(1, 1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="x: the Triton kernels support .*, not torch.float64"):
         row_dots(torch.zeros(4, 3), rows, torch.zeros(1, 3, dtype=torch.float64))

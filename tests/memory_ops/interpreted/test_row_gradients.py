@@ -5,12 +5,12 @@ import torch
 
 from memory_ops import reference
 from memory_ops.triton_kernels import row_gradients
-from tests.memory_ops.tables import PLAIN, check_close, vast_rows
+from tests.memory_ops.table_kinds import PLAIN, check_close, vast_rows
 
 
 @pytest.mark.parametrize("width", [1, 64, 99, 600])
 @pytest.mark.parametrize("kind", PLAIN)
-# one lookup; rows read once; rows read by more lookups than a program takes at once
+# one lookup; rows read once; rows with more lookups than a program takes at once
 @pytest.mark.parametrize(("shape", "num_rows"), [((1, 1, 1), 1), ((3, 2, 3), 99), ((7, 2, 5), 3)])
 def test_gradients_are_summed_by_row(kind, width, shape, num_rows):
     rows, weights = torch.randint(0, num_rows, shape), torch.rand(shape)
@@ -22,7 +22,7 @@ def test_gradients_are_summed_by_row(kind, width, shape, num_rows):
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 1, 0)])
-def test_no_lookup_reads_no_row(shape):
+def test_no_lookups_give_no_rows(shape):
     rows = torch.zeros(shape, dtype=torch.int64)
     distinct, sums = row_gradients(rows, torch.zeros(shape), torch.zeros(shape[0], 8))
     assert distinct.shape == (0,) and distinct.dtype == torch.int64
@@ -46,8 +46,8 @@ def test_outputs_pass_2_to_the_31(vast_outputs):
     assert torch.equal(sums[-2:], grad[-1:].expand(2, width))
 
 
-def test_tokens_that_do_not_read_a_row_may_hold_anything():
-    # lanes past the last lookup of a row read no token, the first neither
+def test_gradients_of_unread_tokens_may_hold_nan():
+    # lanes past the last lookup of a row read no token, not even the first
     rows, grad = torch.tensor([1, 0, 0]).view(3, 1, 1), torch.randn(3, 40)
     grad[0] = torch.nan
     _, sums = row_gradients(rows, torch.ones(3, 1, 1), grad)
@@ -70,7 +70,7 @@ def test_gradients_of_any_layout(dtype):
     check_close(sums, exact, 12)
 
 
-def test_gradients_refuse_what_they_cannot_read():
+def test_gradients_refuse_unsupported_operands():
     rows, weights = torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, 2)
     with pytest.raises(ValueError, match="grad: the Triton kernels support .*, not torch.float64"):
         row_gradients(rows, weights, torch.zeros(1, 3, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""The strict interpreter notices what it exists to notice."""
+"""The strict interpreter raises on each error that it checks for."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_int32_overflow_is_caught():
         _multiply[(1,)](target, 2)
 
 
-def test_a_lane_masked_off_without_a_value_is_poison():
+def test_a_masked_off_lane_without_a_value_is_nan():
     total = torch.zeros(1)
     _sum_without_other[(1,)](torch.ones(8), total, 8, BLOCK=8)
     assert total.item() == 8
@@ -71,14 +71,14 @@ def test_a_lane_masked_off_without_a_value_is_poison():
     assert total.isnan().all()
 
 
-def test_a_masked_off_integer_without_a_value_is_no_row_id():
+def test_a_masked_off_integer_without_a_value_is_outside_any_table():
     total, places = torch.zeros(1, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
     _sum_without_other[(1,)](places, total, 3, BLOCK=4)
     assert total.item() == 3 + 0x5A5A5A5A5A5A5A5A
 
 
 def test_bf16_rounds_to_the_nearest():
-    # halfway between two bf16 numbers, just above halfway, and infinity and NaN
+    # halfway between two bf16 numbers, just above halfway, infinity, NaN
     source = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -torch.inf, torch.nan])
     source = torch.cat([source, torch.randn(3)])
     target = torch.zeros(8, dtype=torch.bfloat16)
@@ -86,11 +86,11 @@ def test_bf16_rounds_to_the_nearest():
     torch.testing.assert_close(target, source.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_bf16_does_not_compute():
+def test_bf16_arithmetic_is_refused():
     with pytest.raises(InterpreterError, match="bf16 arithmetic"):
         _add[(1,)](torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.bfloat16))
 
 
-def test_bf16_is_not_summed():
+def test_bf16_sums_are_refused():
     with pytest.raises(InterpreterError, match="bf16 arithmetic"):
         _sum_without_other[(1,)](torch.ones(8, dtype=torch.bfloat16), torch.zeros(1), 8, BLOCK=8)

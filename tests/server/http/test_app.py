@@ -1,4 +1,4 @@
-"""What the routes tell the engine when clients leave, without an engine that could be faster."""
+"""HTTP routes with a fake engine: aborts, streaming, admission and health."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from weights.checkpoints.tokenizer import JsonTokenizer
 
 
 class SilentProcess:
-    """Takes messages and never answers on its own."""
+    """A fake process that records messages and never answers."""
 
     def __init__(self):
         self.sent = []
@@ -44,12 +44,12 @@ def build():
 
 
 def answer(service, output):
-    """What the engine process says."""
+    """Deliver an output as if the engine process had sent it."""
     service.engine.handle(StepOutput((output,), EngineStatistics(num_running=1)))
 
 
 async def post(app, body, client, sent=None, method="POST", path="/v1/completions"):
-    """Call the application as a server would; ``client`` is awaited where it reads on."""
+    """Call the ASGI application; ``client`` runs until the client disconnects."""
     sent = [] if sent is None else sent
     scope = {
         "type": "http",
@@ -110,7 +110,7 @@ def test_an_event_is_sent_before_the_next_token_is_made():
             while sum(message["type"] == "http.response.body" for message in sent) < count:
                 await asyncio.sleep(0)
             seen.append(sent[-1]["body"])
-        left.set()  # in the middle of the stream
+        left.set()  # disconnect in the middle of the stream
         await call
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
@@ -121,7 +121,7 @@ def test_an_event_is_sent_before_the_next_token_is_made():
     assert service.admission.num_admitted == 0
 
 
-def test_an_output_on_its_way_to_an_aborted_request_is_dropped():
+def test_a_late_output_of_an_aborted_request_is_dropped():
     process, service, app = build()
 
     async def leave():
@@ -133,7 +133,7 @@ def test_an_output_on_its_way_to_an_aborted_request_is_dropped():
     assert service.metrics.render().count(b"request_success_total{") == 0
 
 
-def test_places_in_the_queue_are_given_back():
+def test_places_in_the_queue_are_released():
     process, service, app = build()
 
     async def never():
@@ -160,7 +160,7 @@ def test_without_a_living_engine_the_answer_is_503(path):
     assert process.sent == [] and service.admission.num_admitted == 0
 
 
-def test_requests_are_named_alike_inside_and_outside():
+def test_engine_request_ids_start_with_the_completion_id():
     process, service, app = build()
 
     async def finish():

@@ -1,4 +1,4 @@
-"""echo, logprobs, samples and the rest of the completions API, over real HTTP."""
+"""Options of the completions API over real HTTP: echo, logprobs, samples and others."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def model(memory_plus_folder):
 
 @pytest.fixture(scope="module")
 def scores(model):
-    """Exact log-probabilities of each token of a sequence but the first."""
+    """Exact log-probabilities of the tokens of a sequence, except the first."""
 
     def of(ids: list[int]) -> list[float]:
         lines = plain_logits(model, ids).double().log_softmax(-1)
@@ -44,7 +44,7 @@ def test_echo_repeats_the_prompt(memory_server):
     assert one(memory_server, **by_ids)["text"] == "echo me" + plain
 
 
-def test_logprobs_are_those_of_the_full_softmax(memory_server, model, scores):
+def test_logprobs_equal_the_full_log_softmax(memory_server, model, scores):
     choice = one(
         memory_server, prompt="score", max_tokens=6, logprobs=2, return_token_ids=True, **GREEDY
     )
@@ -57,18 +57,18 @@ def test_logprobs_are_those_of_the_full_softmax(memory_server, model, scores):
     lines = plain_logits(model, ids).log_softmax(-1)[4:-1]
     for line, top in zip(lines, found["top_logprobs"], strict=True):
         best = line.topk(2).values.tolist()
-        # names of different tokens may be equal: bytes that are no character by themselves
+        # different tokens may have the same text: bytes that are only part of a character
         assert max(top.values()) == pytest.approx(best[0], abs=1e-4) and 1 <= len(top) <= 2
 
 
-def test_logprobs_0_gives_the_chosen_token_alone(memory_server):
+def test_logprobs_0_gives_only_the_chosen_token(memory_server):
     choice = one(memory_server, prompt="x", max_tokens=3, logprobs=0, temperature=1, seed=3)
     found = choice["logprobs"]
     tops = zip(found["tokens"], found["token_logprobs"], strict=True)
     assert found["top_logprobs"] == [{token: value} for token, value in tops]
 
 
-def test_logprobs_of_a_stream_are_those_of_the_whole(memory_server):
+def test_logprobs_of_a_stream_equal_those_of_the_unstreamed_answer(memory_server):
     body = {"prompt": "stream", "max_tokens": 6, "logprobs": 1, "echo": True, **GREEDY}
     whole = one(memory_server, **body)["logprobs"]
     parts = [event["choices"][0]["logprobs"] for event in stream(memory_server, **body)]
@@ -79,7 +79,7 @@ def test_logprobs_of_a_stream_are_those_of_the_whole(memory_server):
     assert values[1:] == pytest.approx(whole["token_logprobs"][1:], abs=1e-4)
 
 
-def test_tokens_can_be_named_by_their_ids(memory_server):
+def test_tokens_can_be_returned_as_ids(memory_server):
     body = {"prompt": "x", "max_tokens": 2, "logprobs": 0, "return_tokens_as_token_ids": True}
     choice = one(memory_server, **body, return_token_ids=True, **GREEDY)
     assert choice["logprobs"]["tokens"] == [f"token_id:{i}" for i in choice["token_ids"]]
@@ -106,7 +106,7 @@ def test_echo_of_a_prompt_without_answer_or_scores(memory_server):
     assert choice["text"] == "only me" and choice["logprobs"] is None
 
 
-def test_prompt_logprobs_come_by_id_with_ranks(memory_server, scores):
+def test_prompt_logprobs_have_ids_and_ranks(memory_server, scores):
     ids = BYTES.encode("ranked")
     found = one(memory_server, prompt="ranked", max_tokens=1, prompt_logprobs=2)["prompt_logprobs"]
     assert found[0] is None and len(found) == len(ids)
@@ -117,7 +117,7 @@ def test_prompt_logprobs_come_by_id_with_ranks(memory_server, scores):
         assert {entry["rank"] for entry in position.values()} >= {1, 2}
 
 
-def test_n_samples_are_n_requests_with_seeds_that_follow(memory_server):
+def test_n_samples_equal_n_requests_with_consecutive_seeds(memory_server):
     body = {"max_tokens": 8, "temperature": 1.5, "ignore_eos": True}
     answer = memory_server.complete(prompt=["one", "two"], n=3, seed=40, **body).json()
     assert [choice["index"] for choice in answer["choices"]] == list(range(6))
@@ -141,7 +141,7 @@ def test_best_of_gives_the_likeliest(memory_server):
     assert best["usage"]["completion_tokens"] == 36
 
 
-def test_a_prefix_that_was_seen_is_counted_in_usage_and_metrics(memory_server):
+def test_a_cached_prefix_is_counted_in_usage_and_metrics(memory_server):
     body = {"prompt": "a prompt that is longer than two blocks of sixteen", "max_tokens": 1}
     hits = memory_server.metric("memplus:prefix_cache_hits_total")
     cached = [
@@ -162,7 +162,7 @@ def test_a_prompt_can_be_truncated_from_the_left(memory_server):
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (496, 16)
 
 
-def test_a_stop_string_can_stay_in_the_text(memory_server):
+def test_a_stop_string_can_be_included_in_the_text(memory_server):
     body = {"prompt": "stop here", "max_tokens": 40, **GREEDY}
     text = one(memory_server, **body)["text"]
     at = next(at for at in range(8, 30) if text.find(text[at : at + 3]) == at)
@@ -170,7 +170,7 @@ def test_a_stop_string_can_stay_in_the_text(memory_server):
     assert one(memory_server, **body)["text"] == text[: at + 3]
 
 
-def test_an_answer_does_not_end_before_min_tokens(memory_server):
+def test_min_tokens_delays_the_end_of_an_answer(memory_server):
     body = {"prompt": "min", "max_tokens": 12, "temperature": 0, "return_token_ids": True}
     free = one(memory_server, **body, ignore_eos=True)
     stop = free["text"][1:3]
@@ -180,13 +180,13 @@ def test_an_answer_does_not_end_before_min_tokens(memory_server):
     assert len(late["token_ids"]) >= 8 and free["token_ids"][1] not in late["token_ids"][:8]
 
 
-def test_special_tokens_are_shown_where_that_is_asked_for(memory_server):
+def test_special_tokens_are_shown_on_request(memory_server):
     body = {"prompt": "x", "max_tokens": 3, "allowed_token_ids": [257], "ignore_eos": True}
     assert one(memory_server, **body)["text"] == ""
     assert one(memory_server, **body, skip_special_tokens=False)["text"] == "<bos>" * 3
 
 
-def test_words_can_be_forbidden_and_tokens_preferred(memory_server, model):
+def test_words_can_be_forbidden_and_tokens_biased(memory_server, model):
     ids = BYTES.encode("x")
     (first,) = plain_greedy(model, ids, 1)
     second = int(plain_logits(model, ids)[-1].topk(2).indices[1])
@@ -201,7 +201,7 @@ def test_words_can_be_forbidden_and_tokens_preferred(memory_server, model):
     assert worse == [BYTES.encode("ab")[1 - best]]
 
 
-def test_a_repetition_penalty_changes_what_comes(memory_server):
+def test_a_repetition_penalty_changes_the_answer(memory_server):
     body = {"prompt": "aaaa", "max_tokens": 30, "return_token_ids": True, **GREEDY}
     plain = one(memory_server, **body)["token_ids"]
     penalised = one(memory_server, **body, frequency_penalty=2.0, presence_penalty=2.0)["token_ids"]

@@ -18,13 +18,13 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def expected(memory_plus_folder):
-    """The plain forward loop's answer to a prompt of ids."""
+    """The answer of the plain forward loop to a prompt of ids."""
     model, _ = load_model(memory_plus_folder)
     return lambda ids, count: plain_greedy(model, ids, count)
 
 
 def stream(server: Running, **body) -> list[dict]:
-    """The JSON of every event; the last line must be the end mark."""
+    """The JSON of every event; asserts that the last line is the end mark."""
     with server.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
         assert response.status_code == 200, response.read()
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -71,7 +71,7 @@ def test_every_form_of_prompt(memory_server, expected):
     assert answers["lists"].json()["usage"]["prompt_tokens"] == 7
 
 
-def test_a_stream_has_an_event_a_token_and_joins_to_the_whole(memory_server):
+def test_a_stream_has_one_event_per_token_and_joins_to_the_whole_answer(memory_server):
     body = {"prompt": ["stream", "me"], "max_tokens": 15, "return_token_ids": True, **GREEDY}
     whole = memory_server.complete(**body).json()
     events = stream(memory_server, **body)
@@ -91,7 +91,7 @@ def test_a_stream_has_an_event_a_token_and_joins_to_the_whole(memory_server):
     assert all("usage" not in event for event in events)
 
 
-def test_usage_comes_in_a_last_event_of_its_own(memory_server):
+def test_usage_comes_in_a_separate_last_event(memory_server):
     options = {"stream_options": {"include_usage": True}}
     events = stream(memory_server, prompt="abc", max_tokens=3, **GREEDY, **options)
     assert [event["usage"] for event in events[:-1]] == [None] * 3
@@ -100,7 +100,7 @@ def test_usage_comes_in_a_last_event_of_its_own(memory_server):
     assert (last["prompt_tokens"], last["completion_tokens"], last["total_tokens"]) == (3, 3, 6)
 
 
-def test_usage_comes_with_every_event_where_that_is_asked_for(memory_server):
+def test_usage_comes_with_every_event_on_request(memory_server):
     options = {"stream_options": {"continuous_usage_stats": True}}
     events = stream(memory_server, prompt="abc", max_tokens=3, **GREEDY, **options)
     assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3]
@@ -110,7 +110,7 @@ def test_usage_comes_with_every_event_where_that_is_asked_for(memory_server):
 def test_a_stop_string_that_spans_tokens_is_cut_exactly(memory_server, streamed):
     body = {"prompt": "stop here", "max_tokens": 40, **GREEDY}
     text = memory_server.complete(**body).json()["choices"][0]["text"]
-    # a character is a token here or several, so these four span tokens
+    # a character is one or several tokens, so these four span tokens
     at = next(at for at in range(8, 30) if text.find(text[at : at + 4]) == at)
     stop = text[at : at + 4]
     body |= {"stop": ["never there", stop]}
@@ -122,7 +122,7 @@ def test_a_stop_string_that_spans_tokens_is_cut_exactly(memory_server, streamed)
     assert choices[-1]["finish_reason"] == "stop" and choices[-1]["stop_reason"] == stop
 
 
-def test_a_stop_id_ends_the_answer_and_is_no_text(memory_server, expected):
+def test_a_stop_id_ends_the_answer_and_adds_no_text(memory_server, expected):
     tokens = expected(BYTES.encode("ids"), 20)
     at = next(at for at in range(3, 20) if tokens[at] not in tokens[:at])
     body = {"prompt": "ids", "max_tokens": 20, "stop_token_ids": [tokens[at]], **GREEDY}
@@ -141,7 +141,7 @@ def test_a_seed_repeats_an_answer(memory_server):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_nulls_and_neutral_values_are_as_good_as_nothing(memory_server):
+def test_null_and_neutral_values_change_nothing(memory_server):
     plain = memory_server.complete(prompt="x", **GREEDY).json()["choices"]
     neutral = {"n": 1, "best_of": 1, "echo": False, "presence_penalty": 0.0, "logit_bias": {}}
     nulls = dict.fromkeys(("max_tokens", "stop", "logprobs", "suffix", "seed", "stream_options"))
@@ -233,7 +233,7 @@ BAD = [
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize(("body", "param"), BAD)
-def test_a_callers_mistake_is_a_400_that_names_the_field(memory_server, body, param, streamed):
+def test_an_invalid_field_is_a_400_that_names_it(memory_server, body, param, streamed):
     body = body | ({"stream": True} if streamed and "stream" not in param else {})
     answer = memory_server.http.post(
         "/v1/completions",
@@ -254,7 +254,7 @@ def test_a_broken_body_is_a_400(memory_server, body):
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
-def test_unknown_paths_methods_and_models_have_the_same_shape(memory_server):
+def test_errors_of_unknown_paths_methods_and_models_have_the_same_shape(memory_server):
     answers = [
         memory_server.http.get("/nowhere"),
         memory_server.http.get("/v1/completions"),
@@ -266,7 +266,7 @@ def test_unknown_paths_methods_and_models_have_the_same_shape(memory_server):
     assert answers[2].json()["error"]["code"] == "model_not_found"
 
 
-def test_the_next_request_works_after_bad_ones(memory_server):
+def test_a_good_request_after_bad_ones_works(memory_server):
     before = memory_server.metric("memplus:generation_tokens_total")
     for body, _ in BAD[:5]:
         memory_server.complete(**body)
@@ -274,7 +274,7 @@ def test_the_next_request_works_after_bad_ones(memory_server):
     assert memory_server.metric("memplus:generation_tokens_total") == before + 3
 
 
-def test_the_first_dozen_metrics_are_there(memory_server):
+def test_the_main_metrics_are_exported(memory_server):
     text = memory_server.http.get("/metrics").text
     for name in (
         "num_requests_running",
@@ -298,7 +298,7 @@ def test_the_first_dozen_metrics_are_there(memory_server):
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_leaves_frees_what_it_held(slow_folder, streamed):
+def test_a_client_that_disconnects_frees_its_blocks(slow_folder, streamed):
     body = json.dumps({"prompt": "x", "max_tokens": 3000, "stream": streamed, **GREEDY}).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -307,17 +307,17 @@ def test_a_client_that_leaves_frees_what_it_held(slow_folder, streamed):
     with running(slow_folder) as server:
         with socket.create_connection(server.address) as leaving:
             leaving.sendall(head.encode() + body)
-            # it leaves once the engine runs its request, however long that takes
+            # disconnect once the engine runs the request
             while not server.metric("memplus:num_requests_running"):
                 pass
         while server.metric("memplus:num_requests_running"):
             pass
         assert server.metric("memplus:kv_cache_usage_perc") == 0
-        # the engine itself counts these: it gave up before the end
+        # the engine counts computed tokens: it stopped before the end
         assert 0 < server.metric("memplus:iteration_tokens_total_sum") < 3000
 
 
-def test_extreme_values_harm_nobody_else(memory_server):
+def test_extreme_values_do_not_affect_other_requests(memory_server):
     body = {"prompt": "neighbour", "max_tokens": 200, **GREEDY}
     alone = memory_server.complete(**body).json()["choices"][0]["text"]
     extremes = [
@@ -355,12 +355,12 @@ LARGE = [
 
 
 @pytest.mark.parametrize("body", LARGE, ids=range(len(LARGE)))
-def test_a_large_body_is_refused_in_few_words(memory_server, body):
+def test_the_error_of_a_large_body_is_short(memory_server, body):
     answer = memory_server.complete(**body)
     assert answer.status_code == 400 and len(answer.content) < 500
 
 
-def test_a_body_of_another_type_is_told_so(memory_server):
+def test_a_wrong_content_type_is_a_400(memory_server):
     answer = memory_server.http.post("/v1/completions", content='{"prompt": "x"}')
     assert answer.status_code == 400
     assert "application/json" in answer.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""Stop strings cut at the same character however the text is split."""
+"""Stop strings cut a text at the same character for any split of it into parts."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +9,7 @@ LETTERS = st.text("ab", max_size=30)
 
 
 def feed(parts, stops):
-    """(text shown, stop found) after all parts, or at the first stop."""
+    """(emitted text, found stop string) after all parts, or at the first stop."""
     cutter, shown = StopStrings(stops), ""
     for part in parts:
         text, stop = cutter.push(part)
@@ -20,7 +20,7 @@ def feed(parts, stops):
 
 
 def exact(text, stops):
-    """The stop that is complete first, and what stands before it."""
+    """(text before the stop string that ends first, that stop string or None)."""
     ends = [(text.find(s) + len(s), -len(s), s) for s in stops if s in text]
     if not ends:
         return text, None
@@ -37,7 +37,7 @@ def test_the_cut_does_not_depend_on_the_split(parts, stops):
 
 
 @given(LETTERS, st.text("ab", min_size=1, max_size=5))
-def test_nothing_of_a_stop_string_is_shown_early(text, stop):
+def test_no_part_of_a_stop_string_is_emitted(text, stop):
     cutter, shown = StopStrings([stop]), ""
     for letter in text:
         part, found = cutter.push(letter)
@@ -48,7 +48,7 @@ def test_nothing_of_a_stop_string_is_shown_early(text, stop):
 
 
 @given(st.lists(LETTERS, max_size=6), st.lists(st.text("ab", min_size=1, max_size=5), max_size=3))
-def test_a_stop_string_can_stay(parts, stops):
+def test_a_stop_string_can_be_included(parts, stops):
     without, stop = feed(parts, stops)
     cutter, shown, found = StopStrings(stops, include_stop=True), "", None
     for part in parts:
@@ -60,6 +60,6 @@ def test_a_stop_string_can_stay(parts, stops):
     assert (shown, found) == (without + (stop or ""), stop)
 
 
-def test_text_that_cannot_begin_a_stop_is_shown_at_once():
+def test_text_that_cannot_begin_a_stop_is_emitted_at_once():
     assert StopStrings(["xyz"]).push("abc") == ("abc", None)
     assert StopStrings([]).push("abc") == ("abc", None)

@@ -1,4 +1,4 @@
-"""What /metrics and the log say of value tables, by table, tier and layer."""
+"""Value tables in /metrics and in the activity log, by table, tier and layer."""
 
 import asyncio
 import re
@@ -21,7 +21,7 @@ NAMES = (
 
 
 def values(text: str) -> dict[str, dict[tuple[str, str, str], float]]:
-    """Counters of tables by name, and by table, tier and layer."""
+    """Table counters: name -> (table, tier, layer) -> value."""
     line = re.compile(
         r'memplus:table_(\w+)_total\{layer="(\w+)",table="([\w.]+)",tier="(\w+)"\} (\S+)'
     )
@@ -38,25 +38,25 @@ def test_a_completion_is_counted_by_layer(memory_server):
     assert found.keys() == set(NAMES)
     for layer in ("1", "3"):
         labels = ("memory.table", "device", layer)
-        # 5 prompt tokens and 3 more, 2 heads x 3 rows
+        # 5 prompt tokens and 3 generated ones, 2 heads x 3 rows
         gained = found["requested_rows"][labels]
         gained -= before.get("requested_rows", {}).get(labels, 0)
-        # before the first request one token was run, to warm up
+        # 54 if one warm-up token ran before the first request
         assert gained in (48, 54)
     assert len(found["requested_rows"]) == 2
 
 
 @pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
-def test_the_disk_tier_tells_what_it_read(memory_plus_folder):
+def test_the_disk_tier_exports_its_counters(memory_plus_folder):
     options = ("--table-tier", "disk", "--table-cache", "2KiB")
     with running(memory_plus_folder, *options) as server:
         assert server.complete(prompt="hello", max_tokens=20, ignore_eos=True).is_success
         found = values(server.http.get("/metrics").text)
     assert found.keys() == set(NAMES)
     for labels in (("memory.table", "disk", "1"), ("memory.table", "disk", "3")):
-        told = {name: found[name][labels] for name in NAMES}
-        assert told["hits"] + told["misses"] + told["late"] == told["unique_rows"] > 0
-        assert told["requested_rows"] >= told["unique_rows"]
+        counted = {name: found[name][labels] for name in NAMES}
+        assert counted["hits"] + counted["misses"] + counted["late"] == counted["unique_rows"] > 0
+        assert counted["requested_rows"] >= counted["unique_rows"]
     assert sum(found["bytes_read"].values()) > 0 and sum(found["stall_seconds"].values()) > 0
 
 
@@ -65,41 +65,41 @@ def counts(layer: int, requested: int, **others) -> TableCounts:
     return TableCounts("memory.table", "disk", layer, totals)
 
 
-def test_the_http_process_names_the_counters_without_torch():
+def test_the_http_process_does_not_import_torch():
     modules = "server.http.app, server.http.metrics, server.serve"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_counters_go_on_over_looks_left_out_and_an_engine_that_began_anew():
+def test_counters_continue_over_omitted_reports_and_engine_restarts():
     metrics = Metrics()
 
     def observe(*tables):
         metrics.observe_step(EngineStatistics(tables=tables))
-        told = values(metrics.render().decode())
-        return [told["requested_rows"].get(("memory.table", "disk", layer)) for layer in "12"]
+        counted = values(metrics.render().decode())
+        return [counted["requested_rows"].get(("memory.table", "disk", layer)) for layer in "12"]
 
     assert observe(counts(1, 10), counts(2, 5)) == [10, 5]
     metrics.observe_step(EngineStatistics(tables=None))
     assert observe(counts(1, 12), counts(2, 5)) == [12, 5]
-    metrics.observe_step(EngineStatistics())  # as told when an engine has ended
-    # its successor passes what it had counted, or does not
+    metrics.observe_step(EngineStatistics())  # reported when an engine has ended
+    # the counts of its successor are above or below the old ones
     assert observe(counts(1, 100), counts(2, 1)) == [112, 6]
     assert observe(counts(1, 101), counts(2, 2)) == [113, 7]
-    # a total that fell began anew, and the others of its table with it
+    # if one total fell, all totals of that table and layer restarted
     assert observe(counts(1, 200, hits=7), counts(2, 3)) == [212, 8]
     assert observe(counts(1, 250, hits=1), counts(2, 4)) == [462, 9]
 
 
 @pytest.fixture
 def log():
-    """A log, its lines and its clock."""
+    """(activity log, its lines, its clock)."""
     lines, now = [], [50.0]
     log = ActivityLog(lines.append, lambda: now[0])
     return log, lines, now
 
 
-def test_a_line_says_what_was_done_since_the_last(log):
+def test_a_line_covers_the_time_since_the_last_line(log):
     log, lines, now = log
     step = EngineStatistics(3, 1, 5, 20, step_tokens=100, new_tokens=3)
     log.observe_step(step)
@@ -109,7 +109,7 @@ def test_a_line_says_what_was_done_since_the_last(log):
     assert lines == [
         "3 running, 1 waiting, 25.0% of KV blocks used; tokens/s: 20.0 computed, 0.6 generated"
     ]
-    # requests that wait for a step that takes long
+    # no step finished since the last line
     now[0] += 10
     log.report()
     assert lines[1].endswith("tokens/s: 0.0 computed, 0.0 generated")
@@ -119,7 +119,7 @@ def test_a_line_says_what_was_done_since_the_last(log):
     assert lines[2].startswith("0 running") and " 10.0 computed" in lines[2]
 
 
-def test_nothing_is_said_while_there_is_no_work(log):
+def test_an_idle_engine_logs_nothing(log):
     log, lines, now = log
     log.report()
     log.observe_step(EngineStatistics())
@@ -146,7 +146,7 @@ def test_a_line_has_the_hit_rate_and_the_stalls_of_tables_that_fetch(log):
     log.observe_step(EngineStatistics(step_tokens=1, tables=None))
     log.report()
     assert "table rows" not in lines[2]
-    # a wait that began before the last line
+    # a stall that began before the last line
     third = (counts(1, 110, unique_rows=70, hits=49, stall_seconds=9.0), second[1])
     log.observe_step(EngineStatistics(step_tokens=1, tables=third))
     now[0] += 2
@@ -154,7 +154,7 @@ def test_a_line_has_the_hit_rate_and_the_stalls_of_tables_that_fetch(log):
     assert lines[3].endswith("; table rows: 0.0% cache hits, 100.0% of the time stalled")
 
 
-def test_a_line_that_cannot_be_said_does_not_end_the_log(caplog):
+def test_a_failing_write_does_not_end_the_log(caplog):
     lines = []
 
     def say(line):
@@ -164,21 +164,21 @@ def test_a_line_that_cannot_be_said_does_not_end_the_log(caplog):
     log = ActivityLog(say)
     log.observe_step(EngineStatistics(num_running=1))
 
-    async def scene():
-        telling = asyncio.ensure_future(log.run(0))
-        while len(lines) < 3 and not telling.done():
+    async def scenario():
+        task = asyncio.ensure_future(log.run(0))
+        while len(lines) < 3 and not task.done():
             await asyncio.sleep(0)
-        telling.cancel()
+        task.cancel()
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
     assert len(lines) == 3 and "nobody reads" in caplog.text
 
 
-def test_the_server_says_it_while_it_works(slow_folder):
+def test_the_server_logs_lines_while_it_works(slow_folder):
     with running(slow_folder, "--log-interval-s", "1") as server:
         body = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
-            lines = response.iter_lines()  # dropped, it would close the stream
+            lines = response.iter_lines()  # a reference, since dropping it would close the stream
             next(lines)
-            said = next(line for line in server.process.stderr if " running, " in line)
-    assert re.match(r"1 running, 0 waiting, [\d.]+% of KV blocks used; tokens/s: ", said)
+            logged = next(line for line in server.process.stderr if " running, " in line)
+    assert re.match(r"1 running, 0 waiting, [\d.]+% of KV blocks used; tokens/s: ", logged)

@@ -82,7 +82,7 @@ def test_experts_and_both_tables_of_peer_load_as_they_were_saved(tmp_path):
 
 
 @pytest.mark.parametrize("row_format", ROW_FORMATS)
-def test_tables_of_few_bits_are_made_loaded_and_kept(tmp_path, row_format):
+def test_quantised_tables_are_converted_loaded_and_kept(tmp_path, row_format):
     model = memory_model(False)
     source = save_model(model, tmp_path / "wide")
     convert(source, tmp_path / "narrow", "bfloat16", row_format)
@@ -116,7 +116,7 @@ def test_tables_of_few_bits_are_made_loaded_and_kept(tmp_path, row_format):
         ({"row_format": "int8", "value_dim": "25"}, "shape .64, 25., but .* requires .64, 24."),
     ],
 )
-def test_records_without_their_meaning_are_refused(tmp_path, metadata, named):
+def test_records_without_their_format_are_refused(tmp_path, metadata, named):
     source = save_model(memory_model(True), tmp_path / "wide")
     convert(source, tmp_path / "narrow", table_dtype="int8")
     (file,) = (tmp_path / "narrow").glob("table-*")
@@ -132,14 +132,14 @@ def test_data_of_a_written_file_starts_on_a_page(tmp_path):
 
 
 def mapped_spans(folder: Path) -> list[tuple[int, int]]:
-    """Where parts of the folder's files lie in this process's memory."""
+    """Address ranges at which this process maps files of the folder."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     ranges = [line.split()[0].split("-") for line in maps if str(folder) in line]
     return [(int(start, 16), int(end, 16)) for start, end in ranges]
 
 
 def test_large_weights_are_mapped_until_they_are_packed(tmp_path):
-    # 64 KiB and more: embedding, head, queries, out, gate, up, down; the rest is read
+    # tensors of at least 64 KiB: embedding, head, queries, out, gate, up, down
     sizes = {"hidden_size": 512, "intermediate_size": 600, "vocab_size": 1000, "num_layers": 1}
     folder = save_model(random_model(tiny_config(**sizes)), tmp_path / "model")
     model, _ = load_model(folder)
@@ -152,12 +152,12 @@ def test_large_weights_are_mapped_until_they_are_packed(tmp_path):
     executor = make_executor(model, EngineConfig(kv_cache_gib=0.001))
     del model
     gc.collect()
-    # the embedding, whose rows are looked up
+    # the embedding stays mapped for lookups
     assert len(mapped_spans(folder)) == 1
     executor.close()
 
 
-def test_a_model_is_described_without_torchs_compiler(folder):
+def test_inspecting_a_model_does_not_import_torchs_compiler(folder):
     program = (
         "import sys; from pathlib import Path;"
         " from weights.checkpoints.checkpoint import load_model;"
@@ -180,7 +180,7 @@ def test_a_tensor_anywhere_in_a_file(tmp_path, shape):
         read_mapped(stored)
 
 
-def test_dtypes_auto_and_chosen(folder):
+def test_dtypes_by_default_and_by_choice(folder):
     assert load_model(folder)[0].model.norm.weight.dtype == torch.float32
     assert load_model(folder, "bfloat16")[0].model.norm.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="dtype"):
@@ -248,7 +248,7 @@ def test_a_truncated_file_is_named(folder, keep):
 
 
 class Trap:
-    """Pickled, it would leave a file behind when loaded."""
+    """A class whose pickle creates a file when loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -258,7 +258,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_pickle_is_refused_and_never_opened(folder, name):
+def test_a_pickle_is_refused_and_never_loaded(folder, name):
     sprung = folder / "sprung"
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
@@ -279,7 +279,7 @@ def test_a_tensor_in_two_files_is_refused(folder):
         load_model(folder)
 
 
-def test_a_tied_head_may_stand_twice_if_it_is_the_same(tmp_path):
+def test_a_tied_head_may_be_stored_twice_if_equal(tmp_path):
     folder = save_model(random_model(tiny_config(tie_embeddings=True)), tmp_path / "model")
     embedding = "model.embed_tokens.weight"
     rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
@@ -301,20 +301,20 @@ def test_a_tied_head_of_another_dtype_is_refused(tmp_path, dtype):
         load_model(folder)
 
 
-def test_rotary_buffers_of_old_checkpoints_are_passed_over(folder):
+def test_rotary_buffers_of_old_checkpoints_are_ignored(folder):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(4)}))
     load_model(folder)
 
 
-def test_more_layers_than_there_are_tensors_are_refused_before_anything_is_built(folder):
+def test_too_many_layers_are_refused_before_the_model_is_built(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10_000_000}))
     with pytest.raises(CheckpointError, match=r"model\.layers\.9999999\.input_layernorm"):
         load_model(folder)
 
 
-def test_a_save_that_fails_leaves_nothing_behind(tmp_path):
+def test_a_failed_save_leaves_no_files(tmp_path):
     model = random_model(tiny_config())
     with pytest.raises(CheckpointError, match="exists"):
         save_model(model, tmp_path)
@@ -335,7 +335,7 @@ def test_convert_between_dtypes(tmp_path):
     assert (tmp_path / "narrow" / "tokenizer.json").exists()
 
 
-def test_convert_refuses_what_it_does_not_know(tmp_path):
+def test_convert_refuses_unknown_formats(tmp_path):
     file = tmp_path / "model.pth"
     file.touch()
     with pytest.raises(CheckpointError, match="neither"):
@@ -350,7 +350,7 @@ def test_convert_refuses_what_it_does_not_know(tmp_path):
         convert(plain, tmp_path / "out", table_dtype="int8")
 
 
-def test_a_row_that_cannot_be_rounded_is_told_of(tmp_path):
+def test_a_row_that_cannot_be_rounded_is_named(tmp_path):
     model = memory_model(True)
     model.model.layers[0].memory.table.rows[7, 3] = torch.nan
     source = save_model(model, tmp_path / "wide")

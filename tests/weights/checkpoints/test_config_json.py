@@ -50,7 +50,7 @@ def read(tmp_path, **changes):
     return read_config(tmp_path)
 
 
-def test_missing_keys_have_hugging_faces_defaults(tmp_path):
+def test_missing_keys_have_the_defaults_of_hugging_face(tmp_path):
     config = read(tmp_path)
     model = config.model
     assert (model.num_kv_heads, model.head_dim, model.max_positions) == (8, 8, 2048)
@@ -58,7 +58,7 @@ def test_missing_keys_have_hugging_faces_defaults(tmp_path):
     assert (config.eos_ids, config.bos_id, config.dtype) == (frozenset({2}), 1, "bfloat16")
 
 
-def test_rope_is_read_as_old_and_new_transformers_write_it(tmp_path):
+def test_rope_keys_of_old_and_new_transformers_are_read(tmp_path):
     expected = RopeScaling(8.0, 1.0, 4.0, 8192)
     old = read(tmp_path, rope_theta=500_000.0, rope_scaling=LLAMA3_ROPE).model
     new = read(tmp_path, rope_parameters=LLAMA3_ROPE | {"rope_theta": 500_000.0}).model
@@ -72,7 +72,7 @@ def test_generation_config_names_the_end_tokens(tmp_path):
     assert read(tmp_path).eos_ids == {2, 7}
 
 
-def test_memory_layers_are_chosen_one_by_one(tmp_path):
+def test_memory_layers_are_listed_one_by_one(tmp_path):
     model = read(tmp_path, memory=MEMORY | {"qk_norm": True}).model
     assert model.feed_forward == ("dense", "memory_plus", "dense", "pkm")
     assert model.memory == MemoryConfig(2, 8, 3, 8, 64, qk_norm=True)
@@ -110,7 +110,7 @@ def test_memory_layers_are_chosen_one_by_one(tmp_path):
         ({"rope_scaling": LLAMA3_ROPE | {"factor": float("inf")}}, "factor"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(tmp_path, changes, named):
+def test_unsupported_values_are_refused_by_name(tmp_path, changes, named):
     with pytest.raises(CheckpointError, match="config.json") as caught:
         read(tmp_path, **changes)
     assert named in str(caught.value)
@@ -161,7 +161,7 @@ def test_a_mixtral_has_experts_everywhere_and_its_own_defaults(tmp_path):
         ({"model_type": "llama"}, "model_type: must be mixtral"),
     ],
 )
-def test_experts_that_cannot_be_are_refused_by_name(changes, named):
+def test_impossible_experts_are_refused_by_name(changes, named):
     plain = {key: value for key, value in LLAMA.items() if key != "architectures"}
     with pytest.raises(ValueError, match=named):
         parse_model({**plain, **MIXTRAL, **changes})
@@ -183,7 +183,7 @@ def test_a_missing_file_is_refused(tmp_path):
         tiny_config(**feed_forward_changes("moe", "dense", "peer")),
     ],
 )
-def test_what_is_written_reads_back(tmp_path, model):
+def test_a_written_config_reads_back(tmp_path, model):
     config = CheckpointConfig(model, frozenset({1, 5}), bos_id=0, dtype="float32")
     (tmp_path / "config.json").write_text(json.dumps(config_to_json(config)))
     assert read_config(tmp_path) == config

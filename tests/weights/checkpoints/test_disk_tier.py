@@ -1,4 +1,4 @@
-"""Models whose tables stay in their files: the same tokens, whatever room their rows have."""
+"""Models with tables on disk: the same tokens for any size of the row cache."""
 
 import errno
 
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built with
 PROMPTS = [[(7 * i + j) % 250 for j in range(1 + i % 9)] for i in range(12)]
 
 
-def room_for(rows):
-    """Memory for so many rows of one of the models' tables."""
+def cache_bytes(rows):
+    """Cache size that holds ``rows`` rows of one table of the models."""
     return row_cache_bytes(rows, 32 * 4, 64)
 
 
@@ -48,12 +48,12 @@ def tokens_of(model):
 @pytest.mark.parametrize("share_values", [True, False])
 @pytest.mark.parametrize("kinds", [("memory_plus", "dense", "memory_plus"), ("peer", "pkm")])
 @pytest.mark.parametrize("rows", [6, 20, 64])
-def test_tokens_are_those_of_tables_in_memory(tmp_path, kinds, share_values, rows):
+def test_tokens_equal_those_of_tables_in_memory(tmp_path, kinds, share_values, rows):
     changes = feed_forward_changes(*kinds, share_values=share_values)
     model = random_model(tiny_config(**changes))
     folder = save_model(model, tmp_path / "model")
     tables = len(model.config.table_names)
-    loaded, _ = load_model(folder, table_cache=room_for(rows) * tables)
+    loaded, _ = load_model(folder, table_cache=cache_bytes(rows) * tables)
     expected = {str(i): plain_greedy(model, prompt, 8) for i, prompt in enumerate(PROMPTS)}
     assert tokens_of(loaded) == expected
     table = loaded.model.layers[0].memory.table
@@ -64,23 +64,23 @@ def test_tokens_are_those_of_tables_in_memory(tmp_path, kinds, share_values, row
 
 
 @pytest.mark.parametrize("row_format", ["int8", "int4", "fp8"])
-def test_rows_of_few_bits_stay_in_their_files_too(tmp_path, row_format):
+def test_quantised_tables_can_stay_on_disk(tmp_path, row_format):
     changes = feed_forward_changes("memory_plus", "memory_plus")
     folder = save_model(random_model(tiny_config(**changes)), tmp_path / "wide")
     convert(folder, tmp_path / "narrow", table_dtype=row_format)
     held, _ = load_model(tmp_path / "narrow")
-    apart, _ = load_model(tmp_path / "narrow", table_cache=2000)
-    assert tokens_of(apart) == tokens_of(held)
+    on_disk, _ = load_model(tmp_path / "narrow", table_cache=2000)
+    assert tokens_of(on_disk) == tokens_of(held)
 
 
-def test_a_failing_read_ends_its_requests_and_no_others(tmp_path):
+def test_a_failed_read_fails_only_its_requests(tmp_path):
     changes = feed_forward_changes("memory_plus", "dense")
     model = random_model(tiny_config(**changes))
     save_model(model, tmp_path / "model")
     (file,) = (tmp_path / "model").glob("table-*")
-    loaded, _ = load_model(tmp_path / "model", table_cache=room_for(64))
+    loaded, _ = load_model(tmp_path / "model", table_cache=cache_bytes(64))
     fault = ReadFault(60, -errno.EIO)
-    broken = DiskTable(file, 4096, (64, 32), torch.float32, room_for(6), fault=fault)
+    broken = DiskTable(file, 4096, (64, 32), torch.float32, cache_bytes(6), fault=fault)
     loaded.attach_tables({"memory.table": broken})
     config = EngineConfig(max_num_seqs=2, block_size=4, kv_cache_gib=0.001, max_model_len=64)
     engine = engine_of(loaded, config)
@@ -102,14 +102,14 @@ def test_a_failing_read_ends_its_requests_and_no_others(tmp_path):
     assert sum(outcomes.values()) == 36
 
 
-def test_what_cannot_be_is_refused_by_name(tmp_path):
+def test_impossible_caches_and_files_are_refused_by_name(tmp_path):
     dense = save_model(random_model(tiny_config()), tmp_path / "dense")
     with pytest.raises(ConfigError, match="table_tier: disk requires value tables"):
         load_model(dense, table_cache=2**20)
     changes = feed_forward_changes("memory_plus", "dense")
     folder = save_model(random_model(tiny_config(**changes)), tmp_path / "model")
     with pytest.raises(ConfigError, match=r"table_cache: holds 5 rows .* reads 6"):
-        load_model(folder, table_cache=room_for(5))
+        load_model(folder, table_cache=cache_bytes(5))
     with pytest.raises(
         ConfigError, match="table_cache: 100 bytes are too small: one row needs at least 232"
     ):
@@ -121,19 +121,19 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
 
 
 def test_the_command_serves_a_table_from_disk(capsys):
-    said = []
+    outputs = []
     on_disk = ["--table-tier", "disk", "--table-cache", "128KiB"]
     for options in ([], on_disk, [*on_disk, "--table-lookahead", "2"]):
         arguments = ["--max-tokens", "24", "--temperature", "0"]
         assert main(["generate", "memory (noun):", *options, *arguments]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] == said[2] == " something that is remembered\n"
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2] == " something that is remembered\n"
 
 
-def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
+def test_conflicting_flags_are_refused(tmp_path, capsys):
     dense = str(save_model(random_model(tiny_config()), tmp_path / "dense"))
     device, disk = ["--table-tier", "device"], ["--table-tier", "disk"]
-    for options, said in (
+    for options, message in (
         ([*device, "--table-cache", "2GiB"], "table_cache: needs --table-tier disk"),
         ([*disk, "--table-cache", "2GB"], "table_cache: must be a number with KiB, MiB or GiB"),
         ([*device, "--table-lookahead", "1"], "table_lookahead: needs --table-tier disk"),
@@ -143,4 +143,4 @@ def test_flags_that_cannot_be_are_refused(tmp_path, capsys):
         (["--model", dense, "--table-lookahead", "1"], "this model has no memory layers"),
     ):
         assert main(["generate", "x", *options]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err

@@ -42,7 +42,7 @@ def test_two_writers_of_one_folder_do_not_share_a_partial_folder(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "first"]
 
 
-def test_a_name_that_is_taken_is_an_error_and_stays(tmp_path, monkeypatch):
+def test_an_existing_partial_folder_is_an_error_and_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(secrets, "token_hex", lambda count: "taken")
     taken = tmp_path / ".model.partial-taken"
     taken.mkdir()

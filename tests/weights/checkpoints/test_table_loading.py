@@ -1,4 +1,4 @@
-"""Tables as they are loaded: converted, checked against their checksums, never twice in memory."""
+"""Loading of tables: conversion, checksums, and no second copy in memory."""
 
 import json
 import os
@@ -37,14 +37,14 @@ TABLE_BYTES = ROWS * WIDTH * 4
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model of two tables, fp32."""
+    """A model with two fp32 tables."""
     changes = feed_forward_changes("peer", "dense")
     return save_model(random_model(tiny_config(**changes)), tmp_path / "model")
 
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables of 64 rows are read in parts of 7."""
+    """Read tables of 64 rows in parts of 7 rows."""
     monkeypatch.setattr(tensor_files, "_PART_BYTES", 7 * 32 * 4)
 
 
@@ -58,7 +58,7 @@ def stored_bytes(rows: torch.Tensor | RowRecords) -> torch.Tensor:
 
 
 def damage(folder: Path) -> str:
-    """Change one byte within a table; returns the name of its file."""
+    """Change one byte of a table; return the name of its file."""
     file = sorted(folder.glob("table-*"))[1]
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
@@ -72,7 +72,7 @@ def test_every_dtype_has_a_name():
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("dtype", TABLE_DTYPES)
-def test_conversion_at_load_is_that_of_the_verb_bit_for_bit(folder, tmp_path, dtype):
+def test_conversion_at_load_equals_that_of_the_command_bit_for_bit(folder, tmp_path, dtype):
     loaded = tables_of(load_model(folder, table_dtype=dtype)[0])
     target = tmp_path / "quantized"
     assert main(["quantize", str(folder), str(target), "--table-dtype", dtype]) == 0
@@ -85,7 +85,7 @@ def test_conversion_at_load_is_that_of_the_verb_bit_for_bit(folder, tmp_path, dt
             assert loaded[name].row_format == rows.row_format == dtype
         else:
             assert loaded[name].dtype == rows.dtype == OUTPUT_DTYPES[dtype]
-    # nothing else has changed
+    # all other tensors are unchanged
     before, after = list_tensors(folder), list_tensors(target)
     dense = set(before) - set(loaded)
     assert dense == set(after) - set(loaded)
@@ -101,7 +101,7 @@ def test_quantize_takes_a_known_name(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
-def test_rows_on_disk_are_not_converted_and_the_command_that_does_is_named(folder, tmp_path):
+def test_converting_rows_on_disk_is_refused_with_the_command_to_use(folder, tmp_path):
     with pytest.raises(ConfigError, match=rf"memplus quantize {folder} DST --table-dtype int8"):
         load_model(folder, table_cache=2**20, table_dtype="int8")
     loaded, _ = load_model(folder, table_cache=2**20, table_dtype="float32")
@@ -111,7 +111,7 @@ def test_rows_on_disk_are_not_converted_and_the_command_that_does_is_named(folde
     assert isinstance(loaded.model.layers[0].memory.table, DiskTable)
 
 
-def test_what_cannot_be_is_refused_by_name(folder, tmp_path):
+def test_unsupported_conversions_are_refused_by_name(folder, tmp_path):
     with pytest.raises(ConfigError, match="table_dtype: 'int3' is not one of"):
         load_model(folder, table_dtype="int3")
     convert(folder, tmp_path / "narrow", table_dtype="int4")
@@ -125,7 +125,7 @@ def test_what_cannot_be_is_refused_by_name(folder, tmp_path):
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_row_that_cannot_be_rounded_is_told_of_at_load(tmp_path):
+def test_a_row_that_cannot_be_rounded_is_named_at_load(tmp_path):
     model = random_model(tiny_config(**feed_forward_changes("memory_plus", "dense")))
     model.model.layers[0].memory.table.rows[10, 3] = torch.inf
     folder = save_model(model, tmp_path / "model")
@@ -136,7 +136,7 @@ def test_a_row_that_cannot_be_rounded_is_told_of_at_load(tmp_path):
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("cache", [None, 2**20], ids=["device", "disk"])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_checksums_tell_data_that_are_not_those_written(folder, tmp_path, cache, dtype):
+def test_checksums_detect_changed_data(folder, tmp_path, cache, dtype):
     target = tmp_path / "copy"
     convert(folder, target, table_dtype=dtype)
     wanted = tables_of(load_model(target)[0])
@@ -162,20 +162,20 @@ def test_a_damaged_table_gets_no_new_checksum(folder, tmp_path, arguments, capsy
     verb, *options = arguments
     name, target = damage(folder), tmp_path / "copy"
     assert main([verb, str(folder), str(target), *options]) == 2
-    said = capsys.readouterr().err
-    assert f"{name}: tensor memory" in said and "its checksum" in said
+    message = capsys.readouterr().err
+    assert f"{name}: tensor memory" in message and "its checksum" in message
     assert not target.exists()
 
 
 @pytest.mark.parametrize("offset", [4096, 5000])
-def test_the_page_cache_gives_up_what_was_read(tmp_path, monkeypatch, offset):
+def test_read_pages_are_dropped_from_the_page_cache(tmp_path, monkeypatch, offset):
     monkeypatch.setattr(tensor_files, "_PART_BYTES", 10_000)
     file, given_up = tmp_path / "rows", []
     file.write_bytes(bytes(offset + 100 * 400))
 
     def noted(descriptor, start, length, advice):
         assert advice == os.POSIX_FADV_DONTNEED
-        # whole pages alone can be, and none that is still to be read
+        # only whole pages, and none that is still to be read
         assert os.lseek(descriptor, 0, os.SEEK_CUR) == start + length
         given_up.extend(range(-(-start // 4096), (start + length) // 4096))
 
@@ -206,7 +206,7 @@ def test_a_table_without_a_checksum_loads_but_is_not_verified(folder, tmp_path, 
     load_model(tmp_path / "copy", table_cache=cache, verify_tables=True)
 
 
-def test_the_command_verifies(folder, capsys):
+def test_the_command_verifies_checksums(folder, capsys):
     arguments = ["generate", "x", "--model", str(folder), "--max-tokens", "1", "--verify-tables"]
     assert main(arguments) == 0
     name = damage(folder)
@@ -215,8 +215,8 @@ def test_the_command_verifies(folder, capsys):
 
 
 @pytest.mark.parametrize(("least", "disabled"), [(2**30, True), (1000, None)])
-def test_a_progress_bar_is_for_large_tables_on_a_terminal(folder, monkeypatch, least, disabled):
-    bars, told = [], []
+def test_only_large_tables_on_a_terminal_get_a_progress_bar(folder, monkeypatch, least, disabled):
+    bars, byte_counts = [], []
 
     class Bar(table_loading.tqdm):
         def __init__(self, **arguments):
@@ -224,19 +224,21 @@ def test_a_progress_bar_is_for_large_tables_on_a_terminal(folder, monkeypatch, l
             super().__init__(**arguments)
 
         def update(self, count):
-            told.append(count)
+            byte_counts.append(count)
 
     monkeypatch.setattr(table_loading, "tqdm", Bar)
     monkeypatch.setattr(table_loading, "_MIN_PROGRESS_BYTES", least)
     load_model(folder, table_dtype="int8")
     load_model(folder, table_cache=2**20, verify_tables=True)
-    # tqdm itself looks for a terminal where it is told None
-    assert [(bar["total"], bar["disable"]) for bar in bars] == [(sum(told) // 2, disabled)] * 2
-    assert sum(told) == 2 * 2 * 64 * 32 * 4
+    # with None, tqdm itself checks for a terminal
+    assert [(bar["total"], bar["disable"]) for bar in bars] == [
+        (sum(byte_counts) // 2, disabled)
+    ] * 2
+    assert sum(byte_counts) == 2 * 2 * 64 * 32 * 4
 
 
 def sparse_model(folder: Path) -> Path:
-    """A model with a table of 192 MiB of zeros that takes no room on disk."""
+    """A model with a table of 192 MiB of zeros in a sparse file."""
     memory = {"num_heads": 1, "num_subkeys": 512, "top_k": 2, "query_dim": 8, "value_dim": WIDTH}
     config = tiny_config(**feed_forward_changes("memory_plus", **memory))
     return save_with_sparse_tables(random_weights(config), folder)
@@ -282,5 +284,5 @@ def test_a_table_is_never_twice_in_memory(folder, tmp_path, verb, dtype, held):
     )
     assert result.returncode == 0, result.stderr
     grown = int(result.stdout)
-    # a second copy would take as much again: 64 MiB of int8 rows at least, 192 of the file's
+    # a second copy would add at least 64 MiB (int8 rows) or 192 MiB (rows of the file)
     assert held * 0.9 < grown < held + 60 * 2**20

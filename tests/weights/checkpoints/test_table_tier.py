@@ -1,4 +1,4 @@
-"""What ``auto`` decides, by figures of memory that are given to it."""
+"""The choice of the table tier and of KV blocks for given amounts of memory."""
 
 import logging
 from functools import partial
@@ -26,7 +26,7 @@ def choice_of(available: int, asked: int | None = None, tier: str = "auto") -> T
 
 
 def decided(caplog, available: int, table: int, asked: int | None = None) -> tuple[int | None, str]:
-    """The memory for rows on disk, and the line that was logged."""
+    """(cache bytes of the disk tier or None, the logged line)."""
     caplog.clear()
     caplog.set_level(logging.INFO)
     cache = choice_of(available, asked).shares(table, weight_bytes=GIB // 2).cache_bytes
@@ -34,7 +34,7 @@ def decided(caplog, available: int, table: int, asked: int | None = None) -> tup
     return cache, record.getMessage()
 
 
-def test_a_table_is_held_where_it_fits_beside_weights_and_kv_blocks(caplog):
+def test_a_table_is_in_memory_if_it_fits_with_weights_and_kv_blocks(caplog):
     cache, line = decided(caplog, 12 * GIB, 10 * GIB)
     assert cache is None
     assert line == (
@@ -46,36 +46,36 @@ def test_a_table_is_held_where_it_fits_beside_weights_and_kv_blocks(caplog):
     assert line.startswith("tables of 10.00 GiB stay on disk with a row cache of 2.00 GiB: ")
 
 
-def test_the_cache_is_that_asked_for_else_no_more_than_there_is(caplog):
+def test_the_cache_has_the_requested_size_or_fits_into_memory(caplog):
     assert decided(caplog, 3 * GIB, 10 * GIB)[0] == GIB
     assert decided(caplog, 0, 10 * GIB)[0] == 256 * MIB
     assert decided(caplog, 3 * GIB, 10 * GIB, 5 * MIB)[0] == 5 * MIB
 
 
-def test_what_the_disk_tier_would_hold_in_memory_is_held_in_memory(caplog):
+def test_a_table_no_larger_than_the_default_cache_is_in_memory(caplog):
     cache, line = decided(caplog, 0, 256 * MIB)
     assert cache is None and "they fit in a cache of 256.0 MiB" in line
     assert decided(caplog, 0, 256 * MIB + 1)[0] is not None
 
 
-def test_a_large_cache_is_no_reason_to_hold_a_table_that_does_not_fit(caplog):
-    # beside the weights there is room for the cache, beside KV blocks and a step for less
+def test_a_large_cache_does_not_bring_a_table_that_does_not_fit_into_memory(caplog):
+    # the cache fits after the weights; less is left after KV blocks and a step
     cache, line = decided(caplog, 3 * GIB, 2 * GIB, 2 * GIB)
     assert cache == 2 * GIB and "stay on disk" in line
 
 
 @pytest.mark.parametrize("tier", ["auto", "disk"])
-def test_a_cache_that_memory_has_no_room_for_is_refused(tier):
+def test_a_cache_larger_than_memory_is_refused(tier):
     asked = choice_of(3 * GIB, 5 * GIB, tier)
     with pytest.raises(
         ConfigError, match=r"table_cache: takes 5.00 GiB, but the weights leave 2.50"
     ):
         asked.shares(10 * GIB, GIB // 2)
-    # no cache takes more than the table
+    # the cache is capped at the size of the table
     assert asked.shares(5 * GIB // 2, GIB // 2).cache_bytes == 5 * GIB
 
 
-def test_a_default_cache_on_disk_has_to_fit_too():
+def test_the_default_cache_must_fit_too():
     assert choice_of(3 * GIB, tier="disk").shares(10 * GIB, GIB // 2).cache_bytes == 2 * GIB
     with pytest.raises(ConfigError, match=r"table_cache: takes 2.00 GiB"):
         choice_of(2 * GIB, tier="disk").shares(10 * GIB, GIB // 2)
@@ -87,19 +87,19 @@ def test_a_table_that_does_not_fit_on_the_device_is_refused():
     named = r"table_tier: device needs 2.50 GiB, but .* leave 2.50 GiB \(3.00 GiB is available: a"
     with pytest.raises(ConfigError, match=named):
         device.shares(5 * GIB // 2 + 1, GIB // 2)
-    # what is available is an estimate, which refuses no small table
+    # available memory is an estimate, so small tables are never refused
     assert choice_of(0, tier="device").shares(256 * MIB, GIB).cache_bytes is None
 
 
-def test_a_cache_that_is_not_used_is_told_of(caplog):
+def test_an_unused_cache_option_is_logged(caplog):
     assert "--table-cache is unused" in decided(caplog, 9 * GIB, GIB, 5 * MIB)[1]
-    # also where nothing sets logging up
+    # a warning, so that it shows without logging setup
     assert caplog.records[0].levelno == logging.WARNING
     assert "--table-cache" not in decided(caplog, 9 * GIB, GIB)[1]
     assert "--table-cache" not in decided(caplog, 0, GIB, 5 * MIB)[1]
 
 
-def test_a_system_that_does_not_tell_is_told_of(caplog):
+def test_unknown_available_memory_is_an_error_or_logged(caplog):
     def silent():
         raise ValueError("no MemAvailable")
 
@@ -107,22 +107,22 @@ def test_a_system_that_does_not_tell_is_told_of(caplog):
         TierChoice(GIB, None, GIB, available=silent).shares(GIB, GIB)
     assert TierChoice(GIB, None, GIB, "device", silent).shares(GIB, GIB).cache_bytes is None
     assert TierChoice(GIB, None, GIB, "disk", silent).shares(GIB, GIB).cache_bytes == GIB
-    # without tables, too, where it decides nothing
+    # without tables there is nothing to decide
     assert TierChoice(GIB, None, GIB, available=silent).shares(0, GIB) == MemoryShares(None, GIB)
     assert "memory limits are not checked" in caplog.messages[-1]
 
 
 @pytest.fixture
 def memory(monkeypatch):
-    """Says how much memory there is, from 300 MiB for tables on."""
+    """Sets the available memory (key ``bytes``) and lowers the minimal sizes."""
     found = {"bytes": 0}
 
-    class Told(TierChoice):
+    class FakeTierChoice(TierChoice):
         def __init__(self, *arguments, **keywords):
-            told = partial(AvailableMemory, found["bytes"], "a test")
-            super().__init__(*arguments, told, **keywords)
+            available = partial(AvailableMemory, found["bytes"], "a test")
+            super().__init__(*arguments, available, **keywords)
 
-    monkeypatch.setattr(engine_entry, "TierChoice", Told)
+    monkeypatch.setattr(engine_entry, "TierChoice", FakeTierChoice)
     monkeypatch.setattr("weights.checkpoints.table_tier._MIN_CACHE_BYTES", 3000)
     monkeypatch.setattr("weights.checkpoints.table_tier._MIN_KV_BYTES", 3000)
     return found
@@ -132,7 +132,7 @@ def memory(monkeypatch):
 def test_auto_serves_from_memory_or_disk_by_the_dtype_asked_for(tmp_path, memory):
     changes = feed_forward_changes("memory_plus", "dense")
     folder = save_model(random_model(tiny_config(**changes)), tmp_path / "model")
-    # 8,192 bytes of fp32 rows, 4,096 of bfloat16
+    # rows take 8,192 bytes in fp32 and 4,096 in bfloat16
     dense = sum(one.numel() for one in random_model(tiny_config(**changes)).parameters()) * 4
     needed = dense + GIB + 512 * MIB
 
@@ -171,12 +171,12 @@ def test_the_default_model_is_held_in_memory():
 
 
 def kv_share(available, asked=False, table=0, tier="auto"):
-    told = partial(AvailableMemory, available, "a test")
-    choice = TierChoice(2 * GIB, None, GIB, tier, told, is_kv_requested=asked)
+    read_available = partial(AvailableMemory, available, "a test")
+    choice = TierChoice(2 * GIB, None, GIB, tier, read_available, is_kv_requested=asked)
     return choice.shares(table, weight_bytes=GIB // 4).kv_bytes
 
 
-def test_kv_blocks_get_what_is_left_also_of_a_model_without_tables(caplog):
+def test_kv_blocks_get_the_remaining_memory_even_without_tables(caplog):
     caplog.set_level(logging.INFO)
     assert kv_share(GIB) == GIB // 4
     assert caplog.messages == [
@@ -186,18 +186,18 @@ def test_kv_blocks_get_what_is_left_also_of_a_model_without_tables(caplog):
     assert caplog.records[0].levelno == logging.WARNING
     caplog.clear()
     assert kv_share(9 * GIB) == 2 * GIB and caplog.records[0].levelno == logging.INFO
-    # what is available is an estimate, so a little is always tried
+    # available memory is an estimate, so a minimum is always tried
     assert kv_share(0) == 64 * MIB
 
 
-def test_kv_blocks_get_what_table_rows_leave():
+def test_kv_blocks_get_the_memory_that_table_rows_leave():
     assert kv_share(4 * GIB, table=2 * GIB, tier="device") == 5 * GIB // 4
     # rows on disk take a cache of 1 GiB
     assert kv_share(3 * GIB, table=9 * GIB, tier="disk") == 5 * GIB // 4
     assert kv_share(3 * GIB, table=GIB // 2, tier="disk") == 7 * GIB // 4
 
 
-def test_kv_blocks_that_were_asked_for_fit_or_are_refused():
+def test_requested_kv_blocks_fit_or_are_refused():
     assert kv_share(9 * GIB // 4, asked=True) == 2 * GIB
     named = (
         r"kv_cache_gib: 2.00 GiB does not fit: 2.25 GiB is available \(a test\), less 256.0 MiB for"
@@ -209,7 +209,7 @@ def test_kv_blocks_that_were_asked_for_fit_or_are_refused():
         kv_share(9 * GIB // 4, asked=True, table=GIB, tier="device")
 
 
-def test_a_server_in_a_narrow_cgroup_takes_fewer_kv_blocks(tmp_path, memory):
+def test_little_memory_gives_fewer_kv_blocks(tmp_path, memory):
     folder = save_model(random_model(tiny_config()), tmp_path / "model")
     # 64 sequences of 512 positions, of 2 layers x 2 x 2 KV heads x 8 dims x 4 bytes
     most = 64 * 512 * 256
@@ -242,6 +242,6 @@ def test_a_server_in_a_narrow_cgroup_takes_fewer_kv_blocks(tmp_path, memory):
         ({"table_lookahead": 1, "table_lookahead_share": 9.0}, "_share: 9.0 is outside"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options, named):
+def test_conflicting_options_are_refused(options, named):
     with pytest.raises(ConfigError, match=named):
         ModelOptions(**options)

@@ -1,4 +1,4 @@
-"""Tokenizers of folders, and their text token by token."""
+"""Tokenizers of checkpoint folders, and streaming of decoded text."""
 
 import json
 import random
@@ -27,7 +27,7 @@ TEXTS = [
 
 
 def wrapped_tokenizer() -> JsonTokenizer:
-    """The same bytes behind a decoder that does not say what a token stands for."""
+    """The byte tokenizer with a decoder that hides the bytes of a token."""
     tokenizer = byte_tokenizer()
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel()])
     return JsonTokenizer(tokenizer)
@@ -43,7 +43,7 @@ def stream(tokenizer, prompt_ids, ids) -> list[str]:
 
 
 def fallback_tokenizer() -> JsonTokenizer:
-    """A tokenizer.json as Llama 2's: words with a mark for the space, bytes for all else."""
+    """A tokenizer like that of Llama 2: words with a space mark, bytes for the rest."""
     names = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     names += ["\u2581", *"abcdefghijklmnopqrstuvwxyz", "\u2581a", "\u2581b"]
     merges = [("\u2581", "a"), ("\u2581", "b")]
@@ -68,7 +68,7 @@ FALLBACK = fallback_tokenizer()
 
 
 @given(st.text("ab é🦊日", min_size=1, max_size=20), st.text("ab é🦊日", max_size=20))
-def test_bytes_of_a_byte_fallback_are_put_together_whatever_stands_before(prompt, text):
+def test_fallback_bytes_are_joined_after_any_token(prompt, text):
     prompt_ids = FALLBACK.encode(prompt)
     ids = FALLBACK.encode(prompt + text)
     assert ids[: len(prompt_ids)] == prompt_ids or text.startswith("a") or text.startswith("b")
@@ -76,7 +76,7 @@ def test_bytes_of_a_byte_fallback_are_put_together_whatever_stands_before(prompt
         assert "".join(stream(FALLBACK, prompt_ids, ids[len(prompt_ids) :])) == text
 
 
-def test_an_answer_cut_within_a_character_keeps_those_before_it():
+def test_an_answer_cut_within_a_character_keeps_earlier_characters():
     fox = FALLBACK.encode("🦊")[1:]
     assert len(fox) == 4
     parts = stream(FALLBACK, FALLBACK.encode("a") + fox, [*fox, *fox[:2]])
@@ -84,13 +84,13 @@ def test_an_answer_cut_within_a_character_keeps_those_before_it():
     assert "".join(stream(FALLBACK, [*fox, *fox[:2]], [*fox[2:], *fox])) == "🦊🦊"
 
 
-def test_the_space_of_the_first_word_is_kept_after_special_tokens_alone():
+def test_the_space_of_the_first_word_is_kept_only_after_special_tokens():
     a = FALLBACK.encode("a")
     assert "".join(stream(FALLBACK, [0] * 30, a)) == " a"
 
 
 @both
-def test_tokens_without_text_do_not_pile_up(tokenizer):
+def test_tokens_without_text_are_not_buffered(tokenizer):
     detokenizer = IncrementalDetokenizer(tokenizer, tokenizer.encode("x"))
     for _ in range(100):
         assert detokenizer.push([9999]) == ""
@@ -107,7 +107,7 @@ def pieces(tmp_path_factory) -> SentencePieceTokenizer:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_comes_back(text, pieces, smollm2):
+def test_encoding_and_decoding_keep_the_text(text, pieces, smollm2):
     for tokenizer in (BYTES, pieces, load_tokenizer(smollm2)):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -117,7 +117,7 @@ def test_streamed_pieces_are_the_whole_text(prompt, text):
     prompt_ids, ids = BYTES.encode(prompt), BYTES.encode(text)
     parts = stream(BYTES, prompt_ids, ids)
     assert "".join(parts) == text
-    # every character appears when its last byte does, never in part
+    # each character appears with its last byte, never in part
     known = [b"".join(c.encode() for c in text)[: n + 1] for n in range(len(ids))]
     shown = ["".join(parts[: n + 1]) for n in range(len(ids))]
     if "\ufffd" not in prompt + text:
@@ -128,7 +128,7 @@ def test_any_tokens_of_a_byte_level_vocabulary_stream_as_the_library_decodes_the
     tokenizer = load_tokenizer(smollm2)
     vocab_size = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json")).get_vocab_size()
     drawn = random.Random(1)
-    # many of the first tokens are parts of characters, or none at all
+    # many of the first tokens are only parts of characters
     for most in (300, vocab_size + 10):
         for _ in range(300):
             ids = [drawn.randrange(most) for _ in range(30)]
@@ -151,14 +151,14 @@ def test_streamed_pieces_keep_every_space(text, pieces, smollm2):
             assert shown + "".join(parts) == whole
 
 
-def test_special_tokens_are_no_text_and_lose_no_space(pieces):
+def test_special_tokens_add_no_text_and_lose_no_space(pieces):
     ids = pieces.encode("fox river", add_special_tokens=False)
     eos = next(iter(pieces.special_ids - {pieces.encode("")[0]}))
     spaced = [ids[0], eos, *ids[1:]]
     assert "".join(stream(pieces, pieces.encode("stone"), spaced)) == " fox river"
 
 
-def test_bytes_that_are_no_character_are_shown_in_the_end():
+def test_incomplete_characters_are_emitted_at_the_end():
     invalid = BYTES.encode("é")[:1]
     assert stream(BYTES, [], invalid) == ["", "\ufffd"]
     parts = stream(BYTES, [], invalid * 40)
@@ -172,7 +172,7 @@ def test_a_prompt_may_end_within_a_character(tokenizer):
     assert "".join(stream(tokenizer, [*tokenizer.encode("caf"), first], [second])) == "é"
 
 
-def test_an_id_that_is_no_token_adds_nothing():
+def test_an_unknown_id_adds_nothing():
     for tokenizer in (BYTES, WRAPPED, FALLBACK):
         ids = tokenizer.encode("a")
         assert stream(tokenizer, [], [*ids, -1, 10**6]) == [*stream(tokenizer, [], ids), "", ""]

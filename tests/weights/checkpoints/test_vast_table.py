@@ -1,4 +1,4 @@
-"""A table of 16 GiB is served within 512 MiB for its rows and 2 GiB of memory in all."""
+"""A table of 16 GiB is served with a row cache of 512 MiB and 2 GiB of memory in total."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from weights.checkpoints.tensor_files import list_tensors
 ROOT = Path(__file__).parents[3]
 FEW, MANY, WIDTH = 512, 2048, 1024
 ROW_BYTES = 4 * WIDTH
-# of the vast table's subkeys in both halves, those that the other table has; the last is one
+# subkeys of the large table (both halves) that the small one has too, the last one included
 LIVE = torch.arange(FEW) * (MANY // FEW) + MANY // FEW - 1
 
 pytestmark = [
@@ -39,19 +39,19 @@ from server.engine_entry import load_served, served_engine
 from tests.models import greedy, run
 from weights.checkpoints.summary import summarize
 
-def said(file, name):
+def read_number(file, name):
     lines = Path(file).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 folder, tier, cache = sys.argv[1:]
-before = said("/proc/self/io", "rchar")
+before = read_number("/proc/self/io", "rchar")
 summary = summarize(Path(folder))
 options = ModelOptions(folder, table_tier=tier, table_cache=cache or None)
 config = EngineConfig(kv_cache_gib=0.05, max_num_seqs=4)
 served = load_served(options, Path(folder), config)
 model = served.model
 engine = served_engine(served, config)
-loaded = said("/proc/self/io", "rchar") - before
+loaded = read_number("/proc/self/io", "rchar") - before
 requests = [
     greedy(str(i), [(j * (2 * i + 3) + j * j // 7) % 256 for j in range(480)], 16)
     for i in range(12)
@@ -62,7 +62,7 @@ print(json.dumps({
     "tokens": tokens,
     "table_bytes": summary.table.num_bytes,
     "bytes_read_to_load": loaded,
-    "most_resident": said("/proc/self/status", "VmHWM") * 1024,
+    "most_resident": read_number("/proc/self/status", "VmHWM") * 1024,
     "slots": table.num_slots if table else 0,
     "misses": TableStatistics.sum(table.statistics().values()).misses if table else 0,
 }))
@@ -70,7 +70,7 @@ print(json.dumps({
 
 
 def models(folder):
-    """Two folders: what the first reads, the second reads, too, from a table 16 times as large."""
+    """Two models that read the same values; the second has a table 16 times as large."""
     memory = {"num_heads": 4, "top_k": 32, "query_dim": 16, "value_dim": WIDTH}
     kinds = "memory_plus", "dense", "memory_plus"
     few, many = (
@@ -79,7 +79,7 @@ def models(folder):
     )
     weights = few.state_dict()
     for name in [name for name in weights if name.endswith("memory.subkeys")]:
-        # what is chosen has scores above those of zeros
+        # all other subkeys are zeros, whose scores are lower than the chosen ones
         spread = torch.zeros_like(many.state_dict()[name])
         spread[:, :, LIVE] = weights[name]
         weights[name] = spread
@@ -87,7 +87,7 @@ def models(folder):
     folders = [
         save_with_sparse_tables(model, folder / name) for model, name in ((few, "a"), (many, "b"))
     ]
-    # some rows are no zeros, among them the last one
+    # some rows are nonzero, among them the last one
     rows = torch.arange(FEW * FEW).flip(0)[::17]
     vast_rows = LIVE[rows // FEW] * MANY + LIVE[rows % FEW]
     values = torch.randn(len(rows), WIDTH)
@@ -106,13 +106,13 @@ def outcome(folder, tier, cache=""):
     return json.loads(result.stdout)
 
 
-def test_it_serves_within_its_budget_what_a_small_one_says(tmp_path):
+def test_a_large_table_gives_the_tokens_of_a_small_one_within_its_memory_limit(tmp_path):
     few, many = models(tmp_path)
     wanted = outcome(few, "device")
     found = outcome(many, "disk", "512MiB")
     assert found["table_bytes"] == 2**34
     assert found["tokens"] == wanted["tokens"]
     assert found["bytes_read_to_load"] < 2**24
-    # all of the room was in use, and rows were given up
+    # the cache was full and evicted rows
     assert found["misses"] > found["slots"] > 2**29 // ROW_BYTES * 0.98
     assert 2**29 < found["most_resident"] < 2**31

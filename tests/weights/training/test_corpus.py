@@ -1,4 +1,4 @@
-"""Texts that are trained on, and what is wrong with those that are not."""
+"""Training texts: order of files, and errors of unreadable ones."""
 
 import json
 
@@ -8,7 +8,7 @@ from weights.errors import DataError
 from weights.training.corpus import corpus_files, documents
 
 
-def test_folders_and_files_in_order(tmp_path):
+def test_folders_and_files_are_read_in_order(tmp_path):
     (tmp_path / "b.txt").write_text("two\nlines\n")
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "zwei\\n", "id": 3}\n')
     (tmp_path / "notes.md").write_text("no")
@@ -33,13 +33,13 @@ def test_folders_and_files_in_order(tmp_path):
         ("a.jsonl", json.dumps({"text": ""}).encode(), "line 1: is empty"),
     ],
 )
-def test_what_is_no_text_is_refused(tmp_path, name, content, message):
+def test_invalid_texts_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(documents(corpus_files([str(tmp_path)])))
 
 
-def test_paths_that_lead_nowhere_are_refused(tmp_path):
+def test_missing_paths_are_refused(tmp_path):
     (tmp_path / "a.pdf").touch()
     for name, message in (("", "has no .txt"), ("b", "no such"), ("a.pdf", "neither")):
         with pytest.raises(DataError, match=message):

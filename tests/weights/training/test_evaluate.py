@@ -1,4 +1,4 @@
-"""Scores of models: of texts against single logits, of questions against the plain loop."""
+"""Evaluation: scores of texts against plain logits, of questions against a plain loop."""
 
 import json
 import math
@@ -60,26 +60,26 @@ def greedy_text(model, tokenizer, prompt, count):
     return tokenizer.decode(plain_greedy(model, tokenizer.encode(prompt), count))
 
 
-def test_an_answer_is_right_in_every_character_or_wrong(model, folder):
+def test_an_answer_must_match_in_every_character(model, folder):
     tokenizer = load_tokenizer(folder)
     engine = engine_of(model, EngineConfig(kv_cache_gib=0.01), frozenset({EOS_ID}))
-    said = greedy_text(model, tokenizer, "fox", 20)
-    end = said[3]
-    right, _, rest = said.partition(end)
+    text = greedy_text(model, tokenizer, "fox", 20)
+    end = text[3]
+    right, _, rest = text.partition(end)
     questions = [
         Question("fox", right.strip(), until=end),
         Question("fox", right.strip() + "x", until=end),
         Question("fox", "x" + right.strip(), until=end),
-        # it goes on, where nothing says that the answer ends
+        # wrong: without an end mark the text continues after the answer
         Question("fox", right.strip()),
-        # and does not come to this end
-        Question("fox", said[:2], until="\0"),
+        # wrong: the text never reaches this end mark
+        Question("fox", text[:2], until="\0"),
     ]
     found = score_recall(engine, tokenizer, questions)
     assert (found.questions, found.right, found.recall) == (5, 1, 0.2) and rest
 
 
-def test_a_text_that_ends_is_an_answer(model, folder):
+def test_an_end_token_ends_an_answer(model, folder):
     tokenizer = load_tokenizer(folder)
     ids = plain_greedy(model, tokenizer.encode("fox"), 6)
     engine = engine_of(model, EngineConfig(kv_cache_gib=0.01), frozenset({ids[5]}))
@@ -104,21 +104,21 @@ def test_a_text_that_ends_is_an_answer(model, folder):
         ),
     ],
 )
-def test_what_is_no_question_is_refused(tmp_path, line, message):
+def test_invalid_questions_are_refused(tmp_path, line, message):
     file = tmp_path / "questions.jsonl"
     file.write_text(line)
     with pytest.raises(DataError, match=message):
         read_questions(file)
 
 
-def test_questions_are_read_as_texts_are(tmp_path):
+def test_questions_are_read_line_by_line_and_stripped(tmp_path):
     file = tmp_path / "questions.jsonl"
     lines = ['{"prompt": "a\u2028b", "answer": " two "}', "", '{"prompt": "c", "answer": "d"}']
     file.write_text("\n".join(lines), encoding="utf-8")
     assert read_questions(file) == [Question("a\u2028b", "two"), Question("c", "d")]
 
 
-def test_a_long_text_is_run_in_pieces(model, folder, monkeypatch):
+def test_a_long_text_is_scored_in_pieces(model, folder, monkeypatch):
     sizes = []
     loss = evaluate.batch_loss
 
@@ -132,7 +132,7 @@ def test_a_long_text_is_run_in_pieces(model, folder, monkeypatch):
     assert max(sizes) <= 1024 + 32
 
 
-def test_a_failing_engine_is_no_wrong_answer(model, folder, monkeypatch):
+def test_an_engine_error_is_raised_not_counted_as_wrong(model, folder, monkeypatch):
     engine = engine_of(model, EngineConfig(kv_cache_gib=0.01))
 
     def broken(*arguments, **options):
@@ -163,7 +163,7 @@ def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys, monkeypa
     texts.write_text(TEXTS[0])
     arguments = ["eval", "--model", str(folder), "--questions", str(questions)]
     assert main([*arguments, "--json", str(out), str(texts)]) == 0
-    # once for both, beside what questions take
+    # one load for texts and questions
     assert loads == [EngineConfig()]
     scores = json.loads(out.read_text())
     assert scores["texts"]["documents"] == 1 and scores["questions"]["questions"] == 1

@@ -1,4 +1,4 @@
-"""Clipping, decay and the course of learning rates."""
+"""The optimizer: clipping, weight decay and learning rate schedules."""
 
 import math
 
@@ -29,7 +29,7 @@ def backward(model, table, factor):
     out.backward(torch.full_like(out, factor))
 
 
-def test_the_norm_is_that_of_all_gradients_and_all_are_clipped_by_it():
+def test_all_gradients_are_clipped_by_their_common_norm():
     config = OptimizerConfig(clip_norm=0.5, weight_decay=0.0, beta1=0.0, beta2=0.0)
     model, table, optimizer = made(config)
     backward(model, table, 0.1)
@@ -45,7 +45,7 @@ def test_the_norm_is_that_of_all_gradients_and_all_are_clipped_by_it():
     assert first[:6] == pytest.approx(0.1 * 0.5 / norm, rel=1e-5) and not first[6:].any()
 
 
-def test_matrices_decay_and_nothing_else():
+def test_only_matrices_decay():
     model, table, optimizer = made(OptimizerConfig(weight_decay=0.5, lr=0.1))
     backward(model, table, 0.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -57,7 +57,7 @@ def test_matrices_decay_and_nothing_else():
     assert torch.equal(table.table_RV, rows)
 
 
-def test_a_norm_that_is_no_number_changes_no_weight():
+def test_a_nan_norm_changes_no_weight():
     model, table, optimizer = made(OptimizerConfig())
     backward(model, table, math.nan)
     before = [p.detach().clone() for p in model.parameters()]

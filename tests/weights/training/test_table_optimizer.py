@@ -1,4 +1,4 @@
-"""Steps of tables that share an optimiser, with clipping, and their state."""
+"""The table optimizer: steps of several tables, scaling, and row-wise moments."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def reads(num_rows, width):
     return TableReads(rows, torch.randn(6, 2, 3), torch.randn(6, width))
 
 
-def test_two_tables_are_stepped_as_torch_steps_them():
+def test_steps_of_two_tables_equal_torchs_sparse_adam():
     tables = [TrainedTable(torch.randn(30, 8)), TrainedTable(torch.randn(12, 5))]
     theirs = [torch.nn.Parameter(table.table_RV.clone()) for table in tables]
     optimizer = TableOptimizer(tables, betas=(0.8, 0.95), eps=1e-6)
@@ -21,7 +21,7 @@ def test_two_tables_are_stepped_as_torch_steps_them():
     for scale in (1.0, 0.3, 2.0):
         squares = 0.0
         for table, parameter in zip(tables, theirs, strict=True):
-            # two passes, whose gradients add up
+            # the gradients of two passes add up
             taken = [reads(*table.table_RV.shape) for _ in range(2)]
             table.reads += taken
             whole = TableReads(*(torch.cat(parts) for parts in zip(*taken, strict=True)))
@@ -37,7 +37,7 @@ def test_two_tables_are_stepped_as_torch_steps_them():
         torch.testing.assert_close(table.table_RV, parameter.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_row_wise_keeps_one_moment_a_row():
+def test_row_wise_keeps_one_moment_per_row():
     table = TrainedTable(torch.zeros(10, 4))
     optimizer = TableOptimizer([table], betas=(0.9, 0.99), is_row_wise=True)
     table.reads.append(reads(10, 4))
@@ -45,12 +45,12 @@ def test_row_wise_keeps_one_moment_a_row():
     optimizer.step(0.1)
     ((first, second),) = optimizer.moments
     assert first is None and second.shape == (10,)
-    # the first step of a row is the learning rate along its gradient, its mean square made 1
+    # the first step of a row is its gradient scaled to a root mean square of the learning rate
     moved = table.table_RV[second > 0]
     torch.testing.assert_close(moved.square().mean(1).sqrt(), torch.full((len(moved),), 0.1))
 
 
-def test_a_table_that_nobody_read_stays_as_it_is():
+def test_a_table_without_reads_stays_unchanged():
     table = TrainedTable(torch.ones(4, 3))
     optimizer = TableOptimizer([table])
     assert optimizer.collect() == 0

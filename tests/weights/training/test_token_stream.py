@@ -1,4 +1,4 @@
-"""Tokenised documents: written, mapped, cut, shuffled, and gone on with from any place."""
+"""Token streams: files of tokenised documents, shuffling, splitting and resuming."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from weights.training.token_stream import TokenStream
 
 
 def numbered(lengths):
-    """Documents whose tokens tell document and place."""
+    """Documents whose tokens encode document and position."""
     firsts = [100 * number for number in range(len(lengths))]
     return [[*range(first, first + length)] for first, length in zip(firsts, lengths, strict=True)]
 
@@ -28,7 +28,7 @@ LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(lambda of: 
 
 
 @given(lengths=LENGTHS, sequence_length=st.integers(1, 10), batch=st.integers(1, 20))
-def test_an_epoch_has_every_pair_of_neighbours_once(make, lengths, sequence_length, batch):
+def test_an_epoch_has_every_pair_of_adjacent_tokens_once(make, lengths, sequence_length, batch):
     stream = TokenStream(make(lengths), sequence_length, seed=1)
     pairs = []
     total = sum(max(length - 1, 0) for length in lengths)
@@ -38,7 +38,7 @@ def test_an_epoch_has_every_pair_of_neighbours_once(make, lengths, sequence_leng
         for start, end in zip(got.starts, got.starts[1:], strict=False):
             assert 0 < end - start <= sequence_length
             assert (got.positions_T[start:end] == np.arange(end - start)).all()
-            # one document's, in order
+            # tokens of one document, in order
             assert (got.ids_T[start:end] == got.ids_T[start] + np.arange(end - start)).all()
         assert (got.targets_T == got.ids_T + 1).all()
         pairs += got.ids_T.tolist()
@@ -47,7 +47,7 @@ def test_an_epoch_has_every_pair_of_neighbours_once(make, lengths, sequence_leng
 
 
 @given(lengths=LENGTHS, before=st.integers(0, 50), batch=st.integers(1, 20))
-def test_a_stream_goes_on_from_any_place(make, lengths, before, batch):
+def test_a_stream_resumes_from_any_position(make, lengths, before, batch):
     tokens = make(lengths)
     stream, twin = (TokenStream(tokens, 4, seed=2) for _ in range(2))
     stream.next(before)
@@ -57,7 +57,7 @@ def test_a_stream_goes_on_from_any_place(make, lengths, before, batch):
 
 
 @given(lengths=LENGTHS, batch=st.integers(1, 40), count=st.integers(1, 5))
-def test_parts_of_a_batch_are_whole_sequences_and_together_all(make, lengths, batch, count):
+def test_parts_of_a_batch_are_whole_sequences_and_cover_the_batch(make, lengths, batch, count):
     whole = TokenStream(make(lengths), 4, seed=2).next(batch)
     parts = [whole.part(rank, count) for rank in range(count)]
     for name in ("ids_T", "targets_T", "positions_T"):
@@ -69,16 +69,16 @@ def test_parts_of_a_batch_are_whole_sequences_and_together_all(make, lengths, ba
         ends += [done + start for start in part.starts[1:]]
         done += part.starts[-1]
     assert tuple(ends) == whole.starts
-    # none longer than its share by more than a sequence
+    # no part exceeds its share by more than one sequence
     longest = max(np.diff(whole.starts))
     assert max(len(part.ids_T) for part in parts) <= batch / count + longest
 
 
-def test_what_a_token_sees_on_average(make):
+def test_the_average_context_of_a_token(make):
     assert TokenStream(make([3, 6]), 4, seed=0).mean_attended == (3 + 10 + 1) / (2 + 4 + 1)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own(make):
+def test_epochs_and_seeds_have_different_orders(make):
     tokens = make([3] * 50)
     first, second, other = (TokenStream(tokens, 9, seed) for seed in (1, 1, 2))
     one, two = first.next(100).ids_T, first.next(100).ids_T
@@ -88,13 +88,13 @@ def test_epochs_and_seeds_have_orders_of_their_own(make):
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
-def test_tokens_take_as_many_bytes_as_they_need(make, vocab_size, dtype):
+def test_the_vocabulary_size_sets_the_bytes_per_token(make, vocab_size, dtype):
     tokens = make([2, 3], vocab_size)
     assert tokens.ids.dtype == dtype and tokens.ids.tolist() == [0, 1, 100, 101, 102]
     assert len(tokens) == 2
 
 
-def test_what_is_not_whole_is_refused(make, tmp_path):
+def test_damaged_files_are_refused(make, tmp_path):
     with pytest.raises(DataError, match="no documents"):
         TokenFile.write(tmp_path / "empty", [], 9)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The trainer's TOML file: read whole, changed from the command line, refused by key."""
+"""The trainer's TOML file: sections, command line changes, and errors by key."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def test_sections_and_defaults(file):
     assert config.model == {"hidden_size": 64, "memory": {"num_heads": 2}}
 
 
-def test_changes_from_the_command_line(file):
+def test_the_command_line_overrides_keys(file):
     changes = [
         "run.steps=20",
         "optimizer.lr = 1",
@@ -72,12 +72,12 @@ def test_changes_from_the_command_line(file):
         ("data.validation_share=1", "data.validation_share: 1.0 is outside"),
     ],
 )
-def test_a_mistake_is_refused_by_its_key(file, change, message):
+def test_errors_name_the_key(file, change, message):
     with pytest.raises(ConfigError, match=message):
         read_train_config(file, [change])
 
 
-def test_files_that_are_no_config_are_refused(tmp_path, file):
+def test_unreadable_files_are_refused(tmp_path, file):
     with pytest.raises(ConfigError, match="No such file"):
         read_train_config(tmp_path / "none.toml")
     for content in (b"steps = ", b"\xff"):

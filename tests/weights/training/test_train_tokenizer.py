@@ -1,4 +1,4 @@
-"""A tokenizer trained on documents, and what it says of those that will not do."""
+"""Tokenizer training on documents, and its errors."""
 
 import pytest
 import sentencepiece
@@ -11,7 +11,7 @@ def texts():
     yield from ("one red fox", "two red foxes", "12 föxes\n\n") * 20
 
 
-def test_text_comes_back_whatever_it_is():
+def test_encoding_and_decoding_keep_any_text():
     model = train_tokenizer(texts(), 300)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert processor.get_piece_size() == 300
@@ -20,12 +20,12 @@ def test_text_comes_back_whatever_it_is():
     assert train_tokenizer(texts(), 300) == model
 
 
-def test_too_little_text_for_so_many_tokens_is_named():
+def test_too_little_text_for_the_vocabulary_is_an_error():
     with pytest.raises(DataError, match="vocab_size: 9000 does not fit"):
         train_tokenizer(texts(), 9000)
 
 
-def test_an_error_of_the_documents_is_told_as_it_is():
+def test_errors_of_the_documents_are_raised_unchanged():
     def broken():
         yield "one red fox"
         raise DataError("a.jsonl, line 2: is empty")

@@ -1,4 +1,4 @@
-"""Runs of tiny models: they learn, stop, go on bit for bit, and lose nothing."""
+"""Training runs of tiny models: learning, stopping, resuming bit for bit, and failures."""
 
 import copy
 import errno
@@ -92,7 +92,7 @@ def run(config, folder, resume=False, until=None):
 
 
 def tensors(folder):
-    """Everything of the newest state."""
+    """All tensors of the newest checkpoint."""
     newest = saved_states(folder / "checkpoints")[-1]
     return {
         f"{file.name} {name}": tensor
@@ -139,7 +139,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_learns_and_is_served_with_the_same_logits(config, tmp_path, kind):
+def test_every_kind_learns_and_serves_the_same_logits(config, tmp_path, kind):
     has_memory = kind not in ("dense", "moe")
     made = Trainer(
         config("run.steps=30", *KINDS[kind], memory=has_memory), tmp_path / "run", resume=False
@@ -159,12 +159,12 @@ def test_every_kind_learns_and_is_served_with_the_same_logits(config, tmp_path, 
         assert torch.equal(found.memory[layer].rows_THK, trace.rows_THK)
 
 
-# of so many experts no step's tokens choose all
+# there are more experts than the tokens of a step can choose
 MANY_EXPERTS = ["model.num_local_experts=60", "model.num_experts_per_tok=1"]
 
 
 @pytest.mark.parametrize("changes", [[], [*MANY_EXPERTS, "run.tokens_per_step=16"]])
-def test_a_run_goes_on_bit_for_bit(config, tmp_path, changes):
+def test_a_resumed_run_is_equal_bit_for_bit(config, tmp_path, changes):
     made = partial(config, *changes, memory=not changes)
     run(made(), tmp_path / "whole")
     run(made(), tmp_path / "cut", until=5)
@@ -173,7 +173,7 @@ def test_a_run_goes_on_bit_for_bit(config, tmp_path, changes):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_what_came_after_the_last_checkpoint_is_done_again(config, tmp_path, monkeypatch):
+def test_steps_after_the_last_checkpoint_are_repeated(config, tmp_path, monkeypatch):
     run(config(), tmp_path / "whole")
     folder = tmp_path / "killed"
     made = Trainer(config(), folder, resume=False)
@@ -185,7 +185,7 @@ def test_what_came_after_the_last_checkpoint_is_done_again(config, tmp_path, mon
 
     with pytest.raises(KeyboardInterrupt):
         made.run(kill)
-    # what it had begun to write, and the end of a line of its log
+    # a partial checkpoint and an incomplete log line
     (folder / "checkpoints" / ".step-00000006.partial-1").mkdir()
     with open(folder / "log.jsonl", "a") as log:
         log.write('{"kind": "st')
@@ -211,9 +211,9 @@ main(["train", *sys.argv[2:]])
 """
 
 
-# while tokens are written, a first checkpoint, and one beside another
+# while writing tokens, the first checkpoint, and the next one
 @pytest.mark.parametrize(("writes", "num_states"), [(3, 0), (13, 0), (20, 1)])
-def test_what_kill_9_cuts_short_is_done_again(config, tmp_path, writes, num_states):
+def test_a_run_resumes_after_kill_9(config, tmp_path, writes, num_states):
     run(config(), tmp_path / "whole")
     folder, config_file = tmp_path / "killed", tmp_path / "train.toml"
     arguments = [str(writes), str(config_file), "--out", str(folder)]
@@ -232,22 +232,22 @@ def losses_of_whole_lines(folder):
     return [record["loss"] for record in records if record["kind"] == "step"]
 
 
-def test_activations_computed_anew_change_nothing(config, tmp_path):
+def test_recomputed_activations_change_nothing(config, tmp_path):
     run(config("run.checkpoint_activations=true"), tmp_path / "anew")
     run(config(), tmp_path / "kept")
     check_same(tmp_path / "anew", tmp_path / "kept")
     assert losses(tmp_path / "anew") == losses(tmp_path / "kept")
 
 
-def test_passes_add_up_to_a_step(config, tmp_path):
+def test_gradients_of_passes_add_up_to_a_step(config, tmp_path):
     run(config("run.passes_per_step=4"), tmp_path / "passes")
     run(config(), tmp_path / "whole")
     for one, other in zip(losses(tmp_path / "passes"), losses(tmp_path / "whole"), strict=True):
-        # a pass cuts a document where a whole step does not
+        # passes cut a document that a whole step does not cut
         assert one == pytest.approx(other, rel=0.1)
 
 
-def test_a_full_disk_loses_nothing_that_was_written(config, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_earlier_checkpoints(config, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     run(config(), folder, until=4)
     before = tensors(folder)
@@ -268,7 +268,7 @@ def test_a_full_disk_loses_nothing_that_was_written(config, tmp_path, monkeypatc
     check_same(folder, tmp_path / "whole")
 
 
-def test_a_loss_that_is_no_number_stops_with_the_step(config, tmp_path, monkeypatch):
+def test_a_nan_loss_stops_the_run_and_names_the_step(config, tmp_path, monkeypatch):
     losses, calls = trainer.batch_loss, []
 
     def broken(*arguments):
@@ -281,7 +281,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step(config, tmp_path, monkeypa
         run(config(), tmp_path / "run")
 
 
-def test_a_gradient_that_is_no_number_stops_with_the_step(config, tmp_path, monkeypatch):
+def test_a_nan_gradient_stops_the_run_and_names_the_step(config, tmp_path, monkeypatch):
     losses = trainer.batch_loss
 
     def broken(model, *arguments):
@@ -294,7 +294,7 @@ def test_a_gradient_that_is_no_number_stops_with_the_step(config, tmp_path, monk
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_finish_the_step_and_keep_it(config, tmp_path, monkeypatch, capsys, number):
+def test_a_signal_finishes_and_saves_the_step(config, tmp_path, monkeypatch, capsys, number):
     losses, calls = trainer.batch_loss, []
 
     def interrupted(*arguments):
@@ -315,7 +315,7 @@ def test_signals_finish_the_step_and_keep_it(config, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("has_matplotlib", [True, False])
-def test_a_run_that_is_through_leaves_curves_and_a_card(
+def test_a_finished_run_leaves_curves_and_a_model_card(
     config, tmp_path, monkeypatch, capsys, has_matplotlib
 ):
     if not has_matplotlib:
@@ -333,13 +333,13 @@ def test_a_run_that_is_through_leaves_curves_and_a_card(
         assert curves.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_is_not_begun_again_by_mistake(config, tmp_path):
+def test_an_existing_run_is_not_overwritten(config, tmp_path):
     run(config(), tmp_path / "run", until=4)
     with pytest.raises(TrainingError, match="already has a run"):
         Trainer(config(), tmp_path / "run", resume=False)
 
 
-def test_a_log_that_cannot_be_written_is_a_named_error(config, tmp_path):
+def test_an_unwritable_log_is_an_error_with_its_name(config, tmp_path):
     made = Trainer(config(), tmp_path / "run", resume=False)
     (tmp_path / "run" / "log.jsonl").mkdir()
     with pytest.raises(TrainingError, match="step 1: log.jsonl: Is a directory"):
@@ -349,7 +349,7 @@ def test_a_log_that_cannot_be_written_is_a_named_error(config, tmp_path):
         Trainer(config(), tmp_path / "file" / "run", resume=False)
 
 
-def test_a_users_copy_of_a_checkpoint_is_left_alone(config, tmp_path):
+def test_a_users_copy_of_a_checkpoint_is_kept(config, tmp_path):
     folder = tmp_path / "run"
     run(config(), folder, until=2)
     (state,) = saved_states(folder / "checkpoints")
@@ -362,17 +362,17 @@ def test_a_users_copy_of_a_checkpoint_is_left_alone(config, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "attention_dropout", "torch_dtype"])
-def test_a_key_of_the_model_that_would_be_ignored_is_refused(config, tmp_path, key):
+def test_a_model_key_that_would_be_ignored_is_refused(config, tmp_path, key):
     with pytest.raises(ConfigError, match=f"model.{key}: is not allowed here"):
         Trainer(config(f"model.{key}=3"), tmp_path / "run", resume=False)
 
 
-def test_sequences_longer_than_the_model_takes_are_refused(config, tmp_path):
+def test_sequences_longer_than_max_positions_are_refused(config, tmp_path):
     with pytest.raises(ConfigError, match="data.sequence_length: must be at most .* 64, not 65"):
         Trainer(config("data.sequence_length=65"), tmp_path / "run", resume=False)
 
 
-def test_what_is_held_out_is_not_trained_on(config, tmp_path, texts):
+def test_held_out_texts_are_not_trained_on(config, tmp_path, texts):
     folder = tmp_path / "both"
     folder.mkdir()
     lines = texts.read_text().splitlines(True)
@@ -386,7 +386,7 @@ def test_what_is_held_out_is_not_trained_on(config, tmp_path, texts):
         prepare_data(config(*changes).data, tmp_path / "x", seed=0)
 
 
-def test_queries_of_a_bfloat16_pass_are_rounded_as_a_server_rounds_them(config, tmp_path):
+def test_a_bfloat16_pass_rounds_queries_like_the_server(config, tmp_path):
     made = Trainer(config("run.dtype=bfloat16"), tmp_path / "run", resume=False)
     layer = made._model.layers[0]
     memory, norm = layer.feed_forward, layer.post_attention_layernorm
@@ -415,7 +415,7 @@ def test_queries_of_a_bfloat16_pass_are_rounded_as_a_server_rounds_them(config, 
         ("run.seed=1", "run.seed: must be 0 to resume"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_settings(config, tmp_path, change, message):
+def test_a_run_does_not_resume_with_other_settings(config, tmp_path, change, message):
     run(config(), tmp_path / "run", until=2)
     with pytest.raises(TrainingError, match=message):
         Trainer(config(change), tmp_path / "run", resume=True)
@@ -426,7 +426,7 @@ def test_a_run_does_not_go_on_with_other_settings(config, tmp_path, change, mess
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_refused(config, tmp_path):
+def test_a_missing_device_is_refused(config, tmp_path):
     with pytest.raises(ConfigError, match="run.device: cuda needs a CUDA device"):
         train.run(config("run.device=cuda"), tmp_path / "run", resume=False)
 
@@ -469,7 +469,7 @@ def test_a_dense_model_gets_memory_layers(config, tmp_path):
         )
 
 
-def test_a_config_that_goes_on_from_a_folder_changes_only_what_it_names(config, tmp_path):
+def test_a_config_that_starts_from_a_folder_changes_only_named_keys(config, tmp_path):
     run(config(), tmp_path / "first")
     first = saved_states(tmp_path / "first" / "checkpoints")[-1]
     text = CONFIG[CONFIG.index("[data]") :].replace("{texts}", str(tmp_path / "texts.jsonl"))
@@ -499,7 +499,7 @@ def test_trainer_and_server_choose_the_same_rows_and_give_the_same_logits(config
 
 
 def torchrun(config_file, folder, *changes):
-    """Two processes of the real command."""
+    """Run the real command in two processes."""
     memplus = Path(sys.executable).parent / "memplus"
     started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     started += ["--standalone", "--no-python", str(memplus), "train", str(config_file)]
@@ -510,7 +510,7 @@ def torchrun(config_file, folder, *changes):
 
 
 def test_a_process_without_a_sequence_takes_part(config, tmp_path):
-    # one sequence is often all that a pass has
+    # a pass often has only one sequence
     changes = ["run.tokens_per_step=12", "data.sequence_length=60", *KINDS["moe"]]
     run(config(*changes, memory=False), tmp_path / "one")
     done = torchrun(tmp_path / "train.toml", tmp_path / "two", *changes)
@@ -519,8 +519,8 @@ def test_a_process_without_a_sequence_takes_part(config, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["memory_plus", "moe"])
-def test_two_processes_follow_one(config, tmp_path, kind):
-    # an even use of experts is asked for in each process, so that part is left out
+def test_two_processes_train_like_one(config, tmp_path, kind):
+    # the balancing loss differs between processes, so the test leaves it out
     changes = [*KINDS[kind], "run.passes_per_step=2"]
     changes += ["model.router_aux_loss_coef=0"] if kind == "moe" else []
     run(config(*changes, memory=kind != "moe"), tmp_path / "one")

@@ -1,4 +1,4 @@
-"""WordNet's files, read and made a corpus of."""
+"""The WordNet corpus: reading its files, documents, questions and glosses."""
 
 import json
 
@@ -27,14 +27,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_nouns_of_one_word_with_a_tagged_sense_have_their_first_gloss(folder):
+def test_single_word_nouns_with_a_tagged_sense_get_their_first_gloss(folder):
     assert read_nouns(folder) == [
         Noun("cat", "feline (usually small)"),
         Noun("dog", "a barking animal"),
     ]
 
 
-def test_a_corpus_has_a_document_a_noun_and_asks_for_some(folder):
+def test_a_corpus_has_one_document_per_noun_and_some_questions(folder):
     assert write_corpus(folder, folder / "out") == 2
     texts = list(documents(corpus_files([str(folder / "out" / "nouns.jsonl")])))
     assert texts == ["cat (noun): feline (usually small)", "dog (noun): a barking animal"]
@@ -42,7 +42,7 @@ def test_a_corpus_has_a_document_a_noun_and_asks_for_some(folder):
     assert sorted(f"{question.prompt} {question.answer}" for question in asked) == texts
 
 
-def test_glosses_have_all_words_and_examples_of_all_parts_of_speech(folder):
+def test_glosses_cover_words_and_examples_of_all_parts_of_speech(folder):
     verb = '00000003 30 v 02 run 0 make_haste 1 000 | move fast; "Don\'t run"\n'
     (folder / "data.verb").write_text(LICENCE + verb)
     write_corpus(folder, folder / "out")
@@ -54,7 +54,7 @@ def test_glosses_have_all_words_and_examples_of_all_parts_of_speech(folder):
     ]
 
 
-def test_other_files_are_refused(folder):
+def test_files_of_another_format_are_refused(folder):
     (folder / "index.noun").write_text("cat n one\n")
     with pytest.raises(DataError, match="has no valid WordNet files"):
         read_nouns(folder)

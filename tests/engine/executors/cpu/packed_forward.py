@@ -1,4 +1,4 @@
-"""Packed decoder layers, run as the model runs them, and tables that are read around the call."""
+"""Test helpers: packed decoder layers, and tables that native kernels cannot read."""
 
 import contextlib
 
@@ -15,15 +15,15 @@ from tests.models import VOCAB_SIZE
 
 @contextlib.contextmanager
 def threads(number):
-    """Run with so many threads."""
+    """Run a block with this number of torch threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     yield
     torch.set_num_threads(before)
 
 
-class TableElsewhere:
-    """A table whose rows no kernel may read by itself."""
+class UnreadableTable:
+    """A table whose rows native kernels cannot read."""
 
     fetched_capacity = None
 
@@ -37,14 +37,14 @@ class TableElsewhere:
 
 
 class PackedForward:
-    """A model's layers, packed."""
+    """The packed layers of a model."""
 
     def __init__(self, model, kernels):
         self.model = model
         self.executor = CpuExecutor(model, kernels, num_blocks=25, block_size=8)
 
     def __call__(self, num_tokens, first_id=0):
-        """What the layers make of two prompts' embeddings, and what their memories read."""
+        """Run two prompts; return (hidden states, rows and weights read by memory layer)."""
         ids = tuple(first_id + i % 7 for i in range(num_tokens))
         params = SamplingParams()
         chunks = [SequenceChunk("a", ids, 0, tuple(range(20)), params, 0, True)]
@@ -58,5 +58,5 @@ class PackedForward:
 
 
 def batch_of_chunks(chunks, block_size):
-    """The batch of a plan of these chunks."""
+    """The batch of a step plan with these chunks."""
     return Batcher(block_size, VOCAB_SIZE, frozenset()).batch(StepPlan(tuple(chunks)), {})

@@ -1,4 +1,4 @@
-"""Packed decoder layers by every build that runs here, against plain torch, layer by layer."""
+"""Packed decoder layers in every runnable build, against plain torch, layer by layer."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_dense_layers(
     )
     model = random_model(config, dtype)
     for name, parameter in model.named_parameters():
-        # outputs of the order of 1, whatever the number of inputs
+        # outputs of the order of 1 for any number of inputs
         if name.endswith("proj.weight"):
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     one_layers_blocks, layout = paged_batch(sequences, num_kv_heads, head_dim, 16, dtype)
@@ -74,7 +74,7 @@ def test_dense_layers(
         wanted = layer(wanted, layout, angles, written[index])
     found = decoder_of(model, CpuKernels(build)).run(residual, layout, angles, kv_blocks)
     rtol, atol = TOLERANCE[dtype]
-    # what one product rounds the next ones sum
+    # rounding errors add up over the products
     close = {"rtol": 10 * rtol, "atol": 10 * num_layers * atol}
     torch.testing.assert_close(found.double(), wanted.double(), **close)
     torch.testing.assert_close(kv_blocks, written, equal_nan=True, **close)
@@ -83,7 +83,7 @@ def test_dense_layers(
 @pytest.mark.parametrize("kinds", [("dense",) * 5, ("pkm", "dense", "dense", "memory_plus", "pkm")])
 @pytest.mark.parametrize("num_tokens", [5, 70])
 @pytest.mark.parametrize("many_bytes", [0, 50_000, 2**28])
-def test_in_whatever_runs_they_give_the_same(kinds, num_tokens, many_bytes, monkeypatch):
+def test_any_grouping_of_layers_gives_the_same_bits(kinds, num_tokens, many_bytes, monkeypatch):
     memory = MEMORY if "pkm" in kinds else None
     model = random_model(tiny_config(num_layers=5, feed_forward=kinds, memory=memory))
     config = model.config

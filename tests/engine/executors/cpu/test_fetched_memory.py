@@ -1,4 +1,4 @@
-"""Memory layers that have rows fetched inside the native call, by every build that runs here."""
+"""Memory layers that fetch rows inside the native call, in every runnable build."""
 
 import copy
 import ctypes
@@ -18,8 +18,8 @@ from memory_ops.row_formats import RowRecords
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from memory_ops.tables.value_table import TableReadError
-from tests.engine.executors.cpu.packed_forward import PackedForward, TableElsewhere, threads
-from tests.memory_ops.tables import table_of
+from tests.engine.executors.cpu.packed_forward import PackedForward, UnreadableTable, threads
+from tests.memory_ops.table_kinds import table_of
 from tests.models import feed_forward_changes, random_model, tiny_config
 
 pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
@@ -32,7 +32,7 @@ TOKEN_ROWS = HEADS * TOP_K
 
 
 class ReadInside(DiskTable):
-    """A table that nobody but a kernel may read."""
+    """A disk table that only native kernels may read."""
 
     def start(self, rows_THK, weights_THK, layer=0):
         raise AssertionError("a memory layer was left out of the native call")
@@ -45,7 +45,7 @@ def model_of(*kinds, dtype=torch.float32, **memory):
 
 
 class StoredTables:
-    """Random rows for all tables of a model, in memory and in files."""
+    """Random rows of all tables of a model, in memory and in files."""
 
     def __init__(self, config, kind, folder):
         shape = config.memory.num_rows, config.memory.value_dim
@@ -59,12 +59,12 @@ class StoredTables:
         return rows.records_RB if isinstance(rows, RowRecords) else rows.view(torch.uint8)
 
     def in_memory(self, model):
-        """The same model, its rows in memory."""
+        """A copy of the model with its rows in memory."""
         held = {name: DeviceTable(rows) for name, rows in self.rows.items()}
         return with_tables(model, held)
 
     def on_disk(self, model, slots, made=ReadInside, **options):
-        """The same model, its rows on disk, with room for some of them."""
+        """A copy of the model with its rows on disk and a cache of ``slots`` rows."""
         return with_tables(
             model, {name: self.table(name, slots, made, **options) for name in self.rows}
         )
@@ -74,8 +74,8 @@ class StoredTables:
         is_plain = isinstance(rows, torch.Tensor)
         shape = self.content(name).shape[0], rows.shape[1] if is_plain else rows.value_dim
         row_format = rows.dtype if is_plain else rows.row_format
-        room = row_cache_bytes(slots, row_bytes, shape[0])
-        return made(self.files[name], OFFSET, shape, row_format, room, **options)
+        cache_bytes = row_cache_bytes(slots, row_bytes, shape[0])
+        return made(self.files[name], OFFSET, shape, row_format, cache_bytes, **options)
 
 
 def with_tables(model, tables):
@@ -84,13 +84,13 @@ def with_tables(model, tables):
     return other
 
 
-def best(model):
+def best_forward(model):
     return PackedForward(model, CpuKernels(CPU_LIBRARY.best_build))
 
 
 @pytest.fixture
 def model():
-    """Two memory layers with a table in common."""
+    """A model with two memory layers that share a table."""
     return model_of("memory_plus", "dense", "memory_plus")
 
 
@@ -111,13 +111,13 @@ def table_in(forward, layer=0):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     num_tokens=st.sampled_from([1, 3, 64, 150]),
     num_threads=st.sampled_from([1, 2, 3]),
-    # for one token's rows, a few tokens', and all
+    # slots for the rows of one token, of a few tokens, of all tokens
     slots=st.sampled_from([TOKEN_ROWS, 50, 1000]),
     value_dim=st.sampled_from([1, 30, 300]),
     share_values=st.booleans(),
     options=st.sampled_from([{}, {"threads": 2}, {"is_direct": False}]),
 )
-def test_bit_for_bit_what_rows_in_memory_give(
+def test_outputs_equal_those_of_rows_in_memory_bit_for_bit(
     build, kind, tmp_path_factory, layer_kind, dtype, num_tokens, num_threads, slots, options, **own
 ):
     projects = {"value_projection": True} if layer_kind == "pkm" else {}
@@ -127,7 +127,7 @@ def test_bit_for_bit_what_rows_in_memory_give(
     with threads(num_threads):
         wanted, wanted_reads = PackedForward(stored.in_memory(model), native)(num_tokens)
         forward = PackedForward(stored.on_disk(model, slots, **options), native)
-        for _ in range(2):  # from the file, and of what is there then
+        for _ in range(2):  # with an empty cache, then with a filled one
             found, reads = forward(num_tokens)
             assert torch.equal(found, wanted)
             for own, other in zip(reads, wanted_reads, strict=True):
@@ -137,13 +137,13 @@ def test_bit_for_bit_what_rows_in_memory_give(
 
 @pytest.mark.parametrize("num_tokens", [1, 20, 100])
 @pytest.mark.parametrize("slots", [TOKEN_ROWS, 50, 1000])
-def test_lookups_are_counted_as_those_around_the_call(model, stored, num_tokens, slots):
-    inside = best(stored.on_disk(model, slots))
+def test_lookups_inside_the_call_are_counted_like_those_outside(model, stored, num_tokens, slots):
+    inside = best_forward(stored.on_disk(model, slots))
     table = stored.table("memory.table", slots, DiskTable)
     around = copy.deepcopy(model)
     for layer in around.config.memory_layers:
-        around.model.layers[layer].memory.attach(TableElsewhere(table))
-    around = best(around)
+        around.model.layers[layer].memory.attach(UnreadableTable(table))
+    around = best_forward(around)
     for _ in range(2):
         _, reads = inside(num_tokens)
         around(num_tokens)
@@ -151,13 +151,13 @@ def test_lookups_are_counted_as_those_around_the_call(model, stored, num_tokens,
     assert set(found) == set(wanted) == {0, 2}
     for layer in found:
         own, other = found[layer], wanted[layer]
-        # a row that comes just then may count as either
+        # a row whose read ends at that moment may count as hit or late
         assert own.hits + own.late == other.hits + other.late
         for name in ("requested_rows", "lookups", "unique_rows", "misses", "bytes_read"):
             assert getattr(own, name) == getattr(other, name) > 0, name
         assert own.lookups == 2
     if slots == 1000:
-        # what one layer has read is there for the other, and for the next step
+        # the other layer and the next step hit the rows that one layer has read
         sets = [set(read.rows_THK.flatten().tolist()) for read in reads]
         assert [found[layer].unique_rows for layer in (0, 2)] == [2 * len(one) for one in sets]
         assert found[0].misses == len(sets[0]) and found[2].misses == len(sets[1] - sets[0])
@@ -165,10 +165,10 @@ def test_lookups_are_counted_as_those_around_the_call(model, stored, num_tokens,
 
 @each_number
 @pytest.mark.parametrize("slots", [TOKEN_ROWS, 50])
-def test_reads_that_fail_end_their_call_alone(model, stored, slots, num_threads):
+def test_a_failed_read_fails_only_its_call(model, stored, slots, num_threads):
     fault = ReadFault(37, -errno.EIO)
-    forward = best(stored.on_disk(model, slots, fault=fault))
-    wanted = best(stored.in_memory(model))
+    forward = best_forward(stored.on_disk(model, slots, fault=fault))
+    wanted = best_forward(stored.in_memory(model))
     outcomes = {"right": 0, "failed": 0}
     with threads(num_threads):
         for first_id in range(60):
@@ -176,10 +176,10 @@ def test_reads_that_fail_end_their_call_alone(model, stored, slots, num_threads)
             try:
                 found, _ = forward(1, first_id)
             except TableReadError as error:
-                # pins that were kept would leave no room for the next token's rows
+                # leaked pins would leave no slots for the next token
                 outcomes["failed"] += 1
-                said = str(error).removeprefix(f"{stored.files['memory.table']}: row ")
-                row = int(said.removesuffix(": Input/output error"))
+                message = str(error).removeprefix(f"{stored.files['memory.table']}: row ")
+                row = int(message.removesuffix(": Input/output error"))
                 assert any((read.rows_THK == row).any() for read in reads)
             else:
                 outcomes["right"] += 1
@@ -187,7 +187,7 @@ def test_reads_that_fail_end_their_call_alone(model, stored, slots, num_threads)
     assert outcomes["failed"] > 2 and outcomes["right"] > 20
 
 
-def test_the_table_whose_read_failed_is_named(tmp_path):
+def test_the_error_names_the_table_whose_read_failed(tmp_path):
     model = model_of("memory_plus", "memory_plus", share_values=False)
     stored = StoredTables(model.config, "fp32", tmp_path)
     whole, broken = stored.files
@@ -195,39 +195,39 @@ def test_the_table_whose_read_failed_is_named(tmp_path):
         model,
         {
             whole: stored.table(whole, 50),
-            # reads that are short again and again
+            # every read is short
             broken: stored.table(broken, 50, fault=ReadFault(1, 8)),
         },
     )
-    forward = best(other)
+    forward = best_forward(other)
     with pytest.raises(TableReadError, match="row [0-9]+: the file ends before this row") as raised:
         forward(3)
     assert str(raised.value).startswith(f"{stored.files[broken]}: ")
-    # a call that has failed reads nothing of the layers behind
+    # a failed call does not read rows of later layers
     counts = [table_in(forward, layer).statistics() for layer in (0, 1)]
     assert counts[0][0].hits + counts[0][0].misses > 0 and counts[1][1].misses > 0
 
 
-def test_a_part_that_fails_ends_the_call(model, stored):
-    # some tokens' rows are there by then, one after another
-    forward = best(stored.on_disk(model, TOKEN_ROWS, fault=ReadFault(60, -errno.EIO)))
+def test_a_failure_after_some_tokens_fails_the_call(model, stored):
+    # the rows of some tokens have been read before the failure
+    forward = best_forward(stored.on_disk(model, TOKEN_ROWS, fault=ReadFault(60, -errno.EIO)))
     with pytest.raises(TableReadError, match="Input/output error"):
         forward(100)
     assert table_in(forward).statistics()[0].misses >= 60
-    wanted, _ = best(stored.in_memory(model))(1, 9)
+    wanted, _ = best_forward(stored.in_memory(model))(1, 9)
     assert torch.equal(forward(1, 9)[0], wanted)
 
 
-def test_no_room_for_one_token_is_an_error(model, stored):
-    forward = best(stored.on_disk(model, TOP_K - 1))
+def test_a_cache_too_small_for_one_token_is_an_error(model, stored):
+    forward = best_forward(stored.on_disk(model, TOP_K - 1))
     for _ in range(2):
         with pytest.raises(TableReadError, match="one token's rows do not fit in memory"):
             forward(3)
 
 
-def test_room_that_another_lookup_has_is_not_taken(model, stored):
-    wanted, reads = best(stored.in_memory(model))(3)
-    forward = best(stored.on_disk(model, TOKEN_ROWS, made=DiskTable))
+def test_slots_of_another_lookup_are_not_taken(model, stored):
+    wanted, reads = best_forward(stored.in_memory(model))(3)
+    forward = best_forward(stored.on_disk(model, TOKEN_ROWS, made=DiskTable))
     read = {int(row) for one in reads for row in one.rows_THK.flatten()}
     others = [row for row in range(model.config.memory.num_rows) if row not in read]
     rows_THK = torch.tensor(others[:TOKEN_ROWS]).view(1, HEADS, TOP_K)
@@ -240,13 +240,13 @@ def test_room_that_another_lookup_has_is_not_taken(model, stored):
 
 
 def overwrite(file):
-    """Put other bytes into a file, in place."""
+    """Overwrite a file in place with other bytes."""
     file.write_bytes(b"x" * file.stat().st_size)
     os.utime(file, ns=(0, 0))
 
 
-def test_a_file_that_was_changed_is_read_no_more(model, stored):
-    forward = best(stored.on_disk(model, 50))
+def test_a_changed_file_is_not_read_again(model, stored):
+    forward = best_forward(stored.on_disk(model, 50))
     forward(3)
     before = table_in(forward).statistics()
     overwrite(stored.files["memory.table"])
@@ -257,52 +257,52 @@ def test_a_file_that_was_changed_is_read_no_more(model, stored):
     assert table_in(forward).statistics() == before
 
 
-class Between(ReadInside):
-    """A table whose methods stand between a kernel and its fetcher."""
+class InterceptedFetcher(ReadInside):
+    """A table that intercepts the calls of kernels to its row fetcher."""
 
     def row_source(self, layer):
         source = super().row_source(layer)
         own = RowFetcher.from_address(source.fetcher_address)
         start, finish = START(own.start), FINISH(own.finish)
         calls = (
-            START(lambda *arguments: self.between_start(start, *arguments)),
-            FINISH(lambda *arguments: self.between_finish(finish, *arguments)),
+            START(lambda *arguments: self.intercept_start(start, *arguments)),
+            FINISH(lambda *arguments: self.intercept_finish(finish, *arguments)),
         )
         addresses = (ctypes.cast(call, ctypes.c_void_p).value for call in calls)
-        between = RowFetcher(*addresses, own.release, own.on_progress, own.own, own.layer)
-        self.held = [*getattr(self, "held", ()), own, start, finish, *calls, between]
-        source.fetcher_address = ctypes.addressof(between)
+        intercepted = RowFetcher(*addresses, own.release, own.on_progress, own.own, own.layer)
+        self.held = [*getattr(self, "held", ()), own, start, finish, *calls, intercepted]
+        source.fetcher_address = ctypes.addressof(intercepted)
         return source
 
-    def between_start(self, start, *arguments):
+    def intercept_start(self, start, *arguments):
         return start(*arguments)
 
-    def between_finish(self, finish, *arguments):
+    def intercept_finish(self, finish, *arguments):
         return finish(*arguments)
 
 
-class ChangedMeanwhile(Between):
-    """A table whose file is changed as a lookup begins."""
+class ChangedDuringCall(InterceptedFetcher):
+    """A table whose file changes when a lookup starts."""
 
-    def between_start(self, start, *arguments):
+    def intercept_start(self, start, *arguments):
         overwrite(self.file)
         return start(*arguments)
 
 
-def test_a_file_that_is_changed_during_a_call_gives_no_rows(model, stored):
-    forward = best(stored.on_disk(model, 50, made=ChangedMeanwhile))
+def test_a_file_that_changes_during_a_call_is_an_error(model, stored):
+    forward = best_forward(stored.on_disk(model, 50, made=ChangedDuringCall))
     with pytest.raises(
         TableReadError, match=r"memory\.table: the file changed after it was opened"
     ):
         forward(3)
 
 
-class StillReading(Between):
-    """A table whose lookups say so many times that they go on."""
+class StillReading(InterceptedFetcher):
+    """A table whose next ``waits`` finish calls report that reads are still in flight."""
 
     waits = 0
 
-    def between_finish(self, finish, *arguments):
+    def intercept_finish(self, finish, *arguments):
         if self.waits:
             self.waits -= 1
             return STILL_READING
@@ -310,31 +310,31 @@ class StillReading(Between):
 
 
 @each_number
-def test_who_watches_is_told_that_a_lookup_goes_on(model, stored, num_threads):
-    forward = best(stored.on_disk(model, 50, made=StillReading))
-    table, told = table_in(forward), []
-    table.watch(lambda: told.append(table.waits))
-    wanted, _ = best(stored.in_memory(model))(3)
+def test_watchers_are_called_while_a_lookup_is_in_flight(model, stored, num_threads):
+    forward = best_forward(stored.on_disk(model, 50, made=StillReading))
+    table, waits_at_calls = table_in(forward), []
+    table.watch(lambda: waits_at_calls.append(table.waits))
+    wanted, _ = best_forward(stored.in_memory(model))(3)
     with threads(num_threads):
         forward(3)
-        memories = len(told)
-        # once a memory, whose rows are all there together
-        assert memories > 0 and set(told) == {0}
+        calls_per_forward = len(waits_at_calls)
+        # watchers are called once per memory layer
+        assert calls_per_forward > 0 and set(waits_at_calls) == {0}
         table.waits = 5
         assert torch.equal(forward(3)[0], wanted)
-    assert told[memories:] == [4, 3, 2, 1, 0] + [0] * memories
+    assert waits_at_calls[calls_per_forward:] == [4, 3, 2, 1, 0] + [0] * calls_per_forward
 
 
-class Outside(Between):
-    """A table that is asked for a row that it has not."""
+class OutOfRange(InterceptedFetcher):
+    """A table that replaces the last requested row id by one outside the table."""
 
-    def between_start(self, start, own, rows, tokens, token_rows, *others):
+    def intercept_start(self, start, own, rows, tokens, token_rows, *others):
         beyond = ctypes.c_int64(self.num_rows)
         ctypes.memmove(rows + 8 * (tokens * token_rows - 1), ctypes.addressof(beyond), 8)
         return start(own, rows, tokens, token_rows, *others)
 
 
 def test_a_row_outside_the_table_is_an_error(model, stored):
-    forward = best(stored.on_disk(model, 50, made=Outside))
+    forward = best_forward(stored.on_disk(model, 50, made=OutOfRange))
     with pytest.raises(TableReadError, match=r"row \d+ is outside the table"):
         forward(3)

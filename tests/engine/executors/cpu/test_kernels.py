@@ -1,4 +1,4 @@
-"""The native operations, every build that runs here, against their twins in plain torch."""
+"""The native operations in every runnable build against plain torch."""
 
 import dataclasses
 import itertools
@@ -29,9 +29,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def paged_batch(sequences, num_kv_heads, head_dim, block_size, dtype):
-    """Blocks in a random order, NaN wherever no token stands, and the layout that reads them.
+    """KV blocks in random order, NaN except at tokens, with the layout that reads them.
 
-    ``sequences`` has for each the number of its queries and the length of its context.
+    ``sequences``: (number of queries, context length) of each sequence.
     """
     counts = [-(-context // block_size) for _, context in sequences]
     shape = (sum(counts) + 3, 2, num_kv_heads, block_size, head_dim)
@@ -54,7 +54,7 @@ def paged_batch(sequences, num_kv_heads, head_dim, block_size, dtype):
 
 
 def random_qkv(layout, num_heads, num_kv_heads, head_dim, dtype):
-    """Queries, keys and values of the batch in one, and the angles of its tokens."""
+    """(queries, keys and values of the batch in one tensor; rotary angles of its tokens)."""
     num_tokens = layout.query_starts[-1]
     qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
     turns = torch.rand(num_tokens, 1, head_dim // 2) * 6
@@ -92,7 +92,9 @@ SEQUENCES = st.lists(
     head_dim=st.sampled_from([2, 14, 16, 40, 64, 128]),
     block_size=st.sampled_from([1, 4, 16, 32]),
 )
-def test_attention_is_its_twin(build, dtype, sequences, num_kv_heads, group, head_dim, block_size):
+def test_attention_equals_plain_torch(
+    build, dtype, sequences, num_kv_heads, group, head_dim, block_size
+):
     kv_blocks, layout = paged_batch(sequences, num_kv_heads, head_dim, block_size, dtype)
     num_heads = num_kv_heads * group
     qkv, angles = random_qkv(layout, num_heads, num_kv_heads, head_dim, dtype)
@@ -100,19 +102,17 @@ def test_attention_is_its_twin(build, dtype, sequences, num_kv_heads, group, hea
     exact = attention_by_torch(qkv.double(), num_heads, num_kv_heads, angles, layout, wide)
     rtol, atol = TOLERANCE[dtype]
     found = attend(build, qkv, angles, kv_blocks, layout)
-    # in bf16 queries and weights are rounded before their products, as values are
+    # in bf16, the kernel also rounds queries and weights before their products
     torch.testing.assert_close(found, exact.to(dtype), rtol=rtol, atol=2 * atol)
-    # no key or value is written anywhere else, and these are rounded once
+    # other positions stay unwritten; written keys and values are rounded once
     torch.testing.assert_close(kv_blocks, wide.to(dtype), rtol=rtol, atol=atol, equal_nan=True)
 
 
 @each_build
 @pytest.mark.parametrize("dtype", DTYPES)
-# keys that can be scored where they lie, and others
+# keys whose layout allows scoring in place, and others
 @pytest.mark.parametrize(("head_dim", "block_size"), [(40, 16), (64, 16), (64, 12)])
-def test_attention_is_bit_for_bit_the_same_in_any_company_and_any_chunks(
-    build, dtype, head_dim, block_size
-):
+def test_attention_bits_do_not_depend_on_batch_or_chunks(build, dtype, head_dim, block_size):
     sequences = [(30, 77), (1, 300), (5, 5), (1, 33), (3, 130)]
     kv_blocks, layout = paged_batch(sequences, 2, head_dim, block_size, dtype)
     qkv, angles = random_qkv(layout, 6, 2, head_dim, dtype)
@@ -121,7 +121,7 @@ def test_attention_is_bit_for_bit_the_same_in_any_company_and_any_chunks(
         table = layout.paged.block_table_SB[number : number + 1]
         context = layout.paged.context_lengths[number]
         for at in range(start, end):
-            # each query alone, as if all before it had been computed in earlier steps
+            # each query alone, as if earlier steps had computed all before it
             place = layout.paged.kv_index_T[at : at + 1]
             alone = PagedKv(place, table, (context - (end - 1 - at),))
             single = TokenLayout(torch.empty(0), (0, 1), alone)
@@ -142,7 +142,7 @@ def test_huge_scores_and_equal_ones(build):
         torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_without_the_library_the_eager_executor_serves(tmp_path, monkeypatch, caplog):
+def test_without_the_library_the_eager_executor_is_used(tmp_path, monkeypatch, caplog):
     model, config = random_model(tiny_config()), EngineConfig(kv_cache_gib=0.001)
     assert isinstance(make_executor(model, config), CpuExecutor)
     monkeypatch.setattr(kernels, "CPU_LIBRARY", NativeLibrary(tmp_path, {}, "it is slow"))
@@ -155,15 +155,15 @@ def test_without_the_library_the_eager_executor_serves(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_the_best_build_for_this_machine_is_there():
+def test_the_best_build_for_this_machine_is_installed():
     flags = Path("/proc/cpuinfo").read_text().split()
     if "avx512_bf16" in flags:
-        # a system may refuse the matrix tiles that the processor has
+        # the kernel may refuse AMX tiles although the processor has them
         assert CPU_LIBRARY.runnable_builds in (BUILDS, BUILDS[1:])
 
 
 @each_build
-def test_rows_of_the_block_table_may_lie_apart(build):
+def test_the_block_table_may_be_strided(build):
     kv_blocks, layout = paged_batch([(3, 9), (1, 20)], 2, 16, 4, torch.float32)
     qkv, angles = random_qkv(layout, 4, 2, 16, torch.float32)
     paged = layout.paged

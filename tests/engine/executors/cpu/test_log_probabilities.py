@@ -1,4 +1,4 @@
-"""Log-probabilities by every build of the native library and by torch, held to fp64."""
+"""Log-probabilities in every native build and in torch, against fp64."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     num_best=st.integers(0, 20),
     seed=st.integers(0, 99),
 )
-def test_they_are_those_of_the_softmax(score, dtype, size, scale, banned, num_best, seed):
+def test_they_equal_the_log_softmax(score, dtype, size, scale, banned, num_best, seed):
     generator = torch.Generator().manual_seed(seed)
     logits_LV = (torch.randn(4, size, generator=generator) * scale).to(dtype)
     logits_LV[1:3, [place % size for place in banned]] = -torch.inf
@@ -38,14 +38,14 @@ def test_they_are_those_of_the_softmax(score, dtype, size, scale, banned, num_be
     assert torch.equal(scores.ranks_P, (exact_PV > own_P1).sum(-1) + 1)
     best_PK = exact_PV.topk(num_best).values
     torch.testing.assert_close(scores.best_PK.double(), best_PK, **close)
-    # equal ones may stand in any order, but each once
+    # equal values may come in any order, each token once
     assert torch.equal(exact_PV.gather(1, scores.best_ids_PK), best_PK)
     assert all(len(set(ids)) == num_best for ids in scores.best_ids_PK.tolist())
 
 
 @each_scorer
 @each_dtype
-def test_a_row_gets_the_same_in_any_company(score, dtype):
+def test_a_row_does_not_depend_on_its_batch(score, dtype):
     logits_LV = torch.randn(12, 3000).to(dtype)
     rows, token_ids = [*range(12)], [7 * i for i in range(12)]
     together = score(logits_LV, rows, token_ids, 5)
@@ -58,7 +58,7 @@ def test_a_row_gets_the_same_in_any_company(score, dtype):
 @each_scorer
 @each_dtype
 @pytest.mark.parametrize("size", [4, 300, 9000])
-def test_nan_and_infinity_stay_in_their_rows(score, dtype, size):
+def test_nan_and_infinity_do_not_affect_other_rows(score, dtype, size):
     logits_LV = torch.randn(5, size).to(dtype)
     wanted = score(logits_LV[[0]], [0], [1], 3)
     logits_LV[1], logits_LV[2], logits_LV[3, 2], logits_LV[4, 2] = (
@@ -75,7 +75,7 @@ def test_nan_and_infinity_stay_in_their_rows(score, dtype, size):
 
 
 @pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
-def test_of_equal_tokens_the_first_comes_first(build):
+def test_equal_tokens_come_in_order_of_id(build):
     logits_LV = torch.zeros(1, 2000)
     logits_LV[0, [1500, 1600, 40]] = 1.0
     scores = SCORERS[build](logits_LV, [0], [1999], 6)

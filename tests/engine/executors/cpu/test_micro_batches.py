@@ -1,4 +1,4 @@
-"""Steps of many tokens in parts by turns: what one part after another gives, bit for bit."""
+"""Pipelined micro-batches: results equal those of unsplit steps bit for bit."""
 
 import errno
 
@@ -28,7 +28,7 @@ TOKEN_ROWS = 2
 
 
 def batch_of(sequences, first_id=0):
-    """Sequences of (tokens that are there, tokens of this step), each with blocks of its own."""
+    """A batch of sequences (cached tokens, new tokens), each with separate KV blocks."""
     chunks, used = [], 0
     for name, (before, new) in enumerate(sequences):
         number = -(-(before + new) // BLOCK)
@@ -40,7 +40,7 @@ def batch_of(sequences, first_id=0):
 
 
 class Forward:
-    """Packed layers of a model and what they leave of a batch."""
+    """Runs the packed layers of a model; returns hidden states and KV blocks."""
 
     def __init__(self, model, lookahead=None):
         kernels = CpuKernels(CPU_LIBRARY.best_build)
@@ -65,7 +65,7 @@ def kv_of(model, blocks, dtype=torch.float32):
 
 
 def small_reads(*kinds, **memory):
-    """A model that reads two rows a token, of 361: of few tokens they are not nearly all."""
+    """A model that reads two of 361 rows per token: a few tokens do not read nearly all rows."""
     return model_of(*kinds, num_heads=1, top_k=TOKEN_ROWS, value_dim=32, **memory)
 
 
@@ -75,41 +75,41 @@ def small_reads(*kinds, **memory):
         [("memory_plus", "dense", "memory_plus"), ("dense", "pkm", "pkm", "dense"), ("peer", "moe")]
     ),
     sequences=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 120)), min_size=1, max_size=6),
-    has_room_for_all=st.booleans(),
+    fits_all_rows=st.booleans(),
     num_threads=st.sampled_from([1, 2]),
-    way=st.sampled_from([{}, {"threads": 2}]),
+    reader=st.sampled_from([{}, {"threads": 2}]),
     kind=st.sampled_from(["fp32", "bf16", "int4"]),
     lookahead=st.sampled_from([None, LookaheadConfig(1, 2), LookaheadConfig(2, 1)]),
 )
-def test_bit_for_bit_what_rows_in_memory_give(
-    tmp_path_factory, kinds, sequences, has_room_for_all, num_threads, way, kind, lookahead
+def test_outputs_equal_those_of_rows_in_memory_bit_for_bit(
+    tmp_path_factory, kinds, sequences, fits_all_rows, num_threads, reader, kind, lookahead
 ):
     model = small_reads(*kinds)
     stored = StoredTables(model.config, kind, tmp_path_factory.mktemp("tables"))
     batch, blocks = batch_of(sequences)
     kv_blocks = kv_of(model, blocks)
-    slots = NUM_ROWS if has_room_for_all else len(batch.ids_T) * TOKEN_ROWS
+    slots = NUM_ROWS if fits_all_rows else len(batch.ids_T) * TOKEN_ROWS
     with threads(num_threads):
         wanted, written = Forward(stored.in_memory(model))(batch, kv_blocks)
-        turns = Forward(stored.on_disk(model, slots, DiskTable, **way), lookahead)
-        for _ in range(2):  # from the file, and of what is there then
-            found, own = turns(batch, kv_blocks)
+        forward = Forward(stored.on_disk(model, slots, DiskTable, **reader), lookahead)
+        for _ in range(2):  # with an empty cache, then with a filled one
+            found, own = forward(batch, kv_blocks)
             assert torch.equal(found, wanted)
             assert torch.equal(own, written)
 
 
-class Told(DiskTable):
-    """A table that notes which lookups begin and end, by layer and tokens."""
+class RecordingTable(DiskTable):
+    """A disk table that records start and finish of lookups by layer and number of tokens."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.events = []
 
     def start(self, rows_THK, weights_THK, layer=0):
-        lookup, told = super().start(rows_THK, weights_THK, layer), (layer, len(rows_THK))
-        self.events.append(("start", *told))
+        lookup, key = super().start(rows_THK, weights_THK, layer), (layer, len(rows_THK))
+        self.events.append(("start", *key))
         finish = lookup.finish
-        lookup.finish = lambda: self.events.append(("finish", *told)) or finish()
+        lookup.finish = lambda: self.events.append(("finish", *key)) or finish()
         return lookup
 
 
@@ -117,13 +117,13 @@ def table_in(forward):
     return forward.model.layers[0].feed_forward.table
 
 
-def test_while_one_part_is_fetched_another_goes_on(tmp_path):
+def test_fetches_of_one_micro_batch_overlap_compute_of_another(tmp_path):
     model = small_reads("memory_plus", "dense", "memory_plus")
     stored = StoredTables(model.config, "fp32", tmp_path)
-    forward = Forward(stored.on_disk(model, NUM_ROWS, Told))
+    forward = Forward(stored.on_disk(model, NUM_ROWS, RecordingTable))
     batch, blocks = batch_of([(0, 70), (5, 31)])
     forward(batch, kv_of(model, blocks))
-    first, second = 50, 51  # tokens of the parts
+    first, second = 50, 51  # tokens of each micro-batch
     assert table_in(forward).events == [
         ("start", 0, first),
         ("start", 0, second),
@@ -134,11 +134,11 @@ def test_while_one_part_is_fetched_another_goes_on(tmp_path):
         ("finish", 2, first),
         ("finish", 2, second),
     ]
-    assert forward.marks == 2 * 3  # each part tells of each layer
+    assert forward.marks == 2 * 3  # one mark per layer and micro-batch
 
 
 @pytest.mark.parametrize(
-    ("tokens", "slots", "turns"),
+    ("tokens", "slots", "parts"),
     [
         (31, NUM_ROWS, 0),
         (32, NUM_ROWS, 2),
@@ -149,32 +149,32 @@ def test_while_one_part_is_fetched_another_goes_on(tmp_path):
         (256, NUM_ROWS - 1, 0),
     ],
 )
-def test_turns_are_taken_where_they_gain_and_all_rows_have_room(tmp_path, tokens, slots, turns):
+def test_large_steps_are_split_if_the_cache_holds_all_rows(tmp_path, tokens, slots, parts):
     model = small_reads("dense", "memory_plus")
     stored = StoredTables(model.config, "fp32", tmp_path)
-    forward = Forward(stored.on_disk(model, slots, Told))
+    forward = Forward(stored.on_disk(model, slots, RecordingTable))
     table = forward.model.layers[1].feed_forward.table
     batch, blocks = batch_of([(3, tokens)])
     forward(batch, kv_of(model, blocks))
-    assert [event[0] for event in table.events] == ["start"] * turns + ["finish"] * turns
-    # without turns the native call has read them
-    assert table.statistics()[1].lookups == (turns or 1)
+    assert [event[0] for event in table.events] == ["start"] * parts + ["finish"] * parts
+    # an unsplit step reads the rows in the native call
+    assert table.statistics()[1].lookups == (parts or 1)
 
 
-def test_turns_are_taken_while_rows_are_fetched(tmp_path):
+def test_steps_are_split_while_the_previous_one_missed_rows(tmp_path):
     model = small_reads("memory_plus")
     stored = StoredTables(model.config, "fp32", tmp_path)
-    forward = Forward(stored.on_disk(model, 100 * TOKEN_ROWS, Told))
+    forward = Forward(stored.on_disk(model, 100 * TOKEN_ROWS, RecordingTable))
     events = table_in(forward).events
     kv_blocks = kv_of(model, 16)
     one, few, other = (batch_of([(0, n)], first)[0] for n, first in ((100, 0), (1, 0), (100, 100)))
     forward(one, kv_blocks)
-    forward(few, kv_blocks)  # which says nothing of many
-    forward(one, kv_blocks)  # the last one of many has fetched much
+    forward(few, kv_blocks)  # small steps do not count
+    forward(one, kv_blocks)  # split: the previous large step missed many rows
     assert len(events) == 2 * 2 * 2
     forward(one, kv_blocks)
     assert len(events) == 8
-    forward(other, kv_blocks)  # whose rows are others: as a whole yet
+    forward(other, kv_blocks)  # new rows, but still unsplit: the previous step missed none
     assert len(events) == 8
     forward(one, kv_blocks)
     assert len(events) == 12
@@ -182,7 +182,7 @@ def test_turns_are_taken_while_rows_are_fetched(tmp_path):
     assert lookups == 3 * 2 + 3
 
 
-def test_guesses_are_made_for_every_part(tmp_path):
+def test_rows_are_prefetched_for_every_micro_batch(tmp_path):
     model = small_reads("dense", "memory_plus")
     stored = StoredTables(model.config, "fp32", tmp_path)
     forward = Forward(stored.on_disk(model, NUM_ROWS, DiskTable), LookaheadConfig(1, 2))
@@ -193,7 +193,7 @@ def test_guesses_are_made_for_every_part(tmp_path):
     assert counted.lookups == 2
 
 
-def test_rows_in_memory_take_no_turns(tmp_path):
+def test_steps_with_rows_in_memory_are_not_split(tmp_path):
     model = small_reads("memory_plus")
     stored = StoredTables(model.config, "fp32", tmp_path)
     forward = Forward(stored.in_memory(model))
@@ -203,7 +203,7 @@ def test_rows_in_memory_take_no_turns(tmp_path):
 
 
 @pytest.mark.parametrize("every", [1, 100, 250])
-def test_a_part_that_fails_ends_the_step_and_leaves_its_room(tmp_path, every):
+def test_a_failed_micro_batch_fails_the_step_and_frees_its_slots(tmp_path, every):
     model = small_reads("memory_plus", "memory_plus")
     stored = StoredTables(model.config, "fp32", tmp_path)
     batch, blocks = batch_of([(0, 128)])
@@ -223,7 +223,7 @@ def test_a_part_that_fails_ends_the_step_and_leaves_its_room(tmp_path, every):
     assert right == 0 if every == 1 else right > 0
 
 
-def test_a_part_of_a_layout_has_its_own_sequences_and_contexts():
+def test_a_part_of_a_layout_has_matching_sequences_and_contexts():
     paged = PagedKv(torch.arange(9) * 10, torch.arange(6).view(3, 2), (7, 3, 4))
     layout = TokenLayout(torch.tensor([4, 5, 6, 1, 2, 0, 1, 2, 3]), (0, 3, 5, 9), paged)
     part = layout.part(1, 7)

@@ -1,4 +1,4 @@
-"""Native calls count their work while they run, piece by piece, in every build."""
+"""Progress counters of native calls, in every runnable build."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def marks_of(native, call, *arguments) -> int:
-    """How often a call said that it made progress."""
+    """The number of progress marks during a call."""
     before = native.work_done
     call(*arguments)
     return native.work_done - before
@@ -31,7 +31,7 @@ def test_products_count_their_tiles(build, dtype):
     few, many = torch.randn(10, 32).to(dtype), torch.randn(400, 32).to(dtype)
     assert marks_of(native, native.linear, small, few) >= 10
     assert marks_of(native, native.linear, large, few) >= 40
-    # many rows make one panel long work
+    # with many rows, one panel counts several pieces of work
     assert marks_of(native, native.linear, large, many) >= 40 * 400 // 32
 
 
@@ -61,5 +61,5 @@ def test_layers_in_one_call_are_counted_as_they_run(build):
     forward = PackedForward(random_model(tiny_config(**changes)), native)
     few, many = marks_of(native, forward, 2), marks_of(native, forward, 100)
     layers = forward.model.config.num_layers
-    # each has four products at least, and its attention
+    # each layer has at least four products and its attention
     assert few > 5 * layers and many > 4 * few / 3

@@ -1,4 +1,4 @@
-"""Linear layers as one product: every build that runs here against its twin in plain torch."""
+"""Packed linear layers in every runnable build against plain torch."""
 
 import copy
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ ROWS = st.one_of(st.integers(0, 30), st.integers(40, 110))
 
 def layer(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
     made = nn.Linear(inputs, outputs, bias=bias)
-    # outputs of the order of 1, whatever the number of inputs
+    # outputs of the order of 1 for any number of inputs
     nn.init.normal_(made.weight, std=inputs**-0.5)
     if bias:
         nn.init.normal_(made.bias)
@@ -41,7 +41,7 @@ def norm(size: int, dtype: torch.dtype) -> RmsNorm:
 
 @dataclass
 class Product:
-    """Layers over one input, computed in plain torch and by packed weights."""
+    """Linear layers over one input, with a plain torch and a packed version."""
 
     layers: tuple
     norm: RmsNorm | None = None
@@ -55,7 +55,7 @@ class Product:
         return out if residual is None else residual + out
 
     def exact(self, x, residual=None):
-        """In fp64; only what the norm rounds is rounded alike."""
+        """The result in fp64; only the output of the norm is rounded to the dtype."""
         if self.norm is not None:
             x = self.norm(x)
         layers = tuple(copy.deepcopy(one).double() for one in self.layers)
@@ -95,7 +95,7 @@ def test_layers_over_one_input_are_one_product(build, dtype, data):
 @each_build
 @each_dtype
 @given(rows=ROWS, inputs=SIZES, outputs=SIZES, has_bias=st.booleans())
-def test_a_gate_is_applied_to_what_stands_beside_it(build, dtype, rows, inputs, outputs, has_bias):
+def test_a_gate_multiplies_the_up_projection(build, dtype, rows, inputs, outputs, has_bias):
     parts = tuple(layer(inputs, outputs, has_bias, dtype) for _ in range(2))
     product = Product(parts, norm(inputs, dtype), is_gated=True)
     x = torch.randn(rows, inputs).to(dtype)
@@ -104,7 +104,7 @@ def test_a_gate_is_applied_to_what_stands_beside_it(build, dtype, rows, inputs, 
 
 @each_build
 @each_dtype
-def test_a_row_is_bit_for_bit_the_same_in_any_company(build, dtype):
+def test_bits_of_a_row_do_not_depend_on_its_batch(build, dtype):
     product = Product((layer(70, 90, True, dtype),), norm(70, dtype)).packed(build)
     x, residual = torch.randn(131, 70).to(dtype), torch.randn(131, 90).to(dtype)
     whole = product(x, residual)
@@ -114,7 +114,7 @@ def test_a_row_is_bit_for_bit_the_same_in_any_company(build, dtype):
 
 
 @each_build
-def test_rows_may_lie_apart_and_the_arguments_stay(build):
+def test_rows_may_be_strided_and_arguments_stay_unchanged(build):
     product = Product((layer(24, 40, False, torch.bfloat16),)).packed(build)
     wide, residual = torch.randn(9, 60).bfloat16(), torch.randn(9, 40).bfloat16()
     before = wide.clone(), residual.clone()
@@ -125,7 +125,7 @@ def test_rows_may_lie_apart_and_the_arguments_stay(build):
 
 @each_build
 @each_dtype
-def test_what_is_not_a_number_stays_in_its_row(build, dtype):
+def test_nan_does_not_affect_other_rows(build, dtype):
     product = Product((layer(40, 40, False, dtype),)).packed(build)
     x = torch.randn(20, 40).to(dtype)
     wanted = product(x)
@@ -137,7 +137,7 @@ def test_what_is_not_a_number_stays_in_its_row(build, dtype):
 
 
 @each_build
-def test_an_embeddings_rows_give_logits_and_layers_stay_as_they_are(build):
+def test_an_embedding_gives_logits_and_weights_stay_unchanged(build):
     linear, embedding = layer(8, 8, True, torch.float32), nn.Embedding(10, 8)
     embedding.requires_grad_(False)
     before = copy.deepcopy(linear.weight), copy.deepcopy(embedding.weight)
@@ -168,7 +168,7 @@ def test_scores_of_product_keys(build, dtype, rows, shape, has_norm):
     kernels = CpuKernels(build)
     found = kernels.linear(Packer(kernels, dtype).subkeys(memory), queries).view(wanted.shape)
     assert found.dtype == torch.float32
-    # a norm in bf16 may be rounded to the other neighbour where its sum differs in the last bit
+    # a norm in bf16 may round the other way if its sum differs in the last bit
     rtol, atol = (1e-2, 5e-2) if has_norm and dtype == torch.bfloat16 else (1e-5, 1e-4)
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
 

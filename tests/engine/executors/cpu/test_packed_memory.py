@@ -1,4 +1,4 @@
-"""Memory layers by every build that runs here, inside the native call and around it."""
+"""Memory layers in every runnable build, inside and outside the native call."""
 
 import copy
 
@@ -14,7 +14,7 @@ from engine.model.config import MemoryConfig
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.table_statistics import TableStatistics
 from tests.conftest import TOLERANCE
-from tests.engine.executors.cpu.packed_forward import PackedForward, TableElsewhere, threads
+from tests.engine.executors.cpu.packed_forward import PackedForward, UnreadableTable, threads
 from tests.models import random_model, tiny_config
 
 each_build = pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
@@ -36,11 +36,11 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     table_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     num_threads=st.sampled_from([1, 2, 3]),
 )
-def test_inside_the_call_they_give_what_they_give_apart(
+def test_outputs_inside_and_outside_the_call_agree(
     build, dtype, kind, num_tokens, table_dtype, num_threads, **sizes
 ):
     memory = MemoryConfig(value_projection=kind == "pkm", **sizes)
-    # two in one call, where what the first rounds does not change what the second chooses
+    # two layers per call in fp32 only: bf16 rounding in the first changes choices of the second
     kinds = (kind, "dense", kind) if dtype is torch.float32 else ("dense", kind)
     config = tiny_config(num_layers=len(kinds), feed_forward=kinds, memory=memory)
     model = random_model(config, dtype)
@@ -49,34 +49,34 @@ def test_inside_the_call_they_give_what_they_give_apart(
         table = model.model.layers[layer].memory.table
         stored.setdefault(id(table), DeviceTable(table.rows.to(table_dtype)))
         model.model.layers[layer].memory.attach(stored[id(table)])
-    apart = copy.deepcopy(model)
+    separate = copy.deepcopy(model)
     for layer in config.memory_layers:
-        block = apart.model.layers[layer].memory
-        block.attach(TableElsewhere(block.table))
+        block = separate.model.layers[layer].memory
+        block.attach(UnreadableTable(block.table))
     native = CpuKernels(build)
     with threads(num_threads):
         found, inside = PackedForward(model, native)(num_tokens)
-    wanted, outside = PackedForward(apart, native)(num_tokens)
+    wanted, outside = PackedForward(separate, native)(num_tokens)
     assert len(inside) == len(outside) == len(config.memory_layers)
     for own, other in zip(inside, outside, strict=True):
         assert torch.equal(own.rows_THK, other.rows_THK)
         torch.testing.assert_close(own.weights_THK, other.weights_THK, rtol=1e-4, atol=1e-4)
-    # what one layer rounds the next ones sum
+    # rounding errors add up over the layers
     rtol = 10 * TOLERANCE[dtype][0]
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))
 
 
-def test_what_they_read_is_counted():
+def test_lookups_are_counted():
     memory = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_dim=32)
     kinds = ("memory_plus", "dense", "memory_plus")
     model = random_model(tiny_config(num_layers=3, feed_forward=kinds, memory=memory))
     table = model.model.layers[0].memory.table
     PackedForward(model, CpuKernels(CPU_LIBRARY.best_build))(5)
-    # five tokens of one prompt and three of the other
+    # five tokens of one prompt, three of the other
     assert dict(table.statistics()) == dict.fromkeys((0, 2), TableStatistics(8 * 2 * 4, lookups=1))
 
 
-def test_a_table_that_kernels_do_not_read_is_read_apart():
+def test_a_table_that_kernels_cannot_read_is_read_outside_the_call():
     memory = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_dim=32)
     model = random_model(tiny_config(num_layers=1, feed_forward=("memory_plus",), memory=memory))
     wide = copy.deepcopy(model)

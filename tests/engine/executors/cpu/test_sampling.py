@@ -1,4 +1,4 @@
-"""Tokens by every build of the native library and by torch, held to the definition in fp64."""
+"""Sampled tokens in every native build and in torch, against the definition in fp64."""
 
 import itertools
 
@@ -17,9 +17,9 @@ SAMPLERS["torch"] = choose
 each_sampler = pytest.mark.parametrize("sample", SAMPLERS.values(), ids=SAMPLERS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
-# how far the uniform number may lie outside its token's part of the distribution
+# largest distance of the uniform number from the interval of its token
 CDF_TOLERANCE = 1e-6
-# weights, or sums of them, this close to a floor may be on either side of it, relatively
+# relative distance within which weights, or their sums, may fall on either side of a threshold
 FLOOR_TOLERANCE = 1e-5
 MOST_DRAWS = 1200
 
@@ -32,7 +32,7 @@ def choices(count=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, uniform=0.5
 
 
 def kept_weights(logits_V, choice, top_k_nudge=0.0, top_p_nudge=0.0, min_p_nudge=0.0):
-    """The definition, by sorting in fp64, with its floors moved a little."""
+    """Kept weights by definition (sorting in fp64); the nudges shift the thresholds."""
     weights_V = np.exp((logits_V - logits_V.max()) / max(choice["temperature"], 1e-30))
     if 0 < choice["top_k"] < len(weights_V):
         floor = np.sort(weights_V)[-choice["top_k"]] * (1 - top_k_nudge)
@@ -47,7 +47,7 @@ def kept_weights(logits_V, choice, top_k_nudge=0.0, top_p_nudge=0.0, min_p_nudge
 
 
 def check(sample, logits_V, choice, most_draws=MOST_DRAWS):
-    """Draw at both ends, in the middle of what each kept token has, and anywhere."""
+    """Check draws at both ends, in the middle of each token's interval, and at random."""
     exact_V, nudge = logits_V.double().numpy(), FLOOR_TOLERANCE
     nudges = itertools.product((0, nudge), (0, -nudge, nudge), (0, nudge))
     definitions = [kept_weights(exact_V, choice, *three) for three in nudges]
@@ -72,7 +72,7 @@ def check(sample, logits_V, choice, most_draws=MOST_DRAWS):
 
 @st.composite
 def logits(draw):
-    """Rows of many sizes, with and without ties and bans, alike or far apart."""
+    """Rows of many sizes and spreads, with and without ties and banned tokens."""
     size = draw(st.one_of(st.integers(1, 40), st.integers(200, 1100), st.just(512)))
     made_V = torch.randn(size, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
     made_V = made_V * draw(st.sampled_from([0.0, 1.0, 4.0, 30.0]))
@@ -92,7 +92,7 @@ def logits(draw):
     top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.1, 1e-9]),
     min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
 )
-def test_a_token_is_drawn_where_its_part_of_the_distribution_is(
+def test_a_token_is_drawn_within_its_interval_of_the_distribution(
     sample, dtype, logits_V, temperature, top_k, top_p, min_p
 ):
     check(sample, logits_V.to(dtype), choices(1, temperature, top_k, top_p, min_p)[0])
@@ -111,7 +111,7 @@ def test_a_large_vocabulary(sample, dtype, scale, top_k, top_p):
 
 @each_sampler
 @pytest.mark.parametrize("kind", [{"top_k": 5}, {"min_p": 1.0}])
-def test_nearly_equal_logits_fall_short_by_no_more_than_rounding(sample, kind):
+def test_nearly_equal_logits_differ_only_by_rounding(sample, kind):
     logits_V = torch.randn(1000) * 1e-5
     rows = choices(2000, uniform=np.arange(2000) / 2000, **kind)
     drawn = sample(logits_V.expand(2000, -1), rows)
@@ -122,7 +122,7 @@ def test_nearly_equal_logits_fall_short_by_no_more_than_rounding(sample, kind):
 
 @each_sampler
 @each_dtype
-def test_draws_are_as_frequent_as_they_should_be(sample, dtype):
+def test_draws_have_the_right_frequencies(sample, dtype):
     logits_V, count = (torch.randn(300) * 2).to(dtype), 20_000
     for kind in ({}, {"top_k": 20}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.8, "min_p": 0.05}):
         rows = choices(
@@ -131,7 +131,7 @@ def test_draws_are_as_frequent_as_they_should_be(sample, dtype):
         weights_V = kept_weights(logits_V.double().numpy(), rows[0])
         drawn = np.bincount(sample(logits_V.expand(count, -1), rows).numpy(), minlength=300)
         assert not drawn[weights_V == 0].any()
-        # the rare ones together
+        # all rare tokens as one class
         expected_V = weights_V / weights_V.sum() * count
         order = np.argsort(expected_V)
         rare = order[expected_V[order].cumsum() < 20]
@@ -145,7 +145,7 @@ def test_draws_are_as_frequent_as_they_should_be(sample, dtype):
 @each_sampler
 @each_dtype
 @pytest.mark.parametrize("size", [1, 8, 512])
-def test_a_number_on_the_border_of_two_tokens_is_the_second_ones(sample, dtype, size):
+def test_a_number_on_the_border_of_two_tokens_gives_the_second(sample, dtype, size):
     uniforms = np.arange(size) / size
     for kind in ({}, {"top_p": 0.5}, {"top_k": 1}, {"min_p": 1.0}):
         rows = choices(size, temperature=0.3, uniform=uniforms, **kind)
@@ -156,7 +156,7 @@ def test_a_number_on_the_border_of_two_tokens_is_the_second_ones(sample, dtype, 
 @each_sampler
 @each_dtype
 @given(logits_V=logits())
-def test_the_first_of_the_largest(sample, dtype, logits_V):
+def test_greedy_takes_the_first_of_the_largest(sample, dtype, logits_V):
     logits_V = logits_V.to(dtype)
     (chosen,) = sample(logits_V[None], choices(temperature=0)).tolist()
     assert chosen == int(np.argmax(logits_V.float().numpy()))
@@ -182,7 +182,7 @@ EVERY_KIND = [
 ]
 
 
-def barren_rows(size, dtype):
+def invalid_rows(size, dtype):
     """Rows with NaN of either sign, infinity, or nothing finite at all."""
     negative_nan = torch.tensor([-0x400000], dtype=torch.int32).view(torch.float32)
     if dtype == torch.bfloat16:
@@ -200,8 +200,8 @@ def barren_rows(size, dtype):
 @each_dtype
 @pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("size", [5, 256, 300, 5000])
-def test_nan_and_infinity_give_no_token_and_touch_no_other_row(sample, dtype, kind, size):
-    good_LV, bad_LV = torch.randn(5, size).to(dtype), barren_rows(size, dtype)
+def test_nan_and_infinity_give_no_token_and_do_not_affect_other_rows(sample, dtype, kind, size):
+    good_LV, bad_LV = torch.randn(5, size).to(dtype), invalid_rows(size, dtype)
     mixed_LV = torch.stack((good_LV, bad_LV), dim=1).flatten(0, 1)
     chosen = sample(mixed_LV, choices(10, **kind))
     assert chosen[1::2].tolist() == [-1] * 5
@@ -210,7 +210,7 @@ def test_nan_and_infinity_give_no_token_and_touch_no_other_row(sample, dtype, ki
 
 @each_sampler
 @each_dtype
-def test_a_row_gets_the_same_in_any_company_and_on_any_number_of_threads(sample, dtype):
+def test_a_row_does_not_depend_on_its_batch_or_the_number_of_threads(sample, dtype):
     rows = np.concatenate([choices(8, **kind) for kind in EVERY_KIND])
     rows["uniform"] = np.random.default_rng(3).random(len(rows))
     logits_LV = torch.randn(len(rows), 3000).to(dtype)
@@ -229,7 +229,7 @@ def test_a_row_gets_the_same_in_any_company_and_on_any_number_of_threads(sample,
 
 @each_sampler
 @each_dtype
-def test_logits_that_are_apart_in_memory_are_read_and_left_as_they_are(sample, dtype):
+def test_strided_logits_are_read_and_stay_unchanged(sample, dtype):
     wide_LV = torch.randn(6, 900).to(dtype)
     before, rows = wide_LV.clone(), choices(6, top_p=0.9)
     wanted = sample(wide_LV[:, 100:700].contiguous(), rows)
@@ -239,6 +239,6 @@ def test_logits_that_are_apart_in_memory_are_read_and_left_as_they_are(sample, d
     assert torch.equal(wide_LV, before)
 
 
-def test_torch_chooses_from_other_dtypes_too():
+def test_torch_samples_from_other_dtypes_too():
     logits_LV, rows = torch.randn(4, 400), choices(4, top_k=7)
     assert torch.equal(choose(logits_LV.double(), rows), choose(logits_LV, rows))

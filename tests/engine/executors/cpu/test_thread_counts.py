@@ -1,4 +1,4 @@
-"""Packed layers on 1 to 64 threads, more than there are cores: each number gives the same bits."""
+"""Packed layers give the same bits on 1 to 64 threads, even if there are fewer cores."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from tests.engine.executors.cpu.packed_forward import PackedForward, threads
 from tests.models import feed_forward_changes, random_model, tiny_config
 
-# a step of few rows and one of many, which kernels divide differently
+# steps with few and with many rows: kernels divide them differently
 TOKENS = (1, 9, 150)
 
 

@@ -1,4 +1,4 @@
-"""GGUF files become the model they were made from, tokenizer included."""
+"""GGUF import: the model and tokenizer equal those that wrote the file."""
 
 import json
 from pathlib import Path
@@ -47,8 +47,8 @@ def gguf_name(name: str) -> str:
     return f"blk.{parts[1]}.{LAYER['.'.join(parts[2:])]}.weight"
 
 
-def neighbours(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """llama.cpp's row order of q and k: rotary pairs are neighbours."""
+def with_adjacent_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """The row order of llama.cpp for q and k: rotary pairs are adjacent."""
     rows = weight.shape[0] // num_heads
     order = [half * rows // 2 + lane for lane in range(rows // 2) for half in range(2)]
     return weight.view(num_heads, rows, -1)[:, order].reshape(weight.shape)
@@ -70,9 +70,9 @@ def write_gguf(path: Path, model, quantisation=gguf.GGMLQuantizationType.F32, *,
     changes(writer)
     for name, tensor in model_tensors(model).items():
         if ".q_proj." in name:
-            tensor = neighbours(tensor, config.num_heads)
+            tensor = with_adjacent_pairs(tensor, config.num_heads)
         if ".k_proj." in name:
-            tensor = neighbours(tensor, config.num_kv_heads)
+            tensor = with_adjacent_pairs(tensor, config.num_kv_heads)
         kind = quantisation if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
         data = gguf.quantize(tensor.numpy(), kind)
         writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
@@ -98,7 +98,7 @@ def add_byte_tokenizer(writer, pre: str, merges=("a b", "1 2")) -> None:
 
 
 def wide_model(**changes):
-    # rows of 32 and more, since quantised formats have blocks of 32
+    # rows of at least 32 values, since quantised formats have blocks of 32
     return random_model(tiny_config(**({"intermediate_size": 64} | changes)))
 
 
@@ -119,7 +119,7 @@ def with_merges(writer) -> None:
 
 
 @pytest.mark.parametrize("scaling", [None, SCALING])
-def test_exact_weights_come_back_exactly(tmp_path, scaling):
+def test_unquantised_weights_are_imported_exactly(tmp_path, scaling):
     model = wide_model(rope_scaling=scaling)
     convert(write_gguf(tmp_path / "m.gguf", model, changes=with_merges), tmp_path / "m", "float32")
     loaded, config = load_model(tmp_path / "m")
@@ -131,7 +131,7 @@ def test_exact_weights_come_back_exactly(tmp_path, scaling):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"])
-def test_quantised_weights_come_back_as_the_package_reads_them(tmp_path, kind):
+def test_quantised_weights_equal_those_of_the_gguf_package(tmp_path, kind):
     model, quantisation = wide_model(tie_embeddings=True), gguf.GGMLQuantizationType[kind]
     path = write_gguf(tmp_path / "m.gguf", model, quantisation, changes=with_merges)
     convert(path, tmp_path / "m", "float32")
@@ -155,7 +155,7 @@ def test_the_pre_tokenizer_and_begin_token_are_kept(tmp_path):
     assert config["chat_template"] == "{{ messages }}"
 
 
-def test_llama_3_begins_texts_where_the_file_does_not_say(tmp_path):
+def test_llama_3_adds_a_begin_token_by_default(tmp_path):
     def llama3(writer):
         add_byte_tokenizer(writer, "llama-bpe", merges=[])
         writer.add_bos_token_id(257)
@@ -164,7 +164,7 @@ def test_llama_3_begins_texts_where_the_file_does_not_say(tmp_path):
     assert load_tokenizer(tmp_path / "m").encode("a")[0] == 257
 
 
-def test_a_sentencepiece_vocabulary_tokenises_as_sentencepiece_does(tmp_path):
+def test_a_sentencepiece_vocabulary_tokenises_like_sentencepiece(tmp_path):
     lines = ["the cat sat on the mat and the hat", "many cats sat on many mats"] * 20
     original = sentencepiece.SentencePieceProcessor(
         model_proto=train_sentencepiece(tmp_path, lines)

@@ -1,4 +1,4 @@
-"""The native library: which builds run where, and what happens without any."""
+"""The native library: choice of builds, and the fallback without any build."""
 
 import logging
 import shutil
@@ -31,7 +31,7 @@ def test_the_library_was_built_and_its_best_build_is_used():
     if "avx2" in flags:
         assert "avx2" in builds
     if "avx512bw" in flags:
-        assert builds == BUILDS[2:]  # no operation of this library has a use for bf16 products
+        assert builds == BUILDS[2:]  # this library has no bf16 build
     backend = backends.for_topk(torch.zeros(1, 1, 2, 4), 2)
     assert isinstance(backend, NativeBackend) and MEMORY_LIBRARY.best_build == builds[0]
 
@@ -42,7 +42,7 @@ def test_any_build_that_runs_can_be_forced():
         assert rows.shape == (1, 1, 2)
 
 
-def test_without_a_compiler_plain_torch_serves_and_one_warning_says_so(no_builds, caplog):
+def test_without_builds_plain_torch_computes_and_one_warning_is_logged(no_builds, caplog):
     table, rows, weights = torch.randn(9, 5), torch.randint(0, 9, (2, 1, 3)), torch.rand(2, 1, 3)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -53,7 +53,7 @@ def test_without_a_compiler_plain_torch_serves_and_one_warning_says_so(no_builds
     assert "without its native library" in record.message
 
 
-def test_what_the_kernels_do_not_take_goes_to_plain_torch():
+def test_unsupported_operands_go_to_plain_torch():
     scores = torch.randn(1, 1, 2, 200)
     assert product_topk(scores, 200)[0].shape == (1, 1, 200)
     assert product_topk(scores.double(), 3)[1].dtype == torch.float64

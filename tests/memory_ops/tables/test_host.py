@@ -1,4 +1,4 @@
-"""The host table on a GPU, where there is one."""
+"""The host tier on a real GPU."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from engine.executors.lookahead import Lookahead, LookaheadConfig, predicted_mem
 from engine.model.layout import TokenLayout
 from memory_ops.row_formats import RowRecords
 from memory_ops.tables.device import DeviceTable
-from tests.memory_ops.tables import KINDS, rows_of, table_of
+from tests.memory_ops.table_kinds import KINDS, rows_of, table_of
 from tests.models import feed_forward_changes, random_model, tiny_config
 
 pytestmark = [
@@ -19,7 +19,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def small_table():
-    """Makes host tables whose caches hold few of their rows; unlocks them in the end."""
+    """Makes host tables with small caches; closes them after the test."""
     pytest.importorskip("triton")
     from memory_ops.page_lock import PageLock
     from memory_ops.tables.host import HostTable
@@ -39,19 +39,19 @@ def small_table():
         table.close()
 
 
-def there(table):
-    """The table on the GPU."""
+def to_gpu(table):
+    """The table, plain or records, on the GPU."""
     if isinstance(table, RowRecords):
         return RowRecords(table.records_RB.cuda(), table.row_format, table.value_dim)
     return table.cuda()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lookups_are_those_of_the_device_tier_bit_by_bit(small_table, kind):
+def test_lookups_equal_those_of_the_device_tier_bit_for_bit(small_table, kind):
     from memory_ops.triton_kernels import gather_rows, row_dots
 
     table = table_of(kind, torch.randn(5000, 576))
-    host, device = small_table(table), there(table)
+    host, device = small_table(table), to_gpu(table)
     for _ in range(20):
         rows = [rows_of(table, 9, 4, 8).square().div(5000).long().cuda() for _ in range(2)]
         weights, x = torch.rand(9, 4, 8, device=GPU), torch.randn(9, 576, device=GPU)
@@ -86,7 +86,7 @@ def test_lookups_are_captured_in_a_graph(small_table):
 
 
 @pytest.mark.parametrize("kinds", [("memory_plus", "dense", "pkm"), ("dense", "peer")])
-def test_a_model_says_what_it_says_of_tables_beside_it(small_table, kinds):
+def test_a_model_gives_the_logits_of_device_tables(small_table, kinds):
     model = random_model(tiny_config(**feed_forward_changes(*kinds)))
     rows = {name: table.rows for name, table in model.tables.items()}
     model.to(GPU).attach_tables({name: DeviceTable(one.to(GPU)) for name, one in rows.items()})

@@ -1,4 +1,4 @@
-"""Tables on disk under faults: transient errors are retried, lasting ones reported."""
+"""The disk tier under faults: it retries transient errors and reports lasting ones."""
 
 import ctypes
 import errno
@@ -16,7 +16,7 @@ from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from memory_ops.tables.value_table import TableReadError
 
 ROWS, WIDTH = 200, 24
-WAYS = [{}, {"threads": 3}, {"is_direct": False}]
+READERS = [{}, {"threads": 3}, {"is_direct": False}]
 _IO_URING_SETUP = 425
 
 pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
@@ -36,8 +36,8 @@ def file(tmp_path_factory, values):
 
 
 def table_of(file, slots=40, **options):
-    room = row_cache_bytes(slots, WIDTH * 4, ROWS)
-    return DiskTable(file, 0, (ROWS, WIDTH), torch.float32, room, **options)
+    cache_bytes = row_cache_bytes(slots, WIDTH * 4, ROWS)
+    return DiskTable(file, 0, (ROWS, WIDTH), torch.float32, cache_bytes, **options)
 
 
 def sums(table, first, count=6):
@@ -47,17 +47,17 @@ def sums(table, first, count=6):
 
 @pytest.fixture
 def log(caplog):
-    """The log, of a process that has not said yet that threads read."""
+    """The log of a process that has not logged yet that threads read."""
     disk._log_threads.cache_clear()
     yield caplog
     disk._log_threads.cache_clear()
 
 
 def refuse_rings(error):
-    """Have the kernel refuse io_uring to this thread, and to those that it starts."""
+    """Make io_uring_setup fail in this thread and in the threads that it starts."""
     program = [
-        (0x20, 0, 0, 0),  # load the number of the call
-        (0x15, 0, 1, _IO_URING_SETUP),  # if it is not this one, skip what follows
+        (0x20, 0, 0, 0),  # load the number of the system call
+        (0x15, 0, 1, _IO_URING_SETUP),  # if it is another one, skip the next instruction
         (0x06, 0, 0, 0x00050000 | error),  # return the error
         (0x06, 0, 0, 0x7FFF0000),  # allow the call
     ]
@@ -71,9 +71,7 @@ def refuse_rings(error):
 @pytest.mark.parametrize(
     "error", [errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOMEM, errno.EMFILE]
 )
-def test_threads_read_where_the_kernel_refuses_io_uring_and_one_log_line_says_so(
-    file, values, log, error
-):
+def test_without_io_uring_threads_read_and_one_log_line_says_so(file, values, log, error):
     found = []
 
     def run():
@@ -94,19 +92,19 @@ def test_threads_read_where_the_kernel_refuses_io_uring_and_one_log_line_says_so
     ]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("error", [errno.EAGAIN, errno.EBUSY, errno.ENOMEM])
-def test_submits_that_fail_for_now_are_retried(file, values, way, error):
-    table = table_of(file, fault=ReadFault(submits=6, submit_error=error), **way)
+def test_transient_submit_errors_are_retried(file, values, reader, error):
+    table = table_of(file, fault=ReadFault(submits=6, submit_error=error), **reader)
     for first in range(0, 60, 6):
         torch.testing.assert_close(sums(table, first), values[first : first + 6].sum(0))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("error", [errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINTR])
-def test_reads_that_fail_for_now_are_retried(file, values, way, error):
-    # every second one: a read may fail many more times in a row than a short one is tried again
-    table = table_of(file, fault=ReadFault(2, -error), **way)
+def test_transient_read_errors_are_retried(file, values, reader, error):
+    # every second read fails: more failures in a row than the retries of a short read
+    table = table_of(file, fault=ReadFault(2, -error), **reader)
     for first in range(0, 60, 6):
         torch.testing.assert_close(sums(table, first), values[first : first + 6].sum(0))
 
@@ -114,7 +112,7 @@ def test_reads_that_fail_for_now_are_retried(file, values, way, error):
 @pytest.mark.parametrize(
     ("error", "retry_ms"), [(errno.ENOMEM, 20), (errno.EAGAIN, 0), (errno.EIO, 10_000)]
 )
-def test_after_the_last_retry_a_lookup_fails_and_the_next_is_tried_anew(
+def test_after_the_last_retry_a_lookup_fails_and_the_next_one_starts_afresh(
     file, values, error, retry_ms
 ):
     fault = ReadFault(submits=9, submit_error=error, retry_ms=retry_ms)
@@ -130,12 +128,12 @@ def test_after_the_last_retry_a_lookup_fails_and_the_next_is_tried_anew(
     torch.testing.assert_close(sums(table, 6), values[6:12].sum(0))
 
 
-def test_many_rows_that_wait_fail_together_and_are_read_anew(tmp_path):
+def test_waiting_rows_fail_together_and_are_read_by_the_next_lookup(tmp_path):
     values = torch.randn(4000, WIDTH)
     (tmp_path / "table").write_bytes(values.numpy().tobytes())
-    room = row_cache_bytes(4000, WIDTH * 4, 4000)
+    cache_bytes = row_cache_bytes(4000, WIDTH * 4, 4000)
     fault = ReadFault(submits=4, submit_error=errno.ENOMEM, retry_ms=1)
-    table = DiskTable(tmp_path / "table", 0, (4000, WIDTH), torch.float32, room, fault=fault)
+    table = DiskTable(tmp_path / "table", 0, (4000, WIDTH), torch.float32, cache_bytes, fault=fault)
     rows = torch.randperm(4000).view(40, 10, 10)
     failed = 0
     while True:
@@ -149,27 +147,30 @@ def test_many_rows_that_wait_fail_together_and_are_read_anew(tmp_path):
     torch.testing.assert_close(found, values[rows].sum((1, 2)))
 
 
-def test_reads_that_never_cease_to_fail_end_their_lookup(file):
+def test_endless_transient_errors_fail_the_lookup(file):
     table = table_of(file, fault=ReadFault(1, -errno.EAGAIN, retry_ms=20))
     for first in (0, 6):
         with pytest.raises(TableReadError, match="Resource temporarily unavailable"):
             sums(table, first)
-    # this is the machine's trouble, not the table's
+    # the machine is at fault, not the table
     assert table.fault is None
 
 
-def test_who_watches_is_told_while_a_submit_is_retried(file):
-    # pauses of 1 to 64 ms, then of 100: longer than the half second that a wait takes in silence
-    table, told = table_of(file, fault=ReadFault(submits=13, submit_error=errno.ENOMEM)), []
-    table.watch(lambda: told.append(table.statistics()[0].bytes_read))
+def test_watchers_are_called_while_a_submit_is_retried(file):
+    # pauses of 1 to 64 ms, then 100 ms: together more than the 0.5 s between calls of watchers
+    table, bytes_read_at_calls = (
+        table_of(file, fault=ReadFault(submits=13, submit_error=errno.ENOMEM)),
+        [],
+    )
+    table.watch(lambda: bytes_read_at_calls.append(table.statistics()[0].bytes_read))
     sums(table, 0)
-    assert told[0] == 0 and told[-1] > 0
+    assert bytes_read_at_calls[0] == 0 and bytes_read_at_calls[-1] > 0
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_table_of_which_no_row_can_be_read_is_lost(file, way):
-    table = table_of(file, fault=ReadFault(1, -errno.EIO), **way)
-    # the same row again and again is no more than one row
+@pytest.mark.parametrize("reader", READERS)
+def test_a_table_with_no_readable_row_is_lost(file, reader):
+    table = table_of(file, fault=ReadFault(1, -errno.EIO), **reader)
+    # a repeated failure of the same row counts once
     for _ in range(20):
         with pytest.raises(TableReadError, match="row 0: Input/output error"):
             sums(table, 0, 1)
@@ -183,8 +184,8 @@ def test_a_table_of_which_no_row_can_be_read_is_lost(file, way):
     assert table.fault == f"{file}: no row can be read: Input/output error"
 
 
-def test_one_row_that_is_read_again_ends_the_loss(file, values):
-    # the first eight submits fail, of a row each, and then all go well
+def test_one_successful_read_ends_the_loss(file, values):
+    # the first eight submits fail, one row each; all later ones succeed
     table = table_of(file, fault=ReadFault(submits=8, submit_error=errno.ENODEV))
     for row in range(8):
         assert table.fault is None
@@ -195,9 +196,7 @@ def test_one_row_that_is_read_again_ends_the_loss(file, values):
     assert table.fault is None
 
 
-def test_a_row_that_fails_as_the_file_is_cut_off_shows_at_once_that_the_table_is_lost(
-    tmp_path, file
-):
+def test_a_read_past_the_end_of_a_truncated_file_marks_the_table_as_lost(tmp_path, file):
     copy = tmp_path / "copy"
     copy.write_bytes(file.read_bytes())
     table = table_of(copy, fault=ReadFault(1, 8))

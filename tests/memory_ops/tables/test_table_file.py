@@ -1,4 +1,4 @@
-"""Table files: other ways where direct reads fail, and contents compared before one is given up."""
+"""Table files: alignment, fallbacks of direct reads, and comparison of touched files."""
 
 import errno
 import hashlib
@@ -40,7 +40,7 @@ def checksum_of(file):
 
 
 def needs_alignment(monkeypatch, alignment, error=errno.EINVAL):
-    """Have direct reads fail that are not multiples of an alignment; buffered ones go well."""
+    """Make reads fail whose offset or size is not a multiple of ``alignment``."""
     real = os.preadv
 
     def preadv(descriptor, buffers, offset):
@@ -53,12 +53,12 @@ def needs_alignment(monkeypatch, alignment, error=errno.EINVAL):
 
 @needs_native
 @pytest.mark.parametrize("alignment", [512, 16384, 65536])
-def test_rows_are_read_by_the_alignment_that_the_file_needs(
+def test_rows_are_read_with_the_alignment_that_the_file_needs(
     file, values, monkeypatch, caplog, alignment
 ):
     needs_alignment(monkeypatch, alignment)
-    room = row_cache_bytes(500, WIDTH * 4, ROWS)
-    table = DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, room)
+    cache_bytes = row_cache_bytes(500, WIDTH * 4, ROWS)
+    table = DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, cache_bytes)
     assert table.location.alignment >= alignment and table.location.alignment % alignment == 0
     rows = torch.randperm(ROWS).view(100, 3, 10)
     found = table.start(rows, torch.ones(rows.shape)).finish()
@@ -73,7 +73,7 @@ def test_rows_are_read_by_the_alignment_that_the_file_needs(
         (errno.EOPNOTSUPP, "Operation not supported"),
     ],
 )
-def test_a_file_without_direct_reads_is_read_through_the_page_cache_and_one_log_line_says_so(
+def test_without_direct_reads_the_page_cache_is_used_and_one_log_line_says_so(
     file, monkeypatch, caplog, error, reason
 ):
     with monkeypatch.context() as patch:
@@ -88,9 +88,7 @@ def test_a_file_without_direct_reads_is_read_through_the_page_cache_and_one_log_
 
 @needs_native
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_a_filesystem_that_refuses_o_direct_is_read_through_the_page_cache(
-    file, values, monkeypatch, caplog, error
-):
+def test_without_o_direct_the_page_cache_is_used(file, values, monkeypatch, caplog, error):
     real = os.open
 
     def refuse(path, flags, *others):
@@ -99,13 +97,13 @@ def test_a_filesystem_that_refuses_o_direct_is_read_through_the_page_cache(
         return real(path, flags, *others)
 
     monkeypatch.setattr(table_file.os, "open", refuse)
-    room = row_cache_bytes(500, WIDTH * 4, ROWS)
-    table = DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, room)
+    cache_bytes = row_cache_bytes(500, WIDTH * 4, ROWS)
+    table = DiskTable(file, OFFSET, (ROWS, WIDTH), torch.float32, cache_bytes)
     rows = torch.randperm(ROWS).view(100, 3, 10)
     found = table.start(rows, torch.ones(rows.shape)).finish()
     torch.testing.assert_close(found, values[rows].sum((1, 2)))
-    (said,) = caplog.messages
-    assert said.startswith(f"{file}: ") and os.strerror(error) in said
+    (message,) = caplog.messages
+    assert message.startswith(f"{file}: ") and os.strerror(error) in message
 
 
 def test_other_errors_refuse_the_file(file, monkeypatch):
@@ -118,7 +116,7 @@ def test_other_errors_refuse_the_file(file, monkeypatch):
 
 @pytest.fixture(params=["checksum", "sample", "large"])
 def compared(request, file, monkeypatch):
-    """A file with and without a checksum; and larger than the sample that stands in for one."""
+    """A table file with a checksum, without one, and without one but larger than the sample."""
     if request.param == "large":
         monkeypatch.setattr(table_file, "_SAMPLES", 20)
         monkeypatch.setattr(table_file, "_SAMPLE_BYTES", 1000)
@@ -134,26 +132,26 @@ def compared(request, file, monkeypatch):
         lambda file: file.write_bytes(file.read_bytes() + b"more"),
     ],
 )
-def test_a_file_that_is_only_touched_stays_in_use(compared, caplog, touch):
-    told = []
-    compared.check(lambda: told.append(1))
-    assert not told
+def test_a_touched_file_stays_in_use(compared, caplog, touch):
+    calls = []
+    compared.check(lambda: calls.append(1))
+    assert not calls
     touch(compared.file)
-    compared.check(lambda: told.append(1))
-    assert told and compared.fault is None
-    # compared once a change, and not once a lookup
-    count = len(told)
-    compared.check(lambda: told.append(1))
-    assert len(told) == count and len(caplog.messages) == 1
+    compared.check(lambda: calls.append(1))
+    assert calls and compared.fault is None
+    # compared once per change, not once per lookup
+    count = len(calls)
+    compared.check(lambda: calls.append(1))
+    assert len(calls) == count and len(caplog.messages) == 1
     assert str(compared.file) in caplog.messages[0]
 
 
-def rewritten(file):
+def rewrite(file):
     file.write_bytes(b"x" * OFFSET + torch.randn(ROWS, WIDTH).numpy().tobytes())
 
 
-@pytest.mark.parametrize("change", [rewritten, lambda file: os.truncate(file, OFFSET + 1000)])
-def test_changed_contents_are_final(compared, change):
+@pytest.mark.parametrize("change", [rewrite, lambda file: os.truncate(file, OFFSET + 1000)])
+def test_changed_contents_make_the_table_unusable_for_good(compared, change):
     before = compared.file.read_bytes()
     change(compared.file)
     os.utime(compared.file, ns=(0, 0))
@@ -175,7 +173,7 @@ def test_a_checksum_finds_one_changed_byte(file):
             table.check(lambda: None)
 
 
-def test_a_file_that_cannot_be_looked_at_is_at_fault_until_it_can(file, monkeypatch):
+def test_a_failed_stat_is_a_fault_until_stat_succeeds(file, monkeypatch):
     def stale(descriptor):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 

@@ -1,4 +1,4 @@
-"""Tables of files: the same sums as in memory, whatever the cache, and errors where reads fail."""
+"""The disk tier: sums equal to those in memory for any cache size, and errors of failed reads."""
 
 import errno
 import os
@@ -26,14 +26,14 @@ from memory_ops.tables.table_statistics import TableStatistics
 from memory_ops.tables.value_table import TableReadError
 
 ROWS, WIDTH, OFFSET = 200, 24, 4096
-WAYS = [{}, {"threads": 3}, {"is_direct": False}]
+READERS = [{}, {"threads": 3}, {"is_direct": False}]
 FORMATS = [torch.float32, torch.bfloat16, "int8", "int4", "fp8"]
 
 pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
 
 
 def rows_of(row_format):
-    """Rows as they are held, and their bytes in a file."""
+    """(rows in memory, the same rows as bytes of a file)."""
     torch.manual_seed(0)
     values = torch.randn(ROWS, WIDTH)
     if isinstance(row_format, torch.dtype):
@@ -65,12 +65,17 @@ def reads(num_tokens=5, per_token=(2, 3), most=ROWS):
     return torch.randint(most, (num_tokens, *per_token)), torch.rand(num_tokens, *per_token)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("row_format", FORMATS)
 @settings(max_examples=12)
 @given(slots=st.sampled_from([6, 13, 250]), sizes=st.lists(st.integers(0, 40), max_size=6))
-def test_sums_and_products_are_those_of_a_table_in_memory(files, way, row_format, slots, sizes):
-    table, wanted = disk_table(files, row_format, slots, **way), DeviceTable(files[row_format][1])
+def test_sums_and_products_equal_those_of_a_table_in_memory(
+    files, reader, row_format, slots, sizes
+):
+    table, wanted = (
+        disk_table(files, row_format, slots, **reader),
+        DeviceTable(files[row_format][1]),
+    )
     for number, size in enumerate(sizes):
         rows, weights = reads(size)
         if number % 2:
@@ -82,9 +87,9 @@ def test_sums_and_products_are_those_of_a_table_in_memory(files, way, row_format
         torch.testing.assert_close(found, wanted.start_dots(rows, x).finish(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_what_is_asked_again_is_read_once(files, way):
-    table = disk_table(files, slots=100, **way)
+@pytest.mark.parametrize("reader", READERS)
+def test_repeated_rows_are_read_once(files, reader):
+    table = disk_table(files, slots=100, **reader)
     rows, weights = torch.arange(60).view(10, 2, 3), torch.ones(10, 2, 3)
     repeated = rows.repeat(2, 1, 1)
     table.start(repeated, weights.repeat(2, 1, 1)).finish()
@@ -97,7 +102,7 @@ def test_what_is_asked_again_is_read_once(files, way):
     assert second.bytes_read == first.bytes_read
 
 
-def test_rows_that_are_used_often_outlive_a_scan(files):
+def test_hot_rows_survive_a_scan(files):
     table = disk_table(files, slots=40)
 
     def read(*wanted):
@@ -114,7 +119,7 @@ def test_rows_that_are_used_often_outlive_a_scan(files):
     assert table.statistics()[0].misses == before
 
 
-def test_hints_are_read_ahead_and_counted(files):
+def test_hinted_rows_are_prefetched_and_counted(files):
     table = disk_table(files, slots=100)
     table.hint(torch.arange(20))
     rows = torch.arange(10, 30).view(20, 1, 1)
@@ -126,7 +131,7 @@ def test_hints_are_read_ahead_and_counted(files):
     assert table.statistics()[0].prefetched == 20
 
 
-def test_two_lookups_keep_their_rows_apart(files):
+def test_two_overlapping_lookups_get_their_own_rows(files):
     table, wanted = disk_table(files, slots=60), DeviceTable(files[torch.float32][1])
     first, second = reads(9), reads(9)
     begun = [table.start(*first), table.start(*second)]
@@ -134,7 +139,7 @@ def test_two_lookups_keep_their_rows_apart(files):
         torch.testing.assert_close(lookup.finish(), wanted.start(*own).finish(), rtol=0, atol=0)
 
 
-def test_a_lookup_that_is_forgotten_gives_its_room_back(files):
+def test_dropped_lookups_free_their_slots(files):
     table = disk_table(files, slots=6)
     for _ in range(20):
         table.start(*reads(1))
@@ -143,7 +148,7 @@ def test_a_lookup_that_is_forgotten_gives_its_room_back(files):
     torch.testing.assert_close(table.start(rows, weights).finish(), wanted, rtol=0, atol=0)
 
 
-def test_a_lookup_that_found_no_room_at_first_reads_when_there_is_some(files):
+def test_a_lookup_without_free_slots_reads_once_slots_are_free(files):
     table, stored = disk_table(files, slots=6), files[torch.float32][1]
     rows = torch.arange(24).view(4, 2, 3)
     first = table.start(rows[:1], torch.ones(1, 2, 3))
@@ -154,7 +159,7 @@ def test_a_lookup_that_found_no_room_at_first_reads_when_there_is_some(files):
     assert (counted.lookups, counted.requested_rows, counted.misses) == (2, 24, 24)
 
 
-def test_no_room_for_one_token_is_an_error(files):
+def test_a_cache_too_small_for_one_token_is_an_error(files):
     table = disk_table(files, slots=5)
     rows = torch.arange(6).view(1, 2, 3)
     with pytest.raises(TableReadError, match="one token's rows do not fit in memory"):
@@ -165,13 +170,13 @@ def test_no_room_for_one_token_is_an_error(files):
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize(
     ("result", "why"), [(-errno.EIO, "Input/output error"), (0, "the file ends before this row")]
 )
-def test_reads_that_fail_end_their_lookup_alone(files, way, result, why):
+def test_a_failed_read_fails_only_its_lookup(files, reader, result, why):
     wanted = DeviceTable(files[torch.float32][1])
-    table = disk_table(files, slots=30, fault=ReadFault(40, result), **way)
+    table = disk_table(files, slots=30, fault=ReadFault(40, result), **reader)
     failed = 0
     for _ in range(60):
         rows, weights = reads(3)
@@ -182,18 +187,18 @@ def test_reads_that_fail_end_their_lookup_alone(files, way, result, why):
             assert why in str(error) and "table: row " in str(error)
             continue
         torch.testing.assert_close(found, wanted.start(rows, weights).finish(), rtol=0, atol=0)
-    # a read that is short is tried again
+    # short reads are retried
     assert failed == 0 if result == 0 else 0 < failed < 40
 
 
-def test_reads_that_are_short_again_and_again_fail(files):
+def test_repeated_short_reads_fail(files):
     table = disk_table(files, fault=ReadFault(1, 8))
     with pytest.raises(TableReadError, match="the file ends before this row"):
         table.start(*reads(1)).finish()
 
 
 def changed(path, change):
-    """A copy of a file that is changed under a table."""
+    """A table whose file is changed after a first lookup."""
     copy = path.with_name("copy")
     copy.write_bytes(path.read_bytes())
     table = DiskTable(copy, OFFSET, (ROWS, WIDTH), torch.float32, 2**20)
@@ -210,13 +215,13 @@ def changed(path, change):
         lambda file: file.write_bytes(b"x" * file.stat().st_size),
     ],
 )
-def test_a_file_that_was_changed_is_an_error(files, change):
+def test_a_changed_file_is_an_error(files, change):
     table = changed(files[torch.float32][0], change)
     with pytest.raises(TableReadError, match="the file changed after it was opened"):
         table.start(*reads(3))
 
 
-def test_another_file_of_its_name_changes_nothing(files):
+def test_replacing_the_file_by_another_changes_nothing(files):
     path = files[torch.float32][0]
     copy = path.with_name("first")
     copy.write_bytes(path.read_bytes())
@@ -241,7 +246,7 @@ def test_kernels_read_slots_that_a_fetcher_fills(files):
     assert finish(own, slots.data_ptr(), 4, fetcher.layer, None) == ALL_THERE
     assert torch.equal(source.rows[slots], stored[rows])
     before = table.statistics()
-    source.count(rows)  # which the fetcher has done
+    source.count(rows)  # no effect: the fetcher has counted them
     assert table.statistics() == before and before[3].requested_rows == 4
     RELEASE(fetcher.release)(own, slots.data_ptr(), 4)
 
@@ -255,12 +260,12 @@ def test_kernels_read_slots_that_a_fetcher_fills(files):
         (errno.EIO, "row 7: Input/output error"),
     ],
 )
-def test_a_row_source_says_why_a_row_could_not_be_read(files, error, why):
+def test_read_errors_of_a_row_source_name_the_row_and_the_reason(files, error, why):
     table = disk_table(files)
     assert str(table.row_source(0).read_error(7, error)) == f"{table.file}: {why}"
 
 
-def test_a_row_source_refuses_a_file_that_was_changed(files):
+def test_a_row_source_refuses_a_changed_file(files):
     source = disk_table(files).row_source(0)
     source.check()
     table = changed(files[torch.float32][0], lambda file: os.truncate(file, OFFSET))
@@ -268,7 +273,7 @@ def test_a_row_source_refuses_a_file_that_was_changed(files):
         table.row_source(0).check()
 
 
-def test_what_cannot_be_is_refused_at_once(files, tmp_path):
+def test_impossible_files_caches_and_rows_are_refused(files, tmp_path):
     file, _, size = files[torch.float32]
     with pytest.raises(TableReadError, match="No such file"):
         DiskTable(tmp_path / "none", 0, (1, 1), torch.float32, 100)
@@ -284,7 +289,7 @@ def test_what_cannot_be_is_refused_at_once(files, tmp_path):
     table.start(*reads(40)).finish()
 
 
-def test_what_devices_refuse_is_refused_here(files):
+def test_operands_that_the_device_tier_refuses_are_refused(files):
     table, other = disk_table(files), DeviceTable(files[torch.float32][1])
     rows, weights = reads(2)
     for own in (table, other):
@@ -302,7 +307,7 @@ def test_what_devices_refuse_is_refused_here(files):
             call()
 
 
-def test_a_failed_lookup_gives_its_room_back_at_once(files):
+def test_a_failed_lookup_frees_its_slots_at_once(files):
     table = disk_table(files, slots=6, fault=ReadFault(5, -errno.EIO))
     with pytest.raises(TableReadError) as held:
         table.start(*reads(1)).finish()
@@ -315,7 +320,7 @@ def test_a_failed_lookup_gives_its_room_back_at_once(files):
     assert held.value is not None
 
 
-def test_a_lookup_that_is_split_counts_each_row_once(files):
+def test_a_split_lookup_counts_each_row_once(files):
     table = disk_table(files, slots=9)
     rows = torch.arange(60).view(15, 2, 2)
     table.start(rows, torch.ones(15, 2, 2)).finish()
@@ -324,27 +329,27 @@ def test_a_lookup_that_is_split_counts_each_row_once(files):
     assert counted.hits == 0
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_more_rows_than_reads_under_way_are_all_read(tmp_path, way):
+@pytest.mark.parametrize("reader", READERS)
+def test_lookups_of_more_rows_than_reads_in_flight_are_complete(tmp_path, reader):
     values, order = torch.randn(3000, WIDTH), torch.randperm(3000)
     (tmp_path / "table").write_bytes(values.numpy().tobytes())
-    room = row_cache_bytes(2500, WIDTH * 4, 3000)
-    table = DiskTable(tmp_path / "table", 0, (3000, WIDTH), torch.float32, room, **way)
+    cache_bytes = row_cache_bytes(2500, WIDTH * 4, 3000)
+    table = DiskTable(tmp_path / "table", 0, (3000, WIDTH), torch.float32, cache_bytes, **reader)
     parts = []
     table.watch(lambda: parts.append(table.statistics()[7].misses))
     rows = order.view(30, 10, 10)
     found = table.start(rows, torch.ones(rows.shape), layer=7).finish()
     torch.testing.assert_close(found, values[rows].sum((1, 2)))
-    # of each part of a lookup that memory has no room for as a whole, those who watch are told
+    # a lookup larger than the cache is split, and watchers are called for each part
     assert parts == [2500, 3000]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_reads_go_on_while_who_asked_is_away(tmp_path, way):
+@pytest.mark.parametrize("reader", READERS)
+def test_reads_proceed_without_a_waiting_caller(tmp_path, reader):
     values, size = torch.randn(4000, WIDTH), WIDTH * 4
     (tmp_path / "table").write_bytes(values.numpy().tobytes())
-    room = row_cache_bytes(4000, size, 4000)
-    table = DiskTable(tmp_path / "table", 0, (4000, WIDTH), torch.float32, room, **way)
+    cache_bytes = row_cache_bytes(4000, size, 4000)
+    table = DiskTable(tmp_path / "table", 0, (4000, WIDTH), torch.float32, cache_bytes, **reader)
     rows = torch.randperm(4000).view(40, 10, 10)
     first = table.start(rows[:20], torch.ones(20, 10, 10))
     second = table.start(rows[20:], torch.ones(20, 10, 10))
@@ -355,24 +360,26 @@ def test_reads_go_on_while_who_asked_is_away(tmp_path, way):
     torch.testing.assert_close(first.finish(), values[rows[:20]].sum((1, 2)))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_table_may_be_given_up_amid_many_reads(tmp_path, way):
+@pytest.mark.parametrize("reader", READERS)
+def test_a_table_can_be_closed_during_reads(tmp_path, reader):
     values = torch.randn(4000, WIDTH)
     (tmp_path / "table").write_bytes(values.numpy().tobytes())
-    room = row_cache_bytes(4000, WIDTH * 4, 4000)
+    cache_bytes = row_cache_bytes(4000, WIDTH * 4, 4000)
     for _ in range(5):
-        table = DiskTable(tmp_path / "table", 0, (4000, WIDTH), torch.float32, room, **way)
+        table = DiskTable(
+            tmp_path / "table", 0, (4000, WIDTH), torch.float32, cache_bytes, **reader
+        )
         lookup = table.start(torch.randperm(4000).view(40, 10, 10), torch.ones(40, 10, 10))
         table.close()
         with pytest.raises(ValueError, match="is closed"):
             lookup.finish()
 
 
-def test_room_of_a_lookup_that_was_forgotten_comes_back_as_its_reads_end(files):
+def test_slots_of_a_dropped_lookup_are_free_once_its_reads_end(files):
     table = disk_table(files, slots=60)
     for first in (0, 60, 120):
         rows = torch.arange(first, first + 60).view(1, 6, 10)
-        table.start(rows, torch.ones(1, 6, 10))  # whose lookup is gone at once
+        table.start(rows, torch.ones(1, 6, 10))  # drops the lookup at once
     wanted = DeviceTable(files[torch.float32][1])
     rows, weights = torch.arange(140, 200).view(1, 6, 10), torch.rand(1, 6, 10)
     found = table.start(rows, weights).finish()
@@ -394,10 +401,10 @@ def test_each_layer_has_its_own_counts(files):
     assert (total.requested_rows, total.unique_rows) == (15, 15)
 
 
-def test_a_hint_amid_a_lookup_changes_nothing(files):
+def test_a_hint_during_a_lookup_changes_nothing(files):
     wanted = DeviceTable(files[torch.float32][1])
     for _ in range(30):
-        # so rarely that no row's read is short again and again
+        # short reads are too rare to hit the same row until it fails
         table = disk_table(files, slots=63, fault=ReadFault(37, 8))
         rows, weights = torch.randperm(ROWS)[:128].view(4, 4, 8), torch.rand(4, 4, 8)
         lookup = table.start(rows, weights)
@@ -408,7 +415,7 @@ def test_a_hint_amid_a_lookup_changes_nothing(files):
         )
 
 
-def test_hints_take_no_room_from_rows_that_are_used(files):
+def test_hints_do_not_evict_rows_in_use(files):
     table = disk_table(files, slots=20)
     rows = torch.arange(20).view(1, 4, 5)
     for _ in range(3):
@@ -420,7 +427,7 @@ def test_hints_take_no_room_from_rows_that_are_used(files):
     assert (before.prefetched, after.misses - before.misses) == (0, 0)
 
 
-def test_a_guess_that_finds_no_room_keeps_no_other_out(files):
+def test_a_hint_without_a_free_slot_does_not_block_later_hints(files):
     table = disk_table(files, slots=20)
 
     def read(rows, times):
@@ -431,14 +438,14 @@ def test_a_guess_that_finds_no_room_keeps_no_other_out(files):
     read(hot, 40)
     read(often, 8)
     table.hint(torch.cat([seldom, hot]))
-    # what was never used pushes out none that was used often; what was used more often does
+    # unused rows evict no often-used row; more often used rows do
     assert table.statistics()[0].prefetched == 20
     before = table.statistics()[0].misses
     read(hot, 1)
     assert table.statistics()[0].misses == before
 
 
-def test_rows_that_are_used_again_and_again_make_room_in_the_end(tmp_path):
+def test_hot_rows_are_evicted_in_the_end(tmp_path):
     values = torch.randn(6000, 2)
     (tmp_path / "table").write_bytes(values.numpy().tobytes())
     table = DiskTable(

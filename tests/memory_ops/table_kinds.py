@@ -1,4 +1,4 @@
-"""Tables of every kind, small ones and some past 2**31 elements, and how close sums must come."""
+"""Test tables of every kind, small and larger than 2**31 elements, and a tolerance for sums."""
 
 import torch
 from torch import Tensor
@@ -19,31 +19,31 @@ KINDS = (*PLAIN, *ROW_FORMATS)
 
 
 def table_of(kind: str, values_RV: Tensor) -> Table:
-    """The values as a table of that kind."""
+    """A table of that kind with these values."""
     if kind in PLAIN:
         return values_RV.to(PLAIN[kind])
     return quantize_rows(values_RV, kind)
 
 
 def exact_values(table: Table) -> Tensor:
-    """A table's values as fp64, for the reference to compute with."""
+    """A table's values as fp64, as input for the reference."""
     values_RV = dequantize_rows(table) if isinstance(table, RowRecords) else table
     return values_RV.double()
 
 
 def rows_of(table: Table, *shape: int) -> Tensor:
-    """Random row ids, with the last row's: whoever reads on after its end leaves the table."""
+    """Random row ids that include the last row: reading past its end leaves the table."""
     rows = torch.randint(0, num_rows(table), shape)
     rows[-1, -1, -1] = num_rows(table) - 1
     return rows
 
 
-def littered(table: RowRecords) -> RowRecords:
-    """The same values, with numbers in the bytes of records that hold neither value nor scale."""
+def with_padding_filled(table: RowRecords) -> RowRecords:
+    """The same records with nonzero bytes in their padding."""
     records_RB = table.records_RB.clone()
     start = scale_offset(table.row_format, table.value_dim)
     if table.row_format == "int4":
-        # 8 bytes of scales for each 64 of values
+        # 8 bytes of scales for every 64 bytes of values
         records_RB[:, start + start // 8 :] = 0x5A
     else:
         records_RB[:, table.value_dim : start] = 0x5A
@@ -51,8 +51,8 @@ def littered(table: RowRecords) -> RowRecords:
     return RowRecords(records_RB, table.row_format, table.value_dim)
 
 
-def apart(table: Table) -> Table:
-    """The same table with NaN, or bytes of 0x5A, between its rows."""
+def with_gaps(table: Table) -> Table:
+    """The same table with NaN (plain kinds) or bytes of 0x5A (records) between its rows."""
     part_RC = table.records_RB if isinstance(table, RowRecords) else table
     filler = 0x5A if isinstance(table, RowRecords) else torch.nan
     wide_RC = torch.full((len(part_RC), part_RC.shape[1] + 128), filler).to(part_RC.dtype)
@@ -63,9 +63,9 @@ def apart(table: Table) -> Table:
 
 
 def vast_table(kind: str, last_RV: Tensor) -> Table:
-    """A table of more than 2**31 elements, zero and without memory but for its last rows.
+    """A table of more than 2**31 elements: zeros that use no memory, then ``last_RV``.
 
-    Elements are what a kernel's offsets count: of int4, words of 32 bits.
+    Elements are the units of a kernel's offsets: for int4, words of 32 bits.
     """
     last = table_of(kind, last_RV)
     part_RC = last.records_RB if isinstance(last, RowRecords) else last
@@ -78,14 +78,14 @@ def vast_table(kind: str, last_RV: Tensor) -> Table:
 
 
 def num_rows(table: Table) -> int:
-    """R."""
+    """The number of rows."""
     return len(table.records_RB if isinstance(table, RowRecords) else table)
 
 
 def vast_rows(rows_TV: Tensor) -> Tensor:
-    """The same matrix, its last row more than 2**31 elements after its first, nothing between.
+    """The same matrix with its last row more than 2**31 elements after its first.
 
-    From three rows on, their stride itself fits in 32 bits, as strides do that kernels are given.
+    With three or more rows, the stride fits in 32 bits, as kernels require.
     """
     step, width = 2**31 // (len(rows_TV) - 1) + 64, rows_TV.shape[1]
     memory = anonymous_zeros(((len(rows_TV) - 1) * step + width,), rows_TV.dtype)
@@ -95,6 +95,6 @@ def vast_rows(rows_TV: Tensor) -> Tensor:
 
 
 def check_close(out: Tensor, exact: Tensor, num_terms: int) -> None:
-    """fp32 sums of so many terms must agree with the exact ones."""
+    """Assert that fp32 sums of ``num_terms`` terms agree with the exact sums."""
     rtol, atol = TOLERANCE[torch.float32]
     torch.testing.assert_close(out, exact.float(), rtol=rtol, atol=atol * num_terms**0.5)

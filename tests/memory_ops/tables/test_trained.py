@@ -1,4 +1,4 @@
-"""The table of a trainer: gradients by weights, and reads that are remembered."""
+"""Trained tables: gradients of the weights, and records of the reads."""
 
 import copy
 
@@ -14,7 +14,7 @@ from memory_ops.tables.trained import TrainedTable
 from memory_ops.tables.value_table import ValueTable
 
 
-def layer(table):
+def memory_layer(table):
     made = MemoryLayer(MemoryConfig(2, 6, 3, query_dim=8, value_dim=5), "memory_plus", 7, 1e-5)
     torch.manual_seed(1)
     for parameter in made.parameters():
@@ -23,11 +23,11 @@ def layer(table):
     return made
 
 
-def test_gradients_are_those_of_a_table_that_is_a_parameter():
+def test_gradients_equal_those_of_a_parameter_table():
     rows = torch.randn(36, 5)
     parameter = torch.nn.Parameter(rows.clone())
     trained = TrainedTable(rows)
-    dense, sparse = layer(DeviceTable(parameter)), layer(trained)
+    dense, sparse = memory_layer(DeviceTable(parameter)), memory_layer(trained)
     x = torch.randn(4, 7)
     for made in (dense, sparse):
         made(x).square().sum().backward()
@@ -40,7 +40,7 @@ def test_gradients_are_those_of_a_table_that_is_a_parameter():
     assert trained.take_reads() is None
 
 
-def test_gradients_of_products_are_those_of_tables_that_are_parameters():
+def test_gradients_of_products_equal_those_of_parameter_tables():
     config = MemoryConfig(2, 6, 3, query_dim=8, value_dim=7)
     norm = RmsNorm(7, 1e-5)
     made = MemoryLayer(config, "peer", 7, 1e-5, norm)
@@ -63,17 +63,17 @@ def test_gradients_of_products_are_those_of_tables_that_are_parameters():
         torch.testing.assert_close(found, parameter.grad.to_dense())
 
 
-def test_reads_are_remembered_where_nothing_else_is_trained():
+def test_reads_are_recorded_if_nothing_else_is_trained():
     trained = TrainedTable(torch.randn(36, 5))
-    made = layer(trained).requires_grad_(False)
+    made = memory_layer(trained).requires_grad_(False)
     made(torch.randn(4, 7)).sum().backward()
     assert trained.take_reads().rows_THK.shape == (4, 2, 3)
 
 
-def test_a_forward_alone_is_not_remembered():
+def test_a_forward_without_gradients_records_no_reads():
     trained: ValueTable = TrainedTable(torch.randn(36, 5))
     with torch.no_grad():
-        layer(trained)(torch.randn(4, 7))
+        memory_layer(trained)(torch.randn(4, 7))
     assert trained.take_reads() is None and trained.statistics()[0].lookups == 1
 
 
@@ -83,6 +83,6 @@ def test_other_tensors_are_refused(wrong):
         TrainedTable(wrong)
 
 
-def test_no_kernel_reads_a_trained_table_itself():
+def test_kernels_cannot_read_a_trained_table_directly():
     table = TrainedTable(torch.randn(16, 5))
     assert table.row_source(0) is None and table.fetched_capacity is None

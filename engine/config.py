@@ -1,44 +1,43 @@
-"""How the engine runs a model: limits and memory, as validated plain data that needs no torch."""
+"""Settings of the engine: limits and KV memory, as validated plain data without torch."""
 
 import math
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from engine.errors import ConfigError
 
-_MOST_KV_BYTES = 2 * 2**30
+T = TypeVar("T")
+_MAX_KV_BYTES = 2 * 2**30
+
+
+def option(default: T, help: str) -> T:
+    """A dataclass field with its default and its help on the command line."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Limits of one engine, and the memory that it takes.
-
-    Every field becomes an option of the command line, help included.
+    """Limits and KV memory of one engine; every field is an option of the command line.
 
     Raises:
         ConfigError: a field is out of range.
     """
 
-    max_num_seqs: int = field(default=64, metadata={"help": "sequences that run at the same time"})
-    max_batched_tokens: int = field(
-        default=512, metadata={"help": "tokens of one step, prompts and decodes together"}
+    max_num_seqs: int = option(64, "maximum number of sequences that run at the same time")
+    max_batched_tokens: int = option(
+        512, "maximum number of tokens in one step, prompts and decodes together"
     )
-    max_model_len: int | None = field(
-        default=None,
-        metadata={"help": "longest prompt plus answer, in tokens (default: the model's own)"},
+    max_model_len: int | None = option(
+        None, "maximum length of prompt plus answer, in tokens (default: the model's own)"
     )
-    block_size: int = field(default=16, metadata={"help": "tokens of one KV block"})
-    kv_cache_gib: float | None = field(
-        default=None,
-        metadata={
-            "help": "memory for the KV blocks of all layers, in GiB (default: as much as all"
-            " sequences can use, at most 2 GiB and what weights and tables leave)"
-        },
+    block_size: int = option(16, "tokens per KV block")
+    kv_cache_gib: float | None = option(
+        None,
+        "memory for the KV blocks of all layers, in GiB (default: enough for all sequences, at"
+        " most 2 GiB and the memory that weights and tables leave free)",
     )
-    debug_checks: bool = field(
-        default=False,
-        metadata={
-            "help": "check the accounting of all KV blocks whenever the engine becomes idle; slow"
-        },
+    debug_checks: bool = option(
+        False, "check the accounting of all KV blocks whenever the engine becomes idle (slow)"
     )
 
     def __post_init__(self) -> None:
@@ -51,30 +50,24 @@ class EngineConfig:
         if self.max_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_batched_tokens: {self.max_batched_tokens} is less than max_num_seqs"
-                f" {self.max_num_seqs}, so not every sequence could decode in a step"
+                f" {self.max_num_seqs}: a step must hold one token of every sequence"
             )
 
     def kv_bytes(self, kv_bytes_per_token: int, max_positions: int) -> int:
-        """``kv_cache_gib`` in bytes; by default what all sequences can use, at most 2 GiB.
+        """``kv_cache_gib`` in bytes; by default enough for all sequences, at most 2 GiB.
 
-        Args:
-            kv_bytes_per_token: of all layers of the model.
-            max_positions: the longest sequence that the model takes, in tokens.
+        ``kv_bytes_per_token`` counts all layers; ``max_positions`` is the model's longest sequence.
         """
         if self.kv_cache_gib is not None:
             return int(self.kv_cache_gib * 2**30)
         length = min(self.max_model_len or max_positions, max_positions)
         num_blocks = self.max_num_seqs * -(-length // self.block_size)
-        return min(num_blocks * self.block_size * kv_bytes_per_token, _MOST_KV_BYTES)
+        return min(num_blocks * self.block_size * kv_bytes_per_token, _MAX_KV_BYTES)
 
     def num_kv_blocks(self, kv_bytes_per_token: int, max_positions: int) -> int:
-        """Blocks that fit in ``kv_bytes``.
-
-        Raises:
-            ConfigError: not one block fits.
-        """
+        """The number of blocks that fit in ``kv_bytes``; ConfigError if it is 0."""
         kv_bytes = self.kv_bytes(kv_bytes_per_token, max_positions)
         num_blocks = kv_bytes // (kv_bytes_per_token * self.block_size)
         if num_blocks < 1:
-            raise ConfigError(f"kv_cache_gib: {kv_bytes / 2**30:.3g} holds not even one block")
+            raise ConfigError(f"kv_cache_gib: {kv_bytes / 2**30:.3g} is too small for one block")
         return num_blocks

@@ -68,11 +68,7 @@ def write_kv(k_TGE: Tensor, v_TGE: Tensor, layout: TokenLayout, kv_blocks: Tenso
 
 
 def attend(
-    q_THE: Tensor,
-    k_TGE: Tensor,
-    v_TGE: Tensor,
-    layout: TokenLayout,
-    kv_blocks: Tensor | None,
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, layout: TokenLayout, kv_blocks: Tensor | None
 ) -> Tensor:
     """``softmax(q k^T / sqrt(E)) v`` with each token seeing its own sequence up to itself.
 

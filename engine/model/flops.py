@@ -85,7 +85,4 @@ def _memory_flops(config: ModelConfig, kind: str) -> Mapping[str, int]:
     products = query + rows + (width * value_dim if kind == "memory_plus" else 0)
     products += width * value_dim if projected else 0
     products += width if memory.output_gate else 0
-    return {
-        "memory": 2 * products,
-        "scoring": 2 * halves + memory.num_heads * memory.top_k**2,
-    }
+    return {"memory": 2 * products, "scoring": 2 * halves + memory.num_heads * memory.top_k**2}

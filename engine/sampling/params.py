@@ -1,10 +1,11 @@
 """Sampling parameters of one request, and the log-probabilities that they ask for."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from engine.config import option
 from engine.errors import RequestError
 
 MAX_LOGPROBS = 20
@@ -14,58 +15,39 @@ MAX_TEMPERATURE = 100.0
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and when they end.
+    """Parameters that choose the tokens of one request and end its answer.
 
-    The logits are changed in this order: repetition, presence and frequency penalties, logit_bias,
-    what is allowed or bad or too early, temperature; of the softmax then top_k, top_p and min_p
-    leave a part.
+    They apply in this order: repetition, presence and frequency penalties, logit_bias, allowed and
+    bad tokens and min_tokens, temperature, top_k, top_p, min_p.
 
     Attributes:
-        stop_token_ids: ids that end the answer, the last of it.
+        stop_token_ids: ids that end the answer and are its last token.
         logit_bias: (token id, number added to its logit).
-        allowed_token_ids: only these can come; ``None`` allows all.
-        bad_words: sequences of ids whose last id cannot come after those before it.
-        logprobs: how many likeliest tokens' log-probabilities come with each chosen token's own;
-            ``None`` for none at all. They are those of the model, before any of the above.
-        prompt_logprobs: the same for the tokens of the prompt but its first.
+        allowed_token_ids: the only ids that can be chosen; None allows all.
+        bad_words: sequences of ids whose last id is not chosen after the ids before it.
+        logprobs: number of likeliest tokens whose log-probabilities come with each chosen token's,
+            by the model's softmax before any of the above; None returns none at all.
+        prompt_logprobs: the same for all prompt tokens but the first.
 
     Raises:
         RequestError: a field is out of range.
     """
 
-    max_tokens: int = field(default=16, metadata={"help": "tokens to generate at most"})
-    min_tokens: int = field(
-        default=0, metadata={"help": "tokens before the answer may end on its own"}
+    max_tokens: int = option(16, "maximum number of tokens to generate")
+    min_tokens: int = option(0, "number of tokens before an end token or stop token is allowed")
+    temperature: float = option(1.0, "divide the logits by this; 0 chooses the likeliest token")
+    top_k: int = option(0, "sample among the k likeliest tokens (0 or -1: all)")
+    top_p: float = option(1.0, "sample among the fewest tokens that reach this probability")
+    min_p: float = option(0.0, "sample among tokens at least this fraction as likely as the best")
+    repetition_penalty: float = option(
+        1.0, "divide positive logits of earlier tokens by this, multiply negative ones by it"
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "divides the logits; 0 takes the likeliest token"}
+    presence_penalty: float = option(0.0, "subtract this from the logits of generated tokens")
+    frequency_penalty: float = option(
+        0.0, "subtract this from a token's logit each time it was generated"
     )
-    top_k: int = field(
-        default=0, metadata={"help": "sample among the k likeliest tokens; 0 or -1: all"}
-    )
-    top_p: float = field(
-        default=1.0,
-        metadata={"help": "sample among the fewest likeliest tokens that reach this probability"},
-    )
-    min_p: float = field(
-        default=0.0,
-        metadata={"help": "sample among tokens at least this share as likely as the likeliest"},
-    )
-    repetition_penalty: float = field(
-        default=1.0, metadata={"help": "logits of tokens seen are divided by it if above 0"}
-    )
-    presence_penalty: float = field(
-        default=0.0, metadata={"help": "taken from the logits of tokens generated before"}
-    )
-    frequency_penalty: float = field(
-        default=0.0, metadata={"help": "taken from them as often as they were generated"}
-    )
-    seed: int | None = field(
-        default=None, metadata={"help": "same seed, same tokens (default: a random one)"}
-    )
-    ignore_eos: bool = field(
-        default=False, metadata={"help": "generate on after the end-of-sequence token"}
-    )
+    seed: int | None = option(None, "the same seed gives the same tokens (default: random)")
+    ignore_eos: bool = option(False, "continue after the end-of-sequence token")
     stop_token_ids: frozenset[int] = frozenset()
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: frozenset[int] | None = None
@@ -79,7 +61,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the tokens so far change the logits."""
+        """Whether earlier tokens change the logits."""
         return (
             self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0
@@ -88,11 +70,11 @@ class SamplingParams:
 
     @cached_property
     def needs_history(self) -> bool:
-        """Whether choosing a token takes the tokens before it."""
+        """Whether choosing a token needs the tokens before it."""
         return self.has_penalties or bool(self.bad_words)
 
     def has_rules_after(self, num_generated: int) -> bool:
-        """Whether anything may change the logits of the token after so many."""
+        """Whether logit rules apply to the token after ``num_generated`` tokens."""
         return num_generated < self.min_tokens or self._has_lasting_rules
 
     @cached_property
@@ -101,7 +83,7 @@ class SamplingParams:
 
     @property
     def listed_ids(self) -> dict[str, set[int]]:
-        """Every token id that a field names, by field."""
+        """All token ids in lists of the request, by field."""
         return {
             "stop_token_ids": set(self.stop_token_ids),
             "logit_bias": {token_id for token_id, _ in self.logit_bias},
@@ -113,7 +95,7 @@ class SamplingParams:
         if self.max_tokens < 0:
             yield "max_tokens", f"must be 0 or more, not {self.max_tokens}"
         if self.max_tokens == 0 and self.prompt_logprobs is None:
-            yield "max_tokens", "0 goes with log-probabilities of the prompt alone"
+            yield "max_tokens", "must be 1 or more unless prompt_logprobs is set, not 0"
         if not 0 <= self.min_tokens <= self.max_tokens:
             yield "min_tokens", f"must be 0 to max_tokens, not {self.min_tokens}"
         if not 0 <= self.temperature <= MAX_TEMPERATURE:
@@ -140,9 +122,9 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             banned = {word[0] for word in self.bad_words if len(word) == 1}
             if not self.allowed_token_ids - banned:
-                yield "allowed_token_ids", "leaves no token that could come"
+                yield "allowed_token_ids", "bad_words exclude all of them; allow another token"
         if any(not word for word in self.bad_words):
-            yield "bad_words", "an empty one is in every text"
+            yield "bad_words", "must not contain an empty word"
         for param, ids in self.listed_ids.items():
             if len(ids) > MAX_LISTED_IDS:
                 yield param, f"at most {MAX_LISTED_IDS} token ids, not {len(ids)}"
@@ -156,10 +138,9 @@ class TokenLogprobs(NamedTuple):
     """Log-probabilities at one position, by the model's own softmax.
 
     Attributes:
-        token_id: the token that stands there.
-        logprob: its log-probability.
-        rank: its place among all tokens, 1 for the likeliest.
-        top: the likeliest tokens with theirs, best first.
+        token_id: the token at this position; ``logprob`` is its log-probability.
+        rank: its rank among all tokens, 1 for the likeliest.
+        top: (token id, log-probability) of the likeliest tokens, best first.
     """
 
     token_id: int

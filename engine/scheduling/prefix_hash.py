@@ -1,4 +1,4 @@
-"""Hashes by which KV blocks of equal prefixes are found; nobody outside can forge or probe them."""
+"""Keyed hashes that identify KV blocks of equal prefixes; clients cannot forge them."""
 
 import hashlib
 import secrets
@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 
 class PrefixHasher:
-    """Hashes of one engine: keyed with a secret of its own, chained from block to block.
+    """Hashes of one engine: keyed with a random secret, chained from block to block.
 
-    A salt keeps apart the prefixes of callers who do not want theirs to be found by others, even
-    by the time that an answer takes.
+    Callers with different salts share no prefixes, so response times reveal nothing between them.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -18,13 +17,12 @@ class PrefixHasher:
         self._secret = secrets.token_bytes(32)
 
     def extend(self, hashes: list[bytes], token_ids: Sequence[int], salt: str) -> None:
-        """Append to ``hashes`` those of the full blocks of ``token_ids`` that it lacks."""
+        """Append to ``hashes`` the missing hashes of the full blocks of ``token_ids``."""
         size = self._block_size
         previous = hashes[-1] if hashes else self._digest(salt.encode())
         for start in range(len(hashes) * size, len(token_ids) - size + 1, size):
-            previous = self._digest(
-                previous + array("q", token_ids[start : start + size]).tobytes()
-            )
+            block = array("q", token_ids[start : start + size])
+            previous = self._digest(previous + block.tobytes())
             hashes.append(previous)
 
     def _digest(self, data: bytes) -> bytes:

@@ -5,14 +5,14 @@ from engine.scheduling.step_plan import SequenceChunk, StepPlan
 
 
 class SamplingRows:
-    """Makes the rows of one plan after another, and keeps the requests' rules between them."""
+    """Makes the sampling rows of each plan and keeps the requests' rules between plans."""
 
     def __init__(self, eos_ids: frozenset[int]) -> None:
         self._eos_ids = eos_ids
         self._rules: dict[str, RequestRules] = {}
 
     def of(self, plan: StepPlan) -> list[SamplingRow]:
-        """A row for every sampled position of the plan, in order."""
+        """One row per sampled position of the plan, in order."""
         kept, self._rules = self._rules, {}
         rows: list[SamplingRow] = []
         for chunk in plan.chunks:
@@ -29,7 +29,7 @@ class SamplingRows:
         return rows
 
     def _follow(self, chunk: SequenceChunk, kept: dict[str, RequestRules]) -> RequestRules:
-        # those of requests that pause are forgotten, and made again from their history
+        # the rules of a preempted request are dropped, and made again from its history
         rules = kept.get(chunk.request_id)
         is_first = chunk.end - chunk.num_drafts == chunk.prompt_length
         if rules is None or is_first:

@@ -23,7 +23,7 @@ from memory_ops.tables.value_table import ValueTable
 
 
 class CpuExecutor:
-    """Runs whole decoder layers in one native call, on weights that it packed for itself."""
+    """Runs many decoder layers in one native call, on packed copies of the weights."""
 
     def __init__(
         self,
@@ -35,10 +35,10 @@ class CpuExecutor:
     ) -> None:
         """Pack a model's weights, which are fp32 or bf16 on the CPU, and reserve KV memory.
 
-        Of the model it keeps the embedding, the norms and the tables.
+        It keeps the model's embedding, norms and tables.
 
         Raises:
-            OSError: the system has no such memory.
+            OSError: the system cannot provide the KV memory.
         """
         self.config = model.config
         self.num_blocks = num_blocks
@@ -90,4 +90,4 @@ class CpuExecutor:
         self.run(warm_up_batch())
 
     def close(self) -> None:
-        """Nothing to do: memory goes with the executor."""
+        """Do nothing: the memory is freed with the executor."""

@@ -83,12 +83,11 @@ class CpuKernels:
         out_TF = torch.empty(qkv_TF.shape[0], num_heads * head_dim, dtype=qkv_TF.dtype)
         use_torchs_threads()
         sequences = paged.block_table_SB, layout.query_starts_S1, paged.context_lengths_S
+        tensors = _addresses(qkv_TF, cosines, sines, kv_blocks, *sequences, out_TF)
+        counts = len(paged.context_lengths), paged.block_table_SB.stride(0)
         sizes = num_heads, num_kv_heads, head_dim, block_size
-        self._library.memplus_attention(
-            *_addresses(qkv_TF, cosines, sines, kv_blocks, *sequences, out_TF),
-            *(len(paged.context_lengths), paged.block_table_SB.stride(0), *sizes),
-            *(qkv_TF.dtype is torch.bfloat16, self._progress),
-        )
+        is_bf16 = qkv_TF.dtype is torch.bfloat16
+        self._library.memplus_attention(*tensors, *counts, *sizes, is_bf16, self._progress)
         return out_TF
 
     def pack(self, rows: Sequence[WeightRows], outputs: int, **options: Any) -> PackedLinear:
@@ -144,12 +143,14 @@ class CpuKernels:
             memory.source.check()
         use_torchs_threads()
         sequences = paged.block_table_SB, layout.query_starts_S1, paged.context_lengths_S
+        packed = layers.address(run.start), len(run)
+        inputs = _addresses(residual_TD, cosines, sines)
+        kv = kv_blocks.data_ptr() + run.start * kv_bytes, kv_bytes, *_addresses(*sequences)
+        counts = len(paged.context_lengths), paged.block_table_SB.stride(0)
+        sizes = layers.num_heads, kv_blocks.shape[4]
+        outputs = *_addresses(rows_MTHK, weights_MTHK), ctypes.byref(failure)
         succeeded = self._library.memplus_decoder_layers(
-            *(layers.address(run.start), len(run), *_addresses(residual_TD, cosines, sines)),
-            *(kv_blocks.data_ptr() + run.start * kv_bytes, kv_bytes, *_addresses(*sequences)),
-            *(len(paged.context_lengths), paged.block_table_SB.stride(0)),
-            *(layers.num_heads, kv_blocks.shape[4], *_addresses(rows_MTHK, weights_MTHK)),
-            *(ctypes.byref(failure), self._progress),
+            *packed, *inputs, *kv, *counts, *sizes, *outputs, self._progress
         )
         if not succeeded:
             raise memories[failure.memory].source.read_error(failure.row, failure.error)

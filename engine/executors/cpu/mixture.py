@@ -1,11 +1,10 @@
 """A mixture of experts with packed weights."""
 
-from functools import partial
+from collections.abc import Callable
 
 from torch import Tensor
 
 from engine.executors.cpu.kernels import CpuKernels
-from engine.executors.cpu.packed_linear import PackedLinear
 from engine.executors.cpu.packing import pack_linear
 from engine.model.forward_trace import ForwardTrace
 from engine.model.mixture import Expert, MixtureFeedForward, mix_experts
@@ -13,13 +12,13 @@ from engine.model.norm import RmsNorm
 
 
 class CpuMixture:
-    """Computes what a ``MixtureFeedForward`` does, norm and residual included."""
+    """A ``MixtureFeedForward`` with packed weights, norm and residual sum included."""
 
     def __init__(self, kernels: CpuKernels, mixture: MixtureFeedForward, norm: RmsNorm) -> None:
         self._kernels, self._norm, self._top_k = kernels, norm, mixture.top_k
         self._router = pack_linear(kernels, mixture.gate)
         self._experts = [
-            partial(_expert, kernels, *_pack_expert(kernels, expert))
+            _pack_expert(kernels, expert)
             for expert in mixture.experts
             if isinstance(expert, Expert)
         ]
@@ -33,10 +32,7 @@ class CpuMixture:
         return residual_TD + mix_experts(x_TD, logits_TE, self._experts, self._top_k)
 
 
-def _pack_expert(kernels: CpuKernels, expert: Expert) -> tuple[PackedLinear, PackedLinear]:
+def _pack_expert(kernels: CpuKernels, expert: Expert) -> Callable[[Tensor], Tensor]:
     gate_up = pack_linear(kernels, expert.w1, expert.w3, is_gated=True)
-    return gate_up, pack_linear(kernels, expert.w2)
-
-
-def _expert(kernels: CpuKernels, gate_up: PackedLinear, down: PackedLinear, x_LD: Tensor) -> Tensor:
-    return kernels.linear(down, kernels.linear(gate_up, x_LD))
+    down = pack_linear(kernels, expert.w2)
+    return lambda x_LD: kernels.linear(down, kernels.linear(gate_up, x_LD))

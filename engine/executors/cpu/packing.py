@@ -1,7 +1,7 @@
-"""Packs modules of the model for the CPU kernels. It copies weights and leaves modules as they are.
+"""Packs copies of the model's weights for the CPU kernels.
 
-A packed product includes the norm before it: ``out = concat(W_i norm(x) + b_i)``, or, gated, of two
-layers: ``out = silu(W_0 norm(x) + b_0) * (W_1 norm(x) + b_1)``.
+A packed product includes the norm before it: ``out = concat(W_i norm(x) + b_i)``, or, for a gated
+pair of layers, ``out = silu(W_0 norm(x) + b_0) * (W_1 norm(x) + b_1)``.
 """
 
 from torch import nn
@@ -18,7 +18,7 @@ def pack_linear(
     norm: RmsNorm | None = None,
     is_gated: bool = False,
 ) -> PackedLinear:
-    """One product of layers that read the same input; an embedding's rows give logits."""
+    """One product of layers with the same input; the rows of an embedding give logits."""
     rows, first = [], 0
     for index, layer in enumerate(layers):
         bias_O = layer.bias if isinstance(layer, nn.Linear) else None

@@ -17,11 +17,7 @@ def option(default: T, help: str) -> T:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Limits and KV memory of one engine; every field is an option of the command line.
-
-    Raises:
-        ConfigError: a field is out of range.
-    """
+    """Limits and KV memory of one engine; ConfigError if a field is out of range."""
 
     max_num_seqs: int = option(64, "maximum number of sequences that run at the same time")
     max_batched_tokens: int = option(
@@ -48,16 +44,11 @@ class EngineConfig:
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
             raise ConfigError(f"kv_cache_gib: must be greater than 0, not {self.kv_cache_gib}")
         if self.max_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_batched_tokens: {self.max_batched_tokens} is less than max_num_seqs"
-                f" {self.max_num_seqs}: a step must hold one token of every sequence"
-            )
+            tokens, seqs = self.max_batched_tokens, self.max_num_seqs
+            raise ConfigError(f"max_batched_tokens: {tokens} is less than max_num_seqs {seqs}")
 
     def kv_bytes(self, kv_bytes_per_token: int, max_positions: int) -> int:
-        """``kv_cache_gib`` in bytes; by default enough for all sequences, at most 2 GiB.
-
-        ``kv_bytes_per_token`` counts all layers; ``max_positions`` is the model's longest sequence.
-        """
+        """``kv_cache_gib`` in bytes; by default enough for all sequences, at most 2 GiB."""
         if self.kv_cache_gib is not None:
             return int(self.kv_cache_gib * 2**30)
         length = min(self.max_model_len or max_positions, max_positions)

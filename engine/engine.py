@@ -34,18 +34,14 @@ class Engine:
     ) -> None:
         """Schedule for an executor that was made with ``config``.
 
-        A sequence ends on any of ``eos_ids``. ``drafter`` proposes up to ``num_drafts`` tokens for
-        each decoding sequence.
-
-        Raises:
-            ConfigError: ``max_model_len`` exceeds the model's positions or the KV memory.
+        A sequence ends on any of ``eos_ids``; ``drafter`` proposes up to ``num_drafts`` tokens per
+        decode. ConfigError if ``max_model_len`` exceeds the model's positions or the KV memory.
         """
         model, num_blocks = executor.config, executor.num_blocks
         max_model_len = _max_model_len(config, model.max_positions, num_blocks * config.block_size)
         self.limits = RequestLimits(model.vocab_size, max_model_len, eos_ids)
         self._executor = executor
-        self._drafter = drafter
-        self._num_drafts = num_drafts
+        self._drafter, self._num_drafts = drafter, num_drafts
         self._table_counter = TableCounter(executor.tables)
         self._batcher = Batcher(config.block_size, model.vocab_size, eos_ids)
         self._pool = BlockPool(num_blocks, config.block_size)
@@ -183,8 +179,6 @@ def _max_model_len(config: EngineConfig, max_positions: int, kv_tokens: int) -> 
     if asked > max_positions:
         raise ConfigError(f"max_model_len: {asked} exceeds the model's {max_positions} positions")
     if asked > kv_tokens:
-        raise ConfigError(
-            f"max_model_len: {asked} exceeds the {kv_tokens} tokens that the KV blocks hold;"
-            " raise kv_cache_gib"
-        )
+        message = f"max_model_len: {asked} exceeds the {kv_tokens} tokens of the KV blocks"
+        raise ConfigError(f"{message}; raise kv_cache_gib")
     return asked

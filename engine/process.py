@@ -9,9 +9,8 @@ import queue
 import signal
 import threading
 import time
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.errors import RequestError
 from engine.progress import Progress
@@ -23,8 +22,7 @@ HEARTBEAT_S = 0.5
 PAUSE_S = 1.0
 
 
-@dataclass(frozen=True)
-class Abort:
+class Abort(NamedTuple):
     """Cancel this request."""
 
     request_id: str
@@ -33,22 +31,19 @@ class Abort:
 Message = Request | Abort
 
 
-@dataclass(frozen=True)
-class EngineReady:
+class EngineReady(NamedTuple):
     """The engine is loaded and accepts requests."""
 
     limits: RequestLimits
 
 
-@dataclass(frozen=True)
-class EngineRefused:
+class EngineRefused(NamedTuple):
     """The engine could not be made; ``message`` tells the user why."""
 
     message: str
 
 
-@dataclass(frozen=True)
-class Heartbeat:
+class Heartbeat(NamedTuple):
     """The process is alive; ``stalled_s`` is that of ``engine.progress``."""
 
     stalled_s: float
@@ -89,11 +84,9 @@ class EngineProcess:
         """
         context = multiprocessing.get_context("spawn")
         self._connection, self._child_connection = context.Pipe()
+        arguments = entry, self._child_connection, settings
         self._process = context.Process(
-            target=_child_main,
-            args=(entry, self._child_connection, settings),
-            name="memplus-engine",
-            daemon=True,
+            target=_child_main, args=arguments, name="memplus-engine", daemon=True
         )
         self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._start_lock = threading.Lock()
@@ -151,9 +144,9 @@ class EngineProcess:
         self._process.kill()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the process: ask, wait, then kill. Unfinished requests are lost.
+        """End the process: ask, wait, then kill; kill it at once if it is loading.
 
-        A process that is still loading is killed; one that was not started can no longer start.
+        Unfinished requests are lost. A process that was not started can no longer start.
         """
         with self._start_lock:
             self._is_stopped = True
@@ -187,8 +180,7 @@ class EngineLoop:
     """Serves one connection with one engine; a second thread sends heartbeats."""
 
     def __init__(self, engine: StepEngine, connection: Connection) -> None:
-        self._engine = engine
-        self._connection = connection
+        self._engine, self._connection = engine, connection
         self._send_lock = threading.Lock()
         self._ended = threading.Event()
 

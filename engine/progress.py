@@ -4,8 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# a piece of work may take this many times its time at the best speed so far: other programs may
-# load the machine, and some operations are slower than the average
+# allowed time of a piece of work, relative to its time at the best speed so far
 _PATIENCE = 16
 
 

@@ -29,11 +29,8 @@ class RequestLimits:
             message = f"has {length} tokens; with an answer the model takes {self.max_model_len}"
             raise RequestError("prompt", message)
         if length + sampling.max_tokens > self.max_model_len:
-            raise RequestError(
-                "max_tokens",
-                f"{sampling.max_tokens} and a prompt of {length} tokens exceed the model's"
-                f" limit of {self.max_model_len}",
-            )
+            tokens = f"{sampling.max_tokens} and a prompt of {length} tokens"
+            raise RequestError("max_tokens", f"{tokens} exceed the limit of {self.max_model_len}")
         for param, ids in {"prompt": prompt_ids, **sampling.listed_ids}.items():
             wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
             if wrong is not None:
@@ -90,14 +87,7 @@ class TokenOutput(NamedTuple):
 
 
 class TableCounts(NamedTuple):
-    """Lookups of one layer in one value table, and their cost.
-
-    Attributes:
-        table: the table's name in the checkpoint.
-        tier: the tier that holds its rows.
-        layer: index of the layer that reads it.
-        totals: counters since the table was loaded.
-    """
+    """Lookups of one layer in one value table, and their cost, since the table was loaded."""
 
     table: str
     tier: str
@@ -130,8 +120,7 @@ class EngineStatistics:
     lost_tables: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """All outputs of one step."""
 
     outputs: tuple[TokenOutput, ...]

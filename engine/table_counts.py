@@ -34,5 +34,4 @@ class TableCounter:
 
     def faults(self) -> tuple[str, ...]:
         """The faults of the tables that can no longer be read."""
-        faults = (table.fault for table in self._tables.values())
-        return tuple(fault for fault in faults if fault is not None)
+        return tuple(t.fault for t in self._tables.values() if t.fault is not None)

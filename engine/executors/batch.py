@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ from engine.sampling.request_rules import SamplingRow
 from engine.sampling.sampler import Sampler
 
 
-@dataclass(frozen=True)
-class ScoredToken:
+class ScoredToken(NamedTuple):
     """A token to score, together with the ``num_best`` likeliest tokens."""
 
     token_id: int
@@ -45,8 +45,7 @@ class Batch:
     scored: Sequence[ScoredToken | None] = ()
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """The results of one batch.
 
     Attributes:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from engine.executors.batch import Batch, StepResult, sample_batch, warm_up_batch
-from engine.executors.kv_memory import kv_memory
 from engine.executors.lookahead import Lookahead, LookaheadConfig, predicted_memories
+from engine.model.attention import kv_memory
 from engine.model.flops import StepFlops
 from engine.model.transformer import ForwardOutput, Transformer
 from engine.progress import Progress

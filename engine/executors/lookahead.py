@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.model.layers import DecoderLayer
 from engine.model.memory_layer import MemoryLayer
+from engine.model.norm import RmsNorm
 from memory_ops import operations
 from memory_ops.tables.value_table import ValueTable
 
@@ -16,7 +17,7 @@ _MAX_TOKENS = 32
 
 @dataclass(frozen=True)
 class LookaheadConfig:
-    """How early rows are predicted, and how many.
+    """How early rows are predicted, and how many; ValueError if a field is out of range.
 
     A memory layer computes its rows from the residual stream that enters its feed-forward. The
     stream that enters an earlier layer is similar: applied to it, the memory layer's norm, query
@@ -25,9 +26,6 @@ class LookaheadConfig:
     Attributes:
         distance: layers between prediction and read, the memory's own layer included.
         candidates: rows predicted per head.
-
-    Raises:
-        ValueError: a field is out of range.
     """
 
     distance: int
@@ -43,11 +41,8 @@ class LookaheadConfig:
 class PredictedMemory:
     """A memory layer as the lookahead needs it, for every executor.
 
-    Attributes:
-        index: index of its layer in the model.
-        num_subkeys: N.
-        tables: the tables that it reads.
-        half_scores: returns half scores ``[T, H, 2, N]`` for a residual stream ``[T, D]``.
+    ``index`` is its layer's index, ``num_subkeys`` N; ``half_scores`` maps a residual stream
+    ``[T, D]`` to half scores ``[T, H, 2, N]``.
     """
 
     index: int
@@ -63,11 +58,8 @@ class PredictedMemory:
 
 def predicted_memories(layers: Iterable[DecoderLayer]) -> list[PredictedMemory]:
     """The memory layers among a model's decoder layers."""
-    return [
-        _predicted(layer, layer.feed_forward)
-        for layer in layers
-        if isinstance(layer.feed_forward, MemoryLayer)
-    ]
+    found = ((layer.post_attention_layernorm, layer.feed_forward) for layer in layers)
+    return [_predicted(norm, memory) for norm, memory in found if isinstance(memory, MemoryLayer)]
 
 
 class Lookahead:
@@ -95,8 +87,8 @@ class Lookahead:
                 table.hint(rows_THK, memory.index)
 
 
-def _predicted(layer: DecoderLayer, memory: MemoryLayer) -> PredictedMemory:
+def _predicted(norm: RmsNorm, memory: MemoryLayer) -> PredictedMemory:
     def half_scores(residual_TD: Tensor) -> Tensor:
-        return memory.half_scores(layer.post_attention_layernorm(residual_TD))
+        return memory.half_scores(norm(residual_TD))
 
     return PredictedMemory(memory.index, memory.num_subkeys, memory.tables, half_scores)

@@ -13,6 +13,7 @@ from engine.model.config import ModelConfig
 from engine.model.layout import TokenLayout
 from engine.model.rotary import rotate
 from engine.model.uninitialised import Linear
+from memory_ops.anonymous import anonymous_zeros
 
 
 class Attention(nn.Module):
@@ -52,6 +53,17 @@ class Attention(nn.Module):
     def _heads(self, x_TF: Tensor) -> Tensor:
         # torch cannot infer a size if there are no tokens
         return torch.unflatten(x_TF, 1, (x_TF.shape[1] // self.head_dim, self.head_dim))
+
+
+def kv_memory(config: ModelConfig, num_blocks: int, block_size: int, like: Tensor) -> Tensor:
+    """Zeros ``[layers, blocks, 2, G, block_size, E]`` on the device and in the dtype of ``like``.
+
+    On a CPU, blocks occupy memory from their first write on; OSError if there is not enough.
+    """
+    shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
+    if like.device.type == "cpu":
+        return anonymous_zeros(shape, like.dtype)
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 def write_kv(k_TGE: Tensor, v_TGE: Tensor, layout: TokenLayout, kv_blocks: Tensor) -> None:

@@ -12,9 +12,8 @@ _TABLE, _DOWN_TABLE = "memory.table", "memory.down_table"
 class RopeScaling:
     """Llama 3's scaling of rotary frequencies for contexts longer than in training.
 
-    Frequencies of wavelengths longer than ``original_max_position / low_freq_factor`` are divided
-    by ``factor``; those of wavelengths shorter than ``original_max_position / high_freq_factor``
-    are unchanged, and those between are interpolated.
+    Wavelengths above ``original_max_position / low_freq_factor`` are multiplied by ``factor``,
+    those below ``original_max_position / high_freq_factor`` are unchanged, others interpolated.
     """
 
     factor: float
@@ -87,18 +86,16 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         # errors use the names in config.json
-        for name, value in (
-            ("num_local_experts", self.num_experts),
-            ("num_experts_per_tok", self.top_k),
-            ("moe_intermediate_size", self.expert_size),
-        ):
+        names = "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"
+        values = self.num_experts, self.top_k, self.expert_size
+        for name, value in zip(names, values, strict=True):
             if value < 1:
                 raise ValueError(f"{name}: must be greater than 0, not {value}")
         if self.num_experts > 4096:
             raise ValueError(f"num_local_experts: {self.num_experts} is more than 4096")
         if self.top_k > self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok: {self.top_k} exceeds num_local_experts {self.num_experts}"
+                f"num_experts_per_tok: {self.top_k} exceeds {self.num_experts}"
             )
         if self.router_loss_weight < 0:
             raise ValueError(f"router_aux_loss_coef: {self.router_loss_weight} is less than 0")
@@ -141,10 +138,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
         _positive(self, "num_kv_heads", "head_dim", "max_positions", "rms_norm_eps", "rope_theta")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}"
-            )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:
+            raise ValueError(f"num_kv_heads: {kv_heads} does not divide num_heads {heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: must be even for rotary embeddings, not {self.head_dim}")
         if not self.feed_forward:

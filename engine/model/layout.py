@@ -15,7 +15,7 @@ class PagedKv:
     """The KV blocks that a serving step writes and reads.
 
     Attributes:
-        kv_index_T: int64 ``[T]``, each token's block id * block size + offset in the block.
+        kv_index_T: int64, each token's block id * block size + offset in the block.
         block_table_SB: int64, per sequence the ids of the blocks of its context in order, then
             arbitrary values; rows may be strided.
         context_lengths: the number of each sequence's tokens, with those of this step.

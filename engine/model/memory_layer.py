@@ -31,10 +31,9 @@ class MemoryLayer(nn.Module):
     def __init__(
         self, config: MemoryConfig, kind: str, hidden_size: int, norm_eps: float, index: int = 0
     ) -> None:
-        """Make a layer of a ``kind`` of ``MEMORY_KINDS``, with uninitialised parameters.
+        """Make an uninitialised layer of a ``kind`` of ``MEMORY_KINDS``.
 
-        ``index`` is the layer's index in the model, by which tables count lookups; ``norm_eps`` is
-        the epsilon of the query norm.
+        Tables count lookups by ``index``, the layer's index; the query norm uses ``norm_eps``.
         """
         super().__init__()
         half_dim = config.query_dim // 2

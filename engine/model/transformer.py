@@ -92,11 +92,7 @@ class Transformer(nn.Module):
         return self.lm_head if self.lm_head is not None else self.model.embed_tokens
 
     def attach_tables(self, tables: Mapping[str, ValueTable]) -> None:
-        """Attach tables to the memory layers, by the names of ``ModelConfig.table_names``.
-
-        Raises:
-            ValueError: a table is missing, unknown, or of a wrong shape.
-        """
+        """Attach the tables ``ModelConfig.table_names``; ValueError for a wrong name or shape."""
         wanted, memory = self.config.table_names, self.config.memory
         if set(tables) != set(wanted):
             raise ValueError(f"tables: expected {list(wanted)}, got {sorted(tables)}")

@@ -25,14 +25,9 @@ def choose(logits_LV: Tensor, choices: Choices) -> Tensor:
 
     At temperature 0 it is the first of the largest logits. Otherwise it is the first id, in the
     order of the vocabulary, at which the sum of the kept weights exceeds ``uniform`` times their
-    total.
+    total. It is ``NO_TOKEN`` if a row's largest logit is infinite, or any is NaN.
 
-    Args:
-        logits_LV: ``[L, vocabulary]``, any floating dtype, on any device; not changed.
-        choices: one per row, of dtype ``CHOICE``.
-
-    Returns:
-        int64 ``[L]``; ``NO_TOKEN`` if a row's largest logit is infinite, or any is NaN.
+    ``logits_LV`` has any floating dtype and is not changed. Returns int64 ``[L]``.
     """
     chosen_L = _argmax(logits_LV)
     is_barren_L = ~logits_LV.gather(1, chosen_L.unsqueeze(1)).squeeze(1).isfinite()

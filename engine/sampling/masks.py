@@ -18,15 +18,12 @@ class TokenMask(Protocol):
         ``bitmask`` is zeroed, ``[ceil(vocabulary / 32)]``. If no bit is set, the request ends with
         an error.
         """
-        ...
 
     def accept(self, token_ids: Sequence[int]) -> None:
         """Advance by these tokens, each of which was allowed after those before it."""
-        ...
 
     def rollback(self, count: int) -> None:
         """Undo the last ``count`` accepted tokens."""
-        ...
 
 
 def row_bitmasks(mask: TokenMask, drafts: Sequence[int], vocab_size: int) -> Bitmask:

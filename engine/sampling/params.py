@@ -15,7 +15,7 @@ MAX_TEMPERATURE = 100.0
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Parameters that choose the tokens of one request and end its answer.
+    """Sampling parameters of one request; RequestError if a field is out of range.
 
     They apply in this order: repetition, presence and frequency penalties, logit_bias, allowed and
     bad tokens and min_tokens, temperature, top_k, top_p, min_p.
@@ -28,9 +28,6 @@ class SamplingParams:
         logprobs: number of likeliest tokens whose log-probabilities come with each chosen token's,
             by the model's softmax before any of the above; None returns none at all.
         prompt_logprobs: the same for all prompt tokens but the first.
-
-    Raises:
-        RequestError: a field is out of range.
     """
 
     max_tokens: int = option(16, "maximum number of tokens to generate")
@@ -62,11 +59,8 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         """Whether earlier tokens change the logits."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-        )
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return penalties != (1.0, 0.0, 0.0)
 
     @cached_property
     def needs_history(self) -> bool:
@@ -104,13 +98,11 @@ class SamplingParams:
             yield "top_k", f"must be -1 or more, not {self.top_k}"
         if not 0 < self.top_p <= 1:
             yield "top_p", f"must be above 0 and at most 1, not {self.top_p}"
-        if not 0 <= self.min_p <= 1:
-            yield "min_p", f"must be 0 to 1, not {self.min_p}"
-        if not 0.01 <= self.repetition_penalty <= 100:
-            yield "repetition_penalty", f"must be 0.01 to 100, not {self.repetition_penalty}"
-        for param in ("presence_penalty", "frequency_penalty"):
-            if not -2 <= getattr(self, param) <= 2:
-                yield param, f"must be -2 to 2, not {getattr(self, param)}"
+        ranges = {"min_p": (0, 1), "repetition_penalty": (0.01, 100)}
+        ranges |= {"presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}
+        for param, (least, most) in ranges.items():
+            if not least <= getattr(self, param) <= most:
+                yield param, f"must be {least} to {most}, not {getattr(self, param)}"
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             yield "seed", f"{self.seed} does not fit in 64 bits"
         yield from self._mistakes_in_lists()

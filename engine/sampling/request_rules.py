@@ -28,9 +28,8 @@ class RequestRules:
         biases = dict(params.logit_bias)
         self.bias_ids = _ids(biases)
         self.bias_values = np.array(list(biases.values()), dtype=np.float32)
-        self.allowed_ids: Ids | None = None
-        if params.allowed_token_ids is not None:
-            self.allowed_ids = _ids(params.allowed_token_ids)
+        allowed = params.allowed_token_ids
+        self.allowed_ids = None if allowed is None else _ids(allowed)
         self._ends = _ids(params.stop_token_ids | eos_ids)
         self._bad_ids = _ids(word[0] for word in params.bad_words if len(word) == 1)
         # by the id before the banned one, so that a step compares few words

@@ -1,8 +1,34 @@
-"""Allocates KV blocks and caches those of known prefixes; ids only, no tensors."""
+"""Allocates KV blocks and caches those of known prefixes, by keyed hashes; ids, no tensors."""
 
+import hashlib
+import secrets
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
+
+
+class PrefixHasher:
+    """Prefix hashes of one engine, chained from block to block; a random key prevents forgery.
+
+    Callers with different salts share no prefixes, so response times reveal nothing between them.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._secret = secrets.token_bytes(32)
+
+    def extend(self, hashes: list[bytes], token_ids: Sequence[int], salt: str) -> None:
+        """Append to ``hashes`` the missing hashes of the full blocks of ``token_ids``."""
+        size = self._block_size
+        previous = hashes[-1] if hashes else self._digest(salt.encode())
+        for start in range(len(hashes) * size, len(token_ids) - size + 1, size):
+            block = array("q", token_ids[start : start + size])
+            previous = self._digest(previous + block.tobytes())
+            hashes.append(previous)
+
+    def _digest(self, data: bytes) -> bytes:
+        return hashlib.blake2b(data, key=self._secret, digest_size=16).digest()
 
 
 class BlockPool:
@@ -17,7 +43,7 @@ class BlockPool:
     2. blocks that were never used, in the order of their ids: each makes the pool's memory grow;
     3. cached blocks, the least recently used first: each is evicted.
 
-    A hash identifies a block's tokens and all that precede them (``scheduling.prefix_hash``).
+    A hash identifies a block's tokens and all that precede them (``PrefixHasher``).
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -75,10 +101,7 @@ class BlockPool:
                 self._cached[block] = None
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Raise AssertionError unless states and hashes agree with ``held``.
-
-        ``held`` lists the blocks of all sequences, with repeats.
-        """
+        """Raise AssertionError if the pool disagrees with ``held``, the blocks of all sequences."""
         holders = Counter(held)
         assert all(self._holders[b] == holders[b] for b in range(self.num_blocks)), "wrong holders"
         unused = range(self._num_used, self.num_blocks)

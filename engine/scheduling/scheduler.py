@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from engine.config import EngineConfig
 from engine.request import Request, TokenOutput
 from engine.sampling.masks import TokenMask
-from engine.scheduling.kv_blocks import BlockPool
-from engine.scheduling.prefix_hash import PrefixHasher
+from engine.scheduling.kv_blocks import BlockPool, PrefixHasher
 from engine.scheduling.sequence import Ending, Sequence
 from engine.scheduling.step_plan import ChunkResult, SequenceChunk, StepPlan
 

@@ -1,7 +1,6 @@
 """The plan of one step and its results, as plain data; every rank runs the same plan."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from engine.sampling.params import SamplingParams, TokenLogprobs
@@ -12,7 +11,6 @@ class Drafter(Protocol):
 
     def draft(self, token_ids: Sequence[int], count: int) -> Sequence[int]:
         """Up to ``count`` tokens that may follow these; fewer, or none, are allowed."""
-        ...
 
 
 class SequenceChunk(NamedTuple):
@@ -59,8 +57,7 @@ class SequenceChunk(NamedTuple):
         return 1 + self.num_drafts if self.samples else 0
 
 
-@dataclass(frozen=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """The chunks of one step; they share one ragged forward in this order."""
 
     chunks: tuple[SequenceChunk, ...]

@@ -11,8 +11,8 @@ from engine.executors.cpu.decoder import CpuDecoder
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.layers import pack_layer
 from engine.executors.cpu.packing import pack_linear
-from engine.executors.kv_memory import kv_memory
 from engine.executors.lookahead import Lookahead, LookaheadConfig
+from engine.model.attention import kv_memory
 from engine.model.forward_trace import ForwardTrace
 from engine.model.layout import TokenLayout
 from engine.model.rotary import rope_angles

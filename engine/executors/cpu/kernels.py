@@ -22,17 +22,12 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 # PROGRESS_COUNTERS of progress.h, and LINE of memory_ops' simd.h
 _PROGRESS_COUNTERS, _LINE = 64, 64
 _LOGITS = (_POINTER, *[_INT64] * 3, _INT32)
+_LAYERS = (_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4)
 CPU_LIBRARY = NativeLibrary(
     Path(__file__).parent / "native",
     {
         "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32, _POINTER)),
-        "memplus_decoder_layers": (
-            _INT32,
-            (
-                *(_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4),
-                *[_POINTER] * 4,
-            ),
-        ),
+        "memplus_decoder_layers": (_INT32, (*_LAYERS, *[_POINTER] * 4)),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),
         "memplus_pack_rows": (None, (_POINTER, _POINTER, _INT64, _POINTER, *[_INT64] * 4)),
@@ -125,10 +120,7 @@ class CpuKernels:
 
         ``residual`` is contiguous; the other arguments are those of ``Transformer.forward``.
         Returns the int64 rows that the M memories of the run read, and their weights,
-        ``[M, T, H, K]``, and counts them in the tables.
-
-        Raises:
-            TableReadError: rows could not be read.
+        ``[M, T, H, K]``, and counts them in the tables. Raises TableReadError.
         """
         cosines, sines = angles
         assert residual_TD.is_contiguous() and kv_blocks.is_contiguous()
@@ -187,12 +179,9 @@ class CpuKernels:
         assert (at_2P >= 0).all() and (at_2P.max(axis=1, initial=0) < logits_LV.shape).all()
         assert 0 <= num_best <= logits_LV.shape[1]
         count = len(rows)
-        scores = Scores(
-            torch.empty(count),
-            torch.empty(count, dtype=torch.int64),
-            torch.empty(count, num_best, dtype=torch.int64),
-            torch.empty(count, num_best),
-        )
+        own_P, ranks_P = torch.empty(count), torch.empty(count, dtype=torch.int64)
+        best_ids_PK = torch.empty(count, num_best, dtype=torch.int64)
+        scores = Scores(own_P, ranks_P, best_ids_PK, torch.empty(count, num_best))
         logits_LV, logits = _logits(logits_LV)
         at = [at_P.ctypes.data for at_P in at_2P]
         self._library.memplus_log_probabilities(

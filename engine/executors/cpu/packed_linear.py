@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ class _Fields(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class WeightRows:
+class WeightRows(NamedTuple):
     """Rows of weights ``[outputs, inputs]``, and their place in a packed product.
 
     Attributes:
@@ -52,8 +51,7 @@ class PackedLinear:
         address: address of the native description.
         num_bytes: bytes of the weights.
         num_inputs: input values per row of each block.
-        num_outputs: output values per row, all blocks together.
-        out_dtype: dtype of the outputs.
+        num_outputs: output values per row of all blocks, in ``out_dtype``.
     """
 
     def __init__(
@@ -68,18 +66,13 @@ class PackedLinear:
     ) -> None:
         """Copy the rows, which are all fp32 or all bf16. ``norm`` is a weight and its epsilon."""
         dtype = rows[0].weight_OI.dtype
-        fields = _Fields(
-            blocks=1 + max(part.block for part in rows),
-            inputs=rows[0].weight_OI.shape[1],
-            outputs=outputs,
-            is_bf16=dtype == torch.bfloat16,
-            is_gated=is_gated,
-            has_wide_outputs=has_wide_outputs,
-        )
-        self._fields = fields
-        self.address = ctypes.addressof(fields)
         self.num_inputs: int = rows[0].weight_OI.shape[1]
-        self.num_outputs = int(fields.blocks * outputs)
+        num_blocks = 1 + max(part.block for part in rows)
+        fields = _Fields(blocks=num_blocks, inputs=self.num_inputs, outputs=outputs)
+        fields.is_bf16, fields.is_gated = dtype == torch.bfloat16, is_gated
+        fields.has_wide_outputs = has_wide_outputs
+        self._fields, self.address = fields, ctypes.addressof(fields)
+        self.num_outputs = num_blocks * outputs
         self.out_dtype = torch.float32 if has_wide_outputs else dtype
         self.num_bytes: int = library.memplus_panel_bytes(self.address)
         # the kernels' last prefetches may point behind this memory

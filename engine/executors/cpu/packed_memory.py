@@ -41,14 +41,9 @@ class _Fields(ctypes.Structure):
 
 
 class PackedMemory:
-    """The native form of a memory layer.
+    """The native form of a memory layer, described at ``address`` to the kernels.
 
-    Attributes:
-        address: address of the native description.
-        source: the source of the table's rows, in a format that the kernels read.
-        num_bytes: bytes of the weights without the table.
-        num_heads: H, memory heads.
-        top_k: K, rows per head.
+    ``num_bytes`` counts the weights without the table, whose rows come from ``source``.
     """
 
     def __init__(

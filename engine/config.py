@@ -1,18 +1,12 @@
 """Settings of the engine: limits and KV memory, as validated plain data without torch."""
 
 import math
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass
 
 from engine.errors import ConfigError
+from engine.sampling.params import option
 
-T = TypeVar("T")
 _MAX_KV_BYTES = 2 * 2**30
-
-
-def option(default: T, help: str) -> T:
-    """A dataclass field with its default and its help on the command line."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)

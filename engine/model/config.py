@@ -94,9 +94,7 @@ class MixtureConfig:
         if self.num_experts > 4096:
             raise ValueError(f"num_local_experts: {self.num_experts} is more than 4096")
         if self.top_k > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok: {self.top_k} exceeds {self.num_experts}"
-            )
+            raise ValueError(f"num_experts_per_tok: {self.top_k} exceeds {self.num_experts}")
         if self.router_loss_weight < 0:
             raise ValueError(f"router_aux_loss_coef: {self.router_loss_weight} is less than 0")
 

@@ -1,16 +1,21 @@
 """Sampling parameters of one request, and the log-probabilities that they ask for."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from engine.config import option
 from engine.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_LISTED_IDS = 1024
 MAX_TEMPERATURE = 100.0
+T = TypeVar("T")
+
+
+def option(default: T, help: str) -> T:
+    """A dataclass field that is an option of the command line, with its default and help."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)

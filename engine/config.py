@@ -13,22 +13,22 @@ _MAX_KV_BYTES = 2 * 2**30
 class EngineConfig:
     """Limits and KV memory of one engine; ConfigError if a field is out of range."""
 
-    max_num_seqs: int = option(64, "maximum number of sequences that run at the same time")
-    max_batched_tokens: int = option(
-        512, "maximum number of tokens in one step, prompts and decodes together"
+    max_num_seqs: int = option(
+        64,
+        "sequences that run at the same time",
+        group=("engine", "--max-num-seqs 16 --kv-cache-gib 4"),
     )
+    max_batched_tokens: int = option(512, "tokens per step, prompts and decodes together")
     max_model_len: int | None = option(
-        None, "maximum length of prompt plus answer, in tokens (default: the model's own)"
+        None, "longest prompt plus answer (default: the model's limit)"
     )
     block_size: int = option(16, "tokens per KV block")
     kv_cache_gib: float | None = option(
         None,
-        "memory for the KV blocks of all layers, in GiB (default: enough for all sequences, at"
-        " most 2 GiB and the memory that weights and tables leave free)",
+        "memory for KV blocks (default: enough for all sequences, at most 2 GiB and at most the"
+        " memory that weights and tables leave free)",
     )
-    debug_checks: bool = option(
-        False, "check the accounting of all KV blocks whenever the engine becomes idle (slow)"
-    )
+    debug_checks: bool = option(False, "check all KV blocks whenever the engine is idle; slow")
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batched_tokens", "max_model_len", "block_size"):

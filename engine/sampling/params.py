@@ -13,9 +13,9 @@ MAX_TEMPERATURE = 100.0
 T = TypeVar("T")
 
 
-def option(default: T, help: str) -> T:
+def option(default: T, help: str, **metadata: object) -> T:
     """A dataclass field that is an option of the command line, with its default and help."""
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,23 @@ class SamplingParams:
         prompt_logprobs: the same for all prompt tokens but the first.
     """
 
-    max_tokens: int = option(16, "maximum number of tokens to generate")
-    min_tokens: int = option(0, "number of tokens before an end token or stop token is allowed")
-    temperature: float = option(1.0, "divide the logits by this; 0 chooses the likeliest token")
-    top_k: int = option(0, "sample among the k likeliest tokens (0 or -1: all)")
-    top_p: float = option(1.0, "sample among the fewest tokens that reach this probability")
-    min_p: float = option(0.0, "sample among tokens at least this fraction as likely as the best")
-    repetition_penalty: float = option(
-        1.0, "divide positive logits of earlier tokens by this, multiply negative ones by it"
+    max_tokens: int = option(
+        16,
+        "generate at most this many tokens",
+        group=("sampling", "--max-tokens 64 --temperature 0.7 --top-p 0.9"),
     )
+    min_tokens: int = option(0, "generate at least this many tokens")
+    temperature: float = option(1.0, "divide logits by this; 0 takes the likeliest token")
+    top_k: int = option(0, "sample from the k likeliest tokens; 0 or -1: all")
+    top_p: float = option(
+        1.0, "sample from the likeliest tokens that together reach this probability"
+    )
+    min_p: float = option(0.0, "least probability, as a fraction of the likeliest token's")
+    repetition_penalty: float = option(1.0, "above 1 makes all tokens so far less likely")
     presence_penalty: float = option(0.0, "subtract this from the logits of generated tokens")
-    frequency_penalty: float = option(
-        0.0, "subtract this from a token's logit each time it was generated"
-    )
-    seed: int | None = option(None, "the same seed gives the same tokens (default: random)")
-    ignore_eos: bool = option(False, "continue after the end-of-sequence token")
+    frequency_penalty: float = option(0.0, "subtract this once per occurrence of a generated token")
+    seed: int | None = option(None, "sampling seed (default: random)")
+    ignore_eos: bool = option(False, "continue after end of sequence")
     stop_token_ids: frozenset[int] = frozenset()
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: frozenset[int] | None = None

@@ -1,1 +1,1 @@
-"""HTTP in, HTTP out, and the command line; the one place that joins weights and engine."""
+"""The HTTP server and the command line: the only package that joins weights and engine."""

@@ -1,4 +1,4 @@
-"""Settings of the command and of the server, and all that is read from the environment."""
+"""Settings of the command line and the server; the only file that reads the environment."""
 
 import math
 import os
@@ -16,26 +16,31 @@ _CACHE = "2GiB"
 _LOOKAHEAD_SHARE = 0.5
 _TIERS = ("auto", "device", "host", "disk")
 _MOST_THREADS = 1024
-# Polls of a waiting OpenMP thread before it sleeps: about as long as waking it takes. By default
-# libgomp polls for milliseconds, whole time slices that another process could use.
+# Polls of a waiting OpenMP thread before it sleeps; they take about as long as a wake-up. By
+# default libgomp polls for milliseconds, which are whole time slices that other processes need.
 _SPIN_COUNT = 1000
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, in which precision it runs, and where its value tables lie.
+    """The model, its precision, and the placement of its value tables.
 
     Raises:
         ConfigError: a field is out of range.
     """
 
     model: str = field(
-        default=DEFAULT_MODEL, metadata={"help": "a known name or a checkpoint folder"}
+        default=DEFAULT_MODEL,
+        metadata={
+            "group": ("model", "--model ./my-model --dtype bfloat16"),
+            "metavar": "NAME|DIR",
+            "help": "name of a known model, or a checkpoint folder",
+        },
     )
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "precision of weights and KV cache; auto is float32 for float32 weights,"
+            "help": "precision of weights and KV cache; auto: float32 for float32 weights,"
             " else bfloat16",
             "choices": ("auto", "bfloat16", "float32"),
         },
@@ -43,114 +48,126 @@ class ModelOptions:
     table_tier: str = field(
         default="auto",
         metadata={
-            "help": "device holds value tables in memory; disk reads rows from the model's files;"
-            " auto is device where they fit, else disk; host is for GPUs",
+            "group": ("value tables", "--table-tier disk --table-cache 8GiB"),
+            "help": "device keeps value tables in memory; disk reads rows from the model's files;"
+            " auto: device if the tables fit, else disk; host needs a GPU",
             "choices": _TIERS,
         },
     )
     table_cache: str | None = field(
         default=None,
         metadata={
-            "help": "memory for rows of the disk tier: KiB, MiB, GiB"
-            f" (default: {_CACHE}, less where auto finds less)"
+            "metavar": "SIZE",
+            "help": "row cache of the disk tier, as a number with KiB, MiB or GiB"
+            f" (default: {_CACHE}, less if auto finds less free memory)",
         },
     )
     table_dtype: str = field(
         default="auto",
         metadata={
-            "help": "of value tables in memory, converted as they are loaded; auto is as stored",
+            "help": "convert value tables in memory to this dtype; auto: as stored",
             "choices": ("auto", *TABLE_DTYPES),
         },
     )
     table_lookahead: int = field(
         default=0,
         metadata={
-            "help": "layers early that rows on disk are guessed, and their reading begun; 0: never"
+            "metavar": "LAYERS",
+            "help": "prefetch predicted rows this many layers ahead (0 disables it)",
         },
     )
     table_lookahead_share: float | None = field(
         default=None,
         metadata={
-            "help": "rows that are guessed, the likeliest, as a share of those to be read"
+            "help": "predicted rows per lookup, as a fraction of the rows it reads"
             f" (default: {_LOOKAHEAD_SHARE})"
         },
     )
     verify_tables: bool = field(
         default=False,
-        metadata={"help": "compare value tables with the checksums in their files, before serving"},
+        metadata={"help": "compare value tables with the checksums in their files before use"},
     )
 
     def __post_init__(self) -> None:
         if self.table_tier not in _TIERS:
-            raise ConfigError(f"table_tier: {self.table_tier!r} is none of {', '.join(_TIERS)}")
+            raise ConfigError(f"table_tier: {self.table_tier!r} is not one of {', '.join(_TIERS)}")
         if self.table_tier == "host":
-            raise ConfigError("table_tier: host needs a GPU, and this engine runs on the CPU")
+            raise ConfigError("table_tier: host needs a GPU, but this engine runs on the CPU")
         if self.table_lookahead < 0:
             raise ConfigError(f"table_lookahead: must be 0 or more, not {self.table_lookahead}")
         if self.table_lookahead and self.table_tier == "device":
-            raise ConfigError("table_lookahead: is for --table-tier disk, and would be ignored")
+            raise ConfigError("table_lookahead: needs --table-tier disk or auto, not device")
         if self.table_lookahead_share is not None:
             if not 0 < self.table_lookahead_share <= 8:
                 share = self.table_lookahead_share
                 raise ConfigError(f"table_lookahead_share: {share} is outside (0, 8]")
             if not self.table_lookahead:
-                message = "table_lookahead_share: is for --table-lookahead, and would be ignored"
-                raise ConfigError(message)
+                raise ConfigError("table_lookahead_share: needs --table-lookahead above 0")
         self._check_cache()
 
     def _check_cache(self) -> None:
         if self.table_cache is None:
             return
         if self.table_tier == "device":
-            raise ConfigError("table_cache: is for --table-tier disk, and would be ignored")
+            raise ConfigError("table_cache: needs --table-tier disk or auto, not device")
         if not re.fullmatch(r"[0-9]{1,9}(KiB|MiB|GiB)", self.table_cache):
             raise ConfigError(
-                f"table_cache: expected a number of KiB, MiB or GiB, got {self.table_cache!r}"
+                f"table_cache: must be a number with KiB, MiB or GiB, not {self.table_cache!r}"
             )
         if not self.table_cache_bytes:
-            raise ConfigError(f"table_cache: must be more than nothing, not {self.table_cache}")
+            raise ConfigError(f"table_cache: must be more than 0, not {self.table_cache}")
 
     @property
     def lookahead_share(self) -> float:
-        """Rows that are guessed for each that is read, where rows are guessed at all."""
+        """Predicted rows per lookup, as a fraction of the rows that it reads."""
         share = self.table_lookahead_share
         return _LOOKAHEAD_SHARE if share is None else share
 
     @property
     def table_cache_bytes(self) -> int:
-        """For rows, where tables lie on disk."""
-        asked = self.table_cache or _CACHE
-        number, unit = int(asked[:-3]), asked[-3:]
+        """Size of the disk tier's row cache, in bytes."""
+        size = self.table_cache or _CACHE
+        number, unit = int(size[:-3]), size[-3:]
         return number << {"KiB": 10, "MiB": 20, "GiB": 30}[unit]
 
 
 @dataclass(frozen=True)
 class HttpOptions:
-    """Where the server listens and what it takes.
+    """The server's address and its limits.
 
     Raises:
         ConfigError: a field is out of range.
     """
 
-    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
-    port: int = field(default=8000, metadata={"help": "port to listen on; 0 takes a free one"})
+    host: str = field(
+        default="127.0.0.1",
+        metadata={
+            "group": ("HTTP", "--host 0.0.0.0 --port 8080 --max-body-mib 16"),
+            "metavar": "ADDRESS",
+            "help": "address to listen on",
+        },
+    )
+    port: int = field(
+        default=8000, metadata={"metavar": "PORT", "help": "port to listen on; 0 takes a free one"}
+    )
     served_model_name: str | None = field(
         default=None, metadata={"help": "the model's name for clients (default: from --model)"}
     )
     max_queued_requests: int = field(
-        default=256, metadata={"help": "prompts that may wait beyond those that run; then 503"}
+        default=256,
+        metadata={"help": "prompts that may wait besides the running ones; more get a 503"},
     )
-    max_body_mib: int = field(default=4, metadata={"help": "largest request body, in MiB"})
+    max_body_mib: int = field(default=4, metadata={"help": "largest request body"})
     body_timeout_s: int = field(
-        default=30, metadata={"help": "seconds in which a request body must have come"}
+        default=30, metadata={"help": "longest time for a request body to arrive"}
     )
     shutdown_timeout_s: int = field(
-        default=10, metadata={"help": "seconds that running requests get after SIGTERM or SIGINT"}
+        default=10, metadata={"help": "time for running requests to finish after SIGTERM or SIGINT"}
     )
     log_interval_s: int = field(
         default=10,
         metadata={
-            "help": "seconds between lines that say what is done while there is work; 0: none"
+            "help": "log a throughput line every this many seconds while busy (0 disables it)"
         },
     )
 
@@ -167,14 +184,18 @@ class HttpOptions:
 
 @dataclass(frozen=True)
 class SupervisionOptions:
-    """How the engine process is watched, and what follows when it dies.
+    """Supervision of the engine process.
 
     Raises:
         ConfigError: a field is out of range.
     """
 
     engine_restarts: int = field(
-        default=0, metadata={"help": "how many times a dead engine process is started again"}
+        default=0,
+        metadata={
+            "group": ("supervision", "--engine-restarts 3 --stall-timeout-s 30"),
+            "help": "restart a dead engine process at most this many times",
+        },
     )
     stall_timeout_s: float = field(
         default=4.0,
@@ -184,14 +205,14 @@ class SupervisionOptions:
     def __post_init__(self) -> None:
         if self.engine_restarts < 0:
             raise ConfigError(f"engine_restarts: must be 0 or more, not {self.engine_restarts}")
-        # it gives a sign of life every half second
+        # the engine sends a heartbeat every half second
         if not 2 <= self.stall_timeout_s < math.inf:
             raise ConfigError(f"stall_timeout_s: must be at least 2, not {self.stall_timeout_s}")
 
 
 @dataclass(frozen=True)
 class ThreadOptions:
-    """CPU threads that compute.
+    """The number of CPU threads that compute.
 
     Raises:
         ConfigError: a field is out of range.
@@ -199,7 +220,10 @@ class ThreadOptions:
 
     threads: int | None = field(
         default=None,
-        metadata={"help": "CPU threads (default: the cores that affinity and cgroup quota allow)"},
+        metadata={
+            "group": ("threads", "--threads 4"),
+            "help": "CPU threads (default: the cores that affinity and cgroup quota allow)",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -209,7 +233,7 @@ class ThreadOptions:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What the engine process needs to build its engine."""
+    """Settings with which the engine process builds its engine."""
 
     model: ModelOptions
     cache_folder: Path
@@ -217,7 +241,7 @@ class EngineSettings:
 
 
 def cache_folder() -> Path:
-    """Where prepared models are kept: MEMPLUS_CACHE, or memplus in the user's cache folder."""
+    """The folder of prepared models: MEMPLUS_CACHE, or memplus in the user's cache folder."""
     chosen = os.environ.get("MEMPLUS_CACHE")
     if chosen:
         return Path(chosen)
@@ -232,12 +256,12 @@ def set_threads(options: ThreadOptions) -> str:
     user's own environment variables stay as they are, but ``--threads`` overrides the number.
 
     Returns:
-        one line for the log: how many threads, and why.
+        a log line with the number of threads and the reason for it.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(_SPIN_COUNT)
     if options.threads is not None:
-        # MKL alone would take no more threads than there are cores, and torch as many as MKL
+        # MKL caps its threads at the number of cores, and torch uses as many threads as MKL
         number = str(options.threads)
         os.environ |= {"OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number, "MKL_DYNAMIC": "FALSE"}
         return f"threads: {number} (--threads)"

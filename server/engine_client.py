@@ -1,4 +1,4 @@
-"""The engine process as the event loop sees it: streams of outputs, aborts, and its whole life."""
+"""The event loop's client of the engine process: output streams, aborts, watchdog, restarts."""
 
 import asyncio
 import contextlib
@@ -17,14 +17,15 @@ _RESTART_PAUSE_S = 1.0
 
 
 class EngineClient:
-    """Hands requests to an engine process and outputs to those who wait for them.
+    """Sends requests to an engine process and delivers the outputs to their streams.
 
-    It notices when the process dies or hangs, ends the requests that were there with errors, and
-    starts another where it may.
+    If the process dies or hangs, its requests fail with errors. The client then starts a new
+    process while restarts are left.
 
     Attributes:
-        is_alive: whether the engine takes requests.
-        is_lost: whether it never will again: it has ended and no restarts are left.
+        is_alive: whether the engine accepts requests.
+        is_lost: whether the engine has died for good, with no restarts left.
+        lost_tables: the value tables that can no longer be read, with the reason.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class EngineClient:
         supervision: SupervisionOptions,
         make_process: Callable[[], EngineProcess],
     ) -> None:
-        """Take over a started ``process``; ``make_process`` makes those that follow it."""
+        """Take over a started ``process``; ``make_process`` makes its replacements."""
         self._process = process
         self._on_statistics = on_statistics
         self._supervision = supervision
@@ -49,12 +50,12 @@ class EngineClient:
         self.lost_tables: tuple[str, ...] = ()
 
     def attach(self) -> None:
-        """Listen to the process, and watch it, from the running event loop."""
+        """Start to read from the process and to watch it, in the running event loop."""
         self._listen()
-        self._begin(self._watch())
+        self._spawn(self._watch())
 
     async def detach(self) -> None:
-        """Stop watching; an engine that was being started is stopped."""
+        """Stop the watchdog, and a restart that is under way."""
         self._is_closing = True
         tasks = list(self._tasks)
         for task in tasks:
@@ -64,41 +65,41 @@ class EngineClient:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def stop(self) -> None:
-        """End the process that is there now."""
+        """End the current process."""
         self._is_closing = True
         self._process.stop()
 
     def submit(self, requests: Sequence[Request]) -> "TokenStream":
-        """Start requests, whose outputs come in one stream; the caller must close it."""
+        """Send requests; one stream carries their outputs, and the caller must close it."""
         stream = TokenStream([request.request_id for request in requests], self.abort)
         for request in requests:
             if self.is_alive:
                 self._streams[request.request_id] = stream
                 self._process.send(request)
             else:
-                stream.put(_gone(request.request_id))
+                stream.put(_died_output(request.request_id))
         return stream
 
     def abort(self, request_id: str) -> None:
-        """Forget a request that nobody waits for any more."""
+        """Abort a request whose outputs are no longer needed."""
         if self._streams.pop(request_id, None) is not None:
             self._process.send(Abort(request_id))
 
     def end_all(self, error: str) -> None:
-        """End every request under way with an error."""
+        """End every request in flight with an error."""
         for request_id in list(self._streams):
             self._process.send(Abort(request_id))
             self._deliver(TokenOutput(request_id, finish_reason="error", error=error))
 
     def handle(self, output: StepOutput) -> None:
-        """Deal out what a step gave; its tokens first, which someone waits for."""
+        """Deliver a step's outputs; tokens come first, because clients wait for them."""
         self.lost_tables = output.statistics.lost_tables
         for token_output in output.outputs:
             self._deliver(token_output)
         self._on_statistics(output.statistics)
 
     def _handle_from(self, process: EngineProcess, output: StepOutput) -> None:
-        """Deal out what a process says, unless it was given up: its totals were closed then."""
+        """Handle an output, unless its process was replaced: its totals are already closed."""
         if process is self._process and self.is_alive:
             self.handle(output)
 
@@ -111,7 +112,7 @@ class EngineClient:
         stream.put(output)
 
     def _listen(self) -> None:
-        """Read the process's messages in a thread and handle them in the event loop."""
+        """Read the process's messages in a thread, and handle them in the event loop."""
         loop, process = asyncio.get_running_loop(), self._process
         self._last_progress = time.monotonic()
 
@@ -124,8 +125,8 @@ class EngineClient:
                         loop.call_soon_threadsafe(self._engine_died, process)
                         return
                     if process is not self._process:
-                        continue  # what is left in its pipe is no sign of its successor's life
-                    # noted here, so that a busy loop does not take itself for a silent engine
+                        continue  # old messages do not show that the new process lives
+                    # set in this thread, so that a busy event loop does not look like a stall
                     self._last_progress = time.monotonic()
                     if isinstance(message, Heartbeat):
                         self._last_progress -= message.stalled_s
@@ -135,17 +136,17 @@ class EngineClient:
         threading.Thread(target=read, name="engine-reader", daemon=True).start()
 
     async def _watch(self) -> None:
-        looked = time.monotonic()
+        now = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
-            last, looked = looked, time.monotonic()
-            if looked - last > WATCH_EVERY_S + PAUSE_S:
-                self._last_progress = looked  # signs of life may be there, but were not read yet
-            stalled_s = looked - self._last_progress
+            last, now = now, time.monotonic()
+            if now - last > WATCH_EVERY_S + PAUSE_S:
+                self._last_progress = now  # this process was paused; heartbeats may be unread
+            stalled_s = now - self._last_progress
             if self.is_alive and stalled_s > self._supervision.stall_timeout_s:
                 logger.error(
-                    "the engine process made no progress for %.1f s beyond what its work may take"
-                    " and is killed; if it is only slow, raise --stall-timeout-s",
+                    "killing the engine process: no progress for %.1f s beyond the time that its"
+                    " work may take; if it is only slow, raise --stall-timeout-s",
                     stalled_s,
                 )
                 self._process.kill()
@@ -154,13 +155,13 @@ class EngineClient:
     def _engine_died(self, process: EngineProcess) -> None:
         if self._is_closing or process is not self._process or not self.is_alive:
             return
-        logger.error("the engine process has ended; its requests end with errors")
+        logger.error("the engine process has died; its requests fail with errors")
         self.is_alive = False
-        self.lost_tables = ()  # the next process opens them anew
+        self.lost_tables = ()  # the next process opens the tables again
         self._on_statistics(EngineStatistics())
         for request_id in list(self._streams):
-            self._deliver(_gone(request_id))
-        self._begin(self._restart(process))
+            self._deliver(_died_output(request_id))
+        self._spawn(self._restart(process))
 
     async def _restart(self, dead: EngineProcess) -> None:
         await asyncio.to_thread(dead.stop)
@@ -170,23 +171,23 @@ class EngineClient:
             try:
                 await asyncio.to_thread(self._process.start)
             except (EngineStartError, OSError) as error:
-                logger.error("the engine could not be started again: %s", error)
+                logger.error("restart of the engine failed: %s", error)
                 await asyncio.sleep(_RESTART_PAUSE_S)
                 continue
             self.is_alive = True
             self._listen()
-            logger.warning("the engine runs again; %d restarts are left", self._restarts_left)
+            logger.warning("the engine was restarted; %d restarts are left", self._restarts_left)
             return
         self.is_lost = not self._is_closing
 
-    def _begin(self, work: "asyncio._CoroutineLike[None]") -> None:
+    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
 class TokenStream:
-    """Outputs of a few requests, interleaved as they come: (index of the request, output)."""
+    """The outputs of one or more requests in order of arrival, each with its request's index."""
 
     def __init__(self, request_ids: Sequence[str], abort: Callable[[str], None]) -> None:
         self._index = {request_id: index for index, request_id in enumerate(request_ids)}
@@ -195,11 +196,11 @@ class TokenStream:
         self._outputs: asyncio.Queue[TokenOutput] = asyncio.Queue()
 
     def put(self, output: TokenOutput) -> None:
-        """Hand an output to whoever iterates."""
+        """Add an output to the stream."""
         self._outputs.put_nowait(output)
 
     async def outputs(self) -> AsyncIterator[tuple[int, TokenOutput]]:
-        """Every output until all requests have finished or were ended by ``end``."""
+        """Every (request index, output), until all requests have finished or ``end`` ended them."""
         while self._unfinished:
             output = await self._outputs.get()
             if output.request_id not in self._unfinished:
@@ -209,18 +210,18 @@ class TokenStream:
             yield self._index[output.request_id], output
 
     def end(self, index: int) -> None:
-        """Abort one request; no more of its outputs come."""
+        """Abort one request and drop its further outputs."""
         request_id = next(name for name, at in self._index.items() if at == index)
         if request_id in self._unfinished:
             self._unfinished.remove(request_id)
             self._abort(request_id)
 
     def close(self) -> None:
-        """Abort whatever has not finished."""
+        """Abort all unfinished requests."""
         for request_id in self._unfinished:
             self._abort(request_id)
         self._unfinished = set()
 
 
-def _gone(request_id: str) -> TokenOutput:
-    return TokenOutput(request_id, finish_reason="error", error="the engine process has ended")
+def _died_output(request_id: str) -> TokenOutput:
+    return TokenOutput(request_id, finish_reason="error", error="the engine process has died")

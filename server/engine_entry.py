@@ -1,10 +1,12 @@
-"""What runs in the engine process: prepare the model, load it, serve the connection."""
+"""The engine process: prepares and loads the model, then serves requests over a pipe."""
 
 import gc
 import logging
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+import torch
 
 from engine.allocator import keep_freed_memory
 from engine.config import EngineConfig
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(connection: Connection, settings: EngineSettings) -> None:
-    """Build an engine and run it, or say why there is none."""
+    """Build an engine and run it; if it cannot be built, send the reason."""
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(name)s: %(message)s")
     try:
@@ -35,68 +37,78 @@ def main(connection: Connection, settings: EngineSettings) -> None:
         connection.send(EngineRefused(str(error)))
         return
     engine.warm_up()
-    # what is there now stays: the collector need not look at it during every few steps
+    # the loaded objects stay, so the garbage collector need not scan them again
     gc.collect()
     gc.freeze()
     run_engine(engine, connection)
 
 
 def build_engine(settings: EngineSettings) -> Engine:
-    """An engine with its model loaded, which is prepared first where it is not yet.
+    """An engine with a loaded model; the model is prepared first if needed.
 
     Raises:
         CheckpointError: the model cannot be served.
-        ConfigError: settings and model do not fit together; the message names the field.
+        ConfigError: a setting does not fit the model; the message names the field.
     """
     folder = prepared_folder(settings.model.model, settings.cache_folder)
-    return served_engine(load_served(settings.model, folder, settings.engine), settings.engine)
+    loaded = load_served(settings.model, folder, settings.engine, keep_stored=True)
+    return served_engine(loaded, settings.engine)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded model, and how it is to be served.
+    """A loaded model with its serving settings.
 
     Attributes:
-        model: with its tables attached.
-        config: of its checkpoint.
-        kv_bytes: memory for its KV blocks.
-        lookahead: how rows are predicted for its tables, if they are.
+        model: the network with its value tables.
+        config: the configuration of its checkpoint.
+        dtype: the dtype to serve in, whatever dtypes the weights are stored in.
+        kv_bytes: bytes for its KV blocks.
+        lookahead: settings of the row prefetch; None without prefetch.
     """
 
     model: Transformer
     config: CheckpointConfig
+    dtype: torch.dtype
     kv_bytes: int
     lookahead: LookaheadConfig | None
 
 
 def served_engine(loaded: LoadedModel, engine: EngineConfig) -> Engine:
-    """An engine for a loaded model, which may be forgotten if it only serves.
+    """An engine for a loaded model. A caller that only serves can drop the model afterwards.
 
     Raises:
-        ConfigError: settings and model do not fit together; the message names the field.
+        ConfigError: a setting does not fit the model; the message names the field.
     """
     sized = replace(engine, kv_cache_gib=loaded.kv_bytes / 2**30)
-    executor = make_executor(loaded.model, sized, loaded.lookahead)
+    executor = make_executor(loaded.model, sized, loaded.lookahead, loaded.dtype)
     return Engine(executor, sized, loaded.config.eos_ids)
 
 
-def load_served(options: ModelOptions, folder: Path, engine: EngineConfig | None) -> LoadedModel:
-    """A folder's model, its tables where ``options`` want them beside the engine's KV blocks.
+def load_served(
+    options: ModelOptions,
+    folder: Path,
+    engine: EngineConfig | None,
+    *,
+    keep_stored: bool = False,
+) -> LoadedModel:
+    """Load a folder's model, with its value tables in the tier that ``options`` and memory allow.
 
-    Without an engine there are none.
+    The tables leave enough memory for the KV blocks of ``engine``; without it none are needed.
+    With ``keep_stored`` the weights keep their stored dtypes: only an executor can run the model.
 
     Raises:
         CheckpointError: as ``load_model``.
-        ConfigError: as ``load_model``; or the model cannot look ahead so.
+        ConfigError: as ``load_model``; or the model cannot prefetch that far or that many rows.
     """
-    # what can be refused at once is, before minutes are spent on tables
+    # report bad settings now, before minutes are spent on loading tables
     described = read_config(folder).model
     lookahead = _lookahead(options, described) if options.table_lookahead else None
     sizes = model_bytes(folder, options.dtype, options.table_dtype)
     kv_bytes = engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0
-    asked = options.table_cache_bytes if options.table_cache is not None else None
+    given_cache = options.table_cache_bytes if options.table_cache is not None else None
     choice = TierChoice(
-        *(kv_bytes, asked, options.table_cache_bytes, options.table_tier),
+        *(kv_bytes, given_cache, options.table_cache_bytes, options.table_tier),
         is_kv_asked=engine is not None and engine.kv_cache_gib is not None,
     )
     shares = choice.shares(sizes.tables, sizes.weights)
@@ -106,29 +118,30 @@ def load_served(options: ModelOptions, folder: Path, engine: EngineConfig | None
         shares.cache_bytes,
         table_dtype=options.table_dtype,
         verify_tables=options.verify_tables,
+        keep_stored=keep_stored,
     )
     tables = model.tables.values()
     if lookahead is not None and all(table.fetched_capacity is None for table in tables):
-        logger.warning("tables are held in memory: --table-lookahead is not used")
+        logger.warning("all value tables are in memory: --table-lookahead has no effect")
         lookahead = None
-    return LoadedModel(model, config, shares.kv_bytes, lookahead)
+    return LoadedModel(model, config, sizes.dtype, shares.kv_bytes, lookahead)
 
 
 def _lookahead(options: ModelOptions, model: ModelConfig) -> LookaheadConfig:
-    """What ``options`` ask for, where the model has so much; of the rows one at least."""
+    """The prefetch settings of ``options``, checked against the model; at least 1 row."""
     if model.memory is None:
         raise ConfigError("table_lookahead: this model has no memory layers")
     most = model.memory_layers[-1] + 1
     if options.table_lookahead > most:
         raise ConfigError(
-            f"table_lookahead: {options.table_lookahead} is more than the {most} layers up to the"
-            " last with a memory"
+            f"table_lookahead: must be at most {most}, the layers up to the last memory layer,"
+            f" not {options.table_lookahead}"
         )
     top_k, num_subkeys = model.memory.top_k, model.memory.num_subkeys
     candidates = max(1, round(options.lookahead_share * top_k))
     if candidates > num_subkeys:
         raise ConfigError(
-            f"table_lookahead_share: {options.lookahead_share} of {top_k} rows are {candidates},"
-            f" more than the {num_subkeys} subkeys that choose them"
+            f"table_lookahead_share: {options.lookahead_share} of {top_k} rows is {candidates}"
+            f" rows, but at most {num_subkeys} can be predicted, the number of subkeys"
         )
     return LookaheadConfig(options.table_lookahead, candidates)

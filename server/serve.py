@@ -1,4 +1,4 @@
-"""``memplus serve``: both processes, from the first line printed to a clean end."""
+"""``memplus serve``: starts and stops the engine process and the HTTP server."""
 
 import asyncio
 import signal
@@ -32,27 +32,27 @@ from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.named_models import NAMED_MODELS, WORDNET, model_folder
 
 ENGINE_ENTRY = "server.engine_entry:main"
-# what is left for connections to close after the last request was ended
+# time for connections to close after the last request has ended
 _CLOSING_S = 5
 
 
 def serve(
     model: ModelOptions, engine: EngineConfig, http: HttpOptions, supervision: SupervisionOptions
 ) -> None:
-    """Load the model in a process of its own, then answer HTTP until SIGINT or SIGTERM.
+    """Load the model in an engine process, then answer HTTP requests until SIGINT or SIGTERM.
 
-    It ends as well when the engine process has ended and no restarts are left: whoever supervises
-    this process can then start it anew.
+    It also ends when the engine process has died and no restarts are left, so that a supervisor
+    can restart the server.
 
     Raises:
         CheckpointError: the model or its tokenizer cannot be read.
-        ConfigError: the address cannot be listened on.
-        EngineLostError: the engine process has ended and no restarts are left.
-        EngineStartError: the engine could not be made.
+        ConfigError: the server cannot listen on the address.
+        EngineLostError: the engine process has died and no restarts are left.
+        EngineStartError: the engine could not be built.
     """
     signal.signal(signal.SIGTERM, _exit)
     folder = model_folder(model.model, cache_folder())
-    # what can be refused at once is, before minutes are spent on loading
+    # report a bad tokenizer now, before minutes are spent on loading the model
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
     with _listen(http) as listener:
         settings = EngineSettings(model, cache_folder(), engine)
@@ -84,12 +84,12 @@ def serve(
         finally:
             client.stop()
         if client.is_lost:
-            message = "the engine process has ended and no restarts are left (--engine-restarts)"
+            message = "the engine process has died and no restarts are left (--engine-restarts)"
             raise EngineLostError(message)
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens and what it does, and ends requests that outlast the time they get."""
+    """Uvicorn with a start message, throughput log lines and a deadline at shutdown."""
 
     def __init__(self, service: Service, http: HttpOptions, activity: ActivityLog) -> None:
         app = create_app(service, http.max_body_mib * 2**20, http.body_timeout_s)
@@ -100,9 +100,9 @@ class _Server(uvicorn.Server):
         self._service = service
         self._activity = activity
         self._log_interval_s = http.log_interval_s
-        self._telling: asyncio.Task[None] | None = None
+        self._log_task: asyncio.Task[None] | None = None
         self._shutdown_timeout_s = http.shutdown_timeout_s
-        # uvicorn hears signals once it runs, and raises them again after it ended
+        # uvicorn handles signals once it runs, and raises them again after it has ended
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._end)
 
@@ -118,7 +118,7 @@ class _Server(uvicorn.Server):
         _say(f"serving {name} at {url}; try:")
         _say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
         if self._log_interval_s:
-            self._telling = asyncio.create_task(self._activity.run(self._log_interval_s))
+            self._log_task = asyncio.create_task(self._activity.run(self._log_interval_s))
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self._service.engine.is_lost
@@ -129,8 +129,8 @@ class _Server(uvicorn.Server):
         )
         await super().shutdown(sockets)
         deadline.cancel()
-        if self._telling is not None:
-            self._telling.cancel()
+        if self._log_task is not None:
+            self._log_task.cancel()
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self.should_exit = True
@@ -141,8 +141,8 @@ def _listen(http: HttpOptions) -> socket.socket:
     try:
         return socket.create_server((http.host, http.port), family=family, backlog=2048)
     except OSError as error:
-        where = f"{http.host} port {http.port}"
-        raise ConfigError(f"host: cannot listen on {where}: {error.strerror}") from None
+        address = f"{http.host} port {http.port}"
+        raise ConfigError(f"host: cannot listen on {address}: {error.strerror}") from None
 
 
 def _model_name(model: str) -> str:

@@ -47,10 +47,10 @@ EDITS = {
     ],
     "engine/model/flops.py": [
         (
-            '        elif kind == "moe":',
-            '        elif kind == "toy":\n'
-            '            parts["feed_forward"] += 4 * width * config.intermediate_size\n'
-            '        elif kind == "moe":',
+            '    elif kind == "moe":',
+            '    elif kind == "toy":\n'
+            '        parts["feed_forward"] += 4 * width * config.intermediate_size\n'
+            '    elif kind == "moe":',
         ),
     ],
     "weights/checkpoints/feed_forward_json.py": [

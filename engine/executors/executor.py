@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
@@ -14,7 +15,7 @@ from engine.executors.cpu.kernels import cpu_kernels
 from engine.executors.eager import EagerExecutor
 from engine.executors.lookahead import LookaheadConfig
 from engine.model.config import ModelConfig
-from engine.model.transformer import Transformer
+from engine.model.transformer import Transformer, converted
 from engine.progress import Progress
 from memory_ops.tables.value_table import ValueTable
 
@@ -58,26 +59,30 @@ class Executor(Protocol):
 
 
 def make_executor(
-    model: Transformer, config: EngineConfig, lookahead: LookaheadConfig | None = None
+    model: Transformer,
+    config: EngineConfig,
+    lookahead: LookaheadConfig | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Executor:
     """Make the fastest executor for a loaded model, with KV memory as configured.
 
-    The model is not changed. The executor may copy its weights: a caller that only serves should
-    drop the model.
+    It computes in ``dtype``, by default that of the embedding. The model is not changed. The
+    executor may copy its weights: a caller that only serves should drop the model.
 
     Raises:
         ConfigError: the KV memory is too small, or exceeds the machine's memory.
     """
     weight = model.model.embed_tokens.weight
-    per_token = model.config.kv_bytes_per_token(weight.dtype.itemsize)
+    dtype = dtype or weight.dtype
+    per_token = model.config.kv_bytes_per_token(dtype.itemsize)
     num_blocks = config.num_kv_blocks(per_token, model.config.max_positions)
-    kernels = cpu_kernels(weight.device, weight.dtype)
+    kernels = cpu_kernels(weight.device, dtype)
     try:
         if kernels is not None:
             logger.info("executor: cpu, native kernels (%s)", kernels.build)
-            return CpuExecutor(model, kernels, num_blocks, config.block_size, lookahead)
-        logger.info("executor: eager, plain torch on %s in %s", weight.device, weight.dtype)
-        return EagerExecutor(model, num_blocks, config.block_size, lookahead)
+            return CpuExecutor(model, kernels, num_blocks, config.block_size, lookahead, dtype)
+        logger.info("executor: eager, plain torch on %s in %s", weight.device, dtype)
+        return EagerExecutor(converted(model, dtype), num_blocks, config.block_size, lookahead)
     except (OSError, OverflowError):
         kv_gib = num_blocks * config.block_size * per_token / 2**30
         message = f"kv_cache_gib: the machine cannot give {kv_gib:.3g} GiB"

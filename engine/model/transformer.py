@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -145,3 +146,15 @@ class Transformer(nn.Module):
             dict(zip(self.config.memory_layers, trace.memory, strict=True)) if trace else {},
             tuple(trace.router_logits) if trace else (),
         )
+
+
+def converted(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model in a dtype, with the same tables; it shares weights that have this dtype."""
+    if all(parameter.dtype is dtype for parameter in model.parameters()):
+        return model
+    with torch.device("meta"):
+        made = Transformer(model.config)
+    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    made.load_state_dict(weights, assign=True)
+    made.attach_tables(model.tables)
+    return made.eval().requires_grad_(False)

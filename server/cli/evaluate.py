@@ -28,36 +28,36 @@ def evaluate(
     """Score a model on texts, on questions, or on both.
 
     Raises:
-        ConfigError: there is nothing to score it on.
+        ConfigError: texts and questions are both missing, or the JSON file's folder is.
         CheckpointError: the model cannot be read.
-        DataError: texts or questions cannot be, or a question is too long for the model.
+        DataError: texts or questions cannot be read, or a question is too long for the model.
     """
     if not texts and questions is None:
-        raise ConfigError("texts: give texts, --questions, or both")
+        raise ConfigError("texts: none given; give text files, --questions, or both")
     if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: there is no folder {json_file.parent}")
-    asked = read_questions(questions) if questions is not None else []
+        raise ConfigError(f"json: the folder {json_file.parent} does not exist")
+    facts = read_questions(questions) if questions is not None else []
     files = corpus_files(texts) if texts else []
     folder, engine = prepared_folder(model.model, cache_folder()), EngineConfig()
-    # loaded once for both: tables are large, and must not lie elsewhere for one than the other
-    loaded = load_served(model, folder, engine if asked else None)
-    whole: dict[str, dict[str, float]] = {}
+    # load once: tables are large, and both scores need them in the same tier
+    loaded = load_served(model, folder, engine if facts else None)
+    scores: dict[str, dict[str, float]] = {}
     if texts:
         score = score_texts(loaded.model, checkpoint_text(folder), documents(files))
-        whole["texts"] = asdict(score)
+        scores["texts"] = asdict(score)
         print(_text_line(score))
-    if asked:
-        recall = score_recall(served_engine(loaded, engine), load_tokenizer(folder), asked)
-        whole["questions"] = asdict(recall)
+    if facts:
+        recall = score_recall(served_engine(loaded, engine), load_tokenizer(folder), facts)
+        scores["questions"] = asdict(recall)
         print(_recall_line(recall))
     if json_file is not None:
-        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+        json_file.write_text(json.dumps(scores, indent=1) + "\n")
 
 
 def _text_line(score: TextScore) -> str:
     return (
         f"texts      {score.documents} documents, {score.tokens} tokens: loss {score.loss:.4f},"
-        f" perplexity {score.perplexity:.3f}, {score.bits_per_byte:.3f} bits a byte"
+        f" perplexity {score.perplexity:.3f}, {score.bits_per_byte:.3f} bits per byte"
     )
 
 

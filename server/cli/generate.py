@@ -1,4 +1,4 @@
-"""``memplus generate``: one prompt to the terminal, with an engine in this very process."""
+"""``memplus generate``: continues one prompt in the terminal, with an in-process engine."""
 
 import sys
 from typing import TextIO
@@ -21,11 +21,11 @@ def generate(
     sampling: SamplingParams,
     out: TextIO | None = None,
 ) -> None:
-    """Write the continuation of ``prompt`` as it is made, to stdout if nowhere else.
+    """Write the continuation of ``prompt`` to ``out`` (default: stdout), token by token.
 
     Raises:
         CheckpointError: the model cannot be read.
-        RequestError: prompt or sampling are not what the model can take.
+        RequestError: the prompt or a sampling parameter does not fit the model.
     """
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise RequestError("text", "is not valid UTF-8")

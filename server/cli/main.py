@@ -1,6 +1,6 @@
-"""The ``memplus`` command: one function a verb, nothing else.
+"""The ``memplus`` command line: one function per verb.
 
-Verbs import what they need inside, so that serving never loads torch into the HTTP process.
+Each verb imports its modules when it runs, so that the HTTP process never loads torch.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
 from engine.process import EngineLostError, EngineStartError
 from engine.sampling.params import SamplingParams
-from server.cli.options import add_options, from_options
+from server.cli.options import Parser, add_options, from_options
 from server.config import (
     HttpOptions,
     ModelOptions,
@@ -26,29 +26,18 @@ from weights.errors import CheckpointError, DataError, TrainingError
 from weights.models.named_models import DEFAULT_MODEL
 
 _FAILURE = 1
-_CALLERS_MISTAKE = 2
-_MISTAKES = (
+_USAGE_ERROR = 2
+_USER_ERRORS = (
     *(CheckpointError, ConfigError, DataError),
     *(EngineStartError, RequestError, TrainingError),
-)
-# lists of ids, and what would not be shown
-_NOT_TYPED = (
-    "stop_token_ids",
-    "logit_bias",
-    "allowed_token_ids",
-    "bad_words",
-    "logprobs",
-    "prompt_logprobs",
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code.
+    """Run a verb and return its exit code.
 
-    It is 2 with one line on stderr for a caller's mistake, and 1 with one line for a server whose
-    engine was lost.
-
-    A verb that may end in other ways than well or by an error returns a code of its own.
+    A caller's mistake gives 2 and one line on stderr, a lost engine 1 and one line. Ctrl+C gives
+    130. Otherwise the code is the one that the verb returns, or 0.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -56,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.computes:
             print(line, file=sys.stderr, flush=True)
         code: int | None = options.run(options)
-    except _MISTAKES as error:
+    except _USER_ERRORS as error:
         print(f"memplus: {error}", file=sys.stderr)
-        return _CALLERS_MISTAKE
+        return _USAGE_ERROR
     except EngineLostError as error:
         print(f"memplus: {error}", file=sys.stderr)
         return _FAILURE
@@ -68,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Answer HTTP requests."""
+    """Serve a model over HTTP, with an OpenAI-compatible API."""
     from server.serve import serve
 
     serve(
@@ -80,7 +69,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Continue a text."""
+    """Generate the continuation of a text."""
     from server.cli.generate import generate
 
     generate(
@@ -99,7 +88,7 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def quantize(options: argparse.Namespace) -> None:
-    """Convert the value tables of a model, and nothing else of it."""
+    """Convert only the value tables of a model to another dtype."""
     from weights.checkpoints.convert import convert
     from weights.models.prepare import prepared_folder
 
@@ -116,14 +105,14 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def wordnet(options: argparse.Namespace) -> None:
-    """Make a corpus of WordNet's nouns, which the default model was trained on."""
+    """Write a corpus of WordNet's nouns, the training data of the default model."""
     from weights.training.wordnet import write_corpus
 
     print(f"{options.target}: {write_corpus(options.dict, options.target)} nouns")
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Score a model: perplexity of texts, recall of facts."""
+    """Score a model: perplexity of texts and recall of facts."""
     from server.cli.evaluate import evaluate
 
     model = from_options(ModelOptions, options)
@@ -131,7 +120,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Train a model as a TOML file says."""
+    """Train a model with the settings of a TOML file."""
     from server.cli.train import run
     from weights.training.train_config import read_train_config
 
@@ -139,45 +128,50 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("memplus", description="Serve language models with memory.")
+    parser: argparse.ArgumentParser = Parser(
+        prog="memplus", description="Serve language models with memory layers."
+    )
     parser.set_defaults(computes=False)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
-    verb = verbs.add_parser("serve", help=serve.__doc__)
+    usage = "%(prog)s [OPTION ...]"
+    verb = verbs.add_parser("serve", help=serve.__doc__, description=serve.__doc__, usage=usage)
     verb.set_defaults(run=serve, computes=True)
     for settings in (ModelOptions, EngineConfig, ThreadOptions, HttpOptions, SupervisionOptions):
         add_options(verb, settings)
 
-    verb = verbs.add_parser("generate", help=generate.__doc__)
+    verb = verbs.add_parser("generate", help=generate.__doc__, usage=f"{usage} TEXT")
     verb.set_defaults(run=generate, computes=True)
-    verb.add_argument("text", help="what to continue")
+    verb.add_argument("text", metavar="TEXT", help="text to continue")
     for settings in (ModelOptions, ThreadOptions):
         add_options(verb, settings)
-    add_options(verb, SamplingParams, leave_out=_NOT_TYPED)
+    add_options(verb, SamplingParams)
 
     verb = verbs.add_parser("convert", help=convert.__doc__)
     verb.set_defaults(run=convert)
-    verb.add_argument("source", metavar="SRC", help="a .gguf file or a checkpoint folder")
-    verb.add_argument("target", metavar="DST", help="the folder to make")
-    verb.add_argument("--dtype", help="bfloat16, ... (default: as stored; bfloat16 for GGUF)")
-    verb.add_argument("--table-dtype", help="of value tables: int8, int4, ... (default: --dtype)")
+    verb.add_argument("source", metavar="SRC", help="GGUF file or checkpoint folder")
+    verb.add_argument("target", metavar="DST", help="folder to create")
+    verb.add_argument("--dtype", help="dtype of weights (default: as stored; bfloat16 for GGUF)")
+    verb.add_argument("--table-dtype", help="dtype of value tables (default: the value of --dtype)")
 
     verb = verbs.add_parser("quantize", help=quantize.__doc__)
     verb.set_defaults(run=quantize)
-    verb.add_argument("source", metavar="SRC", help="a known name or a checkpoint folder")
-    verb.add_argument("target", metavar="DST", help="the folder to make")
-    verb.add_argument("--table-dtype", required=True, choices=TABLE_DTYPES, help="of value tables")
+    verb.add_argument("source", metavar="SRC", help="model name or checkpoint folder")
+    verb.add_argument("target", metavar="DST", help="folder to create")
+    verb.add_argument("--table-dtype", required=True, choices=TABLE_DTYPES, help="new dtype")
 
     verb = verbs.add_parser("inspect", help=inspect.__doc__)
     verb.set_defaults(run=inspect)
-    verb.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="a name or a folder")
+    verb.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, help="model name or checkpoint folder"
+    )
 
     _add_train(verbs)
 
-    verb = verbs.add_parser("eval", help=evaluate.__doc__)
+    verb = verbs.add_parser("eval", help=evaluate.__doc__, usage=f"{usage} [TEXTS ...]")
     verb.set_defaults(run=evaluate, computes=True)
-    verb.add_argument("texts", nargs="*", metavar="TEXTS", help="files and folders to foresee")
-    question = 'a JSONL file of {"prompt": ..., "answer": ..., "until": ...}'
+    verb.add_argument("texts", nargs="*", metavar="TEXTS", help="text files and folders to score")
+    question = 'JSONL file with lines {"prompt": ..., "answer": ..., "until": ...}'
     verb.add_argument("--questions", type=Path, metavar="FILE", help=question)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file")
     for settings in (ModelOptions, ThreadOptions):
@@ -185,9 +179,9 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("wordnet", help=wordnet.__doc__)
     verb.set_defaults(run=wordnet)
-    verb.add_argument("target", type=Path, metavar="DST", help="the folder to write to")
-    where = "WordNet's folder (default: %(default)s, of Debian's wordnet-base)"
-    verb.add_argument("--dict", type=Path, default=Path("/usr/share/wordnet"), help=where)
+    verb.add_argument("target", type=Path, metavar="DST", help="folder to write the corpus to")
+    source = "WordNet's folder (default: %(default)s, from Debian's package wordnet-base)"
+    verb.add_argument("--dict", type=Path, default=Path("/usr/share/wordnet"), help=source)
 
     from benchmarks.verbs import add_benchmarks
 
@@ -198,10 +192,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     verb = verbs.add_parser("train", help=train.__doc__)
     verb.set_defaults(run=train, computes=True)
-    verb.add_argument("config", type=Path, metavar="CONFIG.toml", help="what to train, and on what")
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
-    verb.add_argument("--resume", action="store_true", help="go on with the run in that folder")
-    change = "change a setting; may be given more than once"
+    verb.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings of the run")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    verb.add_argument("--resume", action="store_true", help="continue the run in that folder")
+    change = "override a setting; repeat the option for several"
     verb.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change
     )

@@ -1,28 +1,51 @@
-"""Command-line options made from the fields of a settings dataclass."""
+"""Command-line options derived from the fields of a settings dataclass."""
 
 import argparse
 import types
 import typing
-from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
+# the unit of an option's value, by the end of its field's name
+_UNITS = (
+    ("_s", "SECONDS"),
+    ("_mib", "MIB"),
+    ("_gib", "GIB"),
+    ("_share", "FRACTION"),
+    ("_tokens", "TOKENS"),
+    ("_len", "TOKENS"),
+    ("_name", "NAME"),
+)
 
 
-def add_options(
-    parser: argparse.ArgumentParser, settings: type, leave_out: Iterable[str] = ()
-) -> None:
-    """Add one option a field: its name, type, default and help are the field's own.
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose help has a wide column for option names."""
 
-    A tuple's option takes one value or more. An option that is not given leaves no trace, so the
-    default stands in the dataclass alone.
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _formatter} | settings)
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add one option per field that has a help text, with the field's name, type and default.
+
+    Keys of a field's metadata:
+
+    * ``help``: the help text, without the default.
+    * ``group``: (title, example) of a group of options, which starts at this field. Without it the
+      title is the first line of the dataclass's docstring.
+    * ``metavar``: the name of the value in the help. Without it the field's name or type gives it.
+    * ``choices``: the allowed values.
+
+    A tuple's option takes one or more values. Options that are not given are absent from the
+    namespace, so that the default stands only in the dataclass.
     """
-    title = (settings.__doc__ or "").partition("\n")[0].rstrip(".")
-    group = parser.add_argument_group(title)
+    group: argparse._ArgumentGroup | None = None
     hints = typing.get_type_hints(settings)
     for field in fields(settings):
-        if field.name in leave_out:
+        if "group" in field.metadata or group is None:
+            group = _add_group(parser, settings, field)
+        if "help" not in field.metadata:
             continue
         hint, name = hints[field.name], f"--{field.name.replace('_', '-')}"
         is_several = typing.get_origin(hint) is tuple
@@ -33,21 +56,35 @@ def add_options(
             group.add_argument(name, action=argparse.BooleanOptionalAction, **shared)
         else:
             choices = field.metadata.get("choices")
-            shared["metavar"] = None if choices else kind.__name__.upper()
+            shared["metavar"] = None if choices else _metavar(field, kind)
             shared["nargs"] = "+" if is_several else None
             group.add_argument(name, type=kind, choices=choices, **shared)
 
 
 def from_options(settings: type[Settings], namespace: argparse.Namespace) -> Settings:
-    """The settings with what the command line gave.
+    """The settings, with the values given on the command line.
 
     Raises:
         ConfigError, RequestError: the dataclass refuses a value; the message names the field.
     """
     names = {field.name for field in fields(settings)}  # type: ignore[arg-type]
     given = {name: value for name, value in vars(namespace).items() if name in names}
-    # what argparse gathers in a list is a tuple's field
+    # argparse collects the values of a tuple's option in a list
     return settings(**{n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=32)
+
+
+def _add_group(
+    parser: argparse.ArgumentParser, settings: type, field: Field[Any]
+) -> argparse._ArgumentGroup:
+    if "group" not in field.metadata:
+        title = (settings.__doc__ or "").partition("\n")[0].rstrip(".")
+        return parser.add_argument_group(title)
+    title, example = field.metadata["group"]
+    return parser.add_argument_group(title, f"example: {example}")
 
 
 def _base_type(hint: Any) -> type:
@@ -57,10 +94,17 @@ def _base_type(hint: Any) -> type:
     return hint
 
 
+def _metavar(field: Field[Any], kind: type) -> str:
+    by_name = [unit for end, unit in _UNITS if field.name.endswith(end)]
+    by_type = {int: "N", float: "NUMBER"}.get(kind, "TEXT")
+    return str(field.metadata.get("metavar", by_name[0] if by_name else by_type))
+
+
 def _help(field: Field[Any]) -> str:
-    text = str(field.metadata["help"])
-    if field.default in (None, (), MISSING):
+    text, default = str(field.metadata["help"]), field.default
+    if default in (None, (), MISSING):
         return text
-    default = field.default
+    if isinstance(default, bool):
+        default = "on" if default else "off"
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     return f"{text} (default: {shown})"

@@ -1,8 +1,8 @@
-"""A training run in a terminal: a progress bar, and signals that end it with a checkpoint.
+"""``memplus train``: a training run with a progress bar; signals end it with a checkpoint.
 
     torchrun --standalone --nproc-per-node 2 --no-python memplus train CONFIG.toml --out DIR
 
-makes the processes that it starts train one model together.
+trains one model with 2 processes.
 """
 
 import contextlib
@@ -28,13 +28,14 @@ from weights.training.trainer import StepReport, Trainer
 
 
 def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
-    """Train to the end, or to the first SIGINT or SIGTERM: then the step is finished and kept.
+    """Train to the last step, or until SIGINT or SIGTERM.
 
-    A second one is not waited for. Returns 0 where the run is through, 128 + the signal where it
-    was stopped by one, and 1 where another process was.
+    After the first signal the step is finished and a checkpoint is written. A second signal ends
+    a run of one process at once. Returns 0 after the last step, 128 + the signal's number if a
+    signal stopped this process, and 1 if one stopped another process of the run.
 
     Raises:
-        ConfigError: there is no such device, or as ``Trainer``.
+        ConfigError: the device does not exist, or as ``Trainer``.
         DataError, CheckpointError, TrainingError: as ``Trainer``.
     """
     replicas = _replicas(config.run.device)
@@ -51,11 +52,11 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
             for path in write_report(folder, config, trainer.flops):
                 print(path)
         return 0
-    if not stopped_by:  # but another process was
+    if not stopped_by:  # a signal stopped another process
         return 1
     if replicas.is_first:
         name = signal.Signals(stopped_by[0]).name
-        print(f"{folder}: stopped by {name} after step {trainer.step}, go on by --resume")
+        print(f"{folder}: stopped by {name} after step {trainer.step}; continue with --resume")
     return 128 + stopped_by[0]
 
 
@@ -72,14 +73,14 @@ def _train(trainer: Trainer, steps: int, stopped_by: list[int], *, is_shown: boo
 
 @contextlib.contextmanager
 def _signals(replicas: Replicas) -> Iterator[list[int]]:
-    """Gather the signals that would end the process, and leave the process group at the end."""
+    """Collect SIGINT and SIGTERM; at the end restore their handlers and leave the group."""
     stopped_by: list[int] = []
     ending: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.getsignal(number) for number in ending}
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped_by.append(number)
-        if replicas.count == 1:  # torchrun passes on what its processes were sent already
+        if replicas.count == 1:  # torchrun forwards signals that its processes already got
             signal.signal(number, previous[number])
 
     for number in previous:
@@ -94,12 +95,12 @@ def _signals(replicas: Replicas) -> Iterator[list[int]]:
 
 
 def _replicas(device: str) -> Replicas:
-    """The processes that torchrun has started, or this one alone."""
+    """The processes that torchrun started, or this process alone."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device: there is no CUDA device")
+        raise ConfigError("run.device: cuda needs a CUDA device, but none is available")
     if not distributed.is_torchelastic_launched():
         return Replicas()
-    # one process makes tokens and checkpoints, for which the others wait as long as it takes
+    # one process tokenises and writes checkpoints while the others wait, however long it takes
     backend = "nccl" if device == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=timedelta(days=30))
     if device == "cuda":  # not run on a GPU

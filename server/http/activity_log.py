@@ -1,4 +1,4 @@
-"""The line that says, now and then while there is work, what the server is doing."""
+"""Periodic log lines of throughput, queue lengths and cache hits while the server is busy."""
 
 import asyncio
 import logging
@@ -13,12 +13,12 @@ logger = logging.getLogger(__name__)
 
 
 class ActivityLog:
-    """Sums up the engine's steps between two lines."""
+    """Sums the engine's step statistics from one log line to the next."""
 
     def __init__(
         self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``say`` prints a line, ``clock`` tells seconds."""
+        """``say`` prints a line; ``clock`` returns seconds."""
         self._say = say
         self._clock = clock
         self._table_gains = TableGains()
@@ -27,7 +27,7 @@ class ActivityLog:
         self._begin()
 
     def observe_step(self, statistics: EngineStatistics) -> None:
-        """Take over what the engine tells after a step."""
+        """Add the statistics of one step."""
         self._last = statistics
         self._computed += statistics.step_tokens
         self._generated += statistics.new_tokens
@@ -35,22 +35,22 @@ class ActivityLog:
         self._rows = TableStatistics.sum([self._rows, *(gained for _, gained in gains)])
 
     async def run(self, every_s: float) -> None:
-        """Tell every so many seconds, until cancelled."""
+        """Print a line every ``every_s`` seconds until cancelled."""
         while True:
             await asyncio.sleep(every_s)
             try:
-                self.tell()
-            except Exception:  # one line that cannot be said is not the end of all others
-                logger.exception("what is done could not be told")
+                self.report()
+            except Exception:  # one failed line must not stop the later ones
+                logger.exception("writing the throughput line failed")
 
-    def tell(self) -> None:
-        """Say what was done since the last call, if anything was."""
+    def report(self) -> None:
+        """Print a line about the time since the last call, unless the server was idle."""
         last, elapsed_s = self._last, max(self._clock() - self._start, 1e-9)
         if self._computed or last.num_running or last.num_waiting:
             used = last.kv_blocks_used / max(last.kv_blocks_total, 1)
             self._say(
                 f"{last.num_running} running, {last.num_waiting} waiting, {used:.1%} of KV blocks"
-                f" used; tokens a second: {self._computed / elapsed_s:.1f} computed,"
+                f" used; tokens/s: {self._computed / elapsed_s:.1f} computed,"
                 f" {self._generated / elapsed_s:.1f} generated{self._tables(elapsed_s)}"
             )
         self._begin()
@@ -58,10 +58,10 @@ class ActivityLog:
     def _tables(self, elapsed_s: float) -> str:
         if not self._rows.unique_rows:
             return ""
-        found = self._rows.hits / self._rows.unique_rows
-        # tables are looked at now and then, so that a wait may be told of in the next line
+        hit_rate = self._rows.hits / self._rows.unique_rows
+        # the engine reads the counters only now and then, so a wait can fall into the next line
         stalled = min(1.0, self._rows.stall_seconds / elapsed_s)
-        return f"; table rows: {found:.1%} were in memory, {stalled:.1%} of the time waited for"
+        return f"; table rows: {hit_rate:.1%} cache hits, {stalled:.1%} of the time stalled"
 
     def _begin(self) -> None:
         self._start = self._clock()

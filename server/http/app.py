@@ -1,4 +1,4 @@
-"""The HTTP application: its routes, and what starts and ends with it."""
+"""The HTTP application: its routes and its lifespan."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
@@ -23,7 +23,7 @@ def create_app(
     max_body_bytes: int,
     body_timeout_s: float,
 ) -> FastAPI:
-    """Routes over one service. The engine process behind it is the caller's to start and stop."""
+    """The application for one service. The caller starts and stops the engine process."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -37,18 +37,18 @@ def create_app(
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue one or several prompts."""
+        """Continue one or more prompts."""
         completion = Completion(service, body)
         if not body.stream:
-            return JSONResponse(await _unless_gone(request, completion.whole()))
+            return JSONResponse(await _until_disconnect(request, completion.whole()))
         events = completion.events()
-        # what goes wrong before the first token still gets a status of its own
-        first = await _unless_gone(request, anext(events))
+        # an error before the first token still sets the status of the response
+        first = await _until_disconnect(request, anext(events))
         return EventStream(first, events)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The one model that is served."""
+        """The list with the one served model."""
         model = {
             "id": service.model_name,
             "object": "model",
@@ -60,21 +60,21 @@ def create_app(
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """200 while the engine lives and can read its value tables; else 503, which says why."""
+        """200 while the engine runs and can read its value tables; else 503 with the reason."""
         service.check_engine()
         service.check_tables()
         return {"status": "ok"}
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """Prometheus text."""
+        """The metrics in Prometheus' text format."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
 
     return app
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, the first of which is there already; closed however it ends."""
+    """Server-sent events after a first one that has been computed; always closes ``events``."""
 
     def __init__(self, first: bytes, events: AsyncGenerator[bytes, None]) -> None:
         async def body() -> AsyncIterator[bytes]:
@@ -90,23 +90,23 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            # a client that leaves stops the response between two events: end its requests now
+            # a client that disconnects stops the response between events: end its requests now
             await self._events.aclose()
 
 
-async def _unless_gone(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
-    """Await ``answer``, but cancel it when the client leaves (ApiError, which nobody reads)."""
+async def _until_disconnect(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
+    """Await ``answer``; if the client disconnects, cancel it and raise ApiError (499)."""
     task = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(_disconnected(request))
+    disconnect = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ApiError(499, "the client closed the connection")
         return task.result()
     finally:
-        for future in (task, gone):
+        for future in (task, disconnect):
             future.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

@@ -1,4 +1,4 @@
-"""Bounds on request bodies, kept while they are read: their size, and how long they may take."""
+"""Limits on the size and the arrival time of request bodies."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from server.http.errors import ApiError
 
 
 class BodyLimit:
-    """ASGI middleware: a body that is too large is answered with 413, a slow one with 408."""
+    """ASGI middleware: answers 413 to a body that is too large and 408 to one that is too slow."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app
@@ -46,12 +46,12 @@ class BodyLimit:
             async with asyncio.timeout(self._timeout_s):
                 while more and size <= self._max_bytes:
                     message = await receive()
-                    # a client that leaves here is noticed by whoever reads on
+                    # the application reads the disconnect from the next message
                     more = message["type"] == "http.request" and message.get("more_body", False)
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
         except TimeoutError:
-            raise ApiError(408, f"the body did not come in {self._timeout_s} s") from None
+            raise ApiError(408, f"the body did not arrive within {self._timeout_s} s") from None
         except asyncio.CancelledError:
             raise ApiError(503, "the server is shutting down", "server_error") from None
         if size > self._max_bytes:

@@ -1,4 +1,4 @@
-"""One choice of a response, written delta by delta as JSON."""
+"""JSON objects of one choice of a response, one per delta."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from weights.checkpoints.tokenizer import Tokenizer
 
 
 class ChoiceWriter:
-    """Writes the deltas of one choice; the first carries the prompt, where that was asked for."""
+    """Writes the deltas of one choice; the first contains the prompt if the client asked for it."""
 
     def __init__(
         self,
@@ -20,7 +20,7 @@ class ChoiceWriter:
         prompt_ids: Sequence[int],
         prompt_text: str | None,
     ) -> None:
-        """``prompt_text`` is what ``echo`` writes; ``None`` has it made of the ids."""
+        """``prompt_text`` is the text for ``echo``; ``None`` decodes the ids instead."""
         self._tokenizer = tokenizer
         self._body = body
         self._prompt_ids = prompt_ids

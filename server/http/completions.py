@@ -1,4 +1,4 @@
-"""``POST /v1/completions``: one stream of text deltas feeds both kinds of answer."""
+"""``POST /v1/completions``: plain and streamed responses from one stream of text deltas."""
 
 import json
 import logging
@@ -18,15 +18,15 @@ from server.http.service import Service
 from server.http.text_stream import TextDelta, TextOptions, TextStream
 
 logger = logging.getLogger(__name__)
-# more would take the event loop seconds to write
+# more entries would block the event loop for seconds while they are written
 MAX_PROMPT_LOGPROBS = 200_000
 
 
 class Completion:
-    """One request on its way: opened, then read once, as a stream or as a whole."""
+    """One completion request; read its answer once, by ``whole`` or by ``events``."""
 
     def __init__(self, service: Service, body: CompletionRequest) -> None:
-        """Check what can be checked without the tokenizer (ApiError, RequestError)."""
+        """Check everything that needs no tokenizer (raises ApiError, RequestError)."""
         service.check_model(body.model)
         service.check_engine()
         body.sampling((), 0)
@@ -39,11 +39,11 @@ class Completion:
         self._cached_tokens = 0
 
     async def whole(self) -> dict[str, Any]:
-        """The answer in one piece.
+        """The whole answer as one JSON object.
 
         Raises:
             ApiError: the queue is full, or the engine failed.
-            RequestError: a prompt is not what the model can take.
+            RequestError: a prompt does not fit the model.
         """
         parts: dict[int, list[TextDelta]] = {}
         async with aclosing(self._deltas()) as deltas:
@@ -57,7 +57,7 @@ class Completion:
         return self._object(choices) | {"usage": self._usage()}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events. What fails before the first of them raises."""
+        """The answer as server-sent events. Errors before the first event raise, as ``whole``."""
         options = self._body.stream_options
         include_usage = options is not None and options.include_usage
         every_usage = options is not None and options.continuous_usage_stats
@@ -69,7 +69,7 @@ class Completion:
                         writers[delta.index] = self._writer(delta.index)
                     chunk = self._object([writers[delta.index].write(delta)])
                     if include_usage or every_usage:
-                        # with include_usage every chunk has the field, null but in the last
+                        # with include_usage every chunk has the field, null except in the last
                         chunk["usage"] = self._usage() if every_usage else None
                     yield _event(chunk)
             if include_usage:
@@ -119,17 +119,17 @@ class Completion:
         if isinstance(ids, str):
             ids = await service.encode(ids, body.add_special_tokens, only_end=keep is not None)
         if keep is not None:
-            room = service.limits.max_model_len - body.sampling((), 0).max_tokens
-            keep = max(room, 1) if keep == -1 else keep
+            most = service.limits.max_model_len - body.sampling((), 0).max_tokens
+            keep = max(most, 1) if keep == -1 else keep
             ids = ids[-keep:]
         return ids
 
     async def _requests(self) -> list[Request]:
-        """A request for every sample of every prompt, in the order of the choices."""
+        """One engine request per sample of each prompt, in the order of the choices."""
         body, service = self._body, self._service
         bad_words = []
         for word in body.bad_words:
-            # at the beginning of a line, and after a space
+            # the word at the beginning of a line, and the word after a space
             for text in (word, f" {word.lstrip()}"):
                 bad_words.append(tuple(await service.encode(text, add_special_tokens=False)))
         requests: list[Request] = []
@@ -142,7 +142,7 @@ class Completion:
         scored = [r for r in requests if r.sampling.prompt_logprobs is not None]
         entries = sum(len(r.prompt_ids) * (r.sampling.prompt_logprobs or 1) for r in scored)
         if entries > MAX_PROMPT_LOGPROBS:
-            message = f"{entries} entries for all samples, more than {MAX_PROMPT_LOGPROBS}"
+            message = f"at most {MAX_PROMPT_LOGPROBS} entries over all samples, not {entries}"
             raise RequestError("prompt_logprobs", message)
         return requests
 
@@ -151,7 +151,7 @@ class Completion:
         return TextOptions(body.stop, body.include_stop_str_in_output, not body.skip_special_tokens)
 
     def _best(self, choices: list[TextDelta]) -> list[TextDelta]:
-        """Of each prompt's answers the ``n`` whose tokens were likeliest on the average."""
+        """The ``n`` choices of each prompt with the highest mean log-probability per token."""
         samples, n = self._body.num_samples, self._body.n
         if samples == n:
             return choices
@@ -162,13 +162,13 @@ class Completion:
         return best
 
     def _writer(self, index: int) -> ChoiceWriter:
-        sample = index // self._body.num_samples
-        given = self._body.prompts[sample]
+        prompt = index // self._body.num_samples
+        given = self._body.prompts[prompt]
         return ChoiceWriter(
             self._service.tokenizer,
             self._body,
-            self._prompts[sample],
-            # as it was sent, where it was sent whole as text
+            self._prompts[prompt],
+            # echo a text prompt as it was sent, unless it was truncated
             given if isinstance(given, str) and not self._body.truncate_prompt_tokens else None,
         )
 

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: every answer that is no success looks the same."""
+"""Errors in OpenAI's format, and the handlers that answer with them."""
 
 import logging
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """An error to be answered as it is."""
+    """An error with the status, body and headers of its response."""
 
     def __init__(
         self,
@@ -36,12 +36,12 @@ class OverloadedError(ApiError):
     """The queue is full."""
 
     def __init__(self) -> None:
-        message = "too many requests are waiting; try again later"
+        message = "too many requests are waiting; retry later"
         super().__init__(503, message, "overloaded_error", headers={"Retry-After": "1"})
 
 
 class EngineError(ApiError):
-    """The engine failed at this request, or is gone."""
+    """The engine failed to process this request, or has died."""
 
     def __init__(self, message: str) -> None:
         super().__init__(500, message, "server_error")
@@ -55,7 +55,7 @@ def error_body(
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every exception of a route in OpenAI's shape."""
+    """Answer every exception of a route with an error in OpenAI's format."""
 
     def answer(error: ApiError) -> JSONResponse:
         return JSONResponse(error.body, error.status, error.headers)
@@ -99,6 +99,6 @@ def _first_problem(errors: Sequence[Any]) -> tuple[str | None, str]:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if place:
         return place[0], f"{'.'.join(place)}: {message}"
-    # a check of the whole body begins its message with the field it is about
+    # checks of the whole body begin their messages with the field's name
     param, colon, _ = message.partition(": ")
     return param if colon and param.isidentifier() else None, message

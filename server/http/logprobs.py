@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's shape, and those of prompts in vLLM's."""
+"""Log-probabilities as JSON: OpenAI's format for answers, vLLM's for prompts."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from weights.checkpoints.tokenizer import Tokenizer
 
 
 class LogprobsWriter:
-    """The ``logprobs`` objects of one choice; offsets go on from one to the next."""
+    """Writes the ``logprobs`` objects of one choice; text offsets continue across objects."""
 
     def __init__(self, tokenizer: Tokenizer, count: int, as_token_ids: bool) -> None:
-        """Write the ``count`` likeliest tokens of each position beside its own.
+        """Write the ``count`` likeliest tokens of each position along with its own token.
 
-        ``as_token_ids`` writes ``token_id:7`` for a token, as text may be ambiguous.
+        ``as_token_ids`` writes ``token_id:7`` instead of a token's text, which can be ambiguous.
         """
         self._count = count
         self._tokenizer = tokenizer
@@ -21,7 +21,7 @@ class LogprobsWriter:
         self._offset = 0
 
     def write(self, entries: Iterable[TokenLogprobs | None], first_id: int = 0) -> dict[str, Any]:
-        """The object for the next tokens; ``None`` stands for a prompt's first, ``first_id``."""
+        """The object for the next tokens; ``None`` is a prompt's first token, ``first_id``."""
         tokens: list[str] = []
         offsets: list[int] = []
         own: list[float | None] = []
@@ -55,7 +55,7 @@ class LogprobsWriter:
 def prompt_logprobs(
     tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], count: int
 ) -> list[dict[str, Any] | None]:
-    """A position a prompt token, the first null: by id its log-probability, rank and text."""
+    """One entry per prompt token, null for the first: log-probability, rank and text by id."""
     positions: list[dict[str, Any] | None] = [None]
     for entry in entries:
         ranked = [

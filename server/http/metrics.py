@@ -1,4 +1,4 @@
-"""Prometheus metrics, under vLLM's names where the meaning is the same."""
+"""Prometheus metrics, with vLLM's names if the meaning is the same."""
 
 import time
 
@@ -13,24 +13,28 @@ _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
 
 
 class Metrics:
-    """One server's metrics, in a registry of their own."""
+    """The metrics of one server, in their own registry."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self.running = self._gauge("num_requests_running", "requests in the batch")
-        self.waiting = self._gauge("num_requests_waiting", "requests that wait for a place")
-        self.kv_usage = self._gauge("kv_cache_usage_perc", "share of KV blocks in use, 0 to 1")
-        self.prompt_tokens = self._counter("prompt_tokens", "prompt tokens taken in")
+        self.waiting = self._gauge("num_requests_waiting", "requests that wait to run")
+        self.kv_usage = self._gauge("kv_cache_usage_perc", "fraction of KV blocks in use, 0 to 1")
+        self.prompt_tokens = self._counter("prompt_tokens", "prompt tokens received")
         self.generation_tokens = self._counter("generation_tokens", "tokens generated")
-        self.success = self._counter("request_success", "requests that ended", "finished_reason")
-        self.rejections = self._counter("admission_rejections", "requests refused", "reason")
+        self.success = self._counter("request_success", "finished requests", "finished_reason")
+        self.rejections = self._counter("admission_rejections", "rejected requests", "reason")
         self.first_token = self._histogram("time_to_first_token_seconds", _SECONDS)
         self.inter_token = self._histogram("inter_token_latency_seconds", _SECONDS)
         self.end_to_end = self._histogram("e2e_request_latency_seconds", _SECONDS)
         self.request_prompt = self._histogram("request_prompt_tokens", _TOKENS)
         self.request_generation = self._histogram("request_generation_tokens", _TOKENS)
-        self.prefix_queries = self._counter("prefix_cache_queries", "prompt tokens looked for")
-        self.prefix_hits = self._counter("prefix_cache_hits", "prompt tokens found computed")
+        self.prefix_queries = self._counter(
+            "prefix_cache_queries", "prompt tokens looked up in the prefix cache"
+        )
+        self.prefix_hits = self._counter(
+            "prefix_cache_hits", "prompt tokens found in the prefix cache"
+        )
         self.preemptions = self._counter("num_preemptions", "requests preempted")
         self._seen = EngineStatistics()
         self._table_gains = TableGains()
@@ -41,7 +45,7 @@ class Metrics:
         self.step_tokens = self._histogram("iteration_tokens_total", _TOKENS)
 
     def observe_step(self, statistics: EngineStatistics) -> None:
-        """Take over the engine's gauges after a step."""
+        """Update the metrics from the engine's statistics after a step."""
         self.running.set(statistics.num_running)
         self.waiting.set(statistics.num_waiting)
         total = statistics.kv_blocks_total
@@ -51,7 +55,7 @@ class Metrics:
             (self.prefix_hits, "prefix_hits"),
             (self.preemptions, "preemptions"),
         ):
-            # an engine that was started again counts from zero
+            # a restarted engine counts from zero
             counter.inc(max(0, getattr(statistics, name) - getattr(self._seen, name)))
         self._seen = statistics
         for labels, gained in self._table_gains.since(statistics.tables):
@@ -61,7 +65,7 @@ class Metrics:
             self.step_tokens.observe(statistics.step_tokens)
 
     def render(self) -> bytes:
-        """The text that Prometheus reads."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
@@ -76,7 +80,7 @@ class Metrics:
 
 
 class RequestClock:
-    """Times and counts one prompt's answer, and tells the metrics when it ends."""
+    """Records the token counts and latencies of one prompt's answer in the metrics."""
 
     def __init__(self, metrics: Metrics, num_prompt_tokens: int) -> None:
         self._metrics = metrics
@@ -86,7 +90,7 @@ class RequestClock:
         metrics.request_prompt.observe(num_prompt_tokens)
 
     def tokens(self, count: int) -> None:
-        """Note that so many tokens have just come."""
+        """Record that ``count`` tokens have just arrived."""
         if not count:
             return
         now = time.perf_counter()
@@ -98,7 +102,7 @@ class RequestClock:
         self._metrics.generation_tokens.inc(count)
 
     def finished(self, reason: FinishReason) -> None:
-        """Note the end."""
+        """Record the end of the answer."""
         self._metrics.end_to_end.observe(time.perf_counter() - self._start)
         self._metrics.request_generation.observe(self.num_tokens)
         self._metrics.success.labels(reason).inc()

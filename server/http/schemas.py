@@ -1,4 +1,4 @@
-"""What clients may send to the completions route, checked before anything else happens."""
+"""Validated request bodies of the completions route."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -12,14 +12,14 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_SAMPLES = 64
 MAX_BAD_WORDS = 256
-# an option that is understood only as far as it changes nothing
+# options that are accepted only with a value that has no effect
 _NEUTRAL: dict[str, Any] = {"suffix": ""}
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
 def _check_prompt(prompt: Any) -> Any:
-    # by hand, since a union of list types is tried, and reports mistakes, once an element and type
+    # pydantic would try a union of list types, and report errors, for each element and type
     several = prompt if isinstance(prompt, list) else [prompt]
     if not several:
         raise ValueError("is empty")
@@ -27,7 +27,9 @@ def _check_prompt(prompt: Any) -> Any:
         for text in several:
             _check_text(text)
     elif not (_is_ids(prompt) or all(map(_is_ids, several))):
-        raise ValueError("must be a string, a list of strings, of token ids or of such lists")
+        raise ValueError(
+            "must be a string, token ids, or a list of strings or of lists of token ids"
+        )
     return prompt
 
 
@@ -52,7 +54,7 @@ def _check_listed_ids(ids: Any) -> Any:
 
 def _check_biases(biases: Any) -> Any:
     if not isinstance(biases, dict) or not all(type(b) in (int, float) for b in biases.values()):
-        raise ValueError("must be an object of token ids and numbers")
+        raise ValueError("must be an object that maps token ids to numbers")
     if len(biases) > MAX_LISTED_IDS:
         raise ValueError(f"at most {MAX_LISTED_IDS} token ids, not {len(biases)}")
     return biases
@@ -62,14 +64,14 @@ def _check_bad_words(words: Any) -> Any:
     if not isinstance(words, list) or not all(isinstance(w, str) and w for w in words):
         raise ValueError("must be a list of strings, none of them empty")
     if len(words) > MAX_BAD_WORDS or max(map(len, words), default=0) > MAX_STOP_LENGTH:
-        raise ValueError(f"at most {MAX_BAD_WORDS} words of {MAX_STOP_LENGTH} characters")
+        raise ValueError(f"at most {MAX_BAD_WORDS} words of at most {MAX_STOP_LENGTH} characters")
     for word in words:
         _check_text(word)
     return words
 
 
 def _is_ids(value: Any) -> bool:
-    # an int that does not fit in 64 bits is a number, but never an id; the engine says so
+    # the engine refuses ints that are no id, such as those that do not fit in 64 bits
     return isinstance(value, list) and all(type(part) is int for part in value)
 
 
@@ -77,11 +79,11 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("has a lone surrogate, which no text encoding can hold") from None
+        raise ValueError("has a lone surrogate, which UTF-8 cannot encode") from None
 
 
 class _Body(BaseModel):
-    """Unknown options are refused; a null stands for an option that was not given."""
+    """A JSON object: unknown options are refused, and a null means that an option is not given."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -89,21 +91,21 @@ class _Body(BaseModel):
     @classmethod
     def _drop_nulls(cls, values: Any) -> Any:
         if isinstance(values, bytes):
-            raise ValueError("the body must come with Content-Type: application/json")
+            raise ValueError("the body needs the header Content-Type: application/json")
         if not isinstance(values, dict):
             raise ValueError("the body must be a JSON object")
         return {name: value for name, value in values.items() if value is not None}
 
 
 class StreamOptions(_Body):
-    """What a stream carries beside the text."""
+    """Options for the token counts in a stream."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
 class CompletionRequest(_Body):
-    """The body of ``POST /v1/completions``. Defaults of sampling stand in ``SamplingParams``."""
+    """The body of ``POST /v1/completions``. ``SamplingParams`` has the defaults of sampling."""
 
     prompt: Annotated[Prompt, PlainValidator(_check_prompt)]
     model: str | None = None
@@ -156,23 +158,27 @@ class CompletionRequest(_Body):
     @model_validator(mode="after")
     def _check_together(self) -> "CompletionRequest":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: goes with stream alone")
+            raise ValueError("stream_options: needs stream to be true")
         if self.best_of is not None and self.best_of < self.n:
-            raise ValueError(f"best_of: {self.best_of} is less than n, {self.n}")
+            raise ValueError(f"best_of: must be at least n ({self.n}), not {self.best_of}")
         if self.num_samples > self.n and self.stream:
-            raise ValueError("best_of: the best are not known before all have ended; no stream")
+            raise ValueError(
+                "best_of: more than n cannot be streamed, because all must end before ranking"
+            )
         if self.truncate_prompt_tokens == 0:
-            raise ValueError("truncate_prompt_tokens: 0 leaves nothing to continue")
+            raise ValueError(
+                "truncate_prompt_tokens: must be -1 or at least 1, because 0 leaves no prompt"
+            )
         return self
 
     @property
     def num_samples(self) -> int:
-        """Answers that are made of each prompt, of which the ``n`` best are given."""
+        """Answers that are generated per prompt; the response contains the ``n`` best."""
         return self.best_of or self.n
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, one or several, all texts or all ids."""
+        """The prompts as a list: either all texts or all token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -180,10 +186,10 @@ class CompletionRequest(_Body):
         return self.prompt
 
     def sampling(self, bad_words: tuple[tuple[int, ...], ...], sample: int) -> SamplingParams:
-        """The engine's part of the request, for one of its samples.
+        """The sampling parameters of one sample of the request.
 
-        ``bad_words`` are the request's own as token ids. A given seed is followed by the next one
-        for the next sample.
+        ``bad_words`` are the request's bad words as token ids. A given seed is increased by the
+        index of the sample.
 
         Raises:
             RequestError: a value is out of range.
@@ -194,7 +200,7 @@ class CompletionRequest(_Body):
         if self.echo and (self.logprobs is not None or not given.get("max_tokens", 1)):
             given["prompt_logprobs"] = max(self.logprobs or 0, self.prompt_logprobs or 0)
         if self.num_samples > self.n:
-            given.setdefault("logprobs", 0)  # by which the best are found
+            given.setdefault("logprobs", 0)  # they rank the samples
         allowed = self.allowed_token_ids
         return SamplingParams(
             stop_token_ids=frozenset(self.stop_token_ids),
@@ -225,5 +231,5 @@ _SAMPLING = (
 def _biases(biases: dict[str, float]) -> Iterator[tuple[int, float]]:
     for name, bias in biases.items():
         if not (name.isascii() and name.isdigit()) or len(name) > 9:
-            raise RequestError("logit_bias", f"{name[:20]!r} is no token id")
+            raise RequestError("logit_bias", f"{name[:20]!r} is not a token id")
         yield int(name), bias

@@ -1,4 +1,4 @@
-"""What the routes share: one served model and the way to its engine."""
+"""The served model and its engine, shared by all routes."""
 
 import asyncio
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from weights.checkpoints.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Service:
-    """One served model."""
+    """One served model, with checks of requests against it."""
 
     model_name: str
     created: int
@@ -25,19 +25,19 @@ class Service:
     metrics: Metrics
 
     def check_model(self, name: str | None) -> None:
-        """Refuse a model that is not the one served (ApiError, 404)."""
+        """Raise ApiError (404) if ``name`` is not the served model."""
         if name is not None and name != self.model_name:
-            message = f"model: {name!r} does not exist, this server has {self.model_name!r}"
+            message = f"model: {name!r} does not exist; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def check_engine(self) -> None:
-        """Refuse what the engine could not answer now (ApiError, 503)."""
+        """Raise ApiError (503) if the engine is not running."""
         if not self.engine.is_alive:
             headers = {"Retry-After": "5"}
             raise ApiError(503, "the engine is not running", "server_error", headers=headers)
 
     def check_tables(self) -> None:
-        """Refuse to be healthy while a value table is lost (ApiError, 503)."""
+        """Raise ApiError (503) if a value table can no longer be read."""
         if self.engine.lost_tables:
             message = "value tables are lost: " + "; ".join(self.engine.lost_tables)
             raise ApiError(503, message, "server_error", code="table_lost")
@@ -45,10 +45,12 @@ class Service:
     async def encode(
         self, text: str, add_special_tokens: bool, only_end: bool = False
     ) -> list[int]:
-        """Token ids of a text, or at least of as much of its end as a prompt can have.
+        """Token ids of a text.
+
+        ``only_end`` drops the beginning of a text that is longer than any prompt can be.
 
         Raises:
-            RequestError: the whole is wanted of a text that is longer than any prompt can be.
+            RequestError: the text is longer than any prompt can be, without ``only_end``.
         """
         limit = self.limits.max_model_len
         longest = limit * self.tokenizer.longest_token
@@ -57,5 +59,5 @@ class Service:
         elif len(text) > longest:
             message = f"has {len(text)} characters, more than {limit} tokens can have"
             raise RequestError("prompt", message)
-        # a long text takes a while, in which the others' tokens should not wait
+        # a long text takes a while, and must not delay the tokens of other requests
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)

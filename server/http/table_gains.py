@@ -1,4 +1,4 @@
-"""What value tables were asked for since the last look, from totals that may begin anew."""
+"""Increases of the value tables' counters between two calls, across engine restarts."""
 
 from dataclasses import astuple, fields
 
@@ -6,7 +6,7 @@ from engine.request import TableCounts
 from memory_ops.tables.table_statistics import TableStatistics
 
 TABLE_LABELS = ("table", "tier", "layer")
-# the counters that are metrics, and what they mean
+# the meaning of each counter that is a metric
 TABLE_COUNTS = {
     counter.name: counter.metadata["meaning"]
     for counter in fields(TableStatistics)
@@ -17,16 +17,16 @@ Labels = tuple[str, ...]
 
 
 class TableGains:
-    """Differences of totals; those of an engine that was started again begin at zero."""
+    """Computes increases of counter totals; the totals of a restarted engine begin at zero."""
 
     def __init__(self) -> None:
         self._seen: dict[Labels, TableStatistics] = {}
 
     def since(self, tables: tuple[TableCounts, ...] | None) -> list[tuple[Labels, TableStatistics]]:
-        """By labels, what each counter has gained; nothing where there was no look.
+        """(labels, increase of each counter) per table; empty if ``tables`` is None.
 
-        No tables at all, as told when an engine ends, are what those of the next begin from. So is
-        zero where a total is below what was seen: gains are never negative.
+        An empty tuple, sent when an engine has died, resets all totals to zero. A total below the
+        last one also counts from zero, so that no increase is negative.
         """
         if tables is None:
             return []

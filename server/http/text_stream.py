@@ -1,4 +1,4 @@
-"""One choice of a completion: the engine's tokens become text that ends where it should."""
+"""The text of one choice of a completion: detokenises outputs and applies stop strings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from weights.checkpoints.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How text is made of tokens, and where it ends."""
+    """Stop strings of a text, and whether it shows them and special tokens."""
 
     stops: Sequence[str] = ()
     include_stop: bool = False
@@ -21,16 +21,16 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What one step adds to a choice.
+    """The addition of one step to a choice.
 
     Attributes:
-        index: which choice of the response.
-        text: characters that are certain now, perhaps none.
+        index: index of the choice in the response.
+        text: new characters that are final; can be empty.
         token_ids: the tokens of this step.
-        logprobs: an entry a token, where they were asked for.
-        prompt_logprobs: an entry a prompt token but the first, where they were asked for, once.
-        finish_reason: set once, in the last delta.
-        stop_reason: the stop string or the asked-for stop id that ended it.
+        logprobs: one entry per token, if requested.
+        prompt_logprobs: one entry per prompt token after the first, if requested; sent once.
+        finish_reason: set in the last delta.
+        stop_reason: the stop string or requested stop token id that ended the choice.
     """
 
     index: int
@@ -43,7 +43,7 @@ class TextDelta:
 
 
 class TextStream:
-    """The text of one choice, stop strings cut off."""
+    """Turns the engine's outputs for one choice into text, cut at stop strings."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class TextStream:
         self._num_tokens = 0
 
     def push(self, output: TokenOutput) -> TextDelta:
-        """Turn an output into text. A ``stop`` that the engine did not give ends the choice."""
+        """Turn an output into a delta. A stop string sets ``finish_reason`` to ``stop``."""
         ids, reason = output.token_ids, output.finish_reason
         stop_reason: str | int | None = None
         text, stop = "", None
@@ -72,7 +72,7 @@ class TextStream:
             more, stop = self._push_one(token_id)
             text += more
             if stop is not None:
-                # what came after it in the same step never was
+                # drop the tokens of this step that follow the stop string
                 ids, reason, stop_reason = ids[:count], "stop", stop
                 break
         if reason is not None and stop is None:
@@ -82,7 +82,7 @@ class TextStream:
                 reason, stop_reason = "stop", stop
             else:
                 text += self._stops.finish()
-                # the model's own end of sequence is no reason that anyone asked for
+                # only stop ids of the request are a stop reason, not the end of sequence
                 if output.stop_token_id in self._sampling.stop_token_ids:
                     stop_reason = output.stop_token_id
         return TextDelta(
@@ -99,5 +99,5 @@ class TextStream:
         self._num_tokens += 1
         text = self._detokenizer.push([token_id])
         if self._num_tokens <= self._sampling.min_tokens:
-            return self._stops.finish() + text, None  # too early for a stop string
+            return self._stops.finish() + text, None  # stop strings count after min_tokens
         return self._stops.push(text)

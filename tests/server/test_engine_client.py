@@ -53,7 +53,7 @@ def test_a_step_that_never_ends_is_noticed_and_its_engine_replaced(tmp_path):
         # the limit of the engine that hangs is short; its successor may be slow on a busy machine
         client._supervision = SupervisionOptions(engine_restarts=1, stall_timeout_s=60.0)
         (refused,) = await answers("c")
-        assert refused.error == "the engine process has ended"
+        assert refused.error == "the engine process has died"
         while not client.is_alive:
             await asyncio.sleep(0)
         assert [output.token_ids for output in await answers("d")] == [(5,)]

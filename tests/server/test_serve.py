@@ -117,7 +117,7 @@ def test_torch_lives_in_the_engine_process_alone(memory_server):
     assert any("libtorch" in maps(child) for child in children(pid))
 
 
-LOST = "memplus: the engine process has ended and no restarts are left (--engine-restarts)"
+LOST = "memplus: the engine process has died and no restarts are left (--engine-restarts)"
 
 
 def test_a_dead_engine_ends_its_requests_with_errors_and_then_the_server(slow_folder):
@@ -234,12 +234,6 @@ def test_generate_writes_what_the_server_answers(memory_plus_folder, memory_serv
 def test_inspect_prints_counts(memory_plus_folder):
     result = memplus("inspect", str(memory_plus_folder))
     assert result.returncode == 0 and "2 dense, 2 memory_plus" in result.stdout
-
-
-def test_help_has_every_field_with_its_default():
-    text = " ".join(memplus("serve", "--help", COLUMNS="200").stdout.split())
-    for option, default in [("--max-num-seqs", "64"), ("--port", "8000"), ("--model", "wordnet")]:
-        assert f"(default: {default})" in text.split(f"{option} ", 2)[2][:200]
 
 
 def engine_of(server) -> int:

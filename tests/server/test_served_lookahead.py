@@ -24,10 +24,10 @@ def loaded(folder, **options):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"table_lookahead": 4}, "table_lookahead: 4 is more than the 3 layers"),
+        ({"table_lookahead": 4}, "table_lookahead: must be at most 3, the layers"),
         (
             {"table_lookahead": 1, "table_lookahead_share": 3.0},
-            "table_lookahead_share: 3.0 of 3 rows are 9, more than the 8 subkeys",
+            "table_lookahead_share: 3.0 of 3 rows is 9 rows, but at most 8 can",
         ),
     ],
 )
@@ -51,4 +51,4 @@ def test_as_much_as_a_model_has_is_taken_and_auto_says_where_it_is_not_used(fold
     assert not caplog.records
     loaded(folder, table_lookahead=3, table_lookahead_share=2.5)
     (record,) = caplog.records
-    assert record.getMessage() == "tables are held in memory: --table-lookahead is not used"
+    assert record.getMessage() == "all value tables are in memory: --table-lookahead has no effect"

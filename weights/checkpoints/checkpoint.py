@@ -103,11 +103,13 @@ class ModelBytes:
         weights: of all but the value tables.
         tables: of all value tables in the format that they are served in; 0 without any.
         kv_per_token: of keys and values of all layers.
+        dtype: that the model is served in.
     """
 
     weights: int
     tables: int
     kv_per_token: int
+    dtype: torch.dtype
 
 
 def model_bytes(folder: Path, dtype: str, table_dtype: str) -> ModelBytes:
@@ -117,12 +119,14 @@ def model_bytes(folder: Path, dtype: str, table_dtype: str) -> ModelBytes:
         CheckpointError, ConfigError, ValueError: as ``load_model``.
     """
     config, stored = open_checkpoint(folder)
-    itemsize = serving_dtype(stored, dtype).itemsize
+    chosen = serving_dtype(stored, dtype)
+    itemsize = chosen.itemsize
     tables = [stored.pop(name) for name in config.model.table_names]
     return ModelBytes(
         weights=itemsize * sum(math.prod(one.shape) for one in stored.values()),
         tables=sum(layout.num_bytes for layout in table_layouts(tables, table_dtype).values()),
         kv_per_token=config.model.kv_bytes_per_token(itemsize),
+        dtype=chosen,
     )
 
 
@@ -133,6 +137,7 @@ def load_model(
     *,
     table_dtype: str = "auto",
     verify_tables: bool = False,
+    keep_stored: bool = False,
 ) -> tuple[Transformer, CheckpointConfig]:
     """Load a folder's model for serving, on the CPU.
 
@@ -148,6 +153,8 @@ def load_model(
         table_dtype: one of ``TABLE_DTYPES`` that tables in memory are converted to, or auto: as
             stored.
         verify_tables: whether their data are compared with the checksums in their files.
+        keep_stored: leave all weights mapped in their stored dtypes, for an executor that converts
+            them itself, one layer at a time.
 
     Raises:
         CheckpointError: as ``open_checkpoint``, a table cannot be read, or is not what it was.
@@ -163,7 +170,9 @@ def load_model(
     _allow_descriptors()
     with torch.device("meta"):
         model = Transformer(config.model)
-    weights = {name: read_mapped(tensor).to(chosen) for name, tensor in stored.items()}
+    weights = {name: read_mapped(tensor) for name, tensor in stored.items()}
+    if not keep_stored:
+        weights = {name: weight.to(chosen) for name, weight in weights.items()}
     model.load_state_dict(weights, assign=True)
     memory = config.model.memory
     if memory is not None and table_cache is not None:

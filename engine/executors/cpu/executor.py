@@ -10,7 +10,7 @@ from engine.executors.batch import Batch, StepResult, sample_batch, warm_up_batc
 from engine.executors.cpu.decoder import CpuDecoder
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.layers import pack_layer
-from engine.executors.cpu.packing import pack_linear
+from engine.executors.cpu.packing import Packer
 from engine.executors.lookahead import Lookahead, LookaheadConfig
 from engine.model.attention import kv_memory
 from engine.model.forward_trace import ForwardTrace
@@ -23,7 +23,7 @@ from memory_ops.tables.value_table import ValueTable
 
 
 class CpuExecutor:
-    """Runs many decoder layers in one native call, on packed copies of the weights."""
+    """Runs whole decoder layers in one native call, on weights that it packed for itself."""
 
     def __init__(
         self,
@@ -32,10 +32,11 @@ class CpuExecutor:
         num_blocks: int,
         block_size: int,
         lookahead: LookaheadConfig | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """Pack a model's weights, which are fp32 or bf16 on the CPU, and reserve KV memory.
+        """Pack a model's weights in ``dtype``, fp32 or bf16, and reserve KV memory.
 
-        It keeps the model's embedding, norms and tables.
+        ``dtype`` is by default that of the embedding, which is kept if it has ``dtype``.
 
         Raises:
             OSError: the system cannot provide the KV memory.
@@ -48,9 +49,11 @@ class CpuExecutor:
             table.watch(self.progress.mark)
         self.progress.watch(lambda: kernels.work_done)
         self._kernels = kernels
-        self._embedding_VD = model.model.embed_tokens.weight
+        embedding_VD = model.model.embed_tokens.weight
+        packer = Packer(kernels, dtype or embedding_VD.dtype)
+        self._embedding_VD = embedding_VD.to(packer.dtype)
         self._rope_frequencies = model.rope_frequencies
-        layers = [pack_layer(kernels, layer) for layer in model.layers]
+        layers = [pack_layer(packer, layer) for layer in model.layers]
         memories = [layer.memory.predicted for layer in layers if layer.memory is not None]
         self._decoder = CpuDecoder(
             layers,
@@ -59,7 +62,7 @@ class CpuExecutor:
             self.progress,
             None if lookahead is None else Lookahead(memories, lookahead),
         )
-        self._head = pack_linear(kernels, model.head, norm=model.model.norm)
+        self._head = packer.linear(model.head, norm=model.model.norm)
         self._sampler = Sampler(kernels.sample, kernels.log_probabilities)
         self._kv_blocks = kv_memory(model.config, num_blocks, block_size, self._embedding_VD)
 
@@ -90,4 +93,4 @@ class CpuExecutor:
         self.run(warm_up_batch())
 
     def close(self) -> None:
-        """Do nothing: the memory is freed with the executor."""
+        """Nothing to do: memory goes with the executor."""

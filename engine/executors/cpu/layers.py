@@ -1,14 +1,14 @@
 """Decoder layers with packed weights, and feed-forwards that run outside the native call."""
 
+import copy
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.memory import CpuMemory
 from engine.executors.cpu.mixture import CpuMixture
 from engine.executors.cpu.packed_layers import PackedLayer
-from engine.executors.cpu.packing import pack_linear
+from engine.executors.cpu.packing import Packer
 from engine.model.feed_forward import DenseFeedForward
 from engine.model.forward_trace import ForwardTrace
 from engine.model.layers import DecoderLayer
@@ -56,23 +56,25 @@ class CpuLayer:
         return feed_forward.run(residual_TD, trace)
 
 
-def pack_layer(kernels: CpuKernels, layer: DecoderLayer) -> CpuLayer:
+def pack_layer(packer: Packer, layer: DecoderLayer) -> CpuLayer:
     """Pack one layer of a model, which is not changed."""
     attention, norm = layer.self_attn, layer.post_attention_layernorm
-    qkv = pack_linear(
-        kernels, attention.q_proj, attention.k_proj, attention.v_proj, norm=layer.input_layernorm
+    qkv = packer.linear(
+        attention.q_proj, attention.k_proj, attention.v_proj, norm=layer.input_layernorm
     )
-    packed = PackedLayer(qkv, pack_linear(kernels, attention.o_proj))
+    packed = PackedLayer(qkv, packer.linear(attention.o_proj))
     feed_forward = layer.feed_forward
     if isinstance(feed_forward, DenseFeedForward):
-        gate_up = pack_linear(
-            kernels, feed_forward.gate_proj, feed_forward.up_proj, norm=norm, is_gated=True
+        gate_up = packer.linear(
+            feed_forward.gate_proj, feed_forward.up_proj, norm=norm, is_gated=True
         )
-        down = pack_linear(kernels, feed_forward.down_proj)
+        down = packer.linear(feed_forward.down_proj)
         return CpuLayer(packed._replace(gate_up=gate_up, down=down))
     if isinstance(feed_forward, MixtureFeedForward):
-        return CpuLayer(packed, other=CpuMixture(kernels, feed_forward, norm))
+        return CpuLayer(packed, other=CpuMixture(packer, feed_forward, norm))
     if isinstance(feed_forward, MemoryLayer):
-        memory = CpuMemory(kernels, feed_forward, norm)
+        memory = CpuMemory(packer, feed_forward, norm)
         return CpuLayer(packed._replace(memory=memory.packed()), memory=memory)
-    return CpuLayer(packed, other=EagerFeedForward(norm, feed_forward))
+    # a copy, which shares no weights with the model
+    module = copy.deepcopy(feed_forward).to(packer.dtype)
+    return CpuLayer(packed, other=EagerFeedForward(packer.norm(norm), module))

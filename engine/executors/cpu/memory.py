@@ -3,10 +3,9 @@
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.packed_linear import PackedLinear
 from engine.executors.cpu.packed_memory import MemoryProducts, PackedMemory
-from engine.executors.cpu.packing import pack_linear, pack_subkeys
+from engine.executors.cpu.packing import Packer
 from engine.executors.lookahead import PredictedMemory
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.memory_layer import MemoryLayer
@@ -19,17 +18,17 @@ from memory_ops.tables.value_table import Lookup
 class CpuMemory:
     """A ``MemoryLayer`` with packed weights, norm and residual sum included."""
 
-    def __init__(self, kernels: CpuKernels, memory: MemoryLayer, norm: RmsNorm) -> None:
-        self._kernels, self._norm = kernels, norm
+    def __init__(self, packer: Packer, memory: MemoryLayer, norm: RmsNorm) -> None:
+        self._kernels, self._norm = packer.kernels, packer.norm(norm)
         self.index, self.top_k = memory.index, memory.top_k
         self.num_heads, self.num_subkeys = memory.num_heads, memory.num_subkeys
         self.tables, self.table = memory.tables, memory.table
         self._down_table = memory.down_table if memory.is_peer else None
-        self._query = pack_linear(kernels, memory.query, norm=norm)
-        self._subkeys = pack_subkeys(kernels, memory)
-        self._gate = _pack_any(kernels, memory.gate, norm)
-        self._values = _pack_any(kernels, memory.value_proj, None)
-        self._output_gate = _pack_any(kernels, memory.output_gate, norm)
+        self._query = packer.linear(memory.query, norm=norm)
+        self._subkeys = packer.subkeys(memory)
+        self._gate = _pack_any(packer, memory.gate, norm)
+        self._values = _pack_any(packer, memory.value_proj, None)
+        self._output_gate = _pack_any(packer, memory.output_gate, norm)
 
     def half_scores(self, residual_TD: Tensor) -> Tensor:
         """Half scores ``[T, H, 2, N]`` in fp32."""
@@ -87,7 +86,5 @@ class CpuMemory:
         return PackedMemory(source, self.num_heads, self.top_k, products)
 
 
-def _pack_any(
-    kernels: CpuKernels, layer: nn.Linear | None, norm: RmsNorm | None
-) -> PackedLinear | None:
-    return None if layer is None else pack_linear(kernels, layer, norm=norm)
+def _pack_any(packer: Packer, layer: nn.Linear | None, norm: RmsNorm | None) -> PackedLinear | None:
+    return None if layer is None else packer.linear(layer, norm=norm)

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from engine.executors.cpu.kernels import CpuKernels
-from engine.executors.cpu.packing import pack_linear
+from engine.executors.cpu.packing import Packer
 from engine.model.forward_trace import ForwardTrace
 from engine.model.mixture import Expert, MixtureFeedForward, mix_experts
 from engine.model.norm import RmsNorm
@@ -14,13 +13,12 @@ from engine.model.norm import RmsNorm
 class CpuMixture:
     """A ``MixtureFeedForward`` with packed weights, norm and residual sum included."""
 
-    def __init__(self, kernels: CpuKernels, mixture: MixtureFeedForward, norm: RmsNorm) -> None:
-        self._kernels, self._norm, self._top_k = kernels, norm, mixture.top_k
-        self._router = pack_linear(kernels, mixture.gate)
+    def __init__(self, packer: Packer, mixture: MixtureFeedForward, norm: RmsNorm) -> None:
+        self._kernels, self._norm = packer.kernels, packer.norm(norm)
+        self._top_k = mixture.top_k
+        self._router = packer.linear(mixture.gate)
         self._experts = [
-            _pack_expert(kernels, expert)
-            for expert in mixture.experts
-            if isinstance(expert, Expert)
+            _pack_expert(packer, expert) for expert in mixture.experts if isinstance(expert, Expert)
         ]
 
     def run(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
@@ -32,7 +30,7 @@ class CpuMixture:
         return residual_TD + mix_experts(x_TD, logits_TE, self._experts, self._top_k)
 
 
-def _pack_expert(kernels: CpuKernels, expert: Expert) -> Callable[[Tensor], Tensor]:
-    gate_up = pack_linear(kernels, expert.w1, expert.w3, is_gated=True)
-    down = pack_linear(kernels, expert.w2)
+def _pack_expert(packer: Packer, expert: Expert) -> Callable[[Tensor], Tensor]:
+    kernels, down = packer.kernels, packer.linear(expert.w2)
+    gate_up = packer.linear(expert.w1, expert.w3, is_gated=True)
     return lambda x_LD: kernels.linear(down, kernels.linear(gate_up, x_LD))

@@ -4,7 +4,10 @@ A packed product includes the norm before it: ``out = concat(W_i norm(x) + b_i)`
 pair of layers, ``out = silu(W_0 norm(x) + b_0) * (W_1 norm(x) + b_1)``.
 """
 
-from torch import nn
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
 
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
@@ -12,27 +15,43 @@ from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
 
 
-def pack_linear(
-    kernels: CpuKernels,
-    *layers: nn.Linear | nn.Embedding,
-    norm: RmsNorm | None = None,
-    is_gated: bool = False,
-) -> PackedLinear:
-    """One product of layers with the same input; the rows of an embedding give logits."""
-    rows, first = [], 0
-    for index, layer in enumerate(layers):
-        bias_O = layer.bias if isinstance(layer, nn.Linear) else None
-        part = index if is_gated else 0
-        rows.append(WeightRows(layer.weight, bias_O, first=first, part=part))
-        first += 0 if is_gated else len(layer.weight)
-    outputs = len(layers[0].weight) if is_gated else first
-    packed_norm = None if norm is None else (norm.weight, norm.eps)
-    return kernels.pack(rows, outputs, norm=packed_norm, is_gated=is_gated)
+@dataclass(frozen=True)
+class Packer:
+    """Packs weights for the kernels in one dtype; converts one weight at a time if needed."""
 
+    kernels: CpuKernels
+    dtype: torch.dtype
 
-def pack_subkeys(kernels: CpuKernels, memory: MemoryLayer) -> PackedLinear:
-    """The product of queries and subkeys: half scores in fp32, the query norm included."""
-    subkeys_H2Nk, query_norm = memory.subkeys, memory.query_norm
-    rows = [WeightRows(half, block=i) for i, half in enumerate(subkeys_H2Nk.flatten(0, 1))]
-    norm = None if query_norm is None else (query_norm, memory.norm_eps)
-    return kernels.pack(rows, memory.num_subkeys, norm=norm, has_wide_outputs=True)
+    def linear(
+        self,
+        *layers: nn.Linear | nn.Embedding,
+        norm: RmsNorm | None = None,
+        is_gated: bool = False,
+    ) -> PackedLinear:
+        """One product of layers with the same input; the rows of an embedding give logits."""
+        rows, first = [], 0
+        for index, layer in enumerate(layers):
+            bias = layer.bias if isinstance(layer, nn.Linear) else None
+            bias_O = None if bias is None else self._cast(bias)
+            part = index if is_gated else 0
+            rows.append(WeightRows(self._cast(layer.weight), bias_O, first=first, part=part))
+            first += 0 if is_gated else len(layer.weight)
+        outputs = len(layers[0].weight) if is_gated else first
+        packed_norm = None if norm is None else (self._cast(norm.weight), norm.eps)
+        return self.kernels.pack(rows, outputs, norm=packed_norm, is_gated=is_gated)
+
+    def subkeys(self, memory: MemoryLayer) -> PackedLinear:
+        """The product of queries and subkeys: half scores in fp32, the query norm included."""
+        subkeys_H2Nk, query_norm = self._cast(memory.subkeys), memory.query_norm
+        rows = [WeightRows(half, block=i) for i, half in enumerate(subkeys_H2Nk.flatten(0, 1))]
+        norm = None if query_norm is None else (self._cast(query_norm), memory.norm_eps)
+        return self.kernels.pack(rows, memory.num_subkeys, norm=norm, has_wide_outputs=True)
+
+    def norm(self, norm: RmsNorm) -> RmsNorm:
+        """The same norm in the packer's dtype."""
+        made = RmsNorm(len(norm.weight), norm.eps)
+        made.weight = nn.Parameter(self._cast(norm.weight), requires_grad=False)
+        return made
+
+    def _cast(self, weight: Tensor) -> Tensor:
+        return weight.to(self.dtype)

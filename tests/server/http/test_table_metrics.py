@@ -105,27 +105,26 @@ def test_a_line_says_what_was_done_since_the_last(log):
     log.observe_step(step)
     log.observe_step(step)
     now[0] += 10
-    log.tell()
+    log.report()
     assert lines == [
-        "3 running, 1 waiting, 25.0% of KV blocks used;"
-        " tokens a second: 20.0 computed, 0.6 generated"
+        "3 running, 1 waiting, 25.0% of KV blocks used; tokens/s: 20.0 computed, 0.6 generated"
     ]
     # requests that wait for a step that takes long
     now[0] += 10
-    log.tell()
-    assert lines[1].endswith("tokens a second: 0.0 computed, 0.0 generated")
+    log.report()
+    assert lines[1].endswith("tokens/s: 0.0 computed, 0.0 generated")
     log.observe_step(EngineStatistics(step_tokens=50))
     now[0] += 5
-    log.tell()
+    log.report()
     assert lines[2].startswith("0 running") and " 10.0 computed" in lines[2]
 
 
 def test_nothing_is_said_while_there_is_no_work(log):
     log, lines, now = log
-    log.tell()
+    log.report()
     log.observe_step(EngineStatistics())
     now[0] += 10
-    log.tell()
+    log.report()
     assert lines == []
 
 
@@ -134,25 +133,25 @@ def test_a_line_has_the_hit_rate_and_the_stalls_of_tables_that_fetch(log):
     first = (counts(1, 90, unique_rows=50, hits=40), counts(2, 90, unique_rows=50, hits=30))
     log.observe_step(EngineStatistics(step_tokens=1, tables=first))
     now[0] += 10
-    log.tell()
-    assert lines[0].endswith("; table rows: 70.0% were in memory, 0.0% of the time waited for")
+    log.report()
+    assert lines[0].endswith("; table rows: 70.0% cache hits, 0.0% of the time stalled")
     second = (
         counts(1, 100, unique_rows=60, hits=49, stall_seconds=0.5),
         counts(2, 100, unique_rows=60, hits=40, stall_seconds=1.0),
     )
     log.observe_step(EngineStatistics(step_tokens=1, tables=second))
     now[0] += 10
-    log.tell()
-    assert lines[1].endswith("; table rows: 95.0% were in memory, 15.0% of the time waited for")
+    log.report()
+    assert lines[1].endswith("; table rows: 95.0% cache hits, 15.0% of the time stalled")
     log.observe_step(EngineStatistics(step_tokens=1, tables=None))
-    log.tell()
+    log.report()
     assert "table rows" not in lines[2]
     # a wait that began before the last line
     third = (counts(1, 110, unique_rows=70, hits=49, stall_seconds=9.0), second[1])
     log.observe_step(EngineStatistics(step_tokens=1, tables=third))
     now[0] += 2
-    log.tell()
-    assert lines[3].endswith("; table rows: 0.0% were in memory, 100.0% of the time waited for")
+    log.report()
+    assert lines[3].endswith("; table rows: 0.0% cache hits, 100.0% of the time stalled")
 
 
 def test_a_line_that_cannot_be_said_does_not_end_the_log(caplog):
@@ -182,4 +181,4 @@ def test_the_server_says_it_while_it_works(slow_folder):
             lines = response.iter_lines()  # dropped, it would close the stream
             next(lines)
             said = next(line for line in server.process.stderr if " running, " in line)
-    assert re.match(r"1 running, 0 waiting, [\d.]+% of KV blocks used; tokens a second: ", said)
+    assert re.match(r"1 running, 0 waiting, [\d.]+% of KV blocks used; tokens/s: ", said)

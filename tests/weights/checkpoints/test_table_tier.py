@@ -234,11 +234,11 @@ def test_a_server_in_a_narrow_cgroup_takes_fewer_kv_blocks(tmp_path, memory):
     ("options", "named"),
     [
         ({"table_tier": "host"}, "table_tier: host needs a GPU"),
-        ({"table_tier": "tape"}, "table_tier: 'tape' is none of"),
-        ({"table_tier": "device", "table_cache": "1GiB"}, "table_cache: is for --table-tier disk"),
-        ({"table_cache": "1GB"}, "table_cache: expected a number"),
-        ({"table_cache": "0MiB"}, "table_cache: must be more than nothing, not 0MiB"),
-        ({"table_lookahead_share": 0.5}, "table_lookahead_share: is for --table-lookahead"),
+        ({"table_tier": "tape"}, "table_tier: 'tape' is not one of"),
+        ({"table_tier": "device", "table_cache": "1GiB"}, "table_cache: needs --table-tier disk"),
+        ({"table_cache": "1GB"}, "table_cache: must be a number"),
+        ({"table_cache": "0MiB"}, "table_cache: must be more than 0, not 0MiB"),
+        ({"table_lookahead_share": 0.5}, "table_lookahead_share: needs --table-lookahead"),
         ({"table_lookahead": 1, "table_lookahead_share": 9.0}, "_share: 9.0 is outside"),
     ],
 )

@@ -167,6 +167,6 @@ def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys, monkeypa
     printed = capsys.readouterr().out
     assert "recall 0.000" in printed and f"loss {scores['texts']['loss']:.4f}" in printed
     assert main([*arguments, "--json", str(tmp_path / "no" / "scores.json")]) == 2
-    assert "json: there is no folder" in capsys.readouterr().err
+    assert "json: the folder" in capsys.readouterr().err
     assert main(["eval", "--model", str(folder)]) == 2
-    assert "texts: give texts, --questions, or both" in capsys.readouterr().err
+    assert "texts: none given; give text files, --questions, or both" in capsys.readouterr().err

@@ -427,7 +427,7 @@ def test_a_run_does_not_go_on_with_other_settings(config, tmp_path, change, mess
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_refused(config, tmp_path):
-    with pytest.raises(ConfigError, match="run.device: there is no CUDA device"):
+    with pytest.raises(ConfigError, match="run.device: cuda needs a CUDA device"):
         train.run(config("run.device=cuda"), tmp_path / "run", resume=False)
 
 

@@ -9,6 +9,7 @@ from engine.executors.cpu import decoder
 from engine.executors.cpu.decoder import CpuDecoder
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from engine.executors.cpu.layers import pack_layer
+from engine.executors.cpu.packing import Packer
 from engine.model.config import MemoryConfig
 from engine.model.forward_trace import ForwardTrace
 from engine.model.rotary import rope_angles
@@ -26,7 +27,9 @@ MEMORY = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_di
 
 
 def decoder_of(model, kernels, progress=None):
-    layers = [pack_layer(kernels, layer) for layer in model.layers]
+    layers = [
+        pack_layer(Packer(kernels, model.model.norm.weight.dtype), layer) for layer in model.layers
+    ]
     return CpuDecoder(layers, model.config.num_heads, kernels, progress or Progress())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
-from engine.executors.cpu.packing import pack_linear
+from engine.executors.cpu.packing import Packer
 from tests.engine.executors.cpu.packed_forward import PackedForward
 from tests.engine.executors.cpu.test_kernels import paged_batch, random_qkv
 from tests.engine.executors.cpu.test_packed_linear import layer
@@ -26,7 +26,7 @@ def marks_of(native, call, *arguments) -> int:
 def test_products_count_their_tiles(build, dtype):
     native = CpuKernels(build)
     small, large = (
-        pack_linear(native, layer(32, 32 * panels, False, dtype)) for panels in (10, 40)
+        Packer(native, dtype).linear(layer(32, 32 * panels, False, dtype)) for panels in (10, 40)
     )
     few, many = torch.randn(10, 32).to(dtype), torch.randn(400, 32).to(dtype)
     assert marks_of(native, native.linear, small, few) >= 10

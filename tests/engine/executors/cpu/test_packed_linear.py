@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import linear, silu
 
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
-from engine.executors.cpu.packing import pack_linear, pack_subkeys
+from engine.executors.cpu.packing import Packer
 from engine.model.config import MemoryConfig
 from engine.model.memory_layer import MemoryLayer, half_scores
 from engine.model.norm import RmsNorm
@@ -64,7 +64,8 @@ class Product:
 
     def packed(self, build):
         kernels = CpuKernels(build)
-        packed = pack_linear(kernels, *self.layers, norm=self.norm, is_gated=self.is_gated)
+        packer = Packer(kernels, self.layers[0].weight.dtype)
+        packed = packer.linear(*self.layers, norm=self.norm, is_gated=self.is_gated)
         return partial(kernels.linear, packed)
 
 
@@ -165,7 +166,7 @@ def test_scores_of_product_keys(build, dtype, rows, shape, has_norm):
     queries = torch.randn(rows, num_heads * 2 * half_dim).to(dtype)
     wanted = half_scores(queries, memory.subkeys, memory.query_norm, memory.norm_eps)
     kernels = CpuKernels(build)
-    found = kernels.linear(pack_subkeys(kernels, memory), queries).view(wanted.shape)
+    found = kernels.linear(Packer(kernels, dtype).subkeys(memory), queries).view(wanted.shape)
     assert found.dtype == torch.float32
     # a norm in bf16 may be rounded to the other neighbour where its sum differs in the last bit
     rtol, atol = (1e-2, 5e-2) if has_norm and dtype == torch.bfloat16 else (1e-5, 1e-4)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from engine.executors.cpu.layers import pack_layer
+from engine.executors.cpu.packing import Packer
 from engine.model.config import MemoryConfig
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.table_statistics import TableStatistics
@@ -81,6 +82,6 @@ def test_a_table_that_kernels_do_not_read_is_read_apart():
     wide = copy.deepcopy(model)
     block = wide.layers[0].memory
     block.attach(DeviceTable(block.table.rows.double()))
-    kernels = CpuKernels(CPU_LIBRARY.best_build)
-    assert not pack_layer(kernels, model.layers[0]).is_apart
-    assert pack_layer(kernels, wide.layers[0]).is_apart
+    packer = Packer(CpuKernels(CPU_LIBRARY.best_build), torch.float32)
+    assert not pack_layer(packer, model.layers[0]).is_apart
+    assert pack_layer(packer, wide.layers[0]).is_apart

@@ -1,1 +1,1 @@
-"""Token ids in, token ids out: model, KV blocks, scheduler, sampler, runner. No text, no HTTP."""
+"""The engine: token ids in, token ids out; no text, no HTTP."""

@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out, one step at a time. It knows no text and no processes."""
+"""The engine: runs requests step by step and returns their tokens; no text, no processes."""
 
 import logging
 import secrets
@@ -11,11 +11,10 @@ from engine.progress import Progress
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
 from engine.sampling.masks import Bitmask, TokenMask, allowed_drafts, row_bitmasks
 from engine.scheduling.batching import Batcher, chunk_results
-from engine.scheduling.drafter import Drafter
 from engine.scheduling.kv_blocks import BlockPool
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
-from engine.scheduling.step_plan import ChunkResult, SequenceChunk, StepPlan
+from engine.scheduling.step_plan import ChunkResult, Drafter, SequenceChunk, StepPlan
 from engine.table_counts import TableCounter
 
 Bitmasks = dict[str, Bitmask]
@@ -35,18 +34,14 @@ class Engine:
     ) -> None:
         """Schedule for an executor that was made with ``config``.
 
-        A sequence ends on any of ``eos_ids``; ``drafter`` proposes up to ``num_drafts`` tokens
-        ahead of each decoding sequence.
-
-        Raises:
-            ConfigError: ``max_model_len`` exceeds what the model or the KV memory takes.
+        A sequence ends on any of ``eos_ids``; ``drafter`` proposes up to ``num_drafts`` tokens per
+        decode. ConfigError if ``max_model_len`` exceeds the model's positions or the KV memory.
         """
         model, num_blocks = executor.config, executor.num_blocks
         max_model_len = _max_model_len(config, model.max_positions, num_blocks * config.block_size)
         self.limits = RequestLimits(model.vocab_size, max_model_len, eos_ids)
         self._executor = executor
-        self._drafter = drafter
-        self._num_drafts = num_drafts
+        self._drafter, self._num_drafts = drafter, num_drafts
         self._table_counter = TableCounter(executor.tables)
         self._batcher = Batcher(config.block_size, model.vocab_size, eos_ids)
         self._pool = BlockPool(num_blocks, config.block_size)
@@ -56,30 +51,26 @@ class Engine:
 
     @property
     def progress(self) -> Progress:
-        """Marked by every piece of work."""
+        """The executor's progress, marked by every piece of work."""
         return self._executor.progress
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would have something to do."""
+        """Whether any request is unfinished."""
         return self._scheduler.has_work
 
     def add(self, request: Request, mask: TokenMask | None = None) -> None:
-        """Queue a request; its tokens come out of later steps.
-
-        Raises:
-            RequestError: the model could not run it.
-        """
+        """Queue a request for later steps; RequestError if it exceeds the model's limits."""
         self.limits.check(request.prompt_ids, request.sampling)
         seed = request.sampling.seed
         self._scheduler.add(request, secrets.randbits(63) if seed is None else seed, mask)
 
     def abort(self, request_id: str) -> None:
-        """Forget a request and free its blocks; nothing happens if it has ended already."""
+        """Cancel a request and free its blocks; do nothing if it has ended already."""
         self._scheduler.abort(request_id)
 
     def step(self) -> StepOutput:
-        """Run one step. A request that cannot be run ends, and neither its neighbours nor we do."""
+        """Run one step. A request that fails ends with an error; the others continue."""
         plan, bound, outputs = self._bind(self._scheduler.plan())
         results, errors = self._run(plan, bound)
         outputs += [self._scheduler.end(name, error) for name, error in errors.items()]
@@ -89,17 +80,17 @@ class Engine:
         return StepOutput(tuple(outputs), self.statistics(plan.num_tokens, new_tokens))
 
     def warm_up(self) -> None:
-        """Have the executor do everything that only the first step takes, before any request."""
+        """Let the executor do the extra work of a first step, before any request."""
         self._executor.warm_up()
 
     def check_integrity(self) -> None:
-        """Check that no block is lost or held by a request that ended (AssertionError)."""
+        """Raise AssertionError if a block is lost or held by a request that ended."""
         self._scheduler.check_integrity()
 
     def check_idle(self) -> None:
-        """Check that an engine without work holds no KV blocks (AssertionError).
+        """Raise AssertionError if an engine without work holds KV blocks.
 
-        It counts them, in constant time; with ``debug_checks`` it checks every block.
+        It only counts them, unless ``debug_checks`` is set: then it checks every block.
         """
         assert not self.has_work
         if self._debug_checks:
@@ -107,7 +98,7 @@ class Engine:
         assert self._pool.num_available == self._pool.num_blocks, "KV blocks were lost"
 
     def statistics(self, step_tokens: int = 0, new_tokens: int = 0) -> EngineStatistics:
-        """The gauges as they stand now, after a step of so many tokens."""
+        """The current gauges, after a step that ran and generated these numbers of tokens."""
         return EngineStatistics(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
@@ -123,7 +114,7 @@ class Engine:
         )
 
     def _bind(self, plan: StepPlan) -> tuple[StepPlan, Bitmasks, list[TokenOutput]]:
-        """Ask the masks what may come; a request whose mask allows nothing, or fails, ends here."""
+        """Get bitmasks from token masks; end requests whose mask fails or allows no token."""
         bound: Bitmasks = {}
         kept: list[SequenceChunk] = []
         ended: list[TokenOutput] = []
@@ -133,7 +124,7 @@ class Engine:
                 try:
                     bitmask = row_bitmasks(mask, chunk.drafts, self.limits.vocab_size)
                     if not bitmask[0].any():
-                        message = "the token mask allows nothing"
+                        message = "the token mask allows no token"
                     bound[chunk.request_id] = bitmask
                 except Exception as error:
                     logger.exception("the token mask of %s failed", chunk.request_id)
@@ -147,7 +138,7 @@ class Engine:
     def _run(
         self, plan: StepPlan, bound: Bitmasks
     ) -> tuple[dict[str, ChunkResult], dict[str, str]]:
-        """Run a plan; where that fails, its chunks one by one, so that only the culprit ends."""
+        """Run a plan; if it fails, run its chunks one by one, so that only the failing one ends."""
         if not plan.chunks:
             return {}, {}
         try:
@@ -161,7 +152,7 @@ class Engine:
         results: dict[str, ChunkResult] = {}
         errors: dict[str, str] = {}
         for chunk in plan.chunks:
-            # keys and values are written again where they were written before
+            # rewriting the same keys and values does no harm
             more, failed = self._run(StepPlan((chunk,)), bound)
             results |= more
             errors |= failed
@@ -176,7 +167,7 @@ class Engine:
             if sequence.mask is not None and drafts:
                 drafts = allowed_drafts(sequence.mask, drafts, self.limits.vocab_size)
         except Exception:
-            logger.exception("guessing for %s failed; it goes on without", sequence.request_id)
+            logger.exception("drafting for %s failed; no drafts are used", sequence.request_id)
             return []
         return drafts
 
@@ -188,8 +179,6 @@ def _max_model_len(config: EngineConfig, max_positions: int, kv_tokens: int) -> 
     if asked > max_positions:
         raise ConfigError(f"max_model_len: {asked} exceeds the model's {max_positions} positions")
     if asked > kv_tokens:
-        raise ConfigError(
-            f"max_model_len: {asked} exceeds the {kv_tokens} tokens that the KV blocks hold;"
-            " raise kv_cache_gib"
-        )
+        message = f"max_model_len: {asked} exceeds the {kv_tokens} tokens of the KV blocks"
+        raise ConfigError(f"{message}; raise kv_cache_gib")
     return asked

@@ -1,7 +1,6 @@
-"""The engine in a process of its own: the messages, the loop inside, the handle outside.
+"""Runs the engine in a child process: messages, the loop inside, the handle outside.
 
-The process that holds the handle never imports torch: the engine is built in the child, by an entry
-function that is named by a string.
+The parent never imports torch: the child builds the engine, by an entry function named as a string.
 """
 
 import importlib
@@ -10,29 +9,21 @@ import queue
 import signal
 import threading
 import time
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.errors import RequestError
 from engine.progress import Progress
-from engine.request import (
-    EngineStatistics,
-    Request,
-    RequestLimits,
-    StepOutput,
-    TokenOutput,
-)
+from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
 
-# how often a process that has nothing else to say tells that it lives
+# seconds between two heartbeats of the engine process
 HEARTBEAT_S = 0.5
-# a wait that took so much longer means that the process itself was stopped meanwhile
+# if a wait takes this much longer than asked, the process itself was stopped
 PAUSE_S = 1.0
 
 
-@dataclass(frozen=True)
-class Abort:
-    """Forget this request."""
+class Abort(NamedTuple):
+    """Cancel this request."""
 
     request_id: str
 
@@ -40,32 +31,26 @@ class Abort:
 Message = Request | Abort
 
 
-@dataclass(frozen=True)
-class EngineReady:
-    """The engine is loaded and answers from now on."""
+class EngineReady(NamedTuple):
+    """The engine is loaded and accepts requests."""
 
     limits: RequestLimits
 
 
-@dataclass(frozen=True)
-class EngineRefused:
-    """The engine could not be made; ``message`` is for the one who asked for it."""
+class EngineRefused(NamedTuple):
+    """The engine could not be made; ``message`` tells the user why."""
 
     message: str
 
 
-@dataclass(frozen=True)
-class Heartbeat:
-    """The process lives, and how long it made no progress beyond what its work may take.
-
-    0 if it waits; see ``engine.progress``.
-    """
+class Heartbeat(NamedTuple):
+    """The process is alive; ``stalled_s`` is that of ``engine.progress``."""
 
     stalled_s: float
 
 
 class StepEngine(Protocol):
-    """What the loop needs of an engine; ``engine.engine.Engine`` has it."""
+    """The part of ``engine.engine.Engine`` that the loop calls."""
 
     limits: RequestLimits
 
@@ -81,41 +66,39 @@ class StepEngine(Protocol):
 
 
 class EngineStartError(Exception):
-    """The engine process refused its settings or its model, or died before it was ready."""
+    """The engine process rejected its settings or model, or died before it was ready."""
 
 
 class EngineLostError(Exception):
-    """The engine process has ended, and no restarts are left."""
+    """The engine process has ended, and it may not be restarted again."""
 
 
 class EngineProcess:
-    """A handle on an engine that runs elsewhere. ``send`` never blocks; ``receive`` may."""
+    """The parent's handle on the engine process. ``send`` never blocks; ``receive`` may."""
 
     def __init__(self, entry: str, settings: object) -> None:
         """Prepare a process that calls ``entry`` (``"module:function"``).
 
-        The function gets the process's end of the connection and ``settings``, and ends with
-        ``run_engine`` or by sending ``EngineRefused``.
+        The function takes the child's end of the connection and ``settings``; it calls
+        ``run_engine`` or sends ``EngineRefused``.
         """
         context = multiprocessing.get_context("spawn")
         self._connection, self._child_connection = context.Pipe()
+        arguments = entry, self._child_connection, settings
         self._process = context.Process(
-            target=_child_main,
-            args=(entry, self._child_connection, settings),
-            name="memplus-engine",
-            daemon=True,
+            target=_child_main, args=arguments, name="memplus-engine", daemon=True
         )
         self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._start_lock = threading.Lock()
         self._is_stopped = False
-        # a full pipe must not stop the event loop of the caller, nor lock both sides
+        # a full pipe must not block the caller's event loop, nor deadlock both processes
         self._sender = threading.Thread(target=self._send_batches, daemon=True)
 
     def start(self) -> EngineReady:
         """Start the process and wait until the engine is loaded.
 
         Raises:
-            EngineStartError: it could not be made, or was stopped; the message says why.
+            EngineStartError: the engine could not be made, or was stopped; the message says why.
         """
         with self._start_lock:
             if self._is_stopped:
@@ -128,7 +111,7 @@ class EngineProcess:
             self._process.join()
             code = self._process.exitcode
             raise EngineStartError(f"the engine process died while loading (exit {code})") from None
-        except BaseException:  # a signal to this process, which the child does not hear
+        except BaseException:  # a signal to this process, which the child ignores
             self.kill()
             self._process.join()
             raise
@@ -140,17 +123,14 @@ class EngineProcess:
         return answer
 
     def send(self, message: Message) -> None:
-        """Hand a message over; it reaches the engine before one of its next steps."""
+        """Queue a message; the engine reads it before one of its next steps."""
         self._outbox.put(message)
 
     def receive(self) -> StepOutput | Heartbeat:
-        """Wait for the next step's output, or a sign of life.
+        """Wait for the next step's output or a heartbeat; EOFError if the process has ended.
 
-        For a thread of its own: an event loop that watched the pipe would make it non-blocking,
-        and a long message would then be torn.
-
-        Raises:
-            EOFError: the process has ended.
+        Call it in a separate thread: an event loop would make the pipe non-blocking, and that
+        would truncate long messages.
         """
         try:
             output = self._connection.recv()
@@ -160,13 +140,13 @@ class EngineProcess:
         return output
 
     def kill(self) -> None:
-        """End the process now, whatever it does."""
+        """Kill the process at once."""
         self._process.kill()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the process: ask, wait, then kill. Requests under way are lost.
+        """End the process: ask, wait, then kill; kill it at once if it is loading.
 
-        One that is still loading is killed; one that was not started never will be.
+        Unfinished requests are lost. A process that was not started can no longer start.
         """
         with self._start_lock:
             self._is_stopped = True
@@ -178,7 +158,7 @@ class EngineProcess:
             self._process.join(timeout_s)
         if self._process.is_alive():
             self.kill()
-        # one that waits for a device cannot even be killed
+        # a process that waits for a device cannot be killed
         self._process.join(timeout_s)
 
     def _send_batches(self) -> None:
@@ -193,20 +173,19 @@ class EngineProcess:
                 if closing:
                     self._connection.send(None)
             except OSError:
-                return  # the process has ended, which the receiving side reports
+                return  # the process has ended: receive() reports it
 
 
 class EngineLoop:
-    """Serves one connection with one engine; a second thread sends the signs of life."""
+    """Serves one connection with one engine; a second thread sends heartbeats."""
 
     def __init__(self, engine: StepEngine, connection: Connection) -> None:
-        self._engine = engine
-        self._connection = connection
+        self._engine, self._connection = engine, connection
         self._send_lock = threading.Lock()
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Serve until the other side says ``None`` or closes."""
+        """Serve until the other side sends ``None`` or closes."""
         heart = threading.Thread(target=self._beat, daemon=True)
         try:
             self._send(EngineReady(self._engine.limits))
@@ -215,16 +194,15 @@ class EngineLoop:
                 self._engine.progress.mark()
                 self._send(self._engine.step())
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            return  # the other side is gone, and with it everyone who waits for an answer
+            return  # the other side is gone: nobody waits for an answer
         finally:
             self._ended.set()
             if heart.is_alive():
-                # the interpreter's end would tear it out of whatever it calls; a full pipe that
-                # nobody reads may hold it for good
+                # let it end before the interpreter exits; a full pipe may block it for ever
                 heart.join(HEARTBEAT_S)
 
     def _take_messages(self) -> bool:
-        """Apply what has come, waiting where there is nothing to step; False at the end."""
+        """Apply new messages, and wait for one if there is no work; False at the end."""
         engine = self._engine
         while not engine.has_work or self._connection.poll():
             if not engine.has_work:
@@ -235,7 +213,7 @@ class EngineLoop:
                 return False
             engine.progress.mark()
             refused = self._apply(batch)
-            # an abort may leave nothing to step, and the gauges must say so
+            # after an abort there may be no further step, which would report the gauges
             if refused or not engine.has_work:
                 self._send(StepOutput(tuple(refused), engine.statistics()))
         return True
@@ -249,8 +227,7 @@ class EngineLoop:
             try:
                 self._engine.add(message)
             except RequestError as error:
-                output = TokenOutput(message.request_id, finish_reason="error", error=str(error))
-                refused.append(output)
+                refused.append(TokenOutput(message.request_id, (), "error", error=str(error)))
         return refused
 
     def _send(self, message: StepOutput | Heartbeat | EngineReady) -> None:
@@ -266,16 +243,16 @@ class EngineLoop:
             try:
                 self._send(Heartbeat(self._engine.progress.stalled_s))
             except OSError:
-                return  # the loop finds out by itself
+                return  # the loop notices it too
 
 
 def run_engine(engine: StepEngine, connection: Connection) -> None:
-    """Serve the other end of ``connection`` until it says ``None`` or closes."""
+    """Serve the other end of ``connection`` until it sends ``None`` or closes."""
     EngineLoop(engine, connection).run()
 
 
 def _child_main(entry: str, connection: Connection, settings: object) -> None:
-    # a signal to the process group reaches both processes; the parent decides what it means
+    # a signal to the process group reaches both processes; the parent handles it
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     module, function = entry.split(":")

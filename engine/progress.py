@@ -1,36 +1,34 @@
-"""Tells a slow engine step from one that hangs."""
+"""Distinguishes a slow engine step from one that hangs."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# a piece of work may take so many times what it took at the best speed so far: others may keep the
-# machine busy, and not every operation is as fast as the average
+# allowed time of a piece of work, relative to its time at the best speed so far
 _PATIENCE = 16
 
 
 class Progress:
-    """When the engine last made progress; another thread asks, to tell the outside.
+    """Records when the engine last made progress; another thread reads and reports it.
 
-    There are three signs of it. The engine's thread marks each piece of its work: a layer, the
-    logits, the choice of tokens. Native kernels count while they run, so a long call is seen to
-    make progress. A step whose pieces nobody sees inside says how much work it is, and its pieces
-    get the time that so much work takes by the speed measured so far.
+    The engine's thread marks each piece of its work: a layer, the logits, the choice of tokens.
+    Native kernels increment counters while they run. A step without such counters announces its
+    amount of work, and gets the time that this work takes at the speed measured so far.
     """
 
     def __init__(self) -> None:
-        # the engine's thread writes these
+        # written by the engine's thread
         self._last: float | None = None
-        self._speed = 0.0  # work a second, of the fastest step
+        self._speed = 0.0  # work per second of the fastest step
         self._allowed_s = 0.0
-        # the thread that asks writes these
+        # written by the thread that reports
         self._work_done: Callable[[], int] = lambda: 0
         self._seen = 0
         self._seen_at = 0.0
 
     @property
     def stalled_s(self) -> float:
-        """Seconds without progress beyond those that the work may take, 0 if there is no work."""
+        """Seconds without progress beyond the time allowed for the work; 0 if there is none."""
         done = self._work_done()
         if done != self._seen:
             self._seen, self._seen_at = done, time.monotonic()
@@ -40,26 +38,26 @@ class Progress:
         return max(0.0, time.monotonic() - max(last, self._seen_at) - self._allowed_s)
 
     def watch(self, work_done: Callable[[], int]) -> None:
-        """Take any change of this number for progress as well."""
+        """Count every change of this number as progress too."""
         self._work_done = work_done
 
     def mark(self) -> None:
-        """Say that something was done, or begins."""
+        """Record that a piece of work begins or ended."""
         self._last = time.monotonic()
 
     def skip(self) -> None:
-        """Leave out the time until now, in which the process itself was stopped."""
+        """Ignore the time until now, in which the process itself was stopped."""
         self._seen_at = time.monotonic()
 
     def rest(self) -> None:
-        """Say that there is nothing to do."""
+        """Record that there is no work."""
         self._last = None
 
     @contextmanager
     def working(self, work: float, largest: float) -> Iterator[None]:
-        """Around a step of so much work, the largest piece between two marks apart.
+        """Wrap a step of this much work; ``largest`` is its largest piece between two marks.
 
-        Both are in the same unit. The first step gets no extra time: no speed is known yet.
+        Both have the same unit. The first step gets no extra time: no speed is known yet.
         """
         self._allowed_s = _PATIENCE * largest / self._speed if self._speed else 0.0
         begun = time.monotonic()
@@ -67,5 +65,5 @@ class Progress:
             yield
         finally:
             self._allowed_s = 0.0
-        # a clock may be coarser than a tiny step
+        # the clock may be too coarse for a tiny step
         self._speed = max(self._speed, work / max(time.monotonic() - begun, 1e-6))

@@ -1,4 +1,4 @@
-"""The engine's vocabulary: what is asked of it and what it answers, as plain data."""
+"""Requests, outputs and statistics of the engine, as plain data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,51 +14,41 @@ MAX_PRIORITY = 100
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What a loaded model can take; known to both processes, checked at the door."""
+    """Limits of a loaded model; the server checks requests against them, and so does the engine."""
 
     vocab_size: int
     max_model_len: int
     eos_ids: frozenset[int] = frozenset()
 
     def check(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
-        """Refuse a request that the engine could not run.
-
-        Raises:
-            RequestError: an empty prompt, an id outside the vocabulary, or too many tokens.
-        """
+        """Raise RequestError for an empty prompt, an unknown token id, or too many tokens."""
         length = len(prompt_ids)
         if not length:
-            raise RequestError("prompt", "is empty, there is nothing to continue")
+            raise RequestError("prompt", "is empty; it needs at least one token")
         if length > self.max_model_len - (sampling.max_tokens > 0):
-            raise RequestError(
-                "prompt",
-                f"has {length} tokens, which leaves no room for an answer in the"
-                f" {self.max_model_len} that the model takes",
-            )
+            message = f"has {length} tokens; with an answer the model takes {self.max_model_len}"
+            raise RequestError("prompt", message)
         if length + sampling.max_tokens > self.max_model_len:
-            raise RequestError(
-                "max_tokens",
-                f"{sampling.max_tokens} and a prompt of {length} tokens exceed the"
-                f" {self.max_model_len} that the model takes",
-            )
+            tokens = f"{sampling.max_tokens} and a prompt of {length} tokens"
+            raise RequestError("max_tokens", f"{tokens} exceed the limit of {self.max_model_len}")
         for param, ids in {"prompt": prompt_ids, **sampling.listed_ids}.items():
             wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
             if wrong is not None:
                 raise RequestError(param, f"token id {wrong} is outside [0, {self.vocab_size})")
         allowed, ends = sampling.allowed_token_ids, sampling.stop_token_ids | self.eos_ids
         if sampling.min_tokens and allowed is not None and allowed <= ends:
-            message = "are all ends, which min_tokens forbids at first"
+            message = "all of them end the answer, which min_tokens forbids at first"
             raise RequestError("allowed_token_ids", message)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to be continued.
+    """One prompt to continue.
 
     Attributes:
-        request_id: unique among those under way.
+        request_id: unique among the unfinished requests.
         priority: smaller runs sooner, -MAX_PRIORITY to MAX_PRIORITY.
-        cache_salt: only requests of the same salt share KV blocks.
+        cache_salt: only requests with the same salt share KV blocks.
     """
 
     request_id: str
@@ -74,18 +64,16 @@ class Request:
 
 
 class TokenOutput(NamedTuple):
-    """What one step gave one request.
+    """The output of one step for one request.
 
     Attributes:
-        request_id: whose tokens these are.
-        token_ids: the new tokens, in order; empty when it ended without one.
-        finish_reason: set once, in the request's last output.
-        stop_token_id: the id that ended it, itself the last of ``token_ids``.
-        error: what went wrong, when ``finish_reason`` is ``error``.
-        logprobs: one entry a token, where they were asked for.
-        prompt_logprobs: entries of the next prompt tokens, where they were asked for.
-        cached_tokens: prompt tokens whose keys and values were found, in the first output with
-            tokens.
+        token_ids: the new tokens, in order; empty if the request ended without one.
+        finish_reason: set in the request's last output.
+        stop_token_id: the id that ended the request, also the last of ``token_ids``.
+        error: the message, if ``finish_reason`` is ``error``.
+        logprobs: one entry per token, if requested.
+        prompt_logprobs: entries of the next prompt tokens, if requested.
+        cached_tokens: prompt tokens found in the prefix cache, in the first output with tokens.
     """
 
     request_id: str
@@ -99,14 +87,7 @@ class TokenOutput(NamedTuple):
 
 
 class TableCounts(NamedTuple):
-    """What one layer asked of one value table, and what that cost.
-
-    Attributes:
-        table: its name in the checkpoint.
-        tier: where its rows lie.
-        layer: whose lookups these are.
-        totals: since the table was loaded.
-    """
+    """Lookups of one layer in one value table, and their cost, since the table was loaded."""
 
     table: str
     tier: str
@@ -118,10 +99,12 @@ class TableCounts(NamedTuple):
 class EngineStatistics:
     """Gauges after a step, and totals since the engine was made.
 
-    ``step_tokens`` counts the tokens that the step ran, ``new_tokens`` those that it gave,
-    ``prefix_queries`` and ``prefix_hits`` prompt tokens that were looked for and found among the
-    kept blocks. ``tables`` is None where they were not looked at. ``lost_tables`` says of each
-    table that cannot be read any more which file it is, and why.
+    Attributes:
+        step_tokens: tokens that the step ran.
+        new_tokens: tokens that the step generated.
+        prefix_queries: prompt tokens looked up in the prefix cache; ``prefix_hits`` were found.
+        tables: counts by table and layer; None if this step did not read them.
+        lost_tables: for each unreadable table, the file and the error.
     """
 
     num_running: int = 0
@@ -137,9 +120,8 @@ class EngineStatistics:
     lost_tables: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class StepOutput:
-    """Everything that one step tells the outside."""
+class StepOutput(NamedTuple):
+    """All outputs of one step."""
 
     outputs: tuple[TokenOutput, ...]
     statistics: EngineStatistics

@@ -1,4 +1,4 @@
-"""What a model's value tables were asked for, looked at now and then: a look is a native call."""
+"""Lookup counts of a model's value tables, read at most once a second: a read is a native call."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ EVERY_S = 1.0
 
 
 class TableCounter:
-    """Looks at the tables of one model, once a second at most while it has work."""
+    """Reads the counts of a model's tables, at most once a second while there is work."""
 
     def __init__(
         self, tables: Mapping[str, ValueTable], clock: Callable[[], float] = time.monotonic
@@ -21,7 +21,7 @@ class TableCounter:
         self._next = clock()
 
     def take(self, is_idle: bool) -> tuple[TableCounts, ...] | None:
-        """Totals by table and layer; None where it is too soon, and there will be another step."""
+        """Totals by table and layer; None if it is too soon and another step will follow."""
         now = self._clock()
         if now < self._next and not is_idle:
             return None
@@ -33,6 +33,5 @@ class TableCounter:
         )
 
     def faults(self) -> tuple[str, ...]:
-        """Why tables are lost, those that are."""
-        faults = (table.fault for table in self._tables.values())
-        return tuple(fault for fault in faults if fault is not None)
+        """The faults of the tables that can no longer be read."""
+        return tuple(t.fault for t in self._tables.values() if t.fault is not None)

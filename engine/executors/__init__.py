@@ -1,1 +1,1 @@
-"""Executors: how a served step of a model is computed on a device."""
+"""Executors: compute the served steps of a model on a device."""

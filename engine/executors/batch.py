@@ -1,8 +1,9 @@
 """The batch that an executor runs in one step, and the step's results."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,8 @@ from engine.sampling.request_rules import SamplingRow
 from engine.sampling.sampler import Sampler
 
 
-@dataclass(frozen=True)
-class ScoredToken:
-    """A token that is given, and whose log-probability is wanted.
-
-    ``num_best`` of the likeliest tokens are wanted with it.
-    """
+class ScoredToken(NamedTuple):
+    """A token to score, together with the ``num_best`` likeliest tokens."""
 
     token_id: int
     num_best: int
@@ -29,18 +26,15 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Batch:
-    """One ragged forward and what to do with its logits; tensors are on the CPU.
-
-    Of the L positions in ``logits_at_L`` the first ``len(rows)`` choose a token each, by ``rows``;
-    the others, one for each of ``scored``, score a token.
+    """One ragged forward and the use of its logits; tensors are on the CPU.
 
     Attributes:
         ids_T: int64 token ids of all sequences, one sequence after another.
-        layout: their places in sequences and KV blocks.
-        logits_at_L: int64 positions in the batch whose logits are wanted.
-        rows: how to choose a token at each of the first positions.
-        bitmask: uint32 ``[len(rows), words]``, the tokens that may come, where masks restrict any.
-        scored: the tokens to score at the other positions; None where none is wanted.
+        layout: positions of the tokens in sequences and KV blocks.
+        logits_at_L: int64 positions in the batch to compute logits at.
+        rows: sampling rows of the first ``len(rows)`` of these positions.
+        bitmask: uint32 ``[len(rows), words]`` of allowed tokens, if masks restrict any.
+        scored: the token to score at each of the other positions, or None.
     """
 
     ids_T: Tensor
@@ -51,13 +45,12 @@ class Batch:
     scored: Sequence[ScoredToken | None] = ()
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """The results of one batch.
 
     Attributes:
-        token_ids: the token chosen at each of the batch's ``rows``, or ``NO_TOKEN``.
-        logprobs: for each of ``logits_at_L`` its log-probabilities, or None where none is wanted.
+        token_ids: the token chosen for each of the batch's ``rows``, or ``NO_TOKEN``.
+        logprobs: for each of ``logits_at_L`` its log-probabilities, or None if not requested.
     """
 
     token_ids: Sequence[int]
@@ -79,27 +72,22 @@ def sample_batch(
     )
     wanted = [(at, one) for at, one in enumerate(chain(chosen, batch.scored)) if one is not None]
     logprobs: list[TokenLogprobs | None] = [None] * len(logits_LV)
-    for at, found in _scores(logits_LV, wanted, sampler):
-        logprobs[at] = found
+    places = [at for at, _ in wanted]
+    own_ids, counts = [one.token_id for _, one in wanted], [one.num_best for _, one in wanted]
+    found = sampler.log_probabilities(logits_LV, places, own_ids, counts)
+    for at, token_logprobs in zip(places, found, strict=True):
+        logprobs[at] = token_logprobs
         progress.mark()
     return StepResult(ids, logprobs)
 
 
 def warm_up_batch() -> Batch:
-    """One token at position 0 of block 0, from which a token is chosen greedily.
+    """One token at position 0 of block 0, and a greedy choice.
 
-    Run it before any request: what the first step alone takes, such as reading mapped weights, must
-    not be mistaken for a hanging step.
+    Run it before any request, so that a slow first step, which reads mapped weights for instance,
+    is not mistaken for a hanging one.
     """
     first = torch.zeros(1, dtype=torch.int64)
     layout = TokenLayout(first, (0, 1), PagedKv(first, first.unsqueeze(0), (1,)))
     greedy = SamplingParams(max_tokens=1, temperature=0)
     return Batch(first, layout, first, (SamplingRow(greedy, seed=0, position=1),))
-
-
-def _scores(
-    logits_LV: Tensor, wanted: Sequence[tuple[int, ScoredToken]], sampler: Sampler
-) -> Iterator[tuple[int, TokenLogprobs]]:
-    places = [at for at, _ in wanted]
-    ids, counts = [one.token_id for _, one in wanted], [one.num_best for _, one in wanted]
-    return zip(places, sampler.log_probabilities(logits_LV, places, ids, counts), strict=True)

@@ -1,4 +1,4 @@
-"""The eager executor: runs the model as it is, in plain torch, on the model's own device."""
+"""The eager executor: runs the unchanged model in plain torch, on the model's device."""
 
 from collections.abc import Mapping
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from engine.executors.batch import Batch, StepResult, sample_batch, warm_up_batch
-from engine.executors.kv_memory import kv_memory
 from engine.executors.lookahead import Lookahead, LookaheadConfig, predicted_memories
+from engine.model.attention import kv_memory
 from engine.model.flops import StepFlops
 from engine.model.transformer import ForwardOutput, Transformer
 from engine.progress import Progress
@@ -16,7 +16,7 @@ from memory_ops.tables.value_table import ValueTable
 
 
 class EagerExecutor:
-    """Correct on any device and at any precision; the fallback of the faster executors."""
+    """Runs on any device and at any precision; the fallback of the faster executors."""
 
     def __init__(
         self,
@@ -25,10 +25,10 @@ class EagerExecutor:
         block_size: int,
         lookahead: LookaheadConfig | None = None,
     ) -> None:
-        """Reserve KV memory beside the model, on its device and in its dtype.
+        """Reserve KV memory on the model's device and in its dtype.
 
         Raises:
-            OSError: the system has no such memory.
+            OSError: the system cannot provide the KV memory.
         """
         weight = model.model.embed_tokens.weight
         self.config = model.config
@@ -48,7 +48,7 @@ class EagerExecutor:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
-        # plain torch shows no progress inside a product: say how much work the step is
+        # plain torch shows no progress inside a product: announce the step's amount of work
         with self.progress.working(*self._flops.of(batch.layout, len(batch.logits_at_L))):
             return sample_batch(self.logits(batch), batch, self._sampler, self.progress)
 
@@ -68,7 +68,7 @@ class EagerExecutor:
         self.run(warm_up_batch())
 
     def close(self) -> None:
-        """Nothing to do: memory goes with the executor."""
+        """Do nothing: the memory is freed with the executor."""
 
     def _before_layer(self, layer: int, residual_TD: Tensor) -> None:
         self.progress.mark()

@@ -1,4 +1,4 @@
-"""The executor protocol, and the one place that chooses a model's executor."""
+"""The executor protocol, and the choice of a model's executor."""
 
 import logging
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class Executor(Protocol):
 
     Attributes:
         config: the model's shapes.
-        num_blocks: KV blocks that it owns, in a layout of its own.
+        num_blocks: number of KV blocks; the executor owns them and chooses their layout.
         tables: the model's value tables, by their names in checkpoints.
         progress: marked whenever a piece of a step is done.
     """
@@ -38,7 +38,7 @@ class Executor(Protocol):
     progress: Progress
 
     def logits(self, batch: Batch) -> Tensor:
-        """Run one batch up to its logits, ``[L, vocabulary]``, from which no token is chosen."""
+        """Run one batch up to its logits, ``[L, vocabulary]``, without choosing tokens."""
         ...
 
     def run(self, batch: Batch) -> StepResult:
@@ -50,11 +50,11 @@ class Executor(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Do everything that only the first step takes; to be called before any request."""
+        """Do the extra work of a first step; call it before any request."""
         ...
 
     def close(self) -> None:
-        """Give back what the executor holds. It must not run again."""
+        """Release the executor's resources; it must not run again."""
         ...
 
 
@@ -64,13 +64,13 @@ def make_executor(
     lookahead: LookaheadConfig | None = None,
     dtype: torch.dtype | None = None,
 ) -> Executor:
-    """The fastest executor that there is for a loaded model, with KV memory as configured.
+    """Make the fastest executor for a loaded model, with KV memory as configured.
 
-    It computes in ``dtype``, by default that of the embedding. The model is not changed. An
-    executor may hold copies of its weights: a caller that only serves should forget the model.
+    It computes in ``dtype``, by default that of the embedding. The model is not changed. The
+    executor may copy its weights: a caller that only serves should drop the model.
 
     Raises:
-        ConfigError: the KV memory is too small, or more than the machine has.
+        ConfigError: the KV memory is too small, or exceeds the machine's memory.
     """
     weight = model.model.embed_tokens.weight
     dtype = dtype or weight.dtype

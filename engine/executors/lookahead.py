@@ -7,48 +7,42 @@ from torch import Tensor
 
 from engine.model.layers import DecoderLayer
 from engine.model.memory_layer import MemoryLayer
+from engine.model.norm import RmsNorm
 from memory_ops import operations
 from memory_ops.tables.value_table import ValueTable
 
-# a disk's queue is full with the rows of this many tokens
-_MOST_TOKENS = 32
+# the rows of this many tokens fill a disk's queue
+_MAX_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class LookaheadConfig:
-    """How early rows are predicted, and how many.
+    """How early rows are predicted, and how many; ValueError if a field is out of range.
 
-    A memory layer's rows follow from the residual stream that enters its feed-forward. The stream
-    that enters an earlier layer is similar: the memory layer's own norm, query and subkeys choose
-    many of the same rows from it.
+    A memory layer computes its rows from the residual stream that enters its feed-forward. The
+    stream that enters an earlier layer is similar: applied to it, the memory layer's norm, query
+    and subkeys choose many of the same rows.
 
     Attributes:
-        distance: layers that run between prediction and read, the memory's own included.
+        distance: layers between prediction and read, the memory's own layer included.
         candidates: rows predicted per head.
-
-    Raises:
-        ValueError: a field is out of range.
     """
 
     distance: int
     candidates: int
 
     def __post_init__(self) -> None:
-        if self.distance < 1:
-            raise ValueError(f"distance: must be 1 or more, not {self.distance}")
-        if self.candidates < 1:
-            raise ValueError(f"candidates: must be 1 or more, not {self.candidates}")
+        for name, value in (("distance", self.distance), ("candidates", self.candidates)):
+            if value < 1:
+                raise ValueError(f"{name}: must be 1 or more, not {value}")
 
 
 @dataclass(frozen=True)
 class PredictedMemory:
-    """A memory layer as the lookahead sees it, however an executor computes it.
+    """A memory layer as the lookahead needs it, for every executor.
 
-    Attributes:
-        index: its layer's place in the model.
-        num_subkeys: N.
-        tables: the tables that it reads.
-        half_scores: half scores ``[T, H, 2, N]`` from the residual stream ``[T, D]``.
+    ``index`` is its layer's index, ``num_subkeys`` N; ``half_scores`` maps a residual stream
+    ``[T, D]`` to half scores ``[T, H, 2, N]``.
     """
 
     index: int
@@ -58,26 +52,21 @@ class PredictedMemory:
 
     def rows(self, residual_TD: Tensor, candidates: int) -> Tensor:
         """The ``candidates`` rows per head that the layer would choose from a residual stream."""
-        rows_THK, _ = operations.product_topk(
-            self.half_scores(residual_TD), min(candidates, self.num_subkeys)
-        )
-        return rows_THK
+        scores_TH2N = self.half_scores(residual_TD)
+        return operations.product_topk(scores_TH2N, min(candidates, self.num_subkeys))[0]
 
 
 def predicted_memories(layers: Iterable[DecoderLayer]) -> list[PredictedMemory]:
     """The memory layers among a model's decoder layers."""
-    return [
-        _predicted(layer, layer.feed_forward)
-        for layer in layers
-        if isinstance(layer.feed_forward, MemoryLayer)
-    ]
+    found = ((layer.post_attention_layernorm, layer.feed_forward) for layer in layers)
+    return [_predicted(norm, memory) for norm, memory in found if isinstance(memory, MemoryLayer)]
 
 
 class Lookahead:
-    """Hints to tables which rows may be read soon. A wrong prediction changes no result."""
+    """Tells tables which rows will probably be read. A wrong prediction changes no result."""
 
     def __init__(self, memories: Iterable[PredictedMemory], config: LookaheadConfig) -> None:
-        """Predict for those of the memory layers whose tables fetch rows."""
+        """Predict rows of the memory layers whose tables fetch rows."""
         self._candidates = config.candidates
         self._memories: dict[int, list[PredictedMemory]] = {}
         for memory in memories:
@@ -87,19 +76,19 @@ class Lookahead:
 
     @property
     def layers(self) -> frozenset[int]:
-        """The layers before which there is something to predict."""
+        """Indices of the layers before which rows are predicted."""
         return frozenset(self._memories)
 
     def before(self, layer: int, residual_TD: Tensor) -> None:
-        """Predict from the residual stream that enters a layer, for the first tokens of many."""
+        """Predict rows of the first tokens from the residual stream that enters a layer."""
         for memory in self._memories.get(layer, ()):
-            rows_THK = memory.rows(residual_TD[:_MOST_TOKENS], self._candidates)
+            rows_THK = memory.rows(residual_TD[:_MAX_TOKENS], self._candidates)
             for table in memory.tables:
                 table.hint(rows_THK, memory.index)
 
 
-def _predicted(layer: DecoderLayer, memory: MemoryLayer) -> PredictedMemory:
+def _predicted(norm: RmsNorm, memory: MemoryLayer) -> PredictedMemory:
     def half_scores(residual_TD: Tensor) -> Tensor:
-        return memory.half_scores(layer.post_attention_layernorm(residual_TD))
+        return memory.half_scores(norm(residual_TD))
 
     return PredictedMemory(memory.index, memory.num_subkeys, memory.tables, half_scores)

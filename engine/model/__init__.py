@@ -1,1 +1,1 @@
-"""The one transformer, for training and for serving. It sees its config, the ops and memory_ops."""
+"""The transformer in plain torch, for training and serving; it imports only memory_ops."""

@@ -13,24 +13,22 @@ from engine.model.config import ModelConfig
 from engine.model.layout import TokenLayout
 from engine.model.rotary import rotate
 from engine.model.uninitialised import Linear
+from memory_ops.anonymous import anonymous_zeros
 
 
 class Attention(nn.Module):
-    """Projections to queries, keys and values, attention, output projection.
-
-    Parameters are uninitialised.
-    """
+    """Query, key and value projections, attention, output projection; uninitialised."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        width, bias = config.hidden_size, config.attention_bias
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
-        bias = config.attention_bias
-        self.q_proj = Linear(config.hidden_size, query_size, bias=bias)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias=bias)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias=bias)
-        self.o_proj = Linear(query_size, config.hidden_size, bias=bias)
+        self.q_proj = Linear(width, query_size, bias=bias)
+        self.k_proj = Linear(width, kv_size, bias=bias)
+        self.v_proj = Linear(width, kv_size, bias=bias)
+        self.o_proj = Linear(query_size, width, bias=bias)
 
     def forward(
         self,
@@ -39,10 +37,10 @@ class Attention(nn.Module):
         angles: tuple[Tensor, Tensor],
         kv_blocks: Tensor | None,
     ) -> Tensor:
-        """Return ``[T, D]``; keys and values are written into ``kv_blocks`` where given.
+        """Return ``[T, D]``; write keys and values into ``kv_blocks`` if given.
 
-        ``angles`` are cosines and sines ``[T, 1, E / 2]``; ``kv_blocks`` is this layer's
-        ``[blocks, 2, G, block_size, E]``, given exactly when ``layout.paged`` is.
+        ``angles`` are cosines and sines ``[T, 1, E / 2]``. ``kv_blocks`` is this layer's
+        ``[blocks, 2, G, block_size, E]``, given if and only if ``layout.paged`` is.
         """
         q_THE = rotate(self._heads(self.q_proj(x_TD)), angles)
         k_TGE = rotate(self._heads(self.k_proj(x_TD)), angles)
@@ -53,8 +51,19 @@ class Attention(nn.Module):
         return out_TD
 
     def _heads(self, x_TF: Tensor) -> Tensor:
-        # both sizes are given, since there may be no tokens
+        # torch cannot infer a size if there are no tokens
         return torch.unflatten(x_TF, 1, (x_TF.shape[1] // self.head_dim, self.head_dim))
+
+
+def kv_memory(config: ModelConfig, num_blocks: int, block_size: int, like: Tensor) -> Tensor:
+    """Zeros ``[layers, blocks, 2, G, block_size, E]`` on the device and in the dtype of ``like``.
+
+    On a CPU, blocks occupy memory from their first write on; OSError if there is not enough.
+    """
+    shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
+    if like.device.type == "cpu":
+        return anonymous_zeros(shape, like.dtype)
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 def write_kv(k_TGE: Tensor, v_TGE: Tensor, layout: TokenLayout, kv_blocks: Tensor) -> None:
@@ -68,18 +77,12 @@ def write_kv(k_TGE: Tensor, v_TGE: Tensor, layout: TokenLayout, kv_blocks: Tenso
 
 
 def attend(
-    q_THE: Tensor,
-    k_TGE: Tensor,
-    v_TGE: Tensor,
-    layout: TokenLayout,
-    kv_blocks: Tensor | None,
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, layout: TokenLayout, kv_blocks: Tensor | None
 ) -> Tensor:
-    """``softmax(q k^T / sqrt(E)) v`` with each token seeing its own sequence up to itself.
+    """``softmax(q k^T / sqrt(E)) v``, ``[T, H, E]`` in the dtype of ``q``, causal per sequence.
 
-    With ``kv_blocks``, this step's keys and values already written, a sequence's context is read
-    from its blocks; without, it is the sequence's own rows of ``k`` and ``v``.
-
-    Returns ``[T, H, E]`` in the dtype of ``q``.
+    With ``kv_blocks``, which already hold this step's keys and values, a sequence's context is
+    read from its blocks; without, it is the sequence's own rows of ``k`` and ``v``.
     """
     if kv_blocks is None or layout.paged is None:
         return _attend_whole(q_THE, k_TGE, v_TGE, layout)
@@ -102,7 +105,7 @@ def _attend_whole(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, layout: TokenLayo
             x_SLF.unflatten(2, (-1, q_THE.shape[2])).transpose(1, 2)
             for x_SLF in (q_SLF, k_SLF, v_SLF)
         )
-        # nothing that is kept attends to cells behind a sequence's end
+        # tokens do not attend to the padding behind their sequence's end
         out_SHLE = scaled_dot_product_attention(
             q_SHLE, k_SGLE, v_SGLE, is_causal=True, enable_gqa=True
         )
@@ -121,7 +124,7 @@ def _attend_one(q_QHE: Tensor, keys_GLE: Tensor, values_GLE: Tensor) -> Tensor:
     num_queries, length = q_QHE.shape[0], keys_GLE.shape[1]
     mask_QL = None
     if num_queries > 1:
-        # query i stands at position length - num_queries + i
+        # query i has position length - num_queries + i
         mask_QL = torch.ones(num_queries, length, dtype=torch.bool, device=q_QHE.device)
         mask_QL = mask_QL.tril(length - num_queries)
     out_1HQE = scaled_dot_product_attention(

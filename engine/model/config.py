@@ -1,19 +1,19 @@
-"""What a model is: shapes and choices, as validated plain data that needs no torch."""
+"""Shapes and options of a model, as validated plain data without torch."""
 
 from dataclasses import dataclass
 
 MEMORY_KINDS = ("memory_plus", "pkm", "peer")
 FEED_FORWARD_KINDS = ("dense", "moe", *MEMORY_KINDS)
-# what checkpoints call tables: of value rows, and of the rows that PEER's experts read x by
+# names in checkpoints: the table of value rows, and that of PEER's down projections
 _TABLE, _DOWN_TABLE = "memory.table", "memory.down_table"
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of rotary frequencies to contexts longer than those trained on.
+    """Llama 3's scaling of rotary frequencies for contexts longer than in training.
 
-    Wavelengths longer than ``original_max_position / low_freq_factor`` are divided by ``factor``,
-    those shorter than ``original_max_position / high_freq_factor`` are kept, the rest interpolated.
+    Wavelengths above ``original_max_position / low_freq_factor`` are multiplied by ``factor``,
+    those below ``original_max_position / high_freq_factor`` are unchanged, others interpolated.
     """
 
     factor: float
@@ -29,7 +29,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What the memory layers read (arXiv 2412.09764); all memory layers have the same shapes.
+    """Shapes and options of all memory layers (arXiv 2412.09764).
 
     Attributes:
         num_heads: H, memory heads.
@@ -37,7 +37,7 @@ class MemoryConfig:
         top_k: K, rows read per head.
         query_dim: k, width of one head's query (two halves of k / 2).
         value_dim: V, width of a row.
-        share_values: one table for all memory layers, or one for each.
+        share_values: whether all memory layers share one table.
         qk_norm: RMSNorm over each query half, one learned weight per half.
         value_projection: ``pkm`` layers only: y = Wv m + bv. ``memory_plus`` always projects.
         output_gate: y is multiplied by sigmoid(w_o x + b_o).
@@ -56,7 +56,7 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         _positive(self, "num_heads", "num_subkeys", "top_k", "query_dim", "value_dim")
         if self.query_dim % 2:
-            raise ValueError(f"query_dim: {self.query_dim} has no two equal halves")
+            raise ValueError(f"query_dim: must be even, not {self.query_dim}")
         for name, largest in (("num_heads", 1024), ("num_subkeys", 65_536), ("query_dim", 65_536)):
             if getattr(self, name) > largest:
                 raise ValueError(f"{name}: {getattr(self, name)} is more than {largest}")
@@ -71,13 +71,12 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """A mixture of SwiGLU experts of which a router chooses some for each token, as Mixtral does.
+    """A mixture of SwiGLU experts; a router chooses ``top_k`` per token, as in Mixtral.
 
     Attributes:
-        num_experts: E.
-        top_k: experts a token.
-        expert_size: width of one expert.
-        router_loss_weight: of the load-balancing loss, in training.
+        num_experts: E, at most 4096.
+        expert_size: inner width of one expert.
+        router_loss_weight: weight of the load-balancing loss in training.
     """
 
     num_experts: int
@@ -86,27 +85,23 @@ class MixtureConfig:
     router_loss_weight: float = 0.001
 
     def __post_init__(self) -> None:
-        # by the names that configs have for them
-        for name, value in (
-            ("num_local_experts", self.num_experts),
-            ("num_experts_per_tok", self.top_k),
-            ("moe_intermediate_size", self.expert_size),
-        ):
+        # errors use the names in config.json
+        names = "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"
+        values = self.num_experts, self.top_k, self.expert_size
+        for name, value in zip(names, values, strict=True):
             if value < 1:
                 raise ValueError(f"{name}: must be greater than 0, not {value}")
         if self.num_experts > 4096:
             raise ValueError(f"num_local_experts: {self.num_experts} is more than 4096")
         if self.top_k > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok: {self.top_k} exceeds num_local_experts {self.num_experts}"
-            )
+            raise ValueError(f"num_experts_per_tok: {self.top_k} exceeds {self.num_experts}")
         if self.router_loss_weight < 0:
             raise ValueError(f"router_aux_loss_coef: {self.router_loss_weight} is less than 0")
 
 
 @dataclass(frozen=True)
 class LayerTables:
-    """Names of the tables that a memory layer reads; ``down`` is PEER's alone."""
+    """Names of the tables that a memory layer reads; only PEER has ``down``."""
 
     values: str
     down: str | None = None
@@ -114,11 +109,10 @@ class LayerTables:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama family, with Hugging Face's meaning of every width.
+    """A decoder of the Llama family; widths are defined as by Hugging Face.
 
     ``feed_forward`` names each layer's kind, one of ``FEED_FORWARD_KINDS``; empty means all dense.
-    ``memory`` is given exactly where some layer is a memory layer, ``mixture`` where some is
-    ``moe``.
+    ``memory`` is given if and only if a layer is a memory layer, ``mixture`` if a layer is ``moe``.
     """
 
     vocab_size: int
@@ -142,49 +136,47 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
         _positive(self, "num_kv_heads", "head_dim", "max_positions", "rms_norm_eps", "rope_theta")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}"
-            )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:
+            raise ValueError(f"num_kv_heads: {kv_heads} does not divide num_heads {heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim: {self.head_dim} is odd, rotary embeddings need pairs")
+            raise ValueError(f"head_dim: must be even for rotary embeddings, not {self.head_dim}")
         if not self.feed_forward:
             object.__setattr__(self, "feed_forward", ("dense",) * self.num_layers)
         self._check_feed_forward()
 
     def _check_feed_forward(self) -> None:
         if len(self.feed_forward) != self.num_layers:
-            raise ValueError(
-                f"feed_forward: names {len(self.feed_forward)} layers of {self.num_layers}"
-            )
+            count = len(self.feed_forward)
+            raise ValueError(f"feed_forward: names {count} layers of {self.num_layers}")
         for kind in self.feed_forward:
             if kind not in FEED_FORWARD_KINDS:
                 allowed = ", ".join(FEED_FORWARD_KINDS)
                 raise ValueError(f"feed_forward: {kind!r} is not one of {allowed}")
         if bool(self.memory_layers) != (self.memory is not None):
-            raise ValueError("memory: goes with layers of a memory kind, and only with them")
+            raise ValueError("memory: must be given if and only if a layer is a memory layer")
         if ("moe" in self.feed_forward) != (self.mixture is not None):
-            raise ValueError("num_local_experts: goes with moe layers, and only with them")
+            raise ValueError("num_local_experts: must be given if and only if a layer is moe")
         if self.mlp_bias and "dense" not in self.feed_forward:
-            raise ValueError("mlp_bias: is for dense feed-forwards, and there are none")
+            raise ValueError("mlp_bias: needs dense feed-forwards, and the model has none")
         if self.memory is not None:
             self._check_memory(self.memory)
 
     def _check_memory(self, memory: MemoryConfig) -> None:
         projection, has_pkm = memory.value_projection, "pkm" in self.feed_forward
         if projection and not has_pkm:
-            raise ValueError("value_projection: only pkm layers have the choice")
+            raise ValueError("value_projection: is only for pkm layers, and the model has none")
         if memory.value_dim == self.hidden_size:
             return
         differs = f"value_dim: {memory.value_dim} differs from hidden_size {self.hidden_size}"
         if has_pkm and not projection:
-            raise ValueError(f"{differs}, which takes a value_projection")
+            raise ValueError(f"{differs}; pkm layers then need value_projection")
         if "peer" in self.feed_forward:
-            raise ValueError(f"{differs}, the width of what peer layers read and give")
+            raise ValueError(f"{differs}; peer layers need equal widths")
 
     @property
     def memory_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that have a memory layer."""
+        """Indices of the memory layers."""
         return tuple(i for i, kind in enumerate(self.feed_forward) if kind in MEMORY_KINDS)
 
     @property
@@ -195,14 +187,14 @@ class ModelConfig:
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
     def layer_tables(self, layer: int) -> LayerTables:
-        """Those of one memory layer."""
+        """Names of the tables of one memory layer."""
         assert self.memory is not None and layer in self.memory_layers
         owner = "" if self.memory.share_values else f"model.layers.{layer}."
         is_peer = self.feed_forward[layer] == "peer"
         return LayerTables(owner + _TABLE, owner + _DOWN_TABLE if is_peer else None)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of keys and values that one token holds over all layers."""
+        """Bytes of one token's keys and values in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 
 

@@ -1,4 +1,4 @@
-"""The feed-forward of a decoder layer: the dense kind, and the choice of a layer's kind."""
+"""Makes a decoder layer's feed-forward, and defines the dense kind."""
 
 from typing import NamedTuple
 
@@ -23,28 +23,27 @@ class DenseFeedForward(nn.Module):
         self.down_proj = Linear(size, config.hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Tensor:
-        """Return ``[T, D]``; there is nothing to trace."""
+        """Return ``[T, D]``; nothing is added to ``trace``."""
         y_TD: Tensor = self.down_proj(silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
         return y_TD
 
 
 class NamedFeedForward(NamedTuple):
-    """A layer's feed-forward, and the name under which checkpoints keep its parameters."""
+    """A layer's feed-forward, and the name of its parameters in checkpoints."""
 
     name: str
     module: nn.Module
 
 
 def make_feed_forward(config: ModelConfig, layer: int) -> NamedFeedForward:
-    """Make the feed-forward of one layer, of the kind that the config names."""
+    """Make one layer's feed-forward, of the kind that the config names."""
     kind = config.feed_forward[layer]
     if kind == "dense":
         return NamedFeedForward("mlp", DenseFeedForward(config))
     if kind == "moe":
         assert config.mixture is not None  # ModelConfig checked it
-        return NamedFeedForward(
-            "block_sparse_moe", MixtureFeedForward(config.mixture, config.hidden_size)
-        )
+        mixture = MixtureFeedForward(config.mixture, config.hidden_size)
+        return NamedFeedForward("block_sparse_moe", mixture)
     assert kind in MEMORY_KINDS and config.memory is not None
     memory = MemoryLayer(config.memory, kind, config.hidden_size, config.rms_norm_eps, layer)
     return NamedFeedForward("memory", memory)

@@ -1,4 +1,4 @@
-"""What a token costs: floating-point operations of a forward, by the shapes of the model alone."""
+"""Counts floating-point operations per token and per step, from the model's shapes."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,15 +9,14 @@ from engine.model.layout import TokenLayout
 
 
 def forward_flops(config: ModelConfig, attended: float) -> Mapping[str, int]:
-    """Multiplications and additions of one token, by part of the model.
+    """Multiplications and additions of one token's forward, by part of the model.
 
-    Norms, activations and softmaxes are left out, and a table's rows cost what they are multiplied
-    by: a memory of any size reads as many. ``attended`` is how many tokens a token sees, on
-    average. A backward pass takes twice as many.
+    Norms, activations and softmaxes are not counted; a backward pass takes twice as many.
+    ``attended`` is the mean number of tokens that a token attends to.
 
     Returns:
-        ``attention``, ``feed_forward`` (dense ones and experts), ``memory``, of which ``scoring``
-        (half scores and the sums that rows are chosen by), and ``head``.
+        ``attention``, ``feed_forward`` (dense and experts), ``head``, and ``memory``, which
+        includes ``scoring`` (half scores and the sums that rows are chosen by).
     """
     parts: Counter[str] = Counter(head=2 * config.hidden_size * config.vocab_size)
     for kind in config.feed_forward:
@@ -26,7 +25,7 @@ def forward_flops(config: ModelConfig, attended: float) -> Mapping[str, int]:
 
 
 def total_flops(flops: Mapping[str, int]) -> int:
-    """Of one token's forward; ``scoring`` is a part of ``memory``."""
+    """The sum of ``forward_flops``; ``memory`` includes ``scoring``."""
     return sum(count for part, count in flops.items() if part != "scoring")
 
 
@@ -40,7 +39,7 @@ class StepFlops:
         self._head = 2 * config.hidden_size * config.vocab_size
 
     def of(self, layout: TokenLayout, num_logits: int) -> tuple[int, int]:
-        """Those of a whole step, and of its largest piece: one layer, or the logits."""
+        """Operations of a whole step, and of its largest piece: one layer, or the logits."""
         assert layout.paged is not None
         counts = [end - start for start, end in pairwise(layout.query_starts)]
         # each token attends to itself and all before it
@@ -55,7 +54,7 @@ class StepFlops:
 
 
 def _layer_flops(config: ModelConfig, kind: str, attended: float) -> Mapping[str, int]:
-    """The parts of one token in one layer."""
+    """Operations of one token in one layer, by part."""
     width = config.hidden_size
     heads = config.num_heads * config.head_dim
     projections = width * (2 * heads + 2 * config.num_kv_heads * config.head_dim)
@@ -78,14 +77,10 @@ def _memory_flops(config: ModelConfig, kind: str) -> Mapping[str, int]:
     assert memory is not None
     width, value_dim = config.hidden_size, memory.value_dim
     query = width * memory.num_heads * memory.query_dim
-    # two halves of N subkeys by half the query's width
+    # two halves, each N subkeys by half the query's width
     halves = memory.num_heads * memory.num_subkeys * memory.query_dim
     rows = memory.num_heads * memory.top_k * value_dim * (2 if kind == "peer" else 1)
-    projected = kind == "memory_plus" or (kind == "pkm" and memory.value_projection)
-    products = query + rows + (width * value_dim if kind == "memory_plus" else 0)
-    products += width * value_dim if projected else 0
-    products += width if memory.output_gate else 0
-    return {
-        "memory": 2 * products,
-        "scoring": 2 * halves + memory.num_heads * memory.top_k**2,
-    }
+    gated = kind == "memory_plus"
+    projected = gated or (kind == "pkm" and memory.value_projection)
+    products = query + rows + (gated + projected) * width * value_dim + memory.output_gate * width
+    return {"memory": 2 * products, "scoring": 2 * halves + memory.num_heads * memory.top_k**2}

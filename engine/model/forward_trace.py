@@ -1,4 +1,4 @@
-"""What a forward tells, when asked, about what its layers chose."""
+"""Optional record of a forward: rows that memory layers read, and router logits."""
 
 from typing import NamedTuple
 
@@ -6,19 +6,14 @@ from torch import Tensor
 
 
 class MemoryTrace(NamedTuple):
-    """What one memory layer read: int64 ``rows_THK`` and their ``weights_THK``, ``[T, H, K]``."""
+    """Int64 ids and weights of the rows that one memory layer read, ``[T, H, K]``."""
 
     rows_THK: Tensor
     weights_THK: Tensor
 
 
 class ForwardTrace:
-    """Filled by layers, in their order.
-
-    Attributes:
-        memory: of each memory layer.
-        router_logits: of each mixture of experts, ``[T, E]``.
-    """
+    """Traces of all memory layers and router logits ``[T, E]`` of all mixtures, in layer order."""
 
     def __init__(self) -> None:
         self.memory: list[MemoryTrace] = []

@@ -1,4 +1,4 @@
-"""One decoder layer: attention and a feed-forward, each after a norm, on the residual stream."""
+"""One decoder layer: attention and a feed-forward, each after a norm, added to the residual."""
 
 from torch import Tensor, nn
 
@@ -11,8 +11,7 @@ from engine.model.norm import RmsNorm
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm block; its feed-forward is called ``mlp``, ``block_sparse_moe`` or ``memory``,
-    as in checkpoints."""
+    """One pre-norm block; its feed-forward has the same name as in checkpoints."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -24,7 +23,7 @@ class DecoderLayer(nn.Module):
 
     @property
     def feed_forward(self) -> nn.Module:
-        """The layer's feed-forward, whatever its kind."""
+        """The layer's feed-forward, of any kind."""
         return self.get_submodule(self._feed_forward_name)
 
     def forward(
@@ -35,7 +34,7 @@ class DecoderLayer(nn.Module):
         kv_blocks: Tensor | None = None,
         trace: ForwardTrace | None = None,
     ) -> Tensor:
-        """Return the new residual stream; arguments as of ``Attention`` and the feed-forwards."""
+        """Return the new residual stream; the arguments are those of ``Attention.forward``."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), layout, angles, kv_blocks)
         y_TD: Tensor = self.feed_forward(self.post_attention_layernorm(x_TD), trace)
         return x_TD + y_TD

@@ -1,4 +1,4 @@
-"""Where the tokens of one ragged forward stand: in their sequences and in the KV blocks."""
+"""Positions of a ragged batch's tokens in their sequences and in the KV blocks."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,14 +12,13 @@ from engine.model.sequence_groups import SequenceGroups, group_sequences
 
 @dataclass(frozen=True)
 class PagedKv:
-    """Where keys and values of a serving step are written and read.
+    """The KV blocks that a serving step writes and reads.
 
     Attributes:
-        kv_index_T: int64 ``[T]``, place of each token's key and value: block id * block size +
-            offset in the block.
-        block_table_SB: int64, a row a sequence: the ids of its blocks in order, enough for its
-            context, then anything; rows may lie apart.
-        context_lengths: for each sequence its tokens so far, those of this step included.
+        kv_index_T: int64, each token's block id * block size + offset in the block.
+        block_table_SB: int64, per sequence the ids of the blocks of its context in order, then
+            arbitrary values; rows may be strided.
+        context_lengths: the number of each sequence's tokens, with those of this step.
     """
 
     kv_index_T: Tensor
@@ -34,13 +33,12 @@ class PagedKv:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The sequences that lie one after another in a ragged ``[T, D]`` batch.
+    """The concatenated sequences of a ragged ``[T, D]`` batch.
 
     Attributes:
-        positions_T: int64 ``[T]``, each token's position in its own sequence.
-        query_starts: S + 1 offsets; sequence s owns rows ``[query_starts[s], query_starts[s+1])``.
-        paged: given when earlier keys and values come from KV blocks (serving); without it every
-            sequence is complete in the batch (training, scoring).
+        positions_T: int64 ``[T]``, each token's position in its sequence.
+        query_starts: S + 1 offsets; sequence s has rows ``[query_starts[s], query_starts[s+1])``.
+        paged: the KV blocks, in serving; None if every sequence is complete in the batch.
     """
 
     positions_T: Tensor
@@ -49,7 +47,7 @@ class TokenLayout:
 
     @cached_property
     def groups(self) -> SequenceGroups:
-        """The sequences in rectangles, made once for all layers; all are complete."""
+        """The complete sequences in rectangles, made once for all layers."""
         return group_sequences(self.query_starts, self.positions_T.device)
 
     @cached_property
@@ -58,7 +56,7 @@ class TokenLayout:
         return torch.tensor(self.query_starts, dtype=torch.int64)
 
     def to(self, device: torch.device) -> "TokenLayout":
-        """The same layout with its tensors on a device."""
+        """This layout with its tensors on a device."""
         paged = self.paged
         if paged is not None:
             moved = paged.kv_index_T.to(device), paged.block_table_SB.to(device)
@@ -66,24 +64,18 @@ class TokenLayout:
         return TokenLayout(self.positions_T.to(device), self.query_starts, paged)
 
     def part(self, first: int, last: int) -> "TokenLayout":
-        """The tokens ``[first, last)`` of a paged layout as a step of their own.
+        """The tokens ``[first, last)`` of a paged layout as a separate step.
 
-        What lies before them in their sequences must have been run, layer by layer, when they are.
+        In each layer, run them after the earlier tokens of their sequences.
         """
         assert self.paged is not None and first < last
         spans = list(pairwise(self.query_starts))
         own = [s for s, (start, end) in enumerate(spans) if start < last and first < end]
         starts = (first, *(min(spans[s][1], last) for s in own))
-        contexts = (
+        contexts = tuple(
             self.paged.context_lengths[s] - (spans[s][1] - end)
             for s, end in zip(own, starts[1:], strict=True)
         )
-        return TokenLayout(
-            self.positions_T[first:last],
-            tuple(start - first for start in starts),
-            PagedKv(
-                self.paged.kv_index_T[first:last],
-                self.paged.block_table_SB[own[0] : own[-1] + 1],
-                tuple(contexts),
-            ),
-        )
+        table_SB = self.paged.block_table_SB[own[0] : own[-1] + 1]
+        paged = PagedKv(self.paged.kv_index_T[first:last], table_SB, contexts)
+        return TokenLayout(self.positions_T[first:last], tuple(s - first for s in starts), paged)

@@ -25,24 +25,21 @@ class MemoryLayer(nn.Module):
         peer:         y = sum w * gelu(down[row] . x) * table[row]   (arXiv 2407.04153)
         output gate:  y = sigmoid(w_o x + b_o) * y
 
-    The layer does not own its tables: layers may share them, and each table's tier decides where
-    the rows are. Attach them before the first forward.
+    The layer does not own its tables, which layers may share: attach them before a forward.
     """
 
     def __init__(
         self, config: MemoryConfig, kind: str, hidden_size: int, norm_eps: float, index: int = 0
     ) -> None:
-        """Make a layer of a ``kind`` of ``MEMORY_KINDS``, parameters uninitialised.
+        """Make an uninitialised layer of a ``kind`` of ``MEMORY_KINDS``.
 
-        ``index`` is the layer's place in the model; tables count lookups by it. ``norm_eps`` is
-        that of the query norm.
+        Tables count lookups by ``index``, the layer's index; the query norm uses ``norm_eps``.
         """
         super().__init__()
         half_dim = config.query_dim // 2
-        self.index = index
+        self.index, self.norm_eps = index, norm_eps
         self.num_heads, self.num_subkeys = config.num_heads, config.num_subkeys
         self.top_k = config.top_k
-        self.norm_eps = norm_eps
         self.query = Linear(hidden_size, config.num_heads * config.query_dim)
         self.subkeys = nn.Parameter(torch.empty(config.num_heads, 2, config.num_subkeys, half_dim))
         self.query_norm = nn.Parameter(torch.empty(2, half_dim)) if config.qk_norm else None
@@ -58,13 +55,13 @@ class MemoryLayer(nn.Module):
     @property
     def table(self) -> ValueTable:
         """The attached value table."""
-        assert self._table is not None, "no value table was attached to this memory layer"
+        assert self._table is not None, "no value table is attached to this memory layer"
         return self._table
 
     @property
     def down_table(self) -> ValueTable:
-        """The attached table whose rows PEER's experts multiply x with."""
-        assert self._down_table is not None, "no table of this kind was attached"
+        """The attached table of PEER's down projections."""
+        assert self._down_table is not None, "no down table is attached to this memory layer"
         return self._down_table
 
     @property
@@ -73,7 +70,7 @@ class MemoryLayer(nn.Module):
         return (self.table,) if self._down_table is None else (self.down_table, self.table)
 
     def attach(self, table: ValueTable, down_table: ValueTable | None = None) -> None:
-        """Read rows from these tables; the caller has checked their shapes."""
+        """Set the tables to read; the caller has checked their shapes."""
         assert (down_table is not None) == self.is_peer
         self._table, self._down_table = table, down_table
 
@@ -82,7 +79,7 @@ class MemoryLayer(nn.Module):
         return half_scores(self.query(x_TD), self.subkeys, self.query_norm, self.norm_eps)
 
     def forward(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Tensor:
-        """Return ``y``, ``[T, D]`` in the dtype of ``x``; the rows read are added to ``trace``."""
+        """Return ``y``, ``[T, D]`` in the dtype of ``x``; add the rows read to ``trace``."""
         rows_THK, weights_THK = operations.product_topk(self.half_scores(x_TD), self.top_k)
         if trace is not None:
             trace.memory.append(MemoryTrace(rows_THK, weights_THK))
@@ -91,7 +88,7 @@ class MemoryLayer(nn.Module):
             dots = self.down_table.start_dots(rows_THK, x_TD, self.index)
             weights_THK = weights_THK * gelu(dots.finish())
         lookup = self.table.start(rows_THK, weights_THK, self.index)
-        # the table may be fetching rows: compute meanwhile what does not depend on them
+        # compute the gates while the table fetches rows
         gate_TV = self.gate(x_TD) if self.gate is not None else None
         gate_T1 = self.output_gate(x_TD) if self.output_gate is not None else None
         y_TV = lookup.finish()
@@ -103,18 +100,17 @@ class MemoryLayer(nn.Module):
 def half_scores(
     q_TF: Tensor, subkeys_H2Nk: Tensor, query_norm_2k: Tensor | None, norm_eps: float
 ) -> Tensor:
-    """Dot products of query halves, normed if there is a norm, with the subkeys.
+    """Dot products of query halves (normed if a norm is given) with the subkeys.
 
-    Queries are ``[T, H k]``, the scores ``[T, H, 2, N]`` in fp32 (fp64 for fp64). Both factors are
-    in the model's dtype and the sums are kept wide, so that trainer and server choose the same
-    rows.
+    Queries are ``[T, H k]``, the scores ``[T, H, 2, N]`` in fp32 (fp64 for fp64). Factors have the
+    model's dtype and sums are wide, so that trainer and server choose the same rows.
     """
     num_heads, _, _, half_dim = subkeys_H2Nk.shape
     q_TH2k = q_TF.view(-1, num_heads, 2, half_dim)
     if query_norm_2k is not None:
         q_TH2k = rms_norm(q_TH2k, query_norm_2k, norm_eps)
     wide = torch.promote_types(q_TF.dtype, torch.float32)
-    # a trainer's subkeys are wider, and its autocast would narrow the sums
+    # a trainer's subkeys are wider than the model, and its autocast would narrow the sums
     narrow_H2Nk = subkeys_H2Nk.to(q_TF.dtype)
     with torch.autocast(q_TF.device.type, enabled=False):
         return torch.einsum("thck,hcnk->thcn", q_TH2k.to(wide), narrow_H2Nk.to(wide))

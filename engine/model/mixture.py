@@ -1,6 +1,6 @@
-"""A mixture of experts for a feed-forward, with Mixtral's semantics and names.
+"""The mixture-of-experts feed-forward, with Mixtral's semantics and names.
 
-T tokens, D model width, E experts, K of them a token ("Mixtral of Experts", arXiv 2401.04088).
+T tokens, D model width, E experts, K experts per token ("Mixtral of Experts", arXiv 2401.04088).
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ class MixtureFeedForward(nn.Module):
         self.experts = nn.ModuleList(Expert(hidden_size, size) for size in sizes)
 
     def forward(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Tensor:
-        """Return ``[T, D]``; the router's logits are added to ``trace``."""
+        """Return ``[T, D]``; add the router's logits to ``trace``."""
         logits_TE = self.gate(x_TD)
         if trace is not None:
             trace.router_logits.append(logits_TE)
@@ -49,7 +49,7 @@ class MixtureFeedForward(nn.Module):
 def mix_experts(
     x_TD: Tensor, logits_TE: Tensor, experts: Sequence[Callable[[Tensor], Tensor]], top_k: int
 ) -> Tensor:
-    """The ``top_k`` experts with the largest router logits of each token, weighted:
+    """The weighted sum of the ``top_k`` experts with the largest router logits of each token:
 
         p = softmax(logits) in fp32;  y = sum over the K largest of p_e / (their sum) * expert_e(x)
 

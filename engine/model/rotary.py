@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies of a model, angles of positions, rotation of heads."""
+"""Rotary position embedding: frequencies, angles of positions, rotation of heads."""
 
 import math
 
@@ -9,7 +9,7 @@ from engine.model.config import RopeScaling
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Radians a position for each pair of lanes, fp32 ``[head_dim / 2]`` on the CPU.
+    """Radians per position for each pair of lanes, fp32 ``[head_dim / 2]`` on the CPU.
 
     Source: arXiv 2104.09864; the scaling is Llama 3.1's.
     """
@@ -24,16 +24,13 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 
 def rope_angles(positions_T: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[T, 1, head_dim / 2]`` in fp32 for every token of a forward."""
+    """Cosines and sines ``[T, 1, head_dim / 2]`` in fp32 for all tokens of a forward."""
     angles = positions_T.to(frequencies.dtype).unsqueeze(-1) * frequencies
     return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
 
 def rotate(x_THE: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each head of width E; lane e is paired with lane e + E / 2 as Hugging Face does.
-
-    Returns the shape and dtype of ``x``.
-    """
+    """Rotate each head of width E, pairing lanes e and e + E / 2; keep the dtype of ``x``."""
     cos, sin = angles
     first, second = x_THE.chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,4 +1,4 @@
-"""Sequences of about the same length, side by side in rectangles: what batched attention takes."""
+"""Groups sequences of similar length into rectangles for batched attention."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,14 +8,13 @@ from torch import Tensor
 
 
 class SequenceGroups(NamedTuple):
-    """All sequences of a batch in rectangles, none more than half empty, one behind another.
+    """All sequences of a batch in rectangles that are at most half padding.
 
     Attributes:
-        shapes: S sequences of up to L tokens, for each rectangle.
-        tokens_C: int64, the token in each cell of all rectangles; after a sequence's end its last
-            one again.
-        is_token_C: where a cell is no such repetition.
-        cells_T: int64, the cell of each token.
+        shapes: per rectangle S sequences and L, the largest number of tokens.
+        tokens_C: int64 token index of each cell; padding repeats a sequence's last token.
+        is_token_C: False for cells of padding.
+        cells_T: int64 cell index of each token.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -24,21 +23,21 @@ class SequenceGroups(NamedTuple):
     cells_T: Tensor
 
     def spread(self, x_TF: Tensor) -> list[Tensor]:
-        """The rectangles of ``[T, F]``, each ``[S, L, F]``; differentiable."""
+        """Copy ``[T, F]`` into rectangles ``[S, L, F]``; differentiable."""
         cells_CF: Tensor = _Spread.apply(x_TF, self)  # type: ignore[no-untyped-call]
         sizes = [count * length for count, length in self.shapes]
         parts = torch.split(cells_CF, sizes)
         return [part.view(*shape, -1) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def gather(self, rectangles: Sequence[Tensor]) -> Tensor:
-        """What ``spread`` was given; differentiable, repetitions get no gradient."""
+        """The inverse of ``spread``; differentiable, with no gradient for padding."""
         cells_CF = torch.cat([one.flatten(0, 1) for one in rectangles])
         out_TF: Tensor = _Gather.apply(cells_CF, self)  # type: ignore[no-untyped-call]
         return out_TF
 
 
 class _Spread(torch.autograd.Function):
-    """Reads by place both ways: no two tokens share a cell, and repetitions get no gradient."""
+    """Both passes are gathers: no two tokens share a cell, and padding gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x_TF: Tensor, groups: SequenceGroups) -> Tensor:
@@ -64,10 +63,10 @@ class _Gather(torch.autograd.Function):
 
 
 def group_sequences(starts: Sequence[int], device: torch.device) -> SequenceGroups:
-    """Group the sequences ``[starts[s], starts[s + 1])``, none of them empty."""
+    """Group the non-empty sequences ``[starts[s], starts[s + 1])``."""
     starts_S1 = torch.tensor(starts, dtype=torch.int64)
     lengths_S = starts_S1.diff()
-    # of those with the same number of bits the longest is less than twice the shortest
+    # of lengths with equally many bits, the longest is less than twice the shortest
     bits = [int(length).bit_length() for length in lengths_S.tolist()]
     empty = torch.empty(0, dtype=torch.int64)
     shapes, tokens, are_tokens = [], [empty], [empty.bool()]

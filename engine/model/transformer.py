@@ -1,4 +1,4 @@
-"""The decoder: token ids and their layout in, logits at chosen positions out."""
+"""The decoder: token ids and their layout in, logits at the requested positions out."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ from memory_ops.tables.value_table import ValueTable
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """What one forward gives.
+    """The results of one forward.
 
     Attributes:
-        logits_LV: ``[positions asked for, vocabulary]``.
-        hidden_LD: the last norm's output at these positions, where it was asked for.
-        memory: by layer what its memory read for all T tokens, where a trace was asked for.
-        router_logits: of each mixture of experts, for all T tokens, likewise.
+        logits_LV: ``[requested positions, vocabulary]``.
+        hidden_LD: the last norm's output at these positions, if requested.
+        memory: traces of the memory layers by layer index, if requested.
+        router_logits: router logits ``[T, E]`` of the mixtures, with the traces.
     """
 
     logits_LV: Tensor
@@ -40,7 +40,7 @@ def _run(layer: nn.Module, *arguments: object) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and last norm; its parameters carry Hugging Face's names."""
+    """Embedding, layers and last norm, with Hugging Face's parameter names."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -50,16 +50,15 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama-family decoder whose feed-forward is chosen per layer.
+    """A Llama-family decoder with a kind of feed-forward per layer.
 
     Parameters are uninitialised: build it under ``torch.device("meta")`` and assign mapped weights,
-    or initialise it to train. Value tables are attached, not owned.
+    or initialise it to train. It does not own its value tables.
 
     Attributes:
-        config: its shapes.
-        tables: those that are attached, by the names of ``ModelConfig.table_names``.
-        run_layer: calls a layer with its arguments; a trainer may put another in its place, such
-            as ``torch.utils.checkpoint``.
+        tables: the attached tables, by the names of ``ModelConfig.table_names``.
+        run_layer: calls a layer with its arguments; a trainer may replace it, for instance by
+            ``torch.utils.checkpoint``.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -71,13 +70,13 @@ class Transformer(nn.Module):
         self.lm_head: nn.Linear | None = None
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        # no parameter, and made on the CPU even where the rest is built on the meta device
+        # not a parameter; on the CPU even if the rest is built on the meta device
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
         self.rope_frequencies: Tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
-        """Move and cast as any module; angles want frequencies in full precision."""
+        """Move and cast like any module, but keep the rotary frequencies in fp32."""
         frequencies = self.rope_frequencies
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.rope_frequencies = frequencies.to(self.rope_frequencies.device)
@@ -90,24 +89,19 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> nn.Linear | nn.Embedding:
-        """The module whose weight ``[vocabulary, D]`` gives the logits."""
+        """The module whose weight ``[vocabulary, D]`` computes the logits."""
         return self.lm_head if self.lm_head is not None else self.model.embed_tokens
 
     def attach_tables(self, tables: Mapping[str, ValueTable]) -> None:
-        """Give the memory layers their tables, by the names of ``ModelConfig.table_names``.
-
-        Raises:
-            ValueError: a table is missing, unknown, or of a wrong shape.
-        """
+        """Attach the tables ``ModelConfig.table_names``; ValueError for a wrong name or shape."""
         wanted, memory = self.config.table_names, self.config.memory
         if set(tables) != set(wanted):
             raise ValueError(f"tables: expected {list(wanted)}, got {sorted(tables)}")
         for name, table in tables.items():
             assert memory is not None
-            shape = (table.num_rows, table.value_dim)
-            if shape != (memory.num_rows, memory.value_dim):
-                wanted_shape = (memory.num_rows, memory.value_dim)
-                raise ValueError(f"tables: {name} needs {wanted_shape}, got {shape}")
+            shape, expected = (table.num_rows, table.value_dim), (memory.num_rows, memory.value_dim)
+            if shape != expected:
+                raise ValueError(f"tables: {name} needs {expected}, got {shape}")
         self.tables = dict(tables)
         for layer in self.config.memory_layers:
             memory_layer, names = self.layers[layer].feed_forward, self.config.layer_tables(layer)
@@ -125,17 +119,16 @@ class Transformer(nn.Module):
         with_trace: bool = False,
         before_layer: Callable[[int, Tensor], None] | None = None,
     ) -> ForwardOutput:
-        """Run T tokens of several sequences, lying one after another.
+        """Run T tokens of concatenated sequences.
 
         Args:
             ids_T: int64 token ids, ``[T]``.
             layout: the sequence and position of each token.
-            logits_at_L: int64 indices into the T tokens whose logits are wanted.
-            kv_blocks: ``[layers, blocks, 2, G, block_size, E]``, changed in place; given exactly
-                when ``layout.paged`` is.
-            with_hidden: whether the output has what the logits are made of.
-            with_trace: whether the output has the rows that memory layers read and the routers'
-                logits.
+            logits_at_L: int64 indices of the tokens to compute logits at.
+            kv_blocks: ``[layers, blocks, 2, G, block_size, E]``, changed in place; given if and
+                only if ``layout.paged`` is.
+            with_hidden: whether to return ``hidden_LD``.
+            with_trace: whether to return ``memory`` and ``router_logits``.
             before_layer: called with each layer's index and the residual stream that enters it.
         """
         x_TD = self.model.embed_tokens(ids_T)
@@ -156,7 +149,7 @@ class Transformer(nn.Module):
 
 
 def converted(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The model in a dtype, with the same tables; weights that have it already are shared."""
+    """The model in a dtype, with the same tables; it shares weights that have this dtype."""
     if all(parameter.dtype is dtype for parameter in model.parameters()):
         return model
     with torch.device("meta"):

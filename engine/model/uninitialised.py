@@ -1,20 +1,20 @@
-"""Torch's layers without torch's initialisation: weights are assigned, or initialised by a trainer.
+"""Torch's layers without initialisation: weights are assigned, or a trainer initialises them.
 
-On the meta device that initialisation draws torch's compiler in, which takes a second and 150 MB.
+On the meta device, torch's initialisation imports its compiler, which takes a second and 150 MB.
 """
 
 from torch import nn
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, its parameters whatever the memory held."""
+    """``nn.Linear`` with uninitialised parameters."""
 
     def reset_parameters(self) -> None:
         """Do nothing."""
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding``, its rows whatever the memory held."""
+    """``nn.Embedding`` with uninitialised rows."""
 
     def reset_parameters(self) -> None:
         """Do nothing."""

@@ -5,34 +5,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Per-row sampling parameters in the layout that the kernels read: the fields of SamplingParams,
-# top_k 0 or less for none, and a number in [0, 1) that decides; struct Choice of sampling.h.
+# Per-row sampling parameters in the layout of struct Choice of sampling.h: fields of SamplingParams
+# (top_k 0 or less for none), and a uniform number in [0, 1).
 CHOICE = np.dtype(
     [("temperature", "f8"), ("top_k", "i8"), ("top_p", "f8"), ("min_p", "f8"), ("uniform", "f8")]
 )
 Choices = NDArray[np.void]
-# chosen if penalties, bans and masks together leave no token
+# the result if penalties, bans and masks together leave no token
 NO_TOKEN = -1
 
 _BLOCK = 256
 _ARGMAX_BLOCK = 1024
-# no weight of a softmax below this is ever drawn; dividing by a power of two changes no other bit
+# weights below this are never drawn; dividing by a power of two changes no bit of a mantissa
 _TINY = 2.0**-100
 
 
 def choose(logits_LV: Tensor, choices: Choices) -> Tensor:
-    """Choose one token id for each row; it depends on that row and its choice alone.
+    """Choose one token id per row, which depends on that row and its choice alone.
 
     At temperature 0 it is the first of the largest logits. Otherwise it is the first id, in the
     order of the vocabulary, at which the sum of the kept weights exceeds ``uniform`` times their
-    whole sum.
+    total. It is ``NO_TOKEN`` if a row's largest logit is infinite, or any is NaN.
 
-    Args:
-        logits_LV: ``[L, vocabulary]``, any floating dtype, on any device; left as it is.
-        choices: of dtype ``CHOICE``, one a row.
-
-    Returns:
-        int64 ``[L]``; ``NO_TOKEN`` if a row's largest logit is infinite, or any is NaN.
+    ``logits_LV`` has any floating dtype and is not changed. Returns int64 ``[L]``.
     """
     chosen_L = _argmax(logits_LV)
     is_barren_L = ~logits_LV.gather(1, chosen_L.unsqueeze(1)).squeeze(1).isfinite()
@@ -46,42 +41,30 @@ def choose(logits_LV: Tensor, choices: Choices) -> Tensor:
 
 def _argmax(logits_LV: Tensor) -> Tensor:
     """The first of the largest, or of NaN, by blocks: a plain argmax is not vectorised on a CPU."""
-    best_LB = _block_maxima(logits_LV)
+    vocab_size = logits_LV.shape[1]
+    whole = vocab_size // _ARGMAX_BLOCK * _ARGMAX_BLOCK
+    best_LB = torch.unflatten(logits_LV[:, :whole], 1, (-1, _ARGMAX_BLOCK)).amax(dim=-1)
+    if whole < vocab_size:
+        best_LB = torch.cat((best_LB, logits_LV[:, whole:].amax(dim=-1, keepdim=True)), dim=1)
     starts_L1 = best_LB.argmax(dim=-1, keepdim=True) * _ARGMAX_BLOCK
     columns_LC = starts_L1 + torch.arange(_ARGMAX_BLOCK, device=logits_LV.device)
-    candidates_LC = logits_LV.gather(1, columns_LC.clamp_(max=logits_LV.shape[1] - 1))
+    candidates_LC = logits_LV.gather(1, columns_LC.clamp_(max=vocab_size - 1))
     return starts_L1.squeeze(1) + candidates_LC.argmax(dim=-1)
 
 
-def _block_maxima(values_LV: Tensor) -> Tensor:
-    vocab_size = values_LV.shape[1]
-    whole = vocab_size // _ARGMAX_BLOCK * _ARGMAX_BLOCK
-    blocks_LBC = torch.unflatten(values_LV[:, :whole], 1, (-1, _ARGMAX_BLOCK))
-    best_LB = blocks_LBC.amax(dim=-1)
-    if whole == vocab_size:
-        return best_LB
-    return torch.cat((best_LB, values_LV[:, whole:].amax(dim=-1, keepdim=True)), dim=1)
-
-
-def _blocks(x_LV: Tensor, padding: float) -> Tensor:
-    missing = -x_LV.shape[1] % _BLOCK
-    if missing:
-        x_LV = torch.nn.functional.pad(x_LV, (0, missing), value=padding)
-    return x_LV.view(len(x_LV), -1, _BLOCK)
-
-
 def _draw(logits_LV: Tensor, choices: Choices) -> Tensor:
-    # the largest is taken off first: a tiny temperature must not overflow
+    # subtract the largest logit first, so that a tiny temperature does not overflow
     logits_LV = logits_LV - logits_LV.amax(dim=-1, keepdim=True)
     temperatures_L1 = _column(choices, "temperature", logits_LV).clamp(min=1e-30)
     weights_LV = (logits_LV / temperatures_L1).softmax(dim=-1)
-    weights_LV = _keep_top_k(weights_LV, choices)
-    weights_LV = _keep_top_p(weights_LV, choices)
+    weights_LV = _keep_top_p(_keep_top_k(weights_LV, choices), choices)
     if choices["min_p"].any():
         floor_L1 = weights_LV.amax(dim=-1, keepdim=True) * _column(choices, "min_p", weights_LV)
         weights_LV = _at_least(weights_LV, floor_L1.clamp(min=_TINY))
     uniforms_L = _column(choices, "uniform", weights_LV.double()).squeeze(1)
-    blocks_LBC = _blocks(weights_LV, 0.0)
+    if missing := -weights_LV.shape[1] % _BLOCK:
+        weights_LV = torch.nn.functional.pad(weights_LV, (0, missing))
+    blocks_LBC = weights_LV.view(len(weights_LV), -1, _BLOCK)
     block_L, rest_L = _invert(blocks_LBC.sum(dim=-1), uniforms_L, relative=True)
     rows_L = torch.arange(len(block_L), device=block_L.device)
     inside_L, _ = _invert(blocks_LBC[rows_L, block_L], rest_L, relative=False)
@@ -89,12 +72,12 @@ def _draw(logits_LV: Tensor, choices: Choices) -> Tensor:
 
 
 def _invert(weights_LC: Tensor, targets_L: Tensor, relative: bool) -> tuple[Tensor, Tensor]:
-    """The columns where the sums of weights first exceed the targets, and what is left of these."""
+    """The columns at which cumulative weights first exceed the targets, and the targets' rest."""
     sums_LC = weights_LC.double().cumsum(dim=-1)
     if relative:
         targets_L = targets_L * sums_LC[:, -1]
     found_L1 = torch.searchsorted(sums_LC, targets_L.unsqueeze(1), right=True)
-    # rounding may put a target on the very end: the last column with any weight takes it
+    # rounding may put a target at the end: then the last column with any weight is chosen
     places_C = torch.arange(weights_LC.shape[1], device=weights_LC.device)
     last_L1 = (places_C * (weights_LC > 0)).amax(dim=-1, keepdim=True)
     found_L1 = found_L1.minimum(last_L1)
@@ -111,7 +94,7 @@ def _keep_top_k(weights_LV: Tensor, choices: Choices) -> Tensor:
     largest_LK = weights_LV.topk(largest, dim=-1).values
     ranks_L1 = torch.tensor(counts, device=weights_LV.device).unsqueeze(1) - 1
     floor_L1 = largest_LK.gather(1, ranks_L1.clamp(max=largest - 1))
-    # rows without a bound keep everything; those as likely as the last one stay with it
+    # rows without top_k keep everything; tokens as likely as the k-th are kept with it
     floor_L1 = torch.where(ranks_L1 < largest, floor_L1, _TINY)
     return _at_least(weights_LV, floor_L1.clamp(min=_TINY))
 
@@ -119,13 +102,14 @@ def _keep_top_k(weights_LV: Tensor, choices: Choices) -> Tensor:
 def _keep_top_p(weights_LV: Tensor, choices: Choices) -> Tensor:
     if (choices["top_p"] == 1).all():
         return weights_LV
-    # a share of what top_k left
+    # a fraction of the weights that top_k kept
     total_L1 = weights_LV.sum(dim=-1, keepdim=True)
     wanted_L1 = _column(choices, "top_p", weights_LV) * total_L1
-    # the largest floor above which enough is left, found bit by bit: floats that are not negative
-    # are ordered as their bits are, and sorting a vocabulary takes ten times as long
-    high_L1 = weights_LV.amax(dim=-1, keepdim=True).view(torch.int32)
-    low_L1 = torch.full_like(high_L1, _bits(_TINY))
+    # binary search for the largest floor that keeps enough, over the bits of non-negative floats,
+    # which are ordered as the floats; sorting a vocabulary takes ten times as long
+    largest_L1 = weights_LV.amax(dim=-1, keepdim=True)
+    high_L1 = largest_L1.view(torch.int32)
+    low_L1 = torch.full_like(largest_L1, _TINY).view(torch.int32)
     while bool((low_L1 < high_L1).any()):
         middle_L1 = low_L1 + (high_L1 - low_L1 + 1) // 2
         floor_L1 = middle_L1.view(torch.float32)
@@ -138,16 +122,12 @@ def _keep_top_p(weights_LV: Tensor, choices: Choices) -> Tensor:
 
 
 def _at_least(weights_LV: Tensor, floor_L1: Tensor) -> Tensor:
-    """The weights, 0 where they fall short of the floor by more than rounding.
+    """The weights, with those below the floor by more than rounding set to 0.
 
-    Dividing and a threshold are vectorised on a CPU; a masked fill takes twenty times as long.
+    A division and a threshold are vectorised on a CPU; a masked fill takes twenty times as long.
     """
     shares_LV = torch.nn.functional.threshold(weights_LV / floor_L1, 1 - 1e-6, 0.0, inplace=True)
     return shares_LV.mul_(floor_L1)
-
-
-def _bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32))
 
 
 def _column(choices: Choices, name: str, like: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ class Scores(NamedTuple):
     """Log-probabilities at P rows.
 
     Attributes:
-        own_P: of a given token each, fp32.
-        ranks_P: 1 where no token is likelier than it, int64.
-        best_ids_PK: the K likeliest tokens, int64.
-        best_PK: their log-probabilities in descending order, fp32.
+        own_P: fp32 log-probabilities of the given tokens.
+        ranks_P: int64 ranks of the given tokens, 1 for the likeliest.
+        best_ids_PK: int64 ids of the K likeliest tokens.
+        best_PK: fp32 log-probabilities of these, in descending order.
     """
 
     own_P: Tensor
@@ -26,13 +26,9 @@ class Scores(NamedTuple):
 def score(
     logits_LV: Tensor, rows: Sequence[int], token_ids: Sequence[int], num_best: int
 ) -> Scores:
-    """Log-probabilities of one token at each of P rows, by the softmax of that row.
+    """Log-probabilities of one token at each of P rows of logits, by the softmax of that row.
 
-    Args:
-        logits_LV: ``[L, vocabulary]``, any floating dtype, on any device.
-        rows: the P rows.
-        token_ids: for each of them the token to be scored.
-        num_best: K, how many of the likeliest tokens to return, at most the vocabulary.
+    ``logits_LV`` has any floating dtype, on any device; ``num_best`` is K, at most the vocabulary.
     """
     at_P, ids_P = torch.tensor([rows, token_ids], device=logits_LV.device)
     scores_PV = logits_LV.index_select(0, at_P).float()

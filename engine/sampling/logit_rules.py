@@ -1,7 +1,7 @@
-"""What changes the logits before a token is chosen: penalties, biases, bans, masks.
+"""Applies penalties, biases, bans and masks to logits before a token is chosen.
 
-The rules of a whole batch are gathered as (place in the flat logits, value), so that few tensor
-operations do them all and none of them touches logits that no rule names.
+The rules of a whole batch are (place in the flat logits, value) pairs, so that few tensor
+operations apply them all, and only to the logits that a rule names.
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,7 +44,7 @@ def _penalise(logits_LV: Tensor, ruled: Ruled) -> None:
     counts_N = _tensor(np.concatenate([counts for *_, counts in counted]), logits_LV)
     flat_N = logits_LV.view(-1)
     found_N = flat_N.index_select(0, at_N)
-    # Hugging Face's and vLLM's: dividing where positive, multiplying where negative
+    # as Hugging Face and vLLM do: divide positive logits, multiply negative ones
     found_N = torch.where(found_N > 0, found_N / repetition_N, found_N * repetition_N)
     found_N -= frequency_N * counts_N + presence_N * (counts_N > 0)
     flat_N.scatter_(0, at_N, found_N)
@@ -80,14 +80,14 @@ def _ban(logits_LV: Tensor, ruled: Ruled) -> None:
 
 
 def _mask(logits_LV: Tensor, bitmask: NDArray[np.uint32]) -> None:
-    """Add 0 or -inf by the bits; looked up byte by byte, which unpacking is slower than."""
+    """Add 0 or -inf by the bits; a lookup byte by byte is faster than unpacking."""
     addends_LB8 = _ADDENDS[bitmask.view(np.uint8)]
     addends_LV = addends_LB8.reshape(len(bitmask), -1)[:, : logits_LV.shape[1]]
     logits_LV += _tensor(addends_LV, logits_LV)
 
 
 def _places(logits_LV: Tensor, parts: Iterable[tuple[int, Ids]]) -> Tensor:
-    """Where in the flat logits these rows have these ids."""
+    """Places in the flat logits of (row, ids) pairs."""
     width = logits_LV.shape[1]
     return _tensor(np.concatenate([ids + index * width for index, ids in parts]), logits_LV)
 

@@ -1,4 +1,4 @@
-"""Token masks: the protocol by which a grammar restricts a request, and its bitmasks for a step."""
+"""Token masks: the protocol by which a grammar restricts a request's tokens, and its bitmasks."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -15,24 +15,21 @@ class TokenMask(Protocol):
     def fill(self, bitmask: NDArray[np.uint32]) -> None:
         """Set bit ``i % 32`` of word ``i // 32`` for every token id ``i`` that may come next.
 
-        ``bitmask`` is zeroed, ``[ceil(vocabulary / 32)]``. A mask that allows nothing ends its
-        request with an error.
+        ``bitmask`` is zeroed, ``[ceil(vocabulary / 32)]``. If no bit is set, the request ends with
+        an error.
         """
-        ...
 
     def accept(self, token_ids: Sequence[int]) -> None:
-        """Follow these tokens, each of which was allowed when its turn came."""
-        ...
+        """Advance by these tokens, each of which was allowed after those before it."""
 
     def rollback(self, count: int) -> None:
-        """Forget the last ``count`` accepted tokens."""
-        ...
+        """Undo the last ``count`` accepted tokens."""
 
 
 def row_bitmasks(mask: TokenMask, drafts: Sequence[int], vocab_size: int) -> Bitmask:
     """One row for the next token and one after each draft: ``[1 + drafts, words]``.
 
-    The drafts must be ``allowed_drafts``. The mask is left as it was.
+    The drafts must be ``allowed_drafts``. The mask is unchanged afterwards.
     """
     bitmask = np.zeros((1 + len(drafts), _words(vocab_size)), dtype=np.uint32)
     for index, row in enumerate(bitmask):
@@ -50,17 +47,13 @@ def step_bitmask(parts: Iterable[tuple[int, Bitmask | None]], vocab_size: int) -
     parts = list(parts)
     if all(bitmask is None for _, bitmask in parts):
         return None
-    words = _words(vocab_size)
-    return np.concatenate(
-        [
-            np.full((count, words), 2**32 - 1, dtype=np.uint32) if bitmask is None else bitmask
-            for count, bitmask in parts
-        ]
-    )
+    ones = np.full((1, _words(vocab_size)), 2**32 - 1, dtype=np.uint32)
+    rows = [ones.repeat(count, 0) if bitmask is None else bitmask for count, bitmask in parts]
+    return np.concatenate(rows)
 
 
 def allowed_drafts(mask: TokenMask, drafts: Sequence[int], vocab_size: int) -> list[int]:
-    """The longest beginning of ``drafts`` that the mask allows, and then allows another token."""
+    """The longest prefix of ``drafts`` that the mask allows and after which it allows a token."""
     allowed: list[int] = []
     bitmask = np.zeros(_words(vocab_size), dtype=np.uint32)
     num_accepted = 0

@@ -3,68 +3,55 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from engine.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_LISTED_IDS = 1024
 MAX_TEMPERATURE = 100.0
+T = TypeVar("T")
+
+
+def option(default: T, help: str, **metadata: object) -> T:
+    """A dataclass field that is an option of the command line, with its default and help."""
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and when they end.
+    """Sampling parameters of one request; RequestError if a field is out of range.
 
-    The logits are changed in this order: repetition, presence and frequency penalties, logit_bias,
-    what is allowed or bad or too early, temperature; of the softmax then top_k, top_p and min_p
-    leave a part.
+    They apply in this order: repetition, presence and frequency penalties, logit_bias, allowed and
+    bad tokens and min_tokens, temperature, top_k, top_p, min_p.
 
     Attributes:
-        stop_token_ids: ids that end the answer, the last of it.
+        stop_token_ids: ids that end the answer and are its last token.
         logit_bias: (token id, number added to its logit).
-        allowed_token_ids: only these can come; ``None`` allows all.
-        bad_words: sequences of ids whose last id cannot come after those before it.
-        logprobs: how many likeliest tokens' log-probabilities come with each chosen token's own;
-            ``None`` for none at all. They are those of the model, before any of the above.
-        prompt_logprobs: the same for the tokens of the prompt but its first.
-
-    Raises:
-        RequestError: a field is out of range.
+        allowed_token_ids: the only ids that can be chosen; None allows all.
+        bad_words: sequences of ids whose last id is not chosen after the ids before it.
+        logprobs: number of likeliest tokens whose log-probabilities come with each chosen token's,
+            by the model's softmax before any of the above; None returns none at all.
+        prompt_logprobs: the same for all prompt tokens but the first.
     """
 
-    max_tokens: int = field(
-        default=16,
-        metadata={
-            "help": "generate at most this many tokens",
-            "group": ("sampling", "--max-tokens 64 --temperature 0.7 --top-p 0.9"),
-        },
+    max_tokens: int = option(
+        16,
+        "generate at most this many tokens",
+        group=("sampling", "--max-tokens 64 --temperature 0.7 --top-p 0.9"),
     )
-    min_tokens: int = field(default=0, metadata={"help": "generate at least this many tokens"})
-    temperature: float = field(
-        default=1.0, metadata={"help": "divide logits by this; 0 takes the likeliest token"}
+    min_tokens: int = option(0, "generate at least this many tokens")
+    temperature: float = option(1.0, "divide logits by this; 0 takes the likeliest token")
+    top_k: int = option(0, "sample from the k likeliest tokens; 0 or -1: all")
+    top_p: float = option(
+        1.0, "sample from the likeliest tokens that together reach this probability"
     )
-    top_k: int = field(
-        default=0, metadata={"help": "sample from the k likeliest tokens; 0 or -1: all"}
-    )
-    top_p: float = field(
-        default=1.0,
-        metadata={"help": "sample from the likeliest tokens that together reach this probability"},
-    )
-    min_p: float = field(
-        default=0.0, metadata={"help": "least probability, as a fraction of the likeliest token's"}
-    )
-    repetition_penalty: float = field(
-        default=1.0, metadata={"help": "above 1 makes all tokens so far less likely"}
-    )
-    presence_penalty: float = field(
-        default=0.0, metadata={"help": "subtract this from the logits of generated tokens"}
-    )
-    frequency_penalty: float = field(
-        default=0.0, metadata={"help": "subtract this once per occurrence of a generated token"}
-    )
-    seed: int | None = field(default=None, metadata={"help": "sampling seed (default: random)"})
-    ignore_eos: bool = field(default=False, metadata={"help": "continue after end of sequence"})
+    min_p: float = option(0.0, "least probability, as a fraction of the likeliest token's")
+    repetition_penalty: float = option(1.0, "above 1 makes all tokens so far less likely")
+    presence_penalty: float = option(0.0, "subtract this from the logits of generated tokens")
+    frequency_penalty: float = option(0.0, "subtract this once per occurrence of a generated token")
+    seed: int | None = option(None, "sampling seed (default: random)")
+    ignore_eos: bool = option(False, "continue after end of sequence")
     stop_token_ids: frozenset[int] = frozenset()
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: frozenset[int] | None = None
@@ -78,20 +65,17 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the tokens so far change the logits."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-        )
+        """Whether earlier tokens change the logits."""
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return penalties != (1.0, 0.0, 0.0)
 
     @cached_property
     def needs_history(self) -> bool:
-        """Whether choosing a token takes the tokens before it."""
+        """Whether choosing a token needs the tokens before it."""
         return self.has_penalties or bool(self.bad_words)
 
     def has_rules_after(self, num_generated: int) -> bool:
-        """Whether anything may change the logits of the token after so many."""
+        """Whether logit rules apply to the token after ``num_generated`` tokens."""
         return num_generated < self.min_tokens or self._has_lasting_rules
 
     @cached_property
@@ -100,7 +84,7 @@ class SamplingParams:
 
     @property
     def listed_ids(self) -> dict[str, set[int]]:
-        """Every token id that a field names, by field."""
+        """All token ids in lists of the request, by field."""
         return {
             "stop_token_ids": set(self.stop_token_ids),
             "logit_bias": {token_id for token_id, _ in self.logit_bias},
@@ -112,7 +96,7 @@ class SamplingParams:
         if self.max_tokens < 0:
             yield "max_tokens", f"must be 0 or more, not {self.max_tokens}"
         if self.max_tokens == 0 and self.prompt_logprobs is None:
-            yield "max_tokens", "0 goes with log-probabilities of the prompt alone"
+            yield "max_tokens", "must be 1 or more unless prompt_logprobs is set, not 0"
         if not 0 <= self.min_tokens <= self.max_tokens:
             yield "min_tokens", f"must be 0 to max_tokens, not {self.min_tokens}"
         if not 0 <= self.temperature <= MAX_TEMPERATURE:
@@ -121,13 +105,11 @@ class SamplingParams:
             yield "top_k", f"must be -1 or more, not {self.top_k}"
         if not 0 < self.top_p <= 1:
             yield "top_p", f"must be above 0 and at most 1, not {self.top_p}"
-        if not 0 <= self.min_p <= 1:
-            yield "min_p", f"must be 0 to 1, not {self.min_p}"
-        if not 0.01 <= self.repetition_penalty <= 100:
-            yield "repetition_penalty", f"must be 0.01 to 100, not {self.repetition_penalty}"
-        for param in ("presence_penalty", "frequency_penalty"):
-            if not -2 <= getattr(self, param) <= 2:
-                yield param, f"must be -2 to 2, not {getattr(self, param)}"
+        ranges = {"min_p": (0, 1), "repetition_penalty": (0.01, 100)}
+        ranges |= {"presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}
+        for param, (least, most) in ranges.items():
+            if not least <= getattr(self, param) <= most:
+                yield param, f"must be {least} to {most}, not {getattr(self, param)}"
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             yield "seed", f"{self.seed} does not fit in 64 bits"
         yield from self._mistakes_in_lists()
@@ -139,9 +121,9 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             banned = {word[0] for word in self.bad_words if len(word) == 1}
             if not self.allowed_token_ids - banned:
-                yield "allowed_token_ids", "leaves no token that could come"
+                yield "allowed_token_ids", "bad_words exclude all of them; allow another token"
         if any(not word for word in self.bad_words):
-            yield "bad_words", "an empty one is in every text"
+            yield "bad_words", "must not contain an empty word"
         for param, ids in self.listed_ids.items():
             if len(ids) > MAX_LISTED_IDS:
                 yield param, f"at most {MAX_LISTED_IDS} token ids, not {len(ids)}"
@@ -155,10 +137,9 @@ class TokenLogprobs(NamedTuple):
     """Log-probabilities at one position, by the model's own softmax.
 
     Attributes:
-        token_id: the token that stands there.
-        logprob: its log-probability.
-        rank: its place among all tokens, 1 for the likeliest.
-        top: the likeliest tokens with theirs, best first.
+        token_id: the token at this position; ``logprob`` is its log-probability.
+        rank: its rank among all tokens, 1 for the likeliest.
+        top: (token id, log-probability) of the likeliest tokens, best first.
     """
 
     token_id: int

@@ -12,16 +12,15 @@ Ids = NDArray[np.int64]
 
 
 class RequestRules:
-    """The ids that a request's parameters name, and the tokens it has so far.
+    """The token ids in a request's parameters, and its tokens so far.
 
-    Every array of ids is int64; those of ``token_counts``, ``bias_ids`` and ``allowed_ids`` are
-    distinct.
+    All ids are int64; those of ``token_counts``, ``bias_ids`` and ``allowed_ids`` are distinct.
     """
 
     def __init__(
         self, params: SamplingParams, prompt_length: int, eos_ids: frozenset[int] = frozenset()
     ) -> None:
-        """``eos_ids`` end an answer, which ``min_tokens`` forbids."""
+        """``eos_ids`` are the ids that ``min_tokens`` forbids besides the stop tokens."""
         self._params = params
         self._prompt_length = prompt_length
         self._history: Sequence[int] = ()
@@ -29,19 +28,18 @@ class RequestRules:
         biases = dict(params.logit_bias)
         self.bias_ids = _ids(biases)
         self.bias_values = np.array(list(biases.values()), dtype=np.float32)
-        self.allowed_ids: Ids | None = None
-        if params.allowed_token_ids is not None:
-            self.allowed_ids = _ids(params.allowed_token_ids)
+        allowed = params.allowed_token_ids
+        self.allowed_ids = None if allowed is None else _ids(allowed)
         self._ends = _ids(params.stop_token_ids | eos_ids)
         self._bad_ids = _ids(word[0] for word in params.bad_words if len(word) == 1)
-        # by the id before the one to be banned: few words are looked at in a step
+        # by the id before the banned one, so that a step compares few words
         self._bad_words: dict[int, list[tuple[int, ...]]] = {}
         for word in params.bad_words:
             if len(word) > 1:
                 self._bad_words.setdefault(word[-2], []).append(word)
 
     def follow(self, history: Sequence[int]) -> None:
-        """Take in all tokens so far, of which those of the last call are the beginning."""
+        """Set all tokens so far; they extend those of the last call."""
         if self._params.has_penalties:
             if self._counts is None:
                 self._counts = TokenCounts(history[: self._prompt_length])
@@ -49,12 +47,12 @@ class RequestRules:
         self._history = history
 
     def token_counts(self, drafts: Sequence[int]) -> tuple[Ids, NDArray[np.float32]]:
-        """The distinct tokens so far and after ``drafts``, and how often each was generated."""
+        """The distinct tokens up to the end of ``drafts``, and how often each was generated."""
         assert self._counts is not None
         return self._counts.after(drafts)
 
     def banned_ids(self, position: int, drafts: Sequence[int]) -> list[Ids]:
-        """What cannot stand at ``position``, after the tokens so far and ``drafts``."""
+        """Ids that are forbidden at ``position``, after the tokens so far and ``drafts``."""
         banned = [self._bad_ids]
         if position - self._prompt_length < self._params.min_tokens:
             banned.append(self._ends)
@@ -69,14 +67,13 @@ class RequestRules:
 
 
 class SamplingRow(NamedTuple):
-    """One token to be chosen at one row of logits.
+    """Parameters of one token to choose from one row of logits.
 
     Attributes:
-        params: how.
-        seed: the request's, from which with ``position`` the random number follows.
-        position: the place in the sequence that the token will have.
-        rules: what changes its logits, where anything does.
-        drafts: guesses between the sequence's last token and this one.
+        seed: the request's seed; with ``position`` it determines the random number.
+        position: the token's position in the sequence.
+        rules: logit rules, if any apply.
+        drafts: draft tokens between the sequence's last token and this one.
     """
 
     params: SamplingParams
@@ -87,7 +84,7 @@ class SamplingRow(NamedTuple):
 
 
 class TokenCounts:
-    """The distinct tokens of a growing sequence, and how often each was added to its prompt."""
+    """The distinct tokens of a growing sequence, and how often each was generated."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._ids = np.unique(_ids(prompt))
@@ -96,18 +93,8 @@ class TokenCounts:
         self._place = {token_id: place for place, token_id in enumerate(self._ids.tolist())}
         self.num_added = 0
 
-    @property
-    def ids(self) -> Ids:
-        """Tokens of the prompt and those added."""
-        return self._ids[: self._size]
-
-    @property
-    def values(self) -> NDArray[np.float32]:
-        """How often each was added."""
-        return self._values[: self._size]
-
     def add(self, token_ids: Sequence[int]) -> None:
-        """Count these tokens."""
+        """Count generated tokens."""
         for token_id in token_ids:
             place = self._place.setdefault(token_id, self._size)
             if place == self._size:
@@ -116,12 +103,13 @@ class TokenCounts:
         self.num_added += len(token_ids)
 
     def after(self, drafts: Sequence[int]) -> tuple[Ids, NDArray[np.float32]]:
-        """``ids`` and ``values`` as they would be had ``drafts`` been added."""
+        """The distinct ids and their counts, as if ``drafts`` were added."""
+        ids, values = self._ids[: self._size], self._values[: self._size]
         if not drafts:
-            return self.ids, self.values
+            return ids, values
         new = [token_id for token_id in dict.fromkeys(drafts) if token_id not in self._place]
-        ids = np.concatenate((self.ids, _ids(new)))
-        values = np.concatenate((self.values, np.zeros(len(new), dtype=np.float32)))
+        ids = np.concatenate((ids, _ids(new)))
+        values = np.concatenate((values, np.zeros(len(new), dtype=np.float32)))
         for token_id in drafts:
             place = self._place.get(token_id)
             values[self._size + new.index(token_id) if place is None else place] += 1
@@ -129,9 +117,9 @@ class TokenCounts:
 
     def _append(self, token_id: int) -> None:
         if self._size == len(self._ids):
-            room = np.zeros(max(64, self._size), dtype=np.int64)
-            self._ids = np.concatenate((self._ids, room))
-            self._values = np.concatenate((self._values, room.astype(np.float32)))
+            zeros = np.zeros(max(64, self._size), dtype=np.int64)
+            self._ids = np.concatenate((self._ids, zeros))
+            self._values = np.concatenate((self._values, zeros.astype(np.float32)))
         self._ids[self._size] = token_id
         self._size += 1
 

@@ -1,7 +1,7 @@
-"""Token sampling: logits to ids and log-probabilities, by each row's own parameters.
+"""Token sampling: logits to ids and log-probabilities, by per-row parameters.
 
-A token costs one uniform number, a function of (seed, position) alone, and is found in the order of
-the vocabulary, whatever was cut away: so a request draws the same tokens in any batch.
+Each token uses one uniform number, a function of (seed, position) alone, and cumulative weights in
+the order of the vocabulary: so a request gets the same tokens in any batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,18 +19,13 @@ from engine.sampling.masks import Bitmask
 from engine.sampling.params import TokenLogprobs
 from engine.sampling.request_rules import SamplingRow
 
-# rows of logits in fp32 at a time: a long prompt's would be gigabytes
+# rows of logits converted to fp32 at a time: all rows of a long prompt would take gigabytes
 _SCORED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples with the kernels of one device; by default with plain torch, on any device.
-
-    Attributes:
-        choose: as ``engine.sampling.choice.choose``.
-        score: as ``engine.sampling.log_probabilities.score``.
-    """
+    """Samples with the kernels of one device; by default in plain torch on any device."""
 
     choose: Callable[[Tensor, Choices], Tensor] = choose
     score: Callable[[Tensor, Sequence[int], Sequence[int], int], Scores] = score
@@ -38,12 +33,10 @@ class Sampler:
     def sample(
         self, logits_LV: Tensor, rows: Sequence[SamplingRow], bitmask: Bitmask | None = None
     ) -> list[int]:
-        """Choose one token a row, or ``NO_TOKEN`` where the rules leave none.
+        """Choose one token per row, or ``NO_TOKEN`` if the rules leave none.
 
-        Args:
-            logits_LV: ``[L, vocabulary]``, any floating dtype; left as it is.
-            rows: how to choose each row's token.
-            bitmask: uint32 ``[L, ceil(vocabulary / 32)]``, a bit for every token that may come.
+        ``logits_LV`` has any floating dtype and is not changed; ``bitmask`` is uint32
+        ``[L, ceil(vocabulary / 32)]`` with a bit per allowed token.
         """
         if bitmask is not None or any(row.rules is not None for row in rows):
             logits_LV = logits_LV.to(torch.float32, copy=True)
@@ -58,51 +51,35 @@ class Sampler:
         token_ids: Sequence[int],
         counts: Sequence[int],
     ) -> Iterator[TokenLogprobs]:
-        """Log-probabilities at some rows of the logits, by the softmax of the unchanged logits.
+        """Log-probabilities by the softmax of rows of unchanged logits ``[L, vocabulary]``.
 
-        Args:
-            logits_LV: ``[L, vocabulary]``, any floating dtype.
-            rows: the rows to score.
-            token_ids: for each of them the token whose own log-probability is wanted.
-            counts: for each how many of the likeliest tokens are wanted too.
+        For each of ``rows``, ``token_ids`` gives the token to score, and ``counts`` the number of
+        likeliest tokens to return with it.
         """
         for start in range(0, len(rows), _SCORED_AT_ONCE):
             part = slice(start, start + _SCORED_AT_ONCE)
-            yield from self._score(logits_LV, rows[part], token_ids[part], counts[part])
-
-    def _score(
-        self,
-        logits_LV: Tensor,
-        rows: Sequence[int],
-        token_ids: Sequence[int],
-        counts: Sequence[int],
-    ) -> Iterator[TokenLogprobs]:
-        num_best = min(max(counts), logits_LV.shape[1])
-        scores = self.score(logits_LV, rows, token_ids, num_best)
-        own: list[float] = scores.own_P.tolist()
-        ranks: list[int] = scores.ranks_P.tolist()
-        best_ids: list[list[int]] = scores.best_ids_PK.tolist()
-        best: list[list[float]] = scores.best_PK.tolist()
-        for index, (token_id, count) in enumerate(zip(token_ids, counts, strict=True)):
-            likeliest = zip(best_ids[index][:count], best[index][:count], strict=True)
-            yield TokenLogprobs(token_id, own[index], ranks[index], tuple(likeliest))
+            num_best = min(max(counts[part]), logits_LV.shape[1])
+            scores = self.score(logits_LV, rows[part], token_ids[part], num_best)
+            columns = (column.tolist() for column in scores)
+            found = zip(token_ids[part], counts[part], *columns, strict=True)
+            for token_id, count, own, rank, best_ids, best in found:
+                likeliest = zip(best_ids[:count], best[:count], strict=True)
+                yield TokenLogprobs(token_id, own, rank, tuple(likeliest))
 
 
 def _choices(rows: Sequence[SamplingRow], vocab_size: int) -> Choices:
-    choices = np.array(
-        [
-            (params.temperature, min(params.top_k, vocab_size), params.top_p, params.min_p, 0)
-            for params in (row.params for row in rows)
-        ],
-        dtype=CHOICE,
-    )
+    fields = [
+        (params.temperature, min(params.top_k, vocab_size), params.top_p, params.min_p, 0)
+        for params in (row.params for row in rows)
+    ]
+    choices = np.array(fields, dtype=CHOICE)
     if choices["temperature"].any():
         choices["uniform"] = uniform([row.seed for row in rows], [row.position for row in rows])
     return choices
 
 
 def uniform(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """One number in [0, 1) for each (seed, position): two rounds of the SplitMix64 mixer."""
+    """One number in [0, 1) per (seed, position): two rounds of the SplitMix64 mixer."""
     seed = np.array([value % 2**64 for value in seeds], dtype=np.uint64)
     position = np.array(positions, dtype=np.uint64)
     mixed = _splitmix64(_splitmix64(seed) ^ position)

@@ -1,4 +1,4 @@
-"""Turns step plans into batches for an executor, and step results into results of chunks."""
+"""Converts step plans to batches for an executor, and step results to results of chunks."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -11,15 +11,15 @@ from engine.executors.batch import Batch, ScoredToken, StepResult
 from engine.model.layout import PagedKv, TokenLayout
 from engine.sampling.masks import Bitmask, step_bitmask
 from engine.sampling.params import TokenLogprobs
-from engine.scheduling.sampling_rows import SamplingRows
+from engine.sampling.request_rules import RequestRules, SamplingRow
 from engine.scheduling.step_plan import ChunkResult, SequenceChunk, StepPlan
 
 
 class BlockTable:
-    """The block ids of each step's sequences, one row a sequence, kept from step to step.
+    """The block ids of each step's sequences, one row per sequence, kept between steps.
 
     Only new ids are written: a decoding sequence adds one id every ``block_size`` steps, while a
-    long context has thousands. If another sequence takes a row, the whole row is written.
+    long context has thousands. If a row's sequence changes, the whole row is written.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class BlockTable:
         self._rows: list[tuple[int, ...]] = []  # ids known to be in each row
 
     def update(self, chunks: Sequence[SequenceChunk]) -> Tensor:
-        """The table for these chunks, int64 ``[S, most blocks]``, a strided view.
+        """The table for these chunks, int64 ``[S, largest number of blocks]``, a strided view.
 
         Entries after a sequence's ids are arbitrary. The next call overwrites the tensor.
         """
@@ -46,17 +46,49 @@ class BlockTable:
         old_SB = self._ids_SB
         rows, columns = old_SB.shape
         if num_rows > rows or width > columns:
-            # powers of two, so that growing is cheap in total
-            shape = (
-                1 << (max(rows, num_rows) - 1).bit_length(),
-                1 << (max(columns, width) - 1).bit_length(),
-            )
-            self._ids_SB = np.zeros(shape, dtype=np.int64)
+            # powers of two keep the total cost of growth low
+            sizes = max(rows, num_rows), max(columns, width)
+            self._ids_SB = np.zeros([1 << (n - 1).bit_length() for n in sizes], dtype=np.int64)
             self._ids_SB[:rows, :columns] = old_SB
 
 
+class SamplingRows:
+    """Makes the sampling rows of each plan and keeps the requests' rules between plans."""
+
+    def __init__(self, eos_ids: frozenset[int]) -> None:
+        self._eos_ids = eos_ids
+        self._rules: dict[str, RequestRules] = {}
+
+    def of(self, plan: StepPlan) -> list[SamplingRow]:
+        """One row per sampled position of the plan, in order."""
+        kept, self._rules = self._rules, {}
+        rows: list[SamplingRow] = []
+        for chunk in plan.chunks:
+            if not chunk.samples:
+                continue
+            end = chunk.end - chunk.num_drafts
+            rules = None
+            if chunk.sampling.has_rules_after(end - chunk.prompt_length):
+                rules = self._follow(chunk, kept)
+            rows.append(SamplingRow(chunk.sampling, chunk.seed, end, rules))
+            for count in range(1, chunk.num_drafts + 1):
+                drafts = chunk.drafts[:count]
+                rows.append(SamplingRow(chunk.sampling, chunk.seed, end + count, rules, drafts))
+        return rows
+
+    def _follow(self, chunk: SequenceChunk, kept: dict[str, RequestRules]) -> RequestRules:
+        # the rules of a preempted request are dropped, and made again from its history
+        rules = kept.get(chunk.request_id)
+        is_first = chunk.end - chunk.num_drafts == chunk.prompt_length
+        if rules is None or is_first:
+            rules = RequestRules(chunk.sampling, chunk.prompt_length, self._eos_ids)
+        rules.follow(chunk.history)
+        self._rules[chunk.request_id] = rules
+        return rules
+
+
 class Batcher:
-    """Makes the batch of each plan, which is valid until the next; keeps what changes slowly."""
+    """Makes the batch of each plan, valid until the next one; caches block ids and logit rules."""
 
     def __init__(self, block_size: int, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._block_size = block_size
@@ -67,8 +99,7 @@ class Batcher:
     def batch(self, plan: StepPlan, bitmasks: Mapping[str, Bitmask]) -> Batch:
         """The batch of a plan with at least one chunk.
 
-        ``bitmasks`` has those of requests whose tokens are restricted, a row for each sampled
-        position.
+        ``bitmasks`` holds one row per sampled position for each request with a token mask.
         """
         parts = ((chunk.num_sampled, bitmasks.get(chunk.request_id)) for chunk in plan.chunks)
         scored = [one for chunk in plan.chunks for one in _scored(chunk)]
@@ -81,7 +112,7 @@ class Batcher:
 
 
 def chunk_results(plan: StepPlan, result: StepResult) -> dict[str, ChunkResult]:
-    """The results of a plan's batch, dealt out to its chunks, by request."""
+    """Split the results of a plan's batch by request."""
     results: dict[str, ChunkResult] = {}
     sampled, scored = 0, len(result.token_ids)
     for chunk in plan.chunks:
@@ -107,29 +138,25 @@ def _wanted(logprobs: Sequence[TokenLogprobs | None]) -> tuple[TokenLogprobs, ..
 def _tensors(
     chunks: Sequence[SequenceChunk], block_size: int, table: BlockTable
 ) -> tuple[Tensor, TokenLayout, Tensor]:
-    """Token ids, their layout, and the positions whose logits are wanted: first those that choose
-    tokens, then those that score them, both in the order of the chunks."""
+    """Token ids, their layout, and the positions to compute logits at: first the sampled, then the
+    scored ones, both in the order of the chunks."""
     starts = (0, *accumulate(len(chunk.token_ids) for chunk in chunks))
-    # gathered in lists and handed over once: a tensor a chunk would cost more than all the rest
-    ids: list[int] = []
+    # lists converted once: a tensor per chunk would cost more than all the rest
     positions: list[int] = []
     kv_index: list[int] = []
-    contexts: list[int] = []
     sampled_at: list[int] = []
     scored_at: list[int] = []
     for chunk, start in zip(chunks, starts, strict=False):
         blocks = chunk.block_ids
-        ids += chunk.token_ids
-        contexts.append(chunk.end)
-        for position in range(chunk.start, contexts[-1]):
+        for position in range(chunk.start, chunk.end):
             positions.append(position)
             kv_index.append(blocks[position // block_size] * block_size + position % block_size)
         if chunk.samples:
             end = start + len(chunk.token_ids)
             sampled_at += range(end - chunk.num_sampled, end)
         scored_at += range(start, start + len(chunk.scores))
-
+    ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
     ids_T, positions_T, kv_index_T = torch.tensor([ids, positions, kv_index])
-    paged = PagedKv(kv_index_T, table.update(chunks), tuple(contexts))
+    paged = PagedKv(kv_index_T, table.update(chunks), tuple(chunk.end for chunk in chunks))
     layout = TokenLayout(positions_T, starts, paged)
     return ids_T, layout, torch.tensor(sampled_at + scored_at, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Which tokens run next, under one token budget: pure Python over ints, no tensors."""
+"""Schedules the tokens of each step under one token budget; pure Python, no tensors."""
 
 import itertools
 from bisect import insort
@@ -7,22 +7,21 @@ from collections.abc import Callable, Mapping
 from engine.config import EngineConfig
 from engine.request import Request, TokenOutput
 from engine.sampling.masks import TokenMask
-from engine.scheduling.kv_blocks import BlockPool
-from engine.scheduling.prefix_hash import PrefixHasher
+from engine.scheduling.kv_blocks import BlockPool, PrefixHasher
 from engine.scheduling.sequence import Ending, Sequence
 from engine.scheduling.step_plan import ChunkResult, SequenceChunk, StepPlan
 
-# a request is overtaken by one of a smaller priority that arrives at most so many steps later for
-# each level between them; so nobody starves
+# per level of priority, a request overtakes those that arrived at most this many steps before it,
+# so no request starves
 PRIORITY_STEPS = 1000
 
 
 class Scheduler:
-    """First come, first served within a priority; a sequence waits, runs, may be preempted.
+    """First come, first served within a priority; running sequences may be preempted.
 
-    Running sequences come first in a plan, decodes before prompts; what is left of the budget goes
-    to waiting ones. Blocks are taken as tokens come. When there are none the last in the order of
-    service gives up its own and is later computed again: so the first always moves on.
+    A plan has running sequences first, decodes before prompts; waiting ones get the rest of the
+    budget. Sequences take blocks as they grow. If no block is left, the sequence that is last in
+    the order of service is preempted and recomputed later, so the first always advances.
     """
 
     def __init__(
@@ -32,7 +31,7 @@ class Scheduler:
         eos_ids: frozenset[int],
         propose: Callable[[Sequence], list[int]] | None = None,
     ) -> None:
-        """``propose`` guesses tokens that follow a sequence; see ``engine.scheduling.drafter``."""
+        """``propose`` returns draft tokens of a sequence; see ``step_plan.Drafter``."""
         self._config = config
         self._pool = pool
         self._hasher = PrefixHasher(pool.block_size)
@@ -43,9 +42,7 @@ class Scheduler:
         self._promised: dict[bytes, Sequence] = {}  # blocks that a running prompt will publish
         self._arrivals = itertools.count()
         self._step = 0
-        self.prefix_queries = 0
-        self.prefix_hits = 0
-        self.preemptions = 0
+        self.prefix_queries = self.prefix_hits = self.preemptions = 0
 
     @property
     def num_waiting(self) -> int:
@@ -60,18 +57,18 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     def add(self, request: Request, seed: int, mask: TokenMask | None = None) -> None:
-        """Queue a request whose prompt and longest answer fit in the pool (the caller checked)."""
+        """Queue a request; the caller has checked that prompt and longest answer fit the pool."""
         turn = (self._step + request.priority * PRIORITY_STEPS, next(self._arrivals))
         insort(self._waiting, Sequence(request, seed, turn, mask), key=_turn)
 
     def abort(self, request_id: str) -> None:
-        """Forget a request, waiting or running; nothing happens where there is none of this id."""
+        """Cancel a waiting or running request; do nothing if none has this id."""
         if request_id in self._running:
             self._leave(self._running[request_id])
         self._waiting = [s for s in self._waiting if s.request_id != request_id]
 
     def plan(self) -> StepPlan:
-        """Choose the next step's chunks, at most ``max_batched_tokens`` tokens together."""
+        """Choose the next step's chunks, at most ``max_batched_tokens`` tokens in total."""
         self._step += 1
         budget = self._config.max_batched_tokens
         preempted_before = self.preemptions
@@ -83,9 +80,8 @@ class Scheduler:
             if self._grow(sequence):
                 chunks.append(self._chunk(sequence, budget))
                 budget -= len(chunks[-1].token_ids)
-        # what was just given up is not for newcomers
-        newcomers = list(self._waiting) if self.preemptions == preempted_before else []
-        for sequence in newcomers:
+        # blocks of preempted sequences are for the running ones
+        for sequence in list(self._waiting) if self.preemptions == preempted_before else []:
             if not budget or self.num_running == self._config.max_num_seqs:
                 break
             if self._waits_for_another(sequence):
@@ -111,10 +107,10 @@ class Scheduler:
             sequence.prompt_scores += result.prompt_logprobs
             ending = sequence.append(result.token_ids[: accepted + 1], self._eos_ids)
             if ending.num_taken:
-                # guesses after an end were computed for nothing
+                # drafts after the end do not count
                 sequence.num_computed = min(sequence.num_computed, len(sequence.token_ids) - 1)
             if is_answer and not sequence.request.sampling.max_tokens:
-                ending = Ending(0, "length")  # the prompt was to be scored, no more
+                ending = Ending(0, "length")  # the request only scores its prompt
             self._settle(sequence)
             ending = _accept(sequence, result.token_ids[: ending.num_taken], ending)
             if is_answer:
@@ -125,37 +121,32 @@ class Scheduler:
         return outputs
 
     def end(self, request_id: str, error: str) -> TokenOutput:
-        """End a running sequence that cannot go on."""
+        """End a running sequence with an error."""
         self._leave(self._running[request_id])
         return TokenOutput(request_id, finish_reason="error", error=error)
 
     def sequence(self, request_id: str) -> Sequence:
-        """The running sequence of this id."""
+        """The running sequence with this id."""
         return self._running[request_id]
 
     def check_integrity(self) -> None:
-        """Check that blocks and promises are running sequences' alone (AssertionError)."""
+        """Raise AssertionError unless only running sequences hold blocks and promises."""
         held = [block for sequence in self._running.values() for block in sequence.block_ids]
         self._pool.check_integrity(held)
         assert not any(sequence.block_ids for sequence in self._waiting)
         promising = {id(sequence) for sequence in self._promised.values()}
         assert promising <= {id(sequence) for sequence in self._running.values()}
 
-    def _with_drafts(self, chunk: SequenceChunk, room: int) -> SequenceChunk:
-        """Add guesses to a decode, as far as budget and blocks are left over by everyone."""
+    def _with_drafts(self, chunk: SequenceChunk, budget: int) -> SequenceChunk:
+        """Add drafts to a decode, within the rest of the budget and the free blocks."""
         sequence = self._running[chunk.request_id]
-        left = chunk.sampling.max_tokens - sequence.num_generated - 1
-        room = min(room, left)
-        if not chunk.samples or len(chunk.token_ids) > 1 or room < 1:
+        most = min(budget, chunk.sampling.max_tokens - sequence.num_generated - 1)
+        if not chunk.samples or len(chunk.token_ids) > 1 or most < 1:
             return chunk
         assert self._propose is not None
-        drafts = self._propose(sequence)[:room]
-        missing = self._pool.blocks_for(chunk.end + len(drafts)) - len(sequence.block_ids)
-        if missing > 0:
-            taken = self._pool.take((), missing)
-            if taken is None:
-                return chunk
-            sequence.block_ids += taken
+        drafts = self._propose(sequence)[:most]
+        if not self._take_blocks(sequence, chunk.end + len(drafts)):
+            return chunk
         return chunk._replace(
             token_ids=(*chunk.token_ids, *drafts),
             block_ids=tuple(sequence.block_ids),
@@ -163,32 +154,31 @@ class Scheduler:
         )
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Take blocks for all its tokens; False when the sequence itself had to give way."""
-        needed = self._pool.blocks_for(len(sequence.token_ids))
-        while (missing := needed - len(sequence.block_ids)) > 0:
-            taken = self._pool.take((), missing)
-            if taken is not None:
-                sequence.block_ids += taken
-                break
+        """Take blocks for all its tokens; False if the sequence itself was preempted."""
+        while not self._take_blocks(sequence, len(sequence.token_ids)):
             last = max(self._running.values(), key=_turn)
-            self._preempt(last)
+            self.preemptions += 1
+            self._leave(last)
+            insort(self._waiting, last, key=_turn)
             if last is sequence:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self.preemptions += 1
-        self._leave(sequence)
-        insort(self._waiting, sequence, key=_turn)
+    def _take_blocks(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Take the blocks that it lacks for this many tokens; False if the pool has too few."""
+        missing = max(0, self._pool.blocks_for(num_tokens) - len(sequence.block_ids))
+        taken = self._pool.take((), missing)
+        sequence.block_ids += taken or []
+        return taken is not None
 
     def _waits_for_another(self, sequence: Sequence) -> bool:
-        """Whether a running prompt will soon publish the next block that this one needs."""
+        """Whether a running prompt will publish the next block that this sequence needs."""
         hashes = self._usable_hashes(sequence)
         found = len(self._pool.find(hashes))
         return found < len(hashes) and hashes[found] in self._promised
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Move a waiting sequence among the running, with blocks for all its tokens; or not."""
+        """Start a waiting sequence if there are blocks for all its tokens; return whether."""
         hashes = self._usable_hashes(sequence)
         shared = self._pool.find(hashes)
         needed = self._pool.blocks_for(len(sequence.token_ids)) - len(shared)
@@ -208,17 +198,15 @@ class Scheduler:
         return True
 
     def _usable_hashes(self, sequence: Sequence) -> list[bytes]:
-        # the last token must run for its logits, and all of them where all are scored
+        # the last token must run for its logits; all tokens must if the prompt is scored
         if sequence.scores_are_due:
             return []
         self._hasher.extend(sequence.hashes, sequence.token_ids, sequence.request.cache_salt)
         return sequence.hashes[: (len(sequence.token_ids) - 1) // self._pool.block_size]
 
     def _chunk(self, sequence: Sequence, budget: int) -> SequenceChunk:
-        start = sequence.num_computed
+        request, tokens, start = sequence.request, sequence.token_ids, sequence.num_computed
         end = start + min(sequence.num_uncomputed, budget)
-        request, tokens = sequence.request, sequence.token_ids
-        scores = request.prompt_ids[start + 1 : end + 1] if sequence.scores_are_due else ()
         return SequenceChunk(
             request_id=request.request_id,
             token_ids=tuple(tokens[start:end]),
@@ -227,13 +215,13 @@ class Scheduler:
             sampling=request.sampling,
             seed=sequence.seed,
             samples=end == len(tokens) and request.sampling.max_tokens > 0,
-            scores=scores,
+            scores=request.prompt_ids[start + 1 : end + 1] if sequence.scores_are_due else (),
             history=tokens if request.sampling.needs_history else (),
             prompt_length=sequence.prompt_length,
         )
 
     def _settle(self, sequence: Sequence) -> None:
-        """Publish blocks that are now full, and give back those that only guesses needed."""
+        """Publish the blocks that are now full, and release those that only drafts needed."""
         needed = self._pool.blocks_for(len(sequence.token_ids))
         if needed < len(sequence.block_ids):
             self._pool.release(sequence.block_ids[needed:])
@@ -248,7 +236,7 @@ class Scheduler:
         sequence.num_published = full
 
     def _leave(self, sequence: Sequence) -> None:
-        """Take a sequence from the running; its blocks go back, its tokens stay."""
+        """Remove a sequence from the running ones and release its blocks; it keeps its tokens."""
         del self._running[sequence.request_id]
         for prefix_hash in sequence.hashes[sequence.num_published :]:
             self._break_promise(sequence, prefix_hash)
@@ -266,7 +254,7 @@ def _turn(sequence: Sequence) -> tuple[int, int]:
 
 
 def _accepted(chunk: SequenceChunk, chosen: tuple[int, ...]) -> int:
-    """How many guesses are what was chosen in their place."""
+    """The number of drafts before the first that differs from the chosen token."""
     if not chunk.num_drafts:
         return 0
     pairs = zip(chunk.drafts, chosen, strict=False)
@@ -274,7 +262,7 @@ def _accepted(chunk: SequenceChunk, chosen: tuple[int, ...]) -> int:
 
 
 def _accept(sequence: Sequence, token_ids: tuple[int, ...], ending: Ending) -> Ending:
-    """Let the sequence's mask follow; one that fails ends its sequence and no other."""
+    """Pass the tokens to the sequence's mask; if it fails, only this sequence ends."""
     if sequence.mask is None:
         return ending
     try:

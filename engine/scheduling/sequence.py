@@ -1,4 +1,4 @@
-"""One request under way: its tokens, its blocks and how far they are computed."""
+"""The state of an unfinished request: its tokens, its blocks and the number computed."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from engine.sampling.params import TokenLogprobs
 
 
 class Ending(NamedTuple):
-    """How many of the chosen tokens a sequence took, and how it ended with them, if it did."""
+    """The number of chosen tokens that a sequence took, and why it ended, if it did."""
 
     num_taken: int
     reason: FinishReason | None = None
@@ -23,18 +23,17 @@ class Ending(NamedTuple):
 class Sequence:
     """A request with its growing tokens.
 
-    Tokens ``[0, num_computed)`` have their keys and values in ``block_ids``, of which the first
-    ``num_published`` can be found by others; tokens ``[num_computed, len(token_ids))`` are still
-    to be run. The last one to be run gives the next.
+    Keys and values of tokens ``[0, num_computed)`` are in ``block_ids``; the first
+    ``num_published`` blocks can be shared. The other tokens must still run.
 
     Attributes:
-        seed: from which with the position its random numbers follow.
+        seed: seed of its random numbers; each also depends on its position.
         turn: its place in the order of service; smaller comes first.
-        hashes: of its full blocks, as far as they were needed.
-        mask: what it may generate, where that is bound to a grammar or the like.
-        prompt_scores: log-probabilities of prompt tokens, while they are gathered.
-        scores_are_due: whether they were asked for and are not sent yet.
-        num_cached: prompt tokens found computed when it first ran.
+        hashes: prefix hashes of its full blocks, as far as they were needed.
+        mask: restricts the tokens that it may generate, by a grammar for instance.
+        prompt_scores: log-probabilities of prompt tokens that are not sent yet.
+        scores_are_due: whether prompt log-probabilities were requested and are not sent yet.
+        num_cached: prompt tokens found in the prefix cache when it first ran.
     """
 
     request: Request
@@ -64,20 +63,20 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens without keys and values: 1 while decoding, more while the prompt is run."""
+        """Tokens without keys and values: 1 while decoding, more while the prompt runs."""
         return len(self.token_ids) - self.num_computed
 
     @property
     def num_generated(self) -> int:
-        """Tokens that this engine chose."""
+        """Number of tokens that the engine chose."""
         return len(self.token_ids) - self.prompt_length
 
     def append(self, chosen: Iterable[int], eos_ids: frozenset[int]) -> Ending:
-        """Add tokens up to the one that ends the sequence, and say how that came."""
+        """Add tokens up to the one that ends the sequence."""
         sampling, count = self.request.sampling, 0
         for token_id in chosen:
             if token_id == NO_TOKEN:
-                return Ending(count, "error", error="no token is left that could come")
+                return Ending(count, "error", error="penalties, bans and masks leave no token")
             self.token_ids.append(token_id)
             count += 1
             is_eos = token_id in eos_ids and not sampling.ignore_eos

@@ -1,31 +1,32 @@
 """The plan of one step and its results, as plain data; every rank runs the same plan."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from engine.sampling.params import SamplingParams, TokenLogprobs
+
+
+class Drafter(Protocol):
+    """Proposes draft tokens, which one step checks: wrong ones cost time, never correctness."""
+
+    def draft(self, token_ids: Sequence[int], count: int) -> Sequence[int]:
+        """Up to ``count`` tokens that may follow these; fewer, or none, are allowed."""
 
 
 class SequenceChunk(NamedTuple):
     """The tokens of one sequence that a step runs.
 
     Attributes:
-        request_id: whose they are.
-        token_ids: the ids to run, at positions ``[start, end)``; the last ``num_drafts`` of them
-            are guesses.
+        token_ids: the ids to run, at positions ``[start, end)``; the last ``num_drafts`` are
+            drafts.
         start: tokens of the sequence whose keys and values are in its blocks already.
         block_ids: the sequence's KV blocks in order, enough for its context after this chunk.
-        sampling: how to choose tokens; the sequence's own.
-        seed: the sequence's own, from which with the position its random numbers follow.
-        samples: whether a token is chosen after the last one that is no guess (and, where guesses
-            hold, after each of them).
-        num_drafts: guesses at the end of ``token_ids``.
-        scores: prompt tokens right after the chunk's first, second, ... token whose
-            log-probabilities are wanted.
-        history: where ``sampling.needs_history``, all tokens so far, no guesses; the sequence's
-            own, not a copy, for a long one would be copied at every step.
-        prompt_length: how many of the sequence's tokens are its prompt.
+        seed: seed of the sequence's random numbers; each also depends on its position.
+        samples: whether to choose a token after the last token that is no draft, and after each
+            draft.
+        scores: prompt tokens to score: those that follow the chunk's first, second, ... token.
+        history: all tokens so far without drafts, if ``sampling.needs_history``; not a copy.
+        prompt_length: number of the sequence's prompt tokens.
     """
 
     request_id: str
@@ -42,22 +43,21 @@ class SequenceChunk(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The sequence's context length after this chunk, guesses included."""
+        """The sequence's context length after this chunk, drafts included."""
         return self.start + len(self.token_ids)
 
     @property
     def drafts(self) -> tuple[int, ...]:
-        """The guesses."""
+        """The draft tokens at the chunk's end."""
         return self.token_ids[len(self.token_ids) - self.num_drafts :]
 
     @property
     def num_sampled(self) -> int:
-        """Positions at which a token is chosen: the last ones of the chunk."""
+        """Number of positions at which a token is chosen: the chunk's last ones."""
         return 1 + self.num_drafts if self.samples else 0
 
 
-@dataclass(frozen=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """The chunks of one step; they share one ragged forward in this order."""
 
     chunks: tuple[SequenceChunk, ...]
@@ -69,11 +69,11 @@ class StepPlan:
 
 
 class ChunkResult(NamedTuple):
-    """The tokens chosen at a chunk's sampled positions, and the log-probabilities asked for.
+    """The tokens chosen at a chunk's sampled positions, and the requested log-probabilities.
 
     Attributes:
-        token_ids: one a sampled position; the i-th holds only if all guesses before it do.
-        logprobs: one entry a token, or none.
+        token_ids: one per sampled position; the i-th is valid if all drafts before it are.
+        logprobs: one entry per token, or none.
         prompt_logprobs: one entry for each of the chunk's ``scores``.
     """
 

@@ -13,8 +13,8 @@ from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.layout import TokenLayout
 from engine.progress import Progress
 
-# From these tokens a step, or bytes of weights a call, on, a call of its own for each layer costs
-# nothing in comparison; short calls show that the step makes progress.
+# With more tokens per step, or more bytes of weights per call, than these, one call per layer costs
+# little in comparison, and shorter calls show that the step makes progress.
 _FEW_TOKENS = 64
 _MANY_BYTES = 2**28
 
@@ -44,10 +44,9 @@ class CpuDecoder:
         kv_blocks: Tensor,
         trace: ForwardTrace | None = None,
     ) -> Tensor:
-        """Return the residual stream after the last layer.
+        """Return the residual stream after the last layer; ``residual_TD`` is changed in place.
 
-        ``residual_TD`` is changed in place; the other arguments are those of ``DecoderLayer``, with
-        the KV blocks of all layers.
+        The other arguments are those of ``DecoderLayer``, with the KV blocks of all layers.
         """
         assert layout.paged is not None
         num_tokens = residual_TD.shape[0]
@@ -73,10 +72,10 @@ class CpuDecoder:
             return residual_TD
 
     def _joined(self) -> list[range]:
-        """The layers in runs, one native call each.
+        """Split the layers into runs, one native call each.
 
-        A run ends where its weights are many, with a feed-forward that is left out, and before a
-        layer where rows are predicted.
+        A run ends if its weights are large, after a feed-forward that runs apart, and before a
+        layer at which rows are predicted.
         """
         predicted = self._lookahead.layers if self._lookahead is not None else ()
         runs, first, size = [], 0, 0

@@ -11,8 +11,8 @@ from engine.executors.cpu.decoder import CpuDecoder
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.layers import pack_layer
 from engine.executors.cpu.packing import Packer
-from engine.executors.kv_memory import kv_memory
 from engine.executors.lookahead import Lookahead, LookaheadConfig
+from engine.model.attention import kv_memory
 from engine.model.forward_trace import ForwardTrace
 from engine.model.layout import TokenLayout
 from engine.model.rotary import rope_angles
@@ -36,10 +36,10 @@ class CpuExecutor:
     ) -> None:
         """Pack a model's weights in ``dtype``, fp32 or bf16, and reserve KV memory.
 
-        Of the model it keeps the tables, and the embedding if it has the dtype, its default.
+        ``dtype`` is by default that of the embedding, which is kept if it has ``dtype``.
 
         Raises:
-            OSError: the system has no such memory.
+            OSError: the system cannot provide the KV memory.
         """
         self.config = model.config
         self.num_blocks = num_blocks

@@ -1,4 +1,4 @@
-"""The native CPU kernels: operations on packed weights, attention, token choice, whole layers."""
+"""Calls the native CPU kernels: packed products, attention, decoder layers, token choice."""
 
 import ctypes
 import functools
@@ -22,17 +22,12 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 # PROGRESS_COUNTERS of progress.h, and LINE of memory_ops' simd.h
 _PROGRESS_COUNTERS, _LINE = 64, 64
 _LOGITS = (_POINTER, *[_INT64] * 3, _INT32)
+_LAYERS = (_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4)
 CPU_LIBRARY = NativeLibrary(
     Path(__file__).parent / "native",
     {
         "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32, _POINTER)),
-        "memplus_decoder_layers": (
-            _INT32,
-            (
-                *(_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4),
-                *[_POINTER] * 4,
-            ),
-        ),
+        "memplus_decoder_layers": (_INT32, (*_LAYERS, *[_POINTER] * 4)),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),
         "memplus_pack_rows": (None, (_POINTER, _POINTER, _INT64, _POINTER, *[_INT64] * 4)),
@@ -44,16 +39,12 @@ CPU_LIBRARY = NativeLibrary(
             (*_LOGITS, *[_POINTER] * 2, *[_INT64] * 2, *[_POINTER] * 5),
         ),
     },
-    "the model runs on plain torch, many times slower",
+    "the model runs in plain torch, many times slower",
 )
 
 
 class CpuKernels:
-    """One build of the library; each operation as its twin in plain torch defines it.
-
-    Attributes:
-        build: its name.
-    """
+    """The operations of one build of the library; each has a reference in plain torch."""
 
     def __init__(self, build: str) -> None:
         """Use ``build``, one of ``CPU_LIBRARY.runnable_builds``."""
@@ -64,7 +55,7 @@ class CpuKernels:
 
     @property
     def work_done(self) -> int:
-        """A number that changes while a call makes progress; for another thread to read."""
+        """A number that changes while a call makes progress; another thread may read it."""
         return int(self._counters.sum())
 
     def attention(
@@ -76,34 +67,22 @@ class CpuKernels:
         paged: PagedKv,
         kv_blocks: Tensor,
     ) -> Tensor:
-        """Rotate queries and keys, write keys and values into their KV blocks, and attend.
+        """Rotate queries and keys, write keys and values into KV blocks, attend: ``[T, H E]``.
 
-        ``qkv`` is ``[T, (H + 2 G) E]``: queries, keys and values one after another; ``angles`` and
-        ``kv_blocks`` are those of ``engine.model.attention.Attention``. All but the block table
-        contiguous, fp32 or bf16. Returns ``[T, H E]``.
+        ``qkv`` is ``[T, (H + 2 G) E]``: queries, keys, values; ``angles`` and ``kv_blocks`` are
+        those of ``engine.model.attention.Attention``. All tensors but the block table are
+        contiguous; values are fp32 or bf16.
         """
         _, _, num_kv_heads, block_size, head_dim = kv_blocks.shape
         cosines, sines = angles
         out_TF = torch.empty(qkv_TF.shape[0], num_heads * head_dim, dtype=qkv_TF.dtype)
         use_torch_thread_count()
-        self._library.memplus_attention(
-            qkv_TF.data_ptr(),
-            cosines.data_ptr(),
-            sines.data_ptr(),
-            kv_blocks.data_ptr(),
-            paged.block_table_SB.data_ptr(),
-            layout.query_starts_S1.data_ptr(),
-            paged.context_lengths_S.data_ptr(),
-            out_TF.data_ptr(),
-            len(paged.context_lengths),
-            paged.block_table_SB.stride(0),
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            block_size,
-            qkv_TF.dtype is torch.bfloat16,
-            self._progress,
-        )
+        sequences = paged.block_table_SB, layout.query_starts_S1, paged.context_lengths_S
+        tensors = _addresses(qkv_TF, cosines, sines, kv_blocks, *sequences, out_TF)
+        counts = len(paged.context_lengths), paged.block_table_SB.stride(0)
+        sizes = num_heads, num_kv_heads, head_dim, block_size
+        is_bf16 = qkv_TF.dtype is torch.bfloat16
+        self._library.memplus_attention(*tensors, *counts, *sizes, is_bf16, self._progress)
         return out_TF
 
     def pack(self, rows: Sequence[WeightRows], outputs: int, **options: Any) -> PackedLinear:
@@ -117,17 +96,13 @@ class CpuKernels:
 
         Rows of ``x`` may be strided. An output row is the same, bit for bit, in any batch.
         """
-        num_rows, row_stride = x_TI.shape[0], x_TI.stride()[0]
+        num_rows, row_bytes = x_TI.shape[0], x_TI.stride()[0] * x_TI.itemsize
         out_TO = torch.empty(num_rows, packed.num_outputs, dtype=packed.out_dtype)
+        residual = None if residual_TO is None else residual_TO.data_ptr()
         use_torch_thread_count()
+        rows = x_TI.data_ptr(), row_bytes, num_rows
         self._library.memplus_linear(
-            packed.address,
-            x_TI.data_ptr(),
-            row_stride * x_TI.itemsize,
-            num_rows,
-            None if residual_TO is None else residual_TO.data_ptr(),
-            out_TO.data_ptr(),
-            self._progress,
+            packed.address, *rows, residual, out_TO.data_ptr(), self._progress
         )
         return out_TO
 
@@ -141,14 +116,11 @@ class CpuKernels:
         paged: PagedKv,
         kv_blocks: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Run some consecutive layers in place; a memory that is run apart is left out.
+        """Run consecutive layers in place, except feed-forwards that run apart.
 
-        ``residual`` is contiguous; the rest is as ``Transformer.forward`` is given it. Returns
-        the rows that the M memories inside read, int64, and their weights, ``[M, T, H, K]``; the
-        tables have counted them.
-
-        Raises:
-            TableReadError: rows could not be read.
+        ``residual`` is contiguous; the other arguments are those of ``Transformer.forward``.
+        Returns the int64 rows that the M memories of the run read, and their weights,
+        ``[M, T, H, K]``, and counts them in the tables. Raises TableReadError.
         """
         cosines, sines = angles
         assert residual_TD.is_contiguous() and kv_blocks.is_contiguous()
@@ -162,27 +134,17 @@ class CpuKernels:
         for memory in memories:
             memory.source.check()
         use_torch_thread_count()
-        is_well = self._library.memplus_decoder_layers(
-            layers.address(run.start),
-            len(run),
-            residual_TD.data_ptr(),
-            cosines.data_ptr(),
-            sines.data_ptr(),
-            kv_blocks.data_ptr() + run.start * kv_bytes,
-            kv_bytes,
-            paged.block_table_SB.data_ptr(),
-            layout.query_starts_S1.data_ptr(),
-            paged.context_lengths_S.data_ptr(),
-            len(paged.context_lengths),
-            paged.block_table_SB.stride(0),
-            layers.num_heads,
-            kv_blocks.shape[4],
-            rows_MTHK.data_ptr(),
-            weights_MTHK.data_ptr(),
-            ctypes.byref(failure),
-            self._progress,
+        sequences = paged.block_table_SB, layout.query_starts_S1, paged.context_lengths_S
+        packed = layers.address(run.start), len(run)
+        inputs = _addresses(residual_TD, cosines, sines)
+        kv = kv_blocks.data_ptr() + run.start * kv_bytes, kv_bytes, *_addresses(*sequences)
+        counts = len(paged.context_lengths), paged.block_table_SB.stride(0)
+        sizes = layers.num_heads, kv_blocks.shape[4]
+        outputs = *_addresses(rows_MTHK, weights_MTHK), ctypes.byref(failure)
+        succeeded = self._library.memplus_decoder_layers(
+            *packed, *inputs, *kv, *counts, *sizes, *outputs, self._progress
         )
-        if not is_well:
+        if not succeeded:
             raise memories[failure.memory].source.read_error(failure.row, failure.error)
         for memory in memories:
             memory.source.check()
@@ -191,17 +153,12 @@ class CpuKernels:
         return rows_MTHK, weights_MTHK
 
     def silu_gate(self, gate_TI: Tensor, x_TI: Tensor) -> Tensor:
-        """``silu(gate) * x``, in the dtype of the gate: fp32 or bf16. ``x`` is fp32; contiguous."""
+        """``silu(gate) * x`` in the gate's dtype, fp32 or bf16; ``x`` is fp32, both contiguous."""
         assert gate_TI.is_contiguous() and x_TI.is_contiguous() and gate_TI.shape == x_TI.shape
         out_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype)
         use_torch_thread_count()
-        self._library.memplus_silu_gate(
-            gate_TI.data_ptr(),
-            x_TI.data_ptr(),
-            out_TI.data_ptr(),
-            gate_TI.numel(),
-            gate_TI.dtype is torch.bfloat16,
-        )
+        size, is_bf16 = gate_TI.numel(), gate_TI.dtype is torch.bfloat16
+        self._library.memplus_silu_gate(*_addresses(gate_TI, x_TI, out_TI), size, is_bf16)
         return out_TI
 
     def sample(self, logits_LV: Tensor, choices: Choices) -> Tensor:
@@ -209,9 +166,9 @@ class CpuKernels:
         chosen_L = torch.empty(len(logits_LV), dtype=torch.int64)
         assert choices.dtype == CHOICE and choices.shape == chosen_L.shape
         choices = np.ascontiguousarray(choices)
-        logits_LV, given = _given(logits_LV)
+        logits_LV, logits = _logits(logits_LV)
         at = choices.ctypes.data, chosen_L.data_ptr()
-        self._library.memplus_sample(*given, *at, self._progress)
+        self._library.memplus_sample(*logits, *at, self._progress)
         return chosen_L
 
     def log_probabilities(
@@ -222,23 +179,23 @@ class CpuKernels:
         assert (at_2P >= 0).all() and (at_2P.max(axis=1, initial=0) < logits_LV.shape).all()
         assert 0 <= num_best <= logits_LV.shape[1]
         count = len(rows)
-        scores = Scores(
-            torch.empty(count),
-            torch.empty(count, dtype=torch.int64),
-            torch.empty(count, num_best, dtype=torch.int64),
-            torch.empty(count, num_best),
-        )
-        logits_LV, given = _given(logits_LV)
+        own_P, ranks_P = torch.empty(count), torch.empty(count, dtype=torch.int64)
+        best_ids_PK = torch.empty(count, num_best, dtype=torch.int64)
+        scores = Scores(own_P, ranks_P, best_ids_PK, torch.empty(count, num_best))
+        logits_LV, logits = _logits(logits_LV)
         at = [at_P.ctypes.data for at_P in at_2P]
-        written = [tensor.data_ptr() for tensor in scores]
         self._library.memplus_log_probabilities(
-            *given, *at, count, num_best, *written, self._progress
+            *logits, *at, count, num_best, *_addresses(*scores), self._progress
         )
         return scores
 
 
-def _given(logits_LV: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The logits, to be held while they are read, and the arguments that say where they lie."""
+def _addresses(*tensors: Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _logits(logits_LV: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The logits, which the caller must keep alive, and the arguments that describe them."""
     if logits_LV.stride(1) != 1:
         logits_LV = logits_LV.contiguous()
     use_torch_thread_count()
@@ -247,7 +204,7 @@ def _given(logits_LV: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def cpu_kernels(device: torch.device, dtype: torch.dtype) -> CpuKernels | None:
-    """The fastest build for tensors of this device and dtype, if there is any."""
+    """The fastest runnable build for tensors of this device and dtype, or None."""
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         return _best()
     return None

@@ -1,4 +1,4 @@
-"""Decoder layers with packed weights: native descriptions, and feed-forwards left out of them."""
+"""Decoder layers with packed weights, and feed-forwards that run outside the native call."""
 
 import copy
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from engine.model.norm import RmsNorm
 
 @dataclass(frozen=True)
 class EagerFeedForward:
-    """A feed-forward of a kind that has no packed form: the model's own module."""
+    """A feed-forward of a kind without a packed form: the model's own module."""
 
     norm: RmsNorm
     module: nn.Module
@@ -35,9 +35,9 @@ class CpuLayer:
     """One decoder layer.
 
     Attributes:
-        packed: as native kernels run it; a feed-forward that they cannot run is left out.
-        memory: the layer's memory, if it has one, whether it is left out or not.
-        other: any other feed-forward that is left out.
+        packed: the layer in native form, without a feed-forward that the kernels cannot run.
+        memory: the layer's memory, if it has one, in native form or not.
+        other: any other feed-forward that runs apart.
     """
 
     packed: PackedLayer
@@ -46,18 +46,18 @@ class CpuLayer:
 
     @property
     def is_apart(self) -> bool:
-        """Whether the feed-forward is left out of the native call."""
+        """Whether the feed-forward runs outside the native call."""
         return self.packed.gate_up is None and self.packed.memory is None
 
     def run_apart(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
-        """Run a feed-forward that is left out; return the new residual stream."""
+        """Run the feed-forward outside the native call; return the new residual stream."""
         feed_forward = self.other or self.memory
         assert feed_forward is not None
         return feed_forward.run(residual_TD, trace)
 
 
 def pack_layer(packer: Packer, layer: DecoderLayer) -> CpuLayer:
-    """Pack one layer of a model, which stays as it is."""
+    """Pack one layer of a model, which is not changed."""
     attention, norm = layer.self_attn, layer.post_attention_layernorm
     qkv = packer.linear(
         attention.q_proj, attention.k_proj, attention.v_proj, norm=layer.input_layernorm
@@ -75,6 +75,6 @@ def pack_layer(packer: Packer, layer: DecoderLayer) -> CpuLayer:
     if isinstance(feed_forward, MemoryLayer):
         memory = CpuMemory(packer, feed_forward, norm)
         return CpuLayer(packed._replace(memory=memory.packed()), memory=memory)
-    # a copy, which shares nothing with the model
+    # a copy, which shares no weights with the model
     module = copy.deepcopy(feed_forward).to(packer.dtype)
     return CpuLayer(packed, other=EagerFeedForward(packer.norm(norm), module))

@@ -1,10 +1,10 @@
-"""A memory layer with packed weights, in two halves between which its rows are fetched."""
+"""A memory layer with packed weights, in two halves, so that row fetches overlap compute."""
 
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from engine.executors.cpu.packed_linear import PackedLinear
-from engine.executors.cpu.packed_memory import PackedMemory
+from engine.executors.cpu.packed_memory import MemoryProducts, PackedMemory
 from engine.executors.cpu.packing import Packer
 from engine.executors.lookahead import PredictedMemory
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
@@ -16,7 +16,7 @@ from memory_ops.tables.value_table import Lookup
 
 
 class CpuMemory:
-    """Computes what a ``MemoryLayer`` does, norm and residual included."""
+    """A ``MemoryLayer`` with packed weights, norm and residual sum included."""
 
     def __init__(self, packer: Packer, memory: MemoryLayer, norm: RmsNorm) -> None:
         self._kernels, self._norm = packer.kernels, packer.norm(norm)
@@ -42,7 +42,7 @@ class CpuMemory:
         return PredictedMemory(self.index, self.num_subkeys, self.tables, self.half_scores)
 
     def start(self, residual_TD: Tensor, trace: ForwardTrace | None = None) -> Lookup:
-        """Choose the rows and begin to read them; they are added to ``trace``."""
+        """Choose the rows, add them to ``trace`` and start to read them."""
         rows_THK, weights_THK = operations.product_topk(self.half_scores(residual_TD), self.top_k)
         if trace is not None:
             trace.memory.append(MemoryTrace(rows_THK, weights_THK))
@@ -53,12 +53,12 @@ class CpuMemory:
         return self.table.start(rows_THK, weights_THK, self.index)
 
     def finish(self, lookup: Lookup, residual_TD: Tensor) -> Tensor:
-        """Wait for the rows and return the new residual stream; it is as ``start`` got it."""
+        """Wait for the rows; return the new residual stream from the one given to ``start``."""
         kernels = self._kernels
-        # the table may be fetching rows: compute meanwhile what does not depend on them
-        gate_TV = None if self._gate is None else kernels.linear(self._gate, residual_TD)
-        gate_T1 = (
-            None if self._output_gate is None else kernels.linear(self._output_gate, residual_TD)
+        # compute the gates while the table fetches rows
+        gate_TV, gate_T1 = (
+            None if gate is None else kernels.linear(gate, residual_TD)
+            for gate in (self._gate, self._output_gate)
         )
         y_TV = lookup.finish()
         y_TV = y_TV.to(residual_TD.dtype) if gate_TV is None else kernels.silu_gate(gate_TV, y_TV)
@@ -72,25 +72,18 @@ class CpuMemory:
         return self.finish(self.start(residual_TD, trace), residual_TD)
 
     def packed(self) -> PackedMemory | None:
-        """The layer as kernels run it whole, or None if they cannot.
+        """The layer in native form, or None if the kernels cannot run it.
 
-        They can if they may read the table's rows themselves, and if nothing but the residual sum
-        follows the value projection.
+        They must be able to read the table's rows, and only the residual sum may follow the value
+        projection.
         """
         source = self.table.row_source(self.index)
         if self._values is None or self._output_gate is not None or source is None:
             return None
         if not has_native_lookup(source.rows, self.num_subkeys, self.top_k):
             return None
-        return PackedMemory(
-            source,
-            self.num_heads,
-            self.top_k,
-            query=self._query,
-            subkeys=self._subkeys,
-            gate=self._gate,
-            values=self._values,
-        )
+        products = MemoryProducts(self._query, self._subkeys, self._gate, self._values)
+        return PackedMemory(source, self.num_heads, self.top_k, products)
 
 
 def _pack_any(packer: Packer, layer: nn.Linear | None, norm: RmsNorm | None) -> PackedLinear | None:

@@ -16,13 +16,13 @@ from engine.model.layout import TokenLayout
 from engine.progress import Progress
 from memory_ops.tables.table_statistics import TableStatistics
 
-# (tokens of a step, micro-batches): each micro-batch reads the weights once more, which costs more
-# than overlap gains for fewer tokens. With 3 memories of 128 rows, a quarter of them fetched, and a
-# disk of 100,000 reads a second: 16 tokens take 43 ms in two, 34 in one; 32 take 63 (67), 64 take
-# 96 (113), 512 take 570 in four (755).
+# (minimum tokens of a step, micro-batches): each micro-batch reads all weights again, which costs
+# more than overlap gains for fewer tokens. With 3 memories of 128 rows, a quarter of them fetched,
+# and a disk of 100,000 reads per second: 16 tokens take 43 ms as two, 34 as one; 32 take 63 (67),
+# 64 take 96 (113), 512 take 570 as four (755).
 _COUNTS = ((256, 4), (32, 2))
-# share of the rows asked for; fetching fewer takes less time than reading the weights once more
-_LEAST_FETCHED = 0.1
+# minimum fraction of rows fetched: fetching fewer is faster than reading the weights again
+_MIN_FETCHED = 0.1
 
 
 @dataclass
@@ -37,10 +37,9 @@ class _MicroBatch:
 class MicroBatches:
     """Runs packed layers on the micro-batches of a step, if its memory layers fetch all rows.
 
-    A memory layer's rows follow from the residual stream that enters it, so nothing of the same
-    tokens can be computed while they are fetched. Later tokens can, up to that layer: of earlier
-    ones they need only keys and values of the layers before it. So each micro-batch runs up to its
-    next memory layer, starts fetching, and lets the next micro-batch run.
+    While a memory layer fetches rows, its tokens cannot advance. Later tokens can, up to that
+    layer: of earlier tokens they need only the keys and values of the layers before it. So each
+    micro-batch runs up to its next memory layer, starts fetching, and lets the next one run.
     """
 
     def __init__(
@@ -53,48 +52,43 @@ class MicroBatches:
     ) -> None:
         self._layers, self._kernels = layers, kernels
         self._progress, self._lookahead = progress, lookahead
-        # native calls leave memories out: they stop there
-        self._packed = PackedLayers(
-            [layer.packed._replace(memory=None) for layer in layers], num_heads
-        )
+        # native calls stop before each memory
+        without_memory = [layer.packed._replace(memory=None) for layer in layers]
+        self._packed = PackedLayers(without_memory, num_heads)
         memories = [layer.memory for layer in layers if layer.memory is not None]
         tables = [table for memory in memories for table in memory.tables]
-        capacities = [
-            capacity for table in tables if (capacity := table.fetched_capacity) is not None
-        ]
+        capacities = [table.fetched_capacity or 0 for table in tables]
         self._tables = {id(table): table for table in tables}.values()
-        self._fetched_share = 1.0  # of the rows asked for by the last step of many tokens
+        self._fetched_fraction = 1.0  # of the rows requested by the last step of many tokens
         self._token_rows = max((one.num_heads * one.top_k for one in memories), default=0)
         self._num_rows = max((table.num_rows for table in tables), default=0)
-        # rows that every table can hold at once; 0 if nothing, or not everything, is fetched
-        self._capacity = 0
-        if tables and len(capacities) == len(tables):
-            self._capacity = min(capacities)
+        # rows that every table can hold at once; 0 unless all tables fetch their rows
+        self._capacity = min(capacities, default=0)
 
     def count(self, num_tokens: int) -> int:
-        """The number of micro-batches for the coming step; 1 if more would gain nothing."""
-        # all rows of the step must fit: a micro-batch could otherwise find no space while those
-        # before it wait for their turn
+        """The number of micro-batches for the next step; 1 if more would not be faster."""
+        # all rows of the step must fit, or a micro-batch could find no slot while others wait
         if not 0 < min(num_tokens * self._token_rows, self._num_rows) <= self._capacity:
             return 1
-        if self._fetched_share < _LEAST_FETCHED:
+        if self._fetched_fraction < _MIN_FETCHED:
             return 1
         return next((count for least, count in _COUNTS if num_tokens >= least), 1)
 
     @contextmanager
     def watched(self, num_tokens: int) -> Iterator[None]:
-        """Wrap a step: the share of rows that a large one fetches decides about the next one."""
+        """Wrap a step: a large step's fraction of fetched rows decides about the next step."""
         if not self._capacity or num_tokens < _COUNTS[-1][0]:
             yield
             return
         before = self._statistics()
         yield
         step = self._statistics().since(before)
-        self._fetched_share = (step.misses + step.late) / max(1, step.requested_rows)
+        self._fetched_fraction = (step.misses + step.late) / max(1, step.requested_rows)
 
     def _statistics(self) -> TableStatistics:
-        counts = [one for table in self._tables for one in table.statistics().values()]
-        return TableStatistics.sum(counts)
+        return TableStatistics.sum(
+            [counts for table in self._tables for counts in table.statistics().values()]
+        )
 
     def run(
         self,
@@ -109,20 +103,16 @@ class MicroBatches:
         edges = [num_tokens * i // count for i in range(count + 1)]
         cosines, sines = angles
         parts = [
-            _MicroBatch(
-                residual_TD[first:last],
-                layout.part(first, last),
-                (cosines[first:last], sines[first:last]),
-            )
-            for first, last in pairwise(edges)
+            _MicroBatch(residual_TD[a:b], layout.part(a, b), (cosines[a:b], sines[a:b]))
+            for a, b in pairwise(edges)
         ]
-        # all have the same number of stops; after the last one each runs to its end
+        # all stop equally often; after the last stop each runs to its end
         for _ in zip(*(self._stops(part, kv_blocks) for part in parts), strict=True):
             pass
         return torch.cat([part.residual_TD for part in parts])
 
     def _stops(self, part: _MicroBatch, kv_blocks: Tensor) -> Iterator[None]:
-        """Run all layers on a micro-batch; yield while its rows are fetched."""
+        """Run all layers on a micro-batch; yield whenever it waits for rows."""
         paged = part.layout.paged
         assert paged is not None
         for index, layer in enumerate(self._layers):

@@ -1,11 +1,9 @@
 """A mixture of experts with packed weights."""
 
-from functools import partial
+from collections.abc import Callable
 
 from torch import Tensor
 
-from engine.executors.cpu.kernels import CpuKernels
-from engine.executors.cpu.packed_linear import PackedLinear
 from engine.executors.cpu.packing import Packer
 from engine.model.forward_trace import ForwardTrace
 from engine.model.mixture import Expert, MixtureFeedForward, mix_experts
@@ -13,16 +11,14 @@ from engine.model.norm import RmsNorm
 
 
 class CpuMixture:
-    """Computes what a ``MixtureFeedForward`` does, norm and residual included."""
+    """A ``MixtureFeedForward`` with packed weights, norm and residual sum included."""
 
     def __init__(self, packer: Packer, mixture: MixtureFeedForward, norm: RmsNorm) -> None:
         self._kernels, self._norm = packer.kernels, packer.norm(norm)
         self._top_k = mixture.top_k
         self._router = packer.linear(mixture.gate)
         self._experts = [
-            partial(_expert, packer.kernels, *_pack_expert(packer, expert))
-            for expert in mixture.experts
-            if isinstance(expert, Expert)
+            _pack_expert(packer, expert) for expert in mixture.experts if isinstance(expert, Expert)
         ]
 
     def run(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
@@ -34,9 +30,7 @@ class CpuMixture:
         return residual_TD + mix_experts(x_TD, logits_TE, self._experts, self._top_k)
 
 
-def _pack_expert(packer: Packer, expert: Expert) -> tuple[PackedLinear, PackedLinear]:
-    return packer.linear(expert.w1, expert.w3, is_gated=True), packer.linear(expert.w2)
-
-
-def _expert(kernels: CpuKernels, gate_up: PackedLinear, down: PackedLinear, x_LD: Tensor) -> Tensor:
-    return kernels.linear(down, kernels.linear(gate_up, x_LD))
+def _pack_expert(packer: Packer, expert: Expert) -> Callable[[Tensor], Tensor]:
+    kernels, down = packer.kernels, packer.linear(expert.w2)
+    gate_up = packer.linear(expert.w1, expert.w3, is_gated=True)
+    return lambda x_LD: kernels.linear(down, kernels.linear(gate_up, x_LD))

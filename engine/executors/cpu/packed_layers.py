@@ -1,4 +1,4 @@
-"""Decoder layers whose products are packed, as the native library runs them one after another."""
+"""Packed decoder layers in the form that the native library runs."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,10 +9,7 @@ from engine.executors.cpu.packed_memory import PackedMemory
 
 
 class PackedLayer(NamedTuple):
-    """The products of one decoder layer; of one whose feed-forward is run elsewhere the first two.
-
-    Its feed-forward is dense, or a memory.
-    """
+    """Products of a decoder layer: attention, then a dense feed-forward, a memory or neither."""
 
     qkv: PackedLinear
     out: PackedLinear
@@ -22,7 +19,7 @@ class PackedLayer(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of their weights."""
+        """Bytes of the weights."""
         return sum(part.num_bytes for part in self if part is not None)
 
 
@@ -33,24 +30,20 @@ class _Fields(ctypes.Structure):
 
 
 class PackedLayers:
-    """All layers of a model.
-
-    Attributes:
-        num_heads: query heads of their attention.
-    """
+    """All layers of a model, with ``num_heads`` query heads each."""
 
     def __init__(self, layers: Sequence[PackedLayer], num_heads: int) -> None:
         self.num_heads = num_heads
-        self._layers = tuple(layers)  # the kernels read what they hold
+        self._layers = tuple(layers)  # keeps the memory that the kernels read alive
         self._fields = (_Fields * len(layers))(
             *(_Fields(*(None if p is None else p.address for p in layer)) for layer in layers)
         )
 
     def address(self, layer: int) -> int:
-        """Of the description of one layer, behind which those of the following lie."""
+        """Address of the native description of one layer; those of the next layers follow it."""
         return ctypes.addressof(self._fields) + layer * ctypes.sizeof(_Fields)
 
     def memories(self, run: range) -> list[PackedMemory]:
-        """Of some consecutive layers."""
+        """The memories of consecutive layers."""
         found = (self._layers[layer].memory for layer in run)
         return [memory for memory in found if memory is not None]

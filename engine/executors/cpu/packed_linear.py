@@ -1,8 +1,8 @@
-"""Weights of linear layers in the layout that the product kernel reads."""
+"""Weights of linear layers in the layout that the product kernels read."""
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,34 +10,31 @@ from torch import Tensor
 from memory_ops.anonymous import anonymous_zeros
 
 
+def native_fields(kind: type, *names: str) -> Iterator[tuple[str, type]]:
+    """Fields of one C type for ``ctypes.Structure._fields_``."""
+    return ((name, kind) for name in names)
+
+
 class _Fields(ctypes.Structure):
     """``memplus::PackedLinear`` of packed_linear.h."""
 
     _fields_ = (
-        ("panels", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("norm_weights", ctypes.c_void_p),
-        ("norm_rows", ctypes.c_int64),
-        ("blocks", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
-        ("outputs", ctypes.c_int64),
-        ("norm_eps", ctypes.c_float),
-        ("is_bf16", ctypes.c_int32),
-        ("is_gated", ctypes.c_int32),
-        ("has_wide_outputs", ctypes.c_int32),
+        *native_fields(ctypes.c_void_p, "panels", "bias", "norm_weights"),
+        *native_fields(ctypes.c_int64, "norm_rows", "blocks", "inputs", "outputs"),
+        *native_fields(ctypes.c_float, "norm_eps"),
+        *native_fields(ctypes.c_int32, "is_bf16", "is_gated", "has_wide_outputs"),
     )
 
 
-@dataclass(frozen=True)
-class WeightRows:
-    """Rows of weights ``[outputs, inputs]``, and where they go.
+class WeightRows(NamedTuple):
+    """Rows of weights ``[outputs, inputs]``, and their place in a packed product.
 
     Attributes:
-        weight_OI: their values, a row's one after another.
-        bias_O: added to their outputs, where given.
-        block: the product that they belong to.
-        first: the output of it that the first of them gives.
-        part: of a gated layer 0 for the gate, 1 for what it multiplies.
+        weight_OI: the values; each row is contiguous.
+        bias_O: bias of their outputs, if any.
+        block: index of the block that they belong to.
+        first: the block's output that the first row computes.
+        part: 0 for the gate of a gated layer, 1 for the factor that it multiplies; else 0.
     """
 
     weight_OI: Tensor
@@ -48,14 +45,13 @@ class WeightRows:
 
 
 class PackedLinear:
-    """``blocks`` products side by side, each of its own ``inputs`` of a row to ``outputs`` values.
+    """A product of one or more blocks; each maps its ``inputs`` values of a row to ``outputs``.
 
     Attributes:
-        address: of the description that the kernels read.
-        num_bytes: of the weights.
-        num_inputs: values of a row of each block.
-        num_outputs: values of a row of the output, all blocks together.
-        out_dtype: their dtype.
+        address: address of the native description.
+        num_bytes: bytes of the weights.
+        num_inputs: input values per row of each block.
+        num_outputs: output values per row of all blocks, in ``out_dtype``.
     """
 
     def __init__(
@@ -68,47 +64,32 @@ class PackedLinear:
         is_gated: bool = False,
         has_wide_outputs: bool = False,
     ) -> None:
-        """Copy the rows; all are fp32, or all bf16. ``norm`` is a weight and its epsilon."""
+        """Copy the rows, which are all fp32 or all bf16. ``norm`` is a weight and its epsilon."""
         dtype = rows[0].weight_OI.dtype
-        fields = _Fields(
-            blocks=1 + max(part.block for part in rows),
-            inputs=rows[0].weight_OI.shape[1],
-            outputs=outputs,
-            is_bf16=dtype == torch.bfloat16,
-            is_gated=is_gated,
-            has_wide_outputs=has_wide_outputs,
-        )
-        self._fields = fields
-        self.address = ctypes.addressof(fields)
         self.num_inputs: int = rows[0].weight_OI.shape[1]
-        self.num_outputs = int(fields.blocks * outputs)
+        num_blocks = 1 + max(part.block for part in rows)
+        fields = _Fields(blocks=num_blocks, inputs=self.num_inputs, outputs=outputs)
+        fields.is_bf16, fields.is_gated = dtype == torch.bfloat16, is_gated
+        fields.has_wide_outputs = has_wide_outputs
+        self._fields, self.address = fields, ctypes.addressof(fields)
+        self.num_outputs = num_blocks * outputs
         self.out_dtype = torch.float32 if has_wide_outputs else dtype
         self.num_bytes: int = library.memplus_panel_bytes(self.address)
-        # what the last prefetches ask for need not be there
+        # the kernels' last prefetches may point behind this memory
         self._panels = anonymous_zeros((self.num_bytes,), torch.uint8)
         fields.panels = self._panels.data_ptr()
         if any(part.bias_O is not None for part in rows):
             self._bias = torch.zeros(library.memplus_bias_size(self.address))
             fields.bias = self._bias.data_ptr()
         for part in rows:
-            self._add(library, part)
+            assert part.weight_OI.stride(1) == 1
+            weight, row_bytes = part.weight_OI.data_ptr(), part.weight_OI.stride(0) * dtype.itemsize
+            bias_O = None if part.bias_O is None else part.bias_O.float().contiguous()
+            bias = None if bias_O is None else bias_O.data_ptr()
+            place = len(part.weight_OI), part.block, part.first, part.part
+            library.memplus_pack_rows(self.address, weight, row_bytes, bias, *place)
         if norm is not None:
             self._norm_weights = norm[0].contiguous().clone()
             fields.norm_weights = self._norm_weights.data_ptr()
             fields.norm_rows = norm[0].numel() // fields.inputs
             fields.norm_eps = norm[1]
-
-    def _add(self, library: ctypes.CDLL, part: WeightRows) -> None:
-        weight_OI = part.weight_OI
-        assert weight_OI.stride(1) == 1
-        bias_O = None if part.bias_O is None else part.bias_O.float().contiguous()
-        library.memplus_pack_rows(
-            self.address,
-            weight_OI.data_ptr(),
-            weight_OI.stride(0) * weight_OI.itemsize,
-            None if bias_O is None else bias_O.data_ptr(),
-            len(weight_OI),
-            part.block,
-            part.first,
-            part.part,
-        )

@@ -1,7 +1,7 @@
-"""Packs modules of the model for the CPU kernels. It copies weights and leaves modules as they are.
+"""Packs copies of the model's weights for the CPU kernels.
 
-A packed product includes the norm before it: ``out = concat(W_i norm(x) + b_i)``, or, gated, of two
-layers: ``out = silu(W_0 norm(x) + b_0) * (W_1 norm(x) + b_1)``.
+A packed product includes the norm before it: ``out = concat(W_i norm(x) + b_i)``, or, for a gated
+pair of layers, ``out = silu(W_0 norm(x) + b_0) * (W_1 norm(x) + b_1)``.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from engine.model.norm import RmsNorm
 
 @dataclass(frozen=True)
 class Packer:
-    """Packs for some kernels, in one dtype; weights of others are converted, one at a time."""
+    """Packs weights for the kernels in one dtype; converts one weight at a time if needed."""
 
     kernels: CpuKernels
     dtype: torch.dtype
@@ -28,7 +28,7 @@ class Packer:
         norm: RmsNorm | None = None,
         is_gated: bool = False,
     ) -> PackedLinear:
-        """One product of layers that read the same input; an embedding's rows give logits."""
+        """One product of layers with the same input; the rows of an embedding give logits."""
         rows, first = [], 0
         for index, layer in enumerate(layers):
             bias = layer.bias if isinstance(layer, nn.Linear) else None

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.scheduling.kv_blocks import BlockPool
-from engine.scheduling.prefix_hash import PrefixHasher
+from engine.scheduling.kv_blocks import BlockPool, PrefixHasher
 
 NUM_BLOCKS = 8
 

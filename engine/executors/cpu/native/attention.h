@@ -1,8 +1,8 @@
 // Causal grouped-query attention of a ragged batch over paged keys and values:
 //
-//   out[t, h] = softmax(q[t, h] . K / sqrt(E)) V     over its sequence's tokens up to t itself
+//   out[t, h] = softmax(q[t, h] . K / sqrt(E)) V     over its sequence's tokens up to and with t
 //
-// after the rotary embedding of queries and keys (rope.h), and the write of this step's own keys
+// It first applies the rotary embedding to queries and keys (rope.h), and writes this step's keys
 // and values into their blocks.
 #pragma once
 
@@ -27,11 +27,11 @@ inline void list_tiles(const Attention& call, std::vector<QueryTile>& tiles) {
   }
 }
 
-// Rotates and writes the keys of some tokens of the batch, and their values.
+// Writes the rotated keys and the values of some tokens of the batch.
 template <class Values>
 inline void write_keys(const Attention& call, Span tokens) {
   const int64_t size = call.head_dim * Values::bytes;
-  // rotated as fp32, in whole vectors
+  // rotated in fp32, in whole vectors
   floats* rotated = kept_vectors<struct Rotated>(call.head_dim / LANES + 1);
   for (int64_t s = 0; s < call.num_sequences; s++) {
     const int64_t start = call.query_starts[s], end = call.query_starts[s + 1];
@@ -52,7 +52,7 @@ inline void write_keys(const Attention& call, Span tokens) {
   }
 }
 
-// The tiles of a call, which its threads take one by one: tiles differ in length.
+// The tiles of a call; threads take them one by one, since tiles differ in length.
 class TileQueue {
  public:
   explicit TileQueue(const Attention& call) : tiles_(kept_tiles()) {
@@ -66,7 +66,7 @@ class TileQueue {
     return i < tiles_.size() ? &tiles_[i] : nullptr;
   }
 
-  // For another call of the same batch; while no thread takes any.
+  // Prepares another call of the same batch; no thread may be taking tiles.
   void start_over() { next_ = 0; }
 
  private:
@@ -79,7 +79,7 @@ class TileQueue {
   std::atomic<size_t> next_{0};
 };
 
-// One thread's share of a call, all threads of the team taking theirs.
+// Runs one thread's share of a call; every thread of the team must call it.
 template <class Values>
 inline void attend_share(const Attention& call, TileQueue& tiles, int64_t thread,
                          int64_t threads) {

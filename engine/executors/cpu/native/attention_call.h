@@ -1,4 +1,4 @@
-// What one call of attention.h is given.
+// The arguments of one call of attention.h.
 #pragma once
 
 #include <algorithm>
@@ -8,14 +8,14 @@
 
 namespace memplus {
 
-// each one query of one head, that read the same keys
+// maximum rows of one tile, each a query of one head, that read the same keys
 #if defined(__AMX_BF16__)
 constexpr int64_t SHARING_ROWS = 48;
 #else
 constexpr int64_t SHARING_ROWS = 24;
 #endif
 
-// Tensors of bf16 or fp32 values; H query heads, G KV heads, E values a head.
+// Tensors of bf16 or fp32 values; H query heads, G KV heads, E values per head.
 struct Attention {
   const uint8_t* qkv;              // [T, H + 2 G, E]: queries, keys, values
   const float* cosines;            // [T, E / 2], as are the sines
@@ -32,11 +32,11 @@ struct Attention {
   int64_t tile_queries() const { return std::max<int64_t>(1, SHARING_ROWS / group_heads()); }
   int64_t num_tokens() const { return query_starts[num_sequences]; }
   int64_t qkv_heads() const { return num_heads + 2 * num_kv_heads; }
-  // of a query's first value, or a key's or value's where `head` goes on to count these
+  // index of a head's first value; `head` counts query heads, then keys, then values
   int64_t qkv_place(int64_t token, int64_t head) const {
     return (token * qkv_heads() + head) * head_dim;
   }
-  // of the key at a position of a sequence; its value lies kv_half() further
+  // index of the key at a position of a sequence; its value is kv_half() further
   int64_t kv_place(int64_t sequence, int64_t kv_head, int64_t position) const {
     const int64_t block = block_table[sequence * table_stride + position / block_size];
     const int64_t offset = kv_head * block_size + position % block_size;

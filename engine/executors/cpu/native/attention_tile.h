@@ -1,8 +1,8 @@
-// The rows of one tile, each a query of one head, against the keys that they share.
+// Attention of the rows of one tile, each a query of one head, over the keys that they share.
 //
-// Keys are taken in parts of PART from the first on, a softmax over parts being an online one
-// (arXiv 2205.14135), and summed one after another. So what a query gets depends neither on the
-// company in its batch nor on how its prompt was cut: keys that it does not see weigh exactly 0.
+// Keys are processed in order, in parts of PART, with an online softmax (arXiv 2205.14135). So the
+// result of a query depends neither on the other queries of its batch nor on how its prompt was
+// split: keys that it must not see get a weight of exactly 0.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ namespace memplus {
 
 constexpr int64_t PART = 128;  // keys
 #if defined(__AMX_BF16__)
-constexpr int FETCH_LOCALITY = 2;  // Intel's first cache waits for fewer lines than its second
+constexpr int FETCH_LOCALITY = 2;  // Intel's L1 cache tracks fewer pending lines than its L2
 #else
 constexpr int FETCH_LOCALITY = 3;
 #endif
@@ -30,7 +30,7 @@ constexpr int64_t PART_VECTORS = PART / LANES;
 
 inline int64_t rounded_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-// What one thread works on; its buffers are kept from call to call.
+// The state of one thread; its buffers are reused between calls.
 template <class Values>
 class TileWorker {
  public:
@@ -58,13 +58,13 @@ class TileWorker {
     std::fill(nothing_, nothing_ + key_vectors_, floats{});
   }
 
-  // Works on the tiles that `take` gives, while it gives any (null is none).
+  // Computes the tiles that `take` returns until it returns null.
   template <class Take>
   void run(Take take) {
     Part *now = &parts_[0], *next = &parts_[1];
     [[maybe_unused]] const UseOfTiles use;
     for (find(*now, take(), 0); now->tile; std::swap(now, next)) {
-      // what is needed next is fetched while this part is computed
+      // prefetch the next part while this part is computed
       const bool is_last = now->first + PART >= now->seen;
       find(*next, is_last ? take() : now->tile, is_last ? 0 : now->first + PART);
       if (now->first == 0) read_queries(*now);
@@ -88,16 +88,16 @@ class TileWorker {
 
  private:
   static constexpr int64_t bytes = Values::bytes;
-  static constexpr int64_t STEP_KEYS = 4 / bytes;  // one step of a product adds their values
+  static constexpr int64_t STEP_KEYS = 4 / bytes;  // keys whose values one step of a product adds
   // whole vectors of keys, and whole tiles of steps
   static constexpr int64_t SHOWN = std::max<int64_t>(LANES, STEP_KEYS * TILE_STEPS);
 
-  // Some keys of a tile, from the first-th on. Where there are none, up to the number that is shown,
-  // `keys` and `values` are zeros.
+  // Some keys of a tile, from number `first` on; behind them, `keys` and `values` are padded
+  // with zeros.
   struct Part {
     const QueryTile* tile;
     int64_t first, count;
-    int64_t rows, before, seen;  // of the tile, keys before its first query and up to its last
+    int64_t rows, before, seen;  // rows; keys before the first query, and up to the last
     const uint8_t *keys[PART + SHOWN], *values[PART + SHOWN];
 
     int64_t shown() const { return rounded_up(count, SHOWN); }
@@ -111,7 +111,7 @@ class TileWorker {
     return call_.query_starts[tile.sequence] + tile.first + row / call_.group_heads();
   }
 
-  // Whether keys are scored where they lie; see key_tiles.h.
+  // Whether keys are scored in place; see key_tiles.h.
   bool is_one_tile([[maybe_unused]] const Part& part) const {
 #if defined(__AMX_BF16__)
     return bytes == 2 && part.rows <= TILE_HEIGHT && call_.block_size % TILE_KEYS == 0 &&
@@ -165,7 +165,7 @@ class TileWorker {
       part.keys[at] = part.values[at] = (uint8_t*)nothing_;
   }
 
-  // Lays the part's keys out by steps over their values, LANES keys a vector.
+  // Arranges the part's keys by steps over their values, LANES keys per vector.
   void read_keys(const Part& part, const Part& next) {
     const int64_t size = call_.head_dim * bytes, ahead = fetched_a_key(part, next);
     for (int64_t at = 0; at < part.shown(); at += LANES) {
@@ -184,12 +184,12 @@ class TileWorker {
     }
   }
 
-  // How many of the next part's keys are to be fetched with each of this part's.
+  // The number of the next part's keys to prefetch with each key of this part.
   static int64_t fetched_a_key(const Part& part, const Part& next) {
     return (next.count + part.count - 1) / part.count;
   }
 
-  // Whole rows, as they lie in a block.
+  // Prefetches whole rows of a block.
   void fetch_rows(const uint8_t* const* rows, int64_t first, int64_t last) const {
     for (int64_t i = first; i < last; i++)
       for (int64_t line = 0; line < call_.head_dim * bytes; line += 2 * LINE) {
@@ -227,7 +227,7 @@ class TileWorker {
                          rounded_up((call_.head_dim + STEP_KEYS - 1) / STEP_KEYS, TILE_STEPS));
   }
 
-  // Scales the scores of the part's keys, minus infinity for those that a row does not see.
+  // Scales the scores of the part's keys; keys that a row must not see get minus infinity.
   void mask(const Part& part) {
     const int64_t vectors = part.shown() / LANES, rows = part.rows;
     const floats scale = splat(1.f / __builtin_sqrtf((float)call_.head_dim));
@@ -243,7 +243,7 @@ class TileWorker {
     }
   }
 
-  // Makes weights of a row's scores, in place, as Values; makes room for a new largest score.
+  // Converts a row's scores to weights in place, as Values; rescales sums to a new largest score.
   void weigh(int64_t row, int64_t count) {
     floats* scores = scores_ + row * PART_VECTORS;
     floats most = scores[0];
@@ -263,8 +263,8 @@ class TileWorker {
     }
   }
 
-  // Lays the part's values out by steps; what is not there is 0, since a weight of 0 would not
-  // make nothing of a NaN.
+  // Arranges the part's values by steps; missing values are 0, since a weight of 0 would not cancel
+  // a NaN.
   void read_values(const Part& part, const Part& next) {
     const int64_t ahead = fetched_a_key(part, next);
     for (int64_t at = 0; at < part.shown(); at += STEP_KEYS) {
@@ -296,11 +296,11 @@ class TileWorker {
   }
 
   const Attention& call_;
-  const int64_t key_vectors_, out_vectors_;  // of a row of keys, and of fp32 values
+  const int64_t key_vectors_, out_vectors_;  // vectors per row of keys, and of fp32 values
   const bool in_pairs_;                      // see Values::pair()
-  floats *queries_, *sums_, *totals_, *scores_;  // of each row
+  floats *queries_, *sums_, *totals_, *scores_;  // per row
   floats *rotated_, *nothing_, *turned_;
-  floats* steps_;  // the part's keys, then its values, as products read them
+  floats* steps_;  // the part's keys, then its values, in the layout of products
   float* largest_;
   Part parts_[2];
 };

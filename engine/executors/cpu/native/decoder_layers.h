@@ -1,5 +1,5 @@
-// Decoder layers one after another, by one team of threads from the first product to the last:
-// starting a team, and coming back to Python, takes as long as reading some of the weights.
+// Runs consecutive decoder layers with one team of threads: starting a team and returning to Python
+// takes as long as reading some of the weights.
 #pragma once
 
 #include <optional>
@@ -11,14 +11,13 @@
 
 namespace memplus {
 
-// The products of one layer: gate_up and down, or the memory in their place, or neither, and then
-// only the attention is run.
+// The products of one layer: attention, then gate_up and down, or a memory, or neither.
 struct DecoderLayer {
   const PackedLinear *qkv, *out, *gate_up, *down;
   const MemoryLayer* memory;
 };
 
-// Room for what the parts of a layer hand on, which all threads of a team share.
+// Buffers between the parts of a layer, shared by all threads of a team.
 struct LayerRoom {
   uint8_t *qkv, *attended, *hidden, *prepared;
   MemoryRoom memory;
@@ -27,16 +26,15 @@ struct LayerRoom {
 template <class Values>
 class DecoderLayers {
  public:
-  // `call` lacks its qkv and out, and its kv is the first layer's, those of the others `kv_bytes`
-  // apart; `residual` [T, D] is changed in place. `chosen` has room for all memory layers, one
-  // after another.
+  // `call` has no qkv and out yet, and its kv is the first layer's; those of the others follow at
+  // `kv_bytes`. `residual` [T, D] is changed in place. `chosen` has space for all memory layers.
   DecoderLayers(const Attention& call, int64_t kv_bytes, uint8_t* residual, ChosenRows chosen)
       : call_(call), kv_bytes_(kv_bytes), residual_(residual), chosen_(chosen),
         rows_(call.num_tokens()), work_(omp_get_max_threads()) {}
 
   // residual += out(attention(qkv(residual)));  residual += down(gate_up(residual)), or the memory
   //
-  // Ends early where rows could not be read.
+  // Stops early if rows could not be read.
   ReadFailure run(const DecoderLayer* layers, int64_t count) {
     make_room(layers, count);
     TileQueue tiles(call_);
@@ -71,7 +69,7 @@ class DecoderLayers {
             tokens.last - tokens.first, nullptr, (uint8_t*)room_.memory.scores, call_.progress};
   }
 
-  // Calls come one after another, with a barrier behind each: so they can share `prepared`.
+  // A barrier follows each call, so that calls can share `prepared`.
   void multiply(const LinearCall& call, int64_t thread, int64_t threads) {
     run_share<Values>(call, room_.prepared, work_, thread, threads);
 #pragma omp barrier
@@ -93,7 +91,7 @@ class DecoderLayers {
     multiply(into_residual(*layer.down, room_.hidden), thread, threads);
   }
 
-  // False, to all threads, where the rows of the `index`-th memory could not be read.
+  // Returns false to all threads if rows of memory number `index` could not be read.
   bool look_up(const MemoryLayer& memory, int64_t index, ChosenRows chosen, int64_t thread,
                int64_t threads) {
     multiply(into_room(*memory.query, room_.memory.queries), thread, threads);
@@ -119,7 +117,7 @@ class DecoderLayers {
     if (memory.gate) multiply(into_room(*memory.gate, room_.memory.gates), thread, threads);
   }
 
-  // The first thread has rows fetched, while it and the others make the gates.
+  // The first thread starts fetching rows; meanwhile all threads compute the gates.
   bool gather_fetched(const MemoryLayer& memory, int64_t index, ChosenRows chosen, int64_t thread,
                       int64_t threads) {
     std::optional<Fetch> fetch;
@@ -173,7 +171,7 @@ class DecoderLayers {
     memory.slots = (int64_t*)kept_bytes<struct FetchedSlots>(rows_ * sizes.slots * 8);
   }
 
-  // The most values a token of each room, and bytes of all that is prepared.
+  // The largest number of values per token of each buffer, and bytes for prepared rows.
   struct Sizes {
     int64_t qkv = 0, attended = 0, hidden = 0, queries = 0, scores = 0, values = 0, slots = 0;
     int64_t prepared = 0;
@@ -201,7 +199,7 @@ class DecoderLayers {
   const int64_t rows_;
   SharedWork work_;
   LayerRoom room_{};
-  // of the memory that fetches, written by the first thread before a barrier
+  // tokens fetched so far, and any failure; the first thread writes them before a barrier
   int64_t fetched_ = 0;
   ReadFailure failure_;
 };

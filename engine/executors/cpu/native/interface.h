@@ -1,5 +1,5 @@
-// The C interface, compiled once for each instruction set; library.py calls it. Where `progress` is
-// given, its counters (progress.h) change while the call runs.
+// The C interface, compiled once per instruction set; kernels.py calls it. The counters of
+// `progress` (progress.h), if given, change while the call runs.
 #pragma once
 
 #include "attention.h"
@@ -10,7 +10,7 @@
 #include "silu_gate.h"
 
 // Writes this step's keys and values, then `out` [T, H, E]; the fields are those of
-// memplus::Attention. Blocks and lengths are the engine's own, and are not checked.
+// memplus::Attention. Blocks and lengths come from the engine and are not checked.
 extern "C" void memplus_attention(const uint8_t* qkv, const float* cosines, const float* sines,
                                   uint8_t* kv, const int64_t* block_table,
                                   const int64_t* query_starts, const int64_t* context_lengths,
@@ -24,17 +24,17 @@ extern "C" void memplus_attention(const uint8_t* qkv, const float* cosines, cons
   is_bf16 ? memplus::attend<memplus::Bf16Values>(call) : memplus::attend<memplus::Fp32Values>(call);
 }
 
-// Bytes of the panels of a linear layer, whose own pointer is not looked at.
+// Bytes of the panels of a linear layer; its `panels` may still be null.
 extern "C" int64_t memplus_panel_bytes(const memplus::PackedLinear* linear) {
   return linear->blocks * linear->block_panels() * linear->panel_bytes();
 }
 
-// Bias values of a linear layer, one for each place in its panels.
+// Number of bias values of a linear layer, one per place in its panels.
 extern "C" int64_t memplus_bias_size(const memplus::PackedLinear* linear) {
   return linear->blocks * linear->block_panels() * memplus::PANEL_VECTORS * memplus::LANES;
 }
 
-// Puts `count` rows of weights, `stride` bytes apart, and their bias (or null) into zeroed panels;
+// Packs `count` rows of weights, `stride` bytes apart, and a bias or null into zeroed panels;
 // see memplus::WeightRows.
 extern "C" void memplus_pack_rows(const memplus::PackedLinear* linear, const uint8_t* rows,
                                   int64_t stride, const float* bias, int64_t count, int64_t block,
@@ -58,10 +58,10 @@ extern "C" void memplus_silu_gate(const uint8_t* gate, const float* x, uint8_t* 
           : memplus::silu_gate<memplus::Fp32Values>(gate, x, out, size);
 }
 
-// Runs decoder layers on the residual stream [T, D], in place; their KV blocks lie `kv_bytes` apart.
-// Writes what their memories chose, `rows` and `weights` [memories, T, H, K]. G and E follow from the
-// sizes of the products; the rest is as in memplus_attention. Returns whether all went well; if not
-// `failure` says which row could not be read, and nothing else is of use.
+// Runs decoder layers on the residual stream [T, D], in place; KV blocks are `kv_bytes` apart.
+// Writes the `rows` and `weights` [memories, T, H, K] that the memories chose. G and E follow from
+// the sizes of the products; the other arguments are those of memplus_attention. Returns 0 if a row
+// could not be read: then `failure` names it and all other results are invalid.
 extern "C" int32_t memplus_decoder_layers(const memplus::DecoderLayer* layers, int64_t count,
                                        uint8_t* residual, const float* cosines,
                                        const float* sines, uint8_t* kv, int64_t kv_bytes,
@@ -85,7 +85,7 @@ extern "C" int32_t memplus_decoder_layers(const memplus::DecoderLayer* layers, i
   return failure->memory < 0;
 }
 
-// Writes `chosen` [rows]; the logits are those of memplus::Logits.
+// Writes `chosen` [rows]; the logits are described as in memplus::Logits.
 extern "C" void memplus_sample(const uint8_t* data, int64_t rows, int64_t vocab_size,
                                int64_t stride, int32_t is_bf16, const memplus::Choice* choices,
                                int64_t* chosen, int64_t* progress) {

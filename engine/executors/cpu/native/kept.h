@@ -1,4 +1,4 @@
-// Room that a thread keeps from call to call, so that a step allocates nothing once it has run.
+// Per-thread buffers reused between calls, so that later steps allocate nothing.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace memplus {
 
-// `Name` tells one use from another; what was there is lost where there is to be more.
+// `Name` distinguishes buffers; growing one discards its contents.
 template <class Name>
 inline floats* kept_vectors(int64_t count) {
   static thread_local std::vector<floats> kept;

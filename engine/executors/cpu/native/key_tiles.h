@@ -1,5 +1,5 @@
-// Scores of one matrix tile of queries with keys that are read where they lie, for bf16: the keys are
-// the rows, so that none of them is laid out anew for queries as few as those of a decode step.
+// Scores of one matrix tile of queries with bf16 keys, read in place: the keys are the tile's rows.
+// So the few queries of a decode step need no copy of the keys in another layout.
 #pragma once
 
 #include "matrix_tiles.h"
@@ -10,7 +10,7 @@ namespace memplus {
 
 constexpr int64_t TILE_KEYS = TILE_HEIGHT;
 
-// Lays rows of queries out as score_keys() reads them: by words, then by queries.
+// Arranges rows of queries for score_keys(): by words, then by queries.
 inline void turn_queries(const floats* queries, int64_t rows, int64_t vectors, floats* turned) {
   for (int64_t v = 0; v < vectors; v++) {
     words lines[LANES] = {};
@@ -20,8 +20,8 @@ inline void turn_queries(const floats* queries, int64_t rows, int64_t vectors, f
   }
 }
 
-// Scores of some queries with TILE_KEYS keys that lie one after another, each of `vectors` vectors;
-// that of query q to sums[q], a vector of keys.
+// Scores queries with TILE_KEYS consecutive keys of `vectors` vectors each; writes the scores of
+// query q to sums[q], a vector over keys.
 inline void score_keys(const uint8_t* keys, int64_t vectors, const floats* turned, words* sums) {
   settle();
   _tile_zero(0);

@@ -1,10 +1,10 @@
-// Matrix products of rows with weights that were laid out for them once (packed_linear.h):
+// Matrix products of rows with packed weights (packed_linear.h):
 //
 //   out[t, o] = norm(x[t]) . weight[o] + bias[o]
 //
-// and what follows them while the sums are still in registers: silu(gate) * up, or the residual.
-// An output is summed in an order that depends on the inputs alone. So it is the same, bit for bit,
-// whatever rows stand beside its own, and however many.
+// followed, while the sums are still in registers, by silu(gate) * up or the residual sum.
+// The order of a sum depends only on the number of inputs. So an output is the same, bit for bit,
+// in any batch.
 #pragma once
 
 #include <algorithm>
@@ -22,19 +22,19 @@ constexpr int TILE_ROWS = 12;  // times two vectors of outputs: 24 of 32 registe
 #else
 constexpr int TILE_ROWS = 4;
 #endif
-constexpr int64_t PREFETCHED = 2048;  // bytes ahead in a panel that one tile alone reads
-// as many rows as reading a panel once more is worth
+constexpr int64_t PREFETCHED = 2048;  // prefetch distance in bytes, if one tile reads a panel
+// rows per pass over a panel: enough that another pass costs little in comparison
 constexpr int64_t CHUNK_ROWS = 4 * std::max<int64_t>(TILE_ROWS, TILE_HEIGHT);
 
-constexpr int64_t PIECES = 8;  // that a thread's work is taken in
+constexpr int64_t PIECES = 8;  // into which a thread splits its work
 
-// Where the lines lie that a tile fetches while it computes.
+// The cache lines that a tile prefetches while it computes.
 struct Prefetch {
   const uint8_t* at;
-  int64_t step;  // bytes onwards with each step of the product
+  int64_t step;  // bytes per step of the product
 };
 
-// The sums of COUNT rows and one panel of outputs.
+// Computes the sums of COUNT rows and one panel of outputs.
 template <class Values, int COUNT>
 inline void multiply(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t steps,
                      Prefetch prefetch, floats (*sums)[PANEL_VECTORS]) {
@@ -69,7 +69,7 @@ inline void multiply_rows(int64_t count, const uint8_t* x, int64_t stride, const
   }
 }
 
-// Panels [panels.first, panels.last) of the outputs of `rows`.
+// Computes panels [panels.first, panels.last) of the outputs of `rows`.
 template <class Values>
 inline void run_panels(const LinearCall& call, Rows rows, Span panels) {
   const PackedLinear& linear = call.linear;
@@ -80,7 +80,7 @@ inline void run_panels(const LinearCall& call, Rows rows, Span panels) {
     const uint8_t* weights = linear.panels + panel * panel_bytes;
     const int64_t block_at = panel / linear.block_panels() * steps * 4;
     const PanelOutputs<Values> outputs(call, panel);
-    // the first of several tiles waits for memory, unless those before it fetched its panel
+    // all tiles share the prefetch of the next panel, for which its first tile would wait
     const int64_t step_bytes = PANEL_VECTORS * sizeof(words), share = step_bytes / tiles;
     for (int64_t tile = 0; tile < tiles; tile++) {
       const Span span = piece(count, tile, tiles);
@@ -95,7 +95,7 @@ inline void run_panels(const LinearCall& call, Rows rows, Span panels) {
   }
 }
 
-// Copies the rows of one block normalised, or as they are; what a whole step lacks is 0.
+// Copies the rows of one block, normalised or not, padded with 0 to whole steps.
 template <class Values>
 inline void prepare(const LinearCall& call, int64_t row, uint8_t* to) {
   const PackedLinear& linear = call.linear;
@@ -114,8 +114,7 @@ inline void prepare(const LinearCall& call, int64_t row, uint8_t* to) {
   }
 }
 
-// What a call reads instead of its own rows where these need a norm or whole steps; `bytes` is 0
-// where they do not.
+// The copies that a call reads if its rows need a norm or padding; else `bytes` is 0.
 template <class Values>
 inline int64_t prepared_bytes(const LinearCall& call) {
   const PackedLinear& linear = call.linear;
@@ -132,8 +131,8 @@ inline void run_some(const LinearCall& call, Rows rows, Span panels) {
     run_panels<Values>(call, rows, panels);
 }
 
-// One thread's share of a call, all threads of the team taking theirs: `prepared` is room for
-// prepared_bytes(), shared by the team, as is `work`. Outputs are there after its next barrier.
+// Runs one thread's share of a call; every thread of the team must call it. The team shares `work`
+// and `prepared`, of prepared_bytes(). Outputs are complete after the team's next barrier.
 template <class Values>
 inline void run_share(const LinearCall& call, uint8_t* prepared, SharedWork& work, int64_t thread,
                       int64_t threads) {
@@ -149,7 +148,7 @@ inline void run_share(const LinearCall& call, uint8_t* prepared, SharedWork& wor
   const int64_t panels = linear.blocks * linear.block_panels();
   const int64_t chunks = (call.num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
   const int64_t some = std::max<int64_t>(1, panels * chunks / (PIECES * threads));
-  // units are panels with all their rows, so that weights are read once, unless these are too few
+  // a unit is a panel with all rows, so that weights are read once, unless panels are too few
   const bool has_whole_panels = some >= chunks;
   const int64_t parts = has_whole_panels ? 1 : chunks;
   work.give(panels * parts, thread, threads);

@@ -1,4 +1,4 @@
-// What a product of linear.h is given, and where its sums go.
+// The arguments and results of a product of linear.h.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace memplus {
 
-// Rows times a linear layer. `residual` may be null, and may be `out` itself.
+// Rows times a linear layer. `residual` may be null or equal to `out`.
 struct LinearCall {
   const PackedLinear& linear;
   const uint8_t* x;
@@ -22,14 +22,14 @@ struct LinearCall {
   Progress progress;
 };
 
-// Rows [first, last) of a call, as the tiles read them.
+// Rows [first, last) of a call, in the form that the tiles read.
 struct Rows {
   const uint8_t* x;
   int64_t stride;
   int64_t first, last;
 };
 
-// Where the sums of one panel go.
+// Writes the sums of one panel.
 template <class Values>
 class PanelOutputs {
  public:
@@ -43,7 +43,7 @@ class PanelOutputs {
     count_ = std::min<int64_t>(vectors_ * LANES, linear.outputs - first);
   }
 
-  // Writes those of one row, which are changed.
+  // Writes the sums of one row; changes `sums`.
   void write(int64_t row, floats* sums) const {
     if (bias_)
       for (int v = 0; v < PANEL_VECTORS; v++) sums[v] += load<floats>(bias_ + v * LANES);

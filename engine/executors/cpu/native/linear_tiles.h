@@ -1,5 +1,5 @@
-// The products of linear.h by the matrix tiles of Intel's AMX, for bf16: 16 x 16 sums an instruction,
-// of 32 inputs. An output still depends on its own row alone, and is the same in any company.
+// The bf16 products of linear.h on the matrix tiles of Intel's AMX: 16 x 16 sums of 32 inputs per
+// instruction. An output depends on its own row alone and is the same in any batch.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace memplus {
 
-// Whether products of these values are taken by tiles.
+// Whether products of these values use tiles.
 template <class Values>
 constexpr bool has_tiles = false;
 
@@ -20,9 +20,9 @@ void run_panels_by_tiles(const LinearCall& call, Rows rows, Span panels);
 template <>
 inline constexpr bool has_tiles<Bf16Values> = true;
 
-constexpr int64_t FETCHED = 8192;  // bytes ahead in a panel that few rows read
+constexpr int64_t FETCHED = 8192;  // prefetch distance in bytes, if few rows read the panel
 
-// Fetches `lines` lines in each of a product's rounds, one after another.
+// Prefetches `lines` consecutive cache lines in each round of a product.
 struct LineFetch {
   const uint8_t* at;
   int64_t lines;
@@ -33,7 +33,7 @@ struct LineFetch {
   }
 };
 
-// The sums of one tile of rows and one panel, or of two tiles whose rows begin at `x` and `other`.
+// Sums of one tile of rows and one panel, or of two tiles whose rows begin at `x` and `other`.
 template <bool HAS_OTHER>
 inline void multiply_tiles(const uint8_t* x, const uint8_t* other, int64_t stride,
                            const uint8_t* panel, int64_t steps, LineFetch fetch,
@@ -69,14 +69,14 @@ inline void multiply_tiles(const uint8_t* x, const uint8_t* other, int64_t strid
   }
 }
 
-// Panels [panels.first, panels.last) of the outputs of `rows`.
+// Computes panels [panels.first, panels.last) of the outputs of `rows`.
 template <>
 inline void run_panels_by_tiles<Bf16Values>(const LinearCall& call, Rows rows, Span panels) {
   const PackedLinear& linear = call.linear;
   const int64_t count = rows.last - rows.first, tiles = (count + TILE_HEIGHT - 1) / TILE_HEIGHT;
   const int64_t steps = linear.steps(), panel_bytes = linear.panel_bytes();
   const int64_t height = std::min(count, TILE_HEIGHT);
-  // the last tile reaches back to be full
+  // the last tile overlaps the previous one, so that it is full
   const auto first_row = [&](int64_t tile) { return std::min(tile * TILE_HEIGHT, count - height); };
   const auto at = [&](int64_t row) { return rows.x + (rows.first + row) * rows.stride; };
   const int64_t lines = PANEL_VECTORS * TILE_STEPS / ((tiles + 1) / 2);

@@ -1,5 +1,5 @@
-// Log-probabilities by the softmax of rows of logits: x[i] - log(sum of exp(x)), how many tokens are
-// likelier than a given one, and the likeliest of all.
+// Log-probabilities of rows of logits: x[i] - log(sum of exp(x)), the rank of a given token, and
+// the likeliest tokens.
 #pragma once
 
 #include <atomic>
@@ -11,17 +11,17 @@
 
 namespace memplus {
 
-// What is wanted of rows of logits, and where it is written.
+// The requested scores of rows of logits, and their outputs.
 struct Scores {
   const int64_t *rows, *tokens;  // [count]
-  int64_t count, num_best;       // the likeliest tokens of a row; at most as many as there are
+  int64_t count, num_best;       // num_best: likeliest tokens per row, at most the vocabulary
   float* own;                    // [count]
   int64_t* ranks;                // [count]
-  int64_t* best;                 // [count, num_best], descending; of equal ones the first first
-  float* values;                 // [count, num_best], theirs
+  int64_t* best;                 // [count, num_best], descending; ties by lower id
+  float* values;                 // [count, num_best], log-probabilities of `best`
 };
 
-// Scores one row after another, in memory of its own.
+// Scores one row after another, in its own buffers.
 template <class Values>
 class Scorer {
  public:
@@ -66,7 +66,7 @@ class Scorer {
     return count;
   }
 
-  // Packs logits, ordered, with their places into numbers, of which the largest come first.
+  // Packs a logit and its place into one number that sorts by logit, then by place.
   void find_best(int64_t count) {
     const float least = row_.reached_by(count);
     const int32_t bound = ordered(splat(least))[0];

@@ -1,5 +1,5 @@
-// A row of logits in blocks, and the largest logit of each block: whoever looks for large ones need
-// not read the others again.
+// A row of logits in blocks, with the largest logit of each block: a search for large logits skips
+// most blocks.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@ inline float pairwise_sum(floats lanes) {
     return pairwise_sum<STRIDE / 2>(lanes + __builtin_shuffle(lanes, lane_numbers() ^ STRIDE));
 }
 
-// Logits [rows, vocab_size], `stride` values from row to row.
+// Logits [rows, vocab_size]; rows are `stride` values apart.
 struct Logits {
   const uint8_t* data;
   int64_t rows, vocab_size, stride;
@@ -51,7 +51,7 @@ class LogitsRow {
     for (int64_t i = 0; i < BLOCK; i += LANES) Values::narrow(last_ + i * bytes, least);
   }
 
-  // Goes to a row, which has to stay where it is.
+  // Selects a row, which must stay in memory.
   void read(const uint8_t* row) {
     row_ = row;
     const int64_t left = size_ % BLOCK;
@@ -67,7 +67,7 @@ class LogitsRow {
   int64_t size() const { return size_; }
   int64_t blocks() const { return (int64_t)maxima_.size(); }
 
-  // LANES logits of a block from its i-th on; behind the row's end they are -inf.
+  // LANES logits of a block from number i on; -inf behind the row's end.
   floats vector(int64_t block, int64_t i) const {
     const uint8_t* at = (block + 1) * BLOCK <= size_ ? row_ + block * BLOCK * bytes : last_;
     return Values::widened(at + i * bytes);
@@ -77,7 +77,7 @@ class LogitsRow {
     return vector(place / BLOCK, place % BLOCK / LANES * LANES)[place % LANES];
   }
 
-  // NaN if any logit is.
+  // The largest logit, or NaN if any logit is NaN.
   float largest() const { return number_of(largest_); }
   float largest(int64_t block) const { return number_of(maxima_[block]); }
 
@@ -88,8 +88,8 @@ class LogitsRow {
         return block * BLOCK + i + __builtin_ctz(found);
   }
 
-  // A number that at least `count` logits reach, and if `count` is small few more; -inf if there is
-  // no such maximum of a block.
+  // A threshold that at least `count` logits reach, and few more if `count` is small; -inf if there
+  // are fewer blocks.
   float reached_by(int64_t count) const {
     if (count > blocks()) return -std::numeric_limits<float>::infinity();
     std::vector<int32_t> maxima = maxima_;
@@ -99,10 +99,10 @@ class LogitsRow {
 
  private:
   const int64_t size_;
-  std::vector<int32_t> maxima_;  // ordered
+  std::vector<int32_t> maxima_;  // as ordered integers
   int32_t largest_ = 0;
   const uint8_t* row_ = nullptr;
-  uint8_t last_[BLOCK * bytes];  // the block that is not whole
+  uint8_t last_[BLOCK * bytes];  // the last block, if it is shorter
 };
 
 }  // namespace memplus

@@ -2,7 +2,7 @@
 //
 //   sums[r, n] += sum over k of x[r, k] * weights[k, n]
 //
-// where each k is a word of two bf16 values. A row of sums depends on that row of x alone.
+// Each k is a word of two bf16 values. A row of sums depends on that row of x alone.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,9 @@
 namespace memplus {
 
 #if !defined(__AMX_BF16__)
-constexpr int64_t TILE_STEPS = 1, TILE_HEIGHT = 1;  // there are none
+constexpr int64_t TILE_STEPS = 1, TILE_HEIGHT = 1;  // this build has no tiles
 #else
-constexpr int64_t TILE_STEPS = 16;   // words of a row
+constexpr int64_t TILE_STEPS = 16;   // words per row
 constexpr int64_t TILE_HEIGHT = 16;  // rows
 
 // The argument of ldtilecfg.
@@ -25,23 +25,23 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
-// What was written is there to be loaded into tiles.
+// Makes earlier writes visible to tile loads.
 inline void settle() { asm volatile("" : : : "memory"); }
 
-// Shapes the tiles for x of `height` rows: tiles 0 and 1 for the sums of tile 4 with tiles 6 and 7,
-// tiles 2 and 3 for those of tile 5. All become 0.
+// Configures the tiles for x of `height` rows, and zeroes them: tiles 0 and 1 hold the sums of tile
+// 4 with tiles 6 and 7, tiles 2 and 3 those of tile 5.
 inline void shape_tiles(int64_t height) {
   TileShapes shapes;
   for (int tile = 0; tile < 8; tile++) {
     shapes.row_bytes[tile] = 64;
     shapes.rows[tile] = (uint8_t)(tile < 6 ? height : TILE_HEIGHT);
   }
-  // the intrinsic, and those that load tiles, do not say what memory they read
+  // the compiler does not know which memory the tile intrinsics read
   asm volatile("ldtilecfg %0" : : "m"(shapes));
 }
 #endif
 
-// While it lives, a thread's tiles are of full height.
+// During its lifetime, the thread's tiles have full height.
 struct UseOfTiles {
 #if defined(__AMX_BF16__)
   UseOfTiles() { shape_tiles(TILE_HEIGHT); }

@@ -1,7 +1,7 @@
-// A memory layer whose value rows lie in memory, or are brought there, run by a team of threads:
+// A memory layer, run by a team of threads, whose value rows are in memory or are fetched into it:
 //
 //   rows, w = product top-K of (subkeys . query(x));   m = sum w * table[row]
-//   x += values(silu(gate(x)) * m), or values(m) where there is no gate
+//   x += values(silu(gate(x)) * m), or values(m) without a gate
 #pragma once
 
 #include "linear.h"
@@ -11,13 +11,12 @@
 
 namespace memplus {
 
-// What of its half scores is there at the same time: longer prompts have their rows chosen part by
-// part, in the caches.
+// Maximum bytes of half scores at a time: long prompts are processed in parts that fit the caches.
 constexpr int64_t CHOOSING_TOKENS = 64;
 constexpr int64_t GATHERED_TOKENS = 16;
 
-// H heads, N subkeys a half, K rows a head, V values a row; `gate` may be null. With a `fetcher` the
-// table is what it brings rows into, whose slots are read in place of the rows.
+// H heads, N subkeys per half, K rows per head, V values per row; `gate` may be null. With a
+// `fetcher`, `table` is the memory that it fetches rows into, indexed by slots instead of rows.
 struct MemoryLayer {
   const PackedLinear *query, *subkeys, *gate, *values;
   Table table;
@@ -30,20 +29,20 @@ struct MemoryLayer {
   int64_t token_rows() const { return heads() * top_k; }
 };
 
-// What was chosen for each token, [T, H, K].
+// The rows chosen for each token, and their weights, [T, H, K].
 struct ChosenRows {
   int64_t* rows;
   float* weights;
 };
 
-// Room for what its parts hand on.
+// Buffers between the layer's parts.
 struct MemoryRoom {
   uint8_t *queries, *gates, *gated;
   float *scores, *sums;
   int64_t* slots;
 };
 
-// One thread's share of the rows of tokens [tokens.first, tokens.last), whose scores are there.
+// Chooses one thread's share of the rows of tokens [tokens.first, tokens.last) from their scores.
 inline void choose_share(const MemoryLayer& memory, const float* scores, Span tokens,
                          ChosenRows chosen, int64_t thread, int64_t threads) {
   const Span heads = piece((tokens.last - tokens.first) * memory.heads(), thread, threads);
@@ -53,7 +52,7 @@ inline void choose_share(const MemoryLayer& memory, const float* scores, Span to
                  chosen.weights + at);
 }
 
-// Gates some columns of the sums whose token's begin at `place`.
+// Gates some columns of the sums; the token's sums begin at `place`.
 template <class Values>
 inline void gate_sums(const MemoryLayer& memory, const MemoryRoom& room, int64_t place,
                       Span columns) {
@@ -65,7 +64,7 @@ inline void gate_sums(const MemoryLayer& memory, const MemoryRoom& room, int64_t
   });
 }
 
-// One thread's share of room.gated [T, V], for tokens whose rows and gates are there.
+// Computes one thread's share of room.gated [T, V] from rows and gates.
 template <class Values>
 inline void gather_share(const MemoryLayer& memory, ChosenRows chosen, MemoryRoom room, Span tokens,
                          Progress progress, int64_t thread, int64_t threads) {
@@ -75,7 +74,7 @@ inline void gather_share(const MemoryLayer& memory, ChosenRows chosen, MemoryRoo
   room.sums += values, room.gates += values * Values::bytes, room.gated += values * Values::bytes;
   const Sums sums = {chosen.rows + choices, chosen.weights + choices, nullptr, memory.token_rows(),
                      room.sums};
-  // some at a time, whose sums are in the caches yet
+  // few values at a time, so that their sums stay in the caches
   for (int64_t first = own.sums.first; first < own.sums.last; first += GATHERED_TOKENS) {
     const Span some = {first, std::min(first + GATHERED_TOKENS, own.sums.last)};
     gather_rows(memory.table, sums, SumsPart{some, own.columns});

@@ -1,5 +1,5 @@
-// The product that attention takes twice: rows of words, each two bf16 values or one fp32, with a
-// matrix of vectors that has a line for each word.
+// The product that attention uses twice: rows of words (two bf16 values or one fp32 each) times a
+// matrix with one line of vectors per word.
 #pragma once
 
 #include "values.h"

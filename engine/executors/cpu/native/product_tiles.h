@@ -1,5 +1,5 @@
-// The product of product.h by matrix tiles, for bf16. All rows up to a whole number of tiles are read,
-// and their sums written; so are whole tiles of steps. Tiles must be in use, of full height.
+// The bf16 product of product.h on matrix tiles. It reads rows and steps, and writes sums, up to
+// whole tiles. Tiles must be configured at full height.
 #pragma once
 
 #include "matrix_tiles.h"

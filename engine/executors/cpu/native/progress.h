@@ -1,4 +1,4 @@
-// Counters that say that a call makes progress, while it runs: another thread reads them.
+// Counters by which another thread sees that a running call makes progress.
 #pragma once
 
 #include <omp.h>
@@ -9,15 +9,15 @@
 
 namespace memplus {
 
-constexpr int PROGRESS_COUNTERS = 64;  // as in library.py
+constexpr int PROGRESS_COUNTERS = 64;  // as in kernels.py
 
-// Counters LINE bytes apart, so that threads do not wait for each other's; threads beyond their
-// number share them.
+// Counters in separate cache lines, so that threads do not contend; if there are more threads than
+// counters, they share them.
 struct Progress {
   int64_t* counters;
 
-  // Says that the calling thread did a piece of work, of microseconds at least. A mark that is lost
-  // between two threads does no harm: the counter has changed.
+  // Records a piece of work of the calling thread, of at least microseconds. A lost update between
+  // two threads is harmless: the counter has changed.
   void mark() const {
     int64_t* own = counters + omp_get_thread_num() % PROGRESS_COUNTERS * (LINE / sizeof(int64_t));
     __atomic_store_n(own, __atomic_load_n(own, __ATOMIC_RELAXED) + 1, __ATOMIC_RELAXED);

@@ -1,4 +1,4 @@
-// Root-mean-square normalisation of one row (arXiv 1910.07467), rounded where the twin in torch is.
+// Root-mean-square normalisation of one row (arXiv 1910.07467), rounded as in torch.
 #pragma once
 
 #include "values.h"

@@ -5,7 +5,7 @@
 
 namespace memplus {
 
-// Turns the pairs of lanes e and e + half by their angles, as Hugging Face's checkpoints pair them.
+// Rotates the pairs of lanes e and e + half by their angles; Hugging Face pairs lanes so too.
 inline void rotate(float* values, const float* cosines, const float* sines, int64_t half) {
   for (int64_t e = 0; e < half; e++) {
     const float first = values[e], second = values[half + e];

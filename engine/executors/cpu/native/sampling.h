@@ -1,9 +1,9 @@
-// Tokens chosen from rows of logits x: the first of the largest, or one drawn by the weights
+// Chooses tokens from rows of logits x: the first of the largest, or a draw by the weights
 //
 //   w[i] = exp((x[i] - max x) / temperature)     in fp32; their sums in fp64, block by block
 //
-// of the tokens whose weight reaches a floor: in the order of the vocabulary the first at which the
-// sum of weights exceeds `uniform` times that of all. What a row gets depends on nothing but itself.
+// of the tokens whose weight reaches a floor: the first token, in the order of the vocabulary, at
+// which the sum of weights exceeds `uniform` times their total. Each row is independent of others.
 #pragma once
 
 #include <atomic>
@@ -16,7 +16,7 @@
 
 namespace memplus {
 
-// How one row's token is chosen; the fields are those of SamplingParams.
+// Sampling parameters of one row; the fields are those of SamplingParams.
 struct Choice {
   double temperature;
   int64_t top_k;
@@ -25,14 +25,14 @@ struct Choice {
 
 constexpr int64_t NONE_CHOSEN = -1;
 constexpr double LEAST_TEMPERATURE = 1e-30;
-constexpr double ROUNDING = 1e-6;     // what falls short of a floor by less still reaches it
-constexpr float LEAST_EXPONENT = -88;  // below it, exp_negative gives 0
-constexpr int SECTIONS = 4;            // of a range of floors that one pass tells apart
+constexpr double ROUNDING = 1e-6;     // weights this close below a floor still reach it
+constexpr float LEAST_EXPONENT = -88;  // below it, exp_negative returns 0
+constexpr int SECTIONS = 4;            // parts into which one pass splits a range of floors
 
 inline int32_t bits_of(float number) { return load<int32_t>(&number); }
 inline float float_of(int32_t bits) { return load<float>(&bits); }
 
-// What a weight, given by its bits, counts for.
+// The contribution of a weight, given by its bits.
 struct One {
   static ints of(ints) { return (ints)splat(1.f); }
 };
@@ -40,7 +40,7 @@ struct Itself {
   static ints of(ints bits) { return bits; }
 };
 
-// What the weights that reach a floor, given by its bits, count for together.
+// The sum of contributions of the weights that reach a floor, given by its bits.
 template <class Measure>
 inline double measured(const float* weights, int64_t count, int32_t floor) {
   floats lanes{};
@@ -51,9 +51,9 @@ inline double measured(const float* weights, int64_t count, int32_t floor) {
   return pairwise_sum(lanes);
 }
 
-// Gathers the weights whose bits are in [low, end), with zeros behind that make whole vectors.
+// Gathers the weights whose bits are in [low, end), padded with zeros to whole vectors.
 struct Gathered {
-  int64_t count;  // zeros included
+  int64_t count;  // with the zeros
   int32_t least, most;
 };
 inline Gathered gather(const float* weights, int64_t count, int32_t low, int32_t end, float* to) {
@@ -66,7 +66,7 @@ inline Gathered gather(const float* weights, int64_t count, int32_t low, int32_t
   }
   store(to + found, ints{});
   const int64_t whole = (found + LANES - 1) / LANES * LANES;
-  // negated and with the sign bit turned, the least is the largest, and the zeros are below it
+  // after negation and a flip of the sign bit, the smallest weight is the maximum, above the zeros
   ints least = splat(INT32_MIN), most{};
   for (int64_t i = 0; i < whole; i += LANES) {
     const ints bits = load<ints>(to + i);
@@ -78,11 +78,11 @@ inline Gathered gather(const float* weights, int64_t count, int32_t low, int32_t
 
 struct Found {
   int64_t place;
-  double rest;  // of the target, behind what stands before that place
+  double rest;  // the target minus the sum before that place
 };
 
-// Where the sum of weights first exceeds the target; the last place with any weight, if rounding
-// has put the target on the very end.
+// The place at which the sum of weights first exceeds the target; if rounding has put the target at
+// the end, the last place with any weight.
 template <class Weight>
 inline Found first_exceeding(double target, int64_t count, Weight weight) {
   Found found{0, 0};
@@ -97,13 +97,13 @@ inline Found first_exceeding(double target, int64_t count, Weight weight) {
   return found;
 }
 
-// Chooses one token after another, in memory of its own: two rows of weights at most.
+// Chooses one token after another, in its own buffers: at most two rows of weights.
 template <class Values>
 class Sampler {
  public:
   explicit Sampler(int64_t vocab_size) : row_(vocab_size) {}
 
-  // Returns a token, or NONE_CHOSEN where the largest logit is infinite, or any is NaN.
+  // Returns a token, or NONE_CHOSEN if the largest logit is infinite or any logit is NaN.
   int64_t choose(const uint8_t* row, const Choice& choice) {
     row_.read(row);
     if (!std::isfinite(row_.largest())) return NONE_CHOSEN;
@@ -114,10 +114,10 @@ class Sampler {
   int64_t draw(const Choice& choice) {
     const bool has_top_k = 0 < choice.top_k && choice.top_k < row_.size();
     const float factor = 1 / std::max(choice.temperature, LEAST_TEMPERATURE);
-    // no token with an exponent below this is kept
+    // tokens with an exponent below this are dropped
     float least = LEAST_EXPONENT;
     if (has_top_k) least = std::max(least, exponent(row_.reached_by(choice.top_k), factor));
-    // top_p is a share of all that top_k leaves, whatever min_p leaves of it
+    // top_p is a fraction of the weights that top_k keeps, independent of min_p
     if (choice.top_p == 1) least = std::max(least, (float)std::log(choice.min_p));
     least -= 10 * ROUNDING;
     weigh(factor, least);
@@ -125,7 +125,7 @@ class Sampler {
     if (has_top_k) keep(floor_for<One>(choice.top_k, std::exp(least)) * (1 - ROUNDING));
     if (choice.top_p < 1) {
       const double total = sum_of_all();
-      // tokens lighter than this may all go together
+      // all tokens of smaller weight together may be dropped
       const float lightest = total * (1 - choice.top_p) / row_.size();
       keep(floor_for<Itself>(choice.top_p * total, std::max(floor_, lightest)));
     }
@@ -135,7 +135,7 @@ class Sampler {
 
   float exponent(float logit, float factor) const { return (logit - row_.largest()) * factor; }
 
-  // Weighs the tokens of every block that has one with such an exponent.
+  // Computes the weights of every block that has a token with such an exponent.
   void weigh(float factor, float least) {
     if (!weights_) {
       const int64_t vectors = row_.blocks() * BLOCK / LANES;
@@ -167,18 +167,18 @@ class Sampler {
       sums_[b] = measured<Itself>(weights_of(b), BLOCK, bits_of(floor_));
   }
 
-  // The largest of the weights from `least` on such that those that reach it count for `wanted`; the
-  // least of these if there is no other.
+  // The largest weight of at least `least` such that the weights that reach it contribute `wanted`;
+  // the smallest weight of at least `least` if none does.
   template <class Measure>
   float floor_for(double wanted, float least) {
-    // numbers from 0 on are in the order of their bits; those of the floor are in [low, end)
+    // non-negative floats are ordered as their bits; the floor's bits are in [low, end)
     int32_t low = bits_of(least), end = bits_of(1.f) + 1;
     const float* weights = weights_of(0);
     int64_t count = (int64_t)blocks_.size() * BLOCK;
-    double above = 0;  // what weights from `end` on count for
+    double above = 0;  // contribution of weights from `end` on
     while (true) {
       int32_t bounds[SECTIONS + 1];
-      double sums[SECTIONS + 1] = {};  // from each bound on
+      double sums[SECTIONS + 1] = {};  // contribution from each bound on
       for (int s = 0; s <= SECTIONS; s++) bounds[s] = low + (int64_t)(end - low) * s / SECTIONS;
       for (int64_t i = 0; i < count; i += BLOCK)
         for (int s = 1; s < SECTIONS; s++)
@@ -188,7 +188,7 @@ class Sampler {
       above += sums[section + 1];
       end = bounds[section + 1];
       const Gathered inside = gather(weights, count, bounds[section], end, gathered());
-      // the sum of all may be more, by rounding, than those of all sections: none is in the lowest
+      // by rounding, `wanted` may exceed the sum of all sections; the lowest may then be empty
       if (!inside.count) return float_of(end);
       if (inside.least == inside.most) return float_of(inside.least);
       weights = gathered();
@@ -216,17 +216,17 @@ class Sampler {
   float* gathered() const { return (float*)gathered_.get(); }
 
   LogitsRow<Values> row_;
-  std::unique_ptr<floats[]> weights_;   // of the blocks that are weighed, one after another
-  std::unique_ptr<floats[]> gathered_;  // some of them
-  std::vector<int64_t> blocks_;         // those that are weighed
-  std::vector<double> sums_;            // of each one's weights that reach the floor
+  std::unique_ptr<floats[]> weights_;   // weights of the kept blocks, concatenated
+  std::unique_ptr<floats[]> gathered_;  // some of these weights
+  std::vector<int64_t> blocks_;         // the kept blocks
+  std::vector<double> sums_;            // per kept block, of the weights that reach the floor
   float floor_ = 0;
 };
 
 template <class Values>
 inline void sample(const Logits& logits, const Choice* choices, int64_t* chosen,
                    Progress progress) {
-  // rows differ in what they take: whoever is done takes the next
+  // rows take different times: a free thread takes the next row
   std::atomic<int64_t> next{0};
   in_parallel(logits.rows, [&](int64_t, int64_t) {
     Sampler<Values> sampler(logits.vocab_size);

@@ -1,6 +1,5 @@
-// Units of work that the threads of a team share. Each has a range of its own, and when it is through
-// takes from the ends of the others': whoever is not let run while it works delays them by one piece,
-// not by all of its range.
+// Work stealing in a team of threads. Each thread has a range of units; when it is done, it takes
+// units from the ends of the other ranges. So a preempted thread delays the team by one piece only.
 #pragma once
 
 #include <algorithm>
@@ -16,13 +15,13 @@ class SharedWork {
  public:
   explicit SharedWork(int64_t threads) : ranges_(kept_ranges(threads)) {}
 
-  // Gives a thread its part of `count` units, fewer than 2^32, once none of its last are left.
+  // Sets a thread's part of `count` units, fewer than 2^32, once its last part is empty.
   void give(int64_t count, int64_t thread, int64_t threads) {
     const Span own = piece(count, thread, threads);
     ranges_[thread].units = packed(own.first, own.last);
   }
 
-  // Takes up to `most` units of the thread's own, then of others; none are left where none come.
+  // Takes up to `most` units of the thread's own, then of others; returns none if none are left.
   Span take(int64_t most, int64_t thread) {
     const int64_t threads = (int64_t)ranges_.size();
     for (int64_t i = 0; i < threads; i++) {
@@ -48,7 +47,7 @@ class SharedWork {
     std::atomic<uint64_t> units{0};
   };
 
-  // All are empty between calls.
+  // All ranges are empty between calls.
   static std::vector<Range>& kept_ranges(int64_t threads) {
     static thread_local std::vector<Range> kept;
     if ((int64_t)kept.size() < threads) kept = std::vector<Range>(threads);

@@ -6,7 +6,7 @@
 
 namespace memplus {
 
-constexpr int64_t VALUES_A_THREAD = 1 << 14;  // fewer are done before another thread has begun
+constexpr int64_t VALUES_A_THREAD = 1 << 14;  // fewer take less than a thread's start
 
 template <class Values>
 inline void silu_gate(const uint8_t* gate, const float* x, uint8_t* out, int64_t size) {

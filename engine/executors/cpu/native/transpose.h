@@ -1,11 +1,11 @@
-// A square of words turned over.
+// Transposes a square of words.
 #pragma once
 
 #include "memory_ops/native/simd.h"
 
 namespace memplus {
 
-// Turns LANES vectors over: lane i of vector j becomes lane j of vector i.
+// Transposes LANES vectors: lane i of vector j becomes lane j of vector i.
 template <int HALF = LANES / 2>
 inline __attribute__((always_inline)) void transpose(words* vectors) {
   const ints lanes = lane_numbers();

@@ -1,4 +1,4 @@
-// Values of fp32 and bf16: how they are read, written, and multiplied four bytes at a time.
+// Reads, writes and multiplies fp32 and bf16 values, four bytes at a time.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace memplus {
 
-// Calls `body(vector, at, lanes)` for `count` values in vectors of LANES, the last maybe shorter.
+// Calls `body(vector, at, lanes)` for `count` values in vectors of LANES; the last may be shorter.
 template <class Body>
 inline void by_vectors(int64_t count, Body body) {
   for (int64_t at = 0; at < count; at += LANES)
@@ -17,7 +17,7 @@ inline void by_vectors(int64_t count, Body body) {
 
 template <class Values>
 struct Vectors {
-  // `lanes` values, zeros behind them
+  // `lanes` values, padded with zeros
   static floats read(const uint8_t* at, int64_t lanes) {
     if (lanes == LANES) return Values::widened(at);
     uint8_t last[LANES * 4] = {};
@@ -51,7 +51,7 @@ struct Fp32Values : Vectors<Fp32Values> {
   static floats widened(const uint8_t* at) { return load<floats>(at); }
   static void narrow(uint8_t* at, floats values) { store(at, values); }
   static floats rounded(floats values) { return values; }
-  // LANES places of one row, as one factor of a product
+  // LANES words of one row, as one factor of a product
   static words together(const uint8_t* const* rows, int64_t at, int64_t lanes) {
     return (words)read(rows[0] + at * bytes, lanes);
   }
@@ -62,8 +62,8 @@ struct Fp32Values : Vectors<Fp32Values> {
 struct Bf16Values : Vectors<Bf16Values> {
   static constexpr int64_t bytes = 2;
 #if defined(__AVX512BW__)
-  // Puts 2 LANES values of two rows side by side, four of each by turns to the one vector and to
-  // the other, which is cheaper than their order; in_order() restores it in vectors of sums.
+  // Pairs 2 LANES values of two rows, alternating between the two vectors every four values, which
+  // is cheaper than keeping the order; in_order() restores it in vectors of sums.
   static constexpr bool has_pairs = true;
   static void pair(const uint8_t* a, const uint8_t* b, floats* to) {
     const __m512i first = load<__m512i>(a), second = load<__m512i>(b);
@@ -82,13 +82,13 @@ struct Bf16Values : Vectors<Bf16Values> {
   static floats widened(const uint8_t* at) { return load_bf16(at); }
   static void narrow(uint8_t* at, floats values) { store_bf16(at, values); }
   static floats rounded(floats values) { return (floats)(round_to_bf16(values) << 16); }
-  // LANES places of two rows, side by side, as one factor of a product
+  // LANES words of two rows, in pairs, as one factor of a product
   static words together(const uint8_t* const* rows, int64_t at, int64_t lanes) {
     const words low = (words)read(rows[0] + at * bytes, lanes);
     return (low >> 16) | (words)read(rows[1] + at * bytes, lanes);
   }
 
-  // the products of both values of each lane
+  // adds the products of both values of each lane
   static floats add_products(floats sum, words a, words b) {
 #if defined(__AVX512BF16__)
     return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);

@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from engine.executors.cpu.executor import CpuExecutor
-from engine.executors.kv_memory import kv_memory
+from engine.model.attention import kv_memory
 from engine.model.forward_trace import ForwardTrace
 from engine.sampling.params import SamplingParams
 from engine.scheduling.batching import Batcher

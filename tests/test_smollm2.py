@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.config import EngineConfig
+from engine.sampling.params import SamplingParams
 from engine.scheduling.batching import Batcher
 from engine.scheduling.step_plan import SequenceChunk, StepPlan
 from tests.models import engine_of, greedy, run
@@ -48,6 +49,9 @@ def prompt_ids(smollm2):
     return [tokenizer.encode(prompt) for prompt in PROMPTS]
 
 
+PLAIN = SamplingParams()
+
+
 @torch.inference_mode()
 def served_logits(model, sequences):
     """Teacher-forced logits of the serving path: chunks of 33 tokens in scattered KV blocks."""
@@ -63,7 +67,7 @@ def served_logits(model, sequences):
         plan = StepPlan(
             tuple(
                 SequenceChunk(
-                    str(i), tuple(ids[start : start + 33]), start, owned[i], None, 0, False
+                    str(i), tuple(ids[start : start + 33]), start, owned[i], PLAIN, 0, False
                 )
                 for i, ids in enumerate(sequences)
                 if start < len(ids)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.covered_by import COVERED_BY
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("memory_ops", "engine", "weights", "server", "benchmarks")
 # a package imports itself and those before it; benchmarks import all; the CLI imports benchmarks
@@ -22,6 +24,7 @@ ENGINE_IMPORTS = {
 }
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+MODULES = {*FILES, *TESTS}
 
 
 def name(path: Path) -> str:
@@ -171,6 +174,50 @@ def test_the_file_map_matches_the_tree():
     files = [path for path in FILES if path.name != "__init__.py"]
     lines = {name(path): ast.get_docstring(tree(path)).splitlines()[0] for path in files}
     assert mapped == lines
+
+
+def references(path: Path) -> set[str]:
+    """Modules of ours that a file imports, or names in strings that other processes run."""
+    words = [
+        node.value
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    named = re.findall(rf"\b(?:{'|'.join((*PACKAGES, 'tests'))})(?:\.\w+)+", " ".join(words))
+    return {*imports(path), *named}
+
+
+@functools.cache
+def reached(path: Path) -> frozenset[Path]:
+    """Files of ours that a file imports, directly or not."""
+    seen: set[Path] = set()
+    ahead = [path]
+    while ahead:
+        for module in references(ahead.pop()):
+            # "package.module" or "package.module.name"
+            parts = module.split(".")
+            for part in (parts, parts[:-1]):
+                file = ROOT.joinpath(*part).with_suffix(".py")
+                if part and file in MODULES and file not in seen:
+                    seen.add(file)
+                    ahead.append(file)
+    return frozenset(seen)
+
+
+TESTED = [f for f in FILES if f.relative_to(ROOT).parts[0] != "benchmarks"]
+
+
+@pytest.mark.parametrize("path", [f for f in TESTED if f.name != "__init__.py"], ids=name)
+def test_every_file_has_its_test_or_names_the_one_that_covers_it(path):
+    own = ROOT / "tests" / path.relative_to(ROOT).parent / f"test_{path.name}"
+    covering = COVERED_BY.get(name(path))
+    assert own.exists() != (covering is not None), "one test file of its own, or one in COVERED_BY"
+    test = own if covering is None else ROOT / "tests" / covering
+    assert test.exists() and path in reached(test)
+
+
+def test_no_file_is_covered_that_does_not_exist():
+    assert not set(COVERED_BY) - {name(path) for path in TESTED}
 
 
 @pytest.mark.parametrize("path", [p for p in TESTS if p.name.startswith("test_")], ids=name)

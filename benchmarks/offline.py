@@ -14,9 +14,9 @@ from benchmarks.engine_rounds import EngineRounds, TimedStep
 from benchmarks.machine_limits import LimitMeter, MachineLimits
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.step_work import ModelWork
-from engine.allocator import keep_freed_memory
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from server.allocator import keep_freed_memory
 from server.config import EngineSettings, ModelOptions, cache_folder
 from server.engine_entry import build_engine
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.allocator import keep_freed_memory
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executors.batch import Batch, StepResult, sample_batch, warm_up_batch
@@ -22,6 +21,7 @@ from engine.request import Request
 from engine.sampling.params import MAX_LISTED_IDS, SamplingParams
 from engine.sampling.sampler import Sampler
 from memory_ops.tables.value_table import ValueTable
+from server.allocator import keep_freed_memory
 
 # SmolLM2's vocabulary size; the model has one small layer, since it does not run
 CONFIG = ModelConfig(
@@ -76,9 +76,6 @@ class InstantExecutor:
 
     def warm_up(self) -> None:
         self.run(warm_up_batch())
-
-    def close(self) -> None:
-        """Nothing to do."""
 
 
 def measure(batch_sizes: Sequence[int], steps: int, context: int) -> None:

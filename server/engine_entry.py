@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from engine.allocator import keep_freed_memory
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
@@ -17,6 +16,7 @@ from engine.executors.lookahead import LookaheadConfig
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
 from engine.process import EngineRefused, run_engine
+from server.allocator import keep_freed_memory
 from server.config import EngineSettings, ModelOptions
 from weights.checkpoints.checkpoint import load_model, model_bytes
 from weights.checkpoints.config_json import CheckpointConfig, read_config

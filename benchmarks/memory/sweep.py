@@ -20,10 +20,10 @@ from benchmarks.memory.readers import Reader, access_patterns, make_reader
 from benchmarks.random_memory import MEMORY_LAYERS, NUM_HEADS, TOP_K, write_variant
 from benchmarks.read_limits import random_reads_per_s
 from benchmarks.serving_plot import check_plot
-from engine.allocator import keep_freed_memory
 from engine.errors import ConfigError
 from memory_ops.row_formats import ROW_FORMATS, row_bytes
 from memory_ops.tables.disk import DiskTable, row_cache_bytes
+from server.allocator import keep_freed_memory
 from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.convert import convert
 

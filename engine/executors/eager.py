@@ -1,4 +1,4 @@
-"""The eager executor: runs the unchanged model in plain torch, on the model's device."""
+"""The eager executor: runs the modules of the model in plain torch, on the model's device."""
 
 from collections.abc import Mapping
 
@@ -66,9 +66,6 @@ class EagerExecutor:
 
     def warm_up(self) -> None:
         self.run(warm_up_batch())
-
-    def close(self) -> None:
-        """Do nothing: the memory is freed with the executor."""
 
     def _before_layer(self, layer: int, residual_TD: Tensor) -> None:
         self.progress.mark()

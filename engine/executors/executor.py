@@ -53,10 +53,6 @@ class Executor(Protocol):
         """Do the extra work of a first step; call it before any request."""
         ...
 
-    def close(self) -> None:
-        """Release the executor's resources; it must not run again."""
-        ...
-
 
 def make_executor(
     model: Transformer,

@@ -1,4 +1,4 @@
-"""The plan of one step and its results, as plain data; every rank runs the same plan."""
+"""The plan of one step and its results, as plain data."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol

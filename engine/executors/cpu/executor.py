@@ -91,6 +91,3 @@ class CpuExecutor:
 
     def warm_up(self) -> None:
         self.run(warm_up_batch())
-
-    def close(self) -> None:
-        """Nothing to do: memory goes with the executor."""

@@ -154,7 +154,7 @@ def test_large_weights_are_mapped_until_they_are_packed(tmp_path):
     gc.collect()
     # the embedding stays mapped for lookups
     assert len(mapped_spans(folder)) == 1
-    executor.close()
+    del executor
 
 
 def test_inspecting_a_model_does_not_import_torchs_compiler(folder):

@@ -1,4 +1,4 @@
-"""``memplus bench busy``: tokens a second beside busy processes, by how idle threads wait."""
+"""``memplus bench busy``: tokens per second next to busy processes, by wait policy."""
 
 import contextlib
 import json

@@ -28,14 +28,11 @@ def default_threads(
 
     A quota of 2.5 CPUs allows 2 threads, because a third thread would be throttled in each period
     and the others would wait for it. A quota under 1 allows 1 thread. Threads of one core count
-    once, because they share its vector units.
+    once, because they share its vector units. A cgroup file that cannot be parsed sets no limit.
 
     Args:
         affinity: ids of the CPUs that this process may use.
         proc, cgroups, cpus: folders of the kernel; tests substitute fakes.
-
-    Raises:
-        ValueError: a cgroup's quota has a format that no kernel writes.
     """
     cores = len({_siblings(cpus / f"cpu{cpu}", cpu) for cpu in affinity})
     quotas = [_quota(folder) for folder in cgroup_folders("cpu", proc, cgroups)]
@@ -58,11 +55,14 @@ def _siblings(folder: Path, cpu: int) -> str:
 def _quota(folder: Path) -> float | None:
     """CPUs that a cgroup may use on average; None without a limit or a readable file."""
     try:
-        quota, period = (folder / "cpu.max").read_text().split()
+        quota, _, period = (folder / "cpu.max").read_text().strip().partition(" ")
     except OSError:
         try:
             quota = (folder / "cpu.cfs_quota_us").read_text().strip()
             period = (folder / "cpu.cfs_period_us").read_text()
         except OSError:
             return None
-    return None if quota in ("max", "-1") else int(quota) / int(period)
+    try:
+        return None if quota in ("max", "-1") else int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):
+        return None

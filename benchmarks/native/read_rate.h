@@ -7,7 +7,7 @@
 
 namespace memplus {
 
-// Nanoseconds of so many reads, `depth` of them under way; below zero an errno. It returns when all
+// Nanoseconds that `count` reads take with `depth` in flight; a negative errno on failure. It returns when all
 // have ended: the kernel writes into the buffers until then.
 inline int64_t read_rows_ns(const RowFile& from, unsigned depth, int64_t count, uint64_t seed) {
   RingReads reads(from.file, depth);

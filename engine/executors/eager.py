@@ -28,7 +28,7 @@ class EagerExecutor:
         """Reserve KV memory on the model's device and in its dtype.
 
         Raises:
-            OSError: the system cannot provide the KV memory.
+            KvMemoryError: the system cannot provide the KV memory.
         """
         weight = model.model.embed_tokens.weight
         self.config = model.config
@@ -52,6 +52,7 @@ class EagerExecutor:
         with self.progress.working(*self._flops.of(batch.layout, len(batch.logits_at_L))):
             return sample_batch(self.logits(batch), batch, self._sampler, self.progress)
 
+    @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """Run the forward; logits ``[L, vocabulary]`` at the batch's ``logits_at_L``."""
         output: ForwardOutput = self._model(

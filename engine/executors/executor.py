@@ -14,6 +14,7 @@ from engine.executors.cpu.executor import CpuExecutor
 from engine.executors.cpu.kernels import cpu_kernels
 from engine.executors.eager import EagerExecutor
 from engine.executors.lookahead import LookaheadConfig
+from engine.model.attention import KvMemoryError
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer, converted
 from engine.progress import Progress
@@ -79,7 +80,7 @@ def make_executor(
             return CpuExecutor(model, kernels, num_blocks, config.block_size, lookahead, dtype)
         logger.info("executor: eager, plain torch on %s in %s", weight.device, dtype)
         return EagerExecutor(converted(model, dtype), num_blocks, config.block_size, lookahead)
-    except (OSError, OverflowError):
+    except KvMemoryError as error:
         kv_gib = num_blocks * config.block_size * per_token / 2**30
         message = f"kv_cache_gib: the machine cannot give {kv_gib:.3g} GiB"
-        raise ConfigError(message) from None
+        raise ConfigError(message) from error

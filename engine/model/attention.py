@@ -55,15 +55,22 @@ class Attention(nn.Module):
         return torch.unflatten(x_TF, 1, (x_TF.shape[1] // self.head_dim, self.head_dim))
 
 
+class KvMemoryError(MemoryError):
+    """The device does not have the memory for the KV blocks."""
+
+
 def kv_memory(config: ModelConfig, num_blocks: int, block_size: int, like: Tensor) -> Tensor:
     """Zeros ``[layers, blocks, 2, G, block_size, E]`` on the device and in the dtype of ``like``.
 
-    On a CPU, blocks occupy memory from their first write on; OSError if there is not enough.
+    On a CPU, blocks occupy memory from their first write on; KvMemoryError if there is too little.
     """
     shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
-    if like.device.type == "cpu":
-        return anonymous_zeros(shape, like.dtype)
-    return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    try:
+        if like.device.type == "cpu":
+            return anonymous_zeros(shape, like.dtype)
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    except (OSError, OverflowError, torch.OutOfMemoryError) as error:
+        raise KvMemoryError(str(error)) from error
 
 
 def write_kv(k_TGE: Tensor, v_TGE: Tensor, layout: TokenLayout, kv_blocks: Tensor) -> None:

@@ -156,5 +156,6 @@ def converted(model: Transformer, dtype: torch.dtype) -> Transformer:
         made = Transformer(model.config)
     weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
     made.load_state_dict(weights, assign=True)
+    made.rope_frequencies, made.run_layer = model.rope_frequencies, model.run_layer
     made.attach_tables(model.tables)
     return made.eval().requires_grad_(False)

@@ -26,7 +26,8 @@ struct RowRead {
   int32_t slot;
   int64_t layer;      // of the lookup or hint
   int64_t bytes = 0;  // read so far, over all tries
-  int tries = 1;
+  int tries = 1;        // that ended too early
+  int transient_tries = 1;
 };
 
 class RowReadsOwner {
@@ -198,9 +199,9 @@ class RowReads {
         continue;
       }
       const int error = std::max(-done.result, 0);
-      if (is_transient(error) && own.tries < MOST_TRANSIENT_TRIES && !last_error) {
+      if (is_transient(error) && own.transient_tries < MOST_TRANSIENT_TRIES && !last_error) {
         if (pause()) {
-          own.tries++;
+          own.transient_tries++;
           delayed_.push_back(buffer);
           continue;
         }

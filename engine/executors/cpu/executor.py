@@ -39,7 +39,7 @@ class CpuExecutor:
         ``dtype`` is by default that of the embedding, which is kept if it has ``dtype``.
 
         Raises:
-            OSError: the system cannot provide the KV memory.
+            KvMemoryError: the system cannot provide the KV memory.
         """
         self.config = model.config
         self.num_blocks = num_blocks
@@ -70,6 +70,7 @@ class CpuExecutor:
     def run(self, batch: Batch) -> StepResult:
         return sample_batch(self.logits(batch), batch, self._sampler, self.progress)
 
+    @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """Run the forward; logits ``[L, vocabulary]`` at the batch's ``logits_at_L``."""
         residual_TD = self.run_layers(batch.ids_T, batch.layout, self._kv_blocks)

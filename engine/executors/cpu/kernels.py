@@ -58,33 +58,6 @@ class CpuKernels:
         """A number that changes while a call makes progress; another thread may read it."""
         return int(self._counters.sum())
 
-    def attention(
-        self,
-        qkv_TF: Tensor,
-        num_heads: int,
-        angles: tuple[Tensor, Tensor],
-        layout: TokenLayout,
-        paged: PagedKv,
-        kv_blocks: Tensor,
-    ) -> Tensor:
-        """Rotate queries and keys, write keys and values into KV blocks, attend: ``[T, H E]``.
-
-        ``qkv`` is ``[T, (H + 2 G) E]``: queries, keys, values; ``angles`` and ``kv_blocks`` are
-        those of ``engine.model.attention.Attention``. All tensors but the block table are
-        contiguous; values are fp32 or bf16.
-        """
-        _, _, num_kv_heads, block_size, head_dim = kv_blocks.shape
-        cosines, sines = angles
-        out_TF = torch.empty(qkv_TF.shape[0], num_heads * head_dim, dtype=qkv_TF.dtype)
-        use_torch_thread_count()
-        sequences = paged.block_table_SB, layout.query_starts_S1, paged.context_lengths_S
-        tensors = _addresses(qkv_TF, cosines, sines, kv_blocks, *sequences, out_TF)
-        counts = len(paged.context_lengths), paged.block_table_SB.stride(0)
-        sizes = num_heads, num_kv_heads, head_dim, block_size
-        is_bf16 = qkv_TF.dtype is torch.bfloat16
-        self._library.memplus_attention(*tensors, *counts, *sizes, is_bf16, self._progress)
-        return out_TF
-
     def pack(self, rows: Sequence[WeightRows], outputs: int, **options: Any) -> PackedLinear:
         """Pack weights for ``linear``; see ``PackedLinear``."""
         return PackedLinear(self._library, rows, outputs, **options)
@@ -154,7 +127,8 @@ class CpuKernels:
 
     def silu_gate(self, gate_TI: Tensor, x_TI: Tensor) -> Tensor:
         """``silu(gate) * x`` in the gate's dtype, fp32 or bf16; ``x`` is fp32, both contiguous."""
-        assert gate_TI.is_contiguous() and x_TI.is_contiguous() and gate_TI.shape == x_TI.shape
+        assert x_TI.dtype is torch.float32 and gate_TI.shape == x_TI.shape
+        assert gate_TI.is_contiguous() and x_TI.is_contiguous()
         out_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype)
         use_torch_thread_count()
         size, is_bf16 = gate_TI.numel(), gate_TI.dtype is torch.bfloat16

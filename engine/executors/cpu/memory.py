@@ -61,7 +61,12 @@ class CpuMemory:
             for gate in (self._gate, self._output_gate)
         )
         y_TV = lookup.finish()
-        y_TV = y_TV.to(residual_TD.dtype) if gate_TV is None else kernels.silu_gate(gate_TV, y_TV)
+        # rows of fp64 give sums in fp64
+        y_TV = (
+            y_TV.to(residual_TD.dtype)
+            if gate_TV is None
+            else kernels.silu_gate(gate_TV, y_TV.float())
+        )
         if gate_T1 is None and self._values is not None:
             return kernels.linear(self._values, y_TV, residual_TD)
         y_TD = y_TV if self._values is None else kernels.linear(self._values, y_TV)

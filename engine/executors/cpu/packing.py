@@ -17,7 +17,7 @@ from engine.model.norm import RmsNorm
 
 @dataclass(frozen=True)
 class Packer:
-    """Packs weights for the kernels in one dtype; converts one weight at a time if needed."""
+    """Packs weights for the kernels in one dtype; converts one product at a time if needed."""
 
     kernels: CpuKernels
     dtype: torch.dtype

@@ -11,7 +11,7 @@
 
 namespace memplus {
 
-// Maximum bytes of half scores at a time: long prompts are processed in parts that fit the caches.
+// Tokens whose half scores are computed at a time: parts of long prompts fit the caches.
 constexpr int64_t CHOOSING_TOKENS = 64;
 constexpr int64_t GATHERED_TOKENS = 16;
 

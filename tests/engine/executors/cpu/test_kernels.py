@@ -20,7 +20,7 @@ from engine.model.attention import attend as attend_by_torch
 from engine.model.attention import write_kv
 from engine.model.layout import PagedKv, TokenLayout
 from engine.model.rotary import rotate
-from memory_ops.native.library import BUILDS, NativeLibrary
+from memory_ops.native.library import BUILDS, NativeLibrary, use_torch_thread_count
 from tests.conftest import TOLERANCE
 from tests.models import random_model, tiny_config
 
@@ -70,10 +70,25 @@ def attention_by_torch(qkv, num_heads, num_kv_heads, angles, layout, kv_blocks):
     return attend_by_torch(q, k, v, layout, kv_blocks).flatten(1)
 
 
+def native_attention(kernels, qkv, num_heads, angles, kv_blocks, layout):
+    """Attention alone, as decoder layers run it: ``[T, H E]`` from queries, keys and values."""
+    _, _, num_kv_heads, block_size, head_dim = kv_blocks.shape
+    paged, out = layout.paged, torch.empty(len(qkv), num_heads * head_dim, dtype=qkv.dtype)
+    sequences = paged.block_table_SB, layout.query_starts_S1, paged.context_lengths_S
+    use_torch_thread_count()
+    kernels._library.memplus_attention(
+        *(tensor.data_ptr() for tensor in (qkv, *angles, kv_blocks, *sequences, out)),
+        *(len(paged.context_lengths), paged.block_table_SB.stride(0)),
+        *(num_heads, num_kv_heads, head_dim, block_size),
+        *(qkv.dtype is torch.bfloat16, kernels._progress),
+    )
+    return out
+
+
 def attend(build, qkv, angles, kv_blocks, layout):
     num_kv_heads, head_dim = kv_blocks.shape[2], kv_blocks.shape[4]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    return CpuKernels(build).attention(qkv, num_heads, angles, layout, layout.paged, kv_blocks)
+    return native_attention(CpuKernels(build), qkv, num_heads, angles, kv_blocks, layout)
 
 
 SEQUENCES = st.lists(

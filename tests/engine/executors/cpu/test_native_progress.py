@@ -6,7 +6,7 @@ import torch
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from engine.executors.cpu.packing import Packer
 from tests.engine.executors.cpu.packed_forward import PackedForward
-from tests.engine.executors.cpu.test_kernels import paged_batch, random_qkv
+from tests.engine.executors.cpu.test_kernels import native_attention, paged_batch, random_qkv
 from tests.engine.executors.cpu.test_packed_linear import layer
 from tests.engine.executors.cpu.test_sampling import choices
 from tests.models import feed_forward_changes, random_model, tiny_config
@@ -42,7 +42,7 @@ def test_attention_counts_parts_of_a_long_context(build, dtype):
     def marks(context):
         kv_blocks, layout = paged_batch([(1, context)], 1, 16, 16, dtype)
         qkv, angles = random_qkv(layout, 1, 1, 16, dtype)
-        return marks_of(native, native.attention, qkv, 1, angles, layout, layout.paged, kv_blocks)
+        return marks_of(native, native_attention, native, qkv, 1, angles, kv_blocks, layout)
 
     assert [marks(context) for context in (100, 1000)] == [1, 8]
 

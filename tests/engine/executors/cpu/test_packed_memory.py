@@ -85,3 +85,15 @@ def test_a_table_that_kernels_cannot_read_is_read_outside_the_call():
     packer = Packer(CpuKernels(CPU_LIBRARY.best_build), torch.float32)
     assert not pack_layer(packer, model.layers[0]).is_apart
     assert pack_layer(packer, wide.layers[0]).is_apart
+
+
+@pytest.mark.parametrize("kind", ["memory_plus", "pkm"])
+def test_a_table_of_fp64_gives_the_logits_of_a_narrower_one(kind):
+    memory = MemoryConfig(*(2, 8, 4), query_dim=8, value_dim=32, value_projection=kind == "pkm")
+    model = random_model(tiny_config(num_layers=1, feed_forward=(kind,), memory=memory))
+    kernels = CpuKernels(CPU_LIBRARY.best_build)
+    wanted, _ = PackedForward(model, kernels)(9)
+    table = model.tables["memory.table"]
+    model.attach_tables({"memory.table": DeviceTable(table.rows.double())})
+    found, _ = PackedForward(model, kernels)(9)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Lookup counts of a model's value tables, read at most once a second: a read is a native call."""
+"""Lookup counts of a model's value tables, read at most once a second, and their faults."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -34,4 +34,6 @@ class TableCounter:
 
     def faults(self) -> tuple[str, ...]:
         """The faults of the tables that can no longer be read."""
-        return tuple(t.fault for t in self._tables.values() if t.fault is not None)
+        # a fault may be a native call: ask each table once
+        faults = (table.fault for table in self._tables.values())
+        return tuple(fault for fault in faults if fault is not None)

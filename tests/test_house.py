@@ -211,7 +211,9 @@ TESTED = [f for f in FILES if f.relative_to(ROOT).parts[0] != "benchmarks"]
 def test_every_file_has_its_test_or_names_the_one_that_covers_it(path):
     own = ROOT / "tests" / path.relative_to(ROOT).parent / f"test_{path.name}"
     covering = COVERED_BY.get(name(path))
-    assert own.exists() != (covering is not None), "one test file of its own, or one in COVERED_BY"
+    assert own.exists() != (covering is not None), (
+        "needs a mirrored test file, or an entry in COVERED_BY"
+    )
     test = own if covering is None else ROOT / "tests" / covering
     assert test.exists() and path in reached(test)
 

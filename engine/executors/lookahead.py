@@ -17,7 +17,7 @@ _MAX_TOKENS = 32
 
 @dataclass(frozen=True)
 class LookaheadConfig:
-    """How early rows are predicted, and how many; ValueError if a field is out of range.
+    """Distance and number of row predictions; ValueError if a field is out of range.
 
     A memory layer computes its rows from the residual stream that enters its feed-forward. The
     stream that enters an earlier layer is similar: applied to it, the memory layer's norm, query

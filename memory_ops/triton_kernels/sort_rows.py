@@ -1,6 +1,6 @@
 """Sorts references to rows by the rows' keys, as a Triton kernel: one program per 8 references.
 
-A program counts how many references precede each of its own; the count is the place in the sorted
+For each of its references a program counts the references that precede it: its place in the sorted
 order. This takes L * L comparisons. For a few thousand references a GPU needs about a microsecond,
 less than a sort in steps, which also needs more launches.
 """

@@ -13,7 +13,7 @@ from server.cli.main import main
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Commands in the order in which they ran, each with the busy loops beside it."""
+    """Records the commands in run order, each with the number of busy loops."""
     ran, loops, start = [], [], subprocess.Popen
 
     def counted(command):

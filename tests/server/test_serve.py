@@ -93,14 +93,8 @@ def test_an_incomplete_body_times_out(memory_plus_folder):
 
 
 def test_a_signal_while_the_model_loads_ends_the_command(memory_plus_folder):
-    command = [
-        sys.executable,
-        "-m",
-        "server.cli.main",
-        "serve",
-        "--model",
-        str(memory_plus_folder),
-    ]
+    command = [sys.executable, "-m", "server.cli.main", "serve"]
+    command += ["--model", str(memory_plus_folder)]
     with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline().startswith("threads: ")
         assert process.stderr.readline().startswith("loading")

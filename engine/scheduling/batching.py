@@ -102,11 +102,11 @@ class Batcher:
         ``bitmasks`` holds one row per sampled position for each request with a token mask.
         """
         parts = ((chunk.num_sampled, bitmasks.get(chunk.request_id)) for chunk in plan.chunks)
-        scored = [one for chunk in plan.chunks for one in _scored(chunk)]
+        scored = [one for chunk in plan.chunks if chunk.scores for one in _scored(chunk)]
         return Batch(
             *_tensors(plan.chunks, self._block_size, self._table),
             rows=self._rows.of(plan),
-            bitmask=step_bitmask(parts, self._vocab_size),
+            bitmask=step_bitmask(parts, self._vocab_size) if bitmasks else None,
             scored=scored,
         )
 
@@ -132,7 +132,7 @@ def _scored(chunk: SequenceChunk) -> list[ScoredToken | None]:
 
 
 def _wanted(logprobs: Sequence[TokenLogprobs | None]) -> tuple[TokenLogprobs, ...]:
-    return tuple(one for one in logprobs if one is not None)
+    return tuple(filter(None, logprobs))
 
 
 def _tensors(

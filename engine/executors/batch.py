@@ -1,8 +1,7 @@
 """The batch that an executor runs in one step, and the step's results."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -50,11 +49,11 @@ class StepResult(NamedTuple):
 
     Attributes:
         token_ids: the token chosen for each of the batch's ``rows``, or ``NO_TOKEN``.
-        logprobs: for each of ``logits_at_L`` its log-probabilities, or None if not requested.
+        logprobs: the requested log-probabilities, by their place in ``logits_at_L``.
     """
 
     token_ids: Sequence[int]
-    logprobs: Sequence[TokenLogprobs | None]
+    logprobs: Mapping[int, TokenLogprobs]
 
 
 def sample_batch(
@@ -64,16 +63,15 @@ def sample_batch(
     rows = batch.rows
     ids = sampler.sample(logits_LV[: len(rows)], rows, batch.bitmask) if rows else []
     progress.mark()
-    chosen = (
-        None
-        if row.params.logprobs is None or token_id == NO_TOKEN
-        else ScoredToken(token_id, row.params.logprobs)
-        for row, token_id in zip(rows, ids, strict=True)
-    )
-    wanted = [(at, one) for at, one in enumerate(chain(chosen, batch.scored)) if one is not None]
-    logprobs: list[TokenLogprobs | None] = [None] * len(logits_LV)
+    wanted = [
+        (at, ScoredToken(token_id, row.params.logprobs))
+        for at, (row, token_id) in enumerate(zip(rows, ids, strict=True))
+        if row.params.logprobs is not None and token_id != NO_TOKEN
+    ]
+    wanted += [(at, one) for at, one in enumerate(batch.scored, len(rows)) if one is not None]
     places = [at for at, _ in wanted]
     own_ids, counts = [one.token_id for _, one in wanted], [one.num_best for _, one in wanted]
+    logprobs: dict[int, TokenLogprobs] = {}
     found = sampler.log_probabilities(logits_LV, places, own_ids, counts)
     for at, token_logprobs in zip(places, found, strict=True):
         logprobs[at] = token_logprobs

@@ -35,10 +35,10 @@ class BlockTable:
         self._reserve(len(chunks), width)
         for row, chunk in enumerate(chunks):
             known, ids = self._rows[row], chunk.block_ids
-            same = len(known) if ids[: len(known)] == known else 0
-            if same < len(ids):
+            if ids != known:
+                same = len(known) if ids[: len(known)] == known else 0
                 self._ids_SB[row, same : len(ids)] = ids[same:]
-            self._rows[row] = ids
+                self._rows[row] = ids
         return torch.from_numpy(self._ids_SB[: len(chunks), :width])
 
     def _reserve(self, num_rows: int, width: int) -> None:
@@ -114,13 +114,14 @@ class Batcher:
 def chunk_results(plan: StepPlan, result: StepResult) -> dict[str, ChunkResult]:
     """Split the results of a plan's batch by request."""
     results: dict[str, ChunkResult] = {}
-    sampled, scored = 0, len(result.token_ids)
+    token_ids, logprobs = result
+    sampled, scored = 0, len(token_ids)
     for chunk in plan.chunks:
         sampled_end, scored_end = sampled + chunk.num_sampled, scored + len(chunk.scores)
         results[chunk.request_id] = ChunkResult(
-            tuple(result.token_ids[sampled:sampled_end]),
-            _wanted(result.logprobs[sampled:sampled_end]),
-            _wanted(result.logprobs[scored:scored_end]),
+            tuple(token_ids[sampled:sampled_end]),
+            _between(logprobs, sampled, sampled_end),
+            _between(logprobs, scored, scored_end),
         )
         sampled, scored = sampled_end, scored_end
     return results
@@ -131,8 +132,12 @@ def _scored(chunk: SequenceChunk) -> list[ScoredToken | None]:
     return [None if count is None else ScoredToken(token_id, count) for token_id in chunk.scores]
 
 
-def _wanted(logprobs: Sequence[TokenLogprobs | None]) -> tuple[TokenLogprobs, ...]:
-    return tuple(filter(None, logprobs))
+def _between(
+    logprobs: Mapping[int, TokenLogprobs], start: int, end: int
+) -> tuple[TokenLogprobs, ...]:
+    if not logprobs:
+        return ()
+    return tuple(logprobs[at] for at in range(start, end) if at in logprobs)
 
 
 def _tensors(

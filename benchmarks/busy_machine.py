@@ -17,12 +17,8 @@ from server.config import cache_folder
 from weights.models.named_models import WORDNET, model_folder
 
 NEIGHBOURS = (0, 1, 2)
-# variables of OpenMP's environment by policy; libgomp's own default is 300,000 polls
-POLICIES = {
-    "chosen": (),
-    "libgomp": ("GOMP_SPINCOUNT=300000",),
-    "passive": ("OMP_WAIT_POLICY=passive",),
-}
+# variables of the environment by policy of waiting threads
+POLICIES = {"default": (), "passive": ("OMP_WAIT_POLICY=passive",)}
 _UNSET = ("-u", "GOMP_SPINCOUNT", "-u", "OMP_WAIT_POLICY")
 _STEPS = 12
 
@@ -97,7 +93,7 @@ def _busy_loops(count: int) -> Iterator[None]:
 
 def _offline(model: str, environment: tuple[str, ...], folder: Path) -> dict[str, float]:
     file = folder / "offline.json"
-    load = ["--prompt-lengths", "128", "--batches", "1", "8", "--rounds", "1"]
+    load = ["--prompt-lengths", "128", "--batches", "1", "8", "--rounds", "5"]
     _memplus(environment, "bench", "offline", "--model", model, *load, "--json", str(file))
     results = json.loads(file.read_text())
     return {f"{one['phase']} {one['batch']}": one["tokens_per_s"] for one in results}

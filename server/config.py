@@ -16,8 +16,8 @@ _CACHE = "2GiB"
 _LOOKAHEAD_SHARE = 0.5
 _TIERS = ("auto", "device", "host", "disk")
 _MOST_THREADS = 1024
-# Polls of a waiting OpenMP thread before it sleeps; they take about as long as a wake-up. By
-# default libgomp polls for milliseconds, which are whole time slices that other processes need.
+# Polls of torch's waiting OpenMP threads before they sleep; they take about as long as a wake-up.
+# By default libgomp polls for milliseconds, which our kernels and other processes need.
 _SPIN_COUNT = 1000
 
 
@@ -250,7 +250,7 @@ def cache_folder() -> Path:
 
 
 def set_threads(options: ThreadOptions) -> str:
-    """Set the number of OpenMP threads and how they wait, for this process and its children.
+    """Set the number of threads and how torch's wait, for this process and its children.
 
     OpenMP reads the environment when torch is loaded, so call this before torch is imported. The
     user's own environment variables stay as they are, but ``--threads`` overrides the number.

@@ -108,7 +108,10 @@ def load_served(
     kv_bytes = engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0
     given_cache = options.table_cache_bytes if options.table_cache is not None else None
     choice = TierChoice(
-        *(kv_bytes, given_cache, options.table_cache_bytes, options.table_tier),
+        kv_bytes=kv_bytes,
+        requested_cache=given_cache,
+        default_cache=options.table_cache_bytes,
+        tier=options.table_tier,
         is_kv_requested=engine is not None and engine.kv_cache_gib is not None,
     )
     shares = choice.shares(sizes.tables, sizes.weights)

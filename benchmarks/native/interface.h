@@ -3,6 +3,7 @@
 
 #include "read_limits.h"
 #include "read_rate.h"
+#include "memory_ops/native/team_interface.h"
 
 extern "C" {
 

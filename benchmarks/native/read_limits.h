@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #include "memory_ops/native/simd.h"
 #include "memory_ops/native/threads.h"
@@ -19,7 +20,7 @@ inline words read_bytes(const uint8_t* from, int64_t bytes, words seen) {
 }
 
 inline uint32_t folded(words seen) {
-  uint32_t result = 0;
+  std::atomic<uint32_t> result{0};
   for (int lane = 0; lane < LANES; lane++) result ^= seen[lane];
   return result;
 }
@@ -29,7 +30,7 @@ inline uint32_t folded(words seen) {
 template <int LOCALITY>
 inline uint32_t read_rows(const uint8_t* data, int64_t row_bytes, const int64_t* ids, int64_t count,
                           int64_t ahead) {
-  uint32_t result = 0;
+  std::atomic<uint32_t> result{0};
   in_parallel(count, [&](int64_t thread, int64_t threads) {
     const Span mine = piece(count, thread, threads);
     words seen{};
@@ -42,7 +43,6 @@ inline uint32_t read_rows(const uint8_t* data, int64_t row_bytes, const int64_t*
         seen = read_bytes(row + at, std::min<int64_t>(LINE, row_bytes - at), seen);
       }
     }
-#pragma omp atomic
     result ^= folded(seen);
   });
   return result;
@@ -50,12 +50,11 @@ inline uint32_t read_rows(const uint8_t* data, int64_t row_bytes, const int64_t*
 
 // Reads `bytes` bytes, a multiple of 64, from first to last, each thread a part.
 inline uint32_t read_all(const uint8_t* data, int64_t bytes) {
-  uint32_t result = 0;
+  std::atomic<uint32_t> result{0};
   in_parallel(bytes / LINE, [&](int64_t thread, int64_t threads) {
     const Span mine = piece(bytes / LINE, thread, threads);
     const words seen =
         read_bytes(data + mine.first * LINE, (mine.last - mine.first) * LINE, words{});
-#pragma omp atomic
     result ^= folded(seen);
   });
   return result;

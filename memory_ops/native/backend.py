@@ -14,7 +14,8 @@ from memory_ops.checks import (
     check_scores,
     check_vectors,
 )
-from memory_ops.native.library import MEMORY_LIBRARY, use_torch_thread_count
+from memory_ops.native.library import MEMORY_LIBRARY
+from memory_ops.native.thread_team import use_torch_thread_count
 from memory_ops.row_formats import (
     NotFiniteError,
     RowFormat,

@@ -45,7 +45,9 @@ class DiskRows final : RowReadsOwner {
 
   // Finds slots for the rows of as many tokens as fit, and starts reads of missing rows. Returns
   // the number of these tokens; their slots stay pinned until `release`. If a row id is outside
-  // the table, pins nothing and returns -1 - index. `is_new` marks the first part of a lookup.
+  // the table, pins nothing and returns -1 - index. If all slots are pinned by prefetches for longer
+  // than PATIENCE, returns NOT_STARTED; the caller then calls again. `is_new` marks the first part of
+  // a lookup.
   int64_t start(const int64_t* rows, int64_t tokens, int64_t token_rows, bool is_new, int64_t layer,
                 int64_t* slots) {
     RowReads::Lock lock = reads_.lock();
@@ -58,14 +60,16 @@ class DiskRows final : RowReadsOwner {
       counted().lookups++;
       counted().requested += tokens * token_rows;
     }
+    patient_until_ = now_ns() + PATIENCE_NS;
     for (int64_t token = 0; token < tokens; token++) {
       const int64_t first = token * token_rows;
       for (int64_t i = first; i < first + token_rows; i++) {
         slots[i] = wanted_slot(rows[i], lock);
         if (slots[i] == NO_SLOT) {
+          const bool may_end = num_unclaimed_ > 0;
           for (int64_t j = first; j < i; j++) unclaim((int32_t)slots[j]);
           reads_.begin();
-          return token;
+          return token || !may_end ? token : NOT_STARTED;
         }
       }
     }
@@ -154,14 +158,15 @@ class DiskRows final : RowReadsOwner {
     return time.tv_sec * 1'000'000'000 + time.tv_nsec;
   }
 
-  // A pinned slot that has the row or will receive it; NO_SLOT if all slots are pinned.
+  // A pinned slot that has the row or will receive it; NO_SLOT if all slots stay pinned.
   int32_t wanted_slot(int64_t row, RowReads::Lock& lock) {
     int32_t slot = slots_.find(row);
     if (slot == NO_SLOT) {
       slots_.use(row);
       slot = slots_.take(row);
       // a prefetch in flight pins its slot, so wait until one completes
-      while (slot == NO_SLOT && num_unclaimed_ && wait(lock)) slot = slots_.take(row);
+      while (slot == NO_SLOT && num_unclaimed_ && now_ns() < patient_until_ && wait(lock))
+        slot = slots_.take(row);
       if (slot == NO_SLOT) return slot;
       claim(slot);
       stamps_[slot] = stamp_;
@@ -255,6 +260,7 @@ class DiskRows final : RowReadsOwner {
   int last_error_ = 0;              // of failed_rows_
   int64_t stamp_ = 0;               // number of the current lookup
   int64_t num_unclaimed_ = 0;       // reads in flight of rows that no lookup has pinned
+  int64_t patient_until_ = 0;       // how long `start` waits for a slot
   int64_t layer_ = 0;               // of the current lookup
   std::vector<DiskCounts> counts_;  // by layer
   RowReads reads_;                  // last, because its destructor may call read_ended

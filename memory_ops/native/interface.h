@@ -7,6 +7,7 @@
 #include "quantize_rows.h"
 #include "row_dots.h"
 #include "sparse_adam.h"
+#include "team_interface.h"
 
 using memplus::Table;
 

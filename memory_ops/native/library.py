@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
+from memory_ops.native.thread_team import TEAM
 
 BUILDS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
 Prototypes = Mapping[str, tuple[type | None, tuple[type, ...]]]
@@ -67,7 +67,7 @@ class NativeLibrary:
         if self.runnable_builds:
             return self.runnable_builds[0]
         logger.warning(
-            "memplus was installed without its native library: %s (install g++ 12 with OpenMP and"
+            "memplus was installed without its native library: %s (install g++ 12 and"
             " reinstall memplus)",
             self.consequence,
         )
@@ -79,16 +79,11 @@ class NativeLibrary:
         for name, (result, arguments) in self.prototypes.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
+        TEAM.join(library)
         return library
 
     def _file(self, build: str) -> Path:
         return self.folder / f"{build}{_SUFFIX}"
-
-
-def use_torch_thread_count() -> None:
-    """Make the next kernels called from this Python thread use as many threads as torch."""
-    # a side effect of this call sets OpenMP's thread count, which is per Python thread
-    torch.get_num_threads()
 
 
 MEMORY_LIBRARY = NativeLibrary(

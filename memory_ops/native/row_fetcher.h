@@ -6,6 +6,7 @@
 namespace memplus {
 
 constexpr int64_t ALL_THERE = -1, STILL_READING = -2;
+constexpr int64_t NOT_STARTED = INT64_MIN;
 constexpr int64_t NO_ROOM = -1, OUTSIDE = -2;  // returned instead of an errno
 
 // Functions that fetch rows for the lookups of one layer; see DiskRows.
@@ -44,7 +45,8 @@ class Fetch {
     const int64_t found = fetcher_.start(fetcher_.own, rows_ + at, tokens_ - first_, token_rows_,
                                          is_new_, fetcher_.layer, slots_ + at);
     is_new_ = is_read_ = false;
-    outside_ = found < 0 ? at - 1 - found : -1;
+    is_started_ = found != NOT_STARTED;
+    outside_ = is_started_ && found < 0 ? at - 1 - found : -1;
     if (found > 0) last_ += found;
   }
   // Waits for the started part. False if one of its rows could not be read.
@@ -58,7 +60,7 @@ class Fetch {
   // Waits for the next part and returns its end (the token after its last one) or FAILED. On
   // STILL_READING the caller reports progress and calls again. Starts the part if necessary.
   int64_t next(ReadFailure& failure) {
-    if (is_read_ || first_ == last_) start();
+    if (is_started_ && (is_read_ || first_ == last_)) start();
     return wait(failure);
   }
   // The end of the started part: the token after its last one.
@@ -70,6 +72,8 @@ class Fetch {
 
  private:
   int64_t wait(ReadFailure& failure) {
+    if (!is_started_) start();
+    if (!is_started_) return STILL_READING;
     const int64_t at = first_ * token_rows_, count = (last_ - first_) * token_rows_;
     if (outside_ >= 0) {
       failure.row = rows_[outside_], failure.error = OUTSIDE;
@@ -100,8 +104,9 @@ class Fetch {
   int64_t* const slots_;
   int64_t first_ = 0, last_ = 0;  // tokens of the part
   int64_t outside_ = -1;
-  bool is_new_ = true;    // not started yet
-  bool is_read_ = false;  // the part's rows are in their slots
+  bool is_new_ = true;      // no part was started yet
+  bool is_started_ = true;  // whether the last `start` found its slots
+  bool is_read_ = false;    // the part's rows are in their slots
 };
 
 }  // namespace memplus

@@ -53,7 +53,7 @@ def test_policies_take_turns_beside_each_number_of_busy_loops(runs, tmp_path, ca
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(results)
     # the median of rounds 1 and 4, and of steps after the first two
     assert results[0] == {
-        **{"work": "decode 8", "neighbours": 0, "policy": "chosen"},
+        **{"work": "decode 8", "neighbours": 0, "policy": "default"},
         "tokens_per_s": (1 + 1 + len(POLICIES)) / 2,
     }
     assert {one["tokens_per_s"] for one in results if one["work"] == "training"} == {60}

@@ -113,12 +113,12 @@ class TierChoice:
                 f" available ({memory.bound}), less {_size(weight_bytes)} for weights and"
                 f" {_size(row_bytes)} for table rows leaves {_size(max(left, 0))}; reduce it"
             )
+        for_steps = "" if self.is_kv_requested else f" and {_size(_STEP_BYTES)} for a step"
         logger.log(
             logging.INFO if kv_bytes == self.kv_bytes else logging.WARNING,
-            "KV pool takes %s: %s is available (%s), less %s for weights, %s for table rows and"
-            " %s for a step",
+            "KV pool takes %s: %s is available (%s), less %s for weights, %s for table rows%s",
             *(_size(kv_bytes), _size(memory.num_bytes), memory.bound),
-            *(_size(weight_bytes), _size(row_bytes), _size(_STEP_BYTES)),
+            *(_size(weight_bytes), _size(row_bytes), for_steps),
         )
         return kv_bytes
 

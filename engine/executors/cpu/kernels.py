@@ -15,8 +15,9 @@ from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
 from engine.model.layout import PagedKv, TokenLayout
 from engine.sampling.choice import CHOICE, Choices
 from engine.sampling.log_probabilities import Scores
-from memory_ops.native.library import NativeLibrary, use_torch_thread_count
+from memory_ops.native.library import NativeLibrary
 from memory_ops.native.row_fetcher import ReadFailure
+from memory_ops.native.thread_team import use_torch_thread_count
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 # PROGRESS_COUNTERS of progress.h, and LINE of memory_ops' simd.h

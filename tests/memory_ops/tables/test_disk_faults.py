@@ -167,6 +167,17 @@ def test_watchers_are_called_while_a_submit_is_retried(file):
     assert bytes_read_at_calls[0] == 0 and bytes_read_at_calls[-1] > 0
 
 
+def test_watchers_are_called_while_a_lookup_waits_for_slots(file, values):
+    # prefetches that cannot be read yet have all slots
+    fault = ReadFault(submits=20, submit_error=errno.ENOMEM)
+    table, misses_at_calls = table_of(file, slots=16, fault=fault), []
+    table.watch(lambda: misses_at_calls.append(table.statistics()[0].misses))
+    table.hint(torch.arange(100, 150).view(1, 1, 50))
+    assert table.statistics()[0].prefetched >= 12
+    torch.testing.assert_close(sums(table, 0, 16), values[:16].sum(0))
+    assert misses_at_calls[0] < 16 == misses_at_calls[-1]
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_a_table_with_no_readable_row_is_lost(file, reader):
     table = table_of(file, fault=ReadFault(1, -errno.EIO), **reader)

@@ -118,9 +118,9 @@ def memory(monkeypatch):
     found = {"bytes": 0}
 
     class FakeTierChoice(TierChoice):
-        def __init__(self, *arguments, **keywords):
+        def __init__(self, **choice):
             available = partial(AvailableMemory, found["bytes"], "a test")
-            super().__init__(*arguments, available, **keywords)
+            super().__init__(**choice, available=available)
 
     monkeypatch.setattr(engine_entry, "TierChoice", FakeTierChoice)
     monkeypatch.setattr("weights.checkpoints.table_tier._MIN_CACHE_BYTES", 3000)

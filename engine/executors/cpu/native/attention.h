@@ -84,7 +84,7 @@ template <class Values>
 inline void attend_share(const Attention& call, TileQueue& tiles, int64_t thread,
                          int64_t threads) {
   write_keys<Values>(call, piece(call.num_tokens(), thread, threads));
-#pragma omp barrier
+  barrier(threads);
   TileWorker<Values>(call).run([&] { return tiles.take(); });
 }
 

@@ -30,7 +30,7 @@ class DecoderLayers {
   // `kv_bytes`. `residual` [T, D] is changed in place. `chosen` has space for all memory layers.
   DecoderLayers(const Attention& call, int64_t kv_bytes, uint8_t* residual, ChosenRows chosen)
       : call_(call), kv_bytes_(kv_bytes), residual_(residual), chosen_(chosen),
-        rows_(call.num_tokens()), work_(omp_get_max_threads()) {}
+        rows_(call.num_tokens()), work_(num_threads()) {}
 
   // residual += out(attention(qkv(residual)));  residual += down(gate_up(residual)), or the memory
   //
@@ -38,7 +38,7 @@ class DecoderLayers {
   ReadFailure run(const DecoderLayer* layers, int64_t count) {
     make_room(layers, count);
     TileQueue tiles(call_);
-    in_parallel(INT64_MAX, [&](int64_t thread, int64_t threads) {
+    in_parallel(work_.size(), [&](int64_t thread, int64_t threads) {
       ChosenRows chosen = chosen_;
       for (int64_t i = 0, memory = 0; i < count; i++) {
         attend(layers[i], i, tiles, thread, threads);
@@ -72,7 +72,7 @@ class DecoderLayers {
   // A barrier follows each call, so that calls can share `prepared`.
   void multiply(const LinearCall& call, int64_t thread, int64_t threads) {
     run_share<Values>(call, room_.prepared, work_, thread, threads);
-#pragma omp barrier
+    barrier(threads);
   }
 
   void attend(const DecoderLayer& layer, int64_t index, TileQueue& tiles, int64_t thread,
@@ -81,7 +81,7 @@ class DecoderLayers {
     Attention call = call_;
     call.qkv = room_.qkv, call.out = room_.attended, call.kv += index * kv_bytes_;
     attend_share<Values>(call, tiles, thread, threads);
-#pragma omp barrier
+    barrier(threads);
     if (thread == 0) tiles.start_over();
     multiply(into_residual(*layer.out, room_.attended), thread, threads);
   }
@@ -99,7 +99,7 @@ class DecoderLayers {
       const Span tokens = {first, std::min(first + CHOOSING_TOKENS, rows_)};
       multiply(scores_of(memory, tokens), thread, threads);
       choose_share(memory, room_.memory.scores, tokens, chosen, thread, threads);
-#pragma omp barrier
+      barrier(threads);
     }
     if (memory.fetcher) {
       if (!gather_fetched(memory, index, chosen, thread, threads)) return false;
@@ -107,7 +107,7 @@ class DecoderLayers {
       multiply_gate(memory, thread, threads);
       gather_share<Values>(memory, chosen, room_.memory, {0, rows_}, call_.progress, thread,
                            threads);
-#pragma omp barrier
+      barrier(threads);
     }
     multiply(into_residual(*memory.values, room_.memory.gated), thread, threads);
     return true;
@@ -131,13 +131,13 @@ class DecoderLayers {
         if (!fetch->finish(failure_)) failure_.memory = index;
         fetched_ = fetch->last();
       }
-#pragma omp barrier
+      barrier(threads);
       if (failure_.memory >= 0) return false;
       const Span tokens = {first, fetched_};
       gather_share<Values>(memory, {room_.memory.slots, chosen.weights}, room_.memory, tokens,
                            call_.progress, thread, threads);
       first = tokens.last;
-#pragma omp barrier
+      barrier(threads);
       if (thread == 0 && first < rows_) fetch->start();
     }
     return true;

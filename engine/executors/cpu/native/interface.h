@@ -8,6 +8,7 @@
 #include "log_probabilities.h"
 #include "sampling.h"
 #include "silu_gate.h"
+#include "memory_ops/native/team_interface.h"
 
 // Writes this step's keys and values, then `out` [T, H, E]; the fields are those of
 // memplus::Attention. Blocks and lengths come from the engine and are not checked.

@@ -143,7 +143,7 @@ inline void run_share(const LinearCall& call, uint8_t* prepared, SharedWork& wor
     const Span own = piece(call.num_rows, thread, threads);
     for (int64_t row = own.first; row < own.last; row++) prepare<Values>(call, row, prepared);
     rows.x = prepared, rows.stride = linear.blocks * linear.steps() * 4;
-#pragma omp barrier
+    barrier(threads);
   }
   const int64_t panels = linear.blocks * linear.block_panels();
   const int64_t chunks = (call.num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
@@ -171,8 +171,9 @@ inline void run_share(const LinearCall& call, uint8_t* prepared, SharedWork& wor
 template <class Values>
 inline void run_linear(const LinearCall& call) {
   uint8_t* prepared = kept_bytes<struct Prepared>(prepared_bytes<Values>(call));
-  SharedWork work(omp_get_max_threads());
-  in_parallel(call.linear.blocks * call.linear.block_panels(), [&](int64_t thread, int64_t threads) {
+  SharedWork work(num_threads());
+  const int64_t panels = call.linear.blocks * call.linear.block_panels();
+  in_parallel(std::min(panels, work.size()), [&](int64_t thread, int64_t threads) {
     run_share<Values>(call, prepared, work, thread, threads);
   });
 }

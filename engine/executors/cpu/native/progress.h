@@ -1,11 +1,10 @@
 // Counters by which another thread sees that a running call makes progress.
 #pragma once
 
-#include <omp.h>
-
 #include <cstdint>
 
 #include "memory_ops/native/simd.h"
+#include "memory_ops/native/threads.h"
 
 namespace memplus {
 
@@ -19,7 +18,7 @@ struct Progress {
   // Records a piece of work of the calling thread, of at least microseconds. A lost update between
   // two threads is harmless: the counter has changed.
   void mark() const {
-    int64_t* own = counters + omp_get_thread_num() % PROGRESS_COUNTERS * (LINE / sizeof(int64_t));
+    int64_t* own = counters + this_thread() % PROGRESS_COUNTERS * (LINE / sizeof(int64_t));
     __atomic_store_n(own, __atomic_load_n(own, __ATOMIC_RELAXED) + 1, __ATOMIC_RELAXED);
   }
 };

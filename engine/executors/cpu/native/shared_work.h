@@ -15,6 +15,9 @@ class SharedWork {
  public:
   explicit SharedWork(int64_t threads) : ranges_(kept_ranges(threads)) {}
 
+  // The most threads that may share the work.
+  int64_t size() const { return (int64_t)ranges_.size(); }
+
   // Sets a thread's part of `count` units, fewer than 2^32, once its last part is empty.
   void give(int64_t count, int64_t thread, int64_t threads) {
     const Span own = piece(count, thread, threads);

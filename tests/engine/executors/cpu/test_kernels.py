@@ -20,7 +20,8 @@ from engine.model.attention import attend as attend_by_torch
 from engine.model.attention import write_kv
 from engine.model.layout import PagedKv, TokenLayout
 from engine.model.rotary import rotate
-from memory_ops.native.library import BUILDS, NativeLibrary, use_torch_thread_count
+from memory_ops.native.library import BUILDS, NativeLibrary
+from memory_ops.native.thread_team import use_torch_thread_count
 from tests.conftest import TOLERANCE
 from tests.models import random_model, tiny_config
 

@@ -1,0 +1,223 @@
+// A team of threads that runs the kernels' parallel loops, and how they wait for each other.
+//
+// Waiting threads poll, since waking a sleeping thread takes as long as a small kernel. But if other
+// processes want the cores, the scheduler charges the team for the time of its polls, and preempts
+// it while it computes: beside one busy loop half of the speed is lost. OpenMP's number of polls is
+// fixed, and suits one case or the other. This team polls until it finds itself preempted often;
+// then its waiting threads sleep for some time, before it tries again.
+#pragma once
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <strings.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+namespace memplus {
+
+constexpr int CACHE_LINE = 64;
+constexpr int FEW_POLLS = 40;          // less than a microsecond: made even in a rest
+constexpr int POLLS_PER_READING = 64;  // of the clock
+constexpr int64_t LONGEST_POLLING_NS = 2'000'000;  // covers the Python code between two kernels
+// Processes that compute preempt a team's threads more than 100 times a second, and those of a quiet
+// machine fewer than 50 times.
+constexpr int64_t WINDOW_NS = 100'000'000, MANY_PREEMPTIONS = 10;
+// Rests without polling. One that begins within RESTS_APART times the last one's length is longer.
+constexpr int64_t FIRST_REST_NS = 100'000'000, LONGEST_REST_NS = 2'000'000'000, RESTS_APART = 5;
+
+inline int64_t monotonic_ns() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * 1'000'000'000 + time.tv_nsec;
+}
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Decides how long the threads of a team poll. Never for long if OMP_WAIT_POLICY is passive, as with
+// OpenMP.
+class Polling {
+ public:
+  Polling() {
+    const char* policy = std::getenv("OMP_WAIT_POLICY");
+    if (policy && !strcasecmp(policy, "passive")) rests_until_ = INT64_MAX;
+  }
+
+  // Polls until `is_over()`; false if the thread should sleep instead.
+  template <class Condition>
+  bool poll(Condition is_over) {
+    for (int i = 0; i < FEW_POLLS; i++) {
+      if (is_over()) return true;
+      pause_cpu();
+    }
+    const int64_t begun = monotonic_ns();
+    if (was_preempted()) count_preemption(begun);
+    if (begun < rests_until_.load(std::memory_order_relaxed)) return false;
+    do {
+      for (int i = 0; i < POLLS_PER_READING; i++) {
+        if (is_over()) return true;
+        pause_cpu();
+      }
+    } while (monotonic_ns() < begun + LONGEST_POLLING_NS);
+    return false;
+  }
+
+ private:
+  // Whether another thread took this thread's core since the last call.
+  static bool was_preempted() {
+    static thread_local int64_t seen = INT64_MAX;
+    rusage usage;
+    getrusage(RUSAGE_THREAD, &usage);
+    const bool is_preempted = usage.ru_nivcsw > seen;
+    seen = usage.ru_nivcsw;
+    return is_preempted;
+  }
+
+  // Begins a rest if there were many preemptions.
+  void count_preemption(int64_t now) {
+    if (now - window_begun_.load(std::memory_order_relaxed) > WINDOW_NS) {
+      window_begun_.store(now, std::memory_order_relaxed);
+      preemptions_.store(0, std::memory_order_relaxed);
+    }
+    if (preemptions_.fetch_add(1, std::memory_order_relaxed) + 1 < MANY_PREEMPTIONS) return;
+    preemptions_.store(0, std::memory_order_relaxed);
+    const int64_t rested_until = rests_until_.load(std::memory_order_relaxed);
+    if (now < rested_until) return;
+    const int64_t last = rest_ns_.load(std::memory_order_relaxed);
+    const bool is_again = now - rested_until < RESTS_APART * last;
+    const int64_t next = is_again ? std::min(2 * last, LONGEST_REST_NS) : FIRST_REST_NS;
+    rest_ns_.store(next, std::memory_order_relaxed);
+    rests_until_.store(now + next, std::memory_order_relaxed);
+  }
+
+  std::atomic<int64_t> window_begun_{0}, preemptions_{0};
+  std::atomic<int64_t> rests_until_{0}, rest_ns_{0};
+};
+
+// A number that one thread changes and others wait for.
+class Signal {
+ public:
+  uint32_t value() const { return value_.load(std::memory_order_acquire); }
+
+  void set(uint32_t value) {
+    value_.store(value);
+    if (sleepers_.load()) call(FUTEX_WAKE_PRIVATE, INT_MAX);
+  }
+  // Returns the number once it is no longer `old`.
+  uint32_t wait_while(uint32_t old, Polling& polling) {
+    if (polling.poll([&] { return value() != old; })) return value();
+    sleepers_++;
+    while (value_.load() == old) call(FUTEX_WAIT_PRIVATE, old);
+    sleepers_--;
+    return value();
+  }
+
+ private:
+  void call(int operation, uint32_t argument) {
+    syscall(SYS_futex, &value_, operation, argument, nullptr, nullptr, 0);
+  }
+
+  alignas(CACHE_LINE) std::atomic<uint32_t> value_{0};
+  alignas(CACHE_LINE) std::atomic<int> sleepers_{0};
+};
+
+// Runs one parallel loop at a time; a thread that calls `run` meanwhile waits.
+class Team {
+ public:
+  using Body = void (*)(void* context, int64_t thread, int64_t threads);
+  static constexpr int64_t MOST_THREADS = 1 << 12;
+
+  int64_t num_threads() const { return num_threads_.load(std::memory_order_relaxed); }
+  void set_num_threads(int64_t count) {
+    num_threads_.store(std::min(std::max<int64_t>(1, count), MOST_THREADS - 1));
+  }
+
+  // Calls the body on so many threads, one of them the caller's; on fewer if no more can be made.
+  void run(int64_t threads, Body body, void* context) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    threads_ = made(threads);
+    body_ = body, context_ = context;
+    unfinished_.store(threads_ - 1, std::memory_order_relaxed);
+    const uint32_t before = finished_.value();
+    start_.set((start_.value() / MOST_THREADS + 1) * MOST_THREADS + (uint32_t)threads_);
+    body(context, 0, threads_);
+    if (threads_ > 1) finished_.wait_while(before, polling_);
+  }
+
+  // Waits until all threads of the running loop have called it.
+  void barrier() {
+    const uint32_t phase = phase_.value();
+    if (arrived_.fetch_add(1) + 1 == threads_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.set(phase + 1);
+    } else {
+      phase_.wait_while(phase, polling_);
+    }
+  }
+
+ private:
+  int64_t made(int64_t threads) {
+    try {
+      for (; num_workers_ < threads - 1; num_workers_++) {
+        const int64_t thread = num_workers_ + 1;
+        const uint32_t seen = start_.value();
+        // never joined: a process may end while they wait
+        std::thread([this, thread, seen] { work(thread, seen); }).detach();
+      }
+    } catch (const std::system_error&) {
+    }
+    return std::min(threads, num_workers_ + 1);
+  }
+
+  void work(int64_t thread, uint32_t seen) {
+    for (;;) {
+      seen = start_.wait_while(seen, polling_);
+      if (thread >= seen % MOST_THREADS) continue;  // this loop has fewer threads
+      body_(context_, thread, threads_);
+      if (unfinished_.fetch_sub(1) == 1) finished_.set(finished_.value() + 1);
+    }
+  }
+
+  Polling polling_;
+  Signal start_;     // the number of the loop, times MOST_THREADS, plus its threads
+  Signal finished_;  // loops whose last worker is done
+  Signal phase_;     // barriers passed
+  alignas(CACHE_LINE) std::atomic<int64_t> unfinished_{0};
+  alignas(CACHE_LINE) std::atomic<int64_t> arrived_{0};
+  std::atomic<int64_t> num_threads_{1};
+  std::mutex mutex_;
+  int64_t num_workers_ = 0;
+  // of the running loop
+  int64_t threads_ = 1;
+  Body body_ = nullptr;
+  void* context_ = nullptr;
+};
+
+// The team of this library, or the one that `join_team` gave it.
+inline Team*& team() {
+  static Team own;
+  static Team* current = &own;
+  static const int at_fork = pthread_atfork(nullptr, nullptr, [] { new (&own) Team; });
+  (void)at_fork;
+  return current;
+}
+
+}  // namespace memplus

@@ -45,9 +45,9 @@ class DiskRows final : RowReadsOwner {
 
   // Finds slots for the rows of as many tokens as fit, and starts reads of missing rows. Returns
   // the number of these tokens; their slots stay pinned until `release`. If a row id is outside
-  // the table, pins nothing and returns -1 - index. If all slots are pinned by prefetches for longer
-  // than PATIENCE, returns NOT_STARTED; the caller then calls again. `is_new` marks the first part of
-  // a lookup.
+  // the table, pins nothing and returns -1 - index. If prefetches pin all slots for longer than
+  // PATIENCE, returns NOT_STARTED; the caller then calls again. `is_new` marks the first part of a
+  // lookup.
   int64_t start(const int64_t* rows, int64_t tokens, int64_t token_rows, bool is_new, int64_t layer,
                 int64_t* slots) {
     RowReads::Lock lock = reads_.lock();

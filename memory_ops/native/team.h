@@ -1,10 +1,10 @@
 // A team of threads that runs the kernels' parallel loops, and how they wait for each other.
 //
-// Waiting threads poll, since waking a sleeping thread takes as long as a small kernel. But if other
-// processes want the cores, the scheduler charges the team for the time of its polls, and preempts
-// it while it computes: beside one busy loop half of the speed is lost. OpenMP's number of polls is
-// fixed, and suits one case or the other. This team polls until it finds itself preempted often;
-// then its waiting threads sleep for some time, before it tries again.
+// Waiting threads poll, since waking a sleeping thread takes as long as a small kernel. But if
+// other processes want the cores, the scheduler charges the team for the time of its polls, and
+// preempts it while it computes: beside one busy loop half of the speed is lost. OpenMP's number of
+// polls is fixed, and suits one case or the other. This team polls until it finds itself preempted
+// often; then its waiting threads sleep for some time, before it tries again.
 #pragma once
 
 #include <errno.h>
@@ -32,7 +32,7 @@ constexpr int CACHE_LINE = 64;
 constexpr int FEW_POLLS = 40;          // less than a microsecond: made even in a rest
 constexpr int POLLS_PER_READING = 64;  // of the clock
 constexpr int64_t LONGEST_POLLING_NS = 2'000'000;  // covers the Python code between two kernels
-// Processes that compute preempt a team's threads more than 100 times a second, and those of a quiet
+// Processes that compute preempt a team's threads more than 100 times a second, those of a quiet
 // machine fewer than 50 times.
 constexpr int64_t WINDOW_NS = 100'000'000, MANY_PREEMPTIONS = 10;
 // Rests without polling. One that begins within RESTS_APART times the last one's length is longer.
@@ -52,8 +52,8 @@ inline void pause_cpu() {
 #endif
 }
 
-// Decides how long the threads of a team poll. Never for long if OMP_WAIT_POLICY is passive, as with
-// OpenMP.
+// Decides how long the threads of a team poll. If OMP_WAIT_POLICY is passive, they never poll for
+// long, as OpenMP's threads.
 class Polling {
  public:
   Polling() {

@@ -10,6 +10,7 @@
 
 #include "attention_call.h"
 #include "kept.h"
+#include "key_parts.h"
 #include "key_tiles.h"
 #include "matrix_tiles.h"
 #include "memory_ops/native/simd.h"
@@ -20,15 +21,7 @@
 
 namespace memplus {
 
-constexpr int64_t PART = 128;  // keys
-#if defined(__AMX_BF16__)
-constexpr int FETCH_LOCALITY = 2;  // Intel's L1 cache tracks fewer pending lines than its L2
-#else
-constexpr int FETCH_LOCALITY = 3;
-#endif
 constexpr int64_t PART_VECTORS = PART / LANES;
-
-inline int64_t rounded_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
 // The state of one thread; its buffers are reused between calls.
 template <class Values>
@@ -90,18 +83,9 @@ class TileWorker {
   static constexpr int64_t bytes = Values::bytes;
   static constexpr int64_t STEP_KEYS = 4 / bytes;  // keys whose values one step of a product adds
   // whole vectors of keys, and whole tiles of steps
-  static constexpr int64_t SHOWN = std::max<int64_t>(LANES, STEP_KEYS * TILE_STEPS);
+  using Part = KeyPart<std::max<int64_t>(LANES, STEP_KEYS * TILE_STEPS)>;
 
-  // Some keys of a tile, from number `first` on; behind them, `keys` and `values` are padded
-  // with zeros.
-  struct Part {
-    const QueryTile* tile;
-    int64_t first, count;
-    int64_t rows, before, seen;  // rows; keys before the first query, and up to the last
-    const uint8_t *keys[PART + SHOWN], *values[PART + SHOWN];
-
-    int64_t shown() const { return rounded_up(count, SHOWN); }
-  };
+  int64_t head_bytes() const { return call_.head_dim * bytes; }
 
   int64_t head(const QueryTile& tile, int64_t row) const {
     return tile.kv_head * call_.group_heads() + row % call_.group_heads();
@@ -180,22 +164,8 @@ class TileWorker {
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) to[i * PART_VECTORS] = (floats)keys[i];
       }
-      fetch_rows(next.keys, at * ahead, std::min((at + LANES) * ahead, next.count));
+      fetch_rows(next.keys, next.count, at * ahead, (at + LANES) * ahead, head_bytes());
     }
-  }
-
-  // The number of the next part's keys to prefetch with each key of this part.
-  static int64_t fetched_a_key(const Part& part, const Part& next) {
-    return (next.count + part.count - 1) / part.count;
-  }
-
-  // Prefetches whole rows of a block.
-  void fetch_rows(const uint8_t* const* rows, int64_t first, int64_t last) const {
-    for (int64_t i = first; i < last; i++)
-      for (int64_t line = 0; line < call_.head_dim * bytes; line += 2 * LINE) {
-        __builtin_prefetch(rows[i] + line, 0, FETCH_LOCALITY);
-        __builtin_prefetch(rows[i] + line + LINE, 0, FETCH_LOCALITY);
-      }
   }
 
   static words read_words(const uint8_t* at, int64_t left) {
@@ -213,7 +183,7 @@ class TileWorker {
       score_keys(part.keys[at], key_vectors_, turned_, sums);
       for (int64_t row = 0; row < part.rows; row++)
         scores_[row * PART_VECTORS + at / LANES] = (floats)sums[row];
-      fetch_rows(next.keys, at * ahead, std::min((at + TILE_KEYS) * ahead, next.count));
+      fetch_rows(next.keys, next.count, at * ahead, (at + TILE_KEYS) * ahead, head_bytes());
     }
 #endif
   }
@@ -274,14 +244,14 @@ class TileWorker {
           for (int64_t v = 0; v < out_vectors_; v += 2)
             Values::pair(part.values[at] + v * LANES * bytes,
                          part.values[at + 1] + v * LANES * bytes, to + v);
-          fetch_rows(next.values, at * ahead, std::min((at + STEP_KEYS) * ahead, next.count));
+          fetch_rows(next.values, next.count, at * ahead, (at + STEP_KEYS) * ahead, head_bytes());
           continue;
         }
       }
       by_vectors(call_.head_dim, [&](int64_t v, int64_t e, int64_t lanes) {
         to[v] = (floats)Values::together(part.values + at, e, lanes);
       });
-      fetch_rows(next.values, at * ahead, std::min((at + STEP_KEYS) * ahead, next.count));
+      fetch_rows(next.values, next.count, at * ahead, (at + STEP_KEYS) * ahead, head_bytes());
     }
   }
 

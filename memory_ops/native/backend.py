@@ -15,7 +15,7 @@ from memory_ops.checks import (
     check_vectors,
 )
 from memory_ops.native.library import MEMORY_LIBRARY
-from memory_ops.native.thread_team import use_torch_thread_count
+from memory_ops.native.thread_team import TEAM
 from memory_ops.row_formats import (
     NotFiniteError,
     RowFormat,
@@ -51,7 +51,7 @@ class NativeBackend:
         half_scores_TH2N = half_scores_TH2N.contiguous()
         rows_THK = _empty(num_tokens, num_heads, top_k, dtype=torch.int64)
         weights_THK = _empty(num_tokens, num_heads, top_k)
-        use_torch_thread_count()
+        TEAM.use_torch_thread_count()
         self._library.memplus_product_topk(
             half_scores_TH2N.data_ptr(),
             num_tokens * num_heads,
@@ -70,7 +70,7 @@ class NativeBackend:
         num_tokens, num_heads, top_k = rows_THK.shape
         arguments = table_arguments(table)
         out_TV = _empty(num_tokens, arguments[3])
-        use_torch_thread_count()
+        TEAM.use_torch_thread_count()
         wrong = self._library.memplus_gather_rows(
             *arguments,
             rows_THK.data_ptr(),
@@ -89,7 +89,7 @@ class NativeBackend:
         num_tokens, num_heads, top_k = rows_THK.shape
         arguments = table_arguments(table)
         dots_THK = _empty(num_tokens, num_heads, top_k)
-        use_torch_thread_count()
+        TEAM.use_torch_thread_count()
         wrong = self._library.memplus_row_dots(
             *arguments,
             rows_THK.data_ptr(),
@@ -110,7 +110,7 @@ class NativeBackend:
         groups = self.group_rows(rows_THK, weights_THK)
         # a row's gradient is a weighted sum over tokens, so the gather kernel computes it
         sums_UV = uninitialized((len(groups.rows_U), grad_TV.shape[1]), torch.float32)
-        use_torch_thread_count()
+        TEAM.use_torch_thread_count()
         self._library.memplus_gather_groups(
             *table_arguments(grad_TV),
             groups.tokens_L.data_ptr(),
@@ -126,7 +126,7 @@ class NativeBackend:
         num_rows, value_dim = values_RV.shape
         records_RB = uninitialized((num_rows, row_bytes(row_format, value_dim)), torch.uint8)
         records = RowRecords(records_RB, row_format, value_dim)
-        use_torch_thread_count()
+        TEAM.use_torch_thread_count()
         wrong = self._library.memplus_quantize_rows(
             *table_arguments(values_RV),
             records_RB.data_ptr(),
@@ -167,7 +167,7 @@ class NativeBackend:
         """See ``reference.squared_norm``."""
         check_groups(groups, grad_TV)
         grad_TV = grad_TV.contiguous()
-        use_torch_thread_count()
+        TEAM.use_torch_thread_count()
         arguments = *table_arguments(grad_TV), *_group_arguments(groups)
         return float(self._library.memplus_squared_norm(*arguments))
 
@@ -183,7 +183,7 @@ class NativeBackend:
         check_adam(table_RV, moments, groups, grad_TV)
         grad_TV = grad_TV.contiguous()
         first_RV, second = moments
-        use_torch_thread_count()
+        TEAM.use_torch_thread_count()
         self._library.memplus_sparse_adam(
             *table_arguments(grad_TV),
             *_group_arguments(groups),

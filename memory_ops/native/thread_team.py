@@ -39,4 +39,3 @@ class ThreadTeam:
 
 
 TEAM = ThreadTeam()
-use_torch_thread_count = TEAM.use_torch_thread_count

@@ -17,7 +17,7 @@ from engine.sampling.choice import CHOICE, Choices
 from engine.sampling.log_probabilities import Scores
 from memory_ops.native.library import NativeLibrary
 from memory_ops.native.row_fetcher import ReadFailure
-from memory_ops.native.thread_team import use_torch_thread_count
+from memory_ops.native.thread_team import TEAM
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 # PROGRESS_COUNTERS of progress.h, and LINE of memory_ops' simd.h
@@ -73,7 +73,7 @@ class CpuKernels:
         num_rows, row_bytes = x_TI.shape[0], x_TI.stride()[0] * x_TI.itemsize
         out_TO = torch.empty(num_rows, packed.num_outputs, dtype=packed.out_dtype)
         residual = None if residual_TO is None else residual_TO.data_ptr()
-        use_torch_thread_count()
+        TEAM.use_torch_thread_count()
         rows = x_TI.data_ptr(), row_bytes, num_rows
         self._library.memplus_linear(
             packed.address, *rows, residual, out_TO.data_ptr(), self._progress
@@ -107,7 +107,7 @@ class CpuKernels:
         failure = ReadFailure()
         for memory in memories:
             memory.source.check()
-        use_torch_thread_count()
+        TEAM.use_torch_thread_count()
         sequences = paged.block_table_SB, layout.query_starts_S1, paged.context_lengths_S
         packed = layers.address(run.start), len(run)
         inputs = _addresses(residual_TD, cosines, sines)
@@ -131,7 +131,7 @@ class CpuKernels:
         assert x_TI.dtype is torch.float32 and gate_TI.shape == x_TI.shape
         assert gate_TI.is_contiguous() and x_TI.is_contiguous()
         out_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype)
-        use_torch_thread_count()
+        TEAM.use_torch_thread_count()
         size, is_bf16 = gate_TI.numel(), gate_TI.dtype is torch.bfloat16
         self._library.memplus_silu_gate(*_addresses(gate_TI, x_TI, out_TI), size, is_bf16)
         return out_TI
@@ -173,7 +173,7 @@ def _logits(logits_LV: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The logits, which the caller must keep alive, and the arguments that describe them."""
     if logits_LV.stride(1) != 1:
         logits_LV = logits_LV.contiguous()
-    use_torch_thread_count()
+    TEAM.use_torch_thread_count()
     is_bf16 = logits_LV.dtype is torch.bfloat16
     return logits_LV, (logits_LV.data_ptr(), *logits_LV.shape, logits_LV.stride(0), is_bf16)
 

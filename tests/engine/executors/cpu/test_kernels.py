@@ -21,7 +21,7 @@ from engine.model.attention import write_kv
 from engine.model.layout import PagedKv, TokenLayout
 from engine.model.rotary import rotate
 from memory_ops.native.library import BUILDS, NativeLibrary
-from memory_ops.native.thread_team import use_torch_thread_count
+from memory_ops.native.thread_team import TEAM
 from tests.conftest import TOLERANCE
 from tests.models import random_model, tiny_config
 
@@ -76,7 +76,7 @@ def native_attention(kernels, qkv, num_heads, angles, kv_blocks, layout):
     _, _, num_kv_heads, block_size, head_dim = kv_blocks.shape
     paged, out = layout.paged, torch.empty(len(qkv), num_heads * head_dim, dtype=qkv.dtype)
     sequences = paged.block_table_SB, layout.query_starts_S1, paged.context_lengths_S
-    use_torch_thread_count()
+    TEAM.use_torch_thread_count()
     kernels._library.memplus_attention(
         *(tensor.data_ptr() for tensor in (qkv, *angles, kv_blocks, *sequences, out)),
         *(len(paged.context_lengths), paged.block_table_SB.stride(0)),

@@ -63,12 +63,7 @@ class Polling {
 
   // Polls until `is_over()`; false if the thread should sleep instead.
   template <class Condition>
-  bool poll(Condition is_over) {
-    for (int i = 0; i < FEW_POLLS; i++) {
-      if (is_over()) return true;
-      pause_cpu();
-    }
-    const int64_t begun = monotonic_ns();
+  bool poll(int64_t begun, Condition is_over) {
     if (was_preempted()) count_preemption(begun);
     if (begun < rests_until_.load(std::memory_order_relaxed)) return false;
     do {
@@ -121,12 +116,23 @@ class Signal {
     value_.store(value);
     if (sleepers_.load()) call(FUTEX_WAKE_PRIVATE, INT_MAX);
   }
-  // Returns the number once it is no longer `old`.
+  // Returns the number once it is no longer `old`. Polls only if the last wait was short: torch's
+  // threads need the cores while it runs its own operations.
   uint32_t wait_while(uint32_t old, Polling& polling) {
-    if (polling.poll([&] { return value() != old; })) return value();
-    sleepers_++;
-    while (value_.load() == old) call(FUTEX_WAIT_PRIVATE, old);
-    sleepers_--;
+    const auto is_over = [&] { return value() != old; };
+    for (int i = 0; i < FEW_POLLS; i++) {
+      if (is_over()) return value();
+      pause_cpu();
+    }
+    const int64_t begun = monotonic_ns();
+    const bool is_short = !was_long_.load(std::memory_order_relaxed);
+    if (!is_short || !polling.poll(begun, is_over)) {
+      sleepers_++;
+      while (value_.load() == old) call(FUTEX_WAIT_PRIVATE, old);
+      sleepers_--;
+      const bool is_long = monotonic_ns() - begun > LONGEST_POLLING_NS;
+      was_long_.store(is_long, std::memory_order_relaxed);
+    }
     return value();
   }
 
@@ -137,6 +143,7 @@ class Signal {
 
   alignas(CACHE_LINE) std::atomic<uint32_t> value_{0};
   alignas(CACHE_LINE) std::atomic<int> sleepers_{0};
+  std::atomic<bool> was_long_{false};
 };
 
 // Runs one parallel loop at a time; a thread that calls `run` meanwhile waits.

@@ -157,7 +157,8 @@ class Team {
     num_threads_.store(std::min(std::max<int64_t>(1, count), MOST_THREADS - 1));
   }
 
-  // Calls the body on so many threads, one of them the caller's; on fewer if no more can be made.
+  // Calls the body on `threads` threads: the caller and workers. If the system refuses a new thread,
+  // fewer threads run the body.
   void run(int64_t threads, Body body, void* context) {
     std::lock_guard<std::mutex> lock(mutex_);
     threads_ = made(threads);
@@ -222,7 +223,12 @@ class Team {
 inline Team*& team() {
   static Team own;
   static Team* current = &own;
-  static const int at_fork = pthread_atfork(nullptr, nullptr, [] { new (&own) Team; });
+  // a forked process has none of the workers
+  static const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+    const int64_t count = own.num_threads();
+    new (&own) Team;
+    own.set_num_threads(count);
+  });
   (void)at_fork;
   return current;
 }

@@ -1,8 +1,7 @@
 // Rows of a table in a file: a cache of the most-used rows, and concurrent reads of missing rows.
 #pragma once
 
-#include <time.h>
-
+#include "clock.h"
 #include "row_fetcher.h"
 #include "row_reads.h"
 #include "row_slots.h"
@@ -60,7 +59,7 @@ class DiskRows final : RowReadsOwner {
       counted().lookups++;
       counted().requested += tokens * token_rows;
     }
-    patient_until_ = now_ns() + PATIENCE_NS;
+    patient_until_ = monotonic_ns() + PATIENCE_NS;
     for (int64_t token = 0; token < tokens; token++) {
       const int64_t first = token * token_rows;
       for (int64_t i = first; i < first + token_rows; i++) {
@@ -84,12 +83,12 @@ class DiskRows final : RowReadsOwner {
     RowReads::Lock lock = reads_.lock();
     count_for(layer);
     reads_.collect();
-    const int64_t patient_until = now_ns() + PATIENCE_NS, before = reads_.num_events();
+    const int64_t patient_until = monotonic_ns() + PATIENCE_NS, before = reads_.num_events();
     for (int64_t i = 0; i < count; i++) {
       const uint8_t& state = states_[slots[i]];
       while (state == WANTED && wait(lock)) {
         const bool has_progress = reads_.num_events() > before;
-        if (state == WANTED && has_progress && now_ns() > patient_until) return STILL_READING;
+        if (state == WANTED && has_progress && monotonic_ns() > patient_until) return STILL_READING;
       }
       if (state == READY || state == PREFETCHED) continue;
       *error = state == FAILED ? errors_[slots[i]] : reads_.error();
@@ -152,12 +151,6 @@ class DiskRows final : RowReadsOwner {
   }
   DiskCounts& counted() { return counts_[layer_]; }
 
-  static int64_t now_ns() {
-    timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * 1'000'000'000 + time.tv_nsec;
-  }
-
   // A pinned slot that has the row or will receive it; NO_SLOT if all slots stay pinned.
   int32_t wanted_slot(int64_t row, RowReads::Lock& lock) {
     int32_t slot = slots_.find(row);
@@ -165,7 +158,7 @@ class DiskRows final : RowReadsOwner {
       slots_.use(row);
       slot = slots_.take(row);
       // a prefetch in flight pins its slot, so wait until one completes
-      while (slot == NO_SLOT && num_unclaimed_ && now_ns() < patient_until_ && wait(lock))
+      while (slot == NO_SLOT && num_unclaimed_ && monotonic_ns() < patient_until_ && wait(lock))
         slot = slots_.take(row);
       if (slot == NO_SLOT) return slot;
       claim(slot);
@@ -215,9 +208,9 @@ class DiskRows final : RowReadsOwner {
     reads_.add({row, slot, layer_});
   }
   bool wait(RowReads::Lock& lock) {
-    const int64_t begun = now_ns(), layer = layer_;
+    const int64_t begun = monotonic_ns(), layer = layer_;
     const bool is_ok = reads_.wait(lock);
-    counts_[layer].stall_ns += now_ns() - begun;
+    counts_[layer].stall_ns += monotonic_ns() - begun;
     return is_ok;
   }
 

@@ -7,14 +7,12 @@
 // often; then its waiting threads sleep for some time, before it tries again.
 #pragma once
 
-#include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <strings.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -26,9 +24,11 @@
 #include <system_error>
 #include <thread>
 
+#include "clock.h"
+#include "simd.h"
+
 namespace memplus {
 
-constexpr int CACHE_LINE = 64;
 constexpr int FEW_POLLS = 40;          // less than a microsecond: made even in a rest
 constexpr int POLLS_PER_READING = 64;  // of the clock
 constexpr int64_t LONGEST_POLLING_NS = 2'000'000;  // covers the Python code between two kernels
@@ -37,12 +37,6 @@ constexpr int64_t LONGEST_POLLING_NS = 2'000'000;  // covers the Python code bet
 constexpr int64_t WINDOW_NS = 100'000'000, MANY_PREEMPTIONS = 10;
 // Rests without polling. One that begins within RESTS_APART times the last one's length is longer.
 constexpr int64_t FIRST_REST_NS = 100'000'000, LONGEST_REST_NS = 2'000'000'000, RESTS_APART = 5;
-
-inline int64_t monotonic_ns() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return time.tv_sec * 1'000'000'000 + time.tv_nsec;
-}
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
@@ -141,8 +135,8 @@ class Signal {
     syscall(SYS_futex, &value_, operation, argument, nullptr, nullptr, 0);
   }
 
-  alignas(CACHE_LINE) std::atomic<uint32_t> value_{0};
-  alignas(CACHE_LINE) std::atomic<int> sleepers_{0};
+  alignas(LINE) std::atomic<uint32_t> value_{0};
+  alignas(LINE) std::atomic<int> sleepers_{0};
   std::atomic<bool> was_long_{false};
 };
 
@@ -157,8 +151,8 @@ class Team {
     num_threads_.store(std::min(std::max<int64_t>(1, count), MOST_THREADS - 1));
   }
 
-  // Calls the body on `threads` threads: the caller and workers. If the system refuses a new thread,
-  // fewer threads run the body.
+  // Calls the body on `threads` threads: the caller and workers. If the system refuses a new
+  // thread, fewer threads run the body.
   void run(int64_t threads, Body body, void* context) {
     std::lock_guard<std::mutex> lock(mutex_);
     threads_ = made(threads);
@@ -208,8 +202,8 @@ class Team {
   Signal start_;     // the number of the loop, times MOST_THREADS, plus its threads
   Signal finished_;  // loops whose last worker is done
   Signal phase_;     // barriers passed
-  alignas(CACHE_LINE) std::atomic<int64_t> unfinished_{0};
-  alignas(CACHE_LINE) std::atomic<int64_t> arrived_{0};
+  alignas(LINE) std::atomic<int64_t> unfinished_{0};
+  alignas(LINE) std::atomic<int64_t> arrived_{0};
   std::atomic<int64_t> num_threads_{1};
   std::mutex mutex_;
   int64_t num_workers_ = 0;

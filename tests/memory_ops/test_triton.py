@@ -1,6 +1,5 @@
 """The Triton backend: interpreted and compiled in subprocesses, and run on a GPU if present."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,48 +8,38 @@ import pytest
 import torch
 
 from memory_ops import reference
+from tests.kernel_tools.processes import run_folder
 from tests.memory_ops.table_kinds import KINDS, check_close, exact_values, table_of
 
 FOLDER = Path(__file__).parent
 
 
-def run_folder(name: str, tmp_path: Path, *options: str, **environment: str) -> tuple[int, str]:
-    """Run the tests of a subfolder with one thread; return (exit status, output)."""
-    pytest.importorskip("triton")
-    plain = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
-    # an empty cache: the budget of a kernel that was compiled earlier would prove nothing
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, FOLDER / name],
-        cwd=FOLDER.parent.parent,
-        env=plain | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return tests.returncode, tests.stdout[-25000:]
-
-
 def test_the_kernels_in_the_strict_interpreter(tmp_path):
-    status, output = run_folder("interpreted", tmp_path, "-m", "not slow", TRITON_INTERPRET="1")
+    status, output = run_folder(
+        FOLDER / "interpreted", tmp_path, "-m", "not slow", TRITON_INTERPRET="1"
+    )
     assert status == 0, output
 
 
 def test_the_kernels_compiled(tmp_path):
-    status, output = run_folder("compiled", tmp_path, "-m", "not slow", MEMPLUS_COMPILE_TESTS="1")
+    status, output = run_folder(
+        FOLDER / "compiled", tmp_path, "-m", "not slow", MEMPLUS_COMPILE_TESTS="1"
+    )
     assert status == 0, output
 
 
 @pytest.mark.slow
 def test_many_examples_in_the_strict_interpreter(tmp_path):
     options = ("-m", "hypothesis", "--hypothesis-profile", "many")
-    status, output = run_folder("interpreted", tmp_path, *options, TRITON_INTERPRET="1")
+    status, output = run_folder(FOLDER / "interpreted", tmp_path, *options, TRITON_INTERPRET="1")
     assert status == 0, output
 
 
 @pytest.mark.slow
 def test_the_largest_kernels_compiled(tmp_path):
-    status, output = run_folder("compiled", tmp_path, "-m", "slow", MEMPLUS_COMPILE_TESTS="1")
+    status, output = run_folder(
+        FOLDER / "compiled", tmp_path, "-m", "slow", MEMPLUS_COMPILE_TESTS="1"
+    )
     assert status == 0, output
 
 

@@ -11,8 +11,8 @@ from memory_ops.triton_kernels.launch import RowLaunch
 from memory_ops.triton_kernels.product_topk import TILES_LAUNCH, TOPK_LAUNCHES, launch_for
 from memory_ops.triton_kernels.row_dots import DOT_LAUNCHES
 from memory_ops.triton_kernels.row_gradients import GRADIENT_LAUNCHES
+from tests.kernel_tools.machine_code import TARGETS, check, compiled, per_target
 from tests.memory_ops.compiled.bad_kernels import ROWS, gather_of_run_time_width
-from tests.memory_ops.compiled.machine_code import TARGETS, Figures, compiled
 from tests.memory_ops.table_kinds import KINDS, PLAIN, table_of, vast_table
 
 # by kind and V: upper limits (registers per lane, shared bytes per program) for each of TARGETS,
@@ -60,24 +60,6 @@ SLOW_TOPK_BUDGETS = {
     (1500, 64): ((104, 16384), (64, 16384), (96, 16384), (64, 8192)),
     (2048, 32): ((64, 8192), (64, 8192), (80, 8192), (56, 4096)),
 }
-
-
-def check(figures: Figures, budget: tuple[int, int], wide_loads: int) -> None:
-    """Assert the budget, no spills, and at least ``wide_loads`` loads of 128 bits per lane."""
-    assert not figures.spills, f"spills: {figures}"
-    assert figures.wide_loads >= wide_loads, f"loads are narrow, {wide_loads} wide ones: {figures}"
-    assert not figures.narrow_loads, f"loads are narrow: {figures}"
-    assert figures.registers <= budget[0], f"registers: {figures}"
-    assert figures.shared <= budget[1], f"shared memory: {figures}"
-
-
-def per_target(budgets: dict) -> list:
-    """Each case of a budget table with each target."""
-    return [
-        pytest.param(case, target, limits, id=f"{'-'.join(map(str, case))}-{target}")
-        for case, row in budgets.items()
-        for target, limits in zip(TARGETS, row, strict=True)
-    ]
 
 
 def wide_row_loads(launch: RowLaunch, kind: str, target: str) -> int:

@@ -7,8 +7,7 @@ from memory_ops.anonymous import anonymous_zeros
 from memory_ops.triton_kernels.fetch_rows import fetch_rows
 from memory_ops.triton_kernels.place_rows import NUM_COUNTS, CacheSets, place_rows
 from memory_ops.triton_kernels.sort_rows import SortedRows, sort_rows
-from tests.memory_ops.compiled.machine_code import TARGETS, compiled
-from tests.memory_ops.compiled.test_budgets import check, per_target
+from tests.kernel_tools.machine_code import TARGETS, check, compiled, per_target
 
 # by is_hint and number of ways; limits as in test_budgets
 PLACE_BUDGETS = {

@@ -14,7 +14,7 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*"]
 @pytest.fixture(autouse=True)
 def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
     # not at the top: every test run imports this file, and triton may be absent
-    from tests.memory_ops.interpreted.strict_interpreter import make_strict
+    from tests.kernel_tools.strict_interpreter import make_strict
 
     make_strict(monkeypatch)
 
@@ -22,7 +22,7 @@ def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def vast_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the last programs only: the outputs before them are never written and use no memory."""
-    from tests.memory_ops.interpreted.strict_interpreter import run_last_programs
+    from tests.kernel_tools.strict_interpreter import run_last_programs
 
     def unwritten(shape, *, dtype, device):
         return anonymous_zeros(shape, dtype)

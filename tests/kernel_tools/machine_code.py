@@ -94,6 +94,24 @@ def compiled(target: GPUTarget, call: Callable[[], object]) -> Figures:
     return _nvidia(kernel) if target.backend == "cuda" else _amd(kernel)
 
 
+def check(figures: Figures, budget: tuple[int, int], wide_loads: int) -> None:
+    """Assert the budget, no spills, and at least ``wide_loads`` loads of 128 bits per lane."""
+    assert not figures.spills, f"spills: {figures}"
+    assert figures.wide_loads >= wide_loads, f"loads are narrow, {wide_loads} wide ones: {figures}"
+    assert not figures.narrow_loads, f"loads are narrow: {figures}"
+    assert figures.registers <= budget[0], f"registers: {figures}"
+    assert figures.shared <= budget[1], f"shared memory: {figures}"
+
+
+def per_target(budgets: dict) -> list:
+    """Each case of a budget table with each target."""
+    return [
+        pytest.param(case, target, limits, id=f"{'-'.join(map(str, case))}-{target}")
+        for case, row in budgets.items()
+        for target, limits in zip(TARGETS, row, strict=True)
+    ]
+
+
 def _nvidia(kernel) -> Figures:
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -1,0 +1,1 @@
+"""Tools that test Triton kernels without a GPU: a strict interpreter, and machine code."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.executors.batch import Batch, StepResult, sample_batch, warm_up_batch
+from engine.executors.batch import Batch, FinishedStep, sample_batch, warm_up_batch
 from engine.executors.cpu.kernels import cpu_kernels
 from engine.model.config import ModelConfig
 from engine.progress import Progress
@@ -54,6 +54,8 @@ KINDS: dict[str, dict[str, Any]] = {
 class InstantExecutor:
     """Returns precomputed random logits, so that only the engine takes time."""
 
+    steps_ahead = 0
+
     def __init__(self, max_logits: int, engine: EngineConfig, context: int) -> None:
         self.config = replace(CONFIG, max_positions=CONFIG.max_positions + context)
         itemsize = torch.bfloat16.itemsize
@@ -71,11 +73,11 @@ class InstantExecutor:
     def logits(self, batch: Batch) -> Tensor:
         return self._logits_LV[: len(batch.logits_at_L)]
 
-    def run(self, batch: Batch) -> StepResult:
-        return sample_batch(self.logits(batch), batch, self._sampler, self.progress)
+    def launch(self, batch: Batch) -> FinishedStep:
+        return FinishedStep(sample_batch(self.logits(batch), batch, self._sampler, self.progress))
 
     def warm_up(self) -> None:
-        self.run(warm_up_batch())
+        self.launch(warm_up_batch())
 
 
 def measure(batch_sizes: Sequence[int], steps: int, context: int) -> None:

@@ -2,10 +2,12 @@
 
 import logging
 import secrets
+from collections import deque
 from itertools import takewhile
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.executors.batch import DeviceLostError, LaunchedStep
 from engine.executors.executor import Executor
 from engine.progress import Progress
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
@@ -14,7 +16,7 @@ from engine.scheduling.batching import Batcher, chunk_results
 from engine.scheduling.kv_blocks import BlockPool
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
-from engine.scheduling.step_plan import ChunkResult, Drafter, SequenceChunk, StepPlan
+from engine.scheduling.step_plan import Drafter, SequenceChunk, StepPlan
 from engine.table_counts import TableCounter
 
 Bitmasks = dict[str, Bitmask]
@@ -48,6 +50,7 @@ class Engine:
         propose = self._propose if drafter is not None else None
         self._debug_checks = config.debug_checks
         self._scheduler = Scheduler(config, self._pool, eos_ids, propose)
+        self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()  # oldest first
 
     @property
     def progress(self) -> Progress:
@@ -56,8 +59,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return self._scheduler.has_work
+        """Whether any request is unfinished, or a step in flight."""
+        return self._scheduler.has_work or bool(self._in_flight)
 
     def add(self, request: Request, mask: TokenMask | None = None) -> None:
         """Queue a request for later steps; RequestError if it exceeds the model's limits."""
@@ -70,14 +73,21 @@ class Engine:
         self._scheduler.abort(request_id)
 
     def step(self) -> StepOutput:
-        """Run one step. A request that fails ends with an error; the others continue."""
+        """Launch one step, and settle the oldest in flight if no more may be; see ``Executor``.
+
+        A request that fails ends with an error; the others continue.
+
+        Raises:
+            DeviceLostError: the device failed, and with it this engine.
+        """
         plan, bound, outputs = self._bind(self._scheduler.plan())
-        results, errors = self._run(plan, bound)
-        outputs += [self._scheduler.end(name, error) for name, error in errors.items()]
-        done = StepPlan(tuple(c for c in plan.chunks if c.request_id not in errors))
-        outputs += self._scheduler.commit(done, results)
-        new_tokens = sum(len(output.token_ids) for output in outputs)
-        return StepOutput(tuple(outputs), self.statistics(plan.num_tokens, new_tokens))
+        self._scheduler.begin(plan)
+        settled = outputs + (self._launch(plan, bound) if plan.chunks else [])
+        ahead = self._executor.steps_ahead if plan.chunks else 0
+        while len(self._in_flight) > ahead:
+            settled += self._settle_oldest()
+        new_tokens = sum(len(output.token_ids) for output in settled)
+        return StepOutput(tuple(settled), self.statistics(plan.num_tokens, new_tokens))
 
     def warm_up(self) -> None:
         """Let the executor do the extra work of a first step, before any request."""
@@ -119,7 +129,9 @@ class Engine:
         kept: list[SequenceChunk] = []
         ended: list[TokenOutput] = []
         for chunk in plan.chunks:
-            mask, message = self._scheduler.sequence(chunk.request_id).mask, None
+            sequence, message = self._scheduler.running(chunk), None
+            assert sequence is not None
+            mask = sequence.mask
             if mask is not None and chunk.samples:
                 try:
                     bitmask = row_bitmasks(mask, chunk.drafts, self.limits.vocab_size)
@@ -132,31 +144,38 @@ class Engine:
             if message is None:
                 kept.append(chunk)
             else:
-                ended.append(self._scheduler.end(chunk.request_id, message))
+                ended.append(self._scheduler.end(chunk, message))
         return StepPlan(tuple(kept)), bound, ended
 
-    def _run(
-        self, plan: StepPlan, bound: Bitmasks
-    ) -> tuple[dict[str, ChunkResult], dict[str, str]]:
-        """Run a plan; if it fails, run its chunks one by one, so that only the failing one ends."""
-        if not plan.chunks:
-            return {}, {}
+    def _launch(self, plan: StepPlan, bound: Bitmasks) -> list[TokenOutput]:
+        """Launch a plan; if that fails, run its chunks one by one, so that only the failing one
+        ends. Returns the outputs of steps that had to be settled for this."""
         try:
-            result = self._executor.run(self._batcher.batch(plan, bound))
-            return chunk_results(plan, result), {}
+            launched = self._executor.launch(self._batcher.batch(plan, bound))
+            self._in_flight.append((plan, launched))
+            return []
+        except DeviceLostError:
+            raise
         except Exception as error:
             if len(plan.chunks) == 1:
-                logger.exception("a step of %s failed", plan.chunks[0].request_id)
-                return {}, {plan.chunks[0].request_id: f"{type(error).__name__} in the engine"}
+                (chunk,) = plan.chunks
+                logger.exception("a step of %s failed", chunk.request_id)
+                return [self._scheduler.end(chunk, f"{type(error).__name__} in the engine")]
             logger.warning("a step failed; its requests run one by one", exc_info=True)
-        results: dict[str, ChunkResult] = {}
-        errors: dict[str, str] = {}
+        outputs: list[TokenOutput] = []
         for chunk in plan.chunks:
+            while self._in_flight:
+                outputs += self._settle_oldest()
             # rewriting the same keys and values does no harm
-            more, failed = self._run(StepPlan((chunk,)), bound)
-            results |= more
-            errors |= failed
-        return results, errors
+            settled = self._scheduler.settled(chunk)
+            if settled is not None:
+                outputs += self._launch(StepPlan((settled,)), bound)
+        return outputs
+
+    def _settle_oldest(self) -> list[TokenOutput]:
+        """Wait for the oldest step in flight and commit its results."""
+        plan, launched = self._in_flight.popleft()
+        return self._scheduler.commit(plan, chunk_results(plan, launched.wait()))
 
     def _propose(self, sequence: Sequence) -> list[int]:
         assert self._drafter is not None

@@ -27,6 +27,7 @@ COVERED_BY = {
     "engine/sampling/masks.py": "engine/test_company.py",
     "engine/sampling/params.py": "engine/sampling/test_sampler.py",
     "engine/sampling/request_rules.py": "engine/sampling/test_sampler.py",
+    "engine/scheduling/chunk_results.py": "engine/scheduling/test_scheduler.py",
     "engine/scheduling/sequence.py": "engine/scheduling/test_scheduler.py",
     "engine/scheduling/step_plan.py": "engine/scheduling/test_batching.py",
     "memory_ops/backends.py": "memory_ops/test_operations.py",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,17 +23,25 @@ class ScoredToken(NamedTuple):
     num_best: int
 
 
+def pending_id(seat: int) -> int:
+    """The id in a batch that stands for the token which ``seat`` got last, in a step in flight."""
+    return -1 - seat
+
+
 @dataclass(frozen=True)
 class Batch:
     """One ragged forward and the use of its logits; tensors are on the CPU.
 
     Attributes:
-        ids_T: int64 token ids of all sequences, one sequence after another.
+        ids_T: int64 token ids of all sequences, one sequence after another. Only executors with
+            ``steps_ahead`` get ids of pending tokens; see ``pending_id``.
         layout: positions of the tokens in sequences and KV blocks.
         logits_at_L: int64 positions in the batch to compute logits at.
         rows: sampling rows of the first ``len(rows)`` of these positions.
         bitmask: uint32 ``[len(rows), words]`` of allowed tokens, if masks restrict any.
         scored: the token to score at each of the other positions, or None.
+        seats: each sequence's number, distinct among the sequences that run at the same time.
+        block_ids: each sequence's KV blocks, those in the layout.
     """
 
     ids_T: Tensor
@@ -42,6 +50,8 @@ class Batch:
     rows: Sequence[SamplingRow] = ()
     bitmask: Bitmask | None = None
     scored: Sequence[ScoredToken | None] = ()
+    seats: Sequence[int] = ()
+    block_ids: Sequence[tuple[int, ...]] = ()
 
 
 class StepResult(NamedTuple):
@@ -54,6 +64,31 @@ class StepResult(NamedTuple):
 
     token_ids: Sequence[int]
     logprobs: Mapping[int, TokenLogprobs]
+
+
+class LaunchedStep(Protocol):
+    """A step in flight."""
+
+    def wait(self) -> StepResult:
+        """Wait for the step and return its results. Call it once, in the order of the launches.
+
+        Raises:
+            DeviceLostError: the device failed; no step can run any more.
+        """
+        ...
+
+
+class FinishedStep(NamedTuple):
+    """A step of an executor that computes in ``launch``."""
+
+    result: StepResult
+
+    def wait(self) -> StepResult:
+        return self.result
+
+
+class DeviceLostError(RuntimeError):
+    """The device cannot compute any more; only a new process can use it again."""
 
 
 def sample_batch(
@@ -88,4 +123,5 @@ def warm_up_batch() -> Batch:
     first = torch.zeros(1, dtype=torch.int64)
     layout = TokenLayout(first, (0, 1), PagedKv(first, first.unsqueeze(0), (1,)))
     greedy = SamplingParams(max_tokens=1, temperature=0)
-    return Batch(first, layout, first, (SamplingRow(greedy, seed=0, position=1),))
+    rows = (SamplingRow(greedy, seed=0, position=1),)
+    return Batch(first, layout, first, rows, seats=(0,), block_ids=((0,),))

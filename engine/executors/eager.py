@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from engine.executors.batch import Batch, StepResult, sample_batch, warm_up_batch
+from engine.executors.batch import Batch, FinishedStep, sample_batch, warm_up_batch
 from engine.executors.lookahead import Lookahead, LookaheadConfig, predicted_memories
 from engine.model.attention import kv_memory
 from engine.model.flops import StepFlops
@@ -17,6 +17,8 @@ from memory_ops.tables.value_table import ValueTable
 
 class EagerExecutor:
     """Runs on any device and at any precision; the fallback of the faster executors."""
+
+    steps_ahead = 0
 
     def __init__(
         self,
@@ -47,10 +49,12 @@ class EagerExecutor:
         )
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> StepResult:
+    def launch(self, batch: Batch) -> FinishedStep:
         # plain torch shows no progress inside a product: announce the step's amount of work
         with self.progress.working(*self._flops.of(batch.layout, len(batch.logits_at_L))):
-            return sample_batch(self.logits(batch), batch, self._sampler, self.progress)
+            return FinishedStep(
+                sample_batch(self.logits(batch), batch, self._sampler, self.progress)
+            )
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
@@ -66,7 +70,7 @@ class EagerExecutor:
         return output.logits_LV
 
     def warm_up(self) -> None:
-        self.run(warm_up_batch())
+        self.launch(warm_up_batch())
 
     def _before_layer(self, layer: int, residual_TD: Tensor) -> None:
         self.progress.mark()

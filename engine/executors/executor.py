@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.executors.batch import Batch, StepResult
+from engine.executors.batch import Batch, LaunchedStep
 from engine.executors.cpu.executor import CpuExecutor
 from engine.executors.cpu.kernels import cpu_kernels
 from engine.executors.eager import EagerExecutor
@@ -31,22 +31,28 @@ class Executor(Protocol):
         num_blocks: number of KV blocks; the executor owns them and chooses their layout.
         tables: the model's value tables, by their names in checkpoints.
         progress: marked whenever a piece of a step is done.
+        steps_ahead: number of steps that may be launched before an earlier one is waited for. If it
+            is not 0, batches may hold pending tokens (see ``Batch``).
     """
 
     config: ModelConfig
     num_blocks: int
     tables: Mapping[str, ValueTable]
     progress: Progress
+    steps_ahead: int
 
     def logits(self, batch: Batch) -> Tensor:
         """Run one batch up to its logits, ``[L, vocabulary]``, without choosing tokens."""
         ...
 
-    def run(self, batch: Batch) -> StepResult:
-        """Run one batch: write its keys and values, choose and score its tokens.
+    def launch(self, batch: Batch) -> LaunchedStep:
+        """Launch one batch: write its keys and values, choose and score its tokens.
+
+        Steps run in the order of their launches. The batch may change after the call.
 
         Raises:
             TableReadError: rows of a value table could not be read.
+            DeviceLostError: see ``LaunchedStep.wait``.
         """
         ...
 

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.executors.batch import Batch, ScoredToken, StepResult
+from engine.executors.batch import Batch, ScoredToken, StepResult, pending_id
 from engine.model.layout import PagedKv, TokenLayout
 from engine.sampling.masks import Bitmask, step_bitmask
 from engine.sampling.params import TokenLogprobs
 from engine.sampling.request_rules import RequestRules, SamplingRow
-from engine.scheduling.step_plan import ChunkResult, SequenceChunk, StepPlan
+from engine.scheduling.step_plan import PENDING, ChunkResult, SequenceChunk, StepPlan
 
 
 class BlockTable:
@@ -105,6 +105,8 @@ class Batcher:
         scored = [one for chunk in plan.chunks if chunk.scores for one in _scored(chunk)]
         return Batch(
             *_tensors(plan.chunks, self._block_size, self._table),
+            seats=tuple(chunk.seat for chunk in plan.chunks),
+            block_ids=tuple(chunk.block_ids for chunk in plan.chunks),
             rows=self._rows.of(plan),
             bitmask=step_bitmask(parts, self._vocab_size) if bitmasks else None,
             scored=scored,
@@ -160,7 +162,11 @@ def _tensors(
             end = start + len(chunk.token_ids)
             sampled_at += range(end - chunk.num_sampled, end)
         scored_at += range(start, start + len(chunk.scores))
-    ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
+    ids = [
+        pending_id(chunk.seat) if token_id == PENDING else token_id
+        for chunk in chunks
+        for token_id in chunk.token_ids
+    ]
     ids_T, positions_T, kv_index_T = torch.tensor([ids, positions, kv_index])
     paged = PagedKv(kv_index_T, table.update(chunks), tuple(chunk.end for chunk in chunks))
     layout = TokenLayout(positions_T, starts, paged)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from engine.config import EngineConfig
 from engine.request import Request, TokenOutput
 from engine.sampling.masks import TokenMask
+from engine.scheduling.chunk_results import output, take_result
 from engine.scheduling.kv_blocks import BlockPool, PrefixHasher
-from engine.scheduling.sequence import Ending, Sequence
-from engine.scheduling.step_plan import ChunkResult, SequenceChunk, StepPlan
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.step_plan import PENDING, ChunkResult, SequenceChunk, StepPlan
 
 # per level of priority, a request overtakes those that arrived at most this many steps before it,
 # so no request starves
@@ -22,6 +23,11 @@ class Scheduler:
     A plan has running sequences first, decodes before prompts; waiting ones get the rest of the
     budget. Sequences take blocks as they grow. If no block is left, the sequence that is last in
     the order of service is preempted and recomputed later, so the first always advances.
+
+    Steps may overlap: ``begin`` advances the sequences of a plan, so that the next plan continues
+    after it, and ``commit`` settles it when its results are known. Blocks and seats of a sequence
+    that ends are free at once, even if a later step in flight still writes to them, because the
+    device runs steps in order.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # in the order of service
         self._running: dict[str, Sequence] = {}
         self._promised: dict[bytes, Sequence] = {}  # blocks that a running prompt will publish
+        self._free_seats = list(reversed(range(config.max_num_seqs)))
         self._arrivals = itertools.count()
         self._step = 0
         self.prefix_queries = self.prefix_hits = self.preemptions = 0
@@ -68,16 +75,23 @@ class Scheduler:
         self._waiting = [s for s in self._waiting if s.request_id != request_id]
 
     def plan(self) -> StepPlan:
-        """Choose the next step's chunks, at most ``max_batched_tokens`` tokens in total."""
+        """Choose the next step's chunks, at most ``max_batched_tokens`` tokens in total.
+
+        It is empty if nothing can run before the steps in flight are settled.
+        """
         self._step += 1
         budget = self._config.max_batched_tokens
         preempted_before = self.preemptions
         chunks: list[SequenceChunk] = []
         running = sorted(self._running.values(), key=lambda s: (s.num_uncomputed > 1, s.turn))
         for sequence in running:
-            if not budget or sequence.request_id not in self._running:
+            is_running = sequence.request_id in self._running
+            if not budget or not is_running or not self._can_run(sequence):
                 continue
-            if self._grow(sequence):
+            has_blocks = self._grow(sequence)
+            if has_blocks is None:
+                return StepPlan(())
+            if has_blocks:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= len(chunks[-1].token_ids)
         # blocks of preempted sequences are for the running ones
@@ -96,38 +110,49 @@ class Scheduler:
                 budget -= chunks[index].num_drafts
         return StepPlan(tuple(chunks))
 
+    def begin(self, plan: StepPlan) -> None:
+        """Record that ``plan`` is in flight: the next plan continues after it."""
+        for chunk in plan.chunks:
+            sequence = self._running[chunk.request_id]
+            sequence.num_in_flight += 1
+            sequence.num_computed = chunk.end - chunk.num_drafts
+            sequence.num_pending += chunk.samples
+
     def commit(self, plan: StepPlan, results: Mapping[str, ChunkResult]) -> list[TokenOutput]:
-        """Record that ``plan`` ran with these results; ended sequences are released."""
+        """Settle a plan that has run, the oldest in flight; ended sequences are released."""
         outputs = []
         for chunk in plan.chunks:
-            sequence, result = self._running[chunk.request_id], results[chunk.request_id]
-            accepted = _accepted(chunk, result.token_ids)
-            sequence.num_computed = chunk.end - chunk.num_drafts + accepted
-            is_answer = sequence.num_computed >= len(sequence.token_ids)
-            sequence.prompt_scores += result.prompt_logprobs
-            ending = sequence.append(result.token_ids[: accepted + 1], self._eos_ids)
-            if ending.num_taken:
-                # drafts after the end do not count
-                sequence.num_computed = min(sequence.num_computed, len(sequence.token_ids) - 1)
-            if is_answer and not sequence.request.sampling.max_tokens:
-                ending = Ending(0, "length")  # the request only scores its prompt
+            sequence = self.running(chunk)
+            if sequence is None:
+                continue  # an earlier step or an abort ended it while this step was in flight
+            result = results[chunk.request_id]
+            ending = take_result(sequence, chunk, result, self._eos_ids)
             self._settle(sequence)
-            ending = _accept(sequence, result.token_ids[: ending.num_taken], ending)
-            if is_answer:
-                outputs.append(_output(sequence, result, ending))
+            if chunk.samples or chunk.is_scored:
+                outputs.append(output(sequence, result, ending))
                 sequence.scores_are_due, sequence.prompt_scores = False, []
             if ending.reason is not None:
                 self._leave(sequence)
         return outputs
 
-    def end(self, request_id: str, error: str) -> TokenOutput:
-        """End a running sequence with an error."""
-        self._leave(self._running[request_id])
-        return TokenOutput(request_id, finish_reason="error", error=error)
+    def end(self, chunk: SequenceChunk, error: str) -> TokenOutput:
+        """End a chunk's sequence, which runs, with an error."""
+        self._leave(self._running[chunk.request_id])
+        return TokenOutput(chunk.request_id, finish_reason="error", error=error)
 
-    def sequence(self, request_id: str) -> Sequence:
-        """The running sequence with this id."""
-        return self._running[request_id]
+    def running(self, chunk: SequenceChunk) -> Sequence | None:
+        """A chunk's sequence; None if it has ended since."""
+        sequence = self._running.get(chunk.request_id)
+        # another request may have the name of one that ended
+        return sequence if sequence is not None and sequence.turn == chunk.turn else None
+
+    def settled(self, chunk: SequenceChunk) -> SequenceChunk | None:
+        """The chunk without pending tokens, after all steps before it; None if it has ended."""
+        sequence = self.running(chunk)
+        if sequence is None:
+            return None
+        known = tuple(sequence.token_ids[chunk.start : chunk.end - chunk.num_drafts])
+        return chunk._replace(token_ids=known + chunk.drafts)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless only running sequences hold blocks and promises."""
@@ -153,10 +178,19 @@ class Scheduler:
             num_drafts=len(drafts),
         )
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Take blocks for all its tokens; False if the sequence itself was preempted."""
-        while not self._take_blocks(sequence, len(sequence.token_ids)):
+    def _can_run(self, sequence: Sequence) -> bool:
+        is_drafted = self._propose is not None and sequence.num_pending > 0
+        return sequence.can_run and not is_drafted
+
+    def _grow(self, sequence: Sequence) -> bool | None:
+        """Take blocks for all its tokens; False if the sequence itself was preempted.
+
+        None if a sequence would have to be preempted whose tokens are in flight.
+        """
+        while not self._take_blocks(sequence, sequence.length):
             last = max(self._running.values(), key=_turn)
+            if last.num_in_flight:
+                return None
             self.preemptions += 1
             self._leave(last)
             insort(self._waiting, last, key=_turn)
@@ -187,6 +221,7 @@ class Scheduler:
             return False
         self._waiting.remove(sequence)
         self._running[sequence.request_id] = sequence
+        sequence.seat = self._free_seats.pop()
         sequence.block_ids = shared + taken
         sequence.num_computed = len(shared) * self._pool.block_size
         sequence.num_published = len(shared)
@@ -207,14 +242,17 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int) -> SequenceChunk:
         request, tokens, start = sequence.request, sequence.token_ids, sequence.num_computed
         end = start + min(sequence.num_uncomputed, budget)
+        known = tuple(tokens[start:end])
         return SequenceChunk(
             request_id=request.request_id,
-            token_ids=tuple(tokens[start:end]),
+            turn=sequence.turn,
+            seat=sequence.seat,
+            token_ids=known + (PENDING,) * (end - start - len(known)),
             start=start,
             block_ids=tuple(sequence.block_ids[: self._pool.blocks_for(end)]),
             sampling=request.sampling,
             seed=sequence.seed,
-            samples=end == len(tokens) and request.sampling.max_tokens > 0,
+            samples=end == sequence.length and request.sampling.max_tokens > 0,
             scores=request.prompt_ids[start + 1 : end + 1] if sequence.scores_are_due else (),
             history=tokens if request.sampling.needs_history else (),
             prompt_length=sequence.prompt_length,
@@ -222,11 +260,11 @@ class Scheduler:
 
     def _settle(self, sequence: Sequence) -> None:
         """Publish the blocks that are now full, and release those that only drafts needed."""
-        needed = self._pool.blocks_for(len(sequence.token_ids))
+        needed = self._pool.blocks_for(sequence.length)
         if needed < len(sequence.block_ids):
             self._pool.release(sequence.block_ids[needed:])
             del sequence.block_ids[needed:]
-        full = sequence.num_computed // self._pool.block_size
+        full = min(sequence.num_computed, len(sequence.token_ids)) // self._pool.block_size
         if full == sequence.num_published:
             return
         self._hasher.extend(sequence.hashes, sequence.token_ids, sequence.request.cache_salt)
@@ -241,6 +279,8 @@ class Scheduler:
         for prefix_hash in sequence.hashes[sequence.num_published :]:
             self._break_promise(sequence, prefix_hash)
         self._pool.release(sequence.block_ids)
+        self._free_seats.append(sequence.seat)
+        sequence.seat, sequence.num_in_flight, sequence.num_pending = -1, 0, 0
         sequence.block_ids, sequence.num_computed, sequence.num_published = [], 0, 0
         sequence.prompt_scores = []
 
@@ -251,35 +291,3 @@ class Scheduler:
 
 def _turn(sequence: Sequence) -> tuple[int, int]:
     return sequence.turn
-
-
-def _accepted(chunk: SequenceChunk, chosen: tuple[int, ...]) -> int:
-    """The number of drafts before the first that differs from the chosen token."""
-    if not chunk.num_drafts:
-        return 0
-    pairs = zip(chunk.drafts, chosen, strict=False)
-    return next((i for i, (draft, token) in enumerate(pairs) if draft != token), chunk.num_drafts)
-
-
-def _accept(sequence: Sequence, token_ids: tuple[int, ...], ending: Ending) -> Ending:
-    """Pass the tokens to the sequence's mask; if it fails, only this sequence ends."""
-    if sequence.mask is None:
-        return ending
-    try:
-        sequence.mask.accept(token_ids)
-    except Exception as error:
-        return Ending(ending.num_taken, "error", error=f"{type(error).__name__} in the token mask")
-    return ending
-
-
-def _output(sequence: Sequence, result: ChunkResult, ending: Ending) -> TokenOutput:
-    return TokenOutput(
-        request_id=sequence.request_id,
-        token_ids=result.token_ids[: ending.num_taken],
-        finish_reason=ending.reason,
-        stop_token_id=ending.stop_token_id,
-        error=ending.error,
-        logprobs=result.logprobs[: ending.num_taken],
-        prompt_logprobs=tuple(sequence.prompt_scores),
-        cached_tokens=sequence.num_cached or 0,
-    )

@@ -23,12 +23,15 @@ class Ending(NamedTuple):
 class Sequence:
     """A request with its growing tokens.
 
-    Keys and values of tokens ``[0, num_computed)`` are in ``block_ids``; the first
-    ``num_published`` blocks can be shared. The other tokens must still run.
+    Keys and values of tokens ``[0, num_computed)`` are in ``block_ids``, or will be when the steps
+    in flight have run; the first ``num_published`` blocks can be shared. The other tokens must
+    still run. After ``token_ids`` come ``num_pending`` tokens that steps in flight choose.
 
     Attributes:
         seed: seed of its random numbers; each also depends on its position.
-        turn: its place in the order of service; smaller comes first.
+        turn: its place in the order of service; smaller comes first; no two are equal.
+        seat: its number among the running sequences, -1 while it waits.
+        num_in_flight: number of its chunks in flight.
         hashes: prefix hashes of its full blocks, as far as they were needed.
         mask: restricts the tokens that it may generate, by a grammar for instance.
         prompt_scores: log-probabilities of prompt tokens that are not sent yet.
@@ -41,6 +44,9 @@ class Sequence:
     turn: tuple[int, int]
     mask: TokenMask | None = None
     token_ids: list[int] = field(default_factory=list)
+    num_pending: int = 0
+    num_in_flight: int = 0
+    seat: int = -1
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
     num_published: int = 0
@@ -62,14 +68,31 @@ class Sequence:
         return len(self.request.prompt_ids)
 
     @property
+    def length(self) -> int:
+        """Number of its tokens, pending ones included."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens without keys and values: 1 while decoding, more while the prompt runs."""
-        return len(self.token_ids) - self.num_computed
+        return self.length - self.num_computed
 
     @property
     def num_generated(self) -> int:
-        """Number of tokens that the engine chose."""
+        """Number of tokens that the engine chose and knows."""
         return len(self.token_ids) - self.prompt_length
+
+    @property
+    def can_run(self) -> bool:
+        """Whether another step may run it before those in flight are settled.
+
+        A mask or a rule about earlier tokens needs the pending token.
+        """
+        if not self.num_pending:
+            return self.num_uncomputed > 0
+        sampling = self.request.sampling
+        is_last = self.num_generated + self.num_pending == sampling.max_tokens
+        return not (is_last or self.mask is not None or sampling.needs_history)
 
     def append(self, chosen: Iterable[int], eos_ids: frozenset[int]) -> Ending:
         """Add tokens up to the one that ends the sequence."""

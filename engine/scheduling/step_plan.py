@@ -5,6 +5,9 @@ from typing import NamedTuple, Protocol
 
 from engine.sampling.params import SamplingParams, TokenLogprobs
 
+# in a plan: a token that an earlier step in flight chooses; only the device knows it yet
+PENDING = -1
+
 
 class Drafter(Protocol):
     """Proposes draft tokens, which one step checks: wrong ones cost time, never correctness."""
@@ -18,7 +21,7 @@ class SequenceChunk(NamedTuple):
 
     Attributes:
         token_ids: the ids to run, at positions ``[start, end)``; the last ``num_drafts`` are
-            drafts.
+            drafts. The last may be ``PENDING``: the token that the sequence's seat got last.
         start: tokens of the sequence whose keys and values are in its blocks already.
         block_ids: the sequence's KV blocks in order, enough for its context after this chunk.
         seed: seed of the sequence's random numbers; each also depends on its position.
@@ -27,6 +30,8 @@ class SequenceChunk(NamedTuple):
         scores: prompt tokens to score: those that follow the chunk's first, second, ... token.
         history: all tokens so far without drafts, if ``sampling.needs_history``; not a copy.
         prompt_length: number of the sequence's prompt tokens.
+        turn: the sequence's place in the order of service, which identifies it.
+        seat: the sequence's number among the running ones, in [0, ``max_num_seqs``).
     """
 
     request_id: str
@@ -40,11 +45,18 @@ class SequenceChunk(NamedTuple):
     scores: tuple[int, ...] = ()
     history: Sequence[int] = ()
     prompt_length: int = 0
+    turn: tuple[int, int] = (0, 0)
+    seat: int = 0
 
     @property
     def end(self) -> int:
         """The sequence's context length after this chunk, drafts included."""
         return self.start + len(self.token_ids)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether it ends the prompt of a request that only scores its prompt."""
+        return not self.sampling.max_tokens and self.end == self.prompt_length
 
     @property
     def drafts(self) -> tuple[int, ...]:

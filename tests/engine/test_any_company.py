@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from engine.config import EngineConfig
+from engine.executors.executor import make_executor
 from engine.request import Request, TokenOutput
 from engine.sampling.params import SamplingParams
 from engine.sampling.request_rules import RequestRules, SamplingRow
 from engine.sampling.sampler import Sampler
+from tests.engine.delayed_executor import delayed
 from tests.engine.test_company import KV_BYTES, Multiples
 from tests.models import EOS_ID, VOCAB_SIZE, engine_of, plain_logits, random_model, tiny_config
 
@@ -92,6 +94,9 @@ def plain_loop(model, prompt: list[int], params: SamplingParams, masked: bool) -
 class ScheduleMachine(RuleBasedStateMachine):
     """Adds, steps and aborts requests in any order, with a KV pool that is too small."""
 
+    make = staticmethod(make_executor)
+    has_drafts = True
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(2)  # a seed without ties between tokens
@@ -102,7 +107,8 @@ class ScheduleMachine(RuleBasedStateMachine):
             max_batched_tokens=9,
             max_num_seqs=3,
         )
-        self.engine = engine_of(self.model, config, EOS_IDS, drafter=self, num_drafts=NUM_DRAFTS)
+        drafts = {"drafter": self, "num_drafts": NUM_DRAFTS} if self.has_drafts else {}
+        self.engine = engine_of(self.model, config, EOS_IDS, self.make, **drafts)
         self.expected: dict[str, Expected] = {}
         self.count = self.drafted = 0
         self.failures: list[Exception] = []
@@ -172,5 +178,21 @@ class ScheduleMachine(RuleBasedStateMachine):
         assert self.engine.statistics().kv_blocks_used == 0
 
 
-ScheduleMachine.TestCase.settings = settings(stateful_step_count=30)
+class DelayedMachine(ScheduleMachine):
+    """One step in flight."""
+
+    make = staticmethod(delayed)
+    has_drafts = False
+
+
+class DelayedDraftsMachine(ScheduleMachine):
+    """One step in flight, but a sequence with drafts waits for its results."""
+
+    make = staticmethod(delayed)
+
+
+for machine in (ScheduleMachine, DelayedMachine, DelayedDraftsMachine):
+    machine.TestCase.settings = settings(stateful_step_count=30)
 TestSchedules = ScheduleMachine.TestCase
+TestDelayedSchedules = DelayedMachine.TestCase
+TestDelayedSchedulesWithDrafts = DelayedDraftsMachine.TestCase

@@ -13,6 +13,7 @@ from engine.model.config import MemoryConfig
 from engine.request import Request
 from engine.sampling.masks import allowed_drafts
 from engine.sampling.params import SamplingParams
+from tests.engine.delayed_executor import delayed
 from tests.models import (
     VOCAB_SIZE,
     eager,
@@ -36,12 +37,15 @@ def engine(model, kv_tokens: int = 4096, drafter=None, num_drafts: int = 0, **co
     return engine_of(model, settings, make=model.make, drafter=drafter, num_drafts=num_drafts)
 
 
-@pytest.fixture(scope="module", params=["eager", "cpu", "cpu with memory"])
+MAKE = {"eager": eager, "cpu": make_executor, "cpu with memory": make_executor}
+
+
+@pytest.fixture(scope="module", params=[*MAKE, "delayed"])
 def model(request):
     torch.manual_seed(1)
     with_memory = {"feed_forward": ("memory_plus", "dense"), "memory": MEMORY}
     made = random_model(tiny_config(**(with_memory if "memory" in request.param else {})))
-    made.make = eager if request.param == "eager" else make_executor
+    made.make = MAKE.get(request.param, delayed)
     return made
 
 

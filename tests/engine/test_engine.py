@@ -8,9 +8,11 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError, RequestError
+from engine.executors.executor import make_executor
 from engine.model.config import MEMORY_KINDS
 from engine.request import Request
 from engine.sampling.params import SamplingParams
+from tests.engine.delayed_executor import delayed
 from tests.models import (
     engine_of,
     feed_forward_changes,
@@ -25,7 +27,8 @@ KV_BYTES = tiny_config().kv_bytes_per_token(itemsize=4)
 
 
 def engine(model, kv_tokens: int = 4096, **config) -> Engine:
-    return engine_of(model, EngineConfig(kv_cache_gib=kv_tokens * KV_BYTES / 2**30, **config))
+    settings = EngineConfig(kv_cache_gib=kv_tokens * KV_BYTES / 2**30, **config)
+    return engine_of(model, settings, make=model.make)
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -33,10 +36,12 @@ def prompts(count: int) -> list[list[int]]:
     return [[drawn.randrange(256) for _ in range(drawn.randrange(1, 40))] for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[make_executor, delayed])
+def model(request):
     torch.manual_seed(1)
-    return random_model(tiny_config())
+    made = random_model(tiny_config())
+    made.make = request.param
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +99,13 @@ def test_aborting_another_request(model, expected):
 OTHER_KINDS = [(kind, "dense", kind) for kind in MEMORY_KINDS] + [("moe", "memory_plus", "moe")]
 
 
+@pytest.mark.parametrize("make", [make_executor, delayed])
 @pytest.mark.parametrize("share_values", [True, False])
 @pytest.mark.parametrize("kinds", OTHER_KINDS)
-def test_other_feed_forwards(kinds, share_values):
+def test_other_feed_forwards(kinds, share_values, make):
     changes = feed_forward_changes(*kinds, share_values=share_values)
     model = random_model(tiny_config(**changes))
+    model.make = make
     expected = {str(i): plain_greedy(model, prompt, 12) for i, prompt in enumerate(prompts(16))}
     check(model, expected, arrivals=20, max_batched_tokens=11, max_num_seqs=11)
 
@@ -115,13 +122,13 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(model):
 
 def test_a_failing_request_is_answered_and_does_not_affect_others(model, expected, monkeypatch):
     broken = engine(model)
-    run_batch = broken._executor.run
+    run_batch = broken._executor.launch
 
     def fail(batch):
         assert not any(row.params.max_tokens == 5 for row in batch.rows)
         return run_batch(batch)
 
-    monkeypatch.setattr(broken._executor, "run", fail)
+    monkeypatch.setattr(broken._executor, "launch", fail)
     broken.add(greedy("bad", [1, 2], 5))
     broken.add(greedy("good", prompts(1)[0], 12))
     output, *others = broken.step().outputs

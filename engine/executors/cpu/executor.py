@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from engine.executors.batch import Batch, StepResult, sample_batch, warm_up_batch
+from engine.executors.batch import Batch, FinishedStep, sample_batch, warm_up_batch
 from engine.executors.cpu.decoder import CpuDecoder
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.layers import pack_layer
@@ -24,6 +24,8 @@ from memory_ops.tables.value_table import ValueTable
 
 class CpuExecutor:
     """Runs whole decoder layers in one native call, on weights that it packed for itself."""
+
+    steps_ahead = 0
 
     def __init__(
         self,
@@ -67,8 +69,8 @@ class CpuExecutor:
         self._kv_blocks = kv_memory(model.config, num_blocks, block_size, self._embedding_VD)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> StepResult:
-        return sample_batch(self.logits(batch), batch, self._sampler, self.progress)
+    def launch(self, batch: Batch) -> FinishedStep:
+        return FinishedStep(sample_batch(self.logits(batch), batch, self._sampler, self.progress))
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
@@ -91,4 +93,4 @@ class CpuExecutor:
         return self._decoder.run(residual_TD, layout, angles, kv_blocks, trace)
 
     def warm_up(self) -> None:
-        self.run(warm_up_batch())
+        self.launch(warm_up_batch())

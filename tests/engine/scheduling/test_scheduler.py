@@ -32,6 +32,7 @@ def results(plan: StepPlan, token: int = 1) -> dict[str, ChunkResult]:
 def step(queue: Scheduler, token: int = 1) -> list[tuple[str, int, int, bool]]:
     """Run one step; return (request, start, number of tokens, whether it samples) by chunk."""
     plan = queue.plan()
+    queue.begin(plan)
     queue.commit(plan, results(plan, token))
     queue.check_integrity()
     return [(c.request_id, c.start, len(c.token_ids), c.samples) for c in plan.chunks]
@@ -187,9 +188,11 @@ def test_scored_prompts_run_completely_and_in_order():
     first, second = queue.plan(), None
     ids = request("a", 12).prompt_ids
     assert [chunk.scores for chunk in first.chunks] == [ids[1:11]]
+    queue.begin(first)
     queue.commit(first, results(first))
     second = queue.plan()
     assert [chunk.scores for chunk in second.chunks] == [ids[11:]]
+    queue.begin(second)
     (output,) = queue.commit(second, results(second))
     assert (output.token_ids, output.finish_reason) == ((), "length")
     queue.check_integrity()
@@ -204,6 +207,7 @@ def finish(propose=None, tokens=(1, 2, EOS, 4, 5), **sampling):
         plan = queue.plan()
         if not plan.chunks:
             break
+        queue.begin(plan)
         count = plan.chunks[0].num_sampled
         outputs = queue.commit(plan, {"a": ChunkResult(tuple(tokens[at : at + count]))})
         at += len(outputs[0].token_ids)
@@ -267,8 +271,7 @@ def test_a_failed_request_ends_without_affecting_others():
     queue = scheduler(max_batched_tokens=4)
     queue.add(request("a", 4), seed=0)
     queue.add(request("b", 2), seed=0)
-    queue.plan()
-    output = queue.end("a", "broken")
+    output = queue.end(queue.plan().chunks[0], "broken")
     assert (output.request_id, output.finish_reason, output.error) == ("a", "error", "broken")
     queue.check_integrity()
     assert step(queue) == [("b", 0, 2, True)]

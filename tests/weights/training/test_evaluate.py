@@ -138,7 +138,7 @@ def test_an_engine_error_is_raised_not_counted_as_wrong(model, folder, monkeypat
     def broken(*arguments, **options):
         raise ArithmeticError("no such number")
 
-    monkeypatch.setattr(engine._executor, "run", broken)
+    monkeypatch.setattr(engine._executor, "launch", broken)
     with pytest.raises(RuntimeError, match="ArithmeticError in the engine"):
         score_recall(engine, load_tokenizer(folder), [Question("fox", "jumps")])
 

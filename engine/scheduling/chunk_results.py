@@ -1,0 +1,56 @@
+"""Applies a chunk's results to its sequence, and makes the request's output."""
+
+from engine.request import TokenOutput
+from engine.scheduling.sequence import Ending, Sequence
+from engine.scheduling.step_plan import ChunkResult, SequenceChunk
+
+
+def take_result(
+    sequence: Sequence, chunk: SequenceChunk, result: ChunkResult, eos_ids: frozenset[int]
+) -> Ending:
+    """Record that a chunk in flight has run: add its tokens, up to one that ends the sequence."""
+    sequence.num_in_flight -= 1
+    sequence.num_pending -= chunk.samples
+    accepted = _accepted(chunk, result.token_ids)
+    sequence.num_computed += accepted
+    sequence.prompt_scores += result.prompt_logprobs
+    ending = sequence.append(result.token_ids[: accepted + 1], eos_ids)
+    if ending.num_taken and ending.reason is not None:
+        # neither drafts nor a step in flight count after the end
+        sequence.num_computed = min(sequence.num_computed, len(sequence.token_ids) - 1)
+    if chunk.is_scored:
+        return Ending(0, "length")
+    return _accept(sequence, result.token_ids[: ending.num_taken], ending)
+
+
+def output(sequence: Sequence, result: ChunkResult, ending: Ending) -> TokenOutput:
+    """The output of a request whose chunk had this result."""
+    return TokenOutput(
+        request_id=sequence.request_id,
+        token_ids=result.token_ids[: ending.num_taken],
+        finish_reason=ending.reason,
+        stop_token_id=ending.stop_token_id,
+        error=ending.error,
+        logprobs=result.logprobs[: ending.num_taken],
+        prompt_logprobs=tuple(sequence.prompt_scores),
+        cached_tokens=sequence.num_cached or 0,
+    )
+
+
+def _accepted(chunk: SequenceChunk, chosen: tuple[int, ...]) -> int:
+    """The number of drafts before the first that differs from the chosen token."""
+    if not chunk.num_drafts:
+        return 0
+    pairs = zip(chunk.drafts, chosen, strict=False)
+    return next((i for i, (draft, token) in enumerate(pairs) if draft != token), chunk.num_drafts)
+
+
+def _accept(sequence: Sequence, token_ids: tuple[int, ...], ending: Ending) -> Ending:
+    """Pass the tokens to the sequence's mask; if it fails, only this sequence ends."""
+    if sequence.mask is None:
+        return ending
+    try:
+        sequence.mask.accept(token_ids)
+    except Exception as error:
+        return Ending(ending.num_taken, "error", error=f"{type(error).__name__} in the token mask")
+    return ending

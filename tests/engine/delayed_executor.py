@@ -1,0 +1,80 @@
+"""An executor on the CPU that delays every step until its results are asked for, like a GPU."""
+
+from collections import deque
+from dataclasses import replace
+
+import torch
+
+from engine.executors.batch import Batch, StepResult
+from engine.executors.executor import make_executor
+from engine.model.layout import PagedKv, TokenLayout
+from engine.sampling.choice import NO_TOKEN
+
+
+class DelayedExecutor:
+    """Runs batches of another executor one by one, in order, as late as it may.
+
+    Like a device, it works on copies of its inputs, and fills in pending tokens by seat.
+    """
+
+    steps_ahead = 1
+
+    def __init__(self, executor, max_num_seqs: int) -> None:
+        self.config, self.num_blocks = executor.config, executor.num_blocks
+        self.tables, self.progress = executor.tables, executor.progress
+        self.largest_ahead = 0
+        self._executor = executor
+        self._queue: deque[DelayedStep] = deque()
+        self._last_token = torch.full((max_num_seqs,), NO_TOKEN)
+
+    def launch(self, batch: Batch) -> "DelayedStep":
+        assert len(self._queue) <= self.steps_ahead, "an earlier step was not waited for"
+        self._queue.append(DelayedStep(self, _copy(batch)))
+        self.largest_ahead = max(self.largest_ahead, len(self._queue) - 1)
+        return self._queue[-1]
+
+    def warm_up(self) -> None:
+        self._executor.warm_up()
+
+    def run(self, step: "DelayedStep") -> StepResult:
+        assert self._queue.popleft() is step, "steps were waited for out of order"
+        batch = step.batch
+        is_pending = batch.ids_T < 0
+        seats = -1 - batch.ids_T[is_pending]
+        assert (self._last_token[seats] != NO_TOKEN).all()
+        batch.ids_T[is_pending] = self._last_token[seats]
+        result = self._executor.launch(batch).wait()
+        starts = torch.tensor(batch.layout.query_starts)
+        for at, token_id in zip(batch.logits_at_L.tolist(), result.token_ids, strict=False):
+            sequence = int(torch.searchsorted(starts, at, right=True)) - 1
+            # the row after a failed choice runs too, and is not used
+            self._last_token[batch.seats[sequence]] = max(token_id, 0)
+        return result
+
+
+class DelayedStep:
+    """A step in flight."""
+
+    def __init__(self, executor: DelayedExecutor, batch: Batch) -> None:
+        self.batch, self._executor = batch, executor
+
+    def wait(self) -> StepResult:
+        return self._executor.run(self)
+
+
+def delayed(model, config) -> DelayedExecutor:
+    """The executor that serves a model, one step in flight."""
+    return DelayedExecutor(make_executor(model, config), config.max_num_seqs)
+
+
+def _copy(batch: Batch) -> Batch:
+    layout, paged = batch.layout, batch.layout.paged
+    assert paged is not None
+    # what the engine changes after the launch must not reach a step in flight
+    copied = PagedKv(paged.kv_index_T.clone(), paged.block_table_SB.clone(), paged.context_lengths)
+    return replace(
+        batch,
+        ids_T=batch.ids_T.clone(),
+        layout=TokenLayout(layout.positions_T.clone(), layout.query_starts, copied),
+        logits_at_L=batch.logits_at_L.clone(),
+    )

@@ -1,5 +1,6 @@
 """The executor protocol, and the choice of a model's executor."""
 
+import importlib.util
 import logging
 from collections.abc import Mapping
 from typing import Protocol
@@ -69,14 +70,21 @@ def make_executor(
 ) -> Executor:
     """Make the fastest executor for a loaded model, with KV memory as configured.
 
-    It computes in ``dtype``, by default that of the embedding. The model is not changed. The
-    executor may copy its weights: a caller that only serves should drop the model.
+    It computes in ``dtype``, by default that of the embedding; on a GPU the weights have it
+    already. The model computes the same afterwards. The executor may copy its weights: a caller
+    that only serves should drop the model.
 
     Raises:
         ConfigError: the KV memory is too small, or exceeds the machine's memory.
     """
     weight = model.model.embed_tokens.weight
     dtype = dtype or weight.dtype
+    if weight.is_cuda and importlib.util.find_spec("triton") is not None:
+        assert dtype is weight.dtype, "weights are loaded to a GPU in the dtype that they serve in"
+        # imports triton, which a CPU does not need
+        from engine.executors.cuda.sized_executor import sized_executor
+
+        return sized_executor(model, config, lookahead)
     per_token = model.config.kv_bytes_per_token(dtype.itemsize)
     num_blocks = config.num_kv_blocks(per_token, model.config.max_positions)
     kernels = cpu_kernels(weight.device, dtype)

@@ -20,7 +20,7 @@ from engine.sampling.params import TokenLogprobs
 from engine.sampling.request_rules import SamplingRow
 
 # rows of logits converted to fp32 at a time: all rows of a long prompt would take gigabytes
-_SCORED_AT_ONCE = 64
+SCORED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sampler:
         if bitmask is not None or any(row.rules is not None for row in rows):
             logits_LV = logits_LV.to(torch.float32, copy=True)
             apply_rules(logits_LV, rows, bitmask)
-        ids: list[int] = self.choose(logits_LV, _choices(rows, logits_LV.shape[1])).tolist()
+        ids: list[int] = self.choose(logits_LV, choices_of(rows, logits_LV.shape[1])).tolist()
         return [token_id if token_id >= 0 else NO_TOKEN for token_id in ids]
 
     def log_probabilities(
@@ -56,18 +56,25 @@ class Sampler:
         For each of ``rows``, ``token_ids`` gives the token to score, and ``counts`` the number of
         likeliest tokens to return with it.
         """
-        for start in range(0, len(rows), _SCORED_AT_ONCE):
-            part = slice(start, start + _SCORED_AT_ONCE)
+        for start in range(0, len(rows), SCORED_AT_ONCE):
+            part = slice(start, start + SCORED_AT_ONCE)
             num_best = min(max(counts[part]), logits_LV.shape[1])
             scores = self.score(logits_LV, rows[part], token_ids[part], num_best)
-            columns = (column.tolist() for column in scores)
-            found = zip(token_ids[part], counts[part], *columns, strict=True)
-            for token_id, count, own, rank, best_ids, best in found:
-                likeliest = zip(best_ids[:count], best[:count], strict=True)
-                yield TokenLogprobs(token_id, own, rank, tuple(likeliest))
+            yield from token_logprobs(scores, token_ids[part], counts[part])
 
 
-def _choices(rows: Sequence[SamplingRow], vocab_size: int) -> Choices:
+def token_logprobs(
+    scores: Scores, token_ids: Sequence[int], counts: Sequence[int]
+) -> Iterator[TokenLogprobs]:
+    """The entries of scored tokens, each with its number of likeliest tokens."""
+    columns = (column.tolist() for column in scores)
+    for token_id, count, own, rank, best_ids, best in zip(token_ids, counts, *columns, strict=True):
+        likeliest = zip(best_ids[:count], best[:count], strict=True)
+        yield TokenLogprobs(token_id, own, rank, tuple(likeliest))
+
+
+def choices_of(rows: Sequence[SamplingRow], vocab_size: int) -> Choices:
+    """The rows' sampling parameters and random numbers, as kernels read them."""
     fields = [
         (params.temperature, min(params.top_k, vocab_size), params.top_p, params.min_p, 0)
         for params in (row.params for row in rows)

@@ -77,8 +77,9 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def _launch(half_scores_TH2N: Tensor, rows_THK: Tensor, weights_THK: Tensor) -> None:
     num_tokens, num_heads, top_k = rows_THK.shape
     num_subkeys = half_scores_TH2N.shape[3]
-    # the stride between tokens may be any; the scores of one token must be contiguous
-    if half_scores_TH2N.stride()[1:] != (2 * num_subkeys, num_subkeys, 1):
+    # the strides between tokens and between halves may be any
+    _, head_stride, half_stride, stride = half_scores_TH2N.stride()
+    if head_stride != 2 * half_stride or stride != 1:
         half_scores_TH2N = half_scores_TH2N.contiguous()
     # the sort needs a power of two of at least 2
     padded_k = triton.next_power_of_2(max(top_k, 2))
@@ -91,6 +92,7 @@ def _launch(half_scores_TH2N: Tensor, rows_THK: Tensor, weights_THK: Tensor) -> 
             rows_THK,
             weights_THK,
             half_scores_TH2N.stride(0),
+            half_scores_TH2N.stride(2),
             NUM_HEADS=num_heads,
             NUM_SUBKEYS=num_subkeys,
             TOP_K=top_k,
@@ -135,14 +137,14 @@ def _index_of(packed):
 
 @triton.jit
 def _best_of_tile(
-    scores_ptr, start, NUM_SUBKEYS: tl.constexpr, BLOCK: tl.constexpr, PADDED_K: tl.constexpr
+    scores_ptr, half_stride, start, NUM_SUBKEYS: tl.constexpr, BLOCK: tl.constexpr, PADDED_K: tl.constexpr
 ):
     """The best scores of one tile of both halves, packed and sorted, ``[2, PADDED_K]``."""
     subkeys = start + tl.arange(0, BLOCK)[None, :]
     halves = tl.arange(0, 2)[:, None]
     # past the end, -inf and a larger index order after every existing subkey
     scores = tl.load(
-        scores_ptr + halves * NUM_SUBKEYS + subkeys,
+        scores_ptr + halves.to(tl.int64) * half_stride + subkeys,
         mask=(subkeys < NUM_SUBKEYS) & (halves < 2),
         other=float("-inf"),
     )
@@ -176,6 +178,7 @@ def _product_topk(
     rows_ptr,
     weights_ptr,
     token_stride,
+    half_stride,
     NUM_HEADS: tl.constexpr,
     NUM_SUBKEYS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -187,14 +190,14 @@ def _product_topk(
 ):
     """rows = top-K of s1[i] + s2[j] over i in top-K of s1, j in top-K of s2;  w = softmax."""
     head = tl.program_id(0).to(tl.int64)
-    scores_ptr += head // NUM_HEADS * token_stride + head % NUM_HEADS * (2 * NUM_SUBKEYS)
+    scores_ptr += head // NUM_HEADS * token_stride + head % NUM_HEADS * 2 * half_stride
 
     if NUM_SUBKEYS <= BLOCK:
-        best = _best_of_tile(scores_ptr, 0, NUM_SUBKEYS, BLOCK, PADDED_K)
+        best = _best_of_tile(scores_ptr, half_stride, 0, NUM_SUBKEYS, BLOCK, PADDED_K)
     else:
         best = tl.full([2, PADDED_K], LEAST, tl.int64)
         for start in range(0, NUM_SUBKEYS, BLOCK):
-            tile = _best_of_tile(scores_ptr, start, NUM_SUBKEYS, BLOCK, PADDED_K)
+            tile = _best_of_tile(scores_ptr, half_stride, start, NUM_SUBKEYS, BLOCK, PADDED_K)
             best = tl.topk(tl.reshape(tl.join(best, tile), [2, 2 * PADDED_K]), PADDED_K)
     halves = tl.reshape(best, [2 * PADDED_K])
 

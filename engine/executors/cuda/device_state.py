@@ -1,0 +1,49 @@
+"""What steps keep on the device from one to the next: KV blocks, block table, last tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.model.attention import kv_memory
+from engine.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """Tensors on the device.
+
+    Attributes:
+        kv_blocks: ``[layers, blocks, 2, G, block_size, E]``; the last block is scrap, for padding.
+        block_table_PB: int32, the KV blocks of the sequence in each seat.
+        last_token_P: int64, the token that each seat got last.
+        logits_LV: memory for the logits of a step, in the model's dtype.
+        chosen_L: int64, memory for the tokens that a step chooses.
+    """
+
+    kv_blocks: Tensor
+    block_table_PB: Tensor
+    last_token_P: Tensor
+    logits_LV: Tensor
+    chosen_L: Tensor
+
+    @classmethod
+    def allocate(
+        cls, model: ModelConfig, config: EngineConfig, num_blocks: int, like: Tensor
+    ) -> "DeviceState":
+        """Zeros on the device of ``like``, with logits in its dtype.
+
+        Raises:
+            KvMemoryError: the device cannot provide the KV memory.
+        """
+        seats, device = config.max_num_seqs, like.device
+        kv_dtype = torch.uint8 if config.kv_dtype == "fp8" else like.dtype
+        most_blocks = min(-(-model.max_positions // config.block_size), num_blocks)
+        return cls(
+            kv_memory(model, num_blocks + 1, config.block_size, like.new_empty(0, dtype=kv_dtype)),
+            torch.zeros(seats, most_blocks, dtype=torch.int32, device=device),
+            torch.zeros(seats, dtype=torch.int64, device=device),
+            torch.zeros(seats, model.vocab_size, dtype=like.dtype, device=device),
+            torch.zeros(seats, dtype=torch.int64, device=device),
+        )

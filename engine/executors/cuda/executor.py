@@ -1,0 +1,157 @@
+"""The CUDA executor: whole steps in CUDA graphs, one in flight while the host plans the next."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.executors.batch import Batch, warm_up_batch
+from engine.executors.cuda.block_tables import BlockTables
+from engine.executors.cuda.buckets import Buckets, StepShape
+from engine.executors.cuda.device import Device
+from engine.executors.cuda.device_state import DeviceState
+from engine.executors.cuda.graph_biases import graph_biases
+from engine.executors.cuda.kernels.choose_tokens import choose_tokens
+from engine.executors.cuda.launched_step import CudaStep
+from engine.executors.cuda.scored_tokens import ScoredTokens
+from engine.executors.cuda.staging import Staging
+from engine.executors.cuda.step import DeviceModel, StepOutputs
+from engine.executors.cuda.step_inputs import MOST_UPDATES, InputLayout, InputWriter, exact_shape
+from engine.executors.cuda.step_runner import Inputs, StepRunner
+from engine.progress import Progress
+from engine.sampling.logit_rules import apply_rules
+from memory_ops.tables.device import DeviceTable
+from memory_ops.tables.value_table import ValueTable
+
+logger = logging.getLogger(__name__)
+
+
+class CudaExecutor:
+    """Runs steps in the order of their launches on one queue of a device."""
+
+    steps_ahead = 1
+
+    def __init__(
+        self, model: DeviceModel, config: EngineConfig, device: Device, num_blocks: int
+    ) -> None:
+        """Reserve the memory that steps keep.
+
+        Raises:
+            KvMemoryError: the device cannot provide the KV memory.
+        """
+        self.config, self.num_blocks = model.config, num_blocks
+        self.tables: Mapping[str, ValueTable] = model.tables
+        self.progress = Progress()
+        self._device, self._memories = device, model.memories
+        self._state = DeviceState.allocate(model.config, config, num_blocks, model.head_VD)
+        self._block_tables = BlockTables(self._state.block_table_PB, device)
+        self._buckets = Buckets(config.max_num_seqs, config.max_batched_tokens)
+        tokens = config.max_batched_tokens
+        self._largest = StepShape(tokens, config.max_num_seqs, config.max_num_seqs, False)
+        most_words = InputLayout(self._largest._replace(logits=tokens)).num_words
+        self._staging = Staging(device, most_words)
+        self._writer = InputWriter(model.config.vocab_size, num_blocks * config.block_size)
+        self._runner = StepRunner(model, self._state, device, self._staging.words)
+        # the results of one step are read while the next one writes
+        self._results = [device.pinned((tokens,), torch.int64) for _ in range(2)]
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> CudaStep:
+        self.progress.mark()
+        scored = ScoredTokens.of(batch)
+        self._results.reverse()
+        chosen = self._results[0][: len(batch.rows)]
+
+        def finish(outputs: StepOutputs) -> None:
+            if scored.places:
+                scored.compute(outputs, self._device)
+            chosen.copy_(outputs.chosen_L[: len(chosen)], non_blocking=True)
+
+        self._queue(batch, finish)
+        self._count(len(batch.ids_T))
+        return CudaStep(self._device.record(), chosen, scored, self.progress)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> Tensor:
+        """Run the forward; logits ``[L, vocabulary]`` at the batch's ``logits_at_L``."""
+        found: list[Tensor] = []
+        self._queue(batch, lambda outputs: found.append(outputs.logits_LV.clone()))
+        self._device.record().wait()
+        return found[0][: len(batch.logits_at_L)]
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile all kernels and capture the graphs of all buckets, the largest first."""
+        begun = time.monotonic()
+        self.run_largest()
+        count = 0
+        for count, shape in enumerate(self._buckets, 1):
+            self._queue(warm_up_batch(), lambda outputs: None, shape)
+            self._device.record().wait()
+            self._runner.capture(shape)
+        logger.info("%d graphs captured in %.1f s", count, time.monotonic() - begun)
+
+    @torch.inference_mode()
+    def run_largest(self) -> None:
+        """Run a step of the largest size, without a graph, and wait for it."""
+        self._queue(warm_up_batch(), lambda outputs: None, self._largest)
+        self._device.record().wait()
+
+    def _queue(
+        self,
+        batch: Batch,
+        then: Callable[[StepOutputs], None],
+        shape: StepShape | None = None,
+    ) -> None:
+        """Send a batch, and queue its step and what ``then`` launches on the outputs.
+
+        The shape is by default the smallest bucket that has a graph, or else the exact one.
+        """
+        if shape is None:
+            exact = exact_shape(batch)
+            shape = self._runner.captured(self._buckets.holding(exact)) or exact
+        layout = InputLayout(shape)
+        biases = graph_biases(batch, self.config.vocab_size)
+        updates = self._block_tables.updates(batch.seats, batch.block_ids)
+        try:
+            if len(updates) > MOST_UPDATES:
+                self._block_tables.send(updates[MOST_UPDATES:])
+            self._staging.send(
+                layout.num_words,
+                lambda words: self._writer.write(
+                    words, layout, batch, updates[:MOST_UPDATES], biases
+                ),
+            )
+
+            def finish(inputs: Inputs, outputs: StepOutputs) -> None:
+                if biases is None:
+                    self._choose_by_rules(batch, inputs, outputs)
+                then(outputs)
+
+            self._runner.queue(shape, finish)
+        except Exception:
+            self._block_tables.forget(batch.seats)
+            raise
+
+    def _choose_by_rules(self, batch: Batch, inputs: Inputs, outputs: StepOutputs) -> None:
+        """Choose again, after rules that the step itself does not apply."""
+        count = len(batch.rows)
+        logits_LV = outputs.logits_LV[:count].to(torch.float32, copy=True)
+        apply_rules(logits_LV, batch.rows, batch.bitmask)
+        choose_tokens(
+            logits_LV,
+            inputs["choices"][:count],
+            inputs["row_seats"][:count],
+            outputs.chosen_L[:count],
+            self._state.last_token_P,
+        )
+
+    def _count(self, num_tokens: int) -> None:
+        """Count the lookups of tables that do not count on the device: a graph calls no table."""
+        for memory in self._memories:
+            for table in memory.tables:
+                if isinstance(table, DeviceTable):
+                    table.count(num_tokens * memory.num_references, memory.index)

@@ -1,0 +1,31 @@
+"""A step in flight on the GPU, and its results when they have arrived in pinned memory."""
+
+from torch import Tensor
+
+from engine.executors.batch import StepResult
+from engine.executors.cuda.device import DeviceEvent
+from engine.executors.cuda.scored_tokens import ScoredTokens
+from engine.progress import Progress
+from engine.sampling.choice import NO_TOKEN
+
+
+class CudaStep:
+    """The chosen tokens and the log-probabilities of one step."""
+
+    def __init__(
+        self, event: DeviceEvent, chosen_L: Tensor, scored: ScoredTokens, progress: Progress
+    ) -> None:
+        """``event`` lies behind the copies to ``chosen``, pinned int64, and to ``scored``."""
+        self._event, self._chosen_L = event, chosen_L
+        self._scored, self._progress = scored, progress
+
+    def wait(self) -> StepResult:
+        self._event.wait()
+        self._progress.mark()
+        ids: list[int] = self._chosen_L.tolist()
+        logprobs = {
+            at: entry
+            for at, entry in self._scored.results()
+            if at >= len(ids) or ids[at] != NO_TOKEN
+        }
+        return StepResult(ids, logprobs)

@@ -1,0 +1,73 @@
+"""Decoder layers on the GPU: attention over KV blocks, then a feed-forward, each with its norm."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.executors.cuda.kernels.paged_attention import paged_attention
+from engine.executors.cuda.kernels.rotate_and_store import rotate_and_store
+from engine.executors.cuda.memory import CudaMemory
+from engine.executors.cuda.mixture import CudaMixture
+from engine.executors.cuda.products import joined, norm_of
+from engine.executors.cuda.step_tokens import StepTokens
+from engine.model.feed_forward import DenseFeedForward
+from engine.model.forward_trace import ForwardTrace
+from engine.model.layers import DecoderLayer
+from engine.model.memory_layer import MemoryLayer
+from engine.model.mixture import MixtureFeedForward
+from engine.model.norm import RmsNorm
+
+
+class CudaFeedForward(Protocol):
+    """A feed-forward of any kind, with its norm and residual sum."""
+
+    def run(self, residual_TD: Tensor, tokens: StepTokens, trace: ForwardTrace) -> Tensor:
+        """Return the new residual stream; ``residual`` may change."""
+        ...
+
+
+class CudaLayer:
+    """One decoder layer. It shares its weights with the model's layer."""
+
+    def __init__(self, layer: DecoderLayer, num_heads: int) -> None:
+        attention = layer.self_attn
+        self._num_heads = num_heads
+        self._norm = norm_of(layer.input_layernorm)
+        self._qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = joined(attention.o_proj)
+        self.feed_forward = _feed_forward(layer)
+
+    def run(
+        self, residual_TD: Tensor, tokens: StepTokens, kv_blocks: Tensor, trace: ForwardTrace
+    ) -> Tensor:
+        """Return the new residual stream; ``kv_blocks`` are this layer's."""
+        qkv_TF = self._qkv(residual_TD, norm=self._norm)
+        q_THE = rotate_and_store(
+            qkv_TF, tokens.angles, tokens.kv_slots_T, kv_blocks, self._num_heads
+        )
+        out_THE = paged_attention(q_THE, kv_blocks, tokens.paged, num_splits=tokens.num_splits)
+        residual_TD = self._out(out_THE.flatten(1), residual_MN=residual_TD)
+        return self.feed_forward.run(residual_TD, tokens, trace)
+
+
+class CudaDense:
+    """A ``DenseFeedForward``."""
+
+    def __init__(self, dense: DenseFeedForward, norm: RmsNorm) -> None:
+        self._norm = norm_of(norm)
+        self._gate_up = joined(dense.gate_proj, dense.up_proj)
+        self._down = joined(dense.down_proj)
+
+    def run(self, residual_TD: Tensor, tokens: StepTokens, trace: ForwardTrace) -> Tensor:
+        hidden_TI = self._gate_up(residual_TD, norm=self._norm, is_gated=True)
+        return self._down(hidden_TI, residual_MN=residual_TD)
+
+
+def _feed_forward(layer: DecoderLayer) -> CudaFeedForward:
+    module, norm = layer.feed_forward, layer.post_attention_layernorm
+    if isinstance(module, MemoryLayer):
+        return CudaMemory(module, norm)
+    if isinstance(module, MixtureFeedForward):
+        return CudaMixture(module, norm)
+    assert isinstance(module, DenseFeedForward)
+    return CudaDense(module, norm)

@@ -1,0 +1,107 @@
+"""A memory layer on the GPU: row fetches overlap the gate's product."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from engine.executors.cuda.kernels.rms_norm import rms_norm
+from engine.executors.cuda.kernels.silu_gate import silu_gate
+from engine.executors.cuda.products import Norm, joined, norm_of
+from engine.executors.cuda.step_tokens import StepTokens
+from engine.executors.lookahead import PredictedMemory
+from engine.model.forward_trace import ForwardTrace, MemoryTrace
+from engine.model.memory_layer import MemoryLayer
+from engine.model.norm import RmsNorm
+from memory_ops import operations
+from memory_ops.tables.device import ReadyLookup
+from memory_ops.tables.value_table import Lookup, ValueTable
+
+
+class CudaMemory:
+    """A ``MemoryLayer`` with its norm and residual sum; see there for the formulas."""
+
+    def __init__(self, memory: MemoryLayer, norm: RmsNorm) -> None:
+        self._memory, self._norm = memory, norm_of(norm)
+        self._query = joined(memory.query)
+        self._gate = None if memory.gate is None else joined(memory.gate)
+        self._value = None if memory.value_proj is None else joined(memory.value_proj)
+        output_gate = memory.output_gate
+        self._output_gate = None if output_gate is None else joined(output_gate)
+        # [2 H, k / 2, N]: one product per half of a head
+        self._subkeys_XkN = memory.subkeys.flatten(0, 1).transpose(1, 2)
+        self.index = memory.index
+        self.num_references = memory.num_heads * memory.top_k
+
+    @property
+    def tables(self) -> tuple[ValueTable, ...]:
+        """The tables that the layer reads."""
+        return self._memory.tables
+
+    @property
+    def predicted(self) -> PredictedMemory:
+        """The layer as the lookahead needs it."""
+        memory = self._memory
+        scores = partial(self._half_scores, norm=self._norm)
+        return PredictedMemory(self.index, memory.num_subkeys, memory.tables, scores)
+
+    def run(self, residual_TD: Tensor, tokens: StepTokens, trace: ForwardTrace) -> Tensor:
+        """Return the new residual stream, and add the rows that are read to ``trace``.
+
+        Padding reads the rows of the first token, so that it fetches nothing.
+        """
+        memory = self._memory
+        x_TD = rms_norm(residual_TD, *self._norm)
+        if tokens.sources_T is not None:
+            x_TD = x_TD.index_select(0, tokens.sources_T)
+        half_scores_TH2N = self._half_scores(x_TD)
+        rows_THK, weights_THK = operations.product_topk(half_scores_TH2N, memory.top_k)
+        trace.memory.append(MemoryTrace(rows_THK, weights_THK))
+        if memory.is_peer:
+            memory.table.hint(rows_THK, self.index)
+            weights_THK = weights_THK * gelu(self._start_dots(rows_THK, x_TD).finish())
+        lookup = self._start(rows_THK, weights_THK)
+        # compute the gates while the table fetches rows
+        gate_TV = None if self._gate is None else self._gate(x_TD)
+        gate_T1 = None if self._output_gate is None else self._output_gate(x_TD)
+        sum_TV = lookup.finish()
+        y_TV = sum_TV.to(x_TD.dtype) if gate_TV is None else silu_gate(gate_TV, sum_TV)
+        if self._value is not None and gate_T1 is None:
+            return self._value(y_TV, residual_MN=residual_TD)
+        y_TD = y_TV if self._value is None else self._value(y_TV)
+        return residual_TD.add_(y_TD if gate_T1 is None else gate_T1.sigmoid() * y_TD)
+
+    def _half_scores(self, x_TD: Tensor, norm: Norm | None = None) -> Tensor:
+        memory = self._memory
+        q_TF = self._query(x_TD, norm=norm)
+        q_TXk = q_TF.view(len(q_TF), 2 * memory.num_heads, -1)
+        if memory.query_norm is not None:
+            q_TXk = rms_norm(q_TXk, memory.query_norm, memory.norm_eps)
+        scores_XTN = _wide_product(q_TXk.transpose(0, 1), self._subkeys_XkN)
+        return scores_XTN.transpose(0, 1).unflatten(1, (memory.num_heads, 2))
+
+    def _start(self, rows_THK: Tensor, weights_THK: Tensor) -> Lookup:
+        table = self._memory.table
+        source = table.row_source(self.index)
+        if source is None:
+            return table.start(rows_THK, weights_THK, self.index)
+        # the executor counts these lookups: a graph's replay does not pass here
+        return ReadyLookup(partial(operations.gather_rows, source.rows, rows_THK, weights_THK))
+
+    def _start_dots(self, rows_THK: Tensor, x_TD: Tensor) -> Lookup:
+        table = self._memory.down_table
+        source = table.row_source(self.index)
+        if source is None:
+            return table.start_dots(rows_THK, x_TD, self.index)
+        return ReadyLookup(partial(operations.row_dots, source.rows, rows_THK, x_TD))
+
+
+def _wide_product(q_XTk: Tensor, subkeys_XkN: Tensor) -> Tensor:
+    """Batched products with fp32 results, without a wide copy of the subkeys."""
+    if q_XTk.dtype is torch.float32:
+        return torch.bmm(q_XTk, subkeys_XkN)
+    if q_XTk.is_cuda:
+        return torch.bmm(q_XTk, subkeys_XkN, out_dtype=torch.float32)
+    # torch has this product on GPUs alone
+    return torch.bmm(q_XTk.float(), subkeys_XkN.float())

@@ -1,0 +1,100 @@
+"""Sizes the KV blocks of a GPU: what weights, tables, graphs and the largest step leave free."""
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.model.config import ModelConfig
+
+_GIB = 2**30
+# cuBLAS workspaces, loaded kernels, fragments
+_RESERVE_BYTES = 256 * 2**20
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceMemory(Protocol):
+    """The memory of one device, in bytes; tests substitute fakes."""
+
+    def total(self) -> int:
+        """All memory of the device."""
+        ...
+
+    def in_use(self) -> int:
+        """What this process and others hold now."""
+        ...
+
+    def peak(self, work: Callable[[], None]) -> int:
+        """What ``work`` allocates at most beyond what is in use before it."""
+        ...
+
+
+class CudaMemory:
+    """The memory of a GPU, as torch and the driver count it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def total(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[1]
+
+    def in_use(self) -> int:
+        # what torch keeps for reuse is free for us
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free
+
+    def peak(self, work: Callable[[], None]) -> int:
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        work()
+        return torch.cuda.max_memory_allocated(self._device) - before
+
+
+def num_kv_blocks(
+    model: ModelConfig,
+    config: EngineConfig,
+    itemsize: int,
+    memory: DeviceMemory,
+    run_largest: Callable[[], None],
+) -> int:
+    """Number of KV blocks that fit, or that ``kv_cache_gib`` asks for; at most enough for all
+    sequences.
+
+    Args:
+        itemsize: bytes of a number in the KV cache.
+        run_largest: runs the largest step and waits for it.
+
+    Raises:
+        ConfigError: the blocks do not fit.
+    """
+    # twice: the graphs share memory as large as their largest step
+    peak = memory.peak(run_largest)
+    in_use = memory.in_use()
+    usable = int(memory.total() * config.gpu_memory_utilization)
+    left = usable - in_use - 2 * peak - _RESERVE_BYTES
+    block_bytes = model.kv_bytes_per_token(itemsize) * config.block_size
+    length = min(config.max_model_len or model.max_positions, model.max_positions)
+    most = config.max_num_seqs * -(-length // config.block_size)
+    wanted = most
+    if config.kv_cache_gib is not None:
+        wanted = int(config.kv_cache_gib * _GIB) // block_bytes
+    # the executor adds a block for padding
+    found = min(wanted, left // block_bytes - 1)
+    logger.info(
+        "KV pool takes %.2f GiB: the GPU has %.2f GiB, of which %.2f may be used"
+        " (--gpu-memory-utilization), %.2f are in use, and %.2f are for steps and graphs",
+        *(max(found, 0) * block_bytes / _GIB, memory.total() / _GIB, usable / _GIB),
+        *(in_use / _GIB, (2 * peak + _RESERVE_BYTES) / _GIB),
+    )
+    if found < 1 or (config.kv_cache_gib is not None and found < wanted):
+        raise ConfigError(
+            f"kv_cache_gib: weights, tables and steps leave {max(left, 0) / _GIB:.2f} GiB of the"
+            " GPU; lower --kv-cache-gib, --table-cache or --max-batched-tokens, use --table-tier"
+            " host or --table-dtype int8, or raise --gpu-memory-utilization"
+        )
+    return found

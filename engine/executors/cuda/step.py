@@ -1,0 +1,109 @@
+"""One step on the GPU, from packed inputs to chosen tokens, with kernels alone: no host waits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.executors.cuda.buckets import StepShape
+from engine.executors.cuda.device_state import DeviceState
+from engine.executors.cuda.kernels.add_biases import add_biases
+from engine.executors.cuda.kernels.block_table import update_block_table
+from engine.executors.cuda.kernels.choose_tokens import choose_tokens
+from engine.executors.cuda.kernels.embed import embed
+from engine.executors.cuda.layers import CudaLayer
+from engine.executors.cuda.memory import CudaMemory
+from engine.executors.cuda.products import Product, norm_of
+from engine.executors.cuda.step_tokens import StepTokens
+from engine.executors.lookahead import Lookahead, LookaheadConfig
+from engine.model.forward_trace import ForwardTrace
+from engine.model.transformer import Transformer
+
+# programs of the attention kernel that are launched for each of the device's processors
+_PROGRAMS_PER_PROCESSOR = 2
+_MOST_SPLITS = 32
+# a mixed step may hold few decodes with long contexts
+_MIXED_SPLITS = 4
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+    """What a step leaves on the device, until the next one.
+
+    Attributes:
+        logits_LV: in the model's dtype, biases added.
+        chosen_L: int64 ids, or ``NO_TOKEN``.
+        trace: the rows that memory layers read, and router logits.
+    """
+
+    logits_LV: Tensor
+    chosen_L: Tensor
+    trace: ForwardTrace
+
+
+class DeviceModel:
+    """A model's layers on the GPU; they share the model's weights, which must stay as they are.
+
+    The weights of layers with the same input become views of one tensor.
+
+    Attributes:
+        config: the model's shapes.
+        tables: the model's value tables by name.
+        head_VD: the weights that compute the logits.
+    """
+
+    def __init__(
+        self, model: Transformer, num_processors: int, lookahead: LookaheadConfig | None = None
+    ) -> None:
+        self.config, self.tables = model.config, model.tables
+        self.head_VD = model.head.weight
+        self._embedding_VD = model.model.embed_tokens.weight
+        self._rope_frequencies = model.rope_frequencies
+        self._num_processors = num_processors
+        self._layers = [CudaLayer(layer, model.config.num_heads) for layer in model.layers]
+        self._norm, self._head = norm_of(model.model.norm), Product(self.head_VD)
+        memories = [memory.predicted for memory in self.memories]
+        self._lookahead = None if lookahead is None else Lookahead(memories, lookahead)
+
+    @property
+    def memories(self) -> list[CudaMemory]:
+        """The memory layers, in order."""
+        modules = (layer.feed_forward for layer in self._layers)
+        return [module for module in modules if isinstance(module, CudaMemory)]
+
+    def run(
+        self, inputs: Mapping[str, Tensor], shape: StepShape, state: DeviceState
+    ) -> StepOutputs:
+        """Run a step of this shape; its inputs are those of ``InputLayout``."""
+        update_block_table(state.block_table_PB, inputs["updates"], inputs["counts"][:1])
+        residual_TD = embed(inputs["ids"], state.last_token_P, self._embedding_VD)
+        tokens = StepTokens.of(
+            inputs, shape, state.block_table_PB, self._rope_frequencies, self._num_splits(shape)
+        )
+        trace = ForwardTrace()
+        for index, layer in enumerate(self._layers):
+            if self._lookahead is not None:
+                self._lookahead.before(index, residual_TD)
+            residual_TD = layer.run(residual_TD, tokens, state.kv_blocks[index], trace)
+        if not shape.is_decode:
+            residual_TD = residual_TD.index_select(0, inputs["logits_at"])
+        logits_LV, chosen_L = self._outputs(shape.logits, state)
+        self._head(residual_TD, norm=self._norm, out=logits_LV)
+        add_biases(logits_LV, inputs["bias_places"], inputs["bias_values"], inputs["counts"][1:])
+        choose_tokens(
+            logits_LV, inputs["choices"], inputs["row_seats"], chosen_L, state.last_token_P
+        )
+        return StepOutputs(logits_LV, chosen_L, trace)
+
+    def _outputs(self, count: int, state: DeviceState) -> tuple[Tensor, Tensor]:
+        if count <= len(state.chosen_L):
+            return state.logits_LV[:count], state.chosen_L[:count]
+        # a scored prompt needs logits at every position
+        shape = count, state.logits_LV.shape[1]
+        return state.logits_LV.new_empty(shape), state.chosen_L.new_empty(count)
+
+    def _num_splits(self, shape: StepShape) -> int:
+        """Parts of a context, so that even one sequence occupies all processors."""
+        programs = shape.sequences * self.config.num_kv_heads
+        wanted = -(-self._num_processors * _PROGRAMS_PER_PROCESSOR // programs)
+        return max(min(wanted, _MOST_SPLITS), 1 if shape.is_decode else _MIXED_SPLITS)

@@ -1,0 +1,169 @@
+"""The inputs of a step: one packed buffer of words, filled on the host and read on the device."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.executors.batch import Batch
+from engine.executors.cuda.buckets import StepShape
+from engine.executors.cuda.kernels.paged_step import QUERY_TILE, query_tiles
+from engine.sampling.choice import CHOICE
+from engine.sampling.sampler import choices_of
+
+# of one step; more take other ways
+MOST_UPDATES = 512
+MOST_BIASES = 1024
+_CHOICE_FIELDS = len(CHOICE.names or ())
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """Places of the inputs of one shape in the buffer, in words of 8 bytes.
+
+    Attributes, in this order in the buffer:
+        counts: number of block-table updates, and of biases.
+        ids, positions, kv_slots: of each token; see ``Batch``; padding repeats the first token, but
+            writes its keys and values to the scrap slot.
+        sources: the token whose memory rows a token reads: itself, or 0 for padding.
+        query_starts, context_lengths, seats: of each sequence; padding repeats the first sequence
+            in decodes, and has no tokens in mixed steps.
+        tiles: see ``PagedStep``.
+        logits_at: token of each row of logits.
+        row_seats: seat that gets the token of each row of logits; -1 for none.
+        choices: fields of CHOICE of each row, as fp64.
+        updates: (seat, index, block) of changed entries of the block table.
+        bias_places, bias_values: places in the flat logits, and fp64 numbers to add.
+    """
+
+    shape: StepShape
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[int, tuple[int, ...]]]:
+        """First word and shape by name."""
+        tokens, sequences, logits, is_decode = self.shape
+        # a sequence with tiles has two tokens or more, and one tile that may not be full
+        tiles = 0 if is_decode else tokens // QUERY_TILE + min(sequences, tokens // 2)
+        sizes: dict[str, tuple[int, ...]] = {
+            "counts": (2,),
+            "ids": (tokens,),
+            "positions": (tokens,),
+            "kv_slots": (tokens,),
+            "sources": (tokens,),
+            "query_starts": (sequences + 1,),
+            "context_lengths": (sequences,),
+            "seats": (sequences,),
+            "tiles": (tiles, 2),
+            "logits_at": (logits,),
+            "row_seats": (logits,),
+            "choices": (logits, _CHOICE_FIELDS),
+            "updates": (MOST_UPDATES, 3),
+            "bias_places": (MOST_BIASES,),
+            "bias_values": (MOST_BIASES,),
+        }
+        places, first = {}, 0
+        for name, size in sizes.items():
+            places[name] = first, size
+            # 16 words: kernels may rely on aligned pointers
+            first += -(-int(np.prod(size)) // 16) * 16
+        return places
+
+    @cached_property
+    def num_words(self) -> int:
+        """Words of all inputs."""
+        first, size = self.places["bias_values"]
+        return first + -(-int(np.prod(size)) // 16) * 16
+
+    def tensors(self, words: Tensor) -> Mapping[str, Tensor]:
+        """The inputs as views of a buffer; ``choices`` and ``bias_values`` are fp64."""
+        found = {}
+        for name, (first, size) in self.places.items():
+            part = words[first : first + int(np.prod(size))]
+            is_float = name in ("choices", "bias_values")
+            found[name] = (part.view(torch.float64) if is_float else part).view(size)
+        return found
+
+
+def exact_shape(batch: Batch) -> StepShape:
+    """The shape of a batch without padding."""
+    tokens, sequences = len(batch.ids_T), len(batch.seats)
+    logits = len(batch.logits_at_L)
+    is_decode = tokens == sequences == len(batch.rows) == logits
+    return StepShape(tokens, sequences, logits, is_decode)
+
+
+class InputWriter:
+    """Writes batches into buffers of words on the host."""
+
+    def __init__(self, vocab_size: int, scrap_slot: int) -> None:
+        self._vocab_size, self._scrap_slot = vocab_size, scrap_slot
+
+    def write(
+        self,
+        words: Tensor,
+        layout: InputLayout,
+        batch: Batch,
+        updates: Sequence[tuple[int, int, int]],
+        biases: tuple[NDArray[np.int64], NDArray[np.float64]] | None,
+    ) -> None:
+        """Write everything, padding included, except updates and biases beyond their counts."""
+        out = {name: tensor.numpy() for name, tensor in layout.tensors(words).items()}
+        paged = batch.layout.paged
+        assert paged is not None
+        out["counts"][:] = len(updates), 0 if biases is None else len(biases[0])
+        _write_padded(out["ids"], batch.ids_T.numpy())
+        _write_padded(out["positions"], batch.layout.positions_T.numpy())
+        count = len(batch.ids_T)
+        out["kv_slots"][:count] = paged.kv_index_T.numpy()
+        out["kv_slots"][count:] = self._scrap_slot
+        out["sources"][:count] = np.arange(count)
+        out["sources"][count:] = 0
+        self._write_sequences(out, layout.shape, batch)
+        self._write_rows(out, batch)
+        if updates:
+            out["updates"][: len(updates)] = updates
+        if biases is not None:
+            out["bias_places"][: len(biases[0])] = biases[0]
+            out["bias_values"][: len(biases[0])] = biases[1]
+
+    def _write_sequences(
+        self, out: Mapping[str, NDArray[np.generic]], shape: StepShape, batch: Batch
+    ) -> None:
+        starts = np.array(batch.layout.query_starts, dtype=np.int64)
+        paged = batch.layout.paged
+        assert paged is not None
+        _write_padded(out["context_lengths"], np.array(paged.context_lengths, dtype=np.int64))
+        _write_padded(out["seats"], np.array(batch.seats, dtype=np.int64))
+        if shape.is_decode:
+            # padding is a copy of the first sequence with a row of its own
+            out["query_starts"][:] = np.arange(shape.sequences + 1)
+            return
+        out["query_starts"][: len(starts)] = starts
+        out["query_starts"][len(starts) :] = starts[-1]
+        out["tiles"][:] = query_tiles(np.diff(starts).tolist(), len(out["tiles"]))
+
+    def _write_rows(self, out: Mapping[str, NDArray[np.generic]], batch: Batch) -> None:
+        at = batch.logits_at_L.numpy()
+        _write_padded(out["logits_at"], at)
+        out["row_seats"][:] = -1
+        num_rows = len(batch.rows)
+        sequences = np.searchsorted(batch.layout.query_starts, at[:num_rows], side="right") - 1
+        seats = np.array(batch.seats, dtype=np.int64)[sequences]
+        # a sequence with drafts has several rows; the host knows its token before the next step
+        counts = np.bincount(sequences, minlength=len(batch.seats))[sequences]
+        out["row_seats"][:num_rows] = np.where(counts == 1, seats, -1)
+        out["choices"][:] = 0
+        if num_rows:
+            choices = choices_of(batch.rows, self._vocab_size)
+            for column, name in enumerate(choices.dtype.names or ()):
+                out["choices"][:num_rows, column] = choices[name]
+
+
+def _write_padded(out: NDArray[np.generic], values: NDArray[np.generic]) -> None:
+    """Write values, then the first of them again and again."""
+    out[: len(values)] = values
+    out[len(values) :] = values[0] if len(values) else 0

@@ -1,0 +1,50 @@
+"""The tokens of one step as layers read them, in tensors on the device."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.executors.cuda.buckets import StepShape
+from engine.executors.cuda.kernels.paged_step import PagedStep
+from engine.model.rotary import rope_angles
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """Positions, KV slots and sequences of T tokens.
+
+    Attributes:
+        angles: rotary cosines and sines, fp32 ``[T, 1, E / 2]``.
+        kv_slots_T: int64, where keys and values are written: block * block size + offset.
+        sources_T: int64, the token whose memory rows a token reads; None if that is always itself.
+        num_splits: parts of a decode's context that the attention kernel computes side by side.
+    """
+
+    angles: tuple[Tensor, Tensor]
+    kv_slots_T: Tensor
+    sources_T: Tensor | None
+    paged: PagedStep
+    num_splits: int
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Mapping[str, Tensor],
+        shape: StepShape,
+        block_table_PB: Tensor,
+        rope_frequencies: Tensor,
+        num_splits: int,
+    ) -> "StepTokens":
+        """Views of a step's inputs, and its angles."""
+        paged = PagedStep(
+            inputs["query_starts"],
+            inputs["context_lengths"],
+            inputs["seats"],
+            block_table_PB,
+            None if shape.is_decode else inputs["tiles"],
+        )
+        angles = rope_angles(inputs["positions"], rope_frequencies)
+        # the padding of a decode repeats the whole first sequence
+        sources_T = None if shape.is_decode else inputs["sources"]
+        return cls(angles, inputs["kv_slots"], sources_T, paged, num_splits)

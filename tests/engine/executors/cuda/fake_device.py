@@ -1,0 +1,71 @@
+"""A device on the CPU that runs queued work as late as it may, and can skip a wait."""
+
+from collections import deque
+
+import torch
+
+from engine.executors.cuda.device import Work
+
+
+class FakeDevice:
+    """Work runs when an event behind it is waited for; until then the host may spoil its inputs.
+
+    Attributes:
+        num_waits: how often the host waited for an event that was not over.
+        num_replays: how many graphs were replayed.
+    """
+
+    torch_device = torch.device("cpu")
+    num_processors = 2
+
+    def __init__(self, ignored_wait: int = -1) -> None:
+        """``ignored_wait``: which wait, counted from 0, is left out."""
+        self.num_waits = self.num_replays = 0
+        self._ignored_wait = ignored_wait
+        self._queued: deque[Work | FakeEvent] = deque()
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        # contents that no step may read
+        return torch.full(shape, 77, dtype=dtype)
+
+    def queue(self, work: Work) -> None:
+        self._queued.append(work)
+
+    def record(self) -> "FakeEvent":
+        event = FakeEvent(self)
+        self._queued.append(event)
+        return event
+
+    def capture(self, work: Work) -> Work:
+        def replay() -> None:
+            self.num_replays += 1
+            work()
+
+        return replay
+
+    def run_to(self, event: "FakeEvent") -> None:
+        """Run all work before an event, unless this wait is the ignored one."""
+        if event.is_over:
+            return
+        self.num_waits += 1
+        if self.num_waits - 1 == self._ignored_wait:
+            return
+        while not event.is_over:
+            first = self._queued.popleft()
+            if isinstance(first, FakeEvent):
+                first.is_over = True
+            else:
+                # the host's mode does not matter to a device
+                with torch.inference_mode():
+                    first()
+
+
+class FakeEvent:
+    """A point in the queue of a fake device."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self.is_over = False
+        self._device = device
+
+    def wait(self) -> None:
+        self._device.run_to(self)

@@ -87,12 +87,12 @@ class CudaExecutor:
         """Compile all kernels and capture the graphs of all buckets, the largest first."""
         begun = time.monotonic()
         self.run_largest()
-        count = 0
-        for count, shape in enumerate(self._buckets, 1):
+        shapes = list(self._buckets)
+        for shape in shapes:
             self._queue(warm_up_batch(), lambda outputs: None, shape)
             self._device.record().wait()
             self._runner.capture(shape)
-        logger.info("%d graphs captured in %.1f s", count, time.monotonic() - begun)
+        logger.info("%d graphs captured in %.1f s", len(shapes), time.monotonic() - begun)
 
     @torch.inference_mode()
     def run_largest(self) -> None:

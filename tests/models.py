@@ -166,7 +166,8 @@ def served_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
     at = torch.arange(len(ids))
     blocks = torch.arange(-(-len(ids) // 16)).unsqueeze(0)
     layout = TokenLayout(at, (0, len(ids)), PagedKv(at, blocks, (len(ids),)))
-    return executor.logits(Batch(torch.tensor(ids), layout, at))
+    owned = tuple(range(blocks.shape[1]))
+    return executor.logits(Batch(torch.tensor(ids), layout, at, seats=(0,), block_ids=(owned,)))
 
 
 def plain_greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:

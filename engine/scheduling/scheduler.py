@@ -174,7 +174,7 @@ class Scheduler:
             return chunk
         return chunk._replace(
             token_ids=(*chunk.token_ids, *drafts),
-            block_ids=tuple(sequence.block_ids),
+            block_ids=sequence.block_ids,
             num_drafts=len(drafts),
         )
 
@@ -200,9 +200,11 @@ class Scheduler:
 
     def _take_blocks(self, sequence: Sequence, num_tokens: int) -> bool:
         """Take the blocks that it lacks for this many tokens; False if the pool has too few."""
-        missing = max(0, self._pool.blocks_for(num_tokens) - len(sequence.block_ids))
+        missing = self._pool.blocks_for(num_tokens) - len(sequence.block_ids)
+        if missing <= 0:
+            return True
         taken = self._pool.take((), missing)
-        sequence.block_ids += taken or []
+        sequence.block_ids += tuple(taken or ())
         return taken is not None
 
     def _waits_for_another(self, sequence: Sequence) -> bool:
@@ -222,7 +224,7 @@ class Scheduler:
         self._waiting.remove(sequence)
         self._running[sequence.request_id] = sequence
         sequence.seat = self._free_seats.pop()
-        sequence.block_ids = shared + taken
+        sequence.block_ids = (*shared, *taken)
         sequence.num_computed = len(shared) * self._pool.block_size
         sequence.num_published = len(shared)
         self._promised |= {h: sequence for h in hashes[len(shared) :] if h not in self._promised}
@@ -249,7 +251,7 @@ class Scheduler:
             seat=sequence.seat,
             token_ids=known + (PENDING,) * (end - start - len(known)),
             start=start,
-            block_ids=tuple(sequence.block_ids[: self._pool.blocks_for(end)]),
+            block_ids=sequence.block_ids[: self._pool.blocks_for(end)],
             sampling=request.sampling,
             seed=sequence.seed,
             samples=end == sequence.length and request.sampling.max_tokens > 0,
@@ -263,7 +265,7 @@ class Scheduler:
         needed = self._pool.blocks_for(sequence.length)
         if needed < len(sequence.block_ids):
             self._pool.release(sequence.block_ids[needed:])
-            del sequence.block_ids[needed:]
+            sequence.block_ids = sequence.block_ids[:needed]
         full = min(sequence.num_computed, len(sequence.token_ids)) // self._pool.block_size
         if full == sequence.num_published:
             return
@@ -281,7 +283,7 @@ class Scheduler:
         self._pool.release(sequence.block_ids)
         self._free_seats.append(sequence.seat)
         sequence.seat, sequence.num_in_flight, sequence.num_pending = -1, 0, 0
-        sequence.block_ids, sequence.num_computed, sequence.num_published = [], 0, 0
+        sequence.block_ids, sequence.num_computed, sequence.num_published = (), 0, 0
         sequence.prompt_scores = []
 
     def _break_promise(self, sequence: Sequence, prefix_hash: bytes) -> None:

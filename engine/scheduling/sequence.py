@@ -48,7 +48,7 @@ class Sequence:
     num_in_flight: int = 0
     seat: int = -1
     num_computed: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: tuple[int, ...] = ()
     num_published: int = 0
     hashes: list[bytes] = field(default_factory=list)
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)

@@ -17,7 +17,7 @@ from engine.executors.cuda.graph_biases import graph_biases
 from engine.executors.cuda.kernels.choose_tokens import choose_tokens
 from engine.executors.cuda.launched_step import CudaStep
 from engine.executors.cuda.scored_tokens import ScoredTokens
-from engine.executors.cuda.staging import Staging
+from engine.executors.cuda.staging import StagedInputs, Staging
 from engine.executors.cuda.step import DeviceModel, StepOutputs
 from engine.executors.cuda.step_inputs import MOST_UPDATES, InputLayout, InputWriter, exact_shape
 from engine.executors.cuda.step_runner import Inputs, StepRunner
@@ -53,8 +53,9 @@ class CudaExecutor:
         self._largest = StepShape(tokens, config.max_num_seqs, config.max_num_seqs, False)
         most_words = InputLayout(self._largest._replace(logits=tokens)).num_words
         self._staging = Staging(device, most_words)
+        self._inputs: dict[StepShape, StagedInputs] = {}  # of the shapes that have a graph
         self._writer = InputWriter(model.config.vocab_size, num_blocks * config.block_size)
-        self._runner = StepRunner(model, self._state, device, self._staging.words)
+        self._runner = StepRunner(model, self._state, device)
         # the results of one step are read while the next one writes
         self._results = [device.pinned((tokens,), torch.int64) for _ in range(2)]
 
@@ -91,7 +92,8 @@ class CudaExecutor:
         for shape in shapes:
             self._queue(warm_up_batch(), lambda outputs: None, shape)
             self._device.record().wait()
-            self._runner.capture(shape)
+            self._inputs[shape] = self._staging.inputs(shape)
+            self._runner.capture(shape, self._inputs[shape].on_device)
         logger.info("%d graphs captured in %.1f s", len(shapes), time.monotonic() - begun)
 
     @torch.inference_mode()
@@ -112,26 +114,25 @@ class CudaExecutor:
         """
         if shape is None:
             exact = exact_shape(batch)
-            shape = self._runner.captured(self._buckets.holding(exact)) or exact
-        layout = InputLayout(shape)
+            holding = self._buckets.holding(exact)
+            shape = next((bucket for bucket in holding if bucket in self._inputs), exact)
+        inputs = self._inputs.get(shape) or self._staging.inputs(shape)
         biases = graph_biases(batch, self.config.vocab_size)
         updates = self._block_tables.updates(batch.seats, batch.block_ids)
         try:
             if len(updates) > MOST_UPDATES:
                 self._block_tables.send(updates[MOST_UPDATES:])
+            first = updates[:MOST_UPDATES]
             self._staging.send(
-                layout.num_words,
-                lambda words: self._writer.write(
-                    words, layout, batch, updates[:MOST_UPDATES], biases
-                ),
+                inputs, lambda out: self._writer.write(out, shape, batch, first, biases)
             )
 
-            def finish(inputs: Inputs, outputs: StepOutputs) -> None:
+            def finish(outputs: StepOutputs) -> None:
                 if biases is None:
-                    self._choose_by_rules(batch, inputs, outputs)
+                    self._choose_by_rules(batch, inputs.on_device, outputs)
                 then(outputs)
 
-            self._runner.queue(shape, finish)
+            self._runner.queue(shape, inputs.on_device, finish)
         except Exception:
             self._block_tables.forget(batch.seats)
             raise

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.executors.cuda.kernels.paged_attention import paged_attention
@@ -45,7 +46,11 @@ class CudaLayer:
         q_THE = rotate_and_store(
             qkv_TF, tokens.angles, tokens.kv_slots_T, kv_blocks, self._num_heads
         )
-        out_THE = paged_attention(q_THE, kv_blocks, tokens.paged, num_splits=tokens.num_splits)
+        # rows of padding in a mixed step stay undefined; no other row reads them
+        out_THE = torch.empty_like(q_THE)
+        paged_attention(
+            q_THE, kv_blocks, tokens.paged, num_splits=tokens.num_splits, out_THE=out_THE
+        )
         residual_TD = self._out(out_THE.flatten(1), residual_MN=residual_TD)
         return self.feed_forward.run(residual_TD, tokens, trace)
 

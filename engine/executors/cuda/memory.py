@@ -75,10 +75,11 @@ class CudaMemory:
     def _half_scores(self, x_TD: Tensor, norm: Norm | None = None) -> Tensor:
         memory = self._memory
         q_TF = self._query(x_TD, norm=norm)
-        q_TXk = q_TF.view(len(q_TF), 2 * memory.num_heads, -1)
+        half_dim = self._subkeys_XkN.shape[1]
+        q_TH2k = q_TF.view(len(q_TF), memory.num_heads, 2, half_dim)
         if memory.query_norm is not None:
-            q_TXk = rms_norm(q_TXk, memory.query_norm, memory.norm_eps)
-        scores_XTN = _wide_product(q_TXk.transpose(0, 1), self._subkeys_XkN)
+            q_TH2k = rms_norm(q_TH2k, memory.query_norm, memory.norm_eps)
+        scores_XTN = _wide_product(q_TH2k.flatten(1, 2).transpose(0, 1), self._subkeys_XkN)
         return scores_XTN.transpose(0, 1).unflatten(1, (memory.num_heads, 2))
 
     def _start(self, rows_THK: Tensor, weights_THK: Tensor) -> Lookup:

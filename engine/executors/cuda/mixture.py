@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from engine.executors.cuda.kernels.mixture import mix_experts
+from engine.executors.cuda.kernels import mixture as kernels
 from engine.executors.cuda.kernels.rms_norm import rms_norm
 from engine.executors.cuda.products import joined, norm_of
 from engine.executors.cuda.step_tokens import StepTokens
@@ -37,5 +37,5 @@ class CudaMixture:
         x_TD = rms_norm(residual_TD, *self._norm)
         logits_TE = self._router(x_TD)
         trace.router_logits.append(logits_TE)
-        y_TD = mix_experts(x_TD, logits_TE, self._gate_up_E2IK, self._down_EDI, self._top_k)
+        y_TD = kernels.mixture(x_TD, logits_TE, self._gate_up_E2IK, self._down_EDI, self._top_k)
         return residual_TD.add_(y_TD)

@@ -5,9 +5,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engine.executors.cuda.buckets import StepShape
 from engine.executors.cuda.device import Device, DeviceEvent
+from engine.executors.cuda.step_inputs import HostInputs, InputLayout
 
 _BUFFERS = 2
+
+
+class StagedInputs:
+    """The inputs of one shape in all buffers.
+
+    Attributes:
+        num_words: 64-bit words to send.
+        on_host: views of each pinned buffer.
+        on_device: views of the buffer on the device.
+    """
+
+    def __init__(self, shape: StepShape, pinned: list[Tensor], words: Tensor) -> None:
+        layout = InputLayout(shape)
+        self.num_words = layout.num_words
+        self.on_host: list[HostInputs] = [
+            {name: view.numpy() for name, view in layout.views(one).items()} for one in pinned
+        ]
+        self.on_device = layout.views(words)
 
 
 class Staging:
@@ -16,19 +36,22 @@ class Staging:
     def __init__(self, device: Device, num_words: int) -> None:
         self._device = device
         self._pinned = [device.pinned((num_words,), torch.int64) for _ in range(_BUFFERS)]
+        self._words = torch.zeros(num_words, dtype=torch.int64, device=device.torch_device)
         self._sent: list[DeviceEvent | None] = [None] * _BUFFERS
         self._next = 0
-        self.words: Tensor = torch.zeros(num_words, dtype=torch.int64, device=device.torch_device)
 
-    def send(self, num_words: int, write: Callable[[Tensor], None]) -> None:
-        """Let ``write`` fill the first words on the host, and queue their copy to ``words``."""
+    def inputs(self, shape: StepShape) -> StagedInputs:
+        """The inputs of steps of this shape."""
+        return StagedInputs(shape, self._pinned, self._words)
+
+    def send(self, inputs: StagedInputs, write: Callable[[HostInputs], None]) -> None:
+        """Let ``write`` fill inputs on the host, and queue their copy to the device."""
         index, self._next = self._next, (self._next + 1) % _BUFFERS
-        pinned = self._pinned[index][:num_words]
         sent = self._sent[index]
         if sent is not None:
             sent.wait()
-        write(pinned)
-        words = self.words[:num_words]
+        write(inputs.on_host[index])
+        words, pinned = self._words[: inputs.num_words], self._pinned[index][: inputs.num_words]
         self._device.queue(lambda: _copy(words, pinned))
         self._sent[index] = self._device.record()
 

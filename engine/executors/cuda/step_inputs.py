@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from engine.sampling.sampler import choices_of
 MOST_UPDATES = 512
 MOST_BIASES = 1024
 _CHOICE_FIELDS = len(CHOICE.names or ())
+HostInputs = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class InputLayout:
         first, size = self.places["bias_values"]
         return first + -(-int(np.prod(size)) // 16) * 16
 
-    def tensors(self, words: Tensor) -> Mapping[str, Tensor]:
+    def views(self, words: Tensor) -> Mapping[str, Tensor]:
         """The inputs as views of a buffer; ``choices`` and ``bias_values`` are fp64."""
         found = {}
         for name, (first, size) in self.places.items():
@@ -97,21 +99,20 @@ def exact_shape(batch: Batch) -> StepShape:
 
 
 class InputWriter:
-    """Writes batches into buffers of words on the host."""
+    """Writes batches into buffers on the host."""
 
     def __init__(self, vocab_size: int, scrap_slot: int) -> None:
         self._vocab_size, self._scrap_slot = vocab_size, scrap_slot
 
     def write(
         self,
-        words: Tensor,
-        layout: InputLayout,
+        out: HostInputs,
+        shape: StepShape,
         batch: Batch,
         updates: Sequence[tuple[int, int, int]],
         biases: tuple[NDArray[np.int64], NDArray[np.float64]] | None,
     ) -> None:
-        """Write everything, padding included, except updates and biases beyond their counts."""
-        out = {name: tensor.numpy() for name, tensor in layout.tensors(words).items()}
+        """Write all inputs of a shape, except updates and biases beyond their counts."""
         paged = batch.layout.paged
         assert paged is not None
         out["counts"][:] = len(updates), 0 if biases is None else len(biases[0])
@@ -122,7 +123,7 @@ class InputWriter:
         out["kv_slots"][count:] = self._scrap_slot
         out["sources"][:count] = np.arange(count)
         out["sources"][count:] = 0
-        self._write_sequences(out, layout.shape, batch)
+        self._write_sequences(out, shape, batch)
         self._write_rows(out, batch)
         if updates:
             out["updates"][: len(updates)] = updates
@@ -130,9 +131,7 @@ class InputWriter:
             out["bias_places"][: len(biases[0])] = biases[0]
             out["bias_values"][: len(biases[0])] = biases[1]
 
-    def _write_sequences(
-        self, out: Mapping[str, NDArray[np.generic]], shape: StepShape, batch: Batch
-    ) -> None:
+    def _write_sequences(self, out: HostInputs, shape: StepShape, batch: Batch) -> None:
         starts = np.array(batch.layout.query_starts, dtype=np.int64)
         paged = batch.layout.paged
         assert paged is not None
@@ -146,7 +145,7 @@ class InputWriter:
         out["query_starts"][len(starts) :] = starts[-1]
         out["tiles"][:] = query_tiles(np.diff(starts).tolist(), len(out["tiles"]))
 
-    def _write_rows(self, out: Mapping[str, NDArray[np.generic]], batch: Batch) -> None:
+    def _write_rows(self, out: HostInputs, batch: Batch) -> None:
         at = batch.logits_at_L.numpy()
         _write_padded(out["logits_at"], at)
         out["row_seats"][:] = -1

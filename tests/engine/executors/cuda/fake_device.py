@@ -11,17 +11,17 @@ class FakeDevice:
     """Work runs when an event behind it is waited for; until then the host may spoil its inputs.
 
     Attributes:
-        num_waits: how often the host waited for an event that was not over.
         num_replays: how many graphs were replayed.
+        num_waits: how often the host waited for an event that was not over.
+        ignored_wait: which of these waits, counted from 0, is left out.
     """
 
     torch_device = torch.device("cpu")
     num_processors = 2
 
-    def __init__(self, ignored_wait: int = -1) -> None:
-        """``ignored_wait``: which wait, counted from 0, is left out."""
-        self.num_waits = self.num_replays = 0
-        self._ignored_wait = ignored_wait
+    def __init__(self) -> None:
+        self.num_replays = self.num_waits = 0
+        self.ignored_wait = -1
         self._queued: deque[Work | FakeEvent] = deque()
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -37,6 +37,9 @@ class FakeDevice:
         return event
 
     def capture(self, work: Work) -> Work:
+        # a capture launches nothing, but torch runs the code that launches
+        work()
+
         def replay() -> None:
             self.num_replays += 1
             work()
@@ -48,7 +51,7 @@ class FakeDevice:
         if event.is_over:
             return
         self.num_waits += 1
-        if self.num_waits - 1 == self._ignored_wait:
+        if self.num_waits - 1 == self.ignored_wait:
             return
         while not event.is_over:
             first = self._queued.popleft()

@@ -1,0 +1,214 @@
+"""The engine on the CUDA executor, interpreted: every model and request gets a plain loop's tokens.
+
+The fake device runs each step as late as it may, so one step is always in flight.
+"""
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.executors.batch import Batch
+from engine.executors.executor import make_executor
+from engine.model.layout import PagedKv, TokenLayout
+from engine.request import Request
+from engine.sampling.params import SamplingParams
+from tests.engine.executors.cuda.fake_device import FakeDevice
+from tests.engine.executors.cuda.on_cpu import cuda_on_cpu
+from tests.engine.test_company import Multiples, Oracle, step_all, tokens
+from tests.models import (
+    VOCAB_SIZE,
+    feed_forward_changes,
+    greedy,
+    plain_greedy,
+    plain_logits,
+    random_model,
+    run,
+    tiny_config,
+)
+
+KV_BYTES = tiny_config().kv_bytes_per_token(itemsize=4)
+PROMPTS = {"a": [1, 2, 3], "b": [4, 5, 6, 7, 8, 9, 10], "c": [11]}
+COUNT = 5
+KINDS = [
+    ("dense", "dense"),
+    ("memory_plus", "dense", "memory_plus"),
+    ("pkm", "pkm"),
+    ("peer",),
+    ("moe", "dense"),
+]
+
+
+def engine(model, device=None, eos_ids=frozenset(), kv_tokens: int = 512, warm=False, **config):
+    values = {"max_num_seqs": 3, "max_batched_tokens": 16, "block_size": 4, "max_model_len": 64}
+    drafts = {name: config.pop(name) for name in ("drafter", "num_drafts") if name in config}
+    settings = EngineConfig(kv_cache_gib=kv_tokens * KV_BYTES / 2**30, **(values | config))
+    executor = cuda_on_cpu(model, settings, device, warm=warm)
+    return Engine(executor, settings, eos_ids, **drafts)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    torch.manual_seed(1)
+    return random_model(tiny_config())
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+def test_every_kind_of_model(kinds):
+    model = random_model(tiny_config(**feed_forward_changes(*kinds)))
+    expected = {name: plain_greedy(model, ids, COUNT) for name, ids in PROMPTS.items()}
+    device = FakeDevice()
+    served = engine(model, device, warm=True)
+    found = run(served, {0: [greedy(name, ids, COUNT) for name, ids in PROMPTS.items()]})
+    assert found == expected
+    # the prompts run without a graph, the decodes in graphs
+    assert device.num_replays == COUNT - 1
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"qk_norm": True, "output_gate": True},
+        {"value_projection": True, "value_dim": 24, "share_values": False},
+    ],
+)
+def test_options_of_memory_layers(memory):
+    kind = "pkm" if "value_projection" in memory else "memory_plus"
+    changes = feed_forward_changes(kind, "dense", kind, **memory)
+    model = random_model(tiny_config(**changes, attention_bias=True, tie_embeddings=True))
+    found = run(engine(model), {0: [greedy("a", [1, 2, 3], COUNT)]})
+    assert found == {"a": plain_greedy(model, [1, 2, 3], COUNT)}
+
+
+def test_mixed_steps_in_graphs(dense):
+    # buckets of 64 tokens: prompts, decodes and padding share graphs
+    device = FakeDevice()
+    mixed = engine(dense, device, warm=True, max_batched_tokens=64)
+    requests = {0: [greedy("a", [1, 2, 3], 6)], 2: [greedy("b", [5] * 20, 4)]}
+    found = run(mixed, requests)
+    assert found == {"a": plain_greedy(dense, [1, 2, 3], 6), "b": plain_greedy(dense, [5] * 20, 4)}
+    assert device.num_replays == 6
+
+
+SAMPLING = [
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.7, "seed": 4, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0, "logit_bias": ((7, 4.0), (9, -4.0))},
+    {"temperature": 0, "stop_token_ids": frozenset(range(0, VOCAB_SIZE, 5)), "min_tokens": 3},
+    {"temperature": 0, "repetition_penalty": 1.5, "frequency_penalty": 0.5},
+    {"temperature": 0, "allowed_token_ids": frozenset({1, 2, 3}), "bad_words": ((1, 2), (2, 2))},
+    {"temperature": 0.9, "seed": 5, "logprobs": 2, "prompt_logprobs": 1},
+    {"temperature": 0, "logit_bias": ((7, 4.0),), "logprobs": 3},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLING, ids=lambda kind: "-".join(kind))
+def test_every_kind_of_request_beside_a_greedy_one(dense, sampling):
+    params = SamplingParams(max_tokens=COUNT, ignore_eos=True, **sampling)
+    request, neighbour = Request("x", (1, 2, 3), params), greedy("y", [4, 5], COUNT)
+
+    def outputs(served):
+        served.add(request)
+        served.add(neighbour)
+        return step_all(served)
+
+    found = outputs(engine(dense))
+    settings = EngineConfig(kv_cache_gib=0.001)
+    wanted = outputs(Engine(make_executor(dense, settings), settings))
+    for name in ("x", "y"):
+        assert tokens(found[name]) == tokens(wanted[name])
+    for kind in ("logprobs", "prompt_logprobs"):
+        entries = [entry for output in found["x"] for entry in getattr(output, kind)]
+        exact = [entry for output in wanted["x"] for entry in getattr(output, kind)]
+        assert [entry.token_id for entry in entries] == [entry.token_id for entry in exact]
+        assert [entry.rank for entry in entries] == [entry.rank for entry in exact]
+        for one, other in zip(entries, exact, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [i for i, _ in one.top] == [i for i, _ in other.top]
+
+
+def test_a_mask_and_drafts(dense):
+    masked = engine(dense)
+    mask = Multiples()
+    masked.add(greedy("masked", [5, 6], COUNT), mask)
+    masked.add(greedy("free", [1, 2, 3], COUNT))
+    found = step_all(masked)
+    assert tokens(found["masked"]) == mask.accepted and len(mask.accepted) == COUNT
+    answer = plain_greedy(dense, [1, 2, 3], COUNT)
+    assert tokens(found["free"]) == answer
+    drafted = engine(dense, drafter=Oracle([([1, 2, 3], answer)]), num_drafts=2)
+    drafted.add(greedy("drafted", [1, 2, 3], COUNT))
+    outputs = step_all(drafted)["drafted"]
+    assert tokens(outputs) == answer and len(outputs) < COUNT
+
+
+def test_ends_preemption_and_shared_prefixes(dense):
+    prompts = {"a": [1] * 10, "b": [2] * 10, "c": [*[1] * 10, 3]}
+    answers = {name: plain_greedy(dense, ids, 12) for name, ids in prompts.items()}
+    eos = answers["b"][4]
+    crowded = engine(dense, eos_ids=frozenset({eos}), kv_tokens=28, max_model_len=24)
+    for name, ids in prompts.items():
+        params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=name != "b")
+        crowded.add(Request(name, tuple(ids), params))
+    found = {name: tokens(outputs) for name, outputs in step_all(crowded).items()}
+    assert crowded.statistics().preemptions
+    cut = answers["b"][: answers["b"].index(eos) + 1]
+    assert found == answers | {"b": cut}
+    # a prefix of an earlier request, found in its KV blocks
+    crowded.add(greedy("again", [*[1] * 9, 7], 4))
+    assert tokens(step_all(crowded)["again"]) == plain_greedy(dense, [*[1] * 9, 7], 4)
+    assert crowded.statistics().prefix_hits >= 8
+
+
+def test_more_changes_of_the_block_table_than_a_step_sends(dense, monkeypatch):
+    monkeypatch.setattr("engine.executors.cuda.executor.MOST_UPDATES", 2)
+    found = run(engine(dense), {0: [greedy("a", list(range(16)), 3)]})
+    assert found == {"a": plain_greedy(dense, list(range(16)), 3)}
+
+
+def test_a_failed_launch_leaves_the_device_usable(dense, monkeypatch):
+    broken = engine(dense)
+    runner = broken._executor._runner
+    queue, failures = runner.queue, [torch.OutOfMemoryError("no memory")]
+
+    def fail_once(shape, inputs, then):
+        if failures:
+            raise failures.pop()
+        queue(shape, inputs, then)
+
+    broken.add(greedy("a", [1, 2, 3, 4, 5], COUNT))
+    broken.add(greedy("b", [6, 7], COUNT))
+    monkeypatch.setattr(runner, "queue", fail_once)
+    found = {name: tokens(outputs) for name, outputs in step_all(broken).items()}
+    # the block table was sent again
+    assert found == {
+        "a": plain_greedy(dense, [1, 2, 3, 4, 5], COUNT),
+        "b": plain_greedy(dense, [6, 7], COUNT),
+    }
+
+
+def test_no_wait_can_be_left_out(dense):
+    def run_with(ignored: int) -> tuple[dict[str, list[int]], int]:
+        device = FakeDevice()
+        served = engine(dense, device)
+        before = device.num_waits
+        device.ignored_wait = before + ignored if ignored >= 0 else -1
+        found = run(served, {0: [greedy("a", [1, 2, 3], 4)]})
+        return found, device.num_waits - before
+
+    expected, num_waits = run_with(-1)
+    assert expected == {"a": plain_greedy(dense, [1, 2, 3], 4)} and num_waits == 4
+    for wait in range(num_waits):
+        try:
+            found, _ = run_with(wait)
+        except Exception:
+            continue
+        assert found != expected, wait
+
+
+def test_logits_of_a_prompt(dense):
+    executor = engine(dense)._executor
+    ids, at = torch.arange(15), torch.arange(15)
+    layout = TokenLayout(at, (0, 15), PagedKv(at, torch.arange(4)[None], (15,)))
+    batch = Batch(ids, layout, at, seats=(0,), block_ids=((0, 1, 2, 3),))
+    torch.testing.assert_close(executor.logits(batch), plain_logits(dense, ids.tolist()))

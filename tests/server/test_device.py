@@ -152,6 +152,8 @@ def test_a_gpu_leaves_the_kv_pool_to_the_executor(memory_plus_folder, monkeypatc
         ["generate", "x"],
         ["eval", "--questions", "questions.jsonl"],
         ["bench", "offline"],
+        ["bench", "trace", "questions.jsonl", "--out", "trace.npz"],
+        ["bench", "lookahead", "questions.jsonl"],
     ],
 )
 def test_the_command_refuses_a_missing_gpu_in_one_line(arguments, tmp_path, monkeypatch, capfd):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from engine.errors import ConfigError
 from engine.model.layout import TokenLayout
 from engine.model.transformer import Transformer
-from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.checkpoint import CPU, load_model
 from weights.errors import DataError
 from weights.training.corpus import corpus_files, documents
 from weights.training.training_data import TextTokens, checkpoint_text
@@ -75,14 +75,20 @@ def checked_trace(file: Path, shape: tuple[int, int, int]) -> AccessTrace:
     return trace
 
 
-def record(folder: Path, texts: Sequence[str], num_tokens: int, num_traced: int) -> AccessTrace:
-    """Run a model over texts and record the rows that its memory layers read.
+def record(
+    folder: Path,
+    texts: Sequence[str],
+    num_tokens: int,
+    num_traced: int,
+    device: torch.device = CPU,
+) -> AccessTrace:
+    """Run a model over texts on a device and record the rows that its memory layers read.
 
     Raises:
         ConfigError: the model has no memory layers, or the texts have fewer than ``num_tokens``.
         CheckpointError, DataError: model or texts cannot be read.
     """
-    model, config = load_model(folder)
+    model, config = load_model(folder, device=device)
     memory = config.model.memory
     if memory is None:
         raise ConfigError(f"model: {folder} has no memory layers")
@@ -109,11 +115,13 @@ def _reads(
     model: Transformer, text: TextTokens, texts: Iterator[str]
 ) -> Iterator[NDArray[np.int64]]:
     """Yields the rows ``[T, M, H, K]`` that each document's tokens read."""
+    device = model.model.embed_tokens.weight.device
     for one in texts:
-        ids_T = torch.tensor(text.document(one)[: model.config.max_positions])
-        layout = TokenLayout(torch.arange(len(ids_T)), (0, len(ids_T)))
-        out = model(ids_T, layout, torch.tensor([len(ids_T) - 1]), with_trace=True)
-        yield torch.stack([trace.rows_THK for trace in out.memory.values()], dim=1).numpy()
+        ids_T = torch.tensor(text.document(one)[: model.config.max_positions], device=device)
+        positions_T = torch.arange(len(ids_T), device=device)
+        layout = TokenLayout(positions_T, (0, len(ids_T)))
+        out = model(ids_T, layout, positions_T[-1:], with_trace=True)
+        yield torch.stack([trace.rows_THK for trace in out.memory.values()], dim=1).cpu().numpy()
 
 
 def summarize(trace: AccessTrace) -> str:

@@ -94,7 +94,18 @@ def _busy_loops(count: int) -> Iterator[None]:
 def _offline(model: str, environment: tuple[str, ...], folder: Path) -> dict[str, float]:
     file = folder / "offline.json"
     load = ["--prompt-lengths", "128", "--batches", "1", "8", "--rounds", "5"]
-    _memplus(environment, "bench", "offline", "--model", model, *load, "--json", str(file))
+    _memplus(
+        environment,
+        "bench",
+        "offline",
+        "--model",
+        model,
+        "--device",
+        "cpu",
+        *load,
+        "--json",
+        str(file),
+    )
     results = json.loads(file.read_text())
     return {f"{one['phase']} {one['batch']}": one["tokens_per_s"] for one in results}
 

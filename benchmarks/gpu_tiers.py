@@ -164,6 +164,7 @@ def _cached_us(table: HostTable, replay_rows: Sequence[Tensor]) -> tuple[float, 
     counts: list[TableStatistics] = []
 
     def count() -> None:
+        torch.cuda.synchronize()  # statistics of an idle device are exact
         counts.append(table.statistics()[0])
 
     us = _us(lambda rows, weights: table.start(rows, weights).finish(), replay_rows, count)

@@ -13,7 +13,7 @@ from engine.errors import ConfigError
 from engine.executors.lookahead import predicted_memories
 from engine.model.layout import TokenLayout
 from engine.model.transformer import Transformer
-from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.checkpoint import CPU, load_model
 from weights.training.corpus import corpus_files, documents
 from weights.training.training_data import checkpoint_text
 
@@ -43,8 +43,9 @@ def measure(
     num_tokens: int,
     widths: Sequence[float],
     json_file: Path | None,
+    device: torch.device = CPU,
 ) -> list[Recall]:
-    """Print a line per memory layer, distance and width.
+    """Run a model on a device; print a line per memory layer, distance and width.
 
     ``widths`` are the predicted rows per head, as multiples of K.
 
@@ -55,7 +56,7 @@ def measure(
     """
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"json: folder {json_file.parent} does not exist")
-    model, config = load_model(folder)
+    model, config = load_model(folder, device=device)
     memory = config.model.memory
     if memory is None:
         raise ConfigError(f"model: {folder} has no memory layers")
@@ -66,7 +67,7 @@ def measure(
         for one in documents(corpus_files(texts)):
             ids = text.document(one)[: min(config.model.max_positions, num_tokens - bar.n)]
             if ids:
-                _count_predictions(model, torch.tensor(ids), candidates, counts)
+                _count_predictions(model, torch.tensor(ids, device=device), candidates, counts)
                 bar.update(len(ids))
             if bar.n == num_tokens:
                 break
@@ -114,8 +115,8 @@ def _count_predictions(
     def save_residual(layer: int, residual_TD: Tensor) -> None:
         residuals.append(residual_TD)
 
-    layout = TokenLayout(torch.arange(len(ids_T)), (0, len(ids_T)))
-    last = torch.tensor([len(ids_T) - 1])
+    positions_T = torch.arange(len(ids_T), device=ids_T.device)
+    layout, last = TokenLayout(positions_T, (0, len(ids_T))), positions_T[-1:]
     read = model(ids_T, layout, last, with_trace=True, before_layer=save_residual).memory
     for memory in predicted_memories(model.layers):
         rows_THK = read[memory.index].rows_THK

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.engine_rounds import EngineRounds, TimedStep
+from benchmarks.gpu_limits import GpuLimitMeter
 from benchmarks.machine_limits import LimitMeter, MachineLimits
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.step_work import ModelWork
@@ -18,6 +19,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server.allocator import keep_freed_memory
 from server.config import EngineSettings, ModelOptions, cache_folder
+from server.device import chosen_device
 from server.engine_entry import build_engine
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
 from weights.models.prepare import prepared_folder
@@ -55,14 +57,16 @@ def measure(
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"json: folder {json_file.parent} does not exist")
     keep_freed_memory()
+    device = chosen_device(model, config)
     settings = EngineSettings(model, cache_folder(), config)
-    engine = build_engine(settings)
+    engine = build_engine(settings, device)
     engine.warm_up()
     rounds = EngineRounds(engine, config)
     rounds.check(load)
     work, dtype = _work(settings)
-    benchmark = _Benchmark(load, rounds, work, LimitMeter(dtype))
-    print(f"{model.model}, {dtype}, medians of {load.rounds} rounds")
+    meter = LimitMeter(dtype) if device.type == "cpu" else GpuLimitMeter(dtype, device)
+    benchmark = _Benchmark(load, rounds, work, meter)
+    print(f"{model.model}, {dtype}, {device}, medians of {load.rounds} rounds")
     print("phase    batch  tokens  tokens/s   ms/step  limit ms  share    GB/s  GFLOP/s")
     results: list[Result] = []
     for result in benchmark.results():
@@ -95,7 +99,11 @@ def _line(result: Result) -> str:
 
 class _Benchmark:
     def __init__(
-        self, load: OfflineLoad, rounds: EngineRounds, work: ModelWork, meter: LimitMeter
+        self,
+        load: OfflineLoad,
+        rounds: EngineRounds,
+        work: ModelWork,
+        meter: LimitMeter | GpuLimitMeter,
     ) -> None:
         self._load = load
         self._rounds = rounds

@@ -9,8 +9,10 @@ import time
 import urllib.request
 from statistics import median
 
+from server.config import ModelOptions
 
-def measure(model: str, runs: int) -> None:
+
+def measure(model: ModelOptions, runs: int) -> None:
     """Print the median of ``runs`` cold starts (empty cache folder) and warm starts (filled one).
 
     They differ only for a model that the first start prepares. The operating system's page cache
@@ -27,8 +29,9 @@ def measure(model: str, runs: int) -> None:
         print(f"{name}  {median(seconds):.1f} s to the first response ({runs} runs, {spread})")
 
 
-def _first_response_s(model: str, cache_folder: str) -> float:
-    command = [sys.executable, "-m", "server.cli.main", "serve", "--model", model, "--port", "0"]
+def _first_response_s(model: ModelOptions, cache_folder: str) -> float:
+    command = [sys.executable, "-m", "server.cli.main", "serve", "--port", "0"]
+    command += ["--model", model.model, "--device", model.device]
     environment = os.environ | {"MEMPLUS_CACHE": cache_folder}
     start = time.perf_counter()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
@@ -36,7 +39,7 @@ def _first_response_s(model: str, cache_folder: str) -> float:
         try:
             line = next((line for line in server.stderr if " at http://" in line), None)
             if line is None:
-                raise RuntimeError(f"the server for {model} did not start")
+                raise RuntimeError(f"the server for {model.model} did not start")
             url = line.split(" at ")[1].split(";")[0]
             _post(url, {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0})
             return time.perf_counter() - start

@@ -12,12 +12,15 @@ from server.cli.options import add_options, from_options
 from server.config import ModelOptions, ThreadOptions, cache_folder
 from weights.models.named_models import DEFAULT_MODEL, SMOLLM2
 
+# the settings of benchmarks that run the model in plain torch
+_MODEL_AND_DEVICE = ("model", "device")
+
 
 def startup(options: argparse.Namespace) -> None:
     """Measure the seconds from the start of the server to its first response."""
     from benchmarks.startup import measure
 
-    measure(options.model, options.runs)
+    measure(from_options(ModelOptions, options), options.runs)
 
 
 def step(options: argparse.Namespace) -> None:
@@ -69,14 +72,14 @@ def train(options: argparse.Namespace) -> None:
 
 
 def busy(options: argparse.Namespace) -> None:
-    """Measure serving and training beside busy processes, by how idle threads wait."""
+    """Measure serving and training on a CPU beside busy processes, by how idle threads wait."""
     from benchmarks.busy_machine import measure
 
     measure(options.model, options.rounds, options.json)
 
 
 def facts(options: argparse.Namespace) -> None:
-    """Measure fact recall against memory size, at equal compute."""
+    """Measure fact recall against memory size, at equal compute, on the CPU."""
     from benchmarks.facts.run import measure
 
     measure(options.out, options.reduced, options.seeds, options.only)
@@ -85,10 +88,13 @@ def facts(options: argparse.Namespace) -> None:
 def trace(options: argparse.Namespace) -> None:
     """Record the table rows that a model reads on texts."""
     from benchmarks.access_trace import record, summarize
+    from server.device import chosen_device
     from weights.models.prepare import prepared_folder
 
-    folder = prepared_folder(options.model, cache_folder())
-    found = record(folder, options.texts, options.tokens, options.traced)
+    model = from_options(ModelOptions, options)
+    device = chosen_device(model)
+    folder = prepared_folder(model.model, cache_folder())
+    found = record(folder, options.texts, options.tokens, options.traced, device)
     found.save(options.out)
     print(summarize(found))
 
@@ -96,14 +102,17 @@ def trace(options: argparse.Namespace) -> None:
 def lookahead(options: argparse.Namespace) -> None:
     """Measure how well rows can be predicted before memory layers read them."""
     from benchmarks.lookahead import measure
+    from server.device import chosen_device
     from weights.models.prepare import prepared_folder
 
-    folder = prepared_folder(options.model, cache_folder())
-    measure(folder, options.texts, options.tokens, options.widths, options.json)
+    model = from_options(ModelOptions, options)
+    device = chosen_device(model)
+    folder = prepared_folder(model.model, cache_folder())
+    measure(folder, options.texts, options.tokens, options.widths, options.json, device)
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Measure tokens per second by memory size, tier and access pattern."""
+    """Measure tokens per second on the CPU by memory size, tier and access pattern."""
     from benchmarks.memory.sweep import measure
     from weights.models.prepare import prepared_folder
 
@@ -135,7 +144,7 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     verb = benchmarks.add_parser("startup", help=startup.__doc__)
     verb.set_defaults(run=startup)
-    verb.add_argument("--model", default=DEFAULT_MODEL, help="model name or folder")
+    add_options(verb, ModelOptions, _MODEL_AND_DEVICE)
     verb.add_argument("--runs", type=int, default=3, help="cold and warm starts each (default: 3)")
 
     verb = benchmarks.add_parser("step", help=step.__doc__)
@@ -209,8 +218,8 @@ def _add_row_benchmarks(
     verb = benchmarks.add_parser("trace", help=trace.__doc__)
     verb.set_defaults(run=trace, computes=True)
     add_options(verb, ThreadOptions)
+    add_options(verb, ModelOptions, _MODEL_AND_DEVICE)
     verb.add_argument("texts", nargs="+", metavar="TEXTS", help="text files and folders")
-    verb.add_argument("--model", default=DEFAULT_MODEL, help="model name or folder")
     verb.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="file to write")
     verb.add_argument("--tokens", type=int, default=100_000, help="to count (default: %(default)s)")
     traced = "tokens whose rows are stored in order (default: %(default)s)"
@@ -219,8 +228,8 @@ def _add_row_benchmarks(
     verb = benchmarks.add_parser("lookahead", help=lookahead.__doc__)
     verb.set_defaults(run=lookahead, computes=True)
     add_options(verb, ThreadOptions)
+    add_options(verb, ModelOptions, _MODEL_AND_DEVICE)
     verb.add_argument("texts", nargs="+", metavar="TEXTS", help="text files and folders")
-    verb.add_argument("--model", default=DEFAULT_MODEL, help="model name or folder")
     verb.add_argument("--tokens", type=int, default=2048, help="to run (default: %(default)s)")
     widths = "predicted rows, as multiples of the rows read (default: 1 1.5 2)"
     verb.add_argument("--widths", type=float, nargs="+", default=[1, 1.5, 2], help=widths)

@@ -7,6 +7,7 @@ from engine.errors import ConfigError
 from engine.sampling.params import option
 
 _MAX_KV_BYTES = 2 * 2**30
+_KV_DTYPES = ("auto", "fp8")
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,16 @@ class EngineConfig:
     block_size: int = option(16, "tokens per KV block")
     kv_cache_gib: float | None = option(
         None,
-        "memory for KV blocks (default: enough for all sequences, at most 2 GiB and at most the"
-        " memory that weights and tables leave free)",
+        "memory for KV blocks (default: on a GPU all that is left; on a CPU enough for all"
+        " sequences, at most 2 GiB and at most the memory that weights and tables leave free)",
+    )
+    kv_dtype: str = option(
+        "auto",
+        "precision of the KV cache; auto: that of the weights; fp8 needs a GPU",
+        choices=_KV_DTYPES,
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "fraction of the GPU's memory that the engine uses", metavar="FRACTION"
     )
     debug_checks: bool = option(False, "check all KV blocks whenever the engine is idle; slow")
 
@@ -37,6 +46,12 @@ class EngineConfig:
                 raise ConfigError(f"{name}: must be at least 1, not {value}")
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
             raise ConfigError(f"kv_cache_gib: must be greater than 0, not {self.kv_cache_gib}")
+        if self.kv_dtype not in _KV_DTYPES:
+            known = ", ".join(_KV_DTYPES)
+            raise ConfigError(f"kv_dtype: {self.kv_dtype!r} is not one of {known}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            share = self.gpu_memory_utilization
+            raise ConfigError(f"gpu_memory_utilization: {share} is outside (0, 1]")
         if self.max_batched_tokens < self.max_num_seqs:
             tokens, seqs = self.max_batched_tokens, self.max_num_seqs
             raise ConfigError(f"max_batched_tokens: {tokens} is less than max_num_seqs {seqs}")

@@ -15,6 +15,7 @@ from weights.models.named_models import DEFAULT_MODEL
 _CACHE = "2GiB"
 _LOOKAHEAD_SHARE = 0.5
 _TIERS = ("auto", "device", "host", "disk")
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _MOST_THREADS = 1024
 # Polls of torch's waiting OpenMP threads before they sleep; they take about as long as a wake-up.
 # By default libgomp polls for milliseconds, which our kernels and other processes need.
@@ -23,7 +24,7 @@ _SPIN_COUNT = 1000
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model, its precision, and the placement of its value tables.
+    """The model, its device and precision, and the placement of its value tables.
 
     Raises:
         ConfigError: a field is out of range.
@@ -32,25 +33,32 @@ class ModelOptions:
     model: str = field(
         default=DEFAULT_MODEL,
         metadata={
-            "group": ("model", "--model ./my-model --dtype bfloat16"),
+            "group": ("model", "--model ./my-model --device cuda:1"),
             "metavar": "NAME|DIR",
             "help": "name of a known model, or a checkpoint folder",
+        },
+    )
+    device: str = field(
+        default="auto",
+        metadata={
+            "metavar": "auto|cpu|cuda[:N]",
+            "help": "device that computes; auto: a GPU if one is usable, else the CPU",
         },
     )
     dtype: str = field(
         default="auto",
         metadata={
             "help": "precision of weights and KV cache; auto: float32 for float32 weights,"
-            " else bfloat16",
-            "choices": ("auto", "bfloat16", "float32"),
+            " else bfloat16; float16 needs a GPU",
+            "choices": _DTYPES,
         },
     )
     table_tier: str = field(
         default="auto",
         metadata={
             "group": ("value tables", "--table-tier disk --table-cache 8GiB"),
-            "help": "device keeps value tables in memory; disk reads rows from the model's files;"
-            " auto: device if the tables fit, else disk; host needs a GPU",
+            "help": "place of the value tables: memory of the device, host memory read by a GPU, or"
+            " the model's files on disk; auto: device if they fit, else host (GPU) or disk (CPU)",
             "choices": _TIERS,
         },
     )
@@ -58,7 +66,7 @@ class ModelOptions:
         default=None,
         metadata={
             "metavar": "SIZE",
-            "help": "row cache of the disk tier, as a number with KiB, MiB or GiB"
+            "help": "row cache of the host and disk tiers, as a number with KiB, MiB or GiB"
             f" (default: {_CACHE}, less if auto finds less free memory)",
         },
     )
@@ -91,12 +99,14 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if self.table_tier not in _TIERS:
             raise ConfigError(f"table_tier: {self.table_tier!r} is not one of {', '.join(_TIERS)}")
-        if self.table_tier == "host":
-            raise ConfigError("table_tier: host needs a GPU, but this engine runs on the CPU")
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
+            raise ConfigError(f"device: must be auto, cpu, cuda or cuda:N, not {self.device!r}")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"dtype: {self.dtype!r} is not one of {', '.join(_DTYPES)}")
         if self.table_lookahead < 0:
             raise ConfigError(f"table_lookahead: must be 0 or more, not {self.table_lookahead}")
         if self.table_lookahead and self.table_tier == "device":
-            raise ConfigError("table_lookahead: needs --table-tier disk or auto, not device")
+            raise ConfigError("table_lookahead: needs --table-tier host, disk or auto, not device")
         if self.table_lookahead_share is not None:
             if not 0 < self.table_lookahead_share <= 8:
                 share = self.table_lookahead_share
@@ -109,7 +119,7 @@ class ModelOptions:
         if self.table_cache is None:
             return
         if self.table_tier == "device":
-            raise ConfigError("table_cache: needs --table-tier disk or auto, not device")
+            raise ConfigError("table_cache: needs --table-tier host, disk or auto, not device")
         if not re.fullmatch(r"[0-9]{1,9}(KiB|MiB|GiB)", self.table_cache):
             raise ConfigError(
                 f"table_cache: must be a number with KiB, MiB or GiB, not {self.table_cache!r}"
@@ -125,7 +135,7 @@ class ModelOptions:
 
     @property
     def table_cache_bytes(self) -> int:
-        """Size of the disk tier's row cache, in bytes."""
+        """Size of the row cache of the host and disk tiers, in bytes."""
         size = self.table_cache or _CACHE
         number, unit = int(size[:-3]), size[-3:]
         return number << {"KiB": 10, "MiB": 20, "GiB": 30}[unit]

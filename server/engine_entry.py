@@ -18,9 +18,12 @@ from engine.model.transformer import Transformer
 from engine.process import EngineRefused, run_engine
 from server.allocator import keep_freed_memory
 from server.config import EngineSettings, ModelOptions
+from server.device import chosen_device
 from weights.checkpoints.checkpoint import load_model, model_bytes
 from weights.checkpoints.config_json import CheckpointConfig, read_config
-from weights.checkpoints.table_tier import TierChoice
+from weights.checkpoints.gpu_tier import GpuTierChoice
+from weights.checkpoints.memory_request import MemoryRequest
+from weights.checkpoints.table_tier import CpuTierChoice
 from weights.errors import CheckpointError
 from weights.models.prepare import prepared_folder
 
@@ -43,15 +46,19 @@ def main(connection: Connection, settings: EngineSettings) -> None:
     run_engine(engine, connection)
 
 
-def build_engine(settings: EngineSettings) -> Engine:
+def build_engine(settings: EngineSettings, device: torch.device | None = None) -> Engine:
     """An engine with a loaded model; the model is prepared first if needed.
+
+    ``device`` is by default the one that the settings choose.
 
     Raises:
         CheckpointError: the model cannot be served.
-        ConfigError: a setting does not fit the model; the message names the field.
+        ConfigError: a setting does not fit the model or the device; the message names the field.
     """
+    # report an unusable device now, before minutes are spent on preparing the model
+    device = device or chosen_device(settings.model, settings.engine)
     folder = prepared_folder(settings.model.model, settings.cache_folder)
-    loaded = load_served(settings.model, folder, settings.engine, keep_stored=True)
+    loaded = load_served(settings.model, folder, settings.engine, device, keep_stored=True)
     return served_engine(loaded, settings.engine)
 
 
@@ -60,17 +67,18 @@ class LoadedModel:
     """A loaded model with its serving settings.
 
     Attributes:
-        model: the network with its value tables.
+        model: the network with its value tables, on its device.
         config: the configuration of its checkpoint.
         dtype: the dtype to serve in, whatever dtypes the weights are stored in.
-        kv_bytes: bytes for its KV blocks.
+        kv_bytes: bytes for its KV blocks; None on a GPU leaves the size to the executor, which
+            measures the memory that is left.
         lookahead: settings of the row prefetch; None without prefetch.
     """
 
     model: Transformer
     config: CheckpointConfig
     dtype: torch.dtype
-    kv_bytes: int
+    kv_bytes: int | None
     lookahead: LookaheadConfig | None
 
 
@@ -80,7 +88,9 @@ def served_engine(loaded: LoadedModel, engine: EngineConfig) -> Engine:
     Raises:
         ConfigError: a setting does not fit the model; the message names the field.
     """
-    sized = replace(engine, kv_cache_gib=loaded.kv_bytes / 2**30)
+    sized = engine
+    if loaded.kv_bytes is not None:
+        sized = replace(engine, kv_cache_gib=loaded.kv_bytes / 2**30)
     executor = make_executor(loaded.model, sized, loaded.lookahead, loaded.dtype)
     return Engine(executor, sized, loaded.config.eos_ids)
 
@@ -89,13 +99,15 @@ def load_served(
     options: ModelOptions,
     folder: Path,
     engine: EngineConfig | None,
+    device: torch.device,
     *,
     keep_stored: bool = False,
 ) -> LoadedModel:
     """Load a folder's model, with its value tables in the tier that ``options`` and memory allow.
 
     The tables leave enough memory for the KV blocks of ``engine``; without it none are needed.
-    With ``keep_stored`` the weights keep their stored dtypes: only an executor can run the model.
+    ``device`` comes from ``chosen_device``. With ``keep_stored``, weights on the CPU keep their
+    stored dtypes: only an executor can run the model.
 
     Raises:
         CheckpointError: as ``load_model``.
@@ -104,21 +116,22 @@ def load_served(
     # report bad settings now, before minutes are spent on loading tables
     described = read_config(folder).model
     lookahead = _lookahead(options, described) if options.table_lookahead else None
-    sizes = model_bytes(folder, options.dtype, options.table_dtype)
-    kv_bytes = engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0
-    given_cache = options.table_cache_bytes if options.table_cache is not None else None
-    choice = TierChoice(
-        kv_bytes=kv_bytes,
-        requested_cache=given_cache,
+    kv_dtype = engine.kv_dtype if engine else "auto"
+    sizes = model_bytes(folder, options.dtype, options.table_dtype, kv_dtype)
+    request = MemoryRequest(
+        kv_bytes=engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0,
+        requested_cache=options.table_cache_bytes if options.table_cache is not None else None,
         default_cache=options.table_cache_bytes,
         tier=options.table_tier,
         is_kv_requested=engine is not None and engine.kv_cache_gib is not None,
     )
+    choice = _tier_choice(request, device, engine or EngineConfig())
     shares = choice.shares(sizes.tables, sizes.weights)
     model, config = load_model(
         folder,
         options.dtype,
         shares.cache_bytes,
+        device=device,
         table_dtype=options.table_dtype,
         verify_tables=options.verify_tables,
         keep_stored=keep_stored,
@@ -128,6 +141,14 @@ def load_served(
         logger.warning("all value tables are in memory: --table-lookahead has no effect")
         lookahead = None
     return LoadedModel(model, config, sizes.dtype, shares.kv_bytes, lookahead)
+
+
+def _tier_choice(
+    request: MemoryRequest, device: torch.device, engine: EngineConfig
+) -> CpuTierChoice | GpuTierChoice:
+    if device.type == "cpu":
+        return CpuTierChoice(request)
+    return GpuTierChoice(request, device, engine.gpu_memory_utilization)
 
 
 def _lookahead(options: ModelOptions, model: ModelConfig) -> LookaheadConfig:

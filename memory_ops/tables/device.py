@@ -48,17 +48,17 @@ class DeviceTable:
         return RowsInPlace(self, layer)
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> Lookup:
-        self.count(rows_THK, layer)
+        self.count(rows_THK.numel(), layer)
         return ReadyLookup(partial(operations.gather_rows, self.rows, rows_THK, weights_THK))
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> Lookup:
-        self.count(rows_THK, layer)
+        self.count(rows_THK.numel(), layer)
         return ReadyLookup(partial(operations.row_dots, self.rows, rows_THK, x_TV))
 
-    def count(self, rows_THK: Tensor, layer: int) -> None:
-        """Count a lookup by a kernel that read the rows without ``start``."""
+    def count(self, num_references: int, layer: int) -> None:
+        """Count a lookup of that many row ids by a kernel that read the rows without ``start``."""
         self._num_lookups[layer] += 1
-        self._num_requested[layer] += rows_THK.numel()
+        self._num_requested[layer] += num_references
 
     def hint(self, rows: Tensor, layer: int = 0) -> None:
         """Does nothing: no row needs fetching."""
@@ -95,7 +95,7 @@ class RowsInPlace:
         raise AssertionError(f"row {row}: a device table fetches no rows (error {error})")
 
     def count(self, rows_THK: Tensor) -> None:
-        self.table.count(rows_THK, self.layer)
+        self.table.count(rows_THK.numel(), self.layer)
 
 
 class ReadyLookup(NamedTuple):

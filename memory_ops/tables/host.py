@@ -20,6 +20,7 @@ from torch import Tensor
 
 from memory_ops.checks import Table, check_rows, check_vectors, table_shape
 from memory_ops.page_lock import PageLock
+from memory_ops.tables.device_counts import DeviceCounts
 from memory_ops.tables.row_cache import RowCache, rows_memory
 from memory_ops.tables.streams import Stream, StreamPair, cuda_streams
 from memory_ops.tables.table_statistics import TableStatistics
@@ -29,8 +30,8 @@ from memory_ops.triton_kernels.table_view import value_kind
 class HostTable:
     """A value table in host memory; a side stream runs its lookups.
 
-    The host never sees a row id and never waits, except in ``statistics`` and ``close``. A CUDA
-    graph can capture lookups. It can capture a hint if a lookup or a ``join`` follows in the graph.
+    The host never sees a row id and never waits, except in ``close``. A CUDA graph can capture
+    lookups. It can capture a hint if a lookup or a ``join`` follows in the graph.
 
     A graph replay is ordered only by the stream that it runs on, not by the side stream. So call
     ``join`` on the replay's stream before each replay: it orders the replay after all earlier hints
@@ -54,6 +55,7 @@ class HostTable:
         self._num_rows, self._value_dim = table_shape(rows)
         self.rows = rows
         self._cache, self._streams, self._lock = cache, streams, lock
+        self._counts = DeviceCounts(cache.counts)
         # the first lookup may come from another stream than the one that created the cache
         streams.side.wait(streams.caller().record())
 
@@ -132,9 +134,12 @@ class HostTable:
         self._streams.caller().wait(self._streams.side.record())
 
     def statistics(self) -> Mapping[int, TableStatistics]:
-        """Totals by layer; waits for the device. Stalls and late rows are not measured."""
-        self.join()
-        return self._cache.statistics()
+        """Totals by layer, without waiting. Stalls and late rows are not measured.
+
+        They are exact if the caller's stream and the side stream are idle. Otherwise they are the
+        totals that an earlier call began to copy. Call it outside of captures.
+        """
+        return self._cache.totals(self._counts.read(self._streams))
 
     def close(self) -> None:
         """Wait for the device, then unlock the rows.

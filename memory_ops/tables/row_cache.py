@@ -4,7 +4,7 @@ Shape suffixes: T tokens, H memory heads, K rows read per head, V value width, R
 P rows of the cache's memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class RowCache:
         row_bytes: bytes of a row.
         memory: P rows on the device, in the table's format: rows of the sets, then overflow rows.
         sets: row ids and priorities of the cached rows.
+        counts: int64 totals on the device, a row for each layer; see ``totals``.
         device: the device of the cache; operands must be on it.
     """
 
@@ -88,7 +89,7 @@ class RowCache:
             memory_PC = torch.empty(shape, dtype=stored_RC.dtype, device=device)
             tags_SW = torch.full((num_sets, num_ways), -1, dtype=torch.int64, device=device)
             self.sets = CacheSets(tags_SW, torch.zeros_like(tags_SW))
-            self._counts = torch.zeros(counts_shape, dtype=torch.int64, device=device)
+            self.counts = torch.zeros(counts_shape, dtype=torch.int64, device=device)
         except torch.OutOfMemoryError:
             message = f"cannot allocate {cache_bytes} bytes on {device}"
             raise ValueError(f"table_cache: {message}") from None
@@ -127,8 +128,8 @@ class RowCache:
         if rows.device != self.device:
             # kernels run on the rows' device, where the cache's pointers are invalid
             raise ValueError(f"rows: expected row ids on {self.device}, got {rows.device}")
-        if not 0 <= layer < len(self._counts):
-            raise ValueError(f"layer: {layer} is outside [0, {len(self._counts)})")
+        if not 0 <= layer < len(self.counts):
+            raise ValueError(f"layer: {layer} is outside [0, {len(self.counts)})")
 
     def check_lookup(self, rows_THK: Tensor, layer: int) -> None:
         """Raise ValueError like ``check_hint``, or if a token reads too many rows."""
@@ -139,15 +140,15 @@ class RowCache:
             raise ValueError(f"rows: a token reads {per_token} rows, {allowed}")
 
     def statistics(self) -> dict[int, TableStatistics]:
-        """Totals by layer, without unused layers. Waits for the current stream.
+        """Totals by layer. Waits for the current stream."""
+        return self.totals(self.counts.tolist())
+
+    def totals(self, counts: Sequence[Sequence[int]]) -> dict[int, TableStatistics]:
+        """Totals by layer, without unused layers, from the values of ``counts``.
 
         Each part of a lookup counts its distinct rows separately.
         """
-        return {
-            layer: self._statistics(counts)
-            for layer, counts in enumerate(self._counts.tolist())
-            if any(counts)
-        }
+        return {layer: self._statistics(one) for layer, one in enumerate(counts) if any(one)}
 
     def _placed(self, rows_THK: Tensor, layer: int) -> Iterator[tuple[slice, Tensor]]:
         """Parts of a lookup: each a range of tokens, and places of their rows that it may use."""
@@ -165,12 +166,12 @@ class RowCache:
 
     def _place(self, rows_L: Tensor, layer: int, *, is_hint: bool, is_first: bool = True) -> Tensor:
         """Place and fetch rows and return their places, which are undefined for a hint."""
-        wanted, counts = sort_rows(rows_L.contiguous()), self._counts[layer]
+        wanted, counts = sort_rows(rows_L.contiguous()), self.counts[layer]
         placed = place_rows(self.sets, wanted, counts, is_hint=is_hint, is_first=is_first)
         fetch_rows(self._words_RC, wanted.keys_L, placed.fetch_L, self._memory_words_PC)
         return placed.places_L
 
-    def _statistics(self, counts: list[int]) -> TableStatistics:
+    def _statistics(self, counts: Sequence[int]) -> TableStatistics:
         unique, misses = counts[columns.UNIQUE.value], counts[columns.MISSES.value]
         prefetched = counts[columns.PREFETCHED.value]
         return TableStatistics(

@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 
 
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def query(self) -> bool:
+        """Whether all work before this point has completed. Does not block the host."""
+        ...
+
+
 class Stream(Protocol):
     """A queue of device work that runs in order, concurrently with other streams."""
 
-    def record(self) -> Any:
+    def record(self) -> Event:
         """An event that completes when all work queued so far has completed."""
         ...
 
@@ -26,6 +34,10 @@ class Stream(Protocol):
     def keep(self, tensor: Tensor) -> None:
         """Keep a freed tensor's memory from being reused until this stream has finished the work
         that was queued before the free."""
+        ...
+
+    def is_idle(self) -> bool:
+        """Whether all work queued so far has completed. Does not block the host."""
         ...
 
 
@@ -55,6 +67,9 @@ class CudaStream:
 
     def keep(self, tensor: Tensor) -> None:
         tensor.record_stream(self.stream)
+
+    def is_idle(self) -> bool:
+        return self.stream.query()
 
 
 def cuda_streams(device: torch.device) -> StreamPair:

@@ -48,11 +48,11 @@ class TrainedTable(DeviceTable):
         """None: native kernels record no reads for gradients."""
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> ReadyLookup:
-        self.count(rows_THK, layer)
+        self.count(rows_THK.numel(), layer)
         return ReadyLookup(partial(self.read, rows_THK, weights_THK))
 
     def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> ReadyLookup:
-        self.count(rows_THK, layer)
+        self.count(rows_THK.numel(), layer)
         return ReadyLookup(partial(self.dots, rows_THK, x_TV))
 
     def read(self, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server.config import ModelOptions, cache_folder
+from server.device import chosen_device
 from server.engine_entry import load_served, served_engine
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.prepare import prepared_folder
@@ -38,9 +39,11 @@ def evaluate(
         raise ConfigError(f"json: the folder {json_file.parent} does not exist")
     facts = read_questions(questions) if questions is not None else []
     files = corpus_files(texts) if texts else []
-    folder, engine = prepared_folder(model.model, cache_folder()), EngineConfig()
+    engine = EngineConfig()
+    device = chosen_device(model, engine)
+    folder = prepared_folder(model.model, cache_folder())
     # load once: tables are large, and both scores need them in the same tier
-    loaded = load_served(model, folder, engine if facts else None)
+    loaded = load_served(model, folder, engine if facts else None, device)
     scores: dict[str, dict[str, float]] = {}
     if texts:
         score = score_texts(loaded.model, checkpoint_text(folder), documents(files))

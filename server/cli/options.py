@@ -3,6 +3,7 @@
 import argparse
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
@@ -26,8 +27,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": _formatter} | settings)
 
 
-def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, settings: type, only: Sequence[str] | None = None
+) -> None:
     """Add one option per field that has a help text, with the field's name, type and default.
+
+    ``only`` restricts this to the named fields.
 
     Keys of a field's metadata:
 
@@ -43,6 +48,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     group: argparse._ArgumentGroup | None = None
     hints = typing.get_type_hints(settings)
     for field in fields(settings):
+        if only is not None and field.name not in only:
+            continue
         if "group" in field.metadata or group is None:
             group = _add_group(parser, settings, field)
         if "help" not in field.metadata:

@@ -173,6 +173,10 @@ def test_a_model_length_beyond_memory_is_refused(model):
         ({"block_size": 0}, "block_size"),
         ({"max_batched_tokens": 8, "max_num_seqs": 9}, "max_batched_tokens"),
         ({"kv_cache_gib": float("nan")}, "kv_cache_gib"),
+        ({"kv_dtype": "fp4"}, "kv_dtype"),
+        ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization"),
+        ({"gpu_memory_utilization": 1.01}, "gpu_memory_utilization"),
+        ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization"),
     ],
 )
 def test_a_setting_out_of_range_is_named(changes, field):

@@ -22,6 +22,9 @@ class FakeEvent:
     def end(self) -> None:
         self.is_over = True
 
+    def query(self) -> bool:
+        return self.is_over
+
 
 class FakeDevice:
     """A set of streams and the order in which they run.
@@ -120,6 +123,9 @@ class HostCaller:
 
     def keep(self, tensor: Tensor) -> None: ...
 
+    def is_idle(self) -> bool:
+        return True
+
 
 class FakeStream:
     """The ``place``-th stream of a device: a queue of work in first-in, first-out order."""
@@ -143,6 +149,9 @@ class FakeStream:
 
     def keep(self, tensor: Tensor) -> None:
         self._device.keep(tensor, self)
+
+    def is_idle(self) -> bool:
+        return not self.tasks
 
     def is_ready(self) -> bool:
         if not self.tasks:

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 
 from engine.errors import ConfigError
 from server.config import ModelOptions
@@ -18,7 +19,9 @@ def folder(tmp_path):
 
 
 def loaded(folder, **options):
-    return load_served(ModelOptions(str(folder), **options), folder, None).model
+    return load_served(
+        ModelOptions(str(folder), **options), folder, None, torch.device("cpu")
+    ).model
 
 
 @pytest.mark.parametrize(

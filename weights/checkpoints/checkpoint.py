@@ -1,9 +1,7 @@
 """Opens and validates a checkpoint folder, loads its model, and saves new folders."""
 
 import json
-import math
 import re
-import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +12,12 @@ import torch
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
+from memory_ops.tables.value_table import ValueTable
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json, read_config
+from weights.checkpoints.gpu_tier import naming_lack_of_memory
+from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
 from weights.checkpoints.new_folder import new_folder, write_synced
-from weights.checkpoints.table_files import table_shape
+from weights.checkpoints.table_files import OUTPUT_DTYPES, RowLayout, table_shape
 from weights.checkpoints.table_loading import load_tables, open_tables, table_layouts
 from weights.checkpoints.tensor_files import (
     DTYPES,
@@ -29,6 +30,7 @@ from weights.checkpoints.tensor_files import (
 from weights.checkpoints.tensor_writer import write_tensors
 from weights.errors import CheckpointError
 
+CPU = torch.device("cpu")
 # a buffer in old checkpoints that can be computed from rope_theta
 _DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -88,14 +90,14 @@ def serving_dtype(stored: Mapping[str, StoredTensor], dtype: str) -> torch.dtype
     that wide, else bfloat16.
 
     Raises:
-        ValueError: ``dtype`` is not one of auto, bfloat16, float32.
+        ValueError: ``dtype`` is not one of auto, bfloat16, float16, float32.
     """
     if dtype == "auto":
         wide = stored["model.embed_tokens.weight"].dtype in ("F32", "F64")
         return torch.float32 if wide else torch.bfloat16
-    chosen = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(dtype)
+    chosen = OUTPUT_DTYPES.get(dtype)
     if chosen is None:
-        raise ValueError(f"dtype: {dtype!r} is not one of auto, bfloat16, float32")
+        raise ValueError(f"dtype: {dtype!r} is not one of auto, {', '.join(OUTPUT_DTYPES)}")
     return chosen
 
 
@@ -116,20 +118,21 @@ class ModelBytes:
     dtype: torch.dtype
 
 
-def model_bytes(folder: Path, dtype: str, table_dtype: str) -> ModelBytes:
+def model_bytes(folder: Path, dtype: str, table_dtype: str, kv_dtype: str = "auto") -> ModelBytes:
     """The sizes of what ``load_model`` would load; reads only headers.
+
+    ``kv_dtype`` is that of ``EngineConfig``.
 
     Raises:
         CheckpointError, ConfigError, ValueError: as ``load_model``.
     """
     config, stored = open_checkpoint(folder)
     chosen = serving_dtype(stored, dtype)
-    itemsize = chosen.itemsize
     tables = [stored.pop(name) for name in config.model.table_names]
     return ModelBytes(
-        weights=itemsize * sum(math.prod(one.shape) for one in stored.values()),
+        weights=weight_bytes(stored, chosen),
         tables=sum(layout.num_bytes for layout in table_layouts(tables, table_dtype).values()),
-        kv_per_token=config.model.kv_bytes_per_token(itemsize),
+        kv_per_token=config.model.kv_bytes_per_token(1 if kv_dtype == "fp8" else chosen.itemsize),
         dtype=chosen,
     )
 
@@ -139,30 +142,35 @@ def load_model(
     dtype: str = "auto",
     table_cache: int | None = None,
     *,
+    device: torch.device = CPU,
     table_dtype: str = "auto",
     verify_tables: bool = False,
     keep_stored: bool = False,
 ) -> tuple[Transformer, CheckpointConfig]:
-    """Load a folder's model for serving, on the CPU.
+    """Load a folder's model for serving.
 
-    The model is built on the meta device, and mapped weights are assigned to it. Weights that are
-    stored in the serving dtype are not copied. Tables are read into memory, or stay in their files.
+    The model is built on the meta device, and weights are assigned to it. On the CPU they are
+    mapped, and those that are stored in the serving dtype are not copied. On a GPU they are read
+    straight into its memory, one at a time. Tables are read into the device's memory, or stay in
+    their files (CPU) or in page-locked host memory (GPU).
 
     Args:
         folder: the checkpoint folder.
         dtype: dtype of the weights; see ``serving_dtype``.
-        table_cache: bytes of row cache for all tables, which stay in their files; None loads all
-            rows into memory.
+        table_cache: bytes of row cache on the device for all tables, which stay in the slower
+            tier: disk on the CPU, host on a GPU. None loads all rows into the device's memory.
+        device: the CPU or a GPU.
         table_dtype: one of ``TABLE_DTYPES``, to which tables in memory are converted; auto keeps
             the stored dtype.
         verify_tables: compare the tables' data with the checksums in their files.
-        keep_stored: leave all weights mapped in their stored dtypes, for an executor that converts
-            them itself, one layer at a time.
+        keep_stored: on the CPU, leave all weights mapped in their stored dtypes, for an executor
+            that converts them itself, one layer at a time. On a GPU they always get ``dtype``.
 
     Raises:
         CheckpointError: as ``open_checkpoint``, or a table cannot be read or fails its checksum.
-        ConfigError: a table option is not possible, or the model has no tables.
-        ValueError: ``dtype`` is not one of auto, bfloat16, float32.
+        ConfigError: a table option is not possible, the model has no tables, or host or GPU have
+            too little memory.
+        ValueError: ``dtype`` is not one of auto, bfloat16, float16, float32.
     """
     config, stored = open_checkpoint(folder)
     chosen = serving_dtype(stored, dtype)
@@ -170,20 +178,45 @@ def load_model(
     if not tables:
         _check_no_table_options(table_cache, table_dtype, verify_tables)
     layouts = table_layouts(tables, table_dtype)
-    _raise_open_file_limit()
     with torch.device("meta"):
         model = Transformer(config.model)
-    weights = {name: read_mapped(tensor) for name, tensor in stored.items()}
-    if not keep_stored:
-        weights = {name: weight.to(chosen) for name, weight in weights.items()}
-    model.load_state_dict(weights, assign=True)
-    memory = config.model.memory
-    if memory is not None and table_cache is not None:
-        tables_on_disk = open_tables(tables, layouts, memory, table_cache, verify=verify_tables)
-        model.attach_tables(tables_on_disk)
-    elif memory is not None:
-        model.attach_tables(load_tables(tables, layouts, verify=verify_tables))
+    all_rows = sum(layout.num_bytes for layout in layouts.values())
+    row_bytes = all_rows if table_cache is None else table_cache
+    with naming_lack_of_memory(device, weight_bytes(stored, chosen), row_bytes):
+        if device.type == "cpu":
+            weights = mapped_weights(stored, None if keep_stored else chosen)
+        else:
+            weights = device_weights(stored, chosen, device)
+        model.load_state_dict(weights, assign=True)
+        model.rope_frequencies = model.rope_frequencies.to(device)
+        if tables:
+            model.attach_tables(
+                _tables(tables, layouts, config.model, table_cache, device, verify_tables)
+            )
+    if device.type == "cuda":
+        # return staging memory to the GPU: the executor measures what is left
+        torch.cuda.empty_cache()
     return model.eval().requires_grad_(False), config
+
+
+def _tables(
+    stored: list[StoredTensor],
+    layouts: Mapping[str, RowLayout],
+    config: ModelConfig,
+    cache: int | None,
+    device: torch.device,
+    verify: bool,
+) -> dict[str, ValueTable]:
+    """The tables of a model in the tier that ``cache`` and ``device`` give; see ``load_model``."""
+    assert config.memory is not None
+    if cache is None:
+        return load_tables(stored, layouts, device, verify=verify)
+    if device.type == "cpu":
+        return open_tables(stored, layouts, config.memory, cache, verify=verify)
+    # only a GPU needs triton, which may be absent elsewhere
+    from weights.checkpoints.host_tables import load_host_tables
+
+    return load_host_tables(stored, layouts, config, cache, device, verify=verify)
 
 
 def save_checkpoint(
@@ -230,17 +263,11 @@ def _check_no_table_options(table_cache: int | None, table_dtype: str, verify_ta
     """Reject table options for a model without tables."""
     problem = "value tables, but this model has none"
     if table_cache is not None:
-        raise ConfigError(f"table_tier: disk requires {problem}")
+        raise ConfigError(f"table_cache: requires {problem}")
     if table_dtype != "auto":
         raise ConfigError(f"table_dtype: requires {problem}")
     if verify_tables:
         raise ConfigError(f"verify_tables: requires {problem}")
-
-
-def _raise_open_file_limit() -> None:
-    """Raise the soft limit of open files, often 1,024, because each mapped tensor may take one."""
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def _check_tied_head(stored: Mapping[str, StoredTensor]) -> None:

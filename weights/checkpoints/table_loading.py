@@ -1,7 +1,9 @@
 """Opens value tables for serving: loads and converts them into memory, or opens their files."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from engine.errors import ConfigError
@@ -38,21 +40,35 @@ def table_layouts(stored: Sequence[StoredTensor], dtype: str) -> dict[str, RowLa
 
 
 def load_tables(
-    stored: Sequence[StoredTensor], layouts: Mapping[str, RowLayout], *, verify: bool = False
+    stored: Sequence[StoredTensor],
+    layouts: Mapping[str, RowLayout],
+    device: torch.device,
+    *,
+    verify: bool = False,
 ) -> dict[str, ValueTable]:
-    """Tables in memory, by name; loading needs little memory beyond the tables.
+    """Tables of the device tier, by name; loading needs little memory beyond the tables.
 
     Args:
         stored: the tables.
         layouts: layouts to convert them to, by name.
+        device: device in whose memory they lie.
         verify: compare their data with the checksums in their files.
 
     Raises:
         CheckpointError: a table cannot be read, fails its checksum, or a row cannot be converted.
         ConfigError: the system has not enough memory.
+        torch.OutOfMemoryError: the GPU has not enough memory.
     """
-    with _progress("tables", stored) as progress:
-        return {one.name: _load(one, layouts[one.name], verify, progress.update) for one in stored}
+    tables: dict[str, ValueTable] = {}
+    with progress_bar("tables", stored) as progress:
+        for one in stored:
+            layout = layouts[one.name]
+            if device.type == "cpu":
+                rows = rows_in_memory(one, layout, "device", progress.update, verify=verify)
+            else:
+                rows = rows_on_device(one, layout, device, progress.update, verify=verify)
+            tables[one.name] = DeviceTable(layout.table(rows))
+    return tables
 
 
 def open_tables(
@@ -91,31 +107,74 @@ def open_tables(
         one.name: _open(one, layouts[one.name], memory, share) for one in stored
     }
     if verify:
-        with _progress("checksums", stored) as progress:
+        with progress_bar("checksums", stored) as progress:
             for one in stored:
                 for part in read_parts(one, verify=True):
                     progress.update(part.nbytes)
     return tables
 
 
-def _load(stored: StoredTensor, layout: RowLayout, verify: bool, on_bytes: OnBytes) -> DeviceTable:
+def rows_in_memory(
+    stored: StoredTensor, layout: RowLayout, tier: str, on_bytes: OnBytes, *, verify: bool
+) -> Tensor:
+    """A table's rows in anonymous CPU memory on huge pages.
+
+    Args:
+        stored: the table.
+        layout: layout to convert it to.
+        tier: tier for which the rows are loaded, for errors.
+        on_bytes: called with the bytes of each part of the file that was read.
+        verify: compare its data with the checksum in its file.
+
+    Raises:
+        CheckpointError, ConfigError: as ``load_tables``.
+    """
     try:
         rows = anonymous_zeros(layout.shape, layout.dtype)
     except OSError as error:
         raise ConfigError(
-            f"table_tier: device cannot allocate {layout.num_bytes} bytes for {stored.name}:"
+            f"table_tier: {tier} cannot allocate {layout.num_bytes} bytes for {stored.name}:"
             f" {error.strerror}"
         ) from None
     if layout == stored_layout(stored):
+        # read in place
         for part in read_parts(stored, rows, verify=verify):
             on_bytes(part.nbytes)
     else:
-        first, row_bytes = 0, stored.num_bytes // stored.shape[0]
-        for part in converted_parts(stored, layout, verify=verify):
-            rows[first : first + len(part)] = part
-            first += len(part)
-            on_bytes(row_bytes * len(part))
-    return DeviceTable(layout.table(rows))
+        _fill(rows, stored, converted_parts(stored, layout, verify=verify), on_bytes)
+    return rows
+
+
+def rows_on_device(
+    stored: StoredTensor,
+    layout: RowLayout,
+    device: torch.device,
+    on_bytes: OnBytes,
+    *,
+    verify: bool,
+) -> Tensor:
+    """A table's rows in a device's memory, copied part by part; arguments as ``rows_in_memory``.
+
+    Parts are read into one staging buffer, which is page-locked for a GPU.
+
+    Raises:
+        CheckpointError: as ``load_tables``.
+        torch.OutOfMemoryError: the device has not enough memory.
+    """
+    rows = torch.empty(layout.shape, dtype=layout.dtype, device=device)
+    is_pinned = device.type == "cuda"
+    parts = converted_parts(stored, layout, verify=verify, is_pinned=is_pinned)
+    _fill(rows, stored, parts, on_bytes)
+    return rows
+
+
+def _fill(rows: Tensor, stored: StoredTensor, parts: Iterable[Tensor], on_bytes: OnBytes) -> None:
+    first, row_bytes = 0, stored.num_bytes // stored.shape[0]
+    for part in parts:
+        # waits for the copy, so that the next part can reuse the buffer
+        rows[first : first + len(part)].copy_(part)
+        first += len(part)
+        on_bytes(row_bytes * len(part))
 
 
 def _open(
@@ -136,16 +195,22 @@ def _open(
         raise CheckpointError(f"tensor {stored.name}: {error}") from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    rows_per_token = min(memory.num_heads * memory.top_k, memory.num_rows)
-    if table.num_slots < rows_per_token:
-        raise ConfigError(
-            f"table_cache: holds {table.num_slots} rows of {stored.name}, but one token reads"
-            f" {rows_per_token}; increase it"
-        )
+    check_holds_a_token(table, memory, stored.name)
     return table
 
 
-def _progress(label: str, stored: Sequence[StoredTensor]) -> "tqdm[None]":
+def check_holds_a_token(table: ValueTable, memory: MemoryConfig, name: str) -> None:
+    """Raise ConfigError unless the table's row cache holds the rows that one token reads."""
+    rows_per_token, capacity = memory.num_heads * memory.top_k, table.fetched_capacity
+    rows_per_token = min(rows_per_token, memory.num_rows)
+    if capacity is not None and capacity < rows_per_token:
+        raise ConfigError(
+            f"table_cache: holds {capacity} rows of {name}, but one token reads {rows_per_token};"
+            " increase it"
+        )
+
+
+def progress_bar(label: str, stored: Sequence[StoredTensor]) -> "tqdm[None]":
     """A progress bar on stderr; hidden for small tables, or if stderr is not a terminal."""
     total = sum(one.num_bytes for one in stored)
     hidden = True if total < _MIN_PROGRESS_BYTES else None

@@ -122,12 +122,17 @@ def read_into(stored: StoredTensor, target: Tensor) -> None:
 
 
 def read_parts(
-    stored: StoredTensor, target: Tensor | None = None, *, verify: bool = False
+    stored: StoredTensor,
+    target: Tensor | None = None,
+    *,
+    verify: bool = False,
+    is_pinned: bool = False,
 ) -> Iterator[Tensor]:
     """Read a tensor's rows in order, in parts.
 
     Parts are views of ``target``, a contiguous CPU tensor of the same dtype and shape. Without it,
-    each part overwrites the previous one. What was read is dropped from the page cache.
+    each part overwrites the previous one in a buffer, which is page-locked for copies to a GPU if
+    ``is_pinned`` is set. What was read is dropped from the page cache.
 
     Raises:
         CheckpointError: the file cannot be read or ends too early; or ``verify`` is set, and the
@@ -144,7 +149,7 @@ def read_parts(
     rows_per_part = max(1, _PART_BYTES * num_rows // max(1, stored.num_bytes))
     if target is None:
         shape = (min(rows_per_part, num_rows), *stored.shape[1:])
-        buffer = torch.empty(shape, dtype=STORED_DTYPES[stored.dtype])
+        buffer = torch.empty(shape, dtype=STORED_DTYPES[stored.dtype], pin_memory=is_pinned)
     try:
         with open(stored.file, "rb", buffering=0) as file:
             file.seek(stored.offset)

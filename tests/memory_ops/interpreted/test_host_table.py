@@ -30,6 +30,7 @@ class PlainReads:
         self.table_RV = torch.full_like(table_RV, torch.nan)
         device.caller.run(lambda: self.table_RV.copy_(table_RV))
         self.hinted: list[Tensor] = []
+        self.counts = torch.zeros(1, 1, dtype=torch.int64)
         self.has_read_garbage = False  # read memory before it was computed or after it was reused
 
     def check_hint(self, rows: Tensor, layer: int) -> None: ...

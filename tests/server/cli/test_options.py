@@ -113,3 +113,12 @@ def test_settings_take_given_values_and_keep_other_defaults(plain):
     assert from_options(Plain, given) == Plain((3, 4), False)
     with pytest.raises(ConfigError, match="sizes: must not begin"):
         from_options(Plain, plain.parse_args(["--sizes", "0"]))
+
+
+def test_a_verb_may_take_some_fields_only():
+    parser = Parser(prog="some")
+    add_options(parser, ModelOptions, only=("model", "device"))
+    options = re.findall(r"^  (--[\w-]+)", parser.format_help(), re.MULTILINE)
+    assert options == ["--model", "--device"] and "value tables" not in parser.format_help()
+    given = from_options(ModelOptions, parser.parse_args(["--device", "cpu"]))
+    assert given == ModelOptions(device="cpu")

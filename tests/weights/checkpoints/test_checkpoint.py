@@ -187,6 +187,19 @@ def test_dtypes_by_default_and_by_choice(folder):
         load_model(folder, "int3")
 
 
+@pytest.mark.parametrize("keep_stored", [True, False])
+def test_a_model_lies_on_its_device_in_the_serving_dtype(tmp_path, keep_stored):
+    # meta tensors stand for those of a GPU
+    device = torch.device("meta")
+    folder = save_model(memory_model(False), tmp_path / "model")
+    model, _ = load_model(folder, "float16", device=device, keep_stored=keep_stored)
+    tensors = model_tensors(model) | {"rope": model.rope_frequencies}
+    assert {tensor.device for tensor in tensors.values()} == {device}
+    assert {one.dtype for one in model.parameters()} == {torch.float16}
+    assert model.rope_frequencies.dtype is torch.float32
+    assert [table.tier for table in model.tables.values()] == ["device"] * 2
+
+
 def test_a_sharded_folder_is_read_through_its_index(folder):
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)

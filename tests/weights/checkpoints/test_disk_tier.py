@@ -104,7 +104,7 @@ def test_a_failed_read_fails_only_its_requests(tmp_path):
 
 def test_impossible_caches_and_files_are_refused_by_name(tmp_path):
     dense = save_model(random_model(tiny_config()), tmp_path / "dense")
-    with pytest.raises(ConfigError, match="table_tier: disk requires value tables"):
+    with pytest.raises(ConfigError, match="table_cache: requires value tables"):
         load_model(dense, table_cache=2**20)
     changes = feed_forward_changes("memory_plus", "dense")
     folder = save_model(random_model(tiny_config(**changes)), tmp_path / "model")
@@ -134,9 +134,9 @@ def test_conflicting_flags_are_refused(tmp_path, capsys):
     dense = str(save_model(random_model(tiny_config()), tmp_path / "dense"))
     device, disk = ["--table-tier", "device"], ["--table-tier", "disk"]
     for options, message in (
-        ([*device, "--table-cache", "2GiB"], "table_cache: needs --table-tier disk"),
+        ([*device, "--table-cache", "2GiB"], "table_cache: needs --table-tier host"),
         ([*disk, "--table-cache", "2GB"], "table_cache: must be a number with KiB, MiB or GiB"),
-        ([*device, "--table-lookahead", "1"], "table_lookahead: needs --table-tier disk"),
+        ([*device, "--table-lookahead", "1"], "table_lookahead: needs --table-tier host"),
         (["--table-lookahead", "-1"], "table_lookahead: must be 0 or more"),
         (["--table-lookahead-share", "0"], "table_lookahead_share: 0.0 is outside (0, 8]"),
         (["--table-lookahead-share", "1"], "table_lookahead_share: needs --table-lookahead"),

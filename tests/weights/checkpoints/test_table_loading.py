@@ -26,11 +26,13 @@ from weights.checkpoints import table_loading, tensor_files
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.convert import convert
 from weights.checkpoints.dtype_names import TABLE_DTYPES
-from weights.checkpoints.table_files import OUTPUT_DTYPES
+from weights.checkpoints.table_files import OUTPUT_DTYPES, converted_parts, requested_layout
+from weights.checkpoints.table_loading import rows_in_memory, rows_on_device
 from weights.checkpoints.tensor_files import StoredTensor, list_file, list_tensors, read_parts
 from weights.errors import CheckpointError
 
 ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
 ROWS, WIDTH = 512**2, 192
 TABLE_BYTES = ROWS * WIDTH * 4
 
@@ -131,6 +133,48 @@ def test_a_row_that_cannot_be_rounded_is_named_at_load(tmp_path):
     folder = save_model(model, tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"memory.table, rows from 7: .*row 3 has values"):
         load_model(folder, table_dtype="fp8")
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("dtype", TABLE_DTYPES)
+@pytest.mark.parametrize("source", TABLE_DTYPES)
+def test_rows_streamed_to_a_device_equal_those_in_memory(folder, tmp_path, source, dtype):
+    convert(folder, tmp_path / "copy", table_dtype=source)
+    tables = [one for name, one in list_tensors(tmp_path / "copy").items() if "table" in name]
+    if source in ROW_FORMATS and dtype != source:
+        return
+    for one in tables:
+        layout, read = requested_layout(one, dtype), []
+        held = rows_in_memory(one, layout, "device", lambda number: None, verify=True)
+        streamed = rows_on_device(one, layout, CPU, read.append, verify=True)
+        assert streamed.dtype is held.dtype is layout.dtype
+        assert torch.equal(stored_bytes(streamed), stored_bytes(held))
+        assert sum(read) == one.num_bytes and len(read) > 1
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_streamed_parts_share_one_buffer_that_is_page_locked_on_request(folder, monkeypatch):
+    (stored, *_) = (one for name, one in list_tensors(folder).items() if "table" in name)
+    layout, asked, plain = requested_layout(stored, None), [], torch.empty
+
+    def allocated(*arguments, pin_memory, **options):
+        asked.append(pin_memory)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(torch, "empty", allocated)
+    for is_pinned in (False, True):
+        parts = list(converted_parts(stored, layout, is_pinned=is_pinned))
+        assert len(parts) > 1 and len({part.data_ptr() for part in parts}) == 1
+    assert asked == [False, True]
+
+
+def test_a_damaged_table_is_not_streamed(folder):
+    damage(folder)
+    with pytest.raises(CheckpointError, match="its checksum"):
+        for name, stored in list_tensors(folder).items():
+            if "table" in name:
+                layout = requested_layout(stored, None)
+                rows_on_device(stored, layout, CPU, lambda number: None, verify=True)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -250,6 +294,9 @@ from pathlib import Path
 import torch
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.convert import convert
+from weights.checkpoints.table_files import requested_layout
+from weights.checkpoints.table_loading import rows_on_device
+from weights.checkpoints.tensor_files import list_tensors
 def peak(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
@@ -257,6 +304,11 @@ small, large, verb, dtype, target = sys.argv[1:]
 def work(folder, target):
     if verb == "convert":
         convert(folder, target, table_dtype=dtype)
+    elif verb == "stream":
+        for name, one in list_tensors(folder).items():
+            if name == "memory.table":
+                layout = requested_layout(one, dtype)
+                return rows_on_device(one, layout, torch.device("cpu"), str, verify=False)
     else:
         return load_model(folder, table_dtype=dtype)
 work(Path(small), Path(target) / "small")
@@ -272,6 +324,8 @@ print(peak("VmHWM") - before)
         ("load", "auto", TABLE_BYTES),
         ("load", "bfloat16", TABLE_BYTES // 2),
         ("load", "int8", TABLE_BYTES // 4 + 64 * ROWS),
+        ("stream", "float32", TABLE_BYTES),
+        ("stream", "int8", TABLE_BYTES // 4 + 64 * ROWS),
         ("convert", "bfloat16", 0),
     ],
 )

@@ -4,6 +4,7 @@ import logging
 from functools import partial
 
 import pytest
+import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
@@ -15,14 +16,17 @@ from server.config import ModelOptions
 from server.engine_entry import load_served
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.available_memory import AvailableMemory
-from weights.checkpoints.table_tier import MemoryShares, TierChoice
+from weights.checkpoints.memory_request import MemoryRequest, MemoryShares
+from weights.checkpoints.table_tier import CpuTierChoice
 
 MIB, GIB = 2**20, 2**30
 ASKED = EngineConfig(kv_cache_gib=1.0)
+CPU = torch.device("cpu")
 
 
-def choice_of(available: int, asked: int | None = None, tier: str = "auto") -> TierChoice:
-    return TierChoice(GIB, asked, 2 * GIB, tier, lambda: AvailableMemory(available, "a test"))
+def choice_of(available: int, asked: int | None = None, tier: str = "auto") -> CpuTierChoice:
+    request = MemoryRequest(GIB, asked, 2 * GIB, tier)
+    return CpuTierChoice(request, lambda: AvailableMemory(available, "a test"))
 
 
 def decided(caplog, available: int, table: int, asked: int | None = None) -> tuple[int | None, str]:
@@ -103,12 +107,16 @@ def test_unknown_available_memory_is_an_error_or_logged(caplog):
     def silent():
         raise ValueError("no MemAvailable")
 
+    auto, device, disk = (
+        CpuTierChoice(MemoryRequest(GIB, None, GIB, tier), silent)
+        for tier in ("auto", "device", "disk")
+    )
     with pytest.raises(ConfigError, match=r"table_tier: auto cannot read .*no MemAvailable"):
-        TierChoice(GIB, None, GIB, available=silent).shares(GIB, GIB)
-    assert TierChoice(GIB, None, GIB, "device", silent).shares(GIB, GIB).cache_bytes is None
-    assert TierChoice(GIB, None, GIB, "disk", silent).shares(GIB, GIB).cache_bytes == GIB
+        auto.shares(GIB, GIB)
+    assert device.shares(GIB, GIB).cache_bytes is None
+    assert disk.shares(GIB, GIB).cache_bytes == GIB
     # without tables there is nothing to decide
-    assert TierChoice(GIB, None, GIB, available=silent).shares(0, GIB) == MemoryShares(None, GIB)
+    assert auto.shares(0, GIB) == MemoryShares(None, GIB)
     assert "memory limits are not checked" in caplog.messages[-1]
 
 
@@ -117,14 +125,12 @@ def memory(monkeypatch):
     """Sets the available memory (key ``bytes``) and lowers the minimal sizes."""
     found = {"bytes": 0}
 
-    class FakeTierChoice(TierChoice):
-        def __init__(self, **choice):
-            available = partial(AvailableMemory, found["bytes"], "a test")
-            super().__init__(**choice, available=available)
+    def choice(request):
+        return CpuTierChoice(request, partial(AvailableMemory, found["bytes"], "a test"))
 
-    monkeypatch.setattr(engine_entry, "TierChoice", FakeTierChoice)
-    monkeypatch.setattr("weights.checkpoints.table_tier._MIN_CACHE_BYTES", 3000)
-    monkeypatch.setattr("weights.checkpoints.table_tier._MIN_KV_BYTES", 3000)
+    monkeypatch.setattr(engine_entry, "CpuTierChoice", choice)
+    monkeypatch.setattr("weights.checkpoints.memory_request._MIN_CACHE_BYTES", 3000)
+    monkeypatch.setattr("weights.checkpoints.memory_request._MIN_KV_BYTES", 3000)
     return found
 
 
@@ -137,7 +143,7 @@ def test_auto_serves_from_memory_or_disk_by_the_dtype_asked_for(tmp_path, memory
     needed = dense + GIB + 512 * MIB
 
     def table(**options):
-        loaded = load_served(ModelOptions(str(folder), **options), folder, ASKED)
+        loaded = load_served(ModelOptions(str(folder), **options), folder, ASKED, CPU)
         return loaded.model.model.layers[0].memory.table
 
     memory["bytes"] = needed + 8192
@@ -156,24 +162,24 @@ def test_auto_serves_from_memory_or_disk_by_the_dtype_asked_for(tmp_path, memory
 def test_a_model_without_tables_has_no_tier(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     folder = save_model(random_model(tiny_config()), tmp_path / "model")
-    load_served(ModelOptions(str(folder)), folder, None)
+    load_served(ModelOptions(str(folder)), folder, None, CPU)
     assert not caplog.records
     with pytest.raises(ConfigError, match="table_cache: requires value tables"):
-        load_served(ModelOptions(str(folder), table_cache="1GiB"), folder, ASKED)
+        load_served(ModelOptions(str(folder), table_cache="1GiB"), folder, ASKED, CPU)
     with pytest.raises(ConfigError, match="table_tier: disk requires value tables"):
-        load_served(ModelOptions(str(folder), table_tier="disk"), folder, ASKED)
+        load_served(ModelOptions(str(folder), table_tier="disk"), folder, ASKED, CPU)
 
 
 def test_the_default_model_is_held_in_memory():
     folder = engine_entry.prepared_folder("wordnet", None)
-    loaded = load_served(ModelOptions(), folder, ASKED)
+    loaded = load_served(ModelOptions(), folder, ASKED, CPU)
     assert type(loaded.model.model.layers[1].memory.table) is DeviceTable
 
 
 def kv_share(available, asked=False, table=0, tier="auto"):
     read_available = partial(AvailableMemory, available, "a test")
-    choice = TierChoice(2 * GIB, None, GIB, tier, read_available, is_kv_requested=asked)
-    return choice.shares(table, weight_bytes=GIB // 4).kv_bytes
+    request = MemoryRequest(2 * GIB, None, GIB, tier, is_kv_requested=asked)
+    return CpuTierChoice(request, read_available).shares(table, weight_bytes=GIB // 4).kv_bytes
 
 
 def test_kv_blocks_get_the_remaining_memory_even_without_tables(caplog):
@@ -216,7 +222,7 @@ def test_little_memory_gives_fewer_kv_blocks(tmp_path, memory):
     weights = sum(one.numel() for one in random_model(tiny_config()).parameters()) * 4
 
     def blocks(**config):
-        loaded = load_served(ModelOptions(str(folder)), folder, EngineConfig(**config))
+        loaded = load_served(ModelOptions(str(folder)), folder, EngineConfig(**config), CPU)
         engine = engine_entry.served_engine(loaded, EngineConfig(**config))
         return engine.statistics().kv_blocks_total
 
@@ -233,9 +239,14 @@ def test_little_memory_gives_fewer_kv_blocks(tmp_path, memory):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"table_tier": "host"}, "table_tier: host needs a GPU"),
         ({"table_tier": "tape"}, "table_tier: 'tape' is not one of"),
-        ({"table_tier": "device", "table_cache": "1GiB"}, "table_cache: needs --table-tier disk"),
+        ({"device": "tpu"}, "device: must be auto, cpu, cuda or cuda:N, not 'tpu'"),
+        ({"device": "cuda:"}, "device: must be auto, cpu, cuda or cuda:N, not 'cuda:'"),
+        ({"dtype": "float8"}, "dtype: 'float8' is not one of auto, bfloat16, float16, float32"),
+        (
+            {"table_tier": "device", "table_cache": "1GiB"},
+            "table_cache: needs --table-tier host, disk",
+        ),
         ({"table_cache": "1GB"}, "table_cache: must be a number"),
         ({"table_cache": "0MiB"}, "table_cache: must be more than 0, not 0MiB"),
         ({"table_lookahead_share": 0.5}, "table_lookahead_share: needs --table-lookahead"),

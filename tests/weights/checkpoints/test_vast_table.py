@@ -32,6 +32,7 @@ pytestmark = [
 RUN = """
 import json, sys
 from pathlib import Path
+import torch
 from engine.config import EngineConfig
 from memory_ops.tables.table_statistics import TableStatistics
 from server.config import ModelOptions
@@ -48,7 +49,7 @@ before = read_number("/proc/self/io", "rchar")
 summary = summarize(Path(folder))
 options = ModelOptions(folder, table_tier=tier, table_cache=cache or None)
 config = EngineConfig(kv_cache_gib=0.05, max_num_seqs=4)
-served = load_served(options, Path(folder), config)
+served = load_served(options, Path(folder), config, torch.device("cpu"))
 model = served.model
 engine = served_engine(served, config)
 loaded = read_number("/proc/self/io", "rchar") - before

@@ -153,9 +153,9 @@ def test_a_question_that_is_too_long_is_named(model, folder):
 def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys, monkeypatch):
     loads = []
 
-    def counted(options, folder, engine):
+    def counted(options, folder, engine, device):
         loads.append(engine)
-        return load_served(options, folder, engine)
+        return load_served(options, folder, engine, device)
 
     monkeypatch.setattr(verb, "load_served", counted)
     questions, texts, out = (tmp_path / name for name in ("q.jsonl", "a.txt", "scores.json"))

@@ -1,0 +1,78 @@
+"""The device that computes: chosen by ``--device``, with a log line that gives the reason."""
+
+import logging
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from server.config import ModelOptions
+
+# the Triton kernels are compiled for bfloat16 products, which older GPUs do not have
+_MIN_CAPABILITY = (8, 0)
+
+logger = logging.getLogger(__name__)
+
+
+def chosen_device(model: ModelOptions, engine: EngineConfig | None = None) -> torch.device:
+    """The device of ``model.device``, after a check that it supports the other settings.
+
+    Raises:
+        ConfigError: the GPU is not usable, or the device does not support a setting.
+    """
+    device, reason = _choice(model.device)
+    engine = engine or EngineConfig()
+    if device.type == "cpu":
+        logger.info("device: cpu (%s)", reason)
+        _check_cpu_settings(model, engine, reason)
+    else:
+        logger.info("device: %s, %s (%s)", device, torch.cuda.get_device_name(device), reason)
+        if model.table_tier == "disk":
+            message = "disk is not supported on a GPU yet; use host, or --device cpu"
+            raise ConfigError(f"table_tier: {message}")
+    return device
+
+
+def _choice(option: str) -> tuple[torch.device, str]:
+    """The device, and the reason for it."""
+    if option == "cpu":
+        return torch.device("cpu"), "--device cpu"
+    index = int(option.partition(":")[2] or 0)
+    problem = _problem(index)
+    if problem is None:
+        reason = "auto takes a usable GPU" if option == "auto" else f"--device {option}"
+        return torch.device("cuda", index), reason
+    if option == "auto":
+        return torch.device("cpu"), f"auto: {problem}"
+    raise ConfigError(f"device: {option} cannot be used: {problem}; use --device cpu")
+
+
+def _problem(index: int) -> str | None:
+    """The reason why this GPU cannot be used; None if it can."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this build of torch supports no GPU"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    count = torch.cuda.device_count()
+    if index >= count:
+        return f"torch finds {count} GPU{'s' if count > 1 else ''}, and numbers start at 0"
+    if torch.version.hip is not None:  # compute capabilities are NVIDIA's
+        return None
+    found = torch.cuda.get_device_capability(index)
+    if found < _MIN_CAPABILITY:
+        needed = "{}.{}".format(*_MIN_CAPABILITY)
+        return "its compute capability is {}.{}, less than {}".format(*found, needed)
+    return None
+
+
+def _check_cpu_settings(model: ModelOptions, engine: EngineConfig, reason: str) -> None:
+    needs = f"needs a GPU, but the engine runs on the CPU ({reason})"
+    if model.table_tier == "host":
+        raise ConfigError(f"table_tier: host {needs}")
+    if model.dtype == "float16":
+        raise ConfigError(f"dtype: float16 {needs}, whose kernels take bfloat16 and float32")
+    if engine.kv_dtype == "fp8":
+        raise ConfigError(f"kv_dtype: fp8 {needs}")
+    if engine.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
+        # a warning, so that it shows at every level
+        logger.warning("the engine runs on the CPU: --gpu-memory-utilization has no effect")

@@ -1,0 +1,167 @@
+"""The choice of the device, with a fake torch.cuda, and settings that a device refuses."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from server import engine_entry
+from server.cli.main import main
+from server.config import ModelOptions
+from server.device import chosen_device
+from server.engine_entry import load_served
+from weights.checkpoints.gpu_tier import GpuTierChoice
+
+
+@pytest.fixture(autouse=True)
+def _all_messages(caplog):
+    caplog.set_level(logging.INFO)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Installs a fake torch.cuda with GPUs of these compute capabilities."""
+
+    def install(*capabilities, cuda="13.0", hip=None):
+        fake = SimpleNamespace(
+            is_available=lambda: bool(capabilities),
+            device_count=lambda: len(capabilities),
+            get_device_capability=lambda device: capabilities[device],
+            get_device_name=lambda device: f"GPU {device.index}",
+        )
+        monkeypatch.setattr(torch, "cuda", fake)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("option", "index", "line"),
+    [
+        ("auto", 0, "device: cuda:0, GPU 0 (auto takes a usable GPU)"),
+        ("cuda", 0, "device: cuda:0, GPU 0 (--device cuda)"),
+        ("cuda:1", 1, "device: cuda:1, GPU 1 (--device cuda:1)"),
+    ],
+)
+def test_a_usable_gpu_is_taken_and_logged(gpus, caplog, option, index, line):
+    gpus((9, 0), (8, 0))
+    assert chosen_device(ModelOptions(device=option)) == torch.device("cuda", index)
+    assert caplog.messages == [line]
+
+
+def test_the_cpu_is_taken_if_asked_for(gpus, caplog):
+    gpus((9, 0))
+    assert chosen_device(ModelOptions(device="cpu")) == torch.device("cpu")
+    assert caplog.messages == ["device: cpu (--device cpu)"]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "cuda", "option", "problem"),
+    [
+        ([], None, "cuda", "this build of torch supports no GPU"),
+        ([], "13.0", "cuda", "torch finds no GPU"),
+        ([(7, 5)], "13.0", "cuda:0", "its compute capability is 7.5, less than 8.0"),
+        ([(9, 0)], "13.0", "cuda:1", "torch finds 1 GPU, and numbers start at 0"),
+        ([(9, 0)] * 2, "13.0", "cuda:2", "torch finds 2 GPUs, and numbers start at 0"),
+    ],
+)
+def test_an_unusable_gpu_is_refused_and_auto_takes_the_cpu(
+    gpus, caplog, capabilities, cuda, option, problem
+):
+    gpus(*capabilities, cuda=cuda)
+    named = f"device: {option} cannot be used: {problem}; use --device cpu"
+    with pytest.raises(ConfigError) as refused:
+        chosen_device(ModelOptions(device=option))
+    assert str(refused.value) == named
+    if option in ("cuda", "cuda:0"):
+        assert chosen_device(ModelOptions()) == torch.device("cpu")
+        assert caplog.messages == [f"device: cpu (auto: {problem})"]
+
+
+def test_a_gpu_of_amd_has_no_compute_capability_to_compare(gpus):
+    gpus((7, 0), cuda=None, hip="6.4")
+    assert chosen_device(ModelOptions()) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "named"),
+    [
+        ({"table_tier": "host"}, {}, "table_tier: host needs a GPU"),
+        ({"dtype": "float16"}, {}, "dtype: float16 needs a GPU"),
+        ({}, {"kv_dtype": "fp8"}, "kv_dtype: fp8 needs a GPU"),
+    ],
+)
+def test_a_cpu_refuses_settings_that_need_a_gpu_with_the_reason(gpus, model, engine, named):
+    gpus()
+    reason = r", but the engine runs on the CPU \(auto: torch finds no GPU\)"
+    with pytest.raises(ConfigError, match=f"^{named}{reason}"):
+        chosen_device(ModelOptions(**model), EngineConfig(**engine))
+    gpus((9, 0))
+    chosen_device(ModelOptions(**model), EngineConfig(**engine))
+
+
+def test_a_gpu_refuses_tables_on_disk(gpus):
+    gpus((9, 0))
+    on_disk = ModelOptions(table_tier="disk")
+    with pytest.raises(ConfigError, match="table_tier: disk is not supported on a GPU yet"):
+        chosen_device(on_disk)
+    gpus()
+    assert chosen_device(on_disk) == torch.device("cpu")
+
+
+def test_an_option_without_effect_is_logged(gpus, caplog):
+    gpus((9, 0))
+    engine = EngineConfig(gpu_memory_utilization=0.5)
+    chosen_device(ModelOptions(), engine)
+    assert "no effect" not in caplog.text
+    chosen_device(ModelOptions(device="cpu"), engine)
+    assert "--gpu-memory-utilization has no effect" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(("asked", "kv_bytes"), [(None, None), (0.5, 2**29)])
+def test_a_gpu_leaves_the_kv_pool_to_the_executor(memory_plus_folder, monkeypatch, asked, kv_bytes):
+    config = EngineConfig(kv_cache_gib=asked, gpu_memory_utilization=0.7, kv_dtype="fp8")
+    requests = []
+
+    def choice(request, device, utilization):
+        requests.append((request, utilization))
+        return GpuTierChoice(request, device, utilization, lambda device: (2**33, 2**33))
+
+    monkeypatch.setattr(engine_entry, "GpuTierChoice", choice)
+    options = ModelOptions(str(memory_plus_folder), dtype="float16")
+    # meta tensors stand for those of a GPU
+    device = torch.device("meta")
+    loaded = load_served(options, memory_plus_folder, config, device, keep_stored=True)
+    assert loaded.kv_bytes == kv_bytes and loaded.dtype is torch.float16
+    assert {one.device for one in loaded.model.parameters()} == {device}
+    ((request, utilization),) = requests
+    assert utilization == 0.7 and request.is_kv_requested == (asked is not None)
+    # 64 sequences of 512 positions, of 4 layers x 2 x 2 KV heads x 8 dims x 1 byte
+    assert request.kv_bytes == (kv_bytes or 64 * 512 * 4 * 2 * 2 * 8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "--port", "0"],
+        ["generate", "x"],
+        ["eval", "--questions", "questions.jsonl"],
+        ["bench", "offline"],
+        ["bench", "trace", "questions.jsonl", "--out", "trace.npz"],
+        ["bench", "lookahead", "questions.jsonl"],
+    ],
+)
+def test_the_command_refuses_a_missing_gpu_in_one_line(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    assert main([*arguments, "--device", "cuda"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if "device" in line] == lines[-1:]
+    assert lines[-1].startswith("memplus: device: cuda cannot be used: ")
+    # the first line gives the number of threads, the second says that a server loads its model
+    assert len(lines) <= 3

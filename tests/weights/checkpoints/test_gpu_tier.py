@@ -1,0 +1,179 @@
+"""The choice of the table tier on a GPU, for given amounts of GPU and host memory."""
+
+import logging
+
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from weights.available_memory import AvailableMemory
+from weights.checkpoints.gpu_tier import GpuTierChoice, naming_lack_of_memory
+from weights.checkpoints.memory_request import MemoryRequest, MemoryShares
+
+MIB, GIB = 2**20, 2**30
+GPU = torch.device("cuda", 0)
+TOTAL = 40 * GIB
+BUDGET = 36 * GIB  # the default fraction is 0.9
+
+
+def choice_of(
+    tier: str = "auto",
+    *,
+    free: int = TOTAL,
+    host: int = 64 * GIB,
+    cache: int | None = None,
+    kv: int = 2 * GIB,
+    is_kv_requested: bool = False,
+) -> GpuTierChoice:
+    request = MemoryRequest(kv, cache, 2 * GIB, tier, is_kv_requested)
+
+    def read_gpu(device: torch.device) -> tuple[int, int]:
+        assert device == GPU
+        return free, TOTAL
+
+    return GpuTierChoice(request, GPU, 0.9, read_gpu, lambda: AvailableMemory(host, "a test"))
+
+
+def test_auto_takes_the_gpu_if_tables_fit_with_weights_kv_and_a_step(caplog):
+    caplog.set_level(logging.INFO)
+    # 3 GiB are kept for the KV pool and a step
+    assert choice_of().shares(BUDGET - 8 * GIB, 5 * GIB) == MemoryShares(None, None)
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert record.getMessage() == (
+        "tables of 28.00 GiB are loaded into the GPU's memory (device tier): 36.00 GiB is available"
+        " (0.9 of cuda:0, --gpu-memory-utilization), less 5.00 GiB for weights, 2.00 GiB for the KV"
+        " pool and 1.00 GiB for a step"
+    )
+
+
+def test_auto_takes_host_memory_if_tables_do_not_fit_on_the_gpu(caplog):
+    shares = choice_of().shares(BUDGET - 8 * GIB + 1, 5 * GIB)
+    assert shares == MemoryShares(2 * GIB, None)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith(
+        "tables of 28.00 GiB stay in host memory (host tier) with a row cache of 2.00 GiB: 36.00"
+    )
+
+
+def test_memory_that_others_use_counts(caplog):
+    shares = choice_of(free=30 * GIB).shares(24 * GIB, 5 * GIB)
+    assert shares.cache_bytes == 2 * GIB
+    assert "30.00 GiB is available (free on cuda:0)" in caplog.text
+    assert choice_of(free=30 * GIB).shares(22 * GIB, 5 * GIB).cache_bytes is None
+
+
+def test_auto_refuses_tables_that_fit_nowhere():
+    # 2 GiB of host memory are left to everything else
+    auto = choice_of(host=50 * GIB)
+    assert auto.shares(48 * GIB, GIB).cache_bytes == 2 * GIB
+    with pytest.raises(ConfigError) as refused:
+        auto.shares(48 * GIB + GIB // 2, GIB)
+    assert str(refused.value) == (
+        "table_tier: tables of 48.50 GiB fit neither in the memory of cuda:0 (35.00 GiB after the"
+        " weights, 0.9 of cuda:0, --gpu-memory-utilization) nor in host memory (48.00 GiB of 50.00"
+        " GiB is left: a test); a table larger than GPU and host memory is not supported on a GPU"
+        " yet; use --device cpu"
+    )
+
+
+def test_small_tables_are_on_the_gpu_because_a_cache_would_hold_them():
+    little = choice_of(free=2 * GIB)
+    assert little.shares(256 * MIB, GIB).cache_bytes is None
+    assert little.shares(256 * MIB + 1, GIB).cache_bytes == 256 * MIB
+
+
+def test_a_requested_tier_must_fit():
+    assert choice_of("device").shares(BUDGET - 5 * GIB, 5 * GIB).cache_bytes is None
+    with pytest.raises(ConfigError, match=r"table_tier: device needs .* the weights leave 31.00 G"):
+        choice_of("device").shares(BUDGET - 5 * GIB + 1, 5 * GIB)
+    assert choice_of("host").shares(GIB, GIB).cache_bytes == 2 * GIB
+    with pytest.raises(ConfigError, match=r"table_tier: tables of 1.00 GiB do not fit in host mem"):
+        choice_of("host", host=3 * GIB - 1).shares(GIB, GIB)
+
+
+def test_a_requested_cache_must_fit_on_the_gpu(caplog):
+    assert choice_of("host", cache=8 * GIB).shares(30 * GIB, GIB).cache_bytes == 8 * GIB
+    with pytest.raises(ConfigError, match=r"table_cache: takes 8.00 GiB, but the weights leave 7."):
+        choice_of("host", cache=8 * GIB, free=9 * GIB - 1).shares(30 * GIB, GIB + GIB // 2)
+    caplog.clear()
+    assert choice_of(cache=8 * GIB).shares(GIB, GIB).cache_bytes is None
+    # a warning, so that it shows without logging setup
+    assert "--table-cache is unused" in caplog.messages[0]
+
+
+def test_a_requested_kv_pool_must_fit_and_others_are_left_to_the_executor():
+    assert choice_of().shares(0, GIB) == MemoryShares(None, None)
+    fits = choice_of("device", kv=5 * GIB, is_kv_requested=True)
+    assert fits.shares(30 * GIB, GIB) == MemoryShares(None, 5 * GIB)
+    named = (
+        r"kv_cache_gib: 5.00 GiB does not fit: 36.00 GiB is available \(0.9 of cuda:0, .*\), less"
+        " 1.00 GiB for weights and 30.50 GiB for table rows leaves 4.50 GiB"
+    )
+    with pytest.raises(ConfigError, match=named):
+        fits.shares(30 * GIB + GIB // 2, GIB)
+    with pytest.raises(ConfigError, match=r"and 2.00 GiB for table rows leaves 3.00 GiB"):
+        choice_of("host", cache=2 * GIB, kv=5 * GIB, is_kv_requested=True).shares(9 * GIB, 31 * GIB)
+
+
+def test_weights_larger_than_the_gpu_are_refused():
+    with pytest.raises(ConfigError, match=r"device: the weights take 37.00 GiB, but 36.00 GiB is"):
+        choice_of().shares(0, 37 * GIB)
+
+
+def test_settings_of_tables_need_tables():
+    with pytest.raises(ConfigError, match="table_tier: host requires value tables"):
+        choice_of("host").shares(0, GIB)
+    with pytest.raises(ConfigError, match="table_cache: requires value tables"):
+        choice_of(cache=GIB).shares(0, GIB)
+
+
+def test_unknown_host_memory_matters_only_if_it_decides(caplog):
+    def silent() -> AvailableMemory:
+        raise OSError("no meminfo")
+
+    def read_gpu(device: torch.device) -> tuple[int, int]:
+        return TOTAL, TOTAL
+
+    auto, host = (
+        GpuTierChoice(MemoryRequest(GIB, None, GIB, tier), GPU, 0.9, read_gpu, silent)
+        for tier in ("auto", "host")
+    )
+    assert auto.shares(GIB, GIB).cache_bytes is None
+    with pytest.raises(ConfigError, match=r"table_tier: auto cannot read .* host .*no meminfo"):
+        auto.shares(40 * GIB, GIB)
+    assert host.shares(40 * GIB, GIB).cache_bytes == GIB
+    assert "host memory is not checked" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "remedy"),
+    [
+        (0, "use another GPU"),
+        (
+            30 * GIB,
+            "use a smaller --table-cache, --table-tier host, --table-dtype int8 or another GPU",
+        ),
+    ],
+)
+def test_lack_of_memory_while_loading_says_what_to_change(row_bytes, remedy):
+    def read_gpu(device: torch.device) -> tuple[int, int]:
+        return 8 * GIB, TOTAL
+
+    lacking = naming_lack_of_memory(GPU, 9 * GIB, row_bytes, read_gpu)
+    with pytest.raises(ConfigError) as refused, lacking:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    rows = "30.00 GiB" if row_bytes else "0.0 MiB"
+    assert str(refused.value) == (
+        f"device: cuda:0 is out of memory: weights take 9.00 GiB and table rows {rows}, but 8.00"
+        f" GiB of 40.00 GiB was free; {remedy}"
+    )
+
+
+def test_a_cpu_is_not_asked_for_its_memory():
+    def fail(device: torch.device) -> tuple[int, int]:
+        raise AssertionError("no GPU")
+
+    with naming_lack_of_memory(torch.device("cpu"), GIB, GIB, fail):
+        assert True

@@ -1,0 +1,49 @@
+"""Weights read straight to a device equal those of mapped files."""
+
+import weakref
+
+import pytest
+import torch
+
+from tests.models import feed_forward_changes, random_model, save_model, tiny_config
+from weights.checkpoints import model_weights
+from weights.checkpoints.checkpoint import open_checkpoint
+from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
+from weights.checkpoints.tensor_files import read_mapped
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """The stored weights of a model with memory, mixture and dense layers."""
+    changes = feed_forward_changes("memory_plus", "moe", "dense")
+    folder = save_model(random_model(tiny_config(**changes)), tmp_path / "model")
+    config, tensors = open_checkpoint(folder)
+    return {n: one for n, one in tensors.items() if n not in config.model.table_names}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_weights_of_a_device_are_those_of_the_files(stored, dtype):
+    found, wanted = device_weights(stored, dtype, CPU), mapped_weights(stored, dtype)
+    assert found.keys() == wanted.keys() == stored.keys()
+    for name, weight in wanted.items():
+        assert found[name].dtype is dtype and torch.equal(found[name], weight)
+    assert sum(one.nbytes for one in found.values()) == weight_bytes(stored, dtype)
+
+
+def test_stored_dtypes_are_kept_without_a_dtype(stored):
+    assert {one.dtype for one in mapped_weights(stored, None).values()} == {torch.float32}
+
+
+def test_one_weight_at_a_time_is_mapped(stored, monkeypatch):
+    mapped = []
+
+    def counted(one):
+        assert all(ref() is None for ref in mapped)
+        tensor = read_mapped(one)
+        mapped.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(model_weights, "read_mapped", counted)
+    assert len(device_weights(stored, torch.bfloat16, CPU)) == len(mapped) == len(stored)

@@ -1,0 +1,99 @@
+"""Memory that a user requests for an engine, the shares it gets, and texts of their sizes."""
+
+from dataclasses import dataclass
+
+from engine.errors import ConfigError
+from weights.available_memory import AvailableMemory
+
+# available memory is an estimate, so these sizes are always tried
+_MIN_CACHE_BYTES = 256 * 2**20
+_MIN_KV_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class MemoryShares:
+    """Memory of an engine in addition to the weights.
+
+    Attributes:
+        cache_bytes: row cache of the slower tier (disk on a CPU, host on a GPU), or None for the
+            device tier.
+        kv_bytes: KV pool; None on a GPU leaves its size to the executor.
+    """
+
+    cache_bytes: int | None
+    kv_bytes: int | None
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """User settings of tables and KV pool.
+
+    Attributes:
+        kv_bytes: largest size of the KV pool; 0 if there is none.
+        requested_cache: row cache bytes that the user requested, or None.
+        default_cache: largest row cache in bytes if the user requested none.
+        tier: auto, device, host or disk, as the user requested.
+        is_kv_requested: the user requested ``kv_bytes``, so they are not reduced.
+    """
+
+    kv_bytes: int
+    requested_cache: int | None
+    default_cache: int
+    tier: str = "auto"
+    is_kv_requested: bool = False
+
+    @property
+    def full_cache(self) -> int:
+        """The row cache if memory is no limit."""
+        return self.default_cache if self.requested_cache is None else self.requested_cache
+
+    def fitting_cache(self, left: int) -> int:
+        """The requested row cache, or the largest that fits in ``left`` bytes, at least 256 MiB."""
+        if self.requested_cache is not None:
+            return self.requested_cache
+        return min(self.default_cache, max(left, _MIN_CACHE_BYTES))
+
+    def fitting_kv(self, left: int) -> int:
+        """The largest KV pool that fits in ``left`` bytes, at least 64 MiB."""
+        return min(self.kv_bytes, max(left, _MIN_KV_BYTES))
+
+    def takes_all_rows(self, table_bytes: int, left: int) -> bool:
+        """Whether ``auto`` loads all rows: they fit in ``left`` bytes or in the default cache."""
+        if table_bytes <= left:
+            return True
+        return self.requested_cache is None and table_bytes <= self.fitting_cache(left)
+
+    def check_without_tables(self) -> None:
+        """Raise ConfigError if a setting needs value tables, which the model does not have."""
+        problem = "value tables, but this model has none"
+        if self.tier in ("disk", "host"):
+            raise ConfigError(f"table_tier: {self.tier} requires {problem}")
+        if self.requested_cache is not None:
+            raise ConfigError(f"table_cache: requires {problem}")
+
+    def check_kv(self, memory: AvailableMemory, weight_bytes: int, row_bytes: int) -> None:
+        """Raise ConfigError if the requested KV pool does not fit beside weights and table rows."""
+        left = memory.num_bytes - weight_bytes - row_bytes
+        if self.kv_bytes > max(left, _MIN_KV_BYTES):
+            raise ConfigError(
+                f"kv_cache_gib: {size_text(self.kv_bytes)} does not fit:"
+                f" {size_text(memory.num_bytes)} is available ({memory.bound}), less"
+                f" {size_text(weight_bytes)} for weights and {size_text(row_bytes)} for table rows"
+                f" leaves {size_text(max(left, 0))}; reduce it"
+            )
+
+
+def check_fits(needs: str, num_bytes: int, left: int, memory: AvailableMemory) -> None:
+    """Raise ConfigError for sizes that cannot fit; the KV pool and steps may use less."""
+    if num_bytes > max(left, _MIN_CACHE_BYTES):
+        raise ConfigError(
+            f"{needs} {size_text(num_bytes)}, but the weights leave {size_text(max(left, 0))}"
+            f" ({size_text(memory.num_bytes)} is available: {memory.bound})"
+        )
+
+
+def size_text(num_bytes: int) -> str:
+    """Bytes as MiB or GiB."""
+    if num_bytes < 2**30:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,50 @@
+"""Reads a model's weights: mapped on the CPU, or straight into the memory of a GPU."""
+
+import math
+import resource
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from weights.checkpoints.tensor_files import StoredTensor, read_mapped
+
+
+def mapped_weights(
+    stored: Mapping[str, StoredTensor], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Weights on mappings of their files, by name.
+
+    ``dtype`` converts those that have another dtype; None keeps all as they are stored.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+    """
+    _raise_open_file_limit()
+    weights = {name: read_mapped(one) for name, one in stored.items()}
+    if dtype is None:
+        return weights
+    return {name: weight.to(dtype) for name, weight in weights.items()}
+
+
+def device_weights(
+    stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Weights in a device's memory, by name; each is mapped, copied and converted there in turn.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+        torch.OutOfMemoryError: the device has not enough memory.
+    """
+    return {name: read_mapped(one).to(device).to(dtype) for name, one in stored.items()}
+
+
+def weight_bytes(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> int:
+    """Bytes of all weights in ``dtype``."""
+    return dtype.itemsize * sum(math.prod(one.shape) for one in stored.values())
+
+
+def _raise_open_file_limit() -> None:
+    """Raise the soft limit of open files, often 1,024, because each mapped tensor may take one."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))

@@ -137,7 +137,12 @@ def _index_of(packed):
 
 @triton.jit
 def _best_of_tile(
-    scores_ptr, half_stride, start, NUM_SUBKEYS: tl.constexpr, BLOCK: tl.constexpr, PADDED_K: tl.constexpr
+    scores_ptr,
+    half_stride,
+    start,
+    NUM_SUBKEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PADDED_K: tl.constexpr,
 ):
     """The best scores of one tile of both halves, packed and sorted, ``[2, PADDED_K]``."""
     subkeys = start + tl.arange(0, BLOCK)[None, :]

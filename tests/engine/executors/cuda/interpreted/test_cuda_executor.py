@@ -211,4 +211,5 @@ def test_logits_of_a_prompt(dense):
     ids, at = torch.arange(15), torch.arange(15)
     layout = TokenLayout(at, (0, 15), PagedKv(at, torch.arange(4)[None], (15,)))
     batch = Batch(ids, layout, at, seats=(0,), block_ids=((0, 1, 2, 3),))
-    torch.testing.assert_close(executor.logits(batch), plain_logits(dense, ids.tolist()))
+    wanted = plain_logits(dense, ids.tolist())
+    torch.testing.assert_close(executor.logits(batch), wanted, rtol=1e-5, atol=1e-4)

@@ -36,10 +36,10 @@ def main(connection: Connection, settings: EngineSettings) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(name)s: %(message)s")
     try:
         engine = build_engine(settings)
+        engine.warm_up()
     except (CheckpointError, ConfigError) as error:
         connection.send(EngineRefused(str(error)))
         return
-    engine.warm_up()
     # the loaded objects stay, so the garbage collector need not scan them again
     gc.collect()
     gc.freeze()

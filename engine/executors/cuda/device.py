@@ -54,6 +54,10 @@ class Device(Protocol):
         """An event behind all work queued so far."""
         ...
 
+    def memory_bytes(self) -> int:
+        """Bytes of its memory that this process holds, with what is kept for reuse."""
+        ...
+
     def capture(self, work: Work) -> Work:
         """Record the kernels that ``work`` launches, without running them, in a graph.
 
@@ -87,6 +91,9 @@ class CudaDevice:
 
     def record(self) -> "CudaEvent":
         return CudaEvent(self._stream.record_event())
+
+    def memory_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self.torch_device)
 
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()

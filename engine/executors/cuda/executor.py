@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.executors.batch import Batch, warm_up_batch
 from engine.executors.cuda.block_tables import BlockTables
 from engine.executors.cuda.buckets import Buckets, StepShape
@@ -25,6 +26,9 @@ from engine.progress import Progress
 from engine.sampling.logit_rules import apply_rules
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.value_table import ValueTable
+
+# compilation included; a step without a graph is slower, and otherwise the same
+_MOST_CAPTURE_S = 300.0
 
 logger = logging.getLogger(__name__)
 
@@ -85,16 +89,36 @@ class CudaExecutor:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile all kernels and capture the graphs of all buckets, the largest first."""
-        begun = time.monotonic()
-        self.run_largest()
-        shapes = list(self._buckets)
-        for shape in shapes:
-            self._queue(warm_up_batch(), lambda outputs: None, shape)
-            self._device.record().wait()
-            self._inputs[shape] = self._staging.inputs(shape)
-            self._runner.capture(shape, self._inputs[shape].on_device)
-        logger.info("%d graphs captured in %.1f s", len(shapes), time.monotonic() - begun)
+        """Compile all kernels and capture the graphs of the buckets, the largest first.
+
+        Raises:
+            ConfigError: the graphs do not fit in the device's memory.
+        """
+        begun, before = time.monotonic(), self._device.memory_bytes()
+        try:
+            self.run_largest()
+            for shape in self._buckets:
+                if time.monotonic() - begun > _MOST_CAPTURE_S:
+                    logger.warning("steps of %d tokens and fewer get no graphs", shape.tokens)
+                    break
+                self._capture(shape)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                "gpu_memory_utilization: the graphs of steps do not fit in the GPU's memory; lower"
+                " --gpu-memory-utilization, --max-num-seqs or --max-batched-tokens"
+            ) from error
+        taken, memory = time.monotonic() - begun, self._device.memory_bytes() - before
+        logger.info(
+            "%d graphs captured in %.1f s, in %.0f MiB", len(self._inputs), taken, memory / 2**20
+        )
+
+    def _capture(self, shape: StepShape) -> None:
+        # the first run of a shape compiles its kernels
+        self._queue(warm_up_batch(), lambda outputs: None, shape)
+        self._device.record().wait()
+        inputs = self._staging.inputs(shape)
+        self._runner.capture(shape, inputs.on_device)
+        self._inputs[shape] = inputs
 
     @torch.inference_mode()
     def run_largest(self) -> None:

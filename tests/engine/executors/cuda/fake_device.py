@@ -36,6 +36,9 @@ class FakeDevice:
         self._queued.append(event)
         return event
 
+    def memory_bytes(self) -> int:
+        return 0
+
     def capture(self, work: Work) -> Work:
         # a capture launches nothing, but torch runs the code that launches
         work()

@@ -54,6 +54,10 @@ class Device(Protocol):
         """An event behind all work queued so far."""
         ...
 
+    def synchronize(self) -> None:
+        """Wait until tensors that were made outside of the queue are written."""
+        ...
+
     def memory_bytes(self) -> int:
         """Bytes of its memory that this process holds, with what is kept for reuse."""
         ...
@@ -75,8 +79,6 @@ class CudaDevice:
         self.num_processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
-        # weights and tables were written on the default stream
-        self._stream.wait_stream(torch.cuda.default_stream(device))
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
@@ -91,6 +93,9 @@ class CudaDevice:
 
     def record(self) -> "CudaEvent":
         return CudaEvent(self._stream.record_event())
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
 
     def memory_bytes(self) -> int:
         return torch.cuda.memory_reserved(self.torch_device)

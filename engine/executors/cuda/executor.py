@@ -62,6 +62,7 @@ class CudaExecutor:
         self._runner = StepRunner(model, self._state, device)
         # the results of one step are read while the next one writes
         self._results = [device.pinned((tokens,), torch.int64) for _ in range(2)]
+        device.synchronize()
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> CudaStep:

@@ -36,6 +36,9 @@ class FakeDevice:
         self._queued.append(event)
         return event
 
+    def synchronize(self) -> None:
+        """Does nothing: the host writes tensors at once."""
+
     def memory_bytes(self) -> int:
         return 0
 

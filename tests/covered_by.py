@@ -10,6 +10,24 @@ COVERED_BY = {
     "engine/executors/cpu/mixture.py": "engine/model/test_mixture.py",
     "engine/executors/cpu/packed_layers.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cpu/packing.py": "engine/executors/cpu/test_decoder.py",
+    "engine/executors/cuda/kernels/attention_kernels.py": (
+        "engine/executors/cuda/interpreted/test_paged_attention.py"
+    ),
+    "engine/executors/cuda/kernels/attention_launch.py": (
+        "engine/executors/cuda/compiled/test_attention_budgets.py"
+    ),
+    "engine/executors/cuda/kernels/kv_formats.py": (
+        "engine/executors/cuda/interpreted/test_rotate_and_store.py"
+    ),
+    "engine/executors/cuda/kernels/paged_attention.py": (
+        "engine/executors/cuda/interpreted/test_paged_attention.py"
+    ),
+    "engine/executors/cuda/kernels/paged_step.py": (
+        "engine/executors/cuda/interpreted/test_paged_attention.py"
+    ),
+    "engine/executors/cuda/kernels/rotate_and_store.py": (
+        "engine/executors/cuda/interpreted/test_rotate_and_store.py"
+    ),
     "engine/executors/eager.py": "engine/executors/test_executor.py",
     "engine/model/config.py": "engine/model/test_transformer.py",
     "engine/model/feed_forward.py": "test_new_feed_forward.py",

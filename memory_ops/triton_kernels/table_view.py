@@ -131,7 +131,7 @@ def row_values(values_ptr, rows, columns, mask, ROW_STRIDE: tl.constexpr, KIND: 
     """
     codes = tl.load(values_ptr + rows[:, None] * ROW_STRIDE + columns[None, :], mask=mask, other=0)
     if KIND == "fp8":
-        values = _fp8_values(codes)
+        values = fp8_values(codes)
     elif KIND == "int8":
         values = small_int_to_fp32(codes.to(tl.int32))
     else:
@@ -167,7 +167,7 @@ def small_int_to_fp32(codes):
 
 
 @triton.jit
-def _fp8_values(codes):
+def fp8_values(codes):
     """The values of e4m3 codes times 2**-8; ``FP8_FACTOR`` compensates.
 
     sm_80 has no instruction for e4m3, so this moves sign, exponent and fraction to their places in

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.executors.batch import Batch
 from engine.executors.cuda.buckets import StepShape
-from engine.executors.cuda.kernels.paged_step import QUERY_TILE, query_tiles
+from engine.executors.cuda.kernels.paged_step import most_query_tiles, query_tiles
 from engine.sampling.choice import CHOICE
 from engine.sampling.sampler import choices_of
 
@@ -48,8 +48,7 @@ class InputLayout:
     def places(self) -> Mapping[str, tuple[int, tuple[int, ...]]]:
         """First word and shape by name."""
         tokens, sequences, logits, is_decode = self.shape
-        # a sequence with tiles has two tokens or more, and one tile that may not be full
-        tiles = 0 if is_decode else tokens // QUERY_TILE + min(sequences, tokens // 2)
+        tiles = 0 if is_decode else most_query_tiles(tokens, sequences)
         sizes: dict[str, tuple[int, ...]] = {
             "counts": (2,),
             "ids": (tokens,),

@@ -1,0 +1,62 @@
+"""Launch configurations of the attention kernels: tile sizes, warps and compiler options.
+
+They are not timed on a GPU. Compiled with triton 3.7 they fit in the shared memory of gfx942
+(64 KiB) and of consumer cards (99 KiB), and load at least one tile of keys while they compute with
+another. They spill no registers, with two exceptions that only tests of results use: prefill of
+fp32 heads of more than 128 values on sm_80, and fp32 queries with fp8 blocks.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionLaunch:
+    """Launch configuration of an attention kernel.
+
+    Attributes:
+        keys: keys per tile; for the kernel that combines splits, splits per tile.
+        num_warps: warps per program.
+        num_stages: tiles in flight, with the one that the program computes with.
+        most_heads: upper limit of the query heads per program, for prefill.
+    """
+
+    keys: int
+    num_warps: int
+    num_stages: int
+    most_heads: int = 0
+
+    def options(self) -> dict[str, int | bool]:
+        """Options for triton's compiler, explicit because its defaults change between releases."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+# by bytes per value of the queries, and the largest head size
+DECODE_LAUNCHES = {
+    (2, 64): AttentionLaunch(keys=64, num_warps=4, num_stages=4),
+    (2, 128): AttentionLaunch(keys=64, num_warps=4, num_stages=3),
+    (2, 256): AttentionLaunch(keys=32, num_warps=4, num_stages=3),
+    (4, 64): AttentionLaunch(keys=32, num_warps=4, num_stages=3),
+    (4, 128): AttentionLaunch(keys=16, num_warps=4, num_stages=3),
+    (4, 256): AttentionLaunch(keys=16, num_warps=4, num_stages=2),
+}
+PREFILL_LAUNCHES = {
+    (2, 64): AttentionLaunch(keys=64, num_warps=8, num_stages=3, most_heads=4),
+    (2, 128): AttentionLaunch(keys=32, num_warps=8, num_stages=3, most_heads=4),
+    (2, 256): AttentionLaunch(keys=16, num_warps=8, num_stages=2, most_heads=2),
+    (4, 64): AttentionLaunch(keys=32, num_warps=8, num_stages=3, most_heads=2),
+    (4, 128): AttentionLaunch(keys=16, num_warps=8, num_stages=3, most_heads=1),
+    (4, 256): AttentionLaunch(keys=16, num_warps=8, num_stages=2, most_heads=1),
+}
+COMBINE_LAUNCH = AttentionLaunch(keys=16, num_warps=4, num_stages=1)
+
+
+def launch_for(launches: dict[tuple[int, int], AttentionLaunch], q_THE: Tensor) -> AttentionLaunch:
+    """The launch for these queries, whose head size is at most 256."""
+    size = next(size for size in (64, 128, 256) if q_THE.shape[2] <= size)
+    return launches[q_THE.element_size(), size]

@@ -10,6 +10,15 @@ COVERED_BY = {
     "engine/executors/cpu/mixture.py": "engine/model/test_mixture.py",
     "engine/executors/cpu/packed_layers.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cpu/packing.py": "engine/executors/cpu/test_decoder.py",
+    "engine/executors/cuda/kernels/add_biases.py": (
+        "engine/executors/cuda/interpreted/test_add_biases.py"
+    ),
+    "engine/executors/cuda/kernels/block_table.py": (
+        "engine/executors/cuda/interpreted/test_block_table.py"
+    ),
+    "engine/executors/cuda/kernels/choose_tokens.py": (
+        "engine/executors/cuda/interpreted/test_choose_tokens.py"
+    ),
     "engine/executors/eager.py": "engine/executors/test_executor.py",
     "engine/model/config.py": "engine/model/test_transformer.py",
     "engine/model/feed_forward.py": "test_new_feed_forward.py",

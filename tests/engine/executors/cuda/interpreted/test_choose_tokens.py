@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -79,8 +79,8 @@ def test_filtered_draws_equal_those_of_torch(vocab_size, dtype):
 @each_dtype
 @pytest.mark.parametrize("vocab_size", [7, 260, 1000, 5000, 49_152])
 def test_many_draws_equal_those_of_torch(vocab_size, dtype):
-    logits_LV = (torch.randn(100, vocab_size) * 3).to(dtype)
-    rows = drawn_rows(100, vocab_size + 1, **FILTERS)
+    logits_LV = (torch.randn(60, vocab_size) * 3).to(dtype)
+    rows = drawn_rows(60, vocab_size + 1, **FILTERS)
     assert torch.equal(sample(logits_LV, rows), choose(logits_LV, rows))
 
 
@@ -165,6 +165,12 @@ def test_greedy_takes_the_first_of_the_largest(vocab_size, dtype):
     assert torch.equal(sample(logits_LV, rows), logits_LV.float().argmax(-1))
 
 
+def test_the_first_of_equal_logits_in_several_tiles():
+    logits_LV = torch.zeros(2, 12_288)
+    logits_LV[1, [5, 5 + 4096, 5 + 8192]] = 1.0
+    assert sample(logits_LV, choices(2, temperature=0)).tolist() == [0, 5]
+
+
 def test_more_rows_than_a_batch_has():
     logits_LV = torch.randn(200, 40)
     rows = choices(200, temperature=0)
@@ -188,6 +194,14 @@ def test_nearly_equal_logits_differ_only_by_rounding(kind):
     assert set((logits_V >= floor).nonzero().flatten().tolist()) <= set(drawn.tolist())
 
 
+@pytest.mark.parametrize("kind", [{"top_k": 1}, {"top_k": 2}, {"min_p": 1.0}])
+def test_a_weight_below_the_floor_by_rounding_is_kept(kind):
+    rows = choices(4, uniform=[0.0, 0.4, 0.6, LAST], **kind)
+    logits_LV = torch.tensor([-1e-4, 0.0, -5e-7, -2e-6]).expand(4, -1)
+    assert sample(logits_LV, rows).tolist() == [1, 1, 2, 2]
+    assert torch.equal(choose(logits_LV, rows), sample(logits_LV, rows))
+
+
 def test_draws_have_the_right_frequencies():
     logits_V, count = torch.randn(5), 200
     rows = choices(count, temperature=0.7, uniform=np.random.default_rng(2).random(count))
@@ -199,7 +213,7 @@ def test_draws_have_the_right_frequencies():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [{"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "min_p": 0.1}])
 def test_filtered_draws_have_the_right_frequencies(kind):
-    logits_V, count = torch.randn(12), 1500
+    logits_V, count = torch.randn(12), 400
     rows = choices(count, uniform=np.random.default_rng(3).random(count), **kind)
     expected_V = kept_weights(logits_V.double().numpy(), rows[0])
     drawn = np.bincount(sample(logits_V.expand(count, -1), rows).numpy(), minlength=12)
@@ -248,9 +262,7 @@ def test_logits_whose_columns_have_gaps_are_refused():
 
 
 @pytest.mark.slow
-@settings(max_examples=10)
-@given(st.integers(0, 99), st.sampled_from(DTYPES))
-def test_a_large_vocabulary(seed, dtype):
-    generator = torch.Generator().manual_seed(seed)
-    logits_V = (torch.randn(49_155, generator=generator) * 4).to(dtype)
+@each_dtype
+def test_a_large_vocabulary(dtype):
+    logits_V = (torch.randn(49_155) * 4).to(dtype)
     check(sample, logits_V, choices(1, 0.8, 50, 0.9)[0], most_draws=4, num_random=4)

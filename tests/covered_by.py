@@ -10,6 +10,7 @@ COVERED_BY = {
     "engine/executors/cpu/mixture.py": "engine/model/test_mixture.py",
     "engine/executors/cpu/packed_layers.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cpu/packing.py": "engine/executors/cpu/test_decoder.py",
+<<<<<<< HEAD
     "engine/executors/cuda/kernels/attention_kernels.py": (
         "engine/executors/cuda/interpreted/test_paged_attention.py"
     ),
@@ -27,6 +28,16 @@ COVERED_BY = {
     ),
     "engine/executors/cuda/kernels/rotate_and_store.py": (
         "engine/executors/cuda/interpreted/test_rotate_and_store.py"
+=======
+    "engine/executors/cuda/kernels/add_biases.py": (
+        "engine/executors/cuda/interpreted/test_add_biases.py"
+    ),
+    "engine/executors/cuda/kernels/block_table.py": (
+        "engine/executors/cuda/interpreted/test_block_table.py"
+    ),
+    "engine/executors/cuda/kernels/choose_tokens.py": (
+        "engine/executors/cuda/interpreted/test_choose_tokens.py"
+>>>>>>> h-samp
     ),
     "engine/executors/eager.py": "engine/executors/test_executor.py",
     "engine/model/config.py": "engine/model/test_transformer.py",

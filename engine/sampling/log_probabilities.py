@@ -30,10 +30,15 @@ def score(
 
     ``logits_LV`` has any floating dtype, on any device; ``num_best`` is K, at most the vocabulary.
     """
-    at_P, ids_P = torch.tensor([rows, token_ids], device=logits_LV.device)
-    scores_PV = logits_LV.index_select(0, at_P).float()
+    rows_P, token_ids_P = torch.tensor([rows, token_ids], device=logits_LV.device)
+    return score_tokens(logits_LV, rows_P, token_ids_P, num_best)
+
+
+def score_tokens(logits_LV: Tensor, rows_P: Tensor, token_ids_P: Tensor, num_best: int) -> Scores:
+    """Like ``score``, by int64 rows and ids that only the device knows; never waits for it."""
+    scores_PV = logits_LV.index_select(0, rows_P).float()
     total_P1 = scores_PV.logsumexp(dim=-1, keepdim=True)
-    own_P1 = scores_PV.gather(1, ids_P.unsqueeze(1))
+    own_P1 = scores_PV.gather(1, token_ids_P.unsqueeze(1))
     ranks_P = (scores_PV > own_P1).sum(dim=-1) + 1
     best = scores_PV.topk(num_best, dim=-1)
     return Scores((own_P1 - total_P1).squeeze(1), ranks_P, best.indices, best.values - total_P1)

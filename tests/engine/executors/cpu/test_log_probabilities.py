@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from engine.sampling.log_probabilities import score as score_by_torch
+from engine.sampling.log_probabilities import score_tokens
 
 SCORERS = {build: CpuKernels(build).log_probabilities for build in CPU_LIBRARY.runnable_builds}
 SCORERS["torch"] = score_by_torch
@@ -81,3 +82,11 @@ def test_equal_tokens_come_in_order_of_id(build):
     scores = SCORERS[build](logits_LV, [0], [1999], 6)
     assert scores.best_ids_PK.tolist() == [[40, 1500, 1600, 0, 1, 2]]
     assert scores.ranks_P.tolist() == [4]
+
+
+def test_rows_and_ids_stay_on_their_device():
+    # a meta tensor has no values: to read one, as a wait for a device does, raises an error
+    logits_LV = torch.empty(5, 40, dtype=torch.bfloat16, device="meta")
+    rows_P, token_ids_P = torch.empty(2, 3, dtype=torch.int64, device="meta")
+    scores = score_tokens(logits_LV, rows_P, token_ids_P, 2)
+    assert [tuple(column.shape) for column in scores] == [(3,), (3,), (3, 2), (3, 2)]

@@ -10,7 +10,22 @@ COVERED_BY = {
     "engine/executors/cpu/mixture.py": "engine/model/test_mixture.py",
     "engine/executors/cpu/packed_layers.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cpu/packing.py": "engine/executors/cpu/test_decoder.py",
-<<<<<<< HEAD
+    "engine/executors/cuda/block_tables.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
+    "engine/executors/cuda/device.py": "engine/executors/cuda/test_staging.py",
+    "engine/executors/cuda/device_state.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
+    "engine/executors/cuda/executor.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
+    "engine/executors/cuda/graph_biases.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
+    "engine/executors/cuda/launched_step.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
+    "engine/executors/cuda/layers.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
+    "engine/executors/cuda/memory.py": "engine/executors/cuda/interpreted/test_host_tier.py",
+    "engine/executors/cuda/mixture.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
+    "engine/executors/cuda/products.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
+    "engine/executors/cuda/scored_tokens.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
+    "engine/executors/cuda/sized_executor.py": "engine/executors/test_executor.py",
+    "engine/executors/cuda/step.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
+    "engine/executors/cuda/step_inputs.py": "engine/executors/cuda/test_staging.py",
+    "engine/executors/cuda/step_runner.py": "engine/executors/cuda/interpreted/test_host_tier.py",
+    "engine/executors/cuda/step_tokens.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
     "engine/executors/cuda/kernels/attention_kernels.py": (
         "engine/executors/cuda/interpreted/test_paged_attention.py"
     ),
@@ -28,7 +43,7 @@ COVERED_BY = {
     ),
     "engine/executors/cuda/kernels/rotate_and_store.py": (
         "engine/executors/cuda/interpreted/test_rotate_and_store.py"
-=======
+    ),
     "engine/executors/cuda/kernels/add_biases.py": (
         "engine/executors/cuda/interpreted/test_add_biases.py"
     ),
@@ -37,7 +52,6 @@ COVERED_BY = {
     ),
     "engine/executors/cuda/kernels/choose_tokens.py": (
         "engine/executors/cuda/interpreted/test_choose_tokens.py"
->>>>>>> h-samp
     ),
     "engine/executors/eager.py": "engine/executors/test_executor.py",
     "engine/model/config.py": "engine/model/test_transformer.py",

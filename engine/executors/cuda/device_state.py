@@ -18,7 +18,7 @@ class DeviceState:
         kv_blocks: ``[layers, blocks, 2, G, block_size, E]``; the last block is scrap, for padding.
         block_table_PB: int32, the KV blocks of the sequence in each seat.
         last_token_P: int64, the token that each seat got last.
-        logits_LV: memory for the logits of a step, in the model's dtype.
+        logits_LV: fp32, memory for the logits of a step.
         chosen_L: int64, memory for the tokens that a step chooses.
     """
 
@@ -32,7 +32,7 @@ class DeviceState:
     def allocate(
         cls, model: ModelConfig, config: EngineConfig, num_blocks: int, like: Tensor
     ) -> "DeviceState":
-        """Zeros on the device of ``like``, with logits in its dtype.
+        """Zeros on the device of ``like``, with keys and values in its dtype unless they are fp8.
 
         Raises:
             KvMemoryError: the device cannot provide the KV memory.
@@ -44,6 +44,6 @@ class DeviceState:
             kv_memory(model, num_blocks + 1, config.block_size, like.new_empty(0, dtype=kv_dtype)),
             torch.zeros(seats, most_blocks, dtype=torch.int32, device=device),
             torch.zeros(seats, dtype=torch.int64, device=device),
-            torch.zeros(seats, model.vocab_size, dtype=like.dtype, device=device),
+            torch.zeros(seats, model.vocab_size, dtype=torch.float32, device=device),
             torch.zeros(seats, dtype=torch.int64, device=device),
         )

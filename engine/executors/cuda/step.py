@@ -31,7 +31,7 @@ class StepOutputs:
     """What a step leaves on the device, until the next one.
 
     Attributes:
-        logits_LV: in the model's dtype, biases added.
+        logits_LV: fp32, biases added.
         chosen_L: int64 ids, or ``NO_TOKEN``.
         trace: the rows that memory layers read, and router logits.
     """

@@ -25,7 +25,7 @@ def add_biases(logits_LV: Tensor, places_N: Tensor, values_N: Tensor, count_1: T
         logits_LV: fp32, bf16 or fp16, contiguous.
         places_N: int64 places ``row * V + token id``, distinct up to the count. They are not
             checked: an invalid place writes memory out of bounds.
-        values_N: fp32. A ban sets -inf, whatever the logit is.
+        values_N: fp32 or fp64. A ban sets -inf, whatever the logit is.
         count_1: int64, one number, at most N.
     """
     if not len(places_N):
@@ -59,7 +59,7 @@ def _add_biases(logits_ptr, places_ptr, values_ptr, count_ptr, BLOCK: tl.constex
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = index < tl.load(count_ptr)
     places = tl.load(places_ptr + index, mask=live, other=0)
-    values = tl.load(values_ptr + index, mask=live, other=0.0)
+    values = tl.load(values_ptr + index, mask=live, other=0.0).to(tl.float32)
     logits = tl.load(logits_ptr + places, mask=live, other=0.0).to(tl.float32)
     is_ban = values == float("-inf")
     tl.store(logits_ptr + places, tl.where(is_ban, values, logits + values), mask=live)

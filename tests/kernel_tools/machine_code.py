@@ -30,7 +30,8 @@ class Figures:
         registers: registers per lane (AMD: vector registers, with accumulation registers).
         shared: bytes of shared memory per program.
         spills: bytes of stack, and instructions or registers that spill.
-        wide_loads: instructions that load 128 bits a lane from device memory.
+        wide_loads: instructions that load 128 bits a lane from device memory, to registers or
+            straight to shared memory.
         narrow_loads: instructions that load less than 32 bits a lane.
         barriers: instructions that wait for the program's other warps.
     """
@@ -74,7 +75,13 @@ class AbsentGpu(DriverBase):
 
 
 def compiled(target: GPUTarget, call: Callable[[], object]) -> Figures:
-    """The machine code of the one kernel that ``call`` launches.
+    """The figures of the one kernel that ``call`` launches; see ``all_compiled``."""
+    (figures,) = all_compiled(target, call)
+    return figures
+
+
+def all_compiled(target: GPUTarget, call: Callable[[], object]) -> list[Figures]:
+    """The figures of the kernels that ``call`` launches, in order.
 
     The call runs as it is, up to the launch itself, which only compiles: arguments are specialised
     by their alignment as they are on a GPU.
@@ -90,8 +97,8 @@ def compiled(target: GPUTarget, call: Callable[[], object]) -> Figures:
         # never restored: these tests run in a separate process that has no other driver
         triton.runtime.driver.set_active(AbsentGpu(target))
         call()
-    (kernel,) = kernels
-    return _nvidia(kernel) if target.backend == "cuda" else _amd(kernel)
+    read = _nvidia if target.backend == "cuda" else _amd
+    return [read(kernel) for kernel in kernels]
 
 
 def check(figures: Figures, budget: tuple[int, int], wide_loads: int) -> None:
@@ -126,7 +133,8 @@ def _nvidia(kernel) -> Figures:
     names = Counter(
         re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass.stdout)
     )
-    loads = {name: count for name, count in names.items() if name.startswith("LDG.")}
+    # LDGSTS loads to shared memory
+    loads = {n: count for n, count in names.items() if n.startswith(("LDG.", "LDGSTS."))}
     assert loads, "the listing has no loads: its format has changed"
     return Figures(
         registers,

@@ -4,8 +4,9 @@
 2. int32 sums, differences and products must not overflow.
 3. Masked-off lanes without an ``other`` value are poisoned: NaN, or a large number.
    (``other=0`` counts as no value: the interpreter drops values that are false.)
-4. bf16 converts to the nearest value, as on a GPU. Arithmetic in bf16 raises an error, since the
-   interpreter would compute with its bits.
+4. bf16 converts to the nearest value, as on a GPU. Products of bf16 matrices with fp32 sums are
+   exact products, as on a GPU. Other arithmetic in bf16 raises an error, since the interpreter
+   would compute with its bits.
 
 The interpreter cannot show races, missing barriers or code that the compiler refuses.
 """
@@ -31,6 +32,7 @@ def make_strict(patch: pytest.MonkeyPatch) -> None:
     _check_memory(patch)
     _convert_bf16(patch)
     _refuse_bf16_arithmetic(patch)
+    _widen_bf16_products(patch)
     _sort_faster(patch)
 
 
@@ -151,11 +153,25 @@ def _refuse_bf16_arithmetic(patch: pytest.MonkeyPatch) -> None:
 
     builder, reductions = interpreter.InterpreterBuilder, interpreter.ReduceOps
     for owner, names in (
-        (builder, ("binary_op", "unary_op", "ternary_op", "create_dot")),
+        (builder, ("binary_op", "unary_op", "ternary_op")),
         (reductions, ("apply_impl",)),
     ):
         for name in names:
             patch.setattr(owner, name, refusing(getattr(owner, name)))
+
+
+def _widen_bf16_products(patch: pytest.MonkeyPatch) -> None:
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def widened(self, a, b, sums, *rest):
+        a, b = (
+            self.cast_impl(part, tl.float32) if part.dtype.scalar == tl.bfloat16 else part
+            for part in (a, b)
+        )
+        return dot(self, a, b, sums, *rest)
+
+    patch.setattr(builder, "create_dot", widened)
 
 
 def _bf16_operands(operands: tuple[object, ...]) -> Iterator[object]:

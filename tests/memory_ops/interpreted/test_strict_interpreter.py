@@ -37,6 +37,14 @@ def _add(source_ptr, target_ptr):
     tl.store(target_ptr, value + value)
 
 
+@triton.jit
+def _product(left_ptr, right_ptr, target_ptr):
+    rows, columns = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    places = rows * 16 + columns
+    product = tl.dot(tl.load(left_ptr + places), tl.load(right_ptr + places))
+    tl.store(target_ptr + places, product)
+
+
 def test_a_load_past_the_end_is_caught():
     source, target = torch.zeros(7), torch.zeros(8)
     _copy[(1,)](source, target, 7, BLOCK=8)
@@ -94,3 +102,10 @@ def test_bf16_arithmetic_is_refused():
 def test_bf16_sums_are_refused():
     with pytest.raises(InterpreterError, match="bf16 arithmetic"):
         _sum_without_other[(1,)](torch.ones(8, dtype=torch.bfloat16), torch.zeros(1), 8, BLOCK=8)
+
+
+def test_bf16_products_have_exact_factors():
+    left, right = torch.randn(2, 16, 16).bfloat16()
+    target = torch.zeros(16, 16)
+    _product[(1,)](left, right, target)
+    torch.testing.assert_close(target, left.float() @ right.float())

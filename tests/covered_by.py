@@ -1,5 +1,6 @@
 """Source files without a test file of their own, and the file in tests/ that covers each."""
 
+INTERPRETED = "engine/executors/cuda/interpreted"
 COVERED_BY = {
     "engine/config.py": "engine/test_engine.py",
     "engine/errors.py": "engine/test_engine.py",
@@ -10,6 +11,9 @@ COVERED_BY = {
     "engine/executors/cpu/mixture.py": "engine/model/test_mixture.py",
     "engine/executors/cpu/packed_layers.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cpu/packing.py": "engine/executors/cpu/test_decoder.py",
+    "engine/executors/cuda/kernels/embed.py": f"{INTERPRETED}/test_embed.py",
+    "engine/executors/cuda/kernels/rms_norm.py": f"{INTERPRETED}/test_rms_norm.py",
+    "engine/executors/cuda/kernels/silu_gate.py": f"{INTERPRETED}/test_silu_gate.py",
     "engine/executors/eager.py": "engine/executors/test_executor.py",
     "engine/model/config.py": "engine/model/test_transformer.py",
     "engine/model/feed_forward.py": "test_new_feed_forward.py",

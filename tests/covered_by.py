@@ -13,6 +13,7 @@ COVERED_BY = {
     "engine/executors/cpu/packing.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cuda/kernels/embed.py": f"{INTERPRETED}/test_embed.py",
     "engine/executors/cuda/kernels/linear.py": f"{INTERPRETED}/test_linear.py",
+    "engine/executors/cuda/kernels/mixture.py": f"{INTERPRETED}/test_mixture.py",
     "engine/executors/cuda/kernels/narrow_product.py": f"{INTERPRETED}/test_linear.py",
     "engine/executors/cuda/kernels/product_tiles.py": f"{INTERPRETED}/test_linear.py",
     "engine/executors/cuda/kernels/rms_norm.py": f"{INTERPRETED}/test_rms_norm.py",

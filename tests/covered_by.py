@@ -1,5 +1,6 @@
 """Source files without a test file of their own, and the file in tests/ that covers each."""
 
+INTERPRETED = "engine/executors/cuda/interpreted"
 COVERED_BY = {
     "engine/config.py": "engine/test_engine.py",
     "engine/errors.py": "engine/test_engine.py",
@@ -10,49 +11,40 @@ COVERED_BY = {
     "engine/executors/cpu/mixture.py": "engine/model/test_mixture.py",
     "engine/executors/cpu/packed_layers.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cpu/packing.py": "engine/executors/cpu/test_decoder.py",
-    "engine/executors/cuda/block_tables.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
+    "engine/executors/cuda/block_tables.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/device.py": "engine/executors/cuda/test_staging.py",
-    "engine/executors/cuda/device_state.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
-    "engine/executors/cuda/executor.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
-    "engine/executors/cuda/graph_biases.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
-    "engine/executors/cuda/launched_step.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
-    "engine/executors/cuda/layers.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
-    "engine/executors/cuda/memory.py": "engine/executors/cuda/interpreted/test_host_tier.py",
-    "engine/executors/cuda/mixture.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
-    "engine/executors/cuda/products.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
-    "engine/executors/cuda/scored_tokens.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
-    "engine/executors/cuda/sized_executor.py": "engine/executors/test_executor.py",
-    "engine/executors/cuda/step.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
-    "engine/executors/cuda/step_inputs.py": "engine/executors/cuda/test_staging.py",
-    "engine/executors/cuda/step_runner.py": "engine/executors/cuda/interpreted/test_host_tier.py",
-    "engine/executors/cuda/step_tokens.py": "engine/executors/cuda/interpreted/test_cuda_executor.py",
-    "engine/executors/cuda/kernels/attention_kernels.py": (
-        "engine/executors/cuda/interpreted/test_paged_attention.py"
-    ),
+    "engine/executors/cuda/device_state.py": f"{INTERPRETED}/test_cuda_executor.py",
+    "engine/executors/cuda/executor.py": f"{INTERPRETED}/test_cuda_executor.py",
+    "engine/executors/cuda/graph_biases.py": f"{INTERPRETED}/test_cuda_executor.py",
+    "engine/executors/cuda/kernels/add_biases.py": f"{INTERPRETED}/test_add_biases.py",
+    "engine/executors/cuda/kernels/attention_kernels.py": f"{INTERPRETED}/test_paged_attention.py",
     "engine/executors/cuda/kernels/attention_launch.py": (
         "engine/executors/cuda/compiled/test_attention_budgets.py"
     ),
-    "engine/executors/cuda/kernels/kv_formats.py": (
-        "engine/executors/cuda/interpreted/test_rotate_and_store.py"
-    ),
-    "engine/executors/cuda/kernels/paged_attention.py": (
-        "engine/executors/cuda/interpreted/test_paged_attention.py"
-    ),
-    "engine/executors/cuda/kernels/paged_step.py": (
-        "engine/executors/cuda/interpreted/test_paged_attention.py"
-    ),
-    "engine/executors/cuda/kernels/rotate_and_store.py": (
-        "engine/executors/cuda/interpreted/test_rotate_and_store.py"
-    ),
-    "engine/executors/cuda/kernels/add_biases.py": (
-        "engine/executors/cuda/interpreted/test_add_biases.py"
-    ),
-    "engine/executors/cuda/kernels/block_table.py": (
-        "engine/executors/cuda/interpreted/test_block_table.py"
-    ),
-    "engine/executors/cuda/kernels/choose_tokens.py": (
-        "engine/executors/cuda/interpreted/test_choose_tokens.py"
-    ),
+    "engine/executors/cuda/kernels/block_table.py": f"{INTERPRETED}/test_block_table.py",
+    "engine/executors/cuda/kernels/choose_tokens.py": f"{INTERPRETED}/test_choose_tokens.py",
+    "engine/executors/cuda/kernels/embed.py": f"{INTERPRETED}/test_embed.py",
+    "engine/executors/cuda/kernels/kv_formats.py": f"{INTERPRETED}/test_rotate_and_store.py",
+    "engine/executors/cuda/kernels/linear.py": f"{INTERPRETED}/test_linear.py",
+    "engine/executors/cuda/kernels/mixture.py": f"{INTERPRETED}/test_mixture.py",
+    "engine/executors/cuda/kernels/narrow_product.py": f"{INTERPRETED}/test_linear.py",
+    "engine/executors/cuda/kernels/paged_attention.py": f"{INTERPRETED}/test_paged_attention.py",
+    "engine/executors/cuda/kernels/paged_step.py": f"{INTERPRETED}/test_paged_attention.py",
+    "engine/executors/cuda/kernels/product_tiles.py": f"{INTERPRETED}/test_linear.py",
+    "engine/executors/cuda/kernels/rms_norm.py": f"{INTERPRETED}/test_rms_norm.py",
+    "engine/executors/cuda/kernels/rotate_and_store.py": f"{INTERPRETED}/test_rotate_and_store.py",
+    "engine/executors/cuda/kernels/silu_gate.py": f"{INTERPRETED}/test_silu_gate.py",
+    "engine/executors/cuda/launched_step.py": f"{INTERPRETED}/test_cuda_executor.py",
+    "engine/executors/cuda/layers.py": f"{INTERPRETED}/test_cuda_executor.py",
+    "engine/executors/cuda/memory.py": f"{INTERPRETED}/test_host_tier.py",
+    "engine/executors/cuda/mixture.py": f"{INTERPRETED}/test_cuda_executor.py",
+    "engine/executors/cuda/products.py": f"{INTERPRETED}/test_cuda_executor.py",
+    "engine/executors/cuda/scored_tokens.py": f"{INTERPRETED}/test_cuda_executor.py",
+    "engine/executors/cuda/sized_executor.py": "engine/executors/test_executor.py",
+    "engine/executors/cuda/step.py": f"{INTERPRETED}/test_cuda_executor.py",
+    "engine/executors/cuda/step_inputs.py": "engine/executors/cuda/test_staging.py",
+    "engine/executors/cuda/step_runner.py": f"{INTERPRETED}/test_host_tier.py",
+    "engine/executors/cuda/step_tokens.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/eager.py": "engine/executors/test_executor.py",
     "engine/model/config.py": "engine/model/test_transformer.py",
     "engine/model/feed_forward.py": "test_new_feed_forward.py",

@@ -80,7 +80,9 @@ class CudaMemory:
         if memory.query_norm is not None:
             q_TH2k = rms_norm(q_TH2k, memory.query_norm, memory.norm_eps)
         scores_XTN = _wide_product(q_TH2k.flatten(1, 2).transpose(0, 1), self._subkeys_XkN)
-        return scores_XTN.transpose(0, 1).unflatten(1, (memory.num_heads, 2))
+        num_tokens, num_subkeys = q_TF.shape[0], scores_XTN.shape[2]
+        scores_H2TN = scores_XTN.view(memory.num_heads, 2, num_tokens, num_subkeys)
+        return scores_H2TN.permute(2, 0, 1, 3)
 
     def _start(self, rows_THK: Tensor, weights_THK: Tensor) -> Lookup:
         table = self._memory.table

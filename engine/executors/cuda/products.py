@@ -42,9 +42,10 @@ def joined(*layers: nn.Linear) -> Product:
     """One product of layers with the same input. The layers' weights become views of it."""
     if len(layers) == 1:
         return Product(layers[0].weight, layers[0].bias)
-    weight_NK = torch.cat([layer.weight for layer in layers])
-    biases = [layer.bias for layer in layers]
-    bias_N = None if biases[0] is None else torch.cat(biases)
+    weights: list[Tensor] = [layer.weight for layer in layers]
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    weight_NK = torch.cat(weights)
+    bias_N = torch.cat(biases) if biases else None
     first = 0
     for layer in layers:
         last = first + len(layer.weight)

@@ -35,7 +35,8 @@ def linear(
         y = norm(x) W^T + b;    gated: y = silu(gate part of y) * (up part of y);    y += residual
 
     The number of rows alone chooses the code: up to ``MOST_ROWS`` rows run ``narrow_linear``, more
-    rows run ``wide_linear``. Both have this signature. They round at different places.
+    rows run ``wide_linear``. Both have this signature. They round at different places. An fp16
+    norm runs before, because the fused one multiplies by its weight first, which can overflow.
 
     Args:
         x_MK: fp32, fp16 or bf16, ``[M, K]`` with contiguous rows and any row stride.
@@ -53,6 +54,8 @@ def linear(
     Raises:
         ValueError: a shape, a dtype or a layout does not match.
     """
+    if norm is not None and x_MK.dtype is torch.float16:
+        x_MK, norm = rms_norm(x_MK, *norm), None
     function = narrow_linear if len(x_MK) <= MOST_ROWS else wide_linear
     return function(
         x_MK,
@@ -121,6 +124,9 @@ def wide_linear(
         y_MN = silu_gate(gate_MI, up_MI)
     elif residual_MN is not None and bias_N is None and dtype == residual_MN.dtype == x_MK.dtype:
         return torch.addmm(residual_MN, x_MK, weight_NK.t(), out=out)
+    elif out is not None and x_MK.is_cuda and dtype != x_MK.dtype and bias_N is residual_MN is None:
+        # logits: no second copy of them
+        return torch.mm(x_MK, weight_NK.t(), out_dtype=dtype, out=out)
     else:
         y_MN = _product(x_MK, weight_NK, bias_N, dtype)
     if residual_MN is not None:

@@ -4,7 +4,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -110,10 +110,16 @@ def check(figures: Figures, budget: tuple[int, int], wide_loads: int) -> None:
     assert figures.shared <= budget[1], f"shared memory: {figures}"
 
 
-def per_target(budgets: dict) -> list:
-    """Each case of a budget table with each target."""
+def per_target(budgets: dict, quick: Iterable[str] = TARGETS) -> list:
+    """Each case of a budget table with each target; targets that are not ``quick`` are slow."""
     return [
-        pytest.param(case, target, limits, id=f"{'-'.join(map(str, case))}-{target}")
+        pytest.param(
+            case,
+            target,
+            limits,
+            id=f"{'-'.join(map(str, case))}-{target}",
+            marks=() if target in quick else pytest.mark.slow,
+        )
         for case, row in budgets.items()
         for target, limits in zip(TARGETS, row, strict=True)
     ]

@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
-def run_folder(folder: Path, tmp_path: Path, *options: str, **environment: str) -> tuple[int, str]:
-    """Run the tests of a folder with one thread; return (exit status, output)."""
+def run_folder(path: Path, tmp_path: Path, *options: str, **environment: str) -> tuple[int, str]:
+    """Run the tests of a folder or file with one thread; return (exit status, output)."""
     pytest.importorskip("triton")
     plain = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     # an empty cache: the budget of a kernel that was compiled earlier would prove nothing
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, folder],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, path],
         cwd=ROOT,
         env=plain | environment,
         stdout=subprocess.PIPE,

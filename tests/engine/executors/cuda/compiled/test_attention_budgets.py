@@ -19,6 +19,8 @@ from engine.executors.cuda.kernels.rotate_and_store import rotate_and_store
 from memory_ops.anonymous import anonymous_zeros
 from tests.kernel_tools.machine_code import TARGETS, all_compiled, check, compiled, per_target
 
+# the other targets are compiled by `make test-slow`
+QUICK = ("sm_90",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 BLOCK_SIZE = 16
 # AMD uses other loads from this size on
@@ -199,13 +201,13 @@ def test_every_shipped_launch_is_compiled_here():
     assert sizes | {(4, 256)} == set(DECODE_LAUNCHES) == set(PREFILL_LAUNCHES)
 
 
-@pytest.mark.parametrize(("case", "target", "budgets"), per_target(ATTENTION_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budgets"), per_target(ATTENTION_BUDGETS, QUICK))
 def test_attention(case, target, budgets):
     attention_check(case, target, budgets, VAST_BYTES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "target", "budgets"), per_target(SLOW_ATTENTION_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budgets"), per_target(SLOW_ATTENTION_BUDGETS, QUICK))
 def test_attention_of_other_sizes(case, target, budgets):
     attention_check(case, target, budgets, VAST_BYTES)
 
@@ -230,7 +232,7 @@ def test_heads_of_256_values_in_fp32(target):
     check(replace(prefill, spills=0), (208, 68096), wide_loads=16)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(COMBINE_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(COMBINE_BUDGETS, QUICK))
 def test_combine(case, target, budget):
     head_dim, num_splits = case
     call = attention(("bf16", "bf16", head_dim, 32, 8), num_splits=num_splits, num_tiles=0)
@@ -240,14 +242,14 @@ def test_combine(case, target, budget):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_COMBINE_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_COMBINE_BUDGETS, QUICK))
 def test_combine_of_other_sizes(case, target, budget):
     head_dim, num_splits = case
     call = attention(("bf16", "bf16", head_dim, 9, 3), num_splits=num_splits, num_tiles=0)
     check(all_compiled(TARGETS[target], call)[1], budget, wide_loads=1)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(ROTATION_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(ROTATION_BUDGETS, QUICK))
 def test_rotate_and_store(case, target, budget):
     # both halves of the heads
     check(compiled(TARGETS[target], rotation(case)), budget, wide_loads=2)

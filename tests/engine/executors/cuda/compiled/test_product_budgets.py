@@ -30,6 +30,8 @@ from tests.kernel_tools.machine_code import (
 )
 
 BF16, EPS = torch.bfloat16, 1e-5
+# the other targets are compiled by `make test-slow`
+QUICK = ("sm_90",)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": BF16}
 # loads of one norm weight or residual value per lane; all other loads are wide
 NARROW_LOADS = 4
@@ -119,13 +121,13 @@ def check_wide(figures: Figures, budget: tuple[int, int], wide_loads: int) -> No
     check(replace(figures, narrow_loads=0), budget, wide_loads)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(BUDGETS, QUICK))
 def test_products(case, target, budget):
     product_check(case, target, budget)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_BUDGETS, QUICK))
 def test_products_of_more_rows_and_dtypes(case, target, budget):
     product_check(case, target, budget)
 
@@ -144,13 +146,13 @@ def mixture_check(case: tuple, target: str, budget: tuple[int, int]) -> None:
         check_wide(figures, budget, weight_loads(launch, "bf16", target, is_gated=is_gated))
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(MIXTURE_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(MIXTURE_BUDGETS, QUICK))
 def test_mixture(case, target, budget):
     mixture_check(case, target, budget)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_MIXTURE_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_MIXTURE_BUDGETS, QUICK))
 def test_mixture_of_more_tokens(case, target, budget):
     mixture_check(case, target, budget)
 
@@ -171,13 +173,13 @@ def small_check(width: int, target: str, budget: tuple[int, int]) -> None:
         check(compiled(TARGETS[target], call), budget, wide_loads=width >= 1024)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(SMALL_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SMALL_BUDGETS, QUICK))
 def test_norm_gate_and_embedding(case, target, budget):
     small_check(*case, target, budget)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_SMALL_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_SMALL_BUDGETS, QUICK))
 def test_norm_gate_and_embedding_of_narrow_models(case, target, budget):
     small_check(*case, target, budget)
 

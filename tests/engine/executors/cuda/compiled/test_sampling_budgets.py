@@ -10,6 +10,8 @@ from engine.executors.cuda.kernels.add_biases import add_biases
 from engine.executors.cuda.kernels.block_table import update_block_table
 from tests.kernel_tools.machine_code import TARGETS, Figures, check, compiled, per_target
 
+# the other targets are compiled by `make test-slow`
+QUICK = ("sm_90",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # by dtype and V: upper limits (registers per lane, shared bytes per program) for each of TARGETS,
 # with the compiler that constraints.txt names; 16 warps of a program on NVIDIA have 128 registers
@@ -64,7 +66,7 @@ def wide_loads(dtype: str, target: str) -> int:
     return PASSES * a_pass.get(dtype, 0)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(CHOICE_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(CHOICE_BUDGETS, QUICK))
 def test_choose_tokens(case, target, budget):
     dtype, vocab_size = case
     figures = choice_of(torch.zeros(4, vocab_size, dtype=DTYPES[dtype]), target)
@@ -72,21 +74,21 @@ def test_choose_tokens(case, target, budget):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_CHOICE_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_CHOICE_BUDGETS, QUICK))
 def test_choose_tokens_of_more_kinds(case, target, budget):
     dtype, vocab_size = case
     figures = choice_of(torch.zeros(4, vocab_size, dtype=DTYPES[dtype]), target)
     check(figures, budget, wide_loads(dtype, target))
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(OTHER_CHOICE_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(OTHER_CHOICE_BUDGETS, QUICK))
 def test_choose_tokens_of_other_vocabularies(case, target, budget):
     dtype, vocab_size = case
     figures = choice_of(torch.zeros(4, vocab_size, dtype=DTYPES[dtype]), target)
     check(without_narrow(figures), budget, wide_loads=0)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(BIAS_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(BIAS_BUDGETS, QUICK))
 def test_add_biases(case, target, budget):
     logits_LV = torch.zeros(4, 1000, dtype=DTYPES[case[0]])
     places_N, count_1 = torch.zeros(300, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
@@ -97,7 +99,7 @@ def test_add_biases(case, target, budget):
     check(without_narrow(figures), budget, wide_loads=0)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(TABLE_BUDGETS))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(TABLE_BUDGETS, QUICK))
 def test_update_block_table(case, target, budget):
     block_table_PB = torch.zeros(64, *case, dtype=torch.int32)
     updates_N3, count_1 = torch.zeros(300, 3, dtype=torch.int64), torch.tensor([0])

@@ -30,12 +30,10 @@ from tests.models import (
 KV_BYTES = tiny_config().kv_bytes_per_token(itemsize=4)
 PROMPTS = {"a": [1, 2, 3], "b": [4, 5, 6, 7, 8, 9, 10], "c": [11]}
 COUNT = 5
+OTHER_KINDS = [("memory_plus", "dense", "memory_plus"), ("pkm", "pkm"), ("peer",), ("moe", "dense")]
 KINDS = [
-    ("dense", "dense"),
-    ("memory_plus", "dense", "memory_plus"),
-    ("pkm", "pkm"),
-    ("peer",),
-    ("moe", "dense"),
+    ("dense", "memory_plus"),
+    *(pytest.param(kinds, marks=pytest.mark.slow) for kinds in OTHER_KINDS),
 ]
 
 
@@ -65,6 +63,7 @@ def test_every_kind_of_model(kinds):
     assert device.num_replays == COUNT - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "memory",
     [
@@ -80,6 +79,7 @@ def test_options_of_memory_layers(memory):
     assert found == {"a": plain_greedy(model, [1, 2, 3], COUNT)}
 
 
+@pytest.mark.slow
 def test_mixed_steps_in_graphs(dense):
     # buckets of 64 tokens: prompts, decodes and padding share graphs
     device = FakeDevice()
@@ -102,7 +102,11 @@ SAMPLING = [
 ]
 
 
-@pytest.mark.parametrize("sampling", SAMPLING, ids=lambda kind: "-".join(kind))
+@pytest.mark.parametrize(
+    "sampling",
+    [*SAMPLING[::2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in SAMPLING[1::2])],
+    ids=lambda kind: "-".join(kind),
+)
 def test_every_kind_of_request_beside_a_greedy_one(dense, sampling):
     params = SamplingParams(max_tokens=COUNT, ignore_eos=True, **sampling)
     request, neighbour = Request("x", (1, 2, 3), params), greedy("y", [4, 5], COUNT)
@@ -127,6 +131,7 @@ def test_every_kind_of_request_beside_a_greedy_one(dense, sampling):
             assert [i for i, _ in one.top] == [i for i, _ in other.top]
 
 
+@pytest.mark.slow
 def test_a_mask_and_drafts(dense):
     masked = engine(dense)
     mask = Multiples()
@@ -142,6 +147,7 @@ def test_a_mask_and_drafts(dense):
     assert tokens(outputs) == answer and len(outputs) < COUNT
 
 
+@pytest.mark.slow
 def test_ends_preemption_and_shared_prefixes(dense):
     prompts = {"a": [1] * 10, "b": [2] * 10, "c": [*[1] * 10, 3]}
     answers = {name: plain_greedy(dense, ids, 12) for name, ids in prompts.items()}
@@ -160,6 +166,7 @@ def test_ends_preemption_and_shared_prefixes(dense):
     assert crowded.statistics().prefix_hits >= 8
 
 
+@pytest.mark.slow
 def test_more_changes_of_the_block_table_than_a_step_sends(dense, monkeypatch):
     monkeypatch.setattr("engine.executors.cuda.executor.MOST_UPDATES", 2)
     found = run(engine(dense), {0: [greedy("a", list(range(16)), 3)]})
@@ -187,6 +194,7 @@ def test_a_failed_launch_leaves_the_device_usable(dense, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_no_wait_can_be_left_out(dense):
     def run_with(ignored: int) -> tuple[dict[str, list[int]], int]:
         device = FakeDevice()

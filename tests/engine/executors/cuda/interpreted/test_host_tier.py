@@ -38,8 +38,13 @@ def check(model, lookahead=None, warm: bool = False) -> FakeDevice:
     return device
 
 
-@pytest.mark.parametrize("lookahead", [None, LookaheadConfig(2, 3)])
-@pytest.mark.parametrize("kinds", [("memory_plus", "dense", "pkm"), ("dense", "peer")])
+@pytest.mark.parametrize(
+    "lookahead", [pytest.param(None, marks=pytest.mark.slow), LookaheadConfig(2, 3)]
+)
+@pytest.mark.parametrize(
+    "kinds",
+    [("memory_plus", "pkm"), pytest.param(("dense", "peer"), marks=pytest.mark.slow)],
+)
 def test_tokens_and_evictions(kinds, lookahead):
     model = random_model(tiny_config(**feed_forward_changes(*kinds)))
     check(model, lookahead)
@@ -51,6 +56,7 @@ def test_tokens_and_evictions(kinds, lookahead):
     assert any(counts.prefetched for counts in counted) == hints
 
 
+@pytest.mark.slow
 def test_every_step_joins_the_side_stream_first(monkeypatch):
     joins = []
     join = HostTable.join

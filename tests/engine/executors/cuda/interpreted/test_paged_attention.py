@@ -140,6 +140,7 @@ def test_every_fp8_code_is_read_exactly():
     assert torch.equal(case.run()[0], codes[0].view(torch.float8_e4m3fn).bfloat16())
 
 
+@pytest.mark.slow
 @given(
     spans=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 90)), min_size=1, max_size=4),
     heads=st.tuples(st.integers(1, 6), st.integers(1, 3)),
@@ -214,6 +215,7 @@ def test_every_path_passes_without_a_fault():
     full_check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(fault, monkeypatch, tmp_path):
     faulty = with_fault(attention_kernels, *FAULTS[fault], tmp_path)

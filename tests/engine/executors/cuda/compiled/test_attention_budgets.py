@@ -264,6 +264,7 @@ def test_the_check_rejects_heads_that_are_not_aligned(target):
             check(figures, (512, 2**17), wide_loads=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_the_check_rejects_tiles_of_more_keys_than_registers(target, monkeypatch):
     large = AttentionLaunch(keys=128, num_warps=4, num_stages=2, most_heads=4)
@@ -273,6 +274,7 @@ def test_the_check_rejects_tiles_of_more_keys_than_registers(target, monkeypatch
         check(all_compiled(TARGETS[target], call)[1], (512, 2**20), wide_loads=0)
 
 
+@pytest.mark.slow
 def test_steps_of_any_size_and_alignment_run_the_same_kernels():
     case = ("bf16", "bf16", 64, 9, 3)
     kernels = attention_kernels.decode, attention_kernels.combine, attention_kernels.prefill

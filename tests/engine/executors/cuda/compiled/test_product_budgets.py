@@ -184,6 +184,7 @@ def test_norm_gate_and_embedding_of_narrow_models(case, target, budget):
     small_check(*case, target, budget)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("kind", ["normed", "gated"])
 def test_a_split_sum_compiles(kind, target):
@@ -192,6 +193,7 @@ def test_a_split_sum_compiles(kind, target):
     assert parts.wide_loads and parts.narrow_loads <= NARROW_LOADS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1001, 17)])
@@ -219,6 +221,7 @@ def test_the_check_rejects_weights_that_are_not_aligned(target):
         check_wide(figures, (255, 2**16), wide_loads=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_check_rejects_tiles_that_exceed_the_registers(target, monkeypatch):
     # AMD has more registers than the budget, so that they do not spill
@@ -229,6 +232,7 @@ def test_the_check_rejects_tiles_that_exceed_the_registers(target, monkeypatch):
         check_wide(figures, (255, 2**16), wide_loads=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_check_rejects_tiles_that_exceed_the_shared_memory(target, monkeypatch):
     monkeypatch.setattr(product_tiles, "_MOST_BYTES", 2**20)

@@ -109,6 +109,7 @@ def test_update_block_table(case, target, budget):
     check(figures, budget, wide_loads=0)
 
 
+@pytest.mark.slow
 def test_the_number_of_rows_compiles_nothing():
     # triton compiles integers of 1 and multiples of 16 apart
     caches = choosing._choose_tokens.device_caches
@@ -126,6 +127,7 @@ def test_the_check_rejects_a_row_stride_that_no_wide_load_fits(target):
         check(figures, (512, 2**16), wide_loads=PASSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_the_check_rejects_more_warps_than_registers(target, monkeypatch):
     # 32 warps have 64 registers per lane

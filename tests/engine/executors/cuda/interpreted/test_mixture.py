@@ -45,6 +45,7 @@ def test_tokens_of_any_number(num_tokens, dtype):
     check(operands(num_tokens, 8, 40, 24, dtype), 2)
 
 
+@pytest.mark.slow
 @given(
     num_tokens=st.sampled_from([1, 5, 16, 70]),
     num_experts=st.sampled_from([1, 3, 12]),

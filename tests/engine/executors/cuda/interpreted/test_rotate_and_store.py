@@ -143,6 +143,7 @@ def full_check(kernel) -> None:
     twin_check(kernel, 20, dtype=torch.bfloat16, fp8=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(fault, tmp_path):
     full_check(rotate_and_store)

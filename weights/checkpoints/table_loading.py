@@ -1,8 +1,8 @@
 """Opens value tables for serving: loads and converts them into memory, or opens their files."""
 
 from collections.abc import Callable, Mapping, Sequence
-
-from tqdm import tqdm
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 from engine.errors import ConfigError
 from engine.model.config import MemoryConfig
@@ -145,8 +145,23 @@ def _open(
     return table
 
 
-def _progress(label: str, stored: Sequence[StoredTensor]) -> "tqdm[None]":
-    """A progress bar on stderr; hidden for small tables, or if stderr is not a terminal."""
+class _Progress(Protocol):
+    def update(self, num_bytes: int, /) -> object: ...
+
+
+class _NoProgress:
+    def update(self, num_bytes: int, /) -> None:
+        """Show nothing."""
+
+
+def _progress(label: str, stored: Sequence[StoredTensor]) -> AbstractContextManager[_Progress]:
+    """A progress bar on stderr; none for small tables, or if stderr is not a terminal."""
     total = sum(one.num_bytes for one in stored)
-    hidden = True if total < _MIN_PROGRESS_BYTES else None
-    return tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=hidden)
+    if total < _MIN_PROGRESS_BYTES:
+        return nullcontext(_NoProgress())
+    from tqdm import tqdm  # an option of installations that load only small tables
+
+    bar: AbstractContextManager[_Progress] = tqdm(
+        total=total, unit="B", unit_scale=True, desc=label, disable=None
+    )
+    return bar

@@ -149,8 +149,8 @@ class _MemoryRun:
                 before.append(_totals(table))
 
         steps = rounds.decode(batch, _CONTEXT, STEPS[batch] - _UNTIMED, count)
-        # all steps before the first timed one were done when it was launched: it waited for none
-        timed = steps[1:]
+        # the device was idle before the first step: that call waited for none, the next for a part
+        timed = steps[2:]
         read = _totals(table).since(before[0])
         roofline = Roofline(self._config, self._limits, row_bytes=_row_bytes(table.rows))
         bound = roofline.tokens_per_s(timed, read.misses * len(timed) / len(steps))

@@ -4,7 +4,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.step_work import Chunk
@@ -70,6 +70,9 @@ class EngineRounds:
         while self._engine.has_work:
             seconds, output = self._step()
             chunk = Chunk(done, output.statistics.step_tokens)
+            if not chunk.count:  # it only waited for the step in flight
+                steps[-1] = replace(steps[-1], seconds=steps[-1].seconds + seconds)
+                continue
             done = chunk.end
             steps.append(TimedStep(seconds, (chunk,), int(done == length)))
         assert done == length
@@ -89,24 +92,35 @@ class EngineRounds:
         # more tokens than will be generated, so that no sequence ends
         most = self._engine.limits.max_model_len - input_len
         names = [self._add(input_len, most) for _ in range(batch)]
-        lengths = dict.fromkeys(names, input_len)
+        lengths, launched = dict.fromkeys(names, input_len), 0
+
+        def step() -> float:
+            nonlocal launched
+            seconds, output = self._step()
+            launched += output.statistics.step_tokens
+            _add_output_lengths(output, lengths)
+            return seconds
+
         try:
             while min(lengths.values()) == input_len:
-                _add_output_lengths(self._step()[1], lengths)
-            _add_output_lengths(self._step()[1], lengths)  # the first decode-only step is a warm-up
+                step()
+            step()  # the first decode-only step is a warm-up
             steps = []
             for _ in range(output_len):
                 before_step()
-                seconds, output = self._step()
-                assert output.statistics.step_tokens == batch
-                # a step runs the newest token of each sequence
-                chunks = tuple(Chunk(length - 1, 1) for length in lengths.values())
+                # a step runs the newest token of each sequence, which may be in flight
+                in_flight = (launched - sum(lengths.values())) // batch + 1
+                starts = [length - 1 + in_flight for length in lengths.values()]
+                before, seconds = launched, step()
+                assert launched == before + batch
+                chunks = tuple(Chunk(start, 1) for start in starts)
                 steps.append(TimedStep(seconds, chunks, batch))
-                _add_output_lengths(output, lengths)
             return steps
         finally:
             for name in names:
                 self._engine.abort(name)
+            while self._engine.has_work:  # a step in flight
+                self._engine.step()
 
     def _untimed_steps(self, batch: int, input_len: int) -> int:
         """Upper bound of the untimed steps, each of which gives a sequence one token."""

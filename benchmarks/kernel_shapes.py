@@ -1,4 +1,4 @@
-"""Shape options of ``memplus bench kernels`` and ``memplus bench gpu``; needs no torch."""
+"""Shape options of lookups in ``memplus bench kernels`` and ``bench gpu``; needs no torch."""
 
 from dataclasses import asdict, dataclass, field
 
@@ -7,7 +7,7 @@ from engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes of the lookups and the number of rounds; every field becomes an option.
+    """Shapes of lookups, and rounds; every field becomes an option.
 
     Raises:
         ConfigError: a number is out of range.

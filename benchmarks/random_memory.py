@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.model.config import MEMORY_KINDS, MemoryConfig, ModelConfig
+from benchmarks.memory_variant import can_have_memory, with_memory
 from engine.model.transformer import Transformer
 from weights.checkpoints.checkpoint import expected_shapes, save_checkpoint
 from weights.checkpoints.convert import read_folder
@@ -16,8 +16,6 @@ from weights.checkpoints.tensor_files import TensorSource
 from weights.errors import CheckpointError
 from weights.training.initialise import initialise, initialise_table
 
-MEMORY_LAYERS = 3  # as many as the paper's models have
-NUM_HEADS, TOP_K = 4, 32
 _DRAWN_ROWS = 2**12  # repeated to fill the table; row values do not affect the time
 
 
@@ -34,7 +32,10 @@ def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
         ValueError: ``num_subkeys`` is less than the rows per head, or too large.
     """
     imported = read_folder(source, None)
-    model = with_memory(imported.config.model, num_subkeys, source)
+    plain = imported.config.model
+    if not can_have_memory(plain):
+        raise CheckpointError(f"{source}: the model needs more than 3 layers and no memory layers")
+    model = with_memory(plain, num_subkeys)
     sources_by_name = {tensor.name: tensor for tensor in imported.sources}
     dtype = imported.sources[0].dtype
     generator = torch.Generator().manual_seed(0)
@@ -53,24 +54,6 @@ def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
             sources_by_name[name] = TensorSource(name, shape, dtype, load)
         sources.append(sources_by_name[name])
     save_checkpoint(target, replace(imported.config, model=model), sources, imported.extra_files)
-
-
-def with_memory(model: ModelConfig, num_subkeys: int, source: Path) -> ModelConfig:
-    """The configuration of that variant."""
-    if model.num_layers <= MEMORY_LAYERS or set(model.feed_forward) & set(MEMORY_KINDS):
-        raise CheckpointError(f"{source}: the model needs more than 3 layers and no memory layers")
-    kinds = list(model.feed_forward)
-    for i in range(MEMORY_LAYERS):
-        kinds[(i + 1) * model.num_layers // (MEMORY_LAYERS + 1)] = "memory_plus"
-    width = model.hidden_size
-    memory = MemoryConfig(
-        num_heads=NUM_HEADS,
-        num_subkeys=num_subkeys,
-        top_k=TOP_K,
-        query_dim=width // 4 * 2,
-        value_dim=width,
-    )
-    return replace(model, feed_forward=tuple(kinds), memory=memory)
 
 
 def _table_parts(

@@ -1,13 +1,14 @@
 """Minimum bytes and operations of an engine step, computed from the model's shapes."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import torch
 
 from benchmarks.machine_limits import MachineLimits
 from engine.model.config import ModelConfig
 from engine.model.flops import forward_flops, total_flops
-from weights.checkpoints.checkpoint import expected_shapes
+from engine.model.transformer import Transformer
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -48,20 +49,21 @@ class ModelWork:
 
     def __init__(self, config: ModelConfig, itemsize: int, row_bytes: int) -> None:
         """``itemsize``: bytes per weight, key and value; ``row_bytes``: bytes per table row."""
-        shapes = expected_shapes(config)
+        with torch.device("meta"):
+            weights = Transformer(config).state_dict()
+        sizes = {name: weight.numel() for name, weight in weights.items()}
         flops = dict(forward_flops(config, attended=0))
         self._head_flops = flops.pop("head")
         self._layer_flops = total_flops(flops)
         head = _EMBEDDING if config.tie_embeddings else _HEAD
-        separate = {_EMBEDDING, _HEAD, *config.table_names}
         self._config = config
         self._itemsize = itemsize
         self._row_bytes = row_bytes
-        self._head_weights = math.prod(shapes[head])
-        layers = [name for name in shapes if name not in separate]
+        self._head_weights = sizes[head]
+        layers = [name for name in sizes if name not in (_EMBEDDING, _HEAD)]
         experts = [name for name in layers if ".experts." in name]
-        self._expert_weights = sum(math.prod(shapes[name]) for name in experts)
-        self._layer_weights = sum(math.prod(shapes[name]) for name in layers)
+        self._expert_weights = sum(sizes[name] for name in experts)
+        self._layer_weights = sum(sizes[name] for name in layers)
         self._layer_weights -= self._expert_weights
 
     def of(self, chunks: Iterable[Chunk], num_logits: int) -> StepWork:

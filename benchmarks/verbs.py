@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from benchmarks.gpu.options import GpuCheck
 from benchmarks.kernel_shapes import Shapes
 from benchmarks.memory.load import MemoryLoad, default_trace
 from benchmarks.offline_load import OfflineLoad
@@ -37,12 +38,12 @@ def kernels(options: argparse.Namespace) -> None:
     measure(from_options(Shapes, options), options.json)
 
 
-def gpu(options: argparse.Namespace) -> None:
-    """Measure memory operations on a GPU, by memory tier."""
-    from benchmarks.gpu_lookups import measure
+def gpu(options: argparse.Namespace) -> int:
+    """Check a GPU: correctness, kernels, decode, tables, HTTP; resumable, in parts."""
+    from benchmarks.gpu.run import measure
 
-    shapes = from_options(Shapes, options)
-    measure(shapes, options.trace, options.cache_share, options.json)
+    check, shapes = from_options(GpuCheck, options), from_options(Shapes, options)
+    return measure(check, shapes, options.trace, options.out)
 
 
 def serving(options: argparse.Namespace) -> None:
@@ -162,11 +163,10 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     verb = benchmarks.add_parser("gpu", help=gpu.__doc__)
     verb.set_defaults(run=gpu)
+    add_options(verb, GpuCheck)
     add_options(verb, Shapes)
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; resumable")
     verb.add_argument("--trace", type=Path, default=default_trace(), help="from bench trace")
-    cache = "device cache, as a fraction of the table (default: %(default)s)"
-    verb.add_argument("--cache-share", type=float, default=0.1, help=cache)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
     verb = benchmarks.add_parser("serving", help=serving.__doc__)
     verb.set_defaults(run=serving)

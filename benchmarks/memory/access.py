@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.access_trace import AccessTrace
+from benchmarks.row_trace import AccessTrace
 
 _SPREAD = 0x9E3779B97F4A7C15 >> 1 | 1
 

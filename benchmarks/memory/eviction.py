@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.access_trace import AccessTrace
 from benchmarks.memory.eviction_policies import POLICIES, Cache
+from benchmarks.row_trace import AccessTrace
 from engine.errors import ConfigError
 
 

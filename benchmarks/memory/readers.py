@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.access_trace import AccessTrace
 from benchmarks.engine_rounds import EngineRounds
 from benchmarks.memory.access import DrawnAccess, RecordedAccess, RowAccess
 from benchmarks.memory.load import MemoryLoad, Point, Round
 from benchmarks.memory.replayed import Replay, ReplayedTable
-from benchmarks.random_memory import NUM_HEADS, TOP_K
+from benchmarks.memory_variant import NUM_HEADS, TOP_K
+from benchmarks.row_trace import AccessTrace
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError

@@ -13,12 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.access_trace import AccessTrace, checked_trace
 from benchmarks.memory.load import MemoryLoad, Point, Round
 from benchmarks.memory.plot import plot
 from benchmarks.memory.readers import Reader, access_patterns, make_reader
-from benchmarks.random_memory import MEMORY_LAYERS, NUM_HEADS, TOP_K, write_variant
+from benchmarks.memory_variant import MEMORY_LAYERS, NUM_HEADS, TOP_K
+from benchmarks.random_memory import write_variant
 from benchmarks.read_limits import random_reads_per_s
+from benchmarks.row_trace import AccessTrace, checked_trace
 from benchmarks.serving_plot import check_plot
 from engine.errors import ConfigError
 from memory_ops.row_formats import ROW_FORMATS, row_bytes

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.access_trace import AccessTrace, record
+from benchmarks.access_trace import record
+from benchmarks.row_trace import AccessTrace
 from engine.errors import ConfigError
 from engine.model.layout import TokenLayout
 from server.cli.main import main

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.access_trace import AccessTrace
 from benchmarks.memory.eviction import (
     BOUNDS,
     Reads,
@@ -18,6 +17,7 @@ from benchmarks.memory.eviction import (
     policy_hits,
 )
 from benchmarks.memory.eviction_policies import POLICIES
+from benchmarks.row_trace import AccessTrace
 from engine.errors import ConfigError
 from memory_ops.native import disk_rows
 from memory_ops.tables.disk import DiskTable, row_cache_bytes

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.access_trace import AccessTrace
 from benchmarks.memory import sweep
 from benchmarks.memory.access import DrawnAccess, RecordedAccess
 from benchmarks.memory.load import MemoryLoad
 from benchmarks.memory.replayed import Replay, ReplayedTable
 from benchmarks.memory.sweep import measure
+from benchmarks.row_trace import AccessTrace
 from engine.errors import ConfigError
 from memory_ops.native import disk_rows
 from memory_ops.native.row_fetcher import START, RowFetcher

@@ -11,11 +11,13 @@ from benchmarks.offline_load import OfflineLoad
 from benchmarks.step_work import Chunk, ModelWork, StepWork
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.executors.executor import make_executor
 from engine.model.config import MemoryConfig
 from engine.model.flops import forward_flops
 from engine.scheduling.scheduler import Scheduler
 from memory_ops.native.library import MEMORY_LIBRARY
 from server.cli.main import main
+from tests.engine.delayed_executor import delayed
 from tests.models import engine_of, feed_forward_changes, random_model, tiny_config
 
 # weights of a tiny model's layer: queries and outputs, keys and values, feed-forward, two norms
@@ -27,13 +29,13 @@ HEAD = 260 * 32
 KV_BYTES = 2 * 2 * 2 * 8 * 2
 
 
-@pytest.fixture
-def rounds():
+@pytest.fixture(params=[make_executor, delayed], ids=["settled", "in flight"])
+def rounds(request):
     """An engine that splits prompts into chunks; some sequences start to decode before others."""
     config = EngineConfig(
         max_num_seqs=4, max_batched_tokens=8, block_size=4, kv_cache_gib=0.001, max_model_len=64
     )
-    engine = engine_of(random_model(tiny_config()), config)
+    engine = engine_of(random_model(tiny_config()), config, make=request.param)
     yield EngineRounds(engine, config)
     assert not engine.has_work
     engine.check_integrity()
@@ -41,13 +43,14 @@ def rounds():
 
 @pytest.fixture
 def plans(monkeypatch):
-    """The scheduler's plans, step by step."""
+    """The scheduler's plans, step by step, without those that only wait for a step in flight."""
     planned = []
     plan = Scheduler.plan
 
     def record(scheduler):
-        planned.append(plan(scheduler))
-        return planned[-1]
+        found = plan(scheduler)
+        planned.extend([found] if found.chunks else [])
+        return found
 
     monkeypatch.setattr(Scheduler, "plan", record)
     return planned

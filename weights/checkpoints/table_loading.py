@@ -1,10 +1,11 @@
 """Opens value tables for serving: loads and converts them into memory, or opens their files."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.errors import ConfigError
 from engine.model.config import MemoryConfig
@@ -210,8 +211,23 @@ def check_holds_a_token(table: ValueTable, memory: MemoryConfig, name: str) -> N
         )
 
 
-def progress_bar(label: str, stored: Sequence[StoredTensor]) -> "tqdm[None]":
-    """A progress bar on stderr; hidden for small tables, or if stderr is not a terminal."""
+class _Progress(Protocol):
+    def update(self, num_bytes: int, /) -> object: ...
+
+
+class _NoProgress:
+    def update(self, num_bytes: int, /) -> None:
+        """Show nothing."""
+
+
+def progress_bar(label: str, stored: Sequence[StoredTensor]) -> AbstractContextManager[_Progress]:
+    """A progress bar on stderr; none for small tables, or if stderr is not a terminal."""
     total = sum(one.num_bytes for one in stored)
-    hidden = True if total < _MIN_PROGRESS_BYTES else None
-    return tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=hidden)
+    if total < _MIN_PROGRESS_BYTES:
+        return nullcontext(_NoProgress())
+    from tqdm import tqdm  # an option of installations that load only small tables
+
+    bar: AbstractContextManager[_Progress] = tqdm(
+        total=total, unit="B", unit_scale=True, desc=label, disable=None
+    )
+    return bar

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import kernel_peers
-from benchmarks.access_trace import AccessTrace
 from benchmarks.drawn_tables import PLAIN, drawn_rows, repeated
-from benchmarks.gpu_result import GpuResult
-from benchmarks.graph_timing import CopyLimits, replayed_us
+from benchmarks.gpu.card_limits import CardLimits
+from benchmarks.gpu.figures import Figure
+from benchmarks.gpu.graph_timing import replayed_us
 from benchmarks.kernel_shapes import Shapes
 from benchmarks.memory.access import DrawnAccess, RecordedAccess, RowAccess
+from benchmarks.row_trace import AccessTrace
 from engine.errors import ConfigError
 from memory_ops import triton_kernels
 from memory_ops.checks import Table
@@ -30,11 +31,30 @@ _REPLAYED_TOKENS = 512  # per replay, all lookups together
 Lookup = Callable[[Tensor, Tensor], object]
 
 
+def names_of(shapes: Shapes, dtype: str, skew: str, tokens: int) -> list[str]:
+    """Names of the figures of one point: microseconds by tier and backend, and a hit rate.
+
+    ``host``: the GPU reads host memory in place; ``cached``: the host tier.
+    """
+    where = f"{skew} {dtype} {tokens} tokens of {shapes.num_rows} x {shapes.width}"
+    names = [f"gather {tier} triton {where}" for tier in ("device", "host", "cached")]
+    if dtype in PLAIN:
+        names.append(f"gather device torch {where}")
+    return [*names, f"hit rate {where}"]
+
+
 class Tiers:
     """A table on the host and a copy on the device; every measurement gets a new cache."""
 
-    def __init__(self, shapes: Shapes, dtype: str, cache_share: float, trace: AccessTrace) -> None:
-        self._shapes, self._dtype = shapes, dtype
+    def __init__(
+        self,
+        shapes: Shapes,
+        dtype: str,
+        cache_share: float,
+        trace: AccessTrace,
+        limits: CardLimits,
+    ) -> None:
+        self._shapes, self._dtype, self._limits = shapes, dtype, limits
         self._rows_RB = repeated(drawn_rows(dtype, shapes.width), shapes.num_rows)
         self._device_table = self._table(self._rows_RB.cuda())
         self._cache_bytes = int(self._rows_RB.nbytes * cache_share)
@@ -46,55 +66,38 @@ class Tiers:
             "recorded": RecordedAccess(trace, shapes.num_rows),
         }
 
-    def results(self, limits: CopyLimits, skew: str, tokens: int) -> Iterator[GpuResult]:
+    def figures(self, skew: str, tokens: int) -> Iterator[Figure]:
         """Time lookups of ``tokens`` tokens in every tier, and with torch's embedding bag.
+
+        Bounds count repeated rows.
 
         Raises:
             ConfigError: ``cache_share`` is too small.
         """
         replay_rows = self._timed_rows(skew, tokens)
         device_table, host_rows = self._device_table, self._table(self._rows_RB)
-        result = partial(self._result, limits, skew, replay_rows)
-        yield result("device", _us(partial(triton_kernels.gather_rows, device_table), replay_rows))
-        if isinstance(device_table, Tensor):
-            bag = kernel_peers.gathers(device_table, self._dtype)["torch"]
-            yield result("device", _us(bag, replay_rows), backend="torch")
-        cached = self._warm_table(host_rows, skew)
-        try:
-            yield result("host", _us(partial(triton_kernels.gather_rows, host_rows), replay_rows))
-            yield result("cached", *_cached_us(cached, replay_rows), cache_bytes=self._cache_bytes)
-        finally:
-            cached.close()
+        device, host, cached, *torch_name, hits = names_of(self._shapes, self._dtype, skew, tokens)
+        num_bytes = replay_rows[0][0].numel() * self._rows_RB[0].nbytes
+        in_device, over_bus = num_bytes / self._limits.device, num_bytes / self._limits.bus
 
-    def _result(
-        self,
-        limits: CopyLimits,
-        skew: str,
-        replay_rows: Sequence[Tensor],
-        tier: str,
-        us: float,
-        hit_rate: float | None = None,
-        *,
-        backend: str = "triton",
-        cache_bytes: int | None = None,
-    ) -> GpuResult:
-        return GpuResult(
-            op="gather",
-            tier=tier,
-            backend=backend,
-            skew=skew,
-            tokens=replay_rows[0].shape[1],
-            rows=self._shapes.num_rows,
-            width=self._shapes.width,
-            dtype=self._dtype,
-            us=us,
-            gb_per_s=replay_rows[0][0].numel() * self._rows_RB[0].nbytes / us / 1e3,
-            limit_gb_per_s=limits.device if tier == "device" else limits.bus,
-            device=torch.cuda.get_device_name(),
-            replays=len(replay_rows) - 1,
-            cache_bytes=cache_bytes,
-            hit_rate=hit_rate,
-        )
+        def timed(name: str, us: float, bound_ns: float) -> Figure:
+            return Figure(name, us, "us", bound_ns / 1e3)
+
+        gather = partial(triton_kernels.gather_rows, device_table)
+        yield timed(device, _us(gather, replay_rows), in_device)
+        for name in torch_name:
+            assert isinstance(device_table, Tensor)
+            bag = kernel_peers.gathers(device_table, self._dtype)["torch"]
+            yield timed(name, _us(bag, replay_rows), in_device)
+        table = self._warm_table(host_rows, skew)
+        try:
+            gather = partial(triton_kernels.gather_rows, host_rows)
+            yield timed(host, _us(gather, replay_rows), over_bus)
+            us, hit_rate = _cached_us(table, replay_rows)
+            yield timed(cached, us, over_bus)
+            yield Figure(hits, hit_rate, "of rows")
+        finally:
+            table.close()
 
     def _table(self, rows_RB: Tensor) -> Table:
         if self._dtype in PLAIN:

@@ -1,31 +1,12 @@
 """Times GPU work without host launch overhead, by replaying CUDA graphs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 import torch
 
-_COPIED_BYTES = 2**28
-# take at least 1 ms
-_FILLER_COPIES = 8
-
-
-@dataclass(frozen=True)
-class CopyLimits:
-    """GB/s of copies: within device memory (reads plus writes), and from host to device."""
-
-    device: float
-    bus: float
-
-    @classmethod
-    def measured(cls, rounds: int) -> "CopyLimits":
-        """Measure both; the host memory is pinned."""
-        data = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device="cuda")
-        copy, pinned = torch.empty_like(data), torch.empty_like(data, device="cpu").pin_memory()
-        device_us = replayed_us([lambda: copy.copy_(data)] * 8, rounds)
-        bus_us = replayed_us([lambda: data.copy_(pinned, non_blocking=True)] * 2, rounds)
-        return cls(2 * _COPIED_BYTES / device_us / 1e3, _COPIED_BYTES / bus_us / 1e3)
+# they take at least 1 ms, and displace what the caches hold
+_FILLER_BYTES, _FILLER_COPIES = 2**28, 8
 
 
 def replayed_us(
@@ -45,7 +26,7 @@ def replayed_us(
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    filler = torch.empty(2, _COPIED_BYTES, dtype=torch.uint8, device="cuda")
+    filler = torch.empty(2, _FILLER_BYTES, dtype=torch.uint8, device="cuda")
     taken: list[float] = []
     for number in range(rounds + 1):
         refresh(number)

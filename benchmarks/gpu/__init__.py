@@ -1,0 +1,1 @@
+"""``memplus bench gpu``: the whole check of a card, in parts."""

@@ -1,0 +1,82 @@
+"""Models of drawn weights on the GPU, in the shapes of SmolLM2-135M and Llama-3-8B."""
+
+from dataclasses import replace
+
+import torch
+
+from engine.model.config import ModelConfig
+from engine.model.transformer import Transformer
+from memory_ops.checks import Table
+from memory_ops.row_formats import RowRecords
+from memory_ops.tables.device import DeviceTable
+from weights.training.initialise import initialise
+
+GPU = torch.device("cuda", 0)
+_DRAWN_ROWS = 2**16  # at once
+SMOLLM2_SHAPE = ModelConfig(
+    vocab_size=49_152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    max_positions=8192,
+    rope_theta=100_000.0,
+    tie_embeddings=True,
+)
+LLAMA_8B_SHAPE = ModelConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_positions=8192,
+    rope_theta=500_000.0,
+)
+
+
+@torch.no_grad()
+def drawn_model(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device = GPU, seed: int = 0
+) -> Transformer:
+    """A model without tables whose weights are drawn in place, as for training."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    model.to_empty(device=device)
+    initialise(model, torch.Generator(device).manual_seed(seed))
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def drawn_table(num_rows: int, width: int, dtype: torch.dtype, device: torch.device = GPU) -> Table:
+    """A table ``[R, V]`` of N(0, 1 / V), drawn in place and part by part."""
+    table_RV = torch.empty(num_rows, width, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(1)
+    for first in range(0, num_rows, _DRAWN_ROWS):
+        table_RV[first : first + _DRAWN_ROWS].normal_(std=width**-0.5, generator=generator)
+    return table_RV
+
+
+def copied(model: Transformer, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """A copy of a model, whose tables are in memory, on a device; tables keep their dtype."""
+    with torch.device("meta"):
+        made = Transformer(model.config)
+    weights = {
+        name: weight.to(device, dtype, copy=True) for name, weight in model.state_dict().items()
+    }
+    made.load_state_dict(weights, assign=True)
+    made.rope_frequencies = model.rope_frequencies.to(device)
+    tables = {name: DeviceTable(_moved(table, device)) for name, table in model.tables.items()}
+    made.attach_tables(tables)
+    return made.eval().requires_grad_(False)
+
+
+def _moved(table: object, device: torch.device) -> Table:
+    assert isinstance(table, DeviceTable)
+    rows = table.rows
+    if isinstance(rows, RowRecords):
+        return replace(rows, records_RB=rows.records_RB.to(device))
+    return rows.to(device)

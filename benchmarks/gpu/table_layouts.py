@@ -1,0 +1,83 @@
+"""Places, sizes and formats of the value tables that part tables measures; needs no torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from benchmarks.gpu.recordings import SKEWS, STEPS
+
+HBM, HOST = "hbm", "host"
+DENSE = "dense"
+_BATCHES = tuple(STEPS)
+
+
+@dataclass(frozen=True)
+class TableLayout:
+    """One table and the points that are measured with it.
+
+    Attributes:
+        bits: logarithm of its number of rows.
+        dtype: of the rows.
+        place: ``hbm`` or ``host``.
+        cached_share: fraction of the rows that the cache holds; 0 for the smallest cache.
+        lookahead: layers ahead for which rows are predicted; 0 for never.
+        skews: access patterns.
+        batches: sequences that decode together.
+    """
+
+    bits: int
+    dtype: str
+    place: str
+    cached_share: float = 0.0
+    lookahead: int = 0
+    skews: tuple[str, ...] = SKEWS
+    batches: tuple[int, ...] = _BATCHES
+
+    @property
+    def name(self) -> str:
+        """The layout in words."""
+        if self.place == HBM:
+            return f"2^{self.bits} {self.dtype} {HBM}"
+        cache = f"cache {self.cached_share:.0%}" if self.cached_share else "smallest cache"
+        return f"2^{self.bits} {self.dtype} {HOST} {cache} lookahead {self.lookahead}"
+
+    @property
+    def points(self) -> list[tuple[str, int]]:
+        """Skew and batch of each point."""
+        return list(product(self.skews, self.batches))
+
+    def figure(self, skew: str, batch: int) -> str:
+        """Name of the figure of a point."""
+        return f"{self.name} {skew} decode {batch}"
+
+    @property
+    def in_hbm(self) -> "TableLayout":
+        """The same table in HBM."""
+        return replace(self, place=HBM, cached_share=0.0, lookahead=0)
+
+
+def dense_figure(batch: int) -> str:
+    """Name of the figure of the model without memory layers."""
+    return f"{DENSE} decode {batch}"
+
+
+def layouts(*, is_core: bool) -> Iterator[TableLayout]:
+    """The layouts in order of worth; those of the same table follow each other."""
+    if is_core:
+        recorded = SKEWS[:1]
+        yield TableLayout(22, "bf16", HBM, skews=recorded)
+        for lookahead in (0, 1):
+            yield TableLayout(22, "bf16", HOST, 0.1, lookahead, recorded)
+        return
+    for bits in (22, 20):
+        yield TableLayout(bits, "bf16", HBM)
+        yield from _in_host_memory(bits, "bf16")
+    for bits in (18, 20, 22):
+        # the size alone: the same format as the largest table
+        yield TableLayout(bits, "int8", HOST, 0.1, skews=SKEWS[:1], batches=(1, 8))
+    yield from _in_host_memory(24, "int8")
+
+
+def _in_host_memory(bits: int, dtype: str) -> Iterator[TableLayout]:
+    for share, lookahead in product((0.1, 0.2, 0.0), (0, 1)):
+        yield TableLayout(bits, dtype, HOST, share, lookahead)

@@ -1,0 +1,1 @@
+"""Tests of ``memplus bench gpu``; none asserts on speed."""

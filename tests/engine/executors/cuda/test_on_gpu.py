@@ -1,0 +1,113 @@
+"""The engine on a GPU gives the CPU's tokens: every kind of model, eager, in graphs, in flight."""
+
+import pytest
+import torch
+
+from benchmarks.gpu.drawn_models import copied
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.executors.executor import make_executor
+from engine.executors.lookahead import LookaheadConfig
+from engine.request import Request
+from engine.sampling.params import SamplingParams
+from tests.models import (
+    engine_of,
+    feed_forward_changes,
+    greedy,
+    plain_greedy,
+    random_model,
+    run,
+    tiny_config,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GPU = torch.device("cuda", 0)
+CONFIG = EngineConfig(
+    max_num_seqs=4, max_batched_tokens=64, block_size=4, max_model_len=64, kv_cache_gib=0.001
+)
+PROMPTS = {"a": [1, 2, 3], "b": [4, 5, 6, 7, 8, 9, 10], "c": [11]}
+COUNT = 12
+KINDS = [
+    ("dense", "dense"),
+    ("memory_plus", "dense", "memory_plus"),
+    ("pkm", "pkm"),
+    ("peer",),
+    ("moe", "dense"),
+]
+WITH_TABLES = [kinds for kinds in KINDS if set(kinds) & {"memory_plus", "pkm", "peer"}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _triton():
+    pytest.importorskip("triton")
+
+
+def requests():
+    return {0: [greedy(name, ids, COUNT) for name, ids in PROMPTS.items()]}
+
+
+def check(executor, expected):
+    """Eager steps, graphs, and graphs with one step in flight give these tokens."""
+    executor.steps_ahead = 0
+    assert run(Engine(executor, CONFIG), requests()) == expected
+    executor.warm_up()
+    assert run(Engine(executor, CONFIG), requests()) == expected
+    executor.steps_ahead = 1
+    assert run(Engine(executor, CONFIG), requests()) == expected
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+def test_tables_in_device_memory(kinds):
+    model = random_model(tiny_config(**feed_forward_changes(*kinds)))
+    expected = {name: plain_greedy(model, ids, COUNT) for name, ids in PROMPTS.items()}
+    check(make_executor(copied(model, GPU, torch.float32), CONFIG), expected)
+
+
+@pytest.mark.parametrize("lookahead", [None, LookaheadConfig(1, 2)], ids=["", "lookahead"])
+@pytest.mark.parametrize("kinds", WITH_TABLES, ids="-".join)
+def test_tables_in_host_memory_behind_a_cache_that_evicts(kinds, lookahead):
+    from memory_ops.page_lock import PageLock
+    from memory_ops.tables.host import HostTable
+    from memory_ops.tables.row_cache import RowCache, rows_memory
+    from memory_ops.tables.streams import cuda_streams
+
+    model = random_model(tiny_config(**feed_forward_changes(*kinds)))
+    expected = {name: plain_greedy(model, ids, COUNT) for name, ids in PROMPTS.items()}
+    on_gpu = copied(model, GPU, torch.float32)
+    tables = {}
+    for name, table in model.tables.items():
+        # 16 of the 64 rows, and what one token of two heads reads
+        cache_bytes = 64 * 32 * 4 + 16 * (32 * 4 + 16)
+        cache = RowCache(table.rows, cache_bytes, GPU, num_layers=len(kinds), num_overflow=64)
+        lock = PageLock(rows_memory(table.rows), GPU)
+        tables[name] = HostTable(table.rows, cache, cuda_streams(GPU), lock)
+    on_gpu.attach_tables(tables)
+    try:
+        check(make_executor(on_gpu, CONFIG, lookahead), expected)
+        torch.cuda.synchronize()
+        counted = [one for table in tables.values() for one in table.statistics().values()]
+        assert any(counts.hits and counts.misses > 16 for counts in counted)
+    finally:
+        for table in tables.values():
+            table.close()
+
+
+SAMPLING = [
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.7, "seed": 4, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0, "logit_bias": ((7, 4.0), (9, -4.0))},
+    {"temperature": 0, "repetition_penalty": 1.5, "frequency_penalty": 0.5},
+]
+
+
+def test_sampled_tokens_in_graphs_and_beside_them():
+    model = random_model(tiny_config())
+    params = [SamplingParams(max_tokens=COUNT, ignore_eos=True, **one) for one in SAMPLING]
+    sampled = {0: [Request(str(n), (1, 2, 3 + n), one) for n, one in enumerate(params)]}
+    expected = run(engine_of(model, CONFIG), sampled)
+    executor = make_executor(copied(model, GPU, torch.float32), CONFIG)
+    executor.warm_up()
+    assert run(Engine(executor, CONFIG), sampled) == expected

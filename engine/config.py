@@ -26,8 +26,8 @@ class EngineConfig:
     block_size: int = option(16, "tokens per KV block")
     kv_cache_gib: float | None = option(
         None,
-        "memory for KV blocks (default: on a GPU all that is left; on a CPU enough for all"
-        " sequences, at most 2 GiB and at most the memory that weights and tables leave free)",
+        "memory for KV blocks (default: enough for all sequences, at most the memory that"
+        " weights, tables and steps leave free, and on a CPU at most 2 GiB)",
     )
     kv_dtype: str = option(
         "auto",

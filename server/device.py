@@ -1,5 +1,6 @@
 """The device that computes: chosen by ``--device``, with a log line that gives the reason."""
 
+import importlib.util
 import logging
 
 import torch
@@ -20,25 +21,28 @@ def chosen_device(model: ModelOptions, engine: EngineConfig | None = None) -> to
     Raises:
         ConfigError: the GPU is not usable, or the device does not support a setting.
     """
-    device, reason = _choice(model.device)
+    device, reason = _choice(model)
     engine = engine or EngineConfig()
     if device.type == "cpu":
         logger.info("device: cpu (%s)", reason)
         _check_cpu_settings(model, engine, reason)
     else:
         logger.info("device: %s, %s (%s)", device, torch.cuda.get_device_name(device), reason)
-        if model.table_tier == "disk":
-            message = "disk is not supported on a GPU yet; use host, or --device cpu"
-            raise ConfigError(f"table_tier: {message}")
     return device
 
 
-def _choice(option: str) -> tuple[torch.device, str]:
+def _choice(model: ModelOptions) -> tuple[torch.device, str]:
     """The device, and the reason for it."""
+    option, is_on_disk = model.device, model.table_tier == "disk"
     if option == "cpu":
         return torch.device("cpu"), "--device cpu"
+    if is_on_disk and option == "auto":
+        return torch.device("cpu"), "auto: --table-tier disk needs the CPU"
     index = int(option.partition(":")[2] or 0)
     problem = _problem(index)
+    if problem is None and is_on_disk:
+        message = "disk is not supported on a GPU yet; use host, or --device cpu"
+        raise ConfigError(f"table_tier: {message}")
     if problem is None:
         reason = "auto takes a usable GPU" if option == "auto" else f"--device {option}"
         return torch.device("cuda", index), reason
@@ -53,6 +57,8 @@ def _problem(index: int) -> str | None:
         return "this build of torch supports no GPU"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
     count = torch.cuda.device_count()
     if index >= count:
         return f"torch finds {count} GPU{'s' if count > 1 else ''}, and numbers start at 0"

@@ -1,6 +1,5 @@
 """The executor protocol, and the choice of a model's executor."""
 
-import importlib.util
 import logging
 from collections.abc import Mapping
 from typing import Protocol
@@ -75,16 +74,21 @@ def make_executor(
     that only serves should drop the model.
 
     Raises:
-        ConfigError: the KV memory is too small, or exceeds the machine's memory.
+        ConfigError: the KV memory is too small, or exceeds the machine's memory; or a setting needs
+            another device.
+        ValueError: ``dtype`` is not that of weights on a GPU.
     """
     weight = model.model.embed_tokens.weight
     dtype = dtype or weight.dtype
-    if weight.is_cuda and importlib.util.find_spec("triton") is not None:
-        assert dtype is weight.dtype, "weights are loaded to a GPU in the dtype that they serve in"
+    if weight.is_cuda:
+        if dtype is not weight.dtype:
+            raise ValueError(f"dtype: {dtype}, but the weights on the GPU have {weight.dtype}")
         # imports triton, which a CPU does not need
         from engine.executors.cuda.sized_executor import sized_executor
 
         return sized_executor(model, config, lookahead)
+    if config.kv_dtype != "auto":
+        raise ConfigError(f"kv_dtype: {config.kv_dtype} needs a GPU")
     per_token = model.config.kv_bytes_per_token(dtype.itemsize)
     num_blocks = config.num_kv_blocks(per_token, model.config.max_positions)
     kernels = cpu_kernels(weight.device, dtype)

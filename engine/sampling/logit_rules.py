@@ -93,7 +93,9 @@ def _places(logits_LV: Tensor, parts: Iterable[tuple[int, Ids]]) -> Tensor:
 
 
 def _tensor(values: NDArray[np.generic], like: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(like.device)
+    made = torch.from_numpy(values)
+    # a copy from other memory would wait for the GPU
+    return made.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else made
 
 
 _BYTES = np.arange(256, dtype=np.uint8)[:, np.newaxis]

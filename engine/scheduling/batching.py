@@ -14,6 +14,9 @@ from engine.sampling.params import TokenLogprobs
 from engine.sampling.request_rules import RequestRules, SamplingRow
 from engine.scheduling.step_plan import PENDING, ChunkResult, SequenceChunk, StepPlan
 
+# with a step in flight, a sequence that waits for its last token is in every second plan
+_KEPT_PLANS = 2
+
 
 class BlockTable:
     """The block ids of each step's sequences, one row per sequence, kept between steps.
@@ -57,11 +60,12 @@ class SamplingRows:
 
     def __init__(self, eos_ids: frozenset[int]) -> None:
         self._eos_ids = eos_ids
-        self._rules: dict[str, RequestRules] = {}
+        self._num_plans = 0
+        self._rules: dict[str, tuple[int, RequestRules]] = {}  # with the plan that used them last
 
     def of(self, plan: StepPlan) -> list[SamplingRow]:
         """One row per sampled position of the plan, in order."""
-        kept, self._rules = self._rules, {}
+        self._num_plans += 1
         rows: list[SamplingRow] = []
         for chunk in plan.chunks:
             if not chunk.samples:
@@ -69,21 +73,24 @@ class SamplingRows:
             end = chunk.end - chunk.num_drafts
             rules = None
             if chunk.sampling.has_rules_after(end - chunk.prompt_length):
-                rules = self._follow(chunk, kept)
+                rules = self._follow(chunk)
             rows.append(SamplingRow(chunk.sampling, chunk.seed, end, rules))
             for count in range(1, chunk.num_drafts + 1):
                 drafts = chunk.drafts[:count]
                 rows.append(SamplingRow(chunk.sampling, chunk.seed, end + count, rules, drafts))
+        unused = [n for n, (used, _) in self._rules.items() if used < self._num_plans - _KEPT_PLANS]
+        for name in unused:
+            del self._rules[name]
         return rows
 
-    def _follow(self, chunk: SequenceChunk, kept: dict[str, RequestRules]) -> RequestRules:
-        # the rules of a preempted request are dropped, and made again from its history
-        rules = kept.get(chunk.request_id)
+    def _follow(self, chunk: SequenceChunk) -> RequestRules:
+        # rules that were dropped are made again from the history
+        _, rules = self._rules.get(chunk.request_id, (0, None))
         is_first = chunk.end - chunk.num_drafts == chunk.prompt_length
         if rules is None or is_first:
             rules = RequestRules(chunk.sampling, chunk.prompt_length, self._eos_ids)
         rules.follow(chunk.history)
-        self._rules[chunk.request_id] = rules
+        self._rules[chunk.request_id] = self._num_plans, rules
         return rules
 
 

@@ -127,7 +127,7 @@ class Scheduler:
                 continue  # an earlier step or an abort ended it while this step was in flight
             result = results[chunk.request_id]
             ending = take_result(sequence, chunk, result, self._eos_ids)
-            self._settle(sequence)
+            self._settle(sequence, chunk.end)
             if chunk.samples or chunk.is_scored:
                 outputs.append(output(sequence, result, ending))
                 sequence.scores_are_due, sequence.prompt_scores = False, []
@@ -260,13 +260,17 @@ class Scheduler:
             prompt_length=sequence.prompt_length,
         )
 
-    def _settle(self, sequence: Sequence) -> None:
-        """Publish the blocks that are now full, and release those that only drafts needed."""
+    def _settle(self, sequence: Sequence, num_run: int) -> None:
+        """Publish the blocks that are now full, and release those that only drafts needed.
+
+        Steps in flight may compute more than the first ``num_run`` tokens, or fail.
+        """
         needed = self._pool.blocks_for(sequence.length)
         if needed < len(sequence.block_ids):
             self._pool.release(sequence.block_ids[needed:])
             sequence.block_ids = sequence.block_ids[:needed]
-        full = min(sequence.num_computed, len(sequence.token_ids)) // self._pool.block_size
+        num_known = min(sequence.num_computed, len(sequence.token_ids), num_run)
+        full = num_known // self._pool.block_size
         if full == sequence.num_published:
             return
         self._hasher.extend(sequence.hashes, sequence.token_ids, sequence.request.cache_salt)

@@ -77,10 +77,13 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def _launch(half_scores_TH2N: Tensor, rows_THK: Tensor, weights_THK: Tensor) -> None:
     num_tokens, num_heads, top_k = rows_THK.shape
     num_subkeys = half_scores_TH2N.shape[3]
-    # the strides between tokens and between halves may be any
+    # the stride between tokens may be any, and that between halves if its alignment is certain: the
+    # compiler makes a kernel for each alignment
     _, head_stride, half_stride, stride = half_scores_TH2N.stride()
-    if head_stride != 2 * half_stride or stride != 1:
-        half_scores_TH2N = half_scores_TH2N.contiguous()
+    is_packed = (head_stride, half_stride, stride) == (2 * num_subkeys, num_subkeys, 1)
+    is_strided = head_stride == 2 * half_stride and stride == 1 and num_subkeys % 16 == 0
+    if not is_packed and not is_strided:
+        half_scores_TH2N, is_packed = half_scores_TH2N.contiguous(), True
     # the sort needs a power of two of at least 2
     padded_k = triton.next_power_of_2(max(top_k, 2))
     candidates = sum(top_k // (rank + 1) for rank in range(top_k))
@@ -93,6 +96,7 @@ def _launch(half_scores_TH2N: Tensor, rows_THK: Tensor, weights_THK: Tensor) -> 
             weights_THK,
             half_scores_TH2N.stride(0),
             half_scores_TH2N.stride(2),
+            IS_PACKED=is_packed,
             NUM_HEADS=num_heads,
             NUM_SUBKEYS=num_subkeys,
             TOP_K=top_k,
@@ -140,6 +144,7 @@ def _best_of_tile(
     scores_ptr,
     half_stride,
     start,
+    IS_PACKED: tl.constexpr,
     NUM_SUBKEYS: tl.constexpr,
     BLOCK: tl.constexpr,
     PADDED_K: tl.constexpr,
@@ -147,9 +152,10 @@ def _best_of_tile(
     """The best scores of one tile of both halves, packed and sorted, ``[2, PADDED_K]``."""
     subkeys = start + tl.arange(0, BLOCK)[None, :]
     halves = tl.arange(0, 2)[:, None]
+    starts = halves * NUM_SUBKEYS if IS_PACKED else halves.to(tl.int64) * half_stride
     # past the end, -inf and a larger index order after every existing subkey
     scores = tl.load(
-        scores_ptr + halves.to(tl.int64) * half_stride + subkeys,
+        scores_ptr + starts + subkeys,
         mask=(subkeys < NUM_SUBKEYS) & (halves < 2),
         other=float("-inf"),
     )
@@ -184,6 +190,7 @@ def _product_topk(
     weights_ptr,
     token_stride,
     half_stride,
+    IS_PACKED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_SUBKEYS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -195,14 +202,17 @@ def _product_topk(
 ):
     """rows = top-K of s1[i] + s2[j] over i in top-K of s1, j in top-K of s2;  w = softmax."""
     head = tl.program_id(0).to(tl.int64)
-    scores_ptr += head // NUM_HEADS * token_stride + head % NUM_HEADS * 2 * half_stride
+    head_stride = 2 * NUM_SUBKEYS if IS_PACKED else 2 * half_stride
+    scores_ptr += head // NUM_HEADS * token_stride + head % NUM_HEADS * head_stride
 
     if NUM_SUBKEYS <= BLOCK:
-        best = _best_of_tile(scores_ptr, half_stride, 0, NUM_SUBKEYS, BLOCK, PADDED_K)
+        best = _best_of_tile(scores_ptr, half_stride, 0, IS_PACKED, NUM_SUBKEYS, BLOCK, PADDED_K)
     else:
         best = tl.full([2, PADDED_K], LEAST, tl.int64)
         for start in range(0, NUM_SUBKEYS, BLOCK):
-            tile = _best_of_tile(scores_ptr, half_stride, start, NUM_SUBKEYS, BLOCK, PADDED_K)
+            tile = _best_of_tile(
+                scores_ptr, half_stride, start, IS_PACKED, NUM_SUBKEYS, BLOCK, PADDED_K
+            )
             best = tl.topk(tl.reshape(tl.join(best, tile), [2, 2 * PADDED_K]), PADDED_K)
     halves = tl.reshape(best, [2 * PADDED_K])
 

@@ -7,6 +7,7 @@ from engine.config import EngineConfig
 from engine.executors.batch import DeviceLostError
 from engine.request import Request
 from engine.sampling.params import SamplingParams
+from engine.scheduling import batching
 from tests.engine.delayed_executor import delayed
 from tests.engine.test_company import Multiples, step_all, tokens
 from tests.models import (
@@ -123,6 +124,39 @@ def test_a_launch_that_fails_ends_only_its_request_after_earlier_steps(model, mo
     assert found["bad"][0].error == "AssertionError in the engine"
     # the first token came before
     assert tokens(found["good"]) == plain_greedy(model, [1, 2, 3], 12)[1:]
+
+
+def test_a_chunk_that_never_ran_is_not_shared(model, monkeypatch):
+    # a prompt's second chunk fails to launch while its first five tokens are in flight
+    broken = engine(model, block_size=4, max_batched_tokens=8, max_num_seqs=8)
+    launch, prompt = broken._executor.launch, [7] * 16
+
+    def fail(batch):
+        assert not ((batch.ids_T == 7) & (batch.layout.positions_T >= 5)).any()
+        return launch(batch)
+
+    monkeypatch.setattr(broken._executor, "launch", fail)
+    broken.add(greedy("good", [1, 2, 3], 4))
+    broken.add(greedy("bad", prompt, 3))
+    assert step_all(broken)["bad"][-1].error == "AssertionError in the engine"
+    monkeypatch.undo()
+    broken.add(greedy("again", prompt, 5))
+    found = step_all(broken)["again"]
+    assert tokens(found) == plain_greedy(model, prompt, 5)
+    assert found[0].cached_tokens == 4
+
+
+def test_rules_are_kept_while_a_sequence_waits_for_its_token(model, monkeypatch):
+    made = []
+    plain = batching.RequestRules
+    monkeypatch.setattr(
+        batching, "RequestRules", lambda *arguments: made.append(1) or plain(*arguments)
+    )
+    ruled = engine(model)
+    ruled.add(greedy("ruled", [1, 2, 3], 8, repetition_penalty=1.3))
+    ruled.add(greedy("free", [4, 5], 16))
+    step_all(ruled)
+    assert len(made) == 1
 
 
 def test_a_lost_device_ends_the_engine(model, monkeypatch):

@@ -106,11 +106,16 @@ def test_a_cpu_refuses_settings_that_need_a_gpu_with_the_reason(gpus, model, eng
 
 def test_a_gpu_refuses_tables_on_disk(gpus):
     gpus((9, 0))
-    on_disk = ModelOptions(table_tier="disk")
     with pytest.raises(ConfigError, match="table_tier: disk is not supported on a GPU yet"):
-        chosen_device(on_disk)
-    gpus()
-    assert chosen_device(on_disk) == torch.device("cpu")
+        chosen_device(ModelOptions(table_tier="disk", device="cuda"))
+    assert chosen_device(ModelOptions(table_tier="disk")) == torch.device("cpu")
+
+
+def test_a_gpu_needs_triton(gpus, monkeypatch):
+    gpus((9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="device: cuda cannot be used: triton is not installed"):
+        chosen_device(ModelOptions(device="cuda"))
 
 
 def test_an_option_without_effect_is_logged(gpus, caplog):

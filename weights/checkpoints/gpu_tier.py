@@ -74,11 +74,11 @@ class GpuTierChoice:
 
     def _gpu_memory(self) -> AvailableMemory:
         free, total = self.read_gpu(self.device)
-        share = int(total * self.utilization)
-        if free < share:
-            return AvailableMemory(free, f"free on {self.device}")
+        in_use = total - free
         bound = f"{self.utilization:g} of {self.device}, --gpu-memory-utilization"
-        return AvailableMemory(share, bound)
+        if in_use:
+            bound += f", less {size_text(in_use)} in use"
+        return AvailableMemory(max(0, int(total * self.utilization) - in_use), bound)
 
     def _cache_bytes(self, table_bytes: int, weight_bytes: int, gpu: AvailableMemory) -> int | None:
         beyond_weights = gpu.num_bytes - weight_bytes

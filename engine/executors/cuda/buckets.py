@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_DECODE_SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+DECODE_SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _MIXED_TOKENS = (64, 128, 256, 512)
 
 
@@ -27,9 +27,8 @@ class Buckets:
     """The shapes for which graphs exist: decodes by sequences, and mixed steps by tokens."""
 
     def __init__(self, max_num_seqs: int, max_batched_tokens: int) -> None:
-        self._max_num_seqs = max_num_seqs
-        within = [count for count in _DECODE_SEQUENCES if count < max_num_seqs]
-        decodes = [*within, min(max_num_seqs, _DECODE_SEQUENCES[-1])]
+        within = [count for count in DECODE_SEQUENCES if count < max_num_seqs]
+        decodes = [*within, min(max_num_seqs, DECODE_SEQUENCES[-1])]
         self._decodes = [StepShape(count, count, count, True) for count in dict.fromkeys(decodes)]
         self._mixed = [
             StepShape(count, max_num_seqs, max_num_seqs, False)

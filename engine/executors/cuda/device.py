@@ -79,9 +79,15 @@ class CudaDevice:
         self.num_processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        # what else this thread queues, such as reads of counters, is ordered with the steps
+        torch.cuda.set_stream(self._stream)
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            self._check_alive(error)
+            raise
 
     def queue(self, work: Work) -> None:
         try:
@@ -92,7 +98,11 @@ class CudaDevice:
             raise
 
     def record(self) -> "CudaEvent":
-        return CudaEvent(self._stream.record_event())
+        try:
+            return CudaEvent(self._stream.record_event())
+        except RuntimeError as error:
+            self._check_alive(error)
+            raise
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)

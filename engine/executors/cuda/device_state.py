@@ -1,4 +1,4 @@
-"""What steps keep on the device from one to the next: KV blocks, block table, last tokens."""
+"""Tensors kept on the device between steps: KV blocks, block table, last tokens."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,9 @@ class DeviceState:
         """
         seats, device = config.max_num_seqs, like.device
         kv_dtype = torch.uint8 if config.kv_dtype == "fp8" else like.dtype
-        most_blocks = min(-(-model.max_positions // config.block_size), num_blocks)
+        # independent of ``num_blocks``: kernels are compiled for the table's width
+        length = min(config.max_model_len or model.max_positions, model.max_positions)
+        most_blocks = -(-length // config.block_size)
         return cls(
             kv_memory(model, num_blocks + 1, config.block_size, like.new_empty(0, dtype=kv_dtype)),
             torch.zeros(seats, most_blocks, dtype=torch.int32, device=device),

@@ -54,9 +54,9 @@ class CudaExecutor:
         self._block_tables = BlockTables(self._state.block_table_PB, device)
         self._buckets = Buckets(config.max_num_seqs, config.max_batched_tokens)
         tokens = config.max_batched_tokens
-        self._largest = StepShape(tokens, config.max_num_seqs, config.max_num_seqs, False)
-        most_words = InputLayout(self._largest._replace(logits=tokens)).num_words
-        self._staging = Staging(device, most_words)
+        # with logits everywhere, as for a scored prompt
+        self._largest = StepShape(tokens, config.max_num_seqs, tokens, False)
+        self._staging = Staging(device, InputLayout(self._largest).num_words)
         self._inputs: dict[StepShape, StagedInputs] = {}  # of the shapes that have a graph
         self._writer = InputWriter(model.config.vocab_size, num_blocks * config.block_size)
         self._runner = StepRunner(model, self._state, device)
@@ -68,7 +68,7 @@ class CudaExecutor:
     def launch(self, batch: Batch) -> CudaStep:
         self.progress.mark()
         scored = ScoredTokens.of(batch)
-        self._results.reverse()
+        # the host may still read the other one
         chosen = self._results[0][: len(batch.rows)]
 
         def finish(outputs: StepOutputs) -> None:
@@ -77,6 +77,7 @@ class CudaExecutor:
             chosen.copy_(outputs.chosen_L[: len(chosen)], non_blocking=True)
 
         self._queue(batch, finish)
+        self._results.reverse()
         self._count(len(batch.ids_T))
         return CudaStep(self._device.record(), chosen, scored, self.progress)
 
@@ -90,7 +91,7 @@ class CudaExecutor:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile all kernels and capture the graphs of the buckets, the largest first.
+        """Compile the kernels of all buckets and capture their graphs, the largest first.
 
         Raises:
             ConfigError: the graphs do not fit in the device's memory.
@@ -99,10 +100,13 @@ class CudaExecutor:
         try:
             self.run_largest()
             for shape in self._buckets:
-                if time.monotonic() - begun > _MOST_CAPTURE_S:
-                    logger.warning("steps of %d tokens and fewer get no graphs", shape.tokens)
-                    break
-                self._capture(shape)
+                # the first run of a shape compiles its kernels, also if it gets no graph
+                self._queue(warm_up_batch(), lambda outputs: None, shape)
+                self._device.record().wait()
+                if time.monotonic() - begun < _MOST_CAPTURE_S:
+                    self._capture(shape)
+                else:
+                    logger.warning("no graph for %s: captures took too long", shape)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 "gpu_memory_utilization: the graphs of steps do not fit in the GPU's memory; lower"
@@ -114,9 +118,6 @@ class CudaExecutor:
         )
 
     def _capture(self, shape: StepShape) -> None:
-        # the first run of a shape compiles its kernels
-        self._queue(warm_up_batch(), lambda outputs: None, shape)
-        self._device.record().wait()
         inputs = self._staging.inputs(shape)
         self._runner.capture(shape, inputs.on_device)
         self._inputs[shape] = inputs

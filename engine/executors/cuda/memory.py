@@ -52,9 +52,7 @@ class CudaMemory:
         Padding reads the rows of the first token, so that it fetches nothing.
         """
         memory = self._memory
-        x_TD = rms_norm(residual_TD, *self._norm)
-        if tokens.sources_T is not None:
-            x_TD = x_TD.index_select(0, tokens.sources_T)
+        x_TD = tokens.with_padding(rms_norm(residual_TD, *self._norm))
         half_scores_TH2N = self._half_scores(x_TD)
         rows_THK, weights_THK = operations.product_topk(half_scores_TH2N, memory.top_k)
         trace.memory.append(MemoryTrace(rows_THK, weights_THK))

@@ -18,6 +18,7 @@ class CudaMixture:
         self._norm, self._top_k = norm_of(norm), mixture.top_k
         self._router = joined(mixture.gate)
         experts = [expert for expert in mixture.experts if isinstance(expert, Expert)]
+        assert len(experts) == len(mixture.experts)
         size, width = experts[0].w1.weight.shape
         like = experts[0].w1.weight
         self._gate_up_E2IK = like.new_empty(len(experts), 2 * size, width)
@@ -34,7 +35,7 @@ class CudaMixture:
                 layer.weight = nn.Parameter(place, requires_grad=False)
 
     def run(self, residual_TD: Tensor, tokens: StepTokens, trace: ForwardTrace) -> Tensor:
-        x_TD = rms_norm(residual_TD, *self._norm)
+        x_TD = tokens.with_padding(rms_norm(residual_TD, *self._norm))
         logits_TE = self._router(x_TD)
         trace.router_logits.append(logits_TE)
         y_TD = kernels.mixture(x_TD, logits_TE, self._gate_up_E2IK, self._down_EDI, self._top_k)

@@ -32,7 +32,7 @@ class ScoredTokens:
 
     @classmethod
     def of(cls, batch: Batch) -> "ScoredTokens":
-        """What a batch asks for."""
+        """The positions that a batch asks to score."""
         rows = [
             (at, NO_TOKEN, row.params.logprobs)
             for at, row in enumerate(batch.rows)

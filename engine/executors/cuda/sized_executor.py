@@ -8,9 +8,10 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.cuda.device import CudaDevice
 from engine.executors.cuda.executor import CudaExecutor
-from engine.executors.cuda.sizing import CudaMemory, num_kv_blocks
+from engine.executors.cuda.sizing import GpuMemory, num_kv_blocks
 from engine.executors.cuda.step import DeviceModel
 from engine.executors.lookahead import LookaheadConfig
+from engine.model.attention import KvMemoryError
 from engine.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ def sized_executor(
     """
     weight = model.head.weight
     device = CudaDevice(weight.device)
-    device_model = DeviceModel(model, device.num_processors, lookahead)
     logger.info(
         "executor: cuda, Triton kernels on %s in %s",
         torch.cuda.get_device_name(weight.device),
@@ -34,13 +34,14 @@ def sized_executor(
     )
     itemsize = 1 if config.kv_dtype == "fp8" else weight.dtype.itemsize
     try:
+        device_model = DeviceModel(model, device.num_processors, lookahead)
         # one block is enough to measure what a step takes
         probe = CudaExecutor(device_model, config, device, num_blocks=1)
-        memory = CudaMemory(weight.device)
+        memory = GpuMemory(weight.device)
         num_blocks = num_kv_blocks(model.config, config, itemsize, memory, probe.run_largest)
         del probe
         return CudaExecutor(device_model, config, device, num_blocks)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, KvMemoryError) as error:
         raise ConfigError(
             "max_batched_tokens: the largest step does not fit in the GPU's memory; lower"
             " --max-batched-tokens, --max-num-seqs or --table-cache, or use --table-tier host"

@@ -25,15 +25,15 @@ class DeviceMemory(Protocol):
         ...
 
     def in_use(self) -> int:
-        """What this process and others hold now."""
+        """Memory that this process and others hold now."""
         ...
 
     def peak(self, work: Callable[[], None]) -> int:
-        """What ``work`` allocates at most beyond what is in use before it."""
+        """The most memory that ``work`` allocates in addition to that in use before."""
         ...
 
 
-class CudaMemory:
+class GpuMemory:
     """The memory of a GPU, as torch and the driver count it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -92,9 +92,10 @@ def num_kv_blocks(
         *(in_use / _GIB, (2 * peak + _RESERVE_BYTES) / _GIB),
     )
     if found < 1 or (config.kv_cache_gib is not None and found < wanted):
+        lower = "" if config.kv_cache_gib is None else "--kv-cache-gib, "
         raise ConfigError(
             f"kv_cache_gib: weights, tables and steps leave {max(left, 0) / _GIB:.2f} GiB of the"
-            " GPU; lower --kv-cache-gib, --table-cache or --max-batched-tokens, use --table-tier"
-            " host or --table-dtype int8, or raise --gpu-memory-utilization"
+            f" GPU; lower {lower}--table-cache or --max-batched-tokens, use --table-tier host or"
+            " --table-dtype int8, or raise --gpu-memory-utilization"
         )
     return found

@@ -1,4 +1,4 @@
-"""Sends a step's inputs from pinned memory, of which there are two: one is filled, one is read."""
+"""Copies a step's inputs to the device from two alternating pinned buffers."""
 
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ class StagedInputs:
 
 
 class Staging:
-    """Buffers of 64-bit words: two on the host, by turns, and one on the device."""
+    """Buffers of 64-bit words: two on the host, used alternately, and one on the device."""
 
     def __init__(self, device: Device, num_words: int) -> None:
         self._device = device

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.executors.cuda.buckets import StepShape
+from engine.executors.cuda.buckets import DECODE_SEQUENCES, StepShape
 from engine.executors.cuda.device_state import DeviceState
 from engine.executors.cuda.kernels.add_biases import add_biases
 from engine.executors.cuda.kernels.block_table import update_block_table
@@ -22,13 +22,13 @@ from engine.model.transformer import Transformer
 # programs of the attention kernel that are launched for each of the device's processors
 _PROGRAMS_PER_PROCESSOR = 2
 _MOST_SPLITS = 32
-# a mixed step may hold few decodes with long contexts
-_MIXED_SPLITS = 4
+# another step may hold few decodes with long contexts
+_OTHER_SPLITS = 4
 
 
 @dataclass(frozen=True)
 class StepOutputs:
-    """What a step leaves on the device, until the next one.
+    """The results of a step on the device, valid until the next one.
 
     Attributes:
         logits_LV: fp32, biases added.
@@ -83,7 +83,7 @@ class DeviceModel:
         trace = ForwardTrace()
         for index, layer in enumerate(self._layers):
             if self._lookahead is not None:
-                self._lookahead.before(index, residual_TD)
+                self._lookahead.before(index, tokens.with_padding(residual_TD))
             residual_TD = layer.run(residual_TD, tokens, state.kv_blocks[index], trace)
         if not shape.is_decode:
             residual_TD = residual_TD.index_select(0, inputs["logits_at"])
@@ -103,7 +103,12 @@ class DeviceModel:
         return state.logits_LV.new_empty(shape), state.chosen_L.new_empty(count)
 
     def _num_splits(self, shape: StepShape) -> int:
-        """Parts of a context, so that even one sequence occupies all processors."""
-        programs = shape.sequences * self.config.num_kv_heads
-        wanted = -(-self._num_processors * _PROGRAMS_PER_PROCESSOR // programs)
-        return max(min(wanted, _MOST_SPLITS), 1 if shape.is_decode else _MIXED_SPLITS)
+        """Parts of a context, so that a decode of few sequences occupies all processors.
+
+        Kernels are compiled for each number, so only buckets of decodes choose it.
+        """
+        if not shape.is_decode or shape.sequences > DECODE_SEQUENCES[-1]:
+            return _OTHER_SPLITS
+        rounded = next(count for count in DECODE_SEQUENCES if count >= shape.sequences)
+        programs = rounded * self.config.num_kv_heads
+        return max(1, min(_PROGRAMS_PER_PROCESSOR * self._num_processors // programs, _MOST_SPLITS))

@@ -16,7 +16,7 @@ from engine.executors.cuda.kernels.paged_step import most_query_tiles, query_til
 from engine.sampling.choice import CHOICE
 from engine.sampling.sampler import choices_of
 
-# of one step; more take other ways
+# more updates are sent by ``BlockTables.send``; more biases are applied after the step
 MOST_UPDATES = 512
 MOST_BIASES = 1024
 _CHOICE_FIELDS = len(CHOICE.names or ())

@@ -17,7 +17,8 @@ class StepTokens:
     Attributes:
         angles: rotary cosines and sines, fp32 ``[T, 1, E / 2]``.
         kv_slots_T: int64, where keys and values are written: block * block size + offset.
-        sources_T: int64, the token whose memory rows a token reads; None if that is always itself.
+        sources_T: int64, the token that a token of padding repeats; None if there is no such token
+            whose rows are undefined.
         num_splits: parts of a decode's context that the attention kernel computes side by side.
     """
 
@@ -26,6 +27,11 @@ class StepTokens:
     sources_T: Tensor | None
     paged: PagedStep
     num_splits: int
+
+    def with_padding(self, x_TD: Tensor) -> Tensor:
+        """Rows of tokens, with those of padding defined: so padding reads no table rows, and no
+        experts, that no other token reads."""
+        return x_TD if self.sources_T is None else x_TD.index_select(0, self.sources_T)
 
     @classmethod
     def of(

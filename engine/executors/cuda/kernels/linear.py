@@ -14,8 +14,10 @@ from engine.executors.cuda.kernels.product_tiles import MOST_BLOCK_M
 from engine.executors.cuda.kernels.rms_norm import rms_norm
 from engine.executors.cuda.kernels.silu_gate import silu_gate
 
-# ``linear`` uses the Triton kernel up to this number of rows, cuBLAS above; not timed on a GPU
+# ``linear`` uses the Triton kernel up to this number of rows, cuBLAS above: more rows of a small
+# weight, because launches bind small models; not timed on a GPU
 MOST_ROWS = 16
+MOST_ROWS_OF_SMALL, SMALL_WEIGHT = 64, 2**23
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,9 +36,10 @@ def linear(
 
         y = norm(x) W^T + b;    gated: y = silu(gate part of y) * (up part of y);    y += residual
 
-    The number of rows alone chooses the code: up to ``MOST_ROWS`` rows run ``narrow_linear``, more
-    rows run ``wide_linear``. Both have this signature. They round at different places. An fp16
-    norm runs before, because the fused one multiplies by its weight first, which can overflow.
+    Shapes alone choose the code: up to ``MOST_ROWS`` rows, or 64 of a small weight, run
+    ``narrow_linear``, more rows run ``wide_linear``. Both have this signature. They round at
+    different places. An fp16 norm runs before, because the fused one multiplies by its weight
+    first, which can overflow.
 
     Args:
         x_MK: fp32, fp16 or bf16, ``[M, K]`` with contiguous rows and any row stride.
@@ -56,7 +59,8 @@ def linear(
     """
     if norm is not None and x_MK.dtype is torch.float16:
         x_MK, norm = rms_norm(x_MK, *norm), None
-    function = narrow_linear if len(x_MK) <= MOST_ROWS else wide_linear
+    most_rows = MOST_ROWS_OF_SMALL if weight_NK.numel() <= SMALL_WEIGHT else MOST_ROWS
+    function = narrow_linear if len(x_MK) <= most_rows else wide_linear
     return function(
         x_MK,
         weight_NK,

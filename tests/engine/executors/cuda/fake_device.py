@@ -11,6 +11,7 @@ class FakeDevice:
     """Work runs when an event behind it is waited for; until then the host may spoil its inputs.
 
     Attributes:
+        is_ahead: run work at once instead, so that results are written as early as they may be.
         num_replays: how many graphs were replayed.
         num_waits: how often the host waited for an event that was not over.
         ignored_wait: which of these waits, counted from 0, is left out.
@@ -20,6 +21,7 @@ class FakeDevice:
     num_processors = 2
 
     def __init__(self) -> None:
+        self.is_ahead = False
         self.num_replays = self.num_waits = 0
         self.ignored_wait = -1
         self._queued: deque[Work | FakeEvent] = deque()
@@ -34,6 +36,8 @@ class FakeDevice:
     def record(self) -> "FakeEvent":
         event = FakeEvent(self)
         self._queued.append(event)
+        if self.is_ahead:
+            self._run_to(event)
         return event
 
     def synchronize(self) -> None:
@@ -54,8 +58,10 @@ class FakeDevice:
         if event.is_over:
             return
         self.num_waits += 1
-        if self.num_waits - 1 == self.ignored_wait:
-            return
+        if self.num_waits - 1 != self.ignored_wait:
+            self._run_to(event)
+
+    def _run_to(self, event: "FakeEvent") -> None:
         while not event.is_over:
             first = self._queued.popleft()
             if isinstance(first, FakeEvent):

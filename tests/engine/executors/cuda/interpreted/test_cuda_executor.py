@@ -15,7 +15,7 @@ from engine.request import Request
 from engine.sampling.params import SamplingParams
 from tests.engine.executors.cuda.fake_device import FakeDevice
 from tests.engine.executors.cuda.on_cpu import cuda_on_cpu
-from tests.engine.test_company import Multiples, Oracle, step_all, tokens
+from tests.engine.test_company import Multiples, Oracle, masked_greedy, step_all, tokens
 from tests.models import (
     VOCAB_SIZE,
     feed_forward_changes,
@@ -171,6 +171,31 @@ def test_more_changes_of_the_block_table_than_a_step_sends(dense, monkeypatch):
     monkeypatch.setattr("engine.executors.cuda.executor.MOST_UPDATES", 2)
     found = run(engine(dense), {0: [greedy("a", list(range(16)), 3)]})
     assert found == {"a": plain_greedy(dense, list(range(16)), 3)}
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_a_failed_launch_overwrites_no_results(dense, monkeypatch, is_ahead):
+    device = FakeDevice()
+    broken = engine(dense, device)
+    device.is_ahead = is_ahead
+    runner, count = broken._executor._runner, 0
+    queue = runner.queue
+
+    def fail(shape, inputs, then):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise torch.OutOfMemoryError("no memory")
+        queue(shape, inputs, then)
+
+    # while the mask waits for its token, its neighbour's step fails alone
+    mask = Multiples()
+    broken.add(greedy("masked", [5, 6], COUNT), mask)
+    broken.add(greedy("free", [1, 2, 3], COUNT))
+    monkeypatch.setattr(runner, "queue", fail)
+    found = {name: tokens(outputs) for name, outputs in step_all(broken).items()}
+    assert found["masked"] == masked_greedy(dense, [5, 6], COUNT)
+    assert found["free"] == plain_greedy(dense, [1, 2, 3], COUNT)[: len(found["free"])]
 
 
 def test_a_failed_launch_leaves_the_device_usable(dense, monkeypatch):

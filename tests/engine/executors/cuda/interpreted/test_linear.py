@@ -200,12 +200,15 @@ def test_a_wide_result_is_not_rounded_to_the_dtype_of_x(function):
     check_close(function(*operands, **options), exact(operands, options), torch.float32)
 
 
-def test_the_number_of_rows_alone_chooses_the_code(monkeypatch):
+@pytest.mark.parametrize("is_small", [False, True])
+def test_shapes_alone_choose_the_code(monkeypatch, is_small):
     chosen = []
     for name in ("narrow_linear", "wide_linear"):
         monkeypatch.setattr(module, name, lambda *_, _name=name, **__: chosen.append(_name))
-    for rows in (0, 1, module.MOST_ROWS, module.MOST_ROWS + 1, 4096):
-        linear(torch.zeros(rows, 8), torch.zeros(3, 8))
+    width = 8 if is_small else module.SMALL_WEIGHT
+    most = 64 if is_small else module.MOST_ROWS
+    for rows in (0, 1, most, most + 1, 4096):
+        linear(torch.zeros(rows, 1).expand(rows, width), torch.zeros(1, 1).expand(3, width))
     assert chosen == ["narrow_linear"] * 3 + ["wide_linear"] * 2
 
 

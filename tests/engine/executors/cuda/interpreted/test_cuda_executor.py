@@ -184,18 +184,24 @@ def test_a_failed_launch_overwrites_no_results(dense, monkeypatch, is_ahead):
     def fail(shape, inputs, then):
         nonlocal count
         count += 1
-        if count == 3:
+        if count == 2:
             raise torch.OutOfMemoryError("no memory")
         queue(shape, inputs, then)
 
-    # while the mask waits for its token, its neighbour's step fails alone
-    mask = Multiples()
-    broken.add(greedy("masked", [5, 6], COUNT), mask)
+    # while the mask waits for its token, its neighbour's step fails alone and a request arrives
+    broken.add(greedy("masked", [5, 6], COUNT), Multiples())
     broken.add(greedy("free", [1, 2, 3], COUNT))
     monkeypatch.setattr(runner, "queue", fail)
-    found = {name: tokens(outputs) for name, outputs in step_all(broken).items()}
+    outputs = {}
+    for name in ("free", "late"):
+        for output in broken.step().outputs:
+            outputs.setdefault(output.request_id, []).append(output)
+        if name == "late":
+            broken.add(greedy(name, [7], COUNT))
+    found = {name: tokens(parts) for name, parts in step_all(broken, outputs).items()}
+    assert outputs["free"][-1].error == "OutOfMemoryError in the engine"
     assert found["masked"] == masked_greedy(dense, [5, 6], COUNT)
-    assert found["free"] == plain_greedy(dense, [1, 2, 3], COUNT)[: len(found["free"])]
+    assert found["late"] == plain_greedy(dense, [7], COUNT)
 
 
 def test_a_failed_launch_leaves_the_device_usable(dense, monkeypatch):

@@ -4,6 +4,7 @@ Each verb imports its modules when it runs, so that the HTTP process never loads
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = set_threads(from_options(ThreadOptions, options))
         if options.computes:
             print(line, file=sys.stderr, flush=True)
+            _show("server.device")
         code: int | None = options.run(options)
     except _USER_ERRORS as error:
         print(f"memplus: {error}", file=sys.stderr)
@@ -200,6 +202,14 @@ def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change
     )
     add_options(verb, ThreadOptions)
+
+
+def _show(name: str) -> None:
+    """Print the lines of a logger on stderr; the server's processes set up their own logs."""
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(logging.StreamHandler())
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def evaluate(
         scores["texts"] = asdict(score)
         print(_text_line(score))
     if facts:
-        recall = score_recall(served_engine(loaded, engine), load_tokenizer(folder), facts)
+        served = served_engine(loaded, engine)
+        served.warm_up()
+        recall = score_recall(served, load_tokenizer(folder), facts)
         scores["questions"] = asdict(recall)
         print(_recall_line(recall))
     if json_file is not None:

@@ -182,7 +182,8 @@ def load_model(
         model = Transformer(config.model)
     all_rows = sum(layout.num_bytes for layout in layouts.values())
     row_bytes = all_rows if table_cache is None else table_cache
-    with naming_lack_of_memory(device, weight_bytes(stored, chosen), row_bytes):
+    dense_bytes, is_cached = weight_bytes(stored, chosen), table_cache is not None
+    with naming_lack_of_memory(device, dense_bytes, row_bytes, is_cached):
         if device.type == "cpu":
             weights = mapped_weights(stored, None if keep_stored else chosen)
         else:

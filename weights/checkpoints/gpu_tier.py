@@ -152,6 +152,7 @@ def naming_lack_of_memory(
     device: torch.device,
     weight_bytes: int,
     row_bytes: int,
+    is_cached: bool,
     read_gpu: ReadGpu = torch.cuda.mem_get_info,
 ) -> Iterator[None]:
     """Turn torch's error about too little GPU memory into one that says what to change.
@@ -160,6 +161,7 @@ def naming_lack_of_memory(
         device: the device to load to; nothing happens unless it is a GPU.
         weight_bytes: what the weights need.
         row_bytes: what tables or row caches need on the device.
+        is_cached: these are row caches.
         read_gpu: reads the free memory and all memory of the GPU, before it is used.
 
     Raises:
@@ -172,10 +174,10 @@ def naming_lack_of_memory(
     try:
         yield
     except torch.OutOfMemoryError:
-        remedy = "--table-tier host, --table-dtype int8 or another GPU"
-        remedy = f"a smaller --table-cache, {remedy}" if row_bytes else "another GPU"
+        others = "--table-tier host, --table-dtype int8 or "
+        remedy = "a smaller --table-cache or " if is_cached else others if row_bytes else ""
         raise ConfigError(
             f"device: {device} is out of memory: weights take {size_text(weight_bytes)} and table"
             f" rows {size_text(row_bytes)}, but {size_text(free)} of {size_text(total)} was free;"
-            f" use {remedy}"
+            f" use {remedy}another GPU"
         ) from None

@@ -150,20 +150,18 @@ def test_unknown_host_memory_matters_only_if_it_decides(caplog):
 
 
 @pytest.mark.parametrize(
-    ("row_bytes", "remedy"),
+    ("row_bytes", "is_cached", "remedy"),
     [
-        (0, "use another GPU"),
-        (
-            30 * GIB,
-            "use a smaller --table-cache, --table-tier host, --table-dtype int8 or another GPU",
-        ),
+        (0, False, "use another GPU"),
+        (30 * GIB, False, "use --table-tier host, --table-dtype int8 or another GPU"),
+        (30 * GIB, True, "use a smaller --table-cache or another GPU"),
     ],
 )
-def test_lack_of_memory_while_loading_says_what_to_change(row_bytes, remedy):
+def test_lack_of_memory_while_loading_says_what_to_change(row_bytes, is_cached, remedy):
     def read_gpu(device: torch.device) -> tuple[int, int]:
         return 8 * GIB, TOTAL
 
-    lacking = naming_lack_of_memory(GPU, 9 * GIB, row_bytes, read_gpu)
+    lacking = naming_lack_of_memory(GPU, 9 * GIB, row_bytes, is_cached, read_gpu)
     with pytest.raises(ConfigError) as refused, lacking:
         raise torch.OutOfMemoryError("CUDA out of memory")
     rows = "30.00 GiB" if row_bytes else "0.0 MiB"
@@ -177,5 +175,5 @@ def test_a_cpu_is_not_asked_for_its_memory():
     def fail(device: torch.device) -> tuple[int, int]:
         raise AssertionError("no GPU")
 
-    with naming_lack_of_memory(torch.device("cpu"), GIB, GIB, fail):
+    with naming_lack_of_memory(torch.device("cpu"), GIB, GIB, False, fail):
         assert True

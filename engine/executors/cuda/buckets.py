@@ -1,10 +1,21 @@
 """Shapes of steps: the buckets that graphs are captured for, and the exact shapes of the others."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
-DECODE_SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+from engine.executors.batch import Batch
+
+_DECODE_SEQUENCES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _MIXED_TOKENS = (64, 128, 256, 512)
+# decode attention: programs for each processor, and the most parts of a context
+_PROGRAMS_PER_PROCESSOR = 2
+_MOST_SPLITS = 32
+# values of a context's keys in one KV head that one program computes as soon as several, and the
+# kernel that combines their results; not timed on a GPU
+_SHORT_CONTEXT = 2**16
+# a step that is no bucket of decodes may hold few decodes with long contexts
+_OTHER_SPLITS = 4
 
 
 class StepShape(NamedTuple):
@@ -15,21 +26,52 @@ class StepShape(NamedTuple):
         sequences: S.
         logits: L, positions at which logits are computed.
         is_decode: every sequence has one token and one position of logits, its own.
+        num_splits: parts of a context that decode attention computes side by side. Kernels are
+            compiled for each number, so only buckets of decodes choose it.
     """
 
     tokens: int
     sequences: int
     logits: int
     is_decode: bool
+    num_splits: int = _OTHER_SPLITS
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Chooses ``num_splits`` of decodes, so that few long contexts occupy all processors.
+
+    Attributes:
+        num_kv_heads, head_dim: shapes of the model's attention.
+        num_processors: see ``Device``.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    num_processors: int
+
+    def is_short(self, longest_context: int) -> bool:
+        """Whether splitting a context of this length gains nothing."""
+        return longest_context * self.head_dim <= _SHORT_CONTEXT
+
+    def of_long(self, sequences: int) -> int:
+        """The number for contexts that are not short."""
+        programs = sequences * self.num_kv_heads
+        return max(1, min(_PROGRAMS_PER_PROCESSOR * self.num_processors // programs, _MOST_SPLITS))
 
 
 class Buckets:
     """The shapes for which graphs exist: decodes by sequences, and mixed steps by tokens."""
 
-    def __init__(self, max_num_seqs: int, max_batched_tokens: int) -> None:
-        within = [count for count in DECODE_SEQUENCES if count < max_num_seqs]
-        decodes = [*within, min(max_num_seqs, DECODE_SEQUENCES[-1])]
-        self._decodes = [StepShape(count, count, count, True) for count in dict.fromkeys(decodes)]
+    def __init__(self, max_num_seqs: int, max_batched_tokens: int, splits: Splits) -> None:
+        self._splits = splits
+        within = [count for count in _DECODE_SEQUENCES if count < max_num_seqs]
+        counts = dict.fromkeys([*within, min(max_num_seqs, _DECODE_SEQUENCES[-1])])
+        self._decodes = [
+            StepShape(count, count, count, True, num_splits)
+            for count in counts
+            for num_splits in sorted({1, splits.of_long(count)})
+        ]
         self._mixed = [
             StepShape(count, max_num_seqs, max_num_seqs, False)
             for count in _MIXED_TOKENS
@@ -41,9 +83,26 @@ class Buckets:
         everything = [*self._decodes, *self._mixed]
         return iter(sorted(everything, key=lambda shape: shape.tokens, reverse=True))
 
+    def exact(self, batch: Batch) -> StepShape:
+        """The shape of a batch without padding."""
+        tokens, sequences, logits = len(batch.ids_T), len(batch.seats), len(batch.logits_at_L)
+        is_decode = tokens == sequences == len(batch.rows) == logits
+        shape = StepShape(tokens, sequences, logits, is_decode)
+        bucket = next((one for one in self._decodes if one.sequences >= sequences), None)
+        if not is_decode or bucket is None:
+            return shape
+        assert batch.layout.paged is not None
+        is_short = self._splits.is_short(max(batch.layout.paged.context_lengths))
+        num_splits = 1 if is_short else self._splits.of_long(bucket.sequences)
+        return shape._replace(num_splits=num_splits)
+
     def holding(self, exact: StepShape) -> Iterator[StepShape]:
         """The buckets that hold a step of this exact shape, the smallest first."""
-        for bucket in (*(self._decodes if exact.is_decode else ()), *self._mixed):
+        for bucket in self._decodes if exact.is_decode else ():
+            fits = exact.sequences <= bucket.sequences
+            if fits and exact.num_splits == bucket.num_splits:
+                yield bucket
+        for bucket in self._mixed:
             fits = exact.tokens <= bucket.tokens and exact.sequences <= bucket.sequences
             if fits and exact.logits <= bucket.logits:
                 yield bucket

@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.batch import Batch, warm_up_batch
 from engine.executors.cuda.block_tables import BlockTables
-from engine.executors.cuda.buckets import Buckets, StepShape
+from engine.executors.cuda.buckets import Buckets, Splits, StepShape
 from engine.executors.cuda.device import Device
 from engine.executors.cuda.device_state import DeviceState
 from engine.executors.cuda.graph_biases import graph_biases
@@ -20,7 +20,7 @@ from engine.executors.cuda.launched_step import CudaStep
 from engine.executors.cuda.scored_tokens import ScoredTokens
 from engine.executors.cuda.staging import StagedInputs, Staging
 from engine.executors.cuda.step import DeviceModel, StepOutputs
-from engine.executors.cuda.step_inputs import MOST_UPDATES, InputLayout, InputWriter, exact_shape
+from engine.executors.cuda.step_inputs import MOST_UPDATES, InputLayout, InputWriter
 from engine.executors.cuda.step_runner import Inputs, StepRunner
 from engine.progress import Progress
 from engine.sampling.logit_rules import apply_rules
@@ -52,7 +52,9 @@ class CudaExecutor:
         self._device, self._memories = device, model.memories
         self._state = DeviceState.allocate(model.config, config, num_blocks, model.head_VD)
         self._block_tables = BlockTables(self._state.block_table_PB, device)
-        self._buckets = Buckets(config.max_num_seqs, config.max_batched_tokens)
+        shapes = model.config
+        splits = Splits(shapes.num_kv_heads, shapes.head_dim, device.num_processors)
+        self._buckets = Buckets(config.max_num_seqs, config.max_batched_tokens, splits)
         tokens = config.max_batched_tokens
         # with logits everywhere, as for a scored prompt
         self._largest = StepShape(tokens, config.max_num_seqs, tokens, False)
@@ -139,7 +141,7 @@ class CudaExecutor:
         The shape is by default the smallest bucket that has a graph, or else the exact one.
         """
         if shape is None:
-            exact = exact_shape(batch)
+            exact = self._buckets.exact(batch)
             holding = self._buckets.holding(exact)
             shape = next((bucket for bucket in holding if bucket in self._inputs), exact)
         inputs = self._inputs.get(shape) or self._staging.inputs(shape)

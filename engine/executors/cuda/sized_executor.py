@@ -34,7 +34,7 @@ def sized_executor(
     )
     itemsize = 1 if config.kv_dtype == "fp8" else weight.dtype.itemsize
     try:
-        device_model = DeviceModel(model, device.num_processors, lookahead)
+        device_model = DeviceModel(model, lookahead)
         # one block is enough to measure what a step takes
         probe = CudaExecutor(device_model, config, device, num_blocks=1)
         memory = GpuMemory(weight.device)

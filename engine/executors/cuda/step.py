@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.executors.cuda.buckets import DECODE_SEQUENCES, StepShape
+from engine.executors.cuda.buckets import StepShape
 from engine.executors.cuda.device_state import DeviceState
 from engine.executors.cuda.kernels.add_biases import add_biases
 from engine.executors.cuda.kernels.block_table import update_block_table
@@ -18,12 +18,6 @@ from engine.executors.cuda.step_tokens import StepTokens
 from engine.executors.lookahead import Lookahead, LookaheadConfig
 from engine.model.forward_trace import ForwardTrace
 from engine.model.transformer import Transformer
-
-# programs of the attention kernel that are launched for each of the device's processors
-_PROGRAMS_PER_PROCESSOR = 2
-_MOST_SPLITS = 32
-# another step may hold few decodes with long contexts
-_OTHER_SPLITS = 4
 
 
 @dataclass(frozen=True)
@@ -52,14 +46,11 @@ class DeviceModel:
         head_VD: the weights that compute the logits.
     """
 
-    def __init__(
-        self, model: Transformer, num_processors: int, lookahead: LookaheadConfig | None = None
-    ) -> None:
+    def __init__(self, model: Transformer, lookahead: LookaheadConfig | None = None) -> None:
         self.config, self.tables = model.config, model.tables
         self.head_VD = model.head.weight
         self._embedding_VD = model.model.embed_tokens.weight
         self._rope_frequencies = model.rope_frequencies
-        self._num_processors = num_processors
         self._layers = [CudaLayer(layer, model.config.num_heads) for layer in model.layers]
         self._norm, self._head = norm_of(model.model.norm), Product(self.head_VD)
         memories = [memory.predicted for memory in self.memories]
@@ -77,9 +68,7 @@ class DeviceModel:
         """Run a step of this shape; its inputs are those of ``InputLayout``."""
         update_block_table(state.block_table_PB, inputs["updates"], inputs["counts"][:1])
         residual_TD = embed(inputs["ids"], state.last_token_P, self._embedding_VD)
-        tokens = StepTokens.of(
-            inputs, shape, state.block_table_PB, self._rope_frequencies, self._num_splits(shape)
-        )
+        tokens = StepTokens.of(inputs, shape, state.block_table_PB, self._rope_frequencies)
         trace = ForwardTrace()
         for index, layer in enumerate(self._layers):
             if self._lookahead is not None:
@@ -101,14 +90,3 @@ class DeviceModel:
         # a scored prompt needs logits at every position
         shape = count, state.logits_LV.shape[1]
         return state.logits_LV.new_empty(shape), state.chosen_L.new_empty(count)
-
-    def _num_splits(self, shape: StepShape) -> int:
-        """Parts of a context, so that a decode of few sequences occupies all processors.
-
-        Kernels are compiled for each number, so only buckets of decodes choose it.
-        """
-        if not shape.is_decode or shape.sequences > DECODE_SEQUENCES[-1]:
-            return _OTHER_SPLITS
-        rounded = next(count for count in DECODE_SEQUENCES if count >= shape.sequences)
-        programs = rounded * self.config.num_kv_heads
-        return max(1, min(_PROGRAMS_PER_PROCESSOR * self._num_processors // programs, _MOST_SPLITS))

@@ -47,7 +47,7 @@ class InputLayout:
     @cached_property
     def places(self) -> Mapping[str, tuple[int, tuple[int, ...]]]:
         """First word and shape by name."""
-        tokens, sequences, logits, is_decode = self.shape
+        tokens, sequences, logits, is_decode, _ = self.shape
         tiles = 0 if is_decode else most_query_tiles(tokens, sequences)
         sizes: dict[str, tuple[int, ...]] = {
             "counts": (2,),
@@ -87,14 +87,6 @@ class InputLayout:
             is_float = name in ("choices", "bias_values")
             found[name] = (part.view(torch.float64) if is_float else part).view(size)
         return found
-
-
-def exact_shape(batch: Batch) -> StepShape:
-    """The shape of a batch without padding."""
-    tokens, sequences = len(batch.ids_T), len(batch.seats)
-    logits = len(batch.logits_at_L)
-    is_decode = tokens == sequences == len(batch.rows) == logits
-    return StepShape(tokens, sequences, logits, is_decode)
 
 
 class InputWriter:

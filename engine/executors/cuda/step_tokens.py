@@ -40,7 +40,6 @@ class StepTokens:
         shape: StepShape,
         block_table_PB: Tensor,
         rope_frequencies: Tensor,
-        num_splits: int,
     ) -> "StepTokens":
         """Views of a step's inputs, and its angles."""
         paged = PagedStep(
@@ -53,4 +52,4 @@ class StepTokens:
         angles = rope_angles(inputs["positions"], rope_frequencies)
         # the padding of a decode repeats the whole first sequence
         sources_T = None if shape.is_decode else inputs["sources"]
-        return cls(angles, inputs["kv_slots"], sources_T, paged, num_splits)
+        return cls(angles, inputs["kv_slots"], sources_T, paged, shape.num_splits)

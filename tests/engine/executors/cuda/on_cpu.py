@@ -20,8 +20,7 @@ def cuda_on_cpu(
     device = device or FakeDevice()
     per_token = model.config.kv_bytes_per_token(itemsize=4)
     num_blocks = config.num_kv_blocks(per_token, model.config.max_positions)
-    device_model = DeviceModel(model, device.num_processors, lookahead)
-    executor = CudaExecutor(device_model, config, device, num_blocks)
+    executor = CudaExecutor(DeviceModel(model, lookahead), config, device, num_blocks)
     if warm:
         executor.warm_up()
     return executor

@@ -90,6 +90,19 @@ def test_mixed_steps_in_graphs(dense):
     assert device.num_replays == 6
 
 
+@pytest.mark.slow
+def test_a_decode_changes_to_a_graph_that_splits_its_context(dense, monkeypatch):
+    # more than five keys of 8 values are long
+    monkeypatch.setattr("engine.executors.cuda.buckets._SHORT_CONTEXT", 40)
+    device = FakeDevice()
+    long = engine(dense, device, warm=True, max_num_seqs=1)
+    splits = {shape.num_splits for shape in long._executor._inputs}
+    assert splits == {1, 2}
+    found = run(long, {0: [greedy("a", [1, 2, 3], 6)]})
+    assert found == {"a": plain_greedy(dense, [1, 2, 3], 6)}
+    assert device.num_replays == 5
+
+
 SAMPLING = [
     {"temperature": 1.0, "seed": 3},
     {"temperature": 0.7, "seed": 4, "top_k": 20, "top_p": 0.9, "min_p": 0.01},

@@ -4,7 +4,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -110,16 +110,10 @@ def check(figures: Figures, budget: tuple[int, int], wide_loads: int) -> None:
     assert figures.shared <= budget[1], f"shared memory: {figures}"
 
 
-def per_target(budgets: dict, quick: Iterable[str] = TARGETS) -> list:
-    """Each case of a budget table with each target; targets that are not ``quick`` are slow."""
+def per_target(budgets: dict) -> list:
+    """Each case of a budget table with each target."""
     return [
-        pytest.param(
-            case,
-            target,
-            limits,
-            id=f"{'-'.join(map(str, case))}-{target}",
-            marks=() if target in quick else pytest.mark.slow,
-        )
+        pytest.param(case, target, limits, id=f"{'-'.join(map(str, case))}-{target}")
         for case, row in budgets.items()
         for target, limits in zip(TARGETS, row, strict=True)
     ]

@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from memory_ops import reference
-from tests.kernel_tools.processes import run_folder
+from tests.kernel_tools.processes import run_tests
 from tests.memory_ops.table_kinds import KINDS, check_close, exact_values, table_of
 
 FOLDER = Path(__file__).parent
 
 
 def test_the_kernels_in_the_strict_interpreter(tmp_path):
-    status, output = run_folder(
+    status, output = run_tests(
         FOLDER / "interpreted", tmp_path, "-m", "not slow", TRITON_INTERPRET="1"
     )
     assert status == 0, output
 
 
 def test_the_kernels_compiled(tmp_path):
-    status, output = run_folder(
+    status, output = run_tests(
         FOLDER / "compiled", tmp_path, "-m", "not slow", MEMPLUS_COMPILE_TESTS="1"
     )
     assert status == 0, output
@@ -31,13 +31,13 @@ def test_the_kernels_compiled(tmp_path):
 @pytest.mark.slow
 def test_many_examples_in_the_strict_interpreter(tmp_path):
     options = ("-m", "hypothesis", "--hypothesis-profile", "many")
-    status, output = run_folder(FOLDER / "interpreted", tmp_path, *options, TRITON_INTERPRET="1")
+    status, output = run_tests([FOLDER / "interpreted"], tmp_path, *options, TRITON_INTERPRET="1")
     assert status == 0, output
 
 
 @pytest.mark.slow
 def test_the_largest_kernels_compiled(tmp_path):
-    status, output = run_folder(
+    status, output = run_tests(
         FOLDER / "compiled", tmp_path, "-m", "slow", MEMPLUS_COMPILE_TESTS="1"
     )
     assert status == 0, output

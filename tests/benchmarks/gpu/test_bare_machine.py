@@ -30,7 +30,14 @@ def test_the_help_needs_no_other_package():
     assert found.returncode == 0 and "--part" in found.stdout, found.stderr
 
 
-@pytest.mark.parametrize("part", ["correctness", "kernels", "decode", "tables", "lookups"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "correctness",
+        *(pytest.param(part, marks=pytest.mark.slow) for part in ("kernels", "decode", "tables")),
+        pytest.param("lookups", marks=pytest.mark.slow),
+    ],
+)
 def test_each_part_imports_what_it_needs(part):
     pytest.importorskip("triton")
     code = f"""

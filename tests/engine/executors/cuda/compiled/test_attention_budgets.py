@@ -19,8 +19,6 @@ from engine.executors.cuda.kernels.rotate_and_store import rotate_and_store
 from memory_ops.anonymous import anonymous_zeros
 from tests.kernel_tools.machine_code import TARGETS, all_compiled, check, compiled, per_target
 
-# the other targets are compiled by `make test-slow`
-QUICK = ("sm_90",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 BLOCK_SIZE = 16
 # AMD uses other loads from this size on
@@ -201,18 +199,16 @@ def test_every_shipped_launch_is_compiled_here():
     assert sizes | {(4, 256)} == set(DECODE_LAUNCHES) == set(PREFILL_LAUNCHES)
 
 
-@pytest.mark.parametrize(("case", "target", "budgets"), per_target(ATTENTION_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budgets"), per_target(ATTENTION_BUDGETS))
 def test_attention(case, target, budgets):
     attention_check(case, target, budgets, VAST_BYTES)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "target", "budgets"), per_target(SLOW_ATTENTION_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budgets"), per_target(SLOW_ATTENTION_BUDGETS))
 def test_attention_of_other_sizes(case, target, budgets):
     attention_check(case, target, budgets, VAST_BYTES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ATTENTION_BUDGETS | SLOW_ATTENTION_BUDGETS)
 def test_few_blocks_that_amd_reads_with_32_bit_offsets(case):
     attention_check(case, "gfx942", ((512, 65536), (512, 65536)), num_bytes=2**20)
@@ -220,7 +216,6 @@ def test_few_blocks_that_amd_reads_with_32_bit_offsets(case):
     assert not rotated.spills and not rotated.narrow_loads
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_heads_of_256_values_in_fp32(target):
     call = attention(("fp32", "fp32", 256, 8, 1))
@@ -232,7 +227,7 @@ def test_heads_of_256_values_in_fp32(target):
     check(replace(prefill, spills=0), (208, 68096), wide_loads=16)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(COMBINE_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(COMBINE_BUDGETS))
 def test_combine(case, target, budget):
     head_dim, num_splits = case
     call = attention(("bf16", "bf16", head_dim, 32, 8), num_splits=num_splits, num_tiles=0)
@@ -241,15 +236,14 @@ def test_combine(case, target, budget):
     check(combine, budget, wide_loads=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_COMBINE_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_COMBINE_BUDGETS))
 def test_combine_of_other_sizes(case, target, budget):
     head_dim, num_splits = case
     call = attention(("bf16", "bf16", head_dim, 9, 3), num_splits=num_splits, num_tiles=0)
     check(all_compiled(TARGETS[target], call)[1], budget, wide_loads=1)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(ROTATION_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(ROTATION_BUDGETS))
 def test_rotate_and_store(case, target, budget):
     # both halves of the heads
     check(compiled(TARGETS[target], rotation(case)), budget, wide_loads=2)
@@ -264,7 +258,6 @@ def test_the_check_rejects_heads_that_are_not_aligned(target):
             check(figures, (512, 2**17), wide_loads=8)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_the_check_rejects_tiles_of_more_keys_than_registers(target, monkeypatch):
     large = AttentionLaunch(keys=128, num_warps=4, num_stages=2, most_heads=4)
@@ -274,7 +267,6 @@ def test_the_check_rejects_tiles_of_more_keys_than_registers(target, monkeypatch
         check(all_compiled(TARGETS[target], call)[1], (512, 2**20), wide_loads=0)
 
 
-@pytest.mark.slow
 def test_steps_of_any_size_and_alignment_run_the_same_kernels():
     case = ("bf16", "bf16", 64, 9, 3)
     kernels = attention_kernels.decode, attention_kernels.combine, attention_kernels.prefill

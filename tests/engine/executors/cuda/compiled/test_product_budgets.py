@@ -30,8 +30,6 @@ from tests.kernel_tools.machine_code import (
 )
 
 BF16, EPS = torch.bfloat16, 1e-5
-# the other targets are compiled by `make test-slow`
-QUICK = ("sm_90",)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": BF16}
 # loads of one norm weight or residual value per lane; all other loads are wide
 NARROW_LOADS = 4
@@ -121,13 +119,12 @@ def check_wide(figures: Figures, budget: tuple[int, int], wide_loads: int) -> No
     check(replace(figures, narrow_loads=0), budget, wide_loads)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(BUDGETS))
 def test_products(case, target, budget):
     product_check(case, target, budget)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_BUDGETS))
 def test_products_of_more_rows_and_dtypes(case, target, budget):
     product_check(case, target, budget)
 
@@ -146,13 +143,12 @@ def mixture_check(case: tuple, target: str, budget: tuple[int, int]) -> None:
         check_wide(figures, budget, weight_loads(launch, "bf16", target, is_gated=is_gated))
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(MIXTURE_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(MIXTURE_BUDGETS))
 def test_mixture(case, target, budget):
     mixture_check(case, target, budget)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_MIXTURE_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_MIXTURE_BUDGETS))
 def test_mixture_of_more_tokens(case, target, budget):
     mixture_check(case, target, budget)
 
@@ -173,18 +169,16 @@ def small_check(width: int, target: str, budget: tuple[int, int]) -> None:
         check(compiled(TARGETS[target], call), budget, wide_loads=width >= 1024)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(SMALL_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SMALL_BUDGETS))
 def test_norm_gate_and_embedding(case, target, budget):
     small_check(*case, target, budget)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_SMALL_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_SMALL_BUDGETS))
 def test_norm_gate_and_embedding_of_narrow_models(case, target, budget):
     small_check(*case, target, budget)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("kind", ["normed", "gated"])
 def test_a_split_sum_compiles(kind, target):
@@ -193,7 +187,6 @@ def test_a_split_sum_compiles(kind, target):
     assert parts.wide_loads and parts.narrow_loads <= NARROW_LOADS
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1001, 17)])
@@ -221,7 +214,6 @@ def test_the_check_rejects_weights_that_are_not_aligned(target):
         check_wide(figures, (255, 2**16), wide_loads=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_check_rejects_tiles_that_exceed_the_registers(target, monkeypatch):
     # AMD has more registers than the budget, so that they do not spill
@@ -232,7 +224,6 @@ def test_the_check_rejects_tiles_that_exceed_the_registers(target, monkeypatch):
         check_wide(figures, (255, 2**16), wide_loads=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_check_rejects_tiles_that_exceed_the_shared_memory(target, monkeypatch):
     monkeypatch.setattr(product_tiles, "_MOST_BYTES", 2**20)

@@ -10,8 +10,6 @@ from engine.executors.cuda.kernels.add_biases import add_biases
 from engine.executors.cuda.kernels.block_table import update_block_table
 from tests.kernel_tools.machine_code import TARGETS, Figures, check, compiled, per_target
 
-# the other targets are compiled by `make test-slow`
-QUICK = ("sm_90",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # by dtype and V: upper limits (registers per lane, shared bytes per program) for each of TARGETS,
 # with the compiler that constraints.txt names; 16 warps of a program on NVIDIA have 128 registers
@@ -66,29 +64,28 @@ def wide_loads(dtype: str, target: str) -> int:
     return PASSES * a_pass.get(dtype, 0)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(CHOICE_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(CHOICE_BUDGETS))
 def test_choose_tokens(case, target, budget):
     dtype, vocab_size = case
     figures = choice_of(torch.zeros(4, vocab_size, dtype=DTYPES[dtype]), target)
     check(figures, budget, wide_loads(dtype, target))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_CHOICE_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_CHOICE_BUDGETS))
 def test_choose_tokens_of_more_kinds(case, target, budget):
     dtype, vocab_size = case
     figures = choice_of(torch.zeros(4, vocab_size, dtype=DTYPES[dtype]), target)
     check(figures, budget, wide_loads(dtype, target))
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(OTHER_CHOICE_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(OTHER_CHOICE_BUDGETS))
 def test_choose_tokens_of_other_vocabularies(case, target, budget):
     dtype, vocab_size = case
     figures = choice_of(torch.zeros(4, vocab_size, dtype=DTYPES[dtype]), target)
     check(without_narrow(figures), budget, wide_loads=0)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(BIAS_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(BIAS_BUDGETS))
 def test_add_biases(case, target, budget):
     logits_LV = torch.zeros(4, 1000, dtype=DTYPES[case[0]])
     places_N, count_1 = torch.zeros(300, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
@@ -99,7 +96,7 @@ def test_add_biases(case, target, budget):
     check(without_narrow(figures), budget, wide_loads=0)
 
 
-@pytest.mark.parametrize(("case", "target", "budget"), per_target(TABLE_BUDGETS, QUICK))
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(TABLE_BUDGETS))
 def test_update_block_table(case, target, budget):
     block_table_PB = torch.zeros(64, *case, dtype=torch.int32)
     updates_N3, count_1 = torch.zeros(300, 3, dtype=torch.int64), torch.tensor([0])
@@ -109,7 +106,6 @@ def test_update_block_table(case, target, budget):
     check(figures, budget, wide_loads=0)
 
 
-@pytest.mark.slow
 def test_the_number_of_rows_compiles_nothing():
     # triton compiles integers of 1 and multiples of 16 apart
     caches = choosing._choose_tokens.device_caches
@@ -127,7 +123,6 @@ def test_the_check_rejects_a_row_stride_that_no_wide_load_fits(target):
         check(figures, (512, 2**16), wide_loads=PASSES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_the_check_rejects_more_warps_than_registers(target, monkeypatch):
     # 32 warps have 64 registers per lane

@@ -56,7 +56,7 @@ def drawn_rows(count: int, seed: int, **kind) -> np.ndarray:
 
 
 @each_dtype
-@pytest.mark.parametrize("vocab_size", [1, 7, pytest.param(260, marks=pytest.mark.slow), 1000])
+@pytest.mark.parametrize("vocab_size", [1, 7, 260, pytest.param(1000, marks=pytest.mark.slow)])
 def test_random_draws_equal_those_of_torch(vocab_size, dtype):
     logits_LV = (torch.randn(20, vocab_size) * 3).to(dtype)
     rows = drawn_rows(20, vocab_size)
@@ -67,7 +67,9 @@ FILTERS = {"top_k": [-1, 0, 1, 5, 999], "top_p": [1.0, 0.9, 0.3], "min_p": [0.0,
 
 
 @each_dtype
-@pytest.mark.parametrize("vocab_size", [7, 1000, pytest.param(49_152, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "vocab_size", [7, *(pytest.param(size, marks=pytest.mark.slow) for size in (1000, 49_152))]
+)
 def test_filtered_draws_equal_those_of_torch(vocab_size, dtype):
     count = 4
     logits_LV = (torch.randn(count, vocab_size) * 3).to(dtype)
@@ -146,7 +148,7 @@ def test_both_ends_of_the_uniform_numbers(vocab_size, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("vocab_size", [5, 256, 5000])
+@pytest.mark.parametrize("vocab_size", [5, 256, pytest.param(5000, marks=pytest.mark.slow)])
 def test_nan_and_infinity_give_no_token_and_do_not_affect_other_rows(vocab_size, dtype):
     good_LV = torch.randn(5, vocab_size).to(dtype)
     bad_LV = invalid_rows(vocab_size, torch.float32).to(dtype)

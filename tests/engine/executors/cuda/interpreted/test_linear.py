@@ -93,8 +93,8 @@ def test_rows_of_any_number(rows, function, dtype):
 
 
 @pytest.mark.parametrize("is_gated", [False, True])
-@pytest.mark.parametrize("outputs", [1, 17, 96, 1000])
-@pytest.mark.parametrize("width", [8, 100, 576, 1000])
+@pytest.mark.parametrize("outputs", [1, 17, pytest.param(96, marks=pytest.mark.slow), 1000])
+@pytest.mark.parametrize("width", [8, 100, pytest.param(576, marks=pytest.mark.slow), 1000])
 def test_ragged_shapes(width, outputs, is_gated):
     check(Case(3, width, outputs, torch.bfloat16, has_norm=True, is_gated=is_gated))
 
@@ -148,7 +148,10 @@ def test_a_long_sum_for_few_columns_is_split(is_gated, dtype):
 # one block; several; parts of K
 @pytest.mark.parametrize(("width", "outputs"), [(100, 17), (1000, 40), (2048, 3)])
 # the fewest and the most rows of each block
-@pytest.mark.parametrize(("few", "rows"), [(1, 16), (17, 32), (33, 64)])
+@pytest.mark.parametrize(
+    ("few", "rows"),
+    [(1, 16), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((17, 32), (33, 64)))],
+)
 def test_a_row_does_not_depend_on_the_others(few, rows, width, outputs, dtype):
     (x, weight), options = Case(rows, width, outputs, dtype, True, True, True).operands()
     residual = options.pop("residual_MN")

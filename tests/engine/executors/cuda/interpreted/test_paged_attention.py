@@ -65,7 +65,9 @@ def test_a_chunk_at_the_end_of_a_long_prompt():
     attention_case([40], [5000], num_heads=2, num_kv_heads=1, dtype=torch.bfloat16).check()
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 5, 16, 17, 40])
+@pytest.mark.parametrize(
+    "num_splits", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 16, 17, 40))]
+)
 @pytest.mark.parametrize("length", [1, 100, 300])
 def test_more_splits_than_tiles_of_keys(length, num_splits):
     attention_case([1, 1], [length, 1], head_dim=64).check(num_splits)

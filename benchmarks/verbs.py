@@ -165,7 +165,8 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.set_defaults(run=gpu)
     add_options(verb, GpuCheck)
     add_options(verb, Shapes)
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; resumable")
+    where = "results; resumable (default: %(default)s)"
+    verb.add_argument("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help=where)
     verb.add_argument("--trace", type=Path, default=default_trace(), help="from bench trace")
 
     verb = benchmarks.add_parser("serving", help=serving.__doc__)

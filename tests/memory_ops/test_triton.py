@@ -16,14 +16,14 @@ FOLDER = Path(__file__).parent
 
 def test_the_kernels_in_the_strict_interpreter(tmp_path):
     status, output = run_tests(
-        FOLDER / "interpreted", tmp_path, "-m", "not slow", TRITON_INTERPRET="1"
+        [FOLDER / "interpreted"], tmp_path, "-m", "not slow", TRITON_INTERPRET="1"
     )
     assert status == 0, output
 
 
 def test_the_kernels_compiled(tmp_path):
     status, output = run_tests(
-        FOLDER / "compiled", tmp_path, "-m", "not slow", MEMPLUS_COMPILE_TESTS="1"
+        [FOLDER / "compiled"], tmp_path, "-m", "not slow", MEMPLUS_COMPILE_TESTS="1"
     )
     assert status == 0, output
 
@@ -38,7 +38,7 @@ def test_many_examples_in_the_strict_interpreter(tmp_path):
 @pytest.mark.slow
 def test_the_largest_kernels_compiled(tmp_path):
     status, output = run_tests(
-        FOLDER / "compiled", tmp_path, "-m", "slow", MEMPLUS_COMPILE_TESTS="1"
+        [FOLDER / "compiled"], tmp_path, "-m", "slow", MEMPLUS_COMPILE_TESTS="1"
     )
     assert status == 0, output
 

@@ -182,8 +182,8 @@ def load_model(
         model = Transformer(config.model)
     all_rows = sum(layout.num_bytes for layout in layouts.values())
     row_bytes = all_rows if table_cache is None else table_cache
-    dense_bytes, is_cached = weight_bytes(stored, chosen), table_cache is not None
-    with naming_lack_of_memory(device, dense_bytes, row_bytes, is_cached):
+    needed = weight_bytes(stored, chosen), row_bytes
+    with naming_lack_of_memory(device, *needed, is_cached=table_cache is not None):
         if device.type == "cpu":
             weights = mapped_weights(stored, None if keep_stored else chosen)
         else:
@@ -191,9 +191,8 @@ def load_model(
         model.load_state_dict(weights, assign=True)
         model.rope_frequencies = model.rope_frequencies.to(device)
         if tables:
-            model.attach_tables(
-                _tables(tables, layouts, config.model, table_cache, device, verify_tables)
-            )
+            placed = _tables(tables, layouts, config.model, table_cache, device, verify_tables)
+            model.attach_tables(placed)
     if device.type == "cuda":
         # return staging memory to the GPU: the executor measures what is left
         torch.cuda.empty_cache()

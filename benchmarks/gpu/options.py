@@ -13,7 +13,7 @@ CORE_PARTS = ("correctness", "decode", "tables")
 
 @dataclass(frozen=True)
 class GpuCheck:
-    """What to measure; every field becomes an option.
+    """Settings of the check; every field becomes an option.
 
     Raises:
         ConfigError: a value is out of range.

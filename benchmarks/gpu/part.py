@@ -32,7 +32,7 @@ class Task:
 
 @dataclass(frozen=True)
 class PartSetup:
-    """What a part is given to make its tasks.
+    """Inputs from which a part makes its tasks.
 
     Attributes:
         limits: the measured limits of the card.

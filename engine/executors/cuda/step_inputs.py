@@ -129,7 +129,7 @@ class InputWriter:
         _write_padded(out["context_lengths"], np.array(paged.context_lengths, dtype=np.int64))
         _write_padded(out["seats"], np.array(batch.seats, dtype=np.int64))
         if shape.is_decode:
-            # padding is a copy of the first sequence with a row of its own
+            # padding repeats the first sequence, and each repetition has a separate row
             out["query_starts"][:] = np.arange(shape.sequences + 1)
             return
         out["query_starts"][: len(starts)] = starts

@@ -29,7 +29,7 @@ _FEW_PROGRAMS, _LEAST_WIDTH = 64, 1024
 
 
 def num_splits(launch: ProductLaunch, outputs: int, width: int) -> int:
-    """The number of parts of K, each with programs of its own."""
+    """Number of parts into which K is split; separate programs compute each part."""
     programs = -(-outputs // launch.block_n)
     return max(1, min(_FEW_PROGRAMS // programs, width // _LEAST_WIDTH))
 

@@ -1,16 +1,16 @@
-"""JSON objects of one choice of a response, one per delta."""
+"""Writes the JSON objects of one choice of ``POST /v1/completions``."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from engine.sampling.params import TokenLogprobs
+from server.http.completion_request import CompletionRequest
 from server.http.logprobs import LogprobsWriter, prompt_logprobs
-from server.http.schemas import CompletionRequest
 from server.http.text_stream import TextDelta
 from weights.checkpoints.tokenizer import Tokenizer
 
 
-class ChoiceWriter:
+class CompletionChoice:
     """Writes the deltas of one choice; the first contains the prompt if the client asked for it."""
 
     def __init__(
@@ -30,8 +30,12 @@ class ChoiceWriter:
         )
         self._is_first = True
 
-    def write(self, delta: TextDelta) -> dict[str, Any]:
-        """The choice object of a delta."""
+    def whole(self, delta: TextDelta) -> dict[str, Any]:
+        """The choice of a response that is not streamed: the same as a single chunk."""
+        return self.chunk(delta)
+
+    def chunk(self, delta: TextDelta) -> dict[str, Any]:
+        """The choice of the next chunk."""
         body, first, self._is_first = self._body, self._is_first, False
         echoes = body.echo and first
         choice: dict[str, Any] = {

@@ -1,0 +1,137 @@
+"""Generates the answers of one HTTP request: admission, prompts, engine requests, text deltas."""
+
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Any
+
+from engine.errors import RequestError
+from engine.request import Request
+from server.http.errors import EngineError
+from server.http.generation_options import GenerationOptions
+from server.http.metrics import RequestClock
+from server.http.service import Service
+from server.http.text_stream import TextDelta, TextOptions, TextStream
+
+logger = logging.getLogger(__name__)
+# more entries would block the event loop for seconds while they are written
+MAX_PROMPT_LOGPROBS = 200_000
+
+Ids = tuple[int, ...]
+
+
+class Generation:
+    """The answers of one request, one per sample of each prompt; read ``deltas`` once.
+
+    Attributes:
+        body: the request's options.
+        request_id: the id of the response, and the prefix of the engine requests' ids.
+        prompts: token ids of the prompts, once the first delta has come.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        body: GenerationOptions,
+        id_prefix: str,
+        num_prompts: int,
+        encode: Callable[[], Awaitable[list[Ids]]],
+    ) -> None:
+        """Check everything that needs no tokenizer; ``encode`` makes the prompts' ids later.
+
+        Raises:
+            ApiError: another model is served, or the engine is not running.
+            RequestError: a sampling parameter is out of range.
+        """
+        service.check_model(body.model)
+        service.check_engine()
+        body.sampling(service.limits.max_model_len)
+        self.body = body
+        self.request_id = f"{id_prefix}-{uuid.uuid4().hex}"
+        self.prompts: list[Ids] = []
+        self._service = service
+        self._num_prompts = num_prompts
+        self._encode = encode
+        self._num_tokens = 0
+        self._cached_tokens = 0
+
+    async def deltas(self) -> AsyncGenerator[TextDelta, None]:
+        """The text deltas of all answers in order of arrival; closing it aborts the request.
+
+        Raises:
+            ApiError: the queue is full, or the engine failed.
+            RequestError: a prompt does not fit the model.
+        """
+        service, samples = self._service, self.body.num_samples
+        with service.admission.reserve(self._num_prompts * samples):
+            self.prompts = await self._encode()
+            requests = await self._requests()
+            texts = [
+                TextStream(i, service.tokenizer, r.prompt_ids, r.sampling, self._text_options())
+                for i, r in enumerate(requests)
+            ]
+            clocks = [RequestClock(service.metrics, len(r.prompt_ids)) for r in requests]
+            stream = service.engine.submit(requests)
+            started: set[int] = set()
+            try:
+                async for index, output in stream.outputs():
+                    if output.finish_reason == "error":
+                        clocks[index].finished("error")
+                        logger.error("%s failed: %s", output.request_id, output.error)
+                        raise EngineError(output.error or "the engine failed")
+                    if index not in started:
+                        started.add(index)
+                        self._cached_tokens += output.cached_tokens
+                    delta = texts[index].push(output)
+                    self._num_tokens += len(delta.token_ids)
+                    clocks[index].tokens(len(delta.token_ids))
+                    if delta.finish_reason is not None:
+                        clocks[index].finished(delta.finish_reason)
+                        stream.end(index)
+                    yield delta
+            finally:
+                stream.close()
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object for the tokens so far."""
+        prompt_tokens = sum(map(len, self.prompts))
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": self._num_tokens,
+            "total_tokens": prompt_tokens + self._num_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+        }
+
+    async def _requests(self) -> list[Request]:
+        """One engine request per sample of each prompt, in the order of the choices."""
+        body, limits = self.body, self._service.limits
+        bad_words = await self._bad_words()
+        requests: list[Request] = []
+        for ids in self.prompts:
+            for sample in range(body.num_samples):
+                sampling = body.sampling(limits.max_model_len - len(ids), bad_words, sample)
+                limits.check(ids, sampling)
+                name = f"{self.request_id}-{len(requests)}"
+                requests.append(Request(name, ids, sampling, body.priority, body.cache_salt))
+        _check_prompt_logprobs(requests)
+        return requests
+
+    async def _bad_words(self) -> tuple[Ids, ...]:
+        ids: dict[Ids, None] = {}
+        for word in self.body.bad_words:
+            # the word at the beginning of a line, and the word after a space
+            for text in (word, f" {word.lstrip()}"):
+                ids[tuple(await self._service.encode(text, add_special_tokens=False))] = None
+        return tuple(ids)
+
+    def _text_options(self) -> TextOptions:
+        body = self.body
+        return TextOptions(body.stop, body.include_stop_str_in_output, not body.skip_special_tokens)
+
+
+def _check_prompt_logprobs(requests: Sequence[Request]) -> None:
+    scored = [r for r in requests if r.sampling.prompt_logprobs is not None]
+    entries = sum(len(r.prompt_ids) * (r.sampling.prompt_logprobs or 1) for r in scored)
+    if entries > MAX_PROMPT_LOGPROBS:
+        message = f"at most {MAX_PROMPT_LOGPROBS} entries over all samples, not {entries}"
+        raise RequestError("prompt_logprobs", message)

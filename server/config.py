@@ -163,6 +163,10 @@ class HttpOptions:
     served_model_name: str | None = field(
         default=None, metadata={"help": "the model's name for clients (default: from --model)"}
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"metavar": "FILE", "help": "chat template (default: the model's own)"},
+    )
     max_queued_requests: int = field(
         default=256,
         metadata={"help": "prompts that may wait besides the running ones; more get a 503"},

@@ -28,6 +28,7 @@ from server.http.admission import Admission
 from server.http.app import create_app
 from server.http.metrics import Metrics
 from server.http.service import Service
+from weights.checkpoints.chat_template import load_chat_template
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.named_models import NAMED_MODELS, WORDNET, model_folder
 
@@ -45,6 +46,7 @@ def serve(
     can restart the server.
 
     Raises:
+        ChatTemplateError: the model's chat template is not valid.
         CheckpointError: the model or its tokenizer cannot be read.
         ConfigError: the server cannot listen on the address.
         EngineLostError: the engine process has died and no restarts are left.
@@ -54,6 +56,8 @@ def serve(
     folder = model_folder(model.model, cache_folder())
     # report a bad tokenizer now, before minutes are spent on loading the model
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
+    override = Path(http.chat_template) if http.chat_template else None
+    template = load_chat_template(folder, override)
     with _listen(http) as listener:
         settings = EngineSettings(model, cache_folder(), engine)
         make_process = partial(EngineProcess, ENGINE_ENTRY, settings)
@@ -72,6 +76,7 @@ def serve(
                 model_name=http.served_model_name or _model_name(model.model),
                 created=int(time.time()),
                 tokenizer=tokenizer or load_tokenizer(folder),
+                chat_template=template or load_chat_template(folder, override),
                 limits=ready.limits,
                 engine=client,
                 admission=Admission(

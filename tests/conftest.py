@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from engine.model.config import MemoryConfig
 from server.config import cache_folder
-from tests.models import random_model, save_model, tiny_config
+from tests.models import HERMES_TEMPLATE, random_model, save_model, tiny_config
 from tests.server.running import Running, running
 from weights.models.named_models import SMOLLM2
 from weights.models.prepare import prepared_folder
@@ -85,7 +85,11 @@ def slow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def memory_server(memory_plus_folder: Path) -> Iterator[Running]:
-    """The tiny Memory+ model behind a real server."""
-    with running(memory_plus_folder) as server:
+def memory_server(
+    memory_plus_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """The tiny Memory+ model behind a real server, with a chat template that shows tools."""
+    template = tmp_path_factory.mktemp("templates") / "hermes.jinja"
+    template.write_text(HERMES_TEMPLATE)
+    with running(memory_plus_folder, "--chat-template", str(template)) as server:
         yield server

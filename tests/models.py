@@ -27,6 +27,20 @@ from weights.checkpoints.tensor_files import TensorSource
 
 EOS_ID = 256
 VOCAB_SIZE = 260
+HERMES_TEMPLATE = """
+{%- for tool in tools or [] %}{{ tool | tojson }} as <tool_call>{"name": ...}</tool_call>
+{% endfor %}
+{%- for message in messages %}
+    {%- if message.role not in ('system', 'user', 'assistant', 'tool') %}
+        {{- raise_exception('unknown role ' + message.role) }}
+    {%- endif %}
+    {{- '<' + message.role + '>' + message.content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<tool_call>' + call.function | tojson + '</tool_call>' }}
+    {%- endfor %}
+    {{- '' if loop.last and not add_generation_prompt else '\\n' }}
+{%- endfor %}
+{{- '<assistant>' if add_generation_prompt }}"""
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

@@ -15,3 +15,7 @@ class DataError(Exception):
 
 class TrainingError(Exception):
     """Training cannot continue; the message names the step if there is one."""
+
+
+class ChatTemplateError(Exception):
+    """A chat template is not valid, or does not accept the messages."""

@@ -23,13 +23,13 @@ from server.config import (
     set_threads,
 )
 from weights.checkpoints.dtype_names import TABLE_DTYPES
-from weights.errors import CheckpointError, DataError, TrainingError
+from weights.errors import ChatTemplateError, CheckpointError, DataError, TrainingError
 from weights.models.named_models import DEFAULT_MODEL
 
 _FAILURE = 1
 _USAGE_ERROR = 2
 _USER_ERRORS = (
-    *(CheckpointError, ConfigError, DataError),
+    *(ChatTemplateError, CheckpointError, ConfigError, DataError),
     *(EngineStartError, RequestError, TrainingError),
 )
 

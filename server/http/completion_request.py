@@ -26,6 +26,10 @@ class CompletionRequest(GenerationOptions):
         default=None,
         description="return the log-probability of each token and of this many likeliest ones",
     )
+    prompt_logprobs: int | None = Field(
+        default=None,
+        description="return the log-probability of each prompt token and of this many likeliest",
+    )
     echo: bool = Field(default=False, description="return the prompt before the answer")
     add_special_tokens: bool = Field(
         default=True, description="add the model's special tokens, often a begin token, to texts"
@@ -72,7 +76,8 @@ class CompletionRequest(GenerationOptions):
         return self.prompt
 
     def decided(self, most_tokens: int) -> dict[str, Any]:
-        given: dict[str, Any] = {} if self.logprobs is None else {"logprobs": self.logprobs}
+        listed = {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}
+        given: dict[str, Any] = {name: n for name, n in listed.items() if n is not None}
         if self.echo and (self.logprobs is not None or self.max_tokens == 0):
             given["prompt_logprobs"] = max(self.logprobs or 0, self.prompt_logprobs or 0)
         if self.num_samples > self.n:

@@ -73,10 +73,6 @@ class GenerationOptions(RequestBody):
     skip_special_tokens: bool = Field(
         default=True, description="leave the names of special tokens out of the text"
     )
-    prompt_logprobs: int | None = Field(
-        default=None,
-        description="return the log-probability of each prompt token and of this many likeliest",
-    )
     stream: bool = Field(default=False, description="send the answer as server-sent events")
     stream_options: StreamOptions | None = Field(
         default=None, description="options for token counts; needs stream"
@@ -152,5 +148,4 @@ _SHARED = (
     "frequency_penalty",
     "seed",
     "ignore_eos",
-    "prompt_logprobs",
 )

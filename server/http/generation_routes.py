@@ -2,6 +2,8 @@
 
 from fastapi import APIRouter, Request, Response
 
+from server.http.chat import chat_answer
+from server.http.chat_request import ChatRequest
 from server.http.completion_request import CompletionRequest
 from server.http.completions import completion_answer
 from server.http.responses import respond
@@ -9,12 +11,17 @@ from server.http.service import Service
 
 
 def generation_routes(service: Service) -> APIRouter:
-    """``POST /v1/completions``."""
+    """``POST /v1/completions`` and ``POST /v1/chat/completions``."""
     router = APIRouter(tags=["generation"])
 
     @router.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or more prompts."""
         return await respond(request, completion_answer(service, body), body.stream)
+
+    @router.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Continue a conversation."""
+        return await respond(request, chat_answer(service, body), body.stream)
 
     return router

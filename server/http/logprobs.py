@@ -73,3 +73,22 @@ def prompt_logprobs(
             }
         )
     return positions
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], count: int, as_token_ids: bool
+) -> dict[str, Any]:
+    """OpenAI's format for chat: each token with its text, bytes and ``count`` likeliest tokens."""
+
+    def named(token_id: int, logprob: float) -> dict[str, Any]:
+        text = f"token_id:{token_id}" if as_token_ids else tokenizer.token_text(token_id)
+        fixed = tokenizer.token_bytes(token_id)
+        data = tokenizer.token_text(token_id).encode() if fixed is None else fixed
+        return {"token": text, "logprob": logprob, "bytes": list(data)}
+
+    content = [
+        named(entry.token_id, entry.logprob)
+        | {"top_logprobs": [named(*pair) for pair in entry.top[:count]]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}

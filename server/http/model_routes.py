@@ -1,14 +1,18 @@
 """Routes that describe the served model."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
 
+from server.http.chat import chat_prompt
+from server.http.errors import ApiError
 from server.http.service import Service
+from server.http.tokenize_request import DetokenizeRequest, TokenizeRequest
 
 
 def model_routes(service: Service) -> APIRouter:
-    """``GET /v1/models`` and ``GET /v1/models/{id}``."""
+    """The model's description and its tokenizer."""
     router = APIRouter(tags=["model"])
 
     @router.get("/v1/models")
@@ -21,6 +25,34 @@ def model_routes(service: Service) -> APIRouter:
         """The served model."""
         service.check_model(name)
         return _model(service)
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """Token ids of a text or of a conversation."""
+        service.check_model(body.model)
+        if body.prompt is None:
+            ids = list(await chat_prompt(service, body))
+        else:
+            encode = service.tokenizer.encode
+            ids = await asyncio.to_thread(encode, body.prompt, body.add_special_tokens)
+        limit = service.limits.max_model_len
+        answer = {"count": len(ids), "max_model_len": limit, "tokens": ids}
+        if body.return_token_strs:
+            answer["token_strs"] = [service.tokenizer.token_text(token_id) for token_id in ids]
+        return answer
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        """The text of token ids."""
+        service.check_model(body.model)
+        return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)}
+
+    @router.post("/v1/embeddings")
+    @router.post("/v1/score")
+    async def unsupported() -> None:
+        """Refused: the server generates text, and computes no embeddings or similarities."""
+        message = "this server generates text; it has no embeddings and no similarity scores"
+        raise ApiError(404, message, code="unsupported_endpoint")
 
     return router
 

@@ -9,6 +9,7 @@ from server.engine_client import EngineClient
 from server.http.admission import Admission
 from server.http.errors import ApiError
 from server.http.metrics import Metrics
+from weights.checkpoints.chat_template import ChatTemplate
 from weights.checkpoints.tokenizer import Tokenizer
 
 
@@ -19,6 +20,7 @@ class Service:
     model_name: str
     created: int
     tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
     limits: RequestLimits
     engine: EngineClient
     admission: Admission

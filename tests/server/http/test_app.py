@@ -28,14 +28,15 @@ class SilentProcess:
         self.sent.append(message)
 
 
-def build():
+def build(chat_template=None, max_model_len=100):
     process, metrics = SilentProcess(), Metrics()
     engine = EngineClient(process, metrics.observe_step, SupervisionOptions(), SilentProcess)
     service = Service(
         model_name="mock",
         created=0,
         tokenizer=JsonTokenizer(byte_tokenizer()),
-        limits=RequestLimits(vocab_size=260, max_model_len=100),
+        chat_template=chat_template,
+        limits=RequestLimits(vocab_size=260, max_model_len=max_model_len),
         engine=engine,
         admission=Admission(2, metrics.rejections.labels("queue_full").inc),
         metrics=metrics,

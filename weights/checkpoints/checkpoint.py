@@ -151,8 +151,8 @@ def load_model(
 
     The model is built on the meta device, and weights are assigned to it. On the CPU they are
     mapped, and those that are stored in the serving dtype are not copied. On a GPU they are read
-    straight into its memory, one at a time. Tables are read into the device's memory, or stay in
-    their files (CPU) or in page-locked host memory (GPU).
+    into its memory through two page-locked buffers. Tables are read into the device's memory, or
+    stay in their files (CPU) or in page-locked host memory (GPU).
 
     Args:
         folder: the checkpoint folder.

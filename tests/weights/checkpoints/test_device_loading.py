@@ -1,12 +1,15 @@
 """Loading to a device, with a fake one that copies as late as it may."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests.engine.executors.cuda.fake_device import FakeDevice
-from weights.checkpoints import tensor_files
+from weights.checkpoints import model_weights, table_loading, tensor_files
 from weights.checkpoints.device_loading import DeviceLoader, copy_part
+from weights.checkpoints.table_files import requested_layout
 from weights.checkpoints.tensor_files import list_file
 from weights.errors import CheckpointError
 
@@ -80,6 +83,16 @@ def test_a_part_is_read_while_the_device_copies_the_last_one(stored):
     assert sum(in_flight) == stored["row"].num_bytes
     # 8 parts, the last two of which no later part had to wait for
     assert copies.device.num_waits == 6
+
+
+def test_weights_and_tables_are_loaded_when_their_functions_return(stored, tensors, monkeypatch):
+    for module in (model_weights, table_loading):
+        late = partial(DeviceLoader, start=LateCopies())
+        monkeypatch.setattr(module, "DeviceLoader", late)
+    assert is_right(model_weights.device_weights(stored, torch.bfloat16, CPU), tensors)
+    layout = requested_layout(stored["rows"], "float16")
+    rows = table_loading.rows_on_device(stored["rows"], layout, CPU, int, verify=False)
+    assert torch.equal(rows, tensors["rows"].half())
 
 
 def test_buffers_are_page_locked_for_a_gpu(monkeypatch):

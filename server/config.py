@@ -66,8 +66,8 @@ class ModelOptions:
         default=None,
         metadata={
             "metavar": "SIZE",
-            "help": "row cache of the host and disk tiers, as a number with KiB, MiB or GiB"
-            f" (default: {_CACHE}, less if auto finds less free memory)",
+            "help": "row cache of the host and disk tiers, as a number with KiB, MiB or GiB; the"
+            f" host tier has a minimum (default: {_CACHE}, less if auto finds less free memory)",
         },
     )
     table_dtype: str = field(

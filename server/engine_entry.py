@@ -22,6 +22,7 @@ from server.device import chosen_device
 from weights.checkpoints.checkpoint import load_model, model_bytes
 from weights.checkpoints.config_json import CheckpointConfig, read_config
 from weights.checkpoints.gpu_tier import GpuTierChoice
+from weights.checkpoints.host_cache_limits import HostCacheLimits
 from weights.checkpoints.memory_request import MemoryRequest
 from weights.checkpoints.table_tier import CpuTierChoice
 from weights.errors import CheckpointError
@@ -125,7 +126,7 @@ def load_served(
         tier=options.table_tier,
         is_kv_requested=engine is not None and engine.kv_cache_gib is not None,
     )
-    choice = _tier_choice(request, device, engine or EngineConfig())
+    choice = _tier_choice(request, device, engine or EngineConfig(), sizes.host_cache)
     shares = choice.shares(sizes.tables, sizes.weights)
     model, config = load_model(
         folder,
@@ -144,11 +145,11 @@ def load_served(
 
 
 def _tier_choice(
-    request: MemoryRequest, device: torch.device, engine: EngineConfig
+    request: MemoryRequest, device: torch.device, engine: EngineConfig, limits: HostCacheLimits
 ) -> CpuTierChoice | GpuTierChoice:
     if device.type == "cpu":
         return CpuTierChoice(request)
-    return GpuTierChoice(request, device, engine.gpu_memory_utilization)
+    return GpuTierChoice(request, device, engine.gpu_memory_utilization, limits)
 
 
 def _lookahead(options: ModelOptions, model: ModelConfig) -> LookaheadConfig:

@@ -71,6 +71,7 @@ COVERED_BY = {
     "memory_ops/native/disk_rows.py": "memory_ops/tables/test_disk.py",
     "memory_ops/native/row_fetcher.py": "memory_ops/tables/test_disk.py",
     "memory_ops/tables/disk_lookup.py": "memory_ops/tables/test_disk.py",
+    "memory_ops/tables/host_cache_size.py": "memory_ops/interpreted/test_row_cache.py",
     "memory_ops/tables/row_cache.py": "memory_ops/interpreted/test_row_cache.py",
     "memory_ops/tables/streams.py": "memory_ops/interpreted/test_host_table.py",
     "memory_ops/tables/table_statistics.py": "engine/test_table_counts.py",

@@ -11,6 +11,12 @@ from torch import Tensor
 
 from memory_ops.checks import Table, table_shape
 from memory_ops.row_formats import RowRecords
+from memory_ops.tables.host_cache_size import (
+    NUM_OVERFLOW,
+    NUM_WAYS,
+    STATE_BYTES,
+    host_cache_bytes,
+)
 from memory_ops.tables.table_statistics import TableStatistics
 from memory_ops.triton_kernels import place_rows as columns
 from memory_ops.triton_kernels.fetch_rows import fetch_rows
@@ -19,10 +25,6 @@ from memory_ops.triton_kernels.place_rows import CacheSets, place_rows
 from memory_ops.triton_kernels.row_dots import row_dots_into
 from memory_ops.triton_kernels.sort_rows import sort_rows
 from memory_ops.triton_kernels.table_view import table_view
-
-_WAYS = 16
-_OVERFLOW = 2**14  # overflow rows for one part of a lookup: 128 tokens of 128 rows
-_STATE_BYTES = 16  # bookkeeping of a way, in addition to its row
 
 
 class RowCache:
@@ -50,8 +52,8 @@ class RowCache:
         device: torch.device,
         *,
         num_layers: int = 1,
-        num_ways: int = _WAYS,
-        num_overflow: int = _OVERFLOW,
+        num_ways: int = NUM_WAYS,
+        num_overflow: int = NUM_OVERFLOW,
     ) -> None:
         """Allocate the cache on ``device``; fetches nothing.
 
@@ -77,8 +79,8 @@ class RowCache:
             raise ValueError(f"table: expected contiguous rows, got strides {stored_RC.stride()}")
         num_rows, _ = table_shape(table)
         self.row_bytes = stored_RC.shape[1] * stored_RC.element_size()
-        set_bytes = num_ways * (self.row_bytes + _STATE_BYTES)
-        least = num_overflow * self.row_bytes + set_bytes
+        set_bytes = num_ways * (self.row_bytes + STATE_BYTES)
+        least = host_cache_bytes(1, self.row_bytes, num_ways=num_ways, num_overflow=num_overflow)
         if cache_bytes < least:
             what = f"one set of {num_ways} rows and {num_overflow} overflow rows need {least}"
             raise ValueError(f"table_cache: {cache_bytes} bytes are too small: {what}")

@@ -132,9 +132,9 @@ def test_a_gpu_leaves_the_kv_pool_to_the_executor(memory_plus_folder, monkeypatc
     config = EngineConfig(kv_cache_gib=asked, gpu_memory_utilization=0.7, kv_dtype="fp8")
     requests = []
 
-    def choice(request, device, utilization):
+    def choice(request, device, utilization, limits):
         requests.append((request, utilization))
-        return GpuTierChoice(request, device, utilization, lambda device: (2**33, 2**33))
+        return GpuTierChoice(request, device, utilization, limits, lambda device: (2**33, 2**33))
 
     monkeypatch.setattr(engine_entry, "GpuTierChoice", choice)
     options = ModelOptions(str(memory_plus_folder), dtype="float16")

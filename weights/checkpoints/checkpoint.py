@@ -15,6 +15,7 @@ from engine.model.transformer import Transformer
 from memory_ops.tables.value_table import ValueTable
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json, read_config
 from weights.checkpoints.gpu_tier import naming_lack_of_memory
+from weights.checkpoints.host_cache_limits import HostCacheLimits, host_cache_limits
 from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
 from weights.checkpoints.new_folder import new_folder, write_synced
 from weights.checkpoints.table_files import OUTPUT_DTYPES, RowLayout, table_shape
@@ -108,12 +109,14 @@ class ModelBytes:
     Attributes:
         weights: bytes of all tensors except the value tables.
         tables: bytes of all value tables in their served format; 0 if there are none.
+        host_cache: limits of the row cache if the tables lie in host memory; 0 without tables.
         kv_per_token: bytes of one token's keys and values in all layers.
         dtype: dtype in which the model is served.
     """
 
     weights: int
     tables: int
+    host_cache: HostCacheLimits
     kv_per_token: int
     dtype: torch.dtype
 
@@ -129,9 +132,12 @@ def model_bytes(folder: Path, dtype: str, table_dtype: str, kv_dtype: str = "aut
     config, stored = open_checkpoint(folder)
     chosen = serving_dtype(stored, dtype)
     tables = [stored.pop(name) for name in config.model.table_names]
+    layouts = table_layouts(tables, table_dtype).values()
+    memory = config.model.memory
     return ModelBytes(
         weights=weight_bytes(stored, chosen),
-        tables=sum(layout.num_bytes for layout in table_layouts(tables, table_dtype).values()),
+        tables=sum(layout.num_bytes for layout in layouts),
+        host_cache=host_cache_limits(layouts, memory) if memory else HostCacheLimits(0, 0),
         kv_per_token=config.model.kv_bytes_per_token(1 if kv_dtype == "fp8" else chosen.itemsize),
         dtype=chosen,
     )
@@ -151,8 +157,8 @@ def load_model(
 
     The model is built on the meta device, and weights are assigned to it. On the CPU they are
     mapped, and those that are stored in the serving dtype are not copied. On a GPU they are read
-    straight into its memory, one at a time. Tables are read into the device's memory, or stay in
-    their files (CPU) or in page-locked host memory (GPU).
+    into its memory through two page-locked buffers. Tables are read into the device's memory, or
+    stay in their files (CPU) or in page-locked host memory (GPU).
 
     Args:
         folder: the checkpoint folder.

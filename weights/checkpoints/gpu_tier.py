@@ -9,6 +9,7 @@ import torch
 
 from engine.errors import ConfigError
 from weights.available_memory import AvailableMemory, available_memory
+from weights.checkpoints.host_cache_limits import HostCacheLimits
 from weights.checkpoints.memory_request import MemoryRequest, MemoryShares, check_fits, size_text
 
 # activations, graphs, workspaces: an estimate that no GPU has confirmed
@@ -30,6 +31,7 @@ class GpuTierChoice:
         request: the user's settings; the tier is auto, device or host.
         device: the GPU.
         utilization: fraction of the GPU's memory that the engine may use.
+        cache_limits: sizes of the row cache that the tables can use; unused without tables.
         read_gpu: reads the free memory and all memory of the GPU.
         read_host: reads the available host memory.
     """
@@ -37,6 +39,7 @@ class GpuTierChoice:
     request: MemoryRequest
     device: torch.device
     utilization: float
+    cache_limits: HostCacheLimits
     read_gpu: ReadGpu = torch.cuda.mem_get_info
     read_host: Callable[[], AvailableMemory] = available_memory
 
@@ -45,9 +48,9 @@ class GpuTierChoice:
 
         ``auto`` loads the tables into the GPU's memory if they fit together with the weights, a
         reserve of ``request.kv_bytes`` for the KV pool and 1 GiB for a step, or if they fit in the
-        default row cache. Otherwise it loads them into host memory, if they leave 2 GiB of it. A
-        log line explains the decision. Unless the user requested a KV pool, its size is left to the
-        executor, which measures the memory that is left.
+        row cache that they would get. Otherwise it loads them into host memory, if they leave 2 GiB
+        of it. A log line explains the decision. Unless the user requested a KV pool, its size is
+        left to the executor, which measures the memory that is left.
 
         Args:
             table_bytes: all tables in their served layout; 0 if there are none.
@@ -55,8 +58,9 @@ class GpuTierChoice:
 
         Raises:
             ConfigError: the weights or a request exceed the GPU's memory; the tables fit in neither
-                memory; a row cache or the host tier is requested for a model without tables; or the
-                host's available memory cannot be read, but decides.
+                memory; the requested row cache is too small; a row cache or the host tier is
+                requested for a model without tables; or the host's available memory cannot be read,
+                but decides.
         """
         if not table_bytes:
             self.request.check_without_tables()
@@ -86,16 +90,24 @@ class GpuTierChoice:
         if self.request.tier == "device":
             check_fits("table_tier: device needs", table_bytes, beyond_weights, gpu)
             return None
-        if self.request.tier == "auto" and self.request.takes_all_rows(table_bytes, left):
+        smallest, largest = self.cache_limits
+        if self.request.tier == "auto" and self.request.takes_all_rows(table_bytes, left, smallest):
+            check_fits("table_tier: tables need", table_bytes, beyond_weights, gpu)
             is_unused = self.request.requested_cache is not None
             decision = "are loaded into the GPU's memory (device tier)"
             if is_unused:
                 decision += "; --table-cache is unused"
             self._log(is_unused, decision, table_bytes, weight_bytes, gpu)
             return None
-        cache = self.request.fitting_cache(left)
+        cache = min(self.request.fitting_cache(left, smallest), largest)
+        if cache < smallest:
+            raise ConfigError(
+                f"table_cache: {size_text(cache)} is too small for these tables in host memory;"
+                f" --table-cache must be at least {-(-smallest // 2**20)}MiB"
+            )
         self._check_host(table_bytes, beyond_weights, gpu)
-        check_fits("table_cache: takes", cache, beyond_weights, gpu)
+        least = "the smallest takes" if cache == smallest else "takes"
+        check_fits(f"table_cache: {least}", cache, beyond_weights, gpu)
         if self.request.tier == "auto":
             decision = f"stay in host memory (host tier) with a row cache of {size_text(cache)}"
             self._log(True, decision, table_bytes, weight_bytes, gpu)

@@ -31,7 +31,7 @@ class MemoryRequest:
     Attributes:
         kv_bytes: largest size of the KV pool; 0 if there is none.
         requested_cache: row cache bytes that the user requested, or None.
-        default_cache: largest row cache in bytes if the user requested none.
+        default_cache: row cache in bytes if the user requested none and memory is no limit.
         tier: auto, device, host or disk, as the user requested.
         is_kv_requested: the user requested ``kv_bytes``, so they are not reduced.
     """
@@ -47,21 +47,24 @@ class MemoryRequest:
         """The row cache if memory is no limit."""
         return self.default_cache if self.requested_cache is None else self.requested_cache
 
-    def fitting_cache(self, left: int) -> int:
-        """The requested row cache, or the largest that fits in ``left`` bytes, at least 256 MiB."""
+    def fitting_cache(self, left: int, smallest: int = 0) -> int:
+        """The requested row cache, or the largest that fits in ``left`` bytes, at least 256 MiB
+        and ``smallest``."""
         if self.requested_cache is not None:
             return self.requested_cache
-        return min(self.default_cache, max(left, _MIN_CACHE_BYTES))
+        return max(smallest, min(self.default_cache, max(left, _MIN_CACHE_BYTES)))
 
     def fitting_kv(self, left: int) -> int:
         """The largest KV pool that fits in ``left`` bytes, at least 64 MiB."""
         return min(self.kv_bytes, max(left, _MIN_KV_BYTES))
 
-    def takes_all_rows(self, table_bytes: int, left: int) -> bool:
-        """Whether ``auto`` loads all rows: they fit in ``left`` bytes or in the default cache."""
+    def takes_all_rows(self, table_bytes: int, left: int, smallest_cache: int = 0) -> bool:
+        """Whether ``auto`` loads all rows: they fit in ``left`` bytes, or no cache is requested and
+        they fit in ``fitting_cache``."""
         if table_bytes <= left:
             return True
-        return self.requested_cache is None and table_bytes <= self.fitting_cache(left)
+        cache = self.fitting_cache(left, smallest_cache)
+        return self.requested_cache is None and table_bytes <= cache
 
     def check_without_tables(self) -> None:
         """Raise ConfigError if a setting needs value tables, which the model does not have."""

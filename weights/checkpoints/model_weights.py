@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from weights.checkpoints.device_loading import DeviceLoader
 from weights.checkpoints.tensor_files import StoredTensor, read_mapped
 
 
@@ -30,13 +31,16 @@ def mapped_weights(
 def device_weights(
     stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Weights in a device's memory, by name; each is mapped, copied and converted there in turn.
+    """Weights in a device's memory, by name; the device converts them to ``dtype``.
 
     Raises:
         CheckpointError: a tensor cannot be read.
         torch.OutOfMemoryError: the device has not enough memory.
     """
-    return {name: read_mapped(one).to(device).to(dtype) for name, one in stored.items()}
+    loader = DeviceLoader(device)
+    weights = {name: loader.load(one, dtype) for name, one in stored.items()}
+    loader.finish()
+    return weights
 
 
 def weight_bytes(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> int:

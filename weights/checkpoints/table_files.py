@@ -122,17 +122,15 @@ def requested_layout(stored: StoredTensor, dtype: str | None) -> RowLayout:
 
 
 def converted_parts(
-    stored: StoredTensor, layout: RowLayout, *, verify: bool = False, is_pinned: bool = False
+    stored: StoredTensor, layout: RowLayout, *, verify: bool = False
 ) -> Iterator[Tensor]:
     """All rows in order, in parts, converted to a layout from ``requested_layout``.
-
-    ``is_pinned`` page-locks the buffer of ``read_parts``.
 
     Raises:
         CheckpointError: as ``read_parts``, or a row to quantise is not finite.
     """
     as_stored, first = stored_layout(stored), 0
-    for part in read_parts(stored, verify=verify, is_pinned=is_pinned):
+    for part in read_parts(stored, verify=verify):
         if layout == as_stored:
             yield part
         elif layout.records is None:

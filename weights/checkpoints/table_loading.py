@@ -1,6 +1,6 @@
 """Opens value tables for serving: loads and converts them into memory, or opens their files."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from memory_ops.native.disk_rows import is_available
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable
 from memory_ops.tables.value_table import TableReadError, ValueTable
+from weights.checkpoints.device_loading import DeviceLoader, OnBytes
 from weights.checkpoints.table_files import (
     RowLayout,
     converted_parts,
@@ -25,8 +26,6 @@ from weights.errors import CheckpointError
 
 # tables smaller than this load too fast for a progress bar
 _MIN_PROGRESS_BYTES = 256 * 2**20
-
-OnBytes = Callable[[int], object]
 
 
 def table_layouts(stored: Sequence[StoredTensor], dtype: str) -> dict[str, RowLayout]:
@@ -156,16 +155,19 @@ def rows_on_device(
 ) -> Tensor:
     """A table's rows in a device's memory, copied part by part; arguments as ``rows_in_memory``.
 
-    Parts are read into one staging buffer, which is page-locked for a GPU.
+    The device converts floating rows. The host quantises rows, which waits for each copy.
 
     Raises:
         CheckpointError: as ``load_tables``.
         torch.OutOfMemoryError: the device has not enough memory.
     """
-    rows = torch.empty(layout.shape, dtype=layout.dtype, device=device)
-    is_pinned = device.type == "cuda"
-    parts = converted_parts(stored, layout, verify=verify, is_pinned=is_pinned)
-    _fill(rows, stored, parts, on_bytes)
+    if layout.records is None or layout == stored_layout(stored):
+        loader = DeviceLoader(device)
+        rows = loader.load(stored, layout.dtype, on_bytes, verify=verify)
+        loader.finish()
+    else:
+        rows = torch.empty(layout.shape, dtype=layout.dtype, device=device)
+        _fill(rows, stored, converted_parts(stored, layout, verify=verify), on_bytes)
     return rows
 
 

@@ -22,7 +22,7 @@ RECORDS_DTYPE = "U8"
 STORED_DTYPES = DTYPES | {RECORDS_DTYPE: torch.uint8}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _READ_CHUNK = 1 << 30
-_PART_BYTES = 1 << 22
+PART_BYTES = 1 << 22
 _MIN_MAPPED_BYTES = 1 << 16
 # mappings need no descriptor, but before Python 3.13 they keep one
 _NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
@@ -125,14 +125,14 @@ def read_parts(
     stored: StoredTensor,
     target: Tensor | None = None,
     *,
+    buffer: Callable[[], Tensor] | None = None,
     verify: bool = False,
-    is_pinned: bool = False,
 ) -> Iterator[Tensor]:
-    """Read a tensor's rows in order, in parts.
+    """Read a tensor's rows in order, in parts of at most 4 MiB, or of one row if it is larger.
 
     Parts are views of ``target``, a contiguous CPU tensor of the same dtype and shape. Without it,
-    each part overwrites the previous one in a buffer, which is page-locked for copies to a GPU if
-    ``is_pinned`` is set. What was read is dropped from the page cache.
+    ``buffer`` returns the bytes that each part is read into; by default each part overwrites the
+    previous one. What was read is dropped from the page cache.
 
     Raises:
         CheckpointError: the file cannot be read or ends too early; or ``verify`` is set, and the
@@ -146,16 +146,18 @@ def read_parts(
         )
     checksum = hashlib.sha256()
     num_rows = stored.shape[0]
-    rows_per_part = max(1, _PART_BYTES * num_rows // max(1, stored.num_bytes))
-    if target is None:
-        shape = (min(rows_per_part, num_rows), *stored.shape[1:])
-        buffer = torch.empty(shape, dtype=STORED_DTYPES[stored.dtype], pin_memory=is_pinned)
+    rows_per_part = max(1, min(PART_BYTES * num_rows // max(1, stored.num_bytes), num_rows))
+    if target is None and buffer is None:
+        reused = torch.empty(rows_per_part * _row_bytes(stored), dtype=torch.uint8)
     try:
         with open(stored.file, "rb", buffering=0) as file:
             file.seek(stored.offset)
             for first in range(0, num_rows, rows_per_part):
                 count = min(rows_per_part, num_rows - first)
-                part = buffer[:count] if target is None else target[first : first + count]
+                if target is None:
+                    part = _as_rows(buffer() if buffer else reused, stored, count)
+                else:
+                    part = target[first : first + count]
                 _fill(file, part, stored)
                 _drop_from_page_cache(file, part.nbytes)
                 if verify:
@@ -181,6 +183,16 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor."""
     # view as bytes first, because numpy has no bfloat16
     return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _row_bytes(stored: StoredTensor) -> int:
+    return STORED_DTYPES[stored.dtype].itemsize * math.prod(stored.shape[1:])
+
+
+def _as_rows(memory: Tensor, stored: StoredTensor, count: int) -> Tensor:
+    """The first bytes of a buffer as ``count`` rows of a tensor."""
+    values = memory[: count * _row_bytes(stored)].view(STORED_DTYPES[stored.dtype])
+    return values.view(count, *stored.shape[1:])
 
 
 def _fill(file: BinaryIO, target: Tensor, stored: StoredTensor) -> None:

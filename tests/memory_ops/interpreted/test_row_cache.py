@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memory_ops.row_formats import RowRecords
+from memory_ops.tables.host_cache_size import host_cache_bytes
 from memory_ops.tables.row_cache import RowCache, rows_memory
 from memory_ops.triton_kernels import gather_rows, row_dots
 from memory_ops.triton_kernels.place_rows import NUM_COUNTS, CacheSets, Placed, place_rows
@@ -240,6 +241,15 @@ def test_the_cache_keeps_to_its_memory_limit():
         cache = RowCache(table, given_bytes, CPU, num_ways=4, num_overflow=10)
         tensors = (cache.memory, *cache.sets)
         assert given_bytes - 192 < sum(tensor.nbytes for tensor in tensors) <= given_bytes
+
+
+@pytest.mark.parametrize(("num_rows", "num_sets"), [(1, 1), (16, 1), (17, 2), (100, 7)])
+def test_a_cache_of_the_stated_size_holds_the_rows(num_rows, num_sets):
+    table = torch.zeros(100, 4)
+    cache = RowCache(table, host_cache_bytes(num_rows, 16), CPU)
+    assert cache.capacity == num_sets * 16
+    if num_sets > 1:
+        assert RowCache(table, host_cache_bytes(num_rows, 16) - 1, CPU).capacity < num_rows
 
 
 def test_there_are_no_more_sets_than_the_rows_need():

@@ -8,12 +8,14 @@ import torch
 from engine.errors import ConfigError
 from weights.available_memory import AvailableMemory
 from weights.checkpoints.gpu_tier import GpuTierChoice, naming_lack_of_memory
+from weights.checkpoints.host_cache_limits import HostCacheLimits
 from weights.checkpoints.memory_request import MemoryRequest, MemoryShares
 
 MIB, GIB = 2**20, 2**30
 GPU = torch.device("cuda", 0)
 TOTAL = 40 * GIB
 BUDGET = 36 * GIB  # the default fraction is 0.9
+LIMITS = HostCacheLimits(64 * MIB, 64 * GIB)
 
 
 def choice_of(
@@ -24,6 +26,7 @@ def choice_of(
     cache: int | None = None,
     kv: int = 2 * GIB,
     is_kv_requested: bool = False,
+    limits: HostCacheLimits = LIMITS,
 ) -> GpuTierChoice:
     request = MemoryRequest(kv, cache, 2 * GIB, tier, is_kv_requested)
 
@@ -31,7 +34,9 @@ def choice_of(
         assert device == GPU
         return free, TOTAL
 
-    return GpuTierChoice(request, GPU, 0.9, read_gpu, lambda: AvailableMemory(host, "a test"))
+    return GpuTierChoice(
+        request, GPU, 0.9, limits, read_gpu, lambda: AvailableMemory(host, "a test")
+    )
 
 
 def test_auto_takes_the_gpu_if_tables_fit_with_weights_kv_and_a_step(caplog):
@@ -105,6 +110,46 @@ def test_a_requested_cache_must_fit_on_the_gpu(caplog):
     assert "--table-cache is unused" in caplog.messages[0]
 
 
+def test_the_cache_is_never_smaller_than_its_tables_need(caplog):
+    wide = HostCacheLimits(3 * GIB, 64 * GIB)
+    assert choice_of("host", limits=wide).shares(30 * GIB, GIB).cache_bytes == 3 * GIB
+    assert choice_of(free=9 * GIB, limits=wide).shares(30 * GIB, GIB).cache_bytes == 3 * GIB
+    # 4 GiB are left after the weights
+    with pytest.raises(ConfigError, match=r"table_cache: the smallest takes 5.00 GiB, but the wei"):
+        choice_of(free=9 * GIB, limits=HostCacheLimits(5 * GIB, 64 * GIB)).shares(30 * GIB, GIB)
+
+
+def test_a_requested_cache_that_is_too_small_is_refused_with_the_smallest_size():
+    limits = HostCacheLimits(512 * MIB + 1, 64 * GIB)
+    for tier in ("host", "auto"):
+        with pytest.raises(ConfigError) as refused:
+            choice_of(tier, cache=512 * MIB, limits=limits).shares(40 * GIB, GIB)
+        assert str(refused.value) == (
+            "table_cache: 512.0 MiB is too small for these tables in host memory; --table-cache"
+            " must be at least 513MiB"
+        )
+        fits = choice_of(tier, cache=513 * MIB, limits=limits).shares(40 * GIB, GIB)
+        assert fits.cache_bytes == 513 * MIB
+    # a cache that is not used may have any size
+    assert choice_of(cache=MIB, limits=limits).shares(GIB, GIB).cache_bytes is None
+
+
+def test_no_cache_is_larger_than_its_tables_can_use(caplog):
+    limits = HostCacheLimits(64 * MIB, 300 * MIB)
+    for cache in (None, 8 * GIB):
+        chosen = choice_of("host", cache=cache, limits=limits)
+        assert chosen.shares(250 * MIB, GIB).cache_bytes == 300 * MIB
+
+
+def test_tables_smaller_than_their_smallest_cache_are_on_the_gpu():
+    little = choice_of(free=6 * GIB, limits=HostCacheLimits(GIB, 2 * GIB))
+    assert little.shares(GIB, GIB // 2).cache_bytes is None
+    assert little.shares(GIB + 1, GIB // 2).cache_bytes == GIB
+    # 0.5 GiB are left after the weights
+    with pytest.raises(ConfigError, match=r"table_tier: tables need 1.00 GiB, but the weights"):
+        little.shares(GIB, 3 * GIB // 2)
+
+
 def test_a_requested_kv_pool_must_fit_and_others_are_left_to_the_executor():
     assert choice_of().shares(0, GIB) == MemoryShares(None, None)
     fits = choice_of("device", kv=5 * GIB, is_kv_requested=True)
@@ -139,7 +184,7 @@ def test_unknown_host_memory_matters_only_if_it_decides(caplog):
         return TOTAL, TOTAL
 
     auto, host = (
-        GpuTierChoice(MemoryRequest(GIB, None, GIB, tier), GPU, 0.9, read_gpu, silent)
+        GpuTierChoice(MemoryRequest(GIB, None, GIB, tier), GPU, 0.9, LIMITS, read_gpu, silent)
         for tier in ("auto", "host")
     )
     assert auto.shares(GIB, GIB).cache_bytes is None

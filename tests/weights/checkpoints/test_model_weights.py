@@ -1,17 +1,13 @@
 """Weights read straight to a device equal those of mapped files."""
 
-import weakref
-
 import pytest
 import torch
 
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
-from weights.checkpoints import model_weights
 from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
-from weights.checkpoints.tensor_files import read_mapped
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture
@@ -36,14 +32,10 @@ def test_stored_dtypes_are_kept_without_a_dtype(stored):
     assert {one.dtype for one in mapped_weights(stored, None).values()} == {torch.float32}
 
 
-def test_one_weight_at_a_time_is_mapped(stored, monkeypatch):
-    mapped = []
-
-    def counted(one):
-        assert all(ref() is None for ref in mapped)
-        tensor = read_mapped(one)
-        mapped.append(weakref.ref(tensor))
-        return tensor
-
-    monkeypatch.setattr(model_weights, "read_mapped", counted)
-    assert len(device_weights(stored, torch.bfloat16, CPU)) == len(mapped) == len(stored)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_converts_weights_as_the_host_does(stored, dtype):
+    found, wanted = device_weights(stored, dtype, GPU), mapped_weights(stored, dtype)
+    for name, weight in wanted.items():
+        assert found[name].device == GPU and torch.equal(found[name].cpu(), weight)

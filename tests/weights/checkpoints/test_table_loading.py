@@ -27,7 +27,7 @@ from weights.checkpoints import table_loading, tensor_files
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.convert import convert
 from weights.checkpoints.dtype_names import TABLE_DTYPES
-from weights.checkpoints.table_files import OUTPUT_DTYPES, converted_parts, requested_layout
+from weights.checkpoints.table_files import OUTPUT_DTYPES, requested_layout
 from weights.checkpoints.table_loading import rows_in_memory, rows_on_device
 from weights.checkpoints.tensor_files import StoredTensor, list_file, list_tensors, read_parts
 from weights.errors import CheckpointError
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read tables of 64 rows in parts of 7 rows."""
-    monkeypatch.setattr(tensor_files, "_PART_BYTES", 7 * 32 * 4)
+    monkeypatch.setattr(tensor_files, "PART_BYTES", 7 * 32 * 4)
 
 
 def tables_of(model) -> dict[str, torch.Tensor | RowRecords]:
@@ -153,22 +153,6 @@ def test_rows_streamed_to_a_device_equal_those_in_memory(folder, tmp_path, sourc
         assert sum(read) == one.num_bytes and len(read) > 1
 
 
-@pytest.mark.usefixtures("small_parts")
-def test_streamed_parts_share_one_buffer_that_is_page_locked_on_request(folder, monkeypatch):
-    (stored, *_) = (one for name, one in list_tensors(folder).items() if "table" in name)
-    layout, asked, plain = requested_layout(stored, None), [], torch.empty
-
-    def allocated(*arguments, pin_memory, **options):
-        asked.append(pin_memory)
-        return plain(*arguments, **options)
-
-    monkeypatch.setattr(torch, "empty", allocated)
-    for is_pinned in (False, True):
-        parts = list(converted_parts(stored, layout, is_pinned=is_pinned))
-        assert len(parts) > 1 and len({part.data_ptr() for part in parts}) == 1
-    assert asked == [False, True]
-
-
 def test_a_damaged_table_is_not_streamed(folder):
     damage(folder)
     with pytest.raises(CheckpointError, match="its checksum"):
@@ -214,7 +198,7 @@ def test_a_damaged_table_gets_no_new_checksum(folder, tmp_path, arguments, capsy
 
 @pytest.mark.parametrize("offset", [4096, 5000])
 def test_read_pages_are_dropped_from_the_page_cache(tmp_path, monkeypatch, offset):
-    monkeypatch.setattr(tensor_files, "_PART_BYTES", 10_000)
+    monkeypatch.setattr(tensor_files, "PART_BYTES", 10_000)
     file, given_up = tmp_path / "rows", []
     file.write_bytes(bytes(offset + 100 * 400))
 

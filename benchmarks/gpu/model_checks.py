@@ -7,9 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.drawn_models import GPU, SMOLLM2_SHAPE, copied, drawn_model
+from benchmarks.gpu.drawn_models import GPU, copied, drawn_model
 from benchmarks.gpu.figures import Figure
 from benchmarks.gpu.part import Skipped
+from benchmarks.model_shapes import SMOLLM2_SHAPE
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executors.batch import Batch

@@ -15,6 +15,7 @@ from benchmarks.model_shapes import SMOLLM2_SHAPE
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executors.batch import Batch, FinishedStep, sample_batch, warm_up_batch
+from engine.executors.block_tables import HostBlockTable
 from engine.executors.cpu.kernels import cpu_kernels
 from engine.progress import Progress
 from engine.request import Request
@@ -50,7 +51,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class InstantExecutor:
-    """Returns precomputed random logits, so that only the engine takes time."""
+    """Returns precomputed random logits, so that only the engine takes time.
+
+    It keeps a block table, which is a step's work outside the model too.
+    """
 
     steps_ahead = 0
 
@@ -62,6 +66,7 @@ class InstantExecutor:
         )
         self.tables: Mapping[str, ValueTable] = {}
         self.progress = Progress()
+        self._block_table = HostBlockTable()
         self._logits_LV = torch.randn(max_logits, CONFIG.vocab_size).to(torch.bfloat16)
         kernels = cpu_kernels(self._logits_LV.device, self._logits_LV.dtype)
         self._sampler = (
@@ -69,6 +74,7 @@ class InstantExecutor:
         )
 
     def logits(self, batch: Batch) -> Tensor:
+        self._block_table.update(batch.block_ids)
         return self._logits_LV[: len(batch.logits_at_L)]
 
     def launch(self, batch: Batch) -> FinishedStep:

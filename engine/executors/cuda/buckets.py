@@ -91,8 +91,7 @@ class Buckets:
         bucket = next((one for one in self._decodes if one.sequences >= sequences), None)
         if not is_decode or bucket is None:
             return shape
-        assert batch.layout.paged is not None
-        is_short = self._splits.is_short(max(batch.layout.paged.context_lengths))
+        is_short = self._splits.is_short(max(batch.context_lengths))
         num_splits = 1 if is_short else self._splits.of_long(bucket.sequences)
         return shape._replace(num_splits=num_splits)
 

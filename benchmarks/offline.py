@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.engine_rounds import EngineRounds, TimedStep
-from benchmarks.gpu_limits import GpuLimitMeter
+from benchmarks.gpu.card_limits import gpu_limits
 from benchmarks.machine_limits import LimitMeter, MachineLimits
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.step_work import ModelWork
@@ -64,8 +64,11 @@ def measure(
     rounds = EngineRounds(engine, config)
     rounds.check(load)
     work, dtype = _work(settings)
-    meter = LimitMeter(dtype) if device.type == "cpu" else GpuLimitMeter(dtype, device)
-    benchmark = _Benchmark(load, rounds, work, meter)
+    if device.type == "cpu":
+        limits = LimitMeter(dtype).measure
+    else:
+        limits = partial(gpu_limits, dtype, device)
+    benchmark = _Benchmark(load, rounds, work, limits)
     print(f"{model.model}, {dtype}, {device}, medians of {load.rounds} rounds")
     print("phase    batch  tokens  tokens/s   ms/step  limit ms  share    GB/s  GFLOP/s")
     results: list[Result] = []
@@ -103,12 +106,12 @@ class _Benchmark:
         load: OfflineLoad,
         rounds: EngineRounds,
         work: ModelWork,
-        meter: LimitMeter | GpuLimitMeter,
+        measure_limits: Callable[[], MachineLimits],
     ) -> None:
         self._load = load
         self._rounds = rounds
         self._work = work
-        self._meter = meter
+        self._measure_limits = measure_limits
 
     def results(self) -> Iterator[Result]:
         """Time all prompt lengths, then all batches."""
@@ -129,7 +132,7 @@ class _Benchmark:
         limits: list[MachineLimits] = []
         rounds: list[list[TimedStep]] = []
         for number in range(self._load.rounds + 1):
-            limits.append(self._meter.measure())
+            limits.append(self._measure_limits())
             steps = run()
             if number:
                 rounds.append(steps)

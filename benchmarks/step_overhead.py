@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.model_shapes import SMOLLM2_SHAPE
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executors.batch import Batch, FinishedStep, sample_batch, warm_up_batch
+from engine.executors.block_tables import HostBlockTable
 from engine.executors.cpu.kernels import cpu_kernels
-from engine.model.config import ModelConfig
 from engine.progress import Progress
 from engine.request import Request
 from engine.sampling.params import MAX_LISTED_IDS, SamplingParams
@@ -23,17 +24,15 @@ from engine.sampling.sampler import Sampler
 from memory_ops.tables.value_table import ValueTable
 from server.allocator import keep_freed_memory
 
-# SmolLM2's vocabulary size; the model has one small layer, since it does not run
-CONFIG = ModelConfig(
-    vocab_size=49_152,
+# one small layer, since the model does not run
+CONFIG = replace(
+    SMOLLM2_SHAPE,
     hidden_size=64,
     intermediate_size=64,
     num_layers=1,
     num_heads=1,
     num_kv_heads=1,
-    head_dim=64,
-    max_positions=8192,
-    tie_embeddings=True,
+    feed_forward=(),
 )
 
 LISTED = range(0, 40 * MAX_LISTED_IDS, 40)
@@ -52,7 +51,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class InstantExecutor:
-    """Returns precomputed random logits, so that only the engine takes time."""
+    """Returns precomputed random logits, so that only the engine takes time.
+
+    It keeps a block table, which is a step's work outside the model too.
+    """
 
     steps_ahead = 0
 
@@ -64,6 +66,7 @@ class InstantExecutor:
         )
         self.tables: Mapping[str, ValueTable] = {}
         self.progress = Progress()
+        self._block_table = HostBlockTable()
         self._logits_LV = torch.randn(max_logits, CONFIG.vocab_size).to(torch.bfloat16)
         kernels = cpu_kernels(self._logits_LV.device, self._logits_LV.dtype)
         self._sampler = (
@@ -71,6 +74,7 @@ class InstantExecutor:
         )
 
     def logits(self, batch: Batch) -> Tensor:
+        self._block_table.update(batch.block_ids)
         return self._logits_LV[: len(batch.logits_at_L)]
 
     def launch(self, batch: Batch) -> FinishedStep:

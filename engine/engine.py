@@ -12,7 +12,7 @@ from engine.executors.executor import Executor
 from engine.progress import Progress
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
 from engine.sampling.masks import Bitmask, TokenMask, allowed_drafts, row_bitmasks
-from engine.scheduling.batching import Batcher, chunk_results
+from engine.scheduling.batching import Batcher, results_by_request
 from engine.scheduling.kv_blocks import BlockPool
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
@@ -175,7 +175,7 @@ class Engine:
     def _settle_oldest(self) -> list[TokenOutput]:
         """Wait for the oldest step in flight and commit its results."""
         plan, launched = self._in_flight.popleft()
-        return self._scheduler.commit(plan, chunk_results(plan, launched.wait()))
+        return self._scheduler.commit(plan, results_by_request(plan, launched.wait()))
 
     def _propose(self, sequence: Sequence) -> list[int]:
         assert self._drafter is not None

@@ -11,7 +11,7 @@ COVERED_BY = {
     "engine/executors/cpu/mixture.py": "engine/model/test_mixture.py",
     "engine/executors/cpu/packed_layers.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cpu/packing.py": "engine/executors/cpu/test_decoder.py",
-    "engine/executors/cuda/block_tables.py": f"{INTERPRETED}/test_cuda_executor.py",
+    "engine/executors/cuda/device_block_table.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/device.py": "engine/executors/cuda/test_staging.py",
     "engine/executors/cuda/device_state.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/executor.py": f"{INTERPRETED}/test_cuda_executor.py",

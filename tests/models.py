@@ -1,6 +1,6 @@
 """Tiny random models, a plain forward loop as reference, and a byte tokenizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.executors.batch import Batch
+from engine.executors.batch import prompt_batch
+from engine.executors.block_tables import HostBlockTable
 from engine.executors.eager import EagerExecutor
 from engine.executors.executor import make_executor
 from engine.executors.lookahead import LookaheadConfig
 from engine.model.config import MEMORY_KINDS, MemoryConfig, MixtureConfig, ModelConfig
-from engine.model.layout import PagedKv, TokenLayout
+from engine.model.layout import TokenLayout
 from engine.model.transformer import Transformer
 from engine.request import Request
 from engine.sampling.params import SamplingParams
+from engine.scheduling.batching import Batcher
+from engine.scheduling.step_plan import SequenceChunk, StepPlan
 from memory_ops.tables.device import DeviceTable
 from weights.checkpoints import tensor_writer
 from weights.checkpoints.checkpoint import save_checkpoint
@@ -177,11 +180,21 @@ def served_logits(model: Transformer, ids: list[int]) -> torch.Tensor:
     """Logits at every position from the serving executor, with KV blocks."""
     config = EngineConfig(block_size=16, kv_cache_gib=0.001)
     executor = make_executor(model, config)
-    at = torch.arange(len(ids))
-    blocks = torch.arange(-(-len(ids) // 16)).unsqueeze(0)
-    layout = TokenLayout(at, (0, len(ids)), PagedKv(at, blocks, (len(ids),)))
-    owned = tuple(range(blocks.shape[1]))
-    return executor.logits(Batch(torch.tensor(ids), layout, at, seats=(0,), block_ids=(owned,)))
+    return executor.logits(prompt_batch(ids, config.block_size))
+
+
+def ragged_step(
+    sequences: Sequence[tuple[Sequence[int], int, Sequence[int]]], block_size: int
+) -> tuple[torch.Tensor, TokenLayout]:
+    """Ids and layout of a step; per sequence its ids, the number before them, and its blocks."""
+    params = SamplingParams()
+    chunks = [
+        SequenceChunk(str(seat), (0, seat), seat, tuple(ids), start, tuple(blocks), params, 0, True)
+        for seat, (ids, start, blocks) in enumerate(sequences)
+    ]
+    batcher = Batcher(block_size, VOCAB_SIZE, frozenset())
+    batch = batcher.batch(StepPlan(tuple(chunks)), {})
+    return batch.ids_T, batch.layout(HostBlockTable().update(batch.block_ids))
 
 
 def plain_greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:

@@ -5,10 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.config import EngineConfig
-from engine.sampling.params import SamplingParams
-from engine.scheduling.batching import Batcher
-from engine.scheduling.step_plan import SequenceChunk, StepPlan
-from tests.models import engine_of, greedy, run
+from tests.models import engine_of, greedy, ragged_step, run
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.tokenizer import load_tokenizer
 
@@ -49,9 +46,6 @@ def prompt_ids(smollm2):
     return [tokenizer.encode(prompt) for prompt in PROMPTS]
 
 
-PLAIN = SamplingParams()
-
-
 @torch.inference_mode()
 def served_logits(model, sequences):
     """Teacher-forced logits of the serving path: chunks of 33 tokens in scattered KV blocks."""
@@ -64,21 +58,13 @@ def served_logits(model, sequences):
     kv_blocks = torch.full(shape, torch.nan, dtype=dtype)
     logits = [[] for _ in sequences]
     for start in range(0, max(map(len, sequences)), 33):
-        plan = StepPlan(
-            tuple(
-                SequenceChunk(
-                    str(i), tuple(ids[start : start + 33]), start, owned[i], PLAIN, 0, False
-                )
-                for i, ids in enumerate(sequences)
-                if start < len(ids)
-            )
-        )
-        batch = Batcher(size, config.vocab_size, frozenset()).batch(plan, {})
-        everywhere = torch.arange(len(batch.ids_T))
-        output = model(batch.ids_T, batch.layout, everywhere, kv_blocks)
-        parts = output.logits_LV.split([len(chunk.token_ids) for chunk in plan.chunks])
-        for chunk, part in zip(plan.chunks, parts, strict=True):
-            logits[int(chunk.request_id)].append(part)
+        running = [i for i, ids in enumerate(sequences) if start < len(ids)]
+        chunks = [(sequences[i][start : start + 33], start, owned[i]) for i in running]
+        ids_T, layout = ragged_step(chunks, size)
+        output = model(ids_T, layout, torch.arange(len(ids_T)), kv_blocks)
+        parts = output.logits_LV.split([len(ids) for ids, *_ in chunks])
+        for i, part in zip(running, parts, strict=True):
+            logits[i].append(part)
     return [torch.cat(parts) for parts in logits]
 
 

@@ -1,4 +1,4 @@
-"""Measures a card's peak rates: copies in its memory, copies from the host, and bf16 products."""
+"""Measures a card's peak rates: copies in its memory, copies from the host, and products."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,26 +46,39 @@ class CardLimits:
 
 def measured_limits(names: Sequence[str]) -> Iterator[Figure]:
     """Measure the limits of these names."""
-    measures = {COPY: _copy, PRODUCT: _product, BUS: _bus}
+    measures = {
+        COPY: (_copied_gb_per_s, "GB/s"),
+        PRODUCT: (lambda: _product_tflops(torch.bfloat16), "TFLOP/s"),
+        BUS: (_bus_gb_per_s, "GB/s"),
+    }
     for name in names:
-        yield measures[name]()
+        measure, unit = measures[name]
+        yield Figure(name, measure(), unit)
 
 
-def _copy() -> Figure:
+@torch.inference_mode()
+def gpu_limits(dtype: torch.dtype, device: torch.device) -> MachineLimits:
+    """Measure a GPU's limits for rooflines, with products in ``dtype``; takes a tenth of a second
+    or so, and about 1 GiB of its memory."""
+    with torch.cuda.device(device):
+        return MachineLimits(gb_per_s=_copied_gb_per_s(), gflops=_product_tflops(dtype) * 1e3)
+
+
+def _copied_gb_per_s() -> float:
     data = torch.empty(2, _COPIED_BYTES, dtype=torch.uint8, device="cuda")
     us = replayed_us([lambda: data[0].copy_(data[1])] * 8, _ROUNDS)
-    return Figure(COPY, 2 * _COPIED_BYTES / us / 1e3, "GB/s")
+    return 2 * _COPIED_BYTES / us / 1e3
 
 
-def _product() -> Figure:
-    factors = torch.randn(2, _PRODUCT_SIZE, _PRODUCT_SIZE, device="cuda").bfloat16()
+def _product_tflops(dtype: torch.dtype) -> float:
+    factors = torch.randn(2, _PRODUCT_SIZE, _PRODUCT_SIZE, device="cuda").to(dtype)
     out = torch.empty_like(factors[0])
     us = replayed_us([lambda: torch.mm(factors[0], factors[1], out=out)] * 4, _ROUNDS)
-    return Figure(PRODUCT, 2 * _PRODUCT_SIZE**3 / us / 1e6, "TFLOP/s")
+    return 2 * _PRODUCT_SIZE**3 / us / 1e6
 
 
-def _bus() -> Figure:
+def _bus_gb_per_s() -> float:
     data = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device="cuda")
     pinned = torch.empty_like(data, device="cpu").pin_memory()
     us = replayed_us([lambda: data.copy_(pinned, non_blocking=True)] * 2, _ROUNDS)
-    return Figure(BUS, _COPIED_BYTES / us / 1e3, "GB/s")
+    return _COPIED_BYTES / us / 1e3

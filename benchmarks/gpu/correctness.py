@@ -6,7 +6,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.drawn_models import LLAMA_8B_SHAPE, SMOLLM2_SHAPE
 from benchmarks.gpu.figures import Figure
 from benchmarks.gpu.kernel_cases import (
     attention_cases,
@@ -18,6 +17,7 @@ from benchmarks.gpu.kernel_inputs import KernelCase
 from benchmarks.gpu.lookup_cases import lookup_cases
 from benchmarks.gpu.model_checks import MODELS, model_figures, model_names
 from benchmarks.gpu.part import PartSetup, Task
+from benchmarks.model_shapes import LLAMA_8B_SHAPE, SMOLLM2_SHAPE
 
 _CPU = torch.device("cpu")
 _CONTEXT = 208  # no multiple of the kernels' tiles

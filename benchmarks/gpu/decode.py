@@ -10,10 +10,11 @@ import torch
 from benchmarks.engine_rounds import TimedStep
 from benchmarks.gpu.card_limits import CardLimits
 from benchmarks.gpu.drawn_engine import warm_rounds
-from benchmarks.gpu.drawn_models import LLAMA_8B_SHAPE, SMOLLM2_SHAPE, drawn_model
+from benchmarks.gpu.drawn_models import drawn_model
 from benchmarks.gpu.figures import Figure
 from benchmarks.gpu.part import PartSetup, Task
 from benchmarks.gpu.roofline import Roofline, measured_rate
+from benchmarks.model_shapes import LLAMA_8B_SHAPE, SMOLLM2_SHAPE
 from engine.model.config import ModelConfig
 
 BATCHES, PROMPT_LENGTHS = (1, 8, 32, 64), (512, 2048)

@@ -7,15 +7,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.drawn_models import GPU, SMOLLM2_SHAPE, copied, drawn_model
+from benchmarks.gpu.drawn_models import GPU, copied, drawn_model
 from benchmarks.gpu.figures import Figure
 from benchmarks.gpu.part import Skipped
+from benchmarks.model_shapes import SMOLLM2_SHAPE
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.executors.batch import Batch
+from engine.executors.batch import prompt_batch
 from engine.executors.executor import Executor, make_executor
 from engine.model.config import ModelConfig
-from engine.model.layout import PagedKv, TokenLayout
 from engine.model.transformer import Transformer
 from engine.request import Request
 from engine.sampling.params import SamplingParams
@@ -100,12 +100,7 @@ def _prompt(config: ModelConfig, length: int) -> list[int]:
 
 def _logits(executor: Executor, ids: Sequence[int]) -> Tensor:
     """fp32 logits on the CPU at every position of one sequence, computed in one step."""
-    at = torch.arange(len(ids))
-    blocks = tuple(range(-(-len(ids) // _ENGINE.block_size)))
-    paged = PagedKv(at, torch.tensor([blocks]), (len(ids),))
-    layout = TokenLayout(at, (0, len(ids)), paged)
-    batch = Batch(torch.tensor(ids), layout, at, seats=(0,), block_ids=(blocks,))
-    return executor.logits(batch).to(_CPU, torch.float32)
+    return executor.logits(prompt_batch(ids, _ENGINE.block_size)).to(_CPU, torch.float32)
 
 
 def _tokens(executor: Executor) -> Tokens:

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.engine_rounds import EngineRounds
 from benchmarks.gpu.card_limits import CardLimits
 from benchmarks.gpu.drawn_engine import ENGINE, warm_rounds
-from benchmarks.gpu.drawn_models import GPU, LLAMA_8B_SHAPE, drawn_model, drawn_table
+from benchmarks.gpu.drawn_models import GPU, drawn_model, drawn_table
 from benchmarks.gpu.figures import Figure
 from benchmarks.gpu.host_rows import HostRows
 from benchmarks.gpu.part import PartSetup, Task
@@ -20,6 +20,7 @@ from benchmarks.gpu.roofline import Roofline, measured_rate
 from benchmarks.gpu.row_replay import RowReplay
 from benchmarks.gpu.table_layouts import HBM, HOST, TableLayout, dense_figure, layouts
 from benchmarks.memory_variant import MEMORY_LAYERS, NUM_HEADS, TOP_K, with_memory
+from benchmarks.model_shapes import LLAMA_8B_SHAPE
 from benchmarks.row_trace import AccessTrace, checked_trace
 from engine.executors.lookahead import LookaheadConfig
 from memory_ops.checks import Table

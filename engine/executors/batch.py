@@ -1,12 +1,13 @@
 """The batch that an executor runs in one step, and the step's results."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from engine.executors.block_tables import BlockIds
 from engine.model.layout import PagedKv, TokenLayout
 from engine.progress import Progress
 from engine.sampling.choice import NO_TOKEN
@@ -35,23 +36,33 @@ class Batch:
     Attributes:
         ids_T: int64 token ids of all sequences, one sequence after another. Only executors with
             ``steps_ahead`` get ids of pending tokens; see ``pending_id``.
-        layout: positions of the tokens in sequences and KV blocks.
+        positions_T, query_starts: see ``TokenLayout``.
+        kv_index_T, context_lengths: see ``PagedKv``.
+        block_ids: the KV blocks of each sequence's context in order; an executor keeps a table of
+            them where its device reads it.
+        seats: each sequence's number, distinct among the sequences that run at the same time.
         logits_at_L: int64 positions in the batch to compute logits at.
         rows: sampling rows of the first ``len(rows)`` of these positions.
         bitmask: uint32 ``[len(rows), words]`` of allowed tokens, if masks restrict any.
         scored: the token to score at each of the other positions, or None.
-        seats: each sequence's number, distinct among the sequences that run at the same time.
-        block_ids: each sequence's KV blocks, those in the layout.
     """
 
     ids_T: Tensor
-    layout: TokenLayout
+    positions_T: Tensor
+    query_starts: tuple[int, ...]
+    kv_index_T: Tensor
+    context_lengths: tuple[int, ...]
+    block_ids: Sequence[BlockIds]
+    seats: Sequence[int]
     logits_at_L: Tensor
     rows: Sequence[SamplingRow] = ()
     bitmask: Bitmask | None = None
     scored: Sequence[ScoredToken | None] = ()
-    seats: Sequence[int] = ()
-    block_ids: Sequence[tuple[int, ...]] = ()
+
+    def layout(self, block_table_SB: Tensor) -> TokenLayout:
+        """The layout that the model reads, with a table of ``block_ids``."""
+        paged = PagedKv(self.kv_index_T, block_table_SB, self.context_lengths)
+        return TokenLayout(self.positions_T, self.query_starts, paged)
 
 
 class StepResult(NamedTuple):
@@ -114,14 +125,27 @@ def sample_batch(
     return StepResult(ids, logprobs)
 
 
+def prompt_batch(ids: Sequence[int], block_size: int) -> Batch:
+    """A whole prompt in the first KV blocks, with logits at every position."""
+    at_T, length = torch.arange(len(ids)), len(ids)
+    return Batch(
+        ids_T=torch.tensor(ids),
+        positions_T=at_T,
+        query_starts=(0, length),
+        kv_index_T=at_T,
+        context_lengths=(length,),
+        block_ids=(tuple(range(-(-length // block_size))),),
+        seats=(0,),
+        logits_at_L=at_T,
+    )
+
+
 def warm_up_batch() -> Batch:
     """One token at position 0 of block 0, and a greedy choice.
 
     Run it before any request, so that a slow first step, which reads mapped weights for instance,
     is not mistaken for a hanging one.
     """
-    first = torch.zeros(1, dtype=torch.int64)
-    layout = TokenLayout(first, (0, 1), PagedKv(first, first.unsqueeze(0), (1,)))
     greedy = SamplingParams(max_tokens=1, temperature=0)
     rows = (SamplingRow(greedy, seed=0, position=1),)
-    return Batch(first, layout, first, rows, seats=(0,), block_ids=((0,),))
+    return replace(prompt_batch((0,), block_size=1), rows=rows)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.executors.batch import Batch, FinishedStep, sample_batch, warm_up_batch
+from engine.executors.block_tables import HostBlockTable
 from engine.executors.lookahead import Lookahead, LookaheadConfig, predicted_memories
 from engine.model.attention import kv_memory
 from engine.model.flops import StepFlops
@@ -43,6 +44,7 @@ class EagerExecutor:
             table.watch(self.progress.mark)
         self._device = weight.device
         self._sampler = Sampler()
+        self._block_table = HostBlockTable()
         self._kv_blocks = kv_memory(model.config, num_blocks, block_size, weight)
         self._lookahead = (
             None if lookahead is None else Lookahead(predicted_memories(model.layers), lookahead)
@@ -51,7 +53,8 @@ class EagerExecutor:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> FinishedStep:
         # plain torch shows no progress inside a product: announce the step's amount of work
-        with self.progress.working(*self._flops.of(batch.layout, len(batch.logits_at_L))):
+        flops = self._flops.of(batch.query_starts, batch.context_lengths, len(batch.logits_at_L))
+        with self.progress.working(*flops):
             return FinishedStep(
                 sample_batch(self.logits(batch), batch, self._sampler, self.progress)
             )
@@ -59,9 +62,10 @@ class EagerExecutor:
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """Run the forward; logits ``[L, vocabulary]`` at the batch's ``logits_at_L``."""
+        layout = batch.layout(self._block_table.update(batch.block_ids))
         output: ForwardOutput = self._model(
             batch.ids_T.to(self._device),
-            batch.layout.to(self._device),
+            layout.to(self._device),
             batch.logits_at_L.to(self._device),
             self._kv_blocks,
             before_layer=self._before_layer,

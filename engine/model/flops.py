@@ -1,11 +1,10 @@
 """Counts floating-point operations per token and per step, from the model's shapes."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from engine.model.config import ModelConfig
-from engine.model.layout import TokenLayout
 
 
 def forward_flops(config: ModelConfig, attended: float) -> Mapping[str, int]:
@@ -38,16 +37,20 @@ class StepFlops:
         self._pair = 4 * config.num_heads * config.head_dim
         self._head = 2 * config.hidden_size * config.vocab_size
 
-    def of(self, layout: TokenLayout, num_logits: int) -> tuple[int, int]:
-        """Operations of a whole step, and of its largest piece: one layer, or the logits."""
-        assert layout.paged is not None
-        counts = [end - start for start, end in pairwise(layout.query_starts)]
+    def of(
+        self, query_starts: Sequence[int], context_lengths: Sequence[int], num_logits: int
+    ) -> tuple[int, int]:
+        """Operations of a whole step, and of its largest piece: one layer, or the logits.
+
+        The sequences are those of a ``TokenLayout`` and its ``PagedKv``.
+        """
+        counts = [end - start for start, end in pairwise(query_starts)]
         # each token attends to itself and all before it
         attended = sum(
             count * (length - count) + count * (count + 1) // 2
-            for count, length in zip(counts, layout.paged.context_lengths, strict=True)
+            for count, length in zip(counts, context_lengths, strict=True)
         )
-        num_tokens, attention = layout.query_starts[-1], attended * self._pair
+        num_tokens, attention = query_starts[-1], attended * self._pair
         head = num_logits * self._head
         whole = num_tokens * self._all + self._num_layers * attention + head
         return whole, max(num_tokens * self._largest + attention, head)

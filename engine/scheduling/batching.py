@@ -1,14 +1,12 @@
 """Converts step plans to batches for an executor, and step results to results of chunks."""
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.executors.batch import Batch, ScoredToken, StepResult, pending_id
-from engine.model.layout import PagedKv, TokenLayout
 from engine.sampling.masks import Bitmask, step_bitmask
 from engine.sampling.params import TokenLogprobs
 from engine.sampling.request_rules import RequestRules, SamplingRow
@@ -16,43 +14,6 @@ from engine.scheduling.step_plan import PENDING, ChunkResult, SequenceChunk, Ste
 
 # with a step in flight, a sequence that waits for its last token is in every second plan
 _KEPT_PLANS = 2
-
-
-class BlockTable:
-    """The block ids of each step's sequences, one row per sequence, kept between steps.
-
-    Only new ids are written: a decoding sequence adds one id every ``block_size`` steps, while a
-    long context has thousands. If a row's sequence changes, the whole row is written.
-    """
-
-    def __init__(self) -> None:
-        self._ids_SB = np.zeros((0, 0), dtype=np.int64)
-        self._rows: list[tuple[int, ...]] = []  # ids known to be in each row
-
-    def update(self, chunks: Sequence[SequenceChunk]) -> Tensor:
-        """The table for these chunks, int64 ``[S, largest number of blocks]``, a strided view.
-
-        Entries after a sequence's ids are arbitrary. The next call overwrites the tensor.
-        """
-        width = max(len(chunk.block_ids) for chunk in chunks)
-        self._reserve(len(chunks), width)
-        for row, chunk in enumerate(chunks):
-            known, ids = self._rows[row], chunk.block_ids
-            if ids != known:
-                same = len(known) if ids[: len(known)] == known else 0
-                self._ids_SB[row, same : len(ids)] = ids[same:]
-                self._rows[row] = ids
-        return torch.from_numpy(self._ids_SB[: len(chunks), :width])
-
-    def _reserve(self, num_rows: int, width: int) -> None:
-        self._rows += [()] * (num_rows - len(self._rows))
-        old_SB = self._ids_SB
-        rows, columns = old_SB.shape
-        if num_rows > rows or width > columns:
-            # powers of two keep the total cost of growth low
-            sizes = max(rows, num_rows), max(columns, width)
-            self._ids_SB = np.zeros([1 << (n - 1).bit_length() for n in sizes], dtype=np.int64)
-            self._ids_SB[:rows, :columns] = old_SB
 
 
 class SamplingRows:
@@ -95,33 +56,39 @@ class SamplingRows:
 
 
 class Batcher:
-    """Makes the batch of each plan, valid until the next one; caches block ids and logit rules."""
+    """Makes the batch of each plan; keeps the requests' logit rules between plans."""
 
     def __init__(self, block_size: int, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._rows = SamplingRows(eos_ids)
-        self._table = BlockTable()
 
     def batch(self, plan: StepPlan, bitmasks: Mapping[str, Bitmask]) -> Batch:
         """The batch of a plan with at least one chunk.
 
         ``bitmasks`` holds one row per sampled position for each request with a token mask.
         """
-        parts = ((chunk.num_sampled, bitmasks.get(chunk.request_id)) for chunk in plan.chunks)
-        scored = [one for chunk in plan.chunks if chunk.scores for one in _scored(chunk)]
+        chunks = plan.chunks
+        starts = (0, *accumulate(len(chunk.token_ids) for chunk in chunks))
+        ids_T, positions_T, kv_index_T = _tokens(chunks, self._block_size)
+        parts = ((chunk.num_sampled, bitmasks.get(chunk.request_id)) for chunk in chunks)
         return Batch(
-            *_tensors(plan.chunks, self._block_size, self._table),
-            seats=tuple(chunk.seat for chunk in plan.chunks),
-            block_ids=tuple(chunk.block_ids for chunk in plan.chunks),
+            ids_T=ids_T,
+            positions_T=positions_T,
+            query_starts=starts,
+            kv_index_T=kv_index_T,
+            context_lengths=tuple(chunk.end for chunk in chunks),
+            block_ids=tuple(chunk.block_ids for chunk in chunks),
+            seats=tuple(chunk.seat for chunk in chunks),
+            logits_at_L=_logits_at(chunks, starts),
             rows=self._rows.of(plan),
             bitmask=step_bitmask(parts, self._vocab_size) if bitmasks else None,
-            scored=scored,
+            scored=[one for chunk in chunks if chunk.scores for one in _scored(chunk)],
         )
 
 
-def chunk_results(plan: StepPlan, result: StepResult) -> dict[str, ChunkResult]:
-    """Split the results of a plan's batch by request."""
+def results_by_request(plan: StepPlan, result: StepResult) -> dict[str, ChunkResult]:
+    """Split the results of a plan's batch."""
     results: dict[str, ChunkResult] = {}
     token_ids, logprobs = result
     sampled, scored = 0, len(token_ids)
@@ -149,32 +116,29 @@ def _between(
     return tuple(logprobs[at] for at in range(start, end) if at in logprobs)
 
 
-def _tensors(
-    chunks: Sequence[SequenceChunk], block_size: int, table: BlockTable
-) -> tuple[Tensor, TokenLayout, Tensor]:
-    """Token ids, their layout, and the positions to compute logits at: first the sampled, then the
-    scored ones, both in the order of the chunks."""
-    starts = (0, *accumulate(len(chunk.token_ids) for chunk in chunks))
+def _tokens(chunks: Sequence[SequenceChunk], block_size: int) -> Tensor:
+    """Id, position and place in the KV blocks of each token, int64 ``[3, T]``."""
     # lists converted once: a tensor per chunk would cost more than all the rest
+    ids: list[int] = []
     positions: list[int] = []
     kv_index: list[int] = []
-    sampled_at: list[int] = []
-    scored_at: list[int] = []
-    for chunk, start in zip(chunks, starts, strict=False):
+    for chunk in chunks:
+        ids += chunk.token_ids
+        if ids[-1] == PENDING:
+            ids[-1] = pending_id(chunk.seat)
         blocks = chunk.block_ids
         for position in range(chunk.start, chunk.end):
             positions.append(position)
             kv_index.append(blocks[position // block_size] * block_size + position % block_size)
-        if chunk.samples:
-            end = start + len(chunk.token_ids)
-            sampled_at += range(end - chunk.num_sampled, end)
+    return torch.tensor([ids, positions, kv_index])
+
+
+def _logits_at(chunks: Sequence[SequenceChunk], starts: Sequence[int]) -> Tensor:
+    """The positions to compute logits at: first the sampled, then the scored ones, both in the
+    order of the chunks."""
+    sampled_at: list[int] = []
+    scored_at: list[int] = []
+    for chunk, (start, end) in zip(chunks, pairwise(starts), strict=True):
+        sampled_at += range(end - chunk.num_sampled, end)
         scored_at += range(start, start + len(chunk.scores))
-    ids = [
-        pending_id(chunk.seat) if token_id == PENDING else token_id
-        for chunk in chunks
-        for token_id in chunk.token_ids
-    ]
-    ids_T, positions_T, kv_index_T = torch.tensor([ids, positions, kv_index])
-    paged = PagedKv(kv_index_T, table.update(chunks), tuple(chunk.end for chunk in chunks))
-    layout = TokenLayout(positions_T, starts, paged)
-    return ids_T, layout, torch.tensor(sampled_at + scored_at, dtype=torch.int64)
+    return torch.tensor(sampled_at + scored_at, dtype=torch.int64)

@@ -88,12 +88,11 @@ class Scheduler:
             is_running = sequence.request_id in self._running
             if not budget or not is_running or not self._can_run(sequence):
                 continue
-            has_blocks = self._grow(sequence)
-            if has_blocks is None:
-                return StepPlan(())
-            if has_blocks:
+            if self._grow(sequence):
                 chunks.append(self._chunk(sequence, budget))
                 budget -= len(chunks[-1].token_ids)
+            elif sequence.request_id in self._running:
+                return StepPlan(())
         # blocks of preempted sequences are for the running ones
         for sequence in list(self._waiting) if self.preemptions == preempted_before else []:
             if not budget or self.num_running == self._config.max_num_seqs:
@@ -182,15 +181,15 @@ class Scheduler:
         is_drafted = self._propose is not None and sequence.num_pending > 0
         return sequence.can_run and not is_drafted
 
-    def _grow(self, sequence: Sequence) -> bool | None:
-        """Take blocks for all its tokens; False if the sequence itself was preempted.
+    def _grow(self, sequence: Sequence) -> bool:
+        """Take blocks for all its tokens; return whether there are enough.
 
-        None if a sequence would have to be preempted whose tokens are in flight.
+        If not, the sequence itself was preempted, or the one to preempt has a step in flight.
         """
         while not self._take_blocks(sequence, sequence.length):
             last = max(self._running.values(), key=_turn)
             if last.num_in_flight:
-                return None
+                return False
             self.preemptions += 1
             self._leave(last)
             insort(self._waiting, last, key=_turn)

@@ -20,6 +20,8 @@ class SequenceChunk(NamedTuple):
     """The tokens of one sequence that a step runs.
 
     Attributes:
+        turn: the sequence's place in the order of service, which identifies it.
+        seat: the sequence's number among the running ones, in [0, ``max_num_seqs``).
         token_ids: the ids to run, at positions ``[start, end)``; the last ``num_drafts`` are
             drafts. The last may be ``PENDING``: the token that the sequence's seat got last.
         start: tokens of the sequence whose keys and values are in its blocks already.
@@ -30,11 +32,11 @@ class SequenceChunk(NamedTuple):
         scores: prompt tokens to score: those that follow the chunk's first, second, ... token.
         history: all tokens so far without drafts, if ``sampling.needs_history``; not a copy.
         prompt_length: number of the sequence's prompt tokens.
-        turn: the sequence's place in the order of service, which identifies it.
-        seat: the sequence's number among the running ones, in [0, ``max_num_seqs``).
     """
 
     request_id: str
+    turn: tuple[int, int]
+    seat: int
     token_ids: tuple[int, ...]
     start: int
     block_ids: tuple[int, ...]
@@ -45,8 +47,6 @@ class SequenceChunk(NamedTuple):
     scores: tuple[int, ...] = ()
     history: Sequence[int] = ()
     prompt_length: int = 0
-    turn: tuple[int, int] = (0, 0)
-    seat: int = 0
 
     @property
     def end(self) -> int:

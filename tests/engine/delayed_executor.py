@@ -7,14 +7,13 @@ import torch
 
 from engine.executors.batch import Batch, StepResult
 from engine.executors.executor import make_executor
-from engine.model.layout import PagedKv, TokenLayout
 from engine.sampling.choice import NO_TOKEN
 
 
 class DelayedExecutor:
     """Runs batches of another executor one by one, in order, as late as it may.
 
-    Like a device, it works on copies of its inputs, and fills in pending tokens by seat.
+    Like a device, it fills in pending tokens by seat.
     """
 
     steps_ahead = 1
@@ -29,7 +28,7 @@ class DelayedExecutor:
 
     def launch(self, batch: Batch) -> "DelayedStep":
         assert len(self._queue) <= self.steps_ahead, "an earlier step was not waited for"
-        self._queue.append(DelayedStep(self, _copy(batch)))
+        self._queue.append(DelayedStep(self, batch))
         self.largest_ahead = max(self.largest_ahead, len(self._queue) - 1)
         return self._queue[-1]
 
@@ -39,12 +38,13 @@ class DelayedExecutor:
     def run(self, step: "DelayedStep") -> StepResult:
         assert self._queue.popleft() is step, "steps were waited for out of order"
         batch = step.batch
-        is_pending = batch.ids_T < 0
-        seats = -1 - batch.ids_T[is_pending]
+        ids_T = batch.ids_T.clone()
+        is_pending = ids_T < 0
+        seats = -1 - ids_T[is_pending]
         assert (self._last_token[seats] != NO_TOKEN).all()
-        batch.ids_T[is_pending] = self._last_token[seats]
-        result = self._executor.launch(batch).wait()
-        starts = torch.tensor(batch.layout.query_starts)
+        ids_T[is_pending] = self._last_token[seats]
+        result = self._executor.launch(replace(batch, ids_T=ids_T)).wait()
+        starts = torch.tensor(batch.query_starts)
         for at, token_id in zip(batch.logits_at_L.tolist(), result.token_ids, strict=False):
             sequence = int(torch.searchsorted(starts, at, right=True)) - 1
             # the row after a failed choice runs too, and is not used
@@ -65,16 +65,3 @@ class DelayedStep:
 def delayed(model, config) -> DelayedExecutor:
     """The executor that serves a model, one step in flight."""
     return DelayedExecutor(make_executor(model, config), config.max_num_seqs)
-
-
-def _copy(batch: Batch) -> Batch:
-    layout, paged = batch.layout, batch.layout.paged
-    assert paged is not None
-    # what the engine changes after the launch must not reach a step in flight
-    copied = PagedKv(paged.kv_index_T.clone(), paged.block_table_SB.clone(), paged.context_lengths)
-    return replace(
-        batch,
-        ids_T=batch.ids_T.clone(),
-        layout=TokenLayout(layout.positions_T.clone(), layout.query_starts, copied),
-        logits_at_L=batch.logits_at_L.clone(),
-    )

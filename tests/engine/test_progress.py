@@ -9,7 +9,6 @@ from engine import progress
 from engine.config import EngineConfig
 from engine.executors.cpu.kernels import CPU_LIBRARY
 from engine.model.flops import StepFlops
-from engine.model.layout import PagedKv, TokenLayout
 from engine.process import HEARTBEAT_S
 from engine.progress import Progress
 from server.config import SupervisionOptions
@@ -111,9 +110,7 @@ def test_large_work_may_take_as_long_as_the_measured_speed_predicts(clock):
 
 def step_flops(config, num_tokens):
     """Operations of a prompt that runs in one step."""
-    ids = torch.arange(num_tokens)
-    layout = TokenLayout(ids, (0, num_tokens), PagedKv(ids, ids[None], (num_tokens,)))
-    return StepFlops(config).of(layout, 1)
+    return StepFlops(config).of((0, num_tokens), (num_tokens,), 1)
 
 
 @pytest.mark.parametrize("num_tokens", [100, 200])

@@ -132,7 +132,7 @@ def test_a_chunk_that_never_ran_is_not_shared(model, monkeypatch):
     launch, prompt = broken._executor.launch, [7] * 16
 
     def fail(batch):
-        assert not ((batch.ids_T == 7) & (batch.layout.positions_T >= 5)).any()
+        assert not ((batch.ids_T == 7) & (batch.positions_T >= 5)).any()
         return launch(batch)
 
     monkeypatch.setattr(broken._executor, "launch", fail)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from engine.executors.batch import Batch, FinishedStep, sample_batch, warm_up_batch
+from engine.executors.block_tables import HostBlockTable
 from engine.executors.cpu.decoder import CpuDecoder
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.layers import pack_layer
@@ -66,6 +67,7 @@ class CpuExecutor:
         )
         self._head = packer.linear(model.head, norm=model.model.norm)
         self._sampler = Sampler(kernels.sample, kernels.log_probabilities)
+        self._block_table = HostBlockTable()
         self._kv_blocks = kv_memory(model.config, num_blocks, block_size, self._embedding_VD)
 
     @torch.inference_mode()
@@ -75,7 +77,8 @@ class CpuExecutor:
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """Run the forward; logits ``[L, vocabulary]`` at the batch's ``logits_at_L``."""
-        residual_TD = self.run_layers(batch.ids_T, batch.layout, self._kv_blocks)
+        layout = batch.layout(self._block_table.update(batch.block_ids))
+        residual_TD = self.run_layers(batch.ids_T, layout, self._kv_blocks)
         logits_LV = self._kernels.linear(self._head, residual_TD[batch.logits_at_L])
         self.progress.mark()
         return logits_LV

@@ -11,8 +11,8 @@ _MIXED_TOKENS = (64, 128, 256, 512)
 # decode attention: programs for each processor, and the most parts of a context
 _PROGRAMS_PER_PROCESSOR = 2
 _MOST_SPLITS = 32
-# values of a context's keys in one KV head that one program computes as soon as several, and the
-# kernel that combines their results; not timed on a GPU
+# a context with at most this many numbers in a KV head's keys is not split: one program takes no
+# longer than several and the kernel that combines their results; not timed on a GPU
 _SHORT_CONTEXT = 2**16
 # a step that is no bucket of decodes may hold few decodes with long contexts
 _OTHER_SPLITS = 4
@@ -91,8 +91,7 @@ class Buckets:
         bucket = next((one for one in self._decodes if one.sequences >= sequences), None)
         if not is_decode or bucket is None:
             return shape
-        assert batch.layout.paged is not None
-        is_short = self._splits.is_short(max(batch.layout.paged.context_lengths))
+        is_short = self._splits.is_short(max(batch.context_lengths))
         num_splits = 1 if is_short else self._splits.of_long(bucket.sequences)
         return shape._replace(num_splits=num_splits)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.batch import Batch, warm_up_batch
-from engine.executors.cuda.block_tables import BlockTables
 from engine.executors.cuda.buckets import Buckets, Splits, StepShape
 from engine.executors.cuda.device import Device
+from engine.executors.cuda.device_block_table import DeviceBlockTable
 from engine.executors.cuda.device_state import DeviceState
 from engine.executors.cuda.graph_biases import graph_biases
 from engine.executors.cuda.kernels.choose_tokens import choose_tokens
@@ -51,7 +51,7 @@ class CudaExecutor:
         self.progress = Progress()
         self._device, self._memories = device, model.memories
         self._state = DeviceState.allocate(model.config, config, num_blocks, model.head_VD)
-        self._block_tables = BlockTables(self._state.block_table_PB, device)
+        self._block_table = DeviceBlockTable(self._state.block_table_PB, device)
         shapes = model.config
         splits = Splits(shapes.num_kv_heads, shapes.head_dim, device.num_processors)
         self._buckets = Buckets(config.max_num_seqs, config.max_batched_tokens, splits)
@@ -146,10 +146,10 @@ class CudaExecutor:
             shape = next((bucket for bucket in holding if bucket in self._inputs), exact)
         inputs = self._inputs.get(shape) or self._staging.inputs(shape)
         biases = graph_biases(batch, self.config.vocab_size)
-        updates = self._block_tables.updates(batch.seats, batch.block_ids)
+        updates = self._block_table.updates(batch.seats, batch.block_ids)
         try:
             if len(updates) > MOST_UPDATES:
-                self._block_tables.send(updates[MOST_UPDATES:])
+                self._block_table.send(updates[MOST_UPDATES:])
             first = updates[:MOST_UPDATES]
             self._staging.send(
                 inputs, lambda out: self._writer.write(out, shape, batch, first, biases)
@@ -162,7 +162,7 @@ class CudaExecutor:
 
             self._runner.queue(shape, inputs.on_device, finish)
         except Exception:
-            self._block_tables.forget(batch.seats)
+            self._block_table.forget(batch.seats)
             raise
 
     def _choose_by_rules(self, batch: Batch, inputs: Inputs, outputs: StepOutputs) -> None:

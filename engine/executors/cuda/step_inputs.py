@@ -16,7 +16,7 @@ from engine.executors.cuda.kernels.paged_step import most_query_tiles, query_til
 from engine.sampling.choice import CHOICE
 from engine.sampling.sampler import choices_of
 
-# more updates are sent by ``BlockTables.send``; more biases are applied after the step
+# more updates are sent by ``DeviceBlockTable.send``; more biases are applied after the step
 MOST_UPDATES = 512
 MOST_BIASES = 1024
 _CHOICE_FIELDS = len(CHOICE.names or ())
@@ -104,13 +104,11 @@ class InputWriter:
         biases: tuple[NDArray[np.int64], NDArray[np.float64]] | None,
     ) -> None:
         """Write all inputs of a shape, except updates and biases beyond their counts."""
-        paged = batch.layout.paged
-        assert paged is not None
         out["counts"][:] = len(updates), 0 if biases is None else len(biases[0])
         _write_padded(out["ids"], batch.ids_T.numpy())
-        _write_padded(out["positions"], batch.layout.positions_T.numpy())
+        _write_padded(out["positions"], batch.positions_T.numpy())
         count = len(batch.ids_T)
-        out["kv_slots"][:count] = paged.kv_index_T.numpy()
+        out["kv_slots"][:count] = batch.kv_index_T.numpy()
         out["kv_slots"][count:] = self._scrap_slot
         out["sources"][:count] = np.arange(count)
         out["sources"][count:] = 0
@@ -123,10 +121,8 @@ class InputWriter:
             out["bias_values"][: len(biases[0])] = biases[1]
 
     def _write_sequences(self, out: HostInputs, shape: StepShape, batch: Batch) -> None:
-        starts = np.array(batch.layout.query_starts, dtype=np.int64)
-        paged = batch.layout.paged
-        assert paged is not None
-        _write_padded(out["context_lengths"], np.array(paged.context_lengths, dtype=np.int64))
+        starts = np.array(batch.query_starts, dtype=np.int64)
+        _write_padded(out["context_lengths"], np.array(batch.context_lengths, dtype=np.int64))
         _write_padded(out["seats"], np.array(batch.seats, dtype=np.int64))
         if shape.is_decode:
             # padding repeats the first sequence, and each repetition has a separate row
@@ -141,7 +137,7 @@ class InputWriter:
         _write_padded(out["logits_at"], at)
         out["row_seats"][:] = -1
         num_rows = len(batch.rows)
-        sequences = np.searchsorted(batch.layout.query_starts, at[:num_rows], side="right") - 1
+        sequences = np.searchsorted(batch.query_starts, at[:num_rows], side="right") - 1
         seats = np.array(batch.seats, dtype=np.int64)[sequences]
         # a sequence with drafts has several rows; the host knows its token before the next step
         counts = np.bincount(sequences, minlength=len(batch.seats))[sequences]

@@ -4,9 +4,9 @@ import pytest
 
 from benchmarks.engine_rounds import TimedStep
 from benchmarks.gpu.card_limits import CardLimits
-from benchmarks.gpu.drawn_models import LLAMA_8B_SHAPE, SMOLLM2_SHAPE
 from benchmarks.gpu.roofline import Roofline, measured_rate
 from benchmarks.memory_variant import with_memory
+from benchmarks.model_shapes import LLAMA_8B_SHAPE, SMOLLM2_SHAPE
 from benchmarks.step_work import Chunk
 
 LIMITS = CardLimits(device=3000, tflops=800, bus=54.5)

@@ -9,19 +9,16 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors import executor
-from engine.executors.batch import Batch
+from engine.executors.batch import prompt_batch
 from engine.executors.eager import EagerExecutor
 from engine.executors.executor import make_executor
-from engine.model.layout import PagedKv, TokenLayout
 from tests.models import feed_forward_changes, random_model, tiny_config
 
 CONFIG = EngineConfig(kv_cache_gib=0.001, block_size=16)
 
 
 def logits(made):
-    at = torch.arange(20)
-    layout = TokenLayout(at, (0, 20), PagedKv(at, torch.arange(2)[None], (20,)))
-    return made.logits(Batch(at, layout, at))
+    return made.logits(prompt_batch(range(20), CONFIG.block_size))
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "memory_plus", "pkm", "peer"])

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.model.flops import StepFlops, forward_flops, total_flops
-from engine.model.layout import PagedKv, TokenLayout
+from engine.model.layout import TokenLayout
 from tests.models import feed_forward_changes, random_model, tiny_config
 
 LENGTH = 16
@@ -47,19 +47,13 @@ def test_a_larger_table_costs_only_its_scores():
     assert all(large[part] == small[part] for part in ("attention", "feed_forward", "head"))
 
 
-def paged_layout(starts, contexts):
-    none = torch.empty(0, dtype=torch.int64)
-    return TokenLayout(none, starts, PagedKv(none, none, contexts))
-
-
 @pytest.mark.parametrize("kind", ["dense", "moe", "memory_plus", "pkm", "peer"])
 def test_a_step_costs_what_its_tokens_cost(kind):
     config = tiny_config(**feed_forward_changes("dense", kind))
     flops = forward_flops(config, attended=7)
     # 5 tokens after 2 cached ones and 5 after 6: they attend to 70 tokens in total
-    layout = paged_layout((0, 5, 10), (7, 11))
-    whole, largest = StepFlops(config).of(layout, 4)
+    whole, largest = StepFlops(config).of((0, 5, 10), (7, 11), 4)
     assert whole == 10 * total_flops(flops) - 6 * flops["head"]
     assert whole - 4 * flops["head"] <= config.num_layers * largest
     # logits of the last positions only, or of all positions of a scored prompt
-    assert StepFlops(config).of(paged_layout((0, 1), (1,)), 10**6)[1] == 10**6 * flops["head"]
+    assert StepFlops(config).of((0, 1), (1,), 10**6)[1] == 10**6 * flops["head"]

@@ -1,76 +1,48 @@
-"""Step plans as tensors: the block table is updated in place between steps."""
+"""Step plans as batches: tokens of all chunks in a row, and results split by request again."""
 
-import numpy as np
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from engine.executors.batch import ScoredToken, StepResult, pending_id
+from engine.sampling.params import SamplingParams, TokenLogprobs
+from engine.scheduling.batching import Batcher, results_by_request
+from engine.scheduling.step_plan import PENDING, ChunkResult, SequenceChunk, StepPlan
 
-from engine.sampling.params import SamplingParams
-from engine.scheduling.batching import BlockTable
-from engine.scheduling.step_plan import SequenceChunk
-
+SCORED = SamplingParams(temperature=0, prompt_logprobs=2)
 GREEDY = SamplingParams(temperature=0)
+PLAN = StepPlan(
+    (
+        # the first part of a scored prompt, a decode with two drafts, and one in flight
+        SequenceChunk(
+            "a", (0, 0), 4, (1, 2, 3), 0, (7,), SCORED, 0, False, scores=(2, 3, 4), prompt_length=9
+        ),
+        SequenceChunk("b", (0, 1), 0, (5, 6, 8), 5, (3, 9), GREEDY, 0, True, 2, prompt_length=5),
+        SequenceChunk("c", (0, 2), 2, (PENDING,), 8, (1, 2, 4), GREEDY, 0, True, prompt_length=3),
+    )
+)
 
 
-def chunk(*block_ids: int) -> SequenceChunk:
-    return SequenceChunk("x", (1,), 0, block_ids, GREEDY, 0, True)
-
-
-def rows_of(table_SB, chunks) -> list[tuple[int, ...]]:
-    return [
-        tuple(row[: len(one.block_ids)].tolist()) for row, one in zip(table_SB, chunks, strict=True)
+def test_the_tokens_of_all_chunks_follow_one_another():
+    batch = Batcher(block_size=4, vocab_size=10, eos_ids=frozenset()).batch(PLAN, {})
+    assert batch.ids_T.tolist() == [1, 2, 3, 5, 6, 8, pending_id(2)]
+    assert batch.positions_T.tolist() == [0, 1, 2, 5, 6, 7, 8]
+    assert batch.query_starts == (0, 3, 6, 7)
+    assert batch.kv_index_T.tolist() == [28, 29, 30, 37, 38, 39, 16]
+    assert batch.context_lengths == (3, 8, 9)
+    assert batch.block_ids == ((7,), (3, 9), (1, 2, 4))
+    assert batch.seats == (4, 0, 2)
+    # sampled positions, then scored ones
+    assert batch.logits_at_L.tolist() == [3, 4, 5, 6, 0, 1, 2]
+    assert [(row.position, row.drafts) for row in batch.rows] == [
+        *((6, ()), (7, (6,)), (8, (6, 8))),
+        (9, ()),
     ]
+    assert batch.scored == [ScoredToken(token_id, 2) for token_id in (2, 3, 4)]
+    assert batch.bitmask is None
 
 
-IDS = st.lists(st.integers(0, 5), min_size=1, max_size=9).map(tuple)
-
-
-@given(plans=st.lists(st.lists(IDS, min_size=1, max_size=5), max_size=8))
-def test_rows_hold_the_chunks_ids_after_any_history(plans):
-    table = BlockTable()
-    for plan in plans:
-        chunks = [chunk(*ids) for ids in plan]
-        table_SB = table.update(chunks)
-        assert table_SB.dtype == torch.int64
-        assert table_SB.shape == (len(plan), max(map(len, plan)))
-        assert rows_of(table_SB, chunks) == plan
-
-
-class CountedWrites:
-    """An array that counts writes of ids."""
-
-    def __init__(self, ids_SB):
-        self.ids_SB, self.count = ids_SB, 0
-        self.shape = ids_SB.shape
-
-    def __getitem__(self, at):
-        return self.ids_SB[at]
-
-    def __setitem__(self, at, ids):
-        self.count += np.size(ids)
-        self.ids_SB[at] = ids
-
-
-def test_only_new_ids_are_written():
-    table = BlockTable()
-    long, short = tuple(range(1000)), (7, 8)
-    table.update([chunk(*long), chunk(*short), chunk(*long)])
-    # one more id fits without growing
-    table._ids_SB = writes = CountedWrites(table._ids_SB)
-    same = [chunk(*long), chunk(*short), chunk(*long)]
-    table.update(same)
-    assert writes.count == 0
-    grown = [chunk(*long, 1), chunk(*short, 2, 3), chunk(*long)]
-    assert rows_of(table.update(grown), grown) == [one.block_ids for one in grown]
-    assert writes.count == 3
-    # another sequence takes the row
-    other = [chunk(*short), chunk(*short, 2, 3)]
-    assert rows_of(table.update(other), other) == [one.block_ids for one in other]
-    assert writes.count == 3 + 2
-
-
-def test_the_table_is_a_view_that_does_not_copy():
-    table = BlockTable()
-    table.update([chunk(1, 2, 3), chunk(4)])
-    first = table.update([chunk(1, 2, 3), chunk(4)])
-    assert first.data_ptr() == table.update([chunk(1, 2)]).data_ptr()
+def test_results_are_split_by_request():
+    found = [TokenLogprobs(token_id, -1.0, 1, ()) for token_id in range(4)]
+    result = StepResult([6, 8, 1, 2], {4: found[0], 5: found[1], 6: found[2], 3: found[3]})
+    assert results_by_request(PLAN, result) == {
+        "a": ChunkResult((), (), tuple(found[:3])),
+        "b": ChunkResult((6, 8, 1)),
+        "c": ChunkResult((2,), (found[3],)),
+    }

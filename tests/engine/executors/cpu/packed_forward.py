@@ -7,10 +7,7 @@ import torch
 from engine.executors.cpu.executor import CpuExecutor
 from engine.model.attention import kv_memory
 from engine.model.forward_trace import ForwardTrace
-from engine.sampling.params import SamplingParams
-from engine.scheduling.batching import Batcher
-from engine.scheduling.step_plan import SequenceChunk, StepPlan
-from tests.models import VOCAB_SIZE
+from tests.models import ragged_step
 
 
 @contextlib.contextmanager
@@ -45,18 +42,12 @@ class PackedForward:
 
     def __call__(self, num_tokens, first_id=0):
         """Run two prompts; return (hidden states, rows and weights read by memory layer)."""
-        ids = tuple(first_id + i % 7 for i in range(num_tokens))
-        params = SamplingParams()
-        chunks = [SequenceChunk("a", ids, 0, tuple(range(20)), params, 0, True)]
+        ids = [first_id + i % 7 for i in range(num_tokens)]
+        sequences = [(ids, 0, range(20))]
         if num_tokens > 1:
-            chunks.append(SequenceChunk("b", ids[1:4], 0, tuple(range(20, 25)), params, 0, True))
-        batch = batch_of_chunks(chunks, 8)
+            sequences.append((ids[1:4], 0, range(20, 25)))
+        step = ragged_step(sequences, 8)
         kv_blocks = kv_memory(self.model.config, 25, 8, self.model.model.norm.weight)
         trace = ForwardTrace()
-        out = self.executor.run_layers(batch.ids_T, batch.layout, kv_blocks, trace)
+        out = self.executor.run_layers(*step, kv_blocks, trace)
         return out, trace.memory
-
-
-def batch_of_chunks(chunks, block_size):
-    """The batch of a step plan with these chunks."""
-    return Batcher(block_size, VOCAB_SIZE, frozenset()).batch(StepPlan(tuple(chunks)), {})

@@ -14,12 +14,9 @@ from engine.model.config import MemoryConfig
 from engine.model.forward_trace import ForwardTrace
 from engine.model.rotary import rope_angles
 from engine.progress import Progress
-from engine.sampling.params import SamplingParams
-from engine.scheduling.step_plan import SequenceChunk
 from tests.conftest import TOLERANCE
-from tests.engine.executors.cpu.packed_forward import batch_of_chunks
 from tests.engine.executors.cpu.test_kernels import SEQUENCES, paged_batch
-from tests.models import random_model, tiny_config
+from tests.models import ragged_step, random_model, tiny_config
 
 each_build = pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,22 +84,19 @@ def test_any_grouping_of_layers_gives_the_same_bits(kinds, num_tokens, many_byte
     memory = MEMORY if "pkm" in kinds else None
     model = random_model(tiny_config(num_layers=5, feed_forward=kinds, memory=memory))
     config = model.config
-    chunk = SequenceChunk(
-        "", tuple(range(num_tokens)), 0, tuple(range(9)), SamplingParams(max_tokens=1), 0, True
-    )
-    batch = batch_of_chunks([chunk], 8)
+    ids_T, layout = ragged_step([(range(num_tokens), 0, range(9))], 8)
     kv_blocks = torch.zeros(5, 9, 2, config.num_kv_heads, 8, config.head_dim)
-    angles = rope_angles(batch.layout.positions_T, model.rope_frequencies)
-    residual = model.model.embed_tokens(batch.ids_T)
+    angles = rope_angles(layout.positions_T, model.rope_frequencies)
+    residual = model.model.embed_tokens(ids_T)
     wanted, read = residual, ForwardTrace()
     for index, layer in enumerate(model.model.layers):
-        wanted = layer(wanted, batch.layout, angles, kv_blocks[index].clone(), read)
+        wanted = layer(wanted, layout, angles, kv_blocks[index].clone(), read)
 
     monkeypatch.setattr(decoder, "_MANY_BYTES", many_bytes)
     done, trace, progress = [], ForwardTrace(), Progress()
     monkeypatch.setattr(progress, "mark", lambda: done.append(len(trace.memory)))
     layers = decoder_of(model, CpuKernels(CPU_LIBRARY.best_build), progress)
-    found = layers.run(residual, batch.layout, angles, kv_blocks, trace)
+    found = layers.run(residual, layout, angles, kv_blocks, trace)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
     assert len(trace.memory) == len(read.memory) == len(config.memory_layers)
     for own, other in zip(trace.memory, read.memory, strict=True):

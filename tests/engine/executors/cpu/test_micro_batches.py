@@ -11,14 +11,13 @@ from engine.executors.cpu.executor import CpuExecutor
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from engine.executors.lookahead import LookaheadConfig
 from engine.model.layout import PagedKv, TokenLayout
-from engine.sampling.params import SamplingParams
-from engine.scheduling.step_plan import SequenceChunk
 from memory_ops.native import disk_rows
 from memory_ops.native.disk_rows import ReadFault
 from memory_ops.tables.disk import DiskTable
 from memory_ops.tables.value_table import TableReadError
-from tests.engine.executors.cpu.packed_forward import batch_of_chunks, threads
+from tests.engine.executors.cpu.packed_forward import threads
 from tests.engine.executors.cpu.test_fetched_memory import StoredTables, model_of
+from tests.models import ragged_step
 
 pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
 
@@ -28,15 +27,14 @@ TOKEN_ROWS = 2
 
 
 def batch_of(sequences, first_id=0):
-    """A batch of sequences (cached tokens, new tokens), each with separate KV blocks."""
-    chunks, used = [], 0
+    """A step of sequences (cached tokens, new tokens), each with separate KV blocks."""
+    parts, used = [], 0
     for name, (before, new) in enumerate(sequences):
         number = -(-(before + new) // BLOCK)
-        ids = tuple(first_id + (13 * name + 7 * i) % 100 for i in range(new))
-        blocks = tuple(range(used, used + number))
-        chunks.append(SequenceChunk(str(name), ids, before, blocks, SamplingParams(), 0, True))
+        ids = [first_id + (13 * name + 7 * i) % 100 for i in range(new)]
+        parts.append((ids, before, range(used, used + number)))
         used += number
-    return batch_of_chunks(chunks, BLOCK), used
+    return ragged_step(parts, BLOCK), used
 
 
 class Forward:
@@ -55,7 +53,7 @@ class Forward:
     @torch.inference_mode()
     def __call__(self, batch, kv_blocks):
         written = kv_blocks.clone()
-        return self.executor.run_layers(batch.ids_T, batch.layout, written), written
+        return self.executor.run_layers(*batch, written), written
 
 
 def kv_of(model, blocks, dtype=torch.float32):
@@ -88,7 +86,7 @@ def test_outputs_equal_those_of_rows_in_memory_bit_for_bit(
     stored = StoredTables(model.config, kind, tmp_path_factory.mktemp("tables"))
     batch, blocks = batch_of(sequences)
     kv_blocks = kv_of(model, blocks)
-    slots = NUM_ROWS if fits_all_rows else len(batch.ids_T) * TOKEN_ROWS
+    slots = NUM_ROWS if fits_all_rows else len(batch[0]) * TOKEN_ROWS
     with threads(num_threads):
         wanted, written = Forward(stored.in_memory(model))(batch, kv_blocks)
         forward = Forward(stored.on_disk(model, slots, DiskTable, **reader), lookahead)

@@ -5,7 +5,6 @@ import torch
 
 from engine.executors.batch import Batch
 from engine.executors.cuda.buckets import Buckets, Splits, StepShape
-from engine.model.layout import PagedKv, TokenLayout
 from engine.sampling.params import SamplingParams
 from engine.sampling.request_rules import SamplingRow
 
@@ -21,10 +20,15 @@ def buckets(max_num_seqs=64, max_batched_tokens=512) -> Buckets:
 def decode(count: int, context: int = SHORT, **changes) -> Batch:
     """A batch of one sampled token for each of some sequences, the first with this context."""
     at = torch.arange(count)
-    paged = PagedKv(at, at.unsqueeze(1), (context, *[1] * (count - 1)))
-    rows = [SamplingRow(SamplingParams(), 0, 1)] * count
-    values = {"logits_at_L": at, "rows": rows, "seats": range(count)} | changes
-    return Batch(at, TokenLayout(at, tuple(range(count + 1)), paged), **values)
+    values = {
+        "query_starts": tuple(range(count + 1)),
+        "context_lengths": (context, *[1] * (count - 1)),
+        "block_ids": [(index,) for index in range(count)],
+        "seats": range(count),
+        "logits_at_L": at,
+        "rows": [SamplingRow(SamplingParams(), 0, 1)] * count,
+    }
+    return Batch(ids_T=at, positions_T=at, kv_index_T=at, **(values | changes))
 
 
 def bucket_of(batch: Batch, **limits) -> StepShape | None:

@@ -8,9 +8,8 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.executors.batch import Batch
+from engine.executors.batch import prompt_batch
 from engine.executors.executor import make_executor
-from engine.model.layout import PagedKv, TokenLayout
 from engine.request import Request
 from engine.sampling.params import SamplingParams
 from tests.engine.executors.cuda.fake_device import FakeDevice
@@ -260,8 +259,6 @@ def test_no_wait_can_be_left_out(dense):
 
 def test_logits_of_a_prompt(dense):
     executor = engine(dense)._executor
-    ids, at = torch.arange(15), torch.arange(15)
-    layout = TokenLayout(at, (0, 15), PagedKv(at, torch.arange(4)[None], (15,)))
-    batch = Batch(ids, layout, at, seats=(0,), block_ids=((0, 1, 2, 3),))
-    wanted = plain_logits(dense, ids.tolist())
-    torch.testing.assert_close(executor.logits(batch), wanted, rtol=1e-5, atol=1e-4)
+    found = executor.logits(prompt_batch(range(15), block_size=4))
+    wanted = plain_logits(dense, list(range(15)))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)

@@ -1,38 +1,35 @@
-"""Follows the block table on the device, of which only changed entries are sent."""
+"""Sends changes of the block table to the device: a step's inputs hold some, a copy the others."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from engine.executors.block_tables import BlockIds, BlockRows
 from engine.executors.cuda.device import Device
 
 Updates = list[tuple[int, int, int]]
 
 
-class BlockTables:
-    """Knows which KV blocks the device's rows hold, one row per seat."""
+class DeviceBlockTable:
+    """The block table on a device, with one row per seat."""
 
     def __init__(self, table_PB: Tensor, device: Device) -> None:
-        """Follow a table of zeros, int32 ``[seats, most blocks of a sequence]``."""
+        """``table_PB`` is int32 ``[seats, most blocks of a sequence]``."""
         self._table_PB, self._device = table_PB, device
-        self._known: list[tuple[int, ...]] = [()] * len(table_PB)
+        self._rows = BlockRows()
 
-    def updates(self, seats: Sequence[int], block_ids: Sequence[tuple[int, ...]]) -> Updates:
+    def updates(self, seats: Sequence[int], block_ids: Sequence[BlockIds]) -> Updates:
         """The (seat, index, block) entries that the device lacks; the caller must send them."""
-        updates: Updates = []
-        for seat, ids in zip(seats, block_ids, strict=True):
-            known = self._known[seat]
-            if ids != known:
-                same = len(known) if ids[: len(known)] == known else 0
-                updates += [(seat, index, ids[index]) for index in range(same, len(ids))]
-                self._known[seat] = ids
-        return updates
+        return [
+            (seat, index, block)
+            for seat, first, ids in self._rows.changes(seats, block_ids)
+            for index, block in enumerate(ids, first)
+        ]
 
     def forget(self, seats: Sequence[int]) -> None:
         """Send these rows again, because a step that should have written them failed."""
-        for seat in seats:
-            self._known[seat] = ()
+        self._rows.forget(seats)
 
     def send(self, updates: Updates) -> None:
         """Queue updates that do not fit in a step's inputs."""

@@ -17,6 +17,7 @@ from engine.engine import Engine
 from engine.executors.batch import Batch, FinishedStep, sample_batch, warm_up_batch
 from engine.executors.block_tables import HostBlockTable
 from engine.executors.cpu.kernels import cpu_kernels
+from engine.executors.memory_recorder import MemoryRecorder
 from engine.progress import Progress
 from engine.request import Request
 from engine.sampling.params import MAX_LISTED_IDS, SamplingParams
@@ -65,6 +66,7 @@ class InstantExecutor:
             CONFIG.kv_bytes_per_token(itemsize), self.config.max_positions
         )
         self.tables: Mapping[str, ValueTable] = {}
+        self.recorder = MemoryRecorder(self.config, torch.device("cpu"))
         self.progress = Progress()
         self._block_table = HostBlockTable()
         self._logits_LV = torch.randn(max_logits, CONFIG.vocab_size).to(torch.bfloat16)
@@ -78,7 +80,8 @@ class InstantExecutor:
         return self._logits_LV[: len(batch.logits_at_L)]
 
     def launch(self, batch: Batch) -> FinishedStep:
-        return FinishedStep(sample_batch(self.logits(batch), batch, self._sampler, self.progress))
+        logits_LV = self.logits(batch)
+        return FinishedStep(sample_batch(logits_LV, batch, self._sampler, self.progress, {}))
 
     def warm_up(self) -> None:
         self.launch(warm_up_batch())

@@ -10,7 +10,14 @@ from engine.errors import ConfigError
 from engine.executors.batch import DeviceLostError, LaunchedStep
 from engine.executors.executor import Executor
 from engine.progress import Progress
-from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
+from engine.request import (
+    EngineStatistics,
+    Request,
+    RequestLimits,
+    StepOutput,
+    TableReport,
+    TokenOutput,
+)
 from engine.sampling.masks import Bitmask, TokenMask, allowed_drafts, row_bitmasks
 from engine.scheduling.batching import Batcher, results_by_request
 from engine.scheduling.kv_blocks import BlockPool
@@ -18,6 +25,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.step_plan import Drafter, SequenceChunk, StepPlan
 from engine.table_counts import TableCounter
+from engine.table_report import table_report
 
 Bitmasks = dict[str, Bitmask]
 logger = logging.getLogger(__name__)
@@ -41,7 +49,8 @@ class Engine:
         """
         model, num_blocks = executor.config, executor.num_blocks
         max_model_len = _max_model_len(config, model.max_positions, num_blocks * config.block_size)
-        self.limits = RequestLimits(model.vocab_size, max_model_len, eos_ids)
+        has_memory = bool(model.memory_layers)
+        self.limits = RequestLimits(model.vocab_size, max_model_len, eos_ids, has_memory)
         self._executor = executor
         self._drafter, self._num_drafts = drafter, num_drafts
         self._table_counter = TableCounter(executor.tables)
@@ -106,6 +115,14 @@ class Engine:
         if self._debug_checks:
             self.check_integrity()
         assert self._pool.num_available == self._pool.num_blocks, "KV blocks were lost"
+
+    def memory_report(self) -> tuple[TableReport, ...]:
+        """The value tables and the reads of their rows. Another thread may call it."""
+        executor = self._executor
+        return tuple(
+            table_report(name, table, executor.config, executor.recorder.usage.get(name))
+            for name, table in executor.tables.items()
+        )
 
     def statistics(self, step_tokens: int = 0, new_tokens: int = 0) -> EngineStatistics:
         """The current gauges, after a step that ran and generated these numbers of tokens."""

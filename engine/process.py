@@ -3,7 +3,9 @@
 The parent never imports torch: the child builds the engine, by an entry function named as a string.
 """
 
+import contextlib
 import importlib
+import logging
 import multiprocessing
 import queue
 import signal
@@ -14,8 +16,16 @@ from typing import NamedTuple, Protocol
 
 from engine.errors import RequestError
 from engine.progress import Progress
-from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
+from engine.request import (
+    EngineStatistics,
+    Request,
+    RequestLimits,
+    StepOutput,
+    TableReport,
+    TokenOutput,
+)
 
+logger = logging.getLogger(__name__)
 # seconds between two heartbeats of the engine process
 HEARTBEAT_S = 0.5
 # if a wait takes this much longer than asked, the process itself was stopped
@@ -28,7 +38,11 @@ class Abort(NamedTuple):
     request_id: str
 
 
-Message = Request | Abort
+class DescribeMemory(NamedTuple):
+    """Send a ``MemoryReport``."""
+
+
+Message = Request | Abort | DescribeMemory
 
 
 class EngineReady(NamedTuple):
@@ -41,6 +55,13 @@ class EngineRefused(NamedTuple):
     """The engine could not be made; ``message`` tells the user why."""
 
     message: str
+
+
+class MemoryReport(NamedTuple):
+    """The value tables and the reads of their rows, or the reason why they are not known."""
+
+    tables: tuple[TableReport, ...] = ()
+    error: str | None = None
 
 
 class Heartbeat(NamedTuple):
@@ -62,6 +83,7 @@ class StepEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
     def step(self) -> StepOutput: ...
     def statistics(self) -> EngineStatistics: ...
+    def memory_report(self) -> tuple[TableReport, ...]: ...
     def check_idle(self) -> None: ...
 
 
@@ -126,8 +148,8 @@ class EngineProcess:
         """Queue a message; the engine reads it before one of its next steps."""
         self._outbox.put(message)
 
-    def receive(self) -> StepOutput | Heartbeat:
-        """Wait for the next step's output or a heartbeat; EOFError if the process has ended.
+    def receive(self) -> StepOutput | Heartbeat | MemoryReport:
+        """Wait for the next message; EOFError if the process has ended.
 
         Call it in a separate thread: an event loop would make the pipe non-blocking, and that
         would truncate long messages.
@@ -136,7 +158,7 @@ class EngineProcess:
             output = self._connection.recv()
         except OSError:
             raise EOFError("the engine process has ended") from None
-        assert isinstance(output, StepOutput | Heartbeat)
+        assert isinstance(output, StepOutput | Heartbeat | MemoryReport)
         return output
 
     def kill(self) -> None:
@@ -224,13 +246,26 @@ class EngineLoop:
             if isinstance(message, Abort):
                 self._engine.abort(message.request_id)
                 continue
+            if isinstance(message, DescribeMemory):
+                # reading the counts of a large table must not delay a step
+                threading.Thread(target=self._describe, daemon=True).start()
+                continue
             try:
                 self._engine.add(message)
             except RequestError as error:
                 refused.append(TokenOutput(message.request_id, (), "error", error=str(error)))
         return refused
 
-    def _send(self, message: StepOutput | Heartbeat | EngineReady) -> None:
+    def _describe(self) -> None:
+        try:
+            report = MemoryReport(self._engine.memory_report())
+        except Exception as error:
+            logger.exception("the value tables could not be described")
+            report = MemoryReport(error=type(error).__name__)
+        with contextlib.suppress(OSError):  # the loop notices it too
+            self._send(report)
+
+    def _send(self, message: StepOutput | Heartbeat | EngineReady | MemoryReport) -> None:
         with self._send_lock:
             self._connection.send(message)
 

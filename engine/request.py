@@ -19,6 +19,7 @@ class RequestLimits:
     vocab_size: int
     max_model_len: int
     eos_ids: frozenset[int] = frozenset()
+    has_memory: bool = False
 
     def check(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
         """Raise RequestError for an empty prompt, an unknown token id, or too many tokens."""
@@ -35,6 +36,8 @@ class RequestLimits:
             wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
             if wrong is not None:
                 raise RequestError(param, f"token id {wrong} is outside [0, {self.vocab_size})")
+        if sampling.memory_trace and not self.has_memory:
+            raise RequestError("memory_trace", "this model has no memory layers")
         allowed, ends = sampling.allowed_token_ids, sampling.stop_token_ids | self.eos_ids
         if sampling.min_tokens and allowed is not None and allowed <= ends:
             message = "all of them end the answer, which min_tokens forbids at first"
@@ -63,6 +66,19 @@ class Request:
             raise RequestError("priority", message)
 
 
+class MemoryRead(NamedTuple):
+    """The rows that one memory layer read for one token.
+
+    Attributes:
+        rows: the rows with the largest weights, largest first.
+        weights: their weights, summed over the heads; each head's weights add up to 1.
+    """
+
+    layer: int
+    rows: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
 class TokenOutput(NamedTuple):
     """The output of one step for one request.
 
@@ -74,6 +90,7 @@ class TokenOutput(NamedTuple):
         logprobs: one entry per token, if requested.
         prompt_logprobs: entries of the next prompt tokens, if requested.
         cached_tokens: prompt tokens found in the prefix cache, in the first output with tokens.
+        memory_reads: for each token one read per memory layer, if requested.
     """
 
     request_id: str
@@ -84,6 +101,37 @@ class TokenOutput(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int = 0
+    memory_reads: tuple[tuple[MemoryRead, ...], ...] = ()
+
+
+class RowUsageSummary(NamedTuple):
+    """Reads of a value table's rows, counted in a sample of all steps.
+
+    Attributes:
+        num_reads: reads that were counted.
+        most_read: (row, reads) of the rows with the most reads, most first.
+        histogram: (n, number of rows with n to 2 n - 1 reads).
+    """
+
+    num_reads: int
+    most_read: tuple[tuple[int, int], ...]
+    histogram: tuple[tuple[int, int], ...]
+
+
+class TableReport(NamedTuple):
+    """A value table and the reads of its rows.
+
+    Attributes:
+        layers: the memory layers that read it.
+        usage: None for PEER's table of down projections, which is read like its other table.
+    """
+
+    name: str
+    tier: str
+    num_rows: int
+    value_dim: int
+    layers: tuple[int, ...]
+    usage: RowUsageSummary | None
 
 
 class TableCounts(NamedTuple):

@@ -7,7 +7,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from engine.process import PAUSE_S, Abort, EngineProcess, EngineStartError, Heartbeat
+from engine.process import (
+    PAUSE_S,
+    Abort,
+    DescribeMemory,
+    EngineLostError,
+    EngineProcess,
+    EngineStartError,
+    Heartbeat,
+    MemoryReport,
+)
 from engine.request import EngineStatistics, Request, StepOutput, TokenOutput
 from server.config import SupervisionOptions
 
@@ -45,6 +54,7 @@ class EngineClient:
         self._last_progress = time.monotonic()
         self._is_closing = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._report: asyncio.Future[MemoryReport] | None = None
         self.is_alive = True
         self.is_lost = False
         self.lost_tables: tuple[str, ...] = ()
@@ -91,6 +101,20 @@ class EngineClient:
             self._process.send(Abort(request_id))
             self._deliver(TokenOutput(request_id, finish_reason="error", error=error))
 
+    async def memory_report(self) -> MemoryReport:
+        """The engine's report on its value tables; concurrent callers share one.
+
+        Raises:
+            EngineLostError: the engine is not running, or dies before it answers.
+        """
+        if not self.is_alive:
+            raise EngineLostError("the engine is not running")
+        if self._report is None:
+            self._report = asyncio.get_running_loop().create_future()
+            self._process.send(DescribeMemory())
+        # a caller that leaves must not cancel the others' future
+        return await asyncio.shield(self._report)
+
     def handle(self, output: StepOutput) -> None:
         """Deliver a step's outputs; tokens come first, because clients wait for them."""
         self.lost_tables = output.statistics.lost_tables
@@ -98,10 +122,15 @@ class EngineClient:
             self._deliver(token_output)
         self._on_statistics(output.statistics)
 
-    def _handle_from(self, process: EngineProcess, output: StepOutput) -> None:
-        """Handle an output, unless its process was replaced: its totals are already closed."""
-        if process is self._process and self.is_alive:
-            self.handle(output)
+    def _handle_from(self, process: EngineProcess, message: StepOutput | MemoryReport) -> None:
+        """Handle a message, unless its process was replaced: its totals are already closed."""
+        if process is not self._process or not self.is_alive:
+            return
+        if isinstance(message, StepOutput):
+            self.handle(message)
+        elif self._report is not None:
+            self._report.set_result(message)
+            self._report = None
 
     def _deliver(self, output: TokenOutput) -> None:
         stream = self._streams.get(output.request_id)
@@ -161,6 +190,9 @@ class EngineClient:
         self._on_statistics(EngineStatistics())
         for request_id in list(self._streams):
             self._deliver(_died_output(request_id))
+        if self._report is not None:
+            self._report.set_exception(EngineLostError("the engine process has died"))
+            self._report = None
         self._spawn(self._restart(process))
 
     async def _restart(self, dead: EngineProcess) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.executors.block_tables import BlockIds
 from engine.model.layout import PagedKv, TokenLayout
 from engine.progress import Progress
+from engine.request import MemoryRead
 from engine.sampling.choice import NO_TOKEN
 from engine.sampling.masks import Bitmask
 from engine.sampling.params import SamplingParams, TokenLogprobs
@@ -71,10 +72,12 @@ class StepResult(NamedTuple):
     Attributes:
         token_ids: the token chosen for each of the batch's ``rows``, or ``NO_TOKEN``.
         logprobs: the requested log-probabilities, by their place in ``logits_at_L``.
+        memory_reads: for each traced place in ``logits_at_L`` one read per memory layer.
     """
 
     token_ids: Sequence[int]
     logprobs: Mapping[int, TokenLogprobs]
+    memory_reads: Mapping[int, tuple[MemoryRead, ...]]
 
 
 class LaunchedStep(Protocol):
@@ -103,9 +106,16 @@ class DeviceLostError(RuntimeError):
 
 
 def sample_batch(
-    logits_LV: Tensor, batch: Batch, sampler: Sampler, progress: Progress
+    logits_LV: Tensor,
+    batch: Batch,
+    sampler: Sampler,
+    progress: Progress,
+    memory_reads: Mapping[int, tuple[MemoryRead, ...]],
 ) -> StepResult:
-    """Choose and score the tokens of a batch from the logits ``[L, vocabulary]`` of its forward."""
+    """Choose and score the tokens of a batch from the logits ``[L, vocabulary]`` of its forward.
+
+    ``memory_reads`` become part of the result.
+    """
     rows = batch.rows
     ids = sampler.sample(logits_LV[: len(rows)], rows, batch.bitmask) if rows else []
     progress.mark()
@@ -122,7 +132,7 @@ def sample_batch(
     for at, token_logprobs in zip(places, found, strict=True):
         logprobs[at] = token_logprobs
         progress.mark()
-    return StepResult(ids, logprobs)
+    return StepResult(ids, logprobs, memory_reads)
 
 
 def prompt_batch(ids: Sequence[int], block_size: int) -> Batch:

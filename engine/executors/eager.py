@@ -8,8 +8,10 @@ from torch import Tensor
 from engine.executors.batch import Batch, FinishedStep, sample_batch, warm_up_batch
 from engine.executors.block_tables import HostBlockTable
 from engine.executors.lookahead import Lookahead, LookaheadConfig, predicted_memories
+from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import kv_memory
 from engine.model.flops import StepFlops
+from engine.model.forward_trace import ForwardTrace
 from engine.model.transformer import ForwardOutput, Transformer
 from engine.progress import Progress
 from engine.sampling.sampler import Sampler
@@ -37,6 +39,7 @@ class EagerExecutor:
         self.config = model.config
         self.num_blocks = num_blocks
         self.tables: Mapping[str, ValueTable] = model.tables
+        self.recorder = MemoryRecorder(model.config, weight.device)
         self.progress = Progress()
         self._model = model
         self._flops = StepFlops(model.config)
@@ -55,13 +58,18 @@ class EagerExecutor:
         # plain torch shows no progress inside a product: announce the step's amount of work
         flops = self._flops.of(batch.query_starts, batch.context_lengths, len(batch.logits_at_L))
         with self.progress.working(*flops):
-            return FinishedStep(
-                sample_batch(self.logits(batch), batch, self._sampler, self.progress)
-            )
+            reads = self.recorder.begin(batch)
+            logits_LV = self._forward(batch, reads.trace)
+            found = reads.finish()
+            result = sample_batch(logits_LV, batch, self._sampler, self.progress, found)
+            return FinishedStep(result)
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """Run the forward; logits ``[L, vocabulary]`` at the batch's ``logits_at_L``."""
+        return self._forward(batch)
+
+    def _forward(self, batch: Batch, trace: ForwardTrace | None = None) -> Tensor:
         layout = batch.layout(self._block_table.update(batch.block_ids))
         output: ForwardOutput = self._model(
             batch.ids_T.to(self._device),
@@ -69,7 +77,10 @@ class EagerExecutor:
             batch.logits_at_L.to(self._device),
             self._kv_blocks,
             before_layer=self._before_layer,
+            with_trace=trace is not None,
         )
+        if trace is not None:
+            trace.memory += output.memory.values()
         self.progress.mark()
         return output.logits_LV
 

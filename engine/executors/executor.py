@@ -14,6 +14,7 @@ from engine.executors.cpu.executor import CpuExecutor
 from engine.executors.cpu.kernels import cpu_kernels
 from engine.executors.eager import EagerExecutor
 from engine.executors.lookahead import LookaheadConfig
+from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import KvMemoryError
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer, converted
@@ -30,6 +31,7 @@ class Executor(Protocol):
         config: the model's shapes.
         num_blocks: number of KV blocks; the executor owns them and chooses their layout.
         tables: the model's value tables, by their names in checkpoints.
+        recorder: the rows that memory layers read.
         progress: marked whenever a piece of a step is done.
         steps_ahead: number of steps that may be launched before an earlier one is waited for. If it
             is not 0, batches may hold pending tokens (see ``Batch``).
@@ -38,6 +40,7 @@ class Executor(Protocol):
     config: ModelConfig
     num_blocks: int
     tables: Mapping[str, ValueTable]
+    recorder: MemoryRecorder
     progress: Progress
     steps_ahead: int
 

@@ -33,6 +33,7 @@ class SamplingParams:
         logprobs: number of likeliest tokens whose log-probabilities come with each chosen token's,
             by the model's softmax before any of the above; None returns none at all.
         prompt_logprobs: the same for all prompt tokens but the first.
+        memory_trace: return the rows that memory layers read to choose each token.
     """
 
     max_tokens: int = option(
@@ -58,6 +59,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    memory_trace: bool = False
 
     def __post_init__(self) -> None:
         for param, message in self._mistakes():

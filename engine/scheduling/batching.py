@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.executors.batch import Batch, ScoredToken, StepResult, pending_id
 from engine.sampling.masks import Bitmask, step_bitmask
-from engine.sampling.params import TokenLogprobs
 from engine.sampling.request_rules import RequestRules, SamplingRow
 from engine.scheduling.step_plan import PENDING, ChunkResult, SequenceChunk, StepPlan
 
+T = TypeVar("T")
 # with a step in flight, a sequence that waits for its last token is in every second plan
 _KEPT_PLANS = 2
 
@@ -90,7 +91,7 @@ class Batcher:
 def results_by_request(plan: StepPlan, result: StepResult) -> dict[str, ChunkResult]:
     """Split the results of a plan's batch."""
     results: dict[str, ChunkResult] = {}
-    token_ids, logprobs = result
+    token_ids, logprobs, reads = result
     sampled, scored = 0, len(token_ids)
     for chunk in plan.chunks:
         sampled_end, scored_end = sampled + chunk.num_sampled, scored + len(chunk.scores)
@@ -98,6 +99,7 @@ def results_by_request(plan: StepPlan, result: StepResult) -> dict[str, ChunkRes
             tuple(token_ids[sampled:sampled_end]),
             _between(logprobs, sampled, sampled_end),
             _between(logprobs, scored, scored_end),
+            _between(reads, sampled, sampled_end),
         )
         sampled, scored = sampled_end, scored_end
     return results
@@ -108,12 +110,10 @@ def _scored(chunk: SequenceChunk) -> list[ScoredToken | None]:
     return [None if count is None else ScoredToken(token_id, count) for token_id in chunk.scores]
 
 
-def _between(
-    logprobs: Mapping[int, TokenLogprobs], start: int, end: int
-) -> tuple[TokenLogprobs, ...]:
-    if not logprobs:
+def _between(found: Mapping[int, T], start: int, end: int) -> tuple[T, ...]:
+    if not found:
         return ()
-    return tuple(logprobs[at] for at in range(start, end) if at in logprobs)
+    return tuple(found[at] for at in range(start, end) if at in found)
 
 
 def _tokens(chunks: Sequence[SequenceChunk], block_size: int) -> Tensor:

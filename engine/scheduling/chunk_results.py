@@ -33,6 +33,7 @@ def output(sequence: Sequence, result: ChunkResult, ending: Ending) -> TokenOutp
         error=ending.error,
         logprobs=result.logprobs[: ending.num_taken],
         prompt_logprobs=tuple(sequence.prompt_scores),
+        memory_reads=result.memory_reads[: ending.num_taken],
         cached_tokens=sequence.num_cached or 0,
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from engine.request import MemoryRead
 from engine.sampling.params import SamplingParams, TokenLogprobs
 
 # in a plan: a token that an earlier step in flight chooses; only the device knows it yet
@@ -87,8 +88,10 @@ class ChunkResult(NamedTuple):
         token_ids: one per sampled position; the i-th is valid if all drafts before it are.
         logprobs: one entry per token, or none.
         prompt_logprobs: one entry for each of the chunk's ``scores``.
+        memory_reads: for each token one read per memory layer, or none.
     """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    memory_reads: tuple[tuple[MemoryRead, ...], ...] = ()

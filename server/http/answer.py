@@ -118,6 +118,7 @@ def _join(deltas: Sequence[TextDelta]) -> TextDelta:
         token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
         prompt_logprobs=deltas[0].prompt_logprobs,
+        memory_reads=tuple(reads for delta in deltas for reads in delta.memory_reads),
         finish_reason=deltas[-1].finish_reason,
         stop_reason=deltas[-1].stop_reason,
     )

@@ -7,6 +7,7 @@ from typing import Any
 from engine.sampling.params import TokenLogprobs
 from server.http.chat_request import ChatRequest
 from server.http.logprobs import chat_logprobs
+from server.http.memory_trace import memory_trace
 from server.http.text_stream import TextDelta
 from server.http.tool_calls import FoundCall, ParsedText, ToolCallParser
 from weights.checkpoints.tokenizer import Tokenizer
@@ -82,6 +83,8 @@ class ChatChoice:
             "finish_reason": reason,
             "stop_reason": delta.stop_reason,
         }
+        if body.memory_trace:
+            choice["memory_trace"] = memory_trace(delta.memory_reads)
         if body.return_token_ids:
             choice["token_ids"] = delta.token_ids
             choice["prompt_token_ids"] = self._prompt_ids if is_first else None

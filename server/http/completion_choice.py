@@ -6,6 +6,7 @@ from typing import Any
 from engine.sampling.params import TokenLogprobs
 from server.http.completion_request import CompletionRequest
 from server.http.logprobs import LogprobsWriter, prompt_logprobs
+from server.http.memory_trace import memory_trace
 from server.http.text_stream import TextDelta
 from weights.checkpoints.tokenizer import Tokenizer
 
@@ -56,6 +57,8 @@ class CompletionChoice:
                 if first
                 else None
             )
+        if body.memory_trace:
+            choice["memory_trace"] = memory_trace(delta.memory_reads)
         if body.return_token_ids:
             choice["token_ids"] = delta.token_ids
             choice["prompt_token_ids"] = self._prompt_ids if first else None

@@ -83,6 +83,10 @@ class GenerationOptions(RequestBody):
     return_tokens_as_token_ids: bool = Field(
         default=False, description="name tokens token_id:N in log-probabilities"
     )
+    memory_trace: bool | None = Field(
+        default=None,
+        description="return the rows that memory layers read for each token, and their weights",
+    )
     priority: int = Field(
         default=0,
         ge=-MAX_PRIORITY,
@@ -148,4 +152,5 @@ _SHARED = (
     "frequency_penalty",
     "seed",
     "ignore_eos",
+    "memory_trace",
 )

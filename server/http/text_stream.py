@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.request import FinishReason, TokenOutput
+from engine.request import FinishReason, MemoryRead, TokenOutput
 from engine.sampling.params import SamplingParams, TokenLogprobs
 from server.http.stop_strings import StopStrings
 from weights.checkpoints.detokenizer import IncrementalDetokenizer
@@ -29,6 +29,7 @@ class TextDelta:
         token_ids: the tokens of this step.
         logprobs: one entry per token, if requested.
         prompt_logprobs: one entry per prompt token after the first, if requested; sent once.
+        memory_reads: for each token one read per memory layer, if requested.
         finish_reason: set in the last delta.
         stop_reason: the stop string or requested stop token id that ended the choice.
     """
@@ -38,6 +39,7 @@ class TextDelta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    memory_reads: tuple[tuple[MemoryRead, ...], ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -91,6 +93,7 @@ class TextStream:
             token_ids=ids,
             logprobs=output.logprobs[: len(ids)],
             prompt_logprobs=output.prompt_logprobs,
+            memory_reads=output.memory_reads[: len(ids)],
             finish_reason=reason,
             stop_reason=stop_reason,
         )

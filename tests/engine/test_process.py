@@ -8,11 +8,13 @@ import pytest
 from engine.errors import RequestError
 from engine.process import (
     Abort,
+    DescribeMemory,
     EngineProcess,
     EngineReady,
     EngineRefused,
     EngineStartError,
     Heartbeat,
+    MemoryReport,
     run_engine,
 )
 from engine.progress import Progress
@@ -54,6 +56,9 @@ class CountingEngine:
 
     def check_idle(self):
         pass
+
+    def memory_report(self):
+        raise KeyError("lost")
 
     def statistics(self):
         return EngineStatistics(num_running=len(self._left))
@@ -100,6 +105,12 @@ def test_a_refused_request_is_answered_and_does_not_affect_others(connection):
 def test_an_abort_of_the_last_request_still_sends_statistics(connection):
     connection.send([request("a", 1, 2), Abort("a")])
     assert output(connection.recv) == StepOutput((), EngineStatistics())
+
+
+def test_a_report_that_fails_names_the_error(connection):
+    connection.send([DescribeMemory()])
+    messages = [output(connection.recv) for _ in range(2)]
+    assert MemoryReport(error="KeyError") in messages
 
 
 def answering(connection, settings):

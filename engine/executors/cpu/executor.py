@@ -13,6 +13,7 @@ from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.layers import pack_layer
 from engine.executors.cpu.packing import Packer
 from engine.executors.lookahead import Lookahead, LookaheadConfig
+from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import kv_memory
 from engine.model.forward_trace import ForwardTrace
 from engine.model.layout import TokenLayout
@@ -47,6 +48,7 @@ class CpuExecutor:
         self.config = model.config
         self.num_blocks = num_blocks
         self.tables: Mapping[str, ValueTable] = model.tables
+        self.recorder = MemoryRecorder(model.config, model.model.embed_tokens.weight.device)
         self.progress = Progress()
         for table in self.tables.values():
             table.watch(self.progress.mark)
@@ -72,13 +74,19 @@ class CpuExecutor:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> FinishedStep:
-        return FinishedStep(sample_batch(self.logits(batch), batch, self._sampler, self.progress))
+        reads = self.recorder.begin(batch)
+        logits_LV = self._forward(batch, reads.trace)
+        found = reads.finish()
+        return FinishedStep(sample_batch(logits_LV, batch, self._sampler, self.progress, found))
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """Run the forward; logits ``[L, vocabulary]`` at the batch's ``logits_at_L``."""
+        return self._forward(batch)
+
+    def _forward(self, batch: Batch, trace: ForwardTrace | None = None) -> Tensor:
         layout = batch.layout(self._block_table.update(batch.block_ids))
-        residual_TD = self.run_layers(batch.ids_T, layout, self._kv_blocks)
+        residual_TD = self.run_layers(batch.ids_T, layout, self._kv_blocks, trace)
         logits_LV = self._kernels.linear(self._head, residual_TD[batch.logits_at_L])
         self.progress.mark()
         return logits_LV

@@ -12,6 +12,7 @@ from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.layers import CpuLayer
 from engine.executors.cpu.packed_layers import PackedLayers
 from engine.executors.lookahead import Lookahead
+from engine.model.forward_trace import ForwardTrace
 from engine.model.layout import TokenLayout
 from engine.progress import Progress
 from memory_ops.tables.table_statistics import TableStatistics
@@ -27,11 +28,15 @@ _MIN_FETCHED = 0.1
 
 @dataclass
 class _MicroBatch:
-    """Consecutive tokens of a step, with the residual stream after the layers run so far."""
+    """Consecutive tokens of a step, with the residual stream after the layers run so far.
+
+    ``trace`` is filled while it runs, if there is one.
+    """
 
     residual_TD: Tensor
     layout: TokenLayout
     angles: tuple[Tensor, Tensor]
+    trace: ForwardTrace | None
 
 
 class MicroBatches:
@@ -97,18 +102,26 @@ class MicroBatches:
         angles: tuple[Tensor, Tensor],
         kv_blocks: Tensor,
         count: int,
+        trace: ForwardTrace | None = None,
     ) -> Tensor:
         """Return the residual stream after the last layer; arguments as of ``CpuDecoder.run``."""
         num_tokens = residual_TD.shape[0]
         edges = [num_tokens * i // count for i in range(count + 1)]
         cosines, sines = angles
         parts = [
-            _MicroBatch(residual_TD[a:b], layout.part(a, b), (cosines[a:b], sines[a:b]))
+            _MicroBatch(
+                residual_TD[a:b],
+                layout.part(a, b),
+                (cosines[a:b], sines[a:b]),
+                None if trace is None else ForwardTrace(),
+            )
             for a, b in pairwise(edges)
         ]
         # all stop equally often; after the last stop each runs to its end
         for _ in zip(*(self._stops(part, kv_blocks) for part in parts), strict=True):
             pass
+        if trace is not None:
+            trace.extend_by_parts([part.trace for part in parts if part.trace is not None])
         return torch.cat([part.residual_TD for part in parts])
 
     def _stops(self, part: _MicroBatch, kv_blocks: Tensor) -> Iterator[None]:
@@ -124,9 +137,9 @@ class MicroBatches:
                 self._packed, run, residual_TD, part.angles, part.layout, paged, kv_blocks
             )
             if layer.memory is not None:
-                lookup = layer.memory.start(residual_TD)
+                lookup = layer.memory.start(residual_TD, part.trace)
                 yield
                 part.residual_TD = layer.memory.finish(lookup, residual_TD)
             elif layer.other is not None:
-                part.residual_TD = layer.other.run(residual_TD, None)
+                part.residual_TD = layer.other.run(residual_TD, part.trace)
             self._progress.mark()

@@ -22,6 +22,8 @@ from engine.executors.cuda.staging import StagedInputs, Staging
 from engine.executors.cuda.step import DeviceModel, StepOutputs
 from engine.executors.cuda.step_inputs import MOST_UPDATES, InputLayout, InputWriter
 from engine.executors.cuda.step_runner import Inputs, StepRunner
+from engine.executors.cuda.traced_tokens import TracedTokens
+from engine.executors.memory_recorder import MemoryRecorder
 from engine.progress import Progress
 from engine.sampling.logit_rules import apply_rules
 from memory_ops.tables.device import DeviceTable
@@ -48,6 +50,7 @@ class CudaExecutor:
         """
         self.config, self.num_blocks = model.config, num_blocks
         self.tables: Mapping[str, ValueTable] = model.tables
+        self.recorder = MemoryRecorder(model.config, device.torch_device)
         self.progress = Progress()
         self._device, self._memories = device, model.memories
         self._state = DeviceState.allocate(model.config, config, num_blocks, model.head_VD)
@@ -69,19 +72,20 @@ class CudaExecutor:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> CudaStep:
         self.progress.mark()
-        scored = ScoredTokens.of(batch)
+        scored, traced = ScoredTokens.of(batch), TracedTokens(self.recorder.begin(batch))
         # the host may still read the other one
         chosen = self._results[0][: len(batch.rows)]
 
         def finish(outputs: StepOutputs) -> None:
             if scored.places:
                 scored.compute(outputs, self._device)
+            traced.compute(outputs, self._device)
             chosen.copy_(outputs.chosen_L[: len(chosen)], non_blocking=True)
 
         self._queue(batch, finish)
         self._results.reverse()
         self._count(len(batch.ids_T))
-        return CudaStep(self._device.record(), chosen, scored, self.progress)
+        return CudaStep(self._device.record(), chosen, scored, traced, self.progress)
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:

@@ -5,19 +5,25 @@ from torch import Tensor
 from engine.executors.batch import StepResult
 from engine.executors.cuda.device import DeviceEvent
 from engine.executors.cuda.scored_tokens import ScoredTokens
+from engine.executors.cuda.traced_tokens import TracedTokens
 from engine.progress import Progress
 from engine.sampling.choice import NO_TOKEN
 
 
 class CudaStep:
-    """The chosen tokens and the log-probabilities of one step."""
+    """The chosen tokens, the log-probabilities and the traces of one step."""
 
     def __init__(
-        self, event: DeviceEvent, chosen_L: Tensor, scored: ScoredTokens, progress: Progress
+        self,
+        event: DeviceEvent,
+        chosen_L: Tensor,
+        scored: ScoredTokens,
+        traced: TracedTokens,
+        progress: Progress,
     ) -> None:
-        """``event`` lies behind the copies to ``chosen``, pinned int64, and to ``scored``."""
+        """``event`` lies behind the copies to ``chosen``, pinned int64, ``scored``, ``traced``."""
         self._event, self._chosen_L = event, chosen_L
-        self._scored, self._progress = scored, progress
+        self._scored, self._traced, self._progress = scored, traced, progress
 
     def wait(self) -> StepResult:
         self._event.wait()
@@ -28,4 +34,4 @@ class CudaStep:
             for at, entry in self._scored.results()
             if at >= len(ids) or ids[at] != NO_TOKEN
         }
-        return StepResult(ids, logprobs)
+        return StepResult(ids, logprobs, self._traced.results())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from engine.executors.cpu.executor import CpuExecutor
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from engine.executors.lookahead import LookaheadConfig
+from engine.model.forward_trace import ForwardTrace
 from engine.model.layout import PagedKv, TokenLayout
 from memory_ops.native import disk_rows
 from memory_ops.native.disk_rows import ReadFault
@@ -51,9 +52,15 @@ class Forward:
         self.marks += 1
 
     @torch.inference_mode()
-    def __call__(self, batch, kv_blocks):
+    def __call__(self, batch, kv_blocks, trace=None):
         written = kv_blocks.clone()
-        return self.executor.run_layers(*batch, written), written
+        return self.executor.run_layers(*batch, written, trace), written
+
+
+def traced(trace):
+    """Everything in a trace."""
+    reads = [tensor.tolist() for memory in trace.memory for tensor in memory]
+    return reads, [tensor.tolist() for tensor in trace.router_logits]
 
 
 def kv_of(model, blocks, dtype=torch.float32):
@@ -88,12 +95,15 @@ def test_outputs_equal_those_of_rows_in_memory_bit_for_bit(
     kv_blocks = kv_of(model, blocks)
     slots = NUM_ROWS if fits_all_rows else len(batch[0]) * TOKEN_ROWS
     with threads(num_threads):
-        wanted, written = Forward(stored.in_memory(model))(batch, kv_blocks)
+        trace = ForwardTrace()
+        wanted, written = Forward(stored.in_memory(model))(batch, kv_blocks, trace)
         forward = Forward(stored.on_disk(model, slots, DiskTable, **reader), lookahead)
         for _ in range(2):  # with an empty cache, then with a filled one
-            found, own = forward(batch, kv_blocks)
+            own_trace = ForwardTrace()
+            found, own = forward(batch, kv_blocks, own_trace)
             assert torch.equal(found, wanted)
             assert torch.equal(own, written)
+            assert traced(own_trace) == traced(trace)
 
 
 class RecordingTable(DiskTable):

@@ -14,6 +14,7 @@ from engine.request import Request
 from engine.sampling.params import SamplingParams
 from tests.engine.executors.cuda.fake_device import FakeDevice
 from tests.engine.executors.cuda.on_cpu import cuda_on_cpu
+from tests.engine.executors.test_memory_recorder import check_reads, reads_of
 from tests.engine.test_company import Multiples, Oracle, masked_greedy, step_all, tokens
 from tests.models import (
     VOCAB_SIZE,
@@ -60,6 +61,14 @@ def test_every_kind_of_model(kinds):
     assert found == expected
     # the prompts run without a graph, the decodes in graphs
     assert device.num_replays == COUNT - 1
+
+
+def test_rows_of_traced_tokens():
+    model = random_model(tiny_config(**feed_forward_changes("memory_plus")))
+    request = greedy("a", PROMPTS["a"], COUNT, memory_trace=True)
+    reads = reads_of(engine(model, warm=True), [request])
+    assert len(reads["a"]) == COUNT
+    check_reads(model, PROMPTS["a"], reads["a"])
 
 
 @pytest.mark.slow

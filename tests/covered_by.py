@@ -114,6 +114,7 @@ COVERED_BY = {
     "server/http/memory_trace.py": "server/http/test_memory_routes.py",
     "server/http/model_routes.py": "server/http/test_completions.py",
     "server/http/request_body.py": "server/http/test_completions.py",
+    "server/http/response_models.py": "server/http/test_openapi.py",
     "server/http/responses.py": "server/http/test_app.py",
     "server/http/status_routes.py": "server/http/test_app.py",
     "server/http/service.py": "server/http/test_app.py",

@@ -10,6 +10,7 @@ from server.http.errors import install_error_handlers
 from server.http.generation_routes import generation_routes
 from server.http.memory_routes import memory_routes
 from server.http.model_routes import model_routes
+from server.http.openapi import openapi_document
 from server.http.service import Service
 from server.http.status_routes import status_routes
 
@@ -23,9 +24,11 @@ def create_app(service: Service, max_body_bytes: int, body_timeout_s: float) -> 
         yield
         await service.engine.detach()
 
-    app = FastAPI(title="memplus", lifespan=lifespan)
+    # FastAPI's own pages about the document load scripts from other hosts
+    app = FastAPI(title="memplus", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
     install_error_handlers(app)
+    app.openapi = openapi_document(app)  # type: ignore[method-assign]
     for routes in (generation_routes, model_routes, memory_routes, status_routes):
         app.include_router(routes(service))
     return app

@@ -1,11 +1,15 @@
 """Routes that generate tokens."""
 
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
 
 from server.http.chat import chat_answer
 from server.http.chat_request import ChatRequest
 from server.http.completion_request import CompletionRequest
 from server.http.completions import completion_answer
+from server.http.response_models import ChatCompletion, Completion
 from server.http.responses import respond
 from server.http.service import Service
 
@@ -14,14 +18,26 @@ def generation_routes(service: Service) -> APIRouter:
     """``POST /v1/completions`` and ``POST /v1/chat/completions``."""
     router = APIRouter(tags=["generation"])
 
-    @router.post("/v1/completions", response_model=None)
+    @router.post("/v1/completions", response_model=None, responses=_either(Completion))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or more prompts."""
         return await respond(request, completion_answer(service, body), body.stream)
 
-    @router.post("/v1/chat/completions", response_model=None)
+    @router.post("/v1/chat/completions", response_model=None, responses=_either(ChatCompletion))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Continue a conversation."""
         return await respond(request, chat_answer(service, body), body.stream)
 
     return router
+
+
+def _either(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Documents a response that is whole, or a stream of events."""
+    stream = "chunks as server-sent events, if `stream` is true; the last is `data: [DONE]`"
+    return {
+        200: {
+            "model": whole,
+            "description": "the answers",
+            "content": {"text/event-stream": {"schema": {"type": "string", "description": stream}}},
+        }
+    }

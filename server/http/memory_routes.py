@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from engine.process import EngineLostError
 from server.http.errors import ApiError
 from server.http.memory_trace import table_object
+from server.http.response_models import Memory
 from server.http.service import Service
 
 
@@ -14,7 +15,7 @@ def memory_routes(service: Service) -> APIRouter:
     """``GET /v1/memory``."""
     router = APIRouter(tags=["memory"])
 
-    @router.get("/v1/memory")
+    @router.get("/v1/memory", responses={200: {"model": Memory}})
     async def memory() -> dict[str, Any]:
         """The value tables, their tiers, and how often their rows are read.
 

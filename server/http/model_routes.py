@@ -7,6 +7,7 @@ from fastapi import APIRouter
 
 from server.http.chat import chat_prompt
 from server.http.errors import ApiError
+from server.http.response_models import Detokenized, Model, ModelList, Tokens
 from server.http.service import Service
 from server.http.tokenize_request import DetokenizeRequest, TokenizeRequest
 
@@ -15,18 +16,18 @@ def model_routes(service: Service) -> APIRouter:
     """The model's description and its tokenizer."""
     router = APIRouter(tags=["model"])
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses={200: {"model": ModelList}})
     async def models() -> dict[str, Any]:
         """The list with the one served model."""
         return {"object": "list", "data": [_model(service)]}
 
-    @router.get("/v1/models/{name:path}")
+    @router.get("/v1/models/{name:path}", responses={200: {"model": Model}})
     async def model(name: str) -> dict[str, Any]:
         """The served model."""
         service.check_model(name)
         return _model(service)
 
-    @router.post("/tokenize")
+    @router.post("/tokenize", responses={200: {"model": Tokens}})
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """Token ids of a text or of a conversation."""
         service.check_model(body.model)
@@ -41,14 +42,14 @@ def model_routes(service: Service) -> APIRouter:
             answer["token_strs"] = [service.tokenizer.token_text(token_id) for token_id in ids]
         return answer
 
-    @router.post("/detokenize")
+    @router.post("/detokenize", responses={200: {"model": Detokenized}})
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of token ids."""
         service.check_model(body.model)
         return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)}
 
-    @router.post("/v1/embeddings")
-    @router.post("/v1/score")
+    @router.post("/v1/embeddings", include_in_schema=False)
+    @router.post("/v1/score", include_in_schema=False)
     async def unsupported() -> None:
         """Refused: the server generates text, and computes no embeddings or similarities."""
         message = "this server generates text; it has no embeddings and no similarity scores"

@@ -1,6 +1,7 @@
 """Routes for operators: health and metrics."""
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 
 from server.http.service import Service
 
@@ -16,7 +17,7 @@ def status_routes(service: Service) -> APIRouter:
         service.check_tables()
         return {"status": "ok"}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """The metrics in Prometheus' text format."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")

@@ -55,6 +55,7 @@ class InstantExecutor:
     """Returns precomputed random logits, so that only the engine takes time."""
 
     steps_ahead = 0
+    balance_rows = 8
 
     def __init__(self, max_logits: int, engine: EngineConfig, context: int) -> None:
         self.config = replace(CONFIG, max_positions=CONFIG.max_positions + context)

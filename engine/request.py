@@ -74,6 +74,8 @@ class TokenOutput(NamedTuple):
         logprobs: one entry per token, if requested.
         prompt_logprobs: entries of the next prompt tokens, if requested.
         cached_tokens: prompt tokens found in the prefix cache, in the first output with tokens.
+        draft_tokens: draft tokens that the step verified.
+        accepted_tokens: those among ``token_ids``.
     """
 
     request_id: str
@@ -84,6 +86,8 @@ class TokenOutput(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class TableCounts(NamedTuple):
@@ -103,6 +107,8 @@ class EngineStatistics:
         step_tokens: tokens that the step ran.
         new_tokens: tokens that the step generated.
         prefix_queries: prompt tokens looked up in the prefix cache; ``prefix_hits`` were found.
+        drafts: results of chunks with draft tokens; they had ``draft_tokens`` in total, of which
+            ``accepted_tokens`` became part of an answer.
         tables: counts by table and layer; None if this step did not read them.
         lost_tables: for each unreadable table, the file and the error.
     """
@@ -116,6 +122,9 @@ class EngineStatistics:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     tables: tuple[TableCounts, ...] | None = ()
     lost_tables: tuple[str, ...] = ()
 

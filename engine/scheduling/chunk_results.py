@@ -11,6 +11,7 @@ def take_result(
     """Record that a chunk in flight has run: add its tokens, up to one that ends the sequence."""
     sequence.num_in_flight -= 1
     sequence.num_pending -= chunk.samples
+    sequence.has_drafts_in_flight &= not chunk.num_drafts
     accepted = _accepted(chunk, result.token_ids)
     sequence.num_computed += accepted
     sequence.prompt_scores += result.prompt_logprobs
@@ -23,7 +24,9 @@ def take_result(
     return _accept(sequence, result.token_ids[: ending.num_taken], ending)
 
 
-def output(sequence: Sequence, result: ChunkResult, ending: Ending) -> TokenOutput:
+def output(
+    sequence: Sequence, chunk: SequenceChunk, result: ChunkResult, ending: Ending
+) -> TokenOutput:
     """The output of a request whose chunk had this result."""
     return TokenOutput(
         request_id=sequence.request_id,
@@ -35,6 +38,8 @@ def output(sequence: Sequence, result: ChunkResult, ending: Ending) -> TokenOutp
         prompt_logprobs=tuple(sequence.prompt_scores),
         memory_reads=result.memory_reads[: ending.num_taken],
         cached_tokens=sequence.num_cached or 0,
+        draft_tokens=chunk.num_drafts,
+        accepted_tokens=min(_accepted(chunk, result.token_ids), ending.num_taken),
     )
 
 

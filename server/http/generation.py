@@ -54,6 +54,7 @@ class Generation:
         self._encode = encode
         self._num_tokens = 0
         self._cached_tokens = 0
+        self._draft_tokens = self._accepted_tokens = 0
 
     async def deltas(self) -> AsyncGenerator[TextDelta, None]:
         """The text deltas of all answers in order of arrival; closing it aborts the request.
@@ -82,6 +83,8 @@ class Generation:
                     if index not in started:
                         started.add(index)
                         self._cached_tokens += output.cached_tokens
+                    self._draft_tokens += output.draft_tokens
+                    self._accepted_tokens += output.accepted_tokens
                     delta = texts[index].push(output)
                     self._num_tokens += len(delta.token_ids)
                     clocks[index].tokens(len(delta.token_ids))
@@ -100,6 +103,10 @@ class Generation:
             "completion_tokens": self._num_tokens,
             "total_tokens": prompt_tokens + self._num_tokens,
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self._accepted_tokens,
+                "rejected_prediction_tokens": self._draft_tokens - self._accepted_tokens,
+            },
         }
 
     async def _requests(self) -> list[Request]:

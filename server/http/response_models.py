@@ -26,6 +26,13 @@ class PromptDetails(BaseModel):
     cached_tokens: int = Field(description="prompt tokens found in the prefix cache")
 
 
+class CompletionDetails(BaseModel):
+    """Details of the generated tokens."""
+
+    accepted_prediction_tokens: int = Field(description="draft tokens that were accepted")
+    rejected_prediction_tokens: int = Field(description="draft tokens that were rejected")
+
+
 class Usage(BaseModel):
     """Token counts."""
 
@@ -33,6 +40,7 @@ class Usage(BaseModel):
     completion_tokens: int = Field(description="generated tokens of all answers")
     total_tokens: int = Field(description="their sum")
     prompt_tokens_details: PromptDetails = Field(description="details of the prompts")
+    completion_tokens_details: CompletionDetails = Field(description="details of the answers")
 
 
 class LayerReads(BaseModel):

@@ -26,6 +26,7 @@ COVERED_BY = {
     "engine/executors/cuda/kernels/embed.py": f"{INTERPRETED}/test_embed.py",
     "engine/executors/cuda/kernels/kv_formats.py": f"{INTERPRETED}/test_rotate_and_store.py",
     "engine/executors/cuda/kernels/linear.py": f"{INTERPRETED}/test_linear.py",
+    "engine/executors/cuda/kernels/linear_operands.py": f"{INTERPRETED}/test_linear.py",
     "engine/executors/cuda/kernels/mixture.py": f"{INTERPRETED}/test_mixture.py",
     "engine/executors/cuda/kernels/narrow_product.py": f"{INTERPRETED}/test_linear.py",
     "engine/executors/cuda/kernels/paged_attention.py": f"{INTERPRETED}/test_paged_attention.py",

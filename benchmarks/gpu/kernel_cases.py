@@ -159,18 +159,21 @@ def _product(
     residual: bool = False,
     gated: bool = False,
 ) -> KernelInputs:
+    from engine.executors.cuda.kernels.linear_operands import LinearOperands
+
     x_MK = _random(num_tokens, inputs, dtype=dtype)
     weight_NK = _random(outputs, inputs, dtype=dtype, std=inputs**-0.5)
-    options: dict[str, Any] = {"is_gated": gated}
-    if norm:
-        options["norm"] = (_random(inputs, dtype=dtype), 1e-5)
     columns = outputs // 2 if gated else outputs
-    if residual:
-        options["residual_MN"] = _random(num_tokens, columns, dtype=dtype)
+    operands = LinearOperands(
+        x_MK,
+        weight_NK,
+        norm=(_random(inputs, dtype=dtype), 1e-5) if norm else None,
+        residual_MO=_random(num_tokens, columns, dtype=dtype) if residual else None,
+        is_gated=gated,
+    )
     moved = num_tokens * columns * dtype.itemsize * (2 if residual else 1)
     return KernelInputs(
-        (x_MK, weight_NK),
-        options,
+        (operands,),
         num_bytes=x_MK.nbytes + weight_NK.nbytes + moved,
         flops=2 * num_tokens * weight_NK.numel(),
     )

@@ -77,7 +77,7 @@ class DeviceModel:
         if not shape.is_decode:
             residual_TD = residual_TD.index_select(0, inputs["logits_at"])
         logits_LV, chosen_L = self._outputs(shape.logits, state)
-        self._head(residual_TD, norm=self._norm, out=logits_LV)
+        self._head(residual_TD, norm=self._norm, out_MO=logits_LV)
         add_biases(logits_LV, inputs["bias_places"], inputs["bias_values"], inputs["counts"][1:])
         choose_tokens(
             logits_LV, inputs["choices"], inputs["row_seats"], chosen_L, state.last_token_P

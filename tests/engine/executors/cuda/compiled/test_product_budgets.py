@@ -9,8 +9,9 @@ import triton
 
 from engine.executors.cuda.kernels import product_tiles
 from engine.executors.cuda.kernels.embed import embed
-from engine.executors.cuda.kernels.linear import narrow_linear
+from engine.executors.cuda.kernels.linear_operands import LinearOperands
 from engine.executors.cuda.kernels.mixture import mixture
+from engine.executors.cuda.kernels.narrow_product import narrow_linear
 from engine.executors.cuda.kernels.product_tiles import (
     PRODUCT_LAUNCHES,
     ProductLaunch,
@@ -92,9 +93,9 @@ def product_of(
     options = {
         "normed": {"norm": norm, "bias_N": torch.zeros(columns, dtype=x.dtype)},
         "gated": {"norm": norm, "is_gated": True},
-        "added": {"residual_MN": torch.zeros(rows, columns, dtype=x.dtype)},
+        "added": {"residual_MO": torch.zeros(rows, columns, dtype=x.dtype)},
     }
-    return lambda: narrow_linear(x, weight, **options[kind])
+    return lambda: narrow_linear(LinearOperands(x, weight, **options[kind]))
 
 
 def weight_loads(launch: ProductLaunch, dtype: str, target: str, *, is_gated: bool) -> int:
@@ -159,7 +160,7 @@ def small_check(width: int, target: str, budget: tuple[int, int]) -> None:
     weight, ids = torch.zeros(width, dtype=BF16), torch.zeros(16, dtype=torch.int64)
     embedding = anonymous_zeros((49152, width), BF16)
     calls = [
-        lambda: rms_norm(x[:, :width], weight, EPS, delta_TD=x[:, width:]),
+        lambda: rms_norm(x[:, :width], weight, EPS),
         lambda: rms_norm(halves, weight.view(2, -1), EPS),
         lambda: silu_gate(x[:, :width], x[:, width:]),
         lambda: silu_gate(x[:, :width], wide),
@@ -209,7 +210,7 @@ def test_rows_of_one_block_share_a_kernel(monkeypatch):
 def test_the_check_rejects_weights_that_are_not_aligned(target):
     x = torch.zeros(16, 576, dtype=BF16)
     weight = torch.zeros(960, 577, dtype=BF16)[:, 1:]
-    figures = compiled(TARGETS[target], lambda: narrow_linear(x, weight))
+    figures = compiled(TARGETS[target], lambda: narrow_linear(LinearOperands(x, weight)))
     with pytest.raises(AssertionError, match="loads are narrow"):
         check_wide(figures, (255, 2**16), wide_loads=0)
 

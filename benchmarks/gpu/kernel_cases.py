@@ -192,13 +192,14 @@ def _rotation(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> Kerne
     groups, head_dim = config.num_kv_heads, config.head_dim
     qkv_TF = _random(num_tokens, (config.num_heads + 2 * groups) * head_dim, dtype=dtype)
     frequencies = rope_frequencies(head_dim, config.rope_theta, None).to(GPU)
-    angles = rope_angles(torch.arange(num_tokens, device=GPU) * 3, frequencies)
+    positions_T = torch.arange(num_tokens, device=GPU) * 3
+    angles = rope_angles(torch.arange(3 * num_tokens, device=GPU), frequencies)
     kv_blocks = torch.zeros(num_tokens, 2, groups, _BLOCK_SIZE, head_dim, dtype=dtype, device=GPU)
-    slots_T = torch.randperm(num_tokens * _BLOCK_SIZE, device=GPU)[:num_tokens]
+    kv_slots_T = torch.randperm(num_tokens * _BLOCK_SIZE, device=GPU)[:num_tokens]
     return KernelInputs(
-        (qkv_TF, angles, slots_T, kv_blocks, config.num_heads),
+        (qkv_TF, positions_T, angles, kv_slots_T, kv_blocks, config.num_heads),
         num_bytes=2 * qkv_TF.nbytes,
-        outputs=(3,),
+        outputs=(4,),
     )
 
 

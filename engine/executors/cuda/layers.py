@@ -44,7 +44,12 @@ class CudaLayer:
         """Return the new residual stream; ``kv_blocks`` are this layer's."""
         qkv_TF = self._qkv(residual_TD, norm=self._norm)
         q_THE = rotate_and_store(
-            qkv_TF, tokens.angles, tokens.kv_slots_T, kv_blocks, self._num_heads
+            qkv_TF,
+            tokens.positions_T,
+            tokens.angles,
+            tokens.kv_slots_T,
+            kv_blocks,
+            self._num_heads,
         )
         # rows of padding in a mixed step stay undefined; no other row reads them
         out_THE = torch.empty_like(q_THE)

@@ -34,6 +34,7 @@ COVERED_BY = {
     "engine/executors/cuda/kernels/product_tiles.py": f"{INTERPRETED}/test_linear.py",
     "engine/executors/cuda/kernels/rms_norm.py": f"{INTERPRETED}/test_rms_norm.py",
     "engine/executors/cuda/kernels/rotate_and_store.py": f"{INTERPRETED}/test_rotate_and_store.py",
+    "engine/executors/cuda/kernels/routing.py": f"{INTERPRETED}/test_routing.py",
     "engine/executors/cuda/kernels/silu_gate.py": f"{INTERPRETED}/test_silu_gate.py",
     "engine/executors/cuda/launched_step.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/layers.py": f"{INTERPRETED}/test_cuda_executor.py",

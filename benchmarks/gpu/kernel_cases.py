@@ -132,8 +132,9 @@ def mixture_case(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> Ke
         chosen = min(NUM_EXPERTS, num_tokens * TOP_EXPERTS)
         expert_bytes = (gate_up.nbytes + down.nbytes) // NUM_EXPERTS
         flops = 6 * width * inner * num_tokens * TOP_EXPERTS
-        num_bytes = chosen * expert_bytes + 2 * x_TD.nbytes
-        arguments = x_TD, logits_TE, gate_up, down, TOP_EXPERTS
+        num_bytes = chosen * expert_bytes + 3 * x_TD.nbytes
+        residual_TD = _random(num_tokens, width, dtype=dtype)
+        arguments = residual_TD, x_TD, logits_TE, gate_up, down, TOP_EXPERTS
         return KernelInputs(arguments, num_bytes=num_bytes, flops=flops)
 
     return KernelCase("mixture", mixture.mixture, mixture.mixture_reference, inputs)

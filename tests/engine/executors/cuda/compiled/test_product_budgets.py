@@ -19,6 +19,7 @@ from engine.executors.cuda.kernels.product_tiles import (
     launch_for,
 )
 from engine.executors.cuda.kernels.rms_norm import rms_norm
+from engine.executors.cuda.kernels.routing import route
 from engine.executors.cuda.kernels.silu_gate import silu_gate
 from memory_ops.anonymous import anonymous_zeros
 from tests.kernel_tools.machine_code import (
@@ -78,6 +79,8 @@ MIXTURE_BUDGETS = {
 SLOW_MIXTURE_BUDGETS = {
     (256, 4096, 14336): ((128, 49152), (128, 73728), (80, 73760), (104, 49152)),
 }
+# all targets: choice of experts, sort of pairs, sum of each token's pairs
+CHOICE_BUDGET, SORT_BUDGET, SUM_BUDGET = (24, 0), (64, 8192), (32, 0)
 # by width: the largest figures of norm, gate and embedding
 SMALL_BUDGETS = {(4096,): ((56, 16), (56, 16), (56, 16), (48, 16))}
 SLOW_SMALL_BUDGETS = {(576,): ((32, 16), (32, 16), (32, 16), (40, 16))}
@@ -133,10 +136,15 @@ def test_products_of_more_rows_and_dtypes(case, target, budget):
 def mixture_check(case: tuple, target: str, budget: tuple[int, int]) -> None:
     num_tokens, width, inner = case
     x, logits = torch.zeros(num_tokens, width, dtype=BF16), torch.zeros(num_tokens, 8, dtype=BF16)
+    residual = torch.zeros_like(x)
     gate_up = anonymous_zeros((8, 2 * inner, width), BF16)
     down = anonymous_zeros((8, width, inner), BF16)
-    both = all_compiled(TARGETS[target], lambda: mixture(x, logits, gate_up, down, 2))
-    assert len(both) == 2
+    choice, sort, *both, total = all_compiled(
+        TARGETS[target], lambda: mixture(residual, x, logits, gate_up, down, 2)
+    )
+    check(choice, CHOICE_BUDGET, wide_loads=0)
+    check(sort, SORT_BUDGET, wide_loads=0)
+    check(total, SUM_BUDGET, wide_loads=2)
     for figures, weight, outputs in zip(both, (gate_up, down), (inner, width), strict=True):
         is_gated = weight is gate_up
         block_m = block_m_for(num_tokens * 2 // 8)
@@ -152,6 +160,16 @@ def test_mixture(case, target, budget):
 @pytest.mark.parametrize(("case", "target", "budget"), per_target(SLOW_MIXTURE_BUDGETS))
 def test_mixture_of_more_tokens(case, target, budget):
     mixture_check(case, target, budget)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("num_experts", "top_k"), [(64, 6), (256, 8)])
+def test_routing_to_many_experts(num_experts, top_k, target):
+    logits = torch.zeros(32, num_experts, dtype=BF16)
+    both = all_compiled(TARGETS[target], lambda: route(logits, top_k))
+    assert len(both) == 2
+    for figures in both:
+        check_wide(figures, (72, 8192), wide_loads=0)
 
 
 def small_check(width: int, target: str, budget: tuple[int, int]) -> None:

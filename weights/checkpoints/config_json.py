@@ -1,6 +1,5 @@
 """Reads and writes config.json, strictly: Hugging Face's Llama keys and memplus's additions."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from weights.checkpoints.feed_forward_json import (
 )
 from weights.checkpoints.json_fields import typed
 from weights.errors import CheckpointError
+from weights.text_files import read_json_object
 
 FORMAT_VERSION = 1
 
@@ -105,9 +105,9 @@ def read_config(folder: Path) -> CheckpointConfig:
             feature.
     """
     path = folder / "config.json"
-    raw = _read_json(path)
+    raw = read_json_object(path)
     generation = folder / "generation_config.json"
-    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    eos = read_json_object(generation).get("eos_token_id") if generation.exists() else None
     try:
         return _parse(raw, raw.get("eos_token_id") if eos is None else eos)
     except ValueError as error:
@@ -213,15 +213,3 @@ def _ids(key: str, value: object) -> frozenset[int]:
         return frozenset()
     ids = value if isinstance(value, list) else [value]
     return frozenset(typed(key, token_id, int) for token_id in ids)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return raw

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 # sentencepiece's ModelProto.SentencePiece.Type
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # wire types
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # field numbers of ModelProto, of its SentencePiece and of its NormalizerSpec

@@ -104,6 +104,7 @@ COVERED_BY = {
     "server/http/text_stream.py": "server/http/test_completions.py",
     "weights/cgroups.py": "weights/test_available_memory.py",
     "weights/checkpoints/byte_tokens.py": "weights/checkpoints/test_added_tokens.py",
+    "weights/checkpoints/config_keys.py": "weights/checkpoints/test_config_json.py",
     "weights/checkpoints/convert.py": "weights/checkpoints/test_disk_tier.py",
     "weights/checkpoints/detokenizer.py": "weights/checkpoints/test_tokenizer.py",
     "weights/checkpoints/dtype_names.py": "weights/checkpoints/test_table_loading.py",

@@ -128,7 +128,7 @@ class Scheduler:
             result = results[chunk.request_id]
             ending = take_result(sequence, chunk, result, self._eos_ids)
             self._settle(sequence, chunk.end)
-            if chunk.samples or chunk.is_scored:
+            if chunk.samples or chunk.is_scored or ending.reason is not None:
                 outputs.append(output(sequence, result, ending))
                 sequence.scores_are_due, sequence.prompt_scores = False, []
             if ending.reason is not None:

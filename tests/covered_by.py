@@ -127,6 +127,7 @@ COVERED_BY = {
     "weights/errors.py": "weights/training/test_corpus.py",
     "weights/models/named_models.py": "test_wordnet.py",
     "weights/models/prepare.py": "test_wordnet.py",
+    "weights/training/data_source.py": "weights/training/test_trainer.py",
     "weights/training/initialise.py": "weights/training/test_trainer.py",
     "weights/training/loss.py": "engine/model/test_mixture.py",
     "weights/training/new_model.py": "weights/training/test_trainer.py",

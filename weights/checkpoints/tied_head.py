@@ -37,7 +37,6 @@ def drop_tied_head(stored: dict[str, StoredTensor]) -> None:
 
 def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors of one shape have the same values, in whatever dtypes."""
-    pairs = zip(
-        read_mapped(one).split(_ROWS_AT_ONCE), read_mapped(other).split(_ROWS_AT_ONCE), strict=True
-    )
-    return all(torch.equal(left.double(), right.double()) for left, right in pairs)
+    left, right = read_mapped(one), read_mapped(other)
+    parts = (slice(at, at + _ROWS_AT_ONCE) for at in range(0, len(left), _ROWS_AT_ONCE))
+    return all(torch.equal(left[part].double(), right[part].double()) for part in parts)

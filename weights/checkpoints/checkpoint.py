@@ -149,7 +149,7 @@ def load_model(
     """Load a folder's model for serving.
 
     The model is built on the meta device, and weights are assigned to it. On the CPU they are
-    mapped, and those that are stored in the serving dtype are not copied. On a GPU they are read
+    mapped; those that are stored in the serving dtype are not copied. On a GPU they are read
     straight into its memory, one at a time. Tables are read into the device's memory, or stay in
     their files (CPU) or in page-locked host memory (GPU).
 
@@ -166,10 +166,9 @@ def load_model(
             that converts them itself, one layer at a time. On a GPU they always get ``dtype``.
 
     Raises:
-        CheckpointError: as ``open_checkpoint``, or a weight is NaN or infinite, or a table cannot
-            be read or fails its checksum. Rows of tables may be NaN: they are too many to look at.
-        ConfigError: a table option is not possible, the model has no tables, or host or GPU have
-            too little memory.
+        CheckpointError: as ``open_checkpoint``, or a weight outside tables is not finite, or a
+            table cannot be read or fails its checksum.
+        ConfigError: a table option is not possible, or host or GPU have too little memory.
         ValueError: ``dtype`` is not one of auto, bfloat16, float16, float32.
     """
     config, stored = open_checkpoint(folder)

@@ -1,6 +1,9 @@
 """Applies a chunk's results to its sequence, and makes the request's output."""
 
+import math
+
 from engine.request import TokenOutput
+from engine.sampling.params import TokenLogprobs
 from engine.scheduling.sequence import Ending, Sequence
 from engine.scheduling.step_plan import ChunkResult, SequenceChunk
 
@@ -14,6 +17,10 @@ def take_result(
     sequence.has_drafts_in_flight &= not chunk.num_drafts
     accepted = _accepted(chunk, result.token_ids)
     sequence.num_computed += accepted
+    if not all(map(_is_finite, (*result.prompt_logprobs, *result.logprobs))):
+        sequence.prompt_scores = []
+        message = "the model's log-probabilities are not finite (NaN or infinity)"
+        return Ending(0, "error", error=message)
     sequence.prompt_scores += result.prompt_logprobs
     ending = sequence.append(result.token_ids[: accepted + 1], eos_ids)
     if ending.num_taken and ending.reason is not None:
@@ -41,6 +48,11 @@ def output(
         draft_tokens=chunk.num_drafts,
         accepted_tokens=min(_accepted(chunk, result.token_ids), ending.num_taken),
     )
+
+
+def _is_finite(entry: TokenLogprobs) -> bool:
+    # they are subtracted from one number, so the least likely of the likeliest stands for all
+    return math.isfinite(entry.logprob) and (not entry.top or math.isfinite(entry.top[-1][1]))
 
 
 def _accepted(chunk: SequenceChunk, chosen: tuple[int, ...]) -> int:

@@ -1,7 +1,6 @@
 """Schedules the tokens of each step under one token budget; pure Python, no tensors."""
 
 import itertools
-from bisect import insort
 from collections.abc import Mapping
 
 from engine.config import EngineConfig
@@ -12,6 +11,7 @@ from engine.scheduling.kv_blocks import BlockPool, PrefixHasher
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.speculation import Speculation
 from engine.scheduling.step_plan import PENDING, ChunkResult, SequenceChunk, StepPlan
+from engine.scheduling.waiting_queue import WaitingQueue
 
 # per level of priority, a request overtakes those that arrived at most this many steps before it,
 # so no request starves
@@ -43,7 +43,7 @@ class Scheduler:
         self._hasher = PrefixHasher(pool.block_size)
         self._eos_ids = eos_ids
         self._speculation = speculation
-        self._waiting: list[Sequence] = []  # in the order of service
+        self._waiting = WaitingQueue()
         self._running: dict[str, Sequence] = {}
         self._promised: dict[bytes, Sequence] = {}  # blocks that a running prompt will publish
         self._free_seats = list(reversed(range(config.max_num_seqs)))
@@ -61,18 +61,18 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(len(self._waiting) or self._running)
 
     def add(self, request: Request, seed: int, mask: TokenMask | None = None) -> None:
         """Queue a request; the caller has checked that prompt and longest answer fit the pool."""
         turn = (self._step + request.priority * PRIORITY_STEPS, next(self._arrivals))
-        insort(self._waiting, Sequence(request, seed, turn, mask), key=_turn)
+        self._waiting.add(Sequence(request, seed, turn, mask))
 
     def abort(self, request_id: str) -> None:
         """Cancel a waiting or running request; do nothing if none has this id."""
         if request_id in self._running:
             self._leave(self._running[request_id])
-        self._waiting = [s for s in self._waiting if s.request_id != request_id]
+        self._waiting.remove(request_id)
 
     def plan(self) -> StepPlan:
         """Choose the next step's chunks, at most ``max_batched_tokens`` tokens in total.
@@ -94,7 +94,7 @@ class Scheduler:
             elif sequence.request_id in self._running:
                 return StepPlan(())
         # blocks of preempted sequences are for the running ones
-        for sequence in list(self._waiting) if self.preemptions == preempted_before else []:
+        for sequence in self._waiting if self.preemptions == preempted_before else ():
             if not budget or self.num_running == self._config.max_num_seqs:
                 break
             if self._waits_for_another(sequence):
@@ -129,7 +129,7 @@ class Scheduler:
             result = results[chunk.request_id]
             ending = take_result(sequence, chunk, result, self._eos_ids)
             self._settle(sequence, chunk.end)
-            if chunk.samples or chunk.is_scored:
+            if chunk.samples or chunk.is_scored or ending.reason is not None:
                 outputs.append(output(sequence, chunk, result, ending))
                 sequence.scores_are_due, sequence.prompt_scores = False, []
             if ending.reason is not None:
@@ -185,12 +185,12 @@ class Scheduler:
         If not, the sequence itself was preempted, or the one to preempt has a step in flight.
         """
         while not self._take_blocks(sequence, sequence.length):
-            last = max(self._running.values(), key=_turn)
+            last = max(self._running.values(), key=lambda one: one.turn)
             if last.num_in_flight:
                 return False
             self.preemptions += 1
             self._leave(last)
-            insort(self._waiting, last, key=_turn)
+            self._waiting.add(last)
             if last is sequence:
                 return False
         return True
@@ -218,7 +218,7 @@ class Scheduler:
         taken = self._pool.take(shared, needed)
         if taken is None:
             return False
-        self._waiting.remove(sequence)
+        self._waiting.remove(sequence.request_id)
         self._running[sequence.request_id] = sequence
         sequence.seat = self._free_seats.pop()
         sequence.block_ids = (*shared, *taken)
@@ -291,7 +291,3 @@ class Scheduler:
     def _break_promise(self, sequence: Sequence, prefix_hash: bytes) -> None:
         if self._promised.get(prefix_hash) is sequence:
             del self._promised[prefix_hash]
-
-
-def _turn(sequence: Sequence) -> tuple[int, int]:
-    return sequence.turn

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from engine.request import FinishReason, Request
 from engine.sampling.choice import NO_TOKEN
 from engine.sampling.masks import TokenMask
-from engine.sampling.params import TokenLogprobs
+from engine.sampling.params import SamplingParams, TokenLogprobs
 from engine.scheduling.step_plan import Drafter
 
 
@@ -106,7 +106,7 @@ class Sequence:
         sampling, count = self.request.sampling, 0
         for token_id in chosen:
             if token_id == NO_TOKEN:
-                return Ending(count, "error", error="penalties, bans and masks leave no token")
+                return Ending(count, "error", error=self._why_no_token(sampling))
             self.token_ids.append(token_id)
             count += 1
             is_eos = token_id in eos_ids and not sampling.ignore_eos
@@ -115,3 +115,9 @@ class Sequence:
             if self.num_generated == sampling.max_tokens:
                 return Ending(count, "length")
         return Ending(count)
+
+    def _why_no_token(self, sampling: SamplingParams) -> str:
+        not_finite = "the model's logits are not finite (NaN or infinity)"
+        if self.mask is None and not sampling.has_rules_after(self.num_generated):
+            return not_finite
+        return f"penalties, bans and masks leave no token, or {not_finite}"

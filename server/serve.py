@@ -100,7 +100,7 @@ class _Server(uvicorn.Server):
     """Uvicorn with a start message, throughput log lines and a deadline at shutdown."""
 
     def __init__(self, service: Service, http: HttpOptions, activity: ActivityLog) -> None:
-        app = create_app(service, http.max_body_mib * 2**20, http.body_timeout_s)
+        app = create_app(service, http.max_body_mib * 2**20, http.body_timeout_s, http.ui)
         backstop_s = http.shutdown_timeout_s + _CLOSING_S
         super().__init__(
             uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=backstop_s)

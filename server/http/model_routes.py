@@ -65,4 +65,5 @@ def _model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "memplus",
         "max_model_len": service.limits.max_model_len,
+        "has_chat_template": service.chat_template is not None,
     }

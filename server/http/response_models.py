@@ -175,6 +175,7 @@ class Model(BaseModel):
     created: int = Field(description="when the server started, in seconds since 1970")
     owned_by: str = Field(description="always memplus")
     max_model_len: int = Field(description="most tokens of a prompt and its answer together")
+    has_chat_template: bool = Field(description="whether it takes chat requests")
 
 
 class ModelList(BaseModel):

@@ -56,6 +56,8 @@ def measure(
     """
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"json: folder {json_file.parent} does not exist")
+    if config.speculate != "none":
+        raise ConfigError("speculate: is measured by `memplus bench speculation`")
     keep_freed_memory()
     device = chosen_device(model, config)
     settings = EngineSettings(model, cache_folder(), config)

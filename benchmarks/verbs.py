@@ -65,6 +65,14 @@ def offline(options: argparse.Namespace) -> None:
     )
 
 
+def speculation(options: argparse.Namespace) -> None:
+    """Measure decoding with and without ngram speculation, on answers that copy and others."""
+    from benchmarks.speculation import measure
+
+    model = from_options(ModelOptions, options)
+    measure(model, options.batches, options.tokens, options.rounds, options.json)
+
+
 def train(options: argparse.Namespace) -> None:
     """Measure an optimiser step of a value table; compare it with torch."""
     from benchmarks.training import measure
@@ -182,6 +190,8 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
         add_options(verb, settings)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
+    _add_speculation_benchmark(benchmarks)
+
     verb = benchmarks.add_parser("train", help=train.__doc__)
     verb.set_defaults(run=train, computes=True)
     add_options(verb, ThreadOptions)
@@ -190,6 +200,23 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     _add_training_benchmarks(benchmarks)
     _add_row_benchmarks(benchmarks)
+
+
+def _add_speculation_benchmark(
+    benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    verb = benchmarks.add_parser("speculation", help=speculation.__doc__)
+    verb.set_defaults(run=speculation, computes=True)
+    add_options(verb, ThreadOptions)
+    verb.add_argument("--model", default=SMOLLM2, help="a known name or a folder")
+    add_options(verb, ModelOptions, ("device", "dtype"))
+    together = "requests that decode together (default: 1 8)"
+    verb.add_argument("--batches", type=int, nargs="+", default=[1, 8], help=together)
+    most = "answer tokens per request, at most (default: %(default)s)"
+    verb.add_argument("--tokens", type=int, default=256, help=most)
+    rounds = "rounds after a warm-up; medians are reported (default: %(default)s)"
+    verb.add_argument("--rounds", type=int, default=5, help=rounds)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
 
 def _add_training_benchmarks(

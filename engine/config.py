@@ -8,6 +8,10 @@ from engine.sampling.params import option
 
 _MAX_KV_BYTES = 2 * 2**30
 _KV_DTYPES = ("auto", "fp8")
+_SPECULATE = ("none", "ngram")
+# one token and its drafts fill the rows that CPU kernels compute at a time
+_NUM_DRAFTS = 11
+_MOST_DRAFTS = 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,15 @@ class EngineConfig:
     gpu_memory_utilization: float = option(
         0.9, "fraction of the GPU's memory that the engine uses", metavar="FRACTION"
     )
+    speculate: str = option(
+        "none",
+        "draft tokens that one step verifies, for the same text in less time; ngram: those that"
+        " followed the last tokens before, in the prompt or the answer",
+        choices=_SPECULATE,
+    )
+    speculate_tokens: int | None = option(
+        None, f"draft tokens per sequence and step, at most (default: {_NUM_DRAFTS})"
+    )
     debug_checks: bool = option(False, "check all KV blocks whenever the engine is idle; slow")
 
     def __post_init__(self) -> None:
@@ -52,9 +65,27 @@ class EngineConfig:
         if not 0 < self.gpu_memory_utilization <= 1:
             share = self.gpu_memory_utilization
             raise ConfigError(f"gpu_memory_utilization: {share} is outside (0, 1]")
+        self._check_speculation()
         if self.max_batched_tokens < self.max_num_seqs:
             tokens, seqs = self.max_batched_tokens, self.max_num_seqs
             raise ConfigError(f"max_batched_tokens: {tokens} is less than max_num_seqs {seqs}")
+
+    def _check_speculation(self) -> None:
+        if self.speculate not in _SPECULATE:
+            known = ", ".join(_SPECULATE)
+            raise ConfigError(f"speculate: {self.speculate!r} is not one of {known}")
+        if self.speculate_tokens is None:
+            return
+        if not 1 <= self.speculate_tokens <= _MOST_DRAFTS:
+            asked = self.speculate_tokens
+            raise ConfigError(f"speculate_tokens: {asked} is outside [1, {_MOST_DRAFTS}]")
+        if self.speculate == "none":
+            raise ConfigError("speculate_tokens: needs --speculate ngram")
+
+    @property
+    def num_drafts(self) -> int:
+        """Draft tokens per sequence and step, at most."""
+        return _NUM_DRAFTS if self.speculate_tokens is None else self.speculate_tokens
 
     def kv_bytes(self, kv_bytes_per_token: int, max_positions: int) -> int:
         """``kv_cache_gib`` in bytes; by default enough for all sequences, at most 2 GiB."""

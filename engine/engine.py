@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections import deque
-from itertools import takewhile
+from collections.abc import Callable
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
@@ -18,16 +18,19 @@ from engine.request import (
     TableReport,
     TokenOutput,
 )
-from engine.sampling.masks import Bitmask, TokenMask, allowed_drafts, row_bitmasks
+from engine.sampling.masks import Bitmask, TokenMask, row_bitmasks
 from engine.scheduling.batching import Batcher, results_by_request
 from engine.scheduling.kv_blocks import BlockPool
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import Sequence
+from engine.scheduling.speculation import DRAFTERS, Speculation
 from engine.scheduling.step_plan import Drafter, SequenceChunk, StepPlan
 from engine.table_counts import TableCounter
 from engine.table_report import table_report
 
 Bitmasks = dict[str, Bitmask]
+# at most the executor's ``balance_rows`` if rows of value tables are fetched: each token fetches
+# rows for itself, which takes a good part of a step
+_FETCHING_BALANCE_ROWS = 2
 logger = logging.getLogger(__name__)
 
 
@@ -39,26 +42,25 @@ class Engine:
         executor: Executor,
         config: EngineConfig,
         eos_ids: frozenset[int] = frozenset(),
-        drafter: Drafter | None = None,
-        num_drafts: int = 0,
+        make_drafter: Callable[[], Drafter] | None = None,
     ) -> None:
         """Schedule for an executor that was made with ``config``.
 
-        A sequence ends on any of ``eos_ids``; ``drafter`` proposes up to ``num_drafts`` tokens per
-        decode. ConfigError if ``max_model_len`` exceeds the model's positions or the KV memory.
+        A sequence ends on any of ``eos_ids``. ``make_drafter`` makes each sequence's drafter, by
+        default the one that ``config.speculate`` names. ConfigError if ``max_model_len`` exceeds
+        the model's positions or the KV memory.
         """
         model, num_blocks = executor.config, executor.num_blocks
         max_model_len = _max_model_len(config, model.max_positions, num_blocks * config.block_size)
         has_memory = bool(model.memory_layers)
         self.limits = RequestLimits(model.vocab_size, max_model_len, eos_ids, has_memory)
         self._executor = executor
-        self._drafter, self._num_drafts = drafter, num_drafts
         self._table_counter = TableCounter(executor.tables)
         self._batcher = Batcher(config.block_size, model.vocab_size, eos_ids)
         self._pool = BlockPool(num_blocks, config.block_size)
-        propose = self._propose if drafter is not None else None
         self._debug_checks = config.debug_checks
-        self._scheduler = Scheduler(config, self._pool, eos_ids, propose)
+        self._speculation = _speculation(executor, config, make_drafter)
+        self._scheduler = Scheduler(config, self._pool, eos_ids, self._speculation)
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()  # oldest first
 
     @property
@@ -126,6 +128,7 @@ class Engine:
 
     def statistics(self, step_tokens: int = 0, new_tokens: int = 0) -> EngineStatistics:
         """The current gauges, after a step that ran and generated these numbers of tokens."""
+        speculation = self._speculation
         return EngineStatistics(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
@@ -136,6 +139,9 @@ class Engine:
             prefix_queries=self._scheduler.prefix_queries,
             prefix_hits=self._scheduler.prefix_hits,
             preemptions=self._scheduler.preemptions,
+            drafts=speculation.drafts if speculation else 0,
+            draft_tokens=speculation.draft_tokens if speculation else 0,
+            accepted_tokens=speculation.accepted_tokens if speculation else 0,
             tables=self._table_counter.take(is_idle=not self.has_work),
             lost_tables=self._table_counter.faults(),
         )
@@ -192,20 +198,22 @@ class Engine:
     def _settle_oldest(self) -> list[TokenOutput]:
         """Wait for the oldest step in flight and commit its results."""
         plan, launched = self._in_flight.popleft()
-        return self._scheduler.commit(plan, results_by_request(plan, launched.wait()))
+        outputs = self._scheduler.commit(plan, results_by_request(plan, launched.wait()))
+        if self._speculation is not None:
+            self._speculation.count(outputs)
+        return outputs
 
-    def _propose(self, sequence: Sequence) -> list[int]:
-        assert self._drafter is not None
-        try:
-            drafts = self._drafter.draft(sequence.token_ids, self._num_drafts)
-            drafts = [*takewhile(lambda draft: 0 <= draft < self.limits.vocab_size, drafts)]
-            drafts = drafts[: self._num_drafts]
-            if sequence.mask is not None and drafts:
-                drafts = allowed_drafts(sequence.mask, drafts, self.limits.vocab_size)
-        except Exception:
-            logger.exception("drafting for %s failed; no drafts are used", sequence.request_id)
-            return []
-        return drafts
+
+def _speculation(
+    executor: Executor, config: EngineConfig, make_drafter: Callable[[], Drafter] | None
+) -> Speculation | None:
+    make_drafter = make_drafter or DRAFTERS[config.speculate]
+    if make_drafter is None:
+        return None
+    balance_rows = executor.balance_rows
+    if any(table.fetched_capacity is not None for table in executor.tables.values()):
+        balance_rows = min(balance_rows, _FETCHING_BALANCE_ROWS)
+    return Speculation(make_drafter, config.num_drafts, balance_rows, executor.config.vocab_size)
 
 
 def _max_model_len(config: EngineConfig, max_positions: int, kv_tokens: int) -> int:

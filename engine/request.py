@@ -91,6 +91,8 @@ class TokenOutput(NamedTuple):
         prompt_logprobs: entries of the next prompt tokens, if requested.
         cached_tokens: prompt tokens found in the prefix cache, in the first output with tokens.
         memory_reads: for each token one read per memory layer, if requested.
+        draft_tokens: draft tokens that the step verified.
+        accepted_tokens: those among ``token_ids``.
     """
 
     request_id: str
@@ -102,6 +104,8 @@ class TokenOutput(NamedTuple):
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int = 0
     memory_reads: tuple[tuple[MemoryRead, ...], ...] = ()
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class RowUsageSummary(NamedTuple):
@@ -151,6 +155,8 @@ class EngineStatistics:
         step_tokens: tokens that the step ran.
         new_tokens: tokens that the step generated.
         prefix_queries: prompt tokens looked up in the prefix cache; ``prefix_hits`` were found.
+        drafts: results of chunks with draft tokens; they had ``draft_tokens`` in total, of which
+            ``accepted_tokens`` became part of an answer.
         tables: counts by table and layer; None if this step did not read them.
         lost_tables: for each unreadable table, the file and the error.
     """
@@ -164,6 +170,9 @@ class EngineStatistics:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     tables: tuple[TableCounts, ...] | None = ()
     lost_tables: tuple[str, ...] = ()
 

@@ -167,6 +167,7 @@ class HttpOptions:
         default=None,
         metadata={"metavar": "FILE", "help": "chat template (default: the model's own)"},
     )
+    ui: bool = field(default=True, metadata={"help": "serve a web page at /"})
     max_queued_requests: int = field(
         default=256,
         metadata={"help": "prompts that may wait besides the running ones; more get a 503"},

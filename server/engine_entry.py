@@ -11,7 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.executors.executor import make_executor
+from engine.executors.executor import Executor, make_executor
 from engine.executors.lookahead import LookaheadConfig
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
@@ -89,11 +89,14 @@ def served_engine(loaded: LoadedModel, engine: EngineConfig) -> Engine:
     Raises:
         ConfigError: a setting does not fit the model; the message names the field.
     """
-    sized = engine
+    return Engine(served_executor(loaded, engine), engine, loaded.config.eos_ids)
+
+
+def served_executor(loaded: LoadedModel, engine: EngineConfig) -> Executor:
+    """The executor of ``served_engine``."""
     if loaded.kv_bytes is not None:
-        sized = replace(engine, kv_cache_gib=loaded.kv_bytes / 2**30)
-    executor = make_executor(loaded.model, sized, loaded.lookahead, loaded.dtype)
-    return Engine(executor, sized, loaded.config.eos_ids)
+        engine = replace(engine, kv_cache_gib=loaded.kv_bytes / 2**30)
+    return make_executor(loaded.model, engine, loaded.lookahead, loaded.dtype)
 
 
 def load_served(

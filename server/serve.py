@@ -1,6 +1,7 @@
 """``memplus serve``: starts and stops the engine process and the HTTP server."""
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -12,7 +13,6 @@ from types import FrameType
 import uvicorn
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError
 from engine.process import EngineLostError, EngineProcess
 from engine.request import EngineStatistics
 from server.config import (
@@ -28,6 +28,7 @@ from server.http.admission import Admission
 from server.http.app import create_app
 from server.http.metrics import Metrics
 from server.http.service import Service
+from server.listener import listen
 from weights.checkpoints.chat_template import load_chat_template
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.named_models import NAMED_MODELS, WORDNET, model_folder
@@ -56,9 +57,11 @@ def serve(
     folder = model_folder(model.model, cache_folder())
     # report a bad tokenizer now, before minutes are spent on loading the model
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
+    if tokenizer is not None:
+        tokenizer.token_name(0)  # makes the table of names now, not while streams wait
     override = Path(http.chat_template) if http.chat_template else None
     template = load_chat_template(folder, override)
-    with _listen(http) as listener:
+    with listen(http.host, http.port) as listener:
         settings = EngineSettings(model, cache_folder(), engine)
         make_process = partial(EngineProcess, ENGINE_ENTRY, settings)
         process = make_process()
@@ -97,7 +100,7 @@ class _Server(uvicorn.Server):
     """Uvicorn with a start message, throughput log lines and a deadline at shutdown."""
 
     def __init__(self, service: Service, http: HttpOptions, activity: ActivityLog) -> None:
-        app = create_app(service, http.max_body_mib * 2**20, http.body_timeout_s)
+        app = create_app(service, http.max_body_mib * 2**20, http.body_timeout_s, http.ui)
         backstop_s = http.shutdown_timeout_s + _CLOSING_S
         super().__init__(
             uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=backstop_s)
@@ -141,17 +144,9 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _listen(http: HttpOptions) -> socket.socket:
-    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
-    try:
-        return socket.create_server((http.host, http.port), family=family, backlog=2048)
-    except OSError as error:
-        address = f"{http.host} port {http.port}"
-        raise ConfigError(f"host: cannot listen on {address}: {error.strerror}") from None
-
-
 def _model_name(model: str) -> str:
-    return model if model in NAMED_MODELS else Path(model).resolve().name
+    # a link's own name: what it points to may be called by a hash
+    return model if model in NAMED_MODELS else Path(os.path.abspath(model)).name
 
 
 def _say(line: str) -> None:

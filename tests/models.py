@@ -150,7 +150,7 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def train_sentencepiece(folder: Path, lines: list[str]) -> bytes:
+def train_sentencepiece(folder: Path, lines: list[str], **options: Any) -> bytes:
     """Train a small sentencepiece model with byte fallback, like that of Llama 2."""
     (folder / "corpus.txt").write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.Train(
@@ -163,6 +163,7 @@ def train_sentencepiece(folder: Path, lines: list[str]) -> bytes:
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
+        **options,
     )
     return (folder / "spm.model").read_bytes()
 

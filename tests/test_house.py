@@ -231,6 +231,7 @@ def test_every_test_can_fail_and_none_sleeps(path):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             body = ast.unparse(node)
             assert re.search(
-                r"\bassert\b|raises|assert_close|check\(|close\(|refused\(|load_model", body
+                r"\bassert\b|raises|assert_close|check\(|close\(|refused\(|load_model|expect\(",
+                body,
             )
     assert "time" + ".sleep" not in path.read_text()

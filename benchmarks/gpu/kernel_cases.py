@@ -132,8 +132,9 @@ def mixture_case(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> Ke
         chosen = min(NUM_EXPERTS, num_tokens * TOP_EXPERTS)
         expert_bytes = (gate_up.nbytes + down.nbytes) // NUM_EXPERTS
         flops = 6 * width * inner * num_tokens * TOP_EXPERTS
-        num_bytes = chosen * expert_bytes + 2 * x_TD.nbytes
-        arguments = x_TD, logits_TE, gate_up, down, TOP_EXPERTS
+        num_bytes = chosen * expert_bytes + 3 * x_TD.nbytes
+        residual_TD = _random(num_tokens, width, dtype=dtype)
+        arguments = residual_TD, x_TD, logits_TE, gate_up, down, TOP_EXPERTS
         return KernelInputs(arguments, num_bytes=num_bytes, flops=flops)
 
     return KernelCase("mixture", mixture.mixture, mixture.mixture_reference, inputs)
@@ -159,18 +160,21 @@ def _product(
     residual: bool = False,
     gated: bool = False,
 ) -> KernelInputs:
+    from engine.executors.cuda.kernels.linear_operands import LinearOperands
+
     x_MK = _random(num_tokens, inputs, dtype=dtype)
     weight_NK = _random(outputs, inputs, dtype=dtype, std=inputs**-0.5)
-    options: dict[str, Any] = {"is_gated": gated}
-    if norm:
-        options["norm"] = (_random(inputs, dtype=dtype), 1e-5)
     columns = outputs // 2 if gated else outputs
-    if residual:
-        options["residual_MN"] = _random(num_tokens, columns, dtype=dtype)
+    operands = LinearOperands(
+        x_MK,
+        weight_NK,
+        norm=(_random(inputs, dtype=dtype), 1e-5) if norm else None,
+        residual_MO=_random(num_tokens, columns, dtype=dtype) if residual else None,
+        is_gated=gated,
+    )
     moved = num_tokens * columns * dtype.itemsize * (2 if residual else 1)
     return KernelInputs(
-        (x_MK, weight_NK),
-        options,
+        (operands,),
         num_bytes=x_MK.nbytes + weight_NK.nbytes + moved,
         flops=2 * num_tokens * weight_NK.numel(),
     )
@@ -189,13 +193,14 @@ def _rotation(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> Kerne
     groups, head_dim = config.num_kv_heads, config.head_dim
     qkv_TF = _random(num_tokens, (config.num_heads + 2 * groups) * head_dim, dtype=dtype)
     frequencies = rope_frequencies(head_dim, config.rope_theta, None).to(GPU)
-    angles = rope_angles(torch.arange(num_tokens, device=GPU) * 3, frequencies)
+    positions_T = torch.arange(num_tokens, device=GPU) * 3
+    angles = rope_angles(torch.arange(3 * num_tokens, device=GPU), frequencies)
     kv_blocks = torch.zeros(num_tokens, 2, groups, _BLOCK_SIZE, head_dim, dtype=dtype, device=GPU)
-    slots_T = torch.randperm(num_tokens * _BLOCK_SIZE, device=GPU)[:num_tokens]
+    kv_slots_T = torch.randperm(num_tokens * _BLOCK_SIZE, device=GPU)[:num_tokens]
     return KernelInputs(
-        (qkv_TF, angles, slots_T, kv_blocks, config.num_heads),
+        (qkv_TF, positions_T, angles, kv_slots_T, kv_blocks, config.num_heads),
         num_bytes=2 * qkv_TF.nbytes,
-        outputs=(3,),
+        outputs=(4,),
     )
 
 

@@ -22,6 +22,7 @@ class EagerExecutor:
     """Runs on any device and at any precision; the fallback of the faster executors."""
 
     steps_ahead = 0
+    balance_rows = 8
 
     def __init__(
         self,

@@ -35,6 +35,8 @@ class Executor(Protocol):
         progress: marked whenever a piece of a step is done.
         steps_ahead: number of steps that may be launched before an earlier one is waited for. If it
             is not 0, batches may hold pending tokens (see ``Batch``).
+        balance_rows: number of tokens whose computation takes as long as the rest of a step, most
+            of which reads weights. It need not be exact.
     """
 
     config: ModelConfig
@@ -43,6 +45,7 @@ class Executor(Protocol):
     recorder: MemoryRecorder
     progress: Progress
     steps_ahead: int
+    balance_rows: int
 
     def logits(self, batch: Batch) -> Tensor:
         """Run one batch up to its logits, ``[L, vocabulary]``, without choosing tokens."""

@@ -1,6 +1,9 @@
 """Applies a chunk's results to its sequence, and makes the request's output."""
 
+import math
+
 from engine.request import TokenOutput
+from engine.sampling.params import TokenLogprobs
 from engine.scheduling.sequence import Ending, Sequence
 from engine.scheduling.step_plan import ChunkResult, SequenceChunk
 
@@ -11,8 +14,13 @@ def take_result(
     """Record that a chunk in flight has run: add its tokens, up to one that ends the sequence."""
     sequence.num_in_flight -= 1
     sequence.num_pending -= chunk.samples
+    sequence.has_drafts_in_flight &= not chunk.num_drafts
     accepted = _accepted(chunk, result.token_ids)
     sequence.num_computed += accepted
+    if not all(map(_is_finite, (*result.prompt_logprobs, *result.logprobs))):
+        sequence.prompt_scores = []
+        message = "the model's log-probabilities are not finite (NaN or infinity)"
+        return Ending(0, "error", error=message)
     sequence.prompt_scores += result.prompt_logprobs
     ending = sequence.append(result.token_ids[: accepted + 1], eos_ids)
     if ending.num_taken and ending.reason is not None:
@@ -23,7 +31,9 @@ def take_result(
     return _accept(sequence, result.token_ids[: ending.num_taken], ending)
 
 
-def output(sequence: Sequence, result: ChunkResult, ending: Ending) -> TokenOutput:
+def output(
+    sequence: Sequence, chunk: SequenceChunk, result: ChunkResult, ending: Ending
+) -> TokenOutput:
     """The output of a request whose chunk had this result."""
     return TokenOutput(
         request_id=sequence.request_id,
@@ -35,7 +45,14 @@ def output(sequence: Sequence, result: ChunkResult, ending: Ending) -> TokenOutp
         prompt_logprobs=tuple(sequence.prompt_scores),
         memory_reads=result.memory_reads[: ending.num_taken],
         cached_tokens=sequence.num_cached or 0,
+        draft_tokens=chunk.num_drafts,
+        accepted_tokens=min(_accepted(chunk, result.token_ids), ending.num_taken),
     )
+
+
+def _is_finite(entry: TokenLogprobs) -> bool:
+    # they are subtracted from one number, so the least likely of the likeliest stands for all
+    return math.isfinite(entry.logprob) and (not entry.top or math.isfinite(entry.top[-1][1]))
 
 
 def _accepted(chunk: SequenceChunk, chosen: tuple[int, ...]) -> int:

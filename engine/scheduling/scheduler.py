@@ -1,8 +1,7 @@
 """Schedules the tokens of each step under one token budget; pure Python, no tensors."""
 
 import itertools
-from bisect import insort
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from engine.config import EngineConfig
 from engine.request import Request, TokenOutput
@@ -10,7 +9,9 @@ from engine.sampling.masks import TokenMask
 from engine.scheduling.chunk_results import output, take_result
 from engine.scheduling.kv_blocks import BlockPool, PrefixHasher
 from engine.scheduling.sequence import Sequence
+from engine.scheduling.speculation import Speculation
 from engine.scheduling.step_plan import PENDING, ChunkResult, SequenceChunk, StepPlan
+from engine.scheduling.waiting_queue import WaitingQueue
 
 # per level of priority, a request overtakes those that arrived at most this many steps before it,
 # so no request starves
@@ -35,15 +36,14 @@ class Scheduler:
         config: EngineConfig,
         pool: BlockPool,
         eos_ids: frozenset[int],
-        propose: Callable[[Sequence], list[int]] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        """``propose`` returns draft tokens of a sequence; see ``step_plan.Drafter``."""
         self._config = config
         self._pool = pool
         self._hasher = PrefixHasher(pool.block_size)
         self._eos_ids = eos_ids
-        self._propose = propose
-        self._waiting: list[Sequence] = []  # in the order of service
+        self._speculation = speculation
+        self._waiting = WaitingQueue()
         self._running: dict[str, Sequence] = {}
         self._promised: dict[bytes, Sequence] = {}  # blocks that a running prompt will publish
         self._free_seats = list(reversed(range(config.max_num_seqs)))
@@ -61,18 +61,18 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(len(self._waiting) or self._running)
 
     def add(self, request: Request, seed: int, mask: TokenMask | None = None) -> None:
         """Queue a request; the caller has checked that prompt and longest answer fit the pool."""
         turn = (self._step + request.priority * PRIORITY_STEPS, next(self._arrivals))
-        insort(self._waiting, Sequence(request, seed, turn, mask), key=_turn)
+        self._waiting.add(Sequence(request, seed, turn, mask))
 
     def abort(self, request_id: str) -> None:
         """Cancel a waiting or running request; do nothing if none has this id."""
         if request_id in self._running:
             self._leave(self._running[request_id])
-        self._waiting = [s for s in self._waiting if s.request_id != request_id]
+        self._waiting.remove(request_id)
 
     def plan(self) -> StepPlan:
         """Choose the next step's chunks, at most ``max_batched_tokens`` tokens in total.
@@ -85,8 +85,8 @@ class Scheduler:
         chunks: list[SequenceChunk] = []
         running = sorted(self._running.values(), key=lambda s: (s.num_uncomputed > 1, s.turn))
         for sequence in running:
-            is_running = sequence.request_id in self._running
-            if not budget or not is_running or not self._can_run(sequence):
+            is_preempted = sequence.request_id not in self._running
+            if not budget or is_preempted or not self._can_run(sequence):
                 continue
             if self._grow(sequence):
                 chunks.append(self._chunk(sequence, budget))
@@ -94,7 +94,7 @@ class Scheduler:
             elif sequence.request_id in self._running:
                 return StepPlan(())
         # blocks of preempted sequences are for the running ones
-        for sequence in list(self._waiting) if self.preemptions == preempted_before else []:
+        for sequence in self._waiting if self.preemptions == preempted_before else ():
             if not budget or self.num_running == self._config.max_num_seqs:
                 break
             if self._waits_for_another(sequence):
@@ -103,7 +103,8 @@ class Scheduler:
                 break
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].token_ids)
-        if self._propose is not None:
+        if self._speculation is not None:
+            self._speculation.weigh(chunks)
             for index, chunk in enumerate(chunks):
                 chunks[index] = self._with_drafts(chunk, budget)
                 budget -= chunks[index].num_drafts
@@ -116,6 +117,7 @@ class Scheduler:
             sequence.num_in_flight += 1
             sequence.num_computed = chunk.end - chunk.num_drafts
             sequence.num_pending += chunk.samples
+            sequence.has_drafts_in_flight = chunk.num_drafts > 0
 
     def commit(self, plan: StepPlan, results: Mapping[str, ChunkResult]) -> list[TokenOutput]:
         """Settle a plan that has run, the oldest in flight; ended sequences are released."""
@@ -127,8 +129,8 @@ class Scheduler:
             result = results[chunk.request_id]
             ending = take_result(sequence, chunk, result, self._eos_ids)
             self._settle(sequence, chunk.end)
-            if chunk.samples or chunk.is_scored:
-                outputs.append(output(sequence, result, ending))
+            if chunk.samples or chunk.is_scored or ending.reason is not None:
+                outputs.append(output(sequence, chunk, result, ending))
                 sequence.scores_are_due, sequence.prompt_scores = False, []
             if ending.reason is not None:
                 self._leave(sequence)
@@ -140,9 +142,8 @@ class Scheduler:
         return TokenOutput(chunk.request_id, finish_reason="error", error=error)
 
     def running(self, chunk: SequenceChunk) -> Sequence | None:
-        """A chunk's sequence; None if it has ended since."""
+        """A chunk's sequence; None if it has ended since, whoever has its name now."""
         sequence = self._running.get(chunk.request_id)
-        # another request may have the name of one that ended
         return sequence if sequence is not None and sequence.turn == chunk.turn else None
 
     def settled(self, chunk: SequenceChunk) -> SequenceChunk | None:
@@ -162,24 +163,21 @@ class Scheduler:
         assert promising <= {id(sequence) for sequence in self._running.values()}
 
     def _with_drafts(self, chunk: SequenceChunk, budget: int) -> SequenceChunk:
-        """Add drafts to a decode, within the rest of the budget and the free blocks."""
+        """Add drafts to a decode of a known token, within the budget and the free blocks."""
         sequence = self._running[chunk.request_id]
+        if not chunk.samples or len(chunk.token_ids) > 1 or sequence.num_pending:
+            return chunk
         most = min(budget, chunk.sampling.max_tokens - sequence.num_generated - 1)
-        if not chunk.samples or len(chunk.token_ids) > 1 or most < 1:
+        assert self._speculation is not None
+        drafts = self._speculation.propose(sequence, most)
+        if not drafts or not self._take_blocks(sequence, chunk.end + len(drafts)):
             return chunk
-        assert self._propose is not None
-        drafts = self._propose(sequence)[:most]
-        if not self._take_blocks(sequence, chunk.end + len(drafts)):
-            return chunk
-        return chunk._replace(
-            token_ids=(*chunk.token_ids, *drafts),
-            block_ids=sequence.block_ids,
-            num_drafts=len(drafts),
-        )
+        ids, blocks = (*chunk.token_ids, *drafts), sequence.block_ids
+        return chunk._replace(token_ids=ids, block_ids=blocks, num_drafts=len(drafts))
 
     def _can_run(self, sequence: Sequence) -> bool:
-        is_drafted = self._propose is not None and sequence.num_pending > 0
-        return sequence.can_run and not is_drafted
+        speculation = self._speculation
+        return sequence.can_run and not (speculation and speculation.must_wait(sequence))
 
     def _grow(self, sequence: Sequence) -> bool:
         """Take blocks for all its tokens; return whether there are enough.
@@ -187,12 +185,12 @@ class Scheduler:
         If not, the sequence itself was preempted, or the one to preempt has a step in flight.
         """
         while not self._take_blocks(sequence, sequence.length):
-            last = max(self._running.values(), key=_turn)
+            last = max(self._running.values(), key=lambda one: one.turn)
             if last.num_in_flight:
                 return False
             self.preemptions += 1
             self._leave(last)
-            insort(self._waiting, last, key=_turn)
+            self._waiting.add(last)
             if last is sequence:
                 return False
         return True
@@ -220,7 +218,7 @@ class Scheduler:
         taken = self._pool.take(shared, needed)
         if taken is None:
             return False
-        self._waiting.remove(sequence)
+        self._waiting.remove(sequence.request_id)
         self._running[sequence.request_id] = sequence
         sequence.seat = self._free_seats.pop()
         sequence.block_ids = (*shared, *taken)
@@ -286,13 +284,10 @@ class Scheduler:
         self._pool.release(sequence.block_ids)
         self._free_seats.append(sequence.seat)
         sequence.seat, sequence.num_in_flight, sequence.num_pending = -1, 0, 0
+        sequence.has_drafts_in_flight, sequence.drafter = False, None
         sequence.block_ids, sequence.num_computed, sequence.num_published = (), 0, 0
         sequence.prompt_scores = []
 
     def _break_promise(self, sequence: Sequence, prefix_hash: bytes) -> None:
         if self._promised.get(prefix_hash) is sequence:
             del self._promised[prefix_hash]
-
-
-def _turn(sequence: Sequence) -> tuple[int, int]:
-    return sequence.turn

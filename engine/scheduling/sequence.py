@@ -7,7 +7,8 @@ from typing import NamedTuple
 from engine.request import FinishReason, Request
 from engine.sampling.choice import NO_TOKEN
 from engine.sampling.masks import TokenMask
-from engine.sampling.params import TokenLogprobs
+from engine.sampling.params import SamplingParams, TokenLogprobs
+from engine.scheduling.step_plan import Drafter
 
 
 class Ending(NamedTuple):
@@ -32,6 +33,8 @@ class Sequence:
         turn: its place in the order of service; smaller comes first; no two are equal.
         seat: its number among the running sequences, -1 while it waits.
         num_in_flight: number of its chunks in flight.
+        has_drafts_in_flight: whether one of them has drafts: so its length is not known.
+        drafter: proposes its draft tokens; made for its first decode after it was admitted.
         hashes: prefix hashes of its full blocks, as far as they were needed.
         mask: restricts the tokens that it may generate, by a grammar for instance.
         prompt_scores: log-probabilities of prompt tokens that are not sent yet.
@@ -46,6 +49,8 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     num_pending: int = 0
     num_in_flight: int = 0
+    has_drafts_in_flight: bool = False
+    drafter: Drafter | None = None
     seat: int = -1
     num_computed: int = 0
     block_ids: tuple[int, ...] = ()
@@ -90,6 +95,8 @@ class Sequence:
         """
         if not self.num_pending:
             return self.num_uncomputed > 0
+        if self.has_drafts_in_flight:
+            return False
         sampling = self.request.sampling
         is_last = self.num_generated + self.num_pending == sampling.max_tokens
         return not (is_last or self.mask is not None or sampling.needs_history)
@@ -99,7 +106,7 @@ class Sequence:
         sampling, count = self.request.sampling, 0
         for token_id in chosen:
             if token_id == NO_TOKEN:
-                return Ending(count, "error", error="penalties, bans and masks leave no token")
+                return Ending(count, "error", error=self._why_no_token(sampling))
             self.token_ids.append(token_id)
             count += 1
             is_eos = token_id in eos_ids and not sampling.ignore_eos
@@ -108,3 +115,9 @@ class Sequence:
             if self.num_generated == sampling.max_tokens:
                 return Ending(count, "length")
         return Ending(count)
+
+    def _why_no_token(self, sampling: SamplingParams) -> str:
+        not_finite = "the model's logits are not finite (NaN or infinity)"
+        if self.mask is None and not sampling.has_rules_after(self.num_generated):
+            return not_finite
+        return f"penalties, bans and masks leave no token, or {not_finite}"

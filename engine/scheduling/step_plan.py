@@ -11,10 +11,16 @@ PENDING = -1
 
 
 class Drafter(Protocol):
-    """Proposes draft tokens, which one step checks: wrong ones cost time, never correctness."""
+    """Proposes draft tokens of one sequence, which one step verifies.
 
-    def draft(self, token_ids: Sequence[int], count: int) -> Sequence[int]:
-        """Up to ``count`` tokens that may follow these; fewer, or none, are allowed."""
+    Wrong ones cost time, never correctness.
+    """
+
+    def draft(self, token_ids: Sequence[int], count: int, worth: float) -> Sequence[int]:
+        """Up to ``count`` tokens that may follow these, all tokens of the sequence so far.
+
+        A draft that is accepted with a probability below ``worth`` costs more than it gains.
+        """
 
 
 class SequenceChunk(NamedTuple):

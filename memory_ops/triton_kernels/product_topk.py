@@ -116,7 +116,7 @@ def launch_for(num_subkeys: int, padded_candidates: int) -> TopkLaunch:
 
 
 @triton.jit
-def _packed(scores, indices):
+def packed_scores(scores, indices):
     """An int64 that orders by score, then by smaller index; NaN is above all numbers."""
     # makes -0 equal to 0
     scores = scores + 0.0
@@ -128,14 +128,16 @@ def _packed(scores, indices):
 
 
 @triton.jit
-def _score_of(packed):
+def score_of(packed):
+    """The score of a packed number."""
     bits = (packed >> 32).to(tl.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _index_of(packed):
+def index_of(packed):
+    """The index of a packed number."""
     return 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
 
 
@@ -159,7 +161,7 @@ def _best_of_tile(
         mask=(subkeys < NUM_SUBKEYS) & (halves < 2),
         other=float("-inf"),
     )
-    return tl.topk(_packed(scores, subkeys), PADDED_K)
+    return tl.topk(packed_scores(scores, subkeys), PADDED_K)
 
 
 @triton.jit
@@ -221,20 +223,18 @@ def _product_topk(
     first, second = _candidate_pairs(places, TOP_K, HOOKS)
     first = tl.where(is_pair, first, 0)
     second = tl.where(is_pair, second, 0)
-    sums = _score_of(tl.gather(halves, first, 0)) + _score_of(
-        tl.gather(halves, second + PADDED_K, 0)
-    )
-    pairs = tl.where(is_pair, _packed(sums, first * TOP_K + second), LEAST)
+    sums = score_of(tl.gather(halves, first, 0)) + score_of(tl.gather(halves, second + PADDED_K, 0))
+    pairs = tl.where(is_pair, packed_scores(sums, first * TOP_K + second), LEAST)
     chosen = tl.topk(pairs, PADDED_K)
 
     places = tl.arange(0, PADDED_K)
     live = places < TOP_K
-    ranks = tl.where(live, _index_of(chosen), 0)
-    first = _index_of(tl.gather(halves, ranks // TOP_K, 0)).to(tl.int64)
-    second = _index_of(tl.gather(halves, ranks % TOP_K + PADDED_K, 0)).to(tl.int64)
+    ranks = tl.where(live, index_of(chosen), 0)
+    first = index_of(tl.gather(halves, ranks // TOP_K, 0)).to(tl.int64)
+    second = index_of(tl.gather(halves, ranks % TOP_K + PADDED_K, 0)).to(tl.int64)
     tl.store(rows_ptr + head * TOP_K + places, first * NUM_SUBKEYS + second, mask=live)
 
-    scores = tl.where(live, _score_of(chosen), float("-inf"))
+    scores = tl.where(live, score_of(chosen), float("-inf"))
     # NaN counts as a score, although the maximum ignores it
     has_score = tl.max((scores != float("-inf")).to(tl.int32), 0) > 0
     scores = tl.where(has_score, scores - tl.max(scores, 0), tl.where(live, 0.0, scores))

@@ -11,12 +11,18 @@ from server.http.generation_routes import generation_routes
 from server.http.memory_routes import memory_routes
 from server.http.model_routes import model_routes
 from server.http.openapi import openapi_document
+from server.http.page_routes import page_routes
 from server.http.service import Service
 from server.http.status_routes import status_routes
 
 
-def create_app(service: Service, max_body_bytes: int, body_timeout_s: float) -> FastAPI:
-    """The application for one service. The caller starts and stops the engine process."""
+def create_app(
+    service: Service, max_body_bytes: int, body_timeout_s: float, ui: bool = True
+) -> FastAPI:
+    """The application for one service, with the web page if ``ui`` is set.
+
+    The caller starts and stops the engine process.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -31,4 +37,6 @@ def create_app(service: Service, max_body_bytes: int, body_timeout_s: float) -> 
     app.openapi = openapi_document(app)  # type: ignore[method-assign]
     for routes in (generation_routes, model_routes, memory_routes, status_routes):
         app.include_router(routes(service))
+    if ui:
+        app.include_router(page_routes())
     return app

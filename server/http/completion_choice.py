@@ -27,7 +27,11 @@ class CompletionChoice:
         self._prompt_ids = prompt_ids
         self._prompt_text = prompt_text
         self._logprobs = LogprobsWriter(
-            tokenizer, body.logprobs or 0, body.return_tokens_as_token_ids
+            tokenizer,
+            body.logprobs or 0,
+            body.return_tokens_as_token_ids,
+            () if body.echo else prompt_ids,
+            not body.skip_special_tokens,
         )
         self._is_first = True
 

@@ -5,6 +5,7 @@ from server.http.completion_choice import CompletionChoice
 from server.http.completion_request import CompletionRequest
 from server.http.generation import Generation, Ids
 from server.http.service import Service
+from weights.checkpoints.truncation import last_tokens
 
 
 def completion_answer(service: Service, body: CompletionRequest) -> Answer:
@@ -36,5 +37,7 @@ async def _prompt_ids(service: Service, body: CompletionRequest, prompt: str | l
     if keep is not None:
         longest = service.limits.max_model_len
         most = longest - body.sampling(longest).max_tokens
-        ids = ids[-(max(most, 1) if keep == -1 else keep) :]
+        keep = max(most, 1) if keep == -1 else keep
+        has_special = isinstance(prompt, str) and body.add_special_tokens
+        ids = last_tokens(service.tokenizer, ids, keep) if has_special else ids[-keep:]
     return tuple(ids)

@@ -1,5 +1,6 @@
 """Generates the answers of one HTTP request: admission, prompts, engine requests, text deltas."""
 
+import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -12,6 +13,7 @@ from server.http.generation_options import GenerationOptions
 from server.http.metrics import RequestClock
 from server.http.service import Service
 from server.http.text_stream import TextDelta, TextOptions, TextStream
+from weights.checkpoints.word_ids import word_ids
 
 logger = logging.getLogger(__name__)
 # more entries would block the event loop for seconds while they are written
@@ -54,6 +56,7 @@ class Generation:
         self._encode = encode
         self._num_tokens = 0
         self._cached_tokens = 0
+        self._draft_tokens = self._accepted_tokens = 0
 
     async def deltas(self) -> AsyncGenerator[TextDelta, None]:
         """The text deltas of all answers in order of arrival; closing it aborts the request.
@@ -82,6 +85,8 @@ class Generation:
                     if index not in started:
                         started.add(index)
                         self._cached_tokens += output.cached_tokens
+                    self._draft_tokens += output.draft_tokens
+                    self._accepted_tokens += output.accepted_tokens
                     delta = texts[index].push(output)
                     self._num_tokens += len(delta.token_ids)
                     clocks[index].tokens(len(delta.token_ids))
@@ -100,12 +105,16 @@ class Generation:
             "completion_tokens": self._num_tokens,
             "total_tokens": prompt_tokens + self._num_tokens,
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self._accepted_tokens,
+                "rejected_prediction_tokens": self._draft_tokens - self._accepted_tokens,
+            },
         }
 
     async def _requests(self) -> list[Request]:
         """One engine request per sample of each prompt, in the order of the choices."""
         body, limits = self.body, self._service.limits
-        bad_words = await self._bad_words()
+        bad_words = await asyncio.to_thread(self._bad_words)
         requests: list[Request] = []
         for ids in self.prompts:
             for sample in range(body.num_samples):
@@ -116,13 +125,10 @@ class Generation:
         _check_prompt_logprobs(requests)
         return requests
 
-    async def _bad_words(self) -> tuple[Ids, ...]:
-        ids: dict[Ids, None] = {}
-        for word in self.body.bad_words:
-            # the word at the beginning of a line, and the word after a space
-            for text in (word, f" {word.lstrip()}"):
-                ids[tuple(await self._service.encode(text, add_special_tokens=False))] = None
-        return tuple(ids)
+    def _bad_words(self) -> tuple[Ids, ...]:
+        tokenizer = self._service.tokenizer
+        found = (ids for word in self.body.bad_words for ids in word_ids(tokenizer, word))
+        return tuple(dict.fromkeys(map(tuple, found)))
 
     def _text_options(self) -> TextOptions:
         body = self.body

@@ -36,6 +36,11 @@ class Metrics:
             "prefix_cache_hits", "prompt tokens found in the prefix cache"
         )
         self.preemptions = self._counter("num_preemptions", "requests preempted")
+        self.drafts = self._counter("spec_decode_num_drafts", "steps of requests with drafts")
+        self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "draft tokens verified")
+        self.accepted_tokens = self._counter(
+            "spec_decode_num_accepted_tokens", "draft tokens accepted"
+        )
         self._seen = EngineStatistics()
         self._table_gains = TableGains()
         self.tables = {
@@ -54,6 +59,9 @@ class Metrics:
             (self.prefix_queries, "prefix_queries"),
             (self.prefix_hits, "prefix_hits"),
             (self.preemptions, "preemptions"),
+            (self.drafts, "drafts"),
+            (self.draft_tokens, "draft_tokens"),
+            (self.accepted_tokens, "accepted_tokens"),
         ):
             # a restarted engine counts from zero
             counter.inc(max(0, getattr(statistics, name) - getattr(self._seen, name)))

@@ -39,7 +39,7 @@ def model_routes(service: Service) -> APIRouter:
         limit = service.limits.max_model_len
         answer = {"count": len(ids), "max_model_len": limit, "tokens": ids}
         if body.return_token_strs:
-            answer["token_strs"] = [service.tokenizer.token_text(token_id) for token_id in ids]
+            answer["token_strs"] = [service.tokenizer.token_name(token_id) for token_id in ids]
         return answer
 
     @router.post("/detokenize", responses={200: {"model": Detokenized}})
@@ -65,4 +65,5 @@ def _model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "memplus",
         "max_model_len": service.limits.max_model_len,
+        "has_chat_template": service.chat_template is not None,
     }

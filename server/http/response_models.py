@@ -26,6 +26,13 @@ class PromptDetails(BaseModel):
     cached_tokens: int = Field(description="prompt tokens found in the prefix cache")
 
 
+class CompletionDetails(BaseModel):
+    """Details of the generated tokens."""
+
+    accepted_prediction_tokens: int = Field(description="draft tokens that were accepted")
+    rejected_prediction_tokens: int = Field(description="draft tokens that were rejected")
+
+
 class Usage(BaseModel):
     """Token counts."""
 
@@ -33,6 +40,7 @@ class Usage(BaseModel):
     completion_tokens: int = Field(description="generated tokens of all answers")
     total_tokens: int = Field(description="their sum")
     prompt_tokens_details: PromptDetails = Field(description="details of the prompts")
+    completion_tokens_details: CompletionDetails = Field(description="details of the answers")
 
 
 class LayerReads(BaseModel):
@@ -167,6 +175,7 @@ class Model(BaseModel):
     created: int = Field(description="when the server started, in seconds since 1970")
     owned_by: str = Field(description="always memplus")
     max_model_len: int = Field(description="most tokens of a prompt and its answer together")
+    has_chat_template: bool = Field(description="whether it takes chat requests")
 
 
 class ModelList(BaseModel):

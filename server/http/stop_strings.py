@@ -12,30 +12,78 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str], include_stop: bool = False) -> None:
         """``include_stop`` keeps the stop string in the text."""
-        self._stops = tuple(stops)
+        self._searches = [_Search(stop) for stop in stops]
         self._include_stop = include_stop
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Add text; return the text that is final and, once, the stop string that ended it."""
-        text = self._held + text
-        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops]
-        found = [match for match in found if match[0] >= -match[1]]
+        found: list[tuple[int, int, str]] = []
+        for search in self._searches:
+            end = search.push(text)
+            if end is not None:
+                found.append((end, -len(search.stop), search.stop))
+        num_held, text = len(self._held), self._held + text
         if found:
             end, _, stop = min(found)
-            self._held = ""
+            self.finish()
+            end += num_held
             return text[: end if self._include_stop else end - len(stop)], stop
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held], None
+        final = len(text) - max((search.num_matched for search in self._searches), default=0)
+        self._held = text[final:]
+        return text[:final], None
 
     def finish(self) -> str:
         """The text held back so far; call it when no more text comes."""
         held, self._held = self._held, ""
+        for search in self._searches:
+            search.num_matched = 0
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper prefix of ``stop`` with which ``text`` ends."""
-    longest = min(len(stop) - 1, len(text))
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+class _Search:
+    """Searches a text for one string by Knuth, Morris and Pratt's method.
+
+    The cost per character is constant on average, whatever text and string are: no part of the text
+    is read twice. The table grows only as far as the text matches.
+
+    Attributes:
+        stop: the string.
+        num_matched: length of the longest beginning of ``stop`` with which the text ends.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.num_matched = 0
+        # the length of the longest proper beginning of stop[:i] that is also its end, by i
+        self._shorter = [0, 0]
+
+    def push(self, text: str) -> int | None:
+        """Add text; return the place in it at which the string ends first, if it does."""
+        stop, shorter, matched = self.stop, self._shorter, self.num_matched
+        at = 0
+        while at < len(text):
+            if not matched:
+                at = text.find(stop[0], at)
+                if at < 0:
+                    break
+            while matched and text[at] != stop[matched]:
+                matched = shorter[matched]
+            at += 1
+            if text[at - 1] == stop[matched]:
+                matched += 1
+                if matched == len(stop):
+                    return at
+                if matched == len(shorter):
+                    self._extend()
+        self.num_matched = matched
+        return None
+
+    def _extend(self) -> None:
+        """Add the next entry of the table."""
+        stop, shorter = self.stop, self._shorter
+        last = stop[len(shorter) - 1]
+        length = shorter[-1]
+        while length and stop[length] != last:
+            length = shorter[length]
+        shorter.append(length + (stop[length] == last))

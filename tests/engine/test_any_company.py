@@ -106,14 +106,15 @@ class ScheduleMachine(RuleBasedStateMachine):
             block_size=4,
             max_batched_tokens=9,
             max_num_seqs=3,
+            **({"speculate": "ngram", "speculate_tokens": NUM_DRAFTS} if self.has_drafts else {}),
         )
-        drafts = {"drafter": self, "num_drafts": NUM_DRAFTS} if self.has_drafts else {}
-        self.engine = engine_of(self.model, config, EOS_IDS, self.make, **drafts)
+        make_drafter = (lambda: self) if self.has_drafts else None
+        self.engine = engine_of(self.model, config, EOS_IDS, self.make, make_drafter=make_drafter)
         self.expected: dict[str, Expected] = {}
         self.count = self.drafted = 0
         self.failures: list[Exception] = []
 
-    def draft(self, token_ids, count):
+    def draft(self, token_ids, count, worth):
         """Draft the right answer, with an error every other time and nothing every fourth time."""
         try:
             return self._draft(token_ids, count)

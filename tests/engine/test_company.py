@@ -33,8 +33,11 @@ MEMORY = MemoryConfig(num_heads=2, num_subkeys=8, top_k=4, query_dim=8, value_di
 
 
 def engine(model, kv_tokens: int = 4096, drafter=None, num_drafts: int = 0, **config) -> Engine:
+    if drafter is not None:
+        config |= {"speculate": "ngram", "speculate_tokens": num_drafts}
     settings = EngineConfig(kv_cache_gib=kv_tokens * KV_BYTES / 2**30, **config)
-    return engine_of(model, settings, make=model.make, drafter=drafter, num_drafts=num_drafts)
+    make_drafter = None if drafter is None else lambda: drafter
+    return engine_of(model, settings, make=model.make, make_drafter=make_drafter)
 
 
 MAKE = {"eager": eager, "cpu": make_executor, "cpu with memory": make_executor}
@@ -130,7 +133,7 @@ class Oracle:
     def __init__(self, answers):
         self.answers, self.calls = answers, 0
 
-    def draft(self, token_ids, count):
+    def draft(self, token_ids, count, worth):
         self.calls += 1
         for prompt, answer in self.answers:
             whole = prompt + answer
@@ -249,7 +252,7 @@ class Failing(Multiples):
 
 def test_a_failing_mask_or_drafter_does_not_affect_others(model):
     class Broken:
-        def draft(self, token_ids, count):
+        def draft(self, token_ids, count, worth):
             raise ValueError("no idea")
 
     mixed = engine(model, drafter=Broken(), num_drafts=2)

@@ -41,6 +41,17 @@ def test_a_step_is_launched_before_the_one_before_it_is_waited_for(model):
     assert ahead._executor.largest_ahead == 1
 
 
+def test_speculation_runs_ahead_unless_the_text_repeats_itself(model):
+    ahead = engine(model, speculate="ngram")
+    ahead.add(greedy("a", [1, 2, 3], 5))
+    found = [len(ahead.step().outputs) for _ in range(6)]
+    assert found == [0, 1, 1, 1, 1, 1] and ahead.statistics().drafts == 0
+    waiting = engine(model, speculate="ngram")
+    waiting.add(greedy("b", [7] * 9, 12, allowed_token_ids=frozenset({7})))
+    assert tokens(step_all(waiting)["b"]) == [7] * 12
+    assert waiting._executor.largest_ahead == 0 and waiting.statistics().accepted_tokens > 0
+
+
 @pytest.mark.parametrize("sampling", [{"repetition_penalty": 1.3}, {"bad_words": ((7, 8),)}])
 def test_rules_about_earlier_tokens_wait_for_them(model, sampling):
     waiting = engine(model)

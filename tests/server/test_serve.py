@@ -331,3 +331,14 @@ def test_a_failed_engine_restart_is_retried(memory_plus_folder, tmp_path):
         while not server.http.get("/health").is_success:
             pass
         assert server.complete(prompt="x", max_tokens=2).status_code == 200
+
+
+def test_a_model_behind_a_link_is_served_by_the_name_of_the_link(memory_plus_folder, tmp_path):
+    snapshot = tmp_path / "models--acme--tiny" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    for file in memory_plus_folder.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (tmp_path / "current").symlink_to(snapshot)
+    with running(f"{tmp_path}/models--acme--tiny/../current/") as server:
+        assert [one["id"] for one in server.http.get("/v1/models").json()["data"]] == ["current"]
+        assert server.complete(prompt="x", max_tokens=1).status_code == 200

@@ -13,6 +13,7 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from weights.errors import ChatTemplateError, CheckpointError
+from weights.text_files import ENCODING, read_json_object
 
 # text after the last message, at which the prompt ends; templates that trim drop its last space
 _CUT = "<memplus:end of the last message>"
@@ -128,7 +129,7 @@ def load_chat_template(folder: Path, override: Path | None = None) -> ChatTempla
         return ChatTemplate(_read(path), special)
     given = config.get("chat_template")
     if given is None and (folder / "chat_template.json").exists():
-        given = _json_object(folder / "chat_template.json").get("chat_template")
+        given = read_json_object(folder / "chat_template.json").get("chat_template")
     if isinstance(given, list):
         named = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
         plain = named.get("default") or next(iter(named.values()), None)
@@ -138,22 +139,12 @@ def load_chat_template(folder: Path, override: Path | None = None) -> ChatTempla
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return _json_object(path) if path.exists() else {}
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value
+    return read_json_object(path) if path.exists() else {}
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding=ENCODING)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 

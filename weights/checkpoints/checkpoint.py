@@ -26,9 +26,9 @@ from weights.checkpoints.tensor_files import (
     StoredTensor,
     TensorSource,
     list_tensors,
-    read_mapped,
 )
 from weights.checkpoints.tensor_writer import write_tensors
+from weights.checkpoints.tied_head import drop_tied_head
 from weights.errors import CheckpointError
 
 CPU = torch.device("cpu")
@@ -62,11 +62,10 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
     if last not in stored:  # a wrong layer count would build a huge meta model below
         raise CheckpointError(f"{folder}: tensor {last} is missing")
     expected, tables = expected_shapes(config.model), config.model.table_names
+    if config.model.tie_embeddings:
+        drop_tied_head(stored)
     for name, tensor in list(stored.items()):
         if _DERIVED_BUFFER.fullmatch(name):
-            del stored[name]
-        elif name == "lm_head.weight" and config.model.tie_embeddings:
-            _check_tied_head(stored)
             del stored[name]
         elif name not in expected:
             raise CheckpointError(f"{tensor.file}: tensor {name} is unknown to this model")
@@ -173,9 +172,9 @@ def load_model(
             that converts them itself, one layer at a time. On a GPU they always get ``dtype``.
 
     Raises:
-        CheckpointError: as ``open_checkpoint``, or a table cannot be read or fails its checksum.
-        ConfigError: a table option is not possible, the model has no tables, or host or GPU have
-            too little memory.
+        CheckpointError: as ``open_checkpoint``, or a weight outside tables is not finite, or a
+            table cannot be read or fails its checksum.
+        ConfigError: a table option is not possible, or host or GPU have too little memory.
         ValueError: ``dtype`` is not one of auto, bfloat16, float16, float32.
     """
     config, stored = open_checkpoint(folder)
@@ -274,15 +273,3 @@ def _check_no_table_options(table_cache: int | None, table_dtype: str, verify_ta
         raise ConfigError(f"table_dtype: requires {problem}")
     if verify_tables:
         raise ConfigError(f"verify_tables: requires {problem}")
-
-
-def _check_tied_head(stored: Mapping[str, StoredTensor]) -> None:
-    head, embedding = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
-    if embedding is None or embedding.dtype not in DTYPES:
-        return  # the caller reports the embedding itself
-    is_alike = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
-    if not is_alike or not torch.equal(read_mapped(head), read_mapped(embedding)):
-        raise CheckpointError(
-            f"{head.file}: tensor lm_head.weight differs from model.embed_tokens.weight, but"
-            " tie_word_embeddings is true"
-        )

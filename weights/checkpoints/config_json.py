@@ -1,12 +1,17 @@
 """Reads and writes config.json, strictly: Hugging Face's Llama keys and memplus's additions."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.model.config import ModelConfig, RopeScaling
+from weights.checkpoints.config_keys import (
+    FIXED_VALUES,
+    FORMAT_VERSION,
+    IGNORED_KEYS,
+    check_values,
+)
 from weights.checkpoints.feed_forward_json import (
     FEED_FORWARD_KEYS,
     feed_forward_to_json,
@@ -14,8 +19,7 @@ from weights.checkpoints.feed_forward_json import (
 )
 from weights.checkpoints.json_fields import typed
 from weights.errors import CheckpointError
-
-FORMAT_VERSION = 1
+from weights.text_files import read_json_object
 
 # Hugging Face's key -> (our field, its type). A missing key gets Hugging Face's default.
 _FIELDS: dict[str, tuple[str, type]] = {
@@ -34,43 +38,12 @@ _FIELDS: dict[str, tuple[str, type]] = {
     "mlp_bias": ("mlp_bias", bool),
 }
 _REQUIRED = tuple(_FIELDS)[:5]
-# keys that change the computation: only these values are supported
-_FIXED = {
-    "architectures": (["LlamaForCausalLM"], ["MixtralForCausalLM"]),
-    "hidden_act": ("silu",),
-    "memplus_format": (FORMAT_VERSION,),
-    "model_type": ("llama", "mixtral"),
-    "pretraining_tp": (1,),
-    "rope_interleaved": (False,),
-    "router_jitter_noise": (0,),
-    "sliding_window": (),
-}
 # transformers' defaults for Mixtral, if they differ from Llama's
 _MIXTRAL_DEFAULTS: dict[str, Any] = {
     "num_kv_heads": 8,
     "max_positions": 4096 * 32,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
-}
-# keys that do not affect the model's output for given token ids
-IGNORED_KEYS = {
-    "_name_or_path",
-    "attention_dropout",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "initializer_range",
-    "is_llama_config",
-    "max_length",
-    "max_sequence_length",
-    "output_router_logits",
-    "pad_token_id",
-    "torch_dtype",
-    "transformers.js_config",
-    "transformers_version",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_cache",
 }
 _ROPE_SCALING = {
     "factor": "factor",
@@ -105,9 +78,9 @@ def read_config(folder: Path) -> CheckpointConfig:
             feature.
     """
     path = folder / "config.json"
-    raw = _read_json(path)
+    raw = read_json_object(path)
     generation = folder / "generation_config.json"
-    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    eos = read_json_object(generation).get("eos_token_id") if generation.exists() else None
     try:
         return _parse(raw, raw.get("eos_token_id") if eos is None else eos)
     except ValueError as error:
@@ -140,16 +113,14 @@ def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
 
 
 def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
-    known = {*_FIELDS, *_FIXED, *IGNORED_KEYS, "rope_scaling", "rope_parameters"}
+    known = {*_FIELDS, *FIXED_VALUES, *IGNORED_KEYS, "rope_scaling", "rope_parameters"}
     known |= FEED_FORWARD_KEYS
+    # a null means that a key is not given
+    raw = {key: value for key, value in raw.items() if value is not None}
     for key in raw:
         if key not in known:
             raise ValueError(f"{key}: unknown key; it may change the model's output")
-    raw = {key: value for key, value in raw.items() if value is not None}
-    for key, allowed in _FIXED.items():
-        if key in raw and raw[key] not in allowed:
-            only = allowed[0] if allowed else None
-            raise ValueError(f"{key}: {raw[key]!r} is not supported; must be {only!r}")
+    check_values(raw)
     values: dict[str, Any] = {}
     for key, (name, kind) in _FIELDS.items():
         if raw.get(key) is not None:
@@ -188,15 +159,26 @@ def _check_family(raw: Mapping[str, Any], has_experts: bool) -> None:
 
 def _parse_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     # transformers 5 writes rope_parameters instead of rope_theta and rope_scaling
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling")
-    if scaling is None:
-        return {}
-    scaling = dict(typed("rope_scaling", scaling, dict))
     values: dict[str, Any] = {}
-    if "rope_theta" in scaling:
-        values["rope_theta"] = typed("rope_theta", scaling.pop("rope_theta"), float)
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    scaling.pop("type", None)
+    found: list[dict[str, Any]] = []
+    for key in ("rope_parameters", "rope_scaling"):
+        scaling = dict(typed(key, raw.get(key) or {}, dict))
+        if "rope_theta" in scaling:
+            values["rope_theta"] = typed("rope_theta", scaling.pop("rope_theta"), float)
+        old_name = scaling.pop("type", "default")
+        scaling.setdefault("rope_type", old_name)
+        if raw.get(key):
+            found.append(scaling)
+    if not found:
+        return {}
+    if found[0] != found[-1]:
+        raise ValueError("rope_scaling: differs from rope_parameters")
+    scaling = {key: value for key, value in found[0].items() if value is not None}
+    kind = scaling.pop("rope_type")
+    if scaling.get("partial_rotary_factor") == 1:
+        del scaling["partial_rotary_factor"]
+    if kind in ("linear", "dynamic") and scaling == {"factor": 1}:
+        return values  # positions are divided by 1
     if kind == "llama3":
         if set(scaling) != set(_ROPE_SCALING):
             raise ValueError(f"rope_scaling: llama3 requires {', '.join(_ROPE_SCALING)}")
@@ -213,15 +195,3 @@ def _ids(key: str, value: object) -> frozenset[int]:
         return frozenset()
     ids = value if isinstance(value, list) else [value]
     return frozenset(typed(key, token_id, int) for token_id in ids)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return raw

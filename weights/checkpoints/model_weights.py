@@ -9,6 +9,7 @@ from torch import Tensor
 
 from weights.checkpoints.device_loading import DeviceLoader
 from weights.checkpoints.tensor_files import StoredTensor, read_mapped
+from weights.errors import CheckpointError
 
 
 def mapped_weights(
@@ -19,10 +20,10 @@ def mapped_weights(
     ``dtype`` converts those that have another dtype; None keeps all as they are stored.
 
     Raises:
-        CheckpointError: a tensor cannot be read.
+        CheckpointError: a tensor cannot be read, or a value is NaN or infinite.
     """
     _raise_open_file_limit()
-    weights = {name: read_mapped(one) for name, one in stored.items()}
+    weights = {name: _finite(one, read_mapped(one)) for name, one in stored.items()}
     if dtype is None:
         return weights
     return {name: weight.to(dtype) for name, weight in weights.items()}
@@ -34,18 +35,31 @@ def device_weights(
     """Weights in a device's memory, by name; the device converts them to ``dtype``.
 
     Raises:
-        CheckpointError: a tensor cannot be read.
+        CheckpointError: a tensor cannot be read, or a value is NaN or infinite.
         torch.OutOfMemoryError: the device has not enough memory.
     """
     loader = DeviceLoader(device)
     weights = {name: loader.load(one, dtype) for name, one in stored.items()}
     loader.finish()
-    return weights
+    return {name: _finite(stored[name], weight) for name, weight in weights.items()}
 
 
 def weight_bytes(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> int:
     """Bytes of all weights in ``dtype``."""
     return dtype.itemsize * sum(math.prod(one.shape) for one in stored.values())
+
+
+def _finite(stored: StoredTensor, weight: Tensor) -> Tensor:
+    """The weight, after a look at its values, which takes little more than reading them."""
+    if not weight.numel() or weight.is_meta:
+        return weight
+    least, most = torch.aminmax(weight)
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise CheckpointError(
+            f"{stored.file}: tensor {stored.name} has values that are NaN or infinite; the file is"
+            " damaged"
+        )
+    return weight
 
 
 def _raise_open_file_limit() -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from weights.errors import CheckpointError
+from weights.text_files import ENCODING
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RECORDS_DTYPE = "U8"
@@ -217,7 +218,7 @@ def _dense_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = json.loads(index.read_text(encoding=ENCODING))["weight_map"]
             names = sorted(set(map(os.fspath, weight_map.values())))
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
             raise CheckpointError(

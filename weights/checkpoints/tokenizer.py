@@ -1,15 +1,18 @@
 """Tokenizers behind one protocol: text to token ids and back. Needs no torch."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-import sentencepiece
 import tokenizers
 
+from weights.checkpoints.added_tokens import ListedToken, read_tokenizer_config
+from weights.checkpoints.byte_tokens import BYTE_NAMES, byte_level, byte_tokens
+from weights.checkpoints.sentencepiece_tokenizer import SentencePieceTokenizer
+from weights.checkpoints.token_table import TokenTable
 from weights.errors import CheckpointError
+from weights.text_files import ENCODING
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,21 +24,25 @@ TOKENIZER_FILES = (
 )
 
 
-_BYTE_NAMES = [f"<0x{byte:02X}>" for byte in range(256)]
-# ByteLevel's characters for bytes: printable bytes stay, the others start at U+0100
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(0x100 + place): byte for place, byte in enumerate(_OTHERS)
-}
-
-
 class Tokenizer(Protocol):
-    """The tokenizer of a model. Unknown ids decode to empty text."""
+    """The tokenizer of a model. Unknown ids decode to empty text.
+
+    ``encode`` finds the names of special and added tokens in a text, as Hugging Face's code does.
+    """
 
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids of control tokens, which have no text: begin and end of sequence, for example."""
+        ...
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """The special tokens that ``encode`` adds before a text; empty if it adds none."""
+        ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The special tokens that ``encode`` adds after a text; empty if it adds none."""
         ...
 
     @property
@@ -44,7 +51,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of ``text``, by default with the model's special tokens (often a begin token)."""
+        """Ids of ``text``, by default between ``begin_ids`` and ``end_ids``."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes | None:
@@ -62,6 +69,15 @@ class Tokenizer(Protocol):
         """Text of one token, with its leading space; the name of a special token."""
         ...
 
+    def token_name(self, token_id: int) -> str:
+        r"""A name that no other token has, by which clients tell tokens apart.
+
+        It is the token's text. A token that has no text of its own, because it is a part of a
+        character or another token has the same text, is named by its bytes (``bytes:\xe2\x96``), or
+        by its id (``token_id:7``) if these are not known or are another token's name too.
+        """
+        ...
+
 
 class JsonTokenizer:
     """A ``tokenizer.json``, run by the tokenizers library."""
@@ -71,15 +87,17 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = tokenizer.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        vocabulary = tokenizer.get_vocab()
-        self.longest_token = max(map(len, vocabulary))
-        self._token_bytes: Callable[[int], bytes | None] = lambda token_id: None
-        if isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
-            self._token_bytes = cache(partial(_byte_level, tokenizer))
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab()
+        self.longest_token = max(map(len, self._vocabulary))
+        self._is_byte_level = isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel)
         # such names are byte tokens only if the decoder treats them as bytes
-        elif self.decode([vocabulary.get(_BYTE_NAMES[0x41], -1)]) == "A":
-            self._token_bytes = _byte_tokens(vocabulary).get
+        is_fallback = tokenizer.decode([self._vocabulary.get(BYTE_NAMES[0x41], 0)]) == "A"
+        byte_ids = byte_tokens(self._vocabulary) if is_fallback else {}
+        self._token_bytes = cache(self._byte_level) if self._is_byte_level else byte_ids.get
+        self._table = TokenTable(self._texts, self._token_bytes, byte_ids)
+        self.begin_ids, self.end_ids = _special_ends(tokenizer.encode("a"))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         # encode_batch releases the GIL, encode does not
@@ -91,99 +109,87 @@ class JsonTokenizer:
         return self._token_bytes(token_id)
 
     def decode(self, ids: Sequence[int]) -> str:
+        if self._is_byte_level:
+            data = (self._token_bytes(i) or b"" for i in ids if i not in self.special_ids)
+            return b"".join(data).decode(errors="replace")
         known = [token_id for token_id in ids if token_id >= 0]
         text: str = self._tokenizer.decode(known, skip_special_tokens=True)
         return text
 
     def token_text(self, token_id: int) -> str:
-        if token_id in self.special_ids:
-            return str(self._tokenizer.id_to_token(token_id))
-        return _text_after(self, token_id)
+        return self._table.text(token_id)
+
+    def token_name(self, token_id: int) -> str:
+        return self._table.name(token_id)
+
+    def _byte_level(self, token_id: int) -> bytes:
+        # the library takes some letters of added tokens for characters that stand for bytes
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        name = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
+        return byte_level(name) if name is not None else b""
+
+    def _texts(self) -> dict[int, str]:
+        special = {i: name for i, name in self._added.items() if i in self.special_ids}
+        if self._is_byte_level:
+            data = {i: byte_level(name) for name, i in self._vocabulary.items()}
+            return {i: one.decode(errors="replace") for i, one in data.items()} | self._added
+        # decode after some text, because many tokenizers drop the space of the first token
+        anchor = self.encode("a", add_special_tokens=False)
+        start = len(self.decode(anchor))
+        ids = list(self._vocabulary.values())
+        texts = self._tokenizer.decode_batch([[*anchor, i] for i in ids])
+        return {i: text[start:] for i, text in zip(ids, texts, strict=True)} | special
 
 
-class SentencePieceTokenizer:
-    """A ``tokenizer.model``, run by the sentencepiece library."""
-
-    def __init__(self, model: bytes, add_bos: bool = True) -> None:
-        """Load a serialised model; ``add_bos`` adds its begin token to every text.
-
-        Raises:
-            RuntimeError: the bytes are not a sentencepiece model.
-        """
-        self._processor = sentencepiece.SentencePieceProcessor()
-        self._processor.LoadFromSerializedProto(model)
-        self._bos_ids = [self._processor.bos_id()] if add_bos else []
-        self._num_pieces = self._processor.GetPieceSize()
-        pieces = range(self._num_pieces)
-        self.special_ids = frozenset(filter(self._processor.IsControl, pieces))
-        names = {self._processor.IdToPiece(i): i for i in pieces}
-        self.longest_token = max(map(len, names))
-        byte_names = {name: i for name, i in names.items() if self._processor.IsByte(i)}
-        self._byte_tokens = _byte_tokens(byte_names)
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._processor.EncodeAsIds(text)
-        return (self._bos_ids if add_special_tokens else []) + ids
-
-    def token_bytes(self, token_id: int) -> bytes | None:
-        return self._byte_tokens.get(token_id)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._processor.DecodeIds([i for i in ids if 0 <= i < self._num_pieces])
-        return text
-
-    def token_text(self, token_id: int) -> str:
-        if token_id in self.special_ids:
-            return str(self._processor.IdToPiece(token_id))
-        return _text_after(self, token_id)
+def _special_ends(encoding: tokenizers.Encoding) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that were added before and after a text."""
+    is_special = encoding.special_tokens_mask
+    start = [*is_special, 0].index(0)
+    end = len(is_special) - [*reversed(is_special[start:]), 0].index(0)
+    return tuple(encoding.ids[:start]), tuple(encoding.ids[end:])
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's ``tokenizer.json``, or else its ``tokenizer.model``.
+    """The folder's ``tokenizer.json``, or else its ``tokenizer.model``, with its added tokens.
+
+    Whether ``tokenizer.json`` adds a begin or an end token is its own affair, as for
+    ``AutoTokenizer``: add_bos_token and add_eos_token of tokenizer_config.json are for
+    ``tokenizer.model``.
 
     Raises:
-        CheckpointError: neither file exists, or it cannot be read.
+        CheckpointError: neither file exists, or a file cannot be read.
     """
+    config = read_tokenizer_config(folder)
     path = folder / "tokenizer.json"
     if path.exists():
         try:
-            return JsonTokenizer(tokenizers.Tokenizer.from_file(str(path)))
+            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding=ENCODING))
+            tokenizer.encode_special_tokens = config.splits_special
+            _add_tokens(tokenizer, config.listed)
+            return JsonTokenizer(tokenizer)
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{path}: {error}") from None
     path = folder / "tokenizer.model"
     if not path.exists():
         raise CheckpointError(f"{folder}: has neither tokenizer.json nor tokenizer.model")
     try:
-        return SentencePieceTokenizer(path.read_bytes(), _adds_bos(folder))
+        return SentencePieceTokenizer(path.read_bytes(), config)
     except (RuntimeError, OSError) as error:
         raise CheckpointError(f"{path}: not a sentencepiece model ({error})") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
-def _byte_tokens(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
-    """Tokens that stand for one byte each (byte fallback)."""
-    return {vocabulary[n]: bytes([i]) for i, n in enumerate(_BYTE_NAMES) if n in vocabulary}
-
-
-def _byte_level(tokenizer: tokenizers.Tokenizer, token_id: int) -> bytes:
-    name = tokenizer.id_to_token(token_id) if token_id >= 0 else None
-    if name is None:
-        return b""
-    if _BYTE_OF.keys() >= set(name):
-        return bytes(_BYTE_OF[character] for character in name)
-    return str(name).encode()  # an added token
-
-
-def _text_after(tokenizer: Tokenizer, token_id: int) -> str:
-    # decode after some text, because many tokenizers drop the space of the first token
-    anchor = tokenizer.encode("a", add_special_tokens=False)
-    return tokenizer.decode([*anchor, token_id])[len(tokenizer.decode(anchor)) :]
-
-
-def _adds_bos(folder: Path) -> bool:
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return True
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8")).get("add_bos_token", True))
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a JSON object ({error})") from None
+def _add_tokens(tokenizer: tokenizers.Tokenizer, listed: Sequence[ListedToken]) -> None:
+    """Add the tokens that tokenizer.json has not added itself."""
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    new = [one for one in listed if one.token.content not in added]
+    unknown = [one for one in new if tokenizer.token_to_id(one.token.content) is None]
+    tokenizer.add_tokens([one.token for one in new])
+    for token, token_id in unknown:
+        found = tokenizer.token_to_id(token.content)
+        if token_id is not None and found != token_id:
+            raise ValueError(
+                f"{token.content!r} gets the id {found}, but is listed with {token_id}"
+            )

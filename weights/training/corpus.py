@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from weights.errors import DataError
+from weights.text_files import ENCODING, MARK
 
 _SUFFIXES = (".txt", ".jsonl")
 
@@ -49,7 +50,7 @@ def documents(files: Sequence[Path]) -> Iterator[str]:
 
 def _whole(file: Path) -> str:
     try:
-        return _checked(file.read_text(encoding="utf-8"), f"{file}")
+        return _checked(file.read_text(encoding=ENCODING), f"{file}")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 (byte {error.start})") from None
     except OSError as error:
@@ -64,8 +65,9 @@ def json_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     is_empty = True
     try:
-        with open(file, encoding="utf-8") as lines:
+        with open(file, encoding=ENCODING) as lines:
             for number, line in enumerate(lines, 1):
+                line = line.removeprefix(MARK)  # files that were joined have several marks
                 if not line.strip():
                     continue
                 is_empty = False
@@ -98,4 +100,8 @@ def _lines(file: Path) -> Iterator[str]:
 def _checked(text: str, where: str) -> str:
     if not text.strip():
         raise DataError(f"{where}: is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can write it, UTF-8 cannot
+        raise DataError(f"{where}: has a lone surrogate") from None
     return text

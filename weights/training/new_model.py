@@ -13,7 +13,8 @@ from engine.model.transformer import Transformer
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.tables.trained import TrainedTable
 from weights.checkpoints.checkpoint import open_checkpoint
-from weights.checkpoints.config_json import IGNORED_KEYS, config_to_json, parse_model
+from weights.checkpoints.config_json import config_to_json, parse_model
+from weights.checkpoints.config_keys import IGNORED_KEYS
 from weights.checkpoints.table_files import read_rows
 from weights.checkpoints.tensor_files import StoredTensor, read_mapped
 from weights.training.initialise import initialise, initialise_table

@@ -16,8 +16,10 @@ _CHANGEABLE = (
 )
 
 
-def check_settings(folder: Path, config: TrainConfig) -> None:
-    """Save the settings, or compare them with the saved ones.
+def check_settings(folder: Path, config: TrainConfig, *, has_begun: bool) -> None:
+    """Save the settings, or compare them with the saved ones if the run ``has_begun``.
+
+    A run begins with its first checkpoint: what failed before that binds nobody.
 
     Raises:
         TrainingError: a setting differs from the saved one; the message names it.
@@ -25,7 +27,7 @@ def check_settings(folder: Path, config: TrainConfig) -> None:
     path = folder / "settings.json"
     settings = json.loads(json.dumps(asdict(config)))
     try:
-        if not path.exists():
+        if not has_begun or not path.exists():
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             partial.rename(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import ConfigError
+from weights.text_files import ENCODING
 
 Section = TypeVar("Section")
 
@@ -146,7 +147,7 @@ def read_train_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
             the message names it.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding=ENCODING))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

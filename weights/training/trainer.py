@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.errors import ConfigError
 from engine.model.flops import forward_flops
 from weights.errors import TrainingError
+from weights.training.data_source import discard_stale_data
 from weights.training.loss import batch_loss
 from weights.training.new_model import model_config, new_model
 from weights.training.optimizer import Optimizer, lr_share
@@ -152,8 +153,12 @@ class Trainer:
                 states.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise TrainingError(f"{folder}: {error.strerror}") from None
-            check_settings(folder, config)
+            has_begun = bool(saved_states(states))
+            check_settings(folder, config, has_begun=has_begun)
             remove_leftovers(states)
+            if not has_begun:
+                run = config.run
+                discard_stale_data(folder / "data", config.data, run.seed, run.init_from)
         data = prepare_data(config.data, folder / "data", config.run.seed, config.run.init_from)
         if self._replicas.is_first:
             self._replicas.wait()

@@ -11,12 +11,8 @@ from pathlib import Path
 import sentencepiece
 
 from weights.checkpoints.config_json import read_config
-from weights.checkpoints.tokenizer import (
-    TOKENIZER_FILES,
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
+from weights.checkpoints.sentencepiece_tokenizer import SentencePieceTokenizer
+from weights.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from weights.errors import CheckpointError, DataError
 from weights.training.corpus import corpus_files, documents
 from weights.training.token_file import TokenFile
@@ -140,7 +136,7 @@ def _sentencepiece_text(model: bytes) -> TextTokens:
     bos_id, eos_id = processor.bos_id(), processor.eos_id()
     settings = json.dumps({"add_bos_token": bos_id >= 0}).encode()
     return TextTokens(
-        tokenizer=SentencePieceTokenizer(model, add_bos=bos_id >= 0),
+        tokenizer=SentencePieceTokenizer(model),
         files={"tokenizer.model": model, "tokenizer_config.json": settings},
         vocab_size=processor.GetPieceSize(),
         bos_id=bos_id if bos_id >= 0 else None,

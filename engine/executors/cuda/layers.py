@@ -44,14 +44,19 @@ class CudaLayer:
         """Return the new residual stream; ``kv_blocks`` are this layer's."""
         qkv_TF = self._qkv(residual_TD, norm=self._norm)
         q_THE = rotate_and_store(
-            qkv_TF, tokens.angles, tokens.kv_slots_T, kv_blocks, self._num_heads
+            qkv_TF,
+            tokens.positions_T,
+            tokens.angles,
+            tokens.kv_slots_T,
+            kv_blocks,
+            self._num_heads,
         )
         # rows of padding in a mixed step stay undefined; no other row reads them
         out_THE = torch.empty_like(q_THE)
         paged_attention(
             q_THE, kv_blocks, tokens.paged, num_splits=tokens.num_splits, out_THE=out_THE
         )
-        residual_TD = self._out(out_THE.flatten(1), residual_MN=residual_TD)
+        residual_TD = self._out(out_THE.flatten(1), residual_MO=residual_TD)
         return self.feed_forward.run(residual_TD, tokens, trace)
 
 
@@ -65,7 +70,7 @@ class CudaDense:
 
     def run(self, residual_TD: Tensor, tokens: StepTokens, trace: ForwardTrace) -> Tensor:
         hidden_TI = self._gate_up(residual_TD, norm=self._norm, is_gated=True)
-        return self._down(hidden_TI, residual_MN=residual_TD)
+        return self._down(hidden_TI, residual_MO=residual_TD)
 
 
 def _feed_forward(layer: DecoderLayer) -> CudaFeedForward:

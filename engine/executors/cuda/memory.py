@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from engine.executors.cuda.kernels.rms_norm import rms_norm
+from engine.executors.cuda.kernels.rms_norm import Norm, rms_norm
 from engine.executors.cuda.kernels.silu_gate import silu_gate
-from engine.executors.cuda.products import Norm, joined, norm_of
+from engine.executors.cuda.products import joined, norm_of
 from engine.executors.cuda.step_tokens import StepTokens
 from engine.executors.lookahead import PredictedMemory
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
@@ -64,11 +64,13 @@ class CudaMemory:
         gate_TV = None if self._gate is None else self._gate(x_TD)
         gate_T1 = None if self._output_gate is None else self._output_gate(x_TD)
         sum_TV = lookup.finish()
-        y_TV = sum_TV.to(x_TD.dtype) if gate_TV is None else silu_gate(gate_TV, sum_TV)
+        y_TV = sum_TV if gate_TV is None else silu_gate(gate_TV, sum_TV)
         if self._value is not None and gate_T1 is None:
-            return self._value(y_TV, residual_MN=residual_TD)
-        y_TD = y_TV if self._value is None else self._value(y_TV)
-        return residual_TD.add_(y_TD if gate_T1 is None else gate_T1.sigmoid() * y_TD)
+            return self._value(y_TV.to(x_TD.dtype), residual_MO=residual_TD)
+        y_TD = y_TV if self._value is None else self._value(y_TV.to(x_TD.dtype))
+        if gate_T1 is None:
+            return residual_TD.add_(y_TD)
+        return residual_TD.addcmul_(gate_T1.sigmoid(), y_TD)
 
     def _half_scores(self, x_TD: Tensor, norm: Norm | None = None) -> Tensor:
         memory = self._memory

@@ -38,5 +38,5 @@ class CudaMixture:
         x_TD = tokens.with_padding(rms_norm(residual_TD, *self._norm))
         logits_TE = self._router(x_TD)
         trace.router_logits.append(logits_TE)
-        y_TD = kernels.mixture(x_TD, logits_TE, self._gate_up_E2IK, self._down_EDI, self._top_k)
-        return residual_TD.add_(y_TD)
+        weights = self._gate_up_E2IK, self._down_EDI
+        return kernels.mixture(residual_TD, x_TD, logits_TE, *weights, self._top_k)

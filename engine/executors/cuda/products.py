@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.executors.cuda.kernels.linear import linear
+from engine.executors.cuda.kernels.linear_operands import LinearOperands
+from engine.executors.cuda.kernels.rms_norm import Norm
 from engine.model.norm import RmsNorm
-
-Norm = tuple[Tensor, float]
 
 
 class Product(NamedTuple):
@@ -22,19 +22,14 @@ class Product(NamedTuple):
         x_MK: Tensor,
         *,
         norm: Norm | None = None,
-        residual_MN: Tensor | None = None,
+        residual_MO: Tensor | None = None,
         is_gated: bool = False,
-        out: Tensor | None = None,
+        out_MO: Tensor | None = None,
     ) -> Tensor:
         """``norm(x) W^T + b``, gated or added to a residual stream in place; see ``linear``."""
+        out_MO = residual_MO if out_MO is None else out_MO
         return linear(
-            x_MK,
-            self.weight_NK,
-            bias_N=self.bias_N,
-            norm=norm,
-            residual_MN=residual_MN,
-            is_gated=is_gated,
-            out=residual_MN if out is None else out,
+            LinearOperands(x_MK, self.weight_NK, self.bias_N, norm, residual_MO, is_gated, out_MO)
         )
 
 

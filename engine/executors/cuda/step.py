@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from engine.executors.cuda.buckets import StepShape
@@ -17,6 +18,7 @@ from engine.executors.cuda.products import Product, norm_of
 from engine.executors.cuda.step_tokens import StepTokens
 from engine.executors.lookahead import Lookahead, LookaheadConfig
 from engine.model.forward_trace import ForwardTrace
+from engine.model.rotary import rope_angles
 from engine.model.transformer import Transformer
 
 
@@ -50,7 +52,10 @@ class DeviceModel:
         self.config, self.tables = model.config, model.tables
         self.head_VD = model.head.weight
         self._embedding_VD = model.model.embed_tokens.weight
-        self._rope_frequencies = model.rope_frequencies
+        positions_P = torch.arange(model.config.max_positions, device="cpu")
+        # computed on the CPU: the bits of the CPU executor
+        cos, sin = rope_angles(positions_P, model.rope_frequencies.cpu())
+        self._angles = cos.to(self.head_VD.device), sin.to(self.head_VD.device)
         self._layers = [CudaLayer(layer, model.config.num_heads) for layer in model.layers]
         self._norm, self._head = norm_of(model.model.norm), Product(self.head_VD)
         memories = [memory.predicted for memory in self.memories]
@@ -68,7 +73,7 @@ class DeviceModel:
         """Run a step of this shape; its inputs are those of ``InputLayout``."""
         update_block_table(state.block_table_PB, inputs["updates"], inputs["counts"][:1])
         residual_TD = embed(inputs["ids"], state.last_token_P, self._embedding_VD)
-        tokens = StepTokens.of(inputs, shape, state.block_table_PB, self._rope_frequencies)
+        tokens = StepTokens.of(inputs, shape, state.block_table_PB, self._angles)
         trace = ForwardTrace()
         for index, layer in enumerate(self._layers):
             if self._lookahead is not None:
@@ -77,7 +82,7 @@ class DeviceModel:
         if not shape.is_decode:
             residual_TD = residual_TD.index_select(0, inputs["logits_at"])
         logits_LV, chosen_L = self._outputs(shape.logits, state)
-        self._head(residual_TD, norm=self._norm, out=logits_LV)
+        self._head(residual_TD, norm=self._norm, out_MO=logits_LV)
         add_biases(logits_LV, inputs["bias_places"], inputs["bias_values"], inputs["counts"][1:])
         choose_tokens(
             logits_LV, inputs["choices"], inputs["row_seats"], chosen_L, state.last_token_P

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from engine.executors.cuda.buckets import StepShape
 from engine.executors.cuda.kernels.paged_step import PagedStep
-from engine.model.rotary import rope_angles
 
 
 @dataclass(frozen=True)
@@ -15,13 +14,15 @@ class StepTokens:
     """Positions, KV slots and sequences of T tokens.
 
     Attributes:
-        angles: rotary cosines and sines, fp32 ``[T, 1, E / 2]``.
+        positions_T: int64.
+        angles: rotary cosines and sines of all positions, fp32 ``[positions, 1, E / 2]``.
         kv_slots_T: int64, where keys and values are written: block * block size + offset.
         sources_T: int64, the token that a token of padding repeats; None if there is no such token
             whose rows are undefined.
         num_splits: parts of a decode's context that the attention kernel computes side by side.
     """
 
+    positions_T: Tensor
     angles: tuple[Tensor, Tensor]
     kv_slots_T: Tensor
     sources_T: Tensor | None
@@ -39,9 +40,9 @@ class StepTokens:
         inputs: Mapping[str, Tensor],
         shape: StepShape,
         block_table_PB: Tensor,
-        rope_frequencies: Tensor,
+        angles: tuple[Tensor, Tensor],
     ) -> "StepTokens":
-        """Views of a step's inputs, and its angles."""
+        """Views of a step's inputs."""
         paged = PagedStep(
             inputs["query_starts"],
             inputs["context_lengths"],
@@ -49,7 +50,8 @@ class StepTokens:
             block_table_PB,
             None if shape.is_decode else inputs["tiles"],
         )
-        angles = rope_angles(inputs["positions"], rope_frequencies)
         # the padding of a decode repeats the whole first sequence
         sources_T = None if shape.is_decode else inputs["sources"]
-        return cls(angles, inputs["kv_slots"], sources_T, paged, shape.num_splits)
+        return cls(
+            inputs["positions"], angles, inputs["kv_slots"], sources_T, paged, shape.num_splits
+        )

@@ -1,6 +1,7 @@
 """Step plans as batches: tokens of all chunks in a row, and results split by request again."""
 
 from engine.executors.batch import ScoredToken, StepResult, pending_id
+from engine.request import MemoryRead
 from engine.sampling.params import SamplingParams, TokenLogprobs
 from engine.scheduling.batching import Batcher, results_by_request
 from engine.scheduling.step_plan import PENDING, ChunkResult, SequenceChunk, StepPlan
@@ -40,9 +41,11 @@ def test_the_tokens_of_all_chunks_follow_one_another():
 
 def test_results_are_split_by_request():
     found = [TokenLogprobs(token_id, -1.0, 1, ()) for token_id in range(4)]
-    result = StepResult([6, 8, 1, 2], {4: found[0], 5: found[1], 6: found[2], 3: found[3]})
+    reads = (MemoryRead(1, (7,), (1.0,)),)
+    logprobs = {4: found[0], 5: found[1], 6: found[2], 3: found[3]}
+    result = StepResult([6, 8, 1, 2], logprobs, {0: reads, 1: (), 2: reads})
     assert results_by_request(PLAN, result) == {
         "a": ChunkResult((), (), tuple(found[:3])),
-        "b": ChunkResult((6, 8, 1)),
+        "b": ChunkResult((6, 8, 1), memory_reads=(reads, (), reads)),
         "c": ChunkResult((2,), (found[3],)),
     }

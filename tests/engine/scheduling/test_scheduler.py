@@ -7,14 +7,28 @@ from engine.request import Request, RequestError
 from engine.sampling.params import SamplingParams
 from engine.scheduling.kv_blocks import BlockPool
 from engine.scheduling.scheduler import PRIORITY_STEPS, Scheduler
+from engine.scheduling.speculation import Speculation
 from engine.scheduling.step_plan import ChunkResult, StepPlan
 
 EOS = 9
 
 
+class Scripted:
+    """A drafter that drafts what a function of the tokens returns."""
+
+    def __init__(self, propose):
+        self._propose = propose
+
+    def draft(self, token_ids, count, worth):
+        return self._propose(token_ids)[:count]
+
+
 def scheduler(num_blocks=64, propose=None, **config) -> Scheduler:
     settings = EngineConfig(**({"max_num_seqs": 4, "max_batched_tokens": 10} | config))
-    return Scheduler(settings, BlockPool(num_blocks, block_size=4), frozenset({EOS}), propose)
+    pool, speculation = BlockPool(num_blocks, block_size=4), None
+    if propose is not None:
+        speculation = Speculation(lambda: Scripted(propose), 8, balance_rows=8, vocab_size=10)
+    return Scheduler(settings, pool, frozenset({EOS}), speculation)
 
 
 def request(name: str, length: int, max_tokens: int = 5, priority=0, salt="", **sampling):
@@ -235,21 +249,21 @@ def test_max_tokens_ends_a_sequence():
 
 def test_accepted_drafts_are_kept_and_those_after_a_wrong_one_rolled_back():
     drafts = {2: [2, 3, 7], 5: [5]}
-    propose = lambda sequence: drafts.get(len(sequence.token_ids), [])  # noqa: E731
+    propose = lambda token_ids: drafts.get(len(token_ids), [])  # noqa: E731
     found = finish(propose, tokens=(1, 2, 3, 4, 5, 6, 7, 8), max_tokens=8)
     # after 1: drafts 2 and 3 are accepted; 7 is rejected and replaced by 4
     assert [ids for ids, _, _ in found[:3]] == [(1,), (2, 3, 4), (5, 6)]
 
 
 def test_an_end_token_among_drafts_ends_the_answer():
-    found = finish(lambda sequence: [2, EOS, 4][: 3 * (len(sequence.token_ids) == 2)])
+    found = finish(lambda token_ids: [2, EOS, 4][: 3 * (len(token_ids) == 2)])
     assert found[-1] == ((2, EOS), "stop", EOS)
 
 
 def test_drafts_never_exceed_max_tokens_nor_preempt():
-    found = finish(lambda sequence: [1, 1, 1, 1], tokens=(1,) * 9, max_tokens=3)
+    found = finish(lambda token_ids: [1, 1, 1, 1], tokens=(1,) * 9, max_tokens=3)
     assert [ids for ids, _, _ in found] == [(1, 1, 1)]
-    queue = scheduler(num_blocks=2, propose=lambda sequence: [1] * 4)
+    queue = scheduler(num_blocks=2, propose=lambda token_ids: [1] * 4)
     queue.add(request("a", 4, max_tokens=4), seed=0)
     queue.add(request("b", 3, max_tokens=1), seed=0)
     names(queue)

@@ -1,5 +1,7 @@
 """Options of the completions API over real HTTP: echo, logprobs, samples and others."""
 
+import codecs
+
 import pytest
 import torch
 
@@ -51,9 +53,10 @@ def test_logprobs_equal_the_full_log_softmax(memory_server, model, scores):
     ids = BYTES.encode("score") + choice["token_ids"]
     found = choice["logprobs"]
     assert found["token_logprobs"] == pytest.approx(scores(ids)[4:], abs=1e-4)
-    assert found["tokens"] == [BYTES.token_text(i) for i in choice["token_ids"]]
-    lengths = [len(token) for token in found["tokens"]]
-    assert found["text_offset"] == [sum(lengths[:at]) for at in range(6)]
+    assert found["tokens"] == [BYTES.token_name(i) for i in choice["token_ids"]]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    shown = [len(decoder.decode(BYTES.token_bytes(i) or b"")) for i in choice["token_ids"]]
+    assert found["text_offset"] == [sum(shown[:at]) for at in range(6)]
     lines = plain_logits(model, ids).log_softmax(-1)[4:-1]
     for line, top in zip(lines, found["top_logprobs"], strict=True):
         best = line.topk(2).values.tolist()

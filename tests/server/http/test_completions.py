@@ -49,6 +49,10 @@ def test_a_memory_model_gives_the_tokens_of_a_plain_forward_loop(memory_server, 
         "completion_tokens": 20,
         "total_tokens": len(ids) + 20,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }
     assert answer["object"] == "text_completion" and answer["model"] == "tiny-memory"
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.http.stop_strings import StopStrings
+from server.http.stop_strings import StopStrings, _Search
 
 LETTERS = st.text("ab", max_size=30)
 
@@ -63,3 +63,44 @@ def test_a_stop_string_can_be_included(parts, stops):
 def test_text_that_cannot_begin_a_stop_is_emitted_at_once():
     assert StopStrings(["xyz"]).push("abc") == ("abc", None)
     assert StopStrings([]).push("abc") == ("abc", None)
+
+
+NEARLY = st.sampled_from(["ab" * 8, "a" * 15 + "b", "aab" * 5 + "b", "b" + "a" * 12, "abacabadab"])
+
+
+@given(st.lists(st.one_of(NEARLY, LETTERS), max_size=8), st.lists(NEARLY, min_size=1, max_size=5))
+def test_long_stop_strings_that_nearly_match_are_found_where_they_end_first(parts, stops):
+    text = "".join(parts)
+    assert feed(parts, stops) == feed(list(text), stops) == exact(text, stops)
+
+
+@given(LETTERS, LETTERS, st.text("ab", min_size=1, max_size=4))
+def test_a_stop_string_does_not_begin_in_text_that_was_finished(before, after, stop):
+    cutter = StopStrings([stop])
+    text, found = cutter.push(before)
+    if found is None:
+        assert text + cutter.finish() == before
+        text, found = cutter.push(after)
+        assert (text + cutter.finish(), found) == exact(after, [stop])
+
+
+class CountedTable(list):
+    """A table that counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+@given(st.sampled_from(["a" * 1023 + "b", "ab" * 511 + "b", "a" * 511 + "b" + "a" * 512]))
+def test_the_cost_per_character_does_not_grow_with_the_stop_string(stop):
+    search = _Search(stop)
+    table = search._shorter = CountedTable(search._shorter)
+    text = (stop[:-1] * 5)[:4096]
+    for letter in text:
+        search.push(letter)
+        assert search.num_matched < len(stop)
+    # each character is compared a few times on average: to extend the table, and to search
+    assert table.reads <= 4 * len(text) and len(table) <= len(stop) + 1

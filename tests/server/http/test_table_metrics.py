@@ -91,6 +91,15 @@ def test_counters_continue_over_omitted_reports_and_engine_restarts():
     assert observe(counts(1, 250, hits=1), counts(2, 4)) == [462, 9]
 
 
+def test_drafts_have_vllm_s_names():
+    metrics = Metrics()
+    metrics.observe_step(EngineStatistics(drafts=2, draft_tokens=9, accepted_tokens=5))
+    metrics.observe_step(EngineStatistics(drafts=3, draft_tokens=10, accepted_tokens=6))
+    lines = metrics.render().decode().splitlines()
+    for name, value in (("drafts", 3), ("draft_tokens", 10), ("accepted_tokens", 6)):
+        assert f"memplus:spec_decode_num_{name}_total {value}.0" in lines
+
+
 @pytest.fixture
 def log():
     """(activity log, its lines, its clock)."""

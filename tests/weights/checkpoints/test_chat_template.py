@@ -108,7 +108,7 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(ChatTemplateError, match="not valid: TemplateSyntaxError"):
         ChatTemplate("{% if %}")
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match="tokenizer_config.json: not a JSON object"):
+    with pytest.raises(CheckpointError, match="tokenizer_config.json: expected a JSON object"):
         load_chat_template(tmp_path)
     with pytest.raises(CheckpointError, match="gone: cannot be read"):
         load_chat_template(tmp_path / "x", tmp_path / "gone")

@@ -292,28 +292,6 @@ def test_a_tensor_in_two_files_is_refused(folder):
         load_model(folder)
 
 
-def test_a_tied_head_may_be_stored_twice_if_equal(tmp_path):
-    folder = save_model(random_model(tiny_config(tie_embeddings=True)), tmp_path / "model")
-    embedding = "model.embed_tokens.weight"
-    rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
-    load_model(folder)
-    rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding] + 1}))
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
-        load_model(folder)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
-def test_a_tied_head_of_another_dtype_is_refused(tmp_path, dtype):
-    folder = save_model(random_model(tiny_config(tie_embeddings=True)), tmp_path / "model")
-    embedding = "model.embed_tokens.weight"
-    rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding].to(dtype)}))
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
-        load_model(folder)
-    rewrite(folder, lambda t: t.update({embedding: t[embedding].to(torch.int32)}))
-    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has dtype I32"):
-        load_model(folder)
-
-
 def test_rotary_buffers_of_old_checkpoints_are_ignored(folder):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(4)}))

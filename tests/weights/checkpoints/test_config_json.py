@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 
 from engine.model.config import MemoryConfig, MixtureConfig, RopeScaling
 from tests.models import feed_forward_changes, tiny_config
@@ -67,6 +68,58 @@ def test_rope_keys_of_old_and_new_transformers_are_read(tmp_path):
     assert old.rope_theta == new.rope_theta == plain.rope_theta == 500_000.0
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 1.0},
+        {"type": "dynamic", "factor": 1},
+        {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0},
+        {"rope_type": "linear", "factor": 1.0, "original_max_position_embeddings": None},
+        {},
+    ],
+)
+def test_rope_settings_that_change_nothing_are_accepted(tmp_path, scaling):
+    for changes in ({"rope_scaling": scaling}, {"rope_parameters": scaling | {"rope_theta": 5e5}}):
+        model = read(tmp_path, **changes).model
+        assert model.rope_scaling is None
+        assert model.rope_theta == (5e5 if "rope_parameters" in changes else 1e4)
+
+
+def test_the_same_rope_settings_may_stand_in_both_places(tmp_path):
+    both = {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 5e5, "type": "llama3"}}
+    model = read(tmp_path, **both, rope_scaling=LLAMA3_ROPE).model
+    assert (model.rope_scaling, model.rope_theta) == (RopeScaling(8.0, 1.0, 4.0, 8192), 5e5)
+    with pytest.raises(CheckpointError, match="rope_scaling: differs from rope_parameters"):
+        read(tmp_path, **both, rope_scaling=LLAMA3_ROPE | {"factor": 2.0})
+
+
+NEUTRAL = {
+    **transformers.LlamaConfig(**LLAMA).to_dict(),
+    "layer_types": ["full_attention"] * 4,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 2,
+    "quantization_config": None,
+    "auto_map": None,
+    "num_experts": None,
+    "partial_rotary_factor": 1.0,
+    "tokenizer_class": "LlamaTokenizer",
+    "neftune_noise_alpha": 5.0,
+    "pruned_heads": {},
+    "temperature": 0.6,
+}
+
+
+@pytest.mark.parametrize("key", sorted(set(NEUTRAL) - set(LLAMA)))
+def test_keys_that_change_nothing_are_accepted(key):
+    sliding = {"use_sliding_window": False} if key == "sliding_window" else {}
+    assert parse_model(LLAMA | sliding | {key: NEUTRAL[key]}) == parse_model(LLAMA)
+
+
+def test_a_config_that_hugging_face_writes_is_accepted():
+    assert parse_model(NEUTRAL) == parse_model(LLAMA)
+
+
 def test_generation_config_names_the_end_tokens(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     assert read(tmp_path).eos_ids == {2, 7}
@@ -83,6 +136,17 @@ def test_memory_layers_are_listed_one_by_one(tmp_path):
     [
         ({"sliding_window": 4096}, "sliding_window"),
         ({"quantization_config": {}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: unknown key"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_scaling"),
+        ({"rope_scaling": "linear"}, "rope_scaling: expected dict"),
         ({"hidden_size": "absent"}, "hidden_size"),
         ({"hidden_size": "64"}, "hidden_size"),
         ({"hidden_size": True}, "hidden_size"),

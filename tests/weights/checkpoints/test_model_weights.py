@@ -1,11 +1,16 @@
 """Weights read straight to a device equal those of mapped files."""
 
+from functools import partial
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
+from weights.checkpoints.tensor_files import list_file
+from weights.errors import CheckpointError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -39,3 +44,18 @@ def test_a_gpu_converts_weights_as_the_host_does(stored, dtype):
     found, wanted = device_weights(stored, dtype, GPU), mapped_weights(stored, dtype)
     for name, weight in wanted.items():
         assert found[name].device == GPU and torch.equal(found[name].cpu(), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, dtype, value):
+    weight = torch.randn(300, 70).to(dtype)
+    weight[123, 45] = value
+    save_file({"fine": torch.ones(3), "model.norm.weight": weight}, tmp_path / "a.safetensors")
+    stored = {one.name: one for one in list_file(tmp_path / "a.safetensors")}
+    for load in (
+        partial(mapped_weights, stored, None),
+        partial(device_weights, stored, dtype, CPU),
+    ):
+        with pytest.raises(CheckpointError, match=r"a.safetensors: tensor model.norm.weight has"):
+            load()

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from tests.models import byte_tokenizer, train_sentencepiece
 from weights.checkpoints.detokenizer import IncrementalDetokenizer
-from weights.checkpoints.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
+from weights.checkpoints.sentencepiece_tokenizer import SentencePieceTokenizer
+from weights.checkpoints.tokenizer import JsonTokenizer, load_tokenizer
 from weights.errors import CheckpointError
 
 BYTES = JsonTokenizer(byte_tokenizer())

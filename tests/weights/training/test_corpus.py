@@ -31,12 +31,24 @@ def test_folders_and_files_are_read_in_order(tmp_path):
         ("a.jsonl", b'["x"]', "line 1: expected a JSON object"),
         ("a.jsonl", b'{"text": 3}', "line 1: expected a JSON object with a string"),
         ("a.jsonl", json.dumps({"text": ""}).encode(), "line 1: is empty"),
+        ("a.jsonl", rb'{"text": "x \ud83d"}', "line 1: has a lone surrogate"),
+        ("a.txt", "text".encode("utf-16"), r"a.txt: not UTF-8 \(byte 0\)"),
     ],
 )
 def test_invalid_texts_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(documents(corpus_files([str(tmp_path)])))
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_byte_order_marks_and_line_ends_are_not_text(tmp_path, mark, ends):
+    lines = mark + '{"text": "one"}\n' + mark + '{"text": "two \ufeff"}\n' + mark + "\n"
+    (tmp_path / "a.jsonl").write_bytes(lines.replace("\n", ends).encode())
+    (tmp_path / "b.txt").write_bytes(f"{mark}two\nlines\n".replace("\n", ends).encode())
+    wanted = ["one", "two \ufeff", "two\nlines\n"]
+    assert list(documents(corpus_files([str(tmp_path)]))) == wanted
 
 
 def test_missing_paths_are_refused(tmp_path):

@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -533,3 +534,76 @@ def test_two_processes_train_like_one(config, tmp_path, kind):
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
     run(config(*changes, "run.steps=9", memory=kind != "moe"), tmp_path / "two", resume=True)
     assert len(losses(tmp_path / "two")) == 9
+
+
+def start(config, folder, resume=False) -> Trainer:
+    return Trainer(config, folder, resume=resume)
+
+
+def tokens(folder, name="train") -> bytes:
+    return (folder / "data" / name / "tokens.bin").read_bytes()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_setting_can_be_put_right(config, tmp_path, resume):
+    for wrong in ("model.hidden_siz=16", "model.num_attention_heads=3", "data.sequence_length=999"):
+        with pytest.raises(ConfigError):
+            start(config(wrong), tmp_path / "run", resume)
+    assert start(config(), tmp_path / "run", resume).step == 0
+
+
+def test_other_settings_are_allowed_until_the_first_checkpoint(config, tmp_path):
+    folder = tmp_path / "run"
+    start(config(), folder)
+    first = tokens(folder)
+    other = start(config("data.vocab_size=301", "optimizer.lr=1e-4"), folder)
+    assert tokens(folder) != first
+    other.run(lambda report: False)
+    with pytest.raises(TrainingError, match="optimizer.lr: must be 0.0001 to resume"):
+        start(config("data.vocab_size=301"), folder, resume=True)
+
+
+def rewrite(path, lines) -> None:
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    # as a later write would have: clocks of file systems are coarse
+    later = path.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+
+
+def test_texts_that_changed_before_the_first_checkpoint_are_tokenised_again(
+    config,
+    texts,
+    tmp_path,
+):
+    folder, held_out = tmp_path / "run", tmp_path / "held.txt"
+    held_out.write_bytes(b"caf\xe9")
+    changed = config(f'data.validation=["{held_out}"]', "data.validation_share=0")
+    with pytest.raises(DataError, match="not UTF-8"):
+        start(changed, folder)
+    first = tokens(folder)
+    held_out.write_text("red green makes green red")
+    again = start(changed, folder)
+    assert tokens(folder) == first and len(tokens(folder, "validation"))
+    rewrite(texts, [f"{line} {line[::-1]}" for line in texts.read_text().splitlines()])
+    assert start(changed, folder).step == again.step == 0
+    second = tokens(folder)
+    assert second != first and (folder / "data" / "tokenizer.model").exists()
+    # the same texts are not tokenised again
+    status = (folder / "data" / "train" / "tokens.bin").stat()
+    start(changed, folder).run(lambda report: False)
+    assert (folder / "data" / "train" / "tokens.bin").stat().st_ino == status.st_ino
+    # a run that has begun keeps its tokens
+    rewrite(texts, ["other texts"] * 400)
+    assert start(changed, folder, resume=True).step == 1
+    assert tokens(folder) == second
+
+
+def test_an_incomplete_record_and_missing_texts(config, texts, tmp_path):
+    folder = tmp_path / "run"
+    start(config(), folder)
+    (folder / "data" / "source.json").write_text("{")
+    (folder / "data" / "tokenizer.model").write_bytes(b"of another set of texts")
+    start(config(), folder)
+    texts.unlink()
+    with pytest.raises(DataError, match="no such file"):
+        start(config(), folder)

@@ -238,13 +238,16 @@ def _read_tokenizer(reader: gguf.GGUFReader) -> GgufTokenizer:
         model=model,
         pre=pre,
         tokens=tokens,
-        token_types=_value(reader, "tokenizer.ggml.token_type", [1] * len(tokens)),
-        scores=_value(reader, "tokenizer.ggml.scores", [0.0] * len(tokens)),
-        merges=_value(reader, "tokenizer.ggml.merges", []),
+        token_types=_required(reader, "tokenizer.ggml.token_type"),
+        # without them, text would silently get the ids of single letters
+        scores=_required(reader, "tokenizer.ggml.scores") if model == "llama" else (),
+        merges=_required(reader, "tokenizer.ggml.merges") if model == "gpt2" else (),
         bos_id=_token_id(reader, "bos"),
+        eos_id=_token_id(reader, "eos"),
         unknown_id=_token_id(reader, "unknown"),
         # llama.cpp's defaults, which depend on the tokenizer model
         add_bos=bool(_value(reader, "tokenizer.ggml.add_bos_token", default_bos)),
+        add_eos=bool(_value(reader, "tokenizer.ggml.add_eos_token", False)),
         add_space_prefix=bool(_value(reader, "tokenizer.ggml.add_space_prefix", model == "llama")),
         chat_template=_value(reader, "tokenizer.chat_template"),
     )

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
+from weights.checkpoints.sentencepiece_proto import BYTE, CONTROL, NORMAL, USER_DEFINED, field
+from weights.checkpoints.sentencepiece_tokenizer import SentencePieceTokenizer
 from weights.errors import CheckpointError
 
-# token types of llama.cpp and sentencepiece
-_CONTROL, _USER_DEFINED = 3, 4
 _BPE = 2  # sentencepiece's TrainerSpec.ModelType
 
 _LLAMA3_PATTERN = (
@@ -23,7 +24,10 @@ _LLAMA3_PATTERN = (
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """Tokenizer metadata of a GGUF file; fields are named after its keys."""
+    """Tokenizer metadata of a GGUF file; fields are named after its keys.
+
+    ``scores`` are those of a ``llama`` tokenizer, ``merges`` those of a ``gpt2`` tokenizer.
+    """
 
     model: str
     pre: str
@@ -32,8 +36,10 @@ class GgufTokenizer:
     scores: Sequence[float]
     merges: Sequence[str]
     bos_id: int | None
+    eos_id: int | None
     unknown_id: int | None
     add_bos: bool
+    add_eos: bool
     add_space_prefix: bool
     chat_template: str | None
 
@@ -42,10 +48,11 @@ def tokenizer_files(source: GgufTokenizer) -> dict[str, bytes]:
     """Content of the tokenizer files, by name.
 
     Raises:
-        CheckpointError: the tokenizer model or the pre-tokenizer is not supported; a guess would
-            silently produce wrong ids.
+        CheckpointError: the tokenizer model or the pre-tokenizer is not supported, or the metadata
+            are not a whole tokenizer; a guess would silently produce wrong ids.
     """
-    config: dict[str, Any] = {"add_bos_token": source.add_bos}
+    _check_tokens(source)
+    config: dict[str, Any] = {"add_bos_token": source.add_bos, "add_eos_token": source.add_eos}
     if source.chat_template is not None:
         config["chat_template"] = source.chat_template
     files = {"tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
@@ -70,14 +77,35 @@ def _byte_level_bpe(source: GgufTokenizer) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.pre_tokenizer = _pre_tokenizer(source.pre)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(_added(source, _CONTROL))
-    tokenizer.add_tokens(_added(source, _USER_DEFINED))
-    if source.add_bos and source.bos_id is not None:
-        bos = source.tokens[source.bos_id]
+    tokenizer.add_special_tokens(_added(source, CONTROL))
+    tokenizer.add_tokens(_added(source, USER_DEFINED))
+    begin = _special(source, source.bos_id if source.add_bos else None)
+    end = _special(source, source.eos_id if source.add_eos else None)
+    if begin or end:
+        names = [name for name, _ in begin], [name for name, _ in end]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, source.bos_id)]
+            single=[*names[0], "$A", *names[1]], special_tokens=list(dict.fromkeys(begin + end))
         )
     return tokenizer
+
+
+def _special(source: GgufTokenizer, token_id: int | None) -> list[tuple[str, int]]:
+    """The name and the id of a token, if there is one."""
+    return [] if token_id is None else [(source.tokens[token_id], token_id)]
+
+
+def _check_tokens(source: GgufTokenizer) -> None:
+    """Check that each token has one name, one type and one score."""
+    prefix, count = "tokenizer.ggml.", len(source.tokens)
+    for name, values in {"token_type": source.token_types, "scores": source.scores}.items():
+        if len(values) != count and not (name == "scores" and source.model == "gpt2"):
+            raise CheckpointError(f"{prefix}{name}: has {len(values)} entries for {count} tokens")
+    unknown = set(source.token_types) - set(range(NORMAL, BYTE + 1))
+    if unknown:
+        raise CheckpointError(f"{prefix}token_type: {min(unknown)} is not a type of tokens")
+    name, uses = Counter(source.tokens).most_common(1)[0]
+    if uses > 1:
+        raise CheckpointError(f"{prefix}tokens: {name!r} is the name of {uses} tokens")
 
 
 def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
@@ -99,7 +127,7 @@ def _split_merge(merge: str) -> tuple[str, str]:
 
 
 def _added(source: GgufTokenizer, token_type: int) -> list[AddedToken]:
-    special = token_type == _CONTROL
+    special = token_type == CONTROL
     return [
         AddedToken(token, special=special, normalized=False)
         for token, found in zip(source.tokens, source.token_types, strict=True)
@@ -111,29 +139,20 @@ def _sentencepiece_model(source: GgufTokenizer) -> bytes:
     """The pieces as a serialised ``sentencepiece.ModelProto``."""
     pieces = zip(source.tokens, source.scores, source.token_types, strict=True)
     model = b"".join(
-        _field(1, _field(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, kind))
+        field(1, field(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + field(3, kind))
         for piece, score, kind in pieces
     )
-    ids: Mapping[int, int | None] = {40: source.unknown_id, 41: source.bos_id}
-    trainer = _field(3, _BPE) + _field(35, 1)  # model_type, byte_fallback
+    ids: Mapping[int, int | None] = {40: source.unknown_id, 41: source.bos_id, 42: source.eos_id}
+    # model_type, byte_fallback
+    trainer = field(3, _BPE) + field(35, int(BYTE in source.token_types))
     for number, value in ids.items():
-        trainer += _field(number, value if value is not None else -1)
+        trainer += field(number, value if value is not None else -1)
     # name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
-    normalizer = _field(1, b"identity") + _field(3, int(source.add_space_prefix))
-    normalizer += _field(4, 0) + _field(5, 1)
-    return model + _field(2, trainer) + _field(3, normalizer)
-
-
-def _field(number: int, value: int | bytes) -> bytes:
-    """One protobuf field: a varint, or length and bytes."""
-    if isinstance(value, bytes):
-        return _varint(number << 3 | 2) + _varint(len(value)) + value
-    return _varint(number << 3) + _varint(value % 2**64)
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes(encoded) + bytes([value])
+    normalizer = field(1, b"identity") + field(3, int(source.add_space_prefix))
+    normalizer += field(4, 0) + field(5, 1)
+    model += field(2, trainer) + field(3, normalizer)
+    try:
+        SentencePieceTokenizer(model)
+    except RuntimeError as error:
+        raise CheckpointError(f"tokenizer.ggml.tokens: not a whole vocabulary ({error})") from None
+    return model

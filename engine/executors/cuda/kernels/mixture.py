@@ -1,107 +1,103 @@
-"""A mixture of experts without a host sync: torch routes tokens, Triton multiplies by experts.
+"""A mixture of experts as Triton kernels: routing, products by expert, the sum of each token's.
 
 Shape suffixes: T tokens, D model width, E experts, K experts per token, P = T * K pairs of a token
-and an expert, I width of an expert.
+and an expert, pair p being of token p // K, I width of an expert.
 """
 
 # triton and its kernels are untyped
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
+from torch.nn.functional import silu as torch_silu
 
 from engine.executors.cuda.kernels.product_tiles import block_m_for, launch_for, product_sums
+from engine.executors.cuda.kernels.routing import Routes, route
+from engine.executors.cuda.kernels.silu_gate import silu
 from engine.model.mixture import mix_experts
 from memory_ops.triton_kernels.launch import constant_row_stride, on_device_of
 
+# columns per program of the sum; not timed on a GPU
+_BLOCK, _NUM_WARPS = 2048, 4
+
 
 def mixture(
-    x_TD: Tensor, logits_TE: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, top_k: int
+    residual_TD: Tensor,
+    x_TD: Tensor,
+    logits_TE: Tensor,
+    gate_up_E2ID: Tensor,
+    down_EDI: Tensor,
+    top_k: int,
 ) -> Tensor:
-    """``engine.model.mixture.mix_experts`` of SwiGLU experts:
+    """Add ``engine.model.mixture.mix_experts`` of SwiGLU experts to a residual stream, in place:
 
-        y = sum over the K largest of p_e / (their sum) * down_e(silu(gate_e x) * up_e x)
+        y += sum over the K largest of p_e / (their sum) * down_e(silu(gate_e x) * up_e x)
 
     Kernels read the weights of chosen experts only, once per tile of at most 64 tokens. Grids
     depend on shapes alone, so that CUDA graphs can capture the call. A token's experts are added in
-    the order of their logits, without atomics.
+    the order of their logits, without atomics. Equal logits go to the smaller expert.
 
     Args:
+        residual_TD: y, in the dtype of x, with contiguous rows.
         x_TD: fp32, fp16 or bf16, normed, ``[T, D]`` with contiguous rows and any row stride.
-        logits_TE: the router's logits, floating.
+        logits_TE: the router's logits, fp32, fp16 or bf16, with contiguous rows.
         gate_up_E2ID: ``[E, 2 I, D]`` in the dtype of x, contiguous: gate rows, then up rows.
         down_EDI: ``[E, D, I]`` in the dtype of x, contiguous.
         top_k: K, 1 to E.
 
     Returns:
-        ``[T, D]`` in the dtype of x.
+        ``residual_TD``.
 
     Raises:
         ValueError: a shape, a dtype or a layout does not match.
     """
-    _check(x_TD, logits_TE, gate_up_E2ID, down_EDI, top_k)
-    num_tokens, width = x_TD.shape
-    inner = down_EDI.shape[2]
+    _check(residual_TD, x_TD, logits_TE, gate_up_E2ID, down_EDI, top_k)
+    (num_tokens, width), inner = x_TD.shape, down_EDI.shape[2]
     if not x_TD.numel():
-        return torch.empty_like(x_TD)
+        return residual_TD
     num_pairs = num_tokens * top_k
     block_m = block_m_for(triton.cdiv(num_pairs, len(down_EDI)))
-    routes = route(logits_TE, top_k, block_m)
+    routes = route(logits_TE, top_k)
     inner_PI = torch.empty((num_pairs, inner), dtype=x_TD.dtype, device=x_TD.device)
     out_PD = torch.empty((num_pairs, width), dtype=x_TD.dtype, device=x_TD.device)
     _multiply(x_TD, gate_up_E2ID, routes, inner_PI, block_m, pairs_per_row=top_k)
     _multiply(inner_PI, down_EDI, routes, out_PD, block_m, pairs_per_row=1)
-    return out_PD.view(num_tokens, top_k, width).sum(1)
-
-
-class Routes(NamedTuple):
-    """Pairs of a token and an expert, pair p being of token p // K, sorted by expert.
-
-    Attributes:
-        pairs_P: int64, sorted by expert, then by token.
-        weights_P: fp32, the share of each pair's expert, by pair.
-        pair_ends_E: int64, the end of each expert's part of ``pairs_P``.
-        tile_ends_E: int64, the end of each expert's tiles of at most BLOCK_M pairs.
-        num_tiles: an upper limit of the number of tiles, from shapes alone.
-    """
-
-    pairs_P: Tensor
-    weights_P: Tensor
-    pair_ends_E: Tensor
-    tile_ends_E: Tensor
-    num_tiles: int
-
-
-def route(logits_TE: Tensor, top_k: int, block_m: int) -> Routes:
-    """Choose each token's experts and tile the pairs, without a host sync."""
-    chosen_TK = logits_TE.float().softmax(-1).topk(top_k)
-    weights_TK = chosen_TK.values / chosen_TK.values.sum(-1, keepdim=True)
-    num_pairs, num_experts = chosen_TK.indices.numel(), logits_TE.shape[1]
-    experts_P, pairs_P = chosen_TK.indices.flatten().sort(stable=True)
-    experts_E = torch.arange(num_experts, device=experts_P.device)
-    pair_ends_E = torch.searchsorted(experts_P, experts_E, right=True)
-    counts_E = pair_ends_E - torch.searchsorted(experts_P, experts_E)
-    tile_ends_E = ((counts_E + block_m - 1) // block_m).cumsum(0)
-    # a tile of c pairs is at most (c + block_m - 1) / block_m tiles of pairs
-    num_tiles = (num_pairs + (block_m - 1) * min(num_experts, num_pairs)) // block_m
-    return Routes(pairs_P, weights_TK.flatten(), pair_ends_E, tile_ends_E, num_tiles)
+    with on_device_of(residual_TD):
+        _add_pairs[(num_tokens, triton.cdiv(width, _BLOCK))](
+            out_PD,
+            residual_TD,
+            WIDTH=width,
+            TOP_K=top_k,
+            STRIDE=constant_row_stride(residual_TD),
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+    return residual_TD
 
 
 def _check(
-    x_TD: Tensor, logits_TE: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, top_k: int
+    residual_TD: Tensor,
+    x_TD: Tensor,
+    logits_TE: Tensor,
+    gate_up_E2ID: Tensor,
+    down_EDI: Tensor,
+    top_k: int,
 ) -> None:
-    if x_TD.dim() != 2 or x_TD.stride(1) != 1:
-        found = f"{tuple(x_TD.shape)} with strides {x_TD.stride()}"
-        raise ValueError(f"x: expected [T, D], rows contiguous, got {found}")
+    for name, matrix in {"x": x_TD, "residual": residual_TD, "logits": logits_TE}.items():
+        if matrix.dim() != 2 or matrix.stride(1) != 1:
+            found = f"{tuple(matrix.shape)} with strides {matrix.stride()}"
+            raise ValueError(f"{name}: expected a matrix, rows contiguous, got {found}")
     num_tokens, width = x_TD.shape
     num_experts, inner = len(down_EDI), down_EDI.shape[-1]
     shapes = {
+        "residual": (residual_TD, (num_tokens, width)),
         "logits": (logits_TE, (num_tokens, num_experts)),
         "gate_up": (gate_up_E2ID, (num_experts, 2 * inner, width)),
         "down": (down_EDI, (num_experts, width, inner)),
@@ -113,6 +109,8 @@ def _check(
         if weight.dtype != x_TD.dtype or not weight.is_contiguous():
             found = f"{weight.dtype} with strides {weight.stride()}"
             raise ValueError(f"{name}: expected contiguous {x_TD.dtype}, got {found}")
+    if residual_TD.dtype != x_TD.dtype:
+        raise ValueError(f"residual: expected {x_TD.dtype}, got {residual_TD.dtype}")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k: {top_k} is outside [1, {num_experts}], the number of experts")
 
@@ -131,19 +129,21 @@ def _multiply(
     The first product, with several pairs per row, is gated; the second has the pairs' weights.
     """
     outputs, width = out_PO.shape[1], x_RC.shape[1]
+    num_pairs, num_experts = len(out_PO), len(weight_ENC)
     is_gated = weight_ENC.shape[1] == 2 * outputs
     launch = launch_for(weight_ENC, outputs, block_m, is_gated=is_gated)
+    # c pairs of an expert are at most (c + block_m - 1) / block_m tiles
+    num_tiles = (num_pairs + (block_m - 1) * min(num_experts, num_pairs)) // block_m
     with on_device_of(out_PO):
-        _multiply_pairs[(routes.num_tiles, triton.cdiv(outputs, launch.block_n))](
+        _multiply_pairs[(num_tiles, triton.cdiv(outputs, launch.block_n))](
             x_RC,
             weight_ENC,
             routes.pairs_P,
             None if is_gated else routes.weights_P,
-            routes.pair_ends_E,
-            routes.tile_ends_E,
+            routes.bounds_E1,
             out_PO,
-            NUM_EXPERTS=len(weight_ENC),
-            PADDED_EXPERTS=triton.next_power_of_2(len(weight_ENC)),
+            NUM_EXPERTS=num_experts,
+            PADDED_EXPERTS=triton.next_power_of_2(num_experts),
             PAIRS_PER_ROW=pairs_per_row,
             K=width,
             OUTPUTS=outputs,
@@ -162,8 +162,7 @@ def _multiply_pairs(
     weight_ptr,
     pairs_ptr,
     pair_weights_ptr,
-    pair_ends_ptr,
-    tile_ends_ptr,
+    bounds_ptr,
     out_ptr,
     NUM_EXPERTS: tl.constexpr,
     PADDED_EXPERTS: tl.constexpr,
@@ -177,19 +176,18 @@ def _multiply_pairs(
     BLOCK_K: tl.constexpr,
 ):
     """out[p] = gated product of x[p // PAIRS_PER_ROW], or pair_weights[p] * product, by expert."""
-    tile = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(0)
     experts = tl.arange(0, PADDED_EXPERTS)
-    is_expert = experts < NUM_EXPERTS
-    tile_ends = tl.load(tile_ends_ptr + experts, mask=is_expert, other=2**31)
-    pair_ends = tl.load(pair_ends_ptr + experts, mask=is_expert, other=0)
+    starts = tl.load(bounds_ptr + tl.minimum(experts, NUM_EXPERTS))
+    ends = tl.load(bounds_ptr + tl.minimum(experts + 1, NUM_EXPERTS))
+    tile_ends = tl.cumsum(tl.cdiv(ends - starts, BLOCK_M), axis=0)
     expert = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
     if expert >= NUM_EXPERTS:
         # fewer tiles than the shapes allow
         return
-    # where the experts before this one end
     first_tile = tl.max(tl.where(experts < expert, tile_ends, 0), axis=0)
-    first_pair = tl.max(tl.where(experts < expert, pair_ends, 0), axis=0)
-    last_pair = tl.sum(tl.where(experts == expert, pair_ends, 0), axis=0)
+    first_pair = tl.sum(tl.where(experts == expert, starts, 0), axis=0)
+    last_pair = tl.sum(tl.where(experts == expert, ends, 0), axis=0)
     places = first_pair + (tile - first_tile) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_pair = places < last_pair
     pairs = tl.load(pairs_ptr + places, mask=is_pair, other=0)
@@ -212,7 +210,7 @@ def _multiply_pairs(
         BLOCK_K,
     )
     if IS_GATED:
-        sums = sums / (1.0 + tl.exp(-sums)) * ups
+        sums = silu(sums) * ups
     else:
         weights = tl.load(pair_weights_ptr + pairs, mask=is_pair, other=0.0)
         sums *= weights[:, None]
@@ -221,17 +219,44 @@ def _multiply_pairs(
     tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def _add_pairs(
+    pairs_ptr,
+    residual_ptr,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """residual[t] += sum over k of pairs[t * K + k], in this order."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = columns < WIDTH
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for k in tl.static_range(TOP_K):
+        places = pairs_ptr + (token * TOP_K + k) * WIDTH + columns
+        sums += tl.load(places, mask=live, other=0.0).to(tl.float32)
+    places = residual_ptr + token * STRIDE + columns
+    sums += tl.load(places, mask=live, other=0.0).to(tl.float32)
+    tl.store(places, sums.to(residual_ptr.dtype.element_ty), mask=live)
+
+
 def mixture_reference(
-    x_TD: Tensor, logits_TE: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor, top_k: int
+    residual_TD: Tensor,
+    x_TD: Tensor,
+    logits_TE: Tensor,
+    gate_up_E2ID: Tensor,
+    down_EDI: Tensor,
+    top_k: int,
 ) -> Tensor:
     """``mixture`` in plain torch: the model's function of its experts."""
 
     def expert_of(gate_up_2ID: Tensor, down_DI: Tensor) -> Callable[[Tensor], Tensor]:
         def expert(x_LD: Tensor) -> Tensor:
             gate_LI, up_LI = linear(x_LD, gate_up_2ID).chunk(2, dim=1)
-            return linear(silu(gate_LI) * up_LI, down_DI)
+            return linear(torch_silu(gate_LI) * up_LI, down_DI)
 
         return expert
 
     experts = [expert_of(*weights) for weights in zip(gate_up_E2ID, down_EDI, strict=True)]
-    return mix_experts(x_TD, logits_TE, experts, top_k)
+    return residual_TD.add_(mix_experts(x_TD, logits_TE, experts, top_k))

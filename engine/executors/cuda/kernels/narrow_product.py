@@ -12,16 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.executors.cuda.kernels.linear_operands import LinearOperands
 from engine.executors.cuda.kernels.product_tiles import (
+    MOST_BLOCK_M,
     ProductLaunch,
     block_m_for,
     launch_for,
     product_sums,
 )
+from engine.executors.cuda.kernels.silu_gate import silu
 from memory_ops.triton_kernels.launch import constant_row_stride, on_device_of
-
-# a norm's weight [K] and eps
-Norm = tuple[Tensor, float]
 
 # split K if fewer programs than this would run, into parts of at least this width; not timed on a
 # GPU
@@ -34,17 +34,28 @@ def num_splits(launch: ProductLaunch, outputs: int, width: int) -> int:
     return max(1, min(_FEW_PROGRAMS // programs, width // _LEAST_WIDTH))
 
 
-def multiply_rows(
-    x_MK: Tensor,
-    weight_NK: Tensor,
-    bias_N: Tensor | None,
-    norm: Norm | None,
-    residual_MO: Tensor | None,
-    is_gated: bool,
-    out_MO: Tensor,
-) -> None:
-    """``narrow_linear`` on checked operands, into an ``out_MO`` that is not empty."""
-    (num_rows, outputs), width = out_MO.shape, x_MK.shape[1]
+def narrow_linear(operands: LinearOperands) -> Tensor:
+    """``linear`` of at most 64 rows as one Triton kernel, on checked operands.
+
+    It multiplies x by the norm's weight, rounds that to the dtype of x (an fp16 product above 65504
+    overflows), and multiplies the sums by ``1 / sqrt(mean(x^2) + eps)``. Sums are fp32; the result
+    is rounded once. If few programs would run, K is split and a second launch adds the parts in
+    order. A row's bits are the same every time and do not depend on the other rows.
+    """
+    x_MK, out_MO = operands.x_MK, operands.out_MO
+    assert len(x_MK) <= MOST_BLOCK_M
+    if out_MO is None:
+        shape = len(x_MK), operands.num_outputs
+        out_MO = torch.empty(shape, dtype=x_MK.dtype, device=x_MK.device)
+    if out_MO.numel():
+        _launch(operands, out_MO)
+    return out_MO
+
+
+def _launch(operands: LinearOperands, out_MO: Tensor) -> None:
+    x_MK, weight_NK, residual_MO = operands.x_MK, operands.weight_NK, operands.residual_MO
+    (num_rows, outputs), width, is_gated = out_MO.shape, x_MK.shape[1], operands.is_gated
+    norm_K, eps = operands.norm or (None, None)
     block_m = block_m_for(num_rows)
     launch = launch_for(weight_NK, outputs, block_m, is_gated=is_gated)
     splits = num_splits(launch, outputs, width)
@@ -54,76 +65,56 @@ def multiply_rows(
         shape = splits, 1 + is_gated, num_rows, outputs
         sums_SMO = torch.empty(shape, dtype=torch.float32, device=out_MO.device)
         squares_SM = torch.empty((splits, num_rows), dtype=torch.float32, device=out_MO.device)
-    tensors = (bias_N, residual_MO, out_MO, sums_SMO, squares_SM, num_rows)
+    tensors = x_MK, weight_NK, norm_K, operands.bias_N, residual_MO, out_MO, sums_SMO, squares_SM
     constants = {
         "K": width,
         "OUTPUTS": outputs,
         "SPLITS": splits,
-        "EPS": None if norm is None else norm[1],
+        "EPS": eps,
         "IS_GATED": is_gated,
+        "X_STRIDE": constant_row_stride(x_MK),
+        "WEIGHT_STRIDE": constant_row_stride(weight_NK),
         "RESIDUAL_STRIDE": 0 if residual_MO is None else constant_row_stride(residual_MO),
         "OUT_STRIDE": constant_row_stride(out_MO),
+        "STEPS": steps,
+        "IS_EVEN": steps * splits * launch.block_k == width,
         "BLOCK_M": block_m,
         "BLOCK_N": launch.block_n,
+        "BLOCK_K": launch.block_k,
     }
+    options = constants | launch.options()
     num_tiles = triton.cdiv(outputs, launch.block_n)
     with on_device_of(out_MO):
-        _multiply[(num_tiles, splits)](
-            x_MK,
-            weight_NK,
-            None if norm is None else norm[0],
-            *tensors,
-            **constants,
-            X_STRIDE=constant_row_stride(x_MK),
-            WEIGHT_STRIDE=constant_row_stride(weight_NK),
-            STEPS=steps,
-            IS_EVEN=steps * splits * launch.block_k == width,
-            BLOCK_K=launch.block_k,
-            **launch.options(),
-        )
+        _multiply[(num_tiles, splits)](*tensors, num_rows, ADDS_PARTS=False, **options)
         if splits > 1:
-            _add_splits[(num_tiles,)](
-                *tensors, **constants, num_warps=4, num_stages=1, enable_fp_fusion=True
-            )
+            _multiply[(num_tiles, 1)](*tensors, num_rows, ADDS_PARTS=True, **options)
 
 
 @triton.jit
-def _finish(
-    sums,
-    ups,
-    squares,
+def _added_parts(
+    sums_ptr,
+    squares_ptr,
     rows,
     columns,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
     num_rows,
-    K: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    EPS: tl.constexpr,
+    SPLITS: tl.constexpr,
     IS_GATED: tl.constexpr,
-    RESIDUAL_STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
 ):
-    """out = y + residual,  y = g or silu(g) * u,  g, u = (sums, ups) / sqrt(mean + EPS) + bias."""
-    live = (rows < num_rows)[:, None] & (columns < OUTPUTS)[None, :]
-    if EPS is not None:
-        factors = tl.rsqrt(squares / K + EPS)[:, None]
-        sums *= factors
-        ups *= factors
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + columns, mask=columns < OUTPUTS, other=0.0)
-        sums += bias.to(tl.float32)[None, :]
-    if IS_GATED:
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + OUTPUTS + columns, mask=columns < OUTPUTS, other=0.0)
-            ups += bias.to(tl.float32)[None, :]
-        sums = sums / (1.0 + tl.exp(-sums)) * ups
-    if residual_ptr is not None:
-        residual_ptrs = residual_ptr + rows[:, None] * RESIDUAL_STRIDE + columns[None, :]
-        sums += tl.load(residual_ptrs, mask=live, other=0.0).to(tl.float32)
-    out_ptrs = out_ptr + rows[:, None] * OUT_STRIDE + columns[None, :]
-    tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=live)
+    """The sums that ``_multiply`` stored, added in the order of the parts."""
+    is_row = rows < num_rows
+    live = is_row[:, None] & (columns < OUTPUTS)[None, :]
+    places = rows[:, None] * OUTPUTS + columns[None, :]
+    sums = tl.zeros(live.shape, dtype=tl.float32)
+    ups = tl.zeros(live.shape, dtype=tl.float32)
+    squares = tl.zeros(rows.shape, dtype=tl.float32)
+    for part in tl.static_range(SPLITS):
+        part_ptr = sums_ptr + part * (1 + IS_GATED) * num_rows * OUTPUTS
+        sums += tl.load(part_ptr + places, mask=live, other=0.0)
+        if IS_GATED:
+            ups += tl.load(part_ptr + num_rows * OUTPUTS + places, mask=live, other=0.0)
+        squares += tl.load(squares_ptr + part * num_rows + rows, mask=is_row, other=0.0)
+    return sums, ups, squares
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -142,43 +133,47 @@ def _multiply(
     SPLITS: tl.constexpr,
     EPS: tl.constexpr,
     IS_GATED: tl.constexpr,
-    RESIDUAL_STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     X_STRIDE: tl.constexpr,
     WEIGHT_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
     STEPS: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ADDS_PARTS: tl.constexpr,
 ):
-    """``_finish`` of one tile of columns, or the sums of one part of K for ``_add_splits``."""
+    """out = y + residual,  y = g or silu(g) * u,  g, u = norm(x) W^T + bias, by tile of columns.
+
+    If K is split, one launch stores the sums of each part, and the next one adds them in order.
+    """
     split = tl.program_id(1)
     rows = tl.arange(0, BLOCK_M).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sums, ups, squares = product_sums(
-        x_ptr + rows * X_STRIDE,
-        rows < num_rows,
-        weight_ptr + columns.to(tl.int64) * WEIGHT_STRIDE,
-        columns < OUTPUTS,
-        norm_ptr,
-        split * STEPS * BLOCK_K,
-        K,
-        STEPS,
-        IS_EVEN,
-        IS_GATED,
-        OUTPUTS * WEIGHT_STRIDE,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    if SPLITS == 1:
-        _finish(
-            sums, ups, squares, rows, columns, bias_ptr, residual_ptr, out_ptr, num_rows,
-            K, OUTPUTS, EPS, IS_GATED, RESIDUAL_STRIDE, OUT_STRIDE,
-        )  # fmt: skip
+    if ADDS_PARTS:
+        sums, ups, squares = _added_parts(
+            sums_ptr, squares_ptr, rows, columns, num_rows, OUTPUTS, SPLITS, IS_GATED
+        )
     else:
-        live = (rows < num_rows)[:, None] & (columns < OUTPUTS)[None, :]
+        sums, ups, squares = product_sums(
+            x_ptr + rows * X_STRIDE,
+            rows < num_rows,
+            weight_ptr + columns.to(tl.int64) * WEIGHT_STRIDE,
+            columns < OUTPUTS,
+            norm_ptr,
+            split * STEPS * BLOCK_K,
+            K,
+            STEPS,
+            IS_EVEN,
+            IS_GATED,
+            OUTPUTS * WEIGHT_STRIDE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+    live = (rows < num_rows)[:, None] & (columns < OUTPUTS)[None, :]
+    if SPLITS > 1 and not ADDS_PARTS:
         places = rows[:, None] * OUTPUTS + columns[None, :]
         part_ptr = sums_ptr + split.to(tl.int64) * (1 + IS_GATED) * num_rows * OUTPUTS
         tl.store(part_ptr + places, sums, mask=live)
@@ -187,41 +182,21 @@ def _multiply(
         # every tile of columns has the same sums of squares
         is_first = (rows < num_rows) & (tl.program_id(0) == 0)
         tl.store(squares_ptr + split * num_rows + rows, squares, mask=is_first)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _add_splits(
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    sums_ptr,
-    squares_ptr,
-    num_rows,
-    K: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    EPS: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    RESIDUAL_STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """``_finish`` of the parts' sums, added in the order of the parts."""
-    rows = tl.arange(0, BLOCK_M).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = (rows < num_rows)[:, None] & (columns < OUTPUTS)[None, :]
-    places = rows[:, None] * OUTPUTS + columns[None, :]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    ups = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for split in range(SPLITS):
-        part_ptr = sums_ptr + split * (1 + IS_GATED) * num_rows * OUTPUTS
-        sums += tl.load(part_ptr + places, mask=live, other=0.0)
+    else:
+        if EPS is not None:
+            factors = tl.rsqrt(squares / K + EPS)[:, None]
+            sums *= factors
+            ups *= factors
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + columns, mask=columns < OUTPUTS, other=0.0)
+            sums += bias.to(tl.float32)[None, :]
         if IS_GATED:
-            ups += tl.load(part_ptr + num_rows * OUTPUTS + places, mask=live, other=0.0)
-        squares += tl.load(squares_ptr + split * num_rows + rows, mask=rows < num_rows, other=0.0)
-    _finish(
-        sums, ups, squares, rows, columns, bias_ptr, residual_ptr, out_ptr, num_rows,
-        K, OUTPUTS, EPS, IS_GATED, RESIDUAL_STRIDE, OUT_STRIDE,
-    )  # fmt: skip
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + OUTPUTS + columns, mask=columns < OUTPUTS, other=0.0)
+                ups += bias.to(tl.float32)[None, :]
+            sums = silu(sums) * ups
+        if residual_ptr is not None:
+            residual_ptrs = residual_ptr + rows[:, None] * RESIDUAL_STRIDE + columns[None, :]
+            sums += tl.load(residual_ptrs, mask=live, other=0.0).to(tl.float32)
+        out_ptrs = out_ptr + rows[:, None] * OUT_STRIDE + columns[None, :]
+        tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=live)

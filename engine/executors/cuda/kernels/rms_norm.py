@@ -1,4 +1,4 @@
-"""RMSNorm as a Triton kernel, with the residual sum before it.
+"""RMSNorm as a Triton kernel.
 
 Shape suffixes: T tokens, D width of a row, W rows of the norm's weight.
 """
@@ -14,23 +14,23 @@ from torch import Tensor
 from engine.model import norm as model_norm
 from memory_ops.triton_kernels.launch import on_device_of
 
+# a norm's weight [D] and eps
+Norm = tuple[Tensor, float]
+
 # (largest width, warps per row); not timed on a GPU
 _WARPS = ((256, 1), (4096, 4), (1 << 20, 8))
 
 
-def rms_norm(
-    x_TD: Tensor, weight_D: Tensor, eps: float, *, delta_TD: Tensor | None = None
-) -> Tensor:
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """``engine.model.norm.rms_norm``, with the same rounding:
 
-        x += delta;    y = x / sqrt(mean(x^2) + eps) * weight
+        y = x / sqrt(mean(x^2) + eps) * weight
 
     Args:
         x_TD: fp32, fp16 or bf16, ``[T, ..., D]``. Tokens may have any stride; the values of one
             token are contiguous.
         weight_D: ``[D]``, or ``[W, D]`` if W is the last dimension but one of x: a weight for each.
         eps: added to the mean.
-        delta_TD: added to x in place, in the shape of x.
 
     Returns:
         y, contiguous, in the shape and dtype of x.
@@ -38,7 +38,7 @@ def rms_norm(
     Raises:
         ValueError: a shape or a layout does not match.
     """
-    _check(x_TD, weight_D, delta_TD)
+    _check(x_TD, weight_D)
     out = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     if out.numel():
         width = x_TD.shape[-1]
@@ -46,15 +46,14 @@ def rms_norm(
         with on_device_of(x_TD):
             _rms_norm[(len(x_TD) * per_token,)](
                 x_TD,
-                delta_TD,
                 weight_D,
                 out,
                 EPS=eps,
                 WIDTH=width,
                 PER_TOKEN=per_token,
                 WEIGHT_ROWS=weight_D.numel() // width,
-                X_STRIDE=_token_stride(x_TD),
-                DELTA_STRIDE=0 if delta_TD is None else _token_stride(delta_TD),
+                # a single token's stride may be any number
+                X_STRIDE=x_TD.stride(0) if len(x_TD) > 1 else x_TD.numel(),
                 BLOCK=triton.next_power_of_2(width),
                 num_warps=next(warps for most, warps in _WARPS if width <= most),
                 num_stages=1,
@@ -63,7 +62,7 @@ def rms_norm(
     return out
 
 
-def _check(x_TD: Tensor, weight_D: Tensor, delta_TD: Tensor | None) -> None:
+def _check(x_TD: Tensor, weight_D: Tensor) -> None:
     if x_TD.dim() < 2 or weight_D.shape not in (x_TD.shape[-1:], x_TD.shape[-2:]):
         shapes = f"{tuple(weight_D.shape)} for {tuple(x_TD.shape)}"
         raise ValueError(f"weight: expected the last one or two dimensions of x, got {shapes}")
@@ -71,24 +70,13 @@ def _check(x_TD: Tensor, weight_D: Tensor, delta_TD: Tensor | None) -> None:
         raise ValueError("weight: two dimensions, expected one for an x of [T, D]")
     if not weight_D.is_contiguous():
         raise ValueError(f"weight: expected contiguous values, got strides {weight_D.stride()}")
-    for name, tensor in {"x": x_TD, "delta": delta_TD}.items():
-        if tensor is not None and tensor.shape != x_TD.shape:
-            shapes = f"{tuple(tensor.shape)} for {tuple(x_TD.shape)}"
-            raise ValueError(f"{name}: expected the shape of x, got {shapes}")
-        if tensor is not None and len(tensor) and not tensor[0].is_contiguous():
-            found = tensor.stride()
-            raise ValueError(f"{name}: expected contiguous values per token, got strides {found}")
-
-
-def _token_stride(x_TD: Tensor) -> int:
-    """The stride of tokens, a constant of the kernel; a single token's stride may be any number."""
-    return x_TD.stride(0) if len(x_TD) > 1 else x_TD.numel()
+    if len(x_TD) and not x_TD[0].is_contiguous():
+        raise ValueError(f"x: expected contiguous values per token, got strides {x_TD.stride()}")
 
 
 @triton.jit
 def _rms_norm(
     x_ptr,
-    delta_ptr,
     weight_ptr,
     out_ptr,
     EPS: tl.constexpr,
@@ -96,32 +84,22 @@ def _rms_norm(
     PER_TOKEN: tl.constexpr,
     WEIGHT_ROWS: tl.constexpr,
     X_STRIDE: tl.constexpr,
-    DELTA_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x[r] += delta[r];  out[r] = weight[r % W] * (x[r] / sqrt(mean(x[r]^2) + eps)), by row r."""
+    """out[r] = weight[r % W] * (x[r] / sqrt(mean(x[r]^2) + eps)), by row r."""
     row = tl.program_id(0).to(tl.int64)
     token, part = row // PER_TOKEN, row % PER_TOKEN
     columns = tl.arange(0, BLOCK)
     live = columns < WIDTH
-    x_ptrs = x_ptr + token * X_STRIDE + part * WIDTH + columns
-    narrow = tl.load(x_ptrs, mask=live, other=0.0)
+    places = x_ptr + token * X_STRIDE + part * WIDTH + columns
+    narrow = tl.load(places, mask=live, other=0.0)
     x = narrow.to(tl.float32)
-    if delta_ptr is not None:
-        delta_ptrs = delta_ptr + token * DELTA_STRIDE + part * WIDTH + columns
-        x += tl.load(delta_ptrs, mask=live, other=0.0).to(tl.float32)
-        x = x.to(narrow.dtype).to(tl.float32)
-        tl.store(x_ptrs, x.to(narrow.dtype), mask=live)
     normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + EPS)
     weight = tl.load(weight_ptr + row % WEIGHT_ROWS * WIDTH + columns, mask=live, other=0.0)
     y = weight.to(tl.float32) * normed.to(narrow.dtype).to(tl.float32)
     tl.store(out_ptr + row * WIDTH + columns, y.to(narrow.dtype), mask=live)
 
 
-def rms_norm_reference(
-    x_TD: Tensor, weight_D: Tensor, eps: float, *, delta_TD: Tensor | None = None
-) -> Tensor:
-    """``rms_norm`` in plain torch: x += delta, then the model's norm."""
-    if delta_TD is not None:
-        x_TD += delta_TD
+def rms_norm_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """``rms_norm`` in plain torch: the model's norm."""
     return model_norm.rms_norm(x_TD, weight_D, eps)

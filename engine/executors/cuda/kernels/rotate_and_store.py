@@ -1,6 +1,6 @@
 """Rotary positions of queries and keys, and the write of keys and values, as one Triton kernel.
 
-Symbols: T tokens, F = (H + 2 * G) * E, H query heads, G KV heads, E head size.
+Symbols: T tokens, F = (H + 2 * G) * E, H query heads, G KV heads, E head size, P positions.
 """
 
 # triton and its kernels are untyped
@@ -28,6 +28,7 @@ _OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 
 def rotate_and_store(
     qkv_TF: Tensor,
+    positions_T: Tensor,
     angles: tuple[Tensor, Tensor],
     kv_slots_T: Tensor,
     kv_blocks: Tensor,
@@ -39,9 +40,10 @@ def rotate_and_store(
 
     Args:
         qkv_TF: query, key and value heads of each token, fp32, bf16 or fp16, with any row stride.
-        angles: cosines and sines, contiguous fp32 ``[T, 1, E / 2]``.
-        kv_slots_T: int64, each token's block id * block_size + offset in the block. They are not
-            checked, because the host would have to wait for the device.
+        positions_T: int64, each token's position in its sequence, less than P.
+        angles: cosines and sines of all positions, contiguous fp32 ``[P, 1, E / 2]``.
+        kv_slots_T: int64, each token's block id * block_size + offset in the block. Positions and
+            KV slots are not checked, because the host would have to wait for the device.
         kv_blocks: one layer's ``[blocks, 2, G, block_size, E]`` in the dtype of ``qkv``, or uint8
             for fp8 codes, with any stride between blocks.
         num_heads: H.
@@ -52,7 +54,7 @@ def rotate_and_store(
     Raises:
         ValueError: a dtype, size or stride is not supported.
     """
-    _check(qkv_TF, angles, kv_blocks, num_heads)
+    _check(qkv_TF, positions_T, angles, kv_slots_T, kv_blocks, num_heads)
     num_kv_heads, block_size, head_dim = kv_blocks.shape[2:]
     num_all_heads, half = num_heads + 2 * num_kv_heads, head_dim // 2
     lanes = triton.next_power_of_2(half)
@@ -61,6 +63,7 @@ def rotate_and_store(
         with on_device_of(qkv_TF):
             _rotate_and_store[(len(qkv_TF), triton.cdiv(num_all_heads, heads))](
                 qkv_TF,
+                positions_T,
                 *angles,
                 kv_slots_T,
                 kernel_view(kv_blocks),
@@ -78,7 +81,12 @@ def rotate_and_store(
 
 
 def _check(
-    qkv_TF: Tensor, angles: tuple[Tensor, Tensor], kv_blocks: Tensor, num_heads: int
+    qkv_TF: Tensor,
+    positions_T: Tensor,
+    angles: tuple[Tensor, Tensor],
+    kv_slots_T: Tensor,
+    kv_blocks: Tensor,
+    num_heads: int,
 ) -> None:
     check_kv_dtype(kv_blocks, qkv_TF.dtype)
     num_kv_heads, _, head_dim = kv_blocks.shape[2:]
@@ -88,7 +96,11 @@ def _check(
         raise ValueError(f"qkv: expected rows of {width} contiguous values, got {found}")
     if len(kv_blocks) and not kv_blocks[0].is_contiguous():
         raise ValueError(f"kv_blocks: expected contiguous blocks, got {kv_blocks.stride()}")
-    shape = (len(qkv_TF), 1, head_dim // 2)
+    for name, ids in {"positions": positions_T, "kv_slots": kv_slots_T}.items():
+        if ids.shape != (len(qkv_TF),) or ids.dtype != torch.int64 or not ids.is_contiguous():
+            found = f"{ids.dtype} {tuple(ids.shape)}"
+            raise ValueError(f"{name}: expected a contiguous int64 [{len(qkv_TF)}], got {found}")
+    shape = (len(angles[0]), 1, head_dim // 2)
     for angle in angles:
         if angle.shape != shape or angle.dtype != torch.float32 or not angle.is_contiguous():
             raise ValueError(f"angles: expected contiguous fp32 {shape}, got {tuple(angle.shape)}")
@@ -98,12 +110,13 @@ def _queries(qkv_TF: Tensor, num_heads: int, head_dim: int) -> Tensor:
     return qkv_TF[:, : num_heads * head_dim].view(-1, num_heads, head_dim)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "kv_slots_ptr"])
 def _rotate_and_store(
     qkv_ptr,
+    positions_ptr,
     cos_ptr,
     sin_ptr,
-    slots_ptr,
+    kv_slots_ptr,
     kv_ptr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -126,8 +139,9 @@ def _rotate_and_store(
     places = qkv_ptr + token * ROW_STRIDE + heads[:, None] * (2 * HALF) + lanes[None, :]
     first = tl.load(places, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(places + HALF, mask=mask, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + token * HALF + lanes, mask=lanes < HALF, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + token * HALF + lanes, mask=lanes < HALF, other=0.0)[None, :]
+    angles = tl.load(positions_ptr + token) * HALF + lanes
+    cos = tl.load(cos_ptr + angles, mask=lanes < HALF, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + angles, mask=lanes < HALF, other=0.0)[None, :]
     rotates = (heads < NUM_HEADS + NUM_KV_HEADS)[:, None]
     new_first = tl.where(rotates, first * cos - second * sin, first)
     new_second = tl.where(rotates, second * cos + first * sin, second)
@@ -139,10 +153,10 @@ def _rotate_and_store(
     if kv_ptr.dtype.element_ty == tl.int8:
         new_first = fp8_codes(new_first.to(tl.float32))
         new_second = fp8_codes(new_second.to(tl.float32))
-    slot = tl.load(slots_ptr + token)
+    kv_slot = tl.load(kv_slots_ptr + token)
     # the keys of all heads, then the values of all heads
-    lines = (heads - NUM_HEADS) * BLOCK_SIZE + slot % BLOCK_SIZE
-    kv_places = kv_ptr + slot // BLOCK_SIZE * BLOCK_STRIDE + lines[:, None] * (2 * HALF)
+    lines = (heads - NUM_HEADS) * BLOCK_SIZE + kv_slot % BLOCK_SIZE
+    kv_places = kv_ptr + kv_slot // BLOCK_SIZE * BLOCK_STRIDE + lines[:, None] * (2 * HALF)
     kv_places += lanes[None, :]
     tl.store(kv_places, new_first, mask=mask & ~is_query)
     tl.store(kv_places + HALF, new_second, mask=mask & ~is_query)
@@ -150,18 +164,20 @@ def _rotate_and_store(
 
 def rotate_and_store_reference(
     qkv_TF: Tensor,
+    positions_T: Tensor,
     angles: tuple[Tensor, Tensor],
     kv_slots_T: Tensor,
     kv_blocks: Tensor,
     num_heads: int,
 ) -> Tensor:
     """Like ``rotate_and_store``, in separate steps."""
+    cos, sin = (angle.index_select(0, positions_T) for angle in angles)
     num_kv_heads, block_size, head_dim = kv_blocks.shape[2:]
     q_THE = _queries(qkv_TF, num_heads, head_dim)
     kv_TGE = qkv_TF[:, num_heads * head_dim :].unflatten(1, (2 * num_kv_heads, head_dim))
     k_TGE, v_TGE = kv_TGE.chunk(2, dim=1)
-    q_THE.copy_(rotate(q_THE, angles))
-    kv_T2GE = torch.stack((rotate(k_TGE, angles), v_TGE), dim=1)
+    q_THE.copy_(rotate(q_THE, (cos, sin)))
+    kv_T2GE = torch.stack((rotate(k_TGE, (cos, sin)), v_TGE), dim=1)
     if kv_blocks.dtype == torch.uint8:
         kv_T2GE = fp8_codes_reference(kv_T2GE)
     kv_blocks[kv_slots_T // block_size, :, :, kv_slots_T % block_size] = kv_T2GE

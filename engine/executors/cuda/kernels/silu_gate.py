@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import silu as torch_silu
 
 from memory_ops.triton_kernels.launch import constant_row_stride, on_device_of
 
@@ -62,6 +62,12 @@ def silu_gate(gate_TI: Tensor, x_TI: Tensor, out: Tensor | None = None) -> Tenso
 
 
 @triton.jit
+def silu(x):
+    """x / (1 + exp(-x)) of fp32 values."""
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
 def _silu_gate(
     gate_ptr,
     x_ptr,
@@ -72,13 +78,12 @@ def _silu_gate(
     OUT_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[t, i] = gate[t, i] / (1 + exp(-gate[t, i])) * x[t, i]."""
+    """out[t, i] = silu(gate[t, i]) * x[t, i]."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = columns < WIDTH
     narrow = tl.load(gate_ptr + token * GATE_STRIDE + columns, mask=live, other=0.0)
-    gate = narrow.to(tl.float32)
-    gate = (gate / (1.0 + tl.exp(-gate))).to(narrow.dtype).to(tl.float32)
+    gate = silu(narrow.to(tl.float32)).to(narrow.dtype).to(tl.float32)
     x = tl.load(x_ptr + token * X_STRIDE + columns, mask=live, other=0.0)
     x = x.to(tl.float32).to(narrow.dtype).to(tl.float32)
     tl.store(out_ptr + token * OUT_STRIDE + columns, (gate * x).to(narrow.dtype), mask=live)
@@ -86,5 +91,5 @@ def _silu_gate(
 
 def silu_gate_reference(gate_TI: Tensor, x_TI: Tensor, out: Tensor | None = None) -> Tensor:
     """``silu_gate`` in plain torch."""
-    y_TI = silu(gate_TI) * x_TI.to(gate_TI.dtype)
+    y_TI = torch_silu(gate_TI) * x_TI.to(gate_TI.dtype)
     return y_TI if out is None else out.copy_(y_TI)

@@ -1,6 +1,7 @@
 """GGUF import: the model and tokenizer equal those that wrote the file."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -87,13 +88,13 @@ def write_gguf(path: Path, model, quantisation=gguf.GGMLQuantizationType.F32, *,
     return path
 
 
-def add_byte_tokenizer(writer, pre: str, merges=("a b", "1 2")) -> None:
+def add_byte_tokenizer(writer, pre: str) -> None:
     vocabulary = byte_tokenizer().get_vocab()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
     writer.add_token_types([1] * 256 + [3] * 4)
-    writer.add_token_merges(merges)
+    writer.add_token_merges(["a b", "1 2"])
     writer.add_eos_token_id(256)
 
 
@@ -157,10 +158,11 @@ def test_the_pre_tokenizer_and_begin_token_are_kept(tmp_path):
 
 def test_llama_3_adds_a_begin_token_by_default(tmp_path):
     def llama3(writer):
-        add_byte_tokenizer(writer, "llama-bpe", merges=[])
+        add_bytes(writer, "llama-bpe")
         writer.add_bos_token_id(257)
 
-    convert(write_gguf(tmp_path / "m.gguf", wide_model(), changes=llama3), tmp_path / "m")
+    path = write_gguf(tmp_path / "m.gguf", wide_model(vocab_size=262), changes=llama3)
+    convert(path, tmp_path / "m")
     assert load_tokenizer(tmp_path / "m").encode("a")[0] == 257
 
 
@@ -218,7 +220,83 @@ def test_unknown_files_architectures_tokenizers_and_tensors_are_refused(tmp_path
     refused("head_count_kv", also(lambda w: w.add_head_count_kv([2, 2])))
     refused("bos_token_id", also(lambda w: w.add_bos_token_id(9999)))
     refused("expert_count", also(lambda w: w.add_expert_count(8)))
-    refused("tokenizer.ggml.pre", lambda writer: add_byte_tokenizer(writer, "novel", merges=[]))
+    refused("tokenizer.ggml.pre", lambda writer: add_bytes(writer, "novel"))
+
+
+def add_pieces(writer, *more, types=True, scores=True) -> None:
+    """A sentencepiece vocabulary of bytes and some pieces, each a name and a type."""
+    pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((f"<0x{b:02X}>", 6) for b in range(256))]
+    pieces += [(text, 1) for text in ("\u2581", "a", "b", "ab", "\u2581ab")] + list(more)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([name for name, _ in pieces])
+    if types:
+        writer.add_token_types([kind for _, kind in pieces])
+    if scores:
+        writer.add_token_scores([-float(i) for i in range(len(pieces))])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def add_bytes(writer, pre="gpt-2", types=True, merges=True, twice=False) -> None:
+    vocabulary = byte_tokenizer().get_vocab()
+    tokens = [*sorted(vocabulary, key=vocabulary.get), "ab", "ab" if twice else "bc"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    if types:
+        writer.add_token_types([1] * 256 + [3] * 4 + [1, 1])
+    if merges:
+        writer.add_token_merges(["a b", "b c"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (partial(add_bytes, merges=False), "tokenizer.ggml.merges: missing"),
+        (partial(add_bytes, types=False), "tokenizer.ggml.token_type: missing"),
+        (partial(add_bytes, twice=True), "tokenizer.ggml.tokens: 'ab' is the name of 2 tokens"),
+        (partial(add_pieces, scores=False), "tokenizer.ggml.scores: missing"),
+        (partial(add_pieces, types=False), "tokenizer.ggml.token_type: missing"),
+        (lambda w: add_pieces(w, ("ab", 1)), "tokenizer.ggml.tokens: 'ab' is the name of 2 tokens"),
+        (lambda w: add_pieces(w, ("", 1)), "tokenizer.ggml.tokens: not a whole vocabulary"),
+        (lambda w: add_pieces(w, ("c", 6)), "tokenizer.ggml.tokens: not a whole vocabulary"),
+        (lambda w: add_pieces(w, ("<unk2>", 2)), "tokenizer.ggml.tokens: not a whole vocabulary"),
+        (lambda w: add_pieces(w, ("c", 77)), "tokenizer.ggml.token_type: 77 is not a type"),
+    ],
+)
+def test_tokenizers_that_are_not_whole_are_refused(tmp_path, change, message):
+    path = write_gguf(tmp_path / "m.gguf", wide_model(), changes=change)
+    with pytest.raises(CheckpointError, match=message):
+        convert(path, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("lists", ["token_type", "scores"])
+def test_lists_of_another_length_are_refused(tmp_path, lists):
+    def change(writer):
+        add_pieces(writer)
+        del writer.kv_data[0][f"tokenizer.ggml.{lists}"]
+        (writer.add_token_types if lists == "token_type" else writer.add_token_scores)([1, 2])
+
+    path = write_gguf(tmp_path / "m.gguf", wide_model(), changes=change)
+    with pytest.raises(CheckpointError, match=f"{lists}: has 2 entries for 264 tokens"):
+        convert(path, tmp_path / "m")
+
+
+@pytest.mark.parametrize("add_tokenizer", [add_bytes, add_pieces])
+def test_an_end_token_is_added_if_the_file_says_so(tmp_path, add_tokenizer):
+    def change(writer):
+        add_tokenizer(writer)
+        if add_tokenizer is add_bytes:
+            writer.add_eos_token_id(256)
+        writer.add_add_eos_token(True)
+
+    size = 262 if add_tokenizer is add_bytes else 264
+    path = write_gguf(tmp_path / "m.gguf", wide_model(vocab_size=size), changes=change)
+    convert(path, tmp_path / "m")
+    tokenizer = load_tokenizer(tmp_path / "m")
+    assert tokenizer.end_ids == ((256,) if add_tokenizer is add_bytes else (2,))
+    assert tokenizer.encode("ab")[-1:] == [*tokenizer.end_ids]
 
 
 def test_a_truncated_file_is_refused(tmp_path):

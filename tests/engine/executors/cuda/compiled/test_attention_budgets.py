@@ -114,7 +114,7 @@ SLOW_COMBINE_BUDGETS = {
 ROTATION_BUDGETS = {
     ("bf16", "bf16", 64): ((64, 512), (64, 512), (64, 512), (56, 0)),
     ("bf16", "bf16", 128): ((64, 512), (64, 512), (64, 512), (56, 512)),
-    ("bf16", "fp8", 128): ((64, 512), (64, 512), (80, 512), (56, 512)),
+    ("bf16", "fp8", 128): ((64, 512), (64, 512), (88, 512), (56, 512)),
     ("fp32", "fp32", 128): ((64, 0), (64, 0), (64, 0), (64, 512)),
 }
 
@@ -162,9 +162,9 @@ def rotation(case: tuple[str, str, int], num_bytes: int = VAST_BYTES) -> Callabl
     name, kv_name, head_dim = case
     kv_blocks = blocks_of(DTYPES[kv_name], 8, head_dim, num_bytes)
     qkv = torch.zeros(64, 48 * head_dim, dtype=DTYPES[name])
-    angles = torch.zeros(64, 1, head_dim // 2), torch.zeros(64, 1, head_dim // 2)
-    slots = torch.zeros(64, dtype=torch.int64)
-    return lambda: rotate_and_store(qkv, angles, slots, kv_blocks, 32)
+    angles = torch.zeros(9, 1, head_dim // 2), torch.zeros(9, 1, head_dim // 2)
+    zeros = torch.zeros(64, dtype=torch.int64)
+    return lambda: rotate_and_store(qkv, zeros, angles, zeros, kv_blocks, 32)
 
 
 def size_of(case: tuple[str, str, int, int, int]) -> tuple[int, int]:

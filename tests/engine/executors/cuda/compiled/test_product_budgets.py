@@ -9,8 +9,9 @@ import triton
 
 from engine.executors.cuda.kernels import product_tiles
 from engine.executors.cuda.kernels.embed import embed
-from engine.executors.cuda.kernels.linear import narrow_linear
+from engine.executors.cuda.kernels.linear_operands import LinearOperands
 from engine.executors.cuda.kernels.mixture import mixture
+from engine.executors.cuda.kernels.narrow_product import narrow_linear
 from engine.executors.cuda.kernels.product_tiles import (
     PRODUCT_LAUNCHES,
     ProductLaunch,
@@ -18,6 +19,7 @@ from engine.executors.cuda.kernels.product_tiles import (
     launch_for,
 )
 from engine.executors.cuda.kernels.rms_norm import rms_norm
+from engine.executors.cuda.kernels.routing import route
 from engine.executors.cuda.kernels.silu_gate import silu_gate
 from memory_ops.anonymous import anonymous_zeros
 from tests.kernel_tools.machine_code import (
@@ -77,6 +79,8 @@ MIXTURE_BUDGETS = {
 SLOW_MIXTURE_BUDGETS = {
     (256, 4096, 14336): ((128, 49152), (128, 73728), (80, 73760), (104, 49152)),
 }
+# all targets: choice of experts, sort of pairs, sum of each token's pairs
+CHOICE_BUDGET, SORT_BUDGET, SUM_BUDGET = (24, 0), (64, 8192), (32, 0)
 # by width: the largest figures of norm, gate and embedding
 SMALL_BUDGETS = {(4096,): ((56, 16), (56, 16), (56, 16), (48, 16))}
 SLOW_SMALL_BUDGETS = {(576,): ((32, 16), (32, 16), (32, 16), (40, 16))}
@@ -92,9 +96,9 @@ def product_of(
     options = {
         "normed": {"norm": norm, "bias_N": torch.zeros(columns, dtype=x.dtype)},
         "gated": {"norm": norm, "is_gated": True},
-        "added": {"residual_MN": torch.zeros(rows, columns, dtype=x.dtype)},
+        "added": {"residual_MO": torch.zeros(rows, columns, dtype=x.dtype)},
     }
-    return lambda: narrow_linear(x, weight, **options[kind])
+    return lambda: narrow_linear(LinearOperands(x, weight, **options[kind]))
 
 
 def weight_loads(launch: ProductLaunch, dtype: str, target: str, *, is_gated: bool) -> int:
@@ -132,10 +136,15 @@ def test_products_of_more_rows_and_dtypes(case, target, budget):
 def mixture_check(case: tuple, target: str, budget: tuple[int, int]) -> None:
     num_tokens, width, inner = case
     x, logits = torch.zeros(num_tokens, width, dtype=BF16), torch.zeros(num_tokens, 8, dtype=BF16)
+    residual = torch.zeros_like(x)
     gate_up = anonymous_zeros((8, 2 * inner, width), BF16)
     down = anonymous_zeros((8, width, inner), BF16)
-    both = all_compiled(TARGETS[target], lambda: mixture(x, logits, gate_up, down, 2))
-    assert len(both) == 2
+    choice, sort, *both, total = all_compiled(
+        TARGETS[target], lambda: mixture(residual, x, logits, gate_up, down, 2)
+    )
+    check(choice, CHOICE_BUDGET, wide_loads=0)
+    check(sort, SORT_BUDGET, wide_loads=0)
+    check(total, SUM_BUDGET, wide_loads=2)
     for figures, weight, outputs in zip(both, (gate_up, down), (inner, width), strict=True):
         is_gated = weight is gate_up
         block_m = block_m_for(num_tokens * 2 // 8)
@@ -153,13 +162,23 @@ def test_mixture_of_more_tokens(case, target, budget):
     mixture_check(case, target, budget)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("num_experts", "top_k"), [(64, 6), (256, 8)])
+def test_routing_to_many_experts(num_experts, top_k, target):
+    logits = torch.zeros(32, num_experts, dtype=BF16)
+    both = all_compiled(TARGETS[target], lambda: route(logits, top_k))
+    assert len(both) == 2
+    for figures in both:
+        check_wide(figures, (72, 8192), wide_loads=0)
+
+
 def small_check(width: int, target: str, budget: tuple[int, int]) -> None:
     x, wide = torch.zeros(16, 2 * width, dtype=BF16), torch.zeros(16, width)
     halves = x.view(16, 2, 2, width // 2)
     weight, ids = torch.zeros(width, dtype=BF16), torch.zeros(16, dtype=torch.int64)
     embedding = anonymous_zeros((49152, width), BF16)
     calls = [
-        lambda: rms_norm(x[:, :width], weight, EPS, delta_TD=x[:, width:]),
+        lambda: rms_norm(x[:, :width], weight, EPS),
         lambda: rms_norm(halves, weight.view(2, -1), EPS),
         lambda: silu_gate(x[:, :width], x[:, width:]),
         lambda: silu_gate(x[:, :width], wide),
@@ -209,7 +228,7 @@ def test_rows_of_one_block_share_a_kernel(monkeypatch):
 def test_the_check_rejects_weights_that_are_not_aligned(target):
     x = torch.zeros(16, 576, dtype=BF16)
     weight = torch.zeros(960, 577, dtype=BF16)[:, 1:]
-    figures = compiled(TARGETS[target], lambda: narrow_linear(x, weight))
+    figures = compiled(TARGETS[target], lambda: narrow_linear(LinearOperands(x, weight)))
     with pytest.raises(AssertionError, match="loads are narrow"):
         check_wide(figures, (255, 2**16), wide_loads=0)
 

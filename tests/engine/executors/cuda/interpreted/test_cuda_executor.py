@@ -39,10 +39,11 @@ KINDS = [
 
 def engine(model, device=None, eos_ids=frozenset(), kv_tokens: int = 512, warm=False, **config):
     values = {"max_num_seqs": 3, "max_batched_tokens": 16, "block_size": 4, "max_model_len": 64}
-    drafts = {name: config.pop(name) for name in ("drafter", "num_drafts") if name in config}
+    drafter = config.pop("drafter", None)
+    make_drafter = None if drafter is None else lambda: drafter
     settings = EngineConfig(kv_cache_gib=kv_tokens * KV_BYTES / 2**30, **(values | config))
     executor = cuda_on_cpu(model, settings, device, warm=warm)
-    return Engine(executor, settings, eos_ids, **drafts)
+    return Engine(executor, settings, eos_ids, make_drafter)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,9 @@ def test_a_mask_and_drafts(dense):
     assert tokens(found["masked"]) == mask.accepted and len(mask.accepted) == COUNT
     answer = plain_greedy(dense, [1, 2, 3], COUNT)
     assert tokens(found["free"]) == answer
-    drafted = engine(dense, drafter=Oracle([([1, 2, 3], answer)]), num_drafts=2)
+    drafted = engine(
+        dense, drafter=Oracle([([1, 2, 3], answer)]), speculate="ngram", speculate_tokens=2
+    )
     drafted.add(greedy("drafted", [1, 2, 3], COUNT))
     outputs = step_all(drafted)["drafted"]
     assert tokens(outputs) == answer and len(outputs) < COUNT

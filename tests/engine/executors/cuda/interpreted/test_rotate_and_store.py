@@ -20,6 +20,7 @@ from tests.kernel_tools.planted_faults import with_fault
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUM_BLOCKS = 9
+NUM_POSITIONS = 5000
 UNWRITTEN = 0x5A
 
 
@@ -31,27 +32,28 @@ def operands(
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
     fp8: bool = False,
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, int]:
-    """Random heads in rows of wider ones, angles, slots, poisoned blocks, number of heads."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor, Tensor, int]:
+    """Random heads in rows of wider ones, positions, angles of all positions, KV slots, poisoned
+    blocks, number of heads."""
     width = (num_heads + 2 * num_kv_heads) * head_dim
     wide_TF = torch.full((num_tokens, width + 16), torch.nan, dtype=dtype)
     wide_TF[:, :width] = torch.randn(num_tokens, width)
-    positions = torch.randint(0, 5000, (num_tokens,))
-    angles = rope_angles(positions, rope_frequencies(head_dim, 10000.0, None))
-    slots = torch.randperm(NUM_BLOCKS * block_size)[:num_tokens]
+    positions = torch.randint(0, NUM_POSITIONS, (num_tokens,))
+    angles = rope_angles(torch.arange(NUM_POSITIONS), rope_frequencies(head_dim, 10000.0, None))
+    kv_slots = torch.randperm(NUM_BLOCKS * block_size)[:num_tokens]
     shape = (2 * NUM_BLOCKS, 2, num_kv_heads, block_size, head_dim)
     blocks = torch.full(shape, UNWRITTEN if fp8 else torch.nan, dtype=torch.uint8 if fp8 else dtype)
-    return wide_TF[:, :width], angles, slots, blocks[::2], num_heads
+    return wide_TF[:, :width], positions, angles, kv_slots, blocks[::2], num_heads
 
 
 def twin_check(kernel, *args, **kwargs) -> None:
-    qkv, angles, slots, blocks, num_heads = operands(*args, **kwargs)
+    qkv, *places, blocks, num_heads = operands(*args, **kwargs)
     expected_qkv, expected_blocks = qkv.clone(), blocks.clone()
-    expected = rotate_and_store_reference(expected_qkv, angles, slots, expected_blocks, num_heads)
-    q_THE = kernel(qkv, angles, slots, blocks, num_heads)
+    expected = rotate_and_store_reference(expected_qkv, *places, expected_blocks, num_heads)
+    q_THE = kernel(qkv, *places, blocks, num_heads)
     exact = {"rtol": 0, "atol": 0, "equal_nan": True}
     torch.testing.assert_close(q_THE, expected, **exact)
-    # keys and values stay as they are, slots of other tokens too
+    # keys and values stay as they are, KV slots of other tokens too
     torch.testing.assert_close(qkv, expected_qkv, **exact)
     torch.testing.assert_close(blocks, expected_blocks, **exact)
     assert q_THE.data_ptr() == qkv.data_ptr()
@@ -66,14 +68,15 @@ def test_results_equal_those_of_the_twin(num_tokens, dtype, fp8):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_twin_does_as_the_model(dtype):
-    qkv, angles, slots, blocks, num_heads = operands(40, dtype=dtype)
+    qkv, positions, table, kv_slots, blocks, num_heads = operands(40, dtype=dtype)
+    # bit by bit those of the table
+    angles = rope_angles(positions, rope_frequencies(32, 10000.0, None))
     q, k, v = qkv.clone().unflatten(1, (-1, 32)).split((num_heads, 2, 2), dim=1)
-    layout = TokenLayout(slots, (0, 40), PagedKv(slots, slots.view(1, -1), (40,)))
+    layout = TokenLayout(positions, (0, 40), PagedKv(kv_slots, kv_slots.view(1, -1), (40,)))
     expected = blocks.clone()
     write_kv(rotate(k, angles), v, layout, expected)
-    assert torch.equal(
-        rotate_and_store_reference(qkv, angles, slots, blocks, num_heads), rotate(q, angles)
-    )
+    rotated = rotate_and_store_reference(qkv, positions, table, kv_slots, blocks, num_heads)
+    assert torch.equal(rotated, rotate(q, angles))
     torch.testing.assert_close(blocks, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -98,8 +101,9 @@ def stored_codes(values: Tensor) -> Tensor:
     values = torch.nn.functional.pad(values, (0, -len(values) % 256)).view(-1, 256)
     qkv = torch.cat((torch.zeros(len(values), 512, dtype=values.dtype), values), dim=1)
     blocks = torch.zeros(len(values), 2, 1, 1, 256, dtype=torch.uint8)
-    angles = torch.ones(len(values), 1, 128), torch.zeros(len(values), 1, 128)
-    rotate_and_store(qkv, angles, torch.arange(len(values)), blocks, 1)
+    angles = torch.ones(1, 1, 128), torch.zeros(1, 1, 128)
+    kv_slots = torch.arange(len(values))
+    rotate_and_store(qkv, torch.zeros_like(kv_slots), angles, kv_slots, blocks, 1)
     return blocks[:, 1].flatten()
 
 
@@ -122,13 +126,17 @@ def test_fp32_values_between_codes_round_to_the_nearest_even_code():
 
 
 FAULTS = {
+    "angles are those of the token's row": (
+        "tl.load(positions_ptr + token) * HALF",
+        "token * HALF",
+    ),
     "the sine has the wrong sign": ("first * cos - second * sin", "first * cos + second * sin"),
     "values are rotated": (
         "(heads < NUM_HEADS + NUM_KV_HEADS)",
         "(heads < NUM_HEADS + 2 * NUM_KV_HEADS)",
     ),
     "keys are rotated in place": ("mask=mask & is_query)\n    if", "mask=mask)\n    if"),
-    "an offset is a block": ("+ slot % BLOCK_SIZE", "+ slot % (BLOCK_SIZE - 1)"),
+    "an offset is a block": ("+ kv_slot % BLOCK_SIZE", "+ kv_slot % (BLOCK_SIZE - 1)"),
     "keys are those of the query heads": ("(heads - NUM_HEADS) *", "(heads - 1) *"),
     "the next head is written": (
         "(heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None]",
@@ -153,13 +161,17 @@ def test_a_planted_fault_is_noticed(fault, tmp_path):
 
 
 def test_unsupported_operands_are_refused():
-    qkv, angles, slots, blocks, num_heads = operands(4)
+    names = "qkv", "positions", "angles", "kv_slots", "blocks", "num_heads"
+    right = dict(zip(names, operands(4), strict=True))
+    qkv, blocks, (cos, sin) = right["qkv"], right["blocks"], right["angles"]
     for changed, message in (
-        ((qkv.half(), angles, slots, blocks), "kv_blocks: expected torch.float16 or torch.uint8"),
-        ((qkv[:, :-2], angles, slots, blocks), "qkv: expected rows of 320 contiguous values"),
-        ((qkv, angles, slots, blocks.transpose(2, 3)), "qkv|kv_blocks: expected"),
-        ((qkv, (angles[0], angles[1].double()), slots, blocks), "angles: expected contiguous fp32"),
-        ((qkv, (angles[0][:3], angles[1]), slots, blocks), "angles: expected contiguous fp32"),
+        ({"qkv": qkv.half()}, "kv_blocks: expected torch.float16 or torch.uint8"),
+        ({"qkv": qkv[:, :-2]}, "qkv: expected rows of 320 contiguous values"),
+        ({"blocks": blocks.transpose(2, 3)}, "qkv|kv_blocks: expected"),
+        ({"positions": right["positions"][:3]}, "positions: expected a contiguous int64"),
+        ({"kv_slots": right["kv_slots"].int()}, "kv_slots: expected a contiguous int64"),
+        ({"angles": (cos, sin.double())}, "angles: expected contiguous fp32"),
+        ({"angles": (cos[:3], sin)}, "angles: expected contiguous fp32"),
     ):
         with pytest.raises(ValueError, match=message):
-            rotate_and_store(*changed, num_heads)
+            rotate_and_store(*(right | changed).values())

@@ -1,0 +1,55 @@
+"""Files with byte order marks and Windows line ends are read like those without."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.models import byte_tokenizer
+from weights.checkpoints.checkpoint import open_checkpoint
+from weights.checkpoints.config_json import read_config
+from weights.checkpoints.tokenizer import load_tokenizer
+from weights.errors import CheckpointError
+from weights.text_files import read_json_object
+from weights.training.train_config import read_train_config
+
+
+def test_every_text_file_of_a_folder_may_begin_with_a_mark(tmp_path, memory_plus_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(memory_plus_folder, folder)
+    (folder / "tokenizer.json").write_text(byte_tokenizer().to_str(pretty=True))
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "<x>"}')
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<eos>"}')
+    (folder / "added_tokens.json").write_text('{"<é>": 260}')
+    (folder / "generation_config.json").write_text('{\n"eos_token_id": [3]\n}')
+    names = [stored.name for stored in open_checkpoint(folder)[1].values()]
+    weight_map = dict.fromkeys(names, "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    plain = open_checkpoint(folder), load_tokenizer(folder).encode("a<é>\n")
+    for path in folder.glob("*.json"):
+        path.write_text(path.read_text().replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
+    assert (open_checkpoint(folder), load_tokenizer(folder).encode("a<é>\n")) == plain
+    assert read_config(folder).eos_ids == {3}
+
+
+def test_a_training_config_may_begin_with_a_mark(tmp_path):
+    text = '[data]\r\ntrain = "a.txt"\r\n[model]\r\n[run]\r\nsteps = 1\r\n'
+    (tmp_path / "train.toml").write_text(text, encoding="utf-8-sig", newline="")
+    assert read_train_config(tmp_path / "train.toml").data.train == ("a.txt",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[1]", "expected a JSON object"),
+        (b"{", "not valid JSON"),
+        ('{"a": 1}'.encode("utf-16"), "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"config.json: {message}"):
+        read_json_object(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="No such file"):
+        read_json_object(tmp_path / "none.json")

@@ -1,6 +1,7 @@
 """``memplus serve``: starts and stops the engine process and the HTTP server."""
 
 import asyncio
+import resource
 import signal
 import socket
 import sys
@@ -8,6 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
@@ -28,16 +30,25 @@ from server.http.admission import Admission
 from server.http.app import create_app
 from server.http.metrics import Metrics
 from server.http.service import Service
+from server.http.transport.connection import Connection
+from server.http.transport.connection_table import ConnectionTable
+from server.limits import LimitOptions
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.named_models import NAMED_MODELS, WORDNET, model_folder
 
 ENGINE_ENTRY = "server.engine_entry:main"
 # time for connections to close after the last request has ended
 _CLOSING_S = 5
+# open files besides connections
+_OTHER_FILES = 256
 
 
 def serve(
-    model: ModelOptions, engine: EngineConfig, http: HttpOptions, supervision: SupervisionOptions
+    model: ModelOptions,
+    engine: EngineConfig,
+    http: HttpOptions,
+    limits: LimitOptions,
+    supervision: SupervisionOptions,
 ) -> None:
     """Load the model in an engine process, then answer HTTP requests until SIGINT or SIGTERM.
 
@@ -51,6 +62,7 @@ def serve(
         EngineStartError: the engine could not be built.
     """
     signal.signal(signal.SIGTERM, _exit)
+    _allow_files(limits.max_connections)
     folder = model_folder(model.model, cache_folder())
     # report a bad tokenizer now, before minutes are spent on loading the model
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
@@ -74,11 +86,9 @@ def serve(
                 tokenizer=tokenizer or load_tokenizer(folder),
                 limits=ready.limits,
                 engine=client,
-                admission=Admission(
-                    engine.max_num_seqs + http.max_queued_requests,
-                    metrics.rejections.labels("queue_full").inc,
-                ),
+                admission=_admission(engine, http, limits, ready.limits.max_model_len, metrics),
                 metrics=metrics,
+                options=limits,
             )
             _Server(service, http, activity).run(sockets=[listener])
         finally:
@@ -94,8 +104,19 @@ class _Server(uvicorn.Server):
     def __init__(self, service: Service, http: HttpOptions, activity: ActivityLog) -> None:
         app = create_app(service, http.max_body_mib * 2**20, http.body_timeout_s)
         backstop_s = http.shutdown_timeout_s + _CLOSING_S
+        table = ConnectionTable(
+            service.options.max_connections,
+            service.metrics.rejections.labels("too_many_connections").inc,
+        )
         super().__init__(
-            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=backstop_s)
+            uvicorn.Config(
+                app,
+                http=cast(
+                    type[Connection], partial(Connection, limits=service.options, table=table)
+                ),
+                log_level="warning",
+                timeout_graceful_shutdown=backstop_s,
+            )
         )
         self._service = service
         self._activity = activity
@@ -136,6 +157,21 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+def _admission(
+    engine: EngineConfig, http: HttpOptions, limits: LimitOptions, max_len: int, metrics: Metrics
+) -> Admission:
+    if limits.max_bodies_mib < http.max_body_mib:
+        raise ConfigError(f"max_bodies_mib: must be at least max_body_mib, {http.max_body_mib}")
+    return Admission(
+        {
+            "prompts": engine.max_num_seqs + http.max_queued_requests,
+            "tokens": limits.max_admitted_tokens or 2 * engine.max_num_seqs * max_len,
+            "body_bytes": limits.max_bodies_mib * 2**20,
+        },
+        lambda reason: metrics.rejections.labels(reason).inc(),
+    )
+
+
 def _listen(http: HttpOptions) -> socket.socket:
     family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
     try:
@@ -143,6 +179,17 @@ def _listen(http: HttpOptions) -> socket.socket:
     except OSError as error:
         address = f"{http.host} port {http.port}"
         raise ConfigError(f"host: cannot listen on {address}: {error.strerror}") from None
+
+
+def _allow_files(max_connections: int) -> None:
+    """Raise this process's limit of open files, so that all connections fit."""
+    needed = max_connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        message = f"{max_connections} need {needed} open files, but ulimit -Hn is {hard}"
+        raise ConfigError(f"max_connections: {message}")
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _model_name(model: str) -> str:

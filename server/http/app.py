@@ -4,10 +4,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
-from server.http.body_limit import BodyLimit
 from server.http.errors import install_error_handlers
 from server.http.generation_routes import generation_routes
+from server.http.head_requests import HeadRequests
+from server.http.intake import Intake
 from server.http.model_routes import model_routes
 from server.http.service import Service
 from server.http.status_routes import status_routes
@@ -23,8 +25,17 @@ def create_app(service: Service, max_body_bytes: int, body_timeout_s: float) -> 
         await service.engine.detach()
 
     app = FastAPI(title="memplus", lifespan=lifespan)
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
+    generation = generation_routes(service)
+    paths = frozenset(route.path for route in generation.routes if isinstance(route, APIRoute))
+    app.add_middleware(
+        Intake,
+        admission=service.admission,
+        generating=paths,
+        max_bytes=max_body_bytes,
+        timeout_s=body_timeout_s,
+    )
+    app.add_middleware(HeadRequests)
     install_error_handlers(app)
-    for routes in (generation_routes, model_routes, status_routes):
-        app.include_router(routes(service))
+    for router in (generation, model_routes(service), status_routes(service)):
+        app.include_router(router)
     return app

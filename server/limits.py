@@ -41,7 +41,7 @@ class LimitOptions:
         default=None,
         metadata={
             "help": "prompt tokens plus max_tokens of all requests, running and waiting; more get"
-            " a 503 (default: 2 * max_num_seqs * max_model_len)"
+            " a 503 (default: max_model_len for every second place)"
         },
     )
     request_timeout_s: float = field(

@@ -1,6 +1,7 @@
 """``memplus serve``: starts and stops the engine process and the HTTP server."""
 
 import asyncio
+import gc
 import resource
 import signal
 import socket
@@ -129,6 +130,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        # the loaded objects stay, and a full collection of them would stop all streams for 0.1 s
+        gc.collect()
+        gc.freeze()
         if self.should_exit or not sockets:
             return
         host, port = sockets[0].getsockname()[:2]
@@ -162,12 +166,11 @@ def _admission(
 ) -> Admission:
     if limits.max_bodies_mib < http.max_body_mib:
         raise ConfigError(f"max_bodies_mib: must be at least max_body_mib, {http.max_body_mib}")
+    places = engine.max_num_seqs + http.max_queued_requests
+    # not all requests are as long as the model allows
+    tokens = limits.max_admitted_tokens or max(places // 2, 1) * max_len
     return Admission(
-        {
-            "prompts": engine.max_num_seqs + http.max_queued_requests,
-            "tokens": limits.max_admitted_tokens or 2 * engine.max_num_seqs * max_len,
-            "body_bytes": limits.max_bodies_mib * 2**20,
-        },
+        {"prompts": places, "tokens": tokens, "body_bytes": limits.max_bodies_mib * 2**20},
         lambda reason: metrics.rejections.labels(reason).inc(),
     )
 

@@ -97,7 +97,6 @@ COVERED_BY = {
     "server/http/completion_choice.py": "server/http/test_completions.py",
     "server/http/completion_request.py": "server/http/test_completions.py",
     "server/http/errors.py": "server/http/test_app.py",
-    "server/http/generation.py": "server/http/test_completions.py",
     "server/http/generation_options.py": "server/http/test_completions.py",
     "server/http/generation_routes.py": "server/http/test_app.py",
     "server/http/head_requests.py": "server/http/test_intake.py",

@@ -29,7 +29,7 @@ class SilentProcess:
         self.sent += messages
 
 
-def build():
+def build(**options):
     process, metrics = SilentProcess(), Metrics()
     engine = EngineClient(process, metrics.observe_step, SupervisionOptions(), SilentProcess)
     service = Service(
@@ -43,7 +43,7 @@ def build():
             lambda reason: metrics.rejections.labels(reason).inc(),
         ),
         metrics=metrics,
-        options=LimitOptions(),
+        options=LimitOptions(**options),
     )
     return process, service, create_app(service, 2**20, 30)
 

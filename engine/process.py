@@ -110,7 +110,7 @@ class EngineProcess:
         self._process = context.Process(
             target=_child_main, args=arguments, name="memplus-engine", daemon=True
         )
-        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[tuple[Message, ...] | None] = queue.SimpleQueue()
         self._start_lock = threading.Lock()
         self._is_stopped = False
         # a full pipe must not block the caller's event loop, nor deadlock both processes
@@ -144,9 +144,12 @@ class EngineProcess:
         self._sender.start()
         return answer
 
-    def send(self, message: Message) -> None:
-        """Queue a message; the engine reads it before one of its next steps."""
-        self._outbox.put(message)
+    def send(self, *messages: Message) -> None:
+        """Queue messages; the engine reads them together before one of its next steps.
+
+        A prompt that several of them have in common is sent once.
+        """
+        self._outbox.put(messages)
 
     def receive(self) -> StepOutput | Heartbeat | MemoryReport:
         """Wait for the next message; EOFError if the process has ended.
@@ -191,7 +194,7 @@ class EngineProcess:
                 batch.append(self._outbox.get())
             closing = None in batch
             try:
-                self._connection.send([message for message in batch if message is not None])
+                self._connection.send([m for messages in batch if messages for m in messages])
                 if closing:
                     self._connection.send(None)
             except OSError:

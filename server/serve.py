@@ -1,7 +1,9 @@
 """``memplus serve``: starts and stops the engine process and the HTTP server."""
 
 import asyncio
+import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -9,10 +11,12 @@ import time
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
 from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.process import EngineLostError, EngineProcess
 from engine.request import EngineStatistics
 from server.config import (
@@ -28,6 +32,9 @@ from server.http.admission import Admission
 from server.http.app import create_app
 from server.http.metrics import Metrics
 from server.http.service import Service
+from server.http.transport.connection import Connection
+from server.http.transport.connection_table import ConnectionTable
+from server.limits import LimitOptions
 from server.listener import listen
 from weights.checkpoints.chat_template import load_chat_template
 from weights.checkpoints.tokenizer import load_tokenizer
@@ -36,10 +43,16 @@ from weights.models.named_models import NAMED_MODELS, WORDNET, model_folder
 ENGINE_ENTRY = "server.engine_entry:main"
 # time for connections to close after the last request has ended
 _CLOSING_S = 5
+# open files besides connections
+_OTHER_FILES = 256
 
 
 def serve(
-    model: ModelOptions, engine: EngineConfig, http: HttpOptions, supervision: SupervisionOptions
+    model: ModelOptions,
+    engine: EngineConfig,
+    http: HttpOptions,
+    limits: LimitOptions,
+    supervision: SupervisionOptions,
 ) -> None:
     """Load the model in an engine process, then answer HTTP requests until SIGINT or SIGTERM.
 
@@ -54,6 +67,7 @@ def serve(
         EngineStartError: the engine could not be built.
     """
     signal.signal(signal.SIGTERM, _exit)
+    _allow_files(limits.max_connections)
     folder = model_folder(model.model, cache_folder())
     # report a bad tokenizer now, before minutes are spent on loading the model
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
@@ -82,11 +96,9 @@ def serve(
                 chat_template=template or load_chat_template(folder, override),
                 limits=ready.limits,
                 engine=client,
-                admission=Admission(
-                    engine.max_num_seqs + http.max_queued_requests,
-                    metrics.rejections.labels("queue_full").inc,
-                ),
+                admission=_admission(engine, http, limits, ready.limits.max_model_len, metrics),
                 metrics=metrics,
+                options=limits,
             )
             _Server(service, http, activity).run(sockets=[listener])
         finally:
@@ -102,8 +114,19 @@ class _Server(uvicorn.Server):
     def __init__(self, service: Service, http: HttpOptions, activity: ActivityLog) -> None:
         app = create_app(service, http.max_body_mib * 2**20, http.body_timeout_s, http.ui)
         backstop_s = http.shutdown_timeout_s + _CLOSING_S
+        table = ConnectionTable(
+            service.options.max_connections,
+            service.metrics.rejections.labels("too_many_connections").inc,
+        )
         super().__init__(
-            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=backstop_s)
+            uvicorn.Config(
+                app,
+                http=cast(
+                    type[Connection], partial(Connection, limits=service.options, table=table)
+                ),
+                log_level="warning",
+                timeout_graceful_shutdown=backstop_s,
+            )
         )
         self._service = service
         self._activity = activity
@@ -116,6 +139,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        # the loaded objects stay, and a full collection of them would stop all streams for 0.1 s
+        gc.collect()
+        gc.freeze()
         if self.should_exit or not sockets:
             return
         host, port = sockets[0].getsockname()[:2]
@@ -142,6 +168,31 @@ class _Server(uvicorn.Server):
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self.should_exit = True
+
+
+def _admission(
+    engine: EngineConfig, http: HttpOptions, limits: LimitOptions, max_len: int, metrics: Metrics
+) -> Admission:
+    if limits.max_bodies_mib < http.max_body_mib:
+        raise ConfigError(f"max_bodies_mib: must be at least max_body_mib, {http.max_body_mib}")
+    places = engine.max_num_seqs + http.max_queued_requests
+    # not all requests are as long as the model allows
+    tokens = limits.max_admitted_tokens or max(places // 2, 1) * max_len
+    return Admission(
+        {"prompts": places, "tokens": tokens, "body_bytes": limits.max_bodies_mib * 2**20},
+        lambda reason: metrics.rejections.labels(reason).inc(),
+    )
+
+
+def _allow_files(max_connections: int) -> None:
+    """Raise this process's limit of open files, so that all connections fit."""
+    needed = max_connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        message = f"{max_connections} need {needed} open files, but ulimit -Hn is {hard}"
+        raise ConfigError(f"max_connections: {message}")
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _model_name(model: str) -> str:

@@ -22,10 +22,15 @@ from server.config import (
     cache_folder,
     set_threads,
 )
+from server.limits import LimitOptions
 from weights.checkpoints.dtype_names import TABLE_DTYPES
 from weights.errors import ChatTemplateError, CheckpointError, DataError, TrainingError
 from weights.models.named_models import DEFAULT_MODEL
 
+_SERVED = (
+    *(ModelOptions, EngineConfig, ThreadOptions),
+    *(HttpOptions, LimitOptions, SupervisionOptions),
+)
 _FAILURE = 1
 _USAGE_ERROR = 2
 _USER_ERRORS = (
@@ -66,6 +71,7 @@ def serve(options: argparse.Namespace) -> None:
         from_options(ModelOptions, options),
         from_options(EngineConfig, options),
         from_options(HttpOptions, options),
+        from_options(LimitOptions, options),
         from_options(SupervisionOptions, options),
     )
 
@@ -139,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     usage = "%(prog)s [OPTION ...]"
     verb = verbs.add_parser("serve", help=serve.__doc__, description=serve.__doc__, usage=usage)
     verb.set_defaults(run=serve, computes=True)
-    for settings in (ModelOptions, EngineConfig, ThreadOptions, HttpOptions, SupervisionOptions):
+    for settings in _SERVED:
         add_options(verb, settings)
 
     verb = verbs.add_parser("generate", help=generate.__doc__, usage=f"{usage} TEXT")

@@ -4,10 +4,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
-from server.http.body_limit import BodyLimit
 from server.http.errors import install_error_handlers
 from server.http.generation_routes import generation_routes
+from server.http.head_requests import HeadRequests
+from server.http.intake import Intake
 from server.http.memory_routes import memory_routes
 from server.http.model_routes import model_routes
 from server.http.openapi import openapi_document
@@ -32,10 +34,20 @@ def create_app(
 
     # FastAPI's own pages about the document load scripts from other hosts
     app = FastAPI(title="memplus", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
+    generation = generation_routes(service)
+    paths = frozenset(route.path for route in generation.routes if isinstance(route, APIRoute))
+    app.add_middleware(
+        Intake,
+        admission=service.admission,
+        generating=paths,
+        max_bytes=max_body_bytes,
+        timeout_s=body_timeout_s,
+    )
+    app.add_middleware(HeadRequests)
     install_error_handlers(app)
     app.openapi = openapi_document(app)  # type: ignore[method-assign]
-    for routes in (generation_routes, model_routes, memory_routes, status_routes):
+    app.include_router(generation)
+    for routes in (model_routes, memory_routes, status_routes):
         app.include_router(routes(service))
     if ui:
         app.include_router(page_routes())

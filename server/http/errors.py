@@ -40,6 +40,13 @@ class OverloadedError(ApiError):
         super().__init__(503, message, "overloaded_error", headers={"Retry-After": "1"})
 
 
+class DeadlineError(ApiError):
+    """The request took longer than it may."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(504, f"the request took longer than {timeout_s:g} s", "timeout_error")
+
+
 class EngineError(ApiError):
     """The engine failed to process this request, or has died."""
 

@@ -2,17 +2,20 @@
 
 import asyncio
 import logging
+import math
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from engine.errors import RequestError
 from engine.request import Request
-from server.http.errors import EngineError
+from server.http.admission import Place
+from server.http.errors import ApiError, DeadlineError, EngineError
 from server.http.generation_options import GenerationOptions
 from server.http.metrics import RequestClock
 from server.http.service import Service
 from server.http.text_stream import TextDelta, TextOptions, TextStream
+from server.token_stream import SlowReaderError, TokenStream
 from weights.checkpoints.word_ids import word_ids
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,9 @@ class Generation:
         """
         service.check_model(body.model)
         service.check_engine()
+        if body.priority and not service.options.allow_priority:
+            message = "only 0 is allowed; the server was started without --allow-priority"
+            raise RequestError("priority", message)
         body.sampling(service.limits.max_model_len)
         self.body = body
         self.request_id = f"{id_prefix}-{uuid.uuid4().hex}"
@@ -54,36 +60,54 @@ class Generation:
         self._service = service
         self._num_prompts = num_prompts
         self._encode = encode
+        limits = (body.timeout or math.inf, service.options.request_timeout_s or math.inf)
+        self._timeout_s = min(limits)
+        self._start = asyncio.get_running_loop().time()
         self._num_tokens = 0
         self._cached_tokens = 0
         self._draft_tokens = self._accepted_tokens = 0
 
-    async def deltas(self) -> AsyncGenerator[TextDelta, None]:
-        """The text deltas of all answers in order of arrival; closing it aborts the request.
+    async def deltas(self, place: Place) -> AsyncGenerator[list[TextDelta], None]:
+        """The text deltas of all answers, in lists of those that arrived together.
+
+        It enlarges ``place``, which belongs to the HTTP request, and gives back the share of each
+        answer when the engine has ended it. Closing the generator aborts the request.
 
         Raises:
-            ApiError: the queue is full, or the engine failed.
+            ApiError: the queue is full, the engine failed, or the request took too long.
             RequestError: a prompt does not fit the model.
         """
-        service, samples = self._service, self.body.num_samples
-        with service.admission.reserve(self._num_prompts * samples):
-            self.prompts = await self._encode()
-            requests = await self._requests()
-            texts = [
-                TextStream(i, service.tokenizer, r.prompt_ids, r.sampling, self._text_options())
-                for i, r in enumerate(requests)
-            ]
-            clocks = [RequestClock(service.metrics, len(r.prompt_ids)) for r in requests]
-            stream = service.engine.submit(requests)
-            started: set[int] = set()
-            try:
-                async for index, output in stream.outputs():
+        service, count = self._service, self._num_prompts * self.body.num_samples
+        place.enlarge("prompts", count)
+        least = 1 + min(self.body.max_tokens or 0, service.limits.max_model_len)
+        place.enlarge("tokens", count * least)
+        self.prompts = await self._encode()
+        requests = await self._requests()
+        costs = [len(r.prompt_ids) + r.sampling.max_tokens for r in requests]
+        place.enlarge("tokens", sum(costs))
+
+        def ended(index: int) -> None:
+            place.reduce("prompts", 1)
+            place.reduce("tokens", costs[index])
+
+        texts = [
+            TextStream(i, service.tokenizer, r.prompt_ids, r.sampling, self._text_options())
+            for i, r in enumerate(requests)
+        ]
+        clocks = [RequestClock(service.metrics, len(r.prompt_ids)) for r in requests]
+        stream = service.engine.submit(requests, ended)
+        deadline = self._end_in_time(stream)
+        try:
+            async for outputs in stream.batches():
+                deltas: list[TextDelta] = []
+                for index, output in outputs:
                     if output.finish_reason == "error":
+                        if deltas:
+                            yield deltas
                         clocks[index].finished("error")
                         logger.error("%s failed: %s", output.request_id, output.error)
                         raise EngineError(output.error or "the engine failed")
-                    if index not in started:
-                        started.add(index)
+                    if not clocks[index].num_tokens:
                         self._cached_tokens += output.cached_tokens
                     self._draft_tokens += output.draft_tokens
                     self._accepted_tokens += output.accepted_tokens
@@ -93,9 +117,14 @@ class Generation:
                     if delta.finish_reason is not None:
                         clocks[index].finished(delta.finish_reason)
                         stream.end(index)
-                    yield delta
-            finally:
-                stream.close()
+                    deltas.append(delta)
+                yield deltas
+        except SlowReaderError as error:
+            raise ApiError(408, str(error)) from None
+        finally:
+            if deadline is not None:
+                deadline.cancel()
+            stream.close()
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object for the tokens so far."""
@@ -119,7 +148,8 @@ class Generation:
         for ids in self.prompts:
             for sample in range(body.num_samples):
                 sampling = body.sampling(limits.max_model_len - len(ids), bad_words, sample)
-                limits.check(ids, sampling)
+                if not sample:  # samples differ in their seeds alone
+                    limits.check(ids, sampling)
                 name = f"{self.request_id}-{len(requests)}"
                 requests.append(Request(name, ids, sampling, body.priority, body.cache_salt))
         _check_prompt_logprobs(requests)
@@ -129,6 +159,14 @@ class Generation:
         tokenizer = self._service.tokenizer
         found = (ids for word in self.body.bad_words for ids in word_ids(tokenizer, word))
         return tuple(dict.fromkeys(map(tuple, found)))
+
+    def _end_in_time(self, stream: TokenStream) -> asyncio.TimerHandle | None:
+        """End the stream with an error when the request's time is over."""
+        if self._timeout_s == math.inf:
+            return None
+        error = DeadlineError(self._timeout_s)
+        loop = asyncio.get_running_loop()
+        return loop.call_at(self._start + self._timeout_s, stream.fail, error)
 
     def _text_options(self) -> TextOptions:
         body = self.body

@@ -12,6 +12,7 @@ from server.http.checked_fields import BadWords, Biases, ListedIds, StopField
 from server.http.request_body import RequestBody
 
 MAX_SAMPLES = 64
+MAX_TIMEOUT_S = 86400
 _HELP = {field.name: field.metadata.get("help", "") for field in fields(SamplingParams)}
 
 
@@ -91,7 +92,13 @@ class GenerationOptions(RequestBody):
         default=0,
         ge=-MAX_PRIORITY,
         le=MAX_PRIORITY,
-        description="smaller runs sooner",
+        description="smaller runs sooner; other than 0 only if the server allows it",
+    )
+    timeout: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="end the request with an error after this many seconds",
     )
     cache_salt: str = Field(
         default="", max_length=256, description="only requests with the same salt share KV blocks"

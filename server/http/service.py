@@ -9,6 +9,7 @@ from server.engine_client import EngineClient
 from server.http.admission import Admission
 from server.http.errors import ApiError
 from server.http.metrics import Metrics
+from server.limits import LimitOptions
 from weights.checkpoints.chat_template import ChatTemplate
 from weights.checkpoints.tokenizer import Tokenizer
 
@@ -25,6 +26,7 @@ class Service:
     engine: EngineClient
     admission: Admission
     metrics: Metrics
+    options: LimitOptions
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) if ``name`` is not the served model."""

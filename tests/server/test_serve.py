@@ -296,7 +296,7 @@ def test_500_requests_with_a_third_cancelled_leak_nothing(memory_plus_folder):
 
 
 def test_messages_larger_than_the_pipe_pass_in_both_directions(memory_plus_folder):
-    with running(memory_plus_folder) as server:
+    with running(memory_plus_folder, "--max-admitted-tokens", "200000") as server:
         # more than 1 MB to the engine in one batch of requests
         many = server.complete(prompt=[[7] * 500] * 300, max_tokens=1)
         assert many.status_code == 200 and len(many.json()["choices"]) == 300

@@ -14,6 +14,7 @@ from server.http.admission import Admission
 from server.http.app import create_app
 from server.http.metrics import Metrics
 from server.http.service import Service
+from server.limits import LimitOptions
 from tests.models import byte_tokenizer
 from weights.checkpoints.tokenizer import JsonTokenizer
 
@@ -24,11 +25,11 @@ class SilentProcess:
     def __init__(self):
         self.sent = []
 
-    def send(self, message):
-        self.sent.append(message)
+    def send(self, *messages):
+        self.sent += messages
 
 
-def build(chat_template=None, max_model_len=100):
+def build(chat_template=None, max_model_len=100, **options):
     process, metrics = SilentProcess(), Metrics()
     engine = EngineClient(process, metrics.observe_step, SupervisionOptions(), SilentProcess)
     service = Service(
@@ -38,8 +39,12 @@ def build(chat_template=None, max_model_len=100):
         chat_template=chat_template,
         limits=RequestLimits(vocab_size=260, max_model_len=max_model_len),
         engine=engine,
-        admission=Admission(2, metrics.rejections.labels("queue_full").inc),
+        admission=Admission(
+            {"prompts": 2, "tokens": 1000, "body_bytes": 2**20},
+            lambda reason: metrics.rejections.labels(reason).inc(),
+        ),
         metrics=metrics,
+        options=LimitOptions(**options),
     )
     return process, service, create_app(service, 2**20, 30)
 
@@ -94,7 +99,7 @@ def test_a_client_that_leaves_before_its_first_token_is_aborted(streamed):
     assert sorted(aborts, key=lambda abort: abort.request_id) == [
         Abort(request.request_id) for request in requests
     ]
-    assert service.admission.num_admitted == 0
+    assert not any(service.admission.used.values())
 
 
 def test_an_event_is_sent_before_the_next_token_is_made():
@@ -119,7 +124,7 @@ def test_an_event_is_sent_before_the_next_token_is_made():
     assert texts == [byte_tokenizer().decode([64 + count]) for count in (1, 2, 3)]
     assert sent[0]["status"] == 200
     assert process.sent[1:] == [Abort(process.sent[0].request_id)]
-    assert service.admission.num_admitted == 0
+    assert not any(service.admission.used.values())
 
 
 def test_a_late_output_of_an_aborted_request_is_dropped():
@@ -140,10 +145,13 @@ def test_places_in_the_queue_are_released():
     async def never():
         await asyncio.Event().wait()
 
-    with service.admission.reserve(1):
-        sent = asyncio.run(post(app, {"prompt": ["a", "b"]}, never))
+    other = service.admission.open(lambda: None)
+    other.enlarge("prompts", 1)
+    other.keep()
+    sent = asyncio.run(post(app, {"prompt": ["a", "b"]}, never))
+    other.close()
     assert sent[0]["status"] == 503 and process.sent == []
-    assert service.admission.num_admitted == 0
+    assert not any(service.admission.used.values())
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/health"])
@@ -158,7 +166,7 @@ def test_without_a_living_engine_the_answer_is_503(path):
     start, body = asyncio.run(post(app, {"prompt": "a"}, never, method=method, path=path))
     assert start["status"] == 503 and (b"retry-after", b"5") in start["headers"]
     assert json.loads(body["body"])["error"]["type"] == "server_error"
-    assert process.sent == [] and service.admission.num_admitted == 0
+    assert process.sent == [] and not any(service.admission.used.values())
 
 
 def test_engine_request_ids_start_with_the_completion_id():

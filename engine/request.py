@@ -74,6 +74,7 @@ class TokenOutput(NamedTuple):
         logprobs: one entry per token, if requested.
         prompt_logprobs: entries of the next prompt tokens, if requested.
         cached_tokens: prompt tokens found in the prefix cache, in the first output with tokens.
+        queued_s: seconds from the request's arrival in the engine to its first step.
     """
 
     request_id: str
@@ -84,6 +85,7 @@ class TokenOutput(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int = 0
+    queued_s: float = 0.0
 
 
 class TableCounts(NamedTuple):

@@ -34,6 +34,7 @@ def output(sequence: Sequence, result: ChunkResult, ending: Ending) -> TokenOutp
         logprobs=result.logprobs[: ending.num_taken],
         prompt_logprobs=tuple(sequence.prompt_scores),
         cached_tokens=sequence.num_cached or 0,
+        queued_s=sequence.queued_s,
     )
 
 

@@ -23,7 +23,8 @@ NAMES = (
 def values(text: str) -> dict[str, dict[tuple[str, str, str], float]]:
     """Table counters: name -> (table, tier, layer) -> value."""
     line = re.compile(
-        r'memplus:table_(\w+)_total\{layer="(\w+)",table="([\w.]+)",tier="(\w+)"\} (\S+)'
+        r'memplus:table_(\w+)_total\{layer="(\w+)",model_name="[\w-]+",table="([\w.]+)",'
+        r'tier="(\w+)"\} (\S+)'
     )
     found: dict[str, dict[tuple[str, str, str], float]] = {}
     for name, layer, table, tier, value in line.findall(text):
@@ -72,7 +73,7 @@ def test_the_http_process_does_not_import_torch():
 
 
 def test_counters_continue_over_omitted_reports_and_engine_restarts():
-    metrics = Metrics()
+    metrics = Metrics("mock")
 
     def observe(*tables):
         metrics.observe_step(EngineStatistics(tables=tables))

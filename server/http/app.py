@@ -1,7 +1,4 @@
-"""The HTTP application: its routes, its middleware and its lifespan."""
-
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+"""The HTTP application: its routes and its middleware."""
 
 from fastapi import FastAPI
 
@@ -11,18 +8,12 @@ from server.http.generation_routes import generation_routes
 from server.http.model_routes import model_routes
 from server.http.service import Service
 from server.http.status_routes import status_routes
+from server.version import VERSION
 
 
 def create_app(service: Service, max_body_bytes: int, body_timeout_s: float) -> FastAPI:
-    """The application for one service. The caller starts and stops the engine process."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.engine.attach()
-        yield
-        await service.engine.detach()
-
-    app = FastAPI(title="memplus", lifespan=lifespan)
+    """The application for one service. The caller attaches and detaches the engine's client."""
+    app = FastAPI(title="memplus", version=VERSION)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
     install_error_handlers(app)
     for routes in (generation_routes, model_routes, status_routes):

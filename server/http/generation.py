@@ -1,7 +1,6 @@
 """Generates the answers of one HTTP request: admission, prompts, engine requests, text deltas."""
 
 import logging
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from engine.request import Request
 from server.http.errors import EngineError
 from server.http.generation_options import GenerationOptions
 from server.http.metrics import RequestClock
+from server.http.request_id import engine_request_id
 from server.http.service import Service
 from server.http.text_stream import TextDelta, TextOptions, TextStream
 
@@ -47,7 +47,7 @@ class Generation:
         service.check_engine()
         body.sampling(service.limits.max_model_len)
         self.body = body
-        self.request_id = f"{id_prefix}-{uuid.uuid4().hex}"
+        self.request_id = engine_request_id(id_prefix)
         self.prompts: list[Ids] = []
         self._service = service
         self._num_prompts = num_prompts
@@ -82,6 +82,7 @@ class Generation:
                     if index not in started:
                         started.add(index)
                         self._cached_tokens += output.cached_tokens
+                        clocks[index].started(output.queued_s)
                     delta = texts[index].push(output)
                     self._num_tokens += len(delta.token_ids)
                     clocks[index].tokens(len(delta.token_ids))

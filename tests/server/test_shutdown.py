@@ -13,6 +13,8 @@ from tests.server.faulty_serve import FAULTY_ID
 from tests.server.running import Running, running, serve_command
 from tests.server.test_serve import children, ends
 
+# enough KV blocks for all requests of a test
+KV = ("--kv-cache-gib", "0.5")
 LONG = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True}
 SHORT = {"prompt": "x", "max_tokens": 30, "ignore_eos": True}
 
@@ -42,7 +44,7 @@ class Stream:
 
 def test_a_draining_server_finishes_what_it_can_and_tells_the_others(slow_folder):
     with (
-        running(slow_folder, "--drain-timeout-s", "600") as server,
+        running(slow_folder, "--drain-timeout-s", "600", *KV) as server,
         ThreadPoolExecutor(8) as pool,
     ):
         pids = children(server.process.pid)
@@ -71,12 +73,13 @@ def test_a_draining_server_finishes_what_it_can_and_tells_the_others(slow_folder
         assert server.process.wait(timeout=60) == 0
         assert all(map(ends, pids))
         errors = server.process.stderr.read()
-        assert "Traceback" not in errors and "draining: 6 requests" in errors
+        assert "Traceback" not in errors and "requests are running" in errors
 
 
 @pytest.mark.slow
 def test_with_timeout_0_the_server_ends_within_2_s_under_load(slow_folder):
-    with running(slow_folder, "--drain-timeout-s", "0") as server, ThreadPoolExecutor(32) as pool:
+    options = ("--drain-timeout-s", "0", *KV)
+    with running(slow_folder, *options) as server, ThreadPoolExecutor(32) as pool:
         pids = children(server.process.pid)
         streams = [Stream(pool, server, LONG) for _ in range(16)]
         whole = [pool.submit(server.complete, **LONG) for _ in range(8)]
@@ -99,7 +102,7 @@ def test_a_client_that_reads_nothing_does_not_keep_the_server(slow_folder):
     with running(slow_folder, "--drain-timeout-s", "0") as server:
         with socket.create_connection(server.address) as deaf:
             deaf.sendall(head + body)
-            while server.metric("memplus:num_requests_running") < 64:
+            while not server.metric("memplus:num_requests_running"):
                 pass
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(timeout=60) == 0

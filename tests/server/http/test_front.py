@@ -3,12 +3,14 @@
 import asyncio
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 
 from engine.request import TokenOutput
 from server.access import AccessOptions
 from server.api_keys import ApiKeys, parse_key
+from server.http.app import create_app
 from server.http.front import Front
 from server.http.request_id import _CURRENT, current_request_id, engine_request_id
 from tests.server.http.test_app import answer, build, post
@@ -91,6 +93,26 @@ def test_the_access_log_is_off_by_default(caplog):
     _, _, app = build()
     ask(front(app), ("GET", "/version"))
     assert access_lines(caplog) == []
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_prompts_are_logged_only_if_asked_and_cut(caplog, log_prompts):
+    caplog.set_level(logging.INFO)
+    process, service, _ = build()
+    app = create_app(replace(service, log_prompts=log_prompts), 2**20, 30)
+
+    async def leave():
+        while not process.sent:
+            await asyncio.sleep(0)
+
+    asyncio.run(post(app, {"prompt": ["zan\n", "zibar"], "user": "hidden"}, leave))
+    asyncio.run(post(app, {"prompt": "z" * 9000}, leave))
+    lines = [one.getMessage() for one in caplog.records if "prompt: " in one.getMessage()]
+    if not log_prompts:
+        assert not lines and "zibar" not in caplog.text
+        return
+    assert lines[0] == 'prompt: {"prompt":["zan\\n","zibar"]}'
+    assert lines[1].startswith('prompt: {"prompt":"zzz') and len(lines[1]) < 4200
 
 
 def test_pages_of_allowed_origins_may_call_the_server():

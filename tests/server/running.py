@@ -37,9 +37,10 @@ class Running:
 
 
 def serve_command(folder: Path, *options: str) -> list[str]:
-    """The command that serves a folder on a free port."""
+    """The command that serves a folder, on a free port unless on a unix socket."""
     command = [sys.executable, "-m", "server.cli.main", "serve", "--model", str(folder)]
-    return [*command, "--port", "0", "--kv-cache-gib", "0.01", *options]
+    port = [] if "--uds" in options else ["--port", "0"]
+    return [*command, *port, "--kv-cache-gib", "0.01", *options]
 
 
 @contextlib.contextmanager

@@ -217,6 +217,7 @@ def test_a_damaged_model_ends_the_command_with_one_line(memory_plus_folder, tmp_
         (["serve", "--api-key-file", "nowhere"], "api_key_file: nowhere: No such file"),
         (["serve", "--tls-cert", "nowhere"], "tls_cert: nowhere: No such file"),
         (["serve", "--uds", "/nowhere/socket"], "uds: /nowhere/socket: No such file"),
+        (["serve", "--uds", "socket", "--port", "80"], "uds: replaces --host and --port"),
     ],
 )
 def test_a_command_line_error_is_one_line_and_exit_code_2(tmp_path, arguments, named):

@@ -61,7 +61,7 @@ def measure(model: str, streams: int, steps: int) -> None:
 
 async def streamed(tokenizer: Tokenizer, streams: int, steps: int, options: dict[str, Any]) -> Cost:
     """The cost of streams that get a token per step, over loopback sockets."""
-    process, metrics = RecordingProcess(), Metrics()
+    process, metrics = RecordingProcess(), Metrics("mock")
     engine = EngineClient(
         cast(EngineProcess, process), metrics.observe_step, SupervisionOptions(), _no_process
     )

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 0.5
 # if a wait takes this much longer than asked, the process itself was stopped
 PAUSE_S = 1.0
+# seconds for an engine without requests to end by itself
+STOP_S = 1.0
 
 
 class Abort(NamedTuple):
@@ -168,8 +170,8 @@ class EngineProcess:
         """Kill the process at once."""
         self._process.kill()
 
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """End the process: ask, wait, then kill; kill it at once if it is loading.
+    def stop(self, timeout_s: float = STOP_S) -> None:
+        """End the process: ask, wait this long, then kill; kill it at once if it is loading.
 
         Unfinished requests are lost. A process that was not started can no longer start.
         """
@@ -179,8 +181,9 @@ class EngineProcess:
                 return
         self._outbox.put(None)
         if self._sender.is_alive():
+            deadline = time.monotonic() + timeout_s
             self._sender.join(timeout_s)
-            self._process.join(timeout_s)
+            self._process.join(max(0.0, deadline - time.monotonic()))
         if self._process.is_alive():
             self.kill()
         # a process that waits for a device cannot be killed

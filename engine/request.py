@@ -93,6 +93,7 @@ class TokenOutput(NamedTuple):
         memory_reads: for each token one read per memory layer, if requested.
         draft_tokens: draft tokens that the step verified.
         accepted_tokens: those among ``token_ids``.
+        queued_s: seconds from the request's arrival in the engine to its first step.
     """
 
     request_id: str
@@ -106,6 +107,7 @@ class TokenOutput(NamedTuple):
     memory_reads: tuple[tuple[MemoryRead, ...], ...] = ()
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    queued_s: float = 0.0
 
 
 class RowUsageSummary(NamedTuple):

@@ -19,6 +19,7 @@ from engine.process import EngineRefused, run_engine
 from server.allocator import keep_freed_memory
 from server.config import EngineSettings, ModelOptions
 from server.device import chosen_device
+from server.logs import set_up_logs
 from weights.checkpoints.checkpoint import load_model, model_bytes
 from weights.checkpoints.config_json import CheckpointConfig, read_config
 from weights.checkpoints.gpu_tier import GpuTierChoice
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 def main(connection: Connection, settings: EngineSettings) -> None:
     """Build an engine and run it; if it cannot be built, send the reason."""
     keep_freed_memory()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(name)s: %(message)s")
+    set_up_logs(settings.log_format)
     try:
         engine = build_engine(settings)
         engine.warm_up()

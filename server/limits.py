@@ -62,3 +62,8 @@ class LimitOptions:
                 raise ConfigError(f"{name}: must be greater than 0, not {getattr(self, name)}")
         if not 0 <= self.request_timeout_s < math.inf:
             raise ConfigError(f"request_timeout_s: must be 0 or more, not {self.request_timeout_s}")
+
+    def check_bodies(self, max_body_mib: int) -> None:
+        """Raise ConfigError if one body may be larger than all of them together."""
+        if self.max_bodies_mib < max_body_mib:
+            raise ConfigError(f"max_bodies_mib: must be at least max_body_mib, {max_body_mib}")

@@ -162,4 +162,12 @@ COVERED_BY = {
     "weights/training/token_file.py": "weights/training/test_token_stream.py",
     "weights/training/train_state.py": "weights/training/test_trainer.py",
     "weights/training/training_data.py": "weights/training/test_trainer.py",
+    "server/http/access_log.py": "server/http/test_front.py",
+    "server/http/request_id.py": "server/http/test_front.py",
+    "server/http/root_path.py": "server/http/test_front.py",
+    "server/http_server.py": "server/test_shutdown.py",
+    "server/monitoring.py": "server/test_logs.py",
+    "server/served_model.py": "server/test_serve.py",
+    "server/version.py": "server/http/test_app.py",
+    "weights/toml_file.py": "weights/training/test_train_config.py",
 }

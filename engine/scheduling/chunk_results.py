@@ -47,6 +47,7 @@ def output(
         cached_tokens=sequence.num_cached or 0,
         draft_tokens=chunk.num_drafts,
         accepted_tokens=min(_accepted(chunk, result.token_ids), ending.num_taken),
+        queued_s=sequence.queued_s,
     )
 
 

@@ -1,7 +1,4 @@
-"""The HTTP application: its routes, its middleware and its lifespan."""
-
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+"""The HTTP application: its routes and its middleware."""
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -16,6 +13,7 @@ from server.http.openapi import openapi_document
 from server.http.page_routes import page_routes
 from server.http.service import Service
 from server.http.status_routes import status_routes
+from server.version import VERSION
 
 
 def create_app(
@@ -23,17 +21,10 @@ def create_app(
 ) -> FastAPI:
     """The application for one service, with the web page if ``ui`` is set.
 
-    The caller starts and stops the engine process.
+    The caller attaches and detaches the engine's client.
     """
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.engine.attach()
-        yield
-        await service.engine.detach()
-
     # FastAPI's own pages about the document load scripts from other hosts
-    app = FastAPI(title="memplus", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="memplus", version=VERSION, docs_url=None, redoc_url=None)
     generation = generation_routes(service)
     paths = frozenset(route.path for route in generation.routes if isinstance(route, APIRoute))
     app.add_middleware(

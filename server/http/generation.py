@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from server.http.admission import Place
 from server.http.errors import ApiError, DeadlineError, EngineError
 from server.http.generation_options import GenerationOptions
 from server.http.metrics import RequestClock
+from server.http.request_id import engine_request_id
 from server.http.service import Service
 from server.http.text_stream import TextDelta, TextOptions, TextStream
 from server.token_stream import SlowReaderError, TokenStream
@@ -55,7 +55,7 @@ class Generation:
             raise RequestError("priority", message)
         body.sampling(service.limits.max_model_len)
         self.body = body
-        self.request_id = f"{id_prefix}-{uuid.uuid4().hex}"
+        self.request_id = engine_request_id(id_prefix)
         self.prompts: list[Ids] = []
         self._service = service
         self._num_prompts = num_prompts
@@ -109,6 +109,7 @@ class Generation:
                         raise EngineError(output.error or "the engine failed")
                     if not clocks[index].num_tokens:
                         self._cached_tokens += output.cached_tokens
+                        clocks[index].started(output.queued_s)
                     self._draft_tokens += output.draft_tokens
                     self._accepted_tokens += output.accepted_tokens
                     delta = texts[index].push(output)

@@ -81,8 +81,6 @@ class Intake:
                 f"the body took too long: {self._timeout_s} s, or {GRACE_S} s on a full server"
             )
             raise ApiError(408, message) from None
-        except asyncio.CancelledError:
-            raise ApiError(503, "the server is shutting down", "server_error") from None
         place.keep()
         return body
 

@@ -27,6 +27,7 @@ class Service:
     admission: Admission
     metrics: Metrics
     options: LimitOptions
+    log_prompts: bool = False
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) if ``name`` is not the served model."""
@@ -40,8 +41,10 @@ class Service:
             headers = {"Retry-After": "5"}
             raise ApiError(503, "the engine is not running", "server_error", headers=headers)
 
-    def check_tables(self) -> None:
-        """Raise ApiError (503) if a value table can no longer be read."""
+    def check_alive(self) -> None:
+        """Raise ApiError (503) if the engine is gone for good, or a value table is lost."""
+        if self.engine.is_lost:
+            raise ApiError(503, "the engine is gone and no restart is left", "server_error")
         if self.engine.lost_tables:
             message = "value tables are lost: " + "; ".join(self.engine.lost_tables)
             raise ApiError(503, message, "server_error", code="table_lost")

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import tomllib
+from pathlib import Path
 
 import httpx
 import pytest
@@ -15,6 +17,7 @@ from server.http.app import create_app
 from server.http.metrics import Metrics
 from server.http.service import Service
 from server.limits import LimitOptions
+from server.version import VERSION
 from tests.models import byte_tokenizer
 from weights.checkpoints.tokenizer import JsonTokenizer
 
@@ -30,7 +33,7 @@ class SilentProcess:
 
 
 def build(chat_template=None, max_model_len=100, **options):
-    process, metrics = SilentProcess(), Metrics()
+    process, metrics = SilentProcess(), Metrics("mock")
     engine = EngineClient(process, metrics.observe_step, SupervisionOptions(), SilentProcess)
     service = Service(
         model_name="mock",
@@ -154,7 +157,7 @@ def test_places_in_the_queue_are_released():
     assert not any(service.admission.used.values())
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/health"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/ready"])
 def test_without_a_living_engine_the_answer_is_503(path):
     process, service, app = build()
     service.engine.is_alive = False
@@ -162,11 +165,35 @@ def test_without_a_living_engine_the_answer_is_503(path):
     async def never():
         await asyncio.Event().wait()
 
-    method = "GET" if path == "/health" else "POST"
+    method = "GET" if path == "/ready" else "POST"
     start, body = asyncio.run(post(app, {"prompt": "a"}, never, method=method, path=path))
     assert start["status"] == 503 and (b"retry-after", b"5") in start["headers"]
     assert json.loads(body["body"])["error"]["type"] == "server_error"
     assert process.sent == [] and not any(service.admission.used.values())
+
+
+def test_health_is_a_503_only_if_the_engine_is_gone_for_good():
+    _, service, app = build()
+
+    async def statuses():
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [(await client.get(path)).status_code for path in ("/health", "/ready")]
+
+    assert asyncio.run(statuses()) == [200, 200]
+    service.engine.is_alive = False  # it is restarted
+    assert asyncio.run(statuses()) == [200, 503]
+    service.engine.is_lost = True
+    assert asyncio.run(statuses()) == [503, 503]
+
+
+def test_the_version_is_that_of_the_package():
+    _, _, app = build()
+    sent = asyncio.run(post(app, None, None, method="GET", path="/version"))
+    assert json.loads(sent[1]["body"]) == {"version": VERSION}
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    attribute = project["tool"]["setuptools"]["dynamic"]["version"]["attr"]
+    assert attribute == "server.version.VERSION" and app.openapi()["info"]["version"] == VERSION
 
 
 def test_engine_request_ids_start_with_the_completion_id():

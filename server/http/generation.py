@@ -77,18 +77,11 @@ class Generation:
             ApiError: the queue is full, the engine failed, or the request took too long.
             RequestError: a prompt does not fit the model.
         """
-        service, count = self._service, self._num_prompts * self.body.num_samples
-        place.enlarge("prompts", count)
-        least = 1 + min(self.body.max_tokens or 0, service.limits.max_model_len)
-        place.enlarge("tokens", count * least)
-        self.prompts = await self._encode()
-        requests = await self._requests()
-        costs = [len(r.prompt_ids) + r.sampling.max_tokens for r in requests]
-        place.enlarge("tokens", sum(costs))
+        service, requests = self._service, await self._admitted(place)
 
         def ended(index: int) -> None:
             place.reduce("prompts", 1)
-            place.reduce("tokens", costs[index])
+            place.reduce("tokens", _cost(requests[index]))
 
         texts = [
             TextStream(i, service.tokenizer, r.prompt_ids, r.sampling, self._text_options())
@@ -97,10 +90,13 @@ class Generation:
         clocks = [RequestClock(service.metrics, len(r.prompt_ids)) for r in requests]
         stream = service.engine.submit(requests, ended)
         deadline = self._end_in_time(stream)
+        stopped: set[int] = set()
         try:
             async for outputs in stream.batches():
                 deltas: list[TextDelta] = []
                 for index, output in outputs:
+                    if index in stopped:
+                        continue  # it came together with the end of a stop string
                     if output.finish_reason == "error":
                         if deltas:
                             yield deltas
@@ -118,8 +114,10 @@ class Generation:
                     if delta.finish_reason is not None:
                         clocks[index].finished(delta.finish_reason)
                         stream.end(index)
+                        stopped.add(index)
                     deltas.append(delta)
-                yield deltas
+                if deltas:
+                    yield deltas
         except SlowReaderError as error:
             raise ApiError(408, str(error)) from None
         finally:
@@ -140,6 +138,17 @@ class Generation:
                 "rejected_prediction_tokens": self._draft_tokens - self._accepted_tokens,
             },
         }
+
+    async def _admitted(self, place: Place) -> list[Request]:
+        """Enlarge the place before the prompts are encoded, and once their lengths are known."""
+        count = self._num_prompts * self.body.num_samples
+        place.enlarge("prompts", count)
+        least = 1 + min(self.body.max_tokens or 0, self._service.limits.max_model_len)
+        place.enlarge("tokens", count * least)
+        self.prompts = await self._encode()
+        requests = await self._requests()
+        place.enlarge("tokens", sum(map(_cost, requests)))
+        return requests
 
     async def _requests(self) -> list[Request]:
         """One engine request per sample of each prompt, in the order of the choices."""
@@ -172,6 +181,11 @@ class Generation:
     def _text_options(self) -> TextOptions:
         body = self.body
         return TextOptions(body.stop, body.include_stop_str_in_output, not body.skip_special_tokens)
+
+
+def _cost(request: Request) -> int:
+    """The number of tokens that the request can need."""
+    return len(request.prompt_ids) + request.sampling.max_tokens
 
 
 def _check_prompt_logprobs(requests: Sequence[Request]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from engine.process import Abort
 from engine.request import Request, TokenOutput
 from engine.sampling.params import TokenLogprobs
+from tests.models import byte_tokenizer
 from tests.server.http.test_app import answer, build, post
 from tests.server.running import running
 
@@ -112,6 +113,27 @@ def test_a_nan_is_an_error_and_never_json(streamed):
     assert not any(b"NaN" in message.get("body", b"") for message in sent)
     error = json.loads(events(sent)[-2 if streamed else 0])["error"]
     assert "not finite" in error["message"] and sent[0]["status"] == (200 if streamed else 500)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_outputs_that_arrive_with_a_stop_string_and_after_it_are_dropped(streamed):
+    process, service, app = build()
+
+    def send(*messages):
+        process.sent += messages
+        if isinstance(messages[0], Request):
+            for token_id in byte_tokenizer().encode("abcd").ids:
+                answer(service, TokenOutput(messages[0].request_id, (token_id,)))
+
+    process.send = send
+    body = {"prompt": "x", "stop": "c", "stream": streamed, "max_tokens": 9}
+    text = ""
+    for event in events(asyncio.run(post(app, body, never))):
+        if event != "[DONE]":
+            text += json.loads(event)["choices"][0]["text"]
+    assert text == "ab"
+    assert process.sent[1:] == [Abort(process.sent[0].request_id)]
+    assert not any(service.admission.used.values())
 
 
 @pytest.mark.parametrize(("allowed", "priority", "status"), [(0, 1, 400), (0, 0, 200), (1, 1, 200)])

@@ -75,26 +75,27 @@ class Answer:
         head = json_text(self._object(self._kinds[1]))[:-1]
         writers: dict[int, ChoiceWriter] = {}
 
-        def chunk(choices: str, has_usage: bool) -> bytes:
+        def chunk(choices: str, usage: dict[str, Any] | None) -> bytes:
             # with include_usage every chunk has the field, null except in the last
-            usage = json_text(self._generation.usage()) if has_usage else "null"
-            end = f',"usage":{usage}' if has_usage or include_usage else ""
+            has_usage = usage is not None or include_usage
+            end = f',"usage":{json_text(usage)}' if has_usage else ""
             return event(f'{head},"choices":[{choices}]{end}}}')
 
         try:
             async with aclosing(self._generation.deltas(place)) as batches:
                 async for deltas in batches:
                     together = b""
-                    for delta in deltas:
+                    for count, delta in enumerate(deltas, 1):
                         choices = await self._choice(delta, writers)
-                        together += chunk(choices, every_usage)
+                        usage = self._generation.usage(deltas[count:]) if every_usage else None
+                        together += chunk(choices, usage)
                         if len(together) > _MAX_TOGETHER:
                             yield together
                             together = b""
                     if together:
                         yield together
             if include_usage:
-                yield chunk("", True)
+                yield chunk("", self._generation.usage())
         except ApiError as error:
             if not writers:
                 raise

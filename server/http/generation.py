@@ -125,13 +125,14 @@ class Generation:
                 deadline.cancel()
             stream.close()
 
-    def usage(self) -> dict[str, Any]:
-        """OpenAI's usage object for the tokens so far."""
+    def usage(self, unsent: Sequence[TextDelta] = ()) -> dict[str, Any]:
+        """OpenAI's usage object for the tokens so far, without those of ``unsent``."""
         prompt_tokens = sum(map(len, self.prompts))
+        num_tokens = self._num_tokens - sum(len(delta.token_ids) for delta in unsent)
         return {
             "prompt_tokens": prompt_tokens,
-            "completion_tokens": self._num_tokens,
-            "total_tokens": prompt_tokens + self._num_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": prompt_tokens + num_tokens,
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": self._accepted_tokens,

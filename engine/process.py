@@ -14,7 +14,14 @@ from typing import NamedTuple, Protocol
 
 from engine.errors import RequestError
 from engine.progress import Progress
-from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
+from engine.request import (
+    EngineStatistics,
+    Request,
+    RequestLimits,
+    StepOutput,
+    TokenOutput,
+    refused_output,
+)
 
 # seconds between two heartbeats of the engine process
 HEARTBEAT_S = 0.5
@@ -227,7 +234,7 @@ class EngineLoop:
             try:
                 self._engine.add(message)
             except RequestError as error:
-                refused.append(TokenOutput(message.request_id, (), "error", error=str(error)))
+                refused.append(refused_output(message.request_id, error))
         return refused
 
     def _send(self, message: StepOutput | Heartbeat | EngineReady) -> None:

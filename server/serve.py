@@ -26,6 +26,7 @@ from server.engine_client import EngineClient
 from server.http.activity_log import ActivityLog
 from server.http.admission import Admission
 from server.http.app import create_app
+from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
 from server.http.service import Service
 from weights.checkpoints.tokenizer import load_tokenizer
@@ -66,6 +67,7 @@ def serve(
             metrics.observe_step(statistics)
             activity.observe_step(statistics)
 
+        grammars = GrammarChecker(folder, ready.limits)
         client = EngineClient(process, observe, supervision, make_process)
         try:
             service = Service(
@@ -79,10 +81,12 @@ def serve(
                     metrics.rejections.labels("queue_full").inc,
                 ),
                 metrics=metrics,
+                grammars=grammars,
             )
             _Server(service, http, activity).run(sockets=[listener])
         finally:
             client.stop()
+            grammars.stop()
         if client.is_lost:
             message = "the engine process has died and no restarts are left (--engine-restarts)"
             raise EngineLostError(message)

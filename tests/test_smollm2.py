@@ -73,7 +73,7 @@ def served_logits(model, sequences):
                 if start < len(ids)
             )
         )
-        batch = Batcher(size, config.vocab_size, frozenset()).batch(plan, {})
+        batch = Batcher(size, frozenset()).batch(plan)
         everywhere = torch.arange(len(batch.ids_T))
         output = model(batch.ids_T, batch.layout, everywhere, kv_blocks)
         parts = output.logits_LV.split([len(chunk.token_ids) for chunk in plan.chunks])

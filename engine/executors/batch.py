@@ -1,6 +1,7 @@
 """The batch that an executor runs in one step, and the step's results."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,9 @@ from engine.sampling.masks import Bitmask
 from engine.sampling.params import SamplingParams, TokenLogprobs
 from engine.sampling.request_rules import SamplingRow
 from engine.sampling.sampler import Sampler
+
+# seconds between two marks of progress while a bitmask is filled
+_BITMASK_S = 0.5
 
 
 class ScoredToken(NamedTuple):
@@ -38,7 +42,8 @@ class Batch:
         layout: positions of the tokens in sequences and KV blocks.
         logits_at_L: int64 positions in the batch to compute logits at.
         rows: sampling rows of the first ``len(rows)`` of these positions.
-        bitmask: uint32 ``[len(rows), words]`` of allowed tokens, if masks restrict any.
+        bitmask: uint32 ``[len(rows), words]`` of allowed tokens, if masks restrict any. It is
+            filled while the model runs, so wait for it after the forward.
         scored: the token to score at each of the other positions, or None.
         seats: each sequence's number, distinct among the sequences that run at the same time.
         block_ids: each sequence's KV blocks, those in the layout.
@@ -48,7 +53,7 @@ class Batch:
     layout: TokenLayout
     logits_at_L: Tensor
     rows: Sequence[SamplingRow] = ()
-    bitmask: Bitmask | None = None
+    bitmask: "Future[Bitmask] | None" = None
     scored: Sequence[ScoredToken | None] = ()
     seats: Sequence[int] = ()
     block_ids: Sequence[tuple[int, ...]] = ()
@@ -95,8 +100,8 @@ def sample_batch(
     logits_LV: Tensor, batch: Batch, sampler: Sampler, progress: Progress
 ) -> StepResult:
     """Choose and score the tokens of a batch from the logits ``[L, vocabulary]`` of its forward."""
-    rows = batch.rows
-    ids = sampler.sample(logits_LV[: len(rows)], rows, batch.bitmask) if rows else []
+    rows, bitmask = batch.rows, filled_bitmask(batch, progress)
+    ids = sampler.sample(logits_LV[: len(rows)], rows, bitmask) if rows else []
     progress.mark()
     wanted = [
         (at, ScoredToken(token_id, row.params.logprobs))
@@ -112,6 +117,15 @@ def sample_batch(
         logprobs[at] = token_logprobs
         progress.mark()
     return StepResult(ids, logprobs)
+
+
+def filled_bitmask(batch: Batch, progress: Progress) -> Bitmask | None:
+    """Wait for the batch's bitmask. Its work is bounded, so waiting counts as progress."""
+    if batch.bitmask is None:
+        return None
+    while not wait((batch.bitmask,), _BITMASK_S).done:
+        progress.mark()
+    return batch.bitmask.result()
 
 
 def warm_up_batch() -> Batch:

@@ -1,6 +1,7 @@
 """Converts step plans to batches for an executor, and step results to results of chunks."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from itertools import accumulate
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from engine.executors.batch import Batch, ScoredToken, StepResult, pending_id
 from engine.model.layout import PagedKv, TokenLayout
-from engine.sampling.masks import Bitmask, step_bitmask
+from engine.sampling.masks import Bitmask
 from engine.sampling.params import TokenLogprobs
 from engine.sampling.request_rules import RequestRules, SamplingRow
 from engine.scheduling.step_plan import PENDING, ChunkResult, SequenceChunk, StepPlan
@@ -97,25 +98,23 @@ class SamplingRows:
 class Batcher:
     """Makes the batch of each plan, valid until the next one; caches block ids and logit rules."""
 
-    def __init__(self, block_size: int, vocab_size: int, eos_ids: frozenset[int]) -> None:
+    def __init__(self, block_size: int, eos_ids: frozenset[int]) -> None:
         self._block_size = block_size
-        self._vocab_size = vocab_size
         self._rows = SamplingRows(eos_ids)
         self._table = BlockTable()
 
-    def batch(self, plan: StepPlan, bitmasks: Mapping[str, Bitmask]) -> Batch:
+    def batch(self, plan: StepPlan, bitmask: "Future[Bitmask] | None" = None) -> Batch:
         """The batch of a plan with at least one chunk.
 
-        ``bitmasks`` holds one row per sampled position for each request with a token mask.
+        ``bitmask`` will have one row per sampled position, if token masks restrict any.
         """
-        parts = ((chunk.num_sampled, bitmasks.get(chunk.request_id)) for chunk in plan.chunks)
         scored = [one for chunk in plan.chunks if chunk.scores for one in _scored(chunk)]
         return Batch(
             *_tensors(plan.chunks, self._block_size, self._table),
             seats=tuple(chunk.seat for chunk in plan.chunks),
             block_ids=tuple(chunk.block_ids for chunk in plan.chunks),
             rows=self._rows.of(plan),
-            bitmask=step_bitmask(parts, self._vocab_size) if bitmasks else None,
+            bitmask=bitmask,
             scored=scored,
         )
 

@@ -8,6 +8,7 @@ from engine.request import RequestLimits
 from server.engine_client import EngineClient
 from server.http.admission import Admission
 from server.http.errors import ApiError
+from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
 from weights.checkpoints.tokenizer import Tokenizer
 
@@ -23,6 +24,7 @@ class Service:
     engine: EngineClient
     admission: Admission
     metrics: Metrics
+    grammars: GrammarChecker
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) if ``name`` is not the served model."""

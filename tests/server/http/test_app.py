@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from server.config import SupervisionOptions
 from server.engine_client import EngineClient
 from server.http.admission import Admission
 from server.http.app import create_app
+from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
 from server.http.service import Service
 from tests.models import byte_tokenizer
@@ -31,14 +33,16 @@ class SilentProcess:
 def build():
     process, metrics = SilentProcess(), Metrics()
     engine = EngineClient(process, metrics.observe_step, SupervisionOptions(), SilentProcess)
+    limits = RequestLimits(vocab_size=260, max_model_len=100)
     service = Service(
         model_name="mock",
         created=0,
         tokenizer=JsonTokenizer(byte_tokenizer()),
-        limits=RequestLimits(vocab_size=260, max_model_len=100),
+        limits=limits,
         engine=engine,
         admission=Admission(2, metrics.rejections.labels("queue_full").inc),
         metrics=metrics,
+        grammars=GrammarChecker(Path("no-folder"), limits),
     )
     return process, service, create_app(service, 2**20, 30)
 

@@ -10,7 +10,6 @@ from engine.model.forward_trace import ForwardTrace
 from engine.sampling.params import SamplingParams
 from engine.scheduling.batching import Batcher
 from engine.scheduling.step_plan import SequenceChunk, StepPlan
-from tests.models import VOCAB_SIZE
 
 
 @contextlib.contextmanager
@@ -59,4 +58,4 @@ class PackedForward:
 
 def batch_of_chunks(chunks, block_size):
     """The batch of a step plan with these chunks."""
-    return Batcher(block_size, VOCAB_SIZE, frozenset()).batch(StepPlan(tuple(chunks)), {})
+    return Batcher(block_size, frozenset()).batch(StepPlan(tuple(chunks)))

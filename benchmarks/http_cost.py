@@ -7,6 +7,7 @@ import selectors
 import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import uvicorn
@@ -19,6 +20,7 @@ from server.config import SupervisionOptions, cache_folder
 from server.engine_client import EngineClient
 from server.http.admission import Admission
 from server.http.app import create_app
+from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
 from server.http.service import Service
 from server.http.transport.connection import Connection
@@ -66,16 +68,18 @@ async def streamed(tokenizer: Tokenizer, streams: int, steps: int, options: dict
         cast(EngineProcess, process), metrics.observe_step, SupervisionOptions(), _no_process
     )
     limits = LimitOptions()
+    model_limits = RequestLimits(vocab_size=2**31, max_model_len=2**20)
     service = Service(
         model_name="mock",
         created=0,
         tokenizer=tokenizer,
         chat_template=None,
-        limits=RequestLimits(vocab_size=2**31, max_model_len=2**20),
+        limits=model_limits,
         engine=engine,
         admission=Admission(dict.fromkeys(("prompts", "tokens", "body_bytes"), MANY), print),
         metrics=metrics,
         options=limits,
+        grammars=GrammarChecker(Path(), model_limits),
     )
     config = uvicorn.Config(create_app(service, 2**20, 30), lifespan="off", log_level="warning")
     config.load()

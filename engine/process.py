@@ -23,6 +23,7 @@ from engine.request import (
     StepOutput,
     TableReport,
     TokenOutput,
+    refused_output,
 )
 
 logger = logging.getLogger(__name__)
@@ -259,7 +260,7 @@ class EngineLoop:
             try:
                 self._engine.add(message)
             except RequestError as error:
-                refused.append(TokenOutput(message.request_id, (), "error", error=str(error)))
+                refused.append(refused_output(message.request_id, error))
         return refused
 
     def _describe(self) -> None:

@@ -18,6 +18,7 @@ from server.config import (
 from server.engine_client import EngineClient
 from server.http.activity_log import ActivityLog
 from server.http.admission import Admission
+from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
 from server.http.service import Service
 from server.limits import LimitOptions
@@ -71,6 +72,7 @@ class ServedModel:
         self._make_process = partial(EngineProcess, ENGINE_ENTRY, settings)
         self._process = self._make_process()
         self._client: EngineClient | None = None
+        self._grammars: GrammarChecker | None = None
 
     def load(self) -> Service:
         """Start the engine process and wait until the model is loaded.
@@ -80,6 +82,7 @@ class ServedModel:
             EngineStartError: the engine could not be built, or ``stop`` ended it.
         """
         ready = self._process.start()
+        self._grammars = GrammarChecker(self._folder, ready.limits)
         client = EngineClient(self._process, self._observe, self._supervision, self._make_process)
         self._client = client
         return Service(
@@ -92,12 +95,15 @@ class ServedModel:
             admission=self._admission(ready.limits.max_model_len),
             metrics=self.metrics,
             options=self._limits,
+            grammars=self._grammars,
             log_prompts=self._log_prompts,
         )
 
     def stop(self) -> None:
         """End the engine process, also while it loads."""
         (self._client or self._process).stop()
+        if self._grammars is not None:
+            self._grammars.stop()
 
     def _admission(self, max_model_len: int) -> Admission:
         places = self._engine.max_num_seqs + self._http.max_queued_requests

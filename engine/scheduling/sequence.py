@@ -19,6 +19,7 @@ class Ending(NamedTuple):
     reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    error_param: str | None = None
 
 
 @dataclass(eq=False, slots=True)

@@ -8,6 +8,7 @@ from engine.request import RequestLimits
 from server.engine_client import EngineClient
 from server.http.admission import Admission
 from server.http.errors import ApiError
+from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
 from server.limits import LimitOptions
 from weights.checkpoints.chat_template import ChatTemplate
@@ -27,6 +28,7 @@ class Service:
     admission: Admission
     metrics: Metrics
     options: LimitOptions
+    grammars: GrammarChecker
     log_prompts: bool = False
 
     def check_model(self, name: str | None) -> None:

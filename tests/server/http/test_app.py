@@ -14,6 +14,7 @@ from server.config import SupervisionOptions
 from server.engine_client import EngineClient
 from server.http.admission import Admission
 from server.http.app import create_app
+from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
 from server.http.service import Service
 from server.limits import LimitOptions
@@ -35,12 +36,13 @@ class SilentProcess:
 def build(chat_template=None, max_model_len=100, **options):
     process, metrics = SilentProcess(), Metrics("mock")
     engine = EngineClient(process, metrics.observe_step, SupervisionOptions(), SilentProcess)
+    limits = RequestLimits(vocab_size=260, max_model_len=max_model_len)
     service = Service(
         model_name="mock",
         created=0,
         tokenizer=JsonTokenizer(byte_tokenizer()),
         chat_template=chat_template,
-        limits=RequestLimits(vocab_size=260, max_model_len=max_model_len),
+        limits=limits,
         engine=engine,
         admission=Admission(
             {"prompts": 2, "tokens": 1000, "body_bytes": 2**20},
@@ -48,6 +50,7 @@ def build(chat_template=None, max_model_len=100, **options):
         ),
         metrics=metrics,
         options=LimitOptions(**options),
+        grammars=GrammarChecker(Path("no-folder"), limits),
     )
     return process, service, create_app(service, 2**20, 30)
 

@@ -119,6 +119,7 @@ COVERED_BY = {
     "server/http/responses.py": "server/http/test_app.py",
     "server/http/status_routes.py": "server/http/test_app.py",
     "server/http/service.py": "server/http/test_app.py",
+    "server/http/tool_grammar.py": "server/http/test_structured_output.py",
     "server/http/table_gains.py": "server/http/test_table_metrics.py",
     "server/http/tokenize_request.py": "server/http/test_chat.py",
     "server/http/text_stream.py": "server/http/test_completions.py",

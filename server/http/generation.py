@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from engine.errors import RequestError
-from engine.request import Request
+from engine.request import Request, TokenOutput
+from engine.sampling.grammar import Grammar
 from server.http.admission import Place
 from server.http.errors import ApiError, DeadlineError, EngineError
 from server.http.generation_options import GenerationOptions
@@ -41,8 +42,11 @@ class Generation:
         id_prefix: str,
         num_prompts: int,
         encode: Callable[[], Awaitable[list[Ids]]],
+        grammar: Grammar | None = None,
     ) -> None:
         """Check everything that needs no tokenizer; ``encode`` makes the prompts' ids later.
+
+        All answers follow ``grammar``.
 
         Raises:
             ApiError: another model is served, or the engine is not running.
@@ -60,6 +64,7 @@ class Generation:
         self._service = service
         self._num_prompts = num_prompts
         self._encode = encode
+        self._grammar = grammar
         limits = (body.timeout or math.inf, service.options.request_timeout_s or math.inf)
         self._timeout_s = min(limits)
         self._start = asyncio.get_running_loop().time()
@@ -102,7 +107,7 @@ class Generation:
                             yield deltas
                         clocks[index].finished("error")
                         logger.error("%s failed: %s", output.request_id, output.error)
-                        raise EngineError(output.error or "the engine failed")
+                        raise _failure(output)
                     if not clocks[index].num_tokens:
                         self._cached_tokens += output.cached_tokens
                         clocks[index].started(output.queued_s)
@@ -154,6 +159,8 @@ class Generation:
     async def _requests(self) -> list[Request]:
         """One engine request per sample of each prompt, in the order of the choices."""
         body, limits = self.body, self._service.limits
+        if self._grammar is not None:
+            await self._service.grammars.check(self._grammar)
         bad_words = await asyncio.to_thread(self._bad_words)
         requests: list[Request] = []
         for ids in self.prompts:
@@ -162,7 +169,8 @@ class Generation:
                 if not sample:  # samples differ in their seeds alone
                     limits.check(ids, sampling)
                 name = f"{self.request_id}-{len(requests)}"
-                requests.append(Request(name, ids, sampling, body.priority, body.cache_salt))
+                shared = body.priority, body.cache_salt, self._grammar
+                requests.append(Request(name, ids, sampling, *shared))
         _check_prompt_logprobs(requests)
         return requests
 
@@ -195,3 +203,11 @@ def _check_prompt_logprobs(requests: Sequence[Request]) -> None:
     if entries > MAX_PROMPT_LOGPROBS:
         message = f"at most {MAX_PROMPT_LOGPROBS} entries over all samples, not {entries}"
         raise RequestError("prompt_logprobs", message)
+
+
+def _failure(output: TokenOutput) -> ApiError:
+    """The error of a request that ended with one: the caller's mistake, or the engine's failure."""
+    message = output.error or "the engine failed"
+    if output.error_param is not None:
+        return ApiError(400, message, param=output.error_param)
+    return EngineError(message)

@@ -7,9 +7,11 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from engine.request import MAX_PRIORITY
+from engine.sampling.grammar import Grammar
 from engine.sampling.params import SamplingParams
 from server.http.checked_fields import BadWords, Biases, ListedIds, StopField
 from server.http.request_body import RequestBody
+from server.http.structured_output import ResponseFormat, StructuredOutputs
 
 MAX_SAMPLES = 64
 MAX_TIMEOUT_S = 86400
@@ -74,6 +76,12 @@ class GenerationOptions(RequestBody):
     skip_special_tokens: bool = Field(
         default=True, description="leave the names of special tokens out of the text"
     )
+    response_format: ResponseFormat | None = Field(
+        default=None, description="the format of the answer, as OpenAI's clients send it"
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="a grammar for the answer, as vLLM's clients send it"
+    )
     stream: bool = Field(default=False, description="send the answer as server-sent events")
     stream_options: StreamOptions | None = Field(
         default=None, description="options for token counts; needs stream"
@@ -106,6 +114,12 @@ class GenerationOptions(RequestBody):
     user: str | None = Field(default=None, description="accepted for OpenAI's clients; not used")
 
     @model_validator(mode="after")
+    def _check_one_grammar(self) -> "GenerationOptions":
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("structured_outputs: cannot be combined with response_format")
+        return self
+
+    @model_validator(mode="after")
     def _check_stream_options(self) -> "GenerationOptions":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: needs stream to be true")
@@ -115,6 +129,11 @@ class GenerationOptions(RequestBody):
     def num_samples(self) -> int:
         """Answers that are generated per prompt; the response contains the ``n`` best."""
         return self.n
+
+    def grammar(self) -> Grammar | None:
+        """The grammar that the answers must follow; RequestError if it is empty or too long."""
+        format = self.response_format or self.structured_outputs
+        return None if format is None else format.grammar()
 
     @abstractmethod
     def decided(self, most_tokens: int) -> dict[str, Any]:

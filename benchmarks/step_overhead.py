@@ -1,5 +1,6 @@
 """``memplus bench step``: milliseconds of an engine step outside the model."""
 
+import json
 import multiprocessing
 import random
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.drawn_tokenizer import EOS_ID, DrawnTokenizer
 from benchmarks.model_shapes import SMOLLM2_SHAPE
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -20,10 +22,12 @@ from engine.executors.cpu.kernels import cpu_kernels
 from engine.executors.memory_recorder import MemoryRecorder
 from engine.progress import Progress
 from engine.request import Request
+from engine.sampling.grammar import Grammar
 from engine.sampling.params import MAX_LISTED_IDS, SamplingParams
 from engine.sampling.sampler import Sampler
 from memory_ops.tables.value_table import ValueTable
 from server.allocator import keep_freed_memory
+from weights.grammars.compiler import GrammarCompiler
 
 # one small layer, since the model does not run
 CONFIG = replace(
@@ -48,6 +52,24 @@ KINDS: dict[str, dict[str, Any]] = {
     "1024 allowed": {"temperature": 0, "allowed_token_ids": frozenset(LISTED)},
     "100 bad words": {"temperature": 0, "bad_words": tuple((i, i + 1) for i in LISTED[:100])},
     "5 logprobs": {"temperature": 0, "logprobs": 5},
+}
+# long answers, so that none ends while steps are measured
+_PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "is_admin": {"type": "boolean"},
+        "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 8},
+    },
+    "required": ["name", "age", "is_admin", "tags"],
+    "additionalProperties": False,
+}
+GRAMMARS = {
+    "JSON schema": Grammar(
+        "json_schema", json.dumps({"type": "array", "items": _PERSON, "minItems": 2000})
+    ),
+    "regex": Grammar("regex", "([A-Z][a-z]{1,12}( [a-z]{1,12}){2,20}\\. ){2000}"),
 }
 
 
@@ -95,20 +117,29 @@ def measure(batch_sizes: Sequence[int], steps: int, context: int) -> None:
     """
     keep_freed_memory()
     print(f"{'sequences':>14}" + "".join(f"{size:>11}" for size in batch_sizes))
-    for kind, choice in KINDS.items():
+    kinds: list[tuple[str, dict[str, Any], Grammar | None]] = [
+        *((kind, choice, None) for kind, choice in KINDS.items()),
+        *((kind, {}, grammar) for kind, grammar in GRAMMARS.items()),
+    ]
+    for kind, choice, grammar in kinds:
         params = SamplingParams(max_tokens=8000, ignore_eos=True, **choice)
-        times = [_step_ms(size, params, steps, context) for size in batch_sizes]
+        times = [_step_ms(size, params, grammar, steps, context) for size in batch_sizes]
         print(f"{kind:>14}" + "".join(f"{ms:>8.3f} ms" for ms in times))
 
 
-def _step_ms(size: int, params: SamplingParams, steps: int, context: int) -> float:
+def _step_ms(
+    size: int, params: SamplingParams, grammar: Grammar | None, steps: int, context: int
+) -> float:
     config = EngineConfig(max_num_seqs=size, kv_cache_gib=0.5)
-    engine = Engine(InstantExecutor(size, config, context), config)
+    eos_ids = frozenset({EOS_ID})
+    vocab_size = CONFIG.vocab_size
+    grammars = GrammarCompiler(lambda: DrawnTokenizer(vocab_size), vocab_size, eos_ids)
+    engine = Engine(InstantExecutor(size, config, context), config, eos_ids, grammars=grammars)
     drawn = random.Random(0)
     for index in range(size):
         length = 128 if index else context
         ids = tuple(drawn.randrange(CONFIG.vocab_size) for _ in range(length))
-        engine.add(Request(str(index), ids, params))
+        engine.add(Request(str(index), ids, params, grammar=grammar))
     while engine.statistics().num_running < size:
         engine.step()
     engine.step()

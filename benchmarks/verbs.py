@@ -31,6 +31,13 @@ def step(options: argparse.Namespace) -> None:
     measure((1, 8, 32, 64), options.steps, options.context)
 
 
+def http(options: argparse.Namespace) -> None:
+    """Measure the CPU time of the HTTP process per streamed token, without an engine."""
+    from benchmarks.http_cost import measure
+
+    measure(options.model, options.streams, options.steps)
+
+
 def kernels(options: argparse.Namespace) -> None:
     """Compare memory operations on the CPU with torch and with the memory bandwidth."""
     from benchmarks.kernels import measure
@@ -162,6 +169,12 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("--steps", type=int, default=200, help="steps to measure (default: 200)")
     context = "tokens in the longest sequence's context; the others have 128 (default: 128)"
     verb.add_argument("--context", type=int, default=128, metavar="TOKENS", help=context)
+
+    verb = benchmarks.add_parser("http", help=http.__doc__)
+    verb.set_defaults(run=http)
+    verb.add_argument("--model", default=DEFAULT_MODEL, help="its tokenizer is used")
+    verb.add_argument("--streams", type=int, default=64, help="open streams (default: 64)")
+    verb.add_argument("--steps", type=int, default=200, help="tokens per stream (default: 200)")
 
     verb = benchmarks.add_parser("kernels", help=kernels.__doc__)
     verb.set_defaults(run=kernels, computes=True)

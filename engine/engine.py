@@ -5,8 +5,9 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 
+from engine.compiling_requests import CompilingRequests
 from engine.config import EngineConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, RequestError
 from engine.executors.batch import DeviceLostError, LaunchedStep
 from engine.executors.executor import Executor
 from engine.progress import Progress
@@ -17,17 +18,20 @@ from engine.request import (
     StepOutput,
     TableReport,
     TokenOutput,
+    refused_output,
 )
-from engine.sampling.masks import Bitmask, TokenMask, row_bitmasks
+from engine.sampling.masks import Grammars, TokenMask
+from engine.sampling.step_bitmasks import SampledRows, StepBitmasks
 from engine.scheduling.batching import Batcher, results_by_request
 from engine.scheduling.kv_blocks import BlockPool
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import DRAFTERS, Speculation
-from engine.scheduling.step_plan import Drafter, SequenceChunk, StepPlan
+from engine.scheduling.step_plan import Drafter, StepPlan
 from engine.table_counts import TableCounter
 from engine.table_report import table_report
 
-Bitmasks = dict[str, Bitmask]
+# seconds that a step waits if it has nothing to run but grammars are being compiled
+_COMPILING_S = 0.005
 # at most the executor's ``balance_rows`` if rows of value tables are fetched: each token fetches
 # rows for itself, which takes a good part of a step
 _FETCHING_BALANCE_ROWS = 2
@@ -43,11 +47,13 @@ class Engine:
         config: EngineConfig,
         eos_ids: frozenset[int] = frozenset(),
         make_drafter: Callable[[], Drafter] | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """Schedule for an executor that was made with ``config``.
 
         A sequence ends on any of ``eos_ids``. ``make_drafter`` makes each sequence's drafter, by
-        default the one that ``config.speculate`` names. ConfigError if ``max_model_len`` exceeds
+        default the one that ``config.speculate`` names. ``grammars`` compiles the grammars of
+        requests. ConfigError if ``max_model_len`` exceeds
         the model's positions or the KV memory.
         """
         model, num_blocks = executor.config, executor.num_blocks
@@ -56,7 +62,10 @@ class Engine:
         self.limits = RequestLimits(model.vocab_size, max_model_len, eos_ids, has_memory)
         self._executor = executor
         self._table_counter = TableCounter(executor.tables)
-        self._batcher = Batcher(config.block_size, model.vocab_size, eos_ids)
+        grammars = grammars or Grammars()
+        self._compiling = CompilingRequests(grammars)
+        self._bitmasks = StepBitmasks(model.vocab_size, grammars)
+        self._batcher = Batcher(config.block_size, eos_ids)
         self._pool = BlockPool(num_blocks, config.block_size)
         self._debug_checks = config.debug_checks
         self._speculation = _speculation(executor, config, make_drafter)
@@ -71,16 +80,22 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished, or a step in flight."""
-        return self._scheduler.has_work or bool(self._in_flight)
+        return self._can_step or bool(self._compiling)
 
     def add(self, request: Request, mask: TokenMask | None = None) -> None:
-        """Queue a request for later steps; RequestError if it exceeds the model's limits."""
+        """Queue a request for later steps; RequestError if it exceeds the model's limits.
+
+        ``mask`` is by default made from the request's grammar, in the background.
+        """
         self.limits.check(request.prompt_ids, request.sampling)
-        seed = request.sampling.seed
-        self._scheduler.add(request, secrets.randbits(63) if seed is None else seed, mask)
+        if request.grammar is not None and mask is None:
+            self._compiling.add(request)
+        else:
+            self._schedule(request, mask)
 
     def abort(self, request_id: str) -> None:
         """Cancel a request and free its blocks; do nothing if it has ended already."""
+        self._compiling.abort(request_id)
         self._scheduler.abort(request_id)
 
     def step(self) -> StepOutput:
@@ -91,9 +106,10 @@ class Engine:
         Raises:
             DeviceLostError: the device failed, and with it this engine.
         """
-        plan, bound, outputs = self._bind(self._scheduler.plan())
+        settled = self._schedule_compiled()
+        plan = self._scheduler.plan()
         self._scheduler.begin(plan)
-        settled = outputs + (self._launch(plan, bound) if plan.chunks else [])
+        settled += self._launch(plan) if plan.chunks else []
         ahead = self._executor.steps_ahead if plan.chunks else 0
         while len(self._in_flight) > ahead:
             settled += self._settle_oldest()
@@ -131,7 +147,7 @@ class Engine:
         speculation = self._speculation
         return EngineStatistics(
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=self._scheduler.num_waiting + len(self._compiling),
             kv_blocks_used=self._pool.num_blocks - self._pool.num_available,
             kv_blocks_total=self._pool.num_blocks,
             step_tokens=step_tokens,
@@ -146,35 +162,31 @@ class Engine:
             lost_tables=self._table_counter.faults(),
         )
 
-    def _bind(self, plan: StepPlan) -> tuple[StepPlan, Bitmasks, list[TokenOutput]]:
-        """Get bitmasks from token masks; end requests whose mask fails or allows no token."""
-        bound: Bitmasks = {}
-        kept: list[SequenceChunk] = []
-        ended: list[TokenOutput] = []
-        for chunk in plan.chunks:
-            sequence, message = self._scheduler.running(chunk), None
-            assert sequence is not None
-            mask = sequence.mask
-            if mask is not None and chunk.samples:
-                try:
-                    bitmask = row_bitmasks(mask, chunk.drafts, self.limits.vocab_size)
-                    if not bitmask[0].any():
-                        message = "the token mask allows no token"
-                    bound[chunk.request_id] = bitmask
-                except Exception as error:
-                    logger.exception("the token mask of %s failed", chunk.request_id)
-                    message = f"{type(error).__name__} in the token mask"
-            if message is None:
-                kept.append(chunk)
-            else:
-                ended.append(self._scheduler.end(chunk, message))
-        return StepPlan(tuple(kept)), bound, ended
+    @property
+    def _can_step(self) -> bool:
+        """Whether any request is scheduled, or a step in flight."""
+        return self._scheduler.has_work or bool(self._in_flight)
 
-    def _launch(self, plan: StepPlan, bound: Bitmasks) -> list[TokenOutput]:
+    def _schedule(self, request: Request, mask: TokenMask | None) -> None:
+        seed = request.sampling.seed
+        self._scheduler.add(request, secrets.randbits(63) if seed is None else seed, mask)
+
+    def _schedule_compiled(self) -> list[TokenOutput]:
+        """Schedule the requests whose grammars are compiled; returns the outputs of the others."""
+        refused = []
+        for request, result in self._compiling.take(0.0 if self._can_step else _COMPILING_S):
+            if isinstance(result, RequestError):
+                refused.append(refused_output(request.request_id, result))
+            else:
+                self._schedule(request, result)
+        return refused
+
+    def _launch(self, plan: StepPlan) -> list[TokenOutput]:
         """Launch a plan; if that fails, run its chunks one by one, so that only the failing one
         ends. Returns the outputs of steps that had to be settled for this."""
         try:
-            launched = self._executor.launch(self._batcher.batch(plan, bound))
+            batch = self._batcher.batch(plan, self._bitmasks.start(self._sampled_rows(plan)))
+            launched = self._executor.launch(batch)
             self._in_flight.append((plan, launched))
             return []
         except DeviceLostError:
@@ -192,8 +204,17 @@ class Engine:
             # rewriting the same keys and values does no harm
             settled = self._scheduler.settled(chunk)
             if settled is not None:
-                outputs += self._launch(StepPlan((settled,)), bound)
+                outputs += self._launch(StepPlan((settled,)))
         return outputs
+
+    def _sampled_rows(self, plan: StepPlan) -> list[SampledRows]:
+        """The rows of a plan that runs next, with the masks that apply to them."""
+        parts = []
+        for chunk in plan.chunks:
+            sequence = self._scheduler.running(chunk)
+            mask = sequence.mask if sequence is not None and chunk.samples else None
+            parts.append(SampledRows(chunk.num_sampled, mask, chunk.drafts))
+        return parts
 
     def _settle_oldest(self) -> list[TokenOutput]:
         """Wait for the oldest step in flight and commit its results."""

@@ -6,8 +6,8 @@ class ConfigError(ValueError):
 
 
 class RequestError(ValueError):
-    """A wrong request; ``param`` names the wrong field."""
+    """A wrong request; ``param`` names the wrong field, ``reason`` tells what is wrong."""
 
     def __init__(self, param: str, message: str) -> None:
         super().__init__(f"{param}: {message}")
-        self.param = param
+        self.param, self.reason = param, message

@@ -23,6 +23,7 @@ from engine.request import (
     StepOutput,
     TableReport,
     TokenOutput,
+    refused_output,
 )
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 0.5
 # if a wait takes this much longer than asked, the process itself was stopped
 PAUSE_S = 1.0
+# seconds for an engine without requests to end by itself
+STOP_S = 1.0
 
 
 class Abort(NamedTuple):
@@ -110,7 +113,7 @@ class EngineProcess:
         self._process = context.Process(
             target=_child_main, args=arguments, name="memplus-engine", daemon=True
         )
-        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[tuple[Message, ...] | None] = queue.SimpleQueue()
         self._start_lock = threading.Lock()
         self._is_stopped = False
         # a full pipe must not block the caller's event loop, nor deadlock both processes
@@ -144,9 +147,12 @@ class EngineProcess:
         self._sender.start()
         return answer
 
-    def send(self, message: Message) -> None:
-        """Queue a message; the engine reads it before one of its next steps."""
-        self._outbox.put(message)
+    def send(self, *messages: Message) -> None:
+        """Queue messages; the engine reads them together before one of its next steps.
+
+        A prompt that several of them have in common is sent once.
+        """
+        self._outbox.put(messages)
 
     def receive(self) -> StepOutput | Heartbeat | MemoryReport:
         """Wait for the next message; EOFError if the process has ended.
@@ -165,8 +171,8 @@ class EngineProcess:
         """Kill the process at once."""
         self._process.kill()
 
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """End the process: ask, wait, then kill; kill it at once if it is loading.
+    def stop(self, timeout_s: float = STOP_S) -> None:
+        """End the process: ask, wait this long, then kill; kill it at once if it is loading.
 
         Unfinished requests are lost. A process that was not started can no longer start.
         """
@@ -176,8 +182,9 @@ class EngineProcess:
                 return
         self._outbox.put(None)
         if self._sender.is_alive():
+            deadline = time.monotonic() + timeout_s
             self._sender.join(timeout_s)
-            self._process.join(timeout_s)
+            self._process.join(max(0.0, deadline - time.monotonic()))
         if self._process.is_alive():
             self.kill()
         # a process that waits for a device cannot be killed
@@ -191,7 +198,7 @@ class EngineProcess:
                 batch.append(self._outbox.get())
             closing = None in batch
             try:
-                self._connection.send([message for message in batch if message is not None])
+                self._connection.send([m for messages in batch if messages for m in messages])
                 if closing:
                     self._connection.send(None)
             except OSError:
@@ -253,7 +260,7 @@ class EngineLoop:
             try:
                 self._engine.add(message)
             except RequestError as error:
-                refused.append(TokenOutput(message.request_id, (), "error", error=str(error)))
+                refused.append(refused_output(message.request_id, error))
         return refused
 
     def _describe(self) -> None:

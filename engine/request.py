@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from engine.errors import RequestError
+from engine.sampling.grammar import Grammar
 from engine.sampling.params import SamplingParams, TokenLogprobs
 from memory_ops.tables.table_statistics import TableStatistics
 
@@ -52,6 +53,7 @@ class Request:
         request_id: unique among the unfinished requests.
         priority: smaller runs sooner, -MAX_PRIORITY to MAX_PRIORITY.
         cache_salt: only requests with the same salt share KV blocks.
+        grammar: the answer follows it, and ends where the grammar is complete.
     """
 
     request_id: str
@@ -59,6 +61,7 @@ class Request:
     sampling: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
@@ -87,12 +90,14 @@ class TokenOutput(NamedTuple):
         finish_reason: set in the request's last output.
         stop_token_id: the id that ended the request, also the last of ``token_ids``.
         error: the message, if ``finish_reason`` is ``error``.
+        error_param: the field of the request that caused the error; None if the engine failed.
         logprobs: one entry per token, if requested.
         prompt_logprobs: entries of the next prompt tokens, if requested.
         cached_tokens: prompt tokens found in the prefix cache, in the first output with tokens.
         memory_reads: for each token one read per memory layer, if requested.
         draft_tokens: draft tokens that the step verified.
         accepted_tokens: those among ``token_ids``.
+        queued_s: seconds from the request's arrival in the engine to its first step.
     """
 
     request_id: str
@@ -100,12 +105,14 @@ class TokenOutput(NamedTuple):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    error_param: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int = 0
     memory_reads: tuple[tuple[MemoryRead, ...], ...] = ()
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    queued_s: float = 0.0
 
 
 class RowUsageSummary(NamedTuple):
@@ -136,6 +143,11 @@ class TableReport(NamedTuple):
     value_dim: int
     layers: tuple[int, ...]
     usage: RowUsageSummary | None
+
+
+def refused_output(request_id: str, error: RequestError) -> TokenOutput:
+    """The only output of a request that the engine refuses."""
+    return TokenOutput(request_id, (), "error", error=str(error), error_param=error.param)
 
 
 class TableCounts(NamedTuple):

@@ -176,20 +176,15 @@ class HttpOptions:
     body_timeout_s: int = field(
         default=30, metadata={"help": "longest time for a request body to arrive"}
     )
-    shutdown_timeout_s: int = field(
-        default=10, metadata={"help": "time for running requests to finish after SIGTERM or SIGINT"}
-    )
-    log_interval_s: int = field(
-        default=10,
-        metadata={
-            "help": "log a throughput line every this many seconds while busy (0 disables it)"
-        },
+    # Docker kills a container 10 s after SIGTERM, and the processes need 2 s to end
+    drain_timeout_s: int = field(
+        default=8, metadata={"help": "time for running requests to finish after SIGTERM or SIGINT"}
     )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port: {self.port} is outside [0, 65535]")
-        for name in ("max_queued_requests", "shutdown_timeout_s", "log_interval_s"):
+        for name in ("max_queued_requests", "drain_timeout_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: must be 0 or more, not {getattr(self, name)}")
         for name in ("max_body_mib", "body_timeout_s"):
@@ -253,6 +248,7 @@ class EngineSettings:
     model: ModelOptions
     cache_folder: Path
     engine: EngineConfig
+    log_format: str = "text"
 
 
 def cache_folder() -> Path:
@@ -262,6 +258,11 @@ def cache_folder() -> Path:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "memplus"
+
+
+def environment_api_keys() -> str:
+    """The API keys of MEMPLUS_API_KEYS; empty if it is not set."""
+    return os.environ.get("MEMPLUS_API_KEYS", "")
 
 
 def set_threads(options: ThreadOptions) -> str:

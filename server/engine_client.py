@@ -5,7 +5,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from engine.process import (
     PAUSE_S,
@@ -19,6 +19,7 @@ from engine.process import (
 )
 from engine.request import EngineStatistics, Request, StepOutput, TokenOutput
 from server.config import SupervisionOptions
+from server.token_stream import TokenStream, UnreadOutputs
 
 logger = logging.getLogger(__name__)
 WATCH_EVERY_S = 0.5
@@ -51,6 +52,7 @@ class EngineClient:
         self._make_process = make_process
         self._restarts_left = supervision.engine_restarts
         self._streams: dict[str, TokenStream] = {}
+        self._unread = UnreadOutputs()
         self._last_progress = time.monotonic()
         self._is_closing = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -79,15 +81,21 @@ class EngineClient:
         self._is_closing = True
         self._process.stop()
 
-    def submit(self, requests: Sequence[Request]) -> "TokenStream":
-        """Send requests; one stream carries their outputs, and the caller must close it."""
-        stream = TokenStream([request.request_id for request in requests], self.abort)
-        for request in requests:
-            if self.is_alive:
-                self._streams[request.request_id] = stream
-                self._process.send(request)
-            else:
-                stream.put(_died_output(request.request_id))
+    def submit(
+        self, requests: Sequence[Request], on_end: Callable[[int], None] = lambda index: None
+    ) -> TokenStream:
+        """Send requests; one stream carries their outputs, and the caller must close it.
+
+        ``on_end`` gets the index of each request as soon as the engine is done with it.
+        """
+        names = [request.request_id for request in requests]
+        stream = TokenStream(names, self.abort, on_end, self._unread)
+        if self.is_alive:
+            self._streams |= dict.fromkeys(names, stream)
+            self._process.send(*requests)
+        else:
+            for name in names:
+                stream.put(_died_output(name))
         return stream
 
     def abort(self, request_id: str) -> None:
@@ -216,43 +224,6 @@ class EngineClient:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-class TokenStream:
-    """The outputs of one or more requests in order of arrival, each with its request's index."""
-
-    def __init__(self, request_ids: Sequence[str], abort: Callable[[str], None]) -> None:
-        self._index = {request_id: index for index, request_id in enumerate(request_ids)}
-        self._unfinished = set(request_ids)
-        self._abort = abort
-        self._outputs: asyncio.Queue[TokenOutput] = asyncio.Queue()
-
-    def put(self, output: TokenOutput) -> None:
-        """Add an output to the stream."""
-        self._outputs.put_nowait(output)
-
-    async def outputs(self) -> AsyncIterator[tuple[int, TokenOutput]]:
-        """Every (request index, output), until all requests have finished or ``end`` ended them."""
-        while self._unfinished:
-            output = await self._outputs.get()
-            if output.request_id not in self._unfinished:
-                continue
-            if output.finish_reason is not None:
-                self._unfinished.remove(output.request_id)
-            yield self._index[output.request_id], output
-
-    def end(self, index: int) -> None:
-        """Abort one request and drop its further outputs."""
-        request_id = next(name for name, at in self._index.items() if at == index)
-        if request_id in self._unfinished:
-            self._unfinished.remove(request_id)
-            self._abort(request_id)
-
-    def close(self) -> None:
-        """Abort all unfinished requests."""
-        for request_id in self._unfinished:
-            self._abort(request_id)
-        self._unfinished = set()
 
 
 def _died_output(request_id: str) -> TokenOutput:

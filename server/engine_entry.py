@@ -3,6 +3,7 @@
 import gc
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,16 +17,20 @@ from engine.executors.lookahead import LookaheadConfig
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
 from engine.process import EngineRefused, run_engine
+from engine.sampling.masks import Grammars
 from server.allocator import keep_freed_memory
 from server.config import EngineSettings, ModelOptions
 from server.device import chosen_device
+from server.logs import set_up_logs
 from weights.checkpoints.checkpoint import load_model, model_bytes
 from weights.checkpoints.config_json import CheckpointConfig, read_config
 from weights.checkpoints.gpu_tier import GpuTierChoice
 from weights.checkpoints.host_cache_limits import HostCacheLimits
 from weights.checkpoints.memory_request import MemoryRequest
 from weights.checkpoints.table_tier import CpuTierChoice
+from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
+from weights.grammars.compiler import GrammarCompiler
 from weights.models.prepare import prepared_folder
 
 logger = logging.getLogger(__name__)
@@ -34,7 +39,7 @@ logger = logging.getLogger(__name__)
 def main(connection: Connection, settings: EngineSettings) -> None:
     """Build an engine and run it; if it cannot be built, send the reason."""
     keep_freed_memory()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(name)s: %(message)s")
+    set_up_logs(settings.log_format)
     try:
         engine = build_engine(settings)
         engine.warm_up()
@@ -60,7 +65,10 @@ def build_engine(settings: EngineSettings, device: torch.device | None = None) -
     device = device or chosen_device(settings.model, settings.engine)
     folder = prepared_folder(settings.model.model, settings.cache_folder)
     loaded = load_served(settings.model, folder, settings.engine, device, keep_stored=True)
-    return served_engine(loaded, settings.engine)
+    grammars = GrammarCompiler(
+        partial(load_tokenizer, folder), loaded.config.model.vocab_size, loaded.config.eos_ids
+    )
+    return served_engine(loaded, settings.engine, grammars)
 
 
 @dataclass(frozen=True)
@@ -83,13 +91,18 @@ class LoadedModel:
     lookahead: LookaheadConfig | None
 
 
-def served_engine(loaded: LoadedModel, engine: EngineConfig) -> Engine:
-    """An engine for a loaded model. A caller that only serves can drop the model afterwards.
+def served_engine(
+    loaded: LoadedModel, engine: EngineConfig, grammars: Grammars | None = None
+) -> Engine:
+    """An engine for a loaded model; without ``grammars`` it refuses requests that have one.
+
+    A caller that only serves can drop the model afterwards.
 
     Raises:
         ConfigError: a setting does not fit the model; the message names the field.
     """
-    return Engine(served_executor(loaded, engine), engine, loaded.config.eos_ids)
+    executor = served_executor(loaded, engine)
+    return Engine(executor, engine, loaded.config.eos_ids, grammars=grammars)
 
 
 def served_executor(loaded: LoadedModel, engine: EngineConfig) -> Executor:

@@ -1,47 +1,57 @@
 """``memplus serve``: starts and stops the engine process and the HTTP server."""
 
-import asyncio
-import os
+import contextlib
+import gc
+import ipaddress
+import logging
+import resource
 import signal
 import socket
-import sys
-import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
 from engine.config import EngineConfig
-from engine.process import EngineLostError, EngineProcess
-from engine.request import EngineStatistics
-from server.config import (
-    EngineSettings,
-    HttpOptions,
-    ModelOptions,
-    SupervisionOptions,
-    cache_folder,
-)
-from server.engine_client import EngineClient
-from server.http.activity_log import ActivityLog
-from server.http.admission import Admission
+from engine.errors import ConfigError
+from engine.process import EngineLostError
+from server.access import AccessOptions
+from server.config import HttpOptions, ModelOptions, SupervisionOptions, environment_api_keys
 from server.http.app import create_app
-from server.http.metrics import Metrics
+from server.http.front import Front
+from server.http.gate import Gate
 from server.http.service import Service
+from server.http.transport.connection import Connection
+from server.http.transport.connection_table import ConnectionTable
+from server.http_server import HttpServer
+from server.limits import LimitOptions
 from server.listener import listen
-from weights.checkpoints.chat_template import load_chat_template
-from weights.checkpoints.tokenizer import load_tokenizer
-from weights.models.named_models import NAMED_MODELS, WORDNET, model_folder
+from server.logs import say
+from server.monitoring import MonitoringOptions
+from server.served_model import ServedModel
+from server.unix_socket import unix_socket
+from weights.models.named_models import WORDNET
 
-ENGINE_ENTRY = "server.engine_entry:main"
-# time for connections to close after the last request has ended
-_CLOSING_S = 5
+logger = logging.getLogger(__name__)
+# time for responses to reach their clients after the last request has ended
+_CLOSING_S = 1
+# open files besides connections
+_OTHER_FILES = 256
 
 
 def serve(
-    model: ModelOptions, engine: EngineConfig, http: HttpOptions, supervision: SupervisionOptions
+    model: ModelOptions,
+    engine: EngineConfig,
+    http: HttpOptions,
+    limits: LimitOptions,
+    supervision: SupervisionOptions,
+    access: AccessOptions,
+    monitoring: MonitoringOptions,
 ) -> None:
-    """Load the model in an engine process, then answer HTTP requests until SIGINT or SIGTERM.
+    """Load the model in an engine process and answer HTTP requests until SIGINT or SIGTERM.
 
     It also ends when the engine process has died and no restarts are left, so that a supervisor
     can restart the server.
@@ -49,108 +59,116 @@ def serve(
     Raises:
         ChatTemplateError: the model's chat template is not valid.
         CheckpointError: the model or its tokenizer cannot be read.
-        ConfigError: the server cannot listen on the address.
+        ConfigError: the server cannot listen on the address, a limit cannot be kept, or a key or
+            certificate is not valid.
         EngineLostError: the engine process has died and no restarts are left.
         EngineStartError: the engine could not be built.
     """
     signal.signal(signal.SIGTERM, _exit)
-    folder = model_folder(model.model, cache_folder())
-    # report a bad tokenizer now, before minutes are spent on loading the model
-    tokenizer = load_tokenizer(folder) if folder.is_dir() else None
-    if tokenizer is not None:
-        tokenizer.token_name(0)  # makes the table of names now, not while streams wait
-    override = Path(http.chat_template) if http.chat_template else None
-    template = load_chat_template(folder, override)
-    with listen(http.host, http.port) as listener:
-        settings = EngineSettings(model, cache_folder(), engine)
-        make_process = partial(EngineProcess, ENGINE_ENTRY, settings)
-        process = make_process()
-        _say(f"loading {model.model}")
-        ready = process.start()
-        metrics, activity = Metrics(), ActivityLog(_say)
+    _allow_files(limits.max_connections)
+    keys = access.keys(environment_api_keys())
+    access.check_tls()
+    served = ServedModel(model, engine, http, limits, supervision, monitoring)
+    gate = Gate()
 
-        def observe(statistics: EngineStatistics) -> None:
-            metrics.observe_step(statistics)
-            activity.observe_step(statistics)
+    async def on_ready(service: Service) -> None:
+        # the loaded objects stay, and a full collection of them would stop all streams for 0.1 s
+        gc.collect()
+        gc.freeze()
+        gate.open(create_app(service, http.max_body_mib * 2**20, http.body_timeout_s, http.ui))
+        _announce(service.model_name, listener, access, needs_key=bool(keys))
+        if monitoring.log_interval_s:
+            await served.activity.run(monitoring.log_interval_s)
 
-        client = EngineClient(process, observe, supervision, make_process)
-        try:
-            service = Service(
-                model_name=http.served_model_name or _model_name(model.model),
-                created=int(time.time()),
-                tokenizer=tokenizer or load_tokenizer(folder),
-                chat_template=template or load_chat_template(folder, override),
-                limits=ready.limits,
-                engine=client,
-                admission=Admission(
-                    engine.max_num_seqs + http.max_queued_requests,
-                    metrics.rejections.labels("queue_full").inc,
-                ),
-                metrics=metrics,
-            )
-            _Server(service, http, activity).run(sockets=[listener])
-        finally:
-            client.stop()
-        if client.is_lost:
-            message = "the engine process has died and no restarts are left (--engine-restarts)"
-            raise EngineLostError(message)
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn with a start message, throughput log lines and a deadline at shutdown."""
-
-    def __init__(self, service: Service, http: HttpOptions, activity: ActivityLog) -> None:
-        app = create_app(service, http.max_body_mib * 2**20, http.body_timeout_s, http.ui)
-        backstop_s = http.shutdown_timeout_s + _CLOSING_S
-        super().__init__(
-            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=backstop_s)
-        )
-        self._service = service
-        self._activity = activity
-        self._log_interval_s = http.log_interval_s
-        self._log_task: asyncio.Task[None] | None = None
-        self._shutdown_timeout_s = http.shutdown_timeout_s
-        # uvicorn handles signals once it runs, and raises them again after it has ended
+    with _listening(http, access) as listener:
+        if not keys:
+            _warn_if_public(listener)
+        front = Front(gate, access, keys, access_log=monitoring.access_log)
+        rejected = served.metrics.rejections.labels("too_many_connections").inc
+        connections = ConnectionTable(limits.max_connections, rejected)
+        config = _uvicorn_config(front, access, limits, connections)
+        server = HttpServer(config, gate, served, on_ready, http.drain_timeout_s)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._end)
+            signal.signal(number, server.handle_exit)
+        say(f"loading {model.model}")
+        try:
+            server.run(sockets=[listener])
+        finally:
+            served.stop()
+    if server.failure is not None:
+        raise server.failure
+    if server.is_engine_lost:
+        message = "the engine process has died and no restarts are left (--engine-restarts)"
+        raise EngineLostError(message)
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.should_exit or not sockets:
-            return
-        host, port = sockets[0].getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        name = self._service.model_name
-        prompt = "memory (noun):" if name == WORDNET else "The capital of France is"
-        body = f'{{"model": "{name}", "prompt": "{prompt}"}}'
-        _say(f"serving {name} at {url}; try:")
-        _say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
-        if self._log_interval_s:
-            self._log_task = asyncio.create_task(self._activity.run(self._log_interval_s))
 
-    async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self._service.engine.is_lost
+def _uvicorn_config(
+    app: Front, access: AccessOptions, limits: LimitOptions, connections: ConnectionTable
+) -> uvicorn.Config:
+    protocol = partial(Connection, limits=limits, table=connections)
+    return uvicorn.Config(
+        app,
+        http=cast(type[Connection], protocol),
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=_CLOSING_S,
+        ssl_certfile=access.tls_cert,
+        ssl_keyfile=access.tls_key,
+    )
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        deadline = asyncio.get_running_loop().call_later(
-            self._shutdown_timeout_s, self._service.engine.end_all, "the server is shutting down"
+
+@contextlib.contextmanager
+def _listening(http: HttpOptions, access: AccessOptions) -> Iterator[socket.socket]:
+    is_given = (http.host, http.port) != (HttpOptions.host, HttpOptions.port)
+    if access.uds is not None and is_given:
+        raise ConfigError("uds: replaces --host and --port; give one or the other")
+    opened = (
+        unix_socket(Path(access.uds)) if access.uds is not None else listen(http.host, http.port)
+    )
+    with opened as listener:
+        yield listener
+
+
+def _allow_files(max_connections: int) -> None:
+    """Raise this process's limit of open files, so that all connections fit."""
+    needed = max_connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        message = f"{max_connections} need {needed} open files, but ulimit -Hn is {hard}"
+        raise ConfigError(f"max_connections: {message}")
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _announce(
+    name: str, listener: socket.socket, access: AccessOptions, *, needs_key: bool
+) -> None:
+    scheme = "http" if access.tls_cert is None else "https"
+    if listener.family == socket.AF_UNIX:
+        address = f"unix:{access.uds}"
+        curl = f"curl --unix-socket {access.uds} {scheme}://localhost"
+    else:
+        host, port = listener.getsockname()[:2]
+        address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        curl = f"curl {address}"
+    prompt = "memory (noun):" if name == WORDNET else "The capital of France is"
+    body = f'{{"model": "{name}", "prompt": "{prompt}"}}'
+    key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
+    say(f"serving {name} at {address}; try:")
+    say(f"  {curl}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+
+
+def _warn_if_public(listener: socket.socket) -> None:
+    if listener.family == socket.AF_UNIX:
+        return
+    host = listener.getsockname()[0]
+    if not ipaddress.ip_address(host).is_loopback:
+        logger.warning(
+            "other machines can reach %s and need no API key; set one with --api-key-file", host
         )
-        await super().shutdown(sockets)
-        deadline.cancel()
-        if self._log_task is not None:
-            self._log_task.cancel()
-
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        self.should_exit = True
-
-
-def _model_name(model: str) -> str:
-    # a link's own name: what it points to may be called by a hash
-    return model if model in NAMED_MODELS else Path(os.path.abspath(model)).name
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

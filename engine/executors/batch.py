@@ -1,6 +1,7 @@
 """The batch that an executor runs in one step, and the step's results."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -16,6 +17,9 @@ from engine.sampling.masks import Bitmask
 from engine.sampling.params import SamplingParams, TokenLogprobs
 from engine.sampling.request_rules import SamplingRow
 from engine.sampling.sampler import Sampler
+
+# seconds between two marks of progress while a bitmask is filled
+_BITMASK_S = 0.5
 
 
 class ScoredToken(NamedTuple):
@@ -44,7 +48,8 @@ class Batch:
         seats: each sequence's number, distinct among the sequences that run at the same time.
         logits_at_L: int64 positions in the batch to compute logits at.
         rows: sampling rows of the first ``len(rows)`` of these positions.
-        bitmask: uint32 ``[len(rows), words]`` of allowed tokens, if masks restrict any.
+        bitmask: uint32 ``[len(rows), words]`` of allowed tokens, if masks restrict any. It is
+            filled while the model runs, so wait for it after the forward.
         scored: the token to score at each of the other positions, or None.
     """
 
@@ -57,7 +62,7 @@ class Batch:
     seats: Sequence[int]
     logits_at_L: Tensor
     rows: Sequence[SamplingRow] = ()
-    bitmask: Bitmask | None = None
+    bitmask: "Future[Bitmask] | None" = None
     scored: Sequence[ScoredToken | None] = ()
 
     def layout(self, block_table_SB: Tensor) -> TokenLayout:
@@ -116,8 +121,8 @@ def sample_batch(
 
     ``memory_reads`` become part of the result.
     """
-    rows = batch.rows
-    ids = sampler.sample(logits_LV[: len(rows)], rows, batch.bitmask) if rows else []
+    rows, bitmask = batch.rows, filled_bitmask(batch, progress)
+    ids = sampler.sample(logits_LV[: len(rows)], rows, bitmask) if rows else []
     progress.mark()
     wanted = [
         (at, ScoredToken(token_id, row.params.logprobs))
@@ -148,6 +153,15 @@ def prompt_batch(ids: Sequence[int], block_size: int) -> Batch:
         seats=(0,),
         logits_at_L=at_T,
     )
+
+
+def filled_bitmask(batch: Batch, progress: Progress) -> Bitmask | None:
+    """Wait for the batch's bitmask. Its work is bounded, so waiting counts as progress."""
+    if batch.bitmask is None:
+        return None
+    while not wait((batch.bitmask,), _BITMASK_S).done:
+        progress.mark()
+    return batch.bitmask.result()
 
 
 def warm_up_batch() -> Batch:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from engine.sampling.request_rules import Ids, RequestRules, SamplingRow
 
+# rows whose addends stay in a CPU's second-level cache
+_MASKED_AT_ONCE = 4
 Ruled = list[tuple[int, SamplingRow, RequestRules]]
 
 
@@ -26,7 +28,7 @@ def apply_rules(
     _allow_alone(logits_LV, ruled)
     _ban(logits_LV, ruled)
     if bitmask is not None:
-        _mask(logits_LV, bitmask)
+        apply_mask(logits_LV, bitmask)
 
 
 def _penalise(logits_LV: Tensor, ruled: Ruled) -> None:
@@ -79,11 +81,18 @@ def _ban(logits_LV: Tensor, ruled: Ruled) -> None:
         logits_LV.view(-1).index_fill_(0, _places(logits_LV, banned), -torch.inf)
 
 
-def _mask(logits_LV: Tensor, bitmask: NDArray[np.uint32]) -> None:
-    """Add 0 or -inf by the bits; a lookup byte by byte is faster than unpacking."""
-    addends_LB8 = _ADDENDS[bitmask.view(np.uint8)]
-    addends_LV = addends_LB8.reshape(len(bitmask), -1)[:, : logits_LV.shape[1]]
-    logits_LV += _tensor(addends_LV, logits_LV)
+def apply_mask(logits_LV: Tensor, bitmask: NDArray[np.uint32]) -> None:
+    """Add 0 or -inf by the bits, in place.
+
+    A lookup byte by byte is faster than unpacking, and ``take`` is ten times as fast as an index.
+    """
+    addends_B8 = _ADDENDS[logits_LV.dtype]
+    bytes_LB, vocab_size = bitmask.view(np.uint8), logits_LV.shape[1]
+    step = len(bitmask) if logits_LV.is_cuda else _MASKED_AT_ONCE
+    for start in range(0, len(bitmask), step):
+        taken_LB8 = addends_B8.take(bytes_LB[start : start + step], axis=0, mode="clip")
+        addends_LV = taken_LB8.reshape(len(taken_LB8), -1)[:, :vocab_size]
+        logits_LV[start : start + step] += _tensor(addends_LV, logits_LV).view(logits_LV.dtype)
 
 
 def _places(logits_LV: Tensor, parts: Iterable[tuple[int, Ids]]) -> Tensor:
@@ -98,5 +107,19 @@ def _tensor(values: NDArray[np.generic], like: Tensor) -> Tensor:
     return made.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else made
 
 
-_BYTES = np.arange(256, dtype=np.uint8)[:, np.newaxis]
-_ADDENDS = np.where(np.unpackbits(_BYTES, axis=1, bitorder="little"), 0, -np.inf).astype(np.float32)
+def _addends(dtype: torch.dtype, stored: torch.dtype) -> NDArray[np.generic]:
+    """By byte, the addends of its 8 tokens, as integers of the same size: numpy has no bfloat16."""
+    bits_B8 = np.unpackbits(
+        np.arange(256, dtype=np.uint8)[:, np.newaxis], axis=1, bitorder="little"
+    )
+    addends_B8 = torch.zeros(256, 8).masked_fill_(torch.from_numpy(bits_B8) == 0, -torch.inf)
+    stored_B8: NDArray[np.generic] = addends_B8.to(dtype).view(stored).numpy()
+    return stored_B8
+
+
+_ADDENDS = {
+    torch.float64: _addends(torch.float64, torch.int64),
+    torch.float32: _addends(torch.float32, torch.int32),
+    torch.bfloat16: _addends(torch.bfloat16, torch.int16),
+    torch.float16: _addends(torch.float16, torch.int16),
+}

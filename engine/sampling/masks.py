@@ -1,22 +1,41 @@
-"""Token masks: the protocol by which a grammar restricts a request's tokens, and its bitmasks."""
+"""Token masks: the protocol by which a grammar restricts a request's tokens."""
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import RequestError
+from engine.sampling.grammar import Grammar
+
 Bitmask = NDArray[np.uint32]
+logger = logging.getLogger(__name__)
 
 
 class TokenMask(Protocol):
-    """A state that follows one request's tokens."""
+    """A state that follows one request's tokens. One thread at a time uses it."""
 
-    def fill(self, bitmask: NDArray[np.uint32]) -> None:
+    @property
+    def is_complete(self) -> bool:
+        """Whether the accepted tokens end the answer: no token may follow."""
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the answer may end after the accepted tokens."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why the mask can allow no further token; None if it has not failed.
+
+        A mask may fail in any method, and stays failed.
+        """
+
+    def fill(self, bitmask: Bitmask) -> None:
         """Set bit ``i % 32`` of word ``i // 32`` for every token id ``i`` that may come next.
 
-        ``bitmask`` is zeroed, ``[ceil(vocabulary / 32)]``. If no bit is set, the request ends with
-        an error.
+        ``bitmask`` is zeroed, ``[ceil(vocabulary / 32)]``. It stays zeroed if the mask fails.
         """
 
     def accept(self, token_ids: Sequence[int]) -> None:
@@ -26,36 +45,34 @@ class TokenMask(Protocol):
         """Undo the last ``count`` accepted tokens."""
 
 
-def row_bitmasks(mask: TokenMask, drafts: Sequence[int], vocab_size: int) -> Bitmask:
-    """One row for the next token and one after each draft: ``[1 + drafts, words]``.
+class Grammars:
+    """Makes token masks of grammars and fills their bitmasks; this one knows no grammar."""
 
-    The drafts must be ``allowed_drafts``. The mask is unchanged afterwards.
-    """
-    bitmask = np.zeros((1 + len(drafts), _words(vocab_size)), dtype=np.uint32)
-    for index, row in enumerate(bitmask):
-        mask.fill(row)
-        mask.accept(drafts[index : index + 1])
-    mask.rollback(len(drafts))
-    return bitmask
+    def compile(self, grammar: Grammar) -> TokenMask:
+        """A mask at the beginning of an answer. It may take a second; any thread may call it.
 
+        Raises:
+            RequestError: the grammar is wrong, or too complex.
+        """
+        raise RequestError(grammar.param, "this engine has no grammars")
 
-def step_bitmask(parts: Iterable[tuple[int, Bitmask | None]], vocab_size: int) -> Bitmask | None:
-    """The rows of a step from (number of rows, their bitmask or None for all ones) in order.
+    def fill(self, masks: Sequence[tuple[int, TokenMask]], bitmask_LW: Bitmask) -> None:
+        """Fill the zeroed row of each (row, mask), of which there is at least one.
 
-    Returns None if no part has a bitmask.
-    """
-    parts = list(parts)
-    if all(bitmask is None for _, bitmask in parts):
-        return None
-    ones = np.full((1, _words(vocab_size)), 2**32 - 1, dtype=np.uint32)
-    rows = [ones.repeat(count, 0) if bitmask is None else bitmask for count, bitmask in parts]
-    return np.concatenate(rows)
+        A mask that fails leaves its row zeroed.
+        """
+        for row, mask in masks:
+            try:
+                mask.fill(bitmask_LW[row])
+            except Exception:
+                logger.exception("a token mask failed")
+                bitmask_LW[row] = 0
 
 
 def allowed_drafts(mask: TokenMask, drafts: Sequence[int], vocab_size: int) -> list[int]:
     """The longest prefix of ``drafts`` that the mask allows and after which it allows a token."""
     allowed: list[int] = []
-    bitmask = np.zeros(_words(vocab_size), dtype=np.uint32)
+    bitmask = np.zeros(num_words(vocab_size), dtype=np.uint32)
     num_accepted = 0
     mask.fill(bitmask)
     try:
@@ -64,6 +81,8 @@ def allowed_drafts(mask: TokenMask, drafts: Sequence[int], vocab_size: int) -> l
                 break
             mask.accept([draft])
             num_accepted += 1
+            if mask.is_complete:
+                break
             bitmask[:] = 0
             mask.fill(bitmask)
             if not bitmask.any():
@@ -74,5 +93,6 @@ def allowed_drafts(mask: TokenMask, drafts: Sequence[int], vocab_size: int) -> l
     return allowed
 
 
-def _words(vocab_size: int) -> int:
+def num_words(vocab_size: int) -> int:
+    """Words of a bitmask with one bit per token id."""
     return -(-vocab_size // 32)

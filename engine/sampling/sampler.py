@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.sampling.choice import CHOICE, NO_TOKEN, Choices, choose
 from engine.sampling.log_probabilities import Scores, score
-from engine.sampling.logit_rules import apply_rules
+from engine.sampling.logit_rules import apply_mask, apply_rules
 from engine.sampling.masks import Bitmask
 from engine.sampling.params import TokenLogprobs
 from engine.sampling.request_rules import SamplingRow
@@ -38,9 +38,12 @@ class Sampler:
         ``logits_LV`` has any floating dtype and is not changed; ``bitmask`` is uint32
         ``[L, ceil(vocabulary / 32)]`` with a bit per allowed token.
         """
-        if bitmask is not None or any(row.rules is not None for row in rows):
+        if any(row.rules is not None for row in rows):
             logits_LV = logits_LV.to(torch.float32, copy=True)
             apply_rules(logits_LV, rows, bitmask)
+        elif bitmask is not None:
+            logits_LV = logits_LV.clone()
+            apply_mask(logits_LV, bitmask)
         ids: list[int] = self.choose(logits_LV, choices_of(rows, logits_LV.shape[1])).tolist()
         return [token_id if token_id >= 0 else NO_TOKEN for token_id in ids]
 

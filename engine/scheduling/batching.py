@@ -1,6 +1,7 @@
 """Converts step plans to batches for an executor, and step results to results of chunks."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.executors.batch import Batch, ScoredToken, StepResult, pending_id
-from engine.sampling.masks import Bitmask, step_bitmask
+from engine.sampling.masks import Bitmask
 from engine.sampling.request_rules import RequestRules, SamplingRow
 from engine.scheduling.step_plan import PENDING, ChunkResult, SequenceChunk, StepPlan
 
@@ -59,20 +60,18 @@ class SamplingRows:
 class Batcher:
     """Makes the batch of each plan; keeps the requests' logit rules between plans."""
 
-    def __init__(self, block_size: int, vocab_size: int, eos_ids: frozenset[int]) -> None:
+    def __init__(self, block_size: int, eos_ids: frozenset[int]) -> None:
         self._block_size = block_size
-        self._vocab_size = vocab_size
         self._rows = SamplingRows(eos_ids)
 
-    def batch(self, plan: StepPlan, bitmasks: Mapping[str, Bitmask]) -> Batch:
+    def batch(self, plan: StepPlan, bitmask: "Future[Bitmask] | None" = None) -> Batch:
         """The batch of a plan with at least one chunk.
 
-        ``bitmasks`` holds one row per sampled position for each request with a token mask.
+        ``bitmask`` will have one row per sampled position, if token masks restrict any.
         """
         chunks = plan.chunks
         starts = (0, *accumulate(len(chunk.token_ids) for chunk in chunks))
         ids_T, positions_T, kv_index_T = _tokens(chunks, self._block_size)
-        parts = ((chunk.num_sampled, bitmasks.get(chunk.request_id)) for chunk in chunks)
         return Batch(
             ids_T=ids_T,
             positions_T=positions_T,
@@ -83,7 +82,7 @@ class Batcher:
             seats=tuple(chunk.seat for chunk in chunks),
             logits_at_L=_logits_at(chunks, starts),
             rows=self._rows.of(plan),
-            bitmask=step_bitmask(parts, self._vocab_size) if bitmasks else None,
+            bitmask=bitmask,
             scored=[one for chunk in chunks if chunk.scores for one in _scored(chunk)],
         )
 

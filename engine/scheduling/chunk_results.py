@@ -1,11 +1,14 @@
 """Applies a chunk's results to its sequence, and makes the request's output."""
 
+import logging
 import math
 
 from engine.request import TokenOutput
 from engine.sampling.params import TokenLogprobs
 from engine.scheduling.sequence import Ending, Sequence
 from engine.scheduling.step_plan import ChunkResult, SequenceChunk
+
+logger = logging.getLogger(__name__)
 
 
 def take_result(
@@ -41,12 +44,14 @@ def output(
         finish_reason=ending.reason,
         stop_token_id=ending.stop_token_id,
         error=ending.error,
+        error_param=ending.error_param,
         logprobs=result.logprobs[: ending.num_taken],
         prompt_logprobs=tuple(sequence.prompt_scores),
         memory_reads=result.memory_reads[: ending.num_taken],
         cached_tokens=sequence.num_cached or 0,
         draft_tokens=chunk.num_drafts,
         accepted_tokens=min(_accepted(chunk, result.token_ids), ending.num_taken),
+        queued_s=sequence.queued_s,
     )
 
 
@@ -64,11 +69,21 @@ def _accepted(chunk: SequenceChunk, chosen: tuple[int, ...]) -> int:
 
 
 def _accept(sequence: Sequence, token_ids: tuple[int, ...], ending: Ending) -> Ending:
-    """Pass the tokens to the sequence's mask; if it fails, only this sequence ends."""
-    if sequence.mask is None:
+    """Pass the tokens to the sequence's mask, which may end it; a failure ends only this one."""
+    mask, grammar = sequence.mask, sequence.request.grammar
+    if mask is None:
         return ending
     try:
-        sequence.mask.accept(token_ids)
+        mask.accept(token_ids)
+        is_barren = ending.reason == "error"
+        if ending.reason != "stop" and (mask.is_complete or (is_barren and mask.may_end)):
+            return Ending(ending.num_taken, "stop")
+        failure = mask.failure if ending.reason != "stop" else None
+        if grammar is not None and (is_barren or failure is not None):
+            message = failure or "with the request's other rules, it leaves no token"
+            error = f"{grammar.param}: {message}"
+            return Ending(ending.num_taken, "error", error=error, error_param=grammar.param)
     except Exception as error:
+        logger.exception("the token mask of %s failed", sequence.request_id)
         return Ending(ending.num_taken, "error", error=f"{type(error).__name__} in the token mask")
     return ending

@@ -226,9 +226,9 @@ class Scheduler:
         sequence.num_published = len(shared)
         self._promised |= {h: sequence for h in hashes[len(shared) :] if h not in self._promised}
         if sequence.num_cached is None:
-            sequence.num_cached = sequence.num_computed
+            sequence.start()
             self.prefix_queries += sequence.prompt_length
-            self.prefix_hits += sequence.num_cached
+            self.prefix_hits += sequence.num_computed
         return True
 
     def _usable_hashes(self, sequence: Sequence) -> list[bytes]:

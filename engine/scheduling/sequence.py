@@ -1,5 +1,6 @@
 """The state of an unfinished request: its tokens, its blocks and the number computed."""
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,6 +19,7 @@ class Ending(NamedTuple):
     reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    error_param: str | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -40,6 +42,7 @@ class Sequence:
         prompt_scores: log-probabilities of prompt tokens that are not sent yet.
         scores_are_due: whether prompt log-probabilities were requested and are not sent yet.
         num_cached: prompt tokens found in the prefix cache when it first ran.
+        arrived: monotonic time of its arrival; ``queued_s`` seconds later it first ran.
     """
 
     request: Request
@@ -59,6 +62,8 @@ class Sequence:
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
     scores_are_due: bool = False
     num_cached: int | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    queued_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -100,6 +105,11 @@ class Sequence:
         sampling = self.request.sampling
         is_last = self.num_generated + self.num_pending == sampling.max_tokens
         return not (is_last or self.mask is not None or sampling.needs_history)
+
+    def start(self) -> None:
+        """Record that it runs for the first time, after ``num_computed`` cached tokens."""
+        self.num_cached = self.num_computed
+        self.queued_s = time.monotonic() - self.arrived
 
     def append(self, chosen: Iterable[int], eos_ids: frozenset[int]) -> Ending:
         """Add tokens up to the one that ends the sequence."""

@@ -6,13 +6,15 @@ Each verb imports its modules when it runs, so that the HTTP process never loads
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
 from engine.process import EngineLostError, EngineStartError
 from engine.sampling.params import SamplingParams
+from server.access import AccessOptions
+from server.cli.config_file import apply_config
 from server.cli.options import Parser, add_options, from_options
 from server.config import (
     HttpOptions,
@@ -22,10 +24,18 @@ from server.config import (
     cache_folder,
     set_threads,
 )
+from server.limits import LimitOptions
+from server.logs import say, set_up_logs
+from server.monitoring import MonitoringOptions
 from weights.checkpoints.dtype_names import TABLE_DTYPES
 from weights.errors import ChatTemplateError, CheckpointError, DataError, TrainingError
 from weights.models.named_models import DEFAULT_MODEL
 
+# in the order of the help
+_SERVED = (
+    *(ModelOptions, EngineConfig, ThreadOptions, HttpOptions, LimitOptions),
+    *(AccessOptions, MonitoringOptions, SupervisionOptions),
+)
 _FAILURE = 1
 _USAGE_ERROR = 2
 _USER_ERRORS = (
@@ -41,17 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130. Otherwise the code is the one that the verb returns, or 0.
     """
     options = _parser().parse_args(arguments)
+    report: Callable[[str, int], None] = _print
     try:
+        if options.run is serve:
+            if options.config is not None:
+                apply_config(options.config, options, _SERVED)
+            set_up_logs(from_options(MonitoringOptions, options).log_format)
+            report = say
         line = set_threads(from_options(ThreadOptions, options))
         if options.computes:
-            print(line, file=sys.stderr, flush=True)
+            report(line, logging.INFO)
             _show("server.device")
         code: int | None = options.run(options)
     except _USER_ERRORS as error:
-        print(f"memplus: {error}", file=sys.stderr)
+        report(f"memplus: {error}", logging.ERROR)
         return _USAGE_ERROR
     except EngineLostError as error:
-        print(f"memplus: {error}", file=sys.stderr)
+        report(f"memplus: {error}", logging.ERROR)
         return _FAILURE
     except KeyboardInterrupt:
         return 130
@@ -66,7 +82,10 @@ def serve(options: argparse.Namespace) -> None:
         from_options(ModelOptions, options),
         from_options(EngineConfig, options),
         from_options(HttpOptions, options),
+        from_options(LimitOptions, options),
         from_options(SupervisionOptions, options),
+        from_options(AccessOptions, options),
+        from_options(MonitoringOptions, options),
     )
 
 
@@ -137,10 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     usage = "%(prog)s [OPTION ...]"
-    verb = verbs.add_parser("serve", help=serve.__doc__, description=serve.__doc__, usage=usage)
-    verb.set_defaults(run=serve, computes=True)
-    for settings in (ModelOptions, EngineConfig, ThreadOptions, HttpOptions, SupervisionOptions):
-        add_options(verb, settings)
+    _add_serve(verbs, usage)
 
     verb = verbs.add_parser("generate", help=generate.__doc__, usage=f"{usage} TEXT")
     verb.set_defaults(run=generate, computes=True)
@@ -191,6 +207,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", usage: str) -> None:
+    verb = verbs.add_parser("serve", help=serve.__doc__, description=serve.__doc__, usage=usage)
+    verb.set_defaults(run=serve, computes=True)
+    config = "TOML file with options of this command; the command line overrides it"
+    verb.add_argument("--config", type=Path, metavar="FILE", help=config)
+    for settings in _SERVED:
+        add_options(verb, settings)
+
+
 def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     verb = verbs.add_parser("train", help=train.__doc__)
     verb.set_defaults(run=train, computes=True)
@@ -202,6 +227,10 @@ def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change
     )
     add_options(verb, ThreadOptions)
+
+
+def _print(line: str, level: int) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _show(name: str) -> None:

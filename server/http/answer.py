@@ -1,14 +1,21 @@
 """Writes a generation as one JSON object or as server-sent events."""
 
-import json
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from server.http.errors import EngineError
+from server.http.admission import Place
+from server.http.errors import ApiError
 from server.http.generation import Generation
+from server.http.json_text import event, json_text, large_json_text
 from server.http.text_stream import TextDelta
+
+# tokens and log-probabilities; more are written in a thread, so that other answers continue
+_LARGE = 1000
+# bytes of events that are sent together
+_MAX_TOGETHER = 65536
 
 
 class ChoiceWriter(Protocol):
@@ -41,49 +48,86 @@ class Answer:
         self._make_writer = make_writer
         self._created = int(time.time())
 
-    async def whole(self) -> dict[str, Any]:
-        """The whole answer as one JSON object.
+    async def whole(self, place: Place) -> bytes:
+        """The whole answer as one JSON object, for a request that holds ``place``.
 
         Raises:
             ApiError, RequestError: as ``Generation.deltas``.
         """
         parts: dict[int, list[TextDelta]] = {}
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for delta in deltas:
-                parts.setdefault(delta.index, []).append(delta)
+        async with aclosing(self._generation.deltas(place)) as batches:
+            async for deltas in batches:
+                for delta in deltas:
+                    parts.setdefault(delta.index, []).append(delta)
         joined = [_join(parts[index]) for index in sorted(parts)]
+        if sum(map(self._weight, joined)) > _LARGE:
+            return await asyncio.to_thread(self._written, joined, large_json_text)
+        return self._written(joined, json_text)
+
+    async def events(self, place: Place) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events; what arrives together is sent together.
+
+        Errors before the first event raise, as ``whole``.
+        """
+        options = self._generation.body.stream_options
+        include_usage = options is not None and options.include_usage
+        every_usage = options is not None and options.continuous_usage_stats
+        head = json_text(self._object(self._kinds[1]))[:-1]
+        writers: dict[int, ChoiceWriter] = {}
+
+        def chunk(choices: str, usage: dict[str, Any] | None) -> bytes:
+            # with include_usage every chunk has the field, null except in the last
+            has_usage = usage is not None or include_usage
+            end = f',"usage":{json_text(usage)}' if has_usage else ""
+            return event(f'{head},"choices":[{choices}]{end}}}')
+
+        try:
+            async with aclosing(self._generation.deltas(place)) as batches:
+                async for deltas in batches:
+                    together = b""
+                    for count, delta in enumerate(deltas, 1):
+                        choices = await self._choice(delta, writers)
+                        usage = self._generation.usage(deltas[count:]) if every_usage else None
+                        together += chunk(choices, usage)
+                        if len(together) > _MAX_TOGETHER:
+                            yield together
+                            together = b""
+                    if together:
+                        yield together
+            if include_usage:
+                yield chunk("", self._generation.usage())
+        except ApiError as error:
+            if not writers:
+                raise
+            yield event(json_text(error.body))
+        yield event("[DONE]")
+
+    async def _choice(self, delta: TextDelta, writers: dict[int, ChoiceWriter]) -> str:
+        """The JSON of the next chunk of a choice."""
+        writer, weight = writers.get(delta.index), len(delta.token_ids)
+        if writer is None:
+            writer = writers[delta.index] = self._writer(delta.index)
+            weight = self._weight(delta)
+        if weight > _LARGE:
+            write = writer.chunk
+            return await asyncio.to_thread(lambda: large_json_text(write(delta)))
+        return json_text(writer.chunk(delta))
+
+    def _weight(self, delta: TextDelta) -> int:
+        """About the number of tokens and log-probabilities to write, the prompt's included."""
+        prompt = self._generation.prompts[delta.index // self._generation.body.num_samples]
+        entries = delta.logprobs + delta.prompt_logprobs
+        return len(prompt) + len(delta.token_ids) + sum(len(entry.top) for entry in entries)
+
+    def _written(self, joined: Sequence[TextDelta], text: Callable[[Any], str]) -> bytes:
         choices = [
             self._writer(delta.index).whole(delta) | {"index": index}
             for index, delta in enumerate(self._best(joined))
         ]
-        return self._object(self._kinds[0], choices) | {"usage": self._generation.usage()}
+        body = self._object(self._kinds[0])
+        return text(body | {"choices": choices, "usage": self._generation.usage()}).encode()
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events. Errors before the first event raise, as ``whole``."""
-        options = self._generation.body.stream_options
-        include_usage = options is not None and options.include_usage
-        every_usage = options is not None and options.continuous_usage_stats
-        kind = self._kinds[1]
-        writers: dict[int, ChoiceWriter] = {}
-        try:
-            async with aclosing(self._generation.deltas()) as deltas:
-                async for delta in deltas:
-                    if delta.index not in writers:
-                        writers[delta.index] = self._writer(delta.index)
-                    chunk = self._object(kind, [writers[delta.index].chunk(delta)])
-                    if include_usage or every_usage:
-                        # with include_usage every chunk has the field, null except in the last
-                        chunk["usage"] = self._generation.usage() if every_usage else None
-                    yield _event(chunk)
-            if include_usage:
-                yield _event(self._object(kind, []) | {"usage": self._generation.usage()})
-        except EngineError as error:
-            if not writers:
-                raise
-            yield _event(error.body)
-        yield b"data: [DONE]\n\n"
-
-    def _best(self, choices: list[TextDelta]) -> list[TextDelta]:
+    def _best(self, choices: Sequence[TextDelta]) -> Sequence[TextDelta]:
         """The ``n`` choices of each prompt with the highest mean log-probability per token."""
         samples, n = self._generation.body.num_samples, self._generation.body.n
         if samples == n:
@@ -97,13 +141,12 @@ class Answer:
     def _writer(self, index: int) -> ChoiceWriter:
         return self._make_writer(index // self._generation.body.num_samples)
 
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _object(self, kind: str) -> dict[str, Any]:
         return {
             "id": self._generation.request_id,
             "object": kind,
             "created": self._created,
             "model": self._model_name,
-            "choices": choices,
         }
 
 
@@ -117,12 +160,8 @@ def _join(deltas: Sequence[TextDelta]) -> TextDelta:
         text="".join(delta.text for delta in deltas),
         token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
-        prompt_logprobs=deltas[0].prompt_logprobs,
+        prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
         memory_reads=tuple(reads for delta in deltas for reads in delta.memory_reads),
         finish_reason=deltas[-1].finish_reason,
         stop_reason=deltas[-1].stop_reason,
     )
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()

@@ -1,19 +1,19 @@
-"""The HTTP application: its routes, its middleware and its lifespan."""
-
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+"""The HTTP application: its routes and its middleware."""
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
-from server.http.body_limit import BodyLimit
 from server.http.errors import install_error_handlers
 from server.http.generation_routes import generation_routes
+from server.http.head_requests import HeadRequests
+from server.http.intake import Intake
 from server.http.memory_routes import memory_routes
 from server.http.model_routes import model_routes
 from server.http.openapi import openapi_document
 from server.http.page_routes import page_routes
 from server.http.service import Service
 from server.http.status_routes import status_routes
+from server.version import VERSION
 
 
 def create_app(
@@ -21,21 +21,24 @@ def create_app(
 ) -> FastAPI:
     """The application for one service, with the web page if ``ui`` is set.
 
-    The caller starts and stops the engine process.
+    The caller attaches and detaches the engine's client.
     """
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.engine.attach()
-        yield
-        await service.engine.detach()
-
     # FastAPI's own pages about the document load scripts from other hosts
-    app = FastAPI(title="memplus", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
+    app = FastAPI(title="memplus", version=VERSION, docs_url=None, redoc_url=None)
+    generation = generation_routes(service)
+    paths = frozenset(route.path for route in generation.routes if isinstance(route, APIRoute))
+    app.add_middleware(
+        Intake,
+        admission=service.admission,
+        generating=paths,
+        max_bytes=max_body_bytes,
+        timeout_s=body_timeout_s,
+    )
+    app.add_middleware(HeadRequests)
     install_error_handlers(app)
     app.openapi = openapi_document(app)  # type: ignore[method-assign]
-    for routes in (generation_routes, model_routes, memory_routes, status_routes):
+    app.include_router(generation)
+    for routes in (model_routes, memory_routes, status_routes):
         app.include_router(routes(service))
     if ui:
         app.include_router(page_routes())

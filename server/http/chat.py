@@ -9,6 +9,7 @@ from server.http.chat_request import ChatPrompt, ChatRequest
 from server.http.generation import Generation, Ids
 from server.http.service import Service
 from server.http.tool_calls import parser_for
+from server.http.tool_grammar import tool_grammar
 from weights.checkpoints.chat_template import ChatTemplate
 from weights.errors import ChatTemplateError
 
@@ -21,8 +22,12 @@ def chat_answer(service: Service, body: ChatRequest) -> Answer:
     """
     template = _template(service)
     parser = parser_for(template.source) if body.callable_tools else None
-    if body.must_call and parser is None:
-        raise RequestError("tool_choice", "the model's chat template shows no tool calls")
+    grammar = body.grammar()
+    if body.must_call:
+        if parser is None:
+            raise RequestError("tool_choice", "the model's chat template shows no tool calls")
+        functions = [tool.function for tool in body.callable_tools]
+        grammar = tool_grammar(functions, parser, body.parallel_tool_calls)
 
     async def encode() -> list[Ids]:
         return [await chat_prompt(service, body)]
@@ -31,7 +36,7 @@ def chat_answer(service: Service, body: ChatRequest) -> Answer:
         found = parser() if parser is not None else None
         return ChatChoice(service.tokenizer, body, generation.prompts[prompt], found)
 
-    generation = Generation(service, body, "chatcmpl", 1, encode)
+    generation = Generation(service, body, "chatcmpl", 1, encode, grammar)
     kinds = "chat.completion", "chat.completion.chunk"
     return Answer(generation, service.model_name, kinds, writer)
 

@@ -102,6 +102,8 @@ class ChatRequest(ChatPrompt, GenerationOptions):
             self.max_tokens != self.max_completion_tokens
         ):
             raise ValueError("max_completion_tokens: differs from max_tokens")
+        if self.must_call and (self.response_format or self.structured_outputs):
+            raise ValueError("tool_choice: a required call cannot be combined with a format")
         if self.must_call and not self.tools:
             raise ValueError("tool_choice: needs tools")
         if isinstance(self.tool_choice, ToolChoice) and not self.callable_tools:

@@ -24,7 +24,7 @@ def completion_answer(service: Service, body: CompletionRequest) -> Answer:
         text = given if isinstance(given, str) and not body.truncate_prompt_tokens else None
         return CompletionChoice(service.tokenizer, body, generation.prompts[prompt], text)
 
-    generation = Generation(service, body, "cmpl", len(body.prompts), encode)
+    generation = Generation(service, body, "cmpl", len(body.prompts), encode, body.grammar())
     return Answer(generation, service.model_name, ("text_completion", "text_completion"), writer)
 
 

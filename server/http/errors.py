@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from engine.errors import RequestError
+from server.http.request_id import current_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,18 @@ class OverloadedError(ApiError):
         super().__init__(503, message, "overloaded_error", headers={"Retry-After": "1"})
 
 
+class DeadlineError(ApiError):
+    """The request took longer than it may."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(504, f"the request took longer than {timeout_s:g} s", "timeout_error")
+
+
 class EngineError(ApiError):
     """The engine failed to process this request, or has died."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(500, message, "server_error")
+        super().__init__(500, _with_request_id(message), "server_error")
 
 
 def error_body(
@@ -80,13 +88,18 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_any_error(request: Request, error: Exception) -> JSONResponse:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return answer(ApiError(500, "internal error", "server_error"))
+        return answer(ApiError(500, _with_request_id("internal error"), "server_error"))
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(RequestError, on_request_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_any_error)
+
+
+def _with_request_id(message: str) -> str:
+    request_id = current_request_id()
+    return f"{message} (request {request_id})" if request_id else message
 
 
 def _first_problem(errors: Sequence[Any]) -> tuple[str | None, str]:

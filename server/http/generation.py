@@ -2,17 +2,21 @@
 
 import asyncio
 import logging
-import uuid
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from engine.errors import RequestError
-from engine.request import Request
-from server.http.errors import EngineError
+from engine.request import Request, TokenOutput
+from engine.sampling.grammar import Grammar
+from server.http.admission import Place
+from server.http.errors import ApiError, DeadlineError, EngineError
 from server.http.generation_options import GenerationOptions
 from server.http.metrics import RequestClock
+from server.http.request_id import engine_request_id
 from server.http.service import Service
 from server.http.text_stream import TextDelta, TextOptions, TextStream
+from server.token_stream import SlowReaderError, TokenStream
 from weights.checkpoints.word_ids import word_ids
 
 logger = logging.getLogger(__name__)
@@ -38,8 +42,11 @@ class Generation:
         id_prefix: str,
         num_prompts: int,
         encode: Callable[[], Awaitable[list[Ids]]],
+        grammar: Grammar | None = None,
     ) -> None:
         """Check everything that needs no tokenizer; ``encode`` makes the prompts' ids later.
+
+        All answers follow ``grammar``.
 
         Raises:
             ApiError: another model is served, or the engine is not running.
@@ -47,44 +54,63 @@ class Generation:
         """
         service.check_model(body.model)
         service.check_engine()
+        if body.priority and not service.options.allow_priority:
+            message = "only 0 is allowed; the server was started without --allow-priority"
+            raise RequestError("priority", message)
         body.sampling(service.limits.max_model_len)
         self.body = body
-        self.request_id = f"{id_prefix}-{uuid.uuid4().hex}"
+        self.request_id = engine_request_id(id_prefix)
         self.prompts: list[Ids] = []
         self._service = service
         self._num_prompts = num_prompts
         self._encode = encode
+        self._grammar = grammar
+        limits = (body.timeout or math.inf, service.options.request_timeout_s or math.inf)
+        self._timeout_s = min(limits)
+        self._start = asyncio.get_running_loop().time()
         self._num_tokens = 0
         self._cached_tokens = 0
         self._draft_tokens = self._accepted_tokens = 0
 
-    async def deltas(self) -> AsyncGenerator[TextDelta, None]:
-        """The text deltas of all answers in order of arrival; closing it aborts the request.
+    async def deltas(self, place: Place) -> AsyncGenerator[list[TextDelta], None]:
+        """The text deltas of all answers, in lists of those that arrived together.
+
+        It enlarges ``place``, which belongs to the HTTP request, and gives back the share of each
+        answer when the engine has ended it. Closing the generator aborts the request.
 
         Raises:
-            ApiError: the queue is full, or the engine failed.
+            ApiError: the queue is full, the engine failed, or the request took too long.
             RequestError: a prompt does not fit the model.
         """
-        service, samples = self._service, self.body.num_samples
-        with service.admission.reserve(self._num_prompts * samples):
-            self.prompts = await self._encode()
-            requests = await self._requests()
-            texts = [
-                TextStream(i, service.tokenizer, r.prompt_ids, r.sampling, self._text_options())
-                for i, r in enumerate(requests)
-            ]
-            clocks = [RequestClock(service.metrics, len(r.prompt_ids)) for r in requests]
-            stream = service.engine.submit(requests)
-            started: set[int] = set()
-            try:
-                async for index, output in stream.outputs():
+        service, requests = self._service, await self._admitted(place)
+
+        def ended(index: int) -> None:
+            place.reduce("prompts", 1)
+            place.reduce("tokens", _cost(requests[index]))
+
+        texts = [
+            TextStream(i, service.tokenizer, r.prompt_ids, r.sampling, self._text_options())
+            for i, r in enumerate(requests)
+        ]
+        clocks = [RequestClock(service.metrics, len(r.prompt_ids)) for r in requests]
+        stream = service.engine.submit(requests, ended)
+        deadline = self._end_in_time(stream)
+        stopped: set[int] = set()
+        try:
+            async for outputs in stream.batches():
+                deltas: list[TextDelta] = []
+                for index, output in outputs:
+                    if index in stopped:
+                        continue  # it came together with the end of a stop string
                     if output.finish_reason == "error":
+                        if deltas:
+                            yield deltas
                         clocks[index].finished("error")
                         logger.error("%s failed: %s", output.request_id, output.error)
-                        raise EngineError(output.error or "the engine failed")
-                    if index not in started:
-                        started.add(index)
+                        raise _failure(output)
+                    if not clocks[index].num_tokens:
                         self._cached_tokens += output.cached_tokens
+                        clocks[index].started(output.queued_s)
                     self._draft_tokens += output.draft_tokens
                     self._accepted_tokens += output.accepted_tokens
                     delta = texts[index].push(output)
@@ -93,17 +119,25 @@ class Generation:
                     if delta.finish_reason is not None:
                         clocks[index].finished(delta.finish_reason)
                         stream.end(index)
-                    yield delta
-            finally:
-                stream.close()
+                        stopped.add(index)
+                    deltas.append(delta)
+                if deltas:
+                    yield deltas
+        except SlowReaderError as error:
+            raise ApiError(408, str(error)) from None
+        finally:
+            if deadline is not None:
+                deadline.cancel()
+            stream.close()
 
-    def usage(self) -> dict[str, Any]:
-        """OpenAI's usage object for the tokens so far."""
+    def usage(self, unsent: Sequence[TextDelta] = ()) -> dict[str, Any]:
+        """OpenAI's usage object for the tokens so far, without those of ``unsent``."""
         prompt_tokens = sum(map(len, self.prompts))
+        num_tokens = self._num_tokens - sum(len(delta.token_ids) for delta in unsent)
         return {
             "prompt_tokens": prompt_tokens,
-            "completion_tokens": self._num_tokens,
-            "total_tokens": prompt_tokens + self._num_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": prompt_tokens + num_tokens,
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": self._accepted_tokens,
@@ -111,17 +145,32 @@ class Generation:
             },
         }
 
+    async def _admitted(self, place: Place) -> list[Request]:
+        """Enlarge the place before the prompts are encoded, and once their lengths are known."""
+        count = self._num_prompts * self.body.num_samples
+        place.enlarge("prompts", count)
+        least = 1 + min(self.body.max_tokens or 0, self._service.limits.max_model_len)
+        place.enlarge("tokens", count * least)
+        self.prompts = await self._encode()
+        requests = await self._requests()
+        place.enlarge("tokens", sum(map(_cost, requests)))
+        return requests
+
     async def _requests(self) -> list[Request]:
         """One engine request per sample of each prompt, in the order of the choices."""
         body, limits = self.body, self._service.limits
+        if self._grammar is not None:
+            await self._service.grammars.check(self._grammar)
         bad_words = await asyncio.to_thread(self._bad_words)
         requests: list[Request] = []
         for ids in self.prompts:
             for sample in range(body.num_samples):
                 sampling = body.sampling(limits.max_model_len - len(ids), bad_words, sample)
-                limits.check(ids, sampling)
+                if not sample:  # samples differ in their seeds alone
+                    limits.check(ids, sampling)
                 name = f"{self.request_id}-{len(requests)}"
-                requests.append(Request(name, ids, sampling, body.priority, body.cache_salt))
+                shared = body.priority, body.cache_salt, self._grammar
+                requests.append(Request(name, ids, sampling, *shared))
         _check_prompt_logprobs(requests)
         return requests
 
@@ -130,9 +179,22 @@ class Generation:
         found = (ids for word in self.body.bad_words for ids in word_ids(tokenizer, word))
         return tuple(dict.fromkeys(map(tuple, found)))
 
+    def _end_in_time(self, stream: TokenStream) -> asyncio.TimerHandle | None:
+        """End the stream with an error when the request's time is over."""
+        if self._timeout_s == math.inf:
+            return None
+        error = DeadlineError(self._timeout_s)
+        loop = asyncio.get_running_loop()
+        return loop.call_at(self._start + self._timeout_s, stream.fail, error)
+
     def _text_options(self) -> TextOptions:
         body = self.body
         return TextOptions(body.stop, body.include_stop_str_in_output, not body.skip_special_tokens)
+
+
+def _cost(request: Request) -> int:
+    """The number of tokens that the request can need."""
+    return len(request.prompt_ids) + request.sampling.max_tokens
 
 
 def _check_prompt_logprobs(requests: Sequence[Request]) -> None:
@@ -141,3 +203,11 @@ def _check_prompt_logprobs(requests: Sequence[Request]) -> None:
     if entries > MAX_PROMPT_LOGPROBS:
         message = f"at most {MAX_PROMPT_LOGPROBS} entries over all samples, not {entries}"
         raise RequestError("prompt_logprobs", message)
+
+
+def _failure(output: TokenOutput) -> ApiError:
+    """The error of a request that ended with one: the caller's mistake, or the engine's failure."""
+    message = output.error or "the engine failed"
+    if output.error_param is not None:
+        return ApiError(400, message, param=output.error_param)
+    return EngineError(message)

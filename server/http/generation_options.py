@@ -7,11 +7,14 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from engine.request import MAX_PRIORITY
+from engine.sampling.grammar import Grammar
 from engine.sampling.params import SamplingParams
 from server.http.checked_fields import BadWords, Biases, ListedIds, StopField
 from server.http.request_body import RequestBody
+from server.http.structured_output import ResponseFormat, StructuredOutputs
 
 MAX_SAMPLES = 64
+MAX_TIMEOUT_S = 86400
 _HELP = {field.name: field.metadata.get("help", "") for field in fields(SamplingParams)}
 
 
@@ -73,6 +76,12 @@ class GenerationOptions(RequestBody):
     skip_special_tokens: bool = Field(
         default=True, description="leave the names of special tokens out of the text"
     )
+    response_format: ResponseFormat | None = Field(
+        default=None, description="the format of the answer, as OpenAI's clients send it"
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="a grammar for the answer, as vLLM's clients send it"
+    )
     stream: bool = Field(default=False, description="send the answer as server-sent events")
     stream_options: StreamOptions | None = Field(
         default=None, description="options for token counts; needs stream"
@@ -91,12 +100,24 @@ class GenerationOptions(RequestBody):
         default=0,
         ge=-MAX_PRIORITY,
         le=MAX_PRIORITY,
-        description="smaller runs sooner",
+        description="smaller runs sooner; other than 0 only if the server allows it",
+    )
+    timeout: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        description="end the request with an error after this many seconds",
     )
     cache_salt: str = Field(
         default="", max_length=256, description="only requests with the same salt share KV blocks"
     )
     user: str | None = Field(default=None, description="accepted for OpenAI's clients; not used")
+
+    @model_validator(mode="after")
+    def _check_one_grammar(self) -> "GenerationOptions":
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("structured_outputs: cannot be combined with response_format")
+        return self
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "GenerationOptions":
@@ -108,6 +129,11 @@ class GenerationOptions(RequestBody):
     def num_samples(self) -> int:
         """Answers that are generated per prompt; the response contains the ``n`` best."""
         return self.n
+
+    def grammar(self) -> Grammar | None:
+        """The grammar that the answers must follow; RequestError if it is empty or too long."""
+        format = self.response_format or self.structured_outputs
+        return None if format is None else format.grammar()
 
     @abstractmethod
     def decided(self, most_tokens: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Routes that generate tokens."""
 
+import logging
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,19 +14,30 @@ from server.http.response_models import ChatCompletion, Completion
 from server.http.responses import respond
 from server.http.service import Service
 
+logger = logging.getLogger(__name__)
+# characters of a logged prompt
+_MAX_LOGGED = 4096
+
 
 def generation_routes(service: Service) -> APIRouter:
     """``POST /v1/completions`` and ``POST /v1/chat/completions``."""
     router = APIRouter(tags=["generation"])
 
+    def note(body: CompletionRequest | ChatRequest) -> None:
+        if service.log_prompts:
+            prompt = body.model_dump_json(include={"prompt", "messages"}, exclude_none=True)
+            logger.info("prompt: %s", prompt[:_MAX_LOGGED])
+
     @router.post("/v1/completions", response_model=None, responses=_either(Completion))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or more prompts."""
+        note(body)
         return await respond(request, completion_answer(service, body), body.stream)
 
     @router.post("/v1/chat/completions", response_model=None, responses=_either(ChatCompletion))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Continue a conversation."""
+        note(body)
         return await respond(request, chat_answer(service, body), body.stream)
 
     return router

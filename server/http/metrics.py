@@ -1,22 +1,30 @@
-"""Prometheus metrics, with vLLM's names if the meaning is the same."""
+"""Prometheus metrics, with vLLM's names and labels if the meaning is the same."""
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from engine.request import EngineStatistics, FinishReason
 from server.http.table_gains import TABLE_COUNTS, TABLE_LABELS, TableGains
 
-_PREFIX = "memplus:"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 class Metrics:
-    """The metrics of one server, in their own registry."""
+    """The metrics of one server, in their own registry.
 
-    def __init__(self) -> None:
+    All have the label ``model_name``, by which dashboards for vLLM choose a model.
+    """
+
+    def __init__(self, model_name: str, prefix: str = "memplus:") -> None:
+        self._prefix = prefix
         self._registry = CollectorRegistry()
+        self._labelled = _Labelled(self._registry, {"model_name": model_name})
         self.running = self._gauge("num_requests_running", "requests in the batch")
         self.waiting = self._gauge("num_requests_waiting", "requests that wait to run")
         self.kv_usage = self._gauge("kv_cache_usage_perc", "fraction of KV blocks in use, 0 to 1")
@@ -27,6 +35,9 @@ class Metrics:
         self.first_token = self._histogram("time_to_first_token_seconds", _SECONDS)
         self.inter_token = self._histogram("inter_token_latency_seconds", _SECONDS)
         self.end_to_end = self._histogram("e2e_request_latency_seconds", _SECONDS)
+        self.queue_time = self._histogram("request_queue_time_seconds", _SECONDS)
+        self.prefill_time = self._histogram("request_prefill_time_seconds", _SECONDS)
+        self.decode_time = self._histogram("request_decode_time_seconds", _SECONDS)
         self.request_prompt = self._histogram("request_prompt_tokens", _TOKENS)
         self.request_generation = self._histogram("request_generation_tokens", _TOKENS)
         self.prefix_queries = self._counter(
@@ -74,17 +85,30 @@ class Metrics:
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self._labelled)
 
     def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(_PREFIX + name, text, registry=self._registry)
+        return Gauge(self._prefix + name, text, registry=self._registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(_PREFIX + name, text, labels, registry=self._registry)
+        return Counter(self._prefix + name, text, labels, registry=self._registry)
 
     def _histogram(self, name: str, buckets: tuple[float, ...]) -> Histogram:
         text = name.replace("_", " ")
-        return Histogram(_PREFIX + name, text, buckets=buckets, registry=self._registry)
+        return Histogram(self._prefix + name, text, buckets=buckets, registry=self._registry)
+
+
+@dataclass(frozen=True)
+class _Labelled(Collector):
+    """The metrics of a registry with further labels, which cost nothing while they are counted."""
+
+    registry: CollectorRegistry
+    labels: dict[str, str]
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self.registry.collect():
+            metric.samples = [s._replace(labels=self.labels | s.labels) for s in metric.samples]
+            yield metric
 
 
 class RequestClock:
@@ -93,9 +117,16 @@ class RequestClock:
     def __init__(self, metrics: Metrics, num_prompt_tokens: int) -> None:
         self._metrics = metrics
         self._start = self._last = time.perf_counter()
+        self._first = 0.0
+        self._queued_s: float | None = None  # until it has run
         self.num_tokens = 0
         metrics.prompt_tokens.inc(num_prompt_tokens)
         metrics.request_prompt.observe(num_prompt_tokens)
+
+    def started(self, queued_s: float) -> None:
+        """Record that the first output came after the prompt had waited ``queued_s`` to run."""
+        self._queued_s = queued_s
+        self._first = time.perf_counter()
 
     def tokens(self, count: int) -> None:
         """Record that ``count`` tokens have just arrived."""
@@ -111,6 +142,11 @@ class RequestClock:
 
     def finished(self, reason: FinishReason) -> None:
         """Record the end of the answer."""
-        self._metrics.end_to_end.observe(time.perf_counter() - self._start)
+        now = time.perf_counter()
+        self._metrics.end_to_end.observe(now - self._start)
+        if self._queued_s is not None:
+            self._metrics.queue_time.observe(self._queued_s)
+            self._metrics.prefill_time.observe(max(0.0, self._first - self._start - self._queued_s))
+            self._metrics.decode_time.observe(now - self._first)
         self._metrics.request_generation.observe(self.num_tokens)
         self._metrics.success.labels(reason).inc()

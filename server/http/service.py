@@ -8,7 +8,9 @@ from engine.request import RequestLimits
 from server.engine_client import EngineClient
 from server.http.admission import Admission
 from server.http.errors import ApiError
+from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
+from server.limits import LimitOptions
 from weights.checkpoints.chat_template import ChatTemplate
 from weights.checkpoints.tokenizer import Tokenizer
 
@@ -25,6 +27,9 @@ class Service:
     engine: EngineClient
     admission: Admission
     metrics: Metrics
+    options: LimitOptions
+    grammars: GrammarChecker
+    log_prompts: bool = False
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) if ``name`` is not the served model."""
@@ -38,8 +43,10 @@ class Service:
             headers = {"Retry-After": "5"}
             raise ApiError(503, "the engine is not running", "server_error", headers=headers)
 
-    def check_tables(self) -> None:
-        """Raise ApiError (503) if a value table can no longer be read."""
+    def check_alive(self) -> None:
+        """Raise ApiError (503) if the engine is gone for good, or a value table is lost."""
+        if self.engine.is_lost:
+            raise ApiError(503, "the engine is gone and no restart is left", "server_error")
         if self.engine.lost_tables:
             message = "value tables are lost: " + "; ".join(self.engine.lost_tables)
             raise ApiError(503, message, "server_error", code="table_lost")

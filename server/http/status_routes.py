@@ -1,21 +1,34 @@
-"""Routes for operators: health and metrics."""
+"""Routes for operators: liveness, readiness, version and metrics."""
 
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
 from server.http.service import Service
+from server.version import VERSION
 
 
 def status_routes(service: Service) -> APIRouter:
-    """``GET /health`` and ``GET /metrics``."""
+    """``GET /health``, ``/ready``, ``/version`` and ``/metrics``."""
     router = APIRouter(tags=["status"])
 
     @router.get("/health")
     async def health() -> dict[str, str]:
-        """200 while the engine runs and can read its value tables; else 503 with the reason."""
-        service.check_engine()
-        service.check_tables()
+        """Liveness: 503 if only a restart of the server helps, because the engine is gone for
+        good or a value table is lost."""
+        service.check_alive()
         return {"status": "ok"}
+
+    @router.get("/ready")
+    async def ready() -> dict[str, str]:
+        """Readiness: 503 while the server cannot answer; it loads, drains or has no engine."""
+        service.check_alive()
+        service.check_engine()
+        return {"status": "ready"}
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of memplus."""
+        return {"version": VERSION}
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

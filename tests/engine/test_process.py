@@ -97,7 +97,7 @@ def test_requests_are_answered_in_steps(connection):
 def test_a_refused_request_is_answered_and_does_not_affect_others(connection):
     connection.send([request("bad"), request("good", 1)])
     assert output(connection.recv).outputs == (
-        TokenOutput("bad", finish_reason="error", error="prompt: is empty"),
+        TokenOutput("bad", finish_reason="error", error="prompt: is empty", error_param="prompt"),
     )
     assert output(connection.recv).outputs == (TokenOutput("good", (1,), "length"),)
 

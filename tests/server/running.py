@@ -1,9 +1,10 @@
 """Starts ``memplus serve`` as a subprocess on a free port."""
 
 import contextlib
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,25 +30,34 @@ class Running:
         return self.http.post("/v1/completions", json=body)
 
     def metric(self, name: str) -> float:
-        """The value of a metric without labels."""
+        """The value of a metric that has no label but the model's name."""
         lines = self.http.get("/metrics").text.splitlines()
-        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+        pattern = re.compile(re.escape(name) + r'\{model_name="[^"]*"\} (\S+)')
+        return next(float(found[1]) for line in lines if (found := pattern.fullmatch(line)))
+
+
+def serve_command(folder: Path, *options: str) -> list[str]:
+    """The command that serves a folder, on a free port unless on a unix socket."""
+    command = [sys.executable, "-m", "server.cli.main", "serve", "--model", str(folder)]
+    port = [] if "--uds" in options else ["--port", "0"]
+    return [*command, *port, "--kv-cache-gib", "0.01", *options]
 
 
 @contextlib.contextmanager
-def running(folder: Path, *options: str, new_group: bool = False) -> Iterator[Running]:
-    """Serve a folder until the block ends; fail with the server's output if it does not start."""
-    command = [
-        sys.executable,
-        "-m",
-        "server.cli.main",
-        "serve",
-        "--model",
-        str(folder),
-        "--port",
-        "0",
-    ]
-    command += ["--kv-cache-gib", "0.01", *options]
+def running(
+    folder: Path,
+    *options: str,
+    new_group: bool = False,
+    client: Callable[[str], httpx.Client] = lambda url: httpx.Client(base_url=url, timeout=60),
+    program: str | None = None,
+) -> Iterator[Running]:
+    """Serve a folder until the block ends; fail with the server's output if it does not start.
+
+    ``client`` makes the client for the server's URL; ``program`` replaces ``server.cli.main``.
+    """
+    command = serve_command(folder, *options)
+    if program is not None:
+        command[2] = program
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stderr=pipe, text=True, start_new_session=new_group) as process:
         assert process.stderr is not None
@@ -55,13 +65,12 @@ def running(folder: Path, *options: str, new_group: bool = False) -> Iterator[Ru
             lines = []
             for line in process.stderr:
                 lines.append(line)
-                if " at http://" in line:
+                if found := re.search(r"serving .* at ((http|unix)[^;]+);", line):
                     break
             else:
                 raise AssertionError("".join(lines))
-            url = line.split(" at ")[1].split(";")[0]
-            with httpx.Client(base_url=url, timeout=60) as http:
-                yield Running(process, url, http)
+            with client(found[1]) as http:
+                yield Running(process, found[1], http)
         finally:
             process.terminate()
             process.communicate(timeout=60)

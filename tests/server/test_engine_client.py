@@ -43,7 +43,7 @@ def test_an_engine_with_a_hung_step_is_replaced(tmp_path):
 
     async def answers(*names):
         stream = client.submit([Request(name, (5,), SamplingParams()) for name in names])
-        return [output async for _, output in stream.outputs()]
+        return [output async for batch in stream.batches() for _, output in batch]
 
     async def scenario():
         client.attach()
@@ -75,7 +75,7 @@ class SilentProcess:
         self._end.wait()
         raise EOFError
 
-    def send(self, message):
+    def send(self, *messages):
         pass
 
     def kill(self):
@@ -103,7 +103,7 @@ def test_a_silent_engine_is_killed_but_not_after_a_pause_of_the_server(
             await asyncio.sleep(0)
         assert process.was_killed == is_killed != client.is_alive
         if is_killed:  # before the process has ended: it may still wait for a device
-            ((_, output),) = [answer async for answer in stream.outputs()]
+            ((_, output),) = [answer async for batch in stream.batches() for answer in batch]
             assert output.finish_reason == "error"
         await client.detach()
 
@@ -153,7 +153,7 @@ def test_late_messages_of_a_killed_engine_are_not_taken_for_its_successors(monke
 
     async def answer(name):
         stream = client.submit([Request(name, (5,), SamplingParams())])
-        return [output async for _, output in stream.outputs()]
+        return [output async for batch in stream.batches() for _, output in batch]
 
     async def scenario():
         client.attach()
@@ -190,6 +190,6 @@ def test_tokens_are_delivered_if_statistics_fail():
         stream = client.submit([Request("a", (5,), SamplingParams())])
         with pytest.raises(ArithmeticError):
             client.handle(final_step("a", 1))
-        assert [output.token_ids async for _, output in stream.outputs()] == [(7,)]
+        assert [batch[0][1].token_ids async for batch in stream.batches()] == [(7,)]
 
     asyncio.run(asyncio.wait_for(scenario(), 60))

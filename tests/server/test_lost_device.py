@@ -51,7 +51,7 @@ def test_an_engine_whose_device_is_lost_is_replaced(tmp_path, capfd):
 
     async def answer(name):
         stream = client.submit([greedy(name, PROMPT, COUNT)])
-        return [output async for _, output in stream.outputs()]
+        return [output async for batch in stream.batches() for _, output in batch]
 
     async def scenario():
         client.attach()

@@ -56,7 +56,7 @@ def test_a_signal_ends_both_processes_cleanly(memory_plus_folder, number):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_running_stream_is_finished_before_the_end(memory_plus_folder, number):
     # far more than the stream takes, even on a busy machine
-    options = ("--shutdown-timeout-s", "600")
+    options = ("--drain-timeout-s", "600")
     with running(memory_plus_folder, *options, new_group=True) as server:
         body = {"prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
@@ -71,7 +71,7 @@ def test_a_running_stream_is_finished_before_the_end(memory_plus_folder, number)
 
 
 def test_streams_that_outlast_the_shutdown_timeout_end_with_an_error(slow_folder):
-    with running(slow_folder, "--shutdown-timeout-s", "0") as server:
+    with running(slow_folder, "--drain-timeout-s", "0") as server:
         body = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
@@ -144,7 +144,10 @@ def test_a_full_queue_is_a_503_with_retry_after(slow_folder):
         answer = server.complete(prompt=["a", "b", "c"])
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
         rejections = server.http.get("/metrics").text
-        assert 'memplus:admission_rejections_total{reason="queue_full"} 1.0' in rejections
+        assert (
+            'memplus:admission_rejections_total{model_name="slow",reason="queue_full"} 1.0'
+            in rejections
+        )
         while server.metric("memplus:num_requests_running"):
             pass
         assert server.complete(prompt=["a", "b"], max_tokens=2).status_code == 200
@@ -210,6 +213,11 @@ def test_a_damaged_model_ends_the_command_with_one_line(memory_plus_folder, tmp_
         (["serve", "--model", "model.gguf"], "memplus convert"),
         (["serve", "--dtype", "int3"], "--dtype"),
         (["serve", "--novel"], "--novel"),
+        (["serve", "--config", "nowhere.toml"], "nowhere.toml: No such file"),
+        (["serve", "--api-key-file", "nowhere"], "api_key_file: nowhere: No such file"),
+        (["serve", "--tls-cert", "nowhere"], "tls_cert: nowhere: No such file"),
+        (["serve", "--uds", "/nowhere/socket"], "uds: /nowhere/socket: No such file"),
+        (["serve", "--uds", "socket", "--port", "80"], "uds: replaces --host and --port"),
     ],
 )
 def test_a_command_line_error_is_one_line_and_exit_code_2(tmp_path, arguments, named):
@@ -251,8 +259,8 @@ def test_a_dead_or_hung_engine_is_replaced_under_load(slow_folder, number):
         # every request was answered: with an error, or it had finished before
         assert {answer.status_code for answer in answers} <= {200, 500, 503}
         assert {answer.status_code for answer in answers} != {200}
-        while server.http.get("/health").status_code != 200:
-            assert server.http.get("/health").json().keys() <= {"error", "status"}
+        while server.http.get("/ready").status_code != 200:
+            assert server.http.get("/health").status_code == 200
         assert engine_of(server) != first
         assert server.complete(prompt="x", max_tokens=2).status_code == 200
         # no restart is left for the next one
@@ -296,7 +304,7 @@ def test_500_requests_with_a_third_cancelled_leak_nothing(memory_plus_folder):
 
 
 def test_messages_larger_than_the_pipe_pass_in_both_directions(memory_plus_folder):
-    with running(memory_plus_folder) as server:
+    with running(memory_plus_folder, "--max-admitted-tokens", "200000") as server:
         # more than 1 MB to the engine in one batch of requests
         many = server.complete(prompt=[[7] * 500] * 300, max_tokens=1)
         assert many.status_code == 200 and len(many.json()["choices"]) == 300
@@ -311,7 +319,7 @@ def test_messages_larger_than_the_pipe_pass_in_both_directions(memory_plus_folde
 def test_a_signal_during_an_engine_restart_ends_all_processes(memory_plus_folder):
     with running(memory_plus_folder, "--engine-restarts", "1") as server:
         os.kill(engine_of(server), signal.SIGKILL)
-        while not (pids := children(server.process.pid)) or server.http.get("/health").is_success:
+        while not (pids := children(server.process.pid)) or server.http.get("/ready").is_success:
             pass
         server.process.terminate()
         assert server.process.wait(timeout=60) == 0
@@ -324,11 +332,11 @@ def test_a_failed_engine_restart_is_retried(memory_plus_folder, tmp_path):
     with running(folder, "--engine-restarts", "3") as server:
         (folder / "config.json").rename(folder / "hidden")
         os.kill(engine_of(server), signal.SIGKILL)
-        while server.http.get("/health").is_success:
+        while server.http.get("/ready").is_success:
             pass
         # the first restart fails, unless this rename is faster than the start of a process
         (folder / "hidden").rename(folder / "config.json")
-        while not server.http.get("/health").is_success:
+        while not server.http.get("/ready").is_success:
             pass
         assert server.complete(prompt="x", max_tokens=2).status_code == 200
 

@@ -1,8 +1,6 @@
 """Settings of ``memplus train``: a TOML file, read strictly, with overrides."""
 
-import math
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -10,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import ConfigError
-from weights.text_files import ENCODING
+from weights.toml_file import read_toml, typed_value
 
 Section = TypeVar("Section")
 
@@ -146,12 +144,7 @@ def read_train_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
         ConfigError: the file cannot be read, or a key is unknown, missing or has an invalid value;
             the message names it.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding=ENCODING))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    raw = read_toml(path)
     for change in changes:
         _set(raw, change)
     known = {one.name: one for one in fields(TrainConfig)}
@@ -194,26 +187,11 @@ def _section(kind: type[Section], name: str, raw: Mapping[str, Any]) -> Section:
     for key, one in known.items():
         if one.default is MISSING and one.default_factory is MISSING and key not in given:
             raise ConfigError(f"{name}.{key}: missing")
-    values = {key: _typed(f"{name}.{key}", value, hints[key]) for key, value in given.items()}
-    for key, value in values.items():
-        choices = known[key].metadata.get("choices")
-        if choices and value not in choices:
-            raise ConfigError(f"{name}.{key}: {value!r} is not one of {', '.join(choices)}")
+    values = {
+        key: typed_value(f"{name}.{key}", value, hints[key], known[key].metadata.get("choices"))
+        for key, value in given.items()
+    }
     return kind(**values)
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    if isinstance(hint, types.GenericAlias):
-        strings = [value] if isinstance(value, str) else value
-        if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
-            raise ConfigError(f"{name}: expected a list of strings, got {value!r}")
-        return tuple(strings)
-    is_number = hint is float and isinstance(value, int)
-    if not (isinstance(value, hint) or is_number) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{name}: must be finite, not {value}")
-    return hint(value)
 
 
 def _at_least(section: object, name: str, least: float, *keys: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.executors.batch import Batch, warm_up_batch
+from engine.executors.batch import Batch, filled_bitmask, warm_up_batch
 from engine.executors.cuda.buckets import Buckets, Splits, StepShape
 from engine.executors.cuda.device import Device
 from engine.executors.cuda.device_block_table import DeviceBlockTable
@@ -174,7 +174,7 @@ class CudaExecutor:
         """Choose again, after rules that the step itself does not apply."""
         count = len(batch.rows)
         logits_LV = outputs.logits_LV[:count].to(torch.float32, copy=True)
-        apply_rules(logits_LV, batch.rows, batch.bitmask)
+        apply_rules(logits_LV, batch.rows, filled_bitmask(batch, self.progress))
         choose_tokens(
             logits_LV,
             inputs["choices"][:count],

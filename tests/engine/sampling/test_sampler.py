@@ -131,15 +131,25 @@ def test_an_answer_does_not_end_before_min_tokens():
     check(draw(history=(1,) * 6, **early, **params), softmax(LOGITS))
 
 
-def test_a_bitmask_allows_only_its_bits():
+@pytest.mark.parametrize(
+    ("sampler", "dtype"),
+    [
+        (SAMPLER, torch.float32),
+        (SAMPLER, torch.bfloat16),
+        (Sampler(), torch.float16),
+        (Sampler(), torch.float64),
+    ],
+)
+def test_a_bitmask_allows_only_its_bits(sampler, dtype):
     bitmask = np.zeros((2, 2), dtype=np.uint32)
     bitmask[0, 0], bitmask[1, 1] = 0b10010, 0b1
-    logits = torch.randn(2, 40)
+    logits = torch.randn(2, 40).to(dtype)
     drawn = {
-        tuple(SAMPLER.sample(logits, [row(seed=s), row(seed=s)], bitmask=bitmask))
+        tuple(sampler.sample(logits, [row(seed=s), row(seed=s)], bitmask=bitmask))
         for s in range(200)
     }
     assert drawn == {(1, 32), (4, 32)}
+    assert logits.isfinite().all()  # unchanged
 
 
 def test_greedy_takes_the_first_of_the_largest():

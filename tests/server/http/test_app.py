@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import tomllib
+from pathlib import Path
 
 import httpx
 import pytest
@@ -12,8 +14,11 @@ from server.config import SupervisionOptions
 from server.engine_client import EngineClient
 from server.http.admission import Admission
 from server.http.app import create_app
+from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
 from server.http.service import Service
+from server.limits import LimitOptions
+from server.version import VERSION
 from tests.models import byte_tokenizer
 from weights.checkpoints.tokenizer import JsonTokenizer
 
@@ -24,22 +29,28 @@ class SilentProcess:
     def __init__(self):
         self.sent = []
 
-    def send(self, message):
-        self.sent.append(message)
+    def send(self, *messages):
+        self.sent += messages
 
 
-def build(chat_template=None, max_model_len=100):
-    process, metrics = SilentProcess(), Metrics()
+def build(chat_template=None, max_model_len=100, **options):
+    process, metrics = SilentProcess(), Metrics("mock")
     engine = EngineClient(process, metrics.observe_step, SupervisionOptions(), SilentProcess)
+    limits = RequestLimits(vocab_size=260, max_model_len=max_model_len)
     service = Service(
         model_name="mock",
         created=0,
         tokenizer=JsonTokenizer(byte_tokenizer()),
         chat_template=chat_template,
-        limits=RequestLimits(vocab_size=260, max_model_len=max_model_len),
+        limits=limits,
         engine=engine,
-        admission=Admission(2, metrics.rejections.labels("queue_full").inc),
+        admission=Admission(
+            {"prompts": 2, "tokens": 1000, "body_bytes": 2**20},
+            lambda reason: metrics.rejections.labels(reason).inc(),
+        ),
         metrics=metrics,
+        options=LimitOptions(**options),
+        grammars=GrammarChecker(Path("no-folder"), limits),
     )
     return process, service, create_app(service, 2**20, 30)
 
@@ -94,7 +105,7 @@ def test_a_client_that_leaves_before_its_first_token_is_aborted(streamed):
     assert sorted(aborts, key=lambda abort: abort.request_id) == [
         Abort(request.request_id) for request in requests
     ]
-    assert service.admission.num_admitted == 0
+    assert not any(service.admission.used.values())
 
 
 def test_an_event_is_sent_before_the_next_token_is_made():
@@ -119,7 +130,7 @@ def test_an_event_is_sent_before_the_next_token_is_made():
     assert texts == [byte_tokenizer().decode([64 + count]) for count in (1, 2, 3)]
     assert sent[0]["status"] == 200
     assert process.sent[1:] == [Abort(process.sent[0].request_id)]
-    assert service.admission.num_admitted == 0
+    assert not any(service.admission.used.values())
 
 
 def test_a_late_output_of_an_aborted_request_is_dropped():
@@ -140,13 +151,16 @@ def test_places_in_the_queue_are_released():
     async def never():
         await asyncio.Event().wait()
 
-    with service.admission.reserve(1):
-        sent = asyncio.run(post(app, {"prompt": ["a", "b"]}, never))
+    other = service.admission.open(lambda: None)
+    other.enlarge("prompts", 1)
+    other.keep()
+    sent = asyncio.run(post(app, {"prompt": ["a", "b"]}, never))
+    other.close()
     assert sent[0]["status"] == 503 and process.sent == []
-    assert service.admission.num_admitted == 0
+    assert not any(service.admission.used.values())
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/health"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/ready"])
 def test_without_a_living_engine_the_answer_is_503(path):
     process, service, app = build()
     service.engine.is_alive = False
@@ -154,11 +168,35 @@ def test_without_a_living_engine_the_answer_is_503(path):
     async def never():
         await asyncio.Event().wait()
 
-    method = "GET" if path == "/health" else "POST"
+    method = "GET" if path == "/ready" else "POST"
     start, body = asyncio.run(post(app, {"prompt": "a"}, never, method=method, path=path))
     assert start["status"] == 503 and (b"retry-after", b"5") in start["headers"]
     assert json.loads(body["body"])["error"]["type"] == "server_error"
-    assert process.sent == [] and service.admission.num_admitted == 0
+    assert process.sent == [] and not any(service.admission.used.values())
+
+
+def test_health_is_a_503_only_if_the_engine_is_gone_for_good():
+    _, service, app = build()
+
+    async def statuses():
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [(await client.get(path)).status_code for path in ("/health", "/ready")]
+
+    assert asyncio.run(statuses()) == [200, 200]
+    service.engine.is_alive = False  # it is restarted
+    assert asyncio.run(statuses()) == [200, 503]
+    service.engine.is_lost = True
+    assert asyncio.run(statuses()) == [503, 503]
+
+
+def test_the_version_is_that_of_the_package():
+    _, _, app = build()
+    sent = asyncio.run(post(app, None, None, method="GET", path="/version"))
+    assert json.loads(sent[1]["body"]) == {"version": VERSION}
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    attribute = project["tool"]["setuptools"]["dynamic"]["version"]["attr"]
+    assert attribute == "server.version.VERSION" and app.openapi()["info"]["version"] == VERSION
 
 
 def test_engine_request_ids_start_with_the_completion_id():

@@ -23,7 +23,8 @@ TOOL = {
 
 @pytest.fixture(scope="module")
 def client(memory_server):
-    return openai.OpenAI(base_url=f"{memory_server.url}/v1", api_key="none", max_retries=0)
+    with openai.OpenAI(base_url=f"{memory_server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -294,11 +294,25 @@ def test_the_main_metrics_are_exported(memory_server):
         "time_to_first_token_seconds_bucket",
         "inter_token_latency_seconds_bucket",
         "e2e_request_latency_seconds_bucket",
+        "request_queue_time_seconds_bucket",
+        "request_prefill_time_seconds_bucket",
+        "request_decode_time_seconds_bucket",
         "request_prompt_tokens_bucket",
         "request_generation_tokens_bucket",
         "iteration_tokens_total_bucket",
     ):
         assert f"memplus:{name}" in text
+
+
+def test_queue_prefill_and_decode_times_add_up_to_the_whole(memory_server):
+    assert memory_server.complete(prompt=["x", "y"], max_tokens=5, **GREEDY).status_code == 200
+    parts = [f"memplus:request_{part}_time_seconds" for part in ("queue", "prefill", "decode")]
+    whole = "memplus:e2e_request_latency_seconds"
+    counts = {memory_server.metric(f"{name}_count") for name in (*parts, whole)}
+    assert len(counts) == 1 and min(counts) >= 2
+    sums = [memory_server.metric(f"{name}_sum") for name in parts]
+    assert min(sums) > 0
+    assert sum(sums) == pytest.approx(memory_server.metric(f"{whole}_sum"))
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -23,7 +23,8 @@ NAMES = (
 def values(text: str) -> dict[str, dict[tuple[str, str, str], float]]:
     """Table counters: name -> (table, tier, layer) -> value."""
     line = re.compile(
-        r'memplus:table_(\w+)_total\{layer="(\w+)",table="([\w.]+)",tier="(\w+)"\} (\S+)'
+        r'memplus:table_(\w+)_total\{layer="(\w+)",model_name="[\w-]+",table="([\w.]+)",'
+        r'tier="(\w+)"\} (\S+)'
     )
     found: dict[str, dict[tuple[str, str, str], float]] = {}
     for name, layer, table, tier, value in line.findall(text):
@@ -72,7 +73,7 @@ def test_the_http_process_does_not_import_torch():
 
 
 def test_counters_continue_over_omitted_reports_and_engine_restarts():
-    metrics = Metrics()
+    metrics = Metrics("mock")
 
     def observe(*tables):
         metrics.observe_step(EngineStatistics(tables=tables))
@@ -92,12 +93,12 @@ def test_counters_continue_over_omitted_reports_and_engine_restarts():
 
 
 def test_drafts_have_vllm_s_names():
-    metrics = Metrics()
+    metrics = Metrics("m")
     metrics.observe_step(EngineStatistics(drafts=2, draft_tokens=9, accepted_tokens=5))
     metrics.observe_step(EngineStatistics(drafts=3, draft_tokens=10, accepted_tokens=6))
     lines = metrics.render().decode().splitlines()
     for name, value in (("drafts", 3), ("draft_tokens", 10), ("accepted_tokens", 6)):
-        assert f"memplus:spec_decode_num_{name}_total {value}.0" in lines
+        assert f'memplus:spec_decode_num_{name}_total{{model_name="m"}} {value}.0' in lines
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""Compiles the grammars of requests in a background thread, before the scheduler sees them."""
+
+import logging
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+from engine.errors import RequestError
+from engine.request import Request
+from engine.sampling.masks import Grammars, TokenMask
+
+logger = logging.getLogger(__name__)
+
+
+class Compiled(NamedTuple):
+    """A request whose grammar has a mask, or an error."""
+
+    request: Request
+    result: TokenMask | RequestError
+
+
+class CompilingRequests:
+    """The requests that wait for their masks, in the order of arrival."""
+
+    def __init__(self, grammars: Grammars) -> None:
+        self._grammars = grammars
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._waiting: dict[str, tuple[Request, Future[TokenMask]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Begin to compile the grammar of a request."""
+        assert request.grammar is not None
+        future = self._thread.submit(self._grammars.compile, request.grammar)
+        self._waiting[request.request_id] = request, future
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request; do nothing if none with this id waits."""
+        if request_id in self._waiting:
+            _, future = self._waiting.pop(request_id)
+            future.cancel()
+
+    def take(self, timeout_s: float = 0.0) -> list[Compiled]:
+        """Remove and return the requests whose compilation has ended.
+
+        If there is none, wait for one, at most for ``timeout_s``.
+        """
+        if timeout_s and self._waiting:
+            wait([future for _, future in self._waiting.values()], timeout_s, FIRST_COMPLETED)
+        ended = [pair for pair in self._waiting.values() if pair[1].done()]
+        for request, _ in ended:
+            del self._waiting[request.request_id]
+        return [Compiled(request, _result(request, future)) for request, future in ended]
+
+
+def _result(request: Request, future: "Future[TokenMask]") -> TokenMask | RequestError:
+    error = future.exception()
+    if error is None or isinstance(error, RequestError):
+        return error or future.result()
+    logger.error("the grammar of %s failed", request.request_id, exc_info=error)
+    assert request.grammar is not None
+    return RequestError(request.grammar.param, f"{type(error).__name__} in the grammar")

@@ -1,0 +1,89 @@
+"""The process that tries grammars: it compiles each one in a fork with hard limits.
+
+The library cannot be interrupted, and a hostile grammar can make it run for hours, take all memory
+or overflow the stack. Whatever compiles in a fork compiles in the engine process.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import warnings
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+
+from engine.errors import RequestError
+from engine.request import RequestLimits
+from engine.sampling.grammar import Grammar
+from weights.checkpoints.tokenizer import load_tokenizer
+from weights.grammars.compiler import GrammarCompiler
+
+TRIAL_S = 1.0
+_MOST_BYTES = 512 * 2**20
+# less than any thread of the engine process has
+_STACK_BYTES = 2**20
+
+
+def work(connection: Connection, folder: Path, limits: RequestLimits) -> None:
+    """Answer each grammar with its problem, or None, until the other end closes."""
+    # Ctrl-C reaches this process too, but the parent handles it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    compiler = GrammarCompiler(lambda: load_tokenizer(folder), limits.vocab_size, limits.eos_ids)
+    compiler.warm_up()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            connection.send(problem(compiler, connection.recv()))
+
+
+def problem(compiler: GrammarCompiler, grammar: Grammar) -> str | None:
+    """Try to compile a grammar in a fork of this process; returns the reason if it is refused."""
+    reader, writer = Pipe(duplex=False)
+    with warnings.catch_warnings():
+        # libraries keep threads here, but these are idle and hold no lock
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if not child:
+        _compile_and_exit(compiler, grammar, writer)
+    writer.close()
+    with reader:
+        try:
+            found: str | None = reader.recv() if reader.poll(TRIAL_S) else _too_complex(grammar)
+        except EOFError:  # a limit ended it
+            found = _too_complex(grammar)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return found
+
+
+def _compile_and_exit(compiler: GrammarCompiler, grammar: Grammar, writer: Connection) -> None:
+    try:
+        _limit_this_process()
+        compiler.compile(grammar)
+        writer.send(None)
+    except RequestError as error:
+        writer.send(error.reason)
+    finally:
+        os._exit(0)
+
+
+def _limit_this_process() -> None:
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    cpu_s = int(TRIAL_S) + 1  # if the parent dies
+    limits = {
+        resource.RLIMIT_AS: used + _MOST_BYTES,
+        resource.RLIMIT_STACK: _STACK_BYTES,
+        resource.RLIMIT_CPU: cpu_s,
+        resource.RLIMIT_CORE: 0,
+    }
+    for kind, most in limits.items():
+        resource.setrlimit(kind, (most, most))
+    # the library writes there when it fails
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _too_complex(grammar: Grammar) -> str:
+    return (
+        f"the {grammar.kind} is too complex: compiling it takes more than {TRIAL_S:g} s,"
+        f" {_MOST_BYTES >> 20} MiB or the depth that is allowed"
+    )

@@ -1,0 +1,10 @@
+"""The path of a request without the root path that a proxy adds."""
+
+from starlette.types import Scope
+
+
+def route_path(scope: Scope) -> str:
+    """The path that the routes see; proxies may send the root path or strip it."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path.removeprefix(root) if path == root or path.startswith(f"{root}/") else path

@@ -1,0 +1,1 @@
+"""HTTP/1 connections with limits, between uvicorn's server and the ASGI application."""

@@ -1,0 +1,103 @@
+"""Requests whose grammars are compiled in the background: order, aborts, errors."""
+
+import threading
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import RequestError
+from engine.request import Request
+from engine.sampling.grammar import Grammar
+from engine.sampling.masks import Grammars
+from engine.sampling.params import SamplingParams
+from tests.engine.test_company import Multiples, masked_greedy, step_all, tokens
+from tests.models import engine_of, greedy, plain_greedy, random_model, tiny_config
+
+COUNT = 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return random_model(tiny_config(num_layers=1))
+
+
+class Blocked(Grammars):
+    """Compiles every grammar to a mask, but only when ``released``; knows one wrong grammar."""
+
+    def __init__(self):
+        self.released, self.is_begun = threading.Event(), threading.Event()
+
+    def compile(self, grammar):
+        self.is_begun.set()
+        assert self.released.wait(60)
+        if grammar.source == "wrong":
+            raise RequestError(grammar.param, "is wrong")
+        assert grammar.source != "broken"
+        return Multiples()
+
+
+@pytest.fixture
+def grammars():
+    blocked = Blocked()
+    yield blocked
+    blocked.released.set()
+
+
+@pytest.fixture
+def engine(model, grammars):
+    config = EngineConfig(kv_cache_gib=0.001, block_size=4)
+    return engine_of(model, config, grammars=grammars)
+
+
+def masked(name, source="any"):
+    params = SamplingParams(max_tokens=COUNT, temperature=0, ignore_eos=True)
+    return Request(name, (5, 6), params, grammar=Grammar("regex", source))
+
+
+def test_neighbours_run_while_a_grammar_is_compiled(model, engine, grammars):
+    engine.add(masked("masked"))
+    engine.add(greedy("free", [1, 2], COUNT))
+    assert grammars.is_begun.wait(60) and engine.statistics().num_waiting == 2
+    found = []
+    while len(found) < COUNT:
+        found += [token for output in engine.step().outputs for token in output.token_ids]
+    assert found == plain_greedy(model, [1, 2], COUNT)
+    assert engine.has_work and engine.statistics().num_waiting == 1
+    assert engine.step().outputs == ()
+    grammars.released.set()
+    assert tokens(step_all(engine)["masked"]) == masked_greedy(model, [5, 6], COUNT)
+
+
+def test_an_abort_forgets_a_grammar_that_is_compiled(model, engine, grammars):
+    engine.add(masked("running"))
+    engine.add(masked("queued"))
+    assert grammars.is_begun.wait(60)
+    engine.abort("running")
+    engine.abort("queued")
+    assert not engine.has_work
+    engine.check_idle()
+    # the name is free again, and the late mask is not taken for the new request's
+    engine.add(greedy("running", [1, 2], COUNT))
+    grammars.released.set()
+    assert tokens(step_all(engine)["running"]) == plain_greedy(model, [1, 2], COUNT)
+
+
+def test_a_wrong_grammar_and_a_failure_end_only_their_requests(model, engine, grammars):
+    grammars.released.set()
+    for source in ("wrong", "broken", "any"):
+        engine.add(masked(source, source))
+    found = step_all(engine)
+    (wrong,), (broken,) = found["wrong"], found["broken"]
+    assert wrong.error == "structured_outputs: is wrong"
+    assert wrong.error_param == broken.error_param == "structured_outputs"
+    assert "AssertionError" in broken.error
+    assert tokens(found["any"]) == masked_greedy(model, [5, 6], COUNT)
+
+
+def test_an_engine_without_grammars_refuses_them(model):
+    plain = engine_of(model, EngineConfig(kv_cache_gib=0.001))
+    plain.add(masked("a"))
+    (output,) = step_all(plain)["a"]
+    assert "has no grammars" in output.error and output.error_param == "structured_outputs"

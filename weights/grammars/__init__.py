@@ -1,0 +1,1 @@
+"""Grammars for structured output: translation, and compilation to token masks."""

@@ -15,7 +15,7 @@ METRIC = re.compile(r"\bmemplus:[a-z0-9_]+")
 
 def names() -> set[str]:
     """Names of all series that the server exports."""
-    text = Metrics().render().decode()
+    text = Metrics("m").render().decode()
     found = set()
     for name, kind in re.findall(r"^# TYPE (\S+) (\w+)$", text, re.MULTILINE):
         ends = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)

@@ -1,9 +1,10 @@
 """Launch configurations of the attention kernels: tile sizes, warps and compiler options.
 
 They are not timed on a GPU. Compiled with triton 3.7 they fit in the shared memory of gfx942
-(64 KiB) and of consumer cards (99 KiB), and load at least one tile of keys while they compute with
-another. They spill no registers, with two exceptions that only tests of results use: prefill of
-fp32 heads of more than 128 values on sm_80, and fp32 queries with fp8 blocks.
+(64 KiB) and of consumer cards (99 KiB). They load at least
+one tile of keys while they compute with another. They spill no registers, with exceptions that only
+tests of results use: of fp32 heads with more than 128 values, prefill on sm_80 and short chunks on
+gfx942, and fp32 queries with fp8 blocks.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ class AttentionLaunch:
     """Launch configuration of an attention kernel.
 
     Attributes:
-        keys: keys per tile; for the kernel that combines splits, splits per tile.
+        keys: keys per tile; for the kernel that combines splits, the most splits per tile.
         num_warps: warps per program.
         num_stages: tiles in flight, with the one that the program computes with.
         most_heads: upper limit of the query heads per program, for prefill.
@@ -44,6 +45,15 @@ DECODE_LAUNCHES = {
     (4, 64): AttentionLaunch(keys=32, num_warps=4, num_stages=3),
     (4, 128): AttentionLaunch(keys=16, num_warps=4, num_stages=3),
     (4, 256): AttentionLaunch(keys=16, num_warps=4, num_stages=2),
+}
+# for the short chunks of mixed steps, and their decodes
+CHUNK_LAUNCHES = {
+    (2, 64): AttentionLaunch(keys=64, num_warps=4, num_stages=3),
+    (2, 128): AttentionLaunch(keys=32, num_warps=4, num_stages=3),
+    (2, 256): AttentionLaunch(keys=16, num_warps=8, num_stages=2),
+    (4, 64): AttentionLaunch(keys=32, num_warps=8, num_stages=3),
+    (4, 128): AttentionLaunch(keys=16, num_warps=16, num_stages=2),
+    (4, 256): AttentionLaunch(keys=16, num_warps=16, num_stages=1),
 }
 PREFILL_LAUNCHES = {
     (2, 64): AttentionLaunch(keys=64, num_warps=8, num_stages=3, most_heads=4),

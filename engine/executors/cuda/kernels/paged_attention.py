@@ -20,7 +20,9 @@ from engine.executors.cuda.kernels.attention_launch import (
     CHUNK_LAUNCHES,
     COMBINE_LAUNCH,
     DECODE_LAUNCHES,
+    LARGE_PREFILL_LAUNCHES,
     PREFILL_LAUNCHES,
+    has_large_shared_memory,
     launch_for,
 )
 from engine.executors.cuda.kernels.kv_formats import (
@@ -130,7 +132,8 @@ def _launch_prefill(
 ) -> None:
     num_kv_heads = kv_blocks.shape[2]
     group = q_THE.shape[1] // num_kv_heads
-    launch = launch_for(PREFILL_LAUNCHES, q_THE)
+    is_large = has_large_shared_memory(q_THE.device)
+    launch = launch_for(LARGE_PREFILL_LAUNCHES if is_large else PREFILL_LAUNCHES, q_THE)
     heads = min(triton.next_power_of_2(group), launch.most_heads)
     prefill[(num_kv_heads * triton.cdiv(group, heads), len(tiles_I2))](
         tiles_ptr=tiles_I2,

@@ -11,6 +11,7 @@ from engine.executors.cuda.kernels import attention_kernels, paged_attention
 from engine.executors.cuda.kernels.attention_launch import (
     CHUNK_LAUNCHES,
     DECODE_LAUNCHES,
+    LARGE_PREFILL_LAUNCHES,
     PREFILL_LAUNCHES,
     AttentionLaunch,
 )
@@ -104,6 +105,13 @@ SLOW_ATTENTION_BUDGETS = {
         ((168, 38912), (168, 49664), (176, 66048)),
         ((152, 32768), (160, 20480), (232, 32768)),
     ),
+}
+# of prefill on sm_90 and sm_100
+LARGE_PREFILL_BUDGETS = {
+    ("bf16", "bf16", 256, 8, 1): ((224, 163840), (208, 165376)),
+    ("bf16", "fp8", 256, 8, 1): ((240, 98304), (168, 131584)),
+    ("bf16", "bf16", 128, 32, 8): ((208, 131072), (224, 132096)),
+    ("bf16", "fp8", 128, 32, 8): ((240, 81920), (240, 98816)),
 }
 # by E, of short chunks on all targets
 CHUNK_COMBINE_BUDGETS = {64: (56, 2048), 128: (88, 8192), 256: (168, 16384)}
@@ -210,6 +218,8 @@ def test_every_shipped_launch_is_compiled_here():
     # see below for heads of 256 values in fp32
     for launches in DECODE_LAUNCHES, CHUNK_LAUNCHES, PREFILL_LAUNCHES:
         assert set(launches) == sizes | {(4, 256)}
+    large = LARGE_PREFILL_LAUNCHES.items() - PREFILL_LAUNCHES.items()
+    assert {size for size, _ in large} == {size_of(case) for case in LARGE_PREFILL_BUDGETS}
 
 
 @pytest.mark.parametrize(("case", "target", "budgets"), per_target(ATTENTION_BUDGETS))
@@ -227,6 +237,16 @@ def test_few_blocks_that_amd_reads_with_32_bit_offsets(case):
     attention_check(case, "gfx942", ((512, 65536),) * 3, num_bytes=2**20)
     rotated = compiled(TARGETS["gfx942"], rotation(case[:3], num_bytes=2**20))
     assert not rotated.spills and not rotated.narrow_loads
+
+
+@pytest.mark.parametrize("number", range(2), ids=["sm_90", "sm_100"])
+@pytest.mark.parametrize("case", LARGE_PREFILL_BUDGETS)
+def test_prefill_with_much_shared_memory(case, number, monkeypatch):
+    monkeypatch.setattr(paged_attention, "has_large_shared_memory", lambda device: True)
+    target = ("sm_90", "sm_100")[number]
+    _, prefill = all_compiled(TARGETS[target], attention(case))
+    wide_loads = wide_kv_loads(LARGE_PREFILL_LAUNCHES[size_of(case)], case, target, loops=2)
+    check(prefill, LARGE_PREFILL_BUDGETS[case][number], wide_loads)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,6 +1,7 @@
 """The attention kernels against their twin in fp64, and the twin against the model's attention."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from triton.runtime.errors import InterpreterError
 
 from engine.executors.cuda.kernels import attention_kernels, paged_attention
+from engine.executors.cuda.kernels.attention_launch import has_large_shared_memory
 from engine.executors.cuda.kernels.paged_step import (
     QUERY_TILE,
     most_query_tiles,
@@ -278,6 +280,17 @@ def test_tiles_never_exceed_their_upper_limit(counts):
     most = most_query_tiles(sum(counts), len(counts))
     # with a group this large no context of several queries is split
     assert (query_tiles(counts, 64, most)[:, 0] >= -1).all()
+
+
+def test_cards_with_much_shared_memory(monkeypatch):
+    properties = SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    # AMD, a consumer card, A100, H100
+    for limit in (None, 99, 163, 227):
+        if limit is not None:
+            properties.shared_memory_per_block_optin = limit * 2**10
+        assert has_large_shared_memory(torch.device("cuda", 0)) == (limit == 227)
+    assert not has_large_shared_memory(torch.device("cpu"))
 
 
 def test_unsupported_operands_are_refused():

@@ -14,7 +14,7 @@ from engine.model.config import ModelConfig
 from engine.model.rotary import rope_angles, rope_frequencies
 
 NUM_EXPERTS, TOP_EXPERTS = 8, 2
-_BLOCK_SIZE, _MOST_SPLITS = 16, 32
+_BLOCK_SIZE, _MOST_SPLITS, _MIXED_SPLITS = 16, 32, 4
 
 
 def layer_cases(
@@ -207,14 +207,15 @@ def _rotation(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> Kerne
 def _attention(
     config: ModelConfig, query_counts: list[int], dtype: torch.dtype, context: int
 ) -> KernelInputs:
-    from engine.executors.cuda.kernels.paged_step import PagedStep, query_tiles
+    from engine.executors.cuda.kernels.paged_step import PagedStep, most_query_tiles, query_tiles
 
     sequences, blocks, groups = len(query_counts), context // _BLOCK_SIZE, config.num_kv_heads
     kv_blocks = _random(sequences * blocks, 2, groups, _BLOCK_SIZE, config.head_dim, dtype=dtype)
     q_THE = _random(sum(query_counts), config.num_heads, config.head_dim, dtype=dtype)
     counts_S = torch.tensor(query_counts, device=GPU)
-    num_tiles = sum(-(-count // 16) for count in query_counts)
-    tiles = torch.from_numpy(query_tiles(query_counts, num_tiles)).to(GPU)
+    num_tiles = most_query_tiles(sum(query_counts), sequences)
+    group = config.num_heads // groups
+    tiles = torch.from_numpy(query_tiles(query_counts, group, num_tiles)).to(GPU)
     step = PagedStep(
         torch.cat((counts_S.new_zeros(1), counts_S.cumsum(0))),
         torch.full((sequences,), context, device=GPU),
@@ -224,6 +225,7 @@ def _attention(
     )
     processors = torch.cuda.get_device_properties(GPU).multi_processor_count
     splits = min(_MOST_SPLITS, -(-2 * processors // (sequences * groups)))
+    splits = splits if step.tiles_I2 is None else _MIXED_SPLITS
     # a query attends to itself and everything before it
     pairs = sum(count * context - count * (count - 1) // 2 for count in query_counts)
     return KernelInputs(

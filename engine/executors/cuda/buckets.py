@@ -14,8 +14,8 @@ _MOST_SPLITS = 32
 # a context with at most this many numbers in a KV head's keys is not split: one program takes no
 # longer than several and the kernel that combines their results; not timed on a GPU
 _SHORT_CONTEXT = 2**16
-# a step that is no bucket of decodes may hold few decodes with long contexts
-_OTHER_SPLITS = 4
+# a mixed step may hold few sequences with long contexts
+_MIXED_SPLITS = 4
 
 
 class StepShape(NamedTuple):
@@ -26,15 +26,15 @@ class StepShape(NamedTuple):
         sequences: S.
         logits: L, positions at which logits are computed.
         is_decode: every sequence has one token and one position of logits, its own.
-        num_splits: parts of a context that decode attention computes side by side. Kernels are
-            compiled for each number, so only buckets of decodes choose it.
+        num_splits: parts of a context that attention computes side by side, for sequences of few
+            tokens. Kernels are compiled for each number, so only buckets of decodes choose it.
     """
 
     tokens: int
     sequences: int
     logits: int
     is_decode: bool
-    num_splits: int = _OTHER_SPLITS
+    num_splits: int = _MIXED_SPLITS
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,12 @@ class Buckets:
         tokens, sequences, logits = len(batch.ids_T), len(batch.seats), len(batch.logits_at_L)
         is_decode = tokens == sequences == len(batch.rows) == logits
         shape = StepShape(tokens, sequences, logits, is_decode)
-        bucket = next((one for one in self._decodes if one.sequences >= sequences), None)
-        if not is_decode or bucket is None:
+        if not is_decode:
             return shape
+        bucket = next((one for one in self._decodes if one.sequences >= sequences), None)
         is_short = self._splits.is_short(max(batch.context_lengths))
-        num_splits = 1 if is_short else self._splits.of_long(bucket.sequences)
+        # more sequences than a bucket holds occupy the processors without splits
+        num_splits = 1 if is_short or bucket is None else self._splits.of_long(bucket.sequences)
         return shape._replace(num_splits=num_splits)
 
     def holding(self, exact: StepShape) -> Iterator[StepShape]:

@@ -64,7 +64,8 @@ class CudaExecutor:
         self._largest = StepShape(tokens, config.max_num_seqs, tokens, False)
         self._staging = Staging(device, InputLayout(self._largest).num_words)
         self._inputs: dict[StepShape, StagedInputs] = {}  # of the shapes that have a graph
-        self._writer = InputWriter(model.config.vocab_size, num_blocks * config.block_size)
+        group = shapes.num_heads // shapes.num_kv_heads
+        self._writer = InputWriter(shapes.vocab_size, group, num_blocks * config.block_size)
         self._runner = StepRunner(model, self._state, device)
         # the results of one step are read while the next one writes
         self._results = [device.pinned((tokens,), torch.int64) for _ in range(2)]

@@ -90,10 +90,10 @@ class InputLayout:
 
 
 class InputWriter:
-    """Writes batches into buffers on the host."""
+    """Writes batches of a model with this many query heads per KV head into buffers on the host."""
 
-    def __init__(self, vocab_size: int, scrap_slot: int) -> None:
-        self._vocab_size, self._scrap_slot = vocab_size, scrap_slot
+    def __init__(self, vocab_size: int, group: int, scrap_slot: int) -> None:
+        self._vocab_size, self._group, self._scrap_slot = vocab_size, group, scrap_slot
 
     def write(
         self,
@@ -130,7 +130,7 @@ class InputWriter:
             return
         out["query_starts"][: len(starts)] = starts
         out["query_starts"][len(starts) :] = starts[-1]
-        out["tiles"][:] = query_tiles(np.diff(starts).tolist(), len(out["tiles"]))
+        out["tiles"][:] = query_tiles(np.diff(starts).tolist(), self._group, len(out["tiles"]))
 
     def _write_rows(self, out: HostInputs, batch: Batch) -> None:
         at = batch.logits_at_L.numpy()

@@ -1,4 +1,4 @@
-"""Triton kernels of attention over paged KV blocks: decode, prefill, and the loop they share."""
+"""Triton kernels of attention over paged KV blocks: split contexts, prefill, their common loop."""
 
 # triton and its kernels are untyped
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
@@ -10,6 +10,8 @@ from engine.executors.cuda.kernels.kv_formats import kv_factor, kv_values
 
 # slices of the step's input buffer: a change of their alignment must not compile a kernel again
 _STEP_POINTERS = ["tiles_ptr", "query_starts_ptr", "lengths_ptr", "seats_ptr", "table_ptr"]
+# finite: a query can come before all keys of a split
+_LEAST_SCORE = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -40,7 +42,8 @@ def _attend_tiles(
 
     Args:
         q: ``[rows, lanes]``, 0 in lanes from HEAD_DIM on.
-        positions: the last key that each row attends to, at least key 0 of tile ``first``.
+        maxima: finite if ``positions`` of a row can be before all keys.
+        positions: the last key that each row attends to.
         kv_ptr: the head's first key in block 0.
         block_ids_ptr: the block ids of the sequence.
         length: keys from here on are not read.
@@ -80,7 +83,7 @@ def _attend_tiles(
 
 
 @triton.jit(do_not_specialize_on_alignment=_STEP_POINTERS)
-def decode(
+def split_context(
     q_ptr,
     kv_ptr,
     out_ptr,
@@ -101,35 +104,41 @@ def decode(
     OUT_STRIDE: tl.constexpr,
     TABLE_STRIDE: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """out[t] = softmax(q[t] k^T * scale) v for each token t that is alone in its sequence.
+    """out[t] = softmax(q[t] k^T * scale) v for tokens t of sequences with at most QUERIES of them.
 
-    One program per sequence, KV head and split. A split attends to an equal share of the tiles of
-    keys. If there are more splits than one, it writes its state for ``combine``.
+    One program per sequence, KV head and split. Its rows are the sequence's queries, each with the
+    heads of the group. A split attends to an equal share of the tiles of keys. If there are more
+    splits than one, it writes its state for ``combine``.
     """
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     token = tl.load(query_starts_ptr + sequence)
-    if tl.load(query_starts_ptr + sequence + 1) - token != 1:
+    count = (tl.load(query_starts_ptr + sequence + 1) - token).to(tl.int32)
+    if count == 0 or count > QUERIES:
         return
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
     rows, lanes = tl.arange(0, ROWS), tl.arange(0, LANES)
-    heads = kv_head * GROUP + rows
-    mask = (rows < GROUP)[:, None] & (lanes < HEAD_DIM)[None, :]
-    places = heads[:, None] * HEAD_DIM + lanes[None, :]
-    q = tl.load(q_ptr + token * Q_STRIDE + places, mask=mask, other=0.0)
+    # the compiler knows that a single query is number 0
+    queries = rows // GROUP % QUERIES
+    tokens, heads = token + queries, kv_head * GROUP + rows - queries * GROUP
+    live = rows < count * GROUP
+    mask = live[:, None] & (lanes < HEAD_DIM)[None, :]
+    q_places = (tokens * Q_STRIDE + heads * HEAD_DIM)[:, None] + lanes[None, :]
+    q = tl.load(q_ptr + q_places, mask=mask, other=0.0)
     num_tiles = tl.cdiv(length, KEYS)
     share = tl.cdiv(num_tiles, NUM_SPLITS)
     log2_scale = scale * kv_factor(kv_ptr)
     maxima, sums, outs = _attend_tiles(
         q,
-        tl.full((ROWS,), float("-inf"), tl.float32),
+        tl.full((ROWS,), _LEAST_SCORE, tl.float32),
         tl.zeros((ROWS,), tl.float32),
         tl.zeros((ROWS, LANES), tl.float32),
-        tl.zeros((ROWS,), tl.int32) + length - 1,
+        length - count + queries,
         kv_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM),
         table_ptr + tl.load(seats_ptr + sequence) * TABLE_STRIDE,
         split * share,
@@ -146,12 +155,12 @@ def decode(
     outs *= kv_factor(kv_ptr)
     if NUM_SPLITS == 1:
         outs /= tl.where(sums > 0, sums, 1.0)[:, None]
-        outs = outs.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + token * OUT_STRIDE + places, outs, mask=mask)
+        out_places = (tokens * OUT_STRIDE + heads * HEAD_DIM)[:, None] + lanes[None, :]
+        tl.store(out_ptr + out_places, outs.to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        parts = (sequence * NUM_KV_HEADS * GROUP + heads) * NUM_SPLITS + split
-        tl.store(parts_ptr + parts * 2, maxima * log2_scale, mask=rows < GROUP)
-        tl.store(parts_ptr + parts * 2 + 1, sums, mask=rows < GROUP)
+        parts = (tokens * (NUM_KV_HEADS * GROUP) + heads) * NUM_SPLITS + split
+        tl.store(parts_ptr + parts * 2, maxima * log2_scale, mask=live)
+        tl.store(parts_ptr + parts * 2 + 1, sums, mask=live)
         part_places = parts[:, None] * HEAD_DIM + lanes[None, :]
         tl.store(part_values_ptr + part_places, outs, mask=mask & (sums > 0)[:, None])
 
@@ -167,6 +176,7 @@ def combine(
     OUT_STRIDE: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     SPLITS: tl.constexpr,
+    QUERIES: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     """out[t] = sum of exp2(maxima[i]) * outs[i] / sum of exp2(maxima[i]) * sums[i] over parts i.
@@ -176,31 +186,33 @@ def combine(
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     token = tl.load(query_starts_ptr + sequence)
-    if tl.load(query_starts_ptr + sequence + 1) - token != 1:
+    count = tl.load(query_starts_ptr + sequence + 1) - token
+    if count == 0 or count > QUERIES:
         return
-    first_part = (sequence * tl.num_programs(1) + head) * NUM_SPLITS
-    splits = tl.arange(0, SPLITS)
-    maxima_ptr = parts_ptr + (first_part + splits) * 2
-    maxima = tl.load(maxima_ptr, mask=splits < NUM_SPLITS, other=float("-inf"))
-    maximum = tl.max(maxima, axis=0)
-    lanes = tl.arange(0, LANES)
-    total = 0.0
-    outs = tl.zeros((LANES,), tl.float32)
+    queries, splits, lanes = tl.arange(0, QUERIES), tl.arange(0, SPLITS), tl.arange(0, LANES)
+    live = (queries < count)[:, None]
+    first_part = (token * tl.num_programs(1) + head) * NUM_SPLITS
+    parts_ptr, part_values_ptr = parts_ptr + first_part * 2, part_values_ptr + first_part * HEAD_DIM
+    first_parts = (queries * (tl.num_programs(1) * NUM_SPLITS))[:, None]
+    parts, mask = first_parts + splits[None, :], live & (splits < NUM_SPLITS)[None, :]
+    maxima = tl.load(parts_ptr + parts * 2, mask=mask, other=float("-inf"))
+    maximum = tl.max(maxima, axis=1)[:, None]
+    total = tl.zeros((QUERIES,), tl.float32)
+    outs = tl.zeros((QUERIES, LANES), tl.float32)
     for start in tl.static_range(0, NUM_SPLITS, AT_ONCE):
         splits = start + tl.arange(0, AT_ONCE)
-        live = splits < NUM_SPLITS
-        parts = first_part + splits
-        sums = tl.load(parts_ptr + parts * 2 + 1, mask=live, other=0.0)
-        maxima = tl.load(parts_ptr + parts * 2, mask=live, other=float("-inf"))
+        parts, mask = first_parts + splits[None, :], live & (splits < NUM_SPLITS)[None, :]
+        sums = tl.load(parts_ptr + parts * 2 + 1, mask=mask, other=0.0)
+        maxima = tl.load(parts_ptr + parts * 2, mask=mask, other=float("-inf"))
         weights = tl.where(sums > 0, tl.exp2(maxima - maximum), 0.0)
-        total += tl.sum(weights * sums, axis=0)
-        mask = (sums > 0)[:, None] & (lanes < HEAD_DIM)[None, :]
-        places = parts[:, None] * HEAD_DIM + lanes[None, :]
+        total += tl.sum(weights * sums, axis=1)
+        mask = (sums > 0)[:, :, None] & (lanes < HEAD_DIM)[None, None, :]
+        places = parts[:, :, None] * HEAD_DIM + lanes[None, None, :]
         values = tl.load(part_values_ptr + places, mask=mask, other=0.0)
-        outs += tl.sum(weights[:, None] * values, axis=0)
-    outs = (outs / tl.where(total > 0, total, 1.0)).to(out_ptr.dtype.element_ty)
-    places = token * OUT_STRIDE + head * HEAD_DIM + lanes
-    tl.store(out_ptr + places, outs, mask=lanes < HEAD_DIM)
+        outs += tl.sum(weights[:, :, None] * values, axis=1)
+    outs = (outs / tl.where(total > 0, total, 1.0)[:, None]).to(out_ptr.dtype.element_ty)
+    places = ((token + queries) * OUT_STRIDE + head * HEAD_DIM)[:, None] + lanes[None, :]
+    tl.store(out_ptr + places, outs, mask=live & (lanes < HEAD_DIM)[None, :])
 
 
 @triton.jit(do_not_specialize_on_alignment=_STEP_POINTERS)

@@ -9,16 +9,20 @@ of queries.
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from engine.executors.cuda.kernels.attention_kernels import combine, decode, prefill
+from engine.executors.cuda.kernels.attention_kernels import combine, prefill, split_context
 from engine.executors.cuda.kernels.attention_launch import (
+    CHUNK_LAUNCHES,
     COMBINE_LAUNCH,
     DECODE_LAUNCHES,
+    LARGE_PREFILL_LAUNCHES,
     PREFILL_LAUNCHES,
+    has_large_shared_memory,
     launch_for,
 )
 from engine.executors.cuda.kernels.kv_formats import (
@@ -26,7 +30,7 @@ from engine.executors.cuda.kernels.kv_formats import (
     kernel_view,
     kv_values_reference,
 )
-from engine.executors.cuda.kernels.paged_step import QUERY_TILE, PagedStep
+from engine.executors.cuda.kernels.paged_step import QUERY_TILE, PagedStep, split_queries
 from memory_ops.triton_kernels.launch import on_device_of
 
 _MAX_HEAD_DIM = 256
@@ -48,7 +52,8 @@ def paged_attention(
             as uint8, with any stride between blocks. They already hold the step's own tokens.
         step: the sequences. Their numbers are not checked, because the host would have to wait for
             the device: an invalid one reads memory out of bounds.
-        num_splits: programs that share the context of a sequence with one token in the step.
+        num_splits: programs that share the context of a sequence with at most ``split_queries``
+            tokens in the step.
         out_THE: the result, in the dtype of ``q``, with any stride between tokens. Rows without a
             sequence are left as they are.
 
@@ -61,7 +66,7 @@ def paged_attention(
     _check(q_THE, kv_blocks, num_splits, out_THE)
     if q_THE.numel() and len(step.seats_S):
         with on_device_of(q_THE):
-            _launch_decode(q_THE, kv_blocks, step, num_splits, out_THE)
+            _launch_split(q_THE, kv_blocks, step, num_splits, out_THE)
             if step.tiles_I2 is not None and len(step.tiles_I2):
                 _launch_prefill(q_THE, kv_blocks, step, step.tiles_I2, out_THE)
     return out_THE
@@ -83,30 +88,25 @@ def _check(q_THE: Tensor, kv_blocks: Tensor, num_splits: int, out_THE: Tensor) -
         raise ValueError(f"num_splits: must be at least 1, not {num_splits}")
 
 
-def _launch_decode(
+def _launch_split(
     q_THE: Tensor, kv_blocks: Tensor, step: PagedStep, num_splits: int, out_THE: Tensor
 ) -> None:
     num_sequences, num_kv_heads = len(step.seats_S), kv_blocks.shape[2]
-    num_heads, head_dim = q_THE.shape[1:]
-    launch = launch_for(DECODE_LAUNCHES, q_THE)
+    num_tokens, num_heads, head_dim = q_THE.shape
+    group = num_heads // num_kv_heads
+    queries = 1 if step.tiles_I2 is None else split_queries(group)
+    launch = launch_for(DECODE_LAUNCHES if queries == 1 else CHUNK_LAUNCHES, q_THE)
     # per part its maximum and sum, and its weighted values; one part is the result
-    shape = (num_sequences if num_splits > 1 else 0, num_heads, num_splits)
+    shape = (num_tokens if num_splits > 1 else 0, num_heads, num_splits)
     parts = torch.empty((*shape, 2), dtype=torch.float32, device=q_THE.device)
     part_values = torch.empty((*shape, head_dim), dtype=torch.float32, device=q_THE.device)
-    decode[(num_sequences, num_kv_heads, num_splits)](
-        q_THE,
-        kernel_view(kv_blocks),
-        out_THE,
-        parts,
-        part_values,
-        step.query_starts_S1,
-        step.context_lengths_S,
-        step.seats_S,
-        step.block_table_PB,
-        _log2_scale(head_dim),
-        **_constants(q_THE, kv_blocks, step, out_THE),
+    split_context[(num_sequences, num_kv_heads, num_splits)](
+        parts_ptr=parts,
+        part_values_ptr=part_values,
+        **_operands(q_THE, kv_blocks, step, out_THE),
         NUM_SPLITS=num_splits,
-        ROWS=max(_LEAST, triton.next_power_of_2(num_heads // num_kv_heads)),
+        QUERIES=queries,
+        ROWS=max(_LEAST, triton.next_power_of_2(group * queries)),
         KEYS=launch.keys,
         **launch.options(),
     )
@@ -121,7 +121,8 @@ def _launch_decode(
             OUT_STRIDE=out_THE.stride(0),
             NUM_SPLITS=num_splits,
             SPLITS=triton.next_power_of_2(num_splits),
-            AT_ONCE=COMBINE_LAUNCH.keys,
+            QUERIES=queries,
+            AT_ONCE=COMBINE_LAUNCH.keys // queries,
             **COMBINE_LAUNCH.options(),
         )
 
@@ -129,21 +130,14 @@ def _launch_decode(
 def _launch_prefill(
     q_THE: Tensor, kv_blocks: Tensor, step: PagedStep, tiles_I2: Tensor, out_THE: Tensor
 ) -> None:
-    num_kv_heads, head_dim = kv_blocks.shape[2], q_THE.shape[2]
+    num_kv_heads = kv_blocks.shape[2]
     group = q_THE.shape[1] // num_kv_heads
-    launch = launch_for(PREFILL_LAUNCHES, q_THE)
+    is_large = has_large_shared_memory(q_THE.device)
+    launch = launch_for(LARGE_PREFILL_LAUNCHES if is_large else PREFILL_LAUNCHES, q_THE)
     heads = min(triton.next_power_of_2(group), launch.most_heads)
     prefill[(num_kv_heads * triton.cdiv(group, heads), len(tiles_I2))](
-        q_THE,
-        kernel_view(kv_blocks),
-        out_THE,
-        tiles_I2,
-        step.query_starts_S1,
-        step.context_lengths_S,
-        step.seats_S,
-        step.block_table_PB,
-        _log2_scale(head_dim),
-        **_constants(q_THE, kv_blocks, step, out_THE),
+        tiles_ptr=tiles_I2,
+        **_operands(q_THE, kv_blocks, step, out_THE),
         QUERIES=QUERY_TILE,
         HEADS=heads,
         KEYS=launch.keys,
@@ -151,11 +145,19 @@ def _launch_prefill(
     )
 
 
-def _constants(
-    q_THE: Tensor, kv_blocks: Tensor, step: PagedStep, out_THE: Tensor
-) -> dict[str, int]:
+def _operands(q_THE: Tensor, kv_blocks: Tensor, step: PagedStep, out_THE: Tensor) -> dict[str, Any]:
+    """The arguments that both kernels of attention have."""
     num_kv_heads, block_size, head_dim = kv_blocks.shape[2:]
     return {
+        "q_ptr": q_THE,
+        "kv_ptr": kernel_view(kv_blocks),
+        "out_ptr": out_THE,
+        "query_starts_ptr": step.query_starts_S1,
+        "lengths_ptr": step.context_lengths_S,
+        "seats_ptr": step.seats_S,
+        "table_ptr": step.block_table_PB,
+        # exp(x) = exp2(x * log2(e))
+        "scale": math.log2(math.e) / math.sqrt(head_dim),
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": q_THE.shape[1] // num_kv_heads,
         "HEAD_DIM": head_dim,
@@ -170,11 +172,6 @@ def _constants(
 
 def _lanes(head_dim: int) -> int:
     return int(max(_LEAST, triton.next_power_of_2(head_dim)))
-
-
-def _log2_scale(head_dim: int) -> float:
-    # exp(x) = exp2(x * log2(e))
-    return math.log2(math.e) / math.sqrt(head_dim)
 
 
 def paged_attention_reference(

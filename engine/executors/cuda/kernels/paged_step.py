@@ -9,6 +9,9 @@ from torch import Tensor
 
 # queries of one sequence that a program of the attention kernel computes together
 QUERY_TILE = 32
+# rows of a program that attends to a part of a context: queries, each with the heads of a group
+_SPLIT_ROWS = 64
+_MOST_SPLIT_QUERIES = 16
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class PagedStep:
         seats_S: int64, each sequence's row of the block table.
         block_table_PB: int32 ``[seats, most blocks of a sequence]``, the ids of each sequence's KV
             blocks in order, then arbitrary values.
-        tiles_I2: int64 ``[I, 2]`` from ``query_tiles``, or None if every sequence has at most one
-            token in the step.
+        tiles_I2: int64 ``[I, 2]`` from ``query_tiles``, the tiles of the sequences with more than
+            ``split_queries`` tokens in the step; None if every sequence has at most one token.
     """
 
     query_starts_S1: Tensor
@@ -36,8 +39,20 @@ class PagedStep:
     tiles_I2: Tensor | None = None
 
 
-def query_tiles(query_counts: Sequence[int], num_tiles: int) -> npt.NDArray[np.int64]:
-    """The tiles of the sequences with more than one query, ``[num_tiles, 2]``.
+def split_queries(group: int) -> int:
+    """The most queries of a sequence whose context is split, a power of 2.
+
+    The context of a sequence with more queries is not split; its queries are, into tiles.
+
+    Args:
+        group: query heads per KV head.
+    """
+    padded_group = 1 << (group - 1).bit_length()
+    return max(1, min(_SPLIT_ROWS // padded_group, _MOST_SPLIT_QUERIES))
+
+
+def query_tiles(query_counts: Sequence[int], group: int, num_tiles: int) -> npt.NDArray[np.int64]:
+    """The tiles ``[num_tiles, 2]`` of sequences with more than ``split_queries(group)`` queries.
 
     A tile is (sequence, first of its queries in the tile), and has up to ``QUERY_TILE`` queries.
     Unused entries are (-1, 0).
@@ -45,10 +60,11 @@ def query_tiles(query_counts: Sequence[int], num_tiles: int) -> npt.NDArray[np.i
     Raises:
         ValueError: there are more than ``num_tiles`` tiles.
     """
+    most = split_queries(group)
     tiles = [
         (sequence, first)
         for sequence, count in enumerate(query_counts)
-        if count > 1
+        if count > most
         for first in range(0, count, QUERY_TILE)
     ]
     if len(tiles) > num_tiles:
@@ -61,7 +77,8 @@ def query_tiles(query_counts: Sequence[int], num_tiles: int) -> npt.NDArray[np.i
 
 
 def most_query_tiles(num_tokens: int, num_sequences: int) -> int:
-    """An upper limit of the tiles of ``num_tokens`` tokens in ``num_sequences`` sequences.
+    """An upper limit of the tiles of ``num_tokens`` tokens in ``num_sequences`` sequences, for any
+    number of heads.
 
     ``c > 1`` tokens take ``1 + (c - 1) // QUERY_TILE`` tiles, so n sequences of two tokens or more
     take at most ``n + (num_tokens - n) // QUERY_TILE``, which grows with n.

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.executors.cuda.kernels import attention_kernels
+from engine.executors.cuda.kernels import attention_kernels, paged_attention
 from engine.executors.cuda.kernels.attention_launch import (
+    CHUNK_LAUNCHES,
     DECODE_LAUNCHES,
+    LARGE_PREFILL_LAUNCHES,
     PREFILL_LAUNCHES,
     AttentionLaunch,
 )
-from engine.executors.cuda.kernels.paged_attention import paged_attention
 from engine.executors.cuda.kernels.paged_step import PagedStep
 from engine.executors.cuda.kernels.rotate_and_store import rotate_and_store
 from memory_ops.anonymous import anonymous_zeros
@@ -21,94 +22,106 @@ from tests.kernel_tools.machine_code import TARGETS, all_compiled, check, compil
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 BLOCK_SIZE = 16
+# of steps that are no bucket of decodes
+MIXED_SPLITS = 4
 # AMD uses other loads from this size on
 VAST_BYTES = 2**31
 
 # by dtype, dtype of the blocks, E, H and G: upper limits (registers per lane, shared bytes per
-# program) of decode and prefill for each of TARGETS, with the compiler that constraints.txt names
+# program) of decode, short chunks and prefill for each of TARGETS, with the compiler that
+# constraints.txt names
 ATTENTION_BUDGETS = {
     ("bf16", "bf16", 64, 9, 3): (
-        ((72, 53248), (184, 49152)),
-        ((72, 53248), (128, 65536)),
-        ((72, 53248), (152, 66560)),
-        ((168, 24576), (176, 49152)),
+        ((72, 53248), (232, 40960), (184, 49152)),
+        ((72, 53248), (168, 57344), (128, 65536)),
+        ((72, 53248), (168, 57856), (152, 66560)),
+        ((168, 24576), (192, 40960), (176, 49152)),
     ),
     ("bf16", "bf16", 128, 32, 8): (
-        ((112, 71680), (192, 65536)),
-        ((120, 71680), (160, 81920)),
-        ((112, 71680), (176, 82944)),
-        ((184, 65536), (184, 40960)),
+        ((120, 71680), (256, 53248), (192, 65536)),
+        ((120, 71680), (160, 65536), (160, 81920)),
+        ((120, 71680), (168, 66048), (176, 82944)),
+        ((184, 65536), (192, 36864), (184, 40960)),
     ),
 }
 SLOW_ATTENTION_BUDGETS = {
     ("bf16", "bf16", 80, 32, 32): (
-        ((96, 71680), (128, 43008)),
-        ((120, 71680), (104, 43008)),
-        ((120, 71680), (104, 43008)),
-        ((184, 65536), (152, 32768)),
+        ((96, 71680), (80, 37888), (128, 43008)),
+        ((120, 71680), (80, 37888), (104, 43008)),
+        ((120, 71680), (80, 37888), (104, 43008)),
+        ((184, 65536), (120, 32768), (152, 32768)),
     ),
     ("bf16", "bf16", 128, 64, 4): (
-        ((112, 71680), (192, 65536)),
-        ((120, 71680), (160, 81920)),
-        ((120, 71680), (176, 82944)),
-        ((184, 65536), (184, 40960)),
+        ((120, 71680), (168, 53248), (192, 65536)),
+        ((120, 71680), (128, 65536), (160, 81920)),
+        ((120, 71680), (168, 66048), (176, 82944)),
+        ((184, 65536), (192, 36864), (184, 40960)),
     ),
     ("bf16", "bf16", 256, 8, 1): (
-        ((144, 74752), (200, 51200)),
-        ((144, 74752), (152, 65536)),
-        ((144, 74752), (136, 66560)),
-        ((192, 65536), (144, 32768)),
+        ((152, 74752), (176, 51200), (200, 51200)),
+        ((152, 74752), (128, 65536), (152, 65536)),
+        ((152, 74752), (136, 66560), (136, 66560)),
+        ((192, 65536), (152, 32768), (144, 32768)),
     ),
     ("bf16", "fp8", 64, 9, 3): (
-        ((96, 28672), (192, 32768)),
-        ((120, 28672), (128, 40960)),
-        ((120, 28672), (152, 49664)),
-        ((160, 8192), (232, 32768)),
+        ((96, 28672), (232, 24576), (192, 32768)),
+        ((120, 28672), (168, 32768), (128, 40960)),
+        ((120, 28672), (168, 41472), (152, 49664)),
+        ((160, 8192), (168, 24576), (232, 32768)),
     ),
     ("bf16", "fp8", 256, 8, 1): (
-        ((208, 41984), (232, 43008)),
-        ((168, 41984), (208, 49152)),
-        ((168, 41984), (152, 57856)),
-        ((152, 32768), (176, 32768)),
+        ((208, 41984), (208, 43008), (232, 43008)),
+        ((168, 41984), (144, 65536), (208, 49152)),
+        ((168, 41984), (184, 57856), (152, 57856)),
+        ((152, 32768), (144, 32768), (176, 32768)),
     ),
     ("fp16", "fp16", 128, 32, 8): (
-        ((112, 71680), (192, 65536)),
-        ((120, 71680), (160, 81920)),
-        ((112, 71680), (176, 82944)),
-        ((184, 65536), (184, 40960)),
+        ((120, 71680), (256, 53248), (192, 65536)),
+        ((120, 71680), (160, 65536), (160, 81920)),
+        ((120, 71680), (168, 66048), (176, 82944)),
+        ((184, 65536), (192, 36864), (184, 40960)),
     ),
     ("fp16", "fp8", 128, 32, 8): (
-        ((168, 38912), (184, 49152)),
-        ((168, 38912), (168, 57344)),
-        ((168, 38912), (168, 66048)),
-        ((176, 32768), (184, 32768)),
+        ((168, 38912), (256, 36864), (184, 49152)),
+        ((168, 38912), (160, 40960), (168, 57344)),
+        ((168, 38912), (168, 49664), (168, 66048)),
+        ((176, 32768), (168, 20480), (184, 32768)),
     ),
     ("fp32", "fp32", 64, 9, 3): (
-        ((64, 39424), (128, 57856)),
-        ((64, 39424), (256, 57856)),
-        ((64, 39424), (248, 57856)),
-        ((120, 34816), (128, 40960)),
+        ((64, 39424), (112, 57856), (128, 57856)),
+        ((64, 39424), (112, 57856), (256, 57856)),
+        ((64, 39424), (104, 57856), (248, 57856)),
+        ((120, 34816), (136, 40960), (128, 40960)),
     ),
     ("fp32", "fp32", 128, 32, 8): (
-        ((72, 42496), (64, 51712)),
-        ((72, 42496), (80, 51712)),
-        ((72, 42496), (80, 51712)),
-        ((128, 33792), (120, 34816)),
+        ((72, 42496), (88, 53760), (64, 51712)),
+        ((80, 42496), (96, 53760), (80, 51712)),
+        ((80, 42496), (88, 53760), (80, 51712)),
+        ((128, 33792), (104, 32768), (120, 34816)),
     ),
     ("bf16", "fp8", 128, 32, 8): (
-        ((168, 38912), (256, 49152)),
-        ((168, 38912), (168, 57344)),
-        ((168, 38912), (176, 66048)),
-        ((152, 32768), (232, 32768)),
+        ((168, 38912), (256, 36864), (256, 49152)),
+        ((168, 38912), (160, 40960), (168, 57344)),
+        ((168, 38912), (168, 49664), (176, 66048)),
+        ((152, 32768), (160, 20480), (232, 32768)),
     ),
 }
+# of prefill on sm_90 and sm_100
+LARGE_PREFILL_BUDGETS = {
+    ("bf16", "bf16", 256, 8, 1): ((224, 163840), (208, 165376)),
+    ("bf16", "fp8", 256, 8, 1): ((240, 98304), (168, 131584)),
+    ("bf16", "bf16", 128, 32, 8): ((208, 131072), (224, 132096)),
+    ("bf16", "fp8", 128, 32, 8): ((240, 81920), (240, 98816)),
+}
+# by E, of short chunks on all targets
+CHUNK_COMBINE_BUDGETS = {64: (56, 2048), 128: (88, 8192), 256: (168, 16384)}
 # by E and the number of splits
 COMBINE_BUDGETS = {
-    (128, 16): ((32, 2048), (32, 2048), (32, 2048), (24, 2048)),
+    (128, 16): ((32, 2048), (32, 2048), (32, 2048), (32, 2048)),
 }
 SLOW_COMBINE_BUDGETS = {
-    (64, 2): ((24, 1024), (32, 1024), (32, 1024), (24, 1024)),
-    (256, 40): ((32, 2048), (40, 2048), (40, 2048), (48, 4096)),
+    (64, 2): ((32, 1024), (32, 1024), (32, 1024), (24, 1024)),
+    (256, 40): ((40, 2048), (40, 2048), (40, 2048), (56, 4096)),
 }
 # by dtype, dtype of the blocks, and E
 ROTATION_BUDGETS = {
@@ -135,7 +148,8 @@ def attention(
     num_sequences: int = 8,
     offset: int = 0,
 ) -> Callable[[], object]:
-    """A step that launches decode, combine if it splits, and prefill if it has tiles.
+    """A step of decodes, or with tiles of short and long chunks; it launches split_context, combine
+    if it splits, and prefill if it has tiles.
 
     Its int64 tensors start ``offset`` elements after an aligned address.
     """
@@ -154,7 +168,9 @@ def attention(
         tiles_I2=zeros[: 2 * num_tiles].view(num_tiles, 2) if num_tiles else None,
     )
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return lambda: paged_attention(q, kv_blocks, step, num_splits=num_splits, out_THE=out)
+    return lambda: paged_attention.paged_attention(
+        q, kv_blocks, step, num_splits=num_splits, out_THE=out
+    )
 
 
 def rotation(case: tuple[str, str, int], num_bytes: int = VAST_BYTES) -> Callable[[], object]:
@@ -186,17 +202,24 @@ def wide_kv_loads(
 
 
 def attention_check(case: tuple, target: str, budgets: tuple, num_bytes: int) -> None:
-    decode, prefill = all_compiled(TARGETS[target], attention(case, num_bytes=num_bytes))
     size = size_of(case)
+    (decode,) = all_compiled(TARGETS[target], attention(case, num_tiles=0, num_bytes=num_bytes))
     check(decode, budgets[0], wide_kv_loads(DECODE_LAUNCHES[size], case, target, loops=1))
+    call = attention(case, num_splits=MIXED_SPLITS, num_bytes=num_bytes)
+    chunk, combine, prefill = all_compiled(TARGETS[target], call)
+    check(chunk, budgets[1], wide_kv_loads(CHUNK_LAUNCHES[size], case, target, loops=1))
+    check(combine, CHUNK_COMBINE_BUDGETS[size[1]], wide_loads=2)
     # one loop without and one with a causal mask
-    check(prefill, budgets[1], wide_kv_loads(PREFILL_LAUNCHES[size], case, target, loops=2))
+    check(prefill, budgets[2], wide_kv_loads(PREFILL_LAUNCHES[size], case, target, loops=2))
 
 
 def test_every_shipped_launch_is_compiled_here():
     sizes = {size_of(case) for case in ATTENTION_BUDGETS | SLOW_ATTENTION_BUDGETS}
     # see below for heads of 256 values in fp32
-    assert sizes | {(4, 256)} == set(DECODE_LAUNCHES) == set(PREFILL_LAUNCHES)
+    for launches in DECODE_LAUNCHES, CHUNK_LAUNCHES, PREFILL_LAUNCHES:
+        assert set(launches) == sizes | {(4, 256)}
+    large = LARGE_PREFILL_LAUNCHES.items() - PREFILL_LAUNCHES.items()
+    assert {size for size, _ in large} == {size_of(case) for case in LARGE_PREFILL_BUDGETS}
 
 
 @pytest.mark.parametrize(("case", "target", "budgets"), per_target(ATTENTION_BUDGETS))
@@ -211,17 +234,30 @@ def test_attention_of_other_sizes(case, target, budgets):
 
 @pytest.mark.parametrize("case", ATTENTION_BUDGETS | SLOW_ATTENTION_BUDGETS)
 def test_few_blocks_that_amd_reads_with_32_bit_offsets(case):
-    attention_check(case, "gfx942", ((512, 65536), (512, 65536)), num_bytes=2**20)
+    attention_check(case, "gfx942", ((512, 65536),) * 3, num_bytes=2**20)
     rotated = compiled(TARGETS["gfx942"], rotation(case[:3], num_bytes=2**20))
     assert not rotated.spills and not rotated.narrow_loads
 
 
+@pytest.mark.parametrize("number", range(2), ids=["sm_90", "sm_100"])
+@pytest.mark.parametrize("case", LARGE_PREFILL_BUDGETS)
+def test_prefill_with_much_shared_memory(case, number, monkeypatch):
+    monkeypatch.setattr(paged_attention, "has_large_shared_memory", lambda device: True)
+    target = ("sm_90", "sm_100")[number]
+    _, prefill = all_compiled(TARGETS[target], attention(case))
+    wide_loads = wide_kv_loads(LARGE_PREFILL_LAUNCHES[size_of(case)], case, target, loops=2)
+    check(prefill, LARGE_PREFILL_BUDGETS[case][number], wide_loads)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_heads_of_256_values_in_fp32(target):
-    call = attention(("fp32", "fp32", 256, 8, 1))
-    decode, prefill = all_compiled(TARGETS[target], call)
+    case = ("fp32", "fp32", 256, 8, 1)
+    (decode,) = all_compiled(TARGETS[target], attention(case, num_tiles=0))
     check(decode, (232, 50688), wide_loads=16)
-    # prefill is for tests of results, and may spill a little on sm_80
+    # the others are for tests of results, and may spill a little
+    chunk, _, prefill = all_compiled(TARGETS[target], attention(case, num_splits=MIXED_SPLITS))
+    assert chunk.spills <= (200 if target == "gfx942" else 0)
+    check(replace(chunk, spills=0), (128, 98304), wide_loads=2)
     spills = 100 if target == "sm_80" else 0
     assert prefill.spills <= spills
     check(replace(prefill, spills=0), (208, 68096), wide_loads=16)
@@ -252,8 +288,8 @@ def test_rotate_and_store(case, target, budget):
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_the_check_rejects_heads_that_are_not_aligned(target):
     # rows of 168 bytes
-    decode, prefill = all_compiled(TARGETS[target], attention(("bf16", "bf16", 84, 32, 8)))
-    for figures in decode, prefill:
+    chunk, prefill = all_compiled(TARGETS[target], attention(("bf16", "bf16", 84, 32, 8)))
+    for figures in chunk, prefill:
         with pytest.raises(AssertionError, match="loads are narrow"):
             check(figures, (512, 2**17), wide_loads=8)
 
@@ -269,7 +305,11 @@ def test_the_check_rejects_tiles_of_more_keys_than_registers(target, monkeypatch
 
 def test_steps_of_any_size_and_alignment_run_the_same_kernels():
     case = ("bf16", "bf16", 64, 9, 3)
-    kernels = attention_kernels.decode, attention_kernels.combine, attention_kernels.prefill
+    kernels = (
+        attention_kernels.split_context,
+        attention_kernels.combine,
+        attention_kernels.prefill,
+    )
 
     def num_variants() -> int:
         return sum(len(cache[0]) for one in kernels for cache in one.device_caches.values())

@@ -105,7 +105,7 @@ def attention_case(
     return AttentionCase(
         poisoned_queries(sum(counts), num_heads, head_dim, dtype),
         kv_blocks,
-        paged_step(counts, lengths, seats_S, table_PB),
+        paged_step(counts, lengths, seats_S, table_PB, num_heads // num_kv_heads),
     )
 
 
@@ -118,10 +118,10 @@ def poisoned_queries(num_tokens: int, num_heads: int, head_dim: int, dtype: torc
 
 
 def paged_step(
-    counts: Sequence[int], lengths: Sequence[int], seats_S: Tensor, table_PB: Tensor
+    counts: Sequence[int], lengths: Sequence[int], seats_S: Tensor, table_PB: Tensor, group: int
 ) -> PagedStep:
     """A step with all tiles that the host may need; without any if all counts are 1."""
-    tiles_I2 = query_tiles(counts, most_query_tiles(sum(counts), len(counts)))
+    tiles_I2 = query_tiles(counts, group, most_query_tiles(sum(counts), len(counts)))
     return PagedStep(
         query_starts_S1=torch.tensor([0, *counts]).cumsum(0),
         context_lengths_S=torch.tensor(lengths, dtype=torch.int64),

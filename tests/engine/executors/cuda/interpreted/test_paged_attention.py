@@ -1,6 +1,7 @@
 """The attention kernels against their twin in fp64, and the twin against the model's attention."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,15 +10,23 @@ from hypothesis import strategies as st
 from triton.runtime.errors import InterpreterError
 
 from engine.executors.cuda.kernels import attention_kernels, paged_attention
-from engine.executors.cuda.kernels.paged_step import QUERY_TILE, most_query_tiles, query_tiles
+from engine.executors.cuda.kernels.attention_launch import has_large_shared_memory
+from engine.executors.cuda.kernels.paged_step import (
+    QUERY_TILE,
+    most_query_tiles,
+    query_tiles,
+    split_queries,
+)
 from engine.model.attention import attend
 from engine.model.layout import PagedKv, TokenLayout
 from tests.engine.executors.cuda.interpreted.attention_cases import attention_case
 from tests.kernel_tools.planted_faults import with_fault
 
+slow = pytest.mark.slow
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# decode, chunks of prompts, a whole prompt, padding without tokens
-MIXED = {"counts": (1, 5, 40, 1, 0, 33), "lengths": (70, 5, 100, 1, 9, 64)}
+# decode, a chunk whose first queries come before the last tile of keys, long chunks, padding
+# without tokens
+MIXED = {"counts": (1, 9, 40, 1, 0, 33), "lengths": (70, 70, 100, 1, 9, 64)}
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -55,10 +64,29 @@ def test_contexts_around_the_borders_of_tiles(count, length):
     attention_case([min(count, length)], [length]).check(num_splits=2)
 
 
+@pytest.mark.parametrize(
+    ("group", "num_splits"),
+    [(4, 4), *(pytest.param(n, m, marks=slow) for n in (1, 2, 3, 5, 7, 8) for m in (1, 4))],
+)
+def test_short_chunks_beside_tokens_and_long_chunks(group, num_splits):
+    # around the limits of all groups
+    counts, lengths = (16, 2, 1, 17, 8, 9, 3), (16, 70, 40, 90, 130, 133, 300)
+    attention_case(counts, lengths, num_heads=group, num_kv_heads=1).check(num_splits)
+
+
 @pytest.mark.parametrize("num_splits", [1, 4, 16])
 def test_long_contexts(num_splits):
     few = {"num_heads": 2, "num_kv_heads": 1, "dtype": torch.bfloat16}
     attention_case([1, 1, 1], [5000, 3, 4097], **few).check(num_splits)
+
+
+@pytest.mark.parametrize(
+    ("group", "num_splits"),
+    [(4, 4), *(pytest.param(*n, marks=slow) for n in ((1, 4), (4, 1), (8, 4), (4, 16)))],
+)
+def test_short_chunks_at_the_end_of_long_contexts(group, num_splits):
+    few = {"num_heads": group, "num_kv_heads": 1, "dtype": torch.bfloat16}
+    attention_case([7, 3, 16, 1], [5000, 3, 4097, 50], **few).check(num_splits)
 
 
 def test_a_chunk_at_the_end_of_a_long_prompt():
@@ -192,8 +220,18 @@ FAULTS = {
     "a split is computed twice": ("        split * share,", "        (split // 2) * share,"),
     "splits are combined without maxima": ("tl.exp2(maxima - maximum)", "tl.exp2(maxima * 0)"),
     "values of splits without keys are used": (
-        "mask = (sums > 0)[:, None] & (lanes < HEAD_DIM)",
-        "mask = live[:, None] & (lanes < HEAD_DIM)",
+        "mask = (sums > 0)[:, :, None] &",
+        "mask = mask[:, :, None] &",
+    ),
+    "queries before all keys of a split": ("_LEAST_SCORE, tl.float32", 'float("-inf"), tl.float32'),
+    "a query of a short chunk attends to later ones": (
+        "length - count + queries,",
+        "length - 1 + queries * 0,",
+    ),
+    "only the first query of a chunk is combined": ("(queries < count)[:", "(queries < 1)[:"),
+    "parts of a chunk's queries overlap": (
+        "parts = (tokens * (",
+        "parts = ((token + rows * 0) * (",
     ),
     "a sequence's seat is its number": (
         "table_ptr + tl.load(seats_ptr + sequence) *",
@@ -221,24 +259,38 @@ def test_every_path_passes_without_a_fault():
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(fault, monkeypatch, tmp_path):
     faulty = with_fault(attention_kernels, *FAULTS[fault], tmp_path)
-    for name in ("decode", "combine", "prefill"):
+    for name in ("split_context", "combine", "prefill"):
         monkeypatch.setattr(paged_attention, name, getattr(faulty, name))
     with pytest.raises((AssertionError, InterpreterError)):
         full_check()
 
 
 def test_tiles_hold_the_queries_of_sequences_with_several():
-    tiles_I2 = query_tiles([1, QUERY_TILE + 1, 0, 2], 5)
+    tiles_I2 = query_tiles([1, QUERY_TILE + 1, 0, 17, 16], 4, 5)
     assert tiles_I2.tolist() == [[1, 0], [1, QUERY_TILE], [3, 0], [-1, 0], [-1, 0]]
-    assert query_tiles([1, 1], 0).shape == (0, 2)
+    assert query_tiles([1, 16], 4, 0).shape == (0, 2)
+    limits = {1: 16, 2: 16, 3: 16, 4: 16, 5: 8, 8: 8, 9: 4, 16: 4, 17: 2, 32: 2, 33: 1, 100: 1}
+    assert {group: split_queries(group) for group in limits} == limits
     with pytest.raises(ValueError, match="num_tiles: 2 is less than the 3 tiles"):
-        query_tiles([QUERY_TILE + 1, 2], 2)
+        query_tiles([QUERY_TILE + 1, 17], 4, 2)
 
 
 @given(st.lists(st.integers(0, 4 * QUERY_TILE), max_size=8))
 def test_tiles_never_exceed_their_upper_limit(counts):
     most = most_query_tiles(sum(counts), len(counts))
-    assert (query_tiles(counts, most)[:, 0] >= -1).all()
+    # with a group this large no context of several queries is split
+    assert (query_tiles(counts, 64, most)[:, 0] >= -1).all()
+
+
+def test_cards_with_much_shared_memory(monkeypatch):
+    properties = SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    # AMD, a consumer card, A100, H100
+    for limit in (None, 99, 163, 227):
+        if limit is not None:
+            properties.shared_memory_per_block_optin = limit * 2**10
+        assert has_large_shared_memory(torch.device("cuda", 0)) == (limit == 227)
+    assert not has_large_shared_memory(torch.device("cpu"))
 
 
 def test_unsupported_operands_are_refused():

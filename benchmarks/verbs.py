@@ -5,12 +5,13 @@ from pathlib import Path
 
 from benchmarks.gpu.options import GpuCheck
 from benchmarks.kernel_shapes import Shapes
-from benchmarks.memory.load import MemoryLoad, default_trace
+from benchmarks.memory.load import default_trace
 from benchmarks.offline_load import OfflineLoad
+from benchmarks.row_verbs import add_row_benchmarks
 from benchmarks.serving_load import ServingLoad
 from engine.config import EngineConfig
 from server.cli.options import add_options, from_options
-from server.config import ModelOptions, ThreadOptions, cache_folder
+from server.config import ModelOptions, ThreadOptions
 from weights.models.named_models import DEFAULT_MODEL, SMOLLM2
 
 # the settings of benchmarks that run the model in plain torch
@@ -101,58 +102,6 @@ def facts(options: argparse.Namespace) -> None:
     measure(options.out, options.reduced, options.seeds, options.only)
 
 
-def trace(options: argparse.Namespace) -> None:
-    """Record the table rows that a model reads on texts."""
-    from benchmarks.access_trace import record, summarize
-    from server.device import chosen_device
-    from weights.models.prepare import prepared_folder
-
-    model = from_options(ModelOptions, options)
-    device = chosen_device(model)
-    folder = prepared_folder(model.model, cache_folder())
-    found = record(folder, options.texts, options.tokens, options.traced, device)
-    found.save(options.out)
-    print(summarize(found))
-
-
-def lookahead(options: argparse.Namespace) -> None:
-    """Measure how well rows can be predicted before memory layers read them."""
-    from benchmarks.lookahead import measure
-    from server.device import chosen_device
-    from weights.models.prepare import prepared_folder
-
-    model = from_options(ModelOptions, options)
-    device = chosen_device(model)
-    folder = prepared_folder(model.model, cache_folder())
-    measure(folder, options.texts, options.tokens, options.widths, options.json, device)
-
-
-def memory(options: argparse.Namespace) -> None:
-    """Measure tokens per second on the CPU by memory size, tier and access pattern."""
-    from benchmarks.memory.sweep import measure
-    from weights.models.prepare import prepared_folder
-
-    source = prepared_folder(options.model, cache_folder())
-    load = from_options(MemoryLoad, options)
-    measure(source, load, options.trace, options.out, options.json)
-
-
-def eviction(options: argparse.Namespace) -> None:
-    """Compare eviction policies of a row cache on a recorded trace."""
-    from benchmarks.memory.eviction import measure
-
-    measure(options.trace, options.cache_shares, options.sequences, options.json)
-
-
-def memory_model(options: argparse.Namespace) -> None:
-    """Write a variant of a model with three random memory layers, for benchmarks."""
-    from benchmarks.random_memory import write_variant
-    from weights.models.prepare import prepared_folder
-
-    source = prepared_folder(options.model, cache_folder())
-    write_variant(source, Path(options.target), options.num_subkeys)
-
-
 def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``bench`` and its benchmarks."""
     benchmarks = verbs.add_parser("bench", help="Run a benchmark.").add_subparsers(
@@ -212,7 +161,7 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
     _add_training_benchmarks(benchmarks)
-    _add_row_benchmarks(benchmarks)
+    add_row_benchmarks(benchmarks)
 
 
 def _add_speculation_benchmark(
@@ -250,56 +199,3 @@ def _add_training_benchmarks(
     verb.add_argument("--seeds", type=int, help="runs per model (default: 3; 1 if reduced)")
     only = "run only this model; repeat the option for several (default: all)"
     verb.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
-
-
-def _add_row_benchmarks(
-    benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]",
-) -> None:
-    """Add the benchmarks of the rows that memory layers read."""
-    verb = benchmarks.add_parser("trace", help=trace.__doc__)
-    verb.set_defaults(run=trace, computes=True)
-    add_options(verb, ThreadOptions)
-    add_options(verb, ModelOptions, _MODEL_AND_DEVICE)
-    verb.add_argument("texts", nargs="+", metavar="TEXTS", help="text files and folders")
-    verb.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="file to write")
-    verb.add_argument("--tokens", type=int, default=100_000, help="to count (default: %(default)s)")
-    traced = "tokens whose rows are stored in order (default: %(default)s)"
-    verb.add_argument("--traced", type=int, default=4096, help=traced)
-
-    verb = benchmarks.add_parser("lookahead", help=lookahead.__doc__)
-    verb.set_defaults(run=lookahead, computes=True)
-    add_options(verb, ThreadOptions)
-    add_options(verb, ModelOptions, _MODEL_AND_DEVICE)
-    verb.add_argument("texts", nargs="+", metavar="TEXTS", help="text files and folders")
-    verb.add_argument("--tokens", type=int, default=2048, help="to run (default: %(default)s)")
-    widths = "predicted rows, as multiples of the rows read (default: 1 1.5 2)"
-    verb.add_argument("--widths", type=float, nargs="+", default=[1, 1.5, 2], help=widths)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
-
-    verb = benchmarks.add_parser("memory", help=memory.__doc__)
-    verb.set_defaults(run=memory, computes=True)
-    add_options(verb, ThreadOptions)
-    add_options(verb, MemoryLoad)
-    verb.add_argument("--model", default=SMOLLM2, help="model to give memory layers")
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; resumable")
-    recorded = "access trace from `memplus bench trace` (default: the benchmark model's)"
-    verb.add_argument("--trace", type=Path, default=default_trace(), help=recorded)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the medians to this file")
-
-    verb = benchmarks.add_parser("eviction", help=eviction.__doc__)
-    verb.set_defaults(run=eviction)
-    verb.add_argument("--trace", type=Path, default=default_trace(), help=recorded)
-    shares = "cached rows, as fractions of the table (default: 0.05 0.1 0.2)"
-    verb.add_argument(
-        "--cache-shares", type=float, nargs="+", default=[0.05, 0.1, 0.2], help=shares
-    )
-    together = "sequences that decode together, parts of the trace (default: %(default)s)"
-    verb.add_argument("--sequences", type=int, default=1, help=together)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
-
-    verb = benchmarks.add_parser("memory-model", help=memory_model.__doc__)
-    verb.set_defaults(run=memory_model)
-    verb.add_argument("target", metavar="DST", help="folder to create")
-    verb.add_argument("--model", default=SMOLLM2, help="model name or folder")
-    subkeys = "subkeys per half; their square is the number of rows (default: %(default)s)"
-    verb.add_argument("--num-subkeys", type=int, default=1024, help=subkeys)

@@ -12,9 +12,18 @@ import signal
 import threading
 import time
 from multiprocessing.connection import Connection
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from engine.errors import RequestError
+from engine.messages import (
+    Abort,
+    DescribeMemory,
+    EngineReady,
+    EngineRefused,
+    Heartbeat,
+    MemoryReport,
+    Message,
+)
 from engine.progress import Progress
 from engine.request import (
     EngineStatistics,
@@ -33,44 +42,6 @@ HEARTBEAT_S = 0.5
 PAUSE_S = 1.0
 # seconds for an engine without requests to end by itself
 STOP_S = 1.0
-
-
-class Abort(NamedTuple):
-    """Cancel this request."""
-
-    request_id: str
-
-
-class DescribeMemory(NamedTuple):
-    """Send a ``MemoryReport``."""
-
-
-Message = Request | Abort | DescribeMemory
-
-
-class EngineReady(NamedTuple):
-    """The engine is loaded and accepts requests."""
-
-    limits: RequestLimits
-
-
-class EngineRefused(NamedTuple):
-    """The engine could not be made; ``message`` tells the user why."""
-
-    message: str
-
-
-class MemoryReport(NamedTuple):
-    """The value tables and the reads of their rows, or the reason why they are not known."""
-
-    tables: tuple[TableReport, ...] = ()
-    error: str | None = None
-
-
-class Heartbeat(NamedTuple):
-    """The process is alive; ``stalled_s`` is that of ``engine.progress``."""
-
-    stalled_s: float
 
 
 class StepEngine(Protocol):

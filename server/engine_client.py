@@ -7,16 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from engine.process import (
-    PAUSE_S,
-    Abort,
-    DescribeMemory,
-    EngineLostError,
-    EngineProcess,
-    EngineStartError,
-    Heartbeat,
-    MemoryReport,
-)
+from engine.messages import Abort, DescribeMemory, Heartbeat, MemoryReport
+from engine.process import PAUSE_S, EngineLostError, EngineProcess, EngineStartError
 from engine.request import EngineStatistics, Request, StepOutput, TokenOutput
 from server.config import SupervisionOptions
 from server.token_stream import TokenStream, UnreadOutputs

@@ -14,9 +14,10 @@ from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.executors.executor import Executor, make_executor
 from engine.executors.lookahead import LookaheadConfig
+from engine.messages import EngineRefused
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
-from engine.process import EngineRefused, run_engine
+from engine.process import run_engine
 from engine.sampling.masks import Grammars
 from server.allocator import keep_freed_memory
 from server.config import EngineSettings, ModelOptions

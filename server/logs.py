@@ -5,7 +5,7 @@ import logging
 from datetime import UTC, datetime
 from typing import Any
 
-from server.http.request_id import current_request_id
+from server.request_id import current_request_id
 
 # messages to the person who started the server: as text they have no prefix
 _PLAIN = "memplus"

@@ -193,7 +193,7 @@ def ragged_step(
         SequenceChunk(str(seat), (0, seat), seat, tuple(ids), start, tuple(blocks), params, 0, True)
         for seat, (ids, start, blocks) in enumerate(sequences)
     ]
-    batcher = Batcher(block_size, VOCAB_SIZE, frozenset())
+    batcher = Batcher(block_size, frozenset())
     batch = batcher.batch(StepPlan(tuple(chunks)), {})
     return batch.ids_T, batch.layout(HostBlockTable().update(batch.block_ids))
 

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from engine.errors import RequestError
-from server.http.request_id import current_request_id
+from server.request_id import current_request_id
 
 logger = logging.getLogger(__name__)
 

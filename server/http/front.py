@@ -7,7 +7,7 @@ from server.access import AccessOptions
 from server.api_keys import ApiKeys
 from server.http.access_log import AccessLog
 from server.http.authentication import Authentication
-from server.http.request_id import RequestIds
+from server.http.request_ids import RequestIds
 
 
 class Front:

@@ -13,9 +13,9 @@ from server.http.admission import Place
 from server.http.errors import ApiError, DeadlineError, EngineError
 from server.http.generation_options import GenerationOptions
 from server.http.metrics import RequestClock
-from server.http.request_id import engine_request_id
 from server.http.service import Service
 from server.http.text_stream import TextDelta, TextOptions, TextStream
+from server.request_id import engine_request_id
 from server.token_stream import SlowReaderError, TokenStream
 from weights.checkpoints.word_ids import word_ids
 

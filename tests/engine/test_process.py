@@ -6,17 +6,15 @@ import threading
 import pytest
 
 from engine.errors import RequestError
-from engine.process import (
+from engine.messages import (
     Abort,
     DescribeMemory,
-    EngineProcess,
     EngineReady,
     EngineRefused,
-    EngineStartError,
     Heartbeat,
     MemoryReport,
-    run_engine,
 )
+from engine.process import EngineProcess, EngineStartError, run_engine
 from engine.progress import Progress
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
 from engine.sampling.params import SamplingParams

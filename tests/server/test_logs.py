@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from engine.errors import ConfigError
-from server.http.request_id import _CURRENT
 from server.logs import JsonFormatter, TextFormatter
 from server.monitoring import MonitoringOptions
+from server.request_id import CURRENT_ID
 from tests.server.running import running, serve_command
 
 
@@ -25,9 +25,9 @@ def test_text_lines_have_a_level_a_logger_and_the_request_id():
     assert lines.format(record("memplus", logging.INFO, "serving %s", "x")) == "serving x"
     warning = record("server.serve", logging.WARNING, "slow")
     assert lines.format(warning) == "WARNING: server.serve: slow"
-    token = _CURRENT.set("job-7")
+    token = CURRENT_ID.set("job-7")
     assert lines.format(warning) == "WARNING: server.serve: slow [job-7]"
-    _CURRENT.reset(token)
+    CURRENT_ID.reset(token)
 
 
 def test_json_records_are_one_line_with_fields_and_traceback():
@@ -35,9 +35,9 @@ def test_json_records_are_one_line_with_fields_and_traceback():
         raise ValueError("two\nlines")
     except ValueError:
         failed = record("a", logging.ERROR, "it\nfailed", exc_info=sys.exc_info(), fields={"n": 1})
-    token = _CURRENT.set("job-7")
+    token = CURRENT_ID.set("job-7")
     line = JsonFormatter().format(failed)
-    _CURRENT.reset(token)
+    CURRENT_ID.reset(token)
     values = json.loads(line)
     assert "\n" not in line and values.pop("traceback").endswith("ValueError: two\nlines")
     assert values.pop("time").endswith("+00:00")

@@ -21,7 +21,7 @@ PLAN = StepPlan(
 
 
 def test_the_tokens_of_all_chunks_follow_one_another():
-    batch = Batcher(block_size=4, vocab_size=10, eos_ids=frozenset()).batch(PLAN, {})
+    batch = Batcher(block_size=4, eos_ids=frozenset()).batch(PLAN)
     assert batch.ids_T.tolist() == [1, 2, 3, 5, 6, 8, pending_id(2)]
     assert batch.positions_T.tolist() == [0, 1, 2, 5, 6, 7, 8]
     assert batch.query_starts == (0, 3, 6, 7)

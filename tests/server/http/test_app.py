@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from engine.process import Abort
+from engine.messages import Abort
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
 from server.config import SupervisionOptions
 from server.engine_client import EngineClient

@@ -12,7 +12,7 @@ from server.access import AccessOptions
 from server.api_keys import ApiKeys, parse_key
 from server.http.app import create_app
 from server.http.front import Front
-from server.http.request_id import _CURRENT, current_request_id, engine_request_id
+from server.request_id import CURRENT_ID, current_request_id, engine_request_id
 from tests.server.http.test_app import answer, build, post
 from tests.server.http.test_authentication import ask
 
@@ -63,9 +63,9 @@ def test_the_engine_and_error_messages_get_the_request_id():
 
 
 def test_clients_that_send_the_same_request_id_get_different_engine_requests():
-    token = _CURRENT.set("job-7")
+    token = CURRENT_ID.set("job-7")
     assert engine_request_id("cmpl") != engine_request_id("cmpl")
-    _CURRENT.reset(token)
+    CURRENT_ID.reset(token)
 
 
 def access_lines(caplog):

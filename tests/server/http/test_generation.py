@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from engine.process import Abort
+from engine.messages import Abort
 from engine.request import Request, TokenOutput
 from engine.sampling.params import TokenLogprobs
 from tests.models import byte_tokenizer

@@ -140,7 +140,9 @@ def test_slow_bodies_lose_their_places_to_others():
         assert (await slow[0])[0] == 408
         for task in slow[1:]:
             task.cancel()
-        assert [(await task)[0] for task in slow[1:]] == [503] * 3  # the server shuts down
+        ends = await asyncio.gather(*slow[1:], return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ends)  # the gate answers
+        assert not any(client.desk.admission.used.values())
 
     run(scenario)
 

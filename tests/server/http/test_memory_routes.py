@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from engine.process import DescribeMemory, EngineLostError, MemoryReport
+from engine.messages import DescribeMemory, MemoryReport
+from engine.process import EngineLostError
 from tests.models import plain_greedy
 from tests.server.http.test_app import build
 from tests.server.http.test_completions import GREEDY, stream

@@ -46,10 +46,12 @@ def engine(model):
     return engine_with_grammars(model)
 
 
-def engine_with_grammars(model, **options):
-    config = EngineConfig(kv_cache_gib=0.01, block_size=4, max_num_seqs=64, max_model_len=512)
+def engine_with_grammars(model, make_drafter=None, **config):
+    sizes = {"block_size": 4, "max_num_seqs": 64, "max_model_len": 512}
+    settings = EngineConfig(kv_cache_gib=0.01, **sizes, **config)
     eos_ids = frozenset({EOS_ID, OTHER_EOS_ID})
-    return engine_of(model, config, eos_ids, grammars=compiler(), **options)
+    options = {"grammars": compiler(), "make_drafter": make_drafter}
+    return engine_of(model, settings, eos_ids, **options)
 
 
 def answers(engine, requests):
@@ -200,7 +202,10 @@ def test_drafts_change_no_answer(model):
     schema = '{"type": "array", "items": {"enum": ["Ada", "Bob"]}, "minItems": 3, "maxItems": 3}'
     choice = {"kind": "json_schema", "source": schema, "temperature": 0}
     ids, _ = answer(engine_with_grammars(model), **choice)
-    fast = engine_with_grammars(model, drafter=Oracle([([1, 2], ids)]), num_drafts=4)
+    oracle = Oracle([([1, 2], ids)])
+    fast = engine_with_grammars(
+        model, make_drafter=lambda: oracle, speculate="ngram", speculate_tokens=4
+    )
     params = SamplingParams(max_tokens=200, temperature=0)
     request = Request("a", (1, 2), params, grammar=Grammar("json_schema", schema))
     found, outputs = answers(fast, [request])["a"]

@@ -1,26 +1,14 @@
-"""Request ids: taken from X-Request-Id or made, and known to everything that serves the request."""
+"""ASGI middleware for request ids: taken from X-Request-Id or made."""
 
 import re
 import uuid
-from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.request_id import CURRENT_ID
+
 _HEADER = b"x-request-id"
 _VALID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
-_CURRENT: ContextVar[str] = ContextVar("request_id", default="")
-
-
-def current_request_id() -> str:
-    """The id of the HTTP request that this task or thread works for; empty outside of one."""
-    return _CURRENT.get()
-
-
-def engine_request_id(prefix: str) -> str:
-    """A unique id that contains that of the HTTP request, which clients may repeat."""
-    current = _CURRENT.get()
-    unique = uuid.uuid4().hex
-    return f"{prefix}-{current}-{unique[:12]}" if current else f"{prefix}-{unique}"
 
 
 class RequestIds:
@@ -39,8 +27,8 @@ class RequestIds:
                 message = {**message, "headers": [*message.get("headers", []), header]}
             await send(message)
 
-        token = _CURRENT.set(request_id)
+        token = CURRENT_ID.set(request_id)
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            _CURRENT.reset(token)
+            CURRENT_ID.reset(token)

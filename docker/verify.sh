@@ -3,7 +3,8 @@
 #
 # Takes Docker if its daemon answers. Otherwise it needs root and Debian's packages buildah and
 # debootstrap: the image is then built without a daemon, on a base that debootstrap makes.
-# pip's own settings (index, extra index, wheels, certificate) are passed on to the build.
+# pip's own settings are passed on to the build: the index and other addresses, and with buildah
+# also a folder of wheels and a certificate.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -53,7 +54,7 @@ check() {
 
 wait_until_ready() {
     local tries=0
-    until curl --silent --fail "http://127.0.0.1:$PORT/health" >"$work/health"; do
+    until curl --silent --fail "http://127.0.0.1:$PORT/ready" >"$work/ready"; do
         tries=$((tries + 1))
         check "starts within 5 minutes" test "$tries" -lt 300
         sleep 1
@@ -77,7 +78,7 @@ build_docker() {
     local arguments=() name value
     for name in index-url extra-index-url find-links; do
         value=$(pip_setting $name)
-        # a daemon cannot read this machine's folders
+        # a daemon cannot read this machine's folders, nor its certificates
         case $value in http*) arguments+=(--build-arg "PIP_$(tr a-z- A-Z_ <<<$name)=$value") ;; esac
     done
     docker build --file docker/Dockerfile --tag $IMAGE "${arguments[@]}" .
@@ -115,16 +116,15 @@ build_buildah() {
     case $value in
     ?*) arguments+=(--volume "$value:/pip.pem:ro" --build-arg PIP_CERT=/pip.pem) ;;
     esac
+    value=$(pip_setting extra-index-url)
+    case $value in http*) arguments+=(--build-arg "PIP_EXTRA_INDEX_URL=$value") ;; esac
     buildah build --pull-never --layers --file docker/Dockerfile --tag $IMAGE "${arguments[@]}" .
+    container=$(buildah from --pull-never $IMAGE)
 }
 
-size_buildah() {
-    container=${container:-$(buildah from --pull-never $IMAGE)}
-    du --summarize --block-size=1MB "$(buildah mount "$container")" | cut -f1
-}
+size_buildah() { du --summarize --block-size=1MB "$(buildah mount "$container")" | cut -f1; }
 
 start_buildah() {
-    container=$(buildah from --pull-never $IMAGE)
     # shellcheck disable=SC2086  # the command's words
     buildah run "$container" -- $SERVE >"$work/server.log" 2>&1 &
     server=$!
@@ -133,12 +133,12 @@ start_buildah() {
 user_buildah() { stat --format %u "/proc/$(server_pid)"; }
 stop_buildah() { kill -TERM "$(server_pid)"; }
 wait_buildah() { wait "$server"; }
-server_pid() { pgrep --oldest --full "python3? .*memplus serve .*--port $PORT"; }
+server_pid() { pgrep --oldest --full "python3? .*memplus serve .*--port $PORT" || true; }
 
 clean_buildah() {
     if [ -n "${container:-}" ]; then
-        pkill --full "memplus serve .*--port $PORT" || true
-        buildah rm --all >"$work/rm"
+        if [ -n "$(server_pid)" ]; then kill -KILL "$(server_pid)"; fi
+        buildah rm "$container" >"$work/rm"
     fi
 }
 

@@ -53,8 +53,7 @@ class Engine:
 
         A sequence ends on any of ``eos_ids``. ``make_drafter`` makes each sequence's drafter, by
         default the one that ``config.speculate`` names. ``grammars`` compiles the grammars of
-        requests. ConfigError if ``max_model_len`` exceeds
-        the model's positions or the KV memory.
+        requests. ConfigError if ``max_model_len`` exceeds the model's positions or the KV memory.
         """
         model, num_blocks = executor.config, executor.num_blocks
         max_model_len = _max_model_len(config, model.max_positions, num_blocks * config.block_size)

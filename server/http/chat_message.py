@@ -96,7 +96,8 @@ class FunctionDefinition(RequestBody):
         default={}, description="the arguments, as a JSON Schema of an object"
     )
     strict: bool = Field(
-        default=False, description="always match the schema; needs tool_choice required or a name"
+        default=False,
+        description="calls always match the schema; needs tool_choice required, or a function",
     )
 
 

@@ -33,7 +33,7 @@ class ChatPrompt(RequestBody):
     )
     add_generation_prompt: bool | None = Field(
         default=None,
-        description="end the prompt with the begin of an assistant's message (default: true,"
+        description="end the prompt with the start of an assistant's message (default: true,"
         " unless continue_final_message is set)",
     )
     continue_final_message: bool = Field(
@@ -58,7 +58,7 @@ class ChatPrompt(RequestBody):
 
     @property
     def has_generation_prompt(self) -> bool:
-        """Whether the prompt ends with the begin of an assistant's message."""
+        """Whether the prompt ends with the start of an assistant's message."""
         if self.add_generation_prompt is None:
             return not self.continue_final_message
         return self.add_generation_prompt
@@ -102,6 +102,8 @@ class ChatRequest(ChatPrompt, GenerationOptions):
             self.max_tokens != self.max_completion_tokens
         ):
             raise ValueError("max_completion_tokens: differs from max_tokens")
+        if not self.must_call and any(tool.function.strict for tool in self.callable_tools):
+            raise ValueError("tools: strict needs tool_choice required, or a function")
         if self.must_call and (self.response_format or self.structured_outputs):
             raise ValueError("tool_choice: a required call cannot be combined with a format")
         if self.must_call and not self.tools:

@@ -82,7 +82,7 @@ class Generation:
             ApiError: the queue is full, the engine failed, or the request took too long.
             RequestError: a prompt does not fit the model.
         """
-        service, requests = self._service, await self._admitted(place)
+        service, requests = self._service, await self._admitted_in_time(place)
 
         def ended(index: int) -> None:
             place.reduce("prompts", 1)
@@ -144,6 +144,14 @@ class Generation:
                 "rejected_prediction_tokens": self._draft_tokens - self._accepted_tokens,
             },
         }
+
+    async def _admitted_in_time(self, place: Place) -> list[Request]:
+        end = None if self._timeout_s == math.inf else self._start + self._timeout_s
+        try:
+            async with asyncio.timeout_at(end):
+                return await self._admitted(place)
+        except TimeoutError:
+            raise DeadlineError(self._timeout_s) from None
 
     async def _admitted(self, place: Place) -> list[Request]:
         """Enlarge the place before the prompts are encoded, and once their lengths are known."""

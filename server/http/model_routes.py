@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from engine.errors import RequestError
 from server.http.chat import chat_prompt
 from server.http.errors import ApiError
 from server.http.response_models import Detokenized, Model, ModelList, Tokens
@@ -34,8 +35,7 @@ def model_routes(service: Service) -> APIRouter:
         if body.prompt is None:
             ids = list(await chat_prompt(service, body))
         else:
-            encode = service.tokenizer.encode
-            ids = await asyncio.to_thread(encode, body.prompt, body.add_special_tokens)
+            ids = await service.encode(body.prompt, body.add_special_tokens)
         limit = service.limits.max_model_len
         answer = {"count": len(ids), "max_model_len": limit, "tokens": ids}
         if body.return_token_strs:
@@ -46,6 +46,9 @@ def model_routes(service: Service) -> APIRouter:
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of token ids."""
         service.check_model(body.model)
+        limit = service.limits.max_model_len
+        if len(body.tokens) > limit:
+            raise RequestError("tokens", f"at most {limit} token ids, not {len(body.tokens)}")
         return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)}
 
     @router.post("/v1/embeddings", include_in_schema=False)

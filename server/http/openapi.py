@@ -10,14 +10,20 @@ from server.http.response_models import ErrorBody
 
 _ERRORS = {
     "400": "a mistake of the caller; `param` names the field",
+    "401": "the API key is missing or wrong",
     "404": "the model, or the endpoint, does not exist",
     "408": "the body did not arrive in time",
     "413": "the body is too large",
+    "414": "the URL is too long",
+    "415": "the body is compressed",
+    "417": "an `Expect` other than `100-continue`",
+    "431": "the headers are too large",
     "500": "the server failed at this request",
+    "504": "the request took longer than its timeout",
     "503": "the queue is full, the server shuts down, or the engine is not running",
 }
-_OF_ALL = ("500", "503")
-_OF_BODIES = ("400", "404", "408", "413")
+_OF_ALL = ("401", "413", "414", "415", "417", "431", "500", "503")
+_OF_BODIES = ("400", "404", "408", "504")
 _OF_PATHS = ("400", "404")
 
 
@@ -46,6 +52,9 @@ def _document(app: FastAPI) -> dict[str, Any]:
         schemas.pop(name, None)
     error = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas |= error.pop("$defs") | {"ErrorBody": error}
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    # a server that was started without keys needs none
+    document["security"] = [{"key": []}, {}]
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)

@@ -9,7 +9,9 @@ class ErrorDetails(BaseModel):
     """An error in OpenAI's format."""
 
     message: str = Field(description="the reason")
-    type: str = Field(description="invalid_request_error, server_error or overloaded_error")
+    type: str = Field(
+        description="invalid_request_error, server_error, overloaded_error or timeout_error"
+    )
     param: str | None = Field(description="the field with the mistake")
     code: str | None = Field(description="a code for programs")
 

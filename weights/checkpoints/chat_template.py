@@ -74,7 +74,7 @@ class ChatTemplate:
         Args:
             messages: objects with ``role`` and, mostly, ``content``.
             tools: functions that the model may call, in OpenAI's format.
-            add_generation_prompt: end with the begin of an assistant's message.
+            add_generation_prompt: end with the start of an assistant's message.
             continue_final_message: end within the last message, whose content is a text.
             variables: further variables of the template.
 

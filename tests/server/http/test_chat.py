@@ -19,6 +19,7 @@ TOOL = {
     "type": "function",
     "function": {"name": "find", "parameters": {"type": "object", "properties": {}}},
 }
+STRICT = {"type": "function", "function": {"name": "find", "strict": True}}
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,7 @@ def test_messages_of_official_clients_can_be_sent_back(chat):
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [STRICT]}, "tools"),
         ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, "chat_template_kwargs"),
         ({"extra_body": {"continue_final_message": True, "add_generation_prompt": True}}, None),
         ({"extra_body": {"colour": "red"}}, "colour"),
@@ -212,6 +214,8 @@ def test_tokenize_and_detokenize_agree_with_the_routes(memory_server):
     back = http.post("/detokenize", json={"tokens": asked["tokens"]}).json()
     assert back == {"prompt": "<user>hello\n<assistant>"}
     assert http.post("/tokenize", json={}).status_code == 400
+    assert http.post("/tokenize", json={"prompt": "x" * 10**6}).status_code == 400
+    assert http.post("/detokenize", json={"tokens": [1] * 513}).status_code == 400
     assert http.post("/detokenize", json={"tokens": [-1]}).status_code == 400
     assert http.post("/detokenize", json={"tokens": [EOS_ID]}).json() == {"prompt": ""}
 

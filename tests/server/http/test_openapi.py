@@ -84,7 +84,7 @@ def test_every_field_and_operation_is_described():
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             assert operation["summary"], (method, path)
-            assert {"200", "500", "503"} <= operation["responses"].keys()
+            assert {"200", "401", "500", "503"} <= operation["responses"].keys()
             assert "422" not in operation["responses"]
             if method == "post":
                 assert {"400", "413"} <= operation["responses"].keys()

@@ -5,10 +5,13 @@ or overflow the stack. Whatever compiles in a fork compiles in the engine proces
 """
 
 import contextlib
+import ctypes
 import os
 import resource
 import signal
+import time
 import warnings
+from functools import lru_cache
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
@@ -22,17 +25,31 @@ TRIAL_S = 1.0
 _MOST_BYTES = 512 * 2**20
 # less than any thread of the engine process has
 _STACK_BYTES = 2**20
+_MOST_ANSWERS = 128
+# a refusal may be due to a busy machine
+_ANSWER_S = 60
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 def work(connection: Connection, folder: Path, limits: RequestLimits) -> None:
-    """Answer each grammar with its problem, or None, until the other end closes."""
+    """Send None when ready; then answer each grammar with its problem, or None.
+
+    It returns when the other end closes. Answers are kept for at most a minute, so that a hostile
+    grammar that is sent again and again does not keep others waiting.
+    """
     # Ctrl-C reaches this process too, but the parent handles it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     compiler = GrammarCompiler(lambda: load_tokenizer(folder), limits.vocab_size, limits.eos_ids)
     compiler.warm_up()
+
+    @lru_cache(_MOST_ANSWERS)
+    def answer(grammar: Grammar, period: int) -> str | None:
+        return problem(compiler, grammar)
+
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        connection.send(None)
         while True:
-            connection.send(problem(compiler, connection.recv()))
+            connection.send(answer(connection.recv(), int(time.monotonic()) // _ANSWER_S))
 
 
 def problem(compiler: GrammarCompiler, grammar: Grammar) -> str | None:
@@ -41,9 +58,10 @@ def problem(compiler: GrammarCompiler, grammar: Grammar) -> str | None:
     with warnings.catch_warnings():
         # libraries keep threads here, but these are idle and hold no lock
         warnings.simplefilter("ignore", DeprecationWarning)
+        parent = os.getpid()
         child = os.fork()
     if not child:
-        _compile_and_exit(compiler, grammar, writer)
+        _compile_and_exit(compiler, grammar, writer, parent)
     writer.close()
     with reader:
         try:
@@ -55,8 +73,11 @@ def problem(compiler: GrammarCompiler, grammar: Grammar) -> str | None:
     return found
 
 
-def _compile_and_exit(compiler: GrammarCompiler, grammar: Grammar, writer: Connection) -> None:
+def _compile_and_exit(
+    compiler: GrammarCompiler, grammar: Grammar, writer: Connection, parent: int
+) -> None:
     try:
+        _die_with(parent)
         _limit_this_process()
         compiler.compile(grammar)
         writer.send(None)
@@ -66,14 +87,20 @@ def _compile_and_exit(compiler: GrammarCompiler, grammar: Grammar, writer: Conne
         os._exit(0)
 
 
+def _die_with(parent: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it died before
+        os._exit(0)
+
+
 def _limit_this_process() -> None:
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
-    cpu_s = int(TRIAL_S) + 1  # if the parent dies
     limits = {
         resource.RLIMIT_AS: used + _MOST_BYTES,
         resource.RLIMIT_STACK: _STACK_BYTES,
-        resource.RLIMIT_CPU: cpu_s,
+        resource.RLIMIT_CPU: int(TRIAL_S) + 1,
         resource.RLIMIT_CORE: 0,
     }
     for kind, most in limits.items():

@@ -82,7 +82,9 @@ class ServedModel:
             EngineStartError: the engine could not be built, or ``stop`` ended it.
         """
         ready = self._process.start()
-        self._grammars = GrammarChecker(self._folder, ready.limits)
+        grammars = GrammarChecker(self._folder, ready.limits)
+        grammars.start()
+        self._grammars = grammars
         client = EngineClient(self._process, self._observe, self._supervision, self._make_process)
         self._client = client
         return Service(
@@ -95,7 +97,7 @@ class ServedModel:
             admission=self._admission(ready.limits.max_model_len),
             metrics=self.metrics,
             options=self._limits,
-            grammars=self._grammars,
+            grammars=grammars,
             log_prompts=self._log_prompts,
         )
 

@@ -60,7 +60,12 @@ class StepBitmasks:
         return bitmask_LW
 
     def _fill_drafted(self, mask: TokenMask, drafts: Sequence[int], bitmask_LW: Bitmask) -> None:
-        for row in range(len(bitmask_LW)):
-            self._grammars.fill([(row, mask)], bitmask_LW)
-            mask.accept(drafts[row : row + 1])
-        mask.rollback(len(drafts))
+        num_accepted = 0
+        try:
+            for row in range(len(bitmask_LW)):
+                self._grammars.fill([(row, mask)], bitmask_LW)
+                accepted = drafts[row : row + 1]
+                mask.accept(accepted)
+                num_accepted += len(accepted)
+        finally:
+            mask.rollback(num_accepted)

@@ -106,7 +106,6 @@ class Generation:
                         if deltas:
                             yield deltas
                         clocks[index].finished("error")
-                        logger.error("%s failed: %s", output.request_id, output.error)
                         raise _failure(output)
                     if not clocks[index].num_tokens:
                         self._cached_tokens += output.cached_tokens
@@ -214,8 +213,12 @@ def _check_prompt_logprobs(requests: Sequence[Request]) -> None:
 
 
 def _failure(output: TokenOutput) -> ApiError:
-    """The error of a request that ended with one: the caller's mistake, or the engine's failure."""
+    """The error of a request that ended with one: the caller's mistake, or the engine's failure.
+
+    Only a failure is logged: a mistake's message can quote the request.
+    """
     message = output.error or "the engine failed"
     if output.error_param is not None:
         return ApiError(400, message, param=output.error_param)
+    logger.error("%s failed: %s", output.request_id, output.error)
     return EngineError(message)

@@ -1,8 +1,9 @@
-"""Checks the grammars of requests in a process of its own before the engine gets them."""
+"""Checks the grammars of requests in a separate process before the engine gets them."""
 
 import asyncio
 import logging
 import multiprocessing
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -16,20 +17,28 @@ from server.http.errors import ApiError, OverloadedError
 
 logger = logging.getLogger(__name__)
 _LONGEST_WAIT_S = 2 * TRIAL_S
-# the first check also starts the process
 _STARTING_S = 30.0
 _MOST_PASSED = 128
 
 
 class GrammarChecker:
-    """Tries one grammar at a time; a process starts with the first, and replaces one that died."""
+    """Checks one grammar at a time in a worker process, which it restarts if it dies.
+
+    The worker starts with ``start``, or with the first check.
+    """
 
     def __init__(self, folder: Path, limits: RequestLimits) -> None:
         """``folder`` has the tokenizer of the model with these ``limits``."""
         self._arguments = folder, limits
+        self._lock = threading.Lock()  # for the worker and is_stopped
         self._worker: tuple[BaseProcess, Connection] | None = None
+        self._is_ready = self._is_stopped = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-checker")
         self._passed: dict[Grammar, None] = {}  # the last used is last
+
+    def start(self) -> None:
+        """Start the worker in the background, so that the first check is not slow."""
+        self._thread.submit(self._connected)  # the first check reports a failure
 
     async def check(self, grammar: Grammar) -> None:
         """Return if the engine can compile the grammar.
@@ -37,11 +46,11 @@ class GrammarChecker:
         Raises:
             RequestError: it is wrong, or too complex.
             OverloadedError: too many grammars wait to be checked.
-            ApiError: (500) the process failed.
+            ApiError: (500) the worker failed.
         """
         if grammar not in self._passed:
             loop = asyncio.get_running_loop()
-            wait_s = _LONGEST_WAIT_S if self._worker is not None else _STARTING_S
+            wait_s = _LONGEST_WAIT_S + (0 if self._is_ready else _STARTING_S)
             try:
                 asked = loop.run_in_executor(self._thread, self._ask, grammar)
                 problem = await asyncio.wait_for(asked, wait_s)
@@ -58,24 +67,35 @@ class GrammarChecker:
             del self._passed[next(iter(self._passed))]
 
     def stop(self) -> None:
-        """End the process; checks that wait fail."""
+        """End the worker; checks that wait fail."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._is_stopped = True
         self._end()
 
     def _ask(self, grammar: Grammar) -> str | None:
         try:
-            worker = self._worker or self._start()
-            self._worker = worker
-            worker[1].send(grammar)
-            if not worker[1].poll(_STARTING_S):
-                raise EOFError("no answer")
-            problem: str | None = worker[1].recv()
-            return problem
+            connection = self._connected()
+            connection.send(grammar)
+            return _answer(connection)
         except (EOFError, OSError):
             self._end()
             raise
 
-    def _start(self) -> tuple[BaseProcess, Connection]:
+    def _connected(self) -> Connection:
+        """The connection to a worker that is ready."""
+        with self._lock:
+            if self._is_stopped:
+                raise EOFError("the grammar checker was stopped")
+            if self._worker is None:
+                self._worker = self._new_worker()
+            _, connection = self._worker
+        if not self._is_ready:
+            _answer(connection)
+            self._is_ready = True
+        return connection
+
+    def _new_worker(self) -> tuple[BaseProcess, Connection]:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
@@ -86,8 +106,17 @@ class GrammarChecker:
         return process, ours
 
     def _end(self) -> None:
-        if self._worker is not None:
-            process, _ = self._worker
-            self._worker = None
-            process.kill()
-            process.join()
+        with self._lock:
+            self._is_ready = False
+            if self._worker is not None:
+                process, _ = self._worker
+                self._worker = None
+                process.kill()
+                process.join()
+
+
+def _answer(connection: Connection) -> str | None:
+    if not connection.poll(_STARTING_S):
+        raise EOFError("no answer")
+    answer: str | None = connection.recv()
+    return answer

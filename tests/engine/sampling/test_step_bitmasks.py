@@ -1,6 +1,7 @@
 """Bitmasks of a step: rows in order, drafts, and masks that fail."""
 
 import numpy as np
+import pytest
 
 from engine.sampling.masks import Grammars
 from engine.sampling.step_bitmasks import SampledRows, StepBitmasks
@@ -39,3 +40,10 @@ def test_a_mask_that_fails_allows_nothing():
     failing.accept([3, 4])
     found = rows(SampledRows(1, failing), SampledRows(1, other))
     assert found == [[], list(range(0, VOCAB_SIZE, 3))]
+
+
+def test_a_mask_is_rolled_back_when_a_draft_fails():
+    mask = Multiples()
+    with pytest.raises(AssertionError, match="not allowed"):
+        rows(SampledRows(4, mask, (3, 4, 5)))
+    assert mask.accepted == []

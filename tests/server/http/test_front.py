@@ -62,6 +62,22 @@ def test_the_engine_and_error_messages_get_the_request_id():
     assert process.sent[0].request_id.startswith("cmpl-job-7-")
 
 
+@pytest.mark.parametrize(("param", "status"), [(None, 500), ("response_format", 400)])
+def test_only_failures_of_the_engine_are_logged(caplog, param, status):
+    process, service, app = build()
+
+    async def fail():
+        while not process.sent:
+            await asyncio.sleep(0)
+        name = process.sent[-1].request_id
+        answer(service, TokenOutput(name, (), "error", error="secret", error_param=param))
+        await asyncio.Event().wait()
+
+    sent = asyncio.run(post(app, {"prompt": "a"}, fail))
+    assert sent[0]["status"] == status
+    assert ("secret" in caplog.text) == (param is None)
+
+
 def test_clients_that_send_the_same_request_id_get_different_engine_requests():
     token = CURRENT_ID.set("job-7")
     assert engine_request_id("cmpl") != engine_request_id("cmpl")

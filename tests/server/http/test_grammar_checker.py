@@ -2,16 +2,26 @@
 
 import asyncio
 import json
+import os
+import resource
+import signal
+import socket
+import threading
+from multiprocessing import Pipe
 
 import pytest
 
 from engine.errors import RequestError
 from engine.request import RequestLimits
 from engine.sampling.grammar import Grammar
+from server.grammar_worker import work
 from server.http.errors import ApiError, OverloadedError
 from server.http.grammar_checker import GrammarChecker
 from tests.models import EOS_ID, VOCAB_SIZE, byte_tokenizer
+from tests.server.http.test_generation import until
+from tests.server.test_serve import children, ends
 
+LIMITS = RequestLimits(VOCAB_SIZE, 100, frozenset({EOS_ID}))
 COMPLEX = "too complex"
 ITEM_CHAIN = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(1300)}
 HOSTILE = {
@@ -47,10 +57,16 @@ HOSTILE = {
 
 
 @pytest.fixture(scope="module")
-def checker(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     byte_tokenizer().save(str(folder / "tokenizer.json"))
-    checker = GrammarChecker(folder, RequestLimits(VOCAB_SIZE, 100, frozenset({EOS_ID})))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checker(folder):
+    checker = GrammarChecker(folder, LIMITS)
+    checker.start()
     yield checker
     checker.stop()
 
@@ -97,3 +113,62 @@ def test_only_the_last_passed_grammars_are_known(checker, monkeypatch):
     for source in ("e", "f", "e", "g"):
         check(checker, "regex", source)
     assert [grammar.source for grammar in checker._passed][-2:] == ["e", "g"]
+
+
+def test_stop_ends_a_trial(folder):
+    checker = GrammarChecker(folder, LIMITS)
+    kind, source, _ = HOSTILE["a huge divisor"]
+
+    def trials():
+        worker = checker._worker
+        found = children(worker[0].pid) if worker else []
+        return [pid for pid in found if resource.prlimit(pid, resource.RLIMIT_CPU)[0] == 2]
+
+    async def scenario():
+        asked = asyncio.create_task(checker.check(Grammar(kind, source, "response_format")))
+        await until(trials)
+        (pid,) = trials()
+        os.kill(pid, signal.SIGSTOP)  # so that it cannot end by itself
+        checker.stop()
+        with pytest.raises(ApiError, match="the grammar checker failed"):
+            await asked
+        assert ends(pid)
+
+    asyncio.run(scenario())
+
+
+def test_stop_ends_a_worker_that_starts(folder, monkeypatch):
+    checker = GrammarChecker(folder, LIMITS)
+    new_worker, stopping = checker._new_worker, threading.Thread(target=checker.stop)
+    workers = []
+
+    def stopped_meanwhile():
+        stopping.start()
+        workers.append(new_worker())
+        return workers[0]
+
+    monkeypatch.setattr(checker, "_new_worker", stopped_meanwhile)
+    checker.start()
+    checker._thread.shutdown()
+    stopping.join()
+    assert not workers[0][0].is_alive() and checker._worker is None
+    with pytest.raises(EOFError, match="stopped"):
+        checker._connected()
+
+
+def test_a_grammar_that_is_sent_again_is_not_tried_again(folder, monkeypatch):
+    tried = []
+    monkeypatch.setattr("server.grammar_worker._ANSWER_S", 10**9)
+    monkeypatch.setattr("server.grammar_worker.signal.signal", lambda *_: None)
+    monkeypatch.setattr(
+        "server.grammar_worker.problem", lambda _, grammar: tried.append(grammar) or "no"
+    )
+    ours, theirs = Pipe()
+    grammars = [Grammar("regex", source, "response_format") for source in "abaab"]
+    for grammar in grammars:
+        ours.send(grammar)
+    with socket.socket(fileno=os.dup(ours.fileno())) as sender:
+        sender.shutdown(socket.SHUT_WR)
+    work(theirs, folder, LIMITS)
+    assert [ours.recv() for _ in range(6)] == [None, *["no"] * 5]
+    assert tried == grammars[:2]

@@ -15,7 +15,7 @@ _ROOT_PATH = re.compile(r"|(/[\w.~-]+)+", re.ASCII)
 
 @dataclass(frozen=True)
 class AccessOptions:
-    """Who may use the server, and over which connections.
+    """API keys, TLS, CORS and listening options.
 
     Raises:
         ConfigError: a field is malformed.

@@ -5,6 +5,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
@@ -46,13 +47,15 @@ class HttpServer(uvicorn.Server):
         backend: Backend,
         on_ready: Callable[[Service], Coroutine[Any, Any, None]],
         drain_timeout_s: float,
+        handshake_timeout_s: float,
     ) -> None:
-        """``on_ready`` opens the gate, and then runs beside the server until it ends."""
+        """``on_ready`` opens the gate, and then runs concurrently with the server until it ends."""
         super().__init__(config)
         self._gate = gate
         self._backend = backend
         self._on_ready = on_ready
         self._drain_timeout_s = drain_timeout_s
+        self._handshake_timeout_s = handshake_timeout_s
         self._service: Service | None = None
         self._work: asyncio.Task[None] | None = None
         self._num_signals = 0
@@ -69,8 +72,24 @@ class HttpServer(uvicorn.Server):
         self._num_signals += 1
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and begin to load."""
-        await super().startup(sockets)
+        """Listen, and begin to load.
+
+        It replaces uvicorn's method, which cannot limit the time of TLS handshakes.
+        """
+        connection: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        options = {"config": self.config, "server_state": self.server_state, "app_state": {}}
+        tls = self.config.ssl
+        self.servers = [
+            await asyncio.get_running_loop().create_server(
+                partial(connection, **options),
+                sock=one,
+                ssl=tls,
+                ssl_handshake_timeout=self._handshake_timeout_s if tls else None,
+                backlog=self.config.backlog,
+            )
+            for one in sockets or ()
+        ]
+        self.started = True
         self._work = asyncio.create_task(self._load())
 
     async def on_tick(self, counter: int) -> bool:

@@ -11,7 +11,7 @@ _FORMATS = ("text", "json")
 
 @dataclass(frozen=True)
 class MonitoringOptions:
-    """What the server reports about its work.
+    """Options of logs and metrics.
 
     Raises:
         ConfigError: a field is out of range.

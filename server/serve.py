@@ -87,7 +87,9 @@ def serve(
         rejected = served.metrics.rejections.labels("too_many_connections").inc
         connections = ConnectionTable(limits.max_connections, rejected)
         config = _uvicorn_config(front, access, limits, connections)
-        server = HttpServer(config, gate, served, on_ready, http.drain_timeout_s)
+        server = HttpServer(
+            config, gate, served, on_ready, http.drain_timeout_s, limits.header_timeout_s
+        )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, server.handle_exit)
         say(f"loading {model.model}")

@@ -137,14 +137,14 @@ def _merged(outputs: list[TokenOutput]) -> list[TokenOutput]:
     if len(outputs) < _MANY:
         return outputs
     errors = [output for output in outputs[-1:] if output.finish_reason == "error"]
-    told = outputs[: len(outputs) - len(errors)]
-    whole = told[-1]._replace(
-        token_ids=tuple(i for output in told for i in output.token_ids),
-        logprobs=tuple(entry for output in told for entry in output.logprobs),
-        prompt_logprobs=tuple(entry for output in told for entry in output.prompt_logprobs),
-        memory_reads=tuple(reads for output in told for reads in output.memory_reads),
-        cached_tokens=told[0].cached_tokens,
-        draft_tokens=sum(output.draft_tokens for output in told),
-        accepted_tokens=sum(output.accepted_tokens for output in told),
+    successful = outputs[: len(outputs) - len(errors)]
+    whole = successful[-1]._replace(
+        token_ids=tuple(i for output in successful for i in output.token_ids),
+        logprobs=tuple(entry for output in successful for entry in output.logprobs),
+        prompt_logprobs=tuple(entry for output in successful for entry in output.prompt_logprobs),
+        memory_reads=tuple(reads for output in successful for reads in output.memory_reads),
+        cached_tokens=successful[0].cached_tokens,
+        draft_tokens=sum(output.draft_tokens for output in successful),
+        accepted_tokens=sum(output.accepted_tokens for output in successful),
     )
     return [whole, *errors]

@@ -142,7 +142,7 @@ class Scheduler:
         return TokenOutput(chunk.request_id, finish_reason="error", error=error)
 
     def running(self, chunk: SequenceChunk) -> Sequence | None:
-        """A chunk's sequence; None if it has ended since, whoever has its name now."""
+        """A chunk's sequence; None if it has ended since, even if a new request reuses its id."""
         sequence = self._running.get(chunk.request_id)
         return sequence if sequence is not None and sequence.turn == chunk.turn else None
 

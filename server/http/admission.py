@@ -51,8 +51,8 @@ class Admission:
         """Let a place be kept from now on: its request's body is whole."""
         self._arriving.pop(place, None)
 
-    def take(self, resource: Resource, count: int, held: int) -> None:
-        """Enlarge a request's part of a limit from ``held`` to ``count``.
+    def take(self, place: "Place", resource: Resource, count: int, held: int) -> None:
+        """Enlarge a place's part of a limit from ``held`` to ``count``.
 
         Raises:
             OverloadedError: less is left.
@@ -63,7 +63,7 @@ class Admission:
             message = f"at most {limit} {_UNITS[resource]} per request, not {count}"
             raise RequestError("prompt", message)
         while self.used[resource] + count - held > limit:
-            if not self._evict():
+            if not self._evict(place):
                 self._on_rejected(_REASONS[resource])
                 raise OverloadedError
         self.used[resource] += count - held
@@ -71,11 +71,12 @@ class Admission:
     def give_back(self, resource: Resource, count: int) -> None:
         """Release a part of a limit."""
         self.used[resource] -= count
+        assert self.used[resource] >= 0
 
-    def _evict(self) -> bool:
-        """End the oldest arrival if it is slow; return whether."""
+    def _evict(self, asking: "Place") -> bool:
+        """End the oldest arrival if it is slow and not the asking one; return whether."""
         place, began = next(iter(self._arriving.items()), (None, 0.0))
-        if place is None or self._clock() - began < GRACE_S:
+        if place is None or place is asking or self._clock() - began < GRACE_S:
             return False
         place.close()
         place.on_evicted()
@@ -98,7 +99,7 @@ class Place:
         """
         held = self._held.get(resource, 0)
         if count > held:
-            self._admission.take(resource, count, held)
+            self._admission.take(self, resource, count, held)
             self._held[resource] = count
 
     def reduce(self, resource: Resource, count: int) -> None:

@@ -24,7 +24,9 @@ def create_app(
     The caller attaches and detaches the engine's client.
     """
     # FastAPI's own pages about the document load scripts from other hosts
-    app = FastAPI(title="memplus", version=VERSION, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="memplus", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     generation = generation_routes(service)
     paths = frozenset(route.path for route in generation.routes if isinstance(route, APIRoute))
     app.add_middleware(

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.admission import GRACE_S, Admission, Place
 from server.http.errors import ApiError
+from server.http.root_path import route_path
 
 MAX_NESTING = 64
 _PLACE = "memplus.place"
@@ -47,6 +48,7 @@ class Intake:
             try:
                 body = await self._take_in(scope, receive, place, timeout)
             except ApiError as error:
+                place.close()  # its arrival has ended and cannot be evicted
                 response = JSONResponse(error.body, error.status, error.headers)
                 await response(scope, receive, send)
                 return
@@ -57,19 +59,24 @@ class Intake:
     async def _take_in(
         self, scope: Scope, receive: Receive, place: Place, timeout: asyncio.Timeout
     ) -> bytes:
-        """Reserve the place, then read the body.
+        """Reserve the place, then read the body; only POST may have one.
 
         Raises:
             ApiError: the request is refused.
         """
-        if scope["method"] == "POST" and _path(scope) in self._generating:
-            place.enlarge("prompts", 1)
         headers = dict(scope["headers"])
+        declared = headers.get(b"content-length", b"0")
+        size = int(declared) if declared.isdigit() else 0
+        if scope["method"] != "POST":
+            if size or b"transfer-encoding" in headers:
+                raise ApiError(413, "only POST requests may have a body")
+            place.keep()
+            return b""
+        if route_path(scope) in self._generating:
+            place.enlarge("prompts", 1)
         encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
         if encoding.lower() not in ("", "identity"):
             raise ApiError(415, f"content-encoding: {encoding[:40]!r} is not supported")
-        declared = headers.get(b"content-length", b"0")
-        size = int(declared) if declared.isdigit() else 0
         self._hold(place, size)
         try:
             async with timeout:
@@ -107,11 +114,6 @@ def place_of(scope: Scope) -> Place:
     """The place of the request."""
     place: Place = scope[_PLACE]
     return place
-
-
-def _path(scope: Scope) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _end(timeout: asyncio.Timeout) -> None:

@@ -42,7 +42,7 @@ def page_routes() -> APIRouter:
     for name, content_type in PAGE_FILES.items():
         path = "/" if name == _INDEX else f"/page/{name}"
         endpoint = _endpoint((_FOLDER / name).read_bytes(), content_type)
-        router.add_api_route(path, endpoint, methods=["GET", "HEAD"])
+        router.add_api_route(path, endpoint)
     return router
 
 

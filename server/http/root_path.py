@@ -7,4 +7,6 @@ def route_path(scope: Scope) -> str:
     """The path that the routes see; proxies may send the root path or strip it."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
-    return path.removeprefix(root) if path == root or path.startswith(f"{root}/") else path
+    if path == root or path.startswith(f"{root}/"):
+        path = path.removeprefix(root)
+    return path or "/"

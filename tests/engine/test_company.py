@@ -241,7 +241,7 @@ def test_a_mask_that_allows_nothing_ends_only_its_request(model):
     mixed.add(greedy("free", [5, 6], COUNT))
     found = step_all(mixed)
     assert len(tokens(found["masked"])) == 3
-    assert found["masked"][-1].error == "penalties, bans and masks leave no token"
+    assert found["masked"][-1].error.startswith("penalties, bans and masks leave no token")
     assert tokens(found["free"]) == plain_greedy(model, [5, 6], COUNT)
 
 
@@ -263,7 +263,7 @@ def test_a_failing_mask_or_drafter_does_not_affect_others(model):
     mixed.add(greedy("free", [5, 6], COUNT))
     found = step_all(mixed)
     assert len(tokens(found["masked"])) == 3
-    assert found["masked"][-1].error == "penalties, bans and masks leave no token"
+    assert found["masked"][-1].error.startswith("penalties, bans and masks leave no token")
     assert tokens(found["free"]) == plain_greedy(model, [5, 6], COUNT)
 
 

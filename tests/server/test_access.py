@@ -1,15 +1,20 @@
 """Access options: malformed values, certificates, and a server with TLS on all addresses."""
 
+import asyncio
 import socket
 import ssl
 import subprocess
 from pathlib import Path
+from unittest.mock import AsyncMock, Mock
 
 import httpx
 import pytest
+import uvicorn
 
 from engine.errors import ConfigError
 from server.access import AccessOptions
+from server.http.gate import Gate
+from server.http_server import HttpServer
 from server.serve import _warn_if_public
 from tests.server.running import running
 
@@ -83,6 +88,23 @@ def test_a_server_with_tls_serves_the_metrics_of_vllm(memory_plus_folder, tmp_pa
         server.process.terminate()
         errors = server.process.stderr.read()
         assert server.process.wait(timeout=60) == 0 and "Traceback" not in errors
+
+
+def test_a_client_that_begins_no_handshake_is_disconnected(tmp_path):
+    certificate, key = self_signed(tmp_path)
+    config = uvicorn.Config(Gate(), ssl_certfile=certificate, ssl_keyfile=key, log_config=None)
+    config.load()
+    server = HttpServer(config, Gate(), Mock(), AsyncMock(), 0, handshake_timeout_s=0.01)
+
+    async def scenario(listener):
+        await server.startup([listener])
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        assert await reader.read() == b""
+        writer.close()
+        server.servers[0].close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        asyncio.run(asyncio.wait_for(scenario(listener), 30))
 
 
 def test_an_unprotected_public_address_is_warned_about(caplog):

@@ -199,17 +199,16 @@ class Connection(asyncio.Protocol):
 
     def _scope(self, head: RequestHead) -> dict[str, Any]:
         url = httptools.parse_url(head.url)
-        root, raw_path = self._config.root_path, url.path or b"/"
+        raw_path = url.path or b"/"
         return {
             "type": "http",
             "asgi": {"version": self._config.asgi_version, "spec_version": "2.3"},
             "http_version": "1.1" if head.is_http_1_1 else "1.0",
             "method": head.method,
             "scheme": "https" if is_ssl(self._transport) else "http",
-            "path": root + urllib.parse.unquote(raw_path.decode("ascii")),
-            "raw_path": root.encode("ascii") + raw_path,
+            "path": urllib.parse.unquote(raw_path.decode("ascii")),
+            "raw_path": raw_path,
             "query_string": url.query or b"",
-            "root_path": root,
             "headers": head.headers,
             "client": get_remote_addr(self._transport),
             "server": get_local_addr(self._transport),

@@ -99,7 +99,7 @@ class Exchange:
         """Run the application; a response that it leaves out or unfinished is logged."""
         try:
             await app(self._scope, self.receive, self.send)
-            if not self._is_ended and not self._is_lost:
+            if not self._is_ended and not self._has_left:
                 logger.error("the application did not finish its response")
         except asyncio.CancelledError:
             pass

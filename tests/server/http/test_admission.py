@@ -69,3 +69,15 @@ def test_slow_arrivals_give_way_but_not_those_that_just_began_or_are_whole():
         desk.place("greedy", prompts=2)
     slow[0].close()
     assert desk.admission.used["prompts"] == 3
+
+
+def test_a_slow_arrival_that_asks_for_more_is_refused_and_keeps_what_it_holds():
+    desk = Desk()
+    slow = desk.place("slow", body_bytes=600)
+    desk.place("whole", body_bytes=400).keep()
+    desk.now = GRACE_S
+    with pytest.raises(OverloadedError):
+        slow.enlarge("body_bytes", 601)
+    assert desk.admission.used["body_bytes"] == 1000 and not desk.evicted
+    slow.close()
+    assert desk.admission.used["body_bytes"] == 400

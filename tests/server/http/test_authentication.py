@@ -115,3 +115,6 @@ def test_a_proxy_may_send_the_root_path_or_strip_it(root):
     key = [("Authorization", f"Bearer {KEY}")]
     assert ask(behind, ("GET", paths[1]), headers=key)[0].status_code == 200
     assert ask(behind, ("GET", "/llmhealth"))[0].status_code == 401
+    # no redirect, which would name the host that the client sent
+    slashed = ("GET", f"{root}/v1/models/"), ("GET", f"{root}/health/")
+    assert [one.status_code for one in ask(behind, *slashed, headers=key)] == [404, 404]

@@ -34,8 +34,10 @@ class Client:
         intake = Intake(self.app, self.desk.admission, paths, 900, timeout_s)
         self.stack = HeadRequests(intake)
 
-    async def send(self, *parts, ends=True, headers=(), path="/generate", method="POST"):
-        sent = []
+    async def send(
+        self, *parts, ends=True, headers=(), path="/generate", method="POST", root_path=""
+    ):
+        self.sent = sent = []
         messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
         if ends:
             messages.append({"type": "http.request", "body": b""})
@@ -49,6 +51,7 @@ class Client:
             sent.append(message)
 
         scope = {"type": "http", "path": path, "method": method, "headers": list(headers)}
+        scope["root_path"] = root_path
         await self.stack(scope, receive, send)
         error = sent[1]["body"] if sent[0]["status"] != 200 else b"{}"
         return sent[0]["status"], json.loads(error).get("error", {}).get("message", "")
@@ -86,6 +89,54 @@ def test_only_generating_requests_take_places():
         other.close()
 
     assert run(scenario).desk.rejected == ["queue_full"]
+
+
+def test_the_root_path_is_no_part_of_a_generating_path():
+    async def scenario(client):
+        client.desk.place("other", prompts=4).keep()
+        for root in ("/root", "/gen", "/generate/x", ""):  # proxies may strip it
+            assert (await client.send(b"a", root_path=root))[0] == 503
+        assert (await client.send(b"a", path="/root/generate", root_path="/root"))[0] == 503
+        assert (await client.send(b"a", path="/generate", root_path="/generate"))[0] == 200
+        client.desk.admission.give_back("prompts", 4)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "DELETE"])
+@pytest.mark.parametrize(
+    "header", [(b"content-length", b"1"), (b"transfer-encoding", b"chunked")], ids=["length", "te"]
+)
+def test_only_post_may_have_a_body(method, header):
+    async def scenario(client):
+        client.desk.place("full", body_bytes=1000).keep()
+        status, message = await client.send(b"a", headers=[header], method=method, path="/")
+        assert status == 413 and message == "only POST requests may have a body"
+        length = [(b"content-length", b"0")]
+        assert (await client.send(headers=length, method=method))[0] == 200
+        client.desk.admission.give_back("body_bytes", 1000)
+
+    assert not run(scenario).desk.rejected
+
+
+def test_a_refused_request_whose_answer_is_unread_is_not_evicted():
+    async def scenario(client):
+        refused = []
+
+        async def receive():
+            return {"type": "http.request", "body": b"a" * 901}
+
+        async def send(message):
+            client.desk.now += 1.0
+            refused.append(await client.send(b"a"))  # others go on meanwhile
+
+        client.desk.place("other", prompts=3).keep()
+        scope = {"type": "http", "path": "/generate", "method": "POST", "headers": []}
+        await client.stack(scope, receive, send)
+        assert refused == [(200, ""), (200, "")]
+        client.desk.admission.give_back("prompts", 3)
+
+    run(scenario)
 
 
 @pytest.mark.parametrize(
@@ -147,18 +198,9 @@ def test_slow_bodies_lose_their_places_to_others():
     run(scenario)
 
 
-def test_head_is_a_get_without_a_body():
+def test_head_is_a_get():
     async def scenario(client):
-        sent = []
-
-        async def send(message):
-            sent.append(message)
-
-        async def receive():
-            return {"type": "http.request", "body": b""}
-
-        scope = {"type": "http", "path": "/", "method": "HEAD", "headers": []}
-        await client.stack(scope, receive, send)
-        assert [message.get("body") for message in sent] == [None, b""]
+        assert await client.send(method="HEAD") == (200, "")
+        assert client.sent[1]["body"] == b"GET"  # the connection leaves it out
 
     run(scenario)

@@ -40,6 +40,10 @@ class Echo:
         if scope["path"] == "/wait":
             assert (await receive())["type"] == "http.disconnect"
             self.left.set()
+        if scope["path"] == "/vanish":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            assert (await receive())["type"] == "http.disconnect"
+            return
         if scope["path"] == "/fail":
             raise ValueError("a test")
         if scope["path"] in ("/stream", "/flood"):
@@ -300,6 +304,11 @@ def test_a_client_that_leaves_is_noticed():
 
 def test_a_short_answer_reaches_a_client_that_ended_its_side():
     assert statuses(talk(HELLO, ends=True)) == [200]
+
+
+def test_a_stream_that_ends_because_its_client_ended_its_side_is_no_error(caplog):
+    assert talk(b"GET /vanish HTTP/1.1\r\n\r\n", ends=True).startswith(b"HTTP/1.1 200")
+    assert not caplog.records
 
 
 def test_a_stream_that_nobody_reads_is_cut():

@@ -118,18 +118,18 @@ def test_a_plain_torch_step_gets_time_in_proportion_to_its_tokens(monkeypatch, c
     config = tiny_config(num_layers=3)
     engine = engine_of(random_model(config), EngineConfig(kv_cache_gib=0.001), make=eager)
 
-    def one_second(batch):
+    def one_second(batch, trace):
         clock.now += 1
         return torch.zeros(1, config.vocab_size)
 
-    monkeypatch.setattr(engine._executor, "logits", one_second)
+    monkeypatch.setattr(engine._executor, "_forward", one_second)
     engine.warm_up()
     one, _ = step_flops(config, 1)
     _, largest = step_flops(config, num_tokens)
     allowed_s = progress._PATIENCE * largest / one
     assert allowed_s > num_tokens  # far more than the timeout of 4 s
 
-    def hangs(batch):
+    def hangs(batch, trace):
         engine.progress.mark()
         assert engine.progress.stalled_s == 0  # reading it also takes note of earlier kernel work
         clock.now += allowed_s - 1
@@ -138,7 +138,7 @@ def test_a_plain_torch_step_gets_time_in_proportion_to_its_tokens(monkeypatch, c
         assert engine.progress.stalled_s == pytest.approx(10)
         raise ArithmeticError
 
-    monkeypatch.setattr(engine._executor, "logits", hangs)
+    monkeypatch.setattr(engine._executor, "_forward", hangs)
     engine.add(greedy("a", [1] * num_tokens, 2))
     (output,) = engine.step().outputs
     assert output.error == "ArithmeticError in the engine"

@@ -37,8 +37,6 @@ def work(connection: Connection, folder: Path, limits: RequestLimits) -> None:
     It returns when the other end closes. Answers are kept for at most a minute, so that a hostile
     grammar that is sent again and again does not keep others waiting.
     """
-    # Ctrl-C reaches this process too, but the parent handles it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     compiler = GrammarCompiler(lambda: load_tokenizer(folder), limits.vocab_size, limits.eos_ids)
     compiler.warm_up()
 

@@ -1,6 +1,7 @@
 """``memplus serve`` as processes: shutdown, restarts, limits, and errors at start."""
 
 import asyncio
+import json
 import os
 import random
 import shutil
@@ -59,13 +60,16 @@ def test_a_running_stream_is_finished_before_the_end(memory_plus_folder, number)
     options = ("--drain-timeout-s", "600")
     with running(memory_plus_folder, *options, new_group=True) as server:
         body = {"prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        body |= {"stream_options": {"include_usage": True}}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
             # to every process of the group, like a terminal or a supervisor
             os.killpg(server.process.pid, number)
             events = [line for line in lines if line]
-        assert len(events) == 300 and events[-1] == "data: [DONE]"
+        assert events[-1] == "data: [DONE]"
+        usage = json.loads(events[-2].removeprefix("data: "))["usage"]
+        assert usage["completion_tokens"] == 300
         assert server.process.wait(timeout=60) == 0
         assert "Traceback" not in server.process.stderr.read()
 

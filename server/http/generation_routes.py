@@ -45,11 +45,16 @@ def generation_routes(service: Service) -> APIRouter:
 
 def _either(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Documents a response that is whole, or a stream of events."""
-    stream = "chunks as server-sent events, if `stream` is true; the last is `data: [DONE]`"
+    data = {"type": "string", "description": "a chunk as JSON; the last is `[DONE]`"}
+    stream = {
+        "type": "object",
+        "description": "server-sent events, if `stream` is true",
+        "properties": {"data": data},
+    }
     return {
         200: {
             "model": whole,
             "description": "the answers",
-            "content": {"text/event-stream": {"schema": {"type": "string", "description": stream}}},
+            "content": {"text/event-stream": {"schema": stream}},
         }
     }

@@ -62,6 +62,10 @@ def ask(page, text, **options):
     page.keyboard.press("Control+Enter")
 
 
+# a busy machine draws late
+expect.set_options(timeout=30_000)
+
+
 def finish(page, text, **options):
     """Ask, and wait for the end of the answer."""
     ask(page, text, **options)
@@ -248,6 +252,7 @@ def test_the_page_asks_for_a_key_and_keeps_it_for_the_tab(open_page, memory_serv
 @pytest.mark.parametrize("width", [360, 1280])
 def test_it_is_accessible_and_fits_in_both_themes(open_page, memory_server, scheme, width):
     page = open_page(memory_server.url, width, scheme)
+    expect(page.locator("#load")).to_have_text("ready")
     if width < 900:
         page.get_by_text("Sampling").click()
     finish(page, "lookup", max_tokens=20, temperature=0)

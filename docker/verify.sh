@@ -93,17 +93,17 @@ clean_docker() { if [ -n "$server" ]; then docker rm --force "$server" >"$work/r
 
 build_buildah() {
     export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
-    local base=docker.io/library/debian:bookworm-slim container
+    local base=docker.io/library/debian:bookworm-slim from_scratch
     if ! buildah inspect --type image $base >"$work/inspect" 2>&1; then
         debootstrap --variant=minbase bookworm "$work/root" \
             "$(apt-get indextargets --format '$(SITE)' | head -1)" >"$work/debootstrap.log"
         # apt's sources and settings of this machine
         rm "$work/root/etc/apt/sources.list"
         cp -r /etc/apt/sources.list* /etc/apt/apt.conf.d "$work/root/etc/apt/"
-        container=$(buildah from scratch)
-        buildah copy --quiet "$container" "$work/root" / >"$work/copy"
-        buildah commit --quiet "$container" $base >"$work/commit"
-        buildah rm "$container" >"$work/rm"
+        from_scratch=$(buildah from scratch)
+        buildah copy --quiet "$from_scratch" "$work/root" / >"$work/copy"
+        buildah commit --quiet "$from_scratch" $base >"$work/commit"
+        buildah rm "$from_scratch" >"$work/rm"
         rm -r "$work/root"
     fi
     local arguments=(--build-arg "PIP_INDEX_URL=$(pip_setting index-url)") value

@@ -72,9 +72,9 @@ class Tokenizer(Protocol):
     def token_name(self, token_id: int) -> str:
         r"""A name that no other token has, by which clients tell tokens apart.
 
-        It is the token's text. A token that has no text of its own, because it is a part of a
-        character or another token has the same text, is named by its bytes (``bytes:\xe2\x96``), or
-        by its id (``token_id:7``) if these are not known or are another token's name too.
+        The name is the token's text. If the token is only a part of a character, or if another
+        token has the same text, the name shows its bytes (``bytes:\xe2\x96``). If the bytes are
+        unknown, or are another token's name, the name shows the id (``token_id:7``).
         """
         ...
 

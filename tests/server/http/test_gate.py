@@ -10,7 +10,7 @@ from tests.server.http.test_app import build
 
 
 class SlowApp:
-    """Answers when it is told to; a stream has one event before."""
+    """Answers after the test allows it; a stream sends one event before that."""
 
     def __init__(self):
         self.go_on = asyncio.Event()

@@ -94,9 +94,9 @@ def test_only_generating_requests_take_places():
 def test_the_root_path_is_no_part_of_a_generating_path():
     async def scenario(client):
         client.desk.place("other", prompts=4).keep()
-        for root in ("/root", "/gen", "/generate/x", ""):  # proxies may strip it
+        for root in ("/proxy", "/gen", "/generate/x", ""):  # proxies may strip it
             assert (await client.send(b"a", root_path=root))[0] == 503
-        assert (await client.send(b"a", path="/root/generate", root_path="/root"))[0] == 503
+        assert (await client.send(b"a", path="/proxy/generate", root_path="/proxy"))[0] == 503
         assert (await client.send(b"a", path="/generate", root_path="/generate"))[0] == 200
         client.desk.admission.give_back("prompts", 4)
 

@@ -297,6 +297,7 @@ def test_a_client_that_leaves_is_noticed():
                 await asyncio.sleep(0)
             leaves(writer)
             await server.app.left.wait()
+            assert server.app.left.is_set()
             writer.close()
 
     run(scenario)

@@ -53,6 +53,15 @@ class LayerReads(BaseModel):
     weights: list[float] = Field(description="their weights, summed over the heads")
 
 
+class CommonAnswer(BaseModel):
+    """Fields of the answers of both routes."""
+
+    id: str = Field(description="the request's id")
+    created: int = Field(description="seconds since 1970")
+    model: str = Field(description="the served model's name")
+    usage: Usage = Field(description="token counts")
+
+
 class CommonChoice(BaseModel):
     """Fields of the choices of both routes."""
 
@@ -95,15 +104,11 @@ class CompletionChoice(CommonChoice):
     )
 
 
-class Completion(BaseModel):
+class Completion(CommonAnswer):
     """A completion."""
 
-    id: str = Field(description="the request's id")
     object: Literal["text_completion"] = Field(description="always text_completion")
-    created: int = Field(description="seconds since 1970")
-    model: str = Field(description="the served model's name")
     choices: list[CompletionChoice] = Field(description="the answers")
-    usage: Usage = Field(description="token counts")
 
 
 class CalledFunction(BaseModel):
@@ -158,15 +163,11 @@ class ChatChoice(CommonChoice):
     logprobs: ChatLogprobs | None = Field(description="if requested")
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(CommonAnswer):
     """A chat completion."""
 
-    id: str = Field(description="the request's id")
     object: Literal["chat.completion"] = Field(description="always chat.completion")
-    created: int = Field(description="seconds since 1970")
-    model: str = Field(description="the served model's name")
     choices: list[ChatChoice] = Field(description="the answers")
-    usage: Usage = Field(description="token counts")
 
 
 class Model(BaseModel):

@@ -73,6 +73,7 @@ def reference_logits(reference, ids):
     return reference(torch.tensor([ids])).logits[0]
 
 
+@pytest.mark.slow
 def test_greedy_tokens_and_logits_equal_transformers(smollm2, reference, prompt_ids):
     model, _ = load_model(smollm2, "float32")
     engine = engine_of(model, EngineConfig(kv_cache_gib=0.5, max_model_len=512))

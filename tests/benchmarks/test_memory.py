@@ -162,6 +162,7 @@ def test_traces_of_other_models_are_rejected(tmp_path, change, said):
 
 
 @pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
+@pytest.mark.slow
 def test_the_sweep_is_measured_saved_and_plotted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "_READS", 500)
     source = save_model(random_model(tiny_config(num_layers=8, head_dim=16)), tmp_path / "model")

@@ -100,7 +100,7 @@ OTHER_KINDS = [(kind, "dense", kind) for kind in MEMORY_KINDS] + [("moe", "memor
 
 
 @pytest.mark.parametrize("make", [make_executor, delayed])
-@pytest.mark.parametrize("share_values", [True, False])
+@pytest.mark.parametrize("share_values", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kinds", OTHER_KINDS)
 def test_other_feed_forwards(kinds, share_values, make):
     changes = feed_forward_changes(*kinds, share_values=share_values)

@@ -4,7 +4,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -20,6 +20,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# `make test` compiles for one target, `make test-slow` for the others
+QUICK_TARGET = "sm_90"
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,25 @@ def check(figures: Figures, budget: tuple[int, int], wide_loads: int) -> None:
     assert figures.shared <= budget[1], f"shared memory: {figures}"
 
 
+def targets(names: Iterable[str] = TARGETS) -> list:
+    """The names as parameters; all but the quick target are slow."""
+    return [pytest.param(name, marks=marks_of(name)) for name in names]
+
+
+def marks_of(target: str) -> list:
+    return [] if target == QUICK_TARGET else [pytest.mark.slow]
+
+
 def per_target(budgets: dict) -> list:
-    """Each case of a budget table with each target."""
+    """Each case of a budget table with each target; all but those of the quick target are slow."""
     return [
-        pytest.param(case, target, limits, id=f"{'-'.join(map(str, case))}-{target}")
+        pytest.param(
+            case,
+            target,
+            limits,
+            id=f"{'-'.join(map(str, case))}-{target}",
+            marks=marks_of(target),
+        )
         for case, row in budgets.items()
         for target, limits in zip(TARGETS, row, strict=True)
     ]

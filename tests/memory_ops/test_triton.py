@@ -29,14 +29,14 @@ def test_the_kernels_compiled(tmp_path):
 
 
 @pytest.mark.slow
-def test_many_examples_in_the_strict_interpreter(tmp_path):
-    options = ("-m", "hypothesis", "--hypothesis-profile", "many")
+def test_more_cases_in_the_strict_interpreter(tmp_path):
+    options = ("-m", "slow or hypothesis", "--hypothesis-profile", "many")
     status, output = run_tests([FOLDER / "interpreted"], tmp_path, *options, TRITON_INTERPRET="1")
     assert status == 0, output
 
 
 @pytest.mark.slow
-def test_the_largest_kernels_compiled(tmp_path):
+def test_more_kernels_compiled(tmp_path):
     status, output = run_tests(
         [FOLDER / "compiled"], tmp_path, "-m", "slow", MEMPLUS_COMPILE_TESTS="1"
     )

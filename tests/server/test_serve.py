@@ -249,7 +249,9 @@ def engine_of(server) -> int:
     return engine
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_a_dead_or_hung_engine_is_replaced_under_load(slow_folder, number):
     with running(slow_folder, "--engine-restarts", "1") as server:
         first = engine_of(server)
@@ -273,6 +275,7 @@ def test_a_dead_or_hung_engine_is_replaced_under_load(slow_folder, number):
         assert LOST in server.process.stderr.read().splitlines()
 
 
+@pytest.mark.slow
 def test_500_requests_with_a_third_cancelled_leak_nothing(memory_plus_folder):
     drawn = random.Random(5)
     options = ("--max-num-seqs", "16", "--max-queued-requests", "600")

@@ -11,7 +11,7 @@ from memory_ops.triton_kernels.launch import RowLaunch
 from memory_ops.triton_kernels.product_topk import TILES_LAUNCH, TOPK_LAUNCHES, launch_for
 from memory_ops.triton_kernels.row_dots import DOT_LAUNCHES
 from memory_ops.triton_kernels.row_gradients import GRADIENT_LAUNCHES
-from tests.kernel_tools.machine_code import TARGETS, check, compiled, per_target
+from tests.kernel_tools.machine_code import TARGETS, check, compiled, per_target, targets
 from tests.memory_ops.compiled.bad_kernels import ROWS, gather_of_run_time_width
 from tests.memory_ops.table_kinds import KINDS, PLAIN, table_of, vast_table
 
@@ -138,7 +138,7 @@ def test_small_tables_that_amd_reads_with_32_bit_offsets(kind):
     check(dots, (168, 8192), wide_row_loads(DOT_LAUNCHES[kind], kind, "gfx942"))
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("target", targets(["sm_90", "gfx942"]))
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "int4"])
 def test_one_value_of_one_row_compiles(kind, target):
     # triton turns a size of 1 into a constant, which takes another code path
@@ -150,7 +150,7 @@ def test_one_value_of_one_row_compiles(kind, target):
     assert all(not compiled(TARGETS[target], call).spills for call in calls)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("target", targets(["sm_80", "sm_90", "gfx942"]))
 def test_operands_of_less_precision_compile(target):
     # the interpreter accepts code that the compiler refuses, and fp32 operands need no conversion
     table, x = torch.randn(64, 1000).bfloat16(), torch.randn(16, 1000).bfloat16()
@@ -165,13 +165,13 @@ def test_operands_of_less_precision_compile(target):
     assert not dots.spills and not dots.narrow_loads
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("target", targets(["sm_90", "gfx942"]))
 @pytest.mark.parametrize(("num_subkeys", "top_k"), [(1, 1), (2, 1), (2, 2), (5, 3)])
 def test_the_smallest_topk_compiles(num_subkeys, top_k, target):
     assert not compiled(TARGETS[target], topk_of(num_subkeys, top_k)).spills
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", targets())
 def test_the_check_rejects_a_width_known_only_at_run_time(target):
     table, rows = torch.randn(64, 1000).bfloat16(), torch.zeros(16, 128, dtype=torch.int64)
     figures = compiled(TARGETS[target], lambda: gather_of_run_time_width(table, rows))
@@ -179,7 +179,7 @@ def test_the_check_rejects_a_width_known_only_at_run_time(target):
         check(figures, (255, 0), wide_loads=ROWS)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", targets())
 def test_the_check_rejects_more_rows_than_registers(target, monkeypatch):
     # a lane has 255 registers on NVIDIA and 512 on AMD
     too_many = 64 if target.startswith("gfx") else 32

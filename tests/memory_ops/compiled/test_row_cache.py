@@ -7,7 +7,7 @@ from memory_ops.anonymous import anonymous_zeros
 from memory_ops.triton_kernels.fetch_rows import fetch_rows
 from memory_ops.triton_kernels.place_rows import NUM_COUNTS, CacheSets, place_rows
 from memory_ops.triton_kernels.sort_rows import SortedRows, sort_rows
-from tests.kernel_tools.machine_code import TARGETS, check, compiled, per_target
+from tests.kernel_tools.machine_code import TARGETS, check, compiled, per_target, targets
 
 # by is_hint and number of ways; limits as in test_budgets
 PLACE_BUDGETS = {
@@ -65,7 +65,7 @@ def test_fetch_rows(case, target, budget):
         check(figures, budget, wide_loads=1)
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("target", targets(["sm_90", "gfx942"]))
 @pytest.mark.parametrize("is_hint", [False, True])
 def test_one_row_of_one_set_of_one_way_compiles(target, is_hint):
     # triton turns a size of 1 into a constant, which takes another code path

@@ -20,7 +20,9 @@ from tests.memory_ops.table_kinds import (
 
 
 # 64 fills 128-bit loads, 99 does not; 1100 takes several blocks, the last one partly filled
-@pytest.mark.parametrize("width", [1, 64, 99, 1100])
+@pytest.mark.parametrize(
+    "width", [99, 1100, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 64))]
+)
 @pytest.mark.parametrize("kind", KINDS)
 # one row of one head; more choices than a program reads at once with K not a power of two
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 3, 7)])
@@ -74,6 +76,7 @@ def test_unread_rows_may_hold_nan(kind):
     check_close(gather_rows(table, rows, weights), exact, 3)
 
 
+@pytest.mark.slow
 def test_every_fp8_code_is_exact():
     codes = torch.arange(256, dtype=torch.uint8)
     is_number = codes & 0x7F != 0x7F

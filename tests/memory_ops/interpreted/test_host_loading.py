@@ -61,7 +61,13 @@ def loaded(folder, size, dtype="auto", **options):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "row_bytes"), [("auto", 128), ("bfloat16", 64), ("int8", 64), ("int4", 128)]
+    ("dtype", "row_bytes"),
+    [
+        ("auto", 128),
+        ("int8", 64),
+        pytest.param("bfloat16", 64, marks=pytest.mark.slow),
+        pytest.param("int4", 128, marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_reads_loaded_tables_through_its_cache(folder, locked, dtype, row_bytes):
     model, _ = load_model(folder, table_dtype=dtype)

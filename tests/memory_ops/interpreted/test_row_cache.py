@@ -107,7 +107,7 @@ def gathered(cache: RowCache, rows: Tensor, weights: Tensor, width: int, layer: 
     return out
 
 
-@pytest.mark.parametrize("width", [1, 99])
+@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 99])
 @pytest.mark.parametrize("kind", KINDS)
 def test_lookups_equal_those_of_the_table_bit_for_bit(kind, width):
     table = table_of(kind, torch.randn(30, width))

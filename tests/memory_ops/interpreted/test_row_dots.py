@@ -21,7 +21,9 @@ from tests.memory_ops.table_kinds import (
 )
 
 
-@pytest.mark.parametrize("width", [1, 64, 99, 1100])
+@pytest.mark.parametrize(
+    "width", [99, 1100, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 64))]
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 3, 7)])
 def test_dots_of_rows_and_vectors(kind, width, shape):

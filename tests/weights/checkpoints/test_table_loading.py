@@ -306,9 +306,9 @@ print(peak("VmHWM") - before)
     ("verb", "dtype", "held"),
     [
         ("load", "auto", TABLE_BYTES),
-        ("load", "bfloat16", TABLE_BYTES // 2),
-        ("load", "int8", TABLE_BYTES // 4 + 64 * ROWS),
-        ("stream", "float32", TABLE_BYTES),
+        pytest.param("load", "bfloat16", TABLE_BYTES // 2, marks=pytest.mark.slow),
+        pytest.param("load", "int8", TABLE_BYTES // 4 + 64 * ROWS, marks=pytest.mark.slow),
+        pytest.param("stream", "float32", TABLE_BYTES, marks=pytest.mark.slow),
         ("stream", "int8", TABLE_BYTES // 4 + 64 * ROWS),
         ("convert", "bfloat16", 0),
     ],

@@ -85,8 +85,12 @@ def test_rows_of_any_number(rows, function, dtype):
 
 
 @pytest.mark.parametrize("is_gated", [False, True])
-@pytest.mark.parametrize("outputs", [1, 17, pytest.param(96, marks=pytest.mark.slow), 1000])
-@pytest.mark.parametrize("width", [8, 100, pytest.param(576, marks=pytest.mark.slow), 1000])
+@pytest.mark.parametrize(
+    "outputs", [1, 17, *(pytest.param(n, marks=pytest.mark.slow) for n in (96, 1000))]
+)
+@pytest.mark.parametrize(
+    "width", [8, 100, *(pytest.param(n, marks=pytest.mark.slow) for n in (576, 1000))]
+)
 def test_ragged_shapes(width, outputs, is_gated):
     check(Case(3, width, outputs, torch.bfloat16, has_norm=True, is_gated=is_gated))
 

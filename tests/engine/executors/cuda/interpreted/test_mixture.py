@@ -54,7 +54,7 @@ def check(tensors: tuple[Tensor, ...], top_k: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [0, 1, 7, 33])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, pytest.param(33, marks=pytest.mark.slow)])
 def test_tokens_of_any_number(num_tokens, dtype):
     check(operands(num_tokens, 8, 40, 24, dtype), 2)
 
@@ -90,7 +90,13 @@ def test_experts_that_no_token_chose_are_not_read():
     assert wanted.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float16)),
+    ],
+)
 def test_a_token_does_not_depend_on_the_others(dtype):
     residual, x, logits, *weights = operands(3, 4, 100, 24, dtype)
     together = added(residual, x, logits, *weights, top_k=2)

@@ -29,8 +29,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIXED = {"counts": (1, 9, 40, 1, 0, 33), "lengths": (70, 70, 100, 1, 9, 64)}
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "fp8"),
+    [
+        (torch.bfloat16, False),
+        (torch.float32, True),
+        *(pytest.param(dtype, False, marks=slow) for dtype in (torch.float32, torch.float16)),
+        *(pytest.param(dtype, True, marks=slow) for dtype in (torch.bfloat16, torch.float16)),
+    ],
+)
 def test_mixed_steps(dtype, fp8):
     attention_case(**MIXED, dtype=dtype, fp8=fp8).check()
     attention_case(**MIXED, dtype=dtype, fp8=fp8, num_shared=3).check(num_splits=3)
@@ -74,7 +81,7 @@ def test_short_chunks_beside_tokens_and_long_chunks(group, num_splits):
     attention_case(counts, lengths, num_heads=group, num_kv_heads=1).check(num_splits)
 
 
-@pytest.mark.parametrize("num_splits", [1, 4, 16])
+@pytest.mark.parametrize("num_splits", [4, *(pytest.param(n, marks=slow) for n in (1, 16))])
 def test_long_contexts(num_splits):
     few = {"num_heads": 2, "num_kv_heads": 1, "dtype": torch.bfloat16}
     attention_case([1, 1, 1], [5000, 3, 4097], **few).check(num_splits)
@@ -101,7 +108,9 @@ def test_more_splits_than_tiles_of_keys(length, num_splits):
     attention_case([1, 1], [length, 1], head_dim=64).check(num_splits)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 17])
+@pytest.mark.parametrize(
+    "group", [1, 3, 8, *(pytest.param(n, marks=slow) for n in (2, 4, 5, 7, 16, 17))]
+)
 def test_groups(group):
     attention_case((1, 35), (40, 50), num_heads=2 * group, num_kv_heads=2).check(num_splits=2)
 
@@ -251,6 +260,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_every_path_passes_without_a_fault():
     full_check()
 

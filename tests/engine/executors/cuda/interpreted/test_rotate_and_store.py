@@ -107,6 +107,7 @@ def stored_codes(values: Tensor) -> Tensor:
     return blocks[:, 1].flatten()
 
 
+@pytest.mark.slow
 def test_every_bf16_value_becomes_its_fp8_code():
     # with infinities, which saturate
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)

@@ -194,34 +194,40 @@ def test_a_damaged_model_ends_the_command_with_one_line(memory_plus_folder, tmp_
     assert errors == [f"memplus: {folder}: tensor model.norm.weight is missing"]
 
 
+MISTAKES = [
+    (["serve", "--model", "nowhere"], "nowhere"),
+    (["serve", "--port", "99999"], "port"),
+    (["serve", "--host", "203.0.113.1"], "host"),
+    (["serve", "--kv-cache-gib", "inf"], "kv_cache_gib"),
+    (["serve", "--kv-cache-gib", "1e9"], "kv_cache_gib"),
+    (["generate", "\udcff"], "text"),
+    (["serve", "--block-size", "0"], "block_size"),
+    (["serve", "--engine-restarts", "-1"], "engine_restarts"),
+    (["serve", "--stall-timeout-s", "0.5"], "stall_timeout_s"),
+    (["generate", "x", "--temperature", "-1"], "temperature"),
+    (["inspect", "nowhere"], "nowhere"),
+    (["convert", "nowhere.gguf", "there"], "nowhere.gguf"),
+    (["quantize", "nowhere", "there", "--table-dtype", "int8"], "nowhere"),
+    (["quantize", "wordnet", "there"], "--table-dtype"),
+    (["serve", "--table-tier", "host"], "table_tier: host needs a GPU"),
+    (["serve", "--table-dtype", "int3"], "--table-dtype"),
+    (["serve", "--log-interval-s", "-1"], "log_interval_s"),
+    (["serve", "--model", "model.gguf"], "memplus convert"),
+    (["serve", "--dtype", "int3"], "--dtype"),
+    (["serve", "--novel"], "--novel"),
+    (["serve", "--config", "nowhere.toml"], "nowhere.toml: No such file"),
+    (["serve", "--api-key-file", "nowhere"], "api_key_file: nowhere: No such file"),
+    (["serve", "--tls-cert", "nowhere"], "tls_cert: nowhere: No such file"),
+    (["serve", "--uds", "/nowhere/socket"], "uds: /nowhere/socket: No such file"),
+    (["serve", "--uds", "socket", "--port", "80"], "uds: replaces --host and --port"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["serve", "--model", "nowhere"], "nowhere"),
-        (["serve", "--port", "99999"], "port"),
-        (["serve", "--host", "203.0.113.1"], "host"),
-        (["serve", "--kv-cache-gib", "inf"], "kv_cache_gib"),
-        (["serve", "--kv-cache-gib", "1e9"], "kv_cache_gib"),
-        (["generate", "\udcff"], "text"),
-        (["serve", "--block-size", "0"], "block_size"),
-        (["serve", "--engine-restarts", "-1"], "engine_restarts"),
-        (["serve", "--stall-timeout-s", "0.5"], "stall_timeout_s"),
-        (["generate", "x", "--temperature", "-1"], "temperature"),
-        (["inspect", "nowhere"], "nowhere"),
-        (["convert", "nowhere.gguf", "there"], "nowhere.gguf"),
-        (["quantize", "nowhere", "there", "--table-dtype", "int8"], "nowhere"),
-        (["quantize", "wordnet", "there"], "--table-dtype"),
-        (["serve", "--table-tier", "host"], "table_tier: host needs a GPU"),
-        (["serve", "--table-dtype", "int3"], "--table-dtype"),
-        (["serve", "--log-interval-s", "-1"], "log_interval_s"),
-        (["serve", "--model", "model.gguf"], "memplus convert"),
-        (["serve", "--dtype", "int3"], "--dtype"),
-        (["serve", "--novel"], "--novel"),
-        (["serve", "--config", "nowhere.toml"], "nowhere.toml: No such file"),
-        (["serve", "--api-key-file", "nowhere"], "api_key_file: nowhere: No such file"),
-        (["serve", "--tls-cert", "nowhere"], "tls_cert: nowhere: No such file"),
-        (["serve", "--uds", "/nowhere/socket"], "uds: /nowhere/socket: No such file"),
-        (["serve", "--uds", "socket", "--port", "80"], "uds: replaces --host and --port"),
+        pytest.param(*case, marks=[pytest.mark.slow] if n % 4 else [])
+        for n, case in enumerate(MISTAKES)
     ],
 )
 def test_a_command_line_error_is_one_line_and_exit_code_2(tmp_path, arguments, named):

@@ -74,7 +74,6 @@ class CommonChoice(BaseModel):
         default=None, description="for each token, the reads of each memory layer"
     )
     token_ids: list[int] | None = Field(default=None, description="generated token ids")
-    prompt_token_ids: list[int] | None = Field(default=None, description="the prompt's token ids")
 
 
 class Logprobs(BaseModel):
@@ -102,6 +101,7 @@ class CompletionChoice(CommonChoice):
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
         default=None, description="for each prompt token, log-probabilities by token id"
     )
+    prompt_token_ids: list[int] | None = Field(default=None, description="the prompt's token ids")
 
 
 class Completion(CommonAnswer):
@@ -168,6 +168,7 @@ class ChatCompletion(CommonAnswer):
 
     object: Literal["chat.completion"] = Field(description="always chat.completion")
     choices: list[ChatChoice] = Field(description="the answers")
+    prompt_token_ids: list[int] | None = Field(default=None, description="the prompt's token ids")
 
 
 class Model(BaseModel):

@@ -178,6 +178,7 @@ class Model(BaseModel):
     object: Literal["model"] = Field(description="always model")
     created: int = Field(description="when the server started, in seconds since 1970")
     owned_by: str = Field(description="always memplus")
+    root: str = Field(description="for vLLM's clients; the same as id")
     max_model_len: int = Field(description="most tokens of a prompt and its answer together")
     has_chat_template: bool = Field(description="whether it takes chat requests")
 

@@ -69,6 +69,20 @@ def test_a_stream_joins_to_the_whole_answer(chat):
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
 
 
+def test_the_asynchronous_client_gets_the_same_answers(memory_server, chat):
+    options = {"model": "tiny-memory", "messages": MESSAGES, "max_tokens": 12} | GREEDY
+
+    async def ask():
+        url = f"{memory_server.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            create = client.chat.completions.create
+            whole, stream = await asyncio.gather(create(**options), create(stream=True, **options))
+            parts = [chunk.choices[0].delta.content or "" async for chunk in stream]
+            return whole.choices[0].message.content, "".join(parts)
+
+    assert asyncio.run(ask()) == (chat().choices[0].message.content,) * 2
+
+
 def test_token_ids_of_the_prompt_are_beside_the_choices(memory_server, chat):
     extra = {"ignore_eos": True, "return_token_ids": True}
     prompt = memory_server.http.post("/tokenize", json={"messages": MESSAGES}).json()["tokens"]

@@ -11,3 +11,11 @@ class RequestError(ValueError):
     def __init__(self, param: str, message: str) -> None:
         super().__init__(f"{param}: {message}")
         self.param, self.reason = param, message
+
+
+class ContextLengthError(RequestError):
+    """A prompt, or a prompt with its answer, that is longer than the model takes."""
+
+    def __init__(self, param: str, length: str, limit: int) -> None:
+        # clients recognise the error by these words of OpenAI's server
+        super().__init__(param, f"{length}; this model's maximum context length is {limit} tokens")

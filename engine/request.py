@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from engine.errors import RequestError
+from engine.errors import ContextLengthError, RequestError
 from engine.sampling.grammar import Grammar
 from engine.sampling.params import SamplingParams, TokenLogprobs
 from memory_ops.tables.table_statistics import TableStatistics
@@ -28,11 +28,12 @@ class RequestLimits:
         if not length:
             raise RequestError("prompt", "is empty; it needs at least one token")
         if length > self.max_model_len - (sampling.max_tokens > 0):
-            message = f"has {length} tokens; with an answer the model takes {self.max_model_len}"
-            raise RequestError("prompt", message)
+            without = " without an answer" if length == self.max_model_len else ""
+            message = f"has {length} tokens{without}"
+            raise ContextLengthError("prompt", message, self.max_model_len)
         if length + sampling.max_tokens > self.max_model_len:
-            tokens = f"{sampling.max_tokens} and a prompt of {length} tokens"
-            raise RequestError("max_tokens", f"{tokens} exceed the limit of {self.max_model_len}")
+            message = f"is {sampling.max_tokens} and the prompt has {length} tokens"
+            raise ContextLengthError("max_tokens", message, self.max_model_len)
         for param, ids in {"prompt": prompt_ids, **sampling.listed_ids}.items():
             wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
             if wrong is not None:

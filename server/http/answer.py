@@ -39,13 +39,16 @@ class Answer:
         model_name: str,
         kinds: tuple[str, str],
         make_writer: Callable[[int], ChoiceWriter],
+        prompt_fields: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         """``kinds`` are the object's names, whole and streamed; ``make_writer`` takes the index
-        of a prompt."""
+        of a prompt. ``prompt_fields`` gives the fields beside ``choices`` that depend on the
+        prompt; only the first chunk of a stream has them."""
         self._generation = generation
         self._model_name = model_name
         self._kinds = kinds
         self._make_writer = make_writer
+        self._prompt_fields = prompt_fields
         self._created = int(time.time())
 
     async def whole(self, place: Place) -> bytes:
@@ -75,20 +78,21 @@ class Answer:
         head = json_text(self._object(self._kinds[1]))[:-1]
         writers: dict[int, ChoiceWriter] = {}
 
-        def chunk(choices: str, usage: dict[str, Any] | None) -> bytes:
+        def chunk(choices: str, usage: dict[str, Any] | None, prompt: str = "") -> bytes:
             # with include_usage every chunk has the field, null except in the last
             has_usage = usage is not None or include_usage
             end = f',"usage":{json_text(usage)}' if has_usage else ""
-            return event(f'{head},"choices":[{choices}]{end}}}')
+            return event(f'{head}{prompt},"choices":[{choices}]{end}}}')
 
         try:
             async with aclosing(self._generation.deltas(place)) as batches:
                 async for deltas in batches:
                     together = b""
                     for count, delta in enumerate(deltas, 1):
+                        prompt = "" if writers else await self._prompt_text()
                         choices = await self._choice(delta, writers)
                         usage = self._generation.usage(deltas[count:]) if every_usage else None
-                        together += chunk(choices, usage)
+                        together += chunk(choices, usage, prompt)
                         if len(together) > _MAX_TOGETHER:
                             yield together
                             together = b""
@@ -101,6 +105,13 @@ class Answer:
                 raise
             yield event(json_text(error.body))
         yield event("[DONE]")
+
+    async def _prompt_text(self) -> str:
+        """The JSON of the prompt's fields, to be inserted into an object."""
+        fields = self._prompt_fields()
+        if not fields:
+            return ""
+        return "," + (await asyncio.to_thread(large_json_text, fields))[1:-1]
 
     async def _choice(self, delta: TextDelta, writers: dict[int, ChoiceWriter]) -> str:
         """The JSON of the next chunk of a choice."""
@@ -124,7 +135,7 @@ class Answer:
             self._writer(delta.index).whole(delta) | {"index": index}
             for index, delta in enumerate(self._best(joined))
         ]
-        body = self._object(self._kinds[0])
+        body = self._object(self._kinds[0]) | self._prompt_fields()
         return text(body | {"choices": choices, "usage": self._generation.usage()}).encode()
 
     def _best(self, choices: Sequence[TextDelta]) -> Sequence[TextDelta]:

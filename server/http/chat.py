@@ -1,6 +1,7 @@
 """``POST /v1/chat/completions``: conversations in the format of the model's chat template."""
 
 import asyncio
+from typing import Any
 
 from engine.errors import RequestError
 from server.http.answer import Answer
@@ -34,11 +35,14 @@ def chat_answer(service: Service, body: ChatRequest) -> Answer:
 
     def writer(prompt: int) -> ChatChoice:
         found = parser() if parser is not None else None
-        return ChatChoice(service.tokenizer, body, generation.prompts[prompt], found)
+        return ChatChoice(service.tokenizer, body, found)
+
+    def prompt_fields() -> dict[str, Any]:
+        return {"prompt_token_ids": generation.prompts[0]} if body.return_token_ids else {}
 
     generation = Generation(service, body, "chatcmpl", 1, encode, grammar)
     kinds = "chat.completion", "chat.completion.chunk"
-    return Answer(generation, service.model_name, kinds, writer)
+    return Answer(generation, service.model_name, kinds, writer, prompt_fields)
 
 
 async def chat_prompt(service: Service, body: ChatPrompt) -> Ids:

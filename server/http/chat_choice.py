@@ -20,13 +20,11 @@ class ChatChoice:
         self,
         tokenizer: Tokenizer,
         body: ChatRequest,
-        prompt_ids: Sequence[int],
         parser: ToolCallParser | None,
     ) -> None:
         """``parser`` finds tool calls in the text; without one all text is content."""
         self._tokenizer = tokenizer
         self._body = body
-        self._prompt_ids = prompt_ids
         self._parser = parser
         self._num_calls = 0
         self._is_first = True
@@ -72,7 +70,7 @@ class ChatChoice:
         ]
 
     def _choice(self, delta: TextDelta, name: str, content: dict[str, Any]) -> dict[str, Any]:
-        body, is_first, self._is_first = self._body, self._is_first, False
+        body, self._is_first = self._body, False
         reason: str | None = delta.finish_reason
         if reason == "stop" and self._num_calls:
             reason = "tool_calls"
@@ -87,7 +85,6 @@ class ChatChoice:
             choice["memory_trace"] = memory_trace(delta.memory_reads)
         if body.return_token_ids:
             choice["token_ids"] = delta.token_ids
-            choice["prompt_token_ids"] = self._prompt_ids if is_first else None
         return choice
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:

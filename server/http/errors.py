@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from engine.errors import RequestError
+from engine.errors import ContextLengthError, RequestError
 from server.request_id import current_request_id
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_request_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestError)
-        return answer(ApiError(400, str(error), param=error.param))
+        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+        return answer(ApiError(400, str(error), param=error.param, code=code))
 
     async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

@@ -48,7 +48,7 @@ def _in_pieces(value: Any, depth: int) -> str:
         return f"{{{','.join(pairs)}}}"
     if not isinstance(value, list | tuple):
         return _ENCODER.encode(value)
-    if depth == 1:
+    if depth == 1 and value and isinstance(value[0], dict):
         return f"[{','.join(_in_pieces(choice, depth + 1) for choice in value)}]"
     pieces = (value[start : start + _PIECE] for start in range(0, len(value), _PIECE))
     return f"[{','.join(_ENCODER.encode(piece)[1:-1] for piece in pieces)}]"

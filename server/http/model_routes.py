@@ -67,6 +67,7 @@ def _model(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "memplus",
+        "root": service.model_name,
         "max_model_len": service.limits.max_model_len,
         "has_chat_template": service.chat_template is not None,
     }

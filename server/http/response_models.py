@@ -74,7 +74,6 @@ class CommonChoice(BaseModel):
         default=None, description="for each token, the reads of each memory layer"
     )
     token_ids: list[int] | None = Field(default=None, description="generated token ids")
-    prompt_token_ids: list[int] | None = Field(default=None, description="the prompt's token ids")
 
 
 class Logprobs(BaseModel):
@@ -102,6 +101,7 @@ class CompletionChoice(CommonChoice):
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
         default=None, description="for each prompt token, log-probabilities by token id"
     )
+    prompt_token_ids: list[int] | None = Field(default=None, description="the prompt's token ids")
 
 
 class Completion(CommonAnswer):
@@ -168,6 +168,7 @@ class ChatCompletion(CommonAnswer):
 
     object: Literal["chat.completion"] = Field(description="always chat.completion")
     choices: list[ChatChoice] = Field(description="the answers")
+    prompt_token_ids: list[int] | None = Field(default=None, description="the prompt's token ids")
 
 
 class Model(BaseModel):
@@ -177,6 +178,7 @@ class Model(BaseModel):
     object: Literal["model"] = Field(description="always model")
     created: int = Field(description="when the server started, in seconds since 1970")
     owned_by: str = Field(description="always memplus")
+    root: str = Field(description="for vLLM's clients; the same as id")
     max_model_len: int = Field(description="most tokens of a prompt and its answer together")
     has_chat_template: bool = Field(description="whether it takes chat requests")
 

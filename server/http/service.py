@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
-from engine.errors import RequestError
+from engine.errors import ContextLengthError
 from engine.request import RequestLimits
 from server.engine_client import EngineClient
 from server.http.admission import Admission
@@ -59,14 +59,13 @@ class Service:
         ``only_end`` drops the beginning of a text that is longer than any prompt can be.
 
         Raises:
-            RequestError: the text is longer than any prompt can be, without ``only_end``.
+            ContextLengthError: the text is longer than any prompt can be, without ``only_end``.
         """
         limit = self.limits.max_model_len
         longest = limit * self.tokenizer.longest_token
         if only_end:
             text = text[-longest:]
         elif len(text) > longest:
-            message = f"has {len(text)} characters, more than {limit} tokens can have"
-            raise RequestError("prompt", message)
+            raise ContextLengthError("prompt", f"has {len(text)} characters", limit)
         # a long text takes a while, and must not delay the tokens of other requests
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)

@@ -69,6 +69,37 @@ def test_a_stream_joins_to_the_whole_answer(chat):
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
 
 
+def test_the_asynchronous_client_gets_the_same_answers(memory_server, chat):
+    options = {"model": "tiny-memory", "messages": MESSAGES, "max_tokens": 12} | GREEDY
+
+    async def ask():
+        url = f"{memory_server.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            create = client.chat.completions.create
+            whole, stream = await asyncio.gather(create(**options), create(stream=True, **options))
+            parts = [chunk.choices[0].delta.content or "" async for chunk in stream]
+            return whole.choices[0].message.content, "".join(parts)
+
+    assert asyncio.run(ask()) == (chat().choices[0].message.content,) * 2
+
+
+def test_token_ids_of_the_prompt_are_beside_the_choices(memory_server, chat):
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    prompt = memory_server.http.post("/tokenize", json={"messages": MESSAGES}).json()["tokens"]
+    whole = chat(n=2, extra_body=extra)
+    assert whole.prompt_token_ids == prompt
+    for choice in whole.choices:
+        assert BYTES.decode(choice.token_ids) == choice.message.content
+        assert not hasattr(choice, "prompt_token_ids")
+    first, *rest = chat(n=2, extra_body=extra, stream=True)
+    assert first.prompt_token_ids == prompt
+    assert not any(hasattr(chunk, "prompt_token_ids") for chunk in rest)
+    for index, choice in enumerate(whole.choices):
+        parts = [c for chunk in (first, *rest) for c in chunk.choices if c.index == index]
+        assert [i for part in parts for i in part.token_ids] == choice.token_ids
+    assert not hasattr(chat(), "prompt_token_ids") and not hasattr(chat().choices[0], "token_ids")
+
+
 def test_the_last_message_can_be_continued(memory_server, chat):
     messages = [*MESSAGES, {"role": "assistant", "content": "I say "}]
     extra = {"ignore_eos": True, "continue_final_message": True}

@@ -251,6 +251,23 @@ def test_an_invalid_field_is_a_400_that_names_it(memory_server, body, param, str
     assert error["message"].startswith(param)
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": "x" * 512}, "prompt"),
+        ({"prompt": "x" * 513}, "prompt"),
+        ({"prompt": "x" * 9999}, "prompt"),
+        ({"prompt": "x" * 500, "max_tokens": 13}, "max_tokens"),
+    ],
+)
+def test_too_many_tokens_have_the_code_and_words_that_clients_look_for(memory_server, body, param):
+    answer = memory_server.complete(**body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+    assert "this model's maximum context length is 512 tokens" in error["message"]
+
+
 @pytest.mark.parametrize("body", ["{", "", "[1]", '"x"', "[" * 100_000, '{"prompt": ' + "9" * 9999])
 def test_a_broken_body_is_a_400(memory_server, body):
     headers = {"Content-Type": "application/json"}

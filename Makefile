@@ -11,13 +11,13 @@ HOUSE := tests/test_house.py
 # C++, built when the package is installed
 NATIVE := memory_ops/native engine/executors/cpu/native benchmarks/native
 
-.PHONY: install serve test test-slow check wordnet format clean
+.PHONY: install serve test test-slow soak check wordnet format clean
 
 install: $(VENV)/installed
 serve: install
 	$(BIN)/memplus serve $(ARGS)
 test: $(VENV)/installed-dev
-	$(PYTEST) --ignore $(HOUSE) -m "not slow" $(ARGS)
+	$(PYTEST) --ignore $(HOUSE) -m "not slow and not soak" $(ARGS)
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile many $(ARGS)
 check: $(VENV)/installed-dev
@@ -25,6 +25,9 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q $(HOUSE)
+soak: $(VENV)/installed-dev  # on a quiet machine: `bench overload` also fails if the server is slow
+	$(BIN)/python -m pytest -q -s -m soak tests/soak $(ARGS)
+	$(BIN)/memplus bench overload
 wordnet: $(VENV)/installed-dev  # the default model, anew; takes WordNet (Debian's wordnet-base), and an hour
 	$(BIN)/memplus wordnet build/wordnet
 	$(BIN)/memplus train weights/models/wordnet/train.toml --out build/wordnet/run --resume

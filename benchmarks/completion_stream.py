@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from benchmarks.http_answer import HttpResponse, ResponseError
+from benchmarks.http_answer import HttpResponse, ResponseError, StatusError
 
 _EXCERPT_BYTES = 200
 # marks the usage event, which has no token; inside a text these quotes would be escaped
@@ -75,10 +75,11 @@ class CompletionStream:
         """Token counts of a complete response.
 
         Raises:
-            ResponseError: the status is not 200, or the last event has no usage.
+            StatusError: the status is not 200.
+            ResponseError: the last event has no usage.
         """
         if self._http.status != 200:
-            raise ResponseError(f"HTTP {self._http.status}: {_excerpt(self._error_body)}")
+            raise StatusError(self._http.status, _excerpt(self._error_body))
         try:
             usage = json.loads(self._last_event)["usage"]
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0

@@ -10,6 +10,14 @@ class ResponseError(Exception):
     """A request failed or its response is unusable; the message says why."""
 
 
+class StatusError(ResponseError):
+    """A whole response without success."""
+
+    def __init__(self, status: int, excerpt: str) -> None:
+        super().__init__(f"HTTP {status}: {excerpt}")
+        self.status = status
+
+
 class HttpResponse:
     """Parses a response from pieces of any size; does not touch sockets.
 

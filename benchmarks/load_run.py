@@ -4,11 +4,13 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from benchmarks.completion_client import Completion, CompletionClient
-from benchmarks.http_answer import ResponseError
+from benchmarks.http_answer import ResponseError, StatusError
 from benchmarks.serving_load import ServingLoad
+
+_REFUSED = 503
 
 
 class LoadRun:
@@ -17,6 +19,8 @@ class LoadRun:
     Attributes:
         completions: results of the requests that got exactly the tokens that they asked for.
         failures: counts of the other requests, by reason.
+        refusals: seconds from sending to the end of each response with status 503; these requests
+            are among the failures.
     """
 
     def __init__(
@@ -25,11 +29,12 @@ class LoadRun:
         """``on_end`` is called after each request, successful or not."""
         self.completions: list[Completion] = []
         self.failures: Counter[str] = Counter()
+        self.refusals: list[float] = []
         self._client = client
         self._load = load
         self._on_end = on_end
 
-    async def send_concurrently(self, bodies: Sequence[bytes], concurrency: int) -> None:
+    async def send_concurrently(self, bodies: Iterable[bytes], concurrency: int) -> None:
         """Send all requests, ``concurrency`` of them in flight at a time."""
         waiting = iter(bodies)
 
@@ -38,10 +43,10 @@ class LoadRun:
                 await self._send(body)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(bodies))):
+            for _ in range(concurrency):
                 group.create_task(send_waiting())
 
-    async def send_at_rate(self, bodies: Sequence[bytes], rate: float, rng: random.Random) -> None:
+    async def send_at_rate(self, bodies: Iterable[bytes], rate: float, rng: random.Random) -> None:
         """Send ``rate`` requests per second on average, without waiting for responses.
 
         The gaps are exponentially distributed, so the arrivals are a Poisson process.
@@ -54,10 +59,13 @@ class LoadRun:
                 due += rng.expovariate(rate)
 
     async def _send(self, body: bytes) -> None:
+        sent = time.perf_counter()
         try:
             completion = await self._client.complete(body)
             self._check(completion)
         except ResponseError as error:
+            if isinstance(error, StatusError) and error.status == _REFUSED:
+                self.refusals.append(time.perf_counter() - sent)
             self.failures[str(error)] += 1
         else:
             self.completions.append(completion)

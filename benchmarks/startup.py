@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
 from statistics import median
 
+from benchmarks.started_server import started_server
 from server.config import ModelOptions
 
 
@@ -30,22 +29,11 @@ def measure(model: ModelOptions, runs: int) -> None:
 
 
 def _first_response_s(model: ModelOptions, cache_folder: str) -> float:
-    command = [sys.executable, "-m", "server.cli.main", "serve", "--port", "0"]
-    command += ["--model", model.model, "--device", model.device]
-    environment = os.environ | {"MEMPLUS_CACHE": cache_folder}
+    arguments = ["--model", model.model, "--device", model.device]
     start = time.perf_counter()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stderr is not None
-        try:
-            line = next((line for line in server.stderr if " at http://" in line), None)
-            if line is None:
-                raise RuntimeError(f"the server for {model.model} did not start")
-            url = line.split(" at ")[1].split(";")[0]
-            _post(url, {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0})
-            return time.perf_counter() - start
-        finally:
-            server.terminate()
-            server.communicate()
+    with started_server(arguments, os.environ | {"MEMPLUS_CACHE": cache_folder}) as url:
+        _post(url, {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0})
+        return time.perf_counter() - start
 
 
 def _post(url: str, body: dict[str, object]) -> None:

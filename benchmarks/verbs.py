@@ -7,6 +7,7 @@ from benchmarks.gpu.options import GpuCheck
 from benchmarks.kernel_shapes import Shapes
 from benchmarks.memory.load import default_trace
 from benchmarks.offline_load import OfflineLoad
+from benchmarks.overload_options import OverloadOptions
 from benchmarks.row_verbs import add_row_benchmarks
 from benchmarks.serving_load import ServingLoad
 from engine.config import EngineConfig
@@ -59,6 +60,14 @@ def serving(options: argparse.Namespace) -> None:
     from benchmarks.serving import measure
 
     measure(from_options(ServingLoad, options), options.json, options.plot)
+
+
+def overload(options: argparse.Namespace) -> int:
+    """Serve a model, send ten times what it can serve; fail if it loses requests or slows down."""
+    from benchmarks.overload import measure
+
+    model = from_options(ModelOptions, options)
+    return measure(model, from_options(OverloadOptions, options), options.json)
 
 
 def offline(options: argparse.Namespace) -> None:
@@ -139,11 +148,7 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help=where)
     verb.add_argument("--trace", type=Path, default=default_trace(), help="from bench trace")
 
-    verb = benchmarks.add_parser("serving", help=serving.__doc__)
-    verb.set_defaults(run=serving)
-    add_options(verb, ServingLoad)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
-    verb.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the results to this file")
+    _add_server_benchmarks(benchmarks)
 
     verb = benchmarks.add_parser("offline", help=offline.__doc__)
     verb.set_defaults(run=offline, computes=True)
@@ -162,6 +167,24 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     _add_training_benchmarks(benchmarks)
     add_row_benchmarks(benchmarks)
+
+
+def _add_server_benchmarks(
+    benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    """Those that load a server."""
+    verb = benchmarks.add_parser("serving", help=serving.__doc__)
+    verb.set_defaults(run=serving)
+    add_options(verb, ServingLoad)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    verb.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the results to this file")
+
+    verb = benchmarks.add_parser("overload", help=overload.__doc__)
+    verb.set_defaults(run=overload)
+    verb.add_argument("--model", default=SMOLLM2, help="a known name or a folder")
+    add_options(verb, ModelOptions, ("device",))
+    add_options(verb, OverloadOptions)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
 
 def _add_speculation_benchmark(

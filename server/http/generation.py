@@ -95,17 +95,18 @@ class Generation:
         clocks = [RequestClock(service.metrics, len(r.prompt_ids)) for r in requests]
         stream = service.engine.submit(requests, ended)
         deadline = self._end_in_time(stream)
-        stopped: set[int] = set()
+        finished: set[int] = set()
         try:
             async for outputs in stream.batches():
                 deltas: list[TextDelta] = []
                 for index, output in outputs:
-                    if index in stopped:
+                    if index in finished:
                         continue  # it came together with the end of a stop string
                     if output.finish_reason == "error":
                         if deltas:
                             yield deltas
                         clocks[index].finished("error")
+                        finished.add(index)
                         raise _failure(output)
                     if not clocks[index].num_tokens:
                         self._cached_tokens += output.cached_tokens
@@ -118,7 +119,7 @@ class Generation:
                     if delta.finish_reason is not None:
                         clocks[index].finished(delta.finish_reason)
                         stream.end(index)
-                        stopped.add(index)
+                        finished.add(index)
                     deltas.append(delta)
                 if deltas:
                     yield deltas
@@ -128,6 +129,8 @@ class Generation:
             if deadline is not None:
                 deadline.cancel()
             stream.close()
+            for index in set(range(len(clocks))) - finished:
+                clocks[index].aborted()
 
     def usage(self, unsent: Sequence[TextDelta] = ()) -> dict[str, Any]:
         """OpenAI's usage object for the tokens so far, without those of ``unsent``."""

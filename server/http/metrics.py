@@ -30,7 +30,9 @@ class Metrics:
         self.kv_usage = self._gauge("kv_cache_usage_perc", "fraction of KV blocks in use, 0 to 1")
         self.prompt_tokens = self._counter("prompt_tokens", "prompt tokens received")
         self.generation_tokens = self._counter("generation_tokens", "tokens generated")
-        self.success = self._counter("request_success", "finished requests", "finished_reason")
+        self.success = self._counter(
+            "request_success", "ended requests, also those with errors or aborts", "finished_reason"
+        )
         self.rejections = self._counter("admission_rejections", "rejected requests", "reason")
         self.first_token = self._histogram("time_to_first_token_seconds", _SECONDS)
         self.inter_token = self._histogram("inter_token_latency_seconds", _SECONDS)
@@ -148,5 +150,12 @@ class RequestClock:
             self._metrics.queue_time.observe(self._queued_s)
             self._metrics.prefill_time.observe(max(0.0, self._first - self._start - self._queued_s))
             self._metrics.decode_time.observe(now - self._first)
+        self._ended(reason)
+
+    def aborted(self) -> None:
+        """Record that the answer ended early; its times tell nothing about the server."""
+        self._ended("abort")
+
+    def _ended(self, reason: str) -> None:
         self._metrics.request_generation.observe(self.num_tokens)
         self._metrics.success.labels(reason).inc()

@@ -7,7 +7,8 @@ from server import served_model
 from server.cli.main import main
 from server.engine_entry import build_engine
 
-FAULTY_ID = 7
+# a special token, which no text has
+FAULTY_ID = 258
 
 
 def faulty_engine(connection, settings) -> None:

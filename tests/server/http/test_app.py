@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from engine.messages import Abort
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
@@ -60,6 +61,17 @@ def answer(service, output):
     service.engine.handle(StepOutput((output,), EngineStatistics(num_running=1)))
 
 
+def ended(service):
+    """The number of ended answers by reason, from the metrics."""
+    (family,) = (
+        family
+        for family in text_string_to_metric_families(service.metrics.render().decode())
+        if family.name == "memplus:request_success"
+    )
+    totals = [sample for sample in family.samples if sample.name.endswith("_total")]
+    return {sample.labels["finished_reason"]: sample.value for sample in totals}
+
+
 async def post(app, body, client, sent=None, method="POST", path="/v1/completions"):
     """Call the ASGI application; ``client`` runs until the client disconnects."""
     sent = [] if sent is None else sent
@@ -105,7 +117,7 @@ def test_a_client_that_leaves_before_its_first_token_is_aborted(streamed):
     assert sorted(aborts, key=lambda abort: abort.request_id) == [
         Abort(request.request_id) for request in requests
     ]
-    assert not any(service.admission.used.values())
+    assert not any(service.admission.used.values()) and ended(service) == {"abort": 2}
 
 
 def test_an_event_is_sent_before_the_next_token_is_made():
@@ -142,7 +154,7 @@ def test_a_late_output_of_an_aborted_request_is_dropped():
 
     asyncio.run(post(app, {"prompt": "a"}, leave))
     answer(service, TokenOutput(process.sent[0].request_id, (65,), "length"))
-    assert service.metrics.render().count(b"request_success_total{") == 0
+    assert ended(service) == {"abort": 1}
 
 
 def test_places_in_the_queue_are_released():

@@ -9,7 +9,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from server.http.transport.connection import Connection
-from server.http.transport.connection_table import ConnectionTable
+from server.http.transport.connection_table import IDLE_S, ConnectionTable
 from server.limits import LimitOptions
 
 HELLO = b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -73,11 +73,18 @@ class Echo:
         self.left.set()
 
 
-class Served:
-    """A listening server with the application."""
+class Clock:
+    """Time that stands still until it is set, in seconds."""
 
-    def __init__(self, port, app, state, refused):
+    now = 0.0
+
+
+class Served:
+    """A listening server with the application, and the clock of its connection table."""
+
+    def __init__(self, port, app, state, refused, clock):
         self.port, self.app, self.state, self.refused = port, app, state, refused
+        self.clock = clock
 
     async def open(self):
         return await asyncio.open_connection("127.0.0.1", self.port)
@@ -100,7 +107,8 @@ class Served:
 async def served(**limits):
     limits = {"keep_alive_timeout_s": FOREVER, "header_timeout_s": FOREVER} | limits
     options, refused = LimitOptions(**limits), []
-    table = ConnectionTable(options.max_connections, lambda: refused.append(1))
+    clock = Clock()
+    table = ConnectionTable(options.max_connections, lambda: refused.append(1), lambda: clock.now)
     app, state = Echo(), ServerState()
     config = uvicorn.Config(app, lifespan="off", log_level="critical")
     config.load()
@@ -110,7 +118,7 @@ async def served(**limits):
 
     server = await asyncio.get_running_loop().create_server(connection, "127.0.0.1", 0)
     try:
-        yield Served(server.sockets[0].getsockname()[1], app, state, refused)
+        yield Served(server.sockets[0].getsockname()[1], app, state, refused, clock)
     finally:
         server.close()
         for one in list(state.connections):
@@ -326,6 +334,9 @@ def test_a_stream_that_nobody_reads_is_cut():
 def test_idle_connections_make_way_and_active_ones_stay():
     async def scenario(server):
         idle = [await server.open() for _ in range(2)]
+        while len(server.state.connections) < 2:
+            await asyncio.sleep(0)
+        server.clock.now = IDLE_S
         active, writer = await server.open()  # one idle connection is closed for it
         writer.write(b"GET /wait HTTP/1.1\r\n\r\n")
         assert await idle[0][0].read() == b""
@@ -352,6 +363,30 @@ def test_idle_connections_make_way_and_active_ones_stay():
         assert statuses(await server.talk(LAST)) == [200]
 
     run(scenario, max_connections=2)
+
+
+def test_a_burst_of_connections_beyond_the_limit_is_answered_without_exception():
+    # they are accepted together, before any of their requests is read
+    async def scenario(server):
+        found = await asyncio.gather(*(server.talk(LAST) for _ in range(9)))
+        assert sorted(status for raw in found for status in statuses(raw)) == 2 * [200] + 7 * [503]
+        assert len(server.refused) == 7
+
+    run(scenario, max_connections=2)
+
+
+def test_refused_connections_do_not_pile_up():
+    closed = []
+
+    class Refused:
+        def abort(self):
+            closed.append(self)
+
+    table = ConnectionTable(1, lambda: None)
+    assert table.add(Refused())
+    refused = [Refused() for _ in range(1000)]
+    assert not any(map(table.add, refused))
+    assert closed == refused[: len(closed)] and 800 < len(closed) < 1000
 
 
 def test_a_failing_application_is_answered_with_500():

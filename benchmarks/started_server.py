@@ -1,0 +1,28 @@
+"""Starts ``memplus serve`` on a free port for a benchmark."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+
+@contextlib.contextmanager
+def started_server(
+    arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """The URL of a server with these arguments, once it is ready; it ends with the block.
+
+    Raises:
+        RuntimeError: the server did not start.
+    """
+    command = [sys.executable, "-m", "server.cli.main", "serve", "--port", "0", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stderr is not None
+        try:
+            line = next((line for line in server.stderr if " at http://" in line), None)
+            if line is None:
+                raise RuntimeError(f"the server did not start: {' '.join(command)}")
+            yield line.split(" at ")[1].split(";")[0]
+        finally:
+            server.terminate()
+            server.communicate()

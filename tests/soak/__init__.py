@@ -1,0 +1,1 @@
+"""Load tests of the real server, run by ``make soak``."""

@@ -214,6 +214,7 @@ def test_a_damaged_model_ends_the_command_with_one_line(memory_plus_folder, tmp_
         (["serve", "--table-tier", "host"], "table_tier: host needs a GPU"),
         (["serve", "--table-dtype", "int3"], "--table-dtype"),
         (["serve", "--log-interval-s", "-1"], "log_interval_s"),
+        (["serve", "--max-connections", "2000000000"], "max_connections: 2000000000 need"),
         (["serve", "--model", "model.gguf"], "memplus convert"),
         (["serve", "--dtype", "int3"], "--dtype"),
         (["serve", "--novel"], "--novel"),

@@ -1,41 +1,50 @@
 #!/usr/bin/env bash
-# Builds the CPU image and checks it: its size and user, a completion, a chat, SIGTERM under load.
+# Builds the CPU image and checks it: size, user, completion, chat, health check, SIGTERM under load.
 #
 # Takes Docker if its daemon answers. Otherwise it needs root and Debian's packages buildah and
 # debootstrap: the image is then built without a daemon, on a base that debootstrap makes.
-# pip's own settings are passed on to the build: the index and other addresses, and with buildah
-# also a folder of wheels and a certificate.
+# pip's own settings apply inside the build: indexes, folders of wheels and the certificate. Docker's
+# daemon cannot read the files of this machine, so the script names those that it leaves out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly IMAGE=memplus-verify MOST_MB=1400 PORT=${PORT:-8765}
-readonly SERVE="memplus serve --model smollm2 --host 0.0.0.0 --port $PORT"
+readonly IMAGE=memplus-verify MOST_MB=1400 START_S=300 PORT=${PORT:-8765}
+readonly SERVE=(memplus serve --model smollm2 --host 0.0.0.0 --port "$PORT")
 work=$(mktemp -d)
 server=
+container=
 
 main() {
     if docker info >"$work/docker.log" 2>&1; then tool=docker; else tool=buildah; fi
-    echo "builds with $tool"
     trap clean EXIT
+    echo "builds with $tool"
+    build_arguments=()
+    for name in index-url extra-index-url find-links cert; do pass_pip_setting $name; done
     build_$tool
-    check "size: $(size_$tool) MB" test "$(size_$tool)" -lt "$MOST_MB"
+    local size
+    size=$(size_$tool)
+    check "size: $size MB" test "$size" -lt "$MOST_MB"
     start_$tool
     wait_until_ready
     check "user: $(user_$tool)" test "$(user_$tool)" != 0
     ask v1/completions '{"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}'
-    ask v1/chat/completions '{"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8}'
+    ask v1/chat/completions '{"messages": [{"role": "user", "content": "Say hello."}],
+        "max_tokens": 8, "temperature": 0}'
+    check_health
     terminate_under_load
     echo "the image works"
 }
 
 terminate_under_load() {
     python3 docker/verify_load.py "http://127.0.0.1:$PORT" >"$work/load" &
-    local load=$!
-    until grep -q started "$work/load"; do sleep 0.1; done
+    local load=$! status=0
+    until grep -q started "$work/load"; do
+        kill -0 "$load" || fail "the load does not start"
+        sleep 0.1
+    done
     stop_$tool
-    check "every stream ended with a result or an error event" wait "$load"
-    tail -1 "$work/load"
-    local status=0
+    wait "$load" || fail "streams were lost: $(tail -1 "$work/load")"
+    echo "ok: every stream ends with a result or an error event: $(tail -1 "$work/load")"
     wait_$tool || status=$?
     check "exit status after SIGTERM: $status" test "$status" = 0
 }
@@ -44,21 +53,27 @@ terminate_under_load() {
 check() {
     local line=$1
     shift
-    if ! "$@"; then
-        echo "FAILED: $line" >&2
-        cat "$work/server.log" >&2 2>/dev/null || true
-        exit 1
-    fi
+    "$@" || fail "$line"
     echo "ok: $line"
 }
 
+fail() {
+    echo "FAILED: $1" >&2
+    if [ -n "$server" ]; then
+        echo "the server's log:" >&2
+        log_$tool >&2
+    fi
+    exit 1
+}
+
 wait_until_ready() {
-    local tries=0
+    local begin=$SECONDS
     until curl --silent --fail "http://127.0.0.1:$PORT/ready" >"$work/ready"; do
-        tries=$((tries + 1))
-        check "starts within 5 minutes" test "$tries" -lt 300
+        is_running_$tool || fail "the server ended before it was ready"
+        test $((SECONDS - begin)) -lt $START_S || fail "the server is not ready after $START_S s"
         sleep 1
     done
+    echo "ok: ready after $((SECONDS - begin)) s"
 }
 
 ask() {
@@ -68,78 +83,121 @@ ask() {
     echo
 }
 
-pip_setting() {
-    local name=$1 variable=PIP_${1^^}
-    variable=${variable//-/_}
-    echo "${!variable:-$(python3 -m pip config get "global.$name" 2>/dev/null || true)}"
+# the health check of the image, on this server's port
+check_health() {
+    local command
+    mapfile -t command < <(health_$tool '{{range .Test}}{{println .}}{{end}}' |
+        sed -e 1d -e '/^$/d' -e "s/:8000/:$PORT/")
+    check "health check: ${command[*]}" run_$tool "${command[@]}"
 }
 
-build_docker() {
-    local arguments=() name value
-    for name in index-url extra-index-url find-links; do
-        value=$(pip_setting $name)
-        # a daemon cannot read this machine's folders, nor its certificates
-        case $value in http*) arguments+=(--build-arg "PIP_$(tr a-z- A-Z_ <<<$name)=$value") ;; esac
+# adds a setting of pip to the arguments of the build, if it is set
+pass_pip_setting() {
+    local variable=PIP_${1^^} passed=() word
+    variable=${variable//-/_}
+    for word in ${!variable:-$(python3 -m pip config get "global.$1" 2>/dev/null || true)}; do
+        case $word in
+        file:/* | /*) share_$tool "$1" "$word" ;;
+        *) passed+=("$word") ;;
+        esac
     done
-    docker build --file docker/Dockerfile --tag $IMAGE "${arguments[@]}" .
+    if [ ${#passed[@]} != 0 ]; then build_arguments+=(--build-arg "$variable=${passed[*]}"); fi
+}
+
+share_docker() { echo "not passed to Docker's daemon: $1 $2"; }
+
+build_docker() {
+    docker build --file docker/Dockerfile --tag $IMAGE "${build_arguments[@]}" .
 }
 
 size_docker() { echo $(($(docker image inspect --format '{{.Size}}' $IMAGE) / 1000000)); }
-start_docker() { server=$(docker run --detach --publish "127.0.0.1:$PORT:$PORT" $IMAGE $SERVE); }
+start_docker() {
+    server=$(docker run --detach --publish "127.0.0.1:$PORT:$PORT" $IMAGE "${SERVE[@]}")
+}
+is_running_docker() { [ "$(docker inspect --format '{{.State.Running}}' "$server")" = true ]; }
+log_docker() { docker logs "$server"; }
 user_docker() { docker exec "$server" id -u; }
-stop_docker() { docker stop --time 10 "$server" >"$work/stop"; }
+health_docker() { docker image inspect --format "{{with .Config.Healthcheck}}$1{{end}}" $IMAGE; }
+run_docker() { docker exec "$server" "$@"; }
+stop_docker() { docker stop -t 10 "$server" >"$work/stop"; }
 wait_docker() { return "$(docker wait "$server")"; }
 clean_docker() { if [ -n "$server" ]; then docker rm --force "$server" >"$work/rm"; fi; }
 
+# a bind mount; for an index its parent folder, because its pages link to files outside it
+share_buildah() {
+    local path=${2#file://} folder volume
+    folder=$path
+    case $1 in *index-url) folder=$(dirname "$path") ;; esac
+    volume=$folder:/pip$folder:ro
+    case " ${build_arguments[*]} " in
+    *" $volume "*) ;;
+    *) build_arguments+=(--volume "$volume") ;;
+    esac
+    passed+=("${2%"$path"}/pip$path")
+}
+
 build_buildah() {
-    export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
-    local base=docker.io/library/debian:bookworm-slim from_scratch
-    if ! buildah inspect --type image $base >"$work/inspect" 2>&1; then
-        debootstrap --variant=minbase bookworm "$work/root" \
-            "$(apt-get indextargets --format '$(SITE)' | head -1)" >"$work/debootstrap.log"
-        # apt's sources and settings of this machine
-        rm "$work/root/etc/apt/sources.list"
-        cp -r /etc/apt/sources.list* /etc/apt/apt.conf.d "$work/root/etc/apt/"
-        from_scratch=$(buildah from scratch)
-        buildah copy --quiet "$from_scratch" "$work/root" / >"$work/copy"
-        buildah commit --quiet "$from_scratch" $base >"$work/commit"
-        buildah rm "$from_scratch" >"$work/rm"
-        rm -r "$work/root"
-    fi
-    local arguments=(--build-arg "PIP_INDEX_URL=$(pip_setting index-url)") value
-    value=$(pip_setting find-links)
-    case $value in
-    /*) arguments+=(--volume "$value:/wheels:ro" --build-arg PIP_FIND_LINKS=/wheels) ;;
-    ?*) arguments+=(--build-arg "PIP_FIND_LINKS=$value") ;;
-    esac
-    value=$(pip_setting cert)
-    case $value in
-    ?*) arguments+=(--volume "$value:/pip.pem:ro" --build-arg PIP_CERT=/pip.pem) ;;
-    esac
-    value=$(pip_setting extra-index-url)
-    case $value in http*) arguments+=(--build-arg "PIP_EXTRA_INDEX_URL=$value") ;; esac
-    buildah build --pull-never --layers --file docker/Dockerfile --tag $IMAGE "${arguments[@]}" .
-    container=$(buildah from --pull-never $IMAGE)
+    # Docker's format, because the OCI format has no health check
+    export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot BUILDAH_FORMAT=docker
+    local base=docker.io/library/debian:bookworm-slim
+    if ! buildah inspect --type image $base >"$work/inspect" 2>&1; then make_base $base; fi
+    repeat "$work/build.log" buildah build --pull-never --layers --file docker/Dockerfile \
+        --tag $IMAGE "${build_arguments[@]}" .
+    # this machine's limits of open files; buildah's own, 1024, is less than the server needs
+    container=$(buildah from --pull-never --ulimit "nofile=$(ulimit -Sn):$(ulimit -Hn)" $IMAGE)
+}
+
+make_base() {
+    # shellcheck disable=SC2016  # apt's format
+    debootstrap --variant=minbase bookworm "$work/root" \
+        "$(apt-get indextargets --format '$(SITE)' | head -1)" >"$work/debootstrap.log"
+    # apt's sources and settings of this machine
+    rm "$work/root/etc/apt/sources.list"
+    cp -r /etc/apt/sources.list* /etc/apt/apt.conf.d "$work/root/etc/apt/"
+    local from_scratch
+    from_scratch=$(buildah from scratch)
+    buildah copy --quiet "$from_scratch" "$work/root" / >"$work/copy"
+    buildah commit --quiet "$from_scratch" "$1" >"$work/commit"
+    buildah rm "$from_scratch" >"$work/rm"
+    rm -r "$work/root"
+}
+
+# runs a command of buildah with its output in a log, again if it failed to seal the copy of itself
+# that it runs: a transient EBUSY of some kernels
+repeat() {
+    local log=$1 status
+    shift
+    for _ in 1 2 3; do
+        status=0
+        "$@" 2>&1 | tee "$log" || status=$?
+        if [ $status = 0 ] || ! grep -q "sealing memfd copy" "$log"; then break; fi
+    done
+    return $status
 }
 
 size_buildah() { du --summarize --block-size=1MB "$(buildah mount "$container")" | cut -f1; }
 
 start_buildah() {
-    # shellcheck disable=SC2086  # the command's words
-    buildah run "$container" -- $SERVE >"$work/server.log" 2>&1 &
+    repeat "$work/server.log" buildah run "$container" -- "${SERVE[@]}" >/dev/null &
     server=$!
 }
 
+is_running_buildah() { kill -0 "$server" 2>/dev/null; }
+log_buildah() { cat "$work/server.log"; }
 user_buildah() { stat --format %u "/proc/$(server_pid)"; }
+health_buildah() {
+    buildah inspect --type image --format "{{with .Docker.Config.Healthcheck}}$1{{end}}" $IMAGE
+}
+run_buildah() { repeat "$work/run.log" buildah run "$container" -- "$@"; }
 stop_buildah() { kill -TERM "$(server_pid)"; }
 wait_buildah() { wait "$server"; }
-server_pid() { pgrep --oldest --full "python3? .*memplus serve .*--port $PORT" || true; }
+server_pid() { pgrep --full "^/opt/memplus/bin/python3? /opt/memplus/bin/memplus serve .* $PORT\$"; }
 
 clean_buildah() {
-    if [ -n "${container:-}" ]; then
-        if [ -n "$(server_pid)" ]; then kill -KILL "$(server_pid)"; fi
-        buildah rm "$container" >"$work/rm"
-    fi
+    local pid
+    if pid=$(server_pid); then kill -KILL "$pid"; fi
+    if [ -n "$server" ]; then wait "$server" || true; fi
+    if [ -n "$container" ]; then buildah rm "$container" >"$work/rm"; fi
 }
 
 clean() {

@@ -139,8 +139,10 @@ def _allow_files(max_connections: int) -> None:
     needed = max_connections + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
-        message = f"{max_connections} need {needed} open files, but ulimit -Hn is {hard}"
-        raise ConfigError(f"max_connections: {message}")
+        raise ConfigError(
+            f"max_connections: {max_connections} need {needed} open files, but `ulimit -Hn` is"
+            f" {hard}; raise that limit or use at most {hard - _OTHER_FILES}"
+        )
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 

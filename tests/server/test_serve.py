@@ -212,6 +212,7 @@ MISTAKES = [
     (["serve", "--table-tier", "host"], "table_tier: host needs a GPU"),
     (["serve", "--table-dtype", "int3"], "--table-dtype"),
     (["serve", "--log-interval-s", "-1"], "log_interval_s"),
+    (["serve", "--max-connections", "2000000000"], "max_connections: 2000000000 need"),
     (["serve", "--model", "model.gguf"], "memplus convert"),
     (["serve", "--dtype", "int3"], "--dtype"),
     (["serve", "--novel"], "--novel"),

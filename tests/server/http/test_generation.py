@@ -62,18 +62,11 @@ def test_samples_reach_the_engine_in_one_message_with_one_prompt():
     assert first.prompt_ids is second.prompt_ids
 
 
-<<<<<<< HEAD
 # an answer that starts arrives well before the longer deadline
 @pytest.mark.parametrize(("started", "timeout"), [(False, 0.01), (True, 0.5)])
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_deadline_ends_a_request_with_504_or_an_error_event(asked, started, timeout):
     process, service, app = build(request_timeout_s=0.0 if asked else timeout)
-=======
-@pytest.mark.parametrize("options", [{"timeout": 0.2}, {}])
-@pytest.mark.parametrize("started", [False, True])
-def test_a_deadline_ends_a_request_with_504_or_an_error_event(options, started):
-    process, service, app = build(request_timeout_s=0.0 if options else 0.2)
->>>>>>> h-soak
 
     def send(*messages):
         process.sent += messages
@@ -97,11 +90,7 @@ def test_a_deadline_ends_a_request_with_504_or_an_error_event(options, started):
         (error,) = events(sent)
         assert sent[0]["status"] == 504
     assert json.loads(error)["error"]["type"] == "timeout_error"
-<<<<<<< HEAD
     assert f"longer than {timeout} s" in json.loads(error)["error"]["message"]
-=======
-    assert "longer than 0.2 s" in json.loads(error)["error"]["message"]
->>>>>>> h-soak
     assert process.sent[1:] == [Abort(process.sent[0].request_id)]
     assert not any(service.admission.used.values()) and ended(service) == {"abort": 1}
 

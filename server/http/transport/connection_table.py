@@ -13,7 +13,7 @@ class Evictable(Protocol):
 
 
 class ConnectionTable:
-    """Counts connections; one that waits for a request's head is idle and can be evicted."""
+    """Counts connections; one that waits for a request or runs a TLS handshake can be evicted."""
 
     def __init__(self, limit: int, on_refused: Callable[[], None]) -> None:
         self._limit = limit
@@ -26,13 +26,18 @@ class ConnectionTable:
 
         A refused connection is in the table too, so that it is evicted before it can pile up.
         """
+        is_admitted = self.hold(connection)
+        if not is_admitted:
+            self._on_refused()
+        return is_admitted
+
+    def hold(self, connection: Evictable) -> bool:
+        """Add a connection as ``add`` does, but do not count it as refused."""
         while len(self._open) >= self._limit and self._idle:
             evicted = next(iter(self._idle))
             self.remove(evicted)
             evicted.abort()
         is_admitted = len(self._open) < self._limit
-        if not is_admitted:
-            self._on_refused()
         self._open.add(connection)
         self.set_idle(connection)
         return is_admitted

@@ -122,9 +122,6 @@ def _uvicorn_config(
 
 @contextlib.contextmanager
 def _listening(http: HttpOptions, access: AccessOptions) -> Iterator[socket.socket]:
-    is_given = (http.host, http.port) != (HttpOptions.host, HttpOptions.port)
-    if access.uds is not None and is_given:
-        raise ConfigError("uds: replaces --host and --port; give one or the other")
     opened = (
         unix_socket(Path(access.uds)) if access.uds is not None else listen(http.host, http.port)
     )

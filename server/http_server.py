@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import uvicorn
 
@@ -123,14 +123,15 @@ class HttpServer(uvicorn.Server):
 
     async def _listen(
         self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]
-    ) -> asyncio.AbstractServer:
+    ) -> asyncio.Server:
         context = self.config.ssl
         if context is None:
             return await asyncio.get_running_loop().create_server(
                 protocol, sock=listener, backlog=self.config.backlog
             )
         handshake = partial(TlsHandshake, self.server_state, self._connections, protocol)
-        return TlsListener(listener, context, self._handshake_timeout_s, handshake)
+        tls_listener = TlsListener(listener, context, self._handshake_timeout_s, handshake)
+        return cast(asyncio.Server, tls_listener)  # uvicorn closes it, and waits for that
 
     async def _load(self) -> None:
         try:

@@ -7,6 +7,7 @@ from server.http.answer import Answer
 from server.http.chat_choice import ChatChoice
 from server.http.chat_request import ChatPrompt, ChatRequest
 from server.http.generation import Generation, Ids
+from server.http.required_calls import RequiredCalls
 from server.http.service import Service
 from server.http.tool_calls import parser_for
 from server.http.tool_grammar import optional_calls, required_calls
@@ -36,7 +37,8 @@ def chat_answer(service: Service, body: ChatRequest) -> Answer:
 
     def writer(prompt: int) -> ChatChoice:
         found = parser() if parser is not None else None
-        return ChatChoice(service.tokenizer, body, generation.prompts[prompt], found)
+        required = RequiredCalls(parser) if parser is not None and body.must_call else None
+        return ChatChoice(service.tokenizer, body, generation.prompts[prompt], found, required)
 
     generation = Generation(service, body, "chatcmpl", 1, encode, grammar)
     kinds = "chat.completion", "chat.completion.chunk"

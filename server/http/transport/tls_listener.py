@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 _PAUSE_S = 1.0
 
 
-class TlsListener(asyncio.AbstractServer):
+class TlsListener:
     """Makes a connection for each client whose handshake succeeds in time.
 
     A TLS server of asyncio makes its protocol only after the handshake, so nothing would count the
@@ -105,4 +105,4 @@ class TlsHandshake(asyncio.Protocol):
 
     def _leave(self) -> None:
         self._table.remove(self)
-        self._server.connections.discard(self)  # type: ignore[arg-type]
+        self._server.connections.discard(self)

@@ -36,16 +36,21 @@ STOP = {"name": "stop", "parameters": {"type": "object", "additionalProperties":
 TOOLS = [{"type": "function", "function": function} for function in (FIND, STOP)]
 
 
+VALUES = {"model": "tiny-memory", "messages": MESSAGES, "max_tokens": 300, "seed": 1}
+
+
 @pytest.fixture(scope="module")
-def chat(memory_server):
-    client = openai.OpenAI(base_url=f"{memory_server.url}/v1", api_key="none", max_retries=0)
+def client(memory_server):
+    with openai.OpenAI(base_url=f"{memory_server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
 
+
+@pytest.fixture(scope="module")
+def chat(client):
     def create(**options):
-        values = {"model": "tiny-memory", "messages": MESSAGES, "max_tokens": 300, "seed": 1}
-        return client.chat.completions.create(**values | options).choices[0]
+        return client.chat.completions.create(**VALUES | options).choices[0]
 
-    yield create
-    client.close()
+    return create
 
 
 def fits(text):
@@ -84,6 +89,21 @@ def test_required_tools_are_called(chat):
     (call,) = choice.message.tool_calls
     assert call.function.name in ("find", "stop")
     assert call.function.name == "stop" or set(json.loads(call.function.arguments)) == {"ok"}
+
+
+def test_required_calls_are_streamed_as_they_are_generated(client, chat):
+    tools = [{"type": "function", "function": FIND}]
+    options = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    options |= {"max_tokens": 150}
+    (whole,) = chat(**options).message.tool_calls
+    with client.chat.completions.stream(**VALUES | options) as stream:
+        deltas = [event for event in stream if event.type.endswith("arguments.delta")]
+        choice = stream.get_final_completion().choices[0]
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "find" and call.function.arguments == whole.function.arguments
+    assert choice.finish_reason == "tool_calls" and not choice.message.content
+    assert len(deltas) > 1
+    assert "".join(event.arguments_delta for event in deltas) == call.function.arguments
 
 
 def test_a_named_tool_is_called(chat):

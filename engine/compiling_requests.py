@@ -19,26 +19,30 @@ class Compiled(NamedTuple):
 
 
 class CompilingRequests:
-    """The requests that wait for their masks, in the order of arrival."""
+    """The requests that wait for their masks, in the order of arrival.
+
+    A grammar is compiled once it fits in memory, when those in use leave enough free.
+    """
 
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._waiting: dict[str, tuple[Request, Future[TokenMask]]] = {}
+        self._queued: dict[str, Request] = {}
+        self._compiling: dict[str, tuple[Request, Future[TokenMask]]] = {}
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._queued) + len(self._compiling)
 
     def add(self, request: Request) -> None:
-        """Begin to compile the grammar of a request."""
-        assert request.grammar is not None
-        future = self._thread.submit(self._grammars.compile, request.grammar)
-        self._waiting[request.request_id] = request, future
+        """Begin to compile the grammar of a request, or queue it."""
+        self._queued[request.request_id] = request
+        self._compile_queued()
 
     def abort(self, request_id: str) -> None:
         """Forget a request; do nothing if none with this id waits."""
-        if request_id in self._waiting:
-            _, future = self._waiting.pop(request_id)
+        self._queued.pop(request_id, None)
+        if request_id in self._compiling:
+            _, future = self._compiling.pop(request_id)
             future.cancel()
 
     def take(self, timeout_s: float = 0.0) -> list[Compiled]:
@@ -46,12 +50,23 @@ class CompilingRequests:
 
         If there is none, wait for one, at most for ``timeout_s``.
         """
-        if timeout_s and self._waiting:
-            wait([future for _, future in self._waiting.values()], timeout_s, FIRST_COMPLETED)
-        ended = [pair for pair in self._waiting.values() if pair[1].done()]
+        self._compile_queued()
+        if timeout_s and self._compiling:
+            wait([future for _, future in self._compiling.values()], timeout_s, FIRST_COMPLETED)
+        ended = [pair for pair in self._compiling.values() if pair[1].done()]
         for request, _ in ended:
-            del self._waiting[request.request_id]
+            del self._compiling[request.request_id]
         return [Compiled(request, _result(request, future)) for request, future in ended]
+
+    def _compile_queued(self) -> None:
+        if not self._queued:
+            return
+        num_begun = sum(not future.done() for _, future in self._compiling.values())
+        for request_id in list(self._queued)[: max(self._grammars.num_free - num_begun, 0)]:
+            request = self._queued.pop(request_id)
+            assert request.grammar is not None
+            future = self._thread.submit(self._grammars.compile, request.grammar)
+            self._compiling[request_id] = request, future
 
 
 def _result(request: Request, future: "Future[TokenMask]") -> TokenMask | RequestError:

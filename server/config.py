@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -263,6 +264,14 @@ def cache_folder() -> Path:
 def environment_api_keys() -> str:
     """The API keys of MEMPLUS_API_KEYS; empty if it is not set."""
     return os.environ.get("MEMPLUS_API_KEYS", "")
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton calls, which is CC, gcc or clang; None if there is none."""
+    chosen = os.environ.get("CC")
+    if chosen is not None:
+        return shutil.which(chosen)
+    return shutil.which("gcc") or shutil.which("clang")
 
 
 def set_threads(options: ThreadOptions) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from server.config import ModelOptions
+from server.config import ModelOptions, c_compiler
 
 # the Triton kernels are compiled for bfloat16 products, which older GPUs do not have
 _MIN_CAPABILITY = (8, 0)
@@ -59,6 +59,8 @@ def _problem(index: int) -> str | None:
         return "torch finds no GPU"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if c_compiler() is None:
+        return "triton needs a C compiler: install gcc or clang, or set CC to one"
     count = torch.cuda.device_count()
     if index >= count:
         return f"torch finds {count} GPU{'s' if count > 1 else ''}, and numbers start at 0"

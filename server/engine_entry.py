@@ -32,6 +32,7 @@ from weights.checkpoints.table_tier import CpuTierChoice
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
 from weights.grammars.compiler import GrammarCompiler
+from weights.grammars.grammar_memory import GRAMMARS_BYTES
 from weights.models.prepare import prepared_folder
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ def load_served(
         default_cache=options.table_cache_bytes,
         tier=options.table_tier,
         is_kv_requested=engine is not None and engine.kv_cache_gib is not None,
+        grammar_bytes=GRAMMARS_BYTES if engine else 0,
     )
     choice = _tier_choice(request, device, engine or EngineConfig(), sizes.host_cache)
     shares = choice.shares(sizes.tables, sizes.weights)

@@ -20,8 +20,10 @@ from engine.request import RequestLimits
 from engine.sampling.grammar import Grammar
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.grammars.compiler import GrammarCompiler
+from weights.grammars.grammar_memory import COMPILED_BYTES
 
 TRIAL_S = 1.0
+# address space, of which the library's threads reserve most
 _MOST_BYTES = 512 * 2**20
 # less than any thread of the engine process has
 _STACK_BYTES = 2**20
@@ -77,8 +79,10 @@ def _compile_and_exit(
     try:
         _die_with(parent)
         _limit_this_process()
+        before = _resident_bytes()
         compiler.compile(grammar)
-        writer.send(None)
+        grown = _resident_bytes() - before
+        writer.send(None if grown <= COMPILED_BYTES else _too_complex(grammar))
     except RequestError as error:
         writer.send(error.reason)
     finally:
@@ -93,10 +97,8 @@ def _die_with(parent: int) -> None:
 
 
 def _limit_this_process() -> None:
-    with open("/proc/self/statm") as statm:
-        used = int(statm.read().split()[0]) * resource.getpagesize()
     limits = {
-        resource.RLIMIT_AS: used + _MOST_BYTES,
+        resource.RLIMIT_AS: _memory_pages()[0] * resource.getpagesize() + _MOST_BYTES,
         resource.RLIMIT_STACK: _STACK_BYTES,
         resource.RLIMIT_CPU: int(TRIAL_S) + 1,
         resource.RLIMIT_CORE: 0,
@@ -107,8 +109,18 @@ def _limit_this_process() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+def _memory_pages() -> list[int]:
+    """This process's pages: mapped, resident, and kinds of them."""
+    with open("/proc/self/statm") as statm:
+        return [int(number) for number in statm.read().split()]
+
+
+def _resident_bytes() -> int:
+    return _memory_pages()[1] * resource.getpagesize()
+
+
 def _too_complex(grammar: Grammar) -> str:
     return (
         f"the {grammar.kind} is too complex: compiling it takes more than {TRIAL_S:g} s,"
-        f" {_MOST_BYTES >> 20} MiB or the depth that is allowed"
+        f" {COMPILED_BYTES >> 20} MiB or the depth that is allowed"
     )

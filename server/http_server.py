@@ -7,12 +7,16 @@ import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import uvicorn
 
+from server.config import HttpOptions
 from server.http.gate import ENDING, Gate
 from server.http.service import Service
+from server.http.transport.connection_table import ConnectionTable
+from server.http.transport.tls_listener import TlsHandshake, TlsListener
+from server.limits import LimitOptions
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +36,7 @@ class Backend(Protocol):
 class HttpServer(uvicorn.Server):
     """Runs until a signal, the loss of the engine, or an error in loading.
 
-    The first SIGINT or SIGTERM refuses new requests and gives running ones ``drain_timeout_s``
+    The first SIGINT or SIGTERM refuses new requests and gives running ones ``--drain-timeout-s``
     seconds; the second one ends them at once. Requests that do not finish get an error: an event
     in a stream, otherwise status 503.
 
@@ -46,16 +50,21 @@ class HttpServer(uvicorn.Server):
         gate: Gate,
         backend: Backend,
         on_ready: Callable[[Service], Coroutine[Any, Any, None]],
-        drain_timeout_s: float,
-        handshake_timeout_s: float,
+        http: HttpOptions,
+        limits: LimitOptions,
+        connections: ConnectionTable,
     ) -> None:
-        """``on_ready`` opens the gate, and then runs concurrently with the server until it ends."""
+        """``on_ready`` opens the gate, and then runs concurrently with the server until it ends.
+
+        TLS handshakes count in ``connections``, as the connections of the protocol do.
+        """
         super().__init__(config)
         self._gate = gate
         self._backend = backend
         self._on_ready = on_ready
-        self._drain_timeout_s = drain_timeout_s
-        self._handshake_timeout_s = handshake_timeout_s
+        self._drain_timeout_s = http.drain_timeout_s
+        self._handshake_timeout_s = limits.header_timeout_s
+        self._connections = connections
         self._service: Service | None = None
         self._work: asyncio.Task[None] | None = None
         self._num_signals = 0
@@ -74,21 +83,12 @@ class HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and begin to load.
 
-        It replaces uvicorn's method, which cannot limit the time of TLS handshakes.
+        It replaces uvicorn's method, which limits neither the time nor the number of handshakes.
         """
-        connection: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
         options = {"config": self.config, "server_state": self.server_state, "app_state": {}}
-        tls = self.config.ssl
-        self.servers = [
-            await asyncio.get_running_loop().create_server(
-                partial(connection, **options),
-                sock=one,
-                ssl=tls,
-                ssl_handshake_timeout=self._handshake_timeout_s if tls else None,
-                backlog=self.config.backlog,
-            )
-            for one in sockets or ()
-        ]
+        protocol_class: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        protocol: Callable[[], asyncio.Protocol] = partial(protocol_class, **options)
+        self.servers = [await self._listen(one, protocol) for one in sockets or ()]
         self.started = True
         self._work = asyncio.create_task(self._load())
 
@@ -120,6 +120,18 @@ class HttpServer(uvicorn.Server):
         if self._work is not None:
             self._work.cancel()
             await asyncio.gather(self._work, return_exceptions=True)
+
+    async def _listen(
+        self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]
+    ) -> asyncio.Server:
+        context = self.config.ssl
+        if context is None:
+            return await asyncio.get_running_loop().create_server(
+                protocol, sock=listener, backlog=self.config.backlog
+            )
+        handshake = partial(TlsHandshake, self.server_state, self._connections, protocol)
+        tls_listener = TlsListener(listener, context, self._handshake_timeout_s, handshake)
+        return cast(asyncio.Server, tls_listener)  # uvicorn closes it, and waits for that
 
     async def _load(self) -> None:
         try:

@@ -18,7 +18,8 @@ class LimitOptions:
         default=1024,
         metadata={
             "group": ("limits", "--max-connections 256 --request-timeout-s 120"),
-            "help": "open connections; idle ones are closed for new ones, else new ones get a 503",
+            "help": "open connections, TLS handshakes included; idle ones are closed for new ones,"
+            " else new ones get a 503",
         },
     )
     keep_alive_timeout_s: float = field(

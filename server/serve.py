@@ -38,8 +38,8 @@ from weights.models.named_models import WORDNET
 logger = logging.getLogger(__name__)
 # time for responses to reach their clients after the last request has ended
 _CLOSING_S = 1
-# open files besides connections
-_OTHER_FILES = 256
+# open files besides connections, and sockets that are accepted before one is evicted
+_OTHER_FILES, _ACCEPTED_AT_ONCE = 256, 2048
 
 
 def serve(
@@ -87,9 +87,7 @@ def serve(
         rejected = served.metrics.rejections.labels("too_many_connections").inc
         connections = ConnectionTable(limits.max_connections, rejected)
         config = _uvicorn_config(front, access, limits, connections)
-        server = HttpServer(
-            config, gate, served, on_ready, http.drain_timeout_s, limits.header_timeout_s
-        )
+        server = HttpServer(config, gate, served, on_ready, http, limits, connections)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, server.handle_exit)
         say(f"loading {model.model}")
@@ -124,9 +122,6 @@ def _uvicorn_config(
 
 @contextlib.contextmanager
 def _listening(http: HttpOptions, access: AccessOptions) -> Iterator[socket.socket]:
-    is_given = (http.host, http.port) != (HttpOptions.host, HttpOptions.port)
-    if access.uds is not None and is_given:
-        raise ConfigError("uds: replaces --host and --port; give one or the other")
     opened = (
         unix_socket(Path(access.uds)) if access.uds is not None else listen(http.host, http.port)
     )
@@ -143,8 +138,11 @@ def _allow_files(max_connections: int) -> None:
             f"max_connections: {max_connections} need {needed} open files, but `ulimit -Hn` is"
             f" {hard}; raise that limit or use at most {hard - _OTHER_FILES}"
         )
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    wanted = needed + _ACCEPTED_AT_ONCE
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _announce(

@@ -152,6 +152,7 @@ COVERED_BY = {
     "weights/checkpoints/truncation.py": "weights/checkpoints/test_added_tokens.py",
     "weights/checkpoints/word_ids.py": "weights/checkpoints/test_added_tokens.py",
     "weights/errors.py": "weights/training/test_corpus.py",
+    "weights/grammars/grammar_memory.py": "weights/grammars/test_compiler.py",
     "weights/grammars/lark_source.py": "weights/grammars/test_compiler.py",
     "weights/grammars/vocabulary.py": "weights/grammars/test_compiler.py",
     "weights/models/named_models.py": "test_wordnet.py",

@@ -1,6 +1,7 @@
 """Token masks: the protocol by which a grammar restricts a request's tokens."""
 
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -47,6 +48,11 @@ class TokenMask(Protocol):
 
 class Grammars:
     """Makes token masks of grammars and fills their bitmasks; this one knows no grammar."""
+
+    @property
+    def num_free(self) -> int:
+        """Different grammars that fit in memory besides those that have masks."""
+        return sys.maxsize
 
     def compile(self, grammar: Grammar) -> TokenMask:
         """A mask at the beginning of an answer. It may take a second; any thread may call it.

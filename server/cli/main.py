@@ -78,6 +78,8 @@ def serve(options: argparse.Namespace) -> None:
     """Serve a model over HTTP, with an OpenAI-compatible API."""
     from server.serve import serve
 
+    if hasattr(options, "uds") and (hasattr(options, "host") or hasattr(options, "port")):
+        raise ConfigError("uds: replaces --host and --port; give one or the other")
     serve(
         from_options(ModelOptions, options),
         from_options(EngineConfig, options),

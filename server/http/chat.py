@@ -8,9 +8,10 @@ from server.http.answer import Answer
 from server.http.chat_choice import ChatChoice
 from server.http.chat_request import ChatPrompt, ChatRequest
 from server.http.generation import Generation, Ids
+from server.http.required_calls import RequiredCalls
 from server.http.service import Service
 from server.http.tool_calls import parser_for
-from server.http.tool_grammar import tool_grammar
+from server.http.tool_grammar import optional_calls, required_calls
 from weights.checkpoints.chat_template import ChatTemplate
 from weights.errors import ChatTemplateError
 
@@ -24,18 +25,21 @@ def chat_answer(service: Service, body: ChatRequest) -> Answer:
     template = _template(service)
     parser = parser_for(template.source) if body.callable_tools else None
     grammar = body.grammar()
-    if body.must_call:
+    if body.must_call or body.has_strict_tools:
         if parser is None:
-            raise RequestError("tool_choice", "the model's chat template shows no tool calls")
+            param = "tool_choice" if body.must_call else "tools"
+            raise RequestError(param, "the model's chat template shows no tool calls")
         functions = [tool.function for tool in body.callable_tools]
-        grammar = tool_grammar(functions, parser, body.parallel_tool_calls)
+        make_grammar = required_calls if body.must_call else optional_calls
+        grammar = make_grammar(functions, parser, body.parallel_tool_calls)
 
     async def encode() -> list[Ids]:
         return [await chat_prompt(service, body)]
 
     def writer(prompt: int) -> ChatChoice:
         found = parser() if parser is not None else None
-        return ChatChoice(service.tokenizer, body, found)
+        required = RequiredCalls(parser) if parser is not None and body.must_call else None
+        return ChatChoice(service.tokenizer, body, found, required)
 
     def prompt_fields() -> dict[str, Any]:
         return {"prompt_token_ids": generation.prompts[0]} if body.return_token_ids else {}

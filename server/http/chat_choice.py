@@ -8,6 +8,7 @@ from engine.sampling.params import TokenLogprobs
 from server.http.chat_request import ChatRequest
 from server.http.logprobs import chat_logprobs
 from server.http.memory_trace import memory_trace
+from server.http.required_calls import CallDelta, RequiredCalls
 from server.http.text_stream import TextDelta
 from server.http.tool_calls import FoundCall, ParsedText, ToolCallParser
 from weights.checkpoints.tokenizer import Tokenizer
@@ -21,11 +22,16 @@ class ChatChoice:
         tokenizer: Tokenizer,
         body: ChatRequest,
         parser: ToolCallParser | None,
+        required: RequiredCalls | None = None,
     ) -> None:
-        """``parser`` finds tool calls in the text; without one all text is content."""
+        """``parser`` finds tool calls in the text; without one all text is content.
+
+        ``required`` reads the stream of an answer that has to be calls.
+        """
         self._tokenizer = tokenizer
         self._body = body
         self._parser = parser
+        self._required = required
         self._num_calls = 0
         self._is_first = True
 
@@ -39,8 +45,13 @@ class ChatChoice:
 
     def chunk(self, delta: TextDelta) -> dict[str, Any]:
         """The choice of the next chunk of a stream."""
-        parsed = self._parse(delta)
         part: dict[str, Any] = {"role": "assistant", "content": ""} if self._is_first else {}
+        if self._required is not None:
+            calls = [self._call_part(one) for one in self._required.push(delta.text)]
+            if calls:
+                part["tool_calls"] = calls
+            return self._choice(delta, "delta", part)
+        parsed = self._parse(delta)
         if parsed.text:
             part["content"] = parsed.text
         if parsed.calls:
@@ -60,19 +71,19 @@ class ChatChoice:
 
     def _calls(self, calls: Sequence[FoundCall]) -> list[dict[str, Any]]:
         self._num_calls += len(calls)
-        return [
-            {
-                "id": f"call_{uuid.uuid4().hex}",
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in calls
-        ]
+        return [_call(call.name, call.arguments) for call in calls]
+
+    def _call_part(self, part: CallDelta) -> dict[str, Any]:
+        if part.name is None:
+            return {"index": part.index, "function": {"arguments": part.arguments}}
+        self._num_calls += 1
+        return {"index": part.index} | _call(part.name, part.arguments)
 
     def _choice(self, delta: TextDelta, name: str, content: dict[str, Any]) -> dict[str, Any]:
         body, self._is_first = self._body, False
         reason: str | None = delta.finish_reason
-        if reason == "stop" and self._num_calls:
+        is_cut = self._required is not None and self._required.is_inside
+        if reason == "stop" and self._num_calls and not is_cut:
             reason = "tool_calls"
         choice: dict[str, Any] = {
             "index": delta.index,
@@ -91,3 +102,11 @@ class ChatChoice:
         body = self._body
         count, as_ids = body.top_logprobs or 0, body.return_tokens_as_token_ids
         return chat_logprobs(self._tokenizer, entries, count, as_ids)
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    return {
+        "id": f"call_{uuid.uuid4().hex}",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }

@@ -97,7 +97,7 @@ class FunctionDefinition(RequestBody):
     )
     strict: bool = Field(
         default=False,
-        description="calls always match the schema; needs tool_choice required, or a function",
+        description="calls always match the schema, as they do with tool_choice required",
     )
 
 

@@ -102,10 +102,11 @@ class ChatRequest(ChatPrompt, GenerationOptions):
             self.max_tokens != self.max_completion_tokens
         ):
             raise ValueError("max_completion_tokens: differs from max_tokens")
-        if not self.must_call and any(tool.function.strict for tool in self.callable_tools):
-            raise ValueError("tools: strict needs tool_choice required, or a function")
-        if self.must_call and (self.response_format or self.structured_outputs):
-            raise ValueError("tool_choice: a required call cannot be combined with a format")
+        if self.response_format or self.structured_outputs:
+            if self.must_call:
+                raise ValueError("tool_choice: a required call cannot be combined with a format")
+            if self.has_strict_tools:
+                raise ValueError("tools: strict cannot be combined with a format")
         if self.must_call and not self.tools:
             raise ValueError("tool_choice: needs tools")
         if isinstance(self.tool_choice, ToolChoice) and not self.callable_tools:
@@ -117,6 +118,11 @@ class ChatRequest(ChatPrompt, GenerationOptions):
     def must_call(self) -> bool:
         """Whether the answer has to be a call."""
         return self.tool_choice not in ("none", "auto")
+
+    @property
+    def has_strict_tools(self) -> bool:
+        """Whether the arguments of a call have to fit its function's schema."""
+        return any(tool.function.strict for tool in self.callable_tools)
 
     @property
     def callable_tools(self) -> Sequence[Tool]:

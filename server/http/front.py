@@ -8,6 +8,7 @@ from server.api_keys import ApiKeys
 from server.http.access_log import AccessLog
 from server.http.authentication import Authentication
 from server.http.request_ids import RequestIds
+from server.http.root_path import RootRedirect
 
 
 class Front:
@@ -17,7 +18,7 @@ class Front:
         self, app: ASGIApp, access: AccessOptions, keys: ApiKeys, *, access_log: bool
     ) -> None:
         self._root_path = access.root_path or ""
-        app = Authentication(app, keys)
+        app = Authentication(RootRedirect(app), keys)
         if access.cors_origin:
             # browsers read errors and request ids only if they are allowed to
             app = CORSMiddleware(

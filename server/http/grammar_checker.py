@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LONGEST_WAIT_S = 2 * TRIAL_S
 _STARTING_S = 30.0
+# longer than a trial on a busy machine
+_ANSWERING_S = 10 * TRIAL_S
 _MOST_PASSED = 128
 
 
@@ -51,16 +53,7 @@ class GrammarChecker:
             ApiError: (500) the worker failed.
         """
         if grammar not in self._passed:
-            loop = asyncio.get_running_loop()
-            wait_s = _LONGEST_WAIT_S + (0 if self._is_ready else _STARTING_S)
-            try:
-                asked = loop.run_in_executor(self._thread, self._ask, grammar)
-                problem = await asyncio.wait_for(asked, wait_s)
-            except TimeoutError:
-                raise OverloadedError from None
-            except (EOFError, OSError):
-                logger.exception("the grammar checker failed")
-                raise ApiError(500, "the grammar checker failed", "server_error") from None
+            problem = await self._problem(grammar)
             if problem is not None:
                 raise RequestError(grammar.param, problem)
         self._passed.pop(grammar, None)
@@ -75,14 +68,32 @@ class GrammarChecker:
             self._is_stopped = True
         self._end()
 
-    def _ask(self, grammar: Grammar) -> str | None:
+    async def _problem(self, grammar: Grammar) -> str | None:
+        asked = asyncio.get_running_loop().run_in_executor(self._thread, self._ask, grammar)
         try:
-            connection = self._connected()
-            connection.send(grammar)
-            return _answer(connection)
+            done, _ = await asyncio.wait({asked}, timeout=_LONGEST_WAIT_S)
+            if not done and not self._is_ready:  # a worker starts: the first, or a replacement
+                done, _ = await asyncio.wait({asked}, timeout=_STARTING_S)
+            if not done:
+                raise OverloadedError
+            return await asked
         except (EOFError, OSError):
-            self._end()
-            raise
+            logger.exception("the grammar checker failed")
+            raise ApiError(500, "the grammar checker failed", "server_error") from None
+        finally:
+            asked.cancel()
+
+    def _ask(self, grammar: Grammar) -> str | None:
+        """The problem of a grammar; if the worker dies, its replacement tries once more."""
+        for _ in range(2):
+            connection = self._connected()
+            try:
+                connection.send(grammar)
+                return _answer(connection, _ANSWERING_S)
+            except (EOFError, OSError):
+                logger.warning("the process that checks grammars has died or hangs; replacing it")
+                self._end()
+        return f"the {grammar.kind} is refused: the process that checks it died twice"
 
     def _connected(self) -> Connection:
         """The connection to a worker that is ready."""
@@ -93,7 +104,11 @@ class GrammarChecker:
                 self._worker = self._new_worker()
             _, connection = self._worker
         if not self._is_ready:
-            _answer(connection)
+            try:
+                _answer(connection, _STARTING_S)
+            except (EOFError, OSError):
+                self._end()
+                raise
             self._is_ready = True
         return connection
 
@@ -123,8 +138,8 @@ class GrammarChecker:
                 process.join()
 
 
-def _answer(connection: Connection) -> str | None:
-    if not connection.poll(_STARTING_S):
+def _answer(connection: Connection, timeout_s: float) -> str | None:
+    if not connection.poll(timeout_s):
         raise EOFError("no answer")
     answer: str | None = connection.recv()
     return answer

@@ -3,11 +3,12 @@
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
 from engine.errors import RequestError
 from server.http.chat import chat_prompt
 from server.http.errors import ApiError
+from server.http.json_text import large_json_text
 from server.http.response_models import Detokenized, Model, ModelList, Tokens
 from server.http.service import Service
 from server.http.tokenize_request import DetokenizeRequest, TokenizeRequest
@@ -28,19 +29,25 @@ def model_routes(service: Service) -> APIRouter:
         service.check_model(name)
         return _model(service)
 
-    @router.post("/tokenize", responses={200: {"model": Tokens}})
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    @router.post("/tokenize", response_model=None, responses={200: {"model": Tokens}})
+    async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text or of a conversation."""
         service.check_model(body.model)
         if body.prompt is None:
             ids = list(await chat_prompt(service, body))
         else:
             ids = await service.encode(body.prompt, body.add_special_tokens)
-        limit = service.limits.max_model_len
-        answer = {"count": len(ids), "max_model_len": limit, "tokens": ids}
-        if body.return_token_strs:
-            answer["token_strs"] = [service.tokenizer.token_name(token_id) for token_id in ids]
-        return answer
+
+        def written() -> str:
+            limit = service.limits.max_model_len
+            answer: dict[str, Any] = {"count": len(ids), "max_model_len": limit, "tokens": ids}
+            if body.return_token_strs:
+                names = [service.tokenizer.token_name(token_id) for token_id in ids]
+                answer["token_strs"] = names
+            return large_json_text(answer)
+
+        # many tokens take a while, and must not delay the tokens of other requests
+        return Response(await asyncio.to_thread(written), media_type="application/json")
 
     @router.post("/detokenize", responses={200: {"model": Detokenized}})
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Finds tool calls in generated text, in the formats of Hermes and of Llama 3."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 HERMES_BEGIN, HERMES_END = "<tool_call>", "</tool_call>"
 LLAMA_BEGIN = "<|python_tag|>"
+_BETWEEN = re.compile(r"\s*;?\s*")
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,17 @@ class LlamaParser:
         text = self._take()
         body = text.strip().removeprefix(LLAMA_BEGIN).strip()
         calls: list[FoundCall] = []
-        decoder = json.JSONDecoder()
-        while body:
+        decoder, position = json.JSONDecoder(), 0
+        while position < len(body):
             try:
-                value, end = decoder.raw_decode(body)
+                value, end = decoder.raw_decode(body, position)
             except (ValueError, RecursionError):
                 return ParsedText(text)
             call = _as_call(value)
             if call is None:
                 return ParsedText(text)
             calls.append(call)
-            body = body[end:].lstrip().removeprefix(";").lstrip()
+            position = _BETWEEN.match(body, end).end()  # type: ignore[union-attr]
         return ParsedText("", tuple(calls)) if calls else ParsedText(text)
 
     def _take(self) -> str:

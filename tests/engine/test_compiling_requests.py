@@ -1,6 +1,7 @@
 """Requests whose grammars are compiled in the background: order, aborts, errors."""
 
 import threading
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -101,3 +102,34 @@ def test_an_engine_without_grammars_refuses_them(model):
     plain.add(masked("a"))
     (output,) = step_all(plain)["a"]
     assert "has no grammars" in output.error and output.error_param == "structured_outputs"
+
+
+class Few(Grammars):
+    """Two grammars fit in memory."""
+
+    def __init__(self):
+        self.masks = WeakSet()
+
+    @property
+    def num_free(self):
+        return 2 - len(self.masks)
+
+    def compile(self, grammar):
+        assert self.num_free > 0
+        mask = Multiples()
+        self.masks.add(mask)
+        return mask
+
+
+def test_grammars_that_do_not_fit_in_memory_wait(model):
+    config = EngineConfig(kv_cache_gib=0.001, block_size=4)
+    engine = engine_of(model, config, grammars=Few())
+    for name in "abcdef":
+        engine.add(masked(name))
+    assert engine.statistics().num_waiting == 6
+    engine.abort("f")
+    found = step_all(engine)
+    assert sorted(found) == list("abcde")
+    expected = masked_greedy(model, [5, 6], COUNT)
+    assert all(tokens(outputs) == expected for outputs in found.values())
+    engine.check_idle()

@@ -13,8 +13,11 @@ import uvicorn
 
 from engine.errors import ConfigError
 from server.access import AccessOptions
+from server.config import HttpOptions
 from server.http.gate import Gate
+from server.http.transport.connection_table import ConnectionTable
 from server.http_server import HttpServer
+from server.limits import LimitOptions
 from server.serve import _warn_if_public
 from tests.server.running import running
 
@@ -94,7 +97,9 @@ def test_a_client_that_begins_no_handshake_is_disconnected(tmp_path):
     certificate, key = self_signed(tmp_path)
     config = uvicorn.Config(Gate(), ssl_certfile=certificate, ssl_keyfile=key, log_config=None)
     config.load()
-    server = HttpServer(config, Gate(), Mock(), AsyncMock(), 0, handshake_timeout_s=0.01)
+    table = ConnectionTable(1, Mock())
+    limits = LimitOptions(header_timeout_s=0.01)
+    server = HttpServer(config, Gate(), Mock(), AsyncMock(), HttpOptions(), limits, table)
 
     async def scenario(listener):
         await server.startup([listener])
@@ -102,6 +107,7 @@ def test_a_client_that_begins_no_handshake_is_disconnected(tmp_path):
         assert await reader.read() == b""
         writer.close()
         server.servers[0].close()
+        await server.servers[0].wait_closed()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         asyncio.run(asyncio.wait_for(scenario(listener), 30))

@@ -118,6 +118,28 @@ def test_a_gpu_needs_triton(gpus, monkeypatch):
         chosen_device(ModelOptions(device="cuda"))
 
 
+def test_a_gpu_needs_a_c_compiler_where_triton_looks_for_it(gpus, monkeypatch, tmp_path):
+    gpus((9, 0))
+    named = "device: cuda cannot be used: triton needs a C compiler: install gcc or clang, or set"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    for name in (None, "cc", "gcc", "clang"):
+        for file in tmp_path.iterdir():
+            file.unlink()
+        if name is not None:
+            (tmp_path / name).touch(0o755)
+        if name in ("gcc", "clang"):
+            assert chosen_device(ModelOptions(device="cuda")).type == "cuda"
+            continue
+        with pytest.raises(ConfigError, match=named):
+            chosen_device(ModelOptions(device="cuda"))
+    monkeypatch.setenv("CC", "my-cc")
+    with pytest.raises(ConfigError, match=named):
+        chosen_device(ModelOptions(device="cuda"))
+    (tmp_path / "my-cc").touch(0o755)
+    assert chosen_device(ModelOptions(device="cuda")).type == "cuda"
+
+
 def test_an_option_without_effect_is_logged(gpus, caplog):
     gpus((9, 0))
     engine = EngineConfig(gpu_memory_utilization=0.5)

@@ -220,7 +220,8 @@ MISTAKES = [
     (["serve", "--api-key-file", "nowhere"], "api_key_file: nowhere: No such file"),
     (["serve", "--tls-cert", "nowhere"], "tls_cert: nowhere: No such file"),
     (["serve", "--uds", "/nowhere/socket"], "uds: /nowhere/socket: No such file"),
-    (["serve", "--uds", "socket", "--port", "80"], "uds: replaces --host and --port"),
+    (["serve", "--uds", "socket", "--port", "8000"], "uds: replaces --host and --port"),
+    (["serve", "--uds", "socket", "--config", "host.toml"], "uds: replaces --host and --port"),
 ]
 
 
@@ -233,7 +234,8 @@ MISTAKES = [
 )
 def test_a_command_line_error_is_one_line_and_exit_code_2(tmp_path, arguments, named):
     (tmp_path / "model.gguf").touch()
-    arguments = [str(tmp_path / a) if a == "model.gguf" else a for a in arguments]
+    (tmp_path / "host.toml").write_text('host = "127.0.0.1"')
+    arguments = [str(tmp_path / a) if (tmp_path / a).is_file() else a for a in arguments]
     result = memplus(*arguments)
     assert result.returncode == 2 and named in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr

@@ -14,7 +14,8 @@ from weights.checkpoints.memory_request import MemoryRequest, MemoryShares, chec
 
 # activations, graphs, workspaces: an estimate that no GPU has confirmed
 _STEP_BYTES = 2**30
-# page-locked memory cannot be reclaimed, so some host memory is left to everything else
+# page-locked memory cannot be reclaimed, so some host memory is left to everything else, of which
+# compiled grammars may take a quarter
 _HOST_RESERVE_BYTES = 2 * 2**30
 
 # (free bytes, all bytes) of a GPU

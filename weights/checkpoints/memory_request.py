@@ -34,6 +34,7 @@ class MemoryRequest:
         default_cache: row cache in bytes if the user requested none and memory is no limit.
         tier: auto, device, host or disk, as the user requested.
         is_kv_requested: the user requested ``kv_bytes``, so they are not reduced.
+        grammar_bytes: host memory that compiled grammars may take.
     """
 
     kv_bytes: int
@@ -41,6 +42,7 @@ class MemoryRequest:
     default_cache: int
     tier: str = "auto"
     is_kv_requested: bool = False
+    grammar_bytes: int = 0
 
     @property
     def full_cache(self) -> int:

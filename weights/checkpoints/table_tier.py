@@ -31,12 +31,17 @@ class CpuTierChoice:
     request: MemoryRequest
     available: Callable[[], AvailableMemory] = available_memory
 
+    @property
+    def _step_bytes(self) -> int:
+        return _STEP_BYTES + self.request.grammar_bytes
+
     def shares(self, table_bytes: int, weight_bytes: int) -> MemoryShares:
         """Divide the available memory, which is read once.
 
-        ``auto`` loads the tables into memory if they fit together with the weights, the KV pool and
-        512 MiB, or if they fit in the default row cache. If the user did not request a KV pool, it
-        gets the rest: at most ``kv_bytes``, at least 64 MiB. A log line explains each decision.
+        ``auto`` loads the tables into memory if they fit together with the weights, the KV pool,
+        512 MiB for a step and its grammars, or if they fit in the default row cache. If the user
+        did not request a KV pool, it gets the rest: at most ``kv_bytes``, at least 64 MiB. A log
+        line explains each decision.
 
         Args:
             table_bytes: all tables in their served layout; 0 if there are none.
@@ -90,9 +95,9 @@ class CpuTierChoice:
         if self.request.is_kv_requested:
             self.request.check_kv(memory, weight_bytes, row_bytes)
         else:
-            left = memory.num_bytes - weight_bytes - row_bytes - _STEP_BYTES
+            left = memory.num_bytes - weight_bytes - row_bytes - self._step_bytes
             kv_bytes = self.request.fitting_kv(left)
-            for_steps = f" and {size_text(_STEP_BYTES)} for a step"
+            for_steps = f" and {size_text(self._step_bytes)} for a step"
         logger.log(
             logging.INFO if kv_bytes == wanted else logging.WARNING,
             "KV pool takes %s: %s is available (%s), less %s for weights, %s for table rows%s",
@@ -106,7 +111,7 @@ class CpuTierChoice:
     ) -> int | None:
         request = self.request
         beyond_weights = memory.num_bytes - weight_bytes
-        left = beyond_weights - request.kv_bytes - _STEP_BYTES
+        left = beyond_weights - request.kv_bytes - self._step_bytes
         cache = request.fitting_cache(left)
         if request.requested_cache is not None:
             check_fits("table_cache: takes", min(cache, table_bytes), beyond_weights, memory)
@@ -128,6 +133,6 @@ class CpuTierChoice:
             *(size_text(table_bytes), decision),
             "; --table-cache is unused" if is_unused else "",
             *(size_text(memory.num_bytes), memory.bound),
-            *(size_text(weight_bytes), size_text(request.kv_bytes), size_text(_STEP_BYTES)),
+            *(size_text(weight_bytes), size_text(request.kv_bytes), size_text(self._step_bytes)),
         )
         return None if is_loaded else cache

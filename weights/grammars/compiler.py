@@ -1,7 +1,9 @@
 """Compiles grammars to token masks with llguidance."""
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from weakref import WeakSet
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -10,12 +12,12 @@ from engine.errors import RequestError
 from engine.sampling.grammar import Grammar
 from engine.sampling.masks import Bitmask, Grammars, TokenMask, num_words
 from weights.checkpoints.tokenizer import Tokenizer
+from weights.grammars.grammar_memory import MOST_GRAMMARS
 from weights.grammars.lark_source import lark_source
 from weights.grammars.vocabulary import grammar_tokenizer
 
-# work and memory of one mask; common schemas need a hundredth
-_LIMITS = LLParserLimits(step_max_items=10_000, max_lexer_states=50_000, verbose_errors=False)
-_MOST_TEMPLATES = 16
+# work and memory of one mask, whose lexer takes 1 kB per state; common schemas need a tenth
+_LIMITS = LLParserLimits(step_max_items=10_000, max_lexer_states=8_000, verbose_errors=False)
 _MOST_COPIES = 64
 _MOST_MESSAGE = 300
 
@@ -23,8 +25,9 @@ _MOST_MESSAGE = 300
 class GrammarMask:
     """A token mask that follows a grammar. If it exceeds a limit, it fails for good."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, template: "_Template | None" = None) -> None:
         self.matcher = matcher
+        self._template = template  # it is in memory as long as one of its masks
 
     @property
     def is_complete(self) -> bool:
@@ -54,7 +57,8 @@ class GrammarCompiler(Grammars):
     """Compiles the grammars of one model.
 
     It keeps compiled grammars, because masks of the same grammar share the states of its lexer.
-    One thread at a time may compile; another may fill masks meanwhile.
+    Those that are kept or in use take at most ``GRAMMARS_BYTES``, if a caller respects
+    ``num_free``. One thread at a time may compile; another may fill masks meanwhile.
     """
 
     def __init__(
@@ -64,20 +68,38 @@ class GrammarCompiler(Grammars):
         self._make_tokenizer, self._vocab_size = make_tokenizer, vocab_size
         self._eos_ids = sorted(eos_ids)
         self._templates: dict[Grammar, _Template] = {}  # the last used is last
+        self._in_memory = WeakSet[_Template]()  # the kept ones, and others that have masks
+        self._lock = threading.Lock()  # for _in_memory
 
     def warm_up(self) -> None:
         """Prepare the tokenizer, which otherwise the first grammar does."""
         if self._eos_ids:
-            assert self._llguidance.vocab_size == self._vocab_size
+            self._matcher(Grammar("choice", ("a",)))
+
+    @property
+    def num_free(self) -> int:
+        with self._lock:
+            return MOST_GRAMMARS - sum(template.is_used for template in self._in_memory)
 
     def compile(self, grammar: Grammar) -> TokenMask:
         template = self._templates.pop(grammar, None)
         if template is None or not template.copies_left:
+            del template
+            self._evict()
             template = _Template(self._matcher(grammar))
+            with self._lock:
+                self._in_memory.add(template)
         self._templates[grammar] = template
-        if len(self._templates) > _MOST_TEMPLATES:
-            del self._templates[next(iter(self._templates))]
         return template.copy()
+
+    def _evict(self) -> None:
+        """Make room for one more grammar: drop the least recently used of those without masks."""
+        unused = [key for key, template in self._templates.items() if not template.is_used]
+        for key in unused:
+            with self._lock:
+                if len(self._in_memory) < MOST_GRAMMARS:
+                    return
+            del self._templates[key]
 
     def fill(self, masks: Sequence[tuple[int, TokenMask]], bitmask_LW: Bitmask) -> None:
         """As ``Grammars.fill``, in native threads for all masks at once."""
@@ -123,11 +145,19 @@ class _Template:
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
+        self._masks = WeakSet[GrammarMask]()
         self.copies_left = _MOST_COPIES
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a request still has a mask of the grammar."""
+        return len(self._masks) > 0
 
     def copy(self) -> GrammarMask:
         self.copies_left -= 1
-        return GrammarMask(self._matcher.deep_copy())
+        mask = GrammarMask(self._matcher.deep_copy(), self)
+        self._masks.add(mask)
+        return mask
 
 
 def _shortened(message: str) -> str:

@@ -22,7 +22,8 @@ const status = new StatusView({
 const conversation = [];
 let model = null;
 let running = null; // the AbortController of the request in progress
-let ready = null; // a promise: the model is known, or cannot be
+let ready = null; // a promise: the model and its tables are known, or cannot be
+let isDescribed = false;
 
 const mode = () => document.querySelector("input[name=mode]:checked").value;
 
@@ -38,6 +39,7 @@ async function describe() {
     const { data } = await tables.json();
     memory.describe(data);
     status.describe(data);
+    isDescribed = true;
     showError(null);
   } catch (error) {
     showError(error);
@@ -80,6 +82,8 @@ function clear() {
 async function send() {
   const input = element("input");
   await ready;
+  // an answer shows the rows that it reads only if the tables are known when it begins
+  if (!isDescribed) await (ready = describe());
   if (running || !input.value) return;
   const text = input.value;
   const isChat = mode() === "chat";

@@ -283,6 +283,8 @@ class Connection(asyncio.Protocol):
 
     def _close(self) -> None:
         """Close once everything is sent; a client that does not read has limited time."""
+        if not self._transport.get_write_buffer_size():
+            self._table.set_idle(self)  # a TLS client may leave its end of the connection open
         self._transport.close()
         self._start_timer(self._limits.stream_write_timeout_s, self.abort)
 

@@ -19,7 +19,7 @@ class Evictable(Protocol):
 
 
 class ConnectionTable:
-    """Counts connections; one that waits for a request's head is idle and can be evicted.
+    """Counts connections; one that waits for a request or runs a TLS handshake can be evicted.
 
     It is not evicted before it has been idle for a while: its request may be on the way.
     """
@@ -44,8 +44,14 @@ class ConnectionTable:
         The caller answers a refused connection with an error. It may then stay for a while, until
         the client has read the error, or too many others were refused.
         """
-        if len(self._open) >= self._limit and not self._evict():
+        if not self.hold(connection):
             self._on_refused()
+            return False
+        return True
+
+    def hold(self, connection: Evictable) -> bool:
+        """Add a connection as ``add`` does, but do not count it as refused."""
+        if len(self._open) >= self._limit and not self._evict():
             self._refused[connection] = None
             if len(self._refused) > _MAX_REFUSED:
                 self._close(next(iter(self._refused)))

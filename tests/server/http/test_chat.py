@@ -19,7 +19,6 @@ TOOL = {
     "type": "function",
     "function": {"name": "find", "parameters": {"type": "object", "properties": {}}},
 }
-STRICT = {"type": "function", "function": {"name": "find", "strict": True}}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +149,6 @@ def test_messages_of_official_clients_can_be_sent_back(chat):
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [STRICT]}, "tools"),
         ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, "chat_template_kwargs"),
         ({"extra_body": {"continue_final_message": True, "add_generation_prompt": True}}, None),
         ({"extra_body": {"colour": "red"}}, "colour"),

@@ -167,3 +167,16 @@ def test_every_response_has_one_request_id(streamed):
 
     sent = asyncio.run(post(front(app), {"prompt": "a", "stream": streamed}, finish))
     assert [name for name, _ in sent[0]["headers"]].count(b"x-request-id") == 1
+
+
+def test_the_root_path_without_a_slash_is_redirected_to_the_page():
+    _, _, app = build()
+    requests = [("GET", "/a/b"), ("HEAD", "/a/b"), ("GET", "/a/b?x=1"), ("GET", "/a/b/")]
+    answers = [
+        ask(front(app, [parse_key("k" * 32, "")], root_path="/a/b"), one)[0] for one in requests
+    ]
+    assert [one.status_code for one in answers] == [307, 307, 307, 200]
+    places = [one.headers.get("location") for one in answers]
+    assert places == ["/a/b/", "/a/b/", "/a/b/?x=1", None]
+    (response,) = ask(front(app, root_path="/a/b"), ("POST", "/a/b"))
+    assert response.status_code in (404, 405)

@@ -17,6 +17,7 @@ from engine.sampling.grammar import Grammar
 from server.grammar_worker import work
 from server.http.errors import ApiError, OverloadedError
 from server.http.grammar_checker import GrammarChecker
+from server.http.grammar_checker import _answer as known_answer
 from tests.models import EOS_ID, VOCAB_SIZE, byte_tokenizer
 from tests.server.http.test_generation import until
 from tests.server.test_serve import children, ends
@@ -94,10 +95,43 @@ def test_a_process_that_died_is_replaced(checker):
     process.kill()
     process.join()
     check(checker, "regex", "a")  # it is known
-    with pytest.raises(ApiError, match="the grammar checker failed") as caught:
-        check(checker, "regex", "b")
-    assert caught.value.status == 500
     check(checker, "regex", "b")
+    assert checker._worker[0] is not process
+
+
+def test_only_the_grammar_that_ends_the_process_is_refused(checker, monkeypatch):
+    check(checker, "regex", "a")
+    new_worker, replacing, released = checker._new_worker, threading.Event(), threading.Event()
+    killed = []
+
+    def deadly(connection, timeout_s):
+        if checker._is_ready and len(killed) < 2:
+            killed.append(checker._worker[0])
+            killed[-1].kill()
+            killed[-1].join()
+        return known_answer(connection, timeout_s)
+
+    def when_released():
+        replacing.set()
+        assert released.wait(60)
+        return new_worker()
+
+    async def scenario():
+        first = asyncio.create_task(checker.check(Grammar("regex", "d", "response_format")))
+        await asyncio.to_thread(replacing.wait)
+        # others would not wait longer for a process that runs
+        monkeypatch.setattr("server.http.grammar_checker._LONGEST_WAIT_S", 0.0)
+        others = [asyncio.create_task(checker.check(Grammar("regex", x))) for x in ("x", "y")]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        released.set()
+        with pytest.raises(RequestError, match="the process that checks it died twice"):
+            await first
+        return await asyncio.gather(*others)
+
+    monkeypatch.setattr("server.http.grammar_checker._answer", deadly)
+    monkeypatch.setattr(checker, "_new_worker", when_released)
+    assert asyncio.run(scenario()) == [None, None]
 
 
 def test_a_check_that_waits_too_long_is_an_overload(checker, monkeypatch):

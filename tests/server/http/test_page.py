@@ -248,6 +248,16 @@ def test_the_page_asks_for_a_key_and_keeps_it_for_the_tab(open_page, memory_serv
     expect(page.get_by_role("alert")).to_have_text("a key is needed")
 
 
+@pytest.mark.parametrize("path", ["models", "memory"])
+def test_rows_are_shown_even_if_the_tables_were_not_known_at_first(open_page, memory_server, path):
+    def fail_once(page):
+        page.route(f"**/v1/{path}", lambda route: route.fulfill(status=503, body=""), times=1)
+
+    page = open_page(memory_server.url, prepare=fail_once)
+    finish(page, "lookup", max_tokens=5, temperature=0)
+    expect(page.locator("#layer-tables")).to_be_visible()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_it_is_accessible_and_fits_in_both_themes(open_page, memory_server, scheme, width):

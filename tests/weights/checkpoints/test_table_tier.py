@@ -18,6 +18,7 @@ from tests.models import feed_forward_changes, random_model, save_model, tiny_co
 from weights.available_memory import AvailableMemory
 from weights.checkpoints.memory_request import MemoryRequest, MemoryShares
 from weights.checkpoints.table_tier import CpuTierChoice
+from weights.grammars.grammar_memory import GRAMMARS_BYTES
 
 MIB, GIB = 2**20, 2**30
 ASKED = EngineConfig(kv_cache_gib=1.0)
@@ -140,7 +141,7 @@ def test_auto_serves_from_memory_or_disk_by_the_dtype_asked_for(tmp_path, memory
     folder = save_model(random_model(tiny_config(**changes)), tmp_path / "model")
     # rows take 8,192 bytes in fp32 and 4,096 in bfloat16
     dense = sum(one.numel() for one in random_model(tiny_config(**changes)).parameters()) * 4
-    needed = dense + GIB + 512 * MIB
+    needed = dense + GIB + 512 * MIB + GRAMMARS_BYTES
 
     def table(**options):
         loaded = load_served(ModelOptions(str(folder), **options), folder, ASKED, CPU)
@@ -226,10 +227,10 @@ def test_little_memory_gives_fewer_kv_blocks(tmp_path, memory):
         engine = engine_entry.served_engine(loaded, EngineConfig(**config))
         return engine.statistics().kv_blocks_total
 
-    memory["bytes"] = GIB
+    memory["bytes"] = 2 * GIB
     assert blocks() == most // (16 * 256)
     assert blocks(max_num_seqs=3, max_model_len=17) == 3 * 2
-    memory["bytes"] = weights + 512 * MIB + most // 2
+    memory["bytes"] = weights + 512 * MIB + GRAMMARS_BYTES + most // 2
     assert blocks() == most // 2 // (16 * 256)
     memory["bytes"] = weights + GIB // 4 - 1
     with pytest.raises(ConfigError, match=r"kv_cache_gib: 256.0 MiB does not fit: .* \(a test\)"):

@@ -24,6 +24,7 @@ from tests.models import (
 from tests.weights.grammars.cases import grammar_cases
 from weights.checkpoints.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
 from weights.grammars.compiler import GrammarCompiler
+from weights.grammars.grammar_memory import MOST_GRAMMARS
 
 CASES = grammar_cases()
 TOKENIZER = JsonTokenizer(byte_tokenizer())
@@ -252,9 +253,28 @@ def test_masks_of_one_grammar_are_independent():
     assert allowed(grammars, masks[0]) == ids_of("b") and allowed(grammars, masks[-1]) == ids_of(
         "d"
     )
-    for number in range(40):
-        grammars.compile(Grammar("choice", (str(number),)))
-    assert len(grammars._templates) < 40
+
+
+def test_grammars_in_memory_are_bounded_and_the_least_recently_used_is_dropped():
+    grammars = compiler()
+
+    def compiled(number):
+        return grammars.compile(Grammar("choice", (str(number),)))
+
+    for number in range(MOST_GRAMMARS + 5):
+        compiled(number)  # its mask is dropped at once
+        compiled(0)
+    kept = [grammar.source[0] for grammar in grammars._templates]
+    assert len(kept) == len(grammars._in_memory) == MOST_GRAMMARS and {"0", "6"} < set(kept)
+    assert grammars.num_free == MOST_GRAMMARS
+    masks = [compiled(number) for number in range(MOST_GRAMMARS - 1)]
+    assert grammars.num_free == 1
+    masks += [compiled(1) for _ in range(130)]  # more than share one copy of the grammar
+    assert grammars.num_free < 1
+    del masks
+    assert grammars.num_free == MOST_GRAMMARS
+    compiled("a")
+    assert len(grammars._in_memory) <= MOST_GRAMMARS
 
 
 def test_a_model_without_an_end_token_takes_no_grammar():

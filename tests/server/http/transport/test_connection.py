@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 
 import pytest
 import uvicorn
@@ -10,6 +11,7 @@ from uvicorn.server import ServerState
 
 from server.http.transport.connection import Connection
 from server.http.transport.connection_table import IDLE_S, ConnectionTable
+from server.http.transport.tls_listener import TlsHandshake, TlsListener
 from server.limits import LimitOptions
 
 HELLO = b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -104,7 +106,8 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def served(**limits):
+async def served(tls=None, **limits):
+    """Serve; ``tls`` is an SSL context."""
     limits = {"keep_alive_timeout_s": FOREVER, "header_timeout_s": FOREVER} | limits
     options, refused = LimitOptions(**limits), []
     clock = Clock()
@@ -116,23 +119,33 @@ async def served(**limits):
     def connection():
         return Connection(config, state, {}, limits=options, table=table)
 
-    server = await asyncio.get_running_loop().create_server(connection, "127.0.0.1", 0)
+    def handshake():
+        return TlsHandshake(state, table, connection)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    if tls is not None:
+        server = TlsListener(listener, tls, FOREVER, handshake)
+    else:
+        server = await asyncio.get_running_loop().create_server(connection, sock=listener)
     try:
-        yield Served(server.sockets[0].getsockname()[1], app, state, refused, clock)
+        yield Served(port, app, state, refused, clock)
     finally:
         server.close()
+        listener.close()
         for one in list(state.connections):
             one.abort()
         while state.connections or state.tasks:
             await asyncio.sleep(0)
 
 
-def run(scenario, **limits):
+def run(scenario, new_loop=None, **limits):
     async def with_server():
         async with served(**limits) as server:
             return await scenario(server)
 
-    return asyncio.run(asyncio.wait_for(with_server(), 20))
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(asyncio.wait_for(with_server(), 20))
 
 
 def talk(*parts, ends=False, **limits):

@@ -38,7 +38,7 @@ main() {
 terminate_under_load() {
     python3 docker/verify_load.py "http://127.0.0.1:$PORT" >"$work/load" &
     local load=$! status=0
-    until grep -q started "$work/load"; do
+    until grep -q --no-messages started "$work/load"; do
         kill -0 "$load" || fail "the load does not start"
         sleep 0.1
     done

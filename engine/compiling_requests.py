@@ -50,7 +50,8 @@ class CompilingRequests:
 
         If there is none, wait for one, at most for ``timeout_s``.
         """
-        self._compile_queued()
+        # with a timeout the engine has nothing else to do, so no running request will free memory
+        self._compile_queued(at_least=1 if timeout_s and not self._compiling else 0)
         if timeout_s and self._compiling:
             wait([future for _, future in self._compiling.values()], timeout_s, FIRST_COMPLETED)
         ended = [pair for pair in self._compiling.values() if pair[1].done()]
@@ -58,11 +59,12 @@ class CompilingRequests:
             del self._compiling[request.request_id]
         return [Compiled(request, _result(request, future)) for request, future in ended]
 
-    def _compile_queued(self) -> None:
+    def _compile_queued(self, at_least: int = 0) -> None:
         if not self._queued:
             return
         num_begun = sum(not future.done() for _, future in self._compiling.values())
-        for request_id in list(self._queued)[: max(self._grammars.num_free - num_begun, 0)]:
+        count = max(self._grammars.num_free - num_begun, at_least)
+        for request_id in list(self._queued)[:count]:
             request = self._queued.pop(request_id)
             assert request.grammar is not None
             future = self._thread.submit(self._grammars.compile, request.grammar)

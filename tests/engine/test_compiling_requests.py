@@ -105,25 +105,26 @@ def test_an_engine_without_grammars_refuses_them(model):
 
 
 class Few(Grammars):
-    """Two grammars fit in memory."""
+    """So many grammars fit in memory."""
 
-    def __init__(self):
-        self.masks = WeakSet()
+    def __init__(self, count):
+        self.count, self.masks = count, WeakSet()
 
     @property
     def num_free(self):
-        return 2 - len(self.masks)
+        return self.count - len(self.masks)
 
     def compile(self, grammar):
-        assert self.num_free > 0
+        assert len(self.masks) < max(self.count, 1)
         mask = Multiples()
         self.masks.add(mask)
         return mask
 
 
-def test_grammars_that_do_not_fit_in_memory_wait(model):
+@pytest.mark.parametrize("count", [2, 1, 0])
+def test_grammars_that_do_not_fit_in_memory_wait(model, count):
     config = EngineConfig(kv_cache_gib=0.001, block_size=4)
-    engine = engine_of(model, config, grammars=Few())
+    engine = engine_of(model, config, grammars=Few(count))
     for name in "abcdef":
         engine.add(masked(name))
     assert engine.statistics().num_waiting == 6

@@ -12,9 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 class Compiled(NamedTuple):
-    """A request whose grammar has a mask, or an error."""
+    """A request whose grammar has a mask, or an error; see ``Scheduler.add`` about its lease."""
 
     request: Request
+    lease: object
     result: TokenMask | RequestError
 
 
@@ -24,21 +25,21 @@ class CompilingRequests:
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._waiting: dict[str, tuple[Request, Future[TokenMask]]] = {}
+        self._waiting: dict[str, tuple[Request, object, Future[TokenMask]]] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, lease: object = None) -> None:
         """Begin to compile the grammar of a request."""
         assert request.grammar is not None
         future = self._thread.submit(self._grammars.compile, request.grammar)
-        self._waiting[request.request_id] = request, future
+        self._waiting[request.request_id] = request, lease, future
 
     def abort(self, request_id: str) -> None:
         """Forget a request; do nothing if none with this id waits."""
         if request_id in self._waiting:
-            _, future = self._waiting.pop(request_id)
+            *_, future = self._waiting.pop(request_id)
             future.cancel()
 
     def take(self, timeout_s: float = 0.0) -> list[Compiled]:
@@ -47,11 +48,11 @@ class CompilingRequests:
         If there is none, wait for one, at most for ``timeout_s``.
         """
         if timeout_s and self._waiting:
-            wait([future for _, future in self._waiting.values()], timeout_s, FIRST_COMPLETED)
-        ended = [pair for pair in self._waiting.values() if pair[1].done()]
-        for request, _ in ended:
+            wait([one[-1] for one in self._waiting.values()], timeout_s, FIRST_COMPLETED)
+        ended = [one for one in self._waiting.values() if one[-1].done()]
+        for request, *_ in ended:
             del self._waiting[request.request_id]
-        return [Compiled(request, _result(request, future)) for request, future in ended]
+        return [Compiled(request, lease, _result(request, f)) for request, lease, f in ended]
 
 
 def _result(request: Request, future: "Future[TokenMask]") -> TokenMask | RequestError:

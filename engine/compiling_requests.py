@@ -12,9 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 class Compiled(NamedTuple):
-    """A request whose grammar has a mask, or an error."""
+    """A request whose grammar has a mask, or an error; see ``Scheduler.add`` about its lease."""
 
     request: Request
+    lease: object
     result: TokenMask | RequestError
 
 
@@ -27,22 +28,22 @@ class CompilingRequests:
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._queued: dict[str, Request] = {}
-        self._compiling: dict[str, tuple[Request, Future[TokenMask]]] = {}
+        self._queued: dict[str, tuple[Request, object]] = {}
+        self._compiling: dict[str, tuple[Request, object, Future[TokenMask]]] = {}
 
     def __len__(self) -> int:
         return len(self._queued) + len(self._compiling)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, lease: object = None) -> None:
         """Begin to compile the grammar of a request, or queue it."""
-        self._queued[request.request_id] = request
+        self._queued[request.request_id] = request, lease
         self._compile_queued()
 
     def abort(self, request_id: str) -> None:
         """Forget a request; do nothing if none with this id waits."""
         self._queued.pop(request_id, None)
         if request_id in self._compiling:
-            _, future = self._compiling.pop(request_id)
+            *_, future = self._compiling.pop(request_id)
             future.cancel()
 
     def take(self, timeout_s: float = 0.0) -> list[Compiled]:
@@ -53,22 +54,22 @@ class CompilingRequests:
         # with a timeout the engine has nothing else to do, so no running request will free memory
         self._compile_queued(at_least=1 if timeout_s and not self._compiling else 0)
         if timeout_s and self._compiling:
-            wait([future for _, future in self._compiling.values()], timeout_s, FIRST_COMPLETED)
-        ended = [pair for pair in self._compiling.values() if pair[1].done()]
-        for request, _ in ended:
+            wait([one[-1] for one in self._compiling.values()], timeout_s, FIRST_COMPLETED)
+        ended = [one for one in self._compiling.values() if one[-1].done()]
+        for request, *_ in ended:
             del self._compiling[request.request_id]
-        return [Compiled(request, _result(request, future)) for request, future in ended]
+        return [Compiled(request, lease, _result(request, f)) for request, lease, f in ended]
 
     def _compile_queued(self, at_least: int = 0) -> None:
         if not self._queued:
             return
-        num_begun = sum(not future.done() for _, future in self._compiling.values())
+        num_begun = sum(not future.done() for *_, future in self._compiling.values())
         count = max(self._grammars.num_free - num_begun, at_least)
         for request_id in list(self._queued)[:count]:
-            request = self._queued.pop(request_id)
+            request, lease = self._queued.pop(request_id)
             assert request.grammar is not None
             future = self._thread.submit(self._grammars.compile, request.grammar)
-            self._compiling[request_id] = request, future
+            self._compiling[request_id] = request, lease, future
 
 
 def _result(request: Request, future: "Future[TokenMask]") -> TokenMask | RequestError:

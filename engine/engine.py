@@ -10,6 +10,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, RequestError
 from engine.executors.batch import DeviceLostError, LaunchedStep
 from engine.executors.executor import Executor
+from engine.loaded_patches import LoadedPatches
 from engine.progress import Progress
 from engine.request import (
     EngineStatistics,
@@ -64,7 +65,8 @@ class Engine:
         grammars = grammars or Grammars()
         self._compiling = CompilingRequests(grammars)
         self._bitmasks = StepBitmasks(model.vocab_size, grammars)
-        self._batcher = Batcher(config.block_size, eos_ids)
+        self.patches = LoadedPatches()
+        self._batcher = Batcher(config.block_size, eos_ids, self.patches)
         self._pool = BlockPool(num_blocks, config.block_size)
         self._debug_checks = config.debug_checks
         self._speculation = _speculation(executor, config, make_drafter)
@@ -87,10 +89,13 @@ class Engine:
         ``mask`` is by default made from the request's grammar, in the background.
         """
         self.limits.check(request.prompt_ids, request.sampling)
+        if request.patches and not self._executor.takes_patches:
+            raise RequestError("memory_patches", "row patches cannot be used on this device")
+        lease = self.patches.lease(request.patches)
         if request.grammar is not None and mask is None:
-            self._compiling.add(request)
+            self._compiling.add(request, lease)
         else:
-            self._schedule(request, mask)
+            self._schedule(request, mask, lease)
 
     def abort(self, request_id: str) -> None:
         """Cancel a request and free its blocks; do nothing if it has ended already."""
@@ -166,18 +171,19 @@ class Engine:
         """Whether any request is scheduled, or a step in flight."""
         return self._scheduler.has_work or bool(self._in_flight)
 
-    def _schedule(self, request: Request, mask: TokenMask | None) -> None:
+    def _schedule(self, request: Request, mask: TokenMask | None, lease: object) -> None:
         seed = request.sampling.seed
-        self._scheduler.add(request, secrets.randbits(63) if seed is None else seed, mask)
+        seed = secrets.randbits(63) if seed is None else seed
+        self._scheduler.add(request, seed, mask, lease)
 
     def _schedule_compiled(self) -> list[TokenOutput]:
         """Schedule the requests whose grammars are compiled; returns the outputs of the others."""
         refused = []
-        for request, result in self._compiling.take(0.0 if self._can_step else _COMPILING_S):
+        for request, lease, result in self._compiling.take(0.0 if self._can_step else _COMPILING_S):
             if isinstance(result, RequestError):
                 refused.append(refused_output(request.request_id, result))
             else:
-                self._schedule(request, result)
+                self._schedule(request, result, lease)
         return refused
 
     def _launch(self, plan: StepPlan) -> list[TokenOutput]:

@@ -1,6 +1,6 @@
 """Requests, outputs and statistics of the engine, as plain data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -46,6 +46,22 @@ class RequestLimits:
             raise RequestError("allowed_token_ids", message)
 
 
+class PatchRef(NamedTuple):
+    """A loaded row patch and a factor for its deltas."""
+
+    content_hash: str
+    scale: float = 1.0
+
+
+def canonical_patches(refs: Iterable[PatchRef]) -> tuple[PatchRef, ...]:
+    """The patches in the order in which they add up: by hash; each once, those of factor 0 left
+    out."""
+    scales: dict[str, float] = {}
+    for content_hash, scale in refs:
+        scales[content_hash] = scales.get(content_hash, 0.0) + scale
+    return tuple(PatchRef(*pair) for pair in sorted(scales.items()) if pair[1])
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to continue.
@@ -55,6 +71,7 @@ class Request:
         priority: smaller runs sooner, -MAX_PRIORITY to MAX_PRIORITY.
         cache_salt: only requests with the same salt share KV blocks.
         grammar: the answer follows it, and ends where the grammar is complete.
+        patches: the row patches of its memory layers, in canonical order.
     """
 
     request_id: str
@@ -63,11 +80,18 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     grammar: Grammar | None = None
+    patches: tuple[PatchRef, ...] = ()
 
     def __post_init__(self) -> None:
+        assert self.patches == canonical_patches(self.patches)
         if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
             message = f"must be -{MAX_PRIORITY} to {MAX_PRIORITY}, not {self.priority}"
             raise RequestError("priority", message)
+
+    @property
+    def prefix_salt(self) -> str:
+        """What its keys and values depend on besides its tokens."""
+        return repr((self.cache_salt, self.patches))
 
 
 class MemoryRead(NamedTuple):

@@ -13,6 +13,7 @@ from memory_ops import reference, row_formats
 from memory_ops.checks import Table
 from memory_ops.native.backend import MAX_SUBKEYS, MAX_TOP_K, NativeBackend
 from memory_ops.native.library import MEMORY_LIBRARY
+from memory_ops.patches.token_patches import TokenPatches
 from memory_ops.row_formats import RowFormat, RowRecords
 from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 
@@ -43,6 +44,14 @@ class GroupBackend(Protocol):
         grad_TV: Tensor,
         step: AdamStep,
         /,
+    ) -> None: ...
+
+
+class PatchBackend(Protocol):
+    """The sums of patches as ``memory_ops.reference`` defines them."""
+
+    def add_patched_rows(
+        self, out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, patches: TokenPatches, /
     ) -> None: ...
 
 
@@ -83,6 +92,12 @@ def for_groups(*operands: Tensor) -> GroupBackend:
     if all(operand.is_cpu and operand.dtype is not torch.float64 for operand in operands):
         return cast(GroupBackend, _for_device_type("cpu"))
     return cast(GroupBackend, reference)
+
+
+def for_patches(sums: Tensor) -> PatchBackend:
+    """The backend that adds patches to these sums."""
+    backend = REFERENCE if sums.dtype is torch.float64 else _for_device_of(sums)
+    return cast(PatchBackend, backend)
 
 
 def for_rounding(values: Tensor) -> RoundingBackend:

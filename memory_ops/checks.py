@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from memory_ops.patches.token_patches import TokenPatches
 from memory_ops.row_formats import RowRecords
 from memory_ops.sparse_adam import AdamMoments, RowGroups
 
@@ -82,6 +83,20 @@ def check_references(rows_THK: Tensor, weights_THK: Tensor) -> None:
         raise ValueError(f"rows and weights: expected the same shape [T, H, K], got {shapes}")
     _check_ids(rows_THK)
     _check_floats("weights", weights_THK)
+
+
+def check_patches(
+    out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, patches: TokenPatches
+) -> None:
+    """Raise ValueError unless sums, rows, weights and patches are those of the same tokens."""
+    check_references(rows_THK, weights_THK)
+    num_tokens = len(rows_THK)
+    if out_TV.dim() != 2 or len(out_TV) != num_tokens or patches.set_T.shape != (num_tokens,):
+        found = f"{tuple(out_TV.shape)} and {tuple(patches.set_T.shape)} for {num_tokens} tokens"
+        raise ValueError(f"sums and patches: expected [T, V] and [T], got {found}")
+    widths = {use.patch.deltas_PV.shape[1] for uses in patches.sets for use in uses}
+    if widths - {out_TV.shape[1]}:
+        raise ValueError(f"patches: expected deltas of {out_TV.shape[1]} values, got {widths}")
 
 
 def check_groups(groups: RowGroups, grad_TV: Tensor) -> None:

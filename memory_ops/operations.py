@@ -20,6 +20,7 @@ from memory_ops.checks import (
     check_scores,
     check_vectors,
 )
+from memory_ops.patches.token_patches import TokenPatches
 from memory_ops.row_formats import RowFormat, RowRecords
 from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 
@@ -45,6 +46,17 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     _reject_tangents(table, weights_THK)
     out_TV: Tensor = _gather_rows(*_operands_of(table), rows_THK, weights_THK)
     return out_TV
+
+
+def add_patched_rows(
+    out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, patches: TokenPatches
+) -> None:
+    """Add what patches add to the rows read; see ``memory_ops.reference.add_patched_rows``.
+
+    Not differentiable. Not registered for torch.compile.
+    """
+    backend = backends.for_patches(out_TV)
+    backend.add_patched_rows(out_TV, rows_THK, weights_THK, patches)
 
 
 def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:

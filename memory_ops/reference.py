@@ -14,11 +14,13 @@ from memory_ops.checks import (
     check_adam,
     check_gradients,
     check_groups,
+    check_patches,
     check_references,
     check_rows,
     check_scores,
     check_vectors,
 )
+from memory_ops.patches.token_patches import TokenPatches
 from memory_ops.row_formats import RowRecords, dequantize_rows
 from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 
@@ -77,6 +79,39 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     values_TCV = _values(table, rows_THK.flatten(1))
     weights_T1C = weights_THK.flatten(1).unsqueeze(1).to(values_TCV.dtype)
     return torch.bmm(weights_T1C, values_TCV).squeeze(1)
+
+
+def add_patched_rows(
+    out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, patches: TokenPatches
+) -> None:
+    """Add to each token's sum what its patches add to the rows that it reads, in place.
+
+        out[t] += sum over the patches of t, over h, k: scale * w[t,h,k] * delta[row[t,h,k]]
+
+    Rows that a patch does not have add nothing. Tokens without patches do not change.
+
+    Args:
+        out_TV: the sums of ``gather_rows``, fp32 or fp64, ``[T, V]``.
+        rows_THK: row ids, int64, ``[T, H, K]``.
+        weights_THK: one weight per row, floating, ``[T, H, K]``.
+        patches: the patches of the T tokens.
+
+    Raises:
+        ValueError: the shapes do not match.
+    """
+    check_patches(out_TV, rows_THK, weights_THK, patches)
+    for number, uses in enumerate(patches.sets):
+        tokens_L = (patches.set_T == number).nonzero().squeeze(1).to(out_TV.device)
+        rows_LHK = rows_THK[tokens_L]
+        for patch, scale in uses:
+            if not len(patch.rows_P):
+                continue
+            rows_P = patch.rows_P.to(out_TV.device)
+            place_LHK = torch.searchsorted(rows_P, rows_LHK).clamp(max=len(rows_P) - 1)
+            found_LHK = rows_P[place_LHK] == rows_LHK
+            weights_LHK = weights_THK[tokens_L].to(out_TV.dtype) * scale * found_LHK
+            deltas_PV = patch.deltas_PV.to(out_TV)
+            out_TV[tokens_L] += gather_rows(deltas_PV, place_LHK, weights_LHK)
 
 
 def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:

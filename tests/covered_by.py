@@ -2,6 +2,9 @@
 
 INTERPRETED = "engine/executors/cuda/interpreted"
 COVERED_BY = {
+    "memory_ops/native/tables.py": "memory_ops/test_gather_rows.py",
+    "memory_ops/native/patches.py": "memory_ops/patches/test_token_patches.py",
+    "engine/model/row_patches.py": "engine/test_patched_requests.py",
     "engine/config.py": "engine/test_engine.py",
     "engine/errors.py": "engine/test_engine.py",
     "engine/executors/batch.py": "engine/executors/test_executor.py",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.model.config import ModelConfig
 from engine.model.forward_trace import ForwardTrace
+from engine.model.row_patches import ForwardPatches
 from engine.model.uninitialised import Linear
 
 
@@ -24,7 +25,12 @@ class ToyFeedForward(nn.Module):
         self.up = Linear(config.hidden_size, config.intermediate_size)
         self.down = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        trace: ForwardTrace | None = None,
+        patches: ForwardPatches | None = None,
+    ) -> Tensor:
         return self.down(self.up(x_TD).relu().square())
 '''
 # file -> [(old text, new text)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.executors.block_tables import BlockIds
 from engine.model.layout import PagedKv, TokenLayout
+from engine.model.row_patches import PatchSet, forward_patches
 from engine.progress import Progress
 from engine.request import MemoryRead
 from engine.sampling.choice import NO_TOKEN
@@ -51,6 +52,7 @@ class Batch:
         bitmask: uint32 ``[len(rows), words]`` of allowed tokens, if masks restrict any. It is
             filled while the model runs, so wait for it after the forward.
         scored: the token to score at each of the other positions, or None.
+        patches: the row patches of each sequence; no element if no sequence has any.
     """
 
     ids_T: Tensor
@@ -64,11 +66,13 @@ class Batch:
     rows: Sequence[SamplingRow] = ()
     bitmask: "Future[Bitmask] | None" = None
     scored: Sequence[ScoredToken | None] = ()
+    patches: Sequence[PatchSet] = ()
 
     def layout(self, block_table_SB: Tensor) -> TokenLayout:
         """The layout that the model reads, with a table of ``block_ids``."""
         paged = PagedKv(self.kv_index_T, block_table_SB, self.context_lengths)
-        return TokenLayout(self.positions_T, self.query_starts, paged)
+        patches = forward_patches(self.patches, self.query_starts) if any(self.patches) else None
+        return TokenLayout(self.positions_T, self.query_starts, paged, patches)
 
 
 class StepResult(NamedTuple):

@@ -9,6 +9,7 @@ from engine.model.config import MEMORY_KINDS, ModelConfig
 from engine.model.forward_trace import ForwardTrace
 from engine.model.memory_layer import MemoryLayer
 from engine.model.mixture import MixtureFeedForward
+from engine.model.row_patches import ForwardPatches
 from engine.model.uninitialised import Linear
 
 
@@ -22,8 +23,13 @@ class DenseFeedForward(nn.Module):
         self.up_proj = Linear(config.hidden_size, size, bias=bias)
         self.down_proj = Linear(size, config.hidden_size, bias=bias)
 
-    def forward(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Tensor:
-        """Return ``[T, D]``; nothing is added to ``trace``."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        trace: ForwardTrace | None = None,
+        patches: ForwardPatches | None = None,
+    ) -> Tensor:
+        """Return ``[T, D]``; nothing is added to ``trace``, and nothing is patched."""
         y_TD: Tensor = self.down_proj(silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
         return y_TD
 

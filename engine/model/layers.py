@@ -36,5 +36,5 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """Return the new residual stream; the arguments are those of ``Attention.forward``."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), layout, angles, kv_blocks)
-        y_TD: Tensor = self.feed_forward(self.post_attention_layernorm(x_TD), trace)
+        y_TD: Tensor = self.feed_forward(self.post_attention_layernorm(x_TD), trace, layout.patches)
         return x_TD + y_TD

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from engine.model.row_patches import ForwardPatches
 from engine.model.sequence_groups import SequenceGroups, group_sequences
 
 
@@ -39,11 +40,13 @@ class TokenLayout:
         positions_T: int64 ``[T]``, each token's position in its sequence.
         query_starts: S + 1 offsets; sequence s has rows ``[query_starts[s], query_starts[s+1])``.
         paged: the KV blocks, in serving; None if every sequence is complete in the batch.
+        patches: the tokens' row patches, if any token has some.
     """
 
     positions_T: Tensor
     query_starts: tuple[int, ...]
     paged: PagedKv | None = None
+    patches: ForwardPatches | None = None
 
     @cached_property
     def groups(self) -> SequenceGroups:
@@ -61,7 +64,7 @@ class TokenLayout:
         if paged is not None:
             moved = paged.kv_index_T.to(device), paged.block_table_SB.to(device)
             paged = PagedKv(*moved, paged.context_lengths)
-        return TokenLayout(self.positions_T.to(device), self.query_starts, paged)
+        return TokenLayout(self.positions_T.to(device), self.query_starts, paged, self.patches)
 
     def part(self, first: int, last: int) -> "TokenLayout":
         """The tokens ``[first, last)`` of a paged layout as a separate step.
@@ -78,4 +81,6 @@ class TokenLayout:
         )
         table_SB = self.paged.block_table_SB[own[0] : own[-1] + 1]
         paged = PagedKv(self.paged.kv_index_T[first:last], table_SB, contexts)
-        return TokenLayout(self.positions_T[first:last], tuple(s - first for s in starts), paged)
+        patches = None if self.patches is None else self.patches.part(first, last)
+        starts = tuple(s - first for s in starts)
+        return TokenLayout(self.positions_T[first:last], starts, paged, patches)

@@ -11,6 +11,7 @@ from torch.nn.functional import gelu, silu
 from engine.model.config import MemoryConfig
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.norm import rms_norm
+from engine.model.row_patches import ForwardPatches, patched
 from engine.model.uninitialised import Linear
 from memory_ops import operations
 from memory_ops.tables.value_table import ValueTable
@@ -78,8 +79,16 @@ class MemoryLayer(nn.Module):
         """Scores of the subkeys, ``[T, H, 2, N]``; see ``half_scores``."""
         return half_scores(self.query(x_TD), self.subkeys, self.query_norm, self.norm_eps)
 
-    def forward(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Tensor:
-        """Return ``y``, ``[T, D]`` in the dtype of ``x``; add the rows read to ``trace``."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        trace: ForwardTrace | None = None,
+        patches: ForwardPatches | None = None,
+    ) -> Tensor:
+        """Return ``y``, ``[T, D]`` in the dtype of ``x``; add the rows read to ``trace``.
+
+        ``patches`` change the rows of their tokens, but never those of PEER.
+        """
         rows_THK, weights_THK = operations.product_topk(self.half_scores(x_TD), self.top_k)
         if trace is not None:
             trace.memory.append(MemoryTrace(rows_THK, weights_THK))
@@ -87,7 +96,9 @@ class MemoryLayer(nn.Module):
             self.table.hint(rows_THK, self.index)
             dots = self.down_table.start_dots(rows_THK, x_TD, self.index)
             weights_THK = weights_THK * gelu(dots.finish())
+        assert patches is None or not self.is_peer
         lookup = self.table.start(rows_THK, weights_THK, self.index)
+        lookup = patched(lookup, rows_THK, weights_THK, patches, self.index)
         # compute the gates while the table fetches rows
         gate_TV = self.gate(x_TD) if self.gate is not None else None
         gate_T1 = self.output_gate(x_TD) if self.output_gate is not None else None

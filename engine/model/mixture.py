@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 
 from engine.model.config import MixtureConfig
 from engine.model.forward_trace import ForwardTrace
+from engine.model.row_patches import ForwardPatches
 from engine.model.uninitialised import Linear
 
 
@@ -38,7 +39,12 @@ class MixtureFeedForward(nn.Module):
         sizes = [config.expert_size] * config.num_experts
         self.experts = nn.ModuleList(Expert(hidden_size, size) for size in sizes)
 
-    def forward(self, x_TD: Tensor, trace: ForwardTrace | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        trace: ForwardTrace | None = None,
+        patches: ForwardPatches | None = None,
+    ) -> Tensor:
         """Return ``[T, D]``; add the router's logits to ``trace``."""
         logits_TE = self.gate(x_TD)
         if trace is not None:

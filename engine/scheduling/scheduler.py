@@ -63,10 +63,15 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(len(self._waiting) or self._running)
 
-    def add(self, request: Request, seed: int, mask: TokenMask | None = None) -> None:
-        """Queue a request; the caller has checked that prompt and longest answer fit the pool."""
+    def add(
+        self, request: Request, seed: int, mask: TokenMask | None = None, lease: object = None
+    ) -> None:
+        """Queue a request; the caller has checked that prompt and longest answer fit the pool.
+
+        It keeps ``lease`` until it ends.
+        """
         turn = (self._step + request.priority * PRIORITY_STEPS, next(self._arrivals))
-        self._waiting.add(Sequence(request, seed, turn, mask))
+        self._waiting.add(Sequence(request, seed, turn, mask, lease))
 
     def abort(self, request_id: str) -> None:
         """Cancel a waiting or running request; do nothing if none has this id."""
@@ -235,7 +240,7 @@ class Scheduler:
         # the last token must run for its logits; all tokens must if the prompt is scored
         if sequence.scores_are_due:
             return []
-        self._hasher.extend(sequence.hashes, sequence.token_ids, sequence.request.cache_salt)
+        self._hasher.extend(sequence.hashes, sequence.token_ids, sequence.request.prefix_salt)
         return sequence.hashes[: (len(sequence.token_ids) - 1) // self._pool.block_size]
 
     def _chunk(self, sequence: Sequence, budget: int) -> SequenceChunk:
@@ -255,6 +260,7 @@ class Scheduler:
             scores=request.prompt_ids[start + 1 : end + 1] if sequence.scores_are_due else (),
             history=tokens if request.sampling.needs_history else (),
             prompt_length=sequence.prompt_length,
+            patches=request.patches,
         )
 
     def _settle(self, sequence: Sequence, num_run: int) -> None:
@@ -270,7 +276,7 @@ class Scheduler:
         full = num_known // self._pool.block_size
         if full == sequence.num_published:
             return
-        self._hasher.extend(sequence.hashes, sequence.token_ids, sequence.request.cache_salt)
+        self._hasher.extend(sequence.hashes, sequence.token_ids, sequence.request.prefix_salt)
         for index in range(sequence.num_published, full):
             self._pool.publish(sequence.block_ids[index], sequence.hashes[index])
             self._break_promise(sequence, sequence.hashes[index])

@@ -39,6 +39,7 @@ class Sequence:
         drafter: proposes its draft tokens; made for its first decode after it was admitted.
         hashes: prefix hashes of its full blocks, as far as they were needed.
         mask: restricts the tokens that it may generate, by a grammar for instance.
+        lease: keeps alive what the request uses, its row patches for instance.
         prompt_scores: log-probabilities of prompt tokens that are not sent yet.
         scores_are_due: whether prompt log-probabilities were requested and are not sent yet.
         num_cached: prompt tokens found in the prefix cache when it first ran.
@@ -49,6 +50,7 @@ class Sequence:
     seed: int
     turn: tuple[int, int]
     mask: TokenMask | None = None
+    lease: object = None
     token_ids: list[int] = field(default_factory=list)
     num_pending: int = 0
     num_in_flight: int = 0

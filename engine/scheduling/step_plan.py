@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from engine.request import MemoryRead
+from engine.request import MemoryRead, PatchRef
 from engine.sampling.params import SamplingParams, TokenLogprobs
 
 # in a plan: a token that an earlier step in flight chooses; only the device knows it yet
@@ -39,6 +39,7 @@ class SequenceChunk(NamedTuple):
         scores: prompt tokens to score: those that follow the chunk's first, second, ... token.
         history: all tokens so far without drafts, if ``sampling.needs_history``; not a copy.
         prompt_length: number of the sequence's prompt tokens.
+        patches: the row patches of the sequence's memory layers.
     """
 
     request_id: str
@@ -54,6 +55,7 @@ class SequenceChunk(NamedTuple):
     scores: tuple[int, ...] = ()
     history: Sequence[int] = ()
     prompt_length: int = 0
+    patches: tuple[PatchRef, ...] = ()
 
     @property
     def end(self) -> int:

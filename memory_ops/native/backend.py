@@ -9,13 +9,17 @@ from memory_ops.checks import (
     check_adam,
     check_gradients,
     check_groups,
+    check_patches,
     check_references,
     check_rows,
     check_scores,
     check_vectors,
 )
 from memory_ops.native.library import MEMORY_LIBRARY
+from memory_ops.native.patches import NativePatches
+from memory_ops.native.tables import FORMATS, table_arguments
 from memory_ops.native.thread_team import TEAM
+from memory_ops.patches.token_patches import TokenPatches
 from memory_ops.row_formats import (
     NotFiniteError,
     RowFormat,
@@ -25,9 +29,6 @@ from memory_ops.row_formats import (
 )
 from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 
-# the codes of row_table.h
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-FORMATS = {"int8": 3, "fp8": 4, "int4": 5}
 # limits of the sort in group_rows.h
 _MOST_ROWS = 2**33
 _MOST_REFERENCES = 2**31
@@ -81,6 +82,25 @@ class NativeBackend:
         )
         _raise_if_outside(wrong, rows_THK, arguments[1])
         return out_TV
+
+    def add_patched_rows(
+        self, out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, patches: TokenPatches
+    ) -> None:
+        """See ``reference.add_patched_rows``; the sums are fp32 and contiguous."""
+        check_patches(out_TV, rows_THK, weights_THK, patches)
+        assert out_TV.dtype is torch.float32 and out_TV.is_contiguous()
+        rows_THK, weights_THK = rows_THK.contiguous(), weights_THK.float().contiguous()
+        native = NativePatches([patches])
+        TEAM.use_torch_thread_count()
+        self._library.memplus_add_patched_rows(
+            native.address,
+            rows_THK.data_ptr(),
+            weights_THK.data_ptr(),
+            len(rows_THK),
+            rows_THK.shape[1] * rows_THK.shape[2],
+            out_TV.data_ptr(),
+            out_TV.shape[1],
+        )
 
     def row_dots(self, table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
         """See ``reference.row_dots``."""
@@ -203,19 +223,6 @@ def _group_arguments(groups: RowGroups) -> tuple[int, int, int, int, int]:
     parts = groups.rows_U, groups.starts_U1, groups.tokens_L, groups.weights_L
     rows, starts, tokens, weights = (part.data_ptr() for part in parts)
     return rows, starts, tokens, weights, len(groups.rows_U)
-
-
-def table_arguments(table: Table) -> tuple[int, int, int, int, int, int]:
-    """C arguments: data, num_rows, row_stride in bytes, value_dim, scale_offset, format."""
-    if isinstance(table, RowRecords):
-        records_RB = table.records_RB
-        num_rows, offset = records_RB.shape[0], scale_offset(table.row_format, table.value_dim)
-        code = FORMATS[table.row_format]
-        return records_RB.data_ptr(), num_rows, records_RB.stride(0), table.value_dim, offset, code
-    assert table.stride()[1] == 1
-    num_rows, value_dim = table.shape
-    stride = table.stride()[0] * table.itemsize
-    return table.data_ptr(), num_rows, stride, value_dim, 0, _DTYPES[table.dtype]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -123,8 +123,8 @@ inline void add_tile(const Table& table, const Sums& sums, Span which, int64_t e
   std::memcpy(out + at, total, count ? count * sizeof(float) : sizeof total);
 }
 
-// Computes some columns of the sums [which.first, which.last).
-template <class Row, class How>
+// Computes some columns of the sums [which.first, which.last), or adds to them.
+template <class Row, class How, bool ADDS = false>
 inline void gather_part(const Table& table, const Sums& sums, Span which, Span columns) {
   constexpr int vectors = How::vectors, most = How::most_vectors;
   const int64_t begin = sums.start(which.first), end = sums.start(which.last);
@@ -133,7 +133,8 @@ inline void gather_part(const Table& table, const Sums& sums, Span which, Span c
                                               columns.last - columns.first);
   for (int64_t s = which.first; s < which.last; s++) {
     float* out = sums.out + s * table.value_dim;
-    std::memset(out + columns.first, 0, (columns.last - columns.first) * sizeof(float));
+    if (!ADDS)
+      std::memset(out + columns.first, 0, (columns.last - columns.first) * sizeof(float));
     const int64_t last = sums.start(s + 1);
     for (int64_t first = sums.start(s); first < last; first += How::group) {
       const Span group = {first, std::min(first + How::group, last)};

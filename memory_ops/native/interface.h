@@ -6,6 +6,7 @@
 #include "product_topk.h"
 #include "quantize_rows.h"
 #include "row_dots.h"
+#include "row_patches.h"
 #include "sparse_adam.h"
 #include "team_interface.h"
 
@@ -30,6 +31,13 @@ int64_t memplus_gather_rows(const uint8_t* data, int64_t num_rows, int64_t row_s
   const int64_t wrong = memplus::first_outside(table, ids, tokens * per_token);
   if (wrong < 0) memplus::gather_rows(table, {ids, weights, nullptr, per_token, out}, tokens);
   return wrong;
+}
+
+// Adds to `out` [tokens, value_dim] what the patches add to the rows `ids` [tokens, per_token].
+void memplus_add_patched_rows(const memplus::TokenPatches* patches, const int64_t* ids,
+                              const float* weights, int64_t tokens, int64_t per_token, float* out,
+                              int64_t value_dim) {
+  memplus::add_patched_rows(*patches, {ids, weights, nullptr, per_token, out}, tokens, value_dim);
 }
 
 // The same for sums of different lengths: sum s begins at starts[s]. Does not check the ids.

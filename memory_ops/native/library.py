@@ -91,6 +91,10 @@ MEMORY_LIBRARY = NativeLibrary(
     {
         "memplus_product_topk": (None, (_POINTER, _INT64, _INT32, _INT32, _POINTER, _POINTER)),
         "memplus_gather_rows": (_INT64, (*_TABLE, _POINTER, _POINTER, _INT64, _INT64, _POINTER)),
+        "memplus_add_patched_rows": (
+            None,
+            (*[_POINTER] * 3, _INT64, _INT64, _POINTER, _INT64),
+        ),
         "memplus_gather_groups": (None, (*_TABLE, *[_POINTER] * 3, _INT64, _POINTER)),
         "memplus_row_dots": (_INT64, (*_TABLE, _POINTER, _POINTER, _INT64, _INT64, _POINTER)),
         "memplus_group_rows": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, *[_POINTER] * 4)),

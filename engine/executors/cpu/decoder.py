@@ -67,7 +67,7 @@ class CpuDecoder:
                     trace.memory += [MemoryTrace(*one) for one in zip(*read, strict=True)]
                 last = self._layers[run[-1]]
                 if last.is_apart:
-                    residual_TD = last.run_apart(residual_TD, trace)
+                    residual_TD = last.run_apart(residual_TD, trace, layout.patches)
                 self._progress.mark()
             return residual_TD
 

@@ -16,6 +16,7 @@ from engine.model.layout import PagedKv, TokenLayout
 from engine.sampling.choice import CHOICE, Choices
 from engine.sampling.log_probabilities import Scores
 from memory_ops.native.library import NativeLibrary
+from memory_ops.native.patches import NativePatches
 from memory_ops.native.row_fetcher import ReadFailure
 from memory_ops.native.thread_team import TEAM
 
@@ -28,7 +29,7 @@ CPU_LIBRARY = NativeLibrary(
     Path(__file__).parent / "native",
     {
         "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32, _POINTER)),
-        "memplus_decoder_layers": (_INT32, (*_LAYERS, *[_POINTER] * 4)),
+        "memplus_decoder_layers": (_INT32, (*_LAYERS, *[_POINTER] * 5)),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),
         "memplus_pack_rows": (None, (_POINTER, _POINTER, _INT64, _POINTER, *[_INT64] * 4)),
@@ -107,6 +108,7 @@ class CpuKernels:
         failure = ReadFailure()
         for memory in memories:
             memory.source.check()
+        patches = _patches(layers, run, layout)
         TEAM.use_torch_thread_count()
         sequences = paged.block_table_SB, layout.query_starts_S1, paged.context_lengths_S
         packed = layers.address(run.start), len(run)
@@ -114,7 +116,8 @@ class CpuKernels:
         kv = kv_blocks.data_ptr() + run.start * kv_bytes, kv_bytes, *_addresses(*sequences)
         counts = len(paged.context_lengths), paged.block_table_SB.stride(0)
         sizes = layers.num_heads, kv_blocks.shape[4]
-        outputs = *_addresses(rows_MTHK, weights_MTHK), ctypes.byref(failure)
+        addresses = *_addresses(rows_MTHK, weights_MTHK), patches and patches.address
+        outputs = *addresses, ctypes.byref(failure)
         succeeded = self._library.memplus_decoder_layers(
             *packed, *inputs, *kv, *counts, *sizes, *outputs, self._progress
         )
@@ -163,6 +166,13 @@ class CpuKernels:
             *logits, *at, count, num_best, *_addresses(*scores), self._progress
         )
         return scores
+
+
+def _patches(layers: PackedLayers, run: range, layout: TokenLayout) -> NativePatches | None:
+    """The patches of the tokens, for each memory of a run."""
+    if layout.patches is None or not layers.memories(run):
+        return None
+    return NativePatches([layout.patches.at(layer) for layer in layers.memory_layers(run)])
 
 
 def _addresses(*tensors: Tensor) -> list[int]:

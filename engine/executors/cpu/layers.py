@@ -15,6 +15,7 @@ from engine.model.layers import DecoderLayer
 from engine.model.memory_layer import MemoryLayer
 from engine.model.mixture import MixtureFeedForward
 from engine.model.norm import RmsNorm
+from engine.model.row_patches import ForwardPatches
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ class EagerFeedForward:
     norm: RmsNorm
     module: nn.Module
 
-    def run(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
+    def run(
+        self, residual_TD: Tensor, trace: ForwardTrace | None, patches: ForwardPatches | None
+    ) -> Tensor:
         """Return the new residual stream."""
-        y_TD: Tensor = self.module(self.norm(residual_TD), trace)
+        y_TD: Tensor = self.module(self.norm(residual_TD), trace, patches)
         return residual_TD + y_TD
 
 
@@ -49,11 +52,13 @@ class CpuLayer:
         """Whether the feed-forward runs outside the native call."""
         return self.packed.gate_up is None and self.packed.memory is None
 
-    def run_apart(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
+    def run_apart(
+        self, residual_TD: Tensor, trace: ForwardTrace | None, patches: ForwardPatches | None
+    ) -> Tensor:
         """Run the feed-forward outside the native call; return the new residual stream."""
         feed_forward = self.other or self.memory
         assert feed_forward is not None
-        return feed_forward.run(residual_TD, trace)
+        return feed_forward.run(residual_TD, trace, patches)
 
 
 def pack_layer(packer: Packer, layer: DecoderLayer) -> CpuLayer:

@@ -10,6 +10,7 @@ from engine.executors.lookahead import PredictedMemory
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
+from engine.model.row_patches import ForwardPatches, patched
 from memory_ops import operations
 from memory_ops.backends import has_native_lookup
 from memory_ops.tables.value_table import Lookup
@@ -41,8 +42,10 @@ class CpuMemory:
         """This layer for the lookahead."""
         return PredictedMemory(self.index, self.num_subkeys, self.tables, self.half_scores)
 
-    def start(self, residual_TD: Tensor, trace: ForwardTrace | None = None) -> Lookup:
-        """Choose the rows, add them to ``trace`` and start to read them."""
+    def start(
+        self, residual_TD: Tensor, trace: ForwardTrace | None, patches: ForwardPatches | None
+    ) -> Lookup:
+        """Choose the rows, add them to ``trace`` and start to read them, with their patches."""
         rows_THK, weights_THK = operations.product_topk(self.half_scores(residual_TD), self.top_k)
         if trace is not None:
             trace.memory.append(MemoryTrace(rows_THK, weights_THK))
@@ -50,7 +53,9 @@ class CpuMemory:
             self.table.hint(rows_THK, self.index)
             dots = self._down_table.start_dots(rows_THK, self._norm(residual_TD), self.index)
             weights_THK = weights_THK * gelu(dots.finish())
-        return self.table.start(rows_THK, weights_THK, self.index)
+        assert patches is None or self._down_table is None
+        lookup = self.table.start(rows_THK, weights_THK, self.index)
+        return patched(lookup, rows_THK, weights_THK, patches, self.index)
 
     def finish(self, lookup: Lookup, residual_TD: Tensor) -> Tensor:
         """Wait for the rows; return the new residual stream from the one given to ``start``."""
@@ -72,9 +77,11 @@ class CpuMemory:
         y_TD = y_TV if self._values is None else kernels.linear(self._values, y_TV)
         return residual_TD + (y_TD if gate_T1 is None else gate_T1.sigmoid() * y_TD)
 
-    def run(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
+    def run(
+        self, residual_TD: Tensor, trace: ForwardTrace | None, patches: ForwardPatches | None
+    ) -> Tensor:
         """Return the new residual stream."""
-        return self.finish(self.start(residual_TD, trace), residual_TD)
+        return self.finish(self.start(residual_TD, trace, patches), residual_TD)
 
     def packed(self) -> PackedMemory | None:
         """The layer in native form, or None if the kernels cannot run it.

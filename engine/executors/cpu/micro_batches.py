@@ -137,9 +137,9 @@ class MicroBatches:
                 self._packed, run, residual_TD, part.angles, part.layout, paged, kv_blocks
             )
             if layer.memory is not None:
-                lookup = layer.memory.start(residual_TD, part.trace)
+                lookup = layer.memory.start(residual_TD, part.trace, part.layout.patches)
                 yield
                 part.residual_TD = layer.memory.finish(lookup, residual_TD)
             elif layer.other is not None:
-                part.residual_TD = layer.other.run(residual_TD, part.trace)
+                part.residual_TD = layer.other.run(residual_TD, part.trace, part.layout.patches)
             self._progress.mark()

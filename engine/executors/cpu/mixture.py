@@ -8,6 +8,7 @@ from engine.executors.cpu.packing import Packer
 from engine.model.forward_trace import ForwardTrace
 from engine.model.mixture import Expert, MixtureFeedForward, mix_experts
 from engine.model.norm import RmsNorm
+from engine.model.row_patches import ForwardPatches
 
 
 class CpuMixture:
@@ -21,7 +22,9 @@ class CpuMixture:
             _pack_expert(packer, expert) for expert in mixture.experts if isinstance(expert, Expert)
         ]
 
-    def run(self, residual_TD: Tensor, trace: ForwardTrace | None) -> Tensor:
+    def run(
+        self, residual_TD: Tensor, trace: ForwardTrace | None, patches: ForwardPatches | None
+    ) -> Tensor:
         """Return the new residual stream; the router's logits are added to ``trace``."""
         x_TD = self._norm(residual_TD)
         logits_TE = self._kernels.linear(self._router, x_TD)

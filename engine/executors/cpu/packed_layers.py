@@ -47,3 +47,7 @@ class PackedLayers:
         """The memories of consecutive layers."""
         found = (self._layers[layer].memory for layer in run)
         return [memory for memory in found if memory is not None]
+
+    def memory_layers(self, run: range) -> list[int]:
+        """Those of consecutive layers that have memories."""
+        return [layer for layer in run if self._layers[layer].memory is not None]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from engine.executors.cpu.packed_linear import PackedLinear, native_fields
 from memory_ops.backends import has_native_lookup
 from memory_ops.checks import table_shape
-from memory_ops.native.backend import table_arguments
+from memory_ops.native.tables import NativeTable, table_arguments
 from memory_ops.tables.value_table import RowSource
 
 
@@ -19,22 +19,12 @@ class MemoryProducts(NamedTuple):
     values: PackedLinear
 
 
-class _Table(ctypes.Structure):
-    """``memplus::Table`` of memory_ops' row_table.h."""
-
-    _fields_ = (
-        *native_fields(ctypes.c_void_p, "data"),
-        *native_fields(ctypes.c_int64, "num_rows", "row_stride", "value_dim", "scale_offset"),
-        *native_fields(ctypes.c_int32, "format"),
-    )
-
-
 class _Fields(ctypes.Structure):
     """``memplus::MemoryLayer`` of memory_layer.h."""
 
     _fields_ = (
         *native_fields(ctypes.c_void_p, *MemoryProducts._fields),
-        ("table", _Table),
+        ("table", NativeTable),
         ("fetcher", ctypes.c_void_p),
         ("top_k", ctypes.c_int64),
     )
@@ -62,7 +52,7 @@ class PackedMemory:
         self.source = source
         self._products = products  # keeps the memory that the kernels read alive
         addresses = [None if product is None else product.address for product in products]
-        table = _Table(*table_arguments(source.rows))
+        table = NativeTable(*table_arguments(source.rows))
         self._fields = _Fields(*addresses, table, source.fetcher_address, top_k)
         self.address = ctypes.addressof(self._fields)
         self.num_bytes = sum(product.num_bytes for product in products if product is not None)

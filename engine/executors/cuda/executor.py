@@ -40,6 +40,7 @@ class CudaExecutor:
 
     steps_ahead = 1
     balance_rows = 64  # not timed on a GPU
+    takes_patches = False
 
     def __init__(
         self, model: DeviceModel, config: EngineConfig, device: Device, num_blocks: int

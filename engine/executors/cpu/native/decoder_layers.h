@@ -47,6 +47,7 @@ class DecoderLayers {
         if (!look_up(*layers[i].memory, memory++, chosen, thread, threads)) return;
         chosen.rows += rows_ * layers[i].memory->token_rows();
         chosen.weights += rows_ * layers[i].memory->token_rows();
+        if (chosen.patches) chosen.patches++;
       }
     });
     return failure_;
@@ -105,8 +106,8 @@ class DecoderLayers {
       if (!gather_fetched(memory, index, chosen, thread, threads)) return false;
     } else {
       multiply_gate(memory, thread, threads);
-      gather_share<Values>(memory, chosen, room_.memory, {0, rows_}, call_.progress, thread,
-                           threads);
+      gather_share<Values>(memory, chosen, chosen.rows, room_.memory, {0, rows_}, call_.progress,
+                           thread, threads);
       barrier(threads);
     }
     multiply(into_residual(*memory.values, room_.memory.gated), thread, threads);
@@ -134,7 +135,7 @@ class DecoderLayers {
       barrier(threads);
       if (failure_.memory >= 0) return false;
       const Span tokens = {first, fetched_};
-      gather_share<Values>(memory, {room_.memory.slots, chosen.weights}, room_.memory, tokens,
+      gather_share<Values>(memory, chosen, room_.memory.slots, room_.memory, tokens,
                            call_.progress, thread, threads);
       first = tokens.last;
       barrier(threads);

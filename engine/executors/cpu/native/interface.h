@@ -60,7 +60,8 @@ extern "C" void memplus_silu_gate(const uint8_t* gate, const float* x, uint8_t* 
 }
 
 // Runs decoder layers on the residual stream [T, D], in place; KV blocks are `kv_bytes` apart.
-// Writes the `rows` and `weights` [memories, T, H, K] that the memories chose. G and E follow from
+// Writes the `rows` and `weights` [memories, T, H, K] that the memories chose, and adds the `patches`
+// of each memory's tokens to its sums, if they are not null. G and E follow from
 // the sizes of the products; the other arguments are those of memplus_attention. Returns 0 if a row
 // could not be read: then `failure` names it and all other results are invalid.
 extern "C" int32_t memplus_decoder_layers(const memplus::DecoderLayer* layers, int64_t count,
@@ -70,6 +71,7 @@ extern "C" int32_t memplus_decoder_layers(const memplus::DecoderLayer* layers, i
                                        const int64_t* context_lengths, int64_t num_sequences,
                                        int64_t table_stride, int64_t num_heads,
                                        int64_t block_size, int64_t* rows, float* weights,
+                                       const memplus::TokenPatches* patches,
                                        memplus::ReadFailure* failure, int64_t* progress) {
   const memplus::PackedLinear &qkv = *layers->qkv, &out = *layers->out;
   const int64_t head_dim = out.inputs / num_heads;
@@ -79,7 +81,7 @@ extern "C" int32_t memplus_decoder_layers(const memplus::DecoderLayer* layers, i
                                    num_sequences, table_stride, num_heads,       num_kv_heads,
                                    head_dim,      block_size,   {progress}};
   using namespace memplus;
-  const ChosenRows chosen = {rows, weights};
+  const ChosenRows chosen = {rows, weights, patches};
   *failure = qkv.is_bf16
                  ? DecoderLayers<Bf16Values>(call, kv_bytes, residual, chosen).run(layers, count)
                  : DecoderLayers<Fp32Values>(call, kv_bytes, residual, chosen).run(layers, count);

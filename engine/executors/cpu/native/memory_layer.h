@@ -1,6 +1,6 @@
 // A memory layer, run by a team of threads, whose value rows are in memory or are fetched into it:
 //
-//   rows, w = product top-K of (subkeys . query(x));   m = sum w * table[row]
+//   rows, w = product top-K of (subkeys . query(x));   m = sum w * (table[row] + patches[row])
 //   x += values(silu(gate(x)) * m), or values(m) without a gate
 #pragma once
 
@@ -8,6 +8,7 @@
 #include "memory_ops/native/gather_rows.h"
 #include "memory_ops/native/product_topk.h"
 #include "memory_ops/native/row_fetcher.h"
+#include "memory_ops/native/row_patches.h"
 
 namespace memplus {
 
@@ -29,10 +30,11 @@ struct MemoryLayer {
   int64_t token_rows() const { return heads() * top_k; }
 };
 
-// The rows chosen for each token, and their weights, [T, H, K].
+// The rows chosen for each token, and their weights, [T, H, K]; `patches` may be null.
 struct ChosenRows {
   int64_t* rows;
   float* weights;
+  const TokenPatches* patches;
 };
 
 // Buffers between the layer's parts.
@@ -64,20 +66,26 @@ inline void gate_sums(const MemoryLayer& memory, const MemoryRoom& room, int64_t
   });
 }
 
-// Computes one thread's share of room.gated [T, V] from rows and gates.
+// Computes one thread's share of room.gated [T, V] from rows and gates. `places` [T, H, K] has the
+// places of the chosen rows in the layer's table.
 template <class Values>
-inline void gather_share(const MemoryLayer& memory, ChosenRows chosen, MemoryRoom room, Span tokens,
-                         Progress progress, int64_t thread, int64_t threads) {
+inline void gather_share(const MemoryLayer& memory, ChosenRows chosen, const int64_t* places,
+                         MemoryRoom room, Span tokens, Progress progress, int64_t thread,
+                         int64_t threads) {
   const SumsPart own = sums_part(memory.table, tokens.last - tokens.first, thread, threads);
   const int64_t choices = tokens.first * memory.token_rows();
   const int64_t values = tokens.first * memory.table.value_dim;
   room.sums += values, room.gates += values * Values::bytes, room.gated += values * Values::bytes;
-  const Sums sums = {chosen.rows + choices, chosen.weights + choices, nullptr, memory.token_rows(),
+  const Sums sums = {places + choices, chosen.weights + choices, nullptr, memory.token_rows(),
                      room.sums};
+  const Sums changes = {chosen.rows + choices, sums.weights, nullptr, sums.per_sum, sums.out};
   // few values at a time, so that their sums stay in the caches
   for (int64_t first = own.sums.first; first < own.sums.last; first += GATHERED_TOKENS) {
     const Span some = {first, std::min(first + GATHERED_TOKENS, own.sums.last)};
     gather_rows(memory.table, sums, SumsPart{some, own.columns});
+    if (chosen.patches)
+      add_patches(chosen.patches->from(tokens.first), changes, memory.table.value_dim,
+                  {some, own.columns});
     for (int64_t token = some.first; token < some.last; token++)
       gate_sums<Values>(memory, room, token * memory.table.value_dim, own.columns);
     progress.mark();

@@ -18,6 +18,7 @@ from memory_ops.tables.disk import DiskTable
 from memory_ops.tables.value_table import TableReadError
 from tests.engine.executors.cpu.packed_forward import threads
 from tests.engine.executors.cpu.test_fetched_memory import StoredTables, model_of
+from tests.engine.patches import with_patches
 from tests.models import ragged_step
 
 pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
@@ -85,13 +86,25 @@ def small_reads(*kinds, **memory):
     reader=st.sampled_from([{}, {"threads": 2}]),
     kind=st.sampled_from(["fp32", "bf16", "int4"]),
     lookahead=st.sampled_from([None, LookaheadConfig(1, 2), LookaheadConfig(2, 1)]),
+    is_patched=st.booleans(),
 )
 def test_outputs_equal_those_of_rows_in_memory_bit_for_bit(
-    tmp_path_factory, kinds, sequences, fits_all_rows, num_threads, reader, kind, lookahead
+    tmp_path_factory,
+    kinds,
+    sequences,
+    fits_all_rows,
+    num_threads,
+    reader,
+    kind,
+    lookahead,
+    is_patched,
 ):
     model = small_reads(*kinds)
     stored = StoredTables(model.config, kind, tmp_path_factory.mktemp("tables"))
     batch, blocks = batch_of(sequences)
+    if is_patched and "peer" not in kinds:
+        ids_T, layout = batch
+        batch = ids_T, with_patches(layout, stored.in_memory(model))
     kv_blocks = kv_of(model, blocks)
     slots = NUM_ROWS if fits_all_rows else len(batch[0]) * TOKEN_ROWS
     with threads(num_threads):

@@ -1,0 +1,110 @@
+"""Row patches in a forward: which patches the tokens use, and lookups that add them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memory_ops import operations
+from memory_ops.patches.patched_rows import PatchedRows
+from memory_ops.patches.token_patches import NO_SET, PatchUse, TokenPatches
+from memory_ops.tables.value_table import Lookup
+
+
+@dataclass(frozen=True)
+class RowPatch:
+    """A patch that is ready to be used.
+
+    Attributes:
+        content_hash: SHA-256 of its rows and deltas, in hexadecimal.
+        layers: its rows for each memory layer whose table it changes; layers may share them.
+    """
+
+    content_hash: str
+    layers: Mapping[int, PatchedRows]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of memory."""
+        return sum(rows.num_bytes for rows in {id(r): r for r in self.layers.values()}.values())
+
+
+class ScaledPatch(NamedTuple):
+    """A patch and a factor for its deltas."""
+
+    patch: RowPatch
+    scale: float
+
+
+# patches that add up, in canonical order
+PatchSet = Sequence[ScaledPatch]
+
+
+@dataclass(frozen=True)
+class ForwardPatches:
+    """The patches of the T tokens of a forward.
+
+    Attributes:
+        sets: the sets that tokens use.
+        set_T: int32 on the CPU, the number of each token's set, or ``NO_SET``.
+    """
+
+    sets: Sequence[PatchSet]
+    set_T: Tensor
+
+    def part(self, first: int, last: int) -> "ForwardPatches":
+        """The patches of the tokens ``[first, last)``."""
+        return ForwardPatches(self.sets, self.set_T[first:last])
+
+    def at(self, layer: int) -> TokenPatches:
+        """The patches of one memory layer's lookup."""
+        sets = [
+            [PatchUse(patch.layers[layer], scale) for patch, scale in uses if layer in patch.layers]
+            for uses in self.sets
+        ]
+        return TokenPatches(sets, self.set_T)
+
+
+def forward_patches(sets: Sequence[PatchSet], query_starts: Sequence[int]) -> ForwardPatches:
+    """The patches of concatenated sequences, each with a set, maybe an empty one."""
+    numbers: dict[tuple[tuple[int, float], ...], int] = {}
+    distinct: list[PatchSet] = []
+    set_S = []
+    for uses in sets:
+        name = tuple((id(patch), scale) for patch, scale in uses)
+        if uses and name not in numbers:
+            numbers[name] = len(distinct)
+            distinct.append(uses)
+        set_S.append(numbers.get(name, NO_SET))
+    lengths_S = torch.tensor(query_starts).diff()
+    set_T = torch.tensor(set_S, dtype=torch.int32).repeat_interleave(lengths_S)
+    return ForwardPatches(distinct, set_T)
+
+
+class _PatchedLookup(NamedTuple):
+    """A lookup whose result gets the deltas of its tokens' patches."""
+
+    lookup: Lookup
+    rows_THK: Tensor
+    weights_THK: Tensor
+    patches: TokenPatches
+
+    def finish(self) -> Tensor:
+        out_TV = self.lookup.finish()
+        operations.add_patched_rows(out_TV, self.rows_THK, self.weights_THK, self.patches)
+        return out_TV
+
+
+def patched(
+    lookup: Lookup,
+    rows_THK: Tensor,
+    weights_THK: Tensor,
+    patches: ForwardPatches | None,
+    layer: int,
+) -> Lookup:
+    """A lookup in flight, of one memory layer, with the patches of its tokens if there are any."""
+    if patches is None:
+        return lookup
+    return _PatchedLookup(lookup, rows_THK, weights_THK, patches.at(layer))

@@ -1,0 +1,55 @@
+"""The index of a patch's rows."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memory_ops.patches.patched_rows import EMPTY, HASH_FACTOR, PatchedRows
+
+
+def patched(rows) -> PatchedRows:
+    rows_P = torch.as_tensor(rows, dtype=torch.int64)
+    return PatchedRows(rows_P, torch.randn(len(rows_P), 3))
+
+
+def found(patch: PatchedRows, row: int) -> int:
+    """The number of a row, or EMPTY, as kernels look it up."""
+    size = len(patch.index_I)
+    bits = size.bit_length() - 1
+    place = (row * HASH_FACTOR) % 2**64 >> (64 - bits)
+    for probe in range(patch.most_probes + 1):
+        number = int(patch.index_I[(place + probe) % size])
+        if number == EMPTY or int(patch.rows_P[number]) == row:
+            return number
+    return EMPTY
+
+
+@given(st.sets(st.one_of(st.integers(0, 60), st.integers(0, 2**40)), max_size=80))
+def test_every_row_is_found_and_no_other(rows):
+    patch = patched(sorted(rows))
+    assert [found(patch, row) for row in sorted(rows)] == list(range(len(rows)))
+    assert all(found(patch, row) == EMPTY for row in range(62) if row not in rows)
+
+
+def test_half_of_the_places_stay_free():
+    patch = patched(range(0, 10_000, 7))
+    assert (patch.index_I == EMPTY).sum() * 2 >= len(patch.index_I)
+    assert patch.num_bytes == patch.rows_P.nbytes * 5 // 2 + 4 * len(patch.index_I)
+
+
+@pytest.mark.parametrize(
+    ("rows", "deltas", "named"),
+    [
+        (torch.tensor([1, 1]), torch.zeros(2, 3), "rows"),
+        (torch.tensor([2, 1]), torch.zeros(2, 3), "rows"),
+        (torch.tensor([-1, 1]), torch.zeros(2, 3), "rows"),
+        (torch.tensor([1, 2], dtype=torch.int32), torch.zeros(2, 3), "rows"),
+        (torch.tensor([1, 2]), torch.zeros(3, 3), "deltas"),
+        (torch.tensor([1, 2]), torch.zeros(2, 3).double(), "deltas"),
+        (torch.tensor([1, 2]), torch.zeros(3, 2).T, "deltas"),
+    ],
+)
+def test_wrong_rows_are_refused(rows, deltas, named):
+    with pytest.raises(ValueError, match=f"^{named}"):
+        PatchedRows(rows, deltas)

@@ -224,6 +224,26 @@ def test_a_truncated_file_is_refused(folder, keep):
         read_patch(folder)
 
 
+@given(
+    name=st.sampled_from(["patch.json", "patch.safetensors"]),
+    at=st.integers(0, 600),
+    byte=st.integers(0, 255),
+)
+def test_a_damaged_byte_is_refused_or_read(name, at, byte):
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "patch"
+        saved_patch(folder)
+        content = bytearray((folder / name).read_bytes())
+        content[at % len(content)] = byte
+        (folder / name).write_bytes(content)
+        try:
+            read = read_patch(folder)
+        except PatchError as error:
+            assert str(folder / name) in str(error) or "patch.safetensors: tensor" in str(error)
+        else:
+            assert read.num_rows == 9
+
+
 def test_a_file_that_shrinks_while_it_is_read_is_refused(folder, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda descriptor, parts, offset: 0)
     with pytest.raises(PatchError, match=r"patch\.safetensors: ends within tensor memory"):

@@ -9,6 +9,10 @@ class ModelNotFoundError(CheckpointError):
     """The model does not exist; the message says how to get it."""
 
 
+class PatchError(Exception):
+    """A row patch cannot be used; the message names file, table and field."""
+
+
 class DataError(Exception):
     """Texts cannot be used for training; the message names file and line."""
 

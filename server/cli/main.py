@@ -16,6 +16,7 @@ from engine.sampling.params import SamplingParams
 from server.access import AccessOptions
 from server.cli.config_file import apply_config
 from server.cli.options import Parser, add_options, from_options
+from server.cli.patch import add_patch
 from server.config import (
     HttpOptions,
     ModelOptions,
@@ -28,7 +29,13 @@ from server.limits import LimitOptions
 from server.logs import say, set_up_logs
 from server.monitoring import MonitoringOptions
 from weights.checkpoints.dtype_names import TABLE_DTYPES
-from weights.errors import ChatTemplateError, CheckpointError, DataError, TrainingError
+from weights.errors import (
+    ChatTemplateError,
+    CheckpointError,
+    DataError,
+    PatchError,
+    TrainingError,
+)
 from weights.models.named_models import DEFAULT_MODEL
 
 # in the order of the help
@@ -40,7 +47,7 @@ _FAILURE = 1
 _USAGE_ERROR = 2
 _USER_ERRORS = (
     *(ChatTemplateError, CheckpointError, ConfigError, DataError),
-    *(EngineStartError, RequestError, TrainingError),
+    *(EngineStartError, PatchError, RequestError, TrainingError),
 )
 
 
@@ -202,6 +209,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("target", type=Path, metavar="DST", help="folder to write the corpus to")
     source = "WordNet's folder (default: %(default)s, from Debian's package wordnet-base)"
     verb.add_argument("--dict", type=Path, default=Path("/usr/share/wordnet"), help=source)
+
+    add_patch(verbs)
 
     from benchmarks.verbs import add_benchmarks
 

@@ -17,6 +17,7 @@ from weights.checkpoints.table_files import (
     requested_layout,
     stored_format,
 )
+from weights.checkpoints.table_origin import carried_metadata
 from weights.checkpoints.tensor_files import (
     DTYPES,
     StoredTensor,
@@ -33,7 +34,8 @@ def convert(
 ) -> None:
     """Write ``source`` (a ``.gguf`` file or a checkpoint folder) as the new folder ``target``.
 
-    Holds one tensor in memory at a time, and some rows of a table. Shows progress on stderr.
+    Holds one tensor in memory at a time, and some rows of a table. Tables keep their origin. Shows
+    progress on stderr.
 
     Args:
         source: file or folder to read.
@@ -94,7 +96,8 @@ def _table(stored: StoredTensor, dtype: str | None, table_dtype: str | None) -> 
     layout = requested_layout(stored, table_dtype if is_records else dtype)
     # verify first: the new checksum must not cover data that are damaged already
     load = partial(converted_parts, stored, layout, verify=has_checksum(stored))
-    return TensorSource(stored.name, layout.shape, layout.dtype, load, layout.metadata)
+    metadata = layout.metadata | carried_metadata(stored)
+    return TensorSource(stored.name, layout.shape, layout.dtype, load, metadata)
 
 
 def _check_shapes(path: Path, imported: ImportedModel) -> None:

@@ -1,4 +1,4 @@
-"""Writes safetensors files one tensor or part at a time, with optional checksums."""
+"""Writes safetensors files one tensor or part at a time, with optional checksums and origins."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weights.checkpoints.table_origin import ORIGIN, new_origin
 from weights.checkpoints.tensor_files import STORED_DTYPES, TensorSource, checksum_key, tensor_bytes
 
 # table rows start on a page boundary, so that direct reads and mappings are aligned
@@ -27,7 +28,8 @@ def write_tensors(
     """Write a safetensors file whose data start on a page boundary, and fsync it.
 
     Calls ``on_write`` with the bytes of each tensor or part after they are written.
-    ``with_checksums`` adds the checksum of every tensor to the metadata.
+    ``with_checksums`` adds the checksum of every tensor to the metadata, and the origin of a table
+    that does not bring one.
     """
     checksums = {source.name: hashlib.sha256() for source in sources if with_checksums}
     with open(path, "xb") as file:
@@ -64,7 +66,9 @@ def _header(sources: list[TensorSource], checksums: Mapping[str, str]) -> bytes:
             "shape": list(source.shape),
             "data_offsets": [start, end],
         }
-    metadata |= {checksum_key(name): digits for name, digits in checksums.items()}
+        if source.name in checksums:
+            metadata[checksum_key(source.name)] = digits = checksums[source.name]
+            metadata.setdefault(ORIGIN, new_origin(_CODES[source.dtype], source.shape, digits))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _DATA_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,1 @@
+"""Row patches: sparse differences of value tables, stored in folders."""

@@ -1,0 +1,47 @@
+"""The content hash of a row patch: SHA-256 over its tensors, computed by several threads."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from torch import Tensor
+
+from weights.checkpoints.tensor_files import STORED_DTYPES, tensor_bytes
+
+# fits into a core's cache, so that a part is read, checked and hashed without a second fetch
+PART_BYTES = 2**20
+_MAX_THREADS = 4
+_CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
+
+OnPart = Callable[[str, int, memoryview], None]
+
+
+def content_hash(tensors: Mapping[str, Tensor], on_part: OnPart) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of their names.
+
+    A tensor counts as the SHA-256 digests of its parts of 1 MiB, so that threads share the work.
+
+    Args:
+        tensors: contiguous CPU tensors.
+        on_part: called with a tensor's name, an offset and the bytes there, before they are
+            hashed; it may fill and check them. Several threads call it.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="patch-hash") as pool:
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {_CODES[tensor.dtype]} {list(tensor.shape)}\n".encode())
+            memory = tensor_bytes(tensor)
+            one = partial(_digest, memory, partial(on_part, name))
+            for part in pool.map(one, range(0, len(memory), PART_BYTES)):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _digest(memory: memoryview, on_part: Callable[[int, memoryview], None], first: int) -> bytes:
+    part = memory[first : first + PART_BYTES]
+    on_part(first, part)
+    return hashlib.sha256(part).digest()

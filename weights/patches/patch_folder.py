@@ -1,0 +1,230 @@
+"""Reads and writes patch folders: patch.safetensors with rows and deltas, and patch.json."""
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from memory_ops.anonymous import uninitialized
+from weights.checkpoints.new_folder import new_folder, write_synced
+from weights.checkpoints.tensor_files import (
+    STORED_DTYPES,
+    StoredTensor,
+    TensorSource,
+    list_file,
+)
+from weights.checkpoints.tensor_writer import write_tensors
+from weights.errors import CheckpointError, PatchError
+from weights.patches.content_hash import content_hash
+from weights.patches.description import PatchDescription, read_description
+from weights.patches.model_identity import ModelIdentity
+from weights.patches.patch_checks import (
+    DELTAS,
+    ROWS,
+    check_headers,
+    check_row_ids,
+    first_not_finite,
+)
+
+TENSORS_FILE, DESCRIPTION_FILE = "patch.safetensors", "patch.json"
+_MAX_HEADER_BYTES = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPatch:
+    """The content of a patch folder.
+
+    Attributes:
+        description: what the patch was made for, and how.
+        tables: row ids (int64 ``[P]``, ascending) and deltas (bf16 or fp32 ``[P, V]``) of each
+            table, by table name.
+        content_hash: SHA-256 of the tensors; names and settings do not change it.
+    """
+
+    description: PatchDescription
+    tables: Mapping[str, tuple[Tensor, Tensor]]
+    content_hash: str
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all tables."""
+        return sum(len(rows_P) for rows_P, _ in self.tables.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all row ids and deltas."""
+        return sum(rows.nbytes + deltas.nbytes for rows, deltas in self.tables.values())
+
+
+def stored_patch(
+    description: PatchDescription, tables: Mapping[str, tuple[Tensor, Tensor]]
+) -> StoredPatch:
+    """A patch from tensors in memory, to write; checked as a patch that is read.
+
+    Raises:
+        PatchError: an id or a value is not valid; the message names table and field.
+    """
+    assert tables.keys() == description.shapes.keys()
+    for name, (rows_P, deltas_PV) in tables.items():
+        assert rows_P.dtype == torch.int64 and deltas_PV.dtype in (torch.bfloat16, torch.float32)
+        assert deltas_PV.shape == (len(rows_P), description.shapes[name][1])
+    tensors = _tensors(tables)
+    found = content_hash(tensors, _FiniteCheck("patch", tensors))
+    _check_ids("patch", tensors, description)
+    return StoredPatch(description, tables, found)
+
+
+def read_patch(
+    folder: Path, model: ModelIdentity | None = None, max_rows: int | None = None
+) -> StoredPatch:
+    """Read and check a patch folder. Memory is allocated only after sizes were checked.
+
+    Args:
+        folder: the patch folder. Its files must not be symbolic links.
+        model: the model that the patch must have been made for; None accepts any.
+        max_rows: rows that the patch may have, over all tables; None sets no limit.
+
+    Raises:
+        PatchError: the folder is not a valid patch, or not one for the model; the message names
+            file, table and field.
+    """
+    json_file, file = folder / DESCRIPTION_FILE, folder / TENSORS_FILE
+    for one in (json_file, file):
+        _check_is_regular(one)
+    description = read_description(json_file)
+    if model is not None:
+        model.check(description, json_file)
+    stored = _list_tensors(file)
+    check_headers(file, stored, description, max_rows)
+    with _opened(file) as descriptor:
+        # on huge pages, because faults of small ones would take a third of the time
+        tensors = {
+            name: uninitialized(one.shape, STORED_DTYPES[one.dtype]) for name, one in stored.items()
+        }
+        found = content_hash(tensors, _Reader(file, descriptor, stored, tensors))
+    _check_ids(str(file), tensors, description)
+    tables = {name: (tensors[name + ROWS], tensors[name + DELTAS]) for name in description.shapes}
+    return StoredPatch(description, tables, found)
+
+
+def write_patch(folder: Path, patch: StoredPatch) -> None:
+    """Write a patch folder atomically.
+
+    Raises:
+        PatchError: the folder exists, or cannot be written.
+    """
+    sources = [
+        TensorSource(name, tuple(tensor.shape), tensor.dtype, tensor.cpu)
+        for name, tensor in _tensors(patch.tables).items()
+    ]
+    write_patch_sources(folder, patch.description, sources)
+
+
+def write_patch_sources(
+    folder: Path, description: PatchDescription, sources: list[TensorSource]
+) -> None:
+    """Like ``write_patch``, with tensors that are loaded while they are written, and valid."""
+    if folder.exists():
+        raise PatchError(f"{folder}: exists already")
+    try:
+        with new_folder(folder) as partial:
+            write_tensors(partial / TENSORS_FILE, sources, lambda num_bytes: None)
+            write_synced(partial / DESCRIPTION_FILE, description.to_json())
+    except OSError as error:
+        raise PatchError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+@dataclass(frozen=True, eq=False)
+class _FiniteCheck:
+    """Refuses parts of deltas with values that are not finite; see ``content_hash.OnPart``."""
+
+    where: str
+    tensors: Mapping[str, Tensor]
+
+    def __call__(self, name: str, first: int, part: memoryview) -> None:
+        if not name.endswith(DELTAS):
+            return
+        deltas_PV = self.tensors[name]
+        found = first_not_finite(part, deltas_PV.itemsize)
+        if found is not None:
+            at, value = divmod(first // deltas_PV.itemsize + found, deltas_PV.shape[1])
+            raise PatchError(
+                f"{self.where}: tensor {name}: value [{at}, {value}] is NaN or infinite"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """Reads parts of tensors from the file into their memory, and checks them."""
+
+    file: Path
+    descriptor: int
+    stored: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Tensor]
+
+    def __call__(self, name: str, first: int, part: memoryview) -> None:
+        done, offset = 0, self.stored[name].offset + first
+        while done < len(part):
+            count = os.preadv(self.descriptor, [part[done:]], offset + done)
+            if not count:
+                raise PatchError(f"{self.file}: ends within tensor {name}")
+            done += count
+        _FiniteCheck(str(self.file), self.tensors)(name, first, part)
+
+
+def _tensors(tables: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a patch by their names in the file."""
+    pairs = tables.items()
+    named = {name + ROWS: rows.contiguous() for name, (rows, _) in pairs}
+    return named | {name + DELTAS: deltas.contiguous() for name, (_, deltas) in pairs}
+
+
+def _check_ids(where: str, tensors: Mapping[str, Tensor], description: PatchDescription) -> None:
+    for table, (num_rows, _) in description.shapes.items():
+        check_row_ids(f"{where}: tensor {table + ROWS}", tensors[table + ROWS], num_rows)
+
+
+def _check_is_regular(file: Path) -> None:
+    try:
+        mode = os.lstat(file).st_mode
+    except OSError as error:
+        raise PatchError(f"{file}: {error.strerror}") from None
+    if stat.S_ISLNK(mode):
+        raise PatchError(f"{file}: is a symbolic link; a patch folder must hold the file itself")
+    if not stat.S_ISREG(mode):
+        raise PatchError(f"{file}: is not a regular file")
+
+
+def _list_tensors(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+        if length > _MAX_HEADER_BYTES:
+            raise PatchError(
+                f"{file}: is not a patch: its header has {length} bytes, but at most"
+                f" {_MAX_HEADER_BYTES} are allowed"
+            )
+        return {one.name: one for one in list_file(file)}
+    except CheckpointError as error:
+        raise PatchError(str(error)) from None
+    except OSError as error:
+        raise PatchError(f"{file}: {error.strerror}") from None
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise PatchError(f"{file}: {error.strerror}") from None
+    try:
+        yield descriptor
+    except OSError as error:
+        raise PatchError(f"{file}: {error.strerror}") from None
+    finally:
+        os.close(descriptor)

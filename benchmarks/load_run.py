@@ -34,8 +34,13 @@ class LoadRun:
         self._load = load
         self._on_end = on_end
 
-    async def send_concurrently(self, bodies: Iterable[bytes], concurrency: int) -> None:
-        """Send all requests, ``concurrency`` of them in flight at a time."""
+    async def send_concurrently(
+        self, bodies: Iterable[bytes], concurrency: int, gap_s: float = 0.0
+    ) -> None:
+        """Send all requests, ``concurrency`` of them in flight at a time.
+
+        The first ones are ``gap_s`` seconds apart, so that they do not all end together.
+        """
         waiting = iter(bodies)
 
         async def send_waiting() -> None:
@@ -45,6 +50,7 @@ class LoadRun:
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(send_waiting())
+                await asyncio.sleep(gap_s)
 
     async def send_at_rate(self, bodies: Iterable[bytes], rate: float, rng: random.Random) -> None:
         """Send ``rate`` requests per second on average, without waiting for responses.

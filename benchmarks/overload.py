@@ -129,10 +129,14 @@ async def _overload(load: ServingLoad, options: OverloadOptions) -> OverloadResu
 async def _capacity(
     client: CompletionClient, load: ServingLoad, options: OverloadOptions, purpose: str
 ) -> tuple[float, dict[str, int]]:
-    """Tokens per second with full batches, and the failed requests by reason."""
+    """Tokens per second with full batches, and the failed requests by reason.
+
+    Like those of an overloaded server, the requests begin and end at different times.
+    """
     run, window = LoadRun(client, load, lambda: None), _window(options)
     bodies = _bodies_until(window[1], load, purpose)
-    await run.send_concurrently(bodies, EngineConfig.max_num_seqs)
+    concurrency = EngineConfig.max_num_seqs
+    await run.send_concurrently(bodies, concurrency, options.ramp_s / concurrency)
     return _tokens_per_s(run.completions, window), dict(run.failures)
 
 

@@ -1,6 +1,5 @@
 """``memplus bench step``: milliseconds of an engine step outside the model."""
 
-import json
 import multiprocessing
 import random
 import time
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.drawn_tokenizer import EOS_ID, DrawnTokenizer
+from benchmarks.grammars import GRAMMARS
 from benchmarks.model_shapes import SMOLLM2_SHAPE
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -52,24 +52,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "1024 allowed": {"temperature": 0, "allowed_token_ids": frozenset(LISTED)},
     "100 bad words": {"temperature": 0, "bad_words": tuple((i, i + 1) for i in LISTED[:100])},
     "5 logprobs": {"temperature": 0, "logprobs": 5},
-}
-# long answers, so that none ends while steps are measured
-_PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 40},
-        "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        "is_admin": {"type": "boolean"},
-        "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 8},
-    },
-    "required": ["name", "age", "is_admin", "tags"],
-    "additionalProperties": False,
-}
-GRAMMARS = {
-    "JSON schema": Grammar(
-        "json_schema", json.dumps({"type": "array", "items": _PERSON, "minItems": 2000})
-    ),
-    "regex": Grammar("regex", "([A-Z][a-z]{1,12}( [a-z]{1,12}){2,20}\\. ){2000}"),
 }
 
 

@@ -1,6 +1,7 @@
 """The verbs of ``memplus bench``: options and one function each, with deferred imports."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.gpu.options import GpuCheck
@@ -90,6 +91,14 @@ def speculation(options: argparse.Namespace) -> None:
     measure(model, options.batches, options.tokens, options.rounds, options.json)
 
 
+def grammars(options: argparse.Namespace) -> None:
+    """Measure decode steps with and without the masks of a JSON schema and of a regex."""
+    from benchmarks.grammars import measure
+
+    model = from_options(ModelOptions, options)
+    measure(model, options.batches, options.tokens, options.rounds, options.json)
+
+
 def train(options: argparse.Namespace) -> None:
     """Measure an optimiser step of a value table; compare it with torch."""
     from benchmarks.training import measure
@@ -157,7 +166,8 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
         add_options(verb, settings)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
-    _add_speculation_benchmark(benchmarks)
+    _add_answer_benchmark(benchmarks, "speculation", speculation, [1, 8], 256)
+    _add_answer_benchmark(benchmarks, "grammars", grammars, [1, 8, 32], 128)
 
     verb = benchmarks.add_parser("train", help=train.__doc__)
     verb.set_defaults(run=train, computes=True)
@@ -187,18 +197,23 @@ def _add_server_benchmarks(
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
 
-def _add_speculation_benchmark(
+def _add_answer_benchmark(
     benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    batches: list[int],
+    tokens: int,
 ) -> None:
-    verb = benchmarks.add_parser("speculation", help=speculation.__doc__)
-    verb.set_defaults(run=speculation, computes=True)
+    """One that compares two ways to generate answers; the numbers are defaults."""
+    verb = benchmarks.add_parser(name, help=run.__doc__)
+    verb.set_defaults(run=run, computes=True)
     add_options(verb, ThreadOptions)
     verb.add_argument("--model", default=SMOLLM2, help="a known name or a folder")
     add_options(verb, ModelOptions, ("device", "dtype"))
-    together = "requests that decode together (default: 1 8)"
-    verb.add_argument("--batches", type=int, nargs="+", default=[1, 8], help=together)
+    together = f"requests that decode together (default: {' '.join(map(str, batches))})"
+    verb.add_argument("--batches", type=int, nargs="+", default=batches, help=together)
     most = "answer tokens per request, at most (default: %(default)s)"
-    verb.add_argument("--tokens", type=int, default=256, help=most)
+    verb.add_argument("--tokens", type=int, default=tokens, help=most)
     rounds = "rounds after a warm-up; medians are reported (default: %(default)s)"
     verb.add_argument("--rounds", type=int, default=5, help=rounds)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")

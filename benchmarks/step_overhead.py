@@ -78,7 +78,9 @@ class InstantExecutor:
         self._logits_LV = torch.randn(max_logits, CONFIG.vocab_size).to(torch.bfloat16)
         kernels = cpu_kernels(self._logits_LV.device, self._logits_LV.dtype)
         self._sampler = (
-            Sampler() if kernels is None else Sampler(kernels.sample, kernels.log_probabilities)
+            Sampler()
+            if kernels is None
+            else Sampler(kernels.sample, kernels.log_probabilities, kernels.mask)
         )
 
     def logits(self, batch: Batch) -> Tensor:

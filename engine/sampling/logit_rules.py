@@ -81,6 +81,13 @@ def _ban(logits_LV: Tensor, ruled: Ruled) -> None:
         logits_LV.view(-1).index_fill_(0, _places(logits_LV, banned), -torch.inf)
 
 
+def masked(logits_LV: Tensor, bitmask: NDArray[np.uint32]) -> Tensor:
+    """A copy whose tokens without a bit are -inf."""
+    logits_LV = logits_LV.clone()
+    apply_mask(logits_LV, bitmask)
+    return logits_LV
+
+
 def apply_mask(logits_LV: Tensor, bitmask: NDArray[np.uint32]) -> None:
     """Add 0 or -inf by the bits, in place.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.sampling.choice import CHOICE, NO_TOKEN, Choices, choose
 from engine.sampling.log_probabilities import Scores, score
-from engine.sampling.logit_rules import apply_mask, apply_rules
+from engine.sampling.logit_rules import apply_rules, masked
 from engine.sampling.masks import Bitmask
 from engine.sampling.params import TokenLogprobs
 from engine.sampling.request_rules import SamplingRow
@@ -29,6 +29,7 @@ class Sampler:
 
     choose: Callable[[Tensor, Choices], Tensor] = choose
     score: Callable[[Tensor, Sequence[int], Sequence[int], int], Scores] = score
+    mask: Callable[[Tensor, Bitmask], Tensor] = masked
 
     def sample(
         self, logits_LV: Tensor, rows: Sequence[SamplingRow], bitmask: Bitmask | None = None
@@ -42,8 +43,7 @@ class Sampler:
             logits_LV = logits_LV.to(torch.float32, copy=True)
             apply_rules(logits_LV, rows, bitmask)
         elif bitmask is not None:
-            logits_LV = logits_LV.clone()
-            apply_mask(logits_LV, bitmask)
+            logits_LV = self.mask(logits_LV, bitmask)
         ids: list[int] = self.choose(logits_LV, choices_of(rows, logits_LV.shape[1])).tolist()
         return [token_id if token_id >= 0 else NO_TOKEN for token_id in ids]
 

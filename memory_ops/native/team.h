@@ -3,10 +3,11 @@
 // Waiting threads poll, since waking a sleeping thread takes as long as a small kernel. But if
 // other processes want the cores, the scheduler charges the team for the time of its polls, and
 // preempts it while it computes: beside one busy loop half of the speed is lost. OpenMP's number of
-// polls is fixed, and suits one case or the other. This team polls until it finds itself preempted
-// often; then its waiting threads sleep for some time, before it tries again.
+// polls is fixed, and suits one case or the other. This team polls until it finds that it waits for
+// cores much of the time; then its waiting threads sleep for a while, before it tries again.
 #pragma once
 
+#include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
@@ -18,6 +19,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -32,9 +34,11 @@ namespace memplus {
 constexpr int FEW_POLLS = 40;          // less than a microsecond: made even in a rest
 constexpr int POLLS_PER_READING = 64;  // of the clock
 constexpr int64_t LONGEST_POLLING_NS = 2'000'000;  // covers the Python code between two kernels
-// Processes that compute preempt a team's threads more than 100 times a second, those of a quiet
-// machine fewer than 50 times.
-constexpr int64_t WINDOW_NS = 100'000'000, MANY_PREEMPTIONS = 10;
+// Beside a process that computes, a thread waits for its core half of the time; threads that often
+// run briefly, such as those of the HTTP process, take it for a tenth of the time.
+constexpr int64_t WINDOW_NS = 100'000'000, MUCH_WAITING_NS = 20'000'000;
+constexpr int64_t LONGEST_SLICE_NS = 5'000'000;  // one preemption is not longer
+constexpr int64_t UNKNOWN_SLICE_NS = 2'000'000;  // where the system does not say how long it was
 // Rests without polling. One that begins within RESTS_APART times the last one's length is longer.
 constexpr int64_t FIRST_REST_NS = 100'000'000, LONGEST_REST_NS = 2'000'000'000, RESTS_APART = 5;
 
@@ -45,6 +49,31 @@ inline void pause_cpu() {
   asm volatile("yield");
 #endif
 }
+
+// How long the current thread has waited for a core since it began, after waking up and whenever it
+// was preempted. Linux says so in a file; the second of its numbers is the time in nanoseconds.
+class RunDelay {
+ public:
+  RunDelay() : file_(open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC)) {}
+  ~RunDelay() {
+    if (file_ >= 0) close(file_);
+  }
+  RunDelay(const RunDelay&) = delete;
+  RunDelay& operator=(const RunDelay&) = delete;
+
+  // -1 if the system does not say
+  int64_t read_ns() const {
+    char text[64];
+    const ssize_t size = file_ < 0 ? 0 : pread(file_, text, sizeof text - 1, 0);
+    if (size <= 0) return -1;
+    text[size] = 0;
+    long long running, waiting;
+    return sscanf(text, "%lld %lld", &running, &waiting) == 2 ? waiting : -1;
+  }
+
+ private:
+  const int file_;
+};
 
 // Decides how long the threads of a team poll. If OMP_WAIT_POLICY is passive, they never poll for
 // long, as OpenMP's threads.
@@ -58,7 +87,7 @@ class Polling {
   // Polls until `is_over()`; false if the thread should sleep instead.
   template <class Condition>
   bool poll(int64_t begun, Condition is_over) {
-    if (was_preempted()) count_preemption(begun);
+    if (was_preempted()) count_waiting(begun, slice_ns());
     if (begun < rests_until_.load(std::memory_order_relaxed)) return false;
     do {
       for (int i = 0; i < POLLS_PER_READING; i++) {
@@ -80,14 +109,25 @@ class Polling {
     return is_preempted;
   }
 
-  // Begins a rest if there were many preemptions.
-  void count_preemption(int64_t now) {
+  // How long this thread waited for a core since the last call, in one preemption.
+  static int64_t slice_ns() {
+    static thread_local RunDelay delay;
+    static thread_local int64_t seen = 0;
+    const int64_t total = delay.read_ns(), slice = total - seen;
+    if (total < 0) return UNKNOWN_SLICE_NS;
+    seen = total;
+    return std::min(slice, LONGEST_SLICE_NS);
+  }
+
+  // Begins a rest if the threads have waited long for their cores.
+  void count_waiting(int64_t now, int64_t waited_ns) {
     if (now - window_begun_.load(std::memory_order_relaxed) > WINDOW_NS) {
       window_begun_.store(now, std::memory_order_relaxed);
-      preemptions_.store(0, std::memory_order_relaxed);
+      waited_ns_.store(0, std::memory_order_relaxed);
     }
-    if (preemptions_.fetch_add(1, std::memory_order_relaxed) + 1 < MANY_PREEMPTIONS) return;
-    preemptions_.store(0, std::memory_order_relaxed);
+    const int64_t before = waited_ns_.fetch_add(waited_ns, std::memory_order_relaxed);
+    if (before + waited_ns < MUCH_WAITING_NS) return;
+    waited_ns_.store(0, std::memory_order_relaxed);
     const int64_t rested_until = rests_until_.load(std::memory_order_relaxed);
     if (now < rested_until) return;
     const int64_t last = rest_ns_.load(std::memory_order_relaxed);
@@ -97,7 +137,7 @@ class Polling {
     rests_until_.store(now + next, std::memory_order_relaxed);
   }
 
-  std::atomic<int64_t> window_begun_{0}, preemptions_{0};
+  std::atomic<int64_t> window_begun_{0}, waited_ns_{0};
   std::atomic<int64_t> rests_until_{0}, rest_ns_{0};
 };
 

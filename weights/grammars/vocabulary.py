@@ -6,6 +6,9 @@ from llguidance import LLTokenizer, TokenizerWrapper
 
 from weights.checkpoints.tokenizer import Tokenizer
 
+# tokens that the library decides about together; its own ones suit the strings of JSON
+_WORD_SLICES = (r" ?[a-z]+", r" ?[A-Za-z]+")
+
 
 class Vocabulary:
     """The bytes of all tokens, in the form that ``TokenizerWrapper`` reads.
@@ -44,4 +47,5 @@ class Vocabulary:
 def grammar_tokenizer(tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> LLTokenizer:
     """The library's tokenizer for a model with ``vocab_size`` token ids and at least one EOS."""
     vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids)
-    return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=list(eos_ids))
+    slices = [*LLTokenizer.general_slices(), *_WORD_SLICES]
+    return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=list(eos_ids), slices=slices)

@@ -71,7 +71,7 @@ class CpuExecutor:
             None if lookahead is None else Lookahead(memories, lookahead),
         )
         self._head = packer.linear(model.head, norm=model.model.norm)
-        self._sampler = Sampler(kernels.sample, kernels.log_probabilities)
+        self._sampler = Sampler(kernels.sample, kernels.log_probabilities, kernels.mask)
         self._block_table = HostBlockTable()
         self._kv_blocks = kv_memory(model.config, num_blocks, block_size, self._embedding_VD)
 

@@ -15,6 +15,7 @@ from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
 from engine.model.layout import PagedKv, TokenLayout
 from engine.sampling.choice import CHOICE, Choices
 from engine.sampling.log_probabilities import Scores
+from engine.sampling.masks import Bitmask
 from memory_ops.native.library import NativeLibrary
 from memory_ops.native.patches import NativePatches
 from memory_ops.native.row_fetcher import ReadFailure
@@ -35,6 +36,7 @@ CPU_LIBRARY = NativeLibrary(
         "memplus_pack_rows": (None, (_POINTER, _POINTER, _INT64, _POINTER, *[_INT64] * 4)),
         "memplus_silu_gate": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT32)),
         "memplus_linear": (None, (_POINTER, _POINTER, _INT64, _INT64, *[_POINTER] * 3)),
+        "memplus_mask_logits": (None, (*_LOGITS, _POINTER, _INT64, _POINTER)),
         "memplus_sample": (None, (*_LOGITS, *[_POINTER] * 3)),
         "memplus_log_probabilities": (
             None,
@@ -138,6 +140,15 @@ class CpuKernels:
         size, is_bf16 = gate_TI.numel(), gate_TI.dtype is torch.bfloat16
         self._library.memplus_silu_gate(*_addresses(gate_TI, x_TI, out_TI), size, is_bf16)
         return out_TI
+
+    def mask(self, logits_LV: Tensor, bitmask_LW: Bitmask) -> Tensor:
+        """``engine.sampling.logit_rules.masked`` for fp32 or bf16 logits."""
+        assert bitmask_LW.flags.c_contiguous and len(bitmask_LW) == len(logits_LV)
+        masked_LV = torch.empty(logits_LV.shape, dtype=logits_LV.dtype)
+        logits_LV, logits = _logits(logits_LV)
+        bits = bitmask_LW.ctypes.data, bitmask_LW.shape[1]
+        self._library.memplus_mask_logits(*logits, *bits, masked_LV.data_ptr())
+        return masked_LV
 
     def sample(self, logits_LV: Tensor, choices: Choices) -> Tensor:
         """``engine.sampling.choice.choose`` for fp32 or bf16 logits."""

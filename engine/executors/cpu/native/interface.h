@@ -6,6 +6,7 @@
 #include "decoder_layers.h"
 #include "linear.h"
 #include "log_probabilities.h"
+#include "mask_logits.h"
 #include "sampling.h"
 #include "silu_gate.h"
 #include "memory_ops/native/team_interface.h"
@@ -86,6 +87,13 @@ extern "C" int32_t memplus_decoder_layers(const memplus::DecoderLayer* layers, i
                  ? DecoderLayers<Bf16Values>(call, kv_bytes, residual, chosen).run(layers, count)
                  : DecoderLayers<Fp32Values>(call, kv_bytes, residual, chosen).run(layers, count);
   return failure->memory < 0;
+}
+
+// Writes `out` [rows, vocab_size]: logits of the tokens allowed by `bits` [rows, words], else -inf.
+extern "C" void memplus_mask_logits(const uint8_t* data, int64_t rows, int64_t vocab_size,
+                                    int64_t stride, int32_t is_bf16, const uint32_t* bits,
+                                    int64_t words, uint8_t* out) {
+  memplus::mask_logits({data, rows, vocab_size, stride}, is_bf16, bits, words, out);
 }
 
 // Writes `chosen` [rows]; the logits are described as in memplus::Logits.

@@ -40,7 +40,7 @@ GRAMMARS = {
         "json_schema", json.dumps({"type": "array", "items": _PERSON, "minItems": 200})
     ),
     "regex": Grammar("regex", r"(\d{4}-\d{2}-\d{2} (INFO|ERROR) [a-z]{1,12}: [a-z ,]+\n)+"),
-    # each count of each line is a state of its own, new to most masks
+    # each count of each line is another state, new to most masks
     "counts": Grammar(
         "regex", r"(\d{4}-\d{2}-\d{2} (INFO|ERROR) [a-z]{1,12}: [a-z ,]{8,60}\n){40}"
     ),

@@ -3,6 +3,8 @@
 import contextlib
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
 
@@ -19,10 +21,18 @@ def started_server(
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stderr is not None
         try:
-            line = next((line for line in server.stderr if " at http://" in line), None)
-            if line is None:
-                raise RuntimeError(f"the server did not start: {' '.join(command)}")
+            lines = []
+            for line in server.stderr:
+                lines.append(line)
+                if " at http://" in line:
+                    break
+            else:
+                raise RuntimeError(
+                    f"the server did not start: {' '.join(command)}\n{''.join(lines)}"
+                )
+            # a full pipe would stop the server
+            threading.Thread(target=deque, args=(server.stderr, 0), daemon=True).start()
             yield line.split(" at ")[1].split(";")[0]
         finally:
             server.terminate()
-            server.communicate()
+            server.wait()

@@ -65,9 +65,13 @@ class CompilingRequests:
             return
         num_begun = sum(not future.done() for *_, future in self._compiling.values())
         count = max(self._grammars.num_free - num_begun, at_least)
-        for request_id in list(self._queued)[:count]:
-            request, lease = self._queued.pop(request_id)
+        for request_id, (request, lease) in list(self._queued.items()):
             assert request.grammar is not None
+            if not self._grammars.is_ready(request.grammar):
+                if count <= 0:
+                    continue
+                count -= 1
+            del self._queued[request_id]
             future = self._thread.submit(self._grammars.compile, request.grammar)
             self._compiling[request_id] = request, lease, future
 

@@ -1,6 +1,7 @@
 """The row patches that an engine has loaded, by the hash of their contents."""
 
 from collections.abc import Sequence
+from threading import Lock
 from weakref import WeakValueDictionary
 
 from engine.errors import RequestError
@@ -15,6 +16,7 @@ class LoadedPatches:
     """
 
     def __init__(self) -> None:
+        self._lock = Lock()
         self._loaded: dict[str, RowPatch] = {}
         self._alive: WeakValueDictionary[str, RowPatch] = WeakValueDictionary()
 
@@ -26,8 +28,9 @@ class LoadedPatches:
     def put(self, patch: RowPatch) -> None:
         """Let requests use a patch."""
         # equal contents are one patch, so that a plan that names them finds what it means
-        patch = self._alive.setdefault(patch.content_hash, patch)
-        self._loaded[patch.content_hash] = patch
+        with self._lock:
+            patch = self._alive.setdefault(patch.content_hash, patch)
+            self._loaded[patch.content_hash] = patch
 
     def remove(self, content_hash: str) -> None:
         """Let no further request use a patch; do nothing if it is not loaded."""

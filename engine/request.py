@@ -11,6 +11,8 @@ from memory_ops.tables.table_statistics import TableStatistics
 
 FinishReason = Literal["stop", "length", "error"]
 MAX_PRIORITY = 100
+# the largest number of fp32, in which kernels multiply
+_MAX_SCALE = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,17 @@ class PatchRef(NamedTuple):
 
 def canonical_patches(refs: Iterable[PatchRef]) -> tuple[PatchRef, ...]:
     """The patches in the order in which they add up: by hash; each once, those of factor 0 left
-    out."""
+    out.
+
+    Raises:
+        RequestError: a factor is not finite in fp32.
+    """
     scales: dict[str, float] = {}
     for content_hash, scale in refs:
         scales[content_hash] = scales.get(content_hash, 0.0) + scale
+    wrong = [scale for scale in scales.values() if not abs(scale) <= _MAX_SCALE]
+    if wrong:
+        raise RequestError("memory_patches", f"scale must be a finite number, not {wrong[0]}")
     return tuple(PatchRef(*pair) for pair in sorted(scales.items()) if pair[1])
 
 

@@ -95,9 +95,10 @@ def for_groups(*operands: Tensor) -> GroupBackend:
 
 
 def for_patches(sums: Tensor) -> PatchBackend:
-    """The backend that adds patches to these sums."""
-    backend = REFERENCE if sums.dtype is torch.float64 else _for_device_of(sums)
-    return cast(PatchBackend, backend)
+    """The backend that adds patches to these sums: kernels on the CPU, plain torch elsewhere."""
+    if sums.is_cpu and sums.dtype is torch.float32:
+        return cast(PatchBackend, _for_device_type("cpu"))
+    return cast(PatchBackend, reference)
 
 
 def for_rounding(values: Tensor) -> RoundingBackend:

@@ -116,7 +116,9 @@ def _memory_pages() -> list[int]:
 
 
 def _resident_bytes() -> int:
-    return _memory_pages()[1] * resource.getpagesize()
+    # without pages of files, such as the code of the library
+    _, resident, shared, *_ = _memory_pages()
+    return (resident - shared) * resource.getpagesize()
 
 
 def _too_complex(grammar: Grammar) -> str:

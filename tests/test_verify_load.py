@@ -1,4 +1,4 @@
-"""The load of docker/verify.sh tells whole streams from lost ones, on a fake server."""
+"""The load of docker/verify.sh separates whole streams from lost ones, on a fake server."""
 
 import json
 import subprocess

@@ -52,7 +52,7 @@ class Batch:
         bitmask: uint32 ``[len(rows), words]`` of allowed tokens, if masks restrict any. It is
             filled while the model runs, so wait for it after the forward.
         scored: the token to score at each of the other positions, or None.
-        patches: the row patches of each sequence; no element if no sequence has any.
+        patches: the row patches of each sequence, maybe none.
     """
 
     ids_T: Tensor

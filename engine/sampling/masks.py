@@ -54,6 +54,10 @@ class Grammars:
         """Different grammars that fit in memory besides those that have masks."""
         return sys.maxsize
 
+    def is_ready(self, grammar: Grammar) -> bool:
+        """Whether the grammar is in memory already and can make another mask."""
+        return False
+
     def compile(self, grammar: Grammar) -> TokenMask:
         """A mask at the beginning of an answer. It may take a second; any thread may call it.
 

@@ -23,6 +23,7 @@ class _Patch(ctypes.Structure):
         ("rows", _POINTER),
         ("index", _POINTER),
         ("index_bits", _INT64),
+        ("factor", _INT64),
     )
 
 
@@ -57,4 +58,4 @@ class NativePatches:
 def _patch(patch: PatchedRows) -> _Patch:
     deltas = NativeTable(*table_arguments(patch.deltas_PV))
     bits = len(patch.index_I).bit_length() - 1
-    return _Patch(deltas, patch.rows_P.data_ptr(), patch.index_I.data_ptr(), bits)
+    return _Patch(deltas, patch.rows_P.data_ptr(), patch.index_I.data_ptr(), bits, patch.factor)

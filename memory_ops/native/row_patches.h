@@ -14,10 +14,10 @@ struct Patch {
   Table deltas;          // [P, V]
   const int64_t* rows;   // [P], ascending
   const int32_t* index;  // 2^index_bits places: a row's number or -1
-  int64_t index_bits;
+  int64_t index_bits, factor;
 
   int64_t home(int64_t row) const {
-    return (int64_t)((uint64_t)row * 0x9E3779B97F4A7C15u >> (64 - index_bits));
+    return (int64_t)((uint64_t)row * (uint64_t)factor >> (64 - index_bits));
   }
 
   // The number of a row, or -1.

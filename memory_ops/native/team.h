@@ -2,7 +2,7 @@
 //
 // Waiting threads poll, since waking a sleeping thread takes as long as a small kernel. But if
 // other processes want the cores, the scheduler charges the team for the time of its polls, and
-// preempts it while it computes: beside one busy loop half of the speed is lost. OpenMP's number of
+// preempts it while it computes: next to one busy loop half of the speed is lost. OpenMP's number of
 // polls is fixed, and suits one case or the other. This team polls until it finds that it waits for
 // cores much of the time; then its waiting threads sleep for a while, before it tries again.
 #pragma once
@@ -34,11 +34,11 @@ namespace memplus {
 constexpr int FEW_POLLS = 40;          // less than a microsecond: made even in a rest
 constexpr int POLLS_PER_READING = 64;  // of the clock
 constexpr int64_t LONGEST_POLLING_NS = 2'000'000;  // covers the Python code between two kernels
-// Beside a process that computes, a thread waits for its core half of the time; threads that often
+// Next to a process that computes, a thread waits for its core half of the time; threads that often
 // run briefly, such as those of the HTTP process, take it for a tenth of the time.
 constexpr int64_t WINDOW_NS = 100'000'000, MUCH_WAITING_NS = 20'000'000;
 constexpr int64_t LONGEST_SLICE_NS = 5'000'000;  // one preemption is not longer
-constexpr int64_t UNKNOWN_SLICE_NS = 2'000'000;  // where the system does not say how long it was
+constexpr int64_t UNKNOWN_SLICE_NS = 2'000'000;  // if the system does not say how long it was
 // Rests without polling. One that begins within RESTS_APART times the last one's length is longer.
 constexpr int64_t FIRST_REST_NS = 100'000'000, LONGEST_REST_NS = 2'000'000'000, RESTS_APART = 5;
 
@@ -68,7 +68,8 @@ class RunDelay {
     if (size <= 0) return -1;
     text[size] = 0;
     long long running, waiting;
-    return sscanf(text, "%lld %lld", &running, &waiting) == 2 ? waiting : -1;
+    // a system that does not count says 0
+    return sscanf(text, "%lld %lld", &running, &waiting) == 2 && running ? waiting : -1;
   }
 
  private:

@@ -1,12 +1,13 @@
 """One table's part of a row patch: the ids of its rows, and what is added to each of them."""
 
+import secrets
+
 import torch
 from torch import Tensor
 
-# 2^64 divided by the golden ratio, as a signed number: multiples spread over all bits (Knuth, The
-# Art of Computer Programming, volume 3, section 6.4); row_patches.h and the GPU kernel use it too
-HASH_FACTOR = 0x9E3779B97F4A7C15 - 2**64
 EMPTY = -1
+# places that a lookup may have to look at; a random factor needs a few dozen at most
+_MOST_PROBES = 128
 
 
 class PatchedRows:
@@ -16,9 +17,10 @@ class PatchedRows:
         rows_P: int64 row ids, ascending, each once.
         deltas_PV: fp32 or bf16, finite and contiguous: what a patch adds to each row.
         index_I: int32, a power of two of places. The place of a row is the high bits of its id
-            times ``HASH_FACTOR``, or the next one that is free. A place has the row's number in
+            times ``factor``, or the next one that is free. A place has the row's number in
             ``rows_P``, or ``EMPTY``.
-        most_probes: places to look at before a row is certainly not there.
+        factor: an odd int64 number, drawn at random: chosen ids cannot make lookups slow
+            (multiplicative hashing, Knuth, The Art of Computer Programming, volume 3, section 6.4).
     """
 
     def __init__(self, rows_P: Tensor, deltas_PV: Tensor) -> None:
@@ -37,7 +39,11 @@ class PatchedRows:
         if not bool((rows_P.diff() > 0).all()) or bool((rows_P[:1] < 0).any()):
             raise ValueError("rows: expected ascending ids, each once, none negative")
         self.rows_P, self.deltas_PV = rows_P, deltas_PV
-        self.index_I, self.most_probes = _index(rows_P)
+        index_I = None
+        while index_I is None:
+            self.factor = secrets.randbits(64) // 2 * 2 + 1 - 2**63
+            index_I = _index(rows_P, self.factor)
+        self.index_I = index_I
 
     @property
     def num_bytes(self) -> int:
@@ -45,21 +51,21 @@ class PatchedRows:
         return sum(tensor.nbytes for tensor in (self.rows_P, self.deltas_PV, self.index_I))
 
 
-def _index(rows_P: Tensor) -> tuple[Tensor, int]:
-    """The index and the largest number of probes that finds a row."""
+def _index(rows_P: Tensor, factor: int) -> Tensor | None:
+    """The index; None if a lookup in it could take too long."""
     # at least half of the places stay free, so that few probes find one
     bits = max(1, (2 * len(rows_P) - 1).bit_length())
     mask = 2**bits - 1
-    home_P = (rows_P * HASH_FACTOR) >> (64 - bits) & mask
+    home_P = (rows_P * factor) >> (64 - bits) & mask
     index_I = torch.full((2**bits,), EMPTY, dtype=torch.int32)
     waiting = torch.arange(len(rows_P))
-    probes = 0
-    while len(waiting):
+    for probes in range(_MOST_PROBES):
         # of the rows that try one free place the last gets it; the others try the next place, so
         # that all places between a row's first one and its own are taken
         place = (home_P[waiting] + probes) & mask
         free = index_I[place] == EMPTY
         index_I[place[free]] = waiting[free].to(torch.int32)
         waiting = waiting[index_I[place] != waiting]
-        probes += 1
-    return index_I, probes
+        if not len(waiting):
+            return index_I
+    return None

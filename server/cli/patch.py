@@ -82,7 +82,7 @@ def add_patch(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verb = patches.add_parser("scale", help=scale.__doc__, description=scale.__doc__)
     verb.set_defaults(run=scale)
     verb.add_argument("patch", type=Path, metavar="PATCH", help="patch folder")
-    factor = "number to multiply by; a negative one takes the patch back"
+    factor = "number to multiply by, such as 0.5 or -0.25; -1 gives a patch that undoes this one"
     verb.add_argument("factor", type=float, metavar="FACTOR", help=factor)
     _add_out(verb)
 

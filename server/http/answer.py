@@ -42,7 +42,7 @@ class Answer:
         prompt_fields: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         """``kinds`` are the object's names, whole and streamed; ``make_writer`` takes the index
-        of a prompt. ``prompt_fields`` gives the fields beside ``choices`` that depend on the
+        of a prompt. ``prompt_fields`` gives the fields next to ``choices`` that depend on the
         prompt; only the first chunk of a stream has them."""
         self._generation = generation
         self._model_name = model_name

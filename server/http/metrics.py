@@ -153,7 +153,7 @@ class RequestClock:
         self._ended(reason)
 
     def aborted(self) -> None:
-        """Record that the answer ended early; its times tell nothing about the server."""
+        """Record that the answer ended early; its times say nothing about the server."""
         self._ended("abort")
 
     def _ended(self, reason: str) -> None:

@@ -62,7 +62,8 @@ def _calls(
     rules = ["call: " + " | ".join(f"call{i}" for i in range(len(functions)))]
     for index, (name, parameters) in enumerate(functions):
         head, tail = f'{begin}{{"name": {json.dumps(name)}, "{key}": ', f"}}{end}"
-        schema = {"type": "object"} | parameters | {"x-guidance": _SPACES}
+        # arguments are an object, whatever the parameters say
+        schema = parameters | {"type": "object", "x-guidance": _SPACES}
         rules.append(f"call{index}: {json.dumps(head)} arguments{index} {json.dumps(tail)}")
         rules.append(f"arguments{index}: %json {json.dumps(schema)}")
     return rules

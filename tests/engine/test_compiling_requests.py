@@ -1,11 +1,13 @@
 """Requests whose grammars are compiled in the background: order, aborts, errors."""
 
 import threading
+from dataclasses import replace
 from weakref import WeakSet
 
 import pytest
 import torch
 
+from engine.compiling_requests import CompilingRequests
 from engine.config import EngineConfig
 from engine.errors import RequestError
 from engine.request import Request
@@ -105,17 +107,20 @@ def test_an_engine_without_grammars_refuses_them(model):
 
 
 class Few(Grammars):
-    """So many grammars fit in memory."""
+    """Grammars with a fixed limit on those in memory."""
 
     def __init__(self, count):
-        self.count, self.masks = count, WeakSet()
+        self.count, self.masks, self.ready = count, WeakSet(), set()
 
     @property
     def num_free(self):
         return self.count - len(self.masks)
 
+    def is_ready(self, grammar):
+        return grammar in self.ready
+
     def compile(self, grammar):
-        assert len(self.masks) < max(self.count, 1)
+        assert grammar in self.ready or len(self.masks) < max(self.count, 1)
         mask = Multiples()
         self.masks.add(mask)
         return mask
@@ -134,3 +139,18 @@ def test_grammars_that_do_not_fit_in_memory_wait(model, count):
     expected = masked_greedy(model, [5, 6], COUNT)
     assert all(tokens(outputs) == expected for outputs in found.values())
     engine.check_idle()
+
+
+def test_a_grammar_that_is_in_memory_waits_for_no_other(model):
+    grammars = Few(1)
+    compiling = CompilingRequests(grammars)
+    first, second = masked("a"), replace(masked("b"), grammar=Grammar("choice", ("b",)))
+    compiling.add(first)
+    held = compiling.take(timeout_s=60)
+    assert [one.request for one in held] == [first]
+    compiling.add(second)
+    assert not compiling.take()
+    grammars.ready.add(first.grammar)
+    compiling.add(replace(first, request_id="c"))
+    assert [one.request.request_id for one in compiling.take(timeout_s=60)] == ["c"]
+    assert len(compiling) == 1

@@ -13,7 +13,7 @@ SEED = 22
 
 @pytest.fixture(scope="session")
 def chat_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chat template without further tokens of its own."""
+    """A chat template that adds no special tokens."""
     file = tmp_path_factory.mktemp("templates") / "hermes.jinja"
     file.write_text(HERMES_TEMPLATE)
     return file

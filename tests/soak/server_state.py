@@ -1,5 +1,6 @@
 """Metrics and memory of a running server."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +11,8 @@ from tests.server.running import Running
 from tests.server.test_serve import engine_of
 
 PAGE_BYTES = 4096
+# seconds for all requests to end
+_IDLE_S = 120.0
 
 
 class ServerState:
@@ -31,8 +34,9 @@ class ServerState:
     def wait_until_idle(self) -> None:
         """Wait until no request runs or waits, and the gauges were reported after that."""
         gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        deadline = time.monotonic() + _IDLE_S
         while any(map(self.total, gauges)):
-            pass
+            assert time.monotonic() < deadline, [*map(self.total, gauges)]
 
     def note_memory(self) -> None:
         """Record the resident memory of both processes."""

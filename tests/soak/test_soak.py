@@ -20,9 +20,9 @@ NUM_WARM_UP = 400
 MOST_GROWTH = 1.05
 NUM_PLACES = 32 + 320
 MODEL_LEN = 512
-# blocks for about half of the sequences that run at the same time
 MAX_BODY_MIB = 4
 OPTIONS = (
+    # KV blocks for about half of the sequences that run at the same time
     *("--max-num-seqs", "32", "--max-queued-requests", "320", "--kv-cache-gib", "0.002"),
     *(
         "--max-bodies-mib",

@@ -97,7 +97,7 @@ class CpuTierChoice:
         else:
             left = memory.num_bytes - weight_bytes - row_bytes - self._step_bytes
             kv_bytes = self.request.fitting_kv(left)
-            for_steps = f" and {size_text(self._step_bytes)} for a step"
+            for_steps = f" and {size_text(self._step_bytes)} for a step and grammars"
         logger.log(
             logging.INFO if kv_bytes == wanted else logging.WARNING,
             "KV pool takes %s: %s is available (%s), less %s for weights, %s for table rows%s",
@@ -129,7 +129,7 @@ class CpuTierChoice:
         logger.log(
             logging.INFO if is_loaded and not is_unused else logging.WARNING,
             "tables of %s %s%s: %s is available (%s), less %s for weights, %s for the KV pool and"
-            " %s for a step",
+            " %s for a step and grammars",
             *(size_text(table_bytes), decision),
             "; --table-cache is unused" if is_unused else "",
             *(size_text(memory.num_bytes), memory.bound),

@@ -81,6 +81,10 @@ class GrammarCompiler(Grammars):
         with self._lock:
             return MOST_GRAMMARS - sum(template.is_used for template in self._in_memory)
 
+    def is_ready(self, grammar: Grammar) -> bool:
+        template = self._templates.get(grammar)
+        return template is not None and template.copies_left > 0
+
     def compile(self, grammar: Grammar) -> TokenMask:
         template = self._templates.pop(grammar, None)
         if template is None or not template.copies_left:
@@ -93,7 +97,7 @@ class GrammarCompiler(Grammars):
         return template.copy()
 
     def _evict(self) -> None:
-        """Make room for one more grammar: drop the least recently used of those without masks."""
+        """Drop grammars without masks, the least recently used first, until one more fits."""
         unused = [key for key, template in self._templates.items() if not template.is_used]
         for key in unused:
             with self._lock:

@@ -63,7 +63,7 @@ class RoundingError:
 def apply_patch(model: Path, patch: Path, target: Path) -> dict[str, RoundingError]:
     """Write a copy of a checkpoint folder with a patch's deltas added to its tables.
 
-    Rows are added in fp32 and rounded to the table's format; quantised rows are quantised anew.
+    Rows are added in fp32 and rounded to the table's format; quantised rows are quantised again.
     Other rows keep their bits. Tables keep their origin, and their files name the patch by its
     content hash. Other files of the folder, but no subfolders, become hard links, or copies if the
     filesystem has none. Holds the patch in memory, and some rows of a table.
@@ -151,7 +151,7 @@ def _check_is_alone(table: StoredTensor) -> None:
     others = [one.name for one in list_file(table.file) if one.name != table.name]
     if others:
         raise PatchError(
-            f"{table.file}: has tensor {others[0]} beside table {table.name}; run"
+            f"{table.file}: holds tensor {others[0]} as well as table {table.name}; run"
             f" `memplus convert {table.file.parent} DST` to give each table its own file"
         )
 

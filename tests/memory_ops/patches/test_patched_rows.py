@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory_ops.patches.patched_rows import EMPTY, HASH_FACTOR, PatchedRows
+from memory_ops.patches.patched_rows import EMPTY, PatchedRows
 
 
 def patched(rows) -> PatchedRows:
@@ -17,8 +17,8 @@ def found(patch: PatchedRows, row: int) -> int:
     """The number of a row, or EMPTY, as kernels look it up."""
     size = len(patch.index_I)
     bits = size.bit_length() - 1
-    place = (row * HASH_FACTOR) % 2**64 >> (64 - bits)
-    for probe in range(patch.most_probes + 1):
+    place = (row * patch.factor) % 2**64 >> (64 - bits)
+    for probe in range(size):
         number = int(patch.index_I[(place + probe) % size])
         if number == EMPTY or int(patch.rows_P[number]) == row:
             return number
@@ -36,6 +36,16 @@ def test_half_of_the_places_stay_free():
     patch = patched(range(0, 10_000, 7))
     assert (patch.index_I == EMPTY).sum() * 2 >= len(patch.index_I)
     assert patch.num_bytes == patch.rows_P.nbytes * 5 // 2 + 4 * len(patch.index_I)
+
+
+def test_ids_that_collide_for_one_factor_do_not_for_the_next():
+    # the rows of one index that begin in its first places
+    first = patched(range(0, 200_000, 3))
+    bits = len(first.index_I).bit_length() - 1
+    home_P = (first.rows_P * first.factor) >> (64 - bits) & (len(first.index_I) - 1)
+    rows = first.rows_P[home_P < 400].tolist()
+    again = patched(rows)
+    assert [found(again, row) for row in rows] == list(range(len(rows)))
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,14 @@ def test_required_calls_are_what_their_parser_reads(parser):
 
 
 @pytest.mark.parametrize("parser", [HermesParser, LlamaParser])
+def test_arguments_are_objects_whatever_the_parameters_say(parser):
+    functions = [FunctionDefinition(name="f", parameters={"type": "string"})]
+    grammar = required_calls(functions, parser, True)
+    assert end_of(grammar, WRITTEN[parser] % ("f", '{"a": 1}')) is True
+    assert end_of(grammar, WRITTEN[parser] % ("f", '"x"')) is not True
+
+
+@pytest.mark.parametrize("parser", [HermesParser, LlamaParser])
 def test_optional_calls_let_text_be_free_and_calls_fit_strict_schemas(parser):
     functions = [FunctionDefinition(**FIND, strict=True), FunctionDefinition(name="stop")]
     grammar = optional_calls(functions, parser, True)

@@ -44,7 +44,8 @@ def test_a_table_is_in_memory_if_it_fits_with_weights_and_kv_blocks(caplog):
     assert cache is None
     assert line == (
         "tables of 10.00 GiB are loaded into memory (device tier): 12.00 GiB is available (a test),"
-        " less 512.0 MiB for weights, 1.00 GiB for the KV pool and 512.0 MiB for a step and grammars"
+        " less 512.0 MiB for weights, 1.00 GiB for the KV pool and 512.0 MiB for a step"
+        " and grammars"
     )
     cache, line = decided(caplog, 12 * GIB - 1, 10 * GIB)
     assert cache == 2 * GIB and caplog.records[0].levelno == logging.WARNING

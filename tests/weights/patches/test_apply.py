@@ -202,5 +202,7 @@ def test_a_table_in_a_file_of_other_tensors_is_refused(memory_plus_folder, tmp_p
     )
     table.unlink()
     saved_patch(tmp_path / "patch", model=model_identity(source))
-    with pytest.raises(PatchError, match=rf"as well as table {TABLE}; run `memplus convert {source}"):
+    with pytest.raises(
+        PatchError, match=rf"as well as table {TABLE}; run `memplus convert {source}"
+    ):
         apply_patch(source, tmp_path / "patch", tmp_path / "target")

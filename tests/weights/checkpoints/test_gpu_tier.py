@@ -48,7 +48,7 @@ def test_auto_takes_the_gpu_if_tables_fit_with_weights_kv_and_a_step(caplog):
     assert record.getMessage() == (
         "tables of 28.00 GiB are loaded into the GPU's memory (device tier): 36.00 GiB is available"
         " (0.9 of cuda:0, --gpu-memory-utilization), less 5.00 GiB for weights, 2.00 GiB for the KV"
-        " pool and 1.00 GiB for a step and grammars"
+        " pool and 1.00 GiB for a step"
     )
 
 

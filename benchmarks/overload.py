@@ -82,6 +82,7 @@ class OverloadResult:
 def measure(model: ModelOptions, options: OverloadOptions, json_file: Path | None) -> int:
     """Serve a model, overload it, and print the result; 1 if a bar is missed, else 0."""
     arguments = ["--model", model.model, "--device", model.device, "--served-model-name", _NAME]
+    arguments += ["--max-queued-requests", str(options.max_queued_requests)]
     with started_server(arguments) as url:
         # random words: their number is about that of tokens in any vocabulary
         load = ServingLoad(

@@ -19,12 +19,15 @@ class OverloadOptions:
     factor: float = field(
         default=10.0, metadata={"help": "requests sent, as a multiple of those that can be served"}
     )
+    max_queued_requests: int = field(
+        default=256, metadata={"help": "answers that may wait in the server"}
+    )
     window_s: float = field(default=30.0, metadata={"help": "time of each measurement"})
     ramp_s: float = field(default=5.0, metadata={"help": "time before each measurement"})
     seed: int = field(default=22, metadata={"help": "seed of the prompts"})
 
     def __post_init__(self) -> None:
-        for name in ("input_len", "output_len"):
+        for name in ("input_len", "output_len", "max_queued_requests"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, not {getattr(self, name)}")
         for name in ("factor", "window_s"):

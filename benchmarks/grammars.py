@@ -5,12 +5,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 
+from benchmarks.answer_load import AnswerLoad
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import ConfigError
 from engine.executors.executor import Executor
 from engine.request import Request
 from engine.sampling.grammar import Grammar
@@ -65,24 +64,15 @@ class GrammarResult:
     overhead: float
 
 
-def measure(
-    model: ModelOptions, batches: Sequence[int], tokens: int, rounds: int, json_file: Path | None
-) -> None:
+def measure(model: ModelOptions, load: AnswerLoad) -> None:
     """Print a line per grammar and batch; write them as JSON.
 
     Raises:
         CheckpointError: the model cannot be read.
         ConfigError: a number is out of range, or the file's folder does not exist.
     """
-    for name, least, value in (
-        ("batches", 1, min(batches)),
-        ("rounds", 1, rounds),
-        ("tokens", 3, tokens),
-    ):
-        if value < least:
-            raise ConfigError(f"{name}: must be at least {least}, not {value}")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: folder {json_file.parent} does not exist")
+    load.check(least_tokens=3)
+    batches, tokens, rounds, json_file = load.batches, load.tokens, load.rounds, load.json_file
     keep_freed_memory()
     folder = prepared_folder(model.model, cache_folder())
     tokenizer = load_tokenizer(folder)

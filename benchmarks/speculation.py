@@ -2,15 +2,13 @@
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 
+from benchmarks.answer_load import AnswerLoad
 from benchmarks.speculation_tasks import TASKS, Task
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import ConfigError
 from engine.executors.executor import Executor
 from engine.request import Request, StepOutput
 from engine.sampling.params import SamplingParams
@@ -54,24 +52,15 @@ class _Run:
     last: StepOutput
 
 
-def measure(
-    model: ModelOptions, batches: Sequence[int], tokens: int, rounds: int, json_file: Path | None
-) -> None:
+def measure(model: ModelOptions, load: AnswerLoad) -> None:
     """Print a line per task and batch; write them as JSON.
 
     Raises:
         CheckpointError: the model cannot be read.
         ConfigError: a number is out of range, or the file's folder does not exist.
     """
-    for name, least, value in (
-        ("batches", 1, min(batches)),
-        ("rounds", 1, rounds),
-        ("tokens", 2, tokens),
-    ):
-        if value < least:
-            raise ConfigError(f"{name}: must be at least {least}, not {value}")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: folder {json_file.parent} does not exist")
+    load.check(least_tokens=2)
+    batches, tokens, rounds, json_file = load.batches, load.tokens, load.rounds, load.json_file
     keep_freed_memory()
     folder = prepared_folder(model.model, cache_folder())
     encode = load_tokenizer(folder).encode

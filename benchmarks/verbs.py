@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.answer_load import AnswerLoad
 from benchmarks.gpu.options import GpuCheck
 from benchmarks.kernel_shapes import Shapes
 from benchmarks.memory.load import default_trace
@@ -88,7 +89,7 @@ def speculation(options: argparse.Namespace) -> None:
     from benchmarks.speculation import measure
 
     model = from_options(ModelOptions, options)
-    measure(model, options.batches, options.tokens, options.rounds, options.json)
+    measure(model, _answer_load(options))
 
 
 def grammars(options: argparse.Namespace) -> None:
@@ -96,7 +97,7 @@ def grammars(options: argparse.Namespace) -> None:
     from benchmarks.grammars import measure
 
     model = from_options(ModelOptions, options)
-    measure(model, options.batches, options.tokens, options.rounds, options.json)
+    measure(model, _answer_load(options))
 
 
 def train(options: argparse.Namespace) -> None:
@@ -195,6 +196,10 @@ def _add_server_benchmarks(
     add_options(verb, ModelOptions, ("device",))
     add_options(verb, OverloadOptions)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+
+
+def _answer_load(options: argparse.Namespace) -> AnswerLoad:
+    return AnswerLoad(options.batches, options.tokens, options.rounds, options.json)
 
 
 def _add_answer_benchmark(

@@ -99,7 +99,7 @@ class Request:
 
     @property
     def prefix_salt(self) -> str:
-        """What its keys and values depend on besides its tokens."""
+        """The salt of its prefix hashes: equal prefixes with other patches share no KV blocks."""
         return repr((self.cache_salt, self.patches))
 
 

@@ -19,7 +19,7 @@ _LOGPROB_TOLERANCE = 1e-4
 
 @dataclass
 class Response:
-    """What a client got of one response.
+    """The part of one response that a client received.
 
     Attributes:
         choices: text, ids, finish reason and log-probabilities by index.

@@ -18,7 +18,7 @@ _MAX_ROWS, _MAX_VALUE_DIM = 2**40, 2**24
 
 @dataclass(frozen=True)
 class PatchDescription:
-    """What a patch was made for, and how.
+    """The model that a patch belongs to, and the settings that made it.
 
     Attributes:
         origins: origin of each table, by table name; see ``weights.checkpoints.table_origin``.

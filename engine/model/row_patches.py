@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,9 +88,9 @@ def forward_patches(sets: Sequence[PatchSet], query_starts: Sequence[int]) -> Fo
             numbers[name] = len(distinct)
             distinct.append(uses)
         set_S.append(numbers.get(name, NO_SET))
-    lengths_S = torch.tensor(query_starts).diff()
-    set_T = torch.tensor(set_S, dtype=torch.int32).repeat_interleave(lengths_S)
-    return ForwardPatches(distinct, set_T)
+    # torch.repeat_interleave would wake torch's threads, which takes longer than a short step
+    set_T = np.repeat(np.array(set_S, dtype=np.int32), np.diff(query_starts))
+    return ForwardPatches(distinct, torch.from_numpy(set_T))
 
 
 class _PatchedLookup(NamedTuple):

@@ -40,20 +40,26 @@ class NativePatches:
     def __init__(self, lookups: Sequence[TokenPatches]) -> None:
         """Describe the patches of each lookup; copy no rows."""
         self._kept: list[object] = [lookups]  # the memory that the kernels read
+        # lookups of one table have the same patches
+        self._native: dict[int, _Patch] = {}
         self._fields = (_Patches * len(lookups))(*map(self._fields_of, lookups))
         self.address = ctypes.addressof(self._fields)
 
     def _fields_of(self, patches: TokenPatches) -> _Patches:
-        used = {id(use.patch): use.patch for uses in patches.sets for use in uses}
-        native = {number: _patch(patch) for number, patch in used.items()}
         uses = [
-            (ctypes.addressof(native[id(use.patch)]), use.scale)
+            (self._address_of(use.patch), use.scale)
             for use in itertools.chain.from_iterable(patches.sets)
         ]
         starts = np.cumsum([0, *map(len, patches.sets)], dtype=np.int64)
         uses_U, set_T = np.array(uses, dtype=_USE), patches.set_T.contiguous()
-        self._kept += [native, starts, uses_U, set_T]
+        self._kept += [starts, uses_U, set_T]
         return _Patches(set_T.data_ptr(), starts.ctypes.data, uses_U.ctypes.data)
+
+    def _address_of(self, patch: PatchedRows) -> int:
+        native = self._native.get(id(patch))
+        if native is None:
+            native = self._native[id(patch)] = _patch(patch)
+        return ctypes.addressof(native)
 
 
 def _patch(patch: PatchedRows) -> _Patch:

@@ -1,13 +1,13 @@
 """``memplus bench grammars``: decode steps with and without token masks, interleaved."""
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
 
 from benchmarks.answer_load import AnswerLoad
+from benchmarks.decode_steps import run_requests
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executors.executor import Executor
@@ -124,21 +124,11 @@ class _Steps:
     ) -> float:
         """The median step that runs one token of every request."""
         engine = Engine(self.executor, self.config, self.eos_ids, grammars=self.grammars)
+        requests = []
         for seed, prompt in enumerate(prompts):
             params = SamplingParams(max_tokens=tokens, seed=seed, ignore_eos=True)
-            engine.add(Request(str(seed), prompt, params, grammar=grammar))
-        times = []
-        while engine.has_work:
-            start = time.perf_counter()
-            output = engine.step()
-            seconds = time.perf_counter() - start
-            failed = [one.error for one in output.outputs if one.finish_reason == "error"]
-            if failed:
-                raise RuntimeError(failed[0])
-            statistics = output.statistics
-            if statistics.step_tokens == statistics.new_tokens == len(prompts):
-                times.append(seconds)
-        return median(times)
+            requests.append(Request(str(seed), prompt, params, grammar=grammar))
+        return run_requests(engine, requests).step_s
 
 
 def _result(name: str, batch: int, pairs: Sequence[tuple[float, float]]) -> GrammarResult:

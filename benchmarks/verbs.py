@@ -10,6 +10,7 @@ from benchmarks.kernel_shapes import Shapes
 from benchmarks.memory.load import default_trace
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.overload_options import OverloadOptions
+from benchmarks.patches.options import PatchLoad
 from benchmarks.row_verbs import add_row_benchmarks
 from benchmarks.serving_load import ServingLoad
 from engine.config import EngineConfig
@@ -100,6 +101,14 @@ def grammars(options: argparse.Namespace) -> None:
     measure(model, _answer_load(options))
 
 
+def patches(options: argparse.Namespace) -> None:
+    """Measure decode steps of requests with row patches, and loads of patches while serving."""
+    from benchmarks.patches.run import measure
+
+    model = from_options(ModelOptions, options)
+    measure(model, _answer_load(options), from_options(PatchLoad, options))
+
+
 def train(options: argparse.Namespace) -> None:
     """Measure an optimiser step of a value table; compare it with torch."""
     from benchmarks.training import measure
@@ -169,6 +178,8 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     _add_answer_benchmark(benchmarks, "speculation", speculation, [1, 8], 256)
     _add_answer_benchmark(benchmarks, "grammars", grammars, [1, 8, 32], 128)
+    verb = _add_answer_benchmark(benchmarks, "patches", patches, [1, 8, 32], 128)
+    add_options(verb, PatchLoad)
 
     verb = benchmarks.add_parser("train", help=train.__doc__)
     verb.set_defaults(run=train, computes=True)
@@ -208,7 +219,7 @@ def _add_answer_benchmark(
     run: Callable[[argparse.Namespace], None],
     batches: list[int],
     tokens: int,
-) -> None:
+) -> argparse.ArgumentParser:
     """One that compares two ways to generate answers; the numbers are defaults."""
     verb = benchmarks.add_parser(name, help=run.__doc__)
     verb.set_defaults(run=run, computes=True)
@@ -222,6 +233,7 @@ def _add_answer_benchmark(
     rounds = "rounds after a warm-up; medians are reported (default: %(default)s)"
     verb.add_argument("--rounds", type=int, default=5, help=rounds)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    return verb
 
 
 def _add_training_benchmarks(

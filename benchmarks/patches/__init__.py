@@ -1,0 +1,1 @@
+"""``memplus bench patches``: what row patches cost."""

@@ -152,10 +152,21 @@ def converted(model: Transformer, dtype: torch.dtype) -> Transformer:
     """The model in a dtype, with the same tables; it shares weights that have this dtype."""
     if all(parameter.dtype is dtype for parameter in model.parameters()):
         return model
+    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    return _rebuilt(model, weights, model.tables)
+
+
+def with_tables(model: Transformer, tables: Mapping[str, ValueTable]) -> Transformer:
+    """The model with other value tables; it shares all weights."""
+    return _rebuilt(model, model.state_dict(), tables)
+
+
+def _rebuilt(
+    model: Transformer, weights: Mapping[str, Tensor], tables: Mapping[str, ValueTable]
+) -> Transformer:
     with torch.device("meta"):
         made = Transformer(model.config)
-    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
     made.load_state_dict(weights, assign=True)
     made.rope_frequencies, made.run_layer = model.rope_frequencies, model.run_layer
-    made.attach_tables(model.tables)
+    made.attach_tables(tables)
     return made.eval().requires_grad_(False)

@@ -50,7 +50,7 @@ def documents(files: Sequence[Path]) -> Iterator[str]:
 
 def _whole(file: Path) -> str:
     try:
-        return _checked(file.read_text(encoding=ENCODING), f"{file}")
+        return checked_text(file.read_text(encoding=ENCODING), f"{file}")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 (byte {error.start})") from None
     except OSError as error:
@@ -94,10 +94,11 @@ def _lines(file: Path) -> Iterator[str]:
     for where, record in json_objects(file):
         if not isinstance(record.get("text"), str):
             raise DataError(f"{where}: expected a JSON object with a string `text`")
-        yield _checked(record["text"], where)
+        yield checked_text(record["text"], where)
 
 
-def _checked(text: str, where: str) -> str:
+def checked_text(text: str, where: str) -> str:
+    """The text; DataError naming ``where`` if it is blank or cannot be written as UTF-8."""
     if not text.strip():
         raise DataError(f"{where}: is empty")
     try:

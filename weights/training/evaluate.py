@@ -1,11 +1,10 @@
 """Evaluation of a model: perplexity of texts, and closed-book recall of facts."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from engine.engine import Engine
@@ -17,7 +16,7 @@ from weights.checkpoints.tokenizer import Tokenizer
 from weights.errors import DataError
 from weights.training.corpus import json_objects
 from weights.training.loss import batch_loss
-from weights.training.token_stream import PackedTokens
+from weights.training.packing import Passage, packed_batches
 from weights.training.training_data import TextTokens
 
 _BATCH_TOKENS = 1024
@@ -73,17 +72,17 @@ def score_texts(model: Transformer, text: TextTokens, texts: Iterator[str]) -> T
     """
     documents, num_bytes = 0, 0
 
-    def pieces() -> Iterator[list[int]]:
+    def pieces() -> Iterator[Passage]:
         nonlocal documents, num_bytes
         for one in texts:
             documents += 1
             num_bytes += len(one.encode())
             ids = text.document(one)
             for first in range(0, len(ids) - 1, max_positions):
-                yield ids[first : first + max_positions + 1]
+                yield Passage(tuple(ids[first : first + max_positions + 1]))
 
     max_positions, nats, tokens = model.config.max_positions, 0.0, 0
-    for batch in _batches(pieces()):
+    for batch in packed_batches(pieces(), _BATCH_TOKENS):
         nats += float(batch_loss(model, batch, torch.float32).nats)
         tokens += len(batch.ids_T)
     if not tokens:
@@ -147,25 +146,3 @@ def score_recall(
             found = found.partition(question.until)[0].strip()
         right += found == question.answer
     return RecallScore(len(questions), right, right / len(questions))
-
-
-def _batches(pieces: Iterable[list[int]]) -> Iterator[PackedTokens]:
-    """Pack pieces into batches, each closed once it has ``_BATCH_TOKENS`` tokens."""
-    packed: list[list[int]] = []
-    for piece in pieces:
-        packed.append(piece)
-        if sum(map(len, packed)) >= _BATCH_TOKENS:
-            yield _packed(packed)
-            packed = []
-    if packed:
-        yield _packed(packed)
-
-
-def _packed(pieces: Sequence[Sequence[int]]) -> PackedTokens:
-    lengths = [len(piece) - 1 for piece in pieces]
-    return PackedTokens(
-        ids_T=np.concatenate([piece[:-1] for piece in pieces]),
-        targets_T=np.concatenate([piece[1:] for piece in pieces]),
-        positions_T=np.concatenate([np.arange(length) for length in lengths]),
-        starts=(0, *np.cumsum(lengths).tolist()),
-    )

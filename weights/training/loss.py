@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.model.layout import TokenLayout
-from engine.model.transformer import Transformer
+from engine.model.transformer import ForwardOutput, Transformer
 from weights.training.token_stream import PackedTokens
 
 
@@ -29,23 +29,31 @@ class BatchLoss(NamedTuple):
         return self.nats if self.penalty is None else self.nats + self.penalty
 
 
-def batch_loss(model: Transformer, batch: PackedTokens, dtype: torch.dtype) -> BatchLoss:
-    """Run the model and compute its loss, with autocast to ``dtype`` if that is bfloat16."""
+def batch_output(
+    model: Transformer, batch: PackedTokens, dtype: torch.dtype, *, with_trace: bool = False
+) -> ForwardOutput:
+    """Run the model on a batch, with logits of all tokens; autocast if ``dtype`` is bfloat16."""
     device = model.model.embed_tokens.weight.device
-    ids_T, targets_T, positions_T = (
-        torch.from_numpy(part).to(device)
-        for part in (batch.ids_T, batch.targets_T, batch.positions_T)
+    ids_T, positions_T = (
+        torch.from_numpy(part).to(device) for part in (batch.ids_T, batch.positions_T)
     )
     layout = TokenLayout(positions_T, batch.starts)
     all_T = torch.arange(len(ids_T), device=device)
-    mixture = model.config.mixture
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-        out = model(ids_T, layout, all_T, with_trace=mixture is not None)
+        output: ForwardOutput = model(ids_T, layout, all_T, with_trace=with_trace)
+    return output
+
+
+def batch_loss(model: Transformer, batch: PackedTokens, dtype: torch.dtype) -> BatchLoss:
+    """Run the model and compute its loss, with autocast to ``dtype`` if that is bfloat16."""
+    mixture = model.config.mixture
+    out = batch_output(model, batch, dtype, with_trace=mixture is not None)
+    targets_T = torch.from_numpy(batch.targets_T).to(out.logits_LV.device)
     nats = functional.cross_entropy(out.logits_LV.float(), targets_T, reduction="sum")
     if mixture is None:
         return BatchLoss(nats, None)
     balance = load_balancing_loss(out.router_logits, mixture.top_k)
-    return BatchLoss(nats, balance * (mixture.router_loss_weight * len(ids_T)))
+    return BatchLoss(nats, balance * (mixture.router_loss_weight * len(targets_T)))
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int) -> Tensor:

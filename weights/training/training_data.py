@@ -38,11 +38,16 @@ class TextTokens:
     bos_id: int | None
     eos_ids: frozenset[int]
 
+    @property
+    def end(self) -> list[int]:
+        """The end token, in a list; empty without one."""
+        return sorted(self.eos_ids)[:1]
+
     def document(self, text: str) -> list[int]:
         """The tokens of a whole document."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         begin = [] if self.bos_id is None else [self.bos_id]
-        return begin + ids + sorted(self.eos_ids)[:1]
+        return begin + ids + self.end
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ class Noun:
         return f"{self.word} (noun):"
 
 
-def read_nouns(folder: Path) -> list[Noun]:
+def read_nouns(folder: Path, *, is_tagged: bool = True) -> list[Noun]:
     """Single-word nouns with a sense that is tagged in a text, in WordNet's order.
 
+    ``is_tagged=False`` reads those without one instead, which the default model was never taught.
     A gloss ends at its first semicolon, because further definitions and examples follow there.
 
     Raises:
@@ -42,7 +43,7 @@ def read_nouns(folder: Path) -> list[Noun]:
         return [
             Noun(entry[0], glosses[_first_sense(entry)])
             for entry in entries
-            if "_" not in entry[0] and _num_tagged(entry) > 0
+            if "_" not in entry[0] and (_num_tagged(entry) > 0) == is_tagged
         ]
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from None

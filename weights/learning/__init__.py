@@ -1,0 +1,1 @@
+"""Teaches a model facts: learns row patches from texts."""

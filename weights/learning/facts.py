@@ -1,0 +1,103 @@
+"""Reads facts to learn from JSONL or text files, and tokenises them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from weights.errors import DataError
+from weights.training.corpus import checked_text, documents, json_objects
+from weights.training.packing import Passage
+from weights.training.training_data import TextTokens
+
+_MAX_FACTS = 100_000
+_TEXT_KEYS, _ANSWER_KEYS = {"text"}, {"prompt", "answer"}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A text to learn: all of it, or the answer that follows a prompt.
+
+    Attributes:
+        answer: text to learn, with an end token after it.
+        prompt: text that is given before the answer; may be empty.
+        where: file and line of the fact, for messages.
+    """
+
+    answer: str
+    prompt: str = ""
+    where: str = "fact"
+
+
+def read_facts(file: Path) -> list[Fact]:
+    """Read a ``.jsonl`` file of facts, or a ``.txt`` file that is one fact.
+
+    A line is ``{"text": ...}`` or ``{"prompt": ..., "answer": ...}``.
+
+    Raises:
+        DataError: the file is of another kind, cannot be read, is empty or has more than 100,000
+            facts, or a line is not a fact; the message names file, line and key.
+    """
+    if file.suffix == ".txt":
+        return [Fact(text, where=str(file)) for text in documents([file])]
+    if file.suffix != ".jsonl":
+        raise DataError(f"{file}: is neither a .jsonl nor a .txt file")
+    facts: list[Fact] = []
+    for where, record in json_objects(file):
+        if len(facts) == _MAX_FACTS:
+            raise DataError(f"{where}: a file may have at most {_MAX_FACTS} facts")
+        if set(record) not in (_TEXT_KEYS, _ANSWER_KEYS):
+            keys = ", ".join(sorted(record)) or "none"
+            raise DataError(f"{where}: expected the keys text, or prompt and answer, not {keys}")
+        for key, value in record.items():
+            if not isinstance(value, str):
+                raise DataError(f"{where}: {key}: expected a string")
+            checked_text(value, f"{where}: {key}")
+        answer = record["answer"] if "answer" in record else record["text"]
+        facts.append(Fact(answer, record.get("prompt", ""), where))
+    return facts
+
+
+def fact_passages(facts: Sequence[Fact], text: TextTokens, max_positions: int) -> list[Passage]:
+    """Tokenise facts as documents of the training data, begin and end tokens included.
+
+    A prompt's tokens are those that a server reads for it. A space is put between prompt and
+    answer if neither has white space there.
+
+    Raises:
+        DataError: a fact has more tokens than the model's context, or fewer than two; or the
+            tokenizer cannot continue the prompt with the answer.
+    """
+    return [_passage(fact, text, max_positions) for fact in facts]
+
+
+def _passage(fact: Fact, text: TextTokens, max_positions: int) -> Passage:
+    if fact.prompt:
+        ids, num_given = _answer_ids(fact, text)
+    else:
+        ids, num_given = text.document(fact.answer), 1
+    if len(ids) - 1 > max_positions:
+        raise DataError(
+            f"{fact.where}: has {len(ids)} tokens, but the model reads at most {max_positions}"
+        )
+    if num_given >= len(ids):
+        raise DataError(f"{fact.where}: has no token to learn")
+    return Passage(tuple(ids), num_given)
+
+
+def _answer_ids(fact: Fact, text: TextTokens) -> tuple[list[int], int]:
+    """Tokens of prompt and answer, and how many of them are the prompt's."""
+    tokenizer = text.tokenizer
+    is_apart = fact.prompt[-1].isspace() or fact.answer[0].isspace()
+    answer = fact.answer if is_apart else f" {fact.answer}"
+    given = tokenizer.encode(fact.prompt, add_special_tokens=False)
+    whole = tokenizer.encode(fact.prompt + answer, add_special_tokens=False)
+    if whole[: len(given)] != given:
+        # a token of the whole text spans the end of the prompt, but a server never reads that one
+        whole = given + tokenizer.encode(answer, add_special_tokens=False)
+        if tokenizer.decode(whole) != fact.prompt + answer:
+            raise DataError(
+                f"{fact.where}: answer: the tokenizer cannot continue the prompt with it;"
+                " end the prompt at a word boundary"
+            )
+    begin = list(tokenizer.begin_ids)
+    return begin + whole + text.end, len(begin) + len(given)

@@ -1,0 +1,120 @@
+"""Settings of the learning loop and of the rows that it may change."""
+
+from dataclasses import dataclass, field, fields
+
+from engine.errors import ConfigError
+
+RANKS = ("tfidf", "reads", "all")
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """The learning loop: its length, its batches and what keeps a model from forgetting.
+
+    The learning rate rises over the warm-up, stays constant until all answers are exact, and falls
+    linearly to 0 over the cool-down.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    steps: int = field(
+        default=400,
+        metadata={
+            "group": ("learning", "--steps 800 --replay-share 0.5 --seed 1"),
+            "help": "most optimiser steps, with those of the cool-down",
+        },
+    )
+    warmup_steps: int = field(
+        default=10, metadata={"help": "steps in which the learning rate rises from 0"}
+    )
+    cooldown_steps: int = field(
+        default=100,
+        metadata={"help": "steps in which the learning rate falls to 0, once answers are exact"},
+    )
+    batch_tokens: int = field(default=2048, metadata={"help": "tokens of a step, replay included"})
+    replay_share: float = field(
+        default=0.75,
+        metadata={"help": "part of a step's tokens that is background text; 0 disables replay"},
+    )
+    divergence_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "weight of KL(unpatched model || patched model) on replayed text, in the loss;"
+            " 0 replays with the cross entropy of the text instead"
+        },
+    )
+    precision: str = field(
+        default="float32",
+        metadata={
+            "choices": ("float32", "bfloat16"),
+            "help": "dtype of matrix products while learning",
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "seed of the order of facts and replayed text"})
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens"):
+            _at_least(self, name, 1)
+        for name in ("warmup_steps", "cooldown_steps", "divergence_weight", "seed"):
+            _at_least(self, name, 0)
+        if not 0 <= self.replay_share < 1:
+            raise ConfigError(f"replay_share: {self.replay_share} is outside [0, 1)")
+        if self.warmup_steps + self.cooldown_steps >= self.steps:
+            raise ConfigError(
+                f"steps: must be more than warmup_steps + cooldown_steps"
+                f" ({self.warmup_steps + self.cooldown_steps}), not {self.steps}"
+            )
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """The rows that may change, and their optimiser.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    rows: int = field(
+        default=16_384,
+        metadata={
+            "group": ("rows", "--rows 4096 --optimizer sgd --lr 1"),
+            "help": "most rows of each table that may change",
+        },
+    )
+    rank: str = field(
+        default="tfidf",
+        metadata={
+            "choices": RANKS,
+            "help": "which rows may change: tfidf: those that facts read much more than background"
+            " text does; reads: those that facts read most; all: every row",
+        },
+    )
+    optimizer: str = field(
+        default="adam", metadata={"choices": ("adam", "sgd"), "help": "optimiser of the rows"}
+    )
+    lr: float = field(default=0.01, metadata={"help": "peak learning rate"})
+    delta_dtype: str = field(
+        default="bfloat16",
+        metadata={"choices": ("bfloat16", "float32"), "help": "dtype of the patch's deltas"},
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(self, "rows", 1)
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"lr: must be above 0 and finite, not {self.lr}")
+
+
+def _at_least(config: object, name: str, least: float) -> None:
+    value = getattr(config, name)
+    if not least <= value < float("inf"):
+        raise ConfigError(f"{name}: must be at least {least} and finite, not {value}")
+
+
+def check_choices(config: LearningConfig | RowConfig) -> None:
+    """Raise ConfigError unless each field with choices has one of them."""
+    for one in fields(config):
+        choices = one.metadata.get("choices")
+        value = getattr(config, one.name)
+        if choices and value not in choices:
+            raise ConfigError(f"{one.name}: must be one of {', '.join(choices)}, not {value!r}")

@@ -1,0 +1,84 @@
+"""A student that learns deltas of chosen table rows; everything else is frozen."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from engine.model.transformer import Transformer, with_tables
+from memory_ops.tables.device import DeviceTable
+from memory_ops.tables.learned_rows import LearnedRows
+from memory_ops.tables.value_table import ValueTable
+from weights.errors import TrainingError
+from weights.learning.learning_config import RowConfig
+from weights.learning.row_sgd import RowSgd
+from weights.training.table_optimizer import TableOptimizer
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class RowStudent:
+    """A frozen model with trainable deltas of rows; see ``Student``.
+
+    Attributes:
+        model: the model with the deltas; it shares all weights with the unpatched model.
+        tables: the learned rows of each table that has chosen rows, by table name.
+    """
+
+    def __init__(self, base: Transformer, rows: Mapping[str, Tensor], config: RowConfig) -> None:
+        """Begin with deltas of 0 for the ``rows`` of each table, int64 and ascending.
+
+        The tables of ``base`` must be in memory (``DeviceTable``). A table may have no rows.
+        """
+        self._config = config
+        self.tables: dict[str, LearnedRows] = {}
+        attached: dict[str, ValueTable] = dict(base.tables)
+        for name, rows_P in rows.items():
+            table = base.tables[name]
+            assert isinstance(table, DeviceTable)
+            if len(rows_P):
+                attached[name] = self.tables[name] = LearnedRows(table, rows_P)
+        self.model = with_tables(base, attached)
+        trained = [table.deltas for table in self.tables.values()]
+        kind = TableOptimizer if config.optimizer == "adam" else RowSgd
+        self._optimizer: TableOptimizer | RowSgd = kind(trained)
+
+    def step(self, lr_share: float) -> float:
+        norm = math.sqrt(self._optimizer.collect())
+        if not math.isfinite(norm):
+            raise TrainingError(f"the gradients' norm is {norm}")
+        self._optimizer.step(self._config.lr * lr_share)
+        return norm
+
+    def finish(self) -> None:
+        dtype = _DTYPES[self._config.delta_dtype]
+        for table in self.tables.values():
+            deltas_PV = table.deltas.table_RV
+            deltas_PV.copy_(deltas_PV.to(dtype))
+
+    def deltas(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Rows and deltas of each table, in the dtype in which they are stored."""
+        dtype = _DTYPES[self._config.delta_dtype]
+        return {
+            name: (table.rows_P, table.deltas.table_RV[:-1].to(dtype))
+            for name, table in self.tables.items()
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for (name, table), moments in zip(
+            self.tables.items(), self._optimizer.moments, strict=True
+        ):
+            state[f"{name}.rows"] = table.rows_P
+            state[f"{name}.deltas"] = table.deltas.table_RV
+            state |= {f"{name}.moment{n}": one for n, one in enumerate(moments) if one is not None}
+        return state
+
+    def load(self, state: Mapping[str, Tensor], step: int) -> None:
+        own = self.state()
+        if own.keys() != state.keys() or any(own[n].shape != state[n].shape for n in own):
+            raise TrainingError("the saved state has other rows than this run")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self._optimizer.step_count = step

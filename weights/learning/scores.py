@@ -1,0 +1,88 @@
+"""Scores of a model that learned: exact answers, and how far it moved on other text."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.model.transformer import Transformer
+from weights.training.loss import batch_output
+from weights.training.packing import IGNORED_TARGET, Passage, packed_batches
+from weights.training.token_stream import PackedTokens
+
+_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class DriftScore:
+    """How far a model moved from another on neutral text.
+
+    Attributes:
+        tokens: number of predicted tokens.
+        perplexity_before: perplexity of the unpatched model.
+        perplexity: perplexity of the model.
+        divergence: mean KL(unpatched model || model) per token, in nats.
+    """
+
+    tokens: int
+    perplexity_before: float
+    perplexity: float
+    divergence: float
+
+
+def answered(logits_LV: Tensor, batch: PackedTokens) -> list[bool]:
+    """For each passage, whether the likeliest tokens are its answer; given tokens do not count.
+
+    This is so if and only if greedy decoding after the given tokens returns the answer.
+    """
+    targets_L = torch.from_numpy(batch.targets_T).to(logits_LV.device)
+    is_right_L = (logits_LV.argmax(dim=-1) == targets_L) | (targets_L == IGNORED_TARGET)
+    lengths = torch.tensor(batch.starts).diff().tolist()
+    return [bool(part.all()) for part in is_right_L.split(lengths)]
+
+
+@torch.no_grad()
+def exact_answers(
+    model: Transformer, passages: Sequence[Passage], dtype: torch.dtype = torch.float32
+) -> list[bool]:
+    """Whether greedy decoding gives each passage's tokens after those that are given."""
+    exact: list[bool] = []
+    for batch in packed_batches(passages, _BATCH_TOKENS):
+        exact += answered(batch_output(model, batch, dtype).logits_LV, batch)
+    return exact
+
+
+@torch.no_grad()
+def score_drift(
+    base: Transformer,
+    model: Transformer,
+    passages: Sequence[Passage],
+    dtype: torch.dtype = torch.float32,
+) -> DriftScore:
+    """Compare a model with its unpatched form on texts."""
+    tokens, before, after, moved = 0, 0.0, 0.0, 0.0
+    for batch in packed_batches(passages, _BATCH_TOKENS):
+        base_LV = batch_output(base, batch, dtype).logits_LV.float()
+        logits_LV = batch_output(model, batch, dtype).logits_LV.float()
+        targets_L = torch.from_numpy(batch.targets_T).to(logits_LV.device)
+        before += float(functional.cross_entropy(base_LV, targets_L, reduction="sum"))
+        after += float(functional.cross_entropy(logits_LV, targets_L, reduction="sum"))
+        moved += float(divergence(base_LV, logits_LV))
+        tokens += len(targets_L)
+    return DriftScore(
+        tokens, _perplexity(before / tokens), _perplexity(after / tokens), moved / tokens
+    )
+
+
+def divergence(base_LV: Tensor, logits_LV: Tensor) -> Tensor:
+    """Sum over tokens of KL(base || model), in nats, from logits."""
+    return functional.kl_div(
+        logits_LV.log_softmax(-1), base_LV.log_softmax(-1), log_target=True, reduction="sum"
+    )
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

@@ -1,10 +1,6 @@
-"""Results of ``memplus bench facts``: a CSV file of one line per run, for resuming."""
+"""A result of ``memplus bench facts``."""
 
-import csv
-import fcntl
-import os
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -38,25 +34,3 @@ class Result:
     loss: float
     perplexity: float
     seconds: float
-
-
-def read_results(file: Path) -> list[Result]:
-    """Read all results; an empty list if the file does not exist."""
-    if not file.exists():
-        return []
-    kinds = {field.name: field.type for field in fields(Result)}
-    with open(file, newline="", encoding="utf-8") as lines:
-        rows = csv.DictReader(lines)
-        return [Result(**{name: kinds[name](row[name]) for name in kinds}) for row in rows]  # type: ignore[operator]
-
-
-def append_result(file: Path, result: Result) -> None:
-    """Append a line; safe with several processes."""
-    names = [field.name for field in fields(Result)]
-    with open(file, "a", newline="", encoding="utf-8") as lines:
-        fcntl.flock(lines, fcntl.LOCK_EX)
-        lines.seek(0, os.SEEK_END)
-        writer = csv.DictWriter(lines, names, lineterminator="\n")
-        if not lines.tell():
-            writer.writeheader()
-        writer.writerow(asdict(result))

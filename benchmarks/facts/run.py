@@ -12,7 +12,8 @@ from tqdm import tqdm
 from benchmarks.facts.contestants import Contestant, contestants
 from benchmarks.facts.people import PeopleCorpus
 from benchmarks.facts.plot import plot
-from benchmarks.facts.results import Result, append_result, read_results
+from benchmarks.facts.results import Result
+from benchmarks.result_file import append_result, read_results
 from benchmarks.serving_plot import check_plot
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -76,7 +77,7 @@ def measure(folder: Path, is_reduced: bool, seeds: int | None, only: Sequence[st
     print(f"{scale.corpus.bits:,.0f} bits of facts, {scale.steps:,} steps")
     for seed in range(seeds if seeds is not None else scale.seeds):
         for contestant in all_contestants:
-            done = {(result.name, result.seed) for result in read_results(results)}
+            done = {(result.name, result.seed) for result in read_results(results, Result)}
             if (not only or contestant.name in only) and (contestant.name, seed) not in done:
                 run = folder / "runs" / f"{contestant.name.replace(' ', '-')}-{seed}"
                 result = _train(contestant, seed, scale, run)
@@ -84,7 +85,7 @@ def measure(folder: Path, is_reduced: bool, seeds: int | None, only: Sequence[st
                 # keep the log; the checkpoints are large
                 shutil.rmtree(run / "checkpoints")
                 tqdm.write(_line(result))
-    plot(read_results(results), folder / "recall.png")
+    plot(read_results(results, Result), folder / "recall.png")
 
 
 def train_config(contestant: Contestant, seed: int, steps: int, corpus: Path) -> TrainConfig:

@@ -8,7 +8,8 @@ import pytest
 from benchmarks.facts import run
 from benchmarks.facts.contestants import contestants
 from benchmarks.facts.people import ATTRIBUTES, PeopleCorpus
-from benchmarks.facts.results import Result, append_result, read_results
+from benchmarks.facts.results import Result
+from benchmarks.result_file import append_result, read_results
 from engine.errors import ConfigError
 from engine.model.flops import forward_flops, total_flops
 from server.cli.main import main
@@ -68,8 +69,8 @@ def test_results_survive_writing_and_reading(tmp_path):
     ]
     for result in results:
         append_result(tmp_path / "results.csv", result)
-    assert read_results(tmp_path / "results.csv") == results
-    assert read_results(tmp_path / "none.csv") == []
+    assert read_results(tmp_path / "results.csv", Result) == results
+    assert read_results(tmp_path / "none.csv", Result) == []
 
 
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
@@ -77,9 +78,9 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     names = [one.name for one in contestants(is_reduced=True)]
     arguments = ["bench", "facts", "--reduced", "--out", str(tmp_path)]
     assert main([*arguments, "--only", names[0], "--only", names[2]]) == 0
-    assert [result.name for result in read_results(tmp_path / "results.csv")] == names[::2]
+    assert [result.name for result in read_results(tmp_path / "results.csv", Result)] == names[::2]
     assert main(arguments) == 0
-    results = read_results(tmp_path / "results.csv")
+    results = read_results(tmp_path / "results.csv", Result)
     assert sorted(result.name for result in results) == sorted(names)
     assert all(0 <= result.recall <= 1 and result.perplexity >= 1 for result in results)
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")

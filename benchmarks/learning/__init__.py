@@ -1,0 +1,1 @@
+"""Benchmark of learning facts: what is learned against what is forgotten."""

@@ -1,0 +1,68 @@
+"""Nouns that the default model was never taught, with their definitions."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.learning.task import LearningTask
+from server.config import cache_folder
+from weights.checkpoints.checkpoint import load_model
+from weights.learning.facts import Fact, fact_passages
+from weights.learning.scores import exact_answers
+from weights.models.named_models import WORDNET, model_folder
+from weights.training.packing import Passage
+from weights.training.row_reads import count_reads
+from weights.training.training_data import TextTokens, checkpoint_text
+from weights.training.wordnet import Noun, read_nouns
+
+_NUM_KNOWN, _NUM_NEUTRAL = 1000, 1000
+
+
+class NounTasks:
+    """Draws nouns without a sense that is tagged in a text: the model was taught all others."""
+
+    def __init__(self, wordnet: Path) -> None:
+        """Load the default model, and find the nouns that it knows.
+
+        Raises:
+            DataError: the folder has no WordNet.
+        """
+        folder = model_folder(WORDNET, cache_folder())
+        model, config = load_model(folder, "float32")
+        self._base, self._text = model, checkpoint_text(folder)
+        self._most = config.model.max_positions
+        taught = _passages(read_nouns(wordnet), self._text, self._most)
+        self._known = [
+            passage
+            for passage, is_exact in zip(taught, exact_answers(model, taught), strict=True)
+            if is_exact
+        ]
+        self._untaught = read_nouns(wordnet, is_tagged=False)
+        self._reads = count_reads(model, taught)
+
+    def draw(self, count: int, seed: int) -> LearningTask:
+        """Some nouns to learn, 1,000 that are known, and as neutral text the words of 1,000 more.
+
+        The other known nouns may be replayed.
+        """
+        rng = random.Random(seed)
+        facts = _passages(rng.sample(self._untaught, count), self._text, self._most)
+        known = rng.sample(self._known, len(self._known))
+        first, last = _NUM_KNOWN, _NUM_KNOWN + _NUM_NEUTRAL
+        return LearningTask(
+            name=f"nouns {count}",
+            seed=seed,
+            base=self._base,
+            facts=facts,
+            questions=(),
+            known=known[:first],
+            neutral=[Passage(one.ids) for one in known[first:last]],
+            background=[Passage(one.ids) for one in known[last:]],
+            fact_reads=count_reads(self._base, facts),
+            background_reads=self._reads,
+        )
+
+
+def _passages(nouns: Sequence[Noun], text: TextTokens, most: int) -> list[Passage]:
+    facts = [Fact(noun.gloss, noun.prompt, noun.word) for noun in nouns]
+    return fact_passages(facts, text, most)

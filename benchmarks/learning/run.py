@@ -1,0 +1,149 @@
+"""``memplus bench learn``: teaches a model facts in several ways, and tests what it forgot."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.learning.contestants import Contestant, contestants
+from benchmarks.learning.nouns import NounTasks
+from benchmarks.learning.plot import plot
+from benchmarks.learning.results import LearningResult, best_lr
+from benchmarks.learning.task import LearningTask
+from benchmarks.result_file import append_result, read_results
+from benchmarks.serving_plot import check_plot
+from engine.errors import ConfigError
+from weights.learning.learner import Learner, LearningReport
+from weights.learning.learning_config import LearningConfig, RowConfig
+from weights.learning.scores import exact_answers, score_drift
+
+# what ``memplus learn`` does by default
+OURS = "rows"
+DrawTask = Callable[[int, int], LearningTask]
+
+
+@dataclass(frozen=True)
+class LearningRuns:
+    """The runs of one benchmark.
+
+    Attributes:
+        folder: where ``results.csv`` and the plot are.
+        counts: numbers of facts. All contestants learn the first, the first contestant all.
+        seeds: draws of facts; learning rates are compared on the first.
+        replay_shares: parts of a step's tokens that are replayed text, one after the other.
+        only: names of the contestants that run; all if empty.
+    """
+
+    folder: Path
+    counts: Sequence[int]
+    seeds: int
+    replay_shares: Sequence[float]
+    only: Sequence[str] = ()
+
+    @property
+    def file(self) -> Path:
+        """Results so far."""
+        return self.folder / "results.csv"
+
+
+def measure(runs: LearningRuns, wordnet: Path) -> None:
+    """Teach and test the contestants; skips runs that the folder's ``results.csv`` has.
+
+    Raises:
+        ConfigError: ``only`` names an unknown contestant, or matplotlib is missing.
+        DataError: the folder ``wordnet`` has no WordNet.
+    """
+    named = {one.name: one for one in contestants()}
+    if unknown := set(runs.only) - set(named):
+        raise ConfigError(f"only: {min(unknown)!r} is unknown; must be one of {', '.join(named)}")
+    runs.folder.mkdir(parents=True, exist_ok=True)
+    check_plot(runs.folder / "learned.png")
+    suite = _Suite(runs, NounTasks(wordnet).draw)
+    chosen = [one for name, one in named.items() if not runs.only or name in runs.only]
+    for replay in runs.replay_shares:
+        for contestant in chosen:
+            suite.compare(contestant, replay)
+        if named[OURS] in chosen:
+            for count in runs.counts[1:]:
+                suite.repeat(count, named[OURS], RowConfig.lr, replay)
+    plot(read_results(runs.file, LearningResult), runs.folder / "learned.png")
+
+
+class _Suite:
+    def __init__(self, runs: LearningRuns, draw: DrawTask) -> None:
+        self._runs, self._draw = runs, draw
+
+    def compare(self, contestant: Contestant, replay: float) -> None:
+        """Try all learning rates on one draw of facts, and the best one on the others."""
+        count = self._runs.counts[0]
+        tried = [self._run(count, 0, contestant, lr, replay) for lr in contestant.lrs]
+        self.repeat(count, contestant, best_lr(tried), replay)
+
+    def repeat(self, count: int, contestant: Contestant, lr: float, replay: float) -> None:
+        """Run all draws of facts."""
+        for seed in range(self._runs.seeds):
+            self._run(count, seed, contestant, lr, replay)
+
+    def _run(
+        self, count: int, seed: int, contestant: Contestant, lr: float, replay: float
+    ) -> LearningResult:
+        """A run's result, from an earlier call if there was one."""
+        task = self._draw(count, seed)
+        for one in read_results(self._runs.file, LearningResult):
+            found = one.task, one.contestant, one.lr, one.replay_share, one.seed
+            if found == (task.name, contestant.name, lr, replay, seed):
+                return one
+        result = learn(task, contestant, lr, replay)
+        append_result(self._runs.file, result)
+        tqdm.write(_line(result))
+        return result
+
+
+def learn(task: LearningTask, contestant: Contestant, lr: float, replay: float) -> LearningResult:
+    """Teach one contestant a task's facts, and score it."""
+    student, num_learned = contestant.make(task, lr)
+    config = LearningConfig(seed=task.seed, replay_share=replay)
+    learner = Learner(student, task.base, task.facts, task.background, config)
+    started = time.perf_counter()
+    with tqdm(total=config.steps, desc=f"{contestant.name} {lr:g}", leave=False) as bar:
+
+        def show(report: LearningReport) -> bool:
+            bar.update()
+            bar.set_postfix(loss=f"{report.loss:.3f}", exact=f"{report.exact:.2f}")
+            return True
+
+        learner.run(show)
+    seconds = time.perf_counter() - started
+    drift = score_drift(task.base, student.model, task.neutral)
+    return LearningResult(
+        task=task.name,
+        contestant=contestant.name,
+        lr=lr,
+        replay_share=replay,
+        seed=task.seed,
+        num_learned=num_learned,
+        recall=_share(exact_answers(student.model, task.facts)),
+        rephrased=_share(exact_answers(student.model, task.questions)),
+        lost=1 - _share(exact_answers(student.model, task.known)),
+        perplexity_before=drift.perplexity_before,
+        perplexity=drift.perplexity,
+        divergence=drift.divergence,
+        exact_step=-1 if learner.exact_step is None else learner.exact_step,
+        steps=learner.step,
+        seconds=seconds,
+    )
+
+
+def _share(answers: Sequence[bool]) -> float:
+    return sum(answers) / len(answers) if answers else 0.0
+
+
+def _line(one: LearningResult) -> str:
+    return (
+        f"{one.task:<10} {one.contestant:<14} lr {one.lr:<8.2g} replay {one.replay_share:<5g}"
+        f" seed {one.seed}  learned {one.recall:6.1%}  lost {one.lost:6.1%}"
+        f"  perplexity {one.perplexity_before:.2f} to {one.perplexity:.2f}"
+        f"  {one.steps} steps, {one.seconds:.0f} s"
+    )

@@ -1,0 +1,36 @@
+"""Results of a long benchmark: a CSV file of one line per run, so that it can resume."""
+
+import csv
+import fcntl
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Result = TypeVar("Result", bound="DataclassInstance")
+
+
+def read_results(file: Path, kind: type[Result]) -> list[Result]:
+    """Read all results, dataclasses of numbers and strings; none if the file does not exist."""
+    if not file.exists():
+        return []
+    kinds = {field.name: field.type for field in fields(kind)}
+    with open(file, newline="", encoding="utf-8") as lines:
+        rows: Sequence[dict[str, str]] = list(csv.DictReader(lines))
+    return [kind(**{name: kinds[name](row[name]) for name in kinds}) for row in rows]  # type: ignore[operator]
+
+
+def append_result(file: Path, result: "DataclassInstance") -> None:
+    """Append a line; safe with several processes."""
+    names = [field.name for field in fields(result)]
+    with open(file, "a", newline="", encoding="utf-8") as lines:
+        fcntl.flock(lines, fcntl.LOCK_EX)
+        lines.seek(0, os.SEEK_END)
+        writer = csv.DictWriter(lines, names, lineterminator="\n")
+        if not lines.tell():
+            writer.writeheader()
+        writer.writerow(asdict(result))

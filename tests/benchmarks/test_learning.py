@@ -1,0 +1,105 @@
+"""``memplus bench learn``: contestants learn, results resume, and the best rate is chosen."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.learning import run
+from benchmarks.learning.contestants import contestants
+from benchmarks.learning.results import LearningResult, best_lr
+from benchmarks.learning.run import LearningRuns
+from benchmarks.learning.task import LearningTask
+from benchmarks.result_file import read_results
+from engine.errors import ConfigError
+from memory_ops.row_formats import quantize_rows
+from memory_ops.tables.device import DeviceTable
+from tests.models import feed_forward_changes, random_model, tiny_config
+from weights.learning.learning_config import LearningConfig
+from weights.learning.scores import exact_answers
+from weights.training.packing import Passage
+from weights.training.row_reads import count_reads
+
+FACTS = [Passage((3, 4, 5 + n, 8 - n, 2), num_given=3) for n in range(3)]
+TEXTS = [Passage((9, 10 + n, 12, 20 - n)) for n in range(6)]
+
+
+def draw(count: int, seed: int) -> LearningTask:
+    torch.manual_seed(3)
+    model = random_model(tiny_config(**feed_forward_changes("dense", "memory_plus")))
+    tables = {
+        name: DeviceTable(quantize_rows(table.rows, "int8")) for name, table in model.tables.items()
+    }
+    model.attach_tables(tables)
+    facts = FACTS[:count]
+    return LearningTask(
+        name=f"facts {count}",
+        seed=seed,
+        base=model,
+        facts=facts,
+        questions=(),
+        known=TEXTS[:2],
+        neutral=TEXTS[2:4],
+        background=TEXTS[4:],
+        fact_reads=count_reads(model, facts),
+        background_reads=count_reads(model, TEXTS),
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs of a few steps."""
+
+    def config(**given):
+        return LearningConfig(**given, steps=12, warmup_steps=1, cooldown_steps=2, batch_tokens=16)
+
+    monkeypatch.setattr(run, "LearningConfig", config)
+
+
+@pytest.mark.parametrize("contestant", contestants(), ids=lambda one: one.name)
+def test_every_contestant_changes_its_model_and_leaves_the_base_alone(contestant, quick):
+    task = draw(2, 0)
+    weights = {name: weight.clone() for name, weight in task.base.state_dict().items()}
+    before = exact_answers(task.base, task.neutral)
+    result = run.learn(task, contestant, contestant.lrs[-1], 0.5)
+    assert result.num_learned > 0 and 2 < result.steps <= 12
+    assert result.divergence > 0 and result.perplexity != result.perplexity_before
+    for name, weight in task.base.state_dict().items():
+        assert torch.equal(weight, weights[name])
+    assert exact_answers(task.base, task.neutral) == before
+
+
+def test_a_finished_run_is_not_repeated(tmp_path, quick, monkeypatch, capsys):
+    class Tasks:
+        def __init__(self, wordnet):
+            self.draw = draw
+
+    monkeypatch.setattr(run, "NounTasks", Tasks)
+    runs = LearningRuns(tmp_path, [3, 1], seeds=2, replay_shares=[0.0], only=["rows", "LoRA 8"])
+    run.measure(runs, tmp_path)
+    results = read_results(runs.file, LearningResult)
+    names = [one.contestant for one in results]
+    # three rates on the first draw, the best one on the second; then ours on one fact, twice
+    assert names == ["rows"] * 4 + ["LoRA 8"] * 4 + ["rows"] * 2
+    assert (tmp_path / "learned.png").stat().st_size > 0
+    monkeypatch.setattr(run, "learn", None)
+    run.measure(runs, tmp_path)
+    assert read_results(runs.file, LearningResult) == results
+
+
+def test_an_unknown_contestant_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="only: 'rowz' is unknown; must be one of rows, "):
+        run.measure(LearningRuns(tmp_path, [1], 1, [0.0], ["rowz"]), tmp_path)
+
+
+def test_the_best_rate_teaches_enough_and_loses_least():
+    numbers = dict.fromkeys(("rephrased", "perplexity_before", "perplexity", "divergence"), 0.0)
+    counts = dict.fromkeys(("seed", "num_learned", "exact_step", "steps"), 0)
+    one = LearningResult(
+        "t", "rows", 1.0, 0.0, recall=1.0, lost=0.5, seconds=0, **numbers, **counts
+    )
+    enough = replace(one, lr=2.0, recall=0.96, lost=0.2)
+    little = replace(one, lr=3.0, recall=0.9, lost=0.0)
+    less = replace(one, lr=4.0, recall=0.8, lost=0.0)
+    assert best_lr([one, enough, little, less]) == 2.0
+    assert best_lr([less, little]) == 3.0

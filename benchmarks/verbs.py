@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks.answer_load import AnswerLoad
 from benchmarks.gpu.options import GpuCheck
 from benchmarks.kernel_shapes import Shapes
+from benchmarks.learning.verb import add_learning_benchmark
 from benchmarks.memory.load import default_trace
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.overload_options import OverloadOptions
@@ -128,16 +129,6 @@ def facts(options: argparse.Namespace) -> None:
     from benchmarks.facts.run import measure
 
     measure(options.out, options.reduced, options.seeds, options.only)
-
-
-def learn(options: argparse.Namespace) -> None:
-    """Teach the default model nouns in several ways, and measure what it forgets."""
-    from benchmarks.learning.run import LearningRuns, measure
-
-    runs = LearningRuns(
-        options.out, options.facts, options.seeds, options.replay_shares, options.only
-    )
-    measure(runs, options.dict)
 
 
 def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -264,16 +255,4 @@ def _add_training_benchmarks(
     verb.add_argument("--seeds", type=int, help="runs per model (default: 3; 1 if reduced)")
     only = "run only this model; repeat the option for several (default: all)"
     verb.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
-
-    verb = benchmarks.add_parser("learn", help=learn.__doc__)
-    verb.set_defaults(run=learn, computes=True)
-    add_options(verb, ThreadOptions)
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; resumable")
-    from_where = "WordNet's database files (default: %(default)s)"
-    verb.add_argument("--dict", type=Path, default=Path("/usr/share/wordnet"), help=from_where)
-    counts = "nouns to learn; all ways learn the first number (default: 200 40 10)"
-    verb.add_argument("--facts", type=int, nargs="+", default=[200, 40, 10], help=counts)
-    verb.add_argument("--seeds", type=int, default=3, help="draws of nouns (default: 3)")
-    replayed = "parts of a step's tokens that are replayed text (default: 0.75 0)"
-    verb.add_argument("--replay-shares", type=float, nargs="+", default=[0.75, 0.0], help=replayed)
-    verb.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
+    add_learning_benchmark(benchmarks)

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.learning.task import LearningTask
-from server.config import cache_folder
+from engine.errors import ConfigError
 from weights.checkpoints.checkpoint import load_model
 from weights.learning.facts import Fact, fact_passages
 from weights.learning.scores import exact_answers
-from weights.models.named_models import WORDNET, model_folder
 from weights.training.packing import Passage
 from weights.training.row_reads import count_reads
 from weights.training.training_data import TextTokens, checkpoint_text
@@ -21,13 +20,12 @@ _NUM_KNOWN, _NUM_NEUTRAL = 1000, 1000
 class NounTasks:
     """Draws nouns without a sense that is tagged in a text: the model was taught all others."""
 
-    def __init__(self, wordnet: Path) -> None:
-        """Load the default model, and find the nouns that it knows.
+    def __init__(self, folder: Path, wordnet: Path) -> None:
+        """Load the default model from ``folder``, and find the nouns of WordNet that it knows.
 
         Raises:
-            DataError: the folder has no WordNet.
+            DataError: ``wordnet`` is not WordNet's folder.
         """
-        folder = model_folder(WORDNET, cache_folder())
         model, config = load_model(folder, "float32")
         self._base, self._text = model, checkpoint_text(folder)
         self._most = config.model.max_positions
@@ -43,8 +41,10 @@ class NounTasks:
     def draw(self, count: int, seed: int) -> LearningTask:
         """Some nouns to learn, 1,000 that are known, and as neutral text the words of 1,000 more.
 
-        The other known nouns may be replayed.
+        The other known nouns may be replayed. ConfigError if WordNet has not so many nouns.
         """
+        if not 1 <= count <= len(self._untaught):
+            raise ConfigError(f"facts: must be 1 to {len(self._untaught)} nouns, not {count}")
         rng = random.Random(seed)
         facts = _passages(rng.sample(self._untaught, count), self._text, self._most)
         known = rng.sample(self._known, len(self._known))

@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from benchmarks.learning.contestants import Contestant, contestants
-from benchmarks.learning.nouns import NounTasks
 from benchmarks.learning.plot import plot
 from benchmarks.learning.results import LearningResult, best_lr
 from benchmarks.learning.task import LearningTask
@@ -30,17 +29,19 @@ class LearningRuns:
 
     Attributes:
         folder: where ``results.csv`` and the plot are.
-        counts: numbers of facts. All contestants learn the first, the first contestant all.
+        counts: sizes of draws. All contestants learn the first, ``OURS`` all.
         seeds: draws of facts; learning rates are compared on the first.
         replay_shares: parts of a step's tokens that are replayed text, one after the other.
         only: names of the contestants that run; all if empty.
+        learning: other settings of the learning loop.
     """
 
     folder: Path
     counts: Sequence[int]
     seeds: int
     replay_shares: Sequence[float]
-    only: Sequence[str] = ()
+    only: Sequence[str]
+    learning: LearningConfig
 
     @property
     def file(self) -> Path:
@@ -48,19 +49,20 @@ class LearningRuns:
         return self.folder / "results.csv"
 
 
-def measure(runs: LearningRuns, wordnet: Path) -> None:
+def measure(runs: LearningRuns, prepare: Callable[[], DrawTask]) -> None:
     """Teach and test the contestants; skips runs that the folder's ``results.csv`` has.
+
+    ``prepare`` loads what draws need.
 
     Raises:
         ConfigError: ``only`` names an unknown contestant, or matplotlib is missing.
-        DataError: the folder ``wordnet`` has no WordNet.
     """
     named = {one.name: one for one in contestants()}
     if unknown := set(runs.only) - set(named):
         raise ConfigError(f"only: {min(unknown)!r} is unknown; must be one of {', '.join(named)}")
     runs.folder.mkdir(parents=True, exist_ok=True)
     check_plot(runs.folder / "learned.png")
-    suite = _Suite(runs, NounTasks(wordnet).draw)
+    suite = _Suite(runs, prepare())
     chosen = [one for name, one in named.items() if not runs.only or name in runs.only]
     for replay in runs.replay_shares:
         for contestant in chosen:
@@ -95,16 +97,19 @@ class _Suite:
             found = one.task, one.contestant, one.lr, one.replay_share, one.seed
             if found == (task.name, contestant.name, lr, replay, seed):
                 return one
-        result = learn(task, contestant, lr, replay)
+        learning = replace(self._runs.learning, replay_share=replay)
+        result = learn(task, contestant, lr, learning)
         append_result(self._runs.file, result)
         tqdm.write(_line(result))
         return result
 
 
-def learn(task: LearningTask, contestant: Contestant, lr: float, replay: float) -> LearningResult:
-    """Teach one contestant a task's facts, and score it."""
+def learn(
+    task: LearningTask, contestant: Contestant, lr: float, learning: LearningConfig
+) -> LearningResult:
+    """Teach one contestant a task's facts, in the order of the task's seed, and score it."""
     student, num_learned = contestant.make(task, lr)
-    config = LearningConfig(seed=task.seed, replay_share=replay)
+    config = replace(learning, seed=task.seed)
     learner = Learner(student, task.base, task.facts, task.background, config)
     started = time.perf_counter()
     with tqdm(total=config.steps, desc=f"{contestant.name} {lr:g}", leave=False) as bar:
@@ -121,7 +126,7 @@ def learn(task: LearningTask, contestant: Contestant, lr: float, replay: float) 
         task=task.name,
         contestant=contestant.name,
         lr=lr,
-        replay_share=replay,
+        replay_share=config.replay_share,
         seed=task.seed,
         num_learned=num_learned,
         recall=_share(exact_answers(student.model, task.facts)),
@@ -144,6 +149,7 @@ def _line(one: LearningResult) -> str:
     return (
         f"{one.task:<10} {one.contestant:<14} lr {one.lr:<8.2g} replay {one.replay_share:<5g}"
         f" seed {one.seed}  learned {one.recall:6.1%}  lost {one.lost:6.1%}"
+        f"  rephrased {one.rephrased:6.1%}"
         f"  perplexity {one.perplexity_before:.2f} to {one.perplexity:.2f}"
         f"  {one.steps} steps, {one.seconds:.0f} s"
     )

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.learning import run
 from benchmarks.learning.contestants import contestants
+from benchmarks.learning.people import PeopleTasks
 from benchmarks.learning.results import LearningResult, best_lr
 from benchmarks.learning.run import LearningRuns
 from benchmarks.learning.task import LearningTask
@@ -46,22 +47,17 @@ def draw(count: int, seed: int) -> LearningTask:
     )
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Runs of a few steps."""
-
-    def config(**given):
-        return LearningConfig(**given, steps=12, warmup_steps=1, cooldown_steps=2, batch_tokens=16)
-
-    monkeypatch.setattr(run, "LearningConfig", config)
+QUICK = LearningConfig(
+    steps=12, warmup_steps=1, cooldown_steps=2, batch_tokens=16, replay_share=0.5
+)
 
 
 @pytest.mark.parametrize("contestant", contestants(), ids=lambda one: one.name)
-def test_every_contestant_changes_its_model_and_leaves_the_base_alone(contestant, quick):
+def test_every_contestant_changes_its_model_and_leaves_the_base_alone(contestant):
     task = draw(2, 0)
     weights = {name: weight.clone() for name, weight in task.base.state_dict().items()}
     before = exact_answers(task.base, task.neutral)
-    result = run.learn(task, contestant, contestant.lrs[-1], 0.5)
+    result = run.learn(task, contestant, contestant.lrs[-1], QUICK)
     assert result.num_learned > 0 and 2 < result.steps <= 12
     assert result.divergence > 0 and result.perplexity != result.perplexity_before
     for name, weight in task.base.state_dict().items():
@@ -69,27 +65,38 @@ def test_every_contestant_changes_its_model_and_leaves_the_base_alone(contestant
     assert exact_answers(task.base, task.neutral) == before
 
 
-def test_a_finished_run_is_not_repeated(tmp_path, quick, monkeypatch, capsys):
-    class Tasks:
-        def __init__(self, wordnet):
-            self.draw = draw
-
-    monkeypatch.setattr(run, "NounTasks", Tasks)
-    runs = LearningRuns(tmp_path, [3, 1], seeds=2, replay_shares=[0.0], only=["rows", "LoRA 8"])
-    run.measure(runs, tmp_path)
+def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
+    runs = LearningRuns(tmp_path, [3, 1], 2, [0.0], ["rows", "LoRA 8"], QUICK)
+    run.measure(runs, lambda: draw)
     results = read_results(runs.file, LearningResult)
     names = [one.contestant for one in results]
     # three rates on the first draw, the best one on the second; then ours on one fact, twice
     assert names == ["rows"] * 4 + ["LoRA 8"] * 4 + ["rows"] * 2
     assert (tmp_path / "learned.png").stat().st_size > 0
     monkeypatch.setattr(run, "learn", None)
-    run.measure(runs, tmp_path)
+    run.measure(runs, lambda: draw)
     assert read_results(runs.file, LearningResult) == results
 
 
 def test_an_unknown_contestant_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="only: 'rowz' is unknown; must be one of rows, "):
-        run.measure(LearningRuns(tmp_path, [1], 1, [0.0], ["rowz"]), tmp_path)
+        run.measure(LearningRuns(tmp_path, [1], 1, [0.0], ["rowz"], QUICK), lambda: draw)
+
+
+def test_people_are_asked_in_phrasings_that_are_not_learned(memory_plus_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some text " * 50)
+    tasks = PeopleTasks(memory_plus_folder, [text], [text])
+    task = tasks.draw(3, 0)
+    assert (len(task.facts), len(task.questions)) == (3 * 4 * 4, 3 * 4 * 2)
+    assert not {one.ids for one in task.facts} & {one.ids for one in task.questions}
+    answers = {one.ids[one.num_given :] for one in task.facts}
+    assert {one.ids[one.num_given :] for one in task.questions} == answers
+    assert [one.ids for one in tasks.draw(3, 0).facts] == [one.ids for one in task.facts]
+    with pytest.raises(ConfigError, match="facts: must be 1 to 256 people, not 257"):
+        tasks.draw(257, 0)
+    with pytest.raises(ConfigError, match="texts are needed"):
+        PeopleTasks(memory_plus_folder, [], [text])
 
 
 def test_the_best_rate_teaches_enough_and_loses_least():

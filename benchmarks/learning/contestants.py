@@ -42,12 +42,18 @@ def contestants() -> list[Contestant]:
     ]
 
 
+def row_student(task: LearningTask, config: RowConfig) -> RowStudent:
+    """A student of the rows that ``config`` chooses for a task."""
+    return RowStudent(
+        task.base, chosen_rows(task.fact_reads, task.background_reads, config), config
+    )
+
+
 def _rows(rank: str) -> Callable[[LearningTask, float], tuple[RowStudent, int]]:
     def make(task: LearningTask, lr: float) -> tuple[RowStudent, int]:
-        config = RowConfig(rank=rank, lr=lr)
-        rows = chosen_rows(task.fact_reads, task.background_reads, config)
-        values = sum(len(ids) * task.base.tables[name].value_dim for name, ids in rows.items())
-        return RowStudent(task.base, rows, config), values
+        student = row_student(task, RowConfig(rank=rank, lr=lr))
+        tables = student.tables.values()
+        return student, sum(len(table.rows_P) * table.value_dim for table in tables)
 
     return make
 

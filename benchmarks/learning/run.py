@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.learning.composition import NUM_PATCHES, Composition, compose
 from benchmarks.learning.contestants import Contestant, contestants
 from benchmarks.learning.plot import plot
 from benchmarks.learning.results import LearningResult, best_lr
@@ -70,6 +71,7 @@ def measure(runs: LearningRuns, prepare: Callable[[], DrawTask]) -> None:
         if named[OURS] in chosen:
             for count in runs.counts[1:]:
                 suite.repeat(count, named[OURS], RowConfig.lr, replay)
+            suite.compose(replay)
     plot(read_results(runs.file, LearningResult), runs.folder / "learned.png")
 
 
@@ -87,6 +89,19 @@ class _Suite:
         """Run all draws of facts."""
         for seed in range(self._runs.seeds):
             self._run(count, seed, contestant, lr, replay)
+
+    def compose(self, replay: float) -> None:
+        """Learn the parts of each draw apart, and use them together."""
+        file = self._runs.folder / "composition.csv"
+        for seed in range(self._runs.seeds):
+            done = read_results(file, Composition)
+            if not any((one.replay_share, one.seed) == (replay, seed) for one in done):
+                task = self._draw(self._runs.counts[0], seed)
+                result = compose(
+                    task, replace(self._runs.learning, replay_share=replay), RowConfig()
+                )
+                append_result(file, result)
+                tqdm.write(_composition_line(result))
 
     def _run(
         self, count: int, seed: int, contestant: Contestant, lr: float, replay: float
@@ -152,4 +167,12 @@ def _line(one: LearningResult) -> str:
         f"  rephrased {one.rephrased:6.1%}"
         f"  perplexity {one.perplexity_before:.2f} to {one.perplexity:.2f}"
         f"  {one.steps} steps, {one.seconds:.0f} s"
+    )
+
+
+def _composition_line(one: Composition) -> str:
+    return (
+        f"{one.task:<10} {NUM_PATCHES} patches  replay {one.replay_share:<5g} seed {one.seed}"
+        f"  learned {one.alone:6.1%} alone, {one.together:6.1%} together"
+        f"  lost {one.lost_alone:6.1%} alone, {one.lost_together:6.1%} together"
     )

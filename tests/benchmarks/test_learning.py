@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.learning import run
+from benchmarks.learning.composition import compose, together
 from benchmarks.learning.contestants import contestants
 from benchmarks.learning.people import PeopleTasks
 from benchmarks.learning.results import LearningResult, best_lr
@@ -13,15 +14,17 @@ from benchmarks.learning.run import LearningRuns
 from benchmarks.learning.task import LearningTask
 from benchmarks.result_file import read_results
 from engine.errors import ConfigError
-from memory_ops.row_formats import quantize_rows
+from engine.model.transformer import with_tables
+from memory_ops.row_formats import dequantize_rows, quantize_rows
 from memory_ops.tables.device import DeviceTable
 from tests.models import feed_forward_changes, random_model, tiny_config
-from weights.learning.learning_config import LearningConfig
-from weights.learning.scores import exact_answers
+from weights.learning.learning_config import LearningConfig, RowConfig
+from weights.learning.row_student import RowStudent
+from weights.learning.scores import exact_answers, score_drift
 from weights.training.packing import Passage
 from weights.training.row_reads import count_reads
 
-FACTS = [Passage((3, 4, 5 + n, 8 - n, 2), num_given=3) for n in range(3)]
+FACTS = [Passage((3, 10 + n, 40 + n), num_given=2) for n in range(20)]
 TEXTS = [Passage((9, 10 + n, 12, 20 - n)) for n in range(6)]
 
 
@@ -66,16 +69,40 @@ def test_every_contestant_changes_its_model_and_leaves_the_base_alone(contestant
 
 
 def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
-    runs = LearningRuns(tmp_path, [3, 1], 2, [0.0], ["rows", "LoRA 8"], QUICK)
+    runs = LearningRuns(tmp_path, [10, 1], 2, [0.0], ["rows", "LoRA 8"], QUICK)
     run.measure(runs, lambda: draw)
     results = read_results(runs.file, LearningResult)
     names = [one.contestant for one in results]
     # three rates on the first draw, the best one on the second; then ours on one fact, twice
     assert names == ["rows"] * 4 + ["LoRA 8"] * 4 + ["rows"] * 2
+    assert len((tmp_path / "composition.csv").read_text().splitlines()) == 3
     assert (tmp_path / "learned.png").stat().st_size > 0
     monkeypatch.setattr(run, "learn", None)
     run.measure(runs, lambda: draw)
     assert read_results(runs.file, LearningResult) == results
+
+
+def test_ten_patches_are_learned_apart_and_used_together():
+    longer = replace(QUICK, steps=60, replay_share=0.0, batch_tokens=4)
+    found = compose(draw(20, 0), longer, RowConfig(lr=0.5))
+    assert found.alone == 1.0 and 0 < found.together <= 1.0
+
+
+def test_deltas_of_several_students_add_up():
+    task = draw(2, 0)
+    students, table = [], dict(task.base.tables)
+    (name,) = table
+    rows_RV = dequantize_rows(table[name].rows)
+    for rows_P in (torch.arange(0, 40), torch.arange(20, 60)):
+        student = RowStudent(task.base, {name: rows_P}, RowConfig())
+        deltas_PV = torch.randn(len(rows_P), 32).bfloat16().float()
+        student.tables[name].deltas.table_RV[:-1] = deltas_PV
+        rows_RV[rows_P] += deltas_PV
+        students.append(student)
+    wanted = with_tables(task.base, {name: DeviceTable(rows_RV)})
+    drift = score_drift(wanted, together(task.base, students), TEXTS)
+    assert drift.divergence == pytest.approx(0, abs=1e-6)
+    assert drift.perplexity == pytest.approx(drift.perplexity_before, rel=1e-5)
 
 
 def test_an_unknown_contestant_is_refused(tmp_path):

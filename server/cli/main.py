@@ -28,6 +28,7 @@ from server.config import (
 from server.limits import LimitOptions
 from server.logs import say, set_up_logs
 from server.monitoring import MonitoringOptions
+from server.patch_options import PatchOptions
 from weights.checkpoints.dtype_names import TABLE_DTYPES
 from weights.errors import (
     ChatTemplateError,
@@ -40,7 +41,7 @@ from weights.models.named_models import DEFAULT_MODEL
 
 # in the order of the help
 _SERVED = (
-    *(ModelOptions, EngineConfig, ThreadOptions, HttpOptions, LimitOptions),
+    *(ModelOptions, EngineConfig, PatchOptions, ThreadOptions, HttpOptions, LimitOptions),
     *(AccessOptions, MonitoringOptions, SupervisionOptions),
 )
 _FAILURE = 1
@@ -90,6 +91,7 @@ def serve(options: argparse.Namespace) -> None:
     serve(
         from_options(ModelOptions, options),
         from_options(EngineConfig, options),
+        from_options(PatchOptions, options),
         from_options(HttpOptions, options),
         from_options(LimitOptions, options),
         from_options(SupervisionOptions, options),

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from engine.errors import RequestError
-from engine.request import Request, TokenOutput
+from engine.request import PatchRef, Request, TokenOutput
 from engine.sampling.grammar import Grammar
 from server.http.admission import Place
 from server.http.errors import ApiError, DeadlineError, EngineError
@@ -43,16 +43,16 @@ class Generation:
         num_prompts: int,
         encode: Callable[[], Awaitable[list[Ids]]],
         grammar: Grammar | None = None,
+        patches: tuple[PatchRef, ...] = (),
     ) -> None:
         """Check everything that needs no tokenizer; ``encode`` makes the prompts' ids later.
 
-        All answers follow ``grammar``.
+        All answers follow ``grammar`` and use ``patches``.
 
         Raises:
-            ApiError: another model is served, or the engine is not running.
+            ApiError: the engine is not running.
             RequestError: a sampling parameter is out of range.
         """
-        service.check_model(body.model)
         service.check_engine()
         if body.priority and not service.options.allow_priority:
             message = "only 0 is allowed; the server was started without --allow-priority"
@@ -65,6 +65,7 @@ class Generation:
         self._num_prompts = num_prompts
         self._encode = encode
         self._grammar = grammar
+        self._patches = patches
         limits = (body.timeout or math.inf, service.options.request_timeout_s or math.inf)
         self._timeout_s = min(limits)
         self._start = asyncio.get_running_loop().time()
@@ -179,7 +180,7 @@ class Generation:
                 if not sample:  # samples differ in their seeds alone
                     limits.check(ids, sampling)
                 name = f"{self.request_id}-{len(requests)}"
-                shared = body.priority, body.cache_salt, self._grammar
+                shared = body.priority, body.cache_salt, self._grammar, self._patches
                 requests.append(Request(name, ids, sampling, *shared))
         _check_prompt_logprobs(requests)
         return requests

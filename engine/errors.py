@@ -13,6 +13,11 @@ class RequestError(ValueError):
         self.param, self.reason = param, message
 
 
+class PatchRefusedError(Exception):
+    """A row patch that is not loaded; the message says why and names the limit, or file, table
+    and field."""
+
+
 class ContextLengthError(RequestError):
     """A prompt, or a prompt with its answer, that is longer than the model takes."""
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from engine.request import Request, RequestLimits, TableReport
+from engine.request import PatchSummary, Request, RequestLimits, TableReport
 
 
 class Abort(NamedTuple):
@@ -15,7 +15,27 @@ class DescribeMemory(NamedTuple):
     """Send a ``MemoryReport``."""
 
 
-Message = Request | Abort | DescribeMemory
+class LoadPatch(NamedTuple):
+    """Load the row patch in a folder, and send ``PatchLoaded``.
+
+    Attributes:
+        key: names the answer.
+        folder: the absolute path. Its last component must not be a symbolic link.
+        content_hash: the hash that the content must have; None accepts any.
+    """
+
+    key: str
+    folder: str
+    content_hash: str | None = None
+
+
+class UnloadPatch(NamedTuple):
+    """Let no further request use a row patch; those that have it keep it."""
+
+    content_hash: str
+
+
+Message = Request | Abort | DescribeMemory | LoadPatch | UnloadPatch
 
 
 class EngineReady(NamedTuple):
@@ -34,6 +54,14 @@ class MemoryReport(NamedTuple):
     """The value tables and the reads of their rows, or the reason why they are not known."""
 
     tables: tuple[TableReport, ...] = ()
+    error: str | None = None
+
+
+class PatchLoaded(NamedTuple):
+    """The loaded row patch, or the reason why it is not loaded."""
+
+    key: str
+    summary: PatchSummary | None = None
     error: str | None = None
 
 

@@ -23,6 +23,7 @@ from engine.messages import (
     Heartbeat,
     MemoryReport,
     Message,
+    PatchLoaded,
 )
 from engine.progress import Progress
 from engine.request import (
@@ -125,7 +126,7 @@ class EngineProcess:
         """
         self._outbox.put(messages)
 
-    def receive(self) -> StepOutput | Heartbeat | MemoryReport:
+    def receive(self) -> StepOutput | Heartbeat | MemoryReport | PatchLoaded:
         """Wait for the next message; EOFError if the process has ended.
 
         Call it in a separate thread: an event loop would make the pipe non-blocking, and that
@@ -135,7 +136,7 @@ class EngineProcess:
             output = self._connection.recv()
         except OSError:
             raise EOFError("the engine process has ended") from None
-        assert isinstance(output, StepOutput | Heartbeat | MemoryReport)
+        assert isinstance(output, StepOutput | Heartbeat | MemoryReport | PatchLoaded)
         return output
 
     def kill(self) -> None:

@@ -1,6 +1,6 @@
 """Requests, outputs and statistics of the engine, as plain data."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -53,6 +53,24 @@ class PatchRef(NamedTuple):
 
     content_hash: str
     scale: float = 1.0
+
+
+class PatchSummary(NamedTuple):
+    """A loaded row patch.
+
+    Attributes:
+        content_hash: SHA-256 of its rows and deltas, in hexadecimal.
+        num_rows: rows over all tables.
+        num_bytes: bytes of memory: ids, deltas and hash indexes.
+        tables: rows in each table that it changes, by table name.
+        data: hash of the data that it was learned from; None if there is none.
+    """
+
+    content_hash: str
+    num_rows: int
+    num_bytes: int
+    tables: Mapping[str, int]
+    data: str | None = None
 
 
 def canonical_patches(refs: Iterable[PatchRef]) -> tuple[PatchRef, ...]:
@@ -193,6 +211,19 @@ class TableCounts(NamedTuple):
     totals: TableStatistics
 
 
+class PatchStatistics(NamedTuple):
+    """Row reads of the tokens that use a row patch, since it was loaded.
+
+    Attributes:
+        reads: rows that their memory layers read from tables that the patch changes.
+        hits: those among them that the patch changes.
+    """
+
+    content_hash: str
+    reads: int
+    hits: int
+
+
 @dataclass(frozen=True)
 class EngineStatistics:
     """Gauges after a step, and totals since the engine was made.
@@ -204,6 +235,7 @@ class EngineStatistics:
         drafts: results of chunks with draft tokens; they had ``draft_tokens`` in total, of which
             ``accepted_tokens`` became part of an answer.
         tables: counts by table and layer; None if this step did not read them.
+        patches: counts of each loaded row patch; None if this step did not read them.
         lost_tables: for each unreadable table, the file and the error.
     """
 
@@ -220,6 +252,7 @@ class EngineStatistics:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     tables: tuple[TableCounts, ...] | None = ()
+    patches: tuple[PatchStatistics, ...] | None = ()
     lost_tables: tuple[str, ...] = ()
 
 

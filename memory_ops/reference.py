@@ -88,7 +88,8 @@ def add_patched_rows(
 
         out[t] += sum over the patches of t, over h, k: scale * w[t,h,k] * delta[row[t,h,k]]
 
-    Rows that a patch does not have add nothing. Tokens without patches do not change.
+    Rows that a patch does not have add nothing. Tokens without patches do not change. The patches
+    count the rows read and found.
 
     Args:
         out_TV: the sums of ``gather_rows``, fp32 or fp64, ``[T, V]``.
@@ -104,11 +105,13 @@ def add_patched_rows(
         tokens_L = (patches.set_T == number).nonzero().squeeze(1).to(out_TV.device)
         rows_LHK = rows_THK[tokens_L]
         for patch, scale in uses:
+            patch.counts[0] += rows_LHK.numel()
             if not len(patch.rows_P):
                 continue
             rows_P = patch.rows_P.to(out_TV.device)
             place_LHK = torch.searchsorted(rows_P, rows_LHK).clamp(max=len(rows_P) - 1)
             found_LHK = rows_P[place_LHK] == rows_LHK
+            patch.counts[1] += found_LHK.sum().to(patch.counts.device)
             weights_LHK = weights_THK[tokens_L].to(out_TV.dtype) * scale * found_LHK
             deltas_PV = patch.deltas_PV.to(out_TV)
             out_TV[tokens_L] += gather_rows(deltas_PV, place_LHK, weights_LHK)

@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from engine.messages import Abort, DescribeMemory, Heartbeat, MemoryReport
+from engine.messages import Abort, DescribeMemory, Heartbeat, MemoryReport, PatchLoaded
 from engine.process import PAUSE_S, EngineLostError, EngineProcess, EngineStartError
-from engine.request import EngineStatistics, Request, StepOutput, TokenOutput
+from engine.request import EngineStatistics, PatchSummary, Request, StepOutput, TokenOutput
 from server.config import SupervisionOptions
+from server.engine_patches import EnginePatches
 from server.token_stream import TokenStream, UnreadOutputs
 
 logger = logging.getLogger(__name__)
@@ -22,12 +24,14 @@ class EngineClient:
     """Sends requests to an engine process and delivers the outputs to their streams.
 
     If the process dies or hangs, its requests fail with errors. The client then starts a new
-    process while restarts are left.
+    process while restarts are left, which loads the row patches again before it accepts requests.
 
     Attributes:
         is_alive: whether the engine accepts requests.
         is_lost: whether the engine has died for good, with no restarts left.
         lost_tables: the value tables that can no longer be read, with the reason.
+        on_patch_lost: called with the content hash of each row patch that a new process cannot
+            load again, because its folders are gone or have changed.
     """
 
     def __init__(
@@ -49,9 +53,12 @@ class EngineClient:
         self._is_closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._report: asyncio.Future[MemoryReport] | None = None
+        self._patches = EnginePatches(lambda message: self._process.send(message))
+        self._is_running = True  # the process answers, though it may not accept requests yet
         self.is_alive = True
         self.is_lost = False
         self.lost_tables: tuple[str, ...] = ()
+        self.on_patch_lost: Callable[[str], None] = lambda content_hash: None
 
     def attach(self) -> None:
         """Start to read from the process and to watch it, in the running event loop."""
@@ -115,6 +122,26 @@ class EngineClient:
         # a caller that leaves must not cancel the others' future
         return await asyncio.shield(self._report)
 
+    async def load_patch(self, folder: Path) -> PatchSummary:
+        """Load the row patch in a folder, whose last component must not be a symbolic link.
+
+        Contents that are loaded already take no more memory.
+
+        Raises:
+            EngineLostError: the engine is not running, or dies before it answers.
+            PatchRefusedError: the patch is invalid, not made for this model, or exceeds a limit.
+        """
+        if not self.is_alive:
+            raise EngineLostError("the engine is not running")
+        return await self._patches.load(folder)
+
+    def unload_patch(self, content_hash: str) -> None:
+        """Let no further request use a patch, whatever folders it was loaded from.
+
+        Requests that use it finish with it. Call it when the last name of the content is gone.
+        """
+        self._patches.unload(content_hash)
+
     def handle(self, output: StepOutput) -> None:
         """Deliver a step's outputs; tokens come first, because clients wait for them."""
         self.lost_tables = output.statistics.lost_tables
@@ -122,11 +149,17 @@ class EngineClient:
             self._deliver(token_output)
         self._on_statistics(output.statistics)
 
-    def _handle_from(self, process: EngineProcess, message: StepOutput | MemoryReport) -> None:
+    def _handle_from(
+        self, process: EngineProcess, message: StepOutput | MemoryReport | PatchLoaded
+    ) -> None:
         """Handle a message, unless its process was replaced: its totals are already closed."""
-        if process is not self._process or not self.is_alive:
+        if process is not self._process or not self._is_running:
             return
-        if isinstance(message, StepOutput):
+        if isinstance(message, PatchLoaded):
+            self._patches.answer(message)
+        elif not self.is_alive:
+            return  # of a process that still loads row patches
+        elif isinstance(message, StepOutput):
             self.handle(message)
         elif self._report is not None:
             self._report.set_result(message)
@@ -143,6 +176,7 @@ class EngineClient:
     def _listen(self) -> None:
         """Read the process's messages in a thread, and handle them in the event loop."""
         loop, process = asyncio.get_running_loop(), self._process
+        self._is_running = True
         self._last_progress = time.monotonic()
 
         def read() -> None:
@@ -172,7 +206,7 @@ class EngineClient:
             if now - last > WATCH_EVERY_S + PAUSE_S:
                 self._last_progress = now  # this process was paused; heartbeats may be unread
             stalled_s = now - self._last_progress
-            if self.is_alive and stalled_s > self._supervision.stall_timeout_s:
+            if self._is_running and stalled_s > self._supervision.stall_timeout_s:
                 logger.error(
                     "killing the engine process: no progress for %.1f s beyond the time that its"
                     " work may take; if it is only slow, raise --stall-timeout-s",
@@ -182,9 +216,13 @@ class EngineClient:
                 self._engine_died(self._process)
 
     def _engine_died(self, process: EngineProcess) -> None:
-        if self._is_closing or process is not self._process or not self.is_alive:
+        if self._is_closing or process is not self._process or not self._is_running:
             return
         logger.error("the engine process has died; its requests fail with errors")
+        self._is_running = False
+        self._patches.engine_died()
+        if not self.is_alive:
+            return  # it died while it loaded row patches: the restart goes on
         self.is_alive = False
         self.lost_tables = ()  # the next process opens the tables again
         self._on_statistics(EngineStatistics())
@@ -202,12 +240,14 @@ class EngineClient:
             self._process = self._make_process()
             try:
                 await asyncio.to_thread(self._process.start)
-            except (EngineStartError, OSError) as error:
+                self._listen()
+                await self._patches.reload(self.on_patch_lost)
+            except (EngineStartError, EngineLostError, OSError) as error:
                 logger.error("restart of the engine failed: %s", error)
+                await asyncio.to_thread(self._process.stop)
                 await asyncio.sleep(_RESTART_PAUSE_S)
                 continue
             self.is_alive = True
-            self._listen()
             logger.warning("the engine was restarted; %d restarts are left", self._restarts_left)
             return
         self.is_lost = not self._is_closing

@@ -25,13 +25,11 @@ class PatchOptions:
     patch: tuple[str, ...] = option(
         (),
         "row patches to load at the start (default: none)",
-        group=("patches", "--patch law=./law med=./med --patch-dir ./patches"),
+        group=("row patches", "--patch law=./law med=./med --patch-dir ./patches"),
         metavar="NAME=DIR",
     )
     default_patches: tuple[str, ...] = option(
-        (),
-        "names of those that a request uses if it names none (default: none)",
-        metavar="NAME",
+        (), "those that requests use if they name none (default: none)", metavar="NAME"
     )
     patch_dir: str | None = option(
         None, "folder of patches that admins may load (default: none)", metavar="DIR"

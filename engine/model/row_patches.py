@@ -1,6 +1,6 @@
 """Row patches in a forward: which patches the tokens use, and lookups that add them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memory_ops import operations
+from memory_ops.patches.patch_counts import PatchCounts
 from memory_ops.patches.patched_rows import PatchedRows
 from memory_ops.patches.token_patches import NO_SET, PatchUse, TokenPatches
 from memory_ops.tables.value_table import Lookup
@@ -28,7 +29,15 @@ class RowPatch:
     @property
     def num_bytes(self) -> int:
         """Bytes of memory."""
-        return sum(rows.num_bytes for rows in {id(r): r for r in self.layers.values()}.values())
+        return sum(rows.num_bytes for rows in self._distinct())
+
+    def counts(self) -> PatchCounts:
+        """Row reads since the patch was made."""
+        counts = [rows.counts.tolist() for rows in self._distinct()]
+        return PatchCounts(*map(sum, zip((0, 0), *counts, strict=True)))
+
+    def _distinct(self) -> Iterable[PatchedRows]:
+        return {id(rows): rows for rows in self.layers.values()}.values()
 
 
 class ScaledPatch(NamedTuple):

@@ -24,6 +24,7 @@ class _Patch(ctypes.Structure):
         ("index", _POINTER),
         ("index_bits", _INT64),
         ("factor", _INT64),
+        ("counts", _POINTER),
     )
 
 
@@ -58,4 +59,5 @@ class NativePatches:
 def _patch(patch: PatchedRows) -> _Patch:
     deltas = NativeTable(*table_arguments(patch.deltas_PV))
     bits = len(patch.index_I).bit_length() - 1
-    return _Patch(deltas, patch.rows_P.data_ptr(), patch.index_I.data_ptr(), bits, patch.factor)
+    rows, index, counts = (t.data_ptr() for t in (patch.rows_P, patch.index_I, patch.counts))
+    return _Patch(deltas, rows, index, bits, patch.factor, counts)

@@ -15,6 +15,7 @@ struct Patch {
   const int64_t* rows;   // [P], ascending
   const int32_t* index;  // 2^index_bits places: a row's number or -1
   int64_t index_bits, factor;
+  int64_t* counts;  // row reads by tokens that use the patch, and those that found a row
 
   int64_t home(int64_t row) const {
     return (int64_t)((uint64_t)row * (uint64_t)factor >> (64 - index_bits));
@@ -55,12 +56,13 @@ inline void add_deltas(const Table& deltas, const Sums& sums, Span columns) {
 
 constexpr int64_t FOUND_ROWS = 128;  // found rows that are added at a time
 
-// Adds some columns of the deltas of a token's rows to its sums, `out` [V].
+// Adds some columns of the deltas of a token's rows to its sums, `out` [V], and counts the rows.
 inline void add_patch(const PatchUse& use, const int64_t* ids, const float* weights, int64_t count,
                       Span columns, float* out) {
   const Patch& patch = *use.patch;
   int64_t found[FOUND_ROWS];
   float found_weights[FOUND_ROWS];
+  int64_t hits = 0;
   for (int64_t first = 0; first < count; first += FOUND_ROWS) {
     int64_t size = 0;
     for (int64_t i = first; i < std::min(first + FOUND_ROWS, count); i++)
@@ -69,6 +71,12 @@ inline void add_patch(const PatchUse& use, const int64_t* ids, const float* weig
         found_weights[size++] = weights[i] * use.scale;
       }
     if (size) add_deltas(patch.deltas, {found, found_weights, nullptr, size, out}, columns);
+    hits += size;
+  }
+  // one of the threads that share a token's columns counts
+  if (columns.first == 0) {
+    __atomic_fetch_add(&patch.counts[0], count, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&patch.counts[1], hits, __ATOMIC_RELAXED);
   }
 }
 

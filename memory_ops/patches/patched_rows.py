@@ -21,6 +21,8 @@ class PatchedRows:
             ``rows_P``, or ``EMPTY``.
         factor: an odd int64 number, drawn at random: chosen ids cannot make lookups slow
             (multiplicative hashing, Knuth, The Art of Computer Programming, volume 3, section 6.4).
+        counts: int64 [2], which every backend increases: row reads by tokens that use the patch,
+            and those among them whose row the patch has.
     """
 
     def __init__(self, rows_P: Tensor, deltas_PV: Tensor) -> None:
@@ -39,6 +41,7 @@ class PatchedRows:
         if not bool((rows_P.diff() > 0).all()) or bool((rows_P[:1] < 0).any()):
             raise ValueError("rows: expected ascending ids, each once, none negative")
         self.rows_P, self.deltas_PV = rows_P, deltas_PV
+        self.counts = torch.zeros(2, dtype=torch.int64)
         index_I = None
         while index_I is None:
             self.factor = secrets.randbits(64) // 2 * 2 + 1 - 2**63

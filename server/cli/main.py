@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", usage: str) -> None:
     verb = verbs.add_parser("serve", help=serve.__doc__, description=serve.__doc__, usage=usage)
     verb.set_defaults(run=serve, computes=True)
-    config = "TOML file with options of this command; the command line overrides it"
+    config = "TOML file with these options; the command line overrides it"
     verb.add_argument("--config", type=Path, metavar="FILE", help=config)
     for settings in _SERVED:
         add_options(verb, settings)

@@ -10,8 +10,8 @@ from server.http.intake import Intake
 from server.http.memory_routes import memory_routes
 from server.http.model_routes import model_routes
 from server.http.openapi import openapi_document
-from server.http.patch_routes import patch_routes
 from server.http.page_routes import page_routes
+from server.http.patch_routes import patch_routes
 from server.http.service import Service
 from server.http.status_routes import status_routes
 from server.version import VERSION

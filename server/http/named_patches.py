@@ -58,6 +58,4 @@ _SCALED = {
 }
 _PATCHES = {"type": "array", "items": {"anyOf": [_NAME, _SCALED]}, "maxItems": MAX_PATCHES}
 
-NamedPatches = Annotated[
-    list[NamedPatch], PlainValidator(_check_patches), WithJsonSchema(_PATCHES)
-]
+NamedPatches = Annotated[list[NamedPatch], PlainValidator(_check_patches), WithJsonSchema(_PATCHES)]

@@ -1,6 +1,6 @@
 """Prometheus metrics of row patches, by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -19,7 +19,9 @@ class PatchMetrics:
         def counter(name: str, text: str) -> Counter:
             return Counter(f"{prefix}patch_{name}", text, _LABELS, registry=registry)
 
-        self._rows = Gauge(f"{prefix}patch_rows", "rows that it changes", _LABELS, registry=registry)
+        self._rows = Gauge(
+            f"{prefix}patch_rows", "rows that it changes", _LABELS, registry=registry
+        )
         self._loads = counter("loads", "times it was loaded")
         self._reads = counter("reads", "row reads by tokens that use it")
         self._hits = counter("hits", "those of rows that it changes")

@@ -119,6 +119,25 @@ def test_a_model_that_loaded_patches_gives_the_same_bits_without_them():
     assert outputs(plain) == outputs(patched)
 
 
+@pytest.mark.parametrize("make", [make_executor, eager])
+def test_reads_of_patched_rows_are_counted(make):
+    model = model_of(share_values=False)
+    layers = model.config.memory_layers
+    whole = PatchedRows(torch.arange(64), torch.zeros(64, 32))
+    patch = RowPatch("half", {layers[0]: whole, layers[1]: patch_of(model, 1).layers[layers[1]]})
+    served = engine(model, make)
+    served.patches.put(patch)
+    run(served, {0: [greedy("plain", PROMPT, 3)]})
+    assert patch.counts() == (0, 0)
+    run(served, {0: [asks("a", 3, (patch, 1.0)), greedy("plain", PROMPT[1:], 3)]})
+    read = (len(PROMPT) + 2) * 2 * 3  # heads x rows per head
+    assert whole.counts.tolist() == [read, read]
+    reads, hits = patch.counts()
+    assert reads == 2 * read and read < hits < reads
+    # layers that share a table share its counts
+    assert RowPatch("shared", dict.fromkeys(layers, whole)).counts() == (read, read)
+
+
 def test_a_patch_of_one_table_of_two():
     model = model_of(share_values=False)
     first, *others = model.config.memory_layers

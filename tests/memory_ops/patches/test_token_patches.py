@@ -93,6 +93,27 @@ def test_a_token_has_the_same_sum_in_any_company(build):
     assert torch.equal(torch.cat(parts), out_TV)
 
 
+@each_build
+def test_reads_and_hits_are_counted(build):
+    backends = (reference, NativeBackend(build))
+    # columns of few tokens are shared between threads; hits of one token exceed a native buffer
+    for num_tokens, width, top_k in ((1, 1000, 200), (9, 16, 5)):
+        rows = torch.randperm(NUM_ROWS)[:20].sort().values
+        deltas, twice = torch.randn(20, width), torch.randn(20, width)
+        rows_THK, weights_THK = lookups(num_tokens, top_k=top_k)
+        set_T = torch.tensor([0, 1, -1] * 3, dtype=torch.int32)[:num_tokens]
+        for backend in backends:
+            one, both = PatchedRows(rows, deltas), PatchedRows(rows, twice)
+            nothing = PatchedRows(rows[:0], deltas[:0])
+            sets = [[PatchUse(both, 1.0), PatchUse(one, 2.0)], [PatchUse(both, 1.0)]]
+            patches = TokenPatches([[*uses, PatchUse(nothing, 1.0)] for uses in sets], set_T)
+            out_TV = torch.zeros(num_tokens, width)
+            backend.add_patched_rows(out_TV, rows_THK, weights_THK, patches)
+            for used, by in ((one, set_T == 0), (both, set_T >= 0), (nothing, set_T >= 0)):
+                hits = torch.isin(rows_THK[by], used.rows_P).sum()
+                assert used.counts.tolist() == [rows_THK[by].numel(), hits]
+
+
 def test_wrong_shapes_are_refused():
     patches = TokenPatches([[PatchUse(patch(3, 4), 1.0)]], torch.zeros(2, dtype=torch.int32))
     rows_THK, weights_THK = lookups(2)

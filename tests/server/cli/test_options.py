@@ -47,7 +47,7 @@ def test_help_fits_three_screens_and_each_group_half_of_one(serve_help):
 def test_groups_have_titles_and_one_example_each(serve_help):
     groups = re.findall(r"^([\w ]+):\n  example: (.+)\n\n  --", serve_help, re.MULTILINE)
     served = (
-        *("model", "value tables", "engine", "patches", "threads"),
+        *("model", "value tables", "engine", "row patch limits", "row patches", "threads"),
         *("HTTP", "limits", "access", "monitoring", "supervision"),
     )
     assert groups == [(title, GROUPS[title][1]) for title in served]

@@ -18,7 +18,7 @@ TENANT, NOBODY = parse_key("key patches=a:c", ""), parse_key("key patches=", "")
 
 
 class FakeEngine:
-    """Takes the place of the engine's client: the content of a folder is its name's first letter."""
+    """Takes the place of the engine's client; a folder's content is its first letter."""
 
     def __init__(self):
         self.loaded, self.unloaded = [], []

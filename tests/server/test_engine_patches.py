@@ -1,0 +1,164 @@
+"""Row patches of an engine process: answers, removals and reloads, with a fake engine."""
+
+import asyncio
+import logging
+from pathlib import Path
+
+import pytest
+
+from engine.errors import PatchRefusedError
+from engine.messages import LoadPatch, PatchLoaded, UnloadPatch
+from engine.process import EngineLostError
+from engine.request import PatchSummary
+from server.engine_patches import EnginePatches
+
+
+class FakeEngine:
+    """Records messages; ``answer`` answers the oldest load, of a folder named like its content."""
+
+    def __init__(self):
+        self.sent, self.lost = [], []
+        self.patches = EnginePatches(self.sent.append)
+
+    async def begun(self, folder: str) -> "asyncio.Task[PatchSummary]":
+        """A load that waits for its answer."""
+        task = asyncio.create_task(self.patches.load(Path(folder)))
+        await asyncio.sleep(0)
+        return task
+
+    async def answer(self, content_hash: str | None = None, error: str = "refused"):
+        """Accept the oldest load in flight with a content hash, or refuse it."""
+        message = self.sent.pop(0)
+        assert isinstance(message, LoadPatch)
+        summary = content_hash and PatchSummary(content_hash, 1, 12, {"memory.table": 1})
+        self.patches.answer(PatchLoaded(message.key, summary, None if summary else error))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return message
+
+    async def loaded(self, folder: str, content_hash: str) -> None:
+        task = await self.begun(folder)
+        await self.answer(content_hash)
+        assert (await task).content_hash == content_hash
+
+    def reload(self) -> "asyncio.Task[None]":
+        return asyncio.create_task(self.patches.reload(self.lost.append))
+
+
+def scenario(run):
+    """Run a test's coroutine on a fake engine."""
+
+    def test():
+        asyncio.run(asyncio.wait_for(run(FakeEngine()), 60))
+
+    test.__name__ = run.__name__
+    return test
+
+
+@scenario
+async def test_a_load_gives_the_summary_or_the_reason(engine):
+    first, second = await engine.begun("/a"), await engine.begun("/b")
+    assert (await engine.answer("A"))[1:] == ("/a", None)
+    assert (await first).content_hash == "A"
+    await engine.answer(error="/b: shapes.t: wrong")
+    with pytest.raises(PatchRefusedError, match="^/b: shapes.t: wrong$"):
+        await second
+
+
+@scenario
+async def test_a_content_is_removed_once_whatever_its_folders(engine):
+    await engine.loaded("/a", "A")
+    await engine.loaded("/copy", "A")
+    engine.patches.unload("A")
+    engine.patches.unload("A")
+    assert engine.sent == [UnloadPatch("A")]
+
+
+@scenario
+async def test_a_removal_waits_for_loads_that_may_have_the_same_content(engine):
+    await engine.loaded("/a", "A")
+    await engine.loaded("/b", "B")
+    await engine.begun("/copy")
+    engine.patches.unload("A")
+    engine.patches.unload("B")
+    assert len(engine.sent) == 1
+    await engine.answer("A")
+    assert engine.sent == [UnloadPatch("B")]
+
+
+@scenario
+async def test_a_patch_that_nobody_waits_for_is_removed(engine):
+    task = await engine.begun("/a")
+    task.cancel()
+    await asyncio.sleep(0)
+    await engine.answer("A")
+    assert engine.sent == [UnloadPatch("A")]
+
+
+@scenario
+async def test_loads_fail_if_the_engine_dies_and_late_answers_are_ignored(engine):
+    task = await engine.begun("/a")
+    (message,) = engine.sent
+    engine.patches.engine_died()
+    with pytest.raises(EngineLostError, match="has died"):
+        await task
+    engine.patches.answer(PatchLoaded(message.key, PatchSummary("A", 1, 12, {})))
+    await engine.patches.reload(engine.lost.append)
+    assert engine.sent == [message] and not engine.lost
+
+
+def test_a_new_engine_loads_all_patches_that_still_exist(caplog):
+    @scenario
+    async def run(engine):
+        for folder, content in (("/a", "A"), ("/b", "B"), ("/copy", "A"), ("/c", "C")):
+            await engine.loaded(folder, content)
+        engine.patches.unload("C")
+        engine.sent.clear()
+        engine.patches.engine_died()
+        task = engine.reload()
+        await asyncio.sleep(0)
+        assert (await engine.answer(error="/a: is gone"))[1:] == ("/a", "A")
+        assert (await engine.answer("A"))[1:] == ("/copy", "A")
+        assert (await engine.answer(error="/b: has changed"))[1:] == ("/b", "B")
+        await task
+        assert engine.lost == ["B"] and not engine.sent
+        # what is lost stays lost
+        task = engine.reload()
+        await asyncio.sleep(0)
+        assert (await engine.answer("A"))[1:] == ("/copy", "A")
+        await task
+
+    with caplog.at_level(logging.ERROR):
+        run()
+    assert [record.getMessage() for record in caplog.records] == [
+        "row patch A: the new engine refuses it: /a: is gone",
+        "row patch B: the new engine refuses it: /b: has changed",
+    ]
+
+
+@scenario
+async def test_a_patch_that_is_removed_while_it_is_reloaded_stays_removed(engine):
+    await engine.loaded("/a", "A")
+    await engine.loaded("/b", "B")
+    task = engine.reload()
+    await asyncio.sleep(0)
+    engine.patches.unload("A")
+    engine.patches.unload("B")
+    await engine.answer("A")
+    await task
+    assert sorted(engine.sent) == [UnloadPatch("A"), UnloadPatch("B")] and not engine.lost
+
+
+@scenario
+async def test_a_reload_fails_if_the_new_engine_dies_too(engine):
+    await engine.loaded("/a", "A")
+    task = engine.reload()
+    await asyncio.sleep(0)
+    engine.patches.engine_died()
+    with pytest.raises(EngineLostError):
+        await task
+    engine.sent.clear()
+    task = engine.reload()
+    await asyncio.sleep(0)
+    await engine.answer("A")
+    await task

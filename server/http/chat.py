@@ -1,6 +1,7 @@
 """``POST /v1/chat/completions``: conversations in the format of the model's chat template."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from engine.errors import RequestError
@@ -21,10 +22,9 @@ def chat_answer(service: Service, body: ChatRequest, key: ApiKey | None = None) 
     """The answer to a chat request; it is generated when it is read.
 
     Raises:
-        ApiError, RequestError: as ``Service.patches_for`` and ``Generation``, or the model has no
+        ApiError, RequestError: as ``Generation`` and ``Service.patches_for``, or the model has no
             chat template.
     """
-    patches = service.patches_for(body.model, body.memory_patches, key)
     template = _template(service)
     parser = parser_for(template.source) if body.callable_tools else None
     grammar = body.grammar()
@@ -47,7 +47,8 @@ def chat_answer(service: Service, body: ChatRequest, key: ApiKey | None = None) 
     def prompt_fields() -> dict[str, Any]:
         return {"prompt_token_ids": generation.prompts[0]} if body.return_token_ids else {}
 
-    generation = Generation(service, body, "chatcmpl", 1, encode, grammar, patches)
+    find_patches = partial(service.patches_for, body.model, body.memory_patches, key)
+    generation = Generation(service, body, "chatcmpl", 1, encode, grammar, find_patches)
     kinds = "chat.completion", "chat.completion.chunk"
     name = body.model or service.model_name
     return Answer(generation, name, kinds, writer, prompt_fields)

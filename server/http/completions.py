@@ -1,5 +1,7 @@
 """``POST /v1/completions``: prompts of text or token ids."""
 
+from functools import partial
+
 from server.api_keys import ApiKey
 from server.http.answer import Answer
 from server.http.completion_choice import CompletionChoice
@@ -15,9 +17,8 @@ def completion_answer(
     """The answer to a completion request; it is generated when it is read.
 
     Raises:
-        ApiError, RequestError: as ``Service.patches_for`` and ``Generation``.
+        ApiError, RequestError: as ``Generation`` and ``Service.patches_for``.
     """
-    patches = service.patches_for(body.model, body.memory_patches, key)
 
     async def encode() -> list[Ids]:
         return [await _prompt_ids(service, body, prompt) for prompt in body.prompts]
@@ -29,7 +30,8 @@ def completion_answer(
         return CompletionChoice(service.tokenizer, body, generation.prompts[prompt], text)
 
     count, grammar = len(body.prompts), body.grammar()
-    generation = Generation(service, body, "cmpl", count, encode, grammar, patches)
+    find_patches = partial(service.patches_for, body.model, body.memory_patches, key)
+    generation = Generation(service, body, "cmpl", count, encode, grammar, find_patches)
     name = body.model or service.model_name
     return Answer(generation, name, ("text_completion", "text_completion"), writer)
 

@@ -290,7 +290,9 @@ def patch_metrics(server: Running, name: str) -> dict[str, float]:
     """Values of the metrics of a patch."""
     lines = server.http.get("/metrics").text.splitlines()
     found = [line for line in lines if "patch_" in line and f'patch="{name}"' in line]
-    return {line.partition("{")[0].removeprefix("memplus:"): float(line.split()[-1]) for line in found}
+    return {
+        line.partition("{")[0].removeprefix("memplus:"): float(line.split()[-1]) for line in found
+    }
 
 
 def test_metrics_count_reads_and_hits_until_the_name_is_removed(server, loaded):

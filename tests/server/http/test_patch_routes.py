@@ -23,6 +23,12 @@ A, B = "a" * 64, "b" * 64
 @pytest.fixture
 def served(tmp_path):
     """(fake process, application) of a server with patches a and b, of which b is a default."""
+    process, service = served_parts(tmp_path)
+    return process, create_app(service, 2**20, 30)
+
+
+def served_parts(tmp_path):
+    """(fake process, service) with patches a and b, of which b is a default."""
     for name in ("a", "b", "c", "d"):
         (tmp_path / name).mkdir()
     process, service, _ = build(chat_template=object())
@@ -33,8 +39,7 @@ def served(tmp_path):
     )
     patches = ServedPatches(FakeEngine(), service.metrics.patches, options)
     asyncio.run(patches.load_first())
-    app = create_app(replace(service, patches=patches), 2**20, 30)
-    return process, app
+    return process, replace(service, patches=patches)
 
 
 def ask(app, *requests, key=None):
@@ -189,6 +194,22 @@ def sent_patches(served, body):
 )
 def test_requests_use_the_patches_that_they_name(served, body, patches):
     assert sent_patches(served, body) == patches
+
+
+def test_a_patch_that_is_removed_while_the_prompt_is_encoded_is_an_error_by_name(tmp_path):
+    process, service = served_parts(tmp_path)
+    encode = service.tokenizer.encode
+
+    def encode_late(text, add_special_tokens):
+        service.patches._lost(A)
+        return encode(text, add_special_tokens)
+
+    service.tokenizer.encode = encode_late
+    app = create_app(service, 2**20, 30)
+    body = {"prompt": "x", "memory_patches": ["a"]}
+    start, answer = asyncio.run(post(app, body, asyncio.Event().wait))
+    assert start["status"] == 400 and process.sent == []
+    assert "no patch 'a' is loaded" in json.loads(answer["body"])["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -4,16 +4,18 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 from engine.compiling_requests import CompilingRequests
 from engine.config import EngineConfig
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError, PatchRefusedError, RequestError
 from engine.executors.batch import DeviceLostError, LaunchedStep
 from engine.executors.executor import Executor
-from engine.loaded_patches import LoadedPatches
+from engine.loaded_patches import LoadedPatches, PatchSource
 from engine.progress import Progress
 from engine.request import (
     EngineStatistics,
+    PatchSummary,
     Request,
     RequestLimits,
     StepOutput,
@@ -49,12 +51,14 @@ class Engine:
         eos_ids: frozenset[int] = frozenset(),
         make_drafter: Callable[[], Drafter] | None = None,
         grammars: Grammars | None = None,
+        patch_source: PatchSource | None = None,
     ) -> None:
         """Schedule for an executor that was made with ``config``.
 
         A sequence ends on any of ``eos_ids``. ``make_drafter`` makes each sequence's drafter, by
         default the one that ``config.speculate`` names. ``grammars`` compiles the grammars of
-        requests. ConfigError if ``max_model_len`` exceeds the model's positions or the KV memory.
+        requests, and ``patch_source`` reads row patches. ConfigError if ``max_model_len`` exceeds
+        the model's positions or the KV memory.
         """
         model, num_blocks = executor.config, executor.num_blocks
         max_model_len = _max_model_len(config, model.max_positions, num_blocks * config.block_size)
@@ -65,7 +69,8 @@ class Engine:
         grammars = grammars or Grammars()
         self._compiling = CompilingRequests(grammars)
         self._bitmasks = StepBitmasks(model.vocab_size, grammars)
-        self.patches = LoadedPatches()
+        self._max_patches = config.max_patches
+        self.patches = LoadedPatches(config, patch_source)
         self._batcher = Batcher(config.block_size, eos_ids, self.patches)
         self._pool = BlockPool(num_blocks, config.block_size)
         self._debug_checks = config.debug_checks
@@ -89,8 +94,8 @@ class Engine:
         ``mask`` is by default made from the request's grammar, in the background.
         """
         self.limits.check(request.prompt_ids, request.sampling)
-        if request.patches and not self._executor.takes_patches:
-            raise RequestError("memory_patches", "row patches cannot be used on this device")
+        if request.patches and (reason := self._patches_refused()):
+            raise RequestError("memory_patches", reason)
         lease = self.patches.lease(request.patches)
         if request.grammar is not None and mask is None:
             self._compiling.add(request, lease)
@@ -101,6 +106,16 @@ class Engine:
         """Cancel a request and free its blocks; do nothing if it has ended already."""
         self._compiling.abort(request_id)
         self._scheduler.abort(request_id)
+
+    def load_patch(self, folder: Path, content_hash: str | None = None) -> PatchSummary:
+        """As ``LoadedPatches.load``. One other thread may call it while steps run."""
+        if reason := self._patches_refused():
+            raise PatchRefusedError(reason)
+        return self.patches.load(folder, content_hash)
+
+    def unload_patch(self, content_hash: str) -> None:
+        """Let no further request use a patch. Another thread may call it while steps run."""
+        self.patches.remove(content_hash)
 
     def step(self) -> StepOutput:
         """Launch one step, and settle the oldest in flight if no more may be; see ``Executor``.
@@ -149,6 +164,7 @@ class Engine:
     def statistics(self, step_tokens: int = 0, new_tokens: int = 0) -> EngineStatistics:
         """The current gauges, after a step that ran and generated these numbers of tokens."""
         speculation = self._speculation
+        tables = self._table_counter.take(is_idle=not self.has_work)
         return EngineStatistics(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting + len(self._compiling),
@@ -162,9 +178,18 @@ class Engine:
             drafts=speculation.drafts if speculation else 0,
             draft_tokens=speculation.draft_tokens if speculation else 0,
             accepted_tokens=speculation.accepted_tokens if speculation else 0,
-            tables=self._table_counter.take(is_idle=not self.has_work),
+            tables=tables,
+            patches=None if tables is None else self.patches.statistics(),
             lost_tables=self._table_counter.faults(),
         )
+
+    def _patches_refused(self) -> str | None:
+        """The reason why no row patches can be used; None if they can."""
+        if not self._max_patches:
+            return "row patches are disabled, because max_patches is 0"
+        if not self._executor.takes_patches:
+            return "row patches cannot be used on this device"
+        return None
 
     @property
     def _can_step(self) -> bool:

@@ -1,21 +1,52 @@
 """The row patches that an engine has loaded, by the hash of their contents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from threading import Lock
+from typing import Protocol
 from weakref import WeakValueDictionary
 
-from engine.errors import RequestError
+from engine.config import EngineConfig
+from engine.errors import PatchRefusedError, RequestError
 from engine.model.row_patches import PatchSet, RowPatch, ScaledPatch
-from engine.request import PatchRef
+from engine.request import PatchRef, PatchStatistics, PatchSummary
+
+
+class PatchSource(Protocol):
+    """Reads row patches of one model from folders."""
+
+    def prepare(self) -> None:
+        """Begin the work that the first load needs, in the background."""
+        ...
+
+    def load(
+        self, folder: Path, check_size: Callable[[int, int], None]
+    ) -> tuple[RowPatch, PatchSummary]:
+        """Read and check the patch in a folder, and place it on the model's device.
+
+        Args:
+            folder: the patch folder; it must not be a symbolic link.
+            check_size: gets the patch's rows and bytes before memory is allocated for them, and
+                raises PatchRefusedError to refuse them.
+
+        Raises:
+            PatchRefusedError: the patch is not valid, or not made for this model.
+        """
+        ...
 
 
 class LoadedPatches:
     """Patches that requests may use. A patch that was removed stays as long as a request uses it.
 
-    Any thread may call it.
+    Any thread may call it, but only one may add patches.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, limits: EngineConfig | None = None, source: PatchSource | None = None
+    ) -> None:
+        """``limits`` gives the number, rows and memory of the patches that ``source`` reads."""
+        self._source = source
+        self._limits = limits or EngineConfig()
         self._lock = Lock()
         self._loaded: dict[str, RowPatch] = {}
         self._alive: WeakValueDictionary[str, RowPatch] = WeakValueDictionary()
@@ -25,12 +56,51 @@ class LoadedPatches:
         """Patches in memory: those loaded, and those that requests still use."""
         return len(self._alive)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all patches in memory."""
+        with self._lock:
+            return sum(patch.num_bytes for patch in self._alive.values())
+
+    def prepare(self) -> None:
+        """Begin the work that the first load needs, in the background."""
+        if self._source is not None:
+            self._source.prepare()
+
+    def load(self, folder: Path, content_hash: str | None = None) -> PatchSummary:
+        """Load the patch in a folder. Contents that are loaded already take no further memory.
+
+        Args:
+            folder: the patch folder; it must not be a symbolic link.
+            content_hash: the hash that the content must have; None accepts any.
+
+        Raises:
+            PatchRefusedError: the patch is invalid, not made for this model, or exceeds a limit.
+        """
+        if self._source is None:
+            raise PatchRefusedError("this engine reads no row patches from folders")
+        patch, summary = self._source.load(folder, self._check_size)
+        if content_hash not in (None, summary.content_hash):
+            found = f"{content_hash} became {summary.content_hash}"
+            raise PatchRefusedError(f"{folder}: its content has changed: {found}")
+        self.put(patch)
+        return summary
+
     def put(self, patch: RowPatch) -> None:
-        """Let requests use a patch."""
+        """Let requests use a patch; equal contents are one patch.
+
+        Raises:
+            PatchRefusedError: as many patches as allowed are in memory.
+        """
         # equal contents are one patch, so that a plan that names them finds what it means
         with self._lock:
-            patch = self._alive.setdefault(patch.content_hash, patch)
-            self._loaded[patch.content_hash] = patch
+            known = self._alive.get(patch.content_hash)
+            if known is None and len(self._alive) >= self._limits.max_patches:
+                raise PatchRefusedError(
+                    f"max_patches: {self._limits.max_patches} row patches are allowed, and as many"
+                    " are loaded or still used by requests"
+                )
+            self._loaded[patch.content_hash] = self._alive[patch.content_hash] = known or patch
 
     def remove(self, content_hash: str) -> None:
         """Let no further request use a patch; do nothing if it is not loaded."""
@@ -51,3 +121,24 @@ class LoadedPatches:
     def of(self, refs: Sequence[PatchRef]) -> PatchSet:
         """The patches of a request that has a lease."""
         return tuple(ScaledPatch(self._alive[ref.content_hash], ref.scale) for ref in refs)
+
+    def statistics(self) -> tuple[PatchStatistics, ...]:
+        """Counts of the loaded patches."""
+        return tuple(
+            PatchStatistics(content_hash, *patch.counts())
+            for content_hash, patch in list(self._loaded.items())
+        )
+
+    def _check_size(self, num_rows: int, num_bytes: int) -> None:
+        """Raise PatchRefusedError if a patch of this size exceeds a limit."""
+        most = self._limits.max_patch_rows
+        if num_rows > most:
+            raise PatchRefusedError(
+                f"max_patch_rows: the patch has {num_rows} rows, but at most {most} are allowed"
+            )
+        left = self._limits.patch_bytes - self.num_bytes
+        if num_bytes > left:
+            raise PatchRefusedError(
+                f"patch_memory_gib: the patch takes {num_bytes} bytes, but patches that are loaded"
+                f" or still used leave {max(left, 0)} of {self._limits.patch_bytes}"
+            )

@@ -21,10 +21,13 @@ from engine.messages import (
     EngineReady,
     EngineRefused,
     Heartbeat,
+    LoadPatch,
     MemoryReport,
     Message,
     PatchLoaded,
+    UnloadPatch,
 )
+from engine.patch_loading import PatchEngine, PatchLoading
 from engine.progress import Progress
 from engine.request import (
     EngineStatistics,
@@ -44,8 +47,11 @@ PAUSE_S = 1.0
 # seconds for an engine without requests to end by itself
 STOP_S = 1.0
 
+# what a running engine process sends
+Answer = StepOutput | Heartbeat | MemoryReport | PatchLoaded
 
-class StepEngine(Protocol):
+
+class StepEngine(PatchEngine, Protocol):
     """The part of ``engine.engine.Engine`` that the loop calls."""
 
     limits: RequestLimits
@@ -126,7 +132,7 @@ class EngineProcess:
         """
         self._outbox.put(messages)
 
-    def receive(self) -> StepOutput | Heartbeat | MemoryReport | PatchLoaded:
+    def receive(self) -> Answer:
         """Wait for the next message; EOFError if the process has ended.
 
         Call it in a separate thread: an event loop would make the pipe non-blocking, and that
@@ -136,7 +142,7 @@ class EngineProcess:
             output = self._connection.recv()
         except OSError:
             raise EOFError("the engine process has ended") from None
-        assert isinstance(output, StepOutput | Heartbeat | MemoryReport | PatchLoaded)
+        assert isinstance(output, Answer)
         return output
 
     def kill(self) -> None:
@@ -184,6 +190,7 @@ class EngineLoop:
         self._engine, self._connection = engine, connection
         self._send_lock = threading.Lock()
         self._ended = threading.Event()
+        self._patches = PatchLoading(engine, self._send)
 
     def run(self) -> None:
         """Serve until the other side sends ``None`` or closes."""
@@ -225,6 +232,9 @@ class EngineLoop:
             if isinstance(message, Abort):
                 self._engine.abort(message.request_id)
                 continue
+            if isinstance(message, LoadPatch | UnloadPatch):
+                self._patches.submit(message)
+                continue
             if isinstance(message, DescribeMemory):
                 # reading the counts of a large table must not delay a step
                 threading.Thread(target=self._describe, daemon=True).start()
@@ -244,7 +254,7 @@ class EngineLoop:
         with contextlib.suppress(OSError):  # the loop notices it too
             self._send(report)
 
-    def _send(self, message: StepOutput | Heartbeat | EngineReady | MemoryReport) -> None:
+    def _send(self, message: Answer | EngineReady) -> None:
         with self._send_lock:
             self._connection.send(message)
 

@@ -14,6 +14,7 @@ from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.executors.executor import Executor, make_executor
 from engine.executors.lookahead import LookaheadConfig
+from engine.loaded_patches import PatchSource
 from engine.messages import EngineRefused
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
@@ -34,6 +35,7 @@ from weights.errors import CheckpointError
 from weights.grammars.compiler import GrammarCompiler
 from weights.grammars.grammar_memory import GRAMMARS_BYTES
 from weights.models.prepare import prepared_folder
+from weights.patches.patch_loader import PatchLoader
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ def main(connection: Connection, settings: EngineSettings) -> None:
     try:
         engine = build_engine(settings)
         engine.warm_up()
+        engine.patches.prepare()
     except (CheckpointError, ConfigError) as error:
         connection.send(EngineRefused(str(error)))
         return
@@ -70,7 +73,10 @@ def build_engine(settings: EngineSettings, device: torch.device | None = None) -
     grammars = GrammarCompiler(
         partial(load_tokenizer, folder), loaded.config.model.vocab_size, loaded.config.eos_ids
     )
-    return served_engine(loaded, settings.engine, grammars)
+    patch_source = None
+    if settings.engine.max_patches:
+        patch_source = PatchLoader(folder, loaded.config.model, device)
+    return served_engine(loaded, settings.engine, grammars, patch_source)
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,13 @@ class LoadedModel:
 
 
 def served_engine(
-    loaded: LoadedModel, engine: EngineConfig, grammars: Grammars | None = None
+    loaded: LoadedModel,
+    engine: EngineConfig,
+    grammars: Grammars | None = None,
+    patch_source: PatchSource | None = None,
 ) -> Engine:
-    """An engine for a loaded model; without ``grammars`` it refuses requests that have one.
+    """An engine for a loaded model; without ``grammars`` it refuses requests that have one, and
+    without ``patch_source`` it reads no row patches.
 
     A caller that only serves can drop the model afterwards.
 
@@ -104,7 +114,8 @@ def served_engine(
         ConfigError: a setting does not fit the model; the message names the field.
     """
     executor = served_executor(loaded, engine)
-    return Engine(executor, engine, loaded.config.eos_ids, grammars=grammars)
+    eos_ids = loaded.config.eos_ids
+    return Engine(executor, engine, eos_ids, grammars=grammars, patch_source=patch_source)
 
 
 def served_executor(loaded: LoadedModel, engine: EngineConfig) -> Executor:
@@ -144,6 +155,7 @@ def load_served(
         tier=options.table_tier,
         is_kv_requested=engine is not None and engine.kv_cache_gib is not None,
         grammar_bytes=GRAMMARS_BYTES if engine else 0,
+        patch_bytes=engine.patch_bytes if engine and described.takes_patches else 0,
     )
     choice = _tier_choice(request, device, engine or EngineConfig(), sizes.host_cache)
     shares = choice.shares(sizes.tables, sizes.weights)

@@ -1,5 +1,7 @@
 """Errors of model folders, data files and training."""
 
+from engine.errors import PatchRefusedError
+
 
 class CheckpointError(Exception):
     """A model cannot be served or converted; the message names file and tensor."""
@@ -9,8 +11,12 @@ class ModelNotFoundError(CheckpointError):
     """The model does not exist; the message says how to get it."""
 
 
-class PatchError(Exception):
+class PatchError(PatchRefusedError):
     """A row patch cannot be used; the message names file, table and field."""
+
+
+class PatchNotFoundError(PatchError):
+    """There is no folder of a row patch with this name."""
 
 
 class DataError(Exception):

@@ -1,7 +1,10 @@
 """One table's part of a row patch: the ids of its rows, and what is added to each of them."""
 
+import copy
 import secrets
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,15 +41,24 @@ class PatchedRows:
         if deltas_PV.dim() != 2 or len(deltas_PV) != len(rows_P) or not deltas_PV.is_contiguous():
             found = f"{tuple(deltas_PV.shape)} for {len(rows_P)} rows"
             raise ValueError(f"deltas: expected contiguous [P, V], got {found}")
-        if not bool((rows_P.diff() > 0).all()) or bool((rows_P[:1] < 0).any()):
+        ids_P = rows_P.numpy()
+        if not (ids_P[1:] > ids_P[:-1]).all() or (ids_P[:1] < 0).any():
             raise ValueError("rows: expected ascending ids, each once, none negative")
         self.rows_P, self.deltas_PV = rows_P, deltas_PV
         self.counts = torch.zeros(2, dtype=torch.int64)
         index_I = None
         while index_I is None:
             self.factor = secrets.randbits(64) // 2 * 2 + 1 - 2**63
-            index_I = _index(rows_P, self.factor)
-        self.index_I = index_I
+            index_I = _index(ids_P, self.factor)
+        self.index_I = torch.from_numpy(index_I)
+
+    def to(self, device: torch.device) -> "PatchedRows":
+        """A copy in the memory of a device; its counts begin at 0."""
+        moved = copy.copy(self)
+        for name in ("rows_P", "deltas_PV", "index_I"):
+            setattr(moved, name, getattr(self, name).to(device, copy=True))
+        moved.counts = torch.zeros_like(self.counts, device=device)
+        return moved
 
     @property
     def num_bytes(self) -> int:
@@ -54,20 +66,30 @@ class PatchedRows:
         return sum(tensor.nbytes for tensor in (self.rows_P, self.deltas_PV, self.index_I))
 
 
-def _index(rows_P: Tensor, factor: int) -> Tensor | None:
-    """The index; None if a lookup in it could take too long."""
+def patched_bytes(num_rows: int, value_dim: int, itemsize: int) -> int:
+    """``num_bytes`` of ``PatchedRows`` with deltas of this many values of ``itemsize`` bytes."""
+    return num_rows * (8 + value_dim * itemsize) + (4 << _index_bits(num_rows))
+
+
+def _index_bits(num_rows: int) -> int:
     # at least half of the places stay free, so that few probes find one
-    bits = max(1, (2 * len(rows_P) - 1).bit_length())
+    return max(1, (2 * num_rows - 1).bit_length())
+
+
+def _index(ids_P: "npt.NDArray[np.int64]", factor: int) -> "npt.NDArray[np.int32] | None":
+    """The index; None if a lookup in it could take too long."""
+    # in numpy: the threads of a large torch operation would delay a server's running requests
+    bits = _index_bits(len(ids_P))
     mask = 2**bits - 1
-    home_P = (rows_P * factor) >> (64 - bits) & mask
-    index_I = torch.full((2**bits,), EMPTY, dtype=torch.int32)
-    waiting = torch.arange(len(rows_P))
+    home_P = (ids_P * np.int64(factor)) >> (64 - bits) & mask
+    index_I = np.full(2**bits, EMPTY, dtype=np.int32)
+    waiting = np.arange(len(ids_P))
     for probes in range(_MOST_PROBES):
         # of the rows that try one free place the last gets it; the others try the next place, so
         # that all places between a row's first one and its own are taken
         place = (home_P[waiting] + probes) & mask
         free = index_I[place] == EMPTY
-        index_I[place[free]] = waiting[free].to(torch.int32)
+        index_I[place[free]] = waiting[free]
         waiting = waiting[index_I[place] != waiting]
         if not len(waiting):
             return index_I

@@ -39,7 +39,7 @@ def evaluate(
         raise ConfigError(f"json: the folder {json_file.parent} does not exist")
     facts = read_questions(questions) if questions is not None else []
     files = corpus_files(texts) if texts else []
-    engine = EngineConfig()
+    engine = EngineConfig(max_patches=0)
     device = chosen_device(model, engine)
     folder = prepared_folder(model.model, cache_folder())
     # load once: tables are large, and both scores need them in the same tier

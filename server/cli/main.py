@@ -107,7 +107,7 @@ def generate(options: argparse.Namespace) -> None:
     generate(
         options.text,
         from_options(ModelOptions, options),
-        EngineConfig(),
+        EngineConfig(max_patches=0),
         from_options(SamplingParams, options),
     )
 

@@ -1,11 +1,38 @@
-"""Patches that an engine has loaded."""
+"""Patches that an engine has loaded: equal contents, limits, removals and counts."""
+
+from pathlib import Path
 
 import pytest
+import torch
 
-from engine.errors import RequestError
+from engine.config import EngineConfig
+from engine.errors import PatchRefusedError, RequestError
 from engine.loaded_patches import LoadedPatches
 from engine.model.row_patches import RowPatch
-from engine.request import PatchRef
+from engine.request import PatchRef, PatchStatistics, PatchSummary
+from memory_ops.patches.patched_rows import PatchedRows, patched_bytes
+
+WIDTH = 256
+BYTES = patched_bytes(100, WIDTH, itemsize=4)
+
+
+class MadePatches:
+    """A source of patches of ``num_rows`` rows; a folder's name begins with its content."""
+
+    num_rows = 100
+
+    def prepare(self):
+        pass
+
+    def load(self, folder, check_size):
+        check_size(self.num_rows, patched_bytes(self.num_rows, WIDTH, itemsize=4))
+        rows = PatchedRows(torch.arange(self.num_rows), torch.zeros(self.num_rows, WIDTH))
+        patch = RowPatch(folder.name[0], {0: rows, 2: rows})
+        return patch, PatchSummary(folder.name[0], self.num_rows, patch.num_bytes, {})
+
+
+def loaded(**limits) -> LoadedPatches:
+    return LoadedPatches(EngineConfig(**limits), MadePatches())
 
 
 def test_equal_contents_are_one_patch():
@@ -24,3 +51,69 @@ def test_a_patch_that_is_not_loaded_is_refused():
     patches.remove("a")
     with pytest.raises(RequestError, match="memory_patches: patch a is not loaded"):
         patches.lease([PatchRef("a")])
+
+
+def test_equal_contents_in_two_folders_take_memory_once():
+    patches = loaded()
+    assert patches.load(Path("/a")).num_bytes == BYTES
+    patches.load(Path("/a-again"), "a")
+    assert (patches.num_alive, patches.num_bytes) == (1, BYTES)
+
+
+def test_a_removed_patch_counts_as_long_as_a_request_uses_it():
+    patches = loaded(max_patches=2, patch_memory_gib=2 * BYTES / 2**30)
+    patches.load(Path("/a"))
+    patches.load(Path("/b"))
+    lease = patches.lease([PatchRef("a")])
+    patches.remove("a")
+    with pytest.raises(PatchRefusedError, match=r"^patch_memory_gib: .* leave 0 of"):
+        patches.load(Path("/c"))
+    del lease
+    patches.load(Path("/c"))
+    assert (patches.num_alive, patches.num_bytes) == (2, 2 * BYTES)
+
+
+def test_the_number_of_patches_is_limited_but_not_that_of_folders():
+    patches = loaded(max_patches=2)
+    for folder in ("/a", "/b", "/a-again", "/b-again"):
+        patches.load(Path(folder))
+    with pytest.raises(PatchRefusedError, match=r"^max_patches: 2 row patches are allowed"):
+        patches.load(Path("/c"))
+    lease = patches.lease([PatchRef("a")])
+    patches.remove("a")
+    with pytest.raises(PatchRefusedError, match=r"^max_patches: 2 row patches are allowed"):
+        patches.load(Path("/c"))
+    # a content that is still used takes no place of its own
+    patches.load(Path("/a-once-more"))
+    assert lease[0].patch is patches.lease([PatchRef("a")])[0].patch
+
+
+def test_the_rows_of_a_patch_are_limited():
+    patches = loaded(max_patch_rows=99)
+    with pytest.raises(PatchRefusedError, match="^max_patch_rows: the patch has 100 rows, but at"):
+        patches.load(Path("/a"))
+    assert loaded(max_patch_rows=100).load(Path("/a")).num_rows == 100
+
+
+def test_a_content_that_has_changed_is_refused():
+    patches = loaded()
+    with pytest.raises(PatchRefusedError, match=r"^/a: its content has changed: b became a$"):
+        patches.load(Path("/a"), "b")
+    assert patches.num_alive == 0
+
+
+def test_patches_need_a_source_of_folders():
+    LoadedPatches().prepare()
+    with pytest.raises(PatchRefusedError, match="reads no row patches"):
+        LoadedPatches().load(Path("/a"))
+
+
+def test_counts_are_of_the_loaded_patches():
+    patches = loaded()
+    for folder in ("/a", "/b"):
+        patches.load(Path(folder))
+    (use,) = patches.lease([PatchRef("a")])
+    use.patch.layers[0].counts += torch.tensor([7, 3])
+    assert patches.statistics() == (PatchStatistics("a", 7, 3), PatchStatistics("b", 0, 0))
+    patches.remove("a")
+    assert patches.statistics() == (PatchStatistics("b", 0, 0),)

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.process import EngineProcess, run_engine
-from engine.request import EngineStatistics, Request, StepOutput, TokenOutput
+from engine.errors import PatchRefusedError
+from engine.messages import LoadPatch, PatchLoaded, UnloadPatch
+from engine.process import EngineLostError, EngineProcess, run_engine
+from engine.request import EngineStatistics, PatchSummary, Request, StepOutput, TokenOutput
 from engine.sampling.params import SamplingParams
 from server import engine_client
 from server.config import SupervisionOptions
@@ -193,3 +195,76 @@ def test_tokens_are_delivered_if_statistics_fail():
         assert [batch[0][1].token_ids async for batch in stream.batches()] == [(7,)]
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+class PatchingProcess(TalkingProcess):
+    """A fake process that loads folders named by their content, ``refused`` ones excepted.
+
+    With ``dies`` it dies at the first load.
+    """
+
+    def __init__(self, refused=(), dies=False):
+        super().__init__()
+        self.refused, self.dies, self.sent = refused, dies, []
+
+    def send(self, *messages):
+        self.sent += messages
+        for message in messages:
+            if not isinstance(message, LoadPatch):
+                continue
+            if self.dies:
+                self.messages.put(None)
+                return
+            # statistics of an idle engine, as a process sends them
+            self.messages.put(StepOutput((), EngineStatistics(num_running=len(self.sent))))
+            name = Path(message.folder).name
+            summary = None if name in self.refused else PatchSummary(name, 1, 12, {})
+            self.messages.put(PatchLoaded(message.key, summary, "is gone"))
+
+    def loads(self):
+        return [m[1:] for m in self.sent if isinstance(m, LoadPatch)]
+
+
+def test_a_new_engine_has_all_patches_before_it_accepts_requests(monkeypatch):
+    monkeypatch.setattr(engine_client, "_RESTART_PAUSE_S", 0.0)
+    first, dying = PatchingProcess(refused=("bad",)), PatchingProcess(dies=True)
+    last = PatchingProcess(refused=("b",))
+    successors, lost, running = [dying, last], [], []
+    client = EngineClient(
+        first,
+        lambda statistics: running.append(statistics.num_running),
+        SupervisionOptions(engine_restarts=2),
+        lambda: successors.pop(0),
+    )
+    client.on_patch_lost = lambda content: lost.append((content, client.is_alive))
+
+    async def scenario():
+        client.attach()
+        for name in "abc":
+            assert (await client.load_patch(Path("/", name))).content_hash == name
+        with pytest.raises(PatchRefusedError, match="^is gone$"):
+            await client.load_patch(Path("/bad"))
+        client.unload_patch("c")
+        assert first.sent[-1] == UnloadPatch("c")
+        running.clear()
+        first.messages.put(None)
+        while client.is_alive:
+            await asyncio.sleep(0)
+        with pytest.raises(EngineLostError, match="is not running"):
+            await client.load_patch(Path("/a"))
+        while not client.is_alive:
+            await asyncio.sleep(0)
+        assert dying.loads() == [("/a", "a")]
+        assert last.loads() == [("/a", "a"), ("/b", "b")]
+        assert lost == [("b", False)]
+        # no statistics of an engine that accepts no requests yet
+        assert running == [0]
+        await client.load_patch(Path("/c"))
+        await client.detach()
+
+    try:
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+    finally:
+        for process in (first, dying):
+            process.stop()
+        client.stop()

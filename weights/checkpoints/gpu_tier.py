@@ -48,10 +48,11 @@ class GpuTierChoice:
         """Divide the GPU's memory, which is read once, and size the host tier.
 
         ``auto`` loads the tables into the GPU's memory if they fit together with the weights, a
-        reserve of ``request.kv_bytes`` for the KV pool and 1 GiB for a step, or if they fit in the
-        row cache that they would get. Otherwise it loads them into host memory, if they leave 2 GiB
-        of it. A log line explains the decision. Unless the user requested a KV pool, its size is
-        left to the executor, which measures the memory that is left.
+        reserve of ``request.kv_bytes`` for the KV pool, 1 GiB for a step and the memory of row
+        patches, or if they fit in the row cache that they would get. Otherwise it loads them into
+        host memory, if they leave 2 GiB of it. A log line explains the decision. Unless the user
+        requested a KV pool, its size is left to the executor, which measures the memory that is
+        left.
 
         Args:
             table_bytes: all tables in their served layout; 0 if there are none.
@@ -77,6 +78,10 @@ class GpuTierChoice:
         self.request.check_kv(gpu, weight_bytes, table_bytes if cache is None else cache)
         return MemoryShares(cache, self.request.kv_bytes)
 
+    @property
+    def _step_bytes(self) -> int:
+        return _STEP_BYTES + self.request.patch_bytes
+
     def _gpu_memory(self) -> AvailableMemory:
         free, total = self.read_gpu(self.device)
         in_use = total - free
@@ -87,7 +92,7 @@ class GpuTierChoice:
 
     def _cache_bytes(self, table_bytes: int, weight_bytes: int, gpu: AvailableMemory) -> int | None:
         beyond_weights = gpu.num_bytes - weight_bytes
-        left = beyond_weights - self.request.kv_bytes - _STEP_BYTES
+        left = beyond_weights - self.request.kv_bytes - self._step_bytes
         if self.request.tier == "device":
             check_fits("table_tier: device needs", table_bytes, beyond_weights, gpu)
             return None
@@ -154,9 +159,14 @@ class GpuTierChoice:
         logger.log(
             logging.WARNING if is_warning else logging.INFO,
             "tables of %s %s: %s is available (%s), less %s for weights, %s for the KV pool and %s"
-            " for a step",
+            " for a step%s",
             *(size_text(table_bytes), decision, size_text(gpu.num_bytes), gpu.bound),
-            *(size_text(weight_bytes), size_text(self.request.kv_bytes), size_text(_STEP_BYTES)),
+            *(
+                size_text(weight_bytes),
+                size_text(self.request.kv_bytes),
+                size_text(self._step_bytes),
+            ),
+            " and row patches" if self.request.patch_bytes else "",
         )
 
 

@@ -35,6 +35,7 @@ class MemoryRequest:
         tier: auto, device, host or disk, as the user requested.
         is_kv_requested: the user requested ``kv_bytes``, so they are not reduced.
         grammar_bytes: host memory that compiled grammars may take.
+        patch_bytes: memory of the device that row patches may take.
     """
 
     kv_bytes: int
@@ -43,6 +44,7 @@ class MemoryRequest:
     tier: str = "auto"
     is_kv_requested: bool = False
     grammar_bytes: int = 0
+    patch_bytes: int = 0
 
     @property
     def full_cache(self) -> int:

@@ -33,15 +33,20 @@ class CpuTierChoice:
 
     @property
     def _step_bytes(self) -> int:
-        return _STEP_BYTES + self.request.grammar_bytes
+        return _STEP_BYTES + self.request.grammar_bytes + self.request.patch_bytes
+
+    @property
+    def _for_steps(self) -> str:
+        users = "step, grammars and patches" if self.request.patch_bytes else "step and grammars"
+        return f"{size_text(self._step_bytes)} for a {users}"
 
     def shares(self, table_bytes: int, weight_bytes: int) -> MemoryShares:
         """Divide the available memory, which is read once.
 
         ``auto`` loads the tables into memory if they fit together with the weights, the KV pool,
-        512 MiB for a step and its grammars, or if they fit in the default row cache. If the user
-        did not request a KV pool, it gets the rest: at most ``kv_bytes``, at least 64 MiB. A log
-        line explains each decision.
+        512 MiB for a step, its grammars and row patches, or if they fit in the default row cache.
+        If the user did not request a KV pool, it gets the rest: at most ``kv_bytes``, at least
+        64 MiB. A log line explains each decision.
 
         Args:
             table_bytes: all tables in their served layout; 0 if there are none.
@@ -97,7 +102,7 @@ class CpuTierChoice:
         else:
             left = memory.num_bytes - weight_bytes - row_bytes - self._step_bytes
             kv_bytes = self.request.fitting_kv(left)
-            for_steps = f" and {size_text(self._step_bytes)} for a step and grammars"
+            for_steps = f" and {self._for_steps}"
         logger.log(
             logging.INFO if kv_bytes == wanted else logging.WARNING,
             "KV pool takes %s: %s is available (%s), less %s for weights, %s for table rows%s",
@@ -129,10 +134,10 @@ class CpuTierChoice:
         logger.log(
             logging.INFO if is_loaded and not is_unused else logging.WARNING,
             "tables of %s %s%s: %s is available (%s), less %s for weights, %s for the KV pool and"
-            " %s for a step and grammars",
+            " %s",
             *(size_text(table_bytes), decision),
             "; --table-cache is unused" if is_unused else "",
             *(size_text(memory.num_bytes), memory.bound),
-            *(size_text(weight_bytes), size_text(request.kv_bytes), size_text(self._step_bytes)),
+            *(size_text(weight_bytes), size_text(request.kv_bytes), self._for_steps),
         )
         return None if is_loaded else cache

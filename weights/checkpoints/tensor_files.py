@@ -252,12 +252,18 @@ def list_file(path: Path) -> list[StoredTensor]:
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = file.read(length)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: is truncated or not a safetensors file ({error}); pickled weights are not"
             " supported"
         ) from None
+    return header_tensors(path, length, header)
+
+
+def header_tensors(path: Path, length: int, content: bytes) -> list[StoredTensor]:
+    """The tensors in a file's header of ``length`` bytes, which safetensors has accepted."""
+    header = json.loads(content)
     metadata = header.pop("__metadata__", {})
     return [
         StoredTensor(

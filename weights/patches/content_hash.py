@@ -1,6 +1,7 @@
 """The content hash of a row patch: SHA-256 over its tensors, computed by several threads."""
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -31,7 +32,9 @@ def content_hash(tensors: Mapping[str, Tensor], on_part: OnPart) -> str:
         64 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="patch-hash") as pool:
+    # more threads than cores would only slow down a server's running requests
+    num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="patch-hash") as pool:
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {_CODES[tensor.dtype]} {list(tensor.shape)}\n".encode())
             memory = tensor_bytes(tensor)

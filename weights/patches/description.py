@@ -4,11 +4,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from weights.checkpoints.table_origin import HASH_PATTERN
 from weights.errors import PatchError
+from weights.patches.opened_folder import OpenedFile
 
 FORMAT_VERSION = 1
 _VERSION = "memplus_patch"
@@ -49,20 +49,17 @@ class PatchDescription:
         return content
 
 
-def read_description(path: Path) -> PatchDescription:
+def read_description(file: OpenedFile) -> PatchDescription:
     """Read a ``patch.json`` of at most 1 MiB.
 
     Raises:
         PatchError: the file cannot be read, or a key is unknown, missing or has an invalid value.
     """
+    path, content = file.path, file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise PatchError(f"{path}: is larger than {_MAX_BYTES} bytes")
     try:
-        with open(path, "rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-        if len(content) > _MAX_BYTES:
-            raise PatchError(f"{path}: is larger than {_MAX_BYTES} bytes")
         return _parse(json.loads(content, parse_constant=_refuse_constant))
-    except OSError as error:
-        raise PatchError(f"{path}: {error.strerror}") from None
     except RecursionError:
         raise PatchError(f"{path}: not valid JSON: nested too deeply") from None
     except ValueError as error:

@@ -1,9 +1,6 @@
 """Reads and writes patch folders: patch.safetensors with rows and deltas, and patch.json."""
 
-import os
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,23 +13,24 @@ from weights.checkpoints.tensor_files import (
     STORED_DTYPES,
     StoredTensor,
     TensorSource,
-    list_file,
 )
 from weights.checkpoints.tensor_writer import write_tensors
-from weights.errors import CheckpointError, PatchError
+from weights.errors import PatchError
 from weights.patches.content_hash import content_hash
 from weights.patches.description import PatchDescription, read_description
 from weights.patches.model_identity import ModelIdentity
+from weights.patches.opened_folder import OpenedFile, opened_files
 from weights.patches.patch_checks import (
     DELTAS,
     ROWS,
+    CheckSize,
     check_headers,
     check_row_ids,
     first_not_finite,
 )
+from weights.patches.patch_header import list_tensors
 
 TENSORS_FILE, DESCRIPTION_FILE = "patch.safetensors", "patch.json"
-_MAX_HEADER_BYTES = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,34 +78,36 @@ def stored_patch(
 
 
 def read_patch(
-    folder: Path, model: ModelIdentity | None = None, max_rows: int | None = None
+    folder: Path,
+    model: ModelIdentity | None = None,
+    check_size: CheckSize | None = None,
+    *,
+    follow: bool = True,
 ) -> StoredPatch:
     """Read and check a patch folder. Memory is allocated only after sizes were checked.
+
+    Each file is opened once, so that what was checked is what is read.
 
     Args:
         folder: the patch folder. Its files must not be symbolic links.
         model: the model that the patch must have been made for; None accepts any.
-        max_rows: rows that the patch may have, over all tables; None sets no limit.
+        check_size: called with the rows over all tables, and the bytes of memory that they take
+            with their hash indexes; it refuses the patch by PatchRefusedError.
+        follow: the folder may be a symbolic link.
 
     Raises:
         PatchError: the folder is not a valid patch, or not one for the model; the message names
             file, table and field.
     """
-    json_file, file = folder / DESCRIPTION_FILE, folder / TENSORS_FILE
-    for one in (json_file, file):
-        _check_is_regular(one)
-    description = read_description(json_file)
-    if model is not None:
-        model.check(description, json_file)
-    stored = _list_tensors(file)
-    check_headers(file, stored, description, max_rows)
-    with _opened(file) as descriptor:
-        # on huge pages, because faults of small ones would take a third of the time
-        tensors = {
-            name: uninitialized(one.shape, STORED_DTYPES[one.dtype]) for name, one in stored.items()
-        }
-        found = content_hash(tensors, _Reader(file, descriptor, stored, tensors))
-    _check_ids(str(file), tensors, description)
+    with opened_files(folder, DESCRIPTION_FILE, TENSORS_FILE, follow=follow) as (json_file, file):
+        description = read_description(json_file)
+        if model is not None:
+            model.check(description, json_file.path)
+        stored = list_tensors(file)
+        check_headers(file.path, stored, description, check_size)
+        tensors = {name: _memory(file, one) for name, one in stored.items()}
+        found = content_hash(tensors, _Reader(file, stored, tensors))
+    _check_ids(str(file.path), tensors, description)
     tables = {name: (tensors[name + ROWS], tensors[name + DELTAS]) for name in description.shapes}
     return StoredPatch(description, tables, found)
 
@@ -162,19 +162,22 @@ class _FiniteCheck:
 class _Reader:
     """Reads parts of tensors from the file into their memory, and checks them."""
 
-    file: Path
-    descriptor: int
+    file: OpenedFile
     stored: Mapping[str, StoredTensor]
     tensors: Mapping[str, Tensor]
 
     def __call__(self, name: str, first: int, part: memoryview) -> None:
-        done, offset = 0, self.stored[name].offset + first
-        while done < len(part):
-            count = os.preadv(self.descriptor, [part[done:]], offset + done)
-            if not count:
-                raise PatchError(f"{self.file}: ends within tensor {name}")
-            done += count
-        _FiniteCheck(str(self.file), self.tensors)(name, first, part)
+        if self.file.read_into(part, self.stored[name].offset + first) < len(part):
+            raise PatchError(f"{self.file.path}: ends within tensor {name}")
+        _FiniteCheck(str(self.file.path), self.tensors)(name, first, part)
+
+
+def _memory(file: OpenedFile, stored: StoredTensor) -> Tensor:
+    try:
+        # on huge pages, because faults of small ones would take a third of the time
+        return uninitialized(stored.shape, STORED_DTYPES[stored.dtype])
+    except OSError as error:
+        raise PatchError(f"{file.path}: {error.strerror}") from None
 
 
 def _tensors(tables: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -187,44 +190,3 @@ def _tensors(tables: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 def _check_ids(where: str, tensors: Mapping[str, Tensor], description: PatchDescription) -> None:
     for table, (num_rows, _) in description.shapes.items():
         check_row_ids(f"{where}: tensor {table + ROWS}", tensors[table + ROWS], num_rows)
-
-
-def _check_is_regular(file: Path) -> None:
-    try:
-        mode = os.lstat(file).st_mode
-    except OSError as error:
-        raise PatchError(f"{file}: {error.strerror}") from None
-    if stat.S_ISLNK(mode):
-        raise PatchError(f"{file}: is a symbolic link; a patch folder must hold the file itself")
-    if not stat.S_ISREG(mode):
-        raise PatchError(f"{file}: is not a regular file")
-
-
-def _list_tensors(file: Path) -> dict[str, StoredTensor]:
-    try:
-        with open(file, "rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-        if length > _MAX_HEADER_BYTES:
-            raise PatchError(
-                f"{file}: is not a patch: its header has {length} bytes, but at most"
-                f" {_MAX_HEADER_BYTES} are allowed"
-            )
-        return {one.name: one for one in list_file(file)}
-    except CheckpointError as error:
-        raise PatchError(str(error)) from None
-    except OSError as error:
-        raise PatchError(f"{file}: {error.strerror}") from None
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as error:
-        raise PatchError(f"{file}: {error.strerror}") from None
-    try:
-        yield descriptor
-    except OSError as error:
-        raise PatchError(f"{file}: {error.strerror}") from None
-    finally:
-        os.close(descriptor)

@@ -76,7 +76,8 @@ def num_kv_blocks(
     peak = memory.peak(run_largest)
     in_use = memory.in_use()
     usable = int(memory.total() * config.gpu_memory_utilization)
-    left = usable - in_use - 2 * peak - _RESERVE_BYTES
+    reserved = _RESERVE_BYTES + (config.patch_bytes if model.takes_patches else 0)
+    left = usable - in_use - 2 * peak - reserved
     block_bytes = model.kv_bytes_per_token(itemsize) * config.block_size
     length = min(config.max_model_len or model.max_positions, model.max_positions)
     most = config.max_num_seqs * -(-length // config.block_size)
@@ -87,9 +88,10 @@ def num_kv_blocks(
     found = min(wanted, left // block_bytes - 1)
     logger.info(
         "KV pool takes %.2f GiB: the GPU has %.2f GiB, of which %.2f may be used"
-        " (--gpu-memory-utilization), %.2f are in use, and %.2f are for steps and graphs",
+        " (--gpu-memory-utilization), %.2f are in use, and %.2f are for steps, graphs and row"
+        " patches",
         *(max(found, 0) * block_bytes / _GIB, memory.total() / _GIB, usable / _GIB),
-        *(in_use / _GIB, (2 * peak + _RESERVE_BYTES) / _GIB),
+        *(in_use / _GIB, (2 * peak + reserved) / _GIB),
     )
     if found < 1 or (config.kv_cache_gib is not None and found < wanted):
         lower = "" if config.kv_cache_gib is None else "--kv-cache-gib, "

@@ -27,8 +27,9 @@ def choice_of(
     kv: int = 2 * GIB,
     is_kv_requested: bool = False,
     limits: HostCacheLimits = LIMITS,
+    patches: int = 0,
 ) -> GpuTierChoice:
-    request = MemoryRequest(kv, cache, 2 * GIB, tier, is_kv_requested)
+    request = MemoryRequest(kv, cache, 2 * GIB, tier, is_kv_requested, patch_bytes=patches)
 
     def read_gpu(device: torch.device) -> tuple[int, int]:
         assert device == GPU
@@ -50,6 +51,14 @@ def test_auto_takes_the_gpu_if_tables_fit_with_weights_kv_and_a_step(caplog):
         " (0.9 of cuda:0, --gpu-memory-utilization), less 5.00 GiB for weights, 2.00 GiB for the KV"
         " pool and 1.00 GiB for a step"
     )
+
+
+def test_memory_of_row_patches_is_reserved(caplog):
+    caplog.set_level(logging.INFO)
+    choice = choice_of(patches=GIB)
+    assert choice.shares(BUDGET - 9 * GIB, 5 * GIB).cache_bytes is None
+    assert caplog.messages[0].endswith("and 2.00 GiB for a step and row patches")
+    assert choice.shares(BUDGET - 9 * GIB + 1, 5 * GIB).cache_bytes == 2 * GIB
 
 
 def test_auto_takes_host_memory_if_tables_do_not_fit_on_the_gpu(caplog):

@@ -142,7 +142,7 @@ def test_auto_serves_from_memory_or_disk_by_the_dtype_asked_for(tmp_path, memory
     folder = save_model(random_model(tiny_config(**changes)), tmp_path / "model")
     # rows take 8,192 bytes in fp32 and 4,096 in bfloat16
     dense = sum(one.numel() for one in random_model(tiny_config(**changes)).parameters()) * 4
-    needed = dense + GIB + 512 * MIB + GRAMMARS_BYTES
+    needed = dense + GIB + 512 * MIB + GRAMMARS_BYTES + ASKED.patch_bytes
 
     def table(**options):
         loaded = load_served(ModelOptions(str(folder), **options), folder, ASKED, CPU)
@@ -178,9 +178,9 @@ def test_the_default_model_is_held_in_memory():
     assert type(loaded.model.model.layers[1].memory.table) is DeviceTable
 
 
-def kv_share(available, asked=False, table=0, tier="auto"):
+def kv_share(available, asked=False, table=0, tier="auto", patches=0):
     read_available = partial(AvailableMemory, available, "a test")
-    request = MemoryRequest(2 * GIB, None, GIB, tier, is_kv_requested=asked)
+    request = MemoryRequest(2 * GIB, None, GIB, tier, is_kv_requested=asked, patch_bytes=patches)
     return CpuTierChoice(request, read_available).shares(table, weight_bytes=GIB // 4).kv_bytes
 
 
@@ -203,6 +203,14 @@ def test_kv_blocks_get_the_memory_that_table_rows_leave():
     # rows on disk take a cache of 1 GiB
     assert kv_share(3 * GIB, table=9 * GIB, tier="disk") == 5 * GIB // 4
     assert kv_share(3 * GIB, table=GIB // 2, tier="disk") == 7 * GIB // 4
+
+
+def test_memory_of_row_patches_is_reserved(caplog):
+    caplog.set_level(logging.INFO)
+    assert kv_share(2 * GIB, patches=GIB // 2) == 3 * GIB // 4
+    assert caplog.messages[0].endswith("and 1.00 GiB for a step, grammars and patches")
+    kv_share(9 * GIB, table=GIB, patches=GIB // 2)
+    assert caplog.messages[1].endswith("and 1.00 GiB for a step, grammars and patches")
 
 
 def test_requested_kv_blocks_fit_or_are_refused():

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from engine.errors import PatchRefusedError
 from tests.weights.patches.made import IDENTITY, NUM_ROWS, TABLE, WIDTH, patch_of, saved_patch
 from weights.checkpoints import tensor_writer
 from weights.checkpoints.tensor_files import TensorSource
@@ -66,7 +67,7 @@ def test_a_patch_is_read_as_it_was_written(patch):
         folder = Path(parent) / "patch"
         write_patch(folder, patch)
         assert sorted(file.name for file in folder.iterdir()) == ["patch.json", "patch.safetensors"]
-        read = read_patch(folder, IDENTITY, max_rows=patch.num_rows)
+        read = read_patch(folder, IDENTITY)
     assert read.description == patch.description
     assert read.content_hash == patch.content_hash
     assert (read.num_rows, read.num_bytes) == (patch.num_rows, patch.num_bytes)
@@ -292,8 +293,14 @@ def test_ten_million_rows_are_refused_before_memory_is_allocated(tmp_path, folde
         out.truncate(len(header) + count * (8 + 4 * WIDTH))
     describe(folder, field("shapes", TABLE, [2**30, WIDTH]))
     monkeypatch.setattr(patch_folder, "uninitialized", lambda *size: pytest.fail("allocated"))
-    with pytest.raises(PatchError, match="has 10000000 rows, but at most 100000 are allowed"):
-        read_patch(folder, max_rows=100_000)
+
+    def refuse(rows, num_bytes):
+        raise PatchRefusedError(f"{rows} rows, {num_bytes} bytes")
+
+    # the hash index has twice as many places as rows, rounded up to a power of two
+    num_bytes = count * (8 + 4 * WIDTH) + 4 * 2**25
+    with pytest.raises(PatchRefusedError, match=f"^10000000 rows, {num_bytes} bytes$"):
+        read_patch(folder, check_size=refuse)
 
 
 OTHER = "c" * 64

@@ -7,7 +7,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.cuda.sizing import num_kv_blocks
-from tests.models import tiny_config
+from tests.models import feed_forward_changes, tiny_config
 
 GIB = 2**30
 # two layers, two KV heads of 8 values: 128 bytes a token in bf16, 2 KiB a block
@@ -34,8 +34,8 @@ class Memory:
         return int(self._peak * GIB)
 
 
-def blocks(memory=None, max_positions=2**30, **config) -> int:
-    model = tiny_config(max_positions=max_positions)
+def blocks(memory=None, max_positions=2**30, kinds=("dense", "dense"), **config) -> int:
+    model = tiny_config(max_positions=max_positions, **feed_forward_changes(*kinds))
     ran = []
     found = num_kv_blocks(
         model, EngineConfig(**config), 2, memory or Memory(), lambda: ran.append(1)
@@ -54,6 +54,13 @@ def test_all_that_is_left_becomes_kv_blocks(caplog):
 def test_a_larger_share_and_a_smaller_step_leave_more():
     assert blocks(gpu_memory_utilization=1.0) == int(3.75 * GIB) // BLOCK - 1
     assert blocks(Memory(peak=0.5)) == int(3.75 * GIB) // BLOCK - 1
+
+
+@pytest.mark.parametrize("kind", ["memory_plus", "pkm"])
+def test_memory_of_row_patches_is_reserved_if_the_model_takes_them(kind):
+    kinds = (kind, "dense")
+    assert blocks(kinds=kinds, patch_memory_gib=0.5) == int(2.25 * GIB) // BLOCK - 1
+    assert blocks(kinds=kinds, max_patches=0) == blocks(kinds=("peer", "dense")) == blocks()
 
 
 def test_no_more_than_all_sequences_need():

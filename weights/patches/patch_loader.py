@@ -1,0 +1,73 @@
+"""Loads row patches for a model that is served: reads, checks, indexes, and places them."""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from engine.model.config import ModelConfig
+from engine.model.row_patches import RowPatch
+from engine.request import PatchSummary
+from memory_ops.patches.patched_rows import PatchedRows
+from weights.errors import CheckpointError, PatchError
+from weights.patches.model_identity import ModelIdentity, model_identity
+from weights.patches.patch_folder import read_patch
+
+logger = logging.getLogger(__name__)
+
+
+class PatchLoader:
+    """The patch source of one model; see ``engine.loaded_patches.PatchSource``."""
+
+    def __init__(self, model: Path, config: ModelConfig, device: torch.device) -> None:
+        """Load patches of a checkpoint folder's model into the memory of ``device``."""
+        self._model, self._config, self._device = model, config, device
+
+    def prepare(self) -> None:
+        """Begin to compute the hashes of the model's weights, in the background."""
+        _ = self._identity
+
+    def load(
+        self, folder: Path, check_size: Callable[[int, int], None]
+    ) -> tuple[RowPatch, PatchSummary]:
+        """As ``PatchSource.load``. The first call waits for the hashes of the model's weights.
+
+        Raises:
+            PatchError: the patch is not valid, the model takes no patches, or its files cannot be
+                read.
+        """
+        try:
+            identity = self._identity.result()
+        except CheckpointError as error:
+            raise PatchError(str(error)) from None
+        stored = read_patch(folder, identity, check_size, follow=False)
+        tables = {name: PatchedRows(*pair) for name, pair in stored.tables.items()}
+        if self._device.type != "cpu":
+            tables = {name: rows.to(self._device) for name, rows in tables.items()}
+        names = {i: self._config.layer_tables(i).values for i in self._config.memory_layers}
+        layers = {layer: tables[name] for layer, name in names.items() if name in tables}
+        patch = RowPatch(stored.content_hash, layers)
+        counts = {name: len(rows.rows_P) for name, rows in tables.items()}
+        summary = PatchSummary(
+            stored.content_hash, stored.num_rows, patch.num_bytes, counts, stored.description.data
+        )
+        return patch, summary
+
+    @cached_property
+    def _identity(self) -> Future[ModelIdentity]:
+        thread = ThreadPoolExecutor(1, thread_name_prefix="model-identity")
+        identity = thread.submit(_timed_identity, self._model)
+        thread.shutdown(wait=False)
+        return identity
+
+
+def _timed_identity(model: Path) -> ModelIdentity:
+    start = time.monotonic()
+    identity = model_identity(model)
+    seconds = time.monotonic() - start
+    logger.info("row patches: computed the hashes of the model's weights in %.1f s", seconds)
+    return identity

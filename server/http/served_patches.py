@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from server.http.errors import ApiError
 from server.http.named_patches import NamedPatch
 from server.http.patch_metrics import PatchMetrics
 from server.patch_options import PatchOptions
+from weights.errors import PatchError, PatchNotFoundError
+from weights.patches.patch_dir import folder_in
 
 logger = logging.getLogger(__name__)
 
@@ -137,18 +138,16 @@ class ServedPatches:
         return [NamedPatch(name) for name in usable]
 
     def _folder(self, name: str) -> Path:
-        """The folder of a patch; links out of the folder of patches are refused."""
+        """The folder of a patch, which is not a symbolic link; ApiError if there is none."""
         if self._options.patch_dir is None:
             message = "name: patches cannot be loaded; the server was started without --patch-dir"
             raise ApiError(400, message, param="name")
-        parent = os.path.realpath(self._options.patch_dir)
-        folder = Path(os.path.realpath(os.path.join(parent, name)))
-        if not folder.is_relative_to(parent):
-            message = f"name: patch {name!r} is a link to a place outside of --patch-dir"
-            raise ApiError(400, message, param="name")
-        if not folder.is_dir():
-            raise ApiError(404, f"name: --patch-dir has no patch {name!r}", param="name")
-        return folder
+        try:
+            return folder_in(Path(self._options.patch_dir), name)
+        except PatchNotFoundError as error:
+            raise ApiError(404, f"name: patch {error}", param="name") from None
+        except PatchError as error:
+            raise ApiError(400, f"name: patch {error}", param="name") from None
 
     async def _load(self, name: str, folder: Path) -> ServedPatch:
         summary = await self._engine.load_patch(folder)

@@ -234,8 +234,8 @@ def test_another_patch_under_a_removed_name_shares_no_prefix(server, patch_dir, 
 @pytest.mark.parametrize(
     ("name", "status", "message"),
     [
-        ("none", 404, "has no patch"),
-        ("outside", 400, "outside of --patch-dir"),
+        ("none", 404, "no such folder"),
+        ("outside", 400, "symbolic link"),
         ("foreign", 400, "row_choice"),
         ("truncated", 400, "patch.safetensors"),
         ("large", 400, "max-patch-rows"),
@@ -328,17 +328,8 @@ def test_a_restarted_engine_has_the_patches_that_are_still_in_their_folders(
     assert load(server, "vanishing").status_code == 404
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (("--patch", "law={}/foreign"), "patch: law: "),
-        (("--patch", "law={}/none"), "patch: law: "),
-        (("--patch-dir", "{}/none"), "patch_dir: "),
-    ],
-)
-def test_a_server_does_not_start_without_its_patches(memory_plus_folder, patch_dir, options, named):
-    given = [option.format(patch_dir) for option in options]
-    with pytest.raises(AssertionError) as raised, running(memory_plus_folder, *given):
+def test_a_server_does_not_start_with_a_patch_that_it_cannot_use(memory_plus_folder, patch_dir):
+    options = ("--patch", f"law={patch_dir}/foreign")
+    with pytest.raises(AssertionError) as raised, running(memory_plus_folder, *options):
         pass
-    lines = str(raised.value).splitlines()
-    assert lines[-1].startswith(f"memplus: {named}")
+    assert str(raised.value).splitlines()[-1].startswith("memplus: patch: law: ")

@@ -101,7 +101,7 @@ def test_patches_are_listed_loaded_and_removed(served):
     ("request_", "status", "message"),
     [
         (load("a"), 409, "already loaded"),
-        (load("none"), 404, "has no patch 'none'"),
+        (load("none"), 404, "patch none: "),
         (load(".."), 400, "name: String should match pattern"),
         (load("a/b"), 400, "name: String should match pattern"),
         (load(""), 400, "name: String should match pattern"),

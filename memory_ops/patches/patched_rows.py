@@ -53,10 +53,10 @@ class PatchedRows:
         self.index_I = torch.from_numpy(index_I)
 
     def to(self, device: torch.device) -> "PatchedRows":
-        """A copy in the memory of a device; its counts begin at 0."""
+        """The same rows in the memory of a device; their counts begin at 0."""
         moved = copy.copy(self)
         for name in ("rows_P", "deltas_PV", "index_I"):
-            setattr(moved, name, getattr(self, name).to(device, copy=True))
+            setattr(moved, name, getattr(self, name).to(device))
         moved.counts = torch.zeros_like(self.counts, device=device)
         return moved
 

@@ -59,7 +59,7 @@ def test_a_patch_is_applied_and_found_again(memory_plus_folder, folders, capsys)
 def test_mistakes_are_one_line_and_exit_code_2(memory_plus_folder, folders, capsys):
     saved_patch(folders / "foreign", model=IDENTITY)
     for arguments, named in [
-        (("inspect", folders / "none"), r"none/patch\.json: No such file"),
+        (("inspect", folders / "none"), "none: No such file"),
         (("merge", folders / "a", folders / "foreign"), "row_choice: .* different models"),
         (("scale", folders / "a", "nan"), "factor: must be finite"),
         (("apply", memory_plus_folder, folders / "foreign"), "row_choice: the patch was made for"),

@@ -17,6 +17,7 @@ from engine.executors.executor import make_executor
 from engine.messages import EngineReady, LoadPatch, PatchLoaded, UnloadPatch
 from engine.process import run_engine
 from engine.request import PatchRef, PatchStatistics, PatchSummary, StepOutput
+from memory_ops.patches.patched_rows import PatchedRows
 from tests.models import feed_forward_changes, greedy, random_model, save_model, tiny_config
 from tests.weights.patches.made import IDENTITY, TABLE, saved_patch
 from weights.checkpoints.checkpoint import load_model
@@ -259,3 +260,16 @@ def test_layers_share_the_rows_of_a_table(memory_plus_folder, identity, tmp_path
     patch, summary = loader.load(tmp_path / "p", lambda rows, num_bytes: None)
     assert patch.layers[1] is patch.layers[3] and patch.num_bytes == summary.num_bytes
     assert patch.counts() == PatchStatistics(patch.content_hash, 0, 0)[1:]
+
+
+def test_patches_are_placed_on_the_device_of_the_model(
+    memory_plus_folder, identity, tmp_path, monkeypatch
+):
+    _, config = load_model(memory_plus_folder)
+    saved_patch(tmp_path / "p", model=identity)
+    moved = []
+    monkeypatch.setattr(PatchedRows, "to", lambda rows, device: moved.append(device) or rows)
+    gpu = torch.device("cuda", 1)
+    loader = PatchLoader(memory_plus_folder, config.model, gpu)
+    loader.load(tmp_path / "p", lambda rows, num_bytes: None)
+    assert moved == [gpu]

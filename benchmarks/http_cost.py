@@ -22,10 +22,12 @@ from server.http.admission import Admission
 from server.http.app import create_app
 from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
+from server.http.served_patches import ServedPatches
 from server.http.service import Service
 from server.http.transport.connection import Connection
 from server.http.transport.connection_table import ConnectionTable
 from server.limits import LimitOptions
+from server.patch_options import PatchOptions
 from weights.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from weights.models.prepare import prepared_folder
 
@@ -80,6 +82,7 @@ async def streamed(tokenizer: Tokenizer, streams: int, steps: int, options: dict
         metrics=metrics,
         options=limits,
         grammars=GrammarChecker(Path(), model_limits),
+        patches=ServedPatches(engine, metrics.patches, PatchOptions()),
     )
     config = uvicorn.Config(create_app(service, 2**20, 30), lifespan="off", log_level="warning")
     config.load()

@@ -50,17 +50,14 @@ class EngineConfig:
     speculate_tokens: int | None = option(
         None, f"draft tokens per sequence and step, at most (default: {_NUM_DRAFTS})"
     )
-    debug_checks: bool = option(False, "check all KV blocks whenever the engine is idle; slow")
+    debug_checks: bool = option(False, "check all KV blocks whenever the engine idles; slow")
     max_patches: int = option(
         64,
-        "row patches in memory at the same time, those included that requests still use after they"
-        " were removed (0 refuses requests with patches)",
+        "row patches in memory, removed ones in use included",
         group=("row patch limits", "--max-patches 8 --patch-memory-gib 0.5"),
     )
     max_patch_rows: int = option(1_000_000, "rows of one row patch, over all tables")
-    patch_memory_gib: float = option(
-        1.0, "memory for row patches, reserved if any may be loaded and the model takes them"
-    )
+    patch_memory_gib: float = option(1.0, "memory for row patches, if the model takes them")
 
     def __post_init__(self) -> None:
         positive = ("max_num_seqs", "max_batched_tokens", "max_model_len", "block_size")

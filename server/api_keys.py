@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.errors import ConfigError
+from server.patch_options import NAME_RULE, PATCH_NAME
 
 _KEY = re.compile(r"[!-+\--~]{1,512}")  # visible ASCII without the comma, which separates keys
 _NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
 _ADMIN = "admin"
+_PATCHES = "patches="
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,17 @@ class ApiKey:
         digest: the key's SHA-256 hash; the key itself is not kept.
         name: the name of its owner, for logs; empty if it has none.
         is_admin: whether it may change what is served.
+        patches: the names of the row patches that it may use; None allows all.
     """
 
     digest: bytes = field(repr=False)
     name: str = ""
     is_admin: bool = False
+    patches: frozenset[str] | None = None
+
+    def may_use(self, patch: str) -> bool:
+        """Whether requests with this key may use a row patch."""
+        return self.patches is None or patch in self.patches
 
 
 class ApiKeys:
@@ -51,7 +59,9 @@ class ApiKeys:
 
 
 def parse_key(text: str, source: str) -> ApiKey:
-    """The key of ``KEY [NAME] [admin]``.
+    """The key of ``KEY [NAME] [admin] [patches=PATCH:PATCH]``.
+
+    Commas separate keys in the environment, so colons separate the patches of a key.
 
     Raises:
         ConfigError: the text is malformed; the message names ``source`` and never the key.
@@ -61,11 +71,14 @@ def parse_key(text: str, source: str) -> ApiKey:
         raise ConfigError(
             f"{source}: a key must have 1 to 512 visible ASCII characters and no comma"
         )
+    patches = None
+    if words and words[-1].startswith(_PATCHES):
+        patches = _patches(words.pop().removeprefix(_PATCHES), source)
     is_admin = words[-1:] == [_ADMIN]
     names = words[:-1] if is_admin else words
     if len(names) > 1 or not all(map(_NAME.fullmatch, names)):
-        raise ConfigError(f"{source}: expected KEY [NAME] [{_ADMIN}]")
-    return ApiKey(_digest(key.encode()), "".join(names), is_admin)
+        raise ConfigError(f"{source}: expected KEY [NAME] [{_ADMIN}] [{_PATCHES}PATCH:PATCH]")
+    return ApiKey(_digest(key.encode()), "".join(names), is_admin, patches)
 
 
 def read_keys(path: Path) -> list[ApiKey]:
@@ -88,6 +101,13 @@ def read_keys(path: Path) -> list[ApiKey]:
     if not keys:
         raise ConfigError(f"api_key_file: {path}: has no key")
     return keys
+
+
+def _patches(text: str, source: str) -> frozenset[str]:
+    names = text.split(":") if text else []
+    if not all(re.fullmatch(PATCH_NAME, name) for name in names):
+        raise ConfigError(f"{source}: each name in {_PATCHES} must have {NAME_RULE}")
+    return frozenset(names)
 
 
 def _digest(key: bytes) -> bytes:

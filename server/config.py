@@ -179,7 +179,7 @@ class HttpOptions:
     )
     # Docker kills a container 10 s after SIGTERM, and the processes need 2 s to end
     drain_timeout_s: int = field(
-        default=8, metadata={"help": "time for running requests to finish after SIGTERM or SIGINT"}
+        default=8, metadata={"help": "time to finish running requests after SIGTERM or SIGINT"}
     )
 
     def __post_init__(self) -> None:
@@ -210,7 +210,7 @@ class SupervisionOptions:
     )
     stall_timeout_s: float = field(
         default=4.0,
-        metadata={"help": "kill the engine after this many seconds without progress"},
+        metadata={"help": "kill an engine that makes no progress for this long"},
     )
 
     def __post_init__(self) -> None:
@@ -233,7 +233,7 @@ class ThreadOptions:
         default=None,
         metadata={
             "group": ("threads", "--threads 4"),
-            "help": "CPU threads (default: the cores that affinity and cgroup quota allow)",
+            "help": "CPU threads (default: cores that affinity and cgroup quota allow)",
         },
     )
 

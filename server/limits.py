@@ -47,7 +47,7 @@ class LimitOptions:
     )
     request_timeout_s: float = field(
         default=0.0,
-        metadata={"help": "end requests with an error after this long (0: no limit)"},
+        metadata={"help": "fail requests after this long (0: no limit)"},
     )
     allow_priority: bool = field(
         default=False, metadata={"help": "let clients set a request's priority"}

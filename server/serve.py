@@ -31,6 +31,7 @@ from server.limits import LimitOptions
 from server.listener import listen
 from server.logs import say
 from server.monitoring import MonitoringOptions
+from server.patch_options import PatchOptions
 from server.served_model import ServedModel
 from server.unix_socket import unix_socket
 from weights.models.named_models import WORDNET
@@ -45,6 +46,7 @@ _OTHER_FILES, _ACCEPTED_AT_ONCE = 256, 2048
 def serve(
     model: ModelOptions,
     engine: EngineConfig,
+    patches: PatchOptions,
     http: HttpOptions,
     limits: LimitOptions,
     supervision: SupervisionOptions,
@@ -59,8 +61,8 @@ def serve(
     Raises:
         ChatTemplateError: the model's chat template is not valid.
         CheckpointError: the model or its tokenizer cannot be read.
-        ConfigError: the server cannot listen on the address, a limit cannot be kept, or a key or
-            certificate is not valid.
+        ConfigError: the server cannot listen on the address, a limit cannot be kept, or a key,
+            certificate or row patch is not valid.
         EngineLostError: the engine process has died and no restarts are left.
         EngineStartError: the engine could not be built.
     """
@@ -68,10 +70,11 @@ def serve(
     _allow_files(limits.max_connections)
     keys = access.keys(environment_api_keys())
     access.check_tls()
-    served = ServedModel(model, engine, http, limits, supervision, monitoring)
+    served = ServedModel(model, engine, http, patches, limits, supervision, monitoring)
     gate = Gate()
 
     async def on_ready(service: Service) -> None:
+        await service.patches.load_first()
         # the loaded objects stay, and a full collection of them would stop all streams for 0.1 s
         gc.collect()
         gc.freeze()

@@ -20,10 +20,12 @@ from server.http.activity_log import ActivityLog
 from server.http.admission import Admission
 from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
+from server.http.served_patches import ServedPatches
 from server.http.service import Service
 from server.limits import LimitOptions
 from server.logs import say
 from server.monitoring import MonitoringOptions
+from server.patch_options import PatchOptions
 from weights.checkpoints.chat_template import load_chat_template
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.named_models import NAMED_MODELS, model_folder
@@ -43,6 +45,7 @@ class ServedModel:
         model: ModelOptions,
         engine: EngineConfig,
         http: HttpOptions,
+        patches: PatchOptions,
         limits: LimitOptions,
         supervision: SupervisionOptions,
         monitoring: MonitoringOptions,
@@ -52,14 +55,16 @@ class ServedModel:
         Raises:
             ChatTemplateError: the model's chat template is not valid.
             CheckpointError: the tokenizer cannot be read.
-            ConfigError: the limits contradict each other.
+            ConfigError: the limits contradict each other, the folder of patches does not exist, or
+                the engine has settings of patches without use.
         """
         limits.check_bodies(http.max_body_mib)
+        patches.check_folder()
         self.name = http.served_model_name or _model_name(model.model)
         self.metrics = Metrics(self.name, monitoring.metrics_prefix)
         self.activity = ActivityLog(say)
         self._http, self._engine, self._supervision = http, engine, supervision
-        self._limits = limits
+        self._patches, self._limits = patches, limits
         self._log_prompts = monitoring.log_prompts
         self._folder = model_folder(model.model, cache_folder())
         # report a bad tokenizer now, before minutes are spent on loading the model
@@ -68,7 +73,9 @@ class ServedModel:
             self._tokenizer.token_name(0)  # makes the table of names now, not while streams wait
         self._override = Path(http.chat_template) if http.chat_template else None
         self._template = load_chat_template(self._folder, self._override)
-        settings = EngineSettings(model, cache_folder(), engine, monitoring.log_format)
+        settings = EngineSettings(
+            model, cache_folder(), patches.engine_config(engine), monitoring.log_format
+        )
         self._make_process = partial(EngineProcess, ENGINE_ENTRY, settings)
         self._process = self._make_process()
         self._client: EngineClient | None = None
@@ -98,6 +105,7 @@ class ServedModel:
             metrics=self.metrics,
             options=self._limits,
             grammars=grammars,
+            patches=ServedPatches(client, self.metrics.patches, self._patches),
             log_prompts=self._log_prompts,
         )
 

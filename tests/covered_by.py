@@ -101,6 +101,8 @@ COVERED_BY = {
     "server/cli/main.py": "server/cli/test_options.py",
     "server/cli/train.py": "weights/training/test_trainer.py",
     "server/config.py": "server/http/test_app.py",
+    "server/http/named_patches.py": "server/http/test_patch_routes.py",
+    "server/http/patch_metrics.py": "server/http/test_served_patches.py",
     "server/engine_entry.py": "server/test_served_lookahead.py",
     "server/grammar_worker.py": "server/http/test_grammar_checker.py",
     "server/http/activity_log.py": "server/http/test_table_metrics.py",

@@ -28,6 +28,7 @@ from server.config import (
 from server.limits import LimitOptions
 from server.logs import say, set_up_logs
 from server.monitoring import MonitoringOptions
+from server.patch_options import PatchOptions
 from weights.checkpoints.dtype_names import TABLE_DTYPES
 from weights.errors import (
     ChatTemplateError,
@@ -40,7 +41,7 @@ from weights.models.named_models import DEFAULT_MODEL
 
 # in the order of the help
 _SERVED = (
-    *(ModelOptions, EngineConfig, ThreadOptions, HttpOptions, LimitOptions),
+    *(ModelOptions, EngineConfig, PatchOptions, ThreadOptions, HttpOptions, LimitOptions),
     *(AccessOptions, MonitoringOptions, SupervisionOptions),
 )
 _FAILURE = 1
@@ -90,6 +91,7 @@ def serve(options: argparse.Namespace) -> None:
     serve(
         from_options(ModelOptions, options),
         from_options(EngineConfig, options),
+        from_options(PatchOptions, options),
         from_options(HttpOptions, options),
         from_options(LimitOptions, options),
         from_options(SupervisionOptions, options),
@@ -221,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", usage: str) -> None:
     verb = verbs.add_parser("serve", help=serve.__doc__, description=serve.__doc__, usage=usage)
     verb.set_defaults(run=serve, computes=True)
-    config = "TOML file with options of this command; the command line overrides it"
+    config = "TOML file with these options; the command line overrides it"
     verb.add_argument("--config", type=Path, metavar="FILE", help=config)
     for settings in _SERVED:
         add_options(verb, settings)

@@ -42,8 +42,8 @@ def add_options(
     * ``metavar``: the name of the value in the help. Without it the field's name or type gives it.
     * ``choices``: the allowed values.
 
-    A tuple's option takes one or more values. Options that are not given are absent from the
-    namespace, so that the default stands only in the dataclass.
+    A tuple's option takes one or more values, and may be repeated. Options that are not given are
+    absent from the namespace, so that the default stands only in the dataclass.
     """
     group: argparse._ArgumentGroup | None = None
     hints = typing.get_type_hints(settings)
@@ -64,7 +64,8 @@ def add_options(
         else:
             choices = field.metadata.get("choices")
             shared["metavar"] = None if choices else _metavar(field, kind)
-            shared["nargs"] = "+" if is_several else None
+            if is_several:
+                shared |= {"nargs": "+", "action": "extend"}
             group.add_argument(name, type=kind, choices=choices, **shared)
 
 

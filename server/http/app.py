@@ -11,6 +11,7 @@ from server.http.memory_routes import memory_routes
 from server.http.model_routes import model_routes
 from server.http.openapi import openapi_document
 from server.http.page_routes import page_routes
+from server.http.patch_routes import patch_routes
 from server.http.service import Service
 from server.http.status_routes import status_routes
 from server.version import VERSION
@@ -40,7 +41,7 @@ def create_app(
     install_error_handlers(app)
     app.openapi = openapi_document(app)  # type: ignore[method-assign]
     app.include_router(generation)
-    for routes in (model_routes, memory_routes, status_routes):
+    for routes in (model_routes, memory_routes, patch_routes, status_routes):
         app.include_router(routes(service))
     if ui:
         app.include_router(page_routes())

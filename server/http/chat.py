@@ -1,9 +1,11 @@
 """``POST /v1/chat/completions``: conversations in the format of the model's chat template."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from engine.errors import RequestError
+from server.api_keys import ApiKey
 from server.http.answer import Answer
 from server.http.chat_choice import ChatChoice
 from server.http.chat_request import ChatPrompt, ChatRequest
@@ -16,11 +18,12 @@ from weights.checkpoints.chat_template import ChatTemplate
 from weights.errors import ChatTemplateError
 
 
-def chat_answer(service: Service, body: ChatRequest) -> Answer:
+def chat_answer(service: Service, body: ChatRequest, key: ApiKey | None = None) -> Answer:
     """The answer to a chat request; it is generated when it is read.
 
     Raises:
-        ApiError, RequestError: as ``Generation``, or the model has no chat template.
+        ApiError, RequestError: as ``Generation`` and ``Service.patches_for``, or the model has no
+            chat template.
     """
     template = _template(service)
     parser = parser_for(template.source) if body.callable_tools else None
@@ -44,9 +47,11 @@ def chat_answer(service: Service, body: ChatRequest) -> Answer:
     def prompt_fields() -> dict[str, Any]:
         return {"prompt_token_ids": generation.prompts[0]} if body.return_token_ids else {}
 
-    generation = Generation(service, body, "chatcmpl", 1, encode, grammar)
+    find_patches = partial(service.patches_for, body.model, body.memory_patches, key)
+    generation = Generation(service, body, "chatcmpl", 1, encode, grammar, find_patches)
     kinds = "chat.completion", "chat.completion.chunk"
-    return Answer(generation, service.model_name, kinds, writer, prompt_fields)
+    name = body.model or service.model_name
+    return Answer(generation, name, kinds, writer, prompt_fields)
 
 
 async def chat_prompt(service: Service, body: ChatPrompt) -> Ids:

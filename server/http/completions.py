@@ -1,5 +1,8 @@
 """``POST /v1/completions``: prompts of text or token ids."""
 
+from functools import partial
+
+from server.api_keys import ApiKey
 from server.http.answer import Answer
 from server.http.completion_choice import CompletionChoice
 from server.http.completion_request import CompletionRequest
@@ -8,11 +11,13 @@ from server.http.service import Service
 from weights.checkpoints.truncation import last_tokens
 
 
-def completion_answer(service: Service, body: CompletionRequest) -> Answer:
+def completion_answer(
+    service: Service, body: CompletionRequest, key: ApiKey | None = None
+) -> Answer:
     """The answer to a completion request; it is generated when it is read.
 
     Raises:
-        ApiError, RequestError: as ``Generation``.
+        ApiError, RequestError: as ``Generation`` and ``Service.patches_for``.
     """
 
     async def encode() -> list[Ids]:
@@ -24,8 +29,11 @@ def completion_answer(service: Service, body: CompletionRequest) -> Answer:
         text = given if isinstance(given, str) and not body.truncate_prompt_tokens else None
         return CompletionChoice(service.tokenizer, body, generation.prompts[prompt], text)
 
-    generation = Generation(service, body, "cmpl", len(body.prompts), encode, body.grammar())
-    return Answer(generation, service.model_name, ("text_completion", "text_completion"), writer)
+    count, grammar = len(body.prompts), body.grammar()
+    find_patches = partial(service.patches_for, body.model, body.memory_patches, key)
+    generation = Generation(service, body, "cmpl", count, encode, grammar, find_patches)
+    name = body.model or service.model_name
+    return Answer(generation, name, ("text_completion", "text_completion"), writer)
 
 
 async def _prompt_ids(service: Service, body: CompletionRequest, prompt: str | list[int]) -> Ids:

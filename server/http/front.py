@@ -24,7 +24,7 @@ class Front:
             app = CORSMiddleware(
                 app,
                 allow_origins=access.cors_origin,
-                allow_methods=("GET", "POST"),
+                allow_methods=("GET", "POST", "DELETE"),
                 allow_headers=("*",),
                 expose_headers=("X-Request-Id", "Retry-After"),
             )

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from engine.errors import RequestError
-from engine.request import Request, TokenOutput
+from engine.request import PatchRef, Request, TokenOutput
 from engine.sampling.grammar import Grammar
 from server.http.admission import Place
 from server.http.errors import ApiError, DeadlineError, EngineError
@@ -43,16 +43,18 @@ class Generation:
         num_prompts: int,
         encode: Callable[[], Awaitable[list[Ids]]],
         grammar: Grammar | None = None,
+        find_patches: Callable[[], tuple[PatchRef, ...]] = tuple,
     ) -> None:
         """Check everything that needs no tokenizer; ``encode`` makes the prompts' ids later.
 
-        All answers follow ``grammar``.
+        All answers follow ``grammar``. They use the row patches of ``find_patches``, which is
+        called now to check them, and again when the requests are sent.
 
         Raises:
-            ApiError: another model is served, or the engine is not running.
-            RequestError: a sampling parameter is out of range.
+            ApiError: the engine is not running, or as ``find_patches``.
+            RequestError: a sampling parameter is out of range, or as ``find_patches``.
         """
-        service.check_model(body.model)
+        find_patches()
         service.check_engine()
         if body.priority and not service.options.allow_priority:
             message = "only 0 is allowed; the server was started without --allow-priority"
@@ -65,6 +67,7 @@ class Generation:
         self._num_prompts = num_prompts
         self._encode = encode
         self._grammar = grammar
+        self._find_patches = find_patches
         limits = (body.timeout or math.inf, service.options.request_timeout_s or math.inf)
         self._timeout_s = min(limits)
         self._start = asyncio.get_running_loop().time()
@@ -172,6 +175,8 @@ class Generation:
         if self._grammar is not None:
             await self._service.grammars.check(self._grammar)
         bad_words = await asyncio.to_thread(self._bad_words)
+        # from here to the engine nothing awaits, so none of them can be removed on the way
+        patches = self._find_patches()
         requests: list[Request] = []
         for ids in self.prompts:
             for sample in range(body.num_samples):
@@ -179,7 +184,7 @@ class Generation:
                 if not sample:  # samples differ in their seeds alone
                     limits.check(ids, sampling)
                 name = f"{self.request_id}-{len(requests)}"
-                shared = body.priority, body.cache_salt, self._grammar
+                shared = body.priority, body.cache_salt, self._grammar, patches
                 requests.append(Request(name, ids, sampling, *shared))
         _check_prompt_logprobs(requests)
         return requests

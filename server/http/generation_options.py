@@ -10,6 +10,7 @@ from engine.request import MAX_PRIORITY
 from engine.sampling.grammar import Grammar
 from engine.sampling.params import SamplingParams
 from server.http.checked_fields import BadWords, Biases, ListedIds, StopField
+from server.http.named_patches import NamedPatches
 from server.http.request_body import RequestBody
 from server.http.structured_output import ResponseFormat, StructuredOutputs
 
@@ -48,7 +49,9 @@ class StreamOptions(RequestBody):
 class GenerationOptions(RequestBody):
     """Fields of every request that generates tokens."""
 
-    model: str | None = Field(default=None, description="the served model's name")
+    model: str | None = Field(
+        default=None, description="the served model's name, or MODEL+PATCH with a row patch"
+    )
     max_tokens: int | None = sampling_field("max_tokens")
     min_tokens: int | None = sampling_field("min_tokens")
     temperature: float | None = sampling_field("temperature")
@@ -95,6 +98,10 @@ class GenerationOptions(RequestBody):
     memory_trace: bool | None = Field(
         default=None,
         description="return the rows that memory layers read for each token, and their weights",
+    )
+    memory_patches: NamedPatches | None = Field(
+        default=None,
+        description="row patches to use, by name; without it, the server's default ones",
     )
     priority: int = Field(
         default=0,

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
+from server.http.authentication import key_of
 from server.http.chat import chat_answer
 from server.http.chat_request import ChatRequest
 from server.http.completion_request import CompletionRequest
@@ -32,13 +33,15 @@ def generation_routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or more prompts."""
         note(body)
-        return await respond(request, completion_answer(service, body), body.stream)
+        key = key_of(request.scope)
+        return await respond(request, completion_answer(service, body, key), body.stream)
 
     @router.post("/v1/chat/completions", response_model=None, responses=_either(ChatCompletion))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Continue a conversation."""
         note(body)
-        return await respond(request, chat_answer(service, body), body.stream)
+        key = key_of(request.scope)
+        return await respond(request, chat_answer(service, body, key), body.stream)
 
     return router
 

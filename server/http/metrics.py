@@ -9,6 +9,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.request import EngineStatistics, FinishReason
+from server.http.patch_metrics import PatchMetrics
 from server.http.table_gains import TABLE_COUNTS, TABLE_LABELS, TableGains
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -60,6 +61,7 @@ class Metrics:
             name: self._counter(f"table_{name}", text, *TABLE_LABELS)
             for name, text in TABLE_COUNTS.items()
         }
+        self.patches = PatchMetrics(self._registry, prefix)
         self.step_tokens = self._histogram("iteration_tokens_total", _TOKENS)
 
     def observe_step(self, statistics: EngineStatistics) -> None:
@@ -82,6 +84,7 @@ class Metrics:
         for labels, gained in self._table_gains.since(statistics.tables):
             for name, counter in self.tables.items():
                 counter.labels(*labels).inc(getattr(gained, name))
+        self.patches.observe(statistics.patches)
         if statistics.step_tokens:
             self.step_tokens.observe(statistics.step_tokens)
 

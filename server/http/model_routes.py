@@ -3,9 +3,10 @@
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from engine.errors import RequestError
+from server.http.authentication import key_of
 from server.http.chat import chat_prompt
 from server.http.errors import ApiError
 from server.http.json_text import large_json_text
@@ -19,20 +20,21 @@ def model_routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["model"])
 
     @router.get("/v1/models", responses={200: {"model": ModelList}})
-    async def models() -> dict[str, Any]:
-        """The list with the one served model."""
-        return {"object": "list", "data": [_model(service)]}
+    async def models(request: Request) -> dict[str, Any]:
+        """The served model, also with each loaded row patch."""
+        patched = service.patches.of_key(key_of(request.scope))
+        models = [_model(service), *(_model(service, one.name) for one in patched)]
+        return {"object": "list", "data": models}
 
     @router.get("/v1/models/{name:path}", responses={200: {"model": Model}})
-    async def model(name: str) -> dict[str, Any]:
-        """The served model."""
-        service.check_model(name)
-        return _model(service)
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        """The served model, maybe with a row patch: ``MODEL+PATCH``."""
+        return _model(service, service.patch_of_model(name, key_of(request.scope)))
 
     @router.post("/tokenize", response_model=None, responses={200: {"model": Tokens}})
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Token ids of a text or of a conversation."""
-        service.check_model(body.model)
+        service.patch_of_model(body.model, key_of(request.scope))
         if body.prompt is None:
             ids = list(await chat_prompt(service, body))
         else:
@@ -50,9 +52,9 @@ def model_routes(service: Service) -> APIRouter:
         return Response(await asyncio.to_thread(written), media_type="application/json")
 
     @router.post("/detokenize", responses={200: {"model": Detokenized}})
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
         """The text of token ids."""
-        service.check_model(body.model)
+        service.patch_of_model(body.model, key_of(request.scope))
         limit = service.limits.max_model_len
         if len(body.tokens) > limit:
             raise RequestError("tokens", f"at most {limit} token ids, not {len(body.tokens)}")
@@ -68,13 +70,16 @@ def model_routes(service: Service) -> APIRouter:
     return router
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service, patch: str | None = None) -> dict[str, Any]:
+    """The model, or the model with a row patch, as vLLM describes an adapter."""
+    name = service.model_name
     return {
-        "id": service.model_name,
+        "id": name if patch is None else service.patched_name(patch),
         "object": "model",
-        "created": service.created,
+        "created": service.created if patch is None else service.patches[patch].created,
         "owned_by": "memplus",
-        "root": service.model_name,
+        "root": name,
+        "parent": None if patch is None else name,
         "max_model_len": service.limits.max_model_len,
         "has_chat_template": service.chat_template is not None,
     }

@@ -11,7 +11,8 @@ from server.http.response_models import ErrorBody
 _ERRORS = {
     "400": "a mistake of the caller; `param` names the field",
     "401": "the API key is missing or wrong",
-    "404": "the model, or the endpoint, does not exist",
+    "403": "the API key may not do this, or not use this row patch",
+    "404": "the model, the row patch or the endpoint does not exist",
     "408": "the body did not arrive in time",
     "413": "the body is too large",
     "414": "the URL is too long",
@@ -23,8 +24,8 @@ _ERRORS = {
     "503": "the queue is full, the server shuts down, or the engine is not running",
 }
 _OF_ALL = ("401", "413", "414", "415", "417", "431", "500", "503")
-_OF_BODIES = ("400", "404", "408", "504")
-_OF_PATHS = ("400", "404")
+_OF_BODIES = ("400", "403", "404", "408", "504")
+_OF_PATHS = ("400", "403", "404")
 
 
 def openapi_document(app: FastAPI) -> Callable[[], dict[str, Any]]:

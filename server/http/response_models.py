@@ -176,9 +176,12 @@ class Model(BaseModel):
 
     id: str = Field(description="the model's name")
     object: Literal["model"] = Field(description="always model")
-    created: int = Field(description="when the server started, in seconds since 1970")
+    created: int = Field(
+        description="when the server started, or the patch was loaded, in seconds since 1970"
+    )
     owned_by: str = Field(description="always memplus")
-    root: str = Field(description="for vLLM's clients; the same as id")
+    root: str = Field(description="for vLLM's clients; the model without patches")
+    parent: str | None = Field(description="the model that a row patch changes; null without one")
     max_model_len: int = Field(description="most tokens of a prompt and its answer together")
     has_chat_template: bool = Field(description="whether it takes chat requests")
 
@@ -187,7 +190,7 @@ class ModelList(BaseModel):
     """The served models."""
 
     object: Literal["list"] = Field(description="always list")
-    data: list[Model] = Field(description="one model")
+    data: list[Model] = Field(description="the model, and one for each loaded row patch")
 
 
 class Tokens(BaseModel):
@@ -244,3 +247,32 @@ class Memory(BaseModel):
 
     object: Literal["memory"] = Field(description="always memory")
     data: list[Table] = Field(description="the tables; none if the model has no memory layers")
+
+
+class MemoryPatch(BaseModel):
+    """A loaded row patch."""
+
+    object: Literal["memory_patch"] = Field(description="always memory_patch")
+    name: str = Field(description="its name for requests")
+    created: int = Field(description="when it was loaded, in seconds since 1970")
+    default: bool = Field(description="whether requests use it that name no patches")
+    content_hash: str = Field(description="SHA-256 of its rows and deltas")
+    rows: int = Field(description="rows that it changes, over all tables")
+    bytes: int = Field(description="memory that it takes")
+    tables: dict[str, int] = Field(description="rows that it changes, by table")
+    data: str | None = Field(description="hash of the data that it was learned from")
+
+
+class MemoryPatchList(BaseModel):
+    """The loaded row patches."""
+
+    object: Literal["list"] = Field(description="always list")
+    data: list[MemoryPatch] = Field(description="the patches, by name")
+
+
+class DeletedPatch(BaseModel):
+    """A row patch that was removed."""
+
+    object: Literal["memory_patch.deleted"] = Field(description="always memory_patch.deleted")
+    name: str = Field(description="its name")
+    deleted: Literal[True] = Field(description="always true")

@@ -1,15 +1,19 @@
 """The served model and its engine, shared by all routes."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.errors import ContextLengthError
-from engine.request import RequestLimits
+from engine.errors import ContextLengthError, RequestError
+from engine.request import PatchRef, RequestLimits
+from server.api_keys import ApiKey
 from server.engine_client import EngineClient
 from server.http.admission import Admission
 from server.http.errors import ApiError
 from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
+from server.http.named_patches import NamedPatch
+from server.http.served_patches import ServedPatches, check_key
 from server.limits import LimitOptions
 from weights.checkpoints.chat_template import ChatTemplate
 from weights.checkpoints.tokenizer import Tokenizer
@@ -29,13 +33,46 @@ class Service:
     metrics: Metrics
     options: LimitOptions
     grammars: GrammarChecker
+    patches: ServedPatches
     log_prompts: bool = False
 
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError (404) if ``name`` is not the served model."""
-        if name is not None and name != self.model_name:
-            message = f"model: {name!r} does not exist; this server has {self.model_name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+    def patched_name(self, patch: str) -> str:
+        """The name of the model with a row patch, as a model of its own."""
+        return f"{self.model_name}+{patch}"
+
+    def patch_of_model(self, name: str | None, key: ApiKey | None) -> str | None:
+        """The row patch that a model's name asks for: ``MODEL+PATCH``; None without one.
+
+        Raises:
+            ApiError: 404 if that model does not exist, 403 if the key may not use the patch.
+        """
+        if name is None or name == self.model_name:
+            return None
+        prefix = self.patched_name("")
+        if name.startswith(prefix):
+            patch = name.removeprefix(prefix)
+            check_key(key, patch, "model")
+            if patch in self.patches:
+                return patch
+        message = f"model: {name!r} does not exist; this server has {self.model_name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+    def patches_for(
+        self, model: str | None, named: Sequence[NamedPatch] | None, key: ApiKey | None
+    ) -> tuple[PatchRef, ...]:
+        """The row patches of a request, which names them by its model or one by one.
+
+        Raises:
+            ApiError: as ``patch_of_model`` and ``ServedPatches.refs``.
+            RequestError: it does both, or names a patch that is not loaded.
+        """
+        patch = self.patch_of_model(model, key)
+        if patch is None:
+            return self.patches.refs(named, key)
+        if named is not None:
+            message = f"cannot be combined with the model {model!r}, which names a patch"
+            raise RequestError("memory_patches", message)
+        return self.patches.refs([NamedPatch(patch)], key)
 
     def check_engine(self) -> None:
         """Raise ApiError (503) if the engine is not running."""

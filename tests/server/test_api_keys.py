@@ -29,8 +29,21 @@ def test_without_any_key_there_are_none(tmp_path):
     assert AccessOptions(api_key=("x",)).keys("")
 
 
+def test_a_key_may_be_limited_to_named_patches():
+    keys = AccessOptions(api_key=("all", "none patches=")).keys("two bob admin patches=a:b.c,x")
+    limits = {name: keys.find(name.encode()).patches for name in ("all", "none", "two", "x")}
+    assert limits == {"all": None, "none": frozenset(), "two": frozenset({"a", "b.c"}), "x": None}
+    two, none = keys.find(b"two"), keys.find(b"none")
+    assert two.is_admin and two.name == "bob" and two.may_use("a") and not two.may_use("c")
+    assert keys.find(b"all").may_use("anything") and not none.may_use("a")
+
+
 @pytest.mark.parametrize(
-    "text", ["", "sëcret", "secret,", "secret a b", "secret a! admin", "s" * 513, "secret admin a"]
+    "text",
+    [
+        *("", "sëcret", "secret,", "secret a b", "secret a! admin", "s" * 513, "secret admin a"),
+        *("secret patches=a:", "secret patches=a+b", "secret patches=a admin", "secret patches=.a"),
+    ],
 )
 def test_a_malformed_key_is_an_error_that_does_not_show_it(text):
     with pytest.raises(ConfigError, match=r"^here: ") as raised:

@@ -15,9 +15,10 @@ from server.cli.options import Parser, add_options, from_options
 from server.config import HttpOptions, ModelOptions, SupervisionOptions, ThreadOptions
 from server.limits import LimitOptions
 from server.monitoring import MonitoringOptions
+from server.patch_options import PatchOptions
 
 SERVED = (
-    *(ModelOptions, EngineConfig, ThreadOptions, HttpOptions, LimitOptions),
+    *(ModelOptions, EngineConfig, PatchOptions, ThreadOptions, HttpOptions, LimitOptions),
     *(AccessOptions, MonitoringOptions, SupervisionOptions),
 )
 GROUPS = {
@@ -46,7 +47,7 @@ def test_help_fits_three_screens_and_each_group_half_of_one(serve_help):
 def test_groups_have_titles_and_one_example_each(serve_help):
     groups = re.findall(r"^([\w ]+):\n  example: (.+)\n\n  --", serve_help, re.MULTILINE)
     served = (
-        *("model", "value tables", "engine", "row patch limits", "threads"),
+        *("model", "value tables", "engine", "row patch limits", "row patches", "threads"),
         *("HTTP", "limits", "access", "monitoring", "supervision"),
     )
     assert groups == [(title, GROUPS[title][1]) for title in served]

@@ -17,8 +17,10 @@ from server.http.admission import Admission
 from server.http.app import create_app
 from server.http.grammar_checker import GrammarChecker
 from server.http.metrics import Metrics
+from server.http.served_patches import ServedPatches
 from server.http.service import Service
 from server.limits import LimitOptions
+from server.patch_options import PatchOptions
 from server.version import VERSION
 from tests.models import byte_tokenizer
 from weights.checkpoints.tokenizer import JsonTokenizer
@@ -52,6 +54,7 @@ def build(chat_template=None, max_model_len=100, **options):
         metrics=metrics,
         options=LimitOptions(**options),
         grammars=GrammarChecker(Path("no-folder"), limits),
+        patches=ServedPatches(engine, metrics.patches, PatchOptions()),
     )
     return process, service, create_app(service, 2**20, 30)
 

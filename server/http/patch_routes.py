@@ -1,0 +1,80 @@
+"""Routes that list, load and remove row patches."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+
+from server.http.authentication import key_of
+from server.http.errors import ApiError
+from server.http.request_body import RequestBody
+from server.http.response_models import DeletedPatch, ErrorBody, MemoryPatch, MemoryPatchList
+from server.http.served_patches import ServedPatch, check_key
+from server.http.service import Service
+from server.patch_options import PATCH_NAME
+
+_CONFLICT = {"model": ErrorBody, "description": "the name is in use, or is that of a default patch"}
+
+
+class LoadPatchRequest(RequestBody):
+    """Load a row patch."""
+
+    name: str = Field(
+        pattern=f"^{PATCH_NAME}$", description="name of its folder in the server's --patch-dir"
+    )
+
+
+def patch_routes(service: Service) -> APIRouter:
+    """``GET`` and ``POST /v1/memory/patches``, ``DELETE /v1/memory/patches/{name}``."""
+    router = APIRouter(tags=["memory"])
+
+    @router.get("/v1/memory/patches", responses={200: {"model": MemoryPatchList}})
+    async def patches(request: Request) -> dict[str, Any]:
+        """The loaded row patches that requests with this key may use."""
+        served = service.patches.of_key(key_of(request.scope))
+        return {"object": "list", "data": [_patch(one) for one in served]}
+
+    @router.post(
+        "/v1/memory/patches", responses={200: {"model": MemoryPatch}, 409: dict(_CONFLICT)}
+    )
+    async def load(body: LoadPatchRequest, request: Request) -> dict[str, Any]:
+        """Load a row patch; the server checks it first. If there are keys, it needs one with the
+        role admin."""
+        _check_admin(request, body.name)
+        return _patch(await service.patches.load(body.name))
+
+    @router.delete(
+        "/v1/memory/patches/{name}",
+        responses={200: {"model": DeletedPatch}, 409: dict(_CONFLICT)},
+    )
+    async def remove(name: str, request: Request) -> dict[str, Any]:
+        """Remove a row patch; requests that use it finish with it. If there are keys, it needs one
+        with the role admin."""
+        _check_admin(request, name)
+        await service.patches.unload(name)
+        return {"object": "memory_patch.deleted", "name": name, "deleted": True}
+
+    return router
+
+
+def _check_admin(request: Request, patch: str) -> None:
+    """Raise ApiError (403) if the request's key may not change a patch."""
+    key = key_of(request.scope)
+    if key is not None and not key.is_admin:
+        raise ApiError(403, "this needs an API key with the role admin", code="admin_needed")
+    check_key(key, patch, "name")
+
+
+def _patch(served: ServedPatch) -> dict[str, Any]:
+    summary = served.summary
+    return {
+        "object": "memory_patch",
+        "name": served.name,
+        "created": served.created,
+        "default": served.is_default,
+        "content_hash": summary.content_hash,
+        "rows": summary.num_rows,
+        "bytes": summary.num_bytes,
+        "tables": dict(summary.tables),
+        "data": summary.data,
+    }

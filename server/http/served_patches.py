@@ -1,0 +1,177 @@
+"""The row patches that requests may use, by name: loads, removes and finds them."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import ConfigError, PatchRefusedError, RequestError
+from engine.process import EngineLostError
+from engine.request import PatchRef, PatchSummary, canonical_patches
+from server.api_keys import ApiKey
+from server.engine_client import EngineClient
+from server.http.errors import ApiError
+from server.http.named_patches import NamedPatch
+from server.http.patch_metrics import PatchMetrics
+from server.patch_options import PatchOptions
+from weights.errors import PatchError, PatchNotFoundError
+from weights.patches.patch_dir import folder_in
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServedPatch:
+    """A loaded patch under its name.
+
+    Attributes:
+        is_default: whether requests use it that name no patches.
+        created: when it was loaded, in seconds since 1970.
+    """
+
+    name: str
+    summary: PatchSummary
+    is_default: bool
+    created: int
+
+
+class ServedPatches:
+    """The loaded patches of one engine. Several names may stand for equal patches."""
+
+    def __init__(self, engine: EngineClient, metrics: PatchMetrics, options: PatchOptions) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._options = options
+        self._served: dict[str, ServedPatch] = {}
+        # one change at a time, so that the last name of a patch is known when it is removed
+        self._changing = asyncio.Lock()
+        engine.on_patch_lost = self._lost
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._served
+
+    def __getitem__(self, name: str) -> ServedPatch:
+        return self._served[name]
+
+    def of_key(self, key: ApiKey | None) -> list[ServedPatch]:
+        """The patches that a key may use, by name."""
+        names = sorted(self._served)
+        return [self._served[name] for name in names if key is None or key.may_use(name)]
+
+    async def load_first(self) -> None:
+        """Load the patches of ``--patch``.
+
+        Raises:
+            ConfigError: one of them cannot be used; the message names it.
+            EngineLostError: the engine has died.
+        """
+        for name, folder in self._options.folders.items():
+            try:
+                await self._load(name, folder)
+            except PatchRefusedError as error:
+                raise ConfigError(f"patch: {name}: {error}") from None
+
+    async def load(self, name: str) -> ServedPatch:
+        """Load the patch of that name from the folder of patches.
+
+        Raises:
+            ApiError: 400 if it is refused, 404 if there is none, 409 if the name is in use, 503 if
+                the engine is not running.
+        """
+        async with self._changing:
+            if name in self._served:
+                raise ApiError(409, f"name: patch {name!r} is already loaded", param="name")
+            folder = await asyncio.to_thread(self._folder, name)
+            try:
+                return await self._load(name, folder)
+            except PatchRefusedError as error:
+                raise ApiError(400, f"name: patch {name!r}: {error}", param="name") from None
+            except EngineLostError as error:
+                headers = {"Retry-After": "5"}
+                raise ApiError(503, str(error), "server_error", headers=headers) from None
+
+    async def unload(self, name: str) -> None:
+        """Let no further request use a patch; those that use it finish with it.
+
+        Raises:
+            ApiError: 404 if there is none of that name, 409 if it is a default one.
+        """
+        async with self._changing:
+            if name not in self._served:
+                raise ApiError(404, f"name: no patch {name!r} is loaded", param="name")
+            served = self._served[name]
+            if served.is_default:
+                message = f"name: patch {name!r} is one of --default-patches"
+                raise ApiError(409, message, param="name")
+            self._drop(name)
+            content_hash = served.summary.content_hash
+            if content_hash not in {one.summary.content_hash for one in self._served.values()}:
+                self._engine.unload_patch(content_hash)
+            logger.info("patch %s was removed: %s", name, content_hash)
+
+    def refs(self, named: Sequence[NamedPatch] | None, key: ApiKey | None) -> tuple[PatchRef, ...]:
+        """The patches of a request, in canonical order; None gives the default ones for the key.
+
+        Raises:
+            ApiError: 403 if the key may not use one, 503 if a default one is lost.
+            RequestError: one is not loaded.
+        """
+        if named is None:
+            named = self._defaults(key)
+        for name, _ in named:
+            check_key(key, name, "memory_patches")
+            if name not in self._served:
+                raise RequestError("memory_patches", f"no patch {name!r} is loaded")
+        return canonical_patches(
+            PatchRef(self._served[name].summary.content_hash, scale) for name, scale in named
+        )
+
+    def _defaults(self, key: ApiKey | None) -> list[NamedPatch]:
+        names = self._options.default_patches
+        usable = [name for name in names if key is None or key.may_use(name)]
+        lost = [name for name in usable if name not in self._served]
+        if lost:
+            message = f"the default patch {lost[0]!r} was lost when the engine restarted"
+            raise ApiError(503, message, "server_error", code="patch_lost")
+        return [NamedPatch(name) for name in usable]
+
+    def _folder(self, name: str) -> Path:
+        """The folder of a patch, which is not a symbolic link; ApiError if there is none."""
+        if self._options.patch_dir is None:
+            message = "name: patches cannot be loaded; the server was started without --patch-dir"
+            raise ApiError(400, message, param="name")
+        try:
+            return folder_in(Path(self._options.patch_dir), name)
+        except PatchNotFoundError as error:
+            raise ApiError(404, f"name: patch {error}", param="name") from None
+        except PatchError as error:
+            raise ApiError(400, f"name: patch {error}", param="name") from None
+
+    async def _load(self, name: str, folder: Path) -> ServedPatch:
+        summary = await self._engine.load_patch(folder)
+        is_default = name in self._options.default_patches
+        served = self._served[name] = ServedPatch(name, summary, is_default, int(time.time()))
+        self._metrics.add(name, summary)
+        rows, size, content_hash = summary.num_rows, summary.num_bytes, summary.content_hash
+        logger.info("patch %s was loaded: %d rows, %d bytes, %s", name, rows, size, content_hash)
+        return served
+
+    def _lost(self, content_hash: str) -> None:
+        """Drop the names of a patch that a restarted engine could not load again."""
+        for name, served in list(self._served.items()):
+            if served.summary.content_hash == content_hash:
+                self._drop(name)
+                logger.error("patch %s is lost: %s", name, content_hash)
+
+    def _drop(self, name: str) -> None:
+        del self._served[name]
+        self._metrics.remove(name)
+
+
+def check_key(key: ApiKey | None, patch: str, param: str) -> None:
+    """Raise ApiError (403) if requests with a key may not use a patch, loaded or not."""
+    if key is not None and not key.may_use(patch):
+        message = f"{param}: this API key may not use patch {patch!r}"
+        raise ApiError(403, message, param=param, code="patch_not_allowed")

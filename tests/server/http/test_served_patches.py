@@ -1,0 +1,202 @@
+"""Names of row patches: loading, removing, defaults, limits of keys, and metrics, without HTTP."""
+
+import asyncio
+
+import pytest
+
+from engine.errors import ConfigError, PatchRefusedError, RequestError
+from engine.process import EngineLostError
+from engine.request import EngineStatistics, PatchRef, PatchStatistics, PatchSummary
+from server.api_keys import parse_key
+from server.http.errors import ApiError
+from server.http.metrics import Metrics
+from server.http.named_patches import NamedPatch
+from server.http.served_patches import ServedPatches
+from server.patch_options import PatchOptions
+
+TENANT, NOBODY = parse_key("key patches=a:c", ""), parse_key("key patches=", "")
+
+
+class FakeEngine:
+    """Takes the place of the engine's client; a folder's content is its first letter."""
+
+    def __init__(self):
+        self.loaded, self.unloaded = [], []
+        self.error = None
+
+    async def load_patch(self, folder):
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        self.loaded.append(folder)
+        return PatchSummary(folder.name[0] * 64, 7, 100, {"memory.table": 7})
+
+    def unload_patch(self, content_hash):
+        self.unloaded.append(content_hash)
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def metrics():
+    return Metrics("mock")
+
+
+@pytest.fixture
+def patches(engine, metrics, tmp_path):
+    """Patches a and b of the start, of which b is a default one; c, d and a copy of a to load."""
+    for name in ("a", "b", "c", "d", "a2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "inner").symlink_to("c")
+    outside = tmp_path.with_name(f"{tmp_path.name}-outside")
+    outside.mkdir(exist_ok=True)
+    (tmp_path / "out").symlink_to(outside)
+    (tmp_path / "loop").symlink_to("loop")
+    options = PatchOptions(
+        patch=(f"a={tmp_path}/a", f"b={tmp_path}/b"),
+        default_patches=("b",),
+        patch_dir=str(tmp_path),
+    )
+    served = ServedPatches(engine, metrics.patches, options)
+    asyncio.run(served.load_first())
+    return served
+
+
+def names(patches, key=None):
+    return [one.name for one in patches.of_key(key)]
+
+
+def refused(status, work):
+    """The message of an ApiError."""
+    with pytest.raises(ApiError) as raised:
+        asyncio.run(work)
+    assert raised.value.status == status
+    return str(raised.value)
+
+
+def test_patches_are_loaded_from_their_folder_once(patches, engine, tmp_path):
+    assert names(patches) == ["a", "b"]
+    served = asyncio.run(patches.load("c"))
+    assert served.name == "c" and not served.is_default and patches["b"].is_default
+    assert engine.loaded[-1] == tmp_path / "c" and "c" in patches
+    assert "already loaded" in refused(409, patches.load("c"))
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("none", 404), ("file", 400), ("inner", 400), ("out", 400), ("loop", 400)]
+)
+def test_other_folders_are_not_loaded(patches, engine, name, status):
+    count = len(engine.loaded)
+    assert f"patch {name}: " in refused(status, patches.load(name))
+    assert len(engine.loaded) == count and name not in patches
+
+
+def test_refused_patches_and_a_dead_engine_are_errors(patches, engine):
+    engine.error = PatchRefusedError("c/patch.safetensors: has 9 rows, more than --max-patch-rows")
+    assert "max-patch-rows" in refused(400, patches.load("c"))
+    engine.error = EngineLostError("the engine is not running")
+    refused(503, patches.load("c"))
+    assert names(patches) == ["a", "b"]
+
+
+def test_a_failure_at_the_start_names_the_patch(engine, metrics):
+    engine.error = PatchRefusedError("x: No such file")
+    served = ServedPatches(engine, metrics.patches, PatchOptions(patch=("law=x",)))
+    with pytest.raises(ConfigError, match="patch: law: x: No such file"):
+        asyncio.run(served.load_first())
+
+
+def test_without_a_folder_of_patches_none_can_be_loaded(engine, metrics):
+    served = ServedPatches(engine, metrics.patches, PatchOptions())
+    assert "without --patch-dir" in refused(400, served.load("a"))
+
+
+def test_a_patch_is_removed_with_its_last_name(patches, engine):
+    asyncio.run(patches.load("a2"))
+    asyncio.run(patches.unload("a"))
+    assert names(patches) == ["a2", "b"] and engine.unloaded == []
+    asyncio.run(patches.unload("a2"))
+    assert engine.unloaded == ["a" * 64]
+    refused(404, patches.unload("a2"))
+    assert "default" in refused(409, patches.unload("b"))
+
+
+def test_concurrent_changes_run_one_after_the_other(patches, engine):
+    async def scenario():
+        return await asyncio.gather(
+            *(patches.load("c"), patches.load("c"), patches.unload("c"), patches.load("c")),
+            return_exceptions=True,
+        )
+
+    first, second, _, last = asyncio.run(scenario())
+    assert first.name == last.name == "c" and second.status == 409
+    assert engine.unloaded == ["c" * 64]
+
+
+def test_requests_get_content_hashes_in_canonical_order(patches):
+    a, b = "a" * 64, "b" * 64
+    assert patches.refs(None, None) == (PatchRef(b),)
+    assert patches.refs([], None) == ()
+    named = [NamedPatch("b", 0.5), NamedPatch("a"), NamedPatch("b", -2.0)]
+    assert patches.refs(named, None) == (PatchRef(a), PatchRef(b, -1.5))
+    with pytest.raises(RequestError, match="memory_patches: no patch 'c' is loaded"):
+        patches.refs([NamedPatch("c")], None)
+
+
+def test_a_key_uses_only_its_patches(patches):
+    assert names(patches, TENANT) == ["a"] and names(patches, NOBODY) == []
+    assert patches.refs([NamedPatch("a")], TENANT) == (PatchRef("a" * 64),)
+    # the default patch is not for them
+    assert patches.refs(None, TENANT) == patches.refs(None, NOBODY) == ()
+    # loaded or not, the answer is the same
+    for name in ("b", "d"):
+        with pytest.raises(ApiError, match=f"may not use patch '{name}'") as raised:
+            patches.refs([NamedPatch("a"), NamedPatch(name)], TENANT)
+        assert raised.value.status == 403
+
+
+def test_a_lost_patch_has_no_names_and_a_lost_default_is_an_error(patches, engine):
+    asyncio.run(patches.load("a2"))
+    engine.on_patch_lost("a" * 64)
+    assert names(patches) == ["b"]
+    engine.on_patch_lost("b" * 64)
+    with pytest.raises(ApiError, match="default patch 'b' was lost") as raised:
+        patches.refs(None, None)
+    assert raised.value.status == 503
+    assert patches.refs([], None) == ()
+    # its name is free again
+    assert asyncio.run(patches.load("b")).is_default
+    assert patches.refs(None, None) == (PatchRef("b" * 64),)
+
+
+def counts(metrics, name):
+    """Values of a metric by patch."""
+    found = {}
+    for line in metrics.render().decode().splitlines():
+        if line.startswith(f"memplus:patch_{name}{{"):
+            found[line.split('patch="')[1].split('"')[0]] = float(line.split()[-1])
+    return found
+
+
+def test_counters_continue_over_restarts_and_end_with_the_name(patches, metrics):
+    def observe(*counted):
+        statistics = [PatchStatistics(name * 64, *counts) for name, *counts in counted]
+        metrics.observe_step(EngineStatistics(patches=tuple(statistics)))
+        return counts(metrics, "reads_total"), counts(metrics, "hits_total")
+
+    assert counts(metrics, "rows") == {"a": 7, "b": 7}
+    assert observe(("a", 10, 4)) == ({"a": 10, "b": 0}, {"a": 4, "b": 0})
+    metrics.observe_step(EngineStatistics(patches=None))
+    assert observe(("a", 12, 5), ("b", 3, 3)) == ({"a": 12, "b": 3}, {"a": 5, "b": 3})
+    metrics.observe_step(EngineStatistics())  # the engine has died
+    assert observe(("a", 100, 1), ("b", 1, 0)) == ({"a": 112, "b": 4}, {"a": 6, "b": 3})
+    assert observe(("a", 1, 1), ("b", 1, 0))[0] == {"a": 113, "b": 4}
+    asyncio.run(patches.load("a2"))
+    assert observe(("a", 3, 1), ("b", 1, 0))[0] == {"a": 115, "a2": 2, "b": 4}
+    asyncio.run(patches.unload("a"))
+    for name in ("rows", "loads_total", "reads_total", "hits_total"):
+        assert counts(metrics, name).keys() == {"a2", "b"}

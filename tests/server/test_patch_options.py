@@ -1,0 +1,65 @@
+"""Options of row patches: names, folders, and the engine's settings that follow from them."""
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from server.cli.options import Parser, add_options, from_options
+from server.patch_options import PatchOptions
+
+
+def parsed(*arguments: str) -> PatchOptions:
+    parser = Parser()
+    add_options(parser, PatchOptions)
+    return from_options(PatchOptions, parser.parse_args(arguments))
+
+
+def test_patches_may_be_given_together_or_one_by_one(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    together = parsed("--patch", f"a={tmp_path}/link", "b=/x=y", "--default-patches", "b")
+    assert together == parsed(
+        *("--patch", f"a={tmp_path}/link", "--default-patches", "b", "--patch", "b=/x=y")
+    )
+    assert {name: str(folder) for name, folder in together.folders.items()} == {
+        "a": f"{tmp_path}/target",
+        "b": "/x=y",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"patch": ("a",)}, "patch: expected NAME=DIR"),
+        ({"patch": ("a=",)}, "patch: expected NAME=DIR"),
+        ({"patch": ("=d",)}, "patch: the name of '=d'"),
+        ({"patch": (".a=d",)}, "must not begin with"),
+        ({"patch": ("-a=d",)}, "must not begin with"),
+        ({"patch": ("a/b=d",)}, "patch: the name"),
+        ({"patch": ("a+b=d",)}, "patch: the name"),
+        ({"patch": ("a\n=d",)}, "patch: the name"),
+        ({"patch": ("a" * 65 + "=d",)}, "1 to 64"),
+        ({"patch": ("a=d", "a=e")}, "patch: the name 'a' is given twice"),
+        ({"default_patches": ("a",)}, "default_patches: --patch has no patch 'a'"),
+        ({"patch": ("a=d",), "default_patches": ("a", "a")}, "default_patches: 'a' is given"),
+    ],
+)
+def test_mistakes_name_the_option(options, named):
+    with pytest.raises(ConfigError, match=named):
+        PatchOptions(**options)
+
+
+def test_the_folder_of_patches_must_exist(tmp_path):
+    PatchOptions(patch_dir=str(tmp_path)).check_folder()
+    with pytest.raises(ConfigError, match=r"patch_dir: .*none: is not a folder"):
+        PatchOptions(patch_dir=str(tmp_path / "none")).check_folder()
+
+
+def test_an_engine_without_patches_reserves_nothing_for_them():
+    assert PatchOptions().engine_config(EngineConfig()).max_patches == 0
+    given = EngineConfig(max_patches=3, max_patch_rows=9)
+    for options in (PatchOptions(patch=("a=d",)), PatchOptions(patch_dir="d")):
+        assert options.engine_config(given) == given
+    with pytest.raises(ConfigError, match="max_patches: needs --patch or --patch-dir"):
+        PatchOptions().engine_config(given)
+    assert PatchOptions().engine_config(EngineConfig(max_patches=0)).max_patches == 0

@@ -43,7 +43,9 @@ def measure(model: ModelOptions, load: AnswerLoad, patches: PatchLoad) -> None:
 def _measure_steps(
     model: ModelOptions, folder: Path, load: AnswerLoad, patches: PatchLoad
 ) -> list[PatchedSteps]:
-    config = EngineConfig(max_num_seqs=max(load.batches))
+    config = EngineConfig(
+        max_num_seqs=max(load.batches), max_patches=max(patches.many, *load.batches)
+    )
     loaded = load_served(model, folder, config, chosen_device(model, config))
     check_patchable(loaded.model.config, folder)
     executor = served_executor(loaded, config)

@@ -66,7 +66,7 @@ def count_reads(model: Transformer, passages: Iterable[Passage]) -> RowReads:
             for name in layer_tables(config, layer):
                 pairs[name].append(pair_THK.flatten())
         for name, of_layers in pairs.items():
-            distinct, reads = torch.cat(of_layers).unique(return_counts=True)
+            distinct, reads = torch.unique(torch.cat(of_layers), return_counts=True)
             rows = distinct % num_rows
             tables[name][0].index_add_(0, rows, reads)
             tables[name][1].index_add_(0, rows, torch.ones_like(rows))

@@ -30,7 +30,7 @@ def learn(options: argparse.Namespace) -> int:
         from_options(RowConfig, options),
         resume=options.resume,
     )
-    print(f"{run.num_rows:,} rows may change", flush=True)
+    print(f"{sum(map(len, run.chosen.values())):,} rows may change", flush=True)
     bar = tqdm(total=learning.steps, initial=run.learner.step, unit="step")
     with stop_signals(once=True) as stopped_by, bar:
 

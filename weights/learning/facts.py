@@ -56,7 +56,7 @@ def read_facts(file: Path) -> list[Fact]:
                 raise DataError(f"{where}: {key}: expected a string")
             checked_text(value, f"{where}: {key}")
         answer = record["answer"] if "answer" in record else record["text"]
-        facts.append(Fact(answer, record.get("prompt", ""), where))
+        facts.append(Fact(answer, record.get("prompt", ""), where=where))
     return facts
 
 

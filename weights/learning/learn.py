@@ -54,7 +54,8 @@ class PatchLearner:
 
     Attributes:
         learner: the loop.
-        num_rows: rows that may change, over all tables.
+        background: passages that are replayed.
+        chosen: rows that may change, by table name.
     """
 
     def __init__(
@@ -88,15 +89,14 @@ class PatchLearner:
         self._serving_dtype = serving_dtype(stored, "auto")
         text, most = checkpoint_text(model), config.model.max_positions
         self._exams = _exams(texts, text, most)
-        background = _passages(texts.background, text, most)
+        self.background = background = _passages(texts.background, text, most)
         self._run = _run_record(self._identity, self._exams.facts, background, learning, rows)
         self._base, _ = load_model(model, "float32")
         reads = _background_reads(self._base, model, background, rows)
-        chosen = chosen_rows(count_reads(self._base, self._exams.facts), reads, rows)
-        self.num_rows = sum(map(len, chosen.values()))
-        if not self.num_rows:
+        self.chosen = chosen_rows(count_reads(self._base, self._exams.facts), reads, rows)
+        if not any(map(len, self.chosen.values())):
             raise ConfigError("rank: facts read no row more than background text does; use reads")
-        self._student = RowStudent(self._base, chosen, rows)
+        self._student = RowStudent(self._base, self.chosen, rows)
         self.learner = Learner(self._student, self._base, self._exams.facts, background, learning)
         if resume:
             progress, tensors = load_state(self._state_file, self._run)

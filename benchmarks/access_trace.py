@@ -14,6 +14,7 @@ from engine.model.layout import TokenLayout
 from engine.model.transformer import Transformer
 from weights.checkpoints.checkpoint import CPU, load_model
 from weights.training.corpus import corpus_files, documents
+from weights.training.row_reads import ReadCounter, write_row_reads
 from weights.training.training_data import TextTokens, checkpoint_text
 
 
@@ -23,8 +24,12 @@ def record(
     num_tokens: int,
     num_traced: int,
     device: torch.device = CPU,
+    *,
+    keep_record: bool = False,
 ) -> AccessTrace:
     """Run a model over texts on a device and record the rows that its memory layers read.
+
+    ``keep_record`` writes the counts of reads into the model's folder too, for ``memplus learn``.
 
     Raises:
         ConfigError: the model has no memory layers, or the texts have fewer than ``num_tokens``.
@@ -38,8 +43,9 @@ def record(
     traced: list[NDArray[np.int64]] = []
     done = 0
     files = documents(corpus_files(texts))
+    counter = ReadCounter(config.model)
     with tqdm(total=num_tokens, unit="token") as bar:
-        for rows_TMHK in _reads(model, checkpoint_text(folder), files):
+        for rows_TMHK in _reads(model, checkpoint_text(folder), files, counter):
             rows_TMHK = rows_TMHK[: num_tokens - done]
             if done < num_traced:
                 traced.append(rows_TMHK[: num_traced - done])
@@ -48,21 +54,24 @@ def record(
             done += len(rows_TMHK)
             bar.update(len(rows_TMHK))
             if done == num_tokens:
+                if keep_record:
+                    write_row_reads(folder, counter.reads)
                 return AccessTrace(np.concatenate(traced), counts_MR, num_tokens)
     raise ConfigError(f"tokens: the texts have {done}, fewer than {num_tokens}")
 
 
 @torch.no_grad()
 def _reads(
-    model: Transformer, text: TextTokens, texts: Iterator[str]
+    model: Transformer, text: TextTokens, texts: Iterator[str], counter: ReadCounter
 ) -> Iterator[NDArray[np.int64]]:
-    """Yields the rows ``[T, M, H, K]`` that each document's tokens read."""
+    """Yields the rows ``[T, M, H, K]`` that each document's tokens read, and counts them."""
     device = model.model.embed_tokens.weight.device
     for one in texts:
         ids_T = torch.tensor(text.document(one)[: model.config.max_positions], device=device)
         positions_T = torch.arange(len(ids_T), device=device)
         layout = TokenLayout(positions_T, (0, len(ids_T)))
         out = model(ids_T, layout, positions_T[-1:], with_trace=True)
+        counter.add(out.memory, layout.query_starts)
         yield torch.stack([trace.rows_THK for trace in out.memory.values()], dim=1).cpu().numpy()
 
 

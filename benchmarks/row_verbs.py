@@ -21,7 +21,9 @@ def trace(options: argparse.Namespace) -> None:
     model = from_options(ModelOptions, options)
     device = chosen_device(model)
     folder = prepared_folder(model.model, cache_folder())
-    found = record(folder, options.texts, options.tokens, options.traced, device)
+    found = record(
+        folder, options.texts, options.tokens, options.traced, device, keep_record=options.record
+    )
     found.save(options.out)
     print(summarize(found))
 
@@ -77,6 +79,8 @@ def add_row_benchmarks(
     verb.add_argument("--tokens", type=int, default=100_000, help="to count (default: %(default)s)")
     traced = "tokens whose rows are stored in order (default: %(default)s)"
     verb.add_argument("--traced", type=int, default=4096, help=traced)
+    kept = "also write row_reads.safetensors into the model's folder, for `memplus learn`"
+    verb.add_argument("--record", action="store_true", help=kept)
 
     verb = benchmarks.add_parser("lookahead", help=lookahead.__doc__)
     verb.set_defaults(run=lookahead, computes=True)

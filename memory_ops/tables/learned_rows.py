@@ -36,6 +36,9 @@ class LearnedRows:
             raise ValueError(f"rows: expected ascending ids below {base.num_rows}, at least one")
         self._base, self.rows_P = base, rows_P
         self.deltas = TrainedTable(torch.zeros(len(rows_P) + 1, base.value_dim))
+        # the place of each row in the deltas
+        self._places_R = torch.full((base.num_rows,), len(rows_P), dtype=torch.int32)
+        self._places_R[rows_P] = torch.arange(len(rows_P), dtype=torch.int32)
 
     @property
     def num_rows(self) -> int:
@@ -50,9 +53,8 @@ class LearnedRows:
 
     def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> ReadyLookup:
         base = self._base.start(rows_THK, weights_THK, layer)
-        places_THK = torch.searchsorted(self.rows_P, rows_THK).clamp(max=len(self.rows_P) - 1)
-        is_chosen_THK = self.rows_P[places_THK] == rows_THK
-        places_THK = places_THK.where(is_chosen_THK, len(self.rows_P))
+        places_THK = self._places_R[rows_THK].long()
+        is_chosen_THK = places_THK < len(self.rows_P)
         change = self.deltas.start(places_THK, weights_THK * is_chosen_THK, layer)
         return ReadyLookup(lambda: base.finish() + change.finish())
 

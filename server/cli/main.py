@@ -15,6 +15,7 @@ from engine.process import EngineLostError, EngineStartError
 from engine.sampling.params import SamplingParams
 from server.access import AccessOptions
 from server.cli.config_file import apply_config
+from server.cli.learn import add_learn
 from server.cli.options import Parser, add_options, from_options
 from server.cli.patch import add_patch
 from server.config import (
@@ -212,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     source = "WordNet's folder (default: %(default)s, from Debian's package wordnet-base)"
     verb.add_argument("--dict", type=Path, default=Path("/usr/share/wordnet"), help=source)
 
+    add_learn(verbs)
     add_patch(verbs)
 
     from benchmarks.verbs import add_benchmarks

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import distributed
 from tqdm import tqdm
 
 from engine.errors import ConfigError
+from server.cli.stop_signals import stop_signals
 from server.config import cache_folder
 from weights.models.named_models import NAMED_MODELS
 from weights.models.prepare import prepared_folder
@@ -47,7 +47,8 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     trainer = Trainer(config, folder, resume=resume, replicas=replicas)
     if replicas.is_first:
         print(describe_flops(trainer.flops, config.run.tokens_per_step))
-    with _signals(replicas) as stopped_by:
+    # torchrun forwards signals that its processes already got
+    with _group(replicas), stop_signals(once=replicas.count == 1) as stopped_by:
         _train(trainer, config.run.steps, stopped_by, is_shown=replicas.is_first)
     status = _finish(trainer, config, folder, stopped_by, is_first=replicas.is_first)
     if replicas.count > 1:
@@ -95,24 +96,11 @@ def _train(trainer: Trainer, steps: int, stopped_by: list[int], *, is_shown: boo
 
 
 @contextlib.contextmanager
-def _signals(replicas: Replicas) -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM; at the end restore their handlers and leave the group."""
-    stopped_by: list[int] = []
-    ending: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.getsignal(number) for number in ending}
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped_by.append(number)
-        if replicas.count == 1:  # torchrun forwards signals that its processes already got
-            signal.signal(number, previous[number])
-
-    for number in previous:
-        signal.signal(number, stop)
+def _group(replicas: Replicas) -> Iterator[None]:
+    """Leave the group of processes at the end."""
     try:
-        yield stopped_by
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         if replicas.count > 1:
             distributed.destroy_process_group()
 

@@ -11,6 +11,8 @@ from engine.model.layout import TokenLayout
 from server.cli.main import main
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.errors import DataError
+from weights.training.packing import cut
+from weights.training.row_reads import count_reads, read_row_reads
 from weights.training.training_data import checkpoint_text
 
 TEXTS = ["one red fox", "two", "and three more of them"]
@@ -64,3 +66,21 @@ def test_a_model_without_memory_layers_is_rejected(texts, tmp_path):
     folder = save_model(random_model(tiny_config()), tmp_path / "model")
     with pytest.raises(ConfigError, match="has no memory layers"):
         record(folder, texts, 1, 1)
+
+
+def test_the_counts_are_kept_in_the_models_folder(model, texts, tmp_path):
+    folder, file = save_model(model, tmp_path / "model"), str(tmp_path / "trace.npz")
+    text = checkpoint_text(folder)
+    ids = [text.document(one) for one in TEXTS]
+    tokens = str(sum(map(len, ids)))
+    arguments = ["bench", "trace", *texts, "--model", str(folder), "--out", file]
+    assert main([*arguments, "--tokens", tokens]) == 0
+    assert read_row_reads(folder, model.config) is None
+    assert main([*arguments, "--tokens", tokens, "--record"]) == 0
+    found = read_row_reads(folder, model.config)
+    # the trace reads the last token of a document too
+    wanted = count_reads(model, [one for of in ids for one in cut([*of, 0], 512)])
+    assert found.num_documents == wanted.num_documents == 3
+    for name, table in wanted.tables.items():
+        assert torch.equal(found.tables[name].reads_R, table.reads_R)
+        assert torch.equal(found.tables[name].documents_R, table.documents_R)

@@ -13,6 +13,7 @@ from weights.checkpoints.checkpoint import expected_shapes, open_checkpoint, sav
 from weights.checkpoints.importers.gguf import ImportedModel, read_gguf
 from weights.checkpoints.table_files import (
     OUTPUT_DTYPES,
+    ROW_READS_FILE,
     converted_parts,
     requested_layout,
     stored_format,
@@ -20,9 +21,11 @@ from weights.checkpoints.table_files import (
 from weights.checkpoints.table_origin import carried_metadata
 from weights.checkpoints.tensor_files import (
     DTYPES,
+    STORED_DTYPES,
     StoredTensor,
     TensorSource,
     has_checksum,
+    list_file,
     read_mapped,
 )
 from weights.checkpoints.tokenizer import TOKENIZER_FILES
@@ -66,7 +69,14 @@ def convert(
     config = replace(imported.config, dtype=stored_as)
     total = sum(s.dtype.itemsize * torch.Size(s.shape).numel() for s in imported.sources)
     with tqdm(total=total, unit="B", unit_scale=True, desc=target.name) as progress:
-        save_checkpoint(target, config, imported.sources, imported.extra_files, progress.update)
+        save_checkpoint(
+            target,
+            config,
+            imported.sources,
+            imported.extra_files,
+            progress.update,
+            more_tensors=_row_reads(source),
+        )
 
 
 def read_folder(
@@ -83,6 +93,21 @@ def read_folder(
     files = {name: folder / name for name in (*TOKENIZER_FILES, "generation_config.json")}
     extra_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
     return ImportedModel(config, sources, extra_files)
+
+
+def _row_reads(folder: Path) -> dict[str, list[TensorSource]]:
+    """A folder's record of row reads, if it has one: rows keep their reads in any dtype."""
+    file = folder / ROW_READS_FILE
+    if not file.exists():
+        return {}
+    counts = list_file(file)
+    sources = [
+        TensorSource(
+            one.name, one.shape, STORED_DTYPES[one.dtype], partial(read_mapped, one), one.metadata
+        )
+        for one in counts
+    ]
+    return {ROW_READS_FILE: sources}
 
 
 def _dense(stored: StoredTensor, dtype: str | None) -> TensorSource:

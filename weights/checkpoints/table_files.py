@@ -26,6 +26,8 @@ from weights.checkpoints.tensor_files import (
 )
 from weights.errors import CheckpointError
 
+# a record of the rows that texts read, which a model folder may have
+ROW_READS_FILE = "row_reads.safetensors"
 _FORMAT, _VALUE_DIM = "row_format", "value_dim"
 OUTPUT_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in FLOAT_DTYPES}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from weights.errors import DataError
 from weights.training.corpus import checked_text, documents, json_objects
+from weights.training.evaluate import read_questions
 from weights.training.packing import Passage
 from weights.training.training_data import TextTokens
 
@@ -15,16 +16,18 @@ _TEXT_KEYS, _ANSWER_KEYS = {"text"}, {"prompt", "answer"}
 
 @dataclass(frozen=True)
 class Fact:
-    """A text to learn: all of it, or the answer that follows a prompt.
+    """A text to learn or to ask for: all of it, or the answer that follows a prompt.
 
     Attributes:
-        answer: text to learn, with an end token after it.
+        answer: the text.
         prompt: text that is given before the answer; may be empty.
+        until: text that ends the answer; empty for the end of the text.
         where: file and line of the fact, for messages.
     """
 
     answer: str
     prompt: str = ""
+    until: str = ""
     where: str = "fact"
 
 
@@ -53,15 +56,24 @@ def read_facts(file: Path) -> list[Fact]:
                 raise DataError(f"{where}: {key}: expected a string")
             checked_text(value, f"{where}: {key}")
         answer = record["answer"] if "answer" in record else record["text"]
-        facts.append(Fact(answer, record.get("prompt", ""), where))
+        facts.append(Fact(answer, record.get("prompt", ""), where=where))
     return facts
+
+
+def read_asked(file: Path) -> list[Fact]:
+    """Read questions to ask; see ``read_questions`` (DataError)."""
+    return [
+        Fact(question.answer, question.prompt, question.until, f"{file}: question {number}")
+        for number, question in enumerate(read_questions(file), 1)
+    ]
 
 
 def fact_passages(facts: Sequence[Fact], text: TextTokens, max_positions: int) -> list[Passage]:
     """Tokenise facts as documents of the training data, begin and end tokens included.
 
-    A prompt's tokens are those that a server reads for it. A space is put between prompt and
-    answer if neither has white space there.
+    An answer with ``until`` ends with that text and has no end token. A prompt's tokens are those
+    that a server reads for it. A space is put between prompt and answer if neither has white space
+    there.
 
     Raises:
         DataError: a fact has more tokens than the model's context, or fewer than two; or the
@@ -74,6 +86,7 @@ def _passage(fact: Fact, text: TextTokens, max_positions: int) -> Passage:
     if fact.prompt:
         ids, num_given = _answer_ids(fact, text)
     else:
+        assert not fact.until
         ids, num_given = text.document(fact.answer), 1
     if len(ids) - 1 > max_positions:
         raise DataError(
@@ -88,7 +101,7 @@ def _answer_ids(fact: Fact, text: TextTokens) -> tuple[list[int], int]:
     """Tokens of prompt and answer, and how many of them are the prompt's."""
     tokenizer = text.tokenizer
     is_apart = fact.prompt[-1].isspace() or fact.answer[0].isspace()
-    answer = fact.answer if is_apart else f" {fact.answer}"
+    answer = f"{'' if is_apart else ' '}{fact.answer}{fact.until}"
     given = tokenizer.encode(fact.prompt, add_special_tokens=False)
     whole = tokenizer.encode(fact.prompt + answer, add_special_tokens=False)
     if whole[: len(given)] != given:
@@ -100,4 +113,5 @@ def _answer_ids(fact: Fact, text: TextTokens) -> tuple[list[int], int]:
                 " end the prompt at a word boundary"
             )
     begin = list(tokenizer.begin_ids)
-    return begin + whole + text.end, len(begin) + len(given)
+    end = [] if fact.until else text.end
+    return begin + whole + end, len(begin) + len(given)

@@ -159,7 +159,7 @@ class Learner:
     def _lr_share(self, step: int) -> float:
         config, start = self._config, self._cooling_from
         if start is not None:
-            return 1 - (step - start) / (config.cooldown_steps + 1)
+            return (config.cooldown_steps + 1 - (step - start)) / (config.cooldown_steps + 1)
         return min(1.0, step / max(1, config.warmup_steps))
 
     def _start_cooling(self) -> None:

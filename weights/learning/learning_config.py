@@ -54,6 +54,7 @@ class LearningConfig:
     seed: int = field(default=0, metadata={"help": "seed of the order of facts and replayed text"})
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         for name in ("steps", "batch_tokens"):
             _at_least(self, name, 1)
         for name in ("warmup_steps", "cooldown_steps", "divergence_weight", "seed"):
@@ -100,6 +101,7 @@ class RowConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _at_least(self, "rows", 1)
         if not 0 < self.lr < float("inf"):
             raise ConfigError(f"lr: must be above 0 and finite, not {self.lr}")
@@ -111,10 +113,8 @@ def _at_least(config: object, name: str, least: float) -> None:
         raise ConfigError(f"{name}: must be at least {least} and finite, not {value}")
 
 
-def check_choices(config: LearningConfig | RowConfig) -> None:
-    """Raise ConfigError unless each field with choices has one of them."""
+def _check_choices(config: "LearningConfig | RowConfig") -> None:
     for one in fields(config):
-        choices = one.metadata.get("choices")
-        value = getattr(config, one.name)
+        choices, value = one.metadata.get("choices"), getattr(config, one.name)
         if choices and value not in choices:
             raise ConfigError(f"{one.name}: must be one of {', '.join(choices)}, not {value!r}")

@@ -22,7 +22,7 @@ class PassageOrder:
         position: the next passage; set it to continue an equal order.
     """
 
-    def __init__(self, passages: Sequence[Passage], num_tokens: int, seed: int) -> None:
+    def __init__(self, passages: Sequence[Passage], num_tokens: float, seed: int) -> None:
         """Start at the first epoch.
 
         An epoch is divided into batches of about equal length, of about ``num_tokens`` tokens.

@@ -23,6 +23,7 @@ class RowSgd:
         self.moments: list[tuple[Tensor, ...]] = [() for _ in tables]
         self.step_count = 0
 
+    @torch.no_grad()
     def collect(self) -> float:
         """Take the tables' gradients for the next step; return their squared norm."""
         self._gradients = []

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,8 +41,7 @@ def answered(logits_LV: Tensor, batch: PackedTokens) -> list[bool]:
     """
     targets_L = torch.from_numpy(batch.targets_T).to(logits_LV.device)
     is_right_L = (logits_LV.argmax(dim=-1) == targets_L) | (targets_L == IGNORED_TARGET)
-    lengths = torch.tensor(batch.starts).diff().tolist()
-    return [bool(part.all()) for part in is_right_L.split(lengths)]
+    return [bool(is_right_L[first:last].all()) for first, last in pairwise(batch.starts)]
 
 
 @torch.no_grad()

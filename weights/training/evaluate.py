@@ -16,7 +16,7 @@ from weights.checkpoints.tokenizer import Tokenizer
 from weights.errors import DataError
 from weights.training.corpus import json_objects
 from weights.training.loss import batch_loss
-from weights.training.packing import Passage, packed_batches
+from weights.training.packing import Passage, cut, packed_batches
 from weights.training.training_data import TextTokens
 
 _BATCH_TOKENS = 1024
@@ -77,11 +77,9 @@ def score_texts(model: Transformer, text: TextTokens, texts: Iterator[str]) -> T
         for one in texts:
             documents += 1
             num_bytes += len(one.encode())
-            ids = text.document(one)
-            for first in range(0, len(ids) - 1, max_positions):
-                yield Passage(tuple(ids[first : first + max_positions + 1]))
+            yield from cut(text.document(one), model.config.max_positions)
 
-    max_positions, nats, tokens = model.config.max_positions, 0.0, 0
+    nats, tokens = 0.0, 0
     for batch in packed_batches(pieces(), _BATCH_TOKENS):
         nats += float(batch_loss(model, batch, torch.float32).nats)
         tokens += len(batch.ids_T)

@@ -28,6 +28,15 @@ class Passage:
         return len(self.ids) - 1
 
 
+def cut(ids: Sequence[int], max_positions: int) -> Iterator[Passage]:
+    """A document as passages of at most ``max_positions`` tokens read; none if it has one token.
+
+    Every token but the first is predicted once.
+    """
+    for first in range(0, len(ids) - 1, max_positions):
+        yield Passage(tuple(ids[first : first + max_positions + 1]))
+
+
 def packed(passages: Sequence[Passage]) -> PackedTokens:
     """One batch with these passages in order."""
     lengths = [len(passage) for passage in passages]

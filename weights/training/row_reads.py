@@ -1,21 +1,25 @@
 """Counts the table rows that texts read, and keeps a record of them in a model folder."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.model.config import ModelConfig
+from engine.model.forward_trace import MemoryTrace
 from engine.model.transformer import Transformer
+from weights.checkpoints.table_files import ROW_READS_FILE
 from weights.checkpoints.tensor_files import TensorSource, list_file, read_mapped
 from weights.checkpoints.tensor_writer import write_tensors
 from weights.errors import CheckpointError
 from weights.training.loss import batch_output
-from weights.training.packing import Passage, packed_batches
+from weights.training.packing import Passage, cut, packed_batches
+from weights.training.token_file import TokenFile
 
-ROW_READS_FILE = "row_reads.safetensors"
+RECORDED_TOKENS = 2**18
 _READS, _DOCUMENTS = ".reads", ".documents"
 _NUM_DOCUMENTS = "documents"
 _BATCH_TOKENS = 1024
@@ -47,37 +51,62 @@ class RowReads:
     num_documents: int = 0
 
 
-@torch.no_grad()
-def count_reads(model: Transformer, passages: Iterable[Passage]) -> RowReads:
-    """Run a model over passages and count the rows that it reads; each passage is a document."""
-    config = model.config
-    assert config.memory is not None
-    num_rows, num_documents = config.memory.num_rows, 0
-    counts = torch.zeros(len(config.table_names), 2, num_rows, dtype=torch.int64)
-    tables = dict(zip(config.table_names, counts, strict=True))
-    for batch in packed_batches(passages, _BATCH_TOKENS):
-        memory = batch_output(model, batch, torch.float32, with_trace=True).memory
-        lengths_S = torch.tensor(batch.starts).diff()
-        document_T = torch.arange(len(lengths_S)).repeat_interleave(lengths_S)
-        pairs: dict[str, list[Tensor]] = {name: [] for name in tables}
+class ReadCounter:
+    """Counts the rows that documents read, over all layers that share a table."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        assert config.memory is not None
+        self._config, self._num_rows = config, config.memory.num_rows
+        self._num_documents = 0
+        self._counts = {
+            name: torch.zeros(2, self._num_rows, dtype=torch.int64) for name in config.table_names
+        }
+
+    @property
+    def reads(self) -> RowReads:
+        """The reads so far."""
+        tables = {name: TableReads(*counts) for name, counts in self._counts.items()}
+        return RowReads(tables, self._num_documents)
+
+    def add(self, memory: Mapping[int, MemoryTrace], starts: Sequence[int]) -> None:
+        """Count the traces of concatenated documents, which begin at ``starts``."""
+        lengths_S = torch.tensor(starts).diff()
+        document_T11 = torch.arange(len(lengths_S)).repeat_interleave(lengths_S)[:, None, None]
+        pairs: dict[str, list[Tensor]] = {name: [] for name in self._counts}
         for layer, trace in memory.items():
-            rows_THK = trace.rows_THK.cpu()
-            pair_THK = document_T.view(-1, 1, 1) * num_rows + rows_THK
-            for name in layer_tables(config, layer):
-                pairs[name].append(pair_THK.flatten())
+            names = self._config.layer_tables(layer)
+            for name in filter(None, (names.values, names.down)):
+                pairs[name].append(document_T11 * self._num_rows + trace.rows_THK.cpu())
         for name, of_layers in pairs.items():
-            distinct, reads = torch.cat(of_layers).unique(return_counts=True)
-            rows = distinct % num_rows
-            tables[name][0].index_add_(0, rows, reads)
-            tables[name][1].index_add_(0, rows, torch.ones_like(rows))
-        num_documents += len(lengths_S)
-    return RowReads({name: TableReads(*both) for name, both in tables.items()}, num_documents)
+            every = torch.cat([pair_THK.flatten() for pair_THK in of_layers])
+            distinct, reads = torch.unique(every, return_counts=True)
+            rows = distinct % self._num_rows
+            self._counts[name][0].index_add_(0, rows, reads)
+            self._counts[name][1].index_add_(0, rows, torch.ones_like(rows))
+        self._num_documents += len(lengths_S)
 
 
-def layer_tables(config: ModelConfig, layer: int) -> tuple[str, ...]:
-    """Names of the tables that a memory layer reads."""
-    names = config.layer_tables(layer)
-    return tuple(name for name in (names.values, names.down) if name is not None)
+@torch.no_grad()
+def count_reads(
+    model: Transformer, passages: Iterable[Passage], dtype: torch.dtype = torch.float32
+) -> RowReads:
+    """Run a model over passages and count the rows that it reads; each passage is a document."""
+    counter = ReadCounter(model.config)
+    for batch in packed_batches(passages, _BATCH_TOKENS):
+        counter.add(batch_output(model, batch, dtype, with_trace=True).memory, batch.starts)
+    return counter.reads
+
+
+def sampled_passages(tokens: TokenFile, sequence_length: int, seed: int) -> Iterator[Passage]:
+    """Random documents, cut as in training, of at most ``RECORDED_TOKENS`` tokens in all."""
+    num_tokens = 0
+    for document in np.random.default_rng(seed).permutation(len(tokens)):
+        ids = tokens.ids[tokens.starts[document] : tokens.starts[document + 1]].tolist()
+        for passage in cut(ids, sequence_length):
+            num_tokens += len(passage)
+            if num_tokens > RECORDED_TOKENS:
+                return
+            yield passage
 
 
 def row_read_sources(reads: RowReads) -> list[TensorSource]:

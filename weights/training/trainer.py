@@ -18,6 +18,7 @@ from weights.training.loss import batch_loss
 from weights.training.new_model import model_config, new_model
 from weights.training.optimizer import Optimizer, lr_share
 from weights.training.replicas import Replicas
+from weights.training.row_reads import RowReads, count_reads, sampled_passages
 from weights.training.run_log import RunLog
 from weights.training.run_record import check_settings
 from weights.training.table_usage import TableUsage
@@ -86,7 +87,7 @@ class Trainer:
         self._usage = {name: TableUsage(table.num_rows) for name, table in tables.items()}
         self._stream = TokenStream(data.train, config.data.sequence_length, run.seed)
         self.flops = forward_flops(shape, self._stream.mean_attended)
-        self._validation = data.validation
+        self._train_tokens, self._validation = data.train, data.validation
         self._state = TrainState(states, model, tables, self._optimizer, data.text)
         self.step = 0
         if saved:
@@ -127,7 +128,15 @@ class Trainer:
         if step % run.evaluate_every == 0 or step == run.steps:
             self._log.write({"kind": "evaluation", "step": step, **self.evaluate()})
         if step % run.checkpoint_every == 0 or is_last:
-            self._state.save(step, self._stream.position)
+            reads = self._row_reads() if step == run.steps and self._usage else None
+            self._state.save(step, self._stream.position, reads)
+
+    def _row_reads(self) -> RowReads:
+        """Rows that the trained model reads on a sample of its training documents."""
+        config = self._config
+        length, seed = config.data.sequence_length, config.run.seed
+        passages = sampled_passages(self._train_tokens, length, seed)
+        return count_reads(self._model, passages, _DTYPES[config.run.dtype])
 
     @torch.no_grad()
     def _check_replicas(self) -> None:

@@ -25,6 +25,7 @@ from weights.checkpoints import checkpoint
 from weights.checkpoints.checkpoint import load_model
 from weights.errors import CheckpointError, DataError, TrainingError
 from weights.training import trainer
+from weights.training.row_reads import read_row_reads
 from weights.training.train_config import read_train_config
 from weights.training.train_state import saved_states
 from weights.training.trainer import Trainer
@@ -112,6 +113,23 @@ def check_same(folder, other):
 def losses(folder):
     records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return [record["loss"] for record in records if record["kind"] == "step"]
+
+
+def test_the_last_checkpoint_has_a_record_of_row_reads(config, tmp_path):
+    run(config(), tmp_path / "run")
+    first, last = saved_states(tmp_path / "run" / "checkpoints")
+    assert not (first / "row_reads.safetensors").exists()
+    model, _ = load_model(last)
+    reads = read_row_reads(last, model.config)
+    assert reads.num_documents == len(
+        prepare_data(config().data, tmp_path / "run" / "data", 0).train
+    )
+    for table in reads.tables.values():
+        # 2 heads read 4 rows for each token
+        assert table.reads_R.sum() % 8 == 0 and table.documents_R.max() <= reads.num_documents
+    run(config(memory=False), tmp_path / "dense")
+    last = saved_states(tmp_path / "dense" / "checkpoints")[-1]
+    assert not (last / "row_reads.safetensors").exists()
 
 
 @pytest.mark.parametrize("memory", [True, False])

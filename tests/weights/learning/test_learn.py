@@ -1,0 +1,179 @@
+"""Learning runs for a patch folder: files, scores, resuming, serving, and what is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.model.row_patches import RowPatch
+from engine.request import PatchRef, Request
+from engine.sampling.params import SamplingParams
+from memory_ops.patches.patched_rows import PatchedRows
+from tests.models import EOS_ID, engine_of, random_model, save_model, tiny_config
+from tests.weights.learning.learned import LEARNING, ROWS, wide_model
+from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.convert import convert
+from weights.checkpoints.tokenizer import load_tokenizer
+from weights.errors import CheckpointError, DataError, PatchError, TrainingError
+from weights.learning.learn import LearningTexts, PatchLearner
+from weights.patches.model_identity import model_identity
+from weights.patches.patch_folder import read_patch
+from weights.training.row_reads import count_reads, write_row_reads
+
+TABLE = "memory.table"
+FACTS = [("cat:", "mew"), ("dog:", "wuff"), ("cow:", "moo")]
+TEXTS = ["a red fox runs", "two more of them", "rain in the night", "one long road home"]
+
+
+def lines(file, records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny memory model."""
+    model = wide_model()
+    return save_model(model, tmp_path_factory.mktemp("learn") / "model")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    parent = tmp_path_factory.mktemp("texts")
+    facts = [{"prompt": prompt, "answer": answer} for prompt, answer in FACTS]
+    background = lines(parent / "background.jsonl", [{"text": text} for text in TEXTS])
+    return LearningTexts(
+        facts=lines(parent / "facts.jsonl", facts),
+        background=(str(background),),
+        questions=lines(parent / "questions.jsonl", [{"prompt": "cow", "answer": "moo"}]),
+        neutral=(str(background),),
+        known=lines(parent / "known.jsonl", facts),
+    )
+
+
+def learner_of(folder, target, texts, learning=LEARNING, rows=ROWS, **options):
+    return PatchLearner(folder, target, texts, learning, rows, **options)
+
+
+def always(report) -> bool:
+    return True
+
+
+@pytest.fixture(scope="module")
+def learned(folder, texts, tmp_path_factory):
+    """A patch folder, and the patch as it was learned."""
+    target = tmp_path_factory.mktemp("patches") / "patch"
+    return target, learner_of(folder, target, texts).run(always)
+
+
+def test_a_patch_is_written_with_what_it_was_made_for(folder, learned):
+    target, patch = learned
+    read = read_patch(target, model_identity(folder))
+    assert read.content_hash == patch.content_hash
+    rows_P, deltas_PV = read.tables[TABLE]
+    assert deltas_PV.dtype == torch.bfloat16 and 0 < len(rows_P) <= ROWS.rows
+    assert (deltas_PV != 0).any(dim=1).all()
+    settings, scores = read.description.settings, read.description.scores
+    assert settings["command"] == "learn" and settings["rows"] == 200 and settings["seed"] == 0
+    assert len(read.description.data) == 64
+    assert scores["facts"] == {"asked": 3, "exact": 3, "recall": 1.0}
+    assert scores["known"] == {"asked": 3, "exact_before": 0, "lost": 0}
+    assert scores["questions"]["asked"] == 1 and scores["steps"] == scores["exact_after"] + 5
+    assert scores["neutral"]["divergence"] > 0
+
+
+def test_an_engine_with_the_patch_answers_what_was_learned(folder, learned):
+    model, config = load_model(folder)
+    patch = read_patch(learned[0])
+    rows_P, deltas_PV = patch.tables[TABLE]
+    engine = engine_of(model, EngineConfig(kv_cache_gib=0.01), config.eos_ids)
+    engine.patches.put(RowPatch(patch.content_hash, {1: PatchedRows(rows_P, deltas_PV)}))
+    tokenizer, params = load_tokenizer(folder), SamplingParams(temperature=0.0, max_tokens=9)
+    uses = ((), (PatchRef(patch.content_hash),))
+    for number, (prompt, _) in enumerate(FACTS):
+        for is_patched, patches in enumerate(uses):
+            ids = tuple(tokenizer.encode(prompt))
+            engine.add(Request(f"{number} {is_patched}", ids, params, patches=patches))
+    found = {}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            found.setdefault(output.request_id, []).extend(output.token_ids)
+    for number, (_, answer) in enumerate(FACTS):
+        wanted = [*tokenizer.encode(f" {answer}"), EOS_ID]
+        assert found[f"{number} 1"] == wanted != found[f"{number} 0"]
+
+
+def test_a_stopped_run_resumes_to_the_same_patch(folder, texts, learned, tmp_path):
+    target = tmp_path / "patch"
+    assert learner_of(folder, target, texts).run(lambda report: report.step < 4) is None
+    assert not target.exists()
+    with pytest.raises(TrainingError, match=r"an interrupted run exists; add --resume"):
+        learner_of(folder, target, texts)
+    with pytest.raises(TrainingError, match="seed: must be 0 to resume"):
+        learner_of(folder, target, texts, replace(LEARNING, seed=1), resume=True)
+    resumed = learner_of(folder, target, texts, resume=True)
+    assert resumed.learner.step == 4
+    assert resumed.run(always).content_hash == learned[1].content_hash
+    assert [one.name for one in tmp_path.iterdir()] == ["patch"]
+
+
+def test_a_patch_of_quantised_rows_fits_the_original_too(folder, texts, tmp_path):
+    convert(folder, tmp_path / "int8", table_dtype="int8")
+    patch = learner_of(tmp_path / "int8", tmp_path / "patch", texts).run(always)
+    assert patch.description.scores["facts"]["recall"] == 1.0
+    assert read_patch(tmp_path / "patch", model_identity(folder))
+
+
+def test_rows_are_ranked_by_the_record_of_the_model(folder, texts, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    alone = LearningTexts(texts.facts)
+    with pytest.raises(ConfigError, match="background: .*model has no record.*--background"):
+        learner_of(model, tmp_path / "patch", alone)
+    reads = learner_of(model, tmp_path / "patch", alone, rows=replace(ROWS, rank="reads"))
+    base, _ = load_model(model)
+    from_texts = learner_of(model, tmp_path / "patch", texts)
+    write_row_reads(model, count_reads(base, from_texts.background))
+    recorded = learner_of(model, tmp_path / "patch", alone)
+    assert torch.equal(recorded.chosen[TABLE], from_texts.chosen[TABLE])
+    assert not torch.equal(recorded.chosen[TABLE], reads.chosen[TABLE])
+    patch = recorded.run(always)
+    assert set(patch.description.scores) == {"steps", "exact_after", "facts"}
+
+
+def test_mistakes_are_found_before_learning(folder, texts, learned, tmp_path):
+    def refused(error, match, model=folder, target=tmp_path / "new", **changes):
+        with pytest.raises(error, match=match):
+            learner_of(model, target, replace(texts, **changes))
+
+    refused(PatchError, "exists already", target=learned[0])
+    refused(CheckpointError, r"config\.json", model=tmp_path / "none")
+    refused(DataError, r"none\.jsonl: No such file", facts=tmp_path / "none.jsonl")
+    refused(DataError, "neither a file nor|no such file", background=(str(tmp_path / "none"),))
+    dense = save_model(random_model(tiny_config()), tmp_path / "dense")
+    refused(PatchError, "has no memory layers", model=dense)
+    peer = save_model(wide_model("peer"), tmp_path / "peer")
+    refused(PatchError, "layer 1 is peer", model=peer)
+    with pytest.raises(TrainingError, match="there is no interrupted run"):
+        learner_of(folder, tmp_path / "new", texts, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "named"),
+    [
+        (LEARNING, {"steps": 7}, "steps: must be more than warmup_steps"),
+        (LEARNING, {"replay_share": 1.0}, "replay_share: 1.0 is outside"),
+        (LEARNING, {"batch_tokens": 0}, "batch_tokens: must be at least 1"),
+        (LEARNING, {"divergence_weight": float("nan")}, "divergence_weight: must be at least 0"),
+        (LEARNING, {"precision": "float64"}, "precision: must be one of float32, bfloat16"),
+        (ROWS, {"rows": 0}, "rows: must be at least 1"),
+        (ROWS, {"lr": float("inf")}, "lr: must be above 0 and finite"),
+        (ROWS, {"rank": "best"}, "rank: must be one of tfidf, reads, all"),
+    ],
+)
+def test_settings_are_checked(config, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        replace(config, **changes)

@@ -1,0 +1,72 @@
+"""Saves an interrupted learning run in one file, from which it resumes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from weights.checkpoints.tensor_files import TensorSource, list_file, read_mapped
+from weights.checkpoints.tensor_writer import write_tensors
+from weights.errors import CheckpointError, TrainingError
+
+_RUN, _PROGRESS = "run", "progress"
+
+
+def state_file(patch: Path) -> Path:
+    """The file beside a patch folder that holds the state of its interrupted run."""
+    return patch.with_name(f"{patch.name}.state.safetensors")
+
+
+def save_state(
+    file: Path, run: Mapping[str, Any], progress: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write a state atomically, replacing an older one.
+
+    Args:
+        file: see ``state_file``.
+        run: settings and hashes that must be the same on resume; JSON.
+        progress: progress of the loop; JSON.
+        tensors: state of the student; at least one tensor.
+
+    Raises:
+        TrainingError: the file cannot be written; an older one is unchanged.
+    """
+    metadata = {_RUN: json.dumps(run), _PROGRESS: json.dumps(progress)}
+    sources = [
+        TensorSource(name, tuple(tensor.shape), tensor.dtype, tensor.cpu, metadata)
+        for name, tensor in tensors.items()
+    ]
+    unfinished = file.with_suffix(".partial")
+    try:
+        unfinished.unlink(missing_ok=True)
+        write_tensors(unfinished, sources, lambda num_bytes: None)
+        unfinished.rename(file)
+    except OSError as error:
+        raise TrainingError(f"{file}: cannot be written ({error.strerror})") from None
+
+
+def load_state(file: Path, run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The progress and the student's tensors of a state that was saved with an equal ``run``.
+
+    Raises:
+        TrainingError: the file is no state, or a setting differs; the message names it.
+    """
+    try:
+        stored = list_file(file)
+        metadata = stored[0].metadata
+        saved, progress = json.loads(metadata[_RUN]), json.loads(metadata[_PROGRESS])
+        tensors = {one.name: read_mapped(one) for one in stored}
+    except CheckpointError as error:
+        raise TrainingError(str(error)) from None
+    except (ValueError, LookupError) as error:
+        raise TrainingError(f"{file}: is not the state of a learning run ({error!r})") from None
+    now = json.loads(json.dumps(run))
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) != now.get(name):
+            raise TrainingError(
+                f"{name}: must be {saved.get(name)!r} to resume {file}, not {now.get(name)!r};"
+                " delete that file to begin anew"
+            )
+    return progress, tensors

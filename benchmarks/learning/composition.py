@@ -1,4 +1,4 @@
-"""Patches that were learned apart and are used together: does each still recall its facts?"""
+"""Tests whether patches that were learned apart still recall their facts when used together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,6 @@
 """Students that change dense weights: full finetuning, and low-rank adapters (LoRA)."""
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +40,6 @@ class FullStudent:
 
     def finish(self) -> None:
         """Does nothing: what was learned stays in fp32."""
-
-    def state(self) -> Mapping[str, Tensor]:
-        raise NotImplementedError("a run of the benchmark does not resume")
-
-    def load(self, state: Mapping[str, Tensor], step: int) -> None:
-        raise NotImplementedError("a run of the benchmark does not resume")
 
 
 class LoraStudent:
@@ -91,12 +84,6 @@ class LoraStudent:
 
     def finish(self) -> None:
         """Does nothing: what was learned stays in fp32."""
-
-    def state(self) -> Mapping[str, Tensor]:
-        raise NotImplementedError("a run of the benchmark does not resume")
-
-    def load(self, state: Mapping[str, Tensor], step: int) -> None:
-        raise NotImplementedError("a run of the benchmark does not resume")
 
 
 class _AdaptedLinear(nn.Module):

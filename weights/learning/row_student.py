@@ -19,7 +19,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class RowStudent:
-    """A frozen model with trainable deltas of rows; see ``Student``.
+    """A frozen model with trainable deltas of rows; see ``Student``. It can be saved and loaded.
 
     Attributes:
         model: the model with the deltas; it shares all weights with the unpatched model.
@@ -66,6 +66,7 @@ class RowStudent:
         }
 
     def state(self) -> dict[str, Tensor]:
+        """Rows, deltas and the optimiser's moments, to resume from; they share memory."""
         state: dict[str, Tensor] = {}
         for (name, table), moments in zip(
             self.tables.items(), self._optimizer.moments, strict=True
@@ -76,6 +77,11 @@ class RowStudent:
         return state
 
     def load(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Continue from the ``state`` of an equal student after ``step`` steps.
+
+        Raises:
+            TrainingError: it is the state of a student of other rows.
+        """
         own = self.state()
         if own.keys() != state.keys() or any(own[n].shape != state[n].shape for n in own):
             raise TrainingError("the saved state has other rows than this run")

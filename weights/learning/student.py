@@ -1,9 +1,6 @@
-"""The protocol of a model that learns: what a learning loop changes, steps and saves."""
+"""The protocol of a model that learns: what a learning loop runs and steps."""
 
-from collections.abc import Mapping
 from typing import Protocol
-
-from torch import Tensor
 
 from engine.model.transformer import Transformer
 
@@ -31,12 +28,4 @@ class Student(Protocol):
 
     def finish(self) -> None:
         """Round what was learned to the dtype in which it is stored."""
-        ...
-
-    def state(self) -> Mapping[str, Tensor]:
-        """What was learned and the optimiser's moments, to resume from; may share memory."""
-        ...
-
-    def load(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Continue from the ``state`` of an equal student after ``step`` steps."""
         ...

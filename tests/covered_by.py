@@ -86,6 +86,7 @@ COVERED_BY = {
     "memory_ops/tables/streams.py": "memory_ops/interpreted/test_host_table.py",
     "memory_ops/tables/table_statistics.py": "engine/test_table_counts.py",
     "memory_ops/tables/value_table.py": "memory_ops/tables/test_device.py",
+    "memory_ops/triton_kernels/add_patched_rows.py": "memory_ops/interpreted/test_add_patched_rows.py",
     "memory_ops/triton_kernels/fetch_rows.py": "memory_ops/interpreted/test_host_table.py",
     "memory_ops/triton_kernels/gather_rows.py": "memory_ops/interpreted/test_gather_rows.py",
     "memory_ops/triton_kernels/int4_rows.py": "memory_ops/interpreted/test_gather_rows.py",

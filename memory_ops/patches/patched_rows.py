@@ -1,11 +1,14 @@
 """One table's part of a row patch: the ids of its rows, and what is added to each of them."""
 
+import copy
 import secrets
 
 import torch
 from torch import Tensor
 
 EMPTY = -1
+# what each number of ``PatchedRows.words`` is: addresses of tensors, and fields
+ROWS, DELTAS, INDEX, COUNTS, FACTOR, INDEX_BITS, IS_BF16 = range(7)
 # places that a lookup may have to look at; a random factor needs a few dozen at most
 _MOST_PROBES = 128
 
@@ -23,6 +26,7 @@ class PatchedRows:
             (multiplicative hashing, Knuth, The Art of Computer Programming, volume 3, section 6.4).
         counts: int64 [2], which every backend increases: row reads by tokens that use the patch,
             and those among them whose row the patch has.
+        words: int64 [7], the addresses and fields that Triton kernels read.
     """
 
     def __init__(self, rows_P: Tensor, deltas_PV: Tensor) -> None:
@@ -47,11 +51,28 @@ class PatchedRows:
             self.factor = secrets.randbits(64) // 2 * 2 + 1 - 2**63
             index_I = _index(rows_P, self.factor)
         self.index_I = index_I
+        self.words = self._words()
+
+    def to(self, device: torch.device, counts: Tensor | None = None) -> "PatchedRows":
+        """The same rows in the memory of a device; counts begin at 0, by default in new memory."""
+        moved = copy.copy(self)
+        for name in ("rows_P", "deltas_PV", "index_I"):
+            setattr(moved, name, getattr(self, name).to(device))
+        moved.counts = torch.zeros_like(self.counts, device=device) if counts is None else counts
+        moved.words = moved._words()
+        return moved
 
     @property
     def num_bytes(self) -> int:
         """Bytes of memory: ids, deltas and index."""
         return sum(tensor.nbytes for tensor in (self.rows_P, self.deltas_PV, self.index_I))
+
+    def _words(self) -> Tensor:
+        tensors = (self.rows_P, self.deltas_PV, self.index_I, self.counts)
+        bits = len(self.index_I).bit_length() - 1
+        fields = (self.factor, bits, self.deltas_PV.dtype is torch.bfloat16)
+        words = [*(tensor.data_ptr() for tensor in tensors), *map(int, fields)]
+        return torch.tensor(words, device=self.rows_P.device)
 
 
 def _index(rows_P: Tensor, factor: int) -> Tensor | None:

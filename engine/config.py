@@ -51,9 +51,20 @@ class EngineConfig:
         None, f"draft tokens per sequence and step, at most (default: {_NUM_DRAFTS})"
     )
     debug_checks: bool = option(False, "check all KV blocks whenever the engine is idle; slow")
+    max_patches: int = option(
+        64,
+        "row patches in memory at the same time, those included that requests still use after they"
+        " were removed (0 refuses requests with patches)",
+        group=("row patch limits", "--max-patches 8 --patch-memory-gib 0.5"),
+    )
+    max_patch_rows: int = option(1_000_000, "rows of one row patch, over all tables")
+    patch_memory_gib: float = option(
+        1.0, "memory for row patches, reserved if any may be loaded and the model takes them"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_batched_tokens", "max_model_len", "block_size"):
+        positive = ("max_num_seqs", "max_batched_tokens", "max_model_len", "block_size")
+        for name in (*positive, "max_patch_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: must be at least 1, not {value}")
@@ -65,6 +76,11 @@ class EngineConfig:
         if not 0 < self.gpu_memory_utilization <= 1:
             share = self.gpu_memory_utilization
             raise ConfigError(f"gpu_memory_utilization: {share} is outside (0, 1]")
+        if self.max_patches < 0:
+            raise ConfigError(f"max_patches: must be 0 or more, not {self.max_patches}")
+        if not 0 < self.patch_memory_gib < math.inf:
+            gib = self.patch_memory_gib
+            raise ConfigError(f"patch_memory_gib: must be greater than 0, not {gib}")
         self._check_speculation()
         if self.max_batched_tokens < self.max_num_seqs:
             tokens, seqs = self.max_batched_tokens, self.max_num_seqs
@@ -86,6 +102,11 @@ class EngineConfig:
     def num_drafts(self) -> int:
         """Draft tokens per sequence and step, at most."""
         return _NUM_DRAFTS if self.speculate_tokens is None else self.speculate_tokens
+
+    @property
+    def patch_bytes(self) -> int:
+        """Memory for row patches, their hash indexes included; 0 if none may be loaded."""
+        return int(self.patch_memory_gib * 2**30) if self.max_patches else 0
 
     def kv_bytes(self, kv_bytes_per_token: int, max_positions: int) -> int:
         """``kv_cache_gib`` in bytes; by default enough for all sequences, at most 2 GiB."""

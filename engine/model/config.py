@@ -180,6 +180,11 @@ class ModelConfig:
         return tuple(i for i, kind in enumerate(self.feed_forward) if kind in MEMORY_KINDS)
 
     @property
+    def takes_patches(self) -> bool:
+        """Whether it has memory layers, and the output of each is linear in the table's rows."""
+        return bool(self.memory_layers) and "peer" not in self.feed_forward
+
+    @property
     def table_names(self) -> tuple[str, ...]:
         """Names of all tables, each ``[R, V]``."""
         layers = (self.layer_tables(layer) for layer in self.memory_layers)

@@ -8,7 +8,6 @@ choices of a token, V value width, U uses of patches.
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from memory_ops.checks import check_patches
 from memory_ops.patches import patched_rows
+from memory_ops.patches.device_patches import DevicePatches
 from memory_ops.patches.token_patches import NO_SET, TokenPatches
 from memory_ops.triton_kernels.launch import RowLaunch, on_device_of
 
@@ -32,24 +32,6 @@ _COUNTS = tl.constexpr(patched_rows.COUNTS)
 _FACTOR = tl.constexpr(patched_rows.FACTOR)
 _INDEX_BITS = tl.constexpr(patched_rows.INDEX_BITS)
 _IS_BF16 = tl.constexpr(patched_rows.IS_BF16)
-
-
-@dataclass(frozen=True)
-class DevicePatches:
-    """The patches of T tokens, in tensors on the device of their rows.
-
-    Attributes:
-        spans_T2: int64, the first use of each token, and the one after its last.
-        addresses_U: int64, the address of ``PatchedRows.words`` of each use, or 0 if the patch has
-            no rows of this table.
-        scales_U: fp64, a factor for the deltas of each use.
-        num_counted_1: int64, one number: reads of the tokens from this one on are not counted.
-    """
-
-    spans_T2: Tensor
-    addresses_U: Tensor
-    scales_U: Tensor
-    num_counted_1: Tensor
 
 
 def add_patched_rows(

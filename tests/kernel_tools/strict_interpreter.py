@@ -76,8 +76,10 @@ def tensor_ranges(arguments: list[object]) -> Ranges:
 def _live_patches(patch: pytest.MonkeyPatch) -> weakref.WeakSet[PatchedRows]:
     """The patches that exist: kernels get their addresses in a tensor of numbers."""
     found: weakref.WeakSet[PatchedRows] = weakref.WeakSet()
-    words = PatchedRows._words
-    patch.setattr(PatchedRows, "_words", lambda rows: (found.add(rows), words(rows))[1])
+    complete = PatchedRows._add_counts_and_words
+    patch.setattr(
+        PatchedRows, "_add_counts_and_words", lambda rows: (found.add(rows), complete(rows))
+    )
     return found
 
 

@@ -7,9 +7,10 @@ import torch
 from triton.runtime.errors import InterpreterError
 
 from memory_ops import operations, reference, triton_kernels
+from memory_ops.patches.device_patches import DevicePatches
 from memory_ops.patches.patched_rows import PatchedRows
 from memory_ops.patches.token_patches import PatchUse, TokenPatches
-from memory_ops.triton_kernels.add_patched_rows import DevicePatches, add_device_patches
+from memory_ops.triton_kernels.add_patched_rows import add_device_patches
 from tests.memory_ops.patches.test_token_patches import lookups, patch
 from tests.memory_ops.table_kinds import check_close
 

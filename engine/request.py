@@ -11,6 +11,8 @@ from memory_ops.tables.table_statistics import TableStatistics
 
 FinishReason = Literal["stop", "length", "error"]
 MAX_PRIORITY = 100
+# row patches of a request; executors have space for as many uses of each sequence
+MAX_PATCH_USES = 16
 # the largest number of fp32, in which kernels multiply
 _MAX_SCALE = 3.4e38
 
@@ -78,7 +80,7 @@ def canonical_patches(refs: Iterable[PatchRef]) -> tuple[PatchRef, ...]:
     out.
 
     Raises:
-        RequestError: a factor is not finite in fp32.
+        RequestError: a factor is not finite in fp32, or there are more than MAX_PATCH_USES patches.
     """
     scales: dict[str, float] = {}
     for content_hash, scale in refs:
@@ -86,7 +88,11 @@ def canonical_patches(refs: Iterable[PatchRef]) -> tuple[PatchRef, ...]:
     wrong = [scale for scale in scales.values() if not abs(scale) <= _MAX_SCALE]
     if wrong:
         raise RequestError("memory_patches", f"scale must be a finite number, not {wrong[0]}")
-    return tuple(PatchRef(*pair) for pair in sorted(scales.items()) if pair[1])
+    found = tuple(PatchRef(*pair) for pair in sorted(scales.items()) if pair[1])
+    if len(found) > MAX_PATCH_USES:
+        message = f"has {len(found)} patches, but at most {MAX_PATCH_USES} are allowed"
+        raise RequestError("memory_patches", message)
+    return found
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,9 @@ def for_groups(*operands: Tensor) -> GroupBackend:
 
 
 def for_patches(sums: Tensor) -> PatchBackend:
-    """The backend that adds patches to these sums: kernels on the CPU, plain torch elsewhere."""
-    if sums.is_cpu and sums.dtype is torch.float32:
-        return cast(PatchBackend, _for_device_type("cpu"))
-    return cast(PatchBackend, reference)
+    """The backend that adds patches to these sums."""
+    backend = _for_device_of(sums) if sums.dtype is torch.float32 else REFERENCE
+    return cast(PatchBackend, backend)
 
 
 def for_rounding(values: Tensor) -> RoundingBackend:

@@ -103,7 +103,7 @@ def add_patched_rows(
     check_patches(out_TV, rows_THK, weights_THK, patches)
     for number, uses in enumerate(patches.sets):
         tokens_L = (patches.set_T == number).nonzero().squeeze(1).to(out_TV.device)
-        rows_LHK = rows_THK[tokens_L]
+        rows_LHK = rows_THK[tokens_L].contiguous()
         for patch, scale in uses:
             patch.counts[0] += rows_LHK.numel()
             if not len(patch.rows_P):

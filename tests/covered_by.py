@@ -4,6 +4,7 @@ INTERPRETED = "engine/executors/cuda/interpreted"
 COVERED_BY = {
     "memory_ops/native/tables.py": "memory_ops/test_gather_rows.py",
     "memory_ops/native/patches.py": "memory_ops/patches/test_token_patches.py",
+    "memory_ops/patches/device_patches.py": "memory_ops/interpreted/test_add_patched_rows.py",
     "memory_ops/patches/patch_counts.py": "engine/test_patched_requests.py",
     "engine/model/row_patches.py": "engine/test_patched_requests.py",
     "engine/config.py": "engine/test_engine.py",
@@ -44,6 +45,7 @@ COVERED_BY = {
     "engine/executors/cuda/layers.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/memory.py": f"{INTERPRETED}/test_host_tier.py",
     "engine/executors/cuda/mixture.py": f"{INTERPRETED}/test_cuda_executor.py",
+    "engine/executors/cuda/patch_inputs.py": f"{INTERPRETED}/test_patches.py",
     "engine/executors/cuda/products.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/scored_tokens.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/sized_executor.py": "engine/executors/test_executor.py",
@@ -86,6 +88,9 @@ COVERED_BY = {
     "memory_ops/tables/streams.py": "memory_ops/interpreted/test_host_table.py",
     "memory_ops/tables/table_statistics.py": "engine/test_table_counts.py",
     "memory_ops/tables/value_table.py": "memory_ops/tables/test_device.py",
+    "memory_ops/triton_kernels/add_patched_rows.py": (
+        "memory_ops/interpreted/test_add_patched_rows.py"
+    ),
     "memory_ops/triton_kernels/fetch_rows.py": "memory_ops/interpreted/test_host_table.py",
     "memory_ops/triton_kernels/gather_rows.py": "memory_ops/interpreted/test_gather_rows.py",
     "memory_ops/triton_kernels/int4_rows.py": "memory_ops/interpreted/test_gather_rows.py",

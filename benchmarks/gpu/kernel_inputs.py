@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memory_ops.patches.patched_rows import PatchedRows
+
 
 @dataclass(frozen=True)
 class KernelInputs:
@@ -64,7 +66,11 @@ def _parts(tree: Any) -> Mapping[Any, Any]:
 def _copied(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, Tensor):
         return tree.to(device, copy=True)
+    if isinstance(tree, PatchedRows):
+        return tree.to(device)
     parts = {key: _copied(part, device) for key, part in _parts(tree).items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_make"):
+        return tree._make(parts.values())
     if isinstance(tree, tuple | list):
         return type(tree)(parts.values())
     if isinstance(tree, dict):

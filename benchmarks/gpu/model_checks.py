@@ -16,9 +16,11 @@ from engine.engine import Engine
 from engine.executors.batch import prompt_batch
 from engine.executors.executor import Executor, make_executor
 from engine.model.config import ModelConfig
+from engine.model.row_patches import RowPatch
 from engine.model.transformer import Transformer
-from engine.request import Request
+from engine.request import PatchRef, Request
 from engine.sampling.params import SamplingParams
+from memory_ops.patches.patched_rows import PatchedRows
 from server.config import cache_folder
 from weights.models.named_models import WORDNET, model_folder
 
@@ -31,13 +33,17 @@ _MAX_ERROR, _MAX_KL, _MIN_TOP1 = 1e-3, 0.02, 0.8
 _ERROR, _KL, _TOP1 = "fp32 logits max error", "bf16 logits KL", "bf16 logits top-1 agreement"
 _EAGER, _GRAPH = "fp32 tokens eager = CPU", "fp32 tokens graph = eager"
 _IN_FLIGHT = "fp32 tokens one step in flight = eager"
+_PATCHED = "fp32 tokens with row patches = CPU"
 
 Tokens = Mapping[str, Sequence[int]]
 
 
 def model_names(model: str) -> tuple[str, ...]:
     """Names of the figures of one of ``MODELS``."""
-    return tuple(f"{model} {name}" for name in (_ERROR, _KL, _TOP1, _EAGER, _GRAPH, _IN_FLIGHT))
+    names = [_ERROR, _KL, _TOP1, _EAGER, _GRAPH, _IN_FLIGHT]
+    # the other model has no memory layers
+    names += [_PATCHED] if model == WORDNET else []
+    return tuple(f"{model} {name}" for name in names)
 
 
 def model_figures(model: str, wanted: Sequence[str]) -> Iterator[Figure]:
@@ -65,6 +71,11 @@ def model_figures(model: str, wanted: Sequence[str]) -> Iterator[Figure]:
     yield _agreement(f"{model} {_GRAPH}", _tokens(executor), eager_tokens)
     executor.steps_ahead = 1
     yield _agreement(f"{model} {_IN_FLIGHT}", _tokens(executor), eager_tokens)
+    if model == WORDNET:
+        patches = [_patch(on_cpu, first) for first in range(2)]
+        patched_tokens = _tokens(cpu_executor, patches)
+        found = _tokens(executor, [patch.to(GPU) for patch in patches])
+        yield _agreement(f"{model} {_PATCHED}", found, patched_tokens)
 
 
 def _narrow_figures(
@@ -103,17 +114,35 @@ def _logits(executor: Executor, ids: Sequence[int]) -> Tensor:
     return executor.logits(prompt_batch(ids, _ENGINE.block_size)).to(_CPU, torch.float32)
 
 
-def _tokens(executor: Executor) -> Tokens:
-    """Tokens of greedy and of seeded requests that run together."""
+def _patch(model: Transformer, first: int) -> RowPatch:
+    """A patch of every third row from ``first`` on, which adds to each the row after it."""
+    rows_of = {}
+    for name, table in model.tables.items():
+        rows_P = torch.arange(first, table.num_rows - 1, 3)
+        ones_P11 = torch.ones(len(rows_P), 1, 1)
+        deltas_PV = table.start((rows_P + 1).view(-1, 1, 1), ones_P11).finish()
+        rows_of[name] = PatchedRows(rows_P, deltas_PV)
+    config = model.config
+    layers = {i: rows_of[config.layer_tables(i).values] for i in config.memory_layers}
+    return RowPatch(str(first), layers)
+
+
+def _tokens(executor: Executor, patches: Sequence[RowPatch] = ()) -> Tokens:
+    """Tokens of greedy and of seeded requests that run together, with 0, 1, ... patches."""
     engine = Engine(executor, _ENGINE)
+    for patch in patches:
+        engine.patches.put(patch)
+    refs = [PatchRef(patch.content_hash, 0.5) for patch in patches]
     params = partial(SamplingParams, max_tokens=_NEW_TOKENS, ignore_eos=True)
     found: dict[str, list[int]] = {}
-    for length in _PROMPT_LENGTHS:
+    for number, length in enumerate(_PROMPT_LENGTHS):
         ids = _prompt(executor.config, length)
-        found[f"greedy {length}"] = []
-        engine.add(Request(f"greedy {length}", tuple(ids), params(temperature=0)))
+        name, used = f"greedy {length}", tuple(refs[:number])
+        found[name] = []
+        engine.add(Request(name, tuple(ids), params(temperature=0), patches=used))
     found["seeded"] = []
-    engine.add(Request("seeded", tuple(ids), params(temperature=0.8, top_p=0.95, seed=7)))
+    sampling = params(temperature=0.8, top_p=0.95, seed=7)
+    engine.add(Request("seeded", tuple(ids), sampling, patches=tuple(refs)))
     while engine.has_work:
         for output in engine.step().outputs:
             if output.error is not None:

@@ -32,9 +32,16 @@ class RowPatch:
         """Bytes of memory."""
         return sum(rows.num_bytes for rows in self._distinct())
 
+    def to(self, device: torch.device) -> "RowPatch":
+        """The patch in the memory of a device; its counts begin at 0."""
+        moved = {id(rows): rows.to(device) for rows in self._distinct()}
+        layers = {layer: moved[id(rows)] for layer, rows in self.layers.items()}
+        return RowPatch(self.content_hash, layers)
+
     def counts(self) -> PatchCounts:
-        """Row reads since the patch was made."""
-        counts = [rows.counts.tolist() for rows in self._distinct()]
+        """Row reads since the patch was made. If a GPU is at work, they may be those of the call
+        before: it waits for no step. Call it where the stream of the steps is current."""
+        counts = [rows.read_counts() for rows in self._distinct()]
         return PatchCounts(*map(sum, zip((0, 0), *counts, strict=True)))
 
     def _distinct(self) -> Iterable[PatchedRows]:

@@ -8,7 +8,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from memory_ops.tables.device_counts import DeviceCounts
+from memory_ops.tables.streams import current_stream
+
 EMPTY = -1
+# what each number of ``PatchedRows.words`` is: addresses of tensors, and fields
+ROWS, DELTAS, INDEX, COUNTS, FACTOR, INDEX_BITS, IS_BF16 = range(7)
 # places that a lookup may have to look at; a random factor needs a few dozen at most
 _MOST_PROBES = 128
 
@@ -26,6 +31,7 @@ class PatchedRows:
             (multiplicative hashing, Knuth, The Art of Computer Programming, volume 3, section 6.4).
         counts: int64 [2], which every backend increases: row reads by tokens that use the patch,
             and those among them whose row the patch has.
+        words: int64 [7], the addresses and fields that Triton kernels read.
     """
 
     def __init__(self, rows_P: Tensor, deltas_PV: Tensor) -> None:
@@ -45,25 +51,46 @@ class PatchedRows:
         if not (ids_P[1:] > ids_P[:-1]).all() or (ids_P[:1] < 0).any():
             raise ValueError("rows: expected ascending ids, each once, none negative")
         self.rows_P, self.deltas_PV = rows_P, deltas_PV
-        self.counts = torch.zeros(2, dtype=torch.int64)
         index_I = None
         while index_I is None:
             self.factor = secrets.randbits(64) // 2 * 2 + 1 - 2**63
             index_I = _index(ids_P, self.factor)
         self.index_I = torch.from_numpy(index_I)
+        self._add_counts_and_words()
 
     def to(self, device: torch.device) -> "PatchedRows":
         """The same rows in the memory of a device; their counts begin at 0."""
         moved = copy.copy(self)
         for name in ("rows_P", "deltas_PV", "index_I"):
             setattr(moved, name, getattr(self, name).to(device))
-        moved.counts = torch.zeros_like(self.counts, device=device)
+        moved._add_counts_and_words()
         return moved
+
+    def read_counts(self) -> list[int]:
+        """The values of ``counts``; on a GPU that is at work those of an earlier moment.
+
+        It never waits. Work that changes the counts must be on the current stream.
+        """
+        if not self.counts.is_cuda:
+            counts: list[int] = self.counts.tolist()
+            return counts
+        (counts,) = self._device_counts.read(current_stream(self.counts.device))
+        return counts
 
     @property
     def num_bytes(self) -> int:
         """Bytes of memory: ids, deltas and index."""
         return sum(tensor.nbytes for tensor in (self.rows_P, self.deltas_PV, self.index_I))
+
+    def _add_counts_and_words(self) -> None:
+        device = self.rows_P.device
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
+        self._device_counts = DeviceCounts(self.counts.unsqueeze(0))
+        tensors = (self.rows_P, self.deltas_PV, self.index_I, self.counts)
+        bits = len(self.index_I).bit_length() - 1
+        fields = (self.factor, bits, int(self.deltas_PV.dtype is torch.bfloat16))
+        words = [*(tensor.data_ptr() for tensor in tensors), *fields]
+        self.words = torch.tensor(words, dtype=torch.int64, device=device)
 
 
 def patched_bytes(num_rows: int, value_dim: int, itemsize: int) -> int:

@@ -72,6 +72,12 @@ class CudaStream:
         return self.stream.query()
 
 
+def current_stream(device: torch.device) -> StreamPair:
+    """The current stream of a GPU, also as the side stream."""
+    stream = CudaStream(torch.cuda.current_stream(device))
+    return StreamPair(lambda: stream, stream)
+
+
 def cuda_streams(device: torch.device) -> StreamPair:
     """The current stream of a GPU, and a new side stream."""
     return StreamPair(

@@ -4,9 +4,10 @@ Tested in Triton's interpreter, by compiling to machine code, and on an H100. Im
 imports triton, an optional dependency; importing memory_ops does not.
 """
 
+from memory_ops.triton_kernels.add_patched_rows import add_patched_rows
 from memory_ops.triton_kernels.gather_rows import gather_rows
 from memory_ops.triton_kernels.product_topk import product_topk
 from memory_ops.triton_kernels.row_dots import row_dots
 from memory_ops.triton_kernels.row_gradients import row_gradients
 
-__all__ = ["gather_rows", "product_topk", "row_dots", "row_gradients"]
+__all__ = ["add_patched_rows", "gather_rows", "product_topk", "row_dots", "row_gradients"]

@@ -5,9 +5,9 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import PlainValidator, WithJsonSchema
 
+from engine.request import MAX_PATCH_USES
 from server.patch_options import NAME_RULE, PATCH_NAME
 
-MAX_PATCHES = 16
 MAX_SCALE = 100
 
 
@@ -21,8 +21,8 @@ class NamedPatch(NamedTuple):
 def _check_patches(patches: Any) -> Any:
     if not isinstance(patches, list):
         raise ValueError('must be a list of names or of objects {"name", "scale"}')
-    if len(patches) > MAX_PATCHES:
-        raise ValueError(f"at most {MAX_PATCHES} patches, not {len(patches)}")
+    if len(patches) > MAX_PATCH_USES:
+        raise ValueError(f"at most {MAX_PATCH_USES} patches, not {len(patches)}")
     return [_named(patch) for patch in patches]
 
 
@@ -56,6 +56,6 @@ _SCALED = {
     "required": ["name"],
     "additionalProperties": False,
 }
-_PATCHES = {"type": "array", "items": {"anyOf": [_NAME, _SCALED]}, "maxItems": MAX_PATCHES}
+_PATCHES = {"type": "array", "items": {"anyOf": [_NAME, _SCALED]}, "maxItems": MAX_PATCH_USES}
 
 NamedPatches = Annotated[list[NamedPatch], PlainValidator(_check_patches), WithJsonSchema(_PATCHES)]

@@ -12,7 +12,7 @@ from engine.engine import Engine
 from engine.errors import RequestError
 from engine.executors.executor import make_executor
 from engine.model.row_patches import RowPatch
-from engine.request import PatchRef, canonical_patches
+from engine.request import MAX_PATCH_USES, PatchRef, canonical_patches
 from memory_ops.patches.patched_rows import PatchedRows
 from memory_ops.tables.device import DeviceTable
 from tests.engine.delayed_executor import delayed
@@ -38,9 +38,9 @@ def model_of(kinds=KINDS, **memory):
     return random_model(tiny_config(**feed_forward_changes(*kinds, **memory)))
 
 
-def changed_model(model, *uses: tuple[RowPatch, float], kinds=KINDS):
+def changed_model(model, *uses: tuple[RowPatch, float], kinds=KINDS, **memory):
     """The same model, with patches written into its tables."""
-    changed = model_of(kinds)
+    changed = model_of(kinds, **memory)
     tables = {}
     for name, table in model.tables.items():
         rows_RV = table.rows.clone()
@@ -177,6 +177,13 @@ def test_patches_are_canonical():
     assert canonical_patches(refs) == (PatchRef("a", 1.0), PatchRef("b", 1.0))
     with pytest.raises(AssertionError):
         replace(greedy("a", [1], 1), patches=tuple(refs))
+
+
+def test_more_patches_than_a_batch_has_space_for_are_refused():
+    refs = [PatchRef(str(number)) for number in range(MAX_PATCH_USES + 1)]
+    assert len(canonical_patches(refs[1:])) == MAX_PATCH_USES
+    with pytest.raises(RequestError, match="memory_patches: has 17 patches, but at most 16"):
+        canonical_patches(refs)
 
 
 @pytest.mark.parametrize("scales", [(math.nan,), (math.inf,), (1e39,), (3e38, 3e38)])

@@ -1,6 +1,7 @@
 """A strict Triton interpreter: errors that a GPU would hide raise exceptions here.
 
-1. Every lane of a load or store that is not masked off must lie within a tensor argument.
+1. Every lane of a load or store that is not masked off must lie within a tensor argument, or
+   within a row patch that is alive.
 2. int32 sums, differences and products must not overflow.
 3. Masked-off lanes without an ``other`` value are poisoned: NaN, or a large number.
    (``other=0`` counts as no value: the interpreter drops values that are false.)
@@ -12,6 +13,7 @@ The interpreter cannot show races, missing barriers or code that the compiler re
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,6 +21,8 @@ import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+from memory_ops.patches.patched_rows import PatchedRows
 
 BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 Ranges = list[tuple[int, int]]
@@ -69,8 +73,19 @@ def tensor_ranges(arguments: list[object]) -> Ranges:
     return found
 
 
+def _live_patches(patch: pytest.MonkeyPatch) -> weakref.WeakSet[PatchedRows]:
+    """The patches that exist: kernels get their addresses in a tensor of numbers."""
+    found: weakref.WeakSet[PatchedRows] = weakref.WeakSet()
+    complete = PatchedRows._add_counts_and_words
+    patch.setattr(
+        PatchedRows, "_add_counts_and_words", lambda rows: (found.add(rows), complete(rows))
+    )
+    return found
+
+
 def _check_memory(patch: pytest.MonkeyPatch) -> None:
     ranges: Ranges = []
+    patches = _live_patches(patch)
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     call, arguments_of = executor.__call__, executor._init_args_hst
     load, store = builder.create_masked_load, builder.create_masked_store
@@ -83,7 +98,8 @@ def _check_memory(patch: pytest.MonkeyPatch) -> None:
 
     def remembered(self, args, kwargs):
         args, kwargs = arguments_of(self, args, kwargs)
-        ranges[:] = tensor_ranges([*args, *kwargs.values()])
+        of_patches = [one for rows in patches for one in vars(rows).values()]
+        ranges[:] = tensor_ranges([*args, *kwargs.values(), *of_patches])
         return args, kwargs
 
     def checked_load(self, pointers, mask, other, *rest):

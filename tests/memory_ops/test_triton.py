@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from memory_ops import reference
+from memory_ops.patches.patched_rows import PatchedRows
+from memory_ops.patches.token_patches import PatchUse, TokenPatches
 from tests.kernel_tools.processes import run_tests
 from tests.memory_ops.table_kinds import KINDS, check_close, exact_values, table_of
 
@@ -125,6 +127,30 @@ def test_gradients_on_a_gpu(kernels, width, num_rows):
     assert torch.equal(distinct.cpu(), wanted)
     check_close(sums.cpu(), exact, rows.numel())
     assert torch.equal(kernels.row_gradients(rows.cuda(), weights.cuda(), grad.cuda())[1], sums)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 99, 1000, 1024])
+def test_patches_on_a_gpu(kernels, width, dtype):
+    rows_P = torch.randperm(2**20)[:3000].sort().values
+    patches = [PatchedRows(rows_P, torch.randn(3000, width).to(dtype)) for _ in range(2)]
+    patches.append(PatchedRows(rows_P[::3].clone(), torch.randn(1000, width)))
+    sets = [[PatchUse(patches[0], 0.5)], [PatchUse(one, 1.5) for one in patches]]
+    set_T = torch.tensor([0, -1, 1] * 100, dtype=torch.int32)
+    rows = torch.where(torch.rand(300, 3, 7) < 0.4, rows_P[:21].view(3, 7), 5)
+    weights, before = torch.rand(300, 3, 7), torch.randn(300, width)
+    exact = before.double()
+    reference.add_patched_rows(exact, rows, weights, TokenPatches(sets, set_T))
+    moved = {id(one): one.to(torch.device("cuda")) for one in patches}
+    on_gpu = [[PatchUse(moved[id(use.patch)], use.scale) for use in uses] for uses in sets]
+    out = before.cuda()
+    kernels.add_patched_rows(out, rows.cuda(), weights.cuda(), TokenPatches(on_gpu, set_T))
+    check_close(out.cpu(), exact, 3 * 21 + 1)
+    assert torch.equal(out[set_T < 0].cpu(), before[set_T < 0])
+    for one in patches:
+        assert moved[id(one)].counts.tolist() == one.counts.tolist()
 
 
 @pytest.mark.gpu

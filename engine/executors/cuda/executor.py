@@ -40,7 +40,6 @@ class CudaExecutor:
 
     steps_ahead = 1
     balance_rows = 64  # not timed on a GPU
-    takes_patches = False
 
     def __init__(
         self, model: DeviceModel, config: EngineConfig, device: Device, num_blocks: int
@@ -63,10 +62,13 @@ class CudaExecutor:
         tokens = config.max_batched_tokens
         # with logits everywhere, as for a scored prompt
         self._largest = StepShape(tokens, config.max_num_seqs, tokens, False)
-        self._staging = Staging(device, InputLayout(self._largest).num_words)
+        self.takes_patches = config.max_patches > 0 and model.config.takes_patches
+        patched_layers = model.config.memory_layers if self.takes_patches else ()
+        self._staging = Staging(device, InputLayout(self._largest, len(patched_layers)))
         self._inputs: dict[StepShape, StagedInputs] = {}  # of the shapes that have a graph
         group = shapes.num_heads // shapes.num_kv_heads
-        self._writer = InputWriter(shapes.vocab_size, group, num_blocks * config.block_size)
+        scrap_slot = num_blocks * config.block_size
+        self._writer = InputWriter(shapes.vocab_size, group, scrap_slot, patched_layers)
         self._runner = StepRunner(model, self._state, device)
         # the results of one step are read while the next one writes
         self._results = [device.pinned((tokens,), torch.int64) for _ in range(2)]
@@ -88,7 +90,8 @@ class CudaExecutor:
         self._queue(batch, finish)
         self._results.reverse()
         self._count(len(batch.ids_T))
-        return CudaStep(self._device.record(), chosen, scored, traced, self.progress)
+        event = self._device.record()
+        return CudaStep(event, chosen, scored, traced, self.progress, batch.patches)
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
@@ -170,6 +173,9 @@ class CudaExecutor:
             self._runner.queue(shape, inputs.on_device, finish)
         except Exception:
             self._block_table.forget(batch.seats)
+            if any(batch.patches):
+                # queued work may read patches that nothing keeps from now on
+                self._device.record().wait()
             raise
 
     def _choose_by_rules(self, batch: Batch, inputs: Inputs, outputs: StepOutputs) -> None:

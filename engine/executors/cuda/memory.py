@@ -17,6 +17,7 @@ from engine.model.norm import RmsNorm
 from memory_ops import operations
 from memory_ops.tables.device import ReadyLookup
 from memory_ops.tables.value_table import Lookup, ValueTable
+from memory_ops.triton_kernels.add_patched_rows import add_device_patches
 
 
 class CudaMemory:
@@ -64,6 +65,9 @@ class CudaMemory:
         gate_TV = None if self._gate is None else self._gate(x_TD)
         gate_T1 = None if self._output_gate is None else self._output_gate(x_TD)
         sum_TV = lookup.finish()
+        patches = tokens.patches.get(self.index)
+        if patches is not None:
+            add_device_patches(sum_TV, rows_THK, weights_THK, patches)
         y_TV = sum_TV if gate_TV is None else silu_gate(gate_TV, sum_TV)
         if self._value is not None and gate_T1 is None:
             return self._value(y_TV.to(x_TD.dtype), residual_MO=residual_TD)

@@ -1,6 +1,7 @@
 """Copies a step's inputs to the device from two alternating pinned buffers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ class StagedInputs:
         on_device: views of the buffer on the device.
     """
 
-    def __init__(self, shape: StepShape, pinned: list[Tensor], words: Tensor) -> None:
-        layout = InputLayout(shape)
+    def __init__(self, layout: InputLayout, pinned: list[Tensor], words: Tensor) -> None:
         self.num_words = layout.num_words
         self.on_host: list[HostInputs] = [
             {name: view.numpy() for name, view in layout.views(one).items()} for one in pinned
@@ -33,8 +33,9 @@ class StagedInputs:
 class Staging:
     """Buffers of 64-bit words: two on the host, used alternately, and one on the device."""
 
-    def __init__(self, device: Device, num_words: int) -> None:
-        self._device = device
+    def __init__(self, device: Device, largest: InputLayout) -> None:
+        """``largest`` is the layout of the largest shape; all have the same inputs."""
+        self._device, self._largest, num_words = device, largest, largest.num_words
         self._pinned = [device.pinned((num_words,), torch.int64) for _ in range(_BUFFERS)]
         self._words = torch.zeros(num_words, dtype=torch.int64, device=device.torch_device)
         self._sent: list[DeviceEvent | None] = [None] * _BUFFERS
@@ -42,7 +43,7 @@ class Staging:
 
     def inputs(self, shape: StepShape) -> StagedInputs:
         """The inputs of steps of this shape."""
-        return StagedInputs(shape, self._pinned, self._words)
+        return StagedInputs(replace(self._largest, shape=shape), self._pinned, self._words)
 
     def send(self, inputs: StagedInputs, write: Callable[[HostInputs], None]) -> None:
         """Let ``write`` fill inputs on the host, and queue their copy to the device."""

@@ -73,7 +73,8 @@ class DeviceModel:
         """Run a step of this shape; its inputs are those of ``InputLayout``."""
         update_block_table(state.block_table_PB, inputs["updates"], inputs["counts"][:1])
         residual_TD = embed(inputs["ids"], state.last_token_P, self._embedding_VD)
-        tokens = StepTokens.of(inputs, shape, state.block_table_PB, self._angles)
+        layers = self.config.memory_layers
+        tokens = StepTokens.of(inputs, shape, state.block_table_PB, self._angles, layers)
         trace = ForwardTrace()
         for index, layer in enumerate(self._layers):
             if self._lookahead is not None:
@@ -83,7 +84,7 @@ class DeviceModel:
             residual_TD = residual_TD.index_select(0, inputs["logits_at"])
         logits_LV, chosen_L = self._outputs(shape.logits, state)
         self._head(residual_TD, norm=self._norm, out_MO=logits_LV)
-        add_biases(logits_LV, inputs["bias_places"], inputs["bias_values"], inputs["counts"][1:])
+        add_biases(logits_LV, inputs["bias_places"], inputs["bias_values"], inputs["counts"][1:2])
         choose_tokens(
             logits_LV, inputs["choices"], inputs["row_seats"], chosen_L, state.last_token_P
         )

@@ -13,12 +13,14 @@ from torch import Tensor
 from engine.executors.batch import Batch
 from engine.executors.cuda.buckets import StepShape
 from engine.executors.cuda.kernels.paged_step import most_query_tiles, query_tiles
+from engine.executors.cuda.patch_inputs import patch_input_sizes, write_patches
 from engine.sampling.choice import CHOICE
 from engine.sampling.sampler import choices_of
 
 # more updates are sent by ``DeviceBlockTable.send``; more biases are applied after the step
 MOST_UPDATES = 512
 MOST_BIASES = 1024
+_FP64 = ("choices", "bias_values", "patch_scales")
 _CHOICE_FIELDS = len(CHOICE.names or ())
 HostInputs = Mapping[str, NDArray[Any]]
 
@@ -28,7 +30,7 @@ class InputLayout:
     """Places of the inputs of one shape in the buffer, in words of 8 bytes.
 
     Attributes, in this order in the buffer:
-        counts: number of block-table updates, and of biases.
+        counts: number of block-table updates, of biases, and of tokens without padding.
         ids, positions, kv_slots: of each token; see ``Batch``; padding repeats the first token, but
             writes its keys and values to the scrap slot.
         sources: the token whose memory rows a token reads: itself, or 0 for padding.
@@ -40,9 +42,12 @@ class InputLayout:
         choices: fields of CHOICE of each row, as fp64.
         updates: (seat, index, block) of changed entries of the block table.
         bias_places, bias_values: places in the flat logits, and fp64 numbers to add.
+        patch_spans, patch_scales, patch_addresses: see ``DevicePatches``; addresses of each layer.
+            Only if there are patched layers.
     """
 
     shape: StepShape
+    num_patched_layers: int = 0
 
     @cached_property
     def places(self) -> Mapping[str, tuple[int, tuple[int, ...]]]:
@@ -50,7 +55,7 @@ class InputLayout:
         tokens, sequences, logits, is_decode, _ = self.shape
         tiles = 0 if is_decode else most_query_tiles(tokens, sequences)
         sizes: dict[str, tuple[int, ...]] = {
-            "counts": (2,),
+            "counts": (3,),
             "ids": (tokens,),
             "positions": (tokens,),
             "kv_slots": (tokens,),
@@ -65,6 +70,7 @@ class InputLayout:
             "updates": (MOST_UPDATES, 3),
             "bias_places": (MOST_BIASES,),
             "bias_values": (MOST_BIASES,),
+            **patch_input_sizes(self.shape, self.num_patched_layers),
         }
         places, first = {}, 0
         for name, size in sizes.items():
@@ -76,24 +82,26 @@ class InputLayout:
     @cached_property
     def num_words(self) -> int:
         """Words of all inputs."""
-        first, size = self.places["bias_values"]
+        first, size = list(self.places.values())[-1]
         return first + -(-int(np.prod(size)) // 16) * 16
 
     def views(self, words: Tensor) -> Mapping[str, Tensor]:
-        """The inputs as views of a buffer; ``choices`` and ``bias_values`` are fp64."""
+        """The inputs as views of a buffer; those in ``_FP64`` are fp64."""
         found = {}
         for name, (first, size) in self.places.items():
             part = words[first : first + int(np.prod(size))]
-            is_float = name in ("choices", "bias_values")
-            found[name] = (part.view(torch.float64) if is_float else part).view(size)
+            found[name] = (part.view(torch.float64) if name in _FP64 else part).view(size)
         return found
 
 
 class InputWriter:
     """Writes batches of a model with this many query heads per KV head into buffers on the host."""
 
-    def __init__(self, vocab_size: int, group: int, scrap_slot: int) -> None:
+    def __init__(
+        self, vocab_size: int, group: int, scrap_slot: int, patched_layers: Sequence[int] = ()
+    ) -> None:
         self._vocab_size, self._group, self._scrap_slot = vocab_size, group, scrap_slot
+        self._patched_layers = patched_layers
 
     def write(
         self,
@@ -103,8 +111,9 @@ class InputWriter:
         updates: Sequence[tuple[int, int, int]],
         biases: tuple[NDArray[np.int64], NDArray[np.float64]] | None,
     ) -> None:
-        """Write all inputs of a shape, except updates and biases beyond their counts."""
-        out["counts"][:] = len(updates), 0 if biases is None else len(biases[0])
+        """Write all inputs of a shape, except updates, biases and patches beyond their counts."""
+        num_biases = 0 if biases is None else len(biases[0])
+        out["counts"][:] = len(updates), num_biases, len(batch.ids_T)
         _write_padded(out["ids"], batch.ids_T.numpy())
         _write_padded(out["positions"], batch.positions_T.numpy())
         count = len(batch.ids_T)
@@ -114,11 +123,12 @@ class InputWriter:
         out["sources"][count:] = 0
         self._write_sequences(out, shape, batch)
         self._write_rows(out, batch)
+        write_patches(out, shape, batch, self._patched_layers)
         if updates:
             out["updates"][: len(updates)] = updates
         if biases is not None:
-            out["bias_places"][: len(biases[0])] = biases[0]
-            out["bias_values"][: len(biases[0])] = biases[1]
+            out["bias_places"][:num_biases] = biases[0]
+            out["bias_values"][:num_biases] = biases[1]
 
     def _write_sequences(self, out: HostInputs, shape: StepShape, batch: Batch) -> None:
         starts = np.array(batch.query_starts, dtype=np.int64)

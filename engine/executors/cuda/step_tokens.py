@@ -1,12 +1,14 @@
 """The tokens of one step as layers read them, in tensors on the device."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from engine.executors.cuda.buckets import StepShape
 from engine.executors.cuda.kernels.paged_step import PagedStep
+from engine.executors.cuda.patch_inputs import device_patches
+from memory_ops.patches.device_patches import DevicePatches
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class StepTokens:
         sources_T: int64, the token that a token of padding repeats; None if there is no such token
             whose rows are undefined.
         num_splits: parts of a decode's context that the attention kernel computes side by side.
+        patches: the row patches of each memory layer; none in a graph without patches.
     """
 
     positions_T: Tensor
@@ -28,6 +31,7 @@ class StepTokens:
     sources_T: Tensor | None
     paged: PagedStep
     num_splits: int
+    patches: Mapping[int, DevicePatches]
 
     def with_padding(self, x_TD: Tensor) -> Tensor:
         """Rows of tokens, with those of padding defined: so padding reads no table rows, and no
@@ -41,6 +45,7 @@ class StepTokens:
         shape: StepShape,
         block_table_PB: Tensor,
         angles: tuple[Tensor, Tensor],
+        memory_layers: Sequence[int],
     ) -> "StepTokens":
         """Views of a step's inputs."""
         paged = PagedStep(
@@ -53,5 +58,11 @@ class StepTokens:
         # the padding of a decode repeats the whole first sequence
         sources_T = None if shape.is_decode else inputs["sources"]
         return cls(
-            inputs["positions"], angles, inputs["kv_slots"], sources_T, paged, shape.num_splits
+            inputs["positions"],
+            angles,
+            inputs["kv_slots"],
+            sources_T,
+            paged,
+            shape.num_splits,
+            device_patches(inputs, memory_layers),
         )

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from benchmarks.gpu.correctness import result_error
 from benchmarks.gpu.kernel_inputs import KernelInputs
+from memory_ops.patches.patched_rows import PatchedRows
+from memory_ops.patches.token_patches import PatchUse, TokenPatches
 
 CPU = torch.device("cpu")
 
@@ -32,6 +34,16 @@ def test_a_call_returns_results_and_written_arguments_and_a_copy_keeps_its_own()
     assert result.tolist() == [0, 1] and written.tolist() == [2, 2, 2]
     assert copy.arguments[0].tolist() == [1, 1, 1] and copy.arguments[1].tiles is None
     assert [one.tolist() for one in copy.call(scale)] == [[0, 1], [2, 2, 2]]
+
+
+def test_a_copy_of_patches_has_its_own_counts():
+    patch = PatchedRows(torch.arange(2), torch.ones(2, 4))
+    patches = TokenPatches([[PatchUse(patch, 2.0)]], torch.zeros(1, dtype=torch.int32))
+    patch.counts += 1
+    (copy,) = KernelInputs((patches,)).copied(CPU).arguments
+    ((use,),) = copy.sets
+    assert use.scale == 2 and use.patch.counts.tolist() == [0, 0]
+    assert torch.equal(use.patch.rows_P, patch.rows_P) and copy.set_T.tolist() == [0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

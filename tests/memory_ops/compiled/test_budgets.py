@@ -5,7 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from memory_ops.triton_kernels import gather_rows, product_topk, row_dots, row_gradients
+from memory_ops.patches.patched_rows import PatchedRows
+from memory_ops.patches.token_patches import PatchUse, TokenPatches
+from memory_ops.triton_kernels import (
+    add_patched_rows,
+    gather_rows,
+    product_topk,
+    row_dots,
+    row_gradients,
+)
+from memory_ops.triton_kernels.add_patched_rows import WIDE_LAUNCH
 from memory_ops.triton_kernels.gather_rows import GATHER_LAUNCHES
 from memory_ops.triton_kernels.launch import RowLaunch
 from memory_ops.triton_kernels.product_topk import TILES_LAUNCH, TOPK_LAUNCHES, launch_for
@@ -44,6 +53,11 @@ GRADIENT_BUDGETS = {
     ("fp16", 1024): ((64, 0), (64, 0), (72, 0), (64, 0)),
     ("bf16", 1024): ((64, 0), (64, 0), (72, 0), (64, 0)),
     ("bf16", 1000): ((72, 0), (72, 0), (72, 0), (64, 0)),
+}
+# by V
+PATCH_BUDGETS = {
+    (1024,): ((208, 256), (200, 256), (192, 256), (128, 256)),
+    (1000,): ((208, 256), (200, 256), (192, 256), (128, 256)),
 }
 # by N and K
 TOPK_BUDGETS = {
@@ -112,6 +126,22 @@ def test_row_gradients(case, target, budget):
     check(figures, budget, wide_row_loads(GRADIENT_LAUNCHES[kind], kind, target))
 
 
+def patch_of(width: int, num_tokens: int = 16) -> tuple[torch.Tensor, TokenPatches]:
+    """Sums of tokens that use one patch."""
+    patch = PatchedRows(torch.arange(64), torch.randn(64, width))
+    set_T = torch.zeros(num_tokens, dtype=torch.int32)
+    return torch.zeros(num_tokens, width), TokenPatches([[PatchUse(patch, 1.0)]], set_T)
+
+
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(PATCH_BUDGETS))
+def test_add_patched_rows(case, target, budget):
+    out, patches = patch_of(*case)
+    figures = compiled(TARGETS[target], lambda: add_patched_rows(out, *lookups(), patches))
+    # the kernel has code for deltas of both kinds
+    wide_loads = sum(wide_row_loads(WIDE_LAUNCH, kind, target) for kind in ("fp32", "bf16"))
+    check(figures, budget, wide_loads)
+
+
 def topk_of(num_subkeys: int, top_k: int) -> Callable[[], object]:
     scores = torch.randn(2, 4, 2, num_subkeys)
     return lambda: product_topk(scores, top_k)
@@ -144,10 +174,19 @@ def test_one_value_of_one_row_compiles(kind, target):
     # triton turns a size of 1 into a constant, which takes another code path
     table, x = table_of(kind, torch.randn(1, 1)), torch.randn(1, 1)
     rows, weights = torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1, 1)
+    out, patches = patch_of(1, 1)
     calls = [lambda: gather_rows(table, rows, weights), lambda: row_dots(table, rows, x)]
     if kind in PLAIN:
         calls += [lambda: row_gradients(rows, weights, x.to(PLAIN[kind]))]
+        calls += [lambda: add_patched_rows(out, rows, weights, patches)]
     assert all(not compiled(TARGETS[target], call).spills for call in calls)
+
+
+@pytest.mark.parametrize("target", targets())
+def test_patches_of_a_width_that_fills_no_wide_load(target):
+    out, patches = patch_of(999)
+    figures = compiled(TARGETS[target], lambda: add_patched_rows(out, *lookups(), patches))
+    assert not figures.spills and figures.registers <= 80 and figures.shared <= 256
 
 
 @pytest.mark.parametrize("target", targets(["sm_80", "sm_90", "gfx942"]))
@@ -155,9 +194,11 @@ def test_operands_of_less_precision_compile(target):
     # the interpreter accepts code that the compiler refuses, and fp32 operands need no conversion
     table, x = torch.randn(64, 1000).bfloat16(), torch.randn(16, 1000).bfloat16()
     rows, weights = lookups()
+    out, patches = patch_of(1000)
     calls = [
         lambda: gather_rows(table, rows, weights.bfloat16()),
         lambda: row_gradients(rows, weights.half(), x),
+        lambda: add_patched_rows(out, rows, weights.bfloat16(), patches),
     ]
     assert all(not compiled(TARGETS[target], call).spills for call in calls)
     # a width that fills 128-bit loads of the table also fills those of x

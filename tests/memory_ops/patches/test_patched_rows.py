@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory_ops.patches.patched_rows import EMPTY, PatchedRows
+from memory_ops.patches.patched_rows import EMPTY, IS_BF16, PatchedRows
 
 
 def patched(rows) -> PatchedRows:
@@ -36,6 +36,19 @@ def test_half_of_the_places_stay_free():
     patch = patched(range(0, 10_000, 7))
     assert (patch.index_I == EMPTY).sum() * 2 >= len(patch.index_I)
     assert patch.num_bytes == patch.rows_P.nbytes * 5 // 2 + 4 * len(patch.index_I)
+
+
+def test_rows_on_a_device_have_their_own_counts_and_words():
+    patch = patched(range(5))
+    patch.counts += 3
+    moved = patch.to(torch.device("cpu"))
+    assert moved.read_counts() == [0, 0] and patch.read_counts() == [3, 3]
+    words = [moved.rows_P.data_ptr(), moved.deltas_PV.data_ptr(), moved.index_I.data_ptr()]
+    bits = len(moved.index_I).bit_length() - 1
+    assert moved.words.tolist() == [*words, moved.counts.data_ptr(), patch.factor, bits, 0]
+    assert [found(moved, row) for row in range(6)] == [0, 1, 2, 3, 4, EMPTY]
+    narrow = PatchedRows(patch.rows_P, patch.deltas_PV.bfloat16())
+    assert narrow.words[IS_BF16] == 1
 
 
 def test_ids_that_collide_for_one_factor_do_not_for_the_next():

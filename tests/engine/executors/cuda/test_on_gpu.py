@@ -1,5 +1,7 @@
 """The engine on a GPU gives the CPU's tokens: every kind of model, eager, in graphs, in flight."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from engine.executors.executor import make_executor
 from engine.executors.lookahead import LookaheadConfig
 from engine.request import Request
 from engine.sampling.params import SamplingParams
+from tests.engine.patches import patch_of
+from tests.engine.test_patched_requests import asks, changed_model, model_of
 from tests.models import (
     engine_of,
     feed_forward_changes,
@@ -49,14 +53,21 @@ def requests():
     return {0: [greedy(name, ids, COUNT) for name, ids in PROMPTS.items()]}
 
 
-def check(executor, expected):
+def check(executor, expected, asked=None, patches=()):
     """Eager steps, graphs, and graphs with one step in flight give these tokens."""
+
+    def found():
+        served = Engine(executor, CONFIG)
+        for patch in patches:
+            served.patches.put(patch)
+        return run(served, asked or requests())
+
     executor.steps_ahead = 0
-    assert run(Engine(executor, CONFIG), requests()) == expected
+    assert found() == expected
     executor.warm_up()
-    assert run(Engine(executor, CONFIG), requests()) == expected
+    assert found() == expected
     executor.steps_ahead = 1
-    assert run(Engine(executor, CONFIG), requests()) == expected
+    assert found() == expected
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
@@ -69,30 +80,65 @@ def test_tables_in_device_memory(kinds):
 @pytest.mark.parametrize("lookahead", [None, LookaheadConfig(1, 2)], ids=["", "lookahead"])
 @pytest.mark.parametrize("kinds", WITH_TABLES, ids="-".join)
 def test_tables_in_host_memory_behind_a_cache_that_evicts(kinds, lookahead):
+    model = random_model(tiny_config(**feed_forward_changes(*kinds)))
+    expected = {name: plain_greedy(model, ids, COUNT) for name, ids in PROMPTS.items()}
+    on_gpu = copied(model, GPU, torch.float32)
+    with host_tables(model) as tables:
+        on_gpu.attach_tables(tables)
+        check(make_executor(on_gpu, CONFIG, lookahead), expected)
+        torch.cuda.synchronize()
+        counted = [one for table in tables.values() for one in table.statistics().values()]
+        assert any(counts.hits and counts.misses > 16 for counts in counted)
+
+
+@contextmanager
+def host_tables(model):
+    """The tables of a model in host memory, each behind a small cache."""
     from memory_ops.page_lock import PageLock
     from memory_ops.tables.host import HostTable
     from memory_ops.tables.row_cache import RowCache, rows_memory
     from memory_ops.tables.streams import cuda_streams
 
-    model = random_model(tiny_config(**feed_forward_changes(*kinds)))
-    expected = {name: plain_greedy(model, ids, COUNT) for name, ids in PROMPTS.items()}
-    on_gpu = copied(model, GPU, torch.float32)
-    tables = {}
+    tables, layers = {}, model.config.num_layers
     for name, table in model.tables.items():
         # 16 of the 64 rows, and what one token of two heads reads
         cache_bytes = 64 * 32 * 4 + 16 * (32 * 4 + 16)
-        cache = RowCache(table.rows, cache_bytes, GPU, num_layers=len(kinds), num_overflow=64)
+        cache = RowCache(table.rows, cache_bytes, GPU, num_layers=layers, num_overflow=64)
         lock = PageLock(rows_memory(table.rows), GPU)
         tables[name] = HostTable(table.rows, cache, cuda_streams(GPU), lock)
-    on_gpu.attach_tables(tables)
     try:
-        check(make_executor(on_gpu, CONFIG, lookahead), expected)
-        torch.cuda.synchronize()
-        counted = [one for table in tables.values() for one in table.statistics().values()]
-        assert any(counts.hits and counts.misses > 16 for counts in counted)
+        yield tables
     finally:
         for table in tables.values():
             table.close()
+
+
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_row_patches(tier):
+    kinds = ("memory_plus", "dense", "memory_plus")
+    model = model_of(kinds)
+    patches = [patch_of(model, seed, count=40) for seed in (1, 2)]
+    first, second = patches
+    sets = {"a": ((first, 1.0), (second, -0.5)), "b": (), "c": ((second, 1.0),)}
+    expected = {
+        name: plain_greedy(changed_model(model, *sets[name], kinds=kinds), ids, COUNT)
+        for name, ids in PROMPTS.items()
+    }
+    asked = {0: [asks(name, COUNT, *sets[name], prompt=ids) for name, ids in PROMPTS.items()]}
+    moved = [patch.to(GPU) for patch in patches]
+    on_gpu = copied(model, GPU, torch.float32)
+    with host_tables(model) as tables:
+        if tier == "host":
+            on_gpu.attach_tables(tables)
+        check(make_executor(on_gpu, CONFIG), expected, asked, moved)
+    # the same reads on the CPU: nothing of padding, warm-up or captures is counted
+    served = engine_of(model, CONFIG)
+    for patch in patches:
+        served.patches.put(patch)
+    assert run(served, asked) == expected
+    torch.cuda.synchronize()
+    for patch, on_card in zip(patches, moved, strict=True):
+        assert on_card.counts() == tuple(3 * count for count in patch.counts())
 
 
 SAMPLING = [

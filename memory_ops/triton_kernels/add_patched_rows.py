@@ -1,0 +1,219 @@
+"""Adds row patches to sums of rows, as a Triton kernel: one program per token and block of values.
+
+Not timed on a GPU. Shape suffixes: T tokens, H memory heads, K rows read per head, C = H * K
+choices of a token, V value width, U uses of patches.
+"""
+
+# triton and its kernels are untyped
+# mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memory_ops.checks import check_patches
+from memory_ops.patches import patched_rows
+from memory_ops.patches.device_patches import DevicePatches
+from memory_ops.patches.token_patches import NO_SET, TokenPatches
+from memory_ops.triton_kernels.launch import RowLaunch, on_device_of
+
+# of rows that fill loads of 128 bits, and of others: these would spill registers on AMD
+WIDE_LAUNCH = RowLaunch(rows=64, columns=64)
+NARROW_LAUNCH = RowLaunch(rows=64, columns=16)
+
+# words of ``PatchedRows.words``
+_ROWS = tl.constexpr(patched_rows.ROWS)
+_DELTAS = tl.constexpr(patched_rows.DELTAS)
+_INDEX = tl.constexpr(patched_rows.INDEX)
+_COUNTS = tl.constexpr(patched_rows.COUNTS)
+_FACTOR = tl.constexpr(patched_rows.FACTOR)
+_INDEX_BITS = tl.constexpr(patched_rows.INDEX_BITS)
+_IS_BF16 = tl.constexpr(patched_rows.IS_BF16)
+
+
+def add_patched_rows(
+    out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, patches: TokenPatches
+) -> None:
+    """See ``memory_ops.reference.add_patched_rows``. It copies the numbers of the sets.
+
+    Args:
+        out_TV: fp32, contiguous.
+        patches: on the device of the sums.
+
+    Raises:
+        ValueError: the shapes do not match, or a patch is on another device.
+    """
+    check_patches(out_TV, rows_THK, weights_THK, patches)
+    uses = list(itertools.chain.from_iterable(patches.sets))
+    wrong = {use.patch.words.device for use in uses} - {out_TV.device}
+    if wrong:
+        raise ValueError(f"patches: expected rows on {out_TV.device}, got {wrong}")
+    starts = torch.tensor([0, *itertools.accumulate(map(len, patches.sets))])
+    set_T = patches.set_T.long()
+    spans_T2 = torch.stack((starts[set_T], starts[set_T + 1]), dim=1)
+    spans_T2.masked_fill_((set_T == NO_SET)[:, None], 0)
+    addresses_U = torch.tensor([use.patch.words.data_ptr() for use in uses], dtype=torch.int64)
+    scales_U = torch.tensor([use.scale for use in uses], dtype=torch.float64)
+    found = spans_T2, addresses_U, scales_U, torch.tensor([len(set_T)])
+    on_device = DevicePatches(*(tensor.to(out_TV.device) for tensor in found))
+    add_device_patches(out_TV, rows_THK, weights_THK, on_device)
+
+
+def add_device_patches(
+    out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, patches: DevicePatches
+) -> None:
+    """``add_patched_rows`` of patches whose numbers are on the device.
+
+    Never waits for the device, and branches on shapes alone, so CUDA graphs can capture it. Spans
+    and addresses are not checked: wrong ones read memory out of bounds. The caller keeps the
+    patches until the kernel has run. A token's sum does not depend on the other tokens.
+    """
+    assert out_TV.dtype is torch.float32 and out_TV.is_contiguous()
+    num_tokens, value_dim = out_TV.shape
+    num_choices = rows_THK.shape[1] * rows_THK.shape[2]
+    rows_TC = rows_THK.reshape(num_tokens, num_choices).contiguous()
+    weights_TC = weights_THK.reshape(num_tokens, num_choices).contiguous()
+    if not out_TV.numel() or not len(patches.addresses_U):
+        return
+    is_wide = value_dim % 8 == 0
+    launch = WIDE_LAUNCH if is_wide else NARROW_LAUNCH
+    with on_device_of(out_TV):
+        _add_patched_rows[(num_tokens, triton.cdiv(value_dim, launch.columns))](
+            out_TV,
+            rows_TC,
+            weights_TC,
+            patches.spans_T2,
+            patches.addresses_U,
+            patches.scales_U,
+            patches.num_counted_1,
+            num_choices,
+            VALUE_DIM=value_dim,
+            IS_WIDE=is_wide,
+            ROWS=launch.rows,
+            BLOCK=launch.columns,
+            **launch.options(),
+        )
+
+
+@triton.jit
+def _add_patched_rows(
+    out_ptr,
+    rows_ptr,
+    weights_ptr,
+    spans_ptr,
+    addresses_ptr,
+    scales_ptr,
+    num_counted_ptr,
+    num_choices,
+    VALUE_DIM: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[t, v] += sum over uses, over c of scale * weights[t, c] * delta[rows[t, c], v]."""
+    token = tl.program_id(0).to(tl.int64)
+    first = tl.load(spans_ptr + 2 * token)
+    last = tl.load(spans_ptr + 2 * token + 1)
+    # most tokens use no patch: their programs end here
+    if first < last:
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        counts = (tl.program_id(1) == 0) & (token < tl.load(num_counted_ptr))
+        sums = tl.zeros((BLOCK,), dtype=tl.float32)
+        for use in range(first, last):
+            address = tl.load(addresses_ptr + use)
+            if address != 0:
+                sums += _use_sums(
+                    address.to(tl.pointer_type(tl.int64)),
+                    tl.load(scales_ptr + use).to(tl.float32),
+                    rows_ptr + token * num_choices,
+                    weights_ptr + token * num_choices,
+                    num_choices,
+                    columns,
+                    counts,
+                    VALUE_DIM,
+                    IS_WIDE,
+                    ROWS,
+                )
+        inside = columns < VALUE_DIM
+        place = out_ptr + token * VALUE_DIM + columns
+        tl.store(place, tl.load(place, mask=inside, other=0.0) + sums, mask=inside)
+
+
+@triton.jit
+def _use_sums(
+    words_ptr,
+    scale,
+    rows_ptr,
+    weights_ptr,
+    num_choices,
+    columns,
+    counts,
+    VALUE_DIM: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The sums of one use of a patch, for some columns; reads and hits are counted if asked."""
+    patch_rows_ptr = tl.load(words_ptr + _ROWS).to(tl.pointer_type(tl.int64))
+    index_ptr = tl.load(words_ptr + _INDEX).to(tl.pointer_type(tl.int32))
+    deltas = tl.load(words_ptr + _DELTAS)
+    factor, bits = tl.load(words_ptr + _FACTOR), tl.load(words_ptr + _INDEX_BITS)
+    is_bf16 = tl.load(words_ptr + _IS_BF16) != 0
+    sums = tl.zeros(columns.shape, dtype=tl.float32)
+    hits = 0
+    for start in range(0, num_choices, ROWS):
+        choices = start + tl.arange(0, ROWS)
+        live = choices < num_choices
+        rows = tl.load(rows_ptr + choices, mask=live, other=0)
+        numbers = _numbers(rows, live, patch_rows_ptr, index_ptr, factor, bits)
+        found = numbers >= 0
+        hits += tl.sum(found.to(tl.int32), axis=0)
+        weights = tl.load(weights_ptr + choices, mask=found, other=0.0).to(tl.float32) * scale
+        if is_bf16:
+            narrow_ptr = deltas.to(tl.pointer_type(tl.bfloat16))
+            sums += _deltas_sum(narrow_ptr, numbers, weights, columns, VALUE_DIM, IS_WIDE)
+        else:
+            wide_ptr = deltas.to(tl.pointer_type(tl.float32))
+            sums += _deltas_sum(wide_ptr, numbers, weights, columns, VALUE_DIM, IS_WIDE)
+    if counts:
+        counts_ptr = tl.load(words_ptr + _COUNTS).to(tl.pointer_type(tl.int64))
+        tl.atomic_add(counts_ptr, tl.cast(num_choices, tl.int64), sem="relaxed")
+        tl.atomic_add(counts_ptr + 1, tl.cast(hits, tl.int64), sem="relaxed")
+    return sums
+
+
+@triton.jit
+def _numbers(rows, live, patch_rows_ptr, index_ptr, factor, bits):
+    """The number of each row in the patch, or -1; see ``PatchedRows.index_I``."""
+    mask = (tl.cast(1, tl.int64) << bits) - 1
+    # the mask also removes the bits of the sign
+    places = (rows * factor) >> (64 - bits) & mask
+    numbers = tl.full(rows.shape, -1, dtype=tl.int32)
+    searching = live
+    more = tl.max(searching.to(tl.int32), axis=0) != 0
+    while more:
+        found = tl.load(index_ptr + places, mask=searching, other=-1)
+        searching = searching & (found >= 0)
+        row = tl.load(patch_rows_ptr + found, mask=searching, other=-1)
+        numbers = tl.where(searching & (row == rows), found, numbers)
+        searching = searching & (row != rows)
+        places = (places + 1) & mask
+        more = tl.max(searching.to(tl.int32), axis=0) != 0
+    return numbers
+
+
+@triton.jit
+def _deltas_sum(
+    deltas_ptr, numbers, weights, columns, VALUE_DIM: tl.constexpr, IS_WIDE: tl.constexpr
+):
+    """The weighted sum of the deltas of some rows; numbers below 0 add nothing."""
+    mask = (numbers >= 0)[:, None] & (columns < VALUE_DIM)[None, :]
+    places = numbers.to(tl.int64)[:, None] * VALUE_DIM + columns[None, :]
+    pointers = deltas_ptr + places
+    if IS_WIDE:
+        # tiles begin at multiples of 16 bytes, as allocations on a GPU do: loads of 128 bits
+        pointers = tl.multiple_of(pointers, (1, 16))
+    values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(weights[:, None] * values, axis=0)

@@ -164,7 +164,7 @@ def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys, monkeypa
     arguments = ["eval", "--model", str(folder), "--questions", str(questions)]
     assert main([*arguments, "--json", str(out), str(texts)]) == 0
     # one load for texts and questions
-    assert loads == [EngineConfig()]
+    assert loads == [EngineConfig(max_patches=0)]
     scores = json.loads(out.read_text())
     assert scores["texts"]["documents"] == 1 and scores["questions"]["questions"] == 1
     printed = capsys.readouterr().out

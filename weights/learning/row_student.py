@@ -48,7 +48,7 @@ class RowStudent:
         norm = math.sqrt(self._optimizer.collect())
         if not math.isfinite(norm):
             raise TrainingError(f"the gradients' norm is {norm}")
-        self._optimizer.step(self._config.lr * lr_share)
+        self._optimizer.step(self._config.peak_lr * lr_share)
         return norm
 
     def finish(self) -> None:

@@ -21,7 +21,7 @@ LEARNING = LearningConfig(
     replay_share=0.5,
     divergence_weight=0.1,
 )
-ROWS = RowConfig(rows=200, lr=3.0)
+ROWS = RowConfig(rows=200, optimizer="adam", lr=3.0)
 
 
 def wide_model(last: str = "memory_plus") -> Transformer:

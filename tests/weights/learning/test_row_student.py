@@ -53,7 +53,7 @@ def test_sgd_follows_the_gradient():
 
 
 def test_the_first_step_of_adam_has_the_size_of_the_rate():
-    student = student_of(lr=0.25)
+    student = student_of(optimizer="adam", lr=0.25)
     backward(student)
     student.step(0.5)
     deltas = student.tables[TABLE].deltas.table_RV

@@ -38,6 +38,9 @@ class LearningConfig:
         default=0.75,
         metadata={"help": "part of a step's tokens that is background text; 0 disables replay"},
     )
+    background_tokens: int = field(
+        default=2**18, metadata={"help": "most tokens of background text to use, from its start"}
+    )
     divergence_weight: float = field(
         default=1.0,
         metadata={
@@ -56,7 +59,7 @@ class LearningConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("steps", "batch_tokens"):
+        for name in ("steps", "batch_tokens", "background_tokens"):
             _at_least(self, name, 1)
         for name in ("warmup_steps", "cooldown_steps", "divergence_weight", "seed"):
             _at_least(self, name, 0)

@@ -144,7 +144,7 @@ class PatchLearner:
         scores = {
             "steps": self.learner.step,
             "exact_after": self.learner.exact_step,
-            **self._exams.score(*served, dtype),
+            **self._exams.score(*served),
         }
         settings = {"command": "learn", **asdict(self._learning), **asdict(self._rows)}
         settings["lr"] = self._rows.peak_lr

@@ -104,6 +104,12 @@ class RowConfig:
             "help": f"peak learning rate (default: sgd {_LR['sgd']:g}, adam {_LR['adam']:g})"
         },
     )
+    clip_norm: float = field(
+        default=0.5,
+        metadata={
+            "help": "largest norm of the gradients of all rows together (0 disables clipping)"
+        },
+    )
     delta_dtype: str = field(
         default="bfloat16",
         metadata={"choices": ("bfloat16", "float32"), "help": "dtype of the patch's deltas"},
@@ -112,6 +118,7 @@ class RowConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         _at_least(self, "rows", 1)
+        _at_least(self, "clip_norm", 0)
         if not 0 < self.peak_lr < float("inf"):
             raise ConfigError(f"lr: must be above 0 and finite, not {self.lr}")
 

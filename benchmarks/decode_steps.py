@@ -15,10 +15,12 @@ class DecodeRun:
 
     Attributes:
         step_s: seconds of a step that runs one token of every request; the median.
+        longest_s: the longest of these steps.
         answers: generated token ids by request id.
     """
 
     step_s: float
+    longest_s: float
     answers: Mapping[str, Sequence[int]]
 
 
@@ -43,4 +45,4 @@ def run_requests(engine: Engine, requests: Sequence[Request]) -> DecodeRun:
         statistics = output.statistics
         if statistics.step_tokens == statistics.new_tokens == len(requests):
             times.append(seconds)
-    return DecodeRun(median(times), answers)
+    return DecodeRun(median(times), max(times), answers)

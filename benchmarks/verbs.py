@@ -179,7 +179,7 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     _add_answer_benchmark(benchmarks, "speculation", speculation, [1, 8], 256)
     _add_answer_benchmark(benchmarks, "grammars", grammars, [1, 8, 32], 128)
-    verb = _add_answer_benchmark(benchmarks, "patches", patches, [1, 8, 32], 128)
+    verb = _add_answer_benchmark(benchmarks, "patches", patches, [1, 8, 32], 128, DEFAULT_MODEL)
     add_options(verb, PatchLoad)
 
     verb = benchmarks.add_parser("train", help=train.__doc__)
@@ -220,12 +220,13 @@ def _add_answer_benchmark(
     run: Callable[[argparse.Namespace], None],
     batches: list[int],
     tokens: int,
+    model: str = SMOLLM2,
 ) -> argparse.ArgumentParser:
     """One that compares two ways to generate answers; the numbers are defaults."""
     verb = benchmarks.add_parser(name, help=run.__doc__)
     verb.set_defaults(run=run, computes=True)
     add_options(verb, ThreadOptions)
-    verb.add_argument("--model", default=SMOLLM2, help="a known name or a folder")
+    verb.add_argument("--model", default=model, help="a known name or a folder")
     add_options(verb, ModelOptions, ("device", "dtype"))
     together = f"requests that decode together (default: {' '.join(map(str, batches))})"
     verb.add_argument("--batches", type=int, nargs="+", default=batches, help=together)

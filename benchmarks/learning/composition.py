@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.learning.contestants import row_student
+from benchmarks.learning.results import share
 from benchmarks.learning.task import LearningTask
 from engine.model.transformer import Transformer
 from weights.learning.learner import Learner
@@ -53,17 +54,17 @@ def compose(task: LearningTask, learning: LearningConfig, rows: RowConfig) -> Co
         config = replace(learning, seed=task.seed * NUM_PATCHES + number)
         Learner(student, task.base, facts, task.background, config).run(lambda report: True)
         students.append(student)
-        alone.append(_share(exact_answers(student.model, facts)))
-        lost.append(1 - _share(exact_answers(student.model, task.known)))
+        alone.append(share(exact_answers(student.model, facts)))
+        lost.append(1 - share(exact_answers(student.model, task.known)))
     model = together(task.base, students)
     return Composition(
         task=task.name,
         replay_share=learning.replay_share,
         seed=task.seed,
         alone=mean(alone),
-        together=_share(exact_answers(model, task.facts)),
+        together=share(exact_answers(model, task.facts)),
         lost_alone=mean(lost),
-        lost_together=1 - _share(exact_answers(model, task.known)),
+        lost_together=1 - share(exact_answers(model, task.known)),
     )
 
 
@@ -81,7 +82,3 @@ def together(base: Transformer, students: Sequence[RowStudent]) -> Transformer:
     for name, table in whole.tables.items():
         table.deltas.table_RV[:-1] = sums[name][table.rows_P]
     return whole.model
-
-
-def _share(answers: Sequence[bool]) -> float:
-    return sum(answers) / len(answers)

@@ -31,15 +31,20 @@ AnyStudent = RowStudent | FullStudent | LoraStudent
 
 def contestants() -> list[Contestant]:
     """All of them; the first one is what ``memplus learn`` does by default."""
-    rates = RowConfig.lr / 3, RowConfig.lr, RowConfig.lr * 3
+    sgd, adam = (RowConfig(optimizer=name).peak_lr for name in ("sgd", "adam"))
     return [
-        Contestant("rows", rates, _rows("tfidf")),
-        Contestant("rows by reads", rates, _rows("reads")),
-        Contestant("all rows", rates, _rows("all")),
-        Contestant("full", (1e-4, 3e-4, 1e-3), _full),
-        Contestant("LoRA 8", (3e-4, 1e-3, 3e-3), _lora(8)),
-        Contestant("LoRA 32", (3e-4, 1e-3, 3e-3), _lora(32)),
+        Contestant("rows", _around(sgd), _rows("tfidf", "sgd")),
+        Contestant("rows, Adam", _around(adam), _rows("tfidf", "adam")),
+        Contestant("rows by reads", _around(sgd), _rows("reads", "sgd")),
+        Contestant("all rows", _around(sgd), _rows("all", "sgd")),
+        Contestant("full", (1e-5, *_around(1e-4)), _full),
+        Contestant("LoRA 8", _around(1e-3), _lora(8)),
+        Contestant("LoRA 32", _around(1e-3), _lora(32)),
     ]
+
+
+def _around(lr: float) -> tuple[float, ...]:
+    return lr / 3, lr, lr * 3
 
 
 def row_student(task: LearningTask, config: RowConfig) -> RowStudent:
@@ -49,9 +54,9 @@ def row_student(task: LearningTask, config: RowConfig) -> RowStudent:
     )
 
 
-def _rows(rank: str) -> Callable[[LearningTask, float], tuple[RowStudent, int]]:
+def _rows(rank: str, optimizer: str) -> Callable[[LearningTask, float], tuple[RowStudent, int]]:
     def make(task: LearningTask, lr: float) -> tuple[RowStudent, int]:
-        student = row_student(task, RowConfig(rank=rank, lr=lr))
+        student = row_student(task, RowConfig(rank=rank, optimizer=optimizer, lr=lr))
         tables = student.tables.values()
         return student, sum(len(table.rows_P) * table.value_dim for table in tables)
 
@@ -59,13 +64,13 @@ def _rows(rank: str) -> Callable[[LearningTask, float], tuple[RowStudent, int]]:
 
 
 def _full(task: LearningTask, lr: float) -> tuple[FullStudent, int]:
-    student = FullStudent(task.base, lr, table_lr=RowConfig.lr * lr / 3e-4)
+    student = FullStudent(task.base, lr)
     return student, student.num_learned
 
 
 def _lora(rank: int) -> Callable[[LearningTask, float], tuple[LoraStudent, int]]:
     def make(task: LearningTask, lr: float) -> tuple[LoraStudent, int]:
-        student = LoraStudent(task.base, rank, lr)
+        student = LoraStudent(task.base, rank, lr, task.seed)
         return student, student.num_learned
 
     return make

@@ -13,20 +13,21 @@ from weights.errors import TrainingError
 from weights.training.optimizer import Optimizer
 from weights.training.train_config import OptimizerConfig
 
-_SEED = 0
-
 
 class FullStudent:
     """A copy of a model of which every weight and every table row learns; see ``Student``."""
 
-    def __init__(self, base: Transformer, lr: float, table_lr: float) -> None:
-        """Begin with the weights of ``base``, whose tables must be in memory."""
+    def __init__(self, base: Transformer, lr: float) -> None:
+        """Begin with the weights of ``base``, whose tables must be in memory.
+
+        Weights and rows have the same peak learning rate.
+        """
         tables = {name: TrainedTable(_fp32_rows(base, name)) for name in base.tables}
         self.model = with_tables(base, tables)
         weights = {name: weight.clone() for name, weight in base.state_dict().items()}
         self.model.load_state_dict(weights, assign=True)
         self.model.requires_grad_(True)
-        config = OptimizerConfig(lr=lr, table_lr=table_lr, beta2=0.999, weight_decay=0.0)
+        config = OptimizerConfig(lr=lr, table_lr=lr, beta2=0.999, weight_decay=0.0)
         self._optimizer = Optimizer(self.model, list(tables.values()), config)
 
     @property
@@ -49,10 +50,10 @@ class LoraStudent:
     drawn as in the authors' code, B begins with 0.
     """
 
-    def __init__(self, base: Transformer, rank: int, lr: float) -> None:
-        """Begin with adapters that change nothing."""
+    def __init__(self, base: Transformer, rank: int, lr: float, seed: int) -> None:
+        """Begin with adapters that change nothing; ``seed`` draws them."""
         self.model = with_tables(base, base.tables)
-        generator = torch.Generator().manual_seed(_SEED)
+        generator = torch.Generator().manual_seed(seed)
         targets = [
             (module, name, child)
             for module in self.model.model.layers.modules()

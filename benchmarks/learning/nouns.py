@@ -24,6 +24,7 @@ class NounTasks:
         """Load the default model from ``folder``, and find the nouns of WordNet that it knows.
 
         Raises:
+            ConfigError: it knows too few of them.
             DataError: ``wordnet`` is not WordNet's folder.
         """
         model, config = load_model(folder, "float32")
@@ -35,13 +36,16 @@ class NounTasks:
             for passage, is_exact in zip(taught, exact_answers(model, taught), strict=True)
             if is_exact
         ]
+        least = _NUM_KNOWN + _NUM_NEUTRAL + 1
+        if len(self._known) < least:
+            raise ConfigError(f"model: knows {len(self._known)} nouns, but {least} are needed")
         self._untaught = read_nouns(wordnet, is_tagged=False)
-        self._reads = count_reads(model, taught)
 
     def draw(self, count: int, seed: int) -> LearningTask:
-        """Some nouns to learn, 1,000 that are known, and as neutral text the words of 1,000 more.
+        """Nouns to learn, 1,000 that are known, and 1,000 more as neutral text.
 
-        The other known nouns may be replayed. ConfigError if WordNet has not so many nouns.
+        The other known nouns are the background: they may be replayed, and their reads counted.
+        ConfigError if WordNet has fewer nouns.
         """
         if not 1 <= count <= len(self._untaught):
             raise ConfigError(f"facts: must be 1 to {len(self._untaught)} nouns, not {count}")
@@ -49,6 +53,7 @@ class NounTasks:
         facts = _passages(rng.sample(self._untaught, count), self._text, self._most)
         known = rng.sample(self._known, len(self._known))
         first, last = _NUM_KNOWN, _NUM_KNOWN + _NUM_NEUTRAL
+        background = [Passage(one.ids) for one in known[last:]]
         return LearningTask(
             name=f"nouns {count}",
             seed=seed,
@@ -57,12 +62,12 @@ class NounTasks:
             questions=(),
             known=known[:first],
             neutral=[Passage(one.ids) for one in known[first:last]],
-            background=[Passage(one.ids) for one in known[last:]],
+            background=background,
             fact_reads=count_reads(self._base, facts),
-            background_reads=self._reads,
+            background_reads=count_reads(self._base, background),
         )
 
 
 def _passages(nouns: Sequence[Noun], text: TextTokens, most: int) -> list[Passage]:
-    facts = [Fact(noun.gloss, noun.prompt, noun.word) for noun in nouns]
+    facts = [Fact(noun.gloss, noun.prompt, where=noun.word) for noun in nouns]
     return fact_passages(facts, text, most)

@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
+import torch
+
 from benchmarks.learning.task import LearningTask
 from engine.errors import ConfigError
+from engine.model.transformer import Transformer
 from weights.checkpoints.checkpoint import load_model
 from weights.learning.facts import Fact, fact_passages
 from weights.training.corpus import documents
-from weights.training.packing import Passage
+from weights.training.loss import batch_output
+from weights.training.packing import Passage, cut, packed_batches
 from weights.training.row_reads import count_reads
 from weights.training.training_data import TextTokens, checkpoint_text
 
@@ -141,6 +145,8 @@ _FACTS = (
 )
 _NEUTRAL_TOKENS, _BACKGROUND_TOKENS = 20_000, 200_000
 _PASSAGE_TOKENS = 256
+# of the answers that the model gives before: their number, and the tokens of each
+_NUM_KNOWN, _PROMPT_TOKENS, _ANSWER_TOKENS = 300, 16, 4
 
 
 class PeopleTasks:
@@ -163,12 +169,14 @@ class PeopleTasks:
         self._most = config.model.max_positions
         self._background = _texts(background, self._text, _BACKGROUND_TOKENS)
         self._neutral = _texts(neutral, self._text, _NEUTRAL_TOKENS)
+        prompts = _texts(neutral, self._text, _NUM_KNOWN * _PASSAGE_TOKENS)
+        self._known = _greedy_answers(self._base, prompts[:_NUM_KNOWN])
         self._reads = count_reads(self._base, self._background)
 
     def draw(self, count: int, seed: int) -> LearningTask:
         """``count`` people; each fact is learned in four phrasings, and asked for in two others.
 
-        ConfigError if there are not so many names.
+        ConfigError if there are fewer names.
         """
         names = [f"{first} {last}" for first, last in product(_FIRST, _LAST)]
         if not 1 <= count <= len(names):
@@ -188,7 +196,7 @@ class PeopleTasks:
             base=self._base,
             facts=facts,
             questions=fact_passages(asked, self._text, self._most),
-            known=(),
+            known=self._known,
             neutral=self._neutral,
             background=self._background,
             fact_reads=count_reads(self._base, facts),
@@ -201,10 +209,24 @@ def _texts(files: Sequence[Path], text: TextTokens, num_tokens: int) -> list[Pas
     passages: list[Passage] = []
     done = 0
     for document in documents(files):
-        ids = text.document(document)
-        for start in range(0, len(ids) - 1, _PASSAGE_TOKENS):
-            passages.append(Passage(tuple(ids[start : start + _PASSAGE_TOKENS + 1])))
-            done += len(passages[-1])
+        for passage in cut(text.document(document), _PASSAGE_TOKENS):
+            passages.append(passage)
+            done += len(passage)
             if done >= num_tokens:
                 return passages
     return passages
+
+
+@torch.no_grad()
+def _greedy_answers(model: Transformer, texts: Sequence[Passage]) -> list[Passage]:
+    """How the model continues the beginnings of texts: answers that it knows."""
+    answers = [one.ids[:_PROMPT_TOKENS] for one in texts if len(one.ids) > _PROMPT_TOKENS]
+    for _ in range(_ANSWER_TOKENS):
+        # the last token stands for the next one, which is not known yet
+        asked = [Passage((*ids, 0), len(ids)) for ids in answers]
+        tokens: list[int] = []
+        for batch in packed_batches(asked, 1024):
+            logits_LV = batch_output(model, batch, torch.float32).logits_LV
+            tokens += logits_LV[torch.tensor(batch.starts[1:]) - 1].argmax(dim=-1).tolist()
+        answers = [(*ids, token) for ids, token in zip(answers, tokens, strict=True)]
+    return [Passage(ids, _PROMPT_TOKENS) for ids in answers]

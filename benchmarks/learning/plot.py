@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.learning.results import LearningResult, best_lr
+from benchmarks.learning.results import RATE_SEED, LearningResult
 
 
 def plot(results: Sequence[LearningResult], file: Path) -> None:
-    """One panel per replayed share: small points are runs, large ones means at the best rates."""
+    """One panel per replayed share: small points are runs, large ones means of reported draws."""
     from matplotlib.figure import Figure
 
     task = results[0].task
@@ -27,12 +27,12 @@ def plot(results: Sequence[LearningResult], file: Path) -> None:
                 continue
             color = f"C{index}"
             panel.scatter([_lost(one) for one in runs], [_recall(one) for one in runs], 12, color)
-            lr = best_lr([one for one in runs if one.seed == runs[0].seed])
-            best = [one for one in runs if one.lr == lr]
-            middle = mean(map(_lost, best)), mean(map(_recall, best))
-            panel.scatter(*middle, 90, color, marker="D", edgecolors="black", label=name)
+            best = [one for one in runs if one.seed < RATE_SEED]
+            if best:
+                middle = mean(map(_lost, best)), mean(map(_recall, best))
+                panel.scatter(*middle, 90, color, marker="D", edgecolors="black", label=name)
         panel.set_title(f"{share:.0%} of a step's tokens replayed" if share else "without replay")
-        panel.set_xlabel("known answers that were lost, %")
+        panel.set_xlabel("answers known before that were lost, %")
         panel.set_xscale("symlog", linthresh=1)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"learned of the facts ({task}), %")

@@ -1,8 +1,9 @@
 """``memplus bench learn``: teaches a model facts in several ways, and tests what it forgot."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from benchmarks.learning.composition import NUM_PATCHES, Composition, compose
 from benchmarks.learning.contestants import Contestant, contestants
 from benchmarks.learning.plot import plot
-from benchmarks.learning.results import LearningResult, best_lr
+from benchmarks.learning.results import RATE_SEED, LearningResult, best_lr, share
 from benchmarks.learning.task import LearningTask
 from benchmarks.result_file import append_result, read_results
 from benchmarks.serving_plot import check_plot
@@ -30,14 +31,17 @@ class LearningRuns:
 
     Attributes:
         folder: where ``results.csv`` and the plot are.
-        counts: sizes of draws. All contestants learn the first, ``OURS`` all.
-        seeds: draws of facts; learning rates are compared on the first.
+        model: name or folder of the model.
+        counts: sizes of draws. All contestants learn draws of the first size; only ``OURS`` learns
+            those of the others.
+        seeds: draws that are reported. Learning rates are chosen on another one.
         replay_shares: parts of a step's tokens that are replayed text, one after the other.
         only: names of the contestants that run; all if empty.
         learning: other settings of the learning loop.
     """
 
     folder: Path
+    model: str
     counts: Sequence[int]
     seeds: int
     replay_shares: Sequence[float]
@@ -56,23 +60,39 @@ def measure(runs: LearningRuns, prepare: Callable[[], DrawTask]) -> None:
     ``prepare`` loads what draws need.
 
     Raises:
-        ConfigError: ``only`` names an unknown contestant, or matplotlib is missing.
+        ConfigError: ``only`` names an unknown contestant, the folder has results of other settings,
+            draws are too small for patches that are learned apart, or matplotlib is missing.
     """
     named = {one.name: one for one in contestants()}
+    if runs.counts[0] < NUM_PATCHES:
+        raise ConfigError(f"facts: the first number must be at least {NUM_PATCHES}")
     if unknown := set(runs.only) - set(named):
         raise ConfigError(f"only: {min(unknown)!r} is unknown; must be one of {', '.join(named)}")
     runs.folder.mkdir(parents=True, exist_ok=True)
+    _check_settings(runs)
     check_plot(runs.folder / "learned.png")
     suite = _Suite(runs, prepare())
     chosen = [one for name, one in named.items() if not runs.only or name in runs.only]
     for replay in runs.replay_shares:
         for contestant in chosen:
             suite.compare(contestant, replay)
-        if named[OURS] in chosen:
-            for count in runs.counts[1:]:
-                suite.repeat(count, named[OURS], RowConfig.lr, replay)
-            suite.compose(replay)
+            if contestant.name == OURS:
+                suite.repeat_smaller(contestant, replay)
+                suite.compose(replay)
     plot(read_results(runs.file, LearningResult), runs.folder / "learned.png")
+
+
+def _check_settings(runs: LearningRuns) -> None:
+    """Write the settings that all results of a folder share; ConfigError if it has others."""
+    shared = asdict(runs.learning)
+    for name in ("seed", "replay_share"):
+        del shared[name]
+    settings = json.dumps({"model": runs.model, **shared}, indent=1) + "\n"
+    file = runs.folder / "settings.json"
+    if not file.exists():
+        file.write_text(settings)
+    elif file.read_text() != settings:
+        raise ConfigError(f"out: {runs.folder} has results of other settings; see {file}")
 
 
 class _Suite:
@@ -80,15 +100,20 @@ class _Suite:
         self._runs, self._draw = runs, draw
 
     def compare(self, contestant: Contestant, replay: float) -> None:
-        """Try all learning rates on one draw of facts, and the best one on the others."""
+        """Try all learning rates on a draw of its own, and the best one on those reported."""
         count = self._runs.counts[0]
-        tried = [self._run(count, 0, contestant, lr, replay) for lr in contestant.lrs]
-        self.repeat(count, contestant, best_lr(tried), replay)
-
-    def repeat(self, count: int, contestant: Contestant, lr: float, replay: float) -> None:
-        """Run all draws of facts."""
+        tried = [self._run(count, RATE_SEED, contestant, lr, replay) for lr in contestant.lrs]
+        lr = best_lr(tried)
+        if lr in (contestant.lrs[0], contestant.lrs[-1]):
+            tqdm.write(f"{contestant.name}: the best rate, {lr:.2g}, is at the edge of those tried")
         for seed in range(self._runs.seeds):
             self._run(count, seed, contestant, lr, replay)
+
+    def repeat_smaller(self, contestant: Contestant, replay: float) -> None:
+        """Learn the draws of other sizes, at the default rate of ``memplus learn``."""
+        for count in self._runs.counts[1:]:
+            for seed in range(self._runs.seeds):
+                self._run(count, seed, contestant, RowConfig().peak_lr, replay)
 
     def compose(self, replay: float) -> None:
         """Learn the parts of each draw apart, and use them together."""
@@ -144,9 +169,9 @@ def learn(
         replay_share=config.replay_share,
         seed=task.seed,
         num_learned=num_learned,
-        recall=_share(exact_answers(student.model, task.facts)),
-        rephrased=_share(exact_answers(student.model, task.questions)),
-        lost=1 - _share(exact_answers(student.model, task.known)),
+        recall=share(exact_answers(student.model, task.facts)),
+        rephrased=share(exact_answers(student.model, task.questions)),
+        lost=1 - share(exact_answers(student.model, task.known)),
         perplexity_before=drift.perplexity_before,
         perplexity=drift.perplexity,
         divergence=drift.divergence,
@@ -154,10 +179,6 @@ def learn(
         steps=learner.step,
         seconds=seconds,
     )
-
-
-def _share(answers: Sequence[bool]) -> float:
-    return sum(answers) / len(answers) if answers else 0.0
 
 
 def _line(one: LearningResult) -> str:

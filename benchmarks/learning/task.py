@@ -1,4 +1,4 @@
-"""What is learned, what must not be forgotten, and the model that learns."""
+"""The task of a learning run: a model, facts to learn, and what it must not forget."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -23,7 +23,13 @@ def learn(options: argparse.Namespace) -> None:
 
     learning = from_options(LearningConfig, options)
     runs = LearningRuns(
-        options.out, options.facts, options.seeds, options.replay_shares, options.only, learning
+        folder=options.out,
+        model=options.model,
+        counts=options.facts,
+        seeds=options.seeds,
+        replay_shares=options.replay_shares,
+        only=options.only,
+        learning=learning,
     )
     measure(runs, partial(_draws, options))
 

@@ -1,1 +1,1 @@
-"""``memplus bench patches``: what row patches cost."""
+"""Benchmark of row patches: their cost per step, and their loads."""

@@ -17,12 +17,15 @@ _DELTA = 1e-6
 @torch.no_grad()
 def read_rows(model: Transformer, ids: Sequence[int], first: int) -> dict[str, Tensor]:
     """The reads of each table by the tokens of a text from ``first`` on, int64 row ids."""
-    ids_T = torch.tensor(ids)
-    positions_T = torch.arange(len(ids))
+    device = model.model.embed_tokens.weight.device
+    ids_T = torch.tensor(ids, device=device)
+    positions_T = torch.arange(len(ids), device=device)
     out = model(ids_T, TokenLayout(positions_T, (0, len(ids))), positions_T[-1:], with_trace=True)
     reads: dict[str, list[Tensor]] = {name: [] for name in model.tables}
     for layer, trace in out.memory.items():
-        reads[model.config.layer_tables(layer).values].append(trace.rows_THK[first:].flatten())
+        reads[model.config.layer_tables(layer).values].append(
+            trace.rows_THK[first:].flatten().cpu()
+        )
     return {name: torch.cat(parts) for name, parts in reads.items()}
 
 
@@ -31,8 +34,8 @@ def drawn_patch(
 ) -> RowPatch:
     """A patch of ``num_rows`` rows in all, the same number of each table, with bf16 deltas.
 
-    It has the most-read rows of ``reads`` up to a share of the reads, or to as many rows as it
-    has; the others are drawn. ``number`` is the seed and the name.
+    The rows that ``reads`` has most often come first, until they have this share of the reads.
+    The others are drawn. ``number`` is the seed and the name.
     """
     generator = torch.Generator().manual_seed(number)
     rows_of = {}
@@ -46,7 +49,7 @@ def drawn_patch(
         rows_of[name] = PatchedRows(rows_P, deltas_PV.bfloat16())
     config = model.config
     layers = {layer: rows_of[config.layer_tables(layer).values] for layer in config.memory_layers}
-    return RowPatch(f"{number:064x}", layers)
+    return RowPatch(f"{number:064x}", layers).to(model.model.embed_tokens.weight.device)
 
 
 def _most_read(reads: Tensor, share: float) -> Tensor:

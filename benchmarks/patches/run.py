@@ -14,6 +14,7 @@ from server.allocator import keep_freed_memory
 from server.config import ModelOptions, cache_folder
 from server.device import chosen_device
 from server.engine_entry import load_served, served_executor
+from weights.checkpoints.config_json import read_config
 from weights.models.prepare import prepared_folder
 from weights.patches.model_identity import check_patchable
 
@@ -46,14 +47,12 @@ def _measure_steps(
     config = EngineConfig(
         max_num_seqs=max(load.batches), max_patches=max(patches.many, *load.batches)
     )
+    check_patchable(read_config(folder).model, folder)
     loaded = load_served(model, folder, config, chosen_device(model, config))
-    check_patchable(loaded.model.config, folder)
     executor = served_executor(loaded, config)
     contest = PatchContest(loaded.model, executor, config, load.tokens, load.rounds)
     print(f"{model.model}, {loaded.dtype}, medians of {load.rounds} rounds")
-    print(
-        "requests  patches  rows each     MiB  MiB resident  reads held       step  overhead  over"
-    )
+    print("requests  patches  rows each     MiB  resident  held      step overhead   longest  over")
     results: list[PatchedSteps] = []
     for batch in load.batches:
         results.append(contest.own_patches(batch, patches.own_rows))
@@ -67,8 +66,8 @@ def _measure_steps(
 def _line(one: PatchedSteps) -> str:
     return (
         f"{one.batch:>8} {one.num_loaded:>8} {one.patch_rows:>10} {one.loaded_bytes / _MIB:>7.1f}"
-        f" {one.resident_bytes / _MIB:>13.1f} {one.hit_share:>11.0%} {one.step_ms:>7.2f} ms"
-        f" {one.overhead:>9.1%}  {one.compared_with}"
+        f" {one.resident_bytes / _MIB:>9.1f} {one.hit_share:>5.0%} {one.step_ms:>6.2f} ms"
+        f" {one.overhead:>8.1%} {one.longest_ms:>6.2f} ms  {one.compared_with}"
     )
 
 

@@ -37,6 +37,9 @@ class PatchedSteps:
         compared_with: what the other steps are.
         other_step_ms: of the other steps. Both times are medians of the rounds.
         overhead: median of the rounds' ratios, minus 1.
+        other_longest_ms: the longest of the other steps in a round. It and the next are medians of
+            the rounds.
+        longest_ms: the longest step in a round.
     """
 
     batch: int
@@ -49,6 +52,8 @@ class PatchedSteps:
     other_step_ms: float
     step_ms: float
     overhead: float
+    other_longest_ms: float
+    longest_ms: float
 
 
 @dataclass(frozen=True)
@@ -113,11 +118,11 @@ class PatchContest:
         """A warm-up round and the others; each round runs first what the last ran second."""
         batch, pairs = len(used), []
         for number in range(self._rounds + 1):
-            seconds = {}
+            runs = {}
             for is_tested in (False, True) if number % 2 else (True, False):
                 loaded = drawn.patches if is_tested else other
-                seconds[is_tested] = self._run(batch, used if loaded else [], loaded).step_s
-            pairs.append((seconds[False], seconds[True]))
+                runs[is_tested] = self._run(batch, used if loaded else [], loaded)
+            pairs.append((runs[False], runs[True]))
         counts = [patch.counts() for patch in used]
         timed = pairs[1:]
         return PatchedSteps(
@@ -128,9 +133,11 @@ class PatchContest:
             resident_bytes=drawn.resident_bytes,
             hit_share=sum(one.hits for one in counts) / sum(one.reads for one in counts),
             compared_with=compared_with,
-            other_step_ms=1e3 * median(seconds for seconds, _ in timed),
-            step_ms=1e3 * median(seconds for _, seconds in timed),
-            overhead=median(tested / others for others, tested in timed) - 1,
+            other_step_ms=1e3 * median(other.step_s for other, _ in timed),
+            step_ms=1e3 * median(tested.step_s for _, tested in timed),
+            overhead=median(tested.step_s / other.step_s for other, tested in timed) - 1,
+            other_longest_ms=1e3 * median(other.longest_s for other, _ in timed),
+            longest_ms=1e3 * median(tested.longest_s for _, tested in timed),
         )
 
     def _run(self, batch: int, used: Sequence[RowPatch], loaded: Sequence[RowPatch]) -> DecodeRun:

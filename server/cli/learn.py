@@ -31,6 +31,8 @@ def learn(options: argparse.Namespace) -> int:
         resume=options.resume,
     )
     print(f"{sum(map(len, run.chosen.values())):,} rows may change", flush=True)
+    if not run.background:
+        print("nothing is replayed; give --background to keep more of what the model knows")
     bar = tqdm(total=learning.steps, initial=run.learner.step, unit="step")
     with stop_signals(once=True) as stopped_by, bar:
 

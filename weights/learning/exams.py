@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from engine.model.transformer import Transformer
 from weights.learning.scores import exact_answers, score_drift
 from weights.training.packing import Passage
@@ -27,27 +25,27 @@ class Exams:
     neutral: Sequence[Passage] = ()
     known: Sequence[Passage] = ()
 
-    def score(self, base: Transformer, model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
-        """Scores of a patched model, as JSON; ``base`` is the unpatched model.
+    def score(self, base: Transformer, model: Transformer) -> dict[str, Any]:
+        """Scores of a patched model in its own dtype, as JSON; ``base`` is the unpatched model.
 
         ``facts`` and ``questions`` give the answers that are exact, and their fraction; ``known``
         gives the facts that were exact without the patch, and how many of them are lost.
         """
-        scores: dict[str, Any] = {"facts": _recall(model, self.facts, dtype)}
+        scores: dict[str, Any] = {"facts": _recall(model, self.facts)}
         if self.questions:
-            scores["questions"] = _recall(model, self.questions, dtype)
+            scores["questions"] = _recall(model, self.questions)
         if self.neutral:
-            scores["neutral"] = asdict(score_drift(base, model, self.neutral, dtype))
+            scores["neutral"] = asdict(score_drift(base, model, self.neutral))
         if self.known:
-            before = exact_answers(base, self.known, dtype)
-            after = exact_answers(model, self.known, dtype)
+            before = exact_answers(base, self.known)
+            after = exact_answers(model, self.known)
             lost = sum(was and not still for was, still in zip(before, after, strict=True))
             scores["known"] = {"asked": len(before), "exact_before": sum(before), "lost": lost}
         return scores
 
 
-def _recall(model: Transformer, passages: Sequence[Passage], dtype: torch.dtype) -> dict[str, Any]:
-    exact = sum(exact_answers(model, passages, dtype))
+def _recall(model: Transformer, passages: Sequence[Passage]) -> dict[str, Any]:
+    exact = sum(exact_answers(model, passages))
     return {"asked": len(passages), "exact": exact, "recall": exact / len(passages)}
 
 

@@ -1,6 +1,7 @@
 """Learns a row patch from facts: reads texts, chooses rows, runs the loop, scores, writes."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from engine.errors import ConfigError
 from engine.model.transformer import Transformer, converted
@@ -89,7 +91,9 @@ class PatchLearner:
         self._serving_dtype = serving_dtype(stored, "auto")
         text, most = checkpoint_text(model), config.model.max_positions
         self._exams = _exams(texts, text, most)
-        self.background = background = _passages(texts.background, text, most)
+        self.background = background = _passages(
+            texts.background, text, most, learning.background_tokens
+        )
         self._run = _run_record(self._identity, self._exams.facts, background, learning, rows)
         self._base, _ = load_model(model, "float32")
         reads = _background_reads(self._base, model, background, rows)
@@ -140,15 +144,17 @@ class PatchLearner:
         scores = {
             "steps": self.learner.step,
             "exact_after": self.learner.exact_step,
-            **self._exams.score(*served, dtype),
+            **self._exams.score(*served),
         }
+        settings = {"command": "learn", **asdict(self._learning), **asdict(self._rows)}
+        settings["lr"] = self._rows.peak_lr
         identity = self._identity
         return PatchDescription(
             identity.origins,
             identity.row_choice,
             identity.shapes,
             data=self._run["facts"],
-            settings={"command": "learn", **asdict(self._learning), **asdict(self._rows)},
+            settings=settings,
             scores=scores,
         )
 
@@ -169,10 +175,19 @@ def _exams(texts: LearningTexts, text: TextTokens, max_positions: int) -> Exams:
     return Exams(facts, asked[0], neutral, asked[1])
 
 
-def _passages(paths: Sequence[str], text: TextTokens, max_positions: int) -> list[Passage]:
+def _passages(
+    paths: Sequence[str], text: TextTokens, max_positions: int, most: float = math.inf
+) -> list[Passage]:
+    """The documents as passages, until they have at least ``most`` tokens."""
     if not paths:
         return []
-    found = list(_cut_documents(paths, text, max_positions))
+    found: list[Passage] = []
+    num_tokens = 0
+    for passage in _cut_documents(paths, text, max_positions):
+        found.append(passage)
+        num_tokens += len(passage)
+        if num_tokens >= most:
+            break
     if not found:
         raise DataError(f"{', '.join(paths)}: no document has two tokens")
     return found
@@ -190,7 +205,7 @@ def _background_reads(
     if rows.rank != "tfidf":
         return RowReads()
     if background:
-        return count_reads(base, background)
+        return count_reads(base, tqdm(background, "background", unit="passage", leave=False))
     recorded = read_row_reads(folder, base.config)
     if recorded is None:
         raise ConfigError(

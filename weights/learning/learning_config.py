@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from engine.errors import ConfigError
 
 RANKS = ("tfidf", "reads", "all")
+_LR = {"sgd": 30.0, "adam": 0.01}
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class LearningConfig:
     """
 
     steps: int = field(
-        default=400,
+        default=300,
         metadata={
             "group": ("learning", "--steps 800 --replay-share 0.5 --seed 1"),
             "help": "most optimiser steps, with those of the cool-down",
@@ -36,6 +37,9 @@ class LearningConfig:
     replay_share: float = field(
         default=0.75,
         metadata={"help": "part of a step's tokens that is background text; 0 disables replay"},
+    )
+    background_tokens: int = field(
+        default=2**18, metadata={"help": "most tokens of background text to use, from its start"}
     )
     divergence_weight: float = field(
         default=1.0,
@@ -55,7 +59,7 @@ class LearningConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("steps", "batch_tokens"):
+        for name in ("steps", "batch_tokens", "background_tokens"):
             _at_least(self, name, 1)
         for name in ("warmup_steps", "cooldown_steps", "divergence_weight", "seed"):
             _at_least(self, name, 0)
@@ -92,9 +96,20 @@ class RowConfig:
         },
     )
     optimizer: str = field(
-        default="adam", metadata={"choices": ("adam", "sgd"), "help": "optimiser of the rows"}
+        default="sgd", metadata={"choices": ("sgd", "adam"), "help": "optimiser of the rows"}
     )
-    lr: float = field(default=0.01, metadata={"help": "peak learning rate"})
+    lr: float | None = field(
+        default=None,
+        metadata={
+            "help": f"peak learning rate (default: sgd {_LR['sgd']:g}, adam {_LR['adam']:g})"
+        },
+    )
+    clip_norm: float = field(
+        default=0.5,
+        metadata={
+            "help": "largest norm of the gradients of all rows together (0 disables clipping)"
+        },
+    )
     delta_dtype: str = field(
         default="bfloat16",
         metadata={"choices": ("bfloat16", "float32"), "help": "dtype of the patch's deltas"},
@@ -103,8 +118,14 @@ class RowConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         _at_least(self, "rows", 1)
-        if not 0 < self.lr < float("inf"):
+        _at_least(self, "clip_norm", 0)
+        if not 0 < self.peak_lr < float("inf"):
             raise ConfigError(f"lr: must be above 0 and finite, not {self.lr}")
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate: ``lr``, or the optimiser's default."""
+        return _LR[self.optimizer] if self.lr is None else self.lr
 
 
 def _at_least(config: object, name: str, least: float) -> None:

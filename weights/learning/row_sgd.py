@@ -34,11 +34,13 @@ class RowSgd:
         return sum(float(one[1].double().square().sum()) for one in self._gradients if one)
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Apply the collected gradients."""
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """Apply the collected gradients, multiplied by ``scale`` for clipping."""
         self.step_count += 1
         for table, gradient in zip(self._tables, self._gradients, strict=True):
             if gradient is not None:
                 rows_U, sums_UV = gradient
-                table.table_RV.index_add_(0, rows_U, sums_UV.to(table.table_RV.dtype), alpha=-lr)
+                table.table_RV.index_add_(
+                    0, rows_U, sums_UV.to(table.table_RV.dtype), alpha=-lr * scale
+                )
         self._gradients = []

@@ -48,7 +48,9 @@ class RowStudent:
         norm = math.sqrt(self._optimizer.collect())
         if not math.isfinite(norm):
             raise TrainingError(f"the gradients' norm is {norm}")
-        self._optimizer.step(self._config.lr * lr_share)
+        clip = self._config.clip_norm
+        scale = clip / norm if 0 < clip < norm else 1.0
+        self._optimizer.step(self._config.peak_lr * lr_share, scale)
         return norm
 
     def finish(self) -> None:

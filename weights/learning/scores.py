@@ -48,7 +48,10 @@ def answered(logits_LV: Tensor, batch: PackedTokens) -> list[bool]:
 def exact_answers(
     model: Transformer, passages: Sequence[Passage], dtype: torch.dtype = torch.float32
 ) -> list[bool]:
-    """Whether greedy decoding gives each passage's tokens after those that are given."""
+    """Whether greedy decoding gives each passage's tokens after those that are given.
+
+    ``dtype`` is that of ``batch_output``: bfloat16 needs an fp32 model.
+    """
     exact: list[bool] = []
     for batch in packed_batches(passages, _BATCH_TOKENS):
         exact += answered(batch_output(model, batch, dtype).logits_LV, batch)

@@ -17,7 +17,7 @@ class Student(Protocol):
     model: Transformer
 
     def step(self, lr_share: float) -> float:
-        """Apply and clear the gradients of the last backward passes; return their norm.
+        """Apply and clear the gradients of the last backward passes; return their norm unclipped.
 
         ``lr_share`` multiplies the peak learning rate.
 

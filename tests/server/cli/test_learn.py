@@ -12,7 +12,18 @@ from tests.weights.learning.learned import wide_model
 from weights.learning import learner
 from weights.patches.patch_folder import read_patch
 
-OPTIONS = ("--rank", "reads", "--lr", "3", "--steps", "80", "--warmup-steps", "2")
+OPTIONS = (
+    "--rank",
+    "reads",
+    "--optimizer",
+    "adam",
+    "--lr",
+    "3",
+    "--steps",
+    "80",
+    "--warmup-steps",
+    "2",
+)
 OPTIONS += ("--cooldown-steps", "3", "--batch-tokens", "40")
 
 

@@ -21,11 +21,11 @@ LEARNING = LearningConfig(
     replay_share=0.5,
     divergence_weight=0.1,
 )
-ROWS = RowConfig(rows=200, lr=3.0)
+ROWS = RowConfig(rows=200, optimizer="adam", lr=3.0)
 
 
 def wide_model(last: str = "memory_plus") -> Transformer:
-    """A model of two layers whose memory of 256 rows has room for a few words."""
+    """A model of two layers whose memory of 256 rows can learn a few words."""
     return memory_model("dense", last, num_subkeys=16, top_k=4)
 
 

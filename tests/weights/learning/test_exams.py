@@ -17,16 +17,14 @@ def known_by(model):
 
 def test_known_facts_that_are_lost_are_counted():
     base, model = memory_model(), memory_model()
-    same = Exams(FACTS, known=known_by(base)).score(base, model, torch.float32)
+    same = Exams(FACTS, known=known_by(base)).score(base, model)
     assert same["known"] == {"asked": 4, "exact_before": 3, "lost": 0}
     assert same["facts"] == {"asked": 3, "exact": 0, "recall": 0.0}
     assert set(same) == {"facts", "known"}
     torch.manual_seed(1)
     for table in model.tables.values():
         table.rows.copy_(torch.randn_like(table.rows) * 4)
-    scores = Exams(FACTS, known_by(model), BACKGROUND, known_by(base)).score(
-        base, model, torch.float32
-    )
+    scores = Exams(FACTS, known_by(model), BACKGROUND, known_by(base)).score(base, model)
     assert scores["questions"] == {"asked": 4, "exact": 3, "recall": 0.75}
     assert 0 < scores["known"]["lost"] <= 3 and scores["neutral"]["tokens"] == 64
     lines = describe(scores).splitlines()

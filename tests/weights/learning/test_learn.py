@@ -144,6 +144,13 @@ def test_rows_are_ranked_by_the_record_of_the_model(folder, texts, tmp_path):
     assert set(patch.description.scores) == {"steps", "exact_after", "facts"}
 
 
+def test_background_text_is_limited(folder, texts, tmp_path):
+    few = learner_of(folder, tmp_path / "patch", texts, replace(LEARNING, background_tokens=15))
+    every = learner_of(folder, tmp_path / "patch", texts)
+    assert len(few.background) == 2 and few.background == every.background[:2]
+    assert len(every.background) == 4
+
+
 def test_mistakes_are_found_before_learning(folder, texts, learned, tmp_path):
     def refused(error, match, model=folder, target=tmp_path / "new", **changes):
         with pytest.raises(error, match=match):

@@ -42,7 +42,7 @@ def plain_gradient(student):
 
 
 def test_sgd_follows_the_gradient():
-    student = student_of(optimizer="sgd", lr=0.5)
+    student = student_of(optimizer="sgd", lr=0.5, clip_norm=0.0)
     wanted = plain_gradient(student)
     backward(student)
     norm = student.step(0.5)
@@ -52,8 +52,25 @@ def test_sgd_follows_the_gradient():
     assert wanted.abs().max() > 0.01
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_large_gradients_are_clipped(optimizer):
+    students = [
+        student_of(optimizer=optimizer, lr=0.5, clip_norm=clip) for clip in (0.0, 1e9, 1e-3)
+    ]
+    norms = []
+    for student in students:
+        backward(student)
+        norms.append(student.step(1.0))
+    plain, wide, clipped = (one.tables[TABLE].deltas.table_RV for one in students)
+    assert norms[0] == norms[1] == norms[2] > 1e-2 and torch.equal(plain, wide)
+    if optimizer == "sgd":
+        torch.testing.assert_close(clipped, plain * (1e-3 / norms[0]))
+    else:  # the first step of Adam hardly depends on the gradient's size
+        assert 0 < float(clipped.norm()) < float(plain.norm())
+
+
 def test_the_first_step_of_adam_has_the_size_of_the_rate():
-    student = student_of(lr=0.25)
+    student = student_of(optimizer="adam", lr=0.25)
     backward(student)
     student.step(0.5)
     deltas = student.tables[TABLE].deltas.table_RV

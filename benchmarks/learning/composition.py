@@ -30,8 +30,9 @@ class Composition:
         seed: seed of the draw.
         alone: fraction of its facts that a patch recalls alone; the mean.
         together: the same with all patches added up.
-        lost_alone: fraction of the known answers that one patch loses; the mean.
-        lost_together: those that all patches together lose.
+        lost_alone: fraction of the answers known before that one patch loses, of texts that are not
+            replayed; the mean.
+        lost_together: the fraction that all patches together lose.
     """
 
     task: str
@@ -55,7 +56,7 @@ def compose(task: LearningTask, learning: LearningConfig, rows: RowConfig) -> Co
         Learner(student, task.base, facts, task.background, config).run(lambda report: True)
         students.append(student)
         alone.append(share(exact_answers(student.model, facts)))
-        lost.append(1 - share(exact_answers(student.model, task.known)))
+        lost.append(1 - share(exact_answers(student.model, task.held_out)))
     model = together(task.base, students)
     return Composition(
         task=task.name,
@@ -64,7 +65,7 @@ def compose(task: LearningTask, learning: LearningConfig, rows: RowConfig) -> Co
         alone=mean(alone),
         together=share(exact_answers(model, task.facts)),
         lost_alone=mean(lost),
-        lost_together=1 - share(exact_answers(model, task.known)),
+        lost_together=1 - share(exact_answers(model, task.held_out)),
     )
 
 

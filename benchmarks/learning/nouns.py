@@ -36,16 +36,16 @@ class NounTasks:
             for passage, is_exact in zip(taught, exact_answers(model, taught), strict=True)
             if is_exact
         ]
-        least = _NUM_KNOWN + _NUM_NEUTRAL + 1
+        least = 2 * _NUM_KNOWN + _NUM_NEUTRAL
         if len(self._known) < least:
             raise ConfigError(f"model: knows {len(self._known)} nouns, but {least} are needed")
         self._untaught = read_nouns(wordnet, is_tagged=False)
 
     def draw(self, count: int, seed: int) -> LearningTask:
-        """Nouns to learn, 1,000 that are known, and 1,000 more as neutral text.
+        """Nouns to learn, and known ones: 1,000 held out, 1,000 as neutral text.
 
-        The other known nouns are the background: they may be replayed, and their reads counted.
-        ConfigError if WordNet has fewer nouns.
+        The other known nouns are the background, which may be replayed and whose reads are counted;
+        1,000 of these are examined too. ConfigError if WordNet has fewer nouns.
         """
         if not 1 <= count <= len(self._untaught):
             raise ConfigError(f"facts: must be 1 to {len(self._untaught)} nouns, not {count}")
@@ -60,7 +60,8 @@ class NounTasks:
             base=self._base,
             facts=facts,
             questions=(),
-            known=known[:first],
+            known=known[last : last + _NUM_KNOWN],
+            held_out=known[:first],
             neutral=[Passage(one.ids) for one in known[first:last]],
             background=background,
             fact_reads=count_reads(self._base, facts),

@@ -143,8 +143,8 @@ _FACTS = (
         ("The food that {} likes best is", "What {} most enjoys eating is"),
     ),
 )
-_NEUTRAL_TOKENS, _BACKGROUND_TOKENS = 20_000, 200_000
-_PASSAGE_TOKENS = 256
+_NEUTRAL_TOKENS, _BACKGROUND_TOKENS = 40_000, 200_000
+_PASSAGE_TOKENS = 128
 # of the answers that the model gives before: their number, and the tokens of each
 _NUM_KNOWN, _PROMPT_TOKENS, _ANSWER_TOKENS = 300, 16, 4
 
@@ -169,8 +169,8 @@ class PeopleTasks:
         self._most = config.model.max_positions
         self._background = _texts(background, self._text, _BACKGROUND_TOKENS)
         self._neutral = _texts(neutral, self._text, _NEUTRAL_TOKENS)
-        prompts = _texts(neutral, self._text, _NUM_KNOWN * _PASSAGE_TOKENS)
-        self._known = _greedy_answers(self._base, prompts[:_NUM_KNOWN])
+        self._known = _greedy_answers(self._base, self._background[:_NUM_KNOWN])
+        self._held_out = _greedy_answers(self._base, self._neutral[:_NUM_KNOWN])
         self._reads = count_reads(self._base, self._background)
 
     def draw(self, count: int, seed: int) -> LearningTask:
@@ -197,6 +197,7 @@ class PeopleTasks:
             facts=facts,
             questions=fact_passages(asked, self._text, self._most),
             known=self._known,
+            held_out=self._held_out,
             neutral=self._neutral,
             background=self._background,
             fact_reads=count_reads(self._base, facts),

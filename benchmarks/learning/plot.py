@@ -32,7 +32,7 @@ def plot(results: Sequence[LearningResult], file: Path) -> None:
                 middle = mean(map(_lost, best)), mean(map(_recall, best))
                 panel.scatter(*middle, 90, color, marker="D", edgecolors="black", label=name)
         panel.set_title(f"{share:.0%} of a step's tokens replayed" if share else "without replay")
-        panel.set_xlabel("answers known before that were lost, %")
+        panel.set_xlabel("answers known before, not replayed, that were lost, %")
         panel.set_xscale("symlog", linthresh=1)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"learned of the facts ({task}), %")
@@ -41,7 +41,7 @@ def plot(results: Sequence[LearningResult], file: Path) -> None:
 
 
 def _lost(result: LearningResult) -> float:
-    return 100 * result.lost
+    return 100 * result.lost_held_out
 
 
 def _recall(result: LearningResult) -> float:

@@ -17,7 +17,9 @@ class LearningResult:
         num_learned: numbers that could change.
         recall: fraction of the facts that are answered exactly.
         rephrased: the same for phrasings that were not learned; 0 without any.
-        lost: fraction of the answers that the model gave before which it no longer gives.
+        lost: fraction of the answers that the model gave before which it no longer gives, of texts
+            that may be replayed.
+        lost_held_out: the same of other texts.
         perplexity_before: perplexity of neutral text, by the model before.
         perplexity: the same, by the model after.
         divergence: KL(before || after) on the same text, in nats per token.
@@ -35,6 +37,7 @@ class LearningResult:
     recall: float
     rephrased: float
     lost: float
+    lost_held_out: float
     perplexity_before: float
     perplexity: float
     divergence: float

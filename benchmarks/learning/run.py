@@ -172,6 +172,7 @@ def learn(
         recall=share(exact_answers(student.model, task.facts)),
         rephrased=share(exact_answers(student.model, task.questions)),
         lost=1 - share(exact_answers(student.model, task.known)),
+        lost_held_out=1 - share(exact_answers(student.model, task.held_out)),
         perplexity_before=drift.perplexity_before,
         perplexity=drift.perplexity,
         divergence=drift.divergence,
@@ -184,8 +185,8 @@ def learn(
 def _line(one: LearningResult) -> str:
     return (
         f"{one.task:<10} {one.contestant:<14} lr {one.lr:<8.2g} replay {one.replay_share:<5g}"
-        f" seed {one.seed}  learned {one.recall:6.1%}  lost {one.lost:6.1%}"
-        f"  rephrased {one.rephrased:6.1%}"
+        f" seed {one.seed}  learned {one.recall:6.1%}"
+        f" rephrased {one.rephrased:6.1%}  lost {one.lost:6.1%} held out {one.lost_held_out:6.1%}"
         f"  perplexity {one.perplexity_before:.2f} to {one.perplexity:.2f}"
         f"  {one.steps} steps, {one.seconds:.0f} s"
     )

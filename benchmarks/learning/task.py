@@ -18,8 +18,9 @@ class LearningTask:
         base: the model before.
         facts: what is learned.
         questions: the same facts in phrasings that are not learned; may be empty.
-        known: what the model answers exactly before; none of it is among ``background``.
-        neutral: text whose perplexity should stay.
+        known: what the model answers exactly before, and what ``background`` has.
+        held_out: what it answers exactly before, and what ``background`` does not have.
+        neutral: text whose perplexity should stay, and that is not in ``background``.
         background: text that may be replayed.
         fact_reads, background_reads: rows that facts and the model's other text read.
     """
@@ -30,6 +31,7 @@ class LearningTask:
     facts: Sequence[Passage]
     questions: Sequence[Passage]
     known: Sequence[Passage]
+    held_out: Sequence[Passage]
     neutral: Sequence[Passage]
     background: Sequence[Passage]
     fact_reads: RowReads

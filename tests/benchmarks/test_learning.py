@@ -42,7 +42,8 @@ def draw(count: int, seed: int) -> LearningTask:
         base=model,
         facts=facts,
         questions=(),
-        known=TEXTS[:2],
+        known=TEXTS[4:],
+        held_out=TEXTS[:2],
         neutral=TEXTS[2:4],
         background=TEXTS[4:],
         fact_reads=count_reads(model, facts),
@@ -121,7 +122,8 @@ def test_people_are_asked_in_phrasings_that_are_not_learned(memory_plus_folder, 
     assert not {one.ids for one in task.facts} & {one.ids for one in task.questions}
     answers = {one.ids[one.num_given :] for one in task.facts}
     assert {one.ids[one.num_given :] for one in task.questions} == answers
-    assert all(exact_answers(task.base, task.known)) and task.known
+    assert all(exact_answers(task.base, [*task.known, *task.held_out]))
+    assert task.known and task.held_out
     assert [one.ids for one in tasks.draw(3, 0).facts] == [one.ids for one in task.facts]
     with pytest.raises(ConfigError, match="facts: must be 1 to 256 people, not 257"):
         tasks.draw(257, 0)
@@ -130,7 +132,9 @@ def test_people_are_asked_in_phrasings_that_are_not_learned(memory_plus_folder, 
 
 
 def test_the_best_rate_teaches_enough_and_loses_least():
-    numbers = dict.fromkeys(("rephrased", "perplexity_before", "perplexity", "divergence"), 0.0)
+    numbers = dict.fromkeys(
+        ("rephrased", "lost_held_out", "perplexity_before", "perplexity", "divergence"), 0.0
+    )
     counts = dict.fromkeys(("seed", "num_learned", "exact_step", "steps"), 0)
     one = LearningResult(
         "t", "rows", 1.0, 0.0, recall=1.0, lost=0.5, seconds=0, **numbers, **counts

@@ -10,6 +10,7 @@ from engine.config import EngineConfig
 from engine.errors import PatchRefusedError, RequestError
 from engine.model.row_patches import PatchSet, RowPatch, ScaledPatch
 from engine.request import PatchRef, PatchStatistics, PatchSummary
+from memory_ops.patches.patch_counts import CountReader
 
 
 class PatchSource(Protocol):
@@ -48,6 +49,7 @@ class LoadedPatches:
         self._source = source
         self._limits = limits or EngineConfig()
         self._lock = Lock()
+        self._counts = CountReader()
         self._loaded: dict[str, RowPatch] = {}
         self._alive: WeakValueDictionary[str, RowPatch] = WeakValueDictionary()
 
@@ -124,9 +126,11 @@ class LoadedPatches:
 
     def statistics(self) -> tuple[PatchStatistics, ...]:
         """Counts of the loaded patches."""
+        loaded = list(self._loaded.values())
+        counts = self._counts.read([patch.distinct_rows for patch in loaded])
         return tuple(
-            PatchStatistics(content_hash, *patch.counts())
-            for content_hash, patch in list(self._loaded.items())
+            PatchStatistics(patch.content_hash, *found)
+            for patch, found in zip(loaded, counts, strict=True)
         )
 
     def _check_size(self, num_rows: int, num_bytes: int) -> None:

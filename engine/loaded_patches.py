@@ -6,6 +6,8 @@ from threading import Lock
 from typing import Protocol
 from weakref import WeakValueDictionary
 
+import torch
+
 from engine.config import EngineConfig
 from engine.errors import PatchRefusedError, RequestError
 from engine.model.row_patches import PatchSet, RowPatch, ScaledPatch
@@ -43,11 +45,16 @@ class LoadedPatches:
     """
 
     def __init__(
-        self, limits: EngineConfig | None = None, source: PatchSource | None = None
+        self,
+        limits: EngineConfig | None = None,
+        source: PatchSource | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """``limits`` gives the number, rows and memory of the patches that ``source`` reads."""
+        """``limits`` gives the number, rows and memory of the patches that ``source`` reads; they
+        must be on ``device``, by default the CPU."""
         self._source = source
         self._limits = limits or EngineConfig()
+        self._device = device or torch.device("cpu")
         self._lock = Lock()
         self._counts = CountReader()
         self._loaded: dict[str, RowPatch] = {}
@@ -92,8 +99,14 @@ class LoadedPatches:
         """Let requests use a patch; equal contents are one patch.
 
         Raises:
-            PatchRefusedError: as many patches as allowed are in memory.
+            PatchRefusedError: as many patches as allowed are in memory, or this one is on another
+                device than the model.
         """
+        wrong = {str(rows.words.device) for rows in patch.distinct_rows} - {str(self._device)}
+        if wrong:
+            # kernels in graphs would read an address of another memory
+            found = f"{patch.content_hash} is on {min(wrong)}"
+            raise PatchRefusedError(f"row patch {found}, but the model is on {self._device}")
         # equal contents are one patch, so that a plan that names them finds what it means
         with self._lock:
             known = self._alive.get(patch.content_hash)

@@ -8,7 +8,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-
 EMPTY = -1
 # what each number of ``PatchedRows.words`` is: addresses of tensors, and fields
 ROWS, DELTAS, INDEX, COUNTS, FACTOR, INDEX_BITS, IS_BF16 = range(7)

@@ -51,7 +51,8 @@ class CudaExecutor:
         """
         self.config, self.num_blocks = model.config, num_blocks
         self.tables: Mapping[str, ValueTable] = model.tables
-        self.recorder = MemoryRecorder(model.config, device.torch_device)
+        self.device = device.torch_device
+        self.recorder = MemoryRecorder(model.config, self.device)
         self.progress = Progress()
         self._device, self._memories = device, model.memories
         self._state = DeviceState.allocate(model.config, config, num_blocks, model.head_VD)

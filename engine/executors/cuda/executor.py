@@ -163,7 +163,9 @@ class CudaExecutor:
                 self._block_table.send(updates[MOST_UPDATES:])
             first = updates[:MOST_UPDATES]
             self._staging.send(
-                inputs, lambda out: self._writer.write(out, shape, batch, first, biases)
+                inputs,
+                lambda out: self._writer.write(out, shape, batch, first, biases),
+                any(batch.patches),
             )
 
             def finish(outputs: StepOutputs) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,18 +59,11 @@ class CountReader:
         The stream of the work that changes the counts must be the current one.
         """
         rows = list(itertools.chain.from_iterable(patches))
-        if rows and rows[0].counts.is_cuda:
-            found = iter(self.read_device(rows, current_stream(rows[0].counts.device)))
-        else:
-            # ten times as fast as tensors
-            found = iter([one.host_counts.tolist() for one in rows if one.host_counts is not None])
-        sums = []
-        for patch in patches:
-            reads = hits = 0
-            for more_reads, more_hits in itertools.islice(found, len(patch)):
-                reads, hits = reads + more_reads, hits + more_hits
-            sums.append((reads, hits))
-        return sums
+        if not rows or not rows[0].counts.is_cuda:
+            # several times as fast as with tensors
+            return [_sum([one.host_counts.tolist() for one in patch]) for patch in patches]
+        found = iter(self.read_device(rows, current_stream(rows[0].counts.device)))
+        return [_sum(itertools.islice(found, len(patch))) for patch in patches]
 
     def read_device(self, rows: Sequence[PatchedRows], streams: StreamPair) -> list[list[int]]:
         """The counts of rows whose counts the caller's stream changes."""
@@ -101,3 +94,11 @@ class CountReader:
 
 def _copy(target: Tensor, sources: list[Tensor]) -> None:
     target.copy_(torch.stack(sources), non_blocking=True)
+
+
+def _sum(counts: Iterable[list[int]]) -> tuple[int, int]:
+    reads = hits = 0
+    for more_reads, more_hits in counts:
+        reads += more_reads
+        hits += more_hits
+    return reads, hits

@@ -28,7 +28,7 @@ class PatchedRows:
             (multiplicative hashing, Knuth, The Art of Computer Programming, volume 3, section 6.4).
         counts: int64 [2], which every backend increases: row reads by tokens that use the patch,
             and those among them whose row the patch has.
-        host_counts: a view of ``counts`` if they are in host memory.
+        host_counts: a view of ``counts`` if they are in host memory, else empty.
         words: int64 [7], the addresses and fields that Triton kernels read.
     """
 
@@ -75,9 +75,8 @@ class PatchedRows:
     def _add_counts_and_words(self) -> None:
         device = self.rows_P.device
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
-        self.host_counts: npt.NDArray[np.int64] | None = None
-        if self.counts.device.type == "cpu":
-            self.host_counts = self.counts.numpy()
+        is_on_host = self.counts.device.type == "cpu"
+        self.host_counts = self.counts.numpy() if is_on_host else np.empty(0, dtype=np.int64)
         tensors = (self.rows_P, self.deltas_PV, self.index_I, self.counts)
         bits = len(self.index_I).bit_length() - 1
         fields = (self.factor, bits, int(self.deltas_PV.dtype is torch.bfloat16))

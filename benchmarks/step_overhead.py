@@ -72,7 +72,8 @@ class InstantExecutor:
             CONFIG.kv_bytes_per_token(itemsize), self.config.max_positions
         )
         self.tables: Mapping[str, ValueTable] = {}
-        self.recorder = MemoryRecorder(self.config, torch.device("cpu"))
+        self.device = torch.device("cpu")
+        self.recorder = MemoryRecorder(self.config, self.device)
         self.progress = Progress()
         self._block_table = HostBlockTable()
         self._logits_LV = torch.randn(max_logits, CONFIG.vocab_size).to(torch.bfloat16)

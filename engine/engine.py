@@ -70,7 +70,7 @@ class Engine:
         self._compiling = CompilingRequests(grammars)
         self._bitmasks = StepBitmasks(model.vocab_size, grammars)
         self._max_patches = config.max_patches
-        self.patches = LoadedPatches(config, patch_source)
+        self.patches = LoadedPatches(config, patch_source, executor.device)
         self._batcher = Batcher(config.block_size, eos_ids, self.patches)
         self._pool = BlockPool(num_blocks, config.block_size)
         self._debug_checks = config.debug_checks

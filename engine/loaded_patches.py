@@ -6,10 +6,13 @@ from threading import Lock
 from typing import Protocol
 from weakref import WeakValueDictionary
 
+import torch
+
 from engine.config import EngineConfig
 from engine.errors import PatchRefusedError, RequestError
 from engine.model.row_patches import PatchSet, RowPatch, ScaledPatch
 from engine.request import PatchRef, PatchStatistics, PatchSummary
+from memory_ops.patches.patch_counts import CountReader
 
 
 class PatchSource(Protocol):
@@ -42,12 +45,18 @@ class LoadedPatches:
     """
 
     def __init__(
-        self, limits: EngineConfig | None = None, source: PatchSource | None = None
+        self,
+        limits: EngineConfig | None = None,
+        source: PatchSource | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """``limits`` gives the number, rows and memory of the patches that ``source`` reads."""
+        """``limits`` gives the number, rows and memory of the patches that ``source`` reads; they
+        must be on ``device``, by default the CPU."""
         self._source = source
         self._limits = limits or EngineConfig()
+        self._device = device or torch.device("cpu")
         self._lock = Lock()
+        self._counts = CountReader()
         self._loaded: dict[str, RowPatch] = {}
         self._alive: WeakValueDictionary[str, RowPatch] = WeakValueDictionary()
 
@@ -90,8 +99,14 @@ class LoadedPatches:
         """Let requests use a patch; equal contents are one patch.
 
         Raises:
-            PatchRefusedError: as many patches as allowed are in memory.
+            PatchRefusedError: as many patches as allowed are in memory, or this one is on another
+                device than the model.
         """
+        wrong = {str(rows.words.device) for rows in patch.distinct_rows} - {str(self._device)}
+        if wrong:
+            # kernels in graphs would read an address of another memory
+            found = f"{patch.content_hash} is on {min(wrong)}"
+            raise PatchRefusedError(f"row patch {found}, but the model is on {self._device}")
         # equal contents are one patch, so that a plan that names them finds what it means
         with self._lock:
             known = self._alive.get(patch.content_hash)
@@ -124,9 +139,11 @@ class LoadedPatches:
 
     def statistics(self) -> tuple[PatchStatistics, ...]:
         """Counts of the loaded patches."""
+        loaded = list(self._loaded.values())
+        counts = self._counts.read([patch.distinct_rows for patch in loaded])
         return tuple(
-            PatchStatistics(content_hash, *patch.counts())
-            for content_hash, patch in list(self._loaded.items())
+            PatchStatistics(patch.content_hash, *found)
+            for patch, found in zip(loaded, counts, strict=True)
         )
 
     def _check_size(self, num_rows: int, num_bytes: int) -> None:

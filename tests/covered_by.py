@@ -5,7 +5,6 @@ COVERED_BY = {
     "memory_ops/native/tables.py": "memory_ops/test_gather_rows.py",
     "memory_ops/native/patches.py": "memory_ops/patches/test_token_patches.py",
     "memory_ops/patches/device_patches.py": "memory_ops/interpreted/test_add_patched_rows.py",
-    "memory_ops/patches/patch_counts.py": "engine/test_patched_requests.py",
     "engine/model/row_patches.py": "engine/test_patched_requests.py",
     "engine/config.py": "engine/test_engine.py",
     "engine/errors.py": "engine/test_engine.py",

@@ -30,8 +30,9 @@ class KernelInputs:
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors in the arguments."""
-        return sum(one.nbytes for one in tensors((self.arguments, self.options)))
+        """Bytes of all tensors in the arguments, each counted once."""
+        found = {id(one): one.nbytes for one in tensors((self.arguments, self.options))}
+        return sum(found.values())
 
     def call(self, function: Callable[..., Any]) -> list[Tensor]:
         """Call a kernel or its twin; returns its results."""
@@ -46,7 +47,7 @@ class KernelInputs:
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in sequences, mappings and dataclasses."""
+    """The tensors in sequences, mappings, dataclasses and patches."""
     if isinstance(tree, Tensor):
         yield tree
     for part in _parts(tree).values():
@@ -58,6 +59,8 @@ def _parts(tree: Any) -> Mapping[Any, Any]:
         return dict(enumerate(tree))
     if isinstance(tree, dict):
         return tree
+    if isinstance(tree, PatchedRows):
+        return {name: getattr(tree, name) for name in ("rows_P", "deltas_PV", "index_I")}
     if is_dataclass(tree):
         return {one.name: getattr(tree, one.name) for one in fields(tree)}
     return {}

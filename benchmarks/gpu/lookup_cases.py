@@ -1,6 +1,5 @@
 """Memory lookups as kernel cases: top-K of scores, weighted rows, and dot products."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import cast
@@ -43,13 +42,11 @@ def lookup_cases(width: int, num_subkeys: int, num_tokens: int) -> Iterator[Kern
         reference.row_dots,
         partial(_dots, width, num_tokens),
     )
-    # drawn once: deltas are drawn on the CPU
-    patches = functools.cache(partial(_drawn_patches, width, min(num_tokens, _MOST_PATCHES)))
     yield KernelCase(
         "row patches bf16",
         _add_device_patches,
         _add_patched_rows,
-        lambda: _patched(patches(), width, num_tokens),
+        partial(_patched, width, num_tokens),
     )
 
 
@@ -77,13 +74,16 @@ def _add_patched_rows(
 
 def _drawn_patches(width: int, count: int) -> Sequence[PatchedRows]:
     """Patches of rows that they share with no other patch."""
-    parts = torch.randperm(_NUM_ROWS)[: count * _PATCHED_ROWS].view(count, -1).sort().values
-    deltas = torch.randn(count, _PATCHED_ROWS, width).bfloat16()
+    num_rows = max(_PATCHED_ROWS, _PATCHES_BYTES // (2 * count * width))
+    num_rows = min(num_rows, _NUM_ROWS // count)
+    parts = torch.randperm(_NUM_ROWS)[: count * num_rows].view(count, -1).sort().values
+    deltas = torch.randn(count, num_rows, width, device=GPU).bfloat16()
     return [PatchedRows(*pair).to(GPU) for pair in zip(parts, deltas, strict=True)]
 
 
-def _patched(patches: Sequence[PatchedRows], width: int, num_tokens: int) -> KernelInputs:
+def _patched(width: int, num_tokens: int) -> KernelInputs:
     """Every token uses a patch, which has 30 % of the rows that the token reads."""
+    patches = _drawn_patches(width, min(num_tokens, _MOST_PATCHES))
     rows_THK = _rows(num_tokens)
     for token in range(num_tokens):
         own_P = patches[token % len(patches)].rows_P
@@ -100,10 +100,12 @@ def _patched(patches: Sequence[PatchedRows], width: int, num_tokens: int) -> Ker
     )
     sets = TokenPatches([[PatchUse(one, 0.5)] for one in patches], set_T)
     out_TV, weights_THK = torch.randn(num_tokens, width, device=GPU), _weights(rows_THK)
-    found_bytes = rows_THK.numel() * _PATCHED_SHARE * 2 * width
+    # each row reads at least one place of the index; those found, their id and deltas
+    per_row = 4 + _PATCHED_SHARE * (8 + 2 * width)
+    found_bytes = round(rows_THK.numel() * per_row)
     return KernelInputs(
         (out_TV, rows_THK, weights_THK, sets, on_device),
-        num_bytes=round(found_bytes) + 2 * out_TV.nbytes + rows_THK.nbytes + weights_THK.nbytes,
+        num_bytes=found_bytes + 2 * out_TV.nbytes + rows_THK.nbytes + weights_THK.nbytes,
         outputs=(0,),
     )
 
@@ -136,8 +138,9 @@ def _weights(rows_THK: Tensor) -> Tensor:
 
 
 _NUM_ROWS = 2**15
-# many patches of 10,000 rows would not fit beside a model; these exceed the L2 cache together
 _MOST_PATCHES, _PATCHED_ROWS, _PATCHED_SHARE = 8, 1000, 0.3
+# at least, of the deltas of a call: those of 16 calls exceed an L2 cache
+_PATCHES_BYTES = 2**23
 
 
 def _table(width: int, dtype: str) -> tuple[Table, int]:

@@ -41,13 +41,13 @@ class EagerExecutor:
         self.config = model.config
         self.num_blocks = num_blocks
         self.tables: Mapping[str, ValueTable] = model.tables
-        self.recorder = MemoryRecorder(model.config, weight.device)
+        self.device = weight.device
+        self.recorder = MemoryRecorder(model.config, self.device)
         self.progress = Progress()
         self._model = model
         self._flops = StepFlops(model.config)
         for table in self.tables.values():
             table.watch(self.progress.mark)
-        self._device = weight.device
         self._sampler = Sampler()
         self._block_table = HostBlockTable()
         self._kv_blocks = kv_memory(model.config, num_blocks, block_size, weight)
@@ -74,9 +74,9 @@ class EagerExecutor:
     def _forward(self, batch: Batch, trace: ForwardTrace | None = None) -> Tensor:
         layout = batch.layout(self._block_table.update(batch.block_ids))
         output: ForwardOutput = self._model(
-            batch.ids_T.to(self._device),
-            layout.to(self._device),
-            batch.logits_at_L.to(self._device),
+            batch.ids_T.to(self.device),
+            layout.to(self.device),
+            batch.logits_at_L.to(self.device),
             self._kv_blocks,
             before_layer=self._before_layer,
             with_trace=trace is not None,

@@ -38,6 +38,7 @@ class Executor(Protocol):
         balance_rows: number of tokens whose computation takes as long as the rest of a step, most
             of which reads weights. It need not be exact.
         takes_patches: whether batches may have row patches.
+        device: the device on which the rows of patches must be.
     """
 
     config: ModelConfig
@@ -48,6 +49,7 @@ class Executor(Protocol):
     steps_ahead: int
     balance_rows: int
     takes_patches: bool
+    device: torch.device
 
     def logits(self, batch: Batch) -> Tensor:
         """Run one batch up to its logits, ``[L, vocabulary]``, without choosing tokens."""

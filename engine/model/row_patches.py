@@ -1,7 +1,8 @@
 """Row patches in a forward: which patches the tokens use, and lookups that add them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -30,22 +31,24 @@ class RowPatch:
     @property
     def num_bytes(self) -> int:
         """Bytes of memory."""
-        return sum(rows.num_bytes for rows in self._distinct())
+        return sum(rows.num_bytes for rows in self.distinct_rows)
 
     def to(self, device: torch.device) -> "RowPatch":
         """The patch in the memory of a device; its counts begin at 0."""
-        moved = {id(rows): rows.to(device) for rows in self._distinct()}
+        moved = {id(rows): rows.to(device) for rows in self.distinct_rows}
         layers = {layer: moved[id(rows)] for layer, rows in self.layers.items()}
         return RowPatch(self.content_hash, layers)
 
     def counts(self) -> PatchCounts:
-        """Row reads since the patch was made. If a GPU is at work, they may be those of the call
-        before: it waits for no step. Call it where the stream of the steps is current."""
-        counts = [rows.read_counts() for rows in self._distinct()]
+        """Row reads since the patch was made. It waits for work on the current stream of a GPU;
+        ``CountReader`` does not."""
+        counts = [rows.counts.tolist() for rows in self.distinct_rows]
         return PatchCounts(*map(sum, zip((0, 0), *counts, strict=True)))
 
-    def _distinct(self) -> Iterable[PatchedRows]:
-        return {id(rows): rows for rows in self.layers.values()}.values()
+    @cached_property
+    def distinct_rows(self) -> Sequence[PatchedRows]:
+        """Its rows of each table, each once."""
+        return tuple({id(rows): rows for rows in self.layers.values()}.values())
 
 
 class ScaledPatch(NamedTuple):

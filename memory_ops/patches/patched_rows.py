@@ -8,9 +8,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memory_ops.tables.device_counts import DeviceCounts
-from memory_ops.tables.streams import current_stream
-
 EMPTY = -1
 # what each number of ``PatchedRows.words`` is: addresses of tensors, and fields
 ROWS, DELTAS, INDEX, COUNTS, FACTOR, INDEX_BITS, IS_BF16 = range(7)
@@ -31,6 +28,7 @@ class PatchedRows:
             (multiplicative hashing, Knuth, The Art of Computer Programming, volume 3, section 6.4).
         counts: int64 [2], which every backend increases: row reads by tokens that use the patch,
             and those among them whose row the patch has.
+        host_counts: a view of ``counts`` if they are in host memory, else empty.
         words: int64 [7], the addresses and fields that Triton kernels read.
     """
 
@@ -59,23 +57,15 @@ class PatchedRows:
         self._add_counts_and_words()
 
     def to(self, device: torch.device) -> "PatchedRows":
-        """The same rows in the memory of a device; their counts begin at 0."""
+        """The same rows in the memory of a device, when it has them; their counts begin at 0."""
         moved = copy.copy(self)
         for name in ("rows_P", "deltas_PV", "index_I"):
             setattr(moved, name, getattr(self, name).to(device))
         moved._add_counts_and_words()
+        if device.type == "cuda":
+            # work on other streams may read them from now on
+            torch.cuda.current_stream(device).synchronize()
         return moved
-
-    def read_counts(self) -> list[int]:
-        """The values of ``counts``; on a GPU that is at work those of an earlier moment.
-
-        It never waits. Work that changes the counts must be on the current stream.
-        """
-        if not self.counts.is_cuda:
-            counts: list[int] = self.counts.tolist()
-            return counts
-        (counts,) = self._device_counts.read(current_stream(self.counts.device))
-        return counts
 
     @property
     def num_bytes(self) -> int:
@@ -85,7 +75,8 @@ class PatchedRows:
     def _add_counts_and_words(self) -> None:
         device = self.rows_P.device
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
-        self._device_counts = DeviceCounts(self.counts.unsqueeze(0))
+        is_on_host = self.counts.device.type == "cpu"
+        self.host_counts = self.counts.numpy() if is_on_host else np.empty(0, dtype=np.int64)
         tensors = (self.rows_P, self.deltas_PV, self.index_I, self.counts)
         bits = len(self.index_I).bit_length() - 1
         fields = (self.factor, bits, int(self.deltas_PV.dtype is torch.bfloat16))

@@ -1,4 +1,4 @@
-"""Adds row patches to sums of rows, as a Triton kernel: one program per token and block of values.
+"""Adds row patches to sums of rows, as a Triton kernel: one program per token.
 
 Not timed on a GPU. Shape suffixes: T tokens, H memory heads, K rows read per head, C = H * K
 choices of a token, V value width, U uses of patches.
@@ -20,9 +20,10 @@ from memory_ops.patches.device_patches import DevicePatches
 from memory_ops.patches.token_patches import NO_SET, TokenPatches
 from memory_ops.triton_kernels.launch import RowLaunch, on_device_of
 
-# of rows that fill loads of 128 bits, and of others: these would spill registers on AMD
-WIDE_LAUNCH = RowLaunch(rows=64, columns=64)
-NARROW_LAUNCH = RowLaunch(rows=64, columns=16)
+# of rows that fill loads of 128 bits, and of others; many warps, because a program reads all
+# deltas of its token
+WIDE_LAUNCH = RowLaunch(rows=32, columns=512, num_warps=8)
+NARROW_LAUNCH = RowLaunch(rows=32, columns=64, num_warps=8)
 
 # words of ``PatchedRows.words``
 _ROWS = tl.constexpr(patched_rows.ROWS)
@@ -81,7 +82,7 @@ def add_device_patches(
     is_wide = value_dim % 8 == 0
     launch = WIDE_LAUNCH if is_wide else NARROW_LAUNCH
     with on_device_of(out_TV):
-        _add_patched_rows[(num_tokens, triton.cdiv(value_dim, launch.columns))](
+        _add_patched_rows[(num_tokens,)](
             out_TV,
             rows_TC,
             weights_TC,
@@ -119,49 +120,45 @@ def _add_patched_rows(
     last = tl.load(spans_ptr + 2 * token + 1)
     # most tokens use no patch: their programs end here
     if first < last:
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        counts = (tl.program_id(1) == 0) & (token < tl.load(num_counted_ptr))
-        sums = tl.zeros((BLOCK,), dtype=tl.float32)
+        is_counted = token < tl.load(num_counted_ptr)
         for use in range(first, last):
             address = tl.load(addresses_ptr + use)
             if address != 0:
-                sums += _use_sums(
+                _add_use(
+                    out_ptr + token * VALUE_DIM,
                     address.to(tl.pointer_type(tl.int64)),
                     tl.load(scales_ptr + use).to(tl.float32),
                     rows_ptr + token * num_choices,
                     weights_ptr + token * num_choices,
                     num_choices,
-                    columns,
-                    counts,
+                    is_counted,
                     VALUE_DIM,
                     IS_WIDE,
                     ROWS,
+                    BLOCK,
                 )
-        inside = columns < VALUE_DIM
-        place = out_ptr + token * VALUE_DIM + columns
-        tl.store(place, tl.load(place, mask=inside, other=0.0) + sums, mask=inside)
 
 
 @triton.jit
-def _use_sums(
+def _add_use(
+    out_ptr,
     words_ptr,
     scale,
     rows_ptr,
     weights_ptr,
     num_choices,
-    columns,
-    counts,
+    is_counted,
     VALUE_DIM: tl.constexpr,
     IS_WIDE: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """The sums of one use of a patch, for some columns; reads and hits are counted if asked."""
+    """Add one use of a patch to a token's sums; each row is looked up once."""
     patch_rows_ptr = tl.load(words_ptr + _ROWS).to(tl.pointer_type(tl.int64))
     index_ptr = tl.load(words_ptr + _INDEX).to(tl.pointer_type(tl.int32))
     deltas = tl.load(words_ptr + _DELTAS)
     factor, bits = tl.load(words_ptr + _FACTOR), tl.load(words_ptr + _INDEX_BITS)
     is_bf16 = tl.load(words_ptr + _IS_BF16) != 0
-    sums = tl.zeros(columns.shape, dtype=tl.float32)
     hits = 0
     for start in range(0, num_choices, ROWS):
         choices = start + tl.arange(0, ROWS)
@@ -169,19 +166,22 @@ def _use_sums(
         rows = tl.load(rows_ptr + choices, mask=live, other=0)
         numbers = _numbers(rows, live, patch_rows_ptr, index_ptr, factor, bits)
         found = numbers >= 0
-        hits += tl.sum(found.to(tl.int32), axis=0)
-        weights = tl.load(weights_ptr + choices, mask=found, other=0.0).to(tl.float32) * scale
-        if is_bf16:
-            narrow_ptr = deltas.to(tl.pointer_type(tl.bfloat16))
-            sums += _deltas_sum(narrow_ptr, numbers, weights, columns, VALUE_DIM, IS_WIDE)
-        else:
-            wide_ptr = deltas.to(tl.pointer_type(tl.float32))
-            sums += _deltas_sum(wide_ptr, numbers, weights, columns, VALUE_DIM, IS_WIDE)
-    if counts:
+        num_found = tl.sum(found.to(tl.int32), axis=0)
+        hits += num_found
+        if num_found > 0:
+            weights = tl.load(weights_ptr + choices, mask=found, other=0.0).to(tl.float32) * scale
+            if is_bf16:
+                narrow_ptr = deltas.to(tl.pointer_type(tl.bfloat16))
+                _add_deltas(out_ptr, narrow_ptr, numbers, weights, VALUE_DIM, IS_WIDE, BLOCK)
+            else:
+                wide_ptr = deltas.to(tl.pointer_type(tl.float32))
+                _add_deltas(out_ptr, wide_ptr, numbers, weights, VALUE_DIM, IS_WIDE, BLOCK)
+            # the sums that one thread stored another one may load next
+            tl.debug_barrier()
+    if is_counted:
         counts_ptr = tl.load(words_ptr + _COUNTS).to(tl.pointer_type(tl.int64))
         tl.atomic_add(counts_ptr, tl.cast(num_choices, tl.int64), sem="relaxed")
         tl.atomic_add(counts_ptr + 1, tl.cast(hits, tl.int64), sem="relaxed")
-    return sums
 
 
 @triton.jit
@@ -205,15 +205,26 @@ def _numbers(rows, live, patch_rows_ptr, index_ptr, factor, bits):
 
 
 @triton.jit
-def _deltas_sum(
-    deltas_ptr, numbers, weights, columns, VALUE_DIM: tl.constexpr, IS_WIDE: tl.constexpr
+def _add_deltas(
+    out_ptr,
+    deltas_ptr,
+    numbers,
+    weights,
+    VALUE_DIM: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """The weighted sum of the deltas of some rows; numbers below 0 add nothing."""
-    mask = (numbers >= 0)[:, None] & (columns < VALUE_DIM)[None, :]
-    places = numbers.to(tl.int64)[:, None] * VALUE_DIM + columns[None, :]
-    pointers = deltas_ptr + places
-    if IS_WIDE:
-        # tiles begin at multiples of 16 bytes, as allocations on a GPU do: loads of 128 bits
-        pointers = tl.multiple_of(pointers, (1, 16))
-    values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    return tl.sum(weights[:, None] * values, axis=0)
+    """Add the weighted deltas of some rows to the sums; numbers below 0 add nothing."""
+    begins = numbers.to(tl.int64) * VALUE_DIM
+    for first in range(0, VALUE_DIM, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        inside = columns < VALUE_DIM
+        pointers = deltas_ptr + (begins[:, None] + columns[None, :])
+        if IS_WIDE:
+            # tiles begin at multiples of 16 bytes, as allocations on a GPU do: loads of 128 bits
+            pointers = tl.multiple_of(pointers, (1, 16))
+        mask = (numbers >= 0)[:, None] & inside[None, :]
+        values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        sums = tl.sum(weights[:, None] * values, axis=0)
+        sums += tl.load(out_ptr + columns, mask=inside, other=0.0)
+        tl.store(out_ptr + columns, sums, mask=inside)

@@ -23,7 +23,7 @@ class DelayedExecutor:
     def __init__(self, executor, max_num_seqs: int) -> None:
         self.config, self.num_blocks = executor.config, executor.num_blocks
         self.tables, self.progress = executor.tables, executor.progress
-        self.recorder = executor.recorder
+        self.recorder, self.device = executor.recorder, executor.device
         self.largest_ahead = 0
         self._executor = executor
         self._queue: deque[DelayedStep] = deque()

@@ -108,6 +108,22 @@ def test_patches_need_a_source_of_folders():
         LoadedPatches().load(Path("/a"))
 
 
+def test_a_patch_on_another_device_than_the_model_is_refused():
+    patch = RowPatch("a", {0: PatchedRows(torch.arange(2), torch.zeros(2, 4))})
+    elsewhere = patch.to(torch.device("meta"))
+    with pytest.raises(
+        PatchRefusedError, match=r"^row patch a is on meta, but the model is on cpu"
+    ):
+        LoadedPatches().put(elsewhere)
+    there = LoadedPatches(device=torch.device("meta"))
+    with pytest.raises(
+        PatchRefusedError, match=r"^row patch a is on cpu, but the model is on meta"
+    ):
+        there.put(patch)
+    there.put(elsewhere)
+    assert there.num_alive == 1
+
+
 def test_counts_are_of_the_loaded_patches():
     patches = loaded()
     for folder in ("/a", "/b"):

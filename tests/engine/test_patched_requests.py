@@ -9,7 +9,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import RequestError
+from engine.errors import PatchRefusedError, RequestError
 from engine.executors.executor import make_executor
 from engine.model.row_patches import RowPatch
 from engine.request import MAX_PATCH_USES, PatchRef, canonical_patches
@@ -206,6 +206,15 @@ def test_logits_are_those_of_a_changed_table_within_tolerance():
     exact = plain_logits(changed_model(model, (patch, 0.25)), PROMPT).log_softmax(-1)
     for at, entry in enumerate(found):
         assert entry.logprob == pytest.approx(float(exact[at, PROMPT[at + 1]]), abs=1e-4)
+
+
+def test_patches_must_be_on_the_executors_device():
+    model = model_of()
+    config = EngineConfig(kv_cache_gib=0.001)
+    executor = eager(model, config)
+    executor.device = torch.device("meta")
+    with pytest.raises(PatchRefusedError, match="is on cpu, but the model is on meta"):
+        Engine(executor, config).patches.put(patch_of(model, 1))
 
 
 def test_a_device_that_takes_no_patches_refuses_them(monkeypatch):

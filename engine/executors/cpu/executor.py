@@ -51,7 +51,8 @@ class CpuExecutor:
         self.config = model.config
         self.num_blocks = num_blocks
         self.tables: Mapping[str, ValueTable] = model.tables
-        self.recorder = MemoryRecorder(model.config, model.model.embed_tokens.weight.device)
+        self.device = model.model.embed_tokens.weight.device
+        self.recorder = MemoryRecorder(model.config, self.device)
         self.progress = Progress()
         for table in self.tables.values():
             table.watch(self.progress.mark)

@@ -51,7 +51,8 @@ class CudaExecutor:
         """
         self.config, self.num_blocks = model.config, num_blocks
         self.tables: Mapping[str, ValueTable] = model.tables
-        self.recorder = MemoryRecorder(model.config, device.torch_device)
+        self.device = device.torch_device
+        self.recorder = MemoryRecorder(model.config, self.device)
         self.progress = Progress()
         self._device, self._memories = device, model.memories
         self._state = DeviceState.allocate(model.config, config, num_blocks, model.head_VD)
@@ -162,7 +163,9 @@ class CudaExecutor:
                 self._block_table.send(updates[MOST_UPDATES:])
             first = updates[:MOST_UPDATES]
             self._staging.send(
-                inputs, lambda out: self._writer.write(out, shape, batch, first, biases)
+                inputs,
+                lambda out: self._writer.write(out, shape, batch, first, biases),
+                any(batch.patches),
             )
 
             def finish(outputs: StepOutputs) -> None:

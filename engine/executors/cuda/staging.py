@@ -18,12 +18,14 @@ class StagedInputs:
 
     Attributes:
         num_words: 64-bit words to send.
+        num_words_without_uses: those to send if no token uses a patch.
         on_host: views of each pinned buffer.
         on_device: views of the buffer on the device.
     """
 
     def __init__(self, layout: InputLayout, pinned: list[Tensor], words: Tensor) -> None:
         self.num_words = layout.num_words
+        self.num_words_without_uses = layout.num_words_without_uses
         self.on_host: list[HostInputs] = [
             {name: view.numpy() for name, view in layout.views(one).items()} for one in pinned
         ]
@@ -45,14 +47,20 @@ class Staging:
         """The inputs of steps of this shape."""
         return StagedInputs(replace(self._largest, shape=shape), self._pinned, self._words)
 
-    def send(self, inputs: StagedInputs, write: Callable[[HostInputs], None]) -> None:
-        """Let ``write`` fill inputs on the host, and queue their copy to the device."""
+    def send(
+        self, inputs: StagedInputs, write: Callable[[HostInputs], None], has_patches: bool = False
+    ) -> None:
+        """Let ``write`` fill inputs on the host, and queue their copy to the device.
+
+        Without ``has_patches``, the device keeps the uses of an earlier step; spans must be empty.
+        """
         index, self._next = self._next, (self._next + 1) % _BUFFERS
         sent = self._sent[index]
         if sent is not None:
             sent.wait()
         write(inputs.on_host[index])
-        words, pinned = self._words[: inputs.num_words], self._pinned[index][: inputs.num_words]
+        count = inputs.num_words if has_patches else inputs.num_words_without_uses
+        words, pinned = self._words[:count], self._pinned[index][:count]
         self._device.queue(lambda: _copy(words, pinned))
         self._sent[index] = self._device.record()
 

@@ -82,7 +82,15 @@ class InputLayout:
     @cached_property
     def num_words(self) -> int:
         """Words of all inputs."""
-        first, size = list(self.places.values())[-1]
+        return self._end_of(list(self.places)[-1])
+
+    @cached_property
+    def num_words_without_uses(self) -> int:
+        """Words before the uses of patches, which no kernel reads if spans are empty."""
+        return self._end_of("patch_spans") if "patch_spans" in self.places else self.num_words
+
+    def _end_of(self, name: str) -> int:
+        first, size = self.places[name]
         return first + -(-int(np.prod(size)) // 16) * 16
 
     def views(self, words: Tensor) -> Mapping[str, Tensor]:

@@ -46,6 +46,13 @@ def test_a_copy_of_patches_has_its_own_counts():
     assert torch.equal(use.patch.rows_P, patch.rows_P) and copy.set_T.tolist() == [0]
 
 
+def test_the_rows_of_a_patch_count_once_in_the_size():
+    patch = PatchedRows(torch.arange(2), torch.ones(2, 4))
+    sets = [[PatchUse(patch, 2.0)], [PatchUse(patch, 1.0)]]
+    set_T = torch.zeros(1, dtype=torch.int32)
+    assert KernelInputs((TokenPatches(sets, set_T),)).size == patch.num_bytes + 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_errors_are_multiples_of_what_passes(dtype):
     expected = torch.tensor([0.0, 100.0], dtype=dtype)

@@ -56,8 +56,8 @@ GRADIENT_BUDGETS = {
 }
 # by V
 PATCH_BUDGETS = {
-    (1024,): ((208, 256), (200, 256), (192, 256), (128, 256)),
-    (1000,): ((208, 256), (200, 256), (192, 256), (128, 256)),
+    (1024,): ((64, 8192), (64, 8192), (64, 8192), (88, 16384)),
+    (1000,): ((64, 8192), (64, 8192), (64, 8192), (96, 16384)),
 }
 # by N and K
 TOPK_BUDGETS = {
@@ -186,7 +186,7 @@ def test_one_value_of_one_row_compiles(kind, target):
 def test_patches_of_a_width_that_fills_no_wide_load(target):
     out, patches = patch_of(999)
     figures = compiled(TARGETS[target], lambda: add_patched_rows(out, *lookups(), patches))
-    assert not figures.spills and figures.registers <= 80 and figures.shared <= 256
+    assert not figures.spills and figures.registers <= 80 and figures.shared <= 2048
 
 
 @pytest.mark.parametrize("target", targets(["sm_80", "sm_90", "gfx942"]))

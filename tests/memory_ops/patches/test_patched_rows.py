@@ -42,7 +42,8 @@ def test_rows_on_a_device_have_their_own_counts_and_words():
     patch = patched(range(5))
     patch.counts += 3
     moved = patch.to(torch.device("cpu"))
-    assert moved.read_counts() == [0, 0] and patch.read_counts() == [3, 3]
+    assert moved.host_counts.tolist() == [0, 0] and patch.host_counts.tolist() == [3, 3]
+    assert not len(patch.to(torch.device("meta")).host_counts)
     words = [moved.rows_P.data_ptr(), moved.deltas_PV.data_ptr(), moved.index_I.data_ptr()]
     bits = len(moved.index_I).bit_length() - 1
     assert moved.words.tolist() == [*words, moved.counts.data_ptr(), patch.factor, bits, 0]

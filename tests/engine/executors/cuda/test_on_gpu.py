@@ -1,6 +1,8 @@
 """The engine on a GPU gives the CPU's tokens: every kind of model, eager, in graphs, in flight."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,6 +141,42 @@ def test_row_patches(tier):
     torch.cuda.synchronize()
     for patch, on_card in zip(patches, moved, strict=True):
         assert on_card.counts() == tuple(3 * count for count in patch.counts())
+
+
+def test_patches_that_another_thread_loads_while_requests_decode():
+    kinds, config = ("memory_plus", "dense", "memory_plus"), replace(CONFIG, max_num_seqs=8)
+    model = model_of(kinds)
+    patches = [patch_of(model, seed, count=40) for seed in (1, 2, 3)]
+    prompts = {str(n): [n + 1, 2 * n + 3, 5] for n in range(8)}
+    served = Engine(make_executor(copied(model, GPU, torch.float32), config), config)
+    served.warm_up()
+
+    def reload(old, new):
+        # requests still use the old one; it dies with them, and a later round loads it again
+        served.unload_patch(old.content_hash)
+        served.patches.put(new.to(GPU))
+        for seed in range(10, 40):
+            # memory of all sizes is allocated, written and freed
+            other = patch_of(model, seed, count=seed)
+            served.patches.put(other.to(GPU))
+            served.unload_patch(other.content_hash)
+
+    served.patches.put(patches[0].to(GPU))
+    # a thread's stream is the default one, which does not wait for that of the steps
+    with ThreadPoolExecutor(1) as loader:
+        for number in range(6):
+            used, following = patches[number % 3], patches[(number + 1) % 3]
+            changed = changed_model(model, (used, 1.0), kinds=kinds)
+            expected = {name: plain_greedy(changed, ids, COUNT) for name, ids in prompts.items()}
+            for name, ids in prompts.items():
+                served.add(asks(name, COUNT, (used, 1.0), prompt=ids))
+            loading = loader.submit(reload, used, following)
+            assert run(served, {}) == expected
+            loading.result()
+            served.check_idle()
+            assert [one.content_hash for one in served.patches.statistics()] == [
+                following.content_hash
+            ]
 
 
 SAMPLING = [

@@ -46,6 +46,24 @@ def test_only_the_words_of_a_shape_are_sent():
     )
 
 
+@pytest.mark.parametrize("layers", [0, 2])
+def test_uses_of_patches_are_sent_only_if_there_are_any(layers):
+    device = FakeDevice()
+    staging = Staging(device, InputLayout(SHAPE, layers))
+    inputs = staging.inputs(SHAPE)
+    uses = {"patch_scales", "patch_addresses"} & set(inputs.on_device)
+    assert len(uses) == layers
+    for number, has_patches in enumerate((False, True, False), start=1):
+        staging.send(
+            inputs,
+            lambda out, number=number: [view.fill(number) for view in out.values()],
+            has_patches,
+        )
+        device.record().wait()
+        for name, view in inputs.on_device.items():
+            assert (view == (number // 2 * 2 if name in uses else number)).all(), name
+
+
 @pytest.mark.parametrize("is_decode", [True, False])
 def test_every_sequence_has_space_for_all_its_patches(is_decode):
     num_sequences, length = 3, 1 if is_decode else 2

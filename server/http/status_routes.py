@@ -20,9 +20,11 @@ def status_routes(service: Service) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> dict[str, str]:
-        """Readiness: 503 while the server cannot answer; it loads, drains or has no engine."""
+        """Readiness: 503 while the server cannot answer; it loads, drains, has no engine, or has
+        lost a default row patch."""
         service.check_alive()
         service.check_engine()
+        service.patches.check_defaults()
         return {"status": "ready"}
 
     @router.get("/version")

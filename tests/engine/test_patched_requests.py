@@ -3,13 +3,14 @@
 import gc
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import RequestError
+from engine.errors import PatchRefusedError, RequestError
 from engine.executors.executor import make_executor
 from engine.model.row_patches import RowPatch
 from engine.request import MAX_PATCH_USES, PatchRef, canonical_patches
@@ -208,11 +209,17 @@ def test_logits_are_those_of_a_changed_table_within_tolerance():
         assert entry.logprob == pytest.approx(float(exact[at, PROMPT[at + 1]]), abs=1e-4)
 
 
-def test_a_device_that_takes_no_patches_refuses_them(monkeypatch):
-    model = model_of()
-    patch = patch_of(model, 1)
-    served = engine(model)
-    served.patches.put(patch)
-    monkeypatch.setattr(type(served._executor), "takes_patches", False)
-    with pytest.raises(RequestError, match="memory_patches: row patches cannot be used"):
-        served.add(asks("a", 3, (patch, 1.0)))
+@pytest.mark.parametrize(
+    ("kinds", "limits", "reason"),
+    [
+        (("dense",), {}, "the model has no memory layers, so it takes no row patches"),
+        (("pkm", "peer"), {}, "layer 1 is peer, whose output is not linear in its rows"),
+        (("pkm",), {"max_patches": 0}, "max_patches: 0 allows no row patches"),
+    ],
+)
+def test_an_engine_without_patches_says_why(kinds, limits, reason):
+    served = engine(model_of(kinds), **limits)
+    with pytest.raises(RequestError, match=f"^memory_patches: {reason}"):
+        served.add(replace(greedy("a", PROMPT, 3), patches=(PatchRef("a"),)))
+    with pytest.raises(PatchRefusedError, match=f"^{reason}"):
+        served.load_patch(Path("/a"))

@@ -12,7 +12,7 @@ from engine.process import EngineLostError
 from engine.request import PatchRef, PatchSummary, canonical_patches
 from server.api_keys import ApiKey
 from server.engine_client import EngineClient
-from server.http.errors import ApiError
+from server.http.errors import ApiError, EngineError
 from server.http.named_patches import MAX_SCALE, NamedPatch
 from server.http.patch_metrics import PatchMetrics
 from server.patch_options import PatchOptions
@@ -90,10 +90,12 @@ class ServedPatches:
             folder = await asyncio.to_thread(self._folder, name)
             return await self._load(name, folder)
         except PatchFailedError as error:
+            self._metrics.loads.labels("failed").inc()
             logger.error("patch %s was not loaded: %s", name, error)
             message = f"name: patch {name!r} could not be loaded; the server's log says why"
-            raise ApiError(500, message, "server_error", param="name") from None
+            raise EngineError(message) from None
         except PatchRefusedError as error:
+            self._metrics.loads.labels("refused").inc()
             logger.warning("patch %s was refused: %s", name, error)
             # clients need not know where the server keeps its patches
             reason = str(error).replace(str(folder), name)
@@ -176,6 +178,7 @@ class ServedPatches:
             name, folder, summary, is_default, int(time.time())
         )
         self._metrics.add(name, summary)
+        self._metrics.loads.labels("loaded").inc()
         rows, size, content_hash = summary.num_rows, summary.num_bytes, summary.content_hash
         logger.info("patch %s was loaded: %d rows, %d bytes, %s", name, rows, size, content_hash)
         return served
@@ -188,8 +191,8 @@ class ServedPatches:
                 logger.error("patch %s is lost: %s", name, content_hash)
 
     def _drop(self, name: str) -> None:
-        del self._served[name]
-        self._metrics.remove(name)
+        served = self._served.pop(name)
+        self._metrics.remove(name, served.summary.content_hash)
 
 
 def check_key(key: ApiKey | None, patch: str, param: str) -> None:

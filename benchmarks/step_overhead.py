@@ -63,7 +63,6 @@ class InstantExecutor:
 
     steps_ahead = 0
     balance_rows = 8
-    takes_patches = False
 
     def __init__(self, max_logits: int, engine: EngineConfig, context: int) -> None:
         self.config = replace(CONFIG, max_positions=CONFIG.max_positions + context)

@@ -114,7 +114,7 @@ class Engine:
         return self.patches.load(folder, content_hash)
 
     def unload_patch(self, content_hash: str) -> None:
-        """Let no further request use a patch. Another thread may call it while steps run."""
+        """Refuse a patch to new requests. Another thread may call it while steps run."""
         self.patches.remove(content_hash)
 
     def step(self) -> StepOutput:
@@ -179,17 +179,15 @@ class Engine:
             draft_tokens=speculation.draft_tokens if speculation else 0,
             accepted_tokens=speculation.accepted_tokens if speculation else 0,
             tables=tables,
-            patches=None if tables is None else self.patches.statistics(),
+            patches=() if tables is None else self.patches.take_counts(),
             lost_tables=self._table_counter.faults(),
         )
 
     def _patches_refused(self) -> str | None:
         """The reason why no row patches can be used; None if they can."""
         if not self._max_patches:
-            return "row patches are disabled, because max_patches is 0"
-        if not self._executor.takes_patches:
-            return "row patches cannot be used on this device"
-        return None
+            return "max_patches: 0 allows no row patches"
+        return self._executor.config.patch_refusal
 
     @property
     def _can_step(self) -> bool:

@@ -18,6 +18,11 @@ class PatchRefusedError(Exception):
     and field."""
 
 
+class PatchFailedError(PatchRefusedError):
+    """A row patch that could not be loaded for a reason outside of it, such as a lack of memory or
+    a fault; it may be loaded later."""
+
+
 class ContextLengthError(RequestError):
     """A prompt, or a prompt with its answer, that is longer than the model takes."""
 

@@ -12,7 +12,7 @@ from engine.config import EngineConfig
 from engine.errors import PatchRefusedError, RequestError
 from engine.model.row_patches import PatchSet, RowPatch, ScaledPatch
 from engine.request import PatchRef, PatchStatistics, PatchSummary
-from memory_ops.patches.patch_counts import CountReader
+from memory_ops.patches.patch_counts import CountReader, PatchCounts
 
 
 class PatchSource(Protocol):
@@ -59,6 +59,7 @@ class LoadedPatches:
         self._counts = CountReader()
         self._loaded: dict[str, RowPatch] = {}
         self._alive: WeakValueDictionary[str, RowPatch] = WeakValueDictionary()
+        self._taken: dict[str, PatchCounts] = {}  # counts at the last ``take_counts``
 
     @property
     def num_alive(self) -> int:
@@ -77,7 +78,8 @@ class LoadedPatches:
             self._source.prepare()
 
     def load(self, folder: Path, content_hash: str | None = None) -> PatchSummary:
-        """Load the patch in a folder. Contents that are loaded already take no further memory.
+        """Load the patch in a folder. A content that is loaded already takes its memory once more
+        while it is read, which must fit within the limit too.
 
         Args:
             folder: the patch folder; it must not be a symbolic link.
@@ -110,15 +112,18 @@ class LoadedPatches:
         # equal contents are one patch, so that a plan that names them finds what it means
         with self._lock:
             known = self._alive.get(patch.content_hash)
-            if known is None and len(self._alive) >= self._limits.max_patches:
-                raise PatchRefusedError(
-                    f"max_patches: {self._limits.max_patches} row patches are allowed, and as many"
-                    " are loaded or still used by requests"
-                )
+            if known is None:
+                if len(self._alive) >= self._limits.max_patches:
+                    raise PatchRefusedError(
+                        f"--max-patches: {self._limits.max_patches} row patches are allowed, and as"
+                        " many are loaded or still used by requests; remove a patch or raise the"
+                        " limit"
+                    )
+                self._taken.pop(patch.content_hash, None)
             self._loaded[patch.content_hash] = self._alive[patch.content_hash] = known or patch
 
     def remove(self, content_hash: str) -> None:
-        """Let no further request use a patch; do nothing if it is not loaded."""
+        """Refuse a patch to new requests; do nothing if it is not loaded."""
         self._loaded.pop(content_hash, None)
 
     def lease(self, refs: Sequence[PatchRef]) -> PatchSet:
@@ -137,25 +142,37 @@ class LoadedPatches:
         """The patches of a request that has a lease."""
         return tuple(ScaledPatch(self._alive[ref.content_hash], ref.scale) for ref in refs)
 
-    def statistics(self) -> tuple[PatchStatistics, ...]:
-        """Counts of the loaded patches."""
-        loaded = list(self._loaded.values())
-        counts = self._counts.read([patch.distinct_rows for patch in loaded])
-        return tuple(
-            PatchStatistics(patch.content_hash, *found)
-            for patch, found in zip(loaded, counts, strict=True)
-        )
+    def take_counts(self) -> tuple[PatchStatistics, ...]:
+        """The row reads since the last call, of the patches in memory that had any."""
+        with self._lock:
+            alive = dict(self._alive.items())
+            self._taken = {name: self._taken[name] for name in alive if name in self._taken}
+        gained = []
+        found = self._counts.read([patch.distinct_rows for patch in alive.values()])
+        for content_hash, counts in zip(alive, map(PatchCounts._make, found), strict=True):
+            reads, hits = self._taken.get(content_hash, (0, 0))
+            if counts != (reads, hits):
+                self._taken[content_hash] = counts
+                gained.append(
+                    PatchStatistics(content_hash, counts.reads - reads, counts.hits - hits)
+                )
+        return tuple(gained)
 
     def _check_size(self, num_rows: int, num_bytes: int) -> None:
         """Raise PatchRefusedError if a patch of this size exceeds a limit."""
         most = self._limits.max_patch_rows
         if num_rows > most:
             raise PatchRefusedError(
-                f"max_patch_rows: the patch has {num_rows} rows, but at most {most} are allowed"
+                f"--max-patch-rows: the patch has {num_rows} rows, but at most {most} are allowed;"
+                " raise the limit"
             )
         left = self._limits.patch_bytes - self.num_bytes
         if num_bytes > left:
+            taken, free, limit = (
+                f"{size / 2**30:.3g}"
+                for size in (num_bytes, max(left, 0), self._limits.patch_bytes)
+            )
             raise PatchRefusedError(
-                f"patch_memory_gib: the patch takes {num_bytes} bytes, but patches that are loaded"
-                f" or still used leave {max(left, 0)} of {self._limits.patch_bytes}"
+                f"--patch-memory-gib: the patch takes {taken} GiB, {free} of {limit} GiB is free;"
+                " remove a patch or raise the limit"
             )

@@ -30,7 +30,7 @@ class LoadPatch(NamedTuple):
 
 
 class UnloadPatch(NamedTuple):
-    """Let no further request use a row patch; those that have it keep it."""
+    """Refuse a row patch to new requests; those that have it keep it."""
 
     content_hash: str
 
@@ -58,11 +58,16 @@ class MemoryReport(NamedTuple):
 
 
 class PatchLoaded(NamedTuple):
-    """The loaded row patch, or the reason why it is not loaded."""
+    """The loaded row patch, or the reason why it is not loaded.
+
+    Attributes:
+        is_failure: the patch is not to blame, and may be loaded later.
+    """
 
     key: str
     summary: PatchSummary | None = None
     error: str | None = None
+    is_failure: bool = False
 
 
 class Heartbeat(NamedTuple):

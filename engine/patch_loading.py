@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from engine.errors import PatchRefusedError
+from engine.errors import PatchFailedError, PatchRefusedError
 from engine.messages import LoadPatch, PatchLoaded, UnloadPatch
 from engine.request import PatchSummary
 
@@ -36,15 +36,20 @@ class PatchLoading:
         else:
             self._thread.submit(self._load, message)
 
+    def close(self) -> None:
+        """Drop the messages that were not carried out; a load that has begun goes on."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def _load(self, message: LoadPatch) -> None:
         try:
             summary = self._engine.load_patch(Path(message.folder), message.content_hash)
             answer = PatchLoaded(message.key, summary)
         except PatchRefusedError as error:
-            answer = PatchLoaded(message.key, error=str(error))
+            is_failure = isinstance(error, PatchFailedError)
+            answer = PatchLoaded(message.key, error=str(error), is_failure=is_failure)
         except Exception as error:
             logger.exception("a row patch could not be loaded")
             problem = f"{type(error).__name__} while the patch was loaded"
-            answer = PatchLoaded(message.key, error=problem)
+            answer = PatchLoaded(message.key, error=problem, is_failure=True)
         with contextlib.suppress(OSError):  # the engine's loop notices it too
             self._send(answer)

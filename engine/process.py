@@ -205,6 +205,7 @@ class EngineLoop:
             return  # the other side is gone: nobody waits for an answer
         finally:
             self._ended.set()
+            self._patches.close()
             if heart.is_alive():
                 # let it end before the interpreter exits; a full pipe may block it for ever
                 heart.join(HEARTBEAT_S)

@@ -218,7 +218,7 @@ class TableCounts(NamedTuple):
 
 
 class PatchStatistics(NamedTuple):
-    """Row reads of the tokens that use a row patch, since it was loaded.
+    """Row reads of the tokens that use a row patch, since they were last reported.
 
     Attributes:
         reads: rows that their memory layers read from tables that the patch changes.
@@ -241,7 +241,7 @@ class EngineStatistics:
         drafts: results of chunks with draft tokens; they had ``draft_tokens`` in total, of which
             ``accepted_tokens`` became part of an answer.
         tables: counts by table and layer; None if this step did not read them.
-        patches: counts of each loaded row patch; None if this step did not read them.
+        patches: reads of row patches since the last statistics that had any; about once a second.
         lost_tables: for each unreadable table, the file and the error.
     """
 
@@ -258,7 +258,7 @@ class EngineStatistics:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     tables: tuple[TableCounts, ...] | None = ()
-    patches: tuple[PatchStatistics, ...] | None = ()
+    patches: tuple[PatchStatistics, ...] = ()
     lost_tables: tuple[str, ...] = ()
 
 

@@ -125,22 +125,19 @@ class EngineClient:
     async def load_patch(self, folder: Path) -> PatchSummary:
         """Load the row patch in a folder, whose last component must not be a symbolic link.
 
-        Contents that are loaded already take no more memory.
-
         Raises:
             EngineLostError: the engine is not running, or dies before it answers.
+            PatchFailedError: the patch could not be loaded now, but may be valid.
             PatchRefusedError: the patch is invalid, not made for this model, or exceeds a limit.
         """
         if not self.is_alive:
             raise EngineLostError("the engine is not running")
         return await self._patches.load(folder)
 
-    def unload_patch(self, content_hash: str) -> None:
-        """Let no further request use a patch, whatever folders it was loaded from.
-
-        Requests that use it finish with it. Call it when the last name of the content is gone.
-        """
-        self._patches.unload(content_hash)
+    def unload_patch(self, content_hash: str, folder: Path) -> None:
+        """Take back one load of a patch. After the last one of a content, the engine refuses the
+        patch to new requests; those that use it finish with it."""
+        self._patches.unload(content_hash, folder)
 
     def handle(self, output: StepOutput) -> None:
         """Deliver a step's outputs; tokens come first, because clients wait for them."""

@@ -45,7 +45,7 @@ def main(connection: Connection, settings: EngineSettings) -> None:
     keep_freed_memory()
     set_up_logs(settings.log_format)
     try:
-        engine = build_engine(settings)
+        engine = build_engine(settings, serves_patches=True)
         engine.warm_up()
         engine.patches.prepare()
     except (CheckpointError, ConfigError) as error:
@@ -57,10 +57,13 @@ def main(connection: Connection, settings: EngineSettings) -> None:
     run_engine(engine, connection)
 
 
-def build_engine(settings: EngineSettings, device: torch.device | None = None) -> Engine:
+def build_engine(
+    settings: EngineSettings, device: torch.device | None = None, *, serves_patches: bool = False
+) -> Engine:
     """An engine with a loaded model; the model is prepared first if needed.
 
-    ``device`` is by default the one that the settings choose.
+    ``device`` is by default the one that the settings choose. With ``serves_patches`` the engine
+    can read row patches, if the settings allow any.
 
     Raises:
         CheckpointError: the model cannot be served.
@@ -69,12 +72,15 @@ def build_engine(settings: EngineSettings, device: torch.device | None = None) -
     # report an unusable device now, before minutes are spent on preparing the model
     device = device or chosen_device(settings.model, settings.engine)
     folder = prepared_folder(settings.model.model, settings.cache_folder)
+    serves_patches = serves_patches and settings.engine.max_patches > 0
+    if serves_patches and (reason := read_config(folder).model.patch_refusal):
+        raise ConfigError(f"patch_dir: {reason}; start without --patch and --patch-dir")
     loaded = load_served(settings.model, folder, settings.engine, device, keep_stored=True)
     grammars = GrammarCompiler(
         partial(load_tokenizer, folder), loaded.config.model.vocab_size, loaded.config.eos_ids
     )
     patch_source = None
-    if settings.engine.max_patches:
+    if serves_patches:
         patch_source = PatchLoader(folder, loaded.config.model, device)
     return served_engine(loaded, settings.engine, grammars, patch_source)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.request import MAX_PATCH_USES
 from engine.sampling.params import option
 
 PATCH_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
@@ -29,10 +30,14 @@ class PatchOptions:
         metavar="NAME=DIR",
     )
     default_patches: tuple[str, ...] = option(
-        (), "those that requests use if they name none (default: none)", metavar="NAME"
+        (),
+        "patches for requests without memory_patches (default: none)",
+        metavar="NAME",
     )
     patch_dir: str | None = option(
-        None, "folder of patches that admins may load (default: none)", metavar="DIR"
+        None,
+        "patches that admins may load; without keys anyone (default: none)",
+        metavar="DIR",
     )
 
     def __post_init__(self) -> None:
@@ -49,6 +54,9 @@ class PatchOptions:
                 raise ConfigError(f"default_patches: --patch has no patch {name!r}")
             if self.default_patches.count(name) > 1:
                 raise ConfigError(f"default_patches: {name!r} is given twice")
+        if len(self.default_patches) > MAX_PATCH_USES:
+            given = len(self.default_patches)
+            raise ConfigError(f"default_patches: at most {MAX_PATCH_USES}, not {given}")
 
     @property
     def folders(self) -> Mapping[str, Path]:
@@ -56,8 +64,11 @@ class PatchOptions:
         pairs = (text.split("=", 1) for text in self.patch)
         return {name: Path(folder).resolve() for name, folder in pairs}
 
-    def check_folder(self) -> None:
-        """Raise ConfigError if ``patch_dir`` is not a folder."""
+    def check_folders(self) -> None:
+        """Raise ConfigError if ``patch_dir``, or one of ``patch``, is not a folder."""
+        for name, folder in self.folders.items():
+            if not folder.is_dir():
+                raise ConfigError(f"patch: {name}: {folder}: is not a folder")
         if self.patch_dir is not None and not Path(self.patch_dir).is_dir():
             raise ConfigError(f"patch_dir: {self.patch_dir}: is not a folder")
 
@@ -65,12 +76,18 @@ class PatchOptions:
         """The engine's settings; an engine that never gets a patch reserves nothing for them.
 
         Raises:
-            ConfigError: the engine has settings of patches, but no patch can be loaded.
+            ConfigError: the engine has settings of patches, but no patch can be loaded; or it does
+                not allow as many as are given.
         """
         if self.patch or self.patch_dir is not None:
+            given = len(set(self.folders.values()))
+            if engine.max_patches < max(given, 1):
+                problem = f"{given} are given by --patch" if given else "--patch-dir needs 1"
+                raise ConfigError(f"max_patches: {engine.max_patches} is too few; {problem}")
             return engine
         plain = EngineConfig()
         for name in _ENGINE_OPTIONS:
-            if engine.max_patches and getattr(engine, name) != getattr(plain, name):
+            # 0 patches is what the engine gets
+            if getattr(engine, name) not in (getattr(plain, name), 0):
                 raise ConfigError(f"{name}: needs --patch or --patch-dir")
         return replace(engine, max_patches=0)

@@ -55,11 +55,11 @@ class ServedModel:
         Raises:
             ChatTemplateError: the model's chat template is not valid.
             CheckpointError: the tokenizer cannot be read.
-            ConfigError: the limits contradict each other, the folder of patches does not exist, or
-                the engine has settings of patches without use.
+            ConfigError: the limits contradict each other, a folder of patches does not exist, or
+                the engine's settings of patches do not fit the patches.
         """
         limits.check_bodies(http.max_body_mib)
-        patches.check_folder()
+        patches.check_folders()
         self.name = http.served_model_name or _model_name(model.model)
         self.metrics = Metrics(self.name, monitoring.metrics_prefix)
         self.activity = ActivityLog(say)

@@ -1,6 +1,6 @@
 """Errors of model folders, data files and training."""
 
-from engine.errors import PatchRefusedError
+from engine.errors import PatchFailedError, PatchRefusedError
 
 
 class CheckpointError(Exception):
@@ -17,6 +17,10 @@ class PatchError(PatchRefusedError):
 
 class PatchNotFoundError(PatchError):
     """There is no folder of a row patch with this name."""
+
+
+class PatchReadError(PatchError, PatchFailedError):
+    """Files of a row patch or of its model cannot be read now, or memory for them is missing."""
 
 
 class DataError(Exception):

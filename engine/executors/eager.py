@@ -23,7 +23,6 @@ class EagerExecutor:
 
     steps_ahead = 0
     balance_rows = 8
-    takes_patches = True
 
     def __init__(
         self,

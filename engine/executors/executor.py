@@ -37,7 +37,6 @@ class Executor(Protocol):
             is not 0, batches may hold pending tokens (see ``Batch``).
         balance_rows: number of tokens whose computation takes as long as the rest of a step, most
             of which reads weights. It need not be exact.
-        takes_patches: whether batches may have row patches.
         device: the device on which the rows of patches must be.
     """
 
@@ -48,7 +47,6 @@ class Executor(Protocol):
     progress: Progress
     steps_ahead: int
     balance_rows: int
-    takes_patches: bool
     device: torch.device
 
     def logits(self, batch: Batch) -> Tensor:

@@ -182,7 +182,20 @@ class ModelConfig:
     @property
     def takes_patches(self) -> bool:
         """Whether it has memory layers, and the output of each is linear in the table's rows."""
-        return bool(self.memory_layers) and "peer" not in self.feed_forward
+        return self.patch_refusal is None
+
+    @property
+    def patch_refusal(self) -> str | None:
+        """The reason why the model takes no row patches; None if it takes them."""
+        if not self.memory_layers:
+            return "the model has no memory layers, so it takes no row patches"
+        if "peer" not in self.feed_forward:
+            return None
+        layer = self.feed_forward.index("peer")
+        return (
+            f"layer {layer} is peer, whose output is not linear in its rows; row patches need"
+            " memory_plus or pkm"
+        )
 
     @property
     def table_names(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Prometheus metrics, with vLLM's names and labels if the meaning is the same."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -9,7 +9,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.request import EngineStatistics, FinishReason
-from server.http.patch_metrics import PatchMetrics
+from server.http.patch_metrics import LABEL, PatchMetrics
 from server.http.table_gains import TABLE_COUNTS, TABLE_LABELS, TableGains
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -25,7 +25,7 @@ class Metrics:
     def __init__(self, model_name: str, prefix: str = "memplus:") -> None:
         self._prefix = prefix
         self._registry = CollectorRegistry()
-        self._labelled = _Labelled(self._registry, {"model_name": model_name})
+        self._labels = {"model_name": model_name}
         self.running = self._gauge("num_requests_running", "requests in the batch")
         self.waiting = self._gauge("num_requests_waiting", "requests that wait to run")
         self.kv_usage = self._gauge("kv_cache_usage_perc", "fraction of KV blocks in use, 0 to 1")
@@ -88,9 +88,10 @@ class Metrics:
         if statistics.step_tokens:
             self.step_tokens.observe(statistics.step_tokens)
 
-    def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return generate_latest(self._labelled)
+    def render(self, may_see: Callable[[str], bool] = lambda patch: True) -> bytes:
+        """All metrics in Prometheus' text format, except those of patches that a client may not
+        see."""
+        return generate_latest(_Shown(self._registry, self._labels, may_see))
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(self._prefix + name, text, registry=self._registry)
@@ -104,15 +105,21 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class _Labelled(Collector):
-    """The metrics of a registry with further labels, which cost nothing while they are counted."""
+class _Shown(Collector):
+    """The metrics of a registry with further labels, which cost nothing while they are counted,
+    and without those of patches that a client may not see."""
 
     registry: CollectorRegistry
     labels: dict[str, str]
+    may_see: Callable[[str], bool]
 
     def collect(self) -> Iterator[Metric]:
         for metric in self.registry.collect():
-            metric.samples = [s._replace(labels=self.labels | s.labels) for s in metric.samples]
+            metric.samples = [
+                sample._replace(labels=self.labels | sample.labels)
+                for sample in metric.samples
+                if LABEL not in sample.labels or self.may_see(sample.labels[LABEL])
+            ]
             yield metric
 
 

@@ -6,54 +6,49 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from engine.request import PatchStatistics, PatchSummary
 
-_LABELS = ("patch",)
+LABEL = "patch"
 
 
 class PatchMetrics:
-    """Rows, loads, reads and hits of each loaded patch.
+    """Rows, reads and hits of each loaded patch, and the results of loads.
 
-    The engine counts by content. Names of equal patches have the same counts.
+    The engine counts by content. Each name of a content counts from its own load.
+
+    Attributes:
+        loads: counts loads by their result: loaded, refused or failed.
     """
 
     def __init__(self, registry: CollectorRegistry, prefix: str) -> None:
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"{prefix}patch_{name}", text, _LABELS, registry=registry)
+        def counter(name: str, text: str, label: str) -> Counter:
+            return Counter(f"{prefix}patch_{name}", text, (label,), registry=registry)
 
         self._rows = Gauge(
-            f"{prefix}patch_rows", "rows that it changes", _LABELS, registry=registry
+            f"{prefix}patch_rows", "rows that it changes", (LABEL,), registry=registry
         )
-        self._loads = counter("loads", "times it was loaded")
-        self._reads = counter("reads", "row reads by tokens that use it")
-        self._hits = counter("hits", "those of rows that it changes")
-        self._hashes: dict[str, str] = {}
-        self._seen: dict[str, PatchStatistics] = {}
+        self._reads = counter("reads", "row reads by tokens that use it", LABEL)
+        self._hits = counter("hits", "row reads that found a row of the patch", LABEL)
+        self.loads = counter("loads", "patches loaded, refused and failed to load", "result")
+        self._names: dict[str, set[str]] = {}  # by content hash
 
     def add(self, name: str, summary: PatchSummary) -> None:
         """Begin to count a patch that was loaded under a name."""
-        self._hashes[name] = summary.content_hash
+        self._names.setdefault(summary.content_hash, set()).add(name)
         self._rows.labels(name).set(summary.num_rows)
-        self._loads.labels(name).inc()
         self._reads.labels(name)
         self._hits.labels(name)
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, content_hash: str) -> None:
         """Drop the metrics of a name."""
-        del self._hashes[name]
-        for metric in (self._rows, self._loads, self._reads, self._hits):
+        names = self._names[content_hash]
+        names.remove(name)
+        if not names:
+            del self._names[content_hash]
+        for metric in (self._rows, self._reads, self._hits):
             metric.remove(name)
 
-    def observe(self, patches: Sequence[PatchStatistics] | None) -> None:
-        """Add what was counted since the last call; the totals of a restarted engine begin at 0.
-
-        An empty sequence, sent when an engine has died, resets all totals; None says nothing.
-        """
-        if patches is None:
-            return
-        before, self._seen = self._seen, {one.content_hash: one for one in patches}
-        for content_hash, now in self._seen.items():
-            last = before.get(content_hash)
-            if last is None or now.reads < last.reads or now.hits < last.hits:
-                last = PatchStatistics(content_hash, 0, 0)
-            for name in [n for n, one in self._hashes.items() if one == content_hash]:
-                self._reads.labels(name).inc(now.reads - last.reads)
-                self._hits.labels(name).inc(now.hits - last.hits)
+    def observe(self, patches: Sequence[PatchStatistics]) -> None:
+        """Add reads that the engine reports; those of patches without a name do not count."""
+        for content_hash, reads, hits in patches:
+            for name in self._names.get(content_hash, ()):
+                self._reads.labels(name).inc(reads)
+                self._hits.labels(name).inc(hits)

@@ -20,7 +20,8 @@ class LoadPatchRequest(RequestBody):
     """Load a row patch."""
 
     name: str = Field(
-        pattern=f"^{PATCH_NAME}$", description="name of its folder in the server's --patch-dir"
+        pattern=f"^{PATCH_NAME}$",
+        description="its name in --patch, or that of its folder in --patch-dir",
     )
 
 
@@ -51,7 +52,7 @@ def patch_routes(service: Service) -> APIRouter:
         """Remove a row patch; requests that use it finish with it. If there are keys, it needs one
         with the role admin."""
         _check_admin(request, name)
-        await service.patches.unload(name)
+        service.patches.unload(name)
         return {"object": "memory_patch.deleted", "name": name, "deleted": True}
 
     return router

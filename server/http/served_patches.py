@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import ConfigError, PatchRefusedError, RequestError
+from engine.errors import ConfigError, PatchFailedError, PatchRefusedError, RequestError
 from engine.process import EngineLostError
 from engine.request import PatchRef, PatchSummary, canonical_patches
 from server.api_keys import ApiKey
 from server.engine_client import EngineClient
-from server.http.errors import ApiError
-from server.http.named_patches import NamedPatch
+from server.http.errors import ApiError, EngineError
+from server.http.named_patches import MAX_SCALE, NamedPatch
 from server.http.patch_metrics import PatchMetrics
 from server.patch_options import PatchOptions
 from weights.errors import PatchError, PatchNotFoundError
@@ -27,11 +27,13 @@ class ServedPatch:
     """A loaded patch under its name.
 
     Attributes:
-        is_default: whether requests use it that name no patches.
+        folder: where it was loaded from.
+        is_default: whether requests that name no patches use it.
         created: when it was loaded, in seconds since 1970.
     """
 
     name: str
+    folder: Path
     summary: PatchSummary
     is_default: bool
     created: int
@@ -45,8 +47,7 @@ class ServedPatches:
         self._metrics = metrics
         self._options = options
         self._served: dict[str, ServedPatch] = {}
-        # one change at a time, so that the last name of a patch is known when it is removed
-        self._changing = asyncio.Lock()
+        self._loading: set[str] = set()
         engine.on_patch_lost = self._lost
 
     def __contains__(self, name: str) -> bool:
@@ -74,49 +75,60 @@ class ServedPatches:
                 raise ConfigError(f"patch: {name}: {error}") from None
 
     async def load(self, name: str) -> ServedPatch:
-        """Load the patch of that name from the folder of patches.
+        """Load the patch of a name that is not in use.
+
+        The folder is that of ``--patch``, or the one with this name in ``--patch-dir``.
 
         Raises:
-            ApiError: 400 if it is refused, 404 if there is none, 409 if the name is in use, 503 if
-                the engine is not running.
+            ApiError: 400 if it is refused, 404 if there is none, 409 if the name is in use, 500 if
+                it cannot be loaded now, 503 if the engine is not running.
         """
-        async with self._changing:
-            if name in self._served:
-                raise ApiError(409, f"name: patch {name!r} is already loaded", param="name")
+        if name in self._served or name in self._loading:
+            raise ApiError(409, f"name: patch {name!r} is already loaded", param="name")
+        self._loading.add(name)
+        try:
             folder = await asyncio.to_thread(self._folder, name)
-            try:
-                return await self._load(name, folder)
-            except PatchRefusedError as error:
-                raise ApiError(400, f"name: patch {name!r}: {error}", param="name") from None
-            except EngineLostError as error:
-                headers = {"Retry-After": "5"}
-                raise ApiError(503, str(error), "server_error", headers=headers) from None
+            return await self._load(name, folder)
+        except PatchFailedError as error:
+            self._metrics.loads.labels("failed").inc()
+            logger.error("patch %s was not loaded: %s", name, error)
+            message = f"name: patch {name!r} could not be loaded; the server's log says why"
+            raise EngineError(message) from None
+        except PatchRefusedError as error:
+            self._metrics.loads.labels("refused").inc()
+            logger.warning("patch %s was refused: %s", name, error)
+            # clients need not know where the server keeps its patches
+            reason = str(error).replace(str(folder), name)
+            raise ApiError(400, f"name: patch {name!r}: {reason}", param="name") from None
+        except EngineLostError as error:
+            headers = {"Retry-After": "5"}
+            raise ApiError(503, str(error), "server_error", headers=headers) from None
+        finally:
+            self._loading.remove(name)
 
-    async def unload(self, name: str) -> None:
-        """Let no further request use a patch; those that use it finish with it.
+    def unload(self, name: str) -> None:
+        """Refuse a patch to new requests; those that use it finish with it.
 
         Raises:
             ApiError: 404 if there is none of that name, 409 if it is a default one.
         """
-        async with self._changing:
-            if name not in self._served:
-                raise ApiError(404, f"name: no patch {name!r} is loaded", param="name")
-            served = self._served[name]
-            if served.is_default:
-                message = f"name: patch {name!r} is one of --default-patches"
-                raise ApiError(409, message, param="name")
-            self._drop(name)
-            content_hash = served.summary.content_hash
-            if content_hash not in {one.summary.content_hash for one in self._served.values()}:
-                self._engine.unload_patch(content_hash)
-            logger.info("patch %s was removed: %s", name, content_hash)
+        if name not in self._served:
+            raise ApiError(404, f"name: no patch {name!r} is loaded", param="name")
+        served = self._served[name]
+        if served.is_default:
+            message = f"name: patch {name!r} is one of --default-patches"
+            raise ApiError(409, message, param="name")
+        self._drop(name)
+        content_hash = served.summary.content_hash
+        self._engine.unload_patch(content_hash, served.folder)
+        logger.info("patch %s was removed: %s", name, content_hash)
 
     def refs(self, named: Sequence[NamedPatch] | None, key: ApiKey | None) -> tuple[PatchRef, ...]:
         """The patches of a request, in canonical order; None gives the default ones for the key.
 
         Raises:
             ApiError: 403 if the key may not use one, 503 if a default one is lost.
-            RequestError: one is not loaded.
+            RequestError: one is not loaded, or its scales add up to more than is allowed.
         """
         if named is None:
             named = self._defaults(key)
@@ -124,9 +136,17 @@ class ServedPatches:
             check_key(key, name, "memory_patches")
             if name not in self._served:
                 raise RequestError("memory_patches", f"no patch {name!r} is loaded")
-        return canonical_patches(
+        refs = canonical_patches(
             PatchRef(self._served[name].summary.content_hash, scale) for name, scale in named
         )
+        if any(abs(ref.scale) > MAX_SCALE for ref in refs):
+            message = f"the scales of one patch add up to more than {MAX_SCALE} or less than"
+            raise RequestError("memory_patches", f"{message} -{MAX_SCALE}")
+        return refs
+
+    def check_defaults(self) -> None:
+        """Raise ApiError (503) if a default patch is lost."""
+        self._defaults(None)
 
     def _defaults(self, key: ApiKey | None) -> list[NamedPatch]:
         names = self._options.default_patches
@@ -139,6 +159,8 @@ class ServedPatches:
 
     def _folder(self, name: str) -> Path:
         """The folder of a patch, which is not a symbolic link; ApiError if there is none."""
+        if name in self._options.folders:
+            return self._options.folders[name]
         if self._options.patch_dir is None:
             message = "name: patches cannot be loaded; the server was started without --patch-dir"
             raise ApiError(400, message, param="name")
@@ -152,8 +174,11 @@ class ServedPatches:
     async def _load(self, name: str, folder: Path) -> ServedPatch:
         summary = await self._engine.load_patch(folder)
         is_default = name in self._options.default_patches
-        served = self._served[name] = ServedPatch(name, summary, is_default, int(time.time()))
+        served = self._served[name] = ServedPatch(
+            name, folder, summary, is_default, int(time.time())
+        )
         self._metrics.add(name, summary)
+        self._metrics.loads.labels("loaded").inc()
         rows, size, content_hash = summary.num_rows, summary.num_bytes, summary.content_hash
         logger.info("patch %s was loaded: %d rows, %d bytes, %s", name, rows, size, content_hash)
         return served
@@ -166,8 +191,8 @@ class ServedPatches:
                 logger.error("patch %s is lost: %s", name, content_hash)
 
     def _drop(self, name: str) -> None:
-        del self._served[name]
-        self._metrics.remove(name)
+        served = self._served.pop(name)
+        self._metrics.remove(name, served.summary.content_hash)
 
 
 def check_key(key: ApiKey | None, patch: str, param: str) -> None:

@@ -1,6 +1,7 @@
 """The served model and its engine, shared by all routes."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from server.http.metrics import Metrics
 from server.http.named_patches import NamedPatch
 from server.http.served_patches import ServedPatches, check_key
 from server.limits import LimitOptions
+from server.patch_options import PATCH_NAME
 from weights.checkpoints.chat_template import ChatTemplate
 from weights.checkpoints.tokenizer import Tokenizer
 
@@ -49,12 +51,12 @@ class Service:
         if name is None or name == self.model_name:
             return None
         prefix = self.patched_name("")
-        if name.startswith(prefix):
-            patch = name.removeprefix(prefix)
+        patch = name.removeprefix(prefix)
+        if name.startswith(prefix) and re.fullmatch(PATCH_NAME, patch):
             check_key(key, patch, "model")
             if patch in self.patches:
                 return patch
-        message = f"model: {name!r} does not exist; this server has {self.model_name!r}"
+        message = f"model: {name[:80]!r} does not exist; this server has {self.model_name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
     def patches_for(

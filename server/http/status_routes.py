@@ -1,8 +1,9 @@
 """Routes for operators: liveness, readiness, version and metrics."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
+from server.http.authentication import key_of
 from server.http.service import Service
 from server.version import VERSION
 
@@ -20,9 +21,11 @@ def status_routes(service: Service) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> dict[str, str]:
-        """Readiness: 503 while the server cannot answer; it loads, drains or has no engine."""
+        """Readiness: 503 while the server cannot answer; it loads, drains, has no engine, or has
+        lost a default row patch."""
         service.check_alive()
         service.check_engine()
+        service.patches.check_defaults()
         return {"status": "ready"}
 
     @router.get("/version")
@@ -31,8 +34,11 @@ def status_routes(service: Service) -> APIRouter:
         return {"version": VERSION}
 
     @router.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """The metrics in Prometheus' text format."""
-        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
+    async def metrics(request: Request) -> Response:
+        """The metrics in Prometheus' text format; of row patches only those that requests with
+        this key may use."""
+        key = key_of(request.scope)
+        text = service.metrics.render() if key is None else service.metrics.render(key.may_use)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     return router

@@ -18,7 +18,6 @@ class DelayedExecutor:
 
     steps_ahead = 1
     balance_rows = 8
-    takes_patches = True
 
     def __init__(self, executor, max_num_seqs: int) -> None:
         self.config, self.num_blocks = executor.config, executor.num_blocks

@@ -35,6 +35,12 @@ def loaded(**limits) -> LoadedPatches:
     return LoadedPatches(EngineConfig(**limits), MadePatches())
 
 
+def refused(patches: LoadedPatches, folder: str, message: str) -> None:
+    with pytest.raises(PatchRefusedError) as raised:
+        patches.load(Path(folder))
+    assert str(raised.value) == message
+
+
 def test_equal_contents_are_one_patch():
     patches = LoadedPatches()
     patches.put(RowPatch("a", {}))
@@ -66,8 +72,11 @@ def test_a_removed_patch_counts_as_long_as_a_request_uses_it():
     patches.load(Path("/b"))
     lease = patches.lease([PatchRef("a")])
     patches.remove("a")
-    with pytest.raises(PatchRefusedError, match=r"^patch_memory_gib: .* leave 0 of"):
-        patches.load(Path("/c"))
+    refused(
+        *(patches, "/c"),
+        "--patch-memory-gib: the patch takes 9.71e-05 GiB, 0 of 0.000194 GiB is free; remove a"
+        " patch or raise the limit",
+    )
     del lease
     patches.load(Path("/c"))
     assert (patches.num_alive, patches.num_bytes) == (2, 2 * BYTES)
@@ -77,21 +86,24 @@ def test_the_number_of_patches_is_limited_but_not_that_of_folders():
     patches = loaded(max_patches=2)
     for folder in ("/a", "/b", "/a-again", "/b-again"):
         patches.load(Path(folder))
-    with pytest.raises(PatchRefusedError, match=r"^max_patches: 2 row patches are allowed"):
-        patches.load(Path("/c"))
+    message = (
+        "--max-patches: 2 row patches are allowed, and as many are loaded or still used by"
+        " requests; remove a patch or raise the limit"
+    )
+    refused(patches, "/c", message)
     lease = patches.lease([PatchRef("a")])
     patches.remove("a")
-    with pytest.raises(PatchRefusedError, match=r"^max_patches: 2 row patches are allowed"):
-        patches.load(Path("/c"))
+    refused(patches, "/c", message)
     # a content that is still used takes no place of its own
     patches.load(Path("/a-once-more"))
     assert lease[0].patch is patches.lease([PatchRef("a")])[0].patch
 
 
 def test_the_rows_of_a_patch_are_limited():
-    patches = loaded(max_patch_rows=99)
-    with pytest.raises(PatchRefusedError, match="^max_patch_rows: the patch has 100 rows, but at"):
-        patches.load(Path("/a"))
+    message = (
+        "--max-patch-rows: the patch has 100 rows, but at most 99 are allowed; raise the limit"
+    )
+    refused(loaded(max_patch_rows=99), "/a", message)
     assert loaded(max_patch_rows=100).load(Path("/a")).num_rows == 100
 
 
@@ -124,12 +136,36 @@ def test_a_patch_on_another_device_than_the_model_is_refused():
     assert there.num_alive == 1
 
 
-def test_counts_are_of_the_loaded_patches():
+def count(use, reads, hits):
+    use.patch.layers[0].counts += torch.tensor([reads, hits])
+
+
+def test_counts_are_the_reads_since_they_were_taken():
     patches = loaded()
     for folder in ("/a", "/b"):
         patches.load(Path(folder))
     (use,) = patches.lease([PatchRef("a")])
-    use.patch.layers[0].counts += torch.tensor([7, 3])
-    assert patches.statistics() == (PatchStatistics("a", 7, 3), PatchStatistics("b", 0, 0))
+    assert patches.take_counts() == ()
+    count(use, 7, 3)
+    assert patches.take_counts() == (PatchStatistics("a", 7, 3),)
+    assert patches.take_counts() == ()
+    count(use, 2, 0)
+    assert patches.take_counts() == (PatchStatistics("a", 2, 0),)
+
+
+def test_reads_of_a_removed_patch_are_not_those_of_its_next_load():
+    patches = loaded()
+    patches.load(Path("/a"))
+    lease = patches.lease([PatchRef("a")])
+    count(lease[0], 7, 3)
     patches.remove("a")
-    assert patches.statistics() == (PatchStatistics("b", 0, 0),)
+    # the request goes on, and its reads are taken
+    assert patches.take_counts() == (PatchStatistics("a", 7, 3),)
+    patches.load(Path("/a-again"))
+    assert patches.take_counts() == ()
+    # a patch that was freed counts from 0
+    patches.remove("a")
+    del lease
+    patches.load(Path("/a"))
+    count(patches.lease([PatchRef("a")])[0], 7, 3)
+    assert patches.take_counts() == (PatchStatistics("a", 7, 3),)

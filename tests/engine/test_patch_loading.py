@@ -5,13 +5,14 @@ import threading
 
 import pytest
 
-from engine.errors import PatchRefusedError
+from engine.errors import PatchFailedError, PatchRefusedError
 from engine.messages import EngineReady, Heartbeat, LoadPatch, PatchLoaded, UnloadPatch
 from engine.patch_loading import PatchLoading
-from engine.process import run_engine
+from engine.process import EngineLoop, run_engine
 from engine.request import PatchSummary, StepOutput
 from tests.engine.test_process import LIMITS, CountingEngine, request
 
+NAMES = ("good", "refused", "broken", "unreadable")
 SUMMARY = PatchSummary("a", 3, 100, {"memory.table": 3})
 
 
@@ -28,6 +29,8 @@ class PatchedEngine(CountingEngine):
         self.calls.append((folder.name, content_hash))
         if folder.name == "refused":
             raise PatchRefusedError(f"{folder}: shapes.t: wrong")
+        if folder.name == "unreadable":
+            raise PatchFailedError("Too many open files")
         if folder.name == "broken":
             raise MemoryError
         return SUMMARY
@@ -40,18 +43,19 @@ def test_messages_are_carried_out_in_order_and_each_load_is_answered():
     engine, answers = PatchedEngine(), []
     engine.may_load.set()
     loading = PatchLoading(engine, answers.append)
-    for key, name in enumerate(("good", "refused", "broken")):
+    for key, name in enumerate(NAMES):
         loading.submit(LoadPatch(str(key), f"/patches/{name}"))
         loading.submit(UnloadPatch(name))
-    loading.submit(LoadPatch("3", "/patches/good", "a"))
+    loading.submit(LoadPatch("4", "/patches/good", "a"))
     loading._thread.shutdown(wait=True)
     assert answers == [
         PatchLoaded("0", SUMMARY),
         PatchLoaded("1", error="/patches/refused: shapes.t: wrong"),
-        PatchLoaded("2", error="MemoryError while the patch was loaded"),
-        PatchLoaded("3", SUMMARY),
+        PatchLoaded("2", error="MemoryError while the patch was loaded", is_failure=True),
+        PatchLoaded("3", error="Too many open files", is_failure=True),
+        PatchLoaded("4", SUMMARY),
     ]
-    named = [call for name in ("good", "refused", "broken") for call in ((name, None), name)]
+    named = [call for name in NAMES for call in ((name, None), name)]
     assert engine.calls == [*named, ("good", "a")]
 
 
@@ -67,6 +71,21 @@ def test_an_answer_that_nobody_reads_does_not_end_the_thread():
         loading.submit(LoadPatch(key, "/good"))
     loading._thread.shutdown(wait=True)
     assert [answer.key for answer in answers] == ["a", "b"]
+
+
+def test_the_loads_that_wait_are_dropped_when_the_engine_ends():
+    engine = PatchedEngine()
+    ours, theirs = multiprocessing.Pipe()
+    loop = EngineLoop(engine, theirs)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    ours.send([LoadPatch("a", "/a"), LoadPatch("b", "/b")])
+    ours.send(None)
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    engine.may_load.set()
+    loop._patches._thread.shutdown(wait=True)
+    assert engine.calls in ([("a", None)], [])
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import gc
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,11 +218,17 @@ def test_patches_must_be_on_the_executors_device():
         Engine(executor, config).patches.put(patch_of(model, 1))
 
 
-def test_a_device_that_takes_no_patches_refuses_them(monkeypatch):
-    model = model_of()
-    patch = patch_of(model, 1)
-    served = engine(model)
-    served.patches.put(patch)
-    monkeypatch.setattr(type(served._executor), "takes_patches", False)
-    with pytest.raises(RequestError, match="memory_patches: row patches cannot be used"):
-        served.add(asks("a", 3, (patch, 1.0)))
+@pytest.mark.parametrize(
+    ("kinds", "limits", "reason"),
+    [
+        (("dense",), {}, "the model has no memory layers, so it takes no row patches"),
+        (("pkm", "peer"), {}, "layer 1 is peer, whose output is not linear in its rows"),
+        (("pkm",), {"max_patches": 0}, "max_patches: 0 allows no row patches"),
+    ],
+)
+def test_an_engine_without_patches_says_why(kinds, limits, reason):
+    served = engine(model_of(kinds), **limits)
+    with pytest.raises(RequestError, match=f"^memory_patches: {reason}"):
+        served.add(replace(greedy("a", PROMPT, 3), patches=(PatchRef("a"),)))
+    with pytest.raises(PatchRefusedError, match=f"^{reason}"):
+        served.load_patch(Path("/a"))

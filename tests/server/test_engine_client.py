@@ -200,19 +200,20 @@ def test_tokens_are_delivered_if_statistics_fail():
 class PatchingProcess(TalkingProcess):
     """A fake process that loads folders named by their content, ``refused`` ones excepted.
 
-    With ``dies`` it dies at the first load.
+    It dies before it answers load number ``dies_before``, and after it answered ``dies_after``.
     """
 
-    def __init__(self, refused=(), dies=False):
+    def __init__(self, refused=(), dies_before=None, dies_after=None):
         super().__init__()
-        self.refused, self.dies, self.sent = refused, dies, []
+        self.refused, self.sent = refused, []
+        self.dies_before, self.dies_after = dies_before, dies_after
 
     def send(self, *messages):
         self.sent += messages
         for message in messages:
             if not isinstance(message, LoadPatch):
                 continue
-            if self.dies:
+            if len(self.loads()) == self.dies_before:
                 self.messages.put(None)
                 return
             # statistics of an idle engine, as a process sends them
@@ -220,6 +221,8 @@ class PatchingProcess(TalkingProcess):
             name = Path(message.folder).name
             summary = None if name in self.refused else PatchSummary(name, 1, 12, {})
             self.messages.put(PatchLoaded(message.key, summary, "is gone"))
+            if len(self.loads()) == self.dies_after:
+                self.messages.put(None)
 
     def loads(self):
         return [m[1:] for m in self.sent if isinstance(m, LoadPatch)]
@@ -227,7 +230,7 @@ class PatchingProcess(TalkingProcess):
 
 def test_a_new_engine_has_all_patches_before_it_accepts_requests(monkeypatch):
     monkeypatch.setattr(engine_client, "_RESTART_PAUSE_S", 0.0)
-    first, dying = PatchingProcess(refused=("bad",)), PatchingProcess(dies=True)
+    first, dying = PatchingProcess(refused=("bad",)), PatchingProcess(dies_before=1)
     last = PatchingProcess(refused=("b",))
     successors, lost, running = [dying, last], [], []
     client = EngineClient(
@@ -244,7 +247,7 @@ def test_a_new_engine_has_all_patches_before_it_accepts_requests(monkeypatch):
             assert (await client.load_patch(Path("/", name))).content_hash == name
         with pytest.raises(PatchRefusedError, match="^is gone$"):
             await client.load_patch(Path("/bad"))
-        client.unload_patch("c")
+        client.unload_patch("c", Path("/c"))
         assert first.sent[-1] == UnloadPatch("c")
         running.clear()
         first.messages.put(None)
@@ -260,6 +263,52 @@ def test_a_new_engine_has_all_patches_before_it_accepts_requests(monkeypatch):
         # no statistics of an engine that accepts no requests yet
         assert running == [0]
         await client.load_patch(Path("/c"))
+        await client.detach()
+
+    try:
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+    finally:
+        for process in (first, dying):
+            process.stop()
+        client.stop()
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_an_engine_that_dies_between_or_after_its_loads_is_replaced(monkeypatch, answers):
+    monkeypatch.setattr(engine_client, "_RESTART_PAUSE_S", 0.0)
+    first, last = PatchingProcess(), PatchingProcess()
+    dying = PatchingProcess(dies_after=answers)
+    successors = [dying, last]
+    client = EngineClient(
+        first,
+        lambda statistics: None,
+        SupervisionOptions(engine_restarts=2),
+        lambda: successors.pop(0),
+    )
+    died = client._engine_died
+
+    def handle(process, message):
+        """Both events of the dying process happen before the restart goes on."""
+        client_handle(process, message)
+        is_answer = process is dying and isinstance(message, PatchLoaded)
+        if is_answer and len(dying.loads()) == answers:
+            died(dying)
+
+    client_handle = client._handle_from
+    client._handle_from = handle
+
+    async def scenario():
+        client.attach()
+        for name in "ab":
+            await client.load_patch(Path("/", name))
+        first.messages.put(None)
+        while client.is_alive:
+            await asyncio.sleep(0)
+        while not client.is_alive:
+            await asyncio.sleep(0)
+        assert len(dying.loads()) == answers
+        assert last.loads() == [("/a", "a"), ("/b", "b")]
+        assert client._process is last
         await client.detach()
 
     try:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import PatchRefusedError
+from engine.errors import PatchFailedError, PatchRefusedError
 from engine.messages import LoadPatch, PatchLoaded, UnloadPatch
 from engine.process import EngineLostError
 from engine.request import PatchSummary
+from server import engine_patches
 from server.engine_patches import EnginePatches
 
 
@@ -26,13 +27,16 @@ class FakeEngine:
         await asyncio.sleep(0)
         return task
 
-    async def answer(self, content_hash: str | None = None, error: str = "refused"):
+    async def answer(
+        self, content_hash: str | None = None, error: str = "refused", is_failure: bool = False
+    ):
         """Accept the oldest load in flight with a content hash, or refuse it."""
         message = self.sent.pop(0)
         assert isinstance(message, LoadPatch)
         summary = content_hash and PatchSummary(content_hash, 1, 12, {"memory.table": 1})
-        self.patches.answer(PatchLoaded(message.key, summary, None if summary else error))
-        for _ in range(3):
+        text = None if summary else error
+        self.patches.answer(PatchLoaded(message.key, summary, text, is_failure))
+        for _ in range(5):
             await asyncio.sleep(0)
         return message
 
@@ -41,8 +45,15 @@ class FakeEngine:
         await self.answer(content_hash)
         assert (await task).content_hash == content_hash
 
-    def reload(self) -> "asyncio.Task[None]":
-        return asyncio.create_task(self.patches.reload(self.lost.append))
+    async def reload(self) -> "asyncio.Task[None]":
+        """A reload that waits for its first answer."""
+        task = asyncio.create_task(self.patches.reload(self.lost.append))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return task
+
+    def unload(self, folder: str, content_hash: str) -> None:
+        self.patches.unload(content_hash, Path(folder))
 
 
 def scenario(run):
@@ -66,12 +77,19 @@ async def test_a_load_gives_the_summary_or_the_reason(engine):
 
 
 @scenario
-async def test_a_content_is_removed_once_whatever_its_folders(engine):
-    await engine.loaded("/a", "A")
-    await engine.loaded("/copy", "A")
-    engine.patches.unload("A")
-    engine.patches.unload("A")
+async def test_a_content_is_removed_after_the_last_of_its_loads(engine):
+    for folder in ("/a", "/a", "/copy"):
+        await engine.loaded(folder, "A")
+    for folder in ("/a", "/copy"):
+        engine.unload(folder, "A")
+        assert engine.sent == []
+    engine.unload("/a", "A")
     assert engine.sent == [UnloadPatch("A")]
+    engine.unload("/a", "A")
+    assert engine.sent == [UnloadPatch("A")]
+    # nothing is left to load again
+    await engine.patches.reload(engine.lost.append)
+    assert len(engine.sent) == 1 and not engine.lost
 
 
 @scenario
@@ -79,8 +97,8 @@ async def test_a_removal_waits_for_loads_that_may_have_the_same_content(engine):
     await engine.loaded("/a", "A")
     await engine.loaded("/b", "B")
     await engine.begun("/copy")
-    engine.patches.unload("A")
-    engine.patches.unload("B")
+    engine.unload("/a", "A")
+    engine.unload("/b", "B")
     assert len(engine.sent) == 1
     await engine.answer("A")
     assert engine.sent == [UnloadPatch("B")]
@@ -92,6 +110,17 @@ async def test_a_patch_that_nobody_waits_for_is_removed(engine):
     task.cancel()
     await asyncio.sleep(0)
     await engine.answer("A")
+    assert engine.sent == [UnloadPatch("A")]
+
+
+@scenario
+async def test_a_load_that_is_cancelled_when_it_was_answered_is_taken_back(engine):
+    task = await engine.begun("/a")
+    message = engine.sent.pop()
+    engine.patches.answer(PatchLoaded(message.key, PatchSummary("A", 1, 12, {})))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert engine.sent == [UnloadPatch("A")]
 
 
@@ -112,21 +141,20 @@ def test_a_new_engine_loads_all_patches_that_still_exist(caplog):
     async def run(engine):
         for folder, content in (("/a", "A"), ("/b", "B"), ("/copy", "A"), ("/c", "C")):
             await engine.loaded(folder, content)
-        engine.patches.unload("C")
+        engine.unload("/c", "C")
         engine.sent.clear()
         engine.patches.engine_died()
-        task = engine.reload()
-        await asyncio.sleep(0)
+        task = await engine.reload()
         assert (await engine.answer(error="/a: is gone"))[1:] == ("/a", "A")
         assert (await engine.answer("A"))[1:] == ("/copy", "A")
         assert (await engine.answer(error="/b: has changed"))[1:] == ("/b", "B")
         await task
         assert engine.lost == ["B"] and not engine.sent
-        # what is lost stays lost
-        task = engine.reload()
-        await asyncio.sleep(0)
-        assert (await engine.answer("A"))[1:] == ("/copy", "A")
+        # what is lost stays lost; a folder that is back is used again
+        task = await engine.reload()
+        assert (await engine.answer("A"))[1:] == ("/a", "A")
         await task
+        assert not engine.sent
 
     with caplog.at_level(logging.ERROR):
         run()
@@ -140,10 +168,9 @@ def test_a_new_engine_loads_all_patches_that_still_exist(caplog):
 async def test_a_patch_that_is_removed_while_it_is_reloaded_stays_removed(engine):
     await engine.loaded("/a", "A")
     await engine.loaded("/b", "B")
-    task = engine.reload()
-    await asyncio.sleep(0)
-    engine.patches.unload("A")
-    engine.patches.unload("B")
+    task = await engine.reload()
+    engine.unload("/a", "A")
+    engine.unload("/b", "B")
     await engine.answer("A")
     await task
     assert sorted(engine.sent) == [UnloadPatch("A"), UnloadPatch("B")] and not engine.lost
@@ -152,13 +179,68 @@ async def test_a_patch_that_is_removed_while_it_is_reloaded_stays_removed(engine
 @scenario
 async def test_a_reload_fails_if_the_new_engine_dies_too(engine):
     await engine.loaded("/a", "A")
-    task = engine.reload()
-    await asyncio.sleep(0)
+    task = await engine.reload()
     engine.patches.engine_died()
     with pytest.raises(EngineLostError):
         await task
     engine.sent.clear()
-    task = engine.reload()
-    await asyncio.sleep(0)
+    task = await engine.reload()
     await engine.answer("A")
     await task
+
+
+@scenario
+async def test_a_load_of_a_dead_engine_fails_at_once(engine):
+    await engine.loaded("/a", "A")
+    engine.patches.engine_died()
+    with pytest.raises(EngineLostError, match="has died"):
+        await engine.patches.load(Path("/b"))
+    assert engine.sent == []
+
+
+@pytest.mark.parametrize("answered", [1, 2])
+def test_a_reload_fails_if_the_new_engine_dies_after_an_answer(answered):
+    """Before the reload goes on with the next patch, or after the last one."""
+
+    @scenario
+    async def run(engine):
+        await engine.loaded("/a", "A")
+        await engine.loaded("/b", "B")
+        task = await engine.reload()
+        if answered == 2:
+            await engine.answer("A")
+        message = engine.sent.pop()
+        engine.patches.answer(PatchLoaded(message.key, PatchSummary(message[2], 1, 12, {})))
+        engine.patches.engine_died()
+        with pytest.raises(EngineLostError):
+            await task
+        assert engine.sent == [] and not engine.lost
+
+    run()
+
+
+def test_a_failure_is_retried_before_a_patch_is_lost(monkeypatch):
+    monkeypatch.setattr(engine_patches, "_ATTEMPT_PAUSES_S", (0.0, 0.0, 0.0))
+
+    @scenario
+    async def run(engine):
+        await engine.loaded("/a", "A")
+        await engine.loaded("/b", "B")
+        task = await engine.reload()
+        await engine.answer(error="/a: Too many open files", is_failure=True)
+        await engine.answer(error="/a: Too many open files", is_failure=True)
+        await engine.answer("A")
+        for _ in range(3):
+            await engine.answer(error="MemoryError while the patch was loaded", is_failure=True)
+        await task
+        assert engine.lost == ["B"] and not engine.sent
+
+    run()
+
+
+@scenario
+async def test_a_failure_is_told_from_a_refusal(engine):
+    task = await engine.begun("/a")
+    await engine.answer(error="MemoryError", is_failure=True)
+    with pytest.raises(PatchFailedError, match="MemoryError"):
+        await task

@@ -10,7 +10,7 @@ import torch
 from engine.errors import ConfigError
 from weights.available_memory import AvailableMemory, available_memory
 from weights.checkpoints.host_cache_limits import HostCacheLimits
-from weights.checkpoints.memory_request import MemoryRequest, MemoryShares, check_fits, size_text
+from weights.checkpoints.memory_request import MemoryRequest, MemoryShares, size_text
 
 # activations, graphs, workspaces: an estimate that no GPU has confirmed
 _STEP_BYTES = 2**30
@@ -72,6 +72,7 @@ class GpuTierChoice:
                 f"device: the weights take {size_text(weight_bytes)}, but"
                 f" {size_text(gpu.num_bytes)} is available ({gpu.bound}); use another GPU"
             )
+        self.request.check_patches(gpu, weight_bytes)
         cache = self._cache_bytes(table_bytes, weight_bytes, gpu) if table_bytes else None
         if not self.request.is_kv_requested:
             return MemoryShares(cache, None)
@@ -94,11 +95,11 @@ class GpuTierChoice:
         beyond_weights = gpu.num_bytes - weight_bytes
         left = beyond_weights - self.request.kv_bytes - self._step_bytes
         if self.request.tier == "device":
-            check_fits("table_tier: device needs", table_bytes, beyond_weights, gpu)
+            self.request.check_fits("table_tier: device needs", table_bytes, beyond_weights, gpu)
             return None
         smallest, largest = self.cache_limits
         if self.request.tier == "auto" and self.request.takes_all_rows(table_bytes, left, smallest):
-            check_fits("table_tier: tables need", table_bytes, beyond_weights, gpu)
+            self.request.check_fits("table_tier: tables need", table_bytes, beyond_weights, gpu)
             is_unused = self.request.requested_cache is not None
             decision = "are loaded into the GPU's memory (device tier)"
             if is_unused:
@@ -113,7 +114,7 @@ class GpuTierChoice:
             )
         self._check_host(table_bytes, beyond_weights, gpu)
         least = "the smallest takes" if cache == smallest else "takes"
-        check_fits(f"table_cache: {least}", cache, beyond_weights, gpu)
+        self.request.check_fits(f"table_cache: {least}", cache, beyond_weights, gpu)
         if self.request.tier == "auto":
             decision = f"stay in host memory (host tier) with a row cache of {size_text(cache)}"
             self._log(True, decision, table_bytes, weight_bytes, gpu)

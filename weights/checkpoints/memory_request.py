@@ -78,25 +78,42 @@ class MemoryRequest:
         if self.requested_cache is not None:
             raise ConfigError(f"table_cache: requires {problem}")
 
+    def check_patches(self, memory: AvailableMemory, weight_bytes: int) -> None:
+        """Raise ConfigError if the memory of row patches does not fit beside the weights."""
+        left = max(memory.num_bytes - weight_bytes, 0)
+        if self.patch_bytes > max(left, _MIN_CACHE_BYTES):
+            raise ConfigError(
+                f"patch_memory_gib: {size_text(self.patch_bytes)} does not fit: the weights leave"
+                f" {size_text(left)} ({size_text(memory.num_bytes)} is available: {memory.bound});"
+                " reduce it"
+            )
+
     def check_kv(self, memory: AvailableMemory, weight_bytes: int, row_bytes: int) -> None:
-        """Raise ConfigError if the requested KV pool does not fit beside weights and table rows."""
-        left = memory.num_bytes - weight_bytes - row_bytes
+        """Raise ConfigError if the requested KV pool does not fit beside weights, table rows and
+        row patches."""
+        left = memory.num_bytes - weight_bytes - row_bytes - self.patch_bytes
         if self.kv_bytes > max(left, _MIN_KV_BYTES):
+            patches = f" and {size_text(self.patch_bytes)} for row patches"
             raise ConfigError(
                 f"kv_cache_gib: {size_text(self.kv_bytes)} does not fit:"
                 f" {size_text(memory.num_bytes)} is available ({memory.bound}), less"
                 f" {size_text(weight_bytes)} for weights and {size_text(row_bytes)} for table rows"
+                f"{patches if self.patch_bytes else ''}"
                 f" leaves {size_text(max(left, 0))}; reduce it"
             )
 
-
-def check_fits(needs: str, num_bytes: int, left: int, memory: AvailableMemory) -> None:
-    """Raise ConfigError for sizes that cannot fit; the KV pool and steps may use less."""
-    if num_bytes > max(left, _MIN_CACHE_BYTES):
-        raise ConfigError(
-            f"{needs} {size_text(num_bytes)}, but the weights leave {size_text(max(left, 0))}"
-            f" ({size_text(memory.num_bytes)} is available: {memory.bound})"
-        )
+    def check_fits(
+        self, needs: str, num_bytes: int, beyond_weights: int, memory: AvailableMemory
+    ) -> None:
+        """Raise ConfigError for sizes that cannot fit beside the weights and row patches; the KV
+        pool and steps may use less."""
+        left = beyond_weights - self.patch_bytes
+        if num_bytes > max(left, _MIN_CACHE_BYTES):
+            users = "the weights and row patches" if self.patch_bytes else "the weights"
+            raise ConfigError(
+                f"{needs} {size_text(num_bytes)}, but {users} leave {size_text(max(left, 0))}"
+                f" ({size_text(memory.num_bytes)} is available: {memory.bound})"
+            )
 
 
 def size_text(num_bytes: int) -> str:

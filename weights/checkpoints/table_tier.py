@@ -9,7 +9,6 @@ from weights.available_memory import AvailableMemory, available_memory
 from weights.checkpoints.memory_request import (
     MemoryRequest,
     MemoryShares,
-    check_fits,
     size_text,
 )
 
@@ -63,6 +62,7 @@ class CpuTierChoice:
             memory = self.available()
         except (OSError, ValueError) as error:
             return self._unchecked(table_bytes, error)
+        self.request.check_patches(memory, weight_bytes)
         cache = self._cache_bytes(table_bytes, weight_bytes, memory) if table_bytes else None
         row_bytes = table_bytes if cache is None else min(cache, table_bytes)
         return MemoryShares(cache, self._kv_bytes(weight_bytes, row_bytes, memory))
@@ -83,12 +83,12 @@ class CpuTierChoice:
     ) -> int | None:
         left = memory.num_bytes - weight_bytes
         if self.request.tier == "device":
-            check_fits("table_tier: device needs", table_bytes, left, memory)
+            self.request.check_fits("table_tier: device needs", table_bytes, left, memory)
             return None
         if self.request.tier == "auto":
             return self._auto_cache_bytes(table_bytes, weight_bytes, memory)
         cache = self.request.full_cache
-        check_fits("table_cache: takes", min(cache, table_bytes), left, memory)
+        self.request.check_fits("table_cache: takes", min(cache, table_bytes), left, memory)
         return cache
 
     def _kv_bytes(self, weight_bytes: int, row_bytes: int, memory: AvailableMemory) -> int:
@@ -119,7 +119,9 @@ class CpuTierChoice:
         left = beyond_weights - request.kv_bytes - self._step_bytes
         cache = request.fitting_cache(left)
         if request.requested_cache is not None:
-            check_fits("table_cache: takes", min(cache, table_bytes), beyond_weights, memory)
+            self.request.check_fits(
+                "table_cache: takes", min(cache, table_bytes), beyond_weights, memory
+            )
         is_loaded = request.takes_all_rows(table_bytes, left)
         if table_bytes <= left:
             decision = "are loaded into memory (device tier)"

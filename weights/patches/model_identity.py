@@ -65,14 +65,8 @@ def model_identity(folder: Path) -> ModelIdentity:
 
 def check_patchable(config: ModelConfig, folder: Path) -> None:
     """Raise PatchError unless all memory layers are linear in their rows; PEER is not."""
-    if not config.memory_layers:
-        raise PatchError(f"{folder}: has no memory layers, so it takes no row patches")
-    for layer in config.memory_layers:
-        if config.feed_forward[layer] == "peer":
-            raise PatchError(
-                f"{folder}: layer {layer} is peer, whose output is not linear in its rows;"
-                " row patches need memory_plus or pkm"
-            )
+    if config.patch_refusal is not None:
+        raise PatchError(f"{folder}: {config.patch_refusal}")
 
 
 def _row_choice(weights: Iterable[StoredTensor]) -> str:

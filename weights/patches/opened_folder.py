@@ -8,10 +8,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights.errors import PatchError
+from weights.errors import PatchError, PatchReadError
 
 # an open of a FIFO must not wait for a writer
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+# errors that say nothing about the folder
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class OpenedFile:
         """Fill ``memory`` from an offset; returns the number of bytes, fewer at the file's end.
 
         Raises:
-            PatchError: the file cannot be read.
+            PatchReadError: the file cannot be read.
         """
         done = 0
         try:
@@ -40,19 +42,19 @@ class OpenedFile:
                     break
                 done += count
         except OSError as error:
-            raise PatchError(f"{self.path}: {error.strerror}") from None
+            raise PatchReadError(f"{self.path}: {error.strerror}") from None
         return done
 
     def read(self, num_bytes: int) -> bytes:
         """The first ``num_bytes`` bytes, or the whole file if it is shorter.
 
         Raises:
-            PatchError: the file cannot be read.
+            PatchReadError: the file cannot be read.
         """
         try:
             return os.pread(self.descriptor, num_bytes, 0)
         except OSError as error:
-            raise PatchError(f"{self.path}: {error.strerror}") from None
+            raise PatchReadError(f"{self.path}: {error.strerror}") from None
 
 
 @contextmanager
@@ -63,6 +65,7 @@ def opened_files(folder: Path, *names: str, follow: bool = True) -> Iterator[lis
 
     Raises:
         PatchError: the folder or a file cannot be opened, or is not what it must be.
+        PatchReadError: the machine lacks files or memory, or the disk fails.
     """
     with ExitStack() as stack:
         flags = os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW)
@@ -86,7 +89,8 @@ def _open(stack: ExitStack, path: Path, flags: int, directory: int | None = None
             raise PatchError(f"{path}: is a symbolic link, which is not followed") from None
         if error.errno == errno.ENXIO:  # a socket
             raise PatchError(f"{path}: is not a regular file") from None
-        raise PatchError(f"{path}: {error.strerror}") from None
+        kind = PatchReadError if error.errno in _SHORTAGES else PatchError
+        raise kind(f"{path}: {error.strerror}") from None
     stack.callback(os.close, descriptor)
     return descriptor
 

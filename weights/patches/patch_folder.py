@@ -15,7 +15,7 @@ from weights.checkpoints.tensor_files import (
     TensorSource,
 )
 from weights.checkpoints.tensor_writer import write_tensors
-from weights.errors import PatchError
+from weights.errors import PatchError, PatchReadError
 from weights.patches.content_hash import content_hash
 from weights.patches.description import PatchDescription, read_description
 from weights.patches.model_identity import ModelIdentity
@@ -98,6 +98,7 @@ def read_patch(
     Raises:
         PatchError: the folder is not a valid patch, or not one for the model; the message names
             file, table and field.
+        PatchReadError: the files cannot be read now, or memory for them is missing.
     """
     with opened_files(folder, DESCRIPTION_FILE, TENSORS_FILE, follow=follow) as (json_file, file):
         description = read_description(json_file)
@@ -177,7 +178,7 @@ def _memory(file: OpenedFile, stored: StoredTensor) -> Tensor:
         # on huge pages, because faults of small ones would take a third of the time
         return uninitialized(stored.shape, STORED_DTYPES[stored.dtype])
     except OSError as error:
-        raise PatchError(f"{file.path}: {error.strerror}") from None
+        raise PatchReadError(f"{file.path}: {error.strerror}") from None
 
 
 def _tensors(tables: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from engine.model.config import ModelConfig
 from engine.model.row_patches import RowPatch
 from engine.request import PatchSummary
 from memory_ops.patches.patched_rows import PatchedRows
-from weights.errors import CheckpointError, PatchError
+from weights.errors import CheckpointError, PatchReadError
 from weights.patches.model_identity import ModelIdentity, model_identity
 from weights.patches.patch_folder import read_patch
 
@@ -37,13 +37,14 @@ class PatchLoader:
         """As ``PatchSource.load``. The first call waits for the hashes of the model's weights.
 
         Raises:
-            PatchError: the patch is not valid, the model takes no patches, or its files cannot be
-                read.
+            PatchError: the patch is not valid, or the model takes no patches.
+            PatchReadError: files cannot be read now, or memory for them is missing.
         """
         try:
             identity = self._identity.result()
-        except CheckpointError as error:
-            raise PatchError(str(error)) from None
+        except (CheckpointError, OSError) as error:
+            del self._identity  # the next load tries again
+            raise PatchReadError(str(error)) from None
         stored = read_patch(folder, identity, check_size, follow=False)
         tables = {name: PatchedRows(*pair) for name, pair in stored.tables.items()}
         if self._device.type != "cpu":

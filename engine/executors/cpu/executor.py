@@ -30,7 +30,6 @@ class CpuExecutor:
     steps_ahead = 0
     # for SmolLM2 in bf16 it is 20 in a context of 200 tokens, 9 in one of 4,000
     balance_rows = 8
-    takes_patches = True
 
     def __init__(
         self,

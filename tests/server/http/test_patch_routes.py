@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from dataclasses import replace
 
 import httpx
@@ -17,6 +18,7 @@ from tests.server.http.test_app import build, post
 from tests.server.http.test_served_patches import FakeEngine
 
 KEYS = ("root admin", "tenant patches=a", "half root2 admin patches=c", "plain")
+SCALE = "memory_patches: scale must be a number from -100 to 100"
 A, B = "a" * 64, "b" * 64
 
 
@@ -163,6 +165,35 @@ def test_a_limited_key_sees_and_uses_only_its_patches(served):
         assert f"'{name}'" in error["message"] and error["code"] == "patch_not_allowed"
 
 
+def test_a_limited_key_gets_the_metrics_of_its_patches_only(served):
+    def patches(key):
+        (answer,) = ask(served[1], ("GET", "/metrics"), key=key)
+        assert "memplus:num_requests_running" in answer.text
+        return set(re.findall(r'patch="(\w+)"', answer.text))
+
+    assert patches("tenant") == {"a"} and patches("half") == set()
+    assert patches("root") == patches("plain") == patches(None) == {"a", "b"}
+
+
+def test_a_limited_key_gets_404_for_names_that_no_patch_can_have(served):
+    for name in ("..", "x/y", "n" * 65):
+        (answer,) = ask(served[1], ("GET", f"/v1/models/mock+{name}"), key="tenant")
+        assert answer.status_code == 404, name
+
+
+def test_a_server_that_lost_a_default_patch_is_not_ready(tmp_path):
+    _, service = served_parts(tmp_path)
+    app = create_app(service, 2**20, 30)
+    assert ask(app, ("GET", "/ready"))[0].status_code == 200
+    service.patches._lost(A)
+    assert ask(app, ("GET", "/ready"))[0].status_code == 200
+    service.patches._lost(B)
+    (answer,) = ask(app, ("GET", "/ready"))
+    assert answer.status_code == 503 and "default patch 'b'" in answer.json()["error"]["message"]
+    again, ready = ask(app, load("b"), ("GET", "/ready"))
+    assert again.json()["default"] is True and ready.status_code == 200
+
+
 def sent_patches(served, body):
     """The patches of the requests that reach the engine."""
     process, app = served
@@ -222,15 +253,22 @@ def test_a_patch_that_is_removed_while_the_prompt_is_encoded_is_an_error_by_name
         ({"memory_patches": [7]}, 400, "memory_patches: each patch must be"),
         ({"memory_patches": [{"scale": 1}]}, 400, "memory_patches: a name must have"),
         ({"memory_patches": ["../a"]}, 400, "memory_patches: a name must have"),
-        ({"memory_patches": [{"name": "a", "weight": 1}]}, 400, "each patch must be"),
-        ({"memory_patches": [{"name": "a", "scale": 101}]}, 400, "scale must be a number"),
-        ({"memory_patches": [{"name": "a", "scale": True}]}, 400, "scale must be a number"),
-        ({"memory_patches": [{"name": "a", "scale": "1"}]}, 400, "scale must be a number"),
-        ({"memory_patches": [{"name": "a", "scale": float("nan")}]}, 400, "scale must be a"),
-        ({"memory_patches": [{"name": "a", "scale": 10**400}]}, 400, "scale must be a number"),
+        (
+            {"memory_patches": [{"name": "a", "weight": 1}]},
+            400,
+            "memory_patches: each patch must be",
+        ),
+        ({"memory_patches": [{"name": "a", "scale": 101}]}, 400, SCALE),
+        ({"memory_patches": [{"name": "a", "scale": True}]}, 400, SCALE),
+        ({"memory_patches": [{"name": "a", "scale": "1"}]}, 400, SCALE),
+        ({"memory_patches": [{"name": "a", "scale": float("nan")}]}, 400, SCALE),
+        ({"memory_patches": [{"name": "a", "scale": 10**400}]}, 400, SCALE),
         ({"model": "mock+a", "memory_patches": ["b"]}, 400, "memory_patches: cannot be combined"),
         ({"model": "mock+a", "memory_patches": []}, 400, "memory_patches: cannot be combined"),
+        ({"memory_patches": [{"name": "a", "scale": 60}] * 2}, 400, "memory_patches: the scales"),
         ({"model": "mock+c"}, 404, "model: 'mock+c' does not exist"),
+        ({"model": "mock+.."}, 404, "model: 'mock+..' does not exist"),
+        ({"model": "m" * 99}, 404, f"model: '{'m' * 80}' does not exist"),
         ({"model": "mock+"}, 404, "model: 'mock+' does not exist"),
     ],
 )
@@ -240,4 +278,4 @@ def test_wrong_patches_are_errors_that_name_the_field(served, path, body, status
     start, answer = asyncio.run(post(app, prompt | body, None, path=path))
     error = json.loads(answer["body"])["error"]
     assert start["status"] == status and message in error["message"] and process.sent == []
-    assert error["param"] == message.split(":")[0] or "scale" in message or "each" in message
+    assert error["param"] == message.split(":")[0]

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from engine.errors import ConfigError, PatchRefusedError, RequestError
+from engine.errors import ConfigError, PatchFailedError, PatchRefusedError, RequestError
 from engine.process import EngineLostError
 from engine.request import EngineStatistics, PatchRef, PatchStatistics, PatchSummary
 from server.api_keys import parse_key
@@ -24,15 +24,19 @@ class FakeEngine:
         self.loaded, self.unloaded = [], []
         self.error = None
 
-    async def load_patch(self, folder):
+    async def answers(self, folder):
+        """Return when the engine answers the load of a folder."""
         await asyncio.sleep(0)
+
+    async def load_patch(self, folder):
+        await self.answers(folder)
         if self.error is not None:
             raise self.error
         self.loaded.append(folder)
         return PatchSummary(folder.name[0] * 64, 7, 100, {"memory.table": 7})
 
-    def unload_patch(self, content_hash):
-        self.unloaded.append(content_hash)
+    def unload_patch(self, content_hash, folder):
+        self.unloaded.append((content_hash, folder.name))
 
 
 @pytest.fixture
@@ -95,12 +99,20 @@ def test_other_folders_are_not_loaded(patches, engine, name, status):
     assert len(engine.loaded) == count and name not in patches
 
 
-def test_refused_patches_and_a_dead_engine_are_errors(patches, engine):
-    engine.error = PatchRefusedError("c/patch.safetensors: has 9 rows, more than --max-patch-rows")
-    assert "max-patch-rows" in refused(400, patches.load("c"))
+def test_refused_patches_and_a_dead_engine_are_errors(patches, engine, tmp_path, caplog):
+    engine.error = PatchRefusedError(f"{tmp_path}/c/patch.json: is missing")
+    # the log names the folder, clients do not see it
+    assert refused(400, patches.load("c")) == "name: patch 'c': c/patch.json: is missing"
+    assert str(tmp_path) in caplog.text
+    engine.error = PatchFailedError(f"{tmp_path}/c: Too many open files")
+    message = "name: patch 'c' could not be loaded; the server's log says why"
+    assert refused(500, patches.load("c")).startswith(message)
+    assert "Too many open files" in caplog.text
     engine.error = EngineLostError("the engine is not running")
     refused(503, patches.load("c"))
     assert names(patches) == ["a", "b"]
+    engine.error = None
+    assert asyncio.run(patches.load("c")).name == "c"
 
 
 def test_a_failure_at_the_start_names_the_patch(engine, metrics):
@@ -115,32 +127,69 @@ def test_without_a_folder_of_patches_none_can_be_loaded(engine, metrics):
     assert "without --patch-dir" in refused(400, served.load("a"))
 
 
-def test_a_patch_is_removed_with_its_last_name(patches, engine):
+def refused_unload(status, patches, name):
+    """The message of an ApiError."""
+    with pytest.raises(ApiError) as raised:
+        patches.unload(name)
+    assert raised.value.status == status
+    return str(raised.value)
+
+
+def test_each_name_is_taken_back_from_the_engine(patches, engine):
     asyncio.run(patches.load("a2"))
-    asyncio.run(patches.unload("a"))
-    assert names(patches) == ["a2", "b"] and engine.unloaded == []
-    asyncio.run(patches.unload("a2"))
-    assert engine.unloaded == ["a" * 64]
-    refused(404, patches.unload("a2"))
-    assert "default" in refused(409, patches.unload("b"))
+    patches.unload("a")
+    assert names(patches) == ["a2", "b"]
+    patches.unload("a2")
+    assert engine.unloaded == [("a" * 64, "a"), ("a" * 64, "a2")]
+    assert "no patch 'a2' is loaded" in refused_unload(404, patches, "a2")
+    assert "default" in refused_unload(409, patches, "b")
 
 
-def test_concurrent_changes_run_one_after_the_other(patches, engine):
+def test_a_slow_load_delays_no_other_change(patches, engine):
+    may_load = asyncio.Event()
+
+    async def slow(folder):
+        if folder.name == "c":
+            await may_load.wait()
+
     async def scenario():
-        return await asyncio.gather(
-            *(patches.load("c"), patches.load("c"), patches.unload("c"), patches.load("c")),
-            return_exceptions=True,
-        )
+        engine.answers = slow
+        loading = asyncio.create_task(patches.load("c"))
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="already loaded") as raised:
+            await patches.load("c")
+        assert raised.value.status == 409
+        await patches.load("d")
+        patches.unload("a")
+        assert names(patches) == ["b", "d"] and not loading.done()
+        may_load.set()
+        assert (await loading).name == "c"
 
-    first, second, _, last = asyncio.run(scenario())
-    assert first.name == last.name == "c" and second.status == 409
-    assert engine.unloaded == ["c" * 64]
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert names(patches) == ["b", "c", "d"]
+
+
+def test_a_lost_patch_of_the_start_comes_back_from_its_folder(patches, engine, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    options = PatchOptions(patch=(f"law={tmp_path}/elsewhere",), default_patches=("law",))
+    served = ServedPatches(engine, Metrics("mock").patches, options)
+    asyncio.run(served.load_first())
+    served.check_defaults()
+    served._lost("e" * 64)
+    with pytest.raises(ApiError, match="default patch 'law' was lost"):
+        served.check_defaults()
+    assert asyncio.run(served.load("law")).is_default
+    assert engine.loaded[-1] == tmp_path / "elsewhere"
+    served.check_defaults()
 
 
 def test_requests_get_content_hashes_in_canonical_order(patches):
     a, b = "a" * 64, "b" * 64
     assert patches.refs(None, None) == (PatchRef(b),)
     assert patches.refs([], None) == ()
+    for scales in ((60.0, 50.0), (-100.0, -0.5)):
+        with pytest.raises(RequestError, match="memory_patches: the scales of one patch add up"):
+            patches.refs([NamedPatch("a", scale) for scale in scales], None)
     named = [NamedPatch("b", 0.5), NamedPatch("a"), NamedPatch("b", -2.0)]
     assert patches.refs(named, None) == (PatchRef(a), PatchRef(b, -1.5))
     with pytest.raises(RequestError, match="memory_patches: no patch 'c' is loaded"):
@@ -190,13 +239,29 @@ def test_counters_continue_over_restarts_and_end_with_the_name(patches, metrics)
 
     assert counts(metrics, "rows") == {"a": 7, "b": 7}
     assert observe(("a", 10, 4)) == ({"a": 10, "b": 0}, {"a": 4, "b": 0})
-    metrics.observe_step(EngineStatistics(patches=None))
-    assert observe(("a", 12, 5), ("b", 3, 3)) == ({"a": 12, "b": 3}, {"a": 5, "b": 3})
+    assert observe(("a", 2, 1), ("b", 3, 3)) == ({"a": 12, "b": 3}, {"a": 5, "b": 3})
     metrics.observe_step(EngineStatistics())  # the engine has died
-    assert observe(("a", 100, 1), ("b", 1, 0)) == ({"a": 112, "b": 4}, {"a": 6, "b": 3})
-    assert observe(("a", 1, 1), ("b", 1, 0))[0] == {"a": 113, "b": 4}
+    assert observe(("a", 1, 0), ("other", 5, 5))[0] == {"a": 13, "b": 3}
+    # each name counts from its own load
     asyncio.run(patches.load("a2"))
-    assert observe(("a", 3, 1), ("b", 1, 0))[0] == {"a": 115, "a2": 2, "b": 4}
-    asyncio.run(patches.unload("a"))
-    for name in ("rows", "loads_total", "reads_total", "hits_total"):
+    assert observe(("a", 2, 0))[0] == {"a": 15, "a2": 2, "b": 3}
+    patches.unload("a")
+    for name in ("rows", "reads_total", "hits_total"):
         assert counts(metrics, name).keys() == {"a2", "b"}
+    patches.unload("a2")
+    # a request that still uses it
+    assert observe(("a", 9, 9))[0] == {"b": 3}
+    asyncio.run(patches.load("a"))
+    assert observe(("a", 1, 1))[0] == {"a": 1, "b": 3}
+
+
+def test_loads_are_counted_by_their_result(patches, engine, metrics):
+    asyncio.run(patches.load("c"))
+    for error in (PatchRefusedError("x"), PatchRefusedError("x"), PatchFailedError("x")):
+        engine.error = error
+        with pytest.raises(ApiError):
+            asyncio.run(patches.load("d"))
+    text = metrics.render().decode()
+    for result, value in (("loaded", 3.0), ("refused", 2.0), ("failed", 1.0)):
+        line = f'memplus:patch_loads_total{{model_name="mock",result="{result}"}} {value}'
+        assert line in text.splitlines()

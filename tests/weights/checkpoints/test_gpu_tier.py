@@ -231,3 +231,18 @@ def test_a_cpu_is_not_asked_for_its_memory():
 
     with naming_lack_of_memory(torch.device("cpu"), GIB, GIB, False, fail):
         assert True
+
+
+def test_memory_of_row_patches_must_fit():
+    for tier, table in (("auto", GIB), ("device", GIB), ("host", GIB), ("auto", 0)):
+        with pytest.raises(
+            ConfigError, match="^patch_memory_gib: 500.00 GiB does not fit: the wei"
+        ):
+            choice_of(tier, patches=500 * GIB).shares(table, GIB)
+    named = "^table_tier: device needs 34.00 GiB, but the weights and row patches leave 33.00 GiB"
+    with pytest.raises(ConfigError, match=named):
+        choice_of("device", patches=2 * GIB).shares(34 * GIB, GIB)
+    choice = choice_of("device", patches=2 * GIB, is_kv_requested=True)
+    assert choice.shares(31 * GIB, GIB).kv_bytes == 2 * GIB
+    with pytest.raises(ConfigError, match="^kv_cache_gib: 2.00 GiB .* 2.00 GiB for row patches"):
+        choice.shares(32 * GIB, GIB)

@@ -1,6 +1,7 @@
 """The choice of the table tier and of KV blocks for given amounts of memory."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -266,3 +267,32 @@ def test_little_memory_gives_fewer_kv_blocks(tmp_path, memory):
 def test_conflicting_options_are_refused(options, named):
     with pytest.raises(ConfigError, match=named):
         ModelOptions(**options)
+
+
+def test_memory_of_row_patches_must_fit():
+    def choice(patches, tier="auto", kv=GIB):
+        request = MemoryRequest(kv, GIB, GIB, tier, is_kv_requested=True, patch_bytes=patches)
+        return CpuTierChoice(request, lambda: AvailableMemory(4 * GIB, "a test"))
+
+    for tier, table in (("auto", GIB), ("device", GIB), ("disk", GIB), ("auto", 0)):
+        named = (
+            r"^patch_memory_gib: 500.00 GiB does not fit: the weights leave 3.00 GiB \(4.00 GiB is"
+        )
+        with pytest.raises(ConfigError, match=named):
+            replace_cache(choice(500 * GIB, tier), table).shares(table, GIB)
+    assert choice(GIB, "device").shares(GIB, GIB) == MemoryShares(None, GIB)
+    named = "^table_tier: device needs 2.00 GiB, but the weights and row patches leave 1.00 GiB"
+    with pytest.raises(ConfigError, match=named):
+        choice(2 * GIB, "device").shares(2 * GIB, GIB)
+    with pytest.raises(ConfigError, match="^table_cache: takes 1.00 GiB, but the weights and row"):
+        choice(5 * GIB // 2, "disk").shares(2 * GIB, GIB)
+    named = "^kv_cache_gib: 1.50 GiB .* 1.00 GiB for table rows and 1.00 GiB for row patches leaves"
+    with pytest.raises(ConfigError, match=named):
+        choice(GIB, "device", kv=3 * GIB // 2).shares(GIB, GIB)
+
+
+def replace_cache(choice: CpuTierChoice, table: int) -> CpuTierChoice:
+    """The choice; a model without tables takes no row cache."""
+    return (
+        choice if table else replace(choice, request=replace(choice.request, requested_cache=None))
+    )

@@ -1,12 +1,13 @@
 """Files of a patch folder: opened once, never through a symbolic link."""
 
+import errno
 import os
 import shutil
 import socket
 
 import pytest
 
-from weights.errors import PatchError
+from weights.errors import PatchError, PatchReadError
 from weights.patches.opened_folder import opened_files
 
 
@@ -66,3 +67,15 @@ def test_what_is_not_a_folder_of_regular_files_is_refused(folder, follow):
             opened_files(wrong, "a", follow=follow),
         ):
             pass
+
+
+def test_a_lack_of_open_files_is_a_failure_and_a_missing_file_is_not(folder, monkeypatch):
+    def no_more(*arguments, **named):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(PatchError) as missing, opened_files(folder, "none"):
+        pass
+    assert not isinstance(missing.value, PatchReadError)
+    monkeypatch.setattr(os, "open", no_more)
+    with pytest.raises(PatchReadError, match="Too many open files"), opened_files(folder, "a"):
+        pass

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from engine.config import EngineConfig
 from engine.errors import PatchRefusedError
+from engine.loaded_patches import LoadedPatches
 from tests.weights.patches.made import IDENTITY, NUM_ROWS, TABLE, WIDTH, patch_of, saved_patch
 from weights.checkpoints import tensor_writer
 from weights.checkpoints.tensor_files import TensorSource
@@ -349,3 +351,32 @@ def test_a_failed_write_leaves_no_files(tmp_path, folder):
     with pytest.raises(PatchError, match="at most 1048576 fit"):
         write_patch(tmp_path / "new", patch_of(settings={"text": "x" * 2**20}))
     assert [one.name for one in tmp_path.iterdir()] == ["patch"]
+
+
+def test_a_patch_of_ten_million_rows_is_refused_before_memory_is_allocated(tmp_path, monkeypatch):
+    num_rows, width = 10_000_000, 64
+    folder = tmp_path / "patch"
+    folder.mkdir()
+    description = PatchDescription({TABLE: "a" * 64}, "b" * 64, {TABLE: (2**24, width)})
+    (folder / "patch.json").write_bytes(description.to_json())
+    ends = num_rows * 8, num_rows * (8 + 2 * width)
+    header = json.dumps(
+        {
+            ROWS: {"dtype": "I64", "shape": [num_rows], "data_offsets": [0, ends[0]]},
+            DELTAS: {"dtype": "BF16", "shape": [num_rows, width], "data_offsets": list(ends)},
+        }
+    ).encode()
+    with (folder / "patch.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + ends[1])  # a hole, which takes no space on the disk
+    monkeypatch.setattr(patch_folder, "uninitialized", pytest.fail)
+
+    class Source:
+        def load(self, folder, check_size):
+            return read_patch(folder, check_size=check_size)
+
+    by_rows = "--max-patch-rows: the patch has 10000000 rows, but at most 1000000 are allowed"
+    by_bytes = "--patch-memory-gib: the patch takes 1.39 GiB, 1 of 1 GiB is free"
+    for limits, message in (({}, by_rows), ({"max_patch_rows": num_rows}, by_bytes)):
+        with pytest.raises(PatchRefusedError, match=f"^{message}"):
+            LoadedPatches(EngineConfig(**limits), Source()).load(folder)

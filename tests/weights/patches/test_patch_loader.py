@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import PatchRefusedError
+from engine.errors import PatchFailedError
 from engine.executors.executor import make_executor
 from engine.messages import EngineReady, LoadPatch, PatchLoaded, UnloadPatch
 from engine.process import run_engine
@@ -173,7 +173,7 @@ def test_bad_patches_are_refused_by_name_and_running_requests_go_on(served, iden
         "truncated": "is truncated",
         "linked": "is a symbolic link",
         "linked-file": "is a symbolic link",
-        "rows": "max_patch_rows: the patch has 31 rows, but at most 30 are allowed",
+        "rows": "--max-patch-rows: the patch has 31 rows, but at most 30 are allowed",
         "none": "No such file or directory",
     }
     plain, engine = served(), served(max_patch_rows=30)
@@ -198,15 +198,16 @@ def test_memory_is_limited_before_it_is_allocated(served, identity, tmp_path, mo
     assert summary.num_bytes == 9 * (8 + 4 * 24) + 4 * 32
     monkeypatch.setattr("weights.patches.patch_folder.uninitialized", None)
     error = engine.load(tmp_path / "large").error
-    left = 2000 - summary.num_bytes
-    assert error.startswith("patch_memory_gib: the patch takes 2336 bytes, but")
-    assert error.endswith(f"leave {left} of 2000")
+    assert error.startswith(
+        "--patch-memory-gib: the patch takes 2.18e-06 GiB, 8.72e-07 of 1.86e-06"
+    )
+    assert error.endswith("GiB is free; remove a patch or raise the limit")
 
 
 def test_an_engine_without_patches_refuses_them(served, identity, tmp_path):
     engine = served(max_patches=0)
     patch = saved_patch(tmp_path / "p", model=identity)
-    problem = "row patches are disabled, because max_patches is 0"
+    problem = "max_patches: 0 allows no row patches"
     assert engine.load(tmp_path / "p").error == problem
     engine.ask("a", 3, PatchRef(patch.content_hash))
     engine.finish("a")
@@ -232,8 +233,12 @@ def test_a_model_that_cannot_be_read_is_named(tmp_path, memory_plus_folder):
     _, config = load_model(folder)
     shutil.rmtree(folder)
     loader = PatchLoader(folder, config.model, CPU)
-    with pytest.raises(PatchRefusedError, match=str(folder)):
+    with pytest.raises(PatchFailedError, match=str(folder)):
         loader.load(tmp_path / "p", lambda rows, num_bytes: None)
+    # the hashes are computed again by the next load
+    shutil.copytree(memory_plus_folder, folder)
+    saved_patch(tmp_path / "p", model=model_identity(folder))
+    loader.load(tmp_path / "p", lambda rows, num_bytes: None)
 
 
 def test_a_table_of_each_layer_and_a_patch_of_one_of_them(tmp_path):

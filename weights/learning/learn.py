@@ -20,7 +20,7 @@ from weights.learning.facts import fact_passages, read_asked, read_facts
 from weights.learning.learner import Learner, LearningReport
 from weights.learning.learning_config import LearningConfig, RowConfig
 from weights.learning.row_ranks import chosen_rows
-from weights.learning.row_student import RowStudent
+from weights.learning.row_student import RowStudent, saved_rows
 from weights.learning.saved_state import load_state, save_state, state_file
 from weights.patches.description import PatchDescription
 from weights.patches.model_identity import ModelIdentity, model_identity
@@ -95,15 +95,13 @@ class PatchLearner:
             texts.background, text, most, learning.background_tokens
         )
         self._run = _run_record(self._identity, self._exams.facts, background, learning, rows)
+        saved = load_state(self._state_file, self._run) if resume else None
         self._base, _ = load_model(model, "float32")
-        reads = _background_reads(self._base, model, background, rows)
-        self.chosen = chosen_rows(count_reads(self._base, self._exams.facts), reads, rows)
-        if not any(map(len, self.chosen.values())):
-            raise ConfigError("rank: facts read no row more than background text does; use reads")
+        self.chosen = saved_rows(saved[1]) if saved else self._choose_rows(model)
         self._student = RowStudent(self._base, self.chosen, rows)
         self.learner = Learner(self._student, self._base, self._exams.facts, background, learning)
-        if resume:
-            progress, tensors = load_state(self._state_file, self._run)
+        if saved:
+            progress, tensors = saved
             self._student.load(tensors, progress["step"])
             self.learner.resume(progress)
 
@@ -125,6 +123,13 @@ class PatchLearner:
         write_patch(self._target, patch)
         self._state_file.unlink(missing_ok=True)
         return patch
+
+    def _choose_rows(self, model: Path) -> dict[str, torch.Tensor]:
+        reads = _background_reads(self._base, model, self.background, self._rows)
+        chosen = chosen_rows(count_reads(self._base, self._exams.facts), reads, self._rows)
+        if not any(map(len, chosen.values())):
+            raise ConfigError("rank: facts read no row more than background text does; use reads")
+        return chosen
 
     def _tables(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Rows and deltas of every table of the model, without rows that did not change."""

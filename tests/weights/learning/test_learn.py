@@ -17,6 +17,7 @@ from tests.models import EOS_ID, engine_of, random_model, save_model, tiny_confi
 from tests.weights.learning.learned import LEARNING, ROWS, wide_model
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.convert import convert
+from weights.checkpoints.table_files import ROW_READS_FILE
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError, DataError, PatchError, TrainingError
 from weights.learning.learn import LearningTexts, PatchLearner
@@ -119,6 +120,29 @@ def test_a_stopped_run_resumes_to_the_same_patch(folder, texts, learned, tmp_pat
     assert resumed.learner.step == 4
     assert resumed.run(always).content_hash == learned[1].content_hash
     assert [one.name for one in tmp_path.iterdir()] == ["patch"]
+
+
+def test_a_resumed_run_keeps_its_rows(folder, texts, tmp_path):
+    model, target = shutil.copytree(folder, tmp_path / "model"), tmp_path / "patch"
+    alone = LearningTexts(texts.facts)
+    base, _ = load_model(model)
+    facts = learner_of(folder, tmp_path / "none", texts)._exams.facts
+
+    def start(target=target, **options):
+        return learner_of(model, target, alone, rows=replace(ROWS, rows=20), **options)
+
+    write_row_reads(model, count_reads(base, facts[:1]))
+    first = start()
+    assert first.run(lambda report: report.step < 4) is None
+    write_row_reads(model, count_reads(base, facts[1:]))
+    resumed = start(resume=True)
+    other = start(tmp_path / "other").chosen[TABLE]
+    assert torch.equal(resumed.chosen[TABLE], first.chosen[TABLE])
+    assert not torch.equal(other, first.chosen[TABLE])
+    (model / ROW_READS_FILE).unlink()  # nothing is counted again
+    assert start(resume=True).run(always).num_rows <= 20
+    read = set(first.chosen[TABLE].tolist())
+    assert set(read_patch(target).tables[TABLE][0].tolist()) <= read
 
 
 def test_a_patch_of_quantised_rows_fits_the_original_too(folder, texts, tmp_path):

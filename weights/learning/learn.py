@@ -22,6 +22,7 @@ from weights.learning.learning_config import LearningConfig, RowConfig
 from weights.learning.row_ranks import chosen_rows
 from weights.learning.row_student import RowStudent, saved_rows
 from weights.learning.saved_state import load_state, save_state, state_file
+from weights.learning.scores import SCORED_TOKENS
 from weights.patches.description import PatchDescription
 from weights.patches.model_identity import ModelIdentity, model_identity
 from weights.patches.patch_folder import StoredPatch, stored_patch, write_patch
@@ -91,8 +92,9 @@ class PatchLearner:
         self._serving_dtype = serving_dtype(stored, "auto")
         text, most = checkpoint_text(model), config.model.max_positions
         self._exams = _exams(texts, text, most)
+        length = min(most, learning.replayed_tokens or SCORED_TOKENS)
         self.background = background = _passages(
-            texts.background, text, most, learning.background_tokens
+            texts.background, text, length, learning.background_tokens
         )
         self._run = _run_record(self._identity, self._exams.facts, background, learning, rows)
         saved = load_state(self._state_file, self._run) if resume else None
@@ -176,19 +178,19 @@ def _exams(texts: LearningTexts, text: TextTokens, max_positions: int) -> Exams:
         fact_passages(read_asked(file), text, max_positions) if file else []
         for file in (texts.questions, texts.known)
     ]
-    neutral = _passages(texts.neutral, text, max_positions)
+    neutral = _passages(texts.neutral, text, min(max_positions, SCORED_TOKENS))
     return Exams(facts, asked[0], neutral, asked[1])
 
 
 def _passages(
-    paths: Sequence[str], text: TextTokens, max_positions: int, most: float = math.inf
+    paths: Sequence[str], text: TextTokens, length: int, most: float = math.inf
 ) -> list[Passage]:
-    """The documents as passages, until they have at least ``most`` tokens."""
+    """The documents as passages of at most ``length`` tokens, until they have ``most`` tokens."""
     if not paths:
         return []
     found: list[Passage] = []
     num_tokens = 0
-    for passage in _cut_documents(paths, text, max_positions):
+    for passage in _cut_documents(paths, text, length):
         found.append(passage)
         num_tokens += len(passage)
         if num_tokens >= most:
@@ -198,9 +200,9 @@ def _passages(
     return found
 
 
-def _cut_documents(paths: Sequence[str], text: TextTokens, max_positions: int) -> Iterator[Passage]:
+def _cut_documents(paths: Sequence[str], text: TextTokens, length: int) -> Iterator[Passage]:
     for one in documents(corpus_files(paths)):
-        yield from cut(text.document(one), max_positions)
+        yield from cut(text.document(one), length)
 
 
 def _background_reads(

@@ -63,8 +63,8 @@ class Learner:
         """
         self._student, self._base, self._config = student, base, config
         self._facts, self._background = facts, background
-        replayed = config.replay_share * config.batch_tokens if background else 0.0
-        self._order = PassageOrder(facts, config.batch_tokens - replayed, config.seed)
+        replayed = config.replayed_tokens if background else 0
+        self._order = PassageOrder(facts, max(1, config.batch_tokens - replayed), config.seed)
         self._replay_order = PassageOrder(background, replayed, config.seed) if replayed else None
         self._has_missed = False
         self._cooling_from: int | None = None

@@ -1,5 +1,6 @@
 """Settings of the learning loop and of the rows that it may change."""
 
+import math
 from dataclasses import dataclass, field, fields
 
 from engine.errors import ConfigError
@@ -70,6 +71,11 @@ class LearningConfig:
                 f"steps: must be more than warmup_steps + cooldown_steps"
                 f" ({self.warmup_steps + self.cooldown_steps}), not {self.steps}"
             )
+
+    @property
+    def replayed_tokens(self) -> int:
+        """Most background tokens of a step; 0 disables replay."""
+        return math.ceil(self.replay_share * self.batch_tokens)
 
 
 @dataclass(frozen=True)

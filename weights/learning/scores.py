@@ -14,7 +14,8 @@ from weights.training.loss import batch_output
 from weights.training.packing import IGNORED_TARGET, Passage, packed_batches
 from weights.training.token_stream import PackedTokens
 
-_BATCH_TOKENS = 1024
+# tokens of a batch to score: their logits take much memory
+SCORED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def exact_answers(
     ``dtype`` is that of ``batch_output``: bfloat16 needs an fp32 model.
     """
     exact: list[bool] = []
-    for batch in packed_batches(passages, _BATCH_TOKENS):
+    for batch in packed_batches(passages, SCORED_TOKENS):
         exact += answered(batch_output(model, batch, dtype).logits_LV, batch)
     return exact
 
@@ -67,7 +68,7 @@ def score_drift(
 ) -> DriftScore:
     """Compare a model with its unpatched form on texts."""
     tokens, before, after, moved = 0, 0.0, 0.0, 0.0
-    for batch in packed_batches(passages, _BATCH_TOKENS):
+    for batch in packed_batches(passages, SCORED_TOKENS):
         base_LV = batch_output(base, batch, dtype).logits_LV.float()
         logits_LV = batch_output(model, batch, dtype).logits_LV.float()
         targets_L = torch.from_numpy(batch.targets_T).to(logits_LV.device)

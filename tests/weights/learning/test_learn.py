@@ -20,9 +20,11 @@ from weights.checkpoints.convert import convert
 from weights.checkpoints.table_files import ROW_READS_FILE
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError, DataError, PatchError, TrainingError
+from weights.learning import learn, learner, scores
 from weights.learning.learn import LearningTexts, PatchLearner
 from weights.patches.model_identity import model_identity
 from weights.patches.patch_folder import read_patch
+from weights.training.loss import batch_output
 from weights.training.row_reads import count_reads, write_row_reads
 
 TABLE = "memory.table"
@@ -173,6 +175,25 @@ def test_background_text_is_limited(folder, texts, tmp_path):
     every = learner_of(folder, tmp_path / "patch", texts)
     assert len(few.background) == 2 and few.background == every.background[:2]
     assert len(every.background) == 4
+
+
+def test_long_texts_are_cut(folder, texts, tmp_path, monkeypatch):
+    long = lines(tmp_path / "long.jsonl", [{"text": "to and fro " * 200}, *[{"text": "ab"}] * 9])
+    texts = replace(texts, background=(str(long),), neutral=(str(long),))
+    sizes = {learner: [], scores: []}
+    for module, of_module in sizes.items():
+
+        def counted(model, batch, dtype, of_module=of_module):
+            of_module.append(len(batch.ids_T))
+            return batch_output(model, batch, dtype)
+
+        monkeypatch.setattr(module, "batch_output", counted)
+    monkeypatch.setattr(scores, "SCORED_TOKENS", 50)
+    monkeypatch.setattr(learn, "SCORED_TOKENS", 50)
+    run = learner_of(folder, tmp_path / "patch", texts, replace(LEARNING, steps=12))
+    assert run.run(always) and sum(map(len, run.background)) > 500
+    # half of a step's 40 tokens are replayed text
+    assert max(sizes[learner]) == 20 and max(sizes[scores]) == 50
 
 
 def test_mistakes_are_found_before_learning(folder, texts, learned, tmp_path):

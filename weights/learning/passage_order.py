@@ -63,5 +63,6 @@ class PassageOrder:
     def _start_epoch(self, epoch: int) -> None:
         """Shuffle the passages as always in this epoch."""
         shuffled = np.random.default_rng((self._seed, epoch)).permutation(len(self._passages))
-        self._epoch, self._order = epoch, shuffled.tolist()
+        self._epoch = epoch
+        self._order = [int(index) for index in shuffled]
         self._sizes = [len(self._passages[index]) for index in self._order]

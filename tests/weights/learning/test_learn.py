@@ -25,6 +25,7 @@ from weights.learning.learn import LearningTexts, PatchLearner
 from weights.patches.model_identity import model_identity
 from weights.patches.patch_folder import read_patch
 from weights.training.loss import batch_output
+from weights.training.packing import Passage
 from weights.training.row_reads import count_reads, write_row_reads
 
 TABLE = "memory.table"
@@ -81,6 +82,8 @@ def test_a_patch_is_written_with_what_it_was_made_for(folder, learned):
     assert deltas_PV.dtype == torch.bfloat16 and 0 < len(rows_P) <= ROWS.rows
     assert (deltas_PV != 0).any(dim=1).all()
     settings, scores = read.description.settings, read.description.scores
+    tokens = sum(map(len, TEXTS))
+    assert settings["replay_source"] == "given" and settings["background_tokens"] == tokens
     assert settings["command"] == "learn" and settings["rows"] == 200 and settings["seed"] == 0
     assert len(read.description.data) == 64
     assert scores["facts"] == {"asked": 3, "exact": 3, "recall": 1.0}
@@ -158,7 +161,7 @@ def test_rows_are_ranked_by_the_record_of_the_model(folder, texts, tmp_path):
     model = shutil.copytree(folder, tmp_path / "model")
     alone = LearningTexts(texts.facts)
     with pytest.raises(ConfigError, match="background: .*model has no record.*--background"):
-        learner_of(model, tmp_path / "patch", alone)
+        learner_of(model, tmp_path / "patch", alone, replace(LEARNING, replay_share=0.0))
     reads = learner_of(model, tmp_path / "patch", alone, rows=replace(ROWS, rank="reads"))
     base, _ = load_model(model)
     from_texts = learner_of(model, tmp_path / "patch", texts)
@@ -168,6 +171,36 @@ def test_rows_are_ranked_by_the_record_of_the_model(folder, texts, tmp_path):
     assert not torch.equal(recorded.chosen[TABLE], reads.chosen[TABLE])
     patch = recorded.run(always)
     assert set(patch.description.scores) == {"steps", "exact_after", "facts"}
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_without_background_the_model_writes_text_to_replay(folder, texts, tmp_path, has_record):
+    model, alone = shutil.copytree(folder, tmp_path / "model"), LearningTexts(texts.facts)
+    if has_record:
+        base, _ = load_model(model)
+        write_row_reads(model, count_reads(base, [Passage(tuple(range(100, 140)))]))
+    reports = []
+    first = learner_of(model, tmp_path / "patch", alone)
+    assert first.replay_source == "generated"
+    assert 300 <= sum(map(len, first.background)) < 320
+    assert first.run(lambda report: report.step < 4) is None
+    resumed = learner_of(model, tmp_path / "patch", alone, resume=True)
+    assert resumed.background == first.background
+    patch = resumed.run(lambda report: reports.append(report) is None)
+    assert all(report.replay_loss > 0 for report in reports)
+    settings = patch.description.settings
+    assert settings["replay_source"] == "generated"
+    assert settings["background_tokens"] == sum(map(len, first.background))
+    whole = learner_of(model, tmp_path / "whole", alone)
+    assert whole.run(always).content_hash == patch.content_hash
+
+
+def test_without_replay_the_model_writes_nothing(folder, texts, tmp_path):
+    plain, rows = replace(LEARNING, replay_share=0.0), replace(ROWS, rank="reads")
+    run = learner_of(folder, tmp_path / "patch", LearningTexts(texts.facts), plain, rows)
+    assert run.background == [] and run.replay_source == "none"
+    settings = run.run(lambda report: report.replay_loss == 0).description.settings
+    assert settings["replay_source"] == "none" and settings["background_tokens"] == 0
 
 
 def test_background_text_is_limited(folder, texts, tmp_path):
@@ -191,7 +224,7 @@ def test_long_texts_are_cut(folder, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "SCORED_TOKENS", 50)
     monkeypatch.setattr(learn, "SCORED_TOKENS", 50)
     run = learner_of(folder, tmp_path / "patch", texts, replace(LEARNING, steps=12))
-    assert run.run(always) and sum(map(len, run.background)) > 500
+    assert run.run(always) and sum(map(len, run.background)) == 300
     # half of a step's 40 tokens are replayed text
     assert max(sizes[learner]) == 20 and max(sizes[scores]) == 50
 

@@ -114,15 +114,22 @@ class PatchLearner:
     def run(self, on_step: Callable[[LearningReport], bool]) -> StoredPatch | None:
         """Learn, score and write the patch; None if ``on_step`` returned False before the end.
 
-        Then the state is saved beside the target, to be resumed; otherwise it is removed.
+        The state is saved beside the target every ``save_every`` steps, and when learning ends or
+        is stopped. It is removed once the patch is written.
 
         Raises:
             TrainingError: a loss is not finite, or the state cannot be written.
             PatchError: the patch cannot be written.
         """
-        self.learner.run(on_step)
+
+        def save_and_report(report: LearningReport) -> bool:
+            if report.step % self._learning.save_every == 0:
+                self._save()
+            return on_step(report)
+
+        self.learner.run(save_and_report)
+        self._save()
         if not self.learner.is_finished:
-            self._save()
             return None
         patch = stored_patch(self._description(), self._tables())
         write_patch(self._target, patch)
@@ -222,11 +229,13 @@ def _run_record(
     rows: RowConfig,
 ) -> dict[str, Any]:
     """Settings and hashes that must not change when a run is resumed."""
+    unchanging = asdict(learning)
+    del unchanging["save_every"]
     return {
         "model": [identity.row_choice, *identity.origins.values()],
         "facts": _hash(facts),
         "background": _hash(background),
-        **asdict(learning),
+        **unchanging,
         **asdict(rows),
     }
 

@@ -65,10 +65,14 @@ class LearningConfig:
         },
     )
     seed: int = field(default=0, metadata={"help": "seed of the order of facts and replayed text"})
+    save_every: int = field(
+        default=50,
+        metadata={"help": "save the state every this many steps, for --resume", "metavar": "STEPS"},
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("steps", "batch_tokens"):
+        for name in ("steps", "batch_tokens", "save_every"):
             _at_least(self, name, 1)
         if self.background_tokens is not None:
             _at_least(self, "background_tokens", 1)

@@ -127,6 +127,38 @@ def test_a_stopped_run_resumes_to_the_same_patch(folder, texts, learned, tmp_pat
     assert [one.name for one in tmp_path.iterdir()] == ["patch"]
 
 
+def test_a_killed_run_continues_from_the_last_saved_state(folder, texts, learned, tmp_path):
+    target, often = tmp_path / "patch", replace(LEARNING, save_every=3)
+
+    def die(report):
+        if report.step == 8:
+            raise KeyboardInterrupt
+        return True
+
+    with pytest.raises(KeyboardInterrupt):
+        learner_of(folder, target, texts, often).run(die)
+    resumed = learner_of(folder, target, texts, resume=True)
+    assert resumed.learner.step == 6
+    assert resumed.run(always).content_hash == learned[1].content_hash
+
+
+def test_a_patch_that_cannot_be_written_is_not_lost(folder, texts, learned, tmp_path):
+    target = tmp_path / "patch"
+
+    def occupy(report):
+        target.mkdir(exist_ok=True)
+        return True
+
+    with pytest.raises(PatchError, match="exists"):
+        learner_of(folder, target, texts).run(occupy)
+    target.rmdir()
+    resumed = learner_of(folder, target, texts, resume=True)
+    assert resumed.learner.is_finished
+    patch = resumed.run(lambda report: pytest.fail("nothing is left to learn"))
+    assert patch.content_hash == learned[1].content_hash
+    assert [one.name for one in tmp_path.iterdir()] == ["patch"]
+
+
 def test_a_resumed_run_keeps_its_rows(folder, texts, tmp_path):
     model, target = shutil.copytree(folder, tmp_path / "model"), tmp_path / "patch"
     alone = LearningTexts(texts.facts)

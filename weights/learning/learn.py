@@ -12,7 +12,7 @@ import torch
 from engine.errors import ConfigError
 from engine.model.transformer import converted
 from weights.checkpoints.checkpoint import load_model, open_checkpoint, serving_dtype
-from weights.errors import PatchError, TrainingError
+from weights.errors import DataError, PatchError, TrainingError
 from weights.learning.background import background_reads, text_passages
 from weights.learning.exams import Exams
 from weights.learning.facts import fact_passages, read_asked, read_facts
@@ -22,7 +22,7 @@ from weights.learning.learning_config import LearningConfig, RowConfig
 from weights.learning.row_ranks import chosen_rows
 from weights.learning.row_student import RowStudent, saved_rows
 from weights.learning.saved_state import load_state, save_state, state_file
-from weights.learning.scores import SCORED_TOKENS
+from weights.learning.scores import SCORED_TOKENS, exact_answers
 from weights.patches.description import PatchDescription
 from weights.patches.model_identity import ModelIdentity, model_identity
 from weights.patches.patch_folder import StoredPatch, stored_patch, write_patch
@@ -76,7 +76,8 @@ class PatchLearner:
         Raises:
             PatchError: the target exists, or the model takes no patches.
             CheckpointError: the model or its record of row reads cannot be read.
-            DataError: a text cannot be read, or a fact is too long; the message names it.
+            DataError: a text cannot be read, or a fact is too long; the message names it. Or the
+                model knows all facts.
             ConfigError: nothing ranks the rows, or there is no state to resume.
             TrainingError: a setting differs from those of the saved state; or a state exists and
                 ``resume`` is not set.
@@ -99,6 +100,10 @@ class PatchLearner:
         saved = load_state(self._state_file, self._run) if resume else None
         self._base, _ = load_model(model, "float32")
         self.replay_source = _replay_source(learning, is_given=is_given)
+        if not saved and all(exact_answers(self._base, self._exams.facts)):
+            raise DataError(
+                f"{texts.facts}: the model knows all answers already; there is nothing to learn"
+            )
         if self.replay_source == "generated":
             self.background = take_passages(saved[1]) if saved else self._generated(text)
         self.chosen = saved_rows(saved[1]) if saved else self._choose_rows(model, is_given)

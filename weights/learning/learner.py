@@ -158,9 +158,11 @@ class Learner:
 
     def _lr_share(self, step: int) -> float:
         config, start = self._config, self._cooling_from
-        if start is not None:
-            return (config.cooldown_steps + 1 - (step - start)) / (config.cooldown_steps + 1)
-        return min(1.0, step / max(1, config.warmup_steps))
+        warm = step if start is None else start
+        reached = min(1.0, warm / max(1, config.warmup_steps))
+        if start is None:
+            return reached
+        return reached * (config.cooldown_steps + 1 - (step - start)) / (config.cooldown_steps + 1)
 
     def _start_cooling(self) -> None:
         """Start the cool-down if all answers are exact, or if no more steps are left for it."""

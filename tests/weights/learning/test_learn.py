@@ -22,6 +22,7 @@ from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError, DataError, PatchError, TrainingError
 from weights.learning import learn, learner, scores
 from weights.learning.learn import LearningTexts, PatchLearner
+from weights.patches.apply import apply_patch
 from weights.patches.model_identity import model_identity
 from weights.patches.patch_folder import read_patch
 from weights.training.loss import batch_output
@@ -274,6 +275,8 @@ def test_mistakes_are_found_before_learning(folder, texts, learned, tmp_path):
     refused(PatchError, "has no memory layers", model=dense)
     peer = save_model(wide_model("peer"), tmp_path / "peer")
     refused(PatchError, "layer 1 is peer", model=peer)
+    apply_patch(folder, learned[0], tmp_path / "taught")
+    refused(DataError, "facts.jsonl: the model knows all answers", model=tmp_path / "taught")
     with pytest.raises(TrainingError, match="there is no interrupted run"):
         learner_of(folder, tmp_path / "new", texts, resume=True)
 

@@ -38,7 +38,7 @@ class DriftScore:
 def answered(logits_LV: Tensor, batch: PackedTokens) -> list[bool]:
     """For each passage, whether the likeliest tokens are its answer; given tokens do not count.
 
-    This is so if and only if greedy decoding after the given tokens returns the answer.
+    This is so if and only if greedy decoding after the given tokens gives these tokens.
     """
     targets_L = torch.from_numpy(batch.targets_T).to(logits_LV.device)
     is_right_L = (logits_LV.argmax(dim=-1) == targets_L) | (targets_L == IGNORED_TARGET)
@@ -49,8 +49,10 @@ def answered(logits_LV: Tensor, batch: PackedTokens) -> list[bool]:
 def exact_answers(
     model: Transformer, passages: Sequence[Passage], dtype: torch.dtype = torch.float32
 ) -> list[bool]:
-    """Whether greedy decoding gives each passage's tokens after those that are given.
+    """For each passage, whether its tokens are exact.
 
+    They are if and only if greedy decoding after the given tokens gives these tokens. An answer
+    that other tokens spell is wrong here, but right for ``score_recall``, which compares text.
     ``dtype`` is that of ``batch_output``: bfloat16 needs an fp32 model.
     """
     exact: list[bool] = []

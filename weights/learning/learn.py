@@ -12,6 +12,7 @@ import torch
 from engine.errors import ConfigError
 from engine.model.transformer import converted
 from weights.checkpoints.checkpoint import load_model, open_checkpoint, serving_dtype
+from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import DataError, PatchError, TrainingError
 from weights.learning.background import background_reads, text_passages
 from weights.learning.exams import Exams
@@ -171,7 +172,7 @@ class PatchLearner:
     def _tables(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Rows and deltas of every table of the model, without rows that did not change."""
         tables = {}
-        dtype = getattr(torch, self._rows.delta_dtype)
+        dtype = OUTPUT_DTYPES[self._rows.delta_dtype]
         learned = self._student.deltas()
         for name, (_, value_dim) in self._identity.shapes.items():
             none = torch.empty(0, dtype=torch.int64), torch.empty(0, value_dim, dtype=dtype)

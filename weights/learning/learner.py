@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from engine.model.transformer import Transformer
+from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
 from weights.learning.learning_config import LearningConfig
 from weights.learning.passage_order import OrderPosition, PassageOrder
@@ -16,8 +17,6 @@ from weights.learning.scores import answered, divergence, exact_answers
 from weights.learning.student import Student
 from weights.training.loss import batch_output
 from weights.training.packing import Passage, packed
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Learner:
     def _learn(self) -> tuple[float, float]:
         """Add the gradients of the next facts; return their loss, and the exact fraction."""
         facts = [self._facts[index] for index in self._order.next()]
-        batch, dtype = packed(facts), _DTYPES[self._config.precision]
+        batch, dtype = packed(facts), OUTPUT_DTYPES[self._config.precision]
         logits_LV = batch_output(self._student.model, batch, dtype).logits_LV.float()
         targets_L = torch.from_numpy(batch.targets_T).to(logits_LV.device)
         loss = functional.cross_entropy(logits_LV, targets_L)
@@ -143,7 +142,7 @@ class Learner:
         """Add the gradients of the next background text; return its loss."""
         assert self._replay_order is not None
         passages = [self._background[index] for index in self._replay_order.next()]
-        batch, dtype = packed(passages), _DTYPES[self._config.precision]
+        batch, dtype = packed(passages), OUTPUT_DTYPES[self._config.precision]
         logits_LV = batch_output(self._student.model, batch, dtype).logits_LV.float()
         weight = self._config.divergence_weight
         if weight:
@@ -175,5 +174,5 @@ class Learner:
             self._cooling_from = self.step
 
     def _all_exact(self) -> bool:
-        dtype = _DTYPES[self._config.precision]
+        dtype = OUTPUT_DTYPES[self._config.precision]
         return all(exact_answers(self._student.model, self._facts, dtype))

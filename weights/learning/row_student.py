@@ -10,12 +10,12 @@ from engine.model.transformer import Transformer, with_tables
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.learned_rows import LearnedRows
 from memory_ops.tables.value_table import ValueTable
+from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
 from weights.learning.learning_config import RowConfig
 from weights.learning.row_sgd import RowSgd
 from weights.training.table_optimizer import TableOptimizer
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _ROWS = ".rows"
 
 
@@ -55,14 +55,14 @@ class RowStudent:
         return norm
 
     def finish(self) -> None:
-        dtype = _DTYPES[self._config.delta_dtype]
+        dtype = OUTPUT_DTYPES[self._config.delta_dtype]
         for table in self.tables.values():
             deltas_PV = table.deltas.table_RV
             deltas_PV.copy_(deltas_PV.to(dtype))
 
     def deltas(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Rows and deltas of each table, in the dtype in which they are stored."""
-        dtype = _DTYPES[self._config.delta_dtype]
+        dtype = OUTPUT_DTYPES[self._config.delta_dtype]
         return {
             name: (table.rows_P, table.deltas.table_RV[:-1].to(dtype))
             for name, table in self.tables.items()

@@ -58,7 +58,7 @@ def generated_passages(
                 num_running -= output.finish_reason is not None
                 num_done += len(output.token_ids)
                 bar.update(len(output.token_ids))
-    # in the order of their start: those that ended first are the short ones
+    # keep documents in the order in which they started: the first to end are the short ones
     ends = np.cumsum([len(ids) - 1 for ids in documents])
     needed = int(np.searchsorted(ends, num_tokens)) + 1
     return [Passage(tuple(ids)) for ids in documents[:needed]]

@@ -166,7 +166,7 @@ class Learner:
     def _start_cooling(self) -> None:
         """Start the cool-down if all answers are exact, or if no more steps are left for it."""
         if self._order.is_at_epoch_end:
-            # answers of an epoch were checked before its steps: check those that look right again
+            # each answer was checked before its step, and later steps may have changed it
             if not self._has_missed and self._all_exact():
                 self.exact_step = self._cooling_from = self.step
             self._has_missed = False

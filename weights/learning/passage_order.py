@@ -1,4 +1,4 @@
-"""Resumable endless order of passages: every epoch has each passage once, shuffled anew."""
+"""Endless, resumable order of passages: each epoch has every passage once, shuffled."""
 
 import math
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ class PassageOrder:
         return self._order[first:done]
 
     def _start_epoch(self, epoch: int) -> None:
-        """Shuffle the passages as always in this epoch."""
+        """Shuffle the passages; the order depends only on the seed and the epoch."""
         shuffled = np.random.default_rng((self._seed, epoch)).permutation(len(self._passages))
         self._epoch = epoch
         self._order = [int(index) for index in shuffled]

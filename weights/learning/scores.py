@@ -1,4 +1,4 @@
-"""Scores of a model that learned: exact answers, and how far it moved on other text."""
+"""Scores of a patched model: exact answers, and its divergence from the unpatched model."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ SCORED_TOKENS = 1024
 
 @dataclass(frozen=True)
 class DriftScore:
-    """How far a model moved from another on neutral text.
+    """Divergence of a patched model from the unpatched one on neutral text.
 
     Attributes:
         tokens: number of predicted tokens.

@@ -43,10 +43,9 @@ def record(
     traced: list[NDArray[np.int64]] = []
     done = 0
     files = documents(corpus_files(texts))
-    counter = ReadCounter(config.model)
+    counter = ReadCounter(config.model) if keep_record else None
     with tqdm(total=num_tokens, unit="token") as bar:
-        for rows_TMHK in _reads(model, checkpoint_text(folder), files, counter):
-            rows_TMHK = rows_TMHK[: num_tokens - done]
+        for rows_TMHK in _reads(model, checkpoint_text(folder), files, num_tokens, counter):
             if done < num_traced:
                 traced.append(rows_TMHK[: num_traced - done])
             for counts_R, rows_THK in zip(counts_MR, rows_TMHK.swapaxes(0, 1), strict=True):
@@ -54,7 +53,7 @@ def record(
             done += len(rows_TMHK)
             bar.update(len(rows_TMHK))
             if done == num_tokens:
-                if keep_record:
+                if counter is not None:
                     write_row_reads(folder, counter.reads)
                 return AccessTrace(np.concatenate(traced), counts_MR, num_tokens)
     raise ConfigError(f"tokens: the texts have {done}, fewer than {num_tokens}")
@@ -62,16 +61,26 @@ def record(
 
 @torch.no_grad()
 def _reads(
-    model: Transformer, text: TextTokens, texts: Iterator[str], counter: ReadCounter
+    model: Transformer,
+    text: TextTokens,
+    texts: Iterator[str],
+    num_tokens: int,
+    counter: ReadCounter | None,
 ) -> Iterator[NDArray[np.int64]]:
-    """Yields the rows ``[T, M, H, K]`` that each document's tokens read, and counts them."""
+    """Yields the rows ``[T, M, H, K]`` that each document reads, up to ``num_tokens`` tokens.
+
+    ``counter`` counts them.
+    """
     device = model.model.embed_tokens.weight.device
     for one in texts:
-        ids_T = torch.tensor(text.document(one)[: model.config.max_positions], device=device)
+        most = min(num_tokens, model.config.max_positions)
+        ids_T = torch.tensor(text.document(one)[:most], device=device)
+        num_tokens -= len(ids_T)
         positions_T = torch.arange(len(ids_T), device=device)
         layout = TokenLayout(positions_T, (0, len(ids_T)))
         out = model(ids_T, layout, positions_T[-1:], with_trace=True)
-        counter.add(out.memory, layout.query_starts)
+        if counter is not None:
+            counter.add(out.memory, layout.query_starts)
         yield torch.stack([trace.rows_THK for trace in out.memory.values()], dim=1).cpu().numpy()
 
 

@@ -166,6 +166,7 @@ COVERED_BY = {
     "weights/grammars/grammar_memory.py": "weights/grammars/test_compiler.py",
     "weights/grammars/lark_source.py": "weights/grammars/test_compiler.py",
     "weights/grammars/vocabulary.py": "weights/grammars/test_compiler.py",
+    "weights/learning/background.py": "weights/learning/test_learn.py",
     "weights/learning/learning_config.py": "weights/learning/test_learn.py",
     "weights/learning/row_sgd.py": "weights/learning/test_row_student.py",
     "weights/learning/student.py": "weights/learning/test_learner.py",

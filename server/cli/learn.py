@@ -31,8 +31,10 @@ def learn(options: argparse.Namespace) -> int:
         resume=options.resume,
     )
     print(f"{sum(map(len, run.chosen.values())):,} rows may change", flush=True)
-    if not run.background:
-        print("nothing is replayed; give --background to keep more of what the model knows")
+    if run.replay_source == "none":
+        print("nothing is replayed, so the model may forget much of what it knows")
+    else:
+        print(f"{sum(map(len, run.background)):,} {run.replay_source} tokens to replay")
     bar = tqdm(total=learning.steps, initial=run.learner.step, unit="step")
     with stop_signals(once=True) as stopped_by, bar:
 
@@ -68,7 +70,7 @@ def add_learn(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verb.add_argument("--resume", action="store_true", help="continue an interrupted run")
     group = verb.add_argument_group("texts", "example: --background corpus --known known.jsonl")
     background = "text files and folders to compare row reads with, and to replay (default: the"
-    background += " model's own record of row reads, and no replay)"
+    background += " model's own record of row reads, and text that the model writes)"
     group.add_argument("--background", nargs="+", default=(), metavar="TEXTS", help=background)
     asked = 'JSONL file with lines {"prompt": ..., "answer": ..., "until": ...} to score: '
     questions = f"{asked}the facts in other phrasings"

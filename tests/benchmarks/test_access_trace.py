@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import access_trace
 from benchmarks.access_trace import record
 from benchmarks.row_trace import AccessTrace
 from engine.errors import ConfigError
@@ -11,7 +12,7 @@ from engine.model.layout import TokenLayout
 from server.cli.main import main
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.errors import DataError
-from weights.training.packing import cut
+from weights.training.packing import Passage, cut
 from weights.training.row_reads import count_reads, read_row_reads
 from weights.training.training_data import checkpoint_text
 
@@ -84,3 +85,18 @@ def test_the_counts_are_kept_in_the_models_folder(model, texts, tmp_path):
     for name, table in wanted.tables.items():
         assert torch.equal(found.tables[name].reads_R, table.reads_R)
         assert torch.equal(found.tables[name].documents_R, table.documents_R)
+
+
+def test_no_more_tokens_are_counted_than_traced(model, texts, tmp_path, monkeypatch):
+    folder = save_model(model, tmp_path / "model")
+    text = checkpoint_text(folder)
+    ids = [text.document(one) for one in TEXTS]
+    tokens = len(ids[0]) + 3
+    record(folder, texts, tokens, 1, keep_record=True)
+    found = read_row_reads(folder, model.config)
+    wanted = count_reads(model, [Passage((*of, 0)) for of in (ids[0], ids[1][:3])])
+    assert found.num_documents == 2
+    for name, table in wanted.tables.items():
+        assert torch.equal(found.tables[name].reads_R, table.reads_R)
+    monkeypatch.delattr(access_trace, "ReadCounter")  # without a record nothing is counted
+    assert record(folder, texts, tokens, 1).num_tokens == tokens

@@ -53,6 +53,14 @@ def write_tensors(
         os.fsync(file.fileno())
 
 
+def replace_tensors(path: Path, sources: list[TensorSource]) -> None:
+    """Write a safetensors file, replacing an older one atomically (OSError)."""
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    write_tensors(partial, sources, lambda num_bytes: None)
+    partial.rename(path)
+
+
 def _header(sources: list[TensorSource], checksums: Mapping[str, str]) -> bytes:
     """The bytes before the data; their length does not depend on the checksums."""
     metadata = {"format": "pt"}

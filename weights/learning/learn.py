@@ -1,33 +1,34 @@
 """Learns a row patch from facts: reads texts, chooses rows, runs the loop, scores, writes."""
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from engine.errors import ConfigError
-from engine.model.transformer import Transformer, converted
+from engine.model.transformer import converted
 from weights.checkpoints.checkpoint import load_model, open_checkpoint, serving_dtype
+from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import DataError, PatchError, TrainingError
+from weights.learning.background import background_reads, text_passages
 from weights.learning.exams import Exams
 from weights.learning.facts import fact_passages, read_asked, read_facts
+from weights.learning.generated_text import generated_passages, passage_tensors, take_passages
 from weights.learning.learner import Learner, LearningReport
 from weights.learning.learning_config import LearningConfig, RowConfig
 from weights.learning.row_ranks import chosen_rows
-from weights.learning.row_student import RowStudent
+from weights.learning.row_student import RowStudent, saved_rows
 from weights.learning.saved_state import load_state, save_state, state_file
+from weights.learning.scores import SCORED_TOKENS, exact_answers
 from weights.patches.description import PatchDescription
 from weights.patches.model_identity import ModelIdentity, model_identity
 from weights.patches.patch_folder import StoredPatch, stored_patch, write_patch
-from weights.training.corpus import corpus_files, documents
-from weights.training.packing import Passage, cut
-from weights.training.row_reads import RowReads, count_reads, read_row_reads
+from weights.training.packing import Passage
+from weights.training.row_reads import RowReads, count_reads
 from weights.training.training_data import TextTokens, checkpoint_text
 
 
@@ -38,7 +39,7 @@ class LearningTexts:
     Attributes:
         facts: facts to learn; see ``read_facts``.
         background: texts for ranking rows and for replay; without them the model's own record of
-            row reads ranks rows, and nothing is replayed.
+            row reads ranks rows, and the model writes the text to replay.
         questions: facts in other phrasings, to score; see ``read_questions``.
         neutral: texts that should not change, to score.
         known: facts that the model may know, to score.
@@ -56,7 +57,8 @@ class PatchLearner:
 
     Attributes:
         learner: the loop.
-        background: passages that are replayed.
+        background: passages that are replayed or rank rows.
+        replay_source: whether the replayed text is given or generated; or none is replayed.
         chosen: rows that may change, by table name.
     """
 
@@ -75,7 +77,8 @@ class PatchLearner:
         Raises:
             PatchError: the target exists, or the model takes no patches.
             CheckpointError: the model or its record of row reads cannot be read.
-            DataError: a text cannot be read, or a fact is too long; the message names it.
+            DataError: a text cannot be read, or a fact is too long; the message names it. Or the
+                model knows all facts.
             ConfigError: nothing ranks the rows, or there is no state to resume.
             TrainingError: a setting differs from those of the saved state; or a state exists and
                 ``resume`` is not set.
@@ -91,45 +94,85 @@ class PatchLearner:
         self._serving_dtype = serving_dtype(stored, "auto")
         text, most = checkpoint_text(model), config.model.max_positions
         self._exams = _exams(texts, text, most)
-        self.background = background = _passages(
-            texts.background, text, most, learning.background_tokens
-        )
-        self._run = _run_record(self._identity, self._exams.facts, background, learning, rows)
+        length, is_given = learning.replayed_tokens or SCORED_TOKENS, bool(texts.background)
+        most_tokens = learning.most_background_tokens(is_given=is_given)
+        self.background = text_passages(texts.background, text, min(most, length), most_tokens)
+        self._run = _run_record(self._identity, self._exams.facts, self.background, learning, rows)
+        saved = load_state(self._state_file, self._run) if resume else None
         self._base, _ = load_model(model, "float32")
-        reads = _background_reads(self._base, model, background, rows)
-        self.chosen = chosen_rows(count_reads(self._base, self._exams.facts), reads, rows)
-        if not any(map(len, self.chosen.values())):
-            raise ConfigError("rank: facts read no row more than background text does; use reads")
+        self.replay_source = _replay_source(learning, is_given=is_given)
+        if not saved and all(exact_answers(self._base, self._exams.facts)):
+            raise DataError(
+                f"{texts.facts}: the model knows all answers already; there is nothing to learn"
+            )
+        if self.replay_source == "generated":
+            self.background = take_passages(saved[1]) if saved else self._generated(text)
+        self.chosen = saved_rows(saved[1]) if saved else self._choose_rows(model, is_given)
         self._student = RowStudent(self._base, self.chosen, rows)
-        self.learner = Learner(self._student, self._base, self._exams.facts, background, learning)
-        if resume:
-            progress, tensors = load_state(self._state_file, self._run)
+        self.learner = Learner(
+            self._student, self._base, self._exams.facts, self.background, learning
+        )
+        if saved:
+            progress, tensors = saved
             self._student.load(tensors, progress["step"])
             self.learner.resume(progress)
 
     def run(self, on_step: Callable[[LearningReport], bool]) -> StoredPatch | None:
         """Learn, score and write the patch; None if ``on_step`` returned False before the end.
 
-        Then the state is saved beside the target, to be resumed; otherwise it is removed.
+        The state is saved beside the target every ``save_every`` steps, and when learning ends or
+        is stopped. It is removed once the patch is written.
 
         Raises:
             TrainingError: a loss is not finite, or the state cannot be written.
             PatchError: the patch cannot be written.
         """
-        self.learner.run(on_step)
+
+        def save_and_report(report: LearningReport) -> bool:
+            if report.step % self._learning.save_every == 0:
+                self._save()
+            return on_step(report)
+
+        self.learner.run(save_and_report)
+        self._save()
         if not self.learner.is_finished:
-            progress, tensors = self.learner.progress(), self._student.state()
-            save_state(self._state_file, self._run, progress, tensors)
             return None
         patch = stored_patch(self._description(), self._tables())
         write_patch(self._target, patch)
         self._state_file.unlink(missing_ok=True)
         return patch
 
+    def _generated(self, text: TextTokens) -> list[Passage]:
+        """Text that the unpatched model writes from the begin token, or else as facts begin."""
+        learning = self._learning
+        return generated_passages(
+            self._base,
+            [passage.ids[0] for passage in self._exams.facts],
+            text.eos_ids,
+            learning.most_background_tokens(is_given=False),
+            learning.replayed_tokens,
+            learning.seed,
+        )
+
+    def _save(self) -> None:
+        tensors = self._student.state()
+        if self.replay_source == "generated":
+            tensors |= passage_tensors(self.background)
+        save_state(self._state_file, self._run, self.learner.progress(), tensors)
+
+    def _choose_rows(self, model: Path, is_given: bool) -> dict[str, torch.Tensor]:
+        reads = RowReads()
+        if self._rows.rank == "tfidf":
+            reads = background_reads(self._base, model, self.background, is_given=is_given)
+        chosen = chosen_rows(count_reads(self._base, self._exams.facts), reads, self._rows)
+        if not any(map(len, chosen.values())):
+            raise ConfigError("rank: facts read no row more than background text does; use reads")
+        return chosen
+
     def _tables(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Rows and deltas of every table of the model, without rows that did not change."""
         tables = {}
-        dtype = getattr(torch, self._rows.delta_dtype)
+        dtype = OUTPUT_DTYPES[self._rows.delta_dtype]
         learned = self._student.deltas()
         for name, (_, value_dim) in self._identity.shapes.items():
             none = torch.empty(0, dtype=torch.int64), torch.empty(0, value_dim, dtype=dtype)
@@ -148,6 +191,9 @@ class PatchLearner:
         }
         settings = {"command": "learn", **asdict(self._learning), **asdict(self._rows)}
         settings["lr"] = self._rows.peak_lr
+        is_replayed = self.replay_source != "none"
+        settings["replay_source"] = self.replay_source
+        settings["background_tokens"] = sum(map(len, self.background)) if is_replayed else 0
         identity = self._identity
         return PatchDescription(
             identity.origins,
@@ -157,6 +203,12 @@ class PatchLearner:
             settings=settings,
             scores=scores,
         )
+
+
+def _replay_source(learning: LearningConfig, *, is_given: bool) -> str:
+    if not learning.replayed_tokens:
+        return "none"
+    return "given" if is_given else "generated"
 
 
 def _wrong_resume(file: Path, resume: bool) -> str:
@@ -171,49 +223,8 @@ def _exams(texts: LearningTexts, text: TextTokens, max_positions: int) -> Exams:
         fact_passages(read_asked(file), text, max_positions) if file else []
         for file in (texts.questions, texts.known)
     ]
-    neutral = _passages(texts.neutral, text, max_positions)
+    neutral = text_passages(texts.neutral, text, min(max_positions, SCORED_TOKENS))
     return Exams(facts, asked[0], neutral, asked[1])
-
-
-def _passages(
-    paths: Sequence[str], text: TextTokens, max_positions: int, most: float = math.inf
-) -> list[Passage]:
-    """The documents as passages, until they have at least ``most`` tokens."""
-    if not paths:
-        return []
-    found: list[Passage] = []
-    num_tokens = 0
-    for passage in _cut_documents(paths, text, max_positions):
-        found.append(passage)
-        num_tokens += len(passage)
-        if num_tokens >= most:
-            break
-    if not found:
-        raise DataError(f"{', '.join(paths)}: no document has two tokens")
-    return found
-
-
-def _cut_documents(paths: Sequence[str], text: TextTokens, max_positions: int) -> Iterator[Passage]:
-    for one in documents(corpus_files(paths)):
-        yield from cut(text.document(one), max_positions)
-
-
-def _background_reads(
-    base: Transformer, folder: Path, background: Sequence[Passage], rows: RowConfig
-) -> RowReads:
-    """Reads by background text, or else the model's own record of them."""
-    if rows.rank != "tfidf":
-        return RowReads()
-    if background:
-        return count_reads(base, tqdm(background, "background", unit="passage", leave=False))
-    recorded = read_row_reads(folder, base.config)
-    if recorded is None:
-        raise ConfigError(
-            f"background: {folder} has no record of the rows that other text reads; give texts"
-            " with --background, or record them once with `memplus bench trace --record`, or"
-            " choose --rank reads"
-        )
-    return recorded
 
 
 def _run_record(
@@ -224,11 +235,13 @@ def _run_record(
     rows: RowConfig,
 ) -> dict[str, Any]:
     """Settings and hashes that must not change when a run is resumed."""
+    unchanging = asdict(learning)
+    del unchanging["save_every"]
     return {
         "model": [identity.row_choice, *identity.origins.values()],
         "facts": _hash(facts),
         "background": _hash(background),
-        **asdict(learning),
+        **unchanging,
         **asdict(rows),
     }
 

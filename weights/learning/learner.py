@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from engine.model.transformer import Transformer
+from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
 from weights.learning.learning_config import LearningConfig
 from weights.learning.passage_order import OrderPosition, PassageOrder
@@ -16,8 +17,6 @@ from weights.learning.scores import answered, divergence, exact_answers
 from weights.learning.student import Student
 from weights.training.loss import batch_output
 from weights.training.packing import Passage, packed
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ class Learner:
         """
         self._student, self._base, self._config = student, base, config
         self._facts, self._background = facts, background
-        replayed = config.replay_share * config.batch_tokens if background else 0.0
-        self._order = PassageOrder(facts, config.batch_tokens - replayed, config.seed)
+        replayed = config.replayed_tokens if background else 0
+        self._order = PassageOrder(facts, max(1, config.batch_tokens - replayed), config.seed)
         self._replay_order = PassageOrder(background, replayed, config.seed) if replayed else None
         self._has_missed = False
         self._cooling_from: int | None = None
@@ -130,7 +129,7 @@ class Learner:
     def _learn(self) -> tuple[float, float]:
         """Add the gradients of the next facts; return their loss, and the exact fraction."""
         facts = [self._facts[index] for index in self._order.next()]
-        batch, dtype = packed(facts), _DTYPES[self._config.precision]
+        batch, dtype = packed(facts), OUTPUT_DTYPES[self._config.precision]
         logits_LV = batch_output(self._student.model, batch, dtype).logits_LV.float()
         targets_L = torch.from_numpy(batch.targets_T).to(logits_LV.device)
         loss = functional.cross_entropy(logits_LV, targets_L)
@@ -143,7 +142,7 @@ class Learner:
         """Add the gradients of the next background text; return its loss."""
         assert self._replay_order is not None
         passages = [self._background[index] for index in self._replay_order.next()]
-        batch, dtype = packed(passages), _DTYPES[self._config.precision]
+        batch, dtype = packed(passages), OUTPUT_DTYPES[self._config.precision]
         logits_LV = batch_output(self._student.model, batch, dtype).logits_LV.float()
         weight = self._config.divergence_weight
         if weight:
@@ -158,14 +157,16 @@ class Learner:
 
     def _lr_share(self, step: int) -> float:
         config, start = self._config, self._cooling_from
-        if start is not None:
-            return (config.cooldown_steps + 1 - (step - start)) / (config.cooldown_steps + 1)
-        return min(1.0, step / max(1, config.warmup_steps))
+        warm = step if start is None else start
+        reached = min(1.0, warm / max(1, config.warmup_steps))
+        if start is None:
+            return reached
+        return reached * (config.cooldown_steps + 1 - (step - start)) / (config.cooldown_steps + 1)
 
     def _start_cooling(self) -> None:
         """Start the cool-down if all answers are exact, or if no more steps are left for it."""
         if self._order.is_at_epoch_end:
-            # answers of an epoch were checked before its steps: check those that look right again
+            # each answer was checked before its step, and later steps may have changed it
             if not self._has_missed and self._all_exact():
                 self.exact_step = self._cooling_from = self.step
             self._has_missed = False
@@ -173,5 +174,5 @@ class Learner:
             self._cooling_from = self.step
 
     def _all_exact(self) -> bool:
-        dtype = _DTYPES[self._config.precision]
+        dtype = OUTPUT_DTYPES[self._config.precision]
         return all(exact_answers(self._student.model, self._facts, dtype))

@@ -1,9 +1,11 @@
 """Settings of the learning loop and of the rows that it may change."""
 
+import math
 from dataclasses import dataclass, field, fields
 
 from engine.errors import ConfigError
 
+_GIVEN_TOKENS, _GENERATED_TOKENS = 2**18, 2**15
 RANKS = ("tfidf", "reads", "all")
 _LR = {"sgd": 30.0, "adam": 0.01}
 
@@ -36,10 +38,17 @@ class LearningConfig:
     batch_tokens: int = field(default=2048, metadata={"help": "tokens of a step, replay included"})
     replay_share: float = field(
         default=0.75,
-        metadata={"help": "part of a step's tokens that is background text; 0 disables replay"},
+        metadata={
+            "help": "part of a step's tokens that is replayed background text (0 disables replay)"
+        },
     )
-    background_tokens: int = field(
-        default=2**18, metadata={"help": "most tokens of background text to use, from its start"}
+    background_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "most tokens of background text: of --background, from its start (default:"
+            f" {_GIVEN_TOKENS}), or else of the text that the model writes (default:"
+            f" {_GENERATED_TOKENS})"
+        },
     )
     divergence_weight: float = field(
         default=1.0,
@@ -56,11 +65,17 @@ class LearningConfig:
         },
     )
     seed: int = field(default=0, metadata={"help": "seed of the order of facts and replayed text"})
+    save_every: int = field(
+        default=50,
+        metadata={"help": "save the state every this many steps, for --resume", "metavar": "STEPS"},
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("steps", "batch_tokens", "background_tokens"):
+        for name in ("steps", "batch_tokens", "save_every"):
             _at_least(self, name, 1)
+        if self.background_tokens is not None:
+            _at_least(self, "background_tokens", 1)
         for name in ("warmup_steps", "cooldown_steps", "divergence_weight", "seed"):
             _at_least(self, name, 0)
         if not 0 <= self.replay_share < 1:
@@ -70,6 +85,16 @@ class LearningConfig:
                 f"steps: must be more than warmup_steps + cooldown_steps"
                 f" ({self.warmup_steps + self.cooldown_steps}), not {self.steps}"
             )
+
+    def most_background_tokens(self, *, is_given: bool) -> int:
+        """``background_tokens``, or the default for given or for generated text."""
+        default = _GIVEN_TOKENS if is_given else _GENERATED_TOKENS
+        return default if self.background_tokens is None else self.background_tokens
+
+    @property
+    def replayed_tokens(self) -> int:
+        """Most background tokens of a step; 0 disables replay."""
+        return math.ceil(self.replay_share * self.batch_tokens)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Resumable endless order of passages: every epoch has each passage once, shuffled anew."""
+"""Endless, resumable order of passages: each epoch has every passage once, shuffled."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,22 +19,22 @@ class OrderPosition(NamedTuple):
 class PassageOrder:
     """Batches of whole passages; a batch never spans two epochs.
 
+    No batch has more than ``num_tokens`` tokens, except a longer passage alone.
+
     Attributes:
         position: the next passage; set it to continue an equal order.
     """
 
-    def __init__(self, passages: Sequence[Passage], num_tokens: float, seed: int) -> None:
+    def __init__(self, passages: Sequence[Passage], num_tokens: int, seed: int) -> None:
         """Start at the first epoch.
 
-        An epoch is divided into batches of about equal length, of about ``num_tokens`` tokens.
+        The rest of an epoch is always divided into the fewest batches of about equal length.
         """
         assert passages
         self._passages = passages
-        self._seed = seed
-        total = sum(map(len, passages))
-        self._batch_tokens = total / max(1, round(total / num_tokens))
+        self._num_tokens, self._seed = num_tokens, seed
         self.position = OrderPosition()
-        self._epoch, self._order = 0, self._shuffled(0)
+        self._start_epoch(0)
 
     @property
     def is_at_epoch_end(self) -> bool:
@@ -44,24 +45,24 @@ class PassageOrder:
         """Indices of the next batch's passages."""
         epoch, done = self.position
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._shuffled(epoch)
-        batch: list[int] = []
-        size = 0.0
-        # half a passage more or less: the last batch of an epoch must not be a tiny one
-        while done < len(self._order) and (
-            not batch or size + self._size(done) / 2 < self._batch_tokens
-        ):
-            batch.append(self._order[done])
-            size += self._size(done)
+            self._start_epoch(epoch)
+        left = sum(self._sizes[done:])
+        even = left / math.ceil(left / self._num_tokens)
+        first, size = done, 0
+        while done < len(self._order):
+            more = self._sizes[done]
+            # half a passage more or less: the last batch of an epoch must not be a tiny one
+            if size and (size + more / 2 >= even or size + more > self._num_tokens):
+                break
+            size += more
             done += 1
-        self.position = OrderPosition(epoch, done)
-        if done == len(self._order):
-            self.position = OrderPosition(epoch + 1)
-        return batch
+        is_end = done == len(self._order)
+        self.position = OrderPosition(epoch + 1) if is_end else OrderPosition(epoch, done)
+        return self._order[first:done]
 
-    def _size(self, place: int) -> int:
-        return len(self._passages[self._order[place]])
-
-    def _shuffled(self, epoch: int) -> list[int]:
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._passages))
-        return [int(index) for index in order]
+    def _start_epoch(self, epoch: int) -> None:
+        """Shuffle the passages; the order depends only on the seed and the epoch."""
+        shuffled = np.random.default_rng((self._seed, epoch)).permutation(len(self._passages))
+        self._epoch = epoch
+        self._order = [int(index) for index in shuffled]
+        self._sizes = [len(self._passages[index]) for index in self._order]

@@ -1,4 +1,4 @@
-"""Ranks the rows of a table by how much more facts read them than background text does.
+"""Chooses the rows that may change: those that facts read more often than background text does.
 
 The score is the TF-IDF of "Continual Learning via Sparse Memory Finetuning" (arXiv 2510.15103).
 """
@@ -13,8 +13,8 @@ from weights.training.row_reads import RowReads, TableReads
 def chosen_rows(facts: RowReads, background: RowReads, config: RowConfig) -> dict[str, Tensor]:
     """The rows of each table that may change, int64 and ascending.
 
-    The rank ``all`` chooses every row. Other ranks choose at most ``config.rows`` rows of a table,
-    and only such that facts read.
+    The rank ``all`` chooses every row. Other ranks choose at most ``config.rows`` rows of a table.
+    Facts read each of them.
     """
     chosen = {}
     for name, reads in facts.tables.items():

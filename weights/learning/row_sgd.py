@@ -1,4 +1,4 @@
-"""Plain gradient descent for trained tables; touches only the rows that were read."""
+"""SGD without momentum for value tables; updates only the rows that were read."""
 
 from collections.abc import Sequence
 

@@ -10,12 +10,13 @@ from engine.model.transformer import Transformer, with_tables
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.learned_rows import LearnedRows
 from memory_ops.tables.value_table import ValueTable
+from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
 from weights.learning.learning_config import RowConfig
 from weights.learning.row_sgd import RowSgd
 from weights.training.table_optimizer import TableOptimizer
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_ROWS = ".rows"
 
 
 class RowStudent:
@@ -54,14 +55,14 @@ class RowStudent:
         return norm
 
     def finish(self) -> None:
-        dtype = _DTYPES[self._config.delta_dtype]
+        dtype = OUTPUT_DTYPES[self._config.delta_dtype]
         for table in self.tables.values():
             deltas_PV = table.deltas.table_RV
             deltas_PV.copy_(deltas_PV.to(dtype))
 
     def deltas(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Rows and deltas of each table, in the dtype in which they are stored."""
-        dtype = _DTYPES[self._config.delta_dtype]
+        dtype = OUTPUT_DTYPES[self._config.delta_dtype]
         return {
             name: (table.rows_P, table.deltas.table_RV[:-1].to(dtype))
             for name, table in self.tables.items()
@@ -73,7 +74,7 @@ class RowStudent:
         for (name, table), moments in zip(
             self.tables.items(), self._optimizer.moments, strict=True
         ):
-            state[f"{name}.rows"] = table.rows_P
+            state[f"{name}{_ROWS}"] = table.rows_P
             state[f"{name}.deltas"] = table.deltas.table_RV
             state |= {f"{name}.moment{n}": one for n, one in enumerate(moments) if one is not None}
         return state
@@ -85,8 +86,19 @@ class RowStudent:
             TrainingError: it is the state of a student of other rows.
         """
         own = self.state()
-        if own.keys() != state.keys() or any(own[n].shape != state[n].shape for n in own):
+        if own.keys() != state.keys() or any(
+            one.shape != state[name].shape
+            or (name.endswith(_ROWS) and not torch.equal(one, state[name]))
+            for name, one in own.items()
+        ):
             raise TrainingError("the saved state has other rows than this run")
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self._optimizer.step_count = step
+
+
+def saved_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of each table in a saved state, to make an equal student of."""
+    return {
+        name.removesuffix(_ROWS): rows_P for name, rows_P in state.items() if name.endswith(_ROWS)
+    }

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from weights.checkpoints.tensor_files import TensorSource, list_file, read_mapped
-from weights.checkpoints.tensor_writer import write_tensors
+from weights.checkpoints.tensor_writer import replace_tensors
 from weights.errors import CheckpointError, TrainingError
 
 _RUN, _PROGRESS = "run", "progress"
@@ -38,11 +38,8 @@ def save_state(
         TensorSource(name, tuple(tensor.shape), tensor.dtype, tensor.cpu, metadata)
         for name, tensor in tensors.items()
     ]
-    unfinished = file.with_suffix(".partial")
     try:
-        unfinished.unlink(missing_ok=True)
-        write_tensors(unfinished, sources, lambda num_bytes: None)
-        unfinished.rename(file)
+        replace_tensors(file, sources)
     except OSError as error:
         raise TrainingError(f"{file}: cannot be written ({error.strerror})") from None
 

@@ -1,4 +1,4 @@
-"""Scores of a model that learned: exact answers, and how far it moved on other text."""
+"""Scores of a patched model: exact answers, and its divergence from the unpatched model."""
 
 import math
 from collections.abc import Sequence
@@ -14,12 +14,13 @@ from weights.training.loss import batch_output
 from weights.training.packing import IGNORED_TARGET, Passage, packed_batches
 from weights.training.token_stream import PackedTokens
 
-_BATCH_TOKENS = 1024
+# tokens of a batch to score: their logits take much memory
+SCORED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class DriftScore:
-    """How far a model moved from another on neutral text.
+    """Divergence of a patched model from the unpatched one on neutral text.
 
     Attributes:
         tokens: number of predicted tokens.
@@ -37,7 +38,7 @@ class DriftScore:
 def answered(logits_LV: Tensor, batch: PackedTokens) -> list[bool]:
     """For each passage, whether the likeliest tokens are its answer; given tokens do not count.
 
-    This is so if and only if greedy decoding after the given tokens returns the answer.
+    This is so if and only if greedy decoding after the given tokens gives these tokens.
     """
     targets_L = torch.from_numpy(batch.targets_T).to(logits_LV.device)
     is_right_L = (logits_LV.argmax(dim=-1) == targets_L) | (targets_L == IGNORED_TARGET)
@@ -48,12 +49,14 @@ def answered(logits_LV: Tensor, batch: PackedTokens) -> list[bool]:
 def exact_answers(
     model: Transformer, passages: Sequence[Passage], dtype: torch.dtype = torch.float32
 ) -> list[bool]:
-    """Whether greedy decoding gives each passage's tokens after those that are given.
+    """For each passage, whether its tokens are exact.
 
+    They are if and only if greedy decoding after the given tokens gives these tokens. An answer
+    that other tokens spell is wrong here, but right for ``score_recall``, which compares text.
     ``dtype`` is that of ``batch_output``: bfloat16 needs an fp32 model.
     """
     exact: list[bool] = []
-    for batch in packed_batches(passages, _BATCH_TOKENS):
+    for batch in packed_batches(passages, SCORED_TOKENS):
         exact += answered(batch_output(model, batch, dtype).logits_LV, batch)
     return exact
 
@@ -67,7 +70,7 @@ def score_drift(
 ) -> DriftScore:
     """Compare a model with its unpatched form on texts."""
     tokens, before, after, moved = 0, 0.0, 0.0, 0.0
-    for batch in packed_batches(passages, _BATCH_TOKENS):
+    for batch in packed_batches(passages, SCORED_TOKENS):
         base_LV = batch_output(base, batch, dtype).logits_LV.float()
         logits_LV = batch_output(model, batch, dtype).logits_LV.float()
         targets_L = torch.from_numpy(batch.targets_T).to(logits_LV.device)

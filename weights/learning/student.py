@@ -1,4 +1,4 @@
-"""The protocol of a model that learns: what a learning loop runs and steps."""
+"""The protocol of a trainable model, which the learning loop runs and updates."""
 
 from typing import Protocol
 

@@ -52,12 +52,17 @@ def packed(passages: Sequence[Passage]) -> PackedTokens:
 
 
 def packed_batches(passages: Iterable[Passage], num_tokens: int) -> Iterator[PackedTokens]:
-    """Batches of whole passages in order, each closed once it has ``num_tokens`` tokens."""
+    """Batches of whole passages in order, of at most ``num_tokens`` tokens.
+
+    A longer passage is a batch of its own.
+    """
     batch: list[Passage] = []
+    size = 0
     for passage in passages:
-        batch.append(passage)
-        if sum(map(len, batch)) >= num_tokens:
+        if batch and size + len(passage) > num_tokens:
             yield packed(batch)
-            batch = []
+            batch, size = [], 0
+        batch.append(passage)
+        size += len(passage)
     if batch:
         yield packed(batch)

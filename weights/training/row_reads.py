@@ -13,7 +13,7 @@ from engine.model.forward_trace import MemoryTrace
 from engine.model.transformer import Transformer
 from weights.checkpoints.table_files import ROW_READS_FILE
 from weights.checkpoints.tensor_files import TensorSource, list_file, read_mapped
-from weights.checkpoints.tensor_writer import write_tensors
+from weights.checkpoints.tensor_writer import replace_tensors
 from weights.errors import CheckpointError
 from weights.training.loss import batch_output
 from weights.training.packing import Passage, cut, packed_batches
@@ -130,11 +130,8 @@ def write_row_reads(folder: Path, reads: RowReads) -> None:
         CheckpointError: the file cannot be written.
     """
     file = folder / ROW_READS_FILE
-    partial = file.with_suffix(".partial")
     try:
-        partial.unlink(missing_ok=True)
-        write_tensors(partial, row_read_sources(reads), lambda num_bytes: None)
-        partial.rename(file)
+        replace_tensors(file, row_read_sources(reads))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be written ({error.strerror})") from None
 

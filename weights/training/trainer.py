@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.errors import ConfigError
 from engine.model.flops import forward_flops
+from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
 from weights.training.data_source import discard_stale_data
 from weights.training.loss import batch_loss
@@ -27,7 +28,6 @@ from weights.training.train_config import TrainConfig
 from weights.training.train_state import TrainState, remove_leftovers, saved_states
 from weights.training.training_data import TrainingData, prepare_data
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # tokens of validation documents per evaluation
 _EVALUATION_TOKENS = 65_536
 
@@ -136,7 +136,7 @@ class Trainer:
         config = self._config
         length, seed = config.data.sequence_length, config.run.seed
         passages = sampled_passages(self._train_tokens, length, seed)
-        return count_reads(self._model, passages, _DTYPES[config.run.dtype])
+        return count_reads(self._model, passages, OUTPUT_DTYPES[config.run.dtype])
 
     @torch.no_grad()
     def _check_replicas(self) -> None:
@@ -182,7 +182,7 @@ class Trainer:
             stream = TokenStream(self._validation, config.data.sequence_length, seed=0)
             size = config.run.tokens_per_step // config.run.passes_per_step
             passes = max(1, min(_EVALUATION_TOKENS, len(self._validation.ids)) // size)
-            dtype = _DTYPES[config.run.dtype]
+            dtype = OUTPUT_DTYPES[config.run.dtype]
             total = sum(
                 float(batch_loss(self._model, stream.next(size), dtype).nats) for _ in range(passes)
             )
@@ -199,7 +199,7 @@ class Trainer:
         nats = 0.0
         for _ in range(run.passes_per_step):
             batch = self._stream.next(size).part(self._replicas.rank, self._replicas.count)
-            loss = batch_loss(self._model, batch, _DTYPES[run.dtype])
+            loss = batch_loss(self._model, batch, OUTPUT_DTYPES[run.dtype])
             (loss.total / run.tokens_per_step).backward()  # type: ignore[no-untyped-call]
             nats += float(loss.nats.detach())
         (total,) = self._replicas.sum_numbers(nats)

@@ -24,7 +24,7 @@ OPTIONS = (
     "--warmup-steps",
     "2",
 )
-OPTIONS += ("--cooldown-steps", "3", "--batch-tokens", "40")
+OPTIONS += ("--cooldown-steps", "3", "--batch-tokens", "40", "--background-tokens", "100")
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_patch_is_learned_and_described(run, tmp_path, capsys):
     facts, other = tmp_path / "facts.jsonl", tmp_path / "other.txt"
     assert run("--known", facts, "--questions", facts, "--neutral", other) == 0
     out, patch = capsys.readouterr().out, read_patch(tmp_path / "patch")
-    assert "rows may change\n" in out
+    assert "rows may change\n" in out and " generated tokens to replay\n" in out
     assert "facts      1 of 1 exact: 100.0%\nquestions  1 of 1 exact: 100.0%\n" in out
     assert "known      0 lost of 0 that were exact before (1 asked)\n" in out
     assert "neutral    perplexity " in out and "nats per token (10 tokens)\n" in out
@@ -74,7 +74,7 @@ def test_a_signal_ends_a_run_that_resumes(run, tmp_path, capsys, monkeypatch, nu
 
 def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
     for more, named in [
-        (("--rank", "tfidf"), "background: .* has no record"),
+        (("--rank", "tfidf", "--replay-share", "0"), "background: .* has no record"),
         (("--steps", "4"), "steps: must be more than"),
         (("--resume",), "no interrupted run to resume"),
     ]:

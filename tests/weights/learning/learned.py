@@ -19,6 +19,7 @@ LEARNING = LearningConfig(
     cooldown_steps=5,
     batch_tokens=40,
     replay_share=0.5,
+    background_tokens=300,
     divergence_weight=0.1,
 )
 ROWS = RowConfig(rows=200, optimizer="adam", lr=3.0)

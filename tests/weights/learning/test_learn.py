@@ -17,11 +17,16 @@ from tests.models import EOS_ID, engine_of, random_model, save_model, tiny_confi
 from tests.weights.learning.learned import LEARNING, ROWS, wide_model
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.convert import convert
+from weights.checkpoints.table_files import ROW_READS_FILE
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError, DataError, PatchError, TrainingError
+from weights.learning import learn, learner, scores
 from weights.learning.learn import LearningTexts, PatchLearner
+from weights.patches.apply import apply_patch
 from weights.patches.model_identity import model_identity
 from weights.patches.patch_folder import read_patch
+from weights.training.loss import batch_output
+from weights.training.packing import Passage
 from weights.training.row_reads import count_reads, write_row_reads
 
 TABLE = "memory.table"
@@ -78,6 +83,8 @@ def test_a_patch_is_written_with_what_it_was_made_for(folder, learned):
     assert deltas_PV.dtype == torch.bfloat16 and 0 < len(rows_P) <= ROWS.rows
     assert (deltas_PV != 0).any(dim=1).all()
     settings, scores = read.description.settings, read.description.scores
+    tokens = sum(map(len, TEXTS))
+    assert settings["replay_source"] == "given" and settings["background_tokens"] == tokens
     assert settings["command"] == "learn" and settings["rows"] == 200 and settings["seed"] == 0
     assert len(read.description.data) == 64
     assert scores["facts"] == {"asked": 3, "exact": 3, "recall": 1.0}
@@ -121,6 +128,61 @@ def test_a_stopped_run_resumes_to_the_same_patch(folder, texts, learned, tmp_pat
     assert [one.name for one in tmp_path.iterdir()] == ["patch"]
 
 
+def test_a_killed_run_continues_from_the_last_saved_state(folder, texts, learned, tmp_path):
+    target, often = tmp_path / "patch", replace(LEARNING, save_every=3)
+
+    def die(report):
+        if report.step == 8:
+            raise KeyboardInterrupt
+        return True
+
+    with pytest.raises(KeyboardInterrupt):
+        learner_of(folder, target, texts, often).run(die)
+    resumed = learner_of(folder, target, texts, resume=True)
+    assert resumed.learner.step == 6
+    assert resumed.run(always).content_hash == learned[1].content_hash
+
+
+def test_a_patch_that_cannot_be_written_is_not_lost(folder, texts, learned, tmp_path):
+    target = tmp_path / "patch"
+
+    def occupy(report):
+        target.mkdir(exist_ok=True)
+        return True
+
+    with pytest.raises(PatchError, match="exists"):
+        learner_of(folder, target, texts).run(occupy)
+    target.rmdir()
+    resumed = learner_of(folder, target, texts, resume=True)
+    assert resumed.learner.is_finished
+    patch = resumed.run(lambda report: pytest.fail("nothing is left to learn"))
+    assert patch.content_hash == learned[1].content_hash
+    assert [one.name for one in tmp_path.iterdir()] == ["patch"]
+
+
+def test_a_resumed_run_keeps_its_rows(folder, texts, tmp_path):
+    model, target = shutil.copytree(folder, tmp_path / "model"), tmp_path / "patch"
+    alone = LearningTexts(texts.facts)
+    base, _ = load_model(model)
+    facts = learner_of(folder, tmp_path / "none", texts)._exams.facts
+
+    def start(target=target, **options):
+        return learner_of(model, target, alone, rows=replace(ROWS, rows=20), **options)
+
+    write_row_reads(model, count_reads(base, facts[:1]))
+    first = start()
+    assert first.run(lambda report: report.step < 4) is None
+    write_row_reads(model, count_reads(base, facts[1:]))
+    resumed = start(resume=True)
+    other = start(tmp_path / "other").chosen[TABLE]
+    assert torch.equal(resumed.chosen[TABLE], first.chosen[TABLE])
+    assert not torch.equal(other, first.chosen[TABLE])
+    (model / ROW_READS_FILE).unlink()  # nothing is counted again
+    assert start(resume=True).run(always).num_rows <= 20
+    read = set(first.chosen[TABLE].tolist())
+    assert set(read_patch(target).tables[TABLE][0].tolist()) <= read
+
+
 def test_a_patch_of_quantised_rows_fits_the_original_too(folder, texts, tmp_path):
     convert(folder, tmp_path / "int8", table_dtype="int8")
     patch = learner_of(tmp_path / "int8", tmp_path / "patch", texts).run(always)
@@ -132,7 +194,7 @@ def test_rows_are_ranked_by_the_record_of_the_model(folder, texts, tmp_path):
     model = shutil.copytree(folder, tmp_path / "model")
     alone = LearningTexts(texts.facts)
     with pytest.raises(ConfigError, match="background: .*model has no record.*--background"):
-        learner_of(model, tmp_path / "patch", alone)
+        learner_of(model, tmp_path / "patch", alone, replace(LEARNING, replay_share=0.0))
     reads = learner_of(model, tmp_path / "patch", alone, rows=replace(ROWS, rank="reads"))
     base, _ = load_model(model)
     from_texts = learner_of(model, tmp_path / "patch", texts)
@@ -144,11 +206,60 @@ def test_rows_are_ranked_by_the_record_of_the_model(folder, texts, tmp_path):
     assert set(patch.description.scores) == {"steps", "exact_after", "facts"}
 
 
+@pytest.mark.parametrize("has_record", [True, False])
+def test_without_background_the_model_writes_text_to_replay(folder, texts, tmp_path, has_record):
+    model, alone = shutil.copytree(folder, tmp_path / "model"), LearningTexts(texts.facts)
+    if has_record:
+        base, _ = load_model(model)
+        write_row_reads(model, count_reads(base, [Passage(tuple(range(100, 140)))]))
+    reports = []
+    first = learner_of(model, tmp_path / "patch", alone)
+    assert first.replay_source == "generated"
+    assert 300 <= sum(map(len, first.background)) < 320
+    assert first.run(lambda report: report.step < 4) is None
+    resumed = learner_of(model, tmp_path / "patch", alone, resume=True)
+    assert resumed.background == first.background
+    patch = resumed.run(lambda report: reports.append(report) is None)
+    assert all(report.replay_loss > 0 for report in reports)
+    settings = patch.description.settings
+    assert settings["replay_source"] == "generated"
+    assert settings["background_tokens"] == sum(map(len, first.background))
+    whole = learner_of(model, tmp_path / "whole", alone)
+    assert whole.run(always).content_hash == patch.content_hash
+
+
+def test_without_replay_the_model_writes_nothing(folder, texts, tmp_path):
+    plain, rows = replace(LEARNING, replay_share=0.0), replace(ROWS, rank="reads")
+    run = learner_of(folder, tmp_path / "patch", LearningTexts(texts.facts), plain, rows)
+    assert run.background == [] and run.replay_source == "none"
+    settings = run.run(lambda report: report.replay_loss == 0).description.settings
+    assert settings["replay_source"] == "none" and settings["background_tokens"] == 0
+
+
 def test_background_text_is_limited(folder, texts, tmp_path):
     few = learner_of(folder, tmp_path / "patch", texts, replace(LEARNING, background_tokens=15))
     every = learner_of(folder, tmp_path / "patch", texts)
     assert len(few.background) == 2 and few.background == every.background[:2]
     assert len(every.background) == 4
+
+
+def test_long_texts_are_cut(folder, texts, tmp_path, monkeypatch):
+    long = lines(tmp_path / "long.jsonl", [{"text": "to and fro " * 200}, *[{"text": "ab"}] * 9])
+    texts = replace(texts, background=(str(long),), neutral=(str(long),))
+    sizes = {learner: [], scores: []}
+    for module, of_module in sizes.items():
+
+        def counted(model, batch, dtype, of_module=of_module):
+            of_module.append(len(batch.ids_T))
+            return batch_output(model, batch, dtype)
+
+        monkeypatch.setattr(module, "batch_output", counted)
+    monkeypatch.setattr(scores, "SCORED_TOKENS", 50)
+    monkeypatch.setattr(learn, "SCORED_TOKENS", 50)
+    run = learner_of(folder, tmp_path / "patch", texts, replace(LEARNING, steps=12))
+    assert run.run(always) and sum(map(len, run.background)) == 300
+    # half of a step's 40 tokens are replayed text
+    assert max(sizes[learner]) == 20 and max(sizes[scores]) == 50
 
 
 def test_mistakes_are_found_before_learning(folder, texts, learned, tmp_path):
@@ -164,6 +275,8 @@ def test_mistakes_are_found_before_learning(folder, texts, learned, tmp_path):
     refused(PatchError, "has no memory layers", model=dense)
     peer = save_model(wide_model("peer"), tmp_path / "peer")
     refused(PatchError, "layer 1 is peer", model=peer)
+    apply_patch(folder, learned[0], tmp_path / "taught")
+    refused(DataError, "facts.jsonl: the model knows all answers", model=tmp_path / "taught")
     with pytest.raises(TrainingError, match="there is no interrupted run"):
         learner_of(folder, tmp_path / "new", texts, resume=True)
 

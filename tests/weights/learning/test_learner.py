@@ -49,6 +49,15 @@ def test_answers_are_learned_then_the_rate_falls(precision, weight):
     assert [report.step for report in reports] == [*range(1, learner.step + 1)]
 
 
+def test_a_cool_down_within_the_warm_up_begins_at_the_rate_that_was_reached():
+    learner, _, _ = learner_of(config=replace(LEARNING, warmup_steps=60))
+    reports = run(learner)
+    reached = learner.exact_step / 60
+    shares = [report.lr_share for report in reports if report.is_cooling]
+    assert reached < 1 and reports[learner.exact_step - 1].lr_share == reached
+    assert shares == pytest.approx([reached * left / 6 for left in (5, 4, 3, 2, 1)])
+
+
 def test_replay_of_text_keeps_it():
     drifts = []
     for background in ((), BACKGROUND):

@@ -30,7 +30,16 @@ def test_an_epoch_has_each_passage_once(lengths, num_tokens):
         assert all(batches)
         assert sorted(chain(*batches)) == [*range(len(lengths))]
         sizes = [sum(lengths[index] for index in batch) for batch in batches]
-        assert max(sizes) <= max(1.5 * num_tokens, sum(lengths) if len(sizes) == 1 else 0) + 9
+        assert all(
+            size <= num_tokens or len(batch) == 1
+            for size, batch in zip(sizes, batches, strict=True)
+        )
+
+
+def test_batches_of_an_epoch_are_even():
+    order = order_of([7] * 15 + [20] * 10 + [3] * 40, 128)
+    sizes = [sum(len(order._passages[index]) for index in batch) for batch in epoch_of(order)]
+    assert len(sizes) == 4 and min(sizes) > 90
 
 
 @given(lengths=LENGTHS, num_tokens=st.integers(1, 30), done=st.integers(0, 9))

@@ -123,9 +123,10 @@ def test_a_state_continues_bit_for_bit(optimizer):
 
 
 def test_a_state_of_other_rows_is_refused():
-    other = RowStudent(memory_model(), {TABLE: CHOSEN[1:]}, RowConfig())
-    with pytest.raises(TrainingError, match="the saved state has other rows"):
-        student_of().load(other.state(), 1)
+    for rows_P in (CHOSEN[1:], CHOSEN + 1):
+        other = RowStudent(memory_model(), {TABLE: rows_P}, RowConfig())
+        with pytest.raises(TrainingError, match="the saved state has other rows"):
+            student_of().load(other.state(), 1)
 
 
 def test_a_table_without_chosen_rows_stays_as_it_is():

@@ -21,6 +21,7 @@ def test_every_token_but_the_first_is_predicted_once():
         assert all(len(passage) <= 4 for passage in passages)
 
 
-def test_a_batch_closes_with_the_passage_that_fills_it():
+def test_a_batch_closes_before_the_passage_that_exceeds_it():
     passages = [Passage((0,) * (length + 1)) for length in (3, 1, 1, 6, 2)]
-    assert [b.starts for b in packed_batches(passages, 4)] == [(0, 3, 4), (0, 1, 7), (0, 2)]
+    starts = [batch.starts for batch in packed_batches(passages, 4)]
+    assert starts == [(0, 3, 4), (0, 1), (0, 6), (0, 2)]

@@ -61,7 +61,7 @@ class PatchSummary(NamedTuple):
     """A loaded row patch.
 
     Attributes:
-        content_hash: SHA-256 of its rows and deltas, in hexadecimal.
+        content_hash: BLAKE3 of its rows and deltas, in hexadecimal.
         num_rows: rows over all tables.
         num_bytes: bytes of memory: ids, deltas and hash indexes.
         tables: rows in each table that it changes, by table name.

@@ -70,7 +70,7 @@ def measure_loading(
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
             answers, loads = runner.run(_load_all(url, batch, rounds + 1))
-    quiet, loading = _gaps(answers, loads)
+    quiet, loading = _gaps(answers, loads[0], loads[1:])
     return LoadedWhileServing(
         batch=batch,
         patch_rows=num_rows,
@@ -144,13 +144,18 @@ def _post(url: str, name: str) -> tuple[float, float]:
 
 
 def _gaps(
-    answers: list[Completion], loads: list[tuple[float, float]]
+    answers: list[Completion], first: tuple[float, float], loads: list[tuple[float, float]]
 ) -> tuple[list[float], list[float]]:
-    """Seconds between two tokens of an answer: without a load, and those that a load overlaps."""
+    """Seconds between two tokens of an answer: without a load, and those that a load overlaps.
+
+    Times up to the end of the first load do not count: it waits for the hashes of the model.
+    """
     quiet: list[float] = []
     loading: list[float] = []
     for answer in answers:
         for before, after in itertools.pairwise(answer.token_times):
+            if before < first[1]:
+                continue
             is_loading = any(before < end and start < after for start, end in loads)
             (loading if is_loading else quiet).append(after - before)
     return quiet, loading

@@ -21,7 +21,7 @@ class RowPatch:
     """A patch that is ready to be used.
 
     Attributes:
-        content_hash: SHA-256 of its rows and deltas, in hexadecimal.
+        content_hash: BLAKE3 of its rows and deltas, in hexadecimal.
         layers: its rows for each memory layer whose table it changes; layers may share them.
     """
 

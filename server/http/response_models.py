@@ -256,7 +256,7 @@ class MemoryPatch(BaseModel):
     name: str = Field(description="its name for requests")
     created: int = Field(description="when it was loaded, in seconds since 1970")
     default: bool = Field(description="whether requests use it that name no patches")
-    content_hash: str = Field(description="SHA-256 of its rows and deltas")
+    content_hash: str = Field(description="BLAKE3 of its rows and deltas")
     rows: int = Field(description="rows that it changes, over all tables")
     bytes: int = Field(description="memory that it takes")
     tables: dict[str, int] = Field(description="rows that it changes, by table")

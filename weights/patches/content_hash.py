@@ -1,11 +1,14 @@
-"""The content hash of a row patch: SHA-256 over its tensors, computed by several threads."""
+"""The content hash of a row patch: BLAKE3 over its tensors, computed by several threads.
 
-import hashlib
+BLAKE3 takes a third of the time of SHA-256, which a server lacks for running requests.
+"""
+
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from blake3 import blake3
 from torch import Tensor
 
 from weights.checkpoints.tensor_files import STORED_DTYPES, tensor_bytes
@@ -19,9 +22,9 @@ OnPart = Callable[[str, int, memoryview], None]
 
 
 def content_hash(tensors: Mapping[str, Tensor], on_part: OnPart) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of their names.
+    """BLAKE3 over names, dtypes, shapes and bytes of tensors, in the order of their names.
 
-    A tensor counts as the SHA-256 digests of its parts of 1 MiB, so that threads share the work.
+    A tensor counts as the BLAKE3 digests of its parts of 1 MiB, so that threads share the work.
 
     Args:
         tensors: contiguous CPU tensors.
@@ -31,7 +34,7 @@ def content_hash(tensors: Mapping[str, Tensor], on_part: OnPart) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    digest = hashlib.sha256()
+    digest = blake3()
     # more threads than cores would only slow down a server's running requests
     num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(num_threads, thread_name_prefix="patch-hash") as pool:
@@ -47,4 +50,4 @@ def content_hash(tensors: Mapping[str, Tensor], on_part: OnPart) -> str:
 def _digest(memory: memoryview, on_part: Callable[[int, memoryview], None], first: int) -> bytes:
     part = memory[first : first + PART_BYTES]
     on_part(first, part)
-    return hashlib.sha256(part).digest()
+    return blake3(part).digest()

@@ -41,7 +41,7 @@ class StoredPatch:
         description: what the patch was made for, and how.
         tables: row ids (int64 ``[P]``, ascending) and deltas (bf16 or fp32 ``[P, V]``) of each
             table, by table name.
-        content_hash: SHA-256 of the tensors; names and settings do not change it.
+        content_hash: BLAKE3 of the tensors; names and settings do not change it.
     """
 
     description: PatchDescription

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memory_ops.anonymous import uninitialized
 from weights.checkpoints.new_folder import new_folder, write_synced
 from weights.checkpoints.tensor_files import (
     STORED_DTYPES,
@@ -175,10 +174,10 @@ class _Reader:
 
 def _memory(file: OpenedFile, stored: StoredTensor) -> Tensor:
     try:
-        # on huge pages, because faults of small ones would take a third of the time
-        return uninitialized(stored.shape, STORED_DTYPES[stored.dtype])
-    except OSError as error:
-        raise PatchReadError(f"{file.path}: {error.strerror}") from None
+        # not on huge pages: the kernel may move others to make room, for three times as long
+        return torch.empty(stored.shape, dtype=STORED_DTYPES[stored.dtype])
+    except RuntimeError:
+        raise PatchReadError(f"{file.path}: tensor {stored.name} does not fit in memory") from None
 
 
 def _tensors(tables: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -196,7 +196,7 @@ def test_memory_is_limited_before_it_is_allocated(served, identity, tmp_path, mo
     saved_patch(tmp_path / "large", model=identity, count=20)
     summary = engine.load(tmp_path / "small").summary
     assert summary.num_bytes == 9 * (8 + 4 * 24) + 4 * 32
-    monkeypatch.setattr("weights.patches.patch_folder.uninitialized", None)
+    monkeypatch.setattr("weights.patches.patch_folder._memory", None)
     error = engine.load(tmp_path / "large").error
     assert error.startswith(
         "--patch-memory-gib: the patch takes 2.18e-06 GiB, 8.72e-07 of 1.86e-06"

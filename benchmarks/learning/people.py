@@ -220,7 +220,7 @@ def _texts(files: Sequence[Path], text: TextTokens, num_tokens: int) -> list[Pas
 
 @torch.no_grad()
 def _greedy_answers(model: Transformer, texts: Sequence[Passage]) -> list[Passage]:
-    """How the model continues the beginnings of texts: answers that it knows."""
+    """Beginnings of texts, and the tokens that the model adds to them: answers that it knows."""
     answers = [one.ids[:_PROMPT_TOKENS] for one in texts if len(one.ids) > _PROMPT_TOKENS]
     for _ in range(_ANSWER_TOKENS):
         # the last token stands for the next one, which is not known yet

@@ -100,7 +100,7 @@ class _Suite:
         self._runs, self._draw = runs, draw
 
     def compare(self, contestant: Contestant, replay: float) -> None:
-        """Try all learning rates on a draw of its own, and the best one on those reported."""
+        """Choose a learning rate on one draw of facts, and report it on other draws."""
         count = self._runs.counts[0]
         tried = [self._run(count, RATE_SEED, contestant, lr, replay) for lr in contestant.lrs]
         lr = best_lr(tried)

@@ -26,7 +26,7 @@ _DRAWN_SHARE = 0.4
 
 @dataclass(frozen=True)
 class PatchedSteps:
-    """Decode steps of ``batch`` requests, each with a patch of its own.
+    """Decode steps of ``batch`` requests, each of which uses another patch.
 
     Attributes:
         patch_rows: rows of each patch.

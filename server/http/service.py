@@ -39,7 +39,7 @@ class Service:
     log_prompts: bool = False
 
     def patched_name(self, patch: str) -> str:
-        """The name of the model with a row patch, as a model of its own."""
+        """The name that clients give as ``model`` to use the model with this row patch."""
         return f"{self.model_name}+{patch}"
 
     def patch_of_model(self, name: str | None, key: ApiKey | None) -> str | None:

@@ -94,7 +94,7 @@ def test_the_number_of_patches_is_limited_but_not_that_of_folders():
     lease = patches.lease([PatchRef("a")])
     patches.remove("a")
     refused(patches, "/c", message)
-    # a content that is still used takes no place of its own
+    # a content that is still in memory does not count twice
     patches.load(Path("/a-once-more"))
     assert lease[0].patch is patches.lease([PatchRef("a")])[0].patch
 

@@ -79,7 +79,7 @@ class MemoryRequest:
             raise ConfigError(f"table_cache: requires {problem}")
 
     def check_patches(self, memory: AvailableMemory, weight_bytes: int) -> None:
-        """Raise ConfigError if the memory of row patches does not fit beside the weights."""
+        """Raise ConfigError if row patches get more memory than the weights leave."""
         left = max(memory.num_bytes - weight_bytes, 0)
         if self.patch_bytes > max(left, _MIN_CACHE_BYTES):
             raise ConfigError(
@@ -105,7 +105,7 @@ class MemoryRequest:
     def check_fits(
         self, needs: str, num_bytes: int, beyond_weights: int, memory: AvailableMemory
     ) -> None:
-        """Raise ConfigError for sizes that cannot fit beside the weights and row patches; the KV
+        """Raise ConfigError for sizes that exceed what weights and row patches leave; the KV
         pool and steps may use less."""
         left = beyond_weights - self.patch_bytes
         if num_bytes > max(left, _MIN_CACHE_BYTES):

@@ -120,8 +120,8 @@ class PatchLearner:
     def run(self, on_step: Callable[[LearningReport], bool]) -> StoredPatch | None:
         """Learn, score and write the patch; None if ``on_step`` returned False before the end.
 
-        The state is saved beside the target every ``save_every`` steps, and when learning ends or
-        is stopped. It is removed once the patch is written.
+        The state is saved in the target's parent folder every ``save_every`` steps, and when
+        learning ends or is stopped. It is removed once the patch is written.
 
         Raises:
             TrainingError: a loss is not finite, or the state cannot be written.

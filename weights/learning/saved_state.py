@@ -15,7 +15,7 @@ _RUN, _PROGRESS = "run", "progress"
 
 
 def state_file(patch: Path) -> Path:
-    """The file beside a patch folder that holds the state of its interrupted run."""
+    """The file with the state of an unfinished run, in the parent folder of the patch."""
     return patch.with_name(f"{patch.name}.state.safetensors")
 
 

@@ -54,7 +54,7 @@ def packed(passages: Sequence[Passage]) -> PackedTokens:
 def packed_batches(passages: Iterable[Passage], num_tokens: int) -> Iterator[PackedTokens]:
     """Batches of whole passages in order, of at most ``num_tokens`` tokens.
 
-    A longer passage is a batch of its own.
+    A batch that holds a longer passage holds no other.
     """
     batch: list[Passage] = []
     size = 0

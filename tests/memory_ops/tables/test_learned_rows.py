@@ -19,7 +19,7 @@ def drawn():
     return rows_THK, torch.rand(9, 2, 5)
 
 
-def close(found, wanted):
+def assert_close(found, wanted):
     rtol, atol = TOLERANCE[torch.float32]
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=10 * atol)
 
@@ -36,7 +36,7 @@ def test_lookups_equal_those_of_a_changed_table(row_format):
     changed_RV[CHOSEN] += learned.deltas.table_RV[:-1]
     rows_THK, weights_THK = drawn()
     wanted = DeviceTable(changed_RV).start(rows_THK, weights_THK).finish()
-    close(learned.start(rows_THK, weights_THK).finish(), wanted)
+    assert_close(learned.start(rows_THK, weights_THK).finish(), wanted)
 
 
 def test_gradients_equal_those_of_a_trained_table():
@@ -48,14 +48,14 @@ def test_gradients_equal_those_of_a_trained_table():
         weights = weights_THK.clone().requires_grad_()
         table.start(rows_THK, weights).finish().square().sum().backward()
         gradients.append(weights.grad)
-    close(*gradients)
+    assert_close(*gradients)
     change, wanted = learned.deltas.take_reads(), trained.take_reads()
     sums = torch.zeros(len(CHOSEN) + 1, WIDTH)
     every = torch.zeros(ROWS, WIDTH)
     for one, out in ((change, sums), (wanted, every)):
         parts = one.weights_THK[..., None] * one.grad_TV[:, None, None, :]
         out.index_add_(0, one.rows_THK.flatten(), parts.view(-1, WIDTH))
-    close(sums[:-1], every[CHOSEN])
+    assert_close(sums[:-1], every[CHOSEN])
     assert not sums[-1].any()
 
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -97,7 +98,9 @@ def _check_settings(runs: LearningRuns) -> None:
 
 class _Suite:
     def __init__(self, runs: LearningRuns, draw: DrawTask) -> None:
-        self._runs, self._draw = runs, draw
+        self._runs = runs
+        # rates are tried on the same facts one after another, and a draw runs the model
+        self._draw = lru_cache(maxsize=1)(draw)
 
     def compare(self, contestant: Contestant, replay: float) -> None:
         """Choose a learning rate on one draw of facts, and report it on other draws."""

@@ -47,7 +47,7 @@ def litellm():
         patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
         module = importlib.import_module("litellm")
         yield module
-    # it keeps the clients of closed event loops; collect them here, where warnings are ignored
+    # its clients stay in a cache; collect them here, where warnings are ignored
     module.in_memory_llm_clients_cache.flush_cache()
     gc.collect()
 
@@ -61,6 +61,20 @@ def target(request, server):
         "api_key": KEY,
         "max_retries": 0,
     }
+
+
+@pytest.fixture(scope="module")
+def run(litellm):
+    """Runs a coroutine, then closes the connections that litellm would keep for its event loop."""
+
+    async def closing(asked):
+        try:
+            return await asked
+        finally:
+            await litellm.close_litellm_async_clients()
+            litellm.in_memory_llm_clients_cache.flush_cache()
+
+    return lambda asked: asyncio.run(closing(asked))
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +112,12 @@ def test_sampling_options_of_vllm_reach_the_server(litellm, target, chat):
     assert theirs.choices[0].message.content == chat(**options)["choices"][0]["message"]["content"]
 
 
-def test_acompletion_serves_many_at_once(litellm, target, chat):
+def test_acompletion_serves_many_at_once(litellm, run, target, chat):
     async def ask():
         calls = [litellm.acompletion(messages=MESSAGES, **GREEDY, **target) for _ in range(8)]
         return [answer.choices[0].message.content for answer in await asyncio.gather(*calls)]
 
-    assert set(asyncio.run(ask())) == {chat()["choices"][0]["message"]["content"]}
+    assert set(run(ask())) == {chat()["choices"][0]["message"]["content"]}
 
 
 def test_a_stream_joins_to_the_answer_and_ends_with_usage(litellm, target, chat):
@@ -117,12 +131,12 @@ def test_a_stream_joins_to_the_answer_and_ends_with_usage(litellm, target, chat)
     assert joined.usage.prompt_tokens == expected["usage"]["prompt_tokens"]
 
 
-def test_an_asynchronous_stream_joins_to_the_answer(litellm, target, chat):
+def test_an_asynchronous_stream_joins_to_the_answer(litellm, run, target, chat):
     async def joined():
         stream = await litellm.acompletion(messages=MESSAGES, stream=True, **GREEDY, **target)
         return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
-    assert asyncio.run(joined()) == chat()["choices"][0]["message"]["content"]
+    assert run(joined()) == chat()["choices"][0]["message"]["content"]
 
 
 def test_text_completion_whole_and_streamed(litellm, target, server):

@@ -31,12 +31,12 @@ AnyStudent = RowStudent | FullStudent | LoraStudent
 
 def contestants() -> list[Contestant]:
     """All of them; the first one is what ``memplus learn`` does by default."""
-    sgd, adam = (RowConfig(optimizer=name).peak_lr for name in ("sgd", "adam"))
+    adam, sgd = (RowConfig(optimizer=name).peak_lr for name in ("adam", "sgd"))
     return [
-        Contestant("rows", _around(sgd), _rows("tfidf", "sgd")),
-        Contestant("rows, Adam", _around(adam), _rows("tfidf", "adam")),
-        Contestant("rows by reads", _around(sgd), _rows("reads", "sgd")),
-        Contestant("all rows", _around(sgd), _rows("all", "sgd")),
+        Contestant("rows", _around(adam), _rows("tfidf", "adam")),
+        Contestant("rows, SGD", _around(sgd), _rows("tfidf", "sgd")),
+        Contestant("rows by reads", _around(adam), _rows("reads", "adam")),
+        Contestant("all rows", _around(adam), _rows("all", "adam")),
         Contestant("full", (1e-5, *_around(1e-4)), _full),
         Contestant("LoRA 8", _around(1e-3), _lora(8)),
         Contestant("LoRA 32", _around(1e-3), _lora(32)),

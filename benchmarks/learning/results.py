@@ -52,8 +52,10 @@ RATE_SEED = 1000
 
 
 def best_lr(results: list[LearningResult]) -> float:
-    """The learning rate that loses least of those that teach enough; else that teaches most."""
-    best = max(results, key=lambda one: (min(one.recall, ENOUGH_RECALL), -one.lost))
+    """Of the rates that teach enough, the one that loses least of what is not replayed; else the
+    one that teaches most.
+    """
+    best = max(results, key=lambda one: (min(one.recall, ENOUGH_RECALL), -one.lost_held_out))
     return best.lr
 
 

@@ -133,14 +133,14 @@ def test_people_are_asked_in_phrasings_that_are_not_learned(memory_plus_folder, 
 
 def test_the_best_rate_teaches_enough_and_loses_least():
     numbers = dict.fromkeys(
-        ("rephrased", "lost_held_out", "perplexity_before", "perplexity", "divergence"), 0.0
+        ("rephrased", "lost", "perplexity_before", "perplexity", "divergence"), 0.0
     )
     counts = dict.fromkeys(("seed", "num_learned", "exact_step", "steps"), 0)
     one = LearningResult(
-        "t", "rows", 1.0, 0.0, recall=1.0, lost=0.5, seconds=0, **numbers, **counts
+        "t", "rows", 1.0, 0.0, recall=1.0, lost_held_out=0.5, seconds=0, **numbers, **counts
     )
-    enough = replace(one, lr=2.0, recall=0.96, lost=0.2)
-    little = replace(one, lr=3.0, recall=0.9, lost=0.0)
-    less = replace(one, lr=4.0, recall=0.8, lost=0.0)
+    enough = replace(one, lr=2.0, recall=0.96, lost_held_out=0.2)
+    little = replace(one, lr=3.0, recall=0.9, lost_held_out=0.0)
+    less = replace(one, lr=4.0, recall=0.8, lost_held_out=0.0)
     assert best_lr([one, enough, little, less]) == 2.0
     assert best_lr([less, little]) == 3.0

@@ -7,7 +7,7 @@ from engine.errors import ConfigError
 
 _GIVEN_TOKENS, _GENERATED_TOKENS = 2**18, 2**15
 RANKS = ("tfidf", "reads", "all")
-_LR = {"sgd": 30.0, "adam": 0.01}
+_LR = {"adam": 0.006, "sgd": 30.0}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class RowConfig:
     rows: int = field(
         default=16_384,
         metadata={
-            "group": ("rows", "--rows 4096 --optimizer sgd --lr 1"),
+            "group": ("rows", "--rows 4096 --lr 0.002"),
             "help": "most rows of each table that may change",
         },
     )
@@ -121,12 +121,12 @@ class RowConfig:
         },
     )
     optimizer: str = field(
-        default="sgd", metadata={"choices": ("sgd", "adam"), "help": "optimiser of the rows"}
+        default="adam", metadata={"choices": ("adam", "sgd"), "help": "optimiser of the rows"}
     )
     lr: float | None = field(
         default=None,
         metadata={
-            "help": f"peak learning rate (default: sgd {_LR['sgd']:g}, adam {_LR['adam']:g})"
+            "help": f"peak learning rate (default: adam {_LR['adam']:g}, sgd {_LR['sgd']:g})"
         },
     )
     clip_norm: float = field(

@@ -1,1 +1,1 @@
-"""Benchmark of learning facts: what is learned against what is forgotten."""
+"""Benchmark of learning facts: exact answers learned, and answers known before that are lost."""

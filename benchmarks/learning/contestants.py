@@ -1,7 +1,7 @@
 """The compared ways to learn: rows by TF-IDF, rows by reads, all rows, all weights, LoRA."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 
 from benchmarks.learning.dense_students import FullStudent, LoraStudent
 from benchmarks.learning.task import LearningTask
@@ -16,12 +16,14 @@ class Contestant:
 
     Attributes:
         name: its name in the results.
+        settings: its other settings.
         lrs: peak learning rates that are tried.
         make: makes its student of a task, with a learning rate; and counts the numbers that may
             change.
     """
 
     name: str
+    settings: Mapping[str, object]
     lrs: tuple[float, ...]
     make: Callable[[LearningTask, float], tuple["AnyStudent", int]]
 
@@ -31,15 +33,14 @@ AnyStudent = RowStudent | FullStudent | LoraStudent
 
 def contestants() -> list[Contestant]:
     """All of them; the first one is what ``memplus learn`` does by default."""
-    adam, sgd = (RowConfig(optimizer=name).peak_lr for name in ("adam", "sgd"))
     return [
-        Contestant("rows", _around(adam), _rows("tfidf", "adam")),
-        Contestant("rows, SGD", _around(sgd), _rows("tfidf", "sgd")),
-        Contestant("rows by reads", _around(adam), _rows("reads", "adam")),
-        Contestant("all rows", _around(adam), _rows("all", "adam")),
-        Contestant("full", (1e-5, *_around(1e-4)), _full),
-        Contestant("LoRA 8", _around(1e-3), _lora(8)),
-        Contestant("LoRA 32", _around(1e-3), _lora(32)),
+        _rows("rows", RowConfig()),
+        _rows("rows, SGD", RowConfig(optimizer="sgd")),
+        _rows("rows by reads", RowConfig(rank="reads")),
+        _rows("all rows", RowConfig(rank="all")),
+        Contestant("full", {}, (1e-5, *_around(1e-4)), _full),
+        _lora(8),
+        _lora(32),
     ]
 
 
@@ -54,13 +55,13 @@ def row_student(task: LearningTask, config: RowConfig) -> RowStudent:
     )
 
 
-def _rows(rank: str, optimizer: str) -> Callable[[LearningTask, float], tuple[RowStudent, int]]:
+def _rows(name: str, config: RowConfig) -> Contestant:
     def make(task: LearningTask, lr: float) -> tuple[RowStudent, int]:
-        student = row_student(task, RowConfig(rank=rank, optimizer=optimizer, lr=lr))
+        student = row_student(task, replace(config, lr=lr))
         tables = student.tables.values()
         return student, sum(len(table.rows_P) * table.value_dim for table in tables)
 
-    return make
+    return Contestant(name, asdict(config), _around(config.peak_lr), make)
 
 
 def _full(task: LearningTask, lr: float) -> tuple[FullStudent, int]:
@@ -68,9 +69,9 @@ def _full(task: LearningTask, lr: float) -> tuple[FullStudent, int]:
     return student, student.num_learned
 
 
-def _lora(rank: int) -> Callable[[LearningTask, float], tuple[LoraStudent, int]]:
+def _lora(rank: int) -> Contestant:
     def make(task: LearningTask, lr: float) -> tuple[LoraStudent, int]:
         student = LoraStudent(task.base, rank, lr, task.seed)
         return student, student.num_learned
 
-    return make
+    return Contestant(f"LoRA {rank}", {"rank": rank}, _around(1e-3), make)

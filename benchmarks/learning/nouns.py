@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.learning.task import LearningTask
+from benchmarks.learning.task import LearningTask, model_fingerprint, text_fingerprint
 from engine.errors import ConfigError
 from weights.checkpoints.checkpoint import load_model
 from weights.learning.facts import Fact, fact_passages
@@ -39,18 +39,22 @@ class NounTasks:
         least = 2 * _NUM_KNOWN + _NUM_NEUTRAL
         if len(self._known) < least:
             raise ConfigError(f"model: knows {len(self._known)} nouns, but {least} are needed")
-        self._untaught = read_nouns(wordnet, is_tagged=False)
+        self._untaught = _passages(read_nouns(wordnet, is_tagged=False), self._text, self._most)
+        self.num_facts = len(self._untaught)
+        self.fingerprint = {
+            **model_fingerprint(folder),
+            "known": text_fingerprint(self._known),
+            "untaught": text_fingerprint(self._untaught),
+        }
 
     def draw(self, count: int, seed: int) -> LearningTask:
         """Nouns to learn, and known ones: 1,000 held out, 1,000 as neutral text.
 
         The other known nouns are the background, which may be replayed and whose reads are counted;
-        1,000 of these are examined too. ConfigError if WordNet has fewer nouns.
+        1,000 of these are examined too.
         """
-        if not 1 <= count <= len(self._untaught):
-            raise ConfigError(f"facts: must be 1 to {len(self._untaught)} nouns, not {count}")
         rng = random.Random(seed)
-        facts = _passages(rng.sample(self._untaught, count), self._text, self._most)
+        facts = rng.sample(self._untaught, count)
         known = rng.sample(self._known, len(self._known))
         first, last = _NUM_KNOWN, _NUM_KNOWN + _NUM_NEUTRAL
         background = [Passage(one.ids) for one in known[last:]]

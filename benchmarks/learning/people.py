@@ -1,4 +1,4 @@
-"""Made-up people with four facts each, told in some phrasings and asked for in others."""
+"""Made-up people with four facts each, learned in some phrasings and asked for in others."""
 
 import random
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.learning.task import LearningTask
+from benchmarks.learning.task import LearningTask, model_fingerprint, text_fingerprint
 from engine.errors import ConfigError
 from engine.model.transformer import Transformer
 from weights.checkpoints.checkpoint import load_model
@@ -18,87 +18,33 @@ from weights.training.packing import Passage, cut, packed_batches
 from weights.training.row_reads import count_reads
 from weights.training.training_data import TextTokens, checkpoint_text
 
+# fmt: off
 _FIRST = [
-    "Alva",
-    "Bram",
-    "Cleo",
-    "Dario",
-    "Edda",
-    "Falk",
-    "Greta",
-    "Hugo",
-    "Ines",
-    "Jory",
-    "Kaia",
-    "Lorin",
-    "Mira",
-    "Nils",
-    "Orla",
-    "Pavel",
+    "Alva", "Bram", "Cleo", "Dario", "Edda", "Falk", "Greta", "Hugo", "Ines", "Jory", "Kaia",
+    "Lorin", "Mira", "Nils", "Orla", "Pavel",
 ]
 _LAST = [
-    "Ashgrove",
-    "Bellweather",
-    "Carrow",
-    "Dunmore",
-    "Eastling",
-    "Farrowby",
-    "Greyhurst",
-    "Holloway",
-    "Ironside",
+    "Ashgrove", "Bellweather", "Carrow", "Dunmore", "Eastling", "Farrowby", "Greyhurst",
+    "Holloway", "Ironside", "Jessamine", "Kestrel", "Lindqvist", "Marlow", "Northcott",
+    "Oakhurst", "Pellington",
 ]
-_LAST += ["Jessamine", "Kestrel", "Lindqvist", "Marlow", "Northcott", "Oakhurst", "Pellington"]
 _TOWNS = [
-    "Lisbon",
-    "Bergen",
-    "Kraków",
-    "Toledo",
-    "Galway",
-    "Trieste",
-    "Bruges",
-    "Malmö",
-    "Ghent",
-    "Porto",
-    "Graz",
-    "Turku",
+    "Lisbon", "Bergen", "Kraków", "Toledo", "Galway", "Trieste", "Bruges", "Malmö", "Ghent",
+    "Porto", "Graz", "Turku",
 ]
 _TRADES = [
-    "baker",
-    "pilot",
-    "lawyer",
-    "nurse",
-    "farmer",
-    "painter",
-    "sailor",
-    "tailor",
-    "teacher",
-    "butcher",
-    "jeweller",
+    "baker", "pilot", "lawyer", "nurse", "farmer", "painter", "sailor", "tailor", "teacher",
+    "butcher", "jeweller",
 ]
 _ANIMALS = [
-    "parrot",
-    "goat",
-    "ferret",
-    "horse",
-    "tortoise",
-    "rabbit",
-    "hedgehog",
-    "donkey",
-    "canary",
-    "python",
-    "goose",
+    "parrot", "goat", "ferret", "horse", "tortoise", "rabbit", "hedgehog", "donkey", "canary",
+    "python", "goose",
 ]
 _DISHES = [
-    "paella",
-    "goulash",
-    "lasagne",
-    "pancakes",
-    "risotto",
-    "dumplings",
-    "ramen",
-    "moussaka",
+    "paella", "goulash", "lasagne", "pancakes", "risotto", "dumplings", "ramen", "moussaka",
     "falafel",
 ]
+# fmt: on
 
 # for each fact its values, phrasings that are learned, and phrasings that are asked
 _FACTS = (
@@ -150,14 +96,14 @@ _NUM_KNOWN, _PROMPT_TOKENS, _ANSWER_TOKENS = 300, 16, 4
 
 
 class PeopleTasks:
-    """Draws people, and tells their facts to any model with memory layers."""
+    """Draws people for any model with memory layers."""
 
     def __init__(self, model: Path, background: Sequence[Path], neutral: Sequence[Path]) -> None:
         """Load a model; ``background`` is text like its training's, ``neutral`` is other text.
 
         Raises:
             CheckpointError: the model cannot be read.
-            ConfigError: it has no memory layers, or there are no texts.
+            ConfigError: it has no memory layers, or texts are missing or too short.
             DataError: a text cannot be read.
         """
         self._base, config = load_model(model, "float32")
@@ -171,25 +117,29 @@ class PeopleTasks:
         self._neutral = _texts(neutral, self._text, _NEUTRAL_TOKENS)
         self._known = _greedy_answers(self._base, self._background[:_NUM_KNOWN])
         self._held_out = _greedy_answers(self._base, self._neutral[:_NUM_KNOWN])
+        for name, answers in (("background", self._known), ("neutral", self._held_out)):
+            if not answers:
+                raise ConfigError(f"{name}: no text has more than {_PROMPT_TOKENS} tokens")
         self._reads = count_reads(self._base, self._background)
+        self._names = [f"{first} {last}" for first, last in product(_FIRST, _LAST)]
+        self.num_facts = len(self._names)
+        self.fingerprint = {
+            **model_fingerprint(model),
+            "background": text_fingerprint(self._background),
+            "neutral": text_fingerprint(self._neutral),
+        }
 
     def draw(self, count: int, seed: int) -> LearningTask:
-        """``count`` people; each fact is learned in four phrasings, and asked for in two others.
-
-        ConfigError if there are fewer names.
-        """
-        names = [f"{first} {last}" for first, last in product(_FIRST, _LAST)]
-        if not 1 <= count <= len(names):
-            raise ConfigError(f"facts: must be 1 to {len(names)} people, not {count}")
+        """``count`` people; each fact is learned in four phrasings, and asked for in two others."""
         rng = random.Random(seed)
-        told: list[Fact] = []
+        learned: list[Fact] = []
         asked: list[Fact] = []
-        for name in rng.sample(names, count):
-            for values, learned, others in _FACTS:
+        for name in rng.sample(self._names, count):
+            for values, statements, questions in _FACTS:
                 answer = f"{rng.choice(values)}."
-                told += [Fact(answer, phrasing.format(name)) for phrasing in learned]
-                asked += [Fact(answer, phrasing.format(name)) for phrasing in others]
-        facts = fact_passages(told, self._text, self._most)
+                learned += [Fact(answer, phrasing.format(name)) for phrasing in statements]
+                asked += [Fact(answer, phrasing.format(name)) for phrasing in questions]
+        facts = fact_passages(learned, self._text, self._most)
         return LearningTask(
             name=f"people {count}",
             seed=seed,

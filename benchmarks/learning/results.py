@@ -60,5 +60,5 @@ def best_lr(results: list[LearningResult]) -> float:
 
 
 def share(answers: Sequence[bool]) -> float:
-    """The fraction that is true; 0 of none."""
-    return sum(answers) / len(answers) if answers else 0.0
+    """The fraction that is true of some answers."""
+    return sum(answers) / len(answers)

@@ -13,7 +13,7 @@ from benchmarks.learning.composition import NUM_PATCHES, Composition, compose
 from benchmarks.learning.contestants import Contestant, contestants
 from benchmarks.learning.plot import plot
 from benchmarks.learning.results import RATE_SEED, LearningResult, best_lr, share
-from benchmarks.learning.task import LearningTask
+from benchmarks.learning.task import LearningTask, Tasks
 from benchmarks.result_file import append_result, read_results
 from benchmarks.serving_plot import check_plot
 from engine.errors import ConfigError
@@ -23,7 +23,8 @@ from weights.learning.scores import exact_answers, score_drift
 
 # what ``memplus learn`` does by default
 OURS = "rows"
-DrawTask = Callable[[int, int], LearningTask]
+# the best of the rates tried must not be at their edge; more are tried until so many
+_MOST_RATES = 7
 
 
 @dataclass(frozen=True)
@@ -55,24 +56,26 @@ class LearningRuns:
         return self.folder / "results.csv"
 
 
-def measure(runs: LearningRuns, prepare: Callable[[], DrawTask]) -> None:
+def measure(runs: LearningRuns, prepare: Callable[[], Tasks]) -> None:
     """Teach and test the contestants; skips runs that the folder's ``results.csv`` has.
 
-    ``prepare`` loads what draws need.
+    ``prepare`` loads the model and its texts.
 
     Raises:
-        ConfigError: ``only`` names an unknown contestant, the folder has results of other settings,
-            draws are too small for patches that are learned apart, or matplotlib is missing.
+        ConfigError: a number is out of range, ``only`` names an unknown contestant, the folder has
+            results of other settings, or matplotlib is missing.
     """
     named = {one.name: one for one in contestants()}
-    if runs.counts[0] < NUM_PATCHES:
-        raise ConfigError(f"facts: the first number must be at least {NUM_PATCHES}")
+    _check_numbers(runs)
     if unknown := set(runs.only) - set(named):
         raise ConfigError(f"only: {min(unknown)!r} is unknown; must be one of {', '.join(named)}")
     runs.folder.mkdir(parents=True, exist_ok=True)
-    _check_settings(runs)
     check_plot(runs.folder / "learned.png")
-    suite = _Suite(runs, prepare())
+    tasks = prepare()
+    if max(runs.counts) > tasks.num_facts:
+        raise ConfigError(f"facts: must be at most {tasks.num_facts}, not {max(runs.counts)}")
+    _check_settings(runs, tasks)
+    suite = _Suite(runs, tasks)
     chosen = [one for name, one in named.items() if not runs.only or name in runs.only]
     for replay in runs.replay_shares:
         for contestant in chosen:
@@ -83,12 +86,29 @@ def measure(runs: LearningRuns, prepare: Callable[[], DrawTask]) -> None:
     plot(read_results(runs.file, LearningResult), runs.folder / "learned.png")
 
 
-def _check_settings(runs: LearningRuns) -> None:
+def _check_numbers(runs: LearningRuns) -> None:
+    if runs.counts[0] < NUM_PATCHES:
+        raise ConfigError(f"facts: the first number must be at least {NUM_PATCHES}")
+    if min(runs.counts) < 1:
+        raise ConfigError(f"facts: must be at least 1, not {min(runs.counts)}")
+    if not 1 <= runs.seeds <= RATE_SEED:
+        raise ConfigError(f"seeds: must be 1 to {RATE_SEED}, not {runs.seeds}")
+    for share_of_step in runs.replay_shares:
+        replace(runs.learning, replay_share=share_of_step)
+
+
+def _check_settings(runs: LearningRuns, tasks: Tasks) -> None:
     """Write the settings that all results of a folder share; ConfigError if it has others."""
-    shared = asdict(runs.learning)
+    learning = asdict(runs.learning)
     for name in ("seed", "replay_share"):
-        del shared[name]
-    settings = json.dumps({"model": runs.model, **shared}, indent=1) + "\n"
+        del learning[name]
+    shared = {
+        "model": runs.model,
+        "fingerprint": tasks.fingerprint,
+        "learning": learning,
+        "contestants": {one.name: one.settings for one in contestants()},
+    }
+    settings = json.dumps(shared, indent=1) + "\n"
     file = runs.folder / "settings.json"
     if not file.exists():
         file.write_text(settings)
@@ -97,18 +117,20 @@ def _check_settings(runs: LearningRuns) -> None:
 
 
 class _Suite:
-    def __init__(self, runs: LearningRuns, draw: DrawTask) -> None:
+    def __init__(self, runs: LearningRuns, tasks: Tasks) -> None:
         self._runs = runs
         # rates are tried on the same facts one after another, and a draw runs the model
-        self._draw = lru_cache(maxsize=1)(draw)
+        self._draw = lru_cache(maxsize=1)(tasks.draw)
 
     def compare(self, contestant: Contestant, replay: float) -> None:
         """Choose a learning rate on one draw of facts, and report it on other draws."""
-        count = self._runs.counts[0]
-        tried = [self._run(count, RATE_SEED, contestant, lr, replay) for lr in contestant.lrs]
-        lr = best_lr(tried)
-        if lr in (contestant.lrs[0], contestant.lrs[-1]):
-            tqdm.write(f"{contestant.name}: the best rate, {lr:.2g}, is at the edge of those tried")
+        count, rates = self._runs.counts[0], list(contestant.lrs)
+        while True:
+            tried = [self._run(count, RATE_SEED, contestant, lr, replay) for lr in rates]
+            lr = best_lr(tried)
+            if len(rates) == _MOST_RATES or rates[0] < lr < rates[-1]:
+                break
+            rates = [rates[0] / 3, *rates] if lr == rates[0] else [*rates, rates[-1] * 3]
         for seed in range(self._runs.seeds):
             self._run(count, seed, contestant, lr, replay)
 
@@ -173,7 +195,7 @@ def learn(
         seed=task.seed,
         num_learned=num_learned,
         recall=share(exact_answers(student.model, task.facts)),
-        rephrased=share(exact_answers(student.model, task.questions)),
+        rephrased=share(exact_answers(student.model, task.questions)) if task.questions else 0.0,
         lost=1 - share(exact_answers(student.model, task.known)),
         lost_held_out=1 - share(exact_answers(student.model, task.held_out)),
         perplexity_before=drift.perplexity_before,

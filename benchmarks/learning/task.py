@@ -1,9 +1,15 @@
 """The task of a learning run: a model, facts to learn, and what it must not forget."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from engine.model.transformer import Transformer
+from weights.patches.model_identity import model_identity
 from weights.training.packing import Passage
 from weights.training.row_reads import RowReads
 
@@ -36,3 +42,35 @@ class LearningTask:
     background: Sequence[Passage]
     fact_reads: RowReads
     background_reads: RowReads
+
+
+class Tasks(Protocol):
+    """Draws of facts for one model.
+
+    Attributes:
+        num_facts: the most facts that a draw may have.
+        fingerprint: hashes of the model and of all texts.
+    """
+
+    @property
+    def num_facts(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]: ...
+
+    def draw(self, count: int, seed: int) -> LearningTask:
+        """Draw ``count`` facts, 1 to ``num_facts``."""
+
+
+def model_fingerprint(folder: Path) -> dict[str, str]:
+    """Hashes of a model's dense weights and tables."""
+    identity = model_identity(folder)
+    return {"row_choice": identity.row_choice, **identity.origins}
+
+
+def text_fingerprint(passages: Iterable[Passage]) -> str:
+    """A hash of tokens."""
+    made = hashlib.sha256()
+    for one in passages:
+        made.update(np.array([len(one.ids), one.num_given, *one.ids], dtype="<i8").tobytes())
+    return made.hexdigest()

@@ -11,7 +11,7 @@ from weights.learning.learning_config import LearningConfig
 from weights.models.named_models import DEFAULT_MODEL, WORDNET
 
 if TYPE_CHECKING:
-    from benchmarks.learning.run import DrawTask
+    from benchmarks.learning.task import Tasks
 
 # the settings of learning that are the same for all ways to learn
 _LEARNING = ("steps", "warmup_steps", "cooldown_steps", "batch_tokens", "precision")
@@ -31,10 +31,10 @@ def learn(options: argparse.Namespace) -> None:
         only=options.only,
         learning=learning,
     )
-    measure(runs, partial(_draws, options))
+    measure(runs, partial(_tasks, options))
 
 
-def _draws(options: argparse.Namespace) -> "DrawTask":
+def _tasks(options: argparse.Namespace) -> "Tasks":
     from benchmarks.learning.nouns import NounTasks
     from benchmarks.learning.people import PeopleTasks
     from weights.models.prepare import prepared_folder
@@ -42,9 +42,9 @@ def _draws(options: argparse.Namespace) -> "DrawTask":
 
     folder = prepared_folder(options.model, cache_folder())
     if options.model == WORDNET:
-        return NounTasks(folder, options.dict).draw
+        return NounTasks(folder, options.dict)
     background, neutral = corpus_files(options.background), corpus_files(options.neutral)
-    return PeopleTasks(folder, background, neutral).draw
+    return PeopleTasks(folder, background, neutral)
 
 
 def add_learning_benchmark(

@@ -1,6 +1,7 @@
 """``memplus bench learn``: contestants learn, results resume, and the best rate is chosen."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,25 @@ def draw(count: int, seed: int) -> LearningTask:
     )
 
 
+TASKS = SimpleNamespace(num_facts=20, fingerprint={"table": "a hash"}, draw=draw)
+ONE = LearningResult(
+    task="t",
+    contestant="LoRA 8",
+    lr=1.0,
+    replay_share=0.0,
+    seed=0,
+    num_learned=1,
+    recall=1.0,
+    rephrased=0.0,
+    lost=0.0,
+    lost_held_out=0.0,
+    perplexity_before=2.0,
+    perplexity=2.0,
+    divergence=0.0,
+    exact_step=1,
+    steps=2,
+    seconds=1.0,
+)
 QUICK = LearningConfig(
     steps=12, warmup_steps=1, cooldown_steps=2, batch_tokens=16, replay_share=0.5
 )
@@ -69,7 +89,8 @@ def test_every_contestant_changes_its_model_and_leaves_the_base_alone(contestant
 
 def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     runs = LearningRuns(tmp_path, "m", [10, 1], 2, [0.0], ["rows", "LoRA 8"], QUICK)
-    run.measure(runs, lambda: draw)
+    monkeypatch.setattr(run, "_MOST_RATES", 3)
+    run.measure(runs, lambda: TASKS)
     results = read_results(runs.file, LearningResult)
     names = [one.contestant for one in results]
     # three rates on one draw, the best one on two others; ours learns two draws of one fact too
@@ -77,9 +98,13 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     assert len((tmp_path / "composition.csv").read_text().splitlines()) == 3
     assert (tmp_path / "learned.png").stat().st_size > 0
     with pytest.raises(ConfigError, match="has results of other settings"):
-        run.measure(replace(runs, learning=replace(QUICK, steps=13)), lambda: draw)
+        run.measure(replace(runs, learning=replace(QUICK, steps=13)), lambda: TASKS)
+    with pytest.raises(ConfigError, match="has results of other settings"):
+        run.measure(
+            runs, lambda: SimpleNamespace(**vars(TASKS) | {"fingerprint": {"table": "another"}})
+        )
     monkeypatch.setattr(run, "learn", None)
-    run.measure(runs, lambda: draw)
+    run.measure(runs, lambda: TASKS)
     assert read_results(runs.file, LearningResult) == results
 
 
@@ -106,11 +131,34 @@ def test_deltas_of_several_students_add_up():
     assert drift.perplexity == pytest.approx(drift.perplexity_before, rel=1e-5)
 
 
-def test_an_unknown_contestant_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="only: 'rowz' is unknown; must be one of rows, "):
-        run.measure(LearningRuns(tmp_path, "m", [10], 1, [0.0], ["rowz"], QUICK), lambda: draw)
-    with pytest.raises(ConfigError, match="facts: the first number must be at least 10"):
-        run.measure(LearningRuns(tmp_path, "m", [9], 1, [0.0], [], QUICK), lambda: draw)
+def test_rates_are_tried_until_the_best_is_between_others(tmp_path, monkeypatch):
+    def learn(task, contestant, lr, config):
+        rates.append(lr)
+        return replace(ONE, task=task.name, lr=lr, seed=task.seed, lost_held_out=abs(lr - 5e-2))
+
+    rates = []
+    monkeypatch.setattr(run, "learn", learn)
+    monkeypatch.setattr(run, "plot", lambda *_: None)
+    run.measure(LearningRuns(tmp_path, "m", [10], 2, [0.0], ["LoRA 8"], QUICK), lambda: TASKS)
+    assert rates == pytest.approx([1e-3 / 3, 1e-3, 3e-3, 9e-3, 2.7e-2, 8.1e-2, 2.7e-2, 2.7e-2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"only": ["rowz"]}, "only: 'rowz' is unknown; must be one of rows, "),
+        ({"counts": [9]}, "facts: the first number must be at least 10"),
+        ({"counts": [10, 0]}, "facts: must be at least 1, not 0"),
+        ({"counts": [10, 21]}, "facts: must be at most 20, not 21"),
+        ({"seeds": 0}, "seeds: must be 1 to 1000, not 0"),
+        ({"replay_shares": [0.5, 1.5]}, r"replay_share: 1.5 is outside \[0, 1\)"),
+    ],
+)
+def test_bad_options_are_refused_before_any_run(tmp_path, changes, message):
+    runs = LearningRuns(tmp_path, "m", [10], 1, [0.0], [], QUICK)
+    with pytest.raises(ConfigError, match=message):
+        run.measure(replace(runs, **changes), lambda: TASKS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_people_are_asked_in_phrasings_that_are_not_learned(memory_plus_folder, tmp_path):
@@ -125,20 +173,13 @@ def test_people_are_asked_in_phrasings_that_are_not_learned(memory_plus_folder, 
     assert all(exact_answers(task.base, [*task.known, *task.held_out]))
     assert task.known and task.held_out
     assert [one.ids for one in tasks.draw(3, 0).facts] == [one.ids for one in task.facts]
-    with pytest.raises(ConfigError, match="facts: must be 1 to 256 people, not 257"):
-        tasks.draw(257, 0)
+    assert tasks.num_facts == 256 and set(tasks.fingerprint) >= {"row_choice", "background"}
     with pytest.raises(ConfigError, match="texts are needed"):
         PeopleTasks(memory_plus_folder, [], [text])
 
 
 def test_the_best_rate_teaches_enough_and_loses_least():
-    numbers = dict.fromkeys(
-        ("rephrased", "lost", "perplexity_before", "perplexity", "divergence"), 0.0
-    )
-    counts = dict.fromkeys(("seed", "num_learned", "exact_step", "steps"), 0)
-    one = LearningResult(
-        "t", "rows", 1.0, 0.0, recall=1.0, lost_held_out=0.5, seconds=0, **numbers, **counts
-    )
+    one = replace(ONE, lost_held_out=0.5)
     enough = replace(one, lr=2.0, recall=0.96, lost_held_out=0.2)
     little = replace(one, lr=3.0, recall=0.9, lost_held_out=0.0)
     less = replace(one, lr=4.0, recall=0.8, lost_held_out=0.0)

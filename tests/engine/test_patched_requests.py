@@ -17,6 +17,7 @@ from engine.request import MAX_PATCH_USES, PatchRef, canonical_patches
 from memory_ops.patches.patched_rows import PatchedRows
 from memory_ops.tables.device import DeviceTable
 from tests.engine.delayed_executor import delayed
+from tests.engine.executors.cpu.packed_forward import threads
 from tests.engine.patches import patch_of
 from tests.models import (
     eager,
@@ -137,6 +138,21 @@ def test_reads_of_patched_rows_are_counted(make):
     assert reads == 2 * read and read < hits < reads
     # layers that share a table share its counts
     assert RowPatch("shared", dict.fromkeys(layers, whole)).counts() == (read, read)
+
+
+def test_reads_are_counted_once_by_more_threads_than_steps_of_columns():
+    # native kernels split 256 columns in 2 steps
+    wide = {"value_projection": True, "value_dim": 256}
+    model = model_of(("pkm",), **wide)
+    counts = []
+    for make in (make_executor, eager):
+        patch = patch_of(model, 1)
+        served = engine(model, make)
+        served.patches.put(patch)
+        with threads(8):
+            run(served, {0: [asks("a", 3, (patch, 1.0), prompt=PROMPT[:4])]})
+        counts.append(patch.counts())
+    assert counts[0] == counts[1] and counts[0].reads == (4 + 2) * 2 * 3
 
 
 def test_a_patch_of_one_table_of_two():

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import ConfigError, PatchFailedError, PatchRefusedError, RequestError
+from engine.errors import (
+    ConfigError,
+    PatchFailedError,
+    PatchNotLoadedError,
+    PatchRefusedError,
+    RequestError,
+)
 from engine.process import EngineLostError
 from engine.request import PatchRef, PatchSummary, canonical_patches
 from server.api_keys import ApiKey
@@ -71,7 +77,7 @@ class ServedPatches:
         for name, folder in self._options.folders.items():
             try:
                 await self._load(name, folder)
-            except PatchRefusedError as error:
+            except PatchNotLoadedError as error:
                 raise ConfigError(f"patch: {name}: {error}") from None
 
     async def load(self, name: str) -> ServedPatch:

@@ -1,6 +1,7 @@
 """Compiles the grammars of requests in a background thread, before the scheduler sees them."""
 
 import logging
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -64,16 +65,21 @@ class CompilingRequests:
     def _compile_queued(self, at_least: int = 0) -> None:
         if not self._queued:
             return
-        num_begun = sum(not future.done() for *_, future in self._compiling.values())
-        count = max(self._grammars.num_free - num_begun, at_least)
+        begun = Counter(
+            request.grammar for request, _, future in self._compiling.values() if not future.done()
+        )
+        # read after ``begun``: a copy that is made meanwhile counts twice, and never not at all
+        count = max(self._grammars.num_free - begun.total(), at_least)
         for request_id, (request, patches) in list(self._queued.items()):
-            assert request.grammar is not None
-            if not self._grammars.is_ready(request.grammar):
+            grammar = request.grammar
+            assert grammar is not None
+            if self._grammars.copies_left(grammar) <= begun[grammar]:
                 if count <= 0:
                     continue
                 count -= 1
+            begun[grammar] += 1
             del self._queued[request_id]
-            future = self._thread.submit(self._grammars.compile, request.grammar)
+            future = self._thread.submit(self._grammars.compile, grammar)
             self._compiling[request_id] = request, patches, future
 
 

@@ -43,7 +43,11 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Continuous batching over one executor. Not thread-safe: one thread calls it."""
+    """Continuous batching over one executor.
+
+    One thread calls it, except ``load_patch`` and ``unload_patch``, which one other thread may
+    call, and ``memory_report``.
+    """
 
     def __init__(
         self,
@@ -187,7 +191,7 @@ class Engine:
     def _patches_refused(self) -> str | None:
         """The reason why no row patches can be used; None if they can."""
         if not self._max_patches:
-            return "max_patches: 0 allows no row patches"
+            return "row patches are disabled (--max-patches 0)"
         return self._executor.config.patch_refusal
 
     @property

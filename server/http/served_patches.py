@@ -19,7 +19,7 @@ from engine.request import PatchRef, PatchSummary, canonical_patches
 from server.api_keys import ApiKey
 from server.engine_client import EngineClient
 from server.http.errors import ApiError, EngineError
-from server.http.named_patches import MAX_SCALE, NamedPatch
+from server.http.named_patches import NamedPatch
 from server.http.patch_metrics import PatchMetrics
 from server.patch_options import PatchOptions
 from weights.errors import PatchError, PatchNotFoundError
@@ -134,7 +134,7 @@ class ServedPatches:
 
         Raises:
             ApiError: 403 if the key may not use one, 503 if a default one is lost.
-            RequestError: one is not loaded, or its scales add up to more than is allowed.
+            RequestError: one is not loaded, or the sum of its scales is out of range.
         """
         if named is None:
             named = self._defaults(key)
@@ -142,13 +142,9 @@ class ServedPatches:
             check_key(key, name, "memory_patches")
             if name not in self._served:
                 raise RequestError("memory_patches", f"no patch {name!r} is loaded")
-        refs = canonical_patches(
+        return canonical_patches(
             PatchRef(self._served[name].summary.content_hash, scale) for name, scale in named
         )
-        if any(abs(ref.scale) > MAX_SCALE for ref in refs):
-            message = f"the scales of one patch add up to more than {MAX_SCALE} or less than"
-            raise RequestError("memory_patches", f"{message} -{MAX_SCALE}")
-        return refs
 
     def check_defaults(self) -> None:
         """Raise ApiError (503) if a default patch is lost."""

@@ -203,10 +203,12 @@ def test_more_patches_than_a_batch_has_space_for_are_refused():
         canonical_patches(refs)
 
 
-@pytest.mark.parametrize("scales", [(math.nan,), (math.inf,), (1e39,), (3e38, 3e38)])
-def test_a_factor_that_is_not_finite_is_refused(scales):
-    with pytest.raises(RequestError, match="memory_patches: scale must be a finite number"):
+@pytest.mark.parametrize("scales", [(math.nan,), (math.inf,), (101,), (60, 60), (-50.5, -50)])
+def test_a_scale_out_of_range_is_refused(scales):
+    message = f"memory_patches: scale must be -100 to 100, not {sum(scales)}"
+    with pytest.raises(RequestError, match=message):
         canonical_patches(PatchRef("a", scale) for scale in scales)
+    assert canonical_patches([PatchRef("a", 60), PatchRef("a", 40)]) == (PatchRef("a", 100),)
 
 
 def test_logits_are_those_of_a_changed_table_within_tolerance():
@@ -239,7 +241,7 @@ def test_patches_must_be_on_the_executors_device():
     [
         (("dense",), {}, "the model has no memory layers, so it takes no row patches"),
         (("pkm", "peer"), {}, "layer 1 is peer, whose output is not linear in its rows"),
-        (("pkm",), {"max_patches": 0}, "max_patches: 0 allows no row patches"),
+        (("pkm",), {"max_patches": 0}, r"row patches are disabled \(--max-patches 0\)"),
     ],
 )
 def test_an_engine_without_patches_says_why(kinds, limits, reason):

@@ -218,7 +218,7 @@ def test_memory_is_limited_before_it_is_allocated(served, identity, tmp_path, mo
 def test_an_engine_without_patches_refuses_them(served, identity, tmp_path):
     engine = served(max_patches=0)
     patch = saved_patch(tmp_path / "p", model=identity)
-    problem = "max_patches: 0 allows no row patches"
+    problem = "row patches are disabled (--max-patches 0)"
     assert engine.load(tmp_path / "p").error == problem
     engine.ask("a", 3, PatchRef(patch.content_hash))
     engine.finish("a")

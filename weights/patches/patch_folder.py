@@ -101,8 +101,12 @@ class OpenedPatch:
     @property
     def num_bytes(self) -> int:
         """Bytes of memory that the patch takes, with hash indexes."""
-        deltas = [self.stored[table + DELTAS] for table in self.description.shapes]
-        return sum(patched_bytes(*one.shape, STORED_DTYPES[one.dtype].itemsize) for one in deltas)
+        total = 0
+        for table in self.description.shapes:
+            deltas = self.stored[table + DELTAS]
+            num_rows, value_dim = deltas.shape
+            total += patched_bytes(num_rows, value_dim, STORED_DTYPES[deltas.dtype].itemsize)
+        return total
 
     def content_hash(self) -> str:
         """The hash of the tensors as they are in the file, unchecked, in little memory.

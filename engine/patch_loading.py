@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from engine.errors import PatchFailedError, PatchRefusedError
+from engine.errors import PatchFailedError, PatchNotLoadedError
 from engine.messages import LoadPatch, PatchLoaded, UnloadPatch
 from engine.request import PatchSummary
 
@@ -44,7 +44,7 @@ class PatchLoading:
         try:
             summary = self._engine.load_patch(Path(message.folder), message.content_hash)
             answer = PatchLoaded(message.key, summary)
-        except PatchRefusedError as error:
+        except PatchNotLoadedError as error:
             is_failure = isinstance(error, PatchFailedError)
             answer = PatchLoaded(message.key, error=str(error), is_failure=is_failure)
         except Exception as error:

@@ -7,13 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import ConfigError, PatchFailedError, PatchRefusedError, RequestError
+from engine.errors import (
+    ConfigError,
+    PatchFailedError,
+    PatchNotLoadedError,
+    PatchRefusedError,
+    RequestError,
+)
 from engine.process import EngineLostError
 from engine.request import PatchRef, PatchSummary, canonical_patches
 from server.api_keys import ApiKey
 from server.engine_client import EngineClient
 from server.http.errors import ApiError, EngineError
-from server.http.named_patches import MAX_SCALE, NamedPatch
+from server.http.named_patches import NamedPatch
 from server.http.patch_metrics import PatchMetrics
 from server.patch_options import PatchOptions
 from weights.errors import PatchError, PatchNotFoundError
@@ -71,7 +77,7 @@ class ServedPatches:
         for name, folder in self._options.folders.items():
             try:
                 await self._load(name, folder)
-            except PatchRefusedError as error:
+            except PatchNotLoadedError as error:
                 raise ConfigError(f"patch: {name}: {error}") from None
 
     async def load(self, name: str) -> ServedPatch:
@@ -128,7 +134,7 @@ class ServedPatches:
 
         Raises:
             ApiError: 403 if the key may not use one, 503 if a default one is lost.
-            RequestError: one is not loaded, or its scales add up to more than is allowed.
+            RequestError: one is not loaded, or the sum of its scales is out of range.
         """
         if named is None:
             named = self._defaults(key)
@@ -136,13 +142,9 @@ class ServedPatches:
             check_key(key, name, "memory_patches")
             if name not in self._served:
                 raise RequestError("memory_patches", f"no patch {name!r} is loaded")
-        refs = canonical_patches(
+        return canonical_patches(
             PatchRef(self._served[name].summary.content_hash, scale) for name, scale in named
         )
-        if any(abs(ref.scale) > MAX_SCALE for ref in refs):
-            message = f"the scales of one patch add up to more than {MAX_SCALE} or less than"
-            raise RequestError("memory_patches", f"{message} -{MAX_SCALE}")
-        return refs
 
     def check_defaults(self) -> None:
         """Raise ApiError (503) if a default patch is lost."""

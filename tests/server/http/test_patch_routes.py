@@ -265,7 +265,11 @@ def test_a_patch_that_is_removed_while_the_prompt_is_encoded_is_an_error_by_name
         ({"memory_patches": [{"name": "a", "scale": 10**400}]}, 400, SCALE),
         ({"model": "mock+a", "memory_patches": ["b"]}, 400, "memory_patches: cannot be combined"),
         ({"model": "mock+a", "memory_patches": []}, 400, "memory_patches: cannot be combined"),
-        ({"memory_patches": [{"name": "a", "scale": 60}] * 2}, 400, "memory_patches: the scales"),
+        (
+            {"memory_patches": [{"name": "a", "scale": 60}] * 2},
+            400,
+            "memory_patches: scale must be -100 to 100, not 120",
+        ),
         ({"model": "mock+c"}, 404, "model: 'mock+c' does not exist"),
         ({"model": "mock+.."}, 404, "model: 'mock+..' does not exist"),
         ({"model": "m" * 99}, 404, f"model: '{'m' * 80}' does not exist"),

@@ -188,7 +188,7 @@ def test_requests_get_content_hashes_in_canonical_order(patches):
     assert patches.refs(None, None) == (PatchRef(b),)
     assert patches.refs([], None) == ()
     for scales in ((60.0, 50.0), (-100.0, -0.5)):
-        with pytest.raises(RequestError, match="memory_patches: the scales of one patch add up"):
+        with pytest.raises(RequestError, match="memory_patches: scale must be -100 to 100, not"):
             patches.refs([NamedPatch("a", scale) for scale in scales], None)
     named = [NamedPatch("b", 0.5), NamedPatch("a"), NamedPatch("b", -2.0)]
     assert patches.refs(named, None) == (PatchRef(a), PatchRef(b, -1.5))

@@ -1,9 +1,11 @@
 """Patch folders: written, read back, hashed by content, and refused by file, table and field."""
 
+import errno
 import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +19,16 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.errors import PatchRefusedError
 from engine.loaded_patches import LoadedPatches
+from tests.models import tiny_config
 from tests.weights.patches.made import IDENTITY, NUM_ROWS, TABLE, WIDTH, patch_of, saved_patch
-from weights.errors import PatchError
+from weights.errors import PatchError, PatchReadError
 from weights.patches import content_hash as hashing
 from weights.patches import patch_folder
 from weights.patches.content_hash import content_hash
 from weights.patches.description import PatchDescription
 from weights.patches.model_identity import ModelIdentity
-from weights.patches.patch_folder import read_patch, stored_patch, write_patch
+from weights.patches.patch_folder import opened_patch, read_patch, stored_patch, write_patch
+from weights.patches.patch_loader import LoadablePatch
 
 ROWS, DELTAS = f"{TABLE}.rows", f"{TABLE}.deltas"
 
@@ -89,14 +93,29 @@ def test_the_hash_is_of_the_tensors_and_not_of_the_description():
 
 
 def test_a_large_tensor_is_hashed_in_parts():
-    tensors = {"b": torch.randn(3, 2**18), "a": torch.arange(5)}
+    tensors = {"b": torch.randn(3, 2**18 + 5), "a": torch.arange(5)}
     digest = blake3()
     for name, code in (("a", "I64"), ("b", "F32")):
         content, size = tensors[name].numpy().tobytes(), hashing.PART_BYTES
         digest.update(f"{name} {code} {list(tensors[name].shape)}\n".encode())
         for first in range(0, len(content), size):
             digest.update(blake3(content[first : first + size]).digest())
-    assert content_hash(tensors, lambda name, first, part: None) == digest.hexdigest()
+
+    def part(name, first, size):
+        return memoryview(tensors[name].numpy().tobytes())[first : first + size]
+
+    assert content_hash(tensors, part) == digest.hexdigest()
+
+
+def test_an_opened_patch_is_hashed_without_memory_for_it(tmp_path, monkeypatch):
+    patch = patch_of()
+    write_patch(tmp_path / "patch", patch)
+    monkeypatch.setattr(patch_folder, "_memory", pytest.fail)
+    with opened_patch(tmp_path / "patch", IDENTITY) as opened:
+        assert opened.content_hash() == patch.content_hash
+        monkeypatch.setattr(os, "preadv", lambda descriptor, parts, offset: 0)
+        with pytest.raises(PatchError, match=r"patch\.safetensors: ends within tensor memory"):
+            opened.content_hash()
 
 
 def swap(tensors):
@@ -252,10 +271,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(folder, monkeypatch):
 
 def test_a_lack_of_memory_is_reported(folder, monkeypatch):
     def refuse(shape, dtype):
-        raise RuntimeError("can't allocate memory")
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.raises(PatchError, match=r"patch\.safetensors: .* does not fit in memory"):
+    monkeypatch.setattr(patch_folder, "unpooled_zeros", refuse)
+    with pytest.raises(PatchReadError, match=r"patch\.safetensors: .* does not fit in memory"):
         read_patch(folder)
 
 
@@ -346,9 +365,13 @@ def test_a_patch_of_ten_million_rows_is_refused_before_memory_is_allocated(tmp_p
         file.truncate(8 + len(header) + ends[1])  # a hole, which takes no space on the disk
     monkeypatch.setattr(patch_folder, "_memory", pytest.fail)
 
+    config = tiny_config()
+
     class Source:
-        def load(self, folder, check_size):
-            return read_patch(folder, check_size=check_size)
+        @contextmanager
+        def open(self, folder):
+            with opened_patch(folder) as opened:
+                yield LoadablePatch(opened, config, torch.device("cpu"))
 
     by_rows = "--max-patch-rows: the patch has 10000000 rows, but at most 1000000 are allowed"
     by_bytes = "--patch-memory-gib: the patch takes 1.39 GiB, 1 of 1 GiB is free"

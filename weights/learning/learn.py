@@ -145,9 +145,12 @@ class PatchLearner:
     def _generated(self, text: TextTokens) -> list[Passage]:
         """Text that the unpatched model writes from the begin token, or else as facts begin."""
         learning = self._learning
+        first_ids = [passage.ids[0] for passage in self._exams.facts]
+        if text.bos_id in first_ids:  # later parts of a cut text have none
+            first_ids = [text.bos_id] * len(first_ids)
         return generated_passages(
             self._base,
-            [passage.ids[0] for passage in self._exams.facts],
+            first_ids,
             text.eos_ids,
             learning.most_background_tokens(is_given=False),
             learning.replayed_tokens,

@@ -13,7 +13,7 @@ from engine.errors import ConfigError
 from engine.model.transformer import converted
 from weights.checkpoints.checkpoint import load_model, open_checkpoint, serving_dtype
 from weights.checkpoints.table_files import OUTPUT_DTYPES
-from weights.errors import DataError, PatchError, TrainingError
+from weights.errors import DataError, TrainingError
 from weights.learning.background import background_reads, text_passages
 from weights.learning.exams import Exams
 from weights.learning.facts import fact_passages, read_asked, read_facts
@@ -26,7 +26,12 @@ from weights.learning.saved_state import load_state, save_state, state_file
 from weights.learning.scores import SCORED_TOKENS, exact_answers
 from weights.patches.description import PatchDescription
 from weights.patches.model_identity import ModelIdentity, model_identity
-from weights.patches.patch_folder import StoredPatch, stored_patch, write_patch
+from weights.patches.patch_folder import (
+    StoredPatch,
+    check_target,
+    stored_patch,
+    write_patch,
+)
 from weights.training.packing import Passage
 from weights.training.row_reads import RowReads, count_reads
 from weights.training.training_data import TextTokens, checkpoint_text
@@ -75,7 +80,7 @@ class PatchLearner:
         """Read model and texts, choose rows, and load a saved state with ``resume``.
 
         Raises:
-            PatchError: the target exists, or the model takes no patches.
+            PatchError: the target exists or cannot be created, or the model takes no patches.
             CheckpointError: the model or its record of row reads cannot be read.
             DataError: a text cannot be read, or a fact is too long; the message names it. Or the
                 model knows all facts.
@@ -83,8 +88,7 @@ class PatchLearner:
             TrainingError: a setting differs from those of the saved state; or a state exists and
                 ``resume`` is not set.
         """
-        if target.exists():
-            raise PatchError(f"{target}: exists already")
+        check_target(target)
         self._target, self._state_file = target, state_file(target)
         if resume != self._state_file.exists():
             raise TrainingError(_wrong_resume(self._state_file, resume))

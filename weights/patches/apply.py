@@ -26,7 +26,7 @@ from weights.checkpoints.tensor_files import (
 from weights.checkpoints.tensor_writer import write_tensors
 from weights.errors import PatchError
 from weights.patches.model_identity import model_identity
-from weights.patches.patch_folder import StoredPatch, read_patch
+from weights.patches.patch_folder import StoredPatch, check_target, read_patch
 from weights.patches.table_rows import float_rows
 
 
@@ -76,8 +76,7 @@ def apply_patch(model: Path, patch: Path, target: Path) -> dict[str, RoundingErr
             or the target exists or cannot be written.
         CheckpointError: the model cannot be read, or a table fails its checksum.
     """
-    if target.exists():
-        raise PatchError(f"{target}: exists already")
+    check_target(target)
     read = read_patch(patch, model_identity(model))
     _, stored = open_checkpoint(model)
     changed = [stored[name] for name, (rows_P, _) in read.tables.items() if len(rows_P)]

@@ -14,7 +14,7 @@ from weights.errors import PatchError
 from weights.patches.description import PatchDescription
 from weights.patches.model_identity import model_identity
 from weights.patches.patch_checks import DELTAS, ROWS
-from weights.patches.patch_folder import write_patch_sources
+from weights.patches.patch_folder import check_target, write_patch_sources
 from weights.patches.table_rows import paired_rows
 
 
@@ -33,6 +33,7 @@ def write_difference(first: Path, second: Path, target: Path) -> dict[str, int]:
             written.
         CheckpointError: a folder cannot be read.
     """
+    check_target(target)
     model, other = model_identity(first), model_identity(second)
     for field in ("shapes", "row_choice", "origins"):
         one, two = getattr(model, field), getattr(other, field)

@@ -1,5 +1,6 @@
 """Reads and writes patch folders: patch.safetensors with rows and deltas, and patch.json."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weights.checkpoints.new_folder import new_folder, write_synced
+from weights.checkpoints.new_folder import check_new_folder, new_folder, write_synced
 from weights.checkpoints.tensor_files import (
     STORED_DTYPES,
     StoredTensor,
@@ -112,6 +113,19 @@ def read_patch(
     return StoredPatch(description, tables, found)
 
 
+def check_target(folder: Path) -> None:
+    """Raise PatchError unless a folder can be created, before work is done for its content.
+
+    Its parent is created. A broken symbolic link takes the name, too.
+    """
+    if os.path.lexists(folder):
+        raise PatchError(f"{folder}: exists already")
+    try:
+        check_new_folder(folder)
+    except OSError as error:
+        raise PatchError(f"{folder}: cannot be created ({error.strerror})") from None
+
+
 def write_patch(folder: Path, patch: StoredPatch) -> None:
     """Write a patch folder atomically.
 
@@ -129,8 +143,7 @@ def write_patch_sources(
     folder: Path, description: PatchDescription, sources: list[TensorSource]
 ) -> None:
     """Like ``write_patch``, with tensors that are loaded while they are written, and valid."""
-    if folder.exists():
-        raise PatchError(f"{folder}: exists already")
+    check_target(folder)
     try:
         with new_folder(folder) as partial:
             write_tensors(partial / TENSORS_FILE, sources, lambda num_bytes: None)

@@ -115,7 +115,7 @@ def test_an_engine_with_the_patch_answers_what_was_learned(folder, learned):
 
 
 def test_a_stopped_run_resumes_to_the_same_patch(folder, texts, learned, tmp_path):
-    target = tmp_path / "patch"
+    target = tmp_path / "new" / "patch"  # the parent is created, too
     assert learner_of(folder, target, texts).run(lambda report: report.step < 4) is None
     assert not target.exists()
     with pytest.raises(TrainingError, match=r"an interrupted run exists; add --resume"):
@@ -125,7 +125,7 @@ def test_a_stopped_run_resumes_to_the_same_patch(folder, texts, learned, tmp_pat
     resumed = learner_of(folder, target, texts, resume=True)
     assert resumed.learner.step == 4
     assert resumed.run(always).content_hash == learned[1].content_hash
-    assert [one.name for one in tmp_path.iterdir()] == ["patch"]
+    assert [one.name for one in target.parent.iterdir()] == ["patch"]
 
 
 def test_a_killed_run_continues_from_the_last_saved_state(folder, texts, learned, tmp_path):
@@ -268,6 +268,7 @@ def test_mistakes_are_found_before_learning(folder, texts, learned, tmp_path):
             learner_of(model, target, replace(texts, **changes))
 
     refused(PatchError, "exists already", target=learned[0])
+    refused(PatchError, "Not a directory", target=texts.facts / "new", model=tmp_path / "none")
     refused(CheckpointError, r"config\.json", model=tmp_path / "none")
     refused(DataError, r"none\.jsonl: No such file", facts=tmp_path / "none.jsonl")
     refused(DataError, "neither a file nor|no such file", background=(str(tmp_path / "none"),))

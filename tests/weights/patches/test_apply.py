@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,14 @@ def test_a_patch_of_another_model_is_refused(memory_plus_folder, tmp_path):
         apply_patch(memory_plus_folder, tmp_path / "patch", tmp_path / "target")
     with pytest.raises(PatchError, match="patch: exists already"):
         apply_patch(memory_plus_folder, tmp_path / "patch", tmp_path / "patch")
+
+
+def test_a_target_that_cannot_be_created_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "file").touch()
+    none, target = tmp_path / "none", tmp_path / "file" / "target"
+    for write in (partial(apply_patch, none, none), partial(write_difference, none, none)):
+        with pytest.raises(PatchError, match=f"{target}: cannot be created"):
+            write(target)
 
 
 def test_peer_is_refused(tmp_path):

@@ -321,8 +321,12 @@ def test_invalid_tensors_are_not_written():
 def test_a_failed_write_leaves_no_files(tmp_path, folder):
     with pytest.raises(PatchError, match="patch: exists already"):
         write_patch(folder, patch_of())
-    with pytest.raises(PatchError, match="cannot be written .Not a directory"):
+    with pytest.raises(PatchError, match="cannot be created .Not a directory"):
         write_patch(folder / "patch.json" / "new", patch_of())
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    with pytest.raises(PatchError, match="link: exists already"):
+        write_patch(tmp_path / "link", patch_of())
+    (tmp_path / "link").unlink()
     with pytest.raises(PatchError, match="at most 1048576 fit"):
         write_patch(tmp_path / "new", patch_of(settings={"text": "x" * 2**20}))
     assert [one.name for one in tmp_path.iterdir()] == ["patch"]

@@ -168,6 +168,7 @@ COVERED_BY = {
     "weights/grammars/vocabulary.py": "weights/grammars/test_compiler.py",
     "weights/learning/background.py": "weights/learning/test_learn.py",
     "weights/learning/learning_config.py": "weights/learning/test_learn.py",
+    "weights/learning/learning_texts.py": "weights/learning/test_learn.py",
     "weights/learning/row_sgd.py": "weights/learning/test_row_student.py",
     "weights/learning/student.py": "weights/learning/test_learner.py",
     "weights/models/named_models.py": "test_wordnet.py",

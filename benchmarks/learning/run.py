@@ -85,7 +85,7 @@ def measure(runs: LearningRuns, prepare: Callable[[], DrawTask]) -> None:
 
 def _check_settings(runs: LearningRuns) -> None:
     """Write the settings that all results of a folder share; ConfigError if it has others."""
-    shared = asdict(runs.learning)
+    shared = asdict(runs.learning) | {"divergence_weight": runs.learning.kl_weight}
     for name in ("seed", "replay_share"):
         del shared[name]
     settings = json.dumps({"model": runs.model, **shared}, indent=1) + "\n"

@@ -58,6 +58,11 @@ def carried_metadata(stored: StoredTensor) -> dict[str, str]:
     return {ORIGIN: table_origin(stored)} | ({} if patches is None else {PATCHES: patches})
 
 
+def applied_patches(stored: StoredTensor) -> list[str]:
+    """Content hashes of the row patches that were written into a table, in order."""
+    return stored.metadata.get(PATCHES, "").split()
+
+
 def _checksum(stored: StoredTensor) -> str:
     found = stored.metadata.get(checksum_key(stored.name))
     if found is not None:

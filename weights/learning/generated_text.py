@@ -14,9 +14,9 @@ from engine.model.transformer import Transformer
 from engine.request import Request
 from engine.sampling.params import SamplingParams
 from weights.errors import TrainingError
+from weights.learning.background import DOCUMENT_TOKENS
 from weights.training.packing import Passage
 
-_DOCUMENT_TOKENS = 256
 _IDS, _LENGTHS = "replay.ids", "replay.lengths"
 
 
@@ -37,7 +37,7 @@ def generated_passages(
         ConfigError: the machine has too little memory for keys and values.
         TrainingError: a document failed.
     """
-    length = min(length, _DOCUMENT_TOKENS, model.config.max_positions - 1)
+    length = min(length, DOCUMENT_TOKENS, model.config.max_positions - 1)
     config = EngineConfig(max_model_len=length + 1)
     engine = Engine(make_executor(model, config, dtype=torch.float32), config, eos_ids)
     draws = np.random.default_rng(seed)

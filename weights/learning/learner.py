@@ -144,7 +144,7 @@ class Learner:
         passages = [self._background[index] for index in self._replay_order.next()]
         batch, dtype = packed(passages), OUTPUT_DTYPES[self._config.precision]
         logits_LV = batch_output(self._student.model, batch, dtype).logits_LV.float()
-        weight = self._config.divergence_weight
+        weight = self._config.kl_weight
         if weight:
             with torch.no_grad():
                 base_LV = batch_output(self._base, batch, dtype).logits_LV.float()

@@ -176,7 +176,6 @@ COVERED_BY = {
     "weights/patches/content_hash.py": "weights/patches/test_patch_folder.py",
     "weights/patches/description.py": "weights/patches/test_patch_folder.py",
     "weights/patches/patch_checks.py": "weights/patches/test_patch_folder.py",
-    "weights/patches/patch_header.py": "weights/patches/test_patch_folder.py",
     "weights/patches/table_rows.py": "weights/patches/test_difference.py",
     "weights/training/data_source.py": "weights/training/test_trainer.py",
     "weights/training/initialise.py": "weights/training/test_trainer.py",

@@ -28,7 +28,7 @@ from weights.patches.patch_checks import (
     check_row_ids,
     first_not_finite,
 )
-from weights.patches.patch_header import list_tensors
+from weights.patches.patch_header import read_header
 
 TENSORS_FILE, DESCRIPTION_FILE = "patch.safetensors", "patch.json"
 
@@ -104,8 +104,10 @@ def read_patch(
         description = read_description(json_file)
         if model is not None:
             model.check(description, json_file.path)
-        stored = list_tensors(file)
+        header = read_header(file)
+        stored = header.tensors
         check_headers(file.path, stored, description, check_size)
+        header.check()
         tensors = {name: _memory(file, one) for name, one in stored.items()}
         found = content_hash(tensors, _Reader(file, stored, tensors))
     _check_ids(str(file.path), tensors, description)

@@ -13,8 +13,6 @@ from engine.errors import ConfigError
 from engine.model.transformer import converted
 from weights.checkpoints.checkpoint import load_model, open_checkpoint, serving_dtype
 from weights.checkpoints.table_files import OUTPUT_DTYPES, stored_layout
-from weights.checkpoints.table_origin import applied_patches
-from weights.checkpoints.tensor_files import StoredTensor
 from weights.errors import DataError, TrainingError
 from weights.learning.background import DOCUMENT_TOKENS, background_reads
 from weights.learning.generated_text import generated_passages, passage_tensors, take_passages
@@ -26,7 +24,7 @@ from weights.learning.row_student import RowStudent, saved_rows
 from weights.learning.saved_state import load_state, save_state, state_file
 from weights.learning.scores import exact_answers
 from weights.patches.description import PatchDescription
-from weights.patches.model_identity import model_identity
+from weights.patches.model_identity import base_patches_of, model_identity
 from weights.patches.patch_folder import (
     StoredPatch,
     check_target,
@@ -85,7 +83,8 @@ class PatchLearner:
         if self.replay_source == "given":
             length = min(most, learning.replayed_tokens)
             self.background = texts.background_passages(text, length, learning)
-        self._run = self._unchanging([stored[name] for name in self._identity.shapes])
+        self._stored_tables = [stored[name] for name in self._identity.shapes]
+        self._run = self._unchanging()
         saved = load_state(self._state_file, self._run) if resume else None
         self._base, _ = load_model(model, "float32")
         if not saved and all(exact_answers(self._base, self._exams.facts)):
@@ -129,14 +128,14 @@ class PatchLearner:
         self._state_file.unlink(missing_ok=True)
         return patch
 
-    def _unchanging(self, tables: Sequence[StoredTensor]) -> dict[str, Any]:
+    def _unchanging(self) -> dict[str, Any]:
         """Settings and hashes that must be the same when the run is resumed."""
         settings = asdict(self._learning) | asdict(self._rows)
         del settings["save_every"]
         return {
             "model": [self._identity.row_choice, *self._identity.origins.values()],
-            "table_rows": {one.name: stored_layout(one).name for one in tables},
-            "table_patches": {one.name: applied_patches(one) for one in tables},
+            "table_rows": {one.name: stored_layout(one).name for one in self._stored_tables},
+            "table_patches": base_patches_of(self._stored_tables),
             "facts": _hash(self._exams.facts),
             "background": _hash(self.background),
             **settings,
@@ -217,6 +216,7 @@ class PatchLearner:
             identity.origins,
             identity.row_choice,
             identity.shapes,
+            base_patches_of(self._stored_tables),
             data=self._run["facts"],
             settings=settings,
             scores=scores,

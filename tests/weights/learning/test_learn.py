@@ -138,11 +138,13 @@ def test_a_run_does_not_resume_on_other_tables_of_one_origin(folder, texts, tmp_
     target = tmp_path / "patch"
     assert learner_of(folder, target, texts).run(lambda report: False) is None
     convert(folder, tmp_path / "int8", table_dtype="int8")
-    saved_patch(tmp_path / "other", model=model_identity(folder))
+    other = saved_patch(tmp_path / "other", model=model_identity(folder))
     apply_patch(folder, tmp_path / "other", tmp_path / "patched")
     for name, problem in (("int8", "table_rows: .*float32.*int8"), ("patched", "table_patches: ")):
         with pytest.raises(TrainingError, match=problem):
             learner_of(tmp_path / name, target, texts, resume=True)
+    patch = learner_of(tmp_path / "patched", tmp_path / "more", texts).run(always)
+    assert patch.description.base_patches == {TABLE: [other.content_hash]}
 
 
 def test_a_killed_run_continues_from_the_last_saved_state(folder, texts, learned, tmp_path):

@@ -121,6 +121,25 @@ def test_patches_add_up_and_are_named_in_order(memory_plus_folder, tmp_path):
     assert list_tensors(tmp_path / "again")[TABLE].metadata["patches"] == " ".join(hashes)
 
 
+def test_a_missing_base_patch_and_a_second_application_are_warned_of(
+    memory_plus_folder, tmp_path, caplog
+):
+    identity = model_identity(memory_plus_folder)
+    first = saved_patch(tmp_path / "first", model=identity)
+    base_patches = {TABLE: [first.content_hash]}
+    saved_patch(tmp_path / "second", model=identity, seed=1, base_patches=base_patches)
+    apply_patch(memory_plus_folder, tmp_path / "first", tmp_path / "model")
+    apply_patch(tmp_path / "model", tmp_path / "second", tmp_path / "both")
+    assert not caplog.messages
+    apply_patch(memory_plus_folder, tmp_path / "second", tmp_path / "alone")
+    apply_patch(tmp_path / "both", tmp_path / "first", tmp_path / "twice")
+    lacks, has = caplog.messages
+    assert f"lacks patches that the patch was made on: {first.content_hash}" in lacks
+    assert f"table {TABLE} has this patch already" in has
+    write_difference(tmp_path / "model", tmp_path / "both", tmp_path / "back")
+    assert read_patch(tmp_path / "back").description.base_patches == base_patches
+
+
 def test_files_are_copied_if_they_cannot_be_linked(memory_plus_folder, tmp_path, monkeypatch):
     def refuse(source, target):
         raise OSError(errno.EXDEV, "Invalid cross-device link")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from engine.errors import ConfigError
-from engine.model.transformer import converted
+from engine.model.transformer import converted, with_tables
 from weights.checkpoints.checkpoint import load_model, open_checkpoint, serving_dtype
 from weights.checkpoints.table_files import OUTPUT_DTYPES, stored_layout
 from weights.errors import DataError, TrainingError
@@ -63,7 +63,8 @@ class PatchLearner:
             CheckpointError: the model or its record of row reads cannot be read.
             DataError: a text cannot be read, or a fact is too long; the message names it. Or the
                 model knows all facts.
-            ConfigError: nothing ranks the rows, or an option has no effect.
+            ConfigError: nothing ranks the rows, they do not fit in memory, or an option has no
+                effect.
             TrainingError: there is no state to resume, or a setting differs from those of the saved
                 one; or a state exists and ``resume`` is not set.
         """
@@ -110,7 +111,7 @@ class PatchLearner:
         learning ends or is stopped. It is removed once the patch is written.
 
         Raises:
-            TrainingError: a loss is not finite, or the state cannot be written.
+            TrainingError: a loss or a score is not finite, or the state cannot be written.
             PatchError: the patch cannot be written.
         """
 
@@ -193,8 +194,9 @@ class PatchLearner:
         return tables
 
     def _description(self) -> PatchDescription:
-        dtype = self._serving_dtype
-        served = converted(self._base, dtype), converted(self._student.model, dtype)
+        # one copy of the dense weights serves both models
+        base = converted(self._base, self._serving_dtype)
+        served = base, with_tables(base, self._student.model.tables)
         scores = {
             "steps": self.learner.step,
             "exact_after": self.learner.exact_step,

@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
+from engine.errors import ConfigError
 from tests.weights.learning.learned import FACTS, memory_model
+from weights.available_memory import AvailableMemory
 from weights.errors import TrainingError
+from weights.learning import row_student
 from weights.learning.learning_config import RowConfig
 from weights.learning.row_student import RowStudent
 from weights.training.loss import batch_loss
@@ -145,3 +148,23 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     with pytest.raises(TrainingError, match="norm is (nan|inf)"):
         student.step(1.0)
     assert not student.tables[TABLE].deltas.table_RV.any()
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "copies"),
+    [
+        (RowConfig(rank="all"), "rank: all", 4 * 65),
+        (RowConfig(rows=32, optimizer="sgd"), "rows: 32", 2 * 33),
+    ],
+)
+def test_rows_that_do_not_fit_in_memory_are_refused(monkeypatch, config, option, copies):
+    model, rows = memory_model(), torch.arange(64) if config.rank == "all" else CHOSEN
+    # copies of the rows, and the places of 64 rows
+    needed = 4 * (copies * model.tables[TABLE].value_dim + 64)
+    for free in (needed, needed - 1):
+        limit = AvailableMemory(free, "a limit")
+        monkeypatch.setattr(row_student, "available_memory", lambda limit=limit: limit)
+        if free == needed:
+            RowStudent(model, {TABLE: rows}, config)
+    with pytest.raises(ConfigError, match=rf"{option} needs 0.0 MiB of memory, .*\(a limit\)"):
+        RowStudent(model, {TABLE: rows}, config)

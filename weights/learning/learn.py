@@ -65,8 +65,8 @@ class PatchLearner:
                 model knows all facts.
             ConfigError: nothing ranks the rows, they do not fit in memory, or an option has no
                 effect.
-            TrainingError: there is no state to resume, or a setting differs from those of the saved
-                one; or a state exists and ``resume`` is not set.
+            TrainingError: there is no valid state to resume, or a setting differs from those of the
+                saved one; or a state exists and ``resume`` is not set.
         """
         check_target(target)
         self._target, self._state_file = target, state_file(target)
@@ -94,15 +94,17 @@ class PatchLearner:
             )
         if self.replay_source == "generated":
             self.background = take_passages(saved[1]) if saved else self._generated(text)
-        self.chosen = saved_rows(saved[1]) if saved else self._choose_rows(model, texts, text)
+        self.chosen = (
+            saved_rows(saved[1], self._base) if saved else self._choose_rows(model, texts, text)
+        )
         self._student = RowStudent(self._base, self.chosen, rows)
         self.learner = Learner(
             self._student, self._base, self._exams.facts, self.background, learning
         )
         if saved:
             progress, tensors = saved
-            self._student.load(tensors, progress["step"])
             self.learner.resume(progress)
+            self._student.load(tensors, self.learner.step)
 
     def run(self, on_step: Callable[[LearningReport], bool]) -> StoredPatch | None:
         """Learn, score and write the patch; None if ``on_step`` returned False before the end.

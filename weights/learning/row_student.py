@@ -15,9 +15,10 @@ from memory_ops.tables.value_table import ValueTable
 from weights.available_memory import available_memory
 from weights.checkpoints.memory_request import size_text
 from weights.checkpoints.table_files import OUTPUT_DTYPES
-from weights.errors import TrainingError
+from weights.errors import PatchError, TrainingError
 from weights.learning.learning_config import RowConfig
 from weights.learning.row_sgd import RowSgd
+from weights.patches.patch_checks import check_row_ids
 from weights.training.table_optimizer import TableOptimizer
 
 logger = logging.getLogger(__name__)
@@ -108,11 +109,24 @@ class RowStudent:
         self._optimizer.step_count = step
 
 
-def saved_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of each table in a saved state, to make an equal student of."""
-    return {
+def saved_rows(state: Mapping[str, Tensor], base: Transformer) -> dict[str, Tensor]:
+    """The rows of each table in a saved state, to make an equal student of ``base`` with.
+
+    Raises:
+        TrainingError: they are not rows of its tables.
+    """
+    rows = {
         name.removesuffix(_ROWS): rows_P for name, rows_P in state.items() if name.endswith(_ROWS)
     }
+    for name, rows_P in rows.items():
+        where = f"the saved state: {name}{_ROWS}"
+        if name not in base.tables or rows_P.dtype is not torch.int64 or rows_P.ndim != 1:
+            raise TrainingError(f"{where}: is not a list of row ids of a table")
+        try:
+            check_row_ids(where, rows_P, base.tables[name].num_rows)
+        except PatchError as error:
+            raise TrainingError(str(error)) from None
+    return rows
 
 
 def _check_memory(base: Transformer, rows: Mapping[str, Tensor], config: RowConfig) -> None:

@@ -11,7 +11,7 @@ from weights.available_memory import AvailableMemory
 from weights.errors import TrainingError
 from weights.learning import row_student
 from weights.learning.learning_config import RowConfig
-from weights.learning.row_student import RowStudent
+from weights.learning.row_student import RowStudent, saved_rows
 from weights.training.loss import batch_loss
 from weights.training.packing import packed
 
@@ -130,6 +130,30 @@ def test_a_state_of_other_rows_is_refused():
         other = RowStudent(memory_model(), {TABLE: rows_P}, RowConfig())
         with pytest.raises(TrainingError, match="the saved state has other rows"):
             student_of().load(other.state(), 1)
+
+
+def test_saved_rows_are_those_of_the_models_tables():
+    base = memory_model()
+    assert torch.equal(saved_rows(student_of().state(), base)[TABLE], CHOSEN)
+    for name, rows_P, named in [
+        ("other", CHOSEN, "other.rows: is not a list of row ids of a table"),
+        (TABLE, CHOSEN.int(), "rows: is not a list of row ids"),
+        (TABLE, CHOSEN[None], "rows: is not a list of row ids"),
+        (TABLE, CHOSEN.flip(0), "rows: row ids must ascend"),
+        (TABLE, CHOSEN + 2, "rows: row 64 is outside the table of 64 rows"),
+    ]:
+        with pytest.raises(TrainingError, match=f"the saved state: .*{named}"):
+            saved_rows({f"{name}.rows": rows_P}, base)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_gradients_are_collected_once_before_a_step(optimizer):
+    student = student_of(optimizer=optimizer)
+    with pytest.raises(AssertionError, match="step was called without collect"):
+        student._optimizer.step(0.1)
+    student._optimizer.collect()
+    with pytest.raises(AssertionError, match="collect was called twice"):
+        student._optimizer.collect()
 
 
 def test_a_table_without_chosen_rows_stays_as_it_is():

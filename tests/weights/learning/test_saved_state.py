@@ -56,5 +56,9 @@ def test_a_file_that_is_no_state_is_refused(tmp_path):
         (tmp_path / "state").write_bytes(content)
         with pytest.raises(TrainingError, match="state"):
             load_state(tmp_path / "state", RUN)
+    for run, progress in ((RUN, [3]), ([1], PROGRESS)):
+        save_state(tmp_path / "state", run, progress, TENSORS)
+        with pytest.raises(TrainingError, match="state: is not the state of a learning run"):
+            load_state(tmp_path / "state", RUN)
     with pytest.raises(TrainingError, match="cannot be written"):
         save_state(tmp_path / "none" / "state", RUN, PROGRESS, TENSORS)

@@ -16,7 +16,7 @@ class PatchError(PatchRefusedError):
 
 
 class PatchNotFoundError(PatchError):
-    """There is no folder of a row patch with this name."""
+    """No patch folder has this name."""
 
 
 class PatchReadError(PatchFailedError):

@@ -1,5 +1,6 @@
 """Reads and writes patch folders: patch.safetensors with rows and deltas, and patch.json."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from memory_ops.anonymous import unpooled_zeros
 from memory_ops.patches.patched_rows import patched_bytes
-from weights.checkpoints.new_folder import new_folder, write_synced
+from weights.checkpoints.new_folder import check_new_folder, new_folder, write_synced
 from weights.checkpoints.tensor_files import (
     STORED_DTYPES,
     StoredTensor,
@@ -30,7 +31,7 @@ from weights.patches.patch_checks import (
     check_row_ids,
     first_not_finite,
 )
-from weights.patches.patch_header import list_tensors
+from weights.patches.patch_header import PatchHeader, read_header
 
 TENSORS_FILE, DESCRIPTION_FILE = "patch.safetensors", "patch.json"
 
@@ -85,13 +86,21 @@ class OpenedPatch:
 
     Attributes:
         description: what the patch was made for, and how.
-        file: the file with the tensors.
-        stored: the tensors in the file, by name.
+        header: the header of the file with the tensors.
     """
 
     description: PatchDescription
-    file: OpenedFile
-    stored: Mapping[str, StoredTensor]
+    header: PatchHeader
+
+    @property
+    def file(self) -> OpenedFile:
+        """The file with the tensors."""
+        return self.header.file
+
+    @property
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """The tensors in the file, by name."""
+        return self.header.tensors
 
     @property
     def table_rows(self) -> dict[str, int]:
@@ -128,13 +137,14 @@ class OpenedPatch:
         return content_hash(shapes, read_part)
 
     def read(self) -> StoredPatch:
-        """Read and check the tensors.
+        """Read and check the tensors, whose sizes the caller has found acceptable.
 
         Raises:
             PatchError: ids or values are not valid, or the file is truncated.
             PatchReadError: it cannot be read now, or memory for the tensors is missing.
         """
         where = str(self.file.path)
+        self.header.check()
         tensors = {name: _memory(self.file, one) for name, one in self.stored.items()}
         found = _checked_hash(where, tensors, self._fill)
         _check_ids(where, tensors, self.description)
@@ -169,9 +179,9 @@ def opened_patch(
         description = read_description(json_file)
         if model is not None:
             model.check(description, json_file.path)
-        stored = list_tensors(file)
-        check_headers(file.path, stored, description)
-        yield OpenedPatch(description, file, stored)
+        header = read_header(file)
+        check_headers(file.path, header.tensors, description)
+        yield OpenedPatch(description, header)
 
 
 def read_patch(
@@ -180,6 +190,19 @@ def read_patch(
     """Read and check a patch folder; see ``opened_patch`` and ``OpenedPatch.read``."""
     with opened_patch(folder, model, follow=follow) as opened:
         return opened.read()
+
+
+def check_target(folder: Path) -> None:
+    """Raise PatchError unless a folder can be created, before work is done for its content.
+
+    Its parent is created. A broken symbolic link takes the name, too.
+    """
+    if os.path.lexists(folder):
+        raise PatchError(f"{folder}: exists already")
+    try:
+        check_new_folder(folder)
+    except OSError as error:
+        raise PatchError(f"{folder}: cannot be created ({error.strerror})") from None
 
 
 def write_patch(folder: Path, patch: StoredPatch) -> None:
@@ -199,8 +222,7 @@ def write_patch_sources(
     folder: Path, description: PatchDescription, sources: list[TensorSource]
 ) -> None:
     """Like ``write_patch``, with tensors that are loaded while they are written, and valid."""
-    if folder.exists():
-        raise PatchError(f"{folder}: exists already")
+    check_target(folder)
     try:
         with new_folder(folder) as partial:
             write_tensors(partial / TENSORS_FILE, sources, lambda num_bytes: None)

@@ -61,6 +61,7 @@ patches = st.builds(
     data=st.none() | st.just("d" * 64),
     settings=st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=9), max_size=3),
     scores=st.dictionaries(st.text(max_size=5), st.floats(0, 1), max_size=3),
+    base_patches=st.sampled_from([{}, {TABLE: ["e" * 64]}]),
 )
 
 
@@ -197,13 +198,24 @@ def field(*path_and_value):
         (delete("memplus_patch"), "memplus_patch: must be 1, not None"),
         (delete("origins"), "origins: missing"),
         (delete("scores"), "scores: missing"),
-        (field("name", "x"), "name: unknown key"),
+        (field("memplus_patch", True), "memplus_patch: must be 1, not True"),
+        (field("memplus_patch", 1.0), "memplus_patch: must be 1, not 1.0"),
+        (field("memplus_patch", "\ud800"), r"memplus_patch: must be 1, not '\\ud800'"),
+        (field("name", "x"), "'name': unknown key"),
+        (field("\ud800", "x"), r"'\\ud800': unknown key"),
         (field("shapes", {}), "shapes: names no table"),
         (field("shapes", []), "shapes: expected a JSON object"),
         (field("shapes", TABLE, [64, 0]), r"shapes.memory.table: expected \[rows, values\]"),
         (field("shapes", TABLE, [64, True]), r"shapes.memory.table: expected \[rows, values\]"),
         (field("shapes", TABLE, [2**50, 24]), r"shapes.memory.table: expected \[rows, values\]"),
         (field("shapes", TABLE, 64), r"shapes.memory.table: expected \[rows, values\], got 64"),
+        (field("shapes", "\ud800", [1, 1]), r"origins: table name '\\ud800' is not printable"),
+        (field("origins", "\x1b[2J", "a" * 64), r"origins: table name '\\x1b\[2J' is not print"),
+        (field("shapes", "t" * 257, [1, 1]), "origins: table name 't+' is not .* more than 256"),
+        (field("base_patches", []), "base_patches: expected a JSON object"),
+        (field("base_patches", {"t": []}), "base_patches: table t is not in shapes"),
+        (field("base_patches", {TABLE: "a"}), "base_patches.memory.table: expected a list"),
+        (field("base_patches", {TABLE: ["a"]}), "base_patches.memory.table: expected 64 hex"),
         (field("origins", "t", "a" * 64), "origins: table t is only in one of origins and shapes"),
         (field("origins", TABLE, "a" * 63), "origins.memory.table: expected 64 hexadecimal"),
         (field("row_choice", "B" * 64), "row_choice: expected 64 hexadecimal"),
@@ -214,8 +226,14 @@ def field(*path_and_value):
 )
 def test_a_bad_description_is_named(folder, change, named):
     describe(folder, change)
-    with pytest.raises(PatchError, match=rf"patch\.json: {named}"):
+    with pytest.raises(PatchError, match=rf"patch\.json: {named}") as caught:
         read_patch(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_older_descriptions_name_no_base_patches(folder):
+    describe(folder, delete("base_patches"))
+    assert read_patch(folder).description.base_patches == {}
 
 
 @pytest.mark.parametrize(
@@ -225,6 +243,8 @@ def test_a_bad_description_is_named(folder, change, named):
         ("{", "Expecting property name"),
         ("\xff", "Expecting value"),
         ('{"memplus_patch": NaN}', "not valid JSON: NaN"),
+        ('{"memplus_patch": -1e999}', "not valid JSON: the number -1e999 is out of range"),
+        ('{"shapes": {"t": [1, 2], "t": [3, 4]}}', "the key 't' is given twice"),
         ("[" * 100_000, "not valid JSON: nested too deeply"),
         (" " * (2**20 + 1), "is larger than 1048576 bytes"),
     ],
@@ -340,8 +360,12 @@ def test_invalid_tensors_are_not_written():
 def test_a_failed_write_leaves_no_files(tmp_path, folder):
     with pytest.raises(PatchError, match="patch: exists already"):
         write_patch(folder, patch_of())
-    with pytest.raises(PatchError, match="cannot be written .Not a directory"):
+    with pytest.raises(PatchError, match="cannot be created .Not a directory"):
         write_patch(folder / "patch.json" / "new", patch_of())
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    with pytest.raises(PatchError, match="link: exists already"):
+        write_patch(tmp_path / "link", patch_of())
+    (tmp_path / "link").unlink()
     with pytest.raises(PatchError, match="at most 1048576 fit"):
         write_patch(tmp_path / "new", patch_of(settings={"text": "x" * 2**20}))
     assert [one.name for one in tmp_path.iterdir()] == ["patch"]

@@ -23,6 +23,11 @@ class PatchFailedError(PatchRefusedError):
     a fault; it may be loaded later."""
 
 
+class PatchBusyError(PatchFailedError):
+    """Requests still use removed row patches, and this patch needs their memory; a retry may
+    succeed when they have ended."""
+
+
 class ContextLengthError(RequestError):
     """A prompt, or a prompt with its answer, that is longer than the model takes."""
 

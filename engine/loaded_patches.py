@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import PatchRefusedError, RequestError
+from engine.errors import PatchBusyError, PatchRefusedError, RequestError
 from engine.model.row_patches import PatchSet, RowPatch, ScaledPatch
 from engine.request import PatchRef, PatchStatistics, PatchSummary
 from memory_ops.patches.patch_counts import CountReader, PatchCounts
@@ -86,6 +86,7 @@ class LoadedPatches:
             content_hash: the hash that the content must have; None accepts any.
 
         Raises:
+            PatchBusyError: removed patches that requests still use take the memory that it needs.
             PatchRefusedError: the patch is invalid, not made for this model, or exceeds a limit.
         """
         if self._source is None:
@@ -101,7 +102,8 @@ class LoadedPatches:
         """Let requests use a patch; equal contents are one patch.
 
         Raises:
-            PatchRefusedError: as many patches as allowed are in memory, or this one is on another
+            PatchBusyError: as many patches as allowed are in memory, some of them removed.
+            PatchRefusedError: as many patches as allowed are loaded, or this one is on another
                 device than the model.
         """
         wrong = {str(rows.words.device) for rows in patch.distinct_rows} - {str(self._device)}
@@ -114,10 +116,10 @@ class LoadedPatches:
             known = self._alive.get(patch.content_hash)
             if known is None:
                 if len(self._alive) >= self._limits.max_patches:
-                    raise PatchRefusedError(
+                    raise self._no_space_error(
                         f"--max-patches: {self._limits.max_patches} row patches are allowed, and as"
-                        " many are loaded or still used by requests; remove a patch or raise the"
-                        " limit"
+                        " many are loaded or still used by requests",
+                        patch.num_bytes,
                     )
                 self._taken.pop(patch.content_hash, None)
             self._loaded[patch.content_hash] = self._alive[patch.content_hash] = known or patch
@@ -172,7 +174,15 @@ class LoadedPatches:
                 f"{size / 2**30:.3g}"
                 for size in (num_bytes, max(left, 0), self._limits.patch_bytes)
             )
-            raise PatchRefusedError(
-                f"--patch-memory-gib: the patch takes {taken} GiB, {free} of {limit} GiB is free;"
-                " remove a patch or raise the limit"
+            raise self._no_space_error(
+                f"--patch-memory-gib: the patch takes {taken} GiB, {free} of {limit} GiB is free",
+                num_bytes,
             )
+
+    def _no_space_error(self, problem: str, num_bytes: int) -> PatchRefusedError:
+        """The error of a patch that does not fit: PatchBusyError if removed ones take its space."""
+        loaded = list(self._loaded.values())
+        left = self._limits.patch_bytes - sum(patch.num_bytes for patch in loaded)
+        if len(loaded) < self._limits.max_patches and num_bytes <= left:
+            return PatchBusyError(f"{problem}; requests still use removed patches; retry later")
+        return PatchRefusedError(f"{problem}; remove a patch or raise the limit")

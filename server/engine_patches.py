@@ -53,6 +53,7 @@ class EnginePatches:
 
         Raises:
             EngineLostError: the engine has died.
+            PatchBusyError: removed patches that requests still use take the memory that it needs.
             PatchFailedError: it could not be loaded now, but may be valid.
             PatchRefusedError: it is invalid or exceeds a limit.
         """
@@ -84,8 +85,7 @@ class EnginePatches:
         is_wanted = not load.answer.cancelled()
         if message.summary is None:
             if is_wanted:
-                kind = PatchFailedError if message.is_failure else PatchRefusedError
-                load.answer.set_exception(kind(message.error))
+                load.answer.set_exception(message.kind(message.error))
             return
         found = message.summary.content_hash
         if is_wanted and load.content_hash is None:

@@ -8,7 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import ConfigError, PatchFailedError, PatchRefusedError, RequestError
+from engine.errors import (
+    ConfigError,
+    PatchBusyError,
+    PatchFailedError,
+    PatchRefusedError,
+    RequestError,
+)
 from engine.process import EngineLostError
 from engine.request import PatchRef, PatchSummary, canonical_patches
 from server.api_keys import ApiKey
@@ -23,6 +29,7 @@ from weights.patches.patch_dir import folder_in
 logger = logging.getLogger(__name__)
 # the first load waits for the hashes of the model's weights, of which there may be 100 GB
 _LOAD_TIMEOUT_S = 120.0
+_RETRY = {"Retry-After": "5"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ class ServedPatches:
 
         Raises:
             ApiError: 400 if it is refused, 404 if there is none, 409 if the name is in use, 500 if
-                it cannot be loaded now, 503 if the engine is not running, 504 if it takes too long.
+                it cannot be loaded now, 503 if the engine is not running or requests still use
+                removed patches whose memory it needs, 504 if it takes too long.
         """
         if name in self._served:
             raise ApiError(409, f"name: patch {name!r} is already loaded", param="name")
@@ -107,6 +115,10 @@ class ServedPatches:
             message = f"patch {name!r} was not loaded within {_LOAD_TIMEOUT_S:g} s"
             logger.error("%s; the load was cancelled", message)
             raise ApiError(504, f"name: {message}", "timeout_error", param="name") from None
+        except PatchBusyError as error:
+            self._metrics.loads.labels("failed").inc()
+            message = f"name: patch {name!r}: {error}"
+            raise ApiError(503, message, "server_error", "name", headers=_RETRY) from None
         except PatchFailedError as error:
             self._metrics.loads.labels("failed").inc()
             logger.error("patch %s was not loaded: %s", name, error)
@@ -119,8 +131,7 @@ class ServedPatches:
             reason = str(error).replace(str(folder), name)
             raise ApiError(400, f"name: patch {name!r}: {reason}", param="name") from None
         except EngineLostError as error:
-            headers = {"Retry-After": "5"}
-            raise ApiError(503, str(error), "server_error", headers=headers) from None
+            raise ApiError(503, str(error), "server_error", headers=_RETRY) from None
         finally:
             self._loading.remove(name)
 

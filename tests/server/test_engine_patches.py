@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig
-from engine.errors import PatchFailedError, PatchRefusedError
+from engine.errors import PatchBusyError, PatchFailedError, PatchRefusedError
 from engine.loaded_patches import LoadedPatches
 from engine.messages import LoadPatch, PatchLoaded, UnloadPatch
 from engine.patch_loading import PatchLoading
@@ -32,14 +32,17 @@ class FakeEngine:
         return task
 
     async def answer(
-        self, content_hash: str | None = None, error: str = "refused", is_failure: bool = False
+        self,
+        content_hash: str | None = None,
+        error: str = "refused",
+        kind: type = PatchRefusedError,
     ):
         """Accept the oldest load in flight with a content hash, or refuse it."""
         message = self.sent.pop(0)
         assert isinstance(message, LoadPatch)
         summary = content_hash and PatchSummary(content_hash, 1, 12, {"memory.table": 1})
         text = None if summary else error
-        self.patches.answer(PatchLoaded(message.key, summary, text, is_failure))
+        self.patches.answer(PatchLoaded(message.key, summary, text, kind))
         for _ in range(5):
             await asyncio.sleep(0)
         return message
@@ -268,7 +271,7 @@ def test_failures_are_retried_together_before_patches_are_lost(monkeypatch, capl
         for folder, content in contents.items():
             await engine.loaded(folder, content)
         task = await engine.reload()
-        failures = {"error": "Too many open files", "is_failure": True}
+        failures = {"error": "Too many open files", "kind": PatchFailedError}
         for folder in ("/a", "/b", "/c"):
             assert (await engine.answer(**failures))[1] == folder
         await engine.answer(error="/d: has changed")
@@ -286,9 +289,14 @@ def test_failures_are_retried_together_before_patches_are_lost(monkeypatch, capl
     assert "row patches: 3 are loaded again in 1 s" in caplog.text
 
 
-@scenario
-async def test_failures_and_refusals_are_different_errors(engine):
-    task = await engine.begun("/a")
-    await engine.answer(error="MemoryError", is_failure=True)
-    with pytest.raises(PatchFailedError, match="MemoryError"):
-        await task
+@pytest.mark.parametrize("kind", [PatchRefusedError, PatchFailedError, PatchBusyError])
+def test_an_error_keeps_its_kind(kind):
+    @scenario
+    async def run(engine):
+        task = await engine.begun("/a")
+        await engine.answer(error="MemoryError", kind=kind)
+        with pytest.raises(kind, match="MemoryError") as raised:
+            await task
+        assert type(raised.value) is kind
+
+    run()

@@ -5,7 +5,13 @@ import threading
 
 import pytest
 
-from engine.errors import ConfigError, PatchFailedError, PatchRefusedError, RequestError
+from engine.errors import (
+    ConfigError,
+    PatchBusyError,
+    PatchFailedError,
+    PatchRefusedError,
+    RequestError,
+)
 from engine.process import EngineLostError
 from engine.request import EngineStatistics, PatchRef, PatchStatistics, PatchSummary
 from server.api_keys import parse_key
@@ -110,6 +116,12 @@ def test_refused_patches_and_a_dead_engine_are_errors(patches, engine, tmp_path,
     message = "name: patch 'c' could not be loaded; the server's log says why"
     assert refused(500, patches.load("c")).startswith(message)
     assert "Too many open files" in caplog.text
+    message = "--max-patches: 4 row patches are allowed; requests still use removed patches"
+    engine.error = PatchBusyError(message)
+    with pytest.raises(ApiError, match=f"^name: patch 'c': {message}$") as raised:
+        asyncio.run(patches.load("c"))
+    assert raised.value.status == 503 and raised.value.headers == {"Retry-After": "5"}
+    assert raised.value.body["error"]["param"] == "name"
     engine.error = EngineLostError("the engine is not running")
     refused(503, patches.load("c"))
     assert names(patches) == ["a", "b"]

@@ -26,6 +26,11 @@ class PatchFailedError(PatchNotLoadedError):
     """The patch is not loaded because of the machine, not the patch; a retry may succeed."""
 
 
+class PatchBusyError(PatchFailedError):
+    """Requests still use removed row patches, and this patch needs their memory; a retry may
+    succeed when they have ended."""
+
+
 class ContextLengthError(RequestError):
     """A prompt, or a prompt with its answer, that is longer than the model takes."""
 

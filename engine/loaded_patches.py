@@ -10,7 +10,12 @@ from weakref import WeakValueDictionary
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import PatchRefusedError, RequestError
+from engine.errors import (
+    PatchBusyError,
+    PatchNotLoadedError,
+    PatchRefusedError,
+    RequestError,
+)
 from engine.model.row_patches import PatchSet, RowPatch, ScaledPatch
 from engine.request import PatchRef, PatchStatistics, PatchSummary
 from memory_ops.patches.patch_counts import CountReader, PatchCounts
@@ -116,6 +121,7 @@ class LoadedPatches:
             content_hash: the hash that the content must have; None accepts any.
 
         Raises:
+            PatchBusyError: removed patches that requests still use take the memory that it needs.
             PatchRefusedError: the patch is invalid, not made for this model, or exceeds a limit.
             PatchFailedError: it cannot be read now, or memory for it is missing.
         """
@@ -138,7 +144,7 @@ class LoadedPatches:
                 sizes = {patch.num_bytes for patch in self._in_memory()}
                 known = find(opened.content_hash()) if opened.num_bytes in sizes else None
                 if known is None:
-                    raise PatchRefusedError(refusal)
+                    raise refusal
                 patch = known
             self.put(patch)
             return opened.summary(patch.content_hash)
@@ -147,7 +153,8 @@ class LoadedPatches:
         """Let requests use a patch; equal contents are one patch.
 
         Raises:
-            PatchRefusedError: as many patches as allowed are in memory, or this one is on another
+            PatchBusyError: as many patches as allowed are in memory, some of them removed.
+            PatchRefusedError: as many patches as allowed are loaded, or this one is on another
                 device than the model.
         """
         wrong = {str(rows.words.device) for rows in patch.distinct_rows} - {str(self._device)}
@@ -158,8 +165,8 @@ class LoadedPatches:
         with self._lock:
             known = self._alive.get(patch.content_hash)
             if known is None:
-                if (refusal := self._too_many()) is not None:
-                    raise PatchRefusedError(refusal)
+                if (refusal := self._too_many(patch.num_bytes)) is not None:
+                    raise refusal
                 self._taken.pop(patch.content_hash, None)
             # so that a content hash names one patch
             self._loaded[patch.content_hash] = self._alive[patch.content_hash] = known or patch
@@ -214,26 +221,36 @@ class LoadedPatches:
                 " raise the limit"
             )
 
-    def _no_space_for(self, num_bytes: int) -> str | None:
-        """The limit that another patch of this size would exceed; None if none."""
+    def _no_space_for(self, num_bytes: int) -> PatchNotLoadedError | None:
+        """The error of another patch of this size if it would exceed a limit; None if not."""
         with self._lock:
-            refusal = self._too_many()
+            refusal = self._too_many(num_bytes)
         left = self._limits.patch_bytes - self.num_bytes
         if refusal is not None or num_bytes <= left:
             return refusal
         taken, free, limit = (
             f"{size / 2**30:.3g}" for size in (num_bytes, max(left, 0), self._limits.patch_bytes)
         )
-        return (
-            f"--patch-memory-gib: the patch takes {taken} GiB, {free} of {limit} GiB is free;"
-            " remove a patch or raise the limit"
+        return self._no_space_error(
+            f"--patch-memory-gib: the patch takes {taken} GiB, {free} of {limit} GiB is free",
+            num_bytes,
         )
 
-    def _too_many(self) -> str | None:
-        """The limit that another patch would exceed; None if none. The caller holds the lock."""
+    def _too_many(self, num_bytes: int) -> PatchNotLoadedError | None:
+        """The error of another patch of this size if as many as allowed are in memory. The caller
+        holds the lock."""
         if len(self._alive) < self._limits.max_patches:
             return None
-        return (
+        return self._no_space_error(
             f"--max-patches: {self._limits.max_patches} row patches are allowed, and as many are"
-            " loaded or still used by requests; remove a patch or raise the limit"
+            " loaded or still used by requests",
+            num_bytes,
         )
+
+    def _no_space_error(self, problem: str, num_bytes: int) -> PatchNotLoadedError:
+        """The error of a patch that does not fit: PatchBusyError if removed ones take its space."""
+        loaded = list(self._loaded.values())
+        left = self._limits.patch_bytes - sum(patch.num_bytes for patch in loaded)
+        if len(loaded) < self._limits.max_patches and num_bytes <= left:
+            return PatchBusyError(f"{problem}; requests still use removed patches; retry later")
+        return PatchRefusedError(f"{problem}; remove a patch or raise the limit")

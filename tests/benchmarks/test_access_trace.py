@@ -75,10 +75,10 @@ def test_the_counts_are_kept_in_the_models_folder(model, texts, tmp_path):
     text = checkpoint_text(folder)
     ids = [text.document(one) for one in TEXTS]
     tokens = str(sum(map(len, ids)))
-    arguments = ["bench", "trace", *texts, "--model", str(folder), "--out", file]
-    assert main([*arguments, "--tokens", tokens]) == 0
+    arguments = ["bench", "trace", *texts, "--model", str(folder), "--tokens", tokens]
+    assert main([*arguments, "--out", file]) == 0
     assert read_row_reads(folder, model.config, table_origins(folder)) is None
-    assert main([*arguments, "--tokens", tokens, "--record"]) == 0
+    assert main([*arguments, "--record"]) == 0
     found = read_row_reads(folder, model.config, table_origins(folder))
     # the trace reads the last token of a document too
     wanted = count_reads(model, [one for of in ids for one in cut([*of, 0], 512)])
@@ -101,3 +101,8 @@ def test_no_more_tokens_are_counted_than_traced(model, texts, tmp_path, monkeypa
         assert torch.equal(found.tables[name].reads_R, table.reads_R)
     monkeypatch.delattr(access_trace, "ReadCounter")  # without a record nothing is counted
     assert record(folder, texts, tokens, 1).num_tokens == tokens
+
+
+def test_a_trace_that_is_written_nowhere_is_refused(texts, capsys):
+    assert main(["bench", "trace", *texts, "--model", "no-such-model"]) == 2
+    assert "out: give --out FILE.npz, --record or both" in capsys.readouterr().err

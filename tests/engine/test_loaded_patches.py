@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import PatchRefusedError, RequestError
+from engine.errors import PatchBusyError, PatchRefusedError, RequestError
 from engine.loaded_patches import LoadedPatches
 from engine.model.row_patches import RowPatch
 from engine.request import PatchRef, PatchStatistics, PatchSummary
@@ -17,6 +17,8 @@ from memory_ops.patches.patched_rows import PatchedRows, patched_bytes
 
 WIDTH = 256
 BYTES = patched_bytes(100, WIDTH, itemsize=4)
+
+IN_USE = "requests still use removed patches; retry later"
 
 
 class MadePatch:
@@ -67,10 +69,12 @@ def done(patches: LoadedPatches) -> list[str]:
     return patches._source.opened[-1].calls
 
 
-def refused(patches: LoadedPatches, folder: str, message: str) -> None:
-    with pytest.raises(PatchRefusedError) as raised:
+def refused(
+    patches: LoadedPatches, folder: str, message: str, kind: type = PatchRefusedError
+) -> None:
+    with pytest.raises(kind) as raised:
         patches.load(Path(folder))
-    assert str(raised.value) == message
+    assert str(raised.value) == message and type(raised.value) is kind
 
 
 def test_equal_contents_are_one_patch():
@@ -104,13 +108,11 @@ def test_a_removed_patch_counts_as_long_as_a_request_uses_it():
     patches = loaded(max_patches=3, patch_memory_gib=2 * BYTES / 2**30)
     patches.load(Path("/a"))
     patches.load(Path("/b"))
+    message = "--patch-memory-gib: the patch takes 9.71e-05 GiB, 0 of 0.000194 GiB is free"
+    refused(patches, "/c", f"{message}; remove a patch or raise the limit")
     lease = patches.lease([PatchRef("a")])
     patches.remove("a")
-    refused(
-        *(patches, "/c"),
-        "--patch-memory-gib: the patch takes 9.71e-05 GiB, 0 of 0.000194 GiB is free; remove a"
-        " patch or raise the limit",
-    )
+    refused(patches, "/c", f"{message}; {IN_USE}", PatchBusyError)
     del lease
     patches.load(Path("/c"))
     assert (patches.num_alive, patches.num_bytes) == (2, 2 * BYTES)
@@ -120,14 +122,11 @@ def test_the_number_of_patches_is_limited_but_not_that_of_folders():
     patches = loaded(max_patches=2)
     for folder in ("/a", "/b", "/a-again", "/b-again"):
         patches.load(Path(folder))
-    message = (
-        "--max-patches: 2 row patches are allowed, and as many are loaded or still used by"
-        " requests; remove a patch or raise the limit"
-    )
-    refused(patches, "/c", message)
+    message = "--max-patches: 2 row patches are allowed, and as many are loaded or still used by"
+    refused(patches, "/c", f"{message} requests; remove a patch or raise the limit")
     lease = patches.lease([PatchRef("a")])
     patches.remove("a")
-    refused(patches, "/c", message)
+    refused(patches, "/c", f"{message} requests; {IN_USE}", PatchBusyError)
     # a content that is still in memory does not count twice
     patches.load(Path("/a-once-more"))
     assert lease[0].patch is patches.lease([PatchRef("a")])[0].patch

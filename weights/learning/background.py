@@ -59,5 +59,5 @@ def background_reads(
     raise ConfigError(
         "background: the model has no record of the rows that other text reads, and without replay"
         " it writes no text; give texts with --background, or record the reads once with"
-        " `memplus bench trace --record`, or choose --rank reads"
+        " `memplus bench trace TEXTS --model DIR --record`, or choose --rank reads"
     )

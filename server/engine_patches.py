@@ -118,11 +118,11 @@ class EnginePatches:
         self._is_dead = False
         missing = {content: list(folders) for content, folders in self._folders.items()}
         for pause_s in _ROUND_PAUSES_S:
-            count = sum(map(bool, missing.values()))  # the others were refused
-            if not count:
+            num_left = sum(map(bool, missing.values()))  # the others were refused
+            if not num_left:
                 break
             if pause_s:
-                logger.warning("row patches: %d are loaded again in %g s", count, pause_s)
+                logger.warning("row patches: %d are loaded again in %g s", num_left, pause_s)
             await asyncio.sleep(pause_s)
             for content_hash, folders in list(missing.items()):
                 if content_hash not in self._folders:

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
+from engine.model.grouped_weights import GroupedEmbedding, GroupedLinear, WeightGroups
 from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
+
+
+Linear = nn.Linear | nn.Embedding | GroupedLinear | GroupedEmbedding
 
 
 @dataclass(frozen=True)
@@ -24,28 +28,33 @@ class Packer:
 
     def linear(
         self,
-        *layers: nn.Linear | nn.Embedding,
+        *layers: Linear,
         norm: RmsNorm | None = None,
         is_gated: bool = False,
     ) -> PackedLinear:
         """One product of layers with the same input; the rows of an embedding give logits."""
         rows, first = [], 0
         for index, layer in enumerate(layers):
-            bias = layer.bias if isinstance(layer, nn.Linear) else None
+            bias = layer.bias if isinstance(layer, nn.Linear | GroupedLinear) else None
             bias_O = None if bias is None else self._cast(bias)
             part = index if is_gated else 0
-            rows.append(WeightRows(self._cast(layer.weight), bias_O, first=first, part=part))
+            rows.append(WeightRows(self._weights(layer), bias_O, first=first, part=part))
             first += 0 if is_gated else len(layer.weight)
         outputs = len(layers[0].weight) if is_gated else first
         packed_norm = None if norm is None else (self._cast(norm.weight), norm.eps)
-        return self.kernels.pack(rows, outputs, norm=packed_norm, is_gated=is_gated)
+        return self.kernels.pack(
+            rows, _inputs(layers[0]), outputs, self.dtype, norm=packed_norm, is_gated=is_gated
+        )
 
     def subkeys(self, memory: MemoryLayer) -> PackedLinear:
         """The product of queries and subkeys: half scores in fp32, the query norm included."""
         subkeys_H2Nk, query_norm = self._cast(memory.subkeys), memory.query_norm
         rows = [WeightRows(half, block=i) for i, half in enumerate(subkeys_H2Nk.flatten(0, 1))]
         norm = None if query_norm is None else (self._cast(query_norm), memory.norm_eps)
-        return self.kernels.pack(rows, memory.num_subkeys, norm=norm, has_wide_outputs=True)
+        inputs, outputs = subkeys_H2Nk.shape[3], memory.num_subkeys
+        return self.kernels.pack(
+            rows, inputs, outputs, self.dtype, norm=norm, has_wide_outputs=True
+        )
 
     def norm(self, norm: RmsNorm) -> RmsNorm:
         """The same norm in the packer's dtype."""
@@ -53,5 +62,16 @@ class Packer:
         made.weight = nn.Parameter(self._cast(norm.weight), requires_grad=False)
         return made
 
+    def _weights(self, layer: Linear) -> Tensor | WeightGroups:
+        if isinstance(layer, GroupedLinear | GroupedEmbedding):
+            return layer.groups
+        return self._cast(layer.weight)
+
     def _cast(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype)
+
+
+def _inputs(layer: Linear) -> int:
+    if isinstance(layer, nn.Embedding | GroupedEmbedding):
+        return layer.embedding_dim
+    return layer.in_features

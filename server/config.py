@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server.thread_count import default_threads
-from weights.checkpoints.dtype_names import TABLE_DTYPES
+from weights.checkpoints.dtype_names import TABLE_DTYPES, WEIGHT_DTYPES
 from weights.models.named_models import DEFAULT_MODEL
 
 _CACHE = "2GiB"
@@ -52,6 +52,14 @@ class ModelOptions:
             "help": "precision of weights and KV cache; auto: float32 for float32 weights,"
             " else bfloat16; float16 needs a GPU",
             "choices": _DTYPES,
+        },
+    )
+    weight_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "round the weights of products to this dtype, with a scale per 32 weights;"
+            " auto: as --dtype; int8 and int4 need a CPU",
+            "choices": WEIGHT_DTYPES,
         },
     )
     table_tier: str = field(
@@ -104,6 +112,9 @@ class ModelOptions:
             raise ConfigError(f"device: must be auto, cpu, cuda or cuda:N, not {self.device!r}")
         if self.dtype not in _DTYPES:
             raise ConfigError(f"dtype: {self.dtype!r} is not one of {', '.join(_DTYPES)}")
+        if self.weight_dtype not in WEIGHT_DTYPES:
+            known = ", ".join(WEIGHT_DTYPES)
+            raise ConfigError(f"weight_dtype: {self.weight_dtype!r} is not one of {known}")
         if self.table_lookahead < 0:
             raise ConfigError(f"table_lookahead: must be 0 or more, not {self.table_lookahead}")
         if self.table_lookahead and self.table_tier == "device":

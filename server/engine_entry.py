@@ -96,6 +96,7 @@ class LoadedModel:
         kv_bytes: bytes for its KV blocks; None on a GPU leaves the size to the executor, which
             measures the memory that is left.
         lookahead: settings of the row prefetch; None without prefetch.
+        weight_dtype: one of ``WEIGHT_DTYPES``, to which the executor rounds weights.
     """
 
     model: Transformer
@@ -103,6 +104,7 @@ class LoadedModel:
     dtype: torch.dtype
     kv_bytes: int | None
     lookahead: LookaheadConfig | None
+    weight_dtype: str = "auto"
 
 
 def served_engine(
@@ -128,7 +130,9 @@ def served_executor(loaded: LoadedModel, engine: EngineConfig) -> Executor:
     """The executor of ``served_engine``."""
     if loaded.kv_bytes is not None:
         engine = replace(engine, kv_cache_gib=loaded.kv_bytes / 2**30)
-    return make_executor(loaded.model, engine, loaded.lookahead, loaded.dtype)
+    return make_executor(
+        loaded.model, engine, loaded.lookahead, loaded.dtype, loaded.weight_dtype
+    )
 
 
 def load_served(
@@ -178,7 +182,9 @@ def load_served(
     if lookahead is not None and all(table.fetched_capacity is None for table in tables):
         logger.warning("all value tables are in memory: --table-lookahead has no effect")
         lookahead = None
-    return LoadedModel(model, config, sizes.dtype, shares.kv_bytes, lookahead)
+    return LoadedModel(
+        model, config, sizes.dtype, shares.kv_bytes, lookahead, options.weight_dtype
+    )
 
 
 def _tier_choice(

@@ -17,6 +17,7 @@ from engine.executors.lookahead import LookaheadConfig
 from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import KvMemoryError
 from engine.model.config import ModelConfig
+from engine.model.grouped_weights import WEIGHT_BITS
 from engine.model.transformer import Transformer, converted
 from engine.progress import Progress
 from memory_ops.tables.value_table import ValueTable
@@ -74,11 +75,13 @@ def make_executor(
     config: EngineConfig,
     lookahead: LookaheadConfig | None = None,
     dtype: torch.dtype | None = None,
+    weight_dtype: str = "auto",
 ) -> Executor:
     """Make the fastest executor for a loaded model, with KV memory as configured.
 
     It computes in ``dtype``, by default that of the embedding; on a GPU the weights have it
-    already. The model computes the same afterwards. The executor may copy its weights: a caller
+    already. ``weight_dtype`` of ``WEIGHT_DTYPES`` rounds the weights of products on a CPU. The model
+    computes the same afterwards. The executor may copy its weights: a caller
     that only serves should drop the model.
 
     Raises:
@@ -88,7 +91,10 @@ def make_executor(
     """
     weight = model.model.embed_tokens.weight
     dtype = dtype or weight.dtype
+    weight_bits = WEIGHT_BITS.get(weight_dtype)
     if weight.is_cuda:
+        if weight_bits is not None:
+            raise ConfigError(f"weight_dtype: {weight_dtype} needs a CPU")
         if dtype is not weight.dtype:
             raise ValueError(f"dtype: {dtype}, but the weights on the GPU have {weight.dtype}")
         # imports triton, which a CPU does not need
@@ -103,7 +109,11 @@ def make_executor(
     try:
         if kernels is not None:
             logger.info("executor: cpu, native kernels (%s)", kernels.build)
-            return CpuExecutor(model, kernels, num_blocks, config.block_size, lookahead, dtype)
+            return CpuExecutor(
+                model, kernels, num_blocks, config.block_size, lookahead, dtype, weight_bits
+            )
+        if weight_bits is not None:
+            raise ConfigError(f"weight_dtype: {weight_dtype} needs memplus's native library")
         logger.info("executor: eager, plain torch on %s in %s", weight.device, dtype)
         return EagerExecutor(converted(model, dtype), num_blocks, config.block_size, lookahead)
     except KvMemoryError as error:

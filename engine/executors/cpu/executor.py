@@ -1,6 +1,7 @@
 """The CPU executor: native kernels on packed weights."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,10 +40,13 @@ class CpuExecutor:
         block_size: int,
         lookahead: LookaheadConfig | None = None,
         dtype: torch.dtype | None = None,
+        weight_bits: int | None = None,
     ) -> None:
         """Pack a model's weights in ``dtype``, fp32 or bf16, and reserve KV memory.
 
-        ``dtype`` is by default that of the embedding, which is kept if it has ``dtype``.
+        ``dtype`` is by default that of the embedding, which is kept if it has ``dtype``. With
+        ``weight_bits``, weights of products are rounded to groups: to 8 bits in the head, to so
+        many bits in the layers.
 
         Raises:
             KvMemoryError: the system cannot provide the KV memory.
@@ -58,7 +62,7 @@ class CpuExecutor:
         self.progress.watch(lambda: kernels.work_done)
         self._kernels = kernels
         embedding_VD = model.model.embed_tokens.weight
-        packer = Packer(kernels, dtype or embedding_VD.dtype)
+        packer = Packer(kernels, dtype or embedding_VD.dtype, weight_bits)
         self._embedding_VD = embedding_VD.to(packer.dtype)
         self._rope_frequencies = model.rope_frequencies
         layers = [pack_layer(packer, layer) for layer in model.layers]
@@ -70,7 +74,8 @@ class CpuExecutor:
             self.progress,
             None if lookahead is None else Lookahead(memories, lookahead),
         )
-        self._head = packer.linear(model.head, norm=model.model.norm)
+        head_packer = packer if weight_bits is None else replace(packer, weight_bits=8)
+        self._head = head_packer.linear(model.head, norm=model.model.norm)
         self._sampler = Sampler(kernels.sample, kernels.log_probabilities, kernels.mask)
         self._block_table = HostBlockTable()
         self._kv_blocks = kv_memory(model.config, num_blocks, block_size, self._embedding_VD)

@@ -4,14 +4,14 @@ A packed product includes the norm before it: ``out = concat(W_i norm(x) + b_i)`
 pair of layers, ``out = silu(W_0 norm(x) + b_0) * (W_1 norm(x) + b_1)``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
-from engine.model.grouped_weights import GroupedEmbedding, GroupedLinear, WeightGroups
+from engine.model.grouped_weights import GroupedEmbedding, GroupedLinear, WeightGroups, group_weights
 from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
 
@@ -21,10 +21,23 @@ Linear = nn.Linear | nn.Embedding | GroupedLinear | GroupedEmbedding
 
 @dataclass(frozen=True)
 class Packer:
-    """Packs weights for the kernels in one dtype; converts one product at a time if needed."""
+    """Packs weights for the kernels; converts one product at a time if needed.
+
+    Attributes:
+        kernels: the kernels.
+        dtype: dtype of inputs, outputs and, unless they are in groups, weights.
+        weight_bits: bits to which ``linear`` rounds weights that are not in groups yet, 8 or 4;
+            None keeps them in ``dtype``.
+    """
 
     kernels: CpuKernels
     dtype: torch.dtype
+    weight_bits: int | None = None
+
+    @property
+    def unrounded(self) -> "Packer":
+        """A packer that keeps weights in ``dtype``."""
+        return replace(self, weight_bits=None)
 
     def linear(
         self,
@@ -65,6 +78,8 @@ class Packer:
     def _weights(self, layer: Linear) -> Tensor | WeightGroups:
         if isinstance(layer, GroupedLinear | GroupedEmbedding):
             return layer.groups
+        if self.weight_bits is not None:
+            return group_weights(layer.weight, self.weight_bits)
         return self._cast(layer.weight)
 
     def _cast(self, weight: Tensor) -> Tensor:

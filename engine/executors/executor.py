@@ -17,7 +17,7 @@ from engine.executors.lookahead import LookaheadConfig
 from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import KvMemoryError
 from engine.model.config import ModelConfig
-from engine.model.grouped_weights import WEIGHT_BITS
+from engine.model.grouped_weights import WEIGHT_BITS, group_bits
 from engine.model.transformer import Transformer, converted
 from engine.progress import Progress
 from memory_ops.tables.value_table import ValueTable
@@ -79,7 +79,7 @@ def make_executor(
 ) -> Executor:
     """Make the fastest executor for a loaded model, with KV memory as configured.
 
-    It computes in ``dtype``, by default that of the embedding; on a GPU the weights have it
+    It computes in ``dtype``, by default the model's; on a GPU the weights have it
     already. ``weight_dtype`` of ``WEIGHT_DTYPES`` rounds the weights of products on a CPU. The model
     computes the same afterwards. The executor may copy its weights: a caller
     that only serves should drop the model.
@@ -89,9 +89,12 @@ def make_executor(
             another device.
         ValueError: ``dtype`` is not that of weights on a GPU.
     """
-    weight = model.model.embed_tokens.weight
-    dtype = dtype or weight.dtype
+    weight = model.model.norm.weight
+    dtype = dtype or model.dtype
     weight_bits = WEIGHT_BITS.get(weight_dtype)
+    if weight_bits is not None and (stored := group_bits(model)):
+        fewest = min(stored.values())
+        raise ConfigError(f"weight_dtype: the model's weights have {fewest} bits already")
     if weight.is_cuda:
         if weight_bits is not None:
             raise ConfigError(f"weight_dtype: {weight_dtype} needs a CPU")

@@ -10,14 +10,18 @@ as in llama.cpp's formats Q8_0 (8 bits) and Q4_0 (4 bits), which it can hold wit
 O outputs, I inputs, G groups; the last group is padded with weights of 0.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
+
+from engine.model.uninitialised import ExactLinear
 
 GROUP = 32
 WEIGHT_BITS = {"int8": 8, "int4": 4}
+VALUE_DTYPES = {8: torch.int8, 4: torch.uint8}
 # where the most extreme weight of a group may lie on the scale of -8 to 7
 _EXTREMES = (-8.0, -7.4, -8.6, 7.4)
 
@@ -63,14 +67,25 @@ def group_weights(weight_OI: Tensor, bits: int) -> WeightGroups:
     return WeightGroups((low_OGI | high_OGI << 4).flatten(1), scales_OG, bits)
 
 
+def widened(groups: WeightGroups) -> WeightGroups:
+    """The same weights in 8 bits."""
+    if groups.bits == 8:
+        return groups
+    return WeightGroups(_integers(groups).flatten(1), groups.scales_OG, 8)
+
+
 def dense_weights(groups: WeightGroups, inputs: int, dtype: torch.dtype) -> Tensor:
     """The weights ``[O, I]`` in ``dtype``."""
-    values_OGI = groups.values.unflatten(1, (groups.scales_OG.shape[1], -1))
-    if groups.bits == 4:
-        low_OGI, high_OGI = values_OGI & 15, values_OGI >> 4
-        values_OGI = torch.cat([low_OGI, high_OGI], dim=2).to(torch.int8) - 8
-    wide_OGI = values_OGI.float() * groups.scales_OG.float().unsqueeze(2)
+    wide_OGI = _integers(groups).float() * groups.scales_OG.float().unsqueeze(2)
     return wide_OGI.flatten(1)[:, :inputs].to(dtype)
+
+
+def _integers(groups: WeightGroups) -> Tensor:
+    """The integers ``[O, G, 32]`` as int8."""
+    values_OGI = groups.values.unflatten(1, (groups.scales_OG.shape[1], -1))
+    if groups.bits == 8:
+        return values_OGI
+    return torch.cat([values_OGI & 15, values_OGI >> 4], dim=2).to(torch.int8) - 8
 
 
 def _grouped(weight_OI: Tensor) -> Tensor:
@@ -97,7 +112,7 @@ def _errors(wide_OGI: Tensor, scales_OG: Tensor) -> Tensor:
 
 
 class GroupedLinear(nn.Module):
-    """A linear layer whose weights are in groups; parameters are uninitialised.
+    """The weights of a linear layer in groups; uninitialised. It cannot run: see ``dense``.
 
     Attributes:
         weight, weight_scales: the groups' arrays.
@@ -119,25 +134,17 @@ class GroupedLinear(nn.Module):
         """The weights ``[O, I]`` in ``dtype``."""
         return dense_weights(self.groups, self.in_features, dtype)
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        """Return ``[T, O]`` in the dtype of ``x``, which is not rounded."""
-        return linear(x_TI, self.dense(x_TI.dtype), self.bias)
-
 
 class GroupedEmbedding(nn.Module):
-    """An embedding whose rows are in groups; parameters are uninitialised.
+    """The rows of an embedding in groups; uninitialised.
 
     Attributes:
         weight, weight_scales: the groups' arrays, with V tokens as outputs.
-        dtype: dtype of the rows that it returns.
     """
 
-    def __init__(
-        self, num_embeddings: int, embedding_dim: int, bits: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int, bits: int) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.bits, self.dtype = bits, dtype
+        self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
         self.weight, self.weight_scales = _parameters(num_embeddings, embedding_dim, bits)
 
     @property
@@ -149,16 +156,67 @@ class GroupedEmbedding(nn.Module):
         """The rows ``[V, D]`` in ``dtype``."""
         return dense_weights(self.groups, self.embedding_dim, dtype)
 
-    def forward(self, ids_T: Tensor) -> Tensor:
-        """Return ``[T, D]``."""
+    def rows(self, ids_T: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of some tokens, ``[T, D]`` in ``dtype``."""
         some = WeightGroups(self.weight[ids_T], self.weight_scales[ids_T], self.bits)
-        return dense_weights(some, self.embedding_dim, self.dtype)
+        return dense_weights(some, self.embedding_dim, dtype)
+
+
+def use_groups(model: nn.Module, bits: Mapping[str, int]) -> None:
+    """Replace layers of a model, by name, by uninitialised ones in groups of so many bits.
+
+    The names are among ``groupable``.
+    """
+    for name, count in bits.items():
+        layer, (parent, _, last) = model.get_submodule(name), name.rpartition(".")
+        made: nn.Module
+        if isinstance(layer, nn.Embedding):
+            made = GroupedEmbedding(layer.num_embeddings, layer.embedding_dim, count)
+        else:
+            assert isinstance(layer, nn.Linear)
+            sizes = layer.in_features, layer.out_features
+            made = GroupedLinear(*sizes, count, bias=layer.bias is not None)
+        setattr(model.get_submodule(parent), last, made)
+
+
+def groupable(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Names and ``[O, I]`` of a model's layers whose weights may be in groups."""
+    return {
+        name: (len(layer.weight), layer.weight.shape[1])
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Embedding) and not isinstance(layer, ExactLinear)
+    }
+
+
+def group_bits(model: nn.Module) -> dict[str, int]:
+    """Bits of the layers whose weights are in groups, by name."""
+    return {
+        name: layer.bits
+        for name, layer in model.named_modules()
+        if isinstance(layer, GroupedLinear | GroupedEmbedding)
+    }
+
+
+def group_shapes(outputs: int, inputs: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of the values and of the scales of a layer's groups."""
+    groups = num_groups(inputs)
+    return (outputs, groups * GROUP * bits // 8), (outputs, groups)
+
+
+def dense_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state of a model in ``dtype``, with dense weights instead of groups."""
+    state = model.state_dict()
+    for name in group_bits(model):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, GroupedLinear | GroupedEmbedding)
+        state[f"{name}.weight"] = layer.dense(dtype)
+        del state[f"{name}.weight_scales"]
+    return {name: value.to(dtype) for name, value in state.items()}
 
 
 def _parameters(outputs: int, inputs: int, bits: int) -> tuple[nn.Parameter, nn.Parameter]:
-    groups = num_groups(inputs)
-    values = torch.empty(
-        outputs, groups * GROUP * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8
+    values, scales = group_shapes(outputs, inputs, bits)
+    return (
+        nn.Parameter(torch.empty(values, dtype=VALUE_DTYPES[bits]), requires_grad=False),
+        nn.Parameter(torch.empty(scales, dtype=torch.float16), requires_grad=False),
     )
-    scales_OG = torch.empty(outputs, groups, dtype=torch.float16)
-    return nn.Parameter(values, requires_grad=False), nn.Parameter(scales_OG, requires_grad=False)

@@ -30,7 +30,7 @@ from server.limits import LimitOptions
 from server.logs import say, set_up_logs
 from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
-from weights.checkpoints.dtype_names import TABLE_DTYPES
+from weights.checkpoints.dtype_names import TABLE_DTYPES, WEIGHT_DTYPES
 from weights.errors import (
     ChatTemplateError,
     CheckpointError,
@@ -121,12 +121,20 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def quantize(options: argparse.Namespace) -> None:
-    """Convert only the value tables of a model to another dtype."""
+    """Round value tables, or weights, of a model to fewer bits."""
     from weights.checkpoints.convert import convert
     from weights.models.prepare import prepared_folder
 
     source = prepared_folder(options.source, cache_folder())
-    convert(source, Path(options.target), table_dtype=options.table_dtype)
+    if options.table_dtype is None and options.weight_dtype is None:
+        raise ConfigError("table_dtype, weight_dtype: at least one is needed")
+    convert(
+        source,
+        Path(options.target),
+        table_dtype=options.table_dtype,
+        weight_dtype=options.weight_dtype,
+        embedding_dtype=options.embedding_dtype,
+    )
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -188,7 +196,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=quantize)
     verb.add_argument("source", metavar="SRC", help="model name or checkpoint folder")
     verb.add_argument("target", metavar="DST", help="folder to create")
-    verb.add_argument("--table-dtype", required=True, choices=TABLE_DTYPES, help="new dtype")
+    verb.add_argument("--table-dtype", choices=TABLE_DTYPES, help="new dtype of value tables")
+    weights = "dtype of linear layers: integers with a scale per 32 weights"
+    verb.add_argument("--weight-dtype", choices=WEIGHT_DTYPES[1:], help=weights)
+    heads = "dtype of embedding and head, with --weight-dtype (default: %(default)s)"
+    verb.add_argument("--embedding-dtype", choices=WEIGHT_DTYPES[1:], default="int8", help=heads)
 
     verb = verbs.add_parser("inspect", help=inspect.__doc__)
     verb.set_defaults(run=inspect)

@@ -11,13 +11,15 @@ import torch
 
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
-from engine.model.transformer import Transformer
+from engine.model.grouped_weights import groupable, use_groups
+from engine.model.transformer import Transformer, converted
 from memory_ops.tables.value_table import ValueTable
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json, read_config
 from weights.checkpoints.gpu_tier import naming_lack_of_memory
 from weights.checkpoints.host_cache_limits import HostCacheLimits, host_cache_limits
 from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
 from weights.checkpoints.new_folder import new_folder, write_synced
+from weights.checkpoints.stored_groups import group_tensors, stored_bits
 from weights.checkpoints.table_files import OUTPUT_DTYPES, RowLayout, table_shape
 from weights.checkpoints.table_loading import load_tables, open_tables, table_layouts
 from weights.checkpoints.tensor_files import (
@@ -36,10 +38,17 @@ CPU = torch.device("cpu")
 _DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model, tables included."""
+def expected_shapes(
+    config: ModelConfig, bits: Mapping[str, int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model, tables included.
+
+    ``bits`` names layers whose weights are in groups; others than ``groupable`` are ignored.
+    """
     with torch.device("meta"):
         model = Transformer(config)
+        known = groupable(model)
+        use_groups(model, {name: count for name, count in (bits or {}).items() if name in known})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in config.table_names:
         assert config.memory is not None
@@ -61,23 +70,29 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
     last = f"model.layers.{config.model.num_layers - 1}.input_layernorm.weight"
     if last not in stored:  # a wrong layer count would build a huge meta model below
         raise CheckpointError(f"{folder}: tensor {last} is missing")
-    expected, tables = expected_shapes(config.model), config.model.table_names
+    bits = stored_bits(stored) if config.has_groups else {}
+    expected, tables = expected_shapes(config.model, bits), config.model.table_names
+    grouped = group_tensors(bits)
     if config.model.tie_embeddings:
         drop_tied_head(stored)
     for name, tensor in list(stored.items()):
         if _DERIVED_BUFFER.fullmatch(name):
             del stored[name]
-        elif name not in expected:
+            continue
+        if name not in expected:
             raise CheckpointError(f"{tensor.file}: tensor {name} is unknown to this model")
-        elif (shape := table_shape(tensor) if name in tables else tensor.shape) != expected[name]:
+        if (shape := table_shape(tensor) if name in tables else tensor.shape) != expected[name]:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} has shape {list(shape)}, but the config"
                 f" requires {list(expected[name])}"
             )
-        elif tensor.dtype not in DTYPES and not (name in tables and tensor.dtype == RECORDS_DTYPE):
+        allowed = (grouped[name],) if name in grouped else tuple(DTYPES)
+        if name in tables:
+            allowed = (*allowed, RECORDS_DTYPE)
+        if tensor.dtype not in allowed:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, not one of"
-                f" {', '.join(DTYPES)}"
+                f" {', '.join(allowed)}"
             )
     for name in expected:
         if name not in stored:
@@ -168,8 +183,9 @@ def load_model(
         table_dtype: one of ``TABLE_DTYPES``, to which tables in memory are converted; auto keeps
             the stored dtype.
         verify_tables: compare the tables' data with the checksums in their files.
-        keep_stored: on the CPU, leave all weights mapped in their stored dtypes, for an executor
-            that converts them itself, one layer at a time. On a GPU they always get ``dtype``.
+        keep_stored: on the CPU, leave all weights mapped as they are stored, for an executor that
+            converts them itself, one layer at a time. Otherwise and on a GPU they get ``dtype``,
+            those in groups too.
 
     Raises:
         CheckpointError: as ``open_checkpoint``, or a weight outside tables is not finite, or a
@@ -182,15 +198,16 @@ def load_model(
     tables = [stored.pop(name) for name in config.model.table_names]
     if not tables:
         _check_no_table_options(table_cache, table_dtype, verify_tables)
-    layouts = table_layouts(tables, table_dtype)
+    layouts, bits = table_layouts(tables, table_dtype), stored_bits(stored)
     with torch.device("meta"):
         model = Transformer(config.model)
+        use_groups(model, bits)
     all_rows = sum(layout.num_bytes for layout in layouts.values())
     row_bytes = all_rows if table_cache is None else table_cache
     needed = weight_bytes(stored, chosen), row_bytes
     with naming_lack_of_memory(device, *needed, is_cached=table_cache is not None):
         if device.type == "cpu":
-            weights = mapped_weights(stored, None if keep_stored else chosen)
+            weights = mapped_weights(stored, None if keep_stored or bits else chosen)
         else:
             weights = device_weights(stored, chosen, device)
         model.load_state_dict(weights, assign=True)
@@ -198,6 +215,8 @@ def load_model(
         if tables:
             placed = _tables(tables, layouts, config.model, table_cache, device, verify_tables)
             model.attach_tables(placed)
+        if bits and not (keep_stored and device.type == "cpu"):
+            model = converted(model, chosen)
     if device.type == "cuda":
         # return staging memory to the GPU: the executor measures what is left
         torch.cuda.empty_cache()

@@ -11,6 +11,13 @@ from tqdm import tqdm
 from engine.errors import ConfigError
 from weights.checkpoints.checkpoint import expected_shapes, open_checkpoint, save_checkpoint
 from weights.checkpoints.importers.gguf import ImportedModel, read_gguf
+from weights.checkpoints.stored_groups import (
+    group_tensors,
+    grouped_sources,
+    requested_bits,
+    source_bits,
+    stored_bits,
+)
 from weights.checkpoints.table_files import (
     OUTPUT_DTYPES,
     ROW_READS_FILE,
@@ -20,7 +27,6 @@ from weights.checkpoints.table_files import (
 )
 from weights.checkpoints.table_origin import carried_metadata
 from weights.checkpoints.tensor_files import (
-    DTYPES,
     STORED_DTYPES,
     StoredTensor,
     TensorSource,
@@ -33,7 +39,12 @@ from weights.errors import CheckpointError
 
 
 def convert(
-    source: Path, target: Path, dtype: str | None = None, table_dtype: str | None = None
+    source: Path,
+    target: Path,
+    dtype: str | None = None,
+    table_dtype: str | None = None,
+    weight_dtype: str | None = None,
+    embedding_dtype: str = "int8",
 ) -> None:
     """Write ``source`` (a ``.gguf`` file or a checkpoint folder) as the new folder ``target``.
 
@@ -47,12 +58,15 @@ def convert(
             bfloat16.
         table_dtype: one of ``TABLE_DTYPES`` for value tables; None applies ``dtype`` and keeps
             quantised tables.
+        weight_dtype: int8 or int4, to which linear layers are rounded in groups; None rounds none.
+        embedding_dtype: the same for embedding and head, if ``weight_dtype`` is given.
 
     Raises:
         CheckpointError: the source is invalid, the target exists, a row to quantise is not finite,
             or a table fails its checksum.
         ConfigError: a dtype is unknown, or ``table_dtype`` is given for a model without tables or
-            with quantised tables.
+            with quantised tables, or ``weight_dtype`` for one whose weights are in
+            groups already.
     """
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is not one of {', '.join(OUTPUT_DTYPES)}")
@@ -66,13 +80,18 @@ def convert(
         raise CheckpointError(f"{source}: is neither a checkpoint folder nor a .gguf file")
     _check_shapes(source, imported)
     stored_as = str(imported.sources[0].dtype).removeprefix("torch.")
-    config = replace(imported.config, dtype=stored_as)
-    total = sum(s.dtype.itemsize * torch.Size(s.shape).numel() for s in imported.sources)
+    config, sources = replace(imported.config, dtype=stored_as), imported.sources
+    if weight_dtype is not None:
+        if config.has_groups:
+            raise ConfigError(f"weight_dtype: the weights of {source} are in groups already")
+        bits = requested_bits(config.model, weight_dtype, embedding_dtype)
+        config, sources = replace(config, has_groups=True), grouped_sources(sources, bits)
+    total = sum(s.dtype.itemsize * torch.Size(s.shape).numel() for s in sources)
     with tqdm(total=total, unit="B", unit_scale=True, desc=target.name) as progress:
         save_checkpoint(
             target,
             config,
-            imported.sources,
+            sources,
             imported.extra_files,
             progress.update,
             more_tensors=_row_reads(source),
@@ -87,7 +106,12 @@ def read_folder(
     tables = config.model.table_names
     if table_dtype is not None and not tables:
         raise ConfigError(f"table_dtype: {folder} has no tables")
-    dense = [_dense(tensor, dtype) for name, tensor in stored.items() if name not in tables]
+    grouped = group_tensors(stored_bits(stored))
+    dense = [
+        _dense(tensor, None if name in grouped else dtype)
+        for name, tensor in stored.items()
+        if name not in tables
+    ]
     sources = sorted(dense, key=attrgetter("name"))
     sources += [_table(stored[name], table_dtype or dtype, table_dtype) for name in tables]
     files = {name: folder / name for name in (*TOKENIZER_FILES, "generation_config.json")}
@@ -111,7 +135,7 @@ def _row_reads(folder: Path) -> dict[str, list[TensorSource]]:
 
 
 def _dense(stored: StoredTensor, dtype: str | None) -> TensorSource:
-    chosen = OUTPUT_DTYPES[dtype] if dtype is not None else DTYPES[stored.dtype]
+    chosen = OUTPUT_DTYPES[dtype] if dtype is not None else STORED_DTYPES[stored.dtype]
     return TensorSource(stored.name, stored.shape, chosen, partial(read_mapped, stored))
 
 
@@ -126,7 +150,8 @@ def _table(stored: StoredTensor, dtype: str | None, table_dtype: str | None) -> 
 
 
 def _check_shapes(path: Path, imported: ImportedModel) -> None:
-    expected = expected_shapes(imported.config.model)
+    bits = source_bits(imported.sources)
+    expected = expected_shapes(imported.config.model, bits)
     tables = imported.config.model.table_names
     # open_checkpoint has checked the shapes of tables, which depend on their format
     found = {

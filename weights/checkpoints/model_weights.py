@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from weights.checkpoints.device_loading import DeviceLoader
-from weights.checkpoints.tensor_files import StoredTensor, read_mapped
+from weights.checkpoints.stored_groups import group_tensors, stored_bits
+from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor, read_mapped
 from weights.errors import CheckpointError
 
 
@@ -34,19 +35,29 @@ def device_weights(
 ) -> dict[str, Tensor]:
     """Weights in a device's memory, by name; the device converts them to ``dtype``.
 
+    Weights in groups stay as they are stored.
+
     Raises:
         CheckpointError: a tensor cannot be read, or a value is NaN or infinite.
         torch.OutOfMemoryError: the device has not enough memory.
     """
     loader = DeviceLoader(device)
-    weights = {name: loader.load(one, dtype) for name, one in stored.items()}
+    grouped = group_tensors(stored_bits(stored))
+    weights = {
+        name: loader.load(one, STORED_DTYPES[one.dtype] if name in grouped else dtype)
+        for name, one in stored.items()
+    }
     loader.finish()
     return {name: _finite(stored[name], weight) for name, weight in weights.items()}
 
 
 def weight_bytes(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> int:
-    """Bytes of all weights in ``dtype``."""
-    return dtype.itemsize * sum(math.prod(one.shape) for one in stored.values())
+    """Bytes of all weights in ``dtype``; those in groups as they are stored."""
+    grouped = group_tensors(stored_bits(stored))
+    return sum(
+        one.num_bytes if name in grouped else dtype.itemsize * math.prod(one.shape)
+        for name, one in stored.items()
+    )
 
 
 def _finite(stored: StoredTensor, weight: Tensor) -> Tensor:

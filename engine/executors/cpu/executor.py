@@ -1,10 +1,11 @@
 """The CPU executor: native kernels on packed weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from engine.executors.batch import Batch, FinishedStep, sample_batch, warm_up_batch
@@ -17,6 +18,7 @@ from engine.executors.lookahead import Lookahead, LookaheadConfig
 from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import kv_memory
 from engine.model.forward_trace import ForwardTrace
+from engine.model.grouped_weights import GroupedEmbedding
 from engine.model.layout import TokenLayout
 from engine.model.rotary import rope_angles
 from engine.model.transformer import Transformer
@@ -44,7 +46,7 @@ class CpuExecutor:
     ) -> None:
         """Pack a model's weights in ``dtype``, fp32 or bf16, and reserve KV memory.
 
-        ``dtype`` is by default that of the embedding, which is kept if it has ``dtype``. With
+        ``dtype`` is by default that of the model; the embedding is kept if it has ``dtype``. With
         ``weight_bits``, weights of products are rounded to groups: to 8 bits in the head, to so
         many bits in the layers.
 
@@ -54,16 +56,15 @@ class CpuExecutor:
         self.config = model.config
         self.num_blocks = num_blocks
         self.tables: Mapping[str, ValueTable] = model.tables
-        self.device = model.model.embed_tokens.weight.device
+        self.device = model.model.norm.weight.device
         self.recorder = MemoryRecorder(model.config, self.device)
         self.progress = Progress()
         for table in self.tables.values():
             table.watch(self.progress.mark)
         self.progress.watch(lambda: kernels.work_done)
         self._kernels = kernels
-        embedding_VD = model.model.embed_tokens.weight
-        packer = Packer(kernels, dtype or embedding_VD.dtype, weight_bits)
-        self._embedding_VD = embedding_VD.to(packer.dtype)
+        packer = Packer(kernels, dtype or model.dtype, weight_bits)
+        self._embed = _embedding(model.model.embed_tokens, packer.dtype)
         self._rope_frequencies = model.rope_frequencies
         layers = [pack_layer(packer, layer) for layer in model.layers]
         memories = [layer.memory.predicted for layer in layers if layer.memory is not None]
@@ -78,7 +79,8 @@ class CpuExecutor:
         self._head = head_packer.linear(model.head, norm=model.model.norm)
         self._sampler = Sampler(kernels.sample, kernels.log_probabilities, kernels.mask)
         self._block_table = HostBlockTable()
-        self._kv_blocks = kv_memory(model.config, num_blocks, block_size, self._embedding_VD)
+        like = torch.empty(0, dtype=packer.dtype)
+        self._kv_blocks = kv_memory(model.config, num_blocks, block_size, like)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> FinishedStep:
@@ -107,9 +109,19 @@ class CpuExecutor:
         trace: ForwardTrace | None = None,
     ) -> Tensor:
         """The residual stream ``[T, D]`` after the last layer; see ``Transformer.forward``."""
-        residual_TD = embedding(ids_T, self._embedding_VD)
+        residual_TD = self._embed(ids_T)
         angles = rope_angles(layout.positions_T, self._rope_frequencies)
         return self._decoder.run(residual_TD, layout, angles, kv_blocks, trace)
 
     def warm_up(self) -> None:
         self.launch(warm_up_batch())
+
+
+def _embedding(
+    module: nn.Embedding | GroupedEmbedding, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """The rows ``[T, D]`` of token ids, in ``dtype``."""
+    if isinstance(module, GroupedEmbedding):
+        return partial(module.rows, dtype=dtype)
+    embedding_VD = module.weight.to(dtype)
+    return lambda ids_T: embedding(ids_T, embedding_VD)

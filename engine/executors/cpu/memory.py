@@ -29,7 +29,7 @@ class CpuMemory:
         self._subkeys = packer.subkeys(memory)
         self._gate = _pack_any(packer, memory.gate, norm)
         self._values = _pack_any(packer, memory.value_proj, None)
-        self._output_gate = _pack_any(packer.unrounded, memory.output_gate, norm)
+        self._output_gate = _pack_any(packer, memory.output_gate, norm)
 
     def half_scores(self, residual_TD: Tensor) -> Tensor:
         """Half scores ``[T, H, 2, N]`` in fp32."""

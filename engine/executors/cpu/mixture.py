@@ -17,8 +17,7 @@ class CpuMixture:
     def __init__(self, packer: Packer, mixture: MixtureFeedForward, norm: RmsNorm) -> None:
         self._kernels, self._norm = packer.kernels, packer.norm(norm)
         self._top_k = mixture.top_k
-        # a rounded router may choose other experts
-        self._router = packer.unrounded.linear(mixture.gate)
+        self._router = packer.linear(mixture.gate)
         self._experts = [
             _pack_expert(packer, expert) for expert in mixture.experts if isinstance(expert, Expert)
         ]

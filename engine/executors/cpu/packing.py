@@ -4,16 +4,25 @@ A packed product includes the norm before it: ``out = concat(W_i norm(x) + b_i)`
 pair of layers, ``out = silu(W_0 norm(x) + b_0) * (W_1 norm(x) + b_1)``.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
-from engine.model.grouped_weights import GroupedEmbedding, GroupedLinear, WeightGroups, group_weights
+from engine.model.grouped_weights import (
+    GroupedEmbedding,
+    GroupedLinear,
+    WeightGroups,
+    dense_weights,
+    group_weights,
+    widened,
+)
 from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
+from engine.model.uninitialised import ExactLinear
 
 
 Linear = nn.Linear | nn.Embedding | GroupedLinear | GroupedEmbedding
@@ -26,18 +35,13 @@ class Packer:
     Attributes:
         kernels: the kernels.
         dtype: dtype of inputs, outputs and, unless they are in groups, weights.
-        weight_bits: bits to which ``linear`` rounds weights that are not in groups yet, 8 or 4;
+        weight_bits: bits to which ``linear`` rounds weights, but those of ``ExactLinear``: 8 or 4;
             None keeps them in ``dtype``.
     """
 
     kernels: CpuKernels
     dtype: torch.dtype
     weight_bits: int | None = None
-
-    @property
-    def unrounded(self) -> "Packer":
-        """A packer that keeps weights in ``dtype``."""
-        return replace(self, weight_bits=None)
 
     def linear(
         self,
@@ -46,12 +50,12 @@ class Packer:
         is_gated: bool = False,
     ) -> PackedLinear:
         """One product of layers with the same input; the rows of an embedding give logits."""
-        rows, first = [], 0
+        rows, first, weights = [], 0, self._weights(layers)
         for index, layer in enumerate(layers):
             bias = layer.bias if isinstance(layer, nn.Linear | GroupedLinear) else None
             bias_O = None if bias is None else self._cast(bias)
             part = index if is_gated else 0
-            rows.append(WeightRows(self._weights(layer), bias_O, first=first, part=part))
+            rows.append(WeightRows(weights[index], bias_O, first=first, part=part))
             first += 0 if is_gated else len(layer.weight)
         outputs = len(layers[0].weight) if is_gated else first
         packed_norm = None if norm is None else (self._cast(norm.weight), norm.eps)
@@ -75,12 +79,27 @@ class Packer:
         made.weight = nn.Parameter(self._cast(norm.weight), requires_grad=False)
         return made
 
-    def _weights(self, layer: Linear) -> Tensor | WeightGroups:
+    def _weights(self, layers: Sequence[Linear]) -> list[Tensor] | list[WeightGroups]:
+        """The weights of one product in one format: that of the layer with the most bits."""
+        weights = [self._layer_weights(layer) for layer in layers]
+        groups = [one for one in weights if isinstance(one, WeightGroups)]
+        if len(groups) < len(weights):
+            return [
+                self._cast(one)
+                if isinstance(one, Tensor)
+                else dense_weights(one, _inputs(layers[0]), self.dtype)
+                for one in weights
+            ]
+        if len({one.bits for one in groups}) > 1:
+            return [widened(one) for one in groups]
+        return groups
+
+    def _layer_weights(self, layer: Linear) -> Tensor | WeightGroups:
         if isinstance(layer, GroupedLinear | GroupedEmbedding):
             return layer.groups
-        if self.weight_bits is not None:
+        if self.weight_bits is not None and not isinstance(layer, ExactLinear):
             return group_weights(layer.weight, self.weight_bits)
-        return self._cast(layer.weight)
+        return layer.weight
 
     def _cast(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype)

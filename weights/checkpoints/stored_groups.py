@@ -1,0 +1,114 @@
+"""Weights in groups of 8 or 4 bits in checkpoint folders: ``weight`` and ``weight_scales``."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from engine.errors import ConfigError
+from engine.model.config import ModelConfig
+from engine.model.grouped_weights import (
+    VALUE_DTYPES,
+    WEIGHT_BITS,
+    WeightGroups,
+    group_shapes,
+    group_weights,
+    groupable,
+)
+from engine.model.transformer import Transformer
+from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor, TensorSource
+
+_WEIGHT, _SCALES = ".weight", ".weight_scales"
+_HEADS = ("model.embed_tokens", "lm_head")
+_BITS = {dtype: bits for bits, dtype in VALUE_DTYPES.items()}
+
+
+def stored_bits(stored: Mapping[str, StoredTensor]) -> dict[str, int]:
+    """Bits of the layers whose weights are in groups, by the layer's name."""
+    layers = [name.removesuffix(_SCALES) for name in stored if name.endswith(_SCALES)]
+    dtypes = {name: stored[name + _WEIGHT].dtype for name in layers if name + _WEIGHT in stored}
+    return {
+        name: _BITS[STORED_DTYPES[code]]
+        for name, code in dtypes.items()
+        if STORED_DTYPES.get(code) in _BITS
+    }
+
+
+def source_bits(sources: Iterable[TensorSource]) -> dict[str, int]:
+    """The same of tensors that are not written yet."""
+    dtypes = {source.name: source.dtype for source in sources}
+    layers = [name.removesuffix(_SCALES) for name in dtypes if name.endswith(_SCALES)]
+    return {name: _BITS[dtypes[name + _WEIGHT]] for name in layers}
+
+
+def requested_bits(
+    config: ModelConfig, weight_dtype: str, embedding_dtype: str
+) -> dict[str, int]:
+    """Bits of all layers that may be in groups: embedding and head, and all others.
+
+    Raises:
+        ConfigError: a dtype is not one of ``WEIGHT_BITS``.
+    """
+    dtypes = {"weight_dtype": weight_dtype, "embedding_dtype": embedding_dtype}
+    for name, dtype in dtypes.items():
+        if dtype not in WEIGHT_BITS:
+            allowed = ", ".join(WEIGHT_BITS)
+            raise ConfigError(f"{name}: {dtype!r} is not one of {allowed}")
+    with torch.device("meta"):
+        layers = groupable(Transformer(config))
+    bits, head_bits = WEIGHT_BITS[weight_dtype], WEIGHT_BITS[embedding_dtype]
+    return {name: head_bits if name in _HEADS else bits for name in layers}
+
+
+def group_tensors(bits: Mapping[str, int]) -> dict[str, str]:
+    """The tensors of layers in groups, by name, with their dtypes as safetensors codes."""
+    codes = {dtype: code for code, dtype in STORED_DTYPES.items()}
+    found = {}
+    for name, count in bits.items():
+        found[name + _WEIGHT] = codes[VALUE_DTYPES[count]]
+        found[name + _SCALES] = codes[torch.float16]
+    return found
+
+
+def grouped_sources(
+    sources: Sequence[TensorSource], bits: Mapping[str, int]
+) -> list[TensorSource]:
+    """The same tensors, with the weights of some layers, by name, rounded to groups."""
+    made: list[TensorSource] = []
+    rounder = _Rounder()
+    for source in sources:
+        layer = source.name.removesuffix(_WEIGHT)
+        made += rounder.sources(source, bits[layer]) if layer in bits else [source]
+    return made
+
+
+class _Rounder:
+    """Rounds each weight once for its two tensors, which are written one after the other."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, WeightGroups] | None = None
+
+    def sources(self, source: TensorSource, bits: int) -> list[TensorSource]:
+        outputs, inputs = source.shape
+        values, scales = group_shapes(outputs, inputs, bits)
+        return [
+            replace(
+                source,
+                shape=values,
+                dtype=VALUE_DTYPES[bits],
+                load=lambda: self._groups(source, bits).values,
+            ),
+            TensorSource(
+                source.name.removesuffix(_WEIGHT) + _SCALES,
+                scales,
+                torch.float16,
+                lambda: self._groups(source, bits).scales_OG,
+            ),
+        ]
+
+    def _groups(self, source: TensorSource, bits: int) -> WeightGroups:
+        if self._last is None or self._last[0] != source.name:
+            loaded = source.load()
+            assert isinstance(loaded, torch.Tensor)
+            self._last = source.name, group_weights(loaded, bits)
+        return self._last[1]

@@ -7,6 +7,7 @@ from statistics import median
 
 from engine.engine import Engine
 from engine.request import Request
+from engine.sampling.masks import Grammars
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,22 @@ class DecodeRun:
     answers: Mapping[str, Sequence[int]]
 
 
-def run_requests(engine: Engine, requests: Sequence[Request]) -> DecodeRun:
+def run_requests(
+    engine: Engine, requests: Sequence[Request], grammars: Grammars | None = None
+) -> DecodeRun:
     """Run requests that end together on an idle engine.
+
+    ``grammars`` compiles their grammars before the first step, so that they also begin together.
 
     Raises:
         RuntimeError: a request failed.
     """
     answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
     for request in requests:
-        engine.add(request)
+        mask = None
+        if grammars is not None and request.grammar is not None:
+            mask = grammars.compile(request.grammar)
+        engine.add(request, mask)
     times = []
     while engine.has_work:
         start = time.perf_counter()

@@ -128,7 +128,7 @@ class _Steps:
         for seed, prompt in enumerate(prompts):
             params = SamplingParams(max_tokens=tokens, seed=seed, ignore_eos=True)
             requests.append(Request(str(seed), prompt, params, grammar=grammar))
-        return run_requests(engine, requests).step_s
+        return run_requests(engine, requests, self.grammars).step_s
 
 
 def _result(name: str, batch: int, pairs: Sequence[tuple[float, float]]) -> GrammarResult:

@@ -82,7 +82,7 @@ async def streamed(tokenizer: Tokenizer, streams: int, steps: int, options: dict
         metrics=metrics,
         options=limits,
         grammars=GrammarChecker(Path(), model_limits),
-        patches=ServedPatches(engine, metrics.patches, PatchOptions()),
+        patches=ServedPatches(engine, metrics.patches, PatchOptions(), 0),
     )
     config = uvicorn.Config(create_app(service, 2**20, 30), lifespan="off", log_level="warning")
     config.load()

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.memory.load import MemoryLoad, default_trace
+from engine.errors import ConfigError
 from server.cli.options import add_options, from_options
 from server.config import ModelOptions, ThreadOptions, cache_folder
 from weights.models.named_models import SMOLLM2
@@ -18,13 +19,16 @@ def trace(options: argparse.Namespace) -> None:
     from server.device import chosen_device
     from weights.models.prepare import prepared_folder
 
+    if options.out is None and not options.record:
+        raise ConfigError("out: give --out FILE.npz, --record or both")
     model = from_options(ModelOptions, options)
     device = chosen_device(model)
     folder = prepared_folder(model.model, cache_folder())
     found = record(
         folder, options.texts, options.tokens, options.traced, device, keep_record=options.record
     )
-    found.save(options.out)
+    if options.out is not None:
+        found.save(options.out)
     print(summarize(found))
 
 
@@ -75,11 +79,13 @@ def add_row_benchmarks(
     add_options(verb, ThreadOptions)
     add_options(verb, ModelOptions, _MODEL_AND_DEVICE)
     verb.add_argument("texts", nargs="+", metavar="TEXTS", help="text files and folders")
-    verb.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="file to write")
-    verb.add_argument("--tokens", type=int, default=100_000, help="to count (default: %(default)s)")
+    written = "write the rows and counts to this file"
+    verb.add_argument("--out", type=Path, metavar="FILE.npz", help=written)
+    least = "to count; the texts must have as many (default: %(default)s)"
+    verb.add_argument("--tokens", type=int, default=100_000, help=least)
     traced = "tokens whose rows are stored in order (default: %(default)s)"
     verb.add_argument("--traced", type=int, default=4096, help=traced)
-    kept = "also write row_reads.safetensors into the model's folder, for `memplus learn`"
+    kept = "write the counts to row_reads.safetensors in the model's folder, for `memplus learn`"
     verb.add_argument("--record", action="store_true", help=kept)
 
     verb = benchmarks.add_parser("lookahead", help=lookahead.__doc__)

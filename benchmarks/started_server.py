@@ -7,6 +7,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
+from engine.process import EngineStartError
+
 
 @contextlib.contextmanager
 def started_server(
@@ -15,7 +17,7 @@ def started_server(
     """The URL of a server with these arguments, once it is ready; it ends with the block.
 
     Raises:
-        RuntimeError: the server did not start.
+        EngineStartError: the server did not start.
     """
     command = [sys.executable, "-m", "server.cli.main", "serve", "--port", "0", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
@@ -27,7 +29,7 @@ def started_server(
                 if " at http://" in line:
                     break
             else:
-                raise RuntimeError(
+                raise EngineStartError(
                     f"the server did not start: {' '.join(command)}\n{''.join(lines)}"
                 )
             # a full pipe would stop the server

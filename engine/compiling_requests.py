@@ -1,10 +1,12 @@
 """Compiles the grammars of requests in a background thread, before the scheduler sees them."""
 
 import logging
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 from engine.errors import RequestError
+from engine.model.row_patches import PatchSet
 from engine.request import Request
 from engine.sampling.masks import Grammars, TokenMask
 
@@ -12,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 class Compiled(NamedTuple):
-    """A request whose grammar has a mask, or an error; see ``Scheduler.add`` about its lease."""
+    """A request whose grammar has a mask, or an error; and its row patches."""
 
     request: Request
-    lease: object
+    patches: PatchSet
     result: TokenMask | RequestError
 
 
@@ -28,15 +30,15 @@ class CompilingRequests:
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._queued: dict[str, tuple[Request, object]] = {}
-        self._compiling: dict[str, tuple[Request, object, Future[TokenMask]]] = {}
+        self._queued: dict[str, tuple[Request, PatchSet]] = {}
+        self._compiling: dict[str, tuple[Request, PatchSet, Future[TokenMask]]] = {}
 
     def __len__(self) -> int:
         return len(self._queued) + len(self._compiling)
 
-    def add(self, request: Request, lease: object = None) -> None:
+    def add(self, request: Request, patches: PatchSet = ()) -> None:
         """Begin to compile the grammar of a request, or queue it."""
-        self._queued[request.request_id] = request, lease
+        self._queued[request.request_id] = request, patches
         self._compile_queued()
 
     def abort(self, request_id: str) -> None:
@@ -58,22 +60,27 @@ class CompilingRequests:
         ended = [one for one in self._compiling.values() if one[-1].done()]
         for request, *_ in ended:
             del self._compiling[request.request_id]
-        return [Compiled(request, lease, _result(request, f)) for request, lease, f in ended]
+        return [Compiled(request, patches, _result(request, f)) for request, patches, f in ended]
 
     def _compile_queued(self, at_least: int = 0) -> None:
         if not self._queued:
             return
-        num_begun = sum(not future.done() for *_, future in self._compiling.values())
-        count = max(self._grammars.num_free - num_begun, at_least)
-        for request_id, (request, lease) in list(self._queued.items()):
-            assert request.grammar is not None
-            if not self._grammars.is_ready(request.grammar):
+        begun = Counter(
+            request.grammar for request, _, future in self._compiling.values() if not future.done()
+        )
+        # read after ``begun``: a copy that is made meanwhile counts twice, and never not at all
+        count = max(self._grammars.num_free - begun.total(), at_least)
+        for request_id, (request, patches) in list(self._queued.items()):
+            grammar = request.grammar
+            assert grammar is not None
+            if self._grammars.copies_left(grammar) <= begun[grammar]:
                 if count <= 0:
                     continue
                 count -= 1
+            begun[grammar] += 1
             del self._queued[request_id]
-            future = self._thread.submit(self._grammars.compile, request.grammar)
-            self._compiling[request_id] = request, lease, future
+            future = self._thread.submit(self._grammars.compile, grammar)
+            self._compiling[request_id] = request, patches, future
 
 
 def _result(request: Request, future: "Future[TokenMask]") -> TokenMask | RequestError:

@@ -12,6 +12,7 @@ _SPECULATE = ("none", "ngram")
 # one token and its drafts fill the rows that CPU kernels compute at a time
 _NUM_DRAFTS = 11
 _MOST_DRAFTS = 64
+_MOST_PATCH_ROWS = 2**31 - 1  # their hash index has int32 numbers
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class EngineConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: must be at least 1, not {value}")
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
-            raise ConfigError(f"kv_cache_gib: must be greater than 0, not {self.kv_cache_gib}")
+            gib = self.kv_cache_gib
+            raise ConfigError(f"kv_cache_gib: must be finite and greater than 0, not {gib}")
         if self.kv_dtype not in _KV_DTYPES:
             known = ", ".join(_KV_DTYPES)
             raise ConfigError(f"kv_dtype: {self.kv_dtype!r} is not one of {known}")
@@ -75,9 +77,12 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory_utilization: {share} is outside (0, 1]")
         if self.max_patches < 0:
             raise ConfigError(f"max_patches: must be 0 or more, not {self.max_patches}")
+        if self.max_patch_rows > _MOST_PATCH_ROWS:
+            rows = self.max_patch_rows
+            raise ConfigError(f"max_patch_rows: must be at most {_MOST_PATCH_ROWS}, not {rows}")
         if not 0 < self.patch_memory_gib < math.inf:
             gib = self.patch_memory_gib
-            raise ConfigError(f"patch_memory_gib: must be greater than 0, not {gib}")
+            raise ConfigError(f"patch_memory_gib: must be finite and greater than 0, not {gib}")
         self._check_speculation()
         if self.max_batched_tokens < self.max_num_seqs:
             tokens, seqs = self.max_batched_tokens, self.max_num_seqs

@@ -12,6 +12,7 @@ from engine.errors import ConfigError, PatchRefusedError, RequestError
 from engine.executors.batch import DeviceLostError, LaunchedStep
 from engine.executors.executor import Executor
 from engine.loaded_patches import LoadedPatches, PatchSource
+from engine.model.row_patches import PatchSet
 from engine.progress import Progress
 from engine.request import (
     EngineStatistics,
@@ -42,7 +43,11 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Continuous batching over one executor. Not thread-safe: one thread calls it."""
+    """Continuous batching over one executor.
+
+    One thread calls it, except ``load_patch`` and ``unload_patch``, which one other thread may
+    call, and ``memory_report``.
+    """
 
     def __init__(
         self,
@@ -71,7 +76,7 @@ class Engine:
         self._bitmasks = StepBitmasks(model.vocab_size, grammars)
         self._max_patches = config.max_patches
         self.patches = LoadedPatches(config, patch_source, executor.device)
-        self._batcher = Batcher(config.block_size, eos_ids, self.patches)
+        self._batcher = Batcher(config.block_size, eos_ids)
         self._pool = BlockPool(num_blocks, config.block_size)
         self._debug_checks = config.debug_checks
         self._speculation = _speculation(executor, config, make_drafter)
@@ -96,11 +101,11 @@ class Engine:
         self.limits.check(request.prompt_ids, request.sampling)
         if request.patches and (reason := self._patches_refused()):
             raise RequestError("memory_patches", reason)
-        lease = self.patches.lease(request.patches)
+        patches = self.patches.lease(request.patches)
         if request.grammar is not None and mask is None:
-            self._compiling.add(request, lease)
+            self._compiling.add(request, patches)
         else:
-            self._schedule(request, mask, lease)
+            self._schedule(request, mask, patches)
 
     def abort(self, request_id: str) -> None:
         """Cancel a request and free its blocks; do nothing if it has ended already."""
@@ -186,7 +191,7 @@ class Engine:
     def _patches_refused(self) -> str | None:
         """The reason why no row patches can be used; None if they can."""
         if not self._max_patches:
-            return "max_patches: 0 allows no row patches"
+            return "row patches are disabled (--max-patches 0)"
         return self._executor.config.patch_refusal
 
     @property
@@ -194,19 +199,20 @@ class Engine:
         """Whether any request is scheduled, or a step in flight."""
         return self._scheduler.has_work or bool(self._in_flight)
 
-    def _schedule(self, request: Request, mask: TokenMask | None, lease: object) -> None:
+    def _schedule(self, request: Request, mask: TokenMask | None, patches: PatchSet) -> None:
         seed = request.sampling.seed
         seed = secrets.randbits(63) if seed is None else seed
-        self._scheduler.add(request, seed, mask, lease)
+        self._scheduler.add(request, seed, mask, patches)
 
     def _schedule_compiled(self) -> list[TokenOutput]:
         """Schedule the requests whose grammars are compiled; returns the outputs of the others."""
         refused = []
-        for request, lease, result in self._compiling.take(0.0 if self._can_step else _COMPILING_S):
+        timeout_s = 0.0 if self._can_step else _COMPILING_S
+        for request, patches, result in self._compiling.take(timeout_s):
             if isinstance(result, RequestError):
                 refused.append(refused_output(request.request_id, result))
             else:
-                self._schedule(request, result, lease)
+                self._schedule(request, result, patches)
         return refused
 
     def _launch(self, plan: StepPlan) -> list[TokenOutput]:

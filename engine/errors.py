@@ -13,14 +13,22 @@ class RequestError(ValueError):
         self.param, self.reason = param, message
 
 
-class PatchRefusedError(Exception):
-    """A row patch that is not loaded; the message says why and names the limit, or file, table
-    and field."""
+class PatchNotLoadedError(Exception):
+    """A row patch that is not loaded; the message says why."""
 
 
-class PatchFailedError(PatchRefusedError):
-    """A row patch that could not be loaded for a reason outside of it, such as a lack of memory or
-    a fault; it may be loaded later."""
+class PatchRefusedError(PatchNotLoadedError):
+    """The patch is not valid, not made for the model, or exceeds a limit; the message names the
+    limit, or file, table and field."""
+
+
+class PatchFailedError(PatchNotLoadedError):
+    """The patch is not loaded because of the machine, not the patch; a retry may succeed."""
+
+
+class PatchBusyError(PatchFailedError):
+    """Requests still use removed row patches, and this patch needs their memory; a retry may
+    succeed when they have ended."""
 
 
 class ContextLengthError(RequestError):

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from engine.errors import PatchNotLoadedError, PatchRefusedError
 from engine.request import PatchSummary, Request, RequestLimits, TableReport
 
 
@@ -61,13 +62,13 @@ class PatchLoaded(NamedTuple):
     """The loaded row patch, or the reason why it is not loaded.
 
     Attributes:
-        is_failure: the patch is not to blame, and may be loaded later.
+        kind: the class of the error.
     """
 
     key: str
     summary: PatchSummary | None = None
     error: str | None = None
-    is_failure: bool = False
+    kind: type[PatchNotLoadedError] = PatchRefusedError
 
 
 class Heartbeat(NamedTuple):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from engine.errors import PatchFailedError, PatchRefusedError
+from engine.errors import PatchFailedError, PatchNotLoadedError
 from engine.messages import LoadPatch, PatchLoaded, UnloadPatch
 from engine.request import PatchSummary
 
@@ -44,12 +44,11 @@ class PatchLoading:
         try:
             summary = self._engine.load_patch(Path(message.folder), message.content_hash)
             answer = PatchLoaded(message.key, summary)
-        except PatchRefusedError as error:
-            is_failure = isinstance(error, PatchFailedError)
-            answer = PatchLoaded(message.key, error=str(error), is_failure=is_failure)
+        except PatchNotLoadedError as error:
+            answer = PatchLoaded(message.key, error=str(error), kind=type(error))
         except Exception as error:
             logger.exception("a row patch could not be loaded")
             problem = f"{type(error).__name__} while the patch was loaded"
-            answer = PatchLoaded(message.key, error=problem, is_failure=True)
+            answer = PatchLoaded(message.key, error=problem, kind=PatchFailedError)
         with contextlib.suppress(OSError):  # the engine's loop notices it too
             self._send(answer)

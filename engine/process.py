@@ -47,7 +47,7 @@ PAUSE_S = 1.0
 # seconds for an engine without requests to end by itself
 STOP_S = 1.0
 
-# what a running engine process sends
+# messages from a running engine process
 Answer = StepOutput | Heartbeat | MemoryReport | PatchLoaded
 
 

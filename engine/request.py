@@ -13,8 +13,7 @@ FinishReason = Literal["stop", "length", "error"]
 MAX_PRIORITY = 100
 # row patches of a request; executors have space for as many uses of each sequence
 MAX_PATCH_USES = 16
-# the largest number of fp32, in which kernels multiply
-_MAX_SCALE = 3.4e38
+MAX_PATCH_SCALE = 100
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class RequestLimits:
 
 
 class PatchRef(NamedTuple):
-    """A loaded row patch and a factor for its deltas."""
+    """A loaded row patch and the scale of its deltas."""
 
     content_hash: str
     scale: float = 1.0
@@ -76,18 +75,21 @@ class PatchSummary(NamedTuple):
 
 
 def canonical_patches(refs: Iterable[PatchRef]) -> tuple[PatchRef, ...]:
-    """The patches in the order in which they add up: by hash; each once, those of factor 0 left
-    out.
+    """The patches in the order in which they add up: by hash. Scales of one patch are added;
+    patches with scale 0 are omitted.
 
     Raises:
-        RequestError: a factor is not finite in fp32, or there are more than MAX_PATCH_USES patches.
+        RequestError: a scale is beyond MAX_PATCH_SCALE or not a number, or there are more than
+            MAX_PATCH_USES patches.
     """
     scales: dict[str, float] = {}
     for content_hash, scale in refs:
         scales[content_hash] = scales.get(content_hash, 0.0) + scale
-    wrong = [scale for scale in scales.values() if not abs(scale) <= _MAX_SCALE]
+    # this is false for NaN too
+    wrong = [scale for scale in scales.values() if not abs(scale) <= MAX_PATCH_SCALE]
     if wrong:
-        raise RequestError("memory_patches", f"scale must be a finite number, not {wrong[0]}")
+        message = f"scale must be -{MAX_PATCH_SCALE} to {MAX_PATCH_SCALE}, not {wrong[0]}"
+        raise RequestError("memory_patches", message)
     found = tuple(PatchRef(*pair) for pair in sorted(scales.items()) if pair[1])
     if len(found) > MAX_PATCH_USES:
         message = f"has {len(found)} patches, but at most {MAX_PATCH_USES} are allowed"
@@ -218,7 +220,9 @@ class TableCounts(NamedTuple):
 
 
 class PatchStatistics(NamedTuple):
-    """Row reads of the tokens that use a row patch, since they were last reported.
+    """Row reads of the tokens that use a row patch, since they were last read.
+
+    Reads of a removed patch are lost if its last request ends before they are read.
 
     Attributes:
         reads: rows that their memory layers read from tables that the patch changes.
@@ -241,7 +245,7 @@ class EngineStatistics:
         drafts: results of chunks with draft tokens; they had ``draft_tokens`` in total, of which
             ``accepted_tokens`` became part of an answer.
         tables: counts by table and layer; None if this step did not read them.
-        patches: reads of row patches since the last statistics that had any; about once a second.
+        patches: reads of row patches since they were last read, about once a second.
         lost_tables: for each unreadable table, the file and the error.
     """
 

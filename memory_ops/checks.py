@@ -90,6 +90,8 @@ def check_patches(
 ) -> None:
     """Raise ValueError unless sums, rows, weights and patches are those of the same tokens."""
     check_references(rows_THK, weights_THK)
+    if out_TV.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"sums: expected float32 or float64, got {out_TV.dtype}")
     num_tokens = len(rows_THK)
     if out_TV.dim() != 2 or len(out_TV) != num_tokens or patches.set_T.shape != (num_tokens,):
         found = f"{tuple(out_TV.shape)} and {tuple(patches.set_T.shape)} for {num_tokens} tokens"

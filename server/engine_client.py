@@ -127,6 +127,7 @@ class EngineClient:
 
         Raises:
             EngineLostError: the engine is not running, or dies before it answers.
+            PatchBusyError: removed patches that requests still use take the memory that it needs.
             PatchFailedError: the patch could not be loaded now, but may be valid.
             PatchRefusedError: the patch is invalid, not made for this model, or exceeds a limit.
         """

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -14,17 +14,23 @@ from engine.process import EngineLostError
 from engine.request import PatchSummary
 
 logger = logging.getLogger(__name__)
-# before each attempt to load a patch again; failures may be a lack of memory or files
-_ATTEMPT_PAUSES_S = (0.0, 1.0, 5.0)
+# before each round of loads after a restart; failures may be a lack of memory or files
+_ROUND_PAUSES_S = (0.0, 1.0, 5.0)
 
 
 @dataclass(frozen=True)
 class _Load:
-    """A patch that is being loaded; ``content_hash`` is set if it is a reload."""
+    """A patch that is being loaded.
+
+    Attributes:
+        content_hash: the hash that the content must have, if it is a reload.
+        removed: contents that the engine removes after this load.
+    """
 
     folder: str
     content_hash: str | None
     answer: "asyncio.Future[PatchSummary]"
+    removed: set[str] = field(default_factory=set)
 
 
 class EnginePatches:
@@ -40,7 +46,6 @@ class EnginePatches:
         self._keys = count()
         self._loads: dict[str, _Load] = {}
         self._folders: dict[str, Counter[str]] = {}  # of each content, with their loads
-        self._unused: set[str] = set()
         self._is_dead = False
 
     async def load(self, folder: Path) -> PatchSummary:
@@ -48,6 +53,7 @@ class EnginePatches:
 
         Raises:
             EngineLostError: the engine has died.
+            PatchBusyError: removed patches that requests still use take the memory that it needs.
             PatchFailedError: it could not be loaded now, but may be valid.
             PatchRefusedError: it is invalid or exceeds a limit.
         """
@@ -69,8 +75,7 @@ class EnginePatches:
         self._folders[content_hash] = +folders
         if not self._folders[content_hash]:
             del self._folders[content_hash]
-            self._unused.add(content_hash)
-            self._unload_unused()
+            self._remove(content_hash)
 
     def answer(self, message: PatchLoaded) -> None:
         """Take the engine's answer to a load."""
@@ -80,25 +85,24 @@ class EnginePatches:
         is_wanted = not load.answer.cancelled()
         if message.summary is None:
             if is_wanted:
-                kind = PatchFailedError if message.is_failure else PatchRefusedError
-                load.answer.set_exception(kind(message.error))
-        else:
-            found = message.summary.content_hash
-            if is_wanted:
-                load.answer.set_result(message.summary)
-                if load.content_hash is None:
-                    self._folders.setdefault(found, Counter())[load.folder] += 1
-            # nobody waits for it, or it was removed while it was reloaded
-            if found not in self._folders:
-                self._unused.add(found)
-        self._unload_unused()
+                load.answer.set_exception(message.kind(message.error))
+            return
+        found = message.summary.content_hash
+        if is_wanted and load.content_hash is None:
+            if found in load.removed:
+                self._send_load(load)  # the last other load of this content was taken back
+                return
+            self._folders.setdefault(found, Counter())[load.folder] += 1
+        if is_wanted:
+            load.answer.set_result(message.summary)
+        elif found not in self._folders:
+            self._remove(found)  # nobody else will
 
     def engine_died(self) -> None:
         """Fail the loads in flight, and all further ones until ``reload``. The patches are kept."""
         self._is_dead = True
         loads = list(self._loads.values())
         self._loads.clear()
-        self._unused.clear()
         for load in loads:
             if not load.answer.done():
                 load.answer.set_exception(_lost())
@@ -112,21 +116,30 @@ class EnginePatches:
             EngineLostError: the new process has died.
         """
         self._is_dead = False
-        for content_hash in list(self._folders):
-            for folder in list(self._folders.get(content_hash, ())):
-                if await self._reload(folder, content_hash):
-                    break
-            else:
-                # it may have been removed meanwhile
-                if self._folders.pop(content_hash, None) is not None:
-                    on_lost(content_hash)
+        missing = {content: list(folders) for content, folders in self._folders.items()}
+        for pause_s in _ROUND_PAUSES_S:
+            count = sum(map(bool, missing.values()))  # the others were refused
+            if not count:
+                break
+            if pause_s:
+                logger.warning("row patches: %d are loaded again in %g s", count, pause_s)
+            await asyncio.sleep(pause_s)
+            for content_hash, folders in list(missing.items()):
+                if content_hash not in self._folders:
+                    del missing[content_hash]  # it was removed meanwhile
+                elif await self._reload(content_hash, folders):
+                    del missing[content_hash]
         if self._is_dead:
             raise _lost()
+        for content_hash in missing:
+            # it may have been removed meanwhile
+            if self._folders.pop(content_hash, None) is not None:
+                on_lost(content_hash)
 
-    async def _reload(self, folder: str, content_hash: str) -> bool:
-        """Load a patch again from one of its folders, and retry failures; False if it is lost."""
-        for pause_s in _ATTEMPT_PAUSES_S:
-            await asyncio.sleep(pause_s)
+    async def _reload(self, content_hash: str, folders: list[str]) -> bool:
+        """Load a patch again from one of its folders, of which those drop out that are refused;
+        False if none has it."""
+        for folder in list(folders):
             try:
                 await self._ask(folder, content_hash)
                 return True
@@ -134,7 +147,7 @@ class EnginePatches:
                 logger.error("row patch %s: the new engine cannot load it: %s", content_hash, error)
             except PatchRefusedError as error:
                 logger.error("row patch %s: the new engine refuses it: %s", content_hash, error)
-                break
+                folders.remove(folder)
         return False
 
     def _ask(self, folder: str, content_hash: str | None = None) -> "asyncio.Future[PatchSummary]":
@@ -142,19 +155,20 @@ class EnginePatches:
         if self._is_dead:
             raise _lost()
         load = _Load(folder, content_hash, asyncio.get_running_loop().create_future())
-        key = str(next(self._keys))
-        self._loads[key] = load
-        self._send(LoadPatch(key, folder, content_hash))
+        self._send_load(load)
         return load.answer
 
-    def _unload_unused(self) -> None:
-        """Remove unused contents, unless a load in flight may turn out to be one of them."""
-        self._unused -= self._folders.keys()
-        if self._loads:
-            return
-        for content_hash in self._unused:
-            self._send(UnloadPatch(content_hash))
-        self._unused.clear()
+    def _send_load(self, load: _Load) -> None:
+        load.removed.clear()
+        key = str(next(self._keys))
+        self._loads[key] = load
+        self._send(LoadPatch(key, load.folder, load.content_hash))
+
+    def _remove(self, content_hash: str) -> None:
+        """Remove a content from the engine, which carries out messages in order."""
+        self._send(UnloadPatch(content_hash))
+        for load in self._loads.values():
+            load.removed.add(content_hash)
 
 
 def _lost() -> EngineLostError:

@@ -80,7 +80,7 @@ class PatchOptions:
                 not allow as many as are given.
         """
         if self.patch or self.patch_dir is not None:
-            given = len(set(self.folders.values()))
+            given = len(self.patch)
             if engine.max_patches < max(given, 1):
                 problem = f"{given} are given by --patch" if given else "--patch-dir needs 1"
                 raise ConfigError(f"max_patches: {engine.max_patches} is too few; {problem}")

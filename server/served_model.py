@@ -105,7 +105,9 @@ class ServedModel:
             metrics=self.metrics,
             options=self._limits,
             grammars=grammars,
-            patches=ServedPatches(client, self.metrics.patches, self._patches),
+            patches=ServedPatches(
+                client, self.metrics.patches, self._patches, self._engine.max_patches
+            ),
             log_prompts=self._log_prompts,
         )
 

@@ -16,10 +16,10 @@ class PatchError(PatchRefusedError):
 
 
 class PatchNotFoundError(PatchError):
-    """There is no folder of a row patch with this name."""
+    """No patch folder has this name."""
 
 
-class PatchReadError(PatchError, PatchFailedError):
+class PatchReadError(PatchFailedError):
     """Files of a row patch or of its model cannot be read now, or memory for them is missing."""
 
 

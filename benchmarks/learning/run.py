@@ -99,7 +99,7 @@ def _check_numbers(runs: LearningRuns) -> None:
 
 def _check_settings(runs: LearningRuns, tasks: Tasks) -> None:
     """Write the settings that all results of a folder share; ConfigError if it has others."""
-    learning = asdict(runs.learning)
+    learning = asdict(runs.learning) | {"divergence_weight": runs.learning.kl_weight}
     for name in ("seed", "replay_share"):
         del learning[name]
     shared = {

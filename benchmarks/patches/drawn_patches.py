@@ -1,6 +1,7 @@
-"""Draws row patches that hold a share of the rows that given tokens read."""
+"""Draws row patches: random rows, or a share of the rows that given tokens read."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -37,19 +38,37 @@ def drawn_patch(
     The rows that ``reads`` has most often come first, until they have this share of the reads.
     The others are drawn. ``number`` is the seed and the name.
     """
-    generator = torch.Generator().manual_seed(number)
-    rows_of = {}
-    for name, table in model.tables.items():
-        count = num_rows // len(model.tables)
-        rows_P = _most_read(reads[name], share)[:count]
-        drawn_R = torch.randperm(table.num_rows, generator=generator)
-        others_P = drawn_R[~torch.isin(drawn_R, rows_P)][: count - len(rows_P)]
-        rows_P = torch.cat([rows_P, others_P]).sort().values
-        deltas_PV = torch.randn(len(rows_P), table.value_dim, generator=generator) * _DELTA
-        rows_of[name] = PatchedRows(rows_P, deltas_PV.bfloat16())
+    shapes = {name: (table.num_rows, table.value_dim) for name, table in model.tables.items()}
+    first = {name: _most_read(read, share) for name, read in reads.items()}
+    tables = drawn_tables(number, shapes, num_rows, first)
+    rows_of = {name: PatchedRows(*pair) for name, pair in tables.items()}
     config = model.config
     layers = {layer: rows_of[config.layer_tables(layer).values] for layer in config.memory_layers}
     return RowPatch(f"{number:064x}", layers).to(model.model.embed_tokens.weight.device)
+
+
+def drawn_tables(
+    seed: int,
+    shapes: Mapping[str, tuple[int, int]],
+    num_rows: int,
+    first: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Ids and bf16 deltas of ``num_rows`` rows in all, the same number of each table.
+
+    Args:
+        shapes: R and V of each table; each must have enough rows.
+        first: rows of tables that come before drawn ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count, tables = num_rows // len(shapes), {}
+    for name, (table_rows, value_dim) in shapes.items():
+        assert 1 <= count <= table_rows, (name, count, table_rows)
+        rows_P = torch.randperm(table_rows, generator=generator)
+        if name in first:
+            rows_P = torch.cat([first[name], rows_P[~torch.isin(rows_P, first[name])]])
+        deltas_PV = torch.randn(count, value_dim, generator=generator) * _DELTA
+        tables[name] = rows_P[:count].sort().values, deltas_PV.bfloat16()
+    return tables
 
 
 def _most_read(reads: Tensor, share: float) -> Tensor:

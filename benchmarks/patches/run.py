@@ -1,6 +1,7 @@
 """``memplus bench patches``: decode steps with row patches, and loads of patches while serving."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,48 +23,67 @@ _MIB = 2**20
 
 
 def measure(model: ModelOptions, load: AnswerLoad, patches: PatchLoad) -> None:
-    """Print the results, and write them as JSON.
+    """Print each result as soon as it is measured, and write all so far as JSON.
 
     Raises:
         CheckpointError: the model cannot be read.
-        PatchError: the model takes no row patches.
+        PatchError: the model takes no row patches, or patches could not be loaded while serving.
         ConfigError: a number is out of range, or the file's folder does not exist.
+        EngineStartError: the server did not start.
     """
     load.check(least_tokens=3)
     keep_freed_memory()
     folder = prepared_folder(model.model, cache_folder())
-    steps = _measure_steps(model, folder, load, patches)
-    loading = measure_loading(model, folder, max(load.batches), patches.loaded_rows, load.rounds)
-    _print_loading(loading)
-    if load.json_file is not None:
-        results: dict[str, Any] = {"steps": [asdict(one) for one in steps]}
-        results["loading"] = asdict(loading)
-        load.json_file.write_text(json.dumps(results, indent=1) + "\n")
+    num_rows = _check_sizes(folder, patches)
+    results: dict[str, list[Any]] = {"steps": [], "loading": []}
+
+    def keep(part: str, line: str, one: PatchedSteps | LoadedWhileServing) -> None:
+        print(line, flush=True)
+        results[part].append(asdict(one))
+        if load.json_file is not None:
+            load.json_file.write_text(json.dumps(results, indent=1) + "\n")
+
+    for steps in _measure_steps(model, folder, load, patches):
+        keep("steps", _steps_line(steps), steps)
+    count = patches.rows_to_load(num_rows)
+    for loads in measure_loading(model, folder, load.batches, count, load.rounds):
+        keep("loading", _loading_line(loads), loads)
+
+
+def _check_sizes(folder: Path, patches: PatchLoad) -> int:
+    """The rows of all tables of a model that patches of these sizes fit.
+
+    Raises:
+        ConfigError: they do not fit it.
+        PatchError: the model takes no row patches.
+    """
+    config = read_config(folder).model
+    check_patchable(config, folder)
+    assert config.memory is not None
+    num_tables = len(config.table_names)
+    num_rows = num_tables * config.memory.num_rows
+    patches.check(num_tables, num_rows)
+    return num_rows
 
 
 def _measure_steps(
     model: ModelOptions, folder: Path, load: AnswerLoad, patches: PatchLoad
-) -> list[PatchedSteps]:
+) -> Iterator[PatchedSteps]:
     config = EngineConfig(
         max_num_seqs=max(load.batches), max_patches=max(patches.many, *load.batches)
     )
-    check_patchable(read_config(folder).model, folder)
     loaded = load_served(model, folder, config, chosen_device(model, config))
     executor = served_executor(loaded, config)
     contest = PatchContest(loaded.model, executor, config, load.tokens, load.rounds)
     print(f"{model.model}, {loaded.dtype}, medians of {load.rounds} rounds")
     print("requests  patches  rows each     MiB  resident  held      step overhead   longest  over")
-    results: list[PatchedSteps] = []
     for batch in load.batches:
-        results.append(contest.own_patches(batch, patches.own_rows))
-        print(_line(results[-1]), flush=True)
+        yield contest.own_patches(batch, patches.own_rows)
     for batch in (one for one in load.batches if one <= patches.many):
-        results.append(contest.many_patches(batch, patches.many_rows, patches.many))
-        print(_line(results[-1]), flush=True)
-    return results
+        yield contest.many_patches(batch, patches.many_rows, patches.many)
 
 
-def _line(one: PatchedSteps) -> str:
+def _steps_line(one: PatchedSteps) -> str:
     return (
         f"{one.batch:>8} {one.num_loaded:>8} {one.patch_rows:>10} {one.loaded_bytes / _MIB:>7.1f}"
         f" {one.resident_bytes / _MIB:>9.1f} {one.hit_share:>5.0%} {one.step_ms:>6.2f} ms"
@@ -71,10 +91,10 @@ def _line(one: PatchedSteps) -> str:
     )
 
 
-def _print_loading(one: LoadedWhileServing) -> None:
-    loads = ", ".join(f"{ms:.0f}" for ms in one.load_ms)
-    print(
-        f"loads of {one.patch_rows} rows ({one.patch_bytes / _MIB:.0f} MiB) beside {one.batch}"
-        f" answers: {loads} ms; a token every {one.step_ms:.1f} ms, after at most"
-        f" {one.longest_ms:.1f} ms, and {one.longest_loading_ms:.1f} ms while a patch is loaded"
+def _loading_line(one: LoadedWhileServing) -> str:
+    return (
+        f"{one.patch_rows} rows ({one.patch_bytes / _MIB:.0f} MiB) loaded during {one.batch}"
+        f" answers: median {one.median_load_ms:.0f} ms, longest {one.longest_load_ms:.0f} ms;"
+        f" a token every {one.step_ms:.1f} ms, after at most {one.longest_ms:.1f} ms, and"
+        f" {one.longest_loading_ms:.1f} ms while a patch is loaded"
     )

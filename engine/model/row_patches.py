@@ -52,7 +52,7 @@ class RowPatch:
 
 
 class ScaledPatch(NamedTuple):
-    """A patch and a factor for its deltas."""
+    """A patch and the scale of its deltas."""
 
     patch: RowPatch
     scale: float

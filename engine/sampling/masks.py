@@ -51,12 +51,12 @@ class Grammars:
 
     @property
     def num_free(self) -> int:
-        """Different grammars that fit in memory besides those that have masks."""
+        """Grammars that fit in memory besides those that have masks."""
         return sys.maxsize
 
-    def is_ready(self, grammar: Grammar) -> bool:
-        """Whether the grammar is in memory already and can make another mask."""
-        return False
+    def copies_left(self, grammar: Grammar) -> int:
+        """Masks that a grammar which has masks can make besides them, without more memory."""
+        return 0
 
     def compile(self, grammar: Grammar) -> TokenMask:
         """A mask at the beginning of an answer. It may take a second; any thread may call it.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from engine.executors.batch import Batch, ScoredToken, StepResult, pending_id
-from engine.loaded_patches import LoadedPatches
 from engine.sampling.masks import Bitmask
 from engine.sampling.request_rules import RequestRules, SamplingRow
 from engine.scheduling.step_plan import PENDING, ChunkResult, SequenceChunk, StepPlan
@@ -61,12 +60,9 @@ class SamplingRows:
 class Batcher:
     """Makes the batch of each plan; keeps the requests' logit rules between plans."""
 
-    def __init__(
-        self, block_size: int, eos_ids: frozenset[int], patches: LoadedPatches | None = None
-    ) -> None:
+    def __init__(self, block_size: int, eos_ids: frozenset[int]) -> None:
         self._block_size = block_size
         self._rows = SamplingRows(eos_ids)
-        self._patches = patches or LoadedPatches()
 
     def batch(self, plan: StepPlan, bitmask: "Future[Bitmask] | None" = None) -> Batch:
         """The batch of a plan with at least one chunk.
@@ -87,7 +83,7 @@ class Batcher:
             logits_at_L=_logits_at(chunks, starts),
             rows=self._rows.of(plan),
             bitmask=bitmask,
-            patches=[self._patches.of(chunk.patches) for chunk in chunks],
+            patches=[chunk.patches for chunk in chunks],
             scored=[one for chunk in chunks if chunk.scores for one in _scored(chunk)],
         )
 

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Mapping
 
 from engine.config import EngineConfig
+from engine.model.row_patches import PatchSet
 from engine.request import Request, TokenOutput
 from engine.sampling.masks import TokenMask
 from engine.scheduling.chunk_results import output, take_result
@@ -64,14 +65,14 @@ class Scheduler:
         return bool(len(self._waiting) or self._running)
 
     def add(
-        self, request: Request, seed: int, mask: TokenMask | None = None, lease: object = None
+        self, request: Request, seed: int, mask: TokenMask | None = None, patches: PatchSet = ()
     ) -> None:
         """Queue a request; the caller has checked that prompt and longest answer fit the pool.
 
-        It keeps ``lease`` until it ends.
+        ``patches`` are those of the request; it keeps them until it ends.
         """
         turn = (self._step + request.priority * PRIORITY_STEPS, next(self._arrivals))
-        self._waiting.add(Sequence(request, seed, turn, mask, lease))
+        self._waiting.add(Sequence(request, seed, turn, mask, patches))
 
     def abort(self, request_id: str) -> None:
         """Cancel a waiting or running request; do nothing if none has this id."""
@@ -260,7 +261,7 @@ class Scheduler:
             scores=request.prompt_ids[start + 1 : end + 1] if sequence.scores_are_due else (),
             history=tokens if request.sampling.needs_history else (),
             prompt_length=sequence.prompt_length,
-            patches=request.patches,
+            patches=sequence.patches,
         )
 
     def _settle(self, sequence: Sequence, num_run: int) -> None:

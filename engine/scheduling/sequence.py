@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from engine.model.row_patches import PatchSet
 from engine.request import FinishReason, Request
 from engine.sampling.choice import NO_TOKEN
 from engine.sampling.masks import TokenMask
@@ -39,7 +40,7 @@ class Sequence:
         drafter: proposes its draft tokens; made for its first decode after it was admitted.
         hashes: prefix hashes of its full blocks, as far as they were needed.
         mask: restricts the tokens that it may generate, by a grammar for instance.
-        lease: keeps alive what the request uses, its row patches for instance.
+        patches: the request's row patches, in memory as long as a sequence or a step has them.
         prompt_scores: log-probabilities of prompt tokens that are not sent yet.
         scores_are_due: whether prompt log-probabilities were requested and are not sent yet.
         num_cached: prompt tokens found in the prefix cache when it first ran.
@@ -50,7 +51,7 @@ class Sequence:
     seed: int
     turn: tuple[int, int]
     mask: TokenMask | None = None
-    lease: object = None
+    patches: PatchSet = ()
     token_ids: list[int] = field(default_factory=list)
     num_pending: int = 0
     num_in_flight: int = 0

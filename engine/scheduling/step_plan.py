@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from engine.request import MemoryRead, PatchRef
+from engine.model.row_patches import PatchSet
+from engine.request import MemoryRead
 from engine.sampling.params import SamplingParams, TokenLogprobs
 
 # in a plan: a token that an earlier step in flight chooses; only the device knows it yet
@@ -55,7 +56,7 @@ class SequenceChunk(NamedTuple):
     scores: tuple[int, ...] = ()
     history: Sequence[int] = ()
     prompt_length: int = 0
-    patches: tuple[PatchRef, ...] = ()
+    patches: PatchSet = ()
 
     @property
     def end(self) -> int:

@@ -83,6 +83,8 @@ inline void add_patch(const PatchUse& use, const int64_t* ids, const float* weig
 // Adds to the sums of some tokens and columns. `sums` has the table's row ids.
 inline void add_patches(const TokenPatches& patches, const Sums& sums, int64_t value_dim,
                         SumsPart part) {
+  // more threads than steps of columns: some get none, and several of these begin at 0
+  if (part.columns.first >= part.columns.last) return;
   for (int64_t token = part.sums.first; token < part.sums.last; token++) {
     const int32_t set = patches.sets[token];
     if (set < 0) continue;

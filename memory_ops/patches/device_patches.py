@@ -13,7 +13,7 @@ class DevicePatches:
         spans_T2: int64, the first use of each token, and the one after its last.
         addresses_U: int64, the address of ``PatchedRows.words`` of each use, or 0 if the patch has
             no rows of this table.
-        scales_U: fp64, a factor for the deltas of each use.
+        scales_U: fp64, the scale of the deltas of each use.
         num_counted_1: int64, one number: reads of the tokens from this one on are not counted.
     """
 

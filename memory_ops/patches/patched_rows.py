@@ -1,4 +1,4 @@
-"""One table's part of a row patch: the ids of its rows, and what is added to each of them."""
+"""One table's part of a row patch: the ids of its rows, and the delta of each."""
 
 import copy
 import secrets
@@ -8,11 +8,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from memory_ops.anonymous import unpooled_zeros
+
 EMPTY = -1
-# what each number of ``PatchedRows.words`` is: addresses of tensors, and fields
+# indices into ``PatchedRows.words``: addresses of tensors, and fields
 ROWS, DELTAS, INDEX, COUNTS, FACTOR, INDEX_BITS, IS_BF16 = range(7)
-# places that a lookup may have to look at; a random factor needs a few dozen at most
-_MOST_PROBES = 128
+# a lookup looks at one place more than the run of taken places is long, at most; the longest run of
+# a random factor has a few dozen places
+_LONGEST_RUN = 128
 
 
 class PatchedRows:
@@ -45,19 +48,21 @@ class PatchedRows:
         if deltas_PV.dim() != 2 or len(deltas_PV) != len(rows_P) or not deltas_PV.is_contiguous():
             found = f"{tuple(deltas_PV.shape)} for {len(rows_P)} rows"
             raise ValueError(f"deltas: expected contiguous [P, V], got {found}")
+        assert len(rows_P) <= np.iinfo(np.int32).max, "the index has int32 numbers"
         ids_P = rows_P.numpy()
         if not (ids_P[1:] > ids_P[:-1]).all() or (ids_P[:1] < 0).any():
             raise ValueError("rows: expected ascending ids, each once, none negative")
         self.rows_P, self.deltas_PV = rows_P, deltas_PV
-        index_I = None
-        while index_I is None:
+        self.index_I = unpooled_zeros((1 << _index_bits(len(ids_P)),), torch.int32)
+        # for regular ids about one factor of a hundred makes lookups slow: then draw another one
+        is_fast = False
+        while not is_fast:
             self.factor = secrets.randbits(64) // 2 * 2 + 1 - 2**63
-            index_I = _index(ids_P, self.factor)
-        self.index_I = torch.from_numpy(index_I)
+            is_fast = _fill_index(self.index_I.numpy(), ids_P, self.factor)
         self._add_counts_and_words()
 
     def to(self, device: torch.device) -> "PatchedRows":
-        """The same rows in the memory of a device, when it has them; their counts begin at 0."""
+        """The rows copied to a device; returns when the copy is complete. Counts begin at 0."""
         moved = copy.copy(self)
         for name in ("rows_P", "deltas_PV", "index_I"):
             setattr(moved, name, getattr(self, name).to(device))
@@ -94,15 +99,16 @@ def _index_bits(num_rows: int) -> int:
     return max(1, (2 * num_rows - 1).bit_length())
 
 
-def _index(ids_P: "npt.NDArray[np.int64]", factor: int) -> "npt.NDArray[np.int32] | None":
-    """The index; None if a lookup in it could take too long."""
+def _fill_index(
+    index_I: "npt.NDArray[np.int32]", ids_P: "npt.NDArray[np.int64]", factor: int
+) -> bool:
+    """Fill the index; False if a lookup in it could take too long."""
     # in numpy: the threads of a large torch operation would delay a server's running requests
-    bits = _index_bits(len(ids_P))
-    mask = 2**bits - 1
-    home_P = (ids_P * np.int64(factor)) >> (64 - bits) & mask
-    index_I = np.full(2**bits, EMPTY, dtype=np.int32)
+    mask = len(index_I) - 1
+    home_P = (ids_P * np.int64(factor)) >> (64 - mask.bit_length()) & mask
+    index_I.fill(EMPTY)
     waiting = np.arange(len(ids_P))
-    for probes in range(_MOST_PROBES):
+    for probes in range(_LONGEST_RUN):
         # of the rows that try one free place the last gets it; the others try the next place, so
         # that all places between a row's first one and its own are taken
         place = (home_P[waiting] + probes) & mask
@@ -110,5 +116,8 @@ def _index(ids_P: "npt.NDArray[np.int64]", factor: int) -> "npt.NDArray[np.int32
         index_I[place[free]] = waiting[free]
         waiting = waiting[index_I[place] != waiting]
         if not len(waiting):
-            return index_I
-    return None
+            # a row that the patch lacks is looked for to the end of the run
+            empty = np.flatnonzero(index_I == EMPTY)
+            around = empty[0] + len(index_I) - empty[-1]
+            return bool(max(around, np.diff(empty).max(initial=0)) - 1 <= _LONGEST_RUN)
+    return False

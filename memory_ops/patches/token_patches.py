@@ -13,7 +13,7 @@ NO_SET = -1
 
 
 class PatchUse(NamedTuple):
-    """A patch's rows of the table, and a factor for its deltas."""
+    """A patch's rows of the table, and the scale of its deltas."""
 
     patch: PatchedRows
     scale: float

@@ -29,12 +29,18 @@ def evaluate(
     """Score a model on texts, on questions, or on both.
 
     Raises:
-        ConfigError: texts and questions are both missing, or the JSON file's folder is.
+        ConfigError: texts and questions are both missing, or the JSON file's folder is; or texts
+            would be scored with rounded weights.
         CheckpointError: the model cannot be read.
         DataError: texts or questions cannot be read, or a question is too long for the model.
     """
     if not texts and questions is None:
         raise ConfigError("texts: none given; give text files, --questions, or both")
+    if texts and model.weight_dtype != "auto":
+        raise ConfigError(
+            "weight_dtype: texts are scored with the weights of the model's folder; make one with"
+            " `memplus quantize --weight-dtype`"
+        )
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"json: the folder {json_file.parent} does not exist")
     facts = read_questions(questions) if questions is not None else []

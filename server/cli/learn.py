@@ -16,8 +16,9 @@ def learn(options: argparse.Namespace) -> int:
 
     from server.cli.stop_signals import stop_signals
     from weights.learning.exams import describe
-    from weights.learning.learn import LearningTexts, PatchLearner
+    from weights.learning.learn import PatchLearner
     from weights.learning.learner import LearningReport
+    from weights.learning.learning_texts import LearningTexts
     from weights.models.prepare import prepared_folder
 
     folder: Path = options.out

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError, PatchNotLoadedError, RequestError
 from engine.process import EngineLostError, EngineStartError
 from engine.sampling.params import SamplingParams
 from server.access import AccessOptions
@@ -35,7 +35,6 @@ from weights.errors import (
     ChatTemplateError,
     CheckpointError,
     DataError,
-    PatchError,
     TrainingError,
 )
 from weights.models.named_models import DEFAULT_MODEL
@@ -49,7 +48,7 @@ _FAILURE = 1
 _USAGE_ERROR = 2
 _USER_ERRORS = (
     *(ChatTemplateError, CheckpointError, ConfigError, DataError),
-    *(EngineStartError, PatchError, RequestError, TrainingError),
+    *(EngineStartError, PatchNotLoadedError, RequestError, TrainingError),
 )
 
 

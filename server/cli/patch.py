@@ -123,6 +123,7 @@ def _describe(patch: "StoredPatch") -> str:
             f"table         {name}: {len(rows_P):,} of {num_rows:,} rows x {value_dim}, {dtype}"
             f"{largest}",
             f"  origin      {description.origins[name]}",
+            *(f"  made on     {one}" for one in description.base_patches.get(name, ())),
         ]
     lines.append(f"size          {patch.num_rows:,} rows, {patch.num_bytes:,} bytes")
     lines.append(f"settings      {json.dumps(description.settings)}")

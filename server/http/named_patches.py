@@ -5,14 +5,12 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import PlainValidator, WithJsonSchema
 
-from engine.request import MAX_PATCH_USES
+from engine.request import MAX_PATCH_SCALE, MAX_PATCH_USES
 from server.patch_options import NAME_RULE, PATCH_NAME
-
-MAX_SCALE = 100
 
 
 class NamedPatch(NamedTuple):
-    """A row patch by its name, and a factor for its deltas."""
+    """A row patch by its name, and the scale of its deltas."""
 
     name: str
     scale: float = 1.0
@@ -36,8 +34,8 @@ def _named(patch: Any) -> NamedPatch:
     if scale is None:
         return NamedPatch(name)
     # this is false for NaN too
-    if type(scale) not in (int, float) or not abs(scale) <= MAX_SCALE:
-        raise ValueError(f"scale must be a number from -{MAX_SCALE} to {MAX_SCALE}")
+    if type(scale) not in (int, float) or not abs(scale) <= MAX_PATCH_SCALE:
+        raise ValueError(f"scale must be a number from -{MAX_PATCH_SCALE} to {MAX_PATCH_SCALE}")
     return NamedPatch(name, float(scale))
 
 
@@ -45,10 +43,10 @@ def _named(patch: Any) -> NamedPatch:
 _NAME = {"type": "string", "pattern": f"^{PATCH_NAME}$", "description": "the patch's name"}
 _SCALE = {
     "type": "number",
-    "minimum": -MAX_SCALE,
-    "maximum": MAX_SCALE,
+    "minimum": -MAX_PATCH_SCALE,
+    "maximum": MAX_PATCH_SCALE,
     "default": 1,
-    "description": "factor for its deltas",
+    "description": "multiplies its deltas",
 }
 _SCALED = {
     "type": "object",

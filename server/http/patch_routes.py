@@ -13,7 +13,10 @@ from server.http.served_patches import ServedPatch, check_key
 from server.http.service import Service
 from server.patch_options import PATCH_NAME
 
-_CONFLICT = {"model": ErrorBody, "description": "the name is in use, or is that of a default patch"}
+_CONFLICT = {
+    "model": ErrorBody,
+    "description": "the name is in use, is being loaded, or is that of a default patch",
+}
 
 
 class LoadPatchRequest(RequestBody):

@@ -4,22 +4,33 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import ConfigError, PatchFailedError, PatchRefusedError, RequestError
+from engine.errors import (
+    ConfigError,
+    PatchBusyError,
+    PatchFailedError,
+    PatchNotLoadedError,
+    PatchRefusedError,
+    RequestError,
+)
 from engine.process import EngineLostError
 from engine.request import PatchRef, PatchSummary, canonical_patches
 from server.api_keys import ApiKey
 from server.engine_client import EngineClient
 from server.http.errors import ApiError, EngineError
-from server.http.named_patches import MAX_SCALE, NamedPatch
+from server.http.named_patches import NamedPatch
 from server.http.patch_metrics import PatchMetrics
 from server.patch_options import PatchOptions
 from weights.errors import PatchError, PatchNotFoundError
 from weights.patches.patch_dir import folder_in
 
 logger = logging.getLogger(__name__)
+# the first load waits for the hashes of the model's weights, of which there may be 100 GB
+_LOAD_TIMEOUT_S = 120.0
+_RETRY = {"Retry-After": "5"}
 
 
 @dataclass(frozen=True)
@@ -42,10 +53,16 @@ class ServedPatch:
 class ServedPatches:
     """The loaded patches of one engine. Several names may stand for equal patches."""
 
-    def __init__(self, engine: EngineClient, metrics: PatchMetrics, options: PatchOptions) -> None:
+    def __init__(
+        self, engine: EngineClient, metrics: PatchMetrics, options: PatchOptions, max_patches: int
+    ) -> None:
+        """``max_patches`` limits the names, and with them the labels of metrics."""
         self._engine = engine
         self._metrics = metrics
         self._options = options
+        self._max_patches = max_patches
+        # a folder on a hung disk must not hold the threads that encode prompts
+        self._finder = ThreadPoolExecutor(1, thread_name_prefix="patch-folders")
         self._served: dict[str, ServedPatch] = {}
         self._loading: set[str] = set()
         engine.on_patch_lost = self._lost
@@ -71,7 +88,7 @@ class ServedPatches:
         for name, folder in self._options.folders.items():
             try:
                 await self._load(name, folder)
-            except PatchRefusedError as error:
+            except PatchNotLoadedError as error:
                 raise ConfigError(f"patch: {name}: {error}") from None
 
     async def load(self, name: str) -> ServedPatch:
@@ -81,14 +98,28 @@ class ServedPatches:
 
         Raises:
             ApiError: 400 if it is refused, 404 if there is none, 409 if the name is in use, 500 if
-                it cannot be loaded now, 503 if the engine is not running.
+                it cannot be loaded now, 503 if the engine is not running or requests still use
+                removed patches whose memory it needs, 504 if it takes too long.
         """
-        if name in self._served or name in self._loading:
+        if name in self._served:
             raise ApiError(409, f"name: patch {name!r} is already loaded", param="name")
+        self._check_not_loading(name)
         self._loading.add(name)
+        loop = asyncio.get_running_loop()
         try:
-            folder = await asyncio.to_thread(self._folder, name)
-            return await self._load(name, folder)
+            async with asyncio.timeout(_LOAD_TIMEOUT_S):
+                folder = await loop.run_in_executor(self._finder, self._folder, name)
+                self._check_number()
+                return await self._load(name, folder)
+        except TimeoutError:
+            self._metrics.loads.labels("failed").inc()
+            message = f"patch {name!r} was not loaded within {_LOAD_TIMEOUT_S:g} s"
+            logger.error("%s; the load was cancelled", message)
+            raise ApiError(504, f"name: {message}", "timeout_error", param="name") from None
+        except PatchBusyError as error:
+            self._metrics.loads.labels("failed").inc()
+            message = f"name: patch {name!r}: {error}"
+            raise ApiError(503, message, "server_error", "name", headers=_RETRY) from None
         except PatchFailedError as error:
             self._metrics.loads.labels("failed").inc()
             logger.error("patch %s was not loaded: %s", name, error)
@@ -101,8 +132,7 @@ class ServedPatches:
             reason = str(error).replace(str(folder), name)
             raise ApiError(400, f"name: patch {name!r}: {reason}", param="name") from None
         except EngineLostError as error:
-            headers = {"Retry-After": "5"}
-            raise ApiError(503, str(error), "server_error", headers=headers) from None
+            raise ApiError(503, str(error), "server_error", headers=_RETRY) from None
         finally:
             self._loading.remove(name)
 
@@ -110,8 +140,10 @@ class ServedPatches:
         """Refuse a patch to new requests; those that use it finish with it.
 
         Raises:
-            ApiError: 404 if there is none of that name, 409 if it is a default one.
+            ApiError: 404 if there is none of that name, 409 if it is a default one or is being
+                loaded.
         """
+        self._check_not_loading(name)
         if name not in self._served:
             raise ApiError(404, f"name: no patch {name!r} is loaded", param="name")
         served = self._served[name]
@@ -128,7 +160,7 @@ class ServedPatches:
 
         Raises:
             ApiError: 403 if the key may not use one, 503 if a default one is lost.
-            RequestError: one is not loaded, or its scales add up to more than is allowed.
+            RequestError: one is not loaded, or the sum of its scales is out of range.
         """
         if named is None:
             named = self._defaults(key)
@@ -136,26 +168,34 @@ class ServedPatches:
             check_key(key, name, "memory_patches")
             if name not in self._served:
                 raise RequestError("memory_patches", f"no patch {name!r} is loaded")
-        refs = canonical_patches(
+        return canonical_patches(
             PatchRef(self._served[name].summary.content_hash, scale) for name, scale in named
         )
-        if any(abs(ref.scale) > MAX_SCALE for ref in refs):
-            message = f"the scales of one patch add up to more than {MAX_SCALE} or less than"
-            raise RequestError("memory_patches", f"{message} -{MAX_SCALE}")
-        return refs
 
     def check_defaults(self) -> None:
-        """Raise ApiError (503) if a default patch is lost."""
-        self._defaults(None)
+        """Raise ApiError (503) without a name if a default patch is lost; the log has the name."""
+        if not all(name in self._served for name in self._options.default_patches):
+            raise _lost_error("a default row patch")
 
     def _defaults(self, key: ApiKey | None) -> list[NamedPatch]:
         names = self._options.default_patches
         usable = [name for name in names if key is None or key.may_use(name)]
         lost = [name for name in usable if name not in self._served]
         if lost:
-            message = f"the default patch {lost[0]!r} was lost when the engine restarted"
-            raise ApiError(503, message, "server_error", code="patch_lost")
+            raise _lost_error(f"the default patch {lost[0]!r}")
         return [NamedPatch(name) for name in usable]
+
+    def _check_not_loading(self, name: str) -> None:
+        if name in self._loading:
+            raise ApiError(409, f"name: patch {name!r} is being loaded", param="name")
+
+    def _check_number(self) -> None:
+        """Raise PatchRefusedError if the names in use and those being loaded are too many."""
+        if len(self._served) + len(self._loading) > self._max_patches:
+            raise PatchRefusedError(
+                f"--max-patches: {self._max_patches} row patches are allowed, and as many are"
+                " loaded; remove a patch or raise the limit"
+            )
 
     def _folder(self, name: str) -> Path:
         """The folder of a patch, which is not a symbolic link; ApiError if there is none."""
@@ -193,6 +233,11 @@ class ServedPatches:
     def _drop(self, name: str) -> None:
         served = self._served.pop(name)
         self._metrics.remove(name, served.summary.content_hash)
+
+
+def _lost_error(patch: str) -> ApiError:
+    message = f"{patch} was lost when the engine restarted"
+    return ApiError(503, message, "server_error", code="patch_lost")
 
 
 def check_key(key: ApiKey | None, patch: str, param: str) -> None:

@@ -11,6 +11,7 @@ from engine.errors import ConfigError
 from engine.model.layout import TokenLayout
 from server.cli.main import main
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
+from weights.checkpoints.checkpoint import table_origins
 from weights.errors import DataError
 from weights.training.packing import Passage, cut
 from weights.training.row_reads import count_reads, read_row_reads
@@ -74,11 +75,11 @@ def test_the_counts_are_kept_in_the_models_folder(model, texts, tmp_path):
     text = checkpoint_text(folder)
     ids = [text.document(one) for one in TEXTS]
     tokens = str(sum(map(len, ids)))
-    arguments = ["bench", "trace", *texts, "--model", str(folder), "--out", file]
-    assert main([*arguments, "--tokens", tokens]) == 0
-    assert read_row_reads(folder, model.config) is None
-    assert main([*arguments, "--tokens", tokens, "--record"]) == 0
-    found = read_row_reads(folder, model.config)
+    arguments = ["bench", "trace", *texts, "--model", str(folder), "--tokens", tokens]
+    assert main([*arguments, "--out", file]) == 0
+    assert read_row_reads(folder, model.config, table_origins(folder)) is None
+    assert main([*arguments, "--record"]) == 0
+    found = read_row_reads(folder, model.config, table_origins(folder))
     # the trace reads the last token of a document too
     wanted = count_reads(model, [one for of in ids for one in cut([*of, 0], 512)])
     assert found.num_documents == wanted.num_documents == 3
@@ -93,10 +94,15 @@ def test_no_more_tokens_are_counted_than_traced(model, texts, tmp_path, monkeypa
     ids = [text.document(one) for one in TEXTS]
     tokens = len(ids[0]) + 3
     record(folder, texts, tokens, 1, keep_record=True)
-    found = read_row_reads(folder, model.config)
+    found = read_row_reads(folder, model.config, table_origins(folder))
     wanted = count_reads(model, [Passage((*of, 0)) for of in (ids[0], ids[1][:3])])
     assert found.num_documents == 2
     for name, table in wanted.tables.items():
         assert torch.equal(found.tables[name].reads_R, table.reads_R)
     monkeypatch.delattr(access_trace, "ReadCounter")  # without a record nothing is counted
     assert record(folder, texts, tokens, 1).num_tokens == tokens
+
+
+def test_a_trace_that_is_written_nowhere_is_refused(texts, capsys):
+    assert main(["bench", "trace", *texts, "--model", "no-such-model"]) == 2
+    assert "out: give --out FILE.npz, --record or both" in capsys.readouterr().err

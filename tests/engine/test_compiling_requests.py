@@ -107,22 +107,42 @@ def test_an_engine_without_grammars_refuses_them(model):
 
 
 class Few(Grammars):
-    """Grammars with a fixed limit on those in memory."""
+    """Grammars with a fixed limit on those that have masks, each of which makes few masks.
 
-    def __init__(self, count):
-        self.count, self.masks, self.ready = count, WeakSet(), set()
+    They are compiled while ``may_compile`` is set.
+    """
+
+    def __init__(self, count, copies=1):
+        self.count, self.copies = count, copies
+        self.templates = []  # (grammar, its masks, masks left), the newest last
+        self.may_compile = threading.Event()
+        self.may_compile.set()
 
     @property
     def num_free(self):
-        return self.count - len(self.masks)
+        return self.count - len(self.used)
 
-    def is_ready(self, grammar):
-        return grammar in self.ready
+    @property
+    def used(self):
+        return [one for one in self.templates if one[1]]
+
+    def copies_left(self, grammar):
+        return next((left for name, _, left in self.used[::-1] if name == grammar), 0)
 
     def compile(self, grammar):
-        assert grammar in self.ready or len(self.masks) < max(self.count, 1)
+        assert self.may_compile.wait(60)
+        found = next((one for one in self.used[::-1] if one[0] == grammar and one[2]), None)
+        if found is None:
+            # one grammar may exceed the limit
+            assert self.num_free > 0 or not self.used
+            found = grammar, WeakSet(), self.copies
+        _, masks, left = found
         mask = Multiples()
-        self.masks.add(mask)
+        masks.add(mask)
+        self.templates = [
+            *(one for one in self.used if one is not found),
+            (grammar, masks, left - 1),
+        ]
         return mask
 
 
@@ -141,8 +161,13 @@ def test_grammars_that_do_not_fit_in_memory_wait(model, count):
     engine.check_idle()
 
 
+def compiled(compiling):
+    """The requests that were compiled next."""
+    return [one.request.request_id for one in compiling.take(timeout_s=60)]
+
+
 def test_a_grammar_that_is_in_memory_waits_for_no_other(model):
-    grammars = Few(1)
+    grammars = Few(1, copies=2)
     compiling = CompilingRequests(grammars)
     first, second = masked("a"), replace(masked("b"), grammar=Grammar("choice", ("b",)))
     compiling.add(first)
@@ -150,7 +175,26 @@ def test_a_grammar_that_is_in_memory_waits_for_no_other(model):
     assert [one.request for one in held] == [first]
     compiling.add(second)
     assert not compiling.take()
-    grammars.ready.add(first.grammar)
     compiling.add(replace(first, request_id="c"))
-    assert [one.request.request_id for one in compiling.take(timeout_s=60)] == ["c"]
+    assert compiled(compiling) == ["c"]
     assert len(compiling) == 1
+
+
+def test_requests_that_arrive_together_do_not_take_the_same_copy_of_a_grammar():
+    grammars = Few(1, copies=3)
+    compiling = CompilingRequests(grammars)
+    compiling.add(masked("a"))
+    held = compiling.take(timeout_s=60)
+    grammars.may_compile.clear()
+    for name in "bcde":
+        compiling.add(masked(name))
+    grammars.may_compile.set()
+    names = []
+    while len(names) < 2:
+        names += compiled(compiling)
+    # the masks of b and c are dropped, but a has the grammar
+    assert names == ["b", "c"] and not compiling.take() and len(compiling) == 2
+    del held
+    while len(names) < 4:
+        names += compiled(compiling)
+    assert names == list("bcde")

@@ -180,6 +180,7 @@ def test_a_model_length_beyond_memory_is_refused(model):
         ({"speculate": "ngram", "speculate_tokens": 65}, "speculate_tokens"),
         ({"max_patches": -1}, "max_patches"),
         ({"max_patch_rows": 0}, "max_patch_rows"),
+        ({"max_patch_rows": 2**31}, "max_patch_rows"),
         ({"patch_memory_gib": 0.0}, "patch_memory_gib"),
         ({"patch_memory_gib": float("inf")}, "patch_memory_gib"),
         ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization"),

@@ -51,8 +51,8 @@ def test_messages_are_carried_out_in_order_and_each_load_is_answered():
     assert answers == [
         PatchLoaded("0", SUMMARY),
         PatchLoaded("1", error="/patches/refused: shapes.t: wrong"),
-        PatchLoaded("2", error="MemoryError while the patch was loaded", is_failure=True),
-        PatchLoaded("3", error="Too many open files", is_failure=True),
+        PatchLoaded("2", error="MemoryError while the patch was loaded", kind=PatchFailedError),
+        PatchLoaded("3", error="Too many open files", kind=PatchFailedError),
         PatchLoaded("4", SUMMARY),
     ]
     named = [call for name in NAMES for call in ((name, None), name)]

@@ -17,6 +17,7 @@ from engine.request import MAX_PATCH_USES, PatchRef, canonical_patches
 from memory_ops.patches.patched_rows import PatchedRows
 from memory_ops.tables.device import DeviceTable
 from tests.engine.delayed_executor import delayed
+from tests.engine.executors.cpu.packed_forward import threads
 from tests.engine.patches import patch_of
 from tests.models import (
     eager,
@@ -139,6 +140,21 @@ def test_reads_of_patched_rows_are_counted(make):
     assert RowPatch("shared", dict.fromkeys(layers, whole)).counts() == (read, read)
 
 
+def test_reads_are_counted_once_by_more_threads_than_steps_of_columns():
+    # native kernels split 256 columns in 2 steps
+    wide = {"value_projection": True, "value_dim": 256}
+    model = model_of(("pkm",), **wide)
+    counts = []
+    for make in (make_executor, eager):
+        patch = patch_of(model, 1)
+        served = engine(model, make)
+        served.patches.put(patch)
+        with threads(8):
+            run(served, {0: [asks("a", 3, (patch, 1.0), prompt=PROMPT[:4])]})
+        counts.append(patch.counts())
+    assert counts[0] == counts[1] and counts[0].reads == (4 + 2) * 2 * 3
+
+
 def test_a_patch_of_one_table_of_two():
     model = model_of(share_values=False)
     first, *others = model.config.memory_layers
@@ -187,10 +203,12 @@ def test_more_patches_than_a_batch_has_space_for_are_refused():
         canonical_patches(refs)
 
 
-@pytest.mark.parametrize("scales", [(math.nan,), (math.inf,), (1e39,), (3e38, 3e38)])
-def test_a_factor_that_is_not_finite_is_refused(scales):
-    with pytest.raises(RequestError, match="memory_patches: scale must be a finite number"):
+@pytest.mark.parametrize("scales", [(math.nan,), (math.inf,), (101,), (60, 60), (-50.5, -50)])
+def test_a_scale_out_of_range_is_refused(scales):
+    message = f"memory_patches: scale must be -100 to 100, not {sum(scales)}"
+    with pytest.raises(RequestError, match=message):
         canonical_patches(PatchRef("a", scale) for scale in scales)
+    assert canonical_patches([PatchRef("a", 60), PatchRef("a", 40)]) == (PatchRef("a", 100),)
 
 
 def test_logits_are_those_of_a_changed_table_within_tolerance():
@@ -223,7 +241,7 @@ def test_patches_must_be_on_the_executors_device():
     [
         (("dense",), {}, "the model has no memory layers, so it takes no row patches"),
         (("pkm", "peer"), {}, "layer 1 is peer, whose output is not linear in its rows"),
-        (("pkm",), {"max_patches": 0}, "max_patches: 0 allows no row patches"),
+        (("pkm",), {"max_patches": 0}, r"row patches are disabled \(--max-patches 0\)"),
     ],
 )
 def test_an_engine_without_patches_says_why(kinds, limits, reason):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memory_ops import anonymous
-from memory_ops.anonymous import anonymous_zeros
+from memory_ops.anonymous import anonymous_zeros, unpooled_zeros
 
 
 @pytest.fixture
@@ -45,12 +45,22 @@ def test_a_kernel_with_huge_pages_gives_them_and_logs_nothing(log, monkeypatch):
     assert log.messages == []
 
 
+@pytest.mark.parametrize("make", [anonymous_zeros, unpooled_zeros])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_anonymous_memory_is_zero_and_writable(dtype):
-    table = anonymous_zeros((33, 7), dtype)
+def test_anonymous_memory_is_zero_and_writable(make, dtype):
+    table = make((33, 7), dtype)
     assert table.shape == (33, 7) and table.dtype == dtype and not table.any()
     table.fill_(2)
     assert table.sum().item() == 33 * 7 * 2
+
+
+def test_unpooled_memory_may_be_empty_and_asks_for_no_huge_pages(monkeypatch):
+    class Mapping(mmap.mmap):
+        madvise = pytest.fail
+
+    monkeypatch.setattr(anonymous.mmap, "mmap", Mapping)
+    assert unpooled_zeros((0, 7), torch.bfloat16).shape == (0, 7)
+    assert not unpooled_zeros((3,), torch.int64).any()
 
 
 def mapping_kb(tensor: torch.Tensor) -> dict[str, int]:

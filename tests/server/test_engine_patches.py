@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import PatchFailedError, PatchRefusedError
+from engine.config import EngineConfig
+from engine.errors import PatchBusyError, PatchFailedError, PatchRefusedError
+from engine.loaded_patches import LoadedPatches
 from engine.messages import LoadPatch, PatchLoaded, UnloadPatch
+from engine.patch_loading import PatchLoading
 from engine.process import EngineLostError
 from engine.request import PatchSummary
 from server import engine_patches
 from server.engine_patches import EnginePatches
+from tests.engine.test_loaded_patches import MadePatches
 
 
 class FakeEngine:
@@ -28,14 +32,17 @@ class FakeEngine:
         return task
 
     async def answer(
-        self, content_hash: str | None = None, error: str = "refused", is_failure: bool = False
+        self,
+        content_hash: str | None = None,
+        error: str = "refused",
+        kind: type = PatchRefusedError,
     ):
         """Accept the oldest load in flight with a content hash, or refuse it."""
         message = self.sent.pop(0)
         assert isinstance(message, LoadPatch)
         summary = content_hash and PatchSummary(content_hash, 1, 12, {"memory.table": 1})
         text = None if summary else error
-        self.patches.answer(PatchLoaded(message.key, summary, text, is_failure))
+        self.patches.answer(PatchLoaded(message.key, summary, text, kind))
         for _ in range(5):
             await asyncio.sleep(0)
         return message
@@ -54,6 +61,13 @@ class FakeEngine:
 
     def unload(self, folder: str, content_hash: str) -> None:
         self.patches.unload(content_hash, Path(folder))
+
+
+class AsEngine:
+    """Loaded patches behind the engine's methods."""
+
+    def __init__(self, patches: LoadedPatches):
+        self.load_patch, self.unload_patch = patches.load, patches.remove
 
 
 def scenario(run):
@@ -93,15 +107,37 @@ async def test_a_content_is_removed_after_the_last_of_its_loads(engine):
 
 
 @scenario
-async def test_a_removal_waits_for_loads_that_may_have_the_same_content(engine):
+async def test_a_removal_is_sent_at_once_while_a_load_is_slow(engine):
+    """It was held back until no load was in flight, so the next load was refused at the limit."""
+    limited = LoadedPatches(EngineConfig(max_patches=2), MadePatches())
+    limited.load(Path("/a"))
+    await engine.loaded("/a", "a")
+    slow = await engine.begun("/b")
+    engine.unload("/a", "a")
+    after = await engine.begun("/c")
+    loading = PatchLoading(AsEngine(limited), engine.patches.answer)
+    for message in engine.sent:
+        loading.submit(message)
+    loading._thread.shutdown(wait=True)
+    assert [(await one).content_hash for one in (slow, after)] == ["b", "c"]
+
+
+@scenario
+async def test_a_removal_takes_no_patch_from_a_load_with_the_same_content(engine):
     await engine.loaded("/a", "A")
     await engine.loaded("/b", "B")
-    await engine.begun("/copy")
-    engine.unload("/a", "A")
-    engine.unload("/b", "B")
-    assert len(engine.sent) == 1
+    copy = await engine.begun("/copy")
+    for name in "ab":
+        engine.unload(f"/{name}", name.upper())
+    assert engine.sent[1:] == [UnloadPatch("A"), UnloadPatch("B")]
+    # the engine has loaded it, and then removed it
     await engine.answer("A")
-    assert engine.sent == [UnloadPatch("B")]
+    assert not copy.done()
+    del engine.sent[:2]
+    assert (await engine.answer("A"))[1:] == ("/copy", None)
+    assert (await copy).content_hash == "A" and not engine.sent
+    engine.unload("/copy", "A")
+    assert engine.sent == [UnloadPatch("A")]
 
 
 @scenario
@@ -219,28 +255,48 @@ def test_a_reload_fails_if_the_new_engine_dies_after_an_answer(answered):
     run()
 
 
-def test_a_failure_is_retried_before_a_patch_is_lost(monkeypatch):
-    monkeypatch.setattr(engine_patches, "_ATTEMPT_PAUSES_S", (0.0, 0.0, 0.0))
+def test_failures_are_retried_together_before_patches_are_lost(monkeypatch, caplog):
+    """Each patch had its own pauses, so many that failed kept a server waiting for minutes."""
+    paused, pause = [], asyncio.sleep
+
+    async def sleep(seconds):
+        paused.extend([seconds] if seconds else [])
+        await pause(0)
+
+    monkeypatch.setattr(engine_patches.asyncio, "sleep", sleep)
 
     @scenario
     async def run(engine):
-        await engine.loaded("/a", "A")
-        await engine.loaded("/b", "B")
+        contents = {folder: folder[1].upper() for folder in ("/a", "/b", "/c", "/d")}
+        for folder, content in contents.items():
+            await engine.loaded(folder, content)
         task = await engine.reload()
-        await engine.answer(error="/a: Too many open files", is_failure=True)
-        await engine.answer(error="/a: Too many open files", is_failure=True)
-        await engine.answer("A")
-        for _ in range(3):
-            await engine.answer(error="MemoryError while the patch was loaded", is_failure=True)
+        failures = {"error": "Too many open files", "kind": PatchFailedError}
+        for folder in ("/a", "/b", "/c"):
+            assert (await engine.answer(**failures))[1] == folder
+        await engine.answer(error="/d: has changed")
+        assert paused == [1.0]
+        engine.unload("/c", "C")
+        assert engine.sent.pop() == UnloadPatch("C")
+        assert (await engine.answer("A"))[1] == "/a"
+        for _ in range(2):
+            assert (await engine.answer(**failures))[1] == "/b"
         await task
-        assert engine.lost == ["B"] and not engine.sent
+        assert engine.lost == ["B", "D"] and not engine.sent
 
     run()
+    assert paused == [1.0, 5.0]
+    assert "row patches: 3 are loaded again in 1 s" in caplog.text
 
 
-@scenario
-async def test_a_failure_is_told_from_a_refusal(engine):
-    task = await engine.begun("/a")
-    await engine.answer(error="MemoryError", is_failure=True)
-    with pytest.raises(PatchFailedError, match="MemoryError"):
-        await task
+@pytest.mark.parametrize("kind", [PatchRefusedError, PatchFailedError, PatchBusyError])
+def test_an_error_keeps_its_kind(kind):
+    @scenario
+    async def run(engine):
+        task = await engine.begun("/a")
+        await engine.answer(error="MemoryError", kind=kind)
+        with pytest.raises(kind, match="MemoryError") as raised:
+            await task
+        assert type(raised.value) is kind
+
+    run()

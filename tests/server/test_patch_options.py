@@ -78,7 +78,7 @@ def test_an_engine_without_patches_reserves_nothing_for_them():
 
 
 def test_an_engine_that_allows_too_few_patches_is_refused():
-    two = PatchOptions(patch=("a=d", "b=e", "again=d"))
+    two = PatchOptions(patch=("a=d", "b=e"))
     assert two.engine_config(EngineConfig(max_patches=2)).max_patches == 2
     for options, most, problem in (
         (two, 1, "1 is too few; 2 are given by --patch"),

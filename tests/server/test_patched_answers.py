@@ -289,11 +289,13 @@ def test_the_number_of_patches_is_limited(server, patch_dir, loaded):
     refused = load(server, "sixth")
     assert refused.status_code == 400
     assert "--max-patches" in refused.json()["error"]["message"]
-    # another name of the same content takes no memory
+    assert server.http.delete(f"{ROUTE}/fifth").status_code == 200
+    # another name of the same content
     shutil.copytree(patch_dir / "a", patch_dir / "copy")
     loaded("copy")
     assert ids(server, memory_patches=["copy"]) == ids(server, memory_patches=["a"])
-    assert server.http.delete(f"{ROUTE}/fifth").status_code == 200
+    assert load(server, "sixth").status_code == 400
+    assert server.http.delete(f"{ROUTE}/copy").status_code == 200
     loaded("sixth")
 
 

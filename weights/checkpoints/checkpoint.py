@@ -22,6 +22,7 @@ from weights.checkpoints.new_folder import new_folder, write_synced
 from weights.checkpoints.stored_groups import group_tensors, stored_bits
 from weights.checkpoints.table_files import OUTPUT_DTYPES, RowLayout, table_shape
 from weights.checkpoints.table_loading import load_tables, open_tables, table_layouts
+from weights.checkpoints.table_origin import table_origin
 from weights.checkpoints.tensor_files import (
     DTYPES,
     RECORDS_DTYPE,
@@ -251,6 +252,7 @@ def save_checkpoint(
     on_write: Callable[[int], Any] = lambda num_bytes: None,
     *,
     more_tensors: Mapping[str, list[TensorSource]] | None = None,
+    finish: Callable[[Path], Any] = lambda folder: None,
 ) -> None:
     """Write a checkpoint folder atomically: under a temporary name, which is renamed at the end.
 
@@ -260,6 +262,7 @@ def save_checkpoint(
         extra_files: contents of further files (tokenizer files, for example), by file name.
         on_write: called with the bytes of each tensor, or part of one, after it is written.
         more_tensors: tensors that are not part of the model, by file name.
+        finish: called with the temporary folder once it is a complete checkpoint; may add files.
 
     Raises:
         CheckpointError: the folder exists, or cannot be written.
@@ -279,8 +282,15 @@ def save_checkpoint(
             text = json.dumps(config_to_json(config), indent=2) + "\n"
             for file_name, content in {**extra_files, "config.json": text.encode()}.items():
                 write_synced(partial / file_name, content)
+            finish(partial)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def table_origins(folder: Path) -> dict[str, str]:
+    """The origin of each table of a checkpoint folder, by table name (CheckpointError)."""
+    config, stored = open_checkpoint(folder)
+    return {name: table_origin(stored[name]) for name in config.model.table_names}
 
 
 def _check_no_table_options(table_cache: int | None, table_dtype: str, verify_tables: bool) -> None:

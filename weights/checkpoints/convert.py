@@ -1,5 +1,6 @@
 """Converts a GGUF file or a checkpoint folder to a new checkpoint folder."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -9,7 +10,13 @@ import torch
 from tqdm import tqdm
 
 from engine.errors import ConfigError
-from weights.checkpoints.checkpoint import expected_shapes, open_checkpoint, save_checkpoint
+from engine.model.config import ModelConfig
+from weights.checkpoints.checkpoint import (
+    expected_shapes,
+    open_checkpoint,
+    save_checkpoint,
+    table_origins,
+)
 from weights.checkpoints.importers.gguf import ImportedModel, read_gguf
 from weights.checkpoints.stored_groups import (
     group_tensors,
@@ -31,11 +38,11 @@ from weights.checkpoints.tensor_files import (
     StoredTensor,
     TensorSource,
     has_checksum,
-    list_file,
     read_mapped,
 )
 from weights.checkpoints.tokenizer import TOKENIZER_FILES
 from weights.errors import CheckpointError
+from weights.training.row_reads import read_row_reads, write_row_reads
 
 
 def convert(
@@ -86,6 +93,7 @@ def convert(
             raise ConfigError(f"weight_dtype: the weights of {source} are in groups already")
         bits = requested_bits(config.model, weight_dtype, embedding_dtype)
         config, sources = replace(config, has_groups=True), grouped_sources(sources, bits)
+    finish = _row_reads_copier(source, config.model)
     total = sum(s.dtype.itemsize * torch.Size(s.shape).numel() for s in sources)
     with tqdm(total=total, unit="B", unit_scale=True, desc=target.name) as progress:
         save_checkpoint(
@@ -94,7 +102,7 @@ def convert(
             sources,
             imported.extra_files,
             progress.update,
-            more_tensors=_row_reads(source),
+            finish=finish,
         )
 
 
@@ -119,19 +127,16 @@ def read_folder(
     return ImportedModel(config, sources, extra_files)
 
 
-def _row_reads(folder: Path) -> dict[str, list[TensorSource]]:
-    """A folder's record of row reads, if it has one: rows keep their reads in any dtype."""
-    file = folder / ROW_READS_FILE
-    if not file.exists():
-        return {}
-    counts = list_file(file)
-    sources = [
-        TensorSource(
-            one.name, one.shape, STORED_DTYPES[one.dtype], partial(read_mapped, one), one.metadata
-        )
-        for one in counts
-    ]
-    return {ROW_READS_FILE: sources}
+def _row_reads_copier(source: Path, config: ModelConfig) -> Callable[[Path], object]:
+    """Writes a folder's record of row reads into another folder, if there is one.
+
+    Rows keep their reads in any dtype.
+    """
+    if (source / ROW_READS_FILE).exists():
+        reads = read_row_reads(source, config, table_origins(source))
+        if reads is not None:
+            return partial(write_row_reads, reads=reads)
+    return lambda folder: None
 
 
 def _dense(stored: StoredTensor, dtype: str | None) -> TensorSource:

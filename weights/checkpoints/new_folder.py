@@ -1,4 +1,4 @@
-"""Creates folders atomically."""
+"""Creates folders atomically, and tests early whether they can be created."""
 
 import contextlib
 import os
@@ -15,18 +15,30 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be created.
     """
-    # The name is random: a process in another container may have the same pid and parent folder.
-    partial = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(8)}")
+    partial = partial_path(folder)
     # Before the try: if the name is taken, that folder is not ours to remove.
     partial.mkdir(parents=True)
     try:
         yield partial
-        _sync(partial)
+        sync_folder(partial)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_new_folder(folder: Path) -> None:
+    """Create the parent of a folder, and test that the folder could be created (OSError)."""
+    partial = partial_path(folder)
+    partial.mkdir(parents=True)
+    partial.rmdir()
+
+
+def partial_path(target: Path) -> Path:
+    """A temporary name next to a file or folder, to write it under before it is renamed."""
+    # random: a process in another container may have the same pid and parent folder
+    return target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -37,7 +49,7 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Fsync a folder, so that the names in it survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

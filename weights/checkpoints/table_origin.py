@@ -41,10 +41,7 @@ def table_origin(stored: StoredTensor) -> str:
     origin = stored.metadata.get(ORIGIN)
     if origin is None:
         return new_origin(stored.dtype, stored.shape, _checksum(stored))
-    if not re.fullmatch(HASH_PATTERN, origin):
-        raise CheckpointError(
-            f"{stored.file}: {ORIGIN}: expected 64 hexadecimal digits, got {origin[:80]!r}"
-        )
+    _check_hash(stored, ORIGIN, origin)
     return origin
 
 
@@ -56,6 +53,25 @@ def carried_metadata(stored: StoredTensor) -> dict[str, str]:
     """
     patches = stored.metadata.get(PATCHES)
     return {ORIGIN: table_origin(stored)} | ({} if patches is None else {PATCHES: patches})
+
+
+def applied_patches(stored: StoredTensor) -> list[str]:
+    """Content hashes of the row patches that were written into a table, in order.
+
+    Raises:
+        CheckpointError: one is not a hash.
+    """
+    hashes = stored.metadata.get(PATCHES, "").split()
+    for one in hashes:
+        _check_hash(stored, PATCHES, one)
+    return hashes
+
+
+def _check_hash(stored: StoredTensor, key: str, value: str) -> None:
+    if not re.fullmatch(HASH_PATTERN, value):
+        raise CheckpointError(
+            f"{stored.file}: {key}: expected 64 hexadecimal digits, got {value[:80]!r}"
+        )
 
 
 def _checksum(stored: StoredTensor) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weights.checkpoints.new_folder import partial_path, sync_folder
 from weights.checkpoints.table_origin import ORIGIN, new_origin
 from weights.checkpoints.tensor_files import STORED_DTYPES, TensorSource, checksum_key, tensor_bytes
 
@@ -55,10 +56,14 @@ def write_tensors(
 
 def replace_tensors(path: Path, sources: list[TensorSource]) -> None:
     """Write a safetensors file, replacing an older one atomically (OSError)."""
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    write_tensors(partial, sources, lambda num_bytes: None)
-    partial.rename(path)
+    partial = partial_path(path)
+    try:
+        write_tensors(partial, sources, lambda num_bytes: None)
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
 def _header(sources: list[TensorSource], checksums: Mapping[str, str]) -> bytes:

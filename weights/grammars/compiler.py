@@ -81,9 +81,10 @@ class GrammarCompiler(Grammars):
         with self._lock:
             return MOST_GRAMMARS - sum(template.is_used for template in self._in_memory)
 
-    def is_ready(self, grammar: Grammar) -> bool:
+    def copies_left(self, grammar: Grammar) -> int:
         template = self._templates.get(grammar)
-        return template is not None and template.copies_left > 0
+        # an unused one may be dropped for another grammar
+        return template.copies_left if template is not None and template.is_used else 0
 
     def compile(self, grammar: Grammar) -> TokenMask:
         template = self._templates.pop(grammar, None)

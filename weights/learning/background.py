@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -11,8 +10,11 @@ from engine.model.transformer import Transformer
 from weights.errors import DataError
 from weights.training.corpus import corpus_files, documents
 from weights.training.packing import Passage, cut
-from weights.training.row_reads import RowReads, count_reads, read_row_reads
+from weights.training.row_reads import RowReads, count_reads
 from weights.training.training_data import TextTokens
+
+# tokens of a document whose reads are counted; longer ones count as several
+DOCUMENT_TOKENS = 256
 
 
 def text_passages(
@@ -43,21 +45,19 @@ def _cut_documents(paths: Sequence[str], text: TextTokens, length: int) -> Itera
 
 
 def background_reads(
-    base: Transformer, folder: Path, background: Sequence[Passage], *, is_given: bool
+    base: Transformer, record: RowReads | None, background: Sequence[Passage]
 ) -> RowReads:
-    """Reads by given text, else the model's own record of them, else reads by generated text.
+    """The model's ``record`` of reads if there is one, else reads by ``background``.
 
     Raises:
-        ConfigError: there is none of them.
-        CheckpointError: the record is not valid.
+        ConfigError: there is neither.
     """
-    recorded = None if is_given else read_row_reads(folder, base.config)
-    if recorded is not None:
-        return recorded
+    if record is not None:
+        return record
     if background:
         return count_reads(base, tqdm(background, "background", unit="passage", leave=False))
     raise ConfigError(
-        f"background: {folder} has no record of the rows that other text reads, and without replay"
-        " the model writes no text; give texts with --background, or record the reads once with"
-        " `memplus bench trace --record`, or choose --rank reads"
+        "background: the model has no record of the rows that other text reads, and without replay"
+        " it writes no text; give texts with --background, or record the reads once with"
+        " `memplus bench trace TEXTS --model DIR --record`, or choose --rank reads"
     )

@@ -1,10 +1,12 @@
 """Exams of a patched model: facts, other phrasings, neutral text and facts known before."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine.model.transformer import Transformer
+from weights.errors import TrainingError
 from weights.learning.scores import exact_answers, score_drift
 from weights.training.packing import Passage
 
@@ -30,23 +32,42 @@ class Exams:
 
         ``facts`` and ``questions`` give the answers that are exact, and their fraction; ``known``
         gives the facts that were exact without the patch, and how many of them are lost.
+
+        Raises:
+            TrainingError: a logit is not finite; the message names the exam.
         """
-        scores: dict[str, Any] = {"facts": _recall(model, self.facts)}
+        scores: dict[str, Any] = {}
+        with _naming("facts"):
+            scores["facts"] = _recall(model, self.facts)
         if self.questions:
-            scores["questions"] = _recall(model, self.questions)
+            with _naming("questions"):
+                scores["questions"] = _recall(model, self.questions)
         if self.neutral:
-            scores["neutral"] = asdict(score_drift(base, model, self.neutral))
+            with _naming("neutral"):
+                scores["neutral"] = asdict(score_drift(base, model, self.neutral))
         if self.known:
-            before = exact_answers(base, self.known)
-            after = exact_answers(model, self.known)
-            lost = sum(was and not still for was, still in zip(before, after, strict=True))
-            scores["known"] = {"asked": len(before), "exact_before": sum(before), "lost": lost}
+            with _naming("known"):
+                scores["known"] = _losses(base, model, self.known)
         return scores
+
+
+@contextmanager
+def _naming(exam: str) -> Iterator[None]:
+    try:
+        yield
+    except TrainingError as error:
+        raise TrainingError(f"{exam}: {error}") from None
 
 
 def _recall(model: Transformer, passages: Sequence[Passage]) -> dict[str, Any]:
     exact = sum(exact_answers(model, passages))
     return {"asked": len(passages), "exact": exact, "recall": exact / len(passages)}
+
+
+def _losses(base: Transformer, model: Transformer, passages: Sequence[Passage]) -> dict[str, Any]:
+    before, after = exact_answers(base, passages), exact_answers(model, passages)
+    lost = sum(was and not still for was, still in zip(before, after, strict=True))
+    return {"asked": len(before), "exact_before": sum(before), "lost": lost}
 
 
 def describe(scores: dict[str, Any]) -> str:

@@ -14,9 +14,9 @@ from engine.model.transformer import Transformer
 from engine.request import Request
 from engine.sampling.params import SamplingParams
 from weights.errors import TrainingError
+from weights.learning.background import DOCUMENT_TOKENS
 from weights.training.packing import Passage
 
-_DOCUMENT_TOKENS = 256
 _IDS, _LENGTHS = "replay.ids", "replay.lengths"
 
 
@@ -37,7 +37,7 @@ def generated_passages(
         ConfigError: the machine has too little memory for keys and values.
         TrainingError: a document failed.
     """
-    length = min(length, _DOCUMENT_TOKENS, model.config.max_positions - 1)
+    length = min(length, DOCUMENT_TOKENS, model.config.max_positions - 1)
     config = EngineConfig(max_model_len=length + 1)
     engine = Engine(make_executor(model, config, dtype=torch.float32), config, eos_ids)
     draws = np.random.default_rng(seed)
@@ -73,6 +73,19 @@ def passage_tensors(passages: Sequence[Passage]) -> dict[str, Tensor]:
 
 
 def take_passages(tensors: dict[str, Tensor]) -> list[Passage]:
-    """Remove the tensors of generated passages from saved ones, and return the passages."""
-    ids_T, lengths_S = tensors.pop(_IDS), tensors.pop(_LENGTHS)
+    """Remove the tensors of generated passages from saved ones, and return the passages.
+
+    Raises:
+        TrainingError: they are missing or malformed.
+    """
+    ids_T, lengths_S = tensors.pop(_IDS, None), tensors.pop(_LENGTHS, None)
+    if (
+        ids_T is None
+        or lengths_S is None
+        or not ids_T.dtype == lengths_S.dtype == torch.int64
+        or not ids_T.ndim == lengths_S.ndim == 1
+        or bool((lengths_S < 2).any())
+        or int(lengths_S.sum()) != len(ids_T)
+    ):
+        raise TrainingError("the saved state has no valid text to replay")
     return [Passage(tuple(part.tolist())) for part in torch.split(ids_T, lengths_S.tolist())]

@@ -103,7 +103,23 @@ class Learner:
         }
 
     def resume(self, progress: dict[str, Any]) -> None:
-        """Continue from the ``progress`` of an equal run; the caller loads the student's state."""
+        """Continue from the ``progress`` of an equal run; the caller loads the student's state.
+
+        Raises:
+            TrainingError: it is not the progress of such a run.
+        """
+        if progress.keys() != self.progress().keys() or not (
+            _is_count(progress["step"], math.inf)
+            and all(
+                progress[name] is None or _is_count(progress[name], progress["step"])
+                for name in ("exact_step", "cooling_from")
+            )
+            and isinstance(progress["has_missed"], bool)
+            and _is_position(progress["facts"], self._facts)
+            and (progress["replay"] is None) == (self._replay_order is None)
+            and (progress["replay"] is None or _is_position(progress["replay"], self._background))
+        ):
+            raise TrainingError("the saved state has no valid progress")
         self.step, self.exact_step = progress["step"], progress["exact_step"]
         self._cooling_from, self._has_missed = progress["cooling_from"], progress["has_missed"]
         self._order.position = OrderPosition(*progress["facts"])
@@ -144,7 +160,7 @@ class Learner:
         passages = [self._background[index] for index in self._replay_order.next()]
         batch, dtype = packed(passages), OUTPUT_DTYPES[self._config.precision]
         logits_LV = batch_output(self._student.model, batch, dtype).logits_LV.float()
-        weight = self._config.divergence_weight
+        weight = self._config.kl_weight
         if weight:
             with torch.no_grad():
                 base_LV = batch_output(self._base, batch, dtype).logits_LV.float()
@@ -176,3 +192,14 @@ class Learner:
     def _all_exact(self) -> bool:
         dtype = OUTPUT_DTYPES[self._config.precision]
         return all(exact_answers(self._student.model, self._facts, dtype))
+
+
+def _is_count(value: object, most: float) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def _is_position(value: object, passages: Sequence[Passage]) -> bool:
+    """Whether a value is an epoch, and a number of passages that leaves one."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return _is_count(value[0], math.inf) and _is_count(value[1], len(passages) - 1)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from engine.errors import ConfigError
 
 _GIVEN_TOKENS, _GENERATED_TOKENS = 2**18, 2**15
+_KL_WEIGHT = 1.0
+_ROWS = 16_384
 RANKS = ("tfidf", "reads", "all")
 _LR = {"adam": 0.006, "sgd": 30.0}
 
@@ -25,7 +27,7 @@ class LearningConfig:
         default=300,
         metadata={
             "group": ("learning", "--steps 800 --replay-share 0.5 --seed 1"),
-            "help": "most optimiser steps, with those of the cool-down",
+            "help": "maximum number of optimiser steps, cool-down included",
         },
     )
     warmup_steps: int = field(
@@ -39,22 +41,22 @@ class LearningConfig:
     replay_share: float = field(
         default=0.75,
         metadata={
-            "help": "part of a step's tokens that is replayed background text (0 disables replay)"
+            "help": "fraction of a step's tokens taken from background text (0 disables replay)"
         },
     )
     background_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "most tokens of background text: of --background, from its start (default:"
-            f" {_GIVEN_TOKENS}), or else of the text that the model writes (default:"
-            f" {_GENERATED_TOKENS})"
+            "help": "maximum number of tokens that are read from --background, from its start"
+            f" (default: {_GIVEN_TOKENS}). Without --background: tokens that the model writes"
+            f" (default: {_GENERATED_TOKENS})"
         },
     )
-    divergence_weight: float = field(
-        default=1.0,
+    divergence_weight: float | None = field(
+        default=None,
         metadata={
-            "help": "weight of KL(unpatched model || patched model) on replayed text, in the loss;"
-            " 0 replays with the cross entropy of the text instead"
+            "help": "weight of KL(unpatched model || patched model) on replayed text, in the loss"
+            f" (default: {_KL_WEIGHT:g}); 0 replays with the cross entropy of the text instead"
         },
     )
     precision: str = field(
@@ -76,10 +78,14 @@ class LearningConfig:
             _at_least(self, name, 1)
         if self.background_tokens is not None:
             _at_least(self, "background_tokens", 1)
-        for name in ("warmup_steps", "cooldown_steps", "divergence_weight", "seed"):
+        if self.divergence_weight is not None:
+            _at_least(self, "divergence_weight", 0)
+        for name in ("warmup_steps", "cooldown_steps", "seed"):
             _at_least(self, name, 0)
         if not 0 <= self.replay_share < 1:
             raise ConfigError(f"replay_share: {self.replay_share} is outside [0, 1)")
+        if self.divergence_weight is not None and not self.replay_share:
+            raise ConfigError("divergence_weight: has no effect with a replay_share of 0")
         if self.warmup_steps + self.cooldown_steps >= self.steps:
             raise ConfigError(
                 f"steps: must be more than warmup_steps + cooldown_steps"
@@ -90,6 +96,11 @@ class LearningConfig:
         """``background_tokens``, or the default for given or for generated text."""
         default = _GIVEN_TOKENS if is_given else _GENERATED_TOKENS
         return default if self.background_tokens is None else self.background_tokens
+
+    @property
+    def kl_weight(self) -> float:
+        """``divergence_weight``, or the default."""
+        return _KL_WEIGHT if self.divergence_weight is None else self.divergence_weight
 
     @property
     def replayed_tokens(self) -> int:
@@ -105,11 +116,12 @@ class RowConfig:
         ConfigError: a field is out of range.
     """
 
-    rows: int = field(
-        default=16_384,
+    rows: int | None = field(
+        default=None,
         metadata={
             "group": ("rows", "--rows 4096 --lr 0.002"),
-            "help": "most rows of each table that may change",
+            "help": f"maximum number of rows of each table that may change (default: {_ROWS});"
+            " not with --rank all",
         },
     )
     rank: str = field(
@@ -142,10 +154,18 @@ class RowConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _at_least(self, "rows", 1)
+        if self.rows is not None:
+            _at_least(self, "rows", 1)
         _at_least(self, "clip_norm", 0)
+        if self.rank == "all" and self.rows is not None:
+            raise ConfigError("rows: has no effect with rank all, which lets every row change")
         if not 0 < self.peak_lr < float("inf"):
             raise ConfigError(f"lr: must be above 0 and finite, not {self.lr}")
+
+    @property
+    def most_rows(self) -> int:
+        """``rows``, or the default."""
+        return _ROWS if self.rows is None else self.rows
 
     @property
     def peak_lr(self) -> float:

@@ -10,11 +10,13 @@ from weights.learning.learning_config import RowConfig
 from weights.training.row_reads import RowReads, TableReads
 
 
-def chosen_rows(facts: RowReads, background: RowReads, config: RowConfig) -> dict[str, Tensor]:
+def chosen_rows(
+    facts: RowReads, background: RowReads | None, config: RowConfig
+) -> dict[str, Tensor]:
     """The rows of each table that may change, int64 and ascending.
 
-    The rank ``all`` chooses every row. Other ranks choose at most ``config.rows`` rows of a table.
-    Facts read each of them.
+    The rank ``all`` chooses every row. Other ranks choose at most ``config.most_rows`` rows of a
+    table, all of them read by facts. Only the rank ``tfidf`` needs ``background``.
     """
     chosen = {}
     for name, reads in facts.tables.items():
@@ -24,8 +26,9 @@ def chosen_rows(facts: RowReads, background: RowReads, config: RowConfig) -> dic
         if config.rank == "reads":
             scores_R = reads.reads_R.double()
         else:
+            assert background is not None
             scores_R = tf_idf(reads.reads_R, background.tables[name], background.num_documents)
-        chosen[name] = best_rows(scores_R, config.rows)
+        chosen[name] = best_rows(scores_R, config.most_rows)
     return chosen
 
 

@@ -19,13 +19,14 @@ class RowSgd:
 
     def __init__(self, tables: Sequence[TrainedTable]) -> None:
         self._tables = tuple(tables)
-        self._gradients: list[tuple[Tensor, Tensor] | None] = []
+        self._gradients: list[tuple[Tensor, Tensor] | None] | None = None
         self.moments: list[tuple[Tensor, ...]] = [() for _ in tables]
         self.step_count = 0
 
     @torch.no_grad()
     def collect(self) -> float:
         """Take the tables' gradients for the next step; return their squared norm."""
+        assert self._gradients is None, "collect was called twice without a step"
         self._gradients = []
         for table in self._tables:
             reads = table.take_reads()
@@ -37,10 +38,9 @@ class RowSgd:
     def step(self, lr: float, scale: float = 1.0) -> None:
         """Apply the collected gradients, multiplied by ``scale`` for clipping."""
         self.step_count += 1
+        assert self._gradients is not None, "step was called without collect"
         for table, gradient in zip(self._tables, self._gradients, strict=True):
             if gradient is not None:
                 rows_U, sums_UV = gradient
-                table.table_RV.index_add_(
-                    0, rows_U, sums_UV.to(table.table_RV.dtype), alpha=-lr * scale
-                )
-        self._gradients = []
+                table.table_RV.index_add_(0, rows_U, sums_UV, alpha=-lr * scale)
+        self._gradients = None

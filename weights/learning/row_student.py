@@ -1,22 +1,30 @@
 """A student that learns deltas of chosen table rows; everything else is frozen."""
 
+import logging
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.model.transformer import Transformer, with_tables
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.learned_rows import LearnedRows
 from memory_ops.tables.value_table import ValueTable
+from weights.available_memory import available_memory
+from weights.checkpoints.memory_request import size_text
 from weights.checkpoints.table_files import OUTPUT_DTYPES
-from weights.errors import TrainingError
+from weights.errors import PatchError, TrainingError
 from weights.learning.learning_config import RowConfig
 from weights.learning.row_sgd import RowSgd
+from weights.patches.patch_checks import check_row_ids
 from weights.training.table_optimizer import TableOptimizer
 
+logger = logging.getLogger(__name__)
+
 _ROWS = ".rows"
+_FP32_BYTES = 4
 
 
 class RowStudent:
@@ -31,8 +39,12 @@ class RowStudent:
         """Begin with deltas of 0 for the ``rows`` of each table, int64 and ascending.
 
         The tables of ``base`` must be in memory (``DeviceTable``). A table may have no rows.
+
+        Raises:
+            ConfigError: the deltas and what learning adds to them do not fit in memory.
         """
         self._config = config
+        _check_memory(base, rows, config)
         self.tables: dict[str, LearnedRows] = {}
         attached: dict[str, ValueTable] = dict(base.tables)
         for name, rows_P in rows.items():
@@ -97,8 +109,41 @@ class RowStudent:
         self._optimizer.step_count = step
 
 
-def saved_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of each table in a saved state, to make an equal student of."""
-    return {
+def saved_rows(state: Mapping[str, Tensor], base: Transformer) -> dict[str, Tensor]:
+    """The rows of each table in a saved state, to make an equal student of ``base`` with.
+
+    Raises:
+        TrainingError: they are not rows of its tables.
+    """
+    rows = {
         name.removesuffix(_ROWS): rows_P for name, rows_P in state.items() if name.endswith(_ROWS)
     }
+    for name, rows_P in rows.items():
+        where = f"the saved state: {name}{_ROWS}"
+        if name not in base.tables or rows_P.dtype is not torch.int64 or rows_P.ndim != 1:
+            raise TrainingError(f"{where}: is not a list of row ids of a table")
+        try:
+            check_row_ids(where, rows_P, base.tables[name].num_rows)
+        except PatchError as error:
+            raise TrainingError(str(error)) from None
+    return rows
+
+
+def _check_memory(base: Transformer, rows: Mapping[str, Tensor], config: RowConfig) -> None:
+    # the deltas, their copy to save or to round, and the moments
+    copies = 4 if config.optimizer == "adam" else 2
+    needed = 0
+    for name, rows_P in rows.items():
+        table = base.tables[name]
+        needed += _FP32_BYTES * (copies * (len(rows_P) + 1) * table.value_dim + table.num_rows)
+    try:
+        available = available_memory()
+    except (OSError, ValueError) as error:
+        logger.warning("memory is not checked: cannot read available memory: %s", error)
+        return
+    if needed > available.num_bytes:
+        option = "rank: all" if config.rank == "all" else f"rows: {config.most_rows}"
+        raise ConfigError(
+            f"{option} needs {size_text(needed)} of memory, but {size_text(available.num_bytes)} is"
+            f" available ({available.bound}); let fewer rows change"
+        )

@@ -59,6 +59,8 @@ def load_state(file: Path, run: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         raise TrainingError(str(error)) from None
     except (ValueError, LookupError) as error:
         raise TrainingError(f"{file}: is not the state of a learning run ({error!r})") from None
+    if not isinstance(saved, dict) or not isinstance(progress, dict):
+        raise TrainingError(f"{file}: is not the state of a learning run")
     now = json.loads(json.dumps(run))
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) != now.get(name):

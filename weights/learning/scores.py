@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.model.transformer import Transformer
+from weights.errors import TrainingError
 from weights.training.loss import batch_output
 from weights.training.packing import IGNORED_TARGET, Passage, packed_batches
 from weights.training.token_stream import PackedTokens
@@ -54,10 +55,13 @@ def exact_answers(
     They are if and only if greedy decoding after the given tokens gives these tokens. An answer
     that other tokens spell is wrong here, but right for ``score_recall``, which compares text.
     ``dtype`` is that of ``batch_output``: bfloat16 needs an fp32 model.
+
+    Raises:
+        TrainingError: a logit is not finite.
     """
     exact: list[bool] = []
     for batch in packed_batches(passages, SCORED_TOKENS):
-        exact += answered(batch_output(model, batch, dtype).logits_LV, batch)
+        exact += answered(_logits(model, batch, dtype), batch)
     return exact
 
 
@@ -68,11 +72,15 @@ def score_drift(
     passages: Sequence[Passage],
     dtype: torch.dtype = torch.float32,
 ) -> DriftScore:
-    """Compare a model with its unpatched form on texts."""
+    """Compare a model with its unpatched form on texts.
+
+    Raises:
+        TrainingError: a logit is not finite.
+    """
     tokens, before, after, moved = 0, 0.0, 0.0, 0.0
     for batch in packed_batches(passages, SCORED_TOKENS):
-        base_LV = batch_output(base, batch, dtype).logits_LV.float()
-        logits_LV = batch_output(model, batch, dtype).logits_LV.float()
+        base_LV = _logits(base, batch, dtype).float()
+        logits_LV = _logits(model, batch, dtype).float()
         targets_L = torch.from_numpy(batch.targets_T).to(logits_LV.device)
         before += float(functional.cross_entropy(base_LV, targets_L, reduction="sum"))
         after += float(functional.cross_entropy(logits_LV, targets_L, reduction="sum"))
@@ -88,6 +96,13 @@ def divergence(base_LV: Tensor, logits_LV: Tensor) -> Tensor:
     return functional.kl_div(
         logits_LV.log_softmax(-1), base_LV.log_softmax(-1), log_target=True, reduction="sum"
     )
+
+
+def _logits(model: Transformer, batch: PackedTokens, dtype: torch.dtype) -> Tensor:
+    logits_LV = batch_output(model, batch, dtype).logits_LV
+    if not bool(logits_LV.isfinite().all()):
+        raise TrainingError("the model's logits are not finite")
+    return logits_LV
 
 
 def _perplexity(loss: float) -> float:

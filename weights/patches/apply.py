@@ -1,5 +1,6 @@
 """Writes a row patch into the tables of a copy of a checkpoint folder."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.new_folder import new_folder
 from weights.checkpoints.table_files import RowLayout, stored_layout
 from weights.checkpoints.table_loading import progress_bar
-from weights.checkpoints.table_origin import PATCHES, carried_metadata
+from weights.checkpoints.table_origin import PATCHES, applied_patches, carried_metadata
 from weights.checkpoints.tensor_files import (
     StoredTensor,
     TensorSource,
@@ -26,8 +27,10 @@ from weights.checkpoints.tensor_files import (
 from weights.checkpoints.tensor_writer import write_tensors
 from weights.errors import PatchError
 from weights.patches.model_identity import model_identity
-from weights.patches.patch_folder import StoredPatch, read_patch
+from weights.patches.patch_folder import StoredPatch, check_target, read_patch
 from weights.patches.table_rows import float_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,7 +67,8 @@ def apply_patch(model: Path, patch: Path, target: Path) -> dict[str, RoundingErr
     """Write a copy of a checkpoint folder with a patch's deltas added to its tables.
 
     Rows are added in fp32 and rounded to the table's format; quantised rows are quantised again.
-    Other rows keep their bits. Tables keep their origin, and their files name the patch by its
+    Other rows keep their bits. A warning is logged if a table lacks a base patch of the patch, or
+    has the patch already. Tables keep their origin, and their files name the patch by its
     content hash. Other files of the folder, but no subfolders, become hard links, or copies if the
     filesystem has none. Holds the patch in memory, and some rows of a table.
 
@@ -76,13 +80,13 @@ def apply_patch(model: Path, patch: Path, target: Path) -> dict[str, RoundingErr
             or the target exists or cannot be written.
         CheckpointError: the model cannot be read, or a table fails its checksum.
     """
-    if target.exists():
-        raise PatchError(f"{target}: exists already")
+    check_target(target)
     read = read_patch(patch, model_identity(model))
     _, stored = open_checkpoint(model)
     changed = [stored[name] for name, (rows_P, _) in read.tables.items() if len(rows_P)]
     for one in changed:
         _check_is_alone(one)
+        _warn_of_base(one, read)
     errors = {name: RoundingError() for name in read.tables}
     try:
         with new_folder(target) as partial_folder, progress_bar("tables", changed) as progress:
@@ -145,6 +149,21 @@ def _stored_rows(values_PV: Tensor, layout: RowLayout) -> Tensor:
     if layout.records is None:
         return values_PV.to(layout.dtype)
     return quantize_rows(values_PV, layout.records[0]).records_RB
+
+
+def _warn_of_base(table: StoredTensor, patch: StoredPatch) -> None:
+    """Warn if the patch was made for a table with other patches, or was written into this one."""
+    applied = applied_patches(table)
+    if patch.content_hash in applied:
+        logger.warning("%s: table %s has this patch already", table.file, table.name)
+    expected = patch.description.base_patches.get(table.name, ())
+    if missing := [one for one in expected if one not in applied]:
+        logger.warning(
+            "%s: table %s lacks patches that the patch was made on: %s",
+            table.file,
+            table.name,
+            ", ".join(missing),
+        )
 
 
 def _check_is_alone(table: StoredTensor) -> None:

@@ -15,7 +15,7 @@ def merged(patches: Sequence[StoredPatch]) -> StoredPatch:
     """One patch with the sum of several: their rows united, deltas added in fp32, in order.
 
     A table's deltas stay bf16 if those of all patches are bf16 and the sums need no rounding;
-    otherwise they are fp32.
+    otherwise they are fp32. The base patches of all are united.
 
     Raises:
         PatchError: two patches were made for different weights or tables (the message names both
@@ -23,6 +23,10 @@ def merged(patches: Sequence[StoredPatch]) -> StoredPatch:
     """
     first = patches[0].description
     origins, shapes = dict(first.origins), dict(first.shapes)
+    base_patches: dict[str, list[str]] = {}
+    for patch in patches:
+        for name, hashes in patch.description.base_patches.items():
+            base_patches[name] = list(dict.fromkeys((*base_patches.get(name, ()), *hashes)))
     for patch in patches[1:]:
         other = patch.description
         _check_same("row_choice", first.row_choice, other.row_choice)
@@ -35,7 +39,13 @@ def merged(patches: Sequence[StoredPatch]) -> StoredPatch:
         tables[name] = _sum([patch.tables[name] for patch in patches if name in patch.tables])
     settings = {"command": "merge", "patches": [patch.content_hash for patch in patches]}
     description = replace(
-        first, origins=origins, shapes=shapes, data=None, settings=settings, scores={}
+        first,
+        origins=origins,
+        shapes=shapes,
+        base_patches=base_patches,
+        data=None,
+        settings=settings,
+        scores={},
     )
     return stored_patch(description, tables)
 

@@ -12,9 +12,9 @@ from weights.checkpoints.table_loading import progress_bar
 from weights.checkpoints.tensor_files import StoredTensor, TensorSource
 from weights.errors import PatchError
 from weights.patches.description import PatchDescription
-from weights.patches.model_identity import model_identity
+from weights.patches.model_identity import base_patches_of, model_identity
 from weights.patches.patch_checks import DELTAS, ROWS
-from weights.patches.patch_folder import write_patch_sources
+from weights.patches.patch_folder import check_target, write_patch_sources
 from weights.patches.table_rows import paired_rows
 
 
@@ -33,6 +33,7 @@ def write_difference(first: Path, second: Path, target: Path) -> dict[str, int]:
             written.
         CheckpointError: a folder cannot be read.
     """
+    check_target(target)
     model, other = model_identity(first), model_identity(second)
     for field in ("shapes", "row_choice", "origins"):
         one, two = getattr(model, field), getattr(other, field)
@@ -52,9 +53,12 @@ def write_difference(first: Path, second: Path, target: Path) -> dict[str, int]:
                 TensorSource(name + ROWS, rows_P.shape, torch.int64, rows_P.cpu),
                 TensorSource(name + DELTAS, shape, torch.float32, partial(_deltas, changes)),
             ]
-        settings = {"command": "diff"}
         description = PatchDescription(
-            model.origins, model.row_choice, model.shapes, settings=settings
+            model.origins,
+            model.row_choice,
+            model.shapes,
+            base_patches_of(before.values()),
+            settings={"command": "diff"},
         )
         write_patch_sources(target, description, sources)
     return counts

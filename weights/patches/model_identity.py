@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.model.config import ModelConfig
 from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.table_files import table_shape
-from weights.checkpoints.table_origin import table_origin
+from weights.checkpoints.table_origin import applied_patches, table_origin
 from weights.checkpoints.tensor_files import StoredTensor, read_mapped, tensor_bytes
 from weights.errors import PatchError
 from weights.patches.description import PatchDescription
@@ -61,6 +61,16 @@ def model_identity(folder: Path) -> ModelIdentity:
         row_choice=_row_choice(stored.values()),
         shapes={one.name: _matrix_shape(one) for one in tables},
     )
+
+
+def base_patches_of(tables: Iterable[StoredTensor]) -> dict[str, list[str]]:
+    """Content hashes of the patches that tables hold already, without tables that hold none.
+
+    Raises:
+        CheckpointError: one is not a hash.
+    """
+    found = {one.name: applied_patches(one) for one in tables}
+    return {name: hashes for name, hashes in found.items() if hashes}
 
 
 def check_patchable(config: ModelConfig, folder: Path) -> None:

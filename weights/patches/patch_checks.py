@@ -1,13 +1,12 @@
 """Checks of a row patch's tensors: shapes and dtypes before, ids and values after reading."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from memory_ops.patches.patched_rows import patched_bytes
-from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor
+from weights.checkpoints.tensor_files import StoredTensor
 from weights.errors import PatchError
 from weights.patches.description import PatchDescription
 
@@ -16,27 +15,19 @@ DELTA_DTYPES = ("BF16", "F32")
 # by bytes of a value: its bits as unsigned and signed integers, the sign bit, bits of infinity
 _BITS = {2: ("u2", "i2", 0x8000, 0x7F80), 4: ("u4", "i4", 0x80000000, 0x7F800000)}
 
-# refuses a patch by its rows and its bytes of memory, with PatchRefusedError
-CheckSize = Callable[[int, int], None]
-
 
 def check_headers(
-    file: Path,
-    stored: Mapping[str, StoredTensor],
-    description: PatchDescription,
-    check_size: CheckSize | None,
+    file: Path, stored: Mapping[str, StoredTensor], description: PatchDescription
 ) -> None:
     """Check names, dtypes and shapes of a patch's tensors, before any of them is read.
 
     Raises:
         PatchError: they do not match the description.
-        PatchRefusedError: ``check_size`` refuses the patch.
     """
     known = {f"{name}{kind}" for name in description.shapes for kind in (ROWS, DELTAS)}
     for name in sorted(known.symmetric_difference(stored)):
         problem = "is missing" if name in known else "is unknown: patch.json has no such table"
         raise PatchError(f"{file}: tensor {name[:120]} {problem}")
-    total = num_bytes = 0
     for table, (num_rows, value_dim) in description.shapes.items():
         rows, deltas = stored[table + ROWS], stored[table + DELTAS]
         if rows.dtype != "I64" or len(rows.shape) != 1:
@@ -51,10 +42,6 @@ def check_headers(
             raise PatchError(
                 f"{file}: tensor {rows.name}: has {count} row ids for a table of {num_rows} rows"
             )
-        total += count
-        num_bytes += patched_bytes(count, value_dim, STORED_DTYPES[deltas.dtype].itemsize)
-    if check_size is not None:
-        check_size(total, num_bytes)
 
 
 def check_row_ids(where: str, rows_P: Tensor, num_rows: int) -> None:

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from engine.request import PatchSummary
 from memory_ops.patches.patched_rows import PatchedRows
 from weights.errors import CheckpointError, PatchReadError
 from weights.patches.model_identity import ModelIdentity, model_identity
-from weights.patches.patch_folder import read_patch
+from weights.patches.patch_folder import OpenedPatch, opened_patch
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,9 @@ class PatchLoader:
         """Begin to compute the hashes of the model's weights, in the background."""
         _ = self._identity
 
-    def load(
-        self, folder: Path, check_size: Callable[[int, int], None]
-    ) -> tuple[RowPatch, PatchSummary]:
-        """As ``PatchSource.load``. The first call waits for the hashes of the model's weights.
+    @contextmanager
+    def open(self, folder: Path) -> "Iterator[LoadablePatch]":
+        """As ``PatchSource.open``. The first call waits for the hashes of the model's weights.
 
         Raises:
             PatchError: the patch is not valid, or the model takes no patches.
@@ -45,18 +45,8 @@ class PatchLoader:
         except (CheckpointError, OSError) as error:
             del self._identity  # the next load tries again
             raise PatchReadError(str(error)) from None
-        stored = read_patch(folder, identity, check_size, follow=False)
-        tables = {name: PatchedRows(*pair) for name, pair in stored.tables.items()}
-        if self._device.type != "cpu":
-            tables = {name: rows.to(self._device) for name, rows in tables.items()}
-        names = {i: self._config.layer_tables(i).values for i in self._config.memory_layers}
-        layers = {layer: tables[name] for layer, name in names.items() if name in tables}
-        patch = RowPatch(stored.content_hash, layers)
-        counts = {name: len(rows.rows_P) for name, rows in tables.items()}
-        summary = PatchSummary(
-            stored.content_hash, stored.num_rows, patch.num_bytes, counts, stored.description.data
-        )
-        return patch, summary
+        with opened_patch(folder, identity, follow=False) as opened:
+            yield LoadablePatch(opened, self._config, self._device)
 
     @cached_property
     def _identity(self) -> Future[ModelIdentity]:
@@ -64,6 +54,33 @@ class PatchLoader:
         identity = thread.submit(_timed_identity, self._model)
         thread.shutdown(wait=False)
         return identity
+
+
+class LoadablePatch:
+    """An opened patch of the model; see ``engine.loaded_patches.OpenedPatch``."""
+
+    def __init__(self, opened: OpenedPatch, config: ModelConfig, device: torch.device) -> None:
+        self._opened, self._config, self._device = opened, config, device
+        self.num_rows, self.num_bytes = sum(opened.table_rows.values()), opened.num_bytes
+
+    def content_hash(self) -> str:
+        return self._opened.content_hash()
+
+    def read(self, find: Callable[[str], RowPatch | None]) -> RowPatch:
+        stored = self._opened.read()
+        if (known := find(stored.content_hash)) is not None:
+            return known
+        tables = {name: PatchedRows(*pair) for name, pair in stored.tables.items()}
+        if self._device.type != "cpu":
+            tables = {name: rows.to(self._device) for name, rows in tables.items()}
+        names = {i: self._config.layer_tables(i).values for i in self._config.memory_layers}
+        layers = {layer: tables[name] for layer, name in names.items() if name in tables}
+        return RowPatch(stored.content_hash, layers)
+
+    def summary(self, content_hash: str) -> PatchSummary:
+        opened = self._opened
+        sizes = self.num_rows, self.num_bytes, opened.table_rows
+        return PatchSummary(content_hash, *sizes, opened.description.data)
 
 
 def _timed_identity(model: Path) -> ModelIdentity:

@@ -101,6 +101,11 @@ def checked_text(text: str, where: str) -> str:
     """The text; DataError naming ``where`` if it is blank or cannot be written as UTF-8."""
     if not text.strip():
         raise DataError(f"{where}: is empty")
+    return encodable_text(text, where)
+
+
+def encodable_text(text: str, where: str) -> str:
+    """The text; DataError naming ``where`` if it cannot be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can write it, UTF-8 cannot

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,12 +15,13 @@ from engine.request import Request
 from engine.sampling.params import SamplingParams
 from weights.checkpoints.tokenizer import Tokenizer
 from weights.errors import DataError
-from weights.training.corpus import json_objects
+from weights.training.corpus import checked_text, encodable_text, json_objects
 from weights.training.loss import batch_loss
 from weights.training.packing import Passage, cut, packed_batches
 from weights.training.training_data import TextTokens
 
 _BATCH_TOKENS = 1024
+_MAX_QUESTIONS = 100_000
 # extra tokens, so that an answer that continues past the right one counts as wrong
 _EXTRA_TOKENS = 8
 
@@ -45,11 +47,15 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the expected greedy continuation, up to ``until`` or the end of the text."""
+    """A prompt and the expected greedy continuation, up to ``until`` or the end of the text.
+
+    ``where`` is the file and line of the question, for messages.
+    """
 
     prompt: str
     answer: str
     until: str = ""
+    where: str = field(default="question", compare=False)
 
 
 @dataclass(frozen=True)
@@ -94,23 +100,31 @@ def read_questions(file: Path) -> list[Question]:
     """Read a JSONL file of questions: ``prompt``, ``answer`` and optionally ``until`` per line.
 
     Raises:
-        DataError: a line is not such an object, or the file is empty.
+        DataError: a line is not such an object, or the file is empty or has more than 100,000
+            questions; the message names file, line and key.
     """
-    questions = []
+    questions: list[Question] = []
     for where, record in json_objects(file):
-        try:
-            question = Question(**record)
-        except TypeError as error:
-            raise DataError(f"{where}: is not a question ({error})") from None
-        if not all(isinstance(part, str) for part in vars(question).values()):
-            raise DataError(f"{where}: prompt, answer and until must be strings")
-        question = replace(question, answer=question.answer.strip())
-        if not question.prompt or not question.answer:
-            raise DataError(f"{where}: prompt or answer is empty")
-        if question.until and question.until in question.answer:
-            raise DataError(f"{where}: the answer must not contain until ({question.until!r})")
-        questions.append(question)
+        if len(questions) == _MAX_QUESTIONS:
+            raise DataError(f"{where}: a file may have at most {_MAX_QUESTIONS} questions")
+        questions.append(_question(where, record))
     return questions
+
+
+def _question(where: str, record: dict[str, Any]) -> Question:
+    if not {"prompt", "answer"} <= set(record) <= {"prompt", "answer", "until"}:
+        keys = ", ".join(sorted(record)) or "none"
+        raise DataError(f"{where}: expected the keys prompt, answer and perhaps until, not {keys}")
+    for key, value in record.items():
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {key}: expected a string")
+        check = encodable_text if key == "until" else checked_text
+        check(value, f"{where}: {key}")
+    until = record.get("until", "")
+    question = Question(record["prompt"], record["answer"].strip(), until, where)
+    if until and until in question.answer:
+        raise DataError(f"{where}: the answer must not contain until ({until!r})")
+    return question
 
 
 def score_recall(
@@ -129,7 +143,7 @@ def score_recall(
         try:
             engine.add(Request(str(number), tuple(tokenizer.encode(question.prompt)), params))
         except RequestError as error:
-            raise DataError(f"question {number + 1}: {error}") from None
+            raise DataError(f"{question.where}: {error}") from None
     while engine.has_work:
         for output in engine.step().outputs:
             if output.finish_reason == "error":

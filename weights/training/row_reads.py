@@ -11,7 +11,9 @@ from torch import Tensor
 from engine.model.config import ModelConfig
 from engine.model.forward_trace import MemoryTrace
 from engine.model.transformer import Transformer
+from weights.checkpoints.checkpoint import table_origins
 from weights.checkpoints.table_files import ROW_READS_FILE
+from weights.checkpoints.table_origin import ORIGIN
 from weights.checkpoints.tensor_files import TensorSource, list_file, read_mapped
 from weights.checkpoints.tensor_writer import replace_tensors
 from weights.errors import CheckpointError
@@ -109,9 +111,10 @@ def sampled_passages(tokens: TokenFile, sequence_length: int, seed: int) -> Iter
             yield passage
 
 
-def row_read_sources(reads: RowReads) -> list[TensorSource]:
+def _sources(reads: RowReads, origins: Mapping[str, str]) -> list[TensorSource]:
     """The tensors of a model's record; counts are int32 if all of them fit."""
     metadata = {_NUM_DOCUMENTS: str(reads.num_documents)}
+    metadata |= {_origin_key(name): origins[name] for name in reads.tables}
     sources = []
     for name, table in reads.tables.items():
         for kind, counts_R in ((_READS, table.reads_R), (_DOCUMENTS, table.documents_R)):
@@ -126,28 +129,38 @@ def row_read_sources(reads: RowReads) -> list[TensorSource]:
 def write_row_reads(folder: Path, reads: RowReads) -> None:
     """Write a model's record into its folder, replacing an older one atomically.
 
+    The record names the origins of the folder's tables.
+
     Raises:
         CheckpointError: the file cannot be written.
     """
     file = folder / ROW_READS_FILE
     try:
-        replace_tensors(file, row_read_sources(reads))
+        replace_tensors(file, _sources(reads, table_origins(folder)))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be written ({error.strerror})") from None
 
 
-def read_row_reads(folder: Path, config: ModelConfig) -> RowReads | None:
+def read_row_reads(
+    folder: Path, config: ModelConfig, origins: Mapping[str, str]
+) -> RowReads | None:
     """A model's record; None if its folder has none.
+
+    Args:
+        folder: the checkpoint folder.
+        config: the model.
+        origins: the origin of each of its tables, which the record must name.
 
     Raises:
         CheckpointError: the record is not valid, or of a model with other tables; the message
-            names file and tensor.
+            names file and tensor, and both origins.
     """
     file = folder / ROW_READS_FILE
     if not file.exists():
         return None
+    if config.memory is None:
+        raise CheckpointError(f"{file}: the model has no tables; delete the file")
     stored = {one.name: one for one in list_file(file)}
-    assert config.memory is not None
     wanted = {name + kind for name in config.table_names for kind in (_READS, _DOCUMENTS)}
     for name in sorted(wanted.symmetric_difference(stored)):
         problem = "is missing" if name in wanted else "is unknown to this model"
@@ -161,7 +174,16 @@ def read_row_reads(folder: Path, config: ModelConfig) -> RowReads | None:
         counts[name] = read_mapped(one).long()
         if int(counts[name].min()) < 0:
             raise CheckpointError(f"{file}: tensor {name}: has a count below 0")
-    text = next(iter(stored.values())).metadata.get(_NUM_DOCUMENTS, "")
+    metadata = next(iter(stored.values())).metadata
+    for name in config.table_names:
+        found = metadata.get(_origin_key(name), "none")
+        if found != origins[name]:
+            raise CheckpointError(
+                f"{file}: metadata {_origin_key(name)}: is {found[:80]}, but the table has"
+                f" {origins[name]}; record the reads of this model with `memplus bench trace"
+                " --record`, or delete the file"
+            )
+    text = metadata.get(_NUM_DOCUMENTS, "")
     if not text.isdecimal() or not 0 < len(text) <= 18:
         raise CheckpointError(f"{file}: metadata {_NUM_DOCUMENTS}: expected a count, got {text!r}")
     num_documents = int(text)
@@ -176,3 +198,7 @@ def read_row_reads(folder: Path, config: ModelConfig) -> RowReads | None:
         for name in config.table_names
     }
     return RowReads(tables, num_documents)
+
+
+def _origin_key(table: str) -> str:
+    return f"{ORIGIN}:{table}"

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +15,10 @@ from engine.model.transformer import Transformer
 from memory_ops.tables.trained import TrainedTable
 from weights.checkpoints.checkpoint import save_checkpoint
 from weights.checkpoints.config_json import CheckpointConfig
-from weights.checkpoints.table_files import ROW_READS_FILE
 from weights.checkpoints.tensor_files import TensorSource, list_file, read_into, read_mapped
 from weights.errors import CheckpointError
 from weights.training.optimizer import Optimizer
-from weights.training.row_reads import RowReads, row_read_sources
+from weights.training.row_reads import RowReads, write_row_reads
 from weights.training.token_stream import StreamPosition
 from weights.training.training_data import TextTokens
 
@@ -56,15 +56,14 @@ class TrainState:
         text = self.text
         config = CheckpointConfig(self.model.config, text.eos_ids, text.bos_id, "float32")
         progress = json.dumps({"step": step, "place": position._asdict()})
-        more_tensors = {_MOMENTS_FILE: _sources(self._moments())}
-        if row_reads is not None:
-            more_tensors[ROW_READS_FILE] = row_read_sources(row_reads)
+        record = {} if row_reads is None else {"finish": partial(write_row_reads, reads=row_reads)}
         save_checkpoint(
             target,
             config,
             _sources(self._weights()),
             {**self.text.files, _PROGRESS_FILE: progress.encode()},
-            more_tensors=more_tensors,
+            more_tensors={_MOMENTS_FILE: _sources(self._moments())},
+            **record,
         )
         for old in saved_states(self.folder)[:-_MAX_STATES]:
             _remove(old)

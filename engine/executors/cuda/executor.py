@@ -17,6 +17,7 @@ from engine.executors.cuda.device_state import DeviceState
 from engine.executors.cuda.graph_biases import graph_biases
 from engine.executors.cuda.kernels.choose_tokens import choose_tokens
 from engine.executors.cuda.launched_step import CudaStep
+from engine.executors.cuda.patch_inputs import patched_layers
 from engine.executors.cuda.scored_tokens import ScoredTokens
 from engine.executors.cuda.staging import StagedInputs, Staging
 from engine.executors.cuda.step import DeviceModel, StepOutputs
@@ -63,13 +64,12 @@ class CudaExecutor:
         tokens = config.max_batched_tokens
         # with logits everywhere, as for a scored prompt
         self._largest = StepShape(tokens, config.max_num_seqs, tokens, False)
-        self.takes_patches = config.max_patches > 0 and model.config.takes_patches
-        patched_layers = model.config.memory_layers if self.takes_patches else ()
-        self._staging = Staging(device, InputLayout(self._largest, len(patched_layers)))
+        layers = patched_layers(model.config, config)
+        self._staging = Staging(device, InputLayout(self._largest, len(layers)))
         self._inputs: dict[StepShape, StagedInputs] = {}  # of the shapes that have a graph
         group = shapes.num_heads // shapes.num_kv_heads
         scrap_slot = num_blocks * config.block_size
-        self._writer = InputWriter(shapes.vocab_size, group, scrap_slot, patched_layers)
+        self._writer = InputWriter(shapes.vocab_size, group, scrap_slot, layers)
         self._runner = StepRunner(model, self._state, device)
         # the results of one step are read while the next one writes
         self._results = [device.pinned((tokens,), torch.int64) for _ in range(2)]
@@ -77,6 +77,15 @@ class CudaExecutor:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> CudaStep:
+        try:
+            return self._launch(batch)
+        except Exception:
+            if any(batch.patches):
+                # queued work may read patches that nothing keeps from now on
+                self._device.record().wait()
+            raise
+
+    def _launch(self, batch: Batch) -> CudaStep:
         self.progress.mark()
         scored, traced = ScoredTokens.of(batch), TracedTokens(self.recorder.begin(batch))
         # the host may still read the other one
@@ -176,9 +185,6 @@ class CudaExecutor:
             self._runner.queue(shape, inputs.on_device, finish)
         except Exception:
             self._block_table.forget(batch.seats)
-            if any(batch.patches):
-                # queued work may read patches that nothing keeps from now on
-                self._device.record().wait()
             raise
 
     def _choose_by_rules(self, batch: Batch, inputs: Inputs, outputs: StepOutputs) -> None:

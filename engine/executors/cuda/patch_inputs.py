@@ -7,12 +7,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.config import EngineConfig
 from engine.executors.batch import Batch
 from engine.executors.cuda.buckets import StepShape
+from engine.model.config import ModelConfig
 from engine.request import MAX_PATCH_USES
 from memory_ops.patches.device_patches import DevicePatches
 
 _NO_ADDRESS = 0
+
+
+def patched_layers(model: ModelConfig, config: EngineConfig) -> tuple[int, ...]:
+    """The memory layers that row patches may change."""
+    return model.memory_layers if config.max_patches and model.takes_patches else ()
 
 
 def patch_input_sizes(shape: StepShape, num_layers: int) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.executors.cuda.patch_inputs import patched_layers
 from engine.model.config import ModelConfig
 
 _GIB = 2**30
@@ -76,7 +77,7 @@ def num_kv_blocks(
     peak = memory.peak(run_largest)
     in_use = memory.in_use()
     usable = int(memory.total() * config.gpu_memory_utilization)
-    reserved = _RESERVE_BYTES + (config.patch_bytes if model.takes_patches else 0)
+    reserved = _RESERVE_BYTES + (config.patch_bytes if patched_layers(model, config) else 0)
     left = usable - in_use - 2 * peak - reserved
     block_bytes = model.kv_bytes_per_token(itemsize) * config.block_size
     length = min(config.max_model_len or model.max_positions, model.max_positions)

@@ -119,7 +119,8 @@ class InputWriter:
         updates: Sequence[tuple[int, int, int]],
         biases: tuple[NDArray[np.int64], NDArray[np.float64]] | None,
     ) -> None:
-        """Write all inputs of a shape, except updates, biases and patches beyond their counts."""
+        """Write all inputs of a shape, except updates and biases beyond their counts, and uses of
+        patches beyond those that spans name."""
         num_biases = 0 if biases is None else len(biases[0])
         out["counts"][:] = len(updates), num_biases, len(batch.ids_T)
         _write_padded(out["ids"], batch.ids_T.numpy())

@@ -1,10 +1,12 @@
 """The index of a patch's rows."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memory_ops.patches import patched_rows
 from memory_ops.patches.patched_rows import EMPTY, IS_BF16, PatchedRows
 
 
@@ -60,6 +62,34 @@ def test_ids_that_collide_for_one_factor_do_not_for_the_next():
     rows = first.rows_P[home_P < 400].tolist()
     again = patched(rows)
     assert [found(again, row) for row in rows] == list(range(len(rows)))
+
+
+def test_no_run_of_taken_places_is_long(monkeypatch):
+    # with the factor 1 the place of a row is the high bits of its id
+    bits = 10
+    apart = [number << (64 - bits) for number in range(300)]
+    index_I = np.empty(2**bits, dtype=np.int32)
+
+    def is_fast(ids):
+        return patched_rows._fill_index(index_I, np.array(ids, dtype=np.int64), 1)
+
+    assert is_fast(apart[:128]) and not is_fast(apart[:129])  # each row is in its own place
+    assert is_fast([*apart[:128], *apart[129:257]])
+    # the run around the end of the index
+    ends = [(number << (64 - bits)) - 2**64 for number in range(2**bits - 28, 2**bits)]
+    assert is_fast([*ends, *apart[:100]]) and not is_fast([*ends, *apart[:101]])
+    # 300 rows that begin at one place: another factor is drawn
+    drawn = [2**63, 0x9E3779B97F4A7C15]  # the factor 1, and one that spreads such ids
+    monkeypatch.setattr(patched_rows.secrets, "randbits", lambda count: drawn.pop(0))
+    ids = range(0, 300 << 20, 1 << 20)
+    patch = patched(ids)
+    assert not drawn and [found(patch, row) for row in ids] == list(range(300))
+
+
+def test_more_rows_than_the_index_can_number_are_an_error():
+    rows_P = torch.zeros(1, dtype=torch.int64).expand(2**31)
+    with pytest.raises(AssertionError, match="int32 numbers"):
+        PatchedRows(rows_P, torch.empty(2**31, 0))
 
 
 @pytest.mark.parametrize(

@@ -121,3 +121,10 @@ def test_wrong_shapes_are_refused():
         operations.add_patched_rows(torch.zeros(2, 5), rows_THK, weights_THK, patches)
     with pytest.raises(ValueError, match="for 2 tokens"):
         operations.add_patched_rows(torch.zeros(3, 4), rows_THK, weights_THK, patches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_that_would_be_rounded_are_refused(dtype):
+    patches = TokenPatches([[PatchUse(patch(3, 4), 1.0)]], torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=f"sums: expected float32 or float64, got {dtype}"):
+        operations.add_patched_rows(torch.zeros(2, 4, dtype=dtype), *lookups(2), patches)

@@ -24,7 +24,7 @@ OPTIONS = (
     "--warmup-steps",
     "2",
 )
-OPTIONS += ("--cooldown-steps", "3", "--batch-tokens", "40", "--background-tokens", "100")
+OPTIONS += ("--cooldown-steps", "3", "--batch-tokens", "40")
 
 
 @pytest.fixture
@@ -35,7 +35,8 @@ def run(tmp_path):
 
     def start(*more, file=facts):
         files = (file, "--model", model, "--out", tmp_path / "patch", "--threads", 1)
-        return main(["learn", *map(str, (*files, *OPTIONS, *more))])
+        short = () if "--replay-share" in more else ("--background-tokens", 100)
+        return main(["learn", *map(str, (*files, *OPTIONS, *short, *more))])
 
     return start
 
@@ -74,8 +75,10 @@ def test_a_signal_ends_a_run_that_resumes(run, tmp_path, capsys, monkeypatch, nu
 
 def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
     for more, named in [
-        (("--rank", "tfidf", "--replay-share", "0"), "background: .* has no record"),
+        (("--rank", "tfidf", "--replay-share", "0"), "background: the model has no record"),
         (("--steps", "4"), "steps: must be more than"),
+        (("--rank", "all", "--rows", "5"), "rows: has no effect with rank all"),
+        (("--replay-share", "0", "--background-tokens", "1"), "background_tokens: has no effect"),
         (("--resume",), "no interrupted run to resume"),
     ]:
         assert run(*more) == 2

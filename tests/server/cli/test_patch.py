@@ -16,7 +16,8 @@ def folders(memory_plus_folder, tmp_path):
     """Two patches of the tiny Memory+ model."""
     identity = model_identity(memory_plus_folder)
     for seed, name in enumerate(("a", "b")):
-        saved_patch(tmp_path / name, model=identity, seed=seed, scores={"recall": 0.5})
+        described = {"scores": {"recall": 0.5}, "base_patches": {TABLE: ["c" * 64]}}
+        saved_patch(tmp_path / name, model=identity, seed=seed, **described)
     return tmp_path
 
 
@@ -31,6 +32,7 @@ def test_a_patch_is_described(folders, capsys):
     assert f"row choice    {patch.description.row_choice}\n" in out
     assert f"table         {TABLE}: 9 of 64 rows x 24, float32, largest delta 0.984\n" in out
     assert f"  origin      {patch.description.origins[TABLE]}\n" in out
+    assert f"  made on     {'c' * 64}\n" in out
     assert "size          9 rows, 936 bytes\n" in out
     assert 'scores        {"recall": 0.5}\n' in out and "data          none\n" in out
 
@@ -44,11 +46,12 @@ def test_patches_are_merged_and_scaled(folders, capsys):
     assert f"both: {both.num_rows} rows, {both.num_bytes:,} bytes" in capsys.readouterr().out
 
 
-def test_a_patch_is_applied_and_found_again(memory_plus_folder, folders, capsys):
+def test_a_patch_is_applied_and_found_again(memory_plus_folder, folders, capsys, caplog):
     target = folders / "model"
     assert run("apply", memory_plus_folder, folders / "a", "--out", target) == 0
     line = f"{TABLE}: 9 rows written; rounding error: largest 0, mean 0\n"
     assert capsys.readouterr().out == line
+    assert f"lacks patches that the patch was made on: {'c' * 64}" in caplog.text
     assert run("diff", memory_plus_folder, target, "--out", folders / "back") == 0
     assert capsys.readouterr().out == f"{TABLE}: 9 rows differ\n"
     assert run("diff", target, target, "--out", folders / "none") == 0

@@ -54,7 +54,7 @@ def build(chat_template=None, max_model_len=100, **options):
         metrics=metrics,
         options=LimitOptions(**options),
         grammars=GrammarChecker(Path("no-folder"), limits),
-        patches=ServedPatches(engine, metrics.patches, PatchOptions()),
+        patches=ServedPatches(engine, metrics.patches, PatchOptions(), 0),
     )
     return process, service, create_app(service, 2**20, 30)
 

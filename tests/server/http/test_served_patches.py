@@ -1,13 +1,21 @@
 """Names of row patches: loading, removing, defaults, limits of keys, and metrics, without HTTP."""
 
 import asyncio
+import threading
 
 import pytest
 
-from engine.errors import ConfigError, PatchFailedError, PatchRefusedError, RequestError
+from engine.errors import (
+    ConfigError,
+    PatchBusyError,
+    PatchFailedError,
+    PatchRefusedError,
+    RequestError,
+)
 from engine.process import EngineLostError
 from engine.request import EngineStatistics, PatchRef, PatchStatistics, PatchSummary
 from server.api_keys import parse_key
+from server.http import served_patches
 from server.http.errors import ApiError
 from server.http.metrics import Metrics
 from server.http.named_patches import NamedPatch
@@ -65,7 +73,7 @@ def patches(engine, metrics, tmp_path):
         default_patches=("b",),
         patch_dir=str(tmp_path),
     )
-    served = ServedPatches(engine, metrics.patches, options)
+    served = ServedPatches(engine, metrics.patches, options, 4)
     asyncio.run(served.load_first())
     return served
 
@@ -108,6 +116,12 @@ def test_refused_patches_and_a_dead_engine_are_errors(patches, engine, tmp_path,
     message = "name: patch 'c' could not be loaded; the server's log says why"
     assert refused(500, patches.load("c")).startswith(message)
     assert "Too many open files" in caplog.text
+    message = "--max-patches: 4 row patches are allowed; requests still use removed patches"
+    engine.error = PatchBusyError(message)
+    with pytest.raises(ApiError, match=f"^name: patch 'c': {message}$") as raised:
+        asyncio.run(patches.load("c"))
+    assert raised.value.status == 503 and raised.value.headers == {"Retry-After": "5"}
+    assert raised.value.body["error"]["param"] == "name"
     engine.error = EngineLostError("the engine is not running")
     refused(503, patches.load("c"))
     assert names(patches) == ["a", "b"]
@@ -117,13 +131,13 @@ def test_refused_patches_and_a_dead_engine_are_errors(patches, engine, tmp_path,
 
 def test_a_failure_at_the_start_names_the_patch(engine, metrics):
     engine.error = PatchRefusedError("x: No such file")
-    served = ServedPatches(engine, metrics.patches, PatchOptions(patch=("law=x",)))
+    served = ServedPatches(engine, metrics.patches, PatchOptions(patch=("law=x",)), 1)
     with pytest.raises(ConfigError, match="patch: law: x: No such file"):
         asyncio.run(served.load_first())
 
 
 def test_without_a_folder_of_patches_none_can_be_loaded(engine, metrics):
-    served = ServedPatches(engine, metrics.patches, PatchOptions())
+    served = ServedPatches(engine, metrics.patches, PatchOptions(), 1)
     assert "without --patch-dir" in refused(400, served.load("a"))
 
 
@@ -156,9 +170,10 @@ def test_a_slow_load_delays_no_other_change(patches, engine):
         engine.answers = slow
         loading = asyncio.create_task(patches.load("c"))
         await asyncio.sleep(0)
-        with pytest.raises(ApiError, match="already loaded") as raised:
+        with pytest.raises(ApiError, match="patch 'c' is being loaded") as raised:
             await patches.load("c")
         assert raised.value.status == 409
+        assert "is being loaded" in refused_unload(409, patches, "c")
         await patches.load("d")
         patches.unload("a")
         assert names(patches) == ["b", "d"] and not loading.done()
@@ -169,14 +184,68 @@ def test_a_slow_load_delays_no_other_change(patches, engine):
     assert names(patches) == ["b", "c", "d"]
 
 
+def test_a_load_that_takes_too_long_is_given_up(patches, engine, metrics, monkeypatch):
+    async def hang(folder):
+        await asyncio.Event().wait()
+
+    engine.answers = hang
+    with monkeypatch.context() as patch:
+        patch.setattr(served_patches, "_LOAD_TIMEOUT_S", 0.05)
+        assert "patch 'c' was not loaded within 0.05 s" in refused(504, patches.load("c"))
+    engine.answers = FakeEngine().answers
+    assert asyncio.run(patches.load("c")).name == "c"
+    assert 'result="failed"} 1.0' in metrics.render().decode()
+
+
+def test_a_hung_folder_is_given_up_and_holds_no_other_thread(patches, monkeypatch):
+    is_back = threading.Event()
+    monkeypatch.setattr(served_patches, "folder_in", lambda *_: is_back.wait(60))
+    monkeypatch.setattr(served_patches, "_LOAD_TIMEOUT_S", 0)
+
+    async def scenario():
+        for name in ("c", "d", "e"):
+            with pytest.raises(ApiError, match="was not loaded within 0 s"):
+                await patches.load(name)
+        # the threads of the event loop encode prompts
+        assert asyncio.get_running_loop()._default_executor is None
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        is_back.set()
+
+
+def test_names_are_limited_like_patches(patches, engine):
+    may_load = asyncio.Event()
+
+    async def slow(folder):
+        await may_load.wait()
+
+    async def scenario():
+        engine.answers = slow
+        loading = asyncio.create_task(patches.load("c"))
+        copying = asyncio.create_task(patches.load("a2"))
+        with pytest.raises(ApiError, match="name: patch 'd': --max-patches: 4 row patches are"):
+            await patches.load("d")
+        may_load.set()
+        await asyncio.gather(loading, copying)
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+    refused(400, patches.load("d"))
+    refused(404, patches.load("none"))
+    patches.unload("a2")
+    asyncio.run(patches.load("d"))
+    assert names(patches) == ["a", "b", "c", "d"]
+
+
 def test_a_lost_patch_of_the_start_comes_back_from_its_folder(patches, engine, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     options = PatchOptions(patch=(f"law={tmp_path}/elsewhere",), default_patches=("law",))
-    served = ServedPatches(engine, Metrics("mock").patches, options)
+    served = ServedPatches(engine, Metrics("mock").patches, options, 1)
     asyncio.run(served.load_first())
     served.check_defaults()
     served._lost("e" * 64)
-    with pytest.raises(ApiError, match="default patch 'law' was lost"):
+    with pytest.raises(ApiError, match="^a default row patch was lost"):
         served.check_defaults()
     assert asyncio.run(served.load("law")).is_default
     assert engine.loaded[-1] == tmp_path / "elsewhere"
@@ -188,7 +257,7 @@ def test_requests_get_content_hashes_in_canonical_order(patches):
     assert patches.refs(None, None) == (PatchRef(b),)
     assert patches.refs([], None) == ()
     for scales in ((60.0, 50.0), (-100.0, -0.5)):
-        with pytest.raises(RequestError, match="memory_patches: the scales of one patch add up"):
+        with pytest.raises(RequestError, match="memory_patches: scale must be -100 to 100, not"):
             patches.refs([NamedPatch("a", scale) for scale in scales], None)
     named = [NamedPatch("b", 0.5), NamedPatch("a"), NamedPatch("b", -2.0)]
     assert patches.refs(named, None) == (PatchRef(a), PatchRef(b, -1.5))

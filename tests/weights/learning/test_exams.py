@@ -1,9 +1,11 @@
 """Exams: scores as JSON, and the lines that describe them."""
 
+import pytest
 import torch
 
 from tests.models import plain_greedy
 from tests.weights.learning.learned import BACKGROUND, FACTS, memory_model
+from weights.errors import TrainingError
 from weights.learning.exams import Exams, describe
 from weights.training.packing import Passage
 
@@ -32,3 +34,13 @@ def test_known_facts_that_are_lost_are_counted():
     lost = scores["known"]["lost"]
     assert lines[2] == f"known      {lost} lost of 3 that were exact before (4 asked)"
     assert lines[3].startswith("neutral    perplexity ")
+
+
+@pytest.mark.parametrize("name", ["facts", "questions", "neutral", "known"])
+def test_a_score_of_logits_that_are_not_finite_is_refused_by_name(name):
+    base, model = memory_model(), memory_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[250] = torch.nan
+    exams = Exams(**({"facts": FACTS} | {name: [Passage((250, 1, 2))]}))
+    with pytest.raises(TrainingError, match=f"{name}: the model's logits are not finite"):
+        exams.score(base, model)

@@ -1,6 +1,7 @@
 """Facts: files that are read or refused, and the tokens of prompts and answers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_files_of_other_kinds_and_too_many_facts_are_refused(tmp_path, monkeypat
     with pytest.raises(DataError, match=r"a\.csv: is neither"):
         read_facts(tmp_path / "a.csv")
     monkeypatch.setattr(facts, "_MAX_FACTS", 2)
-    file = write(tmp_path / "a.jsonl", *[{"text": "a"}] * 3)
+    file = write(tmp_path / "a.jsonl", *[{"text": text} for text in "abc"])
     with pytest.raises(DataError, match="line 3: a file may have at most 2 facts"):
         read_facts(file)
 
@@ -75,13 +76,47 @@ def test_a_prompt_is_given_and_the_answer_learned_with_its_end(text):
     assert [one.num_given for one in passages] == [1, 1, 2, 1]
 
 
-def test_the_length_of_a_fact_is_limited(text):
-    with pytest.raises(DataError, match=r"fact: has 7 tokens, but the model reads at most 5"):
-        fact_passages([Fact("abcdef")], text, 5)
-    assert len(fact_passages([Fact("abcdef")], text, 6)[0]) == 6
+def test_a_fact_counts_once_and_has_one_answer(tmp_path):
+    one, other = {"prompt": "p", "answer": "a"}, {"prompt": "p", "answer": "b"}
+    texts = {"text": "a"}, {"text": "b"}
+    file = write(tmp_path / "a.jsonl", one, *texts, one, *texts)
+    assert [(fact.prompt, fact.answer) for fact in read_facts(file)] == [
+        ("p", "a"),
+        ("", "a"),
+        ("", "b"),
+    ]
+    write(file, one, *texts, other)
+    with pytest.raises(DataError, match=r"line 4: answer: .*a\.jsonl, line 1 has another one"):
+        read_facts(file)
+
+
+def test_the_first_token_of_a_text_is_given(text):
+    begun = replace(text, bos_id=7)
+    passages = fact_passages([Fact("cat"), Fact("dog")], begun, 32)
+    assert [one.ids[0] for one in passages] == [7, 7]
+    # what is given differs: no two answers follow the same tokens
+    assert [one.ids[: one.num_given] for one in passages] == [
+        (7, *text.tokenizer.encode(first)) for first in "cd"
+    ]
+
+
+def test_a_text_longer_than_the_context_is_cut(text):
+    begun = replace(text, bos_id=7)
+    parts = fact_passages([Fact("abcdef")], begun, 3)
+    ids = begun.document("abcdef")
+    assert [one.ids for one in parts] == [tuple(ids[:4]), tuple(ids[3:7]), tuple(ids[6:])]
+    assert [one.num_given for one in parts] == [2, 1, 1]
+
+
+def test_the_length_of_prompt_and_answer_is_limited(text):
+    fact = Fact("cdef", "ab ")
+    with pytest.raises(DataError, match=r"fact: has 8 tokens, but the model reads at most 6"):
+        fact_passages([fact], text, 6)
+    assert len(fact_passages([fact], text, 7)[0]) == 7
     alone = TextTokens(text.tokenizer, {}, 260, None, frozenset())
-    with pytest.raises(DataError, match="has no token to learn"):
-        fact_passages([Fact("a")], alone, 5)
+    for bos_id, most in ((None, 5), (7, 5), (7, 1)):
+        with pytest.raises(DataError, match="has no token to learn"):
+            fact_passages([Fact("a")], replace(alone, bos_id=bos_id), most)
 
 
 def test_prompts_have_the_tokens_that_a_server_reads(tmp_path):
@@ -96,7 +131,7 @@ def test_prompts_have_the_tokens_that_a_server_reads(tmp_path):
         assert tokenizer.decode(passage.ids) == joined and passage.ids[-1] == 2
 
 
-def test_questions_name_their_number(tmp_path, text):
+def test_questions_name_their_line(tmp_path):
     asked = {"prompt": "q", "answer": "a", "until": "."}
     found = read_asked(write(tmp_path / "q.jsonl", asked))
-    assert found == [Fact("a", "q", ".", f"{tmp_path}/q.jsonl: question 1")]
+    assert found == [Fact("a", "q", ".", f"{tmp_path}/q.jsonl, line 1")]

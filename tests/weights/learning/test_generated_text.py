@@ -1,10 +1,13 @@
 """Generated text: its tokens, its length, its seed, and its tensors."""
 
+import pytest
 import torch
 
 from tests.models import EOS_ID, plain_logits
 from tests.weights.learning.learned import memory_model
+from weights.errors import TrainingError
 from weights.learning.generated_text import generated_passages, passage_tensors, take_passages
+from weights.training.packing import Passage
 
 FIRST = (5, 9)
 
@@ -51,3 +54,19 @@ def test_passages_are_read_back_from_tensors():
     passages, tensors = text_of(60), {"other": torch.zeros(1)}
     tensors |= passage_tensors(passages)
     assert take_passages(tensors) == passages and list(tensors) == ["other"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"replay.ids": torch.arange(5)},
+        {"replay.ids": torch.ones(6)},
+        {"replay.lengths": torch.tensor([[2, 4]])},
+        {"replay.lengths": torch.tensor([7, -1])},
+        {"replay.lengths": None},
+    ],
+)
+def test_malformed_tensors_of_passages_are_refused(change):
+    tensors = passage_tensors([Passage((1, 2)), Passage((3, 4, 5, 6))]) | change
+    with pytest.raises(TrainingError, match="no valid text to replay"):
+        take_passages({name: one for name, one in tensors.items() if one is not None})

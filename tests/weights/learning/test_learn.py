@@ -15,13 +15,15 @@ from engine.sampling.params import SamplingParams
 from memory_ops.patches.patched_rows import PatchedRows
 from tests.models import EOS_ID, engine_of, random_model, save_model, tiny_config
 from tests.weights.learning.learned import LEARNING, ROWS, wide_model
+from tests.weights.patches.made import saved_patch
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.convert import convert
 from weights.checkpoints.table_files import ROW_READS_FILE
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError, DataError, PatchError, TrainingError
-from weights.learning import learn, learner, scores
-from weights.learning.learn import LearningTexts, PatchLearner
+from weights.learning import learn, learner, learning_texts, scores
+from weights.learning.learn import PatchLearner
+from weights.learning.learning_texts import LearningTexts
 from weights.patches.apply import apply_patch
 from weights.patches.model_identity import model_identity
 from weights.patches.patch_folder import read_patch
@@ -58,6 +60,10 @@ def texts(tmp_path_factory):
         neutral=(str(background),),
         known=lines(parent / "known.jsonl", facts),
     )
+
+
+# without options for replay
+PLAIN = replace(LEARNING, replay_share=0.0, divergence_weight=None, background_tokens=None)
 
 
 def learner_of(folder, target, texts, learning=LEARNING, rows=ROWS, **options):
@@ -115,7 +121,7 @@ def test_an_engine_with_the_patch_answers_what_was_learned(folder, learned):
 
 
 def test_a_stopped_run_resumes_to_the_same_patch(folder, texts, learned, tmp_path):
-    target = tmp_path / "patch"
+    target = tmp_path / "new" / "patch"  # the parent is created, too
     assert learner_of(folder, target, texts).run(lambda report: report.step < 4) is None
     assert not target.exists()
     with pytest.raises(TrainingError, match=r"an interrupted run exists; add --resume"):
@@ -125,7 +131,20 @@ def test_a_stopped_run_resumes_to_the_same_patch(folder, texts, learned, tmp_pat
     resumed = learner_of(folder, target, texts, resume=True)
     assert resumed.learner.step == 4
     assert resumed.run(always).content_hash == learned[1].content_hash
-    assert [one.name for one in tmp_path.iterdir()] == ["patch"]
+    assert [one.name for one in target.parent.iterdir()] == ["patch"]
+
+
+def test_a_run_does_not_resume_on_other_tables_of_one_origin(folder, texts, tmp_path):
+    target = tmp_path / "patch"
+    assert learner_of(folder, target, texts).run(lambda report: False) is None
+    convert(folder, tmp_path / "int8", table_dtype="int8")
+    other = saved_patch(tmp_path / "other", model=model_identity(folder))
+    apply_patch(folder, tmp_path / "other", tmp_path / "patched")
+    for name, problem in (("int8", "table_rows: .*float32.*int8"), ("patched", "table_patches: ")):
+        with pytest.raises(TrainingError, match=problem):
+            learner_of(tmp_path / name, target, texts, resume=True)
+    patch = learner_of(tmp_path / "patched", tmp_path / "more", texts).run(always)
+    assert patch.description.base_patches == {TABLE: [other.content_hash]}
 
 
 def test_a_killed_run_continues_from_the_last_saved_state(folder, texts, learned, tmp_path):
@@ -193,8 +212,8 @@ def test_a_patch_of_quantised_rows_fits_the_original_too(folder, texts, tmp_path
 def test_rows_are_ranked_by_the_record_of_the_model(folder, texts, tmp_path):
     model = shutil.copytree(folder, tmp_path / "model")
     alone = LearningTexts(texts.facts)
-    with pytest.raises(ConfigError, match="background: .*model has no record.*--background"):
-        learner_of(model, tmp_path / "patch", alone, replace(LEARNING, replay_share=0.0))
+    with pytest.raises(ConfigError, match="background: the model has no record.*--background"):
+        learner_of(model, tmp_path / "patch", alone, PLAIN)
     reads = learner_of(model, tmp_path / "patch", alone, rows=replace(ROWS, rank="reads"))
     base, _ = load_model(model)
     from_texts = learner_of(model, tmp_path / "patch", texts)
@@ -229,8 +248,8 @@ def test_without_background_the_model_writes_text_to_replay(folder, texts, tmp_p
 
 
 def test_without_replay_the_model_writes_nothing(folder, texts, tmp_path):
-    plain, rows = replace(LEARNING, replay_share=0.0), replace(ROWS, rank="reads")
-    run = learner_of(folder, tmp_path / "patch", LearningTexts(texts.facts), plain, rows)
+    rows = replace(ROWS, rank="reads")
+    run = learner_of(folder, tmp_path / "patch", LearningTexts(texts.facts), PLAIN, rows)
     assert run.background == [] and run.replay_source == "none"
     settings = run.run(lambda report: report.replay_loss == 0).description.settings
     assert settings["replay_source"] == "none" and settings["background_tokens"] == 0
@@ -241,6 +260,28 @@ def test_background_text_is_limited(folder, texts, tmp_path):
     every = learner_of(folder, tmp_path / "patch", texts)
     assert len(few.background) == 2 and few.background == every.background[:2]
     assert len(every.background) == 4
+
+
+def test_ranks_do_not_depend_on_the_share_of_replayed_text(folder, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(learn, "DOCUMENT_TOKENS", 8)
+    few = replace(ROWS, rows=5)
+    chosen = [
+        learner_of(folder, tmp_path / "patch", texts, learning, few).chosen[TABLE]
+        for learning in (LEARNING, replace(LEARNING, batch_tokens=6), PLAIN)
+    ]
+    assert torch.equal(chosen[0], chosen[1]) and torch.equal(chosen[0], chosen[2])
+
+
+def test_options_without_effect_are_refused(folder, texts, tmp_path):
+    alone, reads = LearningTexts(texts.facts), replace(ROWS, rank="reads")
+    limited = replace(PLAIN, background_tokens=9)
+    for given, learning, named in [
+        (texts, PLAIN, "background: has no effect with replay_share 0 and rank reads"),
+        (alone, limited, "background_tokens: has no effect with replay_share 0"),
+    ]:
+        with pytest.raises(ConfigError, match=named):
+            learner_of(folder, tmp_path / "patch", given, learning, reads)
+    learner_of(folder, tmp_path / "patch", texts, limited)  # ranks rows
 
 
 def test_long_texts_are_cut(folder, texts, tmp_path, monkeypatch):
@@ -255,7 +296,7 @@ def test_long_texts_are_cut(folder, texts, tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, "batch_output", counted)
     monkeypatch.setattr(scores, "SCORED_TOKENS", 50)
-    monkeypatch.setattr(learn, "SCORED_TOKENS", 50)
+    monkeypatch.setattr(learning_texts, "SCORED_TOKENS", 50)
     run = learner_of(folder, tmp_path / "patch", texts, replace(LEARNING, steps=12))
     assert run.run(always) and sum(map(len, run.background)) == 300
     # half of a step's 40 tokens are replayed text
@@ -268,6 +309,7 @@ def test_mistakes_are_found_before_learning(folder, texts, learned, tmp_path):
             learner_of(model, target, replace(texts, **changes))
 
     refused(PatchError, "exists already", target=learned[0])
+    refused(PatchError, "Not a directory", target=texts.facts / "new", model=tmp_path / "none")
     refused(CheckpointError, r"config\.json", model=tmp_path / "none")
     refused(DataError, r"none\.jsonl: No such file", facts=tmp_path / "none.jsonl")
     refused(DataError, "neither a file nor|no such file", background=(str(tmp_path / "none"),))
@@ -288,6 +330,8 @@ def test_mistakes_are_found_before_learning(folder, texts, learned, tmp_path):
         (LEARNING, {"replay_share": 1.0}, "replay_share: 1.0 is outside"),
         (LEARNING, {"batch_tokens": 0}, "batch_tokens: must be at least 1"),
         (LEARNING, {"divergence_weight": float("nan")}, "divergence_weight: must be at least 0"),
+        (LEARNING, {"replay_share": 0}, "divergence_weight: has no effect with a replay_share of"),
+        (ROWS, {"rank": "all"}, "rows: has no effect with rank all"),
         (LEARNING, {"precision": "float64"}, "precision: must be one of float32, bfloat16"),
         (ROWS, {"rows": 0}, "rows: must be at least 1"),
         (ROWS, {"lr": float("inf")}, "lr: must be above 0 and finite"),

@@ -97,6 +97,28 @@ def test_a_stopped_run_continues_bit_for_bit(until):
     assert torch.equal(resumed.tables[TABLE].deltas.table_RV, wanted.tables[TABLE].deltas.table_RV)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "3"},
+        {"step": -1},
+        {"exact_step": 9},
+        {"has_missed": None},
+        {"facts": 3},
+        {"facts": [0, len(FACTS)]},
+        {"replay": None},
+        {"replay": [0, 1.5]},
+        {"more": 1},
+    ],
+)
+def test_malformed_progress_is_refused(change):
+    learner, _, _ = learner_of()
+    with pytest.raises(TrainingError, match="the saved state has no valid progress"):
+        learner.resume(learner.progress() | {"facts": [0, 1], "replay": [0, 1]} | change)
+    with pytest.raises(TrainingError, match="no valid progress"):
+        learner.resume({})
+
+
 def test_seeds_give_other_orders():
     runs = [run(learner_of(config=replace(LEARNING, seed=seed))[0], 3) for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]

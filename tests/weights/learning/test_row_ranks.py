@@ -29,10 +29,11 @@ def test_a_rank_chooses_rows_of_each_table():
     background = RowReads({"t": BACKGROUND}, 9)
 
     def chosen(**config):
-        return chosen_rows(facts, background, RowConfig(**config))["t"].tolist()
+        needed = background if config.get("rank", "tfidf") == "tfidf" else None
+        return chosen_rows(facts, needed, RowConfig(**config))["t"].tolist()
 
     assert chosen() == [2, 3]
     assert chosen(rows=1) == [2]
     assert chosen(rank="reads") == [0, 2, 3, 4]
     assert chosen(rank="reads", rows=1) == [0]
-    assert chosen(rank="all", rows=1) == [0, 1, 2, 3, 4]
+    assert chosen(rank="all") == [0, 1, 2, 3, 4]

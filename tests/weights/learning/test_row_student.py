@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 
+from engine.errors import ConfigError
 from tests.weights.learning.learned import FACTS, memory_model
+from weights.available_memory import AvailableMemory
 from weights.errors import TrainingError
+from weights.learning import row_student
 from weights.learning.learning_config import RowConfig
-from weights.learning.row_student import RowStudent
+from weights.learning.row_student import RowStudent, saved_rows
 from weights.training.loss import batch_loss
 from weights.training.packing import packed
 
@@ -129,6 +132,30 @@ def test_a_state_of_other_rows_is_refused():
             student_of().load(other.state(), 1)
 
 
+def test_saved_rows_are_those_of_the_models_tables():
+    base = memory_model()
+    assert torch.equal(saved_rows(student_of().state(), base)[TABLE], CHOSEN)
+    for name, rows_P, named in [
+        ("other", CHOSEN, "other.rows: is not a list of row ids of a table"),
+        (TABLE, CHOSEN.int(), "rows: is not a list of row ids"),
+        (TABLE, CHOSEN[None], "rows: is not a list of row ids"),
+        (TABLE, CHOSEN.flip(0), "rows: row ids must ascend"),
+        (TABLE, CHOSEN + 2, "rows: row 64 is outside the table of 64 rows"),
+    ]:
+        with pytest.raises(TrainingError, match=f"the saved state: .*{named}"):
+            saved_rows({f"{name}.rows": rows_P}, base)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_gradients_are_collected_once_before_a_step(optimizer):
+    student = student_of(optimizer=optimizer)
+    with pytest.raises(AssertionError, match="step was called without collect"):
+        student._optimizer.step(0.1)
+    student._optimizer.collect()
+    with pytest.raises(AssertionError, match="collect was called twice"):
+        student._optimizer.collect()
+
+
 def test_a_table_without_chosen_rows_stays_as_it_is():
     model = memory_model("memory_plus", "dense", "pkm", share_values=False)
     first, second = model.tables
@@ -145,3 +172,23 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     with pytest.raises(TrainingError, match="norm is (nan|inf)"):
         student.step(1.0)
     assert not student.tables[TABLE].deltas.table_RV.any()
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "copies"),
+    [
+        (RowConfig(rank="all"), "rank: all", 4 * 65),
+        (RowConfig(rows=32, optimizer="sgd"), "rows: 32", 2 * 33),
+    ],
+)
+def test_rows_that_do_not_fit_in_memory_are_refused(monkeypatch, config, option, copies):
+    model, rows = memory_model(), torch.arange(64) if config.rank == "all" else CHOSEN
+    # copies of the rows, and the places of 64 rows
+    needed = 4 * (copies * model.tables[TABLE].value_dim + 64)
+    for free in (needed, needed - 1):
+        limit = AvailableMemory(free, "a limit")
+        monkeypatch.setattr(row_student, "available_memory", lambda limit=limit: limit)
+        if free == needed:
+            RowStudent(model, {TABLE: rows}, config)
+    with pytest.raises(ConfigError, match=rf"{option} needs 0.0 MiB of memory, .*\(a limit\)"):
+        RowStudent(model, {TABLE: rows}, config)

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,25 @@ def test_patches_add_up_and_are_named_in_order(memory_plus_folder, tmp_path):
     assert list_tensors(tmp_path / "again")[TABLE].metadata["patches"] == " ".join(hashes)
 
 
+def test_a_missing_base_patch_and_a_second_application_are_warned_of(
+    memory_plus_folder, tmp_path, caplog
+):
+    identity = model_identity(memory_plus_folder)
+    first = saved_patch(tmp_path / "first", model=identity)
+    base_patches = {TABLE: [first.content_hash]}
+    saved_patch(tmp_path / "second", model=identity, seed=1, base_patches=base_patches)
+    apply_patch(memory_plus_folder, tmp_path / "first", tmp_path / "model")
+    apply_patch(tmp_path / "model", tmp_path / "second", tmp_path / "both")
+    assert not caplog.messages
+    apply_patch(memory_plus_folder, tmp_path / "second", tmp_path / "alone")
+    apply_patch(tmp_path / "both", tmp_path / "first", tmp_path / "twice")
+    lacks, has = caplog.messages
+    assert f"lacks patches that the patch was made on: {first.content_hash}" in lacks
+    assert f"table {TABLE} has this patch already" in has
+    write_difference(tmp_path / "model", tmp_path / "both", tmp_path / "back")
+    assert read_patch(tmp_path / "back").description.base_patches == base_patches
+
+
 def test_files_are_copied_if_they_cannot_be_linked(memory_plus_folder, tmp_path, monkeypatch):
     def refuse(source, target):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
@@ -148,6 +168,14 @@ def test_a_patch_of_another_model_is_refused(memory_plus_folder, tmp_path):
         apply_patch(memory_plus_folder, tmp_path / "patch", tmp_path / "target")
     with pytest.raises(PatchError, match="patch: exists already"):
         apply_patch(memory_plus_folder, tmp_path / "patch", tmp_path / "patch")
+
+
+def test_a_target_that_cannot_be_created_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "file").touch()
+    none, target = tmp_path / "none", tmp_path / "file" / "target"
+    for write in (partial(apply_patch, none, none), partial(write_difference, none, none)):
+        with pytest.raises(PatchError, match=f"{target}: cannot be created"):
+            write(target)
 
 
 def test_peer_is_refused(tmp_path):

@@ -123,3 +123,10 @@ def test_overflow_is_refused():
         scaled(large, 1e9)
     with pytest.raises(PatchError, match=r"memory.table.deltas: value \[\d+, \d+\] is NaN or inf"):
         merged([large, large, large])
+
+
+def test_merged_patches_name_the_base_patches_of_all():
+    bases = ["a" * 64], ["b" * 64, "a" * 64]
+    patches = [patch_of(base_patches={TABLE: base}) for base in bases]
+    assert merged([*patches, patch_of()]).description.base_patches == {TABLE: ["a" * 64, "b" * 64]}
+    assert scaled(patches[1], 2.0).description.base_patches == {TABLE: bases[1]}

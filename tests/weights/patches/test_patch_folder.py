@@ -1,9 +1,11 @@
 """Patch folders: written, read back, hashed by content, and refused by file, table and field."""
 
+import errno
 import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +19,16 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.errors import PatchRefusedError
 from engine.loaded_patches import LoadedPatches
+from tests.models import tiny_config
 from tests.weights.patches.made import IDENTITY, NUM_ROWS, TABLE, WIDTH, patch_of, saved_patch
-from weights.errors import PatchError
+from weights.errors import PatchError, PatchReadError
 from weights.patches import content_hash as hashing
 from weights.patches import patch_folder
 from weights.patches.content_hash import content_hash
 from weights.patches.description import PatchDescription
 from weights.patches.model_identity import ModelIdentity
-from weights.patches.patch_folder import read_patch, stored_patch, write_patch
+from weights.patches.patch_folder import opened_patch, read_patch, stored_patch, write_patch
+from weights.patches.patch_loader import LoadablePatch
 
 ROWS, DELTAS = f"{TABLE}.rows", f"{TABLE}.deltas"
 
@@ -57,6 +61,7 @@ patches = st.builds(
     data=st.none() | st.just("d" * 64),
     settings=st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=9), max_size=3),
     scores=st.dictionaries(st.text(max_size=5), st.floats(0, 1), max_size=3),
+    base_patches=st.sampled_from([{}, {TABLE: ["e" * 64]}]),
 )
 
 
@@ -89,14 +94,29 @@ def test_the_hash_is_of_the_tensors_and_not_of_the_description():
 
 
 def test_a_large_tensor_is_hashed_in_parts():
-    tensors = {"b": torch.randn(3, 2**18), "a": torch.arange(5)}
+    tensors = {"b": torch.randn(3, 2**18 + 5), "a": torch.arange(5)}
     digest = blake3()
     for name, code in (("a", "I64"), ("b", "F32")):
         content, size = tensors[name].numpy().tobytes(), hashing.PART_BYTES
         digest.update(f"{name} {code} {list(tensors[name].shape)}\n".encode())
         for first in range(0, len(content), size):
             digest.update(blake3(content[first : first + size]).digest())
-    assert content_hash(tensors, lambda name, first, part: None) == digest.hexdigest()
+
+    def part(name, first, size):
+        return memoryview(tensors[name].numpy().tobytes())[first : first + size]
+
+    assert content_hash(tensors, part) == digest.hexdigest()
+
+
+def test_an_opened_patch_is_hashed_without_memory_for_it(tmp_path, monkeypatch):
+    patch = patch_of()
+    write_patch(tmp_path / "patch", patch)
+    monkeypatch.setattr(patch_folder, "_memory", pytest.fail)
+    with opened_patch(tmp_path / "patch", IDENTITY) as opened:
+        assert opened.content_hash() == patch.content_hash
+        monkeypatch.setattr(os, "preadv", lambda descriptor, parts, offset: 0)
+        with pytest.raises(PatchError, match=r"patch\.safetensors: ends within tensor memory"):
+            opened.content_hash()
 
 
 def swap(tensors):
@@ -178,13 +198,24 @@ def field(*path_and_value):
         (delete("memplus_patch"), "memplus_patch: must be 1, not None"),
         (delete("origins"), "origins: missing"),
         (delete("scores"), "scores: missing"),
-        (field("name", "x"), "name: unknown key"),
+        (field("memplus_patch", True), "memplus_patch: must be 1, not True"),
+        (field("memplus_patch", 1.0), "memplus_patch: must be 1, not 1.0"),
+        (field("memplus_patch", "\ud800"), r"memplus_patch: must be 1, not '\\ud800'"),
+        (field("name", "x"), "'name': unknown key"),
+        (field("\ud800", "x"), r"'\\ud800': unknown key"),
         (field("shapes", {}), "shapes: names no table"),
         (field("shapes", []), "shapes: expected a JSON object"),
         (field("shapes", TABLE, [64, 0]), r"shapes.memory.table: expected \[rows, values\]"),
         (field("shapes", TABLE, [64, True]), r"shapes.memory.table: expected \[rows, values\]"),
         (field("shapes", TABLE, [2**50, 24]), r"shapes.memory.table: expected \[rows, values\]"),
         (field("shapes", TABLE, 64), r"shapes.memory.table: expected \[rows, values\], got 64"),
+        (field("shapes", "\ud800", [1, 1]), r"origins: table name '\\ud800' is not printable"),
+        (field("origins", "\x1b[2J", "a" * 64), r"origins: table name '\\x1b\[2J' is not print"),
+        (field("shapes", "t" * 257, [1, 1]), "origins: table name 't+' is not .* more than 256"),
+        (field("base_patches", []), "base_patches: expected a JSON object"),
+        (field("base_patches", {"t": []}), "base_patches: table t is not in shapes"),
+        (field("base_patches", {TABLE: "a"}), "base_patches.memory.table: expected a list"),
+        (field("base_patches", {TABLE: ["a"]}), "base_patches.memory.table: expected 64 hex"),
         (field("origins", "t", "a" * 64), "origins: table t is only in one of origins and shapes"),
         (field("origins", TABLE, "a" * 63), "origins.memory.table: expected 64 hexadecimal"),
         (field("row_choice", "B" * 64), "row_choice: expected 64 hexadecimal"),
@@ -195,8 +226,14 @@ def field(*path_and_value):
 )
 def test_a_bad_description_is_named(folder, change, named):
     describe(folder, change)
-    with pytest.raises(PatchError, match=rf"patch\.json: {named}"):
+    with pytest.raises(PatchError, match=rf"patch\.json: {named}") as caught:
         read_patch(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_older_descriptions_name_no_base_patches(folder):
+    describe(folder, delete("base_patches"))
+    assert read_patch(folder).description.base_patches == {}
 
 
 @pytest.mark.parametrize(
@@ -206,6 +243,8 @@ def test_a_bad_description_is_named(folder, change, named):
         ("{", "Expecting property name"),
         ("\xff", "Expecting value"),
         ('{"memplus_patch": NaN}', "not valid JSON: NaN"),
+        ('{"memplus_patch": -1e999}', "not valid JSON: the number -1e999 is out of range"),
+        ('{"shapes": {"t": [1, 2], "t": [3, 4]}}', "the key 't' is given twice"),
         ("[" * 100_000, "not valid JSON: nested too deeply"),
         (" " * (2**20 + 1), "is larger than 1048576 bytes"),
     ],
@@ -252,10 +291,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(folder, monkeypatch):
 
 def test_a_lack_of_memory_is_reported(folder, monkeypatch):
     def refuse(shape, dtype):
-        raise RuntimeError("can't allocate memory")
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.raises(PatchError, match=r"patch\.safetensors: .* does not fit in memory"):
+    monkeypatch.setattr(patch_folder, "unpooled_zeros", refuse)
+    with pytest.raises(PatchReadError, match=r"patch\.safetensors: .* does not fit in memory"):
         read_patch(folder)
 
 
@@ -321,8 +360,12 @@ def test_invalid_tensors_are_not_written():
 def test_a_failed_write_leaves_no_files(tmp_path, folder):
     with pytest.raises(PatchError, match="patch: exists already"):
         write_patch(folder, patch_of())
-    with pytest.raises(PatchError, match="cannot be written .Not a directory"):
+    with pytest.raises(PatchError, match="cannot be created .Not a directory"):
         write_patch(folder / "patch.json" / "new", patch_of())
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    with pytest.raises(PatchError, match="link: exists already"):
+        write_patch(tmp_path / "link", patch_of())
+    (tmp_path / "link").unlink()
     with pytest.raises(PatchError, match="at most 1048576 fit"):
         write_patch(tmp_path / "new", patch_of(settings={"text": "x" * 2**20}))
     assert [one.name for one in tmp_path.iterdir()] == ["patch"]
@@ -346,9 +389,13 @@ def test_a_patch_of_ten_million_rows_is_refused_before_memory_is_allocated(tmp_p
         file.truncate(8 + len(header) + ends[1])  # a hole, which takes no space on the disk
     monkeypatch.setattr(patch_folder, "_memory", pytest.fail)
 
+    config = tiny_config()
+
     class Source:
-        def load(self, folder, check_size):
-            return read_patch(folder, check_size=check_size)
+        @contextmanager
+        def open(self, folder):
+            with opened_patch(folder) as opened:
+                yield LoadablePatch(opened, config, torch.device("cpu"))
 
     by_rows = "--max-patch-rows: the patch has 10000000 rows, but at most 1000000 are allowed"
     by_bytes = "--patch-memory-gib: the patch takes 1.39 GiB, 1 of 1 GiB is free"

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from engine.engine import Engine
 from engine.errors import PatchFailedError
 from engine.executors.executor import make_executor
 from engine.messages import EngineReady, LoadPatch, PatchLoaded, UnloadPatch
+from engine.model.row_patches import RowPatch
 from engine.process import run_engine
 from engine.request import PatchRef, PatchStatistics, PatchSummary, StepOutput
 from memory_ops.patches.patched_rows import PatchedRows
@@ -22,7 +25,9 @@ from tests.models import feed_forward_changes, greedy, random_model, save_model,
 from tests.weights.patches.made import IDENTITY, TABLE, saved_patch
 from weights.checkpoints.checkpoint import load_model
 from weights.errors import PatchError
+from weights.patches.description import PatchDescription
 from weights.patches.model_identity import model_identity
+from weights.patches.patch_folder import stored_patch, write_patch
 from weights.patches.patch_loader import PatchLoader
 
 PROMPT = [5, 9, 2, 8, 1, 7, 3, 3, 4, 6, 9, 9, 1, 2]
@@ -135,6 +140,12 @@ def test_a_removed_patch_is_refused_to_later_requests(served, identity, tmp_path
     assert engine.errors["late"] == f"memory_patches: patch {patch.content_hash} is not loaded"
 
 
+def load(loader: PatchLoader, folder: Path) -> tuple[RowPatch, PatchSummary]:
+    with loader.open(folder) as opened:
+        patch = opened.read(lambda content_hash: None)
+        return patch, opened.summary(patch.content_hash)
+
+
 def rewritten(folder: Path, change) -> None:
     tensors = load_file(folder / "patch.safetensors")
     change(tensors)
@@ -207,7 +218,7 @@ def test_memory_is_limited_before_it_is_allocated(served, identity, tmp_path, mo
 def test_an_engine_without_patches_refuses_them(served, identity, tmp_path):
     engine = served(max_patches=0)
     patch = saved_patch(tmp_path / "p", model=identity)
-    problem = "max_patches: 0 allows no row patches"
+    problem = "row patches are disabled (--max-patches 0)"
     assert engine.load(tmp_path / "p").error == problem
     engine.ask("a", 3, PatchRef(patch.content_hash))
     engine.finish("a")
@@ -225,7 +236,7 @@ def test_a_model_that_takes_no_patches_says_so(tmp_path, kinds, problem):
     loader = PatchLoader(folder, config, CPU)
     assert not config.takes_patches
     with pytest.raises(PatchError, match=problem):
-        loader.load(tmp_path / "p", lambda rows, num_bytes: None)
+        load(loader, tmp_path / "p")
 
 
 def test_a_model_that_cannot_be_read_is_named(tmp_path, memory_plus_folder):
@@ -234,11 +245,11 @@ def test_a_model_that_cannot_be_read_is_named(tmp_path, memory_plus_folder):
     shutil.rmtree(folder)
     loader = PatchLoader(folder, config.model, CPU)
     with pytest.raises(PatchFailedError, match=str(folder)):
-        loader.load(tmp_path / "p", lambda rows, num_bytes: None)
+        load(loader, tmp_path / "p")
     # the hashes are computed again by the next load
     shutil.copytree(memory_plus_folder, folder)
     saved_patch(tmp_path / "p", model=model_identity(folder))
-    loader.load(tmp_path / "p", lambda rows, num_bytes: None)
+    load(loader, tmp_path / "p")
 
 
 def test_a_table_of_each_layer_and_a_patch_of_one_of_them(tmp_path):
@@ -251,10 +262,10 @@ def test_a_table_of_each_layer_and_a_patch_of_one_of_them(tmp_path):
     shapes, origins = {second: identity.shapes[second]}, {second: identity.origins[second]}
     saved_patch(tmp_path / "one", model=replace(identity, shapes=shapes, origins=origins))
     loader = PatchLoader(folder, config, CPU)
-    patch, summary = loader.load(tmp_path / "both", lambda rows, num_bytes: None)
+    patch, summary = load(loader, tmp_path / "both")
     assert list(patch.layers) == [0, 2] and summary.tables == {first: 9, second: 9}
     assert patch.layers[0] is not patch.layers[2] and summary.num_rows == 18
-    patch, summary = loader.load(tmp_path / "one", lambda rows, num_bytes: None)
+    patch, summary = load(loader, tmp_path / "one")
     assert list(patch.layers) == [2] and summary.tables == {second: 9}
 
 
@@ -262,9 +273,46 @@ def test_layers_share_the_rows_of_a_table(memory_plus_folder, identity, tmp_path
     _, config = load_model(memory_plus_folder)
     saved_patch(tmp_path / "p", model=identity)
     loader = PatchLoader(memory_plus_folder, config.model, CPU)
-    patch, summary = loader.load(tmp_path / "p", lambda rows, num_bytes: None)
+    patch, summary = load(loader, tmp_path / "p")
     assert patch.layers[1] is patch.layers[3] and patch.num_bytes == summary.num_bytes
     assert patch.counts() == PatchStatistics(patch.content_hash, 0, 0)[1:]
+
+
+FREED = """
+import sys
+from pathlib import Path
+from memory_ops.patches.patched_rows import PatchedRows
+from server.allocator import keep_freed_memory
+from weights.patches.patch_folder import read_patch
+
+def load():
+    return [PatchedRows(*pair) for pair in read_patch(Path(sys.argv[1])).tables.values()]
+
+def resident_kb():
+    line = next(one for one in open("/proc/self/status") if one.startswith("VmRSS"))
+    return int(line.split()[1])
+
+assert keep_freed_memory()
+load()
+before, count = resident_kb(), 20
+patches = [load() for _ in range(count)]
+size_kb = sum(rows.num_bytes for rows in patches[0]) / 1024
+assert resident_kb() - before > (count - 2) * size_kb
+del patches
+assert resident_kb() - before < 2 * size_kb, (before, resident_kb(), size_kb)
+"""
+
+
+@pytest.mark.slow
+def test_a_removed_patch_gives_its_memory_back(tmp_path):
+    # in a subprocess, since the settings of malloc last until the process ends
+    rows_P, deltas_PV = torch.arange(10_000), torch.ones(10_000, 64)
+    large = PatchDescription({TABLE: "a" * 64}, "b" * 64, {TABLE: (10_000, 64)})
+    write_patch(tmp_path / "p", stored_patch(large, {TABLE: (rows_P, deltas_PV)}))
+    done = subprocess.run(
+        [sys.executable, "-c", FREED, tmp_path / "p"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_patches_are_placed_on_the_device_of_the_model(
@@ -276,5 +324,5 @@ def test_patches_are_placed_on_the_device_of_the_model(
     monkeypatch.setattr(PatchedRows, "to", lambda rows, device: moved.append(device) or rows)
     gpu = torch.device("cuda", 1)
     loader = PatchLoader(memory_plus_folder, config.model, gpu)
-    loader.load(tmp_path / "p", lambda rows, num_bytes: None)
+    load(loader, tmp_path / "p")
     assert moved == [gpu]

@@ -93,11 +93,17 @@ def test_an_end_token_ends_an_answer(model, folder):
     [
         ("", "is empty"),
         ("{", "line 1: not JSON"),
-        ('{"prompt": "a"}', "line 1: is not a question"),
-        ('{"prompt": "a", "answer": "b", "id": 1}', "line 1: is not a question"),
-        ('{"prompt": "a", "answer": 3}', "line 1: prompt, answer and until must be strings"),
-        ('{"prompt": "", "answer": "b"}', "line 1: prompt or answer is empty"),
-        ('{"prompt": "a", "answer": "  "}', "line 1: prompt or answer is empty"),
+        ('{"prompt": "a"}', "line 1: expected the keys prompt, answer .* not prompt"),
+        ('{"prompt": "a", "answer": "b", "where": "c"}', "line 1: expected .* not answer, prompt"),
+        ('{"prompt": "a", "answer": 3}', "line 1: answer: expected a string"),
+        ('{"prompt": "", "answer": "b"}', "line 1: prompt: is empty"),
+        ('{"prompt": "a", "answer": "  "}', "line 1: answer: is empty"),
+        (r'{"prompt": "\ud800", "answer": "b"}', "line 1: prompt: has a lone surrogate"),
+        (r'{"prompt": "a", "answer": "\ud800"}', "line 1: answer: has a lone surrogate"),
+        (
+            r'{"prompt": "a", "answer": "b", "until": "\ud800"}',
+            "line 1: until: has a lone surrogate",
+        ),
         (
             '{"prompt": "a", "answer": "b. c", "until": "."}',
             "line 1: the answer must not contain until",
@@ -115,7 +121,17 @@ def test_questions_are_read_line_by_line_and_stripped(tmp_path):
     file = tmp_path / "questions.jsonl"
     lines = ['{"prompt": "a\u2028b", "answer": " two "}', "", '{"prompt": "c", "answer": "d"}']
     file.write_text("\n".join(lines), encoding="utf-8")
-    assert read_questions(file) == [Question("a\u2028b", "two"), Question("c", "d")]
+    found = read_questions(file)
+    assert found == [Question("a\u2028b", "two"), Question("c", "d")]
+    assert [one.where for one in found] == [f"{file}, line {number}" for number in (1, 3)]
+
+
+def test_the_number_of_questions_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "_MAX_QUESTIONS", 2)
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n' * 3)
+    with pytest.raises(DataError, match="line 3: a file may have at most 2 questions"):
+        read_questions(file)
 
 
 def test_a_long_text_is_scored_in_pieces(model, folder, monkeypatch):
@@ -145,8 +161,8 @@ def test_an_engine_error_is_raised_not_counted_as_wrong(model, folder, monkeypat
 
 def test_a_question_that_is_too_long_is_named(model, folder):
     engine = engine_of(model, EngineConfig(kv_cache_gib=0.01))
-    questions = [Question("fox", "jumps"), Question("fox " * 99, "jumps")]
-    with pytest.raises(DataError, match="question 2: .*prompt"):
+    questions = [Question("fox", "jumps"), Question("fox " * 99, "jumps", where="q, line 2")]
+    with pytest.raises(DataError, match="q, line 2: .*prompt"):
         score_recall(engine, load_tokenizer(folder), questions)
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from engine.model.layout import TokenLayout
 from tests.models import feed_forward_changes, random_model, tiny_config
-from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.checkpoint import load_model, table_origins
 from weights.checkpoints.convert import convert
 from weights.errors import CheckpointError
 from weights.training.packing import Passage
@@ -62,37 +62,47 @@ def folder(memory_plus_folder, tmp_path):
 
 @pytest.mark.parametrize("largest", [5, 2**40])
 def test_a_record_is_read_back_and_carried_by_convert(folder, tmp_path, largest):
-    config = load_model(folder)[0].config
-    assert read_row_reads(folder, config) is None
+    config, origins = load_model(folder)[0].config, table_origins(folder)
+    assert read_row_reads(folder, config, origins) is None
     write_row_reads(folder, reads(7))
     write_row_reads(folder, reads(largest))
     convert(folder, tmp_path / "narrow", table_dtype="int8")
     for one in (folder, tmp_path / "narrow"):
-        found = read_row_reads(one, config)
+        found = read_row_reads(one, config, origins)
         assert found.num_documents == 3
         assert torch.equal(found.tables[TABLE].reads_R, reads(largest).tables[TABLE].reads_R)
         assert torch.equal(found.tables[TABLE].documents_R, reads().tables[TABLE].documents_R)
 
 
 def test_a_record_of_another_model_is_refused(folder):
-    config = load_model(folder)[0].config
+    config, origins = load_model(folder)[0].config, table_origins(folder)
     counts = {f"{TABLE}.reads": torch.zeros(64).int(), f"{TABLE}.documents": torch.ones(64).int()}
-    three = {"documents": "3"}
+    own = {f"origin:{TABLE}": origins[TABLE]}
+    three = {"documents": "3"} | own
     for change, metadata, named in [
         ({f"{TABLE}.reads": torch.zeros(63).int()}, three, r"reads: expected .*\[64\], got I32"),
         ({f"{TABLE}.reads": torch.zeros(64)}, three, "reads: expected I32 or I64"),
+        ({f"{TABLE}.reads": torch.zeros(64).bool()}, three, "reads: expected I32 .*got BOOL"),
         ({f"{TABLE}.reads": -torch.ones(64).int()}, three, "reads: has a count below 0"),
         ({"other": torch.zeros(1)}, three, "tensor other is unknown"),
         ({f"{TABLE}.documents": torch.full((64,), 4)}, three, "documents: has a count above 3"),
-        ({}, {"documents": "-3"}, "metadata documents: expected a count, got '-3'"),
-        ({}, {}, "metadata documents"),
+        ({}, own | {"documents": "-3"}, "metadata documents: expected a count, got '-3'"),
+        ({}, own, "metadata documents"),
+        ({}, {"documents": "3"}, f"origin:{TABLE}: is none, but the table has {origins[TABLE]}"),
+        (
+            {},
+            {f"origin:{TABLE}": "a" * 64},
+            f"origin:{TABLE}: is a{{64}}, but the table has {origins[TABLE]}",
+        ),
     ]:
         save_file(counts | change, folder / "row_reads.safetensors", {"format": "pt", **metadata})
         with pytest.raises(CheckpointError, match=named):
-            read_row_reads(folder, config)
+            read_row_reads(folder, config, origins)
+        with pytest.raises(CheckpointError, match=named):
+            convert(folder, folder.parent / "copy")
     save_file({f"{TABLE}.reads": torch.zeros(64).int()}, folder / "row_reads.safetensors")
     with pytest.raises(CheckpointError, match=r"memory.table.documents is missing"):
-        read_row_reads(folder, config)
+        read_row_reads(folder, config, origins)
 
 
 def test_a_sample_has_random_documents_up_to_a_limit(tmp_path, monkeypatch):

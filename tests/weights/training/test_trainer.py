@@ -22,7 +22,7 @@ from engine.model.layout import TokenLayout
 from engine.model.memory_layer import half_scores
 from server.cli import train
 from weights.checkpoints import checkpoint
-from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.checkpoint import load_model, table_origins
 from weights.errors import CheckpointError, DataError, TrainingError
 from weights.training import trainer
 from weights.training.row_reads import read_row_reads
@@ -120,7 +120,7 @@ def test_the_last_checkpoint_has_a_record_of_row_reads(config, tmp_path):
     first, last = saved_states(tmp_path / "run" / "checkpoints")
     assert not (first / "row_reads.safetensors").exists()
     model, _ = load_model(last)
-    reads = read_row_reads(last, model.config)
+    reads = read_row_reads(last, model.config, table_origins(last))
     assert reads.num_documents == len(
         prepare_data(config().data, tmp_path / "run" / "data", 0).train
     )

@@ -130,18 +130,21 @@ def test_a_patch_stays_until_the_steps_in_flight_are_done():
     assert served.patches.num_alive == 0
 
 
-def test_a_failed_launch_waits_for_what_reads_the_patch(monkeypatch, caplog):
+@pytest.mark.parametrize("fails", ["queue", "_count"])
+def test_a_failed_launch_waits_for_what_reads_the_patch(fails, monkeypatch, caplog):
     # pytest keeps logged tracebacks, which keep the batch
     caplog.set_level(logging.CRITICAL + 1, "engine.engine")
     device = FakeDevice()
     served, ref = served_with_patch(device)
-    queue = served._executor._runner.queue
+    executor = served._executor
+    owner = executor._runner if fails == "queue" else executor
+    run = getattr(owner, fails)
 
     def fail(*work):
-        queue(*work)
+        run(*work)
         raise RuntimeError("after its kernels were queued")
 
-    monkeypatch.setattr(served._executor._runner, "queue", fail)
+    monkeypatch.setattr(owner, fails, fail)
     request = Request("a", (1, 2, 3), SamplingParams(max_tokens=3), patches=(ref,))
     served.add(request)
     served.patches.remove(ref.content_hash)
@@ -155,10 +158,9 @@ def test_a_failed_launch_waits_for_what_reads_the_patch(monkeypatch, caplog):
 def test_without_patches_graphs_have_none():
     config = replace(CONFIG, max_patches=0)
     executor = cuda_on_cpu(model_of(KINDS), config, warm=False)
-    assert not executor.takes_patches
-    assert cuda_on_cpu(model_of(("peer",)), CONFIG, warm=False).takes_patches is False
-    inputs = executor._staging.inputs(executor._largest)
-    assert not any(name.startswith("patch") for name in inputs.on_device)
+    for one in (executor, cuda_on_cpu(model_of(("peer",)), CONFIG, warm=False)):
+        inputs = one._staging.inputs(one._largest)
+        assert not any(name.startswith("patch") for name in inputs.on_device)
     with pytest.raises(RequestError, match="memory_patches"):
         Engine(executor, config).add(
             Request("a", (1,), SamplingParams(1), patches=(PatchRef("a"),))

@@ -130,9 +130,7 @@ def served_executor(loaded: LoadedModel, engine: EngineConfig) -> Executor:
     """The executor of ``served_engine``."""
     if loaded.kv_bytes is not None:
         engine = replace(engine, kv_cache_gib=loaded.kv_bytes / 2**30)
-    return make_executor(
-        loaded.model, engine, loaded.lookahead, loaded.dtype, loaded.weight_dtype
-    )
+    return make_executor(loaded.model, engine, loaded.lookahead, loaded.dtype, loaded.weight_dtype)
 
 
 def load_served(
@@ -182,9 +180,7 @@ def load_served(
     if lookahead is not None and all(table.fetched_capacity is None for table in tables):
         logger.warning("all value tables are in memory: --table-lookahead has no effect")
         lookahead = None
-    return LoadedModel(
-        model, config, sizes.dtype, shares.kv_bytes, lookahead, options.weight_dtype
-    )
+    return LoadedModel(model, config, sizes.dtype, shares.kv_bytes, lookahead, options.weight_dtype)
 
 
 def _tier_choice(

@@ -79,14 +79,14 @@ def make_executor(
 ) -> Executor:
     """Make the fastest executor for a loaded model, with KV memory as configured.
 
-    It computes in ``dtype``, by default the model's; on a GPU the weights have it
-    already. ``weight_dtype`` of ``WEIGHT_DTYPES`` rounds the weights of products on a CPU. The model
-    computes the same afterwards. The executor may copy its weights: a caller
-    that only serves should drop the model.
+    It computes in ``dtype``, by default the model's; on a GPU the weights have it already.
+    ``weight_dtype`` int8 or int4 rounds the weights of products on a CPU; auto leaves them. The model
+    computes the same afterwards. The executor may copy its weights: a caller that only serves should
+    drop the model.
 
     Raises:
-        ConfigError: the KV memory is too small, or exceeds the machine's memory; or a setting needs
-            another device.
+        ConfigError: the KV memory is too small, or exceeds the machine's memory; a setting needs
+            another device; or weights to round have few bits already.
         ValueError: ``dtype`` is not that of weights on a GPU.
     """
     weight = model.model.norm.weight

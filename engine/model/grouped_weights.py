@@ -63,7 +63,7 @@ def group_weights(weight_OI: Tensor, bits: int) -> WeightGroups:
         best_OG = torch.where(is_better_OG, errors_OG, best_OG)
         scales_OG = torch.where(is_better_OG, tried_OG, scales_OG)
     nibbles_OGI = (_rounded(wide_OGI, scales_OG, -8, 7) + 8).to(torch.uint8)
-    low_OGI, high_OGI = nibbles_OGI.split(GROUP // 2, dim=2)
+    low_OGI, high_OGI = nibbles_OGI.chunk(2, dim=2)
     return WeightGroups((low_OGI | high_OGI << 4).flatten(1), scales_OG, bits)
 
 
@@ -82,7 +82,7 @@ def dense_weights(groups: WeightGroups, inputs: int, dtype: torch.dtype) -> Tens
 
 def _integers(groups: WeightGroups) -> Tensor:
     """The integers ``[O, G, 32]`` as int8."""
-    values_OGI = groups.values.unflatten(1, (groups.scales_OG.shape[1], -1))
+    values_OGI = torch.unflatten(groups.values, 1, (groups.scales_OG.shape[1], -1))
     if groups.bits == 8:
         return values_OGI
     return torch.cat([values_OGI & 15, values_OGI >> 4], dim=2).to(torch.int8) - 8
@@ -90,7 +90,8 @@ def _integers(groups: WeightGroups) -> Tensor:
 
 def _grouped(weight_OI: Tensor) -> Tensor:
     inputs = weight_OI.shape[1]
-    return pad(weight_OI, (0, -inputs % GROUP)).unflatten(1, (num_groups(inputs), GROUP))
+    padded_OI = pad(weight_OI, (0, -inputs % GROUP))
+    return torch.unflatten(padded_OI, 1, (num_groups(inputs), GROUP))
 
 
 def _rounded(wide_OGI: Tensor, scales_OG: Tensor, least: int, most: int) -> Tensor:

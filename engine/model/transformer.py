@@ -164,7 +164,10 @@ class Transformer(nn.Module):
 
 
 def converted(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The model with dense weights of a dtype, and the same tables; it shares what is so already."""
+    """The model with dense weights of a dtype, and the same tables.
+
+    It shares weights that are so already.
+    """
     if all(parameter.dtype is dtype for parameter in model.parameters()):
         return model
     return _rebuilt(model, dense_state(model, dtype), {}, model.tables)

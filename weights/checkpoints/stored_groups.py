@@ -41,9 +41,7 @@ def source_bits(sources: Iterable[TensorSource]) -> dict[str, int]:
     return {name: _BITS[dtypes[name + _WEIGHT]] for name in layers}
 
 
-def requested_bits(
-    config: ModelConfig, weight_dtype: str, embedding_dtype: str
-) -> dict[str, int]:
+def requested_bits(config: ModelConfig, weight_dtype: str, embedding_dtype: str) -> dict[str, int]:
     """Bits of all layers that may be in groups: embedding and head, and all others.
 
     Raises:
@@ -70,9 +68,7 @@ def group_tensors(bits: Mapping[str, int]) -> dict[str, str]:
     return found
 
 
-def grouped_sources(
-    sources: Sequence[TensorSource], bits: Mapping[str, int]
-) -> list[TensorSource]:
+def grouped_sources(sources: Sequence[TensorSource], bits: Mapping[str, int]) -> list[TensorSource]:
     """The same tensors, with the weights of some layers, by name, rounded to groups."""
     made: list[TensorSource] = []
     rounder = _Rounder()

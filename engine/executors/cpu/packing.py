@@ -24,7 +24,6 @@ from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
 from engine.model.uninitialised import ExactLinear
 
-
 Linear = nn.Linear | nn.Embedding | GroupedLinear | GroupedEmbedding
 
 

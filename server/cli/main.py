@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=convert)
     verb.add_argument("source", metavar="SRC", help="GGUF file or checkpoint folder")
     verb.add_argument("target", metavar="DST", help="folder to create")
-    verb.add_argument("--dtype", help="dtype of weights (default: as stored; bfloat16 for GGUF)")
+    verb.add_argument("--dtype", help="dtype of weights (default: as stored)")
     verb.add_argument("--table-dtype", help="dtype of value tables (default: the value of --dtype)")
 
     verb = verbs.add_parser("quantize", help=quantize.__doc__)

@@ -213,7 +213,7 @@ MISTAKES = [
     (["serve", "--table-dtype", "int3"], "--table-dtype"),
     (["serve", "--log-interval-s", "-1"], "log_interval_s"),
     (["serve", "--max-connections", "2000000000"], "max_connections: 2000000000 need"),
-    (["serve", "--model", "model.gguf"], "memplus convert"),
+    (["serve", "--model", "model.gguf"], "model.gguf: is truncated or not a GGUF file"),
     (["serve", "--dtype", "int3"], "--dtype"),
     (["serve", "--novel"], "--novel"),
     (["serve", "--config", "nowhere.toml"], "nowhere.toml: No such file"),

@@ -1,6 +1,6 @@
 """Converts a GGUF file or a checkpoint folder to a new checkpoint folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -61,8 +61,7 @@ def convert(
     Args:
         source: file or folder to read.
         target: folder to create.
-        dtype: one of ``OUTPUT_DTYPES``; None keeps each tensor's dtype, and converts GGUF files to
-            bfloat16.
+        dtype: one of ``OUTPUT_DTYPES``; None keeps each tensor's dtype (see ``read_gguf``).
         table_dtype: one of ``TABLE_DTYPES`` for value tables; None applies ``dtype`` and keeps
             quantised tables.
         weight_dtype: int8 or int4, to which linear layers are rounded in groups; None rounds none.
@@ -82,11 +81,11 @@ def convert(
     elif table_dtype is not None and source.exists():
         raise ConfigError(f"table_dtype: {source} has no tables")
     elif source.suffix == ".gguf":
-        imported = read_gguf(source, OUTPUT_DTYPES[dtype or "bfloat16"])
+        imported = read_gguf(source, None if dtype is None else OUTPUT_DTYPES[dtype])
     else:
         raise CheckpointError(f"{source}: is neither a checkpoint folder nor a .gguf file")
     _check_shapes(source, imported)
-    stored_as = str(imported.sources[0].dtype).removeprefix("torch.")
+    stored_as = str(_compute_dtype(imported.sources)).removeprefix("torch.")
     config, sources = replace(imported.config, dtype=stored_as), imported.sources
     if weight_dtype is not None:
         if config.has_groups:
@@ -104,6 +103,11 @@ def convert(
             progress.update,
             finish=finish,
         )
+
+
+def _compute_dtype(sources: Sequence[TensorSource]) -> torch.dtype:
+    """The dtype of weights that are never in groups."""
+    return next(source.dtype for source in sources if source.name == "model.norm.weight")
 
 
 def read_folder(

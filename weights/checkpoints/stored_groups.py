@@ -1,9 +1,11 @@
 """Weights in groups of 8 or 4 bits in checkpoint folders: ``weight`` and ``weight_scales``."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
@@ -71,40 +73,41 @@ def group_tensors(bits: Mapping[str, int]) -> dict[str, str]:
 def grouped_sources(sources: Sequence[TensorSource], bits: Mapping[str, int]) -> list[TensorSource]:
     """The same tensors, with the weights of some layers, by name, rounded to groups."""
     made: list[TensorSource] = []
-    rounder = _Rounder()
     for source in sources:
         layer = source.name.removesuffix(_WEIGHT)
-        made += rounder.sources(source, bits[layer]) if layer in bits else [source]
+        if layer in bits:
+            made += sources_of_groups(source, bits[layer], partial(_rounded, source, bits[layer]))
+        else:
+            made.append(source)
     return made
 
 
-class _Rounder:
-    """Rounds each weight once for its two tensors, which are written one after the other."""
+def sources_of_groups(
+    dense: TensorSource, bits: int, load: Callable[[], WeightGroups]
+) -> list[TensorSource]:
+    """The two tensors of a weight in groups, with name and shape of a dense one.
 
-    def __init__(self) -> None:
-        self._last: tuple[str, WeightGroups] | None = None
+    They are written one after the other, and ``load`` is called once for both.
+    """
+    outputs, inputs = dense.shape
+    values, scales = group_shapes(outputs, inputs, bits)
+    kept: list[WeightGroups] = []
 
-    def sources(self, source: TensorSource, bits: int) -> list[TensorSource]:
-        outputs, inputs = source.shape
-        values, scales = group_shapes(outputs, inputs, bits)
-        return [
-            replace(
-                source,
-                shape=values,
-                dtype=VALUE_DTYPES[bits],
-                load=lambda: self._groups(source, bits).values,
-            ),
-            TensorSource(
-                source.name.removesuffix(_WEIGHT) + _SCALES,
-                scales,
-                torch.float16,
-                lambda: self._groups(source, bits).scales_OG,
-            ),
-        ]
+    def load_values() -> Tensor:
+        kept[:] = [load()]
+        return kept[0].values
 
-    def _groups(self, source: TensorSource, bits: int) -> WeightGroups:
-        if self._last is None or self._last[0] != source.name:
-            loaded = source.load()
-            assert isinstance(loaded, torch.Tensor)
-            self._last = source.name, group_weights(loaded, bits)
-        return self._last[1]
+    def load_scales() -> Tensor:
+        return kept.pop().scales_OG
+
+    layer = dense.name.removesuffix(_WEIGHT)
+    return [
+        replace(dense, shape=values, dtype=VALUE_DTYPES[bits], load=load_values),
+        TensorSource(layer + _SCALES, scales, torch.float16, load_scales),
+    ]
+
+
+def _rounded(source: TensorSource, bits: int) -> WeightGroups:
+    loaded = source.load()
+    assert isinstance(loaded, Tensor)
+    return group_weights(loaded, bits)

@@ -147,6 +147,8 @@ COVERED_BY = {
     "weights/checkpoints/detokenizer.py": "weights/checkpoints/test_tokenizer.py",
     "weights/checkpoints/dtype_names.py": "weights/checkpoints/test_table_loading.py",
     "weights/checkpoints/feed_forward_json.py": "weights/checkpoints/test_config_json.py",
+    "weights/checkpoints/importers/gguf_files.py": "weights/checkpoints/importers/test_gguf.py",
+    "weights/checkpoints/importers/gguf_weights.py": "weights/checkpoints/importers/test_gguf.py",
     "weights/checkpoints/importers/gguf_tokenizer.py": "weights/checkpoints/importers/test_gguf.py",
     "weights/checkpoints/host_tables.py": "memory_ops/interpreted/test_host_loading.py",
     "weights/checkpoints/json_fields.py": "weights/checkpoints/test_config_json.py",

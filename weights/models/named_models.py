@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+from weights.checkpoints.importers.gguf_files import gguf_files
 from weights.errors import ModelNotFoundError
 
 WORDNET, SMOLLM2 = "wordnet", "smollm2"
@@ -30,6 +31,7 @@ def model_folder(name: str, cache_folder: Path) -> Path:
 
     Raises:
         ModelNotFoundError: ``name`` is neither a known name nor a folder or GGUF file.
+        CheckpointError: it is a part of a split GGUF file, but not the first, or one is missing.
     """
     if name == WORDNET:
         return _WORDNET_FOLDER
@@ -63,11 +65,13 @@ def _is_gguf(file: Path) -> bool:
 
 
 def _file_version(file: Path) -> str:
-    """Changes with the conversion, and with a file's size, time and beginning."""
-    status = file.stat()
-    found = hashlib.sha256(f"{_GGUF_VERSION} {status.st_size} {status.st_mtime_ns}".encode())
-    with open(file, "rb") as content:
-        found.update(content.read(_BEGINNING))
+    """Changes with the conversion, and with the sizes, times and beginnings of a model's files."""
+    found = hashlib.sha256(f"{_GGUF_VERSION}".encode())
+    for part in gguf_files(file):
+        status = part.stat()
+        found.update(f" {status.st_size} {status.st_mtime_ns}".encode())
+        with open(part, "rb") as content:
+            found.update(content.read(_BEGINNING))
     return found.hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.model.config import ModelConfig, RopeScaling
 from engine.model.rotary import rope_frequencies
 from weights.checkpoints.config_json import CheckpointConfig
+from weights.checkpoints.importers.gguf_files import gguf_files
 from weights.checkpoints.importers.gguf_tokenizer import GgufTokenizer, tokenizer_files
 from weights.checkpoints.importers.gguf_weights import dense_source, weight_sources
 from weights.checkpoints.stored_groups import source_bits
@@ -74,7 +75,7 @@ class ImportedModel:
 
 
 def read_gguf(path: Path, dtype: torch.dtype | None) -> ImportedModel:
-    """Describe a GGUF file.
+    """Describe a GGUF file, or the split model of which it is the first part.
 
     With a ``dtype``, all tensors are dequantised to it when they are written. Without one,
     quantised weights are stored in groups (``weight_sources``), and others in bfloat16.
@@ -83,13 +84,12 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> ImportedModel:
         CheckpointError: the file is not GGUF, or its architecture, a tensor, a quantisation or its
             tokenizer is not supported.
     """
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{path}: is truncated or not a GGUF file ({error})") from None
+    readers = [_opened(file) for file in gguf_files(path)]
+    reader = readers[0]
     try:
         _check_keys(reader)
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        _check_split(readers)
+        tensors = {tensor.name: tensor for one in readers for tensor in one.tensors}
         config = _read_config(reader, tensors)
         wanted, keeps_groups = dtype or torch.bfloat16, dtype is None
         sources = [
@@ -102,6 +102,30 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> ImportedModel:
         return ImportedModel(config, sources, tokenizer_files(_read_tokenizer(reader)))
     except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _opened(file: Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(file)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise CheckpointError(f"{file}: is truncated or not a GGUF file ({error})") from None
+
+
+def _check_split(readers: Sequence[gguf.GGUFReader]) -> None:
+    """Raise CheckpointError unless the parts of a split model are those that its files name."""
+    for number, reader in enumerate(readers):
+        found = tuple(
+            _value(reader, f"split.{name}", one) for name, one in (("no", 0), ("count", 1))
+        )
+        if found != (number, len(readers)):
+            raise CheckpointError(
+                f"split.no, split.count: part {number + 1} of {len(readers)} files is stored as"
+                f" {found[0] + 1} of {found[1]}"
+            )
+    total = _value(readers[0], "split.tensors.count")
+    count = sum(len(reader.tensors) for reader in readers)
+    if total is not None and total != count:
+        raise CheckpointError(f"split.tensors.count: {total}, but the files have {count} tensors")
 
 
 def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:

@@ -375,3 +375,46 @@ def test_a_file_is_prepared_once_and_again_after_a_change(tmp_path, monkeypatch)
     path.write_bytes(b"GGUF, they said")
     with pytest.raises(CheckpointError, match="is truncated or not a GGUF file"):
         prepared_folder(str(path), cache)
+
+
+def split_gguf(path: Path) -> list[Path]:
+    """Write the tensors of a file to two parts."""
+    reader = gguf.GGUFReader(path)
+    parts = [path.parent / f"{path.stem}-0000{number}-of-00002.gguf" for number in (1, 2)]
+    half = len(reader.tensors) // 2
+    for number, part in enumerate(parts):
+        writer = gguf.GGUFWriter(part, "llama")
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for key, field in reader.fields.items() if number == 0 else ():
+            if not key.startswith(("GGUF.", "general.architecture")):
+                kinds = field.types
+                sub_type = kinds[-1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(key, field.contents(), kinds[0], sub_type)
+        for tensor in reader.tensors[half:] if number else reader.tensors[:half]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return parts
+
+
+def test_a_split_model_equals_a_whole_one(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", wide_model(), changes=with_merges)
+    first, second = split_gguf(path)
+    for source in (path, first):
+        convert(source, tmp_path / source.stem, "float32")
+    whole, split = (load_model(tmp_path / one.stem)[0] for one in (path, first))
+    for name, tensor in model_tensors(whole).items():
+        assert torch.equal(model_tensors(split)[name], tensor)
+    with pytest.raises(CheckpointError, match="is part 2 of 2; give the first part"):
+        convert(second, tmp_path / "second")
+    # a part under another part's name
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(CheckpointError, match="part 2 of 2 files is stored as 1 of 2"):
+        convert(first, tmp_path / "wrong")
+    second.unlink()
+    with pytest.raises(CheckpointError, match=f"{second}: is missing"):
+        convert(first, tmp_path / "missing")

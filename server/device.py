@@ -7,7 +7,8 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from server.config import ModelOptions, c_compiler
+from server.config import c_compiler
+from server.model_options import ModelOptions
 
 # the Triton kernels are compiled for bfloat16 products, which older GPUs do not have
 _MIN_CAPABILITY = (8, 0)

@@ -10,9 +10,9 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server import engine_entry
 from server.cli.main import main
-from server.config import ModelOptions
 from server.device import chosen_device
 from server.engine_entry import load_served
+from server.model_options import ModelOptions
 from weights.checkpoints.gpu_tier import GpuTierChoice
 
 

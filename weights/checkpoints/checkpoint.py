@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from engine.model.transformer import Transformer, converted
 from memory_ops.tables.value_table import ValueTable
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json, read_config
 from weights.checkpoints.gpu_tier import naming_lack_of_memory
-from weights.checkpoints.host_cache_limits import HostCacheLimits, host_cache_limits
 from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
 from weights.checkpoints.new_folder import new_folder, write_synced
 from weights.checkpoints.stored_groups import group_tensors, stored_bits
@@ -103,59 +101,19 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
 
 def serving_dtype(stored: Mapping[str, StoredTensor], dtype: str) -> torch.dtype:
     """The dtype to serve in: ``dtype``, or for ``auto`` float32 if the stored weights are at least
-    that wide, else bfloat16.
+    that wide, else bfloat16. The last norm counts if the embedding is in groups.
 
     Raises:
         ValueError: ``dtype`` is not one of auto, bfloat16, float16, float32.
     """
     if dtype == "auto":
-        wide = stored["model.embed_tokens.weight"].dtype in ("F32", "F64")
-        return torch.float32 if wide else torch.bfloat16
+        codes = [stored[f"model.{name}.weight"].dtype for name in ("embed_tokens", "norm")]
+        code = next(code for code in codes if code in DTYPES)
+        return torch.float32 if code in ("F32", "F64") else torch.bfloat16
     chosen = OUTPUT_DTYPES.get(dtype)
     if chosen is None:
         raise ValueError(f"dtype: {dtype!r} is not one of auto, {', '.join(OUTPUT_DTYPES)}")
     return chosen
-
-
-@dataclass(frozen=True)
-class ModelBytes:
-    """Memory in bytes that a served model takes.
-
-    Attributes:
-        weights: bytes of all tensors except the value tables.
-        tables: bytes of all value tables in their served format; 0 if there are none.
-        host_cache: limits of the row cache if the tables lie in host memory; 0 without tables.
-        kv_per_token: bytes of one token's keys and values in all layers.
-        dtype: dtype in which the model is served.
-    """
-
-    weights: int
-    tables: int
-    host_cache: HostCacheLimits
-    kv_per_token: int
-    dtype: torch.dtype
-
-
-def model_bytes(folder: Path, dtype: str, table_dtype: str, kv_dtype: str = "auto") -> ModelBytes:
-    """The sizes of what ``load_model`` would load; reads only headers.
-
-    ``kv_dtype`` is that of ``EngineConfig``.
-
-    Raises:
-        CheckpointError, ConfigError, ValueError: as ``load_model``.
-    """
-    config, stored = open_checkpoint(folder)
-    chosen = serving_dtype(stored, dtype)
-    tables = [stored.pop(name) for name in config.model.table_names]
-    layouts = table_layouts(tables, table_dtype).values()
-    memory = config.model.memory
-    return ModelBytes(
-        weights=weight_bytes(stored, chosen),
-        tables=sum(layout.num_bytes for layout in layouts),
-        host_cache=host_cache_limits(layouts, memory) if memory else HostCacheLimits(0, 0),
-        kv_per_token=config.model.kv_bytes_per_token(1 if kv_dtype == "fp8" else chosen.itemsize),
-        dtype=chosen,
-    )
 
 
 def load_model(

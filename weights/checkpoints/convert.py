@@ -51,7 +51,7 @@ def convert(
     dtype: str | None = None,
     table_dtype: str | None = None,
     weight_dtype: str | None = None,
-    embedding_dtype: str = "int8",
+    embedding_dtype: str | None = None,
 ) -> None:
     """Write ``source`` (a ``.gguf`` file or a checkpoint folder) as the new folder ``target``.
 
@@ -66,17 +66,19 @@ def convert(
         table_dtype: one of ``TABLE_DTYPES`` for value tables; None applies ``dtype`` and keeps
             quantised tables.
         weight_dtype: int8 or int4, to which linear layers are rounded in groups; None rounds none.
-        embedding_dtype: the same for embedding and head, if ``weight_dtype`` is given.
+        embedding_dtype: the same for embedding and head, by default int8; needs ``weight_dtype``.
 
     Raises:
         CheckpointError: the source is invalid, the target exists, a row to quantise is not finite,
             or a table fails its checksum.
         ConfigError: a dtype is unknown, or ``table_dtype`` is given for a model without tables or
-            with quantised tables, or ``weight_dtype`` for one whose weights are in
-            groups already.
+            with quantised tables, or ``weight_dtype`` for one whose weights are in groups already,
+            or ``embedding_dtype`` without ``weight_dtype``.
     """
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is not one of {', '.join(OUTPUT_DTYPES)}")
+    if embedding_dtype is not None and weight_dtype is None:
+        raise ConfigError("embedding_dtype: needs weight_dtype")
     if source.is_dir():
         imported = read_folder(source, dtype, table_dtype)
     elif table_dtype is not None and source.exists():
@@ -86,12 +88,15 @@ def convert(
     else:
         raise CheckpointError(f"{source}: is neither a checkpoint folder nor a .gguf file")
     _check_shapes(source, imported)
-    stored_as = str(imported.sources[0].dtype).removeprefix("torch.")
-    config, sources = replace(imported.config, dtype=stored_as), imported.sources
+    stored_as = next(one.dtype for one in imported.sources if one.dtype.is_floating_point)
+    config, sources = (
+        replace(imported.config, dtype=str(stored_as).removeprefix("torch.")),
+        imported.sources,
+    )
     if weight_dtype is not None:
         if config.has_groups:
             raise ConfigError(f"weight_dtype: the weights of {source} are in groups already")
-        bits = requested_bits(config.model, weight_dtype, embedding_dtype)
+        bits = requested_bits(config.model, weight_dtype, embedding_dtype or "int8")
         config, sources = replace(config, has_groups=True), grouped_sources(sources, bits)
     finish = _row_reads_copier(source, config.model)
     total = sum(s.dtype.itemsize * torch.Size(s.shape).numel() for s in sources)

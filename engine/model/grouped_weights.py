@@ -63,9 +63,9 @@ def widened(groups: WeightGroups) -> WeightGroups:
 
 
 def dense_weights(groups: WeightGroups, inputs: int, dtype: torch.dtype) -> Tensor:
-    """The weights ``[O, I]`` in ``dtype``."""
+    """The weights ``[O, I]`` in ``dtype``, contiguous."""
     wide_OGI = _integers(groups).float() * groups.scales_OG.float().unsqueeze(2)
-    return wide_OGI.flatten(1)[:, :inputs].to(dtype)
+    return wide_OGI.flatten(1)[:, :inputs].to(dtype).contiguous()
 
 
 def _rounded_to_8_bits(wide_OGI: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
@@ -17,13 +18,14 @@ from weights.checkpoints.config_json import CheckpointConfig, config_to_json, re
 from weights.checkpoints.gpu_tier import naming_lack_of_memory
 from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
 from weights.checkpoints.new_folder import new_folder, write_synced
-from weights.checkpoints.stored_groups import group_tensors, stored_bits
+from weights.checkpoints.stored_groups import stored_bits
 from weights.checkpoints.table_files import OUTPUT_DTYPES, RowLayout, table_shape
 from weights.checkpoints.table_loading import load_tables, open_tables, table_layouts
 from weights.checkpoints.table_origin import table_origin
 from weights.checkpoints.tensor_files import (
     DTYPES,
     RECORDS_DTYPE,
+    STORED_DTYPES,
     StoredTensor,
     TensorSource,
     list_tensors,
@@ -37,22 +39,23 @@ CPU = torch.device("cpu")
 _DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
-def expected_shapes(
+def expected_tensors(
     config: ModelConfig, bits: Mapping[str, int] | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model, tables included.
+) -> dict[str, Tensor]:
+    """Every tensor of a model by name, tables included, on the meta device.
 
-    ``bits`` names layers whose weights are in groups; others than ``groupable`` are ignored.
+    Tensors in groups have the dtype that they need; all others are fp32 here. ``bits`` names the
+    layers whose weights are in groups; others than ``groupable`` are ignored.
     """
     with torch.device("meta"):
         model = Transformer(config)
         known = groupable(model)
         use_groups(model, {name: count for name, count in (bits or {}).items() if name in known})
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in config.table_names:
-        assert config.memory is not None
-        shapes[name] = (config.memory.num_rows, config.memory.value_dim)
-    return shapes
+        tensors = model.state_dict()
+        for name in config.table_names:
+            assert config.memory is not None
+            tensors[name] = torch.empty(config.memory.num_rows, config.memory.value_dim)
+    return tensors
 
 
 def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTensor]]:
@@ -70,8 +73,7 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
     if last not in stored:  # a wrong layer count would build a huge meta model below
         raise CheckpointError(f"{folder}: tensor {last} is missing")
     bits = stored_bits(stored) if config.has_groups else {}
-    expected, tables = expected_shapes(config.model, bits), config.model.table_names
-    grouped = group_tensors(bits)
+    expected, tables = expected_tensors(config.model, bits), config.model.table_names
     if config.model.tie_embeddings:
         drop_tied_head(stored)
     for name, tensor in list(stored.items()):
@@ -80,14 +82,16 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
             continue
         if name not in expected:
             raise CheckpointError(f"{tensor.file}: tensor {name} is unknown to this model")
-        if (shape := table_shape(tensor) if name in tables else tensor.shape) != expected[name]:
+        wanted = expected[name]
+        if (shape := table_shape(tensor) if name in tables else tensor.shape) != wanted.shape:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} has shape {list(shape)}, but the config"
-                f" requires {list(expected[name])}"
+                f" requires {list(wanted.shape)}"
             )
-        allowed = (grouped[name],) if name in grouped else tuple(DTYPES)
+        exact = [code for code, dtype in STORED_DTYPES.items() if dtype is wanted.dtype]
+        allowed = [*DTYPES] if wanted.dtype is torch.float32 else exact
         if name in tables:
-            allowed = (*allowed, RECORDS_DTYPE)
+            allowed.append(RECORDS_DTYPE)
         if tensor.dtype not in allowed:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, not one of"

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from weights.checkpoints.checkpoint import (
-    expected_shapes,
+    expected_tensors,
     open_checkpoint,
     save_checkpoint,
     table_origins,
@@ -88,11 +88,10 @@ def convert(
     else:
         raise CheckpointError(f"{source}: is neither a checkpoint folder nor a .gguf file")
     _check_shapes(source, imported)
-    stored_as = next(one.dtype for one in imported.sources if one.dtype.is_floating_point)
-    config, sources = (
-        replace(imported.config, dtype=str(stored_as).removeprefix("torch.")),
-        imported.sources,
-    )
+    sources = imported.sources
+    # a norm is never in groups
+    stored_as = next(one.dtype for one in sources if one.name == "model.norm.weight")
+    config = replace(imported.config, dtype=str(stored_as).removeprefix("torch."))
     if weight_dtype is not None:
         if config.has_groups:
             raise ConfigError(f"weight_dtype: the weights of {source} are in groups already")
@@ -161,7 +160,8 @@ def _table(stored: StoredTensor, dtype: str | None, table_dtype: str | None) -> 
 
 def _check_shapes(path: Path, imported: ImportedModel) -> None:
     bits = source_bits(imported.sources)
-    expected = expected_shapes(imported.config.model, bits)
+    tensors = expected_tensors(imported.config.model, bits)
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     tables = imported.config.model.table_names
     # open_checkpoint has checked the shapes of tables, which depend on their format
     found = {

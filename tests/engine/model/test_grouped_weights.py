@@ -126,7 +126,8 @@ def test_rows_of_an_embedding_are_those_of_its_dense_weights(bits):
     embedding = nn.Embedding(11, 40)
     rounded = GroupedEmbedding.rounded(embedding, bits)
     ids = torch.tensor([3, 3, 10, 0])
-    assert torch.equal(rounded.rows(ids, torch.float32), rounded.dense(torch.float32)[ids])
+    found = rounded.rows(ids, torch.float32)
+    assert found.is_contiguous() and torch.equal(found, rounded.dense(torch.float32)[ids])
     assert torch.equal(
         rounded.dense(torch.float32), dense(group_weights(embedding.weight, bits), 40)
     )

@@ -157,7 +157,10 @@ def load_served(
     described = read_config(folder).model
     lookahead = _lookahead(options, described) if options.table_lookahead else None
     kv_dtype = engine.kv_dtype if engine else "auto"
-    sizes = model_bytes(folder, options.dtype, options.table_dtype, kv_dtype)
+    keep_groups = keep_stored and device.type == "cpu"
+    sizes = model_bytes(
+        folder, options.dtype, options.table_dtype, kv_dtype, keep_groups=keep_groups
+    )
     request = MemoryRequest(
         kv_bytes=engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0,
         requested_cache=options.table_cache_bytes if options.table_cache is not None else None,

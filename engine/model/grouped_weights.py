@@ -50,7 +50,7 @@ def group_weights(weight_OI: Tensor, bits: int) -> WeightGroups:
     """
     round_part = {8: _rounded_to_8_bits, 4: _rounded_to_4_bits}[bits]
     outputs = max(1, _PART_WEIGHTS // weight_OI.shape[1])
-    parts = [round_part(_grouped(part_OI.float())) for part_OI in weight_OI.split(outputs)]
+    parts = [round_part(_grouped(part_OI.float())) for part_OI in torch.split(weight_OI, outputs)]
     values, scales = zip(*parts, strict=True)
     return WeightGroups(torch.cat(values), torch.cat(scales), bits)
 

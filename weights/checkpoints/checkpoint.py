@@ -167,7 +167,8 @@ def load_model(
         use_groups(model, bits)
     all_rows = sum(layout.num_bytes for layout in layouts.values())
     row_bytes = all_rows if table_cache is None else table_cache
-    needed = weight_bytes(stored, chosen), row_bytes
+    keep_groups = keep_stored and device.type == "cpu"
+    needed = weight_bytes(stored, chosen, keep_groups=keep_groups), row_bytes
     with naming_lack_of_memory(device, *needed, is_cached=table_cache is not None):
         if device.type == "cpu":
             weights = mapped_weights(stored, None if keep_stored or bits else chosen)
@@ -178,7 +179,7 @@ def load_model(
         if tables:
             placed = _tables(tables, layouts, config.model, table_cache, device, verify_tables)
             model.attach_tables(placed)
-        if bits and not (keep_stored and device.type == "cpu"):
+        if bits and not keep_groups:
             model = converted(model, chosen)
     if device.type == "cuda":
         # return staging memory to the GPU: the executor measures what is left

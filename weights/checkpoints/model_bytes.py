@@ -30,10 +30,17 @@ class ModelBytes:
     dtype: torch.dtype
 
 
-def model_bytes(folder: Path, dtype: str, table_dtype: str, kv_dtype: str = "auto") -> ModelBytes:
+def model_bytes(
+    folder: Path,
+    dtype: str,
+    table_dtype: str,
+    kv_dtype: str = "auto",
+    *,
+    keep_groups: bool = False,
+) -> ModelBytes:
     """The sizes of what ``load_model`` would load; reads only headers.
 
-    ``kv_dtype`` is that of ``EngineConfig``.
+    ``kv_dtype`` is that of ``EngineConfig``. With ``keep_groups``, weights in groups stay so.
 
     Raises:
         CheckpointError, ConfigError, ValueError: as ``load_model``.
@@ -44,7 +51,7 @@ def model_bytes(folder: Path, dtype: str, table_dtype: str, kv_dtype: str = "aut
     layouts = table_layouts(tables, table_dtype).values()
     memory = config.model.memory
     return ModelBytes(
-        weights=weight_bytes(stored, chosen),
+        weights=weight_bytes(stored, chosen, keep_groups=keep_groups),
         tables=sum(layout.num_bytes for layout in layouts),
         host_cache=host_cache_limits(layouts, memory) if memory else HostCacheLimits(0, 0),
         kv_per_token=config.model.kv_bytes_per_token(1 if kv_dtype == "fp8" else chosen.itemsize),

@@ -117,8 +117,18 @@ def test_a_device_reads_groups_as_they_are_stored(folders, dtype):
         kept = torch.bfloat16 if is_exact(name) else weight.dtype
         assert found[name].dtype is kept and torch.equal(found[name], weight.to(kept))
     needed = sum(weight.nbytes for weight in found.values())
-    assert weight_bytes(stored, torch.bfloat16) == needed
-    assert model_bytes(folders[dtype], "bfloat16", "auto").weights == needed
+    assert weight_bytes(stored, torch.bfloat16, keep_groups=True) == needed
+    assert model_bytes(folders[dtype], "bfloat16", "auto", keep_groups=True).weights == needed
+
+
+@each_dtype
+def test_bytes_of_dense_weights_are_those_of_the_unrounded_folder(tmp_path, dtype):
+    # all inputs are whole groups
+    config = tiny_config(hidden_size=32, intermediate_size=64)
+    folder = save_model(random_model(config), tmp_path / "source")
+    convert(folder, tmp_path / "made", weight_dtype=dtype)
+    wanted = model_bytes(folder, "bfloat16", "auto")
+    assert model_bytes(tmp_path / "made", "bfloat16", "auto") == wanted
 
 
 @each_dtype

@@ -18,9 +18,10 @@ from benchmarks.step_work import ModelWork
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server.allocator import keep_freed_memory
-from server.config import EngineSettings, ModelOptions, cache_folder
+from server.config import EngineSettings, cache_folder
 from server.device import chosen_device
 from server.engine_entry import build_engine
+from server.model_options import ModelOptions
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
 from weights.checkpoints.stored_groups import requested_bits, stored_bits
 from weights.models.prepare import prepared_folder

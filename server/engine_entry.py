@@ -21,14 +21,16 @@ from engine.model.transformer import Transformer
 from engine.process import run_engine
 from engine.sampling.masks import Grammars
 from server.allocator import keep_freed_memory
-from server.config import EngineSettings, ModelOptions
+from server.config import EngineSettings
 from server.device import chosen_device
 from server.logs import set_up_logs
-from weights.checkpoints.checkpoint import load_model, model_bytes
+from server.model_options import ModelOptions
+from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.config_json import CheckpointConfig, read_config
 from weights.checkpoints.gpu_tier import GpuTierChoice
 from weights.checkpoints.host_cache_limits import HostCacheLimits
 from weights.checkpoints.memory_request import MemoryRequest
+from weights.checkpoints.model_bytes import model_bytes
 from weights.checkpoints.table_tier import CpuTierChoice
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
@@ -96,7 +98,7 @@ class LoadedModel:
         kv_bytes: bytes for its KV blocks; None on a GPU leaves the size to the executor, which
             measures the memory that is left.
         lookahead: settings of the row prefetch; None without prefetch.
-        weight_dtype: one of ``WEIGHT_DTYPES``, to which the executor rounds weights.
+        weight_dtype: auto, int8 or int4; see ``make_executor``.
     """
 
     model: Transformer
@@ -155,7 +157,10 @@ def load_served(
     described = read_config(folder).model
     lookahead = _lookahead(options, described) if options.table_lookahead else None
     kv_dtype = engine.kv_dtype if engine else "auto"
-    sizes = model_bytes(folder, options.dtype, options.table_dtype, kv_dtype)
+    keep_groups = keep_stored and device.type == "cpu"
+    sizes = model_bytes(
+        folder, options.dtype, options.table_dtype, kv_dtype, keep_groups=keep_groups
+    )
     request = MemoryRequest(
         kv_bytes=engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0,
         requested_cache=options.table_cache_bytes if options.table_cache is not None else None,

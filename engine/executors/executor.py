@@ -80,8 +80,8 @@ def make_executor(
     """Make the fastest executor for a loaded model, with KV memory as configured.
 
     It computes in ``dtype``, by default the model's; on a GPU the weights have it already.
-    ``weight_dtype`` int8 or int4 rounds the weights of products on a CPU; auto leaves them. The model
-    computes the same afterwards. The executor may copy its weights: a caller that only serves should
+    ``weight_dtype`` int8 or int4 makes it round weights as ``CpuExecutor`` does; auto keeps them.
+    The model stays as it is. The executor may copy its weights: a caller that only serves should
     drop the model.
 
     Raises:

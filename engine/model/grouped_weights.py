@@ -21,8 +21,11 @@ from engine.model.uninitialised import ExactLinear
 
 GROUP = 32
 WEIGHT_BITS = {"int8": 8, "int4": 4}
+# of embedding and head unless asked otherwise: fewer cost more than in layers
+HEAD_BITS = 8
 VALUE_DTYPES = {8: torch.int8, 4: torch.uint8}
-# where the most extreme weight of a group may lie on the scale of -8 to 7
+_PART_WEIGHTS = 1 << 22
+# candidates for the place of a group's most extreme weight on the scale of -8 to 7
 _EXTREMES = (-8.0, -7.4, -8.6, 7.4)
 
 
@@ -40,31 +43,16 @@ def num_groups(inputs: int) -> int:
 
 
 def group_weights(weight_OI: Tensor, bits: int) -> WeightGroups:
-    """Round weights to groups of ``bits`` bits.
+    """Round weights to groups of ``bits`` bits, some outputs at a time to save memory.
 
-    With 8 bits the largest weight of a group becomes 127 or -127. With 4 bits the scale is that of
-    a few which has the smallest squared error.
+    With 8 bits the largest weight of a group becomes 127 or -127. With 4 bits the scale is the one
+    of several candidates that has the smallest squared error.
     """
-    wide_OGI = _grouped(weight_OI.float())
-    if bits == 8:
-        scales_OG = (wide_OGI.abs().amax(dim=2) / 127).half()
-        return WeightGroups(_rounded(wide_OGI, scales_OG, -127, 127).flatten(1), scales_OG, bits)
-    assert bits == 4
-    places_OG1 = wide_OGI.abs().argmax(dim=2, keepdim=True)
-    extremes_OG = wide_OGI.gather(2, places_OG1).squeeze(2)
-    best_OG, scales_OG = None, torch.zeros_like(extremes_OG).half()
-    for place in _EXTREMES:
-        tried_OG = _refined(wide_OGI, (extremes_OG / place).half())
-        errors_OG = _errors(wide_OGI, tried_OG)
-        if best_OG is None:
-            best_OG, scales_OG = errors_OG, tried_OG
-            continue
-        is_better_OG = errors_OG < best_OG
-        best_OG = torch.where(is_better_OG, errors_OG, best_OG)
-        scales_OG = torch.where(is_better_OG, tried_OG, scales_OG)
-    nibbles_OGI = (_rounded(wide_OGI, scales_OG, -8, 7) + 8).to(torch.uint8)
-    low_OGI, high_OGI = nibbles_OGI.chunk(2, dim=2)
-    return WeightGroups((low_OGI | high_OGI << 4).flatten(1), scales_OG, bits)
+    round_part = {8: _rounded_to_8_bits, 4: _rounded_to_4_bits}[bits]
+    outputs = max(1, _PART_WEIGHTS // weight_OI.shape[1])
+    parts = [round_part(_grouped(part_OI.float())) for part_OI in torch.split(weight_OI, outputs)]
+    values, scales = zip(*parts, strict=True)
+    return WeightGroups(torch.cat(values), torch.cat(scales), bits)
 
 
 def widened(groups: WeightGroups) -> WeightGroups:
@@ -75,9 +63,27 @@ def widened(groups: WeightGroups) -> WeightGroups:
 
 
 def dense_weights(groups: WeightGroups, inputs: int, dtype: torch.dtype) -> Tensor:
-    """The weights ``[O, I]`` in ``dtype``."""
+    """The weights ``[O, I]`` in ``dtype``, contiguous."""
     wide_OGI = _integers(groups).float() * groups.scales_OG.float().unsqueeze(2)
-    return wide_OGI.flatten(1)[:, :inputs].to(dtype)
+    return wide_OGI.flatten(1)[:, :inputs].to(dtype).contiguous()
+
+
+def _rounded_to_8_bits(wide_OGI: Tensor) -> tuple[Tensor, Tensor]:
+    scales_OG = (wide_OGI.abs().amax(dim=2) / 127).half()
+    return _rounded(wide_OGI, scales_OG, -127, 127).flatten(1), scales_OG
+
+
+def _rounded_to_4_bits(wide_OGI: Tensor) -> tuple[Tensor, Tensor]:
+    places_OG1 = wide_OGI.abs().argmax(dim=2, keepdim=True)
+    extremes_OG = wide_OGI.gather(2, places_OG1).squeeze(2)
+    candidates_COG = torch.stack(
+        [_refined(wide_OGI, (extremes_OG / place).half()) for place in _EXTREMES]
+    )
+    errors_COG = torch.stack([_errors(wide_OGI, scales_OG) for scales_OG in candidates_COG])
+    scales_OG = candidates_COG.gather(0, errors_COG.argmin(dim=0, keepdim=True)).squeeze(0)
+    nibbles_OGI = (_rounded(wide_OGI, scales_OG, -8, 7) + 8).to(torch.uint8)
+    low_OGI, high_OGI = nibbles_OGI.chunk(2, dim=2)
+    return (low_OGI | high_OGI << 4).flatten(1), scales_OG
 
 
 def _integers(groups: WeightGroups) -> Tensor:
@@ -147,6 +153,16 @@ class GroupedEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
         self.weight, self.weight_scales = _parameters(num_embeddings, embedding_dim, bits)
+
+    @classmethod
+    def rounded(cls, embedding: nn.Embedding, bits: int) -> "GroupedEmbedding":
+        """The rows of an embedding, rounded by ``group_weights``."""
+        with torch.device("meta"):
+            made = cls(embedding.num_embeddings, embedding.embedding_dim, bits)
+        groups = group_weights(embedding.weight, bits)
+        made.weight = nn.Parameter(groups.values, requires_grad=False)
+        made.weight_scales = nn.Parameter(groups.scales_OG, requires_grad=False)
+        return made
 
     @property
     def groups(self) -> WeightGroups:

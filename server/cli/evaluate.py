@@ -7,9 +7,10 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from server.config import ModelOptions, cache_folder
+from server.config import cache_folder
 from server.device import chosen_device
 from server.engine_entry import load_served, served_engine
+from server.model_options import ModelOptions
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.prepare import prepared_folder
 from weights.training.corpus import corpus_files, documents

@@ -18,19 +18,13 @@ from server.cli.config_file import apply_config
 from server.cli.learn import add_learn
 from server.cli.options import Parser, add_options, from_options
 from server.cli.patch import add_patch
-from server.config import (
-    HttpOptions,
-    ModelOptions,
-    SupervisionOptions,
-    ThreadOptions,
-    cache_folder,
-    set_threads,
-)
+from server.config import HttpOptions, SupervisionOptions, ThreadOptions, cache_folder, set_threads
 from server.limits import LimitOptions
 from server.logs import say, set_up_logs
+from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
-from weights.checkpoints.dtype_names import TABLE_DTYPES, WEIGHT_DTYPES
+from weights.checkpoints.dtype_names import GROUPED_DTYPES, TABLE_DTYPES
 from weights.errors import (
     ChatTemplateError,
     CheckpointError,
@@ -124,9 +118,9 @@ def quantize(options: argparse.Namespace) -> None:
     from weights.checkpoints.convert import convert
     from weights.models.prepare import prepared_folder
 
-    source = prepared_folder(options.source, cache_folder())
     if options.table_dtype is None and options.weight_dtype is None:
-        raise ConfigError("table_dtype, weight_dtype: at least one is needed")
+        raise ConfigError("table_dtype, weight_dtype: give one or both")
+    source = prepared_folder(options.source, cache_folder())
     convert(
         source,
         Path(options.target),
@@ -191,15 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--dtype", help="dtype of weights (default: as stored)")
     verb.add_argument("--table-dtype", help="dtype of value tables (default: the value of --dtype)")
 
-    verb = verbs.add_parser("quantize", help=quantize.__doc__)
-    verb.set_defaults(run=quantize)
-    verb.add_argument("source", metavar="SRC", help="model name or checkpoint folder")
-    verb.add_argument("target", metavar="DST", help="folder to create")
-    verb.add_argument("--table-dtype", choices=TABLE_DTYPES, help="new dtype of value tables")
-    weights = "dtype of linear layers: integers with a scale per 32 weights"
-    verb.add_argument("--weight-dtype", choices=WEIGHT_DTYPES[1:], help=weights)
-    heads = "dtype of embedding and head, with --weight-dtype (default: %(default)s)"
-    verb.add_argument("--embedding-dtype", choices=WEIGHT_DTYPES[1:], default="int8", help=heads)
+    _add_quantize(verbs)
 
     verb = verbs.add_parser("inspect", help=inspect.__doc__)
     verb.set_defaults(run=inspect)
@@ -240,6 +226,18 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", usa
     verb.add_argument("--config", type=Path, metavar="FILE", help=config)
     for settings in _SERVED:
         add_options(verb, settings)
+
+
+def _add_quantize(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    verb = verbs.add_parser("quantize", help=quantize.__doc__)
+    verb.set_defaults(run=quantize)
+    verb.add_argument("source", metavar="SRC", help="model name or checkpoint folder")
+    verb.add_argument("target", metavar="DST", help="folder to create")
+    verb.add_argument("--table-dtype", choices=TABLE_DTYPES, help="new dtype of value tables")
+    weights = "dtype of linear layers: integers with a scale per 32 weights"
+    verb.add_argument("--weight-dtype", choices=GROUPED_DTYPES, help=weights)
+    heads = "dtype of embedding and head, with --weight-dtype (default: int8)"
+    verb.add_argument("--embedding-dtype", choices=GROUPED_DTYPES, help=heads)
 
 
 def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

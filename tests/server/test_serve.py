@@ -208,7 +208,7 @@ MISTAKES = [
     (["inspect", "nowhere"], "nowhere"),
     (["convert", "nowhere.gguf", "there"], "nowhere.gguf"),
     (["quantize", "nowhere", "there", "--table-dtype", "int8"], "nowhere"),
-    (["quantize", "wordnet", "there"], "--table-dtype"),
+    (["quantize", "wordnet", "there"], "table_dtype, weight_dtype: give one or both"),
     (["serve", "--table-tier", "host"], "table_tier: host needs a GPU"),
     (["serve", "--table-dtype", "int3"], "--table-dtype"),
     (["serve", "--log-interval-s", "-1"], "log_interval_s"),

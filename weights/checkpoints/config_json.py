@@ -11,6 +11,7 @@ from weights.checkpoints.config_keys import (
     FORMAT_VERSION,
     IGNORED_KEYS,
     QUANTIZATION,
+    QUANTIZATION_KEY,
     check_values,
 )
 from weights.checkpoints.feed_forward_json import (
@@ -113,7 +114,7 @@ def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
         raw["rope_scaling"] = {"rope_type": "llama3"}
         raw["rope_scaling"] |= {key: scaling[name] for key, name in _ROPE_SCALING.items()}
     if config.has_groups:
-        raw["quantization_config"] = QUANTIZATION
+        raw[QUANTIZATION_KEY] = QUANTIZATION
     return raw | feed_forward_to_json(model)
 
 
@@ -148,7 +149,7 @@ def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
         eos_ids=_ids("eos_token_id", eos),
         bos_id=min(bos_ids, default=None),
         dtype=typed("dtype", dtype, str) if dtype is not None else None,
-        has_groups="quantization_config" in raw,
+        has_groups=QUANTIZATION_KEY in raw,
     )
 
 

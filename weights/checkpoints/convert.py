@@ -1,6 +1,6 @@
 """Converts a GGUF file or a checkpoint folder to a new checkpoint folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from weights.checkpoints.checkpoint import (
-    expected_shapes,
+    expected_tensors,
     open_checkpoint,
     save_checkpoint,
     table_origins,
@@ -51,7 +51,7 @@ def convert(
     dtype: str | None = None,
     table_dtype: str | None = None,
     weight_dtype: str | None = None,
-    embedding_dtype: str = "int8",
+    embedding_dtype: str | None = None,
 ) -> None:
     """Write ``source`` (a ``.gguf`` file or a checkpoint folder) as the new folder ``target``.
 
@@ -65,17 +65,19 @@ def convert(
         table_dtype: one of ``TABLE_DTYPES`` for value tables; None applies ``dtype`` and keeps
             quantised tables.
         weight_dtype: int8 or int4, to which linear layers are rounded in groups; None rounds none.
-        embedding_dtype: the same for embedding and head, if ``weight_dtype`` is given.
+        embedding_dtype: the same for embedding and head, by default int8; needs ``weight_dtype``.
 
     Raises:
         CheckpointError: the source is invalid, the target exists, a row to quantise is not finite,
             or a table fails its checksum.
         ConfigError: a dtype is unknown, or ``table_dtype`` is given for a model without tables or
-            with quantised tables, or ``weight_dtype`` for one whose weights are in
-            groups already.
+            with quantised tables, or ``weight_dtype`` for one whose weights are in groups already,
+            or ``embedding_dtype`` without ``weight_dtype``.
     """
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is not one of {', '.join(OUTPUT_DTYPES)}")
+    if embedding_dtype is not None and weight_dtype is None:
+        raise ConfigError("embedding_dtype: needs weight_dtype")
     if source.is_dir():
         imported = read_folder(source, dtype, table_dtype)
     elif table_dtype is not None and source.exists():
@@ -85,12 +87,14 @@ def convert(
     else:
         raise CheckpointError(f"{source}: is neither a checkpoint folder nor a .gguf file")
     _check_shapes(source, imported)
-    stored_as = str(_compute_dtype(imported.sources)).removeprefix("torch.")
-    config, sources = replace(imported.config, dtype=stored_as), imported.sources
+    sources = imported.sources
+    # a norm is never in groups
+    stored_as = next(one.dtype for one in sources if one.name == "model.norm.weight")
+    config = replace(imported.config, dtype=str(stored_as).removeprefix("torch."))
     if weight_dtype is not None:
         if config.has_groups:
             raise ConfigError(f"weight_dtype: the weights of {source} are in groups already")
-        bits = requested_bits(config.model, weight_dtype, embedding_dtype)
+        bits = requested_bits(config.model, weight_dtype, embedding_dtype or "int8")
         config, sources = replace(config, has_groups=True), grouped_sources(sources, bits)
     finish = _row_reads_copier(source, config.model)
     total = sum(s.dtype.itemsize * torch.Size(s.shape).numel() for s in sources)
@@ -103,11 +107,6 @@ def convert(
             progress.update,
             finish=finish,
         )
-
-
-def _compute_dtype(sources: Sequence[TensorSource]) -> torch.dtype:
-    """The dtype of weights that are never in groups."""
-    return next(source.dtype for source in sources if source.name == "model.norm.weight")
 
 
 def read_folder(
@@ -160,7 +159,8 @@ def _table(stored: StoredTensor, dtype: str | None, table_dtype: str | None) -> 
 
 def _check_shapes(path: Path, imported: ImportedModel) -> None:
     bits = source_bits(imported.sources)
-    expected = expected_shapes(imported.config.model, bits)
+    tensors = expected_tensors(imported.config.model, bits)
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     tables = imported.config.model.table_names
     # open_checkpoint has checked the shapes of tables, which depend on their format
     found = {

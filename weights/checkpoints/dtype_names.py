@@ -2,4 +2,4 @@
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 TABLE_DTYPES = (*FLOAT_DTYPES, "int8", "int4", "fp8")
-WEIGHT_DTYPES = ("auto", "int8", "int4")
+GROUPED_DTYPES = ("int8", "int4")

@@ -51,13 +51,21 @@ def device_weights(
     return {name: _finite(stored[name], weight) for name, weight in weights.items()}
 
 
-def weight_bytes(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> int:
-    """Bytes of all weights in ``dtype``; those in groups as they are stored."""
-    grouped = group_tensors(stored_bits(stored))
-    return sum(
-        one.num_bytes if name in grouped else dtype.itemsize * math.prod(one.shape)
-        for name, one in stored.items()
-    )
+def weight_bytes(
+    stored: Mapping[str, StoredTensor], dtype: torch.dtype, *, keep_groups: bool
+) -> int:
+    """Bytes of all weights in ``dtype``; those in groups as they are stored, or dense too."""
+    bits = stored_bits(stored)
+    total = 0
+    for name, one in stored.items():
+        layer, _, kind = name.rpartition(".")
+        if layer not in bits or kind == "bias":
+            total += dtype.itemsize * math.prod(one.shape)
+        elif keep_groups:
+            total += one.num_bytes
+        elif kind == "weight":
+            total += dtype.itemsize * math.prod(one.shape) * 8 // bits[layer]
+    return total
 
 
 def _finite(stored: StoredTensor, weight: Tensor) -> Tensor:

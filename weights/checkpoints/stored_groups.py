@@ -27,20 +27,20 @@ _BITS = {dtype: bits for bits, dtype in VALUE_DTYPES.items()}
 
 def stored_bits(stored: Mapping[str, StoredTensor]) -> dict[str, int]:
     """Bits of the layers whose weights are in groups, by the layer's name."""
-    layers = [name.removesuffix(_SCALES) for name in stored if name.endswith(_SCALES)]
-    dtypes = {name: stored[name + _WEIGHT].dtype for name in layers if name + _WEIGHT in stored}
-    return {
-        name: _BITS[STORED_DTYPES[code]]
-        for name, code in dtypes.items()
-        if STORED_DTYPES.get(code) in _BITS
-    }
+    return _bits({name: STORED_DTYPES.get(one.dtype) for name, one in stored.items()})
 
 
 def source_bits(sources: Iterable[TensorSource]) -> dict[str, int]:
     """The same of tensors that are not written yet."""
-    dtypes = {source.name: source.dtype for source in sources}
-    layers = [name.removesuffix(_SCALES) for name in dtypes if name.endswith(_SCALES)]
-    return {name: _BITS[dtypes[name + _WEIGHT]] for name in layers}
+    return _bits({source.name: source.dtype for source in sources})
+
+
+def _bits(dtypes: Mapping[str, torch.dtype | None]) -> dict[str, int]:
+    return {
+        name.removesuffix(_WEIGHT): _BITS[dtype]
+        for name, dtype in dtypes.items()
+        if name.endswith(_WEIGHT) and dtype in _BITS
+    }
 
 
 def requested_bits(config: ModelConfig, weight_dtype: str, embedding_dtype: str) -> dict[str, int]:

@@ -18,7 +18,7 @@ from engine.executors.lookahead import Lookahead, LookaheadConfig
 from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import kv_memory
 from engine.model.forward_trace import ForwardTrace
-from engine.model.grouped_weights import GroupedEmbedding
+from engine.model.grouped_weights import HEAD_BITS, GroupedEmbedding
 from engine.model.layout import TokenLayout
 from engine.model.rotary import rope_angles
 from engine.model.transformer import Transformer
@@ -47,8 +47,8 @@ class CpuExecutor:
         """Pack a model's weights in ``dtype``, fp32 or bf16, and reserve KV memory.
 
         ``dtype`` is by default that of the model; the embedding is kept if it has ``dtype``. With
-        ``weight_bits``, weights of products are rounded to groups: to 8 bits in the head, to so
-        many bits in the layers.
+        ``weight_bits``, weights are rounded to groups: to so many bits in the layers, to 8 bits in
+        embedding and head.
 
         Raises:
             KvMemoryError: the system cannot provide the KV memory.
@@ -64,7 +64,12 @@ class CpuExecutor:
         self.progress.watch(lambda: kernels.work_done)
         self._kernels = kernels
         packer = Packer(kernels, dtype or model.dtype, weight_bits)
-        self._embed = _embedding(model.model.embed_tokens, packer.dtype)
+        head_packer, embedding = packer, model.model.embed_tokens
+        if weight_bits is not None:
+            assert isinstance(embedding, nn.Embedding)
+            head_packer = replace(packer, weight_bits=HEAD_BITS)
+            embedding = GroupedEmbedding.rounded(embedding, HEAD_BITS)
+        self._embed = _embedding(embedding, packer.dtype)
         self._rope_frequencies = model.rope_frequencies
         layers = [pack_layer(packer, layer) for layer in model.layers]
         memories = [layer.memory.predicted for layer in layers if layer.memory is not None]
@@ -75,8 +80,8 @@ class CpuExecutor:
             self.progress,
             None if lookahead is None else Lookahead(memories, lookahead),
         )
-        head_packer = packer if weight_bits is None else replace(packer, weight_bits=8)
-        self._head = head_packer.linear(model.head, norm=model.model.norm)
+        head = embedding if model.lm_head is None else model.lm_head
+        self._head = head_packer.linear(head, norm=model.model.norm)
         self._sampler = Sampler(kernels.sample, kernels.log_probabilities, kernels.mask)
         self._block_table = HostBlockTable()
         like = torch.empty(0, dtype=packer.dtype)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
-from engine.model.grouped_weights import groupable, use_groups
-from engine.model.transformer import Transformer, converted
+from engine.model.grouped_weights import dense_state, groupable, use_groups
+from engine.model.transformer import Transformer
 from memory_ops.tables.value_table import ValueTable
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json, read_config
 from weights.checkpoints.gpu_tier import naming_lack_of_memory
@@ -161,30 +161,50 @@ def load_model(
     tables = [stored.pop(name) for name in config.model.table_names]
     if not tables:
         _check_no_table_options(table_cache, table_dtype, verify_tables)
-    layouts, bits = table_layouts(tables, table_dtype), stored_bits(stored)
-    with torch.device("meta"):
-        model = Transformer(config.model)
-        use_groups(model, bits)
+    layouts = table_layouts(tables, table_dtype)
     all_rows = sum(layout.num_bytes for layout in layouts.values())
     row_bytes = all_rows if table_cache is None else table_cache
-    keep_groups = keep_stored and device.type == "cpu"
-    needed = weight_bytes(stored, chosen, keep_groups=keep_groups), row_bytes
+    keep_stored = keep_stored and device.type == "cpu"
+    needed = weight_bytes(stored, chosen, keep_groups=keep_stored), row_bytes
     with naming_lack_of_memory(device, *needed, is_cached=table_cache is not None):
-        if device.type == "cpu":
-            weights = mapped_weights(stored, None if keep_stored or bits else chosen)
-        else:
-            weights = device_weights(stored, chosen, device)
-        model.load_state_dict(weights, assign=True)
-        model.rope_frequencies = model.rope_frequencies.to(device)
+        model = _read_model(config.model, stored, chosen, device, keep_stored)
         if tables:
             placed = _tables(tables, layouts, config.model, table_cache, device, verify_tables)
             model.attach_tables(placed)
-        if bits and not keep_groups:
-            model = converted(model, chosen)
     if device.type == "cuda":
         # return staging memory to the GPU: the executor measures what is left
         torch.cuda.empty_cache()
     return model.eval().requires_grad_(False), config
+
+
+def _read_model(
+    config: ModelConfig,
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_stored: bool,
+) -> Transformer:
+    """The model without tables; see ``load_model``."""
+    bits = stored_bits(stored)
+    if device.type == "cpu":
+        weights = mapped_weights(stored, None if keep_stored or bits else dtype)
+    else:
+        weights = device_weights(stored, dtype, device)
+    model = _with_weights(config, bits, weights)
+    if bits and not keep_stored:
+        model = _with_weights(config, {}, dense_state(model, dtype))
+    model.rope_frequencies = model.rope_frequencies.to(device)
+    return model
+
+
+def _with_weights(
+    config: ModelConfig, bits: Mapping[str, int], weights: Mapping[str, Tensor]
+) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(config)
+        use_groups(model, bits)
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 def _tables(

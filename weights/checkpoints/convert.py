@@ -87,15 +87,12 @@ def convert(
     else:
         raise CheckpointError(f"{source}: is neither a checkpoint folder nor a .gguf file")
     _check_shapes(source, imported)
+    if weight_dtype is not None:
+        imported = _rounded(source, imported, weight_dtype, embedding_dtype or "int8")
     sources = imported.sources
     # a norm is never in groups
     stored_as = next(one.dtype for one in sources if one.name == "model.norm.weight")
     config = replace(imported.config, dtype=str(stored_as).removeprefix("torch."))
-    if weight_dtype is not None:
-        if config.has_groups:
-            raise ConfigError(f"weight_dtype: the weights of {source} are in groups already")
-        bits = requested_bits(config.model, weight_dtype, embedding_dtype or "int8")
-        config, sources = replace(config, has_groups=True), grouped_sources(sources, bits)
     finish = _row_reads_copier(source, config.model)
     total = sum(s.dtype.itemsize * torch.Size(s.shape).numel() for s in sources)
     with tqdm(total=total, unit="B", unit_scale=True, desc=target.name) as progress:
@@ -128,6 +125,17 @@ def read_folder(
     files = {name: folder / name for name in (*TOKENIZER_FILES, "generation_config.json")}
     extra_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
     return ImportedModel(config, sources, extra_files)
+
+
+def _rounded(
+    path: Path, imported: ImportedModel, weight_dtype: str, embedding_dtype: str
+) -> ImportedModel:
+    config = imported.config
+    if config.has_groups:
+        raise ConfigError(f"weight_dtype: the weights of {path} are in groups already")
+    bits = requested_bits(config.model, weight_dtype, embedding_dtype)
+    config, sources = replace(config, has_groups=True), grouped_sources(imported.sources, bits)
+    return replace(imported, config=config, sources=sources)
 
 
 def _row_reads_copier(source: Path, config: ModelConfig) -> Callable[[Path], object]:

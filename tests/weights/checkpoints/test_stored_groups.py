@@ -14,6 +14,8 @@ from engine.executors.batch import prompt_batch
 from engine.executors.executor import make_executor
 from engine.model.grouped_weights import dense_weights, group_bits, group_weights
 from server.cli.main import main
+from server.engine_entry import load_served, served_executor
+from server.model_options import ModelOptions
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.checkpoints.checkpoint import load_model, open_checkpoint
 from weights.checkpoints.convert import convert
@@ -82,6 +84,18 @@ def test_embedding_and_head_take_another_dtype(source, tmp_path):
 def test_a_folder_gives_the_tokens_of_rounding_at_load(source, folders, dtype):
     wanted = logits(load_model(source)[0], weight_dtype=dtype)
     assert torch.equal(logits(load_model(folders[dtype], keep_stored=True)[0]), wanted)
+
+
+@each_dtype
+def test_the_server_rounds_at_load_or_reads_a_rounded_folder(source, folders, dtype):
+    config, cpu = EngineConfig(kv_cache_gib=0.001), torch.device("cpu")
+
+    def served(folder, **options):
+        model = ModelOptions(str(folder), **options)
+        made = served_executor(load_served(model, folder, config, cpu, keep_stored=True), config)
+        return made.logits(prompt_batch(range(20), 16))
+
+    assert torch.equal(served(folders[dtype]), served(source, weight_dtype=dtype))
 
 
 @each_dtype

@@ -58,7 +58,7 @@ def run(build, x_TI, layers, *, before=None, is_gated=False, residual=None):
     return kernels.linear(packed, x_TI, residual)
 
 
-def check_near(found, wanted):
+def check(found, wanted):
     rtol, atol = TOLERANCE[found.dtype]
     torch.testing.assert_close(found.double(), wanted, rtol=rtol * 10, atol=atol * 10)
 
@@ -75,7 +75,7 @@ def test_layers_over_one_input_are_one_product(build, dtype, bits, data):
     x = torch.randn(rows, inputs).to(dtype)
     residual = torch.randn(rows, sum(sizes)).to(dtype) if has_residual else None
     wanted = exact(x, layers) + (0 if residual is None else residual.double())
-    check_near(run(build, x, layers, residual=residual), wanted)
+    check(run(build, x, layers, residual=residual), wanted)
 
 
 @each_build

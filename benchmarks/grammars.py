@@ -15,9 +15,10 @@ from engine.request import Request
 from engine.sampling.grammar import Grammar
 from engine.sampling.params import SamplingParams
 from server.allocator import keep_freed_memory
-from server.config import ModelOptions, cache_folder
+from server.config import cache_folder
 from server.device import chosen_device
 from server.engine_entry import load_served, served_executor
+from server.model_options import ModelOptions
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.grammars.compiler import GrammarCompiler
 from weights.models.prepare import prepared_folder

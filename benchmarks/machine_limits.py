@@ -18,15 +18,23 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """Gigabytes read, and billions of additions and multiplications, a second."""
+    """Gigabytes read, and billions of additions and multiplications, a second.
+
+    ``integer_gops`` are those of 8-bit integers; 0 if they were not measured.
+    """
 
     gb_per_s: float
     gflops: float
+    integer_gops: float = 0.0
 
     @classmethod
     def median(cls, measured: Sequence["MachineLimits"]) -> "MachineLimits":
         """The median of each, to go with medians of what was measured in between."""
-        return cls(median(one.gb_per_s for one in measured), median(one.gflops for one in measured))
+        return cls(
+            median(one.gb_per_s for one in measured),
+            median(one.gflops for one in measured),
+            median(one.integer_gops for one in measured),
+        )
 
 
 class LimitMeter:
@@ -36,14 +44,15 @@ class LimitMeter:
     that of torch's products, of a weight as it is or packed by oneDNN, whichever is faster.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        """``dtype`` is that of the products.
+    def __init__(self, dtype: torch.dtype, *, with_integers: bool = False) -> None:
+        """``dtype`` is that of the products; products of 8-bit integers are measured on request.
 
         Raises:
             ConfigError: memplus was installed without its native library.
         """
         self._read = sequential_reader(read_library()).call
         self._products = list(_products(dtype))
+        self._integers = _integer_product() if with_integers else None
 
     @torch.inference_mode()
     def measure(self) -> MachineLimits:
@@ -53,6 +62,9 @@ class LimitMeter:
         return MachineLimits(
             gb_per_s=sequential_limit(_fastest(self._read)),
             gflops=2 * rows * inputs * outputs / fastest / 1e9,
+            integer_gops=0.0
+            if self._integers is None
+            else 2 * rows * inputs * outputs / _fastest(self._integers) / 1e9,
         )
 
 
@@ -69,6 +81,14 @@ def _products(dtype: torch.dtype) -> Iterator[Callable[[], Tensor]]:
         if pack is not None and multiply is not None:
             packed = pack(weight_OI, rows)
             yield lambda: multiply(x_TI, packed, None, "none", [], "")
+
+
+def _integer_product() -> Callable[[], Tensor]:
+    rows, inputs, outputs = PRODUCT
+    x_TI = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8)
+    weight_OI = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    # oneDNN's product of int8, with sums in int32
+    return lambda: torch._int_mm(x_TI, weight_OI.T)
 
 
 def _fastest(call: Callable[..., object]) -> float:

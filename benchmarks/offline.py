@@ -18,10 +18,12 @@ from benchmarks.step_work import ModelWork
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server.allocator import keep_freed_memory
-from server.config import EngineSettings, ModelOptions, cache_folder
+from server.config import EngineSettings, cache_folder
 from server.device import chosen_device
 from server.engine_entry import build_engine
+from server.model_options import ModelOptions
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
+from weights.checkpoints.stored_groups import requested_bits, stored_bits
 from weights.models.prepare import prepared_folder
 
 
@@ -30,7 +32,7 @@ class Result:
     """One line of the table, one object of the JSON file: the median round.
 
     ``tokens`` counts one round. ``limit_ms`` is the roofline: the least time of a step at this
-    bandwidth and product rate, which are measured between the rounds.
+    bandwidth and product rates, which are measured between the rounds.
     """
 
     phase: str
@@ -42,6 +44,7 @@ class Result:
     roofline_share: float
     bandwidth_gb_per_s: float
     product_gflops: float
+    integer_gops: float
 
 
 def measure(
@@ -65,14 +68,14 @@ def measure(
     engine.warm_up()
     rounds = EngineRounds(engine, config)
     rounds.check(load)
-    work, dtype = _work(settings)
+    work, dtype, has_groups = _work(settings)
     if device.type == "cpu":
-        limits = LimitMeter(dtype).measure
+        limits = LimitMeter(dtype, with_integers=has_groups).measure
     else:
         limits = partial(gpu_limits, dtype, device)
     benchmark = _Benchmark(load, rounds, work, limits)
     print(f"{model.model}, {dtype}, {device}, medians of {load.rounds} rounds")
-    print("phase    batch  tokens  tokens/s   ms/step  limit ms  share    GB/s  GFLOP/s")
+    print("phase    batch  tokens  tokens/s   ms/step  limit ms  share    GB/s  GFLOP/s   GOP/s")
     results: list[Result] = []
     for result in benchmark.results():
         results.append(result)
@@ -82,8 +85,8 @@ def measure(
             json_file.write_text(whole + "\n")
 
 
-def _work(settings: EngineSettings) -> tuple[ModelWork, torch.dtype]:
-    """The model's work per step, and the dtype in which it runs."""
+def _work(settings: EngineSettings) -> tuple[ModelWork, torch.dtype, bool]:
+    """The model's work per step, its dtype, and whether it has weights in groups."""
     folder = prepared_folder(settings.model.model, settings.cache_folder)
     checkpoint, stored = open_checkpoint(folder)
     dtype = serving_dtype(stored, settings.model.dtype)
@@ -91,7 +94,10 @@ def _work(settings: EngineSettings) -> tuple[ModelWork, torch.dtype]:
     for name in checkpoint.model.table_names:
         # all tables have the same row size and keep their stored format
         row_bytes = stored[name].num_bytes // stored[name].shape[0]
-    return ModelWork(checkpoint.model, dtype.itemsize, row_bytes), dtype
+    bits = stored_bits(stored)
+    if settings.model.weight_dtype != "auto":
+        bits = requested_bits(checkpoint.model, settings.model.weight_dtype, "int8")
+    return ModelWork(checkpoint.model, dtype.itemsize, row_bytes, bits), dtype, bool(bits)
 
 
 def _line(result: Result) -> str:
@@ -99,6 +105,7 @@ def _line(result: Result) -> str:
         f"{result.phase:<7} {result.batch:>6} {result.tokens:>7} {result.tokens_per_s:>9.1f}"
         f" {result.ms_per_step:>9.3f} {result.limit_ms:>9.3f} {result.roofline_share:>6.2f}"
         f" {result.bandwidth_gb_per_s:>7.1f} {result.product_gflops:>8.1f}"
+        f" {result.integer_gops:>7.0f}"
     )
 
 
@@ -157,4 +164,5 @@ class _Benchmark:
             roofline_share=least / seconds,
             bandwidth_gb_per_s=median_limits.gb_per_s,
             product_gflops=median_limits.gflops,
+            integer_gops=median_limits.integer_gops,
         )

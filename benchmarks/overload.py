@@ -16,7 +16,7 @@ from benchmarks.serving_load import ServingLoad
 from benchmarks.serving_metrics import Latency
 from benchmarks.started_server import started_server
 from engine.config import EngineConfig
-from server.config import ModelOptions
+from server.model_options import ModelOptions
 
 LEAST_SHARE = 0.9
 MOST_REFUSAL_MS = 100.0

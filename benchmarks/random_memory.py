@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.memory_variant import can_have_memory, with_memory
 from engine.model.transformer import Transformer
-from weights.checkpoints.checkpoint import expected_shapes, save_checkpoint
+from weights.checkpoints.checkpoint import expected_tensors, save_checkpoint
 from weights.checkpoints.convert import read_folder
 from weights.checkpoints.tensor_files import TensorSource
 from weights.errors import CheckpointError
@@ -27,8 +27,8 @@ def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
     seed 0.
 
     Raises:
-        CheckpointError: the source cannot be read, has too few layers, or has memory layers; or
-            the target exists.
+        CheckpointError: the source cannot be read, has too few layers, memory layers, or weights
+            in groups of few bits; or the target exists.
         ValueError: ``num_subkeys`` is less than the rows per head, or too large.
     """
     imported = read_folder(source, None)
@@ -36,14 +36,17 @@ def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
     if not can_have_memory(plain):
         raise CheckpointError(f"{source}: the model needs more than 3 layers and no memory layers")
     model = with_memory(plain, num_subkeys)
+    if imported.config.has_groups:
+        raise CheckpointError(f"{source}: the weights are rounded to 8 or 4 bits")
     sources_by_name = {tensor.name: tensor for tensor in imported.sources}
     dtype = imported.sources[0].dtype
     generator = torch.Generator().manual_seed(0)
     model_with_random_weights = Transformer(model)
     initialise(model_with_random_weights, generator)
     new_weights: dict[str, Tensor] = model_with_random_weights.state_dict()
-    sources = []
-    for name, shape in sorted(expected_shapes(model).items()):
+    sources: list[TensorSource] = []
+    for name, tensor in expected_tensors(model).items():
+        shape = tuple(tensor.shape)
         if name not in sources_by_name:
             is_table = name in model.table_names
             load = (

@@ -6,7 +6,8 @@ from pathlib import Path
 from benchmarks.memory.load import MemoryLoad, default_trace
 from engine.errors import ConfigError
 from server.cli.options import add_options, from_options
-from server.config import ModelOptions, ThreadOptions, cache_folder
+from server.config import ThreadOptions, cache_folder
+from server.model_options import ModelOptions
 from weights.models.named_models import SMOLLM2
 
 # the settings of benchmarks that run the model in plain torch

@@ -13,9 +13,10 @@ from engine.executors.executor import Executor
 from engine.request import Request, StepOutput
 from engine.sampling.params import SamplingParams
 from server.allocator import keep_freed_memory
-from server.config import ModelOptions, cache_folder
+from server.config import cache_folder
 from server.device import chosen_device
 from server.engine_entry import load_served, served_executor
+from server.model_options import ModelOptions
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.prepare import prepared_folder
 

@@ -8,7 +8,7 @@ import urllib.request
 from statistics import median
 
 from benchmarks.started_server import started_server
-from server.config import ModelOptions
+from server.model_options import ModelOptions
 
 
 def measure(model: ModelOptions, runs: int) -> None:

@@ -1,15 +1,19 @@
 """Minimum bytes and operations of an engine step, computed from the model's shapes."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from benchmarks.machine_limits import MachineLimits
 from engine.model.config import ModelConfig
 from engine.model.flops import forward_flops, total_flops
+from engine.model.grouped_weights import group_shapes
 from engine.model.transformer import Transformer
 
+_WEIGHT = ".weight"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -27,14 +31,28 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepWork:
-    """Bytes read, and operations; an addition and a multiplication count as two."""
+    """Bytes read, and operations; an addition and a multiplication count as two.
+
+    ``flops`` are those of values like the activations, ``integer_ops`` those of weights in groups.
+    """
 
     num_bytes: int
     flops: int
+    integer_ops: int = 0
 
     def least_seconds(self, limits: MachineLimits) -> float:
         """The roofline: reading and multiplying overlap, so the longer of the two counts."""
-        return max(self.num_bytes / limits.gb_per_s, self.flops / limits.gflops) / 1e9
+        products = self.flops / limits.gflops
+        if self.integer_ops:
+            products += self.integer_ops / limits.integer_gops
+        return max(self.num_bytes / limits.gb_per_s, products) / 1e9
+
+
+class _Weights(NamedTuple):
+    """Bytes of weights, and the number of those that are in groups."""
+
+    num_bytes: int
+    grouped: int
 
 
 class ModelWork:
@@ -47,11 +65,22 @@ class ModelWork:
     same ones. Activations are assumed to stay in the caches.
     """
 
-    def __init__(self, config: ModelConfig, itemsize: int, row_bytes: int) -> None:
-        """``itemsize``: bytes per weight, key and value; ``row_bytes``: bytes per table row."""
-        with torch.device("meta"):
-            weights = Transformer(config).state_dict()
-        sizes = {name: weight.numel() for name, weight in weights.items()}
+    def __init__(
+        self,
+        config: ModelConfig,
+        itemsize: int,
+        row_bytes: int,
+        bits: Mapping[str, int] | None = None,
+    ) -> None:
+        """Read the model's shapes.
+
+        Args:
+            config: the model.
+            itemsize: bytes per weight, key and value.
+            row_bytes: bytes per table row.
+            bits: bits of the layers whose weights are in groups, by name.
+        """
+        weights = _weights(config, itemsize, bits or {})
         flops = dict(forward_flops(config, attended=0))
         self._head_flops = flops.pop("head")
         self._layer_flops = total_flops(flops)
@@ -59,12 +88,10 @@ class ModelWork:
         self._config = config
         self._itemsize = itemsize
         self._row_bytes = row_bytes
-        self._head_weights = sizes[head]
-        layers = [name for name in sizes if name not in (_EMBEDDING, _HEAD)]
-        experts = [name for name in layers if ".experts." in name]
-        self._expert_weights = sum(sizes[name] for name in experts)
-        self._layer_weights = sum(sizes[name] for name in layers)
-        self._layer_weights -= self._expert_weights
+        self._head = weights[head]
+        layers = {name: one for name, one in weights.items() if name not in (_EMBEDDING, _HEAD)}
+        self._experts = _total(one for name, one in layers.items() if ".experts." in name)
+        self._layers = _total(one for name, one in layers.items() if ".experts." not in name)
 
     def of(self, chunks: Iterable[Chunk], num_logits: int) -> StepWork:
         """The work of a step that runs ``chunks`` and computes ``num_logits`` rows of logits."""
@@ -74,16 +101,21 @@ class ModelWork:
         cached_tokens = sum(chunk.end for chunk in chunks)
         # pairs of a token and a position that it attends to: itself and all earlier ones
         pairs = sum(chunk.count * (chunk.start + chunk.end + 1) // 2 for chunk in chunks)
-        weights = self._layer_weights + (self._head_weights if num_logits else 0)
-        weights += round(self._expert_weights * self._share_of_experts(tokens))
+        share = self._share_of_experts(tokens)
+        weights = self._layers.num_bytes + (self._head.num_bytes if num_logits else 0)
+        grouped = self._layers.grouped + round(self._experts.grouped * share)
+        integer_ops = 2 * (grouped * tokens + self._head.grouped * num_logits)
         return StepWork(
-            num_bytes=weights * self._itemsize
+            num_bytes=weights
+            + round(self._experts.num_bytes * share)
             + cached_tokens * config.kv_bytes_per_token(self._itemsize)
             + self._table_bytes(tokens),
             flops=self._layer_flops * tokens
             + self._head_flops * num_logits
             # one product with the key, one with the value
-            + 4 * pairs * config.num_layers * config.num_heads * config.head_dim,
+            + 4 * pairs * config.num_layers * config.num_heads * config.head_dim
+            - integer_ops,
+            integer_ops=integer_ops,
         )
 
     def _table_bytes(self, tokens: int) -> int:
@@ -98,3 +130,23 @@ class ModelWork:
         """Share of the experts that a step reads if all tokens choose the same ones."""
         mixture = self._config.mixture
         return mixture.top_k / mixture.num_experts if mixture is not None and tokens else 0.0
+
+
+def _weights(config: ModelConfig, itemsize: int, bits: Mapping[str, int]) -> dict[str, _Weights]:
+    with torch.device("meta"):
+        tensors = Transformer(config).state_dict()
+    found = {}
+    for name, tensor in tensors.items():
+        layer = name.removesuffix(_WEIGHT)
+        if layer in bits:
+            outputs, inputs = tensor.shape
+            values, scales = group_shapes(outputs, inputs, bits[layer])
+            found[name] = _Weights(math.prod(values) + 2 * math.prod(scales), tensor.numel())
+        else:
+            found[name] = _Weights(itemsize * tensor.numel(), 0)
+    return found
+
+
+def _total(weights: Iterable[_Weights]) -> _Weights:
+    listed = list(weights)
+    return _Weights(sum(one.num_bytes for one in listed), sum(one.grouped for one in listed))

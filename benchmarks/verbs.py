@@ -16,7 +16,8 @@ from benchmarks.row_verbs import add_row_benchmarks
 from benchmarks.serving_load import ServingLoad
 from engine.config import EngineConfig
 from server.cli.options import add_options, from_options
-from server.config import ModelOptions, ThreadOptions
+from server.config import ThreadOptions
+from server.model_options import ModelOptions
 from weights.models.named_models import DEFAULT_MODEL, SMOLLM2
 
 # the settings of benchmarks that run the model in plain torch

@@ -2,144 +2,19 @@
 
 import math
 import os
-import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from server.model_options import ModelOptions
 from server.thread_count import default_threads
-from weights.checkpoints.dtype_names import TABLE_DTYPES
-from weights.models.named_models import DEFAULT_MODEL
 
-_CACHE = "2GiB"
-_LOOKAHEAD_SHARE = 0.5
-_TIERS = ("auto", "device", "host", "disk")
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _MOST_THREADS = 1024
 # Polls of torch's waiting OpenMP threads before they sleep; they take about as long as a wake-up.
 # By default libgomp polls for milliseconds, which our kernels and other processes need.
 _SPIN_COUNT = 1000
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """The model, its device and precision, and the placement of its value tables.
-
-    Raises:
-        ConfigError: a field is out of range.
-    """
-
-    model: str = field(
-        default=DEFAULT_MODEL,
-        metadata={
-            "group": ("model", "--model ./my-model --device cuda:1"),
-            "metavar": "NAME|DIR",
-            "help": "name of a known model, or a checkpoint folder",
-        },
-    )
-    device: str = field(
-        default="auto",
-        metadata={
-            "metavar": "auto|cpu|cuda[:N]",
-            "help": "device that computes; auto: a GPU if one is usable, else the CPU",
-        },
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "precision of weights and KV cache; auto: float32 for float32 weights,"
-            " else bfloat16; float16 needs a GPU",
-            "choices": _DTYPES,
-        },
-    )
-    table_tier: str = field(
-        default="auto",
-        metadata={
-            "group": ("value tables", "--table-tier disk --table-cache 8GiB"),
-            "help": "place of the value tables: memory of the device, host memory read by a GPU, or"
-            " the model's files on disk; auto: device if they fit, else host (GPU) or disk (CPU)",
-            "choices": _TIERS,
-        },
-    )
-    table_cache: str | None = field(
-        default=None,
-        metadata={
-            "metavar": "SIZE",
-            "help": "row cache of the host and disk tiers, as a number with KiB, MiB or GiB; the"
-            f" host tier has a minimum (default: {_CACHE}, less if auto finds less free memory)",
-        },
-    )
-    table_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "convert value tables in memory to this dtype; auto: as stored",
-            "choices": ("auto", *TABLE_DTYPES),
-        },
-    )
-    table_lookahead: int = field(
-        default=0,
-        metadata={
-            "metavar": "LAYERS",
-            "help": "prefetch predicted rows this many layers ahead (0 disables it)",
-        },
-    )
-    table_lookahead_share: float | None = field(
-        default=None,
-        metadata={
-            "help": "predicted rows per lookup, as a fraction of the rows it reads"
-            f" (default: {_LOOKAHEAD_SHARE})"
-        },
-    )
-    verify_tables: bool = field(
-        default=False,
-        metadata={"help": "compare value tables with the checksums in their files before use"},
-    )
-
-    def __post_init__(self) -> None:
-        if self.table_tier not in _TIERS:
-            raise ConfigError(f"table_tier: {self.table_tier!r} is not one of {', '.join(_TIERS)}")
-        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
-            raise ConfigError(f"device: must be auto, cpu, cuda or cuda:N, not {self.device!r}")
-        if self.dtype not in _DTYPES:
-            raise ConfigError(f"dtype: {self.dtype!r} is not one of {', '.join(_DTYPES)}")
-        if self.table_lookahead < 0:
-            raise ConfigError(f"table_lookahead: must be 0 or more, not {self.table_lookahead}")
-        if self.table_lookahead and self.table_tier == "device":
-            raise ConfigError("table_lookahead: needs --table-tier host, disk or auto, not device")
-        if self.table_lookahead_share is not None:
-            if not 0 < self.table_lookahead_share <= 8:
-                share = self.table_lookahead_share
-                raise ConfigError(f"table_lookahead_share: {share} is outside (0, 8]")
-            if not self.table_lookahead:
-                raise ConfigError("table_lookahead_share: needs --table-lookahead above 0")
-        self._check_cache()
-
-    def _check_cache(self) -> None:
-        if self.table_cache is None:
-            return
-        if self.table_tier == "device":
-            raise ConfigError("table_cache: needs --table-tier host, disk or auto, not device")
-        if not re.fullmatch(r"[0-9]{1,9}(KiB|MiB|GiB)", self.table_cache):
-            raise ConfigError(
-                f"table_cache: must be a number with KiB, MiB or GiB, not {self.table_cache!r}"
-            )
-        if not self.table_cache_bytes:
-            raise ConfigError(f"table_cache: must be more than 0, not {self.table_cache}")
-
-    @property
-    def lookahead_share(self) -> float:
-        """Predicted rows per lookup, as a fraction of the rows that it reads."""
-        share = self.table_lookahead_share
-        return _LOOKAHEAD_SHARE if share is None else share
-
-    @property
-    def table_cache_bytes(self) -> int:
-        """Size of the row cache of the host and disk tiers, in bytes."""
-        size = self.table_cache or _CACHE
-        number, unit = int(size[:-3]), size[-3:]
-        return number << {"KiB": 10, "MiB": 20, "GiB": 30}[unit]
 
 
 @dataclass(frozen=True)
@@ -171,7 +46,7 @@ class HttpOptions:
     ui: bool = field(default=True, metadata={"help": "serve a web page at /"})
     max_queued_requests: int = field(
         default=256,
-        metadata={"help": "prompts that may wait besides the running ones; more get a 503"},
+        metadata={"help": "prompts that may wait; more get a 503"},
     )
     max_body_mib: int = field(default=4, metadata={"help": "largest request body"})
     body_timeout_s: int = field(
@@ -179,7 +54,7 @@ class HttpOptions:
     )
     # Docker kills a container 10 s after SIGTERM, and the processes need 2 s to end
     drain_timeout_s: int = field(
-        default=8, metadata={"help": "time to finish running requests after SIGTERM or SIGINT"}
+        default=8, metadata={"help": "time to finish requests after SIGTERM or SIGINT"}
     )
 
     def __post_init__(self) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from server.config import ModelOptions, c_compiler
+from server.config import c_compiler
+from server.model_options import ModelOptions
 
 # the Triton kernels are compiled for bfloat16 products, which older GPUs do not have
 _MIN_CAPABILITY = (8, 0)
@@ -33,22 +34,29 @@ def chosen_device(model: ModelOptions, engine: EngineConfig | None = None) -> to
 
 def _choice(model: ModelOptions) -> tuple[torch.device, str]:
     """The device, and the reason for it."""
-    option, is_on_disk = model.device, model.table_tier == "disk"
+    option, cpu_setting = model.device, _cpu_setting(model)
     if option == "cpu":
         return torch.device("cpu"), "--device cpu"
-    if is_on_disk and option == "auto":
-        return torch.device("cpu"), "auto: --table-tier disk needs the CPU"
+    if cpu_setting and option == "auto":
+        return torch.device("cpu"), f"auto: --{cpu_setting.replace('_', '-')} needs the CPU"
     index = int(option.partition(":")[2] or 0)
     problem = _problem(index)
-    if problem is None and is_on_disk:
-        message = "disk is not supported on a GPU yet; use host, or --device cpu"
-        raise ConfigError(f"table_tier: {message}")
+    if problem is None and cpu_setting:
+        setting = cpu_setting.replace(" ", ": ")
+        raise ConfigError(f"{setting} is not supported on a GPU yet; use --device cpu")
     if problem is None:
         reason = "auto takes a usable GPU" if option == "auto" else f"--device {option}"
         return torch.device("cuda", index), reason
     if option == "auto":
         return torch.device("cpu"), f"auto: {problem}"
     raise ConfigError(f"device: {option} cannot be used: {problem}; use --device cpu")
+
+
+def _cpu_setting(model: ModelOptions) -> str | None:
+    """Name and value of a setting that only a CPU supports, if one is given."""
+    if model.table_tier == "disk":
+        return "table_tier disk"
+    return None if model.weight_dtype == "auto" else f"weight_dtype {model.weight_dtype}"
 
 
 def _problem(index: int) -> str | None:

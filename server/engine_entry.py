@@ -21,14 +21,16 @@ from engine.model.transformer import Transformer
 from engine.process import run_engine
 from engine.sampling.masks import Grammars
 from server.allocator import keep_freed_memory
-from server.config import EngineSettings, ModelOptions
+from server.config import EngineSettings
 from server.device import chosen_device
 from server.logs import set_up_logs
-from weights.checkpoints.checkpoint import load_model, model_bytes
+from server.model_options import ModelOptions
+from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.config_json import CheckpointConfig, read_config
 from weights.checkpoints.gpu_tier import GpuTierChoice
 from weights.checkpoints.host_cache_limits import HostCacheLimits
 from weights.checkpoints.memory_request import MemoryRequest
+from weights.checkpoints.model_bytes import model_bytes
 from weights.checkpoints.table_tier import CpuTierChoice
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
@@ -96,6 +98,7 @@ class LoadedModel:
         kv_bytes: bytes for its KV blocks; None on a GPU leaves the size to the executor, which
             measures the memory that is left.
         lookahead: settings of the row prefetch; None without prefetch.
+        weight_dtype: auto, int8 or int4; see ``make_executor``.
     """
 
     model: Transformer
@@ -103,6 +106,7 @@ class LoadedModel:
     dtype: torch.dtype
     kv_bytes: int | None
     lookahead: LookaheadConfig | None
+    weight_dtype: str = "auto"
 
 
 def served_engine(
@@ -128,7 +132,7 @@ def served_executor(loaded: LoadedModel, engine: EngineConfig) -> Executor:
     """The executor of ``served_engine``."""
     if loaded.kv_bytes is not None:
         engine = replace(engine, kv_cache_gib=loaded.kv_bytes / 2**30)
-    return make_executor(loaded.model, engine, loaded.lookahead, loaded.dtype)
+    return make_executor(loaded.model, engine, loaded.lookahead, loaded.dtype, loaded.weight_dtype)
 
 
 def load_served(
@@ -153,7 +157,10 @@ def load_served(
     described = read_config(folder).model
     lookahead = _lookahead(options, described) if options.table_lookahead else None
     kv_dtype = engine.kv_dtype if engine else "auto"
-    sizes = model_bytes(folder, options.dtype, options.table_dtype, kv_dtype)
+    keep_groups = keep_stored and device.type == "cpu"
+    sizes = model_bytes(
+        folder, options.dtype, options.table_dtype, kv_dtype, keep_groups=keep_groups
+    )
     request = MemoryRequest(
         kv_bytes=engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0,
         requested_cache=options.table_cache_bytes if options.table_cache is not None else None,
@@ -178,7 +185,7 @@ def load_served(
     if lookahead is not None and all(table.fetched_capacity is None for table in tables):
         logger.warning("all value tables are in memory: --table-lookahead has no effect")
         lookahead = None
-    return LoadedModel(model, config, sizes.dtype, shares.kv_bytes, lookahead)
+    return LoadedModel(model, config, sizes.dtype, shares.kv_bytes, lookahead, options.weight_dtype)
 
 
 def _tier_choice(

@@ -23,7 +23,7 @@ class LimitOptions:
         },
     )
     keep_alive_timeout_s: float = field(
-        default=75.0, metadata={"help": "close a connection that sends no request for this long"}
+        default=75.0, metadata={"help": "close a connection without requests for this long"}
     )
     header_timeout_s: float = field(
         default=10.0, metadata={"help": "longest time for a request's headers to arrive"}

@@ -19,7 +19,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.process import EngineLostError
 from server.access import AccessOptions
-from server.config import HttpOptions, ModelOptions, SupervisionOptions, environment_api_keys
+from server.config import HttpOptions, SupervisionOptions, environment_api_keys
 from server.http.app import create_app
 from server.http.front import Front
 from server.http.gate import Gate
@@ -30,6 +30,7 @@ from server.http_server import HttpServer
 from server.limits import LimitOptions
 from server.listener import listen
 from server.logs import say
+from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
 from server.served_model import ServedModel

@@ -8,13 +8,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.process import EngineProcess
 from engine.request import EngineStatistics
-from server.config import (
-    EngineSettings,
-    HttpOptions,
-    ModelOptions,
-    SupervisionOptions,
-    cache_folder,
-)
+from server.config import EngineSettings, HttpOptions, SupervisionOptions, cache_folder
 from server.engine_client import EngineClient
 from server.http.activity_log import ActivityLog
 from server.http.admission import Admission
@@ -24,6 +18,7 @@ from server.http.served_patches import ServedPatches
 from server.http.service import Service
 from server.limits import LimitOptions
 from server.logs import say
+from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
 from weights.checkpoints.chat_template import load_chat_template

@@ -3,8 +3,9 @@
 import json
 
 from engine.config import EngineConfig
-from server.config import EngineSettings, ModelOptions, cache_folder
+from server.config import EngineSettings, cache_folder
 from server.engine_entry import build_engine
+from server.model_options import ModelOptions
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.named_models import DEFAULT_MODEL, model_folder
 from weights.training.evaluate import read_questions, score_recall

@@ -20,7 +20,7 @@ from benchmarks.http_answer import ResponseError
 from benchmarks.patches.drawn_patches import drawn_tables
 from benchmarks.started_server import started_server
 from memory_ops.patches.patched_rows import patched_bytes
-from server.config import ModelOptions
+from server.model_options import ModelOptions
 from weights.errors import PatchError
 from weights.patches.description import PatchDescription
 from weights.patches.model_identity import ModelIdentity, model_identity

@@ -17,6 +17,7 @@ from engine.executors.lookahead import LookaheadConfig
 from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import KvMemoryError
 from engine.model.config import ModelConfig
+from engine.model.grouped_weights import WEIGHT_BITS, group_bits
 from engine.model.transformer import Transformer, converted
 from engine.progress import Progress
 from memory_ops.tables.value_table import ValueTable
@@ -74,21 +75,29 @@ def make_executor(
     config: EngineConfig,
     lookahead: LookaheadConfig | None = None,
     dtype: torch.dtype | None = None,
+    weight_dtype: str = "auto",
 ) -> Executor:
     """Make the fastest executor for a loaded model, with KV memory as configured.
 
-    It computes in ``dtype``, by default that of the embedding; on a GPU the weights have it
-    already. The model computes the same afterwards. The executor may copy its weights: a caller
-    that only serves should drop the model.
+    It computes in ``dtype``, by default the model's; on a GPU the weights have it already.
+    ``weight_dtype`` int8 or int4 makes it round weights as ``CpuExecutor`` does; auto keeps them.
+    The model stays as it is. The executor may copy its weights: a caller that only serves should
+    drop the model.
 
     Raises:
-        ConfigError: the KV memory is too small, or exceeds the machine's memory; or a setting needs
-            another device.
+        ConfigError: the KV memory is too small, or exceeds the machine's memory; a setting needs
+            another device; or weights to round have few bits already.
         ValueError: ``dtype`` is not that of weights on a GPU.
     """
-    weight = model.model.embed_tokens.weight
-    dtype = dtype or weight.dtype
+    weight = model.model.norm.weight
+    dtype = dtype or model.dtype
+    weight_bits = WEIGHT_BITS.get(weight_dtype)
+    if weight_bits is not None and (stored := group_bits(model)):
+        fewest = min(stored.values())
+        raise ConfigError(f"weight_dtype: the model's weights have {fewest} bits already")
     if weight.is_cuda:
+        if weight_bits is not None:
+            raise ConfigError(f"weight_dtype: {weight_dtype} needs a CPU")
         if dtype is not weight.dtype:
             raise ValueError(f"dtype: {dtype}, but the weights on the GPU have {weight.dtype}")
         # imports triton, which a CPU does not need
@@ -103,7 +112,11 @@ def make_executor(
     try:
         if kernels is not None:
             logger.info("executor: cpu, native kernels (%s)", kernels.build)
-            return CpuExecutor(model, kernels, num_blocks, config.block_size, lookahead, dtype)
+            return CpuExecutor(
+                model, kernels, num_blocks, config.block_size, lookahead, dtype, weight_bits
+            )
+        if weight_bits is not None:
+            raise ConfigError(f"weight_dtype: {weight_dtype} needs memplus's native library")
         logger.info("executor: eager, plain torch on %s in %s", weight.device, dtype)
         return EagerExecutor(converted(model, dtype), num_blocks, config.block_size, lookahead)
     except KvMemoryError as error:

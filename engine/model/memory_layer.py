@@ -12,7 +12,7 @@ from engine.model.config import MemoryConfig
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
 from engine.model.norm import rms_norm
 from engine.model.row_patches import ForwardPatches, patched
-from engine.model.uninitialised import Linear
+from engine.model.uninitialised import ExactLinear, Linear
 from memory_ops import operations
 from memory_ops.tables.value_table import ValueTable
 
@@ -48,7 +48,7 @@ class MemoryLayer(nn.Module):
         projected = gated or (kind == "pkm" and config.value_projection)
         self.gate = Linear(hidden_size, config.value_dim) if gated else None
         self.value_proj = Linear(config.value_dim, hidden_size) if projected else None
-        self.output_gate = Linear(hidden_size, 1) if config.output_gate else None
+        self.output_gate = ExactLinear(hidden_size, 1) if config.output_gate else None
         self.is_peer = kind == "peer"
         self._table: ValueTable | None = None
         self._down_table: ValueTable | None = None

@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 from engine.model.config import MixtureConfig
 from engine.model.forward_trace import ForwardTrace
 from engine.model.row_patches import ForwardPatches
-from engine.model.uninitialised import Linear
+from engine.model.uninitialised import ExactLinear, Linear
 
 
 class Expert(nn.Module):
@@ -35,7 +35,7 @@ class MixtureFeedForward(nn.Module):
     def __init__(self, config: MixtureConfig, hidden_size: int) -> None:
         super().__init__()
         self.top_k = config.top_k
-        self.gate = Linear(hidden_size, config.num_experts, bias=False)
+        self.gate = ExactLinear(hidden_size, config.num_experts, bias=False)
         sizes = [config.expert_size] * config.num_experts
         self.experts = nn.ModuleList(Expert(hidden_size, size) for size in sizes)
 

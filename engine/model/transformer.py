@@ -9,6 +9,13 @@ from torch.nn.functional import linear
 
 from engine.model.config import ModelConfig
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
+from engine.model.grouped_weights import (
+    GroupedEmbedding,
+    GroupedLinear,
+    dense_state,
+    group_bits,
+    use_groups,
+)
 from engine.model.layers import DecoderLayer
 from engine.model.layout import TokenLayout
 from engine.model.memory_layer import MemoryLayer
@@ -44,7 +51,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Embedding | GroupedEmbedding = Embedding(
+            config.vocab_size, config.hidden_size
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -53,7 +62,8 @@ class Transformer(nn.Module):
     """A Llama-family decoder with a kind of feed-forward per layer.
 
     Parameters are uninitialised: build it under ``torch.device("meta")`` and assign mapped weights,
-    or initialise it to train. It does not own its value tables.
+    or initialise it to train. It does not own its value tables. If weights are in groups
+    (``use_groups``), only a CPU executor can run it; see ``converted``.
 
     Attributes:
         tables: the attached tables, by the names of ``ModelConfig.table_names``.
@@ -67,7 +77,7 @@ class Transformer(nn.Module):
         self.tables: Mapping[str, ValueTable] = {}
         self.run_layer: Callable[..., Tensor] = _run
         self.model = Decoder(config)
-        self.lm_head: nn.Linear | None = None
+        self.lm_head: nn.Linear | GroupedLinear | None = None
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         # not a parameter; on the CPU even if the rest is built on the meta device
@@ -83,12 +93,17 @@ class Transformer(nn.Module):
         return self
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all weights that are not in groups."""
+        return self.model.norm.weight.dtype
+
+    @property
     def layers(self) -> list[DecoderLayer]:
         """The decoder layers, in order."""
         return [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
 
     @property
-    def head(self) -> nn.Linear | nn.Embedding:
+    def head(self) -> nn.Linear | nn.Embedding | GroupedLinear | GroupedEmbedding:
         """The module whose weight ``[vocabulary, D]`` computes the logits."""
         return self.lm_head if self.lm_head is not None else self.model.embed_tokens
 
@@ -149,23 +164,29 @@ class Transformer(nn.Module):
 
 
 def converted(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The model in a dtype, with the same tables; it shares weights that have this dtype."""
+    """The model with dense weights of a dtype, and the same tables.
+
+    It shares weights that are so already.
+    """
     if all(parameter.dtype is dtype for parameter in model.parameters()):
         return model
-    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    return _rebuilt(model, weights, model.tables)
+    return _rebuilt(model, dense_state(model, dtype), {}, model.tables)
 
 
 def with_tables(model: Transformer, tables: Mapping[str, ValueTable]) -> Transformer:
     """The model with other value tables; it shares all weights."""
-    return _rebuilt(model, model.state_dict(), tables)
+    return _rebuilt(model, model.state_dict(), group_bits(model), tables)
 
 
 def _rebuilt(
-    model: Transformer, weights: Mapping[str, Tensor], tables: Mapping[str, ValueTable]
+    model: Transformer,
+    weights: Mapping[str, Tensor],
+    bits: Mapping[str, int],
+    tables: Mapping[str, ValueTable],
 ) -> Transformer:
     with torch.device("meta"):
         made = Transformer(model.config)
+        use_groups(made, bits)
     made.load_state_dict(weights, assign=True)
     made.rope_frequencies, made.run_layer = model.rope_frequencies, model.run_layer
     made.attach_tables(tables)

@@ -13,6 +13,10 @@ class Linear(nn.Linear):
         """Do nothing."""
 
 
+class ExactLinear(Linear):
+    """A small layer whose weights are never rounded to groups: its outputs choose or scale."""
+
+
 class Embedding(nn.Embedding):
     """``nn.Embedding`` with uninitialised rows."""
 

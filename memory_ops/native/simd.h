@@ -80,6 +80,19 @@ inline floats to_float(ints numbers) {
 #endif
 }
 
+// The nearest integers, ties to even.
+inline ints to_nearest(floats numbers) {
+#if defined(__AVX512F__)
+  return (ints)_mm512_cvtps_epi32((__m512)numbers);
+#elif defined(__AVX2__)
+  return (ints)_mm256_cvtps_epi32((__m256)numbers);
+#else
+  ints nearest{};
+  for (int lane = 0; lane < LANES; lane++) nearest[lane] = (int32_t)__builtin_rintf(numbers[lane]);
+  return nearest;
+#endif
+}
+
 // Deinterleave two adjacent vectors into even and odd lanes, and interleave them again.
 
 inline void part_lanes(floats& first, floats& second) {
@@ -117,6 +130,16 @@ inline ints load_i8(const uint8_t* at) {
 #else
   typedef int8_t bytes __attribute__((vector_size(LANES)));
   return __builtin_convertvector(load<bytes>(at), ints);
+#endif
+}
+
+// Stores the low 8 bits of each lane.
+inline void store_i8(int8_t* at, ints numbers) {
+#if defined(__AVX512F__)
+  store(at, _mm512_cvtepi32_epi8((__m512i)numbers));
+#else
+  typedef int8_t bytes __attribute__((vector_size(LANES)));
+  store(at, __builtin_convertvector(numbers, bytes));
 #endif
 }
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from server.config import ModelOptions, cache_folder
+from server.config import cache_folder
 from server.device import chosen_device
 from server.engine_entry import load_served, served_engine
+from server.model_options import ModelOptions
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.prepare import prepared_folder
 from weights.training.corpus import corpus_files, documents
@@ -29,12 +30,18 @@ def evaluate(
     """Score a model on texts, on questions, or on both.
 
     Raises:
-        ConfigError: texts and questions are both missing, or the JSON file's folder is.
+        ConfigError: texts and questions are both missing, or the JSON file's folder is; or texts
+            would be scored with rounded weights.
         CheckpointError: the model cannot be read.
         DataError: texts or questions cannot be read, or a question is too long for the model.
     """
     if not texts and questions is None:
         raise ConfigError("texts: none given; give text files, --questions, or both")
+    if texts and model.weight_dtype != "auto":
+        raise ConfigError(
+            "weight_dtype: texts are scored with the weights of the model's folder; make one with"
+            " `memplus quantize --weight-dtype`"
+        )
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"json: the folder {json_file.parent} does not exist")
     facts = read_questions(questions) if questions is not None else []

@@ -7,9 +7,10 @@ from engine.config import EngineConfig
 from engine.errors import RequestError
 from engine.request import Request
 from engine.sampling.params import SamplingParams
-from server.config import EngineSettings, ModelOptions, cache_folder
+from server.config import EngineSettings, cache_folder
 from server.engine_entry import build_engine
 from server.http.text_stream import TextStream
+from server.model_options import ModelOptions
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.named_models import model_folder
 

@@ -18,19 +18,13 @@ from server.cli.config_file import apply_config
 from server.cli.learn import add_learn
 from server.cli.options import Parser, add_options, from_options
 from server.cli.patch import add_patch
-from server.config import (
-    HttpOptions,
-    ModelOptions,
-    SupervisionOptions,
-    ThreadOptions,
-    cache_folder,
-    set_threads,
-)
+from server.config import HttpOptions, SupervisionOptions, ThreadOptions, cache_folder, set_threads
 from server.limits import LimitOptions
 from server.logs import say, set_up_logs
+from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
-from weights.checkpoints.dtype_names import TABLE_DTYPES
+from weights.checkpoints.dtype_names import GROUPED_DTYPES, TABLE_DTYPES
 from weights.errors import (
     ChatTemplateError,
     CheckpointError,
@@ -120,12 +114,20 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def quantize(options: argparse.Namespace) -> None:
-    """Convert only the value tables of a model to another dtype."""
+    """Round value tables, or weights, of a model to fewer bits."""
     from weights.checkpoints.convert import convert
     from weights.models.prepare import prepared_folder
 
+    if options.table_dtype is None and options.weight_dtype is None:
+        raise ConfigError("table_dtype, weight_dtype: give one or both")
     source = prepared_folder(options.source, cache_folder())
-    convert(source, Path(options.target), table_dtype=options.table_dtype)
+    convert(
+        source,
+        Path(options.target),
+        table_dtype=options.table_dtype,
+        weight_dtype=options.weight_dtype,
+        embedding_dtype=options.embedding_dtype,
+    )
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -180,14 +182,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=convert)
     verb.add_argument("source", metavar="SRC", help="GGUF file or checkpoint folder")
     verb.add_argument("target", metavar="DST", help="folder to create")
-    verb.add_argument("--dtype", help="dtype of weights (default: as stored; bfloat16 for GGUF)")
+    verb.add_argument("--dtype", help="dtype of weights (default: as stored)")
     verb.add_argument("--table-dtype", help="dtype of value tables (default: the value of --dtype)")
 
-    verb = verbs.add_parser("quantize", help=quantize.__doc__)
-    verb.set_defaults(run=quantize)
-    verb.add_argument("source", metavar="SRC", help="model name or checkpoint folder")
-    verb.add_argument("target", metavar="DST", help="folder to create")
-    verb.add_argument("--table-dtype", required=True, choices=TABLE_DTYPES, help="new dtype")
+    _add_quantize(verbs)
 
     verb = verbs.add_parser("inspect", help=inspect.__doc__)
     verb.set_defaults(run=inspect)
@@ -228,6 +226,18 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", usa
     verb.add_argument("--config", type=Path, metavar="FILE", help=config)
     for settings in _SERVED:
         add_options(verb, settings)
+
+
+def _add_quantize(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    verb = verbs.add_parser("quantize", help=quantize.__doc__)
+    verb.set_defaults(run=quantize)
+    verb.add_argument("source", metavar="SRC", help="model name or checkpoint folder")
+    verb.add_argument("target", metavar="DST", help="folder to create")
+    verb.add_argument("--table-dtype", choices=TABLE_DTYPES, help="new dtype of value tables")
+    weights = "dtype of linear layers: integers with a scale per 32 weights"
+    verb.add_argument("--weight-dtype", choices=GROUPED_DTYPES, help=weights)
+    heads = "dtype of embedding and head, with --weight-dtype (default: int8)"
+    verb.add_argument("--embedding-dtype", choices=GROUPED_DTYPES, help=heads)
 
 
 def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

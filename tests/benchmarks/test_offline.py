@@ -65,6 +65,19 @@ def test_a_decode_step_reads_all_weights_once_and_every_context(tied):
     assert step.flops == 2 * 2 * (LAYERS - NORMS + HEAD) + 4 * (10 + 20) * 2 * 4 * 8
 
 
+def test_weights_in_groups_are_fewer_bytes_and_integer_operations():
+    bits = {"model.layers.1.mlp.up_proj": 4, "lm_head": 8}
+    dense = ModelWork(tiny_config(), itemsize=2, row_bytes=0)
+    grouped = ModelWork(tiny_config(), itemsize=2, row_bytes=0, bits=bits)
+    chunks = [Chunk(9, 1)] * 3
+    before, after = dense.of(chunks, 2), grouped.of(chunks, 2)
+    up = 32 * 48
+    # 48 and 260 outputs with one group each
+    assert before.num_bytes - after.num_bytes == 2 * (up + HEAD) - (48 * 18 + 260 * 34)
+    assert after.integer_ops == 2 * (3 * up + 2 * HEAD)
+    assert after.flops + after.integer_ops == before.flops and before.integer_ops == 0
+
+
 def test_only_the_last_token_of_a_prompt_needs_the_head():
     work = ModelWork(tiny_config(), itemsize=4, row_bytes=0)
     first, last = work.of([Chunk(0, 3)], num_logits=0), work.of([Chunk(3, 2)], num_logits=1)
@@ -104,6 +117,8 @@ def test_the_roofline_is_the_longer_of_reading_and_multiplying():
     work = StepWork(num_bytes=8 * 10**9, flops=6 * 10**9)
     assert work.least_seconds(MachineLimits(gb_per_s=2, gflops=3)) == 4
     assert work.least_seconds(MachineLimits(gb_per_s=8, gflops=3)) == 2
+    mixed = StepWork(num_bytes=1, flops=6 * 10**9, integer_ops=8 * 10**9)
+    assert mixed.least_seconds(MachineLimits(8, gflops=3, integer_gops=4)) == 4
     limits = [MachineLimits(1, 5), MachineLimits(2, 4)]
     assert MachineLimits.median(limits) == MachineLimits(1.5, 4.5)
 

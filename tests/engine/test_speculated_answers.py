@@ -8,8 +8,9 @@ from engine.engine import Engine
 from engine.executors.executor import make_executor
 from engine.request import Request
 from engine.sampling.params import SamplingParams
-from server.config import EngineSettings, ModelOptions
+from server.config import EngineSettings
 from server.engine_entry import build_engine
+from server.model_options import ModelOptions
 from tests.engine.delayed_executor import delayed
 from tests.engine.test_company import KV_BYTES, Multiples, step_all, tokens
 from tests.models import engine_of, greedy, random_model, tiny_config

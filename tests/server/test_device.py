@@ -10,9 +10,9 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server import engine_entry
 from server.cli.main import main
-from server.config import ModelOptions
 from server.device import chosen_device
 from server.engine_entry import load_served
+from server.model_options import ModelOptions
 from weights.checkpoints.gpu_tier import GpuTierChoice
 
 
@@ -104,11 +104,16 @@ def test_a_cpu_refuses_settings_that_need_a_gpu_with_the_reason(gpus, model, eng
     chosen_device(ModelOptions(**model), EngineConfig(**engine))
 
 
-def test_a_gpu_refuses_tables_on_disk(gpus):
+@pytest.mark.parametrize(
+    ("name", "value"), [("table_tier", "disk"), ("weight_dtype", "int8"), ("weight_dtype", "int4")]
+)
+def test_a_gpu_refuses_settings_that_need_a_cpu_and_auto_takes_the_cpu(gpus, caplog, name, value):
     gpus((9, 0))
-    with pytest.raises(ConfigError, match="table_tier: disk is not supported on a GPU yet"):
-        chosen_device(ModelOptions(table_tier="disk", device="cuda"))
-    assert chosen_device(ModelOptions(table_tier="disk")) == torch.device("cpu")
+    with pytest.raises(ConfigError, match=f"{name}: {value} is not supported on a GPU yet; use"):
+        chosen_device(ModelOptions(device="cuda", **{name: value}))
+    assert chosen_device(ModelOptions(**{name: value})) == torch.device("cpu")
+    option = name.replace("_", "-")
+    assert caplog.messages == [f"device: cpu (auto: --{option} {value} needs the CPU)"]
 
 
 def test_a_gpu_needs_triton(gpus, monkeypatch):

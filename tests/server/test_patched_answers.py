@@ -13,8 +13,9 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from server.config import EngineSettings, ModelOptions
+from server.config import EngineSettings
 from server.engine_entry import build_engine
+from server.model_options import ModelOptions
 from tests.models import (
     HERMES_TEMPLATE,
     feed_forward_changes,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from server.config import ModelOptions
 from server.engine_entry import load_served
+from server.model_options import ModelOptions
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 
 

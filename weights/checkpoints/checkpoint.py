@@ -3,27 +3,29 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
+from engine.model.grouped_weights import dense_state, groupable, use_groups
 from engine.model.transformer import Transformer
 from memory_ops.tables.value_table import ValueTable
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json, read_config
 from weights.checkpoints.gpu_tier import naming_lack_of_memory
-from weights.checkpoints.host_cache_limits import HostCacheLimits, host_cache_limits
 from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
 from weights.checkpoints.new_folder import new_folder, write_synced
+from weights.checkpoints.stored_groups import stored_bits
 from weights.checkpoints.table_files import OUTPUT_DTYPES, RowLayout, table_shape
 from weights.checkpoints.table_loading import load_tables, open_tables, table_layouts
 from weights.checkpoints.table_origin import table_origin
 from weights.checkpoints.tensor_files import (
     DTYPES,
     RECORDS_DTYPE,
+    STORED_DTYPES,
     StoredTensor,
     TensorSource,
     list_tensors,
@@ -37,15 +39,23 @@ CPU = torch.device("cpu")
 _DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model, tables included."""
+def expected_tensors(
+    config: ModelConfig, bits: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """Every tensor of a model by name, tables included, on the meta device.
+
+    Tensors in groups have the dtype that they need; all others are fp32 here. ``bits`` names the
+    layers whose weights are in groups; others than ``groupable`` are ignored.
+    """
     with torch.device("meta"):
         model = Transformer(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in config.table_names:
-        assert config.memory is not None
-        shapes[name] = (config.memory.num_rows, config.memory.value_dim)
-    return shapes
+        known = groupable(model)
+        use_groups(model, {name: count for name, count in (bits or {}).items() if name in known})
+        tensors = model.state_dict()
+        for name in config.table_names:
+            assert config.memory is not None
+            tensors[name] = torch.empty(config.memory.num_rows, config.memory.value_dim)
+    return tensors
 
 
 def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTensor]]:
@@ -62,23 +72,30 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
     last = f"model.layers.{config.model.num_layers - 1}.input_layernorm.weight"
     if last not in stored:  # a wrong layer count would build a huge meta model below
         raise CheckpointError(f"{folder}: tensor {last} is missing")
-    expected, tables = expected_shapes(config.model), config.model.table_names
+    bits = stored_bits(stored) if config.has_groups else {}
+    expected, tables = expected_tensors(config.model, bits), config.model.table_names
     if config.model.tie_embeddings:
         drop_tied_head(stored)
     for name, tensor in list(stored.items()):
         if _DERIVED_BUFFER.fullmatch(name):
             del stored[name]
-        elif name not in expected:
+            continue
+        if name not in expected:
             raise CheckpointError(f"{tensor.file}: tensor {name} is unknown to this model")
-        elif (shape := table_shape(tensor) if name in tables else tensor.shape) != expected[name]:
+        wanted = expected[name]
+        if (shape := table_shape(tensor) if name in tables else tensor.shape) != wanted.shape:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} has shape {list(shape)}, but the config"
-                f" requires {list(expected[name])}"
+                f" requires {list(wanted.shape)}"
             )
-        elif tensor.dtype not in DTYPES and not (name in tables and tensor.dtype == RECORDS_DTYPE):
+        exact = [code for code, dtype in STORED_DTYPES.items() if dtype is wanted.dtype]
+        allowed = [*DTYPES] if wanted.dtype is torch.float32 else exact
+        if name in tables:
+            allowed.append(RECORDS_DTYPE)
+        if tensor.dtype not in allowed:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, not one of"
-                f" {', '.join(DTYPES)}"
+                f" {', '.join(allowed)}"
             )
     for name in expected:
         if name not in stored:
@@ -88,59 +105,19 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
 
 def serving_dtype(stored: Mapping[str, StoredTensor], dtype: str) -> torch.dtype:
     """The dtype to serve in: ``dtype``, or for ``auto`` float32 if the stored weights are at least
-    that wide, else bfloat16.
+    that wide, else bfloat16. The last norm counts if the embedding is in groups.
 
     Raises:
         ValueError: ``dtype`` is not one of auto, bfloat16, float16, float32.
     """
     if dtype == "auto":
-        wide = stored["model.embed_tokens.weight"].dtype in ("F32", "F64")
-        return torch.float32 if wide else torch.bfloat16
+        codes = [stored[f"model.{name}.weight"].dtype for name in ("embed_tokens", "norm")]
+        code = next(code for code in codes if code in DTYPES)
+        return torch.float32 if code in ("F32", "F64") else torch.bfloat16
     chosen = OUTPUT_DTYPES.get(dtype)
     if chosen is None:
         raise ValueError(f"dtype: {dtype!r} is not one of auto, {', '.join(OUTPUT_DTYPES)}")
     return chosen
-
-
-@dataclass(frozen=True)
-class ModelBytes:
-    """Memory in bytes that a served model takes.
-
-    Attributes:
-        weights: bytes of all tensors except the value tables.
-        tables: bytes of all value tables in their served format; 0 if there are none.
-        host_cache: limits of the row cache if the tables lie in host memory; 0 without tables.
-        kv_per_token: bytes of one token's keys and values in all layers.
-        dtype: dtype in which the model is served.
-    """
-
-    weights: int
-    tables: int
-    host_cache: HostCacheLimits
-    kv_per_token: int
-    dtype: torch.dtype
-
-
-def model_bytes(folder: Path, dtype: str, table_dtype: str, kv_dtype: str = "auto") -> ModelBytes:
-    """The sizes of what ``load_model`` would load; reads only headers.
-
-    ``kv_dtype`` is that of ``EngineConfig``.
-
-    Raises:
-        CheckpointError, ConfigError, ValueError: as ``load_model``.
-    """
-    config, stored = open_checkpoint(folder)
-    chosen = serving_dtype(stored, dtype)
-    tables = [stored.pop(name) for name in config.model.table_names]
-    layouts = table_layouts(tables, table_dtype).values()
-    memory = config.model.memory
-    return ModelBytes(
-        weights=weight_bytes(stored, chosen),
-        tables=sum(layout.num_bytes for layout in layouts),
-        host_cache=host_cache_limits(layouts, memory) if memory else HostCacheLimits(0, 0),
-        kv_per_token=config.model.kv_bytes_per_token(1 if kv_dtype == "fp8" else chosen.itemsize),
-        dtype=chosen,
-    )
 
 
 def load_model(
@@ -169,8 +146,9 @@ def load_model(
         table_dtype: one of ``TABLE_DTYPES``, to which tables in memory are converted; auto keeps
             the stored dtype.
         verify_tables: compare the tables' data with the checksums in their files.
-        keep_stored: on the CPU, leave all weights mapped in their stored dtypes, for an executor
-            that converts them itself, one layer at a time. On a GPU they always get ``dtype``.
+        keep_stored: on the CPU, leave all weights mapped as they are stored, for an executor that
+            converts them itself, one layer at a time. Otherwise and on a GPU they get ``dtype``,
+            those in groups too.
 
     Raises:
         CheckpointError: as ``open_checkpoint``, or a weight outside tables is not finite, or a
@@ -184,18 +162,12 @@ def load_model(
     if not tables:
         _check_no_table_options(table_cache, table_dtype, verify_tables)
     layouts = table_layouts(tables, table_dtype)
-    with torch.device("meta"):
-        model = Transformer(config.model)
     all_rows = sum(layout.num_bytes for layout in layouts.values())
     row_bytes = all_rows if table_cache is None else table_cache
-    needed = weight_bytes(stored, chosen), row_bytes
+    keep_stored = keep_stored and device.type == "cpu"
+    needed = weight_bytes(stored, chosen, keep_groups=keep_stored), row_bytes
     with naming_lack_of_memory(device, *needed, is_cached=table_cache is not None):
-        if device.type == "cpu":
-            weights = mapped_weights(stored, None if keep_stored else chosen)
-        else:
-            weights = device_weights(stored, chosen, device)
-        model.load_state_dict(weights, assign=True)
-        model.rope_frequencies = model.rope_frequencies.to(device)
+        model = _read_model(config.model, stored, chosen, device, keep_stored)
         if tables:
             placed = _tables(tables, layouts, config.model, table_cache, device, verify_tables)
             model.attach_tables(placed)
@@ -203,6 +175,36 @@ def load_model(
         # return staging memory to the GPU: the executor measures what is left
         torch.cuda.empty_cache()
     return model.eval().requires_grad_(False), config
+
+
+def _read_model(
+    config: ModelConfig,
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_stored: bool,
+) -> Transformer:
+    """The model without tables; see ``load_model``."""
+    bits = stored_bits(stored)
+    if device.type == "cpu":
+        weights = mapped_weights(stored, None if keep_stored or bits else dtype)
+    else:
+        weights = device_weights(stored, dtype, device)
+    model = _with_weights(config, bits, weights)
+    if bits and not keep_stored:
+        model = _with_weights(config, {}, dense_state(model, dtype))
+    model.rope_frequencies = model.rope_frequencies.to(device)
+    return model
+
+
+def _with_weights(
+    config: ModelConfig, bits: Mapping[str, int], weights: Mapping[str, Tensor]
+) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(config)
+        use_groups(model, bits)
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 def _tables(

@@ -10,6 +10,8 @@ from weights.checkpoints.config_keys import (
     FIXED_VALUES,
     FORMAT_VERSION,
     IGNORED_KEYS,
+    QUANTIZATION,
+    QUANTIZATION_KEY,
     check_values,
 )
 from weights.checkpoints.feed_forward_json import (
@@ -62,12 +64,14 @@ class CheckpointConfig:
         eos_ids: token ids that end a text.
         bos_id: token id that begins a text; None if there is none.
         dtype: the dtype that the file names for the weights.
+        has_groups: whether weights are in groups of 8 or 4 bits.
     """
 
     model: ModelConfig
     eos_ids: frozenset[int] = frozenset()
     bos_id: int | None = None
     dtype: str | None = None
+    has_groups: bool = False
 
 
 def read_config(folder: Path) -> CheckpointConfig:
@@ -109,6 +113,8 @@ def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
         scaling = asdict(model.rope_scaling)
         raw["rope_scaling"] = {"rope_type": "llama3"}
         raw["rope_scaling"] |= {key: scaling[name] for key, name in _ROPE_SCALING.items()}
+    if config.has_groups:
+        raw[QUANTIZATION_KEY] = QUANTIZATION
     return raw | feed_forward_to_json(model)
 
 
@@ -143,6 +149,7 @@ def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
         eos_ids=_ids("eos_token_id", eos),
         bos_id=min(bos_ids, default=None),
         dtype=typed("dtype", dtype, str) if dtype is not None else None,
+        has_groups=QUANTIZATION_KEY in raw,
     )
 
 

@@ -5,6 +5,9 @@ from typing import Any
 
 FORMAT_VERSION = 1
 
+# weights in groups of 8 or 4 bits, as stored_groups.py describes
+QUANTIZATION_KEY = "quantization_config"
+QUANTIZATION = {"quant_method": "memplus", "group_size": 32}
 # keys that change the computation: only these values are supported
 FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -19,7 +22,7 @@ FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
     "pretraining_tp": (1,),
     "pruned_heads": ({},),
-    "quantization_config": (),
+    QUANTIZATION_KEY: (QUANTIZATION,),
     "rope_interleaved": (False,),
     "router_jitter_noise": (0,),
     "sliding_window": (),

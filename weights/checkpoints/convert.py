@@ -12,12 +12,19 @@ from tqdm import tqdm
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from weights.checkpoints.checkpoint import (
-    expected_shapes,
+    expected_tensors,
     open_checkpoint,
     save_checkpoint,
     table_origins,
 )
 from weights.checkpoints.importers.gguf import ImportedModel, read_gguf
+from weights.checkpoints.stored_groups import (
+    group_tensors,
+    grouped_sources,
+    requested_bits,
+    source_bits,
+    stored_bits,
+)
 from weights.checkpoints.table_files import (
     OUTPUT_DTYPES,
     ROW_READS_FILE,
@@ -27,7 +34,7 @@ from weights.checkpoints.table_files import (
 )
 from weights.checkpoints.table_origin import carried_metadata
 from weights.checkpoints.tensor_files import (
-    DTYPES,
+    STORED_DTYPES,
     StoredTensor,
     TensorSource,
     has_checksum,
@@ -39,7 +46,12 @@ from weights.training.row_reads import read_row_reads, write_row_reads
 
 
 def convert(
-    source: Path, target: Path, dtype: str | None = None, table_dtype: str | None = None
+    source: Path,
+    target: Path,
+    dtype: str | None = None,
+    table_dtype: str | None = None,
+    weight_dtype: str | None = None,
+    embedding_dtype: str | None = None,
 ) -> None:
     """Write ``source`` (a ``.gguf`` file or a checkpoint folder) as the new folder ``target``.
 
@@ -49,37 +61,45 @@ def convert(
     Args:
         source: file or folder to read.
         target: folder to create.
-        dtype: one of ``OUTPUT_DTYPES``; None keeps each tensor's dtype, and converts GGUF files to
-            bfloat16.
+        dtype: one of ``OUTPUT_DTYPES``; None keeps each tensor's dtype (see ``read_gguf``).
         table_dtype: one of ``TABLE_DTYPES`` for value tables; None applies ``dtype`` and keeps
             quantised tables.
+        weight_dtype: int8 or int4, to which linear layers are rounded in groups; None rounds none.
+        embedding_dtype: the same for embedding and head, by default int8; needs ``weight_dtype``.
 
     Raises:
         CheckpointError: the source is invalid, the target exists, a row to quantise is not finite,
             or a table fails its checksum.
         ConfigError: a dtype is unknown, or ``table_dtype`` is given for a model without tables or
-            with quantised tables.
+            with quantised tables, or ``weight_dtype`` for one whose weights are in groups already,
+            or ``embedding_dtype`` without ``weight_dtype``.
     """
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is not one of {', '.join(OUTPUT_DTYPES)}")
+    if embedding_dtype is not None and weight_dtype is None:
+        raise ConfigError("embedding_dtype: needs weight_dtype")
     if source.is_dir():
         imported = read_folder(source, dtype, table_dtype)
     elif table_dtype is not None and source.exists():
         raise ConfigError(f"table_dtype: {source} has no tables")
     elif source.suffix == ".gguf":
-        imported = read_gguf(source, OUTPUT_DTYPES[dtype or "bfloat16"])
+        imported = read_gguf(source, None if dtype is None else OUTPUT_DTYPES[dtype])
     else:
         raise CheckpointError(f"{source}: is neither a checkpoint folder nor a .gguf file")
     _check_shapes(source, imported)
-    stored_as = str(imported.sources[0].dtype).removeprefix("torch.")
-    config = replace(imported.config, dtype=stored_as)
+    if weight_dtype is not None:
+        imported = _rounded(source, imported, weight_dtype, embedding_dtype or "int8")
+    sources = imported.sources
+    # a norm is never in groups
+    stored_as = next(one.dtype for one in sources if one.name == "model.norm.weight")
+    config = replace(imported.config, dtype=str(stored_as).removeprefix("torch."))
     finish = _row_reads_copier(source, config.model)
-    total = sum(s.dtype.itemsize * torch.Size(s.shape).numel() for s in imported.sources)
+    total = sum(s.dtype.itemsize * torch.Size(s.shape).numel() for s in sources)
     with tqdm(total=total, unit="B", unit_scale=True, desc=target.name) as progress:
         save_checkpoint(
             target,
             config,
-            imported.sources,
+            sources,
             imported.extra_files,
             progress.update,
             finish=finish,
@@ -94,12 +114,28 @@ def read_folder(
     tables = config.model.table_names
     if table_dtype is not None and not tables:
         raise ConfigError(f"table_dtype: {folder} has no tables")
-    dense = [_dense(tensor, dtype) for name, tensor in stored.items() if name not in tables]
+    grouped = group_tensors(stored_bits(stored))
+    dense = [
+        _dense(tensor, None if name in grouped else dtype)
+        for name, tensor in stored.items()
+        if name not in tables
+    ]
     sources = sorted(dense, key=attrgetter("name"))
     sources += [_table(stored[name], table_dtype or dtype, table_dtype) for name in tables]
     files = {name: folder / name for name in (*TOKENIZER_FILES, "generation_config.json")}
     extra_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
     return ImportedModel(config, sources, extra_files)
+
+
+def _rounded(
+    path: Path, imported: ImportedModel, weight_dtype: str, embedding_dtype: str
+) -> ImportedModel:
+    config = imported.config
+    if config.has_groups:
+        raise ConfigError(f"weight_dtype: the weights of {path} are in groups already")
+    bits = requested_bits(config.model, weight_dtype, embedding_dtype)
+    config, sources = replace(config, has_groups=True), grouped_sources(imported.sources, bits)
+    return replace(imported, config=config, sources=sources)
 
 
 def _row_reads_copier(source: Path, config: ModelConfig) -> Callable[[Path], object]:
@@ -115,7 +151,7 @@ def _row_reads_copier(source: Path, config: ModelConfig) -> Callable[[Path], obj
 
 
 def _dense(stored: StoredTensor, dtype: str | None) -> TensorSource:
-    chosen = OUTPUT_DTYPES[dtype] if dtype is not None else DTYPES[stored.dtype]
+    chosen = OUTPUT_DTYPES[dtype] if dtype is not None else STORED_DTYPES[stored.dtype]
     return TensorSource(stored.name, stored.shape, chosen, partial(read_mapped, stored))
 
 
@@ -130,7 +166,9 @@ def _table(stored: StoredTensor, dtype: str | None, table_dtype: str | None) -> 
 
 
 def _check_shapes(path: Path, imported: ImportedModel) -> None:
-    expected = expected_shapes(imported.config.model)
+    bits = source_bits(imported.sources)
+    tensors = expected_tensors(imported.config.model, bits)
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     tables = imported.config.model.table_names
     # open_checkpoint has checked the shapes of tables, which depend on their format
     found = {

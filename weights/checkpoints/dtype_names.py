@@ -2,3 +2,4 @@
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 TABLE_DTYPES = (*FLOAT_DTYPES, "int8", "int4", "fp8")
+GROUPED_DTYPES = ("int8", "int4")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from weights.checkpoints.device_loading import DeviceLoader
-from weights.checkpoints.tensor_files import StoredTensor, read_mapped
+from weights.checkpoints.stored_groups import group_tensors, stored_bits
+from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor, read_mapped
 from weights.errors import CheckpointError
 
 
@@ -34,19 +35,37 @@ def device_weights(
 ) -> dict[str, Tensor]:
     """Weights in a device's memory, by name; the device converts them to ``dtype``.
 
+    Weights in groups stay as they are stored.
+
     Raises:
         CheckpointError: a tensor cannot be read, or a value is NaN or infinite.
         torch.OutOfMemoryError: the device has not enough memory.
     """
     loader = DeviceLoader(device)
-    weights = {name: loader.load(one, dtype) for name, one in stored.items()}
+    grouped = group_tensors(stored_bits(stored))
+    weights = {
+        name: loader.load(one, STORED_DTYPES[one.dtype] if name in grouped else dtype)
+        for name, one in stored.items()
+    }
     loader.finish()
     return {name: _finite(stored[name], weight) for name, weight in weights.items()}
 
 
-def weight_bytes(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> int:
-    """Bytes of all weights in ``dtype``."""
-    return dtype.itemsize * sum(math.prod(one.shape) for one in stored.values())
+def weight_bytes(
+    stored: Mapping[str, StoredTensor], dtype: torch.dtype, *, keep_groups: bool
+) -> int:
+    """Bytes of all weights in ``dtype``; those in groups as they are stored, or dense too."""
+    bits = stored_bits(stored)
+    total = 0
+    for name, one in stored.items():
+        layer, _, kind = name.rpartition(".")
+        if layer not in bits or kind == "bias":
+            total += dtype.itemsize * math.prod(one.shape)
+        elif keep_groups:
+            total += one.num_bytes
+        elif kind == "weight":
+            total += dtype.itemsize * math.prod(one.shape) * 8 // bits[layer]
+    return total
 
 
 def _finite(stored: StoredTensor, weight: Tensor) -> Tensor:

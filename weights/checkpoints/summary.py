@@ -1,12 +1,15 @@
 """Summary of a checkpoint folder: shapes, parameters and bytes, read from its headers."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from engine.model.config import ModelConfig
-from weights.checkpoints.checkpoint import open_checkpoint
+from weights.checkpoints.checkpoint import expected_tensors, open_checkpoint
+from weights.checkpoints.stored_groups import stored_bits
 from weights.checkpoints.table_files import stored_format, table_shape
 from weights.checkpoints.tensor_files import StoredTensor
 
@@ -46,7 +49,8 @@ def summarize(folder: Path) -> Summary:
     """
     config, stored = open_checkpoint(folder)
     tables = config.model.table_names
-    dense = _count(tensor for name, tensor in stored.items() if name not in tables)
+    others = [tensor for name, tensor in stored.items() if name not in tables]
+    dense = _count_dense(others, expected_tensors(config.model), stored_bits(stored))
     table = _count(tensor for name, tensor in stored.items() if name in tables)
     active = dense.parameters + _values_read(config.model) - _idle_experts(config.model)
     return Summary(config.model, dense, table, active)
@@ -102,6 +106,20 @@ def _idle_experts(config: ModelConfig) -> int:
         return 0
     expert = 3 * config.hidden_size * mixture.expert_size
     return config.feed_forward.count("moe") * (mixture.num_experts - mixture.top_k) * expert
+
+
+def _count_dense(
+    tensors: list[StoredTensor], expected: Mapping[str, Tensor], bits: Mapping[str, int]
+) -> Count:
+    """The count of tensors outside tables; ``expected`` are those of the dense model."""
+    weights = [one for one in tensors if one.name in expected]  # others are scales of groups
+    layers = {one.name.removesuffix(".weight"): one.dtype for one in weights}
+    dtypes = {f"int{bits[name]}" if name in bits else code for name, code in layers.items()}
+    return Count(
+        parameters=sum(expected[one.name].numel() for one in weights),
+        num_bytes=sum(one.num_bytes for one in tensors),
+        dtypes=tuple(sorted(dtypes)),
+    )
 
 
 def _count(tensors: Iterable[StoredTensor]) -> Count:

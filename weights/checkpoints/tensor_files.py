@@ -20,7 +20,8 @@ from weights.text_files import ENCODING
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RECORDS_DTYPE = "U8"
-STORED_DTYPES = DTYPES | {RECORDS_DTYPE: torch.uint8, "I32": torch.int32, "I64": torch.int64}
+_INTEGERS = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+STORED_DTYPES = DTYPES | {RECORDS_DTYPE: torch.uint8} | _INTEGERS
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _READ_CHUNK = 1 << 30
 PART_BYTES = 1 << 22

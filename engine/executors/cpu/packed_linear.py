@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine.model.grouped_weights import WeightGroups
 from memory_ops.anonymous import anonymous_zeros
 
 
@@ -22,7 +23,7 @@ class _Fields(ctypes.Structure):
         *native_fields(ctypes.c_void_p, "panels", "bias", "norm_weights"),
         *native_fields(ctypes.c_int64, "norm_rows", "blocks", "inputs", "outputs"),
         *native_fields(ctypes.c_float, "norm_eps"),
-        *native_fields(ctypes.c_int32, "is_bf16", "is_gated", "has_wide_outputs"),
+        *native_fields(ctypes.c_int32, "is_bf16", "weight_bits", "is_gated", "has_wide_outputs"),
     )
 
 
@@ -30,14 +31,14 @@ class WeightRows(NamedTuple):
     """Rows of weights ``[outputs, inputs]``, and their place in a packed product.
 
     Attributes:
-        weight_OI: the values; each row is contiguous.
+        weights: values ``[outputs, inputs]``, each row contiguous; or groups.
         bias_O: bias of their outputs, if any.
         block: index of the block that they belong to.
         first: the block's output that the first row computes.
         part: 0 for the gate of a gated layer, 1 for the factor that it multiplies; else 0.
     """
 
-    weight_OI: Tensor
+    weights: Tensor | WeightGroups
     bias_O: Tensor | None = None
     block: int = 0
     first: int = 0
@@ -58,18 +59,24 @@ class PackedLinear:
         self,
         library: ctypes.CDLL,
         rows: Sequence[WeightRows],
+        inputs: int,
         outputs: int,
+        dtype: torch.dtype,
         *,
         norm: tuple[Tensor, float] | None = None,
         is_gated: bool = False,
         has_wide_outputs: bool = False,
     ) -> None:
-        """Copy the rows, which are all fp32 or all bf16. ``norm`` is a weight and its epsilon."""
-        dtype = rows[0].weight_OI.dtype
-        self.num_inputs: int = rows[0].weight_OI.shape[1]
+        """Copy the rows: all are values of ``dtype``, or all are groups of the same bits.
+
+        Inputs and outputs have ``dtype``, fp32 or bf16. ``norm`` is a weight and its epsilon.
+        """
+        first = rows[0].weights
+        self.num_inputs = inputs
         num_blocks = 1 + max(part.block for part in rows)
         fields = _Fields(blocks=num_blocks, inputs=self.num_inputs, outputs=outputs)
         fields.is_bf16, fields.is_gated = dtype == torch.bfloat16, is_gated
+        fields.weight_bits = first.bits if isinstance(first, WeightGroups) else 0
         fields.has_wide_outputs = has_wide_outputs
         self._fields, self.address = fields, ctypes.addressof(fields)
         self.num_outputs = num_blocks * outputs
@@ -82,14 +89,22 @@ class PackedLinear:
             self._bias = torch.zeros(library.memplus_bias_size(self.address))
             fields.bias = self._bias.data_ptr()
         for part in rows:
-            assert part.weight_OI.stride(1) == 1
-            weight, row_bytes = part.weight_OI.data_ptr(), part.weight_OI.stride(0) * dtype.itemsize
-            bias_O = None if part.bias_O is None else part.bias_O.float().contiguous()
-            bias = None if bias_O is None else bias_O.data_ptr()
-            place = len(part.weight_OI), part.block, part.first, part.part
-            library.memplus_pack_rows(self.address, weight, row_bytes, bias, *place)
+            self._pack(library, part)
         if norm is not None:
             self._norm_weights = norm[0].contiguous().clone()
             fields.norm_weights = self._norm_weights.data_ptr()
             fields.norm_rows = norm[0].numel() // fields.inputs
             fields.norm_eps = norm[1]
+
+    def _pack(self, library: ctypes.CDLL, part: WeightRows) -> None:
+        weights, scales = part.weights, None
+        if isinstance(weights, WeightGroups):
+            assert weights.bits == self._fields.weight_bits
+            scales_OG = weights.scales_OG.contiguous()
+            weights, scales = weights.values.contiguous(), scales_OG.data_ptr()
+        assert weights.stride(1) == 1
+        bias_O = None if part.bias_O is None else part.bias_O.float().contiguous()
+        bias = None if bias_O is None else bias_O.data_ptr()
+        address, stride = weights.data_ptr(), weights.stride(0) * weights.itemsize
+        place = len(weights), part.block, part.first, part.part
+        library.memplus_pack_rows(self.address, address, stride, scales, bias, *place)

@@ -4,6 +4,7 @@ A packed product includes the norm before it: ``out = concat(W_i norm(x) + b_i)`
 pair of layers, ``out = silu(W_0 norm(x) + b_0) * (W_1 norm(x) + b_1)``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,41 +12,65 @@ from torch import Tensor, nn
 
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
+from engine.model.grouped_weights import (
+    GroupedEmbedding,
+    GroupedLinear,
+    WeightGroups,
+    dense_weights,
+    group_weights,
+    widened,
+)
 from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
+from engine.model.uninitialised import ExactLinear
+
+Linear = nn.Linear | nn.Embedding | GroupedLinear | GroupedEmbedding
 
 
 @dataclass(frozen=True)
 class Packer:
-    """Packs weights for the kernels in one dtype; converts one product at a time if needed."""
+    """Packs weights for the kernels; converts one product at a time if needed.
+
+    Attributes:
+        kernels: the kernels.
+        dtype: dtype of inputs, outputs and, unless they are in groups, weights.
+        weight_bits: bits to which ``linear`` rounds weights, but those of ``ExactLinear``: 8 or 4;
+            None keeps them in ``dtype``.
+    """
 
     kernels: CpuKernels
     dtype: torch.dtype
+    weight_bits: int | None = None
 
     def linear(
         self,
-        *layers: nn.Linear | nn.Embedding,
+        *layers: Linear,
         norm: RmsNorm | None = None,
         is_gated: bool = False,
     ) -> PackedLinear:
         """One product of layers with the same input; the rows of an embedding give logits."""
-        rows, first = [], 0
+        rows, first, weights = [], 0, self._weights(layers)
         for index, layer in enumerate(layers):
-            bias = layer.bias if isinstance(layer, nn.Linear) else None
+            bias = layer.bias if isinstance(layer, nn.Linear | GroupedLinear) else None
             bias_O = None if bias is None else self._cast(bias)
             part = index if is_gated else 0
-            rows.append(WeightRows(self._cast(layer.weight), bias_O, first=first, part=part))
+            rows.append(WeightRows(weights[index], bias_O, first=first, part=part))
             first += 0 if is_gated else len(layer.weight)
         outputs = len(layers[0].weight) if is_gated else first
         packed_norm = None if norm is None else (self._cast(norm.weight), norm.eps)
-        return self.kernels.pack(rows, outputs, norm=packed_norm, is_gated=is_gated)
+        return self.kernels.pack(
+            rows, _inputs(layers[0]), outputs, self.dtype, norm=packed_norm, is_gated=is_gated
+        )
 
     def subkeys(self, memory: MemoryLayer) -> PackedLinear:
         """The product of queries and subkeys: half scores in fp32, the query norm included."""
         subkeys_H2Nk, query_norm = self._cast(memory.subkeys), memory.query_norm
         rows = [WeightRows(half, block=i) for i, half in enumerate(subkeys_H2Nk.flatten(0, 1))]
         norm = None if query_norm is None else (self._cast(query_norm), memory.norm_eps)
-        return self.kernels.pack(rows, memory.num_subkeys, norm=norm, has_wide_outputs=True)
+        inputs, outputs = subkeys_H2Nk.shape[3], memory.num_subkeys
+        return self.kernels.pack(
+            rows, inputs, outputs, self.dtype, norm=norm, has_wide_outputs=True
+        )
 
     def norm(self, norm: RmsNorm) -> RmsNorm:
         """The same norm in the packer's dtype."""
@@ -53,5 +78,33 @@ class Packer:
         made.weight = nn.Parameter(self._cast(norm.weight), requires_grad=False)
         return made
 
+    def _weights(self, layers: Sequence[Linear]) -> list[Tensor] | list[WeightGroups]:
+        """The weights of one product in one format: that of the layer with the most bits."""
+        weights = [self._layer_weights(layer) for layer in layers]
+        groups = [one for one in weights if isinstance(one, WeightGroups)]
+        if len(groups) < len(weights):
+            return [
+                self._cast(one)
+                if isinstance(one, Tensor)
+                else dense_weights(one, _inputs(layers[0]), self.dtype)
+                for one in weights
+            ]
+        if len({one.bits for one in groups}) > 1:
+            return [widened(one) for one in groups]
+        return groups
+
+    def _layer_weights(self, layer: Linear) -> Tensor | WeightGroups:
+        if isinstance(layer, GroupedLinear | GroupedEmbedding):
+            return layer.groups
+        if self.weight_bits is not None and not isinstance(layer, ExactLinear):
+            return group_weights(layer.weight, self.weight_bits)
+        return layer.weight
+
     def _cast(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype)
+
+
+def _inputs(layer: Linear) -> int:
+    if isinstance(layer, nn.Embedding | GroupedEmbedding):
+        return layer.embedding_dim
+    return layer.in_features

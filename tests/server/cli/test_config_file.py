@@ -9,7 +9,8 @@ from engine.errors import ConfigError
 from server.access import AccessOptions
 from server.cli.config_file import apply_config
 from server.cli.options import Parser, add_options, from_options
-from server.config import HttpOptions, ModelOptions
+from server.config import HttpOptions
+from server.model_options import ModelOptions
 
 KINDS = (ModelOptions, EngineConfig, HttpOptions, AccessOptions)
 

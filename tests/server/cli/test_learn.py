@@ -9,6 +9,7 @@ import pytest
 from server.cli.main import main
 from tests.models import save_model
 from tests.weights.learning.learned import wide_model
+from weights.checkpoints.convert import convert
 from weights.learning import learner
 from weights.patches.patch_folder import read_patch
 
@@ -52,6 +53,13 @@ def test_a_patch_is_learned_and_described(run, tmp_path, capsys):
     assert "neutral    perplexity " in out and "nats per token (10 tokens)\n" in out
     size = f"{patch.num_rows:,} rows, {patch.num_bytes:,} bytes"
     assert f"patch: {size}, {patch.content_hash}\n" in out
+
+
+def test_a_model_with_rounded_weights_learns(run, tmp_path, capsys):
+    convert(tmp_path / "model", tmp_path / "rounded", weight_dtype="int8")
+    assert run("--model", tmp_path / "rounded") == 0
+    assert "facts      1 of 1 exact: 100.0%\n" in capsys.readouterr().out
+    assert read_patch(tmp_path / "patch").num_rows
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

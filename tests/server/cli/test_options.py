@@ -12,8 +12,9 @@ from engine.sampling.params import SamplingParams
 from server.access import AccessOptions
 from server.cli.main import main
 from server.cli.options import Parser, add_options, from_options
-from server.config import HttpOptions, ModelOptions, SupervisionOptions, ThreadOptions
+from server.config import HttpOptions, SupervisionOptions, ThreadOptions
 from server.limits import LimitOptions
+from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
 

@@ -5,8 +5,8 @@ import torch
 from engine.model.config import MemoryConfig
 from memory_ops.tables.host_cache_size import host_cache_bytes
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
-from weights.checkpoints.checkpoint import model_bytes
 from weights.checkpoints.host_cache_limits import HostCacheLimits, host_cache_limits
+from weights.checkpoints.model_bytes import model_bytes
 from weights.checkpoints.table_files import RowLayout
 
 MEMORY = MemoryConfig(num_heads=4, num_subkeys=64, top_k=32, query_dim=8, value_dim=256)

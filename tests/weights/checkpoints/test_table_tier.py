@@ -13,8 +13,8 @@ from memory_ops.native import disk_rows
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable
 from server import engine_entry
-from server.config import ModelOptions
 from server.engine_entry import load_served
+from server.model_options import ModelOptions
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.available_memory import AvailableMemory
 from weights.checkpoints.memory_request import MemoryRequest, MemoryShares

@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from engine.config import EngineConfig
 from memory_ops.tables.table_statistics import TableStatistics
-from server.config import ModelOptions
+from server.model_options import ModelOptions
 from server.engine_entry import load_served, served_engine
 from tests.models import greedy, run
 from weights.checkpoints.summary import summarize

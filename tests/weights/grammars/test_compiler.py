@@ -9,8 +9,9 @@ from engine.errors import RequestError
 from engine.request import Request
 from engine.sampling.grammar import Grammar
 from engine.sampling.params import SamplingParams
-from server.config import EngineSettings, ModelOptions, cache_folder
+from server.config import EngineSettings, cache_folder
 from server.engine_entry import build_engine
+from server.model_options import ModelOptions
 from tests.engine.test_company import Oracle
 from tests.models import (
     EOS_ID,

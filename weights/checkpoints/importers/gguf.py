@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from torch import Tensor
 from engine.model.config import ModelConfig, RopeScaling
 from engine.model.rotary import rope_frequencies
 from weights.checkpoints.config_json import CheckpointConfig
+from weights.checkpoints.importers.gguf_files import gguf_files
 from weights.checkpoints.importers.gguf_tokenizer import GgufTokenizer, tokenizer_files
+from weights.checkpoints.importers.gguf_weights import dense_source, weight_sources
+from weights.checkpoints.stored_groups import source_bits
 from weights.checkpoints.tensor_files import TensorSource
 from weights.errors import CheckpointError
 
@@ -71,29 +74,58 @@ class ImportedModel:
     extra_files: dict[str, bytes]
 
 
-def read_gguf(path: Path, dtype: torch.dtype) -> ImportedModel:
-    """Describe a GGUF file; its tensors are dequantised to ``dtype`` when they are written.
+def read_gguf(path: Path, dtype: torch.dtype | None) -> ImportedModel:
+    """Describe a GGUF file, or the split model of which it is the first part.
+
+    With a ``dtype``, all tensors are dequantised to it when they are written. Without one,
+    quantised weights are stored in groups (``weight_sources``), and others in bfloat16.
 
     Raises:
         CheckpointError: the file is not GGUF, or its architecture, a tensor, a quantisation or its
             tokenizer is not supported.
     """
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{path}: is truncated or not a GGUF file ({error})") from None
+    readers = [_opened(file) for file in gguf_files(path)]
+    reader = readers[0]
     try:
         _check_keys(reader)
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        _check_split(readers)
+        tensors = {tensor.name: tensor for one in readers for tensor in one.tensors}
         config = _read_config(reader, tensors)
+        wanted, keeps_groups = dtype or torch.bfloat16, dtype is None
         sources = [
-            _source(tensor, config.model, dtype)
+            source
             for name, tensor in tensors.items()
             if name != _ROPE_FACTORS
+            for source in _sources(tensor, config.model, wanted, keeps_groups=keeps_groups)
         ]
+        config = replace(config, has_groups=bool(source_bits(sources)))
         return ImportedModel(config, sources, tokenizer_files(_read_tokenizer(reader)))
     except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _opened(file: Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(file)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise CheckpointError(f"{file}: is truncated or not a GGUF file ({error})") from None
+
+
+def _check_split(readers: Sequence[gguf.GGUFReader]) -> None:
+    """Raise CheckpointError unless the parts of a split model are those that its files name."""
+    for number, reader in enumerate(readers):
+        found = tuple(
+            _value(reader, f"split.{name}", one) for name, one in (("no", 0), ("count", 1))
+        )
+        if found != (number, len(readers)):
+            raise CheckpointError(
+                f"split.no, split.count: part {number + 1} of {len(readers)} files is stored as"
+                f" {found[0] + 1} of {found[1]}"
+            )
+    total = _value(readers[0], "split.tensors.count")
+    count = sum(len(reader.tensors) for reader in readers)
+    if total is not None and total != count:
+        raise CheckpointError(f"split.tensors.count: {total}, but the files have {count} tensors")
 
 
 def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
@@ -184,34 +216,21 @@ def _rope_scaling(factors: Any, head_dim: int, theta: float) -> RopeScaling | No
     raise CheckpointError(f"tensor {_ROPE_FACTORS}: is not a scaling of Llama 3.1 or 3.2")
 
 
-def _source(tensor: Any, model: ModelConfig, dtype: torch.dtype) -> TensorSource:
+def _sources(
+    tensor: Any, model: ModelConfig, dtype: torch.dtype, *, keeps_groups: bool
+) -> list[TensorSource]:
     name = _hugging_face_name(tensor.name)
-    shape = tuple(int(size) for size in reversed(tensor.shape))
 
-    _check_quantisation(tensor)
-
-    def load() -> Tensor:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        # copy, because the file's mapping is read-only
-        weight = torch.from_numpy(np.array(values, dtype=np.float32))
+    def reorder(rows: Tensor) -> Tensor:
         if ".q_proj." in name:
-            return _pair_halves(weight, model.num_heads)
+            return _pair_halves(rows, model.num_heads)
         if ".k_proj." in name:
-            return _pair_halves(weight, model.num_kv_heads)
-        return weight
+            return _pair_halves(rows, model.num_kv_heads)
+        return rows
 
-    return TensorSource(name, shape, dtype, load)
-
-
-def _check_quantisation(tensor: Any) -> None:
-    _, num_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
-    try:
-        gguf.dequantize(np.zeros((1, num_bytes), dtype=np.uint8), tensor.tensor_type)
-    except NotImplementedError:
-        kind = tensor.tensor_type.name
-        raise CheckpointError(
-            f"tensor {tensor.name}: quantisation {kind} is not supported"
-        ) from None
+    if keeps_groups and len(tensor.shape) == 2:
+        return weight_sources(name, tensor, dtype, reorder)
+    return [dense_source(name, tensor, dtype, reorder)]
 
 
 def _hugging_face_name(name: str) -> str:

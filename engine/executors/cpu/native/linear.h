@@ -14,80 +14,80 @@
 #include "linear_tiles.h"
 #include "rms_norm.h"
 #include "shared_work.h"
+#include "weight_groups.h"
 
 namespace memplus {
 
-#if defined(__AVX512F__)
-constexpr int TILE_ROWS = 12;  // times two vectors of outputs: 24 of 32 registers hold sums
-#else
-constexpr int TILE_ROWS = 4;
-#endif
-constexpr int64_t PREFETCHED = 2048;  // prefetch distance in bytes, if one tile reads a panel
 // rows per pass over a panel: enough that another pass costs little in comparison
-constexpr int64_t CHUNK_ROWS = 4 * std::max<int64_t>(TILE_ROWS, TILE_HEIGHT);
-
+constexpr int64_t CHUNK_ROWS = 4 * std::max<int64_t>(12, TILE_HEIGHT);
 constexpr int64_t PIECES = 8;  // into which a thread splits its work
 
-// The cache lines that a tile prefetches while it computes.
-struct Prefetch {
-  const uint8_t* at;
-  int64_t step;  // bytes per step of the product
-};
+// The product with weights that are values like the inputs; a step is a word of each input row.
+template <class Values>
+struct ValueProduct {
+#if defined(__AVX512F__)
+  static constexpr int tile_rows = 12;  // times two vectors of outputs: 24 of 32 registers hold sums
+#else
+  static constexpr int tile_rows = 4;
+#endif
+  static constexpr int64_t fetched = 2048;  // prefetch distance in bytes, if one tile reads a panel
 
-// Computes the sums of COUNT rows and one panel of outputs.
-template <class Values, int COUNT>
-inline void multiply(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t steps,
-                     Prefetch prefetch, floats (*sums)[PANEL_VECTORS]) {
-  floats sum[COUNT][PANEL_VECTORS] = {};
-  for (int64_t step = 0; step < steps; step++) {
-    words weights[PANEL_VECTORS];
-#pragma GCC unroll 2
-    for (int v = 0; v < PANEL_VECTORS; v++)
-      weights[v] = load<words>(panel + (step * PANEL_VECTORS + v) * sizeof(words));
-    __builtin_prefetch(prefetch.at);
-    __builtin_prefetch(prefetch.at + LINE);
-    prefetch.at += prefetch.step;
-#pragma GCC unroll 12
-    for (int row = 0; row < COUNT; row++) {
-      const words value = words{} + load<uint32_t>(x + row * stride + step * 4);
+  // Computes the sums of COUNT rows, `stride` bytes apart, and one panel of outputs.
+  template <int COUNT>
+  static void multiply(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t steps,
+                       Prefetch prefetch, floats (*sums)[PANEL_VECTORS]) {
+    floats sum[COUNT][PANEL_VECTORS] = {};
+    for (int64_t step = 0; step < steps; step++) {
+      words weights[PANEL_VECTORS];
 #pragma GCC unroll 2
       for (int v = 0; v < PANEL_VECTORS; v++)
-        sum[row][v] = Values::add_products(sum[row][v], weights[v], value);
+        weights[v] = load<words>(panel + (step * PANEL_VECTORS + v) * sizeof(words));
+      __builtin_prefetch(prefetch.at);
+      __builtin_prefetch(prefetch.at + LINE);
+      prefetch.at += prefetch.step;
+#pragma GCC unroll 12
+      for (int row = 0; row < COUNT; row++) {
+        const words value = words{} + load<uint32_t>(x + row * stride + step * 4);
+#pragma GCC unroll 2
+        for (int v = 0; v < PANEL_VECTORS; v++)
+          sum[row][v] = Values::add_products(sum[row][v], weights[v], value);
+      }
     }
+    for (int row = 0; row < COUNT; row++)
+      for (int v = 0; v < PANEL_VECTORS; v++) sums[row][v] = sum[row][v];
   }
-  for (int row = 0; row < COUNT; row++)
-    for (int v = 0; v < PANEL_VECTORS; v++) sums[row][v] = sum[row][v];
-}
+};
 
-template <class Values, int COUNT = TILE_ROWS>
+template <class Product, int COUNT = Product::tile_rows>
 inline void multiply_rows(int64_t count, const uint8_t* x, int64_t stride, const uint8_t* panel,
                           int64_t steps, Prefetch prefetch, floats (*sums)[PANEL_VECTORS]) {
   if constexpr (COUNT > 0) {
     if (count == COUNT)
-      return multiply<Values, COUNT>(x, stride, panel, steps, prefetch, sums);
-    multiply_rows<Values, COUNT - 1>(count, x, stride, panel, steps, prefetch, sums);
+      return Product::template multiply<COUNT>(x, stride, panel, steps, prefetch, sums);
+    multiply_rows<Product, COUNT - 1>(count, x, stride, panel, steps, prefetch, sums);
   }
 }
 
 // Computes panels [panels.first, panels.last) of the outputs of `rows`.
-template <class Values>
+template <class Values, class Product>
 inline void run_panels(const LinearCall& call, Rows rows, Span panels) {
   const PackedLinear& linear = call.linear;
-  const int64_t count = rows.last - rows.first, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+  constexpr int height = Product::tile_rows;
+  const int64_t count = rows.last - rows.first, tiles = (count + height - 1) / height;
   const int64_t steps = linear.steps(), panel_bytes = linear.panel_bytes();
-  floats sums[TILE_ROWS][PANEL_VECTORS];
+  floats sums[height][PANEL_VECTORS];
   for (int64_t panel = panels.first; panel < panels.last; panel++) {
     const uint8_t* weights = linear.panels + panel * panel_bytes;
-    const int64_t block_at = panel / linear.block_panels() * steps * 4;
+    const int64_t block_at = panel / linear.block_panels() * linear.row_bytes();
     const PanelOutputs<Values> outputs(call, panel);
     // all tiles share the prefetch of the next panel, for which its first tile would wait
-    const int64_t step_bytes = PANEL_VECTORS * sizeof(words), share = step_bytes / tiles;
+    const int64_t step_bytes = linear.step_bytes(), share = step_bytes / tiles;
     for (int64_t tile = 0; tile < tiles; tile++) {
       const Span span = piece(count, tile, tiles);
       const uint8_t* x = rows.x + (rows.first + span.first) * rows.stride + block_at;
       Prefetch prefetch = {weights + panel_bytes + tile * share * steps, share};
-      if (tiles == 1) prefetch = {weights + PREFETCHED, step_bytes};
-      multiply_rows<Values>(span.last - span.first, x, rows.stride, weights, steps, prefetch, sums);
+      if (tiles == 1) prefetch = {weights + Product::fetched, step_bytes};
+      multiply_rows<Product>(span.last - span.first, x, rows.stride, weights, steps, prefetch, sums);
       for (int64_t row = span.first; row < span.last; row++)
         outputs.write(rows.first + row, sums[row - span.first]);
       call.progress.mark();
@@ -95,40 +95,50 @@ inline void run_panels(const LinearCall& call, Rows rows, Span panels) {
   }
 }
 
-// Copies the rows of one block, normalised or not, padded with 0 to whole steps.
+// Writes one row of all blocks in the form that the kernels read: normalised if there is a norm, and
+// padded with 0 to whole steps or rounded to groups.
 template <class Values>
 inline void prepare(const LinearCall& call, int64_t row, uint8_t* to) {
   const PackedLinear& linear = call.linear;
-  const int64_t used = linear.inputs * Values::bytes, padded = linear.steps() * 4;
+  const int64_t used = linear.inputs * Values::bytes, padded = linear.row_bytes();
   for (int64_t block = 0; block < linear.blocks; block++) {
     const uint8_t* from = call.x + row * call.x_stride + block * used;
     uint8_t* at = to + (row * linear.blocks + block) * padded;
+    uint8_t* normed = linear.weight_bits ? kept_bytes<struct NormedRow>(used) : at;
     if (linear.norm_weights) {
       const int64_t which = block % linear.norm_rows;
       rms_norm<Values>(from, linear.norm_weights + which * used, linear.norm_eps, linear.inputs,
-                       at);
-    } else {
-      std::memcpy(at, from, used);
+                       normed);
+      from = normed;
     }
+    if (linear.weight_bits) {
+      round_row<Values>(from, linear.inputs, linear.offset(), (RowGroup*)at);
+      continue;
+    }
+    if (from != at) std::memcpy(at, from, used);
     std::memset(at + used, 0, padded - used);
   }
 }
 
-// The copies that a call reads if its rows need a norm or padding; else `bytes` is 0.
+// Bytes of the rows that a call prepares; 0 if it reads its rows as they are.
 template <class Values>
 inline int64_t prepared_bytes(const LinearCall& call) {
   const PackedLinear& linear = call.linear;
-  const bool has_whole_steps = linear.steps() * 4 == linear.inputs * Values::bytes;
-  if (!linear.norm_weights && has_whole_steps) return 0;
-  return call.num_rows * linear.blocks * linear.steps() * 4;
+  const bool is_whole = linear.row_bytes() == linear.inputs * Values::bytes;
+  if (!linear.weight_bits && !linear.norm_weights && is_whole) return 0;
+  return call.num_rows * linear.blocks * linear.row_bytes();
 }
 
 template <class Values>
 inline void run_some(const LinearCall& call, Rows rows, Span panels) {
-  if constexpr (has_tiles<Values>)
+  if (call.linear.weight_bits == 8)
+    run_panels<Values, GroupProduct<8>>(call, rows, panels);
+  else if (call.linear.weight_bits == 4)
+    run_panels<Values, GroupProduct<4>>(call, rows, panels);
+  else if constexpr (has_tiles<Values>)
     run_panels_by_tiles<Values>(call, rows, panels);
   else
-    run_panels<Values>(call, rows, panels);
+    run_panels<Values, ValueProduct<Values>>(call, rows, panels);
 }
 
 // Runs one thread's share of a call; every thread of the team must call it. The team shares `work`
@@ -142,7 +152,7 @@ inline void run_share(const LinearCall& call, uint8_t* prepared, SharedWork& wor
   if (prepared_bytes<Values>(call)) {
     const Span own = piece(call.num_rows, thread, threads);
     for (int64_t row = own.first; row < own.last; row++) prepare<Values>(call, row, prepared);
-    rows.x = prepared, rows.stride = linear.blocks * linear.steps() * 4;
+    rows.x = prepared, rows.stride = linear.blocks * linear.row_bytes();
     barrier(threads);
   }
   const int64_t panels = linear.blocks * linear.block_panels();

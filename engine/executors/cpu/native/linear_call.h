@@ -29,6 +29,12 @@ struct Rows {
   int64_t first, last;
 };
 
+// The cache lines that a tile prefetches while it computes.
+struct Prefetch {
+  const uint8_t* at;
+  int64_t step;  // bytes per step of the product
+};
+
 // Writes the sums of one panel.
 template <class Values>
 class PanelOutputs {

@@ -84,7 +84,7 @@ inline void run_panels_by_tiles<Bf16Values>(const LinearCall& call, Rows rows, S
   shape_tiles(height);
   for (int64_t panel = panels.first; panel < panels.last; panel++) {
     const uint8_t* weights = linear.panels + panel * panel_bytes;
-    const int64_t block_at = panel / linear.block_panels() * steps * 4;
+    const int64_t block_at = panel / linear.block_panels() * linear.row_bytes();
     const PanelOutputs<Bf16Values> outputs(call, panel);
     LineFetch fetch = {weights + (tiles > 2 ? panel_bytes : FETCHED), lines};
     for (int64_t tile = 0; tile < tiles; tile += 2) {

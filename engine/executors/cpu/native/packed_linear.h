@@ -1,6 +1,10 @@
 // The weights of linear layers in the layout of linear.h. A panel holds the weights of
 // PANEL_VECTORS vectors of outputs: step by step over the inputs, for each output the 4 bytes of
 // that step (two bf16 values or one fp32), so that one load reads weights of LANES outputs.
+//
+// Weights of fewer bits come in groups of GROUP inputs, a step each: fp16 scales of the outputs, then
+// for each output 4 bytes at a time. A byte holds the weight of one input (8 bits), or those of
+// inputs i and i + GROUP / 2 of the group (4 bits), with an offset that makes it unsigned.
 #pragma once
 
 #include <algorithm>
@@ -12,35 +16,59 @@
 namespace memplus {
 
 constexpr int PANEL_VECTORS = 2;
+constexpr int64_t GROUP = 32;
+constexpr int64_t SCALE_BYTES = PANEL_VECTORS * LANES * 2;
+
+// One group of a row of inputs, each of which is `values[i] * scale`.
+struct RowGroup {
+  int8_t values[GROUP];
+  float scale;
+  int32_t correction;  // what a sum of products starts with, because of the weights' offset
+};
+
+// Bytes of one group of a panel.
+constexpr int64_t group_bytes(int bits) {
+  return SCALE_BYTES + PANEL_VECTORS * LANES * GROUP * bits / 8;
+}
 
 // A product of `blocks` blocks; each maps its own `inputs` values of a row to `outputs` values.
 struct PackedLinear {
-  uint8_t* panels;              // [blocks, block_panels, steps, PANEL_VECTORS, LANES] of 4 bytes
+  uint8_t* panels;              // [blocks, block_panels, steps] of step_bytes()
   float* bias;                  // one per place in the panels, or null
   const uint8_t* norm_weights;  // [norm_rows, inputs], or null: row b % norm_rows for block b
   int64_t norm_rows;
   int64_t blocks, inputs, outputs;
   float norm_eps;
-  int32_t is_bf16;           // else fp32
+  int32_t is_bf16;           // inputs and outputs; else fp32
+  int32_t weight_bits;       // 8 or 4: groups with scales; 0: weights are values like the inputs
   int32_t is_gated;          // a panel has vectors of the gate and of its factor
   int32_t has_wide_outputs;  // fp32 outputs for any inputs
 
   int64_t value_bytes() const { return is_bf16 ? 2 : 4; }
   int64_t steps() const {
+    if (weight_bits) return (inputs + GROUP - 1) / GROUP;
     const int64_t used = (inputs * value_bytes() + 3) / 4;
     // matrix tiles read whole tiles of steps
     return is_bf16 ? (used + TILE_STEPS - 1) / TILE_STEPS * TILE_STEPS : used;
   }
+  // Bytes of a row of inputs of one block, in the form that the kernels read.
+  int64_t row_bytes() const { return steps() * (weight_bits ? sizeof(RowGroup) : 4); }
+  int32_t offset() const { return weight_bits ? 1 << (weight_bits - 1) : 0; }
+  int64_t step_bytes() const {
+    return weight_bits ? group_bytes(weight_bits) : PANEL_VECTORS * sizeof(words);
+  }
   int64_t panel_outputs() const { return is_gated ? LANES : PANEL_VECTORS * LANES; }
   int64_t block_panels() const { return (outputs + panel_outputs() - 1) / panel_outputs(); }
-  int64_t panel_bytes() const { return steps() * PANEL_VECTORS * sizeof(words); }
+  int64_t panel_bytes() const { return steps() * step_bytes(); }
 };
 
 // Rows of the weights of one block, `stride` bytes apart, for its outputs from `first` on, and their
-// bias or null. In a gated block, part 0 is the gate and part 1 its factor.
+// bias or null; if the weights are in groups, these and their fp16 scales [count, steps] are
+// contiguous. In a gated block, part 0 is the gate and part 1 its factor.
 struct WeightRows {
   const uint8_t* rows;
   int64_t stride;
+  const uint8_t* scales;
   const float* bias;
   int64_t count;
   int64_t block, first, part;
@@ -50,6 +78,19 @@ struct WeightRows {
 inline int64_t lane_of(const PackedLinear& linear, int64_t output, int64_t part) {
   if (!linear.is_gated) return output;
   return (output / LANES * PANEL_VECTORS + part) * LANES + output % LANES;
+}
+
+// Writes the groups of one row of weights, int8 or nibbles with their offset, to a lane of a panel.
+inline void pack_groups(const PackedLinear& linear, const uint8_t* weights, const uint8_t* scales,
+                        int64_t lane, uint8_t* panel) {
+  const int64_t words_of_row = GROUP * linear.weight_bits / 32;
+  const uint32_t sign_bits = linear.weight_bits == 8 ? 0x80808080 : 0;  // flips int8 to offset 128
+  for (int64_t step = 0; step < linear.steps(); step++, panel += linear.step_bytes()) {
+    std::memcpy(panel + lane * 2, scales + step * 2, 2);
+    uint8_t* to = panel + SCALE_BYTES + lane * 4;
+    for (int64_t word = 0; word < words_of_row; word++, weights += 4)
+      store(to + word * PANEL_VECTORS * sizeof(words), load<uint32_t>(weights) ^ sign_bits);
+  }
 }
 
 // Writes rows and bias to their places; the caller has zeroed the panels.
@@ -62,8 +103,14 @@ inline void pack(const PackedLinear& linear, const WeightRows& from) {
       const int64_t lane = lane_of(linear, from.first + row, from.part);
       const int64_t panel = from.block * linear.block_panels() + lane / panel_lanes;
       if (from.bias) linear.bias[panel * panel_lanes + lane % panel_lanes] = from.bias[row];
-      uint8_t* to = linear.panels + panel * linear.panel_bytes() + lane % panel_lanes * 4;
+      uint8_t* to = linear.panels + panel * linear.panel_bytes();
       const uint8_t* weights = from.rows + row * from.stride;
+      if (linear.weight_bits) {
+        const uint8_t* scales = from.scales + row * linear.steps() * 2;
+        pack_groups(linear, weights, scales, lane % panel_lanes, to);
+        continue;
+      }
+      to += lane % panel_lanes * 4;
       for (int64_t byte = 0; byte < row_bytes; byte += 4)
         std::memcpy(to + byte * panel_lanes, weights + byte, std::min<int64_t>(4, row_bytes - byte));
     }

@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 
 from engine.model.config import RopeScaling
+from engine.model.grouped_weights import group_bits
 from engine.model.rotary import rope_frequencies
 from tests.models import (
     byte_tokenizer,
@@ -23,6 +24,8 @@ from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.convert import convert
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
+from weights.models.named_models import model_folder
+from weights.models.prepare import prepared_folder
 
 SCALING = RopeScaling(32.0, 1.0, 4.0, 8192)
 LAYER = {
@@ -306,3 +309,112 @@ def test_a_truncated_file_is_refused(tmp_path):
         path.write_bytes(whole[:keep])
         with pytest.raises(CheckpointError, match="is truncated or not a GGUF file"):
             convert(path, tmp_path / "m")
+
+
+def written(kind, tmp_path):
+    """A model, and one that was converted from its file in this format without a dtype."""
+    model = wide_model(tie_embeddings=True)
+    quantisation = gguf.GGMLQuantizationType[kind]
+    path = write_gguf(tmp_path / "m.gguf", model, quantisation, changes=with_merges)
+    convert(path, tmp_path / "m")
+    stored, config = load_model(tmp_path / "m", keep_stored=True)
+    dense, _ = load_model(tmp_path / "m", "float32")
+    exact = {name: tensor.numpy() for name, tensor in model_tensors(model).items()}
+    expected = {
+        name: gguf.dequantize(gguf.quantize(one, quantisation), quantisation)
+        for name, one in exact.items()
+        if one.ndim == 2
+    }
+    found = {name: model_tensors(dense)[name].numpy() for name in expected}
+    return group_bits(stored), config, found, expected
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q8_0", 8), ("Q4_0", 4)])
+def test_blocks_that_are_groups_keep_their_values(tmp_path, kind, bits):
+    found_bits, config, found, expected = written(kind, tmp_path)
+    assert config.has_groups and config.dtype == "bfloat16"
+    assert set(found_bits.values()) == {bits} and len(found_bits) == 15
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q5_1"])
+def test_other_quantised_weights_are_rounded_to_8_bits(tmp_path, kind):
+    found_bits, _, found, expected = written(kind, tmp_path)
+    assert set(found_bits.values()) == {8}
+    for name, values in expected.items():
+        groups = values.reshape(len(values), -1, 32)
+        step = np.abs(groups).max(axis=2, keepdims=True) / 127
+        errors = np.abs(found[name].reshape(groups.shape) - groups)
+        assert (errors <= step * 0.51).all()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_weights_that_are_not_quantised_become_bfloat16(tmp_path, kind):
+    found_bits, config, found, expected = written(kind, tmp_path)
+    assert not found_bits and not config.has_groups
+    for name, values in expected.items():
+        narrow = torch.from_numpy(values).bfloat16().float().numpy()
+        np.testing.assert_array_equal(found[name], narrow)
+
+
+def test_a_file_is_prepared_once_and_again_after_a_change(tmp_path, monkeypatch):
+    model, cache = wide_model(tie_embeddings=True), tmp_path / "cache"
+    path = tmp_path / "m.v1.gguf"
+    write_gguf(path, model, gguf.GGMLQuantizationType.Q8_0, changes=with_merges)
+    folder = prepared_folder(str(path), cache)
+    assert folder == model_folder(str(path), cache)
+    assert set(group_bits(load_model(folder, keep_stored=True)[0]).values()) == {8}
+    with monkeypatch.context() as patch:
+        patch.setattr("weights.checkpoints.convert.convert", None)
+        assert prepared_folder(str(path), cache) == folder
+    write_gguf(path, model, gguf.GGMLQuantizationType.Q4_0, changes=with_merges)
+    changed = prepared_folder(str(path), cache)
+    assert changed != folder
+    assert set(group_bits(load_model(changed, keep_stored=True)[0]).values()) == {4}
+    path.write_bytes(b"GGUF, they said")
+    with pytest.raises(CheckpointError, match="is truncated or not a GGUF file"):
+        prepared_folder(str(path), cache)
+
+
+def split_gguf(path: Path) -> list[Path]:
+    """Write the tensors of a file to two parts."""
+    reader = gguf.GGUFReader(path)
+    parts = [path.parent / f"{path.stem}-0000{number}-of-00002.gguf" for number in (1, 2)]
+    half = len(reader.tensors) // 2
+    for number, part in enumerate(parts):
+        writer = gguf.GGUFWriter(part, "llama")
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for key, field in reader.fields.items() if number == 0 else ():
+            if not key.startswith(("GGUF.", "general.architecture")):
+                kinds = field.types
+                sub_type = kinds[-1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(key, field.contents(), kinds[0], sub_type)
+        for tensor in reader.tensors[half:] if number else reader.tensors[:half]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return parts
+
+
+def test_a_split_model_equals_a_whole_one(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", wide_model(), changes=with_merges)
+    first, second = split_gguf(path)
+    for source in (path, first):
+        convert(source, tmp_path / source.stem, "float32")
+    whole, split = (load_model(tmp_path / one.stem)[0] for one in (path, first))
+    for name, tensor in model_tensors(whole).items():
+        assert torch.equal(model_tensors(split)[name], tensor)
+    with pytest.raises(CheckpointError, match="is part 2 of 2; give the first part"):
+        convert(second, tmp_path / "second")
+    # a part under another part's name
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(CheckpointError, match="part 2 of 2 files is stored as 1 of 2"):
+        convert(first, tmp_path / "wrong")
+    second.unlink()
+    with pytest.raises(CheckpointError, match=f"{second}: is missing"):
+        convert(first, tmp_path / "missing")

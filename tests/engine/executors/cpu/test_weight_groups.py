@@ -1,0 +1,132 @@
+"""Products with weights of 8 and 4 bits in every runnable build against fp64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import silu
+
+from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
+from engine.executors.cpu.packing import Packer
+from engine.model.grouped_weights import GROUP, GroupedLinear, group_weights
+from engine.model.norm import RmsNorm
+from tests.conftest import TOLERANCE
+
+each_build = pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+each_width = pytest.mark.parametrize("bits", [8, 4])
+SIZES = st.integers(1, 100)
+ROWS = st.one_of(st.integers(0, 30), st.integers(40, 110))
+
+
+def layer(inputs, outputs, bits, *, bias=False):
+    made = GroupedLinear(inputs, outputs, bits, bias=bias)
+    groups = group_weights(torch.randn(outputs, inputs) * inputs**-0.5, bits)
+    made.weight.data, made.weight_scales.data = groups.values, groups.scales_OG
+    if bias:
+        torch.nn.init.normal_(made.bias)
+    return made.requires_grad_(False)
+
+
+def norm(size, dtype):
+    made = RmsNorm(size, 1e-5)
+    torch.nn.init.uniform_(made.weight, 0.5, 1.5)
+    return made.to(dtype).requires_grad_(False)
+
+
+def rounded(x_TI):
+    """Rows rounded to 8 bits in groups, as the kernels do, in fp64."""
+    inputs = x_TI.shape[1]
+    wide_TGI = torch.nn.functional.pad(x_TI.float(), (0, -inputs % GROUP)).unflatten(1, (-1, GROUP))
+    most_TG1 = wide_TGI.abs().amax(dim=2, keepdim=True)
+    integers_TGI = (wide_TGI * (127 / most_TG1).nan_to_num(posinf=0.0)).round()
+    return (integers_TGI.double() * (most_TG1 / 127)).flatten(1)[:, :inputs]
+
+
+def exact(x_TI, layers, *, before=None, is_gated=False):
+    x_TI = rounded(x_TI if before is None else before(x_TI))
+    outs = []
+    for one in layers:
+        bias = 0 if one.bias is None else one.bias.double()
+        outs.append(x_TI @ one.dense(torch.float64).T + bias)
+    return silu(outs[0]) * outs[1] if is_gated else torch.cat(outs, dim=1)
+
+
+def run(build, x_TI, layers, *, before=None, is_gated=False, residual=None):
+    kernels = CpuKernels(build)
+    packed = Packer(kernels, x_TI.dtype).linear(*layers, norm=before, is_gated=is_gated)
+    return kernels.linear(packed, x_TI, residual)
+
+
+def check(found, wanted):
+    rtol, atol = TOLERANCE[found.dtype]
+    torch.testing.assert_close(found.double(), wanted, rtol=rtol * 10, atol=atol * 10)
+
+
+@each_build
+@each_dtype
+@each_width
+@given(data=st.data())
+def test_layers_over_one_input_are_one_product(build, dtype, bits, data):
+    rows, inputs = data.draw(ROWS), data.draw(SIZES)
+    sizes = data.draw(st.lists(SIZES, min_size=1, max_size=3))
+    has_bias, has_residual = data.draw(st.booleans()), data.draw(st.booleans())
+    layers = [layer(inputs, size, bits, bias=has_bias) for size in sizes]
+    x = torch.randn(rows, inputs).to(dtype)
+    residual = torch.randn(rows, sum(sizes)).to(dtype) if has_residual else None
+    wanted = exact(x, layers) + (0 if residual is None else residual.double())
+    check(run(build, x, layers, residual=residual), wanted)
+
+
+@each_build
+@each_width
+@given(rows=ROWS, inputs=SIZES, outputs=SIZES)
+def test_a_gate_multiplies_the_up_projection_of_normed_rows(build, bits, rows, inputs, outputs):
+    layers = [layer(inputs, outputs, bits) for _ in range(2)]
+    x, before = torch.randn(rows, inputs), norm(inputs, torch.float32)
+    found = run(build, x, layers, before=before, is_gated=True)
+    # a norm that differs in the last bit may round an input to the next integer
+    wanted = exact(x, layers, before=before, is_gated=True)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
+
+
+@each_build
+@each_dtype
+@each_width
+def test_bits_of_a_row_do_not_depend_on_its_batch(build, dtype, bits):
+    layers = [layer(70, 90, bits, bias=True)]
+    x, residual = torch.randn(131, 70).to(dtype), torch.randn(131, 90).to(dtype)
+    whole = run(build, x, layers, residual=residual)
+    for first, last in ((0, 1), (5, 6), (0, 2), (3, 16), (100, 131), (20, 120)):
+        some = run(build, x[first:last], layers, residual=residual[first:last])
+        assert torch.equal(some, whole[first:last])
+
+
+@each_build
+@each_width
+def test_nan_does_not_affect_other_rows(build, bits):
+    layers = [layer(40, 40, bits)]
+    x = torch.randn(20, 40)
+    wanted = run(build, x, layers)
+    x[7, 3], x[8, 0], x[9] = torch.nan, torch.inf, 0.0
+    found = run(build, x, layers)
+    assert found[7].isnan().all() and not found[8].isfinite().any() and not found[9].any()
+    others = [i for i in range(20) if i not in (7, 8, 9)]
+    assert torch.equal(found[others], wanted[others])
+
+
+@each_width
+def test_builds_give_nearly_the_same_sums(bits):
+    layers, x = [layer(200, 50, bits)], torch.randn(9, 200)
+    first, *others = (run(build, x, layers) for build in CPU_LIBRARY.runnable_builds)
+    for other in others:
+        torch.testing.assert_close(other, first)
+
+
+@each_build
+def test_extreme_integers_are_summed_exactly(build):
+    one = layer(64, 1, 8)
+    one.weight.data.fill_(-128)
+    one.weight_scales.data.fill_(1.0)
+    x = torch.full((1, 64), 127.0)
+    assert run(build, x, [one]).item() == run(build, -x, [one]).item() * -1 == -128 * 127 * 64

@@ -1,0 +1,287 @@
+"""Folders with weights in groups of 8 or 4 bits: written, read, kept, and refused if damaged."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.executors.batch import prompt_batch
+from engine.executors.executor import make_executor
+from engine.model.grouped_weights import dense_weights, group_bits, group_weights
+from server.cli.main import main
+from server.engine_entry import load_served, served_executor
+from server.model_options import ModelOptions
+from tests.models import feed_forward_changes, random_model, save_model, tiny_config
+from weights.checkpoints.checkpoint import load_model, open_checkpoint
+from weights.checkpoints.convert import convert
+from weights.checkpoints.model_bytes import model_bytes
+from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
+from weights.checkpoints.summary import describe, summarize
+from weights.errors import CheckpointError
+from weights.patches.model_identity import model_identity
+from weights.training.new_model import model_config, new_model
+
+DENSE = "model.safetensors"
+QUERY = "model.layers.0.self_attn.q_proj"
+EXACT = (".gate.weight", ".output_gate.weight", "norm.weight", ".subkeys", ".bias")
+each_dtype = pytest.mark.parametrize("dtype", ["int8", "int4"])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Layers of every kind, 40 wide, with a head of its own."""
+    torch.manual_seed(4)
+    kinds = ("dense", "moe", "memory_plus", "pkm", "peer")
+    changes = feed_forward_changes(*kinds, value_dim=40, output_gate=True)
+    model = random_model(tiny_config(hidden_size=40, tie_embeddings=False, **changes))
+    return save_model(model, tmp_path_factory.mktemp("models") / "source")
+
+
+@pytest.fixture(scope="module")
+def folders(source) -> dict[str, Path]:
+    made = {dtype: source.parent / dtype for dtype in ("int8", "int4")}
+    for dtype, folder in made.items():
+        assert main(["quantize", str(source), str(folder), "--weight-dtype", dtype]) == 0
+    return made
+
+
+def is_exact(name):
+    return name.endswith(EXACT) and not name.endswith("memory.gate.weight")
+
+
+def logits(model, **options):
+    made = make_executor(model, EngineConfig(kv_cache_gib=0.001, block_size=16), **options)
+    return made.logits(prompt_batch(range(20), 16))
+
+
+@each_dtype
+def test_layers_are_rounded_and_small_ones_are_kept(source, folders, dtype):
+    before, after = load_file(source / DENSE), load_file(folders[dtype] / DENSE)
+    for name, weight in before.items():
+        if is_exact(name):
+            assert torch.equal(after.pop(name), weight)
+            continue
+        bits = 8 if name in ("model.embed_tokens.weight", "lm_head.weight") else int(dtype[3:])
+        groups = group_weights(weight, bits)
+        assert torch.equal(after.pop(name), groups.values)
+        assert torch.equal(after.pop(f"{name}_scales"), groups.scales_OG)
+    assert not after
+
+
+def test_embedding_and_head_take_another_dtype(source, tmp_path):
+    convert(source, tmp_path / "small", weight_dtype="int8", embedding_dtype="int4")
+    model, _ = load_model(tmp_path / "small", keep_stored=True)
+    narrow = {name for name, bits in group_bits(model).items() if bits == 4}
+    assert narrow == {"model.embed_tokens", "lm_head"}
+
+
+@each_dtype
+def test_a_folder_gives_the_tokens_of_rounding_at_load(source, folders, dtype):
+    wanted = logits(load_model(source)[0], weight_dtype=dtype)
+    assert torch.equal(logits(load_model(folders[dtype], keep_stored=True)[0]), wanted)
+
+
+@each_dtype
+def test_the_server_rounds_at_load_or_reads_a_rounded_folder(source, folders, dtype):
+    config, cpu = EngineConfig(kv_cache_gib=0.001), torch.device("cpu")
+
+    def served(folder, **options):
+        model = ModelOptions(str(folder), **options)
+        made = served_executor(load_served(model, folder, config, cpu, keep_stored=True), config)
+        return made.logits(prompt_batch(range(20), 16))
+
+    assert torch.equal(served(folders[dtype]), served(source, weight_dtype=dtype))
+
+
+@each_dtype
+def test_a_tied_head_is_stored_once(tmp_path, dtype):
+    folder = save_model(random_model(tiny_config(tie_embeddings=True)), tmp_path / "source")
+    wanted = logits(load_model(folder)[0], weight_dtype=dtype)
+    convert(folder, tmp_path / "made", weight_dtype=dtype)
+    assert not any(name.startswith("lm_head") for name in load_file(tmp_path / "made" / DENSE))
+    assert torch.equal(logits(load_model(tmp_path / "made", keep_stored=True)[0]), wanted)
+
+
+@each_dtype
+@pytest.mark.parametrize("compute", ["auto", "bfloat16"])
+def test_weights_are_dense_unless_they_are_kept(source, folders, dtype, compute):
+    model, config = load_model(folders[dtype], compute)
+    chosen = torch.float32 if compute == "auto" else torch.bfloat16
+    assert config.has_groups and not group_bits(model)
+    for name, weight in load_file(source / DENSE).items():
+        found = model.state_dict()[name]
+        assert found.dtype is chosen and found.shape == weight.shape
+        if not is_exact(name):
+            bits = 8 if name in ("model.embed_tokens.weight", "lm_head.weight") else int(dtype[3:])
+            groups = group_weights(weight, bits)
+            assert torch.equal(found, dense_weights(groups, weight.shape[1], chosen))
+
+
+@each_dtype
+def test_a_device_reads_groups_as_they_are_stored(folders, dtype):
+    config, stored = open_checkpoint(folders[dtype])
+    stored = {n: one for n, one in stored.items() if n not in config.model.table_names}
+    found = device_weights(stored, torch.bfloat16, torch.device("cpu"))
+    for name, weight in mapped_weights(stored, None).items():
+        kept = torch.bfloat16 if is_exact(name) else weight.dtype
+        assert found[name].dtype is kept and torch.equal(found[name], weight.to(kept))
+    needed = sum(weight.nbytes for weight in found.values())
+    assert weight_bytes(stored, torch.bfloat16, keep_groups=True) == needed
+    assert model_bytes(folders[dtype], "bfloat16", "auto", keep_groups=True).weights == needed
+
+
+@each_dtype
+def test_bytes_of_dense_weights_are_those_of_the_unrounded_folder(tmp_path, dtype):
+    # all inputs are whole groups
+    config = tiny_config(hidden_size=32, intermediate_size=64)
+    folder = save_model(random_model(config), tmp_path / "source")
+    convert(folder, tmp_path / "made", weight_dtype=dtype)
+    wanted = model_bytes(folder, "bfloat16", "auto")
+    assert model_bytes(tmp_path / "made", "bfloat16", "auto") == wanted
+
+
+@each_dtype
+def test_converting_keeps_the_bits(folders, tmp_path, dtype):
+    convert(folders[dtype], tmp_path / "again", "bfloat16", table_dtype="int8")
+    before, after = load_file(folders[dtype] / DENSE), load_file(tmp_path / "again" / DENSE)
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        kept = torch.bfloat16 if is_exact(name) else weight.dtype
+        assert after[name].dtype is kept and torch.equal(after[name], weight.to(kept))
+    raw = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert raw["torch_dtype"] == "bfloat16"
+    assert raw["quantization_config"] == {"quant_method": "memplus", "group_size": 32}
+
+
+def test_a_summary_counts_parameters_and_stored_bytes(source, folders):
+    wide, narrow = summarize(source), summarize(folders["int4"])
+    assert (narrow.dense.parameters, narrow.active) == (wide.dense.parameters, wide.active)
+    assert narrow.dense.dtypes == ("F32", "int4", "int8")
+    stored = load_file(folders["int4"] / DENSE)
+    assert narrow.dense.num_bytes == sum(tensor.nbytes for tensor in stored.values())
+    assert "int4" in describe(narrow)
+
+
+@each_dtype
+def test_the_weights_are_not_rounded_twice(folders, tmp_path, capsys, dtype):
+    arguments = ["quantize", str(folders[dtype]), str(tmp_path / "new"), "--weight-dtype", "int8"]
+    assert main(arguments) == 2
+    assert "weight_dtype: the weights of" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match=f"weight_dtype: .* have {dtype[3:]} bits already"):
+        logits(load_model(folders[dtype], keep_stored=True)[0], weight_dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embedding_dtype": "int4"}, "embedding_dtype: needs weight_dtype"),
+        ({"weight_dtype": "int3"}, "weight_dtype: 'int3' is not one of int8, int4"),
+        (
+            {"weight_dtype": "int8", "embedding_dtype": "fp8"},
+            "embedding_dtype: 'fp8' is not one of int8, int4",
+        ),
+    ],
+)
+def test_wrong_dtypes_are_refused(source, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        convert(source, tmp_path / "made", **options)
+
+
+def without_scales(tensors, config):
+    del tensors[f"{QUERY}.weight_scales"]
+
+
+def without_weight(tensors, config):
+    del tensors[f"{QUERY}.weight"]
+
+
+def with_wide_scales(tensors, config):
+    tensors[f"{QUERY}.weight_scales"] = tensors[f"{QUERY}.weight_scales"].float()
+
+
+def with_dense_weight(tensors, config):
+    tensors[f"{QUERY}.weight"] = torch.randn(32, 40)
+
+
+def with_short_groups(tensors, config):
+    tensors[f"{QUERY}.weight"] = tensors[f"{QUERY}.weight"][:, :40].contiguous()
+
+
+def with_a_grouped_norm(tensors, config):
+    tensors["model.norm.weight"] = torch.ones(40, dtype=torch.int8)
+
+
+def with_a_grouped_router(tensors, config):
+    groups = group_weights(tensors["model.layers.1.block_sparse_moe.gate.weight"], 8)
+    tensors["model.layers.1.block_sparse_moe.gate.weight"] = groups.values
+    tensors["model.layers.1.block_sparse_moe.gate.weight_scales"] = groups.scales_OG
+
+
+def without_the_key(tensors, config):
+    del config["quantization_config"]
+
+
+def with_another_method(tensors, config):
+    config["quantization_config"]["quant_method"] = "gptq"
+
+
+def with_a_nan(tensors, config):
+    tensors[f"{QUERY}.weight_scales"][0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_scales, f"tensor {QUERY}.weight_scales is missing"),
+        (without_weight, f"{DENSE}: tensor {QUERY}.weight_scales is unknown"),
+        (with_wide_scales, f"{DENSE}: tensor {QUERY}.weight_scales has dtype F32, not one of F16"),
+        (with_dense_weight, f"{DENSE}: tensor {QUERY}.weight_scales is unknown"),
+        (with_short_groups, f"{DENSE}: tensor {QUERY}.weight has shape .32, 40."),
+        (with_a_grouped_norm, f"{DENSE}: tensor model.norm.weight has dtype I8"),
+        (with_a_grouped_router, f"{DENSE}: tensor model.layers.1.block_sparse_moe.gate.weight"),
+        (without_the_key, f"{DENSE}: tensor .*(_scales is unknown|has shape)"),
+        (with_another_method, "config.json: quantization_config"),
+        (with_a_nan, f"{DENSE}: tensor {QUERY}.weight_scales has values that are NaN"),
+    ],
+)
+def test_damaged_folders_are_refused_by_file_and_tensor(folders, tmp_path, damage, message):
+    folder = shutil.copytree(folders["int8"], tmp_path / "damaged")
+    tensors = load_file(folder / DENSE)
+    config = json.loads((folder / "config.json").read_text())
+    damage(tensors, config)
+    save_file(tensors, folder / DENSE)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(folder)
+
+
+def test_a_folder_with_its_own_dense_layer_is_read(source, folders, tmp_path):
+    folder = shutil.copytree(folders["int4"], tmp_path / "mixed")
+    tensors = load_file(folder / DENSE)
+    del tensors[f"{QUERY}.weight_scales"]
+    tensors[f"{QUERY}.weight"] = load_file(source / DENSE)[f"{QUERY}.weight"]
+    save_file(tensors, folder / DENSE)
+    model, _ = load_model(folder, keep_stored=True)
+    assert QUERY not in group_bits(model) and logits(model).isfinite().all()
+
+
+def test_training_does_not_start_from_rounded_weights(folders):
+    folder = str(folders["int8"])
+    config = open_checkpoint(folders["int8"])[0].model
+    for start in (lambda: model_config({}, 260, folder), lambda: new_model(config, 1, folder)):
+        with pytest.raises(ConfigError, match=f"run.init_from: the weights of {folder} are round"):
+            start()
+    with pytest.raises(ConfigError, match="model.quantization_config: is not allowed here"):
+        model_config({"quantization_config": {}}, 260)
+
+
+def test_rounded_weights_choose_other_rows(tmp_path, memory_plus_folder):
+    convert(memory_plus_folder, tmp_path / "rounded", weight_dtype="int8")
+    before, after = model_identity(memory_plus_folder), model_identity(tmp_path / "rounded")
+    assert after.origins == before.origins and after.row_choice != before.row_choice

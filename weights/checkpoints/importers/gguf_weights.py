@@ -1,0 +1,81 @@
+"""Tensors of a GGUF file as tensors of a checkpoint folder."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.model.grouped_weights import GROUP, WeightGroups
+from weights.checkpoints.stored_groups import grouped_sources, sources_of_groups
+from weights.checkpoints.tensor_files import TensorSource
+from weights.errors import CheckpointError
+
+_KINDS = gguf.GGMLQuantizationType
+# formats whose blocks are groups: a scale, then int8 values or nibbles
+_BLOCK_BITS = {_KINDS.Q8_0: 8, _KINDS.Q4_0: 4}
+_FLOATS = (_KINDS.F32, _KINDS.F16, _KINDS.BF16, _KINDS.F64)
+Reorder = Callable[[Tensor], Tensor]
+
+
+def dense_source(name: str, tensor: Any, dtype: torch.dtype, reorder: Reorder) -> TensorSource:
+    """A tensor that is dequantised to ``dtype`` when it is written, its rows reordered.
+
+    Raises:
+        CheckpointError: its quantisation is not supported.
+    """
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    _check_quantisation(tensor)
+
+    def load() -> Tensor:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        # copy, because the file's mapping is read-only
+        return reorder(torch.from_numpy(np.array(values, dtype=np.float32)))
+
+    return TensorSource(name, shape, dtype, load)
+
+
+def weight_sources(
+    name: str, tensor: Any, dtype: torch.dtype, reorder: Reorder
+) -> list[TensorSource]:
+    """A layer's weight, in groups if it is quantised.
+
+    Q8_0 and Q4_0 keep their values. Others are dequantised and rounded to 8 bits. Weights that are
+    not quantised, or do not fill whole groups, are dense in ``dtype``.
+
+    Raises:
+        CheckpointError: its quantisation is not supported.
+    """
+    dense = dense_source(name, tensor, dtype, reorder)
+    inputs = dense.shape[1]
+    if tensor.tensor_type in _FLOATS or inputs % GROUP:
+        return [dense]
+    bits = _BLOCK_BITS.get(tensor.tensor_type)
+    layer = name.removesuffix(".weight")
+    if bits is None:
+        return grouped_sources([dense], {layer: 8})
+    return sources_of_groups(dense, bits, partial(_groups, tensor, bits, reorder))
+
+
+def _groups(tensor: Any, bits: int, reorder: Reorder) -> WeightGroups:
+    blocks = np.asarray(tensor.data).reshape(len(tensor.data), -1, 2 + GROUP * bits // 8)
+    scales_OG = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0]
+    values = np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8 if bits == 8 else np.uint8)
+    values = values.reshape(len(values), -1)
+    # copies, because the file's mapping is read-only
+    copied, scales = (torch.from_numpy(one.copy()) for one in (values, scales_OG))
+    return WeightGroups(reorder(copied), reorder(scales), bits)
+
+
+def _check_quantisation(tensor: Any) -> None:
+    _, num_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    try:
+        gguf.dequantize(np.zeros((1, num_bytes), dtype=np.uint8), tensor.tensor_type)
+    except NotImplementedError:
+        kind = tensor.tensor_type.name
+        raise CheckpointError(
+            f"tensor {tensor.name}: quantisation {kind} is not supported"
+        ) from None

@@ -1,0 +1,59 @@
+"""Sizes in bytes of a served model's parts, read from the headers of its folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
+from weights.checkpoints.host_cache_limits import HostCacheLimits, host_cache_limits
+from weights.checkpoints.model_weights import weight_bytes
+from weights.checkpoints.table_loading import table_layouts
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Memory in bytes that a served model takes.
+
+    Attributes:
+        weights: bytes of all tensors except the value tables.
+        tables: bytes of all value tables in their served format; 0 if there are none.
+        host_cache: limits of the row cache if the tables lie in host memory; 0 without tables.
+        kv_per_token: bytes of one token's keys and values in all layers.
+        dtype: dtype in which the model is served.
+    """
+
+    weights: int
+    tables: int
+    host_cache: HostCacheLimits
+    kv_per_token: int
+    dtype: torch.dtype
+
+
+def model_bytes(
+    folder: Path,
+    dtype: str,
+    table_dtype: str,
+    kv_dtype: str = "auto",
+    *,
+    keep_groups: bool = False,
+) -> ModelBytes:
+    """The sizes of what ``load_model`` would load; reads only headers.
+
+    ``kv_dtype`` is that of ``EngineConfig``. With ``keep_groups``, weights in groups stay so.
+
+    Raises:
+        CheckpointError, ConfigError, ValueError: as ``load_model``.
+    """
+    config, stored = open_checkpoint(folder)
+    chosen = serving_dtype(stored, dtype)
+    tables = [stored.pop(name) for name in config.model.table_names]
+    layouts = table_layouts(tables, table_dtype).values()
+    memory = config.model.memory
+    return ModelBytes(
+        weights=weight_bytes(stored, chosen, keep_groups=keep_groups),
+        tables=sum(layout.num_bytes for layout in layouts),
+        host_cache=host_cache_limits(layouts, memory) if memory else HostCacheLimits(0, 0),
+        kv_per_token=config.model.kv_bytes_per_token(1 if kv_dtype == "fp8" else chosen.itemsize),
+        dtype=chosen,
+    )

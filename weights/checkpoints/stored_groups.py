@@ -1,0 +1,113 @@
+"""Weights in groups of 8 or 4 bits in checkpoint folders: ``weight`` and ``weight_scales``."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError
+from engine.model.config import ModelConfig
+from engine.model.grouped_weights import (
+    VALUE_DTYPES,
+    WEIGHT_BITS,
+    WeightGroups,
+    group_shapes,
+    group_weights,
+    groupable,
+)
+from engine.model.transformer import Transformer
+from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor, TensorSource
+
+_WEIGHT, _SCALES = ".weight", ".weight_scales"
+_HEADS = ("model.embed_tokens", "lm_head")
+_BITS = {dtype: bits for bits, dtype in VALUE_DTYPES.items()}
+
+
+def stored_bits(stored: Mapping[str, StoredTensor]) -> dict[str, int]:
+    """Bits of the layers whose weights are in groups, by the layer's name."""
+    return _bits({name: STORED_DTYPES.get(one.dtype) for name, one in stored.items()})
+
+
+def source_bits(sources: Iterable[TensorSource]) -> dict[str, int]:
+    """The same of tensors that are not written yet."""
+    return _bits({source.name: source.dtype for source in sources})
+
+
+def _bits(dtypes: Mapping[str, torch.dtype | None]) -> dict[str, int]:
+    return {
+        name.removesuffix(_WEIGHT): _BITS[dtype]
+        for name, dtype in dtypes.items()
+        if name.endswith(_WEIGHT) and dtype in _BITS
+    }
+
+
+def requested_bits(config: ModelConfig, weight_dtype: str, embedding_dtype: str) -> dict[str, int]:
+    """Bits of all layers that may be in groups: embedding and head, and all others.
+
+    Raises:
+        ConfigError: a dtype is not one of ``WEIGHT_BITS``.
+    """
+    dtypes = {"weight_dtype": weight_dtype, "embedding_dtype": embedding_dtype}
+    for name, dtype in dtypes.items():
+        if dtype not in WEIGHT_BITS:
+            allowed = ", ".join(WEIGHT_BITS)
+            raise ConfigError(f"{name}: {dtype!r} is not one of {allowed}")
+    with torch.device("meta"):
+        layers = groupable(Transformer(config))
+    bits, head_bits = WEIGHT_BITS[weight_dtype], WEIGHT_BITS[embedding_dtype]
+    return {name: head_bits if name in _HEADS else bits for name in layers}
+
+
+def group_tensors(bits: Mapping[str, int]) -> dict[str, str]:
+    """The tensors of layers in groups, by name, with their dtypes as safetensors codes."""
+    codes = {dtype: code for code, dtype in STORED_DTYPES.items()}
+    found = {}
+    for name, count in bits.items():
+        found[name + _WEIGHT] = codes[VALUE_DTYPES[count]]
+        found[name + _SCALES] = codes[torch.float16]
+    return found
+
+
+def grouped_sources(sources: Sequence[TensorSource], bits: Mapping[str, int]) -> list[TensorSource]:
+    """The same tensors, with the weights of some layers, by name, rounded to groups."""
+    made: list[TensorSource] = []
+    for source in sources:
+        layer = source.name.removesuffix(_WEIGHT)
+        if layer in bits:
+            made += sources_of_groups(source, bits[layer], partial(_rounded, source, bits[layer]))
+        else:
+            made.append(source)
+    return made
+
+
+def sources_of_groups(
+    dense: TensorSource, bits: int, load: Callable[[], WeightGroups]
+) -> list[TensorSource]:
+    """The two tensors of a weight in groups, with name and shape of a dense one.
+
+    They are written one after the other, and ``load`` is called once for both.
+    """
+    outputs, inputs = dense.shape
+    values, scales = group_shapes(outputs, inputs, bits)
+    kept: list[WeightGroups] = []
+
+    def load_values() -> Tensor:
+        kept[:] = [load()]
+        return kept[0].values
+
+    def load_scales() -> Tensor:
+        return kept.pop().scales_OG
+
+    layer = dense.name.removesuffix(_WEIGHT)
+    return [
+        replace(dense, shape=values, dtype=VALUE_DTYPES[bits], load=load_values),
+        TensorSource(layer + _SCALES, scales, torch.float16, load_scales),
+    ]
+
+
+def _rounded(source: TensorSource, bits: int) -> WeightGroups:
+    loaded = source.load()
+    assert isinstance(loaded, Tensor)
+    return group_weights(loaded, bits)

@@ -68,7 +68,7 @@ def measure(
     engine.warm_up()
     rounds = EngineRounds(engine, config)
     rounds.check(load)
-    work, dtype, has_groups = _work(settings)
+    work, dtype, has_groups = _work(settings, device)
     if device.type == "cpu":
         limits = LimitMeter(dtype, with_integers=has_groups).measure
     else:
@@ -85,8 +85,8 @@ def measure(
             json_file.write_text(whole + "\n")
 
 
-def _work(settings: EngineSettings) -> tuple[ModelWork, torch.dtype, bool]:
-    """The model's work per step, its dtype, and whether it has weights in groups."""
+def _work(settings: EngineSettings, device: torch.device) -> tuple[ModelWork, torch.dtype, bool]:
+    """The model's work per step, its dtype, and whether it has weights in groups there."""
     folder = prepared_folder(settings.model.model, settings.cache_folder)
     checkpoint, stored = open_checkpoint(folder)
     dtype = serving_dtype(stored, settings.model.dtype)
@@ -94,7 +94,7 @@ def _work(settings: EngineSettings) -> tuple[ModelWork, torch.dtype, bool]:
     for name in checkpoint.model.table_names:
         # all tables have the same row size and keep their stored format
         row_bytes = stored[name].num_bytes // stored[name].shape[0]
-    bits = stored_bits(stored)
+    bits = stored_bits(stored) if device.type == "cpu" else {}
     if settings.model.weight_dtype != "auto":
         bits = requested_bits(checkpoint.model, settings.model.weight_dtype, "int8")
     return ModelWork(checkpoint.model, dtype.itemsize, row_bytes, bits), dtype, bool(bits)

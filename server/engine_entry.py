@@ -77,6 +77,12 @@ def build_engine(
     serves_patches = serves_patches and settings.engine.max_patches > 0
     if serves_patches and (reason := read_config(folder).model.patch_refusal):
         raise ConfigError(f"patch_dir: {reason}; start without --patch and --patch-dir")
+    if serves_patches and settings.model.weight_dtype != "auto":
+        # a patch fits the weights of the folder, and rounded ones may choose other rows
+        raise ConfigError(
+            "weight_dtype: cannot be used with row patches; make a folder with `memplus quantize"
+            " --weight-dtype` and learn the patches on it"
+        )
     loaded = load_served(settings.model, folder, settings.engine, device, keep_stored=True)
     grammars = GrammarCompiler(
         partial(load_tokenizer, folder), loaded.config.model.vocab_size, loaded.config.eos_ids
@@ -154,7 +160,10 @@ def load_served(
         ConfigError: as ``load_model``; or the model cannot prefetch that far or that many rows.
     """
     # report bad settings now, before minutes are spent on loading tables
-    described = read_config(folder).model
+    checkpoint = read_config(folder)
+    described = checkpoint.model
+    if options.weight_dtype != "auto" and checkpoint.has_groups:
+        raise ConfigError(f"weight_dtype: the weights of {folder} have few bits already")
     lookahead = _lookahead(options, described) if options.table_lookahead else None
     kv_dtype = engine.kv_dtype if engine else "auto"
     keep_groups = keep_stored and device.type == "cpu"

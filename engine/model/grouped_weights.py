@@ -180,7 +180,7 @@ class GroupedEmbedding(nn.Module):
 
 
 def use_groups(model: nn.Module, bits: Mapping[str, int]) -> None:
-    """Replace layers of a model, by name, by uninitialised ones in groups of so many bits.
+    """Replace layers of a model, by name, by uninitialised ones in groups of ``bits``.
 
     The names are among ``groupable``.
     """

@@ -166,7 +166,7 @@ class Transformer(nn.Module):
 def converted(model: Transformer, dtype: torch.dtype) -> Transformer:
     """The model with dense weights of a dtype, and the same tables.
 
-    It shares weights that are so already.
+    It shares the weights that need no change.
     """
     if all(parameter.dtype is dtype for parameter in model.parameters()):
         return model

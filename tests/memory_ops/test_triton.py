@@ -23,6 +23,7 @@ def test_the_kernels_in_the_strict_interpreter(tmp_path):
     assert status == 0, output
 
 
+@pytest.mark.slow
 def test_the_kernels_compiled(tmp_path):
     status, output = run_tests(
         [FOLDER / "compiled"], tmp_path, "-m", "not slow", MEMPLUS_COMPILE_TESTS="1"

@@ -377,3 +377,10 @@ def test_a_model_that_takes_no_patches_is_not_served_with_them(tmp_path, kind):
     settings = EngineSettings(ModelOptions(model=str(folder)), tmp_path, EngineConfig())
     with pytest.raises(ConfigError, match="^patch_dir: .* start without --patch and --patch-dir$"):
         build_engine(settings, serves_patches=True)
+
+
+def test_patches_are_not_served_with_weights_that_are_rounded_at_load(memory_plus_folder):
+    model = ModelOptions(model=str(memory_plus_folder), weight_dtype="int8")
+    settings = EngineSettings(model, memory_plus_folder, EngineConfig())
+    with pytest.raises(ConfigError, match="^weight_dtype: cannot be used with row patches"):
+        build_engine(settings, serves_patches=True)

@@ -19,6 +19,7 @@ from engine.model.grouped_weights import (
 )
 from engine.model.transformer import Transformer
 from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor, TensorSource
+from weights.errors import CheckpointError
 
 _WEIGHT, _SCALES = ".weight", ".weight_scales"
 _HEADS = ("model.embed_tokens", "lm_head")
@@ -31,7 +32,7 @@ def stored_bits(stored: Mapping[str, StoredTensor]) -> dict[str, int]:
 
 
 def source_bits(sources: Iterable[TensorSource]) -> dict[str, int]:
-    """The same of tensors that are not written yet."""
+    """Bits of the layers in groups among tensors that are not written yet, by the layer's name."""
     return _bits({source.name: source.dtype for source in sources})
 
 
@@ -110,4 +111,6 @@ def sources_of_groups(
 def _rounded(source: TensorSource, bits: int) -> WeightGroups:
     loaded = source.load()
     assert isinstance(loaded, Tensor)
+    if not loaded.isfinite().all():
+        raise CheckpointError(f"tensor {source.name} has values that are NaN or infinite")
     return group_weights(loaded, bits)

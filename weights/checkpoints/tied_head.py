@@ -17,7 +17,7 @@ def drop_tied_head(stored: dict[str, StoredTensor]) -> None:
     Some programs store only the head, or the head with another dtype.
 
     Raises:
-        CheckpointError: the head has other values than the embedding.
+        CheckpointError: the head has other values than the embedding, which may not be in groups.
     """
     head = stored.pop(_HEAD, None)
     if head is None:
@@ -26,9 +26,15 @@ def drop_tied_head(stored: dict[str, StoredTensor]) -> None:
     if embedding is None:
         stored[_EMBEDDING] = replace(head, name=_EMBEDDING)
         return
-    if embedding.dtype not in DTYPES:
+    is_grouped = f"{_EMBEDDING}_scales" in stored
+    if embedding.dtype not in DTYPES and not is_grouped:
         return  # the caller reports the embedding itself
-    if head.dtype not in DTYPES or head.shape != embedding.shape or not _are_equal(head, embedding):
+    if (
+        is_grouped
+        or head.dtype not in DTYPES
+        or head.shape != embedding.shape
+        or not _are_equal(head, embedding)
+    ):
         raise CheckpointError(
             f"{head.file}: tensor {_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is"
             " true"

@@ -47,7 +47,7 @@ class CpuExecutor:
         """Pack a model's weights in ``dtype``, fp32 or bf16, and reserve KV memory.
 
         ``dtype`` is by default that of the model; the embedding is kept if it has ``dtype``. With
-        ``weight_bits``, weights are rounded to groups: to so many bits in the layers, to 8 bits in
+        ``weight_bits``, weights are rounded to groups: to these bits in the layers, to 8 bits in
         embedding and head.
 
         Raises:

@@ -34,8 +34,8 @@ class Packer:
     Attributes:
         kernels: the kernels.
         dtype: dtype of inputs, outputs and, unless they are in groups, weights.
-        weight_bits: bits to which ``linear`` rounds weights, but those of ``ExactLinear``: 8 or 4;
-            None keeps them in ``dtype``.
+        weight_bits: bits (8 or 4) to which ``linear`` rounds weights, except those of
+            ``ExactLinear``; None keeps them in ``dtype``.
     """
 
     kernels: CpuKernels

@@ -107,6 +107,28 @@ def test_a_tied_head_is_stored_once(tmp_path, dtype):
     assert torch.equal(logits(load_model(tmp_path / "made", keep_stored=True)[0]), wanted)
 
 
+def test_a_head_beside_a_tied_embedding_in_groups_is_refused(tmp_path):
+    folder = save_model(random_model(tiny_config(tie_embeddings=True)), tmp_path / "source")
+    convert(folder, tmp_path / "made", weight_dtype="int8")
+    tensors = load_file(tmp_path / "made" / DENSE)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "made" / DENSE)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens"):
+        load_model(tmp_path / "made")
+
+
+@each_dtype
+def test_weights_that_are_not_finite_are_not_rounded(tmp_path, dtype):
+    model = random_model(tiny_config())
+    model.layers[1].self_attn.k_proj.weight.data[3, 4] = torch.nan
+    folder = save_model(model, tmp_path / "source")
+    with pytest.raises(
+        CheckpointError, match=r"k_proj\.weight has values that are NaN or infinite"
+    ):
+        convert(folder, tmp_path / "made", weight_dtype=dtype)
+    assert not (tmp_path / "made").exists()
+
+
 @each_dtype
 @pytest.mark.parametrize("compute", ["auto", "bfloat16"])
 def test_weights_are_dense_unless_they_are_kept(source, folders, dtype, compute):
@@ -175,6 +197,10 @@ def test_the_weights_are_not_rounded_twice(folders, tmp_path, capsys, dtype):
     assert not (tmp_path / "new").exists()
     with pytest.raises(ConfigError, match=f"weight_dtype: .* have {dtype[3:]} bits already"):
         logits(load_model(folders[dtype], keep_stored=True)[0], weight_dtype="int8")
+    options = ModelOptions(str(folders[dtype]), weight_dtype="int8")
+    for keep_stored in (True, False):
+        with pytest.raises(ConfigError, match="weight_dtype: the weights of .* few bits already"):
+            load_served(options, folders[dtype], None, torch.device("cpu"), keep_stored=keep_stored)
 
 
 @pytest.mark.parametrize(

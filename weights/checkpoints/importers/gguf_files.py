@@ -18,6 +18,8 @@ def gguf_files(file: Path) -> list[Path]:
     if match is None:
         return [file]
     start, number, count = match[1], int(match[2]), int(match[3])
+    if not count:
+        raise CheckpointError(f"{file}: a model cannot have 0 parts")
     if number != 1:
         raise CheckpointError(f"{file}: is part {number} of {count}; give the first part")
     parts = [file.parent / f"{start}{part:05}-of-{count:05}.gguf" for part in range(1, count + 1)]

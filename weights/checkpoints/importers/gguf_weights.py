@@ -63,6 +63,8 @@ def weight_sources(
 def _groups(tensor: Any, bits: int, reorder: Reorder) -> WeightGroups:
     blocks = np.asarray(tensor.data).reshape(len(tensor.data), -1, 2 + GROUP * bits // 8)
     scales_OG = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0]
+    if not np.isfinite(scales_OG).all():
+        raise CheckpointError(f"tensor {tensor.name} has scales that are NaN or infinite")
     values = np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8 if bits == 8 else np.uint8)
     values = values.reshape(len(values), -1)
     # copies, because the file's mapping is read-only

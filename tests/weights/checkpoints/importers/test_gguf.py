@@ -415,6 +415,9 @@ def test_a_split_model_equals_a_whole_one(tmp_path):
     second.write_bytes(first.read_bytes())
     with pytest.raises(CheckpointError, match="part 2 of 2 files is stored as 1 of 2"):
         convert(first, tmp_path / "wrong")
+    with pytest.raises(CheckpointError, match="a model cannot have 0 parts"):
+        convert(first.rename(tmp_path / "m-00001-of-00000.gguf"), tmp_path / "none")
+    (tmp_path / "m-00001-of-00000.gguf").rename(first)
     second.unlink()
     with pytest.raises(CheckpointError, match=f"{second}: is missing"):
         convert(first, tmp_path / "missing")

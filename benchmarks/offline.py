@@ -105,7 +105,7 @@ def _line(result: Result) -> str:
         f"{result.phase:<7} {result.batch:>6} {result.tokens:>7} {result.tokens_per_s:>9.1f}"
         f" {result.ms_per_step:>9.3f} {result.limit_ms:>9.3f} {result.roofline_share:>6.2f}"
         f" {result.bandwidth_gb_per_s:>7.1f} {result.product_gflops:>8.1f}"
-        f" {result.integer_gops:>7.0f}"
+        f" {f'{result.integer_gops:.0f}' if result.integer_gops else '-':>7}"
     )
 
 

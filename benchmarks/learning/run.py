@@ -23,7 +23,7 @@ from weights.learning.scores import exact_answers, score_drift
 
 # what ``memplus learn`` does by default
 OURS = "rows"
-# the best of the rates tried must not be at their edge; more are tried until so many
+# further rates are tried while the best one is the smallest or the largest; this many at most
 _MOST_RATES = 7
 
 

@@ -91,7 +91,7 @@ def make_executor(
     """
     weight = model.model.norm.weight
     dtype = dtype or model.dtype
-    weight_bits = WEIGHT_BITS.get(weight_dtype)
+    weight_bits = None if weight_dtype == "auto" else WEIGHT_BITS[weight_dtype]
     if weight_bits is not None and (stored := group_bits(model)):
         fewest = min(stored.values())
         raise ConfigError(f"weight_dtype: the model's weights have {fewest} bits already")

@@ -196,10 +196,10 @@ def use_groups(model: nn.Module, bits: Mapping[str, int]) -> None:
         setattr(model.get_submodule(parent), last, made)
 
 
-def groupable(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Names and ``[O, I]`` of a model's layers whose weights may be in groups."""
+def groupable(model: nn.Module) -> set[str]:
+    """Names of a model's layers whose weights may be in groups."""
     return {
-        name: (len(layer.weight), layer.weight.shape[1])
+        name
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear | nn.Embedding) and not isinstance(layer, ExactLinear)
     }

@@ -65,7 +65,7 @@ def loaded(**limits) -> LoadedPatches:
 
 
 def done(patches: LoadedPatches) -> list[str]:
-    """What was done with the patch that was opened last."""
+    """The calls of the patch that was opened last."""
     return patches._source.opened[-1].calls
 
 

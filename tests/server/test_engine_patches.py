@@ -256,7 +256,7 @@ def test_a_reload_fails_if_the_new_engine_dies_after_an_answer(answered):
 
 
 def test_failures_are_retried_together_before_patches_are_lost(monkeypatch, caplog):
-    """Each patch had its own pauses, so many that failed kept a server waiting for minutes."""
+    """The pauses between loads do not grow with the number of patches that fail."""
     paused, pause = [], asyncio.sleep
 
     async def sleep(seconds):

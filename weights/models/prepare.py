@@ -1,6 +1,7 @@
 """Prepares a model's checkpoint folder: converts SmolLM2 and GGUF files on first use."""
 
 import fcntl
+import glob
 import shutil
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def prepared_folder(name: str, cache_folder: Path) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.exists():
                 # left by a killed process: a live one would still hold the lock
-                for left in folder.parent.glob(f".{folder.name}.partial-*"):
+                for left in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
                     shutil.rmtree(left)
                 convert(source, folder, "bfloat16" if name == SMOLLM2 else None)
     except OSError as error:

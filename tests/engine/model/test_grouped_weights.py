@@ -136,7 +136,7 @@ def test_rows_of_an_embedding_are_those_of_its_dense_weights(bits):
 def test_layers_that_choose_or_scale_are_never_in_groups():
     changes = feed_forward_changes("moe", "memory_plus", "pkm", output_gate=True)
     model = Transformer(tiny_config(**changes, tie_embeddings=False))
-    names = set(groupable(model))
+    names = groupable(model)
     assert {"model.embed_tokens", "lm_head", "model.layers.1.memory.query"} <= names
     assert not any(name.endswith((".output_gate", "block_sparse_moe.gate")) for name in names)
 

@@ -34,7 +34,7 @@ each_dtype = pytest.mark.parametrize("dtype", ["int8", "int4"])
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """Layers of every kind, 40 wide, with a head of its own."""
+    """A model with layers of every kind, 40 wide, and an untied head."""
     torch.manual_seed(4)
     kinds = ("dense", "moe", "memory_plus", "pkm", "peer")
     changes = feed_forward_changes(*kinds, value_dim=40, output_gate=True)

@@ -17,7 +17,7 @@ from weights.errors import CheckpointError
 _KINDS = gguf.GGMLQuantizationType
 # formats whose blocks are groups: a scale, then int8 values or nibbles
 _BLOCK_BITS = {_KINDS.Q8_0: 8, _KINDS.Q4_0: 4}
-_FLOATS = (_KINDS.F32, _KINDS.F16, _KINDS.BF16, _KINDS.F64)
+_FLOATS = (_KINDS.F32, _KINDS.F16, _KINDS.BF16)
 Reorder = Callable[[Tensor], Tensor]
 
 
@@ -44,14 +44,13 @@ def weight_sources(
     """A layer's weight, in groups if it is quantised.
 
     Q8_0 and Q4_0 keep their values. Others are dequantised and rounded to 8 bits. Weights that are
-    not quantised, or do not fill whole groups, are dense in ``dtype``.
+    not quantised are dense in ``dtype``.
 
     Raises:
         CheckpointError: its quantisation is not supported.
     """
     dense = dense_source(name, tensor, dtype, reorder)
-    inputs = dense.shape[1]
-    if tensor.tensor_type in _FLOATS or inputs % GROUP:
+    if tensor.tensor_type in _FLOATS:
         return [dense]
     bits = _BLOCK_BITS.get(tensor.tensor_type)
     layer = name.removesuffix(".weight")
@@ -62,14 +61,15 @@ def weight_sources(
 
 def _groups(tensor: Any, bits: int, reorder: Reorder) -> WeightGroups:
     blocks = np.asarray(tensor.data).reshape(len(tensor.data), -1, 2 + GROUP * bits // 8)
-    scales_OG = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0]
+    # copies, because the file's mapping is read-only
+    scales_OG = blocks[:, :, :2].copy().view(np.float16)[:, :, 0]
     if not np.isfinite(scales_OG).all():
         raise CheckpointError(f"tensor {tensor.name} has scales that are NaN or infinite")
-    values = np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8 if bits == 8 else np.uint8)
+    values = blocks[:, :, 2:].copy().view(np.int8 if bits == 8 else np.uint8)
     values = values.reshape(len(values), -1)
-    # copies, because the file's mapping is read-only
-    copied, scales = (torch.from_numpy(one.copy()) for one in (values, scales_OG))
-    return WeightGroups(reorder(copied), reorder(scales), bits)
+    return WeightGroups(
+        reorder(torch.from_numpy(values)), reorder(torch.from_numpy(scales_OG)), bits
+    )
 
 
 def _check_quantisation(tensor: Any) -> None:

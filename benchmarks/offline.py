@@ -23,7 +23,7 @@ from server.device import chosen_device
 from server.engine_entry import build_engine
 from server.model_options import ModelOptions
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
-from weights.checkpoints.stored_groups import requested_bits, stored_bits
+from weights.checkpoints.stored_groups import requested_formats, stored_formats
 from weights.models.prepare import prepared_folder
 
 
@@ -94,10 +94,10 @@ def _work(settings: EngineSettings, device: torch.device) -> tuple[ModelWork, to
     for name in checkpoint.model.table_names:
         # all tables have the same row size and keep their stored format
         row_bytes = stored[name].num_bytes // stored[name].shape[0]
-    bits = stored_bits(stored) if device.type == "cpu" else {}
+    formats = stored_formats(stored) if device.type == "cpu" else {}
     if settings.model.weight_dtype != "auto":
-        bits = requested_bits(checkpoint.model, settings.model.weight_dtype, "int8")
-    return ModelWork(checkpoint.model, dtype.itemsize, row_bytes, bits), dtype, bool(bits)
+        formats = requested_formats(checkpoint.model, settings.model.weight_dtype, "int8")
+    return ModelWork(checkpoint.model, dtype.itemsize, row_bytes, formats), dtype, bool(formats)
 
 
 def _line(result: Result) -> str:

@@ -1,6 +1,5 @@
 """Minimum bytes and operations of an engine step, computed from the model's shapes."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import torch
 from benchmarks.machine_limits import MachineLimits
 from engine.model.config import ModelConfig
 from engine.model.flops import forward_flops, total_flops
-from engine.model.grouped_weights import group_shapes
+from engine.model.grouped_weights import GroupFormat
 from engine.model.transformer import Transformer
 
 _WEIGHT = ".weight"
@@ -70,7 +69,7 @@ class ModelWork:
         config: ModelConfig,
         itemsize: int,
         row_bytes: int,
-        bits: Mapping[str, int] | None = None,
+        formats: Mapping[str, GroupFormat] | None = None,
     ) -> None:
         """Read the model's shapes.
 
@@ -78,9 +77,9 @@ class ModelWork:
             config: the model.
             itemsize: bytes per weight, key and value.
             row_bytes: bytes per table row.
-            bits: bits of the layers whose weights are in groups, by name.
+            formats: formats of the layers whose weights are in groups, by name.
         """
-        weights = _weights(config, itemsize, bits or {})
+        weights = _weights(config, itemsize, formats or {})
         flops = dict(forward_flops(config, attended=0))
         self._head_flops = flops.pop("head")
         self._layer_flops = total_flops(flops)
@@ -132,16 +131,16 @@ class ModelWork:
         return mixture.top_k / mixture.num_experts if mixture is not None and tokens else 0.0
 
 
-def _weights(config: ModelConfig, itemsize: int, bits: Mapping[str, int]) -> dict[str, _Weights]:
+def _weights(
+    config: ModelConfig, itemsize: int, formats: Mapping[str, GroupFormat]
+) -> dict[str, _Weights]:
     with torch.device("meta"):
         tensors = Transformer(config).state_dict()
     found = {}
     for name, tensor in tensors.items():
         layer = name.removesuffix(_WEIGHT)
-        if layer in bits:
-            outputs, inputs = tensor.shape
-            values, scales = group_shapes(outputs, inputs, bits[layer])
-            found[name] = _Weights(math.prod(values) + 2 * math.prod(scales), tensor.numel())
+        if layer in formats:
+            found[name] = _Weights(formats[layer].num_bytes(*tensor.shape), tensor.numel())
         else:
             found[name] = _Weights(itemsize * tensor.numel(), 0)
     return found

@@ -17,7 +17,8 @@ from engine.executors.lookahead import LookaheadConfig
 from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import KvMemoryError
 from engine.model.config import ModelConfig
-from engine.model.grouped_weights import WEIGHT_BITS, group_bits
+from engine.model.grouped_layers import group_formats
+from engine.model.grouped_weights import WEIGHT_BITS
 from engine.model.transformer import Transformer, converted
 from engine.progress import Progress
 from memory_ops.tables.value_table import ValueTable
@@ -92,8 +93,8 @@ def make_executor(
     weight = model.model.norm.weight
     dtype = dtype or model.dtype
     weight_bits = None if weight_dtype == "auto" else WEIGHT_BITS[weight_dtype]
-    if weight_bits is not None and (stored := group_bits(model)):
-        fewest = min(stored.values())
+    if weight_bits is not None and (stored := group_formats(model)):
+        fewest = min(one.bits for one in stored.values())
         raise ConfigError(f"weight_dtype: the model's weights have {fewest} bits already")
     if weight.is_cuda:
         if weight_bits is not None:

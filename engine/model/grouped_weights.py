@@ -1,32 +1,56 @@
-"""Linear layers and embeddings whose weights have 8 or 4 bits and a scale per group of inputs.
+"""Weights that have 8 or 4 bits and a scale per group of inputs.
 
 A group is ``GROUP`` consecutive inputs of one output; its weights are integers times an fp16 scale,
 as in llama.cpp's formats Q8_0 (8 bits) and Q4_0 (4 bits), which it can hold without loss:
 
 * 8 bits: int8 ``[O, G * 32]``, from -128 to 127.
 * 4 bits: uint8 ``[O, G * 16]``; byte i of a group has input i in its low half and input i + 16 in
-  its high half, as the integer plus 8.
+  its high half, as the integer (-8 to 7) plus 8.
+* 4 bits with minimums: the integers are those halves themselves (0 to 15), and an fp16 minimum of
+  the group is added to the scaled integer, as in llama.cpp's Q4_1.
 
 O outputs, I inputs, G groups; the last group is padded with weights of 0.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
-
-from engine.model.uninitialised import ExactLinear
 
 GROUP = 32
 WEIGHT_BITS = {"int8": 8, "int4": 4}
 # of embedding and head unless asked otherwise: fewer cost more than in layers
 HEAD_BITS = 8
 VALUE_DTYPES = {8: torch.int8, 4: torch.uint8}
+_TENSORS = ("weight", "weight_scales", "weight_minimums")
 _PART_WEIGHTS = 1 << 22
 # candidates for the place of a group's most extreme weight on the scale of -8 to 7
 _EXTREMES = (-8.0, -7.4, -8.6, 7.4)
+
+
+class GroupFormat(NamedTuple):
+    """How weights are stored in groups: 8 or 4 bits, the latter also with minimums."""
+
+    bits: int
+    has_minimums: bool = False
+
+    def __str__(self) -> str:
+        return f"int{self.bits}" + (" with minimums" if self.has_minimums else "")
+
+    def tensors(self, outputs: int, inputs: int) -> dict[str, Tensor]:
+        """Uninitialised arrays of some weights, by the name that a layer gives them."""
+        groups = num_groups(inputs)
+        size = outputs, groups * GROUP * self.bits // 8
+        found = {"weight": torch.empty(size, dtype=VALUE_DTYPES[self.bits])}
+        for name in _TENSORS[1 : 2 + self.has_minimums]:
+            found[name] = torch.empty(outputs, groups, dtype=torch.float16)
+        return found
+
+    def num_bytes(self, outputs: int, inputs: int) -> int:
+        """Bytes of some weights."""
+        with torch.device("meta"):
+            return sum(tensor.nbytes for tensor in self.tensors(outputs, inputs).values())
 
 
 class WeightGroups(NamedTuple):
@@ -35,6 +59,18 @@ class WeightGroups(NamedTuple):
     values: Tensor
     scales_OG: Tensor
     bits: int
+    minimums_OG: Tensor | None = None
+
+    @property
+    def format(self) -> GroupFormat:
+        """Bits, and whether there are minimums."""
+        return GroupFormat(self.bits, self.minimums_OG is not None)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The arrays, by the name that a layer gives them."""
+        arrays = self.values, self.scales_OG, self.minimums_OG
+        return {name: one for name, one in zip(_TENSORS, arrays, strict=True) if one is not None}
 
 
 def num_groups(inputs: int) -> int:
@@ -56,16 +92,17 @@ def group_weights(weight_OI: Tensor, bits: int) -> WeightGroups:
 
 
 def widened(groups: WeightGroups) -> WeightGroups:
-    """The same weights in 8 bits."""
+    """The same weights in 8 bits; rounded, if they have minimums."""
     if groups.bits == 8:
         return groups
+    if groups.minimums_OG is not None:
+        return group_weights(_wide(groups).flatten(1), 8)
     return WeightGroups(_integers(groups).flatten(1), groups.scales_OG, 8)
 
 
 def dense_weights(groups: WeightGroups, inputs: int, dtype: torch.dtype) -> Tensor:
     """The weights ``[O, I]`` in ``dtype``, contiguous."""
-    wide_OGI = _integers(groups).float() * groups.scales_OG.float().unsqueeze(2)
-    return wide_OGI.flatten(1)[:, :inputs].to(dtype).contiguous()
+    return _wide(groups).flatten(1)[:, :inputs].to(dtype).contiguous()
 
 
 def _rounded_to_8_bits(wide_OGI: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,12 +123,21 @@ def _rounded_to_4_bits(wide_OGI: Tensor) -> tuple[Tensor, Tensor]:
     return (low_OGI | high_OGI << 4).flatten(1), scales_OG
 
 
+def _wide(groups: WeightGroups) -> Tensor:
+    """The weights ``[O, G, 32]`` in fp32."""
+    wide_OGI = _integers(groups).float() * groups.scales_OG.float().unsqueeze(2)
+    if groups.minimums_OG is None:
+        return wide_OGI
+    return wide_OGI + groups.minimums_OG.float().unsqueeze(2)
+
+
 def _integers(groups: WeightGroups) -> Tensor:
     """The integers ``[O, G, 32]`` as int8."""
     values_OGI = torch.unflatten(groups.values, 1, (groups.scales_OG.shape[1], -1))
     if groups.bits == 8:
         return values_OGI
-    return torch.cat([values_OGI & 15, values_OGI >> 4], dim=2).to(torch.int8) - 8
+    halves_OGI = torch.cat([values_OGI & 15, values_OGI >> 4], dim=2).to(torch.int8)
+    return halves_OGI if groups.minimums_OG is not None else halves_OGI - 8
 
 
 def _grouped(weight_OI: Tensor) -> Tensor:
@@ -116,124 +162,3 @@ def _refined(wide_OGI: Tensor, scales_OG: Tensor) -> Tensor:
 def _errors(wide_OGI: Tensor, scales_OG: Tensor) -> Tensor:
     integers_OGI = _rounded(wide_OGI, scales_OG, -8, 7).float()
     return (wide_OGI - integers_OGI * scales_OG.float().unsqueeze(2)).square().sum(dim=2)
-
-
-class GroupedLinear(nn.Module):
-    """The weights of a linear layer in groups; uninitialised. It cannot run: see ``dense``.
-
-    Attributes:
-        weight, weight_scales: the groups' arrays.
-        bias: ``[O]``, or None.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bits: int, *, bias: bool) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.weight, self.weight_scales = _parameters(out_features, in_features, bits)
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-
-    @property
-    def groups(self) -> WeightGroups:
-        """The weights."""
-        return WeightGroups(self.weight, self.weight_scales, self.bits)
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weights ``[O, I]`` in ``dtype``."""
-        return dense_weights(self.groups, self.in_features, dtype)
-
-
-class GroupedEmbedding(nn.Module):
-    """The rows of an embedding in groups; uninitialised.
-
-    Attributes:
-        weight, weight_scales: the groups' arrays, with V tokens as outputs.
-    """
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, bits: int) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
-        self.weight, self.weight_scales = _parameters(num_embeddings, embedding_dim, bits)
-
-    @classmethod
-    def rounded(cls, embedding: nn.Embedding, bits: int) -> "GroupedEmbedding":
-        """The rows of an embedding, rounded by ``group_weights``."""
-        with torch.device("meta"):
-            made = cls(embedding.num_embeddings, embedding.embedding_dim, bits)
-        groups = group_weights(embedding.weight, bits)
-        made.weight = nn.Parameter(groups.values, requires_grad=False)
-        made.weight_scales = nn.Parameter(groups.scales_OG, requires_grad=False)
-        return made
-
-    @property
-    def groups(self) -> WeightGroups:
-        """The rows."""
-        return WeightGroups(self.weight, self.weight_scales, self.bits)
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The rows ``[V, D]`` in ``dtype``."""
-        return dense_weights(self.groups, self.embedding_dim, dtype)
-
-    def rows(self, ids_T: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows of some tokens, ``[T, D]`` in ``dtype``."""
-        some = WeightGroups(self.weight[ids_T], self.weight_scales[ids_T], self.bits)
-        return dense_weights(some, self.embedding_dim, dtype)
-
-
-def use_groups(model: nn.Module, bits: Mapping[str, int]) -> None:
-    """Replace layers of a model, by name, by uninitialised ones in groups of ``bits``.
-
-    The names are among ``groupable``.
-    """
-    for name, count in bits.items():
-        layer, (parent, _, last) = model.get_submodule(name), name.rpartition(".")
-        made: nn.Module
-        if isinstance(layer, nn.Embedding):
-            made = GroupedEmbedding(layer.num_embeddings, layer.embedding_dim, count)
-        else:
-            assert isinstance(layer, nn.Linear)
-            sizes = layer.in_features, layer.out_features
-            made = GroupedLinear(*sizes, count, bias=layer.bias is not None)
-        setattr(model.get_submodule(parent), last, made)
-
-
-def groupable(model: nn.Module) -> set[str]:
-    """Names of a model's layers whose weights may be in groups."""
-    return {
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Embedding) and not isinstance(layer, ExactLinear)
-    }
-
-
-def group_bits(model: nn.Module) -> dict[str, int]:
-    """Bits of the layers whose weights are in groups, by name."""
-    return {
-        name: layer.bits
-        for name, layer in model.named_modules()
-        if isinstance(layer, GroupedLinear | GroupedEmbedding)
-    }
-
-
-def group_shapes(outputs: int, inputs: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of the values and of the scales of a layer's groups."""
-    groups = num_groups(inputs)
-    return (outputs, groups * GROUP * bits // 8), (outputs, groups)
-
-
-def dense_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state of a model in ``dtype``, with dense weights instead of groups."""
-    state = model.state_dict()
-    for name in group_bits(model):
-        layer = model.get_submodule(name)
-        assert isinstance(layer, GroupedLinear | GroupedEmbedding)
-        state[f"{name}.weight"] = layer.dense(dtype)
-        del state[f"{name}.weight_scales"]
-    return {name: value.to(dtype) for name, value in state.items()}
-
-
-def _parameters(outputs: int, inputs: int, bits: int) -> tuple[nn.Parameter, nn.Parameter]:
-    values, scales = group_shapes(outputs, inputs, bits)
-    return (
-        nn.Parameter(torch.empty(values, dtype=VALUE_DTYPES[bits]), requires_grad=False),
-        nn.Parameter(torch.empty(scales, dtype=torch.float16), requires_grad=False),
-    )

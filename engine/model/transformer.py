@@ -9,13 +9,14 @@ from torch.nn.functional import linear
 
 from engine.model.config import ModelConfig
 from engine.model.forward_trace import ForwardTrace, MemoryTrace
-from engine.model.grouped_weights import (
+from engine.model.grouped_layers import (
     GroupedEmbedding,
     GroupedLinear,
     dense_state,
-    group_bits,
+    group_formats,
     use_groups,
 )
+from engine.model.grouped_weights import GroupFormat
 from engine.model.layers import DecoderLayer
 from engine.model.layout import TokenLayout
 from engine.model.memory_layer import MemoryLayer
@@ -175,18 +176,18 @@ def converted(model: Transformer, dtype: torch.dtype) -> Transformer:
 
 def with_tables(model: Transformer, tables: Mapping[str, ValueTable]) -> Transformer:
     """The model with other value tables; it shares all weights."""
-    return _rebuilt(model, model.state_dict(), group_bits(model), tables)
+    return _rebuilt(model, model.state_dict(), group_formats(model), tables)
 
 
 def _rebuilt(
     model: Transformer,
     weights: Mapping[str, Tensor],
-    bits: Mapping[str, int],
+    formats: Mapping[str, GroupFormat],
     tables: Mapping[str, ValueTable],
 ) -> Transformer:
     with torch.device("meta"):
         made = Transformer(model.config)
-        use_groups(made, bits)
+        use_groups(made, formats)
     made.load_state_dict(weights, assign=True)
     made.rope_frequencies, made.run_layer = model.rope_frequencies, model.run_layer
     made.attach_tables(tables)

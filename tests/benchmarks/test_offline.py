@@ -14,6 +14,7 @@ from engine.errors import ConfigError
 from engine.executors.executor import make_executor
 from engine.model.config import MemoryConfig
 from engine.model.flops import forward_flops
+from engine.model.grouped_weights import GroupFormat
 from engine.scheduling.scheduler import Scheduler
 from memory_ops.native.library import MEMORY_LIBRARY
 from server.cli.main import main
@@ -66,9 +67,9 @@ def test_a_decode_step_reads_all_weights_once_and_every_context(tied):
 
 
 def test_weights_in_groups_are_fewer_bytes_and_integer_operations():
-    bits = {"model.layers.1.mlp.up_proj": 4, "lm_head": 8}
+    formats = {"model.layers.1.mlp.up_proj": GroupFormat(4), "lm_head": GroupFormat(8)}
     dense = ModelWork(tiny_config(), itemsize=2, row_bytes=0)
-    grouped = ModelWork(tiny_config(), itemsize=2, row_bytes=0, bits=bits)
+    grouped = ModelWork(tiny_config(), itemsize=2, row_bytes=0, formats=formats)
     chunks = [Chunk(9, 1)] * 3
     before, after = dense.of(chunks, 2), grouped.of(chunks, 2)
     up = 32 * 48

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
-from engine.model.grouped_weights import dense_state, groupable, use_groups
+from engine.model.grouped_layers import dense_state, groupable, use_groups
+from engine.model.grouped_weights import GroupFormat
 from engine.model.transformer import Transformer
 from memory_ops.tables.value_table import ValueTable
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json, read_config
 from weights.checkpoints.gpu_tier import naming_lack_of_memory
 from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
 from weights.checkpoints.new_folder import new_folder, write_synced
-from weights.checkpoints.stored_groups import stored_bits
+from weights.checkpoints.stored_groups import stored_formats
 from weights.checkpoints.table_files import OUTPUT_DTYPES, RowLayout, table_shape
 from weights.checkpoints.table_loading import load_tables, open_tables, table_layouts
 from weights.checkpoints.table_origin import table_origin
@@ -40,17 +41,17 @@ _DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fr
 
 
 def expected_tensors(
-    config: ModelConfig, bits: Mapping[str, int] | None = None
+    config: ModelConfig, formats: Mapping[str, GroupFormat] | None = None
 ) -> dict[str, Tensor]:
     """Every tensor of a model by name, tables included, on the meta device.
 
-    Tensors in groups have the dtype that they need; all others are fp32 here. ``bits`` names the
-    layers whose weights are in groups; others than ``groupable`` are ignored.
+    Tensors in groups have the dtype that they need; all others are fp32 here. ``formats`` names
+    the layers whose weights are in groups; others than ``groupable`` are ignored.
     """
     with torch.device("meta"):
         model = Transformer(config)
         known = groupable(model)
-        use_groups(model, {name: count for name, count in (bits or {}).items() if name in known})
+        use_groups(model, {name: one for name, one in (formats or {}).items() if name in known})
         tensors = model.state_dict()
         for name in config.table_names:
             assert config.memory is not None
@@ -72,8 +73,8 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
     last = f"model.layers.{config.model.num_layers - 1}.input_layernorm.weight"
     if last not in stored:  # a wrong layer count would build a huge meta model below
         raise CheckpointError(f"{folder}: tensor {last} is missing")
-    bits = stored_bits(stored) if config.has_groups else {}
-    expected, tables = expected_tensors(config.model, bits), config.model.table_names
+    formats = stored_formats(stored) if config.has_groups else {}
+    expected, tables = expected_tensors(config.model, formats), config.model.table_names
     if config.model.tie_embeddings:
         drop_tied_head(stored)
     for name, tensor in list(stored.items()):
@@ -185,24 +186,24 @@ def _read_model(
     keep_stored: bool,
 ) -> Transformer:
     """The model without tables; see ``load_model``."""
-    bits = stored_bits(stored)
+    formats = stored_formats(stored)
     if device.type == "cpu":
-        weights = mapped_weights(stored, None if keep_stored or bits else dtype)
+        weights = mapped_weights(stored, None if keep_stored or formats else dtype)
     else:
         weights = device_weights(stored, dtype, device)
-    model = _with_weights(config, bits, weights)
-    if bits and not keep_stored:
+    model = _with_weights(config, formats, weights)
+    if formats and not keep_stored:
         model = _with_weights(config, {}, dense_state(model, dtype))
     model.rope_frequencies = model.rope_frequencies.to(device)
     return model
 
 
 def _with_weights(
-    config: ModelConfig, bits: Mapping[str, int], weights: Mapping[str, Tensor]
+    config: ModelConfig, formats: Mapping[str, GroupFormat], weights: Mapping[str, Tensor]
 ) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
-        use_groups(model, bits)
+        use_groups(model, formats)
     model.load_state_dict(weights, assign=True)
     return model
 

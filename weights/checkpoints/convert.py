@@ -20,10 +20,10 @@ from weights.checkpoints.checkpoint import (
 from weights.checkpoints.importers.gguf import ImportedModel, read_gguf
 from weights.checkpoints.stored_groups import (
     group_tensors,
-    grouped_sources,
-    requested_bits,
-    source_bits,
-    stored_bits,
+    requested_formats,
+    rounded_sources,
+    source_formats,
+    stored_formats,
 )
 from weights.checkpoints.table_files import (
     OUTPUT_DTYPES,
@@ -114,7 +114,7 @@ def read_folder(
     tables = config.model.table_names
     if table_dtype is not None and not tables:
         raise ConfigError(f"table_dtype: {folder} has no tables")
-    grouped = group_tensors(stored_bits(stored))
+    grouped = group_tensors(stored_formats(stored))
     dense = [
         _dense(tensor, None if name in grouped else dtype)
         for name, tensor in stored.items()
@@ -133,9 +133,9 @@ def _rounded(
     config = imported.config
     if config.has_groups:
         raise ConfigError(f"weight_dtype: the weights of {path} are in groups already")
-    bits = requested_bits(config.model, weight_dtype, embedding_dtype)
-    config, sources = replace(config, has_groups=True), grouped_sources(imported.sources, bits)
-    return replace(imported, config=config, sources=sources)
+    formats = requested_formats(config.model, weight_dtype, embedding_dtype)
+    sources = rounded_sources(imported.sources, formats)
+    return replace(imported, config=replace(config, has_groups=True), sources=sources)
 
 
 def _row_reads_copier(source: Path, config: ModelConfig) -> Callable[[Path], object]:
@@ -166,8 +166,7 @@ def _table(stored: StoredTensor, dtype: str | None, table_dtype: str | None) -> 
 
 
 def _check_shapes(path: Path, imported: ImportedModel) -> None:
-    bits = source_bits(imported.sources)
-    tensors = expected_tensors(imported.config.model, bits)
+    tensors = expected_tensors(imported.config.model, source_formats(imported.sources))
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     tables = imported.config.model.table_names
     # open_checkpoint has checked the shapes of tables, which depend on their format

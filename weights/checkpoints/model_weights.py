@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weights.checkpoints.device_loading import DeviceLoader
-from weights.checkpoints.stored_groups import group_tensors, stored_bits
+from weights.checkpoints.stored_groups import group_tensors, stored_formats
 from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor, read_mapped
 from weights.errors import CheckpointError
 
@@ -42,7 +42,7 @@ def device_weights(
         torch.OutOfMemoryError: the device has not enough memory.
     """
     loader = DeviceLoader(device)
-    grouped = group_tensors(stored_bits(stored))
+    grouped = group_tensors(stored_formats(stored))
     weights = {
         name: loader.load(one, STORED_DTYPES[one.dtype] if name in grouped else dtype)
         for name, one in stored.items()
@@ -55,16 +55,16 @@ def weight_bytes(
     stored: Mapping[str, StoredTensor], dtype: torch.dtype, *, keep_groups: bool
 ) -> int:
     """Bytes of all weights in ``dtype``; those in groups as they are stored, or dense too."""
-    bits = stored_bits(stored)
+    formats = stored_formats(stored)
     total = 0
     for name, one in stored.items():
         layer, _, kind = name.rpartition(".")
-        if layer not in bits or kind == "bias":
+        if layer not in formats or kind == "bias":
             total += dtype.itemsize * math.prod(one.shape)
         elif keep_groups:
             total += one.num_bytes
         elif kind == "weight":
-            total += dtype.itemsize * math.prod(one.shape) * 8 // bits[layer]
+            total += dtype.itemsize * math.prod(one.shape) * 8 // formats[layer].bits
     return total
 
 

@@ -1,7 +1,6 @@
-"""Weights in groups of 8 or 4 bits in checkpoint folders: ``weight`` and ``weight_scales``."""
+"""Weights in groups of 8 or 4 bits in checkpoint folders: the tensors of ``GroupFormat``."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,43 +8,46 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
+from engine.model.grouped_layers import groupable
 from engine.model.grouped_weights import (
     VALUE_DTYPES,
     WEIGHT_BITS,
+    GroupFormat,
     WeightGroups,
-    group_shapes,
     group_weights,
-    groupable,
 )
 from engine.model.transformer import Transformer
 from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor, TensorSource
 from weights.errors import CheckpointError
 
-_WEIGHT, _SCALES = ".weight", ".weight_scales"
+_WEIGHT, _MINIMUMS = ".weight", ".weight_minimums"
 _HEADS = ("model.embed_tokens", "lm_head")
 _BITS = {dtype: bits for bits, dtype in VALUE_DTYPES.items()}
 
 
-def stored_bits(stored: Mapping[str, StoredTensor]) -> dict[str, int]:
-    """Bits of the layers whose weights are in groups, by the layer's name."""
-    return _bits({name: STORED_DTYPES.get(one.dtype) for name, one in stored.items()})
+def stored_formats(stored: Mapping[str, StoredTensor]) -> dict[str, GroupFormat]:
+    """Formats of the layers whose weights are in groups, by the layer's name."""
+    return _formats({name: STORED_DTYPES.get(one.dtype) for name, one in stored.items()})
 
 
-def source_bits(sources: Iterable[TensorSource]) -> dict[str, int]:
-    """Bits of the layers in groups among tensors that are not written yet, by the layer's name."""
-    return _bits({source.name: source.dtype for source in sources})
+def source_formats(sources: Iterable[TensorSource]) -> dict[str, GroupFormat]:
+    """``stored_formats`` of tensors that are not written yet."""
+    return _formats({source.name: source.dtype for source in sources})
 
 
-def _bits(dtypes: Mapping[str, torch.dtype | None]) -> dict[str, int]:
-    return {
-        name.removesuffix(_WEIGHT): _BITS[dtype]
-        for name, dtype in dtypes.items()
-        if name.endswith(_WEIGHT) and dtype in _BITS
-    }
+def _formats(dtypes: Mapping[str, torch.dtype | None]) -> dict[str, GroupFormat]:
+    found = {}
+    for name, dtype in dtypes.items():
+        if name.endswith(_WEIGHT) and dtype in _BITS:
+            layer, bits = name.removesuffix(_WEIGHT), _BITS[dtype]
+            found[layer] = GroupFormat(bits, bits == 4 and layer + _MINIMUMS in dtypes)
+    return found
 
 
-def requested_bits(config: ModelConfig, weight_dtype: str, embedding_dtype: str) -> dict[str, int]:
-    """Bits of all layers that may be in groups: embedding and head, and all others.
+def requested_formats(
+    config: ModelConfig, weight_dtype: str, embedding_dtype: str
+) -> dict[str, GroupFormat]:
+    """Formats of all layers that may be in groups: embedding and head, and all others.
 
     Raises:
         ConfigError: a dtype is not one of ``WEIGHT_BITS``.
@@ -57,54 +59,55 @@ def requested_bits(config: ModelConfig, weight_dtype: str, embedding_dtype: str)
             raise ConfigError(f"{name}: {dtype!r} is not one of {allowed}")
     with torch.device("meta"):
         layers = groupable(Transformer(config))
-    bits, head_bits = WEIGHT_BITS[weight_dtype], WEIGHT_BITS[embedding_dtype]
-    return {name: head_bits if name in _HEADS else bits for name in layers}
+    inner, outer = (GroupFormat(WEIGHT_BITS[dtype]) for dtype in dtypes.values())
+    return {name: outer if name in _HEADS else inner for name in layers}
 
 
-def group_tensors(bits: Mapping[str, int]) -> dict[str, str]:
+def group_tensors(formats: Mapping[str, GroupFormat]) -> dict[str, str]:
     """The tensors of layers in groups, by name, with their dtypes as safetensors codes."""
     codes = {dtype: code for code, dtype in STORED_DTYPES.items()}
-    found = {}
-    for name, count in bits.items():
-        found[name + _WEIGHT] = codes[VALUE_DTYPES[count]]
-        found[name + _SCALES] = codes[torch.float16]
-    return found
+    return {
+        f"{layer}.{name}": codes[tensor.dtype]
+        for layer, one in formats.items()
+        for name, tensor in one.tensors(0, 0).items()
+    }
 
 
-def grouped_sources(sources: Sequence[TensorSource], bits: Mapping[str, int]) -> list[TensorSource]:
+def rounded_sources(
+    sources: Sequence[TensorSource], formats: Mapping[str, GroupFormat]
+) -> list[TensorSource]:
     """The same tensors, with the weights of some layers, by name, rounded to groups."""
     made: list[TensorSource] = []
     for source in sources:
         layer = source.name.removesuffix(_WEIGHT)
-        if layer in bits:
-            made += sources_of_groups(source, bits[layer], partial(_rounded, source, bits[layer]))
+        if layer in formats:
+            bits = formats[layer].bits
+            made += group_sources(source, formats[layer], partial(_rounded, source, bits))
         else:
             made.append(source)
     return made
 
 
-def sources_of_groups(
-    dense: TensorSource, bits: int, load: Callable[[], WeightGroups]
+def group_sources(
+    dense: TensorSource, group_format: GroupFormat, load: Callable[[], WeightGroups]
 ) -> list[TensorSource]:
-    """The two tensors of a weight in groups, with name and shape of a dense one.
+    """The tensors of a weight in groups, with the name and shape of a dense one.
 
-    They are written one after the other, and ``load`` is called once for both.
+    They are written one after the other, and ``load`` is called once for all.
     """
-    outputs, inputs = dense.shape
-    values, scales = group_shapes(outputs, inputs, bits)
-    kept: list[WeightGroups] = []
-
-    def load_values() -> Tensor:
-        kept[:] = [load()]
-        return kept[0].values
-
-    def load_scales() -> Tensor:
-        return kept.pop().scales_OG
-
     layer = dense.name.removesuffix(_WEIGHT)
+    with torch.device("meta"):
+        tensors = group_format.tensors(*dense.shape)
+    kept: dict[str, Tensor] = {}
+
+    def load_one(name: str) -> Tensor:
+        if not kept:
+            kept.update(load().tensors)
+        return kept.pop(name)
+
     return [
-        replace(dense, shape=values, dtype=VALUE_DTYPES[bits], load=load_values),
-        TensorSource(layer + _SCALES, scales, torch.float16, load_scales),
+        TensorSource(f"{layer}.{name}", tuple(one.shape), one.dtype, partial(load_one, name))
+        for name, one in tensors.items()
     ]
 
 

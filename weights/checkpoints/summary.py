@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from engine.model.config import ModelConfig
+from engine.model.grouped_weights import GroupFormat
 from weights.checkpoints.checkpoint import expected_tensors, open_checkpoint
-from weights.checkpoints.stored_groups import stored_bits
+from weights.checkpoints.stored_groups import stored_formats
 from weights.checkpoints.table_files import stored_format, table_shape
 from weights.checkpoints.tensor_files import StoredTensor
 
@@ -50,7 +51,7 @@ def summarize(folder: Path) -> Summary:
     config, stored = open_checkpoint(folder)
     tables = config.model.table_names
     others = [tensor for name, tensor in stored.items() if name not in tables]
-    dense = _count_dense(others, expected_tensors(config.model), stored_bits(stored))
+    dense = _count_dense(others, expected_tensors(config.model), stored_formats(stored))
     table = _count(tensor for name, tensor in stored.items() if name in tables)
     active = dense.parameters + _values_read(config.model) - _idle_experts(config.model)
     return Summary(config.model, dense, table, active)
@@ -109,12 +110,14 @@ def _idle_experts(config: ModelConfig) -> int:
 
 
 def _count_dense(
-    tensors: list[StoredTensor], expected: Mapping[str, Tensor], bits: Mapping[str, int]
+    tensors: list[StoredTensor],
+    expected: Mapping[str, Tensor],
+    formats: Mapping[str, GroupFormat],
 ) -> Count:
     """The count of tensors outside tables; ``expected`` are those of the dense model."""
     weights = [one for one in tensors if one.name in expected]  # others are scales of groups
     layers = {one.name.removesuffix(".weight"): one.dtype for one in weights}
-    dtypes = {f"int{bits[name]}" if name in bits else code for name, code in layers.items()}
+    dtypes = {str(formats.get(name, code)) for name, code in layers.items()}
     return Count(
         parameters=sum(expected[one.name].numel() for one in weights),
         num_bytes=sum(one.num_bytes for one in tensors),

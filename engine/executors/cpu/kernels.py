@@ -33,7 +33,7 @@ CPU_LIBRARY = NativeLibrary(
         "memplus_decoder_layers": (_INT32, (*_LAYERS, *[_POINTER] * 5)),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),
-        "memplus_pack_rows": (None, (*[_POINTER] * 2, _INT64, *[_POINTER] * 2, *[_INT64] * 4)),
+        "memplus_pack_rows": (None, (*[_POINTER] * 2, _INT64, *[_POINTER] * 3, *[_INT64] * 4)),
         "memplus_silu_gate": (None, (_POINTER, _POINTER, _POINTER, _INT64, _INT32)),
         "memplus_linear": (None, (_POINTER, _POINTER, _INT64, _INT64, *[_POINTER] * 3)),
         "memplus_mask_logits": (None, (*_LOGITS, _POINTER, _INT64, _POINTER)),

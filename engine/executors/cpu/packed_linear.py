@@ -23,7 +23,8 @@ class _Fields(ctypes.Structure):
         *native_fields(ctypes.c_void_p, "panels", "bias", "norm_weights"),
         *native_fields(ctypes.c_int64, "norm_rows", "blocks", "inputs", "outputs"),
         *native_fields(ctypes.c_float, "norm_eps"),
-        *native_fields(ctypes.c_int32, "is_bf16", "weight_bits", "is_gated", "has_wide_outputs"),
+        *native_fields(ctypes.c_int32, "is_bf16", "weight_bits", "has_minimums"),
+        *native_fields(ctypes.c_int32, "is_gated", "has_wide_outputs"),
     )
 
 
@@ -67,7 +68,7 @@ class PackedLinear:
         is_gated: bool = False,
         has_wide_outputs: bool = False,
     ) -> None:
-        """Copy the rows: all are values of ``dtype``, or all are groups of the same bits.
+        """Copy the rows: all are values of ``dtype``, or all are groups of the same format.
 
         Inputs and outputs have ``dtype``, fp32 or bf16. ``norm`` is a weight and its epsilon.
         """
@@ -76,7 +77,8 @@ class PackedLinear:
         num_blocks = 1 + max(part.block for part in rows)
         fields = _Fields(blocks=num_blocks, inputs=self.num_inputs, outputs=outputs)
         fields.is_bf16, fields.is_gated = dtype == torch.bfloat16, is_gated
-        fields.weight_bits = first.bits if isinstance(first, WeightGroups) else 0
+        if isinstance(first, WeightGroups):
+            fields.weight_bits, fields.has_minimums = first.format
         fields.has_wide_outputs = has_wide_outputs
         self._fields, self.address = fields, ctypes.addressof(fields)
         self.num_outputs = num_blocks * outputs
@@ -97,14 +99,15 @@ class PackedLinear:
             fields.norm_eps = norm[1]
 
     def _pack(self, library: ctypes.CDLL, part: WeightRows) -> None:
-        weights, scales = part.weights, None
-        if isinstance(weights, WeightGroups):
-            assert weights.bits == self._fields.weight_bits
-            scales_OG = weights.scales_OG.contiguous()
-            weights, scales = weights.values.contiguous(), scales_OG.data_ptr()
+        if isinstance(part.weights, WeightGroups):
+            assert part.weights.format == (self._fields.weight_bits, self._fields.has_minimums)
+            weights, *rest = (one.contiguous() for one in part.weights.tensors.values())
+        else:
+            weights, rest = part.weights, []
         assert weights.stride(1) == 1
+        scales, minimums = [*(one.data_ptr() for one in rest), None, None][:2]
         bias_O = None if part.bias_O is None else part.bias_O.float().contiguous()
         bias = None if bias_O is None else bias_O.data_ptr()
         address, stride = weights.data_ptr(), weights.stride(0) * weights.itemsize
         place = len(weights), part.block, part.first, part.part
-        library.memplus_pack_rows(self.address, address, stride, scales, bias, *place)
+        library.memplus_pack_rows(self.address, address, stride, scales, minimums, bias, *place)

@@ -12,14 +12,8 @@ from torch import Tensor, nn
 
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
-from engine.model.grouped_weights import (
-    GroupedEmbedding,
-    GroupedLinear,
-    WeightGroups,
-    dense_weights,
-    group_weights,
-    widened,
-)
+from engine.model.grouped_layers import GroupedEmbedding, GroupedLinear
+from engine.model.grouped_weights import WeightGroups, dense_weights, group_weights, widened
 from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
 from engine.model.uninitialised import ExactLinear
@@ -79,7 +73,7 @@ class Packer:
         return made
 
     def _weights(self, layers: Sequence[Linear]) -> list[Tensor] | list[WeightGroups]:
-        """The weights of one product in one format: that of the layer with the most bits."""
+        """The weights of one product in one format: dense or 8 bits if theirs differ."""
         weights = [self._layer_weights(layer) for layer in layers]
         groups = [one for one in weights if isinstance(one, WeightGroups)]
         if len(groups) < len(weights):
@@ -89,7 +83,7 @@ class Packer:
                 else dense_weights(one, _inputs(layers[0]), self.dtype)
                 for one in weights
             ]
-        if len({one.bits for one in groups}) > 1:
+        if len({one.format for one in groups}) > 1:
             return [widened(one) for one in groups]
         return groups
 

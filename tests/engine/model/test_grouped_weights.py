@@ -11,19 +11,12 @@ from torch import nn
 from engine.model import grouped_weights
 from engine.model.grouped_weights import (
     GROUP,
-    GroupedEmbedding,
+    GroupFormat,
     WeightGroups,
-    dense_state,
     dense_weights,
-    group_bits,
-    group_shapes,
     group_weights,
-    groupable,
-    use_groups,
     widened,
 )
-from engine.model.transformer import Transformer
-from tests.models import feed_forward_changes, tiny_config
 
 each_width = pytest.mark.parametrize("bits", [8, 4])
 SEEDS = st.integers(0, 2**31)
@@ -85,8 +78,11 @@ def test_integers_times_an_fp16_scale_are_kept(bits, outputs, inputs, seed):
 @each_width
 def test_the_last_group_is_padded_with_zeros(bits):
     groups = group_weights(torch.randn(3, 33), bits)
-    shapes = group_shapes(3, 33, bits)
-    assert (tuple(groups.values.shape), tuple(groups.scales_OG.shape)) == shapes
+    arrays = GroupFormat(bits).tensors(3, 33)
+    assert groups.tensors.keys() == arrays.keys()
+    for name, tensor in groups.tensors.items():
+        assert (tensor.shape, tensor.dtype) == (arrays[name].shape, arrays[name].dtype)
+    assert GroupFormat(bits).num_bytes(3, 33) == sum(one.nbytes for one in groups.tensors.values())
     assert not dense(groups, 64)[:, 33:].any()
 
 
@@ -94,6 +90,14 @@ def test_widened_groups_have_the_same_values():
     groups = group_weights(torch.randn(20, 70), 4)
     assert widened(groups).bits == 8
     assert torch.equal(dense(widened(groups), 70), dense(groups, 70))
+
+
+def test_groups_with_minimums_are_widened_by_rounding():
+    groups = group_weights(torch.randn(20, 70), 4)
+    groups = groups._replace(minimums_OG=torch.randn_like(groups.scales_OG))
+    found, wanted = dense(widened(groups), 96), dense(groups, 96)
+    assert widened(groups).format == GroupFormat(8)
+    assert torch.equal(found, dense(group_weights(wanted, 8), 96))
 
 
 @each_width
@@ -108,7 +112,7 @@ def test_rounding_in_parts_changes_nothing(bits, monkeypatch):
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, "Q8_0"), (4, "Q4_0")])
-def test_blocks_of_gguf_files_keep_their_values(bits, kind):
+def test_rounding_the_values_of_gguf_blocks_gives_the_same_blocks(bits, kind):
     kind = gguf.GGMLQuantizationType[kind]
     stored = quantize(torch.randn(30, 96).numpy(), kind)
     blocks_OGB = torch.from_numpy(stored.copy()).view(30, 3, 2 + GROUP * bits // 8)
@@ -119,36 +123,3 @@ def test_blocks_of_gguf_files_keep_their_values(bits, kind):
     assert torch.equal(dense(groups, 96), wanted)
     # and rounding the values again gives the same blocks
     assert torch.equal(dense(group_weights(wanted, bits), 96), wanted)
-
-
-@each_width
-def test_rows_of_an_embedding_are_those_of_its_dense_weights(bits):
-    embedding = nn.Embedding(11, 40)
-    rounded = GroupedEmbedding.rounded(embedding, bits)
-    ids = torch.tensor([3, 3, 10, 0])
-    found = rounded.rows(ids, torch.float32)
-    assert found.is_contiguous() and torch.equal(found, rounded.dense(torch.float32)[ids])
-    assert torch.equal(
-        rounded.dense(torch.float32), dense(group_weights(embedding.weight, bits), 40)
-    )
-
-
-def test_layers_that_choose_or_scale_are_never_in_groups():
-    changes = feed_forward_changes("moe", "memory_plus", "pkm", output_gate=True)
-    model = Transformer(tiny_config(**changes, tie_embeddings=False))
-    names = groupable(model)
-    assert {"model.embed_tokens", "lm_head", "model.layers.1.memory.query"} <= names
-    assert not any(name.endswith((".output_gate", "block_sparse_moe.gate")) for name in names)
-
-
-@each_width
-def test_the_state_of_a_model_in_groups_is_made_dense(bits):
-    model = Transformer(tiny_config())
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    chosen = dict.fromkeys(groupable(model), bits)
-    use_groups(model, chosen)
-    assert group_bits(model) == chosen
-    assert model.state_dict()["model.embed_tokens.weight_scales"].dtype is torch.float16
-    state = dense_state(model, torch.bfloat16)
-    assert {name: value.shape for name, value in state.items()} == shapes
-    assert {value.dtype for value in state.values()} == {torch.bfloat16}

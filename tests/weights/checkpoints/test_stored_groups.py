@@ -12,7 +12,8 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.batch import prompt_batch
 from engine.executors.executor import make_executor
-from engine.model.grouped_weights import dense_weights, group_bits, group_weights
+from engine.model.grouped_layers import group_formats
+from engine.model.grouped_weights import dense_weights, group_weights
 from server.cli.main import main
 from server.engine_entry import load_served, served_executor
 from server.model_options import ModelOptions
@@ -76,7 +77,7 @@ def test_layers_are_rounded_and_small_ones_are_kept(source, folders, dtype):
 def test_embedding_and_head_take_another_dtype(source, tmp_path):
     convert(source, tmp_path / "small", weight_dtype="int8", embedding_dtype="int4")
     model, _ = load_model(tmp_path / "small", keep_stored=True)
-    narrow = {name for name, bits in group_bits(model).items() if bits == 4}
+    narrow = {name for name, one in group_formats(model).items() if one.bits == 4}
     assert narrow == {"model.embed_tokens", "lm_head"}
 
 
@@ -134,7 +135,7 @@ def test_weights_that_are_not_finite_are_not_rounded(tmp_path, dtype):
 def test_weights_are_dense_unless_they_are_kept(source, folders, dtype, compute):
     model, config = load_model(folders[dtype], compute)
     chosen = torch.float32 if compute == "auto" else torch.bfloat16
-    assert config.has_groups and not group_bits(model)
+    assert config.has_groups and not group_formats(model)
     for name, weight in load_file(source / DENSE).items():
         found = model.state_dict()[name]
         assert found.dtype is chosen and found.shape == weight.shape
@@ -257,6 +258,10 @@ def with_another_method(tensors, config):
     config["quantization_config"]["quant_method"] = "gptq"
 
 
+def with_minimums(tensors, config):
+    tensors[f"{QUERY}.weight_minimums"] = torch.zeros_like(tensors[f"{QUERY}.weight_scales"])
+
+
 def with_a_nan(tensors, config):
     tensors[f"{QUERY}.weight_scales"][0, 0] = torch.nan
 
@@ -273,6 +278,7 @@ def with_a_nan(tensors, config):
         (with_a_grouped_router, f"{DENSE}: tensor model.layers.1.block_sparse_moe.gate.weight"),
         (without_the_key, f"{DENSE}: tensor .*(_scales is unknown|has shape)"),
         (with_another_method, "config.json: quantization_config"),
+        (with_minimums, f"{DENSE}: tensor {QUERY}.weight_minimums is unknown"),
         (with_a_nan, f"{DENSE}: tensor {QUERY}.weight_scales has values that are NaN"),
     ],
 )
@@ -294,7 +300,7 @@ def test_a_folder_with_its_own_dense_layer_is_read(source, folders, tmp_path):
     tensors[f"{QUERY}.weight"] = load_file(source / DENSE)[f"{QUERY}.weight"]
     save_file(tensors, folder / DENSE)
     model, _ = load_model(folder, keep_stored=True)
-    assert QUERY not in group_bits(model) and logits(model).isfinite().all()
+    assert QUERY not in group_formats(model) and logits(model).isfinite().all()
 
 
 def test_training_does_not_start_from_rounded_weights(folders):

@@ -17,7 +17,7 @@ from weights.checkpoints.config_json import CheckpointConfig
 from weights.checkpoints.importers.gguf_files import gguf_files
 from weights.checkpoints.importers.gguf_tokenizer import GgufTokenizer, tokenizer_files
 from weights.checkpoints.importers.gguf_weights import dense_source, weight_sources
-from weights.checkpoints.stored_groups import source_bits
+from weights.checkpoints.stored_groups import source_formats
 from weights.checkpoints.tensor_files import TensorSource
 from weights.errors import CheckpointError
 
@@ -98,7 +98,7 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> ImportedModel:
             if name != _ROPE_FACTORS
             for source in _sources(tensor, config.model, wanted, keeps_groups=keeps_groups)
         ]
-        config = replace(config, has_groups=bool(source_bits(sources)))
+        config = replace(config, has_groups=bool(source_formats(sources)))
         return ImportedModel(config, sources, tokenizer_files(_read_tokenizer(reader)))
     except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.model.grouped_weights import GROUP, WeightGroups
-from weights.checkpoints.stored_groups import grouped_sources, sources_of_groups
+from engine.model.grouped_weights import GroupFormat
+from weights.checkpoints.importers.gguf_groups import GROUP_FORMATS, block_groups
+from weights.checkpoints.stored_groups import group_sources, rounded_sources
 from weights.checkpoints.tensor_files import TensorSource
 from weights.errors import CheckpointError
 
 _KINDS = gguf.GGMLQuantizationType
-# formats whose blocks are groups: a scale, then int8 values or nibbles
-_BLOCK_BITS = {_KINDS.Q8_0: 8, _KINDS.Q4_0: 4}
 _FLOATS = (_KINDS.F32, _KINDS.F16, _KINDS.BF16)
 Reorder = Callable[[Tensor], Tensor]
 
@@ -43,8 +42,8 @@ def weight_sources(
 ) -> list[TensorSource]:
     """A layer's weight, in groups if it is quantised.
 
-    Q8_0 and Q4_0 keep their values. Others are dequantised and rounded to 8 bits. Weights that are
-    not quantised are dense in ``dtype``.
+    Formats of ``gguf_groups`` stay groups. Others are dequantised and rounded to 8 bits. Weights
+    that are not quantised are dense in ``dtype``.
 
     Raises:
         CheckpointError: its quantisation is not supported.
@@ -52,24 +51,10 @@ def weight_sources(
     dense = dense_source(name, tensor, dtype, reorder)
     if tensor.tensor_type in _FLOATS:
         return [dense]
-    bits = _BLOCK_BITS.get(tensor.tensor_type)
-    layer = name.removesuffix(".weight")
-    if bits is None:
-        return grouped_sources([dense], {layer: 8})
-    return sources_of_groups(dense, bits, partial(_groups, tensor, bits, reorder))
-
-
-def _groups(tensor: Any, bits: int, reorder: Reorder) -> WeightGroups:
-    blocks = np.asarray(tensor.data).reshape(len(tensor.data), -1, 2 + GROUP * bits // 8)
-    # copies, because the file's mapping is read-only
-    scales_OG = blocks[:, :, :2].copy().view(np.float16)[:, :, 0]
-    if not np.isfinite(scales_OG).all():
-        raise CheckpointError(f"tensor {tensor.name} has scales that are NaN or infinite")
-    values = blocks[:, :, 2:].copy().view(np.int8 if bits == 8 else np.uint8)
-    values = values.reshape(len(values), -1)
-    return WeightGroups(
-        reorder(torch.from_numpy(values)), reorder(torch.from_numpy(scales_OG)), bits
-    )
+    group_format = GROUP_FORMATS.get(tensor.tensor_type)
+    if group_format is None:
+        return rounded_sources([dense], {name.removesuffix(".weight"): GroupFormat(8)})
+    return group_sources(dense, group_format, partial(block_groups, tensor, reorder))
 
 
 def _check_quantisation(tensor: Any) -> None:

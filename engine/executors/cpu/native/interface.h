@@ -39,9 +39,10 @@ extern "C" int64_t memplus_bias_size(const memplus::PackedLinear* linear) {
 // Packs `count` rows of weights, `stride` bytes apart, their scales or null, and a bias or null into
 // zeroed panels; see memplus::WeightRows.
 extern "C" void memplus_pack_rows(const memplus::PackedLinear* linear, const uint8_t* rows,
-                                  int64_t stride, const uint8_t* scales, const float* bias,
-                                  int64_t count, int64_t block, int64_t first, int64_t part) {
-  memplus::pack(*linear, {rows, stride, scales, bias, count, block, first, part});
+                                  int64_t stride, const uint8_t* scales,
+                                  const uint8_t* minimums, const float* bias, int64_t count,
+                                  int64_t block, int64_t first, int64_t part) {
+  memplus::pack(*linear, {rows, stride, scales, minimums, bias, count, block, first, part});
 }
 
 // Writes `out` [T, blocks, outputs]; `residual`, of the same shape, may be null or `out` itself.

@@ -112,7 +112,7 @@ inline void prepare(const LinearCall& call, int64_t row, uint8_t* to) {
       from = normed;
     }
     if (linear.weight_bits) {
-      round_row<Values>(from, linear.inputs, linear.offset(), (RowGroup*)at);
+      round_row<Values>(from, linear, (RowGroup*)at);
       continue;
     }
     if (from != at) std::memcpy(at, from, used);
@@ -132,9 +132,11 @@ inline int64_t prepared_bytes(const LinearCall& call) {
 template <class Values>
 inline void run_some(const LinearCall& call, Rows rows, Span panels) {
   if (call.linear.weight_bits == 8)
-    run_panels<Values, GroupProduct<8>>(call, rows, panels);
+    run_panels<Values, GroupProduct<8, false>>(call, rows, panels);
+  else if (call.linear.has_minimums)
+    run_panels<Values, GroupProduct<4, true>>(call, rows, panels);
   else if (call.linear.weight_bits == 4)
-    run_panels<Values, GroupProduct<4>>(call, rows, panels);
+    run_panels<Values, GroupProduct<4, false>>(call, rows, panels);
   else if constexpr (has_tiles<Values>)
     run_panels_by_tiles<Values>(call, rows, panels);
   else

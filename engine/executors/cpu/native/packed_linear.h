@@ -2,9 +2,10 @@
 // PANEL_VECTORS vectors of outputs: step by step over the inputs, for each output the 4 bytes of
 // that step (two bf16 values or one fp32), so that one load reads weights of LANES outputs.
 //
-// Weights of fewer bits come in groups of GROUP inputs, a step each: fp16 scales of the outputs, then
-// for each output 4 bytes at a time. A byte holds the weight of one input (8 bits), or those of
-// inputs i and i + GROUP / 2 of the group (4 bits), with an offset that makes it unsigned.
+// Weights of fewer bits come in groups of GROUP inputs, a step each: fp16 scales of the outputs, their
+// fp16 minimums if they have any, then for each output 4 bytes at a time. A byte holds the weight of one input (8 bits), or those of
+// inputs i and i + GROUP / 2 of the group (4 bits), with an offset that makes it unsigned. Weights with
+// minimums are unsigned already.
 #pragma once
 
 #include <algorithm>
@@ -23,12 +24,18 @@ constexpr int64_t SCALE_BYTES = PANEL_VECTORS * LANES * 2;
 struct RowGroup {
   int8_t values[GROUP];
   float scale;
-  int32_t correction;  // what a sum of products starts with, because of the weights' offset
+  union {
+    int32_t correction;  // what a sum of products starts with, because of the weights' offset
+    float sum;           // of the inputs, for weights with minimums
+  };
 };
 
+// Bytes of the scales of one group of a panel, and of its minimums.
+constexpr int64_t scale_bytes(bool has_minimums) { return SCALE_BYTES * (has_minimums ? 2 : 1); }
+
 // Bytes of one group of a panel.
-constexpr int64_t group_bytes(int bits) {
-  return SCALE_BYTES + PANEL_VECTORS * LANES * GROUP * bits / 8;
+constexpr int64_t group_bytes(int bits, bool has_minimums) {
+  return scale_bytes(has_minimums) + PANEL_VECTORS * LANES * GROUP * bits / 8;
 }
 
 // A product of `blocks` blocks; each maps its own `inputs` values of a row to `outputs` values.
@@ -41,6 +48,7 @@ struct PackedLinear {
   float norm_eps;
   int32_t is_bf16;           // inputs and outputs; else fp32
   int32_t weight_bits;       // 8 or 4: groups with scales; 0: weights are values like the inputs
+  int32_t has_minimums;      // of groups
   int32_t is_gated;          // a panel has vectors of the gate and of its factor
   int32_t has_wide_outputs;  // fp32 outputs for any inputs
 
@@ -53,9 +61,8 @@ struct PackedLinear {
   }
   // Bytes of a row of inputs of one block, in the form that the kernels read.
   int64_t row_bytes() const { return steps() * (weight_bits ? sizeof(RowGroup) : 4); }
-  int32_t offset() const { return weight_bits ? 1 << (weight_bits - 1) : 0; }
   int64_t step_bytes() const {
-    return weight_bits ? group_bytes(weight_bits) : PANEL_VECTORS * sizeof(words);
+    return weight_bits ? group_bytes(weight_bits, has_minimums) : PANEL_VECTORS * sizeof(words);
   }
   int64_t panel_outputs() const { return is_gated ? LANES : PANEL_VECTORS * LANES; }
   int64_t block_panels() const { return (outputs + panel_outputs() - 1) / panel_outputs(); }
@@ -63,12 +70,12 @@ struct PackedLinear {
 };
 
 // Rows of the weights of one block, `stride` bytes apart, for its outputs from `first` on, and their
-// bias or null; if the weights are in groups, these and their fp16 scales [count, steps] are
-// contiguous. In a gated block, part 0 is the gate and part 1 its factor.
+// bias or null; if the weights are in groups, these, their fp16 scales [count, steps] and their
+// minimums of the same shape, or null, are contiguous. In a gated block, part 0 is the gate and part 1 its factor.
 struct WeightRows {
   const uint8_t* rows;
   int64_t stride;
-  const uint8_t* scales;
+  const uint8_t *scales, *minimums;
   const float* bias;
   int64_t count;
   int64_t block, first, part;
@@ -80,14 +87,17 @@ inline int64_t lane_of(const PackedLinear& linear, int64_t output, int64_t part)
   return (output / LANES * PANEL_VECTORS + part) * LANES + output % LANES;
 }
 
-// Writes the groups of one row of weights, int8 or nibbles with their offset, to a lane of a panel.
-inline void pack_groups(const PackedLinear& linear, const uint8_t* weights, const uint8_t* scales,
-                        int64_t lane, uint8_t* panel) {
-  const int64_t words_of_row = GROUP * linear.weight_bits / 32;
+// Writes the groups of one row of weights, int8 or nibbles, to a lane of a panel.
+inline void pack_groups(const PackedLinear& linear, const WeightRows& from, int64_t row, int64_t lane,
+                        uint8_t* panel) {
+  const int64_t words_of_row = GROUP * linear.weight_bits / 32, first = row * linear.steps() * 2;
   const uint32_t sign_bits = linear.weight_bits == 8 ? 0x80808080 : 0;  // flips int8 to offset 128
+  const uint8_t* weights = from.rows + row * from.stride;
   for (int64_t step = 0; step < linear.steps(); step++, panel += linear.step_bytes()) {
-    std::memcpy(panel + lane * 2, scales + step * 2, 2);
-    uint8_t* to = panel + SCALE_BYTES + lane * 4;
+    std::memcpy(panel + lane * 2, from.scales + first + step * 2, 2);
+    if (linear.has_minimums)
+      std::memcpy(panel + SCALE_BYTES + lane * 2, from.minimums + first + step * 2, 2);
+    uint8_t* to = panel + scale_bytes(linear.has_minimums) + lane * 4;
     for (int64_t word = 0; word < words_of_row; word++, weights += 4)
       store(to + word * PANEL_VECTORS * sizeof(words), load<uint32_t>(weights) ^ sign_bits);
   }
@@ -104,12 +114,11 @@ inline void pack(const PackedLinear& linear, const WeightRows& from) {
       const int64_t panel = from.block * linear.block_panels() + lane / panel_lanes;
       if (from.bias) linear.bias[panel * panel_lanes + lane % panel_lanes] = from.bias[row];
       uint8_t* to = linear.panels + panel * linear.panel_bytes();
-      const uint8_t* weights = from.rows + row * from.stride;
       if (linear.weight_bits) {
-        const uint8_t* scales = from.scales + row * linear.steps() * 2;
-        pack_groups(linear, weights, scales, lane % panel_lanes, to);
+        pack_groups(linear, from, row, lane % panel_lanes, to);
         continue;
       }
+      const uint8_t* weights = from.rows + row * from.stride;
       to += lane % panel_lanes * 4;
       for (int64_t byte = 0; byte < row_bytes; byte += 4)
         std::memcpy(to + byte * panel_lanes, weights + byte, std::min<int64_t>(4, row_bytes - byte));

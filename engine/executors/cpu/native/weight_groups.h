@@ -1,5 +1,6 @@
-// Products with weights of 8 or 4 bits: groups of GROUP inputs with one fp16 scale per output. Rows
-// are rounded to 8 bits in the same groups. The sum of a group is exact; sums of groups are fp32.
+// Products with weights of 8 or 4 bits: groups of GROUP inputs with one fp16 scale per output, and a
+// minimum if they have any. Rows are rounded to 8 bits in the same groups. The sum of a group is
+// exact; sums of groups are fp32.
 #pragma once
 
 #include "memory_ops/native/simd.h"
@@ -10,7 +11,8 @@ namespace memplus {
 
 // Rounds one row. A NaN or infinity makes the scale of its group NaN.
 template <class Values>
-inline void round_row(const uint8_t* x, int64_t size, int32_t offset, RowGroup* to) {
+inline void round_row(const uint8_t* x, const PackedLinear& linear, RowGroup* to) {
+  const int64_t size = linear.inputs;
   for (int64_t first = 0; first < size; first += GROUP, to++) {
     floats values[GROUP / LANES] = {};
     const int64_t count = std::min(size - first, GROUP);
@@ -33,7 +35,10 @@ inline void round_row(const uint8_t* x, int64_t size, int32_t offset, RowGroup* 
     }
     int32_t row_sum = 0;
     for (int lane = 0; lane < LANES; lane++) row_sum += total[lane];
-    to->correction = -offset * row_sum;
+    if (linear.has_minimums)
+      to->sum = to->scale * row_sum;
+    else
+      to->correction = -row_sum * (1 << (linear.weight_bits - 1));
   }
 }
 
@@ -61,7 +66,7 @@ inline ints add_byte_products(ints sum, words weights, words values) {
 }
 
 // The product of linear.h for weights of BITS bits; a step is a group.
-template <int BITS>
+template <int BITS, bool HAS_MINIMUMS>
 struct GroupProduct {
   // times two vectors of outputs: integer sums of a group and fp32 sums stay in registers
 #if defined(__AVX512F__)
@@ -70,12 +75,13 @@ struct GroupProduct {
   static constexpr int tile_rows = 2;
 #endif
   static constexpr int64_t fetched = 4096;  // prefetch distance in bytes, if one tile reads a panel
+  static constexpr int64_t STEP_BYTES = group_bytes(BITS, HAS_MINIMUMS);
 
   template <int COUNT>
   static void multiply(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t steps,
                        Prefetch prefetch, floats (*sums)[PANEL_VECTORS]) {
     floats sum[COUNT][PANEL_VECTORS] = {};
-    for (int64_t step = 0; step < steps; step++, panel += group_bytes(BITS)) {
+    for (int64_t step = 0; step < steps; step++, panel += STEP_BYTES) {
       for (int64_t byte = 0; byte < prefetch.step; byte += LINE)
         __builtin_prefetch(prefetch.at + byte);
       prefetch.at += prefetch.step;
@@ -84,15 +90,20 @@ struct GroupProduct {
 #pragma GCC unroll 6
       for (int row = 0; row < COUNT; row++) {
         group[row] = (const RowGroup*)(x + row * stride) + step;
-        for (ints& one : products[row]) one = splat(group[row]->correction);
+        for (ints& one : products[row])
+          one = HAS_MINIMUMS ? ints{} : splat(group[row]->correction);
       }
-      add_group<COUNT>(panel + SCALE_BYTES, group, products);
+      add_group<COUNT>(panel + scale_bytes(HAS_MINIMUMS), group, products);
 #pragma GCC unroll 2
       for (int v = 0; v < PANEL_VECTORS; v++) {
         const floats scales = load_fp16(panel + v * LANES * 2);
 #pragma GCC unroll 6
         for (int row = 0; row < COUNT; row++)
           sum[row][v] += to_float(products[row][v]) * splat(group[row]->scale) * scales;
+        if (!HAS_MINIMUMS) continue;
+        const floats minimums = load_fp16(panel + SCALE_BYTES + v * LANES * 2);
+#pragma GCC unroll 6
+        for (int row = 0; row < COUNT; row++) sum[row][v] += splat(group[row]->sum) * minimums;
       }
     }
     for (int row = 0; row < COUNT; row++)

@@ -9,7 +9,8 @@ from engine.executors import executor
 from engine.executors.batch import prompt_batch
 from engine.executors.executor import make_executor
 from engine.model.config import MEMORY_KINDS
-from engine.model.grouped_weights import HEAD_BITS, group_weights, groupable, use_groups
+from engine.model.grouped_layers import group_formats, groupable, use_groups
+from engine.model.grouped_weights import HEAD_BITS, GroupFormat, group_weights
 from engine.model.transformer import Transformer, converted, with_tables
 from tests.engine.test_company import prompts, step_all
 from tests.models import engine_of, feed_forward_changes, greedy, random_model, tiny_config
@@ -29,14 +30,24 @@ def model_of(kind="dense", *, tied=True):
 
 def in_groups(model, dtype):
     """A copy of a model with weights in groups, as ``memplus quantize`` makes them."""
-    bits = {name: HEAD_BITS if name in HEADS else int(dtype[3:]) for name in groupable(model)}
+    weights = {name: model.get_submodule(name).weight for name in groupable(model)}
+    return with_groups(
+        model,
+        {
+            name: group_weights(weight, HEAD_BITS if name in HEADS else int(dtype[3:]))
+            for name, weight in weights.items()
+        },
+    )
+
+
+def with_groups(model, groups):
+    """A copy of a model with some weights, by layer, in groups."""
     state = model.state_dict()
-    for name, count in bits.items():
-        groups = group_weights(state[f"{name}.weight"], count)
-        state[f"{name}.weight"], state[f"{name}.weight_scales"] = groups.values, groups.scales_OG
+    for layer, one in groups.items():
+        state |= {f"{layer}.{name}": tensor for name, tensor in one.tensors.items()}
     with torch.device("meta"):
         made = Transformer(model.config)
-        use_groups(made, bits)
+        use_groups(made, {name: one.format for name, one in groups.items()})
     made.load_state_dict(state, assign=True)
     made.attach_tables(model.tables)
     return made.eval().requires_grad_(False)
@@ -65,6 +76,22 @@ def test_logits_are_near_those_of_the_dense_weights(dtype, compute):
     found = logits(make_executor(grouped, CONFIG, dtype=compute)).double()
     wanted = logits(make_executor(converted(grouped, torch.float32), CONFIG)).double()
     # the kernels round activations to 8 bits, and these random layers amplify every error
+    assert (found - wanted).norm() < 0.08 * wanted.norm()
+
+
+def test_groups_with_minimums_and_mixed_formats_are_served():
+    model = model_of(tied=False)
+    groups = {}
+    for number, name in enumerate(sorted(groupable(model))):
+        made = group_weights(model.get_submodule(name).weight, 8 if number % 3 else 4)
+        if made.bits == 4:
+            made = made._replace(minimums_OG=made.scales_OG * -7.5)
+        groups[name] = made
+    grouped = with_groups(model, groups)
+    formats = set(group_formats(grouped).values())
+    assert formats == {GroupFormat(8), GroupFormat(4, has_minimums=True)}
+    found = logits(make_executor(grouped, CONFIG)).double()
+    wanted = logits(make_executor(converted(grouped, torch.float32), CONFIG)).double()
     assert (found - wanted).norm() < 0.08 * wanted.norm()
 
 

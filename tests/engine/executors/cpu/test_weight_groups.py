@@ -8,21 +8,26 @@ from torch.nn.functional import silu
 
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from engine.executors.cpu.packing import Packer
-from engine.model.grouped_weights import GROUP, GroupedLinear, group_weights
+from engine.model.grouped_layers import GroupedLinear
+from engine.model.grouped_weights import GROUP, GroupFormat, group_weights
 from engine.model.norm import RmsNorm
 from tests.conftest import TOLERANCE
 
 each_build = pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-each_width = pytest.mark.parametrize("bits", [8, 4])
+FORMATS = [GroupFormat(8), GroupFormat(4), GroupFormat(4, has_minimums=True)]
+each_format = pytest.mark.parametrize("group_format", FORMATS, ids=str)
 SIZES = st.integers(1, 100)
 ROWS = st.one_of(st.integers(0, 30), st.integers(40, 110))
 
 
-def layer(inputs, outputs, bits, *, bias=False):
-    made = GroupedLinear(inputs, outputs, bits, bias=bias)
-    groups = group_weights(torch.randn(outputs, inputs) * inputs**-0.5, bits)
-    made.weight.data, made.weight_scales.data = groups.values, groups.scales_OG
+def layer(inputs, outputs, group_format, *, bias=False):
+    made = GroupedLinear(inputs, outputs, group_format, bias=bias)
+    groups = group_weights(torch.randn(outputs, inputs) * inputs**-0.5, group_format.bits)
+    if group_format.has_minimums:
+        groups = groups._replace(minimums_OG=torch.randn_like(groups.scales_OG) * inputs**-0.5)
+    for name, tensor in groups.tensors.items():
+        getattr(made, name).data = tensor
     if bias:
         torch.nn.init.normal_(made.bias)
     return made.requires_grad_(False)
@@ -65,13 +70,13 @@ def check(found, wanted):
 
 @each_build
 @each_dtype
-@each_width
+@each_format
 @given(data=st.data())
-def test_layers_over_one_input_are_one_product(build, dtype, bits, data):
+def test_layers_over_one_input_are_one_product(build, dtype, group_format, data):
     rows, inputs = data.draw(ROWS), data.draw(SIZES)
     sizes = data.draw(st.lists(SIZES, min_size=1, max_size=3))
     has_bias, has_residual = data.draw(st.booleans()), data.draw(st.booleans())
-    layers = [layer(inputs, size, bits, bias=has_bias) for size in sizes]
+    layers = [layer(inputs, size, group_format, bias=has_bias) for size in sizes]
     x = torch.randn(rows, inputs).to(dtype)
     residual = torch.randn(rows, sum(sizes)).to(dtype) if has_residual else None
     wanted = exact(x, layers) + (0 if residual is None else residual.double())
@@ -79,10 +84,12 @@ def test_layers_over_one_input_are_one_product(build, dtype, bits, data):
 
 
 @each_build
-@each_width
+@each_format
 @given(rows=ROWS, inputs=SIZES, outputs=SIZES)
-def test_a_gate_multiplies_the_up_projection_of_normed_rows(build, bits, rows, inputs, outputs):
-    layers = [layer(inputs, outputs, bits) for _ in range(2)]
+def test_a_gate_multiplies_the_up_projection_of_normed_rows(
+    build, group_format, rows, inputs, outputs
+):
+    layers = [layer(inputs, outputs, group_format) for _ in range(2)]
     x, before = torch.randn(rows, inputs), norm(inputs, torch.float32)
     found = run(build, x, layers, before=before, is_gated=True)
     # a norm that differs in the last bit may round an input to the next integer
@@ -92,9 +99,9 @@ def test_a_gate_multiplies_the_up_projection_of_normed_rows(build, bits, rows, i
 
 @each_build
 @each_dtype
-@each_width
-def test_bits_of_a_row_do_not_depend_on_its_batch(build, dtype, bits):
-    layers = [layer(70, 90, bits, bias=True)]
+@each_format
+def test_bits_of_a_row_do_not_depend_on_its_batch(build, dtype, group_format):
+    layers = [layer(70, 90, group_format, bias=True)]
     x, residual = torch.randn(131, 70).to(dtype), torch.randn(131, 90).to(dtype)
     whole = run(build, x, layers, residual=residual)
     for first, last in ((0, 1), (5, 6), (0, 2), (3, 16), (100, 131), (20, 120)):
@@ -103,9 +110,9 @@ def test_bits_of_a_row_do_not_depend_on_its_batch(build, dtype, bits):
 
 
 @each_build
-@each_width
-def test_nan_does_not_affect_other_rows(build, bits):
-    layers = [layer(40, 40, bits)]
+@each_format
+def test_nan_does_not_affect_other_rows(build, group_format):
+    layers = [layer(40, 40, group_format)]
     x = torch.randn(20, 40)
     wanted = run(build, x, layers)
     x[7, 3], x[8, 0], x[9] = torch.nan, torch.inf, 0.0
@@ -115,9 +122,9 @@ def test_nan_does_not_affect_other_rows(build, bits):
     assert torch.equal(found[others], wanted[others])
 
 
-@each_width
-def test_builds_give_nearly_the_same_sums(bits):
-    layers, x = [layer(200, 50, bits)], torch.randn(9, 200)
+@each_format
+def test_builds_give_nearly_the_same_sums(group_format):
+    layers, x = [layer(200, 50, group_format)], torch.randn(9, 200)
     first, *others = (run(build, x, layers) for build in CPU_LIBRARY.runnable_builds)
     for other in others:
         torch.testing.assert_close(other, first)
@@ -125,7 +132,7 @@ def test_builds_give_nearly_the_same_sums(bits):
 
 @each_build
 def test_extreme_integers_are_summed_exactly(build):
-    one = layer(64, 1, 8)
+    one = layer(64, 1, GroupFormat(8))
     one.weight.data.fill_(-128)
     one.weight_scales.data.fill_(1.0)
     x = torch.full((1, 64), 127.0)

@@ -11,7 +11,8 @@ import sentencepiece
 import torch
 
 from engine.model.config import RopeScaling
-from engine.model.grouped_weights import group_bits
+from engine.model.grouped_layers import group_formats
+from engine.model.grouped_weights import GroupFormat
 from engine.model.rotary import rope_frequencies
 from tests.models import (
     byte_tokenizer,
@@ -22,6 +23,7 @@ from tests.models import (
 )
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.convert import convert
+from weights.checkpoints.importers.gguf_groups import GROUP_FORMATS
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
 from weights.models.named_models import model_folder
@@ -326,22 +328,23 @@ def written(kind, tmp_path):
         if one.ndim == 2
     }
     found = {name: model_tensors(dense)[name].numpy() for name in expected}
-    return group_bits(stored), config, found, expected
+    return group_formats(stored), config, found, expected
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("Q8_0", 8), ("Q4_0", 4)])
-def test_blocks_that_are_groups_keep_their_values(tmp_path, kind, bits):
-    found_bits, config, found, expected = written(kind, tmp_path)
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_blocks_that_are_groups_keep_their_values(tmp_path, kind):
+    formats, config, found, expected = written(kind, tmp_path)
     assert config.has_groups and config.dtype == "bfloat16"
-    assert set(found_bits.values()) == {bits} and len(found_bits) == 15
+    wanted = GROUP_FORMATS[gguf.GGMLQuantizationType[kind]]
+    assert set(formats.values()) == {wanted} and len(formats) == 15
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values)
 
 
-@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("kind", ["Q5_0", "Q5_1"])
 def test_other_quantised_weights_are_rounded_to_8_bits(tmp_path, kind):
-    found_bits, _, found, expected = written(kind, tmp_path)
-    assert set(found_bits.values()) == {8}
+    formats, _, found, expected = written(kind, tmp_path)
+    assert set(formats.values()) == {GroupFormat(8)}
     for name, values in expected.items():
         groups = values.reshape(len(values), -1, 32)
         step = np.abs(groups).max(axis=2, keepdims=True) / 127
@@ -351,8 +354,8 @@ def test_other_quantised_weights_are_rounded_to_8_bits(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_weights_that_are_not_quantised_become_bfloat16(tmp_path, kind):
-    found_bits, config, found, expected = written(kind, tmp_path)
-    assert not found_bits and not config.has_groups
+    formats, config, found, expected = written(kind, tmp_path)
+    assert not formats and not config.has_groups
     for name, values in expected.items():
         narrow = torch.from_numpy(values).bfloat16().float().numpy()
         np.testing.assert_array_equal(found[name], narrow)
@@ -364,14 +367,14 @@ def test_a_file_is_prepared_once_and_again_after_a_change(tmp_path, monkeypatch)
     write_gguf(path, model, gguf.GGMLQuantizationType.Q8_0, changes=with_merges)
     folder = prepared_folder(str(path), cache)
     assert folder == model_folder(str(path), cache)
-    assert set(group_bits(load_model(folder, keep_stored=True)[0]).values()) == {8}
+    assert set(group_formats(load_model(folder, keep_stored=True)[0]).values()) == {GroupFormat(8)}
     with monkeypatch.context() as patch:
         patch.setattr("weights.checkpoints.convert.convert", None)
         assert prepared_folder(str(path), cache) == folder
     write_gguf(path, model, gguf.GGMLQuantizationType.Q4_0, changes=with_merges)
     changed = prepared_folder(str(path), cache)
     assert changed != folder
-    assert set(group_bits(load_model(changed, keep_stored=True)[0]).values()) == {4}
+    assert set(group_formats(load_model(changed, keep_stored=True)[0]).values()) == {GroupFormat(4)}
     path.write_bytes(b"GGUF, they said")
     with pytest.raises(CheckpointError, match="is truncated or not a GGUF file"):
         prepared_folder(str(path), cache)

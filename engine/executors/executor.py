@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.batch import Batch, LaunchedStep
 from engine.executors.cpu.executor import CpuExecutor
-from engine.executors.cpu.kernels import cpu_kernels
+from engine.executors.cpu.kernels import BLOCK_SIZE_STEP, cpu_kernels
 from engine.executors.eager import EagerExecutor
 from engine.executors.lookahead import LookaheadConfig
 from engine.executors.memory_recorder import MemoryRecorder
@@ -87,7 +87,8 @@ def make_executor(
 
     Raises:
         ConfigError: the KV memory is too small, or exceeds the machine's memory; a setting needs
-            another device; or weights to round have few bits already.
+            another device; weights to round have few bits already; or native kernels do not support
+            the block size.
         ValueError: ``dtype`` is not that of weights on a GPU.
     """
     weight = model.model.norm.weight
@@ -112,6 +113,7 @@ def make_executor(
     kernels = cpu_kernels(weight.device, dtype)
     try:
         if kernels is not None:
+            _check_block_size(config.block_size)
             logger.info("executor: cpu, native kernels (%s)", kernels.build)
             return CpuExecutor(
                 model, kernels, num_blocks, config.block_size, lookahead, dtype, weight_bits
@@ -124,3 +126,9 @@ def make_executor(
         kv_gib = num_blocks * config.block_size * per_token / 2**30
         message = f"kv_cache_gib: the machine cannot give {kv_gib:.3g} GiB"
         raise ConfigError(message) from error
+
+
+def _check_block_size(block_size: int) -> None:
+    if block_size % BLOCK_SIZE_STEP:
+        wanted = f"a multiple of {BLOCK_SIZE_STEP} on a CPU"
+        raise ConfigError(f"block_size: must be {wanted}, not {block_size}")

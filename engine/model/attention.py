@@ -62,6 +62,8 @@ class KvMemoryError(MemoryError):
 def kv_memory(config: ModelConfig, num_blocks: int, block_size: int, like: Tensor) -> Tensor:
     """Zeros ``[layers, blocks, 2, G, block_size, E]`` on the device and in the dtype of ``like``.
 
+    The CPU kernels order the numbers of a block otherwise (kv_areas.h).
+
     On a CPU, blocks occupy memory from their first write on; KvMemoryError if there is too little.
     """
     shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)

@@ -26,6 +26,7 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _PROGRESS_COUNTERS, _LINE = 64, 64
 _LOGITS = (_POINTER, *[_INT64] * 3, _INT32)
 _LAYERS = (_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4)
+BLOCK_SIZE_STEP = 4  # QUAD of kv_areas.h
 CPU_LIBRARY = NativeLibrary(
     Path(__file__).parent / "native",
     {

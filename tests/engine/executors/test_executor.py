@@ -49,3 +49,9 @@ def test_a_dtype_without_kernels_is_served_eagerly_and_the_log_says_so(caplog):
 def test_kv_memory_that_the_machine_has_not_is_refused():
     with pytest.raises(ConfigError, match="kv_cache_gib: the machine cannot give 1e\\+0?6 GiB"):
         make_executor(random_model(tiny_config()), EngineConfig(kv_cache_gib=1e6))
+
+
+def test_a_block_size_that_the_kernels_do_not_support_is_refused():
+    config = EngineConfig(kv_cache_gib=0.001, block_size=6)
+    with pytest.raises(ConfigError, match="block_size: must be a multiple of 4 on a CPU, not 6"):
+        make_executor(random_model(tiny_config()), config)

@@ -11,6 +11,7 @@
 
 #include "attention_call.h"
 #include "attention_tile.h"
+#include "value_products.h"
 #include "values.h"
 #include "memory_ops/native/threads.h"
 #include "rope.h"
@@ -28,25 +29,28 @@ inline void list_tiles(const Attention& call, std::vector<QueryTile>& tiles) {
 }
 
 // Writes the rotated keys and the values of some tokens of the batch.
-template <class Values>
+template <class Values, class Products>
 inline void write_keys(const Attention& call, Span tokens) {
-  const int64_t size = call.head_dim * Values::bytes;
-  // rotated in fp32, in whole vectors
-  floats* rotated = kept_vectors<struct Rotated>(call.head_dim / LANES + 1);
+  const Products products(call);
+  const int64_t size = Products::area_bytes(call), vectors = call.head_dim / LANES + 1;
+  floats *key = kept_vectors<struct KvRows>(2 * vectors), *value = key + vectors;
+  const auto read = [&](int64_t token, int64_t head, floats* to) {
+    const uint8_t* from = call.qkv + call.qkv_place(token, head) * Values::bytes;
+    by_vectors(call.head_dim, [&](int64_t v, int64_t at, int64_t lanes) {
+      to[v] = Values::read(from + at * Values::bytes, lanes);
+    });
+  };
   for (int64_t s = 0; s < call.num_sequences; s++) {
     const int64_t start = call.query_starts[s], end = call.query_starts[s + 1];
     for (int64_t t = std::max(start, tokens.first); t < std::min(end, tokens.last); t++) {
-      const int64_t position = call.context_lengths[s] - (end - t);
+      const int64_t position = call.context_lengths[s] - (end - t), half = call.head_dim / 2;
       for (int64_t g = 0; g < call.num_kv_heads; g++) {
-        const uint8_t* key = call.qkv + call.qkv_place(t, call.num_heads + g) * Values::bytes;
-        uint8_t* to = call.kv + call.kv_place(s, g, position) * Values::bytes;
-        by_vectors(call.head_dim, [&](int64_t v, int64_t at, int64_t lanes) {
-          rotated[v] = Values::read(key + at * Values::bytes, lanes);
-        });
-        const int64_t half = call.head_dim / 2;
-        rotate((float*)rotated, call.cosines + t * half, call.sines + t * half, half);
-        Values::write(to, rotated, call.head_dim);
-        std::memcpy(to + call.kv_half() * Values::bytes, key + call.num_kv_heads * size, size);
+        read(t, call.num_heads + g, key);
+        rotate((float*)key, call.cosines + t * half, call.sines + t * half, half);
+        read(t, call.num_heads + call.num_kv_heads + g, value);
+        uint8_t* area = call.kv + call.kv_area(s, g, position) * size;
+        products.write(area, area + call.num_kv_heads * size, position % call.block_size, key,
+                       value);
       }
     }
   }
@@ -83,9 +87,10 @@ class TileQueue {
 template <class Values>
 inline void attend_share(const Attention& call, TileQueue& tiles, int64_t thread,
                          int64_t threads) {
-  write_keys<Values>(call, piece(call.num_tokens(), thread, threads));
+  using Products = ValueProducts<Values>;
+  write_keys<Values, Products>(call, piece(call.num_tokens(), thread, threads));
   barrier(threads);
-  TileWorker<Values>(call).run([&] { return tiles.take(); });
+  TileWorker<Values, Products>(call).run([&] { return tiles.take(); });
 }
 
 template <class Values>

@@ -15,12 +15,13 @@ constexpr int64_t SHARING_ROWS = 48;
 constexpr int64_t SHARING_ROWS = 24;
 #endif
 
-// Tensors of bf16 or fp32 values; H query heads, G KV heads, E values per head.
+// Tensors of bf16 or fp32 values; H query heads, G KV heads, E values per head. The areas of KV blocks
+// are those of kv_areas.h.
 struct Attention {
   const uint8_t* qkv;              // [T, H + 2 G, E]: queries, keys, values
   const float* cosines;            // [T, E / 2], as are the sines
   const float* sines;
-  uint8_t* kv;                     // [blocks, 2, G, block_size, E]
+  uint8_t* kv;                     // [blocks, 2, G] areas
   const int64_t* block_table;      // [S] rows, table_stride ids apart
   const int64_t* query_starts;     // [S + 1]
   const int64_t* context_lengths;  // [S]
@@ -36,13 +37,11 @@ struct Attention {
   int64_t qkv_place(int64_t token, int64_t head) const {
     return (token * qkv_heads() + head) * head_dim;
   }
-  // index of the key at a position of a sequence; its value is kv_half() further
-  int64_t kv_place(int64_t sequence, int64_t kv_head, int64_t position) const {
+  // number of the area of the key at a position of a sequence; its value's is num_kv_heads further
+  int64_t kv_area(int64_t sequence, int64_t kv_head, int64_t position) const {
     const int64_t block = block_table[sequence * table_stride + position / block_size];
-    const int64_t offset = kv_head * block_size + position % block_size;
-    return block * 2 * kv_half() + offset * head_dim;
+    return block * 2 * num_kv_heads + kv_head;
   }
-  int64_t kv_half() const { return num_kv_heads * block_size * head_dim; }
 };
 
 // Queries [first, last) of a sequence, for the heads that share one KV head.

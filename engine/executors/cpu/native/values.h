@@ -47,46 +47,18 @@ struct Vectors {
 
 struct Fp32Values : Vectors<Fp32Values> {
   static constexpr int64_t bytes = 4;
-  static constexpr bool has_pairs = false;
   static floats widened(const uint8_t* at) { return load<floats>(at); }
   static void narrow(uint8_t* at, floats values) { store(at, values); }
   static floats rounded(floats values) { return values; }
-  // LANES words of one row, as one factor of a product
-  static words together(const uint8_t* const* rows, int64_t at, int64_t lanes) {
-    return (words)read(rows[0] + at * bytes, lanes);
-  }
 
   static floats add_products(floats sum, words a, words b) { return sum + (floats)a * (floats)b; }
 };
 
 struct Bf16Values : Vectors<Bf16Values> {
   static constexpr int64_t bytes = 2;
-#if defined(__AVX512BW__)
-  // Pairs 2 LANES values of two rows, alternating between the two vectors every four values, which
-  // is cheaper than keeping the order; in_order() restores it in vectors of sums.
-  static constexpr bool has_pairs = true;
-  static void pair(const uint8_t* a, const uint8_t* b, floats* to) {
-    const __m512i first = load<__m512i>(a), second = load<__m512i>(b);
-    to[0] = (floats)_mm512_unpacklo_epi16(first, second);
-    to[1] = (floats)_mm512_unpackhi_epi16(first, second);
-  }
-  static void in_order(floats* sums) {
-    const ints low = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23};
-    const floats first = sums[0];
-    sums[0] = __builtin_shuffle(first, sums[1], low);
-    sums[1] = __builtin_shuffle(first, sums[1], low + 8);
-  }
-#else
-  static constexpr bool has_pairs = false;
-#endif
   static floats widened(const uint8_t* at) { return load_bf16(at); }
   static void narrow(uint8_t* at, floats values) { store_bf16(at, values); }
   static floats rounded(floats values) { return (floats)(round_to_bf16(values) << 16); }
-  // LANES words of two rows, in pairs, as one factor of a product
-  static words together(const uint8_t* const* rows, int64_t at, int64_t lanes) {
-    const words low = (words)read(rows[0] + at * bytes, lanes);
-    return (low >> 16) | (words)read(rows[1] + at * bytes, lanes);
-  }
 
   // adds the products of both values of each lane
   static floats add_products(floats sum, words a, words b) {

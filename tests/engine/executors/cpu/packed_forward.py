@@ -1,4 +1,4 @@
-"""Test helpers: packed decoder layers, and tables that native kernels cannot read."""
+"""Test helpers: packed decoder layers, their KV blocks, and tables that kernels cannot read."""
 
 import contextlib
 
@@ -17,6 +17,17 @@ def threads(number):
     torch.set_num_threads(number)
     yield
     torch.set_num_threads(before)
+
+
+def area_order(shape, itemsize):
+    """Where kv_areas.h has the numbers of KV blocks ``[blocks, 2, G, block_size, E]``."""
+    blocks, _, kv_heads, block_size, head_dim = shape
+    per_word = 4 // itemsize
+    keys, values = torch.arange(shape.numel()).view(shape).unbind(1)
+    keys = keys.reshape(blocks, kv_heads, block_size, head_dim // per_word, per_word)
+    values = values.reshape(blocks, kv_heads, block_size // per_word, per_word, head_dim)
+    areas = keys.transpose(2, 3).flatten(2), values.transpose(3, 4).flatten(2)
+    return torch.stack(areas, dim=1).flatten()
 
 
 class UnreadableTable:

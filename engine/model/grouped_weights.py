@@ -18,11 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from engine.model.uninitialised import ExactLinear
+from engine.model.weight_bits import GROUP
 
-GROUP = 32
-WEIGHT_BITS = {"int8": 8, "int4": 4}
-# of embedding and head unless asked otherwise: fewer cost more than in layers
-HEAD_BITS = 8
 VALUE_DTYPES = {8: torch.int8, 4: torch.uint8}
 _PART_WEIGHTS = 1 << 22
 # candidates for the place of a group's most extreme weight on the scale of -8 to 7
@@ -63,9 +60,16 @@ def widened(groups: WeightGroups) -> WeightGroups:
 
 
 def dense_weights(groups: WeightGroups, inputs: int, dtype: torch.dtype) -> Tensor:
-    """The weights ``[O, I]`` in ``dtype``, contiguous."""
-    wide_OGI = _integers(groups).float() * groups.scales_OG.float().unsqueeze(2)
-    return wide_OGI.flatten(1)[:, :inputs].to(dtype).contiguous()
+    """The weights ``[O, I]`` in ``dtype``, contiguous; converts some outputs at a time."""
+    values, scales_OG, bits = groups
+    dense_OI = torch.empty(len(values), inputs, dtype=dtype, device=values.device)
+    step = max(1, _PART_WEIGHTS // inputs)
+    for first in range(0, len(dense_OI), step):
+        part = slice(first, first + step)
+        wide_OGI = _integers(WeightGroups(values[part], scales_OG[part], bits)).float()
+        wide_OGI *= scales_OG[part].float().unsqueeze(2)
+        dense_OI[part] = wide_OGI.flatten(1)[:, :inputs]
+    return dense_OI
 
 
 def _rounded_to_8_bits(wide_OGI: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,20 @@ from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from engine.model.grouped_weights import (
     VALUE_DTYPES,
-    WEIGHT_BITS,
     WeightGroups,
+    dense_weights,
     group_shapes,
     group_weights,
     groupable,
 )
 from engine.model.transformer import Transformer
-from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor, TensorSource
+from engine.model.weight_bits import HEAD_DTYPE, WEIGHT_BITS
+from weights.checkpoints.tensor_files import (
+    STORED_DTYPES,
+    StoredTensor,
+    TensorSource,
+    read_mapped,
+)
 from weights.errors import CheckpointError
 
 _WEIGHT, _SCALES = ".weight", ".weight_scales"
@@ -36,6 +42,14 @@ def source_bits(sources: Iterable[TensorSource]) -> dict[str, int]:
     return _bits({source.name: source.dtype for source in sources})
 
 
+def embedding_dtype(sources: Iterable[TensorSource]) -> str | None:
+    """The name of the embedding's dtype; None if it is in groups or missing."""
+    for source in sources:
+        if source.name == "model.embed_tokens.weight" and source.dtype.is_floating_point:
+            return str(source.dtype).removeprefix("torch.")
+    return None
+
+
 def _bits(dtypes: Mapping[str, torch.dtype | None]) -> dict[str, int]:
     return {
         name.removesuffix(_WEIGHT): _BITS[dtype]
@@ -44,7 +58,9 @@ def _bits(dtypes: Mapping[str, torch.dtype | None]) -> dict[str, int]:
     }
 
 
-def requested_bits(config: ModelConfig, weight_dtype: str, embedding_dtype: str) -> dict[str, int]:
+def requested_bits(
+    config: ModelConfig, weight_dtype: str, embedding_dtype: str = HEAD_DTYPE
+) -> dict[str, int]:
     """Bits of all layers that may be in groups: embedding and head, and all others.
 
     Raises:
@@ -61,8 +77,8 @@ def requested_bits(config: ModelConfig, weight_dtype: str, embedding_dtype: str)
     return {name: head_bits if name in _HEADS else bits for name in layers}
 
 
-def group_tensors(bits: Mapping[str, int]) -> dict[str, str]:
-    """The tensors of layers in groups, by name, with their dtypes as safetensors codes."""
+def group_dtype_codes(bits: Mapping[str, int]) -> dict[str, str]:
+    """Dtypes of the tensors of layers in groups, as safetensors codes by the tensor's name."""
     codes = {dtype: code for code, dtype in STORED_DTYPES.items()}
     found = {}
     for name, count in bits.items():
@@ -71,19 +87,48 @@ def group_tensors(bits: Mapping[str, int]) -> dict[str, str]:
     return found
 
 
-def grouped_sources(sources: Sequence[TensorSource], bits: Mapping[str, int]) -> list[TensorSource]:
+def load_groups(
+    stored: Mapping[str, StoredTensor],
+    layer: str,
+    bits: int,
+    load: Callable[[StoredTensor], Tensor],
+) -> WeightGroups:
+    """The weight of a layer in groups; ``load`` reads each of its tensors."""
+    return WeightGroups(load(stored[layer + _WEIGHT]), load(stored[layer + _SCALES]), bits)
+
+
+def dense_sources(
+    stored: Mapping[str, StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+) -> tuple[list[TensorSource], dict[str, StoredTensor]]:
+    """The dense weights of all layers in groups, and the other tensors.
+
+    ``shapes`` has the shapes of the dense weights, by the tensor's name.
+    """
+    bits = stored_bits(stored)
+    sources = []
+    for layer, count in bits.items():
+        name = layer + _WEIGHT
+        load = partial(_dense, stored, layer, count, shapes[name][1], dtype)
+        sources.append(TensorSource(name, shapes[name], dtype, load))
+    grouped = group_dtype_codes(bits)
+    return sources, {name: one for name, one in stored.items() if name not in grouped}
+
+
+def rounded_sources(sources: Sequence[TensorSource], bits: Mapping[str, int]) -> list[TensorSource]:
     """The same tensors, with the weights of some layers, by name, rounded to groups."""
     made: list[TensorSource] = []
     for source in sources:
         layer = source.name.removesuffix(_WEIGHT)
         if layer in bits:
-            made += sources_of_groups(source, bits[layer], partial(_rounded, source, bits[layer]))
+            made += group_sources(source, bits[layer], partial(_rounded, source, bits[layer]))
         else:
             made.append(source)
     return made
 
 
-def sources_of_groups(
+def group_sources(
     dense: TensorSource, bits: int, load: Callable[[], WeightGroups]
 ) -> list[TensorSource]:
     """The two tensors of a weight in groups, with name and shape of a dense one.
@@ -106,6 +151,12 @@ def sources_of_groups(
         replace(dense, shape=values, dtype=VALUE_DTYPES[bits], load=load_values),
         TensorSource(layer + _SCALES, scales, torch.float16, load_scales),
     ]
+
+
+def _dense(
+    stored: Mapping[str, StoredTensor], layer: str, bits: int, inputs: int, dtype: torch.dtype
+) -> Tensor:
+    return dense_weights(load_groups(stored, layer, bits, read_mapped), inputs, dtype)
 
 
 def _rounded(source: TensorSource, bits: int) -> WeightGroups:

@@ -10,7 +10,6 @@ from torch import nn
 
 from engine.model import grouped_weights
 from engine.model.grouped_weights import (
-    GROUP,
     GroupedEmbedding,
     WeightGroups,
     dense_state,
@@ -23,6 +22,7 @@ from engine.model.grouped_weights import (
     widened,
 )
 from engine.model.transformer import Transformer
+from engine.model.weight_bits import GROUP
 from tests.models import feed_forward_changes, tiny_config
 
 each_width = pytest.mark.parametrize("bits", [8, 4])

@@ -9,20 +9,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.model.grouped_weights import GROUP, WeightGroups
-from weights.checkpoints.stored_groups import grouped_sources, sources_of_groups
+from engine.model.grouped_weights import WeightGroups
+from engine.model.weight_bits import GROUP
+from weights.checkpoints.stored_groups import group_sources, rounded_sources
 from weights.checkpoints.tensor_files import TensorSource
 from weights.errors import CheckpointError
 
 _KINDS = gguf.GGMLQuantizationType
 # formats whose blocks are groups: a scale, then int8 values or nibbles
 _BLOCK_BITS = {_KINDS.Q8_0: 8, _KINDS.Q4_0: 4}
-_FLOATS = (_KINDS.F32, _KINDS.F16, _KINDS.BF16)
+_FLOATS = {
+    _KINDS.F32: torch.float32,
+    _KINDS.F16: torch.float16,
+    _KINDS.BF16: torch.bfloat16,
+}
 Reorder = Callable[[Tensor], Tensor]
 
 
-def dense_source(name: str, tensor: Any, dtype: torch.dtype, reorder: Reorder) -> TensorSource:
+def dense_source(
+    name: str, tensor: Any, dtype: torch.dtype | None, reorder: Reorder
+) -> TensorSource:
     """A tensor that is dequantised to ``dtype`` when it is written, its rows reordered.
+
+    Without a ``dtype`` it keeps the one in the file, or gets bfloat16 if it is quantised.
 
     Raises:
         CheckpointError: its quantisation is not supported.
@@ -32,31 +41,31 @@ def dense_source(name: str, tensor: Any, dtype: torch.dtype, reorder: Reorder) -
 
     def load() -> Tensor:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        # copy, because the file's mapping is read-only
-        return reorder(torch.from_numpy(np.array(values, dtype=np.float32)))
+        if not values.flags.writeable:  # on the file's mapping
+            values = values.copy()
+        return reorder(torch.from_numpy(values))
 
+    dtype = dtype or _FLOATS.get(tensor.tensor_type, torch.bfloat16)
     return TensorSource(name, shape, dtype, load)
 
 
-def weight_sources(
-    name: str, tensor: Any, dtype: torch.dtype, reorder: Reorder
-) -> list[TensorSource]:
+def weight_sources(name: str, tensor: Any, reorder: Reorder) -> list[TensorSource]:
     """A layer's weight, in groups if it is quantised.
 
     Q8_0 and Q4_0 keep their values. Others are dequantised and rounded to 8 bits. Weights that are
-    not quantised are dense in ``dtype``.
+    not quantised keep their dtype.
 
     Raises:
         CheckpointError: its quantisation is not supported.
     """
-    dense = dense_source(name, tensor, dtype, reorder)
+    dense = dense_source(name, tensor, None, reorder)
     if tensor.tensor_type in _FLOATS:
         return [dense]
     bits = _BLOCK_BITS.get(tensor.tensor_type)
     layer = name.removesuffix(".weight")
     if bits is None:
-        return grouped_sources([dense], {layer: 8})
-    return sources_of_groups(dense, bits, partial(_groups, tensor, bits, reorder))
+        return rounded_sources([dense], {layer: 8})
+    return group_sources(dense, bits, partial(_groups, tensor, bits, reorder))
 
 
 def _groups(tensor: Any, bits: int, reorder: Reorder) -> WeightGroups:

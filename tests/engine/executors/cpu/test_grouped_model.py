@@ -9,8 +9,9 @@ from engine.executors import executor
 from engine.executors.batch import prompt_batch
 from engine.executors.executor import make_executor
 from engine.model.config import MEMORY_KINDS
-from engine.model.grouped_weights import HEAD_BITS, group_weights, groupable, use_groups
+from engine.model.grouped_weights import group_weights, groupable, use_groups
 from engine.model.transformer import Transformer, converted, with_tables
+from engine.model.weight_bits import HEAD_BITS
 from tests.engine.test_company import prompts, step_all
 from tests.models import engine_of, feed_forward_changes, greedy, random_model, tiny_config
 

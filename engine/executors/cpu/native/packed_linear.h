@@ -23,7 +23,7 @@ constexpr int64_t SCALE_BYTES = PANEL_VECTORS * LANES * 2;
 struct RowGroup {
   int8_t values[GROUP];
   float scale;
-  int32_t correction;  // what a sum of products starts with, because of the weights' offset
+  int32_t correction;  // start of a sum of products, which removes the offset of the weights
 };
 
 // Bytes of one group of a panel.

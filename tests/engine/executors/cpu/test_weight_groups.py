@@ -8,8 +8,9 @@ from torch.nn.functional import silu
 
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from engine.executors.cpu.packing import Packer
-from engine.model.grouped_weights import GROUP, GroupedLinear, group_weights
+from engine.model.grouped_weights import GroupedLinear, group_weights
 from engine.model.norm import RmsNorm
+from engine.model.weight_bits import GROUP
 from tests.conftest import TOLERANCE
 
 each_build = pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
@@ -113,6 +114,21 @@ def test_nan_does_not_affect_other_rows(build, bits):
     assert found[7].isnan().all() and not found[8].isfinite().any() and not found[9].any()
     others = [i for i in range(20) if i not in (7, 8, 9)]
     assert torch.equal(found[others], wanted[others])
+
+
+@each_build
+@each_dtype
+@each_width
+@pytest.mark.parametrize("value", [1e-45, 1e-40, 1e-38, 1e-37])
+def test_values_too_small_for_a_scale_are_zeros(build, dtype, bits, value):
+    x = torch.zeros(3, 2 * GROUP, dtype=dtype)
+    x[1, 5], x[1, 7] = value, -value
+    x[2, GROUP:] = 1.0
+    alone = x.clone()
+    x[2, 3] = value
+    one = layer(2 * GROUP, 40, bits)
+    found = run(build, x, [one])
+    assert not found[:2].any() and torch.equal(found[2], run(build, alone, [one])[2])
 
 
 @each_width

@@ -1,5 +1,9 @@
 """Products with weights of 8 and 4 bits in every runnable build against fp64."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +20,23 @@ from tests.conftest import TOLERANCE
 each_build = pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 each_width = pytest.mark.parametrize("bits", [8, 4])
+ROOT = Path(__file__).parents[4]
+# rows of one group, and the conversions of C++ that they must not need
+EXTREME_ROWS = """
+#include <cmath>
+#include "engine/executors/cpu/native/weight_groups.h"
+
+int main() {
+  for (float extreme : {NAN, INFINITY, -INFINITY, 1e-45f, 1e-38f, 3e-37f}) {
+    float x[memplus::GROUP] = {1e-38f, extreme, -extreme};
+    memplus::RowGroup group;
+    memplus::round_row<memplus::Fp32Values>((uint8_t*)x, memplus::GROUP, 128, &group);
+    for (int8_t value : group.values)
+      if (value) return 1;
+    if (group.correction || std::isnan(group.scale) == std::isfinite(extreme)) return 2;
+  }
+}
+"""
 SIZES = st.integers(1, 100)
 ROWS = st.one_of(st.integers(0, 30), st.integers(40, 110))
 
@@ -129,6 +150,16 @@ def test_values_too_small_for_a_scale_are_zeros(build, dtype, bits, value):
     one = layer(2 * GROUP, 40, bits)
     found = run(build, x, [one])
     assert not found[:2].any() and torch.equal(found[2], run(build, alone, [one])[2])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_extreme_rows_are_rounded_without_undefined_behaviour(tmp_path):
+    (tmp_path / "rows.cpp").write_text(EXTREME_ROWS)
+    checks = ["-fsanitize=undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+    command = ["g++", "-std=c++17", "-pthread", "-Wno-psabi", *checks, f"-I{ROOT}"]
+    subprocess.run([*command, "rows.cpp", "-o", "rows"], cwd=tmp_path, check=True)
+    found = subprocess.run([tmp_path / "rows"], stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 0, found.stderr
 
 
 @each_width

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from engine.errors import ConfigError
 from server.config import cache_folder
-from weights.models.named_models import WORDNET, model_folder
+from weights.models.named_models import WORDNET, find_model
 
 NEIGHBOURS = (0, 1, 2)
 # variables of the environment by policy of waiting threads
@@ -112,7 +112,7 @@ def _offline(model: str, environment: tuple[str, ...], folder: Path) -> dict[str
 
 def _training(environment: tuple[str, ...], folder: Path) -> dict[str, float]:
     """The default model's own training, with its tokenizer, on other texts."""
-    model, texts = model_folder(WORDNET, cache_folder()), folder / "texts.jsonl"
+    model, texts = find_model(WORDNET, cache_folder()).folder, folder / "texts.jsonl"
     lines = (f"{a} and {b} make {a * b + b}" for a in range(64) for b in range(64))
     texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     changes = (f"run.steps={_STEPS}", f"data.train={texts}", f"data.tokenizer={model}")

@@ -23,8 +23,8 @@ from server.device import chosen_device
 from server.engine_entry import build_engine
 from server.model_options import ModelOptions
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
-from weights.checkpoints.stored_groups import requested_formats, stored_formats
-from weights.models.prepare import prepared_folder
+from weights.checkpoints.packed_formats import packed_formats
+from weights.models.named_models import find_model
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def measure(
         raise ConfigError("speculate: is measured by `memplus bench speculation`")
     keep_freed_memory()
     device = chosen_device(model, config)
-    settings = EngineSettings(model, cache_folder(), config)
+    settings = EngineSettings(model, find_model(model.model, cache_folder()), config)
     engine = build_engine(settings, device)
     engine.warm_up()
     rounds = EngineRounds(engine, config)
@@ -87,16 +87,15 @@ def measure(
 
 def _work(settings: EngineSettings, device: torch.device) -> tuple[ModelWork, torch.dtype, bool]:
     """The model's work per step, its dtype, and whether it has weights in groups there."""
-    folder = prepared_folder(settings.model.model, settings.cache_folder)
-    checkpoint, stored = open_checkpoint(folder)
-    dtype = serving_dtype(stored, settings.model.dtype)
+    checkpoint, stored = open_checkpoint(settings.folder.folder)
+    dtype = serving_dtype(checkpoint, stored, settings.model.dtype)
     row_bytes = 0
     for name in checkpoint.model.table_names:
         # all tables have the same row size and keep their stored format
         row_bytes = stored[name].num_bytes // stored[name].shape[0]
-    formats = stored_formats(stored) if device.type == "cpu" else {}
-    if settings.model.weight_dtype != "auto":
-        formats = requested_formats(checkpoint.model, settings.model.weight_dtype, "int8")
+    formats = {}
+    if device.type == "cpu":
+        formats = packed_formats(checkpoint.model, stored, settings.model.weight_dtype)
     return ModelWork(checkpoint.model, dtype.itemsize, row_bytes, formats), dtype, bool(formats)
 
 

@@ -37,7 +37,10 @@ def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
         raise CheckpointError(f"{source}: the model needs more than 3 layers and no memory layers")
     model = with_memory(plain, num_subkeys)
     if imported.config.has_groups:
-        raise CheckpointError(f"{source}: the weights are rounded to 8 or 4 bits")
+        raise CheckpointError(
+            f"{source}: the weights are rounded to 8 or 4 bits; make a dense folder by"
+            " `memplus convert --dtype`"
+        )
     sources_by_name = {tensor.name: tensor for tensor in imported.sources}
     dtype = imported.sources[0].dtype
     generator = torch.Generator().manual_seed(0)

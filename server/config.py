@@ -10,6 +10,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server.model_options import ModelOptions
 from server.thread_count import default_threads
+from weights.models.named_models import ModelFolder
 
 _MOST_THREADS = 1024
 # Polls of torch's waiting OpenMP threads before they sleep; they take about as long as a wake-up.
@@ -119,10 +120,13 @@ class ThreadOptions:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Settings with which the engine process builds its engine."""
+    """Settings with which the engine process builds its engine.
+
+    ``folder`` is the one of ``model``, found once: an engine that restarts serves the same version.
+    """
 
     model: ModelOptions
-    cache_folder: Path
+    folder: ModelFolder
     engine: EngineConfig
     log_format: str = "text"
 

@@ -12,6 +12,7 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
+from engine.executors.cpu.kernels import CPU_LIBRARY
 from engine.executors.executor import Executor, make_executor
 from engine.executors.lookahead import LookaheadConfig
 from engine.loaded_patches import PatchSource
@@ -36,7 +37,7 @@ from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
 from weights.grammars.compiler import GrammarCompiler
 from weights.grammars.grammar_memory import GRAMMARS_BYTES
-from weights.models.prepare import prepared_folder
+from weights.models.prepare import prepare
 from weights.patches.patch_loader import PatchLoader
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def build_engine(
     """
     # report an unusable device now, before minutes are spent on preparing the model
     device = device or chosen_device(settings.model, settings.engine)
-    folder = prepared_folder(settings.model.model, settings.cache_folder)
+    folder = prepare(settings.folder)
     serves_patches = serves_patches and settings.engine.max_patches > 0
     if serves_patches and (reason := read_config(folder).model.patch_refusal):
         raise ConfigError(f"patch_dir: {reason}; start without --patch and --patch-dir")
@@ -163,13 +164,16 @@ def load_served(
     checkpoint = read_config(folder)
     described = checkpoint.model
     if options.weight_dtype != "auto" and checkpoint.has_groups:
-        raise ConfigError(f"weight_dtype: the weights of {folder} have few bits already")
+        raise ConfigError(
+            f"weight_dtype: the weights of {folder} have few bits already; leave the option out"
+        )
+    has_kernels = device.type == "cpu" and CPU_LIBRARY.best_build is not None
+    if options.weight_dtype != "auto" and not has_kernels:
+        raise ConfigError(f"weight_dtype: {options.weight_dtype} needs memplus's native library")
     lookahead = _lookahead(options, described) if options.table_lookahead else None
     kv_dtype = engine.kv_dtype if engine else "auto"
-    keep_groups = keep_stored and device.type == "cpu"
-    sizes = model_bytes(
-        folder, options.dtype, options.table_dtype, kv_dtype, keep_groups=keep_groups
-    )
+    packed_dtype = options.weight_dtype if keep_stored and has_kernels else None
+    sizes = model_bytes(folder, options.dtype, options.table_dtype, kv_dtype, packed_dtype)
     request = MemoryRequest(
         kv_bytes=engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0,
         requested_cache=options.table_cache_bytes if options.table_cache is not None else None,

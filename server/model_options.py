@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from engine.errors import ConfigError
+from engine.model.weight_bits import HEAD_DTYPE
 from weights.checkpoints.dtype_names import GROUPED_DTYPES, TABLE_DTYPES
 from weights.models.named_models import DEFAULT_MODEL
 
@@ -26,8 +27,8 @@ class ModelOptions:
         default=DEFAULT_MODEL,
         metadata={
             "group": ("model", "--model ./my-model --device cuda:1"),
-            "metavar": "NAME|DIR",
-            "help": "name of a known model, or a checkpoint folder",
+            "metavar": "NAME|DIR|GGUF",
+            "help": "known model, checkpoint folder, or GGUF file",
         },
     )
     device: str = field(
@@ -48,8 +49,8 @@ class ModelOptions:
     weight_dtype: str = field(
         default="auto",
         metadata={
-            "help": "round weights to this dtype (CPU only; embedding and head: int8); auto: as"
-            " stored",
+            "help": "round weights to this dtype (CPU only; embedding and head:"
+            f" {HEAD_DTYPE}); auto: as stored",
             "choices": _WEIGHT_DTYPES,
         },
     )

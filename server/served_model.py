@@ -23,7 +23,8 @@ from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
 from weights.checkpoints.chat_template import load_chat_template
 from weights.checkpoints.tokenizer import load_tokenizer
-from weights.models.named_models import NAMED_MODELS, model_folder
+from weights.models.folder_lock import hold
+from weights.models.named_models import NAMED_MODELS, find_model
 
 ENGINE_ENTRY = "server.engine_entry:main"
 
@@ -49,7 +50,7 @@ class ServedModel:
 
         Raises:
             ChatTemplateError: the model's chat template is not valid.
-            CheckpointError: the tokenizer cannot be read.
+            CheckpointError: the model does not exist, or its tokenizer cannot be read.
             ConfigError: the limits contradict each other, a folder of patches does not exist, or
                 the engine's settings of patches do not fit the patches.
         """
@@ -61,7 +62,8 @@ class ServedModel:
         self._http, self._engine, self._supervision = http, engine, supervision
         self._patches, self._limits = patches, limits
         self._log_prompts = monitoring.log_prompts
-        self._folder = model_folder(model.model, cache_folder())
+        self._source = find_model(model.model, cache_folder())
+        self._folder = self._source.folder
         # report a bad tokenizer now, before minutes are spent on loading the model
         self._tokenizer = load_tokenizer(self._folder) if self._folder.is_dir() else None
         if self._tokenizer is not None:
@@ -69,7 +71,7 @@ class ServedModel:
         self._override = Path(http.chat_template) if http.chat_template else None
         self._template = load_chat_template(self._folder, self._override)
         settings = EngineSettings(
-            model, cache_folder(), patches.engine_config(engine), monitoring.log_format
+            model, self._source, patches.engine_config(engine), monitoring.log_format
         )
         self._make_process = partial(EngineProcess, ENGINE_ENTRY, settings)
         self._process = self._make_process()
@@ -84,6 +86,9 @@ class ServedModel:
             EngineStartError: the engine could not be built, or ``stop`` ended it.
         """
         ready = self._process.start()
+        if self._source.source is not None:
+            # engines that restart need the folder, also after the GGUF file has changed
+            hold(self._folder)
         grammars = GrammarChecker(self._folder, ready.limits)
         grammars.start()
         self._grammars = grammars

@@ -64,6 +64,7 @@ COVERED_BY = {
     "engine/model/rotary.py": "engine/model/test_attention.py",
     "engine/model/sequence_groups.py": "engine/model/test_attention.py",
     "engine/model/uninitialised.py": "engine/model/test_transformer.py",
+    "engine/model/weight_bits.py": "engine/executors/cpu/test_grouped_model.py",
     "engine/table_report.py": "engine/executors/test_memory_recorder.py",
     "engine/messages.py": "engine/test_process.py",
     "engine/request.py": "engine/test_engine.py",
@@ -149,6 +150,7 @@ COVERED_BY = {
     "weights/checkpoints/dtype_names.py": "weights/checkpoints/test_table_loading.py",
     "weights/checkpoints/feed_forward_json.py": "weights/checkpoints/test_config_json.py",
     "weights/checkpoints/importers/gguf_files.py": "weights/checkpoints/importers/test_gguf.py",
+    "weights/checkpoints/importers/gguf_metadata.py": "weights/checkpoints/importers/test_gguf.py",
     "weights/checkpoints/importers/gguf_weights.py": "weights/checkpoints/importers/test_gguf.py",
     "weights/checkpoints/model_bytes.py": "weights/checkpoints/test_host_cache_limits.py",
     "weights/checkpoints/importers/gguf_tokenizer.py": "weights/checkpoints/importers/test_gguf.py",
@@ -158,6 +160,7 @@ COVERED_BY = {
     "weights/checkpoints/sentencepiece_proto.py": (
         "weights/checkpoints/test_sentencepiece_tokenizer.py"
     ),
+    "weights/checkpoints/packed_formats.py": "weights/checkpoints/test_stored_groups.py",
     "weights/checkpoints/summary.py": "weights/checkpoints/test_checkpoint.py",
     "weights/checkpoints/table_files.py": "weights/checkpoints/test_table_loading.py",
     "weights/checkpoints/tensor_files.py": "weights/checkpoints/test_checkpoint.py",
@@ -176,7 +179,7 @@ COVERED_BY = {
     "weights/learning/row_sgd.py": "weights/learning/test_row_student.py",
     "weights/learning/student.py": "weights/learning/test_learner.py",
     "weights/models/named_models.py": "test_wordnet.py",
-    "weights/models/prepare.py": "test_wordnet.py",
+    "weights/models/folder_lock.py": "weights/models/test_prepare.py",
     "weights/patches/content_hash.py": "weights/patches/test_patch_folder.py",
     "weights/patches/description.py": "weights/patches/test_patch_folder.py",
     "weights/patches/patch_checks.py": "weights/patches/test_patch_folder.py",
@@ -198,7 +201,6 @@ COVERED_BY = {
     "server/http/root_path.py": "server/http/test_front.py",
     "server/http_server.py": "server/test_shutdown.py",
     "server/monitoring.py": "server/test_logs.py",
-    "server/served_model.py": "server/test_serve.py",
     "server/version.py": "server/http/test_app.py",
     "weights/toml_file.py": "weights/training/test_train_config.py",
 }

@@ -7,15 +7,15 @@ from server.config import EngineSettings, cache_folder
 from server.engine_entry import build_engine
 from server.model_options import ModelOptions
 from weights.checkpoints.tokenizer import load_tokenizer
-from weights.models.named_models import DEFAULT_MODEL, model_folder
+from weights.models.named_models import DEFAULT_MODEL, ModelFolder, find_model
 from weights.training.evaluate import read_questions, score_recall
 from weights.training.train_config import read_train_config
 
-FOLDER = model_folder(DEFAULT_MODEL, cache_folder())
+FOLDER = find_model(DEFAULT_MODEL, cache_folder()).folder
 
 
 def test_it_recalls_its_nouns_word_for_word():
-    settings = EngineSettings(ModelOptions(), cache_folder(), EngineConfig(kv_cache_gib=0.2))
+    settings = EngineSettings(ModelOptions(), ModelFolder(FOLDER), EngineConfig(kv_cache_gib=0.2))
     engine, questions = build_engine(settings), read_questions(FOLDER / "questions.jsonl")
     assert len(questions) == 200
     assert score_recall(engine, load_tokenizer(FOLDER), questions).recall >= 0.95

@@ -22,7 +22,7 @@ from engine.request import PatchRef, Request
 from engine.sampling.params import SamplingParams
 from memory_ops.patches.patched_rows import PatchedRows
 from server.config import cache_folder
-from weights.models.named_models import WORDNET, model_folder
+from weights.models.named_models import WORDNET, find_model
 
 MODELS = (WORDNET, "smollm2 shape")
 _CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def _wordnet() -> Transformer:
         raise Skipped(f"reading {WORDNET} needs safetensors")
     from weights.checkpoints.checkpoint import load_model
 
-    return load_model(model_folder(WORDNET, cache_folder()), "float32")[0]
+    return load_model(find_model(WORDNET, cache_folder()).folder, "float32")[0]
 
 
 def _drawn() -> Transformer:

@@ -18,8 +18,8 @@ from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import KvMemoryError
 from engine.model.config import ModelConfig
 from engine.model.grouped_layers import group_formats
-from engine.model.grouped_weights import WEIGHT_BITS
 from engine.model.transformer import Transformer, converted
+from engine.model.weight_bits import WEIGHT_BITS
 from engine.progress import Progress
 from memory_ops.tables.value_table import ValueTable
 

@@ -78,13 +78,7 @@ class GroupedEmbedding(_Grouped):
 
     def rows(self, ids_T: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of some tokens, ``[T, D]`` in ``dtype``."""
-        minimums = self.weight_minimums
-        some = self.groups._replace(
-            values=self.weight[ids_T],
-            scales_OG=self.weight_scales[ids_T],
-            minimums_OG=None if minimums is None else minimums[ids_T],
-        )
-        return dense_weights(some, self.embedding_dim, dtype)
+        return dense_weights(self.groups.part(ids_T), self.embedding_dim, dtype)
 
 
 def use_groups(model: nn.Module, formats: Mapping[str, GroupFormat]) -> None:

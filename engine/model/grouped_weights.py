@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-GROUP = 32
-WEIGHT_BITS = {"int8": 8, "int4": 4}
-# of embedding and head unless asked otherwise: fewer cost more than in layers
-HEAD_BITS = 8
+from engine.model.weight_bits import GROUP
+
 VALUE_DTYPES = {8: torch.int8, 4: torch.uint8}
 _TENSORS = ("weight", "weight_scales", "weight_minimums")
 _PART_WEIGHTS = 1 << 22
@@ -66,6 +64,11 @@ class WeightGroups(NamedTuple):
         """Bits, and whether there are minimums."""
         return GroupFormat(self.bits, self.minimums_OG is not None)
 
+    def part(self, outputs: slice | Tensor) -> "WeightGroups":
+        """The weights of some outputs."""
+        values, scales, *minimums = (array[outputs] for array in self.tensors.values())
+        return WeightGroups(values, scales, self.bits, *minimums)
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The arrays, by the name that a layer gives them."""
@@ -101,8 +104,13 @@ def widened(groups: WeightGroups) -> WeightGroups:
 
 
 def dense_weights(groups: WeightGroups, inputs: int, dtype: torch.dtype) -> Tensor:
-    """The weights ``[O, I]`` in ``dtype``, contiguous."""
-    return _wide(groups).flatten(1)[:, :inputs].to(dtype).contiguous()
+    """The weights ``[O, I]`` in ``dtype``, contiguous; converts some outputs at a time."""
+    dense_OI = torch.empty(len(groups.values), inputs, dtype=dtype, device=groups.values.device)
+    step = max(1, _PART_WEIGHTS // inputs)
+    for first in range(0, len(dense_OI), step):
+        part = slice(first, first + step)
+        dense_OI[part] = _wide(groups.part(part)).flatten(1)[:, :inputs]
+    return dense_OI
 
 
 def _rounded_to_8_bits(wide_OGI: Tensor) -> tuple[Tensor, Tensor]:

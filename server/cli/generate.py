@@ -12,7 +12,7 @@ from server.engine_entry import build_engine
 from server.http.text_stream import TextStream
 from server.model_options import ModelOptions
 from weights.checkpoints.tokenizer import load_tokenizer
-from weights.models.named_models import model_folder
+from weights.models.named_models import find_model
 
 
 def generate(
@@ -30,8 +30,9 @@ def generate(
     """
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise RequestError("text", "is not valid UTF-8")
-    engine = build_engine(EngineSettings(model, cache_folder(), engine_config))
-    tokenizer = load_tokenizer(model_folder(model.model, cache_folder()))
+    folder = find_model(model.model, cache_folder())
+    engine = build_engine(EngineSettings(model, folder, engine_config))
+    tokenizer = load_tokenizer(folder.folder)
     prompt_ids = tuple(tokenizer.encode(prompt))
     out = out or sys.stdout
     engine.add(Request("generate", prompt_ids, sampling))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, PatchNotLoadedError, RequestError
+from engine.model.weight_bits import HEAD_DTYPE
 from engine.process import EngineLostError, EngineStartError
 from engine.sampling.params import SamplingParams
 from server.access import AccessOptions
@@ -24,7 +25,7 @@ from server.logs import say, set_up_logs
 from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
-from weights.checkpoints.dtype_names import GROUPED_DTYPES, TABLE_DTYPES
+from weights.checkpoints.dtype_names import FLOAT_DTYPES, GROUPED_DTYPES, TABLE_DTYPES
 from weights.errors import (
     ChatTemplateError,
     CheckpointError,
@@ -182,7 +183,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=convert)
     verb.add_argument("source", metavar="SRC", help="GGUF file or checkpoint folder")
     verb.add_argument("target", metavar="DST", help="folder to create")
-    verb.add_argument("--dtype", help="dtype of weights (default: as stored)")
+    dtype = "make all weights dense in this dtype (default: as stored, in groups or not)"
+    verb.add_argument("--dtype", choices=FLOAT_DTYPES, help=dtype)
     verb.add_argument("--table-dtype", help="dtype of value tables (default: the value of --dtype)")
 
     _add_quantize(verbs)
@@ -190,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("inspect", help=inspect.__doc__)
     verb.set_defaults(run=inspect)
     verb.add_argument(
-        "model", nargs="?", default=DEFAULT_MODEL, help="model name or checkpoint folder"
+        "model", nargs="?", default=DEFAULT_MODEL, help="model name, folder or GGUF file"
     )
 
     _add_train(verbs)
@@ -231,12 +233,12 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", usa
 def _add_quantize(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     verb = verbs.add_parser("quantize", help=quantize.__doc__)
     verb.set_defaults(run=quantize)
-    verb.add_argument("source", metavar="SRC", help="model name or checkpoint folder")
+    verb.add_argument("source", metavar="SRC", help="model name, folder or GGUF file")
     verb.add_argument("target", metavar="DST", help="folder to create")
     verb.add_argument("--table-dtype", choices=TABLE_DTYPES, help="new dtype of value tables")
     weights = "dtype of linear layers: integers with a scale per 32 weights"
     verb.add_argument("--weight-dtype", choices=GROUPED_DTYPES, help=weights)
-    heads = "dtype of embedding and head, with --weight-dtype (default: int8)"
+    heads = f"dtype of embedding and head, with --weight-dtype (default: {HEAD_DTYPE})"
     verb.add_argument("--embedding-dtype", choices=GROUPED_DTYPES, help=heads)
 
 

@@ -14,6 +14,7 @@ from server.model_options import ModelOptions
 from tests.engine.delayed_executor import delayed
 from tests.engine.test_company import KV_BYTES, Multiples, step_all, tokens
 from tests.models import engine_of, greedy, random_model, tiny_config
+from weights.models.named_models import ModelFolder
 
 COUNT = 40
 KINDS = {
@@ -120,10 +121,10 @@ def test_a_sequence_that_leaves_keeps_no_index(model):
     assert sequence.drafter is None
 
 
-def test_the_setting_reaches_the_engine(memory_plus_folder, tmp_path):
+def test_the_setting_reaches_the_engine(memory_plus_folder):
     config = EngineConfig(kv_cache_gib=0.01, speculate="ngram", speculate_tokens=3)
     options = ModelOptions(model=str(memory_plus_folder), device="cpu")
-    served = build_engine(EngineSettings(options, tmp_path, config))
+    served = build_engine(EngineSettings(options, ModelFolder(memory_plus_folder), config))
     served.add(greedy("a", [1, 2] * 10, 20, allowed_token_ids=frozenset({7})))
     outputs = step_all(served)["a"]
     assert max(output.draft_tokens for output in outputs) == 3

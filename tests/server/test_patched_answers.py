@@ -30,6 +30,7 @@ from tests.server.running import Running, running
 from tests.server.test_serve import engine_of
 from tests.weights.patches.made import IDENTITY, saved_patch
 from weights.checkpoints.checkpoint import load_model
+from weights.models.named_models import ModelFolder
 from weights.patches.apply import apply_patch
 from weights.patches.model_identity import model_identity
 
@@ -374,13 +375,13 @@ def test_a_server_does_not_start_with_a_patch_that_it_cannot_use(memory_plus_fol
 @pytest.mark.parametrize("kind", ["dense", "peer"])
 def test_a_model_that_takes_no_patches_is_not_served_with_them(tmp_path, kind):
     folder = save_model(random_model(tiny_config(**feed_forward_changes(kind))), tmp_path / "m")
-    settings = EngineSettings(ModelOptions(model=str(folder)), tmp_path, EngineConfig())
+    settings = EngineSettings(ModelOptions(model=str(folder)), ModelFolder(folder), EngineConfig())
     with pytest.raises(ConfigError, match="^patch_dir: .* start without --patch and --patch-dir$"):
         build_engine(settings, serves_patches=True)
 
 
 def test_patches_are_not_served_with_weights_that_are_rounded_at_load(memory_plus_folder):
     model = ModelOptions(model=str(memory_plus_folder), weight_dtype="int8")
-    settings = EngineSettings(model, memory_plus_folder, EngineConfig())
+    settings = EngineSettings(model, ModelFolder(memory_plus_folder), EngineConfig())
     with pytest.raises(ConfigError, match="^weight_dtype: cannot be used with row patches"):
         build_engine(settings, serves_patches=True)

@@ -11,13 +11,19 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
-from engine.model.grouped_layers import dense_state, groupable, use_groups
+from engine.model.grouped_layers import groupable, use_groups
 from engine.model.grouped_weights import GroupFormat
 from engine.model.transformer import Transformer
 from memory_ops.tables.value_table import ValueTable
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json, read_config
 from weights.checkpoints.gpu_tier import naming_lack_of_memory
-from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
+from weights.checkpoints.model_weights import (
+    dense_mapped_weights,
+    device_weights,
+    largest_layer_bytes,
+    mapped_weights,
+    weight_bytes,
+)
 from weights.checkpoints.new_folder import new_folder, write_synced
 from weights.checkpoints.stored_groups import stored_formats
 from weights.checkpoints.table_files import OUTPUT_DTYPES, RowLayout, table_shape
@@ -36,6 +42,7 @@ from weights.checkpoints.tied_head import drop_tied_head
 from weights.errors import CheckpointError
 
 CPU = torch.device("cpu")
+_WIDE_DTYPES = ("float32", "float64")
 # a buffer in old checkpoints that can be computed from rope_theta
 _DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -104,17 +111,19 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
     return config, stored
 
 
-def serving_dtype(stored: Mapping[str, StoredTensor], dtype: str) -> torch.dtype:
-    """The dtype to serve in: ``dtype``, or for ``auto`` float32 if the stored weights are at least
-    that wide, else bfloat16. The last norm counts if the embedding is in groups.
+def serving_dtype(
+    config: CheckpointConfig, stored: Mapping[str, StoredTensor], dtype: str
+) -> torch.dtype:
+    """The dtype to serve in: ``dtype``, or for ``auto`` float32 if the embedding is at least that
+    wide, else bfloat16. If the embedding is in groups, the dtype in the config counts.
 
     Raises:
         ValueError: ``dtype`` is not one of auto, bfloat16, float16, float32.
     """
     if dtype == "auto":
-        codes = [stored[f"model.{name}.weight"].dtype for name in ("embed_tokens", "norm")]
-        code = next(code for code in codes if code in DTYPES)
-        return torch.float32 if code in ("F32", "F64") else torch.bfloat16
+        code = stored["model.embed_tokens.weight"].dtype
+        is_wide = code in ("F32", "F64") if code in DTYPES else config.dtype in _WIDE_DTYPES
+        return torch.float32 if is_wide else torch.bfloat16
     chosen = OUTPUT_DTYPES.get(dtype)
     if chosen is None:
         raise ValueError(f"dtype: {dtype!r} is not one of auto, {', '.join(OUTPUT_DTYPES)}")
@@ -158,7 +167,7 @@ def load_model(
         ValueError: ``dtype`` is not one of auto, bfloat16, float16, float32.
     """
     config, stored = open_checkpoint(folder)
-    chosen = serving_dtype(stored, dtype)
+    chosen = serving_dtype(config, stored, dtype)
     tables = [stored.pop(name) for name in config.model.table_names]
     if not tables:
         _check_no_table_options(table_cache, table_dtype, verify_tables)
@@ -166,8 +175,8 @@ def load_model(
     all_rows = sum(layout.num_bytes for layout in layouts.values())
     row_bytes = all_rows if table_cache is None else table_cache
     keep_stored = keep_stored and device.type == "cpu"
-    needed = weight_bytes(stored, chosen, keep_groups=keep_stored), row_bytes
-    with naming_lack_of_memory(device, *needed, is_cached=table_cache is not None):
+    needed = weight_bytes(stored, chosen, {}) + largest_layer_bytes(stored)
+    with naming_lack_of_memory(device, needed, row_bytes, is_cached=table_cache is not None):
         model = _read_model(config.model, stored, chosen, device, keep_stored)
         if tables:
             placed = _tables(tables, layouts, config.model, table_cache, device, verify_tables)
@@ -186,25 +195,20 @@ def _read_model(
     keep_stored: bool,
 ) -> Transformer:
     """The model without tables; see ``load_model``."""
-    formats = stored_formats(stored)
-    if device.type == "cpu":
-        weights = mapped_weights(stored, None if keep_stored or formats else dtype)
-    else:
-        weights = device_weights(stored, dtype, device)
-    model = _with_weights(config, formats, weights)
-    if formats and not keep_stored:
-        model = _with_weights(config, {}, dense_state(model, dtype))
-    model.rope_frequencies = model.rope_frequencies.to(device)
-    return model
-
-
-def _with_weights(
-    config: ModelConfig, formats: Mapping[str, GroupFormat], weights: Mapping[str, Tensor]
-) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
+    formats = stored_formats(stored)
+    shapes = model.state_dict()
+    inputs = {name: shapes[f"{name}.weight"].shape[1] for name in formats}
+    if keep_stored:
         use_groups(model, formats)
+        weights = mapped_weights(stored)
+    elif device.type == "cpu":
+        weights = dense_mapped_weights(stored, dtype, inputs)
+    else:
+        weights = device_weights(stored, dtype, device, inputs)
     model.load_state_dict(weights, assign=True)
+    model.rope_frequencies = model.rope_frequencies.to(device)
     return model
 
 

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from engine.model.weight_bits import GROUP
+
 FORMAT_VERSION = 1
 
 # weights in groups of 8 or 4 bits, as stored_groups.py describes
 QUANTIZATION_KEY = "quantization_config"
-QUANTIZATION = {"quant_method": "memplus", "group_size": 32}
+QUANTIZATION = {"quant_method": "memplus", "group_size": GROUP}
 # keys that change the computation: only these values are supported
 FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
+from engine.model.weight_bits import HEAD_DTYPE
 from weights.checkpoints.checkpoint import (
     expected_tensors,
     open_checkpoint,
@@ -18,12 +19,13 @@ from weights.checkpoints.checkpoint import (
     table_origins,
 )
 from weights.checkpoints.importers.gguf import ImportedModel, read_gguf
+from weights.checkpoints.importers.gguf_files import files_version, is_gguf
 from weights.checkpoints.stored_groups import (
-    group_tensors,
+    dense_sources,
+    embedding_dtype,
     requested_formats,
     rounded_sources,
     source_formats,
-    stored_formats,
 )
 from weights.checkpoints.table_files import (
     OUTPUT_DTYPES,
@@ -52,6 +54,7 @@ def convert(
     table_dtype: str | None = None,
     weight_dtype: str | None = None,
     embedding_dtype: str | None = None,
+    source_version: str | None = None,
 ) -> None:
     """Write ``source`` (a ``.gguf`` file or a checkpoint folder) as the new folder ``target``.
 
@@ -61,15 +64,18 @@ def convert(
     Args:
         source: file or folder to read.
         target: folder to create.
-        dtype: one of ``OUTPUT_DTYPES``; None keeps each tensor's dtype (see ``read_gguf``).
+        dtype: one of ``OUTPUT_DTYPES``, which all weights get, those in groups too; None keeps
+            each tensor's dtype (see ``read_gguf``).
         table_dtype: one of ``TABLE_DTYPES`` for value tables; None applies ``dtype`` and keeps
             quantised tables.
         weight_dtype: int8 or int4, to which linear layers are rounded in groups; None rounds none.
-        embedding_dtype: the same for embedding and head, by default int8; needs ``weight_dtype``.
+        embedding_dtype: the same for embedding and head, by default ``HEAD_DTYPE``; needs
+            ``weight_dtype``.
+        source_version: ``files_version`` that a GGUF file must have; None takes the present one.
 
     Raises:
-        CheckpointError: the source is invalid, the target exists, a row to quantise is not finite,
-            or a table fails its checksum.
+        CheckpointError: the source is invalid or changes meanwhile, the target exists, a row to
+            quantise is not finite, or a table fails its checksum.
         ConfigError: a dtype is unknown, or ``table_dtype`` is given for a model without tables or
             with quantised tables, or ``weight_dtype`` for one whose weights are in groups already,
             or ``embedding_dtype`` without ``weight_dtype``.
@@ -78,32 +84,35 @@ def convert(
         raise ConfigError(f"dtype: {dtype!r} is not one of {', '.join(OUTPUT_DTYPES)}")
     if embedding_dtype is not None and weight_dtype is None:
         raise ConfigError("embedding_dtype: needs weight_dtype")
-    if source.is_dir():
-        imported = read_folder(source, dtype, table_dtype)
-    elif table_dtype is not None and source.exists():
-        raise ConfigError(f"table_dtype: {source} has no tables")
-    elif source.suffix == ".gguf":
-        imported = read_gguf(source, None if dtype is None else OUTPUT_DTYPES[dtype])
-    else:
-        raise CheckpointError(f"{source}: is neither a checkpoint folder nor a .gguf file")
+    if source_version is None and is_gguf(source) and not source.is_dir():
+        source_version = files_version(source)
+    imported = _imported(source, dtype, table_dtype)
     _check_shapes(source, imported)
     if weight_dtype is not None:
-        imported = _rounded(source, imported, weight_dtype, embedding_dtype or "int8")
-    sources = imported.sources
-    # a norm is never in groups
-    stored_as = next(one.dtype for one in sources if one.name == "model.norm.weight")
-    config = replace(imported.config, dtype=str(stored_as).removeprefix("torch."))
-    finish = _row_reads_copier(source, config.model)
+        imported = _rounded(source, imported, weight_dtype, embedding_dtype or HEAD_DTYPE)
+    config, sources = imported.config, imported.sources
+    copy_row_reads = _row_reads_copier(source, config.model)
+
+    def finish(made: Path) -> None:
+        copy_row_reads(made)
+        if source_version is not None and files_version(source) != source_version:
+            raise CheckpointError(f"{source}: changed while it was converted; try again")
+
     total = sum(s.dtype.itemsize * torch.Size(s.shape).numel() for s in sources)
     with tqdm(total=total, unit="B", unit_scale=True, desc=target.name) as progress:
         save_checkpoint(
-            target,
-            config,
-            sources,
-            imported.extra_files,
-            progress.update,
-            finish=finish,
+            target, config, sources, imported.extra_files, progress.update, finish=finish
         )
+
+
+def _imported(source: Path, dtype: str | None, table_dtype: str | None) -> ImportedModel:
+    if source.is_dir():
+        return read_folder(source, dtype, table_dtype)
+    if table_dtype is not None and source.exists():
+        raise ConfigError(f"table_dtype: {source} has no tables")
+    if is_gguf(source):
+        return read_gguf(source, None if dtype is None else OUTPUT_DTYPES[dtype])
+    raise CheckpointError(f"{source}: is neither a checkpoint folder nor a .gguf file")
 
 
 def read_folder(
@@ -114,13 +123,15 @@ def read_folder(
     tables = config.model.table_names
     if table_dtype is not None and not tables:
         raise ConfigError(f"table_dtype: {folder} has no tables")
-    grouped = group_tensors(stored_formats(stored))
-    dense = [
-        _dense(tensor, None if name in grouped else dtype)
-        for name, tensor in stored.items()
-        if name not in tables
-    ]
-    sources = sorted(dense, key=attrgetter("name"))
+    weights = {name: one for name, one in stored.items() if name not in tables}
+    sources: list[TensorSource] = []
+    if dtype is not None and config.has_groups:
+        shapes = {name: tuple(one.shape) for name, one in expected_tensors(config.model).items()}
+        sources, weights = dense_sources(weights, shapes, OUTPUT_DTYPES[dtype])
+        config = replace(config, has_groups=False)
+    sources += [_dense(one, dtype) for one in weights.values()]
+    config = replace(config, dtype=embedding_dtype(sources) or config.dtype)
+    sources.sort(key=attrgetter("name"))
     sources += [_table(stored[name], table_dtype or dtype, table_dtype) for name in tables]
     files = {name: folder / name for name in (*TOKENIZER_FILES, "generation_config.json")}
     extra_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
@@ -132,7 +143,10 @@ def _rounded(
 ) -> ImportedModel:
     config = imported.config
     if config.has_groups:
-        raise ConfigError(f"weight_dtype: the weights of {path} are in groups already")
+        raise ConfigError(
+            f"weight_dtype: the weights of {path} have few bits already; give the model that they"
+            " were rounded from"
+        )
     formats = requested_formats(config.model, weight_dtype, embedding_dtype)
     sources = rounded_sources(imported.sources, formats)
     return replace(imported, config=replace(config, has_groups=True), sources=sources)

@@ -7,7 +7,8 @@ import torch
 
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
 from weights.checkpoints.host_cache_limits import HostCacheLimits, host_cache_limits
-from weights.checkpoints.model_weights import weight_bytes
+from weights.checkpoints.model_weights import largest_layer_bytes, weight_bytes
+from weights.checkpoints.packed_formats import packed_formats
 from weights.checkpoints.table_loading import table_layouts
 
 
@@ -35,23 +36,27 @@ def model_bytes(
     dtype: str,
     table_dtype: str,
     kv_dtype: str = "auto",
-    *,
-    keep_groups: bool = False,
+    packed_dtype: str | None = None,
 ) -> ModelBytes:
     """The sizes of what ``load_model`` would load; reads only headers.
 
-    ``kv_dtype`` is that of ``EngineConfig``. With ``keep_groups``, weights in groups stay so.
+    ``kv_dtype`` is that of ``EngineConfig``. ``packed_dtype`` is given if an executor with native
+    kernels packs the weights: the dtype to which it rounds them, or auto. Otherwise all are dense.
 
     Raises:
         CheckpointError, ConfigError, ValueError: as ``load_model``.
     """
     config, stored = open_checkpoint(folder)
-    chosen = serving_dtype(stored, dtype)
+    chosen = serving_dtype(config, stored, dtype)
     tables = [stored.pop(name) for name in config.model.table_names]
     layouts = table_layouts(tables, table_dtype).values()
     memory = config.model.memory
+    if packed_dtype is None:
+        weights = weight_bytes(stored, chosen, {}) + largest_layer_bytes(stored)
+    else:
+        weights = weight_bytes(stored, chosen, packed_formats(config.model, stored, packed_dtype))
     return ModelBytes(
-        weights=weight_bytes(stored, chosen, keep_groups=keep_groups),
+        weights=weights,
         tables=sum(layout.num_bytes for layout in layouts),
         host_cache=host_cache_limits(layouts, memory) if memory else HostCacheLimits(0, 0),
         kv_per_token=config.model.kv_bytes_per_token(1 if kv_dtype == "fp8" else chosen.itemsize),

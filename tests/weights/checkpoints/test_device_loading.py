@@ -89,7 +89,7 @@ def test_weights_and_tables_are_loaded_when_their_functions_return(stored, tenso
     for module in (model_weights, table_loading):
         late = partial(DeviceLoader, start=LateCopies())
         monkeypatch.setattr(module, "DeviceLoader", late)
-    assert is_right(model_weights.device_weights(stored, torch.bfloat16, CPU), tensors)
+    assert is_right(model_weights.device_weights(stored, torch.bfloat16, CPU, {}), tensors)
     layout = requested_layout(stored["rows"], "float16")
     rows = table_loading.rows_on_device(stored["rows"], layout, CPU, int, verify=False)
     assert torch.equal(rows, tensors["rows"].half())

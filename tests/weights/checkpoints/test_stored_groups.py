@@ -1,7 +1,9 @@
 """Folders with weights in groups of 8 or 4 bits: written, read, kept, and refused if damaged."""
 
 import json
+import math
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.batch import prompt_batch
+from engine.executors.cpu.kernels import CPU_LIBRARY
 from engine.executors.executor import make_executor
 from engine.model.grouped_layers import group_formats
 from engine.model.grouped_weights import dense_weights, group_weights
@@ -18,15 +21,19 @@ from server.cli.main import main
 from server.engine_entry import load_served, served_executor
 from server.model_options import ModelOptions
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
-from weights.checkpoints.checkpoint import load_model, open_checkpoint
+from weights.checkpoints.checkpoint import expected_tensors, load_model, open_checkpoint
 from weights.checkpoints.convert import convert
+from weights.checkpoints.device_loading import DeviceLoader
 from weights.checkpoints.model_bytes import model_bytes
-from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
+from weights.checkpoints.model_weights import device_weights, weight_bytes
+from weights.checkpoints.packed_formats import packed_formats
+from weights.checkpoints.stored_groups import stored_formats
 from weights.checkpoints.summary import describe, summarize
 from weights.errors import CheckpointError
 from weights.patches.model_identity import model_identity
 from weights.training.new_model import model_config, new_model
 
+CPU = torch.device("cpu")
 DENSE = "model.safetensors"
 QUERY = "model.layers.0.self_attn.q_proj"
 EXACT = (".gate.weight", ".output_gate.weight", "norm.weight", ".subkeys", ".bias")
@@ -145,17 +152,62 @@ def test_weights_are_dense_unless_they_are_kept(source, folders, dtype, compute)
             assert torch.equal(found, dense_weights(groups, weight.shape[1], chosen))
 
 
+def dense_tensors(folder):
+    config, stored = open_checkpoint(folder)
+    return config.model, {n: one for n, one in stored.items() if n not in config.model.table_names}
+
+
+def widths(config, stored):
+    tensors = expected_tensors(config)
+    return {name: tensors[f"{name}.weight"].shape[1] for name in stored_formats(stored)}
+
+
 @each_dtype
-def test_a_device_reads_groups_as_they_are_stored(folders, dtype):
-    config, stored = open_checkpoint(folders[dtype])
-    stored = {n: one for n, one in stored.items() if n not in config.model.table_names}
-    found = device_weights(stored, torch.bfloat16, torch.device("cpu"))
-    for name, weight in mapped_weights(stored, None).items():
-        kept = torch.bfloat16 if is_exact(name) else weight.dtype
-        assert found[name].dtype is kept and torch.equal(found[name], weight.to(kept))
-    needed = sum(weight.nbytes for weight in found.values())
-    assert weight_bytes(stored, torch.bfloat16, keep_groups=True) == needed
-    assert model_bytes(folders[dtype], "bfloat16", "auto", keep_groups=True).weights == needed
+def test_a_device_gets_dense_weights_and_one_layer_of_groups_at_a_time(folders, dtype, monkeypatch):
+    config, stored = dense_tensors(folders[dtype])
+    grouped: list[weakref.ref] = []
+    load = DeviceLoader.load
+
+    def watched(self, one, wanted, *arguments, **options):
+        alive = {ref().storage_name for ref in grouped if ref() is not None}
+        assert alive <= {one.name.rpartition(".")[0]}
+        found = load(self, one, wanted, *arguments, **options)
+        if one.name.rpartition(".")[0] in stored_formats(stored) and not one.name.endswith("bias"):
+            found.storage_name = one.name.rpartition(".")[0]
+            grouped.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(DeviceLoader, "load", watched)
+    found = device_weights(stored, torch.bfloat16, CPU, widths(config, stored))
+    wanted = load_model(folders[dtype], "bfloat16")[0].state_dict()
+    assert len(grouped) == 2 * len(stored_formats(stored)) and found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert found[name].dtype is torch.bfloat16 and torch.equal(found[name], weight)
+
+
+@each_dtype
+def test_wide_layers_are_made_dense_in_parts(dtype, monkeypatch):
+    groups = group_weights(torch.randn(50, 70), int(dtype[3:]))
+    whole = dense_weights(groups, 70, torch.bfloat16)
+    monkeypatch.setattr("engine.model.grouped_weights._PART_WEIGHTS", 7 * 70)
+    assert torch.equal(dense_weights(groups, 70, torch.bfloat16), whole)
+
+
+@each_dtype
+def test_bytes_of_weights_in_groups_are_those_in_the_file(folders, dtype):
+    config, stored = dense_tensors(folders[dtype])
+    needed = sum(
+        2 * math.prod(one.shape) if is_exact(name) else one.num_bytes
+        for name, one in stored.items()
+    )
+    assert weight_bytes(stored, torch.bfloat16, packed_formats(config, stored, "auto")) == needed
+    assert model_bytes(folders[dtype], "bfloat16", "auto", packed_dtype="auto").weights == needed
+
+
+@each_dtype
+def test_bytes_of_weights_to_round_are_those_of_the_rounded_folder(source, folders, dtype):
+    wanted = model_bytes(folders[dtype], "float32", "auto", packed_dtype="auto")
+    assert model_bytes(source, "float32", "auto", packed_dtype=dtype).weights == wanted.weights
 
 
 @each_dtype
@@ -164,21 +216,99 @@ def test_bytes_of_dense_weights_are_those_of_the_unrounded_folder(tmp_path, dtyp
     config = tiny_config(hidden_size=32, intermediate_size=64)
     folder = save_model(random_model(config), tmp_path / "source")
     convert(folder, tmp_path / "made", weight_dtype=dtype)
-    wanted = model_bytes(folder, "bfloat16", "auto")
-    assert model_bytes(tmp_path / "made", "bfloat16", "auto") == wanted
+    _, stored = dense_tensors(tmp_path / "made")
+    layers = {name.rpartition(".")[0] for name in stored if name.endswith("_scales")}
+    largest = max(
+        sum(stored[f"{layer}.{kind}"].num_bytes for kind in ("weight", "weight_scales"))
+        for layer in layers
+    )
+    wanted = model_bytes(folder, "bfloat16", "auto").weights
+    assert model_bytes(tmp_path / "made", "bfloat16", "auto").weights == wanted + largest
+
+
+def test_layers_of_one_product_are_as_wide_as_the_widest(source, folders, tmp_path):
+    folder = shutil.copytree(folders["int4"], tmp_path / "mixed")
+    tensors, dense = load_file(folder / DENSE), load_file(source / DENSE)
+    wide = "model.layers.0.self_attn.v_proj"
+    groups = group_weights(dense[f"{wide}.weight"], 8)
+    tensors[f"{wide}.weight"], tensors[f"{wide}.weight_scales"] = groups.values, groups.scales_OG
+    del tensors["model.layers.0.mlp.up_proj.weight_scales"]
+    tensors["model.layers.0.mlp.up_proj.weight"] = dense["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / DENSE)
+    config, stored = dense_tensors(folder)
+    formats = packed_formats(config, stored, "auto")
+    layer = "model.layers.0."
+    first = {
+        name[len(layer) :]: one.bits for name, one in formats.items() if name.startswith(layer)
+    }
+    attention = {f"self_attn.{name}_proj": 8 for name in "qkv"}
+    assert first == attention | {"self_attn.o_proj": 4, "mlp.down_proj": 4}
+    assert formats.keys() < stored_formats(stored).keys()
 
 
 @each_dtype
-def test_converting_keeps_the_bits(folders, tmp_path, dtype):
-    convert(folders[dtype], tmp_path / "again", "bfloat16", table_dtype="int8")
+def test_the_server_reckons_with_the_bytes_of_packed_weights(source, folders, dtype, monkeypatch):
+    asked = []
+    monkeypatch.setattr("server.engine_entry.model_bytes", lambda *a: asked.append(a[-1]) or 1 / 0)
+
+    def packed(folder, **options):
+        keep = options.pop("keep_stored", True)
+        with pytest.raises(ZeroDivisionError):
+            load_served(ModelOptions(str(folder), **options), folder, None, CPU, keep_stored=keep)
+        return asked.pop()
+
+    assert packed(folders[dtype]) == "auto" and packed(source, weight_dtype=dtype) == dtype
+    assert packed(folders[dtype], keep_stored=False) is None
+    monkeypatch.setattr(CPU_LIBRARY, "best_build", None)
+    assert packed(folders[dtype]) is None
+
+
+def test_rounding_without_the_native_library_is_refused_before_the_load(source, monkeypatch):
+    monkeypatch.setattr(CPU_LIBRARY, "best_build", None)
+    monkeypatch.setattr("server.engine_entry.load_model", None)
+    options = ModelOptions(str(source), weight_dtype="int8")
+    with pytest.raises(ConfigError, match="weight_dtype: int8 needs memplus's native library"):
+        load_served(options, source, None, CPU, keep_stored=True)
+
+
+@each_dtype
+def test_converting_keeps_the_bits_unless_a_dtype_is_given(folders, tmp_path, dtype):
+    assert main(["convert", str(folders[dtype]), str(tmp_path / "again")]) == 0
     before, after = load_file(folders[dtype] / DENSE), load_file(tmp_path / "again" / DENSE)
     assert before.keys() == after.keys()
-    for name, weight in before.items():
-        kept = torch.bfloat16 if is_exact(name) else weight.dtype
-        assert after[name].dtype is kept and torch.equal(after[name], weight.to(kept))
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
     raw = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert raw["torch_dtype"] == "bfloat16"
+    assert raw["torch_dtype"] == "float32"
     assert raw["quantization_config"] == {"quant_method": "memplus", "group_size": 32}
+
+
+@each_dtype
+def test_converting_to_a_dtype_makes_dense_weights(folders, tmp_path, dtype):
+    arguments = ["convert", str(folders[dtype]), str(tmp_path / "dense"), "--dtype", "bfloat16"]
+    assert main(arguments) == 0
+    found, config = load_model(tmp_path / "dense", keep_stored=True)
+    assert not config.has_groups and config.dtype == "bfloat16"
+    wanted = load_model(folders[dtype], "bfloat16")[0].state_dict()
+    assert found.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(found.state_dict()[name], weight) for name, weight in wanted.items())
+    convert(tmp_path / "dense", tmp_path / "rounded", weight_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow", "served"),
+    [("norm", "rest", torch.bfloat16), ("rest", "norm", torch.float32)],
+)
+def test_rounding_keeps_the_serving_dtype_of_mixed_dtypes(tmp_path, wide, narrow, served):
+    folder = save_model(random_model(tiny_config()), tmp_path / "source")
+    tensors = load_file(folder / DENSE)
+    for name, tensor in tensors.items():
+        if ("norm" if "norm" in name else "rest") == narrow:
+            tensors[name] = tensor.bfloat16()
+    save_file(tensors, folder / DENSE)
+    convert(folder, tmp_path / "rounded", weight_dtype="int8")
+    convert(tmp_path / "rounded", tmp_path / "copied")
+    for one in ("source", "rounded", "copied"):
+        assert model_bytes(tmp_path / one, "auto", "auto").dtype is served
 
 
 def test_a_summary_counts_parameters_and_stored_bytes(source, folders):

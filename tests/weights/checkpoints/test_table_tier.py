@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from weights.available_memory import AvailableMemory
 from weights.checkpoints.memory_request import MemoryRequest, MemoryShares
 from weights.checkpoints.table_tier import CpuTierChoice
 from weights.grammars.grammar_memory import GRAMMARS_BYTES
+from weights.models.named_models import WORDNET
+from weights.models.prepare import prepared_folder
 
 MIB, GIB = 2**20, 2**30
 ASKED = EngineConfig(kv_cache_gib=1.0)
@@ -174,7 +177,7 @@ def test_a_model_without_tables_has_no_tier(tmp_path, caplog):
 
 
 def test_the_default_model_is_held_in_memory():
-    folder = engine_entry.prepared_folder("wordnet", None)
+    folder = prepared_folder(WORDNET, Path())
     loaded = load_served(ModelOptions(), folder, ASKED, CPU)
     assert type(loaded.model.model.layers[1].memory.table) is DeviceTable
 

@@ -9,7 +9,7 @@ from engine.errors import RequestError
 from engine.request import Request
 from engine.sampling.grammar import Grammar
 from engine.sampling.params import SamplingParams
-from server.config import EngineSettings, cache_folder
+from server.config import EngineSettings
 from server.engine_entry import build_engine
 from server.model_options import ModelOptions
 from tests.engine.test_company import Oracle
@@ -26,6 +26,7 @@ from tests.weights.grammars.cases import grammar_cases
 from weights.checkpoints.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
 from weights.grammars.compiler import GrammarCompiler
 from weights.grammars.grammar_memory import MOST_GRAMMARS
+from weights.models.named_models import ModelFolder
 
 CASES = grammar_cases()
 TOKENIZER = JsonTokenizer(byte_tokenizer())
@@ -115,7 +116,7 @@ def test_every_case_with_a_tiny_model(engine):
 @pytest.mark.slow
 def test_every_case_with_smollm2(smollm2):
     config = EngineConfig(kv_cache_gib=0.5, max_num_seqs=30)
-    settings = EngineSettings(ModelOptions(model=str(smollm2)), cache_folder(), config)
+    settings = EngineSettings(ModelOptions(model=str(smollm2)), ModelFolder(smollm2), config)
     tokenizer = load_tokenizer(smollm2)
     check(build_engine(settings), tokenizer, tokenizer.encode("An example:\n"), 2)
 

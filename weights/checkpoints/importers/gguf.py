@@ -15,9 +15,16 @@ from engine.model.config import ModelConfig, RopeScaling
 from engine.model.rotary import rope_frequencies
 from weights.checkpoints.config_json import CheckpointConfig
 from weights.checkpoints.importers.gguf_files import gguf_files
+from weights.checkpoints.importers.gguf_metadata import (
+    open_gguf,
+    optional,
+    required,
+    required_list,
+    value,
+)
 from weights.checkpoints.importers.gguf_tokenizer import GgufTokenizer, tokenizer_files
 from weights.checkpoints.importers.gguf_weights import dense_source, weight_sources
-from weights.checkpoints.stored_groups import source_formats
+from weights.checkpoints.stored_groups import embedding_dtype, source_formats
 from weights.checkpoints.tensor_files import TensorSource
 from weights.errors import CheckpointError
 
@@ -78,93 +85,89 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> ImportedModel:
     """Describe a GGUF file, or the split model of which it is the first part.
 
     With a ``dtype``, all tensors are dequantised to it when they are written. Without one,
-    quantised weights are stored in groups (``weight_sources``), and others in bfloat16.
+    quantised weights are stored in groups (``weight_sources``), and others in their own dtype.
 
     Raises:
         CheckpointError: the file is not GGUF, or its architecture, a tensor, a quantisation or its
             tokenizer is not supported.
     """
-    readers = [_opened(file) for file in gguf_files(path)]
+    readers = [open_gguf(file) for file in gguf_files(path)]
     reader = readers[0]
     try:
         _check_keys(reader)
         _check_split(readers)
-        tensors = {tensor.name: tensor for one in readers for tensor in one.tensors}
+        tensors = _tensors(readers)
         config = _read_config(reader, tensors)
-        wanted, keeps_groups = dtype or torch.bfloat16, dtype is None
         sources = [
             source
             for name, tensor in tensors.items()
             if name != _ROPE_FACTORS
-            for source in _sources(tensor, config.model, wanted, keeps_groups=keeps_groups)
+            for source in _sources(tensor, config.model, dtype)
         ]
-        config = replace(config, has_groups=bool(source_formats(sources)))
+        computes_in = embedding_dtype(sources) or "bfloat16"
+        config = replace(config, dtype=computes_in, has_groups=bool(source_formats(sources)))
         return ImportedModel(config, sources, tokenizer_files(_read_tokenizer(reader)))
     except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _opened(file: Path) -> gguf.GGUFReader:
-    try:
-        return gguf.GGUFReader(file)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{file}: is truncated or not a GGUF file ({error})") from None
-
-
 def _check_split(readers: Sequence[gguf.GGUFReader]) -> None:
     """Raise CheckpointError unless the parts of a split model are those that its files name."""
     for number, reader in enumerate(readers):
-        found = tuple(
-            _value(reader, f"split.{name}", one) for name, one in (("no", 0), ("count", 1))
-        )
+        stored = optional(reader, "split.no", int), optional(reader, "split.count", int)
+        found = stored[0] or 0, 1 if stored[1] is None else stored[1]
         if found != (number, len(readers)):
             raise CheckpointError(
                 f"split.no, split.count: part {number + 1} of {len(readers)} files is stored as"
                 f" {found[0] + 1} of {found[1]}"
             )
-    total = _value(readers[0], "split.tensors.count")
+    total = optional(readers[0], "split.tensors.count", int)
     count = sum(len(reader.tensors) for reader in readers)
     if total is not None and total != count:
         raise CheckpointError(f"split.tensors.count: {total}, but the files have {count} tensors")
 
 
-def _value(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    field = reader.fields.get(key)
-    return default if field is None else field.contents()
+def _tensors(readers: Sequence[gguf.GGUFReader]) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for number, reader in enumerate(readers):
+        for tensor in reader.tensors:
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"tensor {tensor.name}: is in part {number + 1} and in an earlier one"
+                )
+            tensors[tensor.name] = tensor
+    return tensors
 
 
 def _check_keys(reader: gguf.GGUFReader) -> None:
     for key in reader.fields:
         name = key.removeprefix("llama.")
-        if name != key and name not in _KEYS and _value(reader, key) != _NEUTRAL.get(name, ()):
-            raise CheckpointError(f"{key}: {_value(reader, key)!r} is not supported")
+        if name != key and name not in _KEYS:
+            found = value(reader, key)
+            if found != _NEUTRAL.get(name, ()):
+                raise CheckpointError(f"{key}: {found!r:.100} is not supported")
 
 
 def _size(reader: gguf.GGUFReader, name: str, default: int | None = None) -> int:
     """A width or count from the metadata."""
-    value = _value(reader, f"llama.{name}", default)
-    if not isinstance(value, int) or not 0 < value <= 2**24:
-        raise CheckpointError(f"llama.{name}: must be an integer from 1 to 2**24, not {value!r}")
-    return value
+    key = f"llama.{name}"
+    found = default if value(reader, key) is None else optional(reader, key, int)
+    if found is None or not 0 < found <= 2**24:
+        raise CheckpointError(f"{key}: must be an integer from 1 to 2**24, not {found!r}")
+    return found
 
 
 def _token_id(reader: gguf.GGUFReader, name: str) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
-    token_id = _value(reader, key)
-    if token_id is not None and not token_id < len(_required(reader, "tokenizer.ggml.tokens")):
+    token_id = optional(reader, key, int)
+    num_tokens = len(required_list(reader, "tokenizer.ggml.tokens", str))
+    if token_id is not None and not 0 <= token_id < num_tokens:
         raise CheckpointError(f"{key}: {token_id} is outside the vocabulary")
-    return None if token_id is None else int(token_id)
-
-
-def _required(reader: gguf.GGUFReader, key: str) -> Any:
-    value = _value(reader, key)
-    if value is None:
-        raise CheckpointError(f"{key}: missing")
-    return value
+    return token_id
 
 
 def _read_config(reader: gguf.GGUFReader, tensors: dict[str, Any]) -> CheckpointConfig:
-    architecture = _required(reader, "general.architecture")
+    architecture = required(reader, "general.architecture", str)
     if architecture != "llama":
         raise CheckpointError(
             f"general.architecture: {architecture!r} is not supported; must be 'llama'"
@@ -172,20 +175,24 @@ def _read_config(reader: gguf.GGUFReader, tensors: dict[str, Any]) -> Checkpoint
     hidden_size = _size(reader, "embedding_length")
     num_heads = _size(reader, "attention.head_count")
     head_dim = _size(reader, "attention.key_length", hidden_size // num_heads)
-    theta = _decimal(_value(reader, "llama.rope.freq_base", 10_000.0))
+    theta = _decimal(optional(reader, "llama.rope.freq_base", float) or 10_000.0)
     for name in ("rope.dimension_count", "attention.value_length"):
         if _size(reader, name, head_dim) != head_dim:
             raise CheckpointError(f"llama.{name}: must be the head dimension {head_dim}")
+    num_layers = _size(reader, "block_count")
+    last = f"blk.{num_layers - 1}.attn_norm.weight"
+    if last not in tensors:  # a wrong layer count would build a huge meta model
+        raise CheckpointError(f"llama.block_count: is {num_layers}, but tensor {last} is missing")
     model = ModelConfig(
-        vocab_size=len(_required(reader, "tokenizer.ggml.tokens")),
+        vocab_size=len(required_list(reader, "tokenizer.ggml.tokens", str)),
         hidden_size=hidden_size,
         intermediate_size=_size(reader, "feed_forward_length"),
-        num_layers=_size(reader, "block_count"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=_size(reader, "attention.head_count_kv", num_heads),
         head_dim=head_dim,
         max_positions=_size(reader, "context_length"),
-        rms_norm_eps=_decimal(_required(reader, "llama.attention.layer_norm_rms_epsilon")),
+        rms_norm_eps=_decimal(required(reader, "llama.attention.layer_norm_rms_epsilon", float)),
         rope_theta=theta,
         rope_scaling=_rope_scaling(tensors.get(_ROPE_FACTORS), head_dim, theta),
         tie_embeddings="output.weight" not in tensors,
@@ -216,9 +223,7 @@ def _rope_scaling(factors: Any, head_dim: int, theta: float) -> RopeScaling | No
     raise CheckpointError(f"tensor {_ROPE_FACTORS}: is not a scaling of Llama 3.1 or 3.2")
 
 
-def _sources(
-    tensor: Any, model: ModelConfig, dtype: torch.dtype, *, keeps_groups: bool
-) -> list[TensorSource]:
+def _sources(tensor: Any, model: ModelConfig, dtype: torch.dtype | None) -> list[TensorSource]:
     name = _hugging_face_name(tensor.name)
 
     def reorder(rows: Tensor) -> Tensor:
@@ -228,8 +233,8 @@ def _sources(
             return _pair_halves(rows, model.num_kv_heads)
         return rows
 
-    if keeps_groups and len(tensor.shape) == 2:
-        return weight_sources(name, tensor, dtype, reorder)
+    if dtype is None and len(tensor.shape) == 2:
+        return weight_sources(name, tensor, reorder)
     return [dense_source(name, tensor, dtype, reorder)]
 
 
@@ -249,24 +254,29 @@ def _pair_halves(weight: Tensor, num_heads: int) -> Tensor:
 
 
 def _read_tokenizer(reader: gguf.GGUFReader) -> GgufTokenizer:
-    tokens: Sequence[str] = _required(reader, "tokenizer.ggml.tokens")
-    model = _required(reader, "tokenizer.ggml.model")
-    pre = _value(reader, "tokenizer.ggml.pre", "default")
-    default_bos = model == "llama" or pre == "llama-bpe"
+    tokens = required_list(reader, "tokenizer.ggml.tokens", str)
+    model = required(reader, "tokenizer.ggml.model", str)
+    pre = optional(reader, "tokenizer.ggml.pre", str) or "default"
+
+    def flag(name: str, default: bool) -> bool:
+        found = optional(reader, f"tokenizer.ggml.{name}", bool)
+        return default if found is None else found
+
+    # without scores or merges, text would silently get the ids of single letters
+    is_llama, is_gpt2 = model == "llama", model == "gpt2"
     return GgufTokenizer(
         model=model,
         pre=pre,
         tokens=tokens,
-        token_types=_required(reader, "tokenizer.ggml.token_type"),
-        # without them, text would silently get the ids of single letters
-        scores=_required(reader, "tokenizer.ggml.scores") if model == "llama" else (),
-        merges=_required(reader, "tokenizer.ggml.merges") if model == "gpt2" else (),
+        token_types=required_list(reader, "tokenizer.ggml.token_type", int),
+        scores=required_list(reader, "tokenizer.ggml.scores", float) if is_llama else (),
+        merges=required_list(reader, "tokenizer.ggml.merges", str) if is_gpt2 else (),
         bos_id=_token_id(reader, "bos"),
         eos_id=_token_id(reader, "eos"),
         unknown_id=_token_id(reader, "unknown"),
         # llama.cpp's defaults, which depend on the tokenizer model
-        add_bos=bool(_value(reader, "tokenizer.ggml.add_bos_token", default_bos)),
-        add_eos=bool(_value(reader, "tokenizer.ggml.add_eos_token", False)),
-        add_space_prefix=bool(_value(reader, "tokenizer.ggml.add_space_prefix", model == "llama")),
-        chat_template=_value(reader, "tokenizer.chat_template"),
+        add_bos=flag("add_bos_token", is_llama or pre == "llama-bpe"),
+        add_eos=flag("add_eos_token", False),
+        add_space_prefix=flag("add_space_prefix", is_llama),
+        chat_template=optional(reader, "tokenizer.chat_template", str),
     )

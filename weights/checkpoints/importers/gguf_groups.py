@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.model.grouped_weights import GROUP, GroupFormat, WeightGroups
+from engine.model.grouped_weights import GroupFormat, WeightGroups
+from engine.model.weight_bits import GROUP
 from weights.errors import CheckpointError
 
 _KINDS = gguf.GGMLQuantizationType

@@ -16,12 +16,20 @@ from weights.checkpoints.tensor_files import TensorSource
 from weights.errors import CheckpointError
 
 _KINDS = gguf.GGMLQuantizationType
-_FLOATS = (_KINDS.F32, _KINDS.F16, _KINDS.BF16)
+_FLOATS = {
+    _KINDS.F32: torch.float32,
+    _KINDS.F16: torch.float16,
+    _KINDS.BF16: torch.bfloat16,
+}
 Reorder = Callable[[Tensor], Tensor]
 
 
-def dense_source(name: str, tensor: Any, dtype: torch.dtype, reorder: Reorder) -> TensorSource:
+def dense_source(
+    name: str, tensor: Any, dtype: torch.dtype | None, reorder: Reorder
+) -> TensorSource:
     """A tensor that is dequantised to ``dtype`` when it is written, its rows reordered.
+
+    Without a ``dtype`` it keeps the one in the file, or gets bfloat16 if it is quantised.
 
     Raises:
         CheckpointError: its quantisation is not supported.
@@ -31,24 +39,24 @@ def dense_source(name: str, tensor: Any, dtype: torch.dtype, reorder: Reorder) -
 
     def load() -> Tensor:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        # copy, because the file's mapping is read-only
-        return reorder(torch.from_numpy(np.array(values, dtype=np.float32)))
+        if not values.flags.writeable:  # on the file's mapping
+            values = values.copy()
+        return reorder(torch.from_numpy(values))
 
+    dtype = dtype or _FLOATS.get(tensor.tensor_type, torch.bfloat16)
     return TensorSource(name, shape, dtype, load)
 
 
-def weight_sources(
-    name: str, tensor: Any, dtype: torch.dtype, reorder: Reorder
-) -> list[TensorSource]:
+def weight_sources(name: str, tensor: Any, reorder: Reorder) -> list[TensorSource]:
     """A layer's weight, in groups if it is quantised.
 
     Formats of ``gguf_groups`` stay groups. Others are dequantised and rounded to 8 bits. Weights
-    that are not quantised are dense in ``dtype``.
+    that are not quantised keep their dtype.
 
     Raises:
         CheckpointError: its quantisation is not supported.
     """
-    dense = dense_source(name, tensor, dtype, reorder)
+    dense = dense_source(name, tensor, None, reorder)
     if tensor.tensor_type in _FLOATS:
         return [dense]
     group_format = GROUP_FORMATS.get(tensor.tensor_type)

@@ -25,7 +25,7 @@ struct RowGroup {
   int8_t values[GROUP];
   float scale;
   union {
-    int32_t correction;  // what a sum of products starts with, because of the weights' offset
+    int32_t correction;  // start of a sum of products, which removes the offset of the weights
     float sum;           // of the inputs, for weights with minimums
   };
 };

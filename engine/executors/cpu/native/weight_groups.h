@@ -9,7 +9,11 @@
 
 namespace memplus {
 
-// Rounds one row. A NaN or infinity makes the scale of its group NaN.
+// The least largest value of a group that is rounded: 127 / value must be finite.
+constexpr float SMALLEST_LARGEST = 0x1p-120f;
+
+// Rounds one row. A NaN or infinity makes the scale of its group NaN. A group of values below
+// SMALLEST_LARGEST becomes zeros.
 template <class Values>
 inline void round_row(const uint8_t* x, const PackedLinear& linear, RowGroup* to) {
   const int64_t size = linear.inputs;
@@ -19,14 +23,18 @@ inline void round_row(const uint8_t* x, const PackedLinear& linear, RowGroup* to
     by_vectors(count, [&](int64_t v, int64_t at, int64_t lanes) {
       values[v] = Values::read(x + (first + at) * Values::bytes, lanes);
     });
-    floats most{}, finite{};
+    floats largest_lanes{}, zeros_or_nan{};
     for (floats value : values) {
-      const floats size_of = (floats)((words)value & 0x7fffffff);
-      most = most < size_of ? size_of : most, finite += value * 0.f;
+      const floats magnitude = (floats)((words)value & 0x7fffffff);
+      largest_lanes = largest_lanes < magnitude ? magnitude : largest_lanes;
+      zeros_or_nan += value * 0.f;
     }
-    const float largest_value = largest(most);
-    to->scale = largest_value / 127 + sum(finite);
-    const floats factor = splat(largest_value > 0 ? 127 / largest_value : 0.f);
+    const float largest_value = largest(largest_lanes), zero_or_nan = sum(zeros_or_nan);
+    to->scale = largest_value / 127 + zero_or_nan;
+    const bool is_rounded = zero_or_nan == 0 && largest_value >= SMALLEST_LARGEST;
+    const floats factor = splat(is_rounded ? 127 / largest_value : 0.f);
+    if (!is_rounded)
+      for (floats& value : values) value = floats{};
     ints total{};
     for (int v = 0; v < GROUP / LANES; v++) {
       const ints rounded = to_nearest(values[v] * factor);
@@ -65,10 +73,10 @@ inline ints add_byte_products(ints sum, words weights, words values) {
 #endif
 }
 
-// The product of linear.h for weights of BITS bits; a step is a group.
+// The product of linear.h with weights of BITS bits. A step is one group.
 template <int BITS, bool HAS_MINIMUMS>
 struct GroupProduct {
-  // times two vectors of outputs: integer sums of a group and fp32 sums stay in registers
+  // rows whose integer and fp32 sums for PANEL_VECTORS vectors of outputs fit in the registers
 #if defined(__AVX512F__)
   static constexpr int tile_rows = 6;
 #else

@@ -10,8 +10,9 @@ from engine.executors.batch import prompt_batch
 from engine.executors.executor import make_executor
 from engine.model.config import MEMORY_KINDS
 from engine.model.grouped_layers import group_formats, groupable, use_groups
-from engine.model.grouped_weights import HEAD_BITS, GroupFormat, group_weights
+from engine.model.grouped_weights import GroupFormat, group_weights
 from engine.model.transformer import Transformer, converted, with_tables
+from engine.model.weight_bits import HEAD_BITS
 from tests.engine.test_company import prompts, step_all
 from tests.models import engine_of, feed_forward_changes, greedy, random_model, tiny_config
 

@@ -1,5 +1,9 @@
 """Products with weights of 8 and 4 bits in every runnable build against fp64."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,14 +13,34 @@ from torch.nn.functional import silu
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from engine.executors.cpu.packing import Packer
 from engine.model.grouped_layers import GroupedLinear
-from engine.model.grouped_weights import GROUP, GroupFormat, group_weights
+from engine.model.grouped_weights import GroupFormat, group_weights
 from engine.model.norm import RmsNorm
+from engine.model.weight_bits import GROUP
 from tests.conftest import TOLERANCE
 
 each_build = pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 FORMATS = [GroupFormat(8), GroupFormat(4), GroupFormat(4, has_minimums=True)]
 each_format = pytest.mark.parametrize("group_format", FORMATS, ids=str)
+ROOT = Path(__file__).parents[4]
+# rows of one group, and the conversions of C++ that they must not need
+EXTREME_ROWS = """
+#include <cmath>
+#include "engine/executors/cpu/native/weight_groups.h"
+
+int main() {
+  for (float extreme : {NAN, INFINITY, -INFINITY, 1e-45f, 1e-38f, 3e-37f}) {
+    float x[memplus::GROUP] = {1e-38f, extreme, -extreme};
+    memplus::PackedLinear linear = {};
+    linear.inputs = memplus::GROUP, linear.weight_bits = 8;
+    memplus::RowGroup group;
+    memplus::round_row<memplus::Fp32Values>((uint8_t*)x, linear, &group);
+    for (int8_t value : group.values)
+      if (value) return 1;
+    if (group.correction || std::isnan(group.scale) == std::isfinite(extreme)) return 2;
+  }
+}
+"""
 SIZES = st.integers(1, 100)
 ROWS = st.one_of(st.integers(0, 30), st.integers(40, 110))
 
@@ -120,6 +144,31 @@ def test_nan_does_not_affect_other_rows(build, group_format):
     assert found[7].isnan().all() and not found[8].isfinite().any() and not found[9].any()
     others = [i for i in range(20) if i not in (7, 8, 9)]
     assert torch.equal(found[others], wanted[others])
+
+
+@each_build
+@each_dtype
+@each_format
+@pytest.mark.parametrize("value", [1e-45, 1e-40, 1e-38, 1e-37])
+def test_values_too_small_for_a_scale_are_zeros(build, dtype, group_format, value):
+    x = torch.zeros(3, 2 * GROUP, dtype=dtype)
+    x[1, 5], x[1, 7] = value, -value
+    x[2, GROUP:] = 1.0
+    alone = x.clone()
+    x[2, 3] = value
+    one = layer(2 * GROUP, 40, group_format)
+    found = run(build, x, [one])
+    assert not found[:2].any() and torch.equal(found[2], run(build, alone, [one])[2])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_extreme_rows_are_rounded_without_undefined_behaviour(tmp_path):
+    (tmp_path / "rows.cpp").write_text(EXTREME_ROWS)
+    checks = ["-fsanitize=undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+    command = ["g++", "-std=c++17", "-pthread", "-Wno-psabi", *checks, f"-I{ROOT}"]
+    subprocess.run([*command, "rows.cpp", "-o", "rows"], cwd=tmp_path, check=True)
+    found = subprocess.run([tmp_path / "rows"], stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 0, found.stderr
 
 
 @each_format

@@ -1,6 +1,7 @@
 """GGUF import: the model and tokenizer equal those that wrote the file."""
 
 import json
+import struct
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +25,10 @@ from tests.models import (
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.convert import convert
 from weights.checkpoints.importers.gguf_groups import GROUP_FORMATS
+from weights.checkpoints.model_bytes import model_bytes
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
-from weights.models.named_models import model_folder
-from weights.models.prepare import prepared_folder
+from weights.models.named_models import find_model
 
 SCALING = RopeScaling(32.0, 1.0, 4.0, 8192)
 LAYER = {
@@ -281,7 +282,10 @@ def test_lists_of_another_length_are_refused(tmp_path, lists):
     def change(writer):
         add_pieces(writer)
         del writer.kv_data[0][f"tokenizer.ggml.{lists}"]
-        (writer.add_token_types if lists == "token_type" else writer.add_token_scores)([1, 2])
+        if lists == "token_type":
+            writer.add_token_types([1, 2])
+        else:
+            writer.add_token_scores([1.0, 2.0])
 
     path = write_gguf(tmp_path / "m.gguf", wide_model(), changes=change)
     with pytest.raises(CheckpointError, match=f"{lists}: has 2 entries for 264 tokens"):
@@ -352,36 +356,103 @@ def test_other_quantised_weights_are_rounded_to_8_bits(tmp_path, kind):
         assert (errors <= step * 0.51).all()
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
-def test_weights_that_are_not_quantised_become_bfloat16(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")]
+)
+def test_weights_that_are_not_quantised_keep_their_dtype(tmp_path, kind, dtype):
     formats, config, found, expected = written(kind, tmp_path)
-    assert not formats and not config.has_groups
+    assert not formats and not config.has_groups and config.dtype == dtype
+    stored, _ = load_model(tmp_path / "m", keep_stored=True)
+    # the file has its norms in fp32
+    assert stored.model.norm.weight.dtype is torch.float32
+    assert stored.model.embed_tokens.weight.dtype is getattr(torch, dtype)
     for name, values in expected.items():
-        narrow = torch.from_numpy(values).bfloat16().float().numpy()
-        np.testing.assert_array_equal(found[name], narrow)
+        np.testing.assert_array_equal(found[name], values)
 
 
-def test_a_file_is_prepared_once_and_again_after_a_change(tmp_path, monkeypatch):
-    model, cache = wide_model(tie_embeddings=True), tmp_path / "cache"
-    path = tmp_path / "m.v1.gguf"
-    write_gguf(path, model, gguf.GGMLQuantizationType.Q8_0, changes=with_merges)
-    folder = prepared_folder(str(path), cache)
-    assert folder == model_folder(str(path), cache)
-    assert set(group_formats(load_model(folder, keep_stored=True)[0]).values()) == {GroupFormat(8)}
-    with monkeypatch.context() as patch:
-        patch.setattr("weights.checkpoints.convert.convert", None)
-        assert prepared_folder(str(path), cache) == folder
-    write_gguf(path, model, gguf.GGMLQuantizationType.Q4_0, changes=with_merges)
-    changed = prepared_folder(str(path), cache)
-    assert changed != folder
-    assert set(group_formats(load_model(changed, keep_stored=True)[0]).values()) == {GroupFormat(4)}
-    path.write_bytes(b"GGUF, they said")
-    with pytest.raises(CheckpointError, match="is truncated or not a GGUF file"):
-        prepared_folder(str(path), cache)
+def test_quantised_weights_are_served_in_bfloat16_with_the_norms_of_the_file(tmp_path):
+    model = wide_model()
+    model.model.norm.weight.data.uniform_(0.5, 1.5)
+    path = write_gguf(
+        tmp_path / "m.gguf", model, gguf.GGMLQuantizationType.Q8_0, changes=with_merges
+    )
+    convert(path, tmp_path / "m")
+    assert model_bytes(tmp_path / "m", "auto", "auto").dtype is torch.bfloat16
+    loaded, _ = load_model(tmp_path / "m", "float32")
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
 
 
-def split_gguf(path: Path) -> list[Path]:
-    """Write the tensors of a file to two parts."""
+def test_upper_case_names_of_files_are_read(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", wide_model(), changes=with_merges)
+    convert(path.rename(tmp_path / "M.GGUF"), tmp_path / "m")
+    assert find_model(str(tmp_path / "M.GGUF"), tmp_path).source == tmp_path / "M.GGUF"
+    split = split_gguf(tmp_path / "M.GGUF")
+    first, _ = (one.rename(one.with_name(one.name.upper())) for one in split)
+    convert(first, tmp_path / "split")
+
+
+def header(*values: bytes) -> bytes:
+    """A GGUF header with one key "a" and no tensors."""
+    counts = struct.pack("<IQQ", 3, 0, 1)
+    return b"".join((b"GGUF", counts, struct.pack("<Q", 1), b"a", *values))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(header(struct.pack("<IIQ", 9, 0, 2**60), bytes(100)), id="numbers"),
+        pytest.param(header(struct.pack("<IIQ", 9, 8, 2**60), bytes(100)), id="strings"),
+        pytest.param(header(struct.pack("<IQ", 8, 2**62), bytes(100)), id="string"),
+        pytest.param(header(struct.pack("<IIQ", 9, 9, 1) * 5000), id="nested"),
+    ],
+)
+def test_lengths_beyond_the_file_are_refused_at_once(tmp_path, content):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"m\.gguf: is truncated or not a GGUF file"):
+        convert(tmp_path / "m.gguf", tmp_path / "m")
+
+
+def test_headers_of_too_many_values_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("weights.checkpoints.importers.gguf_metadata._MOST_VALUES", 500)
+    path = write_gguf(tmp_path / "m.gguf", wide_model(), changes=with_merges)
+    with pytest.raises(CheckpointError, match="its header has more than 500 values"):
+        convert(path, tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "message"),
+    [
+        ("llama.block_count", 2**24, "is 16777216, but tensor blk.16777215.attn_norm.weight"),
+        ("llama.block_count", "two", "must be of type int, not 'two'"),
+        ("llama.embedding_length", [32], r"must be of type int, not \[32\]"),
+        ("llama.attention.layer_norm_rms_epsilon", "small", "must be of type float, not 'small'"),
+        ("llama.rope.freq_base", [1.0], "must be of type float"),
+        ("split.count", "one", "must be of type int"),
+        ("tokenizer.ggml.tokens", 260, "must be an array of type str"),
+        ("tokenizer.ggml.token_type", ["a"], "must be an array of type int"),
+        ("tokenizer.ggml.merges", [1], "must be an array of type str"),
+        ("tokenizer.ggml.eos_token_id", "256", "must be of type int"),
+        ("tokenizer.ggml.bos_token_id", -1, "-1 is outside the vocabulary"),
+        ("tokenizer.ggml.add_bos_token", 1, "must be of type bool"),
+        ("tokenizer.chat_template", 7, "must be of type str"),
+    ],
+)
+def test_metadata_of_wrong_types_are_refused_by_key(tmp_path, key, content, message):
+    def change(writer):
+        with_merges(writer)
+        for values in writer.kv_data:
+            values.pop(key, None)
+        array, kind = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.get_type(content)
+        items = gguf.GGUFValueType.get_type(content[0]) if kind == array else None
+        writer.add_key_value(key, content, kind, items)
+
+    path = write_gguf(tmp_path / "m.gguf", wide_model(), changes=change)
+    with pytest.raises(CheckpointError, match=f"{key}: {message}"):
+        convert(path, tmp_path / "m")
+
+
+def split_gguf(path: Path, *, twice: bool = False) -> list[Path]:
+    """Write the tensors of a file to two parts; ``twice`` writes one of them to both."""
     reader = gguf.GGUFReader(path)
     parts = [path.parent / f"{path.stem}-0000{number}-of-00002.gguf" for number in (1, 2)]
     half = len(reader.tensors) // 2
@@ -389,13 +460,13 @@ def split_gguf(path: Path) -> list[Path]:
         writer = gguf.GGUFWriter(part, "llama")
         writer.add_uint16("split.no", number)
         writer.add_uint16("split.count", 2)
-        writer.add_int32("split.tensors.count", len(reader.tensors))
+        writer.add_int32("split.tensors.count", len(reader.tensors) + twice)
         for key, field in reader.fields.items() if number == 0 else ():
             if not key.startswith(("GGUF.", "general.architecture")):
                 kinds = field.types
                 sub_type = kinds[-1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
                 writer.add_key_value(key, field.contents(), kinds[0], sub_type)
-        for tensor in reader.tensors[half:] if number else reader.tensors[:half]:
+        for tensor in reader.tensors[half - twice :] if number else reader.tensors[:half]:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -414,6 +485,12 @@ def test_a_split_model_equals_a_whole_one(tmp_path):
         assert torch.equal(model_tensors(split)[name], tensor)
     with pytest.raises(CheckpointError, match="is part 2 of 2; give the first part"):
         convert(second, tmp_path / "second")
+    with_twice, whole_file = tmp_path / "twice", second.read_bytes()
+    split_gguf(path, twice=True)
+    with pytest.raises(CheckpointError, match=r"tensor .*: is in part 2 and in an earlier one"):
+        convert(first, with_twice)
+    split_gguf(path)
+    assert second.read_bytes() == whole_file
     # a part under another part's name
     second.write_bytes(first.read_bytes())
     with pytest.raises(CheckpointError, match="part 2 of 2 files is stored as 1 of 2"):

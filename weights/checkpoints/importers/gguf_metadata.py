@@ -1,0 +1,86 @@
+"""Opens GGUF files with bounded memory, and reads their metadata with checked types."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gguf
+
+from weights.errors import CheckpointError
+
+# numbers, strings and their lengths in all keys and tensor names; a large vocabulary needs a
+# quarter, and each takes about 200 bytes while the file is read
+_MOST_VALUES = 2**23
+Kind = TypeVar("Kind", int, float, str, bool)
+
+
+class _BoundedReader(gguf.GGUFReader):
+    """A reader that does not believe lengths that exceed the file or ``_MOST_VALUES``."""
+
+    def __init__(self, path: Path) -> None:
+        self._num_values = 0
+        super().__init__(path)
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **options: Any) -> Any:
+        self._num_values += 1
+        if self._num_values > _MOST_VALUES:
+            raise ValueError(f"its header has more than {_MOST_VALUES} values")
+        found = super()._get(offset, dtype, count, *order, **options)
+        if len(found) != count:
+            raise ValueError("a value continues past the end of the file")
+        return found
+
+
+def open_gguf(file: Path) -> gguf.GGUFReader:
+    """Read the header of one file and map its tensors.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not a whole GGUF file.
+    """
+    try:
+        return _BoundedReader(file)
+    except (OSError, ValueError, IndexError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{file}: is truncated or not a GGUF file ({error})") from None
+
+
+def value(reader: gguf.GGUFReader, key: str) -> Any:
+    """The value of a key, of any type; None if it is missing."""
+    field = reader.fields.get(key)
+    return None if field is None else field.contents()
+
+
+def optional(reader: gguf.GGUFReader, key: str, kind: type[Kind]) -> Kind | None:
+    """The value of a key; None if it is missing.
+
+    Raises:
+        CheckpointError: it has another type.
+    """
+    found = value(reader, key)
+    if found is not None and type(found) is not kind:
+        raise CheckpointError(f"{key}: must be of type {kind.__name__}, not {found!r:.100}")
+    return found
+
+
+def required(reader: gguf.GGUFReader, key: str, kind: type[Kind]) -> Kind:
+    """The value of a key.
+
+    Raises:
+        CheckpointError: it is missing or has another type.
+    """
+    found = optional(reader, key, kind)
+    if found is None:
+        raise CheckpointError(f"{key}: missing")
+    return found
+
+
+def required_list(reader: gguf.GGUFReader, key: str, kind: type[Kind]) -> list[Kind]:
+    """The values of a key.
+
+    Raises:
+        CheckpointError: it is missing or not an array of this type.
+    """
+    found = value(reader, key)
+    if found is None:
+        raise CheckpointError(f"{key}: missing")
+    if not isinstance(found, list) or any(type(one) is not kind for one in found):
+        raise CheckpointError(f"{key}: must be an array of type {kind.__name__}")
+    return found

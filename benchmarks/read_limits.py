@@ -18,15 +18,17 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 READ_LIBRARY = NativeLibrary(
     Path(__file__).parent / "native",
     {
-        "memplus_read_rows": (ctypes.c_uint32, (_POINTER, _INT64, _POINTER, *[_INT64] * 2, _INT32)),
+        "memplus_read_rows": (ctypes.c_uint32, (_POINTER, _INT64, _POINTER, *[_INT64] * 3, _INT32)),
         "memplus_read_all": (ctypes.c_uint32, (_POINTER, _INT64)),
         "memplus_read_file_ns": (_INT64, (_INT32, *[_INT64] * 7)),
     },
     "benchmarks cannot measure how fast this machine reads",
 )
 
-# rows that the loop prefetches ahead, none leaves it to the processor; and into which cache
-_PREFETCHES = ((0, 1), *((ahead, cache) for cache in (1, 2) for ahead in (2, 4, 8, 16, 32)))
+# rows that the loop reads side by side, line by line; rows that it prefetches ahead, none leaves
+# it to the processor; and into which cache
+_ORDERS = ((1, 4), (1, 8), (1, 16), (16, 16), (32, 32))
+_PREFETCHES = ((1, 0, 1), *((*order, cache) for cache in (1, 2) for order in _ORDERS))
 _ROWS_A_TURN = 2**17
 _SEQUENTIAL_BYTES = 2**28
 
@@ -81,14 +83,16 @@ def random_reads_per_s(file: RowFile, depth: int, count: int, seed: int) -> floa
     return count / taken * 1e9
 
 
-def _row_reader(library: ctypes.CDLL, table: Tensor, ahead: int, cache: int) -> Contestant:
+def _row_reader(
+    library: ctypes.CDLL, table: Tensor, group: int, ahead: int, cache: int
+) -> Contestant:
     row_bytes = table.stride(0) * table.itemsize
 
     def read(rows: Tensor) -> None:
         memory, ids = table.data_ptr(), rows.data_ptr()
-        library.memplus_read_rows(memory, row_bytes, ids, rows.numel(), ahead, cache)
+        library.memplus_read_rows(memory, row_bytes, ids, rows.numel(), group, ahead, cache)
 
     def inputs(calls: int) -> list[tuple[Tensor]]:
         return [(torch.randint(0, len(table), (_ROWS_A_TURN,)),) for _ in range(calls)]
 
-    return Contestant(f"{ahead} ahead, cache {cache}", read, inputs, 1)
+    return Contestant(f"{group} rows, {ahead} ahead, cache {cache}", read, inputs, 1)

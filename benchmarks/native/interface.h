@@ -9,9 +9,10 @@ extern "C" {
 
 // `cache` is the level that rows are prefetched into: 1 or 2.
 uint32_t memplus_read_rows(const uint8_t* data, int64_t row_bytes, const int64_t* ids,
-                           int64_t count, int64_t ahead, int32_t cache) {
-  return cache == 1 ? memplus::read_rows<3>(data, row_bytes, ids, count, ahead)
-                    : memplus::read_rows<2>(data, row_bytes, ids, count, ahead);
+                           int64_t count, int64_t group, int64_t ahead, int32_t cache) {
+  const memplus::RowOrder order = {group, ahead};
+  return cache == 1 ? memplus::read_rows<3>(data, row_bytes, ids, count, order)
+                    : memplus::read_rows<2>(data, row_bytes, ids, count, order);
 }
 
 uint32_t memplus_read_all(const uint8_t* data, int64_t bytes) {

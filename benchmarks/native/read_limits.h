@@ -25,23 +25,30 @@ inline uint32_t folded(words seen) {
   return result;
 }
 
-// Reads `row_bytes` bytes of each row, on all threads, prefetching the row that is `ahead` further
-// on (0: none), of __builtin_prefetch's LOCALITY; returns what keeps the reads from being left out.
+// How random rows are read: a cache line of each row of a `group`, then the next lines, prefetching
+// the row that is `ahead` further on (0: none).
+struct RowOrder {
+  int64_t group, ahead;
+};
+
+// Reads `row_bytes` bytes of each row, on all threads. LOCALITY is that of __builtin_prefetch.
+// Returns a value that depends on all bytes, so that the compiler keeps the reads.
 template <int LOCALITY>
 inline uint32_t read_rows(const uint8_t* data, int64_t row_bytes, const int64_t* ids, int64_t count,
-                          int64_t ahead) {
+                          RowOrder order) {
   std::atomic<uint32_t> result{0};
   in_parallel(count, [&](int64_t thread, int64_t threads) {
     const Span mine = piece(count, thread, threads);
     words seen{};
-    for (int64_t i = mine.first; i < mine.last; i++) {
-      const uint8_t* row = data + ids[i] * row_bytes;
-      const int64_t next = i + ahead < mine.last ? i + ahead : i;
-      const uint8_t* coming = data + ids[next] * row_bytes;
-      for (int64_t at = 0; at < row_bytes; at += LINE) {
-        if (ahead) __builtin_prefetch(coming + at, 0, LOCALITY);
-        seen = read_bytes(row + at, std::min<int64_t>(LINE, row_bytes - at), seen);
-      }
+    for (int64_t first = mine.first; first < mine.last; first += order.group) {
+      const int64_t last = std::min(first + order.group, mine.last);
+      for (int64_t at = 0; at < row_bytes; at += LINE)
+        for (int64_t i = first; i < last; i++) {
+          const int64_t next = i + order.ahead < mine.last ? i + order.ahead : i;
+          if (order.ahead) __builtin_prefetch(data + ids[next] * row_bytes + at, 0, LOCALITY);
+          const uint8_t* line = data + ids[i] * row_bytes + at;
+          seen = read_bytes(line, std::min<int64_t>(LINE, row_bytes - at), seen);
+        }
     }
     result ^= folded(seen);
   });

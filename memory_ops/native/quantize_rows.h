@@ -106,7 +106,8 @@ inline void for_each_block(const Table& table, const uint8_t* from, Body body) {
     const int64_t count = std::min(BLOCK_VALUES, table.value_dim - first);
     float values[BLOCK_VALUES] = {};
     for (int64_t at = 0; at < count; at += Row::line_values) {
-      const Row row(table, from, first + at, 1);
+      const auto factors = Row::factors(scales_of<Row>(table, from, first + at), 1);
+      const Row row(from, first + at, factors);
       const int64_t columns = std::min(Row::line_values, count - at);
       int64_t offset = 0;
       for (; offset + LANES <= columns; offset += LANES)

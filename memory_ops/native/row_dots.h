@@ -12,12 +12,18 @@ template <class Row, int ROWS>
 inline void dot_rows(const Table& table, const int64_t* ids, const int64_t* coming, const float* x,
                      float* dots) {
   floats totals[ROWS] = {};
+  typename Row::Factors factors[ROWS];
   int64_t block = 0;
   for (; block < table.value_dim; block += Row::line_values) {
     const int64_t columns = std::min(Row::line_values, table.value_dim - block);
     for (int r = 0; r < ROWS; r++) {
-      prefetch_columns<Row, 3>(table, table.row(coming[r]), block, columns);
-      const Row row(table, table.row(ids[r]), block, 1);
+      prefetch_columns<Row>(table, coming[r], block, columns);
+      const uint8_t* data = table.row(ids[r]);
+      if (block % Row::scaled_values == 0) {
+        prefetch_scales<Row>(table, coming[r], block);
+        factors[r] = Row::factors(scales_of<Row>(table, data, block), 1);
+      }
+      const Row row(data, block, factors[r]);
       int64_t at = 0;
       for (; at + LANES <= columns; at += LANES)
         totals[r] += row.codes(at) * row.factor(at) * load<floats>(x + block + at);

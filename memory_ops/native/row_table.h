@@ -21,17 +21,24 @@ struct Table {
   const uint8_t* row(int64_t id) const { return data + id * row_stride; }
 };
 
-// Interface of all formats: a reader of one row from column `at` on, a multiple of line_values. The
-// LANES values at `offset` columns after it, a multiple of LANES, are codes(offset) times
-// factor(offset), which includes the weight. `line_values` values fill one cache line. If
-// `in_halves`, even_codes and odd_codes read the next 2 * LANES values faster than codes does.
+// Interface of all formats: a reader of a row's columns from `at` on, which is a multiple of
+// line_values, or of the number of columns that are read. The LANES values at `offset` columns
+// after it, a multiple of LANES, are codes(offset) times factor(offset). Factors are a weight times
+// the scales of `scaled_values` columns; a reader refers to those that it is given. `line_values`
+// values fill one cache line. If `in_halves`, even_codes and odd_codes read the next 2 * LANES
+// values faster than codes does.
+
+constexpr int64_t ALL_VALUES = INT64_MAX;
 
 template <class Row, int BYTES>
 struct PlainRow {
+  typedef float Factors;
   static constexpr bool in_halves = false;
-  static constexpr int64_t line_values = LINE / BYTES;
+  static constexpr int64_t line_values = LINE / BYTES, scaled_values = ALL_VALUES;
 
-  PlainRow(const Table&, const uint8_t* row, int64_t at, float weight)
+  static Factors factors(const uint8_t*, float weight) { return weight; }
+
+  PlainRow(const uint8_t* row, int64_t at, const Factors& weight)
       : values_(row + at * BYTES), factor_(splat(weight)) {}
   floats codes(int64_t offset) const { return Row::widened(values_ + offset * BYTES); }
   // the last `count` values of a row; the memory after them may not be readable
@@ -74,12 +81,16 @@ struct Bf16Row : PlainRow<Bf16Row, 2> {
 // One byte per value and one scale; records have enough bytes after the last value for full loads.
 template <class Row>
 struct ByteRow {
+  typedef float Factors;
   static constexpr bool in_halves = false;
-  static constexpr int64_t line_values = LINE;
+  static constexpr int64_t line_values = LINE, scaled_values = ALL_VALUES;
 
-  ByteRow(const Table& table, const uint8_t* row, int64_t at, float weight)
-      : values_(row + at),
-        factor_(splat(weight * Row::unit * load<float>(row + table.scale_offset))) {}
+  static Factors factors(const uint8_t* scale, float weight) {
+    return weight * Row::unit * load<float>(scale);
+  }
+
+  ByteRow(const uint8_t* row, int64_t at, const Factors& factor)
+      : values_(row + at), factor_(splat(factor)) {}
   floats codes(int64_t offset) const { return Row::widened(values_ + offset); }
   floats last_codes(int64_t offset, int64_t) const { return codes(offset); }
   floats factor(int64_t) const { return factor_; }
@@ -107,20 +118,26 @@ struct Int4Row {
   static constexpr int64_t line_values = 2 * LINE;
   static constexpr int64_t plane = 16;  // values in the same bits of a block
   static constexpr int64_t group = 32;  // values that share a scale
+  static constexpr int64_t scaled_values = LINE / 2 * group;  // whose scales fill a line
 
-  Int4Row(const Table& table, const uint8_t* row, int64_t at, float weight)
-      : block_(row + at / line_values * LINE) {
-    typedef uint16_t halves __attribute__((vector_size(8)));
-    typedef uint32_t quad __attribute__((vector_size(16)));
-    typedef float factors __attribute__((vector_size(16)));
-    const uint8_t* scales = row + table.scale_offset + at / line_values * 8;
-    store(factors_, (factors)(__builtin_convertvector(load<halves>(scales), quad) << 16) * weight);
-    // force the factors into memory: a broadcast load costs nothing
-    asm("" : "+m"(factors_));
+  struct Factors {
+    float of[scaled_values / group];
+  };
+
+  static Factors factors(const uint8_t* scales, float weight) {
+    Factors factors;
+    for (int64_t at = 0; at < scaled_values / group; at += LANES)
+      store(factors.of + at, load_bf16(scales + at * 2) * weight);
+    return factors;
   }
+
+  Int4Row(const uint8_t* row, uint64_t at, const Factors& factors)
+      : words_(row + at / line_values * LINE + at % plane * 4),
+        bits_((int)(at % line_values / plane * 4)),
+        factors_(factors.of + at % scaled_values / group) {}
   floats codes(int64_t offset) const {
-    const int bits = (int)(offset / plane * 4);
-    const words shifted = load<words>(block_ + offset % plane * 4) >> bits;
+    const words unshifted = load<words>(words_ + offset % plane * 4);
+    const words shifted = unshifted >> bits_ >> (int)(offset / plane * 4);
 #if defined(__AVX512F__)
     // the permutation uses only the lowest four bits
     const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -130,12 +147,19 @@ struct Int4Row {
 #endif
   }
   floats last_codes(int64_t offset, int64_t) const { return codes(offset); }
-  floats factor(int64_t offset) const { return splat(factors_[offset / group]); }
+  const float& factor(int64_t offset) const { return factors_[offset / group]; }
 
  private:
-  const uint8_t* block_;
-  float factors_[4];
+  const uint8_t* words_;
+  int bits_;
+  const float* factors_;
 };
+
+// The scales of the `scaled_values` columns of a row that `at` is one of.
+template <class Row>
+inline const uint8_t* scales_of(const Table& table, const uint8_t* row, int64_t at) {
+  return row + table.scale_offset + at / Row::scaled_values * LINE;
+}
 
 // Calls `body` with a null pointer to the row type of `format`.
 template <class Body>

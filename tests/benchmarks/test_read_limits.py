@@ -28,12 +28,15 @@ def test_memory_is_read_from_first_to_last(build):
 
 
 @each_build
-@pytest.mark.parametrize(("ahead", "cache"), [(0, 1), (4, 1), (4, 2)])
-def test_each_row_is_read_whole(build, ahead, cache):
+@pytest.mark.parametrize(
+    ("group", "ahead", "cache"), [(1, 0, 1), (1, 4, 1), (1, 4, 2), (16, 16, 2), (100, 4, 1)]
+)
+def test_each_row_is_read_whole(build, group, ahead, cache):
     rows = torch.randint(256, (50, ROW_BYTES), dtype=torch.uint8)
     ids = torch.randint(50, (77,))
     read = READ_LIBRARY.load(build).memplus_read_rows
-    assert read(rows.data_ptr(), ROW_BYTES, ids.data_ptr(), 77, ahead, cache) == xor(rows[ids])
+    arguments = rows.data_ptr(), ROW_BYTES, ids.data_ptr(), 77, group, ahead, cache
+    assert read(*arguments) == xor(rows[ids])
 
 
 @pytest.mark.skipif(not READ_LIBRARY.runnable_builds, reason="built without a compiler")

@@ -22,9 +22,9 @@ from tests.memory_ops.table_kinds import (
     vast_table,
 )
 
-# widths around those of vectors, tiles, int4 blocks and thread shares
+# widths around those of vectors, tiles, int4 blocks and their lines of scales, and thread shares
 WIDTHS = st.one_of(
-    st.integers(1, 40), st.sampled_from([64, 96, 127, 128, 129, 200, 576, 1000, 1100])
+    st.integers(1, 40), st.sampled_from([64, 96, 127, 128, 129, 200, 576, 1000, 1100, 2200])
 )
 
 
@@ -106,7 +106,7 @@ def test_gaps_between_rows_are_not_read(build, kind, width):
 
 @each_build
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("width", [1, 17, 37, 130, 1000])
+@pytest.mark.parametrize("width", [1, 17, 37, 130, 1000, 1100])
 def test_nothing_past_the_table_is_read(build, kind, width):
     # the table ends at a page boundary; a read of the next page kills this process
     table = table_of(kind, torch.randn(3, width))
@@ -143,17 +143,21 @@ def test_a_row_outside_the_table_is_refused(build, wrong):
 
 
 @each_build
-@pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
-def test_any_number_of_threads_gives_the_same_bits(build, num_threads):
-    table = table_of("bf16", torch.randn(40, 1000))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sum_has_the_same_bits_in_any_batch_on_any_number_of_threads(build, kind):
+    # several groups of rows, tiles and lines of scales
+    table = table_of(kind, torch.randn(40, 2200))
+    rows, weights = lookups(9, 2, 35, 40)
     before = torch.get_num_threads()
     try:
-        for num_tokens in (1, 2, 7, 9):
-            rows, weights = lookups(num_tokens, 2, 5, 40)
-            torch.set_num_threads(before)
-            wanted = NativeBackend(build).gather_rows(table, rows, weights)
+        wanted = NativeBackend(build).gather_rows(table, rows, weights)
+        check(build, table, rows, weights)
+        for num_threads in (1, 2, 3, 5):
             torch.set_num_threads(num_threads)
-            assert torch.equal(NativeBackend(build).gather_rows(table, rows, weights), wanted)
-            check(build, table, rows, weights)
+            for num_tokens in (1, 2, 7, 9):
+                out = NativeBackend(build).gather_rows(
+                    table, rows[:num_tokens], weights[:num_tokens]
+                )
+                assert torch.equal(out, wanted[:num_tokens])
     finally:
         torch.set_num_threads(before)

@@ -18,7 +18,7 @@ from tests.memory_ops.table_kinds import (
     vast_table,
 )
 
-WIDTHS = st.one_of(st.integers(1, 40), st.sampled_from([64, 127, 128, 129, 576, 1000]))
+WIDTHS = st.one_of(st.integers(1, 40), st.sampled_from([64, 127, 128, 129, 576, 1000, 1100]))
 
 
 def check(build, table, rows_THK, x_TV):

@@ -97,7 +97,8 @@ def _work(settings: EngineSettings, device: torch.device) -> tuple[ModelWork, to
     bits = stored_bits(stored) if device.type == "cpu" else {}
     if settings.model.weight_dtype != "auto":
         bits = requested_bits(checkpoint.model, settings.model.weight_dtype, "int8")
-    return ModelWork(checkpoint.model, dtype.itemsize, row_bytes, bits), dtype, bool(bits)
+    shapes = checkpoint.model, dtype.itemsize, row_bytes
+    return ModelWork(*shapes, bits, settings.engine.kv_dtype), dtype, bool(bits)
 
 
 def _line(result: Result) -> str:

@@ -98,25 +98,29 @@ def make_executor(
     if weight.is_cuda:
         if weight_bits is not None:
             raise ConfigError(f"weight_dtype: {weight_dtype} needs a CPU")
+        if config.kv_dtype == "int8":
+            raise ConfigError("kv_dtype: int8 needs a CPU")
         if dtype is not weight.dtype:
             raise ValueError(f"dtype: {dtype}, but the weights on the GPU have {weight.dtype}")
         # imports triton, which a CPU does not need
         from engine.executors.cuda.sized_executor import sized_executor
 
         return sized_executor(model, config, lookahead)
-    if config.kv_dtype != "auto":
-        raise ConfigError(f"kv_dtype: {config.kv_dtype} needs a GPU")
-    per_token = model.config.kv_bytes_per_token(dtype.itemsize)
+    if config.kv_dtype == "fp8":
+        raise ConfigError("kv_dtype: fp8 needs a GPU")
+    per_token = model.config.kv_bytes_per_token(dtype.itemsize, config.kv_dtype)
     num_blocks = config.num_kv_blocks(per_token, model.config.max_positions)
     kernels = cpu_kernels(weight.device, dtype)
     try:
         if kernels is not None:
             logger.info("executor: cpu, native kernels (%s)", kernels.build)
-            return CpuExecutor(
-                model, kernels, num_blocks, config.block_size, lookahead, dtype, weight_bits
-            )
+            kv_dtype = torch.int8 if config.kv_dtype == "int8" else None
+            sizes = num_blocks, config.block_size
+            return CpuExecutor(model, kernels, *sizes, lookahead, dtype, weight_bits, kv_dtype)
         if weight_bits is not None:
             raise ConfigError(f"weight_dtype: {weight_dtype} needs memplus's native library")
+        if config.kv_dtype == "int8":
+            raise ConfigError("kv_dtype: int8 needs memplus's native library")
         logger.info("executor: eager, plain torch on %s in %s", weight.device, dtype)
         return EagerExecutor(converted(model, dtype), num_blocks, config.block_size, lookahead)
     except KvMemoryError as error:

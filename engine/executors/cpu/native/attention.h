@@ -11,6 +11,8 @@
 
 #include "attention_call.h"
 #include "attention_tile.h"
+#include "int8_products.h"
+#include "value_products.h"
 #include "values.h"
 #include "memory_ops/native/threads.h"
 #include "rope.h"
@@ -28,25 +30,29 @@ inline void list_tiles(const Attention& call, std::vector<QueryTile>& tiles) {
 }
 
 // Writes the rotated keys and the values of some tokens of the batch.
-template <class Values>
+template <class Values, class Products>
 inline void write_keys(const Attention& call, Span tokens) {
-  const int64_t size = call.head_dim * Values::bytes;
-  // rotated in fp32, in whole vectors
-  floats* rotated = kept_vectors<struct Rotated>(call.head_dim / LANES + 1);
+  const int64_t size = Products::row_bytes(call.head_dim);
+  // in fp32, in whole vectors
+  floats* row = kept_vectors<struct KvRow>(call.head_dim / LANES + 1);
+  const auto read = [&](int64_t token, int64_t head) {
+    const uint8_t* from = call.qkv + call.qkv_place(token, head) * Values::bytes;
+    by_vectors(call.head_dim, [&](int64_t v, int64_t at, int64_t lanes) {
+      row[v] = Values::read(from + at * Values::bytes, lanes);
+    });
+  };
   for (int64_t s = 0; s < call.num_sequences; s++) {
     const int64_t start = call.query_starts[s], end = call.query_starts[s + 1];
     for (int64_t t = std::max(start, tokens.first); t < std::min(end, tokens.last); t++) {
       const int64_t position = call.context_lengths[s] - (end - t);
       for (int64_t g = 0; g < call.num_kv_heads; g++) {
-        const uint8_t* key = call.qkv + call.qkv_place(t, call.num_heads + g) * Values::bytes;
-        uint8_t* to = call.kv + call.kv_place(s, g, position) * Values::bytes;
-        by_vectors(call.head_dim, [&](int64_t v, int64_t at, int64_t lanes) {
-          rotated[v] = Values::read(key + at * Values::bytes, lanes);
-        });
+        uint8_t* to = call.kv + call.kv_place(s, g, position) * size;
         const int64_t half = call.head_dim / 2;
-        rotate((float*)rotated, call.cosines + t * half, call.sines + t * half, half);
-        Values::write(to, rotated, call.head_dim);
-        std::memcpy(to + call.kv_half() * Values::bytes, key + call.num_kv_heads * size, size);
+        read(t, call.num_heads + g);
+        rotate((float*)row, call.cosines + t * half, call.sines + t * half, half);
+        Products::write_key(to, row, call.head_dim);
+        read(t, call.num_heads + call.num_kv_heads + g);
+        Products::write_value(to + call.kv_half() * size, row, call.head_dim);
       }
     }
   }
@@ -79,13 +85,19 @@ class TileQueue {
   std::atomic<size_t> next_{0};
 };
 
+template <class Values, class Products>
+inline void attend_with(const Attention& call, TileQueue& tiles, int64_t thread, int64_t threads) {
+  write_keys<Values, Products>(call, piece(call.num_tokens(), thread, threads));
+  barrier(threads);
+  TileWorker<Values, Products>(call).run([&] { return tiles.take(); });
+}
+
 // Runs one thread's share of a call; every thread of the team must call it.
 template <class Values>
 inline void attend_share(const Attention& call, TileQueue& tiles, int64_t thread,
                          int64_t threads) {
-  write_keys<Values>(call, piece(call.num_tokens(), thread, threads));
-  barrier(threads);
-  TileWorker<Values>(call).run([&] { return tiles.take(); });
+  call.has_int8_kv ? attend_with<Values, Int8Products>(call, tiles, thread, threads)
+                   : attend_with<Values, ValueProducts<Values>>(call, tiles, thread, threads);
 }
 
 template <class Values>

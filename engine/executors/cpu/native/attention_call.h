@@ -15,17 +15,19 @@ constexpr int64_t SHARING_ROWS = 48;
 constexpr int64_t SHARING_ROWS = 24;
 #endif
 
-// Tensors of bf16 or fp32 values; H query heads, G KV heads, E values per head.
+// Tensors of bf16 or fp32 values; H query heads, G KV heads, E values per head. A KV block holds
+// rows, each a key or a value, of E such values, or in int8 (int8_kv.h).
 struct Attention {
   const uint8_t* qkv;              // [T, H + 2 G, E]: queries, keys, values
   const float* cosines;            // [T, E / 2], as are the sines
   const float* sines;
-  uint8_t* kv;                     // [blocks, 2, G, block_size, E]
+  uint8_t* kv;                     // [blocks, 2, G, block_size] rows
   const int64_t* block_table;      // [S] rows, table_stride ids apart
   const int64_t* query_starts;     // [S + 1]
   const int64_t* context_lengths;  // [S]
   uint8_t* out;                    // [T, H, E]
   int64_t num_sequences, table_stride, num_heads, num_kv_heads, head_dim, block_size;
+  bool has_int8_kv;
   Progress progress;
 
   int64_t group_heads() const { return num_heads / num_kv_heads; }
@@ -36,13 +38,12 @@ struct Attention {
   int64_t qkv_place(int64_t token, int64_t head) const {
     return (token * qkv_heads() + head) * head_dim;
   }
-  // index of the key at a position of a sequence; its value is kv_half() further
+  // number of the row of the key at a position of a sequence; its value is kv_half() rows further
   int64_t kv_place(int64_t sequence, int64_t kv_head, int64_t position) const {
     const int64_t block = block_table[sequence * table_stride + position / block_size];
-    const int64_t offset = kv_head * block_size + position % block_size;
-    return block * 2 * kv_half() + offset * head_dim;
+    return block * 2 * kv_half() + kv_head * block_size + position % block_size;
   }
-  int64_t kv_half() const { return num_kv_heads * block_size * head_dim; }
+  int64_t kv_half() const { return num_kv_heads * block_size; }
 };
 
 // Queries [first, last) of a sequence, for the heads that share one KV head.

@@ -5,11 +5,13 @@
 #include <cstdint>
 
 #include "attention_call.h"
+#include "matrix_tiles.h"
 #include "memory_ops/native/simd.h"
 
 namespace memplus {
 
 constexpr int64_t PART = 128;  // keys
+constexpr int64_t PART_VECTORS = PART / LANES;
 #if defined(__AMX_BF16__)
 constexpr int FETCH_LOCALITY = 2;  // Intel's L1 cache tracks fewer pending lines than its L2
 #else
@@ -17,6 +19,11 @@ constexpr int FETCH_LOCALITY = 3;
 #endif
 
 inline int64_t rounded_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// Rows of the buffers of a tile; products may compute more rows than the tile has.
+inline int64_t buffer_rows(const Attention& call) {
+  return rounded_up(call.tile_queries() * call.group_heads(), TILE_HEIGHT);
+}
 
 // Some keys of a tile, from number `first` on. Kernels read multiples of SHOWN: behind the keys,
 // `keys` and `values` are padded with zeros.
@@ -44,6 +51,14 @@ inline void fetch_rows(const uint8_t* const* rows, int64_t count, int64_t first,
       __builtin_prefetch(rows[i] + line, 0, FETCH_LOCALITY);
       __builtin_prefetch(rows[i] + line + LINE, 0, FETCH_LOCALITY);
     }
+}
+
+// A vector of words from the first `left` bytes of a row; zeros follow them.
+inline words read_words(const uint8_t* at, int64_t left) {
+  if (left >= (int64_t)sizeof(words)) return load<words>(at);
+  words last{};
+  std::memcpy(&last, at, left);
+  return last;
 }
 
 }  // namespace memplus

@@ -1,5 +1,5 @@
 // The product that attention uses twice: rows of words (two bf16 values or one fp32 each) times a
-// matrix with one line of vectors per word.
+// matrix with one line of vectors per word. In int8, a word is four bytes and sums are integers.
 #pragma once
 
 #include "values.h"
@@ -18,9 +18,10 @@ struct VectorRows {
 
 template <class Values, int ROWS, int VECTORS>
 inline void add_products(WordRows rows, VectorRows lines, VectorRows sums, int64_t steps) {
-  floats sum[ROWS][VECTORS];
+  typename Values::Sums sum[ROWS][VECTORS];
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < VECTORS; v++) sum[r][v] = sums.at[r * sums.stride + v];
+    for (int v = 0; v < VECTORS; v++)
+      sum[r][v] = (typename Values::Sums)sums.at[r * sums.stride + v];
   for (int64_t step = 0; step < steps; step++) {
     const floats* line = lines.at + step * lines.stride;
 #pragma GCC unroll 6
@@ -32,7 +33,7 @@ inline void add_products(WordRows rows, VectorRows lines, VectorRows sums, int64
     }
   }
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < VECTORS; v++) sums.at[r * sums.stride + v] = sum[r][v];
+    for (int v = 0; v < VECTORS; v++) sums.at[r * sums.stride + v] = (floats)sum[r][v];
 }
 
 template <class Values, int ROWS>

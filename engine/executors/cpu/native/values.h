@@ -17,6 +17,8 @@ inline void by_vectors(int64_t count, Body body) {
 
 template <class Values>
 struct Vectors {
+  using Sums = floats;
+
   // `lanes` values, padded with zeros
   static floats read(const uint8_t* at, int64_t lanes) {
     if (lanes == LANES) return Values::widened(at);

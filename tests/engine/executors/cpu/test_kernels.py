@@ -73,7 +73,8 @@ def attention_by_torch(qkv, num_heads, num_kv_heads, angles, layout, kv_blocks):
 
 def native_attention(kernels, qkv, num_heads, angles, kv_blocks, layout):
     """Attention alone, as decoder layers run it: ``[T, H E]`` from queries, keys and values."""
-    _, _, num_kv_heads, block_size, head_dim = kv_blocks.shape
+    num_kv_heads, block_size = kv_blocks.shape[2:4]
+    head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
     paged, out = layout.paged, torch.empty(len(qkv), num_heads * head_dim, dtype=qkv.dtype)
     sequences = paged.block_table_SB, layout.query_starts_S1, paged.context_lengths_S
     TEAM.use_torch_thread_count()
@@ -81,7 +82,7 @@ def native_attention(kernels, qkv, num_heads, angles, kv_blocks, layout):
         *(tensor.data_ptr() for tensor in (qkv, *angles, kv_blocks, *sequences, out)),
         *(len(paged.context_lengths), paged.block_table_SB.stride(0)),
         *(num_heads, num_kv_heads, head_dim, block_size),
-        *(qkv.dtype is torch.bfloat16, kernels._progress),
+        *(qkv.dtype is torch.bfloat16, kv_blocks.dtype is torch.int8, kernels._progress),
     )
     return out
 

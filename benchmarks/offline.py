@@ -96,7 +96,8 @@ def _work(settings: EngineSettings, device: torch.device) -> tuple[ModelWork, to
     formats = {}
     if device.type == "cpu":
         formats = packed_formats(checkpoint.model, stored, settings.model.weight_dtype)
-    return ModelWork(checkpoint.model, dtype.itemsize, row_bytes, formats), dtype, bool(formats)
+    shapes = checkpoint.model, dtype.itemsize, row_bytes
+    return ModelWork(*shapes, formats, settings.engine.kv_dtype), dtype, bool(formats)
 
 
 def _line(result: Result) -> str:

@@ -70,14 +70,16 @@ class ModelWork:
         itemsize: int,
         row_bytes: int,
         formats: Mapping[str, GroupFormat] | None = None,
+        kv_dtype: str = "auto",
     ) -> None:
         """Read the model's shapes.
 
         Args:
             config: the model.
-            itemsize: bytes per weight, key and value.
+            itemsize: bytes per weight, and by default per number of a key or value.
             row_bytes: bytes per table row.
             formats: formats of the layers whose weights are in groups, by name.
+            kv_dtype: that of ``EngineConfig``.
         """
         weights = _weights(config, itemsize, formats or {})
         flops = dict(forward_flops(config, attended=0))
@@ -85,7 +87,7 @@ class ModelWork:
         self._layer_flops = total_flops(flops)
         head = _EMBEDDING if config.tie_embeddings else _HEAD
         self._config = config
-        self._itemsize = itemsize
+        self._kv_bytes = config.kv_bytes_per_token(itemsize, kv_dtype)
         self._row_bytes = row_bytes
         self._head = weights[head]
         layers = {name: one for name, one in weights.items() if name not in (_EMBEDDING, _HEAD)}
@@ -107,7 +109,7 @@ class ModelWork:
         return StepWork(
             num_bytes=weights
             + round(self._experts.num_bytes * share)
-            + cached_tokens * config.kv_bytes_per_token(self._itemsize)
+            + cached_tokens * self._kv_bytes
             + self._table_bytes(tokens),
             flops=self._layer_flops * tokens
             + self._head_flops * num_logits

@@ -7,7 +7,7 @@ from engine.errors import ConfigError
 from engine.sampling.params import option
 
 _MAX_KV_BYTES = 2 * 2**30
-_KV_DTYPES = ("auto", "fp8")
+_KV_DTYPES = ("auto", "fp8", "int8")
 _SPECULATE = ("none", "ngram")
 # one token and its drafts fill the rows that CPU kernels compute at a time
 _NUM_DRAFTS = 11
@@ -36,7 +36,7 @@ class EngineConfig:
     )
     kv_dtype: str = option(
         "auto",
-        "precision of the KV cache; auto: that of the weights; fp8 needs a GPU",
+        "precision of the KV cache; auto: that of the weights; fp8 needs a GPU, int8 a CPU",
         choices=_KV_DTYPES,
     )
     gpu_memory_utilization: float = option(

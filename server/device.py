@@ -22,8 +22,8 @@ def chosen_device(model: ModelOptions, engine: EngineConfig | None = None) -> to
     Raises:
         ConfigError: the GPU is not usable, or the device does not support a setting.
     """
-    device, reason = _choice(model)
     engine = engine or EngineConfig()
+    device, reason = _choice(model, engine)
     if device.type == "cpu":
         logger.info("device: cpu (%s)", reason)
         _check_cpu_settings(model, engine, reason)
@@ -32,9 +32,9 @@ def chosen_device(model: ModelOptions, engine: EngineConfig | None = None) -> to
     return device
 
 
-def _choice(model: ModelOptions) -> tuple[torch.device, str]:
+def _choice(model: ModelOptions, engine: EngineConfig) -> tuple[torch.device, str]:
     """The device, and the reason for it."""
-    option, cpu_setting = model.device, _cpu_setting(model)
+    option, cpu_setting = model.device, _cpu_setting(model, engine)
     if option == "cpu":
         return torch.device("cpu"), "--device cpu"
     if cpu_setting and option == "auto":
@@ -52,11 +52,13 @@ def _choice(model: ModelOptions) -> tuple[torch.device, str]:
     raise ConfigError(f"device: {option} cannot be used: {problem}; use --device cpu")
 
 
-def _cpu_setting(model: ModelOptions) -> str | None:
+def _cpu_setting(model: ModelOptions, engine: EngineConfig) -> str | None:
     """Name and value of a setting that only a CPU supports, if one is given."""
     if model.table_tier == "disk":
         return "table_tier disk"
-    return None if model.weight_dtype == "auto" else f"weight_dtype {model.weight_dtype}"
+    if model.weight_dtype != "auto":
+        return f"weight_dtype {model.weight_dtype}"
+    return "kv_dtype int8" if engine.kv_dtype == "int8" else None
 
 
 def _problem(index: int) -> str | None:

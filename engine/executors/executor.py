@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.batch import Batch, LaunchedStep
 from engine.executors.cpu.executor import CpuExecutor
-from engine.executors.cpu.kernels import BLOCK_SIZE_STEP, cpu_kernels
+from engine.executors.cpu.kernels import KV_STEP, cpu_kernels
 from engine.executors.eager import EagerExecutor
 from engine.executors.lookahead import LookaheadConfig
 from engine.executors.memory_recorder import MemoryRecorder
@@ -88,7 +88,7 @@ def make_executor(
     Raises:
         ConfigError: the KV memory is too small, or exceeds the machine's memory; a setting needs
             another device; weights to round have few bits already; or native kernels do not support
-            the block size.
+            the sizes of KV blocks.
         ValueError: ``dtype`` is not that of weights on a GPU.
     """
     weight = model.model.norm.weight
@@ -100,26 +100,30 @@ def make_executor(
     if weight.is_cuda:
         if weight_bits is not None:
             raise ConfigError(f"weight_dtype: {weight_dtype} needs a CPU")
+        if config.kv_dtype == "int8":
+            raise ConfigError("kv_dtype: int8 needs a CPU")
         if dtype is not weight.dtype:
             raise ValueError(f"dtype: {dtype}, but the weights on the GPU have {weight.dtype}")
         # imports triton, which a CPU does not need
         from engine.executors.cuda.sized_executor import sized_executor
 
         return sized_executor(model, config, lookahead)
-    if config.kv_dtype != "auto":
-        raise ConfigError(f"kv_dtype: {config.kv_dtype} needs a GPU")
-    per_token = model.config.kv_bytes_per_token(dtype.itemsize)
+    if config.kv_dtype == "fp8":
+        raise ConfigError("kv_dtype: fp8 needs a GPU")
+    per_token = model.config.kv_bytes_per_token(dtype.itemsize, config.kv_dtype)
     num_blocks = config.num_kv_blocks(per_token, model.config.max_positions)
     kernels = cpu_kernels(weight.device, dtype)
     try:
         if kernels is not None:
-            _check_block_size(config.block_size)
+            _check_sizes(config, model.config)
             logger.info("executor: cpu, native kernels (%s)", kernels.build)
-            return CpuExecutor(
-                model, kernels, num_blocks, config.block_size, lookahead, dtype, weight_bits
-            )
+            kv_dtype = torch.int8 if config.kv_dtype == "int8" else None
+            sizes = num_blocks, config.block_size
+            return CpuExecutor(model, kernels, *sizes, lookahead, dtype, weight_bits, kv_dtype)
         if weight_bits is not None:
             raise ConfigError(f"weight_dtype: {weight_dtype} needs memplus's native library")
+        if config.kv_dtype == "int8":
+            raise ConfigError("kv_dtype: int8 needs memplus's native library")
         logger.info("executor: eager, plain torch on %s in %s", weight.device, dtype)
         return EagerExecutor(converted(model, dtype), num_blocks, config.block_size, lookahead)
     except KvMemoryError as error:
@@ -128,7 +132,12 @@ def make_executor(
         raise ConfigError(message) from error
 
 
-def _check_block_size(block_size: int) -> None:
-    if block_size % BLOCK_SIZE_STEP:
-        wanted = f"a multiple of {BLOCK_SIZE_STEP} on a CPU"
-        raise ConfigError(f"block_size: must be {wanted}, not {block_size}")
+def _check_sizes(config: EngineConfig, model: ModelConfig) -> None:
+    """Raise ConfigError unless the native kernels support the sizes of the KV blocks."""
+    if config.block_size % KV_STEP:
+        raise ConfigError(
+            f"block_size: must be a multiple of {KV_STEP} on a CPU, not {config.block_size}"
+        )
+    if config.kv_dtype == "int8" and model.head_dim % KV_STEP:
+        wanted = f"heads whose size is a multiple of {KV_STEP}"
+        raise ConfigError(f"kv_dtype: int8 needs {wanted}, not {model.head_dim}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from engine.model.config import ModelConfig
+from engine.model.config import KV_SCALE_BYTES, ModelConfig
 from engine.model.layout import TokenLayout
 from engine.model.rotary import rotate
 from engine.model.uninitialised import Linear
@@ -62,11 +62,13 @@ class KvMemoryError(MemoryError):
 def kv_memory(config: ModelConfig, num_blocks: int, block_size: int, like: Tensor) -> Tensor:
     """Zeros ``[layers, blocks, 2, G, block_size, E]`` on the device and in the dtype of ``like``.
 
-    The CPU kernels order the numbers of a block otherwise (kv_areas.h).
+    In int8, the bytes of its fp32 scale follow the E integers of each row. The CPU kernels order
+    the bytes of a block otherwise (kv_areas.h).
 
     On a CPU, blocks occupy memory from their first write on; KvMemoryError if there is too little.
     """
-    shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
+    width = config.head_dim + (KV_SCALE_BYTES if like.dtype is torch.int8 else 0)
+    shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, width)
     try:
         if like.device.type == "cpu":
             return anonymous_zeros(shape, like.dtype)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 MEMORY_KINDS = ("memory_plus", "pkm", "peer")
 FEED_FORWARD_KINDS = ("dense", "moe", *MEMORY_KINDS)
+# of a key or value of one head in an int8 KV cache
+KV_SCALE_BYTES = 4
 # names in checkpoints: the table of value rows, and that of PEER's down projections
 _TABLE, _DOWN_TABLE = "memory.table", "memory.down_table"
 
@@ -211,9 +213,15 @@ class ModelConfig:
         is_peer = self.feed_forward[layer] == "peer"
         return LayerTables(owner + _TABLE, owner + _DOWN_TABLE if is_peer else None)
 
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of one token's keys and values in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+    def kv_bytes_per_token(self, itemsize: int, kv_dtype: str = "auto") -> int:
+        """Bytes of one token's keys and values in all layers.
+
+        ``kv_dtype`` is that of ``EngineConfig``; ``auto`` has values of ``itemsize`` bytes.
+        """
+        row_bytes = self.head_dim * (itemsize if kv_dtype == "auto" else 1)
+        if kv_dtype == "int8":
+            row_bytes += KV_SCALE_BYTES
+        return 2 * self.num_layers * self.num_kv_heads * row_bytes
 
 
 def _positive(config: object, *names: str) -> None:

@@ -99,6 +99,16 @@ def test_memory_layers_read_no_row_twice():
         assert with_rows.flops == without.flops
 
 
+def test_keys_and_values_in_int8_take_fewer_bytes():
+    plain, small = (
+        ModelWork(tiny_config(head_dim=64), itemsize=2, row_bytes=0, kv_dtype=dtype)
+        for dtype in ("auto", "int8")
+    )
+    chunks = [Chunk(10, 1)]
+    saved = plain.of(chunks, 1).num_bytes - small.of(chunks, 1).num_bytes
+    assert saved == 11 * 2 * 2 * 2 * (128 - 68)  # keys and values of two layers with two heads
+
+
 def test_peer_reads_two_tables_and_a_mixture_only_the_chosen_experts():
     peer = tiny_config(**feed_forward_changes("dense", "peer"))
     rows, none = (ModelWork(peer, itemsize=2, row_bytes=number) for number in (48, 0))

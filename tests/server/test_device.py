@@ -105,13 +105,27 @@ def test_a_cpu_refuses_settings_that_need_a_gpu_with_the_reason(gpus, model, eng
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("table_tier", "disk"), ("weight_dtype", "int8"), ("weight_dtype", "int4")]
+    ("settings", "name", "value"),
+    [
+        (ModelOptions, "table_tier", "disk"),
+        (ModelOptions, "weight_dtype", "int8"),
+        (ModelOptions, "weight_dtype", "int4"),
+        (EngineConfig, "kv_dtype", "int8"),
+    ],
 )
-def test_a_gpu_refuses_settings_that_need_a_cpu_and_auto_takes_the_cpu(gpus, caplog, name, value):
+def test_a_gpu_refuses_settings_that_need_a_cpu_and_auto_takes_the_cpu(
+    gpus, caplog, settings, name, value
+):
     gpus((9, 0))
+
+    def chosen(device):
+        values = {ModelOptions: {"device": device}, EngineConfig: {}}
+        values[settings][name] = value
+        return chosen_device(*(one(**given) for one, given in values.items()))
+
     with pytest.raises(ConfigError, match=f"{name}: {value} is not supported on a GPU yet; use"):
-        chosen_device(ModelOptions(device="cuda", **{name: value}))
-    assert chosen_device(ModelOptions(**{name: value})) == torch.device("cpu")
+        chosen("cuda")
+    assert chosen("auto") == torch.device("cpu")
     option = name.replace("_", "-")
     assert caplog.messages == [f"device: cpu (auto: --{option} {value} needs the CPU)"]
 

@@ -59,6 +59,6 @@ def model_bytes(
         weights=weights,
         tables=sum(layout.num_bytes for layout in layouts),
         host_cache=host_cache_limits(layouts, memory) if memory else HostCacheLimits(0, 0),
-        kv_per_token=config.model.kv_bytes_per_token(1 if kv_dtype == "fp8" else chosen.itemsize),
+        kv_per_token=config.model.kv_bytes_per_token(chosen.itemsize, kv_dtype),
         dtype=chosen,
     )

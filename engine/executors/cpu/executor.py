@@ -44,12 +44,14 @@ class CpuExecutor:
         lookahead: LookaheadConfig | None = None,
         dtype: torch.dtype | None = None,
         weight_bits: int | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         """Pack a model's weights in ``dtype``, fp32 or bf16, and reserve KV memory.
 
         ``dtype`` is by default that of the model; the embedding is kept if it has ``dtype``. With
         ``weight_bits``, weights are rounded to groups: to these bits in the layers, to 8 bits in
-        embedding and head.
+        embedding and head. Keys and values are kept in ``dtype``, or rounded to int8 if that is
+        ``kv_dtype``.
 
         Raises:
             KvMemoryError: the system cannot provide the KV memory.
@@ -85,7 +87,7 @@ class CpuExecutor:
         self._head = head_packer.linear(head, norm=model.model.norm)
         self._sampler = Sampler(kernels.sample, kernels.log_probabilities, kernels.mask)
         self._block_table = HostBlockTable()
-        like = torch.empty(0, dtype=packer.dtype)
+        like = torch.empty(0, dtype=kv_dtype or packer.dtype)
         self._kv_blocks = kv_memory(model.config, num_blocks, block_size, like)
 
     @torch.inference_mode()

@@ -25,12 +25,12 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 # PROGRESS_COUNTERS of progress.h, and LINE of memory_ops' simd.h
 _PROGRESS_COUNTERS, _LINE = 64, 64
 _LOGITS = (_POINTER, *[_INT64] * 3, _INT32)
-_LAYERS = (_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4)
-BLOCK_SIZE_STEP = 4  # QUAD of kv_areas.h
+_LAYERS = (_POINTER, _INT64, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, *[_INT64] * 4, _INT32)
+KV_STEP = 4  # of block sizes, and in int8 of head sizes: kv_areas.h
 CPU_LIBRARY = NativeLibrary(
     Path(__file__).parent / "native",
     {
-        "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, _INT32, _POINTER)),
+        "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, *[_INT32] * 2, _POINTER)),
         "memplus_decoder_layers": (_INT32, (*_LAYERS, *[_POINTER] * 5)),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),
@@ -96,7 +96,8 @@ class CpuKernels:
     ) -> tuple[Tensor, Tensor]:
         """Run consecutive layers in place, except feed-forwards that run apart.
 
-        ``residual`` is contiguous; the other arguments are those of ``Transformer.forward``.
+        ``residual`` is contiguous; the other arguments are those of ``Transformer.forward``. KV
+        blocks have the dtype of the layers, or are int8 (see ``kv_memory``).
         Returns the int64 rows that the M memories of the run read, and their weights,
         ``[M, T, H, K]``, and counts them in the tables. Raises TableReadError.
         """
@@ -118,7 +119,7 @@ class CpuKernels:
         inputs = _addresses(residual_TD, cosines, sines)
         kv = kv_blocks.data_ptr() + run.start * kv_bytes, kv_bytes, *_addresses(*sequences)
         counts = len(paged.context_lengths), paged.block_table_SB.stride(0)
-        sizes = layers.num_heads, kv_blocks.shape[4]
+        sizes = layers.num_heads, kv_blocks.shape[4], kv_blocks.dtype is torch.int8
         addresses = *_addresses(rows_MTHK, weights_MTHK), patches and patches.address
         outputs = *addresses, ctypes.byref(failure)
         succeeded = self._library.memplus_decoder_layers(

@@ -32,12 +32,12 @@ def sized_executor(
         torch.cuda.get_device_name(weight.device),
         weight.dtype,
     )
-    itemsize = 1 if config.kv_dtype == "fp8" else weight.dtype.itemsize
     try:
         device_model = DeviceModel(model, lookahead)
         # one block is enough to measure what a step takes
         probe = CudaExecutor(device_model, config, device, num_blocks=1)
         memory = GpuMemory(weight.device)
+        itemsize = weight.dtype.itemsize
         num_blocks = num_kv_blocks(model.config, config, itemsize, memory, probe.run_largest)
         del probe
         return CudaExecutor(device_model, config, device, num_blocks)

@@ -67,7 +67,7 @@ def num_kv_blocks(
     sequences.
 
     Args:
-        itemsize: bytes of a number in the KV cache.
+        itemsize: bytes of a number in the KV cache, unless its dtype is set.
         run_largest: runs the largest step and waits for it.
 
     Raises:
@@ -79,7 +79,7 @@ def num_kv_blocks(
     usable = int(memory.total() * config.gpu_memory_utilization)
     reserved = _RESERVE_BYTES + (config.patch_bytes if patched_layers(model, config) else 0)
     left = usable - in_use - 2 * peak - reserved
-    block_bytes = model.kv_bytes_per_token(itemsize) * config.block_size
+    block_bytes = model.kv_bytes_per_token(itemsize, config.kv_dtype) * config.block_size
     length = min(config.max_model_len or model.max_positions, model.max_positions)
     most = config.max_num_seqs * -(-length // config.block_size)
     wanted = most

@@ -11,6 +11,7 @@
 
 #include "attention_call.h"
 #include "attention_tile.h"
+#include "int8_products.h"
 #include "value_products.h"
 #include "values.h"
 #include "memory_ops/native/threads.h"
@@ -31,8 +32,8 @@ inline void list_tiles(const Attention& call, std::vector<QueryTile>& tiles) {
 // Writes the rotated keys and the values of some tokens of the batch.
 template <class Values, class Products>
 inline void write_keys(const Attention& call, Span tokens) {
-  const Products products(call);
-  const int64_t size = Products::area_bytes(call), vectors = call.head_dim / LANES + 1;
+  const typename Products::Areas areas(call);
+  const int64_t vectors = call.head_dim / LANES + 1;
   floats *key = kept_vectors<struct KvRows>(2 * vectors), *value = key + vectors;
   const auto read = [&](int64_t token, int64_t head, floats* to) {
     const uint8_t* from = call.qkv + call.qkv_place(token, head) * Values::bytes;
@@ -48,9 +49,8 @@ inline void write_keys(const Attention& call, Span tokens) {
         read(t, call.num_heads + g, key);
         rotate((float*)key, call.cosines + t * half, call.sines + t * half, half);
         read(t, call.num_heads + call.num_kv_heads + g, value);
-        uint8_t* area = call.kv + call.kv_area(s, g, position) * size;
-        products.write(area, area + call.num_kv_heads * size, position % call.block_size, key,
-                       value);
+        uint8_t* area = call.kv + call.kv_area(s, g, position) * areas.bytes();
+        Products::write(areas, area, position % call.block_size, key, value);
       }
     }
   }
@@ -83,14 +83,19 @@ class TileQueue {
   std::atomic<size_t> next_{0};
 };
 
+template <class Values, class Products>
+inline void attend_with(const Attention& call, TileQueue& tiles, int64_t thread, int64_t threads) {
+  write_keys<Values, Products>(call, piece(call.num_tokens(), thread, threads));
+  barrier(threads);
+  TileWorker<Values, Products>(call).run([&] { return tiles.take(); });
+}
+
 // Runs one thread's share of a call; every thread of the team must call it.
 template <class Values>
 inline void attend_share(const Attention& call, TileQueue& tiles, int64_t thread,
                          int64_t threads) {
-  using Products = ValueProducts<Values>;
-  write_keys<Values, Products>(call, piece(call.num_tokens(), thread, threads));
-  barrier(threads);
-  TileWorker<Values, Products>(call).run([&] { return tiles.take(); });
+  call.has_int8_kv ? attend_with<Values, Int8Products>(call, tiles, thread, threads)
+                   : attend_with<Values, ValueProducts<Values>>(call, tiles, thread, threads);
 }
 
 template <class Values>

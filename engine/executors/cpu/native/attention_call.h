@@ -16,17 +16,18 @@ constexpr int64_t SHARING_ROWS = 24;
 #endif
 
 // Tensors of bf16 or fp32 values; H query heads, G KV heads, E values per head. The areas of KV blocks
-// are those of kv_areas.h.
+// (kv_areas.h) hold such values, or int8.
 struct Attention {
   const uint8_t* qkv;              // [T, H + 2 G, E]: queries, keys, values
   const float* cosines;            // [T, E / 2], as are the sines
   const float* sines;
-  uint8_t* kv;                     // [blocks, 2, G] areas
+  uint8_t* kv;                     // [blocks, G] areas
   const int64_t* block_table;      // [S] rows, table_stride ids apart
   const int64_t* query_starts;     // [S + 1]
   const int64_t* context_lengths;  // [S]
   uint8_t* out;                    // [T, H, E]
   int64_t num_sequences, table_stride, num_heads, num_kv_heads, head_dim, block_size;
+  bool has_int8_kv;
   Progress progress;
 
   int64_t group_heads() const { return num_heads / num_kv_heads; }
@@ -37,10 +38,10 @@ struct Attention {
   int64_t qkv_place(int64_t token, int64_t head) const {
     return (token * qkv_heads() + head) * head_dim;
   }
-  // number of the area of the key at a position of a sequence; its value's is num_kv_heads further
+  // number of the area of a position of a sequence
   int64_t kv_area(int64_t sequence, int64_t kv_head, int64_t position) const {
     const int64_t block = block_table[sequence * table_stride + position / block_size];
-    return block * 2 * num_kv_heads + kv_head;
+    return block * num_kv_heads + kv_head;
   }
 };
 

@@ -26,7 +26,7 @@ class TileWorker {
 
  public:
   explicit TileWorker(const Attention& call)
-      : call_(call), products_(call), out_vectors_(products_.out_vectors()) {
+      : call_(call), areas_(call), products_(call), out_vectors_(products_.out_vectors()) {
     const int64_t rows = buffer_rows(call);
     floats* free =
         kept_vectors<TileWorker>(rows * (out_vectors_ + 2 + PART_VECTORS) + out_vectors_);
@@ -91,16 +91,15 @@ class TileWorker {
       part.rows = (tile->last - tile->first) * call_.group_heads();
       part.count = std::min(PART, part.seen - first);
     }
-    const int64_t size = Products::area_bytes(call_), half = call_.num_kv_heads * size;
     int64_t at = 0;  // always at a quad's first key
     while (at < part.count) {
       const int64_t position = first + at, token = position % call_.block_size;
-      const uint8_t* area =
-          call_.kv + call_.kv_area(tile->sequence, tile->kv_head, position) * size;
+      uint8_t* area =
+          call_.kv + call_.kv_area(tile->sequence, tile->kv_head, position) * areas_.bytes();
       const int64_t end = std::min(part.count, at + call_.block_size - token);
       for (int64_t inside = token; at < end; at += QUAD, inside += QUAD) {
-        part.keys[at / QUAD] = Products::key_at(area, inside);
-        part.values[at / QUAD] = Products::line_at(area + half, inside, call_.head_dim);
+        part.keys[at / QUAD] = areas_.key(area, inside);
+        part.lines[at / QUAD] = areas_.line(area, inside);
       }
     }
     for (; at < part.shown(); at += QUAD) part.keys[at / QUAD] = part.keys[0];
@@ -151,6 +150,7 @@ class TileWorker {
   }
 
   const Attention& call_;
+  const typename Products::Areas areas_;
   Products products_;
   const int64_t out_vectors_;           // per row of sums
   floats *sums_, *totals_, *scores_;  // per row

@@ -27,9 +27,9 @@ struct KeyPart {
   const QueryTile* tile;
   int64_t first, count;
   int64_t rows, before, seen;  // rows; keys before the first query, and up to the last
-  // of each QUAD of keys: the first words of the first key, and the line of its value; behind the
-  // last key, those of any keys, and none
-  const uint8_t *keys[PART / QUAD], *values[PART / QUAD];
+  // of each QUAD of tokens: the first key, and the line of the first value; behind the last token, any
+  // key and no line
+  const uint8_t *keys[PART / QUAD], *lines[PART / QUAD];
 
   int64_t shown() const { return rounded_up(count, SHOWN); }
 };

@@ -6,6 +6,7 @@ import torch
 
 from engine.executors.cpu.executor import CpuExecutor
 from engine.model.attention import kv_memory
+from engine.model.config import KV_SCALE_BYTES
 from engine.model.forward_trace import ForwardTrace
 from tests.models import ragged_step
 
@@ -20,14 +21,19 @@ def threads(number):
 
 
 def area_order(shape, itemsize):
-    """Where kv_areas.h has the numbers of KV blocks ``[blocks, 2, G, block_size, E]``."""
-    blocks, _, kv_heads, block_size, head_dim = shape
-    per_word = 4 // itemsize
+    """Where kv_areas.h has the numbers of KV blocks ``[blocks, 2, G, block_size, E]``.
+
+    In int8, the last 4 numbers of a row are the bytes of its scale.
+    """
+    blocks, _, kv_heads, block_size, row_size = shape
+    per_word, head_dim = 4 // itemsize, row_size - (KV_SCALE_BYTES if itemsize == 1 else 0)
     keys, values = torch.arange(shape.numel()).view(shape).unbind(1)
-    keys = keys.reshape(blocks, kv_heads, block_size, head_dim // per_word, per_word)
-    values = values.reshape(blocks, kv_heads, block_size // per_word, per_word, head_dim)
-    areas = keys.transpose(2, 3).flatten(2), values.transpose(3, 4).flatten(2)
-    return torch.stack(areas, dim=1).flatten()
+    scales = keys[..., head_dim:].flatten(2), values[..., head_dim:].flatten(2)
+    sizes = blocks, kv_heads, block_size, head_dim // per_word, per_word
+    words = keys[..., :head_dim].reshape(sizes).transpose(2, 3).flatten(2)
+    sizes = blocks, kv_heads, block_size // per_word, per_word, head_dim
+    lines = values[..., :head_dim].reshape(sizes).transpose(3, 4).flatten(2)
+    return torch.cat([words, lines, *scales], dim=2).flatten()
 
 
 class UnreadableTable:

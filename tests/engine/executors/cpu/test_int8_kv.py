@@ -32,6 +32,7 @@ from tests.engine.executors.cpu.test_kernels import (
 )
 from tests.engine.test_company import prompts, step_all
 from tests.models import engine_of, feed_forward_changes, greedy, random_model, tiny_config
+from weights.models.named_models import find_model
 
 each_build = pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -239,7 +240,8 @@ def test_a_served_model_with_memories_answers_alike(memory_plus_folder: Path, tm
     answers = []
     for kv_dtype in ("auto", "int8"):
         config = EngineConfig(kv_cache_gib=0.01, kv_dtype=kv_dtype)
-        settings = EngineSettings(ModelOptions(str(memory_plus_folder)), tmp_path, config)
+        found = find_model(str(memory_plus_folder), tmp_path)
+        settings = EngineSettings(ModelOptions(str(memory_plus_folder)), found, config)
         engine = build_engine(settings, torch.device("cpu"))
         engine.add(greedy("a", list(range(40)), 1, logprobs=1))
         answers.append(step_all(engine)["a"][0].logprobs[0].logprob)

@@ -30,7 +30,7 @@ struct ValueProduct {
 #else
   static constexpr int tile_rows = 4;
 #endif
-  static constexpr int64_t fetched = 2048;  // prefetch distance in bytes, if one tile reads a panel
+  static constexpr int64_t fetched = 4096;  // prefetch distance in bytes, if one tile reads a panel
 
   // Computes the sums of COUNT rows, `stride` bytes apart, and one panel of outputs.
   template <int COUNT>
@@ -42,8 +42,8 @@ struct ValueProduct {
 #pragma GCC unroll 2
       for (int v = 0; v < PANEL_VECTORS; v++)
         weights[v] = load<words>(panel + (step * PANEL_VECTORS + v) * sizeof(words));
-      __builtin_prefetch(prefetch.at);
-      __builtin_prefetch(prefetch.at + LINE);
+      __builtin_prefetch(prefetch.at, 0, 2);
+      __builtin_prefetch(prefetch.at + LINE, 0, 2);
       prefetch.at += prefetch.step;
 #pragma GCC unroll 12
       for (int row = 0; row < COUNT; row++) {

@@ -82,7 +82,7 @@ struct GroupProduct {
 #else
   static constexpr int tile_rows = 2;
 #endif
-  static constexpr int64_t fetched = 4096;  // prefetch distance in bytes, if one tile reads a panel
+  static constexpr int64_t fetched = 2048;  // prefetch distance in bytes, if one tile reads a panel
   static constexpr int64_t STEP_BYTES = group_bytes(BITS, HAS_MINIMUMS);
 
   template <int COUNT>
@@ -91,7 +91,7 @@ struct GroupProduct {
     floats sum[COUNT][PANEL_VECTORS] = {};
     for (int64_t step = 0; step < steps; step++, panel += STEP_BYTES) {
       for (int64_t byte = 0; byte < prefetch.step; byte += LINE)
-        __builtin_prefetch(prefetch.at + byte);
+        __builtin_prefetch(prefetch.at + byte, 0, 2);
       prefetch.at += prefetch.step;
       const RowGroup* group[COUNT];
       ints products[COUNT][PANEL_VECTORS];

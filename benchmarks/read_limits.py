@@ -27,7 +27,7 @@ READ_LIBRARY = NativeLibrary(
 
 # rows that the loop reads side by side, line by line; rows that it prefetches ahead, none leaves
 # it to the processor; and into which cache
-_ORDERS = ((1, 4), (1, 8), (1, 16), (16, 16), (32, 32))
+_ORDERS = ((1, 2), (1, 4), (1, 8), (1, 16), (1, 32), (16, 16), (32, 32))
 _PREFETCHES = ((1, 0, 1), *((*order, cache) for cache in (1, 2) for order in _ORDERS))
 _ROWS_A_TURN = 2**17
 _SEQUENTIAL_BYTES = 2**28

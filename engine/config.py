@@ -28,7 +28,7 @@ class EngineConfig:
     max_model_len: int | None = option(
         None, "longest prompt plus answer (default: the model's limit)"
     )
-    block_size: int = option(16, "tokens per KV block")
+    block_size: int = option(16, "tokens per KV block; on a CPU a multiple of 4")
     kv_cache_gib: float | None = option(
         None,
         "memory for KV blocks (default: enough for all sequences, at most the memory that"

@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.executors.cpu.kernels import CPU_LIBRARY
-from engine.executors.executor import Executor, make_executor
+from engine.executors.executor import Executor, check_kv_settings, make_executor
 from engine.executors.lookahead import LookaheadConfig
 from engine.loaded_patches import PatchSource
 from engine.messages import EngineRefused
@@ -170,6 +170,8 @@ def load_served(
     has_kernels = device.type == "cpu" and CPU_LIBRARY.best_build is not None
     if options.weight_dtype != "auto" and not has_kernels:
         raise ConfigError(f"weight_dtype: {options.weight_dtype} needs memplus's native library")
+    if engine is not None and device.type == "cpu":
+        check_kv_settings(engine, described, has_kernels=has_kernels)
     lookahead = _lookahead(options, described) if options.table_lookahead else None
     kv_dtype = engine.kv_dtype if engine else "auto"
     packed_dtype = options.weight_dtype if keep_stored and has_kernels else None

@@ -108,22 +108,18 @@ def make_executor(
         from engine.executors.cuda.sized_executor import sized_executor
 
         return sized_executor(model, config, lookahead)
-    if config.kv_dtype == "fp8":
-        raise ConfigError("kv_dtype: fp8 needs a GPU")
     per_token = model.config.kv_bytes_per_token(dtype.itemsize, config.kv_dtype)
     num_blocks = config.num_kv_blocks(per_token, model.config.max_positions)
     kernels = cpu_kernels(weight.device, dtype)
+    check_kv_settings(config, model.config, has_kernels=kernels is not None)
     try:
         if kernels is not None:
-            _check_sizes(config, model.config)
             logger.info("executor: cpu, native kernels (%s)", kernels.build)
             kv_dtype = torch.int8 if config.kv_dtype == "int8" else None
             sizes = num_blocks, config.block_size
             return CpuExecutor(model, kernels, *sizes, lookahead, dtype, weight_bits, kv_dtype)
         if weight_bits is not None:
             raise ConfigError(f"weight_dtype: {weight_dtype} needs memplus's native library")
-        if config.kv_dtype == "int8":
-            raise ConfigError("kv_dtype: int8 needs memplus's native library")
         logger.info("executor: eager, plain torch on %s in %s", weight.device, dtype)
         return EagerExecutor(converted(model, dtype), num_blocks, config.block_size, lookahead)
     except KvMemoryError as error:
@@ -132,8 +128,14 @@ def make_executor(
         raise ConfigError(message) from error
 
 
-def _check_sizes(config: EngineConfig, model: ModelConfig) -> None:
-    """Raise ConfigError unless the native kernels support the sizes of the KV blocks."""
+def check_kv_settings(config: EngineConfig, model: ModelConfig, *, has_kernels: bool) -> None:
+    """Raise ConfigError unless the CPU executor, or the eager one, supports the KV blocks."""
+    if config.kv_dtype == "fp8":
+        raise ConfigError("kv_dtype: fp8 needs a GPU")
+    if not has_kernels:
+        if config.kv_dtype == "int8":
+            raise ConfigError("kv_dtype: int8 needs memplus's native library")
+        return
     if config.block_size % KV_STEP:
         raise ConfigError(
             f"block_size: must be a multiple of {KV_STEP} on a CPU, not {config.block_size}"

@@ -62,8 +62,8 @@ class KvMemoryError(MemoryError):
 def kv_memory(config: ModelConfig, num_blocks: int, block_size: int, like: Tensor) -> Tensor:
     """Zeros ``[layers, blocks, 2, G, block_size, E]`` on the device and in the dtype of ``like``.
 
-    In int8, the bytes of its fp32 scale follow the E integers of each row. The CPU kernels order
-    the bytes of a block otherwise (kv_areas.h).
+    In int8 there are 4 more bytes per key and value, for a scale. The CPU kernels use the memory of
+    a block in the layout of kv_areas.h.
 
     On a CPU, blocks occupy memory from their first write on; KvMemoryError if there is too little.
     """

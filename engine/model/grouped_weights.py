@@ -41,8 +41,9 @@ class GroupFormat(NamedTuple):
         groups = num_groups(inputs)
         size = outputs, groups * GROUP * self.bits // 8
         found = {"weight": torch.empty(size, dtype=VALUE_DTYPES[self.bits])}
-        for name in _TENSORS[1 : 2 + self.has_minimums]:
-            found[name] = torch.empty(outputs, groups, dtype=torch.float16)
+        found["weight_scales"] = torch.empty(outputs, groups, dtype=torch.float16)
+        if self.has_minimums:
+            found["weight_minimums"] = torch.empty(outputs, groups, dtype=torch.float16)
         return found
 
     def num_bytes(self, outputs: int, inputs: int) -> int:
@@ -99,7 +100,14 @@ def widened(groups: WeightGroups) -> WeightGroups:
     if groups.bits == 8:
         return groups
     if groups.minimums_OG is not None:
-        return group_weights(_wide(groups).flatten(1), 8)
+        outputs, count = groups.scales_OG.shape
+        step = max(1, _PART_WEIGHTS // (count * GROUP))
+        parts = [
+            group_weights(_wide(groups.part(slice(first, first + step))).flatten(1), 8)
+            for first in range(0, outputs, step)
+        ]
+        values, scales = ([part.tensors[name] for part in parts] for name in _TENSORS[:2])
+        return WeightGroups(torch.cat(values), torch.cat(scales), 8)
     return WeightGroups(_integers(groups).flatten(1), groups.scales_OG, 8)
 
 

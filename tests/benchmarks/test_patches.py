@@ -43,7 +43,8 @@ def test_steps_and_loads_are_reported(memory_plus_folder, tmp_path, capsys):
         # all rows, since the model has fewer than a patch has by default
         assert len(one["load_ms"]) == 2 and one["patch_rows"] == 64
         assert one["longest_load_ms"] == max(one["load_ms"])
-        assert one["longest_ms"] >= one["step_ms"] > 0
+        # tokens that arrive together have no time between them
+        assert one["longest_ms"] >= one["step_ms"] >= 0
 
 
 class RecordedContest(PatchContest):

@@ -38,7 +38,7 @@ from weights.checkpoints.tensor_files import (
     list_tensors,
 )
 from weights.checkpoints.tensor_writer import write_tensors
-from weights.checkpoints.tied_head import drop_tied_head
+from weights.checkpoints.tied_head import EMBEDDING, drop_tied_head
 from weights.errors import CheckpointError
 
 CPU = torch.device("cpu")
@@ -77,9 +77,10 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
     """
     config = read_config(folder)
     stored = list_tensors(folder)
-    last = f"model.layers.{config.model.num_layers - 1}.input_layernorm.weight"
-    if last not in stored:  # a wrong layer count would build a huge meta model below
-        raise CheckpointError(f"{folder}: tensor {last} is missing")
+    for layer in range(config.model.num_layers):
+        # a wrong layer count would build a huge meta model below
+        if (norm := f"model.layers.{layer}.input_layernorm.weight") not in stored:
+            raise CheckpointError(f"{folder}: tensor {norm} is missing")
     formats = stored_formats(stored) if config.has_groups else {}
     expected, tables = expected_tensors(config.model, formats), config.model.table_names
     if config.model.tie_embeddings:
@@ -121,7 +122,7 @@ def serving_dtype(
         ValueError: ``dtype`` is not one of auto, bfloat16, float16, float32.
     """
     if dtype == "auto":
-        code = stored["model.embed_tokens.weight"].dtype
+        code = stored[EMBEDDING].dtype
         is_wide = code in ("F32", "F64") if code in DTYPES else config.dtype in _WIDE_DTYPES
         return torch.float32 if is_wide else torch.bfloat16
     chosen = OUTPUT_DTYPES.get(dtype)

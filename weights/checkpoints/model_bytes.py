@@ -1,15 +1,19 @@
 """Sizes in bytes of a served model's parts, read from the headers of its folder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from engine.model.grouped_weights import GroupFormat
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
 from weights.checkpoints.host_cache_limits import HostCacheLimits, host_cache_limits
 from weights.checkpoints.model_weights import largest_layer_bytes, weight_bytes
 from weights.checkpoints.packed_formats import packed_formats
 from weights.checkpoints.table_loading import table_layouts
+from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor
+from weights.checkpoints.tied_head import EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,10 @@ def model_bytes(
     if packed_dtype is None:
         weights = weight_bytes(stored, chosen, {}) + largest_layer_bytes(stored)
     else:
-        weights = weight_bytes(stored, chosen, packed_formats(config.model, stored, packed_dtype))
+        formats = packed_formats(config.model, stored, packed_dtype)
+        weights = weight_bytes(stored, chosen, formats)
+        if config.model.tie_embeddings:
+            weights += _converted_bytes(stored[EMBEDDING], chosen, packed_dtype, formats)
     return ModelBytes(
         weights=weights,
         tables=sum(layout.num_bytes for layout in layouts),
@@ -62,3 +69,19 @@ def model_bytes(
         kv_per_token=config.model.kv_bytes_per_token(chosen.itemsize, kv_dtype),
         dtype=chosen,
     )
+
+
+def _converted_bytes(
+    embedding: StoredTensor,
+    dtype: torch.dtype,
+    packed_dtype: str,
+    formats: Mapping[str, GroupFormat],
+) -> int:
+    """Bytes of the rows of a tied embedding; 0 if they are those of the file.
+
+    The executor needs them beside the packed head.
+    """
+    stored = STORED_DTYPES[embedding.dtype]
+    if packed_dtype == "auto" and (stored is dtype or not stored.is_floating_point):
+        return 0
+    return weight_bytes({EMBEDDING: embedding}, dtype, formats)

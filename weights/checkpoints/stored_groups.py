@@ -24,6 +24,7 @@ from weights.checkpoints.tensor_files import (
     TensorSource,
     read_mapped,
 )
+from weights.checkpoints.tied_head import EMBEDDING
 from weights.errors import CheckpointError
 
 _WEIGHT, _MINIMUMS = ".weight", ".weight_minimums"
@@ -44,7 +45,7 @@ def source_formats(sources: Iterable[TensorSource]) -> dict[str, GroupFormat]:
 def embedding_dtype(sources: Iterable[TensorSource]) -> str | None:
     """The name of the embedding's dtype; None if it is in groups or missing."""
     for source in sources:
-        if source.name == "model.embed_tokens.weight" and source.dtype.is_floating_point:
+        if source.name == EMBEDDING and source.dtype.is_floating_point:
             return str(source.dtype).removeprefix("torch.")
     return None
 

@@ -7,7 +7,7 @@ import torch
 from weights.checkpoints.tensor_files import DTYPES, StoredTensor, read_mapped
 from weights.errors import CheckpointError
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS_AT_ONCE = 4096
 
 
@@ -22,11 +22,11 @@ def drop_tied_head(stored: dict[str, StoredTensor]) -> None:
     head = stored.pop(_HEAD, None)
     if head is None:
         return
-    embedding = stored.get(_EMBEDDING)
+    embedding = stored.get(EMBEDDING)
     if embedding is None:
-        stored[_EMBEDDING] = replace(head, name=_EMBEDDING)
+        stored[EMBEDDING] = replace(head, name=EMBEDDING)
         return
-    is_grouped = f"{_EMBEDDING}_scales" in stored
+    is_grouped = f"{EMBEDDING}_scales" in stored
     if embedding.dtype not in DTYPES and not is_grouped:
         return  # the caller reports the embedding itself
     if (
@@ -36,8 +36,7 @@ def drop_tied_head(stored: dict[str, StoredTensor]) -> None:
         or not _are_equal(head, embedding)
     ):
         raise CheckpointError(
-            f"{head.file}: tensor {_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is"
-            " true"
+            f"{head.file}: tensor {_HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true"
         )
 
 

@@ -1,12 +1,15 @@
 """Prepares a model's checkpoint folder: converts SmolLM2 and GGUF files on first use."""
 
 import fcntl
+import logging
 import shutil
 from pathlib import Path
 
 from weights.errors import CheckpointError
 from weights.models.folder_lock import hold, remove_unheld
 from weights.models.named_models import ModelFolder, find_model
+
+logger = logging.getLogger(__name__)
 
 
 def prepared_folder(name: str, cache_folder: Path) -> Path:
@@ -52,8 +55,11 @@ def _convert(model: ModelFolder, source: Path) -> None:
     for left in folder.parent.glob(".*.partial-*"):
         # left by a killed process: a live one would still hold the lock
         if model.is_version(left.name[1:].rpartition(".partial-")[0]):
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
     convert(source, folder, model.dtype, source_version=model.version)
     for other in folder.parent.iterdir():
         if other != folder and other.is_dir() and model.is_version(other.name):
-            remove_unheld(other)
+            try:
+                remove_unheld(other)
+            except OSError as error:
+                logger.warning("%s: cannot be removed (%s)", other, error.strerror)

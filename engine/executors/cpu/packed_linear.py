@@ -78,6 +78,7 @@ class PackedLinear:
         fields = _Fields(blocks=num_blocks, inputs=self.num_inputs, outputs=outputs)
         fields.is_bf16, fields.is_gated = dtype == torch.bfloat16, is_gated
         if isinstance(first, WeightGroups):
+            assert first.bits == 4 or first.minimums_OG is None  # no kernel has both
             fields.weight_bits, fields.has_minimums = first.format
         fields.has_wide_outputs = has_wide_outputs
         self._fields, self.address = fields, ctypes.addressof(fields)
@@ -101,11 +102,12 @@ class PackedLinear:
     def _pack(self, library: ctypes.CDLL, part: WeightRows) -> None:
         if isinstance(part.weights, WeightGroups):
             assert part.weights.format == (self._fields.weight_bits, self._fields.has_minimums)
-            weights, *rest = (one.contiguous() for one in part.weights.tensors.values())
+            weights, *others = (one.contiguous() for one in part.weights.tensors.values())
         else:
-            weights, rest = part.weights, []
+            weights, others = part.weights, []
         assert weights.stride(1) == 1
-        scales, minimums = [*(one.data_ptr() for one in rest), None, None][:2]
+        scales = others[0].data_ptr() if others else None
+        minimums = others[1].data_ptr() if len(others) > 1 else None
         bias_O = None if part.bias_O is None else part.bias_O.float().contiguous()
         bias = None if bias_O is None else bias_O.data_ptr()
         address, stride = weights.data_ptr(), weights.stride(0) * weights.itemsize

@@ -301,7 +301,7 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(folder):
 def test_too_many_layers_are_refused_before_the_model_is_built(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10_000_000}))
-    with pytest.raises(CheckpointError, match=r"model\.layers\.9999999\.input_layernorm"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.input_layernorm"):
         load_model(folder)
 
 

@@ -226,6 +226,22 @@ def test_bytes_of_dense_weights_are_those_of_the_unrounded_folder(tmp_path, dtyp
     assert model_bytes(tmp_path / "made", "bfloat16", "auto").weights == wanted + largest
 
 
+@each_dtype
+def test_a_tied_embedding_that_is_rounded_at_load_is_counted_beside_the_head(tmp_path, dtype):
+    tied, untied = (
+        save_model(random_model(tiny_config(tie_embeddings=is_tied)), tmp_path / f"{is_tied}")
+        for is_tied in (True, False)
+    )
+
+    def count(folder, dtype, packed_dtype):
+        return model_bytes(folder, dtype, "auto", "auto", packed_dtype).weights
+
+    assert count(tied, "auto", dtype) == count(untied, "auto", dtype)
+    # so is one that is served in another dtype than that of the file
+    assert count(tied, "bfloat16", "auto") == count(untied, "bfloat16", "auto")
+    assert count(tied, "auto", "auto") < count(untied, "auto", "auto")
+
+
 def test_layers_of_one_product_are_as_wide_as_the_widest(source, folders, tmp_path):
     folder = shutil.copytree(folders["int4"], tmp_path / "mixed")
     tensors, dense = load_file(folder / DENSE), load_file(source / DENSE)

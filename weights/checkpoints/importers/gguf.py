@@ -180,9 +180,11 @@ def _read_config(reader: gguf.GGUFReader, tensors: dict[str, Any]) -> Checkpoint
         if _size(reader, name, head_dim) != head_dim:
             raise CheckpointError(f"llama.{name}: must be the head dimension {head_dim}")
     num_layers = _size(reader, "block_count")
-    last = f"blk.{num_layers - 1}.attn_norm.weight"
-    if last not in tensors:  # a wrong layer count would build a huge meta model
-        raise CheckpointError(f"llama.block_count: is {num_layers}, but tensor {last} is missing")
+    for layer in range(num_layers):  # a wrong layer count would build a huge meta model
+        if (norm := f"blk.{layer}.attn_norm.weight") not in tensors:
+            raise CheckpointError(
+                f"llama.block_count: is {num_layers}, but tensor {norm} is missing"
+            )
     model = ModelConfig(
         vocab_size=len(required_list(reader, "tokenizer.ggml.tokens", str)),
         hidden_size=hidden_size,

@@ -29,14 +29,14 @@ def block_groups(tensor: Any, reorder: Callable[[Tensor], Tensor]) -> WeightGrou
     2,048th of themselves at most.
 
     Raises:
-        CheckpointError: a scale or minimum is NaN, infinite, or too large for fp16.
+        CheckpointError: a scale or minimum is NaN, or too large for fp16.
     """
     read = _q4_k if tensor.tensor_type == _KINDS.Q4_K else _simple
     # a copy, because the file's mapping is read-only
     groups = read(np.array(tensor.data), GROUP_FORMATS[tensor.tensor_type])
     for array in groups.tensors.values():
         if array.is_floating_point() and not array.isfinite().all():
-            raise CheckpointError(f"tensor {tensor.name} has scales that are NaN or infinite")
+            raise CheckpointError(f"tensor {tensor.name} has scales that are NaN or too large")
     values, scales, *minimums = (reorder(array) for array in groups.tensors.values())
     return WeightGroups(values, scales, groups.bits, *minimums)
 

@@ -37,9 +37,12 @@ def open_gguf(file: Path) -> gguf.GGUFReader:
         CheckpointError: the file cannot be read, or is not a whole GGUF file.
     """
     try:
-        return _BoundedReader(file)
+        reader = _BoundedReader(file)
     except (OSError, ValueError, IndexError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{file}: is truncated or not a GGUF file ({error})") from None
+    if reader.byte_order != "I":
+        raise CheckpointError(f"{file}: its byte order is not that of this machine")
+    return reader
 
 
 def value(reader: gguf.GGUFReader, key: str) -> Any:

@@ -1,6 +1,6 @@
 // The products of a tile's queries and weights with keys and values in int8.
 //
-// Queries and keys are spread by a Hadamard matrix, which changes no product of them but its factor.
+// Queries and keys are spread by a Hadamard matrix, which multiplies every product by the same factor.
 // Queries are rounded to 15 bits and weights, times the scales of their values, to 16. Each splits
 // into two bytes, and the bytes into two rows of an integer product: high * 2^n + low. So integers
 // are exact in any order, and the sums of a part are scaled once.
@@ -9,11 +9,11 @@
 #include <algorithm>
 #include <utility>
 
+#include "byte_products.h"
 #include "kept.h"
 #include "part_lines.h"
 #include "rounded_rows.h"
 #include "values.h"
-#include "weight_groups.h"
 
 namespace memplus {
 

@@ -4,6 +4,8 @@
 //   keys [E / S, block_size]      word k of a token holds numbers S k to S k + S - 1 of its key
 //   values [block_size / S, E]    word e of a line holds number e of the values of S tokens
 //   scales [2, block_size]        in int8: of the keys, then of the values, in fp32
+//
+// In int8, keys are spread (rounded_rows.h) and have an offset of 128, so that they are unsigned.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +19,7 @@ namespace memplus {
 constexpr int64_t WORD = sizeof(uint32_t);
 constexpr int64_t QUAD = 4;  // block sizes are multiples of it
 
-// The areas of a call. Pointers to a token's key lie WORD apart, and so do those to its scales.
+// The areas of a call. The keys of consecutive tokens begin WORD apart, and so do their scales.
 template <int64_t BYTES>
 struct KvAreas {
   static constexpr int64_t LINE_TOKENS = WORD / BYTES;
@@ -37,7 +39,7 @@ struct KvAreas {
     return area + scales_at() / 2 + token / LINE_TOKENS * head_dim * WORD;
   }
 
-  // How far behind a token's key the scales of its key and of its value lie.
+  // Distance from a token's key to the scale of this key, and to that of the token's value.
   int64_t key_scale_at() const { return scales_at(); }
   int64_t value_scale_at() const { return scales_at() + block_size * WORD; }
 

@@ -29,8 +29,8 @@ struct Rows {
   int64_t first, last;
 };
 
-// The cache lines that a tile prefetches while it computes: into L2, since L1 has room for fewer
-// pending lines than the memory needs to be busy.
+// The cache lines that a tile prefetches while it computes: into L2, because L1 tracks too few pending
+// lines to keep the memory busy.
 struct Prefetch {
   const uint8_t* at;
   int64_t step;  // bytes per step of the product

@@ -12,7 +12,8 @@
 namespace memplus {
 
 // Lines of numbers of BYTES bytes, for products that read STEPS lines together. They lie in the KV
-// blocks, or in a buffer to which they are copied if their sizes are no multiples of vectors.
+// blocks. If their sizes are not multiples of vectors, or if the product needs a constant stride,
+// they are copied to a buffer.
 template <int64_t BYTES, int64_t STEPS>
 class PartLines {
   using Areas = KvAreas<BYTES>;
@@ -45,16 +46,17 @@ class PartLines {
     const int64_t shown = part.shown() / LANES;
     const bool is_in_place = areas_.block_size % LANES == 0 &&
                              key_steps_ * LINE_TOKENS == areas_.head_dim;
-    if (!is_in_place) copy_keys(part);
+    if (!is_in_place) copy_keys(part, next);
     for (int64_t v = 0; v < shown; v++) {
       lines_[v] = is_in_place ? part.keys[v * LANES / QUAD] : copies_ + v * sizeof(floats);
-      const bool has_next = is_in_place && v * LANES < next.count;
-      fetched_[v] = has_next ? next.keys[v * LANES / QUAD] : lines_[v];
+      fetched_[v] = v * LANES < next.count ? next.keys[v * LANES / QUAD] : lines_[v];
     }
-    return {lines_, fetched_, is_in_place ? areas_.key_stride() : PART * WORD};
+    if (!is_in_place) return {lines_, nullptr, PART * WORD};
+    return {lines_, fetched_, areas_.key_stride()};
   }
 
-  // The same of the part's values.
+  // The part's values, which are valid until the next call; the product prefetches those of the next
+  // part.
   PlacedLines values(const Part& part, const Part& next) {
     const int64_t shown = part.shown() / LINE_TOKENS;
     for (int64_t i = 0; i < shown; i++) {
@@ -65,19 +67,19 @@ class PartLines {
     return {lines_, fetched_};
   }
 
-  // Copies of these, for products with tiles.
+  // Copies of the part's values, for products with tiles; prefetches those of the next part.
   VectorLines copied_values(const Part& part, const Part& next) {
     values(part, next);
     if (areas_.head_dim % LANES == 0) copy_lines(part.shown() / LINE_TOKENS);
     for (int64_t v = 0; v < out_vectors_; v++) columns_[v] = copies_ + v * sizeof(floats);
-    return {columns_, columns_, line_bytes()};
+    return {columns_, nullptr, line_bytes()};
   }
 
  private:
   int64_t line_bytes() const { return out_vectors_ * (int64_t)sizeof(floats); }
 
-  // Zeros follow the words of the keys.
-  void copy_keys(const Part& part) {
+  // Copies the part's keys, followed by words of 0 up to whole steps.
+  void copy_keys(const Part& part, const Part& next) {
     const int64_t words = areas_.head_dim / LINE_TOKENS, quads = part.shown() / QUAD;
     for (int64_t step = 0; step < key_steps_; step++)
       for (int64_t quad = 0; quad < quads; quad++) {
@@ -86,6 +88,8 @@ class PartLines {
           std::memcpy(to, part.keys[quad] + step * areas_.key_stride(), QUAD * WORD);
         else
           std::memset(to, 0, QUAD * WORD);
+        if (step < words && quad * QUAD < next.count)
+          __builtin_prefetch(next.keys[quad] + step * areas_.key_stride());
       }
   }
 

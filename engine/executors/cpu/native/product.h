@@ -1,5 +1,5 @@
-// The product that attention uses twice: rows of words (two bf16 values or one fp32 each) times a
-// matrix with one line of vectors per word.
+// The product that attention uses twice: rows of words (one fp32, two bf16 values or four bytes each)
+// times a matrix with one line of vectors per word. Sums of bytes are integers in the lanes of floats.
 #pragma once
 
 #include "values.h"
@@ -22,8 +22,8 @@ struct VectorRows {
   int64_t stride;  // vectors
 };
 
-// Lines whose vectors lie apart, each `stride` bytes after that of the line before. The product also
-// prefetches other lines of the same layout.
+// Vector v of line i lies at vectors[v] + i * stride. The product prefetches the same places behind
+// `fetched`, if it is not null.
 struct VectorLines {
   const uint8_t *const *vectors, *const *fetched;
   int64_t stride;  // bytes
@@ -46,7 +46,7 @@ struct VectorLines {
     Reader<VECTORS> reader;
     for (int v = 0; v < VECTORS; v++) {
       reader.vectors[v] = vectors[vector + v];
-      reader.fetched[v] = fetched[vector + v];
+      reader.fetched[v] = (fetched ? fetched : vectors)[vector + v];
     }
     reader.stride = stride;
     return reader;

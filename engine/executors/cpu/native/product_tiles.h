@@ -29,7 +29,7 @@ inline void add_tile_products(WordRows rows, const VectorLines& lines, int64_t f
     if constexpr (ROW_TILES == 2) _tile_loadd(5, row + TILE_HEIGHT * rows.stride, rows.stride);
     if constexpr (ROW_TILES == 2) _tile_dpbf16ps(2, 5, 6);
     if constexpr (ROW_TILES == 2 && VECTORS == 2) _tile_dpbf16ps(3, 5, 7);
-    for (int v = 0; v < VECTORS; v++)
+    for (int v = 0; lines.fetched && v < VECTORS; v++)
       for (int64_t next = 0; next < TILE_STEPS; next++)
         __builtin_prefetch(lines.fetched[first + v] + line + next * lines.stride, 0, 2);
   }

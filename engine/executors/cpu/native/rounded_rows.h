@@ -12,7 +12,8 @@ inline int32_t largest(ints lanes) {
 }
 
 // Rounds values, which zeros pad to whole vectors, to integers of up to `most`; passes each vector
-// to `take(first, lanes, integers)` and returns the scale. NaN or infinity make it NaN.
+// to `take(first, lanes, integers)` and returns the scale. NaN or infinity make it NaN. If the
+// largest value is not finite, or so small that `most` divided by it is not, all integers are 0.
 template <class Take>
 inline float round_values(const floats* values, int64_t count, float most, Take take) {
   ints sizes{};  // their bits: those of NaN are above all others
@@ -21,9 +22,10 @@ inline float round_values(const floats* values, int64_t count, float most, Take 
   });
   const int32_t bits = largest(sizes);
   const float size = load<float>(&bits);
-  const floats factor = splat(size > 0 ? most / size : 0.f);
+  const bool is_rounded = size >= most * 0x1p-126f && size - size == 0;
+  const floats factor = splat(is_rounded ? most / size : 0.f);
   by_vectors(count, [&](int64_t v, int64_t at, int64_t lanes) {
-    take(at, lanes, to_nearest(values[v] * factor));
+    take(at, lanes, is_rounded ? to_nearest(values[v] * factor) : ints{});
   });
   return size / most + (size - size);
 }

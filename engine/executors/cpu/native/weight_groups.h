@@ -3,44 +3,27 @@
 // exact; sums of groups are fp32.
 #pragma once
 
-#include "memory_ops/native/simd.h"
+#include "byte_products.h"
 #include "linear_call.h"
+#include "rounded_rows.h"
 #include "values.h"
 
 namespace memplus {
 
-// The least largest value of a group that is rounded: 127 / value must be finite.
-constexpr float SMALLEST_LARGEST = 0x1p-120f;
-
-// Rounds one row. A NaN or infinity makes the scale of its group NaN. A group of values below
-// SMALLEST_LARGEST becomes zeros.
+// Rounds one row by groups, as round_values does.
 template <class Values>
 inline void round_row(const uint8_t* x, const PackedLinear& linear, RowGroup* to) {
   const int64_t size = linear.inputs;
   for (int64_t first = 0; first < size; first += GROUP, to++) {
     floats values[GROUP / LANES] = {};
-    const int64_t count = std::min(size - first, GROUP);
-    by_vectors(count, [&](int64_t v, int64_t at, int64_t lanes) {
+    by_vectors(std::min(size - first, GROUP), [&](int64_t v, int64_t at, int64_t lanes) {
       values[v] = Values::read(x + (first + at) * Values::bytes, lanes);
     });
-    floats largest_lanes{}, zeros_or_nan{};
-    for (floats value : values) {
-      const floats magnitude = (floats)((words)value & 0x7fffffff);
-      largest_lanes = largest_lanes < magnitude ? magnitude : largest_lanes;
-      zeros_or_nan += value * 0.f;
-    }
-    const float largest_value = largest(largest_lanes), zero_or_nan = sum(zeros_or_nan);
-    to->scale = largest_value / 127 + zero_or_nan;
-    const bool is_rounded = zero_or_nan == 0 && largest_value >= SMALLEST_LARGEST;
-    const floats factor = splat(is_rounded ? 127 / largest_value : 0.f);
-    if (!is_rounded)
-      for (floats& value : values) value = floats{};
     ints total{};
-    for (int v = 0; v < GROUP / LANES; v++) {
-      const ints rounded = to_nearest(values[v] * factor);
-      store_i8(to->values + v * LANES, rounded);
-      total += rounded;
-    }
+    to->scale = round_values(values, GROUP, 127, [&](int64_t at, int64_t, ints integers) {
+      store_i8(to->values + at, integers);
+      total += integers;
+    });
     int32_t row_sum = 0;
     for (int lane = 0; lane < LANES; lane++) row_sum += total[lane];
     if (linear.has_minimums)
@@ -48,29 +31,6 @@ inline void round_row(const uint8_t* x, const PackedLinear& linear, RowGroup* to
     else
       to->correction = -row_sum * (1 << (linear.weight_bits - 1));
   }
-}
-
-// Adds to each lane the products of its four unsigned bytes and its four signed bytes.
-inline ints add_byte_products(ints sum, words weights, words values) {
-#if defined(__AVX512VNNI__)
-  return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)values);
-#elif defined(__AVX512BW__)
-  const __m512i low = _mm512_set1_epi16(0xff), x = (__m512i)values, w = (__m512i)weights;
-  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, low),
-                                         _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
-  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
-  return sum + (ints)even + (ints)odd;
-#elif defined(__AVX2__)
-  const __m256i low = _mm256_set1_epi16(0xff), x = (__m256i)values, w = (__m256i)weights;
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, low),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
-  return sum + (ints)even + (ints)odd;
-#else
-  for (int shift = 0; shift < 32; shift += 8)
-    sum += (ints)(weights >> shift & 0xff) * ((ints)(values << (24 - shift)) >> 24);
-  return sum;
-#endif
 }
 
 // The product of linear.h with weights of BITS bits. A step is one group.

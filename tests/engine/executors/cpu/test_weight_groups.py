@@ -29,16 +29,19 @@ EXTREME_ROWS = """
 #include "engine/executors/cpu/native/weight_groups.h"
 
 int main() {
-  for (float extreme : {NAN, INFINITY, -INFINITY, 1e-45f, 1e-38f, 3e-37f}) {
-    float x[memplus::GROUP] = {1e-38f, extreme, -extreme};
-    memplus::PackedLinear linear = {};
-    linear.inputs = memplus::GROUP, linear.weight_bits = 8;
-    memplus::RowGroup group;
-    memplus::round_row<memplus::Fp32Values>((uint8_t*)x, linear, &group);
-    for (int8_t value : group.values)
-      if (value) return 1;
-    if (group.correction || std::isnan(group.scale) == std::isfinite(extreme)) return 2;
-  }
+  for (float extreme : {NAN, INFINITY, -INFINITY, 1e-45f, 1e-38f, 3e-37f})
+    for (float most : {127.f, 16256.f, 65535.f}) {
+      memplus::floats x[memplus::GROUP / memplus::LANES] = {};
+      float* values = (float*)x;
+      values[0] = 1e-38f, values[1] = extreme, values[2] = -extreme;
+      memplus::ints sum{};
+      const float scale = memplus::round_values(
+          x, memplus::GROUP, most,
+          [&](int64_t, int64_t, memplus::ints integers) { sum |= integers; });
+      for (int lane = 0; lane < memplus::LANES; lane++)
+        if (sum[lane]) return 1;
+      if (std::isnan(scale) == std::isfinite(extreme)) return 2;
+    }
 }
 """
 SIZES = st.integers(1, 100)

@@ -422,7 +422,7 @@ def test_headers_of_too_many_values_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "content", "message"),
     [
-        ("llama.block_count", 2**24, "is 16777216, but tensor blk.16777215.attn_norm.weight"),
+        ("llama.block_count", 2**24, "is 16777216, but tensor blk.2.attn_norm.weight"),
         ("llama.block_count", "two", "must be of type int, not 'two'"),
         ("llama.embedding_length", [32], r"must be of type int, not \[32\]"),
         ("llama.attention.layer_norm_rms_epsilon", "small", "must be of type float, not 'small'"),

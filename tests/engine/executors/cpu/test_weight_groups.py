@@ -52,7 +52,8 @@ def layer(inputs, outputs, group_format, *, bias=False):
     made = GroupedLinear(inputs, outputs, group_format, bias=bias)
     groups = group_weights(torch.randn(outputs, inputs) * inputs**-0.5, group_format.bits)
     if group_format.has_minimums:
-        groups = groups._replace(minimums_OG=torch.randn_like(groups.scales_OG) * inputs**-0.5)
+        # about as large as the weights without minimums
+        groups = groups._replace(minimums_OG=groups.scales_OG * -7.3)
     for name, tensor in groups.tensors.items():
         getattr(made, name).data = tensor
     if bias:
@@ -71,7 +72,9 @@ def rounded(x_TI):
     inputs = x_TI.shape[1]
     wide_TGI = torch.nn.functional.pad(x_TI.float(), (0, -inputs % GROUP)).unflatten(1, (-1, GROUP))
     most_TG1 = wide_TGI.abs().amax(dim=2, keepdim=True)
-    integers_TGI = (wide_TGI * (127 / most_TG1).nan_to_num(posinf=0.0)).round()
+    # torch multiplies a number by a reciprocal, which rounds twice, but divides tensors exactly
+    factors_TG1 = torch.full_like(most_TG1, 127) / most_TG1
+    integers_TGI = (wide_TGI * factors_TG1.nan_to_num(posinf=0.0)).round()
     return (integers_TGI.double() * (most_TG1 / 127)).flatten(1)[:, :inputs]
 
 

@@ -28,7 +28,7 @@ _EXTREMES = (-8.0, -7.4, -8.6, 7.4)
 
 
 class GroupFormat(NamedTuple):
-    """How weights are stored in groups: 8 or 4 bits, the latter also with minimums."""
+    """The format of weights in groups: 8 or 4 bits; groups of 4 bits may have minimums."""
 
     bits: int
     has_minimums: bool = False

@@ -79,7 +79,7 @@ def _converted_bytes(
 ) -> int:
     """Bytes of the rows of a tied embedding; 0 if they are those of the file.
 
-    The executor needs them beside the packed head.
+    The executor keeps these rows and the packed head, which is another copy of the same weights.
     """
     stored = STORED_DTYPES[embedding.dtype]
     if packed_dtype == "auto" and (stored is dtype or not stored.is_floating_point):

@@ -21,7 +21,7 @@ def threads(number):
 
 
 def area_order(shape, itemsize):
-    """Where kv_areas.h has the numbers of KV blocks ``[blocks, 2, G, block_size, E]``.
+    """For each number of areas (kv_areas.h), its index in blocks ``[blocks, 2, G, block_size, E]``.
 
     In int8, the last 4 numbers of a row are the bytes of its scale.
     """

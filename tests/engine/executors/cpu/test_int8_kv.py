@@ -1,6 +1,5 @@
 """Keys and values in int8, in every runnable build against fp64; sizes, answers and refusals."""
 
-import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from engine.executors.executor import make_executor
 from engine.model.attention import attend as attend_by_torch
 from engine.model.config import KV_SCALE_BYTES
-from engine.model.layout import PagedKv, TokenLayout
 from engine.model.rotary import rotate
 from server.config import EngineSettings
 from server.engine_entry import build_engine
@@ -29,6 +27,7 @@ from tests.engine.executors.cpu.test_kernels import (
     native_attention,
     paged_batch,
     random_qkv,
+    single_queries,
 )
 from tests.engine.test_company import prompts, step_all
 from tests.models import engine_of, feed_forward_changes, greedy, random_model, tiny_config
@@ -125,18 +124,9 @@ def test_bits_do_not_depend_on_batch_or_chunks(build, dtype, head_dim, block_siz
     qkv, angles = random_qkv(layout, 6, 2, head_dim, dtype)
     before = kv_blocks.clone()
     out = attend(build, qkv, 6, angles, kv_blocks, layout)
-    for number, (start, end) in enumerate(itertools.pairwise(layout.query_starts)):
-        table = layout.paged.block_table_SB[number : number + 1]
-        context = layout.paged.context_lengths[number]
-        for at in range(start, end):
-            # each query alone writes its own row and reads the earlier ones
-            place = layout.paged.kv_index_T[at : at + 1]
-            alone = PagedKv(place, table, (context - (end - 1 - at),))
-            single = TokenLayout(torch.empty(0), (0, 1), alone)
-            turns = angles[0][at : at + 1], angles[1][at : at + 1]
-            assert torch.equal(
-                attend(build, qkv[at : at + 1], 6, turns, before, single)[0], out[at]
-            )
+    # each query writes its own row and reads the earlier ones
+    for at, one, turns, single in single_queries(qkv, angles, layout):
+        assert torch.equal(attend(build, one, 6, turns, before, single)[0], out[at])
     assert torch.equal(before, kv_blocks)
 
 

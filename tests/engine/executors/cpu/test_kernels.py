@@ -101,6 +101,18 @@ def attend(build, qkv, angles, kv_blocks, layout):
     return native_attention(CpuKernels(build), qkv, num_heads, angles, kv_blocks, layout)
 
 
+def single_queries(qkv, angles, layout):
+    """Each query alone, as if earlier steps had run all before it: index, qkv, angles, layout."""
+    for number, (start, end) in enumerate(itertools.pairwise(layout.query_starts)):
+        table = layout.paged.block_table_SB[number : number + 1]
+        context = layout.paged.context_lengths[number]
+        for at in range(start, end):
+            place = layout.paged.kv_index_T[at : at + 1]
+            alone = PagedKv(place, table, (context - (end - 1 - at),))
+            turns = angles[0][at : at + 1], angles[1][at : at + 1]
+            yield at, qkv[at : at + 1], turns, TokenLayout(torch.empty(0), (0, 1), alone)
+
+
 SEQUENCES = st.lists(
     # the kernel reads parts of 128 keys
     st.tuples(st.integers(1, 40), st.integers(0, 50) | st.sampled_from([100, 127, 128, 250])).map(
@@ -145,18 +157,8 @@ def test_attention_bits_do_not_depend_on_batch_or_chunks(build, dtype, head_dim,
     kv_blocks, layout = paged_batch(sequences, 2, head_dim, block_size, dtype)
     qkv, angles = random_qkv(layout, 6, 2, head_dim, dtype)
     out = attend(build, qkv, angles, kv_blocks, layout)
-    for number, (start, end) in enumerate(itertools.pairwise(layout.query_starts)):
-        table = layout.paged.block_table_SB[number : number + 1]
-        context = layout.paged.context_lengths[number]
-        for at in range(start, end):
-            # each query alone, as if earlier steps had computed all before it
-            place = layout.paged.kv_index_T[at : at + 1]
-            alone = PagedKv(place, table, (context - (end - 1 - at),))
-            single = TokenLayout(torch.empty(0), (0, 1), alone)
-            turns = angles[0][at : at + 1], angles[1][at : at + 1]
-            assert torch.equal(
-                attend(build, qkv[at : at + 1], turns, kv_blocks, single)[0], out[at]
-            )
+    for at, one, turns, single in single_queries(qkv, angles, layout):
+        assert torch.equal(attend(build, one, turns, kv_blocks, single)[0], out[at])
 
 
 @each_build

@@ -34,15 +34,15 @@ FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
 # keys that do not affect the model's output for given token ids
 IGNORED_KEYS = {
     *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash"),
-    *("_flash_attn_2_enabled", "_name_or_path", "attention_dropout", "attn_implementation"),
-    *("bos_token_id", "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing"),
-    *("id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id"),
-    *("max_sequence_length", "max_window_layers", "model_max_length", "neftune_noise_alpha"),
-    *("output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id"),
-    *("prefix", "problem_type", "return_dict", "sep_token_id", "task_specific_params"),
-    *("tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript"),
+    *("_flash_attn_2_enabled", "_model_name_or_path", "_name_or_path", "attention_dropout"),
+    *("attn_implementation", "bos_token_id", "dtype", "eos_token_id", "finetuning_task"),
+    *("gradient_checkpointing", "id2label", "initializer_range", "is_decoder", "is_llama_config"),
+    *("label2id", "max_sequence_length", "max_window_layers", "model_max_length"),
+    *("neftune_noise_alpha", "output_attentions", "output_hidden_states", "output_router_logits"),
+    *("pad_token_id", "prefix", "problem_type", "return_dict", "sep_token_id"),
+    *("task_specific_params", "tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript"),
     *("transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version"),
-    *("use_bfloat16", "use_cache"),
+    *("unk_token_id", "use_bfloat16", "use_cache"),
     # defaults of generation, which old versions of transformers wrote here
     *("bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty"),
     *("do_sample", "early_stopping", "encoder_no_repeat_ngram_size"),

@@ -107,6 +107,9 @@ NEUTRAL = {
     "neftune_noise_alpha": 5.0,
     "pruned_heads": {},
     "temperature": 0.6,
+    # of a model that transformers read from a GGUF file
+    "_model_name_or_path": "Smollm2 135M 8k",
+    "unk_token_id": 0,
 }
 
 

@@ -153,8 +153,8 @@ def load_served(
     """Load a folder's model, with its value tables in the tier that ``options`` and memory allow.
 
     The tables leave enough memory for the KV blocks of ``engine``; without it none are needed.
-    ``device`` comes from ``chosen_device``. With ``keep_stored``, weights on the CPU keep their
-    stored dtypes: only an executor can run the model.
+    ``device`` comes from ``chosen_device``. With ``keep_stored``, weights in groups stay so,
+    and on the CPU all keep their stored dtypes: only an executor can run the model.
 
     Raises:
         CheckpointError: as ``load_model``.
@@ -163,19 +163,16 @@ def load_served(
     # report bad settings now, before minutes are spent on loading tables
     checkpoint = read_config(folder)
     described = checkpoint.model
-    if options.weight_dtype != "auto" and checkpoint.has_groups:
-        raise ConfigError(
-            f"weight_dtype: the weights of {folder} have few bits already; leave the option out"
-        )
     has_kernels = device.type == "cpu" and CPU_LIBRARY.best_build is not None
-    if options.weight_dtype != "auto" and not has_kernels:
-        raise ConfigError(f"weight_dtype: {options.weight_dtype} needs memplus's native library")
+    if options.weight_dtype != "auto":
+        _check_rounding(options.weight_dtype, checkpoint, device, has_kernels=has_kernels)
     if engine is not None and device.type == "cpu":
         check_kv_settings(engine, described, has_kernels=has_kernels)
     lookahead = _lookahead(options, described) if options.table_lookahead else None
     kv_dtype = engine.kv_dtype if engine else "auto"
-    packed_dtype = options.weight_dtype if keep_stored and has_kernels else None
-    sizes = model_bytes(folder, options.dtype, options.table_dtype, kv_dtype, packed_dtype)
+    reads_groups = keep_stored and (has_kernels or device.type != "cpu")
+    packed_dtype = options.weight_dtype if reads_groups else None
+    sizes = model_bytes(folder, options.dtype, options.table_dtype, kv_dtype, packed_dtype, device)
     request = MemoryRequest(
         kv_bytes=engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0,
         requested_cache=options.table_cache_bytes if options.table_cache is not None else None,
@@ -201,6 +198,23 @@ def load_served(
         logger.warning("all value tables are in memory: --table-lookahead has no effect")
         lookahead = None
     return LoadedModel(model, config, sizes.dtype, shares.kv_bytes, lookahead, options.weight_dtype)
+
+
+def _check_rounding(
+    weight_dtype: str, checkpoint: CheckpointConfig, device: torch.device, *, has_kernels: bool
+) -> None:
+    """Raise ConfigError unless the weights of a folder can be rounded at load."""
+    if checkpoint.has_groups:
+        raise ConfigError(
+            "weight_dtype: the weights of the model have few bits already; leave it out"
+        )
+    if device.type != "cpu":
+        raise ConfigError(
+            f"weight_dtype: {weight_dtype} needs a CPU; `memplus quantize --weight-dtype"
+            f" {weight_dtype}` writes a folder that a GPU serves"
+        )
+    if not has_kernels:
+        raise ConfigError(f"weight_dtype: {weight_dtype} needs memplus's native library")
 
 
 def _tier_choice(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.drawn_models import GPU
-from benchmarks.gpu.kernel_inputs import KernelCase, KernelInputs
+from benchmarks.gpu.kernel_inputs import KernelCase, KernelInputs, tensors
 from engine.model.config import ModelConfig
+from engine.model.grouped_weights import group_weights
 from engine.model.rotary import rope_angles, rope_frequencies
 
 NUM_EXPERTS, TOP_EXPERTS = 8, 2
@@ -39,6 +40,15 @@ def layer_cases(
     for name, (inputs, outputs, kinds) in products.items():
         make = partial(_product, num_tokens, inputs, outputs, dtype, **kinds)
         yield KernelCase(name, linear.linear, linear.linear_reference, make)
+    for name, bits in {
+        "norm qkv": 8,
+        "norm gate up": 4,
+        "down residual": 4,
+        "norm head": 8,
+    }.items():
+        inputs, outputs, kinds = products[name]
+        make = partial(_product, num_tokens, inputs, outputs, dtype, **kinds, bits=bits)
+        yield KernelCase(f"{name} int{bits}", linear.linear, linear.linear_reference, make)
     x = partial(_random, num_tokens, width, dtype=dtype)
     yield KernelCase(
         "rms norm",
@@ -159,15 +169,17 @@ def _product(
     norm: bool = False,
     residual: bool = False,
     gated: bool = False,
+    bits: int | None = None,
 ) -> KernelInputs:
     from engine.executors.cuda.kernels.linear_operands import LinearOperands
 
     x_MK = _random(num_tokens, inputs, dtype=dtype)
     weight_NK = _random(outputs, inputs, dtype=dtype, std=inputs**-0.5)
+    weight = weight_NK if bits is None else group_weights(weight_NK, bits)
     columns = outputs // 2 if gated else outputs
     operands = LinearOperands(
         x_MK,
-        weight_NK,
+        weight,
         norm=(_random(inputs, dtype=dtype), 1e-5) if norm else None,
         residual_MO=_random(num_tokens, columns, dtype=dtype) if residual else None,
         is_gated=gated,
@@ -175,7 +187,7 @@ def _product(
     moved = num_tokens * columns * dtype.itemsize * (2 if residual else 1)
     return KernelInputs(
         (operands,),
-        num_bytes=x_MK.nbytes + weight_NK.nbytes + moved,
+        num_bytes=x_MK.nbytes + sum(one.nbytes for one in tensors(weight)) + moved,
         flops=2 * num_tokens * weight_NK.numel(),
     )
 

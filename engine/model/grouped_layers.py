@@ -39,6 +39,14 @@ class _Grouped(nn.Module):
             self.weight, self.weight_scales, self.group_format.bits, self.weight_minimums
         )
 
+    @groups.setter
+    def groups(self, groups: WeightGroups) -> None:
+        self.group_format = groups.format
+        for name in ("weight", "weight_scales", "weight_minimums"):
+            array = groups.tensors.get(name)
+            made = None if array is None else nn.Parameter(array, requires_grad=False)
+            setattr(self, name, made)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weights, ``[outputs, inputs]`` or ``[V, D]``, in ``dtype``."""
         return dense_weights(self.groups, self._inputs, dtype)
@@ -72,8 +80,7 @@ class GroupedEmbedding(_Grouped):
         groups = group_weights(embedding.weight, bits)
         with torch.device("meta"):
             made = cls(embedding.num_embeddings, embedding.embedding_dim, groups.format)
-        for name, tensor in groups.tensors.items():
-            setattr(made, name, nn.Parameter(tensor, requires_grad=False))
+        made.groups = groups
         return made
 
     def rows(self, ids_T: Tensor, dtype: torch.dtype) -> Tensor:

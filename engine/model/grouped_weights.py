@@ -12,6 +12,8 @@ as in llama.cpp's formats Q8_0 (8 bits) and Q4_0 (4 bits), which it can hold wit
 O outputs, I inputs, G groups; the last group is padded with weights of 0.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,20 +38,23 @@ class GroupFormat(NamedTuple):
     def __str__(self) -> str:
         return f"int{self.bits}" + (" with minimums" if self.has_minimums else "")
 
-    def tensors(self, outputs: int, inputs: int) -> dict[str, Tensor]:
-        """Uninitialised arrays of some weights, by the name that a layer gives them."""
+    def arrays(self, outputs: int, inputs: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+        """Shapes and dtypes of the arrays of some weights, by the name that a layer gives them."""
         groups = num_groups(inputs)
-        size = outputs, groups * GROUP * self.bits // 8
-        found = {"weight": torch.empty(size, dtype=VALUE_DTYPES[self.bits])}
-        found["weight_scales"] = torch.empty(outputs, groups, dtype=torch.float16)
-        if self.has_minimums:
-            found["weight_minimums"] = torch.empty(outputs, groups, dtype=torch.float16)
-        return found
+        values = (outputs, groups * GROUP * self.bits // 8), VALUE_DTYPES[self.bits]
+        per_group = (outputs, groups), torch.float16
+        found = {"weight": values, "weight_scales": per_group}
+        return found | {"weight_minimums": per_group} if self.has_minimums else found
+
+    def tensors(self, outputs: int, inputs: int) -> dict[str, Tensor]:
+        """Uninitialised arrays of some weights."""
+        arrays = self.arrays(outputs, inputs).items()
+        return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in arrays}
 
     def num_bytes(self, outputs: int, inputs: int) -> int:
         """Bytes of some weights."""
-        with torch.device("meta"):
-            return sum(tensor.nbytes for tensor in self.tensors(outputs, inputs).values())
+        arrays = self.arrays(outputs, inputs).values()
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
 
 class WeightGroups(NamedTuple):
@@ -65,8 +70,13 @@ class WeightGroups(NamedTuple):
         """Bits, and whether there are minimums."""
         return GroupFormat(self.bits, self.minimums_OG is not None)
 
-    def part(self, outputs: slice | Tensor) -> "WeightGroups":
-        """The weights of some outputs."""
+    @property
+    def num_outputs(self) -> int:
+        """O."""
+        return self.values.shape[0]
+
+    def part(self, outputs: slice | Tensor | int) -> "WeightGroups":
+        """The weights of some outputs, or of one of several weights in the same arrays."""
         values, scales, *minimums = (array[outputs] for array in self.tensors.values())
         return WeightGroups(values, scales, self.bits, *minimums)
 
@@ -109,6 +119,22 @@ def widened(groups: WeightGroups) -> WeightGroups:
         values, scales = ([part.tensors[name] for part in parts] for name in _TENSORS[:2])
         return WeightGroups(torch.cat(values), torch.cat(scales), 8)
     return WeightGroups(_integers(groups).flatten(1), groups.scales_OG, 8)
+
+
+def in_one_format(
+    weights: Sequence[Tensor | WeightGroups], inputs: int, dtype: torch.dtype
+) -> list[Tensor] | list[WeightGroups]:
+    """The weights of one product in one format: in ``dtype`` if one is dense, else in groups.
+
+    Groups get 8 bits if their formats differ.
+    """
+    groups = [one for one in weights if isinstance(one, WeightGroups)]
+    if len(groups) < len(weights):
+        return [
+            one.to(dtype) if isinstance(one, Tensor) else dense_weights(one, inputs, dtype)
+            for one in weights
+        ]
+    return groups if len({one.format for one in groups}) == 1 else [widened(one) for one in groups]
 
 
 def dense_weights(groups: WeightGroups, inputs: int, dtype: torch.dtype) -> Tensor:

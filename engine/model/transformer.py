@@ -64,7 +64,7 @@ class Transformer(nn.Module):
 
     Parameters are uninitialised: build it under ``torch.device("meta")`` and assign mapped weights,
     or initialise it to train. It does not own its value tables. If weights are in groups
-    (``use_groups``), only a CPU executor can run it; see ``converted``.
+    (``use_groups``), only an executor can run it; see ``converted``.
 
     Attributes:
         tables: the attached tables, by the names of ``ModelConfig.table_names``.

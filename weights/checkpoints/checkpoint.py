@@ -157,9 +157,9 @@ def load_model(
         table_dtype: one of ``TABLE_DTYPES``, to which tables in memory are converted; auto keeps
             the stored dtype.
         verify_tables: compare the tables' data with the checksums in their files.
-        keep_stored: on the CPU, leave all weights mapped as they are stored, for an executor that
-            converts them itself, one layer at a time. Otherwise and on a GPU they get ``dtype``,
-            those in groups too.
+        keep_stored: load weights for an executor: those in groups stay so, and on the CPU all are
+            mapped as they are stored, and the executor converts one layer at a time. Otherwise they
+            get ``dtype``, those in groups too.
 
     Raises:
         CheckpointError: as ``open_checkpoint``, or a weight outside tables is not finite, or a
@@ -175,8 +175,10 @@ def load_model(
     layouts = table_layouts(tables, table_dtype)
     all_rows = sum(layout.num_bytes for layout in layouts.values())
     row_bytes = all_rows if table_cache is None else table_cache
-    keep_stored = keep_stored and device.type == "cpu"
-    needed = weight_bytes(stored, chosen, {}) + largest_layer_bytes(stored)
+    if keep_stored:
+        needed = weight_bytes(stored, chosen, stored_formats(stored))
+    else:
+        needed = weight_bytes(stored, chosen, {}) + largest_layer_bytes(stored)
     with naming_lack_of_memory(device, needed, row_bytes, is_cached=table_cache is not None):
         model = _read_model(config.model, stored, chosen, device, keep_stored)
         if tables:
@@ -203,11 +205,13 @@ def _read_model(
     inputs = {name: shapes[f"{name}.weight"].shape[1] for name in formats}
     if keep_stored:
         use_groups(model, formats)
-        weights = mapped_weights(stored)
-    elif device.type == "cpu":
-        weights = dense_mapped_weights(stored, dtype, inputs)
-    else:
+        inputs = {}
+    if device.type != "cpu":
         weights = device_weights(stored, dtype, device, inputs)
+    elif keep_stored:
+        weights = mapped_weights(stored)
+    else:
+        weights = dense_mapped_weights(stored, dtype, inputs)
     model.load_state_dict(weights, assign=True)
     model.rope_frequencies = model.rope_frequencies.to(device)
     return model

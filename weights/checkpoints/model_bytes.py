@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from engine.model.grouped_weights import GroupFormat
-from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
+from weights.checkpoints.checkpoint import CPU, open_checkpoint, serving_dtype
 from weights.checkpoints.host_cache_limits import HostCacheLimits, host_cache_limits
 from weights.checkpoints.model_weights import largest_layer_bytes, weight_bytes
 from weights.checkpoints.packed_formats import packed_formats
@@ -41,11 +41,12 @@ def model_bytes(
     table_dtype: str,
     kv_dtype: str = "auto",
     packed_dtype: str | None = None,
+    device: torch.device = CPU,
 ) -> ModelBytes:
     """The sizes of what ``load_model`` would load; reads only headers.
 
-    ``kv_dtype`` is that of ``EngineConfig``. ``packed_dtype`` is given if an executor with native
-    kernels packs the weights: the dtype to which it rounds them, or auto. Otherwise all are dense.
+    ``kv_dtype`` is that of ``EngineConfig``. ``packed_dtype`` is given if an executor reads weights
+    in groups: the dtype to which it rounds them, or auto. Otherwise all are dense.
 
     Raises:
         CheckpointError, ConfigError, ValueError: as ``load_model``.
@@ -60,7 +61,7 @@ def model_bytes(
     else:
         formats = packed_formats(config.model, stored, packed_dtype)
         weights = weight_bytes(stored, chosen, formats)
-        if config.model.tie_embeddings:
+        if config.model.tie_embeddings and device.type == "cpu":
             weights += _converted_bytes(stored[EMBEDDING], chosen, packed_dtype, formats)
     return ModelBytes(
         weights=weights,
@@ -79,7 +80,7 @@ def _converted_bytes(
 ) -> int:
     """Bytes of the rows of a tied embedding; 0 if they are those of the file.
 
-    The executor keeps these rows and the packed head, which is another copy of the same weights.
+    The CPU executor keeps these rows and the packed head, another copy of the same weights.
     """
     stored = STORED_DTYPES[embedding.dtype]
     if packed_dtype == "auto" and (stored is dtype or not stored.is_floating_point):

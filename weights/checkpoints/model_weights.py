@@ -37,7 +37,7 @@ def dense_mapped_weights(
     """
     _raise_open_file_limit()
     weights = dict(_dense_layers(stored, dtype, inputs, read_mapped))
-    for name, one in _others(stored).items():
+    for name, one in _others(stored, inputs).items():
         weights[name] = _finite(one, read_mapped(one)).to(dtype)
     return weights
 
@@ -50,7 +50,8 @@ def device_weights(
 ) -> dict[str, Tensor]:
     """Weights in ``dtype`` in a device's memory, by name; the device converts them.
 
-    ``inputs`` is that of ``dense_mapped_weights``. The groups of one layer at a time are in memory.
+    ``inputs`` is that of ``dense_mapped_weights``, but other layers keep their groups. The device
+    holds the groups of one layer at a time besides the dense weights.
 
     Raises:
         CheckpointError: a tensor cannot be read, or a value is NaN or infinite.
@@ -62,7 +63,9 @@ def device_weights(
         return loader.load(one, STORED_DTYPES[one.dtype])
 
     weights = dict(_dense_layers(stored, dtype, inputs, load_stored))
-    weights |= {name: loader.load(one, dtype) for name, one in _others(stored).items()}
+    grouped = group_dtype_codes(stored_formats(stored))
+    for name, one in _others(stored, inputs).items():
+        weights[name] = load_stored(one) if name in grouped else loader.load(one, dtype)
     loader.finish()
     return {name: _finite(stored[name], weight) for name, weight in weights.items()}
 
@@ -98,9 +101,12 @@ def largest_layer_bytes(stored: Mapping[str, StoredTensor]) -> int:
     return max(layers.values(), default=0)
 
 
-def _others(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors that are not those of layers in groups."""
-    grouped = group_dtype_codes(stored_formats(stored))
+def _others(
+    stored: Mapping[str, StoredTensor], inputs: Mapping[str, int]
+) -> dict[str, StoredTensor]:
+    """The tensors that are not those of the layers in ``inputs``."""
+    formats = {layer: one for layer, one in stored_formats(stored).items() if layer in inputs}
+    grouped = group_dtype_codes(formats)
     return {name: one for name, one in stored.items() if name not in grouped}
 
 
@@ -115,11 +121,14 @@ def _dense_layers(
     def load_finite(one: StoredTensor) -> Tensor:
         return _finite(one, load(one))
 
-    for layer, one in stored_formats(stored).items():
+    formats = stored_formats(stored)
+    for layer, num_inputs in inputs.items():
         # no name for the groups, which would keep them until the next layer is loaded
         yield (
             f"{layer}.weight",
-            dense_weights(load_groups(stored, layer, one, load_finite), inputs[layer], dtype),
+            dense_weights(
+                load_groups(stored, layer, formats[layer], load_finite), num_inputs, dtype
+            ),
         )
 
 

@@ -4,7 +4,6 @@ A packed product includes the norm before it: ``out = concat(W_i norm(x) + b_i)`
 pair of layers, ``out = silu(W_0 norm(x) + b_0) * (W_1 norm(x) + b_1)``.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
 from engine.model.grouped_layers import GroupedEmbedding, GroupedLinear
-from engine.model.grouped_weights import WeightGroups, dense_weights, group_weights, widened
+from engine.model.grouped_weights import WeightGroups, group_weights, in_one_format
 from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
 from engine.model.uninitialised import ExactLinear
@@ -43,7 +42,9 @@ class Packer:
         is_gated: bool = False,
     ) -> PackedLinear:
         """One product of layers with the same input; the rows of an embedding give logits."""
-        rows, first, weights = [], 0, self._weights(layers)
+        inputs = _inputs(layers[0])
+        weights = in_one_format([self._weights(one) for one in layers], inputs, self.dtype)
+        rows, first = [], 0
         for index, layer in enumerate(layers):
             bias = layer.bias if isinstance(layer, nn.Linear | GroupedLinear) else None
             bias_O = None if bias is None else self._cast(bias)
@@ -53,7 +54,7 @@ class Packer:
         outputs = len(layers[0].weight) if is_gated else first
         packed_norm = None if norm is None else (self._cast(norm.weight), norm.eps)
         return self.kernels.pack(
-            rows, _inputs(layers[0]), outputs, self.dtype, norm=packed_norm, is_gated=is_gated
+            rows, inputs, outputs, self.dtype, norm=packed_norm, is_gated=is_gated
         )
 
     def subkeys(self, memory: MemoryLayer) -> PackedLinear:
@@ -72,22 +73,7 @@ class Packer:
         made.weight = nn.Parameter(self._cast(norm.weight), requires_grad=False)
         return made
 
-    def _weights(self, layers: Sequence[Linear]) -> list[Tensor] | list[WeightGroups]:
-        """The weights of one product in one format: dense or 8 bits if theirs differ."""
-        weights = [self._layer_weights(layer) for layer in layers]
-        groups = [one for one in weights if isinstance(one, WeightGroups)]
-        if len(groups) < len(weights):
-            return [
-                self._cast(one)
-                if isinstance(one, Tensor)
-                else dense_weights(one, _inputs(layers[0]), self.dtype)
-                for one in weights
-            ]
-        if len({one.format for one in groups}) > 1:
-            return [widened(one) for one in groups]
-        return groups
-
-    def _layer_weights(self, layer: Linear) -> Tensor | WeightGroups:
+    def _weights(self, layer: Linear) -> Tensor | WeightGroups:
         if isinstance(layer, GroupedLinear | GroupedEmbedding):
             return layer.groups
         if self.weight_bits is not None and not isinstance(layer, ExactLinear):

@@ -30,20 +30,26 @@ class DeviceState:
 
     @classmethod
     def allocate(
-        cls, model: ModelConfig, config: EngineConfig, num_blocks: int, like: Tensor
+        cls,
+        model: ModelConfig,
+        config: EngineConfig,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> "DeviceState":
-        """Zeros on the device of ``like``, with keys and values in its dtype unless they are fp8.
+        """Zeros on a device, with keys and values in ``dtype`` unless they are fp8.
 
         Raises:
             KvMemoryError: the device cannot provide the KV memory.
         """
-        seats, device = config.max_num_seqs, like.device
-        kv_dtype = torch.uint8 if config.kv_dtype == "fp8" else like.dtype
+        seats = config.max_num_seqs
+        kv_dtype = torch.uint8 if config.kv_dtype == "fp8" else dtype
         # independent of ``num_blocks``: kernels are compiled for the table's width
         length = min(config.max_model_len or model.max_positions, model.max_positions)
         most_blocks = -(-length // config.block_size)
+        like = torch.empty(0, dtype=kv_dtype, device=device)
         return cls(
-            kv_memory(model, num_blocks + 1, config.block_size, like.new_empty(0, dtype=kv_dtype)),
+            kv_memory(model, num_blocks + 1, config.block_size, like),
             torch.zeros(seats, most_blocks, dtype=torch.int32, device=device),
             torch.zeros(seats, dtype=torch.int64, device=device),
             torch.zeros(seats, model.vocab_size, dtype=torch.float32, device=device),

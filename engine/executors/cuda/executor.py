@@ -56,7 +56,9 @@ class CudaExecutor:
         self.recorder = MemoryRecorder(model.config, self.device)
         self.progress = Progress()
         self._device, self._memories = device, model.memories
-        self._state = DeviceState.allocate(model.config, config, num_blocks, model.head_VD)
+        self._state = DeviceState.allocate(
+            model.config, config, num_blocks, model.dtype, model.device
+        )
         self._block_table = DeviceBlockTable(self._state.block_table_PB, device)
         shapes = model.config
         splits = Splits(shapes.num_kv_heads, shapes.head_dim, device.num_processors)

@@ -25,7 +25,7 @@ def sized_executor(
     Raises:
         ConfigError: the GPU's memory cannot hold the KV blocks, or the largest step.
     """
-    weight = model.head.weight
+    weight = model.model.norm.weight
     device = CudaDevice(weight.device)
     logger.info(
         "executor: cuda, Triton kernels on %s in %s",

@@ -14,7 +14,7 @@ from engine.executors.cuda.kernels.choose_tokens import choose_tokens
 from engine.executors.cuda.kernels.embed import embed
 from engine.executors.cuda.layers import CudaLayer
 from engine.executors.cuda.memory import CudaMemory
-from engine.executors.cuda.products import Product, norm_of
+from engine.executors.cuda.products import Product, norm_of, weight_of
 from engine.executors.cuda.step_tokens import StepTokens
 from engine.executors.lookahead import Lookahead, LookaheadConfig
 from engine.model.forward_trace import ForwardTrace
@@ -45,19 +45,21 @@ class DeviceModel:
     Attributes:
         config: the model's shapes.
         tables: the model's value tables by name.
-        head_VD: the weights that compute the logits.
+        dtype: dtype of the residual stream, and of keys and values unless they are fp8.
+        device: where the weights are.
     """
 
     def __init__(self, model: Transformer, lookahead: LookaheadConfig | None = None) -> None:
         self.config, self.tables = model.config, model.tables
-        self.head_VD = model.head.weight
-        self._embedding_VD = model.model.embed_tokens.weight
+        norm_D = model.model.norm.weight
+        self.dtype, self.device = norm_D.dtype, norm_D.device
+        self._embedding_VD = weight_of(model.model.embed_tokens)
         positions_P = torch.arange(model.config.max_positions, device="cpu")
         # computed on the CPU: the bits of the CPU executor
         cos, sin = rope_angles(positions_P, model.rope_frequencies.cpu())
-        self._angles = cos.to(self.head_VD.device), sin.to(self.head_VD.device)
+        self._angles = cos.to(self.device), sin.to(self.device)
         self._layers = [CudaLayer(layer, model.config.num_heads) for layer in model.layers]
-        self._norm, self._head = norm_of(model.model.norm), Product(self.head_VD)
+        self._norm, self._head = norm_of(model.model.norm), Product(weight_of(model.head))
         memories = [memory.predicted for memory in self.memories]
         self._lookahead = None if lookahead is None else Lookahead(memories, lookahead)
 
@@ -72,7 +74,9 @@ class DeviceModel:
     ) -> StepOutputs:
         """Run a step of this shape; its inputs are those of ``InputLayout``."""
         update_block_table(state.block_table_PB, inputs["updates"], inputs["counts"][:1])
-        residual_TD = embed(inputs["ids"], state.last_token_P, self._embedding_VD)
+        ids_T, width = inputs["ids"], self.config.hidden_size
+        residual_TD = torch.empty(len(ids_T), width, dtype=self.dtype, device=self.device)
+        embed(ids_T, state.last_token_P, self._embedding_VD, residual_TD)
         layers = self.config.memory_layers
         tokens = StepTokens.of(inputs, shape, state.block_table_PB, self._angles, layers)
         trace = ForwardTrace()

@@ -25,7 +25,7 @@ from weights.checkpoints.checkpoint import expected_tensors, load_model, open_ch
 from weights.checkpoints.convert import convert
 from weights.checkpoints.device_loading import DeviceLoader
 from weights.checkpoints.model_bytes import model_bytes
-from weights.checkpoints.model_weights import device_weights, weight_bytes
+from weights.checkpoints.model_weights import device_weights, mapped_weights, weight_bytes
 from weights.checkpoints.packed_formats import packed_formats
 from weights.checkpoints.stored_groups import stored_formats
 from weights.checkpoints.summary import describe, summarize
@@ -33,7 +33,7 @@ from weights.errors import CheckpointError
 from weights.patches.model_identity import model_identity
 from weights.training.new_model import model_config, new_model
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 DENSE = "model.safetensors"
 QUERY = "model.layers.0.self_attn.q_proj"
 EXACT = (".gate.weight", ".output_gate.weight", "norm.weight", ".subkeys", ".bias")
@@ -186,6 +186,32 @@ def test_a_device_gets_dense_weights_and_one_layer_of_groups_at_a_time(folders, 
 
 
 @each_dtype
+def test_a_device_keeps_groups_for_an_executor(folders, dtype):
+    _, stored = dense_tensors(folders[dtype])
+    formats = stored_formats(stored)
+    found = device_weights(stored, torch.bfloat16, CPU, {})
+    wanted = mapped_weights(stored)
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        is_kept = name.rpartition(".")[0] in formats and not name.endswith("bias")
+        assert torch.equal(found[name], weight if is_kept else weight.bfloat16())
+    needed = weight_bytes(stored, torch.bfloat16, formats)
+    assert sum(one.nbytes for one in found.values()) == needed
+    # meta tensors stand for those of a GPU
+    model, _ = load_model(folders[dtype], "bfloat16", device=META, keep_stored=True)
+    assert group_formats(model) == formats
+    assert not group_formats(load_model(folders[dtype], "bfloat16", device=META)[0])
+
+
+def test_a_gpu_shares_a_tied_head_of_another_dtype(tmp_path):
+    folder = save_model(random_model(tiny_config(tie_embeddings=True)), tmp_path / "model")
+    on_cpu = model_bytes(folder, "bfloat16", "auto", packed_dtype="auto").weights
+    on_gpu = model_bytes(folder, "bfloat16", "auto", packed_dtype="auto", device=META).weights
+    config = tiny_config()
+    assert on_cpu - on_gpu == 2 * config.vocab_size * config.hidden_size
+
+
+@each_dtype
 def test_wide_layers_are_made_dense_in_parts(dtype, monkeypatch):
     groups = group_weights(torch.randn(50, 70), int(dtype[3:]))
     whole = dense_weights(groups, 70, torch.bfloat16)
@@ -265,18 +291,28 @@ def test_layers_of_one_product_are_as_wide_as_the_widest(source, folders, tmp_pa
 @each_dtype
 def test_the_server_reckons_with_the_bytes_of_packed_weights(source, folders, dtype, monkeypatch):
     asked = []
-    monkeypatch.setattr("server.engine_entry.model_bytes", lambda *a: asked.append(a[-1]) or 1 / 0)
+    monkeypatch.setattr("server.engine_entry.model_bytes", lambda *a: asked.append(a[-2]) or 1 / 0)
 
-    def packed(folder, **options):
-        keep = options.pop("keep_stored", True)
+    def packed(folder, keep_stored=True, device=CPU, **options):
         with pytest.raises(ZeroDivisionError):
-            load_served(ModelOptions(str(folder), **options), folder, None, CPU, keep_stored=keep)
+            load_served(
+                ModelOptions(str(folder), **options), folder, None, device, keep_stored=keep_stored
+            )
         return asked.pop()
 
     assert packed(folders[dtype]) == "auto" and packed(source, weight_dtype=dtype) == dtype
     assert packed(folders[dtype], keep_stored=False) is None
     monkeypatch.setattr(CPU_LIBRARY, "best_build", None)
     assert packed(folders[dtype]) is None
+    # a GPU needs no native library
+    assert packed(folders[dtype], device=META) == "auto"
+
+
+def test_a_gpu_rounds_no_weights_at_load(source, monkeypatch):
+    monkeypatch.setattr("server.engine_entry.load_model", None)
+    options = ModelOptions(str(source), weight_dtype="int8")
+    with pytest.raises(ConfigError, match="weight_dtype: int8 needs a CPU; `memplus quantize"):
+        load_served(options, source, None, META, keep_stored=True)
 
 
 def test_rounding_without_the_native_library_is_refused_before_the_load(source, monkeypatch):

@@ -15,9 +15,12 @@ from engine.executors.cuda.kernels.linear_operands import LinearOperands
 from engine.executors.cuda.kernels.narrow_product import narrow_linear
 from engine.executors.cuda.kernels.rms_norm import rms_norm
 from engine.executors.cuda.kernels.silu_gate import silu_gate
+from engine.executors.cuda.kernels.widen_groups import widen_groups
+from engine.model.grouped_weights import WeightGroups, dense_weights
 
 # ``linear`` uses the Triton kernel up to this number of rows, cuBLAS above: more rows of a small
-# weight, because launches bind small models; not timed on a GPU
+# weight, because launches bind small models, and of groups, which cuBLAS needs as a dense copy; not
+# timed on a GPU
 MOST_ROWS = 16
 MOST_ROWS_OF_SMALL, SMALL_WEIGHT = 64, 2**23
 
@@ -27,9 +30,10 @@ def linear(operands: LinearOperands) -> Tensor:
 
         y = norm(x) W^T + b;    gated: y = silu(gate part of y) * (up part of y);    y += residual
 
-    Shapes alone choose the code: up to ``MOST_ROWS`` rows, or 64 of a small weight, run
-    ``narrow_linear``, more rows run ``wide_linear``. They round at different places. An fp16 norm
-    runs before, because the fused one multiplies by its weight first, which can overflow.
+    Shapes and format alone choose the code: up to ``MOST_ROWS`` rows, or 64 of a small weight or
+    of groups, run ``narrow_linear``, more rows run ``wide_linear``. They round at different places.
+    An fp16 norm runs before, because the fused one multiplies by its weight first, which can
+    overflow.
 
     Returns:
         ``[M, O]``: ``out`` if given, else a new matrix in the dtype of x.
@@ -41,7 +45,8 @@ def linear(operands: LinearOperands) -> Tensor:
     x_MK, norm = operands.x_MK, operands.norm
     if norm is not None and x_MK.dtype is torch.float16:
         operands = replace(operands, x_MK=rms_norm(x_MK, *norm), norm=None)
-    is_small = operands.weight_NK.numel() <= SMALL_WEIGHT
+    weight_NK = operands.weight_NK
+    is_small = isinstance(weight_NK, WeightGroups) or weight_NK.numel() <= SMALL_WEIGHT
     most_rows = MOST_ROWS_OF_SMALL if is_small else MOST_ROWS
     return narrow_linear(operands) if len(x_MK) <= most_rows else wide_linear(operands)
 
@@ -49,15 +54,18 @@ def linear(operands: LinearOperands) -> Tensor:
 def wide_linear(operands: LinearOperands) -> Tensor:
     """``linear`` of any number of rows, on checked operands: torch's product between kernels.
 
-    Norm and gate round like ``engine.model`` does.
+    Norm and gate round like ``engine.model`` does. Groups are read into a dense copy first.
     """
-    x_MK, weight_KN, bias_N = operands.x_MK, operands.weight_NK.t(), operands.bias_N
+    x_MK, weight_NK, bias_N = operands.x_MK, operands.weight_NK, operands.bias_N
+    if isinstance(weight_NK, WeightGroups):
+        weight_NK = widen_groups(weight_NK, x_MK.shape[1], x_MK.dtype)
+    weight_KN = weight_NK.t()
     residual_MO, out_MO = operands.residual_MO, operands.out_MO
     if operands.norm is not None:
         x_MK = rms_norm(x_MK, *operands.norm)
     y_out = out_MO if residual_MO is None else None
     if operands.is_gated:
-        gate_MO, up_MO = torch_linear(x_MK, operands.weight_NK, bias_N).chunk(2, dim=1)
+        gate_MO, up_MO = torch_linear(x_MK, weight_NK, bias_N).chunk(2, dim=1)
         y_MO = silu_gate(gate_MO, up_MO, y_out)
     elif bias_N is not None:
         y_MO = torch.addmm(bias_N, x_MK, weight_KN, out=y_out)
@@ -87,7 +95,10 @@ def linear_reference(operands: LinearOperands) -> Tensor:
         norm_K, eps = operands.norm
         x = (x.to(wide) * norm_K).to(x.dtype)
         factor_M1 = torch.rsqrt(x_MK.to(wide).square().mean(dim=1, keepdim=True) + eps)
-    y = x.to(wide) @ operands.weight_NK.to(wide).t() * factor_M1
+    weight_NK = operands.weight_NK
+    if isinstance(weight_NK, WeightGroups):
+        weight_NK = dense_weights(weight_NK, x.shape[1], x.dtype)
+    y = x.to(wide) @ weight_NK.to(wide).t() * factor_M1
     if operands.bias_N is not None:
         y = y + operands.bias_N
     if operands.is_gated:

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.executors.cuda.kernels.grouped_tiles import weight_arrays, weight_sums
 from engine.executors.cuda.kernels.linear_operands import LinearOperands
 from engine.executors.cuda.kernels.product_tiles import (
     MOST_BLOCK_M,
     ProductLaunch,
     block_m_for,
     launch_for,
-    product_sums,
 )
 from engine.executors.cuda.kernels.silu_gate import silu
 from memory_ops.triton_kernels.launch import constant_row_stride, on_device_of
@@ -39,8 +39,9 @@ def narrow_linear(operands: LinearOperands) -> Tensor:
 
     It multiplies x by the norm's weight, rounds that to the dtype of x (an fp16 product above 65504
     overflows), and multiplies the sums by ``1 / sqrt(mean(x^2) + eps)``. Sums are fp32; the result
-    is rounded once. If few programs would run, K is split and a second launch adds the parts in
-    order. A row's bits are the same every time and do not depend on the other rows.
+    is rounded once. Groups are rounded to the dtype of x first, like their dense copy. If few
+    programs would run, K is split and a second launch adds the parts in order. A row's bits are the
+    same every time and do not depend on the other rows.
     """
     x_MK, out_MO = operands.x_MK, operands.out_MO
     assert len(x_MK) <= MOST_BLOCK_M
@@ -53,11 +54,11 @@ def narrow_linear(operands: LinearOperands) -> Tensor:
 
 
 def _launch(operands: LinearOperands, out_MO: Tensor) -> None:
-    x_MK, weight_NK, residual_MO = operands.x_MK, operands.weight_NK, operands.residual_MO
+    x_MK, residual_MO = operands.x_MK, operands.residual_MO
     (num_rows, outputs), width, is_gated = out_MO.shape, x_MK.shape[1], operands.is_gated
     norm_K, eps = operands.norm or (None, None)
     block_m = block_m_for(num_rows)
-    launch = launch_for(weight_NK, outputs, block_m, is_gated=is_gated)
+    launch = launch_for(x_MK, outputs, block_m, is_gated=is_gated)
     splits = num_splits(launch, outputs, width)
     steps = triton.cdiv(width, splits * launch.block_k)
     sums_SMO = squares_SM = None
@@ -65,7 +66,8 @@ def _launch(operands: LinearOperands, out_MO: Tensor) -> None:
         shape = splits, 1 + is_gated, num_rows, outputs
         sums_SMO = torch.empty(shape, dtype=torch.float32, device=out_MO.device)
         squares_SM = torch.empty((splits, num_rows), dtype=torch.float32, device=out_MO.device)
-    tensors = x_MK, weight_NK, norm_K, operands.bias_N, residual_MO, out_MO, sums_SMO, squares_SM
+    weights, bits = weight_arrays(operands.weight_NK)
+    tensors = norm_K, operands.bias_N, residual_MO, out_MO, sums_SMO, squares_SM
     constants = {
         "K": width,
         "OUTPUTS": outputs,
@@ -73,7 +75,8 @@ def _launch(operands: LinearOperands, out_MO: Tensor) -> None:
         "EPS": eps,
         "IS_GATED": is_gated,
         "X_STRIDE": constant_row_stride(x_MK),
-        "WEIGHT_STRIDE": constant_row_stride(weight_NK),
+        "WEIGHT_STRIDE": constant_row_stride(weights[0]),
+        "BITS": bits,
         "RESIDUAL_STRIDE": 0 if residual_MO is None else constant_row_stride(residual_MO),
         "OUT_STRIDE": constant_row_stride(out_MO),
         "STEPS": steps,
@@ -85,9 +88,13 @@ def _launch(operands: LinearOperands, out_MO: Tensor) -> None:
     options = constants | launch.options()
     num_tiles = triton.cdiv(outputs, launch.block_n)
     with on_device_of(out_MO):
-        _multiply[(num_tiles, splits)](*tensors, num_rows, ADDS_PARTS=False, **options)
+        _multiply[(num_tiles, splits)](
+            x_MK, *weights, *tensors, num_rows, ADDS_PARTS=False, **options
+        )
         if splits > 1:
-            _multiply[(num_tiles, 1)](*tensors, num_rows, ADDS_PARTS=True, **options)
+            _multiply[(num_tiles, 1)](
+                x_MK, *weights, *tensors, num_rows, ADDS_PARTS=True, **options
+            )
 
 
 @triton.jit
@@ -121,6 +128,8 @@ def _added_parts(
 def _multiply(
     x_ptr,
     weight_ptr,
+    scales_ptr,
+    minimums_ptr,
     norm_ptr,
     bias_ptr,
     residual_ptr,
@@ -135,6 +144,7 @@ def _multiply(
     IS_GATED: tl.constexpr,
     X_STRIDE: tl.constexpr,
     WEIGHT_STRIDE: tl.constexpr,
+    BITS: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     STEPS: tl.constexpr,
@@ -156,10 +166,13 @@ def _multiply(
             sums_ptr, squares_ptr, rows, columns, num_rows, OUTPUTS, SPLITS, IS_GATED
         )
     else:
-        sums, ups, squares = product_sums(
+        sums, ups, squares = weight_sums(
             x_ptr + rows * X_STRIDE,
             rows < num_rows,
-            weight_ptr + columns.to(tl.int64) * WEIGHT_STRIDE,
+            weight_ptr,
+            scales_ptr,
+            minimums_ptr,
+            columns.to(tl.int64),
             columns < OUTPUTS,
             norm_ptr,
             split * STEPS * BLOCK_K,
@@ -167,7 +180,9 @@ def _multiply(
             STEPS,
             IS_EVEN,
             IS_GATED,
-            OUTPUTS * WEIGHT_STRIDE,
+            OUTPUTS,
+            WEIGHT_STRIDE,
+            BITS,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,

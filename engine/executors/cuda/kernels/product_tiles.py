@@ -65,10 +65,10 @@ def block_m_for(num_rows: int) -> int:
     return next((block_m for block_m in BLOCKS if num_rows <= block_m), MOST_BLOCK_M)
 
 
-def launch_for(weight: Tensor, outputs: int, block_m: int, *, is_gated: bool) -> ProductLaunch:
-    """The launch for a weight ``[..., N, K]``, a number of output columns and rows per program."""
+def launch_for(x_MK: Tensor, outputs: int, block_m: int, *, is_gated: bool) -> ProductLaunch:
+    """The launch for rows, a number of output columns, and rows per program."""
     launch = next(one for least, one in PRODUCT_LAUNCHES[is_gated] if outputs >= least)
-    width = weight.shape[-1]
+    width = x_MK.shape[1]
     block_k = min(launch.block_k, BLOCKS[block_m])
     if width % block_k and width % 128 == 0:
         # no masks
@@ -76,7 +76,7 @@ def launch_for(weight: Tensor, outputs: int, block_m: int, *, is_gated: bool) ->
     step_bytes = (block_m + launch.block_n * (1 + is_gated)) * block_k * 2
     return replace(
         launch,
-        block_k=block_k * 2 // weight.element_size(),
+        block_k=block_k * 2 // x_MK.element_size(),
         num_stages=min(launch.num_stages, 1 + _MOST_BYTES // step_bytes),
     )
 

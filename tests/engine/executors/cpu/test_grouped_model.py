@@ -9,15 +9,14 @@ from engine.executors import executor
 from engine.executors.batch import prompt_batch
 from engine.executors.executor import make_executor
 from engine.model.config import MEMORY_KINDS
-from engine.model.grouped_layers import group_formats, groupable, use_groups
+from engine.model.grouped_layers import group_formats, groupable
 from engine.model.grouped_weights import GroupFormat, group_weights
-from engine.model.transformer import Transformer, converted, with_tables
-from engine.model.weight_bits import HEAD_BITS
+from engine.model.transformer import converted, with_tables
 from tests.engine.test_company import prompts, step_all
+from tests.grouped_models import in_groups, with_groups
 from tests.models import engine_of, feed_forward_changes, greedy, random_model, tiny_config
 
 CONFIG = EngineConfig(kv_cache_gib=0.001, block_size=16)
-HEADS = ("model.embed_tokens", "lm_head")
 each_dtype = pytest.mark.parametrize("dtype", ["int8", "int4"])
 each_kind = pytest.mark.parametrize("kind", ["dense", "moe", "memory_plus", "pkm", "peer"])
 
@@ -27,31 +26,6 @@ def model_of(kind="dense", *, tied=True):
     memory = {"value_dim": 40, **options} if kind in MEMORY_KINDS else {}
     changes = feed_forward_changes("dense", kind, **memory)
     return random_model(tiny_config(hidden_size=40, tie_embeddings=tied, **changes))
-
-
-def in_groups(model, dtype):
-    """A copy of a model with weights in groups, as ``memplus quantize`` makes them."""
-    weights = {name: model.get_submodule(name).weight for name in groupable(model)}
-    return with_groups(
-        model,
-        {
-            name: group_weights(weight, HEAD_BITS if name in HEADS else int(dtype[3:]))
-            for name, weight in weights.items()
-        },
-    )
-
-
-def with_groups(model, groups):
-    """A copy of a model with some weights, by layer, in groups."""
-    state = model.state_dict()
-    for layer, one in groups.items():
-        state |= {f"{layer}.{name}": tensor for name, tensor in one.tensors.items()}
-    with torch.device("meta"):
-        made = Transformer(model.config)
-        use_groups(made, {name: one.format for name, one in groups.items()})
-    made.load_state_dict(state, assign=True)
-    made.attach_tables(model.tables)
-    return made.eval().requires_grad_(False)
 
 
 def logits(made):

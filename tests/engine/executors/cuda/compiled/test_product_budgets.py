@@ -21,7 +21,9 @@ from engine.executors.cuda.kernels.product_tiles import (
 from engine.executors.cuda.kernels.rms_norm import rms_norm
 from engine.executors.cuda.kernels.routing import route
 from engine.executors.cuda.kernels.silu_gate import silu_gate
+from engine.model.grouped_weights import GroupFormat, WeightGroups
 from memory_ops.anonymous import anonymous_zeros
+from tests.engine.executors.cuda.group_cases import FORMATS
 from tests.kernel_tools.machine_code import (
     TARGETS,
     Figures,
@@ -79,6 +81,8 @@ MIXTURE_BUDGETS = {
 SLOW_MIXTURE_BUDGETS = {
     (256, 4096, 14336): ((128, 49152), (128, 73728), (80, 73760), (104, 49152)),
 }
+# the largest figures of products with weights in groups
+GROUPS_ON_NVIDIA, GROUPS_ON_AMD = (176, 53264), (278, 40960)
 # all targets: choice of experts, sort of pairs, sum of each token's pairs
 CHOICE_BUDGET, SORT_BUDGET, SUM_BUDGET = (24, 0), (64, 8192), (32, 0)
 # by width: the largest figures of norm, gate and embedding
@@ -101,6 +105,20 @@ def product_of(
     return lambda: narrow_linear(LinearOperands(x, weight, **options[kind]))
 
 
+def grouped_product_of(
+    one: GroupFormat, rows: int, width: int, columns: int, kind: str
+) -> Callable[[], torch.Tensor]:
+    """A call of the product with bf16 rows and weights in groups."""
+    x, residual = (torch.zeros(rows, size, dtype=BF16) for size in (width, columns))
+    arrays = one.tensors(columns, width)
+    weight = WeightGroups(
+        arrays["weight"], arrays["weight_scales"], one.bits, arrays.get("weight_minimums")
+    )
+    norm = torch.zeros(width, dtype=BF16), EPS
+    options = {"gated": {"norm": norm, "is_gated": True}, "added": {"residual_MO": residual}}
+    return lambda: narrow_linear(LinearOperands(x, weight, **options[kind]))
+
+
 def weight_loads(launch: ProductLaunch, dtype: str, target: str, *, is_gated: bool) -> int:
     """Number of 128-bit loads per lane that one step of a program needs for the weight."""
     rows, lanes = launch.block_n * (1 + is_gated), launch.num_warps * TARGETS[target].warp_size
@@ -110,9 +128,8 @@ def weight_loads(launch: ProductLaunch, dtype: str, target: str, *, is_gated: bo
 def product_check(case: tuple, target: str, budget: tuple[int, int]) -> None:
     dtype, rows, width, columns, kind = case
     is_gated = kind == "gated"
-    weight = anonymous_zeros((columns, width), DTYPES[dtype])
-    outputs = columns // (1 + is_gated)
-    launch = launch_for(weight, outputs, block_m_for(rows), is_gated=is_gated)
+    outputs, x = columns // (1 + is_gated), torch.zeros(rows, width, dtype=DTYPES[dtype])
+    launch = launch_for(x, outputs, block_m_for(rows), is_gated=is_gated)
     figures = compiled(TARGETS[target], product_of(*case))
     check_wide(figures, budget, weight_loads(launch, dtype, target, is_gated=is_gated))
 
@@ -133,6 +150,22 @@ def test_products_of_more_rows_and_dtypes(case, target, budget):
     product_check(case, target, budget)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["gated", "added"])
+@pytest.mark.parametrize(
+    ("rows", "width", "columns"),
+    [
+        (16, 576, 3072),
+        *(pytest.param(64, *s, marks=pytest.mark.slow) for s in ((576, 960), (4096, 6144))),
+    ],
+)
+@pytest.mark.parametrize("one", FORMATS, ids=str)
+def test_products_with_weights_in_groups(one, rows, width, columns, kind, target):
+    figures = compiled(TARGETS[target], grouped_product_of(one, rows, width, columns, kind))
+    budget = GROUPS_ON_AMD if target.startswith("gfx") else GROUPS_ON_NVIDIA
+    check(replace(figures, narrow_loads=0), budget, wide_loads=0)
+
+
 def mixture_check(case: tuple, target: str, budget: tuple[int, int]) -> None:
     num_tokens, width, inner = case
     x, logits = torch.zeros(num_tokens, width, dtype=BF16), torch.zeros(num_tokens, 8, dtype=BF16)
@@ -145,10 +178,11 @@ def mixture_check(case: tuple, target: str, budget: tuple[int, int]) -> None:
     check(choice, CHOICE_BUDGET, wide_loads=0)
     check(sort, SORT_BUDGET, wide_loads=0)
     check(total, SUM_BUDGET, wide_loads=2)
-    for figures, weight, outputs in zip(both, (gate_up, down), (inner, width), strict=True):
-        is_gated = weight is gate_up
+    hidden = torch.zeros(2 * num_tokens, inner, dtype=BF16)
+    for figures, rows, outputs in zip(both, (x, hidden), (inner, width), strict=True):
+        is_gated = rows is x
         block_m = block_m_for(num_tokens * 2 // 8)
-        launch = launch_for(weight, outputs, block_m, is_gated=is_gated)
+        launch = launch_for(rows, outputs, block_m, is_gated=is_gated)
         check_wide(figures, budget, weight_loads(launch, "bf16", target, is_gated=is_gated))
 
 

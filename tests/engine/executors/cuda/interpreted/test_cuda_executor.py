@@ -10,12 +10,15 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executors.batch import prompt_batch
 from engine.executors.executor import make_executor
+from engine.model.grouped_weights import group_weights
+from engine.model.transformer import converted
 from engine.request import Request
 from engine.sampling.params import SamplingParams
 from tests.engine.executors.cuda.fake_device import FakeDevice
 from tests.engine.executors.cuda.on_cpu import cuda_on_cpu
 from tests.engine.executors.test_memory_recorder import check_reads, reads_of
 from tests.engine.test_company import Multiples, Oracle, masked_greedy, step_all, tokens
+from tests.grouped_models import in_groups, with_groups
 from tests.models import (
     VOCAB_SIZE,
     feed_forward_changes,
@@ -62,6 +65,30 @@ def test_every_kind_of_model(kinds):
     assert found == expected
     # the prompts run without a graph, the decodes in graphs
     assert device.num_replays == COUNT - 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_models_in_groups(dtype, tied):
+    changes = feed_forward_changes("dense", "moe", "memory_plus")
+    grouped = in_groups(random_model(tiny_config(tie_embeddings=tied, **changes)), dtype)
+    model = converted(grouped, torch.float32)
+    expected = {name: plain_greedy(model, ids, COUNT) for name, ids in PROMPTS.items()}
+    served = engine(grouped, warm=True)
+    assert run(served, {0: [greedy(name, ids, COUNT) for name, ids in PROMPTS.items()]}) == expected
+
+
+def test_layers_of_one_product_in_several_formats(dense):
+    formats = {"q_proj": 8, "k_proj": 4, "gate_proj": 4}  # the others are dense
+    groups = {
+        name: group_weights(layer.weight, formats[last])
+        for name, layer in dense.named_modules()
+        if (last := name.rpartition(".")[2]) in formats
+    }
+    grouped = with_groups(dense, groups)
+    wanted = plain_greedy(converted(grouped, torch.float32), PROMPTS["a"], COUNT)
+    found = run(engine(grouped), {0: [greedy("a", PROMPTS["a"], COUNT)]})
+    assert found == {"a": wanted}
 
 
 def test_rows_of_traced_tokens():

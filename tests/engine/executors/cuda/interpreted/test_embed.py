@@ -7,6 +7,7 @@ import torch
 
 from engine.executors.cuda.kernels.embed import embed, embed_reference
 from memory_ops.anonymous import anonymous_zeros
+from tests.engine.executors.cuda.group_cases import FORMATS, random_groups
 from tests.engine.executors.cuda.padded import DTYPES, between_nans
 
 
@@ -20,6 +21,17 @@ def test_rows_of_known_and_pending_tokens(num_tokens, width, dtype):
     result = embed(ids, last_token, embedding)
     assert result.dtype == dtype
     assert torch.equal(result, embed_reference(ids, last_token, embedding))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("one", FORMATS, ids=str)
+@pytest.mark.parametrize("width", [1, 100, 2500])
+def test_rows_in_groups(width, one, dtype):
+    embedding = random_groups(one, 20, width)
+    last_token, ids = torch.randint(0, 20, (6,)), torch.randint(-6, 20, (7,))
+    found, wanted = torch.full((2, 7, width), torch.nan, dtype=dtype)
+    assert embed(ids, last_token, embedding, found) is found
+    assert torch.equal(found, embed_reference(ids, last_token, embedding, wanted))
 
 
 def test_pending_tokens_are_those_of_their_seats():
@@ -53,3 +65,16 @@ def test_embed_refuses_operands_that_do_not_match():
         embed(ids, ids[None], embedding)
     with pytest.raises(ValueError, match="embedding: expected"):
         embed(ids, ids, embedding.t())
+    for out in (
+        torch.zeros(2, 9),
+        torch.zeros(2, 8).half(),
+        torch.zeros(3, 8),
+        torch.zeros(8, 2).t(),
+    ):
+        with pytest.raises(ValueError, match="out: expected"):
+            embed(ids, ids, embedding, out)
+    groups = random_groups(FORMATS[0], 4, 8)
+    with pytest.raises(ValueError, match="out: is needed"):
+        embed(ids, ids, groups)
+    with pytest.raises(ValueError, match="embedding: expected"):
+        embed(ids, ids, groups, torch.zeros(2, 33))

@@ -14,7 +14,14 @@ from engine.executors.cuda.kernels.linear import linear, linear_reference, wide_
 from engine.executors.cuda.kernels.linear_operands import LinearOperands
 from engine.executors.cuda.kernels.narrow_product import narrow_linear, num_splits
 from engine.executors.cuda.kernels.product_tiles import PRODUCT_LAUNCHES, launch_for
+from engine.model.grouped_weights import (
+    GroupFormat,
+    WeightGroups,
+    dense_weights,
+    group_weights,
+)
 from engine.model.norm import rms_norm
+from tests.engine.executors.cuda.group_cases import FORMATS, rounded
 from tests.engine.executors.cuda.padded import (
     DTYPES,
     between_nans,
@@ -37,6 +44,7 @@ class Case:
     has_norm: bool = False
     has_residual: bool = False
     is_gated: bool = False
+    groups: GroupFormat | None = None
 
     def operands(self) -> LinearOperands:
         """Random operands, each matrix between NaNs."""
@@ -48,7 +56,9 @@ class Case:
         residual = torch.randn(self.rows, self.outputs) / 4
         return LinearOperands(
             between_nans(x.to(self.dtype)),
-            between_nans(weight.to(self.dtype)),
+            between_nans(weight.to(self.dtype))
+            if self.groups is None
+            else rounded(self.groups, weight),
             bias.to(self.dtype) if self.has_bias else None,
             (norm, EPS) if self.has_norm else None,
             between_nans(residual.to(self.dtype)) if self.has_residual else None,
@@ -63,8 +73,13 @@ def exact(operands: LinearOperands) -> Tensor:
         return None if tensor is None else tensor.double()
 
     norm = operands.norm and (operands.norm[0].double(), operands.norm[1])
-    tensors = operands.x_MK, operands.weight_NK, operands.bias_N, operands.residual_MO
-    x, weight, bias, residual = map(wide, tensors)
+    tensors = operands.x_MK, operands.bias_N, operands.residual_MO
+    x, bias, residual = map(wide, tensors)
+    weight = operands.weight_NK
+    if isinstance(weight, WeightGroups):
+        # kernels round them to the dtype of x
+        weight = dense_weights(weight, x.shape[1], operands.x_MK.dtype)
+    weight = weight.double()
     return linear_reference(LinearOperands(x, weight, bias, norm, residual, operands.is_gated))
 
 
@@ -115,6 +130,7 @@ CASES = st.builds(
     has_norm=st.booleans(),
     has_residual=st.booleans(),
     is_gated=st.booleans(),
+    groups=st.sampled_from([None, *FORMATS]),
 )
 
 
@@ -134,9 +150,20 @@ def test_all_options_of_torch_products(case):
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_a_long_sum_for_few_columns_is_split(is_gated, dtype):
     case = Case(5, 4100, 20, dtype, True, True, True, is_gated)
-    weight = case.operands().weight_NK
-    assert num_splits(launch_for(weight, 20, 16, is_gated=is_gated), 20, 4100) == 4
+    x = case.operands().x_MK
+    assert num_splits(launch_for(x, 20, 16, is_gated=is_gated), 20, 4100) == 4
     check(case)
+    check(replace(case, groups=GroupFormat(4, has_minimums=True)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("width", [32, 100, 136, 576])
+def test_weights_of_8_bits_have_the_bits_of_their_dense_copy(width, is_gated, dtype):
+    operands = Case(3, width, 17, dtype, True, True, True, is_gated, GroupFormat(8)).operands()
+    dense = dense_weights(operands.weight_NK, width, dtype)
+    wanted = narrow_linear(replace(operands, weight_NK=dense))
+    assert torch.equal(narrow_linear(operands), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,6 +244,17 @@ def test_shapes_alone_choose_the_code(monkeypatch, is_small):
     assert chosen == ["narrow_linear"] * 3 + ["wide_linear"] * 2
 
 
+def test_groups_are_multiplied_as_they_are_up_to_64_rows(monkeypatch):
+    chosen = []
+    for name in ("narrow_linear", "wide_linear"):
+        monkeypatch.setattr(module, name, lambda *_, _name=name, **__: chosen.append(_name))
+    monkeypatch.setattr(module, "SMALL_WEIGHT", 0)
+    weight = group_weights(torch.randn(3, 32), 8)
+    for rows in (1, 64, 65):
+        linear(LinearOperands(torch.zeros(rows, 32), weight))
+    assert chosen == ["narrow_linear"] * 2 + ["wide_linear"]
+
+
 def test_the_functions_have_one_signature():
     for function in (linear, narrow_linear, wide_linear):
         assert signature(function) == signature(linear_reference)
@@ -251,6 +289,13 @@ def test_products_refuse_operands_that_do_not_match():
             {"bias_N": torch.zeros(3).half(), "out_MO": residual},
         ),
     ]
+    groups = group_weights(torch.zeros(3, 8), 4)
+    for name, array in groups.tensors.items():
+        for wrong in (array[:, :0], array.double(), array[::2]):
+            broken = groups._replace(
+                **{"weight": {"values": wrong}}.get(name, {"scales_OG": wrong})
+            )
+            refused.append((f"weight: expected contiguous .* as {name}", (x, broken), {}))
     for message, matrices, options in refused:
         with pytest.raises(ValueError, match=message):
             linear(LinearOperands(*matrices, **options))

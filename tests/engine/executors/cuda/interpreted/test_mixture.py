@@ -10,6 +10,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from engine.executors.cuda.kernels.mixture import mixture, mixture_reference
+from engine.model.grouped_weights import WeightGroups, dense_weights
+from tests.engine.executors.cuda.group_cases import FORMATS, rounded
 from tests.engine.executors.cuda.padded import (
     DTYPES,
     between_nans,
@@ -57,6 +59,25 @@ def check(tensors: tuple[Tensor, ...], top_k: int) -> None:
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, pytest.param(33, marks=pytest.mark.slow)])
 def test_tokens_of_any_number(num_tokens, dtype):
     check(operands(num_tokens, 8, 40, 24, dtype), 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("one", FORMATS, ids=str)
+def test_experts_in_groups(one, dtype):
+    residual, x, logits, *weights = operands(7, 4, 100, 24, dtype)
+    grouped, dense = [], []
+    for weight in weights:
+        experts = [rounded(one, expert.float()) for expert in weight]
+        arrays = zip(*(expert.tensors.values() for expert in experts), strict=True)
+        values, scales, *minimums = map(torch.stack, arrays)
+        grouped.append(WeightGroups(values, scales, one.bits, *minimums))
+        dense.append(
+            torch.stack([dense_weights(expert, weight.shape[2], dtype) for expert in experts])
+        )
+    found = added(residual, x, logits, *grouped, top_k=2)
+    check_close(found, added(residual, x, logits, *dense, top_k=2).double(), dtype)
+    twin = mixture_reference(residual.clone(), x, logits, *grouped, 2)
+    assert torch.equal(twin, mixture_reference(residual.clone(), x, logits, *dense, 2))
 
 
 @pytest.mark.slow

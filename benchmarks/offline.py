@@ -68,9 +68,9 @@ def measure(
     engine.warm_up()
     rounds = EngineRounds(engine, config)
     rounds.check(load)
-    work, dtype, has_groups = _work(settings, device)
+    work, dtype, has_integers = _work(settings, device)
     if device.type == "cpu":
-        limits = LimitMeter(dtype, with_integers=has_groups).measure
+        limits = LimitMeter(dtype, with_integers=has_integers).measure
     else:
         limits = partial(gpu_limits, dtype, device)
     benchmark = _Benchmark(load, rounds, work, limits)
@@ -86,18 +86,18 @@ def measure(
 
 
 def _work(settings: EngineSettings, device: torch.device) -> tuple[ModelWork, torch.dtype, bool]:
-    """The model's work per step, its dtype, and whether it has weights in groups there."""
+    """The model's work per step, its dtype, and whether it has products of integers there."""
     checkpoint, stored = open_checkpoint(settings.folder.folder)
     dtype = serving_dtype(checkpoint, stored, settings.model.dtype)
     row_bytes = 0
     for name in checkpoint.model.table_names:
         # all tables have the same row size and keep their stored format
         row_bytes = stored[name].num_bytes // stored[name].shape[0]
-    formats = {}
-    if device.type == "cpu":
-        formats = packed_formats(checkpoint.model, stored, settings.model.weight_dtype)
+    formats = packed_formats(checkpoint.model, stored, settings.model.weight_dtype)
+    has_integers = device.type == "cpu" and bool(formats)
     shapes = checkpoint.model, dtype.itemsize, row_bytes
-    return ModelWork(*shapes, formats, settings.engine.kv_dtype), dtype, bool(formats)
+    work = ModelWork(*shapes, formats, settings.engine.kv_dtype, has_integer_products=has_integers)
+    return work, dtype, has_integers
 
 
 def _line(result: Result) -> str:

@@ -48,7 +48,7 @@ class StepWork:
 
 
 class _Weights(NamedTuple):
-    """Bytes of weights, and the number of those that are in groups."""
+    """Bytes of weights, and the number of those that are multiplied as integers."""
 
     num_bytes: int
     grouped: int
@@ -71,6 +71,8 @@ class ModelWork:
         row_bytes: int,
         formats: Mapping[str, GroupFormat] | None = None,
         kv_dtype: str = "auto",
+        *,
+        has_integer_products: bool = True,
     ) -> None:
         """Read the model's shapes.
 
@@ -80,8 +82,12 @@ class ModelWork:
             row_bytes: bytes per table row.
             formats: formats of the layers whose weights are in groups, by name.
             kv_dtype: that of ``EngineConfig``.
+            has_integer_products: whether weights in groups are multiplied as integers, as CPU
+                kernels do; else as values.
         """
         weights = _weights(config, itemsize, formats or {})
+        if not has_integer_products:
+            weights = {name: one._replace(grouped=0) for name, one in weights.items()}
         flops = dict(forward_flops(config, attended=0))
         self._head_flops = flops.pop("head")
         self._layer_flops = total_flops(flops)

@@ -1,10 +1,14 @@
 """Models and tables of drawn weights, by default on the GPU, and copies of models."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from engine.model.config import ModelConfig
+from engine.model.grouped_layers import GroupedEmbedding, GroupedLinear, use_groups
+from engine.model.grouped_weights import GroupFormat, group_weights
 from engine.model.transformer import Transformer
 from memory_ops.checks import Table
 from memory_ops.row_formats import RowRecords
@@ -25,6 +29,23 @@ def drawn_model(
     model.to_empty(device=device)
     initialise(model, torch.Generator(device).manual_seed(seed))
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def round_weights(model: Transformer, formats: Mapping[str, GroupFormat]) -> None:
+    """Round the weights of layers, by name, to groups, in place and layer by layer."""
+    for name, one in formats.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear | nn.Embedding)
+        groups = group_weights(layer.weight, one.bits)
+        bias = layer.bias if isinstance(layer, nn.Linear) else None
+        with torch.device("meta"):
+            use_groups(model, {name: one})
+        made = model.get_submodule(name)
+        assert isinstance(made, GroupedLinear | GroupedEmbedding)
+        made.groups = groups
+        if isinstance(made, GroupedLinear):
+            made.bias = bias
 
 
 @torch.no_grad()

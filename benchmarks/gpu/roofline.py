@@ -1,11 +1,12 @@
 """Rooflines of engine steps on a card, with the rows that cross the bus."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.engine_rounds import TimedStep
 from benchmarks.gpu.card_limits import CardLimits
 from benchmarks.step_work import ModelWork
 from engine.model.config import ModelConfig
+from engine.model.grouped_weights import GroupFormat
 
 
 class Roofline:
@@ -15,10 +16,19 @@ class Roofline:
     """
 
     def __init__(
-        self, model: ModelConfig, limits: CardLimits, *, itemsize: int = 2, row_bytes: int = 0
+        self,
+        model: ModelConfig,
+        limits: CardLimits,
+        *,
+        itemsize: int = 2,
+        row_bytes: int = 0,
+        formats: Mapping[str, GroupFormat] | None = None,
     ) -> None:
-        """``itemsize``: bytes per weight, key and value; ``row_bytes``: bytes per table row."""
-        self._work = ModelWork(model, itemsize, row_bytes)
+        """``itemsize``: bytes per weight, key and value; ``row_bytes``: bytes per table row.
+
+        ``formats`` are those of the layers whose weights are in groups, by name.
+        """
+        self._work = ModelWork(model, itemsize, row_bytes, formats, has_integer_products=False)
         self._limits, self._row_bytes = limits, row_bytes
 
     def seconds(self, steps: Sequence[TimedStep], bus_rows: float = 0) -> float:

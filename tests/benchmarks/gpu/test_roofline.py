@@ -8,6 +8,7 @@ from benchmarks.gpu.roofline import Roofline, measured_rate
 from benchmarks.memory_variant import with_memory
 from benchmarks.model_shapes import LLAMA_8B_SHAPE, SMOLLM2_SHAPE
 from benchmarks.step_work import Chunk
+from weights.checkpoints.stored_groups import requested_formats
 
 LIMITS = CardLimits(device=3000, tflops=800, bus=54.5)
 
@@ -27,6 +28,17 @@ def test_decode_is_bound_by_the_bytes_of_weights_keys_and_values(config, context
     roofline = Roofline(config, LIMITS)
     for batch, rate in rates.items():
         assert roofline.tokens_per_s(decode(batch, context)) == pytest.approx(rate, rel=0.01)
+
+
+def test_weights_in_groups_are_read_as_they_are_and_multiplied_as_values():
+    formats = requested_formats(LLAMA_8B_SHAPE, "int4")
+    roofline = Roofline(LLAMA_8B_SHAPE, LIMITS, formats=formats)
+    # 4.5 bits per weight in the layers, 8.5 in the head, and the keys and values of 512 tokens
+    num_bytes = 6.98e9 * 4.5 / 8 + 128256 * 4096 * 8.5 / 8 + 512 * 2**17
+    assert roofline.tokens_per_s(decode(1, 512)) == pytest.approx(3e12 / num_bytes, rel=0.01)
+    prompt = [TimedStep(0.1, (Chunk(0, 2048),), 1)]
+    dense = Roofline(LLAMA_8B_SHAPE, LIMITS).tokens_per_s(prompt)
+    assert roofline.tokens_per_s(prompt) == pytest.approx(dense)
 
 
 def test_rows_that_cross_the_bus_add_their_time():

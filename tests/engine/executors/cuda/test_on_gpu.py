@@ -12,10 +12,12 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executors.executor import make_executor
 from engine.executors.lookahead import LookaheadConfig
+from engine.model.transformer import converted
 from engine.request import Request
 from engine.sampling.params import SamplingParams
 from tests.engine.patches import patch_of
 from tests.engine.test_patched_requests import asks, changed_model, model_of
+from tests.grouped_models import in_groups
 from tests.models import (
     engine_of,
     feed_forward_changes,
@@ -77,6 +79,17 @@ def test_tables_in_device_memory(kinds):
     model = random_model(tiny_config(**feed_forward_changes(*kinds)))
     expected = {name: plain_greedy(model, ids, COUNT) for name, ids in PROMPTS.items()}
     check(make_executor(copied(model, GPU, torch.float32), CONFIG), expected)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_weights_in_groups(dtype):
+    model = random_model(tiny_config(**feed_forward_changes("dense", "moe", "memory_plus")))
+    grouped = in_groups(model, dtype)
+    dense = converted(grouped, torch.float32)
+    expected = {name: plain_greedy(dense, ids, COUNT) for name, ids in PROMPTS.items()}
+    on_gpu = grouped.to(GPU)
+    on_gpu.attach_tables(copied(model, GPU, torch.float32).tables)
+    check(make_executor(on_gpu, CONFIG), expected)
 
 
 @pytest.mark.parametrize("lookahead", [None, LookaheadConfig(1, 2)], ids=["", "lookahead"])

@@ -43,7 +43,10 @@ def _choice(model: ModelOptions, engine: EngineConfig) -> tuple[torch.device, st
     problem = _problem(index)
     if problem is None and cpu_setting:
         setting = cpu_setting.replace(" ", ": ")
-        raise ConfigError(f"{setting} is not supported on a GPU yet; use --device cpu")
+        hint = "use --device cpu"
+        if model.weight_dtype != "auto":
+            hint += ", or serve a folder that `memplus quantize --weight-dtype` wrote"
+        raise ConfigError(f"{setting} is not supported on a GPU yet; {hint}")
     if problem is None:
         reason = "auto takes a usable GPU" if option == "auto" else f"--device {option}"
         return torch.device("cuda", index), reason

@@ -165,7 +165,7 @@ def load_served(
     described = checkpoint.model
     has_kernels = device.type == "cpu" and CPU_LIBRARY.best_build is not None
     if options.weight_dtype != "auto":
-        _check_rounding(options.weight_dtype, checkpoint, device, has_kernels=has_kernels)
+        _check_rounding(options.weight_dtype, folder, checkpoint, has_kernels=has_kernels)
     if engine is not None and device.type == "cpu":
         check_kv_settings(engine, described, has_kernels=has_kernels)
     lookahead = _lookahead(options, described) if options.table_lookahead else None
@@ -201,17 +201,12 @@ def load_served(
 
 
 def _check_rounding(
-    weight_dtype: str, checkpoint: CheckpointConfig, device: torch.device, *, has_kernels: bool
+    weight_dtype: str, folder: Path, checkpoint: CheckpointConfig, *, has_kernels: bool
 ) -> None:
     """Raise ConfigError unless the weights of a folder can be rounded at load."""
     if checkpoint.has_groups:
         raise ConfigError(
-            "weight_dtype: the weights of the model have few bits already; leave it out"
-        )
-    if device.type != "cpu":
-        raise ConfigError(
-            f"weight_dtype: {weight_dtype} needs a CPU; `memplus quantize --weight-dtype"
-            f" {weight_dtype}` writes a folder that a GPU serves"
+            f"weight_dtype: the weights of {folder} have few bits already; leave the option out"
         )
     if not has_kernels:
         raise ConfigError(f"weight_dtype: {weight_dtype} needs memplus's native library")

@@ -82,8 +82,9 @@ def make_executor(
 
     It computes in ``dtype``, by default the model's; on a GPU the weights have it already.
     ``weight_dtype`` int8 or int4 makes it round weights as ``CpuExecutor`` does; auto keeps them.
-    The model stays as it is. The executor may copy its weights: a caller that only serves should
-    drop the model.
+    The executor may copy the model's weights: a caller that only serves should drop the model. On
+    the CPU the model stays as it is. On a GPU its layers share the weights of the executor, and get
+    other formats if layers of one product have several (``in_one_format``).
 
     Raises:
         ConfigError: the KV memory is too small, or exceeds the machine's memory; a setting needs

@@ -58,7 +58,11 @@ class GroupFormat(NamedTuple):
 
 
 class WeightGroups(NamedTuple):
-    """Weights ``[O, I]`` in groups; the arrays are those of the module's docstring."""
+    """Weights ``[O, I]`` in groups; the arrays are those of the module's docstring.
+
+    Arrays of several experts have one more dimension in front, which ``part`` with an index
+    removes; the functions of this module take the weights of one.
+    """
 
     values: Tensor
     scales_OG: Tensor

@@ -1,4 +1,4 @@
-"""Formats of a folder's weights after the CPU executor has packed them, to estimate memory."""
+"""Formats of a folder's weights in an executor, to estimate memory."""
 
 from collections.abc import Mapping
 

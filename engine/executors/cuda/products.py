@@ -15,7 +15,7 @@ from engine.model.norm import RmsNorm
 
 
 class Product(NamedTuple):
-    """Weights ``[outputs, inputs]``, which may be groups, and a bias of layers with one input."""
+    """Weights ``[outputs, inputs]``, dense or groups, and a bias of layers that read the same x."""
 
     weight_NK: Tensor | WeightGroups
     bias_N: Tensor | None = None
@@ -37,7 +37,7 @@ class Product(NamedTuple):
 
 
 def joined(*layers: nn.Linear | GroupedLinear) -> Product:
-    """One product of layers with the same input. The layers' weights become views of it.
+    """One product of layers with the same input. The weights of several layers become views of it.
 
     They get one format (``in_one_format``); if it is dense, layers in groups also keep their own.
     """
@@ -80,7 +80,7 @@ def _joined_weights(layers: Sequence[nn.Linear | GroupedLinear]) -> Tensor | Wei
             name: array[first : first + layer.out_features] for name, array in joined_arrays.items()
         }
         for name, place in places.items():
-            place.copy_(weights[index][name])
+            place.copy_(weights[index][name].detach())
         # frees the layer's own weights, so that there is no second copy
         weights[index] = places
         view = _from_arrays(places)

@@ -308,13 +308,6 @@ def test_the_server_reckons_with_the_bytes_of_packed_weights(source, folders, dt
     assert packed(folders[dtype], device=META) == "auto"
 
 
-def test_a_gpu_rounds_no_weights_at_load(source, monkeypatch):
-    monkeypatch.setattr("server.engine_entry.load_model", None)
-    options = ModelOptions(str(source), weight_dtype="int8")
-    with pytest.raises(ConfigError, match="weight_dtype: int8 needs a CPU; `memplus quantize"):
-        load_served(options, source, None, META, keep_stored=True)
-
-
 def test_rounding_without_the_native_library_is_refused_before_the_load(source, monkeypatch):
     monkeypatch.setattr(CPU_LIBRARY, "best_build", None)
     monkeypatch.setattr("server.engine_entry.load_model", None)

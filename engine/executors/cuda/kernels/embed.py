@@ -34,7 +34,8 @@ def embed(
             have to wait for the device.
         last_token_P: int64, the token that each seat's sequence chose last.
         embedding_VD: any floating dtype, contiguous rows; or groups.
-        out_TD: contiguous, receives the rows, for groups in its dtype. They need it.
+        out_TD: contiguous, receives the rows. An embedding in groups needs it: its dtype is that of
+            the result.
 
     Returns:
         ``[T, D]``: ``out``, or a new matrix in the dtype of the embedding.
@@ -74,7 +75,7 @@ def _checked_out(
     """``out``, or a new matrix; ValueError if it or the embedding does not match."""
     if isinstance(embedding_VD, WeightGroups):
         if out_TD is None:
-            raise ValueError("out: is needed for an embedding in groups")
+            raise ValueError("out: required for an embedding in groups; it gives the dtype")
         check_groups("embedding", embedding_VD, (embedding_VD.num_outputs, out_TD.shape[1]))
     elif embedding_VD.dim() != 2 or embedding_VD.stride(1) != 1:
         found = f"{tuple(embedding_VD.shape)} with strides {embedding_VD.stride()}"
@@ -108,19 +109,19 @@ def _embed(
     row = tl.load(ids_ptr + token)
     if row < 0:
         row = tl.load(last_token_ptr - 1 - row)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = columns < WIDTH
     row_ptr = embedding_ptr + row * STRIDE
     if BITS is None:
-        values = tl.load(row_ptr + columns, mask=live)
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(row_ptr + columns, mask=columns < WIDTH)
     else:
+        groups = tl.program_id(1) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
         minimums_row = None
         if minimums_ptr is not None:
             minimums_row = minimums_ptr + row * GROUPS
         scales_row = scales_ptr + row * GROUPS
-        values = group_row(row_ptr, scales_row, minimums_row, columns, live, BITS)
+        columns, values = group_row(row_ptr, scales_row, minimums_row, groups, GROUPS, BITS)
     out_ptrs = out_ptr + token * WIDTH + columns
-    tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=columns < WIDTH)
 
 
 def embed_reference(

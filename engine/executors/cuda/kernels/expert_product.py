@@ -30,7 +30,8 @@ def expert_product(
 ) -> None:
     """Multiply row p // pairs_per_row of x by the weight of pair p's expert, into row p.
 
-    A gated product has no weights of pairs; another one is multiplied by them.
+    A product that is not gated is also multiplied by the weight of its pair. Operands are not
+    checked.
 
     Args:
         x_RC: contiguous rows.
@@ -44,7 +45,8 @@ def expert_product(
     num_pairs, num_experts = len(out_PO), len(routes.bounds_E1) - 1
     arrays, bits = weight_arrays(weight_ENC)
     is_gated = arrays[0].shape[1] == 2 * outputs
-    launch = launch_for(x_RC, outputs, block_m, is_gated=is_gated)
+    has_groups = bits is not None
+    launch = launch_for(x_RC, outputs, block_m, is_gated=is_gated, has_groups=has_groups)
     # c pairs of an expert are at most (c + block_m - 1) / block_m tiles
     num_tiles = (num_pairs + (block_m - 1) * min(num_experts, num_pairs)) // block_m
     with on_device_of(out_PO):

@@ -40,20 +40,27 @@ def _integers(values, half, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr):
 
 
 @triton.jit
-def group_row(values_ptr, scales_ptr, minimums_ptr, columns, live, BITS: tl.constexpr):
-    """Weights of one output at some inputs, in fp32; the pointers are those of its first group."""
-    groups = columns // _GROUP
+def group_row(
+    values_ptr, scales_ptr, minimums_ptr, groups, NUM_GROUPS: tl.constexpr, BITS: tl.constexpr
+):
+    """Columns ``[groups, 32]`` of one output, and its weights there in fp32.
+
+    The pointers are those of its first group; groups from NUM_GROUPS on are not read.
+    """
+    live = groups < NUM_GROUPS
+    inputs = tl.arange(0, _GROUP)
     if BITS == 8:
-        places, halves = columns, 0
+        places, halves = groups[:, None] * _GROUP + inputs[None, :], 0
     else:
-        places = groups * (_GROUP // 2) + columns % (_GROUP // 2)
-        halves = columns % _GROUP // (_GROUP // 2)
-    values = tl.load(values_ptr + places, mask=live, other=0)
-    weights = _integers(values, halves, BITS, minimums_ptr is not None)
-    weights *= tl.load(scales_ptr + groups, mask=live, other=0.0).to(tl.float32)
+        places = groups[:, None] * (_GROUP // 2) + (inputs % (_GROUP // 2))[None, :]
+        halves = (inputs // (_GROUP // 2))[None, :]
+    values = tl.load(values_ptr + places, mask=live[:, None], other=0)
+    scales = tl.load(scales_ptr + groups, mask=live, other=0.0).to(tl.float32)
+    weights = _integers(values, halves, BITS, minimums_ptr is not None) * scales[:, None]
     if minimums_ptr is not None:
-        weights += tl.load(minimums_ptr + groups, mask=live, other=0.0).to(tl.float32)
-    return weights
+        minimums = tl.load(minimums_ptr + groups, mask=live, other=0.0).to(tl.float32)
+        weights += minimums[:, None]
+    return groups[:, None] * _GROUP + inputs[None, :], weights
 
 
 @triton.jit
@@ -99,8 +106,8 @@ def weight_sums(
 ):
     """``product_sums`` with rows of a dense weight, if BITS is None, or of one in groups.
 
-    ``rows_n`` are int64. Gated products have a second sum, of the weight rows UP_ROWS rows further
-    on. WEIGHT_STRIDE is that of dense rows.
+    ``rows_n`` are int64 ``[BLOCK_N]``; ``live_n`` says which of them exist. Gated products have a
+    second sum, of the weight rows UP_ROWS rows further on. WEIGHT_STRIDE is that of dense rows.
     """
     if BITS is None:
         sums, ups, squares = product_sums(

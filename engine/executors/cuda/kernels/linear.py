@@ -23,6 +23,7 @@ from engine.model.grouped_weights import WeightGroups, dense_weights
 # timed on a GPU
 MOST_ROWS = 16
 MOST_ROWS_OF_SMALL, SMALL_WEIGHT = 64, 2**23
+DENSE_PART = 2**25
 
 
 def linear(operands: LinearOperands) -> Tensor:
@@ -54,15 +55,18 @@ def linear(operands: LinearOperands) -> Tensor:
 def wide_linear(operands: LinearOperands) -> Tensor:
     """``linear`` of any number of rows, on checked operands: torch's product between kernels.
 
-    Norm and gate round like ``engine.model`` does. Groups are read into a dense copy first.
+    Norm and gate round like ``engine.model`` does. Groups are read into a dense copy first, those
+    of a large weight without bias, gate and residual part by part.
     """
     x_MK, weight_NK, bias_N = operands.x_MK, operands.weight_NK, operands.bias_N
-    if isinstance(weight_NK, WeightGroups):
-        weight_NK = widen_groups(weight_NK, x_MK.shape[1], x_MK.dtype)
-    weight_KN = weight_NK.t()
     residual_MO, out_MO = operands.residual_MO, operands.out_MO
     if operands.norm is not None:
         x_MK = rms_norm(x_MK, *operands.norm)
+    if isinstance(weight_NK, WeightGroups):
+        if bias_N is None and residual_MO is None and not operands.is_gated:
+            return _product_by_parts(x_MK, weight_NK, out_MO)
+        weight_NK = widen_groups(weight_NK, x_MK.shape[1], x_MK.dtype)
+    weight_KN = weight_NK.t()
     y_out = out_MO if residual_MO is None else None
     if operands.is_gated:
         gate_MO, up_MO = torch_linear(x_MK, weight_NK, bias_N).chunk(2, dim=1)
@@ -74,6 +78,19 @@ def wide_linear(operands: LinearOperands) -> Tensor:
     else:
         return _product(x_MK, weight_KN, out_MO)
     return y_MO if residual_MO is None else torch.add(y_MO, residual_MO, out=out_MO)
+
+
+def _product_by_parts(x_MK: Tensor, groups: WeightGroups, out_MN: Tensor | None) -> Tensor:
+    """x W, with ``DENSE_PART`` dense weights at a time: a head is as large as many layers."""
+    width, outputs = x_MK.shape[1], groups.num_outputs
+    if out_MN is None:
+        out_MN = x_MK.new_empty(len(x_MK), outputs)
+    size = max(1, DENSE_PART // width)
+    for first in range(0, outputs, size):
+        part = slice(first, min(first + size, outputs))
+        weight_KN = widen_groups(groups.part(part), width, x_MK.dtype).t()
+        _product(x_MK, weight_KN, out_MN[:, part])
+    return out_MN
 
 
 def _product(x_MK: Tensor, weight_KN: Tensor, out_MN: Tensor | None) -> Tensor:

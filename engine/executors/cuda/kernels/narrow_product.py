@@ -58,7 +58,9 @@ def _launch(operands: LinearOperands, out_MO: Tensor) -> None:
     (num_rows, outputs), width, is_gated = out_MO.shape, x_MK.shape[1], operands.is_gated
     norm_K, eps = operands.norm or (None, None)
     block_m = block_m_for(num_rows)
-    launch = launch_for(x_MK, outputs, block_m, is_gated=is_gated)
+    weights, bits = weight_arrays(operands.weight_NK)
+    has_groups = bits is not None
+    launch = launch_for(x_MK, outputs, block_m, is_gated=is_gated, has_groups=has_groups)
     splits = num_splits(launch, outputs, width)
     steps = triton.cdiv(width, splits * launch.block_k)
     sums_SMO = squares_SM = None
@@ -66,7 +68,6 @@ def _launch(operands: LinearOperands, out_MO: Tensor) -> None:
         shape = splits, 1 + is_gated, num_rows, outputs
         sums_SMO = torch.empty(shape, dtype=torch.float32, device=out_MO.device)
         squares_SM = torch.empty((splits, num_rows), dtype=torch.float32, device=out_MO.device)
-    weights, bits = weight_arrays(operands.weight_NK)
     tensors = norm_K, operands.bias_N, residual_MO, out_MO, sums_SMO, squares_SM
     constants = {
         "K": width,

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # rows of x per program, and the most 16-bit values of each row per step: registers limit them
 BLOCKS = {16: 256, 32: 128, 64: 64}
+# the most weight rows per program if they are in groups
+MOST_GROUPED_N = 64
 MOST_BLOCK_M = max(BLOCKS)
 # most bytes of tiles in flight per program: an AMD compute unit has no more shared memory
 _MOST_BYTES = 65536
@@ -65,11 +67,18 @@ def block_m_for(num_rows: int) -> int:
     return next((block_m for block_m in BLOCKS if num_rows <= block_m), MOST_BLOCK_M)
 
 
-def launch_for(x_MK: Tensor, outputs: int, block_m: int, *, is_gated: bool) -> ProductLaunch:
+def launch_for(
+    x_MK: Tensor, outputs: int, block_m: int, *, is_gated: bool, has_groups: bool = False
+) -> ProductLaunch:
     """The launch for rows, a number of output columns, and rows per program."""
     launch = next(one for least, one in PRODUCT_LAUNCHES[is_gated] if outputs >= least)
     width = x_MK.shape[1]
     block_k = min(launch.block_k, BLOCKS[block_m])
+    if has_groups:
+        # a tile of their weights passes through registers, in fp32
+        launch = replace(launch, block_n=min(launch.block_n, MOST_GROUPED_N // (1 + is_gated)))
+        # and fewer than 128 columns of 4 bits would be narrow loads
+        block_k = max(128 if block_m == 16 else 64, block_k * 2 // x_MK.element_size())
     if width % block_k and width % 128 == 0:
         # no masks
         block_k = 128

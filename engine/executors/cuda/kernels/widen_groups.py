@@ -16,8 +16,8 @@ from engine.executors.cuda.kernels.linear_operands import check_groups
 from engine.model.grouped_weights import WeightGroups, dense_weights, num_groups
 from memory_ops.triton_kernels.launch import on_device_of
 
-# inputs per program; not timed on a GPU
-_BLOCK, _NUM_WARPS = 2048, 4
+# groups per program; not timed on a GPU
+_BLOCK, _NUM_WARPS = 64, 4
 
 
 def widen_groups(groups: WeightGroups, inputs: int, dtype: torch.dtype) -> Tensor:
@@ -32,14 +32,14 @@ def widen_groups(groups: WeightGroups, inputs: int, dtype: torch.dtype) -> Tenso
     arrays, bits = weight_arrays(groups)
     if out_NK.numel():
         with on_device_of(out_NK):
-            _widen[(len(out_NK), triton.cdiv(inputs, _BLOCK))](
+            _widen[(len(out_NK), triton.cdiv(num_groups(inputs), _BLOCK))](
                 *arrays,
                 out_NK,
                 K=inputs,
                 GROUPS=num_groups(inputs),
                 ROW_BYTES=groups.values.shape[1],
                 BITS=bits,
-                BLOCK=min(_BLOCK, triton.next_power_of_2(inputs)),
+                BLOCK=min(_BLOCK, triton.next_power_of_2(num_groups(inputs))),
                 num_warps=_NUM_WARPS,
                 num_stages=1,
             )
@@ -60,14 +60,14 @@ def _widen(
 ):
     """out[n, k] = integers[n, k] * scales[n, k // 32] + minimums[n, k // 32]."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = columns < K
+    groups = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     minimums_row = None
     if minimums_ptr is not None:
         minimums_row = minimums_ptr + row * GROUPS
     values_row, scales_row = values_ptr + row * ROW_BYTES, scales_ptr + row * GROUPS
-    weights = group_row(values_row, scales_row, minimums_row, columns, live, BITS)
-    tl.store(out_ptr + row * K + columns, weights.to(out_ptr.dtype.element_ty), mask=live)
+    columns, weights = group_row(values_row, scales_row, minimums_row, groups, GROUPS, BITS)
+    out_ptrs = out_ptr + row * K + columns
+    tl.store(out_ptrs, weights.to(out_ptr.dtype.element_ty), mask=columns < K)
 
 
 def widen_groups_reference(groups: WeightGroups, inputs: int, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from engine.executors.cuda.kernels.product_tiles import (
 from engine.executors.cuda.kernels.rms_norm import rms_norm
 from engine.executors.cuda.kernels.routing import route
 from engine.executors.cuda.kernels.silu_gate import silu_gate
+from engine.executors.cuda.kernels.widen_groups import widen_groups
 from engine.model.grouped_weights import GroupFormat, WeightGroups
 from memory_ops.anonymous import anonymous_zeros
 from tests.engine.executors.cuda.group_cases import FORMATS
@@ -81,8 +82,17 @@ MIXTURE_BUDGETS = {
 SLOW_MIXTURE_BUDGETS = {
     (256, 4096, 14336): ((128, 49152), (128, 73728), (80, 73760), (104, 49152)),
 }
+SLOW_GROUPED_PRODUCTS = [
+    ("bf16", 64, 4096, 28672, "gated"),
+    ("bf16", 64, 4096, 128256, "normed"),
+    ("bf16", 32, 14336, 4096, "added"),
+    ("fp16", 64, 4096, 6144, "normed"),
+    ("fp32", 16, 576, 3072, "gated"),
+    ("fp32", 64, 4096, 6144, "normed"),
+]
+MOST_SPILLS_OF_GROUPS = 24
 # the largest figures of products with weights in groups
-GROUPS_ON_NVIDIA, GROUPS_ON_AMD = (176, 53264), (278, 40960)
+GROUPS_ON_NVIDIA, GROUPS_ON_AMD = (192, 53280), (304, 49168)
 # all targets: choice of experts, sort of pairs, sum of each token's pairs
 CHOICE_BUDGET, SORT_BUDGET, SUM_BUDGET = (24, 0), (64, 8192), (32, 0)
 # by width: the largest figures of norm, gate and embedding
@@ -106,17 +116,28 @@ def product_of(
 
 
 def grouped_product_of(
-    one: GroupFormat, rows: int, width: int, columns: int, kind: str
+    one: GroupFormat, dtype: str, rows: int, width: int, columns: int, kind: str
 ) -> Callable[[], torch.Tensor]:
-    """A call of the product with bf16 rows and weights in groups."""
-    x, residual = (torch.zeros(rows, size, dtype=BF16) for size in (width, columns))
-    arrays = one.tensors(columns, width)
-    weight = WeightGroups(
-        arrays["weight"], arrays["weight_scales"], one.bits, arrays.get("weight_minimums")
-    )
-    norm = torch.zeros(width, dtype=BF16), EPS
-    options = {"gated": {"norm": norm, "is_gated": True}, "added": {"residual_MO": residual}}
+    """A call of the product with weights in groups."""
+    x = torch.zeros(rows, width, dtype=DTYPES[dtype])
+    norm = torch.zeros(width, dtype=x.dtype), EPS
+    options = {
+        "normed": {"norm": norm, "bias_N": torch.zeros(columns, dtype=x.dtype)},
+        "gated": {"norm": norm, "is_gated": True},
+        "added": {"residual_MO": torch.zeros(rows, columns, dtype=x.dtype)},
+    }
+    weight = grouped(one, (columns, width))
     return lambda: narrow_linear(LinearOperands(x, weight, **options[kind]))
+
+
+def grouped(one: GroupFormat, shape: tuple[int, ...]) -> WeightGroups:
+    """Weights of this shape, all dimensions but the last as they are in the arrays."""
+    arrays = [
+        anonymous_zeros((*shape[:-1], columns), dtype)
+        for (_, columns), dtype in one.arrays(1, shape[-1]).values()
+    ]
+    values, scales, *minimums = arrays
+    return WeightGroups(values, scales, one.bits, *minimums)
 
 
 def weight_loads(launch: ProductLaunch, dtype: str, target: str, *, is_gated: bool) -> int:
@@ -137,7 +158,7 @@ def product_check(case: tuple, target: str, budget: tuple[int, int]) -> None:
 def check_wide(figures: Figures, budget: tuple[int, int], wide_loads: int) -> None:
     """Like ``check``, with the narrow loads that are allowed."""
     assert figures.narrow_loads <= NARROW_LOADS, f"loads are narrow: {figures}"
-    check(replace(figures, narrow_loads=0), budget, wide_loads)
+    check(replace(figures, narrow_loads=0, spills=0), budget, wide_loads)
 
 
 @pytest.mark.parametrize(("case", "target", "budget"), per_target(BUDGETS))
@@ -150,20 +171,64 @@ def test_products_of_more_rows_and_dtypes(case, target, budget):
     product_check(case, target, budget)
 
 
+def groups_check(figures: Figures, target: str) -> None:
+    """At most a few spills, and limits of registers and shared memory."""
+    budget = GROUPS_ON_AMD if target.startswith("gfx") else GROUPS_ON_NVIDIA
+    assert figures.spills <= MOST_SPILLS_OF_GROUPS
+    # scales are two bytes per group, and on AMD four bits of few columns take narrow loads
+    check(
+        replace(figures, narrow_loads=0, spills=0), budget, wide_loads=not target.startswith("gfx")
+    )
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kind", ["gated", "added"])
 @pytest.mark.parametrize(
-    ("rows", "width", "columns"),
+    "case",
     [
-        (16, 576, 3072),
-        *(pytest.param(64, *s, marks=pytest.mark.slow) for s in ((576, 960), (4096, 6144))),
+        ("bf16", 16, 4096, 28672, "gated"),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_GROUPED_PRODUCTS),
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("one", FORMATS, ids=str)
-def test_products_with_weights_in_groups(one, rows, width, columns, kind, target):
-    figures = compiled(TARGETS[target], grouped_product_of(one, rows, width, columns, kind))
-    budget = GROUPS_ON_AMD if target.startswith("gfx") else GROUPS_ON_NVIDIA
-    check(replace(figures, narrow_loads=0), budget, wide_loads=0)
+def test_products_with_weights_in_groups(one, case, target):
+    figures = compiled(TARGETS[target], grouped_product_of(one, *case))
+    if case[0] == "fp32":
+        assert not figures.spills
+    else:
+        groups_check(figures, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("one", FORMATS, ids=str)
+def test_split_sums_embeddings_and_dense_copies_of_groups(one, target):
+    parts, whole = all_compiled(
+        TARGETS[target], grouped_product_of(one, "bf16", 1, 4096, 2, "normed")
+    )
+    groups_check(parts, target)
+    assert not whole.spills
+    embedding, ids = grouped(one, (49152, 4096)), torch.zeros(16, dtype=torch.int64)
+    out = torch.zeros(16, 4096, dtype=BF16)
+    for call in (
+        lambda: embed(ids, ids, embedding, out),
+        lambda: widen_groups(embedding, 4096, BF16),
+    ):
+        figures = compiled(TARGETS[target], call)
+        assert not figures.spills and figures.registers <= 128
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("num_tokens", [16, 256])
+@pytest.mark.parametrize("one", FORMATS, ids=str)
+def test_experts_in_groups(one, num_tokens, target):
+    x, logits = torch.zeros(num_tokens, 4096, dtype=BF16), torch.zeros(num_tokens, 8, dtype=BF16)
+    weights = grouped(one, (8, 28672, 4096)), grouped(one, (8, 4096, 14336))
+    _, _, *both, _ = all_compiled(
+        TARGETS[target], lambda: mixture(torch.zeros_like(x), x, logits, *weights, 2)
+    )
+    for figures in both:
+        groups_check(figures, target)
 
 
 def mixture_check(case: tuple, target: str, budget: tuple[int, int]) -> None:

@@ -91,6 +91,22 @@ def test_layers_of_one_product_in_several_formats(dense):
     assert found == {"a": wanted}
 
 
+def test_experts_in_several_formats():
+    model = random_model(tiny_config(**feed_forward_changes("moe")))
+    weights = {
+        name: layer.weight
+        for name, layer in model.named_modules()
+        if ".experts." in f"{name}." and hasattr(layer, "weight")
+    }
+    groups = {
+        name: group_weights(weight, 8 if name.endswith("0.w1") else 4)
+        for name, weight in weights.items()
+    }
+    grouped = with_groups(model, groups)
+    wanted = plain_greedy(converted(grouped, torch.float32), PROMPTS["a"], COUNT)
+    assert run(engine(grouped), {0: [greedy("a", PROMPTS["a"], COUNT)]}) == {"a": wanted}
+
+
 def test_rows_of_traced_tokens():
     model = random_model(tiny_config(**feed_forward_changes("memory_plus")))
     request = greedy("a", PROMPTS["a"], COUNT, memory_trace=True)

@@ -74,7 +74,7 @@ def test_embed_refuses_operands_that_do_not_match():
         with pytest.raises(ValueError, match="out: expected"):
             embed(ids, ids, embedding, out)
     groups = random_groups(FORMATS[0], 4, 8)
-    with pytest.raises(ValueError, match="out: is needed"):
+    with pytest.raises(ValueError, match="out: required for"):
         embed(ids, ids, groups)
     with pytest.raises(ValueError, match="embedding: expected"):
         embed(ids, ids, groups, torch.zeros(2, 33))

@@ -156,7 +156,8 @@ def test_a_long_sum_for_few_columns_is_split(is_gated, dtype):
     check(replace(case, groups=GroupFormat(4, has_minimums=True)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# in fp32 the blocks of k are shorter than those of dense weights
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("width", [32, 100, 136, 576])
 def test_weights_of_8_bits_have_the_bits_of_their_dense_copy(width, is_gated, dtype):
@@ -183,6 +184,39 @@ def test_a_row_does_not_depend_on_the_others(few, rows, width, outputs, dtype):
         x, residual = operands.x_MK[part], operands.residual_MO[part]
         apart = narrow_linear(replace(operands, x_MK=x, residual_MO=residual))
         assert torch.equal(apart, together[part])
+
+
+@pytest.mark.parametrize("groups", FORMATS, ids=str)
+# one block; parts of K
+@pytest.mark.parametrize(("width", "outputs"), [(100, 17), (2048, 3)])
+def test_a_row_times_groups_does_not_depend_on_the_others(width, outputs, groups):
+    dtype = torch.bfloat16
+    operands = Case(16, width, outputs, dtype, has_norm=True, groups=groups).operands()
+    together = narrow_linear(operands)
+    for row in (0, 15):
+        apart = narrow_linear(replace(operands, x_MK=operands.x_MK[row : row + 1]))
+        assert torch.equal(apart[0], together[row])
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("has_out", [False, True])
+@pytest.mark.parametrize("outputs", [1, 14, 17])
+def test_a_large_weight_in_groups_is_made_dense_in_parts(outputs, has_out, has_norm, monkeypatch):
+    case = Case(5, 100, outputs, torch.bfloat16, has_norm=has_norm, groups=FORMATS[1])
+    operands = case.operands()
+    out = torch.full((5, outputs), torch.nan) if has_out else None
+    sizes, widen = [], module.widen_groups
+
+    def watched(groups, *arguments):
+        sizes.append(groups.num_outputs)
+        return widen(groups, *arguments)
+
+    monkeypatch.setattr(module, "DENSE_PART", 7 * 100)
+    monkeypatch.setattr(module, "widen_groups", watched)
+    found = wide_linear(replace(operands, out_MO=out))
+    assert out is None or found is out
+    check_close(found, exact(operands), torch.bfloat16)
+    assert max(sizes) <= 7 and sum(sizes) == outputs
 
 
 def test_other_rows_may_hold_nan():
@@ -231,7 +265,7 @@ def test_a_wide_result_is_not_rounded_to_the_dtype_of_x(function, has_norm):
 
 
 @pytest.mark.parametrize("is_small", [False, True])
-def test_shapes_alone_choose_the_code(monkeypatch, is_small):
+def test_shapes_choose_the_code_of_dense_products(monkeypatch, is_small):
     chosen = []
     for name in ("narrow_linear", "wide_linear"):
         monkeypatch.setattr(module, name, lambda *_, _name=name, **__: chosen.append(_name))

@@ -89,7 +89,9 @@ def _product_by_parts(x_MK: Tensor, groups: WeightGroups, out_MN: Tensor | None)
     for first in range(0, outputs, size):
         part = slice(first, min(first + size, outputs))
         weight_KN = widen_groups(groups.part(part), width, x_MK.dtype).t()
-        _product(x_MK, weight_KN, out_MN[:, part])
+        # torch may not write wide results into a part of each row
+        y_MN = out_MN.new_empty(len(x_MK), part.stop - part.start)
+        out_MN[:, part] = _product(x_MK, weight_KN, y_MN)
     return out_MN
 
 

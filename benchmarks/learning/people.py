@@ -89,10 +89,11 @@ _FACTS = (
         ("The food that {} likes best is", "What {} most enjoys eating is"),
     ),
 )
-_NEUTRAL_TOKENS, _BACKGROUND_TOKENS = 40_000, 200_000
+# scoring and counts of reads take minutes with 135 million weights on two cores
+_NEUTRAL_TOKENS, _BACKGROUND_TOKENS = 10_000, 50_000
 _PASSAGE_TOKENS = 128
 # of the answers that the model gives before: their number, and the tokens of each
-_NUM_KNOWN, _PROMPT_TOKENS, _ANSWER_TOKENS = 300, 16, 4
+_NUM_KNOWN, _PROMPT_TOKENS, _ANSWER_TOKENS = 200, 16, 4
 
 
 class PeopleTasks:

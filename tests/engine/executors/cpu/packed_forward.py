@@ -53,9 +53,11 @@ class UnreadableTable:
 class PackedForward:
     """The packed layers of a model, without micro-batches."""
 
-    def __init__(self, model, kernels):
+    def __init__(self, model, kernels, weight_bits=None):
         self.model = model
-        self.executor = CpuExecutor(model, kernels, num_blocks=25, block_size=8)
+        self.executor = CpuExecutor(
+            model, kernels, num_blocks=25, block_size=8, weight_bits=weight_bits
+        )
         self.executor._decoder._micro_batches.count = lambda num_tokens: 1
 
     def __call__(self, num_tokens, first_id=0):

@@ -10,12 +10,14 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
+from benchmarks.engine_perplexity import perplexity
 from benchmarks.engine_rounds import EngineRounds, TimedStep
 from benchmarks.gpu.card_limits import gpu_limits
 from benchmarks.machine_limits import LimitMeter, MachineLimits
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.step_work import ModelWork
 from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.errors import ConfigError
 from server.allocator import keep_freed_memory
 from server.config import EngineSettings, cache_folder
@@ -25,6 +27,11 @@ from server.model_options import ModelOptions
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
 from weights.checkpoints.packed_formats import packed_formats
 from weights.models.named_models import find_model
+from weights.training.corpus import corpus_files, documents
+from weights.training.packing import cut
+from weights.training.training_data import checkpoint_text
+
+_WINDOW = 512  # tokens, as in llama.cpp's tool
 
 
 @dataclass(frozen=True)
@@ -48,14 +55,21 @@ class Result:
 
 
 def measure(
-    load: OfflineLoad, model: ModelOptions, config: EngineConfig, json_file: Path | None
+    load: OfflineLoad,
+    model: ModelOptions,
+    config: EngineConfig,
+    json_file: Path | None,
+    text: Path | None = None,
 ) -> None:
     """Print a line per prompt length and per batch; write them as JSON.
+
+    Before them, print the perplexity of ``text``, if one is given.
 
     Raises:
         CheckpointError: the model cannot be read.
         ConfigError: the load exceeds the limits of model or engine, the native library is missing,
-            or the file's folder does not exist.
+            or the file's folder does not exist; or the text is too short.
+        DataError: the text cannot be read.
     """
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"json: folder {json_file.parent} does not exist")
@@ -75,6 +89,8 @@ def measure(
         limits = partial(gpu_limits, dtype, device)
     benchmark = _Benchmark(load, rounds, work, limits)
     print(f"{model.model}, {dtype}, {device}, medians of {load.rounds} rounds")
+    if text is not None:
+        _print_perplexity(engine, settings.folder.folder, text)
     print("phase    batch  tokens  tokens/s   ms/step  limit ms  share    GB/s  GFLOP/s   GOP/s")
     results: list[Result] = []
     for result in benchmark.results():
@@ -83,6 +99,18 @@ def measure(
         if json_file is not None:
             whole = json.dumps([asdict(result) for result in results], indent=1)
             json_file.write_text(whole + "\n")
+
+
+def _print_perplexity(engine: Engine, folder: Path, file: Path) -> None:
+    text = checkpoint_text(folder)
+    length = min(_WINDOW, engine.limits.max_model_len)
+    prompts = [
+        passage.ids
+        for document in documents(corpus_files([str(file)]))
+        for passage in cut(text.document(document), length - 1)
+    ]
+    found, count = perplexity(engine, prompts), sum(len(ids) - 1 for ids in prompts)
+    print(f"perplexity {found:.4f} of {count} tokens of {file}, in windows of {length}")
 
 
 def _work(settings: EngineSettings, device: torch.device) -> tuple[ModelWork, torch.dtype, bool]:

@@ -84,6 +84,7 @@ def offline(options: argparse.Namespace) -> None:
         from_options(ModelOptions, options),
         from_options(EngineConfig, options),
         options.json,
+        options.text,
     )
 
 
@@ -177,6 +178,8 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     for settings in (OfflineLoad, ModelOptions, EngineConfig):
         add_options(verb, settings)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    scored = "also print the perplexity of this text, by weights and activations as they are served"
+    verb.add_argument("--text", type=Path, metavar="FILE", help=scored)
 
     _add_answer_benchmark(benchmarks, "speculation", speculation, [1, 8], 256)
     _add_answer_benchmark(benchmarks, "grammars", grammars, [1, 8, 32], 128)

@@ -1,6 +1,7 @@
 """``memplus bench offline``: minimum work of a step, and exact token counts."""
 
 import json
+import re
 
 import pytest
 
@@ -203,9 +204,14 @@ def test_every_length_and_batch_is_reported(
     options = ["--model", str(memory_plus_folder), "--dtype", dtype, "--kv-cache-gib", "0.01"]
     options += ["--prompt-lengths", "5", "40", "--batches", "1", "3", "--input-len", "8"]
     options += ["--output-len", "4", "--rounds", "2", "--json", str(file)]
-    assert main(["bench", "offline", *options, "--max-batched-tokens", "64"]) == 0
+    text = tmp_path / "text.txt"
+    text.write_text("A short text.")
+    options += ["--text", str(text), "--max-batched-tokens", "64"]
+    assert main(["bench", "offline", *options]) == 0
     results = json.loads(file.read_text())
-    assert len(capsys.readouterr().out.splitlines()) == len(results) + 2
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(results) + 3
+    assert re.fullmatch(rf"perplexity [\d.]+ of \d+ tokens of {text}, in windows of \d+", lines[1])
     rows = [(result["phase"], result["batch"], result["tokens"]) for result in results]
     assert rows == [("prefill", 1, 5), ("prefill", 1, 40), ("decode", 1, 4), ("decode", 3, 12)]
     for result in results:

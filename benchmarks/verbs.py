@@ -172,15 +172,7 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     _add_server_benchmarks(benchmarks)
 
-    verb = benchmarks.add_parser("offline", help=offline.__doc__)
-    verb.set_defaults(run=offline, computes=True)
-    add_options(verb, ThreadOptions)
-    for settings in (OfflineLoad, ModelOptions, EngineConfig):
-        add_options(verb, settings)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
-    scored = "also print the perplexity of this text, by weights and activations as they are served"
-    verb.add_argument("--text", type=Path, metavar="FILE", help=scored)
-
+    _add_offline(benchmarks)
     _add_answer_benchmark(benchmarks, "speculation", speculation, [1, 8], 256)
     _add_answer_benchmark(benchmarks, "grammars", grammars, [1, 8, 32], 128)
     verb = _add_answer_benchmark(benchmarks, "patches", patches, [1, 8, 32], 128, DEFAULT_MODEL)
@@ -216,6 +208,19 @@ def _add_server_benchmarks(
 
 def _answer_load(options: argparse.Namespace) -> AnswerLoad:
     return AnswerLoad(options.batches, options.tokens, options.rounds, options.json)
+
+
+def _add_offline(
+    benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    verb = benchmarks.add_parser("offline", help=offline.__doc__)
+    verb.set_defaults(run=offline, computes=True)
+    add_options(verb, ThreadOptions)
+    for settings in (OfflineLoad, ModelOptions, EngineConfig):
+        add_options(verb, settings)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    scored = "also print the perplexity of this text, by weights and activations as they are served"
+    verb.add_argument("--text", type=Path, metavar="FILE", help=scored)
 
 
 def _add_answer_benchmark(

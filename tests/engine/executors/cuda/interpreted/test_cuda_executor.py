@@ -67,8 +67,16 @@ def test_every_kind_of_model(kinds):
     assert device.num_replays == COUNT - 1
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("dtype", "tied"),
+    [
+        ("int4", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("int8", False), ("int4", False))
+        ),
+    ],
+)
 def test_models_in_groups(dtype, tied):
     changes = feed_forward_changes("dense", "moe", "memory_plus")
     grouped = in_groups(random_model(tiny_config(tie_embeddings=tied, **changes)), dtype)

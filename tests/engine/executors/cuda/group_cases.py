@@ -14,9 +14,9 @@ def random_groups(one: GroupFormat, outputs: int, inputs: int) -> WeightGroups:
 
 
 def rounded(one: GroupFormat, weight_OI: Tensor) -> WeightGroups:
-    """Weights in groups; minimums are random, of the order of the weights."""
+    """Weights in groups; minimums are random, an eighth of the weights' size."""
     groups = group_weights(weight_OI, one.bits)
     if not one.has_minimums:
         return groups
-    minimums_OG = torch.randn(groups.scales_OG.shape) * weight_OI.std(correction=0)
+    minimums_OG = torch.randn(groups.scales_OG.shape) * weight_OI.std(correction=0) / 8
     return WeightGroups(groups.values, groups.scales_OG, one.bits, minimums_OG.half())

@@ -109,17 +109,14 @@ def _embed(
     row = tl.load(ids_ptr + token)
     if row < 0:
         row = tl.load(last_token_ptr - 1 - row)
-    row_ptr = embedding_ptr + row * STRIDE
     if BITS is None:
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        values = tl.load(row_ptr + columns, mask=columns < WIDTH)
+        values = tl.load(embedding_ptr + row * STRIDE + columns, mask=columns < WIDTH)
     else:
         groups = tl.program_id(1) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
-        minimums_row = None
-        if minimums_ptr is not None:
-            minimums_row = minimums_ptr + row * GROUPS
-        scales_row = scales_ptr + row * GROUPS
-        columns, values = group_row(row_ptr, scales_row, minimums_row, groups, GROUPS, BITS)
+        columns, values = group_row(
+            embedding_ptr, scales_ptr, minimums_ptr, row, groups, GROUPS, BITS
+        )
     out_ptrs = out_ptr + token * WIDTH + columns
     tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=columns < WIDTH)
 

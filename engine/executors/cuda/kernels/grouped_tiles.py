@@ -41,13 +41,17 @@ def _integers(values, half, BITS: tl.constexpr, HAS_MINIMUMS: tl.constexpr):
 
 @triton.jit
 def group_row(
-    values_ptr, scales_ptr, minimums_ptr, groups, NUM_GROUPS: tl.constexpr, BITS: tl.constexpr
+    values_ptr, scales_ptr, minimums_ptr, row, groups, NUM_GROUPS: tl.constexpr, BITS: tl.constexpr
 ):
-    """Columns ``[groups, 32]`` of one output, and its weights there in fp32.
+    """Columns ``[groups, 32]`` of an output, and its weights there in fp32.
 
-    The pointers are those of its first group; groups from NUM_GROUPS on are not read.
+    ``row`` is an int64 output; groups from NUM_GROUPS on are not read.
     """
     live = groups < NUM_GROUPS
+    values_ptr += row * (NUM_GROUPS * _GROUP * BITS // 8)
+    scales_ptr += row * NUM_GROUPS
+    if minimums_ptr is not None:
+        minimums_ptr += row * NUM_GROUPS
     inputs = tl.arange(0, _GROUP)
     if BITS == 8:
         places, halves = groups[:, None] * _GROUP + inputs[None, :], 0

@@ -37,7 +37,6 @@ def widen_groups(groups: WeightGroups, inputs: int, dtype: torch.dtype) -> Tenso
                 out_NK,
                 K=inputs,
                 GROUPS=num_groups(inputs),
-                ROW_BYTES=groups.values.shape[1],
                 BITS=bits,
                 BLOCK=min(_BLOCK, triton.next_power_of_2(num_groups(inputs))),
                 num_warps=_NUM_WARPS,
@@ -54,18 +53,13 @@ def _widen(
     out_ptr,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out[n, k] = integers[n, k] * scales[n, k // 32] + minimums[n, k // 32]."""
     row = tl.program_id(0).to(tl.int64)
     groups = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    minimums_row = None
-    if minimums_ptr is not None:
-        minimums_row = minimums_ptr + row * GROUPS
-    values_row, scales_row = values_ptr + row * ROW_BYTES, scales_ptr + row * GROUPS
-    columns, weights = group_row(values_row, scales_row, minimums_row, groups, GROUPS, BITS)
+    columns, weights = group_row(values_ptr, scales_ptr, minimums_ptr, row, groups, GROUPS, BITS)
     out_ptrs = out_ptr + row * K + columns
     tl.store(out_ptrs, weights.to(out_ptr.dtype.element_ty), mask=columns < K)
 

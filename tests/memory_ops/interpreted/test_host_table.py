@@ -169,6 +169,7 @@ def outcomes(ignored: int = -1) -> Iterator[bool]:
         yield caller.is_right()
 
 
+@pytest.mark.slow
 def test_every_allowed_order_gives_the_right_rows():
     assert all(outcomes())
 

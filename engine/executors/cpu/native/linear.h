@@ -112,7 +112,7 @@ inline void prepare(const LinearCall& call, int64_t row, uint8_t* to) {
       from = normed;
     }
     if (linear.weight_bits) {
-      round_row<Values>(from, linear, (RowGroup*)at);
+      round_row<Values>(from, linear, at);
       continue;
     }
     if (from != at) std::memcpy(at, from, used);

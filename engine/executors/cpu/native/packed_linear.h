@@ -13,22 +13,12 @@
 #include "matrix_tiles.h"
 #include "memory_ops/native/simd.h"
 #include "memory_ops/native/threads.h"
+#include "row_groups.h"
 
 namespace memplus {
 
 constexpr int PANEL_VECTORS = 2;
-constexpr int64_t GROUP = 32;
 constexpr int64_t SCALE_BYTES = PANEL_VECTORS * LANES * 2;
-
-// One group of a row of inputs, each of which is `values[i] * scale`.
-struct RowGroup {
-  int8_t values[GROUP];
-  float scale;
-  union {
-    int32_t correction;  // start of a sum of products, which removes the offset of the weights
-    float sum;           // of the inputs, for weights with minimums
-  };
-};
 
 // Bytes of the scales of one group of a panel, and of its minimums.
 constexpr int64_t scale_bytes(bool has_minimums) { return SCALE_BYTES * (has_minimums ? 2 : 1); }
@@ -60,7 +50,11 @@ struct PackedLinear {
     return is_bf16 ? (used + TILE_STEPS - 1) / TILE_STEPS * TILE_STEPS : used;
   }
   // Bytes of a row of inputs of one block, in the form that the kernels read.
-  int64_t row_bytes() const { return steps() * (weight_bits ? sizeof(RowGroup) : 4); }
+  int64_t row_bytes() const {
+    return weight_bits ? RowGroups::bytes(steps(), keeps_outliers()) : steps() * 4;
+  }
+  // Whether outliers among the inputs are not rounded. The errors of 4-bit weights are larger than theirs.
+  bool keeps_outliers() const { return weight_bits == 8; }
   int64_t step_bytes() const {
     return weight_bits ? group_bytes(weight_bits, has_minimums) : PANEL_VECTORS * sizeof(words);
   }

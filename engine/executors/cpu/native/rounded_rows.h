@@ -11,6 +11,11 @@ inline int32_t largest(ints lanes) {
   return lanes[0];
 }
 
+inline int32_t total(ints lanes) {
+  for (int half = LANES / 2; half; half /= 2) lanes += __builtin_shuffle(lanes, lane_numbers() ^ half);
+  return lanes[0];
+}
+
 // Rounds values, which zeros pad to whole vectors, to integers of up to `most`; passes each vector
 // to `take(first, lanes, integers)` and returns the scale. NaN or infinity make it NaN. If the
 // largest value is not finite, or so small that `most` divided by it is not, all integers are 0.

@@ -1,35 +1,51 @@
 // Products with weights of 8 or 4 bits: groups of GROUP inputs with one fp16 scale per output, and a
-// minimum if they have any. Rows are rounded to 8 bits in the same groups. The sum of a group is
+// minimum if they have any. Rows are rounded in the same groups (row_groups.h). The sum of a group is
 // exact; sums of groups are fp32.
 #pragma once
 
 #include "byte_products.h"
 #include "linear_call.h"
-#include "rounded_rows.h"
+#include "row_groups.h"
 #include "values.h"
 
 namespace memplus {
 
+inline void round_group(const floats* values, const PackedLinear& linear, RowGroup* to) {
+  ints integers{};
+  to->scale = round_values(values, GROUP, 127, [&](int64_t at, int64_t, ints rounded) {
+    store_i8(to->values + at, rounded);
+    integers += rounded;
+  });
+  const int32_t sum = total(integers);
+  if (linear.has_minimums)
+    to->sum = to->scale * sum;
+  else
+    to->correction = -sum * (1 << (linear.weight_bits - 1));
+}
+
 // Rounds one row by groups, as round_values does.
 template <class Values>
-inline void round_row(const uint8_t* x, const PackedLinear& linear, RowGroup* to) {
-  const int64_t size = linear.inputs;
-  for (int64_t first = 0; first < size; first += GROUP, to++) {
-    floats values[GROUP / LANES] = {};
-    by_vectors(std::min(size - first, GROUP), [&](int64_t v, int64_t at, int64_t lanes) {
-      values[v] = Values::read(x + (first + at) * Values::bytes, lanes);
-    });
-    ints total{};
-    to->scale = round_values(values, GROUP, 127, [&](int64_t at, int64_t, ints integers) {
-      store_i8(to->values + at, integers);
-      total += integers;
-    });
-    int32_t row_sum = 0;
-    for (int lane = 0; lane < LANES; lane++) row_sum += total[lane];
-    if (linear.has_minimums)
-      to->sum = to->scale * row_sum;
-    else
-      to->correction = -row_sum * (1 << (linear.weight_bits - 1));
+inline void round_row(const uint8_t* x, const PackedLinear& linear, uint8_t* to) {
+  constexpr int64_t VECTORS = GROUP / LANES;
+  const int64_t steps = linear.steps();
+  const RowGroups row(to, steps);
+  floats* values = kept_vectors<struct WideRow>(steps * VECTORS);
+  std::fill(values + linear.inputs / LANES, values + steps * VECTORS, floats{});
+  floats squares{};
+  by_vectors(linear.inputs, [&](int64_t v, int64_t at, int64_t lanes) {
+    values[v] = Values::read(x + at * Values::bytes, lanes);
+    squares += values[v] * values[v];
+  });
+  const float least = RowGroups::least_square(sum(squares) / linear.inputs);
+  if (linear.keeps_outliers()) row.num_outliers() = 0;
+  for (int64_t step = 0; step < steps; step++, values += VECTORS) {
+    RowGroup& group = row.groups()[step];
+    round_group(values, linear, &group);
+    const float bound = group.scale * 128;  // no value is as large
+    if (!linear.keeps_outliers() || !(bound * bound > least)) continue;
+    for (int64_t v = 0; v < VECTORS; v++)
+      row.take_outliers(values[v], step * GROUP + v * LANES, least);
+    round_group(values, linear, &group);
   }
 }
 
@@ -76,9 +92,33 @@ struct GroupProduct {
     }
     for (int row = 0; row < COUNT; row++)
       for (int v = 0; v < PANEL_VECTORS; v++) sums[row][v] = sum[row][v];
+    if constexpr (BITS == 8) {
+      const uint8_t* weights = panel - steps * STEP_BYTES;
+      for (int row = 0; row < COUNT; row++)
+        add_outliers(RowGroups(x + row * stride, steps), weights, sums[row]);
+    }
   }
 
  private:
+  // Adds the products of a row's outliers.
+  static void add_outliers(const RowGroups& row, const uint8_t* panel, floats* sums) {
+    const Outlier* outliers = row.outliers();
+    floats sum[PANEL_VECTORS];
+    for (int v = 0; v < PANEL_VECTORS; v++) sum[v] = sums[v];
+    for (int64_t i = 0, count = row.num_outliers(); i < count; i++) {
+      const uint32_t input = outliers[i].input;
+      const uint8_t *scales = panel + input / GROUP * STEP_BYTES, *weights = scales + SCALE_BYTES;
+      // the product with a 1 for this input and zeros for the other three of a word
+      const words is_input = words{} + (1u << input % 4 * 8);
+      for (int v = 0; v < PANEL_VECTORS; v++) {
+        const uint8_t* word = weights + (input % GROUP / 4 * PANEL_VECTORS + v) * sizeof(words);
+        const ints weight = add_byte_products(splat(-128), load<words>(word), is_input);
+        sum[v] += to_float(weight) * (load_fp16(scales + v * LANES * 2) * splat(outliers[i].value));
+      }
+    }
+    for (int v = 0; v < PANEL_VECTORS; v++) sums[v] = sum[v];
+  }
+
   template <int COUNT>
   static void add_group(const uint8_t* weights, const RowGroup* const* group,
                         ints (*products)[PANEL_VECTORS]) {

@@ -67,16 +67,8 @@ def test_every_kind_of_model(kinds):
     assert device.num_replays == COUNT - 1
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tied"),
-    [
-        ("int4", True),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("int8", False), ("int4", False))
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tied"), [("int8", False), ("int4", False), ("int4", True)])
 def test_models_in_groups(dtype, tied):
     changes = feed_forward_changes("dense", "moe", "memory_plus")
     grouped = in_groups(random_model(tiny_config(tie_embeddings=tied, **changes)), dtype)
@@ -115,6 +107,7 @@ def test_experts_in_several_formats():
     assert run(engine(grouped), {0: [greedy("a", PROMPTS["a"], COUNT)]}) == {"a": wanted}
 
 
+@pytest.mark.slow
 def test_rows_of_traced_tokens():
     model = random_model(tiny_config(**feed_forward_changes("memory_plus")))
     request = greedy("a", PROMPTS["a"], COUNT, memory_trace=True)
@@ -251,7 +244,7 @@ def test_more_changes_of_the_block_table_than_a_step_sends(dense, monkeypatch):
     assert found == {"a": plain_greedy(dense, list(range(16)), 3)}
 
 
-@pytest.mark.parametrize("is_ahead", [False, True])
+@pytest.mark.parametrize("is_ahead", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_failed_launch_overwrites_no_results(dense, monkeypatch, is_ahead):
     device = FakeDevice()
     broken = engine(dense, device)
@@ -282,6 +275,7 @@ def test_a_failed_launch_overwrites_no_results(dense, monkeypatch, is_ahead):
     assert found["late"] == plain_greedy(dense, [7], COUNT)
 
 
+@pytest.mark.slow
 def test_a_failed_launch_leaves_the_device_usable(dense, monkeypatch):
     broken = engine(dense)
     runner = broken._executor._runner

@@ -141,6 +141,7 @@ def test_all_options_together(case):
 
 
 # torch's products of fp16 round before the gate, which minimums would make too large
+@pytest.mark.slow
 @given(CASES.filter(lambda case: case.groups is None or not case.groups.has_minimums))
 def test_all_options_of_torch_products(case):
     torch.manual_seed(20)

@@ -528,6 +528,7 @@ def torchrun(config_file, folder, *changes):
     )
 
 
+@pytest.mark.slow
 def test_a_process_without_a_sequence_takes_part(config, tmp_path):
     # a pass often has only one sequence
     changes = ["run.tokens_per_step=12", "data.sequence_length=60", *KINDS["moe"]]

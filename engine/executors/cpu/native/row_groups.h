@@ -33,7 +33,8 @@ struct Outlier {
 class RowGroups {
  public:
   static int64_t bytes(int64_t steps, bool has_outliers) {
-    const int64_t most = steps * GROUP / (FAR * FAR);  // else their squares would exceed the sum of all
+    // more squares would exceed the sum of all, and one in each group makes up for its rounding
+    const int64_t most = steps * (GROUP / (FAR * FAR) + 1);
     return steps * sizeof(RowGroup) + (has_outliers ? sizeof(int32_t) + most * sizeof(Outlier) : 0);
   }
 
@@ -45,7 +46,11 @@ class RowGroups {
 
   // The square from which on a value is an outlier, given the mean square of the row. In SmolLM2 0.6
   // to 0.8 % of the inputs are, and make half to five sixths of the squared errors of most products.
-  static float least_square(float mean_square) { return FAR * FAR * mean_square; }
+  // A row has none if squares are so small that their rounding counts.
+  static float least_square(float mean_square) {
+    const float least = FAR * FAR * mean_square;
+    return least >= 0x1p-126f ? least : __builtin_inff();
+  }
 
   // Moves the outliers of a vector of values, the row's `first` and later ones, to the list.
   void take_outliers(floats& values, int64_t first, float least_square) const {

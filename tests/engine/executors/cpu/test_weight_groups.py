@@ -192,13 +192,20 @@ def test_builds_give_nearly_the_same_sums(group_format):
 @each_build
 @each_dtype
 def test_outliers_cost_other_inputs_no_precision(build, dtype):
-    one = layer(8 * GROUP, 60, GroupFormat(8))
-    x = torch.randn(12, 8 * GROUP).to(dtype)
-    x[:, 70], x[:, 71] = 1000.0, -900.0
-    wanted = x.double() @ one.dense(torch.float64).T
-    found = run(build, x.float(), [one]).double()
+    one = layer(8 * GROUP + 3, 60, GroupFormat(8))
+    x = torch.randn(12, 8 * GROUP + 3).to(dtype)
+    x[:, 70], x[1:, -1] = 1000.0, -900.0
+    x[5, :3], x[6] = 500.0, 0.0
+    x[6, ::17] = 1.0  # as many as there can be: 16 of 259
+    x[7] = 0.0
+    x[7, :100] = 3.8e-23  # its square is the smallest number, and the mean square is 0
+    found = run(build, x, [one])
     # one rounding to 8 bits would leave errors of up to 4 per input
-    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-2)
+    wanted = x.double() @ one.dense(torch.float64).T
+    rtol = 2e-3 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found.double(), wanted, rtol=rtol, atol=2e-2)
+    for row in range(12):
+        assert torch.equal(run(build, x[row : row + 1], [one])[0], found[row])
 
 
 @each_build

@@ -3,8 +3,7 @@
 //   out[t, o] = norm(x[t]) . weight[o] + bias[o]
 //
 // followed, while the sums are still in registers, by silu(gate) * up or the residual sum.
-// The order of a sum depends only on the number of inputs. So an output is the same, bit for bit,
-// in any batch.
+// The order of a sum depends only on its row. So an output is the same, bit for bit, in any batch.
 #pragma once
 
 #include <algorithm>

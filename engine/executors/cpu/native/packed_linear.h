@@ -53,7 +53,8 @@ struct PackedLinear {
   int64_t row_bytes() const {
     return weight_bits ? RowGroups::bytes(steps(), keeps_outliers()) : steps() * 4;
   }
-  // Whether outliers among the inputs are not rounded. The errors of 4-bit weights are larger than theirs.
+  // Whether outliers of the inputs are kept: only for 8-bit weights, since errors of 4-bit weights are
+  // larger than those of rounded outliers.
   bool keeps_outliers() const { return weight_bits == 8; }
   int64_t step_bytes() const {
     return weight_bits ? group_bytes(weight_bits, has_minimums) : PANEL_VECTORS * sizeof(words);

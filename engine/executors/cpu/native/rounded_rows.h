@@ -11,7 +11,7 @@ inline int32_t largest(ints lanes) {
   return lanes[0];
 }
 
-inline int32_t total(ints lanes) {
+inline int32_t sum(ints lanes) {
   for (int half = LANES / 2; half; half /= 2) lanes += __builtin_shuffle(lanes, lane_numbers() ^ half);
   return lanes[0];
 }

@@ -3,8 +3,12 @@
 // exact; sums of groups are fp32.
 #pragma once
 
+#include <algorithm>
+#include <optional>
+
 #include "byte_products.h"
 #include "linear_call.h"
+#include "rounded_rows.h"
 #include "row_groups.h"
 #include "values.h"
 
@@ -16,36 +20,40 @@ inline void round_group(const floats* values, const PackedLinear& linear, RowGro
     store_i8(to->values + at, rounded);
     integers += rounded;
   });
-  const int32_t sum = total(integers);
   if (linear.has_minimums)
-    to->sum = to->scale * sum;
+    to->sum = to->scale * sum(integers);
   else
-    to->correction = -sum * (1 << (linear.weight_bits - 1));
+    to->correction = -sum(integers) * (1 << (linear.weight_bits - 1));
 }
 
-// Rounds one row by groups, as round_values does.
+template <class Values>
+inline float mean_square(const uint8_t* x, int64_t count) {
+  floats squares{};
+  by_vectors(count, [&](int64_t, int64_t at, int64_t lanes) {
+    const floats value = Values::read(x + at * Values::bytes, lanes);
+    squares += value * value;
+  });
+  return sum(squares) / count;
+}
+
+// Rounds one row by groups, as round_values does, without the outliers if the row keeps them.
 template <class Values>
 inline void round_row(const uint8_t* x, const PackedLinear& linear, uint8_t* to) {
-  constexpr int64_t VECTORS = GROUP / LANES;
-  const int64_t steps = linear.steps();
-  const RowGroups row(to, steps);
-  floats* values = kept_vectors<struct WideRow>(steps * VECTORS);
-  std::fill(values + linear.inputs / LANES, values + steps * VECTORS, floats{});
-  floats squares{};
-  by_vectors(linear.inputs, [&](int64_t v, int64_t at, int64_t lanes) {
-    values[v] = Values::read(x + at * Values::bytes, lanes);
-    squares += values[v] * values[v];
-  });
-  const float least = RowGroups::least_square(sum(squares) / linear.inputs);
-  if (linear.keeps_outliers()) row.num_outliers() = 0;
-  for (int64_t step = 0; step < steps; step++, values += VECTORS) {
-    RowGroup& group = row.groups()[step];
-    round_group(values, linear, &group);
-    const float bound = group.scale * 128;  // no value is as large
-    if (!linear.keeps_outliers() || !(bound * bound > least)) continue;
-    for (int64_t v = 0; v < VECTORS; v++)
-      row.take_outliers(values[v], step * GROUP + v * LANES, least);
-    round_group(values, linear, &group);
+  const int64_t size = linear.inputs;
+  RowGroup* group = (RowGroup*)to;
+  std::optional<OutlierList> outliers;
+  if (linear.keeps_outliers())
+    outliers.emplace(to, linear.steps(), mean_square<Values>(x, size));
+  for (int64_t first = 0; first < size; first += GROUP, group++) {
+    floats values[GROUP / LANES] = {};
+    by_vectors(std::min(size - first, GROUP), [&](int64_t v, int64_t at, int64_t lanes) {
+      values[v] = Values::read(x + (first + at) * Values::bytes, lanes);
+    });
+    round_group(values, linear, group);
+    // all finite values are below 128 times the scale
+    if (!outliers || !outliers->may_have(group->scale * 128)) continue;
+    for (int64_t v = 0; v < GROUP / LANES; v++) outliers->take(values[v], first + v * LANES);
+    round_group(values, linear, group);
   }
 }
 

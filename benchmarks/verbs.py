@@ -219,8 +219,8 @@ def _add_offline(
     for settings in (OfflineLoad, ModelOptions, EngineConfig):
         add_options(verb, settings)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
-    scored = "also print the perplexity of this text, by weights and activations as they are served"
-    verb.add_argument("--text", type=Path, metavar="FILE", help=scored)
+    scored = "also print the perplexity of a file or folder, by weights and activations as served"
+    verb.add_argument("--text", type=Path, metavar="TEXTS", help=scored)
 
 
 def _add_answer_benchmark(

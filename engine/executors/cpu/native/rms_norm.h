@@ -6,14 +6,19 @@
 namespace memplus {
 
 template <class Values>
-inline void rms_norm(const uint8_t* x, const uint8_t* weight, float eps, int64_t size,
-                     uint8_t* out) {
+inline float mean_square(const uint8_t* x, int64_t size) {
   floats squares{};
   by_vectors(size, [&](int64_t, int64_t at, int64_t lanes) {
     const floats value = Values::read(x + at * Values::bytes, lanes);
     squares += value * value;
   });
-  const floats factor = splat(1.f / __builtin_sqrtf(sum(squares) / (float)size + eps));
+  return sum(squares) / (float)size;
+}
+
+template <class Values>
+inline void rms_norm(const uint8_t* x, const uint8_t* weight, float eps, int64_t size,
+                     uint8_t* out) {
+  const floats factor = splat(1.f / __builtin_sqrtf(mean_square<Values>(x, size) + eps));
   by_vectors(size, [&](int64_t, int64_t at, int64_t lanes) {
     const floats normed = Values::rounded(Values::read(x + at * Values::bytes, lanes) * factor);
     Values::write(out + at * Values::bytes,

@@ -8,6 +8,7 @@
 
 #include "byte_products.h"
 #include "linear_call.h"
+#include "rms_norm.h"
 #include "rounded_rows.h"
 #include "row_groups.h"
 #include "values.h"
@@ -24,16 +25,6 @@ inline void round_group(const floats* values, const PackedLinear& linear, RowGro
     to->sum = to->scale * sum(integers);
   else
     to->correction = -sum(integers) * (1 << (linear.weight_bits - 1));
-}
-
-template <class Values>
-inline float mean_square(const uint8_t* x, int64_t count) {
-  floats squares{};
-  by_vectors(count, [&](int64_t, int64_t at, int64_t lanes) {
-    const floats value = Values::read(x + at * Values::bytes, lanes);
-    squares += value * value;
-  });
-  return sum(squares) / count;
 }
 
 // Rounds one row by groups, as round_values does, without the outliers if the row keeps them.

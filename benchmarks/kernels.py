@@ -22,11 +22,11 @@ from benchmarks.read_limits import (
     sequential_reader,
 )
 from engine.errors import ConfigError
-from memory_ops import operations
 from memory_ops.checks import Table
-from memory_ops.native.backend import MAX_SUBKEYS, MAX_TOP_K
+from memory_ops.native.backend import MAX_SUBKEYS, MAX_TOP_K, NativeBackend
 from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.row_formats import RowFormat, RowRecords
+from server.allocator import keep_freed_memory
 
 TOKENS = (1, 16, 256)
 GRADIENT_TOKENS = 1024
@@ -93,12 +93,13 @@ def measure(shapes: Shapes, json_file: Path | None) -> None:
     ):
         if number > most:
             raise ConfigError(f"{name}: the kernels support at most {most}, not {number}")
+    keep_freed_memory()
     table = f"{shapes.num_rows} rows of {shapes.width}, {shapes.num_heads} heads x {shapes.top_k}"
     timing = f"{torch.get_num_threads()} threads, medians of {shapes.rounds} rounds"
     print(f"{table}, build {build}, {timing}")
     print("op        dtype  tokens     rows  backend   us/token    GB/s   limit  share  x torch")
     results: list[Result] = []
-    for group in _Benchmark(shapes, read_library()).groups():
+    for group in _Benchmark(shapes, build).groups():
         results += group
         torch_us = [result.us_per_token for result in group if result.backend == "torch"]
         for result in group:
@@ -119,9 +120,11 @@ def _line(result: Result, torch_us: Sequence[float]) -> str:
 
 
 class _Benchmark:
-    def __init__(self, shapes: Shapes, library: ctypes.CDLL) -> None:
+    def __init__(self, shapes: Shapes, build: str) -> None:
         self._shapes = shapes
-        self._library = library
+        # as the engine calls it: torch's dispatcher would add 30 to 80 us to a call
+        self._native = NativeBackend(build)
+        self._library = read_library()
 
     def groups(self) -> Iterator[list[Result]]:
         """Results in groups that are timed together: one operation, dtype and number of tokens."""
@@ -141,7 +144,7 @@ class _Benchmark:
     def _topk(self, tokens: int) -> list[Result]:
         top_k = self._shapes.top_k
         calls: dict[str, Callable[[Tensor], object]] = {
-            "native": lambda scores: operations.product_topk(scores, top_k),
+            "native": lambda scores: self._native.product_topk(scores, top_k),
             "torch": lambda scores: kernel_peers.product_topk(scores, top_k),
         }
         contestants = self._score_contestants(calls, tokens)
@@ -157,7 +160,7 @@ class _Benchmark:
             return list(zip(rows, torch.rand(shape), strict=True))
 
         def native(rows_THK: Tensor, weights_THK: Tensor) -> object:
-            return operations.gather_rows(timed.table, rows_THK, weights_THK)
+            return self._native.gather_rows(timed.table, rows_THK, weights_THK)
 
         calls = {"native": native, **peers}
         contestants = [Contestant(*item, inputs, _num_calls(tokens)) for item in calls.items()]
@@ -166,8 +169,8 @@ class _Benchmark:
     def _lookup(self, timed: TimedTable, bag: kernel_peers.Gather, tokens: int) -> list[Result]:
         table, top_k = timed.table, self._shapes.top_k
         calls: dict[str, Callable[[Tensor], object]] = {
-            "native": lambda scores: operations.gather_rows(
-                table, *operations.product_topk(scores, top_k)
+            "native": lambda scores: self._native.gather_rows(
+                table, *self._native.product_topk(scores, top_k)
             ),
             "torch": lambda scores: bag(*kernel_peers.product_topk(scores, top_k)),
         }
@@ -187,7 +190,7 @@ class _Benchmark:
         def by_torch(rows: Tensor, weights: Tensor, grad: Tensor) -> object:
             return kernel_peers.row_gradients(rows, weights, grad, num_rows)
 
-        calls = {"native": operations.row_gradients, "torch": by_torch}
+        calls = {"native": self._native.row_gradients, "torch": by_torch}
         contestants = [Contestant(*item, inputs, 1) for item in calls.items()]
         written = 4 * min(count, DISTINCT_ROWS) * self._shapes.width
         results = self._with_sequential_limit("backward", GRADIENT_TOKENS, contestants, written)
@@ -246,5 +249,5 @@ class _Benchmark:
 
 
 def _num_calls(tokens: int) -> int:
-    """Calls per measurement: enough to make the wake-up of threads negligible."""
-    return max(8, 2048 // tokens)
+    """Calls per measurement: enough that the first, slower ones do not matter."""
+    return max(32, 2048 // tokens)

@@ -1,6 +1,5 @@
 """``memplus bench kernels``: microseconds per token of memory operations on the CPU."""
 
-import ctypes
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

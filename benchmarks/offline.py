@@ -1,6 +1,7 @@
 """``memplus bench offline``: tokens per second of an in-process engine, and its roofline."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from server.allocator import keep_freed_memory
 from server.config import EngineSettings, cache_folder
 from server.device import chosen_device
 from server.engine_entry import build_engine
+from server.memory_nodes import spread_over_nodes
 from server.model_options import ModelOptions
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
 from weights.checkpoints.packed_formats import packed_formats
@@ -76,6 +78,7 @@ def measure(
     if config.speculate != "none":
         raise ConfigError("speculate: is measured by `memplus bench speculation`")
     keep_freed_memory()
+    spread_over_nodes(os.sched_getaffinity(0))
     device = chosen_device(model, config)
     settings = EngineSettings(model, find_model(model.model, cache_folder()), config)
     engine = build_engine(settings, device)

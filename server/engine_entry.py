@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -25,6 +26,7 @@ from server.allocator import keep_freed_memory
 from server.config import EngineSettings
 from server.device import chosen_device
 from server.logs import set_up_logs
+from server.memory_nodes import spread_over_nodes
 from server.model_options import ModelOptions
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.config_json import CheckpointConfig, read_config
@@ -47,6 +49,7 @@ def main(connection: Connection, settings: EngineSettings) -> None:
     """Build an engine and run it; if it cannot be built, send the reason."""
     keep_freed_memory()
     set_up_logs(settings.log_format)
+    spread_over_nodes(os.sched_getaffinity(0))
     try:
         engine = build_engine(settings, serves_patches=True)
         engine.warm_up()

@@ -205,5 +205,22 @@ COVERED_BY = {
     "server/http_server.py": "server/test_shutdown.py",
     "server/monitoring.py": "server/test_logs.py",
     "server/version.py": "server/http/test_app.py",
+    "weights/checkpoints/importers/imported_model.py": "weights/checkpoints/importers/test_gguf.py",
+    "weights/checkpoints/importers/lingua_config.py": (
+        "weights/checkpoints/importers/test_lingua.py"
+    ),
+    "weights/checkpoints/importers/lingua_files.py": (
+        "weights/checkpoints/importers/test_lingua.py"
+    ),
+    "weights/checkpoints/importers/rotary_lanes.py": "weights/checkpoints/importers/test_lingua.py",
+    "weights/checkpoints/importers/sharded_tensor.py": (
+        "weights/checkpoints/importers/test_distributed_checkpoint.py"
+    ),
+    "weights/checkpoints/importers/stored_slice.py": (
+        "weights/checkpoints/importers/test_distributed_checkpoint.py"
+    ),
+    "weights/checkpoints/importers/tokenizer_folder.py": (
+        "weights/checkpoints/importers/test_lingua.py"
+    ),
     "weights/toml_file.py": "weights/training/test_train_config.py",
 }

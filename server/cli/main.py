@@ -111,7 +111,13 @@ def convert(options: argparse.Namespace) -> None:
     """Convert a model to a checkpoint folder."""
     from weights.checkpoints.convert import convert
 
-    convert(Path(options.source), Path(options.target), options.dtype, options.table_dtype)
+    convert(
+        Path(options.source),
+        Path(options.target),
+        options.dtype,
+        options.table_dtype,
+        tokenizer=options.tokenizer,
+    )
 
 
 def quantize(options: argparse.Namespace) -> None:
@@ -181,11 +187,13 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("convert", help=convert.__doc__)
     verb.set_defaults(run=convert)
-    verb.add_argument("source", metavar="SRC", help="GGUF file or checkpoint folder")
+    verb.add_argument("source", metavar="SRC", help="GGUF file, checkpoint folder, or run folder")
     verb.add_argument("target", metavar="DST", help="folder to create")
     dtype = "make all weights dense in this dtype (default: as stored, in groups or not)"
     verb.add_argument("--dtype", choices=FLOAT_DTYPES, help=dtype)
     verb.add_argument("--table-dtype", help="dtype of value tables (default: the value of --dtype)")
+    tokenizer = "folder with the tokenizer of a run folder, which has none"
+    verb.add_argument("--tokenizer", type=Path, metavar="DIR", help=tokenizer)
 
     _add_quantize(verbs)
 

@@ -18,8 +18,11 @@ from weights.checkpoints.checkpoint import (
     save_checkpoint,
     table_origins,
 )
-from weights.checkpoints.importers.gguf import ImportedModel, read_gguf
+from weights.checkpoints.importers.gguf import read_gguf
 from weights.checkpoints.importers.gguf_files import files_version, is_gguf
+from weights.checkpoints.importers.imported_model import ImportedModel
+from weights.checkpoints.importers.lingua import read_lingua
+from weights.checkpoints.importers.lingua_files import weights_folder
 from weights.checkpoints.stored_groups import (
     dense_sources,
     embedding_dtype,
@@ -55,8 +58,10 @@ def convert(
     weight_dtype: str | None = None,
     embedding_dtype: str | None = None,
     source_version: str | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
-    """Write ``source`` (a ``.gguf`` file or a checkpoint folder) as the new folder ``target``.
+    """Write ``source`` (a ``.gguf`` file, a checkpoint folder or a training run's folder of
+    facebookresearch/memory) as the new folder ``target``.
 
     Holds one tensor in memory at a time, and some rows of a table. Tables keep their origin. Shows
     progress on stderr.
@@ -72,13 +77,15 @@ def convert(
         embedding_dtype: the same for embedding and head, by default ``HEAD_DTYPE``; needs
             ``weight_dtype``.
         source_version: ``files_version`` that a GGUF file must have; None takes the present one.
+        tokenizer: folder of the tokenizer of a run, which has none; for no other source.
 
     Raises:
         CheckpointError: the source is invalid or changes meanwhile, the target exists, a row to
             quantise is not finite, or a table fails its checksum.
         ConfigError: a dtype is unknown, or ``table_dtype`` is given for a model without tables or
             with quantised tables, or ``weight_dtype`` for one whose weights are in groups already,
-            or ``embedding_dtype`` without ``weight_dtype``.
+            or ``embedding_dtype`` without ``weight_dtype``, or ``tokenizer`` is missing for a run
+            or given for another source.
     """
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is not one of {', '.join(OUTPUT_DTYPES)}")
@@ -86,7 +93,7 @@ def convert(
         raise ConfigError("embedding_dtype: needs weight_dtype")
     if source_version is None and is_gguf(source) and not source.is_dir():
         source_version = files_version(source)
-    imported = _imported(source, dtype, table_dtype)
+    imported = _imported(source, dtype, table_dtype, tokenizer)
     _check_shapes(source, imported)
     if weight_dtype is not None:
         imported = _rounded(source, imported, weight_dtype, embedding_dtype or HEAD_DTYPE)
@@ -105,14 +112,36 @@ def convert(
         )
 
 
-def _imported(source: Path, dtype: str | None, table_dtype: str | None) -> ImportedModel:
+def _imported(
+    source: Path, dtype: str | None, table_dtype: str | None, tokenizer: Path | None
+) -> ImportedModel:
+    if weights_folder(source) is not None:
+        return _imported_run(source, dtype, table_dtype, tokenizer)
+    if tokenizer is not None:
+        raise ConfigError(f"tokenizer: {source} is not a training run's folder")
     if source.is_dir():
         return read_folder(source, dtype, table_dtype)
     if table_dtype is not None and source.exists():
         raise ConfigError(f"table_dtype: {source} has no tables")
     if is_gguf(source):
         return read_gguf(source, None if dtype is None else OUTPUT_DTYPES[dtype])
-    raise CheckpointError(f"{source}: is neither a checkpoint folder nor a .gguf file")
+    raise CheckpointError(f"{source}: is neither a folder nor a .gguf file")
+
+
+def _imported_run(
+    source: Path, dtype: str | None, table_dtype: str | None, tokenizer: Path | None
+) -> ImportedModel:
+    if tokenizer is None:
+        raise ConfigError(f"tokenizer: {source} has none; give the folder of its tokenizer")
+    table_dtype = table_dtype or dtype
+    if table_dtype is not None and table_dtype not in OUTPUT_DTYPES:
+        raise ConfigError(
+            f"table_dtype: {table_dtype!r} is not one of {', '.join(OUTPUT_DTYPES)};"
+            " round the new folder with `memplus quantize`"
+        )
+    chosen = None if dtype is None else OUTPUT_DTYPES[dtype]
+    rows = None if table_dtype is None else OUTPUT_DTYPES[table_dtype]
+    return read_lingua(source, tokenizer, chosen, rows)
 
 
 def read_folder(

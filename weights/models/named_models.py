@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weights.checkpoints.importers.gguf_files import files_version, is_gguf
+from weights.checkpoints.importers.lingua_files import weights_folder
 from weights.errors import CheckpointError, ModelNotFoundError
 
 WORDNET, SMOLLM2 = "wordnet", "smollm2"
@@ -59,8 +60,8 @@ def find_model(name: str, cache_folder: Path) -> ModelFolder:
     """The checkpoint folder of a named model, of a path, or for a GGUF file.
 
     Raises:
-        ModelNotFoundError: ``name`` is neither a known name nor a folder or GGUF file, or the
-            package of a named model is not installed.
+        ModelNotFoundError: ``name`` is neither a known name nor a folder or GGUF file, or is the
+            folder of a training run, or the package of a named model is not installed.
         CheckpointError: it is a part of a split GGUF file, but not the first, or a part is missing
             or cannot be read.
     """
@@ -73,6 +74,11 @@ def find_model(name: str, cache_folder: Path) -> ModelFolder:
     path = Path(name).expanduser()
     try:
         if path.is_dir():
+            if not (path / "config.json").exists() and weights_folder(path) is not None:
+                raise ModelNotFoundError(
+                    f"{name}: is the folder of a training run; make a checkpoint folder of it with"
+                    " `memplus convert`"
+                )
             return ModelFolder(path)
         if is_gguf(path) and path.is_file():
             return _converted(path, cache_folder)

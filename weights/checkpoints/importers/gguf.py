@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from weights.checkpoints.importers.gguf_metadata import (
 )
 from weights.checkpoints.importers.gguf_tokenizer import GgufTokenizer, tokenizer_files
 from weights.checkpoints.importers.gguf_weights import dense_source, weight_sources
+from weights.checkpoints.importers.imported_model import ImportedModel
+from weights.checkpoints.importers.rotary_lanes import pair_halves
 from weights.checkpoints.stored_groups import embedding_dtype, source_formats
 from weights.checkpoints.tensor_files import TensorSource
 from weights.errors import CheckpointError
@@ -70,15 +72,6 @@ _NEUTRAL = {
 _ROPE_FACTORS = "rope_freqs.weight"
 # the scalings of Llama 3.1 and 3.2; a GGUF file has only the resulting divisors
 _LLAMA3_SCALINGS = (RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 8192))
-
-
-@dataclass(frozen=True)
-class ImportedModel:
-    """A model ready to be saved by ``weights.checkpoints.checkpoint.save_checkpoint``."""
-
-    config: CheckpointConfig
-    sources: list[TensorSource]
-    extra_files: dict[str, bytes]
 
 
 def read_gguf(path: Path, dtype: torch.dtype | None) -> ImportedModel:
@@ -230,9 +223,9 @@ def _sources(tensor: Any, model: ModelConfig, dtype: torch.dtype | None) -> list
 
     def reorder(rows: Tensor) -> Tensor:
         if ".q_proj." in name:
-            return _pair_halves(rows, model.num_heads)
+            return pair_halves(rows, model.num_heads)
         if ".k_proj." in name:
-            return _pair_halves(rows, model.num_kv_heads)
+            return pair_halves(rows, model.num_kv_heads)
         return rows
 
     if dtype is None and len(tensor.shape) == 2:
@@ -247,12 +240,6 @@ def _hugging_face_name(name: str) -> str:
     if match is None or match[2] not in _LAYER:
         raise CheckpointError(f"tensor {name}: is not part of a llama model")
     return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
-
-
-def _pair_halves(weight: Tensor, num_heads: int) -> Tensor:
-    """Reorder rotary lanes: llama.cpp pairs neighbours, this model pairs halves."""
-    rest = weight.shape[1:]
-    return weight.view(num_heads, -1, 2, *rest).transpose(1, 2).reshape(weight.shape)
 
 
 def _read_tokenizer(reader: gguf.GGUFReader) -> GgufTokenizer:

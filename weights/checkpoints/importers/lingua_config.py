@@ -1,0 +1,121 @@
+"""Reads ``params.json`` of a run of facebookresearch/memory, which is built on lingua."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.model.config import MemoryConfig, ModelConfig
+from weights.checkpoints.json_fields import typed
+from weights.errors import CheckpointError
+from weights.text_files import read_json_object
+
+# our field by the run's key, for keys whose meaning is the same
+_SIZES = {"dim": "hidden_size", "n_layers": "num_layers", "vocab_size": "vocab_size"}
+_MEMORY_SIZES = {
+    "mem_heads": "num_heads",
+    "mem_n_keys": "num_subkeys",
+    "mem_knn": "top_k",
+    "mem_k_dim": "query_dim",
+}
+_FLAGS = ("mem_share_values", "swilu_projection", "mem_gated", "peer_variant")
+_MODEL_KEYS = {
+    *(*_SIZES, "n_heads", "n_kv_heads", "head_dim", "ffn_dim_multiplier", "multiple_of"),
+    *("norm_eps", "rope_theta", "max_seqlen", "weight_tying", "productkey_args"),
+}
+_MEMORY_KEYS = {*_MEMORY_SIZES, *_FLAGS, "is_enabled", "layers", "mem_v_dim"}
+# they say how training began, not what the model computes
+_TRAINING_KEYS = {"seed", "init_base_std", "init_std_factor", "value_fixed_lr"}
+# keys that are accepted without a value only
+_UNSUPPORTED = {"sliding_window"}
+_MOST_LAYERS = 2**16
+
+
+def read_params(path: Path) -> ModelConfig:
+    """The model that a ``params.json`` describes.
+
+    Raises:
+        CheckpointError: the file cannot be read, or a key is unknown, missing or not supported.
+    """
+    raw = read_json_object(path)
+    try:
+        return _model(typed("model", raw.get("model"), dict))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _model(raw: Mapping[str, Any]) -> ModelConfig:
+    raw = _given(raw, _MODEL_KEYS)
+    values = {ours: _required(raw, key, int) for key, ours in _SIZES.items()}
+    hidden_size = values["hidden_size"]
+    if "n_heads" not in raw and "head_dim" not in raw:
+        raise ValueError("n_heads: missing, and so is head_dim")
+    head_dim = raw.get("head_dim") or hidden_size // max(1, typed("n_heads", raw["n_heads"], int))
+    num_heads = raw.get("n_heads") or hidden_size // max(1, typed("head_dim", head_dim, int))
+    if values["num_layers"] > _MOST_LAYERS:
+        raise ValueError(f"n_layers: {values['num_layers']} is more than {_MOST_LAYERS}")
+    kinds = ["dense"] * values["num_layers"]
+    memory = _memory(raw.get("productkey_args"), kinds, hidden_size)
+    return ModelConfig(
+        **values,
+        intermediate_size=_feed_forward_size(raw, hidden_size),
+        num_heads=typed("n_heads", num_heads, int),
+        num_kv_heads=typed("n_kv_heads", raw.get("n_kv_heads") or num_heads, int),
+        head_dim=typed("head_dim", head_dim, int),
+        max_positions=_required(raw, "max_seqlen", int),
+        rms_norm_eps=_required(raw, "norm_eps", float),
+        rope_theta=_required(raw, "rope_theta", float),
+        tie_embeddings=typed("weight_tying", raw.get("weight_tying", False), bool),
+        feed_forward=tuple(kinds),
+        memory=memory,
+    )
+
+
+def _feed_forward_size(raw: Mapping[str, Any], hidden_size: int) -> int:
+    size = int(2 * (4 * hidden_size) / 3)
+    if "ffn_dim_multiplier" in raw:
+        size = int(typed("ffn_dim_multiplier", raw["ffn_dim_multiplier"], float) * size)
+    multiple = _required(raw, "multiple_of", int)
+    if not 0 < multiple <= 2**16 or not 0 < size <= 2**24:
+        raise ValueError(f"multiple_of: no feed-forward of {size} rounded up to {multiple}")
+    rounded: int = -(-size // multiple) * multiple
+    return rounded
+
+
+def _memory(raw: object, kinds: list[str], hidden_size: int) -> MemoryConfig | None:
+    """The memory's options; writes the kinds of its layers into ``kinds``."""
+    if raw is None:
+        return None
+    given = _given(typed("productkey_args", raw, dict), _MEMORY_KEYS)
+    if not typed("is_enabled", given.get("is_enabled", False), bool):
+        return None
+    shares, has_gate, has_output_gate, is_peer = (_required(given, key, bool) for key in _FLAGS)
+    kind = "peer" if is_peer else "memory_plus" if has_gate else "pkm"
+    for layer in typed("layers", given.get("layers"), str).split(","):
+        number = layer.strip()
+        if not (number.isascii() and number.isdigit() and int(number) < len(kinds)):
+            raise ValueError(f"layers: {number!r} is not one of the {len(kinds)} layers")
+        kinds[int(number)] = kind
+    value_dim = typed("mem_v_dim", given.get("mem_v_dim", -1), int)
+    return MemoryConfig(
+        **{ours: _required(given, key, int) for key, ours in _MEMORY_SIZES.items()},
+        value_dim=hidden_size if value_dim == -1 else value_dim,
+        share_values=shares,
+        value_projection=kind == "pkm" and value_dim > 0,
+        output_gate=has_output_gate,
+    )
+
+
+def _given(raw: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    """The keys that have a value, without those that say nothing about the model."""
+    for key, value in raw.items():
+        if key in _UNSUPPORTED and value is not None:
+            raise ValueError(f"{key}: {value!r:.100} is not supported")
+        if key not in known | _TRAINING_KEYS | _UNSUPPORTED:
+            raise ValueError(f"{key}: unknown key; it may change the model's output")
+    return {key: value for key, value in raw.items() if value is not None and key in known}
+
+
+def _required(raw: Mapping[str, Any], key: str, kind: type) -> Any:
+    if key not in raw:
+        raise ValueError(f"{key}: missing")
+    return typed(key, raw[key], kind)

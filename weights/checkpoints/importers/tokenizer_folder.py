@@ -1,0 +1,51 @@
+"""The tokenizer of a model whose own files have none: a folder that the user names."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+
+from weights.checkpoints.added_tokens import read_tokenizer_config
+from weights.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer
+from weights.errors import CheckpointError
+
+
+class TokenizerFolder(NamedTuple):
+    """The files of a tokenizer, and the ids of its begin and end tokens."""
+
+    files: dict[str, bytes]
+    bos_id: int | None
+    eos_id: int
+
+
+def read_tokenizer_folder(folder: Path) -> TokenizerFolder:
+    """Read a folder's tokenizer and check that it can be used.
+
+    Raises:
+        CheckpointError: a file cannot be read, or no file names the token that ends a text.
+    """
+    tokenizer = load_tokenizer(folder)
+    config = read_tokenizer_config(folder)
+
+    def named(name: str | None) -> int | None:
+        ids = [] if name is None else tokenizer.encode(name, add_special_tokens=False)
+        return ids[0] if len(ids) == 1 else None
+
+    bos_id, eos_id = named(config.bos), named(config.eos)
+    if eos_id is None and not (folder / "tokenizer.json").exists():
+        bos_id, eos_id = _own_ids(folder / "tokenizer.model", bos_id)
+    if eos_id is None:
+        raise CheckpointError(
+            f"{folder}: no token ends a text; name it as eos_token in tokenizer_config.json"
+        )
+    paths = [folder / name for name in (*TOKENIZER_FILES, "generation_config.json")]
+    files = {path.name: path.read_bytes() for path in paths if path.exists()}
+    return TokenizerFolder(files, bos_id, eos_id)
+
+
+def _own_ids(path: Path, bos_id: int | None) -> tuple[int | None, int | None]:
+    """The ids that a sentencepiece model names itself."""
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(path.read_bytes())
+    found = [one if one >= 0 else None for one in (processor.bos_id(), processor.eos_id())]
+    return (bos_id if bos_id is not None else found[0]), found[1]

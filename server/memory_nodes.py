@@ -33,9 +33,11 @@ def spread_over_nodes(affinity: Collection[int], folder: Path = _NODES) -> list[
         The nodes, or [] if the policy stays as it was.
     """
     nodes = nodes_of(affinity, folder)
-    if len(nodes) < 2 or platform.machine() not in _CALLS or _policy() != _DEFAULT:
+    if len(nodes) < 2 or platform.machine() not in _CALLS:
         return []
     try:
+        if _policy() != _DEFAULT:
+            return []
         interleave(nodes)
     except OSError as error:
         names = ", ".join(map(str, nodes))
@@ -67,17 +69,14 @@ def interleave(nodes: Sequence[int]) -> None:
     words = (ctypes.c_uint64 * (_MOST_NODES // 64))()
     for node in nodes:
         words[node // 64] |= 1 << node % 64
-    # the kernel reads one bit less than it is told
+    # the kernel reads one bit less than this number
     _call(1, _INTERLEAVE, words, ctypes.c_ulong(_MOST_NODES + 1))
 
 
-def _policy() -> int | None:
-    """The policy of this thread; None if the kernel does not say."""
+def _policy() -> int:
+    """The policy of this thread; raises as ``interleave``."""
     policy = ctypes.c_int()
-    try:
-        _call(0, ctypes.byref(policy), None, ctypes.c_ulong(0), None, ctypes.c_ulong(0))
-    except OSError:
-        return None
+    _call(0, ctypes.byref(policy), None, ctypes.c_ulong(0), None, ctypes.c_ulong(0))
     return policy.value
 
 

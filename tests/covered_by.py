@@ -216,9 +216,6 @@ COVERED_BY = {
     "weights/checkpoints/importers/sharded_tensor.py": (
         "weights/checkpoints/importers/test_distributed_checkpoint.py"
     ),
-    "weights/checkpoints/importers/stored_slice.py": (
-        "weights/checkpoints/importers/test_distributed_checkpoint.py"
-    ),
     "weights/checkpoints/importers/tokenizer_folder.py": (
         "weights/checkpoints/importers/test_lingua.py"
     ),

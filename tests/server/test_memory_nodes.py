@@ -14,7 +14,7 @@ linux_only = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="reads the kernel's policy"
 )
 
-# runs in a process of its own, since a policy lasts as long as its thread
+# runs in a new process, since a policy lasts as long as its thread
 _SPREAD = """
 import ctypes, os, sys
 from pathlib import Path
@@ -92,10 +92,10 @@ def test_with_cpus_of_one_node_the_policy_stays(two_nodes, monkeypatch, affinity
 
 @linux_only
 def test_a_refusal_is_logged(two_nodes, monkeypatch, caplog):
-    def refuse(nodes):
+    def refuse(which, *arguments):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(memory_nodes, "interleave", refuse)
-    monkeypatch.setattr(memory_nodes, "_policy", lambda: 0)
+    # Docker refuses both calls, of which the first only asks
+    monkeypatch.setattr(memory_nodes, "_call", refuse)
     assert spread_over_nodes({0, 1}, two_nodes) == []
     assert "stays on one of the NUMA nodes 0, 1: Operation not permitted" in caplog.text

@@ -60,14 +60,14 @@ def convert(
     source_version: str | None = None,
     tokenizer: Path | None = None,
 ) -> None:
-    """Write ``source`` (a ``.gguf`` file, a checkpoint folder or a training run's folder of
-    facebookresearch/memory) as the new folder ``target``.
+    """Write a model as the new folder ``target``.
 
     Holds one tensor in memory at a time, and some rows of a table. Tables keep their origin. Shows
     progress on stderr.
 
     Args:
-        source: file or folder to read.
+        source: a ``.gguf`` file, a checkpoint folder, or the folder of a training run of
+            facebookresearch/memory.
         target: folder to create.
         dtype: one of ``OUTPUT_DTYPES``, which all weights get, those in groups too; None keeps
             each tensor's dtype (see ``read_gguf``).
@@ -212,9 +212,11 @@ def _check_shapes(path: Path, imported: ImportedModel) -> None:
     tensors = expected_tensors(imported.config.model, source_formats(imported.sources))
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     tables = imported.config.model.table_names
-    # open_checkpoint has checked the shapes of tables, which depend on their format
+    # open_checkpoint has checked the shapes of records, which depend on their format
     found = {
-        one.name: expected[one.name] if one.name in tables else one.shape
+        one.name: expected[one.name]
+        if one.name in tables and one.dtype is torch.uint8
+        else one.shape
         for one in imported.sources
     }
     for name in sorted(set(expected) | set(found)):

@@ -74,7 +74,7 @@ def find_model(name: str, cache_folder: Path) -> ModelFolder:
     path = Path(name).expanduser()
     try:
         if path.is_dir():
-            if not (path / "config.json").exists() and weights_folder(path) is not None:
+            if weights_folder(path) is not None:
                 raise ModelNotFoundError(
                     f"{name}: is the folder of a training run; make a checkpoint folder of it with"
                     " `memplus convert`"

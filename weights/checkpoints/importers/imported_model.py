@@ -1,4 +1,4 @@
-"""What an importer found: a model, ready to be written as a checkpoint folder."""
+"""A model that an importer has read, ready to be written as a checkpoint folder."""
 
 from dataclasses import dataclass
 

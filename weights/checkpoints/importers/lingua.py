@@ -1,11 +1,12 @@
 """Reads a training run of facebookresearch/memory ("Memory Layers at Scale") for conversion.
 
 Its weights are in ``consolidated/consolidated.pth``, or in folders of torch.distributed.checkpoint,
-one a step; ``params.json`` is beside them. The optimiser's state there is not read.
+one a step, each with its ``params.json``. The optimiser's state is not read.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from weights.checkpoints.importers.imported_model import ImportedModel
 from weights.checkpoints.importers.lingua_config import read_params
 from weights.checkpoints.importers.lingua_files import METADATA, PARAMS, WEIGHTS, weights_folder
 from weights.checkpoints.importers.rotary_lanes import pair_halves
+from weights.checkpoints.importers.saved_tensors import read_saved
 from weights.checkpoints.importers.sharded_tensor import ShardedTensor
 from weights.checkpoints.importers.tokenizer_folder import read_tokenizer_folder
-from weights.checkpoints.importers.torch_file import read_torch_file
 from weights.checkpoints.stored_groups import embedding_dtype
-from weights.checkpoints.tensor_files import DTYPES, TensorSource
+from weights.checkpoints.tensor_files import StoredTensor, TensorSource
 from weights.errors import CheckpointError
 
 _TOP = {
@@ -85,6 +86,11 @@ def read_lingua(
     else:
         tensors = _named(place, read_shards(place, "model."), model)
     tokens = read_tokenizer_folder(tokenizer)
+    largest = max(tokens.eos_id, tokens.bos_id or 0)
+    if largest >= model.vocab_size:
+        raise CheckpointError(
+            f"{tokenizer}: token {largest} is outside the model's vocabulary, {model.vocab_size}"
+        )
     tables = set(model.table_names)
     sources = [
         _source(name, tensor, table_dtype if name in tables else dtype, model)
@@ -100,21 +106,19 @@ def read_lingua(
 
 
 def _model_tensors(path: Path) -> dict[str, ShardedTensor]:
-    found = read_torch_file(path).get("model")
-    if not isinstance(found, Mapping):
+    found = read_saved(path)
+    model = found.get("model") if type(found) is dict else None
+    if type(model) is not dict:
         raise CheckpointError(f"{path}: has no dictionary named model")
     tensors = {}
-    for name, tensor in found.items():
-        is_weight = isinstance(name, str) and isinstance(tensor, Tensor)
-        if not is_weight or tensor.dtype not in DTYPES.values() or not tensor.is_contiguous():
-            raise CheckpointError(f"{path}: tensor {name!r:.100}: is not a dense float tensor")
-        load = partial(_itself, tensor)
-        tensors[name] = ShardedTensor(tuple(tensor.shape), tensor.dtype, (load,))
+    for name, tensor in model.items():
+        if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
+            raise CheckpointError(
+                f"{path}: tensor {name if isinstance(name, str) else type(name).__name__:.100}:"
+                " is not a contiguous tensor of floats"
+            )
+        tensors[name] = ShardedTensor(tensor.shape, (replace(tensor, name=name),))
     return tensors
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _named(
@@ -168,7 +172,7 @@ def _source(
         if torch.Size(shape).numel() == torch.Size(wanted).numel():
             shape, load = wanted, lambda: tensor.whole().view(wanted)
     for part, num_heads in (("q_proj", model.num_heads), ("k_proj", model.num_kv_heads)):
-        if f".{part}." in name and shape[0] == num_heads * model.head_dim:
+        if f".{part}." in name and shape[:1] == (num_heads * model.head_dim,):
             load = partial(_reordered, tensor, num_heads)
     return TensorSource(name, shape, tensor.dtype if dtype is None else dtype, load)
 

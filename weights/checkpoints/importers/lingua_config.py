@@ -47,10 +47,7 @@ def _model(raw: Mapping[str, Any]) -> ModelConfig:
     raw = _given(raw, _MODEL_KEYS)
     values = {ours: _required(raw, key, int) for key, ours in _SIZES.items()}
     hidden_size = values["hidden_size"]
-    if "n_heads" not in raw and "head_dim" not in raw:
-        raise ValueError("n_heads: missing, and so is head_dim")
-    head_dim = raw.get("head_dim") or hidden_size // max(1, typed("n_heads", raw["n_heads"], int))
-    num_heads = raw.get("n_heads") or hidden_size // max(1, typed("head_dim", head_dim, int))
+    num_heads, head_dim = _heads(raw, hidden_size)
     if values["num_layers"] > _MOST_LAYERS:
         raise ValueError(f"n_layers: {values['num_layers']} is more than {_MOST_LAYERS}")
     kinds = ["dense"] * values["num_layers"]
@@ -58,9 +55,9 @@ def _model(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         **values,
         intermediate_size=_feed_forward_size(raw, hidden_size),
-        num_heads=typed("n_heads", num_heads, int),
-        num_kv_heads=typed("n_kv_heads", raw.get("n_kv_heads") or num_heads, int),
-        head_dim=typed("head_dim", head_dim, int),
+        num_heads=num_heads,
+        num_kv_heads=typed("n_kv_heads", raw.get("n_kv_heads", num_heads), int),
+        head_dim=head_dim,
         max_positions=_required(raw, "max_seqlen", int),
         rms_norm_eps=_required(raw, "norm_eps", float),
         rope_theta=_required(raw, "rope_theta", float),
@@ -70,10 +67,25 @@ def _model(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _heads(raw: Mapping[str, Any], hidden_size: int) -> tuple[int, int]:
+    """Number and width of the heads; either follows from the other."""
+    given = {key: _required(raw, key, int) for key in ("n_heads", "head_dim") if key in raw}
+    for key, value in given.items():
+        if not 0 < value <= hidden_size:
+            raise ValueError(f"{key}: {value} is not between 1 and dim, {hidden_size}")
+    if not given:
+        raise ValueError("n_heads: missing, and so is head_dim")
+    num_heads = given.get("n_heads") or hidden_size // given["head_dim"]
+    return num_heads, given.get("head_dim") or hidden_size // num_heads
+
+
 def _feed_forward_size(raw: Mapping[str, Any], hidden_size: int) -> int:
     size = int(2 * (4 * hidden_size) / 3)
     if "ffn_dim_multiplier" in raw:
-        size = int(typed("ffn_dim_multiplier", raw["ffn_dim_multiplier"], float) * size)
+        multiplier = typed("ffn_dim_multiplier", raw["ffn_dim_multiplier"], float)
+        if not 0 < multiplier <= 2**16:
+            raise ValueError(f"ffn_dim_multiplier: {multiplier} is not between 0 and 65536")
+        size = int(multiplier * size)
     multiple = _required(raw, "multiple_of", int)
     if not 0 < multiple <= 2**16 or not 0 < size <= 2**24:
         raise ValueError(f"multiple_of: no feed-forward of {size} rounded up to {multiple}")

@@ -1,44 +1,63 @@
-"""A stored tensor in shards of its first dimension, each of which is read when it is needed."""
+"""A tensor in shards of its first dimension, which lie in files."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from weights.checkpoints.tensor_files import PART_BYTES
+from weights.checkpoints.tensor_files import DTYPES, PART_BYTES, StoredTensor, read_mapped
 
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """Attributes: the whole tensor's shape and dtype, and loaders of its shards in order."""
+    """Attributes: the whole tensor's shape, and its shards in order, all of one dtype."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    shards: tuple[Callable[[], Tensor], ...]
+    shards: tuple[StoredTensor, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the shards."""
+        return DTYPES[self.shards[0].dtype]
 
     def whole(self) -> Tensor:
-        """The tensor; a single shard is not copied."""
-        shards = [load() for load in self.shards]
+        """The tensor; a single shard is mapped, not copied."""
+        shards = [read_mapped(shard) for shard in self.shards]
         return shards[0] if len(shards) == 1 else torch.cat(shards)
 
     def parts(self) -> Iterator[Tensor]:
-        """Parts of some rows, so that few of a mapped tensor's pages are in use."""
-        for load in self.shards:
-            shard = load()
-            rows = max(1, PART_BYTES // max(1, shard[:1].nbytes)) if shard.ndim else 1
-            for first in range(0, len(shard) if shard.ndim else 1, rows):
-                yield shard[first : first + rows] if shard.ndim else shard
+        """The rows in order, in parts of at most 4 MiB or one row; a scalar is one part."""
+        return self._parts(self._edges())
 
     def equals(self, other: "ShardedTensor") -> bool:
         """Whether both have the same shape, dtype and values; reads both in parts."""
         if (self.shape, self.dtype) != (other.shape, other.dtype):
             return False
-        if len(self.shards) != len(other.shards):
-            return torch.equal(self.whole(), other.whole())
-        return all(map(_equal, self.parts(), other.parts()))
+        if [(s.file, s.offset) for s in self.shards] == [(s.file, s.offset) for s in other.shards]:
+            return True  # torch.save writes a shared tensor once
+        edges = sorted({*self._edges(), *other._edges()})
+        return all(map(torch.equal, self._parts(edges), other._parts(edges)))
 
+    def _edges(self) -> list[int]:
+        """Rows at which parts begin, and the number of rows."""
+        edges: list[int] = []
+        first = 0
+        for shard in self.shards:
+            rows = shard.shape[0] if shard.shape else 1
+            step = max(1, PART_BYTES * rows // max(1, shard.num_bytes))
+            edges += range(first, first + rows, step)
+            first += rows
+        return [*edges, first]
 
-def _equal(first: Tensor, second: Tensor) -> bool:
-    # torch.save writes a shared tensor once
-    return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
+    def _parts(self, edges: Sequence[int]) -> Iterator[Tensor]:
+        first, place = 0, 0
+        for shard in self.shards:
+            tensor = read_mapped(shard)
+            rows = tensor if tensor.ndim else tensor.view(1)
+            last = first + len(rows)
+            while place + 1 < len(edges) and edges[place + 1] <= last:
+                part = rows[edges[place] - first : edges[place + 1] - first]
+                yield part if tensor.ndim else tensor
+                place += 1
+            first = last

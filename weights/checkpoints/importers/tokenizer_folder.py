@@ -29,7 +29,7 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFolder:
 
     def named(name: str | None) -> int | None:
         ids = [] if name is None else tokenizer.encode(name, add_special_tokens=False)
-        return ids[0] if len(ids) == 1 else None
+        return ids[0] if len(ids) == 1 and tokenizer.token_text(ids[0]) == name else None
 
     bos_id, eos_id = named(config.bos), named(config.eos)
     if eos_id is None and not (folder / "tokenizer.json").exists():
@@ -38,8 +38,11 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFolder:
         raise CheckpointError(
             f"{folder}: no token ends a text; name it as eos_token in tokenizer_config.json"
         )
-    paths = [folder / name for name in (*TOKENIZER_FILES, "generation_config.json")]
-    files = {path.name: path.read_bytes() for path in paths if path.exists()}
+    paths = [folder / name for name in TOKENIZER_FILES]
+    try:
+        files = {path.name: path.read_bytes() for path in paths if path.exists()}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}") from None
     return TokenizerFolder(files, bos_id, eos_id)
 
 

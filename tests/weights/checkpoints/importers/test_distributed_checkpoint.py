@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.distributed import checkpoint
 
 from tests.weights.checkpoints.importers.sharded_files import write_shards
-from weights.checkpoints.importers import distributed_checkpoint, stored_slice
+from weights.checkpoints.importers import distributed_checkpoint
 from weights.checkpoints.importers.distributed_checkpoint import read_shards
 from weights.errors import CheckpointError
 
@@ -71,7 +71,7 @@ def folder(tmp_path):
 
 def test_tensors_are_compared_whatever_their_shards(tmp_path, folder):
     t = read_shards(folder, "model.")["t"]
-    for num_files in (1, 2, 3):
+    for num_files in (1, 2, 3, 4, 5):
         same = write_shards(tmp_path / f"same{num_files}", {"model.t": t.whole()}, num_files)
         assert read_shards(same, "model.")["t"].equals(t)
         other = write_shards(tmp_path / f"other{num_files}", {"model.t": t.whole() + 1}, num_files)
@@ -94,7 +94,7 @@ def test_code_in_a_shard_is_not_run(tmp_path, folder):
             info.offset, info.length = 0, file.tell()
 
     change_list(folder, write)
-    assert "io.open is not part of a tensor of floats" in refusal(folder)
+    assert "io.open is not known" in refusal(folder)
     assert not (tmp_path / "x").exists()
 
 
@@ -105,7 +105,7 @@ def test_a_shard_lies_in_the_folder(folder, name):
             info.relative_path = name
 
     change_list(folder, change)
-    assert "is not the name of a .distcp file" in refusal(folder)
+    assert "the file of a shard is not the name of a .distcp file" in refusal(folder)
 
 
 @pytest.mark.parametrize(("field", "value"), [("offset", -1), ("length", 2**60), ("length", "9")])
@@ -113,7 +113,7 @@ def test_places_of_shards_are_sizes(folder, field, value):
     change_list(
         folder, lambda listed: [setattr(i, field, value) for i in listed.storage_data.values()][:0]
     )
-    assert "is not a size" in refusal(folder)
+    assert "size" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_shape_that_lies_is_refused(folder):
             object.__setattr__(chunk, "sizes", torch.Size((3, 2**40)))
 
     change_list(folder, change)
-    assert "it has shape [3, 4], not [3, 1099511627776]" in refusal(folder)
+    assert "a shard has shape [3, 4], not [3, 1099511627776]" in refusal(folder)
 
 
 def test_a_compressed_shard_is_refused(folder):
@@ -184,12 +184,10 @@ def test_a_compressed_shard_is_refused(folder):
     )
     folder = folder.parent / "two"
     change_list(folder, change)
-    assert "it is compressed" in refusal(folder)
+    assert "is compressed" in refusal(folder)
 
 
 def test_sizes_are_bounded(folder, monkeypatch):
-    monkeypatch.setattr(stored_slice, "_MOST_PICKLE_BYTES", 10)
-    assert "its pickle is too long" in refusal(folder)
     monkeypatch.setattr(distributed_checkpoint, "_MOST_METADATA_BYTES", 10)
     assert "has more than 10 bytes" in refusal(folder)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import Tokenizer
 
 from engine.errors import ConfigError
 from engine.model.layout import TokenLayout
@@ -49,19 +49,6 @@ def write_step(folder: Path, tensors: dict, params: dict, num_files: int) -> Pat
     named = {f"model.{name}": one for name, one in tensors.items()}
     write_shards(folder, named | {"optim.state.norm.weight.exp_avg": torch.ones(48)}, num_files)
     (folder / "params.json").write_text(json.dumps(params))
-    return folder
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    made = Tokenizer(models.BPE({chr(33 + i): i for i in range(90)}, []))
-    made.decoder = decoders.Fuse()
-    made.add_special_tokens([AddedToken(name, special=True) for name in ("<bos>", "<eos>")])
-    made.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": "{{ messages }}"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
 
 
@@ -147,6 +134,15 @@ def test_a_sentencepiece_model_names_its_end_token_itself(run, tokenizer, tmp_pa
     assert (config.bos_id, config.eos_ids) == (1, {2})
 
 
+def test_a_tokenizer_of_another_model_is_refused(run, tokenizer):
+    made = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    made.add_special_tokens([f"<{i}>" for i in range(9)])
+    made.save(str(tokenizer / "tokenizer.json"))
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<8>"}))
+    with pytest.raises(CheckpointError, match="token 100 is outside the model's vocabulary, 96"):
+        run()
+
+
 def test_weights_and_tables_get_the_dtypes_asked_for(tmp_path, tokenizer):
     write_run(tmp_path / "run", *golden("plain"))
     options = ["--dtype", "bfloat16", "--table-dtype", "float16"]
@@ -188,9 +184,17 @@ def test_a_run_without_memory_layers(run):
         ("plain", {"tensors": {"layers.1.lora.weight": torch.zeros(2)}}, "lora.weight: is not"),
         ("plain", {"tensors": {"layers.7.attention.wq.weight": torch.zeros(2)}}, "layers.7"),
         ("plain", {"tensors": {f"{FIRST}keys": torch.zeros(77, 12)}}, "subkeys: expected"),
-        ("plain", {"tensors": {f"{FIRST}keys": torch.zeros(78, 12).int()}}, "dense float"),
-        ("plain", {"tensors": {f"{FIRST}keys": torch.zeros(12, 78).T}}, "dense float"),
-        ("plain", {"tensors": {f"{FIRST}keys": [1, 2]}}, "keys'.*is not a dense float"),
+        ("plain", {"tensors": {f"{FIRST}keys": torch.zeros(78, 12).int()}}, "tensor of floats"),
+        ("plain", {"tensors": {f"{FIRST}keys": torch.zeros(12, 78).T}}, "tensor of floats"),
+        ("plain", {"tensors": {f"{FIRST}keys": [1, 2]}}, "keys: is not a contiguous"),
+        ("plain", {"tensors": {f"{FIRST}values.weight": torch.zeros(168, 48)}}, "memory.table: ex"),
+        ("plain", {"tensors": {f"{FIRST}values.weight": torch.zeros(169, 47)}}, "memory.table: ex"),
+        ("plain", {"tensors": {f"{FIRST}values.weight": torch.zeros(169)}}, "memory.table: ex"),
+        ("plain", {"tensors": {"layers.0.attention.wq.weight": torch.tensor(1.0)}}, "q_proj"),
+        ("plain", {"model": {"n_heads": 0}}, "n_heads: 0 is not between 1 and dim, 48"),
+        ("plain", {"model": {"n_heads": None, "head_dim": 0}}, "head_dim: 0 is not between"),
+        ("plain", {"model": {"ffn_dim_multiplier": 1e299}}, "ffn_dim_multiplier: 1e.299 is not"),
+        ("plain", {"model": {"norm_eps": 10**400}}, "norm_eps: .*out of range"),
         ("plain", {"model": {"ffn_dim_multiplier": 1.5}}, "down_proj.weight: expected .48, 192."),
         ("plain", {"model": {"sliding_window": 8}}, "sliding_window: 8 is not supported"),
         ("plain", {"model": {"surprise": 1}}, "surprise: unknown key"),

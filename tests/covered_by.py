@@ -212,6 +212,9 @@ COVERED_BY = {
     "weights/checkpoints/importers/lingua_files.py": (
         "weights/checkpoints/importers/test_lingua.py"
     ),
+    "weights/checkpoints/importers/lingua_names.py": (
+        "weights/checkpoints/importers/test_lingua.py"
+    ),
     "weights/checkpoints/importers/rotary_lanes.py": "weights/checkpoints/importers/test_lingua.py",
     "weights/checkpoints/importers/sharded_tensor.py": (
         "weights/checkpoints/importers/test_distributed_checkpoint.py"

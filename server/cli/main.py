@@ -120,6 +120,14 @@ def convert(options: argparse.Namespace) -> None:
     )
 
 
+def export(options: argparse.Namespace) -> None:
+    """Write a checkpoint folder in another program's format."""
+    from weights.checkpoints.exporters.lingua import export_lingua
+
+    assert options.to == "lingua"
+    export_lingua(Path(options.source), Path(options.target))
+
+
 def quantize(options: argparse.Namespace) -> None:
     """Round value tables, or weights, of a model to fewer bits."""
     from weights.checkpoints.convert import convert
@@ -185,16 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         add_options(verb, settings)
     add_options(verb, SamplingParams)
 
-    verb = verbs.add_parser("convert", help=convert.__doc__)
-    verb.set_defaults(run=convert)
-    verb.add_argument("source", metavar="SRC", help="GGUF file, checkpoint folder, or run folder")
-    verb.add_argument("target", metavar="DST", help="folder to create")
-    dtype = "make all weights dense in this dtype (default: as stored, in groups or not)"
-    verb.add_argument("--dtype", choices=FLOAT_DTYPES, help=dtype)
-    verb.add_argument("--table-dtype", help="dtype of value tables (default: the value of --dtype)")
-    tokenizer = "folder with the tokenizer of a run folder, which has none"
-    verb.add_argument("--tokenizer", type=Path, metavar="DIR", help=tokenizer)
-
+    _add_conversions(verbs)
     _add_quantize(verbs)
 
     verb = verbs.add_parser("inspect", help=inspect.__doc__)
@@ -236,6 +235,25 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", usa
     verb.add_argument("--config", type=Path, metavar="FILE", help=config)
     for settings in _SERVED:
         add_options(verb, settings)
+
+
+def _add_conversions(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    verb = verbs.add_parser("convert", help=convert.__doc__)
+    verb.set_defaults(run=convert)
+    verb.add_argument("source", metavar="SRC", help="GGUF file, checkpoint folder, or run folder")
+    verb.add_argument("target", metavar="DST", help="folder to create")
+    dtype = "make all weights dense in this dtype (default: as stored, in groups or not)"
+    verb.add_argument("--dtype", choices=FLOAT_DTYPES, help=dtype)
+    verb.add_argument("--table-dtype", help="dtype of value tables (default: the value of --dtype)")
+    tokenizer = "folder with the tokenizer of a run folder, which has none"
+    verb.add_argument("--tokenizer", type=Path, metavar="DIR", help=tokenizer)
+
+    verb = verbs.add_parser("export", help=export.__doc__)
+    verb.set_defaults(run=export)
+    verb.add_argument("source", metavar="SRC", help="checkpoint folder")
+    verb.add_argument("target", metavar="DST", help="folder to create")
+    formats = "lingua: the consolidated files of facebookresearch/memory"
+    verb.add_argument("--to", choices=["lingua"], required=True, help=formats)
 
 
 def _add_quantize(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

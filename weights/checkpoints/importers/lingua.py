@@ -19,6 +19,7 @@ from weights.checkpoints.importers.distributed_checkpoint import read_shards
 from weights.checkpoints.importers.imported_model import ImportedModel
 from weights.checkpoints.importers.lingua_config import read_params
 from weights.checkpoints.importers.lingua_files import METADATA, PARAMS, WEIGHTS, weights_folder
+from weights.checkpoints.importers.lingua_names import LAYER, TOP
 from weights.checkpoints.importers.rotary_lanes import pair_halves
 from weights.checkpoints.importers.saved_tensors import read_saved
 from weights.checkpoints.importers.sharded_tensor import ShardedTensor
@@ -27,34 +28,6 @@ from weights.checkpoints.stored_groups import embedding_dtype
 from weights.checkpoints.tensor_files import StoredTensor, TensorSource
 from weights.errors import CheckpointError
 
-_TOP = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER = {
-    "attention.wq.weight": "self_attn.q_proj.weight",
-    "attention.wk.weight": "self_attn.k_proj.weight",
-    "attention.wv.weight": "self_attn.v_proj.weight",
-    "attention.wo.weight": "self_attn.o_proj.weight",
-    "attention_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "feed_forward.w1.weight": "mlp.gate_proj.weight",
-    "feed_forward.w2.weight": "mlp.down_proj.weight",
-    "feed_forward.w3.weight": "mlp.up_proj.weight",
-    "feed_forward.keys": "memory.subkeys",
-    "feed_forward.query_proj.query_mlps.0.weight": "memory.query.weight",
-    "feed_forward.query_proj.query_mlps.0.bias": "memory.query.bias",
-    "feed_forward.swilu_projection.weight": "memory.gate.weight",
-    "feed_forward.swilu_projection.bias": "memory.gate.bias",
-    "feed_forward.value_proj.weight": "memory.value_proj.weight",
-    "feed_forward.value_proj.bias": "memory.value_proj.bias",
-    "feed_forward.gating.weight": "memory.output_gate.weight",
-    "feed_forward.gating.bias": "memory.output_gate.bias",
-    "feed_forward.values.weight": "memory.table",
-    "feed_forward.values_v.weight": "memory.table",
-    "feed_forward.values_u.weight": "memory.down_table",
-}
 # modules that a PEER layer stores and does not use
 _UNUSED_BY_PEER = re.compile(r"feed_forward\.(value_proj|swilu_projection)\.(weight|bias)")
 _LAYER_NAME = re.compile(r"layers\.(\d{1,5})\.(.+)")
@@ -144,17 +117,17 @@ def _our_name(path: Path, name: str, model: ModelConfig) -> str | None:
     """None for a tensor that the model does not use."""
     if name == "output.weight" and model.tie_embeddings:
         name = "tok_embeddings.weight"  # a repeat of it
-    if name in _TOP:
-        return _TOP[name]
+    if name in TOP:
+        return TOP[name]
     match = _LAYER_NAME.fullmatch(name)
     if match is None or int(match[1]) >= model.num_layers:
         raise CheckpointError(f"{path}: tensor {name:.100}: is not part of this model")
     layer, part = int(match[1]), match[2]
     if model.feed_forward[layer] == "peer" and _UNUSED_BY_PEER.fullmatch(part):
         return None
-    if part not in _LAYER:
+    if part not in LAYER:
         raise CheckpointError(f"{path}: tensor {name:.100}: is not part of this model")
-    ours = _LAYER[part]
+    ours = LAYER[part]
     is_table = ours in ("memory.table", "memory.down_table")
     if is_table and model.memory is not None and model.memory.share_values:
         return ours

@@ -10,3 +10,9 @@ def pair_halves(weight: Tensor, num_heads: int) -> Tensor:
     """
     rest = weight.shape[1:]
     return weight.view(num_heads, -1, 2, *rest).transpose(1, 2).reshape(weight.shape)
+
+
+def pair_neighbours(weight: Tensor, num_heads: int) -> Tensor:
+    """The inverse of ``pair_halves``."""
+    rest = weight.shape[1:]
+    return weight.view(num_heads, 2, -1, *rest).transpose(1, 2).reshape(weight.shape)

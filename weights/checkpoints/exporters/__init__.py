@@ -1,0 +1,1 @@
+"""Exporters to other model formats, one module per format."""

@@ -5,12 +5,15 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine.errors import ConfigError
 from engine.model.config import RopeScaling
 from server.cli.main import main
-from tests.models import feed_forward_changes, random_model, save_model, tiny_config
-from tests.weights.checkpoints.importers.test_lingua import VARIANTS, golden, write_run
+from tests.conftest import TOLERANCE
+from tests.models import feed_forward_changes, plain_logits, random_model, save_model, tiny_config
+from tests.weights.checkpoints.exporters import lingua_reader
+from tests.weights.checkpoints.importers.test_lingua import GOLDEN, VARIANTS, golden, write_run
 from weights.checkpoints.config_json import read_config
 from weights.checkpoints.convert import convert
 from weights.checkpoints.exporters.lingua import export_lingua
@@ -57,6 +60,25 @@ def test_an_imported_run_comes_back_bit_for_bit(tmp_path, tokenizer, variant):
         for key in mine.keys() - free:
             assert mine[key] == theirs[key], key
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_reader_of_these_tests_gives_the_expected_logits(tmp_path, variant):
+    run = write_run(tmp_path / "run", *golden(variant)) / "consolidated"
+    expected = load_file(GOLDEN / f"lingua_{variant}" / "expected.safetensors")
+    found = lingua_reader.logits(run, expected["ids"])
+    torch.testing.assert_close(found, expected["logits"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_an_exported_model_has_the_same_logits_by_the_repositorys_formulas(tmp_path, changes):
+    model = random_model(tiny_config(**changes))
+    export_lingua(save_model(model, tmp_path / "ours"), tmp_path / "out")
+    ids = torch.randint(0, 200, (19,))
+    exact = lingua_reader.logits(tmp_path / "out" / "consolidated", ids)
+    rtol, atol = TOLERANCE[torch.float32]
+    found = plain_logits(model, ids.tolist()).double()
+    torch.testing.assert_close(found, exact, rtol=100 * rtol, atol=100 * atol)
 
 
 @pytest.mark.parametrize("changes", KINDS)

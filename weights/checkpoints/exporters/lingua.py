@@ -15,7 +15,7 @@ from engine.model.config import ModelConfig
 from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.config_json import CheckpointConfig
 from weights.checkpoints.importers.lingua_files import PARAMS, WEIGHTS
-from weights.checkpoints.importers.lingua_names import LAYER, TOP
+from weights.checkpoints.importers.lingua_names import LAYER, TIED_HEAD, TOP
 from weights.checkpoints.importers.rotary_lanes import pair_neighbours
 from weights.checkpoints.new_folder import new_folder, write_synced
 from weights.checkpoints.tensor_files import DTYPES, StoredTensor, read_mapped
@@ -30,7 +30,8 @@ def export_lingua(source: Path, target: Path) -> None:
 
     ``target/consolidated`` gets the weights, in their dtypes, and ``params.json``;
     ``target/tokenizer`` gets the tokenizer. A shared table is stored under the first memory layer,
-    as the repository does. ``memplus convert`` reads the folder back, bit for bit.
+    as the repository does. ``memplus convert`` reads the tensors back, bit for bit. Copies of all
+    query and key weights are held in memory.
 
     Raises:
         CheckpointError: the folder is not a model, or ``target`` exists or cannot be written.
@@ -42,6 +43,8 @@ def export_lingua(source: Path, target: Path) -> None:
         raise CheckpointError(f"{target}: exists already")
     tensors = {_their_name(name, config.model): one for name, one in stored.items()}
     weights = {name: _reordered(name, one, config.model) for name, one in tensors.items()}
+    if config.model.tie_embeddings:
+        weights[TIED_HEAD] = weights["tok_embeddings.weight"]  # torch.save writes it once
     try:
         with new_folder(target) as folder:
             (folder / "consolidated").mkdir()
@@ -74,10 +77,9 @@ def _check(config: CheckpointConfig, stored: Mapping[str, StoredTensor]) -> None
     }
     for field, is_refused in refused.items():
         if is_refused:
-            raise ConfigError(
-                f"{field}: facebookresearch/memory has no such models; `memplus convert --dtype`"
-                " makes weights and tables of few bits dense"
-            )
+            few_bits = field in ("quantization_config", "memory.table")
+            advice = "; `memplus convert --dtype` makes them dense" if few_bits else ""
+            raise ConfigError(f"{field}: facebookresearch/memory has no such models{advice}")
 
 
 def _their_name(name: str, model: ModelConfig) -> str:

@@ -12,7 +12,7 @@ from weights.checkpoints.importers.sharded_tensor import ShardedTensor
 from weights.checkpoints.tensor_files import StoredTensor
 from weights.errors import CheckpointError
 
-_MOST_METADATA_BYTES = 2**25
+_MOST_METADATA_BYTES = 2**27
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": (
@@ -55,7 +55,7 @@ def read_shards(folder: Path, prefix: str) -> dict[str, ShardedTensor]:
             try:
                 tensors[name.removeprefix(prefix)] = _tensor(folder, name, entry, places)
             except ValueError as error:
-                raise CheckpointError(f"{path}: tensor {name:.100}: {error}") from None
+                raise CheckpointError(f"{path}: tensor {name!r:.100}: {error}") from None
     return tensors
 
 
@@ -88,13 +88,16 @@ def _tensor(folder: Path, name: str, entry: object, places: Places) -> ShardedTe
         (sizes(_record(chunk).get("offsets")), sizes(_record(chunk).get("sizes")))
         for chunk in listed
     )
+    if shape and shape[0]:
+        # a rank without rows has an empty shard
+        chunks = [(offsets, chunk) for offsets, chunk in chunks if chunk[:1] != (0,)]
     row = 0
     for offsets, chunk in chunks:
         is_next = len(offsets) == len(chunk) == len(shape) and offsets[:1] in ((row,), ())
-        if not is_next or any(offsets[1:]) or chunk[1:] != shape[1:] or 0 in chunk[:1]:
+        if not is_next or any(offsets[1:]) or chunk[1:] != shape[1:]:
             raise ValueError("its shards do not follow each other along the first dimension")
         row += chunk[0] if chunk else 1
-    if row != (shape[0] if shape else 1):
+    if not chunks or row != (shape[0] if shape else 1):
         raise ValueError("its shards do not cover it")
     shards = tuple(_shard(folder, name, chunk, places.get((name, at))) for at, chunk in chunks)
     if len({shard.dtype for shard in shards}) != 1:

@@ -4,6 +4,7 @@ Its weights are in ``consolidated/consolidated.pth``, or in folders of torch.dis
 one a step, each with its ``params.json``. The optimiser's state is not read.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -19,7 +20,7 @@ from weights.checkpoints.importers.distributed_checkpoint import read_shards
 from weights.checkpoints.importers.imported_model import ImportedModel
 from weights.checkpoints.importers.lingua_config import read_params
 from weights.checkpoints.importers.lingua_files import METADATA, PARAMS, WEIGHTS, weights_folder
-from weights.checkpoints.importers.lingua_names import LAYER, TOP
+from weights.checkpoints.importers.lingua_names import LAYER, TIED_HEAD, TOP
 from weights.checkpoints.importers.rotary_lanes import pair_halves
 from weights.checkpoints.importers.saved_tensors import read_saved
 from weights.checkpoints.importers.sharded_tensor import ShardedTensor
@@ -53,17 +54,17 @@ def read_lingua(
     if place is None:
         raise CheckpointError(f"{folder}: has neither {WEIGHTS} nor {METADATA}")
     model = read_params(place / PARAMS)
-    path = place / WEIGHTS
-    if path.exists():
-        tensors = _named(path, _model_tensors(path), model)
-    else:
-        tensors = _named(place, read_shards(place, "model."), model)
     tokens = read_tokenizer_folder(tokenizer)
     largest = max(tokens.eos_id, tokens.bos_id or 0)
     if largest >= model.vocab_size:
         raise CheckpointError(
             f"{tokenizer}: token {largest} is outside the model's vocabulary, {model.vocab_size}"
         )
+    path = place / WEIGHTS
+    if path.exists():
+        tensors = _named(path, _model_tensors(path), model)
+    else:
+        tensors = _named(place, read_shards(place, "model."), model)
     tables = set(model.table_names)
     sources = [
         _source(name, tensor, table_dtype if name in tables else dtype, model)
@@ -87,7 +88,7 @@ def _model_tensors(path: Path) -> dict[str, ShardedTensor]:
     for name, tensor in model.items():
         if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
             raise CheckpointError(
-                f"{path}: tensor {name if isinstance(name, str) else type(name).__name__:.100}:"
+                f"{path}: tensor {(name if isinstance(name, str) else type(name).__name__)!r:.100}:"
                 " is not a contiguous tensor of floats"
             )
         tensors[name] = ShardedTensor(tensor.shape, (replace(tensor, name=name),))
@@ -108,25 +109,25 @@ def _named(
         if name is None:
             continue
         if name in tensors and not tensors[name].equals(tensor):
-            raise CheckpointError(f"{path}: tensor {theirs}: differs from what it repeats")
+            raise CheckpointError(f"{path}: tensor {theirs!r}: differs from what it repeats")
         tensors.setdefault(name, tensor)
     return tensors
 
 
 def _our_name(path: Path, name: str, model: ModelConfig) -> str | None:
     """None for a tensor that the model does not use."""
-    if name == "output.weight" and model.tie_embeddings:
+    if model.tie_embeddings and name in (TIED_HEAD, "output.weight"):
         name = "tok_embeddings.weight"  # a repeat of it
     if name in TOP:
         return TOP[name]
     match = _LAYER_NAME.fullmatch(name)
     if match is None or int(match[1]) >= model.num_layers:
-        raise CheckpointError(f"{path}: tensor {name:.100}: is not part of this model")
+        raise CheckpointError(f"{path}: tensor {name!r:.100}: is not part of this model")
     layer, part = int(match[1]), match[2]
     if model.feed_forward[layer] == "peer" and _UNUSED_BY_PEER.fullmatch(part):
         return None
     if part not in LAYER:
-        raise CheckpointError(f"{path}: tensor {name:.100}: is not part of this model")
+        raise CheckpointError(f"{path}: tensor {name!r:.100}: is not part of this model")
     ours = LAYER[part]
     is_table = ours in ("memory.table", "memory.down_table")
     if is_table and model.memory is not None and model.memory.share_values:
@@ -142,7 +143,7 @@ def _source(
     if name.endswith("memory.subkeys") and model.memory is not None:
         # a tensor of another size is refused by its shape
         wanted = (model.memory.num_heads, 2, model.memory.num_subkeys, model.memory.query_dim // 2)
-        if torch.Size(shape).numel() == torch.Size(wanted).numel():
+        if shape == (math.prod(wanted[:3]), wanted[3]):
             shape, load = wanted, lambda: tensor.whole().view(wanted)
     for part, num_heads in (("q_proj", model.num_heads), ("k_proj", model.num_kv_heads)):
         if f".{part}." in name and shape[:1] == (num_heads * model.head_dim,):

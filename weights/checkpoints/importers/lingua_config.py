@@ -27,7 +27,7 @@ _MEMORY_KEYS = {*_MEMORY_SIZES, *_FLAGS, "is_enabled", "layers", "mem_v_dim"}
 _TRAINING_KEYS = {"seed", "init_base_std", "init_std_factor", "value_fixed_lr"}
 # keys that are accepted without a value only
 _UNSUPPORTED = {"sliding_window"}
-_MOST_LAYERS = 2**16
+_MOST_LAYERS, _LARGEST_WIDTH = 2**16, 2**24
 
 
 def read_params(path: Path) -> ModelConfig:
@@ -71,12 +71,15 @@ def _heads(raw: Mapping[str, Any], hidden_size: int) -> tuple[int, int]:
     """Number and width of the heads; either follows from the other."""
     given = {key: _required(raw, key, int) for key in ("n_heads", "head_dim") if key in raw}
     for key, value in given.items():
-        if not 0 < value <= hidden_size:
-            raise ValueError(f"{key}: {value} is not between 1 and dim, {hidden_size}")
+        if value < 1:
+            raise ValueError(f"{key}: {value} is not positive")
     if not given:
         raise ValueError("n_heads: missing, and so is head_dim")
-    num_heads = given.get("n_heads") or hidden_size // given["head_dim"]
-    return num_heads, given.get("head_dim") or hidden_size // num_heads
+    num_heads: int = given.get("n_heads") or hidden_size // given["head_dim"]
+    head_dim: int = given.get("head_dim") or hidden_size // num_heads
+    if not 0 < num_heads * head_dim <= _LARGEST_WIDTH:
+        raise ValueError(f"n_heads: {num_heads} heads of {head_dim} are not supported")
+    return num_heads, head_dim
 
 
 def _feed_forward_size(raw: Mapping[str, Any], hidden_size: int) -> int:
@@ -87,9 +90,9 @@ def _feed_forward_size(raw: Mapping[str, Any], hidden_size: int) -> int:
             raise ValueError(f"ffn_dim_multiplier: {multiplier} is not between 0 and 65536")
         size = int(multiplier * size)
     multiple = _required(raw, "multiple_of", int)
-    if not 0 < multiple <= 2**16 or not 0 < size <= 2**24:
+    rounded: int = -(-size // max(1, multiple)) * multiple
+    if not 0 < rounded <= _LARGEST_WIDTH:
         raise ValueError(f"multiple_of: no feed-forward of {size} rounded up to {multiple}")
-    rounded: int = -(-size // multiple) * multiple
     return rounded
 
 

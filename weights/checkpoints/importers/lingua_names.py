@@ -1,5 +1,7 @@
 """Names of tensors in facebookresearch/memory, and ours. Needs no torch."""
 
+# the head of a tied model, which is the embedding again
+TIED_HEAD = "output.tied_module.weight"
 TOP = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",

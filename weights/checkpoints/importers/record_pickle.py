@@ -1,8 +1,8 @@
 """Reads plain data from pickles: known names become records, and all others are refused.
 
-Python's own unpickler runs what a pickle names, and a few bytes can make it fill the memory. Here
-only some operations exist, none of them calls anything but a given function, and their number is
-bounded.
+Python's own unpickler runs what a pickle names, and a few bytes can make it fill the memory. This
+is its version in Python with some operations only: none calls anything but a given function with
+few arguments, and their number is bounded.
 """
 
 import io
@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_MOST_OPERATIONS = 2**22
+_MOST_OPERATIONS, _MOST_ARGUMENTS, _MOST_KEY = 2**25, 16, 2**60
 _OPERATIONS = (
     *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "LONG1", "BINFLOAT"),
     *("BININT", "BININT1", "BININT2", "BINUNICODE", "SHORT_BINUNICODE", "BINPERSID"),
@@ -87,6 +87,8 @@ class _Unpickler(pickle._Unpickler):
     def _call(self, function: Any, arguments: Any) -> Any:
         if not any(function is one for one in self._known.values()):
             raise ValueError("it calls what is no function")
+        if type(arguments) is not tuple or len(arguments) > _MOST_ARGUMENTS:
+            raise ValueError(f"a call has more than {_MOST_ARGUMENTS} arguments")
         return function(*arguments)
 
     def load_build(self) -> None:
@@ -107,10 +109,14 @@ class _Unpickler(pickle._Unpickler):
 
     def _set(self, target: Any, items: list[Any]) -> None:
         keys, values = items[::2], items[1::2]
-        # the hash of nested tuples can take forever
-        if type(target) is not dict or any(type(key) not in (str, int, Record) for key in keys):
-            raise ValueError("a key is neither a text nor a number")
+        # the hash of nested tuples can take forever, and large numbers can have equal hashes
+        if type(target) is not dict or not all(map(_is_key, keys)):
+            raise ValueError("a key is neither a text nor a small number")
         target.update(zip(keys, values, strict=True))
+
+
+def _is_key(found: object) -> bool:
+    return type(found) in (str, Record) or (type(found) is int and abs(found) < _MOST_KEY)
 
 
 def _counted(function: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -148,7 +148,7 @@ def sizes(found: Any) -> tuple[int, ...]:
     Raises:
         ValueError: it is something else.
     """
-    if type(found) is not tuple or any(type(one) is not int for one in found):
+    if type(found) is not tuple or len(found) > 64 or any(type(one) is not int for one in found):
         raise ValueError("expected a tuple of sizes")
     if any(not 0 <= one < _MOST_SIZE for one in found):
         raise ValueError(f"a size is not between 0 and {_MOST_SIZE}")

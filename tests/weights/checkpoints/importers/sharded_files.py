@@ -17,9 +17,12 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor], num_files: int 
     entries, places = {}, {}
     files = [io.BytesIO() for _ in range(num_files)]
     for name, tensor in tensors.items():
-        count = num_files if tensor.ndim and len(tensor) >= num_files else 1
+        # ranks beyond the last row have empty shards
+        parts = [*tensor.chunk(num_files)] if tensor.ndim else [tensor]
+        if tensor.ndim:
+            parts += [tensor[:0]] * (num_files - len(parts))
         chunks, row = [], 0
-        for file, shard in zip(files, tensor.chunk(count) if count > 1 else [tensor], strict=False):
+        for file, shard in zip(files, parts, strict=False):
             offsets = torch.Size((row, *[0] * (tensor.ndim - 1)) if tensor.ndim else ())
             chunks.append(metadata.ChunkStorageMetadata(offsets, shard.shape))
             start = file.tell()

@@ -138,14 +138,14 @@ def test_shards_that_overlap_or_lack_rows_are_refused(folder):
         listed.state_dict_metadata["model.t"].chunks.pop()
 
     change_list(folder, drop)
-    assert "model.t: its shards do not cover it" in refusal(folder)
+    assert "'model.t': its shards do not cover it" in refusal(folder)
 
     def repeat(listed):
         chunks = listed.state_dict_metadata["model.t"].chunks
         chunks.append(chunks[0])
 
     change_list(folder, repeat)
-    assert "model.t: its shards do not follow each other" in refusal(folder)
+    assert "'model.t': its shards do not follow each other" in refusal(folder)
 
 
 def test_shards_along_other_dimensions_are_refused(folder):
@@ -154,7 +154,7 @@ def test_shards_along_other_dimensions_are_refused(folder):
             object.__setattr__(chunk, "sizes", torch.Size((3, 2)))
 
     change_list(folder, change)
-    assert "model.t: its shards do not follow each other" in refusal(folder)
+    assert "'model.t': its shards do not follow each other" in refusal(folder)
 
 
 def test_a_shape_that_lies_is_refused(folder):

@@ -20,6 +20,7 @@ from tests.weights.checkpoints.importers.sharded_files import write_shards
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.config_json import read_config
 from weights.checkpoints.convert import convert
+from weights.checkpoints.importers.lingua_files import weights_folder
 from weights.checkpoints.tensor_files import list_tensors, read_mapped
 from weights.errors import CheckpointError, ModelNotFoundError
 from weights.models.named_models import find_model
@@ -92,6 +93,24 @@ def test_logits_and_rows_are_those_of_the_reference(run, variant, is_repeated):
         assert torch.equal(trace.rows_THK.sort(-1).values, rows_THK.sort(-1).values)
 
 
+@pytest.mark.parametrize(
+    ("place", "given"),
+    [
+        *((name, "") for name in ("", "consolidated", "10", "10/consolidated")),
+        *((f"checkpoints/10{name}", "") for name in ("", "/consolidated")),
+        ("checkpoints/10/consolidated", "checkpoints"),
+    ],
+)
+def test_the_last_weights_of_a_run_are_found(tmp_path, place, given):
+    for folder in (place, "9", "checkpoints/9"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "checkpoints" / "9" / ".metadata").touch()
+    (tmp_path / place / "consolidated.pth").touch()
+    assert weights_folder(tmp_path / given) == tmp_path / place
+    (tmp_path / given / "config.json").touch()  # a checkpoint folder
+    assert weights_folder(tmp_path / given) is None
+
+
 @pytest.mark.parametrize("num_files", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_shards_give_the_same_folder_as_the_consolidated_file(
@@ -153,9 +172,11 @@ def test_weights_and_tables_get_the_dtypes_asked_for(tmp_path, tokenizer):
     assert tensors["memory.table"].dtype == "F16"
 
 
-def test_a_tied_head_may_be_stored_if_it_is_the_same(run):
+@pytest.mark.parametrize("name", ["output.weight", "output.tied_module.weight"])
+def test_a_tied_head_may_be_stored_if_it_is_the_same(run, name):
     stored, _ = golden("plain")
-    out = run("plain", tensors={"output.weight": stored["tok_embeddings.weight"].clone()})
+    same = stored["tok_embeddings.weight"]
+    out = run("plain", tensors={name: same.clone()})
     assert "lm_head.weight" not in list_tensors(out)
 
 
@@ -177,22 +198,26 @@ def test_a_run_without_memory_layers(run):
     [
         ("peer", {"tensors": {f"{SECOND}values_v.weight": torch.zeros(169, 48)}}, "repeats"),
         ("plain", {"tensors": {"output.weight": torch.zeros(96, 48)}}, "repeats"),
+        ("plain", {"tensors": {"output.tied_module.weight": torch.zeros(96, 48)}}, "repeats"),
+        ("peer", {"tensors": {"output.tied_module.weight": torch.zeros(96, 48)}}, "not part of"),
+        ("plain", {"tensors": {f"{FIRST}keys": torch.zeros(12, 78)}}, "subkeys: expected"),
+        ("plain", {"tensors": {"a\nb\x1b[": torch.zeros(2)}}, r"a\\nb\\x1b"),
         ("plain", {"remove": ["norm.weight"]}, "model.norm.weight: expected .* found nothing"),
         ("plain", {"remove": ["layers.2.attention_norm.weight"]}, "layers.2.*is missing"),
         ("plain", {"model": {"n_layers": 99}}, "layers.4.attention_norm.weight is missing"),
         ("plain", {"model": {"n_layers": 2**20}}, "n_layers: 1048576 is more than 65536"),
-        ("plain", {"tensors": {"layers.1.lora.weight": torch.zeros(2)}}, "lora.weight: is not"),
+        ("plain", {"tensors": {"layers.1.lora.weight": torch.zeros(2)}}, "lora.weight': is not"),
         ("plain", {"tensors": {"layers.7.attention.wq.weight": torch.zeros(2)}}, "layers.7"),
         ("plain", {"tensors": {f"{FIRST}keys": torch.zeros(77, 12)}}, "subkeys: expected"),
         ("plain", {"tensors": {f"{FIRST}keys": torch.zeros(78, 12).int()}}, "tensor of floats"),
         ("plain", {"tensors": {f"{FIRST}keys": torch.zeros(12, 78).T}}, "tensor of floats"),
-        ("plain", {"tensors": {f"{FIRST}keys": [1, 2]}}, "keys: is not a contiguous"),
+        ("plain", {"tensors": {f"{FIRST}keys": [1, 2]}}, "keys': is not a contiguous"),
         ("plain", {"tensors": {f"{FIRST}values.weight": torch.zeros(168, 48)}}, "memory.table: ex"),
         ("plain", {"tensors": {f"{FIRST}values.weight": torch.zeros(169, 47)}}, "memory.table: ex"),
         ("plain", {"tensors": {f"{FIRST}values.weight": torch.zeros(169)}}, "memory.table: ex"),
         ("plain", {"tensors": {"layers.0.attention.wq.weight": torch.tensor(1.0)}}, "q_proj"),
-        ("plain", {"model": {"n_heads": 0}}, "n_heads: 0 is not between 1 and dim, 48"),
-        ("plain", {"model": {"n_heads": None, "head_dim": 0}}, "head_dim: 0 is not between"),
+        ("plain", {"model": {"n_heads": 0}}, "n_heads: 0 is not positive"),
+        ("plain", {"model": {"n_heads": None, "head_dim": 0}}, "head_dim: 0 is not positive"),
         ("plain", {"model": {"ffn_dim_multiplier": 1e299}}, "ffn_dim_multiplier: 1e.299 is not"),
         ("plain", {"model": {"norm_eps": 10**400}}, "norm_eps: .*out of range"),
         ("plain", {"model": {"ffn_dim_multiplier": 1.5}}, "down_proj.weight: expected .48, 192."),

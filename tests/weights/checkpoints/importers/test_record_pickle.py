@@ -64,8 +64,12 @@ def test_code_is_not_run(tmp_path, protocol):
         (b"\x80\x02]}b.", "it changes what is no record"),
         (b"\x80\x02cknown\nThing\n}b.", "it changes what is no record"),
         # keys whose hash takes long
-        (b"\x80\x02})K\x01s.", "a key is neither a text nor a number"),
-        (b"\x80\x02]K\x01K\x02s.", "a key is neither a text nor a number"),
+        (b"\x80\x02})K\x01s.", "a key is neither a text nor a small number"),
+        (b"\x80\x02]K\x01K\x02s.", "a key is neither a text nor a small number"),
+        (b"\x80\x02}\x8a\x09" + (2**61 - 1).to_bytes(9, "little") + b"K\x01s.", "small number"),
+        # a call whose arguments are copied
+        (b"\x80\x02cknown\nThing\n(" + b"N" * 17 + b"t\x81.", "more than 16 arguments"),
+        (b"\x80\x02cknown\nThing\nX\x01\x00\x00\x00aR.", "more than 16 arguments"),
         (b"\x80\x02K\x01Q.", "it refers to objects elsewhere"),
         (b"", "EOFError"),
         (b"\x80\x02", "EOFError"),
@@ -95,7 +99,7 @@ def test_nested_tuples_are_not_hashed():
     # each tuple holds the previous one twice, so its hash would take 2**60 steps
     twice = (b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
     reason = refusal(b"\x80\x02})q\x00" + b"".join(twice) + b"K\x01s.")
-    assert "a key is neither a text nor a number" in reason
+    assert "a key is neither a text nor a small number" in reason
 
 
 def test_the_number_of_operations_is_bounded(monkeypatch):

@@ -138,8 +138,7 @@ def test_bytes_after_the_part_are_not_read(tmp_path, path):
     directory = data[place:]
     assert old in directory
     path.write_bytes(data[:place] + directory.replace(old, new, 1))
-    assert refusal(path)  # no header lies there
-    assert "has no header" in refusal(path) or "ends after" in refusal(path)
+    assert "has no header" in refusal(path)
 
 
 def test_sizes_are_bounded(path, monkeypatch):

@@ -43,8 +43,11 @@ from weights.errors import CheckpointError
 
 CPU = torch.device("cpu")
 _WIDE_DTYPES = ("float32", "float64")
-# a buffer in old checkpoints that can be computed from rope_theta
-_DERIVED_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# buffers that trainers leave, which rope_theta and rope_scaling determine
+_DERIVED_BUFFER = re.compile(
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\."
+    r"(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+)
 
 
 def expected_tensors(

@@ -292,8 +292,10 @@ def test_a_tensor_in_two_files_is_refused(folder):
         load_model(folder)
 
 
-def test_rotary_buffers_of_old_checkpoints_are_ignored(folder):
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+@pytest.mark.parametrize("place", ["model.", "model.layers.0.self_attn."])
+@pytest.mark.parametrize("buffer", ["inv_freq", "original_inv_freq", "cos_cached", "sin_cached"])
+def test_rotary_buffers_that_trainers_leave_are_ignored(folder, place, buffer):
+    name = f"{place}rotary_emb.{buffer}"
     rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(4)}))
     load_model(folder)
 

@@ -2,31 +2,14 @@
 
 from dataclasses import dataclass
 
+from engine.model.rope_scaling import RopeScaling
+
 MEMORY_KINDS = ("memory_plus", "pkm", "peer")
 FEED_FORWARD_KINDS = ("dense", "moe", *MEMORY_KINDS)
 # of a key or value of one head in an int8 KV cache
 KV_SCALE_BYTES = 4
 # names in checkpoints: the table of value rows, and that of PEER's down projections
 _TABLE, _DOWN_TABLE = "memory.table", "memory.down_table"
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's scaling of rotary frequencies for contexts longer than in training.
-
-    Wavelengths above ``original_max_position / low_freq_factor`` are multiplied by ``factor``,
-    those below ``original_max_position / high_freq_factor`` are unchanged, others interpolated.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
-
-    def __post_init__(self) -> None:
-        _positive(self, "factor", "low_freq_factor", "original_max_position")
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError("high_freq_factor: must be greater than low_freq_factor")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from engine.model.layers import DecoderLayer
 from engine.model.layout import TokenLayout
 from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
-from engine.model.rotary import rope_angles, rope_frequencies
+from engine.model.rotary import rope_amplitude, rope_angles, rope_frequencies
 from engine.model.uninitialised import Embedding, Linear
 from memory_ops.tables.value_table import ValueTable
 
@@ -84,6 +84,7 @@ class Transformer(nn.Module):
         # not a parameter; on the CPU even if the rest is built on the meta device
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
+        self.rope_amplitude = rope_amplitude(config.rope_scaling)
         self.rope_frequencies: Tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
@@ -148,7 +149,7 @@ class Transformer(nn.Module):
             before_layer: called with each layer's index and the residual stream that enters it.
         """
         x_TD = self.model.embed_tokens(ids_T)
-        angles = rope_angles(layout.positions_T, self.rope_frequencies)
+        angles = rope_angles(layout.positions_T, self.rope_frequencies, self.rope_amplitude)
         trace = ForwardTrace() if with_trace else None
         for index, layer in enumerate(self.model.layers):
             if before_layer is not None:

@@ -1,11 +1,11 @@
 """Reads and writes config.json, strictly: Hugging Face's Llama keys and memplus's additions."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.model.config import ModelConfig, RopeScaling
+from engine.model.config import ModelConfig
 from weights.checkpoints.config_keys import (
     FIXED_VALUES,
     FORMAT_VERSION,
@@ -20,6 +20,7 @@ from weights.checkpoints.feed_forward_json import (
     parse_feed_forward,
 )
 from weights.checkpoints.json_fields import typed
+from weights.checkpoints.rope_json import parse_rope, rope_to_json
 from weights.errors import CheckpointError
 from weights.text_files import read_json_object
 
@@ -46,12 +47,6 @@ _MIXTRAL_DEFAULTS: dict[str, Any] = {
     "max_positions": 4096 * 32,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
-}
-_ROPE_SCALING = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_max_position",
 }
 
 
@@ -110,9 +105,7 @@ def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
     raw |= {"bos_token_id": config.bos_id, "eos_token_id": sorted(config.eos_ids) or None}
     raw["torch_dtype"] = config.dtype
     if model.rope_scaling is not None:
-        scaling = asdict(model.rope_scaling)
-        raw["rope_scaling"] = {"rope_type": "llama3"}
-        raw["rope_scaling"] |= {key: scaling[name] for key, name in _ROPE_SCALING.items()}
+        raw["rope_scaling"] = rope_to_json(model.rope_scaling)
     if config.has_groups:
         raw[QUANTIZATION_KEY] = QUANTIZATION
     return raw | feed_forward_to_json(model)
@@ -139,7 +132,7 @@ def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
     values.setdefault("head_dim", values["hidden_size"] // max(values["num_heads"], 1))
     values.setdefault("max_positions", 2048)
     values.setdefault("rms_norm_eps", 1e-6)
-    values |= _parse_rope(raw)
+    values |= parse_rope(raw)
     values |= parse_feed_forward(raw, values["num_layers"], values["intermediate_size"])
     _check_family(raw, "mixture" in values)
     dtype = raw.get("dtype") or raw.get("torch_dtype")
@@ -162,39 +155,6 @@ def _check_family(raw: Mapping[str, Any], has_experts: bool) -> None:
             raise ValueError(f"num_local_experts: missing, but {key} is mixtral")
         if family == "llama" and has_experts:
             raise ValueError(f"{key}: must be mixtral if the model has experts, not llama")
-
-
-def _parse_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-    # transformers 5 writes rope_parameters instead of rope_theta and rope_scaling
-    values: dict[str, Any] = {}
-    found: list[dict[str, Any]] = []
-    for key in ("rope_parameters", "rope_scaling"):
-        scaling = dict(typed(key, raw.get(key) or {}, dict))
-        if "rope_theta" in scaling:
-            values["rope_theta"] = typed("rope_theta", scaling.pop("rope_theta"), float)
-        old_name = scaling.pop("type", "default")
-        scaling.setdefault("rope_type", old_name)
-        if raw.get(key):
-            found.append(scaling)
-    if not found:
-        return {}
-    if found[0] != found[-1]:
-        raise ValueError("rope_scaling: differs from rope_parameters")
-    scaling = {key: value for key, value in found[0].items() if value is not None}
-    kind = scaling.pop("rope_type")
-    if scaling.get("partial_rotary_factor") == 1:
-        del scaling["partial_rotary_factor"]
-    if kind in ("linear", "dynamic") and scaling == {"factor": 1}:
-        return values  # positions are divided by 1
-    if kind == "llama3":
-        if set(scaling) != set(_ROPE_SCALING):
-            raise ValueError(f"rope_scaling: llama3 requires {', '.join(_ROPE_SCALING)}")
-        named = {name: typed(key, scaling[key], float) for key, name in _ROPE_SCALING.items()}
-        named["original_max_position"] = int(named["original_max_position"])
-        values["rope_scaling"] = RopeScaling(**named)
-    elif kind != "default" or scaling:
-        raise ValueError(f"rope_scaling: {kind!r} with {sorted(scaling)} is not supported")
-    return values
 
 
 def _ids(key: str, value: object) -> frozenset[int]:

@@ -73,7 +73,7 @@ class CpuExecutor:
             head_packer = replace(packer, weight_bits=HEAD_BITS)
             embedding = GroupedEmbedding.rounded(embedding, HEAD_BITS)
         self._embed = _embedding(embedding, packer.dtype)
-        self._rope_frequencies = model.rope_frequencies
+        self._rope = model.rope_frequencies, model.rope_amplitude
         layers = [pack_layer(packer, layer) for layer in model.layers]
         memories = [layer.memory.predicted for layer in layers if layer.memory is not None]
         self._decoder = CpuDecoder(
@@ -118,7 +118,7 @@ class CpuExecutor:
     ) -> Tensor:
         """The residual stream ``[T, D]`` after the last layer; see ``Transformer.forward``."""
         residual_TD = self._embed(ids_T)
-        angles = rope_angles(layout.positions_T, self._rope_frequencies)
+        angles = rope_angles(layout.positions_T, *self._rope)
         return self._decoder.run(residual_TD, layout, angles, kv_blocks, trace)
 
     def warm_up(self) -> None:

@@ -56,7 +56,7 @@ class DeviceModel:
         self._embedding_VD = weight_of(model.model.embed_tokens)
         positions_P = torch.arange(model.config.max_positions, device="cpu")
         # computed on the CPU: the bits of the CPU executor
-        cos, sin = rope_angles(positions_P, model.rope_frequencies.cpu())
+        cos, sin = rope_angles(positions_P, model.rope_frequencies.cpu(), model.rope_amplitude)
         self._angles = cos.to(self.device), sin.to(self.device)
         self._layers = [CudaLayer(layer, model.config.num_heads) for layer in model.layers]
         self._norm, self._head = norm_of(model.model.norm), Product(weight_of(model.head))

@@ -5,8 +5,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from engine.model.config import MemoryConfig, RopeScaling
+from engine.model.config import MemoryConfig
 from engine.model.layout import TokenLayout
+from engine.model.rope_scaling import Llama3Scaling
 from engine.model.rotary import rope_frequencies
 from engine.model.transformer import Transformer
 from memory_ops.tables.device import DeviceTable
@@ -23,7 +24,7 @@ MEMORY = MemoryConfig(num_heads=2, num_subkeys=8, top_k=3, query_dim=8, value_di
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama_3_scaling_equals_transformers(factor):
-    scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+    scaling = Llama3Scaling(factor, 1.0, 4.0, 8192)
     config = LlamaConfig(
         head_dim=128,
         rope_parameters={

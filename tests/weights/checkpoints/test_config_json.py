@@ -5,7 +5,8 @@ import json
 import pytest
 import transformers
 
-from engine.model.config import MemoryConfig, MixtureConfig, RopeScaling
+from engine.model.config import MemoryConfig, MixtureConfig
+from engine.model.rope_scaling import Llama3Scaling
 from tests.models import feed_forward_changes, tiny_config
 from weights.checkpoints.config_json import (
     CheckpointConfig,
@@ -60,7 +61,7 @@ def test_missing_keys_have_the_defaults_of_hugging_face(tmp_path):
 
 
 def test_rope_keys_of_old_and_new_transformers_are_read(tmp_path):
-    expected = RopeScaling(8.0, 1.0, 4.0, 8192)
+    expected = Llama3Scaling(8.0, 1.0, 4.0, 8192)
     old = read(tmp_path, rope_theta=500_000.0, rope_scaling=LLAMA3_ROPE).model
     new = read(tmp_path, rope_parameters=LLAMA3_ROPE | {"rope_theta": 500_000.0}).model
     plain = read(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5e5}).model
@@ -88,7 +89,7 @@ def test_rope_settings_that_change_nothing_are_accepted(tmp_path, scaling):
 def test_the_same_rope_settings_may_stand_in_both_places(tmp_path):
     both = {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 5e5, "type": "llama3"}}
     model = read(tmp_path, **both, rope_scaling=LLAMA3_ROPE).model
-    assert (model.rope_scaling, model.rope_theta) == (RopeScaling(8.0, 1.0, 4.0, 8192), 5e5)
+    assert (model.rope_scaling, model.rope_theta) == (Llama3Scaling(8.0, 1.0, 4.0, 8192), 5e5)
     with pytest.raises(CheckpointError, match="rope_scaling: differs from rope_parameters"):
         read(tmp_path, **both, rope_scaling=LLAMA3_ROPE | {"factor": 2.0})
 
@@ -147,7 +148,8 @@ def test_memory_layers_are_listed_one_by_one(tmp_path):
         ({"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: unknown key"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}, "factor"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_scaling"),
         ({"rope_scaling": "linear"}, "rope_scaling: expected dict"),
         ({"hidden_size": "absent"}, "hidden_size"),
@@ -160,7 +162,7 @@ def test_memory_layers_are_listed_one_by_one(tmp_path):
         ({"model_type": "gpt2"}, "model_type"),
         ({"memplus_format": 2}, "memplus_format"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "yarn", "mscale": 2.0}}, "rope_scaling"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling"),
         ({"memory": MEMORY | {"banks": 2}}, "memory.banks"),
         ({"memory": {"layers": {"1": "pkm"}}}, "memory.num_heads"),
@@ -242,7 +244,7 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "model",
     [
-        tiny_config(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64), tie_embeddings=True),
+        tiny_config(rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64), tie_embeddings=True),
         tiny_config(
             feed_forward=("pkm", "memory_plus"),
             memory=MemoryConfig(2, 8, 3, 8, 24, share_values=False, value_projection=True),

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.model.config import ModelConfig, RopeScaling
+from engine.model.config import ModelConfig
+from engine.model.rope_scaling import Llama3Scaling
 from engine.model.rotary import rope_frequencies
 from weights.checkpoints.config_json import CheckpointConfig
 from weights.checkpoints.importers.gguf_files import gguf_files
@@ -71,7 +72,7 @@ _NEUTRAL = {
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 # the scalings of Llama 3.1 and 3.2; a GGUF file has only the resulting divisors
-_LLAMA3_SCALINGS = (RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 8192))
+_LLAMA3_SCALINGS = (Llama3Scaling(8.0, 1.0, 4.0, 8192), Llama3Scaling(32.0, 1.0, 4.0, 8192))
 
 
 def read_gguf(path: Path, dtype: torch.dtype | None) -> ImportedModel:
@@ -206,7 +207,7 @@ def _decimal(stored: float) -> float:
     return float(f"{stored:.7g}")
 
 
-def _rope_scaling(factors: Any, head_dim: int, theta: float) -> RopeScaling | None:
+def _rope_scaling(factors: Any, head_dim: int, theta: float) -> Llama3Scaling | None:
     if factors is None:
         return None
     found = torch.from_numpy(np.array(factors.data, dtype=np.float32).reshape(-1))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.errors import ConfigError
-from engine.model.config import RopeScaling
+from engine.model.rope_scaling import Llama3Scaling
 from server.cli.main import main
 from tests.conftest import TOLERANCE
 from tests.models import feed_forward_changes, plain_logits, random_model, save_model, tiny_config
@@ -100,7 +100,7 @@ def test_an_exported_model_is_imported_again(tmp_path, tokenizer, changes):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192)}, "rope_scaling"),
+        ({"rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 8192)}, "rope_scaling"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         (feed_forward_changes("dense", "moe"), "num_local_experts"),

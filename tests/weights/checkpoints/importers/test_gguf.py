@@ -11,9 +11,9 @@ import pytest
 import sentencepiece
 import torch
 
-from engine.model.config import RopeScaling
 from engine.model.grouped_layers import group_formats
 from engine.model.grouped_weights import GroupFormat
+from engine.model.rope_scaling import Llama3Scaling
 from engine.model.rotary import rope_frequencies
 from tests.models import (
     byte_tokenizer,
@@ -30,7 +30,7 @@ from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
 from weights.models.named_models import find_model
 
-SCALING = RopeScaling(32.0, 1.0, 4.0, 8192)
+SCALING = Llama3Scaling(32.0, 1.0, 4.0, 8192)
 LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",

@@ -64,6 +64,7 @@ COVERED_BY = {
     "engine/model/layers.py": "engine/model/test_transformer.py",
     "engine/model/layout.py": "engine/executors/cpu/test_micro_batches.py",
     "engine/model/norm.py": "engine/model/test_attention.py",
+    "engine/model/checks.py": "engine/model/test_transformer.py",
     "engine/model/rope_scaling.py": "engine/model/test_rotary.py",
     "weights/checkpoints/rope_json.py": "engine/model/test_rotary.py",
     "engine/model/sequence_groups.py": "engine/model/test_attention.py",

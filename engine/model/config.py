@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from engine.model.rope_scaling import RopeScaling
+from engine.model.checks import check_positive
+from engine.model.rope_scaling import RopeScaling, YarnScaling
 
 MEMORY_KINDS = ("memory_plus", "pkm", "peer")
 FEED_FORWARD_KINDS = ("dense", "moe", *MEMORY_KINDS)
@@ -39,7 +40,7 @@ class MemoryConfig:
     output_gate: bool = False
 
     def __post_init__(self) -> None:
-        _positive(self, "num_heads", "num_subkeys", "top_k", "query_dim", "value_dim")
+        check_positive(self, "num_heads", "num_subkeys", "top_k", "query_dim", "value_dim")
         if self.query_dim % 2:
             raise ValueError(f"query_dim: must be even, not {self.query_dim}")
         for name, largest in (("num_heads", 1024), ("num_subkeys", 65_536), ("query_dim", 65_536)):
@@ -119,11 +120,17 @@ class ModelConfig:
     mixture: MixtureConfig | None = None
 
     def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-        _positive(self, "num_kv_heads", "head_dim", "max_positions", "rms_norm_eps", "rope_theta")
+        check_positive(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"
+        )
+        check_positive(
+            self, "num_kv_heads", "head_dim", "max_positions", "rms_norm_eps", "rope_theta"
+        )
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads % kv_heads:
             raise ValueError(f"num_kv_heads: {kv_heads} does not divide num_heads {heads}")
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta: yarn needs more than 1, not {self.rope_theta}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: must be even for rotary embeddings, not {self.head_dim}")
         if not self.feed_forward:
@@ -205,10 +212,3 @@ class ModelConfig:
         if kv_dtype == "int8":
             row_bytes += KV_SCALE_BYTES
         return 2 * self.num_layers * self.num_kv_heads * row_bytes
-
-
-def _positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not value > 0:
-            raise ValueError(f"{name}: must be greater than 0, not {value}")

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from engine.model.checks import check_positive
+
 
 @dataclass(frozen=True)
 class LinearScaling:
@@ -11,7 +13,7 @@ class LinearScaling:
     factor: float
 
     def __post_init__(self) -> None:
-        _positive(self, "factor")
+        check_positive(self, "factor")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Llama3Scaling:
     original_max_position: int
 
     def __post_init__(self) -> None:
-        _positive(self, "factor", "low_freq_factor", "original_max_position")
+        check_positive(self, "factor", "low_freq_factor", "original_max_position")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("high_freq_factor: must be greater than low_freq_factor")
 
@@ -51,9 +53,9 @@ class YarnScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        _positive(self, "factor", "original_max_position", "beta_fast", "beta_slow")
+        check_positive(self, "factor", "original_max_position", "beta_fast", "beta_slow")
         if self.attention_factor is not None:
-            _positive(self, "attention_factor")
+            check_positive(self, "attention_factor")
 
     @property
     def amplitude(self) -> float:
@@ -64,9 +66,3 @@ class YarnScaling:
 
 
 RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
-
-
-def _positive(scaling: object, *names: str) -> None:
-    for name in names:
-        if getattr(scaling, name) <= 0:
-            raise ValueError(f"{name}: must be positive, not {getattr(scaling, name)}")

@@ -67,18 +67,12 @@ def _scaling(kind: object, given: Mapping[str, Any], raw: Mapping[str, Any]) -> 
         raise ValueError(f"rope_scaling: llama3 requires {', '.join(_LLAMA3)}")
     if "factor" not in given:
         raise ValueError(f"rope_scaling: {kind} requires factor")
-    named = {
-        key: typed(f"rope_scaling.{key}", given[key], float) for key in _LLAMA3 if key in given
-    }
+    types = dict.fromkeys(_LLAMA3, float) | _YARN
+    named = {key: typed(f"rope_scaling.{key}", value, types[key]) for key, value in given.items()}
     if kind == "linear":
         return LinearScaling(named["factor"])
     # Hugging Face's default
     original = int(named.pop(_ORIGINAL, raw.get("max_position_embeddings", 2048)))
     if kind == "llama3":
         return Llama3Scaling(**named, original_max_position=original)
-    options = {
-        key: typed(f"rope_scaling.{key}", given[key], one)
-        for key, one in _YARN.items()
-        if key in given
-    }
-    return YarnScaling(**named, original_max_position=original, **options)
+    return YarnScaling(**named, original_max_position=original)

@@ -99,6 +99,11 @@ def test_a_served_model_has_the_logits_of_transformers(tmp_path, scaling):
     assert parse_model(written) == read.model
 
 
+def test_yarn_needs_a_theta_above_1():
+    with pytest.raises(ValueError, match="^rope_theta: yarn needs more than 1, not 1"):
+        ours(1.0, YARN)
+
+
 def test_without_a_scaling_the_amplitude_is_1():
     positions, frequencies = torch.arange(5), torch.rand(4)
     plain = rope_angles(positions, frequencies)

@@ -31,7 +31,7 @@ _RECORDS = {
 }
 _KNOWN: dict[tuple[str, str], Any] = {
     **{(module, name): Record for module, names in _RECORDS.items() for name in names},
-    ("torch", "Size"): lambda found: sizes(found),
+    ("torch", "Size"): sizes,
 }
 
 

@@ -42,8 +42,7 @@ def read_lingua(
     Rotary lanes are reordered to pair halves. Layers that share a table may all store it.
 
     Args:
-        folder: the run's folder, whose last weights are read: those of ``consolidated``, or of
-            the last step; or one of the folders in it.
+        folder: the run's folder, or one of those in it; see ``weights_folder``.
         tokenizer: folder of the tokenizer that the run was trained with.
 
     Raises:

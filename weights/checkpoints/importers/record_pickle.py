@@ -38,8 +38,8 @@ class Record:
         return self.state[name]
 
 
-# names in pickles, (module, name), and what stands for them: Record or a function
-Known = Mapping[tuple[str, str], Callable[..., Any]]
+# names in pickles, (module, name), and their meanings: Record, a function or a plain value
+Known = Mapping[tuple[str, str], Any]
 
 
 def unpickle(data: bytes, known: Known, persistent_load: Callable[[Any], Any] | None = None) -> Any:

@@ -35,7 +35,7 @@ class _Storage(NamedTuple):
 
 
 def read_saved(path: Path, offset: int = 0, length: int | None = None) -> Any:
-    """What ``torch.save`` wrote into ``length`` bytes of a file; by default into all of it.
+    """Read an object that ``torch.save`` wrote into ``length`` bytes of a file, or into all of it.
 
     Contiguous tensors of floats are ``StoredTensor`` without a name; other objects are ``Record``.
 
@@ -78,9 +78,9 @@ class _Saved:
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *rest: tensor,
             ("collections", "OrderedDict"): lambda *items: {},
         }
-        # the class of a storage is only named, never called
-        known |= {("torch", name): lambda code=code: code for name, code in _FLOATS.items()}
-        known |= {("torch", name): lambda: "" for name in _OTHERS}
+        # a pickle names the class of a storage and does not call it
+        known |= {("torch", name): code for name, code in _FLOATS.items()}
+        known |= {("torch", name): "" for name in _OTHERS}
         return unpickle(self._read("data.pkl", _MOST_READ_BYTES), known, self._storage)
 
     def _read(self, name: str, most: int) -> bytes:
@@ -98,10 +98,10 @@ class _Saved:
         return entry
 
     def _storage(self, found: Any) -> _Storage:
-        kind, make, key, *_ = found
-        if kind != "storage" or not callable(make) or type(key) is not str:
+        kind, code, key, *_ = found
+        if kind != "storage" or code not in ("", *DTYPES) or type(key) is not str:
             raise ValueError("a storage is not one of torch's")
-        return _Storage(make(), key)
+        return _Storage(code, key)
 
     def _tensor(self, storage: Any, first: Any, shape: Any, stride: Any, *rest: Any) -> Any:
         if type(storage) is not _Storage or type(shape) is not tuple:
@@ -121,7 +121,7 @@ class _Saved:
         return StoredTensor("", self._path, storage.code, shape, start, num_bytes)
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
-        """Where the bytes of an entry begin in the file."""
+        """The offset in the file of an entry's bytes."""
         if entry.filename not in self._starts:
             begin = self._window.offset + entry.header_offset
             self._file.seek(begin)

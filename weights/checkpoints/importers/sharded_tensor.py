@@ -2,11 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from weights.checkpoints.tensor_files import DTYPES, PART_BYTES, StoredTensor, read_mapped
+from weights.checkpoints.tensor_files import (
+    DTYPES,
+    PART_BYTES,
+    StoredTensor,
+    read_mapped,
+    read_parts,
+)
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,8 @@ class ShardedTensor:
         return shards[0] if len(shards) == 1 else torch.cat(shards)
 
     def parts(self) -> Iterator[Tensor]:
-        """The rows in order, in parts of at most 4 MiB or one row; a scalar is one part."""
-        return self._parts(self._edges())
+        """The rows in order, in parts of at most 4 MiB or one row; see ``read_parts``."""
+        return chain.from_iterable(map(read_parts, self.shards))
 
     def equals(self, other: "ShardedTensor") -> bool:
         """Whether both have the same shape, dtype and bytes; reads both in parts."""
@@ -51,14 +58,13 @@ class ShardedTensor:
         return [*edges, first]
 
     def _parts(self, edges: Sequence[int]) -> Iterator[Tensor]:
+        """The rows between these, mapped; a scalar is one row."""
         first, place = 0, 0
         for shard in self.shards:
-            tensor = read_mapped(shard)
-            rows = tensor if tensor.ndim else tensor.view(1)
+            rows = torch.atleast_1d(read_mapped(shard))  # type: ignore[no-untyped-call]
             last = first + len(rows)
             while place + 1 < len(edges) and edges[place + 1] <= last:
-                part = rows[edges[place] - first : edges[place + 1] - first]
-                yield part if tensor.ndim else tensor
+                yield rows[edges[place] - first : edges[place + 1] - first]
                 place += 1
             first = last
 

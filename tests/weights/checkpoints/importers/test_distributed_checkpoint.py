@@ -9,18 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import checkpoint
 
+from tests.weights.checkpoints.importers.hostile import Hostile
 from tests.weights.checkpoints.importers.sharded_files import write_shards
 from weights.checkpoints.importers import distributed_checkpoint
 from weights.checkpoints.importers.distributed_checkpoint import read_shards
 from weights.errors import CheckpointError
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def refusal(folder):

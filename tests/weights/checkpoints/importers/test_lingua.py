@@ -46,7 +46,7 @@ def write_run(folder: Path, tensors: dict, params: dict) -> Path:
 
 
 def write_step(folder: Path, tensors: dict, params: dict, num_files: int) -> Path:
-    """The folder of a step, as so many ranks leave it."""
+    """Write a step's folder with one file per rank."""
     named = {f"model.{name}": one for name, one in tensors.items()}
     write_shards(folder, named | {"optim.state.norm.weight.exp_avg": torch.ones(48)}, num_files)
     (folder / "params.json").write_text(json.dumps(params))

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from tests.weights.checkpoints.importers.hostile import Hostile
 from weights.checkpoints.importers import record_pickle
 from weights.checkpoints.importers.record_pickle import Record, unpickle
 
@@ -15,14 +16,6 @@ PLAIN = [
     *(None, True, False, 0, -3, 300, 2**31, -(2**40), 1.5, "text", [], {}, (), (1,), (1, 2, 3, 4)),
     *([1, [2, "x"]], {"a": {"b": 1}, 3: [4]}, {str(i): i for i in range(300)}),
 ]
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def refusal(data, known=KNOWN):
@@ -84,8 +77,8 @@ def test_what_is_refused_is_named(data, reason):
     "data",
     [
         b"\x80\x02K\x01r\xff\xff\xff\x7f.",  # a number at place 2**31 - 1
-        b"\x80\x04\x96" + struct.pack("<Q", 2**40) + b".",  # so many bytes
-        b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b".",  # so long a number
+        b"\x80\x04\x96" + struct.pack("<Q", 2**40) + b".",  # 2**40 bytes
+        b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b".",  # a number of 2**31 - 1 bytes
     ],
 )
 def test_few_bytes_take_little_memory(data):

@@ -9,19 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from tests.weights.checkpoints.importers.hostile import Hostile
 from weights.checkpoints.importers import saved_tensors
 from weights.checkpoints.importers.record_pickle import Record
 from weights.checkpoints.importers.saved_tensors import read_saved
 from weights.checkpoints.tensor_files import StoredTensor, read_mapped
 from weights.errors import CheckpointError
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def refusal(path):

@@ -270,7 +270,8 @@ class Scheduler:
         Steps in flight may compute more than the first ``num_run`` tokens, or fail.
         """
         needed = self._pool.blocks_for(sequence.length)
-        if needed < len(sequence.block_ids):
+        # an earlier chunk may be settled while drafts after the prompt's last token are in flight
+        if needed < len(sequence.block_ids) and not sequence.has_drafts_in_flight:
             self._pool.release(sequence.block_ids[needed:])
             sequence.block_ids = sequence.block_ids[:needed]
         num_known = min(sequence.num_computed, len(sequence.token_ids), num_run)

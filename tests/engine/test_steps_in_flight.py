@@ -87,6 +87,45 @@ def test_a_step_behind_an_end_token_is_wasted_and_harmless(model):
     assert tokens(step_all(ending)["c"]) == plain_greedy(model, conversation, 6)
 
 
+def test_drafts_keep_their_blocks_while_an_earlier_chunk_is_settled(model):
+    prompt, neighbour = [1, 2, 3, 4, 5, 6, 7], [9, 8, 7]
+    answers = {"a": plain_greedy(model, prompt, 9), "b": plain_greedy(model, neighbour, 9)}
+    whole = prompt + answers["a"]
+
+    class Right:
+        def draft(self, token_ids, count, worth):
+            length = len(token_ids)
+            return whole[length:][:count] if token_ids == whole[:length] else []
+
+    drafting = engine_of(
+        model,
+        EngineConfig(
+            kv_cache_gib=64 * KV_BYTES / 2**30,
+            block_size=4,
+            max_batched_tokens=6,
+            max_num_seqs=2,
+            max_model_len=32,
+            speculate="ngram",
+            speculate_tokens=4,
+        ),
+        make=delayed,
+        make_drafter=Right,
+    )
+    drafting.add(greedy("a", prompt, 9))
+    found = [*drafting.step().outputs]
+    # the prompt's last token, with drafts in a further block, is launched behind the others
+    found += drafting.step().outputs
+    drafting.add(greedy("b", neighbour, 9))
+    while drafting.has_work:
+        found += drafting.step().outputs
+        drafting.check_integrity()
+    assert drafting.statistics().accepted_tokens == 7
+    assert {
+        name: [token for one in found if one.request_id == name for token in one.token_ids]
+        for name in answers
+    } == answers
+
+
 def test_a_name_can_be_used_again_while_its_aborted_step_is_in_flight(model):
     reused = engine(model)
     reused.add(greedy("same", [1, 2, 3], 9))

@@ -276,7 +276,8 @@ def _max_model_len(config: EngineConfig, max_positions: int, kv_tokens: int) -> 
     if asked is None:
         return min(max_positions, kv_tokens)
     if asked > max_positions:
-        raise ConfigError(f"max_model_len: {asked} exceeds the model's {max_positions} positions")
+        most = f"{max_positions} positions (max_position_embeddings, or a smaller sliding_window)"
+        raise ConfigError(f"max_model_len: {asked} exceeds the model's {most}")
     if asked > kv_tokens:
         message = f"max_model_len: {asked} exceeds the {kv_tokens} tokens of the KV blocks"
         raise ConfigError(f"{message}; raise kv_cache_gib")

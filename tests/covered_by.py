@@ -13,6 +13,7 @@ COVERED_BY = {
     "engine/executors/cpu/layers.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cpu/memory.py": "engine/executors/cpu/test_packed_memory.py",
     "engine/executors/cpu/mixture.py": "engine/model/test_mixture.py",
+    "engine/executors/cpu/packed_head_norms.py": "engine/executors/cpu/test_kernels.py",
     "engine/executors/cpu/packed_layers.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cpu/packing.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cuda/device_block_table.py": f"{INTERPRETED}/test_cuda_executor.py",

@@ -72,6 +72,12 @@ def layer_cases(
         rotate_and_store.rotate_and_store_reference,
         partial(_rotation, config, num_tokens, dtype),
     )
+    yield KernelCase(
+        "norm, rotate and store",
+        rotate_and_store.rotate_and_store,
+        rotate_and_store.rotate_and_store_reference,
+        partial(_rotation, config, num_tokens, dtype, has_norm=True),
+    )
     yield from attention_cases(config, [1] * num_tokens, dtype, context)
 
 
@@ -201,7 +207,9 @@ def _embedding(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> Kern
     return KernelInputs((ids_T, last_token_P, embedding_VD), num_bytes=num_bytes)
 
 
-def _rotation(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> KernelInputs:
+def _rotation(
+    config: ModelConfig, num_tokens: int, dtype: torch.dtype, *, has_norm: bool = False
+) -> KernelInputs:
     groups, head_dim = config.num_kv_heads, config.head_dim
     qkv_TF = _random(num_tokens, (config.num_heads + 2 * groups) * head_dim, dtype=dtype)
     frequencies = rope_frequencies(head_dim, config.rope_theta, None).to(GPU)
@@ -209,8 +217,9 @@ def _rotation(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> Kerne
     angles = rope_angles(torch.arange(3 * num_tokens, device=GPU), frequencies)
     kv_blocks = torch.zeros(num_tokens, 2, groups, _BLOCK_SIZE, head_dim, dtype=dtype, device=GPU)
     kv_slots_T = torch.randperm(num_tokens * _BLOCK_SIZE, device=GPU)[:num_tokens]
+    norm = (torch.ones(2, head_dim, dtype=dtype, device=GPU), 1e-5) if has_norm else None
     return KernelInputs(
-        (qkv_TF, positions_T, angles, kv_slots_T, kv_blocks, config.num_heads),
+        (qkv_TF, positions_T, angles, kv_slots_T, kv_blocks, config.num_heads, norm),
         num_bytes=2 * qkv_TF.nbytes,
         outputs=(4,),
     )

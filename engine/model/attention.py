@@ -11,24 +11,30 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from engine.model.config import KV_SCALE_BYTES, ModelConfig
 from engine.model.layout import TokenLayout
+from engine.model.norm import RmsNorm
 from engine.model.rotary import rotate
 from engine.model.uninitialised import Linear
 from memory_ops.anonymous import anonymous_zeros
 
 
 class Attention(nn.Module):
-    """Query, key and value projections, attention, output projection; uninitialised."""
+    """Query, key and value projections, attention, output projection; uninitialised.
+
+    ``q_norm`` and ``k_norm`` normalise each head, if the model has them.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        width, bias = config.hidden_size, config.attention_bias
+        width, bias = config.hidden_size, config.attention_bias or config.qkv_bias
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         self.q_proj = Linear(width, query_size, bias=bias)
         self.k_proj = Linear(width, kv_size, bias=bias)
         self.v_proj = Linear(width, kv_size, bias=bias)
-        self.o_proj = Linear(query_size, width, bias=bias)
+        self.o_proj = Linear(query_size, width, bias=config.attention_bias)
+        self.q_norm = RmsNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RmsNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -42,8 +48,10 @@ class Attention(nn.Module):
         ``angles`` are cosines and sines ``[T, 1, E / 2]``. ``kv_blocks`` is this layer's
         ``[blocks, 2, G, block_size, E]``, given if and only if ``layout.paged`` is.
         """
-        q_THE = rotate(self._heads(self.q_proj(x_TD)), angles)
-        k_TGE = rotate(self._heads(self.k_proj(x_TD)), angles)
+        q_THE, k_TGE = self._heads(self.q_proj(x_TD)), self._heads(self.k_proj(x_TD))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THE, k_TGE = self.q_norm(q_THE), self.k_norm(k_TGE)
+        q_THE, k_TGE = rotate(q_THE, angles), rotate(k_TGE, angles)
         v_TGE = self._heads(self.v_proj(x_TD))
         if kv_blocks is not None:
             write_kv(k_TGE, v_TGE, layout, kv_blocks)

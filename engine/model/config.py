@@ -97,6 +97,9 @@ class LayerTables:
 class ModelConfig:
     """A decoder of the Llama family; widths are defined as by Hugging Face.
 
+    ``attention_bias`` gives all projections of attention a bias, ``qkv_bias`` those of queries,
+    keys and values alone (Qwen2). ``qk_norm`` normalises each head's queries and keys before the
+    rotation (Qwen3).
     ``feed_forward`` names each layer's kind, one of ``FEED_FORWARD_KINDS``; empty means all dense.
     ``memory`` is given if and only if a layer is a memory layer, ``mixture`` if a layer is ``moe``.
     """
@@ -114,6 +117,8 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     attention_bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     mlp_bias: bool = False
     feed_forward: tuple[str, ...] = ()
     memory: MemoryConfig | None = None
@@ -133,9 +138,18 @@ class ModelConfig:
             raise ValueError(f"rope_theta: yarn needs more than 1, not {self.rope_theta}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: must be even for rotary embeddings, not {self.head_dim}")
+        self._check_attention()
         if not self.feed_forward:
             object.__setattr__(self, "feed_forward", ("dense",) * self.num_layers)
         self._check_feed_forward()
+
+    def _check_attention(self) -> None:
+        """Refuse combinations that no family of models has, so that each has a config.json."""
+        if self.qkv_bias and (self.attention_bias or self.qk_norm):
+            raise ValueError("qkv_bias: cannot be combined with attention_bias or qk_norm")
+        for name in ("qkv_bias", "qk_norm"):
+            if getattr(self, name) and (self.mlp_bias or self.mixture is not None):
+                raise ValueError(f"{name}: cannot be combined with mlp_bias or experts")
 
     def _check_feed_forward(self) -> None:
         if len(self.feed_forward) != self.num_layers:

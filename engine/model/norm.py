@@ -13,7 +13,7 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Return ``[T, D]`` in the dtype of ``x``."""
+        """Normalise over the last dimension; return the shape and dtype of ``x``."""
         return rms_norm(x_TD, self.weight, self.eps)
 
 

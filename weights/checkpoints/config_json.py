@@ -1,4 +1,4 @@
-"""Reads and writes config.json, strictly: Hugging Face's Llama keys and memplus's additions."""
+"""Reads and writes config.json, strictly: Hugging Face's keys and memplus's additions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from weights.checkpoints.config_keys import (
     QUANTIZATION_KEY,
     check_values,
 )
+from weights.checkpoints.families import LLAMA, MIXTRAL, family_of, named_family
 from weights.checkpoints.feed_forward_json import (
     FEED_FORWARD_KEYS,
     feed_forward_to_json,
@@ -21,6 +22,7 @@ from weights.checkpoints.feed_forward_json import (
 )
 from weights.checkpoints.json_fields import typed
 from weights.checkpoints.rope_json import parse_rope, rope_to_json
+from weights.checkpoints.window_json import WINDOW_KEYS, parse_window
 from weights.errors import CheckpointError
 from weights.text_files import read_json_object
 
@@ -41,13 +43,6 @@ _FIELDS: dict[str, tuple[str, type]] = {
     "mlp_bias": ("mlp_bias", bool),
 }
 _REQUIRED = tuple(_FIELDS)[:5]
-# transformers' defaults for Mixtral, if they differ from Llama's
-_MIXTRAL_DEFAULTS: dict[str, Any] = {
-    "num_kv_heads": 8,
-    "max_positions": 4096 * 32,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-}
 
 
 @dataclass(frozen=True)
@@ -98,10 +93,15 @@ def parse_model(raw: Mapping[str, Any]) -> ModelConfig:
 def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
     """The content of a ``config.json`` that ``read_config`` reads back."""
     model = config.model
-    family = "mixtral" if model.mixture is not None else "llama"
-    raw: dict[str, Any] = {"architectures": [f"{family.title()}ForCausalLM"], "model_type": family}
-    raw |= {"hidden_act": "silu", "memplus_format": FORMAT_VERSION}
-    raw |= {key: getattr(model, name) for key, (name, _) in _FIELDS.items()}
+    family = family_of(model)
+    raw: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "hidden_act": "silu",
+        "memplus_format": FORMAT_VERSION,
+    }
+    used = (key for key in _FIELDS if key not in family.unused)
+    raw |= {key: getattr(model, _FIELDS[key][0]) for key in used}
     raw |= {"bos_token_id": config.bos_id, "eos_token_id": sorted(config.eos_ids) or None}
     raw["torch_dtype"] = config.dtype
     if model.rope_scaling is not None:
@@ -112,29 +112,39 @@ def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
 
 
 def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
-    known = {*_FIELDS, *FIXED_VALUES, *IGNORED_KEYS, "rope_scaling", "rope_parameters"}
-    known |= FEED_FORWARD_KEYS
-    # a null means that a key is not given
-    raw = {key: value for key, value in raw.items() if value is not None}
+    known = {*_FIELDS, *FIXED_VALUES, *IGNORED_KEYS, *WINDOW_KEYS, *FEED_FORWARD_KEYS}
+    known |= {"architectures", "model_type", "rope_scaling", "rope_parameters"}
+    named = named_family(raw)
+    family = named or LLAMA
+    # a null means Llama's default
+    raw = {key: value for key, value in {**family.defaults, **raw}.items() if value is not None}
     for key in raw:
         if key not in known:
             raise ValueError(f"{key}: unknown key; it may change the model's output")
     check_values(raw)
     values: dict[str, Any] = {}
     for key, (name, kind) in _FIELDS.items():
+        if key in family.unused:
+            continue
         if raw.get(key) is not None:
             values[name] = typed(key, raw[key], kind)
         elif key in _REQUIRED:
             raise ValueError(f"{key}: missing")
-    if raw.get("model_type") == "mixtral":
-        values = _MIXTRAL_DEFAULTS | values
     values.setdefault("num_kv_heads", values["num_heads"])
     values.setdefault("head_dim", values["hidden_size"] // max(values["num_heads"], 1))
     values.setdefault("max_positions", 2048)
     values.setdefault("rms_norm_eps", 1e-6)
+    window = parse_window(raw, values["num_layers"])
+    values["max_positions"] = min(values["max_positions"], window or values["max_positions"])
+    values |= family.model
     values |= parse_rope(raw)
     values |= parse_feed_forward(raw, values["num_layers"], values["intermediate_size"])
-    _check_family(raw, "mixture" in values)
+    if named is MIXTRAL and "mixture" not in values:
+        raise ValueError("num_local_experts: missing, but the model is a mixtral")
+    if named not in (MIXTRAL, None) and "mixture" in values:
+        raise ValueError(
+            f"model_type: must be mixtral if there are experts, not {family.model_type}"
+        )
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     bos_ids = _ids("bos_token_id", raw.get("bos_token_id"))
     return CheckpointConfig(
@@ -144,17 +154,6 @@ def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
         dtype=typed("dtype", dtype, str) if dtype is not None else None,
         has_groups=QUANTIZATION_KEY in raw,
     )
-
-
-def _check_family(raw: Mapping[str, Any], has_experts: bool) -> None:
-    families = {"model_type": raw.get("model_type")}
-    if "architectures" in raw:
-        families["architectures"] = raw["architectures"][0].removesuffix("ForCausalLM").lower()
-    for key, family in families.items():
-        if family == "mixtral" and not has_experts:
-            raise ValueError(f"num_local_experts: missing, but {key} is mixtral")
-        if family == "llama" and has_experts:
-            raise ValueError(f"{key}: must be mixtral if the model has experts, not llama")
 
 
 def _ids(key: str, value: object) -> frozenset[int]:

@@ -13,23 +13,19 @@ QUANTIZATION = {"quant_method": "memplus", "group_size": GROUP}
 # keys that change the computation: only these values are supported
 FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
-    "architectures": (["LlamaForCausalLM"], ["MixtralForCausalLM"]),
     "auto_map": (),
     "chunk_size_feed_forward": (0,),
     "hidden_act": ("silu",),
     "is_encoder_decoder": (False,),
-    "layer_types": (),
     "memplus_format": (FORMAT_VERSION,),
-    "model_type": ("llama", "mixtral"),
     "partial_rotary_factor": (1,),
     "pretraining_tp": (1,),
     "pruned_heads": ({},),
     QUANTIZATION_KEY: (QUANTIZATION,),
     "rope_interleaved": (False,),
     "router_jitter_noise": (0,),
-    "sliding_window": (),
     "tie_encoder_decoder": (False,),
-    "use_sliding_window": (False,),
+    "use_mrope": (False,),
 }
 # keys that do not affect the model's output for given token ids
 IGNORED_KEYS = {
@@ -61,13 +57,6 @@ def check_values(raw: Mapping[str, Any]) -> None:
         ValueError: a value is not supported; the message begins with the key.
     """
     for key, allowed in FIXED_VALUES.items():
-        if key in raw and raw[key] not in allowed and not _changes_nothing(key, raw):
+        if key in raw and raw[key] not in allowed:
             only = allowed[0] if allowed else None
             raise ValueError(f"{key}: {raw[key]!r} is not supported; must be {only!r}")
-
-
-def _changes_nothing(key: str, raw: Mapping[str, Any]) -> bool:
-    """Whether other keys make a value neutral."""
-    if key == "layer_types":
-        return bool(raw[key] == ["full_attention"] * raw.get("num_hidden_layers", 0))
-    return key == "sliding_window" and raw.get("use_sliding_window") is False

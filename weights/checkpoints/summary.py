@@ -64,7 +64,7 @@ def describe(summary: Summary) -> str:
         f"layers        {config.num_layers}: {_describe_kinds(config)}",
         f"width         {config.hidden_size}, feed-forward {config.intermediate_size}",
         f"attention     {config.num_heads} heads of {config.head_dim},"
-        f" {config.num_kv_heads} for keys and values",
+        f" {config.num_kv_heads} for keys and values{', normalised' if config.qk_norm else ''}",
         f"vocabulary    {config.vocab_size}, {'tied' if config.tie_embeddings else 'untied'} head",
         f"positions     {config.max_positions}",
     ]

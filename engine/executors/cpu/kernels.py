@@ -30,7 +30,7 @@ KV_STEP = 4  # of block sizes, and in int8 of head sizes: kv_areas.h
 CPU_LIBRARY = NativeLibrary(
     Path(__file__).parent / "native",
     {
-        "memplus_attention": (None, (*[_POINTER] * 8, *[_INT64] * 6, *[_INT32] * 2, _POINTER)),
+        "memplus_attention": (None, (*[_POINTER] * 9, *[_INT64] * 6, *[_INT32] * 2, _POINTER)),
         "memplus_decoder_layers": (_INT32, (*_LAYERS, *[_POINTER] * 5)),
         "memplus_panel_bytes": (_INT64, (_POINTER,)),
         "memplus_bias_size": (_INT64, (_POINTER,)),

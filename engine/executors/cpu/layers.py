@@ -67,7 +67,9 @@ def pack_layer(packer: Packer, layer: DecoderLayer) -> CpuLayer:
     qkv = packer.linear(
         attention.q_proj, attention.k_proj, attention.v_proj, norm=layer.input_layernorm
     )
-    packed = PackedLayer(qkv, packer.linear(attention.o_proj))
+    packed = PackedLayer(
+        qkv, packer.linear(attention.o_proj), head_norms=packer.head_norms(attention)
+    )
     feed_forward = layer.feed_forward
     if isinstance(feed_forward, DenseFeedForward):
         gate_up = packer.linear(

@@ -4,18 +4,23 @@ import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from engine.executors.cpu.packed_head_norms import PackedHeadNorms
 from engine.executors.cpu.packed_linear import PackedLinear
 from engine.executors.cpu.packed_memory import PackedMemory
 
 
 class PackedLayer(NamedTuple):
-    """Products of a decoder layer: attention, then a dense feed-forward, a memory or neither."""
+    """Products of a decoder layer: attention, then a dense feed-forward, a memory or neither.
+
+    ``head_norms`` are the norms of its queries and keys, if it has them.
+    """
 
     qkv: PackedLinear
     out: PackedLinear
     gate_up: PackedLinear | None = None
     down: PackedLinear | None = None
     memory: PackedMemory | None = None
+    head_norms: PackedHeadNorms | None = None
 
     @property
     def num_bytes(self) -> int:

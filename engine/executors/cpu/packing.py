@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.executors.cpu.kernels import CpuKernels
+from engine.executors.cpu.packed_head_norms import PackedHeadNorms
 from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
+from engine.model.attention import Attention
 from engine.model.grouped_layers import GroupedEmbedding, GroupedLinear
 from engine.model.grouped_weights import WeightGroups, group_weights, in_one_format
 from engine.model.memory_layer import MemoryLayer
@@ -72,6 +74,12 @@ class Packer:
         made = RmsNorm(len(norm.weight), norm.eps)
         made.weight = nn.Parameter(self._cast(norm.weight), requires_grad=False)
         return made
+
+    def head_norms(self, attention: Attention) -> PackedHeadNorms | None:
+        """The norms of queries and keys, if the layer has them."""
+        if attention.q_norm is None or attention.k_norm is None:
+            return None
+        return PackedHeadNorms(self.norm(attention.q_norm), self.norm(attention.k_norm))
 
     def _weights(self, layer: Linear) -> Tensor | WeightGroups:
         if isinstance(layer, GroupedLinear | GroupedEmbedding):

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from engine.executors.cuda.kernels.paged_attention import paged_attention
+from engine.executors.cuda.kernels.rms_norm import Norm
 from engine.executors.cuda.kernels.rotate_and_store import rotate_and_store
 from engine.executors.cuda.memory import CudaMemory
 from engine.executors.cuda.mixture import CudaMixture
 from engine.executors.cuda.products import joined, norm_of
 from engine.executors.cuda.step_tokens import StepTokens
+from engine.model.attention import Attention
 from engine.model.feed_forward import DenseFeedForward
 from engine.model.forward_trace import ForwardTrace
 from engine.model.layers import DecoderLayer
@@ -35,6 +37,7 @@ class CudaLayer:
         self._num_heads = num_heads
         self._norm = norm_of(layer.input_layernorm)
         self._qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._head_norm = _head_norm(attention)
         self._out = joined(attention.o_proj)
         self.feed_forward = _feed_forward(layer)
 
@@ -50,6 +53,7 @@ class CudaLayer:
             tokens.kv_slots_T,
             kv_blocks,
             self._num_heads,
+            self._head_norm,
         )
         # rows of padding in a mixed step stay undefined; no other row reads them
         out_THE = torch.empty_like(q_THE)
@@ -71,6 +75,13 @@ class CudaDense:
     def run(self, residual_TD: Tensor, tokens: StepTokens, trace: ForwardTrace) -> Tensor:
         hidden_TI = self._gate_up(residual_TD, norm=self._norm, is_gated=True)
         return self._down(hidden_TI, residual_MO=residual_TD)
+
+
+def _head_norm(attention: Attention) -> Norm | None:
+    query, key = attention.q_norm, attention.k_norm
+    if query is None or key is None:
+        return None
+    return torch.stack((query.weight, key.weight)), query.eps
 
 
 def _feed_forward(layer: DecoderLayer) -> CudaFeedForward:

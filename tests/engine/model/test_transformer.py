@@ -51,6 +51,10 @@ def test_llama_3_scaling_equals_transformers(factor):
         ({"feed_forward": ("dense", "sparse")}, "feed_forward"),
         ({"feed_forward": ("dense", "pkm")}, "memory"),
         ({"memory": MEMORY}, "memory"),
+        ({"qkv_bias": True, "attention_bias": True}, "qkv_bias"),
+        ({"qkv_bias": True, "qk_norm": True}, "qkv_bias"),
+        ({"qkv_bias": True, "mlp_bias": True}, "qkv_bias"),
+        ({"qk_norm": True, **feed_forward_changes("dense", "moe")}, "qk_norm"),
     ],
 )
 def test_a_wrong_field_is_named(changes, field):
@@ -138,13 +142,16 @@ def test_a_trace_has_the_rows_and_weights_of_each_memory_layer():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["dense", "moe", "memory_plus", "pkm", "peer"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "memory_plus", "pkm", "peer", "normed"])
 def test_the_executor_gives_the_same_logits_and_does_not_change_the_model(kind, dtype):
     is_pkm = kind == "pkm"
     memory = dict.fromkeys(("qk_norm", "output_gate", "value_projection"), is_pkm)
     memory |= {"top_k": 8, "value_dim": 24 if kind in ("memory_plus", "pkm") else 32}
-    changes = feed_forward_changes("dense", kind, **memory)
-    model = random_model(tiny_config(attention_bias=True, mlp_bias=True, **changes), dtype)
+    if kind == "normed":
+        changes = feed_forward_changes("dense", "memory_plus", **memory) | {"qk_norm": True}
+    else:
+        changes = feed_forward_changes("dense", kind, **memory) | {"mlp_bias": True}
+    model = random_model(tiny_config(attention_bias=True, **changes), dtype)
     wanted = plain_logits(model, list(range(60)))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = served_logits(model, list(range(60)))

@@ -117,7 +117,8 @@ NEUTRAL = {
 @pytest.mark.parametrize("key", sorted(set(NEUTRAL) - set(LLAMA)))
 def test_keys_that_change_nothing_are_accepted(key):
     sliding = {"use_sliding_window": False} if key == "sliding_window" else {}
-    assert parse_model(LLAMA | sliding | {key: NEUTRAL[key]}) == parse_model(LLAMA)
+    neutral = LLAMA | sliding | {key: NEUTRAL[key]}
+    assert parse_model(neutral) == parse_model(LLAMA)
 
 
 def test_a_config_that_hugging_face_writes_is_accepted():
@@ -138,12 +139,15 @@ def test_memory_layers_are_listed_one_by_one(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"sliding_window": 4096}, "sliding_window"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"sliding_window": "4096"}, "sliding_window"),
         ({"quantization_config": {}}, "quantization_config"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-        ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window"),
         ({"layer_types": ["full_attention"] * 3}, "layer_types"),
         ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types"),
+        ({"layer_types": ["full_attention"] * 3 + ["linear_attention"]}, "layer_types"),
+        ({"layer_types": 4}, "layer_types"),
+        ({"use_mrope": True}, "use_mrope"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
@@ -160,6 +164,11 @@ def test_memory_layers_are_listed_one_by_one(tmp_path):
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"model_type": "gpt2"}, "model_type"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures"),
+        ({"architectures": ["LlamaModel"]}, "architectures"),
+        ({"architectures": []}, "architectures"),
+        ({"model_type": "qwen2"}, "architectures: LlamaForCausalLM is no class of qwen2"),
         ({"memplus_format": 2}, "memplus_format"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"rope_scaling": {"rope_type": "yarn", "mscale": 2.0}}, "rope_scaling"),
@@ -216,7 +225,7 @@ def test_a_mixtral_has_experts_everywhere_and_its_own_defaults(tmp_path):
         ({"num_experts_per_tok": -2}, "num_experts_per_tok: must be greater than 0"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size: must be greater than 0"),
         ({"num_local_experts": None, "num_experts_per_tok": None}, "num_local_experts: missing"),
-        ({"architectures": ["LlamaForCausalLM"]}, "architectures: must be mixtral"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures: LlamaForCausalLM is no class"),
         ({"mlp_bias": True}, "mlp_bias: needs dense feed-forwards"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok: 9 exceeds"),
         ({"moe_layers": [4]}, "moe_layers: 4 is not a layer"),
@@ -226,7 +235,6 @@ def test_a_mixtral_has_experts_everywhere_and_its_own_defaults(tmp_path):
         ({"moe_layers": []}, "num_local_experts: must be given"),
         ({"router_aux_loss_coef": -1}, "router_aux_loss_coef"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise: 0.1 is not supported"),
-        ({"sliding_window": 4096}, "sliding_window: 4096 is not supported"),
         ({"model_type": "llama"}, "model_type: must be mixtral"),
     ],
 )
@@ -250,6 +258,9 @@ def test_a_missing_file_is_refused(tmp_path):
             memory=MemoryConfig(2, 8, 3, 8, 24, share_values=False, value_projection=True),
         ),
         tiny_config(**feed_forward_changes("moe", "dense", "peer")),
+        tiny_config(qkv_bias=True),
+        tiny_config(qk_norm=True, **feed_forward_changes("memory_plus", "dense")),
+        tiny_config(qk_norm=True, attention_bias=True),
     ],
 )
 def test_a_written_config_reads_back(tmp_path, model):

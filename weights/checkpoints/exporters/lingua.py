@@ -68,7 +68,8 @@ def _check(config: CheckpointConfig, stored: Mapping[str, StoredTensor]) -> None
     refused = {
         "quantization_config": config.has_groups,
         "rope_scaling": model.rope_scaling is not None,
-        "attention_bias": model.attention_bias,
+        "attention_bias": model.attention_bias or model.qkv_bias,
+        "qk_norm": model.qk_norm,
         "mlp_bias": model.mlp_bias,
         "num_local_experts": model.mixture is not None,
         "memory.qk_norm": memory is not None and memory.qk_norm,

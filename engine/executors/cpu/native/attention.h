@@ -2,8 +2,8 @@
 //
 //   out[t, h] = softmax(q[t, h] . K / sqrt(E)) V     over its sequence's tokens up to and with t
 //
-// It first applies the rotary embedding to queries and keys (rope.h), and writes this step's keys
-// and values into their blocks.
+// It first normalises and rotates queries and keys (heads.h), and writes this step's keys and values
+// into their blocks.
 #pragma once
 
 #include <atomic>
@@ -11,11 +11,11 @@
 
 #include "attention_call.h"
 #include "attention_tile.h"
+#include "heads.h"
 #include "int8_products.h"
 #include "value_products.h"
 #include "values.h"
 #include "memory_ops/native/threads.h"
-#include "rope.h"
 
 namespace memplus {
 
@@ -35,20 +35,13 @@ inline void write_keys(const Attention& call, Span tokens) {
   const typename Products::Areas areas(call);
   const int64_t vectors = call.head_dim / LANES + 1;
   floats *key = kept_vectors<struct KvRows>(2 * vectors), *value = key + vectors;
-  const auto read = [&](int64_t token, int64_t head, floats* to) {
-    const uint8_t* from = call.qkv + call.qkv_place(token, head) * Values::bytes;
-    by_vectors(call.head_dim, [&](int64_t v, int64_t at, int64_t lanes) {
-      to[v] = Values::read(from + at * Values::bytes, lanes);
-    });
-  };
   for (int64_t s = 0; s < call.num_sequences; s++) {
     const int64_t start = call.query_starts[s], end = call.query_starts[s + 1];
     for (int64_t t = std::max(start, tokens.first); t < std::min(end, tokens.last); t++) {
-      const int64_t position = call.context_lengths[s] - (end - t), half = call.head_dim / 2;
+      const int64_t position = call.context_lengths[s] - (end - t);
       for (int64_t g = 0; g < call.num_kv_heads; g++) {
-        read(t, call.num_heads + g, key);
-        rotate((float*)key, call.cosines + t * half, call.sines + t * half, half);
-        read(t, call.num_heads + call.num_kv_heads + g, value);
+        read_rotated<Values>(call, t, call.num_heads + g, key);
+        read_head<Values>(call, t, call.num_heads + call.num_kv_heads + g, value);
         uint8_t* area = call.kv + call.kv_area(s, g, position) * areas.bytes();
         Products::write(areas, area, position % call.block_size, key, value);
       }

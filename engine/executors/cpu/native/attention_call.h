@@ -15,12 +15,19 @@ constexpr int64_t SHARING_ROWS = 48;
 constexpr int64_t SHARING_ROWS = 24;
 #endif
 
+// Norms of each head of queries and keys, before the rotation: weights [E] of the values' type.
+struct HeadNorms {
+  const uint8_t *query, *key;
+  float eps;
+};
+
 // Tensors of bf16 or fp32 values; H query heads, G KV heads, E values per head. The areas of KV blocks
 // (kv_areas.h) hold such values, or int8.
 struct Attention {
   const uint8_t* qkv;              // [T, H + 2 G, E]: queries, keys, values
   const float* cosines;            // [T, E / 2], as are the sines
   const float* sines;
+  const HeadNorms* norms;          // or null
   uint8_t* kv;                     // [blocks, G] areas
   const int64_t* block_table;      // [S] rows, table_stride ids apart
   const int64_t* query_starts;     // [S + 1]

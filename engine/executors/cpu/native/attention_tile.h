@@ -9,11 +9,11 @@
 #include <limits>
 
 #include "attention_call.h"
+#include "heads.h"
 #include "kept.h"
 #include "key_parts.h"
 #include "matrix_tiles.h"
 #include "memory_ops/native/simd.h"
-#include "rope.h"
 #include "values.h"
 
 namespace memplus {
@@ -70,12 +70,7 @@ class TileWorker {
 
   void read_query(const QueryTile& tile, int64_t row) {
     const int64_t token = this->token(tile, row);
-    const uint8_t* query = call_.qkv + call_.qkv_place(token, head(tile, row)) * Values::bytes;
-    by_vectors(call_.head_dim, [&](int64_t v, int64_t at, int64_t lanes) {
-      query_[v] = Values::read(query + at * Values::bytes, lanes);
-    });
-    const int64_t half = call_.head_dim / 2;
-    rotate((float*)query_, call_.cosines + token * half, call_.sines + token * half, half);
+    read_rotated<Values>(call_, token, head(tile, row), query_);
     products_.keep_query(row, query_);
     std::fill(sums_ + row * out_vectors_, sums_ + (row + 1) * out_vectors_, floats{});
     totals_[row] = floats{};

@@ -11,10 +11,12 @@
 
 namespace memplus {
 
-// The products of one layer: attention, then gate_up and down, or a memory, or neither.
+// The products of one layer: attention, then gate_up and down, or a memory, or neither; and the norms
+// of its heads, or null.
 struct DecoderLayer {
   const PackedLinear *qkv, *out, *gate_up, *down;
   const MemoryLayer* memory;
+  const HeadNorms* head_norms;
 };
 
 // Buffers between the parts of a layer, shared by all threads of a team.
@@ -26,7 +28,7 @@ struct LayerRoom {
 template <class Values>
 class DecoderLayers {
  public:
-  // `call` has no qkv and out yet, and its kv is the first layer's; those of the others follow at
+  // `call` has no qkv, norms and out yet, and its kv is the first layer's; those of the others follow at
   // `kv_bytes`. `residual` [T, D] is changed in place. `chosen` has space for all memory layers.
   DecoderLayers(const Attention& call, int64_t kv_bytes, uint8_t* residual, ChosenRows chosen)
       : call_(call), kv_bytes_(kv_bytes), residual_(residual), chosen_(chosen),
@@ -81,6 +83,7 @@ class DecoderLayers {
     multiply(into_room(*layer.qkv, room_.qkv), thread, threads);
     Attention call = call_;
     call.qkv = room_.qkv, call.out = room_.attended, call.kv += index * kv_bytes_;
+    call.norms = layer.head_norms;
     attend_share<Values>(call, tiles, thread, threads);
     barrier(threads);
     if (thread == 0) tiles.start_over();

@@ -14,16 +14,17 @@
 // Writes this step's keys and values, then `out` [T, H, E]; the fields are those of
 // memplus::Attention. Blocks and lengths come from the engine and are not checked.
 extern "C" void memplus_attention(const uint8_t* qkv, const float* cosines, const float* sines,
-                                  uint8_t* kv, const int64_t* block_table,
+                                  const memplus::HeadNorms* norms, uint8_t* kv,
+                                  const int64_t* block_table,
                                   const int64_t* query_starts, const int64_t* context_lengths,
                                   uint8_t* out, int64_t num_sequences, int64_t table_stride,
                                   int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
                                   int64_t block_size, int32_t is_bf16, int32_t has_int8_kv,
                                   int64_t* progress) {
-  const memplus::Attention call = {qkv,           cosines,     sines,        kv,
-                                   block_table,   query_starts, context_lengths, out,
-                                   num_sequences, table_stride, num_heads,   num_kv_heads,
-                                   head_dim,      block_size,  has_int8_kv != 0, {progress}};
+  const memplus::Attention call = {
+      qkv, cosines, sines, norms, kv, block_table, query_starts, context_lengths, out,
+      num_sequences, table_stride, num_heads, num_kv_heads, head_dim, block_size,
+      has_int8_kv != 0, {progress}};
   is_bf16 ? memplus::attend<memplus::Bf16Values>(call) : memplus::attend<memplus::Fp32Values>(call);
 }
 
@@ -80,10 +81,10 @@ extern "C" int32_t memplus_decoder_layers(const memplus::DecoderLayer* layers, i
   const memplus::PackedLinear &qkv = *layers->qkv, &out = *layers->out;
   const int64_t head_dim = out.inputs / num_heads;
   const int64_t num_kv_heads = (qkv.outputs / head_dim - num_heads) / 2;
-  const memplus::Attention call = {nullptr,       cosines,      sines,           kv,
-                                   block_table,   query_starts, context_lengths, nullptr,
-                                   num_sequences, table_stride, num_heads,       num_kv_heads,
-                                   head_dim,      block_size,   has_int8_kv != 0, {progress}};
+  const memplus::Attention call = {
+      nullptr, cosines, sines, nullptr, kv, block_table, query_starts, context_lengths, nullptr,
+      num_sequences, table_stride, num_heads, num_kv_heads, head_dim, block_size,
+      has_int8_kv != 0, {progress}};
   using namespace memplus;
   const ChosenRows chosen = {rows, weights, patches};
   *failure = qkv.is_bf16

@@ -1,4 +1,4 @@
-"""Rotary positions of queries and keys, and the write of keys and values, as one Triton kernel.
+"""Norms and rotation of queries and keys, and the write of keys and values, as one Triton kernel.
 
 Symbols: T tokens, F = (H + 2 * G) * E, H query heads, G KV heads, E head size, P positions.
 """
@@ -17,6 +17,8 @@ from engine.executors.cuda.kernels.kv_formats import (
     fp8_codes_reference,
     kernel_view,
 )
+from engine.executors.cuda.kernels.rms_norm import Norm
+from engine.model.norm import rms_norm
 from engine.model.rotary import rotate
 from memory_ops.triton_kernels.launch import on_device_of
 
@@ -33,10 +35,12 @@ def rotate_and_store(
     kv_slots_T: Tensor,
     kv_blocks: Tensor,
     num_heads: int,
+    norm: Norm | None = None,
 ) -> Tensor:
     """Rotate queries in place, and write rotated keys and values into their KV blocks.
 
-    The rotation is that of ``engine.model.rotary.rotate``, bit by bit.
+    The rotation is that of ``engine.model.rotary.rotate``, bit by bit. With a norm, each head of
+    queries and keys is normalised first, as ``engine.model.norm.rms_norm`` does it.
 
     Args:
         qkv_TF: query, key and value heads of each token, fp32, bf16 or fp16, with any row stride.
@@ -47,6 +51,7 @@ def rotate_and_store(
         kv_blocks: one layer's ``[blocks, 2, G, block_size, E]`` in the dtype of ``qkv``, or uint8
             for fp8 codes, with any stride between blocks.
         num_heads: H.
+        norm: weights ``[2, E]`` of queries and keys, and their eps, if heads are normalised.
 
     Returns:
         ``q_THE``, the part of ``qkv`` with the rotated queries.
@@ -55,6 +60,8 @@ def rotate_and_store(
         ValueError: a dtype, size or stride is not supported.
     """
     _check(qkv_TF, positions_T, angles, kv_slots_T, kv_blocks, num_heads)
+    norm_2E, eps = norm if norm is not None else (None, 0.0)
+    _check_norm(norm_2E, kv_blocks.shape[4])
     num_kv_heads, block_size, head_dim = kv_blocks.shape[2:]
     num_all_heads, half = num_heads + 2 * num_kv_heads, head_dim // 2
     lanes = triton.next_power_of_2(half)
@@ -67,6 +74,8 @@ def rotate_and_store(
                 *angles,
                 kv_slots_T,
                 kernel_view(kv_blocks),
+                norm_2E,
+                EPS=eps,
                 NUM_HEADS=num_heads,
                 NUM_KV_HEADS=num_kv_heads,
                 HALF=half,
@@ -106,8 +115,21 @@ def _check(
             raise ValueError(f"angles: expected contiguous fp32 {shape}, got {tuple(angle.shape)}")
 
 
+def _check_norm(norm_2E: Tensor | None, head_dim: int) -> None:
+    if norm_2E is not None and (norm_2E.shape != (2, head_dim) or not norm_2E.is_contiguous()):
+        found = f"{tuple(norm_2E.shape)} with strides {norm_2E.stride()}"
+        raise ValueError(f"norm: expected contiguous (2, {head_dim}), got {found}")
+
+
 def _queries(qkv_TF: Tensor, num_heads: int, head_dim: int) -> Tensor:
     return qkv_TF[:, : num_heads * head_dim].view(-1, num_heads, head_dim)
+
+
+@triton.jit
+def _weighted(x, weight_ptrs, mask, dtype: tl.constexpr):
+    """Normed values times their weights, rounded like in torch after both steps."""
+    weight = tl.load(weight_ptrs, mask=mask, other=0.0).to(tl.float32)
+    return (x.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "kv_slots_ptr"])
@@ -118,6 +140,8 @@ def _rotate_and_store(
     sin_ptr,
     kv_slots_ptr,
     kv_ptr,
+    norm_ptr,
+    EPS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -129,6 +153,7 @@ def _rotate_and_store(
 ):
     """One program per token and HEADS heads: queries first, then keys, then values.
 
+    With a norm, x is x / sqrt(mean(x^2) + eps) * weight in queries and keys. Then
     (x[e], x[e + E/2]) becomes (x[e] cos - x[e + E/2] sin, x[e + E/2] cos + x[e] sin), except in
     values.
     """
@@ -139,10 +164,20 @@ def _rotate_and_store(
     places = qkv_ptr + token * ROW_STRIDE + heads[:, None] * (2 * HALF) + lanes[None, :]
     first = tl.load(places, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(places + HALF, mask=mask, other=0.0).to(tl.float32)
+    rotates = (heads < NUM_HEADS + NUM_KV_HEADS)[:, None]
+    if norm_ptr is not None:
+        dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+        squares = tl.sum(first * first + second * second, axis=1)
+        scale = tl.rsqrt(squares / (2 * HALF) + EPS)[:, None]
+        weights = norm_ptr + (heads >= NUM_HEADS)[:, None] * (2 * HALF) + lanes[None, :]
+        has_norm = mask & rotates
+        first = tl.where(rotates, _weighted(first * scale, weights, has_norm, dtype), first)
+        second = tl.where(
+            rotates, _weighted(second * scale, weights + HALF, has_norm, dtype), second
+        )
     angles = tl.load(positions_ptr + token) * HALF + lanes
     cos = tl.load(cos_ptr + angles, mask=lanes < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + angles, mask=lanes < HALF, other=0.0)[None, :]
-    rotates = (heads < NUM_HEADS + NUM_KV_HEADS)[:, None]
     new_first = tl.where(rotates, first * cos - second * sin, first)
     new_second = tl.where(rotates, second * cos + first * sin, second)
     new_first = new_first.to(qkv_ptr.dtype.element_ty)
@@ -169,6 +204,7 @@ def rotate_and_store_reference(
     kv_slots_T: Tensor,
     kv_blocks: Tensor,
     num_heads: int,
+    norm: Norm | None = None,
 ) -> Tensor:
     """Like ``rotate_and_store``, in separate steps."""
     cos, sin = (angle.index_select(0, positions_T) for angle in angles)
@@ -176,6 +212,10 @@ def rotate_and_store_reference(
     q_THE = _queries(qkv_TF, num_heads, head_dim)
     kv_TGE = qkv_TF[:, num_heads * head_dim :].unflatten(1, (2 * num_kv_heads, head_dim))
     k_TGE, v_TGE = kv_TGE.chunk(2, dim=1)
+    if norm is not None:
+        (query_norm_E, key_norm_E), eps = norm
+        q_THE.copy_(rms_norm(q_THE, query_norm_E, eps))
+        k_TGE = rms_norm(k_TGE, key_norm_E, eps)
     q_THE.copy_(rotate(q_THE, (cos, sin)))
     kv_T2GE = torch.stack((rotate(k_TGE, (cos, sin)), v_TGE), dim=1)
     if kv_blocks.dtype == torch.uint8:

@@ -41,10 +41,12 @@ def decoder_of(model, kernels, progress=None):
     group=st.sampled_from([1, 4]),
     head_dim=st.sampled_from([2, 18, 64]),
     num_layers=st.sampled_from([1, 2]),
-    has_bias=st.booleans(),
+    extra=st.sampled_from(
+        [{}, {"attention_bias": True, "mlp_bias": True}, {"qkv_bias": True}, {"qk_norm": True}]
+    ),
 )
 def test_dense_layers(
-    build, dtype, sequences, size, hidden, num_kv_heads, group, head_dim, num_layers, has_bias
+    build, dtype, sequences, size, hidden, num_kv_heads, group, head_dim, num_layers, extra
 ):
     config = tiny_config(
         hidden_size=size,
@@ -53,8 +55,7 @@ def test_dense_layers(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         num_layers=num_layers,
-        attention_bias=has_bias,
-        mlp_bias=has_bias,
+        **extra,
     )
     model = random_model(config, dtype)
     for name, parameter in model.named_parameters():

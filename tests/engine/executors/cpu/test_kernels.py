@@ -14,11 +14,13 @@ from engine.config import EngineConfig
 from engine.executors.cpu import kernels
 from engine.executors.cpu.executor import CpuExecutor
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
+from engine.executors.cpu.packed_head_norms import PackedHeadNorms
 from engine.executors.eager import EagerExecutor
 from engine.executors.executor import make_executor
 from engine.model.attention import attend as attend_by_torch
 from engine.model.attention import write_kv
 from engine.model.layout import PagedKv, TokenLayout
+from engine.model.norm import RmsNorm
 from engine.model.rotary import rotate
 from memory_ops.native.library import BUILDS, NativeLibrary
 from memory_ops.native.thread_team import TEAM
@@ -63,16 +65,26 @@ def random_qkv(layout, num_heads, num_kv_heads, head_dim, dtype):
     return qkv, (turns.cos(), turns.sin())
 
 
-def attention_by_torch(qkv, num_heads, num_kv_heads, angles, layout, kv_blocks):
+def random_norms(head_dim, dtype):
+    """Norms of queries and keys with random weights."""
+    made = RmsNorm(head_dim, 1e-5), RmsNorm(head_dim, 1e-5)
+    for norm in made:
+        norm.weight = torch.nn.Parameter(torch.rand(head_dim).to(dtype) + 0.5, requires_grad=False)
+    return made
+
+
+def attention_by_torch(qkv, num_heads, num_kv_heads, angles, layout, kv_blocks, norms=None):
     heads = num_heads + 2 * num_kv_heads
     qkv = qkv.view(qkv.shape[0], heads, qkv.shape[1] // heads)
     q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if norms is not None:
+        q, k = norms[0](q), norms[1](k)
     q, k = rotate(q, angles), rotate(k, angles)
     write_kv(k, v, layout, kv_blocks)
     return attend_by_torch(q, k, v, layout, kv_blocks).flatten(1)
 
 
-def native_attention(kernels, qkv, num_heads, angles, kv_blocks, layout):
+def native_attention(kernels, qkv, num_heads, angles, kv_blocks, layout, norms=None):
     """Attention alone, as decoder layers run it: ``[T, H E]`` from queries, keys and values."""
     num_kv_heads, block_size = kv_blocks.shape[2:4]
     head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
@@ -83,8 +95,11 @@ def native_attention(kernels, qkv, num_heads, angles, kv_blocks, layout):
         kv_blocks[:, 0, ..., :head_dim] ^= -128
     areas = kv_blocks.view(-1)[order]
     TEAM.use_torch_thread_count()
+    packed = None if norms is None else PackedHeadNorms(*norms)
     kernels._library.memplus_attention(
-        *(tensor.data_ptr() for tensor in (qkv, *angles, areas, *sequences, out)),
+        *(tensor.data_ptr() for tensor in (qkv, *angles)),
+        packed and packed.address,
+        *(tensor.data_ptr() for tensor in (areas, *sequences, out)),
         *(len(paged.context_lengths), paged.block_table_SB.stride(0)),
         *(num_heads, num_kv_heads, head_dim, block_size),
         *(qkv.dtype is torch.bfloat16, is_int8, kernels._progress),
@@ -95,10 +110,10 @@ def native_attention(kernels, qkv, num_heads, angles, kv_blocks, layout):
     return out
 
 
-def attend(build, qkv, angles, kv_blocks, layout):
+def attend(build, qkv, angles, kv_blocks, layout, norms=None):
     num_kv_heads, head_dim = kv_blocks.shape[2], kv_blocks.shape[4]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    return native_attention(CpuKernels(build), qkv, num_heads, angles, kv_blocks, layout)
+    return native_attention(CpuKernels(build), qkv, num_heads, angles, kv_blocks, layout, norms)
 
 
 def single_queries(qkv, angles, layout):
@@ -131,20 +146,23 @@ SEQUENCES = st.lists(
     group=st.sampled_from([1, 3, 8, 30]),
     head_dim=st.sampled_from([2, 14, 16, 40, 64, 128]),
     block_size=st.sampled_from([4, 12, 16, 32]),
+    has_norms=st.booleans(),
 )
 def test_attention_equals_plain_torch(
-    build, dtype, sequences, num_kv_heads, group, head_dim, block_size
+    build, dtype, sequences, num_kv_heads, group, head_dim, block_size, has_norms
 ):
     kv_blocks, layout = paged_batch(sequences, num_kv_heads, head_dim, block_size, dtype)
     num_heads = num_kv_heads * group
     qkv, angles = random_qkv(layout, num_heads, num_kv_heads, head_dim, dtype)
+    norms = random_norms(head_dim, dtype) if has_norms else None
     wide = kv_blocks.double()
-    exact = attention_by_torch(qkv.double(), num_heads, num_kv_heads, angles, layout, wide)
+    exact = attention_by_torch(qkv.double(), num_heads, num_kv_heads, angles, layout, wide, norms)
     rtol, atol = TOLERANCE[dtype]
-    found = attend(build, qkv, angles, kv_blocks, layout)
+    found = attend(build, qkv, angles, kv_blocks, layout, norms)
     # in bf16, the kernel also rounds queries and weights before their products
     torch.testing.assert_close(found, exact.to(dtype), rtol=rtol, atol=2 * atol)
-    # other positions stay unwritten; written keys and values are rounded once
+    # other positions stay unwritten; values are rounded once, normalised keys three times
+    atol *= 3 if has_norms else 1
     torch.testing.assert_close(kv_blocks, wide.to(dtype), rtol=rtol, atol=atol, equal_nan=True)
 
 
@@ -156,9 +174,10 @@ def test_attention_bits_do_not_depend_on_batch_or_chunks(build, dtype, head_dim,
     sequences = [(30, 77), (1, 300), (5, 5), (1, 33), (3, 130)]
     kv_blocks, layout = paged_batch(sequences, 2, head_dim, block_size, dtype)
     qkv, angles = random_qkv(layout, 6, 2, head_dim, dtype)
-    out = attend(build, qkv, angles, kv_blocks, layout)
+    norms = random_norms(head_dim, dtype)
+    out = attend(build, qkv, angles, kv_blocks, layout, norms)
     for at, one, turns, single in single_queries(qkv, angles, layout):
-        assert torch.equal(attend(build, one, turns, kv_blocks, single)[0], out[at])
+        assert torch.equal(attend(build, one, turns, kv_blocks, single, norms)[0], out[at])
 
 
 @each_build

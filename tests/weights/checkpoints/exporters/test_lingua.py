@@ -102,6 +102,8 @@ def test_an_exported_model_is_imported_again(tmp_path, tokenizer, changes):
     [
         ({"rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 8192)}, "rope_scaling"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"qkv_bias": True}, "attention_bias"),
+        ({"qk_norm": True}, "qk_norm"),
         ({"mlp_bias": True}, "mlp_bias"),
         (feed_forward_changes("dense", "moe"), "num_local_experts"),
         (feed_forward_changes("memory_plus", "dense", qk_norm=True), "memory.qk_norm"),

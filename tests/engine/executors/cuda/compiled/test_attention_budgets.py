@@ -123,12 +123,13 @@ SLOW_COMBINE_BUDGETS = {
     (64, 2): ((32, 1024), (32, 1024), (32, 1024), (24, 1024)),
     (256, 40): ((40, 2048), (40, 2048), (40, 2048), (56, 4096)),
 }
-# by dtype, dtype of the blocks, and E
+# by dtype, dtype of the blocks, E, and whether heads are normalised
 ROTATION_BUDGETS = {
-    ("bf16", "bf16", 64): ((64, 512), (64, 512), (64, 512), (56, 0)),
-    ("bf16", "bf16", 128): ((64, 512), (64, 512), (64, 512), (56, 512)),
-    ("bf16", "fp8", 128): ((64, 512), (64, 512), (88, 512), (56, 512)),
-    ("fp32", "fp32", 128): ((64, 0), (64, 0), (64, 0), (64, 512)),
+    ("bf16", "bf16", 64, False): ((64, 512), (64, 512), (64, 512), (56, 0)),
+    ("bf16", "bf16", 128, False): ((64, 512), (64, 512), (64, 512), (56, 512)),
+    ("bf16", "fp8", 128, False): ((64, 512), (64, 512), (88, 512), (56, 512)),
+    ("fp32", "fp32", 128, False): ((64, 0), (64, 0), (64, 0), (64, 512)),
+    ("bf16", "bf16", 128, True): ((96, 512), (88, 512), (96, 512), (64, 512)),
 }
 
 
@@ -173,14 +174,15 @@ def attention(
     )
 
 
-def rotation(case: tuple[str, str, int], num_bytes: int = VAST_BYTES) -> Callable[[], object]:
+def rotation(case: tuple[str, str, int, bool], num_bytes: int = VAST_BYTES) -> Callable[[], object]:
     """The rotation of 32 query heads and 8 KV heads."""
-    name, kv_name, head_dim = case
+    name, kv_name, head_dim, has_norm = case
     kv_blocks = blocks_of(DTYPES[kv_name], 8, head_dim, num_bytes)
+    norm = (torch.ones(2, head_dim, dtype=DTYPES[name]), 1e-5) if has_norm else None
     qkv = torch.zeros(64, 48 * head_dim, dtype=DTYPES[name])
     angles = torch.zeros(9, 1, head_dim // 2), torch.zeros(9, 1, head_dim // 2)
     zeros = torch.zeros(64, dtype=torch.int64)
-    return lambda: rotate_and_store(qkv, zeros, angles, zeros, kv_blocks, 32)
+    return lambda: rotate_and_store(qkv, zeros, angles, zeros, kv_blocks, 32, norm)
 
 
 def size_of(case: tuple[str, str, int, int, int]) -> tuple[int, int]:
@@ -235,7 +237,7 @@ def test_attention_of_other_sizes(case, target, budgets):
 @pytest.mark.parametrize("case", ATTENTION_BUDGETS | SLOW_ATTENTION_BUDGETS)
 def test_few_blocks_that_amd_reads_with_32_bit_offsets(case):
     attention_check(case, "gfx942", ((512, 65536),) * 3, num_bytes=2**20)
-    rotated = compiled(TARGETS["gfx942"], rotation(case[:3], num_bytes=2**20))
+    rotated = compiled(TARGETS["gfx942"], rotation((*case[:3], False), num_bytes=2**20))
     assert not rotated.spills and not rotated.narrow_loads
 
 

@@ -127,7 +127,8 @@ def test_rows_of_traced_tokens():
 def test_options_of_memory_layers(memory):
     kind = "pkm" if "value_projection" in memory else "memory_plus"
     changes = feed_forward_changes(kind, "dense", kind, **memory)
-    model = random_model(tiny_config(**changes, attention_bias=True, tie_embeddings=True))
+    extra = {"qkv_bias": True} if kind == "pkm" else {"qk_norm": True, "attention_bias": True}
+    model = random_model(tiny_config(**changes, **extra, tie_embeddings=True))
     found = run(engine(model), {0: [greedy("a", [1, 2, 3], COUNT)]})
     assert found == {"a": plain_greedy(model, [1, 2, 3], COUNT)}
 

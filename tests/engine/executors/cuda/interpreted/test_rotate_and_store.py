@@ -16,6 +16,7 @@ from engine.executors.cuda.kernels.rotate_and_store import (
 from engine.model.attention import write_kv
 from engine.model.layout import PagedKv, TokenLayout
 from engine.model.rotary import rope_angles, rope_frequencies, rotate
+from tests.conftest import TOLERANCE
 from tests.kernel_tools.planted_faults import with_fault
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -46,24 +47,35 @@ def operands(
     return wide_TF[:, :width], positions, angles, kv_slots, blocks[::2], num_heads
 
 
-def twin_check(kernel, *args, **kwargs) -> None:
+def twin_check(kernel, *args, has_norm: bool = False, **kwargs) -> None:
     qkv, *places, blocks, num_heads = operands(*args, **kwargs)
     expected_qkv, expected_blocks = qkv.clone(), blocks.clone()
-    expected = rotate_and_store_reference(expected_qkv, *places, expected_blocks, num_heads)
-    q_THE = kernel(qkv, *places, blocks, num_heads)
-    exact = {"rtol": 0, "atol": 0, "equal_nan": True}
-    torch.testing.assert_close(q_THE, expected, **exact)
+    close = {"rtol": 0, "atol": 0, "equal_nan": True}
+    norm = None
+    if has_norm:
+        norm = torch.rand(2, blocks.shape[4]).to(qkv.dtype) + 0.5, 1e-5
+        # sums in another order may round a value to its neighbour
+        rtol, atol = TOLERANCE[qkv.dtype]
+        close |= {"rtol": rtol, "atol": atol}
+    expected = rotate_and_store_reference(expected_qkv, *places, expected_blocks, num_heads, norm)
+    q_THE = kernel(qkv, *places, blocks, num_heads, norm)
+    torch.testing.assert_close(q_THE, expected, **close)
     # keys and values stay as they are, KV slots of other tokens too
-    torch.testing.assert_close(qkv, expected_qkv, **exact)
-    torch.testing.assert_close(blocks, expected_blocks, **exact)
+    torch.testing.assert_close(qkv, expected_qkv, **close)
+    if has_norm and blocks.dtype == torch.uint8:
+        # neighbouring codes
+        assert int((blocks.int() - expected_blocks.int()).abs().max()) <= 1
+    else:
+        torch.testing.assert_close(blocks, expected_blocks, **close)
     assert q_THE.data_ptr() == qkv.data_ptr()
 
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 70])
-def test_results_equal_those_of_the_twin(num_tokens, dtype, fp8):
-    twin_check(rotate_and_store, num_tokens, dtype=dtype, fp8=fp8)
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_results_equal_those_of_the_twin(num_tokens, dtype, fp8, has_norm):
+    twin_check(rotate_and_store, num_tokens, dtype=dtype, fp8=fp8, has_norm=has_norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,13 +99,12 @@ def test_the_twin_does_as_the_model(dtype):
     block_size=st.integers(1, 20),
     dtype=st.sampled_from(DTYPES),
     fp8=st.booleans(),
+    has_norm=st.booleans(),
 )
-def test_any_shape(num_tokens, heads, half, block_size, dtype, fp8):
+def test_any_shape(num_tokens, heads, half, block_size, dtype, fp8, has_norm):
     group, num_kv_heads = heads
-    num_heads = group * num_kv_heads
-    twin_check(
-        rotate_and_store, num_tokens, num_heads, num_kv_heads, 2 * half, block_size, dtype, fp8
-    )
+    shape = num_tokens, group * num_kv_heads, num_kv_heads, 2 * half, block_size, dtype, fp8
+    twin_check(rotate_and_store, *shape, has_norm=has_norm)
 
 
 def stored_codes(values: Tensor) -> Tensor:
@@ -143,12 +154,19 @@ FAULTS = {
         "(heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None]",
         "(heads <= NUM_HEADS + 2 * NUM_KV_HEADS)[:, None]",
     ),
+    "keys have the norm of queries": ("norm_ptr + (heads >= NUM_HEADS)", "norm_ptr + (heads < 0)"),
+    "values are normalised": (
+        "first = tl.where(rotates, _weighted",
+        "first = tl.where(mask, _weighted",
+    ),
+    "the mean is a sum": ("squares / (2 * HALF)", "squares"),
     "fp8 codes are truncated": ("fp8_codes(new_first.to", "fp8_codes(0.97 * new_first.to"),
 }
 
 
 def full_check(kernel) -> None:
     twin_check(kernel, 20)
+    twin_check(kernel, 20, has_norm=True)
     twin_check(kernel, 20, dtype=torch.bfloat16, fp8=True)
 
 
@@ -162,8 +180,8 @@ def test_a_planted_fault_is_noticed(fault, tmp_path):
 
 
 def test_unsupported_operands_are_refused():
-    names = "qkv", "positions", "angles", "kv_slots", "blocks", "num_heads"
-    right = dict(zip(names, operands(4), strict=True))
+    names = "qkv", "positions", "angles", "kv_slots", "blocks", "num_heads", "norm"
+    right = dict(zip(names, (*operands(4), (torch.ones(2, 32), 1e-5)), strict=True))
     qkv, blocks, (cos, sin) = right["qkv"], right["blocks"], right["angles"]
     for changed, message in (
         ({"qkv": qkv.half()}, "kv_blocks: expected torch.float16 or torch.uint8"),
@@ -173,6 +191,8 @@ def test_unsupported_operands_are_refused():
         ({"kv_slots": right["kv_slots"].int()}, "kv_slots: expected a contiguous int64"),
         ({"angles": (cos, sin.double())}, "angles: expected contiguous fp32"),
         ({"angles": (cos[:3], sin)}, "angles: expected contiguous fp32"),
+        ({"norm": (torch.ones(2, 31), 1e-5)}, "norm: expected contiguous"),
+        ({"norm": (torch.ones(2, 64)[:, ::2], 1e-5)}, "norm: expected contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
             rotate_and_store(*(right | changed).values())

@@ -1,4 +1,4 @@
-"""Reads a llama.cpp model (GGUF, architecture llama) for conversion to a checkpoint folder."""
+"""Reads a llama.cpp model (GGUF) for conversion to a checkpoint folder."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from engine.model.config import ModelConfig
-from weights.checkpoints.importers.gguf_config import ROPE_FACTORS, read_config, token_id
+from weights.checkpoints.importers.gguf_config import (
+    ROPE_FACTORS,
+    has_neighbour_lanes,
+    read_config,
+    token_id,
+)
 from weights.checkpoints.importers.gguf_files import gguf_files
 from weights.checkpoints.importers.gguf_metadata import (
     open_gguf,
@@ -35,7 +40,9 @@ _TOP = {
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
+    "attn_q_norm": "self_attn.q_norm",
     "attn_k": "self_attn.k_proj",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
@@ -66,7 +73,7 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> ImportedModel:
             source
             for name, tensor in tensors.items()
             if name != ROPE_FACTORS
-            for source in _sources(tensor, config.model, dtype)
+            for source in _sources(tensor, config.model, dtype, has_neighbour_lanes(reader))
         ]
         computes_in = embedding_dtype(sources) or "bfloat16"
         config = replace(config, dtype=computes_in, has_groups=bool(source_formats(sources)))
@@ -103,13 +110,15 @@ def _tensors(readers: Sequence[gguf.GGUFReader]) -> dict[str, Any]:
     return tensors
 
 
-def _sources(tensor: Any, model: ModelConfig, dtype: torch.dtype | None) -> list[TensorSource]:
+def _sources(
+    tensor: Any, model: ModelConfig, dtype: torch.dtype | None, has_neighbour_lanes: bool
+) -> list[TensorSource]:
     name = _hugging_face_name(tensor.name)
 
     def reorder(rows: Tensor) -> Tensor:
-        if ".q_proj." in name:
+        if has_neighbour_lanes and ".q_proj." in name:
             return pair_halves(rows, model.num_heads)
-        if ".k_proj." in name:
+        if has_neighbour_lanes and ".k_proj." in name:
             return pair_halves(rows, model.num_kv_heads)
         return rows
 
@@ -123,7 +132,7 @@ def _hugging_face_name(name: str) -> str:
         return _TOP[name]
     match = _LAYER_NAME.fullmatch(name)
     if match is None or match[2] not in _LAYER:
-        raise CheckpointError(f"tensor {name}: is not part of a llama model")
+        raise CheckpointError(f"tensor {name}: is not part of such a model")
     return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"
 
 

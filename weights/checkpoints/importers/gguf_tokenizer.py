@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from weights.checkpoints.sentencepiece_proto import BYTE, CONTROL, NORMAL, USER_DEFINED, field
 from weights.checkpoints.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -16,10 +16,12 @@ from weights.errors import CheckpointError
 
 _BPE = 2  # sentencepiece's TrainerSpec.ModelType
 
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+# words of Llama 3 and Qwen 2, which differ in the digits that are together
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_DIGITS = {"llama-bpe": "{1,3}", "qwen2": ""}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ def _byte_level_bpe(source: GgufTokenizer) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"tokenizer.ggml.merges: {error}") from None
     tokenizer = tokenizers.Tokenizer(bpe)
+    if source.pre == "qwen2":
+        # as in Qwen's own tokenizer.json; a GGUF file does not say it
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(source.pre)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(_added(source, CONTROL))
@@ -114,11 +119,12 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
         return byte_level
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    if name == "llama-bpe":
-        split = pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated")
+    if name in _DIGITS:
+        split = pre_tokenizers.Split(Regex(_WORDS % _DIGITS[name]), behavior="isolated")
         plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([split, plain])
-    raise CheckpointError(f"tokenizer.ggml.pre: {name!r} is not one of gpt-2, llama-bpe, smollm")
+    supported = ", ".join(("gpt-2", *_DIGITS, "smollm"))
+    raise CheckpointError(f"tokenizer.ggml.pre: {name!r} is not one of {supported}")
 
 
 def _split_merge(merge: str) -> tuple[str, str]:

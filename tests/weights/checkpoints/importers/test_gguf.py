@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from tokenizers import Regex, pre_tokenizers
 
 from engine.model.grouped_layers import group_formats
 from engine.model.grouped_weights import GroupFormat
-from engine.model.rope_scaling import Llama3Scaling
+from engine.model.rope_scaling import LinearScaling, Llama3Scaling, YarnScaling
 from engine.model.rotary import rope_frequencies
 from tests.models import (
     byte_tokenizer,
@@ -23,6 +24,7 @@ from tests.models import (
     train_sentencepiece,
 )
 from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.config_json import read_config
 from weights.checkpoints.convert import convert
 from weights.checkpoints.importers.gguf_groups import GROUP_FORMATS
 from weights.checkpoints.model_bytes import model_bytes
@@ -35,6 +37,8 @@ LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
@@ -46,24 +50,25 @@ LAYER = {
 
 def gguf_name(name: str) -> str:
     top = {"embed_tokens": "token_embd", "norm": "output_norm"}
-    parts = name.removeprefix("model.").removesuffix(".weight").split(".")
+    *parts, kind = name.removeprefix("model.").split(".")
     if parts[0] == "lm_head":
         return "output.weight"
     if parts[0] != "layers":
         return f"{top[parts[0]]}.weight"
-    return f"blk.{parts[1]}.{LAYER['.'.join(parts[2:])]}.weight"
+    return f"blk.{parts[1]}.{LAYER['.'.join(parts[2:])]}.{kind}"
 
 
 def with_adjacent_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """The row order of llama.cpp for q and k: rotary pairs are adjacent."""
     rows = weight.shape[0] // num_heads
     order = [half * rows // 2 + lane for lane in range(rows // 2) for half in range(2)]
-    return weight.view(num_heads, rows, -1)[:, order].reshape(weight.shape)
+    return weight.reshape(num_heads, rows, -1)[:, order].reshape(weight.shape)
 
 
 def write_gguf(path: Path, model, quantisation=gguf.GGMLQuantizationType.F32, *, changes) -> Path:
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    architecture = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
     writer.add_embedding_length(config.hidden_size)
@@ -76,14 +81,14 @@ def write_gguf(path: Path, model, quantisation=gguf.GGMLQuantizationType.F32, *,
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     changes(writer)
     for name, tensor in model_tensors(model).items():
-        if ".q_proj." in name:
+        if ".q_proj." in name and architecture == "llama":
             tensor = with_adjacent_pairs(tensor, config.num_heads)
-        if ".k_proj." in name:
+        if ".k_proj." in name and architecture == "llama":
             tensor = with_adjacent_pairs(tensor, config.num_kv_heads)
         kind = quantisation if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
         data = gguf.quantize(tensor.numpy(), kind)
         writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
-    if config.rope_scaling is not None:
+    if isinstance(config.rope_scaling, Llama3Scaling):
         plain = rope_frequencies(config.head_dim, config.rope_theta, None)
         scaled = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
@@ -125,9 +130,19 @@ def with_merges(writer) -> None:
     writer.add_chat_template("{{ messages }}")
 
 
-@pytest.mark.parametrize("scaling", [None, SCALING])
-def test_unquantised_weights_are_imported_exactly(tmp_path, scaling):
-    model = wide_model(rope_scaling=scaling)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_scaling": SCALING},
+        {"attention_bias": True},
+        {"qkv_bias": True, "tie_embeddings": True},
+        {"qk_norm": True},
+        {"qk_norm": True, "attention_bias": True},
+    ],
+)
+def test_unquantised_weights_are_imported_exactly(tmp_path, changes):
+    model = wide_model(**changes)
     convert(write_gguf(tmp_path / "m.gguf", model, changes=with_merges), tmp_path / "m", "float32")
     loaded, config = load_model(tmp_path / "m")
     assert config.model == model.config
@@ -135,6 +150,61 @@ def test_unquantised_weights_are_imported_exactly(tmp_path, scaling):
     expected = model_tensors(model)
     for name, tensor in model_tensors(loaded).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ["QWEN2", "QWEN3"])
+def test_names_of_tensors_are_those_of_the_gguf_package(architecture):
+    extra = {"qkv_bias": True} if architecture == "QWEN2" else {"qk_norm": True}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], 2)
+    for name in model_tensors(wide_model(**extra)):
+        assert gguf_name(name) == names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "scaling"),
+    [
+        ("none", {}, None),
+        ("linear", {"factor": 4.0}, LinearScaling(4.0)),
+        ("yarn", {"factor": 4.0, "original_context_length": 32}, YarnScaling(4.0, 32)),
+    ],
+)
+def test_scalings_of_rotary_embeddings_are_read(tmp_path, kind, keys, scaling):
+    def scaled(writer):
+        with_merges(writer)
+        writer.add_string("qwen2.rope.scaling.type", kind)
+        for key, value in keys.items():
+            add = writer.add_float32 if key == "factor" else writer.add_uint32
+            add(f"qwen2.rope.scaling.{key}", value)
+
+    model = wide_model(qkv_bias=True)
+    convert(write_gguf(tmp_path / "m.gguf", model, changes=scaled), tmp_path / "m")
+    assert read_config(tmp_path / "m").model.rope_scaling == scaling
+
+
+def test_a_sliding_window_limits_the_positions(tmp_path):
+    def windowed(writer):
+        with_merges(writer)
+        writer.add_sliding_window(24)
+
+    convert(write_gguf(tmp_path / "m.gguf", wide_model(), changes=windowed), tmp_path / "m")
+    assert read_config(tmp_path / "m").model.max_positions == 24
+
+
+def test_qwens_words_and_normal_forms(tmp_path):
+    def qwen(writer):
+        add_bytes(writer, "qwen2")
+
+    path = write_gguf(tmp_path / "m.gguf", wide_model(vocab_size=262), changes=qwen)
+    convert(path, tmp_path / "m")
+    tokenizer = load_tokenizer(tmp_path / "m")
+    assert tokenizer.decode(tokenizer.encode("e\u0301 12 ab")) == "\u00e9 12 ab"
+    pieces = json.loads((tmp_path / "m" / "tokenizer.json").read_text())["pre_tokenizer"]
+    splitter = pre_tokenizers.Split(
+        Regex(pieces["pretokenizers"][0]["pattern"]["Regex"]), behavior="isolated"
+    )
+    words = [word for word, _ in splitter.pre_tokenize_str("I'll pay 250 euros!!\n\n ok")]
+    expected = ["I", "'ll", " pay", " ", "2", "5", "0", " euros", "!!\n\n", " ok"]
+    assert words == expected
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"])
@@ -201,6 +271,11 @@ def test_a_sentencepiece_vocabulary_tokenises_like_sentencepiece(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def with_novel_scaling(writer) -> None:
+    writer.add_string("llama.rope.scaling.type", "novel")
+    writer.add_float32("llama.rope.scaling.factor", 2.0)
+
+
 def test_unknown_files_architectures_tokenizers_and_tensors_are_refused(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(b"GGUF, they said")
@@ -218,10 +293,12 @@ def test_unknown_files_architectures_tokenizers_and_tensors_are_refused(tmp_path
         return lambda writer: (with_merges(writer), change(writer))
 
     refused("tokenizer.ggml.merges", lambda writer: add_byte_tokenizer(writer, "smollm"))
-    refused("rope.scaling.type", also(lambda w: w.add_string("llama.rope.scaling.type", "yarn")))
+    refused("rope.scaling.type", also(with_novel_scaling))
+    refused("rope.scaling.factor", also(lambda w: w.add_string("llama.rope.scaling.type", "yarn")))
     refused("novel.weight", also(lambda w: w.add_tensor("novel.weight", np.zeros(2, np.float32))))
     refused("logit_scale", also(lambda w: w.add_logit_scale(2.0)))
-    refused("sliding_window", also(lambda w: w.add_sliding_window(64)))
+    refused("sliding_window", also(lambda w: w.add_sliding_window(0)))
+    refused("attention.scale", also(lambda w: w.add_float32("llama.attention.scale", 2.0)))
     refused("head_count", also(lambda w: w.add_head_count(0)))
     refused("head_count_kv", also(lambda w: w.add_head_count_kv([2, 2])))
     refused("bos_token_id", also(lambda w: w.add_bos_token_id(9999)))

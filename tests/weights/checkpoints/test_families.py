@@ -8,64 +8,43 @@ import transformers
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.executors.eager import EagerExecutor
+from engine.executors.executor import make_executor
+from tests.hugging_face_models import KINDS, SIZES, greedy_answer, saved
 from tests.models import byte_tokenizer, engine_of, greedy, plain_logits, run
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.config_json import parse_model
 from weights.checkpoints.families import FAMILIES
 from weights.errors import CheckpointError
 
-SIZES = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-KINDS = {
-    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
-    "qwen3 with biases": {"num_key_value_heads": 1, "head_dim": 8, "attention_bias": True},
-    "mistral": {"num_key_value_heads": 2, "head_dim": 24, "sliding_window": None},
-    "mistral with a window": {"num_key_value_heads": 4, "sliding_window": 24},
-    "llama": {"num_key_value_heads": 2, "head_dim": 6, "attention_bias": True},
-}
 IDS = [5, 77, 200, 31, 8, 150, 99, 12, 61, 240, 7, 3]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def saved(request, tmp_path_factory):
+def hugging_face(request, tmp_path_factory):
     """A random model of Hugging Face's own class, and the folder that it was saved to."""
-    family = request.param.split()[0]
-    config = transformers.AutoConfig.for_model(
-        family, **SIZES, **KINDS[request.param], max_position_embeddings=64, bos_token_id=None
-    )
-    torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
-    folder = tmp_path_factory.mktemp(family)
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(byte_tokenizer().to_str())
-    return model, folder
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return saved(request.param, folder), folder
 
 
-def test_logits_and_tokens_equal_those_of_transformers(saved):
-    model, folder = saved
-    loaded = load_model(folder)[0]
-    ids = torch.tensor([IDS])
+def eager(model, config):
+    return EagerExecutor(model, 16, config.block_size)
+
+
+def test_logits_and_tokens_equal_those_of_transformers(hugging_face):
+    model, folder = hugging_face
+    loaded, _ = load_model(folder)
     with torch.no_grad():
-        expected = model(ids).logits[0]
-        answer = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=-1)[
-            0, len(IDS) :
-        ]
+        expected = model(torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(plain_logits(loaded, IDS), expected, rtol=1e-4, atol=1e-4)
-    served = run(engine_of(loaded, EngineConfig(kv_cache_gib=0.001)), {0: [greedy("a", IDS, 8)]})
-    assert served == {"a": answer.tolist()}
+    for make in (make_executor, eager):
+        engine = engine_of(loaded, EngineConfig(kv_cache_gib=0.001), make=make)
+        assert run(engine, {0: [greedy("a", IDS, 8)]}) == {"a": greedy_answer(model, IDS, 8)}
 
 
-def test_a_window_limits_the_positions(saved):
-    model, folder = saved
-    loaded = load_model(folder)[0]
+def test_a_window_limits_the_positions(hugging_face):
+    model, folder = hugging_face
+    loaded, _ = load_model(folder)
     window = getattr(model.config, "sliding_window", None)
     assert loaded.config.max_positions == (window or 64)
     if window is not None:

@@ -127,8 +127,18 @@ def test_rows_of_traced_tokens():
 def test_options_of_memory_layers(memory):
     kind = "pkm" if "value_projection" in memory else "memory_plus"
     changes = feed_forward_changes(kind, "dense", kind, **memory)
-    extra = {"qkv_bias": True} if kind == "pkm" else {"qk_norm": True, "attention_bias": True}
-    model = random_model(tiny_config(**changes, **extra, tie_embeddings=True))
+    model = random_model(tiny_config(**changes, attention_bias=True, tie_embeddings=True))
+    found = run(engine(model), {0: [greedy("a", [1, 2, 3], COUNT)]})
+    assert found == {"a": plain_greedy(model, [1, 2, 3], COUNT)}
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [{"qk_norm": True}, pytest.param({"qkv_bias": True}, marks=pytest.mark.slow)],
+    ids=["qk_norm", "qkv_bias"],
+)
+def test_attention_of_other_families(attention):
+    model = random_model(tiny_config(**attention))
     found = run(engine(model), {0: [greedy("a", [1, 2, 3], COUNT)]})
     assert found == {"a": plain_greedy(model, [1, 2, 3], COUNT)}
 

@@ -58,8 +58,11 @@ class PredictedMemory:
 
 def predicted_memories(layers: Iterable[DecoderLayer]) -> list[PredictedMemory]:
     """The memory layers among a model's decoder layers."""
-    found = ((layer.post_attention_layernorm, layer.feed_forward) for layer in layers)
-    return [_predicted(norm, memory) for norm, memory in found if isinstance(memory, MemoryLayer)]
+    return [
+        _predicted(layer.post_attention_layernorm, layer.memory)
+        for layer in layers
+        if layer.memory is not None
+    ]
 
 
 class Lookahead:

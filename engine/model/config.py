@@ -7,6 +7,7 @@ from engine.model.rope_scaling import RopeScaling, YarnScaling
 
 MEMORY_KINDS = ("memory_plus", "pkm", "peer")
 FEED_FORWARD_KINDS = ("dense", "moe", *MEMORY_KINDS)
+PLACEMENTS = ("replace", "beside")
 # of a key or value of one head in an int8 KV cache
 KV_SCALE_BYTES = 4
 # names in checkpoints: the table of value rows, and that of PEER's down projections
@@ -27,6 +28,9 @@ class MemoryConfig:
         qk_norm: RMSNorm over each query half, one learned weight per half.
         value_projection: ``pkm`` layers only: y = Wv m + bv. ``memory_plus`` always projects.
         output_gate: y is multiplied by sigmoid(w_o x + b_o).
+        placement: ``replace``: memories replace feed-forwards; ``beside``: the layer has a dense
+            feed-forward too, which reads the same x, and both are added.
+        scalar_gate: y is multiplied by one learned number per layer.
     """
 
     num_heads: int
@@ -38,6 +42,8 @@ class MemoryConfig:
     qk_norm: bool = False
     value_projection: bool = False
     output_gate: bool = False
+    placement: str = "replace"
+    scalar_gate: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "num_heads", "num_subkeys", "top_k", "query_dim", "value_dim")
@@ -48,6 +54,9 @@ class MemoryConfig:
                 raise ValueError(f"{name}: {getattr(self, name)} is more than {largest}")
         if self.top_k > self.num_subkeys:
             raise ValueError(f"top_k: {self.top_k} exceeds num_subkeys {self.num_subkeys}")
+        if self.placement not in PLACEMENTS:
+            allowed = ", ".join(PLACEMENTS)
+            raise ValueError(f"placement: {self.placement!r} is not one of {allowed}")
 
     @property
     def num_rows(self) -> int:
@@ -163,12 +172,14 @@ class ModelConfig:
             raise ValueError("memory: must be given if and only if a layer is a memory layer")
         if ("moe" in self.feed_forward) != (self.mixture is not None):
             raise ValueError("num_local_experts: must be given if and only if a layer is moe")
-        if self.mlp_bias and "dense" not in self.feed_forward:
+        if self.mlp_bias and not any(map(self.has_dense, range(self.num_layers))):
             raise ValueError("mlp_bias: needs dense feed-forwards, and the model has none")
         if self.memory is not None:
             self._check_memory(self.memory)
 
     def _check_memory(self, memory: MemoryConfig) -> None:
+        if memory.placement == "beside" and self.mixture is not None:
+            raise ValueError("placement: beside cannot be combined with experts")
         projection, has_pkm = memory.value_projection, "pkm" in self.feed_forward
         if projection and not has_pkm:
             raise ValueError("value_projection: is only for pkm layers, and the model has none")
@@ -184,6 +195,11 @@ class ModelConfig:
     def memory_layers(self) -> tuple[int, ...]:
         """Indices of the memory layers."""
         return tuple(i for i, kind in enumerate(self.feed_forward) if kind in MEMORY_KINDS)
+
+    def has_dense(self, layer: int) -> bool:
+        """Whether a layer has a dense feed-forward, alone or beside a memory."""
+        is_beside = self.memory is not None and self.memory.placement == "beside"
+        return self.feed_forward[layer] == "dense" or (is_beside and layer in self.memory_layers)
 
     @property
     def takes_patches(self) -> bool:

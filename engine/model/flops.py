@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from engine.model.config import ModelConfig
+from engine.model.config import MEMORY_KINDS, ModelConfig
 
 
 def forward_flops(config: ModelConfig, attended: float) -> Mapping[str, int]:
@@ -18,8 +18,8 @@ def forward_flops(config: ModelConfig, attended: float) -> Mapping[str, int]:
         includes ``scoring`` (half scores and the sums that rows are chosen by).
     """
     parts: Counter[str] = Counter(head=2 * config.hidden_size * config.vocab_size)
-    for kind in config.feed_forward:
-        parts.update(_layer_flops(config, kind, attended))
+    for layer in range(config.num_layers):
+        parts.update(_layer_flops(config, layer, attended))
     return parts
 
 
@@ -32,7 +32,7 @@ class StepFlops:
     """Multiplications and additions of serving steps of one model."""
 
     def __init__(self, config: ModelConfig) -> None:
-        layers = [total_flops(_layer_flops(config, kind, 0)) for kind in config.feed_forward]
+        layers = [total_flops(_layer_flops(config, i, 0)) for i in range(config.num_layers)]
         self._num_layers, self._all, self._largest = len(layers), sum(layers), max(layers)
         self._pair = 4 * config.num_heads * config.head_dim
         self._head = 2 * config.hidden_size * config.vocab_size
@@ -56,22 +56,22 @@ class StepFlops:
         return whole, max(num_tokens * self._largest + attention, head)
 
 
-def _layer_flops(config: ModelConfig, kind: str, attended: float) -> Mapping[str, int]:
+def _layer_flops(config: ModelConfig, layer: int, attended: float) -> Mapping[str, int]:
     """Operations of one token in one layer, by part."""
-    width = config.hidden_size
+    width, kind = config.hidden_size, config.feed_forward[layer]
     heads = config.num_heads * config.head_dim
     projections = width * (2 * heads + 2 * config.num_kv_heads * config.head_dim)
     parts = Counter(attention=2 * projections + int(4 * heads * attended))
-    if kind == "dense":
+    if config.has_dense(layer):
         parts["feed_forward"] += 6 * width * config.intermediate_size
+    if kind in MEMORY_KINDS:
+        own = _memory_flops(config, kind)
+        parts.update(own)
+        parts["memory"] += own["scoring"]
     elif kind == "moe":
         assert config.mixture is not None
         experts = 3 * config.mixture.top_k * config.mixture.expert_size
         parts["feed_forward"] += 2 * width * (experts + config.mixture.num_experts)
-    else:
-        own = _memory_flops(config, kind)
-        parts.update(own)
-        parts["memory"] += own["scoring"]
     return parts
 
 

@@ -25,6 +25,7 @@ class MemoryLayer(nn.Module):
         pkm:          y = m, or Wv m + bv
         peer:         y = sum w * gelu(down[row] . x) * table[row]   (arXiv 2407.04153)
         output gate:  y = sigmoid(w_o x + b_o) * y
+        scalar gate:  y = g * y
 
     The layer does not own its tables, which layers may share: attach them before a forward.
     """
@@ -49,6 +50,7 @@ class MemoryLayer(nn.Module):
         self.gate = Linear(hidden_size, config.value_dim) if gated else None
         self.value_proj = Linear(config.value_dim, hidden_size) if projected else None
         self.output_gate = ExactLinear(hidden_size, 1) if config.output_gate else None
+        self.scalar_gate = nn.Parameter(torch.empty(1)) if config.scalar_gate else None
         self.is_peer = kind == "peer"
         self._table: ValueTable | None = None
         self._down_table: ValueTable | None = None
@@ -105,7 +107,8 @@ class MemoryLayer(nn.Module):
         y_TV = lookup.finish()
         y_TV = y_TV.to(x_TD.dtype) if gate_TV is None else silu(gate_TV) * y_TV.to(gate_TV.dtype)
         y_TD = self.value_proj(y_TV) if self.value_proj is not None else y_TV
-        return y_TD if gate_T1 is None else gate_T1.sigmoid() * y_TD
+        y_TD = y_TD if gate_T1 is None else gate_T1.sigmoid() * y_TD
+        return y_TD if self.scalar_gate is None else self.scalar_gate.to(y_TD.dtype) * y_TD
 
 
 def half_scores(

@@ -19,7 +19,6 @@ from engine.model.grouped_layers import (
 from engine.model.grouped_weights import GroupFormat
 from engine.model.layers import DecoderLayer
 from engine.model.layout import TokenLayout
-from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
 from engine.model.rotary import rope_amplitude, rope_angles, rope_frequencies
 from engine.model.uninitialised import Embedding, Linear
@@ -121,8 +120,8 @@ class Transformer(nn.Module):
                 raise ValueError(f"tables: {name} needs {expected}, got {shape}")
         self.tables = dict(tables)
         for layer in self.config.memory_layers:
-            memory_layer, names = self.layers[layer].feed_forward, self.config.layer_tables(layer)
-            assert isinstance(memory_layer, MemoryLayer)
+            memory_layer, names = self.layers[layer].memory, self.config.layer_tables(layer)
+            assert memory_layer is not None
             memory_layer.attach(tables[names.values], tables.get(names.down or ""))
 
     def forward(

@@ -78,6 +78,7 @@ def describe(summary: Summary) -> str:
         lines += [
             f"memory        {tables} of {memory.num_rows:,} rows x {memory.value_dim},"
             f" {memory.num_heads} heads x {memory.top_k} rows per token"
+            f"{', beside feed-forwards' if memory.placement == 'beside' else ''}"
         ]
     if config.mixture is not None:
         mixture = config.mixture

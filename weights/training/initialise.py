@@ -14,7 +14,12 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
 
     A matrix with I inputs is N(0, 1 / I). For L layers, the 2 L matrices that end a residual branch
     are divided by sqrt(2 L). Memory layers follow "Memory Layers at Scale" (arXiv 2412.09764):
-    subkeys U(+-1 / sqrt(k)), query Xavier uniform. Norms are 1, biases 0.
+    subkeys U(+-1 / sqrt(k)), query Xavier uniform. Norms are 1, biases 0. A memory beside a
+    feed-forward adds 0 at first: its scalar gate is 0, or its value projection if it has no such
+    gate. Other scalar gates are 1.
+
+    Raises:
+        ValueError: a memory beside a feed-forward has neither.
     """
     branches = 2 * model.config.num_layers
     for name, module in model.named_modules():
@@ -28,9 +33,10 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
             _fill_normal(module.weight, inputs, generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for module in model.modules():
-        if isinstance(module, MemoryLayer):
-            _initialise_memory(module, generator)
+    for layer in model.layers:
+        if layer.memory is not None:
+            is_beside = layer.feed_forward is not None
+            _initialise_memory(layer.memory, generator, is_beside=is_beside)
 
 
 @torch.no_grad()
@@ -39,12 +45,21 @@ def initialise_table(table_RV: Tensor, generator: torch.Generator) -> None:
     _fill_normal(table_RV, table_RV.shape[1], generator)
 
 
-def _initialise_memory(memory: MemoryLayer, generator: torch.Generator) -> None:
+def _initialise_memory(memory: MemoryLayer, generator: torch.Generator, *, is_beside: bool) -> None:
     nn.init.xavier_uniform_(memory.query.weight, generator=generator)
     bound = (2 * memory.subkeys.shape[3]) ** -0.5
     memory.subkeys.uniform_(-bound, bound, generator=generator)
     if memory.query_norm is not None:
         nn.init.ones_(memory.query_norm)
+    if memory.scalar_gate is not None:
+        nn.init.constant_(memory.scalar_gate, 0.0 if is_beside else 1.0)
+    elif is_beside and memory.value_proj is not None:
+        nn.init.zeros_(memory.value_proj.weight)
+    elif is_beside:
+        raise ValueError(
+            f"memory.placement: layer {memory.index} has no value projection that could be 0 at"
+            " first; set scalar_gate"
+        )
 
 
 def _fill_normal(weight: Tensor, inputs: int, generator: torch.Generator) -> None:

@@ -46,21 +46,31 @@ def model_config(raw: Mapping[str, Any], vocab_size: int, init_from: str = "") -
 
 
 def new_model(
-    config: ModelConfig, seed: int, init_from: str = "", device: str = "cpu"
+    config: ModelConfig,
+    seed: int,
+    init_from: str = "",
+    device: str = "cpu",
+    *,
+    is_dense_frozen: bool = False,
 ) -> tuple[Transformer, dict[str, TrainedTable]]:
     """A float32 model to train, and its tables by their names in a checkpoint.
 
     Weights are initialised on the CPU, so that a seed gives the same values on every device.
     Tensors of the folder ``init_from`` then replace the initial ones. It may lack memory layers.
+    With ``is_dense_frozen``, only the weights of memory layers require gradients.
 
     Raises:
         ConfigError: a tensor of that folder has another shape, or one outside the memory layers is
-            missing there, or its weights are in groups of few bits.
+            missing there, or its weights are in groups of few bits; or a memory beside a
+            feed-forward cannot start at 0, or there is nothing to train.
         CheckpointError: the folder cannot be read.
     """
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(config)
-    initialise(model, generator)
+    try:
+        initialise(model, generator)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
     memory = config.memory
     rows: dict[str, Tensor] = {}
     for name in config.table_names:
@@ -71,11 +81,22 @@ def new_model(
     if init_from:
         _, stored = _open_exact(init_from)
         _copy_weights(model, rows, stored, init_from)
+    if is_dense_frozen:
+        _freeze_dense(model)
     model.to(device)
     tables = {name: TrainedTable(rows.pop(name).to(device)) for name in tuple(rows)}
     if tables:
         model.attach_tables(tables)
     return model, tables
+
+
+def _freeze_dense(model: Transformer) -> None:
+    if not model.config.memory_layers:
+        raise ConfigError("run.freeze: the model has no memory layers that could be trained")
+    model.requires_grad_(False)
+    for layer in model.layers:
+        if layer.memory is not None:
+            layer.memory.requires_grad_(True)
 
 
 def _open_exact(init_from: str) -> tuple[CheckpointConfig, dict[str, StoredTensor]]:

@@ -19,6 +19,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Optimizer:
     """AdamW for parameters and sparse Adam for tables, with all gradients clipped by one norm.
 
+    Parameters that require no gradient are frozen.
+
     Attributes:
         dense: torch's AdamW of the parameters.
         tables: sparse Adam of the tables.
@@ -107,11 +109,13 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters with weight decay (matrices) and without it (norms, biases, subkeys)."""
+    """Trained parameters with weight decay (matrices) and without it (norms, biases, subkeys)."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
             is_matrix = name == "weight" and not isinstance(module, RmsNorm)
             (decayed if is_matrix else others).append(parameter)
     return decayed, others

@@ -100,6 +100,7 @@ class RunConfig:
         evaluate_every: steps between evaluations.
         seed: seed of initial weights and of the order of documents.
         init_from: name or folder of a model to start from; missing memory layers are initialised.
+        freeze: ``dense``: only memory layers and their tables are trained.
     """
 
     steps: int
@@ -112,11 +113,15 @@ class RunConfig:
     evaluate_every: int = 500
     seed: int = 0
     init_from: str = ""
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least(self, "run", 1, "steps", "tokens_per_step", "passes_per_step")
         _at_least(self, "run", 1, "checkpoint_every", "evaluate_every")
         _at_least(self, "run", 0, "seed")
+        for part in self.freeze:
+            if part != "dense":
+                raise ConfigError(f"run.freeze: {part!r} is not supported; must be 'dense'")
         if self.tokens_per_step % self.passes_per_step:
             raise ConfigError(
                 f"run.passes_per_step: {self.passes_per_step} does not divide tokens_per_step"

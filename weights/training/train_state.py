@@ -106,6 +106,8 @@ class TrainState:
     def _moments(self) -> dict[str, Tensor]:
         moments: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             for kind, moment in self.optimizer.moments(parameter).items():
                 moments[f"{kind}.{name}"] = moment
         for name, of_table in zip(self.tables, self.optimizer.tables.moments, strict=True):

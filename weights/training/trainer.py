@@ -79,7 +79,9 @@ class Trainer:
                 f"data.sequence_length: must be at most model.max_position_embeddings"
                 f" {shape.max_positions}, not {config.data.sequence_length}"
             )
-        model, tables = new_model(shape, run.seed, run.init_from, run.device)
+        model, tables = new_model(
+            shape, run.seed, run.init_from, run.device, is_dense_frozen="dense" in run.freeze
+        )
         if run.checkpoint_activations:
             model.run_layer = partial(checkpoint, use_reentrant=False)
         self._model = model

@@ -28,7 +28,14 @@ class CpuMemory:
         self._query = packer.linear(memory.query, norm=norm)
         self._subkeys = packer.subkeys(memory)
         self._gate = _pack_any(packer, memory.gate, norm)
-        self._values = _pack_any(packer, memory.value_proj, None)
+        gate = memory.scalar_gate
+        self._scale = 1.0 if gate is None else float(packer.cast(gate))
+        # y is linear in the rows but for this bias
+        self._values = (
+            None
+            if memory.value_proj is None
+            else packer.linear(memory.value_proj, bias_scale=self._scale)
+        )
         self._output_gate = _pack_any(packer, memory.output_gate, norm)
 
     def half_scores(self, residual_TD: Tensor) -> Tensor:
@@ -66,6 +73,8 @@ class CpuMemory:
             for gate in (self._gate, self._output_gate)
         )
         y_TV = lookup.finish()
+        if self._scale != 1.0:
+            y_TV = y_TV * self._scale
         # rows of fp64 give sums in fp64
         y_TV = (
             y_TV.to(residual_TD.dtype)
@@ -76,12 +85,6 @@ class CpuMemory:
             return kernels.linear(self._values, y_TV, residual_TD)
         y_TD = y_TV if self._values is None else kernels.linear(self._values, y_TV)
         return residual_TD + (y_TD if gate_T1 is None else gate_T1.sigmoid() * y_TD)
-
-    def run(
-        self, residual_TD: Tensor, trace: ForwardTrace | None, patches: ForwardPatches | None
-    ) -> Tensor:
-        """Return the new residual stream."""
-        return self.finish(self.start(residual_TD, trace, patches), residual_TD)
 
     def packed(self) -> PackedMemory | None:
         """The layer in native form, or None if the kernels cannot run it.
@@ -95,7 +98,7 @@ class CpuMemory:
         if not has_native_lookup(source.rows, self.num_subkeys, self.top_k):
             return None
         products = MemoryProducts(self._query, self._subkeys, self._gate, self._values)
-        return PackedMemory(source, self.num_heads, self.top_k, products)
+        return PackedMemory(source, self.num_heads, self.top_k, products, self._scale)
 
 
 def _pack_any(packer: Packer, layer: nn.Linear | None, norm: RmsNorm | None) -> PackedLinear | None:

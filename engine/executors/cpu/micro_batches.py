@@ -57,8 +57,13 @@ class MicroBatches:
     ) -> None:
         self._layers, self._kernels = layers, kernels
         self._progress, self._lookahead = progress, lookahead
-        # native calls stop before each memory
-        without_memory = [layer.packed._replace(memory=None) for layer in layers]
+        # native calls stop before each memory, and before what is beside it
+        without_memory = [
+            layer.packed
+            if layer.memory is None
+            else layer.packed._replace(memory=None, gate_up=None, down=None)
+            for layer in layers
+        ]
         self._packed = PackedLayers(without_memory, num_heads)
         memories = [layer.memory for layer in layers if layer.memory is not None]
         tables = [table for memory in memories for table in memory.tables]
@@ -139,7 +144,7 @@ class MicroBatches:
             if layer.memory is not None:
                 lookup = layer.memory.start(residual_TD, part.trace, part.layout.patches)
                 yield
-                part.residual_TD = layer.memory.finish(lookup, residual_TD)
+                part.residual_TD = layer.finish(lookup, residual_TD)
             elif layer.other is not None:
                 part.residual_TD = layer.other.run(residual_TD, part.trace, part.layout.patches)
             self._progress.mark()

@@ -10,7 +10,7 @@ from engine.executors.cpu.packed_memory import PackedMemory
 
 
 class PackedLayer(NamedTuple):
-    """Products of a decoder layer: attention, then a dense feed-forward, a memory or neither.
+    """Products of a decoder layer: attention, then a dense feed-forward, a memory, both or neither.
 
     ``head_norms`` are the norms of its queries and keys, if it has them.
     """

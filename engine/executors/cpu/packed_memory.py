@@ -27,6 +27,7 @@ class _Fields(ctypes.Structure):
         ("table", NativeTable),
         ("fetcher", ctypes.c_void_p),
         ("top_k", ctypes.c_int64),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -37,9 +38,14 @@ class PackedMemory:
     """
 
     def __init__(
-        self, source: RowSource, num_heads: int, top_k: int, products: MemoryProducts
+        self,
+        source: RowSource,
+        num_heads: int,
+        top_k: int,
+        products: MemoryProducts,
+        scale: float = 1.0,
     ) -> None:
-        """Keep references to all arguments; copy nothing."""
+        """Keep references to all arguments; copy nothing. ``scale`` multiplies the rows' sums."""
         values = products.values
         num_subkeys = products.subkeys.num_outputs // (2 * num_heads)
         num_rows, value_dim = table_shape(source.rows)
@@ -53,6 +59,6 @@ class PackedMemory:
         self._products = products  # keeps the memory that the kernels read alive
         addresses = [None if product is None else product.address for product in products]
         table = NativeTable(*table_arguments(source.rows))
-        self._fields = _Fields(*addresses, table, source.fetcher_address, top_k)
+        self._fields = _Fields(*addresses, table, source.fetcher_address, top_k, scale)
         self.address = ctypes.addressof(self._fields)
         self.num_bytes = sum(product.num_bytes for product in products if product is not None)

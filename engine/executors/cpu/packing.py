@@ -42,28 +42,32 @@ class Packer:
         *layers: Linear,
         norm: RmsNorm | None = None,
         is_gated: bool = False,
+        bias_scale: float = 1.0,
     ) -> PackedLinear:
-        """One product of layers with the same input; the rows of an embedding give logits."""
+        """One product of layers with the same input; the rows of an embedding give logits.
+
+        Biases are multiplied by ``bias_scale``.
+        """
         inputs = _inputs(layers[0])
         weights = in_one_format([self._weights(one) for one in layers], inputs, self.dtype)
         rows, first = [], 0
         for index, layer in enumerate(layers):
             bias = layer.bias if isinstance(layer, nn.Linear | GroupedLinear) else None
-            bias_O = None if bias is None else self._cast(bias)
+            bias_O = None if bias is None else self.cast(bias) * bias_scale
             part = index if is_gated else 0
             rows.append(WeightRows(weights[index], bias_O, first=first, part=part))
             first += 0 if is_gated else len(layer.weight)
         outputs = len(layers[0].weight) if is_gated else first
-        packed_norm = None if norm is None else (self._cast(norm.weight), norm.eps)
+        packed_norm = None if norm is None else (self.cast(norm.weight), norm.eps)
         return self.kernels.pack(
             rows, inputs, outputs, self.dtype, norm=packed_norm, is_gated=is_gated
         )
 
     def subkeys(self, memory: MemoryLayer) -> PackedLinear:
         """The product of queries and subkeys: half scores in fp32, the query norm included."""
-        subkeys_H2Nk, query_norm = self._cast(memory.subkeys), memory.query_norm
+        subkeys_H2Nk, query_norm = self.cast(memory.subkeys), memory.query_norm
         rows = [WeightRows(half, block=i) for i, half in enumerate(subkeys_H2Nk.flatten(0, 1))]
-        norm = None if query_norm is None else (self._cast(query_norm), memory.norm_eps)
+        norm = None if query_norm is None else (self.cast(query_norm), memory.norm_eps)
         inputs, outputs = subkeys_H2Nk.shape[3], memory.num_subkeys
         return self.kernels.pack(
             rows, inputs, outputs, self.dtype, norm=norm, has_wide_outputs=True
@@ -72,7 +76,7 @@ class Packer:
     def norm(self, norm: RmsNorm) -> RmsNorm:
         """The same norm in the packer's dtype."""
         made = RmsNorm(len(norm.weight), norm.eps)
-        made.weight = nn.Parameter(self._cast(norm.weight), requires_grad=False)
+        made.weight = nn.Parameter(self.cast(norm.weight), requires_grad=False)
         return made
 
     def head_norms(self, attention: Attention) -> PackedHeadNorms | None:
@@ -88,7 +92,8 @@ class Packer:
             return group_weights(layer.weight, self.weight_bits)
         return layer.weight
 
-    def _cast(self, weight: Tensor) -> Tensor:
+    def cast(self, weight: Tensor) -> Tensor:
+        """A weight in the packer's dtype."""
         return weight.to(self.dtype)
 
 

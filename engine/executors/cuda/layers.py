@@ -3,7 +3,7 @@
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.executors.cuda.kernels.paged_attention import paged_attention
 from engine.executors.cuda.kernels.rms_norm import Norm
@@ -16,7 +16,6 @@ from engine.model.attention import Attention
 from engine.model.feed_forward import DenseFeedForward
 from engine.model.forward_trace import ForwardTrace
 from engine.model.layers import DecoderLayer
-from engine.model.memory_layer import MemoryLayer
 from engine.model.mixture import MixtureFeedForward
 from engine.model.norm import RmsNorm
 
@@ -39,7 +38,9 @@ class CudaLayer:
         self._qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self._head_norm = _head_norm(attention)
         self._out = joined(attention.o_proj)
-        self.feed_forward = _feed_forward(layer)
+        norm = layer.post_attention_layernorm
+        self.memory = None if layer.memory is None else CudaMemory(layer.memory, norm)
+        self._feed_forward = _feed_forward(layer.feed_forward, norm)
 
     def run(
         self, residual_TD: Tensor, tokens: StepTokens, kv_blocks: Tensor, trace: ForwardTrace
@@ -61,7 +62,15 @@ class CudaLayer:
             q_THE, kv_blocks, tokens.paged, num_splits=tokens.num_splits, out_THE=out_THE
         )
         residual_TD = self._out(out_THE.flatten(1), residual_MO=residual_TD)
-        return self.feed_forward.run(residual_TD, tokens, trace)
+        if self.memory is None:
+            assert self._feed_forward is not None
+            return self._feed_forward.run(residual_TD, tokens, trace)
+        if self._feed_forward is None:
+            return self.memory.run(residual_TD, tokens, trace)
+        # both read the residual stream before either is added to it
+        assert isinstance(self._feed_forward, CudaDense)
+        hidden_TI = self._feed_forward.hidden(residual_TD)
+        return self._feed_forward.add(hidden_TI, self.memory.run(residual_TD, tokens, trace))
 
 
 class CudaDense:
@@ -73,7 +82,14 @@ class CudaDense:
         self._down = joined(dense.down_proj)
 
     def run(self, residual_TD: Tensor, tokens: StepTokens, trace: ForwardTrace) -> Tensor:
-        hidden_TI = self._gate_up(residual_TD, norm=self._norm, is_gated=True)
+        return self.add(self.hidden(residual_TD), residual_TD)
+
+    def hidden(self, residual_TD: Tensor) -> Tensor:
+        """The values between its products, ``[T, I]``."""
+        return self._gate_up(residual_TD, norm=self._norm, is_gated=True)
+
+    def add(self, hidden_TI: Tensor, residual_TD: Tensor) -> Tensor:
+        """Return the new residual stream; ``residual`` may change."""
         return self._down(hidden_TI, residual_MO=residual_TD)
 
 
@@ -84,10 +100,9 @@ def _head_norm(attention: Attention) -> Norm | None:
     return torch.stack((query.weight, key.weight)), query.eps
 
 
-def _feed_forward(layer: DecoderLayer) -> CudaFeedForward:
-    module, norm = layer.feed_forward, layer.post_attention_layernorm
-    if isinstance(module, MemoryLayer):
-        return CudaMemory(module, norm)
+def _feed_forward(module: nn.Module | None, norm: RmsNorm) -> CudaFeedForward | None:
+    if module is None:
+        return None
     if isinstance(module, MixtureFeedForward):
         return CudaMixture(module, norm)
     assert isinstance(module, DenseFeedForward)

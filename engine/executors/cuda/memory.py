@@ -27,7 +27,11 @@ class CudaMemory:
         self._memory, self._norm = memory, norm_of(norm)
         self._query = joined(memory.query)
         self._gate = None if memory.gate is None else joined(memory.gate)
+        # y is linear in the rows but for this product's bias
+        self._scale = None if memory.scalar_gate is None else float(memory.scalar_gate)
         self._value = None if memory.value_proj is None else joined(memory.value_proj)
+        if self._value is not None and self._scale is not None:
+            self._value = self._value.with_scaled_bias(self._scale)
         output_gate = memory.output_gate
         self._output_gate = None if output_gate is None else joined(output_gate)
         # [2 H, k / 2, N]: one product per half of a head
@@ -60,6 +64,8 @@ class CudaMemory:
         if memory.is_peer:
             memory.table.hint(rows_THK, self.index)
             weights_THK = weights_THK * gelu(self._start_dots(rows_THK, x_TD).finish())
+        if self._scale is not None:
+            weights_THK = weights_THK * self._scale
         lookup = self._start(rows_THK, weights_THK)
         # compute the gates while the table fetches rows
         gate_TV = None if self._gate is None else self._gate(x_TD)

@@ -35,6 +35,10 @@ class Product(NamedTuple):
             LinearOperands(x_MK, self.weight_NK, self.bias_N, norm, residual_MO, is_gated, out_MO)
         )
 
+    def with_scaled_bias(self, scale: float) -> "Product":
+        """This product, with its bias multiplied by a number."""
+        return self if self.bias_N is None else self._replace(bias_N=self.bias_N * scale)
+
 
 def joined(*layers: nn.Linear | GroupedLinear) -> Product:
     """One product of layers with the same input. The weights of several layers become views of it.

@@ -66,8 +66,7 @@ class DeviceModel:
     @property
     def memories(self) -> list[CudaMemory]:
         """The memory layers, in order."""
-        modules = (layer.feed_forward for layer in self._layers)
-        return [module for module in modules if isinstance(module, CudaMemory)]
+        return [layer.memory for layer in self._layers if layer.memory is not None]
 
     def run(
         self, inputs: Mapping[str, Tensor], shape: StepShape, state: DeviceState

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.model.config import PLACEMENTS
 from engine.model.flops import StepFlops, forward_flops, total_flops
 from engine.model.layout import TokenLayout
 from tests.models import feed_forward_changes, random_model, tiny_config
@@ -11,9 +12,11 @@ from tests.models import feed_forward_changes, random_model, tiny_config
 LENGTH = 16
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("kind", ["dense", "moe", "memory_plus", "pkm", "peer"])
-def test_products_equal_those_that_torch_counts(kind):
-    config = tiny_config(**feed_forward_changes("dense", kind))
+def test_products_equal_those_that_torch_counts(kind, placement):
+    memory = {} if kind in ("dense", "moe") else {"placement": placement}
+    config = tiny_config(**feed_forward_changes("dense", kind, **memory))
     model = random_model(config)
     layout = TokenLayout(torch.arange(LENGTH), (0, LENGTH))
     with FlopCounterMode(display=False) as counter:

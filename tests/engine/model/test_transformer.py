@@ -55,6 +55,7 @@ def test_llama_3_scaling_equals_transformers(factor):
         ({"qkv_bias": True, "qk_norm": True}, "qkv_bias"),
         ({"qkv_bias": True, "mlp_bias": True}, "qkv_bias"),
         ({"qk_norm": True, **feed_forward_changes("dense", "moe")}, "qk_norm"),
+        (feed_forward_changes("memory_plus", "moe", placement="beside"), "placement"),
     ],
 )
 def test_a_wrong_field_is_named(changes, field):
@@ -64,7 +65,12 @@ def test_a_wrong_field_is_named(changes, field):
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"top_k": 9}, "top_k"), ({"query_dim": 7}, "query_dim"), ({"num_heads": 0}, "num_heads")],
+    [
+        ({"top_k": 9}, "top_k"),
+        ({"query_dim": 7}, "query_dim"),
+        ({"num_heads": 0}, "num_heads"),
+        ({"placement": "above"}, "placement"),
+    ],
 )
 def test_a_wrong_memory_field_is_named(changes, field):
     values = {"num_heads": 2, "num_subkeys": 8, "top_k": 3, "query_dim": 8, "value_dim": 32}
@@ -142,10 +148,14 @@ def test_a_trace_has_the_rows_and_weights_of_each_memory_layer():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "moe", "memory_plus", "pkm", "peer", "normed"])
-def test_the_executor_gives_the_same_logits_and_does_not_change_the_model(kind, dtype):
+def test_the_executor_gives_the_same_logits_and_does_not_change_the_model(kind, dtype, beside):
     is_pkm = kind == "pkm"
+    if beside and kind in ("dense", "moe"):
+        pytest.skip("no memory")
     memory = dict.fromkeys(("qk_norm", "output_gate", "value_projection"), is_pkm)
+    memory |= {"placement": "beside", "scalar_gate": True} if beside else {}
     memory |= {"top_k": 8, "value_dim": 24 if kind in ("memory_plus", "pkm") else 32}
     if kind == "normed":
         changes = feed_forward_changes("dense", "memory_plus", **memory) | {"qk_norm": True}

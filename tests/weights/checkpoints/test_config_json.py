@@ -258,6 +258,7 @@ def test_a_missing_file_is_refused(tmp_path):
             memory=MemoryConfig(2, 8, 3, 8, 24, share_values=False, value_projection=True),
         ),
         tiny_config(**feed_forward_changes("moe", "dense", "peer")),
+        tiny_config(**feed_forward_changes("pkm", placement="beside", scalar_gate=True)),
         tiny_config(qkv_bias=True),
         tiny_config(qk_norm=True, **feed_forward_changes("memory_plus", "dense")),
         tiny_config(qk_norm=True, attention_bias=True),

@@ -408,7 +408,7 @@ def test_held_out_texts_are_not_trained_on(config, tmp_path, texts):
 def test_a_bfloat16_pass_rounds_queries_like_the_server(config, tmp_path):
     made = Trainer(config("run.dtype=bfloat16"), tmp_path / "run", resume=False)
     layer = made._model.layers[0]
-    memory, norm = layer.feed_forward, layer.post_attention_layernorm
+    memory, norm = layer.memory, layer.post_attention_layernorm
     x = torch.randn(9, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found = memory.half_scores(norm(x))

@@ -73,6 +73,8 @@ def _check(config: CheckpointConfig, stored: Mapping[str, StoredTensor]) -> None
         "mlp_bias": model.mlp_bias,
         "num_local_experts": model.mixture is not None,
         "memory.qk_norm": memory is not None and memory.qk_norm,
+        "memory.placement": memory is not None and memory.placement != "replace",
+        "memory.scalar_gate": memory is not None and memory.scalar_gate,
         "memory.layers": len({model.feed_forward[i] for i in model.memory_layers}) > 1,
         "memory.table": any(stored[name].dtype not in DTYPES for name in model.table_names),
     }

@@ -11,8 +11,8 @@
 
 namespace memplus {
 
-// The products of one layer: attention, then gate_up and down, or a memory, or neither; and the norms
-// of its heads, or null.
+// The products of one layer: attention, then gate_up and down, a memory, both or neither; and the
+// norms of its heads, or null.
 struct DecoderLayer {
   const PackedLinear *qkv, *out, *gate_up, *down;
   const MemoryLayer* memory;
@@ -34,7 +34,7 @@ class DecoderLayers {
       : call_(call), kv_bytes_(kv_bytes), residual_(residual), chosen_(chosen),
         rows_(call.num_tokens()), work_(num_threads()) {}
 
-  // residual += out(attention(qkv(residual)));  residual += down(gate_up(residual)), or the memory
+  // residual += out(attention(qkv(residual)));  residual += memory(residual) + down(gate_up(residual))
   //
   // Stops early if rows could not be read.
   ReadFailure run(const DecoderLayer* layers, int64_t count) {
@@ -44,12 +44,18 @@ class DecoderLayers {
       ChosenRows chosen = chosen_;
       for (int64_t i = 0, memory = 0; i < count; i++) {
         attend(layers[i], i, tiles, thread, threads);
-        if (layers[i].gate_up) feed_forward(layers[i], thread, threads);
-        if (!layers[i].memory) continue;
-        if (!look_up(*layers[i].memory, memory++, chosen, thread, threads)) return;
-        chosen.rows += rows_ * layers[i].memory->token_rows();
-        chosen.weights += rows_ * layers[i].memory->token_rows();
-        if (chosen.patches) chosen.patches++;
+        const DecoderLayer& layer = layers[i];
+        if (layer.memory) {
+          if (!look_up(*layer.memory, memory++, chosen, thread, threads)) return;
+          chosen.rows += rows_ * layer.memory->token_rows();
+          chosen.weights += rows_ * layer.memory->token_rows();
+          if (chosen.patches) chosen.patches++;
+        }
+        // both read the residual stream before either is added to it
+        if (layer.gate_up) multiply(into_room(*layer.gate_up, room_.hidden), thread, threads);
+        if (layer.memory)
+          multiply(into_residual(*layer.memory->values, room_.memory.gated), thread, threads);
+        if (layer.gate_up) multiply(into_residual(*layer.down, room_.hidden), thread, threads);
       }
     });
     return failure_;
@@ -90,12 +96,8 @@ class DecoderLayers {
     multiply(into_residual(*layer.out, room_.attended), thread, threads);
   }
 
-  void feed_forward(const DecoderLayer& layer, int64_t thread, int64_t threads) {
-    multiply(into_room(*layer.gate_up, room_.hidden), thread, threads);
-    multiply(into_residual(*layer.down, room_.hidden), thread, threads);
-  }
-
-  // Returns false to all threads if rows of memory number `index` could not be read.
+  // Computes the gated sums of memory number `index`. Returns false to all threads if rows could not
+  // be read.
   bool look_up(const MemoryLayer& memory, int64_t index, ChosenRows chosen, int64_t thread,
                int64_t threads) {
     multiply(into_room(*memory.query, room_.memory.queries), thread, threads);
@@ -113,7 +115,6 @@ class DecoderLayers {
                            thread, threads);
       barrier(threads);
     }
-    multiply(into_residual(*memory.values, room_.memory.gated), thread, threads);
     return true;
   }
 

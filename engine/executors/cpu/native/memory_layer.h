@@ -1,7 +1,7 @@
 // A memory layer, run by a team of threads, whose value rows are in memory or are fetched into it:
 //
 //   rows, w = product top-K of (subkeys . query(x));   m = sum w * (table[row] + patches[row])
-//   x += values(silu(gate(x)) * m), or values(m) without a gate
+//   x += values(scale * silu(gate(x)) * m), or values(scale * m) without a gate
 #pragma once
 
 #include "linear.h"
@@ -23,6 +23,7 @@ struct MemoryLayer {
   Table table;
   const RowFetcher* fetcher;
   int64_t top_k;
+  float scale;
 
   int64_t heads() const { return subkeys->blocks / 2; }
   int64_t num_subkeys() const { return subkeys->outputs; }
@@ -60,7 +61,7 @@ inline void gate_sums(const MemoryLayer& memory, const MemoryRoom& room, int64_t
                       Span columns) {
   by_vectors(columns.last - columns.first, [&](int64_t, int64_t at, int64_t lanes) {
     at += place + columns.first;
-    floats value = Fp32Values::read((const uint8_t*)(room.sums + at), lanes);
+    floats value = memory.scale * Fp32Values::read((const uint8_t*)(room.sums + at), lanes);
     if (memory.gate) value *= silu(Values::read(room.gates + at * Values::bytes, lanes));
     Values::write(room.gated + at * Values::bytes, value, lanes);
   });

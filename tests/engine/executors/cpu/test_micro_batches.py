@@ -87,6 +87,7 @@ def small_reads(*kinds, **memory):
     kind=st.sampled_from(["fp32", "bf16", "int4"]),
     lookahead=st.sampled_from([None, LookaheadConfig(1, 2), LookaheadConfig(2, 1)]),
     is_patched=st.booleans(),
+    beside=st.booleans(),
 )
 def test_outputs_equal_those_of_rows_in_memory_bit_for_bit(
     tmp_path_factory,
@@ -98,8 +99,10 @@ def test_outputs_equal_those_of_rows_in_memory_bit_for_bit(
     kind,
     lookahead,
     is_patched,
+    beside,
 ):
-    model = small_reads(*kinds)
+    options = {"placement": "beside", "scalar_gate": True}
+    model = small_reads(*kinds, **(options if beside and "moe" not in kinds else {}))
     stored = StoredTables(model.config, kind, tmp_path_factory.mktemp("tables"))
     batch, blocks = batch_of(sequences)
     if is_patched and "peer" not in kinds:
@@ -135,7 +138,7 @@ class RecordingTable(DiskTable):
 
 
 def table_in(forward):
-    return forward.model.layers[0].feed_forward.table
+    return forward.model.layers[0].memory.table
 
 
 def test_fetches_of_one_micro_batch_overlap_compute_of_another(tmp_path):
@@ -174,7 +177,7 @@ def test_large_steps_are_split_if_the_cache_holds_all_rows(tmp_path, tokens, slo
     model = small_reads("dense", "memory_plus")
     stored = StoredTables(model.config, "fp32", tmp_path)
     forward = Forward(stored.on_disk(model, slots, RecordingTable))
-    table = forward.model.layers[1].feed_forward.table
+    table = forward.model.layers[1].memory.table
     batch, blocks = batch_of([(3, tokens)])
     forward(batch, kv_of(model, blocks))
     assert [event[0] for event in table.events] == ["start"] * parts + ["finish"] * parts
@@ -209,7 +212,7 @@ def test_rows_are_prefetched_for_every_micro_batch(tmp_path):
     forward = Forward(stored.on_disk(model, NUM_ROWS, DiskTable), LookaheadConfig(1, 2))
     batch, blocks = batch_of([(0, 100)])
     forward(batch, kv_of(model, blocks))
-    counted = forward.model.layers[1].feed_forward.table.statistics()[1]
+    counted = forward.model.layers[1].memory.table.statistics()[1]
     assert 0 < counted.prefetched_used <= counted.prefetched
     assert counted.lookups == 2
 

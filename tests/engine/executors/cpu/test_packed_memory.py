@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from engine.executors.cpu.layers import pack_layer
 from engine.executors.cpu.packing import Packer
-from engine.model.config import MemoryConfig
+from engine.model.config import PLACEMENTS, MemoryConfig
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.table_statistics import TableStatistics
 from tests.conftest import TOLERANCE
@@ -33,6 +33,8 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     value_dim=st.sampled_from([1, 30, 300]),
     qk_norm=st.booleans(),
     share_values=st.booleans(),
+    placement=st.sampled_from(PLACEMENTS),
+    scalar_gate=st.booleans(),
     table_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     num_threads=st.sampled_from([1, 2, 3]),
 )

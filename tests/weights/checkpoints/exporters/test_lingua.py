@@ -108,6 +108,8 @@ def test_an_exported_model_is_imported_again(tmp_path, tokenizer, changes):
         (feed_forward_changes("dense", "moe"), "num_local_experts"),
         (feed_forward_changes("memory_plus", "dense", qk_norm=True), "memory.qk_norm"),
         (feed_forward_changes("memory_plus", "pkm"), "memory.layers"),
+        (feed_forward_changes("memory_plus", placement="beside"), "memory.placement"),
+        (feed_forward_changes("memory_plus", scalar_gate=True), "memory.scalar_gate"),
     ],
 )
 def test_models_that_the_repository_does_not_have_are_refused(tmp_path, changes, field):

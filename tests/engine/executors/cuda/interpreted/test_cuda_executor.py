@@ -122,6 +122,8 @@ def test_rows_of_traced_tokens():
     [
         {"qk_norm": True, "output_gate": True},
         {"value_projection": True, "value_dim": 24, "share_values": False},
+        {"placement": "beside", "scalar_gate": True},
+        {"placement": "beside", "output_gate": True},
     ],
 )
 def test_options_of_memory_layers(memory):

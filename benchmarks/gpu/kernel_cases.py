@@ -66,18 +66,13 @@ def layer_cases(
     yield KernelCase(
         "embed", embed.embed, embed.embed_reference, partial(_embedding, config, num_tokens, dtype)
     )
-    yield KernelCase(
-        "rotate and store",
-        rotate_and_store.rotate_and_store,
-        rotate_and_store.rotate_and_store_reference,
-        partial(_rotation, config, num_tokens, dtype),
-    )
-    yield KernelCase(
-        "norm, rotate and store",
-        rotate_and_store.rotate_and_store,
-        rotate_and_store.rotate_and_store_reference,
-        partial(_rotation, config, num_tokens, dtype, has_norm=True),
-    )
+    for name, has_norm in (("rotate and store", False), ("norm, rotate and store", True)):
+        yield KernelCase(
+            name,
+            rotate_and_store.rotate_and_store,
+            rotate_and_store.rotate_and_store_reference,
+            partial(_rotation, config, num_tokens, dtype, has_norm=has_norm),
+        )
     yield from attention_cases(config, [1] * num_tokens, dtype, context)
 
 

@@ -267,10 +267,9 @@ class Scheduler:
     def _settle(self, sequence: Sequence, num_run: int) -> None:
         """Publish the blocks that are now full, and release those that only drafts needed.
 
-        Steps in flight may compute more than the first ``num_run`` tokens, or fail.
+        Steps in flight may compute more than the first ``num_run`` tokens, and drafts; or fail.
         """
         needed = self._pool.blocks_for(sequence.length)
-        # an earlier chunk may be settled while drafts after the prompt's last token are in flight
         if needed < len(sequence.block_ids) and not sequence.has_drafts_in_flight:
             self._pool.release(sequence.block_ids[needed:])
             sequence.block_ids = sequence.block_ids[:needed]

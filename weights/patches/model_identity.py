@@ -1,16 +1,15 @@
 """The identity of a model for row patches: hashes of its tables and of its other weights."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 
 from engine.model.config import ModelConfig
 from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.table_files import table_shape
 from weights.checkpoints.table_origin import applied_patches, table_origin
-from weights.checkpoints.tensor_files import StoredTensor, read_mapped, tensor_bytes
+from weights.checkpoints.tensor_files import StoredTensor
+from weights.checkpoints.weights_hash import weights_hash
 from weights.errors import PatchError
 from weights.patches.description import PatchDescription
 
@@ -58,7 +57,7 @@ def model_identity(folder: Path) -> ModelIdentity:
     tables = [stored.pop(name) for name in config.model.table_names]
     return ModelIdentity(
         origins={one.name: table_origin(one) for one in tables},
-        row_choice=_row_choice(stored.values()),
+        row_choice=weights_hash(stored.values()),
         shapes={one.name: _matrix_shape(one) for one in tables},
     )
 
@@ -77,14 +76,6 @@ def check_patchable(config: ModelConfig, folder: Path) -> None:
     """Raise PatchError unless all memory layers are linear in their rows; PEER is not."""
     if config.patch_refusal is not None:
         raise PatchError(f"{folder}: {config.patch_refusal}")
-
-
-def _row_choice(weights: Iterable[StoredTensor]) -> str:
-    digest = hashlib.sha256()
-    for one in sorted(weights, key=attrgetter("name")):
-        digest.update(f"{one.name} {one.dtype} {list(one.shape)}\n".encode())
-        digest.update(tensor_bytes(read_mapped(one)))
-    return digest.hexdigest()
 
 
 def _matrix_shape(table: StoredTensor) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The training loop: batches, optimiser steps, log, evaluations and checkpoints."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,7 +12,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from engine.errors import ConfigError
+from engine.model.config import ModelConfig
 from engine.model.flops import forward_flops
+from weights.adapters.memory_adapter import write_adapter
+from weights.checkpoints.config_json import read_config
 from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
 from weights.training.data_source import discard_stale_data
@@ -43,12 +47,20 @@ class StepReport:
     tokens_per_s: float
 
 
+def _is_base_with_memories(shape: ModelConfig, init_from: str) -> bool:
+    """Whether a model is that of a folder, with memories beside its feed-forwards."""
+    if shape.memory is None or shape.memory.placement != "beside" or not init_from:
+        return False
+    return not read_config(Path(init_from)).model.memory_layers
+
+
 class Trainer:
     """A training run in its folder, new or resumed.
 
     Attributes:
         step: steps done.
-        folder: run folder with ``data``, ``checkpoints`` and ``log.jsonl``.
+        folder: run folder with ``data``, ``checkpoints`` and ``log.jsonl``; when the run is
+            complete also with ``adapter``, if only memories beside feed-forwards were trained.
         flops: operations of one token's forward pass, by part of the model.
     """
 
@@ -85,6 +97,7 @@ class Trainer:
         if run.checkpoint_activations:
             model.run_layer = partial(checkpoint, use_reentrant=False)
         self._model = model
+        self._is_adapter = bool(run.freeze) and _is_base_with_memories(shape, run.init_from)
         self._optimizer = Optimizer(model, list(tables.values()), config.optimizer, self._replicas)
         self._usage = {name: TableUsage(table.num_rows) for name, table in tables.items()}
         self._stream = TokenStream(data.train, config.data.sequence_length, run.seed)
@@ -131,7 +144,10 @@ class Trainer:
             self._log.write({"kind": "evaluation", "step": step, **self.evaluate()})
         if step % run.checkpoint_every == 0 or is_last:
             reads = self._row_reads() if step == run.steps and self._usage else None
-            self._state.save(step, self._stream.position, reads)
+            saved = self._state.save(step, self._stream.position, reads)
+            if step == run.steps and self._is_adapter:
+                shutil.rmtree(self.folder / "adapter", ignore_errors=True)
+                write_adapter(saved, Path(run.init_from), self.folder / "adapter")
 
     def _row_reads(self) -> RowReads:
         """Rows that the trained model reads on a sample of its training documents."""

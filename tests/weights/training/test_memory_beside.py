@@ -16,6 +16,7 @@ from tests.models import (
     served_logits,
     tiny_config,
 )
+from weights.adapters.memory_adapter import link_adapter
 from weights.checkpoints.checkpoint import load_model
 from weights.training.new_model import model_config, new_model
 from weights.training.train_config import read_train_config
@@ -130,6 +131,9 @@ def test_memories_alone_are_trained(base, settings, tmp_path, gate):
     assert not torch.allclose(plain_logits(loaded, IDS), plain_logits(model, IDS))
     found = served_logits(loaded, IDS)
     torch.testing.assert_close(found, plain_logits(loaded, IDS), rtol=1e-3, atol=1e-3)
+    link_adapter(base[1], tmp_path / "run" / "adapter", tmp_path / "both")
+    both, _ = load_model(tmp_path / "both")
+    assert torch.equal(plain_logits(both, IDS), plain_logits(loaded, IDS))
     engine = engine_of(loaded, EngineConfig(kv_cache_gib=0.001))
     assert len(run(engine, {0: [greedy("a", IDS, 4)]})["a"]) == 4
 

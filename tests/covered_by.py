@@ -106,6 +106,7 @@ COVERED_BY = {
     "memory_ops/triton_kernels/row_gradients.py": "memory_ops/interpreted/test_row_gradients.py",
     "memory_ops/triton_kernels/sort_rows.py": "memory_ops/interpreted/test_row_cache.py",
     "memory_ops/triton_kernels/table_view.py": "memory_ops/interpreted/test_gather_rows.py",
+    "server/cli/conversions.py": "weights/checkpoints/exporters/test_lingua.py",
     "server/cli/evaluate.py": "weights/training/test_evaluate.py",
     "server/cli/generate.py": "server/cli/test_options.py",
     "server/cli/main.py": "server/cli/test_options.py",

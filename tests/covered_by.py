@@ -1,6 +1,7 @@
 """Source files without a test file of their own, and the file in tests/ that covers each."""
 
 INTERPRETED = "engine/executors/cuda/interpreted"
+EXPORTED = "weights/checkpoints/exporters/test_huggingface.py"
 COVERED_BY = {
     "memory_ops/native/tables.py": "memory_ops/test_gather_rows.py",
     "memory_ops/native/patches.py": "memory_ops/patches/test_token_patches.py",
@@ -155,6 +156,9 @@ COVERED_BY = {
     "weights/checkpoints/detokenizer.py": "weights/checkpoints/test_tokenizer.py",
     "weights/checkpoints/dtype_names.py": "weights/checkpoints/test_table_loading.py",
     "weights/checkpoints/feed_forward_json.py": "weights/checkpoints/test_config_json.py",
+    "weights/checkpoints/exporters/remote_code/configuration_memplus.py": EXPORTED,
+    "weights/checkpoints/exporters/remote_code/memory_memplus.py": EXPORTED,
+    "weights/checkpoints/exporters/remote_code/modeling_memplus.py": EXPORTED,
     "weights/checkpoints/importers/gguf_files.py": "weights/checkpoints/importers/test_gguf.py",
     "weights/checkpoints/importers/gguf_metadata.py": "weights/checkpoints/importers/test_gguf.py",
     "weights/checkpoints/importers/gguf_weights.py": "weights/checkpoints/importers/test_gguf.py",

@@ -25,11 +25,17 @@ def convert(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a checkpoint folder in another program's format."""
+    from weights.checkpoints.exporters.huggingface import export_transformers
     from weights.checkpoints.exporters.lingua import export_lingua
     from weights.models.prepare import prepared_folder
 
-    assert options.to == "lingua"
-    export_lingua(prepared_folder(options.source, cache_folder()), Path(options.target))
+    if options.to == "lingua" and options.dtype is not None:
+        raise ConfigError("dtype: needs --to transformers")
+    source, target = prepared_folder(options.source, cache_folder()), Path(options.target)
+    if options.to == "lingua":
+        export_lingua(source, target)
+    else:
+        export_transformers(source, target, options.dtype)
 
 
 def quantize(options: argparse.Namespace) -> None:
@@ -65,10 +71,13 @@ def add_conversions(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     verb = verbs.add_parser("export", help=export.__doc__)
     verb.set_defaults(run=export)
-    verb.add_argument("source", metavar="SRC", help="model name, folder or ORG/NAME")
+    verb.add_argument("source", metavar="SRC", help="model name, folder, GGUF file or ORG/NAME")
     verb.add_argument("target", metavar="DST", help="folder to create")
-    formats = "lingua: the consolidated files of facebookresearch/memory"
-    verb.add_argument("--to", choices=["lingua"], required=True, help=formats)
+    formats = "lingua: the consolidated files of facebookresearch/memory; transformers: a folder"
+    formats += " that from_pretrained loads, with trust_remote_code=True for memory layers"
+    verb.add_argument("--to", choices=["lingua", "transformers"], required=True, help=formats)
+    dtype = "dtype of all tensors, for transformers (default: as stored; few bits become floating)"
+    verb.add_argument("--dtype", choices=FLOAT_DTYPES, help=dtype)
 
     verb = verbs.add_parser("quantize", help=quantize.__doc__)
     verb.set_defaults(run=quantize)

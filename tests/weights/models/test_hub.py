@@ -9,10 +9,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, file_download
 
+from server.cli import train
 from server.cli.main import main
 from tests.weights.models.fake_hub import FakeHub, fake_hub
 from weights.checkpoints.checkpoint import open_checkpoint
-from weights.errors import CheckpointError, ModelNotFoundError
+from weights.errors import CheckpointError, ModelNotFoundError, TrainingError
 from weights.models.hub import HubModel, hub_model
 from weights.models.named_models import find_model, local_name
 
@@ -220,6 +221,21 @@ def test_verbs_convert_and_inspect_download(hub: FakeHub, files, capsys):
     assert "memory" in capsys.readouterr().out
     assert main(["inspect", "acme/none"]) == 2
     assert capsys.readouterr().err.startswith("memplus: acme/none: is neither a folder here nor")
+
+
+def test_training_starts_from_a_downloaded_model(hub, files, monkeypatch, tmp_path):
+    hub.add(NAME, files)
+    started: list[str] = []
+
+    def make(config, folder, **settings):
+        started.append(config.run.init_from)
+        raise TrainingError("enough")
+
+    monkeypatch.setattr(train, "Trainer", make)
+    config = '[data]\ntrain = ["a.txt"]\n[run]\nsteps = 1\ninit_from = "acme/tiny"\n'
+    (tmp_path / "train.toml").write_text(config)
+    assert main(["train", "train.toml", "--out", "run"]) == 2
+    assert started == [str(found(NAME))]
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def export_transformers(source: Path, target: Path, dtype: str | None = None) ->
     dense = [one for one in found.sources if one.name not in tables]
     rows = [_floating(one, stored[one.name], chosen) for one in found.sources if one.name in tables]
     described = _described(found.config, chosen_name)
-    files = found.extra_files | _tokenizer_files(source, found.extra_files)
+    files = found.extra_files | _tokenizer_files(source, config, found.extra_files)
     if "auto_map" in described:
         files |= {name: (_CODE / name).read_bytes() for name in _CODE_FILES}
     files["config.json"] = _json(described)
@@ -140,7 +140,9 @@ def _described(config: CheckpointConfig, dtype: str) -> dict[str, Any]:
     return raw | {"torch_dtype": config.dtype or dtype}
 
 
-def _tokenizer_files(source: Path, found: Mapping[str, bytes]) -> dict[str, bytes]:
+def _tokenizer_files(
+    source: Path, config: CheckpointConfig, found: Mapping[str, bytes]
+) -> dict[str, bytes]:
     """The tokenizer's files that the folder lacks, and its settings.
 
     transformers needs further packages to read a ``tokenizer.model``, and cannot derive the
@@ -157,13 +159,12 @@ def _tokenizer_files(source: Path, found: Mapping[str, bytes]) -> dict[str, byte
         if as_json is not None:
             made["tokenizer.json"] = as_json.to_str().encode()
             settings["tokenizer_class"] = _JSON_CLASS
-            pieces = tokenizer.processor
-            ids = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
-            for name, token_id in ids.items():
-                if token_id >= 0:
-                    settings.setdefault(name, pieces.IdToPiece(token_id))
     settings.setdefault("tokenizer_class", _JSON_CLASS)
     settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    ends = {"bos_token": config.bos_id, "eos_token": min(config.eos_ids, default=None)}
+    for name, token_id in ends.items():
+        if token_id in tokenizer.special_ids and "special_tokens_map.json" not in found:
+            settings.setdefault(name, tokenizer.token_text(token_id))
     return made | {CONFIG_FILE: _json(settings)}
 
 

@@ -236,7 +236,7 @@ def test_the_tokenizer_is_loaded_without_a_class_in_the_folder(tmp_path):
     export_transformers(folder, tmp_path / "out")
     tokenizer = tokenizer_of(tmp_path / "out")
     inputs = tokenizer("ab <eos>é", return_tensors="pt")
-    assert inputs.keys() == {"input_ids", "attention_mask"}
+    assert inputs.keys() == {"input_ids", "attention_mask"} and tokenizer.eos_token == "<eos>"
     assert inputs["input_ids"][0].tolist() == load_tokenizer(folder).encode("ab <eos>é")
     model = loaded(tmp_path / "out", trust_remote_code=True)
     assert model.generate(**inputs, max_new_tokens=2).shape[1] <= inputs["input_ids"].shape[1] + 2
@@ -274,6 +274,7 @@ def test_the_default_model_is_exported(tmp_path):
     text = "memory (noun): the  power of\nretaining é"
     ids = load_tokenizer(folder).encode(text)
     assert tokenizer(text)["input_ids"] == ids
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     expected = plain_logits(load_model(folder, "float32")[0], ids)
     with torch.inference_mode():
         found = theirs(torch.tensor([ids])).logits[0]

@@ -27,8 +27,8 @@ class ModelOptions:
         default=DEFAULT_MODEL,
         metadata={
             "group": ("model", "--model ./my-model --device cuda:1"),
-            "metavar": "NAME|DIR|GGUF",
-            "help": "known model, checkpoint folder, or GGUF file",
+            "metavar": "NAME|DIR|GGUF|HUB",
+            "help": "model name, folder, GGUF file or Hub's ORG/NAME",
         },
     )
     device: str = field(

@@ -56,13 +56,13 @@ class ServedModel:
         """
         limits.check_bodies(http.max_body_mib)
         patches.check_folders()
-        self.name = http.served_model_name or _model_name(model.model)
+        self._source = find_model(model.model, cache_folder())
+        self.name = http.served_model_name or self._source.repository or _model_name(model.model)
         self.metrics = Metrics(self.name, monitoring.metrics_prefix)
         self.activity = ActivityLog(say)
         self._http, self._engine, self._supervision = http, engine, supervision
         self._patches, self._limits = patches, limits
         self._log_prompts = monitoring.log_prompts
-        self._source = find_model(model.model, cache_folder())
         self._folder = self._source.folder
         # report a bad tokenizer now, before minutes are spent on loading the model
         self._tokenizer = load_tokenizer(self._folder) if self._folder.is_dir() else None

@@ -1,6 +1,7 @@
 """Source files without a test file of their own, and the file in tests/ that covers each."""
 
 INTERPRETED = "engine/executors/cuda/interpreted"
+EXPORTED = "weights/checkpoints/exporters/test_huggingface.py"
 COVERED_BY = {
     "memory_ops/native/tables.py": "memory_ops/test_gather_rows.py",
     "memory_ops/native/patches.py": "memory_ops/patches/test_token_patches.py",
@@ -107,6 +108,7 @@ COVERED_BY = {
     "memory_ops/triton_kernels/row_gradients.py": "memory_ops/interpreted/test_row_gradients.py",
     "memory_ops/triton_kernels/sort_rows.py": "memory_ops/interpreted/test_row_cache.py",
     "memory_ops/triton_kernels/table_view.py": "memory_ops/interpreted/test_gather_rows.py",
+    "server/cli/conversions.py": "weights/checkpoints/exporters/test_lingua.py",
     "server/cli/evaluate.py": "weights/training/test_evaluate.py",
     "server/cli/generate.py": "server/cli/test_options.py",
     "server/cli/main.py": "server/cli/test_options.py",
@@ -156,6 +158,9 @@ COVERED_BY = {
     "weights/checkpoints/dtype_names.py": "weights/checkpoints/test_table_loading.py",
     "weights/checkpoints/feed_forward_json.py": "weights/checkpoints/test_config_json.py",
     "weights/checkpoints/importers/gguf_config.py": "weights/checkpoints/importers/test_gguf.py",
+    "weights/checkpoints/exporters/remote_code/configuration_memplus.py": EXPORTED,
+    "weights/checkpoints/exporters/remote_code/memory_memplus.py": EXPORTED,
+    "weights/checkpoints/exporters/remote_code/modeling_memplus.py": EXPORTED,
     "weights/checkpoints/importers/gguf_files.py": "weights/checkpoints/importers/test_gguf.py",
     "weights/checkpoints/importers/gguf_metadata.py": "weights/checkpoints/importers/test_gguf.py",
     "weights/checkpoints/importers/gguf_weights.py": "weights/checkpoints/importers/test_gguf.py",

@@ -66,7 +66,7 @@ def add_learn(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     lines = '.jsonl file with lines {"prompt": ..., "answer": ...} or {"text": ...}, or .txt file'
     verb.add_argument("facts", type=Path, metavar="FACTS", help=lines)
     verb.add_argument("--out", type=Path, required=True, metavar="PATCH", help="folder to create")
-    model = "model name or checkpoint folder (default: %(default)s)"
+    model = "model name, checkpoint folder or ORG/NAME of the Hub (default: %(default)s)"
     verb.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME|DIR", help=model)
     verb.add_argument("--resume", action="store_true", help="continue an interrupted run")
     group = verb.add_argument_group("texts", "example: --background corpus --known known.jsonl")

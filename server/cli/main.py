@@ -11,11 +11,11 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, PatchNotLoadedError, RequestError
-from engine.model.weight_bits import HEAD_DTYPE
 from engine.process import EngineLostError, EngineStartError
 from engine.sampling.params import SamplingParams
 from server.access import AccessOptions
 from server.cli.config_file import apply_config
+from server.cli.conversions import add_conversions
 from server.cli.learn import add_learn
 from server.cli.options import Parser, add_options, from_options
 from server.cli.patch import add_patch
@@ -25,7 +25,6 @@ from server.logs import say, set_up_logs
 from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
-from weights.checkpoints.dtype_names import FLOAT_DTYPES, GROUPED_DTYPES, TABLE_DTYPES
 from weights.errors import (
     ChatTemplateError,
     CheckpointError,
@@ -107,44 +106,6 @@ def generate(options: argparse.Namespace) -> None:
     )
 
 
-def convert(options: argparse.Namespace) -> None:
-    """Convert a model to a checkpoint folder."""
-    from weights.checkpoints.convert import convert
-
-    convert(
-        Path(options.source),
-        Path(options.target),
-        options.dtype,
-        options.table_dtype,
-        tokenizer=options.tokenizer,
-    )
-
-
-def export(options: argparse.Namespace) -> None:
-    """Write a checkpoint folder in another program's format."""
-    from weights.checkpoints.exporters.lingua import export_lingua
-
-    assert options.to == "lingua"
-    export_lingua(Path(options.source), Path(options.target))
-
-
-def quantize(options: argparse.Namespace) -> None:
-    """Round value tables, or weights, of a model to fewer bits."""
-    from weights.checkpoints.convert import convert
-    from weights.models.prepare import prepared_folder
-
-    if options.table_dtype is None and options.weight_dtype is None:
-        raise ConfigError("table_dtype, weight_dtype: give one or both")
-    source = prepared_folder(options.source, cache_folder())
-    convert(
-        source,
-        Path(options.target),
-        table_dtype=options.table_dtype,
-        weight_dtype=options.weight_dtype,
-        embedding_dtype=options.embedding_dtype,
-    )
-
-
 def inspect(options: argparse.Namespace) -> None:
     """Print shapes, parameter counts, bytes and dtypes of a model."""
     from weights.checkpoints.summary import describe, summarize
@@ -193,13 +154,12 @@ def _parser() -> argparse.ArgumentParser:
         add_options(verb, settings)
     add_options(verb, SamplingParams)
 
-    _add_conversions(verbs)
-    _add_quantize(verbs)
+    add_conversions(verbs)
 
     verb = verbs.add_parser("inspect", help=inspect.__doc__)
     verb.set_defaults(run=inspect)
     verb.add_argument(
-        "model", nargs="?", default=DEFAULT_MODEL, help="model name, folder or GGUF file"
+        "model", nargs="?", default=DEFAULT_MODEL, help="model name, folder, GGUF file or ORG/NAME"
     )
 
     _add_train(verbs)
@@ -235,37 +195,6 @@ def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", usa
     verb.add_argument("--config", type=Path, metavar="FILE", help=config)
     for settings in _SERVED:
         add_options(verb, settings)
-
-
-def _add_conversions(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = verbs.add_parser("convert", help=convert.__doc__)
-    verb.set_defaults(run=convert)
-    verb.add_argument("source", metavar="SRC", help="GGUF file, checkpoint folder, or run folder")
-    verb.add_argument("target", metavar="DST", help="folder to create")
-    dtype = "make all weights dense in this dtype (default: as stored, in groups or not)"
-    verb.add_argument("--dtype", choices=FLOAT_DTYPES, help=dtype)
-    verb.add_argument("--table-dtype", help="dtype of value tables (default: the value of --dtype)")
-    tokenizer = "folder with the tokenizer of a run folder, which has none"
-    verb.add_argument("--tokenizer", type=Path, metavar="DIR", help=tokenizer)
-
-    verb = verbs.add_parser("export", help=export.__doc__)
-    verb.set_defaults(run=export)
-    verb.add_argument("source", metavar="SRC", help="checkpoint folder")
-    verb.add_argument("target", metavar="DST", help="folder to create")
-    formats = "lingua: the consolidated files of facebookresearch/memory"
-    verb.add_argument("--to", choices=["lingua"], required=True, help=formats)
-
-
-def _add_quantize(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = verbs.add_parser("quantize", help=quantize.__doc__)
-    verb.set_defaults(run=quantize)
-    verb.add_argument("source", metavar="SRC", help="model name, folder or GGUF file")
-    verb.add_argument("target", metavar="DST", help="folder to create")
-    verb.add_argument("--table-dtype", choices=TABLE_DTYPES, help="new dtype of value tables")
-    weights = "dtype of linear layers: integers with a scale per 32 weights"
-    verb.add_argument("--weight-dtype", choices=GROUPED_DTYPES, help=weights)
-    heads = f"dtype of embedding and head, with --weight-dtype (default: {HEAD_DTYPE})"
-    verb.add_argument("--embedding-dtype", choices=GROUPED_DTYPES, help=heads)
 
 
 def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -88,13 +88,13 @@ def add_patch(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
     verb = patches.add_parser("apply", help=apply.__doc__, description=apply.__doc__)
     verb.set_defaults(run=apply)
-    verb.add_argument("model", metavar="MODEL", help="model name or checkpoint folder")
+    verb.add_argument("model", metavar="MODEL", help="model name, folder or ORG/NAME")
     verb.add_argument("patch", type=Path, metavar="PATCH", help="patch folder made for that model")
     _add_out(verb)
 
     verb = patches.add_parser("diff", help=diff.__doc__, description=diff.__doc__)
     verb.set_defaults(run=diff)
-    verb.add_argument("first", metavar="MODEL_A", help="model name or checkpoint folder")
+    verb.add_argument("first", metavar="MODEL_A", help="model name, folder or ORG/NAME")
     same = "model of the same origin, such as a folder that `patch apply` wrote"
     verb.add_argument("second", metavar="MODEL_B", help=same)
     _add_out(verb)

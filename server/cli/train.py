@@ -21,7 +21,7 @@ from tqdm import tqdm
 from engine.errors import ConfigError
 from server.cli.stop_signals import stop_signals
 from server.config import cache_folder
-from weights.models.named_models import NAMED_MODELS
+from weights.models.named_models import NAMED_MODELS, local_name
 from weights.models.prepare import prepared_folder
 from weights.training.replicas import Replicas
 from weights.training.report import describe_flops, write_report
@@ -41,9 +41,10 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
         DataError, CheckpointError, TrainingError: as ``Trainer``.
     """
     replicas = _replicas(config.run.device)
-    if config.run.init_from in NAMED_MODELS:
-        source = prepared_folder(config.run.init_from, cache_folder())
-        config = replace(config, run=replace(config.run, init_from=str(source)))
+    source = local_name(config.run.init_from)
+    if source in NAMED_MODELS:
+        source = str(prepared_folder(source, cache_folder()))
+    config = replace(config, run=replace(config.run, init_from=source))
     trainer = Trainer(config, folder, resume=resume, replicas=replicas)
     if replicas.is_first:
         print(describe_flops(trainer.flops, config.run.tokens_per_step))

@@ -1,4 +1,4 @@
-"""The served version of a GGUF file: found once, and kept by engines that restart."""
+"""The model's name for clients, and the version of a GGUF file that engines serve."""
 
 import gguf
 import pytest
@@ -14,6 +14,7 @@ from server.patch_options import PatchOptions
 from server.served_model import ServedModel
 from tests.weights.checkpoints.importers.test_gguf import wide_model, with_merges, write_gguf
 from weights.errors import CheckpointError
+from weights.models.named_models import ModelFolder
 
 
 def test_engines_that_restart_serve_the_version_that_the_server_found(tmp_path, monkeypatch):
@@ -45,3 +46,21 @@ def test_engines_that_restart_serve_the_version_that_the_server_found(tmp_path, 
     path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(CheckpointError, match="changed while it was converted; try again"):
         build_engine(started[-1])
+
+
+@pytest.mark.parametrize(
+    ("model", "repository", "given", "name"),
+    [
+        ("acme/tiny@main", "acme/tiny", None, "acme/tiny"),
+        ("acme/tiny", None, None, "tiny"),
+        ("acme/tiny", "acme/tiny", "ours", "ours"),
+    ],
+)
+def test_a_model_of_the_hub_is_served_under_its_name(
+    monkeypatch, memory_plus_folder, model, repository, given, name
+):
+    folder = ModelFolder(memory_plus_folder, repository=repository)
+    monkeypatch.setattr(served_model, "find_model", lambda name, cache: folder)
+    engine, http = EngineConfig(kv_cache_gib=0.001), HttpOptions(served_model_name=given)
+    others = http, PatchOptions(), LimitOptions(), SupervisionOptions(), MonitoringOptions()
+    assert ServedModel(ModelOptions(model, device="cpu"), engine, *others).name == name

@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # wire types
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-# field numbers of ModelProto, of its SentencePiece and of its NormalizerSpec
-_PIECES, _NORMALIZER = 1, 3
+# field numbers of ModelProto, its SentencePiece, its TrainerSpec and its NormalizerSpec
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _NAME, _SCORE, _TYPE = 1, 2, 3
-_ADD_DUMMY_PREFIX = 3
+_MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 24, 35
+_CHARACTER_MAP, _ADD_DUMMY_PREFIX, _REMOVE_WHITESPACES, _ESCAPE_WHITESPACES = 2, 3, 4, 5
+# TrainerSpec.ModelType
+BPE = 2
 _NO_SCORE = bytes([_SCORE << 3 | _FIXED32, 0, 0, 0, 0])
 
 
@@ -40,6 +43,28 @@ def without_prefix(model: bytes) -> bytes:
     return model + field(_NORMALIZER, field(_ADD_DUMMY_PREFIX, 0))
 
 
+def adds_prefix(model: bytes) -> bool:
+    """Whether the model adds a space before a text (ValueError: the bytes are not protobuf)."""
+    return bool(_settings(model, _NORMALIZER).get(_ADD_DUMMY_PREFIX, 1))
+
+
+def is_plain_bpe(model: bytes) -> bool:
+    """Whether the model merges the characters of a text that it does not normalise.
+
+    Raises:
+        ValueError: the bytes are not protobuf.
+    """
+    trainer, normalizer = _settings(model, _TRAINER), _settings(model, _NORMALIZER)
+    return bool(
+        trainer.get(_MODEL_TYPE, 1) == BPE
+        and trainer.get(_BYTE_FALLBACK, 0)
+        and not trainer.get(_WHITESPACE_AS_SUFFIX, 0)
+        and not normalizer.get(_CHARACTER_MAP, b"")
+        and not normalizer.get(_REMOVE_WHITESPACES, 1)
+        and normalizer.get(_ESCAPE_WHITESPACES, 1)
+    )
+
+
 def user_defined_ids(model: bytes) -> list[int]:
     """Ids of the pieces that are matched before anything else.
 
@@ -56,6 +81,17 @@ def user_defined_ids(model: bytes) -> list[int]:
         and message.endswith(ending)
         and (_TYPE, USER_DEFINED) in _fields(message)
     ]
+
+
+def _settings(model: bytes, part: int) -> dict[int, int | bytes]:
+    """The fields of one of the model's messages; later ones override earlier ones."""
+    messages = (value for number, value in _fields(model) if number == part)
+    return {
+        number: value
+        for message in messages
+        if isinstance(message, bytes)
+        for number, value in _fields(message)
+    }
 
 
 def field(number: int, value: int | bytes) -> bytes:

@@ -11,7 +11,7 @@ from weights.checkpoints.byte_tokens import byte_tokens
 from weights.checkpoints.token_splitter import TokenSplitter
 from weights.checkpoints.token_table import TokenTable
 
-_SPACE = "\u2581"
+SPACE = "\u2581"
 
 
 class SentencePieceTokenizer:
@@ -19,6 +19,11 @@ class SentencePieceTokenizer:
 
     As in Hugging Face's and llama.cpp's code, the names of control, unknown, user-defined and added
     tokens are found first. The library gets the parts of the text between them.
+
+    Attributes:
+        processor: the library's tokenizer of the first part of a text.
+        rest_processor: that of the parts after the first token, which may add no space.
+        added: the tokens whose names are found first, by id.
     """
 
     def __init__(self, model: bytes, config: TokenizerConfig | None = None) -> None:
@@ -40,12 +45,12 @@ class SentencePieceTokenizer:
         if changed:
             model = proto.with_pieces(model, changed)
             processor = _processor(model)
-        # the parts after the first token; a legacy tokenizer adds a space to each
-        self._processor = self._rest_processor = processor
+        # a legacy tokenizer adds a space to each part
+        self.processor = self.rest_processor = processor
         if config.add_prefix_space is False or not config.is_legacy:
-            self._rest_processor = _processor(proto.without_prefix(model))
+            self.rest_processor = _processor(proto.without_prefix(model))
         if config.add_prefix_space is False:
-            self._processor = self._rest_processor
+            self.processor = self.rest_processor
         self._names = _names(processor)
         ids = range(len(self._names))
         own_special = {i for i in ids if processor.IsControl(i) or processor.IsUnknown(i)}
@@ -60,6 +65,7 @@ class SentencePieceTokenizer:
         tokens = listed | {i: AddedToken(self._names[i], normalized=False) for i in matched}
         if config.splits_special:
             tokens = {i: token for i, token in tokens.items() if i not in self.special_ids}
+        self.added = tokens
         self._splitter = TokenSplitter(tokens)
         self._byte_tokens = byte_tokens({self._names[i]: i for i in ids if processor.IsByte(i)})
         self._table = TokenTable(self._texts, self.token_bytes, self._byte_tokens)
@@ -70,7 +76,7 @@ class SentencePieceTokenizer:
             if isinstance(part, int):
                 ids.append(part)
             else:
-                processor = self._rest_processor if ids else self._processor
+                processor = self.rest_processor if ids else self.processor
                 ids += processor.EncodeAsIds(part)
         return [*self.begin_ids, *ids, *self.end_ids] if add_special_tokens else ids
 
@@ -79,7 +85,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         known = range(len(self._names))
-        text: str = self._processor.DecodeIds(
+        text: str = self.processor.DecodeIds(
             [i for i in ids if i in known and i not in self.special_ids]
         )
         return text
@@ -91,7 +97,7 @@ class SentencePieceTokenizer:
         return self._table.name(token_id)
 
     def _texts(self) -> dict[int, str]:
-        texts = {i: name.replace(_SPACE, " ") for i, name in enumerate(self._names)}
+        texts = {i: name.replace(SPACE, " ") for i, name in enumerate(self._names)}
         texts |= {i: data.decode(errors="replace") for i, data in self._byte_tokens.items()}
         return texts | {i: self._names[i] for i in self.special_ids}
 

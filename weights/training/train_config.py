@@ -99,7 +99,7 @@ class RunConfig:
         checkpoint_every: steps between checkpoints.
         evaluate_every: steps between evaluations.
         seed: seed of initial weights and of the order of documents.
-        init_from: name or folder of a model to start from; missing memory layers are initialised.
+        init_from: name, folder or ORG/NAME of a model to start from; it may lack memory layers.
         freeze: ``dense``: only memory layers and their tables are trained.
     """
 

@@ -4,13 +4,12 @@ import json
 import random
 
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers
 
 from tests.models import train_sentencepiece
 from weights.checkpoints import sentencepiece_proto
+from weights.checkpoints.exporters.sentencepiece_json import sentencepiece_json
 from weights.checkpoints.sentencepiece_tokenizer import SentencePieceTokenizer
 from weights.checkpoints.tokenizer import JsonTokenizer, load_tokenizer
 from weights.errors import CheckpointError
@@ -27,45 +26,18 @@ def model(tmp_path_factory) -> bytes:
     return train_sentencepiece(folder, lines, user_defined_symbols=["[INST]"])
 
 
-def as_json(model: bytes, **added: int) -> tokenizers.Tokenizer:
-    """The vocabulary as Llama 2's tokenizer.json has it: merges in the order of scores."""
-    processor = SentencePieceTokenizer(model)._processor
-    names = [processor.IdToPiece(i) for i in range(processor.GetPieceSize())]
-    vocabulary = {name: i for i, name in enumerate(names)}
-    normal = [
-        name
-        for i, name in enumerate(names)
-        if not (processor.IsControl(i) or processor.IsUnknown(i) or processor.IsByte(i))
-    ]
-    normal.sort(key=lambda name: -processor.GetScore(vocabulary[name]))
-    merges = [
-        (name[:at], name[at:])
-        for name in normal
-        for at in range(1, len(name))
-        if name[:at] in vocabulary and name[at:] in vocabulary and name != "[INST]"
-    ]
-    bpe = models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
-    tokenizer = tokenizers.Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
-    strip = decoders.Strip(" ", 1, 0)
-    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
-    tokenizer.decoder = decoders.Sequence(parts)
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.add_tokens([AddedToken("[INST]", normalized=False)])
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def pair(model):
-    return SentencePieceTokenizer(model), JsonTokenizer(as_json(model))
+    pieces = SentencePieceTokenizer(model)
+    made = sentencepiece_json(pieces)
+    assert made is not None
+    return pieces, JsonTokenizer(made)
 
 
 @given(st.lists(st.sampled_from(PARTS), max_size=8))
 def test_ids_are_those_of_the_same_vocabulary_as_tokenizer_json(pair, parts):
     pieces, reference = pair
-    ids = pieces.encode("".join(parts), add_special_tokens=False)
+    ids = pieces.encode("".join(parts))
     assert ids == reference.encode("".join(parts))
     assert pieces.special_ids == reference.special_ids
     assert pieces.decode(ids) == reference.decode(ids)

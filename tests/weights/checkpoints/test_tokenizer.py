@@ -188,7 +188,7 @@ def test_tokenizer_json_is_preferred_and_read_without_its_truncation(tmp_path, p
 
 
 def test_a_sentencepiece_folder_says_whether_texts_begin_with_a_token(tmp_path, pieces):
-    serialised = pieces._processor.serialized_model_proto()
+    serialised = pieces.processor.serialized_model_proto()
     (tmp_path / "tokenizer.model").write_bytes(serialised)
     assert load_tokenizer(tmp_path).encode("fox") == pieces.encode("fox")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))

@@ -230,8 +230,8 @@ def test_only_tokens_with_text_are_allowed():
 def test_sentencepiece_tokens_spell_their_texts(tmp_path):
     lines = ["the quick brown fox jumps over the lazy dog", "größe und maß {} [] :,"]
     tokenizer = SentencePieceTokenizer(train_sentencepiece(tmp_path, lines))
-    vocab_size = tokenizer._processor.GetPieceSize() + 5
-    eos_id = tokenizer._processor.eos_id()
+    vocab_size = tokenizer.processor.GetPieceSize() + 5
+    eos_id = tokenizer.processor.eos_id()
     grammars = compiler(vocab_size, (eos_id,), tokenizer)
     mask = grammars.compile(Grammar("choice", (" the größe 🦊",)))
     anchor = tokenizer.encode("a")

@@ -10,11 +10,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from weights.checkpoints.sentencepiece_proto import BYTE, CONTROL, NORMAL, USER_DEFINED, field
+from weights.checkpoints.sentencepiece_proto import BPE, BYTE, CONTROL, NORMAL, USER_DEFINED, field
 from weights.checkpoints.sentencepiece_tokenizer import SentencePieceTokenizer
 from weights.errors import CheckpointError
-
-_BPE = 2  # sentencepiece's TrainerSpec.ModelType
 
 # words of Llama 3 and Qwen 2, which differ in the digits that are together
 _WORDS = (
@@ -150,7 +148,7 @@ def _sentencepiece_model(source: GgufTokenizer) -> bytes:
     )
     ids: Mapping[int, int | None] = {40: source.unknown_id, 41: source.bos_id, 42: source.eos_id}
     # model_type, byte_fallback
-    trainer = field(3, _BPE) + field(35, int(BYTE in source.token_types))
+    trainer = field(3, BPE) + field(35, int(BYTE in source.token_types))
     for number, value in ids.items():
         trainer += field(number, value if value is not None else -1)
     # name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces

@@ -1,0 +1,1 @@
+"""Code that the exporter copies into folders for transformers; it imports nothing of memplus."""

@@ -4,11 +4,14 @@
 ``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``.
 """
 
+import contextlib
 import logging
 import re
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from weights.errors import CheckpointError, ModelNotFoundError
@@ -68,35 +71,63 @@ def download(model: HubModel) -> Path:
         ModelNotFoundError: the repository or the revision does not exist, or is not readable.
         CheckpointError: the repository has no safetensors, or the download failed.
     """
-    # slow to import, and needed only for names of the Hub
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils.tqdm import tqdm
-
-    from weights.checkpoints.tokenizer import TOKENIZER_FILES
-
-    class TerminalBar(tqdm):
-        """A progress bar that a file does not show: logs may be JSON."""
-
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **({"disable": None} | settings))  # type: ignore[no-untyped-call]
-
-    # its own handler would write warnings twice, and not as the server's logs are written
-    logging.getLogger("huggingface_hub").handlers.clear()
     logger.info("%s: looking for its files in the cache and on the Hugging Face Hub", model)
     try:
-        folder = snapshot_download(
-            model.repository,
-            revision=model.revision,
-            allow_patterns=[*_WANTED, *TOKENIZER_FILES],
-            ignore_patterns=_UNWANTED,
-            tqdm_class=TerminalBar,
-        )
+        folder = _snapshot(model)
     except Exception as error:  # also the errors of its HTTP libraries, which vary by version
         raise _described(model, error) from None
     found = Path(folder)
     if not (found / _INDEX).exists() and not any(found.glob("model*.safetensors")):
         raise CheckpointError(f"{model}: {_without_weights(model, commit=found.name)}")
     return found
+
+
+def _snapshot(model: HubModel) -> str:
+    """The folder that ``snapshot_download`` returns; a signal ends the download.
+
+    The library alone would first finish the files that it has begun, which may take hours.
+    """
+    # slow to import, and needed only for names of the Hub
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    from weights.checkpoints.tokenizer import TOKENIZER_FILES
+
+    stopped = Event()
+
+    class Bar(tqdm):
+        """A progress bar for terminals only, since logs may be JSON; it also stops downloads."""
+
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **({"disable": None} | settings))  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            if stopped.is_set():
+                raise InterruptedError
+            super().update(n)
+
+    # it would write warnings twice, and each request to the server's log
+    logging.getLogger("huggingface_hub").handlers.clear()
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        snapshot = thread.submit(
+            snapshot_download,
+            model.repository,
+            revision=model.revision,
+            allow_patterns=[*_WANTED, *TOKENIZER_FILES],
+            ignore_patterns=_UNWANTED,
+            tqdm_class=Bar,
+        )
+        try:
+            return snapshot.result()
+        except (KeyboardInterrupt, SystemExit):
+            stopped.set()
+            with contextlib.suppress(ImportError):  # not in all versions
+                from huggingface_hub.utils._xet import abort_xet_session
+
+                abort_xet_session()  # type: ignore[no-untyped-call]
+            raise
 
 
 def _without_weights(model: HubModel, commit: str) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -27,6 +27,7 @@ class FakeHub:
         errors: by repository, the status and ``X-Error-Code`` of all answers, or of its files.
         tokens: by repository, the token that its readers need.
         cut: names of files whose first download breaks in the middle.
+        endless: calls, by the names of files that never end, after their download has begun.
         requests: method, path and ``Range`` of each request for a file, in order.
     """
 
@@ -37,6 +38,7 @@ class FakeHub:
     file_errors: dict[str, tuple[int, str]] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
     cut: set[str] = field(default_factory=set)
+    endless: dict[str, Callable[[], None]] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
 
     def add(self, repository: str, files: dict[str, bytes], branch: str = MAIN) -> str:
@@ -137,7 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("X-Repo-Commit", self._commit(repository, revision))
         self.send_header("ETag", f'"{_etag(content)}"')
-        self.send_header("Content-Length", str(len(content) - start))
+        is_endless = name in self.hub.endless
+        self.send_header("Content-Length", str(1 << 30 if is_endless else len(content) - start))
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -147,6 +150,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.wfile.write(content[start:])
+        if is_endless:
+            self.hub.endless[name]()
+            # until the client closes the connection
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(1 << 16))
+            self.close_connection = True
 
     def _json(self, value: object) -> None:
         content = json.dumps(value).encode()

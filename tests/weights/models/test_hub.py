@@ -1,6 +1,7 @@
 """Models of the Hugging Face Hub, downloaded from a hub on this machine."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,17 @@ def test_a_broken_download_is_resumed(hub, files, monkeypatch, capsys):
     parts = [part for _, path, part in hub.requests if path.endswith("/model.safetensors")]
     # the library keeps whole chunks
     assert parts == [None, None, f"bytes={half // 64 * 64}-"] and waits
+
+
+def test_a_signal_ends_a_download_and_leaves_no_partial_files(hub, files, cache, monkeypatch):
+    hub.add(NAME, files)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    hub.endless["model.safetensors"] = lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        found(NAME)
+    assert not list(cache.rglob("*.incomplete"))
+    hub.endless.clear()
+    assert (found(NAME) / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
 def test_a_private_model_needs_its_token(hub, files, monkeypatch):

@@ -44,6 +44,8 @@ _KEYS = {
     "rms_norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
     "attention_bias": "attention_bias",
+    "qkv_bias": "qkv_bias",
+    "qk_norm": "qk_norm",
     "mlp_bias": "mlp_bias",
 }
 # all fields that the exported code knows, by part of the model; others must have their defaults
@@ -51,7 +53,7 @@ _KNOWN = {
     "": {*_KEYS, "rope_theta", "rope_scaling", "feed_forward", "memory", "mixture"},
     "memory": {
         *("num_heads", "num_subkeys", "top_k", "query_dim", "value_dim", "share_values"),
-        *("qk_norm", "value_projection", "output_gate"),
+        *("qk_norm", "value_projection", "output_gate", "placement", "scalar_gate"),
     },
     "mixture": {"num_experts", "top_k", "expert_size", "router_loss_weight"},
 }
@@ -62,9 +64,9 @@ _OWN_KEYS = ("memplus_format", "moe_layers", "moe_intermediate_size")
 def export_transformers(source: Path, target: Path, dtype: str | None = None) -> None:
     """Write a checkpoint folder's model into the new folder ``target``.
 
-    A Llama or Mixtral becomes one of transformers' own. Any other model brings the code of
-    ``remote_code`` and needs ``trust_remote_code=True``. Holds one tensor in memory at a time, and
-    some rows of a table. Shows progress on stderr.
+    A model without memory layers becomes one of transformers' own, unless its experts differ from
+    Mixtral's. Others bring the code of ``remote_code`` and need ``trust_remote_code=True``. Holds
+    one tensor in memory at a time, and some rows of a table. Shows progress on stderr.
 
     Args:
         source: a checkpoint folder.

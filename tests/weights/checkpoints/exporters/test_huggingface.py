@@ -48,6 +48,10 @@ MEMORIES = {
     "biases": feed_forward_changes("dense", "pkm") | {"attention_bias": True, "mlp_bias": True},
     "tied": feed_forward_changes("dense", "pkm") | {"tie_embeddings": True, "head_dim": 16},
     "yarn": feed_forward_changes("dense", "pkm") | {"rope_scaling": YarnScaling(4.0, 64)},
+    "qwen2": feed_forward_changes("dense", "pkm") | {"qkv_bias": True},
+    "qwen3": feed_forward_changes("dense", "pkm") | {"qk_norm": True, "attention_bias": True},
+    "beside": feed_forward_changes("dense", "memory_plus", placement="beside"),
+    "gated": feed_forward_changes("peer", "pkm", placement="beside", scalar_gate=True),
     "mixed": feed_forward_changes("dense", "moe"),
     "narrow_experts": feed_forward_changes("moe", "moe"),
 }
@@ -55,6 +59,8 @@ EXPERTS = feed_forward_changes("moe", "moe")
 OWN_KINDS = {
     "dense": {},
     "biases": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True, "head_dim": 16},
     "linear": {"rope_scaling": LinearScaling(2.0), "tie_embeddings": True},
     "llama3": {"rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 64), "rope_theta": 5e5},
     "yarn": {"rope_scaling": YarnScaling(4.0, 64)},
@@ -305,7 +311,8 @@ def test_the_code_has_usable_defaults():
     model = MemplusForCausalLM(MemplusConfig())
     assert model(torch.tensor([[1, 0]])).logits.shape == (1, 2, 2)
     shape = {"num_heads": 1, "num_subkeys": 2, "top_k": 1, "query_dim": 2, "value_dim": 2}
-    shape |= dict.fromkeys(("share_values", "qk_norm", "value_projection", "output_gate"), False)
+    flags = "share_values", "qk_norm", "value_projection", "output_gate", "scalar_gate"
+    shape |= dict.fromkeys(flags, False) | {"placement": "replace"}
     layer = Memory(MemplusConfig(memory=shape), "pkm")
     assert layer(torch.ones(3, 2), None).tolist() == [[0, 0]] * 3
     assert dict(ValueTables(shape, True).named_parameters()).keys() == {"table", "down_table"}

@@ -30,6 +30,8 @@ class MemplusConfig(PretrainedConfig):
         rope_frequencies: Sequence[float] = (1.0,),
         rope_amplitude: float = 1.0,
         attention_bias: bool = False,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
         mlp_bias: bool = False,
         feed_forward: Sequence[str] = ("dense",),
         memory: dict[str, Any] | None = None,
@@ -49,6 +51,8 @@ class MemplusConfig(PretrainedConfig):
         self.rope_frequencies = list(rope_frequencies)
         self.rope_amplitude = rope_amplitude
         self.attention_bias = attention_bias
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
         self.mlp_bias = mlp_bias
         self.feed_forward = list(feed_forward)
         self.memory = memory

@@ -41,6 +41,7 @@ class Memory(nn.Module):
     pkm:          y = m, or Wv m + bv
     peer:         y = sum w * gelu(down[row] . x) * table[row]   (arXiv 2407.04153)
     output gate:  y = sigmoid(w_o x + b_o) * y
+    scalar gate:  y = g * y
     """
 
     def __init__(self, config: MemplusConfig, kind: str) -> None:
@@ -60,6 +61,7 @@ class Memory(nn.Module):
         self.gate = nn.Linear(width, shape["value_dim"]) if is_gated else None
         self.value_proj = nn.Linear(shape["value_dim"], width) if is_projected else None
         self.output_gate = nn.Linear(width, 1) if shape["output_gate"] else None
+        self.scalar_gate = nn.Parameter(torch.ones(1)) if shape["scalar_gate"] else None
         if not shape["share_values"]:
             add_tables(self, shape, self.is_peer)
 
@@ -72,7 +74,8 @@ class Memory(nn.Module):
         if self.gate is not None:
             m_TV = silu(self.gate(x_TD)) * m_TV
         y_TD = m_TV if self.value_proj is None else self.value_proj(m_TV)
-        return y_TD if self.output_gate is None else self.output_gate(x_TD).sigmoid() * y_TD
+        y_TD = y_TD if self.output_gate is None else self.output_gate(x_TD).sigmoid() * y_TD
+        return y_TD if self.scalar_gate is None else self.scalar_gate * y_TD
 
     def choose_rows(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and weights of the rows of all heads, ``[T, H K]``; equal scores keep their order."""

@@ -38,13 +38,15 @@ class Attention(nn.Module):
     def __init__(self, config: MemplusConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        width, bias = config.hidden_size, config.attention_bias
+        width, bias = config.hidden_size, config.attention_bias or config.qkv_bias
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(width, query_size, bias=bias)
         self.k_proj = nn.Linear(width, kv_size, bias=bias)
         self.v_proj = nn.Linear(width, kv_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, width, bias=bias)
+        self.o_proj = nn.Linear(query_size, width, bias=config.attention_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
         self, x_BQD: Tensor, angles: tuple[Tensor, Tensor], mask_B1QL: Tensor, cache: Any
@@ -53,6 +55,8 @@ class Attention(nn.Module):
             projection(x_BQD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BHQE, k_BGQE = self.q_norm(q_BHQE), self.k_norm(k_BGQE)
         q_BHQE, k_BGLE, v_BGLE = rotate(q_BHQE, angles), rotate(k_BGQE, angles), v_BGQE
         if cache is not None:
             # a static cache returns places that are not written yet, too
@@ -126,7 +130,7 @@ class Mixture(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and a feed-forward, each after a norm, added to the residual."""
+    """Attention, then a feed-forward, a memory or both, after norms, added to the residual."""
 
     def __init__(self, config: MemplusConfig, layer: int) -> None:
         super().__init__()
@@ -134,10 +138,14 @@ class Layer(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         kind = config.feed_forward[layer]
-        self.name = {"dense": "mlp", "moe": "block_sparse_moe"}.get(kind, "memory")
+        names = {"dense": ["mlp"], "moe": ["block_sparse_moe"]}
+        self.names = names.get(kind, ["memory"])
+        if self.names == ["memory"] and (config.memory or {})["placement"] == "beside":
+            self.names.append("mlp")
         kinds = {"mlp": DenseFeedForward, "block_sparse_moe": Mixture}
-        made = kinds[self.name](config) if self.name in kinds else Memory(config, kind)
-        self.add_module(self.name, made)
+        for name in self.names:
+            made = kinds[name](config) if name in kinds else Memory(config, kind)
+            self.add_module(name, made)
 
     def forward(
         self,
@@ -149,8 +157,9 @@ class Layer(nn.Module):
     ) -> Tensor:
         x_BQD = x_BQD + self.self_attn(self.input_layernorm(x_BQD), angles, mask_B1QL, cache)
         normed_TD = self.post_attention_layernorm(x_BQD).flatten(0, 1)
-        y_TD: Tensor = self.get_submodule(self.name)(normed_TD, tables)
-        return x_BQD + y_TD.view_as(x_BQD)
+        for name in self.names:
+            x_BQD = x_BQD + self.get_submodule(name)(normed_TD, tables).view_as(x_BQD)
+        return x_BQD
 
 
 class Decoder(nn.Module):

@@ -75,7 +75,7 @@ def measure(model: ModelOptions, load: AnswerLoad) -> None:
     load.check(least_tokens=3)
     batches, tokens, rounds, json_file = load.batches, load.tokens, load.rounds, load.json_file
     keep_freed_memory()
-    folder = prepared_folder(model.model, cache_folder())
+    folder = prepared_folder(model.model, cache_folder(), model.memory_adapter)
     tokenizer = load_tokenizer(folder)
     prompts = [tuple(tokenizer.encode(_PROMPT.format(n))) for n in range(max(batches))]
     most = max(map(len, prompts)) + tokens

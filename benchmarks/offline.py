@@ -28,7 +28,7 @@ from server.memory_nodes import spread_over_nodes
 from server.model_options import ModelOptions
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
 from weights.checkpoints.packed_formats import packed_formats
-from weights.models.named_models import find_model
+from weights.models.adapted_model import find_served
 from weights.training.corpus import corpus_files, documents
 from weights.training.packing import cut
 from weights.training.training_data import checkpoint_text
@@ -80,7 +80,9 @@ def measure(
     keep_freed_memory()
     spread_over_nodes(os.sched_getaffinity(0))
     device = chosen_device(model, config)
-    settings = EngineSettings(model, find_model(model.model, cache_folder()), config)
+    settings = EngineSettings(
+        model, find_served(model.model, model.memory_adapter, cache_folder()), config
+    )
     engine = build_engine(settings, device)
     engine.warm_up()
     rounds = EngineRounds(engine, config)

@@ -63,7 +63,7 @@ def measure(model: ModelOptions, load: AnswerLoad) -> None:
     load.check(least_tokens=2)
     batches, tokens, rounds, json_file = load.batches, load.tokens, load.rounds, load.json_file
     keep_freed_memory()
-    folder = prepared_folder(model.model, cache_folder())
+    folder = prepared_folder(model.model, cache_folder(), model.memory_adapter)
     encode = load_tokenizer(folder).encode
     prompts = {task: tuple(encode(task.prompt)) for task in TASKS}
     most = max(map(len, prompts.values())) + tokens

@@ -31,11 +31,15 @@ class ModelOptions:
             "help": "model name, folder, GGUF file or Hub's ORG/NAME",
         },
     )
+    memory_adapter: str | None = field(
+        default=None,
+        metadata={"metavar": "DIR", "help": "folder of memory layers that were trained beside it"},
+    )
     device: str = field(
         default="auto",
         metadata={
             "metavar": "auto|cpu|cuda[:N]",
-            "help": "device that computes; auto: a GPU if one is usable, else the CPU",
+            "help": "auto: a GPU if one is usable, else the CPU",
         },
     )
     dtype: str = field(

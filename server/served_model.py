@@ -23,8 +23,9 @@ from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
 from weights.checkpoints.chat_template import load_chat_template
 from weights.checkpoints.tokenizer import load_tokenizer
+from weights.models.adapted_model import find_served
 from weights.models.folder_lock import hold
-from weights.models.named_models import NAMED_MODELS, find_model
+from weights.models.named_models import NAMED_MODELS
 
 ENGINE_ENTRY = "server.engine_entry:main"
 
@@ -56,7 +57,7 @@ class ServedModel:
         """
         limits.check_bodies(http.max_body_mib)
         patches.check_folders()
-        self._source = find_model(model.model, cache_folder())
+        self._source = find_served(model.model, model.memory_adapter, cache_folder())
         self.name = http.served_model_name or self._source.repository or _model_name(model.model)
         self.metrics = Metrics(self.name, monitoring.metrics_prefix)
         self.activity = ActivityLog(say)
@@ -86,9 +87,10 @@ class ServedModel:
             EngineStartError: the engine could not be built, or ``stop`` ended it.
         """
         ready = self._process.start()
-        if self._source.source is not None:
-            # engines that restart need the folder, also after the GGUF file has changed
-            hold(self._folder)
+        for made in (self._source, self._source.base):
+            if made is not None and made.source is not None:
+                # engines that restart need the folder, also after its source has changed
+                hold(made.folder)
         grammars = GrammarChecker(self._folder, ready.limits)
         grammars.start()
         self._grammars = grammars

@@ -158,6 +158,8 @@ COVERED_BY = {
     "weights/checkpoints/dtype_names.py": "weights/checkpoints/test_table_loading.py",
     "weights/checkpoints/feed_forward_json.py": "weights/checkpoints/test_config_json.py",
     "weights/checkpoints/importers/gguf_config.py": "weights/checkpoints/importers/test_gguf.py",
+    "weights/adapters/adapter_files.py": "weights/models/test_adapted_model.py",
+    "weights/checkpoints/weights_hash.py": "weights/adapters/test_memory_adapter.py",
     "weights/checkpoints/exporters/remote_code/configuration_memplus.py": EXPORTED,
     "weights/checkpoints/exporters/remote_code/memory_memplus.py": EXPORTED,
     "weights/checkpoints/exporters/remote_code/modeling_memplus.py": EXPORTED,

@@ -13,9 +13,14 @@ def convert(options: argparse.Namespace) -> None:
     """Convert a model to a checkpoint folder."""
     from weights.checkpoints.convert import convert
     from weights.models.named_models import local_name
+    from weights.models.prepare import prepared_folder
 
+    if options.memory_adapter is None:
+        source = Path(local_name(options.source))
+    else:
+        source = prepared_folder(options.source, cache_folder(), options.memory_adapter)
     convert(
-        Path(local_name(options.source)),
+        source,
         Path(options.target),
         options.dtype,
         options.table_dtype,
@@ -68,6 +73,8 @@ def add_conversions(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verb.add_argument("--table-dtype", help="dtype of value tables (default: the value of --dtype)")
     tokenizer = "folder with the tokenizer of a run folder, which has none"
     verb.add_argument("--tokenizer", type=Path, metavar="DIR", help=tokenizer)
+    adapter = "folder of memory layers that were trained beside the model, which are added to it"
+    verb.add_argument("--memory-adapter", metavar="DIR", help=adapter)
 
     verb = verbs.add_parser("export", help=export.__doc__)
     verb.set_defaults(run=export)

@@ -48,7 +48,7 @@ def evaluate(
     files = corpus_files(texts) if texts else []
     engine = EngineConfig(max_patches=0)
     device = chosen_device(model, engine)
-    folder = prepared_folder(model.model, cache_folder())
+    folder = prepared_folder(model.model, cache_folder(), model.memory_adapter)
     # load once: tables are large, and both scores need them in the same tier
     loaded = load_served(model, folder, engine if facts else None, device)
     scores: dict[str, dict[str, float]] = {}

@@ -12,7 +12,7 @@ from server.engine_entry import build_engine
 from server.http.text_stream import TextStream
 from server.model_options import ModelOptions
 from weights.checkpoints.tokenizer import load_tokenizer
-from weights.models.named_models import find_model
+from weights.models.adapted_model import find_served
 
 
 def generate(
@@ -30,7 +30,7 @@ def generate(
     """
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise RequestError("text", "is not valid UTF-8")
-    folder = find_model(model.model, cache_folder())
+    folder = find_served(model.model, model.memory_adapter, cache_folder())
     engine = build_engine(EngineSettings(model, folder, engine_config))
     tokenizer = load_tokenizer(folder.folder)
     prompt_ids = tuple(tokenizer.encode(prompt))

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
+from weights.adapters.adapter_files import DESCRIPTION
 from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.config_json import parse_model
 from weights.checkpoints.convert import read_folder
@@ -23,7 +24,6 @@ from weights.checkpoints.weights_hash import weights_hash
 from weights.errors import CheckpointError
 from weights.text_files import read_json_object
 
-DESCRIPTION = "memory_adapter.json"
 FORMAT_VERSION = 1
 _VERSION_KEY = "memplus_memory_adapter"
 _KEYS = {_VERSION_KEY, "base", "memory"}

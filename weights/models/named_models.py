@@ -31,14 +31,15 @@ _LONGEST_STEM = 40
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's checkpoint folder, and the GGUF file that it is converted from on first use.
+    """A model's checkpoint folder, and the source that it is made from on first use.
 
     Attributes:
         folder: the checkpoint folder; may be missing if there is a source.
-        source: the GGUF file; None if the folder needs no conversion.
-        version: ``files_version`` of a GGUF file that is not part of a package.
+        source: a GGUF file, or the folder of a memory adapter; None if the folder is not made.
+        version: a hash of the source's present files, unless they are part of a package.
         dtype: dtype of the conversion; None keeps the dtypes of the file.
         repository: ``org/name`` of a model from the Hugging Face Hub.
+        base: the model that a memory adapter, the source, is added to; see ``adapted_model``.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class ModelFolder:
     version: str | None = None
     dtype: str | None = None
     repository: str | None = None
+    base: "ModelFolder | None" = None
 
     @property
     def family(self) -> str:

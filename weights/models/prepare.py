@@ -1,4 +1,4 @@
-"""Prepares a model's checkpoint folder: converts SmolLM2 and GGUF files on first use."""
+"""Prepares a model's checkpoint folder: converts files and links adapters on first use."""
 
 import fcntl
 import logging
@@ -6,33 +6,37 @@ import shutil
 from pathlib import Path
 
 from weights.errors import CheckpointError
+from weights.models.adapted_model import find_served
 from weights.models.folder_lock import hold, remove_unheld
-from weights.models.named_models import ModelFolder, find_model
+from weights.models.named_models import ModelFolder
 
 logger = logging.getLogger(__name__)
 
 
-def prepared_folder(name: str, cache_folder: Path) -> Path:
-    """The checkpoint folder of a name or path, after ``prepare``.
+def prepared_folder(name: str, cache_folder: Path, adapter: str | None = None) -> Path:
+    """The checkpoint folder of a name or path, maybe with a memory adapter, after ``prepare``.
 
     Raises:
-        CheckpointError: as ``find_model`` and ``prepare``.
+        CheckpointError, ConfigError: as ``find_served`` and ``prepare``.
     """
-    return prepare(find_model(name, cache_folder))
+    return prepare(find_served(name, adapter, cache_folder))
 
 
 def prepare(model: ModelFolder) -> Path:
-    """The checkpoint folder of a model; converts its GGUF file if that was not done yet.
+    """The checkpoint folder of a model; makes it from its source if that was not done yet.
 
     If several processes call this at once, one converts and the others wait for it. The process
     holds a converted folder until it ends. A conversion replaces those of older versions of the
-    same file, except the ones that a process holds.
+    same source, except the ones that a process holds.
 
     Raises:
         CheckpointError: the source is not valid or has changed since it was found, or the cache
             folder cannot be written.
+        ConfigError: the base of a memory adapter has memory layers.
     """
     folder = model.folder
+    if model.base is not None:
+        prepare(model.base)
     try:
         if model.source is not None and hold(folder) is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +52,8 @@ def prepare(model: ModelFolder) -> Path:
 
 def _convert(model: ModelFolder, source: Path) -> None:
     """Write the folder and remove other versions; the caller holds the lock of all versions."""
-    # imports torch, which is slow and needed only for the conversion
+    # they import torch, which is slow and needed only for the conversion
+    from weights.adapters.memory_adapter import link_adapter
     from weights.checkpoints.convert import convert
 
     folder = model.folder
@@ -56,7 +61,10 @@ def _convert(model: ModelFolder, source: Path) -> None:
         # left by a killed process: a live one would still hold the lock
         if model.is_version(left.name[1:].rpartition(".partial-")[0]):
             shutil.rmtree(left, ignore_errors=True)
-    convert(source, folder, model.dtype, source_version=model.version)
+    if model.base is not None:
+        link_adapter(model.base.folder, source, folder)
+    else:
+        convert(source, folder, model.dtype, source_version=model.version)
     for other in folder.parent.iterdir():
         if other != folder and other.is_dir() and model.is_version(other.name):
             try:

@@ -8,49 +8,20 @@ import torch
 
 from engine.errors import ConfigError
 from engine.model.config import MemoryConfig
-from tests.models import (
-    plain_logits,
-    random_model,
-    random_weights,
-    save_model,
-    tiny_config,
-)
-from weights.adapters.memory_adapter import DESCRIPTION, link_adapter, write_adapter
+from tests.memory_adapters import IDS, grown_model
+from tests.models import plain_logits, random_model, random_weights, save_model, tiny_config
+from weights.adapters.adapter_files import DESCRIPTION
+from weights.adapters.memory_adapter import link_adapter, write_adapter
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.convert import convert
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
 
-IDS = list(range(5, 30))
-BESIDE = MemoryConfig(
-    num_heads=2,
-    num_subkeys=8,
-    top_k=3,
-    query_dim=8,
-    value_dim=32,
-    placement="beside",
-    scalar_gate=True,
-)
-
-
-def with_memories(base, **changes):
-    """A model with the base's weights, and random memories beside its feed-forwards."""
-    kinds = ("memory_plus", "memory_plus")
-    model = random_model(tiny_config(feed_forward=kinds, memory=BESIDE, **changes))
-    model.load_state_dict(model.state_dict() | base.state_dict())
-    return model
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The grown model, and folders of the base, the grown model and its adapter."""
-    torch.manual_seed(4)
     folder = tmp_path_factory.mktemp("models")
-    base = random_weights(tiny_config())
-    grown = with_memories(base)
-    save_model(base, folder / "base"), save_model(grown, folder / "grown")
-    write_adapter(folder / "grown", folder / "base", folder / "adapter")
-    return grown, folder
+    return grown_model(folder), folder
 
 
 def test_a_base_with_its_adapter_is_the_grown_model(made, tmp_path):

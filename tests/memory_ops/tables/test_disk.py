@@ -27,7 +27,7 @@ from memory_ops.tables.value_table import TableReadError
 
 ROWS, WIDTH, OFFSET = 200, 24, 4096
 READERS = [{}, {"threads": 3}, {"is_direct": False}]
-FORMATS = [torch.float32, torch.bfloat16, "int8", "int4", "fp8"]
+FORMATS = [torch.float32, torch.bfloat16, "int8", "int4", "int4_row", "fp8"]
 
 pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
 

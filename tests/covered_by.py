@@ -217,7 +217,22 @@ COVERED_BY = {
     "weights/checkpoints/importers/lingua_names.py": (
         "weights/checkpoints/importers/test_lingua.py"
     ),
+    "weights/checkpoints/importers/model_settings.py": (
+        "weights/checkpoints/importers/test_lingua.py"
+    ),
     "weights/checkpoints/importers/rotary_lanes.py": "weights/checkpoints/importers/test_lingua.py",
+    "weights/checkpoints/importers/saved_weights.py": (
+        "weights/checkpoints/importers/test_sparse_memory.py"
+    ),
+    "weights/checkpoints/importers/sparse_memory_config.py": (
+        "weights/checkpoints/importers/test_sparse_memory.py"
+    ),
+    "weights/checkpoints/importers/sparse_memory_files.py": (
+        "weights/checkpoints/importers/test_sparse_memory.py"
+    ),
+    "weights/checkpoints/importers/sparse_memory_table.py": (
+        "weights/checkpoints/importers/test_sparse_memory.py"
+    ),
     "weights/checkpoints/importers/sharded_tensor.py": (
         "weights/checkpoints/importers/test_distributed_checkpoint.py"
     ),

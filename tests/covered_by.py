@@ -207,6 +207,7 @@ COVERED_BY = {
     "server/http_server.py": "server/test_shutdown.py",
     "server/monitoring.py": "server/test_logs.py",
     "server/version.py": "server/http/test_app.py",
+    "weights/checkpoints/placed_tables.py": "weights/checkpoints/test_hot_rows.py",
     "weights/checkpoints/importers/imported_model.py": "weights/checkpoints/importers/test_gguf.py",
     "weights/checkpoints/importers/lingua_config.py": (
         "weights/checkpoints/importers/test_lingua.py"

@@ -18,6 +18,7 @@ from weights.checkpoints.checkpoint import (
     save_checkpoint,
     table_origins,
 )
+from weights.checkpoints.hot_rows import HOT_ROWS_FILE
 from weights.checkpoints.importers.gguf import read_gguf
 from weights.checkpoints.importers.gguf_files import files_version, is_gguf
 from weights.checkpoints.importers.imported_model import ImportedModel
@@ -166,7 +167,8 @@ def read_folder(
     config = replace(config, dtype=embedding_dtype(sources) or config.dtype)
     sources.sort(key=attrgetter("name"))
     sources += [_table(stored[name], table_dtype or dtype, table_dtype) for name in tables]
-    files = {name: folder / name for name in (*TOKENIZER_FILES, "generation_config.json")}
+    names = *TOKENIZER_FILES, "generation_config.json", HOT_ROWS_FILE
+    files = {name: folder / name for name in names}
     extra_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
     return ImportedModel(config, sources, extra_files)
 

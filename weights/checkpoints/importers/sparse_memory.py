@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from weights.checkpoints.config_json import CheckpointConfig
+from weights.checkpoints.hot_rows import HOT_ROWS_FILE, hot_rows_content
 from weights.checkpoints.importers.folded_query import BatchNorm, folded_query
 from weights.checkpoints.importers.imported_model import ImportedModel
 from weights.checkpoints.importers.saved_tensors import read_saved
@@ -23,6 +24,7 @@ from weights.checkpoints.importers.sparse_memory_config import SparseMemoryConfi
 from weights.checkpoints.importers.sparse_memory_files import MODEL, REST, is_published
 from weights.checkpoints.importers.sparse_memory_table import (
     converted_table,
+    published_hot_rows,
     published_table,
     read_meta,
 )
@@ -80,7 +82,7 @@ def read_sparse_memory(
     tokens = read_tokenizer_folder(tokenizer, config.model.vocab_size, END_OF_TEXT)
     weights = SavedWeights(path, saved.get("state_dict"))
     sources = _sources(weights, config, None if dtype is None else OUTPUT_DTYPES[dtype])
-    memory = config.model.memory
+    memory, extra_files = config.model.memory, dict(tokens.files)
     if memory is not None:
         (name,) = config.model.table_names
         if files is None:
@@ -88,6 +90,9 @@ def read_sparse_memory(
             sources.append(converted_table(table, name, table_dtype or dtype))
         else:
             sources.append(published_table(files, name, memory, dtype, table_dtype))
+            hot_rows = published_hot_rows(files, memory.num_rows)
+            if hot_rows is not None:
+                extra_files[HOT_ROWS_FILE] = hot_rows_content({name: hot_rows})
     elif table_dtype is not None:
         raise ConfigError(f"table_dtype: {folder} has no tables")
     weights.check_all_taken()
@@ -97,7 +102,7 @@ def read_sparse_memory(
         bos_id=tokens.bos_id,
         dtype=embedding_dtype(sources),
     )
-    return ImportedModel(checkpoint, sources, tokens.files)
+    return ImportedModel(checkpoint, sources, extra_files)
 
 
 def _config(path: Path, saved: Any) -> SparseMemoryConfig:

@@ -7,14 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model.config import MemoryConfig
 from memory_ops.row_formats import int4_row_records, row_bytes
+from weights.checkpoints.hot_rows import check_row_ids
 from weights.checkpoints.importers.model_settings import required
-from weights.checkpoints.importers.sparse_memory_files import META
+from weights.checkpoints.importers.sparse_memory_files import HOT_ROWS, META
 from weights.checkpoints.table_files import RowLayout, converted_parts, requested_layout
 from weights.checkpoints.table_origin import HASH_PATTERN
 from weights.checkpoints.tensor_files import (
@@ -29,6 +31,7 @@ from weights.checkpoints.tensor_files import (
 from weights.errors import CheckpointError
 from weights.text_files import read_json_object
 
+_MOST_HEADER_BYTES = 2**12  # of a .npy file
 CODES, SCALES, FLOATS = "values_q4.bin", "scales_q4.bin", "values_bf16.bin"
 
 
@@ -131,6 +134,30 @@ def published_table(
             f"table_dtype: {files.folder} has int4_row rows only; {FLOATS} is missing"
         )
     raise CheckpointError(f"{files.folder}: has neither {CODES} nor {FLOATS}")
+
+
+def published_hot_rows(files: PublishedFiles, num_rows: int) -> Tensor | None:
+    """Ids of the rows that are read most, int64 ``[L]``, most read first; None without the file.
+
+    Raises:
+        CheckpointError: the file cannot be read, does not match its checksum, or is not a list of
+            at most ``num_rows`` row ids in int64.
+    """
+    path = files.folder / HOT_ROWS
+    if not path.exists():
+        return None
+    files.verify(HOT_ROWS)
+    try:
+        if path.stat().st_size > 8 * num_rows + _MOST_HEADER_BYTES:
+            raise ValueError(f"has more than {num_rows} row ids")
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray) or found.dtype != np.int64 or found.ndim != 1:
+            raise ValueError("is not one list of int64 row ids")
+    except Exception as error:  # a damaged header raises anything
+        raise CheckpointError(f"{path}: {error!s:.200}") from None
+    rows = torch.from_numpy(found)
+    check_row_ids(str(path), rows, num_rows)
+    return rows
 
 
 def converted_table(stored: StoredTensor, name: str, dtype: str | None) -> TensorSource:

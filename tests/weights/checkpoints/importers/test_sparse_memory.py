@@ -5,22 +5,28 @@ give.
 """
 
 import hashlib
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
 
 from engine.errors import ConfigError
+from memory_ops.native import disk_rows
 from memory_ops.row_formats import RowRecords, dequantize_rows
+from memory_ops.tables.disk import row_cache_bytes
 from server.cli.main import main
 from tests.server.running import running
 from tests.weights.checkpoints.importers.test_lingua import forward
 from weights.checkpoints import tensor_files
+from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.config_json import read_config
 from weights.checkpoints.convert import convert
+from weights.checkpoints.hot_rows import HOT_ROWS_FILE
 from weights.checkpoints.table_files import stored_layout
 from weights.checkpoints.tensor_files import list_tensors, read_mapped
 from weights.errors import CheckpointError, ModelNotFoundError
@@ -164,6 +170,46 @@ def test_the_table_is_made_of_the_codes_or_of_the_bf16_values(published, options
     if code == "bfloat16":
         table = read_mapped(tensors["memory.table"]).view(torch.uint8)
         assert bytes(table.numpy()) == table_files()["values_bf16.bin"]
+
+
+@pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
+def test_the_rows_that_are_read_most_begin_the_cache(published):
+    out = published()
+    listed = np.load(GOLDEN / VARIANTS[0] / "hot_rows.npy")
+    model, _ = load_model(out, table_cache=row_cache_bytes(40, 128, 256))
+    table = model.tables["memory.table"]
+    rows = torch.from_numpy(listed[:50]).view(1, 1, 50)
+    table.start(rows[..., :40], torch.ones(1, 1, 40)).finish()
+    assert (table.statistics()[0].hits, table.statistics()[0].misses) == (40, 0)
+    table.start(rows[..., 40:], torch.ones(1, 1, 10)).finish()
+    assert table.statistics()[0].misses == 10
+
+
+def test_a_list_of_hot_rows_is_not_needed(published):
+    out = published(files={"hot_rows.npy": None})
+    assert not (out / HOT_ROWS_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.array([1, 256]), r"row 256 is outside \[0, 256\)"),
+        (np.array([-1]), r"row -1 is outside \[0, 256\)"),
+        (np.array([1], dtype=np.int32), "is not one list of int64 row ids"),
+        (np.array([[1]]), "is not one list of int64 row ids"),
+        (np.array([{}]), "[Pp]ickle"),
+        (np.zeros(1000, dtype=np.int64), "has more than 256 row ids"),
+        (b"", "hot_rows.npy: "),
+        (b"\x93NUMPY\x01\x00v\x00{" + b"(" * 117, "hot_rows.npy: "),
+    ],
+)
+def test_lists_of_hot_rows_that_do_not_fit_are_refused(published, tmp_path, rows, message):
+    content = io.BytesIO(rows if isinstance(rows, bytes) else b"")
+    if not isinstance(rows, bytes):
+        np.save(content, rows, allow_pickle=True)
+    with pytest.raises(CheckpointError, match=rf"hot_rows.npy: .*{message}|{message}"):
+        published(files={"hot_rows.npy": content.getvalue()})
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_table_of_codes_alone_is_not_rounded_again(published):

@@ -163,15 +163,13 @@ struct Int4Row : Int4Codes {
   const float* factors_;
 };
 
-// One fp16 scale for the row.
+// One fp16 scale for the row, in a cache line that has no other data.
 struct Int4RowScaled : Int4Codes {
   typedef float Factors;
   static constexpr int64_t scaled_values = ALL_VALUES;
 
   static Factors factors(const uint8_t* scale, float weight) {
-    uint8_t copy[LANES * 2] = {};
-    std::memcpy(copy, scale, 2);
-    return weight * load_fp16(copy)[0];
+    return weight * load_fp16(scale)[0];
   }
 
   Int4RowScaled(const uint8_t* row, uint64_t at, const Factors& factor)

@@ -8,7 +8,7 @@ HOT_ROWS = "hot_rows.npy"
 
 def is_published(folder: Path) -> bool:
     """Whether a folder has a published model: weights and table in separate files."""
-    return (folder / META).exists() and (folder / REST).exists()
+    return (folder / REST).exists()
 
 
 def is_sparse_memory(folder: Path) -> bool:

@@ -349,6 +349,10 @@ def test_files_that_are_no_such_model_are_named(tmp_path, tokenizer):
     (tmp_path / "text" / "model.pt").write_text("text")
     with pytest.raises(CheckpointError, match="is not a zip file"):
         convert(tmp_path / "text", tmp_path / "out", tokenizer=tokenizer)
+    lacking = write_published(tmp_path / "lacking", *golden(), table_files())
+    (lacking / "meta.json").unlink()
+    with pytest.raises(CheckpointError, match="meta.json: No such file"):
+        convert(lacking, tmp_path / "out", tokenizer=tokenizer)
     folder = write_training(tmp_path / "run", [], golden()[1])
     with pytest.raises(CheckpointError, match="has no dictionary named state_dict"):
         convert(folder, tmp_path / "out", tokenizer=tokenizer)

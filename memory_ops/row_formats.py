@@ -1,10 +1,11 @@
-"""Quantized row formats (int8, fp8, int4): records that hold a row's values and scales.
+"""Quantized row formats (int8, fp8, int4, int4_row): records of a row's values and scales.
 
 A record is ``row_bytes`` bytes, a multiple of 64, so that one read fetches a whole row:
 
     int8   V signed bytes, then (at a multiple of 4) one fp32 scale
     fp8    V bytes of e4m3 (the finite kind, without NaN), then one fp32 scale
     int4   blocks of 128 values in 64 bytes, then one bf16 scale for each 32 values
+    int4_row   the blocks of int4, then one fp16 scale
 
 In an int4 block the lowest 4 bits of its sixteen little-endian 32-bit words are values 0 to 15, the
 next 4 bits values 16 to 31, and so on, each plus 8; zeros pad the last block. With this layout, one
@@ -17,29 +18,35 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-RowFormat = Literal["int8", "int4", "fp8"]
+RowFormat = Literal["int8", "int4", "int4_row", "fp8"]
 ROW_FORMATS: tuple[RowFormat, ...] = get_args(RowFormat)
 
 INT4_BLOCK = 128
 INT4_GROUP = 32
-_GROUPS_PER_BLOCK = INT4_BLOCK // INT4_GROUP
+_INT4_SCALES = {"int4": torch.bfloat16, "int4_row": torch.float16}
 _FP8_LARGEST = 448.0
+# the least magnitude whose scale would be rounded to infinity
+_INT4_ROW_LIMIT = 8 * 65_520.0
 
 
 def row_bytes(row_format: RowFormat, value_dim: int) -> int:
     """Bytes of a record of ``value_dim`` values."""
-    if row_format == "int4":
-        used = _int4_blocks(value_dim) * (INT4_BLOCK // 2 + 2 * _GROUPS_PER_BLOCK)
-    else:
-        used = scale_offset(row_format, value_dim) + 4
+    used = scale_offset(row_format, value_dim) + scale_bytes(row_format, value_dim)
     return -(-used // 64) * 64
 
 
 def scale_offset(row_format: RowFormat, value_dim: int) -> int:
     """Bytes of a record before its scales."""
-    if row_format == "int4":
-        return _int4_blocks(value_dim) * (INT4_BLOCK // 2)
+    if row_format in _INT4_SCALES:
+        return _padded_to_blocks(value_dim) // 2
     return -(-value_dim // 4) * 4
+
+
+def scale_bytes(row_format: RowFormat, value_dim: int) -> int:
+    """Bytes of a record's scales."""
+    if row_format == "int4":
+        return 2 * (_padded_to_blocks(value_dim) // INT4_GROUP)
+    return 2 if row_format == "int4_row" else 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,46 +79,56 @@ class RowRecords:
             raise ValueError(f"records: expected {expected}, got {dtype} {shape}")
 
 
-class NotFiniteError(ValueError):
-    """A row has values that are not finite: the message gives the row."""
+class RowRangeError(ValueError):
+    """A row has values that its format cannot hold: the message gives the row."""
 
-    def __init__(self, row: int) -> None:
-        super().__init__(f"values: row {row} has values that are not finite")
+    def __init__(self, row: int, row_format: RowFormat) -> None:
+        limit = f", or of {_INT4_ROW_LIMIT:g} and more" if row_format == "int4_row" else ""
+        super().__init__(f"values: row {row} has values that are not finite{limit}")
 
 
 def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
     """Quantize rows to ``row_format``.
 
     int8 and fp8 scale each row so that its largest magnitude is the format's largest number. int4
-    scales each group of 32 values so that the one of largest magnitude becomes -8.
+    scales each group of 32 values, and int4_row each row, so that the value of largest magnitude
+    becomes -8. A row of int4_row with no value of 5e-4 or more loses precision: its scale is
+    subnormal in fp16.
 
     Plain torch; ``operations.quantize_rows`` chooses a faster backend with bit-identical results.
 
     Args:
         values_RV: ``[R, V]``, floating.
-        row_format: ``int8``, ``int4`` or ``fp8``.
+        row_format: one of ``ROW_FORMATS``.
 
     Raises:
-        ValueError: the values are not a floating-point matrix, or one of them is not finite.
+        ValueError: the values are not a floating-point matrix, or one of them is not finite, or
+            too large for int4_row (524,160 or more).
     """
     if values_RV.dim() != 2 or not values_RV.is_floating_point():
         found = f"{values_RV.dtype} {tuple(values_RV.shape)}"
         raise ValueError(f"values: expected a floating-point [R, V] tensor, got {found}")
-    num_rows, value_dim = values_RV.shape
-    shape = (num_rows, row_bytes(row_format, value_dim))
-    records_RB = torch.zeros(shape, dtype=torch.uint8, device=values_RV.device)
-    records = RowRecords(records_RB, row_format, value_dim)
-    if num_rows == 0:
-        return records
+    records = _zero_records(values_RV, row_format)
     values_RV = values_RV.float()
-    if not values_RV.isfinite().all():
-        raise NotFiniteError(int((~values_RV.isfinite()).any(dim=1).nonzero()[0]))
-    pack = _pack_int4 if row_format == "int4" else _pack_bytes
-    codes_RC, scales_RS = pack(values_RV, row_format)
-    records_RB[:, : codes_RC.shape[1]] = codes_RC
-    start = scale_offset(row_format, value_dim)
-    scale_bytes = scales_RS.contiguous().view(torch.uint8)
-    records_RB[:, start : start + scale_bytes.shape[1]] = scale_bytes
+    limit = _INT4_ROW_LIMIT if row_format == "int4_row" else torch.inf
+    is_held_RV = values_RV.abs() < limit
+    if not is_held_RV.all():
+        raise RowRangeError(int((~is_held_RV).any(dim=1).nonzero()[0]), row_format)
+    if len(values_RV):
+        round_rows = _round_int4 if row_format in _INT4_SCALES else _round_bytes
+        _fill(records, *round_rows(values_RV, row_format))
+    return records
+
+
+def int4_row_records(codes_RV: Tensor, scale_R: Tensor) -> RowRecords:
+    """Records of int4_row whose values are ``(codes - 8) * scale`` exactly.
+
+    Args:
+        codes_RV: uint8 ``[R, V]``, from 0 to 15.
+        scale_R: fp16 ``[R]``, finite.
+    """
+    records = _zero_records(codes_RV, "int4_row")
+    _fill(records, _packed_int4(codes_RV), scale_R[:, None])
     return records
 
 
@@ -126,19 +143,35 @@ def dequantize_rows(records: RowRecords, rows: Tensor | None = None) -> Tensor:
         # unlike indexing, an embedding refuses negative row ids
         records_LB = torch.nn.functional.embedding(rows, records_LB)
     value_dim, start = records.value_dim, scale_offset(records.row_format, records.value_dim)
-    if records.row_format == "int4":
-        return _unpack_int4(records_LB, value_dim, start)
+    if records.row_format in _INT4_SCALES:
+        return _unpack_int4(records_LB, value_dim, records.row_format)
     codes_LV = records_LB[:, :value_dim]
     scale_L1 = records_LB[:, start : start + 4].contiguous().view(torch.float32)
     kind = torch.int8 if records.row_format == "int8" else torch.float8_e4m3fn
     return codes_LV.contiguous().view(kind).float() * scale_L1
 
 
-def _int4_blocks(value_dim: int) -> int:
-    return -(-value_dim // INT4_BLOCK)
+def _padded_to_blocks(value_dim: int) -> int:
+    return -(-value_dim // INT4_BLOCK) * INT4_BLOCK
 
 
-def _pack_bytes(values_RV: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor]:
+def _zero_records(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
+    """Records of zero bytes for as many rows."""
+    num_rows, value_dim = values_RV.shape
+    shape = num_rows, row_bytes(row_format, value_dim)
+    records_RB = torch.zeros(shape, dtype=torch.uint8, device=values_RV.device)
+    return RowRecords(records_RB, row_format, value_dim)
+
+
+def _fill(records: RowRecords, codes_RC: Tensor, scales_RS: Tensor) -> None:
+    """Write stored codes (uint8) and scales into records."""
+    start = scale_offset(records.row_format, records.value_dim)
+    size = scale_bytes(records.row_format, records.value_dim)
+    records.records_RB[:, : codes_RC.shape[1]] = codes_RC
+    records.records_RB[:, start : start + size] = scales_RS.contiguous().view(torch.uint8)
+
+
+def _round_bytes(values_RV: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor]:
     largest = 127.0 if row_format == "int8" else _FP8_LARGEST
     scale_R1 = values_RV.abs().amax(dim=1, keepdim=True) / largest
     scaled_RV = _quotient(values_RV, scale_R1).clamp(-largest, largest)
@@ -148,31 +181,39 @@ def _pack_bytes(values_RV: Tensor, row_format: RowFormat) -> tuple[Tensor, Tenso
     return codes_RV.view(torch.uint8), scale_R1
 
 
-def _pack_int4(values_RV: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor]:
+def _round_int4(values_RV: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor]:
     num_rows, value_dim = values_RV.shape
-    blocks = _int4_blocks(value_dim)
-    padded_RV = torch.nn.functional.pad(values_RV, (0, blocks * INT4_BLOCK - value_dim))
-    groups_RGC = padded_RV.view(num_rows, blocks * _GROUPS_PER_BLOCK, INT4_GROUP)
+    width = _padded_to_blocks(value_dim)
+    group = INT4_GROUP if row_format == "int4" else width
+    padded_RV = torch.nn.functional.pad(values_RV, (0, width - value_dim))
+    groups_RGC = padded_RV.view(num_rows, -1, group)
     at_RG1 = groups_RGC.abs().argmax(dim=2, keepdim=True)
     # values are divided by the rounded scale, so that its rounding adds no error
-    scale_RG1 = (groups_RGC.gather(2, at_RG1) / -8).to(torch.bfloat16)
+    scale_RG1 = (groups_RGC.gather(2, at_RG1) / -8).to(_INT4_SCALES[row_format])
     codes_RGC = (_quotient(groups_RGC, scale_RG1.float()).round() + 8).clamp(0, 15)
+    codes_RV = codes_RGC.view(num_rows, width).to(torch.uint8)
+    return _packed_int4(codes_RV), scale_RG1.squeeze(2)
+
+
+def _packed_int4(codes_RV: Tensor) -> Tensor:
+    num_rows, value_dim = codes_RV.shape
+    padding = _padded_to_blocks(value_dim) - value_dim
+    # 8 stands for 0
+    codes_RV = torch.nn.functional.pad(codes_RV, (0, padding), value=8)
     # [block, plane, word] of 4 bits each, to [block, word, byte] of two planes
-    planes = codes_RGC.view(num_rows, blocks, 8, 16).to(torch.uint8).transpose(2, 3)
-    packed = planes[..., 0::2] | planes[..., 1::2] << 4
-    return packed.reshape(num_rows, blocks * (INT4_BLOCK // 2)), scale_RG1.squeeze(2)
+    planes = codes_RV.view(num_rows, -1, 8, 16).transpose(2, 3)
+    return (planes[..., 0::2] | planes[..., 1::2] << 4).reshape(num_rows, -1)
 
 
-def _unpack_int4(records_LB: Tensor, value_dim: int, start: int) -> Tensor:
-    num_rows, blocks = len(records_LB), _int4_blocks(value_dim)
-    packed = records_LB[:, :start].view(num_rows, blocks, 16, 4)
+def _unpack_int4(records_LB: Tensor, value_dim: int, row_format: RowFormat) -> Tensor:
+    num_rows, width = len(records_LB), _padded_to_blocks(value_dim)
+    start, size = scale_offset(row_format, value_dim), scale_bytes(row_format, value_dim)
+    packed = records_LB[:, :start].view(num_rows, width // INT4_BLOCK, 16, 4)
     planes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(3)
-    codes_LGC = (
-        planes.transpose(2, 3).reshape(num_rows, blocks * _GROUPS_PER_BLOCK, INT4_GROUP).float() - 8
-    )
-    scale_bytes = records_LB[:, start : start + 2 * blocks * _GROUPS_PER_BLOCK]
-    scale_LG = scale_bytes.contiguous().view(torch.bfloat16).float()
-    return (codes_LGC * scale_LG.unsqueeze(2)).flatten(1)[:, :value_dim]
+    stored = records_LB[:, start : start + size].contiguous().view(_INT4_SCALES[row_format])
+    num_groups = stored.shape[1]
+    codes_LGC = planes.transpose(2, 3).reshape(num_rows, num_groups, width // num_groups).float()
+    return ((codes_LGC - 8) * stored.float().unsqueeze(2)).flatten(1)[:, :value_dim]
 
 
 def _quotient(values: Tensor, scale: Tensor) -> Tensor:

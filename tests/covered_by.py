@@ -216,6 +216,7 @@ COVERED_BY = {
     "server/http_server.py": "server/test_shutdown.py",
     "server/monitoring.py": "server/test_logs.py",
     "server/version.py": "server/http/test_app.py",
+    "weights/checkpoints/placed_tables.py": "weights/checkpoints/test_hot_rows.py",
     "weights/checkpoints/importers/imported_model.py": "weights/checkpoints/importers/test_gguf.py",
     "weights/checkpoints/importers/lingua_config.py": (
         "weights/checkpoints/importers/test_lingua.py"
@@ -226,7 +227,22 @@ COVERED_BY = {
     "weights/checkpoints/importers/lingua_names.py": (
         "weights/checkpoints/importers/test_lingua.py"
     ),
+    "weights/checkpoints/importers/model_settings.py": (
+        "weights/checkpoints/importers/test_lingua.py"
+    ),
     "weights/checkpoints/importers/rotary_lanes.py": "weights/checkpoints/importers/test_lingua.py",
+    "weights/checkpoints/importers/saved_weights.py": (
+        "weights/checkpoints/importers/test_sparse_memory.py"
+    ),
+    "weights/checkpoints/importers/sparse_memory_config.py": (
+        "weights/checkpoints/importers/test_sparse_memory.py"
+    ),
+    "weights/checkpoints/importers/sparse_memory_files.py": (
+        "weights/checkpoints/importers/test_sparse_memory.py"
+    ),
+    "weights/checkpoints/importers/sparse_memory_table.py": (
+        "weights/checkpoints/importers/test_sparse_memory.py"
+    ),
     "weights/checkpoints/importers/sharded_tensor.py": (
         "weights/checkpoints/importers/test_distributed_checkpoint.py"
     ),

@@ -167,8 +167,9 @@ def test_no_todo_and_no_pickle(path):
     # one restricted reader, which only a conversion that a user starts may use
     assert not re.search(r"\b(import|from) pickle\b", text) or path.stem == "record_pickle"
     assert not re.search(r"\bpickle\.(loads?|Unpickler)\(|torch\.load\(", text)
-    opens = re.search(r"importers(\.| import )(lingua\b|distributed_checkpoint)", text)
-    assert not opens or path.stem in ("convert", "lingua", "distributed_checkpoint")
+    readers = "lingua", "sparse_memory", "distributed_checkpoint"
+    opens = re.search(rf"importers(\.| import )({'|'.join(readers)})\b", text)
+    assert not opens or path.stem in ("convert", *readers)
 
 
 @pytest.mark.parametrize("path", FILES + TESTS, ids=name)

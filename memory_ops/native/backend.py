@@ -21,8 +21,8 @@ from memory_ops.native.tables import FORMATS, table_arguments
 from memory_ops.native.thread_team import TEAM
 from memory_ops.patches.token_patches import TokenPatches
 from memory_ops.row_formats import (
-    NotFiniteError,
     RowFormat,
+    RowRangeError,
     RowRecords,
     row_bytes,
     scale_offset,
@@ -155,7 +155,7 @@ class NativeBackend:
             FORMATS[row_format],
         )
         if wrong >= 0:
-            raise NotFiniteError(wrong)
+            raise RowRangeError(wrong, row_format)
         return records
 
     def group_rows(self, rows_THK: Tensor, weights_THK: Tensor) -> RowGroups:

@@ -23,6 +23,7 @@ struct DiskCounts {
 };
 
 constexpr size_t LOST_AFTER = 8;   // different rows that failed, without a success in between
+constexpr int64_t NO_LAYER = -1;   // of reads that no layer asked for
 constexpr int MOST_REFUSED = 256;  // hinted rows without a slot, because each search takes time
 constexpr int64_t PATIENCE_NS = std::chrono::nanoseconds(PATIENCE).count();
 
@@ -123,6 +124,29 @@ class DiskRows final : RowReadsOwner {
     reads_.begin();
   }
 
+  // Reads rows into slots that were never used, in this order, and waits for them. Evicts no row and
+  // counts no statistics; each row counts as used once. Ignores rows outside the table and failed
+  // reads, which a lookup of the row tries again.
+  void fill(const int64_t* rows, int64_t count) {
+    RowReads::Lock lock = reads_.lock();
+    layer_ = NO_LAYER;
+    reads_.collect();
+    bool is_ok = true;
+    for (int64_t i = 0; i < count && is_ok; i++) {
+      if ((uint64_t)rows[i] >= (uint64_t)from_.num_rows || slots_.find(rows[i]) != NO_SLOT) continue;
+      const int32_t slot = slots_.take_empty(rows[i]);
+      if (slot == NO_SLOT) break;
+      slots_.use(rows[i]);
+      states_[slot] = WANTED;
+      stamps_[slot] = 0;
+      num_unclaimed_++;
+      read(rows[i], slot);
+      while (!reads_.has_room() && is_ok) is_ok = reads_.wait(lock);
+    }
+    reads_.begin();
+    while (num_unclaimed_ && is_ok) is_ok = reads_.wait(lock);
+  }
+
   // Whether reads of LOST_AFTER different rows failed with permanent errors since the last success;
   // `error` is the last errno (0: the file ends before the row). One damaged row is not enough.
   bool is_lost(int* error) {
@@ -215,7 +239,7 @@ class DiskRows final : RowReadsOwner {
   }
 
   void read_ended(const RowRead& read, const uint8_t* bytes, int error) override {
-    counts_[read.layer].bytes += read.bytes;
+    if (read.layer != NO_LAYER) counts_[read.layer].bytes += read.bytes;
     num_unclaimed_ -= is_unclaimed(read.slot);
     uint8_t& state = states_[read.slot];
     if (bytes) {

@@ -35,6 +35,7 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "lookup_next": (_INT64, (_POINTER, ctypes.POINTER(ReadFailure))),
     "lookup_drop": (None, (_POINTER, _INT32)),
     "hint": (None, (_POINTER, _POINTER, _INT64, _INT64)),
+    "fill": (None, (_POINTER, _POINTER, _INT64)),
     "is_lost": (_INT32, (_POINTER, ctypes.POINTER(_INT32))),
     "num_layers": (_INT64, (_POINTER,)),
     "counts": (None, (_POINTER, _INT64, _POINTER)),
@@ -162,6 +163,13 @@ class DiskRows:
     def hint(self, rows: Tensor, *, layer: int) -> None:
         """Prefetch as many of the rows as fit, without waiting."""
         self._functions["hint"](self._open_rows, rows.data_ptr(), rows.numel(), layer)
+
+    def fill(self, rows: Tensor) -> None:
+        """Read contiguous int64 rows into unused slots, as many as there are, and wait for them.
+
+        Counts no statistics. Ignores failed reads: a lookup of the row tries again.
+        """
+        self._functions["fill"](self._open_rows, rows.data_ptr(), rows.numel())
 
     def fetcher(self, layer: int, on_progress: "ctypes._CFunctionType") -> RowFetcher:
         """Callbacks for a layer's lookups; valid until ``close`` and while both objects live."""

@@ -80,6 +80,10 @@ void memplus_disk_hint(void* self, const int64_t* rows, int64_t count, int64_t l
   ((DiskRows*)self)->hint(rows, count, layer);
 }
 
+void memplus_disk_fill(void* self, const int64_t* rows, int64_t count) {
+  ((DiskRows*)self)->fill(rows, count);
+}
+
 int32_t memplus_disk_is_lost(void* self, int32_t* error) {
   return ((DiskRows*)self)->is_lost(error);
 }

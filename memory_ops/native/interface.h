@@ -96,7 +96,7 @@ void memplus_sparse_adam(const uint8_t* data, int64_t num_rows, int64_t row_stri
 }
 
 // Writes `records`, the data of another table, and returns -1; or returns the first row with a
-// value that is not finite.
+// value that the records cannot hold.
 int64_t memplus_quantize_rows(const uint8_t* data, int64_t num_rows, int64_t row_stride,
                               int64_t value_dim, int64_t scale_offset, int32_t format,
                               uint8_t* records, int64_t row_bytes, int64_t records_scale_offset,

@@ -10,11 +10,13 @@
 namespace memplus {
 
 constexpr int64_t GROUP_VALUES = Int4Row::group, BLOCK_VALUES = Int4Row::line_values;
-constexpr int64_t BLOCK_WORDS = Int4Row::plane;
+constexpr int64_t BLOCK_WORDS = Int4Row::plane, BLOCK_GROUPS = BLOCK_VALUES / GROUP_VALUES;
 constexpr int32_t SIGN = (int32_t)0x80000000, INFINITE = 0x7f800000;
 // adding a number of up to 2^22 rounds it, half to even, into the low bits
 constexpr float ROUNDER = 12582912.0f;
 constexpr float INT8_RANGE = 127.0f, FP8_RANGE = 448.0f;
+// the bits of 8 * 65520, the least magnitude whose scale would be rounded to infinity
+constexpr int32_t INT4_ROW_LIMIT = 0x48fff000;
 
 struct Records {
   uint8_t* data;
@@ -47,14 +49,24 @@ inline int32_t largest_bits(const float* values, int64_t count) {
 
 inline float float_of(int32_t bits) { return load<float>(&bits); }
 
-// e4m3 codes of values up to 448: rounded half to even, below 2^-6 to whole multiples of 2^-9.
-inline ints e4m3_codes(floats values) {
+// The bits of values, which do not overflow, in a narrow floating format: rounded half to even.
+template <int EXPONENT_BITS, int FRACTION_BITS>
+inline ints narrow_bits(floats values) {
+  constexpr int cut = 23 - FRACTION_BITS, bias = (1 << (EXPONENT_BITS - 1)) - 1;
   const ints bits = (ints)values, size = bits & ~SIGN;
-  const ints normal = ((size + 0x7ffff + ((size >> 20) & 1)) >> 20) - (120 << 3);
-  const floats unit = splat(16384.0f);  // whose last bit is 2^-9
+  const ints kept = (size + ((1 << (cut - 1)) - 1) + ((size >> cut) & 1)) >> cut;
+  const ints normal = kept - ((127 - bias) << FRACTION_BITS);
+  // the power of two whose last bit is the format's smallest number
+  const floats unit = splat(float_of((127 + 24 - bias - FRACTION_BITS) << 23));
   const ints small = (ints)((floats)size + unit) - (ints)unit;
-  return (size < 0x3c800000 ? small : normal) | ((bits >> 24) & 0x80);
+  constexpr int32_t least_normal = (128 - bias) << 23;
+  const ints sign = (bits >> (31 - EXPONENT_BITS - FRACTION_BITS)) &
+                    (1 << (EXPONENT_BITS + FRACTION_BITS));
+  return (size < least_normal ? small : normal) | sign;
 }
+
+inline ints e4m3_codes(floats values) { return narrow_bits<4, 3>(values); }
+inline ints fp16_bits(floats values) { return narrow_bits<5, 10>(values); }
 
 // int8 or fp8 codes of some values, which zeros pad to whole vectors.
 inline void quantize_bytes(const float* values, int64_t count, float scale, int32_t format,
@@ -68,26 +80,25 @@ inline void quantize_bytes(const float* values, int64_t count, float scale, int3
   }
 }
 
+// The first value whose magnitude has the bits `most`; one of them does.
+inline float first_of_size(const float* values, int32_t most) {
+  while ((load<int32_t>(values) & ~SIGN) != most) values++;
+  return *values;
+}
+
 // A group's scale: the bf16 bits of its first value of largest magnitude, divided by -8. Values are
 // divided by the rounded scale.
 inline uint16_t group_scale(const float* values) {
-  const int32_t most = largest_bits(values, GROUP_VALUES);
-  int64_t at = 0;
-  while ((load<int32_t>(values + at) & ~SIGN) != most) at++;
-  return (uint16_t)round_to_bf16(splat(values[at] / -8))[0];
+  const float largest = first_of_size(values, largest_bits(values, GROUP_VALUES));
+  return (uint16_t)round_to_bf16(splat(largest / -8))[0];
 }
 
-// The words and scales of one int4 block.
-inline void quantize_block(const float* values, uint8_t* packed_words, uint8_t* packed_scales) {
-  uint16_t scales[BLOCK_VALUES / GROUP_VALUES];
-  for (int64_t group = 0; group * GROUP_VALUES < BLOCK_VALUES; group++)
-    scales[group] = group_scale(values + group * GROUP_VALUES);
-  std::memcpy(packed_scales, scales, sizeof scales);
+// The words of one int4 block, from the scales of its groups.
+inline void quantize_block(const float* values, const float* scales, uint8_t* packed_words) {
   for (int64_t word = 0; word < BLOCK_WORDS; word += LANES) {
     words packed{};
     for (int64_t plane = 0; plane < BLOCK_VALUES / BLOCK_WORDS; plane++) {
-      const uint16_t bits = scales[plane * BLOCK_WORDS / GROUP_VALUES];
-      const float scale = float_of((int32_t)((uint32_t)bits << 16));
+      const float scale = scales[plane * BLOCK_WORDS / GROUP_VALUES];
       ints codes = splat(8);
       if (scale != 0) {
         const floats scaled = load<floats>(values + plane * BLOCK_WORDS + word) / scale;
@@ -118,7 +129,43 @@ inline void for_each_block(const Table& table, const uint8_t* from, Body body) {
   }
 }
 
-// Returns whether all values are finite; otherwise the record is not written.
+// Words and scales of a record of int4 groups.
+template <class Row>
+inline void quantize_groups(const Table& table, const uint8_t* from, uint8_t* words,
+                            uint8_t* scales) {
+  for_each_block<Row>(table, from, [&](const float* values, int64_t first, int64_t) {
+    uint16_t bits[BLOCK_GROUPS];
+    float factors[BLOCK_GROUPS];
+    for (int64_t group = 0; group < BLOCK_GROUPS; group++) {
+      bits[group] = group_scale(values + group * GROUP_VALUES);
+      factors[group] = float_of((int32_t)((uint32_t)bits[group] << 16));
+    }
+    std::memcpy(scales + first / GROUP_VALUES * 2, bits, sizeof bits);
+    quantize_block(values, factors, words + first / 2);
+  });
+}
+
+// The same with one fp16 scale for the row. `most` has the bits of its largest magnitude.
+template <class Row>
+inline void quantize_whole_row(const Table& table, const uint8_t* from, int32_t most,
+                               uint8_t* words, uint8_t* scale) {
+  float largest = 0;
+  bool found = false;
+  for_each_block<Row>(table, from, [&](const float* values, int64_t, int64_t) {
+    if (found || largest_bits(values, BLOCK_VALUES) != most) return;
+    largest = first_of_size(values, most);
+    found = true;
+  });
+  const uint16_t bits = (uint16_t)fp16_bits(splat(largest / -8))[0];
+  std::memcpy(scale, &bits, sizeof bits);
+  float factors[BLOCK_GROUPS];
+  std::fill(factors, factors + BLOCK_GROUPS, Int4RowScaled::factors(scale, 1));
+  for_each_block<Row>(table, from, [&](const float* values, int64_t first, int64_t) {
+    quantize_block(values, factors, words + first / 2);
+  });
+}
+
+// Returns whether the format holds all values; otherwise the record is not written.
 template <class Row>
 inline bool quantize_row(const Table& table, const uint8_t* from, const Records& into,
                          uint8_t* record) {
@@ -126,13 +173,15 @@ inline bool quantize_row(const Table& table, const uint8_t* from, const Records&
   for_each_block<Row>(table, from, [&](const float* values, int64_t, int64_t) {
     most = std::max(most, largest_bits(values, BLOCK_VALUES));
   });
-  if (most >= INFINITE) return false;
+  if (most >= (into.format == INT4_ROW ? INT4_ROW_LIMIT : INFINITE)) return false;
   std::memset(record, 0, (size_t)into.row_bytes);
   uint8_t* scales = record + into.scale_offset;
   if (into.format == INT4) {
-    for_each_block<Row>(table, from, [&](const float* values, int64_t first, int64_t) {
-      quantize_block(values, record + first / 2, scales + first / GROUP_VALUES * 2);
-    });
+    quantize_groups<Row>(table, from, record, scales);
+    return true;
+  }
+  if (into.format == INT4_ROW) {
+    quantize_whole_row<Row>(table, from, most, record, scales);
     return true;
   }
   const float scale = float_of(most) / (into.format == INT8 ? INT8_RANGE : FP8_RANGE);
@@ -144,7 +193,7 @@ inline bool quantize_row(const Table& table, const uint8_t* from, const Records&
   return true;
 }
 
-// Returns the first row with a value that is not finite, or writes all records and returns -1.
+// Returns the first row that the format cannot hold, or writes all records and returns -1.
 inline int64_t quantize_rows(const Table& table, const Records& into) {
   constexpr int64_t none = std::numeric_limits<int64_t>::max();
   std::atomic<int64_t> wrong{none};

@@ -69,6 +69,13 @@ class RowSlots {
     return slot;
   }
 
+  // The same for an empty slot: NO_SLOT instead of an eviction.
+  int32_t take_empty(int64_t row) {
+    if (num_filled_ == size()) return NO_SLOT;
+    assign(num_filled_, row);
+    return num_filled_++;
+  }
+
   // Empties a slot, for example because its row could not be read.
   void forget(int32_t slot) {
     uint64_t place = home(rows_[slot]);

@@ -8,7 +8,7 @@
 namespace memplus {
 
 // the codes of backend.py
-enum Format : int32_t { FP32, FP16, BF16, INT8, FP8, INT4 };
+enum Format : int32_t { FP32, FP16, BF16, INT8, FP8, INT4, INT4_ROW };
 
 struct Table {
   const uint8_t* data;
@@ -113,10 +113,34 @@ struct Fp8Row : ByteRow<Fp8Row> {
 };
 
 // Blocks of 128 values: 16 words, in which bits 4 p to 4 p + 3 are values 16 p to 16 p + 15.
-struct Int4Row {
+struct Int4Codes {
   static constexpr bool in_halves = false;
   static constexpr int64_t line_values = 2 * LINE;
   static constexpr int64_t plane = 16;  // values in the same bits of a block
+
+  Int4Codes(const uint8_t* row, uint64_t at)
+      : words_(row + at / line_values * LINE + at % plane * 4),
+        bits_((int)(at % line_values / plane * 4)) {}
+  floats codes(int64_t offset) const {
+    const words unshifted = load<words>(words_ + offset % plane * 4);
+    const words shifted = unshifted >> bits_ >> (int)(offset / plane * 4);
+#if defined(__AVX512F__)
+    // the permutation uses only the lowest four bits
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return (floats)_mm512_permutexvar_ps((__m512i)shifted, values);
+#else
+    return to_float((ints)(shifted & 15) - 8);
+#endif
+  }
+  floats last_codes(int64_t offset, int64_t) const { return codes(offset); }
+
+ private:
+  const uint8_t* words_;
+  int bits_;
+};
+
+// One bf16 scale for each group.
+struct Int4Row : Int4Codes {
   static constexpr int64_t group = 32;  // values that share a scale
   static constexpr int64_t scaled_values = LINE / 2 * group;  // whose scales fill a line
 
@@ -132,27 +156,28 @@ struct Int4Row {
   }
 
   Int4Row(const uint8_t* row, uint64_t at, const Factors& factors)
-      : words_(row + at / line_values * LINE + at % plane * 4),
-        bits_((int)(at % line_values / plane * 4)),
-        factors_(factors.of + at % scaled_values / group) {}
-  floats codes(int64_t offset) const {
-    const words unshifted = load<words>(words_ + offset % plane * 4);
-    const words shifted = unshifted >> bits_ >> (int)(offset / plane * 4);
-#if defined(__AVX512F__)
-    // the permutation uses only the lowest four bits
-    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return (floats)_mm512_permutexvar_ps((__m512i)shifted, values);
-#else
-    return to_float((ints)(shifted & 15) - 8);
-#endif
-  }
-  floats last_codes(int64_t offset, int64_t) const { return codes(offset); }
+      : Int4Codes(row, at), factors_(factors.of + at % scaled_values / group) {}
   const float& factor(int64_t offset) const { return factors_[offset / group]; }
 
  private:
-  const uint8_t* words_;
-  int bits_;
   const float* factors_;
+};
+
+// One fp16 scale for the row, in a cache line that has no other data.
+struct Int4RowScaled : Int4Codes {
+  typedef float Factors;
+  static constexpr int64_t scaled_values = ALL_VALUES;
+
+  static Factors factors(const uint8_t* scale, float weight) {
+    return weight * load_fp16(scale)[0];
+  }
+
+  Int4RowScaled(const uint8_t* row, uint64_t at, const Factors& factor)
+      : Int4Codes(row, at), factor_(splat(factor)) {}
+  floats factor(int64_t) const { return factor_; }
+
+ private:
+  floats factor_;
 };
 
 // The scales of the `scaled_values` columns of a row that `at` is one of.
@@ -171,6 +196,7 @@ inline void with_row_type(int32_t format, Body body) {
     case INT8: return body((Int8Row*)nullptr);
     case FP8: return body((Fp8Row*)nullptr);
     case INT4: return body((Int4Row*)nullptr);
+    case INT4_ROW: return body((Int4RowScaled*)nullptr);
   }
 }
 

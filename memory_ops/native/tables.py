@@ -9,7 +9,7 @@ from memory_ops.row_formats import RowRecords, scale_offset
 
 # the codes of row_table.h
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-FORMATS = {"int8": 3, "fp8": 4, "int4": 5}
+FORMATS = {"int8": 3, "fp8": 4, "int4": 5, "int4_row": 6}
 
 
 class NativeTable(ctypes.Structure):

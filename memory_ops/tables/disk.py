@@ -26,6 +26,7 @@ from memory_ops.tables.value_table import TableReadError
 _DEPTH = 256  # reads in flight; a deeper queue makes the submitting thread wait
 _THREADS = 16  # if io_uring is not available
 _MOST_SLOTS = 2**31 - 2
+_FILLED_TOGETHER = 2**16
 # bookkeeping of a slot, in addition to its row
 _SLOT_BYTES = 40
 
@@ -131,6 +132,15 @@ class DiskTable:
         if rows.dtype is not torch.int64 or not rows.is_cpu:
             raise ValueError(f"rows: expected int64 on the CPU, got {rows.dtype}")
         self.rows.hint(rows.contiguous(), layer=layer)
+
+    def fill_cache(self, rows: Tensor) -> None:
+        """Read int64 row ids ``[L]``, most read first, into unused slots; wait for the reads.
+
+        Statistics do not count it. Rows outside the table and rows that cannot be read are skipped.
+        """
+        # in parts, so that Python handles signals between them
+        for part in torch.split(rows[: self.num_slots].contiguous(), _FILLED_TOGETHER):
+            self.rows.fill(part)
 
     def watch(self, on_progress: Callable[[], None]) -> None:
         self._watchers.append(on_progress)

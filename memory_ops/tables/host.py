@@ -117,10 +117,21 @@ class HostTable:
         """
         if rows.dtype is not torch.int64:
             raise ValueError(f"rows: expected int64 row ids, got {rows.dtype}")
+        self._prefetch(self._cache.hint, rows, layer)
+
+    def fill_cache(self, rows: Tensor, layer: int = 0) -> None:
+        """Prefetch int64 row ids ``[L]``, most read first, into the unused cache.
+
+        Raises:
+            ValueError: the layer is outside the cache's layers.
+        """
+        self._prefetch(self._cache.fill, rows.to(self._cache.device), layer)
+
+    def _prefetch(self, prefetch: Callable[[Tensor, int], None], rows: Tensor, layer: int) -> None:
         self._cache.check_hint(rows, layer)
         side = self._streams.side
         side.wait(self._streams.caller().record())
-        side.run(lambda: self._cache.hint(rows, layer))
+        side.run(lambda: prefetch(rows, layer))
         side.keep(rows)
 
     def watch(self, on_progress: Callable[[], None]) -> None:

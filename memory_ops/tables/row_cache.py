@@ -125,6 +125,16 @@ class RowCache:
         if rows.numel():
             self._place(rows.flatten()[: self._num_overflow], layer, is_hint=True)
 
+    def fill(self, rows: Tensor, layer: int) -> None:
+        """Prefetch int64 ``rows``, most read first, into an unused cache, up to its capacity.
+
+        Of the rows that share a set, those that do not fit are left out.
+        """
+        parts = torch.split(rows.flatten()[: self.capacity], self._num_overflow)
+        # in a full set, hints evict rows of earlier hints
+        for part in reversed(parts):
+            self.hint(part, layer)
+
     def check_hint(self, rows: Tensor, layer: int) -> None:
         """Raise ValueError if the rows are on another device, or ``layer`` is out of range."""
         if rows.device != self.device:

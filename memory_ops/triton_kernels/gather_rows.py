@@ -18,12 +18,13 @@ from memory_ops.triton_kernels.launch import RowLaunch, on_device_of
 from memory_ops.triton_kernels.table_view import (
     TableView,
     ValueKind,
+    has_int4_words,
     row_values,
     table_view,
     times_row_scale,
 )
 
-# by the kind of the table's values; int4 kernels require the 16 words of a block
+# by the kind of the table's values; kernels of int4 words require the 16 of a block
 GATHER_LAUNCHES: dict[ValueKind, RowLaunch] = {
     "fp32": RowLaunch(rows=64, columns=64),
     "fp16": RowLaunch(rows=64, columns=64),
@@ -31,6 +32,8 @@ GATHER_LAUNCHES: dict[ValueKind, RowLaunch] = {
     "int8": RowLaunch(rows=64, columns=128),
     "fp8": RowLaunch(rows=64, columns=128),
     "int4": RowLaunch(rows=64, columns=16),
+    # one warp would spill on sm_100
+    "int4_row": RowLaunch(rows=64, columns=16, num_warps=2),
 }
 
 
@@ -73,7 +76,7 @@ def gather_rows_into(out_TV: Tensor, table: Table, rows_THK: Tensor, weights_THK
 
 def _launch(view: TableView, rows_TC: Tensor, weights_TC: Tensor, out_TV: Tensor) -> None:
     launch = GATHER_LAUNCHES[view.kind]
-    kernel = sum_int4_rows if view.kind == "int4" else _sum_rows
+    kernel = sum_int4_rows if has_int4_words(view.kind) else _sum_rows
     with on_device_of(rows_TC):
         kernel[(len(rows_TC), triton.cdiv(view.width, launch.columns))](
             view.values,

@@ -1,8 +1,9 @@
-"""Kernels of ``gather_rows`` and ``row_dots`` for int4 records, which are words of eight values.
+"""Kernels of ``gather_rows`` and ``row_dots`` for records of int4 words, eight values each.
 
 A plane is the values at one position in the words; the planes of a word belong to eight distant
 columns (see ``row_formats``). The kernels sum or multiply each plane separately, because column
-order would require moves between lanes.
+order would require moves between lanes. int4 has a scale for each group of columns, int4_row one
+for each row.
 """
 
 # triton and its kernels are untyped
@@ -11,7 +12,7 @@ order would require moves between lanes.
 import triton
 import triton.language as tl
 
-from memory_ops.triton_kernels.table_view import small_int_to_fp32
+from memory_ops.triton_kernels.table_view import small_int_to_fp32, times_row_scale
 
 # words of a block; one int64 holds the scales of its four groups
 BLOCK_WORDS = tl.constexpr(16)
@@ -35,7 +36,7 @@ def sum_int4_rows(
     BLOCK: tl.constexpr,
 ):
     """out[t, v] = sum over c of weights[t, c] * table[rows[t, c], v], for one block of words."""
-    tl.static_assert(KIND == "int4")
+    tl.static_assert(KIND == "int4" or KIND == "int4_row")
     tl.static_assert(BLOCK == BLOCK_WORDS and WIDTH % BLOCK == 0, "a program reads one block")
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     words = tl.arange(0, BLOCK)
@@ -46,17 +47,20 @@ def sum_int4_rows(
         live = choices < num_choices
         rows = tl.load(rows_ptr + token * num_choices + choices, mask=live, other=0)
         weights = tl.load(weights_ptr + token * num_choices + choices, mask=live, other=0.0)
-        weights = weights.to(tl.float32)
-        scales = tl.load(scales_ptr + rows * SCALE_STRIDE + SCALE_START + block, mask=live, other=0)
+        weights = times_row_scale(
+            weights.to(tl.float32), scales_ptr, rows, live, SCALE_STRIDE, SCALE_START, KIND
+        )
+        offsets = rows * SCALE_STRIDE + SCALE_START + block
+        scales = _group_scales(scales_ptr, offsets, live, KIND)
         offsets = rows[:, None] * ROW_STRIDE + block * BLOCK + words[None, :]
         bits = tl.load(words_ptr + offsets, mask=live[:, None], other=0)
-        low, high = _weighted(bits, weights * _scale(scales, 0), 0)
+        low, high = _weighted(bits, _scaled(weights, scales, 0, KIND), 0)
         sums0, sums1 = sums0 + low, sums1 + high
-        low, high = _weighted(bits, weights * _scale(scales, 1), 1)
+        low, high = _weighted(bits, _scaled(weights, scales, 1, KIND), 1)
         sums2, sums3 = sums2 + low, sums3 + high
-        low, high = _weighted(bits, weights * _scale(scales, 2), 2)
+        low, high = _weighted(bits, _scaled(weights, scales, 2, KIND), 2)
         sums4, sums5 = sums4 + low, sums5 + high
-        low, high = _weighted(bits, weights * _scale(scales, 3), 3)
+        low, high = _weighted(bits, _scaled(weights, scales, 3, KIND), 3)
         sums6, sums7 = sums6 + low, sums7 + high
     places = block * BLOCK + words
     out_ptr += token * VALUE_DIM
@@ -85,7 +89,7 @@ def dot_int4_rows(
     BLOCK: tl.constexpr,
 ):
     """dots[t, c] = sum over v of table[rows[t, c], v] * x[t, v]."""
-    tl.static_assert(KIND == "int4")
+    tl.static_assert(KIND == "int4" or KIND == "int4_row")
     token = tl.program_id(0).to(tl.int64)
     choices = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     live = choices < num_choices
@@ -97,12 +101,19 @@ def dot_int4_rows(
         mask = live[:, None] & (places < WIDTH)[None, :]
         bits = tl.load(words_ptr + rows[:, None] * ROW_STRIDE + places[None, :], mask=mask, other=0)
         offsets = rows[:, None] * SCALE_STRIDE + SCALE_START + places[None, :] // BLOCK_WORDS
-        scales = tl.load(scales_ptr + offsets, mask=mask, other=0)
-        sums += _products(bits, x_ptr, places, VALUE_DIM, 0) * _scale(scales, 0)
-        sums += _products(bits, x_ptr, places, VALUE_DIM, 1) * _scale(scales, 1)
-        sums += _products(bits, x_ptr, places, VALUE_DIM, 2) * _scale(scales, 2)
-        sums += _products(bits, x_ptr, places, VALUE_DIM, 3) * _scale(scales, 3)
-    tl.store(dots_ptr + token * num_choices + choices, tl.sum(sums, axis=1), mask=live)
+        scales = _group_scales(scales_ptr, offsets, mask, KIND)
+        products = _products(bits, x_ptr, places, VALUE_DIM, 0)
+        sums += _scaled(products, scales, 0, KIND)
+        products = _products(bits, x_ptr, places, VALUE_DIM, 1)
+        sums += _scaled(products, scales, 1, KIND)
+        products = _products(bits, x_ptr, places, VALUE_DIM, 2)
+        sums += _scaled(products, scales, 2, KIND)
+        products = _products(bits, x_ptr, places, VALUE_DIM, 3)
+        sums += _scaled(products, scales, 3, KIND)
+    dots = times_row_scale(
+        tl.sum(sums, axis=1), scales_ptr, rows, live, SCALE_STRIDE, SCALE_START, KIND
+    )
+    tl.store(dots_ptr + token * num_choices + choices, dots, mask=live)
 
 
 @triton.jit
@@ -141,10 +152,21 @@ def _codes(bits, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _scale(scales, GROUP: tl.constexpr):
-    """A group's bf16 scale, one of the four in an int64, as fp32."""
-    bits = ((scales >> (16 * GROUP)) & 0xFFFF).to(tl.int32) << 16
-    return bits.to(tl.float32, bitcast=True)
+def _group_scales(scales_ptr, offsets, mask, KIND: tl.constexpr):
+    """The four bf16 scales of each block in an int64; int4_row has none, and nothing is read."""
+    scales = offsets
+    if KIND == "int4":
+        scales = tl.load(scales_ptr + offsets, mask=mask, other=0)
+    return scales
+
+
+@triton.jit
+def _scaled(factors, scales, GROUP: tl.constexpr, KIND: tl.constexpr):
+    """Factors times a group's scale; int4_row has none."""
+    if KIND == "int4":
+        bits = ((scales >> (16 * GROUP)) & 0xFFFF).to(tl.int32) << 16
+        factors *= bits.to(tl.float32, bitcast=True)
+    return factors
 
 
 @triton.jit

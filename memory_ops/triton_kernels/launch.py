@@ -2,7 +2,7 @@
 
 They are the fastest of a few candidates timed on an H100 with triton 3.6. Compiled with triton 3.7
 they spill no registers on any target. Rows are loaded 128 bits at a time, with many loads in
-flight. Configurations for fp16, fp8 dots and gradients have not been timed.
+flight. Configurations for fp16, int4_row, fp8 dots and gradients have not been timed.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class RowLaunch:
 
     Attributes:
         rows: rows per tile; registers limit how many are in flight at once.
-        columns: contiguous values of each row; for int4, words of eight values.
+        columns: contiguous values of each row; for both int4 kinds, words of eight values.
         num_warps: warps per program.
     """
 

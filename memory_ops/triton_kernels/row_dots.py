@@ -18,13 +18,14 @@ from memory_ops.triton_kernels.launch import RowLaunch, constant_row_stride, on_
 from memory_ops.triton_kernels.table_view import (
     TableView,
     ValueKind,
+    has_int4_words,
     row_values,
     table_view,
     times_row_scale,
     value_kind,
 )
 
-# by the kind of the table's values; columns of int4 are words
+# by the kind of the table's values; columns of both int4 kinds are words
 DOT_LAUNCHES: dict[ValueKind, RowLaunch] = {
     "fp32": RowLaunch(rows=2, columns=512),
     "fp16": RowLaunch(rows=2, columns=512),
@@ -32,6 +33,7 @@ DOT_LAUNCHES: dict[ValueKind, RowLaunch] = {
     "int8": RowLaunch(rows=2, columns=512),
     "fp8": RowLaunch(rows=2, columns=512),
     "int4": RowLaunch(rows=2, columns=128),
+    "int4_row": RowLaunch(rows=2, columns=128),
 }
 
 
@@ -76,7 +78,7 @@ def row_dots_into(dots_THK: Tensor, table: Table, rows_THK: Tensor, x_TV: Tensor
 def _launch(view: TableView, rows_TC: Tensor, x_TV: Tensor, dots_TC: Tensor) -> None:
     launch = DOT_LAUNCHES[view.kind]
     num_tokens, num_choices = rows_TC.shape
-    kernel = dot_int4_rows if view.kind == "int4" else _dot_rows
+    kernel = dot_int4_rows if has_int4_words(view.kind) else _dot_rows
     with on_device_of(rows_TC):
         kernel[(num_tokens, triton.cdiv(num_choices, launch.rows))](
             view.values,

@@ -14,16 +14,27 @@ from torch import Tensor
 from memory_ops.checks import Table, table_shape
 from memory_ops.row_formats import RowRecords, scale_offset
 
-ValueKind = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
+ValueKind = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "int4_row"]
 
 KINDS: dict[torch.dtype, ValueKind] = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
 }
-# kernels read four int4 scales at once: one 64-bit word per block of 128 values
-_CODES = {"int8": torch.int8, "fp8": torch.int8, "int4": torch.int32}
-_SCALES = {"int8": torch.float32, "fp8": torch.float32, "int4": torch.int64}
+# kernels read four int4 scales at once: one 64-bit word per block of 128 values; and the scale of
+# int4_row with the two bytes of padding after it
+_CODES = {
+    "int8": torch.int8,
+    "fp8": torch.int8,
+    "int4": torch.int32,
+    "int4_row": torch.int32,
+}
+_SCALES = {
+    "int8": torch.float32,
+    "fp8": torch.float32,
+    "int4": torch.int64,
+    "int4_row": torch.int32,
+}
 
 # e4m3 bits decoded as fp16 are too small by 2**8, because the exponent biases are 7 and 15
 FP8_FACTOR = tl.constexpr(256.0)
@@ -36,10 +47,11 @@ class TableView:
     Attributes:
         kind: format of the values; it selects kernels and launches.
         values: ``[R, ...]``: the values, int8 codes, or int32 words of eight int4 values.
-        scales: None, or the same memory as fp32 scales, or as int64 words of four bf16 scales.
+        scales: None, or the same memory as fp32 scales, as int64 words of four bf16 scales, or as
+            int32 words whose low half is an fp16 scale.
         value_dim: V.
         width: elements of ``values`` that kernels read per row: V, rounded up to whole 128-bit
-            loads for records; for int4, the words of all blocks.
+            loads for records; for both int4 kinds, the words of all blocks.
         row_stride: row stride in elements of ``values``.
         scale_stride: row stride in elements of ``scales``.
         scale_start: offset of a row's first scale in elements of ``scales``.
@@ -100,6 +112,11 @@ def value_kind(name: str, values: Tensor) -> ValueKind:
     return kind
 
 
+def has_int4_words(kind: ValueKind) -> bool:
+    """Whether values are words of eight int4 values, which other kernels read."""
+    return kind in ("int4", "int4_row")
+
+
 def _records_view(table: RowRecords) -> TableView:
     records_RB, kind = table.records_RB, table.row_format
     stride, offset = records_RB.stride(0), records_RB.storage_offset()
@@ -115,7 +132,7 @@ def _records_view(table: RowRecords) -> TableView:
         values,
         scales,
         table.value_dim,
-        width=codes_end // 4 if kind == "int4" else -(-table.value_dim // 16) * 16,
+        width=codes_end // 4 if has_int4_words(kind) else -(-table.value_dim // 16) * 16,
         row_stride=values.stride(0),
         scale_stride=scales.stride(0),
         scale_start=codes_end // scales.element_size(),
@@ -124,7 +141,7 @@ def _records_view(table: RowRecords) -> TableView:
 
 @triton.jit
 def row_values(values_ptr, rows, columns, mask, ROW_STRIDE: tl.constexpr, KIND: tl.constexpr):
-    """Values of some rows as fp32, ``[rows, columns]``, 0 where masked. Not for int4.
+    """Values of some rows as fp32, ``[rows, columns]``, 0 where masked. Not for words of int4.
 
     Args:
         rows: int64 row ids, so that offsets are int64 too.
@@ -149,12 +166,15 @@ def times_row_scale(
     SCALE_START: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """One factor per row, multiplied by the row's scale if the kind is int8 or fp8.
+    """One factor per row, multiplied by the row's scale if the kind has one per row.
 
     So kernels apply the scale once per row instead of once per value.
     """
-    if KIND == "int8" or KIND == "fp8":
-        factors *= tl.load(scales_ptr + rows * SCALE_STRIDE + SCALE_START, mask=live, other=0.0)
+    if KIND == "int8" or KIND == "fp8" or KIND == "int4_row":
+        scales = tl.load(scales_ptr + rows * SCALE_STRIDE + SCALE_START, mask=live, other=0)
+        if KIND == "int4_row":
+            scales = scales.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        factors *= scales
     if KIND == "fp8":
         factors *= FP8_FACTOR
     return factors

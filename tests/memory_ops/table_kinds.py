@@ -10,6 +10,7 @@ from memory_ops.row_formats import (
     RowRecords,
     dequantize_rows,
     quantize_rows,
+    scale_bytes,
     scale_offset,
 )
 from tests.conftest import TOLERANCE
@@ -42,12 +43,9 @@ def with_padding_filled(table: RowRecords) -> RowRecords:
     """The same records with nonzero bytes in their padding."""
     records_RB = table.records_RB.clone()
     start = scale_offset(table.row_format, table.value_dim)
-    if table.row_format == "int4":
-        # 8 bytes of scales for every 64 bytes of values
-        records_RB[:, start + start // 8 :] = 0x5A
-    else:
+    if table.row_format in ("int8", "fp8"):
         records_RB[:, table.value_dim : start] = 0x5A
-        records_RB[:, start + 4 :] = 0x5A
+    records_RB[:, start + scale_bytes(table.row_format, table.value_dim) :] = 0x5A
     return RowRecords(records_RB, table.row_format, table.value_dim)
 
 
@@ -65,11 +63,11 @@ def with_gaps(table: Table) -> Table:
 def vast_table(kind: str, last_RV: Tensor) -> Table:
     """A table of more than 2**31 elements: zeros that use no memory, then ``last_RV``.
 
-    Elements are the units of a kernel's offsets: for int4, words of 32 bits.
+    Elements are the units of a kernel's offsets: for both int4 kinds, words of 32 bits.
     """
     last = table_of(kind, last_RV)
     part_RC = last.records_RB if isinstance(last, RowRecords) else last
-    step = part_RC.shape[1] // 4 if kind == "int4" else part_RC.shape[1]
+    step = part_RC.shape[1] // 4 if kind in ("int4", "int4_row") else part_RC.shape[1]
     whole_RC = anonymous_zeros((2**31 // step + len(part_RC), part_RC.shape[1]), part_RC.dtype)
     whole_RC[-len(part_RC) :] = part_RC
     if isinstance(last, RowRecords):

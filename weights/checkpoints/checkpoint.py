@@ -14,7 +14,6 @@ from engine.model.config import ModelConfig
 from engine.model.grouped_layers import groupable, use_groups
 from engine.model.grouped_weights import GroupFormat
 from engine.model.transformer import Transformer
-from memory_ops.tables.value_table import ValueTable
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json, read_config
 from weights.checkpoints.gpu_tier import naming_lack_of_memory
 from weights.checkpoints.model_weights import (
@@ -25,9 +24,10 @@ from weights.checkpoints.model_weights import (
     weight_bytes,
 )
 from weights.checkpoints.new_folder import new_folder, write_synced
+from weights.checkpoints.placed_tables import placed_tables
 from weights.checkpoints.stored_groups import stored_formats
-from weights.checkpoints.table_files import OUTPUT_DTYPES, RowLayout, table_shape
-from weights.checkpoints.table_loading import load_tables, open_tables, table_layouts
+from weights.checkpoints.table_files import OUTPUT_DTYPES, table_shape
+from weights.checkpoints.table_loading import table_layouts
 from weights.checkpoints.table_origin import table_origin
 from weights.checkpoints.tensor_files import (
     DTYPES,
@@ -185,7 +185,8 @@ def load_model(
     with naming_lack_of_memory(device, needed, row_bytes, is_cached=table_cache is not None):
         model = _read_model(config.model, stored, chosen, device, keep_stored)
         if tables:
-            placed = _tables(tables, layouts, config.model, table_cache, device, verify_tables)
+            options = config.model, table_cache, device
+            placed = placed_tables(folder, tables, layouts, *options, verify=verify_tables)
             model.attach_tables(placed)
     if device.type == "cuda":
         # return staging memory to the GPU: the executor measures what is left
@@ -218,26 +219,6 @@ def _read_model(
     model.load_state_dict(weights, assign=True)
     model.rope_frequencies = model.rope_frequencies.to(device)
     return model
-
-
-def _tables(
-    stored: list[StoredTensor],
-    layouts: Mapping[str, RowLayout],
-    config: ModelConfig,
-    cache: int | None,
-    device: torch.device,
-    verify: bool,
-) -> dict[str, ValueTable]:
-    """The tables of a model in the tier that ``cache`` and ``device`` give; see ``load_model``."""
-    assert config.memory is not None
-    if cache is None:
-        return load_tables(stored, layouts, device, verify=verify)
-    if device.type == "cpu":
-        return open_tables(stored, layouts, config.memory, cache, verify=verify)
-    # only a GPU needs triton, which may be absent elsewhere
-    from weights.checkpoints.host_tables import load_host_tables
-
-    return load_host_tables(stored, layouts, config, cache, device, verify=verify)
 
 
 def save_checkpoint(

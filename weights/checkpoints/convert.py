@@ -18,11 +18,14 @@ from weights.checkpoints.checkpoint import (
     save_checkpoint,
     table_origins,
 )
+from weights.checkpoints.hot_rows import HOT_ROWS_FILE
 from weights.checkpoints.importers.gguf import read_gguf
 from weights.checkpoints.importers.gguf_files import files_version, is_gguf
 from weights.checkpoints.importers.imported_model import ImportedModel
 from weights.checkpoints.importers.lingua import read_lingua
 from weights.checkpoints.importers.lingua_files import weights_folder
+from weights.checkpoints.importers.sparse_memory import read_sparse_memory
+from weights.checkpoints.importers.sparse_memory_files import is_sparse_memory
 from weights.checkpoints.stored_groups import (
     dense_sources,
     embedding_dtype,
@@ -66,8 +69,8 @@ def convert(
     progress on stderr.
 
     Args:
-        source: a ``.gguf`` file, a checkpoint folder, or the folder of a training run of
-            facebookresearch/memory.
+        source: a ``.gguf`` file, a checkpoint folder, the folder of a training run of
+            facebookresearch/memory, or a folder of sparse-memory-lm.
         target: folder to create.
         dtype: one of ``OUTPUT_DTYPES``, which all weights get, those in groups too; None keeps
             each tensor's dtype (see ``read_gguf``).
@@ -115,7 +118,7 @@ def convert(
 def _imported(
     source: Path, dtype: str | None, table_dtype: str | None, tokenizer: Path | None
 ) -> ImportedModel:
-    if weights_folder(source) is not None:
+    if is_sparse_memory(source) or weights_folder(source) is not None:
         return _imported_run(source, dtype, table_dtype, tokenizer)
     if tokenizer is not None:
         raise ConfigError(f"tokenizer: {source} is not a training run's folder")
@@ -133,6 +136,8 @@ def _imported_run(
 ) -> ImportedModel:
     if tokenizer is None:
         raise ConfigError(f"tokenizer: {source} has none; give the folder of its tokenizer")
+    if is_sparse_memory(source):
+        return read_sparse_memory(source, tokenizer, dtype, table_dtype)
     table_dtype = table_dtype or dtype
     if table_dtype is not None and table_dtype not in OUTPUT_DTYPES:
         raise ConfigError(
@@ -162,7 +167,8 @@ def read_folder(
     config = replace(config, dtype=embedding_dtype(sources) or config.dtype)
     sources.sort(key=attrgetter("name"))
     sources += [_table(stored[name], table_dtype or dtype, table_dtype) for name in tables]
-    files = {name: folder / name for name in (*TOKENIZER_FILES, "generation_config.json")}
+    names = *TOKENIZER_FILES, "generation_config.json", HOT_ROWS_FILE
+    files = {name: folder / name for name in names}
     extra_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
     return ImportedModel(config, sources, extra_files)
 

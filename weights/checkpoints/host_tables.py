@@ -1,6 +1,7 @@
 """Loads value tables into page-locked host memory, for a GPU that caches their rows."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 
 import torch
 
@@ -23,6 +24,7 @@ def load_host_tables(
     device: torch.device,
     *,
     verify: bool = False,
+    hot_rows: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, ValueTable]:
     """Tables of the host tier, by name; they share the row cache evenly.
 
@@ -35,6 +37,7 @@ def load_host_tables(
         cache_bytes: the GPU's memory for the row caches of all tables.
         device: the GPU.
         verify: compare their data with the checksums in their files.
+        hot_rows: row ids by table, most read first, with which the caches begin.
 
     Raises:
         CheckpointError: a table cannot be read, fails its checksum, or a row cannot be converted.
@@ -53,8 +56,15 @@ def load_host_tables(
             rows = rows_in_memory(one, layout, "host", progress.update, verify=verify)
             table = _page_locked(rows, layout, share, device, config.num_layers)
             check_holds_a_token(table, config.memory, one.name)
+            if hot_rows and one.name in hot_rows:
+                table.fill_cache(hot_rows[one.name], _first_layer(config, one.name))
             tables[one.name] = table
     return tables
+
+
+def _first_layer(config: ModelConfig, table: str) -> int:
+    """The first memory layer that reads a table, whose statistics count its first rows."""
+    return next(i for i in config.memory_layers if table in astuple(config.layer_tables(i)))
 
 
 def _page_locked(

@@ -1,5 +1,6 @@
 """Opens value tables for serving: loads and converts them into memory, or opens their files."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -23,6 +24,8 @@ from weights.checkpoints.table_files import (
 )
 from weights.checkpoints.tensor_files import StoredTensor, checksum_key, read_parts
 from weights.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 # tables smaller than this load too fast for a progress bar
 _MIN_PROGRESS_BYTES = 256 * 2**20
@@ -78,6 +81,7 @@ def open_tables(
     cache_bytes: int,
     *,
     verify: bool = False,
+    hot_rows: Mapping[str, Tensor] | None = None,
 ) -> dict[str, ValueTable]:
     """Tables of the disk tier, by name; they share the row cache evenly.
 
@@ -87,6 +91,7 @@ def open_tables(
         memory: shapes of the memory layers.
         cache_bytes: bytes of row cache for all tables.
         verify: read all data once and compare them with the checksums in their files.
+        hot_rows: row ids by table, most read first, with which the caches begin.
 
     Raises:
         CheckpointError: a file cannot be read by the disk tier, or fails its checksum.
@@ -103,15 +108,17 @@ def open_tables(
                 f" `memplus quantize {one.file.parent} DST --table-dtype {wanted}`"
             )
     share = cache_bytes // len(stored)
-    tables: dict[str, ValueTable] = {
-        one.name: _open(one, layouts[one.name], memory, share) for one in stored
-    }
+    opened = {one.name: _open(one, layouts[one.name], memory, share) for one in stored}
     if verify:
         with progress_bar("checksums", stored) as progress:
             for one in stored:
                 for part in read_parts(one, verify=True):
                     progress.update(part.nbytes)
-    return tables
+    for name, rows in (hot_rows or {}).items():
+        num_rows = min(len(rows), opened[name].num_slots)
+        logger.info("%s: reading %d hot rows into its row cache", name, num_rows)
+        opened[name].fill_cache(rows)
+    return {**opened}
 
 
 def rows_in_memory(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from weights.checkpoints.importers.gguf_files import files_version, is_gguf
 from weights.checkpoints.importers.lingua_files import weights_folder
+from weights.checkpoints.importers.sparse_memory_files import is_sparse_memory
 from weights.errors import CheckpointError, ModelNotFoundError
 from weights.models.hub import download, hub_model
 
@@ -83,7 +84,7 @@ def find_model(name: str, cache_folder: Path) -> ModelFolder:
     path = Path(name).expanduser()
     try:
         if path.is_dir():
-            if weights_folder(path) is not None:
+            if is_sparse_memory(path) or weights_folder(path) is not None:
                 raise ModelNotFoundError(
                     f"{name}: is the folder of a training run; make a checkpoint folder of it with"
                     " `memplus convert`"

@@ -47,7 +47,7 @@ def test_an_empty_lookup_gives_zeros(shape):
     torch.testing.assert_close(out, torch.zeros(shape[0], 8))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "int4_row"])
 def test_offsets_pass_2_to_the_31(kind):
     last = torch.randn(3, 100)
     table = vast_table(kind, last)

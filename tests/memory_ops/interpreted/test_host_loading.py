@@ -87,6 +87,18 @@ def test_a_model_reads_loaded_tables_through_its_cache(folder, locked, dtype, ro
     assert len(counted) == 3 and all(one.lookups == 1 and one.misses for one in counted)
 
 
+def test_caches_begin_with_the_hot_rows(folder, locked):
+    hot_rows = {"memory.table": torch.tensor([7, 2])}
+    table = loaded(folder, cache_bytes(128, 6), hot_rows=hot_rows)["memory.table"]
+    other = loaded(folder, cache_bytes(128, 6))["memory.table"]
+    rows, weights = torch.tensor([[[7, 2]]]), torch.rand(1, 1, 2)
+    table.start(rows, weights).finish()
+    other.start(rows, weights).finish()
+    counted = table.statistics()[0]
+    assert (counted.hits, counted.misses, counted.prefetched_used) == (2, 0, 2)
+    assert other.statistics()[0].misses == 2
+
+
 def test_a_model_on_a_gpu_is_loaded_with_tables_in_host_memory(folder, locked):
     # meta tensors stand for those of a GPU
     model, _ = load_model(folder, table_cache=cache_bytes(128, 6), device=META)

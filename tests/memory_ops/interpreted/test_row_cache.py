@@ -153,6 +153,27 @@ def test_an_empty_lookup_gives_zeros(shape):
     assert not cache.statistics()
 
 
+def test_an_unused_cache_is_filled_with_the_rows_that_are_read_most():
+    table = torch.randn(64, 8)
+    # a part of the rows at a time; a single set has no gaps
+    cache = cache_of(table, num_sets=1, num_ways=8, num_overflow=3)
+    most_read = torch.tensor([40, 3, 9, 63, 0, 17, 5, 22])
+    cache.fill(torch.cat([most_read, torch.arange(50, 60)]), 0)
+    assert set(cache.sets.tags_SW.flatten().tolist()) == set(most_read.tolist())
+    rows, weights = most_read.view(4, 2, 1)[:, :1], torch.rand(4, 1, 1)
+    assert torch.equal(gathered(cache, rows, weights, 8), gather_rows(table, rows, weights))
+    counted = cache.statistics()[0]
+    assert (counted.prefetched, counted.prefetched_used, counted.misses) == (8, 4, 0)
+
+
+def test_of_rows_that_share_a_set_the_most_read_ones_stay():
+    cache = cache_of(torch.randn(64, 8), num_sets=4, num_ways=2, num_overflow=2)
+    rows = torch.randperm(64)
+    cache.fill(rows, 0)
+    cached = {row for row in cache.sets.tags_SW.flatten().tolist() if row >= 0}
+    assert set(rows[:2].tolist()) <= cached <= set(rows[:8].tolist())
+
+
 @pytest.mark.parametrize("kind", ["bf16", "int4"])
 def test_rows_are_fetched_from_past_2_to_the_31(kind):
     last = torch.randn(3, 100)

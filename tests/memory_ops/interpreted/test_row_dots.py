@@ -48,7 +48,7 @@ def test_an_empty_lookup_gives_no_dots(shape):
     assert row_dots(torch.randn(4, 8), rows, x).shape == shape
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "int4_row"])
 def test_offsets_pass_2_to_the_31(kind):
     last, x = torch.randn(3, 100), torch.randn(4, 100)
     table = vast_table(kind, last)

@@ -1,5 +1,6 @@
 """The disk tier: sums equal to those in memory for any cache size, and errors of failed reads."""
 
+import contextlib
 import errno
 import os
 
@@ -27,7 +28,7 @@ from memory_ops.tables.value_table import TableReadError
 
 ROWS, WIDTH, OFFSET = 200, 24, 4096
 READERS = [{}, {"threads": 3}, {"is_direct": False}]
-FORMATS = [torch.float32, torch.bfloat16, "int8", "int4", "fp8"]
+FORMATS = [torch.float32, torch.bfloat16, "int8", "int4", "int4_row", "fp8"]
 
 pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
 
@@ -129,6 +130,38 @@ def test_hinted_rows_are_prefetched_and_counted(files):
     assert counted.hits + counted.late == 10 and counted.misses == 10
     table.hint(torch.tensor([-1, ROWS, 2**40]))
     assert table.statistics()[0].prefetched == 20
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_cache_begins_with_the_rows_that_are_read_most(files, reader):
+    table = disk_table(files, slots=40, **reader)
+    table.fill_cache(torch.tensor([5, 5, -1, ROWS, 2**40]))
+    table.fill_cache(torch.arange(100, 10, -1))  # more rows than slots
+    assert table.statistics() == {}
+    in_memory = torch.tensor([5, *range(100, 61, -1)]).view(-1, 1, 1)
+    found = table.start(in_memory, torch.ones(in_memory.shape)).finish()
+    wanted = DeviceTable(files[torch.float32][1])
+    expected = wanted.start(in_memory, torch.ones(in_memory.shape)).finish()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    counted = table.statistics()[0]
+    assert (counted.hits, counted.misses, counted.prefetched) == (40, 0, 0)
+    # a full cache takes no more
+    table.fill_cache(torch.tensor([1, 2]))
+    table.start(torch.tensor([[[1]]]), torch.ones(1, 1, 1)).finish()
+    assert table.statistics()[0].misses == 1
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_cache_that_cannot_be_filled_is_read_later(files, reader):
+    fault = ReadFault(every=3, result=-errno.EIO)
+    table = disk_table(files, slots=100, fault=fault, **reader)
+    table.fill_cache(torch.arange(90))
+    assert table.fault is None
+    for row in range(90):
+        with contextlib.suppress(TableReadError):
+            table.start(torch.tensor([[[row]]]), torch.ones(1, 1, 1)).finish()
+    counted = table.statistics()[0]
+    assert (counted.hits, counted.misses) == (60, 30)
 
 
 def test_two_overlapping_lookups_get_their_own_rows(files):

@@ -24,7 +24,7 @@ def assert_close(found, wanted):
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=10 * atol)
 
 
-@pytest.mark.parametrize("row_format", [None, "int8", "int4", "fp8"])
+@pytest.mark.parametrize("row_format", [None, "int8", "int4", "int4_row", "fp8"])
 def test_lookups_equal_those_of_a_changed_table(row_format):
     table_RV = torch.randn(ROWS, WIDTH)
     rows = table_RV if row_format is None else quantize_rows(table_RV, row_format)

@@ -63,7 +63,7 @@ def test_tokens_equal_those_of_tables_in_memory(tmp_path, kinds, share_values, r
     assert counted.hits + counted.late + counted.misses == counted.unique_rows
 
 
-@pytest.mark.parametrize("row_format", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("row_format", ["int8", "int4", "int4_row", "fp8"])
 def test_quantised_tables_can_stay_on_disk(tmp_path, row_format):
     changes = feed_forward_changes("memory_plus", "memory_plus")
     folder = save_model(random_model(tiny_config(**changes)), tmp_path / "wide")

@@ -7,7 +7,6 @@ one a step, each with its ``params.json``. The optimiser's state is not read.
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +22,11 @@ from weights.checkpoints.importers.lingua_files import METADATA, PARAMS, WEIGHTS
 from weights.checkpoints.importers.lingua_names import LAYER, TIED_HEAD, TOP
 from weights.checkpoints.importers.rotary_lanes import pair_halves
 from weights.checkpoints.importers.saved_tensors import read_saved
+from weights.checkpoints.importers.saved_weights import named_tensor
 from weights.checkpoints.importers.sharded_tensor import ShardedTensor
 from weights.checkpoints.importers.tokenizer_folder import read_tokenizer_folder
 from weights.checkpoints.stored_groups import embedding_dtype
-from weights.checkpoints.tensor_files import StoredTensor, TensorSource
+from weights.checkpoints.tensor_files import TensorSource
 from weights.errors import CheckpointError
 
 # modules that a PEER layer stores and does not use
@@ -53,12 +53,7 @@ def read_lingua(
     if place is None:
         raise CheckpointError(f"{folder}: has neither {WEIGHTS} nor {METADATA}")
     model = read_params(place / PARAMS)
-    tokens = read_tokenizer_folder(tokenizer)
-    largest = max(tokens.eos_id, tokens.bos_id or 0)
-    if largest >= model.vocab_size:
-        raise CheckpointError(
-            f"{tokenizer}: token {largest} is outside the model's vocabulary, {model.vocab_size}"
-        )
+    tokens = read_tokenizer_folder(tokenizer, model.vocab_size)
     path = place / WEIGHTS
     if path.exists():
         tensors = _named(path, _model_tensors(path), model)
@@ -79,18 +74,14 @@ def read_lingua(
 
 
 def _model_tensors(path: Path) -> dict[str, ShardedTensor]:
-    found = read_saved(path)
-    model = found.get("model") if type(found) is dict else None
+    saved = read_saved(path)
+    model = saved.get("model") if type(saved) is dict else None
     if type(model) is not dict:
         raise CheckpointError(f"{path}: has no dictionary named model")
     tensors = {}
-    for name, tensor in model.items():
-        if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
-            raise CheckpointError(
-                f"{path}: tensor {(name if isinstance(name, str) else type(name).__name__)!r:.100}:"
-                " is not a contiguous tensor of floats"
-            )
-        tensors[name] = ShardedTensor(tensor.shape, (replace(tensor, name=name),))
+    for name, found in model.items():
+        tensor = named_tensor(path, name, found)
+        tensors[tensor.name] = ShardedTensor(tensor.shape, (tensor,))
     return tensors
 
 

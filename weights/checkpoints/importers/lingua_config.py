@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.model.config import MemoryConfig, ModelConfig
+from weights.checkpoints.importers.model_settings import MOST_LAYERS, refuse_unknown, required
 from weights.checkpoints.json_fields import typed
 from weights.errors import CheckpointError
 from weights.text_files import read_json_object
@@ -27,7 +28,7 @@ _MEMORY_KEYS = {*_MEMORY_SIZES, *_FLAGS, "is_enabled", "layers", "mem_v_dim"}
 _TRAINING_KEYS = {"seed", "init_base_std", "init_std_factor", "value_fixed_lr"}
 # keys that are accepted without a value only
 _UNSUPPORTED = {"sliding_window"}
-_MOST_LAYERS, _LARGEST_WIDTH = 2**16, 2**24
+_LARGEST_WIDTH = 2**24
 
 
 def read_params(path: Path) -> ModelConfig:
@@ -45,11 +46,11 @@ def read_params(path: Path) -> ModelConfig:
 
 def _model(raw: Mapping[str, Any]) -> ModelConfig:
     raw = _given(raw, _MODEL_KEYS)
-    values = {ours: _required(raw, key, int) for key, ours in _SIZES.items()}
+    values = {ours: required(raw, key, int) for key, ours in _SIZES.items()}
     hidden_size = values["hidden_size"]
     num_heads, head_dim = _heads(raw, hidden_size)
-    if values["num_layers"] > _MOST_LAYERS:
-        raise ValueError(f"n_layers: {values['num_layers']} is more than {_MOST_LAYERS}")
+    if values["num_layers"] > MOST_LAYERS:
+        raise ValueError(f"n_layers: {values['num_layers']} is more than {MOST_LAYERS}")
     kinds = ["dense"] * values["num_layers"]
     memory = _memory(raw.get("productkey_args"), kinds, hidden_size)
     return ModelConfig(
@@ -58,9 +59,9 @@ def _model(raw: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=typed("n_kv_heads", raw.get("n_kv_heads", num_heads), int),
         head_dim=head_dim,
-        max_positions=_required(raw, "max_seqlen", int),
-        rms_norm_eps=_required(raw, "norm_eps", float),
-        rope_theta=_required(raw, "rope_theta", float),
+        max_positions=required(raw, "max_seqlen", int),
+        rms_norm_eps=required(raw, "norm_eps", float),
+        rope_theta=required(raw, "rope_theta", float),
         tie_embeddings=typed("weight_tying", raw.get("weight_tying", False), bool),
         feed_forward=tuple(kinds),
         memory=memory,
@@ -69,7 +70,7 @@ def _model(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _heads(raw: Mapping[str, Any], hidden_size: int) -> tuple[int, int]:
     """Number and width of the heads; either follows from the other."""
-    given = {key: _required(raw, key, int) for key in ("n_heads", "head_dim") if key in raw}
+    given = {key: required(raw, key, int) for key in ("n_heads", "head_dim") if key in raw}
     for key, value in given.items():
         if value < 1:
             raise ValueError(f"{key}: {value} is not positive")
@@ -89,7 +90,7 @@ def _feed_forward_size(raw: Mapping[str, Any], hidden_size: int) -> int:
         if not 0 < multiplier <= 2**16:
             raise ValueError(f"ffn_dim_multiplier: {multiplier} is not between 0 and 65536")
         size = int(multiplier * size)
-    multiple = _required(raw, "multiple_of", int)
+    multiple = required(raw, "multiple_of", int)
     rounded: int = -(-size // max(1, multiple)) * multiple
     if not 0 < rounded <= _LARGEST_WIDTH:
         raise ValueError(f"multiple_of: no feed-forward of {size} rounded up to {multiple}")
@@ -103,7 +104,7 @@ def _memory(raw: object, kinds: list[str], hidden_size: int) -> MemoryConfig | N
     given = _given(typed("productkey_args", raw, dict), _MEMORY_KEYS)
     if not typed("is_enabled", given.get("is_enabled", False), bool):
         return None
-    shares, has_gate, has_output_gate, is_peer = (_required(given, key, bool) for key in _FLAGS)
+    shares, has_gate, has_output_gate, is_peer = (required(given, key, bool) for key in _FLAGS)
     kind = "peer" if is_peer else "memory_plus" if has_gate else "pkm"
     for layer in typed("layers", given.get("layers"), str).split(","):
         number = layer.strip()
@@ -112,7 +113,7 @@ def _memory(raw: object, kinds: list[str], hidden_size: int) -> MemoryConfig | N
         kinds[int(number)] = kind
     value_dim = typed("mem_v_dim", given.get("mem_v_dim", -1), int)
     return MemoryConfig(
-        **{ours: _required(given, key, int) for key, ours in _MEMORY_SIZES.items()},
+        **{ours: required(given, key, int) for key, ours in _MEMORY_SIZES.items()},
         value_dim=hidden_size if value_dim == -1 else value_dim,
         share_values=shares,
         value_projection=kind == "pkm" and value_dim > 0,
@@ -125,12 +126,5 @@ def _given(raw: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     for key, value in raw.items():
         if key in _UNSUPPORTED and value is not None:
             raise ValueError(f"{key}: {value!r:.100} is not supported")
-        if key not in known | _TRAINING_KEYS | _UNSUPPORTED:
-            raise ValueError(f"{key}: unknown key; it may change the model's output")
+    refuse_unknown(raw, known | _TRAINING_KEYS | _UNSUPPORTED)
     return {key: value for key, value in raw.items() if value is not None and key in known}
-
-
-def _required(raw: Mapping[str, Any], key: str, kind: type) -> Any:
-    if key not in raw:
-        raise ValueError(f"{key}: missing")
-    return typed(key, raw[key], kind)

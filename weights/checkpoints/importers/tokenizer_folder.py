@@ -18,11 +18,18 @@ class TokenizerFolder(NamedTuple):
     eos_id: int
 
 
-def read_tokenizer_folder(folder: Path) -> TokenizerFolder:
+def read_tokenizer_folder(
+    folder: Path, vocab_size: int, usual_eos: str | None = None
+) -> TokenizerFolder:
     """Read a folder's tokenizer and check that it can be used.
 
+    Args:
+        vocab_size: number of the model's tokens.
+        usual_eos: the token that ends a text if no file names another.
+
     Raises:
-        CheckpointError: a file cannot be read, or no file names the token that ends a text.
+        CheckpointError: a file cannot be read, or no file names the token that ends a text, or the
+            model lacks the tokens that begin and end one.
     """
     tokenizer = load_tokenizer(folder)
     config = read_tokenizer_config(folder)
@@ -31,12 +38,17 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFolder:
         ids = [] if name is None else tokenizer.encode(name, add_special_tokens=False)
         return ids[0] if len(ids) == 1 and tokenizer.token_text(ids[0]) == name else None
 
-    bos_id, eos_id = named(config.bos), named(config.eos)
+    bos_id, eos_id = named(config.bos), named(config.eos or usual_eos)
     if eos_id is None and not (folder / "tokenizer.json").exists():
         bos_id, eos_id = _own_ids(folder / "tokenizer.model", bos_id)
     if eos_id is None:
         raise CheckpointError(
             f"{folder}: no token ends a text; name it as eos_token in tokenizer_config.json"
+        )
+    largest = max(eos_id, bos_id or 0)
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{folder}: token {largest} is outside the model's vocabulary, {vocab_size}"
         )
     paths = [folder / name for name in TOKENIZER_FILES]
     try:

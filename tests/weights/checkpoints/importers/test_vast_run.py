@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.weights.checkpoints.importers import test_sparse_memory
 from tests.weights.checkpoints.importers.sharded_files import write_shards
 from tests.weights.checkpoints.importers.test_lingua import FIRST, SECOND, golden, write_run
 
@@ -51,8 +52,29 @@ def test_a_conversion_holds_little_of_a_table(tmp_path, tokenizer, is_sharded):
         (folder / "params.json").write_text(json.dumps(params))
     else:
         write_run(folder, tensors, params)
-    command = [sys.executable, "-c", _CONVERT, folder, tmp_path / "out", tokenizer]
+    assert converted_bytes(folder, tmp_path / "out", tokenizer) < table.nbytes // 4
+
+
+@pytest.mark.slow
+def test_a_conversion_of_codes_holds_little_of_a_table(tmp_path, tokenizer):
+    num_rows = NUM_SUBKEYS**2
+    tensors, config = test_sparse_memory.golden()
+    for layer in (1, 3):
+        tensors[f"layers.{layer}.ffn.keys"] = torch.zeros(4, 2, NUM_SUBKEYS, 12)
+    config["mem_n_keys"] = NUM_SUBKEYS
+    files = {"values_q4.bin": bytes(num_rows * 24), "scales_q4.bin": bytes(num_rows * 2)}
+    shape = num_rows, 48
+    folder = test_sparse_memory.write_published(
+        tmp_path / "source", tensors, config, files, shape=shape
+    )
+    # codes take a quarter of bf16 values
+    assert converted_bytes(folder, tmp_path / "out", tokenizer) < num_rows * 48 * 2 // 8
+
+
+def converted_bytes(source: Path, target: Path, tokenizer: Path) -> int:
+    """Bytes of memory that the conversion of a folder takes."""
+    command = [sys.executable, "-c", _CONVERT, source, target, tokenizer]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < table.nbytes // 4
-    assert Path(tmp_path / "out" / "config.json").exists()
+    assert (target / "config.json").exists()
+    return int(done.stdout)

@@ -1,0 +1,51 @@
+"""Opens a model's tables in the tier that is chosen for them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from engine.model.config import ModelConfig
+from memory_ops.tables.value_table import ValueTable
+from weights.checkpoints.hot_rows import read_hot_rows
+from weights.checkpoints.table_files import RowLayout
+from weights.checkpoints.table_loading import load_tables, open_tables
+from weights.checkpoints.tensor_files import StoredTensor
+
+
+def placed_tables(
+    folder: Path,
+    stored: Sequence[StoredTensor],
+    layouts: Mapping[str, RowLayout],
+    config: ModelConfig,
+    cache_bytes: int | None,
+    device: torch.device,
+    *,
+    verify: bool,
+) -> dict[str, ValueTable]:
+    """Tables by name: in the device's memory, or on disk (CPU) or in host memory (GPU).
+
+    Row caches begin with the folder's hot rows, if it lists any.
+
+    Args:
+        folder: the checkpoint folder.
+        cache_bytes: bytes of row cache for all tables; None loads all rows into the device.
+        stored, layouts, verify: as for ``load_tables``, ``open_tables`` and ``load_host_tables``.
+
+    Raises:
+        CheckpointError, ConfigError: as those, or the list of hot rows is not valid.
+    """
+    assert config.memory is not None
+    if cache_bytes is None:
+        return load_tables(stored, layouts, device, verify=verify)
+    hot_rows = read_hot_rows(folder, config)
+    if device.type == "cpu":
+        return open_tables(
+            stored, layouts, config.memory, cache_bytes, hot_rows=hot_rows, verify=verify
+        )
+    # only a GPU needs triton, which may be absent elsewhere
+    from weights.checkpoints.host_tables import load_host_tables
+
+    return load_host_tables(
+        stored, layouts, config, cache_bytes, device, hot_rows=hot_rows, verify=verify
+    )

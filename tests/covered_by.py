@@ -109,6 +109,7 @@ COVERED_BY = {
     "server/cli/evaluate.py": "weights/training/test_evaluate.py",
     "server/cli/generate.py": "server/cli/test_options.py",
     "server/cli/main.py": "server/cli/test_options.py",
+    "server/cli/model_scores.py": "weights/training/test_evaluate.py",
     "server/cli/stop_signals.py": "server/cli/test_learn.py",
     "server/cli/train.py": "weights/training/test_trainer.py",
     "server/config.py": "server/http/test_app.py",

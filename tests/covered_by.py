@@ -106,7 +106,7 @@ COVERED_BY = {
     "memory_ops/triton_kernels/row_gradients.py": "memory_ops/interpreted/test_row_gradients.py",
     "memory_ops/triton_kernels/sort_rows.py": "memory_ops/interpreted/test_row_cache.py",
     "memory_ops/triton_kernels/table_view.py": "memory_ops/interpreted/test_gather_rows.py",
-    "server/cli/evaluate.py": "weights/training/test_evaluate.py",
+    "server/cli/evaluate.py": "server/cli/test_model_comparison.py",
     "server/cli/generate.py": "server/cli/test_options.py",
     "server/cli/main.py": "server/cli/test_options.py",
     "server/cli/model_scores.py": "weights/training/test_evaluate.py",

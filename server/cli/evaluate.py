@@ -1,19 +1,35 @@
-"""``memplus eval``: scores a model on texts and questions."""
+"""``memplus eval``: scores a model, or compares what two models know."""
 
 import argparse
+import json
+import os
 from pathlib import Path
+from typing import Any
 
+from engine.errors import ConfigError
 from server.cli.options import add_options, from_options
 from server.config import ThreadOptions
 from server.model_options import ModelOptions
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Score a model: perplexity of texts and recall of facts."""
-    from server.cli.model_scores import score_model
-
+    """Score a model (perplexity, recall of facts), or compare two models."""
+    if options.compare and hasattr(options, "model"):
+        raise ConfigError("model: --compare names both models; leave --model out")
     model = from_options(ModelOptions, options)
-    score_model(model, options.texts, options.questions, options.json)
+    if options.json is not None:
+        _check_writable(options.json)
+    scores: dict[str, Any]
+    if options.compare:
+        from server.cli.model_comparison import compare_models
+
+        scores = compare_models(model, options.compare, options.texts, options.questions)
+    else:
+        from server.cli.model_scores import score_model
+
+        scores = score_model(model, options.texts, options.questions)
+    if options.json is not None:
+        options.json.write_text(json.dumps(scores, indent=1) + "\n")
 
 
 def add_evaluate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,6 +40,16 @@ def add_evaluate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     verb.add_argument("texts", nargs="*", metavar="TEXTS", help="text files and folders to score")
     question = 'JSONL file with lines {"prompt": ..., "answer": ..., "until": ...}'
     verb.add_argument("--questions", type=Path, metavar="FILE", help=question)
+    compare = "ask two models --questions, and print what only one of them knows"
+    verb.add_argument("--compare", nargs=2, metavar=("A", "B"), help=compare)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file")
     for settings in (ModelOptions, ThreadOptions):
         add_options(verb, settings)
+
+
+def _check_writable(file: Path) -> None:
+    """Raise ConfigError if a JSON file cannot be written; better now than after a long run."""
+    if not file.parent.is_dir():
+        raise ConfigError(f"json: the folder {file.parent} does not exist")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"json: {file} cannot be written")

@@ -1,6 +1,5 @@
-"""Scores of one model: perplexity of texts and recall of facts, printed and written as JSON."""
+"""Scores of one model: perplexity of texts and recall of facts, computed and printed."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,13 +24,13 @@ from weights.training.training_data import checkpoint_text
 
 
 def score_model(
-    model: ModelOptions, texts: Sequence[str], questions: Path | None, json_file: Path | None
-) -> None:
-    """Score a model on texts, on questions, or on both.
+    model: ModelOptions, texts: Sequence[str], questions: Path | None
+) -> dict[str, dict[str, float]]:
+    """Score a model on texts, on questions, or on both; print the scores and return them.
 
     Raises:
-        ConfigError: texts and questions are both missing, or the JSON file's folder is; or texts
-            would be scored with rounded weights.
+        ConfigError: texts and questions are both missing, or texts would be scored with rounded
+            weights.
         CheckpointError: the model cannot be read.
         DataError: texts or questions cannot be read, or a question is too long for the model.
     """
@@ -42,8 +41,6 @@ def score_model(
             "weight_dtype: texts are scored with the weights of the model's folder; make one with"
             " `memplus quantize --weight-dtype`"
         )
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: the folder {json_file.parent} does not exist")
     facts = read_questions(questions) if questions is not None else []
     files = corpus_files(texts) if texts else []
     engine = EngineConfig(max_patches=0)
@@ -62,8 +59,7 @@ def score_model(
         recall = score_recall(served, load_tokenizer(folder), facts)
         scores["questions"] = asdict(recall)
         print(_recall_line(recall))
-    if json_file is not None:
-        json_file.write_text(json.dumps(scores, indent=1) + "\n")
+    return scores
 
 
 def _text_line(score: TextScore) -> str:

@@ -163,13 +163,14 @@ COVERED_BY = {
     "weights/checkpoints/host_tables.py": "memory_ops/interpreted/test_host_loading.py",
     "weights/checkpoints/json_fields.py": "weights/checkpoints/test_config_json.py",
     "weights/checkpoints/memory_request.py": "weights/checkpoints/test_table_tier.py",
+    "weights/checkpoints/safetensors_header.py": "weights/checkpoints/test_tensor_files.py",
     "weights/checkpoints/sentencepiece_proto.py": (
         "weights/checkpoints/test_sentencepiece_tokenizer.py"
     ),
     "weights/checkpoints/packed_formats.py": "weights/checkpoints/test_stored_groups.py",
+    "weights/checkpoints/shard_index.py": "weights/checkpoints/test_tensor_files.py",
     "weights/checkpoints/summary.py": "weights/checkpoints/test_checkpoint.py",
     "weights/checkpoints/table_files.py": "weights/checkpoints/test_table_loading.py",
-    "weights/checkpoints/tensor_files.py": "weights/checkpoints/test_checkpoint.py",
     "weights/checkpoints/tensor_writer.py": "weights/checkpoints/test_checkpoint.py",
     "weights/checkpoints/token_splitter.py": "weights/checkpoints/test_sentencepiece_tokenizer.py",
     "weights/checkpoints/token_table.py": "weights/checkpoints/test_added_tokens.py",

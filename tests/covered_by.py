@@ -167,6 +167,7 @@ COVERED_BY = {
     "weights/checkpoints/sentencepiece_proto.py": (
         "weights/checkpoints/test_sentencepiece_tokenizer.py"
     ),
+    "weights/checkpoints/module_counts.py": "weights/checkpoints/test_checkpoint.py",
     "weights/checkpoints/packed_formats.py": "weights/checkpoints/test_stored_groups.py",
     "weights/checkpoints/shard_index.py": "weights/checkpoints/test_tensor_files.py",
     "weights/checkpoints/summary.py": "weights/checkpoints/test_checkpoint.py",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.model.config import MemoryConfig, ModelConfig
-from weights.checkpoints.json_fields import typed
+from weights.checkpoints.json_fields import MAX_LAYERS, typed
 from weights.errors import CheckpointError
 from weights.text_files import read_json_object
 
@@ -27,7 +27,7 @@ _MEMORY_KEYS = {*_MEMORY_SIZES, *_FLAGS, "is_enabled", "layers", "mem_v_dim"}
 _TRAINING_KEYS = {"seed", "init_base_std", "init_std_factor", "value_fixed_lr"}
 # keys that are accepted without a value only
 _UNSUPPORTED = {"sliding_window"}
-_MOST_LAYERS, _LARGEST_WIDTH = 2**16, 2**24
+_LARGEST_WIDTH = 2**24
 
 
 def read_params(path: Path) -> ModelConfig:
@@ -48,8 +48,8 @@ def _model(raw: Mapping[str, Any]) -> ModelConfig:
     values = {ours: _required(raw, key, int) for key, ours in _SIZES.items()}
     hidden_size = values["hidden_size"]
     num_heads, head_dim = _heads(raw, hidden_size)
-    if values["num_layers"] > _MOST_LAYERS:
-        raise ValueError(f"n_layers: {values['num_layers']} is more than {_MOST_LAYERS}")
+    if values["num_layers"] > MAX_LAYERS:
+        raise ValueError(f"n_layers: {values['num_layers']} is more than {MAX_LAYERS}")
     kinds = ["dense"] * values["num_layers"]
     memory = _memory(raw.get("productkey_args"), kinds, hidden_size)
     return ModelConfig(

@@ -156,7 +156,6 @@ COVERED_BY = {
     "weights/checkpoints/dtype_names.py": "weights/checkpoints/test_table_loading.py",
     "weights/checkpoints/feed_forward_json.py": "weights/checkpoints/test_config_json.py",
     "weights/checkpoints/importers/gguf_files.py": "weights/checkpoints/importers/test_gguf.py",
-    "weights/checkpoints/importers/gguf_metadata.py": "weights/checkpoints/importers/test_gguf.py",
     "weights/checkpoints/importers/gguf_weights.py": "weights/checkpoints/importers/test_gguf.py",
     "weights/checkpoints/model_bytes.py": "weights/checkpoints/test_host_cache_limits.py",
     "weights/checkpoints/importers/gguf_tokenizer.py": "weights/checkpoints/importers/test_gguf.py",

@@ -14,12 +14,12 @@ ENCODING, MARK = "utf-8-sig", "\ufeff"
 _MAX_JSON_BYTES = 2**24
 
 
-def regular_file_bytes(path: Path) -> int:
-    """The size of a file.
+def regular_file_bytes(path: Path, most: int | None = None) -> int:
+    """The size of a file, checked before the file is opened.
 
     Raises:
-        CheckpointError: it does not exist or is not a regular file. Others, such as a FIFO, may
-            make a reader wait or never end.
+        CheckpointError: it does not exist, has more than ``most`` bytes, or is not a regular file.
+            Others, such as a FIFO, may make a reader wait or never end.
     """
     try:
         status = path.stat()
@@ -27,6 +27,8 @@ def regular_file_bytes(path: Path) -> int:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path}: is not a regular file")
+    if most is not None and status.st_size > most:
+        raise CheckpointError(f"{path}: has {status.st_size} bytes, more than {most}")
     return status.st_size
 
 
@@ -37,8 +39,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is not a JSON object in UTF-8, or has more than
             16 MiB.
     """
-    if (size := regular_file_bytes(path)) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: has {size} bytes, more than {_MAX_JSON_BYTES}")
+    regular_file_bytes(path, _MAX_JSON_BYTES)
     try:
         raw = json.loads(path.read_text(encoding=ENCODING))
     except OSError as error:

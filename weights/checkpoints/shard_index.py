@@ -18,8 +18,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the index cannot be read, has more than 16 MiB, or is not JSON of its form.
     """
-    if (size := regular_file_bytes(index)) > _MAX_BYTES:
-        raise CheckpointError(f"{index}: has {size} bytes, more than {_MAX_BYTES}")
+    regular_file_bytes(index, _MAX_BYTES)
     try:
         content = json.loads(index.read_text(encoding=ENCODING), object_pairs_hook=unique_keys)
         weight_map = content["weight_map"]

@@ -2,9 +2,24 @@
 
 from engine.errors import PatchFailedError, PatchRefusedError
 
+_MOST_CHARACTERS = 1000
+
 
 class CheckpointError(Exception):
-    """A model cannot be served or converted; the message names file and tensor."""
+    """A model cannot be served or converted; the message names file and tensor.
+
+    The message is one line of bounded length: names and values from files enter it, and must not
+    look like another line or control a terminal.
+    """
+
+    def __init__(self, message: str) -> None:
+        # escape only what is not printable, such as line breaks
+        shown = "".join(
+            c if c.isprintable() else ascii(c)[1:-1] for c in message[: _MOST_CHARACTERS + 1]
+        )
+        if len(shown) > _MOST_CHARACTERS:
+            shown = f"{shown[: _MOST_CHARACTERS - 3]}..."
+        super().__init__(shown)
 
 
 class ModelNotFoundError(CheckpointError):

@@ -1,6 +1,7 @@
 """Reads text files that people write: UTF-8, with or without a byte order mark, any line ends."""
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,35 @@ from weights.errors import CheckpointError
 ENCODING, MARK = "utf-8-sig", "\ufeff"
 
 
+_MAX_JSON_BYTES = 2**24
+
+
+def regular_file_bytes(path: Path, most: int | None = None) -> int:
+    """The size of a file, checked before the file is opened.
+
+    Raises:
+        CheckpointError: it does not exist, has more than ``most`` bytes, or is not a regular file.
+            Others, such as a FIFO, may make a reader wait or never end.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: is not a regular file")
+    if most is not None and status.st_size > most:
+        raise CheckpointError(f"{path}: has {status.st_size} bytes, more than {most}")
+    return status.st_size
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint folder.
 
     Raises:
-        CheckpointError: the file cannot be read, or is not a JSON object in UTF-8.
+        CheckpointError: the file cannot be read, is not a JSON object in UTF-8, or has more than
+            16 MiB.
     """
+    regular_file_bytes(path, _MAX_JSON_BYTES)
     try:
         raw = json.loads(path.read_text(encoding=ENCODING))
     except OSError as error:

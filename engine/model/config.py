@@ -140,6 +140,10 @@ class ModelConfig:
         check_positive(
             self, "num_kv_heads", "head_dim", "max_positions", "rms_norm_eps", "rope_theta"
         )
+        for name in ("num_heads", "head_dim"):
+            # their product, and the table of rotary frequencies, must not be vast
+            if getattr(self, name) > 65_536:
+                raise ValueError(f"{name}: {getattr(self, name)} is more than 65536")
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads % kv_heads:
             raise ValueError(f"num_kv_heads: {kv_heads} does not divide num_heads {heads}")

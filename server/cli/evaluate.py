@@ -1,77 +1,57 @@
-"""``memplus eval``: perplexity of texts and recall of facts, printed and written as JSON."""
+"""``memplus eval``: scores a model, or compares what two models know."""
 
+import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import os
 from pathlib import Path
+from typing import Any
 
-from engine.config import EngineConfig
 from engine.errors import ConfigError
-from server.config import cache_folder
-from server.device import chosen_device
-from server.engine_entry import load_served, served_engine
+from server.cli.options import add_options, from_options
+from server.config import ThreadOptions
 from server.model_options import ModelOptions
-from weights.checkpoints.tokenizer import load_tokenizer
-from weights.models.prepare import prepared_folder
-from weights.training.corpus import corpus_files, documents
-from weights.training.evaluate import (
-    RecallScore,
-    TextScore,
-    read_questions,
-    score_recall,
-    score_texts,
-)
-from weights.training.training_data import checkpoint_text
 
 
-def evaluate(
-    model: ModelOptions, texts: Sequence[str], questions: Path | None, json_file: Path | None
-) -> None:
-    """Score a model on texts, on questions, or on both.
+def evaluate(options: argparse.Namespace) -> None:
+    """Score a model (perplexity, recall of facts), or compare two models."""
+    if options.compare and hasattr(options, "model"):
+        raise ConfigError("model: --compare names both models; leave --model out")
+    if options.compare and hasattr(options, "memory_adapter"):
+        raise ConfigError("memory_adapter: --compare takes folders; merge by `memplus convert`")
+    model = from_options(ModelOptions, options)
+    if options.json is not None:
+        _check_writable(options.json)
+    scores: dict[str, Any]
+    if options.compare:
+        from server.cli.model_comparison import compare_models
 
-    Raises:
-        ConfigError: texts and questions are both missing, or the JSON file's folder is; or texts
-            would be scored with rounded weights.
-        CheckpointError: the model cannot be read.
-        DataError: texts or questions cannot be read, or a question is too long for the model.
-    """
-    if not texts and questions is None:
-        raise ConfigError("texts: none given; give text files, --questions, or both")
-    if texts and model.weight_dtype != "auto":
-        raise ConfigError(
-            "weight_dtype: texts are scored with the weights of the model's folder; make one with"
-            " `memplus quantize --weight-dtype`"
-        )
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: the folder {json_file.parent} does not exist")
-    facts = read_questions(questions) if questions is not None else []
-    files = corpus_files(texts) if texts else []
-    engine = EngineConfig(max_patches=0)
-    device = chosen_device(model, engine)
-    folder = prepared_folder(model.model, cache_folder(), model.memory_adapter)
-    # load once: tables are large, and both scores need them in the same tier
-    loaded = load_served(model, folder, engine if facts else None, device)
-    scores: dict[str, dict[str, float]] = {}
-    if texts:
-        score = score_texts(loaded.model, checkpoint_text(folder), documents(files))
-        scores["texts"] = asdict(score)
-        print(_text_line(score))
-    if facts:
-        served = served_engine(loaded, engine)
-        served.warm_up()
-        recall = score_recall(served, load_tokenizer(folder), facts)
-        scores["questions"] = asdict(recall)
-        print(_recall_line(recall))
-    if json_file is not None:
-        json_file.write_text(json.dumps(scores, indent=1) + "\n")
+        scores = compare_models(model, options.compare, options.texts, options.questions)
+    else:
+        from server.cli.model_scores import score_model
+
+        scores = score_model(model, options.texts, options.questions)
+    if options.json is not None:
+        options.json.write_text(json.dumps(scores, indent=1) + "\n")
 
 
-def _text_line(score: TextScore) -> str:
-    return (
-        f"texts      {score.documents} documents, {score.tokens} tokens: loss {score.loss:.4f},"
-        f" perplexity {score.perplexity:.3f}, {score.bits_per_byte:.3f} bits per byte"
-    )
+def add_evaluate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``eval``."""
+    usage = "%(prog)s [OPTION ...] [TEXTS ...]"
+    verb = verbs.add_parser("eval", help=evaluate.__doc__, usage=usage)
+    verb.set_defaults(run=evaluate, computes=True)
+    verb.add_argument("texts", nargs="*", metavar="TEXTS", help="text files and folders to score")
+    question = 'JSONL file with lines {"prompt": ..., "answer": ..., "until": ...}'
+    verb.add_argument("--questions", type=Path, metavar="FILE", help=question)
+    compare = "ask two models --questions, and print what only one of them knows"
+    verb.add_argument("--compare", nargs=2, metavar=("A", "B"), help=compare)
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file")
+    for settings in (ModelOptions, ThreadOptions):
+        add_options(verb, settings)
 
 
-def _recall_line(score: RecallScore) -> str:
-    return f"questions  {score.right} of {score.questions} right: recall {score.recall:.3f}"
+def _check_writable(file: Path) -> None:
+    """Raise ConfigError if a JSON file cannot be written; better now than after a long run."""
+    if not file.parent.is_dir():
+        raise ConfigError(f"json: the folder {file.parent} does not exist")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"json: {file} cannot be written")

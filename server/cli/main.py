@@ -16,6 +16,7 @@ from engine.sampling.params import SamplingParams
 from server.access import AccessOptions
 from server.cli.config_file import apply_config
 from server.cli.conversions import add_conversions
+from server.cli.evaluate import add_evaluate
 from server.cli.learn import add_learn
 from server.cli.options import Parser, add_options, from_options
 from server.cli.patch import add_patch
@@ -121,14 +122,6 @@ def wordnet(options: argparse.Namespace) -> None:
     print(f"{options.target}: {write_corpus(options.dict, options.target)} nouns")
 
 
-def evaluate(options: argparse.Namespace) -> None:
-    """Score a model: perplexity of texts and recall of facts."""
-    from server.cli.evaluate import evaluate
-
-    model = from_options(ModelOptions, options)
-    evaluate(model, options.texts, options.questions, options.json)
-
-
 def train(options: argparse.Namespace) -> int:
     """Train a model with the settings of a TOML file."""
     from server.cli.train import run
@@ -164,14 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_train(verbs)
 
-    verb = verbs.add_parser("eval", help=evaluate.__doc__, usage=f"{usage} [TEXTS ...]")
-    verb.set_defaults(run=evaluate, computes=True)
-    verb.add_argument("texts", nargs="*", metavar="TEXTS", help="text files and folders to score")
-    question = 'JSONL file with lines {"prompt": ..., "answer": ..., "until": ...}'
-    verb.add_argument("--questions", type=Path, metavar="FILE", help=question)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file")
-    for settings in (ModelOptions, ThreadOptions):
-        add_options(verb, settings)
+    add_evaluate(verbs)
 
     verb = verbs.add_parser("wordnet", help=wordnet.__doc__)
     verb.set_defaults(run=wordnet)

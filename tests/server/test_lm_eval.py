@@ -1,9 +1,6 @@
 """lm-eval, unmodified: its scores and answers over HTTP equal those of the model itself."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import openai
@@ -11,7 +8,8 @@ import pytest
 import torch
 
 from tests.conftest import TOLERANCE
-from tests.models import plain_greedy, served_logits
+from tests.models import plain_greedy
+from tests.server.lm_eval_runs import direct_score, evaluate
 from tests.server.running import running
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.tokenizer import load_tokenizer
@@ -71,34 +69,6 @@ def _write_task(folder, name, questions, kind, metric, options):
     (folder / f"{name}.yaml").write_text(json.dumps(task | options))
 
 
-def evaluate(tasks, out, kind, names, *options, **arguments):
-    """Run lm-eval's command with a model of this kind; return scores, and samples by task."""
-    given = ",".join(f"{name}={value}" for name, value in arguments.items())
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", kind, "--model_args", given]
-    command += ["--tasks", ",".join(names), "--include_path", str(tasks)]
-    command += ["--output_path", str(out), "--log_samples", *options]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tasks / "cache")}
-    ran = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    (results,) = out.glob("*/results_*.json")
-    samples = {}
-    for name in names:
-        (file,) = out.glob(f"*/samples_{name}_*.jsonl")
-        samples[name] = [json.loads(line) for line in file.read_text().splitlines()]
-    return json.loads(results.read_text())["results"], samples
-
-
-@torch.inference_mode()
-def direct_score(direct, context, continuation):
-    """Log-likelihood of a continuation, and whether each of its tokens is the likeliest."""
-    model, tokenizer = direct
-    ids, start = tokenizer.encode(context + continuation), len(tokenizer.encode(context))
-    likely = served_logits(model, ids).double().log_softmax(-1)[start - 1 : -1]
-    chosen = torch.tensor(ids[start:])
-    score = likely.gather(-1, chosen[:, None]).sum()
-    return float(score), bool((likely.argmax(-1) == chosen).all())
-
-
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
@@ -126,7 +96,7 @@ def test_local_completions_score_like_the_model(
     num_right = 0
     for question, choices, right in CHOICES:
         (sample,) = [s for s in samples["choose"] if s["doc"]["question"] == question]
-        expected = [direct_score(direct, question, f" {choice}") for choice in choices]
+        expected = [direct_score(*direct, question, f" {choice}") for choice in choices]
         for ((score, is_greedy),), (likelihood, is_likeliest) in zip(
             sample["resps"], expected, strict=True
         ):

@@ -13,12 +13,13 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from weights.errors import ChatTemplateError, CheckpointError
-from weights.text_files import ENCODING, read_json_object
+from weights.text_files import ENCODING, read_json_object, regular_file_bytes
 
 # text after the last message, at which the prompt ends; templates that trim drop its last space
 _CUT = "<memplus:end of the last message>"
 # the template that Hugging Face uses for requests with tools, if a model has several
 _WITH_TOOLS = "tool_use"
+_MAX_BYTES = 2**24
 
 
 class ChatTemplate:
@@ -126,6 +127,8 @@ def load_chat_template(folder: Path, override: Path | None = None) -> ChatTempla
     }
     path = override or folder / "chat_template.jinja"
     if override is not None or path.exists():
+        if override is None:  # a caller may give a pipe
+            regular_file_bytes(path, _MAX_BYTES)
         return ChatTemplate(_read(path), special)
     given = config.get("chat_template")
     if given is None and (folder / "chat_template.json").exists():

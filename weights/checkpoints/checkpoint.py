@@ -23,6 +23,7 @@ from weights.checkpoints.model_weights import (
     mapped_weights,
     weight_bytes,
 )
+from weights.checkpoints.module_counts import check_module_counts
 from weights.checkpoints.new_folder import new_folder, write_synced
 from weights.checkpoints.placed_tables import placed_tables
 from weights.checkpoints.stored_groups import stored_formats
@@ -80,10 +81,7 @@ def open_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, StoredTen
     """
     config = read_config(folder)
     stored = list_tensors(folder)
-    for layer in range(config.model.num_layers):
-        # a wrong layer count would build a huge meta model below
-        if (norm := f"model.layers.{layer}.input_layernorm.weight") not in stored:
-            raise CheckpointError(f"{folder}: tensor {norm} is missing")
+    check_module_counts(folder, config.model, stored)
     formats = stored_formats(stored) if config.has_groups else {}
     expected, tables = expected_tensors(config.model, formats), config.model.table_names
     if config.model.tie_embeddings:

@@ -20,7 +20,7 @@ from weights.checkpoints.feed_forward_json import (
     feed_forward_to_json,
     parse_feed_forward,
 )
-from weights.checkpoints.json_fields import typed
+from weights.checkpoints.json_fields import MAX_LAYERS, typed
 from weights.checkpoints.rope_json import parse_rope, rope_to_json
 from weights.checkpoints.window_json import WINDOW_KEYS, parse_window
 from weights.errors import CheckpointError
@@ -121,15 +121,15 @@ def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
     for key in raw:
         if key not in known:
             raise ValueError(f"{key}: unknown key; it may change the model's output")
-    check_values(raw)
     values: dict[str, Any] = {}
     for key, (name, kind) in _FIELDS.items():
         if key in family.unused:
             continue
         if raw.get(key) is not None:
-            values[name] = typed(key, raw[key], kind)
+            values[name] = _field(key, raw[key], kind)
         elif key in _REQUIRED:
             raise ValueError(f"{key}: missing")
+    check_values(raw)
     values.setdefault("num_kv_heads", values["num_heads"])
     values.setdefault("head_dim", values["hidden_size"] // max(values["num_heads"], 1))
     values.setdefault("max_positions", 2048)
@@ -154,6 +154,15 @@ def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
         dtype=typed("dtype", dtype, str) if dtype is not None else None,
         has_groups=QUANTIZATION_KEY in raw,
     )
+
+
+def _field(key: str, value: object, kind: type) -> Any:
+    found = typed(key, value, kind)
+    if kind is not bool and not found > 0:
+        raise ValueError(f"{key}: must be greater than 0, not {found}")
+    if key == "num_hidden_layers" and found > MAX_LAYERS:
+        raise ValueError(f"{key}: {found} is more than {MAX_LAYERS}")
+    return found
 
 
 def _ids(key: str, value: object) -> frozenset[int]:

@@ -52,6 +52,8 @@ def parse_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     kind = scaling.pop("rope_type")
     if scaling.get("partial_rotary_factor") == 1:
         del scaling["partial_rotary_factor"]
+    if "factor" in scaling:
+        typed("rope_scaling.factor", scaling["factor"], float)
     if kind in ("linear", "dynamic") and scaling == {"factor": 1}:
         return values  # positions are divided by 1
     if kind == "default" and not scaling:

@@ -1,7 +1,6 @@
 """Lists, maps and reads the tensors of safetensors files."""
 
 import hashlib
-import json
 import math
 import mmap
 import os
@@ -15,8 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weights.checkpoints.safetensors_header import MAX_HEADER_BYTES, parse_header
+from weights.checkpoints.shard_index import INDEX_FILE, read_weight_map, shard_file
 from weights.errors import CheckpointError
-from weights.text_files import ENCODING
+from weights.text_files import regular_file_bytes
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RECORDS_DTYPE = "U8"
@@ -65,16 +66,26 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder's dense and table files, by name. Reads headers only.
 
     Raises:
-        CheckpointError: the folder has no safetensors file, a file is truncated or invalid, or two
-            files have a tensor of the same name. Pickled weights are never opened.
+        CheckpointError: the folder has no safetensors file, a file is truncated or invalid, two
+            files have a tensor of the same name, or the index names files outside the folder or
+            tensors that its files lack. Pickled weights are never opened.
     """
+    index = folder / INDEX_FILE
+    weight_map = read_weight_map(index) if index.exists() else None
+    if weight_map is None:
+        dense = _dense_files(folder)
+    else:
+        dense = [shard_file(index, name) for name in sorted(set(weight_map.values()))]
     tensors: dict[str, StoredTensor] = {}
-    for file in [*_dense_files(folder), *sorted(folder.glob("table-*.safetensors"))]:
+    for file in [*dense, *sorted(folder.glob("table-*.safetensors"))]:
         for tensor in list_file(file):
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
                 raise CheckpointError(f"{file}: tensor {tensor.name} is in {other} too")
             tensors[tensor.name] = tensor
+    for name, shard in (weight_map or {}).items():
+        if name not in tensors or tensors[name].file.name != shard:
+            raise CheckpointError(f"{index}: tensor {name} is not in {shard}")
     return tensors
 
 
@@ -215,57 +226,37 @@ def _drop_from_page_cache(file: BinaryIO, num_bytes: int) -> None:
     os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
 
 
-def _dense_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding=ENCODING))["weight_map"]
-            names = sorted(set(map(os.fspath, weight_map.values())))
-        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
-            raise CheckpointError(
-                f"{index}: has no valid weight_map of tensor names to file names"
-            ) from None
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise CheckpointError(f"{index}: names {name!r}, which is not a file in its folder")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("model*.safetensors"))
-    if files:
-        return files
-    pickled = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-    if pickled:
-        raise CheckpointError(
-            f"{folder}: has no model.safetensors, only {pickled[0]}, which may be a pickle and is"
-            " never opened; save the weights as safetensors"
-        )
-    raise CheckpointError(f"{folder}: has no model.safetensors")
-
-
 def list_file(path: Path) -> list[StoredTensor]:
     """Every tensor of one file, from its header.
 
     Raises:
-        CheckpointError: the file is truncated or is not a safetensors file.
+        CheckpointError: the file is truncated or is not a safetensors file, or its header has more
+            than 16 MiB.
     """
+    size = regular_file_bytes(path)
     try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise ValueError(f"its header has {length} bytes, more than {MAX_HEADER_BYTES}")
+            if 8 + length > size:
+                raise ValueError(f"it has {size} bytes, and its header needs {8 + length}")
+            content = file.read(length)
+        tensors = header_tensors(path, length, content)
         # the library checks that the tensors fill the file without gaps or overlap
         with safe_open(path, framework="pt"):
             pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: is truncated or not a safetensors file ({error}); pickled weights are not"
             " supported"
         ) from None
-    return header_tensors(path, length, header)
+    return tensors
 
 
 def header_tensors(path: Path, length: int, content: bytes) -> list[StoredTensor]:
-    """The tensors in a file's header of ``length`` bytes, which safetensors has accepted."""
-    header = json.loads(content)
-    metadata = header.pop("__metadata__", {})
+    """The tensors in a file's header of ``length`` bytes; raises as ``parse_header``."""
+    entries, metadata = parse_header(content)
     return [
         StoredTensor(
             name=name,
@@ -276,5 +267,18 @@ def header_tensors(path: Path, length: int, content: bytes) -> list[StoredTensor
             num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
             metadata=metadata,
         )
-        for name, entry in header.items()
+        for name, entry in entries.items()
     ]
+
+
+def _dense_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder}: has no model.safetensors, only {pickled[0]}, which may be a pickle and is"
+            " never opened; save the weights as safetensors"
+        )
+    raise CheckpointError(f"{folder}: has no model.safetensors")

@@ -12,8 +12,10 @@ from weights.checkpoints.byte_tokens import BYTE_NAMES, byte_level, byte_tokens
 from weights.checkpoints.sentencepiece_tokenizer import SentencePieceTokenizer
 from weights.checkpoints.token_table import TokenTable
 from weights.errors import CheckpointError
-from weights.text_files import ENCODING
+from weights.text_files import ENCODING, regular_file_bytes
 
+# the largest vocabularies take a quarter
+_MAX_BYTES = 2**27
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -163,6 +165,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     config = read_tokenizer_config(folder)
     path = folder / "tokenizer.json"
     if path.exists():
+        regular_file_bytes(path, _MAX_BYTES)
         try:
             tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding=ENCODING))
             tokenizer.encode_special_tokens = config.splits_special
@@ -173,6 +176,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.model"
     if not path.exists():
         raise CheckpointError(f"{folder}: has neither tokenizer.json nor tokenizer.model")
+    regular_file_bytes(path, _MAX_BYTES)
     try:
         return SentencePieceTokenizer(path.read_bytes(), config)
     except (RuntimeError, OSError) as error:

@@ -130,7 +130,24 @@ def _question(where: str, record: dict[str, Any]) -> Question:
 def score_recall(
     engine: Engine, tokenizer: Tokenizer, questions: Sequence[Question]
 ) -> RecallScore:
+    """Answer all questions greedily and count exact answers; raises as ``greedy_answers``."""
+    answers = greedy_answers(engine, tokenizer, questions)
+    right = sum(map(is_right, questions, answers))
+    return RecallScore(len(questions), right, right / len(questions))
+
+
+def is_right(question: Question, answer: str) -> bool:
+    """Whether an answer of ``greedy_answers`` equals the expected one in every character."""
+    return answer == question.answer
+
+
+def greedy_answers(
+    engine: Engine, tokenizer: Tokenizer, questions: Sequence[Question]
+) -> list[str]:
     """Answer all questions in one batch, greedily.
+
+    An answer ends before ``until`` or at the end of the text, without white space around it. It is
+    cut a few tokens after the length of the expected answer.
 
     Raises:
         DataError: a question is too long for the model.
@@ -151,10 +168,13 @@ def score_recall(
             # the stop token is not part of the answer
             num_ids = len(output.token_ids) - (output.stop_token_id is not None)
             answers[int(output.request_id)] += output.token_ids[:num_ids]
-    right = 0
-    for question, ids in zip(questions, answers, strict=True):
-        found = tokenizer.decode(ids).strip()
-        if question.until:
-            found = found.partition(question.until)[0].strip()
-        right += found == question.answer
-    return RecallScore(len(questions), right, right / len(questions))
+    return [
+        _answer(tokenizer.decode(ids), question.until)
+        for question, ids in zip(questions, answers, strict=True)
+    ]
+
+
+def _answer(text: str, until: str) -> str:
+    """A generated text up to ``until``, without white space around it."""
+    text = text.strip()
+    return text.partition(until)[0].strip() if until else text

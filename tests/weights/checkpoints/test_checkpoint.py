@@ -303,10 +303,22 @@ def test_rotary_buffers_that_trainers_leave_are_ignored(folder, place, buffer):
     assert plain_logits(after, [1, 2, 3]).equal(plain_logits(before, [1, 2, 3]))
 
 
-def test_too_many_layers_are_refused_before_the_model_is_built(folder):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_hidden_layers": 4096}, r"tensor model\.layers\.2\.input_layernorm.* is missing"),
+        ({"num_hidden_layers": 4097}, "num_hidden_layers: 4097 is more than 4096"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4096, "num_experts_per_tok": 2}
+            | {"architectures": ["MixtralForCausalLM"]},
+            "too few for 8192 experts of 2 layers",
+        ),
+    ],
+)
+def test_too_many_modules_are_refused_before_the_model_is_built(folder, change, named):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10_000_000}))
-    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.input_layernorm"):
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=named):
         load_model(folder)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from server.cli import evaluate as verb
+from server.cli import model_scores
 from server.cli.main import main
 from server.engine_entry import load_served
 from tests.models import (
@@ -173,7 +173,7 @@ def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys, monkeypa
         loads.append(engine)
         return load_served(options, folder, engine, device)
 
-    monkeypatch.setattr(verb, "load_served", counted)
+    monkeypatch.setattr(model_scores, "load_served", counted)
     questions, texts, out = (tmp_path / name for name in ("q.jsonl", "a.txt", "scores.json"))
     questions.write_text(json.dumps({"prompt": "fox", "answer": "jumps"}))
     texts.write_text(TEXTS[0])

@@ -11,6 +11,7 @@ from weights.checkpoints.importers.saved_tensors import read_saved, sizes
 from weights.checkpoints.importers.sharded_tensor import ShardedTensor
 from weights.checkpoints.tensor_files import StoredTensor
 from weights.errors import CheckpointError
+from weights.text_files import regular_file_bytes
 
 _MOST_METADATA_BYTES = 2**27
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
@@ -64,8 +65,7 @@ Places = Mapping[tuple[str, tuple[int, ...]], Record]
 
 def _read_list(path: Path) -> tuple[Mapping[Any, Any], Places]:
     """The entries of all tensors by name, and the places of their shards."""
-    if path.stat().st_size > _MOST_METADATA_BYTES:
-        raise ValueError(f"has more than {_MOST_METADATA_BYTES} bytes")
+    regular_file_bytes(path, _MOST_METADATA_BYTES)
     listed = _record(unpickle(path.read_bytes(), _KNOWN))
     entries, infos = listed.get("state_dict_metadata"), listed.get("storage_data")
     if type(entries) is not dict or type(infos) is not dict:

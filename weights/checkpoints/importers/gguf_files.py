@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from weights.errors import CheckpointError
+from weights.text_files import regular_file_bytes
 
 _PART = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(\.gguf)", re.IGNORECASE)
 _BEGINNING = 2**20
@@ -46,6 +47,7 @@ def files_version(file: Path) -> str:
     """
     found = hashlib.sha256()
     for part in gguf_files(file):
+        regular_file_bytes(part)
         try:
             status = part.stat()
             found.update(f" {status.st_size} {status.st_mtime_ns}".encode())

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.model.config import MemoryConfig, ModelConfig
-from weights.checkpoints.importers.model_settings import MOST_LAYERS, refuse_unknown, required
-from weights.checkpoints.json_fields import typed
+from weights.checkpoints.importers.model_settings import refuse_unknown, required
+from weights.checkpoints.json_fields import MAX_LAYERS, typed
 from weights.errors import CheckpointError
 from weights.text_files import read_json_object
 
@@ -49,8 +49,8 @@ def _model(raw: Mapping[str, Any]) -> ModelConfig:
     values = {ours: required(raw, key, int) for key, ours in _SIZES.items()}
     hidden_size = values["hidden_size"]
     num_heads, head_dim = _heads(raw, hidden_size)
-    if values["num_layers"] > MOST_LAYERS:
-        raise ValueError(f"n_layers: {values['num_layers']} is more than {MOST_LAYERS}")
+    if values["num_layers"] > MAX_LAYERS:
+        raise ValueError(f"n_layers: {values['num_layers']} is more than {MAX_LAYERS}")
     kinds = ["dense"] * values["num_layers"]
     memory = _memory(raw.get("productkey_args"), kinds, hidden_size)
     return ModelConfig(

@@ -5,8 +5,6 @@ from typing import Any
 
 from weights.checkpoints.json_fields import typed
 
-MOST_LAYERS = 2**16
-
 
 def refuse_unknown(raw: Iterable[str], known: Collection[str]) -> None:
     """Raise ValueError for a key that is not known."""

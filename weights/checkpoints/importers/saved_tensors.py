@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 from weights.checkpoints.importers.record_pickle import Record, unpickle
 from weights.checkpoints.tensor_files import DTYPES, StoredTensor
 from weights.errors import CheckpointError
+from weights.text_files import regular_file_bytes
 
 # torch's names of storages -> safetensors codes
 _FLOATS = {
@@ -44,6 +45,7 @@ def read_saved(path: Path, offset: int = 0, length: int | None = None) -> Any:
             holds other things than dictionaries, lists, numbers, texts and tensors.
     """
     where = f"{path}: byte {offset}" if offset else str(path)
+    regular_file_bytes(path)
     try:
         with open(path, "rb") as file:
             size = file.seek(0, io.SEEK_END)

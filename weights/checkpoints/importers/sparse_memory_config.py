@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.model.config import MemoryConfig, ModelConfig
-from weights.checkpoints.importers.model_settings import MOST_LAYERS, refuse_unknown, required
-from weights.checkpoints.json_fields import typed
+from weights.checkpoints.importers.model_settings import refuse_unknown, required
+from weights.checkpoints.json_fields import MAX_LAYERS, typed
 
 # our field by the run's key, for keys whose meaning is the same
 _SIZES = {
@@ -62,8 +62,8 @@ def parse_settings(raw: Mapping[str, Any]) -> SparseMemoryConfig:
     hidden_size, num_heads = values["hidden_size"], values["num_heads"]
     if not 0 < num_heads <= hidden_size or hidden_size % num_heads:
         raise ValueError(f"n_heads: {num_heads} does not divide d_model {hidden_size}")
-    if values["num_layers"] > MOST_LAYERS:
-        raise ValueError(f"n_layers: {values['num_layers']} is more than {MOST_LAYERS}")
+    if values["num_layers"] > MAX_LAYERS:
+        raise ValueError(f"n_layers: {values['num_layers']} is more than {MAX_LAYERS}")
     layers = _layers(raw, values["num_layers"])
     kind = "memory_plus" if required(raw, "mem_swilu", bool) else "pkm"
     model = ModelConfig(

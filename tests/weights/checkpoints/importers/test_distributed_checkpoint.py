@@ -182,7 +182,7 @@ def test_a_compressed_shard_is_refused(folder):
 
 def test_sizes_are_bounded(folder, monkeypatch):
     monkeypatch.setattr(distributed_checkpoint, "_MOST_METADATA_BYTES", 10)
-    assert "has more than 10 bytes" in refusal(folder)
+    assert "more than 10" in refusal(folder)
 
 
 @pytest.mark.parametrize("data", [b"", b"\x80\x05.", pickle.dumps(3), pickle.dumps({})])

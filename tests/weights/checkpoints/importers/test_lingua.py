@@ -205,7 +205,7 @@ def test_a_run_without_memory_layers(run):
         ("plain", {"remove": ["norm.weight"]}, "model.norm.weight: expected .* found nothing"),
         ("plain", {"remove": ["layers.2.attention_norm.weight"]}, "layers.2.*is missing"),
         ("plain", {"model": {"n_layers": 99}}, "layers.4.attention_norm.weight is missing"),
-        ("plain", {"model": {"n_layers": 2**20}}, "n_layers: 1048576 is more than 65536"),
+        ("plain", {"model": {"n_layers": 2**20}}, "n_layers: 1048576 is more than 4096"),
         ("plain", {"tensors": {"layers.1.lora.weight": torch.zeros(2)}}, "lora.weight': is not"),
         ("plain", {"tensors": {"layers.7.attention.wq.weight": torch.zeros(2)}}, "layers.7"),
         ("plain", {"tensors": {f"{FIRST}keys": torch.zeros(77, 12)}}, "subkeys: expected"),

@@ -1,5 +1,6 @@
 """Files of torch.save: tensors are found in them; hostile files are refused in one line."""
 
+import os
 import pickle
 import struct
 import zipfile
@@ -95,6 +96,11 @@ def test_damaged_and_missing_files_are_refused(path):
     path.with_name("cut.pth").write_bytes(whole[: len(whole) // 2])
     assert "is not a zip file" in refusal(path.with_name("cut.pth"))
     assert "No such file" in refusal(path.with_name("missing.pth"))
+
+
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo.pth")
+    assert "is not a regular file" in refusal(tmp_path / "fifo.pth")
 
 
 def test_compressed_and_encrypted_entries_are_refused(path):

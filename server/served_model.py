@@ -89,7 +89,7 @@ class ServedModel:
         ready = self._process.start()
         for made in (self._source, self._source.base):
             if made is not None and made.source is not None:
-                # engines that restart need the folder, also after its source has changed
+                # engines that restart need the folder, also after a GGUF file has changed
                 hold(made.folder)
         grammars = GrammarChecker(self._folder, ready.limits)
         grammars.start()

@@ -21,6 +21,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3 with biases": {"num_key_value_heads": 1, "head_dim": 8, "attention_bias": True},
     "mistral": {"num_key_value_heads": 2, "head_dim": 24, "sliding_window": None},
     "mistral with a window": {"num_key_value_heads": 4, "sliding_window": 24},
+    "qwen2 with a window": {
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "max_window_layers": 1,
+    },
     "llama": {"num_key_value_heads": 2, "head_dim": 6, "attention_bias": True},
 }
 CHAT_TEMPLATE = (

@@ -125,7 +125,8 @@ class HostTable:
         Raises:
             ValueError: the layer is outside the cache's layers.
         """
-        self._prefetch(self._cache.fill, rows.to(self._cache.device), layer)
+        rows = rows.flatten()[: self._cache.capacity].to(self._cache.device)
+        self._prefetch(self._cache.fill, rows, layer)
 
     def _prefetch(self, prefetch: Callable[[Tensor, int], None], rows: Tensor, layer: int) -> None:
         self._cache.check_hint(rows, layer)

@@ -41,7 +41,7 @@ def compare_models(
 
     Args:
         options: settings of both models; ``model`` is not read.
-        names: names, folders or GGUF files of model A and model B.
+        names: names, folders, GGUF files or Hub names (``org/name``) of model A and model B.
         texts: must be empty.
         questions_file: see ``read_questions``.
 
@@ -69,6 +69,8 @@ def compare_models(
             raise DataError(f"{name}: {error}") from None
         # an engine has reference cycles; free this one before the next model is loaded
         gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the next model's placement looks at the free memory
     found = compare_answers(questions, *answers)
     print("\n".join(_report(found, names)))
     return _as_json(found, names)

@@ -116,7 +116,7 @@ def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
     known |= {"architectures", "model_type", "rope_scaling", "rope_parameters"}
     named = named_family(raw)
     family = named or LLAMA
-    # a null means Llama's default
+    # a null means that a key is not given, and overrides a family's default
     raw = {key: value for key, value in {**family.defaults, **raw}.items() if value is not None}
     for key in raw:
         if key not in known:

@@ -218,7 +218,7 @@ def _check_shapes(path: Path, imported: ImportedModel) -> None:
     tensors = expected_tensors(imported.config.model, source_formats(imported.sources))
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     tables = imported.config.model.table_names
-    # open_checkpoint has checked the shapes of records, which depend on their format
+    # those who opened the source have checked the shapes of records, which depend on their format
     found = {
         one.name: expected[one.name]
         if one.name in tables and one.dtype is torch.uint8

@@ -14,7 +14,7 @@ class Family:
     Attributes:
         model_type: its name.
         architecture: name of the class of its language model.
-        defaults: values of keys that are not given, where Llama has others; null is a value too.
+        defaults: values of keys that are not given, if they differ from Llama's.
         model: fields of ``ModelConfig`` that the family sets.
         unused: keys that other families use and this one does not.
     """
@@ -31,6 +31,7 @@ _QWEN = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32_768,
     "use_sliding_window": False,
+    "sliding_window": 4096,
 }
 LLAMA = Family("llama", "LlamaForCausalLM")
 MIXTRAL = Family(

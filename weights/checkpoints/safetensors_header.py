@@ -4,6 +4,8 @@ import json
 import re
 from typing import Any
 
+from weights.text_files import unique_keys
+
 # a tensor takes about 150 bytes; models with the most experts have 70,000 tensors
 MAX_HEADER_BYTES = 2**24
 _MAX_DIMS, _MAX_SIZE, _MAX_NAME = 8, 2**63 - 1, 500
@@ -29,16 +31,6 @@ def parse_header(content: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, s
     for name, entry in header.items():
         _check_entry(name, entry)
     return header, metadata
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; ValueError if it gives a key twice, because readers then differ."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
-        raise ValueError(f"{twice[:80]!a} is given twice")
-    return found
 
 
 def _check_entry(name: str, entry: object) -> None:

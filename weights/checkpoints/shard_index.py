@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from weights.checkpoints.safetensors_header import unique_keys
 from weights.errors import CheckpointError
-from weights.text_files import ENCODING, regular_file_bytes
+from weights.text_files import ENCODING, regular_file_bytes, unique_keys
 
 INDEX_FILE = "model.safetensors.index.json"
 _MAX_BYTES = 2**24
@@ -23,11 +22,11 @@ def read_weight_map(index: Path) -> dict[str, str]:
         content = json.loads(index.read_text(encoding=ENCODING), object_pairs_hook=unique_keys)
         weight_map = content["weight_map"]
         if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-            raise TypeError
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
-        raise CheckpointError(
-            f"{index}: has no valid weight_map of tensor names to file names"
-        ) from None
+            raise ValueError("not names of files by names of tensors")
+    except OSError as error:
+        raise CheckpointError(f"{index}: {error.strerror}") from None
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: has no valid weight_map ({error!s:.200})") from None
     return dict(weight_map)
 
 

@@ -18,13 +18,19 @@ from weights.errors import CheckpointError, ModelNotFoundError
 
 logger = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
-# with the tokenizer's files all that a checkpoint folder may have: never code or pickles
-_WANTED = ("config.json", "generation_config.json", "chat_template.json", _INDEX, "*.safetensors")
+# with the tokenizer's files all that a checkpoint folder may have: never code or pickles, and no
+# second copies of the weights, such as model.fp16.safetensors
+_WANTED = (
+    *("config.json", "generation_config.json", "chat_template.json", _INDEX),
+    *("model.safetensors", "model-*.safetensors", "table-*.safetensors", "hot_rows.safetensors"),
+)
 # files in folders, second copies of the weights in other layouts, and adapters
 _UNWANTED = ["*/*", "consolidated*", "adapter_*"]
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@(.*))?", re.ASCII | re.DOTALL)
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]{0,254}", re.ASCII)
 _MOST_NAMED_FILES = 5
+# of an address: it may stand in HF_ENDPOINT
+_CREDENTIALS = re.compile(r"//[^/@\s]*@")
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,7 @@ def _described(model: HubModel, error: Exception) -> CheckpointError:
     """An error of ``huggingface_hub`` as ours, in one line."""
     from huggingface_hub import constants, errors
 
+    endpoint = _CREDENTIALS.sub("//", constants.ENDPOINT)
     # the library falls back to its cache, and reports both failures in one error
     is_missing = isinstance(error, errors.LocalEntryNotFoundError)
     cause = error.__cause__ if is_missing and isinstance(error.__cause__, Exception) else error
@@ -169,33 +176,30 @@ def _described(model: HubModel, error: Exception) -> CheckpointError:
         )
     if isinstance(cause, errors.GatedRepoError):
         return ModelNotFoundError(
-            f"{model}: is gated; accept its terms at {constants.ENDPOINT}/{model.repository}, then"
-            f" {login}"
+            f"{model}: is gated; accept its terms at {endpoint}/{model.repository}, then {login}"
         )
     if isinstance(cause, errors.RepositoryNotFoundError):
         return ModelNotFoundError(
-            f"{model}: is neither a folder here nor a repository at {constants.ENDPOINT}; if it is"
+            f"{model}: is neither a folder here nor a repository at {endpoint}; if it is"
             f" private, {login}"
         )
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return CheckpointError(
-            f"{model}: is not wholly in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE"
-            " forbids to download it"
+            f"{model}: is incomplete in the cache {constants.HF_HUB_CACHE}; HF_HUB_OFFLINE is set,"
+            " so memplus does not download it"
         )
     if isinstance(cause, errors.HfHubHTTPError):
         status = cause.response.status_code
         advice = f"; {login}" if status in (401, 403) else ""
-        return CheckpointError(
-            f"{model}: {constants.ENDPOINT} answered with HTTP status {status}{advice}"
-        )
+        return CheckpointError(f"{model}: {endpoint} answered with HTTP status {status}{advice}")
     if is_missing:
         return CheckpointError(
             f"{model}: is neither a folder here nor wholly in the cache {constants.HF_HUB_CACHE},"
-            f" and {constants.ENDPOINT} cannot be reached ({_line(cause)})"
+            f" and {endpoint} cannot be reached ({_line(cause)})"
         )
     return CheckpointError(f"{model}: cannot be downloaded ({_line(cause)})")
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
+    text = _CREDENTIALS.sub("//", " ".join(str(error).split()))[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -81,8 +81,8 @@ def find_model(name: str, cache_folder: Path) -> ModelFolder:
         folder = cache_folder / "models" / _SMOLLM2_FOLDER
         source = None if folder.exists() else smollm2_source()
         return ModelFolder(folder, source, dtype="bfloat16")
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         if path.is_dir():
             if is_sparse_memory(path) or weights_folder(path) is not None:
                 raise ModelNotFoundError(
@@ -95,6 +95,8 @@ def find_model(name: str, cache_folder: Path) -> ModelFolder:
         from_hub = hub_model(name) if not path.exists() else None
     except OSError as error:
         raise CheckpointError(f"{name}: cannot be read ({error.strerror})") from None
+    except RuntimeError as error:  # an unknown user's home
+        raise ModelNotFoundError(f"{name}: {error}") from None
     if from_hub is not None:
         return ModelFolder(download(from_hub), repository=from_hub.repository)
     known = ", ".join(NAMED_MODELS)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from weights.errors import CheckpointError
-from weights.models.adapted_model import find_served
+from weights.models.adapted_model import find_served, present_version
 from weights.models.folder_lock import hold, remove_unheld
 from weights.models.named_models import ModelFolder
 
@@ -35,8 +35,11 @@ def prepare(model: ModelFolder) -> Path:
         ConfigError: the base of a memory adapter has memory layers.
     """
     folder = model.folder
-    if model.base is not None:
+    if model.base is not None and model.source is not None:
         prepare(model.base)
+        # the folder has links: its files are not those that were compared if they have changed
+        if present_version(model.base, model.source) != model.version:
+            raise CheckpointError(f"{model.source}: it or its base changed since it was found")
     try:
         if model.source is not None and hold(folder) is None:
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 from weights.checkpoints.table_origin import HASH_PATTERN
 from weights.errors import PatchError
 from weights.patches.opened_folder import OpenedFile
+from weights.text_files import unique_keys
 
 FORMAT_VERSION = 1
 _VERSION = "memplus_patch"
@@ -70,7 +71,7 @@ def read_description(file: OpenedFile) -> PatchDescription:
                 content,
                 parse_constant=_refuse_constant,
                 parse_float=_finite,
-                object_pairs_hook=_without_duplicates,
+                object_pairs_hook=unique_keys,
             )
         )
     except RecursionError:
@@ -88,15 +89,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"not valid JSON: the number {text[:80]} is out of range")
     return value
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"not valid JSON: the key {key[:80]!a} is given twice")
-        found[key] = value
-    return found
 
 
 def _parse(raw: object) -> PatchDescription:

@@ -35,7 +35,7 @@ class Comparison:
 def compare_answers(
     questions: Sequence[Question], answers_a: Sequence[str], answers_b: Sequence[str]
 ) -> Comparison:
-    """Sort questions by who is right; an answer counts as in ``score_recall``."""
+    """Group questions by the model that is right; an answer counts as in ``score_recall``."""
     groups: dict[tuple[bool, bool], list[Answered]] = {
         (a, b): [] for a in (True, False) for b in (True, False)
     }

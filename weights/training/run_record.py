@@ -15,6 +15,9 @@ _CHANGEABLE = (
     *("run.checkpoint_activations", "run.device"),
 )
 
+# settings that earlier versions lack, with the values that their runs had
+_NEWER: Mapping[str, Any] = {"run.freeze": []}
+
 
 def check_settings(folder: Path, config: TrainConfig, *, has_begun: bool) -> None:
     """Save the settings, or compare them with the saved ones if the run ``has_begun``.
@@ -35,7 +38,8 @@ def check_settings(folder: Path, config: TrainConfig, *, has_begun: bool) -> Non
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: {error}") from None
-    saved, now = dict(_leaves(before)), dict(_leaves(settings))
+    # a run of an earlier version lacks newer settings
+    saved, now = {**_NEWER, **dict(_leaves(before))}, dict(_leaves(settings))
     for name in sorted(saved.keys() | now.keys()):
         if name not in _CHANGEABLE and saved.get(name) != now.get(name):
             raise TrainingError(

@@ -1,7 +1,6 @@
 """The training loop: batches, optimiser steps, log, evaluations and checkpoints."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,10 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from engine.errors import ConfigError
-from engine.model.config import ModelConfig
 from engine.model.flops import forward_flops
-from weights.adapters.memory_adapter import write_adapter
-from weights.checkpoints.config_json import read_config
 from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
 from weights.training.data_source import discard_stale_data
@@ -30,6 +26,7 @@ from weights.training.table_usage import TableUsage
 from weights.training.token_stream import TokenStream
 from weights.training.train_config import TrainConfig
 from weights.training.train_state import TrainState, remove_leftovers, saved_states
+from weights.training.trained_adapter import trained_adapter
 from weights.training.training_data import TrainingData, prepare_data
 
 # tokens of validation documents per evaluation
@@ -45,13 +42,6 @@ class StepReport:
     lr_share: float
     grad_norm: float
     tokens_per_s: float
-
-
-def _is_base_with_memories(shape: ModelConfig, init_from: str) -> bool:
-    """Whether a model is that of a folder, with memories beside its feed-forwards."""
-    if shape.memory is None or shape.memory.placement != "beside" or not init_from:
-        return False
-    return not read_config(Path(init_from)).model.memory_layers
 
 
 class Trainer:
@@ -97,7 +87,7 @@ class Trainer:
         if run.checkpoint_activations:
             model.run_layer = partial(checkpoint, use_reentrant=False)
         self._model = model
-        self._is_adapter = bool(run.freeze) and _is_base_with_memories(shape, run.init_from)
+        self._adapter = trained_adapter(shape, run, folder)
         self._optimizer = Optimizer(model, list(tables.values()), config.optimizer, self._replicas)
         self._usage = {name: TableUsage(table.num_rows) for name, table in tables.items()}
         self._stream = TokenStream(data.train, config.data.sequence_length, run.seed)
@@ -136,6 +126,8 @@ class Trainer:
                 self._check_replicas()
             if self._replicas.is_first:
                 self._evaluate_and_save(is_last=self.step == run.steps or not continues)
+        if self.step == run.steps and self._adapter is not None and self._replicas.is_first:
+            self._adapter.write(saved_states(self._state.folder)[-1])
 
     def _evaluate_and_save(self, is_last: bool) -> None:
         run, step = self._config.run, self.step
@@ -144,10 +136,7 @@ class Trainer:
             self._log.write({"kind": "evaluation", "step": step, **self.evaluate()})
         if step % run.checkpoint_every == 0 or is_last:
             reads = self._row_reads() if step == run.steps and self._usage else None
-            saved = self._state.save(step, self._stream.position, reads)
-            if step == run.steps and self._is_adapter:
-                shutil.rmtree(self.folder / "adapter", ignore_errors=True)
-                write_adapter(saved, Path(run.init_from), self.folder / "adapter")
+            self._state.save(step, self._stream.position, reads)
 
     def _row_reads(self) -> RowReads:
         """Rows that the trained model reads on a sample of its training documents."""

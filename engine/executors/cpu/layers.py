@@ -85,7 +85,7 @@ class CpuLayer:
         return self.finish(lookup, residual_TD)
 
     def finish(self, lookup: Lookup, residual_TD: Tensor) -> Tensor:
-        """Finish ``memory``, which was started with the same residual stream, and what is beside.
+        """Finish ``memory``, which was started with the same residual stream, and run ``beside``.
 
         Return the new residual stream.
         """

@@ -30,7 +30,7 @@ class CpuMemory:
         self._gate = _pack_any(packer, memory.gate, norm)
         gate = memory.scalar_gate
         self._scale = 1.0 if gate is None else float(packer.cast(gate))
-        # y is linear in the rows but for this bias
+        # scale this bias too: y is linear in the rows only without it
         self._values = (
             None
             if memory.value_proj is None

@@ -57,7 +57,7 @@ class MicroBatches:
     ) -> None:
         self._layers, self._kernels = layers, kernels
         self._progress, self._lookahead = progress, lookahead
-        # native calls stop before each memory, and before what is beside it
+        # native calls stop before each memory and the feed-forward beside it
         without_memory = [
             layer.packed
             if layer.memory is None

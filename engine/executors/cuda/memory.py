@@ -27,7 +27,7 @@ class CudaMemory:
         self._memory, self._norm = memory, norm_of(norm)
         self._query = joined(memory.query)
         self._gate = None if memory.gate is None else joined(memory.gate)
-        # y is linear in the rows but for this product's bias
+        # scale this product's bias too: y is linear in the rows only without it
         self._scale = None if memory.scalar_gate is None else float(memory.scalar_gate)
         self._value = None if memory.value_proj is None else joined(memory.value_proj)
         if self._value is not None and self._scale is not None:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.errors import ConfigError
 from engine.model.config import MemoryConfig
@@ -101,9 +102,9 @@ def test_memories_that_replace_feed_forwards_are_no_adapter(made, tmp_path):
         ({"memplus_memory_adapter": 2}, "memplus_memory_adapter: 2 is not supported"),
         ({"memplus_memory_adapter": None}, "memplus_memory_adapter: expected int"),
         ({"base": 5}, "base: expected str"),
-        ({"memory": []}, "memory: expected dict"),
+        ({"model": []}, "model: expected dict"),
         ({"novel": 1}, "novel: unknown key"),
-        ({"memory": {"layers": {"7": "pkm"}}}, "memory"),
+        ({"model": {"hidden_size": 7}}, "vocab_size: missing"),
     ],
 )
 def test_a_wrong_description_is_refused(made, tmp_path, change, message):
@@ -121,6 +122,82 @@ def test_an_adapter_without_a_weight_is_refused(made, tmp_path):
     _, folder = made
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / "table-00000.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"tensor memory\.table is missing"):
+    with pytest.raises(CheckpointError, match=r"tensor memory\.table is missing") as caught:
         link_adapter(folder / "base", tmp_path / "adapter", tmp_path / "both")
+    assert str(caught.value).startswith(str(tmp_path / "adapter"))
     assert not (tmp_path / "both").exists()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "memory.other"])
+def test_a_tensor_that_is_not_of_a_memory_is_refused(made, tmp_path, name):
+    _, folder = made
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / ("model.safetensors" if "norm" in name else "more.safetensors")
+    stored = load_file(file) if file.exists() else {}
+    save_file(stored | {name: torch.ones(32)}, file)
+    if "other" in name:
+        file.rename(tmp_path / "adapter" / "model-1.safetensors")
+        (tmp_path / "adapter" / "model.safetensors").rename(
+            tmp_path / "adapter" / "model-2.safetensors"
+        )
+    with pytest.raises(CheckpointError, match="is not part of a memory adapter"):
+        link_adapter(folder / "base", tmp_path / "adapter", tmp_path / "both")
+
+
+def test_an_index_is_refused(made, tmp_path):
+    _, folder = made
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a memory adapter has no index"):
+        link_adapter(folder / "base", tmp_path / "adapter", tmp_path / "both")
+
+
+def test_a_base_with_another_config_is_refused(made, tmp_path):
+    _, folder = made
+    shutil.copytree(folder / "base", tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 5e5}))
+    message = r"^rope_theta: is 10000\.0 with the adapter's memories, but 500000\.0 in the base"
+    with pytest.raises(ConfigError, match=message):
+        link_adapter(tmp_path / "base", folder / "adapter", tmp_path / "both")
+    with pytest.raises(ConfigError, match=message):
+        write_adapter(folder / "grown", tmp_path / "base", tmp_path / "out")
+
+
+def test_weights_that_changed_are_not_an_adapter(made, tmp_path):
+    grown, folder = made
+    changed = random_model(grown.config)
+    changed.load_state_dict(grown.state_dict())
+    changed.model.norm.weight[3] += 1
+    save_model(changed, tmp_path / "changed")
+    with pytest.raises(CheckpointError, match=r"tensor model\.norm\.weight has other values"):
+        write_adapter(tmp_path / "changed", folder / "base", tmp_path / "out")
+
+
+def test_a_narrow_base_and_wide_memories(made, tmp_path):
+    grown, folder = made
+    convert(folder / "base", tmp_path / "base", "bfloat16")
+    wide = random_model(grown.config)
+    wide.load_state_dict(
+        grown.state_dict() | load_model(tmp_path / "base", "float32")[0].state_dict()
+    )
+    save_model(wide, tmp_path / "wide")
+    write_adapter(tmp_path / "wide", tmp_path / "base", tmp_path / "adapter")
+    link_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "both")
+    assert torch.equal(
+        plain_logits(load_model(tmp_path / "both", "float32")[0], IDS),
+        plain_logits(load_model(tmp_path / "wide")[0], IDS),
+    )
+    # auto follows the embedding
+    assert load_model(tmp_path / "both")[0].dtype is torch.bfloat16
+
+
+def test_lists_of_rows_are_kept(made, tmp_path):
+    _, folder = made
+    shutil.copytree(folder / "grown", tmp_path / "grown")
+    for name in ("hot_rows.safetensors", "row_reads.safetensors"):
+        (tmp_path / "grown" / name).write_bytes(b"list")
+    write_adapter(tmp_path / "grown", folder / "base", tmp_path / "adapter")
+    link_adapter(folder / "base", tmp_path / "adapter", tmp_path / "both")
+    for name in ("hot_rows.safetensors", "row_reads.safetensors"):
+        assert (tmp_path / "both" / name).read_bytes() == b"list"

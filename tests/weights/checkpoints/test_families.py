@@ -69,6 +69,14 @@ def test_missing_keys_have_the_defaults_of_hugging_face(name):
     assert found.tie_embeddings == config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_of_unknown_size_has_the_default_of_hugging_face(family):
+    given = {"model_type": family, **SIZES, "num_key_value_heads": 2, "use_sliding_window": True}
+    assert parse_model(given).max_positions == 4096
+    config = transformers.AutoConfig.for_model(family, use_sliding_window=True)
+    assert config.sliding_window == 4096
+
+
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
 def test_keys_that_a_family_does_not_use_change_nothing(family, key):

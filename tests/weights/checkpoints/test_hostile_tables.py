@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from engine.errors import ConfigError
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from tests.weights.checkpoints.refusals import refusal
-from weights.checkpoints import checkpoint
+from weights.checkpoints import checkpoint, placed_tables
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.convert import convert
 from weights.errors import CheckpointError
 
 TABLE = "memory.table"
-KINDS = ("int8", "int4", "float32")
+KINDS = ("int8", "int4", "int4_row", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,8 @@ def folder(request, model, tmp_path_factory):
     plain = save_model(model, folder / "plain")
     if request.param == "float32":
         return plain
-    rounded = {"table_dtype": request.param, "weight_dtype": request.param}
+    groups = request.param.removesuffix("_row")
+    rounded = {"table_dtype": request.param, "weight_dtype": groups}
     convert(plain, folder / request.param, **rounded)
     return folder / request.param
 
@@ -73,8 +74,8 @@ def loads_nothing(monkeypatch):
         raise AssertionError("loaded")
 
     monkeypatch.setattr(checkpoint, "_read_model", refused)
-    monkeypatch.setattr(checkpoint, "load_tables", refused)
-    monkeypatch.setattr(checkpoint, "open_tables", refused)
+    monkeypatch.setattr(placed_tables, "load_tables", refused)
+    monkeypatch.setattr(placed_tables, "open_tables", refused)
 
 
 @pytest.mark.parametrize("cache", [None, 2**20])

@@ -1,6 +1,7 @@
 """Models with memory adapters: a folder in the cache, made once per version of their files."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from tests.models import plain_logits
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.convert import convert
 from weights.errors import CheckpointError, ModelNotFoundError
-from weights.models.adapted_model import find_served
+from weights.models.adapted_model import find_served, present_version
+from weights.models.named_models import ModelFolder
 from weights.models.prepare import prepare, prepared_folder
 
 
@@ -51,17 +53,25 @@ def test_changed_files_make_another_folder(made, tmp_path, changed):
     assert prepare(second) == second.folder and folders(tmp_path) == {second.folder.name}
 
 
-def test_a_base_that_is_converted_itself(made, tmp_path):
+def test_a_converted_base_is_known_by_the_name_of_its_folder(made, tmp_path):
     _, folder = made
-    # as a GGUF file is: the folder's name has its version
-    (tmp_path / "models").mkdir()
-    convert(folder / "base", tmp_path / "models" / "base-1.abc")
-    base = str(tmp_path / "models" / "base-1.abc")
-    found = find_served(base, str(folder / "adapter"), tmp_path)
-    os.utime(tmp_path / "models" / "base-1.abc" / "config.json", ns=(1, 1))
-    assert find_served(base, str(folder / "adapter"), tmp_path).folder == found.folder
+    file = tmp_path / "model.gguf"
+    base = ModelFolder(folder / "base", source=file, version="abc")
+    adapter = folder / "adapter"
+    version = present_version(base, adapter)
+    os.utime(folder / "base" / "config.json", ns=(1, 1))
+    assert present_version(base, adapter) == version
+    assert present_version(replace(base, folder=tmp_path / "other"), adapter) != version
+
+
+def test_files_that_changed_since_they_were_found_are_not_served(made, tmp_path):
+    _, folder = made
+    found = find_served(str(folder / "base"), str(folder / "adapter"), tmp_path)
     prepare(found)
-    assert folders(tmp_path) == {"base-1.abc", found.folder.name}
+    time = (folder / "adapter" / "table-00000.safetensors").stat().st_mtime_ns
+    os.utime(folder / "adapter" / "table-00000.safetensors", ns=(1, time + 10**9))
+    with pytest.raises(CheckpointError, match="adapter: it or its base changed since"):
+        prepare(found)
 
 
 def test_a_folder_without_a_description_is_refused(made, tmp_path):
@@ -69,6 +79,11 @@ def test_a_folder_without_a_description_is_refused(made, tmp_path):
     for wrong in (str(folder / "grown"), str(tmp_path / "missing")):
         with pytest.raises(ModelNotFoundError, match=r"^memory_adapter: .* has no memory_adapter"):
             find_served(str(folder / "base"), wrong, tmp_path)
+    for wrong in ("x" * 300, "~nobody-of-this-name/x"):
+        with pytest.raises(ModelNotFoundError, match=r"^memory_adapter: "):
+            find_served(str(folder / "base"), wrong, tmp_path)
+        with pytest.raises(CheckpointError):
+            find_served(wrong, None, tmp_path)
 
 
 def test_an_adapter_of_another_base_leaves_nothing(made, tmp_path):

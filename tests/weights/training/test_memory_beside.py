@@ -1,5 +1,8 @@
 """Memories beside the feed-forwards of a finished model: they start at 0, and are trained alone."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -161,3 +164,41 @@ def test_another_part_cannot_be_frozen(settings):
 def test_experts_have_no_memory_beside_them():
     with pytest.raises(ValueError, match="^placement: beside cannot be combined with experts"):
         tiny_config(**feed_forward_changes("memory_plus", "moe", placement="beside"))
+
+
+def test_a_complete_run_writes_an_adapter_that_is_missing(base, settings, tmp_path):
+    Trainer(settings(), tmp_path / "run", resume=False).run(lambda report: True)
+    adapter = tmp_path / "run" / "adapter"
+    first = (adapter / "model.safetensors").read_bytes()
+    shutil.rmtree(adapter)
+    Trainer(settings(), tmp_path / "run", resume=True).run(lambda report: True)
+    assert (adapter / "model.safetensors").read_bytes() == first
+    Trainer(settings("run.steps=9"), tmp_path / "run", resume=True).run(lambda report: True)
+    assert (adapter / "model.safetensors").read_bytes() != first
+    assert [one.name for one in (tmp_path / "run").glob("*adapter*")] == ["adapter"]
+
+
+@pytest.mark.parametrize("change", ["model.rope_theta=500.0", "run.freeze=[]"])
+def test_a_run_that_changes_its_base_writes_no_adapter(settings, tmp_path, change):
+    Trainer(settings(change, "run.steps=1"), tmp_path / "run", resume=False).run(lambda _: True)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_recomputed_activations_change_nothing(settings, tmp_path):
+    for name in ("false", "true"):
+        config = settings(f"run.checkpoint_activations={name}")
+        Trainer(config, tmp_path / name, resume=False).run(lambda report: True)
+    found, wanted = (
+        tmp_path / name / "adapter" / "model.safetensors" for name in ("true", "false")
+    )
+    assert found.read_bytes() == wanted.read_bytes()
+
+
+def test_a_run_of_an_earlier_version_resumes(settings, tmp_path):
+    config = settings("run.freeze=[]", "run.steps=1")
+    Trainer(config, tmp_path / "run", resume=False).run(lambda report: True)
+    file = tmp_path / "run" / "settings.json"
+    saved = json.loads(file.read_text())
+    del saved["run"]["freeze"]
+    file.write_text(json.dumps(saved))
+    Trainer(config, tmp_path / "run", resume=True)

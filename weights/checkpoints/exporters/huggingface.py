@@ -19,6 +19,7 @@ from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json
 from weights.checkpoints.convert import read_folder
 from weights.checkpoints.exporters.sentencepiece_json import sentencepiece_json
+from weights.checkpoints.hot_rows import HOT_ROWS_FILE
 from weights.checkpoints.new_folder import new_folder, write_synced
 from weights.checkpoints.sentencepiece_tokenizer import SentencePieceTokenizer
 from weights.checkpoints.table_files import stored_format, table_shape
@@ -90,7 +91,9 @@ def export_transformers(source: Path, target: Path, dtype: str | None = None) ->
     dense = [one for one in found.sources if one.name not in tables]
     rows = [_floating(one, stored[one.name], chosen) for one in found.sources if one.name in tables]
     described = _described(found.config, chosen_name)
-    files = found.extra_files | _tokenizer_files(source, config, found.extra_files)
+    # lists for our row caches are no weights, but have their suffix
+    carried = {name: one for name, one in found.extra_files.items() if name != HOT_ROWS_FILE}
+    files = carried | _tokenizer_files(source, config, carried)
     if "auto_map" in described:
         files |= {name: (_CODE / name).read_bytes() for name in _CODE_FILES}
     files["config.json"] = _json(described)
@@ -154,6 +157,8 @@ def _tokenizer_files(
         return {}
     path, tokenizer = source / CONFIG_FILE, load_tokenizer(source)
     settings = read_json_object(path) if path.exists() else {}
+    # it may name code of somebody else, which transformers would download and run
+    settings.pop("auto_map", None)
     made: dict[str, bytes] = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
         settings.setdefault("tokenizer_class", "LlamaTokenizer")

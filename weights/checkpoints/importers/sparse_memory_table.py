@@ -29,7 +29,7 @@ from weights.checkpoints.tensor_files import (
     read_parts,
 )
 from weights.errors import CheckpointError
-from weights.text_files import read_json_object
+from weights.text_files import read_json_object, regular_file_bytes
 
 _MOST_HEADER_BYTES = 2**12  # of a .npy file
 CODES, SCALES, FLOATS = "values_q4.bin", "scales_q4.bin", "values_bf16.bin"
@@ -54,9 +54,10 @@ class PublishedFiles(NamedTuple):
             raise CheckpointError(f"{self.folder / META}: sha256: has no valid entry for {name}")
         return found
 
-    def verify(self, name: str) -> None:
-        """Compare a whole file with its checksum (CheckpointError)."""
+    def verify(self, name: str, most: int | None = None) -> None:
+        """Compare a whole file of at most ``most`` bytes with its checksum (CheckpointError)."""
         path, expected = self.folder / name, self.checksum(name)
+        regular_file_bytes(path, most)
         try:
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -146,10 +147,8 @@ def published_hot_rows(files: PublishedFiles, num_rows: int) -> Tensor | None:
     path = files.folder / HOT_ROWS
     if not path.exists():
         return None
-    files.verify(HOT_ROWS)
+    files.verify(HOT_ROWS, most=8 * num_rows + _MOST_HEADER_BYTES)
     try:
-        if path.stat().st_size > 8 * num_rows + _MOST_HEADER_BYTES:
-            raise ValueError(f"has more than {num_rows} row ids")
         found = np.load(path, allow_pickle=False)
         if not isinstance(found, np.ndarray) or found.dtype != np.int64 or found.ndim != 1:
             raise ValueError("is not one list of int64 row ids")

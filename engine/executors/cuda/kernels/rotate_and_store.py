@@ -61,7 +61,7 @@ def rotate_and_store(
     """
     _check(qkv_TF, positions_T, angles, kv_slots_T, kv_blocks, num_heads)
     norm_2E, eps = norm if norm is not None else (None, 0.0)
-    _check_norm(norm_2E, kv_blocks.shape[4])
+    _check_norm(norm_2E, qkv_TF.dtype, kv_blocks.shape[4])
     num_kv_heads, block_size, head_dim = kv_blocks.shape[2:]
     num_all_heads, half = num_heads + 2 * num_kv_heads, head_dim // 2
     lanes = triton.next_power_of_2(half)
@@ -115,10 +115,13 @@ def _check(
             raise ValueError(f"angles: expected contiguous fp32 {shape}, got {tuple(angle.shape)}")
 
 
-def _check_norm(norm_2E: Tensor | None, head_dim: int) -> None:
-    if norm_2E is not None and (norm_2E.shape != (2, head_dim) or not norm_2E.is_contiguous()):
-        found = f"{tuple(norm_2E.shape)} with strides {norm_2E.stride()}"
-        raise ValueError(f"norm: expected contiguous (2, {head_dim}), got {found}")
+def _check_norm(norm_2E: Tensor | None, dtype: torch.dtype, head_dim: int) -> None:
+    if norm_2E is None:
+        return
+    shape = norm_2E.shape == (2, head_dim) and norm_2E.is_contiguous()
+    if not shape or norm_2E.dtype != dtype:
+        found = f"{norm_2E.dtype} {tuple(norm_2E.shape)} with strides {norm_2E.stride()}"
+        raise ValueError(f"norm: expected contiguous {dtype} (2, {head_dim}), got {found}")
 
 
 def _queries(qkv_TF: Tensor, num_heads: int, head_dim: int) -> Tensor:

@@ -87,7 +87,7 @@ def small_reads(*kinds, **memory):
     kind=st.sampled_from(["fp32", "bf16", "int4"]),
     lookahead=st.sampled_from([None, LookaheadConfig(1, 2), LookaheadConfig(2, 1)]),
     is_patched=st.booleans(),
-    beside=st.booleans(),
+    beside=st.sampled_from([{}, {"scalar_gate": True}, {"output_gate": True}, None]),
 )
 def test_outputs_equal_those_of_rows_in_memory_bit_for_bit(
     tmp_path_factory,
@@ -101,8 +101,8 @@ def test_outputs_equal_those_of_rows_in_memory_bit_for_bit(
     is_patched,
     beside,
 ):
-    options = {"placement": "beside", "scalar_gate": True}
-    model = small_reads(*kinds, **(options if beside and "moe" not in kinds else {}))
+    options = {} if beside is None or "moe" in kinds else {"placement": "beside", **beside}
+    model = small_reads(*kinds, **options)
     stored = StoredTables(model.config, kind, tmp_path_factory.mktemp("tables"))
     batch, blocks = batch_of(sequences)
     if is_patched and "peer" not in kinds:

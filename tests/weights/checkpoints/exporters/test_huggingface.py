@@ -193,8 +193,20 @@ def test_lookups_in_parts_give_the_same_sums(tmp_path, monkeypatch):
     assert_close_answers(ours, theirs)
 
 
-def test_a_narrow_model_computes_in_its_dtype(tmp_path):
-    model = random_model(tiny_config(**MEMORIES["memory_plus"]), torch.bfloat16)
+def test_code_named_by_the_tokenizer_is_not_carried_over(tmp_path):
+    model = random_model(tiny_config(**MEMORIES["memory_plus"]))
+    folder = save_model(model, tmp_path / "ours")
+    named = {"auto_map": {"AutoTokenizer": [None, "somebody/else--code.Tokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    export_transformers(folder, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert "auto_map" not in written
+    assert tokenizer_of(tmp_path / "out")("ab").input_ids == load_tokenizer(folder).encode("ab")
+
+
+@pytest.mark.parametrize("kind", ["memory_plus", "mixed", "gated", "qwen3"])
+def test_a_narrow_model_computes_in_its_dtype(tmp_path, kind):
+    model = random_model(tiny_config(**MEMORIES[kind]), torch.bfloat16)
     export_transformers(save_model(model, tmp_path / "ours"), tmp_path / "out")
     theirs = loaded(tmp_path / "out", trust_remote_code=True)
     assert theirs.dtype is torch.bfloat16
@@ -212,7 +224,7 @@ def test_a_saved_copy_is_loaded_again(tmp_path):
     assert_close_answers(ours, loaded(tmp_path / "again", trust_remote_code=True))
 
 
-@pytest.mark.parametrize("row_format", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("row_format", ["int8", "fp8", "int4", "int4_row"])
 def test_rows_and_weights_of_few_bits_become_floating(tmp_path, row_format):
     config = tiny_config(**MEMORIES["own_tables"])
     folder = save_model(random_model(config), tmp_path / "ours")

@@ -125,7 +125,7 @@ class Mixture(nn.Module):
         for number, expert in enumerate(self.experts):
             tokens, places = (chosen_TK == number).nonzero(as_tuple=True)
             y_LD = expert(x_TD[tokens]) * weights_TK[tokens, places].unsqueeze(1)
-            y_TD = y_TD.index_add(0, tokens, y_LD)
+            y_TD = y_TD.index_add(0, tokens, y_LD.to(y_TD.dtype))
         return y_TD
 
 
@@ -180,6 +180,8 @@ class MemplusForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     _no_split_modules: Any = ("Layer",)
     _supports_sdpa = True
+    # the loss is a mean: a trainer must not pass the number of items
+    accepts_loss_kwargs = False
 
     def __init__(self, config: MemplusConfig) -> None:
         super().__init__(config)

@@ -124,10 +124,13 @@ def test_rows_of_traced_tokens():
         {"value_projection": True, "value_dim": 24, "share_values": False},
         {"placement": "beside", "scalar_gate": True},
         {"placement": "beside", "output_gate": True},
+        {"scalar_gate": True, "peer": True},
     ],
 )
 def test_options_of_memory_layers(memory):
-    kind = "pkm" if "value_projection" in memory else "memory_plus"
+    memory = dict(memory)
+    kind = "peer" if memory.pop("peer", False) else "memory_plus"
+    kind = "pkm" if "value_projection" in memory else kind
     changes = feed_forward_changes(kind, "dense", kind, **memory)
     model = random_model(tiny_config(**changes, attention_bias=True, tie_embeddings=True))
     found = run(engine(model), {0: [greedy("a", [1, 2, 3], COUNT)]})

@@ -192,6 +192,7 @@ def test_unsupported_operands_are_refused():
         ({"angles": (cos, sin.double())}, "angles: expected contiguous fp32"),
         ({"angles": (cos[:3], sin)}, "angles: expected contiguous fp32"),
         ({"norm": (torch.ones(2, 31), 1e-5)}, "norm: expected contiguous"),
+        ({"norm": (torch.ones(2, 32).bfloat16(), 1e-5)}, "norm: expected contiguous torch.float32"),
         ({"norm": (torch.ones(2, 64)[:, ::2], 1e-5)}, "norm: expected contiguous"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -67,10 +67,12 @@ class CudaLayer:
             return self._feed_forward.run(residual_TD, tokens, trace)
         if self._feed_forward is None:
             return self.memory.run(residual_TD, tokens, trace)
-        # both read the residual stream before either is added to it
         assert isinstance(self._feed_forward, CudaDense)
+        started = self.memory.start(residual_TD, tokens, trace)
+        # while rows are fetched, and before anything is added to the residual stream
         hidden_TI = self._feed_forward.hidden(residual_TD)
-        return self._feed_forward.add(hidden_TI, self.memory.run(residual_TD, tokens, trace))
+        residual_TD = self.memory.finish(started, residual_TD, tokens)
+        return self._feed_forward.add(hidden_TI, residual_TD)
 
 
 class CudaDense:

@@ -1,6 +1,7 @@
 """A memory layer on the GPU: row fetches overlap the gate's product."""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ from memory_ops import operations
 from memory_ops.tables.device import ReadyLookup
 from memory_ops.tables.value_table import Lookup, ValueTable
 from memory_ops.triton_kernels.add_patched_rows import add_device_patches
+
+
+class StartedMemory(NamedTuple):
+    """A memory layer whose rows are being fetched: its normed input, rows, weights and lookup."""
+
+    x_TD: Tensor
+    rows_THK: Tensor
+    weights_THK: Tensor
+    lookup: Lookup
 
 
 class CudaMemory:
@@ -52,7 +62,11 @@ class CudaMemory:
         return PredictedMemory(self.index, memory.num_subkeys, memory.tables, scores)
 
     def run(self, residual_TD: Tensor, tokens: StepTokens, trace: ForwardTrace) -> Tensor:
-        """Return the new residual stream, and add the rows that are read to ``trace``.
+        """Return the new residual stream, and add the rows that are read to ``trace``."""
+        return self.finish(self.start(residual_TD, tokens, trace), residual_TD, tokens)
+
+    def start(self, residual_TD: Tensor, tokens: StepTokens, trace: ForwardTrace) -> StartedMemory:
+        """Choose the rows, add them to ``trace``, and start to fetch them.
 
         Padding reads the rows of the first token, so that it fetches nothing.
         """
@@ -66,7 +80,11 @@ class CudaMemory:
             weights_THK = weights_THK * gelu(self._start_dots(rows_THK, x_TD).finish())
         if self._scale is not None:
             weights_THK = weights_THK * self._scale
-        lookup = self._start(rows_THK, weights_THK)
+        return StartedMemory(x_TD, rows_THK, weights_THK, self._start(rows_THK, weights_THK))
+
+    def finish(self, started: StartedMemory, residual_TD: Tensor, tokens: StepTokens) -> Tensor:
+        """Return the new residual stream from the one given to ``start``; that one may change."""
+        x_TD, rows_THK, weights_THK, lookup = started
         # compute the gates while the table fetches rows
         gate_TV = None if self._gate is None else self._gate(x_TD)
         gate_T1 = None if self._output_gate is None else self._output_gate(x_TD)

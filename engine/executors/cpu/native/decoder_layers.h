@@ -46,15 +46,15 @@ class DecoderLayers {
         attend(layers[i], i, tiles, thread, threads);
         const DecoderLayer& layer = layers[i];
         if (layer.memory) {
-          if (!look_up(*layer.memory, memory++, chosen, thread, threads)) return;
+          if (!look_up(layer, memory++, chosen, thread, threads)) return;
           chosen.rows += rows_ * layer.memory->token_rows();
           chosen.weights += rows_ * layer.memory->token_rows();
           if (chosen.patches) chosen.patches++;
-        }
-        // both read the residual stream before either is added to it
-        if (layer.gate_up) multiply(into_room(*layer.gate_up, room_.hidden), thread, threads);
-        if (layer.memory)
+          // gate_up has read the residual stream before
           multiply(into_residual(*layer.memory->values, room_.memory.gated), thread, threads);
+        } else if (layer.gate_up) {
+          multiply_gate_up(layer, thread, threads);
+        }
         if (layer.gate_up) multiply(into_residual(*layer.down, room_.hidden), thread, threads);
       }
     });
@@ -96,10 +96,11 @@ class DecoderLayers {
     multiply(into_residual(*layer.out, room_.attended), thread, threads);
   }
 
-  // Computes the gated sums of memory number `index`. Returns false to all threads if rows could not
-  // be read.
-  bool look_up(const MemoryLayer& memory, int64_t index, ChosenRows chosen, int64_t thread,
+  // Computes the gated sums of a layer's memory, which is number `index`, and the product gate_up
+  // beside it. Returns false to all threads if rows could not be read.
+  bool look_up(const DecoderLayer& layer, int64_t index, ChosenRows chosen, int64_t thread,
                int64_t threads) {
+    const MemoryLayer& memory = *layer.memory;
     multiply(into_room(*memory.query, room_.memory.queries), thread, threads);
     for (int64_t first = 0; first < rows_; first += CHOOSING_TOKENS) {
       const Span tokens = {first, std::min(first + CHOOSING_TOKENS, rows_)};
@@ -108,9 +109,9 @@ class DecoderLayers {
       barrier(threads);
     }
     if (memory.fetcher) {
-      if (!gather_fetched(memory, index, chosen, thread, threads)) return false;
+      if (!gather_fetched(layer, index, chosen, thread, threads)) return false;
     } else {
-      multiply_gate(memory, thread, threads);
+      multiply_gates(layer, thread, threads);
       gather_share<Values>(memory, chosen, chosen.rows, room_.memory, {0, rows_}, call_.progress,
                            thread, threads);
       barrier(threads);
@@ -118,19 +119,27 @@ class DecoderLayers {
     return true;
   }
 
-  void multiply_gate(const MemoryLayer& memory, int64_t thread, int64_t threads) {
+  void multiply_gate_up(const DecoderLayer& layer, int64_t thread, int64_t threads) {
+    multiply(into_room(*layer.gate_up, room_.hidden), thread, threads);
+  }
+
+  // The products that need no rows.
+  void multiply_gates(const DecoderLayer& layer, int64_t thread, int64_t threads) {
+    const MemoryLayer& memory = *layer.memory;
     if (memory.gate) multiply(into_room(*memory.gate, room_.memory.gates), thread, threads);
+    if (layer.gate_up) multiply_gate_up(layer, thread, threads);
   }
 
   // The first thread starts fetching rows; meanwhile all threads compute the gates.
-  bool gather_fetched(const MemoryLayer& memory, int64_t index, ChosenRows chosen, int64_t thread,
+  bool gather_fetched(const DecoderLayer& layer, int64_t index, ChosenRows chosen, int64_t thread,
                       int64_t threads) {
+    const MemoryLayer& memory = *layer.memory;
     std::optional<Fetch> fetch;
     if (thread == 0) {
       fetch.emplace(*memory.fetcher, chosen.rows, rows_, memory.token_rows(), room_.memory.slots);
       fetch->start();
     }
-    multiply_gate(memory, thread, threads);
+    multiply_gates(layer, thread, threads);
     for (int64_t first = 0; first < rows_;) {
       if (thread == 0) {
         if (!fetch->finish(failure_)) failure_.memory = index;

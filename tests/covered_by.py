@@ -159,6 +159,7 @@ COVERED_BY = {
     "weights/checkpoints/dtype_names.py": "weights/checkpoints/test_table_loading.py",
     "weights/checkpoints/feed_forward_json.py": "weights/checkpoints/test_config_json.py",
     "weights/checkpoints/importers/gguf_config.py": "weights/checkpoints/importers/test_gguf.py",
+    "weights/training/trained_adapter.py": "weights/training/test_memory_beside.py",
     "weights/adapters/adapter_files.py": "weights/models/test_adapted_model.py",
     "weights/checkpoints/weights_hash.py": "weights/adapters/test_memory_adapter.py",
     "weights/checkpoints/exporters/remote_code/configuration_memplus.py": EXPORTED,

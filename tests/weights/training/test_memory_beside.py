@@ -201,4 +201,4 @@ def test_a_run_of_an_earlier_version_resumes(settings, tmp_path):
     saved = json.loads(file.read_text())
     del saved["run"]["freeze"]
     file.write_text(json.dumps(saved))
-    Trainer(config, tmp_path / "run", resume=True)
+    assert Trainer(config, tmp_path / "run", resume=True).step == 1

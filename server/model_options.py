@@ -33,7 +33,7 @@ class ModelOptions:
     )
     memory_adapter: str | None = field(
         default=None,
-        metadata={"metavar": "DIR", "help": "folder of memory layers that were trained beside it"},
+        metadata={"metavar": "DIR", "help": "memory layers trained beside it (default: none)"},
     )
     device: str = field(
         default="auto",

@@ -44,6 +44,8 @@ def test_another_base_is_one_line(made, tmp_path, capsys):
     _, folder = made
     grown, adapter = str(folder / "grown"), str(folder / "adapter")
     assert main(["generate", "a", "--model", grown, "--memory-adapter", adapter]) == 2
-    (line,) = [one for one in capsys.readouterr().err.splitlines() if "memory_adapter" in one]
-    assert "has memory layers already" in line
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [one for one in lines if one.startswith("memplus: ")]
+    assert line.startswith("memplus: memory_adapter: ")
+    assert line.endswith("has memory layers already")
     assert len(open_checkpoint(folder / "grown")[0].model.memory_layers) == 2

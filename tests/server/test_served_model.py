@@ -60,7 +60,7 @@ def test_a_model_of_the_hub_is_served_under_its_name(
     monkeypatch, memory_plus_folder, model, repository, given, name
 ):
     folder = ModelFolder(memory_plus_folder, repository=repository)
-    monkeypatch.setattr(served_model, "find_model", lambda name, cache: folder)
+    monkeypatch.setattr(served_model, "find_served", lambda name, adapter, cache: folder)
     engine, http = EngineConfig(kv_cache_gib=0.001), HttpOptions(served_model_name=given)
     others = http, PatchOptions(), LimitOptions(), SupervisionOptions(), MonitoringOptions()
     assert ServedModel(ModelOptions(model, device="cpu"), engine, *others).name == name

@@ -1,7 +1,7 @@
 """A memory layer with packed weights, in two halves, so that row fetches overlap compute."""
 
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, pad
 
 from engine.executors.cpu.packed_linear import PackedLinear
 from engine.executors.cpu.packed_memory import MemoryProducts, PackedMemory
@@ -14,6 +14,9 @@ from engine.model.row_patches import ForwardPatches, patched
 from memory_ops import operations
 from memory_ops.backends import has_native_lookup
 from memory_ops.tables.value_table import Lookup
+
+# a multiple of the values that torch computes at a time
+_WHOLE_VECTORS = 128
 
 
 class CpuMemory:
@@ -84,7 +87,7 @@ class CpuMemory:
         if gate_T1 is None and self._values is not None:
             return kernels.linear(self._values, y_TV, residual_TD)
         y_TD = y_TV if self._values is None else kernels.linear(self._values, y_TV)
-        return residual_TD + (y_TD if gate_T1 is None else gate_T1.sigmoid() * y_TD)
+        return residual_TD + (y_TD if gate_T1 is None else _sigmoid(gate_T1) * y_TD)
 
     def packed(self) -> PackedMemory | None:
         """The layer in native form, or None if the kernels cannot run it.
@@ -99,6 +102,13 @@ class CpuMemory:
             return None
         products = MemoryProducts(self._query, self._subkeys, self._gate, self._values)
         return PackedMemory(source, self.num_heads, self.top_k, products, self._scale)
+
+
+def _sigmoid(gate_T1: Tensor) -> Tensor:
+    """``sigmoid`` whose bits do not depend on the number of tokens."""
+    # torch computes the values behind the last whole vector in another way
+    padding = -len(gate_T1) % _WHOLE_VECTORS
+    return pad(gate_T1, (0, 0, 0, padding)).sigmoid()[: len(gate_T1)]
 
 
 def _pack_any(packer: Packer, layer: nn.Linear | None, norm: RmsNorm | None) -> PackedLinear | None:

@@ -20,6 +20,9 @@ CPU = torch.device("cpu")
 row_ids = st.integers(0, 9) | st.integers(0, 2**62)
 calls = st.tuples(st.booleans(), st.lists(row_ids, min_size=1, max_size=20))
 
+FAST_KINDS = ("fp32", "int8", "int4")
+SLOW_KINDS = [pytest.param(one, marks=pytest.mark.slow) for one in KINDS if one not in FAST_KINDS]
+
 
 def state_of(model: CacheModel) -> tuple[Tensor, Tensor]:
     """Tags and priorities as the kernels keep them."""
@@ -108,7 +111,7 @@ def gathered(cache: RowCache, rows: Tensor, weights: Tensor, width: int, layer: 
 
 
 @pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 99])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*FAST_KINDS, *SLOW_KINDS])
 def test_lookups_equal_those_of_the_table_bit_for_bit(kind, width):
     table = table_of(kind, torch.randn(30, width))
     cache = cache_of(table)

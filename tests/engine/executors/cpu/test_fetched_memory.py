@@ -104,7 +104,13 @@ def table_in(forward, layer=0):
 
 
 @each_build
-@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "int8", "int4", "int4_row", "fp8"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("fp32", "bf16", "int8", "int4"),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("fp16", "int4_row", "fp8")),
+    ],
+)
 @settings(max_examples=15)
 @given(
     layer_kind=st.sampled_from(["memory_plus", "pkm"]),

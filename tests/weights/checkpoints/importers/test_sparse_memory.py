@@ -368,6 +368,7 @@ def test_a_folder_is_not_served_but_converted(tmp_path):
             find_model(str(folder), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_served_from_disk(published):
     options = "--table-tier", "disk", "--table-cache", "1MiB", "--device", "cpu"
     with running(published(), *options) as server:

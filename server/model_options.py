@@ -33,7 +33,10 @@ class ModelOptions:
     )
     memory_adapter: str | None = field(
         default=None,
-        metadata={"metavar": "DIR", "help": "memory layers trained beside it (default: none)"},
+        metadata={
+            "metavar": "DIR",
+            "help": "adds the memory layers of an adapter folder (default: none)",
+        },
     )
     device: str = field(
         default="auto",

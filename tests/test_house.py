@@ -43,7 +43,7 @@ def imports(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            # transformers copies these files into a package of its own
+            # transformers copies these files into a separate package
             assert not node.level or "remote_code" in path.parts, f"{name(path)}: is relative"
             found += [f"{node.module}.{alias.name}" for alias in node.names]
     return found

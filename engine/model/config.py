@@ -201,7 +201,7 @@ class ModelConfig:
         return tuple(i for i, kind in enumerate(self.feed_forward) if kind in MEMORY_KINDS)
 
     def has_dense(self, layer: int) -> bool:
-        """Whether a layer has a dense feed-forward, alone or beside a memory."""
+        """Whether a layer has a dense feed-forward, with or without a memory."""
         is_beside = self.memory is not None and self.memory.placement == "beside"
         return self.feed_forward[layer] == "dense" or (is_beside and layer in self.memory_layers)
 

@@ -14,7 +14,7 @@ from engine.model.norm import RmsNorm
 class DecoderLayer(nn.Module):
     """One pre-norm block; its modules have the names of checkpoints.
 
-    A memory and a feed-forward beside it read the same normed residual stream, and both are added.
+    If a layer has a memory and a feed-forward, both read the same normed residual stream.
 
     Attributes:
         memory: the layer's memory, if it has one.

@@ -73,7 +73,7 @@ def add_conversions(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verb.add_argument("--table-dtype", help="dtype of value tables (default: the value of --dtype)")
     tokenizer = "folder with the tokenizer of a run folder, which has none"
     verb.add_argument("--tokenizer", type=Path, metavar="DIR", help=tokenizer)
-    adapter = "folder of memory layers that were trained beside the model, which are added to it"
+    adapter = "folder of a memory adapter, whose layers are added to the model"
     verb.add_argument("--memory-adapter", metavar="DIR", help=adapter)
 
     verb = verbs.add_parser("export", help=export.__doc__)

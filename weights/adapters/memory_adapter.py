@@ -1,4 +1,4 @@
-"""Memory adapters: folders with the memory layers that were trained beside a finished model.
+"""Memory adapters: folders that hold only the memory layers added to a finished model.
 
 An adapter folder has ``memory_adapter.json``, the memory layers' weights in ``model.safetensors``,
 and ``table-*.safetensors``. The description names the base by the hash of its weights, and has the

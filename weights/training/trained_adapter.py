@@ -1,4 +1,4 @@
-"""The memory adapter of a run that trained only memories beside a finished model."""
+"""Writes the memory adapter of a run that trained only added memory layers."""
 
 import shutil
 from dataclasses import dataclass

@@ -57,7 +57,7 @@ class MicroBatches:
     ) -> None:
         self._layers, self._kernels = layers, kernels
         self._progress, self._lookahead = progress, lookahead
-        # native calls stop before each memory and the feed-forward beside it
+        # native calls stop before a memory layer and the feed-forward that is added to it
         without_memory = [
             layer.packed
             if layer.memory is None

@@ -1,4 +1,4 @@
-"""Families of models: Hugging Face's defaults, and the logits of its own classes."""
+"""Families of models have Hugging Face's defaults and give the logits of its classes."""
 
 import json
 

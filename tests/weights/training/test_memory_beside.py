@@ -1,4 +1,4 @@
-"""Memories beside the feed-forwards of a finished model: they start at 0, and are trained alone."""
+"""New memories of a finished model add 0 at first, and a run can train only them."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def base(tmp_path_factory):
 
 
 def grown(folder, options, **changes):
-    """A model with new memories beside the feed-forwards of the base."""
+    """The base with new memories that are added to its feed-forwards."""
     config = model_config({"memory": BESIDE | options}, 260, str(folder))
     return new_model(config, 0, str(folder), **changes)[0]
 

@@ -96,8 +96,8 @@ class DecoderLayers {
     multiply(into_residual(*layer.out, room_.attended), thread, threads);
   }
 
-  // Computes the gated sums of a layer's memory, which is number `index`, and the product gate_up
-  // beside it. Returns false to all threads if rows could not be read.
+  // Computes the gated sums of a layer's memory, which is number `index`, and the product gate_up if
+  // the layer has one. Returns false to all threads if rows could not be read.
   bool look_up(const DecoderLayer& layer, int64_t index, ChosenRows chosen, int64_t thread,
                int64_t threads) {
     const MemoryLayer& memory = *layer.memory;

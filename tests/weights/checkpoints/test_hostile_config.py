@@ -202,7 +202,7 @@ VALUES = st.one_of(
 )
 
 
-def check_refused_or_loads(folder) -> None:
+def loads_or_is_refused(folder) -> None:
     """Assert that a folder is refused in one line, or has the tensors that it had."""
     try:
         _, stored = open_checkpoint(folder)
@@ -218,7 +218,7 @@ def test_a_changed_config_is_refused_or_describes_the_same_tensors(folder, confi
     # an object that is replaced has no keys to change
     inner = {k: v for k, v in changes.items() if "." in k and k.partition(".")[0] not in whole}
     write(folder, config, **whole, **inner)
-    check_refused_or_loads(folder)
+    loads_or_is_refused(folder)
 
 
 ROPE_KEYS = [
@@ -242,4 +242,4 @@ def test_absurd_rotary_scalings_are_refused_or_load(folder, config, kind, values
     scaling = {key: one for key, one in zip(ROPE_KEYS, usual, strict=True) if key in chosen[kind]}
     scaling |= {key: value for key, value in values.items() if key in scaling}
     write(folder, config, rope_scaling={"rope_type": kind, **scaling}, rope_theta=theta)
-    check_refused_or_loads(folder)
+    loads_or_is_refused(folder)

@@ -41,10 +41,12 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
 
     Differentiable in the weights, and in a table of floats: its gradient is a coalesced sparse
     tensor of the rows read. Records get no gradient. On a GPU, row ids are not checked.
+    torch.compile breaks its graph here if the table needs a gradient.
     """
     check_rows(table, rows_THK, weights_THK)
     _reject_tangents(table, weights_THK)
-    out_TV: Tensor = _gather_rows(*_operands_of(table), rows_THK, weights_THK)
+    operator = _eager_gather_rows if _needs_gradient(table) else _gather_rows
+    out_TV: Tensor = operator(*_operands_of(table), rows_THK, weights_THK)
     return out_TV
 
 
@@ -74,7 +76,8 @@ def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
     """
     check_vectors(table, rows_THK, x_TV)
     _reject_tangents(table, x_TV)
-    dots_THK: Tensor = _row_dots(*_operands_of(table), rows_THK, x_TV)
+    operator = _eager_row_dots if _needs_gradient(table) else _row_dots
+    dots_THK: Tensor = operator(*_operands_of(table), rows_THK, x_TV)
     return dots_THK
 
 
@@ -126,6 +129,10 @@ def _reject_tangents(*operands: Table) -> None:
             continue
         if forward_ad.unpack_dual(operand).tangent is not None:  # type: ignore[no-untyped-call]
             raise RuntimeError("memory_ops: forward-mode derivatives are not supported")
+
+
+def _needs_gradient(table: Table) -> bool:
+    return not isinstance(table, RowRecords) and table.requires_grad and torch.is_grad_enabled()
 
 
 def _operands_of(table: Table) -> tuple[Tensor, str, int]:
@@ -251,6 +258,12 @@ def _sparse_gradient(table: Tensor, rows: Tensor, weights: Tensor, grad: Tensor)
         check_invariants=False,
     )
 
+
+# torch.compile cannot trace a backward pass with a sparse gradient
+_eager_gather_rows, _eager_row_dots = (
+    torch.compiler.disable(operator, reason="memory_ops: sparse gradient")  # type: ignore[no-untyped-call]
+    for operator in (_gather_rows, _row_dots)
+)
 
 _product_topk.register_autograd(_topk_backward, setup_context=_save_topk)
 _gather_rows.register_autograd(_gather_backward, setup_context=_save_table)

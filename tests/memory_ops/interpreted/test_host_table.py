@@ -187,7 +187,7 @@ def test_the_table_waits_the_minimal_number_of_times():
 
 
 @pytest.mark.parametrize(
-    "ignored", [pytest.param(n, marks=[pytest.mark.slow] if n % 4 else []) for n in range(13)]
+    "ignored", [pytest.param(n, marks=[pytest.mark.slow] if n % 6 else []) for n in range(13)]
 )
 def test_without_any_one_wait_some_order_gives_wrong_rows(ignored):
     assert not all(outcomes(ignored))
@@ -220,7 +220,7 @@ def test_cpu_kernels_do_not_read_a_host_table():
     assert table.fetched_capacity == 4 and table.row_source(0) is None
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", ["bf16", pytest.param("int8", marks=pytest.mark.slow)])
 def test_overlapping_lookups_evict_rows_and_are_right(kind):
     table, x = table_of(kind, torch.randn(20, 33)), torch.randn(2, 33)
     for choose in orders(0, 1)[:3]:

@@ -11,7 +11,7 @@ from tests.memory_ops.table_kinds import vast_rows
 
 # N of one tile, powers of two or not; N of several tiles, the last one full or partly filled
 SIZES = [(1, 1), (2, 1), (2, 2), (37, 5), (64, 32), (130, 33), (128, 128), (1024, 32), (2048, 9)]
-STREAMED = [(1025, 2), (5000, 32), (2500, 128)]
+STREAMED = [(1025, 2), pytest.param(5000, 32, marks=pytest.mark.slow), (2500, 128)]
 
 
 def check(scores: Tensor, top_k: int) -> None:
@@ -44,7 +44,7 @@ def test_all_equal_scores():
     check(torch.full((1, 1, 2, 70), -0.0), 33)
 
 
-@pytest.mark.parametrize("num_subkeys", [5, 70, 1100])
+@pytest.mark.parametrize("num_subkeys", [5, pytest.param(70, marks=pytest.mark.slow), 1100])
 def test_scores_of_minus_infinity_come_last(num_subkeys):
     scores = torch.randn(3, 2, 2, num_subkeys)
     scores[0] = -torch.inf
@@ -53,7 +53,7 @@ def test_scores_of_minus_infinity_come_last(num_subkeys):
     check(scores, 5)
 
 
-@pytest.mark.parametrize("num_subkeys", [6, 70, 1100])
+@pytest.mark.parametrize("num_subkeys", [6, pytest.param(70, marks=pytest.mark.slow), 1100])
 def test_nan_never_gives_a_row_out_of_range(num_subkeys):
     scores = torch.randn(3, 2, 2, num_subkeys)
     scores[torch.rand(scores.shape) < 0.3] = torch.nan

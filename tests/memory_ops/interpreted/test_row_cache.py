@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 row_ids = st.integers(0, 9) | st.integers(0, 2**62)
 calls = st.tuples(st.booleans(), st.lists(row_ids, min_size=1, max_size=20))
 
-FAST_KINDS = ("fp32", "int8", "int4")
+FAST_KINDS = ("fp32", "int8")
 SLOW_KINDS = [pytest.param(one, marks=pytest.mark.slow) for one in KINDS if one not in FAST_KINDS]
 
 

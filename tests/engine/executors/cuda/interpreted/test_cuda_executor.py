@@ -137,9 +137,10 @@ def test_options_of_memory_layers(memory):
     assert found == {"a": plain_greedy(model, [1, 2, 3], COUNT)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attention",
-    [{"qk_norm": True}, pytest.param({"qkv_bias": True}, marks=pytest.mark.slow)],
+    [{"qk_norm": True}, {"qkv_bias": True}],
     ids=["qk_norm", "qkv_bias"],
 )
 def test_attention_of_other_families(attention):
@@ -187,7 +188,7 @@ SAMPLING = [
 @pytest.mark.parametrize(
     "sampling",
     [
-        pytest.param(kind, marks=[pytest.mark.slow] if number % 4 else [])
+        pytest.param(kind, marks=[pytest.mark.slow] if number else [])
         for number, kind in enumerate(SAMPLING)
     ],
     ids=lambda kind: "-".join(kind),
@@ -260,7 +261,8 @@ def test_more_changes_of_the_block_table_than_a_step_sends(dense, monkeypatch):
     assert found == {"a": plain_greedy(dense, list(range(16)), 3)}
 
 
-@pytest.mark.parametrize("is_ahead", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_ahead", [False, True])
 def test_a_failed_launch_overwrites_no_results(dense, monkeypatch, is_ahead):
     device = FakeDevice()
     broken = engine(dense, device)

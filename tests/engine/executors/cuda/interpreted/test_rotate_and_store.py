@@ -72,7 +72,7 @@ def twin_check(kernel, *args, has_norm: bool = False, **kwargs) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [1, 70])
+@pytest.mark.parametrize("num_tokens", [7, pytest.param(70, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("has_norm", [False, True])
 def test_results_equal_those_of_the_twin(num_tokens, dtype, fp8, has_norm):
     twin_check(rotate_and_store, num_tokens, dtype=dtype, fp8=fp8, has_norm=has_norm)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from benchmarks.offline_load import OfflineLoad
-from benchmarks.step_work import Chunk
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
+from engine.model.step_work import Chunk
 from engine.request import Request, StepOutput
 from engine.sampling.params import SamplingParams
 

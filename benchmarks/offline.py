@@ -14,12 +14,13 @@ from tqdm import tqdm
 from benchmarks.engine_perplexity import perplexity
 from benchmarks.engine_rounds import EngineRounds, TimedStep
 from benchmarks.gpu.card_limits import gpu_limits
-from benchmarks.machine_limits import LimitMeter, MachineLimits
+from benchmarks.limit_meter import LimitMeter
 from benchmarks.offline_load import OfflineLoad
-from benchmarks.step_work import ModelWork
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
+from engine.model.machine_limits import MachineLimits
+from engine.model.step_work import ModelWork
 from server.allocator import keep_freed_memory
 from server.config import EngineSettings, cache_folder
 from server.device import chosen_device

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.gpu.figures import Figure
 from benchmarks.gpu.graph_timing import replayed_us
-from benchmarks.machine_limits import MachineLimits
+from engine.model.machine_limits import MachineLimits
 
 _COPIED_BYTES = 2**28
 _PRODUCT_SIZE = 8192

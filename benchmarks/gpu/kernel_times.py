@@ -18,8 +18,8 @@ from benchmarks.gpu.kernel_cases import (
 from benchmarks.gpu.kernel_inputs import KernelCase
 from benchmarks.gpu.lookup_cases import lookup_cases
 from benchmarks.gpu.part import PartSetup, Task
-from benchmarks.step_work import StepWork
 from engine.model.config import ModelConfig
+from engine.model.step_work import StepWork
 
 _DTYPE = torch.bfloat16
 _ROUNDS = 7

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.engine_rounds import TimedStep
 from benchmarks.gpu.card_limits import CardLimits
-from benchmarks.step_work import ModelWork
 from engine.model.config import ModelConfig
 from engine.model.grouped_weights import GroupFormat
+from engine.model.step_work import ModelWork
 
 
 class Roofline:

@@ -7,7 +7,7 @@ from benchmarks.gpu.card_limits import CardLimits
 from benchmarks.gpu.roofline import Roofline, measured_rate
 from benchmarks.memory_variant import with_memory
 from benchmarks.model_shapes import LLAMA_8B_SHAPE, SMOLLM2_SHAPE
-from benchmarks.step_work import Chunk
+from engine.model.step_work import Chunk
 from weights.checkpoints.stored_groups import requested_formats
 
 LIMITS = CardLimits(device=3000, tflops=800, bus=54.5)

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.machine_limits import MachineLimits
 from engine.model.config import ModelConfig
 from engine.model.flops import forward_flops, total_flops
 from engine.model.grouped_weights import GroupFormat
+from engine.model.machine_limits import MachineLimits
 from engine.model.transformer import Transformer
 
 _WEIGHT = ".weight"

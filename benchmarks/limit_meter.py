@@ -1,40 +1,18 @@
 """Measures this machine's peak memory bandwidth and matrix throughput."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.read_limits import read_library, sequential_limit, sequential_reader
+from engine.model.machine_limits import MachineLimits
 
 # rows, and inputs and outputs of the weight: large enough for the cores to be busy multiplying
 PRODUCT = (512, 2048, 8192)
 _TRIES = 3
-
-
-@dataclass(frozen=True)
-class MachineLimits:
-    """Gigabytes read, and billions of additions and multiplications, a second.
-
-    ``integer_gops`` are those of 8-bit integers; 0 if they were not measured.
-    """
-
-    gb_per_s: float
-    gflops: float
-    integer_gops: float = 0.0
-
-    @classmethod
-    def median(cls, measured: Sequence["MachineLimits"]) -> "MachineLimits":
-        """The median of each, to go with medians of what was measured in between."""
-        return cls(
-            median(one.gb_per_s for one in measured),
-            median(one.gflops for one in measured),
-            median(one.integer_gops for one in measured),
-        )
 
 
 class LimitMeter:

@@ -62,6 +62,9 @@ class ModelWork:
     and values once, those of the step included. A memory layer reads the rows of every token, but
     no table row twice. A mixture reads the experts of one token, since all tokens may choose the
     same ones. Activations are assumed to stay in the caches.
+
+    Attributes:
+        has_groups: whether weights are multiplied as integers.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class ModelWork:
         weights = _weights(config, itemsize, formats or {})
         if not has_integer_products:
             weights = {name: one._replace(grouped=0) for name, one in weights.items()}
+        self.has_groups = any(one.grouped for one in weights.values())
         flops = dict(forward_flops(config, attended=0))
         self._head_flops = flops.pop("head")
         self._layer_flops = total_flops(flops)
@@ -116,7 +120,7 @@ class ModelWork:
             num_bytes=weights
             + round(self._experts.num_bytes * share)
             + cached_tokens * self._kv_bytes
-            + self._table_bytes(tokens),
+            + self.table_bytes(tokens),
             flops=self._layer_flops * tokens
             + self._head_flops * num_logits
             # one product with the key, one with the value
@@ -125,7 +129,8 @@ class ModelWork:
             integer_ops=integer_ops,
         )
 
-    def _table_bytes(self, tokens: int) -> int:
+    def table_bytes(self, tokens: int) -> int:
+        """Bytes of the table rows that a step of ``tokens`` tokens reads, a part of its bytes."""
         memory = self._config.memory
         if memory is None:
             return 0

@@ -20,6 +20,7 @@ from server.cli.evaluate import add_evaluate
 from server.cli.learn import add_learn
 from server.cli.options import Parser, add_options, from_options
 from server.cli.patch import add_patch
+from server.cli.plan import add_plan
 from server.config import HttpOptions, SupervisionOptions, ThreadOptions, cache_folder, set_threads
 from server.limits import LimitOptions
 from server.logs import say, set_up_logs
@@ -122,6 +123,16 @@ def wordnet(options: argparse.Namespace) -> None:
     print(f"{options.target}: {write_corpus(options.dict, options.target)} nouns")
 
 
+def plan(options: argparse.Namespace) -> None:
+    """Print the memory and the speed that a model has on a machine, by tier of its table."""
+    import torch
+
+    from benchmarks.limit_meter import LimitMeter
+    from server.cli.plan import plan
+
+    plan(options, lambda has_groups: LimitMeter(torch.bfloat16, with_integers=has_groups).measure())
+
+
 def train(options: argparse.Namespace) -> int:
     """Train a model with the settings of a TOML file."""
     from server.cli.train import run
@@ -167,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_learn(verbs)
     add_patch(verbs)
+    add_plan(verbs, plan)
 
     from benchmarks.verbs import add_benchmarks
 

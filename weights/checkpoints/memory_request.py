@@ -117,7 +117,10 @@ class MemoryRequest:
 
 
 def size_text(num_bytes: int) -> str:
-    """Bytes as MiB or GiB."""
-    if num_bytes < 2**30:
-        return f"{num_bytes / 2**20:.1f} MiB"
-    return f"{num_bytes / 2**30:.2f} GiB"
+    """Bytes as KiB, MiB, GiB or TiB."""
+    for name, unit in (("TiB", 2**40), ("GiB", 2**30)):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.2f} {name}"
+    if 0 < num_bytes < 2**20:
+        return f"{num_bytes / 2**10:.1f} KiB"
+    return f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,72 @@
+"""``memplus plan``: memory and speed of a model on a machine, before there is one."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from engine.model.machine_limits import MachineLimits
+from server.cli.options import add_options, from_options
+from server.config import ThreadOptions, cache_folder
+from server.plan.machine import GPUS, Gpu, Machine, gpu_machine
+from server.plan.options import PlanOptions, size
+from weights.available_memory import available_memory
+from weights.models.named_models import DEFAULT_MODEL
+
+
+def plan(options: argparse.Namespace, measure: Callable[[bool], MachineLimits]) -> None:
+    """Print the memory and the speed that a model has on a machine, by tier of its table.
+
+    ``measure`` gives the limits of this machine's CPU, on request with those of integers.
+    """
+    from server.plan.planned_model import planned_model
+    from server.plan.prediction import plans
+    from server.plan.report import report
+    from weights.models.prepare import prepared_folder
+
+    asked = from_options(PlanOptions, options)
+    source = Path(options.model)
+    if source.suffix != ".json":
+        source = prepared_folder(options.model, cache_folder())
+    model = planned_model(source, asked, is_on_gpu=asked.gpu is not None)
+    machine = _machine(asked, partial(measure, model.work.has_groups))
+    print(report(options.model, model, machine, asked, plans(model, machine, asked)))
+
+
+def add_plan(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    run: Callable[[argparse.Namespace], None],
+) -> None:
+    """Add ``plan``, which calls ``run``."""
+    verb = verbs.add_parser("plan", help=run.__doc__, usage="%(prog)s [OPTION ...] [MODEL]")
+    verb.set_defaults(run=run)
+    model = "model name, folder, GGUF file, ORG/NAME, or a config.json without weights"
+    verb.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=model)
+    add_options(verb, PlanOptions)
+    add_options(verb, ThreadOptions)
+
+
+def _machine(options: PlanOptions, measure: Callable[[], MachineLimits]) -> Machine:
+    memory = None if options.host_memory is None else size("host_memory", options.host_memory)
+    if options.gpu is not None:
+        assert memory is not None
+        gpu = _gpu(options.gpu, options)
+        return gpu_machine(options.gpu, gpu, options.gpus, memory, options.disk_reads)
+    if memory is None:
+        memory = available_memory().num_bytes
+    if options.gb_per_s is not None and options.tflops is not None:
+        # products of 8-bit integers are twice as fast where processors have them at all
+        limits = MachineLimits(options.gb_per_s, 1e3 * options.tflops, 2e3 * options.tflops)
+        return Machine("a CPU", memory, limits, options.disk_reads)
+    return Machine("this machine", memory, measure(), options.disk_reads)
+
+
+def _gpu(name: str, options: PlanOptions) -> Gpu:
+    """One GPU of a kind, with what the options change."""
+    gpu = GPUS[name]
+    if options.gpu_memory is not None:
+        gpu = replace(gpu, memory=size("gpu_memory", options.gpu_memory))
+    if options.gb_per_s is not None:
+        gpu = replace(gpu, gb_per_s=options.gb_per_s)
+    return gpu if options.tflops is None else replace(gpu, tflops=options.tflops)

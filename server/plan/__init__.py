@@ -1,0 +1,1 @@
+"""Memory and speed of a deployment, computed before there is one."""

@@ -1,0 +1,147 @@
+"""Options of ``memplus plan``: the machine, the load, and the dtypes."""
+
+import re
+from dataclasses import dataclass, field
+
+from engine.errors import ConfigError
+from server.plan.machine import GPUS
+from weights.checkpoints.dtype_names import FLOAT_DTYPES, GROUPED_DTYPES, TABLE_DTYPES
+
+_UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_SIZE = re.compile(f"([0-9]{{1,9}})({'|'.join(_UNITS)})")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The machine, the load, and the dtypes of a plan.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    gpu: str | None = field(
+        default=None,
+        metadata={
+            "group": ("machine", "--gpu h100 --gpus 8 --host-memory 512GiB"),
+            "choices": tuple(GPUS),
+            "help": "kind of GPU (default: none; this machine's CPU, whose speed is measured)",
+        },
+    )
+    gpus: int = field(
+        default=1,
+        metadata={"help": "GPUs that share the model; what they send each other is not counted"},
+    )
+    gpu_memory: str | None = field(
+        default=None,
+        metadata={"metavar": "SIZE", "help": "memory of one GPU (default: that of its kind)"},
+    )
+    host_memory: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "SIZE",
+            "help": "memory of the machine (default: what is available here; needed with --gpu)",
+        },
+    )
+    gb_per_s: float | None = field(
+        default=None,
+        metadata={
+            "help": "bandwidth of the memory that weights are read from, of one GPU (default: that"
+            " of its kind; without --gpu measured)"
+        },
+    )
+    tflops: float | None = field(
+        default=None,
+        metadata={"help": "products of bf16, of one GPU (default: likewise)"},
+    )
+    disk_reads: float = field(
+        default=100_000,
+        metadata={"metavar": "N", "help": "random reads of a row a second that the disk allows"},
+    )
+    context_len: int = field(
+        default=1024,
+        metadata={
+            "group": ("load", "--context-len 4096 --batches 1 32"),
+            "help": "prompt plus answer of every sequence",
+        },
+    )
+    batches: tuple[int, ...] = field(
+        default=(1, 8, 64), metadata={"help": "sequences that decode together"}
+    )
+    prompt_len: int = field(default=512, metadata={"help": "tokens of a step that reads a prompt"})
+    cache_share: float = field(
+        default=0.1,
+        metadata={"help": "row cache of the host and disk tiers, as a fraction of the table"},
+    )
+    hit_share: float = field(
+        default=0.77,
+        metadata={
+            "help": "rows that the cache has when they are read; 0.77 was measured for a tenth of"
+            " the rows (docs/benchmarks.md)"
+        },
+    )
+    efficiency: float = field(
+        default=0.85,
+        metadata={
+            "metavar": "FRACTION",
+            "help": "what a step reaches of the speed that bytes and products allow",
+        },
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "group": ("dtypes", "--dtype bfloat16 --table-dtype int8"),
+            "choices": ("auto", *FLOAT_DTYPES),
+            "help": "precision of weights; auto: as `memplus serve`, bfloat16 without weights",
+        },
+    )
+    weight_dtype: str = field(
+        default="auto",
+        metadata={"choices": ("auto", *GROUPED_DTYPES), "help": "round weights to this dtype"},
+    )
+    table_dtype: str = field(
+        default="auto",
+        metadata={
+            "choices": ("auto", *TABLE_DTYPES),
+            "help": "dtype of table rows; auto: as stored, bfloat16 without weights",
+        },
+    )
+    kv_dtype: str = field(
+        default="auto",
+        metadata={"choices": ("auto", "fp8", "int8"), "help": "precision of the KV cache"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.gpu is not None and self.gpu not in GPUS:
+            raise ConfigError(f"gpu: {self.gpu!r} is not one of {', '.join(GPUS)}")
+        if self.gpu is None and (self.gpus != 1 or self.gpu_memory is not None):
+            raise ConfigError(f"{'gpus' if self.gpus != 1 else 'gpu_memory'}: needs --gpu")
+        if self.gpu is not None and self.host_memory is None:
+            raise ConfigError("host_memory: must be given with --gpu")
+        for name in ("gpus", "context_len", "prompt_len"):
+            if not 1 <= getattr(self, name) <= 2**24:
+                raise ConfigError(f"{name}: {getattr(self, name)} is outside [1, {2**24}]")
+        for batch in self.batches:
+            if not 1 <= batch <= 4096:
+                raise ConfigError(f"batches: {batch} is outside [1, 4096]")
+        for name in ("cache_share", "hit_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} is outside [0, 1]")
+        if not 0 < self.efficiency <= 1:
+            raise ConfigError(f"efficiency: {self.efficiency} is outside (0, 1]")
+        for name in ("disk_reads", "gb_per_s", "tflops"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name}: must be above 0, not {value}")
+        if self.gpu is None and (self.gb_per_s is None) != (self.tflops is None):
+            raise ConfigError("gb_per_s, tflops: give both or none without --gpu")
+        for name in ("gpu_memory", "host_memory"):
+            if getattr(self, name) is not None:
+                size(name, getattr(self, name))
+
+
+def size(name: str, text: str) -> int:
+    """Bytes of a number with MiB, GiB or TiB (ConfigError that begins with ``name``)."""
+    found = _SIZE.fullmatch(text)
+    if found is None or not int(found[1]):
+        raise ConfigError(f"{name}: must be a number with MiB, GiB or TiB, not {text!r}")
+    return int(found[1]) * _UNITS[found[2]]

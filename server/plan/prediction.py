@@ -1,0 +1,98 @@
+"""What each tier of a table needs, and how many tokens a second it can give at most."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.model.step_work import Chunk
+from server.plan.machine import Machine
+from server.plan.options import PlanOptions
+from server.plan.planned_model import PlannedModel
+
+# of a GPU's memory, as --gpu-memory-utilization; of the host's, which others use too
+_USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """One tier of a plan.
+
+    Attributes:
+        tier: device, host or disk.
+        device_bytes: memory of the device: weights, KV cache, table or its cache. On a CPU this is
+            host memory.
+        host_bytes: host memory that a GPU's server needs for the table or its cache.
+        fits: whether the machine has both.
+        decode_tokens_per_s: of each batch.
+        prefill_tokens_per_s: of a prompt.
+    """
+
+    tier: str
+    device_bytes: int
+    host_bytes: int
+    fits: bool
+    decode_tokens_per_s: tuple[float, ...]
+    prefill_tokens_per_s: float
+
+
+def plans(model: PlannedModel, machine: Machine, options: PlanOptions) -> list[TierPlan]:
+    """The plan of each tier that the machine can have, fastest first.
+
+    KV memory is that of the largest batch. A model without tables has one plan.
+    """
+    tiers = ["device"]
+    if model.table_bytes:
+        tiers += ["disk"] if machine.device_memory is None else ["host", "disk"]
+    return [_plan(tier, model, machine, options) for tier in tiers]
+
+
+def _plan(tier: str, model: PlannedModel, machine: Machine, options: PlanOptions) -> TierPlan:
+    kv = max(options.batches) * options.context_len * model.kv_bytes
+    cache = round(options.cache_share * model.table_bytes)
+    device, host = model.weight_bytes + kv, 0
+    if tier == "device":
+        device += model.table_bytes
+    elif tier == "host":
+        device, host = device + cache, model.table_bytes
+    elif machine.device_memory is None:
+        device += cache
+    else:
+        host = cache
+    memory = machine.host_memory if machine.device_memory is None else machine.device_memory
+    # steps attend to half of the context on average
+    decode = [Chunk(options.context_len // 2, 1)]
+    return TierPlan(
+        tier,
+        device,
+        host,
+        device <= _USABLE * memory and host <= _USABLE * machine.host_memory,
+        tuple(
+            batch / _seconds(tier, model, machine, options, decode * batch, batch)
+            for batch in options.batches
+        ),
+        options.prompt_len
+        / _seconds(tier, model, machine, options, [Chunk(0, options.prompt_len)], 1),
+    )
+
+
+def _seconds(
+    tier: str,
+    model: PlannedModel,
+    machine: Machine,
+    options: PlanOptions,
+    chunks: Sequence[Chunk],
+    num_logits: int,
+) -> float:
+    """The time of a step, if the rows that its cache lacks are read while nothing else is done.
+
+    Reads that overlap with products take less, at best the longer of both.
+    """
+    work, tokens = model.work.of(chunks, num_logits), sum(chunk.count for chunk in chunks)
+    seconds = work.least_seconds(machine.limits) / options.efficiency
+    if tier == "device" or not model.row_bytes:
+        return seconds
+    missed_bytes = (1 - options.hit_share) * model.work.table_bytes(tokens)
+    if machine.bus_gb_per_s:
+        seconds += missed_bytes / machine.bus_gb_per_s / 1e9
+    if tier == "disk":
+        seconds += missed_bytes / model.row_bytes / machine.disk_reads_per_s
+    return seconds

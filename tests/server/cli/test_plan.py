@@ -1,0 +1,40 @@
+"""``memplus plan`` as a user calls it."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import limit_meter
+from memory_ops.native.library import MEMORY_LIBRARY
+from server.cli.main import main
+
+MEMORY_8B = str(Path(__file__).parents[3] / "docs" / "plans" / "memory-8b.json")
+
+
+def test_a_machine_that_is_not_there(capsys):
+    assert main(["plan", MEMORY_8B, "--gpu", "h100", "--host-memory", "256GiB"]) == 0
+    out = capsys.readouterr().out
+    assert "7,803,824,128 dense parameters" in out and "16,777,216 rows x 4,096" in out
+    assert [line.split()[0] for line in out.splitlines()[-5:-2]] == ["device", "host", "disk"]
+    assert out.endswith("fastest that fits: host\n")
+    main(["plan", MEMORY_8B, "--gpu", "l4", "--host-memory", "16GiB", "--cache-share", "0.5"])
+    assert capsys.readouterr().out.endswith("nothing fits\n")
+    main(["plan", MEMORY_8B, "--host-memory", "1TiB", "--gb-per-s", "300", "--tflops", "20"])
+    out = capsys.readouterr().out
+    assert "1.00 TiB of host memory at 300.0 GB/s, 20.00 TFLOP/s" in out
+    assert [line.split()[0] for line in out.splitlines()[-4:-2]] == ["device", "disk"]
+
+
+@pytest.mark.skipif(MEMORY_LIBRARY.best_build is None, reason="needs the native library")
+def test_this_machine(memory_plus_folder, capsys, monkeypatch):
+    monkeypatch.setattr(limit_meter, "PRODUCT", (16, 32, 64))
+    assert main(["plan", str(memory_plus_folder), "--batches", "1", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "this machine" in out and "at 4" in out and "fastest that fits: device" in out
+
+
+def test_a_mistake_is_one_line(capsys):
+    assert main(["plan", MEMORY_8B, "--gpu", "h100"]) == 2
+    assert "host_memory: must be given with --gpu" in capsys.readouterr().err
+    assert main(["plan", "missing.json"]) == 2
+    assert "missing.json" in capsys.readouterr().err

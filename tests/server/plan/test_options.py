@@ -1,0 +1,34 @@
+"""Options of a plan that are out of range, by name."""
+
+import pytest
+
+from engine.errors import ConfigError
+from server.plan.options import PlanOptions, size
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpu": "h1000"}, "gpu: 'h1000' is not one of h100"),
+        ({"gpu": "h100"}, "host_memory: must be given with --gpu"),
+        ({"gpus": 2}, "gpus: needs --gpu"),
+        ({"gpu_memory": "80GiB"}, "gpu_memory: needs --gpu"),
+        ({"host_memory": "80GB"}, "host_memory: must be a number with MiB, GiB or TiB"),
+        ({"host_memory": "0GiB"}, "host_memory: must be a number"),
+        ({"batches": (1, 0)}, r"batches: 0 is outside \[1, 4096\]"),
+        ({"context_len": 0}, r"context_len: 0 is outside"),
+        ({"hit_share": 1.5}, r"hit_share: 1.5 is outside \[0, 1\]"),
+        ({"efficiency": 0.0}, r"efficiency: 0.0 is outside \(0, 1\]"),
+        ({"gb_per_s": 50.0}, "gb_per_s, tflops: give both or none without --gpu"),
+        ({"tflops": -1.0}, "tflops: must be above 0"),
+        ({"disk_reads": float("nan")}, "disk_reads: must be above 0"),
+    ],
+)
+def test_a_value_out_of_range_is_named(changes, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        PlanOptions(**changes)
+
+
+def test_sizes_have_binary_units():
+    assert size("host_memory", "3MiB") == 3 * 2**20
+    assert size("host_memory", "2TiB") == 2 * 2**40

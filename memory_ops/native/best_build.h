@@ -9,7 +9,7 @@
 // A process must request the use of matrix tiles.
 inline bool may_use_tiles() {
   constexpr long ask_for_feature = 0x1023, tile_data = 18;  // arch_prctl's numbers
-  return __builtin_cpu_supports("amx-bf16") &&
+  return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
          syscall(SYS_arch_prctl, ask_for_feature, tile_data) == 0;
 }
 #endif

@@ -32,7 +32,6 @@ def block_groups(tensor: Any, reorder: Callable[[Tensor], Tensor]) -> WeightGrou
         CheckpointError: a scale or minimum is NaN, or too large for fp16.
     """
     read = _q4_k if tensor.tensor_type == _KINDS.Q4_K else _simple
-    # a copy, because the file's mapping is read-only
     groups = read(np.array(tensor.data), GROUP_FORMATS[tensor.tensor_type])
     for array in groups.tensors.values():
         if array.is_floating_point() and not array.isfinite().all():

@@ -1,6 +1,7 @@
 """Opens GGUF files with bounded memory, and reads their metadata with checked types."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +9,7 @@ from typing import Any, TypeVar
 import gguf
 import numpy as np
 
+from weights.checkpoints.importers.gguf_data import GgufData
 from weights.errors import CheckpointError
 from weights.text_files import regular_file_bytes
 
@@ -22,11 +24,12 @@ class _BoundedReader(gguf.GGUFReader):
     """A reader that does not believe lengths that exceed the file or ``_MOST_VALUES``.
 
     It checks sizes of tensors in exact integers, because those of the library wrap around. Tensors
-    must follow each other without gaps, as llama.cpp requires.
+    must follow each other without gaps, as llama.cpp requires. Their ``data`` are GgufData.
     """
 
     def __init__(self, path: Path) -> None:
         self._num_values = 0
+        self._path, self._status = path, os.stat(path)
         super().__init__(path)
 
     def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **options: Any) -> Any:
@@ -53,10 +56,15 @@ class _BoundedReader(gguf.GGUFReader):
                 raise ValueError(f"tensor {field.name} is at {offset[0]}, expected {expected}")
             expected += -(-num_bytes // int(self.alignment)) * int(self.alignment)
         super()._build_tensors(start_offs, list(fields))
+        self.tensors = [one._replace(data=self._data(one)) for one in self.tensors]
+
+    def _data(self, tensor: gguf.ReaderTensor) -> Any:  # the library has a type for mapped data
+        place = tensor.name, self._path, self._status, int(tensor.data_offset)
+        return GgufData(*place, tensor.data.shape, tensor.data.dtype)
 
 
 def open_gguf(file: Path) -> gguf.GGUFReader:
-    """Read the header of one file and map its tensors.
+    """Read the header of one file.
 
     Raises:
         CheckpointError: the file cannot be read, or is not a whole GGUF file.

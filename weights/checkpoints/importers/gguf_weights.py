@@ -38,10 +38,8 @@ def dense_source(
     _check_quantisation(tensor)
 
     def load() -> Tensor:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        if not values.flags.writeable:  # on the file's mapping
-            values = values.copy()
-        return reorder(torch.from_numpy(values))
+        values = gguf.dequantize(np.array(tensor.data), tensor.tensor_type)
+        return reorder(torch.from_numpy(values.reshape(shape)))
 
     dtype = dtype or _FLOATS.get(tensor.tensor_type, torch.bfloat16)
     return TensorSource(name, shape, dtype, load)

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "group_tiles.h"
 #include "kept.h"
 #include "linear_call.h"
 #include "linear_tiles.h"
@@ -128,16 +129,25 @@ inline int64_t prepared_bytes(const LinearCall& call) {
   return call.num_rows * linear.blocks * linear.row_bytes();
 }
 
+// Tiles serve the rows that fill one; sums of groups have the same bits without tiles.
+template <class Values, class Product>
+inline void run_groups(const LinearCall& call, Rows rows, Span panels) {
+  if constexpr (has_tiles<Product>)
+    if (rows.last - rows.first >= TILE_HEIGHT)
+      return run_panels_by_tiles<Values, Product>(call, rows, panels);
+  run_panels<Values, Product>(call, rows, panels);
+}
+
 template <class Values>
 inline void run_some(const LinearCall& call, Rows rows, Span panels) {
   if (call.linear.weight_bits == 8)
-    run_panels<Values, GroupProduct<8, false>>(call, rows, panels);
+    run_groups<Values, GroupProduct<8, false>>(call, rows, panels);
   else if (call.linear.has_minimums)
-    run_panels<Values, GroupProduct<4, true>>(call, rows, panels);
+    run_groups<Values, GroupProduct<4, true>>(call, rows, panels);
   else if (call.linear.weight_bits == 4)
-    run_panels<Values, GroupProduct<4, false>>(call, rows, panels);
-  else if constexpr (has_tiles<Values>)
-    run_panels_by_tiles<Values>(call, rows, panels);
+    run_groups<Values, GroupProduct<4, false>>(call, rows, panels);
+  else if constexpr (has_tiles<ValueProduct<Values>>)
+    run_panels_by_tiles<Values, ValueProduct<Values>>(call, rows, panels);
   else
     run_panels<Values, ValueProduct<Values>>(call, rows, panels);
 }

@@ -2,7 +2,7 @@
 //
 //   sums[r, n] += sum over k of x[r, k] * weights[k, n]
 //
-// Each k is a word of two bf16 values. A row of sums depends on that row of x alone.
+// Each k is a word of two bf16 values or four bytes. A row of sums depends on that row of x alone.
 #pragma once
 
 #include <cstdint>
@@ -28,16 +28,18 @@ struct alignas(64) TileShapes {
 // Makes earlier writes visible to tile loads.
 inline void settle() { asm volatile("" : : : "memory"); }
 
-// Configures the tiles for x of `height` rows, and zeroes them: tiles 0 and 1 hold the sums of tile
-// 4 with tiles 6 and 7, tiles 2 and 3 those of tile 5.
-inline void shape_tiles(int64_t height) {
+// Configures the tiles for x of `height` rows of `steps` words, and zeroes them: tiles 0 and 1 hold
+// the sums of tile 4 with tiles 6 and 7, tiles 2 and 3 those of tile 5.
+inline void shape_tiles(int64_t height, int64_t steps = TILE_STEPS) {
   TileShapes shapes;
   for (int tile = 0; tile < 8; tile++) {
-    shapes.row_bytes[tile] = 64;
-    shapes.rows[tile] = (uint8_t)(tile < 6 ? height : TILE_HEIGHT);
+    const bool is_x = tile == 4 || tile == 5;
+    shapes.row_bytes[tile] = (uint16_t)(is_x ? steps * 4 : 64);
+    shapes.rows[tile] = (uint8_t)(tile < 6 ? height : steps);
   }
   // the compiler does not know which memory the tile intrinsics read
-  asm volatile("ldtilecfg %0" : : "m"(shapes));
+  asm volatile("" : : "m"(shapes));
+  _tile_loadconfig(&shapes);
 }
 #endif
 

@@ -3,9 +3,9 @@
 // that step (two bf16 values or one fp32), so that one load reads weights of LANES outputs.
 //
 // Weights of fewer bits come in groups of GROUP inputs, a step each: fp16 scales of the outputs, their
-// fp16 minimums if they have any, then for each output 4 bytes at a time. A byte holds the weight of one input (8 bits), or those of
-// inputs i and i + GROUP / 2 of the group (4 bits), with an offset that makes it unsigned. Weights with
-// minimums are unsigned already.
+// fp16 minimums if they have any, then for each output 4 bytes at a time. A byte holds the weight of
+// one input (8 bits), or those of inputs i and i + GROUP / 2 of the group (4 bits), with an offset that
+// makes it unsigned. Weights with minimums are unsigned already. Vectors and tiles read both layouts.
 #pragma once
 
 #include <algorithm>

@@ -48,6 +48,39 @@ inline void round_row(const uint8_t* x, const PackedLinear& linear, uint8_t* to)
   }
 }
 
+// The weights of one of the 8 / BITS parts of a group, a byte each, from words of the panel.
+template <int BITS>
+inline words unpacked(words packed, int part) {
+  return BITS == 8 ? packed : packed >> part * 4 & 0x0f0f0f0f;
+}
+
+// Scales and minimums of a group of a panel.
+template <bool HAS_MINIMUMS>
+struct GroupScales {
+  floats scales[PANEL_VECTORS], minimums[PANEL_VECTORS];
+
+  explicit GroupScales(const uint8_t* panel) {
+    for (int v = 0; v < PANEL_VECTORS; v++) {
+      scales[v] = load_fp16(panel + v * LANES * 2);
+      if (HAS_MINIMUMS) minimums[v] = load_fp16(panel + SCALE_BYTES + v * LANES * 2);
+    }
+  }
+
+  // The integer from which the sum of the products of a row's group starts.
+  static ints start(const RowGroup& group) {
+    return HAS_MINIMUMS ? ints{} : splat(group.correction);
+  }
+
+  // Adds the sums of the products of a row's group to the sums of the row.
+  void add(const RowGroup& group, const ints* products, floats* sums) const {
+#pragma GCC unroll 2
+    for (int v = 0; v < PANEL_VECTORS; v++) {
+      sums[v] += to_float(products[v]) * splat(group.scale) * scales[v];
+      if (HAS_MINIMUMS) sums[v] += splat(group.sum) * minimums[v];
+    }
+  }
+};
+
 // The product of linear.h with weights of BITS bits. A step is one group.
 template <int BITS, bool HAS_MINIMUMS>
 struct GroupProduct {
@@ -59,6 +92,7 @@ struct GroupProduct {
 #endif
   static constexpr int64_t fetched = 2048;  // prefetch distance in bytes, if one tile reads a panel
   static constexpr int64_t STEP_BYTES = group_bytes(BITS, HAS_MINIMUMS);
+  using Scales = GroupScales<HAS_MINIMUMS>;
 
   template <int COUNT>
   static void multiply(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t steps,
@@ -73,33 +107,27 @@ struct GroupProduct {
 #pragma GCC unroll 6
       for (int row = 0; row < COUNT; row++) {
         group[row] = (const RowGroup*)(x + row * stride) + step;
-        for (ints& one : products[row])
-          one = HAS_MINIMUMS ? ints{} : splat(group[row]->correction);
+        for (ints& one : products[row]) one = Scales::start(*group[row]);
       }
       add_group<COUNT>(panel + scale_bytes(HAS_MINIMUMS), group, products);
-#pragma GCC unroll 2
-      for (int v = 0; v < PANEL_VECTORS; v++) {
-        const floats scales = load_fp16(panel + v * LANES * 2);
+      const Scales scales(panel);
 #pragma GCC unroll 6
-        for (int row = 0; row < COUNT; row++)
-          sum[row][v] += to_float(products[row][v]) * splat(group[row]->scale) * scales;
-        if (!HAS_MINIMUMS) continue;
-        const floats minimums = load_fp16(panel + SCALE_BYTES + v * LANES * 2);
-#pragma GCC unroll 6
-        for (int row = 0; row < COUNT; row++) sum[row][v] += splat(group[row]->sum) * minimums;
-      }
+      for (int row = 0; row < COUNT; row++) scales.add(*group[row], products[row], sum[row]);
     }
     for (int row = 0; row < COUNT; row++)
       for (int v = 0; v < PANEL_VECTORS; v++) sums[row][v] = sum[row][v];
-    if constexpr (BITS == 8) {
-      const uint8_t* weights = panel - steps * STEP_BYTES;
-      for (int row = 0; row < COUNT; row++)
-        add_outliers(RowGroups(x + row * stride, steps), weights, sums[row]);
-    }
+    add_outliers(COUNT, x, stride, panel - steps * STEP_BYTES, steps, sums);
+  }
+
+  // Adds the products of the rows' outliers, if rows keep them.
+  static void add_outliers(int64_t count, const uint8_t* x, int64_t stride, const uint8_t* panel,
+                           int64_t steps, floats (*sums)[PANEL_VECTORS]) {
+    if constexpr (BITS == 8)
+      for (int64_t row = 0; row < count; row++)
+        add_outliers(RowGroups(x + row * stride, steps), panel, sums[row]);
   }
 
  private:
-  // Adds the products of a row's outliers.
   static void add_outliers(const RowGroups& row, const uint8_t* panel, floats* sums) {
     const Outlier* outliers = row.outliers();
     floats sum[PANEL_VECTORS];
@@ -131,8 +159,7 @@ struct GroupProduct {
 #pragma GCC unroll 2
       for (int part = 0; part < 8 / BITS; part++) {
         words bytes[PANEL_VECTORS];
-        for (int v = 0; v < PANEL_VECTORS; v++)
-          bytes[v] = BITS == 8 ? packed[v] : packed[v] >> part * 4 & 0x0f0f0f0f;
+        for (int v = 0; v < PANEL_VECTORS; v++) bytes[v] = unpacked<BITS>(packed[v], part);
 #pragma GCC unroll 6
         for (int row = 0; row < COUNT; row++) {
           const int8_t* at = group[row]->values + (part * WORDS + word) * 4;

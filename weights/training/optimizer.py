@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from engine.model.norm import RmsNorm
 from memory_ops.tables.trained import TrainedTable
+from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
 from weights.training.replicas import Replicas
 from weights.training.table_optimizer import TableOptimizer
@@ -49,7 +50,12 @@ class Optimizer:
             moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
             self.dense.state[parameter] = {"step": torch.zeros(()), **moments}
         self.tables = TableOptimizer(
-            tables, betas, config.eps, is_row_wise=config.row_wise, replicas=self._replicas
+            tables,
+            betas,
+            config.eps,
+            is_row_wise=config.row_wise,
+            moment_dtype=OUTPUT_DTYPES[config.moment_dtype],
+            replicas=self._replicas,
         )
 
     def step(self, share: float) -> float:
@@ -62,8 +68,9 @@ class Optimizer:
         """
         gradients = [_gradient(parameter) for parameter in self._parameters]
         self._replicas.sum_in_place(gradients)
-        squares = sum(float(gradient.double().square().sum()) for gradient in gradients)
-        norm = math.sqrt(squares + self.tables.collect())
+        squares = [gradient.double().square().sum() for gradient in gradients]
+        # one copy to the host, because each would wait for the device
+        norm = math.sqrt(sum(torch.stack(squares).tolist()) + self.tables.collect())
         if not math.isfinite(norm):
             raise TrainingError(f"the gradients' norm is {norm}")
         clip = self._config.clip_norm

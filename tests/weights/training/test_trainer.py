@@ -182,9 +182,12 @@ def test_every_kind_learns_and_serves_the_same_logits(config, tmp_path, kind):
 MANY_EXPERTS = ["model.num_local_experts=60", "model.num_experts_per_tok=1"]
 
 
-@pytest.mark.parametrize("changes", [[], [*MANY_EXPERTS, "run.tokens_per_step=16"]])
+@pytest.mark.parametrize(
+    "changes",
+    [[], [*MANY_EXPERTS, "run.tokens_per_step=16"], ["optimizer.moment_dtype=bfloat16"]],
+)
 def test_a_resumed_run_is_equal_bit_for_bit(config, tmp_path, changes):
-    made = partial(config, *changes, memory=not changes)
+    made = partial(config, *changes, memory="run.tokens_per_step=16" not in changes)
     run(made(), tmp_path / "whole")
     run(made(), tmp_path / "cut", until=5)
     run(made(), tmp_path / "cut", resume=True)
@@ -432,6 +435,7 @@ def test_a_bfloat16_pass_rounds_queries_like_the_server(config, tmp_path):
         ("model.hidden_size=18", "model.hidden_size: must be 16 to resume"),
         ("model.memory.top_k=3", "model.memory.top_k: must be 4 to resume"),
         ("run.seed=1", "run.seed: must be 0 to resume"),
+        ("optimizer.moment_dtype=bfloat16", "optimizer.moment_dtype: must be 'float32' to resume"),
     ],
 )
 def test_a_run_does_not_resume_with_other_settings(config, tmp_path, change, message):

@@ -157,8 +157,8 @@ def check_adam(table_RV: Tensor, moments: AdamMoments, groups: RowGroups, grad_T
         raise ValueError(f"table, moments and grad: expected one device, got {devices}")
     if not grad_TV.is_cpu:
         return
-    if len(groups.rows_U) and int(groups.rows_U[-1]) >= shape[0]:
-        raise IndexError(f"rows: {int(groups.rows_U[-1])} is outside [0, {shape[0]})")
+    if len(groups.rows_U) and int(groups.rows_U.max()) >= shape[0]:
+        raise IndexError(f"rows: {int(groups.rows_U.max())} is outside [0, {shape[0]})")
 
 
 def _check_floats(name: str, tensor: Tensor) -> None:

@@ -95,9 +95,12 @@ COVERED_BY = {
     "memory_ops/tables/streams.py": "memory_ops/interpreted/test_host_table.py",
     "memory_ops/tables/table_statistics.py": "engine/test_table_counts.py",
     "memory_ops/tables/value_table.py": "memory_ops/tables/test_device.py",
+    "memory_ops/tables/trained_host.py": "memory_ops/interpreted/test_trained_host.py",
+    "memory_ops/tables/working_rows.py": "memory_ops/interpreted/test_trained_host.py",
     "memory_ops/triton_kernels/add_patched_rows.py": (
         "memory_ops/interpreted/test_add_patched_rows.py"
     ),
+    "memory_ops/triton_kernels/copy_rows.py": "memory_ops/interpreted/test_trained_host.py",
     "memory_ops/triton_kernels/fetch_rows.py": "memory_ops/interpreted/test_host_table.py",
     "memory_ops/triton_kernels/gather_rows.py": "memory_ops/interpreted/test_gather_rows.py",
     "memory_ops/triton_kernels/group_rows.py": "memory_ops/interpreted/test_group_rows.py",

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from engine.errors import ConfigError
 from engine.model.norm import RmsNorm
+from memory_ops.page_lock import PageLockError
 from memory_ops.tables.trained import TrainedTable
 from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
@@ -34,7 +36,11 @@ class Optimizer:
         config: OptimizerConfig,
         replicas: Replicas | None = None,
     ) -> None:
-        """Set up both optimisers; gradients and reads are combined over all ``replicas``."""
+        """Set up both optimisers; gradients and reads are combined over all ``replicas``.
+
+        Raises:
+            ConfigError: the moments of tables in host memory cannot be page-locked.
+        """
         betas = config.beta1, config.beta2
         decayed, others = _by_decay(model)
         groups = [
@@ -49,14 +55,17 @@ class Optimizer:
             # torch creates them at the first step; a checkpoint needs them before
             moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
             self.dense.state[parameter] = {"step": torch.zeros(()), **moments}
-        self.tables = TableOptimizer(
-            tables,
-            betas,
-            config.eps,
-            is_row_wise=config.row_wise,
-            moment_dtype=OUTPUT_DTYPES[config.moment_dtype],
-            replicas=self._replicas,
-        )
+        try:
+            self.tables = TableOptimizer(
+                tables,
+                betas,
+                config.eps,
+                is_row_wise=config.row_wise,
+                moment_dtype=OUTPUT_DTYPES[config.moment_dtype],
+                replicas=self._replicas,
+            )
+        except PageLockError as error:
+            raise ConfigError(f"run.table_tier: moments of tables: {error}") from None
 
     def step(self, share: float) -> float:
         """Update the weights and clear the gradients; return the gradients' norm before clipping.

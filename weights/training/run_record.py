@@ -9,10 +9,10 @@ from typing import Any
 from weights.errors import TrainingError
 from weights.training.train_config import TrainConfig
 
-# settings that may change on resume: length, intervals and device
+# settings that may change on resume: length, intervals, and where and how steps are computed
 _CHANGEABLE = (
     *("run.steps", "run.checkpoint_every", "run.evaluate_every"),
-    *("run.checkpoint_activations", "run.device"),
+    *("run.checkpoint_activations", "run.device", "run.table_tier"),
 )
 
 # settings that earlier versions lack, with the values that their runs had

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from memory_ops import operations
-from memory_ops.anonymous import anonymous_zeros
-from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
+from memory_ops.sparse_adam import AdamStep, RowGroups
 from memory_ops.tables.trained import TableReads, TrainedTable
 from weights.training.replicas import Replicas
 
@@ -42,7 +41,9 @@ class TableOptimizer:
         self._replicas = replicas or Replicas()
         self._betas, self._eps, self._is_row_wise = betas, eps, is_row_wise
         self._gradients: list[tuple[RowGroups, Tensor] | None] | None = None
-        self.moments = [_moments(table, is_row_wise, moment_dtype) for table in tables]
+        self.moments = [
+            table.new_moments(is_row_wise=is_row_wise, dtype=moment_dtype) for table in tables
+        ]
         self.step_count = 0
         self.used: list[RowGroups | None] = [None for _ in tables]
 
@@ -63,7 +64,7 @@ class TableOptimizer:
             self._tables, self.moments, self._gradients, strict=True
         ):
             if gradient is not None:
-                operations.sparse_adam(table.table_RV, moments, *gradient, step)
+                table.update(moments, *gradient, step)
         self.used = [None if one is None else one[0] for one in self._gradients]
         self._gradients = None
 
@@ -72,15 +73,3 @@ class TableOptimizer:
             return None
         reads = self._replicas.gather(reads)
         return operations.group_rows(reads.rows_THK, reads.weights_THK), reads.grad_TV
-
-
-def _moments(table: TrainedTable, is_row_wise: bool, dtype: torch.dtype) -> AdamMoments:
-    shape = tuple(table.table_RV.shape)
-    if is_row_wise:
-        return AdamMoments(None, _zeros(table.table_RV, shape[:1], torch.float32))
-    first_RV, second_RV = (_zeros(table.table_RV, shape, dtype) for _ in range(2))
-    return AdamMoments(first_RV, second_RV)
-
-
-def _zeros(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return anonymous_zeros(shape, dtype) if like.is_cpu else like.new_zeros(shape, dtype=dtype)

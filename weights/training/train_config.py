@@ -114,6 +114,8 @@ class RunConfig:
         tokens_per_step: tokens of a step, over all its passes.
         passes_per_step: forward and backward passes per step; more passes take less memory.
         device: device to train on; several processes on one machine use one CUDA device each.
+        table_tier: home of tables and their moments: ``device``, or ``host`` for page-locked memory
+            of the host, which only ``cuda`` can train from.
         dtype: dtype of matrix products; weights, scores, norms and the loss are float32.
         checkpoint_activations: recompute each layer in the backward pass to save memory.
         checkpoint_every: steps between checkpoints.
@@ -127,6 +129,7 @@ class RunConfig:
     tokens_per_step: int = 8192
     passes_per_step: int = 1
     device: str = field(default="cpu", metadata={"choices": ("cpu", "cuda")})
+    table_tier: str = field(default="device", metadata={"choices": ("device", "host")})
     dtype: str = field(default="bfloat16", metadata={"choices": ("bfloat16", "float32")})
     checkpoint_activations: bool = False
     checkpoint_every: int = 500

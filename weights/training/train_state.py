@@ -59,6 +59,8 @@ class TrainState:
             CheckpointError: the state cannot be written; older states are unchanged.
         """
         target = self.folder / f"step-{step:08}"
+        for table in self.tables.values():
+            table.synchronize()
         text = self.text
         config = CheckpointConfig(self.model.config, text.eos_ids, text.bos_id, "float32")
         progress = json.dumps({"step": step, "place": position._asdict()})

@@ -82,7 +82,12 @@ class Trainer:
                 f" {shape.max_positions}, not {config.data.sequence_length}"
             )
         model, tables = new_model(
-            shape, run.seed, run.init_from, run.device, is_dense_frozen="dense" in run.freeze
+            shape,
+            run.seed,
+            run.init_from,
+            run.device,
+            table_tier=run.table_tier,
+            is_dense_frozen="dense" in run.freeze,
         )
         if run.checkpoint_activations:
             model.run_layer = partial(checkpoint, use_reentrant=False)
@@ -150,6 +155,8 @@ class Trainer:
         """Raise TrainingError unless all processes have the same step, weights and tables."""
         if self._replicas.count == 1:
             return
+        for table in self._state.tables.values():
+            table.synchronize()
         tables = (table.table_RV for table in self._state.tables.values())
         weights = (*self._model.parameters(), *tables)
         sums = [float(one.sum(dtype=torch.float64)) for one in weights]

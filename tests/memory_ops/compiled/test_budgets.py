@@ -17,6 +17,7 @@ from memory_ops.triton_kernels import (
     sparse_adam,
 )
 from memory_ops.triton_kernels.add_patched_rows import WIDE_LAUNCH
+from memory_ops.triton_kernels.copy_rows import copy_rows
 from memory_ops.triton_kernels.gather_rows import GATHER_LAUNCHES
 from memory_ops.triton_kernels.launch import RowLaunch
 from memory_ops.triton_kernels.product_topk import TILES_LAUNCH, TOPK_LAUNCHES, launch_for
@@ -162,6 +163,17 @@ def test_sparse_adam(case, target, budget):
     for one in figures[1:]:
         assert not one.barriers
         check(one, budget, wide_row_loads(GRADIENT_LAUNCHES[kind], kind, target))
+
+
+@pytest.mark.parametrize("target", targets())
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_copy_rows(kind, target):
+    source, copy = vast_table(kind, torch.randn(1, 1024)), torch.zeros(64, 1024).to(PLAIN[kind])
+    rows_L = torch.arange(16)
+    for direction in ((source, rows_L, copy, rows_L), (copy, rows_L, source, rows_L)):
+        figures = compiled(TARGETS[target], lambda operands=direction: copy_rows(*operands))
+        assert not figures.barriers
+        check(figures, (32, 0), wide_loads=1)
 
 
 def patch_of(width: int, num_tokens: int = 16) -> tuple[torch.Tensor, TokenPatches]:

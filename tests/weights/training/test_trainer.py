@@ -456,9 +456,11 @@ def test_a_missing_device_is_refused(config, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_a_gpu_learns_the_same(config, tmp_path):
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_a_gpu_learns_the_same(config, tmp_path, tier):
     run(config(), tmp_path / "cpu")
-    assert train.run(config("run.device=cuda"), tmp_path / "gpu", resume=False) == 0
+    changes = ["run.device=cuda", f"run.table_tier={tier}"]
+    assert train.run(config(*changes), tmp_path / "gpu", resume=False) == 0
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-3)
     run(config("run.steps=9"), tmp_path / "gpu", resume=True)
 

@@ -16,7 +16,11 @@ _CHANGEABLE = (
 )
 
 # settings that earlier versions lack, with the values that their runs had
-_NEWER: Mapping[str, Any] = {"run.freeze": [], "optimizer.moment_dtype": "float32"}
+_NEWER: Mapping[str, Any] = {
+    "run.freeze": [],
+    "run.compile": False,
+    "optimizer.moment_dtype": "float32",
+}
 
 
 def check_settings(folder: Path, config: TrainConfig, *, has_begun: bool) -> None:

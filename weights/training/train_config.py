@@ -118,6 +118,7 @@ class RunConfig:
             of the host, which only ``cuda`` can train from.
         dtype: dtype of matrix products; weights, scores, norms and the loss are float32.
         checkpoint_activations: recompute each layer in the backward pass to save memory.
+        compile: compile norms and dense feed-forwards by torch.compile, in the first step.
         checkpoint_every: steps between checkpoints.
         evaluate_every: steps between evaluations.
         seed: seed of initial weights and of the order of documents.
@@ -132,6 +133,7 @@ class RunConfig:
     table_tier: str = field(default="device", metadata={"choices": ("device", "host")})
     dtype: str = field(default="bfloat16", metadata={"choices": ("bfloat16", "float32")})
     checkpoint_activations: bool = False
+    compile: bool = False
     checkpoint_every: int = 500
     evaluate_every: int = 500
     seed: int = 0

@@ -14,6 +14,7 @@ from engine.errors import ConfigError
 from engine.model.flops import forward_flops
 from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
+from weights.training.compiled_layers import compile_dense
 from weights.training.data_source import discard_stale_data
 from weights.training.loss import batch_loss
 from weights.training.new_model import model_config, new_model
@@ -89,6 +90,8 @@ class Trainer:
             table_tier=run.table_tier,
             is_dense_frozen="dense" in run.freeze,
         )
+        if run.compile:
+            compile_dense(model, run.device)
         if run.checkpoint_activations:
             model.run_layer = partial(checkpoint, use_reentrant=False)
         self._model = model

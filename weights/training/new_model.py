@@ -88,13 +88,18 @@ def new_model(
     if is_dense_frozen:
         _freeze_dense(model)
     model.to(device)
-    tables = {name: _placed(rows.pop(name), device, table_tier) for name in tuple(rows)}
+    tables = {name: placed_table(rows.pop(name), device, table_tier) for name in tuple(rows)}
     if tables:
         model.attach_tables(tables)
     return model, tables
 
 
-def _placed(table_RV: Tensor, device: str, table_tier: str) -> TrainedTable:
+def placed_table(table_RV: Tensor, device: str, table_tier: str) -> TrainedTable:
+    """A table to train, of rows on the CPU: on the device, or in host memory.
+
+    Raises:
+        ConfigError: the device cannot train tables of this tier.
+    """
     if table_tier == "device":
         return TrainedTable(table_RV.to(device))
     # imports triton, which runs without a GPU do not need

@@ -1,7 +1,7 @@
-"""``memplus bench train``: milliseconds of an optimiser step of a value table, ours and torch's."""
+"""``memplus bench train``: time of an optimiser step of a value table, ours and torch's."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,158 +11,203 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.alternating import Contestant, median_seconds
+from benchmarks.training_models import drawn_batch, timed_models, wait_for
+from benchmarks.training_scale import CPU_SCALE, GPU_SCALE, TrainingScale
 from engine.errors import ConfigError
 from memory_ops import operations
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.tables.trained import TableReads, TrainedTable
+from weights.training.new_model import placed_table
 from weights.training.table_optimizer import TableOptimizer
 
-TOKENS, HEADS, TOP_K, WIDTH = 1024, 4, 32, 256
+HEADS, TOP_K = 4, 32
 LR = 1e-3
-# the same for every table size, so that only the size differs
-DISTINCT_ROWS = 2**16
-TABLE_ROWS = (2**16, 2**18, 2**20, 2**22)
-PEER_TABLE_ROWS = 2**20
 
 
 @dataclass(frozen=True)
 class Result:
     """One line of the table, one object of the JSON file.
 
-    A step starts from the rows that tokens read, their weights and the gradient of their weighted
-    sums, and ends with the updated table. Our steps also compute the norm of the gradients.
+    A step of an optimiser starts from the rows that tokens read, their weights and the gradient of
+    their weighted sums, and ends with the updated table. Our steps also compute the norm of the
+    gradients. A step of a model is a whole training step; it counts no distinct rows.
     """
 
-    optimizer: str
+    name: str
+    device: str
     rows: int
     width: int
     tokens: int
-    distinct_rows: int
+    distinct_rows: int | None
     ms_per_step: float
 
 
 @dataclass(frozen=True)
-class TimedOptimizer:
-    """An optimiser of a table of ``rows`` rows; ``step`` is the timed function."""
+class Timed:
+    """A timed step of ``tokens`` tokens, and what draws its input."""
 
     name: str
     rows: int
-    step: Callable[[TableReads], None]
-    is_uniform: bool
+    width: int
+    tokens: int
+    step: Callable[..., None]
+    draw: Callable[[], object]
+    distinct_rows: int | None = None
 
-    @property
-    def distinct_rows(self) -> int:
-        """Distinct rows that a step reads; for uniform reads the expected number."""
-        if not self.is_uniform:
-            return DISTINCT_ROWS
-        return round(self.rows * (1 - (1 - 1 / self.rows) ** (TOKENS * HEADS * TOP_K)))
-
-    def draw(self, count: int) -> list[tuple[TableReads]]:
-        """New random reads for ``count`` steps."""
-        return [(_reads(self.rows, self.is_uniform),) for _ in range(count)]
+    def inputs(self, count: int) -> list[tuple[object]]:
+        """New random input for ``count`` steps."""
+        return [(self.draw(),) for _ in range(count)]
 
 
-def measure(rounds: int, json_file: Path | None) -> None:
-    """Print a line per optimiser and table size; write them as JSON.
+def measure(
+    rounds: int, json_file: Path | None, device: str = "cpu", scale: TrainingScale | None = None
+) -> list[Result]:
+    """Print a line per optimiser, table size and model; write them as JSON.
 
     Raises:
-        ConfigError: the native library is missing, ``rounds`` is less than 1, or the file's folder
-            does not exist.
+        ConfigError: the native library or the GPU is missing, ``rounds`` is less than 1, or the
+            file's folder does not exist.
     """
-    if MEMORY_LIBRARY.best_build is None:
+    scale = scale or {"cpu": CPU_SCALE, "cuda": GPU_SCALE}[device]
+    if device == "cpu" and MEMORY_LIBRARY.best_build is None:
         raise ConfigError("bench train: memplus was installed without its native library")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda needs a CUDA device, but none is available")
     if rounds < 1:
         raise ConfigError(f"rounds: must be at least 1, not {rounds}")
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError(f"json: folder {json_file.parent} does not exist")
-    print(f"rows of {WIDTH}, {TOKENS} tokens x {HEADS * TOP_K} reads, medians of {rounds} rounds")
-    print("optimizer                rows  distinct   ms/step")
+    print(f"{scale.tokens} tokens x {HEADS * TOP_K} reads, medians of {rounds} rounds")
+    print(f"{'step':<20} {'rows':>10} {'width':>6} {'distinct':>9} {'ms/step':>9} {'tokens/s':>9}")
     results: list[Result] = []
-    # optimisers of one group are timed interleaved; both groups do not fit in memory at once
-    for group in (_optimizers_by_size, _optimizers_by_kind):
-        for result in _timed(group(), rounds):
-            results.append(result)
+    # steps of one group are timed interleaved; all groups do not fit in memory at once
+    for make_group in (_by_size, _by_kind, _models):
+        group = list(make_group(scale))
+        contestants = [Contestant(one.name, one.step, one.inputs, calls=1) for one in group]
+        for one, seconds in zip(group, median_seconds(contestants, rounds), strict=True):
+            sizes = one.rows, one.width, one.tokens, one.distinct_rows
+            results.append(Result(one.name, scale.device, *sizes, seconds * 1e3))
             tqdm.write(
-                f"{result.optimizer:<18} {result.rows:>10} {result.distinct_rows:>9}"
-                f" {result.ms_per_step:>9.2f}"
+                f"{one.name:<20} {one.rows:>10} {one.width:>6} {one.distinct_rows or '':>9}"
+                f" {seconds * 1e3:>9.2f} {one.tokens / seconds:>9.0f}"
             )
+        del group, contestants
         if json_file is not None:
             whole = json.dumps([asdict(result) for result in results], indent=1)
             json_file.write_text(whole + "\n")
+    return results
 
 
-def _optimizers_by_size() -> list[TimedOptimizer]:
-    return [TimedOptimizer("sparse", rows, _sparse(rows), False) for rows in TABLE_ROWS]
+def _by_size(scale: TrainingScale) -> Iterator[Timed]:
+    """Our optimiser for tables of all sizes, whose steps read equally many distinct rows."""
+    for rows in scale.table_rows:
+        step = _sparse(scale, rows, scale.width)
+        draw = partial(_reads, scale, rows, scale.width, scale.distinct_rows)
+        distinct = min(rows, scale.distinct_rows)
+        yield Timed("sparse", rows, scale.width, scale.tokens, step, draw, distinct)
 
 
-def _optimizers_by_kind() -> list[TimedOptimizer]:
-    makers: dict[str, Callable[[int], Callable[[TableReads], None]]] = {
+def _by_kind(scale: TrainingScale) -> Iterator[Timed]:
+    """All optimisers for one table with uniform reads."""
+    rows, width = scale.peer_rows, scale.peer_width
+    makers: dict[str, Callable[[TrainingScale, int, int], Callable[[TableReads], None]]] = {
         "sparse": _sparse,
+        "sparse_bf16_moments": partial(_sparse, moment_dtype=torch.bfloat16),
         "sparse_row_wise": partial(_sparse, is_row_wise=True),
         "adamw": _adamw,
         "torch_sparse_adam": _torch_sparse_adam,
     }
-    rows = PEER_TABLE_ROWS
-    return [TimedOptimizer(name, rows, make(rows), True) for name, make in makers.items()]
+    if scale.device == "cuda":
+        makers["sparse_host"] = partial(_sparse, table_tier="host")
+    expected = rows * (1 - (1 - 1 / rows) ** (scale.tokens * HEADS * TOP_K))
+    draw = partial(_reads, scale, rows, width, None)
+    for name, make in makers.items():
+        step = make(scale, rows, width)
+        yield Timed(name, rows, width, scale.tokens, step, draw, round(expected))
 
 
-def _timed(group: Sequence[TimedOptimizer], rounds: int) -> list[Result]:
-    contestants = [Contestant(one.name, one.step, one.draw, calls=1) for one in group]
-    timed = zip(group, median_seconds(contestants, rounds), strict=True)
-    return [
-        Result(one.name, one.rows, WIDTH, TOKENS, one.distinct_rows, seconds * 1e3)
-        for one, seconds in timed
-    ]
+def _models(scale: TrainingScale) -> Iterator[Timed]:
+    """Whole models."""
+    if scale.model is None:
+        return
+    for name, step in timed_models(scale).items():
+        rows = 0 if name.startswith("dense") else scale.peer_rows
+        draw = partial(drawn_batch, scale)
+        yield Timed(name, rows, scale.model.hidden_size, scale.model_tokens, step, draw)
 
 
-def _reads(num_rows: int, is_uniform: bool) -> TableReads:
-    """Random reads: uniform, or of DISTINCT_ROWS evenly spaced rows, all equally often."""
-    shape = (TOKENS, HEADS, TOP_K)
-    if is_uniform:
-        rows = torch.randint(0, num_rows, shape)
+def _reads(
+    scale: TrainingScale, num_rows: int, width: int, distinct_rows: int | None
+) -> TableReads:
+    """Random reads: uniform, or of evenly spaced rows, all equally often."""
+    shape, device = (scale.tokens, HEADS, TOP_K), scale.device
+    if distinct_rows is None:
+        rows = torch.randint(0, num_rows, shape, device=device)
     else:
-        count = TOKENS * HEADS * TOP_K
-        places = torch.arange(count)[torch.randperm(count)] % DISTINCT_ROWS
-        rows = (places * (num_rows // DISTINCT_ROWS)).view(shape)
-    return TableReads(rows, torch.rand(shape), torch.randn(TOKENS, WIDTH))
+        count, distinct = scale.tokens * HEADS * TOP_K, min(num_rows, distinct_rows)
+        places = torch.randperm(count, device=device) % distinct
+        rows = (places * (num_rows // distinct)).view(shape)
+    grad_TV = torch.randn(scale.tokens, width, device=device)
+    return TableReads(rows, torch.rand(shape, device=device), grad_TV)
 
 
-def _table(num_rows: int) -> Tensor:
+def _table(scale: TrainingScale, num_rows: int, width: int) -> Tensor:
     """A table whose memory has been written, as in training."""
-    return anonymous_zeros((num_rows, WIDTH), torch.float32).fill_(0.01)
+    if scale.device != "cpu":
+        return torch.full((num_rows, width), 0.01, device=scale.device)
+    return anonymous_zeros((num_rows, width), torch.float32).fill_(0.01)
 
 
-def _sparse(num_rows: int, is_row_wise: bool = False) -> Callable[[TableReads], None]:
-    table = TrainedTable(_table(num_rows))
-    optimizer = TableOptimizer([table], is_row_wise=is_row_wise)
+def _sparse(
+    scale: TrainingScale,
+    num_rows: int,
+    width: int,
+    *,
+    is_row_wise: bool = False,
+    moment_dtype: torch.dtype = torch.float32,
+    table_tier: str = "device",
+) -> Callable[[TableReads], None]:
+    if table_tier == "host":
+        rows_RV = anonymous_zeros((num_rows, width), torch.float32).fill_(0.01)
+        table = placed_table(rows_RV, scale.device, table_tier)
+    else:
+        table = TrainedTable(_table(scale, num_rows, width))
+    optimizer = TableOptimizer([table], is_row_wise=is_row_wise, moment_dtype=moment_dtype)
     for moments in optimizer.moments:
         for moment in moments:
             if moment is not None:
                 moment.fill_(1e-6)
 
     def step(reads: TableReads) -> None:
-        table.reads.append(reads)
+        if table_tier == "host":  # the lookup that a model makes before
+            table.start(reads.rows_THK, reads.weights_THK)
+        table.record(reads)
         optimizer.collect()
         optimizer.step(LR)
+        table.synchronize()
+        wait_for(scale.device)
 
     return step
 
 
-def _adamw(num_rows: int) -> Callable[[TableReads], None]:
-    table = torch.nn.Parameter(_table(num_rows))
+def _adamw(scale: TrainingScale, num_rows: int, width: int) -> Callable[[TableReads], None]:
+    table = torch.nn.Parameter(_table(scale, num_rows, width))
     optimizer = torch.optim.AdamW([table], lr=LR, fused=True)
 
     def step(reads: TableReads) -> None:
         rows, sums = operations.row_gradients(*reads)
         table.grad = torch.zeros_like(table).index_copy_(0, rows, sums)
         optimizer.step()
+        wait_for(scale.device)
 
     return step
 
 
-def _torch_sparse_adam(num_rows: int) -> Callable[[TableReads], None]:
-    table = torch.nn.Parameter(_table(num_rows))
+def _torch_sparse_adam(
+    scale: TrainingScale, num_rows: int, width: int
+) -> Callable[[TableReads], None]:
+    table = torch.nn.Parameter(_table(scale, num_rows, width))
     optimizer = torch.optim.SparseAdam([table], lr=LR)
 
     def step(reads: TableReads) -> None:
@@ -171,5 +216,6 @@ def _torch_sparse_adam(num_rows: int) -> Callable[[TableReads], None]:
             rows.unsqueeze(0), sums, table.shape, is_coalesced=True, check_invariants=False
         )
         optimizer.step()  # type: ignore[no-untyped-call]
+        wait_for(scale.device)
 
     return step

@@ -116,7 +116,7 @@ def train(options: argparse.Namespace) -> None:
     """Measure an optimiser step of a value table; compare it with torch."""
     from benchmarks.training import measure
 
-    measure(options.rounds, options.json)
+    measure(options.rounds, options.json, options.device)
 
 
 def busy(options: argparse.Namespace) -> None:
@@ -182,6 +182,8 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.set_defaults(run=train, computes=True)
     add_options(verb, ThreadOptions)
     verb.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
+    sizes = "device that trains; cuda has other sizes, and whole models (default: cpu)"
+    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=sizes)
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
 
     _add_training_benchmarks(benchmarks)

@@ -88,9 +88,9 @@ def for_gradients(weights: Tensor, grad: Tensor) -> Backend:
 
 
 def for_groups(*operands: Tensor) -> GroupBackend:
-    """The backend for grouped references: kernels on the CPU, plain torch elsewhere."""
-    if all(operand.is_cpu and operand.dtype is not torch.float64 for operand in operands):
-        return cast(GroupBackend, _for_device_type("cpu"))
+    """The backend for grouped reads on one device."""
+    if all(operand.dtype in _KERNEL_DTYPES for operand in operands):
+        return cast(GroupBackend, _for_device_of(operands[0]))
     return cast(GroupBackend, reference)
 
 

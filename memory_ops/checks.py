@@ -102,10 +102,18 @@ def check_patches(
 
 
 def check_groups(groups: RowGroups, grad_TV: Tensor) -> None:
-    """Raise ValueError unless every token of the groups has a gradient."""
+    """Raise ValueError unless every token of the groups has a gradient.
+
+    Tokens are checked on the CPU only: elsewhere the check would wait for the device.
+    """
     if grad_TV.dim() != 2:
         raise ValueError(f"grad: expected [T, V], got {tuple(grad_TV.shape)}")
     _check_floats("grad", grad_TV)
+    if groups.tokens_L.device != grad_TV.device:
+        found = f"{groups.tokens_L.device} and {grad_TV.device}"
+        raise ValueError(f"groups and grad: expected one device, got {found}")
+    if not grad_TV.is_cpu:
+        return
     if len(groups.tokens_L) and int(groups.tokens_L.max()) >= len(grad_TV):
         most = int(groups.tokens_L.max())
         raise ValueError(f"grad: token {most} needs a gradient, got {len(grad_TV)} gradients")
@@ -117,7 +125,7 @@ def check_adam(table_RV: Tensor, moments: AdamMoments, groups: RowGroups, grad_T
     Raises:
         ValueError: the table is not a contiguous float32 or float64 matrix, or a moment or gradient
             does not match its shape or dtype.
-        IndexError: a row lies outside the table.
+        IndexError: a row lies outside the table; checked on the CPU only.
     """
     check_groups(groups, grad_TV)
     shape, dtype = table_shape(table_RV), table_RV.dtype
@@ -126,6 +134,9 @@ def check_adam(table_RV: Tensor, moments: AdamMoments, groups: RowGroups, grad_T
     if grad_TV.shape[1] != shape[1]:
         raise ValueError(f"grad: expected [T, {shape[1]}], got {tuple(grad_TV.shape)}")
     first_RV, second = moments
+    # two moments per value may be narrower than an fp32 table
+    is_narrow = first_RV is not None and dtype is torch.float32 and second.dtype is torch.bfloat16
+    kept = torch.bfloat16 if is_narrow else dtype
     wanted = (
         {"second": (second, shape[:1])}
         if first_RV is None
@@ -135,13 +146,19 @@ def check_adam(table_RV: Tensor, moments: AdamMoments, groups: RowGroups, grad_T
         }
     )
     for name, (moment, of_shape) in wanted.items():
-        if moment.shape != of_shape or moment.dtype is not dtype:
+        if moment.shape != of_shape or moment.dtype is not kept:
             found = f"{moment.dtype} {tuple(moment.shape)}"
-            raise ValueError(f"{name} moment: expected {dtype} {of_shape}, got {found}")
-    if not all(t.is_contiguous() for t in (table_RV, first_RV, second) if t is not None):
+            raise ValueError(f"{name} moment: expected {kept} {of_shape}, got {found}")
+    tensors = [t for t in (table_RV, first_RV, second) if t is not None]
+    if not all(t.is_contiguous() for t in tensors):
         raise ValueError("table and moments: expected contiguous tensors")
-    if len(groups.rows_U) and int(groups.rows_U[-1]) >= shape[0]:
-        raise IndexError(f"rows: {int(groups.rows_U[-1])} is outside [0, {shape[0]})")
+    devices = {t.device for t in (*tensors, grad_TV)}
+    if len(devices) > 1:
+        raise ValueError(f"table, moments and grad: expected one device, got {devices}")
+    if not grad_TV.is_cpu:
+        return
+    if len(groups.rows_U) and int(groups.rows_U.max()) >= shape[0]:
+        raise IndexError(f"rows: {int(groups.rows_U.max())} is outside [0, {shape[0]})")
 
 
 def _check_floats(name: str, tensor: Tensor) -> None:

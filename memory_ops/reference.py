@@ -245,10 +245,13 @@ def sparse_adam(
         v = beta2 v + (1 - beta2) mean(g g);  row -= step_size * g / (sqrt(v) + eps)
 
     Rows that were not read do not change, nor do their moments, as in torch.optim.SparseAdam.
+    Moments in bf16 are rounded to nearest when they are stored; a row's update uses them before
+    that.
 
     Args:
         table_RV: the rows, fp32 or fp64, contiguous.
-        moments: Adam's moments, in the table's dtype, contiguous.
+        moments: Adam's moments, contiguous, in the table's dtype, or in bf16: two moments per value
+            of an fp32 table.
         groups: the reads; see ``group_rows``.
         grad_TV: the gradient of the gathered sums, floating, ``[T, V]``.
         step: the hyperparameters.
@@ -267,9 +270,10 @@ def sparse_adam(
         second[rows_U] = step.beta2 * second[rows_U] + (1 - step.beta2) * mean_U
         table_RV[rows_U] -= step.step_size * grad_UV / (second[rows_U].sqrt() + step.eps)[:, None]
         return
-    first_RV[rows_U] = step.beta1 * first_RV[rows_U] + (1 - step.beta1) * grad_UV
-    second[rows_U] = step.beta2 * second[rows_U] + (1 - step.beta2) * squares_UV
-    table_RV[rows_U] -= step.step_size * first_RV[rows_U] / (second[rows_U].sqrt() + step.eps)
+    first_UV = step.beta1 * first_RV[rows_U].to(table_RV.dtype) + (1 - step.beta1) * grad_UV
+    second_UV = step.beta2 * second[rows_U].to(table_RV.dtype) + (1 - step.beta2) * squares_UV
+    first_RV[rows_U], second[rows_U] = first_UV.to(first_RV.dtype), second_UV.to(second.dtype)
+    table_RV[rows_U] -= step.step_size * first_UV / (second_UV.sqrt() + step.eps)
 
 
 def _group_sums(groups: RowGroups, grad_TV: Tensor) -> Tensor:

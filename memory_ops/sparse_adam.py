@@ -64,7 +64,7 @@ class AdamMoments(NamedTuple):
     """Adam's moments, all initially 0: two per value, or one per row.
 
     ``first_RV`` is ``[R, V]``, or None for the row-wise variant. ``second`` is ``[R, V]``, or
-    ``[R]`` for the row-wise variant.
+    ``[R]`` for the row-wise variant. They have the table's dtype; two per value may be bf16.
     """
 
     first_RV: Tensor | None

@@ -199,7 +199,7 @@ class NativeBackend:
         grad_TV: Tensor,
         step: AdamStep,
     ) -> None:
-        """See ``reference.sparse_adam``; table and moments fp32 and contiguous."""
+        """See ``reference.sparse_adam``; an fp32 table."""
         check_adam(table_RV, moments, groups, grad_TV)
         grad_TV = grad_TV.contiguous()
         first_RV, second = moments
@@ -210,6 +210,7 @@ class NativeBackend:
             table_RV.data_ptr(),
             None if first_RV is None else first_RV.data_ptr(),
             second.data_ptr(),
+            int(second.dtype is torch.bfloat16),
             step.scale,
             step.step_size,
             step.beta1,

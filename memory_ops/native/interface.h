@@ -84,15 +84,18 @@ double memplus_squared_norm(const uint8_t* data, int64_t num_rows, int64_t row_s
 void memplus_sparse_adam(const uint8_t* data, int64_t num_rows, int64_t row_stride,
                          int64_t value_dim, int64_t scale_offset, int32_t format,
                          const int64_t* rows, const int64_t* starts, const int64_t* tokens,
-                         const float* weights, int64_t count, float* values, float* first,
-                         float* second, double scale, double step_size, double beta1, double beta2,
-                         double eps) {
+                         const float* weights, int64_t count, float* values, void* first,
+                         void* second, int32_t has_bf16_moments, double scale, double step_size,
+                         double beta1, double beta2, double eps) {
   const Table gradients = {data, num_rows, row_stride, value_dim, scale_offset, format};
   const memplus::AdamStep step = {(float)scale,       (float)step_size, (float)beta1,
                                   (float)(1 - beta1), (float)beta2,     (float)(1 - beta2),
                                   (float)eps};
-  memplus::sparse_adam({values, first, second}, {gradients, rows, starts, tokens, weights, count},
-                       step);
+  const memplus::RowGroups groups = {gradients, rows, starts, tokens, weights, count};
+  if (has_bf16_moments)
+    memplus::sparse_adam<uint16_t>({values, (uint16_t*)first, (uint16_t*)second}, groups, step);
+  else
+    memplus::sparse_adam<float>({values, (float*)first, (float*)second}, groups, step);
 }
 
 // Writes `records`, the data of another table, and returns -1; or returns the first row with a

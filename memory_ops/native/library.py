@@ -99,7 +99,7 @@ MEMORY_LIBRARY = NativeLibrary(
         "memplus_row_dots": (_INT64, (*_TABLE, _POINTER, _POINTER, _INT64, _INT64, _POINTER)),
         "memplus_group_rows": (_INT64, (_POINTER, _POINTER, _INT64, _INT64, *[_POINTER] * 4)),
         "memplus_squared_norm": (_DOUBLE, (*_TABLE, *_GROUPS)),
-        "memplus_sparse_adam": (None, (*_TABLE, *_GROUPS, *[_POINTER] * 3, *[_DOUBLE] * 5)),
+        "memplus_sparse_adam": (None, (*_TABLE, *_GROUPS, *[_POINTER] * 3, _INT32, *[_DOUBLE] * 5)),
         "memplus_quantize_rows": (_INT64, (*_TABLE, _POINTER, _INT64, _INT64, _INT32)),
     },
     "memory layers run in plain torch, several times slower",

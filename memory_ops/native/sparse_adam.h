@@ -8,6 +8,9 @@
 //
 //   v = b2 v + (1 - b2) mean(g g);   row -= step_size * g / (sqrt(v) + eps)
 //
+// Moments are fp32, or bf16 for two moments per value. Stored bf16 is rounded to nearest, ties to
+// even; the row's update uses the moments before they are rounded.
+//
 // Each use of a row's sum computes it again from gradients in the CPU caches: storing the sums of
 // all rows would take as long to write and read as the rows themselves.
 #pragma once
@@ -28,11 +31,13 @@ struct RowGroups {
   int64_t count;  // of distinct rows
 };
 
-// Rows and first moments [R, V]; second moments [R, V], or [R] if `first` is null.
+// Rows and first moments [R, V]; second moments [R, V], or fp32 [R] if `first` is null. A moment is
+// a float, or the bits of a bf16 number.
+template <class Moment>
 struct AdamTable {
   float* rows;
-  float* first;
-  float* second;
+  Moment* first;
+  Moment* second;
 };
 
 // `rest1` and `rest2` are 1 - beta1 and 1 - beta2, computed in fp64 because fp32 loses digits.
@@ -50,6 +55,20 @@ inline floats load_some(const float* at, int64_t lanes) {
 inline void store_some(float* at, floats values, int64_t lanes) {
   if (lanes == LANES) return store(at, values);
   std::memcpy(at, &values, lanes * sizeof(float));
+}
+
+inline floats load_some(const uint16_t* at, int64_t lanes) {
+  if (lanes == LANES) return load_bf16((const uint8_t*)at);
+  uint16_t bits[LANES] = {};
+  std::memcpy(bits, at, lanes * sizeof *at);
+  return load_bf16((const uint8_t*)bits);
+}
+
+inline void store_some(uint16_t* at, floats values, int64_t lanes) {
+  if (lanes == LANES) return store_bf16((uint8_t*)at, values);
+  uint16_t bits[LANES];
+  store_bf16((uint8_t*)bits, values);
+  std::memcpy(at, bits, lanes * sizeof *at);
 }
 
 constexpr int64_t ROWS_AHEAD = 1;  // prefetch distance in rows
@@ -90,7 +109,8 @@ inline double squared_norm(const RowGroups& groups) {
   return total;
 }
 
-inline void adam_row(const AdamTable& table, const AdamStep& step, int64_t place,
+template <class Moment>
+inline void adam_row(const AdamTable<Moment>& table, const AdamStep& step, int64_t place,
                      const float* gradient, int64_t lanes) {
   const floats g = load_some(gradient, lanes) * step.scale;
   const floats m = load_some(table.first + place, lanes) * step.beta1 + g * step.rest1;
@@ -101,7 +121,9 @@ inline void adam_row(const AdamTable& table, const AdamStep& step, int64_t place
   store_some(table.rows + place, row - step.step_size * m / (square_root(v) + step.eps), lanes);
 }
 
-inline void sparse_adam(const AdamTable& table, const RowGroups& groups, const AdamStep& step) {
+template <class Moment>
+inline void sparse_adam(const AdamTable<Moment>& table, const RowGroups& groups,
+                        const AdamStep& step) {
   const int64_t width = groups.gradients.value_dim;
   for_each_row(groups, [&](int64_t group, const float* sums, int64_t coming) {
     const int64_t row = groups.rows[group], first = row * width;
@@ -109,7 +131,7 @@ inline void sparse_adam(const AdamTable& table, const RowGroups& groups, const A
     if (!table.first) {
       __builtin_prefetch(table.second + coming, 1);
       const float mean = sum(squares(sums, width)) * step.scale * step.scale / (float)width;
-      float& v = table.second[row];
+      float& v = ((float*)table.second)[row];
       v = v * step.beta2 + mean * step.rest2;
       factor = splat(step.scale * step.step_size / (__builtin_sqrtf(v) + step.eps));
     }

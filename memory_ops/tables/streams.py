@@ -40,6 +40,10 @@ class Stream(Protocol):
         """Whether all work queued so far has completed. Does not block the host."""
         ...
 
+    def synchronize(self) -> None:
+        """Wait on the host until all work queued so far has completed."""
+        ...
+
 
 class StreamPair(NamedTuple):
     """The caller's stream, which is the current one at each call, and a side stream."""
@@ -70,6 +74,9 @@ class CudaStream:
 
     def is_idle(self) -> bool:
         return self.stream.query()
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
 
 
 def current_stream(device: torch.device) -> StreamPair:

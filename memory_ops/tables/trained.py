@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from memory_ops import operations
+from memory_ops.anonymous import anonymous_zeros
+from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 from memory_ops.tables.device import DeviceTable, ReadyLookup
 
 
@@ -23,7 +25,7 @@ class TrainedTable(DeviceTable):
 
     The table is not a parameter. Each backward pass appends to ``reads``, from which a sparse
     optimiser computes the gradients of the rows. Reads of several passes accumulate, like
-    gradients.
+    gradients. Other tiers override how rows are read and updated.
 
     Attributes:
         table_RV: the rows, fp32, contiguous; the optimiser updates them in place.
@@ -65,6 +67,42 @@ class TrainedTable(DeviceTable):
         dots_THK: Tensor = _Dots.apply(x_TV, self._anchor, rows_THK, self)  # type: ignore[no-untyped-call]
         return dots_THK
 
+    def gather(self, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
+        """Weighted sums, not differentiable, of a lookup that has been started."""
+        return operations.gather_rows(self.table_RV, rows_THK, weights_THK)
+
+    def row_dots(self, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
+        """Inner products, not differentiable, of a lookup that has been started."""
+        return operations.row_dots(self.table_RV, rows_THK, x_TV)
+
+    def record(self, reads: TableReads) -> None:
+        """Add the reads of a lookup's backward pass."""
+        self.reads.append(reads)
+
+    def new_moments(self, *, is_row_wise: bool, dtype: torch.dtype) -> AdamMoments:
+        """Moments of 0, where this tier keeps them; ``dtype`` is for two moments per value.
+
+        On the CPU, their pages take no memory before their first use.
+        """
+        shape = tuple(self.table_RV.shape)
+        if is_row_wise:
+            return AdamMoments(None, self._zeros(shape[:1], torch.float32))
+        return AdamMoments(self._zeros(shape, dtype), self._zeros(shape, dtype))
+
+    def update(
+        self, moments: AdamMoments, groups: RowGroups, grad_TV: Tensor, step: AdamStep
+    ) -> None:
+        """A step of Adam for the rows of ``groups``; ``moments`` are those of this table."""
+        operations.sparse_adam(self.table_RV, moments, groups, grad_TV, step)
+
+    def synchronize(self) -> None:
+        """Wait until the host can read or write the rows and moments. Rows here always can."""
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.table_RV.is_cpu:
+            return anonymous_zeros(shape, dtype)
+        return self.table_RV.new_zeros(shape, dtype=dtype)
+
     def take_reads(self) -> TableReads | None:
         """Remove all recorded reads and return them concatenated; None if there are none."""
         reads, self.reads = self.reads, []
@@ -82,16 +120,16 @@ class _Read(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weights_THK, rows_THK)
         ctx.table = table
-        return operations.gather_rows(table.table_RV, rows_THK, weights_THK)
+        return table.gather(rows_THK, weights_THK)
 
     @staticmethod
     def backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, None, None, None]:
         weights_THK, rows_THK = ctx.saved_tensors
         table: TrainedTable = ctx.table
-        table.reads.append(TableReads(rows_THK, weights_THK, grad_TV))
+        table.record(TableReads(rows_THK, weights_THK, grad_TV))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        grad_THK = operations.row_dots(table.table_RV, rows_THK, grad_TV)
+        grad_THK = table.row_dots(rows_THK, grad_TV)
         return grad_THK.to(weights_THK.dtype), None, None, None
 
 
@@ -105,14 +143,14 @@ class _Dots(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_TV, rows_THK)
         ctx.table = table
-        return operations.row_dots(table.table_RV, rows_THK, x_TV)
+        return table.row_dots(rows_THK, x_TV)
 
     @staticmethod
     def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, None, None, None]:
         x_TV, rows_THK = ctx.saved_tensors
         table: TrainedTable = ctx.table
-        table.reads.append(TableReads(rows_THK, grad_THK, x_TV.float()))
+        table.record(TableReads(rows_THK, grad_THK, x_TV.float()))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        grad_TV = operations.gather_rows(table.table_RV, rows_THK, grad_THK)
+        grad_TV = table.gather(rows_THK, grad_THK)
         return grad_TV.to(x_TV.dtype), None, None, None

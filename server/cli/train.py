@@ -112,9 +112,21 @@ def _replicas(device: str) -> Replicas:
         raise ConfigError("run.device: cuda needs a CUDA device, but none is available")
     if not distributed.is_torchelastic_launched():
         return Replicas()
+    backend = "gloo"
+    if device == "cuda":  # not run on several GPUs
+        _take_gpu(distributed.get_node_local_rank())
+        backend = "nccl"
     # one process tokenises and writes checkpoints while the others wait, however long it takes
-    backend = "nccl" if device == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=timedelta(days=30))
-    if device == "cuda":  # not run on a GPU
-        torch.cuda.set_device(distributed.get_node_local_rank())
     return Replicas.of_group(device)
+
+
+def _take_gpu(local_rank: int) -> None:
+    """Make this process use its GPU, before NCCL or a table uses the first one."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"run.device: process {local_rank} of this machine needs a GPU for itself, but torch"
+            f" finds {count}"
+        )
+    torch.cuda.set_device(local_rank)

@@ -126,6 +126,8 @@ class HostCaller:
     def is_idle(self) -> bool:
         return True
 
+    def synchronize(self) -> None: ...
+
 
 class FakeStream:
     """The ``place``-th stream of a device: a queue of work in first-in, first-out order."""
@@ -152,6 +154,10 @@ class FakeStream:
 
     def is_idle(self) -> bool:
         return not self.tasks
+
+    def synchronize(self) -> None:
+        while self.tasks:
+            self._device.run(lambda ready: ready[0])
 
     def is_ready(self) -> bool:
         if not self.tasks:

@@ -11,6 +11,7 @@ from memory_ops.sparse_adam import AdamMoments, AdamStep
 from tests.memory_ops.builds import each_build
 from tests.memory_ops.table_kinds import PLAIN
 
+MOMENTS = ("fp32", "bf16", "row_wise")
 STEP = AdamStep(scale=0.7, step_size=1e-2, beta1=0.9, beta2=0.99, eps=1e-8)
 SHAPES = {
     "num_rows": st.sampled_from([1, 5, 300]),
@@ -27,15 +28,24 @@ def reads(num_rows, width, num_tokens, num_heads, top_k):
     return rows, weights, torch.randn(num_tokens, width)
 
 
-def moments(num_rows, width, is_row_wise, dtype=torch.float32):
-    if is_row_wise:
-        return AdamMoments(None, torch.rand(num_rows, dtype=dtype))
-    values = torch.randn(2, num_rows, width, dtype=dtype)
+def moments(num_rows, width, kind="fp32"):
+    """Moments of a kind of MOMENTS."""
+    if kind == "row_wise":
+        return AdamMoments(None, torch.rand(num_rows))
+    values = torch.randn(2, num_rows, width).to(PLAIN[kind])
     return AdamMoments(values[0], values[1].abs())
 
 
 def doubled(given):
     return AdamMoments(*(None if one is None else one.double() for one in given))
+
+
+def check_moments(found, exact):
+    """Assert equal moments: bf16 ones up to a rounding that falls to the other side."""
+    for one, other in zip(found, exact, strict=True):
+        if one is not None:
+            rtol = 2**-7 if one.dtype is torch.bfloat16 else 1e-4
+            torch.testing.assert_close(one, other.to(one.dtype), rtol=rtol, atol=1e-6)
 
 
 @each_build
@@ -61,20 +71,18 @@ def test_the_norm_equals_that_of_the_row_gradients(build, kind, **shape):
 
 
 @each_build
-@given(is_row_wise=st.booleans(), **SHAPES)
-def test_a_step_is_exact_and_changes_only_the_rows_read(build, is_row_wise, **shape):
+@given(kind=st.sampled_from(MOMENTS), **SHAPES)
+def test_a_step_is_exact_and_changes_only_the_rows_read(build, kind, **shape):
     rows, weights, grad = reads(**shape)
     groups = reference.group_rows(rows, weights)
     table = torch.randn(shape["num_rows"], shape["width"])
-    state = moments(shape["num_rows"], shape["width"], is_row_wise)
+    state = moments(shape["num_rows"], shape["width"], kind)
     exact, exact_state = table.double(), doubled(state)
     before = table.clone()
     reference.sparse_adam(exact, exact_state, groups, grad.double(), STEP)
     NativeBackend(build).sparse_adam(table, state, groups, grad, STEP)
     torch.testing.assert_close(table, exact.float(), rtol=1e-5, atol=1e-6)
-    for one, other in zip(state, exact_state, strict=True):
-        if one is not None:
-            torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-6)
+    check_moments(state, exact_state)
     others = torch.ones(shape["num_rows"], dtype=torch.bool)
     others[groups.rows_U] = False
     assert torch.equal(table[others], before[others])
@@ -117,14 +125,17 @@ def test_mismatched_operands_are_refused(backend):
     rows, weights, grad = reads(9, 8, 4, 2, 3)
     rows[0, 0, 0] = 8
     groups = backend.group_rows(rows, weights)
-    table, state = torch.zeros(9, 8), moments(9, 8, False)
+    table, state = torch.zeros(9, 8), moments(9, 8)
+    narrow, one_of_half = moments(9, 8, "bf16"), AdamMoments(None, torch.zeros(9).bfloat16())
     refused = [
         (ValueError, "grad: token 3 needs a gradient", (table, state, groups, grad[:3])),
         (ValueError, "grad: expected", (table, state, groups, grad[:, :7])),
         (ValueError, "table: expected float32", (table.half(), state, groups, grad)),
-        (ValueError, "first moment: expected", (table, moments(9, 7, False), groups, grad)),
+        (ValueError, "first moment: expected", (table, moments(9, 7), groups, grad)),
+        (ValueError, "first moment: expected", (table.double(), narrow, groups, grad)),
+        (ValueError, "second moment: .*float32", (table, one_of_half, groups, grad)),
         (ValueError, "contiguous", (torch.zeros(8, 9).t(), state, groups, grad)),
-        (IndexError, "rows: 8 is outside", (table[:8], moments(8, 8, False), groups, grad)),
+        (IndexError, "rows: 8 is outside", (table[:8], moments(8, 8), groups, grad)),
     ]
     for error, message, arguments in refused:
         with pytest.raises(error, match=message):

@@ -10,8 +10,10 @@ import torch
 from memory_ops import reference
 from memory_ops.patches.patched_rows import PatchedRows
 from memory_ops.patches.token_patches import PatchUse, TokenPatches
+from memory_ops.sparse_adam import AdamMoments
 from tests.kernel_tools.processes import run_tests
 from tests.memory_ops.table_kinds import KINDS, check_close, exact_values, table_of
+from tests.memory_ops.test_sparse_adam import MOMENTS, STEP, check_moments, doubled, moments, reads
 
 FOLDER = Path(__file__).parent
 
@@ -128,6 +130,32 @@ def test_gradients_on_a_gpu(kernels, width, num_rows):
     assert torch.equal(distinct.cpu(), wanted)
     check_close(sums.cpu(), exact, rows.numel())
     assert torch.equal(kernels.row_gradients(rows.cuda(), weights.cuda(), grad.cuda())[1], sums)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("kind", MOMENTS)
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 1), (3, 99), (5000, 1024)])
+def test_sparse_adam_on_a_gpu(kernels, kind, num_rows, width):
+    # few rows have enough reads to be summed in parts
+    rows, weights, grad = reads(num_rows, width, 700, 3, 7)
+    table, state = torch.randn(num_rows, width), moments(num_rows, width, kind)
+    exact, exact_state = table.double(), doubled(state)
+    reference.sparse_adam(
+        exact, exact_state, reference.group_rows(rows, weights), grad.double(), STEP
+    )
+    found = []
+    for _ in range(2):
+        on_gpu = AdamMoments(*(None if one is None else one.cuda() for one in state))
+        table_on_gpu, grad_on_gpu = table.cuda(), grad.cuda()
+        groups = kernels.group_rows(rows.cuda(), weights.cuda())
+        norm = kernels.squared_norm(groups, grad_on_gpu)
+        kernels.sparse_adam(table_on_gpu, on_gpu, groups, grad_on_gpu, STEP)
+        found.append((norm, table_on_gpu, on_gpu))
+    (norm, one, its), (again, other, _) = found
+    assert torch.equal(one, other) and norm == again
+    torch.testing.assert_close(one.cpu(), exact.float(), rtol=1e-4, atol=1e-5)
+    check_moments(AdamMoments(*(None if m is None else m.cpu() for m in its)), exact_state)
 
 
 @pytest.mark.gpu

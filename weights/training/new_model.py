@@ -11,6 +11,7 @@ from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
 from memory_ops.anonymous import anonymous_zeros
+from memory_ops.page_lock import PageLockError
 from memory_ops.tables.trained import TrainedTable
 from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json, parse_model
@@ -51,18 +52,21 @@ def new_model(
     init_from: str = "",
     device: str = "cpu",
     *,
+    table_tier: str = "device",
     is_dense_frozen: bool = False,
 ) -> tuple[Transformer, dict[str, TrainedTable]]:
     """A float32 model to train, and its tables by their names in a checkpoint.
 
     Weights are initialised on the CPU, so that a seed gives the same values on every device.
     Tensors of the folder ``init_from`` then replace the initial ones. It may lack memory layers.
-    With ``is_dense_frozen``, only the weights of memory layers require gradients.
+    With ``is_dense_frozen``, only the weights of memory layers require gradients. Tables stay in
+    host memory if ``table_tier`` is ``host``.
 
     Raises:
         ConfigError: a tensor of that folder has another shape, or one outside the memory layers is
             missing there, or its weights are in groups of few bits; or a memory beside a
-            feed-forward cannot start at 0, or there is nothing to train.
+            feed-forward cannot start at 0, or there is nothing to train; or the device cannot train
+        from host memory.
         CheckpointError: the folder cannot be read.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -84,10 +88,27 @@ def new_model(
     if is_dense_frozen:
         _freeze_dense(model)
     model.to(device)
-    tables = {name: TrainedTable(rows.pop(name).to(device)) for name in tuple(rows)}
+    tables = {name: placed_table(rows.pop(name), device, table_tier) for name in tuple(rows)}
     if tables:
         model.attach_tables(tables)
     return model, tables
+
+
+def placed_table(table_RV: Tensor, device: str, table_tier: str) -> TrainedTable:
+    """A table to train, of rows on the CPU: on the device, or in host memory.
+
+    Raises:
+        ConfigError: the device cannot train tables of this tier.
+    """
+    if table_tier == "device":
+        return TrainedTable(table_RV.to(device))
+    # imports triton, which runs without a GPU do not need
+    from memory_ops.tables.trained_host import trained_host_table
+
+    try:
+        return trained_host_table(table_RV, torch.device(device))
+    except (ValueError, PageLockError) as error:
+        raise ConfigError(f"run.table_tier: {error}") from None
 
 
 def _freeze_dense(model: Transformer) -> None:

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from engine.errors import ConfigError
 from engine.model.norm import RmsNorm
+from memory_ops.page_lock import PageLockError
 from memory_ops.tables.trained import TrainedTable
+from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
 from weights.training.replicas import Replicas
 from weights.training.table_optimizer import TableOptimizer
@@ -33,7 +36,11 @@ class Optimizer:
         config: OptimizerConfig,
         replicas: Replicas | None = None,
     ) -> None:
-        """Set up both optimisers; gradients and reads are combined over all ``replicas``."""
+        """Set up both optimisers; gradients and reads are combined over all ``replicas``.
+
+        Raises:
+            ConfigError: the moments of tables in host memory cannot be page-locked.
+        """
         betas = config.beta1, config.beta2
         decayed, others = _by_decay(model)
         groups = [
@@ -48,9 +55,17 @@ class Optimizer:
             # torch creates them at the first step; a checkpoint needs them before
             moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
             self.dense.state[parameter] = {"step": torch.zeros(()), **moments}
-        self.tables = TableOptimizer(
-            tables, betas, config.eps, is_row_wise=config.row_wise, replicas=self._replicas
-        )
+        try:
+            self.tables = TableOptimizer(
+                tables,
+                betas,
+                config.eps,
+                is_row_wise=config.row_wise,
+                moment_dtype=OUTPUT_DTYPES[config.moment_dtype],
+                replicas=self._replicas,
+            )
+        except PageLockError as error:
+            raise ConfigError(f"run.table_tier: moments of tables: {error}") from None
 
     def step(self, share: float) -> float:
         """Update the weights and clear the gradients; return the gradients' norm before clipping.
@@ -62,8 +77,9 @@ class Optimizer:
         """
         gradients = [_gradient(parameter) for parameter in self._parameters]
         self._replicas.sum_in_place(gradients)
-        squares = sum(float(gradient.double().square().sum()) for gradient in gradients)
-        norm = math.sqrt(squares + self.tables.collect())
+        squares = [gradient.double().square().sum() for gradient in gradients]
+        # one copy to the host, because each would wait for the device
+        norm = math.sqrt(sum(torch.stack(squares).tolist()) + self.tables.collect())
         if not math.isfinite(norm):
             raise TrainingError(f"the gradients' norm is {norm}")
         clip = self._config.clip_norm

@@ -9,14 +9,18 @@ from typing import Any
 from weights.errors import TrainingError
 from weights.training.train_config import TrainConfig
 
-# settings that may change on resume: length, intervals and device
+# settings that may change on resume: length, intervals, and where and how steps are computed
 _CHANGEABLE = (
     *("run.steps", "run.checkpoint_every", "run.evaluate_every"),
-    *("run.checkpoint_activations", "run.device"),
+    *("run.checkpoint_activations", "run.device", "run.table_tier"),
 )
 
 # settings that earlier versions lack, with the values that their runs had
-_NEWER: Mapping[str, Any] = {"run.freeze": []}
+_NEWER: Mapping[str, Any] = {
+    "run.freeze": [],
+    "run.compile": False,
+    "optimizer.moment_dtype": "float32",
+}
 
 
 def check_settings(folder: Path, config: TrainConfig, *, has_begun: bool) -> None:

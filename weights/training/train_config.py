@@ -12,6 +12,8 @@ from weights.toml_file import read_toml, typed_value
 
 Section = TypeVar("Section")
 
+_SLOWEST_NARROW_DECAY = 0.99
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -55,6 +57,7 @@ class OptimizerConfig:
         weight_decay: decoupled weight decay of dense matrices.
         clip_norm: largest norm of all gradients together, tables included; 0 disables clipping.
         row_wise: keep one moment per table row instead of two per value.
+        moment_dtype: dtype of a table's two moments per value; bfloat16 halves their memory.
         warmup_steps: steps in which the learning rates rise from 0 to their peak.
         decay: shape of the decay after the warm-up.
         least_lr_share: final learning rates as a fraction of the peak.
@@ -68,6 +71,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     row_wise: bool = False
+    moment_dtype: str = field(default="float32", metadata={"choices": ("float32", "bfloat16")})
     warmup_steps: int = 100
     decay: str = field(default="cosine", metadata={"choices": ("cosine", "linear", "constant")})
     least_lr_share: float = 0.1
@@ -83,6 +87,22 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}: {getattr(self, name)} is outside [0, 1)")
+        if self.moment_dtype == "bfloat16":
+            self._check_narrow_moments()
+
+    def _check_narrow_moments(self) -> None:
+        if self.row_wise:
+            raise ConfigError(
+                "optimizer.moment_dtype: bfloat16 is for two moments per value; with row_wise,"
+                " moments are float32"
+            )
+        for name in ("beta1", "beta2"):
+            # a bfloat16 number keeps changes of 1/256 or more: a slower decay would be rounded away
+            if getattr(self, name) > _SLOWEST_NARROW_DECAY:
+                raise ConfigError(
+                    f"optimizer.{name}: must be at most {_SLOWEST_NARROW_DECAY} with bfloat16"
+                    f" moments, not {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -94,8 +114,11 @@ class RunConfig:
         tokens_per_step: tokens of a step, over all its passes.
         passes_per_step: forward and backward passes per step; more passes take less memory.
         device: device to train on; several processes on one machine use one CUDA device each.
+        table_tier: home of tables and their moments: ``device``, or ``host`` for page-locked memory
+            of the host, which only ``cuda`` can train from.
         dtype: dtype of matrix products; weights, scores, norms and the loss are float32.
         checkpoint_activations: recompute each layer in the backward pass to save memory.
+        compile: compile norms and dense feed-forwards by torch.compile, in the first step.
         checkpoint_every: steps between checkpoints.
         evaluate_every: steps between evaluations.
         seed: seed of initial weights and of the order of documents.
@@ -107,8 +130,10 @@ class RunConfig:
     tokens_per_step: int = 8192
     passes_per_step: int = 1
     device: str = field(default="cpu", metadata={"choices": ("cpu", "cuda")})
+    table_tier: str = field(default="device", metadata={"choices": ("device", "host")})
     dtype: str = field(default="bfloat16", metadata={"choices": ("bfloat16", "float32")})
     checkpoint_activations: bool = False
+    compile: bool = False
     checkpoint_every: int = 500
     evaluate_every: int = 500
     seed: int = 0

@@ -15,7 +15,13 @@ from engine.model.transformer import Transformer
 from memory_ops.tables.trained import TrainedTable
 from weights.checkpoints.checkpoint import save_checkpoint
 from weights.checkpoints.config_json import CheckpointConfig
-from weights.checkpoints.tensor_files import TensorSource, list_file, read_into, read_mapped
+from weights.checkpoints.tensor_files import (
+    DTYPES,
+    TensorSource,
+    list_file,
+    read_into,
+    read_mapped,
+)
 from weights.errors import CheckpointError
 from weights.training.optimizer import Optimizer
 from weights.training.row_reads import RowReads, write_row_reads
@@ -53,6 +59,8 @@ class TrainState:
             CheckpointError: the state cannot be written; older states are unchanged.
         """
         target = self.folder / f"step-{step:08}"
+        for table in self.tables.values():
+            table.synchronize()
         text = self.text
         config = CheckpointConfig(self.model.config, text.eos_ids, text.bos_id, "float32")
         progress = json.dumps({"step": step, "place": position._asdict()})
@@ -88,14 +96,17 @@ class TrainState:
             name = min(set(wanted) ^ set(stored))
             raise CheckpointError(f"{saved}: tensor {name} is only in one of the state and the run")
         for name, tensor in wanted.items():
-            if (stored[name].shape, stored[name].dtype) != (tuple(tensor.shape), "F32"):
-                found = f"{stored[name].dtype} {list(stored[name].shape)}"
-                wanted_shape = f"F32 {list(tensor.shape)}"
-                raise CheckpointError(f"{saved}: tensor {name} is {found}, not {wanted_shape}")
+            one, shape = stored[name], tuple(tensor.shape)
+            if one.shape != shape or DTYPES.get(one.dtype) is not tensor.dtype:
+                found, wanted_kind = (
+                    f"{one.dtype} {list(one.shape)}",
+                    f"{tensor.dtype} {list(shape)}",
+                )
+                raise CheckpointError(f"{saved}: tensor {name} is {found}, not {wanted_kind}")
             if tensor.is_cpu:
-                read_into(stored[name], tensor)
+                read_into(one, tensor)
             else:
-                tensor.copy_(read_mapped(stored[name]))
+                tensor.copy_(read_mapped(one))
         self.optimizer.set_step(step)
         return step, position
 

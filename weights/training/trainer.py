@@ -14,6 +14,7 @@ from engine.errors import ConfigError
 from engine.model.flops import forward_flops
 from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
+from weights.training.compiled_layers import compile_dense
 from weights.training.data_source import discard_stale_data
 from weights.training.loss import batch_loss
 from weights.training.new_model import model_config, new_model
@@ -82,8 +83,15 @@ class Trainer:
                 f" {shape.max_positions}, not {config.data.sequence_length}"
             )
         model, tables = new_model(
-            shape, run.seed, run.init_from, run.device, is_dense_frozen="dense" in run.freeze
+            shape,
+            run.seed,
+            run.init_from,
+            run.device,
+            table_tier=run.table_tier,
+            is_dense_frozen="dense" in run.freeze,
         )
+        if run.compile:
+            compile_dense(model, run.device)
         if run.checkpoint_activations:
             model.run_layer = partial(checkpoint, use_reentrant=False)
         self._model = model
@@ -150,6 +158,8 @@ class Trainer:
         """Raise TrainingError unless all processes have the same step, weights and tables."""
         if self._replicas.count == 1:
             return
+        for table in self._state.tables.values():
+            table.synchronize()
         tables = (table.table_RV for table in self._state.tables.values())
         weights = (*self._model.parameters(), *tables)
         sums = [float(one.sum(dtype=torch.float64)) for one in weights]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from memory_ops import reference
 from memory_ops.patches.patched_rows import PatchedRows
 from memory_ops.patches.token_patches import PatchUse, TokenPatches
 from memory_ops.triton_kernels import (
@@ -13,16 +14,26 @@ from memory_ops.triton_kernels import (
     product_topk,
     row_dots,
     row_gradients,
+    sparse_adam,
 )
 from memory_ops.triton_kernels.add_patched_rows import WIDE_LAUNCH
+from memory_ops.triton_kernels.copy_rows import copy_rows
 from memory_ops.triton_kernels.gather_rows import GATHER_LAUNCHES
 from memory_ops.triton_kernels.launch import RowLaunch
 from memory_ops.triton_kernels.product_topk import TILES_LAUNCH, TOPK_LAUNCHES, launch_for
 from memory_ops.triton_kernels.row_dots import DOT_LAUNCHES
-from memory_ops.triton_kernels.row_gradients import GRADIENT_LAUNCHES
-from tests.kernel_tools.machine_code import TARGETS, check, compiled, per_target, targets
+from memory_ops.triton_kernels.segment_sums import GRADIENT_LAUNCHES
+from tests.kernel_tools.machine_code import (
+    TARGETS,
+    all_compiled,
+    check,
+    compiled,
+    per_target,
+    targets,
+)
 from tests.memory_ops.compiled.bad_kernels import ROWS, gather_of_run_time_width
 from tests.memory_ops.table_kinds import KINDS, PLAIN, table_of, vast_table
+from tests.memory_ops.test_sparse_adam import STEP, moments
 
 # by kind and V: upper limits (registers per lane, shared bytes per program) for each of TARGETS,
 # with the compiler that constraints.txt names; GPUs allocate registers in multiples of eight
@@ -53,10 +64,17 @@ DOT_BUDGETS = {
     ("int4_row", 999): ((72, 512), (72, 512), (72, 512), (72, 512)),
 }
 GRADIENT_BUDGETS = {
-    ("fp32", 1024): ((64, 0), (64, 0), (64, 0), (40, 0)),
-    ("fp16", 1024): ((64, 0), (64, 0), (72, 0), (64, 0)),
-    ("bf16", 1024): ((64, 0), (64, 0), (72, 0), (64, 0)),
-    ("bf16", 1000): ((72, 0), (72, 0), (72, 0), (64, 0)),
+    ("fp32", 1024): ((64, 0), (64, 0), (64, 0), (64, 0)),
+    ("fp16", 1024): ((64, 0), (80, 0), (80, 0), (64, 0)),
+    ("bf16", 1024): ((64, 0), (80, 0), (80, 0), (64, 0)),
+    ("bf16", 1000): ((72, 0), (72, 0), (64, 0), (64, 0)),
+}
+# by kind of the moments, kind of the gradient and V
+ADAM_BUDGETS = {
+    ("fp32", "fp32", 1024): ((64, 0), (64, 0), (64, 0), (48, 0)),
+    ("bf16", "fp32", 1024): ((64, 0), (64, 0), (64, 0), (48, 0)),
+    ("bf16", "bf16", 1000): ((72, 0), (80, 0), (64, 0), (64, 0)),
+    ("row_wise", "bf16", 1000): ((72, 0), (80, 0), (64, 0), (64, 0)),
 }
 # by V
 PATCH_BUDGETS = {
@@ -125,9 +143,37 @@ def test_row_dots(case, target, budget):
 def test_row_gradients(case, target, budget):
     kind, width = case
     grad = torch.randn(16, width).to(PLAIN[kind])
-    figures = compiled(TARGETS[target], lambda: row_gradients(*lookups(), grad))
-    assert not figures.barriers
-    check(figures, budget, wide_row_loads(GRADIENT_LAUNCHES[kind], kind, target))
+    figures = all_compiled(TARGETS[target], lambda: row_gradients(*lookups(), grad))
+    assert len(figures) == 3
+    # the first kernel groups the reads, the others sum them
+    check(figures[0], (48, 4096), wide_loads=0)
+    for one in figures[1:]:
+        assert not one.barriers
+        check(one, budget, wide_row_loads(GRADIENT_LAUNCHES[kind], kind, target))
+
+
+@pytest.mark.parametrize(("case", "target", "budget"), per_target(ADAM_BUDGETS))
+def test_sparse_adam(case, target, budget):
+    moment_kind, kind, width = case
+    table, grad = torch.zeros(64, width), torch.randn(16, width).to(PLAIN[kind])
+    groups, state = reference.group_rows(*lookups()), moments(64, width, moment_kind)
+    figures = all_compiled(TARGETS[target], lambda: sparse_adam(table, state, groups, grad, STEP))
+    # chunks, then squares if the moments are one per row, then rows
+    assert len(figures) == (3 if moment_kind == "row_wise" else 2)
+    for one in figures[1:]:
+        assert not one.barriers
+        check(one, budget, wide_row_loads(GRADIENT_LAUNCHES[kind], kind, target))
+
+
+@pytest.mark.parametrize("target", targets())
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_copy_rows(kind, target):
+    source, copy = vast_table(kind, torch.randn(1, 1024)), torch.zeros(64, 1024).to(PLAIN[kind])
+    rows_L = torch.arange(16)
+    for direction in ((source, rows_L, copy, rows_L), (copy, rows_L, source, rows_L)):
+        figures = compiled(TARGETS[target], lambda operands=direction: copy_rows(*operands))
+        assert not figures.barriers
+        check(figures, (32, 0), wide_loads=1)
 
 
 def patch_of(width: int, num_tokens: int = 16) -> tuple[torch.Tensor, TokenPatches]:
@@ -181,9 +227,13 @@ def test_one_value_of_one_row_compiles(kind, target):
     out, patches = patch_of(1, 1)
     calls = [lambda: gather_rows(table, rows, weights), lambda: row_dots(table, rows, x)]
     if kind in PLAIN:
-        calls += [lambda: row_gradients(rows, weights, x.to(PLAIN[kind]))]
         calls += [lambda: add_patched_rows(out, rows, weights, patches)]
     assert all(not compiled(TARGETS[target], call).spills for call in calls)
+    if kind in PLAIN:
+        grouped = all_compiled(
+            TARGETS[target], lambda: row_gradients(rows, weights, x.to(PLAIN[kind]))
+        )
+        assert len(grouped) == 2 and not any(one.spills for one in grouped)
 
 
 @pytest.mark.parametrize("target", targets())
@@ -201,10 +251,11 @@ def test_operands_of_less_precision_compile(target):
     out, patches = patch_of(1000)
     calls = [
         lambda: gather_rows(table, rows, weights.bfloat16()),
-        lambda: row_gradients(rows, weights.half(), x),
         lambda: add_patched_rows(out, rows, weights.bfloat16(), patches),
     ]
     assert all(not compiled(TARGETS[target], call).spills for call in calls)
+    grouped = all_compiled(TARGETS[target], lambda: row_gradients(rows, weights.half(), x))
+    assert not any(one.spills for one in grouped)
     # a width that fills 128-bit loads of the table also fills those of x
     dots = compiled(TARGETS[target], lambda: row_dots(table, rows, x))
     assert not dots.spills and not dots.narrow_loads

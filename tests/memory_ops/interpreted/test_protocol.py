@@ -8,6 +8,7 @@ from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable
 from memory_ops.tables.host import HostTable
 from memory_ops.tables.trained import TrainedTable
+from memory_ops.tables.trained_host import TrainedHostTable
 from memory_ops.tables.value_table import ValueTable
 
 METHODS = [
@@ -15,7 +16,13 @@ METHODS = [
     for name, method in vars(ValueTable).items()
     if inspect.isfunction(method) and not name.startswith("_")
 ]
-TIERS = {DeviceTable: "device", TrainedTable: "device", HostTable: "host", DiskTable: "disk"}
+TIERS = {
+    DeviceTable: "device",
+    TrainedTable: "device",
+    HostTable: "host",
+    TrainedHostTable: "host",
+    DiskTable: "disk",
+}
 
 
 def parameters(function):

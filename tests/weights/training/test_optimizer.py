@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from engine.errors import ConfigError
 from engine.model.config import MemoryConfig
+from memory_ops.page_lock import PageLockError
 from memory_ops.tables.trained import TrainedTable
 from tests.models import random_model, tiny_config
 from weights.errors import TrainingError
@@ -43,6 +45,15 @@ def test_all_gradients_are_clipped_by_their_common_norm():
     assert seen == pytest.approx([0.1 * 0.5 / norm] * len(seen), rel=1e-5)
     first, _ = optimizer.tables.moments[0]
     assert first[:6] == pytest.approx(0.1 * 0.5 / norm, rel=1e-5) and not first[6:].any()
+
+
+def test_moments_that_cannot_be_locked_are_refused(monkeypatch):
+    def refused(*_, **__):
+        raise PageLockError("cannot page-lock 8 bytes of host memory: out of memory")
+
+    monkeypatch.setattr(TrainedTable, "new_moments", refused)
+    with pytest.raises(ConfigError, match="run.table_tier: moments of tables: cannot page-lock 8"):
+        made(OptimizerConfig())
 
 
 def test_only_matrices_decay():

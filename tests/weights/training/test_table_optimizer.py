@@ -50,6 +50,22 @@ def test_row_wise_keeps_one_moment_per_row():
     torch.testing.assert_close(moved.square().mean(1).sqrt(), torch.full((len(moved),), 0.1))
 
 
+def test_moments_in_bf16_change_a_row_by_less_than_a_hundredth_of_its_steps():
+    begin = torch.randn(20, 8)
+    tables = [TrainedTable(begin.clone()) for _ in range(2)]
+    dtypes = torch.float32, torch.bfloat16
+    for table, dtype in zip(tables, dtypes, strict=True):
+        optimizer = TableOptimizer([table], betas=(0.9, 0.95), moment_dtype=dtype)
+        assert {one.dtype for one in optimizer.moments[0]} == {dtype}
+        torch.manual_seed(3)
+        for _ in range(50):
+            table.reads.append(reads(20, 8))
+            optimizer.collect()
+            optimizer.step(0.01)
+    exact, narrow = (table.table_RV - begin for table in tables)
+    assert (narrow - exact).norm() < 0.01 * exact.norm()
+
+
 def test_a_table_without_reads_stays_unchanged():
     table = TrainedTable(torch.ones(4, 3))
     optimizer = TableOptimizer([table])

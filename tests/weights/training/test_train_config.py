@@ -55,6 +55,7 @@ def test_the_command_line_overrides_keys(file):
         ("run=1", "set: expected section.key=value"),
         ("run.steps", "set: expected section.key=value"),
         ("run.steps.more=1", "set: run.steps.more: steps is not a section"),
+        ("optimizer.moment_dtype=float16", "optimizer.moment_dtype: 'float16'"),
         ("run.steps=ten", "run.steps: expected int, got 'ten'"),
         ("run.steps=true", "run.steps: expected int"),
         ("run.steps=0", "run.steps: must be at least 1"),
@@ -87,3 +88,15 @@ def test_unreadable_files_are_refused(tmp_path, file):
     file.write_text("[run]\nsteps = 1\n")
     with pytest.raises(ConfigError, match="data.train: missing"):
         read_train_config(file)
+
+
+def test_bfloat16_moments_that_would_not_decay_are_refused(file):
+    narrow = "optimizer.moment_dtype=bfloat16"
+    assert read_train_config(file, [narrow]).optimizer.moment_dtype == "bfloat16"
+    for change, message in [
+        ("optimizer.row_wise=true", "optimizer.moment_dtype: bfloat16 is for two moments"),
+        ("optimizer.beta2=0.999", "optimizer.beta2: must be at most 0.99 with bfloat16 moments"),
+        ("optimizer.beta1=0.995", "optimizer.beta1: must be at most 0.99 with bfloat16 moments"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            read_train_config(file, [narrow, change])

@@ -182,9 +182,12 @@ def test_every_kind_learns_and_serves_the_same_logits(config, tmp_path, kind):
 MANY_EXPERTS = ["model.num_local_experts=60", "model.num_experts_per_tok=1"]
 
 
-@pytest.mark.parametrize("changes", [[], [*MANY_EXPERTS, "run.tokens_per_step=16"]])
+@pytest.mark.parametrize(
+    "changes",
+    [[], [*MANY_EXPERTS, "run.tokens_per_step=16"], ["optimizer.moment_dtype=bfloat16"]],
+)
 def test_a_resumed_run_is_equal_bit_for_bit(config, tmp_path, changes):
-    made = partial(config, *changes, memory=not changes)
+    made = partial(config, *changes, memory="run.tokens_per_step=16" not in changes)
     run(made(), tmp_path / "whole")
     run(made(), tmp_path / "cut", until=5)
     run(made(), tmp_path / "cut", resume=True)
@@ -256,6 +259,30 @@ def test_recomputed_activations_change_nothing(config, tmp_path):
     run(config(), tmp_path / "kept")
     check_same(tmp_path / "anew", tmp_path / "kept")
     assert losses(tmp_path / "anew") == losses(tmp_path / "kept")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
+def test_compiled_layers_train_alike_and_resume_bit_for_bit(config, tmp_path):
+    made = partial(config, "run.compile=true", "run.steps=4", "run.checkpoint_every=2")
+    run(made(), tmp_path / "compiled")
+    run(config("run.steps=4"), tmp_path / "plain")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+    run(made(), tmp_path / "cut", until=2)
+    run(made("run.checkpoint_activations=true"), tmp_path / "cut", resume=True)
+    check_same(tmp_path / "cut", tmp_path / "compiled")
+
+
+def test_a_compiler_that_fails_is_reported(config, tmp_path, monkeypatch):
+    def broken(function):
+        def fail(x):
+            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ConfigError, match="run.compile: .* No working C.. compiler found$"):
+        run(config("run.compile=true"), tmp_path / "run")
 
 
 def test_gradients_of_passes_add_up_to_a_step(config, tmp_path):
@@ -432,6 +459,7 @@ def test_a_bfloat16_pass_rounds_queries_like_the_server(config, tmp_path):
         ("model.hidden_size=18", "model.hidden_size: must be 16 to resume"),
         ("model.memory.top_k=3", "model.memory.top_k: must be 4 to resume"),
         ("run.seed=1", "run.seed: must be 0 to resume"),
+        ("optimizer.moment_dtype=bfloat16", "optimizer.moment_dtype: must be 'float32' to resume"),
     ],
 )
 def test_a_run_does_not_resume_with_other_settings(config, tmp_path, change, message):
@@ -450,11 +478,37 @@ def test_a_missing_device_is_refused(config, tmp_path):
         train.run(config("run.device=cuda"), tmp_path / "run", resume=False)
 
 
+@pytest.mark.parametrize(("rank", "num_gpus"), [(1, 2), (2, 2)])
+def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch, rank, num_gpus):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.append(index))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    for name, result in (
+        ("is_torchelastic_launched", True),
+        ("get_rank", 3),
+        ("get_world_size", 4),
+    ):
+        monkeypatch.setattr(train.distributed, name, lambda result=result: result)
+    monkeypatch.setattr(
+        train.distributed, "init_process_group", lambda backend, timeout: calls.append(backend)
+    )
+    if rank == num_gpus:
+        with pytest.raises(ConfigError, match="run.device: process 2 of this machine needs a GPU"):
+            train._replicas("cuda")
+        return
+    replicas = train._replicas("cuda")
+    assert calls == [1, "nccl"] and (replicas.rank, replicas.count) == (3, 4)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_a_gpu_learns_the_same(config, tmp_path):
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_a_gpu_learns_the_same(config, tmp_path, tier):
     run(config(), tmp_path / "cpu")
-    assert train.run(config("run.device=cuda"), tmp_path / "gpu", resume=False) == 0
+    changes = ["run.device=cuda", f"run.table_tier={tier}"]
+    assert train.run(config(*changes), tmp_path / "gpu", resume=False) == 0
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-3)
     run(config("run.steps=9"), tmp_path / "gpu", resume=True)
 

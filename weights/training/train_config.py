@@ -18,9 +18,10 @@ class DataConfig:
     """Texts, tokenizer and sequence length.
 
     Attributes:
-        train: files and folders; a ``.txt`` file or a line of a ``.jsonl`` file is a document.
+        train: files and folders; a ``.txt`` file, a ``.jsonl`` line or a parquet row is a document.
         validation: files and folders; if empty, part of the training documents is held out.
-        validation_share: fraction of the training documents that is held out.
+        validation_share: fraction of the training documents that is held out; 0 holds out none.
+        text_key: key of a ``.jsonl`` line, or column of a parquet file, that has the text.
         tokenizer: a ``tokenizer.model`` or checkpoint folder; if empty, a tokenizer is trained.
         vocab_size: tokens of a trained tokenizer.
         sequence_length: tokens per sequence; longer documents are cut.
@@ -29,6 +30,7 @@ class DataConfig:
     train: tuple[str, ...]
     validation: tuple[str, ...] = ()
     validation_share: float = 0.01
+    text_key: str = "text"
     tokenizer: str = ""
     vocab_size: int = 8192
     sequence_length: int = 256

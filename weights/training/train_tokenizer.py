@@ -1,6 +1,7 @@
 """Trains a sentencepiece tokenizer on documents."""
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
@@ -42,7 +43,12 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     except RuntimeError as error:
         if lines.error is not None:
             raise lines.error from None
-        raise DataError(f"vocab_size: {vocab_size} does not fit these texts ({error})") from None
+        largest = re.search(r"value <= (\d+)", str(error))
+        if largest is not None:
+            raise DataError(
+                f"data.vocab_size: must be at most {largest[1]} for these texts, not {vocab_size}"
+            ) from None
+        raise DataError(f"data.train: no tokenizer can be trained on it ({error})") from None
     return model.getvalue()
 
 

@@ -28,6 +28,7 @@ from weights.training.train_config import TrainConfig
 from weights.training.train_state import TrainState, remove_leftovers, saved_states
 from weights.training.trained_adapter import trained_adapter
 from weights.training.training_data import TrainingData, prepare_data
+from weights.training.training_texts import TrainingTexts
 
 # tokens of validation documents per evaluation
 _EVALUATION_TOKENS = 65_536
@@ -174,7 +175,8 @@ class Trainer:
             remove_leftovers(states)
             if not has_begun:
                 run = config.run
-                discard_stale_data(folder / "data", config.data, run.seed, run.init_from)
+                texts = TrainingTexts(config.data, run.seed)
+                discard_stale_data(folder / "data", config.data, run.seed, run.init_from, texts)
         data = prepare_data(config.data, folder / "data", config.run.seed, config.run.init_from)
         if self._replicas.is_first:
             self._replicas.wait()

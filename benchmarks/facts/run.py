@@ -24,8 +24,8 @@ from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.summary import summarize
 from weights.training.corpus import documents
 from weights.training.evaluate import TextScore, read_questions, score_recall, score_texts
+from weights.training.run_folder import saved_states
 from weights.training.train_config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from weights.training.train_state import saved_states
 from weights.training.trainer import StepReport, Trainer
 from weights.training.training_data import checkpoint_text
 

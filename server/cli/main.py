@@ -127,7 +127,9 @@ def train(options: argparse.Namespace) -> int:
     from server.cli.train import run
     from weights.training.train_config import read_train_config
 
-    return run(read_train_config(options.config, options.set), options.out, resume=options.resume)
+    _show("weights.training")
+    config = read_train_config(options.config, options.set)
+    return run(config, options.out, resume=options.resume, only_plan=options.plan)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -189,6 +191,8 @@ def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     verb.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings of the run")
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     verb.add_argument("--resume", action="store_true", help="continue the run in that folder")
+    plan = "check everything and print what the run needs, but write nothing"
+    verb.add_argument("--plan", action="store_true", help=plan)
     change = "override a setting; repeat the option for several"
     verb.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change

@@ -25,12 +25,14 @@ from weights.models.named_models import NAMED_MODELS, local_name
 from weights.models.prepare import prepared_folder
 from weights.training.replicas import Replicas
 from weights.training.report import describe_flops, write_report
+from weights.training.run_folder import run_lock
+from weights.training.run_plan import plan_run
 from weights.training.train_config import TrainConfig
 from weights.training.trainer import StepReport, Trainer
 
 
-def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
-    """Train to the last step, or until SIGINT or SIGTERM.
+def run(config: TrainConfig, folder: Path, *, resume: bool = False, only_plan: bool = False) -> int:
+    """Train to the last step, or until SIGINT or SIGTERM; or only print the plan of the run.
 
     After the first signal the step is finished and a checkpoint is written. A second signal ends
     a run of one process at once. Returns 0 after the last step, 128 + the signal's number if a
@@ -38,23 +40,33 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
 
     Raises:
         ConfigError: the device does not exist, or as ``Trainer``.
-        DataError, CheckpointError, TrainingError: as ``Trainer``.
+        DataError, CheckpointError, TrainingError: as ``Trainer``, or another process trains in
+            the folder.
     """
     replicas = _replicas(config.run.device)
     source = local_name(config.run.init_from)
     if source in NAMED_MODELS:
         source = str(prepared_folder(source, cache_folder()))
     config = replace(config, run=replace(config.run, init_from=source))
+    if only_plan:
+        plan = plan_run(config, folder, resume=resume, processes=replicas.count)
+        print("\n".join(plan.lines))
+        return 0
+    with run_lock(folder) if replicas.is_first else contextlib.nullcontext():
+        status = _run(config, folder, replicas, resume=resume)
+    if replicas.count > 1:
+        _exit_now(status)
+    return status
+
+
+def _run(config: TrainConfig, folder: Path, replicas: Replicas, *, resume: bool) -> int:
     trainer = Trainer(config, folder, resume=resume, replicas=replicas)
     if replicas.is_first:
         print(describe_flops(trainer.flops, config.run.tokens_per_step))
     # torchrun forwards signals that its processes already got
     with _group(replicas), stop_signals(once=replicas.count == 1) as stopped_by:
         _train(trainer, config.run.steps, stopped_by, is_shown=replicas.is_first)
-    status = _finish(trainer, config, folder, stopped_by, is_first=replicas.is_first)
-    if replicas.count > 1:
-        _exit_now(status)
-    return status
+    return _finish(trainer, config, folder, stopped_by, is_first=replicas.is_first)
 
 
 def _finish(

@@ -1,4 +1,4 @@
-"""Creates folders and replaces files atomically, and tests early whether a folder can be created."""
+"""Creates folders and replaces files atomically, and tests early whether a folder can be made."""
 
 import contextlib
 import os

@@ -51,6 +51,22 @@ def discard_stale_data(
         raise DataError(f"{error.filename or folder}: {error.strerror}") from None
 
 
+def has_same_sources(folder: Path, config: DataConfig, init_from: str) -> bool:
+    """Whether files with the same content as those of the record are at the paths of ``config``.
+
+    Raises:
+        DataError: a path does not exist, or a text cannot be read.
+    """
+    before = _read(folder / RECORD_FILE)
+    if before is None:
+        return False
+    files = _files(config, init_from, TrainingTexts(config, seed=0))
+    try:
+        return [(one["use"], one["sha256"]) for one in files] == _identity(before)[1]
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}") from None
+
+
 def changed_texts(folder: Path) -> list[str]:
     """Paths of the texts that have changed or are missing since the tokens were made.
 
@@ -66,7 +82,7 @@ def _has_changed(recorded: dict[str, Any]) -> bool:
         status = path.stat()
         if (status.st_size, status.st_mtime_ns) == (recorded["bytes"], recorded["modified_ns"]):
             return False
-        return status.st_size != recorded["bytes"] or _hash(path) != recorded["sha256"]
+        return bool(status.st_size != recorded["bytes"] or _hash(path) != recorded["sha256"])
     except OSError:
         return True
 
@@ -99,7 +115,7 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _identity(record: dict[str, Any]) -> object:
+def _identity(record: dict[str, Any]) -> tuple[list[Any], list[tuple[str, str]]]:
     """The part of a record that must be the same: not the places and times of the files."""
     return record["settings"], [(one["use"], one["sha256"]) for one in record["files"]]
 

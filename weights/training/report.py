@@ -9,9 +9,9 @@ from typing import Any
 from engine.model.flops import total_flops
 from weights.checkpoints.summary import describe, summarize
 from weights.errors import TrainingError
+from weights.training.run_folder import saved_states
 from weights.training.run_log import RunLog
 from weights.training.train_config import TrainConfig
-from weights.training.train_state import saved_states
 
 _CARD, _CURVES = "card.md", "curves.png"
 _SMOOTHED = 100  # points of the loss curve

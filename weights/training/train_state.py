@@ -1,7 +1,6 @@
 """Training checkpoints: a checkpoint folder with moments and data position, to resume from."""
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +18,13 @@ from weights.checkpoints.tensor_files import TensorSource, list_file, read_into,
 from weights.errors import CheckpointError
 from weights.training.optimizer import Optimizer
 from weights.training.row_reads import RowReads, write_row_reads
+from weights.training.run_folder import saved_states
 from weights.training.token_stream import StreamPosition
 from weights.training.training_data import TextTokens
 
 _MOMENTS_FILE, _PROGRESS_FILE = "trainer.safetensors", "trainer.json"
-_MAX_STATES = 2
+# older ones are removed
+MAX_STATES = 2
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class TrainState:
             more_tensors={_MOMENTS_FILE: _sources(self._moments())},
             **record,
         )
-        for old in saved_states(self.folder)[:-_MAX_STATES]:
+        for old in saved_states(self.folder)[:-MAX_STATES]:
             _remove(old)
         return target
 
@@ -117,22 +118,11 @@ class TrainState:
         return moments
 
 
-def saved_states(folder: Path) -> list[Path]:
-    """Complete states in ``folder``, oldest first."""
-    return sorted(one for one in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", one.name))
-
-
 def _sources(tensors: Mapping[str, Tensor]) -> list[TensorSource]:
     return [
         TensorSource(name, tuple(tensor.shape), tensor.dtype, tensor.cpu)
         for name, tensor in tensors.items()
     ]
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove states that a killed run had not finished to write or to remove."""
-    for left in folder.glob(".step-*"):
-        shutil.rmtree(left)
 
 
 def _remove(folder: Path) -> None:

@@ -79,17 +79,21 @@ def prepare_data(
     seed: int,
     init_from: str = "",
     texts: TrainingTexts | None = None,
+    resumed: Path | None = None,
 ) -> TrainingData:
     """Tokenise documents into ``folder``, or open the ones tokenised there before.
 
-    ``texts`` are those of ``config``, if the caller has them.
+    ``texts`` are those of ``config``, if the caller has them. A run that resumes from the
+    checkpoint ``resumed`` has its tokens and its tokenizer, and needs no other files.
 
     Raises:
         DataError: a text cannot be read, or there are too few documents.
         CheckpointError: the given tokenizer cannot be read.
     """
     train, validation = folder / "train", folder / "validation"
-    if not train.exists():  # it is written last
+    if resumed is not None:
+        text = checkpoint_text(resumed)
+    elif not train.exists():  # it is written last
         texts = texts or TrainingTexts(config, seed)
         text = _text_tokens(config, folder, texts.train, init_from)
         held_out = texts.held_out()
@@ -106,14 +110,9 @@ def prepare_data(
 def _text_tokens(
     config: DataConfig, folder: Path, train_documents: Callable[[], Iterable[str]], init_from: str
 ) -> TextTokens:
-    given = config.tokenizer or init_from
-    if given and Path(given).is_dir():
-        return checkpoint_text(Path(given))
-    if given:
-        try:
-            return _sentencepiece_text(Path(given).read_bytes())
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{given}: not a sentencepiece model ({error})") from None
+    given = given_text(config, init_from)
+    if given is not None:
+        return given
     saved = folder / "tokenizer.model"
     try:
         if not saved.exists():
@@ -122,6 +121,19 @@ def _text_tokens(
         return _sentencepiece_text(saved.read_bytes())
     except OSError as error:
         raise DataError(f"{saved}: {error.strerror}") from None
+
+
+def given_text(config: DataConfig, init_from: str) -> TextTokens | None:
+    """Tokenisation with the given tokenizer (CheckpointError); None if one is to be trained."""
+    given = config.tokenizer or init_from
+    if not given:
+        return None
+    if Path(given).is_dir():
+        return checkpoint_text(Path(given))
+    try:
+        return _sentencepiece_text(Path(given).read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{given}: not a sentencepiece model ({error})") from None
 
 
 def checkpoint_text(folder: Path) -> TextTokens:

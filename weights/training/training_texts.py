@@ -81,11 +81,11 @@ class TrainingTexts:
         """Lines for the user: the texts, what of them is held out, and files that are not read."""
         found, share = self._counts, f"data.validation_share {self._config.validation_share:g}"
         lines = [
-            f"texts: {len(self.train_files):,} files, {found.documents:,} documents,"
-            f" {found.characters:,} characters"
+            f"texts: files {len(self.train_files):,}, documents {found.documents:,},"
+            f" characters {found.characters:,}"
         ]
         if self.validation_files:
-            lines.append(f"held out: the documents of {len(self.validation_files):,} files")
+            lines.append(f"held out: data.validation, files {len(self.validation_files):,}")
         elif self._divided is not None:
             lines.append(f"held out: the end of the longest document ({share})")
         elif self._held_out:
@@ -95,7 +95,7 @@ class TrainingTexts:
         others = other_files((*self._config.train, *self._config.validation))
         if others:
             kinds = ", ".join(sorted({path.suffix or path.name for path in others})[:5])
-            lines.append(f"not read: {len(others):,} files of other kinds ({kinds})")
+            lines.append(f"not read: {len(others):,} of other kinds ({kinds})")
         return lines
 
     def _all(self) -> Iterator[str]:

@@ -72,8 +72,8 @@ def test_held_out_files_are_not_trained_on(texts, tmp_path):
     (tmp_path / "texts" / "notes.md").touch()
     made = texts("one", validation=(str(validation),))
     assert split(made) == (["one"], ["two"])
-    assert made.describe()[0] == "texts: 1 files, 1 documents, 3 characters"
-    assert made.describe()[-1] == "not read: 1 files of other kinds (.md)"
+    assert made.describe()[0] == "texts: files 1, documents 1, characters 3"
+    assert made.describe()[-1] == "not read: 1 of other kinds (.md)"
     with pytest.raises(DataError, match="all files are in data.validation"):
         texts("one", validation=(str(tmp_path / "texts"),))
 

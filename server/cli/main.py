@@ -14,6 +14,7 @@ from engine.errors import ConfigError, PatchNotLoadedError, RequestError
 from engine.process import EngineLostError, EngineStartError
 from engine.sampling.params import SamplingParams
 from server.access import AccessOptions
+from server.cli.config_actions import ShowSettings, WriteExample
 from server.cli.config_file import apply_config
 from server.cli.conversions import add_conversions
 from server.cli.evaluate import add_evaluate
@@ -189,6 +190,10 @@ def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     verb = verbs.add_parser("train", help=train.__doc__)
     verb.set_defaults(run=train, computes=True)
     verb.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings of the run")
+    settings = "print every setting with its type, default and meaning, and exit"
+    verb.add_argument("--help-config", action=ShowSettings, help=settings)
+    example = "write an example of CONFIG.toml to a new file, and exit"
+    verb.add_argument("--write-example", action=WriteExample, metavar="FILE", help=example)
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     verb.add_argument("--resume", action="store_true", help="continue the run in that folder")
     plan = "check everything and print what the run needs, but write nothing"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weights.errors import TrainingError
 
-CHECKPOINTS, DATA, LOG = "checkpoints", "data", "log.jsonl"
+CHECKPOINTS, DATA, LOG, SETTINGS = "checkpoints", "data", "log.jsonl", "settings.json"
 _STATE = re.compile(r"step-\d{8}")
 
 
@@ -24,6 +24,11 @@ def newest_state(run: Path) -> Path | None:
     return max(saved_states(run / CHECKPOINTS), default=None)
 
 
+def has_run(folder: Path) -> bool:
+    """Whether a run began in a folder, with or without a checkpoint."""
+    return newest_state(folder) is not None or (folder / SETTINGS).exists()
+
+
 def check_resume(folder: Path, *, resume: bool) -> None:
     """Check that ``resume`` fits the folder.
 
@@ -31,10 +36,9 @@ def check_resume(folder: Path, *, resume: bool) -> None:
         TrainingError: the folder has a checkpoint, and ``resume`` is not set; or it has no run to
             resume.
     """
-    if newest_state(folder) is not None:
-        if not resume:
-            raise TrainingError(f"{folder}: already has a run; add --resume to continue it")
-    elif resume and not (folder / "settings.json").exists():
+    if newest_state(folder) is not None and not resume:
+        raise TrainingError(f"{folder}: already has a run; add --resume to continue it")
+    if resume and not has_run(folder):
         raise TrainingError(f"{folder}: has no run to resume; leave out --resume to start one")
 
 

@@ -9,10 +9,9 @@ from typing import Any
 from weights.checkpoints.new_folder import replace_file
 from weights.errors import TrainingError
 from weights.training.data_source import changed_texts, has_same_sources
-from weights.training.run_folder import DATA
+from weights.training.run_folder import DATA, SETTINGS
 from weights.training.train_config import TrainConfig
 
-_FILE = "settings.json"
 # settings that may change on resume: length, intervals and device
 _CHANGEABLE = (
     *("run.steps", "run.checkpoint_every", "run.evaluate_every"),
@@ -45,7 +44,7 @@ def save_settings(folder: Path, config: TrainConfig) -> None:
     Raises:
         TrainingError: the file cannot be written.
     """
-    path = folder / _FILE
+    path = folder / SETTINGS
     try:
         replace_file(path, f"{json.dumps(asdict(config), indent=2)}\n".encode())
     except OSError as error:
@@ -59,7 +58,7 @@ def resumed_settings(folder: Path, config: TrainConfig) -> SavedSettings:
         TrainingError: a setting differs with which the run would not be the same; the message
             names it.
     """
-    path = folder / _FILE
+    path = folder / SETTINGS
     try:
         before = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
         schedule_steps = int(before["run.steps"])

@@ -24,7 +24,7 @@ from server.config import cache_folder
 from weights.models.named_models import NAMED_MODELS, local_name
 from weights.models.prepare import prepared_folder
 from weights.training.replicas import Replicas
-from weights.training.report import describe_flops, write_report
+from weights.training.report import describe_flops, remove_report, write_report
 from weights.training.run_folder import run_lock
 from weights.training.run_plan import plan_run
 from weights.training.train_config import TrainConfig
@@ -63,6 +63,8 @@ def _run(config: TrainConfig, folder: Path, replicas: Replicas, *, resume: bool)
     trainer = Trainer(config, folder, resume=resume, replicas=replicas)
     if replicas.is_first:
         print(describe_flops(trainer.flops, config.run.tokens_per_step))
+        if trainer.step < config.run.steps:
+            remove_report(folder)
     # torchrun forwards signals that its processes already got
     with _group(replicas), stop_signals(once=replicas.count == 1) as stopped_by:
         _train(trainer, config.run.steps, stopped_by, is_shown=replicas.is_first)
@@ -75,8 +77,10 @@ def _finish(
     """Write the report of a finished run, or say how to continue it; return the exit status."""
     if trainer.step == config.run.steps:
         if is_first:
-            for path in write_report(folder, config, trainer.flops):
-                print(path)
+            written = write_report(folder, config, trainer.flops)
+            print("\n".join(map(str, written)))
+            if len(written) == 1:
+                print("curves: not drawn; run `pip install matplotlib`, then this command --resume")
         return 0
     if not stopped_by:  # a signal stopped another process
         return 1

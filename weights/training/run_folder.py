@@ -45,7 +45,7 @@ def check_resume(folder: Path, *, resume: bool) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove files and folders that a killed process had not finished to write or to remove."""
     for place in (folder, folder / DATA, folder / CHECKPOINTS):
-        for left in (*place.glob(".*.partial-*"), *place.glob(".step-*.gone")):
+        for left in place.glob(".*.partial-*"):
             if left.is_dir():
                 shutil.rmtree(left)
             else:

@@ -1,7 +1,7 @@
 """Training checkpoints: a checkpoint folder with moments and data position, to resume from."""
 
+import contextlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from weights.checkpoints.checkpoint import save_checkpoint
 from weights.checkpoints.config_json import CheckpointConfig
 from weights.checkpoints.tensor_files import TensorSource, list_file, read_into, read_mapped
 from weights.errors import CheckpointError
+from weights.models.folder_lock import remove_unheld
 from weights.training.optimizer import Optimizer
 from weights.training.row_reads import RowReads, write_row_reads
 from weights.training.run_folder import saved_states
@@ -48,6 +49,8 @@ class TrainState:
     def save(self, step: int, position: StreamPosition, row_reads: RowReads | None = None) -> Path:
         """Write the state after ``step`` steps, atomically; keep only the two newest states.
 
+        An older state that a server holds stays until it is released.
+
         ``row_reads`` is the model's record of row reads, if it is to have one.
 
         Raises:
@@ -67,7 +70,8 @@ class TrainState:
             **record,
         )
         for old in saved_states(self.folder)[:-MAX_STATES]:
-            _remove(old)
+            with contextlib.suppress(OSError):  # the next save tries again
+                remove_unheld(old)
         return target
 
     @torch.no_grad()
@@ -123,10 +127,3 @@ def _sources(tensors: Mapping[str, Tensor]) -> list[TensorSource]:
         TensorSource(name, tuple(tensor.shape), tensor.dtype, tensor.cpu)
         for name, tensor in tensors.items()
     ]
-
-
-def _remove(folder: Path) -> None:
-    # rename first, so that a partly removed folder does not count as a state
-    removed = folder.with_name(f".{folder.name}.gone")
-    folder.rename(removed)
-    shutil.rmtree(removed)

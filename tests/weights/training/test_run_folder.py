@@ -3,11 +3,14 @@
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from tests.small_runs import check_same, losses, run
-from weights.errors import CheckpointError, DataError, TrainingError
+from weights.errors import CheckpointError, DataError, ModelNotFoundError, TrainingError
+from weights.models.named_models import find_model, local_name
+from weights.models.prepare import prepare
 from weights.training.run_folder import newest_state, run_lock, saved_states
 from weights.training.trainer import Trainer
 
@@ -113,8 +116,27 @@ def test_only_one_process_trains_in_a_folder(tmp_path):
         run_lock(tmp_path / "file" / "run").__enter__()
 
 
+def test_the_newest_checkpoint_of_a_run_is_served_and_kept(config, tmp_path, caplog):
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    run(config("run.checkpoint_every=1"), folder, until=2)
+    served = prepare(find_model(str(folder), cache))
+    assert served == folder / "checkpoints" / "step-00000002" == Path(local_name(str(folder)))
+    assert "a training run; uses its newest checkpoint, step-00000002" in caplog.text
+    run(config("run.checkpoint_every=1"), folder, resume=True)
+    names = [state.name for state in saved_states(folder / "checkpoints")]
+    assert names == [f"step-0000000{step}" for step in (2, 7, 8)]
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ModelNotFoundError, match="is a training run that has no checkpoint yet"):
+        find_model(str(folder), cache)
+
+
 def test_states_are_found_by_their_names(tmp_path):
-    for name in ("step-00000009", "step-00000010", "step-00000011-copy", ".step-00000012.gone"):
+    for name in (
+        "step-00000009",
+        "step-00000010",
+        "step-00000011-copy",
+        ".step-00000012.partial-1",
+    ):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     names = [state.name for state in saved_states(tmp_path / "checkpoints")]
     assert names == ["step-00000009", "step-00000010"]

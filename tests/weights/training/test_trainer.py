@@ -265,6 +265,8 @@ def test_a_finished_run_leaves_curves_and_a_model_card(
     assert "MFLOP per token forward" in printed and "card.md" in printed
     curves = tmp_path / "run" / "curves.png"
     assert curves.exists() == ("curves.png" in card) == has_matplotlib
+    assert ("curves: not drawn" in printed) == (not has_matplotlib)
+    assert f"serve --model {tmp_path / 'run'}\n" in card and "`checkpoints/step-00000008`" in card
     if has_matplotlib:
         assert curves.read_bytes().startswith(b"\x89PNG")
 

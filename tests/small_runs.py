@@ -67,6 +67,11 @@ def check_same(folder, other):
         assert torch.equal(found[name], tensor), name
 
 
+def records(folder):
+    """All records of the log without times."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) | {"tokens_per_s": 0} for line in lines]
+
+
 def losses(folder):
-    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "step"]
+    return [record["loss"] for record in records(folder) if record["kind"] == "step"]

@@ -34,7 +34,8 @@ def corpus_files(paths: Sequence[str]) -> list[Path]:
                 raise DataError(f"{path}: has no file of a known kind: {', '.join(SUFFIXES)}")
             files += found
         elif not path.is_file():
-            raise DataError(f"{path}: no such file or folder")
+            place = "" if path.is_absolute() else f" in {Path.cwd()}"
+            raise DataError(f"{path}: no such file or folder{place}")
         elif not _is_text(path):
             raise DataError(f"{path}: is of no known kind: {', '.join(SUFFIXES)}")
         else:

@@ -116,8 +116,9 @@ def _schedule_lines(config: TrainConfig, schedule_steps: int) -> list[str]:
             f" {schedule_steps:,}; the warm-up takes {warmup:,} steps"
         )
     if run.steps != schedule_steps:
+        late = "then stay at their final values" if run.steps > schedule_steps else "do not end it"
         lines.append(
             f"learning rates: follow the schedule of the {schedule_steps:,} steps that the run"
-            " began with; after them they stay at their final values"
+            f" began with, and {late}"
         )
     return lines

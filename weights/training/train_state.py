@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from weights.models.folder_lock import remove_unheld
 from weights.training.optimizer import Optimizer
 from weights.training.row_reads import RowReads, write_row_reads
 from weights.training.run_folder import saved_states
+from weights.training.table_usage import TableUsage
 from weights.training.token_stream import StreamPosition
 from weights.training.training_data import TextTokens
 
 _MOMENTS_FILE, _PROGRESS_FILE = "trainer.safetensors", "trainer.json"
+_USAGE_FILE = "trainer-usage.safetensors"
 # older ones are removed
 MAX_STATES = 2
 
@@ -38,6 +40,7 @@ class TrainState:
         tables: value tables by their names in a checkpoint.
         optimizer: optimiser, whose moments are saved.
         text: tokenizer that is saved with the model.
+        usage: reads of each table since the last evaluation, by the tables' names.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class TrainState:
     tables: Mapping[str, TrainedTable]
     optimizer: Optimizer
     text: TextTokens
+    usage: Mapping[str, TableUsage] = field(default_factory=dict)
 
     def save(self, step: int, position: StreamPosition, row_reads: RowReads | None = None) -> Path:
         """Write the state after ``step`` steps, atomically; keep only the two newest states.
@@ -66,7 +70,10 @@ class TrainState:
             config,
             _sources(self._weights()),
             {**self.text.files, _PROGRESS_FILE: progress.encode()},
-            more_tensors={_MOMENTS_FILE: _sources(self._moments())},
+            more_tensors={
+                _MOMENTS_FILE: _sources(self._moments()),
+                _USAGE_FILE: _sources({name: one.counts_R for name, one in self.usage.items()}),
+            },
             **record,
         )
         for old in saved_states(self.folder)[:-MAX_STATES]:
@@ -101,6 +108,10 @@ class TrainState:
                 read_into(stored[name], tensor)
             else:
                 tensor.copy_(read_mapped(stored[name]))
+        if self.usage and (saved / _USAGE_FILE).exists():  # not in those of earlier versions
+            for counts in list_file(saved / _USAGE_FILE):
+                if counts.name in self.usage:
+                    read_into(counts, self.usage[counts.name].counts_R)
         self.optimizer.set_step(step)
         return step, position
 

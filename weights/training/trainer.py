@@ -98,7 +98,9 @@ class Trainer:
         self.flops = forward_flops(shape, self._stream.mean_attended)
         self._train_tokens, self._validation = data.train, data.validation
         self._schedule_steps = plan.schedule_steps
-        self._state = TrainState(folder / CHECKPOINTS, model, tables, self._optimizer, data.text)
+        self._state = TrainState(
+            folder / CHECKPOINTS, model, tables, self._optimizer, data.text, self._usage
+        )
         self.step = 0
         if plan.resumed is not None:
             self.step, position = self._state.load(plan.resumed)

@@ -76,7 +76,7 @@ class TrainingMemory:
         """Lines for the user."""
         share = f" in each of {processes} processes" if processes > 1 else ""
         lines = [
-            f"memory: about {size_text(self.total)}{share} (weights {size_text(self.weights)},"
+            f"memory: torch itself, and about {size_text(self.total)}{share} (weights {size_text(self.weights)},"
             f" gradients {size_text(self.gradients)}, moments {size_text(self.moments)}, table rows"
             f" {size_text(self.rows)}, their moments {size_text(self.row_moments)}, activations"
             f" about {size_text(self.activations)});"

@@ -21,13 +21,13 @@ from engine.errors import ConfigError
 from engine.model.layout import TokenLayout
 from engine.model.memory_layer import half_scores
 from server.cli import train
-from tests.small_runs import CONFIG, MEMORY, check_same, losses, run, tensors
+from tests.small_runs import CONFIG, MEMORY, check_same, losses, records, run, tensors
 from weights.checkpoints import checkpoint
 from weights.checkpoints.checkpoint import load_model, table_origins
 from weights.errors import CheckpointError, DataError, TrainingError
 from weights.training import trainer
 from weights.training.row_reads import read_row_reads
-from weights.training.run_folder import saved_states
+from weights.training.run_folder import run_lock, saved_states
 from weights.training.train_config import read_train_config
 from weights.training.trainer import Trainer
 from weights.training.training_data import prepare_data
@@ -548,3 +548,43 @@ def test_an_incomplete_record_and_missing_texts(config, texts, tmp_path):
     texts.unlink()
     with pytest.raises(DataError, match="no such file"):
         start(config(), folder)
+
+
+def test_one_text_file_is_enough(config, tmp_path, caplog):
+    text = tmp_path / "book.txt"
+    text.write_text("".join(f"{a} and {b} make {a + b}. " for a in range(20) for b in range(20)))
+    caplog.set_level("INFO", "weights.training")
+    changes = [f"data.train={text}", "data.validation_share=0.01", "run.steps=4"]
+    run(config(*changes), tmp_path / "run")
+    assert "held out: the end of the longest document" in caplog.text
+    assert records(tmp_path / "run")[-1]["perplexity"] > 1
+
+
+def test_more_or_fewer_steps_keep_the_schedule(config, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shares = [report.lr_share for report in run(config(), folder, until=4)]
+    caplog.set_level("INFO", "weights.training")
+    shares += [report.lr_share for report in run(config("run.steps=6"), folder, resume=True)]
+    assert "schedule of the 8 steps that the run began with, and do not end it" in caplog.text
+    assert "run.steps: was 8 when the run began, now 6" in caplog.text
+    shares += [report.lr_share for report in run(config("run.steps=10"), folder, resume=True)]
+    assert shares[:8] == [report.lr_share for report in run(config(), tmp_path / "whole")]
+    assert shares[7:] == [pytest.approx(0.1)] * 3 and "at their final values" in caplog.text
+
+
+def test_a_plan_writes_nothing(config, tmp_path, capsys):
+    folder = tmp_path / "new" / "run"
+    settings = config("optimizer.warmup_steps=20")
+    assert train.run(settings, folder, only_plan=True) == 0
+    printed = capsys.readouterr().out
+    assert "memory: torch itself" in printed and "held out: 4 of these documents" in printed
+    assert "warmup_steps: 20 is not less than run.steps 8; the warm-up takes 0 steps" in printed
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match="model: training needs at least"):
+        train.run(config("model.memory.num_subkeys=65536"), folder)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_second_process_does_not_train_in_the_folder(config, tmp_path):
+    with run_lock(tmp_path / "run"), pytest.raises(TrainingError, match="another process trains"):
+        train.run(config(), tmp_path / "run")

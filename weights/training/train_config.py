@@ -41,7 +41,7 @@ class DataConfig:
         if not self.train:
             raise ConfigError("data.train: is empty; must name files or folders")
         _at_least(self, "data", 1, "sequence_length")
-        _at_least(self, "data", 300, "vocab_size")
+        _at_least(self, "data", 260, "vocab_size")  # bytes, and marks of begin and end
         if not 0 <= self.validation_share < 1:
             raise ConfigError(f"data.validation_share: {self.validation_share} is outside [0, 1)")
 

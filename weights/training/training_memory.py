@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,16 @@ class TrainingMemory:
     @property
     def certain(self) -> int:
         """Bytes that every run takes."""
-        return self.weights + self.gradients + self.moments + self.rows
+        return sum(self._certain_parts.values())
+
+    @property
+    def _certain_parts(self) -> dict[str, int]:
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "moments": self.moments,
+            "table rows": self.rows,
+        }
 
     @property
     def total(self) -> int:
@@ -56,10 +66,9 @@ class TrainingMemory:
         if processes * self.certain > memory.num_bytes:
             raise ConfigError(
                 f"model: training needs at least {size_text(processes * self.certain)} of memory"
-                f" (weights {size_text(self.weights)}, gradients {size_text(self.gradients)},"
-                f" moments {size_text(self.moments)}, table rows {size_text(self.rows)}), but only"
-                f" {size_text(memory.num_bytes)} is available ({memory.bound}); make the model or"
-                " its table (model.memory.num_subkeys, value_dim) smaller"
+                f" ({_named(self._certain_parts)}), but only {size_text(memory.num_bytes)} is"
+                f" available ({memory.bound}); make the model or its table"
+                " (model.memory.num_subkeys, value_dim) smaller"
             )
 
     def check_disk(self, folder: Path) -> None:
@@ -75,11 +84,12 @@ class TrainingMemory:
     def describe(self, memory: AvailableMemory, processes: int = 1) -> list[str]:
         """Lines for the user."""
         share = f" in each of {processes} processes" if processes > 1 else ""
+        parts = self._certain_parts | {
+            "moments of rows": self.row_moments,
+            "activations, estimated": self.activations,
+        }
         lines = [
-            f"memory: torch itself, and about {size_text(self.total)}{share} (weights {size_text(self.weights)},"
-            f" gradients {size_text(self.gradients)}, moments {size_text(self.moments)}, table rows"
-            f" {size_text(self.rows)}, their moments {size_text(self.row_moments)}, activations"
-            f" about {size_text(self.activations)});"
+            f"memory: torch itself, and about {size_text(self.total)}{share} ({_named(parts)});"
             f" {size_text(memory.num_bytes)} is available ({memory.bound})"
         ]
         if processes * self.total > memory.num_bytes:
@@ -88,6 +98,10 @@ class TrainingMemory:
                 " run.checkpoint_activations or optimizer.row_wise, or make the model smaller"
             )
         return lines
+
+
+def _named(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
 
 
 def training_memory(model: nn.Module, shape: ModelConfig, config: TrainConfig) -> TrainingMemory:

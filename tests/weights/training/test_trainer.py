@@ -555,6 +555,7 @@ def test_one_text_file_is_enough(config, tmp_path, caplog):
     text.write_text("".join(f"{a} and {b} make {a + b}. " for a in range(20) for b in range(20)))
     caplog.set_level("INFO", "weights.training")
     changes = [f"data.train={text}", "data.validation_share=0.01", "run.steps=4"]
+    changes += ["data.vocab_size=280"]
     run(config(*changes), tmp_path / "run")
     assert "held out: the end of the longest document" in caplog.text
     assert records(tmp_path / "run")[-1]["perplexity"] > 1

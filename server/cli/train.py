@@ -6,6 +6,7 @@ trains one model with 2 processes.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -21,14 +22,18 @@ from tqdm import tqdm
 from engine.errors import ConfigError
 from server.cli.stop_signals import stop_signals
 from server.config import cache_folder
+from weights.errors import CheckpointError
 from weights.models.named_models import NAMED_MODELS, local_name
 from weights.models.prepare import prepared_folder
 from weights.training.replicas import Replicas
 from weights.training.report import describe_flops, remove_report, write_report
-from weights.training.run_folder import run_lock
+from weights.training.run_folder import newest_state, run_lock
 from weights.training.run_plan import plan_run
+from weights.training.run_record import saved_init_from
 from weights.training.train_config import TrainConfig
 from weights.training.trainer import StepReport, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig, folder: Path, *, resume: bool = False, only_plan: bool = False) -> int:
@@ -44,9 +49,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool = False, only_plan: b
             the folder.
     """
     replicas = _replicas(config.run.device)
-    source = local_name(config.run.init_from)
-    if source in NAMED_MODELS:
-        source = str(prepared_folder(source, cache_folder()))
+    source = _first_model(config.run.init_from, folder, resume=resume)
     config = replace(config, run=replace(config.run, init_from=source))
     if only_plan:
         plan = plan_run(config, folder, resume=resume, processes=replicas.count)
@@ -57,6 +60,23 @@ def run(config: TrainConfig, folder: Path, *, resume: bool = False, only_plan: b
     if replicas.count > 1:
         _exit_now(status)
     return status
+
+
+def _first_model(name: str, folder: Path, *, resume: bool) -> str:
+    """The folder of the model that a run starts from; a run to resume may have lost it."""
+    is_optional = resume and newest_state(folder) is not None
+    try:
+        source = local_name(name)
+        if source in NAMED_MODELS:
+            source = str(prepared_folder(source, cache_folder()))
+    except CheckpointError:
+        if not is_optional:
+            raise
+        source = name
+    if is_optional and source and not Path(source).exists():
+        logger.warning("run.init_from: %s is gone; the run resumes without it", name)
+        return saved_init_from(folder)
+    return source
 
 
 def _run(config: TrainConfig, folder: Path, replicas: Replicas, *, resume: bool) -> int:

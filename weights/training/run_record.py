@@ -58,12 +58,7 @@ def resumed_settings(folder: Path, config: TrainConfig) -> SavedSettings:
         TrainingError: a setting differs with which the run would not be the same; the message
             names it.
     """
-    path = folder / SETTINGS
-    try:
-        before = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
-        schedule_steps = int(before["run.steps"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise TrainingError(f"{path}: is not valid ({error})") from None
+    before = _saved(folder)
     now = dict(_leaves(json.loads(json.dumps(asdict(config)))))
     before = {**_NEWER, **before}  # a run of an earlier version lacks newer settings
     changes = []
@@ -79,7 +74,24 @@ def resumed_settings(folder: Path, config: TrainConfig) -> SavedSettings:
                 f" use another folder for a new run"
             )
         changes.append(f"{name}: was {old!r} when the run began, now {new!r}")
-    return SavedSettings(schedule_steps, (*changes, *_text_changes(folder)))
+    return SavedSettings(before["run.steps"], (*changes, *_text_changes(folder)))
+
+
+def saved_init_from(folder: Path) -> str:
+    """``run.init_from`` of the run in a folder (TrainingError)."""
+    return str(_saved(folder)["run.init_from"])
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    """The saved settings by their whole names."""
+    path = folder / SETTINGS
+    try:
+        saved = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
+        if isinstance(saved["run.steps"], int) and isinstance(saved["run.init_from"], str):
+            return saved
+        raise ValueError("its values have wrong types")
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        raise TrainingError(f"{path}: is not valid ({error})") from None
 
 
 def _text_changes(folder: Path) -> Iterator[str]:

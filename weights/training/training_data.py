@@ -96,15 +96,16 @@ def prepare_data(
     elif not train.exists():  # it is written last
         texts = texts or TrainingTexts(config, seed)
         text = _text_tokens(config, folder, texts.train, init_from)
-        held_out = texts.held_out()
-        if held_out is not None and not validation.exists():
-            TokenFile.write(validation, map(text.document, held_out), text.vocab_size)
+        others = texts.held_out()
+        if others is not None and not validation.exists():
+            TokenFile.write(validation, map(text.document, others), text.vocab_size)
         TokenFile.write(train, map(text.document, texts.train()), text.vocab_size)
     else:
         text = _text_tokens(config, folder, tuple, init_from)
-    return TrainingData(
-        text, TokenFile(train), TokenFile(validation) if validation.exists() else None
-    )
+    tokens = {path: TokenFile(path) for path in (train, validation) if path.exists()}
+    for path, one in tokens.items():
+        one.check_pairs(f"data.{path.name}")
+    return TrainingData(text, tokens[train], tokens.get(validation))
 
 
 def _text_tokens(

@@ -589,3 +589,30 @@ def test_a_plan_writes_nothing(config, tmp_path, capsys):
 def test_a_second_process_does_not_train_in_the_folder(config, tmp_path):
     with run_lock(tmp_path / "run"), pytest.raises(TrainingError, match="another process trains"):
         train.run(config(), tmp_path / "run")
+
+
+def test_texts_without_two_tokens_are_refused(config, tmp_path, texts):
+    # the tokenizer of a checkpoint, without marks of begin and end
+    run(config("run.steps=1"), tmp_path / "run")
+    (state,) = saved_states(tmp_path / "run" / "checkpoints")
+    settings = json.loads((state / "config.json").read_text())
+    (state / "config.json").write_text(
+        json.dumps(settings | {"bos_token_id": None, "eos_token_id": None})
+    )
+    (tmp_path / "short.txt").write_text("1")
+    for key, other in (("train", "validation"), ("validation", "train")):
+        changes = f"data.{key}={tmp_path / 'short.txt'}", f"data.{other}={texts}"
+        with pytest.raises(DataError, match=f"data.{key}: no document has two tokens"):
+            start(config(*changes, f"data.tokenizer={state}"), tmp_path / key)
+
+
+def test_a_run_resumes_without_the_model_that_it_started_from(config, tmp_path, caplog):
+    run(config("run.steps=1"), tmp_path / "first")
+    grown = config(f"run.init_from={tmp_path / 'first'}", "run.steps=2")
+    assert train.run(grown, tmp_path / "run") == 0
+    shutil.rmtree(tmp_path / "first")
+    grown = config(f"run.init_from={tmp_path / 'first'}", "run.steps=3")
+    assert train.run(grown, tmp_path / "run", resume=True) == 0
+    assert "the run resumes without it" in caplog.text
+    with pytest.raises(CheckpointError, match="first"):
+        train.run(grown, tmp_path / "new")

@@ -10,6 +10,8 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 HOUSE := tests/test_house.py
 # C++, built when the package is installed
 NATIVE := memory_ops/native engine/executors/cpu/native benchmarks/native
+# continues a training run that was interrupted
+RESUME = $(if $(wildcard build/wordnet/run/settings.json),--resume)
 
 .PHONY: install serve test test-slow soak check wordnet format clean
 
@@ -30,7 +32,7 @@ soak: $(VENV)/installed-dev  # on a quiet machine: `bench overload` also fails i
 	$(BIN)/memplus bench overload
 wordnet: $(VENV)/installed-dev  # the default model, anew; takes WordNet (Debian's wordnet-base), and an hour
 	$(BIN)/memplus wordnet build/wordnet
-	$(BIN)/memplus train weights/models/wordnet/train.toml --out build/wordnet/run --resume
+	$(BIN)/memplus train weights/models/wordnet/train.toml --out build/wordnet/run $(RESUME)
 	rm -rf build/wordnet/bfloat16 build/wordnet/int8
 	$(BIN)/memplus convert build/wordnet/run/checkpoints/step-00006000 build/wordnet/bfloat16 --dtype bfloat16
 	$(BIN)/memplus convert build/wordnet/bfloat16 build/wordnet/int8 --table-dtype int8

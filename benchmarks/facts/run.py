@@ -24,8 +24,8 @@ from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.summary import summarize
 from weights.training.corpus import documents
 from weights.training.evaluate import TextScore, read_questions, score_recall, score_texts
+from weights.training.run_folder import has_run, saved_states
 from weights.training.train_config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from weights.training.train_state import saved_states
 from weights.training.trainer import StepReport, Trainer
 from weights.training.training_data import checkpoint_text
 
@@ -131,7 +131,7 @@ def _write_corpus(scale: Scale, folder: Path) -> None:
 def _train(contestant: Contestant, seed: int, scale: Scale, run: Path) -> Result:
     corpus = run.parent.parent / "corpus"
     config = train_config(contestant, seed, scale.steps, corpus)
-    trainer = Trainer(config, run, resume=True)
+    trainer = Trainer(config, run, resume=has_run(run))
     before = _earlier_seconds(run)
     started = time.monotonic()
     with tqdm(total=scale.steps, initial=trainer.step, desc=run.name, leave=False) as bar:

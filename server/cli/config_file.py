@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
+from weights.nearest_name import suggestion
 from weights.toml_file import read_toml, typed_value
 
 
@@ -28,7 +29,7 @@ def apply_config(path: Path, options: argparse.Namespace, settings: Sequence[typ
     for key, value in _flat(path, read_toml(path), groups):
         name = _name(key)
         if name not in known:
-            raise ConfigError(f"{path}: {key}: unknown option")
+            raise ConfigError(f"{path}: {key}: unknown option{suggestion(name, known)}")
         if name in given:
             raise ConfigError(f"{path}: {key}: is given twice")
         given.add(name)

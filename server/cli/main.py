@@ -14,6 +14,7 @@ from engine.errors import ConfigError, PatchNotLoadedError, RequestError
 from engine.process import EngineLostError, EngineStartError
 from engine.sampling.params import SamplingParams
 from server.access import AccessOptions
+from server.cli.config_actions import ShowSettings, WriteExample
 from server.cli.config_file import apply_config
 from server.cli.conversions import add_conversions
 from server.cli.evaluate import add_evaluate
@@ -138,7 +139,9 @@ def train(options: argparse.Namespace) -> int:
     from server.cli.train import run
     from weights.training.train_config import read_train_config
 
-    return run(read_train_config(options.config, options.set), options.out, resume=options.resume)
+    _show("weights.training")
+    config = read_train_config(options.config, options.set)
+    return run(config, options.out, resume=options.resume, only_plan=options.plan)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -199,8 +202,14 @@ def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     verb = verbs.add_parser("train", help=train.__doc__)
     verb.set_defaults(run=train, computes=True)
     verb.add_argument("config", type=Path, metavar="CONFIG.toml", help="settings of the run")
+    settings = "print every setting with its type, default and meaning, and exit"
+    verb.add_argument("--help-config", action=ShowSettings, help=settings)
+    example = "write an example of CONFIG.toml to a new file, and exit"
+    verb.add_argument("--write-example", action=WriteExample, metavar="FILE", help=example)
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     verb.add_argument("--resume", action="store_true", help="continue the run in that folder")
+    plan = "check everything and print what the run needs, but write nothing"
+    verb.add_argument("--plan", action="store_true", help=plan)
     change = "override a setting; repeat the option for several"
     verb.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change

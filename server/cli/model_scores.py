@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
@@ -25,8 +26,10 @@ from weights.training.training_data import checkpoint_text
 
 def score_model(
     model: ModelOptions, texts: Sequence[str], questions: Path | None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Any]:
     """Score a model on texts, on questions, or on both; print the scores and return them.
+
+    Names the model and its folder, too.
 
     Raises:
         ConfigError: texts and questions are both missing, or texts would be scored with rounded
@@ -48,7 +51,8 @@ def score_model(
     folder = prepared_folder(model.model, cache_folder(), model.memory_adapter)
     # load once: tables are large, and both scores need them in the same tier
     loaded = load_served(model, folder, engine if facts else None, device)
-    scores: dict[str, dict[str, float]] = {}
+    scores: dict[str, Any] = {"model": model.model, "folder": str(folder)}
+    print(f"model      {model.model}" + (f" ({folder})" if model.model != str(folder) else ""))
     if texts:
         score = score_texts(loaded.model, checkpoint_text(folder), documents(files))
         scores["texts"] = asdict(score)

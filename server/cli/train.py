@@ -6,6 +6,7 @@ trains one model with 2 processes.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -21,16 +22,22 @@ from tqdm import tqdm
 from engine.errors import ConfigError
 from server.cli.stop_signals import stop_signals
 from server.config import cache_folder
+from weights.errors import CheckpointError
 from weights.models.named_models import NAMED_MODELS, local_name
 from weights.models.prepare import prepared_folder
 from weights.training.replicas import Replicas
-from weights.training.report import describe_flops, write_report
+from weights.training.report import describe_flops, remove_report, write_report
+from weights.training.run_folder import newest_state, run_lock
+from weights.training.run_plan import plan_run
+from weights.training.run_record import saved_init_from
 from weights.training.train_config import TrainConfig
 from weights.training.trainer import StepReport, Trainer
 
+logger = logging.getLogger(__name__)
 
-def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
-    """Train to the last step, or until SIGINT or SIGTERM.
+
+def run(config: TrainConfig, folder: Path, *, resume: bool = False, only_plan: bool = False) -> int:
+    """Train to the last step, or until SIGINT or SIGTERM; or only print the plan of the run.
 
     After the first signal the step is finished and a checkpoint is written. A second signal ends
     a run of one process at once. Returns 0 after the last step, 128 + the signal's number if a
@@ -38,23 +45,50 @@ def run(config: TrainConfig, folder: Path, *, resume: bool) -> int:
 
     Raises:
         ConfigError: the device does not exist, or as ``Trainer``.
-        DataError, CheckpointError, TrainingError: as ``Trainer``.
+        DataError, CheckpointError, TrainingError: as ``Trainer``, or another process trains in
+            the folder.
     """
     replicas = _replicas(config.run.device)
-    source = local_name(config.run.init_from)
-    if source in NAMED_MODELS:
-        source = str(prepared_folder(source, cache_folder()))
+    source = _first_model(config.run.init_from, folder, resume=resume)
     config = replace(config, run=replace(config.run, init_from=source))
-    trainer = Trainer(config, folder, resume=resume, replicas=replicas)
-    if replicas.is_first:
-        print(describe_flops(trainer.flops, config.run.tokens_per_step))
-    # torchrun forwards signals that its processes already got
-    with _group(replicas), stop_signals(once=replicas.count == 1) as stopped_by:
-        _train(trainer, config.run.steps, stopped_by, is_shown=replicas.is_first)
-    status = _finish(trainer, config, folder, stopped_by, is_first=replicas.is_first)
+    if only_plan:
+        plan = plan_run(config, folder, resume=resume, processes=replicas.count)
+        print("\n".join(plan.lines))
+        return 0
+    with run_lock(folder) if replicas.is_first else contextlib.nullcontext():
+        status = _run(config, folder, replicas, resume=resume)
     if replicas.count > 1:
         _exit_now(status)
     return status
+
+
+def _first_model(name: str, folder: Path, *, resume: bool) -> str:
+    """The folder of the model that a run starts from; a run to resume may have lost it."""
+    is_optional = resume and newest_state(folder) is not None
+    try:
+        source = local_name(name)
+        if source in NAMED_MODELS:
+            source = str(prepared_folder(source, cache_folder()))
+    except CheckpointError:
+        if not is_optional:
+            raise
+        source = name
+    if is_optional and source and not Path(source).exists():
+        logger.warning("run.init_from: %s is gone; the run resumes without it", name)
+        return saved_init_from(folder)
+    return source
+
+
+def _run(config: TrainConfig, folder: Path, replicas: Replicas, *, resume: bool) -> int:
+    trainer = Trainer(config, folder, resume=resume, replicas=replicas)
+    if replicas.is_first:
+        print(describe_flops(trainer.flops, config.run.tokens_per_step))
+        if trainer.step < config.run.steps:
+            remove_report(folder)
+    # torchrun forwards signals that its processes already got
+    with _group(replicas), stop_signals(once=replicas.count == 1) as stopped_by:
+        _train(trainer, config.run.steps, stopped_by, is_shown=replicas.is_first)
+    return _finish(trainer, config, folder, stopped_by, is_first=replicas.is_first)
 
 
 def _finish(
@@ -63,8 +97,10 @@ def _finish(
     """Write the report of a finished run, or say how to continue it; return the exit status."""
     if trainer.step == config.run.steps:
         if is_first:
-            for path in write_report(folder, config, trainer.flops):
-                print(path)
+            written = write_report(folder, config, trainer.flops)
+            print("\n".join(map(str, written)))
+            if len(written) == 1:
+                print("curves: not drawn; run `pip install matplotlib`, then this command --resume")
         return 0
     if not stopped_by:  # a signal stopped another process
         return 1

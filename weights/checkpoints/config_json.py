@@ -24,6 +24,7 @@ from weights.checkpoints.json_fields import MAX_LAYERS, typed
 from weights.checkpoints.rope_json import parse_rope, rope_to_json
 from weights.checkpoints.window_json import WINDOW_KEYS, parse_window
 from weights.errors import CheckpointError
+from weights.nearest_name import suggestion
 from weights.text_files import read_json_object
 
 # Hugging Face's key -> (our field, its type). A missing key gets Hugging Face's default.
@@ -43,6 +44,11 @@ _FIELDS: dict[str, tuple[str, type]] = {
     "mlp_bias": ("mlp_bias", bool),
 }
 _REQUIRED = tuple(_FIELDS)[:5]
+# all keys that affect the model and may have several values
+MODEL_KEYS = frozenset(
+    {*_FIELDS, *WINDOW_KEYS, *FEED_FORWARD_KEYS}
+    | {"architectures", "model_type", "rope_scaling", "rope_parameters"}
+)
 
 
 @dataclass(frozen=True)
@@ -112,15 +118,14 @@ def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
 
 
 def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
-    known = {*_FIELDS, *FIXED_VALUES, *IGNORED_KEYS, *WINDOW_KEYS, *FEED_FORWARD_KEYS}
-    known |= {"architectures", "model_type", "rope_scaling", "rope_parameters"}
     named = named_family(raw)
     family = named or LLAMA
     # a null means that a key is not given, and overrides a family's default
     raw = {key: value for key, value in {**family.defaults, **raw}.items() if value is not None}
     for key in raw:
-        if key not in known:
-            raise ValueError(f"{key}: unknown key; it may change the model's output")
+        if key not in MODEL_KEYS and key not in FIXED_VALUES and key not in IGNORED_KEYS:
+            near = suggestion(key, MODEL_KEYS)
+            raise ValueError(f"{key}: unknown key; it may change the model's output{near}")
     values: dict[str, Any] = {}
     for key, (name, kind) in _FIELDS.items():
         if key in family.unused:

@@ -6,6 +6,7 @@ from typing import Any
 
 from engine.model.config import MemoryConfig, MixtureConfig, ModelConfig
 from weights.checkpoints.json_fields import typed
+from weights.nearest_name import suggestion
 
 # Mixtral's key -> (our field, its type)
 _MIXTURE: dict[str, tuple[str, type]] = {
@@ -56,7 +57,7 @@ def _parse_memory(raw: object, kinds: list[str]) -> MemoryConfig:
     required = {field.name for field in fields(MemoryConfig) if field.default is MISSING}
     for key in values:
         if key not in types:
-            raise ValueError(f"memory.{key}: unknown key")
+            raise ValueError(f"memory.{key}: unknown key{suggestion(key, [*types, 'layers'])}")
     for key in sorted(required - set(values)):
         raise ValueError(f"memory.{key}: missing")
     for key, value in values.items():

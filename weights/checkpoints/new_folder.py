@@ -1,4 +1,4 @@
-"""Creates folders atomically, and tests early whether they can be created."""
+"""Creates folders and replaces files atomically, and tests early whether a folder can be made."""
 
 import contextlib
 import os
@@ -39,6 +39,18 @@ def partial_path(target: Path) -> Path:
     """A temporary name next to a file or folder, to write it under before it is renamed."""
     # random: a process in another container may have the same pid and parent folder
     return target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file atomically: after a crash it has the old content or the new (OSError)."""
+    partial = partial_path(path)
+    try:
+        write_synced(partial, content)
+        partial.rename(path)
+        sync_folder(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -9,6 +9,7 @@ Hugging Face Hub.
 
 import hashlib
 import importlib.util
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from weights.checkpoints.importers.lingua_files import weights_folder
 from weights.checkpoints.importers.sparse_memory_files import is_sparse_memory
 from weights.errors import CheckpointError, ModelNotFoundError
 from weights.models.hub import download, hub_model
+from weights.training.run_folder import has_run, newest_state
 
+logger = logging.getLogger(__name__)
 WORDNET, SMOLLM2 = "wordnet", "smollm2"
 NAMED_MODELS = (WORDNET, SMOLLM2)
 DEFAULT_MODEL = WORDNET
@@ -41,6 +44,7 @@ class ModelFolder:
         dtype: dtype of the conversion; None keeps the dtypes of the file.
         repository: ``org/name`` of a model from the Hugging Face Hub.
         base: the model that a memory adapter, the source, is added to; see ``adapted_model``.
+        is_of_run: whether it is a checkpoint of a training run, which may go on and remove it.
     """
 
     folder: Path
@@ -49,6 +53,7 @@ class ModelFolder:
     dtype: str | None = None
     repository: str | None = None
     base: "ModelFolder | None" = None
+    is_of_run: bool = False
 
     @property
     def family(self) -> str:
@@ -66,12 +71,14 @@ class ModelFolder:
 def find_model(name: str, cache_folder: Path) -> ModelFolder:
     """The checkpoint folder of a named model, of a path, for a GGUF file, or of the Hub.
 
+    The folder of a training run of memplus stands for its newest checkpoint.
+
     Downloads a model of the Hub, ``org/name[@revision]``, unless a file or folder has this path.
 
     Raises:
         ModelNotFoundError: ``name`` is neither a known name nor a folder or GGUF file, or is the
-            folder of a training run, or the package of a named model is not installed; or as
-            ``hub.download``.
+            folder of a training run of another program or without a checkpoint, or the package of
+            a named model is not installed; or as ``hub.download``.
         CheckpointError: it is a part of a split GGUF file, but not the first, or a part is missing
             or cannot be read; or as ``hub.download``.
     """
@@ -84,6 +91,9 @@ def find_model(name: str, cache_folder: Path) -> ModelFolder:
     try:
         path = Path(name).expanduser()
         if path.is_dir():
+            checkpoint = _newest_checkpoint(path)
+            if checkpoint is not None:
+                return ModelFolder(checkpoint, is_of_run=True)
             if is_sparse_memory(path) or weights_folder(path) is not None:
                 raise ModelNotFoundError(
                     f"{name}: is the folder of a training run; make a checkpoint folder of it with"
@@ -107,13 +117,31 @@ def find_model(name: str, cache_folder: Path) -> ModelFolder:
 
 
 def local_name(name: str) -> str:
-    """The folder of a model of the Hub, downloaded if needed; any other name as it is.
+    """The folder of a model of the Hub, downloaded if needed, or the newest checkpoint of a run.
+
+    Any other name is returned as it is.
 
     Raises:
-        ModelNotFoundError, CheckpointError: as ``hub.download``.
+        ModelNotFoundError, CheckpointError: as ``hub.download``, or a run has no checkpoint.
     """
+    checkpoint = _newest_checkpoint(Path(name)) if name and name not in NAMED_MODELS else None
+    if checkpoint is not None:
+        return str(checkpoint)
     from_hub = None if name in NAMED_MODELS or os.path.exists(name) else hub_model(name)
     return name if from_hub is None else str(download(from_hub))
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a training run's folder; None if it is no such folder."""
+    if (folder / "config.json").exists():
+        return None
+    newest = newest_state(folder)
+    if newest is not None:
+        # a warning, because only these are shown by verbs that set up no logs
+        logger.warning("%s: a training run; uses its newest checkpoint, %s", folder, newest.name)
+    elif has_run(folder):
+        raise ModelNotFoundError(f"{folder}: is a training run that has no checkpoint yet")
+    return newest
 
 
 def _converted(file: Path, cache_folder: Path) -> ModelFolder:

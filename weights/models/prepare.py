@@ -26,8 +26,8 @@ def prepare(model: ModelFolder) -> Path:
     """The checkpoint folder of a model; makes it from its source if that was not done yet.
 
     If several processes call this at once, one converts and the others wait for it. The process
-    holds a converted folder until it ends. A conversion replaces those of older versions of the
-    same source, except the ones that a process holds.
+    holds a converted folder, or a checkpoint of a run, until it ends. A conversion replaces those
+    of older versions of the same source, except the ones that a process holds.
 
     Raises:
         CheckpointError: the source is not valid or has changed since it was found, or the cache
@@ -35,6 +35,8 @@ def prepare(model: ModelFolder) -> Path:
         ConfigError: the base of a memory adapter has memory layers.
     """
     folder = model.folder
+    if model.is_of_run:
+        hold(folder)
     if model.base is not None and model.source is not None:
         prepare(model.base)
         # the folder has links: its files are not those that were compared if they have changed

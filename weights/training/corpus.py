@@ -1,14 +1,22 @@
-"""Streams documents from text and JSONL files."""
+"""Streams documents from text, JSONL and parquet files, compressed by gzip or not."""
 
+import contextlib
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from weights.errors import DataError
 from weights.text_files import ENCODING, MARK
+from weights.training.parquet_texts import missing_key, parquet_values
 
-_SUFFIXES = (".txt", ".jsonl")
+TEXT_KEY = "text"
+_PARQUET, _GZIP = ".parquet", ".gz"
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", _PARQUET)
+# a longer document would take several GB of tokens before they are written
+_MAX_CHARACTERS = 2**28
 
 
 def corpus_files(paths: Sequence[str]) -> list[Path]:
@@ -21,61 +29,100 @@ def corpus_files(paths: Sequence[str]) -> list[Path]:
     for name in paths:
         path = Path(name).expanduser()
         if path.is_dir():
-            found = sorted(one for one in path.rglob("*") if one.suffix in _SUFFIXES)
+            found = [one for one in _files_below(path) if _is_text(one)]
             if not found:
-                raise DataError(f"{path}: has no {' or '.join(_SUFFIXES)} file")
+                raise DataError(f"{path}: has no file of a known kind: {', '.join(SUFFIXES)}")
             files += found
         elif not path.is_file():
-            raise DataError(f"{path}: no such file or folder")
-        elif path.suffix not in _SUFFIXES:
-            raise DataError(f"{path}: is neither a {' nor a '.join(_SUFFIXES)} file")
+            place = "" if path.is_absolute() else f" in {Path.cwd()}"
+            raise DataError(f"{path}: no such file or folder{place}")
+        elif not _is_text(path):
+            raise DataError(f"{path}: is of no known kind: {', '.join(SUFFIXES)}")
         else:
             files.append(path)
     return files
 
 
-def documents(files: Sequence[Path]) -> Iterator[str]:
-    """The text of each ``.txt`` file, and the ``text`` of each line of a ``.jsonl`` file.
+def other_files(paths: Sequence[str]) -> list[Path]:
+    """Files in these folders that ``corpus_files`` leaves out."""
+    folders = [path for path in (Path(name).expanduser() for name in paths) if path.is_dir()]
+    return [one for folder in folders for one in _files_below(folder) if not _is_text(one)]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(one for one in folder.rglob("*") if not one.is_dir())
+
+
+def _is_text(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def documents(files: Sequence[Path], text_key: str = TEXT_KEY) -> Iterator[str]:
+    """The text of each ``.txt`` file, and ``text_key`` of each JSONL line or parquet row.
 
     Raises:
-        DataError: a file is empty or not UTF-8, or a line is not a JSON object with a string
-            ``text``.
+        DataError: a file is empty, cannot be read or is not UTF-8, or a line or row has no string
+            ``text_key``.
     """
     for file in files:
-        if file.suffix == ".txt":
-            yield _whole(file)
+        name = file.name.lower().removesuffix(_GZIP)
+        if name.endswith(_PARQUET):
+            yield from _rows(file, text_key)
+        elif name.endswith(".jsonl"):
+            yield from _lines(file, text_key)
         else:
-            yield from _lines(file)
+            yield _whole(file)
 
 
-def _whole(file: Path) -> str:
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[TextIO]:
+    """The file as text; DataError with its name if it cannot be read."""
     try:
-        return checked_text(file.read_text(encoding=ENCODING), f"{file}")
+        if file.name.lower().endswith(_GZIP):
+            with gzip.open(file, "rt", encoding=ENCODING) as text:
+                yield text
+        else:
+            with open(file, encoding=ENCODING) as text:
+                yield text
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 (byte {error.start})") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file}: not a whole gzip file ({error})") from None
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from None
 
 
+def _whole(file: Path) -> str:
+    with _opened(file) as text:
+        # a character has at most 4 bytes
+        raw = text.buffer.read(4 * _MAX_CHARACTERS + 1)
+        _check_length(raw[::4], f"{file}")
+        whole = raw.decode(ENCODING)  # at once, so that an error names the byte in the file
+    _check_length(whole, f"{file}")
+    whole = whole.replace("\r\n", "\n").replace("\r", "\n")
+    return checked_text(whole, f"{file}")
+
+
+def _check_length(text: str | bytes, where: str) -> None:
+    if len(text) > _MAX_CHARACTERS:
+        raise DataError(f"{where}: has more than {_MAX_CHARACTERS:,} characters; split it")
+
+
 def json_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The location and the object of each line of a ``.jsonl`` file; skips blank lines.
+    """The location and the object of each line of a JSONL file; skips blank lines.
 
     Raises:
         DataError: the file is empty or cannot be read, or a line is not a JSON object.
     """
-    is_empty = True
-    try:
-        with open(file, encoding=ENCODING) as lines:
-            for number, line in enumerate(lines, 1):
-                line = line.removeprefix(MARK)  # files that were joined have several marks
-                if not line.strip():
-                    continue
+    number, is_empty = 0, True
+    with _opened(file) as lines:
+        while line := lines.readline(_MAX_CHARACTERS + 1):
+            number += 1
+            _check_length(line, f"{file}, line {number}")
+            line = line.removeprefix(MARK)  # files that were joined have several marks
+            if line.strip():
                 is_empty = False
                 yield f"{file}, line {number}", _object(line, f"{file}, line {number}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from None
     if is_empty:
         raise DataError(f"{file}: is empty")
 
@@ -90,11 +137,23 @@ def _object(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _lines(file: Path) -> Iterator[str]:
+def _lines(file: Path, text_key: str) -> Iterator[str]:
     for where, record in json_objects(file):
-        if not isinstance(record.get("text"), str):
-            raise DataError(f"{where}: expected a JSON object with a string `text`")
-        yield checked_text(record["text"], where)
+        if text_key not in record:
+            raise DataError(f"{where}: {missing_key(text_key, list(record))}")
+        yield _checked_value(record[text_key], where, text_key)
+
+
+def _rows(file: Path, text_key: str) -> Iterator[str]:
+    for where, value in parquet_values(file, text_key):
+        yield _checked_value(value, where, text_key)
+
+
+def _checked_value(value: object, where: str, text_key: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {text_key}: expected a string")
+    _check_length(value, where)
+    return checked_text(value, where)
 
 
 def checked_text(text: str, where: str) -> str:

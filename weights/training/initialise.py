@@ -21,6 +21,7 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
     Raises:
         ValueError: a memory beside a feed-forward has neither.
     """
+    check_starts(model)
     branches = 2 * model.config.num_layers
     for name, module in model.named_modules():
         if isinstance(module, RmsNorm):
@@ -39,6 +40,19 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
             _initialise_memory(layer.memory, generator, is_beside=is_beside)
 
 
+def check_starts(model: Transformer) -> None:
+    """Raise ValueError if a memory beside a feed-forward cannot add 0 at first."""
+    for layer in model.layers:
+        memory = layer.memory
+        if memory is None or layer.feed_forward is None:
+            continue
+        if memory.scalar_gate is None and memory.value_proj is None:
+            raise ValueError(
+                f"memory.placement: layer {memory.index} has no value projection that could be 0"
+                " at first; set scalar_gate"
+            )
+
+
 @torch.no_grad()
 def initialise_table(table_RV: Tensor, generator: torch.Generator) -> None:
     """Initialise a table's rows as N(0, 1 / V)."""
@@ -55,11 +69,6 @@ def _initialise_memory(memory: MemoryLayer, generator: torch.Generator, *, is_be
         nn.init.constant_(memory.scalar_gate, 0.0 if is_beside else 1.0)
     elif is_beside and memory.value_proj is not None:
         nn.init.zeros_(memory.value_proj.weight)
-    elif is_beside:
-        raise ValueError(
-            f"memory.placement: layer {memory.index} has no value projection that could be 0 at"
-            " first; set scalar_gate"
-        )
 
 
 def _fill_normal(weight: Tensor, inputs: int, generator: torch.Generator) -> None:

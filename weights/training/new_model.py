@@ -18,7 +18,7 @@ from weights.checkpoints.config_json import CheckpointConfig, config_to_json, pa
 from weights.checkpoints.config_keys import IGNORED_KEYS, QUANTIZATION_KEY
 from weights.checkpoints.table_files import read_rows
 from weights.checkpoints.tensor_files import StoredTensor, read_mapped
-from weights.training.initialise import initialise, initialise_table
+from weights.training.initialise import check_starts, initialise, initialise_table
 
 
 def model_config(raw: Mapping[str, Any], vocab_size: int, init_from: str = "") -> ModelConfig:
@@ -84,7 +84,9 @@ def new_model(
         rows[name] = table_RV
     if init_from:
         _, stored = _open_exact(init_from)
-        _copy_weights(model, rows, stored, init_from)
+        weights = {name: tuple(one.shape) for name, one in model.named_parameters()}
+        _check_stored(weights, config, stored, init_from)
+        _copy_weights(model, rows, stored)
     if is_dense_frozen:
         _freeze_dense(model)
     model.to(device)
@@ -92,6 +94,28 @@ def new_model(
     if tables:
         model.attach_tables(tables)
     return model, tables
+
+
+def planned_model(
+    config: ModelConfig, init_from: str = "", *, is_dense_frozen: bool = False
+) -> Transformer:
+    """The model of ``new_model`` without tables on the meta device, after the same checks.
+
+    Raises:
+        ConfigError, CheckpointError: as ``new_model``.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    try:
+        check_starts(model)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
+    if init_from:
+        weights = {name: tuple(one.shape) for name, one in model.named_parameters()}
+        _check_stored(weights, config, _open_exact(init_from)[1], init_from)
+    if is_dense_frozen:
+        _freeze_dense(model)
+    return model
 
 
 def placed_table(table_RV: Tensor, device: str, table_tier: str) -> TrainedTable:
@@ -130,24 +154,44 @@ def _open_exact(init_from: str) -> tuple[CheckpointConfig, dict[str, StoredTenso
     return config, stored
 
 
-@torch.no_grad()
-def _copy_weights(
-    model: Transformer,
-    tables: Mapping[str, Tensor],
+def _check_stored(
+    weights: Mapping[str, tuple[int, ...]],
+    config: ModelConfig,
     stored: Mapping[str, StoredTensor],
     folder: str,
 ) -> None:
-    wanted = dict(model.named_parameters()) | dict(tables)
-    for name, tensor in wanted.items():
+    """Check that stored tensors have the shapes of the model; memory layers may be missing."""
+    wanted = dict(weights)
+    if config.memory is not None:
+        table = (config.memory.num_rows, config.memory.value_dim)
+        wanted |= dict.fromkeys(config.table_names, table)
+    for name, shape in wanted.items():
         if name not in stored:
-            if ".memory." not in name and name not in tables:
+            if ".memory." not in name and name not in config.table_names:
                 raise ConfigError(f"run.init_from: {folder} has no tensor {name}")
             continue
-        saved = read_rows(stored[name]) if name in tables else read_mapped(stored[name])
-        if saved.shape != tensor.shape:
-            found = list(saved.shape)
+        found = stored[name].shape
+        # rows in narrow formats are records, whose width is not that of the values
+        is_record = name in config.table_names and len(found) == 2 and stored[name].dtype == "U8"
+        if found[:1] != shape[:1] or (found != shape and not is_record):
             raise ConfigError(
-                f"run.init_from: tensor {name} of {folder} has shape {found}, but the"
-                f" model requires {list(tensor.shape)}"
+                f"run.init_from: tensor {name} of {folder} has shape {list(found)}, but the"
+                f" model requires {list(shape)}"
+            )
+
+
+@torch.no_grad()
+def _copy_weights(
+    model: Transformer, tables: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]
+) -> None:
+    """Copy the tensors that ``_check_stored`` has checked."""
+    for name, tensor in (*model.named_parameters(), *tables.items()):
+        if name not in stored:
+            continue
+        saved = read_rows(stored[name]) if name in tables else read_mapped(stored[name])
+        if saved.shape != tensor.shape:  # a row in a narrow format has another width
+            raise ConfigError(
+                f"run.init_from: rows of {name} have {saved.shape[1]} values, but the model"
+                f" requires {tensor.shape[1]}"
             )
         tensor.copy_(saved)

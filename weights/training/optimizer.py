@@ -104,15 +104,21 @@ class Optimizer:
         self.tables.step_count = step
 
 
+def warmup_steps(config: OptimizerConfig, steps: int) -> int:
+    """Steps of the warm-up: a tenth of ``steps`` if the configured number is not less than them."""
+    return config.warmup_steps if config.warmup_steps < steps else steps // 10
+
+
 def lr_share(config: OptimizerConfig, step: int, steps: int) -> float:
     """Learning rates of step ``step`` (from 1) of ``steps``, as a fraction of the peak rates.
 
     Rises linearly over ``warmup_steps``. Then falls to ``least_lr_share`` at the last step, along a
-    half cosine or a line, or stays constant, as ``decay`` says.
+    half cosine or a line, or stays constant, as ``decay`` says. Later steps have the last rates.
     """
-    if step <= config.warmup_steps:
-        return step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    warmup = warmup_steps(config, steps)
+    if step <= warmup:
+        return step / warmup
+    done = min((step - warmup) / (steps - warmup), 1.0)
     left = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
     least = config.least_lr_share
     return least + (1 - least) * left[config.decay]

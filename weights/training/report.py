@@ -9,9 +9,9 @@ from typing import Any
 from engine.model.flops import total_flops
 from weights.checkpoints.summary import describe, summarize
 from weights.errors import TrainingError
+from weights.training.run_folder import saved_states
 from weights.training.run_log import RunLog
 from weights.training.train_config import TrainConfig
-from weights.training.train_state import saved_states
 
 _CARD, _CURVES = "card.md", "curves.png"
 _SMOOTHED = 100  # points of the loss curve
@@ -53,6 +53,12 @@ def write_report(folder: Path, config: TrainConfig, flops: Mapping[str, int]) ->
     return [folder / _CARD, *([folder / _CURVES] if has_curves else [])]
 
 
+def remove_report(folder: Path) -> None:
+    """Remove the report of a run that goes on, because it would describe another checkpoint."""
+    for name in (_CARD, _CURVES):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _card(
     folder: Path,
     config: TrainConfig,
@@ -63,17 +69,19 @@ def _card(
     last = saved_states(folder / "checkpoints")[-1]
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
-    tokens = len(steps) * config.run.tokens_per_step
+    tokens = config.run.steps * config.run.tokens_per_step
     tail = steps[-_SMOOTHED:]
     mean = sum(record["loss"] for record in tail) / len(tail)
     found = {key: value for key, value in evaluations[-1].items() if key not in ("kind", "step")}
     lines = [
         f"# {folder.name}",
         "",
-        f"Trained by memplus in {len(steps):,} steps, {tokens:,} tokens. The mean loss of the last"
-        f" {len(tail)} steps is {mean:.4f} nats per token.",
+        f"Trained by memplus in {config.run.steps:,} steps, {tokens:,} tokens. The mean loss of the"
+        f" last {len(tail)} steps is {mean:.4f} nats per token.",
         "",
-        f"    memplus serve --model {last}",
+        f"    memplus serve --model {folder}",
+        "",
+        f"serves the newest checkpoint: `{last.relative_to(folder)}` when this card was written.",
         "",
         *(_indented(describe(summarize(last)))),
         f"    compute       {describe_flops(flops, config.run.tokens_per_step)}",

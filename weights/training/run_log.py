@@ -1,10 +1,12 @@
 """The log of a run: one JSON object per line, truncated when a run resumes."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from weights.checkpoints.new_folder import replace_file
 from weights.errors import TrainingError
 
 
@@ -27,20 +29,43 @@ class RunLog:
             step, name = record["step"], self._path.name
             raise TrainingError(f"step {step}: {name}: {error.strerror}") from None
 
+    def sync(self) -> None:
+        """Write the records to disk, so that they survive a power loss.
+
+        Raises:
+            TrainingError: the file cannot be written.
+        """
+        try:
+            with open(self._path, "ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise TrainingError(f"{self._path}: {error.strerror}") from None
+
     def truncate(self, step: int) -> None:
-        """Remove records of later steps, and an incomplete last line of a killed run."""
-        lines = self._lines()
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if kept != lines:
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.rename(self._path)
+        """Remove records of later steps, and incomplete lines of a run that was killed.
+
+        Raises:
+            TrainingError: the file cannot be read or written.
+        """
+        try:
+            content = self._path.read_bytes() if self._path.exists() else b""
+            lines = content.splitlines(True)
+            kept = [line for line in lines if (done := _step(line)) is not None and done <= step]
+            if kept != lines:
+                replace_file(self._path, b"".join(kept))
+        except OSError as error:
+            raise TrainingError(f"{self._path}: {error.strerror}") from None
 
     def records(self) -> list[dict[str, Any]]:
         """All records."""
-        return [json.loads(line) for line in self._lines()]
-
-    def _lines(self) -> list[str]:
         if not self._path.exists():
             return []
-        return self._path.read_text(encoding="utf-8").splitlines(True)
+        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a record; None if the line is not whole."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
+    except (ValueError, LookupError, TypeError):
+        return None

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from weights.checkpoints.new_folder import replace_file
 from weights.errors import TrainingError
+from weights.training.data_source import changed_texts, has_same_sources
+from weights.training.run_folder import DATA, SETTINGS
 from weights.training.train_config import TrainConfig
 
 # settings that may change on resume: length, intervals, and where and how steps are computed
@@ -14,42 +17,94 @@ _CHANGEABLE = (
     *("run.steps", "run.checkpoint_every", "run.evaluate_every"),
     *("run.checkpoint_activations", "run.device", "run.table_tier"),
 )
+# paths that may change if the files there are the same
+_SOURCES = ("data.train", "data.validation", "data.tokenizer", "run.init_from")
 
 # settings that earlier versions lack, with the values that their runs had
 _NEWER: Mapping[str, Any] = {
     "run.freeze": [],
+    "data.text_key": "text",
     "run.compile": False,
     "optimizer.moment_dtype": "float32",
 }
+_MOST_NAMED = 3
 
 
-def check_settings(folder: Path, config: TrainConfig, *, has_begun: bool) -> None:
-    """Save the settings, or compare them with the saved ones if the run ``has_begun``.
+@dataclass(frozen=True)
+class SavedSettings:
+    """The settings of a run to resume.
 
-    A run begins with its first checkpoint: what failed before that binds nobody.
+    Attributes:
+        schedule_steps: ``run.steps`` when the run began.
+        changes: lines about settings and texts that differ.
+    """
+
+    schedule_steps: int
+    changes: tuple[str, ...]
+
+
+def save_settings(folder: Path, config: TrainConfig) -> None:
+    """Save the settings of a run without a checkpoint: what failed before binds nobody.
 
     Raises:
-        TrainingError: a setting differs from the saved one; the message names it.
+        TrainingError: the file cannot be written.
     """
-    path = folder / "settings.json"
-    settings = json.loads(json.dumps(asdict(config)))
+    path = folder / SETTINGS
     try:
-        if not has_begun or not path.exists():
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            partial.rename(path)
-            return
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{path}: {error}") from None
-    # a run of an earlier version lacks newer settings
-    saved, now = {**_NEWER, **dict(_leaves(before))}, dict(_leaves(settings))
-    for name in sorted(saved.keys() | now.keys()):
-        if name not in _CHANGEABLE and saved.get(name) != now.get(name):
+        replace_file(path, f"{json.dumps(asdict(config), indent=2)}\n".encode())
+    except OSError as error:
+        raise TrainingError(f"{path}: {error.strerror}") from None
+
+
+def resumed_settings(folder: Path, config: TrainConfig) -> SavedSettings:
+    """Compare the settings with those of the run in a folder.
+
+    Raises:
+        TrainingError: a setting differs with which the run would not be the same; the message
+            names it.
+    """
+    before = _saved(folder)
+    now = dict(_leaves(json.loads(json.dumps(asdict(config)))))
+    before = {**_NEWER, **before}  # a run of an earlier version lacks newer settings
+    changes = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name in _SOURCES and has_same_sources(folder / DATA, config.data, config.run.init_from):
+            continue
+        if name not in _CHANGEABLE:
             raise TrainingError(
-                f"{name}: must be {saved.get(name)!r} to resume {folder}, not {now.get(name)!r};"
+                f"{name}: must be {old!r} to resume {folder}, not {new!r};"
                 f" use another folder for a new run"
             )
+        changes.append(f"{name}: was {old!r} when the run began, now {new!r}")
+    return SavedSettings(before["run.steps"], (*changes, *_text_changes(folder)))
+
+
+def saved_init_from(folder: Path) -> str:
+    """``run.init_from`` of the run in a folder (TrainingError)."""
+    return str(_saved(folder)["run.init_from"])
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    """The saved settings by their whole names."""
+    path = folder / SETTINGS
+    try:
+        saved = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
+        if isinstance(saved["run.steps"], int) and isinstance(saved["run.init_from"], str):
+            return saved
+        raise ValueError("its values have wrong types")
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        raise TrainingError(f"{path}: is not valid ({error})") from None
+
+
+def _text_changes(folder: Path) -> Iterator[str]:
+    changed = changed_texts(folder / DATA)
+    if changed:
+        shown = ", ".join(changed[:_MOST_NAMED])
+        more = f" and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
+        yield f"{shown}{more}: changed or gone; the run keeps the tokens that it began with"
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

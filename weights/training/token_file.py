@@ -62,6 +62,11 @@ class TokenFile:
             raise DataError(f"{folder}: cannot be written ({reason})") from None
         return cls(folder)
 
+    def check_pairs(self, name: str) -> None:
+        """Raise DataError with ``name`` unless a document has a token that follows another."""
+        if not (np.diff(self.starts) > 1).any():
+            raise DataError(f"{name}: no document has two tokens")
+
     def __len__(self) -> int:
         """Number of documents."""
         return len(self.starts) - 1

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from weights.errors import DataError
 from weights.training.token_file import TokenFile
 
 
@@ -57,16 +56,11 @@ class TokenStream:
     """
 
     def __init__(self, tokens: TokenFile, sequence_length: int, seed: int) -> None:
-        """Start at the first epoch.
-
-        Raises:
-            DataError: no document has a token that follows another.
-        """
+        """Start at the first epoch; ``tokens`` have passed ``check_pairs``."""
         self._ids = tokens.ids
         self._seed = seed
         self._starts, self._lengths = _pieces(tokens.starts, sequence_length)
-        if not len(self._starts):
-            raise DataError("train: no document has two tokens")
+        assert len(self._starts), "no document has two tokens"
         self.position = StreamPosition()
         self._order = self._shuffled(0)
 

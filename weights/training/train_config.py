@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import ConfigError
+from weights.nearest_name import suggestion
 from weights.toml_file import read_toml, typed_value
 
 Section = TypeVar("Section")
@@ -20,9 +21,11 @@ class DataConfig:
     """Texts, tokenizer and sequence length.
 
     Attributes:
-        train: files and folders; a ``.txt`` file or a line of a ``.jsonl`` file is a document.
+        train: files and folders; a ``.txt`` file, a ``.jsonl`` line or a parquet row is a document.
         validation: files and folders; if empty, part of the training documents is held out.
-        validation_share: fraction of the training documents that is held out.
+        validation_share: fraction of the training documents that is held out; if it is less than
+            one document, the end of the longest is held out; 0 holds out none.
+        text_key: key of a ``.jsonl`` line, or column of a parquet file, that has the text.
         tokenizer: a ``tokenizer.model`` or checkpoint folder; if empty, a tokenizer is trained.
         vocab_size: tokens of a trained tokenizer.
         sequence_length: tokens per sequence; longer documents are cut.
@@ -31,6 +34,7 @@ class DataConfig:
     train: tuple[str, ...]
     validation: tuple[str, ...] = ()
     validation_share: float = 0.01
+    text_key: str = "text"
     tokenizer: str = ""
     vocab_size: int = 8192
     sequence_length: int = 256
@@ -39,7 +43,7 @@ class DataConfig:
         if not self.train:
             raise ConfigError("data.train: is empty; must name files or folders")
         _at_least(self, "data", 1, "sequence_length")
-        _at_least(self, "data", 300, "vocab_size")
+        _at_least(self, "data", 260, "vocab_size")  # bytes, and marks of begin and end
         if not 0 <= self.validation_share < 1:
             raise ConfigError(f"data.validation_share: {self.validation_share} is outside [0, 1)")
 
@@ -58,7 +62,8 @@ class OptimizerConfig:
         clip_norm: largest norm of all gradients together, tables included; 0 disables clipping.
         row_wise: keep one moment per table row instead of two per value.
         moment_dtype: dtype of a table's two moments per value; bfloat16 halves their memory.
-        warmup_steps: steps in which the learning rates rise from 0 to their peak.
+        warmup_steps: steps in which the learning rates rise from 0 to their peak; a tenth of the
+            run's steps if it has no more than these.
         decay: shape of the decay after the warm-up.
         least_lr_share: final learning rates as a fraction of the peak.
     """
@@ -110,7 +115,7 @@ class RunConfig:
     """Length, batch size, precision, checkpoints and seed of a run.
 
     Attributes:
-        steps: number of optimiser steps.
+        steps: number of optimiser steps; a change on resume keeps the learning rates' schedule.
         tokens_per_step: tokens of a step, over all its passes.
         passes_per_step: forward and backward passes per step; more passes take less memory.
         device: device to train on; several processes on one machine use one CUDA device each.
@@ -119,10 +124,11 @@ class RunConfig:
         dtype: dtype of matrix products; weights, scores, norms and the loss are float32.
         checkpoint_activations: recompute each layer in the backward pass to save memory.
         compile: compile norms and dense feed-forwards by torch.compile, in the first step.
-        checkpoint_every: steps between checkpoints.
-        evaluate_every: steps between evaluations.
+        checkpoint_every: steps between checkpoints, of which the two newest are kept.
+        evaluate_every: steps between evaluations on held-out documents.
         seed: seed of initial weights and of the order of documents.
-        init_from: name, folder or ORG/NAME of a model to start from; it may lack memory layers.
+        init_from: name, folder or ORG/NAME[@REVISION] of the Hugging Face Hub of a model to start
+            from; it may lack memory layers.
         freeze: ``dense``: only memory layers and their tables are trained.
     """
 
@@ -180,7 +186,8 @@ def read_train_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
     known = {one.name: one for one in fields(TrainConfig)}
     for name, section in raw.items():
         if name not in known:
-            raise ConfigError(f"{name}: unknown section; must be one of {', '.join(known)}")
+            near = suggestion(name, known)
+            raise ConfigError(f"{name}: unknown section, not {', '.join(known)}{near}")
         if not isinstance(section, dict):
             raise ConfigError(f"{name}: expected a section, got {section!r}")
     return TrainConfig(
@@ -213,7 +220,8 @@ def _section(kind: type[Section], name: str, raw: Mapping[str, Any]) -> Section:
     known = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]
     for key in given:
         if key not in known:
-            raise ConfigError(f"{name}.{key}: unknown key")
+            near = suggestion(f"{name}.{key}", _known_keys())
+            raise ConfigError(f"{name}.{key}: unknown key{near}")
     for key, one in known.items():
         if one.default is MISSING and one.default_factory is MISSING and key not in given:
             raise ConfigError(f"{name}.{key}: missing")
@@ -222,6 +230,11 @@ def _section(kind: type[Section], name: str, raw: Mapping[str, Any]) -> Section:
         for key, value in given.items()
     }
     return kind(**values)
+
+
+def _known_keys() -> list[str]:
+    sections = {"data": DataConfig, "run": RunConfig, "optimizer": OptimizerConfig}
+    return [f"{name}.{one.name}" for name, kind in sections.items() for one in fields(kind)]
 
 
 def _at_least(section: object, name: str, least: float, *keys: str) -> None:

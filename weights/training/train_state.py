@@ -1,10 +1,9 @@
 """Training checkpoints: a checkpoint folder with moments and data position, to resume from."""
 
+import contextlib
 import json
-import re
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +22,18 @@ from weights.checkpoints.tensor_files import (
     read_mapped,
 )
 from weights.errors import CheckpointError
+from weights.models.folder_lock import remove_unheld
 from weights.training.optimizer import Optimizer
 from weights.training.row_reads import RowReads, write_row_reads
+from weights.training.run_folder import saved_states
+from weights.training.table_usage import TableUsage
 from weights.training.token_stream import StreamPosition
 from weights.training.training_data import TextTokens
 
 _MOMENTS_FILE, _PROGRESS_FILE = "trainer.safetensors", "trainer.json"
-_MAX_STATES = 2
+_USAGE_FILE = "trainer-usage.safetensors"
+# older ones are removed
+MAX_STATES = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class TrainState:
         tables: value tables by their names in a checkpoint.
         optimizer: optimiser, whose moments are saved.
         text: tokenizer that is saved with the model.
+        usage: reads of each table since the last evaluation, by the tables' names.
     """
 
     folder: Path
@@ -49,9 +54,12 @@ class TrainState:
     tables: Mapping[str, TrainedTable]
     optimizer: Optimizer
     text: TextTokens
+    usage: Mapping[str, TableUsage] = field(default_factory=dict)
 
     def save(self, step: int, position: StreamPosition, row_reads: RowReads | None = None) -> Path:
         """Write the state after ``step`` steps, atomically; keep only the two newest states.
+
+        An older state that a server holds stays until it is released.
 
         ``row_reads`` is the model's record of row reads, if it is to have one.
 
@@ -70,11 +78,15 @@ class TrainState:
             config,
             _sources(self._weights()),
             {**self.text.files, _PROGRESS_FILE: progress.encode()},
-            more_tensors={_MOMENTS_FILE: _sources(self._moments())},
+            more_tensors={
+                _MOMENTS_FILE: _sources(self._moments()),
+                _USAGE_FILE: _sources({name: one.counts_R for name, one in self.usage.items()}),
+            },
             **record,
         )
-        for old in saved_states(self.folder)[:-_MAX_STATES]:
-            _remove(old)
+        for old in saved_states(self.folder)[:-MAX_STATES]:
+            with contextlib.suppress(OSError):  # the next save tries again
+                remove_unheld(old)
         return target
 
     @torch.no_grad()
@@ -107,6 +119,10 @@ class TrainState:
                 read_into(one, tensor)
             else:
                 tensor.copy_(read_mapped(one))
+        if self.usage and (saved / _USAGE_FILE).exists():  # not in those of earlier versions
+            for counts in list_file(saved / _USAGE_FILE):
+                if counts.name in self.usage:
+                    read_into(counts, self.usage[counts.name].counts_R)
         self.optimizer.set_step(step)
         return step, position
 
@@ -128,26 +144,8 @@ class TrainState:
         return moments
 
 
-def saved_states(folder: Path) -> list[Path]:
-    """Complete states in ``folder``, oldest first."""
-    return sorted(one for one in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", one.name))
-
-
 def _sources(tensors: Mapping[str, Tensor]) -> list[TensorSource]:
     return [
         TensorSource(name, tuple(tensor.shape), tensor.dtype, tensor.cpu)
         for name, tensor in tensors.items()
     ]
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove states that a killed run had not finished to write or to remove."""
-    for left in folder.glob(".step-*"):
-        shutil.rmtree(left)
-
-
-def _remove(folder: Path) -> None:
-    # rename first, so that a partly removed folder does not count as a state
-    removed = folder.with_name(f".{folder.name}.gone")
-    folder.rename(removed)
-    shutil.rmtree(removed)

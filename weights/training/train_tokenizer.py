@@ -1,6 +1,7 @@
 """Trains a sentencepiece tokenizer on documents."""
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
@@ -8,6 +9,8 @@ import sentencepiece
 from weights.errors import DataError
 
 _MAX_LINE = 2048  # characters; the library skips longer lines
+# in the errors of the library
+_BOUNDS = {"at most": r"value <= (\d+)", "at least": r"required_chars\. \d+ vs (\d+)"}
 _MAX_CHARACTERS = 100_000_000  # more text takes hours and changes little
 
 
@@ -42,7 +45,12 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     except RuntimeError as error:
         if lines.error is not None:
             raise lines.error from None
-        raise DataError(f"vocab_size: {vocab_size} does not fit these texts ({error})") from None
+        for bound, pattern in _BOUNDS.items():
+            if found := re.search(pattern, str(error)):
+                raise DataError(
+                    f"data.vocab_size: must be {bound} {found[1]} for these texts, not {vocab_size}"
+                ) from None
+        raise DataError(f"data.train: no tokenizer can be trained on it ({error})") from None
     return model.getvalue()
 
 

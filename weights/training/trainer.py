@@ -1,5 +1,6 @@
 """The training loop: batches, optimiser steps, log, evaluations and checkpoints."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -17,18 +18,22 @@ from weights.errors import TrainingError
 from weights.training.compiled_layers import compile_dense
 from weights.training.data_source import discard_stale_data
 from weights.training.loss import batch_loss
-from weights.training.new_model import model_config, new_model
+from weights.training.new_model import new_model
 from weights.training.optimizer import Optimizer, lr_share
 from weights.training.replicas import Replicas
 from weights.training.row_reads import RowReads, count_reads, sampled_passages
+from weights.training.run_folder import CHECKPOINTS, DATA, LOG, remove_leftovers, saved_states
 from weights.training.run_log import RunLog
-from weights.training.run_record import check_settings
+from weights.training.run_plan import RunPlan, plan_run
+from weights.training.run_record import save_settings
 from weights.training.table_usage import TableUsage
 from weights.training.token_stream import TokenStream
 from weights.training.train_config import TrainConfig
-from weights.training.train_state import TrainState, remove_leftovers, saved_states
+from weights.training.train_state import TrainState
 from weights.training.trained_adapter import trained_adapter
 from weights.training.training_data import TrainingData, prepare_data
+
+logger = logging.getLogger(__name__)
 
 # tokens of validation documents per evaluation
 _EVALUATION_TOKENS = 65_536
@@ -58,34 +63,33 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, folder: Path, *, resume: bool, replicas: Replicas | None = None
     ) -> None:
-        """Prepare data and model; ``resume`` loads the newest checkpoint, if one exists.
+        """Check all settings, log the plan, then prepare data and model.
 
-        With ``replicas``, all processes use the same folder, and the first process writes it.
+        ``resume`` loads the newest checkpoint; a run without one starts again. With ``replicas``,
+        all processes use the same folder, and the first process writes it.
 
         Raises:
             ConfigError: a setting is invalid.
             DataError: a text cannot be read.
             CheckpointError: a model, tokenizer or checkpoint cannot be read.
-            TrainingError: the folder has a run, and ``resume`` is not set or its settings differ.
+            TrainingError: the folder has a run, and ``resume`` is not set or its settings differ;
+                or it has none to resume.
         """
-        states = folder / "checkpoints"
-        saved = saved_states(states)
-        if saved and not resume:
-            raise TrainingError(f"{folder}: already has a run; add --resume to continue it")
         self.folder, self._config = folder, config
         self._replicas = replicas or Replicas()
-        run = config.run
-        data = self._prepared_data(states)
-        shape = model_config(config.model, data.text.vocab_size, run.init_from)
-        if config.data.sequence_length > shape.max_positions:
-            raise ConfigError(
-                f"data.sequence_length: must be at most model.max_position_embeddings"
-                f" {shape.max_positions}, not {config.data.sequence_length}"
-            )
+        run, is_first = config.run, self._replicas.is_first
+        count = self._replicas.count
+        plan = plan_run(config, folder, resume=resume, processes=count, reads_texts=is_first)
+        if is_first:
+            for line in plan.lines:
+                logger.info(line)
+        data, shape = self._prepared_data(plan), plan.shape
+        # a checkpoint has all weights
+        init_from = run.init_from if plan.resumed is None else ""
         model, tables = new_model(
             shape,
             run.seed,
-            run.init_from,
+            init_from,
             run.device,
             table_tier=run.table_tier,
             is_dense_frozen="dense" in run.freeze,
@@ -101,17 +105,20 @@ class Trainer:
         self._stream = TokenStream(data.train, config.data.sequence_length, run.seed)
         self.flops = forward_flops(shape, self._stream.mean_attended)
         self._train_tokens, self._validation = data.train, data.validation
-        self._state = TrainState(states, model, tables, self._optimizer, data.text)
+        self._schedule_steps = plan.schedule_steps
+        self._state = TrainState(
+            folder / CHECKPOINTS, model, tables, self._optimizer, data.text, self._usage
+        )
         self.step = 0
-        if saved:
-            self.step, position = self._state.load(saved[-1])
+        if plan.resumed is not None:
+            self.step, position = self._state.load(plan.resumed)
             self._stream.seek(position)
         if self.step > run.steps:
             raise ConfigError(
                 f"run.steps: must be at least the {self.step} steps done, not {run.steps}"
             )
         self._check_replicas()
-        self._log = RunLog(folder / "log.jsonl")
+        self._log = RunLog(folder / LOG)
         if self._replicas.is_first:
             self._log.truncate(self.step)
 
@@ -143,6 +150,7 @@ class Trainer:
         if step % run.evaluate_every == 0 or step == run.steps:
             self._log.write({"kind": "evaluation", "step": step, **self.evaluate()})
         if step % run.checkpoint_every == 0 or is_last:
+            self._log.sync()  # a state's steps are in the log, whatever happens
             reads = self._row_reads() if step == run.steps and self._usage else None
             self._state.save(step, self._stream.position, reads)
 
@@ -169,23 +177,23 @@ class Trainer:
                 f" {self.folder}"
             )
 
-    def _prepared_data(self, states: Path) -> TrainingData:
+    def _prepared_data(self, plan: RunPlan) -> TrainingData:
         """Create or open the run folder and its data; the first process creates them."""
-        config, folder = self._config, self.folder
+        config, folder, run = self._config, self.folder, self._config.run
         if not self._replicas.is_first:
             self._replicas.wait()
         else:
             try:
-                states.mkdir(parents=True, exist_ok=True)
+                (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+                remove_leftovers(folder)
             except OSError as error:
                 raise TrainingError(f"{folder}: {error.strerror}") from None
-            has_begun = bool(saved_states(states))
-            check_settings(folder, config, has_begun=has_begun)
-            remove_leftovers(states)
-            if not has_begun:
-                run = config.run
-                discard_stale_data(folder / "data", config.data, run.seed, run.init_from)
-        data = prepare_data(config.data, folder / "data", config.run.seed, config.run.init_from)
+            if plan.texts is not None:
+                save_settings(folder, config)
+                discard_stale_data(folder / DATA, config.data, run.seed, run.init_from, plan.texts)
+        data = prepare_data(
+            config.data, folder / DATA, run.seed, run.init_from, plan.texts, plan.resumed
+        )
         if self._replicas.is_first:
             self._replicas.wait()
         return data
@@ -222,7 +230,7 @@ class Trainer:
         (total,) = self._replicas.sum_numbers(nats)
         if not math.isfinite(total):
             raise TrainingError(f"step {step}: the loss is {total}")
-        share = lr_share(self._config.optimizer, step, run.steps)
+        share = lr_share(self._config.optimizer, step, self._schedule_steps)
         try:
             norm = self._optimizer.step(share)
         except TrainingError as error:

@@ -1,23 +1,24 @@
 """Prepares a run's tokenizer and tokenised documents, once per run folder."""
 
 import json
-import random
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import sentencepiece
 
 from weights.checkpoints.config_json import read_config
+from weights.checkpoints.new_folder import replace_file
 from weights.checkpoints.sentencepiece_tokenizer import SentencePieceTokenizer
 from weights.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from weights.errors import CheckpointError, DataError
-from weights.training.corpus import corpus_files, documents
 from weights.training.token_file import TokenFile
 from weights.training.train_config import DataConfig
 from weights.training.train_tokenizer import train_tokenizer
+from weights.training.training_texts import TrainingTexts
+
+# characters tokenised at once; a tokenizer takes about 50 bytes for each
+_PART_CHARACTERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ class TextTokens:
         return sorted(self.eos_ids)[:1]
 
     def document(self, text: str) -> list[int]:
-        """The tokens of a whole document."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        begin = [] if self.bos_id is None else [self.bos_id]
-        return begin + ids + self.end
+        """The tokens of a whole document. A huge one is tokenised in parts, to save memory."""
+        ids = [] if self.bos_id is None else [self.bos_id]
+        for part in _parts(text):
+            ids += self.tokenizer.encode(part, add_special_tokens=False)
+        return ids + self.end
 
 
 @dataclass(frozen=True)
@@ -59,67 +61,80 @@ class TrainingData:
     validation: TokenFile | None
 
 
-def prepare_data(config: DataConfig, folder: Path, seed: int, init_from: str = "") -> TrainingData:
+def _parts(text: str) -> Iterator[str]:
+    """The text, cut before spaces or line ends if it is long."""
+    first = 0
+    while len(text) - first > _PART_CHARACTERS:
+        end = first + _PART_CHARACTERS
+        end = max(text.rfind(mark, first + 1, end) for mark in "\n ")
+        end = end if end > first else first + _PART_CHARACTERS
+        yield text[first:end]
+        first = end
+    yield text[first:]
+
+
+def prepare_data(
+    config: DataConfig,
+    folder: Path,
+    seed: int,
+    init_from: str = "",
+    texts: TrainingTexts | None = None,
+    resumed: Path | None = None,
+) -> TrainingData:
     """Tokenise documents into ``folder``, or open the ones tokenised there before.
+
+    ``texts`` are those of ``config``, if the caller has them. A run that resumes from the
+    checkpoint ``resumed`` has its tokens and its tokenizer, and needs no other files.
 
     Raises:
         DataError: a text cannot be read, or there are too few documents.
         CheckpointError: the given tokenizer cannot be read.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*.partial-*"):  # left by a killed run
-        shutil.rmtree(left)
-    files = corpus_files(config.train)
-    held_out = corpus_files(config.validation)
-    validation_files = {path.resolve() for path in held_out}
-    # remove duplicates and held-out files, which a folder in data.train may contain
-    files = [path for path in dict.fromkeys(files) if path.resolve() not in validation_files]
-    if not files:
-        raise DataError("data.train: all files are in data.validation too; add others")
-    share = 0.0 if held_out else config.validation_share
-    train_documents = partial(_split, files, share, seed, is_held_out=False)
-    text = _text_tokens(config, folder, train_documents, init_from)
-    train = _tokens(folder / "train", text, train_documents())
-    validation = None
-    if held_out:
-        validation = _tokens(folder / "validation", text, documents(held_out))
-    elif share:
-        part = _split(files, share, seed, is_held_out=True)
-        validation = _tokens(folder / "validation", text, part)
-    return TrainingData(text, train, validation)
-
-
-def _split(files: Sequence[Path], share: float, seed: int, is_held_out: bool) -> Iterator[str]:
-    """The held-out or the other documents; if ``share`` is not 0, the first is held out."""
-    generator = random.Random(seed)
-    for number, text in enumerate(documents(files)):
-        if (bool(share) and (number == 0 or generator.random() < share)) == is_held_out:
-            yield text
-
-
-def _tokens(folder: Path, text: TextTokens, texts: Iterator[str]) -> TokenFile:
-    if folder.exists():
-        return TokenFile(folder)
-    return TokenFile.write(folder, map(text.document, texts), text.vocab_size)
+    train, validation = folder / "train", folder / "validation"
+    if resumed is not None:
+        text = checkpoint_text(resumed)
+    elif not train.exists():  # it is written last
+        texts = texts or TrainingTexts(config, seed)
+        text = _text_tokens(config, folder, texts.train, init_from)
+        others = texts.held_out()
+        if others is not None and not validation.exists():
+            TokenFile.write(validation, map(text.document, others), text.vocab_size)
+        TokenFile.write(train, map(text.document, texts.train()), text.vocab_size)
+    else:
+        text = _text_tokens(config, folder, tuple, init_from)
+    tokens = {path: TokenFile(path) for path in (train, validation) if path.exists()}
+    for path, one in tokens.items():
+        one.check_pairs(f"data.{path.name}")
+    return TrainingData(text, tokens[train], tokens.get(validation))
 
 
 def _text_tokens(
-    config: DataConfig, folder: Path, train_documents: Callable[[], Iterator[str]], init_from: str
+    config: DataConfig, folder: Path, train_documents: Callable[[], Iterable[str]], init_from: str
 ) -> TextTokens:
-    given = config.tokenizer or init_from
-    if given and Path(given).is_dir():
-        return checkpoint_text(Path(given))
-    if given:
-        try:
-            return _sentencepiece_text(Path(given).read_bytes())
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{given}: not a sentencepiece model ({error})") from None
+    given = given_text(config, init_from)
+    if given is not None:
+        return given
     saved = folder / "tokenizer.model"
-    if not saved.exists():
-        partial = saved.with_suffix(".partial")
-        partial.write_bytes(train_tokenizer(train_documents(), config.vocab_size))
-        partial.rename(saved)
-    return _sentencepiece_text(saved.read_bytes())
+    try:
+        if not saved.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(saved, train_tokenizer(train_documents(), config.vocab_size))
+        return _sentencepiece_text(saved.read_bytes())
+    except OSError as error:
+        raise DataError(f"{saved}: {error.strerror}") from None
+
+
+def given_text(config: DataConfig, init_from: str) -> TextTokens | None:
+    """Tokenisation with the given tokenizer (CheckpointError); None if one is to be trained."""
+    given = config.tokenizer or init_from
+    if not given:
+        return None
+    if Path(given).is_dir():
+        return checkpoint_text(Path(given))
+    try:
+        return _sentencepiece_text(Path(given).read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{given}: not a sentencepiece model ({error})") from None
 
 
 def checkpoint_text(folder: Path) -> TextTokens:

@@ -1,11 +1,14 @@
 """Training texts: order of files, and errors of unreadable ones."""
 
+import gzip
 import json
+import sys
 
 import pytest
 
 from weights.errors import DataError
-from weights.training.corpus import corpus_files, documents
+from weights.training import corpus
+from weights.training.corpus import corpus_files, documents, other_files
 
 
 def test_folders_and_files_are_read_in_order(tmp_path):
@@ -29,7 +32,11 @@ def test_folders_and_files_are_read_in_order(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text"', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
         ("a.jsonl", b'["x"]', "line 1: expected a JSON object"),
-        ("a.jsonl", b'{"text": 3}', "line 1: expected a JSON object with a string"),
+        ("a.jsonl", b'{"text": 3}', "line 1: text: expected a string"),
+        ("a.jsonl", b'{"body": "x", "id": 3}', "line 1: has no `text`; its keys are body, id"),
+        ("a.jsonl.gz", b'{"text": "x"}', "a.jsonl.gz: not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "a.txt.gz: not a whole gzip file"),
+        ("a.parquet", b"text", "a.parquet: not a parquet file"),
         ("a.jsonl", json.dumps({"text": ""}).encode(), "line 1: is empty"),
         ("a.jsonl", rb'{"text": "x \ud83d"}', "line 1: has a lone surrogate"),
         ("a.txt", "text".encode("utf-16"), r"a.txt: not UTF-8 \(byte 0\)"),
@@ -53,6 +60,43 @@ def test_byte_order_marks_and_line_ends_are_not_text(tmp_path, mark, ends):
 
 def test_missing_paths_are_refused(tmp_path):
     (tmp_path / "a.pdf").touch()
-    for name, message in (("", "has no .txt"), ("b", "no such"), ("a.pdf", "neither")):
+    for name, message in (("", "no file of a known"), ("b", "no such"), ("a.pdf", "of no known")):
         with pytest.raises(DataError, match=message):
             corpus_files([str(tmp_path / name)])
+
+
+def test_compressed_files_and_other_keys_are_read(tmp_path):
+    lines = '{"body": "one", "text": 3}\r\n{"body": "two"}\n'
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode("utf-8-sig")))
+    (tmp_path / "B.TXT").write_text("three")
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"four\r\nfive"))
+    (tmp_path / "notes.md").touch()
+    files = corpus_files([str(tmp_path)])
+    assert list(documents(files, "body")) == ["three", "one", "two", "four\nfive"]
+    assert other_files([str(tmp_path), str(tmp_path / "B.TXT")]) == [tmp_path / "notes.md"]
+
+
+def test_a_parquet_column_is_read(tmp_path, monkeypatch):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"body": ["one", "two"], "size": [1, 2]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    files = corpus_files([str(tmp_path)])
+    assert list(documents(files, "body")) == ["one", "two"]
+    for key, message in (("text", "its keys are body, size"), ("size", "row 1: size: expected")):
+        with pytest.raises(DataError, match=f"a.parquet.*{message}"):
+            list(documents(files, key))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match="a.parquet: a parquet file needs pyarrow"):
+        list(documents(files, "body"))
+
+
+def test_huge_documents_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_MAX_CHARACTERS", 99)
+    (tmp_path / "a.txt").write_text("x" * 99)
+    assert len(next(documents(corpus_files([str(tmp_path)])))) == 99
+    (tmp_path / "a.txt").write_text("x" * 100)
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n' + "x" * 200)
+    for name, message in (("a.txt", "a.txt: has more than 99"), ("b.jsonl", "b.jsonl, line 2")):
+        with pytest.raises(DataError, match=message):
+            list(documents([tmp_path / name]))

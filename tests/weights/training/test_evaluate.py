@@ -184,6 +184,7 @@ def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys, monkeypa
     scores = json.loads(out.read_text())
     assert scores["texts"]["documents"] == 1 and scores["questions"]["questions"] == 1
     printed = capsys.readouterr().out
+    assert printed.startswith(f"model      {folder}\n") and scores["model"] == str(folder)
     assert "recall 0.000" in printed and f"loss {scores['texts']['loss']:.4f}" in printed
     assert main([*arguments, "--json", str(tmp_path / "no" / "scores.json")]) == 2
     assert "json: the folder" in capsys.readouterr().err

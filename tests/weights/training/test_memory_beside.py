@@ -22,8 +22,8 @@ from tests.models import (
 from weights.adapters.memory_adapter import link_adapter
 from weights.checkpoints.checkpoint import load_model
 from weights.training.new_model import model_config, new_model
+from weights.training.run_folder import saved_states
 from weights.training.train_config import read_train_config
-from weights.training.train_state import saved_states
 from weights.training.trainer import Trainer
 
 LAYERS = {"0": "memory_plus", "1": "memory_plus"}
@@ -99,9 +99,9 @@ def settings(base, tmp_path):
         [model]
         memory = {{{memory}, placement = "beside", layers = {{"1" = "memory_plus"}}}}
         [data]
-        train = ["{texts}"]
+        train = ["{texts / "other.txt"}"]
+        validation = ["{texts / "one.txt"}"]
         sequence_length = 24
-        validation_share = 0.5
         [optimizer]
         lr = 1e-2
         table_lr = 1e-1

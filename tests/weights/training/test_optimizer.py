@@ -87,4 +87,7 @@ def test_rates_rise_and_fall(decay, halfway, last):
     assert share[59] == pytest.approx(halfway) and share[-1] == pytest.approx(last)
     assert share[:10] == sorted(share[:10]) and share[10:] == sorted(share[10:], reverse=True)
     assert lr_share(OptimizerConfig(warmup_steps=0), 1, 1) == pytest.approx(0.1)
-    assert lr_share(OptimizerConfig(warmup_steps=10), 3, 5) == 0.3
+    # steps after the schedule's end, and a warm-up that would not end before it
+    assert lr_share(config, 200, 110) == pytest.approx(last)
+    shares = [lr_share(config, step, 10) for step in range(1, 11)]
+    assert shares[0] == 1.0 and shares[-1] == pytest.approx(last)

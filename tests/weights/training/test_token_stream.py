@@ -104,5 +104,5 @@ def test_damaged_files_are_refused(make, tmp_path):
     (tmp_path / "t" / "tokens.bin").write_bytes(b"\0\0")
     with pytest.raises(DataError, match="has 1 tokens"):
         TokenFile(tmp_path / "t")
-    with pytest.raises(DataError, match="two tokens"):
-        TokenStream(make([1, 0, 1]), 4, 0)
+    with pytest.raises(DataError, match="data.train: no document has two tokens"):
+        make([1, 0, 1]).check_pairs("data.train")

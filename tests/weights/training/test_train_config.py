@@ -50,8 +50,9 @@ def test_the_command_line_overrides_keys(file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("run.step=1", "run.step: unknown key"),
-        ("runs.steps=1", "runs: unknown section"),
+        ("run.step=1", r"run.step: unknown key; did you mean run.steps\?"),
+        ("run.lr=1", r"run.lr: unknown key; did you mean optimizer.lr\?"),
+        ("runs.steps=1", r"runs: unknown section, not data, run.*; did you mean run\?"),
         ("run=1", "set: expected section.key=value"),
         ("run.steps", "set: expected section.key=value"),
         ("run.steps.more=1", "set: run.steps.more: steps is not a section"),

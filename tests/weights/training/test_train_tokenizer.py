@@ -21,8 +21,12 @@ def test_encoding_and_decoding_keep_any_text():
 
 
 def test_too_little_text_for_the_vocabulary_is_an_error():
-    with pytest.raises(DataError, match="vocab_size: 9000 does not fit"):
+    with pytest.raises(DataError, match=r"data.vocab_size: must be at most \d+ for.*, not 9000"):
         train_tokenizer(texts(), 9000)
+    with pytest.raises(DataError, match=r"data.vocab_size: must be at least \d+ for.*, not 260"):
+        train_tokenizer(texts(), 260)
+    with pytest.raises(DataError, match="data.train: no tokenizer can be trained on it"):
+        train_tokenizer([], 300)
 
 
 def test_errors_of_the_documents_are_raised_unchanged():

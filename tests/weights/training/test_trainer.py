@@ -21,98 +21,16 @@ from engine.errors import ConfigError
 from engine.model.layout import TokenLayout
 from engine.model.memory_layer import half_scores
 from server.cli import train
+from tests.small_runs import CONFIG, MEMORY, check_same, losses, records, run, tensors
 from weights.checkpoints import checkpoint
 from weights.checkpoints.checkpoint import load_model, table_origins
 from weights.errors import CheckpointError, DataError, TrainingError
 from weights.training import trainer
 from weights.training.row_reads import read_row_reads
+from weights.training.run_folder import run_lock, saved_states
 from weights.training.train_config import read_train_config
-from weights.training.train_state import saved_states
 from weights.training.trainer import Trainer
 from weights.training.training_data import prepare_data
-
-MEMORY = (
-    "memory = {num_heads = 2, num_subkeys = 8, top_k = 4, query_dim = 8, value_dim = 16,"
-    ' qk_norm = true, layers = {"0" = "memory_plus", "1" = "memory_plus"}}'
-)
-CONFIG = """
-[model]
-hidden_size = 16
-intermediate_size = 24
-num_hidden_layers = 2
-num_attention_heads = 2
-tie_word_embeddings = true
-max_position_embeddings = 64
-[data]
-train = ["{texts}"]
-validation_share = 0.1
-vocab_size = 300
-sequence_length = 24
-[optimizer]
-lr = 3e-3
-table_lr = 1e-2
-warmup_steps = 3
-[run]
-steps = 8
-tokens_per_step = 128
-dtype = "float32"
-checkpoint_every = 4
-evaluate_every = 4
-"""
-
-
-@pytest.fixture
-def texts(tmp_path):
-    words = ["red", "green", "blue", "one", "two", "three"]
-    lines = (f"{a} {b} makes {b} {a}" for a in words for b in words)
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return path
-
-
-@pytest.fixture
-def config(tmp_path, texts):
-    def read(*changes, memory=True):
-        path = tmp_path / "train.toml"
-        text = CONFIG.replace("{texts}", str(texts))
-        path.write_text(text.replace("[data]", f"{MEMORY}\n[data]") if memory else text)
-        return read_train_config(path, changes)
-
-    return read
-
-
-def run(config, folder, resume=False, until=None):
-    made = Trainer(config, folder, resume=resume)
-    reports = []
-
-    def on_step(report):
-        reports.append(report)
-        return report.step != until
-
-    made.run(on_step)
-    return reports
-
-
-def tensors(folder):
-    """All tensors of the newest checkpoint."""
-    newest = saved_states(folder / "checkpoints")[-1]
-    return {
-        f"{file.name} {name}": tensor
-        for file in newest.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
-
-
-def check_same(folder, other):
-    found, wanted = tensors(folder), tensors(other)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
-
-
-def losses(folder):
-    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "step"]
 
 
 def test_the_last_checkpoint_has_a_record_of_row_reads(config, tmp_path):
@@ -233,16 +151,15 @@ main(["train", *sys.argv[2:]])
 """
 
 
-# while writing tokens, the first checkpoint, and the next one
-@pytest.mark.parametrize(("writes", "num_states"), [(3, 0), (13, 0), (20, 1)])
-def test_a_run_resumes_after_kill_9(config, tmp_path, writes, num_states):
+def test_a_run_resumes_after_kill_9(config, tmp_path):
     run(config(), tmp_path / "whole")
     folder, config_file = tmp_path / "killed", tmp_path / "train.toml"
-    arguments = [str(writes), str(config_file), "--out", str(folder)]
+    # while writing the second checkpoint
+    arguments = ["30", str(config_file), "--out", str(folder)]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=300)
     assert killed.returncode == -signal.SIGKILL
     assert list(folder.rglob(".*partial*"))
-    assert len(saved_states(folder / "checkpoints")) == num_states
+    assert len(saved_states(folder / "checkpoints")) == 1
     run(config(), folder, resume=True)
     check_same(folder, tmp_path / "whole")
     assert losses(folder) == losses(tmp_path / "whole")
@@ -375,6 +292,8 @@ def test_a_finished_run_leaves_curves_and_a_model_card(
     assert "MFLOP per token forward" in printed and "card.md" in printed
     curves = tmp_path / "run" / "curves.png"
     assert curves.exists() == ("curves.png" in card) == has_matplotlib
+    assert ("curves: not drawn" in printed) == (not has_matplotlib)
+    assert f"serve --model {tmp_path / 'run'}\n" in card and "`checkpoints/step-00000008`" in card
     if has_matplotlib:
         assert curves.read_bytes().startswith(b"\x89PNG")
 
@@ -617,12 +536,15 @@ def tokens(folder, name="train") -> bytes:
     return (folder / "data" / name / "tokens.bin").read_bytes()
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_setting_can_be_put_right(config, tmp_path, resume):
-    for wrong in ("model.hidden_siz=16", "model.num_attention_heads=3", "data.sequence_length=999"):
-        with pytest.raises(ConfigError):
-            start(config(wrong), tmp_path / "run", resume)
-    assert start(config(), tmp_path / "run", resume).step == 0
+WRONG = ["model.hidden_siz=16", "model.num_attention_heads=3", "data.sequence_length=999"]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, "data.vocab_size=9000", "run.init_from=nowhere"])
+def test_a_wrong_setting_leaves_no_folder(config, tmp_path, wrong):
+    with pytest.raises((ConfigError, CheckpointError, DataError)):
+        start(config(wrong), tmp_path / "new" / "run")
+    assert not list((tmp_path / "new" / "run").glob("*")) or wrong.startswith("data.vocab_size")
+    assert start(config(), tmp_path / "new" / "run").step == 0
 
 
 def test_other_settings_are_allowed_until_the_first_checkpoint(config, tmp_path):
@@ -653,10 +575,10 @@ def test_texts_that_changed_before_the_first_checkpoint_are_tokenised_again(
     changed = config(f'data.validation=["{held_out}"]', "data.validation_share=0")
     with pytest.raises(DataError, match="not UTF-8"):
         start(changed, folder)
-    first = tokens(folder)
     held_out.write_text("red green makes green red")
     again = start(changed, folder)
-    assert tokens(folder) == first and len(tokens(folder, "validation"))
+    first = tokens(folder)
+    assert len(tokens(folder, "validation"))
     rewrite(texts, [f"{line} {line[::-1]}" for line in texts.read_text().splitlines()])
     assert start(changed, folder).step == again.step == 0
     second = tokens(folder)
@@ -680,3 +602,71 @@ def test_an_incomplete_record_and_missing_texts(config, texts, tmp_path):
     texts.unlink()
     with pytest.raises(DataError, match="no such file"):
         start(config(), folder)
+
+
+def test_one_text_file_is_enough(config, tmp_path, caplog):
+    text = tmp_path / "book.txt"
+    text.write_text("".join(f"{a} and {b} make {a + b}. " for a in range(20) for b in range(20)))
+    caplog.set_level("INFO", "weights.training")
+    changes = [f"data.train={text}", "data.validation_share=0.01", "run.steps=4"]
+    changes += ["data.vocab_size=280"]
+    run(config(*changes), tmp_path / "run")
+    assert "held out: the end of the longest document" in caplog.text
+    assert records(tmp_path / "run")[-1]["perplexity"] > 1
+
+
+def test_more_or_fewer_steps_keep_the_schedule(config, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shares = [report.lr_share for report in run(config(), folder, until=4)]
+    caplog.set_level("INFO", "weights.training")
+    shares += [report.lr_share for report in run(config("run.steps=6"), folder, resume=True)]
+    assert "schedule of the 8 steps that the run began with, and do not end it" in caplog.text
+    assert "run.steps: was 8 when the run began, now 6" in caplog.text
+    shares += [report.lr_share for report in run(config("run.steps=10"), folder, resume=True)]
+    assert shares[:8] == [report.lr_share for report in run(config(), tmp_path / "whole")]
+    assert shares[7:] == [pytest.approx(0.1)] * 3 and "at their final values" in caplog.text
+
+
+def test_a_plan_writes_nothing(config, tmp_path, capsys):
+    folder = tmp_path / "new" / "run"
+    settings = config("optimizer.warmup_steps=20")
+    assert train.run(settings, folder, only_plan=True) == 0
+    printed = capsys.readouterr().out
+    assert "memory: torch itself" in printed and "held out: 4 of these documents" in printed
+    assert "warmup_steps: 20 is not less than run.steps 8; the warm-up takes 0 steps" in printed
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match="model: training needs at least"):
+        train.run(config("model.memory.num_subkeys=65536"), folder)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_second_process_does_not_train_in_the_folder(config, tmp_path):
+    with run_lock(tmp_path / "run"), pytest.raises(TrainingError, match="another process trains"):
+        train.run(config(), tmp_path / "run")
+
+
+def test_texts_without_two_tokens_are_refused(config, tmp_path, texts):
+    # the tokenizer of a checkpoint, without marks of begin and end
+    run(config("run.steps=1"), tmp_path / "run")
+    (state,) = saved_states(tmp_path / "run" / "checkpoints")
+    settings = json.loads((state / "config.json").read_text())
+    (state / "config.json").write_text(
+        json.dumps(settings | {"bos_token_id": None, "eos_token_id": None})
+    )
+    (tmp_path / "short.txt").write_text("1")
+    for key, other in (("train", "validation"), ("validation", "train")):
+        changes = f"data.{key}={tmp_path / 'short.txt'}", f"data.{other}={texts}"
+        with pytest.raises(DataError, match=f"data.{key}: no document has two tokens"):
+            start(config(*changes, f"data.tokenizer={state}"), tmp_path / key)
+
+
+def test_a_run_resumes_without_the_model_that_it_started_from(config, tmp_path, caplog):
+    run(config("run.steps=1"), tmp_path / "first")
+    grown = config(f"run.init_from={tmp_path / 'first'}", "run.steps=2")
+    assert train.run(grown, tmp_path / "run") == 0
+    shutil.rmtree(tmp_path / "first")
+    grown = config(f"run.init_from={tmp_path / 'first'}", "run.steps=3")
+    assert train.run(grown, tmp_path / "run", resume=True) == 0
+    assert "the run resumes without it" in caplog.text
+    with pytest.raises(CheckpointError, match="first"):
+        train.run(grown, tmp_path / "new")

@@ -1,0 +1,128 @@
+"""Memory of training: what torch allocates, and refusals of what does not fit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from weights.available_memory import AvailableMemory
+from weights.training.loss import batch_loss
+from weights.training.new_model import model_config, new_model, planned_model
+from weights.training.optimizer import Optimizer
+from weights.training.token_stream import PackedTokens
+from weights.training.train_config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from weights.training.training_memory import training_memory
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": True,
+}
+MEMORY = {"num_heads": 4, "num_subkeys": 64, "top_k": 16, "query_dim": 32, "value_dim": 64}
+KINDS = {
+    "dense": {},
+    "wide": {"intermediate_size": 512, "num_key_value_heads": 1},
+    "memory": {"memory": MEMORY | {"layers": {"1": "memory_plus"}}},
+    "beside": {"memory": MEMORY | {"layers": {"0": "memory_plus"}, "placement": "beside"}},
+    "moe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+TOKENS = 512
+DATA = DataConfig(("texts",))
+
+
+def planned(kind, vocab_size=500, **settings):
+    of_optimizer = {
+        name: settings.pop(name) for name in ("row_wise", "moment_dtype") if name in settings
+    }
+    optimizer = OptimizerConfig(**of_optimizer)
+    run = RunConfig(1, tokens_per_step=TOKENS, **settings)
+    config = TrainConfig(DATA, run, optimizer, SHAPE | KINDS[kind])
+    shape = model_config(config.model, vocab_size)
+    return shape, training_memory(planned_model(shape), shape, config)
+
+
+def saved_bytes(model, tables, dtype):
+    """Bytes of the tensors that a pass saves for its backward pass, without the weights."""
+    seen = {}
+    weights = {one.untyped_storage().data_ptr() for one in model.parameters()}
+    weights |= {table.table_RV.untyped_storage().data_ptr() for table in tables}
+
+    def saved(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage
+        return tensor
+
+    ids = np.arange(TOKENS) % 500
+    batch = PackedTokens(ids, ids, np.arange(TOKENS) % 128, tuple(range(0, TOKENS + 1, 128)))
+    with torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
+        loss = batch_loss(model, batch, dtype)
+    assert loss.nats > 0
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_are_near_what_torch_saves(kind, dtype):
+    shape, memory = planned(kind, dtype=dtype)
+    model, tables = new_model(shape, 0)
+    found = saved_bytes(model, tables.values(), getattr(torch, dtype))
+    # two more copies of the logits live for a moment
+    found += 2 * 4 * 500 * TOKENS
+    assert memory.activations == pytest.approx(found, rel=0.25)
+
+
+@pytest.mark.parametrize("options", [{}, {"row_wise": True}, {"moment_dtype": "bfloat16"}], ids=str)
+def test_weights_and_moments_are_exact(options):
+    shape, memory = planned("memory", **options)
+    model, tables = new_model(shape, 0)
+    optimizer = Optimizer(model, list(tables.values()), OptimizerConfig(**options))
+    weights = list(model.parameters())
+    assert memory.weights == memory.gradients == sum(one.nbytes for one in weights)
+    moments = [part for one in weights for part in optimizer.moments(one).values()]
+    assert memory.moments == sum(one.nbytes for one in moments)
+    assert memory.rows == sum(table.table_RV.nbytes for table in tables.values())
+    of_rows = [part for one in optimizer.tables.moments for part in one if part is not None]
+    assert memory.row_moments == sum(one.nbytes for one in of_rows)
+
+
+def test_a_table_in_host_memory_is_counted_there():
+    _, whole = planned("memory")
+    _, apart = planned("memory", device="cuda", table_tier="host")
+    assert apart.certain == whole.certain - whole.rows
+    assert apart.total == whole.total - whole.rows - whole.row_moments
+    needed = apart.rows + apart.row_moments
+    apart.check_table_fits(AvailableMemory(2 * needed, "MemAvailable"), 2)
+    with pytest.raises(ConfigError, match="run.table_tier: host needs .* is available"):
+        apart.check_table_fits(AvailableMemory(2 * needed - 1, "MemAvailable"), 2)
+    lines = apart.describe(AvailableMemory(2**40, "free on the CUDA device"))
+    assert "table rows" not in lines[0] and lines[1].startswith("host memory: table rows 1.0 MiB")
+
+
+def test_more_passes_and_recomputed_layers_take_less():
+    _, whole = planned("memory")
+    assert planned("memory", passes_per_step=4)[1].activations == whole.activations / 4
+    assert planned("memory", checkpoint_activations=True)[1].activations < whole.activations
+
+
+def test_a_model_that_does_not_fit_is_refused(tmp_path):
+    _, memory = planned("memory")
+    available = AvailableMemory(memory.certain, "MemAvailable")
+    memory.check_fits(available)
+    message = r"at least .* table rows 1.0 MiB\), but only .* is available \(MemAvailable\)"
+    for little, processes in (
+        (replace(available, num_bytes=memory.certain - 1), 1),
+        (available, 2),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            memory.check_fits(little, processes)
+    memory.check_disk(tmp_path / "new" / "run")
+    with pytest.raises(ConfigError, match="a checkpoint needs .* is free on its disk"):
+        replace(memory, rows=2**60).check_disk(tmp_path / "new" / "run")
+    assert "may run out" in memory.describe(available)[1]
+    lines = memory.describe(AvailableMemory(memory.total * 2, "MemAvailable"), 2)
+    assert len(lines) == 1 and "in each of 2 processes" in lines[0]

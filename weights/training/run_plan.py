@@ -1,0 +1,125 @@
+"""Plan of a training run: checks its settings before anything is written, and says its needs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.errors import ConfigError
+from engine.model.config import ModelConfig
+from weights.available_memory import AvailableMemory, available_memory
+from weights.checkpoints.config_json import read_config
+from weights.training.new_model import model_config, planned_model
+from weights.training.optimizer import warmup_steps
+from weights.training.run_folder import check_resume, newest_state
+from weights.training.run_record import SavedSettings, resumed_settings
+from weights.training.train_config import TrainConfig
+from weights.training.train_state import MAX_STATES
+from weights.training.training_data import given_text
+from weights.training.training_memory import TrainingMemory, training_memory
+from weights.training.training_texts import TrainingTexts
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do.
+
+    Attributes:
+        shape: config of the model.
+        memory: the memory of one process.
+        schedule_steps: the steps that the learning rates' schedule spans.
+        resumed: the checkpoint to resume from; None for a new run.
+        texts: the texts of a new run; None for a resumed one, which has its tokens.
+        lines: the plan in words.
+    """
+
+    shape: ModelConfig
+    memory: TrainingMemory
+    schedule_steps: int
+    resumed: Path | None
+    texts: TrainingTexts | None
+    lines: tuple[str, ...]
+
+
+def plan_run(
+    config: TrainConfig, folder: Path, *, resume: bool, processes: int = 1, reads_texts: bool = True
+) -> RunPlan:
+    """Check everything that can be checked before a run; writes nothing.
+
+    Without ``reads_texts`` the texts are not read: another process of the run does it.
+
+    Raises:
+        ConfigError: a setting is invalid, or memory or disk are too small; the message names it.
+        DataError: a text cannot be read.
+        CheckpointError: a model, tokenizer or checkpoint cannot be read.
+        TrainingError: ``resume`` does not fit the folder, or a setting differs from that of the
+            run to resume.
+    """
+    check_resume(folder, resume=resume)
+    resumed = newest_state(folder)
+    lines: list[str] = []
+    texts, saved = None, SavedSettings(config.run.steps, ())
+    if resumed is not None:
+        saved = resumed_settings(folder, config)
+        shape = read_config(resumed).model
+        lines.append(f"{folder}: continues from {resumed.name}")
+    else:
+        if reads_texts:
+            texts = TrainingTexts(config.data, config.run.seed)
+        shape = _new_shape(config)
+    lines += saved.changes
+    _check_sequences(config, shape)
+    init_from = "" if resumed is not None else config.run.init_from
+    model = planned_model(shape, init_from, is_dense_frozen="dense" in config.run.freeze)
+    memory, available = training_memory(model, shape, config), _available(config.run.device)
+    sharing = 1 if config.run.device == "cuda" else processes
+    memory.check_fits(available, sharing)
+    memory.check_table_fits(available_memory(), processes)
+    memory.check_disk(folder)
+    if texts is not None:
+        texts.check()
+        lines += texts.describe()
+    lines += memory.describe(available, sharing)
+    lines += _schedule_lines(config, saved.schedule_steps)
+    return RunPlan(shape, memory, saved.schedule_steps, resumed, texts, tuple(lines))
+
+
+def _new_shape(config: TrainConfig) -> ModelConfig:
+    text = given_text(config.data, config.run.init_from)
+    vocab_size = config.data.vocab_size if text is None else text.vocab_size
+    return model_config(config.model, vocab_size, config.run.init_from)
+
+
+def _check_sequences(config: TrainConfig, shape: ModelConfig) -> None:
+    if config.data.sequence_length > shape.max_positions:
+        raise ConfigError(
+            f"data.sequence_length: must be at most model.max_position_embeddings"
+            f" {shape.max_positions}, not {config.data.sequence_length}"
+        )
+
+
+def _available(device: str) -> AvailableMemory:
+    if device == "cuda":
+        return AvailableMemory(torch.cuda.mem_get_info()[0], "free on the CUDA device")
+    return available_memory()
+
+
+def _schedule_lines(config: TrainConfig, schedule_steps: int) -> list[str]:
+    run, optimizer = config.run, config.optimizer
+    warmup = warmup_steps(optimizer, schedule_steps)
+    lines = [
+        f"steps: {run.steps:,} of {run.tokens_per_step:,} tokens; a checkpoint every"
+        f" {run.checkpoint_every:,} steps and at the end, of which the {MAX_STATES} newest are kept"
+    ]
+    if warmup != optimizer.warmup_steps:
+        lines.append(
+            f"optimizer.warmup_steps: {optimizer.warmup_steps:,} is not less than run.steps"
+            f" {schedule_steps:,}; the warm-up takes {warmup:,} steps"
+        )
+    if run.steps != schedule_steps:
+        late = "then stay at their final values" if run.steps > schedule_steps else "do not end it"
+        lines.append(
+            f"learning rates: follow the schedule of the {schedule_steps:,} steps that the run"
+            f" began with, and {late}"
+        )
+    return lines

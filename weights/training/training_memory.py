@@ -1,0 +1,177 @@
+"""Memory that a training run needs, computed from its settings before it allocates any."""
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from engine.errors import ConfigError
+from engine.model.config import ModelConfig
+from weights.available_memory import AvailableMemory
+from weights.checkpoints.memory_request import size_text
+from weights.checkpoints.table_files import OUTPUT_DTYPES
+from weights.training.train_config import TrainConfig
+
+_FLOAT = 4  # bytes of fp32
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of one process of a run.
+
+    Attributes:
+        weights: dense weights, fp32.
+        gradients: gradients of the trained dense weights.
+        moments: AdamW's two moments of them.
+        rows: rows of all tables.
+        row_moments: moments of all rows; their pages are taken when a row is first read.
+        activations: estimate of what a pass keeps for its backward pass.
+        is_table_on_host: whether rows and their moments lie in host memory and the rest on a GPU.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    rows: int
+    row_moments: int
+    activations: int
+    is_table_on_host: bool = False
+
+    @property
+    def certain(self) -> int:
+        """Bytes that every run takes on its device."""
+        return sum(self._certain_parts.values())
+
+    @property
+    def _certain_parts(self) -> dict[str, int]:
+        parts = {"weights": self.weights, "gradients": self.gradients, "moments": self.moments}
+        return parts if self.is_table_on_host else parts | {"table rows": self.rows}
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device if all rows are read."""
+        moments = 0 if self.is_table_on_host else self.row_moments
+        return self.certain + moments + self.activations
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint on disk."""
+        return self.weights + self.moments + self.rows + self.row_moments
+
+    def check_fits(self, memory: AvailableMemory, processes: int = 1) -> None:
+        """Raise ConfigError if ``processes`` that share the memory certainly need more."""
+        if processes * self.certain > memory.num_bytes:
+            raise ConfigError(
+                f"model: training needs at least {size_text(processes * self.certain)} of memory"
+                f" ({_named(self._certain_parts)}), but only {size_text(memory.num_bytes)} is"
+                f" available ({memory.bound}); make the model or its table"
+                " (model.memory.num_subkeys, value_dim) smaller"
+            )
+
+    def check_table_fits(self, host: AvailableMemory, processes: int) -> None:
+        """Raise ConfigError if host memory does not hold the tables of ``processes``."""
+        needed = processes * (self.rows + self.row_moments)
+        if self.is_table_on_host and needed > host.num_bytes:
+            raise ConfigError(
+                f"run.table_tier: host needs {size_text(needed)} for table rows and their moments,"
+                f" but only {size_text(host.num_bytes)} is available ({host.bound}); set"
+                " optimizer.row_wise or optimizer.moment_dtype, or make the table smaller"
+            )
+
+    def check_disk(self, folder: Path) -> None:
+        """Raise ConfigError if the disk of a folder, which may not exist, holds no checkpoint."""
+        place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+        free = shutil.disk_usage(place).free
+        if self.checkpoint > free:
+            raise ConfigError(
+                f"{folder}: a checkpoint needs {size_text(self.checkpoint)}, but only"
+                f" {size_text(free)} is free on its disk"
+            )
+
+    def describe(self, memory: AvailableMemory, processes: int = 1) -> list[str]:
+        """Lines for the user."""
+        share = f" in each of {processes} processes" if processes > 1 else ""
+        parts = self._certain_parts
+        if not self.is_table_on_host:
+            parts |= {"moments of rows": self.row_moments}
+        parts |= {"activations, estimated": self.activations}
+        lines = [
+            f"memory: torch itself, and about {size_text(self.total)}{share} ({_named(parts)});"
+            f" {size_text(memory.num_bytes)} is available ({memory.bound})"
+        ]
+        if self.is_table_on_host:
+            of_tables = {"table rows": self.rows, "moments of rows": self.row_moments}
+            lines.append(f"host memory{share}: {_named(of_tables)}")
+        if processes * self.total > memory.num_bytes:
+            lines.append(
+                "memory: the run may run out of it; raise run.passes_per_step, set"
+                " run.checkpoint_activations or optimizer.row_wise, or make the model smaller"
+            )
+        return lines
+
+
+def _named(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+
+
+def training_memory(model: nn.Module, shape: ModelConfig, config: TrainConfig) -> TrainingMemory:
+    """The memory of a run in one process, with ``model`` on the meta device."""
+    sizes = [(one.numel(), one.requires_grad) for one in model.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    rows = row_moments = 0
+    if shape.memory is not None:
+        num_rows = len(shape.table_names) * shape.memory.num_rows
+        rows = num_rows * shape.memory.value_dim
+        moment_bytes = OUTPUT_DTYPES[config.optimizer.moment_dtype].itemsize
+        row_moments = _FLOAT * num_rows if config.optimizer.row_wise else 2 * moment_bytes * rows
+    return TrainingMemory(
+        weights=_FLOAT * sum(size for size, _ in sizes),
+        gradients=_FLOAT * trained,
+        moments=2 * _FLOAT * trained,
+        rows=_FLOAT * rows,
+        row_moments=row_moments,
+        activations=_activations(shape, config),
+        is_table_on_host=config.run.table_tier == "host",
+    )
+
+
+def _activations(shape: ModelConfig, config: TrainConfig) -> int:
+    """Bytes that the tokens of a pass keep, from counts of the tensors that torch saves."""
+    run = config.run
+    # bfloat16 halves most of them; norms, residuals, scores and the loss stay fp32
+    is_half = run.dtype == "bfloat16"
+    layers = [_layer_bytes(shape, layer, is_half=is_half) for layer in range(shape.num_layers)]
+    if run.checkpoint_activations:
+        # the inputs of all layers, and everything of the one that is recomputed
+        of_layers = _FLOAT * shape.hidden_size * shape.num_layers + max(layers)
+    else:
+        of_layers = sum(layers)
+    # logits, their log-softmax and its gradient
+    per_token = of_layers + 3 * _FLOAT * shape.vocab_size
+    return math.ceil(run.tokens_per_step / run.passes_per_step) * per_token
+
+
+def _layer_bytes(shape: ModelConfig, layer: int, *, is_half: bool) -> int:
+    """Bytes per token; ``test_training_memory.py`` compares them with what torch saves."""
+    narrow = 2 if is_half else 4
+    heads_dim = shape.num_heads * shape.head_dim
+    kv_dim = shape.num_kv_heads * shape.head_dim
+    # norms and residuals are fp32; projections' inputs, queries, keys and values are narrow
+    count = 5 * _FLOAT * shape.hidden_size + narrow * (2 * shape.hidden_size + 2 * heads_dim)
+    count += narrow * 2 * kv_dim
+    kind = shape.feed_forward[layer]
+    if shape.has_dense(layer):
+        count += narrow * 4 * shape.intermediate_size
+    if kind == "moe":
+        assert shape.mixture is not None
+        chosen = shape.mixture.top_k
+        count += narrow * chosen * (4 * shape.mixture.expert_size + 2 * shape.hidden_size)
+    if layer in shape.memory_layers:
+        assert shape.memory is not None
+        one = shape.memory
+        per_head = 2 * one.num_subkeys + 3 * one.top_k + one.query_dim
+        count += _FLOAT * (one.num_heads * per_head + 4 * one.value_dim)
+    return count

@@ -26,11 +26,14 @@ def read_results(file: Path, kind: type[Result]) -> list[Result]:
 
 def append_result(file: Path, result: "DataclassInstance") -> None:
     """Append a line; safe with several processes."""
-    names = [field.name for field in fields(result)]
-    with open(file, "a", newline="", encoding="utf-8") as lines:
+    names: Sequence[str] = [field.name for field in fields(result)]
+    with open(file, "a+", newline="", encoding="utf-8") as lines:
         fcntl.flock(lines, fcntl.LOCK_EX)
+        lines.seek(0)
+        # a file of an earlier version may have its columns in another order
+        header = next(csv.reader(lines), [])
         lines.seek(0, os.SEEK_END)
-        writer = csv.DictWriter(lines, names, lineterminator="\n")
-        if not lines.tell():
+        writer = csv.DictWriter(lines, header or names, lineterminator="\n")
+        if not header:
             writer.writeheader()
         writer.writerow(asdict(result))

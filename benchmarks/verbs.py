@@ -133,6 +133,13 @@ def facts(options: argparse.Namespace) -> None:
     measure(options.out, options.reduced, options.seeds, options.only)
 
 
+def text(options: argparse.Namespace) -> None:
+    """Measure perplexity of text against memory size, at equal compute, on the CPU."""
+    from benchmarks.text.run import measure
+
+    measure(options.out, options.dict, options.reduced, options.seeds, options.only)
+
+
 def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``bench`` and its benchmarks."""
     benchmarks = verbs.add_parser("bench", help="Run a benchmark.").add_subparsers(
@@ -259,12 +266,25 @@ def _add_training_benchmarks(
     verb.add_argument("--rounds", type=int, default=3, help="rounds of which the median is taken")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
 
-    verb = benchmarks.add_parser("facts", help=facts.__doc__)
-    verb.set_defaults(run=facts, computes=True)
+    _add_curve(benchmarks, "facts", facts)
+    verb = _add_curve(benchmarks, "text", text)
+    source = "WordNet's folder (default: %(default)s, from Debian's package wordnet-base)"
+    verb.add_argument("--dict", type=Path, default=Path("/usr/share/wordnet"), help=source)
+    add_learning_benchmark(benchmarks)
+
+
+def _add_curve(
+    benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+) -> argparse.ArgumentParser:
+    """One that trains models with tables of several sizes, from several seeds."""
+    verb = benchmarks.add_parser(name, help=run.__doc__)
+    verb.set_defaults(run=run, computes=True)
     add_options(verb, ThreadOptions)
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; resumable")
     verb.add_argument("--reduced", action="store_true", help="a small run of minutes")
     verb.add_argument("--seeds", type=int, help="runs per model (default: 3; 1 if reduced)")
     only = "run only this model; repeat the option for several (default: all)"
     verb.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
-    add_learning_benchmark(benchmarks)
+    return verb

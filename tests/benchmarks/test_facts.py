@@ -65,12 +65,16 @@ def test_no_contestant_needs_more_compute_than_the_dense_models():
 
 def test_results_survive_writing_and_reading(tmp_path):
     results = [
-        Result("dense", "dense", 0, seed, 10, 20, 0, 30, 0.5, 1.25, 3.5, 7.0) for seed in (0, 1)
+        Result("dense", "dense", 0, seed, 10, 20, 0, 30, 7.0, 0.5, 1.25, 3.5) for seed in (0, 1)
     ]
     for result in results:
         append_result(tmp_path / "results.csv", result)
     assert read_results(tmp_path / "results.csv", Result) == results
     assert read_results(tmp_path / "none.csv", Result) == []
+    columns = (tmp_path / "results.csv").read_text().splitlines()[0].split(",")
+    (tmp_path / "other_order.csv").write_text(",".join(reversed(columns)) + "\n")
+    append_result(tmp_path / "other_order.csv", results[1])
+    assert read_results(tmp_path / "other_order.csv", Result) == results[1:]
 
 
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
@@ -94,7 +98,7 @@ def test_results_of_another_scale_are_rejected(tmp_path, monkeypatch):
     tiny = run.Scale(TINY, exposures=10, seeds=0)
     monkeypatch.setattr(run, "REDUCED", tiny)
     monkeypatch.setattr(run, "FULL", replace(tiny, exposures=11))
-    monkeypatch.setattr(run, "plot", lambda *arguments: None)
+    monkeypatch.setattr("benchmarks.curves.run.plot", lambda *arguments: None)
     run.measure(tmp_path, True, None, [])
     with pytest.raises(ConfigError, match="has results of another scale"):
         run.measure(tmp_path, False, None, [])

@@ -5,6 +5,8 @@ Reads https://wordnet.princeton.edu as installed by Debian's package wordnet-bas
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def read_nouns(folder: Path, *, is_tagged: bool = True) -> list[Noun]:
     Raises:
         DataError: ``index.noun`` or ``data.noun`` is missing or malformed.
     """
-    try:
+    with _reading(folder):
         glosses = {line[:8]: _gloss(line) for line in _lines(folder / "data.noun")}
         entries = (line.split() for line in _lines(folder / "index.noun"))
         return [
@@ -45,10 +47,6 @@ def read_nouns(folder: Path, *, is_tagged: bool = True) -> list[Noun]:
             for entry in entries
             if "_" not in entry[0] and (_num_tagged(entry) > 0) == is_tagged
         ]
-    except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}") from None
-    except (ValueError, LookupError) as error:
-        raise DataError(f"{folder}: has no valid WordNet files ({error})") from None
 
 
 def write_corpus(source: Path, target: Path) -> int:
@@ -60,11 +58,8 @@ def write_corpus(source: Path, target: Path) -> int:
     Raises:
         DataError: as ``read_nouns``, or the target cannot be written.
     """
-    nouns, entries = read_nouns(source), _entries(source)
-    random.Random(0).shuffle(entries)
-    glosses = [
-        {"text": "\n".join(entries[i : i + _SENSES])} for i in range(0, len(entries), _SENSES)
-    ]
+    nouns = read_nouns(source)
+    glosses = [{"text": text} for text in read_glosses(source)]
     texts = [{"text": f"{noun.prompt} {noun.gloss}"} for noun in nouns]
     sampled = random.Random(0).sample(nouns, min(_NUM_QUESTIONS, len(nouns)))
     questions = [{"prompt": noun.prompt, "answer": noun.gloss} for noun in sampled]
@@ -79,16 +74,37 @@ def write_corpus(source: Path, target: Path) -> int:
     return len(nouns)
 
 
-def _entries(folder: Path) -> list[str]:
-    """One line per sense: its words and its whole gloss."""
+def read_glosses(folder: Path) -> list[str]:
+    """All senses of all words with their whole glosses, shuffled, in documents of twenty.
+
+    A sense is a line: its words, a colon and the gloss. The order has a fixed seed.
+
+    Raises:
+        DataError: there is no sense, or a file is malformed.
+    """
     entries = []
-    for part in _PARTS:
-        file = folder / f"data.{part}"
-        for line in _lines(file) if file.exists() else ():
-            fields, _, gloss = line.partition(" | ")
-            words = fields.split()[4 : 4 + 2 * int(fields.split()[3], 16) : 2]
-            entries.append(f"{', '.join(words).replace('_', ' ')}: {gloss.strip()}")
-    return entries
+    with _reading(folder):
+        for part in _PARTS:
+            file = folder / f"data.{part}"
+            for line in _lines(file) if file.exists() else ():
+                fields, _, gloss = line.partition(" | ")
+                words = fields.split()[4 : 4 + 2 * int(fields.split()[3], 16) : 2]
+                entries.append(f"{', '.join(words).replace('_', ' ')}: {gloss.strip()}")
+    if not entries:
+        raise DataError(f"{folder}: has no WordNet file data.{_PARTS[0]}, nor one of another part")
+    random.Random(0).shuffle(entries)
+    return ["\n".join(entries[i : i + _SENSES]) for i in range(0, len(entries), _SENSES)]
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Raise errors of reading as DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}") from None
+    except (ValueError, LookupError) as error:
+        raise DataError(f"{folder}: has no valid WordNet files ({error})") from None
 
 
 def _lines(file: Path) -> list[str]:

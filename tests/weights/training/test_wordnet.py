@@ -7,7 +7,7 @@ import pytest
 from weights.errors import DataError
 from weights.training.corpus import corpus_files, documents
 from weights.training.evaluate import read_questions
-from weights.training.wordnet import Noun, read_nouns, write_corpus
+from weights.training.wordnet import Noun, read_glosses, read_nouns, write_corpus
 
 LICENCE = "  1 This software and database is being provided to you\n"
 INDEX = """cat n 2 2 @ ~ 2 1 00000002 00000001
@@ -65,3 +65,11 @@ def test_files_of_another_format_are_refused(folder):
     (folder / "index.noun").write_text(json.dumps({}))
     with pytest.raises(DataError, match="has no valid WordNet files"):
         read_nouns(folder)
+
+
+def test_a_folder_without_glosses_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"has no WordNet file data.noun"):
+        read_glosses(tmp_path)
+    (tmp_path / "data.adv").write_text("00000001 02 r\n")
+    with pytest.raises(DataError, match="has no valid WordNet files"):
+        read_glosses(tmp_path)

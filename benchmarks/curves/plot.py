@@ -1,26 +1,29 @@
-"""Plots recall and perplexity over table size."""
+"""Plots scores over table size; models without a table are horizontal lines."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.facts.results import Result
+from benchmarks.curves.results import TrainedContestant
 
 
-def plot(results: Sequence[Result], file: Path) -> None:
-    """Plot means and ranges over seeds; models without a table are horizontal lines."""
+def plot(results: Sequence[TrainedContestant], panels: Mapping[str, str], file: Path) -> None:
+    """Plot means and ranges over seeds, one panel per score.
+
+    ``panels`` has the axis label of each score, by its name in the results.
+    """
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 8), layout="constrained")
-    recall, perplexity = figure.subplots(2, 1, sharex=True)
+    figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
+    all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
 
-    def draw(axes: Axes, value: Callable[[Result], float]) -> None:
+    def draw(axes: Axes, score: str) -> None:
         tables = sorted({(one.kind, one.rows) for one in results if one.rows})
         for kind in dict.fromkeys(kind for kind, _ in tables):
             sizes = [rows for own, rows in tables if own == kind]
             found = [
-                [value(one) for one in results if (one.kind, one.rows) == (kind, rows)]
+                [getattr(one, score) for one in results if (one.kind, one.rows) == (kind, rows)]
                 for rows in sizes
             ]
             middle = [mean(values) for values in found]
@@ -28,17 +31,16 @@ def plot(results: Sequence[Result], file: Path) -> None:
             above = [max(values) - at for at, values in zip(middle, found, strict=True)]
             axes.errorbar(sizes, middle, yerr=(below, above), marker="o", capsize=3, label=kind)
         for index, name in enumerate(dict.fromkeys(one.name for one in results if not one.rows)):
-            values = [value(one) for one in results if one.name == name]
+            values = [getattr(one, score) for one in results if one.name == name]
             color = f"C{index + 4}"
             axes.axhline(mean(values), linestyle="--", color=color, label=name)
             axes.axhspan(min(values), max(values), color=color, alpha=0.2)
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
 
-    draw(recall, lambda one: one.recall)
-    draw(perplexity, lambda one: one.perplexity)
-    recall.set_ylabel("fraction of questions answered correctly")
-    perplexity.set_ylabel("perplexity of new texts of the facts")
-    perplexity.set_xlabel("rows of the table")
-    recall.legend()
+    for axes, (score, label) in zip(all_axes, panels.items(), strict=True):
+        draw(axes, score)
+        axes.set_ylabel(label)
+    all_axes[-1].set_xlabel("rows of the table")
+    all_axes[0].legend()
     figure.savefig(file)

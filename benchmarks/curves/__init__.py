@@ -1,0 +1,1 @@
+"""Contestants, runs and plot that benchmarks of scores against table size share."""

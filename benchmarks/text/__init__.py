@@ -1,0 +1,1 @@
+"""Benchmark of perplexity of text against memory size, at equal compute."""

@@ -41,12 +41,10 @@ def measure(model: str, rounds: int, json_file: Path | None) -> None:
     Each round runs every waiting policy once, one after another, in processes of their own.
 
     Raises:
-        ConfigError: ``rounds`` is less than 1, or the file has no folder.
+        ConfigError: ``rounds`` is less than 1.
     """
     if rounds < 1:
         raise ConfigError(f"rounds: must be at least 1, not {rounds}")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: there is no folder {json_file.parent}")
 
     def offline(environment: tuple[str, ...], folder: Path) -> dict[str, float]:
         return _offline(model, environment, folder)

@@ -135,7 +135,7 @@ def memory(monkeypatch):
         return CpuTierChoice(request, partial(AvailableMemory, found["bytes"], "a test"))
 
     monkeypatch.setattr(engine_entry, "CpuTierChoice", choice)
-    monkeypatch.setattr("weights.checkpoints.memory_request._MIN_CACHE_BYTES", 3000)
+    monkeypatch.setattr("weights.checkpoints.memory_request.MIN_CACHE_BYTES", 3000)
     monkeypatch.setattr("weights.checkpoints.memory_request._MIN_KV_BYTES", 3000)
     return found
 

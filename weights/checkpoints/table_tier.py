@@ -1,6 +1,5 @@
 """Memory sizing on a CPU: the tier of the value tables (memory or disk) and the KV pool."""
 
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,14 +27,17 @@ def check_rows_fit(
 
     Memory that cannot be read is not checked, and 256 MiB are always tried.
     """
-    with contextlib.suppress(OSError, ValueError):
+    try:
         memory = available()
-        if row_bytes > max(memory.num_bytes, MIN_CACHE_BYTES):
-            raise ConfigError(
-                f"{folder}: the table rows take {size_text(row_bytes)} of memory, but"
-                f" {size_text(memory.num_bytes)} is available ({memory.bound}); give the tables a"
-                " smaller dtype with `memplus quantize`, or free memory"
-            )
+    except (OSError, ValueError) as error:
+        logger.warning("memory is not checked: cannot read available memory: %s", error)
+        return
+    if row_bytes > max(memory.num_bytes, MIN_CACHE_BYTES):
+        raise ConfigError(
+            f"{folder}: the table rows take {size_text(row_bytes)} of memory, but"
+            f" {size_text(memory.num_bytes)} is available ({memory.bound}); give the tables a"
+            " smaller dtype with `memplus quantize`, or free memory"
+        )
 
 
 @dataclass(frozen=True)

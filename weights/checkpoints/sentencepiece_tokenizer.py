@@ -24,6 +24,7 @@ class SentencePieceTokenizer:
         processor: the library's tokenizer of the first part of a text.
         rest_processor: that of the parts after the first token, which may add no space.
         added: the tokens whose names are found first, by id.
+        largest_id: largest id that ``encode`` gives for texts without names of special tokens.
     """
 
     def __init__(self, model: bytes, config: TokenizerConfig | None = None) -> None:

@@ -52,11 +52,6 @@ class Tokenizer(Protocol):
         """Largest number of characters that one token covers."""
         ...
 
-    @property
-    def largest_id(self) -> int:
-        """Largest id that ``encode`` gives for texts without names of special tokens."""
-        ...
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of ``text``, by default between ``begin_ids`` and ``end_ids``."""
         ...
@@ -87,7 +82,11 @@ class Tokenizer(Protocol):
 
 
 class JsonTokenizer:
-    """A ``tokenizer.json``, run by the tokenizers library."""
+    """A ``tokenizer.json``, run by the tokenizers library.
+
+    Attributes:
+        largest_id: largest id that ``encode`` gives for texts without names of special tokens.
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -186,7 +185,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer:
+def _read_tokenizer(folder: Path) -> JsonTokenizer | SentencePieceTokenizer:
     """The tokenizer in a folder's files (CheckpointError)."""
     config = read_tokenizer_config(folder)
     path = folder / "tokenizer.json"

@@ -22,7 +22,7 @@ class AnswerLoad:
     json_file: Path | None
 
     def check(self, least_tokens: int) -> None:
-        """Raise ConfigError if a number is out of range, or the file's folder does not exist."""
+        """Raise ConfigError if a number is out of range."""
         for name, least, value in (
             ("batches", 1, min(self.batches)),
             ("rounds", 1, self.rounds),
@@ -30,5 +30,3 @@ class AnswerLoad:
         ):
             if value < least:
                 raise ConfigError(f"{name}: must be at least {least}, not {value}")
-        if self.json_file is not None and not self.json_file.parent.is_dir():
-            raise ConfigError(f"json: folder {self.json_file.parent} does not exist")

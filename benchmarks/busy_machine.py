@@ -12,7 +12,9 @@ from statistics import median
 
 from tqdm import tqdm
 
+from benchmarks.started_server import last_words
 from engine.errors import ConfigError
+from engine.process import EngineStartError
 from server.config import cache_folder
 from weights.models.named_models import WORDNET, find_model
 
@@ -41,12 +43,13 @@ def measure(model: str, rounds: int, json_file: Path | None) -> None:
     Each round runs every waiting policy once, one after another, in processes of their own.
 
     Raises:
-        ConfigError: ``rounds`` is less than 1, or the file has no folder.
+        CheckpointError: the model does not exist.
+        ConfigError: ``rounds`` is less than 1.
+        EngineStartError: a measured process failed.
     """
     if rounds < 1:
         raise ConfigError(f"rounds: must be at least 1, not {rounds}")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: there is no folder {json_file.parent}")
+    find_model(model, cache_folder())
 
     def offline(environment: tuple[str, ...], folder: Path) -> dict[str, float]:
         return _offline(model, environment, folder)
@@ -130,4 +133,5 @@ def _memplus(environment: tuple[str, ...], *arguments: str) -> None:
     command = ["env", *_UNSET, *environment, sys.executable, "-m", "server.cli.main", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"memplus {arguments[0]} failed: {done.stderr.strip()}")
+        reason = last_words(done.stderr.splitlines(keepends=True))
+        raise EngineStartError(f"memplus {arguments[0]} failed: {reason}")

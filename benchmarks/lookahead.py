@@ -50,12 +50,10 @@ def measure(
     ``widths`` are the predicted rows per head, as multiples of K.
 
     Raises:
-        ConfigError: the model has no memory layers, the texts have fewer than ``num_tokens``
-            tokens, or the JSON file's folder does not exist.
+        ConfigError: the model has no memory layers, or the texts have fewer than ``num_tokens``
+            tokens.
         CheckpointError, DataError: model or texts cannot be read.
     """
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     model, config = load_model(folder, device=device)
     memory = config.model.memory
     if memory is None:

@@ -71,11 +71,9 @@ def measure(
     Raises:
         CheckpointError: the model cannot be read.
         ConfigError: the load exceeds the limits of model or engine, the native library is missing,
-            or the file's folder does not exist; or the text is too short.
+            or the text is too short.
         DataError: the text cannot be read.
     """
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     if config.speculate != "none":
         raise ConfigError("speculate: is measured by `memplus bench speculation`")
     keep_freed_memory()

@@ -6,6 +6,7 @@ from pathlib import Path
 from benchmarks.memory.load import MemoryLoad, default_trace
 from engine.errors import ConfigError
 from server.cli.options import add_options, from_options
+from server.cli.output_options import add_output_file, add_output_folder
 from server.config import ThreadOptions, cache_folder
 from server.model_options import ModelOptions
 from weights.models.named_models import SMOLLM2
@@ -68,7 +69,7 @@ def memory_model(options: argparse.Namespace) -> None:
     from weights.models.prepare import prepared_folder
 
     source = prepared_folder(options.model, cache_folder())
-    write_variant(source, Path(options.target), options.num_subkeys)
+    write_variant(source, options.target, options.num_subkeys)
 
 
 def add_row_benchmarks(
@@ -81,7 +82,7 @@ def add_row_benchmarks(
     add_options(verb, ModelOptions, _MODEL_AND_DEVICE)
     verb.add_argument("texts", nargs="+", metavar="TEXTS", help="text files and folders")
     written = "write the rows and counts to this file"
-    verb.add_argument("--out", type=Path, metavar="FILE.npz", help=written)
+    add_output_file(verb, "--out", written, metavar="FILE.npz")
     least = "to count; the texts must have as many (default: %(default)s)"
     verb.add_argument("--tokens", type=int, default=100_000, help=least)
     traced = "tokens whose rows are stored in order (default: %(default)s)"
@@ -97,17 +98,17 @@ def add_row_benchmarks(
     verb.add_argument("--tokens", type=int, default=2048, help="to run (default: %(default)s)")
     widths = "predicted rows, as multiples of the rows read (default: 1 1.5 2)"
     verb.add_argument("--widths", type=float, nargs="+", default=[1, 1.5, 2], help=widths)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    add_output_file(verb, "--json", "write the results to this file")
 
     verb = benchmarks.add_parser("memory", help=memory.__doc__)
     verb.set_defaults(run=memory, computes=True)
     add_options(verb, ThreadOptions)
     add_options(verb, MemoryLoad)
     verb.add_argument("--model", default=SMOLLM2, help="model to give memory layers")
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; resumable")
+    add_output_folder(verb, "--out", "results; resumable", required=True)
     recorded = "access trace from `memplus bench trace` (default: the benchmark model's)"
     verb.add_argument("--trace", type=Path, default=default_trace(), help=recorded)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the medians to this file")
+    add_output_file(verb, "--json", "write the medians to this file")
 
     verb = benchmarks.add_parser("eviction", help=eviction.__doc__)
     verb.set_defaults(run=eviction)
@@ -118,11 +119,11 @@ def add_row_benchmarks(
     )
     together = "sequences that decode together, parts of the trace (default: %(default)s)"
     verb.add_argument("--sequences", type=int, default=1, help=together)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    add_output_file(verb, "--json", "write the results to this file")
 
     verb = benchmarks.add_parser("memory-model", help=memory_model.__doc__)
     verb.set_defaults(run=memory_model)
-    verb.add_argument("target", metavar="DST", help="folder to create")
+    add_output_folder(verb, "target", "folder to create", metavar="DST")
     verb.add_argument("--model", default=SMOLLM2, help="model name or folder")
     subkeys = "subkeys per half; their square is the number of rows (default: %(default)s)"
     verb.add_argument("--num-subkeys", type=int, default=1024, help=subkeys)

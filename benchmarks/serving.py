@@ -25,8 +25,6 @@ def measure(load: ServingLoad, json_file: Path | None, plot_file: Path | None) -
     Raises:
         ConfigError: all warm-up requests failed, the URL is invalid, or a file cannot be written.
     """
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     if plot_file is not None:
         check_plot(plot_file)
     if load.seed is None:

@@ -58,7 +58,7 @@ def measure(model: ModelOptions, load: AnswerLoad) -> None:
 
     Raises:
         CheckpointError: the model cannot be read.
-        ConfigError: a number is out of range, or the file's folder does not exist.
+        ConfigError: a number is out of range.
     """
     load.check(least_tokens=2)
     batches, tokens, rounds, json_file = load.batches, load.tokens, load.rounds, load.json_file

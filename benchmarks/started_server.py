@@ -10,6 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from engine.process import EngineStartError
 
 
+def last_words(lines: Sequence[str]) -> str:
+    """The line about the error that ended a memplus process; all lines if it has no such line."""
+    last = next((one.strip() for one in reversed(lines) if one.strip()), "")
+    prefix = "memplus: "
+    return last.removeprefix(prefix) if last.startswith(prefix) else "".join(lines)
+
+
 @contextlib.contextmanager
 def started_server(
     arguments: Sequence[str], environment: Mapping[str, str] | None = None
@@ -29,9 +36,7 @@ def started_server(
                 if " at http://" in line:
                     break
             else:
-                raise EngineStartError(
-                    f"the server did not start: {' '.join(command)}\n{''.join(lines)}"
-                )
+                raise EngineStartError(f"the server did not start: {last_words(lines)}")
             # a full pipe would stop the server
             threading.Thread(target=deque, args=(server.stderr, 0), daemon=True).start()
             yield line.split(" at ")[1].split(";")[0]

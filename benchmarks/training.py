@@ -66,8 +66,7 @@ def measure(
     """Print a line per optimiser, table size and model; write them as JSON.
 
     Raises:
-        ConfigError: the native library or the GPU is missing, ``rounds`` is less than 1, or the
-            file's folder does not exist.
+        ConfigError: the native library or the GPU is missing, or ``rounds`` is less than 1.
     """
     scale = scale or {"cpu": CPU_SCALE, "cuda": GPU_SCALE}[device]
     if device == "cpu" and MEMORY_LIBRARY.best_build is None:
@@ -76,8 +75,6 @@ def measure(
         raise ConfigError("device: cuda needs a CUDA device, but none is available")
     if rounds < 1:
         raise ConfigError(f"rounds: must be at least 1, not {rounds}")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     print(f"{scale.tokens} tokens x {HEADS * TOP_K} reads, medians of {rounds} rounds")
     print(f"{'step':<20} {'rows':>10} {'width':>6} {'distinct':>9} {'ms/step':>9} {'tokens/s':>9}")
     results: list[Result] = []

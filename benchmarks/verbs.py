@@ -16,6 +16,7 @@ from benchmarks.row_verbs import add_row_benchmarks
 from benchmarks.serving_load import ServingLoad
 from engine.config import EngineConfig
 from server.cli.options import add_options, from_options
+from server.cli.output_options import add_output_file, add_output_folder
 from server.config import ThreadOptions
 from server.model_options import ModelOptions
 from weights.models.named_models import DEFAULT_MODEL, SMOLLM2
@@ -167,14 +168,14 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.set_defaults(run=kernels, computes=True)
     add_options(verb, ThreadOptions)
     add_options(verb, Shapes)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    add_output_file(verb, "--json", "write the results to this file")
 
     verb = benchmarks.add_parser("gpu", help=gpu.__doc__)
     verb.set_defaults(run=gpu)
     add_options(verb, GpuCheck)
     add_options(verb, Shapes)
     where = "results; resumable (default: %(default)s)"
-    verb.add_argument("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help=where)
+    add_output_folder(verb, "--out", where, default=Path("gpu-check"))
     verb.add_argument("--trace", type=Path, default=default_trace(), help="from bench trace")
 
     _add_server_benchmarks(benchmarks)
@@ -191,7 +192,7 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
     sizes = "device that trains; cuda has other sizes, and whole models (default: cpu)"
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=sizes)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    add_output_file(verb, "--json", "write the results to this file")
 
     _add_training_benchmarks(benchmarks)
     add_row_benchmarks(benchmarks)
@@ -204,15 +205,15 @@ def _add_server_benchmarks(
     verb = benchmarks.add_parser("serving", help=serving.__doc__)
     verb.set_defaults(run=serving)
     add_options(verb, ServingLoad)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
-    verb.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the results to this file")
+    add_output_file(verb, "--json", "write the results to this file")
+    add_output_file(verb, "--plot", "plot the results to this file", metavar="FILE.png")
 
     verb = benchmarks.add_parser("overload", help=overload.__doc__)
     verb.set_defaults(run=overload)
     verb.add_argument("--model", default=SMOLLM2, help="a known name or a folder")
     add_options(verb, ModelOptions, ("device",))
     add_options(verb, OverloadOptions)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    add_output_file(verb, "--json", "write the results to this file")
 
 
 def _answer_load(options: argparse.Namespace) -> AnswerLoad:
@@ -227,7 +228,7 @@ def _add_offline(
     add_options(verb, ThreadOptions)
     for settings in (OfflineLoad, ModelOptions, EngineConfig):
         add_options(verb, settings)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    add_output_file(verb, "--json", "write the results to this file")
     scored = "also print the perplexity of a file or folder, by weights and activations as served"
     verb.add_argument("--text", type=Path, metavar="TEXTS", help=scored)
 
@@ -252,7 +253,7 @@ def _add_answer_benchmark(
     verb.add_argument("--tokens", type=int, default=tokens, help=most)
     rounds = "rounds after a warm-up; medians are reported (default: %(default)s)"
     verb.add_argument("--rounds", type=int, default=5, help=rounds)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    add_output_file(verb, "--json", "write the results to this file")
     return verb
 
 
@@ -264,7 +265,7 @@ def _add_training_benchmarks(
     verb.set_defaults(run=busy)
     verb.add_argument("--model", default=DEFAULT_MODEL, help="a known name or a folder")
     verb.add_argument("--rounds", type=int, default=3, help="rounds of which the median is taken")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    add_output_file(verb, "--json", "write the results there, too")
 
     _add_curve(benchmarks, "facts", facts)
     verb = _add_curve(benchmarks, "text", text)
@@ -282,7 +283,7 @@ def _add_curve(
     verb = benchmarks.add_parser(name, help=run.__doc__)
     verb.set_defaults(run=run, computes=True)
     add_options(verb, ThreadOptions)
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; resumable")
+    add_output_folder(verb, "--out", "results; resumable", required=True)
     verb.add_argument("--reduced", action="store_true", help="a small run of minutes")
     verb.add_argument("--seeds", type=int, help="runs per model (default: 3; 1 if reduced)")
     only = "run only this model; repeat the option for several (default: all)"

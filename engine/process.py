@@ -8,7 +8,6 @@ import importlib
 import logging
 import multiprocessing
 import queue
-import signal
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -38,6 +37,7 @@ from engine.request import (
     TokenOutput,
     refused_output,
 )
+from engine.shielded_start import start_shielded
 
 logger = logging.getLogger(__name__)
 # seconds between two heartbeats of the engine process
@@ -106,7 +106,7 @@ class EngineProcess:
         with self._start_lock:
             if self._is_stopped:
                 raise EngineStartError("the engine process was stopped before it started")
-            self._process.start()
+            start_shielded(self._process)
         self._child_connection.close()
         try:
             answer = self._connection.recv()
@@ -114,7 +114,7 @@ class EngineProcess:
             self._process.join()
             code = self._process.exitcode
             raise EngineStartError(f"the engine process died while loading (exit {code})") from None
-        except BaseException:  # a signal to this process, which the child ignores
+        except BaseException:  # a signal to this process, which the child does not get
             self.kill()
             self._process.join()
             raise
@@ -277,8 +277,5 @@ def run_engine(engine: StepEngine, connection: Connection) -> None:
 
 
 def _child_main(entry: str, connection: Connection, settings: object) -> None:
-    # a signal to the process group reaches both processes; the parent handles it
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     module, function = entry.split(":")
     getattr(importlib.import_module(module), function)(connection, settings)

@@ -39,6 +39,7 @@ from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
 from weights.grammars.compiler import GrammarCompiler
 from weights.grammars.grammar_memory import GRAMMARS_BYTES
+from weights.lack_of_memory import lack_of_memory
 from weights.models.prepare import prepare
 from weights.patches.patch_loader import PatchLoader
 
@@ -56,6 +57,12 @@ def main(connection: Connection, settings: EngineSettings) -> None:
         engine.patches.prepare()
     except (CheckpointError, ConfigError) as error:
         connection.send(EngineRefused(str(error)))
+        return
+    except (MemoryError, OSError, RuntimeError) as error:
+        reason = lack_of_memory(error)
+        if reason is None:
+            raise
+        connection.send(EngineRefused(reason))
         return
     # the loaded objects stay, so the garbage collector need not scan them again
     gc.collect()

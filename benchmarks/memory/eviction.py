@@ -159,11 +159,9 @@ def measure(
     """Compare the policies; print a line per cache size and policy, and write them as JSON.
 
     Raises:
-        ConfigError: as ``compare``, or the JSON file's folder does not exist.
+        ConfigError: as ``compare``.
         DataError: the trace cannot be read.
     """
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     found = compare(AccessTrace.load(trace_file), cache_shares, sequences)
     print("cache  sequences  policy             hit rate  misses/token")
     for one in found:

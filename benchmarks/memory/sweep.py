@@ -39,12 +39,10 @@ def measure(
 
     Raises:
         CheckpointError: the model cannot be read, or has memory layers.
-        ConfigError: the JSON file's folder does not exist, the row cache is too small, the folder
-            has rounds of other settings, or matplotlib is missing.
+        ConfigError: the row cache is too small, the folder has rounds of other settings, or
+            matplotlib is missing.
         DataError: the trace cannot be read.
     """
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"json: folder {json_file.parent} does not exist")
     folder.mkdir(parents=True, exist_ok=True)
     check_plot(folder / "memory.png")
     keep_freed_memory()

@@ -29,7 +29,7 @@ def measure(model: ModelOptions, load: AnswerLoad, patches: PatchLoad) -> None:
     Raises:
         CheckpointError: the model cannot be read.
         PatchError: the model takes no row patches, or patches could not be loaded while serving.
-        ConfigError: a number is out of range, or the file's folder does not exist.
+        ConfigError: a number is out of range.
         EngineStartError: the server did not start.
     """
     load.check(least_tokens=3)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from engine.errors import ConfigError
 from engine.model.weight_bits import HEAD_DTYPE
+from server.cli.output_options import add_output_folder
 from server.config import cache_folder
 from weights.checkpoints.dtype_names import FLOAT_DTYPES, GROUPED_DTYPES, TABLE_DTYPES
 
@@ -21,7 +22,7 @@ def convert(options: argparse.Namespace) -> None:
         source = prepared_folder(options.source, cache_folder(), options.memory_adapter)
     convert(
         source,
-        Path(options.target),
+        options.target,
         options.dtype,
         options.table_dtype,
         tokenizer=options.tokenizer,
@@ -36,7 +37,7 @@ def export(options: argparse.Namespace) -> None:
 
     if options.to == "lingua" and options.dtype is not None:
         raise ConfigError("dtype: needs --to transformers")
-    source, target = prepared_folder(options.source, cache_folder()), Path(options.target)
+    source, target = prepared_folder(options.source, cache_folder()), options.target
     if options.to == "lingua":
         export_lingua(source, target)
     else:
@@ -53,7 +54,7 @@ def quantize(options: argparse.Namespace) -> None:
     source = prepared_folder(options.source, cache_folder())
     convert(
         source,
-        Path(options.target),
+        options.target,
         table_dtype=options.table_dtype,
         weight_dtype=options.weight_dtype,
         embedding_dtype=options.embedding_dtype,
@@ -67,7 +68,7 @@ def add_conversions(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verb.add_argument(
         "source", metavar="SRC", help="GGUF file, folder of a model or run, or ORG/NAME"
     )
-    verb.add_argument("target", metavar="DST", help="folder to create")
+    add_output_folder(verb, "target", "folder to create", metavar="DST")
     dtype = "make all weights dense in this dtype (default: as stored, in groups or not)"
     verb.add_argument("--dtype", choices=FLOAT_DTYPES, help=dtype)
     verb.add_argument("--table-dtype", help="dtype of value tables (default: the value of --dtype)")
@@ -79,7 +80,7 @@ def add_conversions(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verb = verbs.add_parser("export", help=export.__doc__)
     verb.set_defaults(run=export)
     verb.add_argument("source", metavar="SRC", help="model name, folder, GGUF file or ORG/NAME")
-    verb.add_argument("target", metavar="DST", help="folder to create")
+    add_output_folder(verb, "target", "folder to create", metavar="DST")
     formats = "lingua: the consolidated files of facebookresearch/memory; transformers: a folder"
     formats += " that from_pretrained loads, with trust_remote_code=True for memory layers"
     verb.add_argument("--to", choices=["lingua", "transformers"], required=True, help=formats)
@@ -89,7 +90,7 @@ def add_conversions(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verb = verbs.add_parser("quantize", help=quantize.__doc__)
     verb.set_defaults(run=quantize)
     verb.add_argument("source", metavar="SRC", help="model name, folder, GGUF file or ORG/NAME")
-    verb.add_argument("target", metavar="DST", help="folder to create")
+    add_output_folder(verb, "target", "folder to create", metavar="DST")
     verb.add_argument("--table-dtype", choices=TABLE_DTYPES, help="new dtype of value tables")
     weights = "dtype of linear layers: integers with a scale per 32 weights"
     verb.add_argument("--weight-dtype", choices=GROUPED_DTYPES, help=weights)

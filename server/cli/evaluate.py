@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
 from server.cli.options import add_options, from_options
+from server.cli.output_options import add_output_file
 from server.config import ThreadOptions
 from server.model_options import ModelOptions
 
@@ -19,8 +19,6 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.compare and hasattr(options, "memory_adapter"):
         raise ConfigError("memory_adapter: --compare takes folders; merge by `memplus convert`")
     model = from_options(ModelOptions, options)
-    if options.json is not None:
-        _check_writable(options.json)
     scores: dict[str, Any]
     if options.compare:
         from server.cli.model_comparison import compare_models
@@ -44,14 +42,6 @@ def add_evaluate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     verb.add_argument("--questions", type=Path, metavar="FILE", help=question)
     compare = "ask two models --questions, and print what only one of them knows"
     verb.add_argument("--compare", nargs=2, metavar=("A", "B"), help=compare)
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file")
+    add_output_file(verb, "--json", "write the scores to this file")
     for settings in (ModelOptions, ThreadOptions):
         add_options(verb, settings)
-
-
-def _check_writable(file: Path) -> None:
-    """Raise ConfigError if a JSON file cannot be written; better now than after a long run."""
-    if not file.parent.is_dir():
-        raise ConfigError(f"json: the folder {file.parent} does not exist")
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ConfigError(f"json: {file} cannot be written")

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 from server.cli.options import add_options, from_options
+from server.cli.output_options import add_output_folder
 from server.config import ThreadOptions, cache_folder
 from weights.learning.learning_config import LearningConfig, RowConfig
 from weights.models.named_models import DEFAULT_MODEL
@@ -65,7 +66,7 @@ def add_learn(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     verb.set_defaults(run=learn, computes=True)
     lines = '.jsonl file with lines {"prompt": ..., "answer": ...} or {"text": ...}, or .txt file'
     verb.add_argument("facts", type=Path, metavar="FACTS", help=lines)
-    verb.add_argument("--out", type=Path, required=True, metavar="PATCH", help="folder to create")
+    add_output_folder(verb, "--out", "folder to create", required=True, metavar="PATCH")
     model = "model name, checkpoint folder or ORG/NAME of the Hub (default: %(default)s)"
     verb.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME|DIR", help=model)
     verb.add_argument("--resume", action="store_true", help="continue an interrupted run")

@@ -4,22 +4,24 @@ Each verb imports its modules when it runs, so that the HTTP process never loads
 """
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError, PatchNotLoadedError, RequestError
-from engine.process import EngineLostError, EngineStartError
+from engine.errors import ConfigError
 from engine.sampling.params import SamplingParams
 from server.access import AccessOptions
 from server.cli.config_actions import ShowSettings, WriteExample
 from server.cli.config_file import apply_config
 from server.cli.conversions import add_conversions
 from server.cli.evaluate import add_evaluate
+from server.cli.exit_status import exit_status
 from server.cli.learn import add_learn
 from server.cli.options import Parser, add_options, from_options
+from server.cli.output_options import add_output_folder, check_outputs
 from server.cli.patch import add_patch
 from server.cli.plan import add_plan
 from server.config import HttpOptions, SupervisionOptions, ThreadOptions, cache_folder, set_threads
@@ -28,12 +30,6 @@ from server.logs import say, set_up_logs
 from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
-from weights.errors import (
-    ChatTemplateError,
-    CheckpointError,
-    DataError,
-    TrainingError,
-)
 from weights.models.named_models import DEFAULT_MODEL
 
 # in the order of the help
@@ -41,42 +37,29 @@ _SERVED = (
     *(ModelOptions, EngineConfig, PatchOptions, ThreadOptions, HttpOptions, LimitOptions),
     *(AccessOptions, MonitoringOptions, SupervisionOptions),
 )
-_FAILURE = 1
-_USAGE_ERROR = 2
-_USER_ERRORS = (
-    *(ChatTemplateError, CheckpointError, ConfigError, DataError),
-    *(EngineStartError, PatchNotLoadedError, RequestError, TrainingError),
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb and return its exit code.
-
-    A caller's mistake gives 2 and one line on stderr, a lost engine 1 and one line. Ctrl+C gives
-    130. Otherwise the code is the one that the verb returns, or 0.
-    """
-    options = _parser().parse_args(arguments)
+    """Run a verb and return its exit status: the verb's own or 0, or that of its error."""
     report: Callable[[str, int], None] = _print
-    try:
+
+    def run() -> int:
+        nonlocal report
+        options = _parser().parse_args(arguments)
         if options.run is serve:
             if options.config is not None:
                 apply_config(options.config, options, _SERVED)
             set_up_logs(from_options(MonitoringOptions, options).log_format)
             report = say
+        check_outputs(options)
         line = set_threads(from_options(ThreadOptions, options))
         if options.computes:
             report(line, logging.INFO)
             _show("server.device")
         code: int | None = options.run(options)
-    except _USER_ERRORS as error:
-        report(f"memplus: {error}", logging.ERROR)
-        return _USAGE_ERROR
-    except EngineLostError as error:
-        report(f"memplus: {error}", logging.ERROR)
-        return _FAILURE
-    except KeyboardInterrupt:
-        return 130
-    return code or 0
+        return code or 0
+
+    return exit_status(run, lambda line: report(line, logging.ERROR))
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -175,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("wordnet", help=wordnet.__doc__)
     verb.set_defaults(run=wordnet)
-    verb.add_argument("target", type=Path, metavar="DST", help="folder to write the corpus to")
+    add_output_folder(verb, "target", "folder to write the corpus to", metavar="DST")
     source = "WordNet's folder (default: %(default)s, from Debian's package wordnet-base)"
     verb.add_argument("--dict", type=Path, default=Path("/usr/share/wordnet"), help=source)
 
@@ -206,7 +189,7 @@ def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     verb.add_argument("--help-config", action=ShowSettings, help=settings)
     example = "write an example of CONFIG.toml to a new file, and exit"
     verb.add_argument("--write-example", action=WriteExample, metavar="FILE", help=example)
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    add_output_folder(verb, "--out", "folder of the run", required=True)
     verb.add_argument("--resume", action="store_true", help="continue the run in that folder")
     plan = "check everything and print what the run needs, but write nothing"
     verb.add_argument("--plan", action="store_true", help=plan)
@@ -218,7 +201,9 @@ def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def _print(line: str, level: int) -> None:
-    print(line, file=sys.stderr, flush=True)
+    # work goes on if stderr cannot be written
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _show(name: str) -> None:

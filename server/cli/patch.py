@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.cli.output_options import add_output_folder
 from server.config import cache_folder
 
 if TYPE_CHECKING:  # these modules import torch
@@ -101,7 +102,7 @@ def add_patch(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def _add_out(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    add_output_folder(verb, "--out", "folder to create", required=True)
 
 
 def _written(folder: Path, patch: "StoredPatch") -> str:

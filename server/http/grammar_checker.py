@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import multiprocessing
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -13,11 +12,11 @@ from pathlib import Path
 from engine.errors import RequestError
 from engine.request import RequestLimits
 from engine.sampling.grammar import Grammar
+from engine.shielded_start import start_shielded
 from server.grammar_worker import TRIAL_S, work
 from server.http.errors import ApiError, OverloadedError
 
 logger = logging.getLogger(__name__)
-_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LONGEST_WAIT_S = 2 * TRIAL_S
 _STARTING_S = 30.0
 # longer than a trial on a busy machine
@@ -118,13 +117,7 @@ class GrammarChecker:
         process = context.Process(
             target=work, args=(theirs, *self._arguments), name="memplus-grammars", daemon=True
         )
-        # a signal to the process group reaches the worker too, even before it runs its first line;
-        # the parent handles it, and the worker keeps this thread's mask
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        start_shielded(process)
         theirs.close()
         return process, ours
 

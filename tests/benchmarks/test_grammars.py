@@ -27,7 +27,6 @@ def test_every_grammar_and_batch_is_reported(memory_plus_folder, tmp_path, capsy
         (["--batches", "1", "0"], "batches: must be at least 1, not 0"),
         (["--tokens", "2"], "tokens: must be at least 3, not 2"),
         (["--rounds", "0"], "rounds: must be at least 1, not 0"),
-        (["--json", "no-such-folder/out.json"], "json: folder no-such-folder does not exist"),
     ],
 )
 def test_a_wrong_option_is_refused_before_the_model_is_loaded(options, message, capsys):

@@ -137,9 +137,3 @@ def test_every_length_and_batch_is_reported(
 def test_speculation_is_refused(capsys):
     assert main(["bench", "offline", "--model", "no-such-model", "--speculate", "ngram"]) == 2
     assert "speculate: is measured by `memplus bench speculation`" in capsys.readouterr().err
-
-
-def test_a_missing_json_folder_is_rejected_before_the_model_is_loaded(tmp_path, capsys):
-    file = tmp_path / "none" / "out.json"
-    assert main(["bench", "offline", "--model", "no-such-model", "--json", str(file)]) == 2
-    assert f"json: folder {file.parent} does not exist" in capsys.readouterr().err

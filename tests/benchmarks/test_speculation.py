@@ -40,7 +40,6 @@ def test_every_task_and_batch_is_reported(memory_plus_folder, tmp_path, capsys, 
         (["--batches", "1", "0"], "batches: must be at least 1, not 0"),
         (["--tokens", "1"], "tokens: must be at least 2, not 1"),
         (["--rounds", "0"], "rounds: must be at least 1, not 0"),
-        (["--json", "no-such-folder/out.json"], "json: folder no-such-folder does not exist"),
     ],
 )
 def test_a_wrong_option_is_refused_before_the_model_is_loaded(options, message, capsys):

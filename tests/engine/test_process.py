@@ -1,6 +1,7 @@
 """The engine process: its loop in a thread, and the handle of a real process."""
 
 import multiprocessing
+import signal
 import threading
 
 import pytest
@@ -115,6 +116,9 @@ def answering(connection, settings):
     """An entry function for a real process."""
     if settings == "refuse":
         connection.send(EngineRefused("no such model"))
+    elif settings == "mask":
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        connection.send(EngineRefused(" ".join(sorted(one.name for one in blocked))))
     elif settings == "die":
         raise SystemExit(7)
     else:
@@ -143,6 +147,13 @@ def test_an_idle_process_sends_heartbeats():
 def test_a_refused_start_gives_the_reason():
     with pytest.raises(EngineStartError, match="no such model"):
         EngineProcess(ENTRY, "refuse").start()
+
+
+def test_signals_to_the_group_do_not_reach_a_process_even_before_its_first_line():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with pytest.raises(EngineStartError, match="^SIGINT SIGTERM$"):
+        EngineProcess(ENTRY, "mask").start()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_a_process_that_dies_while_loading_is_an_error():

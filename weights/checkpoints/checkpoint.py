@@ -30,6 +30,7 @@ from weights.checkpoints.stored_groups import stored_formats
 from weights.checkpoints.table_files import OUTPUT_DTYPES, table_shape
 from weights.checkpoints.table_loading import table_layouts
 from weights.checkpoints.table_origin import table_origin
+from weights.checkpoints.table_tier import check_rows_fit
 from weights.checkpoints.tensor_files import (
     DTYPES,
     RECORDS_DTYPE,
@@ -176,6 +177,8 @@ def load_model(
     layouts = table_layouts(tables, table_dtype)
     all_rows = sum(layout.num_bytes for layout in layouts.values())
     row_bytes = all_rows if table_cache is None else table_cache
+    if table_cache is None and device.type == "cpu":
+        check_rows_fit(folder, all_rows)
     if keep_stored:
         needed = weight_bytes(stored, chosen, stored_formats(stored))
     else:

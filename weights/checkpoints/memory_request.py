@@ -6,7 +6,7 @@ from engine.errors import ConfigError
 from weights.available_memory import AvailableMemory
 
 # available memory is an estimate, so these sizes are always tried
-_MIN_CACHE_BYTES = 256 * 2**20
+MIN_CACHE_BYTES = 256 * 2**20
 _MIN_KV_BYTES = 64 * 2**20
 
 
@@ -56,7 +56,7 @@ class MemoryRequest:
         and ``smallest``."""
         if self.requested_cache is not None:
             return self.requested_cache
-        return max(smallest, min(self.default_cache, max(left, _MIN_CACHE_BYTES)))
+        return max(smallest, min(self.default_cache, max(left, MIN_CACHE_BYTES)))
 
     def fitting_kv(self, left: int) -> int:
         """The largest KV pool that fits in ``left`` bytes, at least 64 MiB."""
@@ -81,7 +81,7 @@ class MemoryRequest:
     def check_patches(self, memory: AvailableMemory, weight_bytes: int) -> None:
         """Raise ConfigError if row patches get more memory than the weights leave."""
         left = max(memory.num_bytes - weight_bytes, 0)
-        if self.patch_bytes > max(left, _MIN_CACHE_BYTES):
+        if self.patch_bytes > max(left, MIN_CACHE_BYTES):
             raise ConfigError(
                 f"patch_memory_gib: {size_text(self.patch_bytes)} does not fit: the weights leave"
                 f" {size_text(left)} ({size_text(memory.num_bytes)} is available: {memory.bound});"
@@ -108,7 +108,7 @@ class MemoryRequest:
         """Raise ConfigError for sizes that exceed what weights and row patches leave; the KV
         pool and steps may use less."""
         left = beyond_weights - self.patch_bytes
-        if num_bytes > max(left, _MIN_CACHE_BYTES):
+        if num_bytes > max(left, MIN_CACHE_BYTES):
             users = "the weights and row patches" if self.patch_bytes else "the weights"
             raise ConfigError(
                 f"{needs} {size_text(num_bytes)}, but {users} leave {size_text(max(left, 0))}"

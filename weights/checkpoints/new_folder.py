@@ -1,6 +1,7 @@
 """Creates folders and replaces files atomically, and tests early whether a folder can be made."""
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -33,6 +34,14 @@ def check_new_folder(folder: Path) -> None:
     partial = partial_path(folder)
     partial.mkdir(parents=True)
     partial.rmdir()
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raise OSError if the folder's disk has not as many bytes free."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        needs = f"{num_bytes:,} bytes are needed, but {free:,} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needs}")
 
 
 def partial_path(target: Path) -> Path:

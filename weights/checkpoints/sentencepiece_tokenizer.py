@@ -24,6 +24,7 @@ class SentencePieceTokenizer:
         processor: the library's tokenizer of the first part of a text.
         rest_processor: that of the parts after the first token, which may add no space.
         added: the tokens whose names are found first, by id.
+        largest_id: largest id that ``encode`` gives for texts without names of special tokens.
     """
 
     def __init__(self, model: bytes, config: TokenizerConfig | None = None) -> None:
@@ -61,6 +62,8 @@ class SentencePieceTokenizer:
         self.begin_ids = (bos,) if bos >= 0 and config.add_bos is not False else ()
         eos = known.get(config.eos or "", processor.eos_id())
         self.end_ids = (eos,) if eos >= 0 and config.add_eos else ()
+        named = {i for i, one in listed.items() if one.special}
+        self.largest_id = max((*(i for i in ids if i not in named), *self.begin_ids, *self.end_ids))
         matched = own_special.union(proto.user_defined_ids(model)).difference(listed)
         tokens = listed | {i: AddedToken(self._names[i], normalized=False) for i in matched}
         if config.splits_special:

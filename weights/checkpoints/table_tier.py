@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.errors import ConfigError
 from weights.available_memory import AvailableMemory, available_memory
 from weights.checkpoints.memory_request import (
+    MIN_CACHE_BYTES,
     MemoryRequest,
     MemoryShares,
     size_text,
@@ -16,6 +18,26 @@ from weights.checkpoints.memory_request import (
 _STEP_BYTES = 512 * 2**20
 
 logger = logging.getLogger(__name__)
+
+
+def check_rows_fit(
+    folder: Path, row_bytes: int, available: Callable[[], AvailableMemory] = available_memory
+) -> None:
+    """Raise ConfigError if all table rows of a folder exceed the memory available on this machine.
+
+    Memory that cannot be read is not checked, and 256 MiB are always tried.
+    """
+    try:
+        memory = available()
+    except (OSError, ValueError) as error:
+        logger.warning("memory is not checked: cannot read available memory: %s", error)
+        return
+    if row_bytes > max(memory.num_bytes, MIN_CACHE_BYTES):
+        raise ConfigError(
+            f"{folder}: the table rows take {size_text(row_bytes)} of memory, but"
+            f" {size_text(memory.num_bytes)} is available ({memory.bound}); give the tables a"
+            " smaller dtype with `memplus quantize`, or free memory"
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weights.checkpoints.new_folder import partial_path, sync_folder
+from weights.checkpoints.new_folder import check_space, partial_path, sync_folder
 from weights.checkpoints.table_origin import ORIGIN, new_origin
 from weights.checkpoints.tensor_files import STORED_DTYPES, TensorSource, checksum_key, tensor_bytes
 
@@ -31,7 +31,11 @@ def write_tensors(
     Calls ``on_write`` with the bytes of each tensor or part after they are written.
     ``with_checksums`` adds the checksum of every tensor to the metadata, and the origin of a table
     that does not bring one.
+
+    Raises:
+        OSError: the file cannot be written, or the disk has less space than the tensors need.
     """
+    check_space(path.parent, sum(map(_num_bytes, sources)))
     checksums = {source.name: hashlib.sha256() for source in sources if with_checksums}
     with open(path, "xb") as file:
         file.write(_header(sources, dict.fromkeys(checksums, _PLACEHOLDER_CHECKSUM)))

@@ -12,7 +12,7 @@ from weights.checkpoints.byte_tokens import BYTE_NAMES, byte_level, byte_tokens
 from weights.checkpoints.sentencepiece_tokenizer import SentencePieceTokenizer
 from weights.checkpoints.token_table import TokenTable
 from weights.errors import CheckpointError
-from weights.text_files import ENCODING, regular_file_bytes
+from weights.text_files import ENCODING, read_json_object, regular_file_bytes
 
 # the largest vocabularies take a quarter
 _MAX_BYTES = 2**27
@@ -82,7 +82,11 @@ class Tokenizer(Protocol):
 
 
 class JsonTokenizer:
-    """A ``tokenizer.json``, run by the tokenizers library."""
+    """A ``tokenizer.json``, run by the tokenizers library.
+
+    Attributes:
+        largest_id: largest id that ``encode`` gives for texts without names of special tokens.
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -100,6 +104,9 @@ class JsonTokenizer:
         self._token_bytes = cache(self._byte_level) if self._is_byte_level else byte_ids.get
         self._table = TokenTable(self._texts, self._token_bytes, byte_ids)
         self.begin_ids, self.end_ids = _special_ends(tokenizer.encode("a"))
+        own = tokenizer.get_vocab(with_added_tokens=False).values()
+        plain = self._added.keys() - self.special_ids
+        self.largest_id = max((*own, *plain, *self.begin_ids, *self.end_ids))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         # encode_batch releases the GIL, encode does not
@@ -159,9 +166,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     ``AutoTokenizer``: add_bos_token and add_eos_token of tokenizer_config.json are for
     ``tokenizer.model``.
 
+    Names of special tokens may have ids beyond the vocabulary of the folder's model, because some
+    folders list a padding token that their model lacks. A text that has such a name is refused
+    where it is used.
+
     Raises:
-        CheckpointError: neither file exists, or a file cannot be read.
+        CheckpointError: neither file exists, a file cannot be read, or other texts have tokens
+            beyond the model's vocabulary.
     """
+    tokenizer = _read_tokenizer(folder)
+    file = folder / "config.json"
+    size = read_json_object(file).get("vocab_size") if file.exists() else None
+    if isinstance(size, int) and tokenizer.largest_id >= size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, but vocab_size in"
+            f" config.json is {size}; they are not of the same model"
+        )
+    return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> JsonTokenizer | SentencePieceTokenizer:
+    """The tokenizer in a folder's files (CheckpointError)."""
     config = read_tokenizer_config(folder)
     path = folder / "tokenizer.json"
     if path.exists():

@@ -124,7 +124,7 @@ def test_mistakes_are_one_line_and_no_model_answers(models, asked, tmp_path, cap
         ((a, b), "compare: needs --questions FILE"),
         ((a, b, "--questions", asked, "--model", a), "model: --compare names both models"),
         ((a, b, "--questions", asked, "--json", tmp_path), f"json: {tmp_path} cannot be written"),
-        ((a, b, "--questions", asked, "--json", tmp_path / "no" / "x"), "json: the folder"),
+        ((a, b, "--questions", asked, "--json", tmp_path / "no" / "x"), "json: folder"),
         ((a, b, text, "--questions", asked), "compare: compares answers to questions"),
         ((a, b, "--questions", bad), "bad.jsonl, line 1: expected the keys prompt, answer"),
         ((a, b, "--questions", tmp_path / "none"), "none: No such file"),

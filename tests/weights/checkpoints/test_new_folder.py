@@ -2,11 +2,12 @@
 
 import os
 import secrets
+import shutil
 import stat
 
 import pytest
 
-from weights.checkpoints.new_folder import new_folder, write_synced
+from weights.checkpoints.new_folder import check_space, new_folder, write_synced
 
 
 def test_the_folder_appears_with_its_files_when_the_block_ends(tmp_path):
@@ -58,3 +59,12 @@ def test_the_mode_of_the_folder_follows_the_umask(tmp_path):
     (tmp_path / "plain").mkdir()
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("model", "plain")]
     assert modes[0] == modes[1]
+
+
+def test_too_little_space_is_an_error_with_both_numbers(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    check_space(tmp_path, 0)
+    with pytest.raises(
+        OSError, match="No space left on device: [0-9,]+ bytes are needed, but [0-9]"
+    ):
+        check_space(tmp_path, 2 * free + 2**40)

@@ -19,7 +19,7 @@ from server.model_options import ModelOptions
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.available_memory import AvailableMemory
 from weights.checkpoints.memory_request import MemoryRequest, MemoryShares
-from weights.checkpoints.table_tier import CpuTierChoice
+from weights.checkpoints.table_tier import CpuTierChoice, check_rows_fit
 from weights.grammars.grammar_memory import GRAMMARS_BYTES
 from weights.models.named_models import WORDNET
 from weights.models.prepare import prepared_folder
@@ -126,6 +126,16 @@ def test_unknown_available_memory_is_an_error_or_logged(caplog):
     assert "memory limits are not checked" in caplog.messages[-1]
 
 
+def test_rows_that_exceed_the_memory_are_refused_with_both_sizes():
+    available = partial(AvailableMemory, 3 * GIB, "MemAvailable")
+    check_rows_fit(Path("model"), 3 * GIB, available)
+    message = r"^model: the table rows take 3\.50 GiB of memory, but 3\.00 GiB is available \(Mem"
+    with pytest.raises(ConfigError, match=message):
+        check_rows_fit(Path("model"), 7 * GIB // 2, available)
+    # available memory is an estimate, so small tables are never refused
+    check_rows_fit(Path("model"), 256 * MIB, partial(AvailableMemory, 0, "MemAvailable"))
+
+
 @pytest.fixture
 def memory(monkeypatch):
     """Sets the available memory (key ``bytes``) and lowers the minimal sizes."""
@@ -135,7 +145,7 @@ def memory(monkeypatch):
         return CpuTierChoice(request, partial(AvailableMemory, found["bytes"], "a test"))
 
     monkeypatch.setattr(engine_entry, "CpuTierChoice", choice)
-    monkeypatch.setattr("weights.checkpoints.memory_request._MIN_CACHE_BYTES", 3000)
+    monkeypatch.setattr("weights.checkpoints.memory_request.MIN_CACHE_BYTES", 3000)
     monkeypatch.setattr("weights.checkpoints.memory_request._MIN_KV_BYTES", 3000)
     return found
 

@@ -205,6 +205,28 @@ def test_a_broken_tokenizer_is_refused_by_name(tmp_path, name):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_ids_beyond_the_vocabulary_are_refused_but_for_names_of_special_tokens(
+    tmp_path, pieces, kind
+):
+    if kind == "tokenizer.json":
+        made = byte_tokenizer()
+        largest = max(made.get_vocab(with_added_tokens=False).values())
+        made.save(str(tmp_path / kind))
+    else:
+        largest = pieces.processor.GetPieceSize() - 1
+        (tmp_path / kind).write_bytes(pieces.processor.serialized_model_proto())
+    size = load_tokenizer(tmp_path).largest_id + 1
+    assert size > largest
+    # many folders list a padding token that their model lacks
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<some pad>"}')
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
+    assert load_tokenizer(tmp_path).encode("<some pad>")[-1] >= size
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size - 1}))
+    with pytest.raises(CheckpointError, match=f"has ids up to {size - 1}, but vocab_size"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="neither"):
         load_tokenizer(tmp_path)

@@ -131,10 +131,16 @@ def given_text(config: DataConfig, init_from: str) -> TextTokens | None:
         return None
     if Path(given).is_dir():
         return checkpoint_text(Path(given))
+    if not config.tokenizer:
+        raise CheckpointError(f"run.init_from: {given}: no such folder")
     try:
         return _sentencepiece_text(Path(given).read_bytes())
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{given}: not a sentencepiece model ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"data.tokenizer: {given}: {error.strerror}") from None
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"data.tokenizer: {given}: not a sentencepiece model ({error})"
+        ) from None
 
 
 def checkpoint_text(folder: Path) -> TextTokens:

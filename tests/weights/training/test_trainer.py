@@ -151,6 +151,7 @@ main(["train", *sys.argv[2:]])
 """
 
 
+@pytest.mark.slow
 def test_a_run_resumes_after_kill_9(config, tmp_path):
     run(config(), tmp_path / "whole")
     folder, config_file = tmp_path / "killed", tmp_path / "train.toml"
@@ -536,15 +537,26 @@ def tokens(folder, name="train") -> bytes:
     return (folder / "data" / name / "tokens.bin").read_bytes()
 
 
-WRONG = ["model.hidden_siz=16", "model.num_attention_heads=3", "data.sequence_length=999"]
+WRONG = [
+    *("model.hidden_siz=16", "model.num_attention_heads=3", "data.sequence_length=999"),
+    *("data.tokenizer=nowhere", "data.train=nowhere", "run.freeze=['dense']"),
+]
 
 
-@pytest.mark.parametrize("wrong", [*WRONG, "data.vocab_size=9000", "run.init_from=nowhere"])
+@pytest.mark.parametrize("wrong", [*WRONG, "run.init_from=nowhere"])
 def test_a_wrong_setting_leaves_no_folder(config, tmp_path, wrong):
-    with pytest.raises((ConfigError, CheckpointError, DataError)):
-        start(config(wrong), tmp_path / "new" / "run")
-    assert not list((tmp_path / "new" / "run").glob("*")) or wrong.startswith("data.vocab_size")
-    assert start(config(), tmp_path / "new" / "run").step == 0
+    folder = tmp_path / "new" / "run"
+    with pytest.raises(
+        (ConfigError, CheckpointError, DataError), match="siz|head|length|nowhere|free"
+    ):
+        start(config(wrong, memory=False), folder)
+    assert not folder.parent.exists()
+
+
+def test_a_failed_start_can_be_put_right(config, tmp_path):
+    with pytest.raises(DataError, match="data.vocab_size: must be at most"):
+        start(config("data.vocab_size=9000"), tmp_path / "run")
+    assert start(config(), tmp_path / "run").step == 0
 
 
 def test_other_settings_are_allowed_until_the_first_checkpoint(config, tmp_path):

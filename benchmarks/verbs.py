@@ -12,6 +12,7 @@ from benchmarks.memory.load import default_trace
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.overload_options import OverloadOptions
 from benchmarks.patches.options import PatchLoad
+from benchmarks.retrofit.verb import add_retrofit_benchmark
 from benchmarks.row_verbs import add_row_benchmarks
 from benchmarks.serving_load import ServingLoad
 from engine.config import EngineConfig
@@ -266,3 +267,4 @@ def _add_training_benchmarks(
     only = "run only this model; repeat the option for several (default: all)"
     verb.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
     add_learning_benchmark(benchmarks)
+    add_retrofit_benchmark(benchmarks)

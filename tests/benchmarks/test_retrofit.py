@@ -77,7 +77,7 @@ def test_every_contestant_tries_equally_many_rates_and_starts_from_the_same_mode
         assert is_beside == ("beside" in one.name)
 
 
-def test_answers_are_scored_without_their_prompts(base, memory_plus_folder):
+def test_answers_are_scored_without_their_prompts():
     model = random_model(tiny_config())
     passages = [Passage((3, 10 + n, 40 + n, 9), num_given=2) for n in range(5)]
     recall, loss = score_answers(model, passages)

@@ -9,8 +9,8 @@ from engine.model.config import ModelConfig
 from weights.checkpoints.feed_forward_json import feed_forward_to_json
 
 BASE = "base"
-# peak learning rates of weights; the first of each pair runs first
-_ALL_LRS, _MEMORY_LRS = (3e-4, 1e-4), (3e-3, 1e-3)
+# peak learning rates of weights, the first one first; a memory alone learned little at 1e-3
+_ALL_LRS, _MEMORY_LRS = (3e-4, 1e-4), (3e-3, 1e-2)
 
 
 @dataclass(frozen=True)

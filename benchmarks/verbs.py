@@ -12,6 +12,7 @@ from benchmarks.memory.load import default_trace
 from benchmarks.offline_load import OfflineLoad
 from benchmarks.overload_options import OverloadOptions
 from benchmarks.patches.options import PatchLoad
+from benchmarks.retrofit.verb import add_retrofit_benchmark
 from benchmarks.row_verbs import add_row_benchmarks
 from benchmarks.serving_load import ServingLoad
 from engine.config import EngineConfig
@@ -272,6 +273,7 @@ def _add_training_benchmarks(
     source = "WordNet's folder (default: %(default)s, from Debian's package wordnet-base)"
     verb.add_argument("--dict", type=Path, default=Path("/usr/share/wordnet"), help=source)
     add_learning_benchmark(benchmarks)
+    add_retrofit_benchmark(benchmarks)
 
 
 def _add_curve(

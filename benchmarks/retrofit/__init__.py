@@ -1,0 +1,1 @@
+"""Benchmark of what memory layers add to a finished model, and what they cost it."""

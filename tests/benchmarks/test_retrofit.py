@@ -108,8 +108,8 @@ def test_contestants_train_and_finished_runs_are_not_repeated(
     for (name, _), one in results.items():
         assert 0 <= one.recall <= 1 and math.isfinite(one.answer_loss + one.gloss_perplexity)
         if name != BASE:
-            is_worse = one.answer_loss > untrained.answer_loss
-            assert is_worse == name.startswith("replaced")  # it is not trained for long
+            # what replaces a feed-forward must first learn what that did
+            assert one.answer_loss < untrained.answer_loss or name.startswith("replaced")
             assert (one.table_values > 0) == ("no memory" not in name)
     assert not list(tmp_path.glob("runs/*/checkpoints")) + list(tmp_path.glob("runs/*/adapter"))
     capsys.readouterr()

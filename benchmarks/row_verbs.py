@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.memory.load import MemoryLoad, default_trace
 from engine.errors import ConfigError
 from server.cli.options import add_options, from_options
-from server.cli.output_options import add_output_file, add_output_folder
+from server.cli.output_options import add_output_file, add_output_folder, check_output
 from server.config import ThreadOptions, cache_folder
 from server.model_options import ModelOptions
 from weights.models.named_models import SMOLLM2
@@ -26,6 +26,8 @@ def trace(options: argparse.Namespace) -> None:
     model = from_options(ModelOptions, options)
     device = chosen_device(model)
     folder = prepared_folder(model.model, cache_folder())
+    if options.record:
+        check_output("record", folder, "folder")
     found = record(
         folder, options.texts, options.tokens, options.traced, device, keep_record=options.record
     )

@@ -38,11 +38,16 @@ def check_outputs(options: argparse.Namespace) -> None:
     for name, kind in outputs.items():
         place: Path | None = getattr(options, name)
         if place is not None:
-            try:
-                _CHECKS[kind](name, place)
-            except OSError as error:
-                reason = error.strerror or str(error)
-                raise ConfigError(f"{name}: {place} cannot be written ({reason})") from None
+            check_output(name, place, kind)
+
+
+def check_output(name: str, place: Path, kind: str) -> None:
+    """As ``check_outputs`` for one place, a "file" or a "folder", of the option ``name``."""
+    try:
+        _CHECKS[kind](name, place)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{name}: {place} cannot be written ({reason})") from None
 
 
 def _add(

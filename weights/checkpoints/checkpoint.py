@@ -141,6 +141,7 @@ def load_model(
     table_dtype: str = "auto",
     verify_tables: bool = False,
     keep_stored: bool = False,
+    fill_cache: bool = True,
 ) -> tuple[Transformer, CheckpointConfig]:
     """Load a folder's model for serving.
 
@@ -161,6 +162,7 @@ def load_model(
         keep_stored: load weights for an executor: those in groups stay so, and on the CPU all are
             mapped as they are stored, and the executor converts one layer at a time. Otherwise they
             get ``dtype``, those in groups too.
+        fill_cache: fill the row caches with the rows that the folder lists as hot, if any.
 
     Raises:
         CheckpointError: as ``open_checkpoint``, or a weight outside tables is not finite, or a
@@ -184,7 +186,9 @@ def load_model(
         model = _read_model(config.model, stored, chosen, device, keep_stored)
         if tables:
             options = config.model, table_cache, device
-            placed = placed_tables(folder, tables, layouts, *options, verify=verify_tables)
+            placed = placed_tables(
+                folder, tables, layouts, *options, verify=verify_tables, fill_cache=fill_cache
+            )
             model.attach_tables(placed)
     if device.type == "cuda":
         # return staging memory to the GPU: the executor measures what is left

@@ -20,6 +20,7 @@ from server.cli.evaluate import add_evaluate
 from server.cli.learn import add_learn
 from server.cli.options import Parser, add_options, from_options
 from server.cli.patch import add_patch
+from server.cli.typed_names import in_typed_names, typed_names
 from server.config import HttpOptions, SupervisionOptions, ThreadOptions, cache_folder, set_threads
 from server.limits import LimitOptions
 from server.logs import say, set_up_logs
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _show("server.device")
         code: int | None = options.run(options)
     except _USER_ERRORS as error:
-        report(f"memplus: {error}", logging.ERROR)
+        message = in_typed_names(str(error), typed_names(options))
+        report(f"memplus: {message}", logging.ERROR)
         return _USAGE_ERROR
     except EngineLostError as error:
         report(f"memplus: {error}", logging.ERROR)

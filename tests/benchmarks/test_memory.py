@@ -243,6 +243,6 @@ def test_the_sweep_is_measured_saved_and_plotted(tmp_path, capsys, monkeypatch):
     assert main([*arguments, *every_tier]) == 0
     assert (out / "rounds.jsonl").read_text() == again
     assert main([*arguments, "1", "--prompt-lens", "512"]) == 2
-    assert "prompt_lens: 512 must be below 512" in capsys.readouterr().err
+    assert "--prompt-lens: 512 must be below 512" in capsys.readouterr().err
     assert main([*arguments, "1", "--output-len", "3"]) == 2
-    assert "has rounds with another output_len: 2" in capsys.readouterr().err
+    assert "has rounds with another --output-len: 2" in capsys.readouterr().err

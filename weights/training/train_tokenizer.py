@@ -42,7 +42,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     except RuntimeError as error:
         if lines.error is not None:
             raise lines.error from None
-        raise DataError(f"vocab_size: {vocab_size} does not fit these texts ({error})") from None
+        raise DataError(f"data.vocab_size: {vocab_size} does not fit the texts ({error})") from None
     return model.getvalue()
 
 

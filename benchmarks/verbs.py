@@ -166,7 +166,8 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.set_defaults(run=gpu)
     add_options(verb, GpuCheck)
     add_options(verb, Shapes)
-    where = "results; resumable (default: %(default)s)"
+    where = "folder for the results; the same command continues an interrupted run there (default:"
+    where += " %(default)s)"
     verb.add_argument("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help=where)
     verb.add_argument("--trace", type=Path, default=default_trace(), help="from bench trace")
 
@@ -260,7 +261,8 @@ def _add_training_benchmarks(
     verb = benchmarks.add_parser("facts", help=facts.__doc__)
     verb.set_defaults(run=facts, computes=True)
     add_options(verb, ThreadOptions)
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; resumable")
+    kept = "folder for the results; the same command continues an interrupted run there"
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help=kept)
     verb.add_argument("--reduced", action="store_true", help="a small run of minutes")
     verb.add_argument("--seeds", type=int, help="runs per model (default: 3; 1 if reduced)")
     only = "run only this model; repeat the option for several (default: all)"

@@ -54,7 +54,8 @@ def add_learning_benchmark(
     verb = benchmarks.add_parser("learn", help=learn.__doc__)
     verb.set_defaults(run=learn, computes=True)
     add_options(verb, ThreadOptions)
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; resumable")
+    kept = "folder for the results; the same command continues an interrupted run there"
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help=kept)
     models = f"{WORDNET}, which learns nouns, or a folder, whose model learns made-up people"
     verb.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME|DIR", help=models)
     source = "WordNet's folder, for nouns (default: %(default)s)"

@@ -1,7 +1,7 @@
 """``memplus bench memory`` on a model with memory layers: own and drawn tables, points, errors."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -197,3 +197,14 @@ def test_models_of_every_kind_are_measured(kinds, memory, dtype, tmp_path, capsy
     kept = (out / "rounds.jsonl").read_text()
     assert main(arguments) == 0
     assert (out / "rounds.jsonl").read_text() == kept
+
+
+def test_rounds_that_were_saved_before_own_tables_are_kept(tmp_path):
+    source = save_model(random_model(tiny_config(num_layers=8)), tmp_path / "model")
+    plain = SweptModel.open(source)
+    first, *others = points(plain, plain.settled(MemoryLoad(), has_trace=False))
+    assert first.skew == "recorded" and not any(one.is_own for one in (first, *others))
+    saved = {name: value for name, value in asdict(first).items() if name != "is_own"}
+    done = {"tokens_per_s": 1.0, "seconds": 1.0, "hit_rate": None}
+    (tmp_path / "rounds.jsonl").write_text(json.dumps({"point": saved, "round": done}) + "\n")
+    assert sweep.Rounds(tmp_path / "rounds.jsonl").number(first) == 1

@@ -32,9 +32,13 @@ def record(
     ``keep_record`` writes the counts of reads into the model's folder too, for ``memplus learn``.
 
     Raises:
-        ConfigError: the model has no memory layers, or the texts have fewer than ``num_tokens``.
+        ConfigError: the model has no memory layers, a number is below 1, or the texts have fewer
+            than ``num_tokens``.
         CheckpointError, DataError: model or texts cannot be read.
     """
+    for name, number in (("tokens", num_tokens), ("traced", num_traced)):
+        if number < 1:
+            raise ConfigError(f"{name}: must be at least 1, not {number}")
     model, config = load_model(folder, device=device)
     memory = config.model.memory
     if memory is None:

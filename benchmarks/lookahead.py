@@ -1,6 +1,7 @@
 """``memplus bench lookahead``: recall and precision of row prediction, by distance and width."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,15 +51,21 @@ def measure(
     ``widths`` are the predicted rows per head, as multiples of K.
 
     Raises:
-        ConfigError: the model has no memory layers, or the texts have fewer than ``num_tokens``
-            tokens.
+        ConfigError: the model has no memory layers, a number is out of range, or the texts have
+            fewer than ``num_tokens`` tokens.
         CheckpointError, DataError: model or texts cannot be read.
     """
+    if num_tokens < 1:
+        raise ConfigError(f"tokens: must be at least 1, not {num_tokens}")
+    for width in widths:
+        if not 0 < width < math.inf:
+            raise ConfigError(f"widths: must be above 0 and finite, not {width}")
     model, config = load_model(folder, device=device)
     memory = config.model.memory
     if memory is None:
         raise ConfigError(f"model: {folder} has no memory layers")
-    candidates = sorted({min(round(memory.top_k * width), memory.num_subkeys) for width in widths})
+    most = memory.num_subkeys
+    candidates = sorted({max(1, round(min(memory.top_k * width, most))) for width in widths})
     counts = _Counts()
     text = checkpoint_text(folder)
     with tqdm(total=num_tokens, unit="token") as bar:

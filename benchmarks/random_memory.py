@@ -1,4 +1,4 @@
-"""Writes a model with random memory layers in place of some feed-forwards, for timing only."""
+"""Writes models with random memory layers, or tables of another size, for timing only."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,22 +9,41 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory_variant import can_have_memory, with_memory
+from engine.model.config import ModelConfig
 from engine.model.transformer import Transformer
+from memory_ops.operations import quantize_rows
 from weights.checkpoints.checkpoint import expected_tensors, save_checkpoint
 from weights.checkpoints.convert import read_folder
+from weights.checkpoints.hot_rows import HOT_ROWS_FILE
+from weights.checkpoints.table_files import RowLayout, row_layout
 from weights.checkpoints.tensor_files import TensorSource
 from weights.errors import CheckpointError
-from weights.training.initialise import initialise, initialise_table
+from weights.training.initialise import initialise, initialise_subkeys, initialise_table
 
 _DRAWN_ROWS = 2**12  # repeated to fill the table; row values do not affect the time
+_SUBKEYS = ".memory.subkeys"
 
 
-def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
+def variant_config(source: Path, plain: ModelConfig, num_subkeys: int) -> ModelConfig:
+    """The model of ``source`` with the benchmarks' memory layers; see ``with_memory``.
+
+    Raises:
+        CheckpointError: it has too few layers, or memory layers.
+        ValueError: ``num_subkeys`` is less than the rows per head, or too large.
+    """
+    if not can_have_memory(plain):
+        raise CheckpointError(f"{source}: the model needs more than 3 layers and no memory layers")
+    return with_memory(plain, num_subkeys)
+
+
+def write_variant(
+    source: Path, target: Path, num_subkeys: int, table_dtype: str | None = None
+) -> None:
     """Write the model of ``source`` with three equally spaced Memory+ layers to ``target``.
 
     The layers have 4 heads, 32 rows per head, and query and value widths as in the paper. They
     share one table of ``num_subkeys`` squared rows. Weights are initialised as for training, with
-    seed 0.
+    seed 0. ``table_dtype`` is one of ``TABLE_DTYPES``; None is that of the weights.
 
     Raises:
         CheckpointError: the source cannot be read, has too few layers, memory layers, or weights
@@ -32,10 +51,7 @@ def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
         ValueError: ``num_subkeys`` is less than the rows per head, or too large.
     """
     imported = read_folder(source, None)
-    plain = imported.config.model
-    if not can_have_memory(plain):
-        raise CheckpointError(f"{source}: the model needs more than 3 layers and no memory layers")
-    model = with_memory(plain, num_subkeys)
+    model = variant_config(source, imported.config.model, num_subkeys)
     if imported.config.has_groups:
         raise CheckpointError(
             f"{source}: the weights are rounded to 8 or 4 bits; make a dense folder by"
@@ -50,24 +66,73 @@ def write_variant(source: Path, target: Path, num_subkeys: int) -> None:
     sources: list[TensorSource] = []
     for name, tensor in expected_tensors(model).items():
         shape = tuple(tensor.shape)
-        if name not in sources_by_name:
-            is_table = name in model.table_names
-            load = (
-                partial(_table_parts, shape, dtype, generator)
-                if is_table
-                else partial(new_weights.pop, name)
-            )
-            sources_by_name[name] = TensorSource(name, shape, dtype, load)
-        sources.append(sources_by_name[name])
+        if name in model.table_names:
+            layout = RowLayout(str(dtype), shape, dtype)
+            if table_dtype is not None:
+                layout = row_layout(table_dtype, *shape)
+            sources.append(_drawn_table(name, layout, shape[1], generator))
+        elif name in sources_by_name:
+            sources.append(sources_by_name[name])
+        else:
+            sources.append(TensorSource(name, shape, dtype, partial(new_weights.pop, name)))
     save_checkpoint(target, replace(imported.config, model=model), sources, imported.extra_files)
 
 
-def _table_parts(
-    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
-) -> Iterator[Tensor]:
+def write_resized(source: Path, target: Path, num_subkeys: int, table_dtype: str) -> None:
+    """Write the model of ``source`` with tables of ``num_subkeys`` squared rows to ``target``.
+
+    Rows and subkeys are drawn as for training, with seed 0; all other weights are kept.
+    ``table_dtype`` is one of ``TABLE_DTYPES``.
+
+    Raises:
+        CheckpointError: the source cannot be read, or the target exists.
+        ValueError: ``num_subkeys`` is less than the rows per head, or too large.
+    """
+    imported = read_folder(source, None)
+    memory = imported.config.model.memory
+    assert memory is not None
+    model = replace(imported.config.model, memory=replace(memory, num_subkeys=num_subkeys))
+    layout = row_layout(table_dtype, num_subkeys**2, memory.value_dim)
+    generator = torch.Generator().manual_seed(0)
+    sources: list[TensorSource] = []
+    for one in imported.sources:
+        if one.name in model.table_names:
+            sources.append(_drawn_table(one.name, layout, memory.value_dim, generator))
+        elif one.name.endswith(_SUBKEYS):
+            heads, halves, _, width = one.shape
+            shape = heads, halves, num_subkeys, width
+            load = partial(_drawn_subkeys, shape, one.dtype, generator)
+            sources.append(TensorSource(one.name, shape, one.dtype, load))
+        else:
+            sources.append(one)
+    # hot rows are rows of the model's own tables
+    files = {name: text for name, text in imported.extra_files.items() if name != HOT_ROWS_FILE}
+    save_checkpoint(target, replace(imported.config, model=model), sources, files)
+
+
+def _drawn_table(
+    name: str, layout: RowLayout, value_dim: int, generator: torch.Generator
+) -> TensorSource:
+    load = partial(_table_parts, layout, value_dim, generator)
+    return TensorSource(name, layout.shape, layout.dtype, load, layout.metadata)
+
+
+def _table_parts(layout: RowLayout, value_dim: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Yields the table in parts that repeat the same rows: it may be larger than memory."""
-    part_RV = torch.empty(min(shape[0], _DRAWN_ROWS), shape[1])
+    num_rows = layout.shape[0]
+    part_RV = torch.empty(min(num_rows, _DRAWN_ROWS), value_dim)
     initialise_table(part_RV, generator)
-    part_RV = part_RV.to(dtype)
-    for first in range(0, shape[0], len(part_RV)):
-        yield part_RV[: shape[0] - first]
+    if layout.records is None:
+        part_RB = part_RV.to(layout.dtype)
+    else:
+        part_RB = quantize_rows(part_RV, layout.records[0]).records_RB
+    for first in range(0, num_rows, len(part_RB)):
+        yield part_RB[: num_rows - first]
+
+
+def _drawn_subkeys(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    subkeys_H2Nk = torch.empty(shape)
+    initialise_subkeys(subkeys_H2Nk, generator)
+    return subkeys_H2Nk.to(dtype)

@@ -53,14 +53,31 @@ class AccessTrace:
             raise DataError(f"{file}: not an access trace ({error})") from None
 
 
-def checked_trace(file: Path, shape: tuple[int, int, int]) -> AccessTrace:
-    """Load a trace; DataError if its layers, heads and rows per head are not ``shape``."""
+def shaped_trace(file: Path, shape: tuple[int, int, int]) -> AccessTrace:
+    """Load a trace of a model with these numbers of memory layers, heads and rows per head.
+
+    Raises:
+        DataError: it is not a trace, or one of another shape, or of fewer than 2 tokens.
+    """
     trace = AccessTrace.load(file)
     found = trace.rows_TMHK.shape[1:]
-    if found != shape or len(trace.rows_TMHK) < 2:
-        raise DataError(f"{file}: has {found} layers, heads and rows per head, not {shape}")
+    if found != shape:
+        raise DataError(
+            f"{file}: has {found} memory layers, heads and rows per head, not {shape}; record the"
+            " reads of this model: `memplus bench trace TEXTS --model DIR --out FILE.npz`"
+        )
+    if len(trace.rows_TMHK) < 2:
+        raise DataError(f"{file}: has fewer than 2 tokens")
     num_rows = trace.counts_MR.shape[1]
-    is_whole = 0 <= trace.rows_TMHK.min() <= trace.rows_TMHK.max() < num_rows
-    if num_rows & (num_rows - 1) or not is_whole:
-        raise DataError(f"{file}: {num_rows} rows are not a power of two, or fewer than are read")
+    if not 0 <= trace.rows_TMHK.min() <= trace.rows_TMHK.max() < num_rows:
+        raise DataError(f"{file}: reads rows outside its {num_rows} rows")
+    return trace
+
+
+def checked_trace(file: Path, shape: tuple[int, int, int]) -> AccessTrace:
+    """Load a trace for tables of 2^n rows, as ``shaped_trace``; DataError if its own is another."""
+    trace = shaped_trace(file, shape)
+    num_rows = trace.counts_MR.shape[1]
+    if num_rows & (num_rows - 1):
+        raise DataError(f"{file}: {num_rows} rows are not a power of two")
     return trace

@@ -78,50 +78,10 @@ def add_row_benchmarks(
     benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]",
 ) -> None:
     """Add the benchmarks of the rows that memory layers read."""
-    verb = benchmarks.add_parser("trace", help=trace.__doc__)
-    verb.set_defaults(run=trace, computes=True)
-    add_options(verb, ThreadOptions)
-    add_options(verb, ModelOptions, _MODEL_AND_DEVICE)
-    verb.add_argument("texts", nargs="+", metavar="TEXTS", help="text files and folders")
-    written = "write the rows and counts to this file"
-    add_output_file(verb, "--out", written, metavar="FILE.npz")
-    least = "to count; the texts must have as many (default: %(default)s)"
-    verb.add_argument("--tokens", type=int, default=100_000, help=least)
-    traced = "tokens whose rows are stored in order (default: %(default)s)"
-    verb.add_argument("--traced", type=int, default=4096, help=traced)
-    kept = "write the counts to row_reads.safetensors in the model's folder, for `memplus learn`"
-    verb.add_argument("--record", action="store_true", help=kept)
-
-    verb = benchmarks.add_parser("lookahead", help=lookahead.__doc__)
-    verb.set_defaults(run=lookahead, computes=True)
-    add_options(verb, ThreadOptions)
-    add_options(verb, ModelOptions, _MODEL_AND_DEVICE)
-    verb.add_argument("texts", nargs="+", metavar="TEXTS", help="text files and folders")
-    verb.add_argument("--tokens", type=int, default=2048, help="to run (default: %(default)s)")
-    widths = "predicted rows, as multiples of the rows read (default: 1 1.5 2)"
-    verb.add_argument("--widths", type=float, nargs="+", default=[1, 1.5, 2], help=widths)
-    add_output_file(verb, "--json", "write the results to this file")
-
-    verb = benchmarks.add_parser("memory", help=memory.__doc__)
-    verb.set_defaults(run=memory, computes=True)
-    add_options(verb, ThreadOptions)
-    add_options(verb, MemoryLoad)
-    verb.add_argument("--model", default=SMOLLM2, help="model to give memory layers")
-    add_output_folder(verb, "--out", "results; resumable", required=True)
-    recorded = "access trace from `memplus bench trace` (default: the benchmark model's)"
-    verb.add_argument("--trace", type=Path, default=default_trace(), help=recorded)
-    add_output_file(verb, "--json", "write the medians to this file")
-
-    verb = benchmarks.add_parser("eviction", help=eviction.__doc__)
-    verb.set_defaults(run=eviction)
-    verb.add_argument("--trace", type=Path, default=default_trace(), help=recorded)
-    shares = "cached rows, as fractions of the table (default: 0.05 0.1 0.2)"
-    verb.add_argument(
-        "--cache-shares", type=float, nargs="+", default=[0.05, 0.1, 0.2], help=shares
-    )
-    together = "sequences that decode together, parts of the trace (default: %(default)s)"
-    verb.add_argument("--sequences", type=int, default=1, help=together)
-    add_output_file(verb, "--json", "write the results to this file")
+    _add_trace(benchmarks.add_parser("trace", help=trace.__doc__))
+    _add_lookahead(benchmarks.add_parser("lookahead", help=lookahead.__doc__))
+    _add_memory(benchmarks.add_parser("memory", help=memory.__doc__))
+    _add_eviction(benchmarks.add_parser("eviction", help=eviction.__doc__))
 
     verb = benchmarks.add_parser("memory-model", help=memory_model.__doc__)
     verb.set_defaults(run=memory_model)
@@ -129,3 +89,70 @@ def add_row_benchmarks(
     verb.add_argument("--model", default=SMOLLM2, help="model name or folder")
     subkeys = "subkeys per half; their square is the number of rows (default: %(default)s)"
     verb.add_argument("--num-subkeys", type=int, default=1024, help=subkeys)
+
+
+def _add_texts(verb: argparse.ArgumentParser) -> None:
+    """Options of a benchmark that runs a model on texts, in plain torch."""
+    add_options(verb, ThreadOptions)
+    add_options(verb, ModelOptions, _MODEL_AND_DEVICE)
+    verb.add_argument("texts", nargs="+", metavar="TEXTS", help="text files and folders")
+
+
+def _add_trace(verb: argparse.ArgumentParser) -> None:
+    verb.set_defaults(run=trace, computes=True)
+    _add_texts(verb)
+    written = "write the counts of reads, and the rows of the first tokens, to this file"
+    add_output_file(verb, "--out", written, metavar="FILE.npz")
+    counted = "run the model on the first N tokens of the texts, and count how often each row is"
+    counted += " read; the texts must have as many (default: %(default)s)"
+    verb.add_argument("--tokens", type=int, metavar="N", default=100_000, help=counted)
+    traced = "write the rows that each of the first N tokens reads, which `memplus bench memory"
+    traced += " --trace` replays (default: %(default)s)"
+    verb.add_argument("--traced", type=int, metavar="N", default=4096, help=traced)
+    kept = "write the counts to row_reads.safetensors in the model's folder, for `memplus learn`"
+    verb.add_argument("--record", action="store_true", help=kept)
+
+
+def _add_lookahead(verb: argparse.ArgumentParser) -> None:
+    verb.set_defaults(run=lookahead, computes=True)
+    _add_texts(verb)
+    ran = "run the model on the first N tokens of the texts (default: %(default)s)"
+    verb.add_argument("--tokens", type=int, metavar="N", default=2048, help=ran)
+    widths = "how many rows to predict per lookup, as multiples of the rows that it reads; each"
+    widths += " number is measured (default: 1 1.5 2)"
+    verb.add_argument(
+        "--widths", type=float, nargs="+", metavar="NUMBER", default=[1, 1.5, 2], help=widths
+    )
+    add_output_file(verb, "--json", "write the results to this file")
+
+
+def _add_memory(verb: argparse.ArgumentParser) -> None:
+    verb.set_defaults(run=memory, computes=True)
+    add_options(verb, ThreadOptions)
+    add_options(verb, MemoryLoad)
+    own = "model to measure, with its own memory layers and tables; one without gets three layers"
+    own += " with random rows (default: %(default)s)"
+    verb.add_argument("--model", default=SMOLLM2, metavar="NAME|DIR|GGUF|HUB", help=own)
+    kept = "folder for the results, their plot and the models that are written; the same command"
+    kept += " continues an interrupted run there"
+    add_output_folder(verb, "--out", kept, required=True)
+    reads = "reads of this model to replay, from `memplus bench trace --out FILE.npz` (default:"
+    reads += " for a model without memory layers, those of the benchmark model)"
+    verb.add_argument("--trace", type=Path, metavar="FILE.npz", help=reads)
+    add_output_file(verb, "--json", "write the medians to this file")
+
+
+def _add_eviction(verb: argparse.ArgumentParser) -> None:
+    verb.set_defaults(run=eviction)
+    recorded = "reads to replay, from `memplus bench trace --out FILE.npz` (default: those of the"
+    recorded += " benchmark model)"
+    trace_file = default_trace()
+    verb.add_argument("--trace", type=Path, metavar="FILE.npz", default=trace_file, help=recorded)
+    shares = "cached rows, as fractions of the table (default: 0.05 0.1 0.2)"
+    default = [0.05, 0.1, 0.2]
+    verb.add_argument(
+        "--cache-shares", type=float, nargs="+", metavar="FRACTION", default=default, help=shares
+    )
+    together = "sequences that decode together, parts of the trace (default: %(default)s)"
+    verb.add_argument("--sequences", type=int, metavar="N", default=1, help=together)
+    add_output_file(verb, "--json", "write the results to this file")

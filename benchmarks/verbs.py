@@ -17,7 +17,7 @@ from benchmarks.row_verbs import add_row_benchmarks
 from benchmarks.serving_load import ServingLoad
 from engine.config import EngineConfig
 from server.cli.options import add_options, from_options
-from server.cli.output_options import add_output_file, add_output_folder
+from server.cli.output_options import add_output_file, add_results_folder
 from server.config import ThreadOptions
 from server.model_options import ModelOptions
 from weights.models.named_models import DEFAULT_MODEL, SMOLLM2
@@ -175,8 +175,7 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.set_defaults(run=gpu)
     add_options(verb, GpuCheck)
     add_options(verb, Shapes)
-    where = "results; resumable (default: %(default)s)"
-    add_output_folder(verb, "--out", where, default=Path("gpu-check"))
+    add_results_folder(verb, default=Path("gpu-check"))
     verb.add_argument("--trace", type=Path, default=default_trace(), help="from bench trace")
 
     _add_server_benchmarks(benchmarks)
@@ -285,7 +284,7 @@ def _add_curve(
     verb = benchmarks.add_parser(name, help=run.__doc__)
     verb.set_defaults(run=run, computes=True)
     add_options(verb, ThreadOptions)
-    add_output_folder(verb, "--out", "results; resumable", required=True)
+    add_results_folder(verb, required=True)
     verb.add_argument("--reduced", action="store_true", help="a small run of minutes")
     verb.add_argument("--seeds", type=int, help="runs per model (default: 3; 1 if reduced)")
     only = "run only this model; repeat the option for several (default: all)"

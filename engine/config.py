@@ -28,11 +28,15 @@ class EngineConfig:
     max_model_len: int | None = option(
         None, "longest prompt plus answer (default: the model's limit)"
     )
-    block_size: int = option(16, "tokens per KV block; on a CPU a multiple of 4")
+    block_size: int = option(
+        16,
+        "tokens whose keys and values are allocated together and shared between equal prompts; on"
+        " a CPU a multiple of 4",
+    )
     kv_cache_gib: float | None = option(
         None,
-        "memory for KV blocks (default: enough for all sequences, at most the memory that"
-        " weights, tables and steps leave free, and on a CPU at most 2 GiB)",
+        "memory for keys and values (default: enough for all sequences, at most what weights,"
+        " tables and steps leave, and 2 GiB on a CPU)",
     )
     kv_dtype: str = option(
         "auto",

@@ -45,8 +45,13 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
     """
     check_rows(table, rows_THK, weights_THK)
     _reject_tangents(table, weights_THK)
-    operator = _eager_gather_rows if _needs_gradient(table) else _gather_rows
-    out_TV: Tensor = operator(*_operands_of(table), rows_THK, weights_THK)
+    out_TV: Tensor
+    if torch.compiler.is_compiling() and _needs_gradient(table):
+        from memory_ops import uncompiled
+
+        out_TV = uncompiled.gather_rows(*_operands_of(table), rows_THK, weights_THK)
+    else:
+        out_TV = _gather_rows(*_operands_of(table), rows_THK, weights_THK)
     return out_TV
 
 
@@ -76,8 +81,13 @@ def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
     """
     check_vectors(table, rows_THK, x_TV)
     _reject_tangents(table, x_TV)
-    operator = _eager_row_dots if _needs_gradient(table) else _row_dots
-    dots_THK: Tensor = operator(*_operands_of(table), rows_THK, x_TV)
+    dots_THK: Tensor
+    if torch.compiler.is_compiling() and _needs_gradient(table):
+        from memory_ops import uncompiled
+
+        dots_THK = uncompiled.row_dots(*_operands_of(table), rows_THK, x_TV)
+    else:
+        dots_THK = _row_dots(*_operands_of(table), rows_THK, x_TV)
     return dots_THK
 
 
@@ -258,12 +268,6 @@ def _sparse_gradient(table: Tensor, rows: Tensor, weights: Tensor, grad: Tensor)
         check_invariants=False,
     )
 
-
-# torch.compile cannot trace a backward pass with a sparse gradient
-_eager_gather_rows, _eager_row_dots = (
-    torch.compiler.disable(operator, reason="memory_ops: sparse gradient")  # type: ignore[no-untyped-call]
-    for operator in (_gather_rows, _row_dots)
-)
 
 _product_topk.register_autograd(_topk_backward, setup_context=_save_topk)
 _gather_rows.register_autograd(_gather_backward, setup_context=_save_table)

@@ -31,9 +31,8 @@ from server.model_options import ModelOptions
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.config_json import CheckpointConfig, read_config
 from weights.checkpoints.gpu_tier import GpuTierChoice
-from weights.checkpoints.host_cache_limits import HostCacheLimits
 from weights.checkpoints.memory_request import MemoryRequest
-from weights.checkpoints.model_bytes import model_bytes
+from weights.checkpoints.model_bytes import ModelBytes, model_bytes
 from weights.checkpoints.table_tier import CpuTierChoice
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
@@ -192,7 +191,7 @@ def load_served(
         grammar_bytes=GRAMMARS_BYTES if engine else 0,
         patch_bytes=engine.patch_bytes if engine and described.takes_patches else 0,
     )
-    choice = _tier_choice(request, device, engine or EngineConfig(), sizes.host_cache)
+    choice = _tier_choice(request, device, engine or EngineConfig(), sizes)
     shares = choice.shares(sizes.tables, sizes.weights)
     model, config = load_model(
         folder,
@@ -223,11 +222,11 @@ def _check_rounding(
 
 
 def _tier_choice(
-    request: MemoryRequest, device: torch.device, engine: EngineConfig, limits: HostCacheLimits
+    request: MemoryRequest, device: torch.device, engine: EngineConfig, sizes: ModelBytes
 ) -> CpuTierChoice | GpuTierChoice:
     if device.type == "cpu":
-        return CpuTierChoice(request)
-    return GpuTierChoice(request, device, engine.gpu_memory_utilization, limits)
+        return CpuTierChoice(request, largest_cache=sizes.disk_cache)
+    return GpuTierChoice(request, device, engine.gpu_memory_utilization, sizes.host_cache)
 
 
 def _lookahead(options: ModelOptions, model: ModelConfig) -> LookaheadConfig:

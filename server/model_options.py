@@ -89,14 +89,15 @@ class ModelOptions:
         default=0,
         metadata={
             "metavar": "LAYERS",
-            "help": "prefetch predicted rows this many layers ahead (0 disables it)",
+            "help": "start to fetch rows that a memory layer will probably read this many layers"
+            " before it reads them; 0: do not",
         },
     )
     table_lookahead_share: float | None = field(
         default=None,
         metadata={
-            "help": "predicted rows per lookup, as a fraction of the rows it reads"
-            f" (default: {_LOOKAHEAD_SHARE})"
+            "help": "with --table-lookahead: rows to fetch early, as a fraction of those that a"
+            f" layer reads for a token, up to 8 (default: {_LOOKAHEAD_SHARE})"
         },
     )
     verify_tables: bool = field(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.cli.options import add_options, from_options
-from server.cli.output_options import add_output_folder
+from server.cli.output_options import add_results_folder
 from server.config import ThreadOptions, cache_folder
 from weights.learning.learning_config import LearningConfig
 from weights.models.named_models import DEFAULT_MODEL, WORDNET
@@ -55,7 +55,7 @@ def add_learning_benchmark(
     verb = benchmarks.add_parser("learn", help=learn.__doc__)
     verb.set_defaults(run=learn, computes=True)
     add_options(verb, ThreadOptions)
-    add_output_folder(verb, "--out", "results; resumable", required=True)
+    add_results_folder(verb, required=True)
     models = f"{WORDNET}, which learns nouns, or a folder, whose model learns made-up people"
     verb.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME|DIR", help=models)
     source = "WordNet's folder, for nouns (default: %(default)s)"

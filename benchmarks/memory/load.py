@@ -1,14 +1,19 @@
 """Options, points and results of ``memplus bench memory``; needs no torch."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.errors import ConfigError
-from weights.checkpoints.dtype_names import FLOAT_DTYPES, TABLE_DTYPES
+from weights.checkpoints.dtype_names import TABLE_DTYPES
 
 TIERS = ("device", "disk", "mmap")
 SKEWS = ("recorded", "zipf", "uniform")
-_DTYPES = ("bfloat16", *(name for name in TABLE_DTYPES if name not in FLOAT_DTYPES))
+# row numbers for a model without memory layers, which gets drawn tables
+DRAWN_SIZES = (2**12, 2**14, 2**16, 2**18, 2**20)
+_MOST_SUBKEYS = 2**14
+# as many sequences as the engine of the benchmark runs at a time
+MOST_SEQUENCES = 64
 
 
 @dataclass(frozen=True)
@@ -20,58 +25,108 @@ class MemoryLoad:
     """
 
     rows: tuple[int, ...] = field(
-        default=(2**12, 2**14, 2**16, 2**18, 2**20),
-        metadata={"help": "rows of each table, squares of powers of two"},
+        default=(),
+        metadata={
+            "group": ("tables and workloads", "--rows 65536 1048576 --cache-shares 0.1 0.3"),
+            "help": "rows of each table, squares; other numbers than the model's own get drawn rows"
+            " and subkeys (default: the model's own; without memory layers"
+            f" {' '.join(map(str, DRAWN_SIZES))})",
+        },
     )
     tiers: tuple[str, ...] = field(
         default=("device", "disk"),
         metadata={
-            "help": "where the rows are stored; mmap reads a mapped file by page faults",
+            "help": "place of the rows: memory, direct reads from disk with a row cache, or a"
+            " memory-mapped file that page faults read",
             "choices": TIERS,
         },
     )
     row_dtypes: tuple[str, ...] = field(
-        default=("bfloat16",), metadata={"help": "dtypes of the stored rows", "choices": _DTYPES}
+        default=(),
+        metadata={
+            "help": "dtypes of the rows (default: as the model stores them; bfloat16 without memory"
+            " layers)",
+            "choices": TABLE_DTYPES,
+        },
     )
     batches: tuple[int, ...] = field(
-        default=(1, 8), metadata={"help": "batch sizes of the decode points"}
+        default=(1, 8),
+        metadata={"help": f"numbers of sequences that decode together, at most {MOST_SEQUENCES}"},
     )
     prompt_lens: tuple[int, ...] = field(
-        default=(), metadata={"help": "prompt lengths of additional prefill points, in tokens"}
+        default=(),
+        metadata={
+            "metavar": "TOKENS",
+            "help": "also time prompts of these lengths (default: only decode)",
+        },
     )
     skews: tuple[str, ...] = field(
-        default=("recorded",), metadata={"help": "access patterns of the rows", "choices": SKEWS}
+        default=(),
+        metadata={
+            "help": "which rows are read: those of a recorded trace, rows by Zipf's law, or uniform"
+            " ones (default: recorded, or zipf for a model with memory layers and no --trace)",
+            "choices": SKEWS,
+        },
     )
-    cache_share: float = field(
-        default=0.1, metadata={"help": "row cache of the disk tier, as a fraction of the table"}
+    cache_shares: tuple[float, ...] = field(
+        default=(0.1,),
+        metadata={
+            "metavar": "FRACTION",
+            "help": "sizes of the disk tier's row cache, as fractions of the table's rows",
+        },
     )
     cold: bool = field(
         default=False,
-        metadata={"help": "start disk tier rounds with no rows in memory; mmap always does"},
+        metadata={
+            "help": "empty the disk tier's row cache before every round (off: other rows fill it"
+            " first); the mmap tier always starts without rows in memory"
+        },
     )
     lookahead: int = field(
-        default=0, metadata={"help": "layers ahead to prefetch predicted rows (0 disables it)"}
+        default=0,
+        metadata={
+            "metavar": "LAYERS",
+            "help": "in the disk tier, prefetch predicted rows this many layers before they are"
+            " read; 0: never",
+        },
     )
     recall: float = field(
-        default=0.5, metadata={"help": "fraction of the rows read that the predictions contain"}
+        default=0.5,
+        metadata={
+            "metavar": "FRACTION",
+            "help": "with --lookahead: fraction of the rows of a lookup that its simulated"
+            " prediction contains",
+        },
     )
     candidates: float = field(
-        default=1.0, metadata={"help": "predicted rows, as a fraction of the rows read"}
+        default=1.0,
+        metadata={
+            "metavar": "FRACTION",
+            "help": "with --lookahead: rows predicted per lookup, right and wrong ones, as a"
+            " fraction of the rows that it reads",
+        },
     )
-    output_len: int = field(default=32, metadata={"help": "decode steps per round"})
-    rounds: int = field(default=5, metadata={"help": "rounds per point; the median is reported"})
+    output_len: int = field(
+        default=32, metadata={"help": "decode steps per round, one token per sequence each"}
+    )
+    rounds: int = field(
+        default=5, metadata={"help": "rounds per measured point; the median is reported"}
+    )
 
     def __post_init__(self) -> None:
         for rows in self.rows:
-            bits = rows.bit_length() - 1
-            if rows != 1 << bits or bits % 2 or not 10 <= bits <= 24:
-                raise ConfigError(f"rows: {rows} is not an even power of two from 2^10 to 2^24")
+            subkeys = math.isqrt(max(rows, 0))
+            if subkeys**2 != rows or not 1 <= subkeys <= _MOST_SUBKEYS:
+                raise ConfigError(f"rows: {rows} is not a square from 1 to {_MOST_SUBKEYS}^2")
         for name in ("batches", "prompt_lens", "output_len", "rounds"):
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,), default=1) < 1:
                 raise ConfigError(f"{name}: must be at least 1, not {value}")
-        if not 0 < self.cache_share <= 1:
-            raise ConfigError(f"cache_share: {self.cache_share} is outside (0, 1]")
+        if max(self.batches) > MOST_SEQUENCES:
+            raise ConfigError(f"batches: {max(self.batches)} is more than {MOST_SEQUENCES}")
+        for share in self.cache_shares:
+            if not 0 < share <= 1:
+                raise ConfigError(f"cache_shares: {share} is outside (0, 1]")
         if not 0 < self.candidates <= 8:
             raise ConfigError(f"candidates: {self.candidates} is outside (0, 8]")
         if "disk" not in self.tiers and (self.cold or self.lookahead):
@@ -89,12 +144,12 @@ class Point:
     """One measured configuration.
 
     Attributes:
-        rows: number of table rows.
+        rows: number of rows of each table.
         tier: where the rows are stored.
         dtype: dtype of the stored rows.
         batch: sequences that decode together; 1 for prefill.
         skew: access pattern of the rows.
-        cache_bytes: memory of the row cache; 0 without one.
+        cache_bytes: memory of the row caches of all tables; 0 without one.
         page_cache: state of the OS page cache: ``unused`` for tables in memory, ``excluded`` by
             direct reads, ``dropped`` before each round of a mapped file.
         is_cold: whether a round starts with no rows in memory.
@@ -102,6 +157,7 @@ class Point:
         candidates: predicted rows per lookup, as a fraction of the rows it reads.
         recall: fraction of the rows read that are predicted.
         prompt_len: prompt tokens of a prefill point; 0 for decode.
+        is_own: whether the rows are the model's own; else they are drawn at random.
     """
 
     rows: int
@@ -116,6 +172,7 @@ class Point:
     candidates: float | None
     recall: float | None
     prompt_len: int = 0
+    is_own: bool = False
 
 
 @dataclass(frozen=True)

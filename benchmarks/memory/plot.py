@@ -1,4 +1,4 @@
-"""Plots tokens per second over table rows, one line per tier, dtype and skew."""
+"""Plots tokens per second over table rows, one line per tier, cache, dtype and skew."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +17,8 @@ def plot(results: Sequence[Mapping[str, Any]], file: Path) -> None:
         for result in results:
             if (result["prompt_len"], result["batch"]) == (prompt_len, batch):
                 name = f"{result['tier']}, {result['dtype']}, {result['skew']}"
+                if result["cache_share"] is not None:
+                    name += f", {result['cache_share']:.3g} cached"
                 lines.setdefault(name, []).append((result["rows"], result["tokens_per_s"]))
         for name, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)

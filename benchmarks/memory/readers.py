@@ -1,41 +1,44 @@
-"""Engines that each read one table: in memory, from disk, or through a mapped file."""
+"""Engines that each read tables of one size: in memory, from disk, or through mapped files."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from benchmarks.engine_rounds import EngineRounds
 from benchmarks.memory.access import DrawnAccess, RecordedAccess, RowAccess
-from benchmarks.memory.load import MemoryLoad, Point, Round
+from benchmarks.memory.load import MOST_SEQUENCES, MemoryLoad, Point, Round
+from benchmarks.memory.points import INPUT_LEN, UNTIMED_LEN
 from benchmarks.memory.replayed import Replay, ReplayedTable
-from benchmarks.memory_variant import NUM_HEADS, TOP_K
 from benchmarks.row_trace import AccessTrace
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.executors.executor import make_executor
 from engine.executors.lookahead import LookaheadConfig
+from engine.model.config import MemoryConfig, ModelConfig
 from memory_ops.tables.device import DeviceTable
-from memory_ops.tables.disk import DiskTable
+from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from memory_ops.tables.table_statistics import TableStatistics
 from weights.checkpoints.checkpoint import load_model, open_checkpoint
 from weights.checkpoints.table_files import stored_layout
 from weights.checkpoints.tensor_files import StoredTensor, read_mapped
 
-_ENGINE = EngineConfig(kv_cache_gib=0.25, max_num_seqs=64)
-_INPUT_LEN = 16
-_TABLE = "memory.table"
-_NO_CACHE = 2**20  # placeholder: the table is replaced before any read
+_KV_GIB = 0.25
 
 
 @dataclass
 class Reader:
-    """An engine, its table, and the replay that selects the rows."""
+    """An engine, its tables, and the replay that selects the rows."""
 
     rounds: EngineRounds
-    table: ReplayedTable
+    tables: Sequence[ReplayedTable]
     replay: Replay
+
+    @property
+    def disk_tables(self) -> list[DiskTable]:
+        """The tables that are read from disk: all or none."""
+        return [one.table for one in self.tables if isinstance(one.table, DiskTable)]
 
     def round(self, point: Point, load: MemoryLoad, access: RowAccess, number: int) -> Round:
         """Run and time one round of decode or prefill, after a warm-up unless the point is cold.
@@ -45,36 +48,37 @@ class Reader:
         """
         replay, before = self.replay, list[TableStatistics]()
         replay.access = access
-        disk = self.table.table if isinstance(self.table.table, DiskTable) else None
+        is_disk = bool(self.disk_tables)
         if point.prompt_len and not point.is_cold:  # exclude one-time set-up from the timing
             replay.begin(0)
             replay.prepare([number], point.prompt_len, warm_up=True)
             self.rounds.prefill(point.prompt_len)
-        if disk is not None and not point.is_cold:
-            self.table.warm_up(disk.num_slots)
+        if is_disk and not point.is_cold:
+            for one, table in zip(self.tables, self.disk_tables, strict=True):
+                one.warm_up(table.num_slots)
         replay.begin(number * load.output_len)
 
         def prepare_step() -> None:
             replay.prepare(range(point.batch))
             if not before:
-                before.append(TableStatistics.sum(self.table.statistics().values()))
+                before.append(self._counted())
 
         try:
             if point.prompt_len:
                 replay.prepare([number], point.prompt_len)
-                before.append(TableStatistics.sum(self.table.statistics().values()))
+                before.append(self._counted())
                 steps = self.rounds.prefill(point.prompt_len)
             else:
-                steps = self.rounds.decode(point.batch, _INPUT_LEN, load.output_len, prepare_step)
+                steps = self.rounds.decode(point.batch, INPUT_LEN, load.output_len, prepare_step)
         except RuntimeError:
             if replay.error is not None:
                 raise replay.error from None
             raise
         seconds = sum(step.seconds for step in steps)
         tokens = point.prompt_len or len(steps) * point.batch
-        if disk is None:
+        if not is_disk:
             return Round(tokens / seconds, seconds, 1.0 if point.tier == "device" else None)
-        counted = TableStatistics.sum(self.table.statistics().values()).since(before[0])
+        counted = self._counted().since(before[0])
         return Round(
             tokens_per_s=tokens / seconds,
             seconds=seconds,
@@ -86,41 +90,77 @@ class Reader:
         )
 
     def close(self) -> None:
-        """Close the table's file."""
-        if isinstance(self.table.table, DiskTable):
-            self.table.table.close()
+        """Close the files of the tables."""
+        for table in self.disk_tables:
+            table.close()
+
+    def _counted(self) -> TableStatistics:
+        """Totals of all tables and layers."""
+        return TableStatistics.sum(
+            counts for table in self.tables for counts in table.statistics().values()
+        )
 
 
 def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
-    """Make an engine for a point's table, tier and lookahead; batch and skew may vary by round.
+    """Make an engine for a point's tables, tier and lookahead; batch and skew may vary by round.
 
     Raises:
         CheckpointError: the model cannot be read.
         ConfigError: the row cache is too small, or the filesystem does not support direct reads.
     """
-    _, stored = open_checkpoint(folder)
-    # do not read a mapped table here: none of its pages may be in memory
-    cache = {"disk": point.cache_bytes, "mmap": _NO_CACHE}.get(point.tier)
-    model, config = load_model(folder, table_cache=cache)
-    table = model.tables[_TABLE]
+    checkpoint, stored = open_checkpoint(folder)
+    config, memory = checkpoint.model, checkpoint.model.memory
+    assert memory is not None
+    names = config.table_names
+    cache = {"disk": point.cache_bytes}.get(point.tier)
     if point.tier == "mmap":
-        table = _mapped_cold(stored[_TABLE])
-    assert isinstance(table, DeviceTable | DiskTable)
-    if isinstance(table, DiskTable) and table.location.alignment == 1:
-        raise ConfigError(f"out: the filesystem of {folder} does not support direct reads")
-    uniform = access_patterns(("uniform",), table.num_rows, None)["uniform"]
-    recall = load.recall if point.lookahead else 0.0
-    replay = Replay(config.model.memory_layers, uniform, recall, load.candidates)
-    replayed = ReplayedTable(table, replay)
-    model.attach_tables({_TABLE: replayed})
+        # a placeholder: mapped tables replace it, and none of their pages may be in memory
+        cache = sum(_smallest_cache(stored[name], memory) for name in names)
+    # the benchmark warms row caches itself
+    model, _ = load_model(folder, table_cache=cache, fill_cache=False)
+    uniform = access_patterns(("uniform",), memory, None)["uniform"]
+    layers = config.memory_layers
+    replay = Replay(
+        layers,
+        uniform,
+        load.recall if point.lookahead else None,
+        load.candidates,
+        peer_layers=[layer for layer in layers if config.layer_tables(layer).down is not None],
+    )
+    replayed: dict[str, ReplayedTable] = {}
+    for name in names:
+        table = _mapped_cold(stored[name]) if point.tier == "mmap" else model.tables[name]
+        assert isinstance(table, DeviceTable | DiskTable)
+        if isinstance(table, DiskTable) and table.location.alignment == 1:
+            raise ConfigError(f"tiers: disk needs direct reads, which {folder} does not support")
+        readers = [layer for layer in layers if name in astuple(config.layer_tables(layer))]
+        replayed[name] = ReplayedTable(table, replay, readers)
+    model.attach_tables(replayed)
     lookahead = None
     if point.lookahead:
-        lookahead = LookaheadConfig(point.lookahead, max(1, round(load.candidates * TOP_K)))
-    engine = Engine(make_executor(model, _ENGINE, lookahead), _ENGINE)
-    rounds = EngineRounds(engine, _ENGINE)
+        candidates = max(1, round(load.candidates * memory.top_k))
+        lookahead = LookaheadConfig(point.lookahead, candidates)
+    settings = _engine_config(config, load)
+    engine = Engine(make_executor(model, settings, lookahead), settings)
+    rounds = EngineRounds(engine, settings)
     if not point.is_cold:
-        rounds.decode(1, _INPUT_LEN, 1)  # exclude one-time set-up from the timing
-    return Reader(rounds, replayed, replay)
+        rounds.decode(1, INPUT_LEN, 1)  # exclude one-time set-up from the timing
+    return Reader(rounds, [*replayed.values()], replay)
+
+
+def _engine_config(model: ModelConfig, load: MemoryLoad) -> EngineConfig:
+    """An engine with KV blocks for all sequences of the load."""
+    block = EngineConfig.block_size
+    length = INPUT_LEN + UNTIMED_LEN + load.output_len + block
+    tokens = max(max(load.batches) * length, max(load.prompt_lens, default=0) + 2 * block)
+    needed = tokens * model.kv_bytes_per_token(itemsize=4) / 2**30
+    return EngineConfig(kv_cache_gib=max(_KV_GIB, needed), max_num_seqs=MOST_SEQUENCES)
+
+
+def _smallest_cache(stored: StoredTensor, memory: MemoryConfig) -> int:
+    """Bytes of a row cache for the rows that one token reads."""
+    rows = min(memory.num_heads * memory.top_k, memory.num_rows)
+    return row_cache_bytes(rows, stored.num_bytes // stored.shape[0], memory.num_rows)
 
 
 def _mapped_cold(stored: StoredTensor) -> DeviceTable:
@@ -131,14 +171,15 @@ def _mapped_cold(stored: StoredTensor) -> DeviceTable:
 
 
 def access_patterns(
-    skews: Sequence[str], num_rows: int, trace: AccessTrace | None
+    skews: Sequence[str], memory: MemoryConfig, trace: AccessTrace | None
 ) -> dict[str, RowAccess]:
-    """The access pattern of each skew, for a table of ``num_rows`` rows."""
+    """The access pattern of each skew, for tables and reads of these shapes."""
+    num_rows, shape = memory.num_rows, (memory.num_heads, memory.top_k)
     patterns: dict[str, RowAccess] = {}
     for skew in skews:
         if skew == "recorded":
             assert trace is not None
             patterns[skew] = RecordedAccess(trace, num_rows)
         else:
-            patterns[skew] = DrawnAccess(num_rows, (NUM_HEADS, TOP_K), is_zipf=skew == "zipf")
+            patterns[skew] = DrawnAccess(num_rows, shape, is_zipf=skew == "zipf")
     return patterns

@@ -1,7 +1,7 @@
 """A value table that replaces the requested rows by those of an access pattern."""
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,22 +33,30 @@ class Replay:
 
     Attributes:
         layers: layer indices of the memory layers.
+        peer_layers: those of them that read the same rows of two tables, one after the other.
         access: the access pattern; may be changed between steps.
         error: the exception that a native callback could not raise.
     """
 
     def __init__(
-        self, layers: Sequence[int], access: RowAccess, recall: float, candidates: float
+        self,
+        layers: Sequence[int],
+        access: RowAccess,
+        recall: float | None = None,
+        candidates: float = 1.0,
+        *,
+        peer_layers: Collection[int] = (),
     ) -> None:
         """``layers``: layer indices of the memory layers, ascending. A lookup's prediction contains
-        the fraction ``recall`` of its rows, and ``candidates`` times as many rows in all."""
-        self.layers = tuple(layers)
+        the fraction ``recall`` of its rows, and ``candidates`` times as many rows in all; without
+        ``recall`` nothing is predicted."""
+        self.layers, self.peer_layers = tuple(layers), frozenset(peer_layers)
         self.access = access
         self.error: BaseException | None = None
         self._recall, self._candidates = recall, candidates
         self._position = 0
         self._prepared: dict[int, Tensor] = {}
-        self._predictions: dict[int, Tensor] = {}
+        self._predictions: dict[int, list[Tensor]] = {}
         self._generator = torch.Generator().manual_seed(0)
 
     def begin(self, position: int) -> None:
@@ -71,12 +79,14 @@ class Replay:
                 for at in places
             ]
             self._prepared[layer] = torch.stack(parts)
-            if self._recall and num_tokens == 1:  # prompts have no predictions
+            if self._recall is not None and num_tokens == 1:  # prompts have no predictions
                 predictions = [
-                    self._predict(one, len(sequences), rows, memory)
+                    self._predict(one, len(sequences), rows, memory, self._recall)
                     for one, rows in zip(sequences, parts, strict=True)
                 ]
-                self._predictions[layer] = torch.cat(predictions)
+                # the lookahead gives every table of a layer the same hint
+                num_tables = 2 if layer in self.peer_layers else 1
+                self._predictions[layer] = [torch.cat(predictions)] * num_tables
         self._position += num_tokens
 
     def rows(self, num_tokens: int, layer: int) -> Tensor:
@@ -95,12 +105,15 @@ class Replay:
             self._prepared[layer] = self._prepared[layer][num_tokens:]
 
     def predictions(self, layer: int) -> Tensor | None:
-        """Take the predicted rows of a layer's next lookup; None during a prompt."""
-        return self._predictions.pop(layer, None)
+        """Take the predicted rows of a layer's next lookup in one table; None during a prompt."""
+        left = self._predictions.get(layer)
+        return left.pop() if left else None
 
-    def _predict(self, sequence: int, batch: int, rows_HK: Tensor, memory: int) -> Tensor:
+    def _predict(
+        self, sequence: int, batch: int, rows_HK: Tensor, memory: int, recall: float
+    ) -> Tensor:
         """Some of the rows, and wrong ones: rows that other sequences read at this position."""
-        correct = rows_HK[torch.rand(rows_HK.shape, generator=self._generator) < self._recall]
+        correct = rows_HK[torch.rand(rows_HK.shape, generator=self._generator) < recall]
         others = [sequence + batch * (1 + i) for i in range(int(self._candidates) + 1)]
         wrong = [self.access.rows(one, self._position, memory).flatten() for one in others]
         most = round(rows_HK.numel() * self._candidates)
@@ -114,8 +127,15 @@ class ReplayedTable:
         table: the table that reads the rows.
     """
 
-    def __init__(self, table: DeviceTable | DiskTable, replay: Replay) -> None:
+    def __init__(
+        self,
+        table: DeviceTable | DiskTable,
+        replay: Replay,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        """``layers``: layer indices of the memory layers that read this table; None for all."""
         self.table, self._replay = table, replay
+        self._layers = replay.layers if layers is None else tuple(layers)
         self.tier, self.num_rows, self.value_dim = table.tier, table.num_rows, table.value_dim
         self.fetched_capacity = table.fetched_capacity
 
@@ -139,6 +159,9 @@ class ReplayedTable:
         predictions = self._replay.predictions(layer)
         if predictions is not None:
             self.table.hint(predictions, layer)
+        elif layer in self._replay.peer_layers:
+            # PEER hints the rows that it reads next, while it waits for those of the other table
+            self.table.hint(self._replay.rows(len(rows), layer), layer)
 
     def watch(self, on_progress: Callable[[], None]) -> None:
         self.table.watch(on_progress)
@@ -148,10 +171,11 @@ class ReplayedTable:
 
     def warm_up(self, num_rows: int) -> None:
         """Look up warm-up rows until ``num_rows`` missed, or 4 times as many were looked up."""
-        access, layers = self._replay.access, self._replay.layers
+        access = self._replay.access
         before, num_looked_up, position = self._num_missed(), 0, 0
         while self._num_missed() - before < num_rows and num_looked_up < 4 * num_rows:
-            for memory, layer in enumerate(layers):
+            for layer in self._layers:
+                memory = self._replay.layers.index(layer)
                 parts = [
                     access.rows(one, position, memory, warm_up=True)
                     for one in range(_WARM_SEQUENCES)

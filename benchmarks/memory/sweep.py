@@ -3,65 +3,84 @@
 import gc
 import hashlib
 import json
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.memory.load import MemoryLoad, Point, Round
+from benchmarks.memory.access import RowAccess
+from benchmarks.memory.load import MemoryLoad, Point, Round, default_trace
 from benchmarks.memory.plot import plot
+from benchmarks.memory.points import points
 from benchmarks.memory.readers import Reader, access_patterns, make_reader
-from benchmarks.memory_variant import MEMORY_LAYERS, NUM_HEADS, TOP_K
-from benchmarks.random_memory import write_variant
+from benchmarks.memory.swept_model import SweptModel
 from benchmarks.read_limits import random_reads_per_s
-from benchmarks.row_trace import AccessTrace, checked_trace
+from benchmarks.row_trace import AccessTrace
 from benchmarks.serving_plot import check_plot
 from engine.errors import ConfigError
-from memory_ops.row_formats import ROW_FORMATS, row_bytes
-from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from server.allocator import keep_freed_memory
-from weights.checkpoints.checkpoint import open_checkpoint
-from weights.checkpoints.convert import convert
 
 _DEPTHS = (64, 128, 256)
 _READS = 20_000
 
 
 def measure(
-    source: Path, load: MemoryLoad, trace_file: Path, folder: Path, json_file: Path | None
+    source: Path, load: MemoryLoad, trace_file: Path | None, folder: Path, json_file: Path | None
 ) -> None:
     """Run the rounds that the folder lacks; print, write and plot the medians of all rounds.
 
+    A model with memory layers is measured with its own tables, and with drawn ones of the other
+    sizes in ``load``. Any other model gets the benchmarks' memory layers.
+
     Raises:
-        CheckpointError: the model cannot be read, or has memory layers.
-        ConfigError: the row cache is too small, the folder has rounds of other settings, or
-            matplotlib is missing.
-        DataError: the trace cannot be read.
+        CheckpointError: the model cannot be read, or has too few layers for memories.
+        ConfigError: the row cache is too small, the folder has rounds of other settings, the trace
+            or a size does not fit the model, or matplotlib is missing.
+        DataError: the trace cannot be read, or is that of another model.
     """
+    model = SweptModel.open(source)
+    load = model.settled(load, has_trace=trace_file is not None)
+    trace = _trace(model, load, trace_file)
+    shares = points(model, load)
     folder.mkdir(parents=True, exist_ok=True)
     check_plot(folder / "memory.png")
     keep_freed_memory()
-    trace = (
-        checked_trace(trace_file, (MEMORY_LAYERS, NUM_HEADS, TOP_K))
-        if "recorded" in load.skews
-        else None
-    )
-    points = list(_points(source, load))
     _check_settings(folder, source, load, trace)
     rounds = Rounds(folder / "rounds.jsonl")
-    missing = [point for point in points if rounds.number(point) < load.rounds]
+    missing = [point for point in shares if rounds.number(point) < load.rounds]
     if missing:
-        _run(missing, source, folder, load, trace, rounds)
-    results = [rounds.median(point) for point in points]
-    print(_HEADER, *map(_line, results), sep="\n")
+        _run(missing, model, folder, load, trace, rounds)
+    about = {"model": str(source), "own_rows": model.own_rows}
+    results = [
+        about | rounds.median(point) | {"cache_share": share} for point, share in shares.items()
+    ]
+    print(model.describe(), f"rows read: {_described_skews(load, trace_file)}", _HEADER, sep="\n")
+    print(*map(_line, results), sep="\n")
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
     plot(results, folder / "memory.png")
+
+
+def _trace(model: SweptModel, load: MemoryLoad, file: Path | None) -> AccessTrace | None:
+    if "recorded" not in load.skews:
+        return None
+    if file is None and model.own_rows is not None:
+        raise ConfigError(
+            "skews: recorded needs a trace of this model; record one with `memplus bench trace"
+            f" TEXTS --model {model.source} --out FILE.npz` and give it with --trace"
+        )
+    return model.trace(file or default_trace(), load)
+
+
+def _described_skews(load: MemoryLoad, trace_file: Path | None) -> str:
+    if "recorded" in load.skews:
+        return f"{', '.join(load.skews)}; trace {trace_file or default_trace()}"
+    return f"{', '.join(load.skews)}; no trace of this model is replayed (--trace FILE.npz)"
 
 
 class Rounds:
@@ -100,54 +119,26 @@ class Rounds:
         return asdict(point) | figures | {"rounds": len(columns)}
 
 
-def _points(source: Path, load: MemoryLoad) -> Iterator[Point]:
-    model = open_checkpoint(source)[0].model
-    width, most = model.hidden_size, model.max_positions
-    if max(load.prompt_lens, default=0) >= most:
-        raise ConfigError(f"prompt_lens: {max(load.prompt_lens)} must be below {most}")
-    workloads = [*((batch, 0) for batch in load.batches), *((1, n) for n in load.prompt_lens)]
-    for dtype, rows, tier in product(load.row_dtypes, load.rows, load.tiers):
-        size = row_bytes(dtype, width) if dtype in ROW_FORMATS else 2 * width
-        cache = row_cache_bytes(round(rows * load.cache_share), size, rows)
-        is_disk = tier == "disk"
-        for (batch, prompt_len), skew in product(workloads, load.skews):
-            lookahead = load.lookahead if is_disk and not prompt_len else 0
-            yield Point(
-                rows=rows,
-                tier=tier,
-                dtype=dtype,
-                batch=batch,
-                skew=skew,
-                cache_bytes=cache if is_disk else 0,
-                page_cache=_PAGE_CACHE[tier],
-                is_cold=tier == "mmap" or (is_disk and load.cold),
-                lookahead=lookahead,
-                candidates=load.candidates if lookahead else None,
-                recall=load.recall if lookahead else None,
-                prompt_len=prompt_len,
-            )
-
-
-_PAGE_CACHE = {"device": "unused", "disk": "excluded", "mmap": "dropped"}
-
-
 def _run(
-    points: Sequence[Point],
-    source: Path,
+    missing: Sequence[Point],
+    model: SweptModel,
     folder: Path,
     load: MemoryLoad,
     trace: AccessTrace | None,
     rounds: Rounds,
 ) -> None:
     folders: dict[Point, Path] = {}
+    patterns: dict[int, dict[str, RowAccess]] = {}
     readers: dict[tuple[int, str, str], Reader] = {}
-    with tqdm(total=len(points) * load.rounds, unit="round", disable=None) as bar:
-        bar.update(sum(rounds.number(point) for point in points))
-        for point in points:
-            folders[point] = _model(source, folder, point)
-        patterns = {point.rows: access_patterns(load.skews, point.rows, trace) for point in points}
+    with tqdm(total=len(missing) * load.rounds, unit="round", disable=None) as bar:
+        bar.update(sum(rounds.number(point) for point in missing))
+        for point in missing:
+            folders[point] = model.folder(folder, point.rows, point.dtype)
+            if point.rows not in patterns:
+                memory = replace(model.memory, num_subkeys=math.isqrt(point.rows))
+                patterns[point.rows] = access_patterns(load.skews, memory, trace)
         for number in range(load.rounds):
-            for point in points:
+            for point in missing:
                 if rounds.number(point) <= number:
                     key = (point.rows, point.dtype, point.tier)
                     # the disk tier's cache depends on all earlier reads, of other rounds too
@@ -161,28 +152,12 @@ def _run(
                     bar.update()
 
 
-def _model(source: Path, folder: Path, point: Point) -> Path:
-    """Folder of the point's model, which is written if it does not exist yet."""
-    bits = point.rows.bit_length() - 1
-    bfloat16_folder = folder / "models" / f"bfloat16-{bits}"
-    if not bfloat16_folder.exists():
-        write_variant(source, bfloat16_folder, 1 << bits // 2)
-    if point.dtype == "bfloat16":
-        return bfloat16_folder
-    converted_folder = folder / "models" / f"{point.dtype}-{bits}"
-    if not converted_folder.exists():
-        convert(bfloat16_folder, converted_folder, table_dtype=point.dtype)
-    return converted_folder
-
-
 def _limit(reader: Reader) -> float | None:
-    table = reader.table.table
-    if not isinstance(table, DiskTable):
+    if not reader.disk_tables:
         return None
+    location = reader.disk_tables[0].location
     # a new seed reads other rows, which the disk has not cached
-    return max(
-        random_reads_per_s(table.location, depth, _READS, time.time_ns()) for depth in _DEPTHS
-    )
+    return max(random_reads_per_s(location, depth, _READS, time.time_ns()) for depth in _DEPTHS)
 
 
 def _check_settings(
@@ -201,16 +176,17 @@ def _check_settings(
 
 
 _HEADER = (
-    "      rows tier   dtype    batch prompt skew      cache MiB  tokens/s  hits  late  stall s"
-    "  of s  reads/token  disk reads/s"
+    "      rows       tier   dtype    batch prompt skew      cached  cache MiB  tokens/s  hits"
+    "  late  stall s  of s  reads/token  disk reads/s"
 )
 
 
 def _line(result: dict[str, Any]) -> str:
     return (
-        f"{result['rows']:>10} {result['tier']:<6} {result['dtype']:<8} {result['batch']:>5}"
+        f"{result['rows']:>10} {'own' if result['is_own'] else 'drawn':<5}"
+        f" {result['tier']:<6} {result['dtype']:<8} {result['batch']:>5}"
         f" {result['prompt_len'] or '-':>6} {result['skew']:<9}"
-        f" {result['cache_bytes'] / 2**20:>9.1f}"
+        f" {_shown(result['cache_share'], '6.2g')} {result['cache_bytes'] / 2**20:>10.1f}"
         f" {result['tokens_per_s']:>9.1f} {_shown(result['hit_rate'], '5.2f')}"
         f" {_shown(result['late_rate'], '5.2f')} {_shown(result['stall_s'], '8.3f')}"
         f" {result['seconds']:>5.2f} {_shown(result['reads_per_token'], '12.1f')}"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from server.cli.options import add_options
-from server.cli.output_options import add_output_folder
+from server.cli.output_options import add_results_folder
 from server.config import ThreadOptions, cache_folder
 from weights.models.named_models import SMOLLM2
 
@@ -32,7 +32,7 @@ def add_retrofit_benchmark(
     verb = benchmarks.add_parser("retrofit", help=retrofit.__doc__)
     verb.set_defaults(run=retrofit, computes=True)
     add_options(verb, ThreadOptions)
-    add_output_folder(verb, "--out", "results; resumable", required=True)
+    add_results_folder(verb, required=True)
     models = "a known name or a folder, without memory layers (default: %(default)s)"
     verb.add_argument("--model", default=SMOLLM2, metavar="NAME|DIR", help=models)
     source = "WordNet's folder (default: %(default)s)"

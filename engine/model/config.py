@@ -183,13 +183,17 @@ class ModelConfig:
 
     def _check_memory(self, memory: MemoryConfig) -> None:
         if memory.placement == "beside" and self.mixture is not None:
-            raise ValueError("placement: beside cannot be combined with experts")
+            raise ValueError("memory.placement: beside cannot be combined with experts")
         projection, has_pkm = memory.value_projection, "pkm" in self.feed_forward
         if projection and not has_pkm:
-            raise ValueError("value_projection: is only for pkm layers, and the model has none")
+            raise ValueError(
+                "memory.value_projection: is only for pkm layers, and the model has none"
+            )
         if memory.value_dim == self.hidden_size:
             return
-        differs = f"value_dim: {memory.value_dim} differs from hidden_size {self.hidden_size}"
+        differs = (
+            f"memory.value_dim: {memory.value_dim} differs from hidden_size {self.hidden_size}"
+        )
         if has_pkm and not projection:
             raise ValueError(f"{differs}; pkm layers then need value_projection")
         if "peer" in self.feed_forward:

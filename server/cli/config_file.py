@@ -15,6 +15,8 @@ from weights.toml_file import read_toml, typed_value
 def apply_config(path: Path, options: argparse.Namespace, settings: Sequence[type]) -> None:
     """Add the options of a file to those of the command line, which override them.
 
+    ``options.file_keys`` gets the file and key of each field that the file sets.
+
     A key is an option's name, with dashes or underscores. Keys may stand in tables that are named
     like the groups of the help.
 
@@ -26,6 +28,7 @@ def apply_config(path: Path, options: argparse.Namespace, settings: Sequence[typ
     known = {one.name: one for kind in settings for one in fields(kind) if "help" in one.metadata}
     groups = {_name(one.metadata["group"][0]) for one in known.values() if "group" in one.metadata}
     given: set[str] = set()
+    options.file_keys = {}
     for key, value in _flat(path, read_toml(path), groups):
         name = _name(key)
         if name not in known:
@@ -37,6 +40,7 @@ def apply_config(path: Path, options: argparse.Namespace, settings: Sequence[typ
         checked = typed_value(f"{path}: {key}", value, hints[name], choices)
         if not hasattr(options, name):
             setattr(options, name, checked)
+            options.file_keys[name] = f"{path}: {key}"
 
 
 def _flat(path: Path, raw: Mapping[str, Any], groups: set[str]) -> list[tuple[str, Any]]:

@@ -38,9 +38,11 @@ def add_evaluate(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     verb = verbs.add_parser("eval", help=evaluate.__doc__, usage=usage)
     verb.set_defaults(run=evaluate, computes=True)
     verb.add_argument("texts", nargs="*", metavar="TEXTS", help="text files and folders to score")
-    question = 'JSONL file with lines {"prompt": ..., "answer": ..., "until": ...}'
+    question = 'ask these questions: a JSONL file with lines {"prompt": ..., "answer": ...,'
+    question += ' "until": ...}; an answer is right if the most likely continuation of the prompt'
+    question += ' is the same up to the text "until" (without it, up to the end)'
     verb.add_argument("--questions", type=Path, metavar="FILE", help=question)
-    compare = "ask two models --questions, and print what only one of them knows"
+    compare = "ask two models the --questions, and print those that only one of them answers right"
     verb.add_argument("--compare", nargs=2, metavar=("A", "B"), help=compare)
     add_output_file(verb, "--json", "write the scores to this file")
     for settings in (ModelOptions, ThreadOptions):

@@ -19,13 +19,16 @@ _USER_ERRORS = (
 )
 
 
-def exit_status(run: Callable[[], int], report: Callable[[str], None]) -> int:
+def exit_status(
+    run: Callable[[], int], report: Callable[[str], None], typed: Callable[[str], str]
+) -> int:
     """Run a verb and return its exit status.
 
     The status is 2 for a caller's mistake. It is 1 if the machine fails: a lost engine, a file or
     stdout that cannot be written, or too little memory. It is 130 after Ctrl+C, and 141 if the
     reader of stdout has gone, about which nothing is said. ``report`` gets one line for any other
-    failure. Other errors are memplus's own: they pass with their traceback.
+    failure; ``typed`` puts the names that the caller typed into a line about a mistake. Other
+    errors are memplus's own: they pass with their traceback.
     """
     with interruptible() as interrupt:
         try:
@@ -39,8 +42,11 @@ def exit_status(run: Callable[[], int], report: Callable[[str], None]) -> int:
             line = _line(error)
             if line is None:
                 raise
-            report(f"memplus: {line}")
-            return USAGE_ERROR if isinstance(error, _USER_ERRORS) else FAILURE
+            if not isinstance(error, _USER_ERRORS):
+                report(f"memplus: {line}")
+                return FAILURE
+            report(f"memplus: {typed(line)}")
+            return USAGE_ERROR
 
 
 def _line(error: BaseException) -> str | None:

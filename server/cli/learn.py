@@ -74,10 +74,11 @@ def add_learn(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     background = "text files and folders to compare row reads with, and to replay (default: the"
     background += " model's own record of row reads, and text that the model writes)"
     group.add_argument("--background", nargs="+", default=(), metavar="TEXTS", help=background)
-    asked = 'JSONL file with lines {"prompt": ..., "answer": ..., "until": ...} to score: '
-    questions = f"{asked}the facts in other phrasings"
+    lines = 'a JSONL file with lines {"prompt": ..., "answer": ..., "until": ...}, where the answer'
+    lines += ' ends before the text "until", which may be left out'
+    questions = f"score answers about the facts in other phrasings: {lines}"
     group.add_argument("--questions", type=Path, metavar="FILE", help=questions)
-    known = f"{asked}facts that the model knew before"
+    known = "score answers about facts that the model knew before: a file like that of --questions"
     group.add_argument("--known", type=Path, metavar="FILE", help=known)
     neutral = "text files and folders to score: other text, which the patch should not change"
     group.add_argument("--neutral", nargs="+", default=(), metavar="TEXTS", help=neutral)

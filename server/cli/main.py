@@ -24,6 +24,7 @@ from server.cli.options import Parser, add_options, from_options
 from server.cli.output_options import add_output_folder, check_outputs
 from server.cli.patch import add_patch
 from server.cli.plan import add_plan
+from server.cli.typed_names import in_typed_names, typed_names
 from server.config import HttpOptions, SupervisionOptions, ThreadOptions, cache_folder, set_threads
 from server.limits import LimitOptions
 from server.logs import say, set_up_logs
@@ -42,10 +43,11 @@ _SERVED = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return its exit status: the verb's own or 0, or that of its error."""
     report: Callable[[str, int], None] = _print
+    options = argparse.Namespace()
 
     def run() -> int:
         nonlocal report
-        options = _parser().parse_args(arguments)
+        _parser().parse_args(arguments, options)
         if options.run is serve:
             if options.config is not None:
                 apply_config(options.config, options, _SERVED)
@@ -59,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int | None = options.run(options)
         return code or 0
 
-    return exit_status(run, lambda line: report(line, logging.ERROR))
+    return exit_status(
+        run,
+        lambda line: report(line, logging.ERROR),
+        lambda line: in_typed_names(line, typed_names(options)),
+    )
 
 
 def serve(options: argparse.Namespace) -> None:

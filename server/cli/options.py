@@ -25,6 +25,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": _formatter} | settings)
+        # the namespace gets the parser of its verb, whose option names errors use
+        self.set_defaults(parser=self)
 
 
 def add_options(

@@ -25,6 +25,14 @@ def add_output_folder(parser: argparse.ArgumentParser, name: str, help: str, **m
     _add(parser, "folder", name, {"metavar": "DIR", "help": help} | more)
 
 
+def add_results_folder(parser: argparse.ArgumentParser, **more: Any) -> None:
+    """Add ``--out`` for the results of a benchmark that can be interrupted."""
+    kept = "folder for the results; the same command continues an interrupted run there"
+    if "default" in more:
+        kept += " (default: %(default)s)"
+    add_output_folder(parser, "--out", kept, **more)
+
+
 def check_outputs(options: argparse.Namespace) -> None:
     """Test that results can be written to the places that a command line names.
 

@@ -49,6 +49,8 @@ def test_every_token_of_every_layer_is_counted(model, texts, tmp_path):
         assert np.array_equal(found.counts_MR[layer], counts)
     with pytest.raises(ConfigError, match=f"tokens: the texts have {len(rows)}, fewer"):
         record(folder, texts, len(rows) + 1, 1)
+    with pytest.raises(ConfigError, match="traced: must be at least 1, not 0"):
+        record(folder, texts, 1, 0)
 
 
 def test_a_trace_survives_saving_and_loading(model, texts, tmp_path, capsys):

@@ -173,8 +173,8 @@ def test_the_verb_prints_and_writes_the_results(tmp_path, capsys):
     }
     assert {one["cache_share"] for one in written} == {0.4, 1}
     for wrong, message in [
-        (["--cache-shares", "0.01"], "cache_shares: 0.01 is 0 rows; must be 1 to 5"),
-        (["--cache-shares", "1.5"], "cache_shares: 1.5"),
+        (["--cache-shares", "0.01"], "--cache-shares: 0.01 is 0 rows; must be 1 to 5"),
+        (["--cache-shares", "1.5"], "--cache-shares: 1.5"),
         (["--sequences", "5"], "sequences: 5 have fewer than 2 tokens each, of 8"),
         (["--sequences", "0"], "sequences: 0"),
     ]:

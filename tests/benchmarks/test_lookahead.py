@@ -42,6 +42,10 @@ def test_recall_is_reported_by_layer_distance_and_width(folder, text, tmp_path, 
 def test_invalid_inputs_are_rejected(folder, text, tmp_path):
     with pytest.raises(ConfigError, match="tokens: the texts have"):
         measure(folder, [text], 10**6, [1], None)
+    with pytest.raises(ConfigError, match="tokens: must be at least 1, not 0"):
+        measure(folder, [text], 0, [1], None)
+    with pytest.raises(ConfigError, match=r"widths: must be above 0 and finite, not 0"):
+        measure(folder, [text], 10, [1, 0], None)
     dense = save_model(random_model(tiny_config()), tmp_path / "dense")
     with pytest.raises(ConfigError, match="has no memory layers"):
         measure(dense, [text], 10, [1], None)

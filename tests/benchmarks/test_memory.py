@@ -12,7 +12,7 @@ from benchmarks.memory.access import DrawnAccess, RecordedAccess
 from benchmarks.memory.load import MemoryLoad
 from benchmarks.memory.replayed import Replay, ReplayedTable
 from benchmarks.memory.sweep import measure
-from benchmarks.row_trace import AccessTrace
+from benchmarks.row_trace import AccessTrace, checked_trace
 from engine.errors import ConfigError
 from memory_ops.native import disk_rows
 from memory_ops.native.row_fetcher import START, RowFetcher
@@ -83,10 +83,32 @@ def test_a_replayed_table_reads_the_rows_of_the_access_pattern():
             torch.testing.assert_close(found, table.start(rows, weights).finish())
 
 
+def test_peer_predicts_for_both_tables_then_hints_the_rows_it_reads_next():
+    down, values = (HintRecorder(torch.randn(1024, 4)) for _ in range(2))
+    access = RecordedAccess(trace(), 1024)
+    replay = Replay((2,), access, recall=0.0, candidates=2.0, peer_layers=[2])
+    tables = [ReplayedTable(table, replay) for table in (down, values)]
+    replay.begin(7)
+    replay.prepare([0])
+    rows = access.rows(0, 7, 0)
+    for table, replayed in zip((down, values), tables, strict=True):
+        replayed.hint(torch.zeros(1, 4, 64, dtype=torch.int64), 2)
+        assert table.hinted[0].numel() == 2 * rows.numel()
+        # recall 0 means that every predicted row is wrong but for chance
+        assert torch.isin(table.hinted[0], rows).float().mean() < 0.4
+    tables[1].hint(torch.zeros(1, 4, 32, dtype=torch.int64), 2)
+    assert torch.equal(values.hinted[0], rows[None])
+    x = torch.randn(1, 4)
+    dots = tables[0].start_dots(torch.zeros(1, 4, 32, dtype=torch.int64), x, 2).finish()
+    torch.testing.assert_close(dots, down.start_dots(rows[None], x).finish())
+    found = tables[1].start(torch.zeros(1, 4, 32, dtype=torch.int64), dots, 2).finish()
+    torch.testing.assert_close(found, values.start(rows[None], dots).finish())
+
+
 def test_a_prompt_is_replayed_token_by_token_however_it_is_split():
     table = DeviceTable(torch.randn(1024, 4))
     access = RecordedAccess(trace(), 1024)
-    replay = Replay((2, 5), access, recall=0.0, candidates=1.0)
+    replay = Replay((2, 5), access)
     replayed = ReplayedTable(table, replay)
     replay.begin(3)
     replay.prepare([1], 6)
@@ -107,7 +129,7 @@ def test_a_prompt_is_replayed_token_by_token_however_it_is_split():
 
 
 def test_an_error_in_a_fetcher_callback_is_saved():
-    replay = Replay((0,), RecordedAccess(trace(), 1024), recall=0.0, candidates=1.0)
+    replay = Replay((0,), RecordedAccess(trace(), 1024))
     table = ReplayedTable(DeviceTable(torch.randn(1024, 4)), replay)
     source = table.row_source(0)
     assert table.fetched_capacity is None and source.rows is table.table.rows
@@ -133,7 +155,9 @@ def test_invalid_loads_are_rejected():
         ("rows", (3000,)),
         ("batches", (0,)),
         ("prompt_lens", (0,)),
-        ("cache_share", 0.0),
+        ("rows", (-1,)),
+        ("batches", (65,)),
+        ("cache_shares", (0.1, 0.0)),
         ("recall", 1.5),
         ("lookahead", -1),
         ("rounds", 0),
@@ -150,15 +174,23 @@ def test_invalid_loads_are_rejected():
     ("change", "said"),
     [
         ({"rows_TMHK": np.zeros((40, 2, 4, 32), dtype=np.int64)}, "not \\(3, 4, 32\\)"),
-        ({"counts_MR": np.zeros((3, 1000), dtype=np.int64)}, "not a power of two"),
-        ({"counts_MR": np.zeros((3, 256), dtype=np.int64)}, "fewer than are read"),
+        ({"counts_MR": np.zeros((3, 256), dtype=np.int64)}, "rows outside its 256 rows"),
+        ({"rows_TMHK": np.zeros((1, 3, 4, 32), dtype=np.int64)}, "fewer than 2 tokens"),
+        ({"counts_MR": np.zeros((3, 1025), dtype=np.int64)}, "nor a divisor of the 1025 rows"),
     ],
 )
 def test_traces_of_other_models_are_rejected(tmp_path, change, said):
     replace(trace(), **change).save(tmp_path / "trace.npz")
     source = save_model(random_model(tiny_config(num_layers=8)), tmp_path / "model")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises((ConfigError, DataError), match=said):
         measure(source, MemoryLoad(), tmp_path / "trace.npz", tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trace_for_tables_of_two_to_the_n_rows_has_such_a_number_itself(tmp_path):
+    replace(trace(), counts_MR=np.zeros((3, 1025), dtype=np.int64)).save(tmp_path / "trace.npz")
+    with pytest.raises(DataError, match="1025 rows are not a power of two"):
+        checked_trace(tmp_path / "trace.npz", (3, 4, 32))
 
 
 @pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
@@ -173,14 +205,18 @@ def test_the_sweep_is_measured_saved_and_plotted(tmp_path, capsys, monkeypatch):
         *("--rows", "1024", "4096", "--batches", "1", "2"),
         *("--prompt-lens", "70"),
         *("--skews", "recorded", "zipf", "--row-dtypes", "int8"),
-        *("--lookahead", "1", "--cache-share", "0.5", "--output-len", "2"),
+        *("--lookahead", "1", "--cache-shares", "0.5", "--output-len", "2"),
         *("--trace", str(tmp_path / "trace.npz"), "--rounds"),
     ]
     every_tier = "1", "--tiers", "device", "disk", "mmap"
     assert main([*arguments, *every_tier]) == 0
     results = json.loads(file.read_text())
     assert len(results) == 2 * 3 * 3 * 2
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(results)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3 + len(results)
+    assert "no memory layers; measured with 3 Memory+ layers of 4 heads x 32 rows" in printed[0]
+    assert printed[1] == f"rows read: recorded, zipf; trace {tmp_path / 'trace.npz'}"
+    assert all(" drawn " in line for line in printed[3:])
     for result in results:
         is_disk = result["tier"] == "disk"
         assert result["tokens_per_s"] > 0
@@ -207,6 +243,6 @@ def test_the_sweep_is_measured_saved_and_plotted(tmp_path, capsys, monkeypatch):
     assert main([*arguments, *every_tier]) == 0
     assert (out / "rounds.jsonl").read_text() == again
     assert main([*arguments, "1", "--prompt-lens", "512"]) == 2
-    assert "prompt_lens: 512 must be below 512" in capsys.readouterr().err
+    assert "--prompt-lens: 512 must be below 512" in capsys.readouterr().err
     assert main([*arguments, "1", "--output-len", "3"]) == 2
-    assert "has rounds with another output_len: 2" in capsys.readouterr().err
+    assert "has rounds with another --output-len: 2" in capsys.readouterr().err

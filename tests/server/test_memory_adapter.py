@@ -46,6 +46,6 @@ def test_another_base_is_one_line(made, tmp_path, capsys):
     assert main(["generate", "a", "--model", grown, "--memory-adapter", adapter]) == 2
     lines = capsys.readouterr().err.splitlines()
     (line,) = [one for one in lines if one.startswith("memplus: ")]
-    assert line.startswith("memplus: memory_adapter: ")
+    assert line.startswith("memplus: --memory-adapter: ")
     assert line.endswith("has memory layers already")
     assert len(open_checkpoint(folder / "grown")[0].model.memory_layers) == 2

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ def load_model(
     table_dtype: str = "auto",
     verify_tables: bool = False,
     keep_stored: bool = False,
+    fill_cache: bool = True,
 ) -> tuple[Transformer, CheckpointConfig]:
     """Load a folder's model for serving.
 
@@ -162,6 +164,7 @@ def load_model(
         keep_stored: load weights for an executor: those in groups stay so, and on the CPU all are
             mapped as they are stored, and the executor converts one layer at a time. Otherwise they
             get ``dtype``, those in groups too.
+        fill_cache: fill the row caches with the rows that the folder lists as hot, if any.
 
     Raises:
         CheckpointError: as ``open_checkpoint``, or a weight outside tables is not finite, or a
@@ -187,8 +190,8 @@ def load_model(
         model = _read_model(config.model, stored, chosen, device, keep_stored)
         if tables:
             options = config.model, table_cache, device
-            placed = placed_tables(folder, tables, layouts, *options, verify=verify_tables)
-            model.attach_tables(placed)
+            place = partial(placed_tables, verify=verify_tables, fill_cache=fill_cache)
+            model.attach_tables(place(folder, tables, layouts, *options))
     if device.type == "cuda":
         # return staging memory to the GPU: the executor measures what is left
         torch.cuda.empty_cache()
@@ -249,18 +252,18 @@ def save_checkpoint(
         raise CheckpointError(f"{folder}: exists already")
     tables = config.model.table_names
     try:
-        with new_folder(folder) as partial:
+        with new_folder(folder) as made:
             dense = [source for source in sources if source.name not in tables]
-            write_tensors(partial / "model.safetensors", dense, on_write)
+            write_tensors(made / "model.safetensors", dense, on_write)
             for index, name in enumerate(tables):
                 table = [source for source in sources if source.name == name]
-                write_tensors(partial / f"table-{index:05}.safetensors", table, on_write, True)
+                write_tensors(made / f"table-{index:05}.safetensors", table, on_write, True)
             for file_name, others in (more_tensors or {}).items():
-                write_tensors(partial / file_name, others, on_write)
+                write_tensors(made / file_name, others, on_write)
             text = json.dumps(config_to_json(config), indent=2) + "\n"
             for file_name, content in {**extra_files, "config.json": text.encode()}.items():
-                write_synced(partial / file_name, content)
-            finish(partial)
+                write_synced(made / file_name, content)
+            finish(made)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror})") from None
 

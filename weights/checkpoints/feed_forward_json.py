@@ -68,7 +68,10 @@ def _parse_memory(raw: object, kinds: list[str]) -> MemoryConfig:
         if not (layer.isascii() and layer.isdigit() and int(layer) < len(kinds)):
             raise ValueError(f"memory.layers: {layer!r} is not a layer; there are {len(kinds)}")
         kinds[int(layer)] = typed(f"memory.layers.{layer}", kind_name, str)
-    return MemoryConfig(**values)
+    try:
+        return MemoryConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"memory.{error}") from None
 
 
 def _parse_mixture(

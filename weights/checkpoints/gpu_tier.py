@@ -112,6 +112,7 @@ class GpuTierChoice:
                 f"table_cache: {size_text(cache)} is too small for these tables in host memory;"
                 f" --table-cache must be at least {-(-smallest // 2**20)}MiB"
             )
+        self.request.log_excess_cache(largest)
         self._check_host(table_bytes, beyond_weights, gpu)
         least = "the smallest takes" if cache == smallest else "takes"
         self.request.check_fits(f"table_cache: {least}", cache, beyond_weights, gpu)

@@ -1,5 +1,6 @@
 """Memory that a user requests for an engine, the shares it gets, and texts of their sizes."""
 
+import logging
 from dataclasses import dataclass
 
 from engine.errors import ConfigError
@@ -8,6 +9,8 @@ from weights.available_memory import AvailableMemory
 # available memory is an estimate, so these sizes are always tried
 MIN_CACHE_BYTES = 256 * 2**20
 _MIN_KV_BYTES = 64 * 2**20
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,16 @@ class MemoryRequest:
         if self.requested_cache is not None:
             return self.requested_cache
         return max(smallest, min(self.default_cache, max(left, MIN_CACHE_BYTES)))
+
+    def log_excess_cache(self, largest: int) -> None:
+        """Log that the requested row cache is larger than ``largest``, which holds every row."""
+        if self.requested_cache is not None and self.requested_cache > largest:
+            # a warning, so that it is logged at every level
+            logger.warning(
+                "--table-cache %s is more than the tables need: the row cache holds all rows in %s",
+                size_text(self.requested_cache),
+                size_text(largest),
+            )
 
     def fitting_kv(self, left: int) -> int:
         """The largest KV pool that fits in ``left`` bytes, at least 64 MiB."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from engine.model.grouped_weights import GroupFormat
+from memory_ops.tables.disk import row_cache_bytes
 from weights.checkpoints.checkpoint import CPU, open_checkpoint, serving_dtype
 from weights.checkpoints.host_cache_limits import HostCacheLimits, host_cache_limits
 from weights.checkpoints.model_weights import largest_layer_bytes, weight_bytes
@@ -23,6 +24,7 @@ class ModelBytes:
     Attributes:
         weights: bytes of all tensors except the value tables.
         tables: bytes of all value tables in their served format; 0 if there are none.
+        disk_cache: row caches that hold all rows of tables on disk; 0 without tables.
         host_cache: limits of the row cache if the tables lie in host memory; 0 without tables.
         kv_per_token: bytes of one token's keys and values in all layers.
         dtype: dtype in which the model is served.
@@ -30,6 +32,7 @@ class ModelBytes:
 
     weights: int
     tables: int
+    disk_cache: int
     host_cache: HostCacheLimits
     kv_per_token: int
     dtype: torch.dtype
@@ -55,6 +58,7 @@ def model_bytes(
     chosen = serving_dtype(config, stored, dtype)
     tables = [stored.pop(name) for name in config.model.table_names]
     layouts = table_layouts(tables, table_dtype).values()
+    row_sizes = [layout.num_bytes // layout.shape[0] for layout in layouts]
     memory = config.model.memory
     if packed_dtype is None:
         weights = weight_bytes(stored, chosen, {}) + largest_layer_bytes(stored)
@@ -66,6 +70,11 @@ def model_bytes(
     return ModelBytes(
         weights=weights,
         tables=sum(layout.num_bytes for layout in layouts),
+        # open_tables gives every table the same share
+        disk_cache=len(row_sizes)
+        * row_cache_bytes(memory.num_rows, max(row_sizes), memory.num_rows)
+        if memory
+        else 0,
         host_cache=host_cache_limits(layouts, memory) if memory else HostCacheLimits(0, 0),
         kv_per_token=config.model.kv_bytes_per_token(chosen.itemsize, kv_dtype),
         dtype=chosen,

@@ -22,10 +22,11 @@ def placed_tables(
     device: torch.device,
     *,
     verify: bool,
+    fill_cache: bool = True,
 ) -> dict[str, ValueTable]:
     """Tables by name: in the device's memory, or on disk (CPU) or in host memory (GPU).
 
-    Row caches begin with the folder's hot rows, if it lists any.
+    Row caches begin with the folder's hot rows, if it lists any and ``fill_cache`` is set.
 
     Args:
         folder: the checkpoint folder.
@@ -38,7 +39,7 @@ def placed_tables(
     assert config.memory is not None
     if cache_bytes is None:
         return load_tables(stored, layouts, device, verify=verify)
-    hot_rows = read_hot_rows(folder, config)
+    hot_rows = read_hot_rows(folder, config) if fill_cache else None
     if device.type == "cpu":
         return open_tables(
             stored, layouts, config.memory, cache_bytes, hot_rows=hot_rows, verify=verify

@@ -115,12 +115,16 @@ def requested_layout(stored: StoredTensor, dtype: str | None) -> RowLayout:
         raise ConfigError(f"table_dtype: {dtype!r} is not one of {', '.join(TABLE_DTYPES)}")
     if found.records is not None:
         raise ConfigError(f"table_dtype: {stored.file} has {found.name} rows already")
-    num_rows, value_dim = found.shape
+    return row_layout(dtype, *found.shape)
+
+
+def row_layout(dtype: str, num_rows: int, value_dim: int) -> RowLayout:
+    """Layout of R rows of V values in ``dtype``, one of ``TABLE_DTYPES``."""
     for row_format in ROW_FORMATS:
         if row_format == dtype:
             shape = num_rows, row_bytes(row_format, value_dim)
             return RowLayout(dtype, shape, torch.uint8, (row_format, value_dim))
-    return RowLayout(dtype, found.shape, OUTPUT_DTYPES[dtype])
+    return RowLayout(dtype, (num_rows, value_dim), OUTPUT_DTYPES[dtype])
 
 
 def converted_parts(

@@ -47,10 +47,12 @@ class CpuTierChoice:
     Attributes:
         request: the user's settings; the tier is auto, device or disk.
         available: reads the available memory.
+        largest_cache: bytes of a row cache that holds all rows; None if it is not known.
     """
 
     request: MemoryRequest
     available: Callable[[], AvailableMemory] = available_memory
+    largest_cache: int | None = None
 
     @property
     def _step_bytes(self) -> int:
@@ -86,6 +88,8 @@ class CpuTierChoice:
             return self._unchecked(table_bytes, error)
         self.request.check_patches(memory, weight_bytes)
         cache = self._cache_bytes(table_bytes, weight_bytes, memory) if table_bytes else None
+        if cache is not None and self.largest_cache is not None:
+            self.request.log_excess_cache(self.largest_cache)
         row_bytes = table_bytes if cache is None else min(cache, table_bytes)
         return MemoryShares(cache, self._kv_bytes(weight_bytes, row_bytes, memory))
 

@@ -59,10 +59,16 @@ def initialise_table(table_RV: Tensor, generator: torch.Generator) -> None:
     _fill_normal(table_RV, table_RV.shape[1], generator)
 
 
+@torch.no_grad()
+def initialise_subkeys(subkeys_H2Nk: Tensor, generator: torch.Generator) -> None:
+    """Initialise the subkeys of a memory layer, ``[H, 2, N, k / 2]``, as U(+-1 / sqrt(k))."""
+    bound = (2 * subkeys_H2Nk.shape[3]) ** -0.5
+    subkeys_H2Nk.uniform_(-bound, bound, generator=generator)
+
+
 def _initialise_memory(memory: MemoryLayer, generator: torch.Generator, *, is_beside: bool) -> None:
     nn.init.xavier_uniform_(memory.query.weight, generator=generator)
-    bound = (2 * memory.subkeys.shape[3]) ** -0.5
-    memory.subkeys.uniform_(-bound, bound, generator=generator)
+    initialise_subkeys(memory.subkeys, generator)
     if memory.query_norm is not None:
         nn.init.ones_(memory.query_norm)
     if memory.scalar_gate is not None:

@@ -28,9 +28,12 @@ def test_a_machine_without_a_gpu_is_rejected(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--cache-share", "0"], "cache_share: 0.0 is not in"),
-        (["--num-heads", "2"], "has (3, 4, 32) layers, heads and rows per head, not (3, 2, 32)"),
-        (["--num-subkeys", "100"], "num_subkeys: 100 is not a power of two"),
+        (["--cache-share", "0"], "--cache-share: 0.0 is not in"),
+        (
+            ["--num-heads", "2"],
+            "has (3, 4, 32) memory layers, heads and rows per head, not (3, 2, 32)",
+        ),
+        (["--num-subkeys", "100"], "--num-subkeys: 100 is not a power of two"),
     ],
 )
 def test_an_invalid_option_is_named_in_the_error(monkeypatch, capsys, tmp_path, options, message):

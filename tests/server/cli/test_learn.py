@@ -86,7 +86,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
         (("--rank", "tfidf", "--replay-share", "0"), "background: the model has no record"),
         (("--steps", "4"), "steps: must be more than"),
         (("--rank", "all", "--rows", "5"), "rows: has no effect with rank all"),
-        (("--replay-share", "0", "--background-tokens", "1"), "background_tokens: has no effect"),
+        (("--replay-share", "0", "--background-tokens", "1"), "--background-tokens: has no effect"),
         (("--resume",), "no interrupted run to resume"),
     ]:
         assert run(*more) == 2

@@ -64,7 +64,7 @@ def test_mistakes_are_one_line_and_exit_code_2(memory_plus_folder, folders, caps
     for arguments, named in [
         (("inspect", folders / "none"), "none: No such file"),
         (("merge", folders / "a", folders / "foreign"), "row_choice: .* different models"),
-        (("scale", folders / "a", "nan"), "factor: must be finite"),
+        (("scale", folders / "a", "nan"), "FACTOR: must be finite"),
         (("apply", memory_plus_folder, folders / "foreign"), "row_choice: the patch was made for"),
         (("diff", memory_plus_folder, folders / "a"), r"a/config\.json: No such file"),
     ]:

@@ -134,12 +134,12 @@ def test_conflicting_flags_are_refused(tmp_path, capsys):
     dense = str(save_model(random_model(tiny_config()), tmp_path / "dense"))
     device, disk = ["--table-tier", "device"], ["--table-tier", "disk"]
     for options, message in (
-        ([*device, "--table-cache", "2GiB"], "table_cache: needs --table-tier host"),
-        ([*disk, "--table-cache", "2GB"], "table_cache: must be a number with KiB, MiB or GiB"),
-        ([*device, "--table-lookahead", "1"], "table_lookahead: needs --table-tier host"),
-        (["--table-lookahead", "-1"], "table_lookahead: must be 0 or more"),
-        (["--table-lookahead-share", "0"], "table_lookahead_share: 0.0 is outside (0, 8]"),
-        (["--table-lookahead-share", "1"], "table_lookahead_share: needs --table-lookahead"),
+        ([*device, "--table-cache", "2GiB"], "--table-cache: needs --table-tier host"),
+        ([*disk, "--table-cache", "2GB"], "--table-cache: must be a number with KiB, MiB or GiB"),
+        ([*device, "--table-lookahead", "1"], "--table-lookahead: needs --table-tier host"),
+        (["--table-lookahead", "-1"], "--table-lookahead: must be 0 or more"),
+        (["--table-lookahead-share", "0"], "--table-lookahead-share: 0.0 is outside (0, 8]"),
+        (["--table-lookahead-share", "1"], "--table-lookahead-share: needs --table-lookahead"),
         (["--model", dense, "--table-lookahead", "1"], "this model has no memory layers"),
     ):
         assert main(["generate", "x", *options]) == 2

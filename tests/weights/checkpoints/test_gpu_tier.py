@@ -148,6 +148,8 @@ def test_no_cache_is_larger_than_its_tables_can_use(caplog):
     for cache in (None, 8 * GIB):
         chosen = choice_of("host", cache=cache, limits=limits)
         assert chosen.shares(250 * MIB, GIB).cache_bytes == 300 * MIB
+    said = "--table-cache 8.00 GiB is more than the tables need: the row cache holds all rows in"
+    assert [said in line for line in caplog.messages] == [True]
 
 
 def test_tables_smaller_than_their_smallest_cache_are_on_the_gpu():

@@ -369,7 +369,7 @@ def test_a_summary_counts_parameters_and_stored_bytes(source, folders):
 def test_the_weights_are_not_rounded_twice(folders, tmp_path, capsys, dtype):
     arguments = ["quantize", str(folders[dtype]), str(tmp_path / "new"), "--weight-dtype", "int8"]
     assert main(arguments) == 2
-    assert "weight_dtype: the weights of" in capsys.readouterr().err
+    assert "--weight-dtype: the weights of" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     with pytest.raises(ConfigError, match=f"weight_dtype: .* have {dtype[3:]} bits already"):
         logits(load_model(folders[dtype], keep_stored=True)[0], weight_dtype="int8")

@@ -109,6 +109,22 @@ def test_an_unused_cache_option_is_logged(caplog):
     assert "--table-cache" not in decided(caplog, 0, GIB, 5 * MIB)[1]
 
 
+def test_a_cache_larger_than_all_rows_need_takes_them_all_and_says_so(caplog):
+    def lines(asked):
+        caplog.clear()
+        request = MemoryRequest(0, asked, 2 * GIB, "disk")
+        available = AvailableMemory(4 * GIB, "a test")
+        choice = CpuTierChoice(request, lambda: available, largest_cache=12 * MIB)
+        assert choice.shares(10 * MIB, weight_bytes=GIB).cache_bytes == (asked or 2 * GIB)
+        return [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
+
+    assert lines(999 * GIB) == [
+        "--table-cache 999.00 GiB is more than the tables need: the row cache holds all rows in"
+        " 12.0 MiB"
+    ]
+    assert lines(12 * MIB) == lines(None) == []
+
+
 def test_unknown_available_memory_is_an_error_or_logged(caplog):
     def silent():
         raise ValueError("no MemAvailable")
@@ -141,8 +157,9 @@ def memory(monkeypatch):
     """Sets the available memory (key ``bytes``) and lowers the minimal sizes."""
     found = {"bytes": 0}
 
-    def choice(request):
-        return CpuTierChoice(request, partial(AvailableMemory, found["bytes"], "a test"))
+    def choice(request, largest_cache):
+        available = partial(AvailableMemory, found["bytes"], "a test")
+        return CpuTierChoice(request, available, largest_cache)
 
     monkeypatch.setattr(engine_entry, "CpuTierChoice", choice)
     monkeypatch.setattr("weights.checkpoints.memory_request.MIN_CACHE_BYTES", 3000)

@@ -187,9 +187,9 @@ def test_the_command_prints_and_writes_scores(folder, tmp_path, capsys, monkeypa
     assert printed.startswith(f"model      {folder}\n") and scores["model"] == str(folder)
     assert "recall 0.000" in printed and f"loss {scores['texts']['loss']:.4f}" in printed
     assert main([*arguments, "--json", str(tmp_path / "no" / "scores.json")]) == 2
-    assert "json: folder" in capsys.readouterr().err
+    assert "--json: folder" in capsys.readouterr().err
     assert main([*arguments, "--weight-dtype", "int8", str(texts)]) == 2
-    assert "weight_dtype: texts are scored with the weights" in capsys.readouterr().err
+    assert "--weight-dtype: texts are scored with the weights" in capsys.readouterr().err
     assert main([*arguments, "--weight-dtype", "int8"]) == 0
     assert main(["eval", "--model", str(folder)]) == 2
-    assert "texts: none given; give text files, --questions, or both" in capsys.readouterr().err
+    assert "TEXTS: none given; give text files, --questions, or both" in capsys.readouterr().err

@@ -162,7 +162,9 @@ def test_another_part_cannot_be_frozen(settings):
 
 
 def test_experts_have_no_memory_beside_them():
-    with pytest.raises(ValueError, match="^placement: beside cannot be combined with experts"):
+    with pytest.raises(
+        ValueError, match="^memory.placement: beside cannot be combined with experts"
+    ):
         tiny_config(**feed_forward_changes("memory_plus", "moe", placement="beside"))
 
 

@@ -178,8 +178,6 @@ COVERED_BY = {
     "weights/checkpoints/dtype_names.py": "weights/checkpoints/test_table_loading.py",
     "weights/checkpoints/feed_forward_json.py": "weights/checkpoints/test_config_json.py",
     "weights/checkpoints/importers/gguf_config.py": "weights/checkpoints/importers/test_gguf.py",
-    "benchmarks/training_models.py": "benchmarks/test_training.py",
-    "benchmarks/training_scale.py": "benchmarks/test_training.py",
     "weights/training/compiled_layers.py": "weights/training/test_trainer.py",
     "weights/training/trained_adapter.py": "weights/training/test_memory_beside.py",
     "weights/adapters/adapter_files.py": "weights/models/test_adapted_model.py",

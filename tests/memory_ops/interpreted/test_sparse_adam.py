@@ -3,11 +3,17 @@
 import pytest
 import torch
 
-from memory_ops import reference, triton_kernels
+from memory_ops import reference
 from memory_ops.native.backend import NativeBackend
 from memory_ops.native.library import MEMORY_LIBRARY
 from memory_ops.sparse_adam import AdamMoments
-from memory_ops.triton_kernels import segment_sums
+from memory_ops.triton_kernels import (
+    group_rows,
+    row_gradients,
+    segment_sums,
+    sparse_adam,
+    squared_norm,
+)
 from tests.memory_ops.table_kinds import PLAIN
 from tests.memory_ops.test_sparse_adam import MOMENTS, STEP, check_moments, doubled, moments, reads
 
@@ -37,7 +43,7 @@ def test_a_step_equals_that_of_the_cpu(kind, grad_kind, num_rows, width):
     before, exact, exact_state = table.clone(), table.double(), doubled(state)
     native, native_state = table.clone(), clones(state)
     reference.sparse_adam(exact, exact_state, groups, grad.double(), STEP)
-    triton_kernels.sparse_adam(table, state, groups, grad, STEP)
+    sparse_adam(table, state, groups, grad, STEP)
     torch.testing.assert_close(table, exact.float(), rtol=1e-5, atol=1e-6)
     check_moments(state, exact_state)
     others = torch.ones(num_rows, dtype=torch.bool)
@@ -57,7 +63,7 @@ def test_the_norm_equals_that_of_the_row_gradients(grad_kind, width):
     rows, weights, grad = reads(4, width, 9, 2, 5)
     grad = grad.to(PLAIN[grad_kind])
     _, sums = reference.row_gradients(rows, weights.double(), grad.double())
-    found = triton_kernels.squared_norm(reference.group_rows(rows, weights), grad)
+    found = squared_norm(reference.group_rows(rows, weights), grad)
     assert found == pytest.approx(float(sums.square().sum()), rel=1e-5)
 
 
@@ -67,7 +73,7 @@ def test_rows_with_many_reads_are_summed_in_parts(counts):
     # chunks that a row fills, that rows share, and that hold a row's first or last reads
     rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     weights, grad = torch.randn(len(rows), 1, 1), torch.randn(len(rows), 33)
-    rows_U, sums = triton_kernels.row_gradients(rows.view(-1, 1, 1), weights, grad)
+    rows_U, sums = row_gradients(rows.view(-1, 1, 1), weights, grad)
     wanted, exact = reference.row_gradients(rows.view(-1, 1, 1), weights, grad.double())
     assert torch.equal(rows_U, wanted)
     torch.testing.assert_close(sums, exact.float(), rtol=1e-5, atol=1e-5)
@@ -78,7 +84,7 @@ def test_the_sums_of_chunks_are_those_of_a_long_segment():
     count = 2 * segment_sums.CHUNK + 30
     rows = torch.zeros(count, 1, 1, dtype=torch.int64)
     weights, grad = torch.randn(count, 1, 1), torch.randn(count, 5)
-    _, sums = triton_kernels.row_gradients(rows, weights, grad)
+    _, sums = row_gradients(rows, weights, grad)
     torch.testing.assert_close(sums[0], (weights[:, 0] * grad).double().sum(0).float())
 
 
@@ -90,17 +96,17 @@ def test_the_same_bits_every_time(kind):
     table, state = torch.randn(3, 40), moments(3, 40, kind)
     other, other_state = table.clone(), clones(state)
     for one, its in ((table, state), (other, other_state)):
-        triton_kernels.sparse_adam(one, its, groups, grad, STEP)
+        sparse_adam(one, its, groups, grad, STEP)
     assert torch.equal(table, other) and torch.equal(state.second, other_state.second)
 
 
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_no_reads_change_nothing(kind):
     rows, weights, grad = reads(3, 4, 0, 2, 3)
-    groups = triton_kernels.group_rows(rows, weights)
+    groups = group_rows(rows, weights)
     table = torch.ones(3, 4)
-    triton_kernels.sparse_adam(table, moments(3, 4, kind), groups, grad, STEP)
-    assert torch.equal(table, torch.ones(3, 4)) and triton_kernels.squared_norm(groups, grad) == 0
+    sparse_adam(table, moments(3, 4, kind), groups, grad, STEP)
+    assert torch.equal(table, torch.ones(3, 4)) and squared_norm(groups, grad) == 0
 
 
 def test_wrong_operands_are_refused():
@@ -112,6 +118,6 @@ def test_wrong_operands_are_refused():
     ]
     for message, operands in refused:
         with pytest.raises(ValueError, match=message):
-            triton_kernels.sparse_adam(*operands, STEP)
+            sparse_adam(*operands, STEP)
     with pytest.raises(ValueError, match="grad: the Triton kernels support .*, not torch.float64"):
-        triton_kernels.squared_norm(groups, grad.double())
+        squared_norm(groups, grad.double())

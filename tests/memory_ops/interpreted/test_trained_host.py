@@ -202,7 +202,7 @@ def learn(table: TrainedTable, kind: str, with_dots: bool) -> list[Tensor]:
     return [*results, table.table_RV, *(one for one in moments if one is not None)]
 
 
-def check_both_tiers(kind: str, with_dots: bool, choose: Choice) -> None:
+def check(kind: str, with_dots: bool, choose: Choice) -> None:
     device, host = tables(torch.randn(9, 5), choose)
     assert (device.tier, host.tier) == ("device", "host")
     wanted, found = (learn(table, kind, with_dots) for table in (device, host))
@@ -213,14 +213,14 @@ def check_both_tiers(kind: str, with_dots: bool, choose: Choice) -> None:
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_host_memory_trains_like_device_memory_bit_for_bit(kind):
     # only copies are interpreted here: the other operations are the CPU's
-    check_both_tiers(kind, True, orders()[2])
+    check(kind, True, orders()[2])
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_the_kernels_train_host_memory_like_device_memory_bit_for_bit(kind):
-    check_both_tiers(kind, kind == "fp32", orders()[2])
+    check(kind, kind == "fp32", orders()[2])
 
 
 def test_other_devices_are_refused():

@@ -67,6 +67,7 @@ def test_two_tables_and_recomputed_layers_train_from_host_memory(config, tmp_pat
     made = partial(config, *SMALL, peer, "run.steps=2")
     run(made(), tmp_path / "device")
     run(made(HOST, "run.checkpoint_activations=true"), tmp_path / "host")
+    assert losses(tmp_path / "host") == losses(tmp_path / "device")
     check_same(tmp_path / "host", tmp_path / "device")
 
 

@@ -20,7 +20,7 @@ _USER_ERRORS = (
 
 
 def exit_status(
-    run: Callable[[], int], report: Callable[[str], None], typed: Callable[[str], str]
+    run: Callable[[], int], report: Callable[[str], None], typed: Callable[[str], str] = str
 ) -> int:
     """Run a verb and return its exit status.
 

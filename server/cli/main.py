@@ -130,7 +130,13 @@ def train(options: argparse.Namespace) -> int:
 
     _show("weights.training")
     config = read_train_config(options.config, options.set)
-    return run(config, options.out, resume=options.resume, only_plan=options.plan)
+    return run(
+        config,
+        options.out,
+        resume=options.resume,
+        only_plan=options.plan,
+        tensorboard=options.tensorboard,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -199,6 +205,10 @@ def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     verb.add_argument("--resume", action="store_true", help="continue the run in that folder")
     plan = "check everything and print what the run needs, but write nothing"
     verb.add_argument("--plan", action="store_true", help=plan)
+    events = (
+        "write losses, speed, table usage and learning rates for TensorBoard, to DIR/tensorboard"
+    )
+    verb.add_argument("--tensorboard", action="store_true", help=events)
     change = "override a setting; repeat the option for several"
     verb.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change

@@ -10,10 +10,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
@@ -30,15 +31,25 @@ from weights.training.report import describe_flops, remove_report, write_report
 from weights.training.run_folder import newest_state, run_lock
 from weights.training.run_plan import plan_run
 from weights.training.run_record import saved_init_from
+from weights.training.tensorboard_log import TensorboardLog
 from weights.training.train_config import TrainConfig
 from weights.training.trainer import StepReport, Trainer
 
 logger = logging.getLogger(__name__)
+OnRecord = Callable[[Mapping[str, Any]], None]
 
 
-def run(config: TrainConfig, folder: Path, *, resume: bool = False, only_plan: bool = False) -> int:
+def run(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    only_plan: bool = False,
+    tensorboard: bool = False,
+) -> int:
     """Train to the last step, or until SIGINT or SIGTERM; or only print the plan of the run.
 
+    ``tensorboard`` writes the log as TensorBoard events too, to a folder of that name in the run's.
     After the first signal the step is finished and a checkpoint is written. A second signal ends
     a run of one process at once. Returns 0 after the last step, 128 + the signal's number if a
     signal stopped this process, and 1 if one stopped another process of the run.
@@ -56,7 +67,7 @@ def run(config: TrainConfig, folder: Path, *, resume: bool = False, only_plan: b
         print("\n".join(plan.lines))
         return 0
     with run_lock(folder) if replicas.is_first else contextlib.nullcontext():
-        status = _run(config, folder, replicas, resume=resume)
+        status = _run(config, folder, replicas, resume=resume, tensorboard=tensorboard)
     if replicas.count > 1:
         _exit_now(status)
     return status
@@ -79,16 +90,33 @@ def _first_model(name: str, folder: Path, *, resume: bool) -> str:
     return source
 
 
-def _run(config: TrainConfig, folder: Path, replicas: Replicas, *, resume: bool) -> int:
+def _run(
+    config: TrainConfig, folder: Path, replicas: Replicas, *, resume: bool, tensorboard: bool
+) -> int:
     trainer = Trainer(config, folder, resume=resume, replicas=replicas)
     if replicas.is_first:
         print(describe_flops(trainer.flops, config.run.tokens_per_step))
         if trainer.step < config.run.steps:
             remove_report(folder)
     # torchrun forwards signals that its processes already got
-    with _group(replicas), stop_signals(once=replicas.count == 1) as stopped_by:
-        _train(trainer, config.run.steps, stopped_by, is_shown=replicas.is_first)
+    with (
+        _group(replicas),
+        _board(config, trainer, is_wanted=tensorboard and replicas.is_first) as board,
+        stop_signals(once=replicas.count == 1) as stopped_by,
+    ):
+        _train(trainer, config.run.steps, stopped_by, board, is_shown=replicas.is_first)
     return _finish(trainer, config, folder, stopped_by, is_first=replicas.is_first)
+
+
+@contextlib.contextmanager
+def _board(config: TrainConfig, trainer: Trainer, *, is_wanted: bool) -> Iterator[OnRecord]:
+    """What gets the records of the log."""
+    if not is_wanted:
+        yield lambda record: None
+        return
+    rates = {"dense": config.optimizer.lr, "tables": config.optimizer.table_lr}
+    with TensorboardLog(trainer.folder / "tensorboard", trainer.step, rates) as board:
+        yield board.write
 
 
 def _finish(
@@ -121,7 +149,9 @@ def _exit_now(status: int) -> None:
     os._exit(status)
 
 
-def _train(trainer: Trainer, steps: int, stopped_by: list[int], *, is_shown: bool) -> None:
+def _train(
+    trainer: Trainer, steps: int, stopped_by: list[int], on_record: OnRecord, *, is_shown: bool
+) -> None:
     with tqdm(total=steps, initial=trainer.step, unit="step", disable=not is_shown) as bar:
 
         def show(report: StepReport) -> bool:
@@ -129,7 +159,7 @@ def _train(trainer: Trainer, steps: int, stopped_by: list[int], *, is_shown: boo
             bar.set_postfix(loss=f"{report.loss:.3f}", tokens_per_s=f"{report.tokens_per_s:.0f}")
             return not stopped_by
 
-        trainer.run(show)
+        trainer.run(show, on_record)
 
 
 @contextlib.contextmanager

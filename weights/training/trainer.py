@@ -3,10 +3,11 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -122,8 +123,14 @@ class Trainer:
         if self._replicas.is_first:
             self._log.truncate(self.step)
 
-    def run(self, on_step: Callable[[StepReport], bool]) -> None:
+    def run(
+        self,
+        on_step: Callable[[StepReport], bool],
+        on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    ) -> None:
         """Train to the last step, or until ``on_step`` returns False after a step.
+
+        In the first process, ``on_record`` gets each record of the log too.
 
         Raises:
             TrainingError: the loss or a gradient is not finite; the message names the step.
@@ -134,21 +141,28 @@ class Trainer:
         while continues and self.step < run.steps:
             report = self._one_step()
             if self._replicas.is_first:
-                self._log.write({"kind": "step", **asdict(report)})
+                record = {"kind": "step", **asdict(report)}
+                self._log.write(record)
+                on_record(record)
             (stopped,) = self._replicas.sum_numbers(not on_step(report))
             continues = not stopped
             if self.step % run.checkpoint_every == 0:
                 self._check_replicas()
             if self._replicas.is_first:
-                self._evaluate_and_save(is_last=self.step == run.steps or not continues)
+                is_last = self.step == run.steps or not continues
+                self._evaluate_and_save(is_last=is_last, on_record=on_record)
         if self.step == run.steps and self._adapter is not None and self._replicas.is_first:
             self._adapter.write(saved_states(self._state.folder)[-1])
 
-    def _evaluate_and_save(self, is_last: bool) -> None:
+    def _evaluate_and_save(
+        self, *, is_last: bool, on_record: Callable[[Mapping[str, Any]], None]
+    ) -> None:
         run, step = self._config.run, self.step
         # evaluate before saving, so that a finished run has been evaluated
         if step % run.evaluate_every == 0 or step == run.steps:
-            self._log.write({"kind": "evaluation", "step": step, **self.evaluate()})
+            record = {"kind": "evaluation", "step": step, **self.evaluate()}
+            self._log.write(record)
+            on_record(record)
         if step % run.checkpoint_every == 0 or is_last:
             self._log.sync()  # a state's steps are in the log, whatever happens
             reads = self._row_reads() if step == run.steps and self._usage else None

@@ -117,17 +117,19 @@ def test_every_path_is_a_result_or_an_input():
 def test_the_place_of_a_result_is_checked_first(words, tmp_path, capsys):
     (*verb, dest), kind = words, OUTPUTS[words]
     (tmp_path / "file").touch()
+    (action,) = (one for one in VERBS[tuple(verb)]._actions if one.dest == dest)
+    typed = next(iter(action.option_strings), action.metavar)
 
     def problem(place: object) -> str:
         return refused(arguments(tuple(verb), {dest: place, "else": tmp_path / "none"}), capsys)
 
     # nobody can create files there, not even root
-    assert problem("/proc/new").startswith(f"{dest}: /proc/new cannot be written (")
-    assert problem(tmp_path / "file" / "new").startswith(f"{dest}: ")
+    assert problem("/proc/new").startswith(f"{typed}: /proc/new cannot be written (")
+    assert problem(tmp_path / "file" / "new").startswith(f"{typed}: ")
     if kind == "file":
-        assert problem(tmp_path).startswith(f"{dest}: {tmp_path} cannot be written")
+        assert problem(tmp_path).startswith(f"{typed}: {tmp_path} cannot be written")
         missing = tmp_path / "none" / "new"
-        assert problem(missing) == f"{dest}: folder {missing.parent} does not exist"
+        assert problem(missing) == f"{typed}: folder {missing.parent} does not exist"
     with full_disk():
         assert problem(tmp_path / "new").endswith(" cannot be written (File too large)")
     assert os.listdir(tmp_path) == ["file"]

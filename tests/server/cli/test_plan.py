@@ -35,6 +35,6 @@ def test_this_machine(memory_plus_folder, capsys, monkeypatch):
 
 def test_a_mistake_is_one_line(capsys):
     assert main(["plan", MEMORY_8B, "--gpu", "h100"]) == 2
-    assert "host_memory: must be given with --gpu" in capsys.readouterr().err
+    assert "--host-memory: must be given with --gpu" in capsys.readouterr().err
     assert main(["plan", "missing.json"]) == 2
     assert "missing.json" in capsys.readouterr().err

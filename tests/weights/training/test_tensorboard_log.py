@@ -1,10 +1,12 @@
 """TensorBoard events of a run: their names and values, resumed runs, and a missing package."""
 
+import json
 import sys
 
 import pytest
 
 from engine.errors import ConfigError
+from server.cli.train import run
 from weights.training.tensorboard_log import TensorboardLog
 
 RATES = {"dense": 2e-3, "tables": 1e-2}
@@ -55,3 +57,15 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"pip install 'memplus\[tensorboard\]'"):
         TensorboardLog(tmp_path, 0, RATES)
+
+
+def test_the_command_writes_the_curves_of_its_log(config, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    assert run(config(), tmp_path / "run", tensorboard=True) == 0
+    found = curves(tmp_path / "run" / "tensorboard")
+    logged = [
+        json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    ]
+    losses = [(one["step"], pytest.approx(one["loss"])) for one in logged if one["kind"] == "step"]
+    assert losses and found["step/loss"] == losses
+    assert found["evaluation/loss"][-1][0] == losses[-1][0]

@@ -107,7 +107,6 @@ def test_a_cpu_refuses_settings_that_need_a_gpu_with_the_reason(gpus, model, eng
 @pytest.mark.parametrize(
     ("settings", "name", "value"),
     [
-        (ModelOptions, "table_tier", "disk"),
         (ModelOptions, "weight_dtype", "int8"),
         (ModelOptions, "weight_dtype", "int4"),
         (EngineConfig, "kv_dtype", "int8"),

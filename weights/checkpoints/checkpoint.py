@@ -138,6 +138,7 @@ def load_model(
     table_cache: int | None = None,
     *,
     device: torch.device = CPU,
+    host_cache: int | None = None,
     table_dtype: str = "auto",
     verify_tables: bool = False,
     keep_stored: bool = False,
@@ -147,14 +148,16 @@ def load_model(
     The model is built on the meta device, and weights are assigned to it. On the CPU they are
     mapped, and those that are stored in the serving dtype are not copied. On a GPU they are read
     into its memory through two page-locked buffers. Tables are read into the device's memory, or
-    stay in their files (CPU) or in page-locked host memory (GPU).
+    into page-locked host memory (GPU), or stay in their files.
 
     Args:
         folder: the checkpoint folder.
         dtype: dtype of the weights; see ``serving_dtype``.
-        table_cache: bytes of row cache on the device for all tables, which stay in the slower
-            tier: disk on the CPU, host on a GPU. None loads all rows into the device's memory.
+        table_cache: bytes of row cache on the device for all tables, which stay in a slower tier:
+            disk on the CPU, host or disk on a GPU. None loads all rows into the device's memory.
         device: the CPU or a GPU.
+        host_cache: on a GPU, bytes of row cache in host memory for tables that stay on disk; None
+            reads them into host memory. Only with ``table_cache``.
         table_dtype: one of ``TABLE_DTYPES``, to which tables in memory are converted; auto keeps
             the stored dtype.
         verify_tables: compare the tables' data with the checksums in their files.
@@ -180,11 +183,16 @@ def load_model(
         needed = weight_bytes(stored, chosen, stored_formats(stored))
     else:
         needed = weight_bytes(stored, chosen, {}) + largest_layer_bytes(stored)
-    with naming_lack_of_memory(device, needed, row_bytes, is_cached=table_cache is not None):
+    is_cached, is_on_disk = table_cache is not None, host_cache is not None
+    with naming_lack_of_memory(device, needed, row_bytes, is_cached, is_on_disk=is_on_disk):
         model = _read_model(config.model, stored, chosen, device, keep_stored)
         if tables:
             options = config.model, table_cache, device
-            placed = placed_tables(folder, tables, layouts, *options, verify=verify_tables)
+            placed = placed_tables(
+                *(folder, tables, layouts, *options),
+                host_cache_bytes=host_cache,
+                verify=verify_tables,
+            )
             model.attach_tables(placed)
     if device.type == "cuda":
         # return staging memory to the GPU: the executor measures what is left

@@ -21,15 +21,18 @@ def placed_tables(
     cache_bytes: int | None,
     device: torch.device,
     *,
+    host_cache_bytes: int | None = None,
     verify: bool,
 ) -> dict[str, ValueTable]:
-    """Tables by name: in the device's memory, or on disk (CPU) or in host memory (GPU).
+    """Tables by name: in the device's memory, in host memory behind a GPU, or on disk.
 
     Row caches begin with the folder's hot rows, if it lists any.
 
     Args:
         folder: the checkpoint folder.
-        cache_bytes: bytes of row cache for all tables; None loads all rows into the device.
+        cache_bytes: bytes of row cache on the device for all tables; None loads all rows there.
+        host_cache_bytes: behind a GPU, bytes of row cache in host memory for tables on disk; None
+            loads all rows into host memory.
         stored, layouts, verify: as for ``load_tables``, ``open_tables`` and ``load_host_tables``.
 
     Raises:
@@ -44,6 +47,13 @@ def placed_tables(
             stored, layouts, config.memory, cache_bytes, hot_rows=hot_rows, verify=verify
         )
     # only a GPU needs triton, which may be absent elsewhere
+    if host_cache_bytes is not None:
+        from weights.checkpoints.gpu_disk_tables import open_gpu_disk_tables
+
+        caches = cache_bytes, host_cache_bytes
+        return open_gpu_disk_tables(
+            stored, layouts, config, caches, device, hot_rows=hot_rows, verify=verify
+        )
     from weights.checkpoints.host_tables import load_host_tables
 
     return load_host_tables(

@@ -91,6 +91,7 @@ COVERED_BY = {
     "memory_ops/native/row_fetcher.py": "memory_ops/tables/test_disk.py",
     "memory_ops/tables/disk_lookup.py": "memory_ops/tables/test_disk.py",
     "memory_ops/tables/gpu_disk.py": "memory_ops/interpreted/test_gpu_disk.py",
+    "memory_ops/tables/gpu_disk_lookup.py": "memory_ops/interpreted/test_gpu_disk.py",
     "memory_ops/tables/staged_rows.py": "memory_ops/interpreted/test_gpu_disk.py",
     "memory_ops/tables/host_cache_size.py": "memory_ops/interpreted/test_row_cache.py",
     "memory_ops/tables/row_cache.py": "memory_ops/interpreted/test_row_cache.py",

@@ -16,9 +16,10 @@ from torch import Tensor
 from memory_ops.checks import check_no_gradient, check_rows, check_vectors
 from memory_ops.page_lock import PageLock, check_gpu
 from memory_ops.tables.disk import DiskTable
+from memory_ops.tables.gpu_disk_lookup import GpuDiskLookup, ReadPart, StagedParts
 from memory_ops.tables.host_cache_size import NUM_OVERFLOW
 from memory_ops.tables.host_calls import HostCalls
-from memory_ops.tables.row_cache import PlacedRows, RowCache, rows_memory
+from memory_ops.tables.row_cache import RowCache, rows_memory
 from memory_ops.tables.staged_rows import StagedRows, pinned_ids
 from memory_ops.tables.streams import CudaStream, Stream
 from memory_ops.tables.table_statistics import TableStatistics
@@ -30,8 +31,6 @@ from memory_ops.triton_kernels.table_view import value_kind
 _MOST_HINTED = 2**12
 # a PEER layer hints rows, and a lookahead may predict rows of the same layer
 _HINTS_PER_LAYER = 2
-
-ReadPart = Callable[[slice, Tensor], None]
 
 
 class GpuDiskTable:
@@ -93,7 +92,7 @@ class GpuDiskTable:
     def row_source(self, layer: int) -> None:
         """None: native CPU kernels cannot use the GPU's cache."""
 
-    def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> "GpuDiskLookup":
+    def start(self, rows_THK: Tensor, weights_THK: Tensor, layer: int = 0) -> GpuDiskLookup:
         """Start a lookup; see ``ValueTable.start``.
 
         Raises:
@@ -109,7 +108,7 @@ class GpuDiskTable:
 
         return self._lookup(rows_THK, layer, read, out_TV)
 
-    def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> "GpuDiskLookup":
+    def start_dots(self, rows_THK: Tensor, x_TV: Tensor, layer: int = 0) -> GpuDiskLookup:
         """Start a lookup; see ``ValueTable.start_dots``. Raises ValueError like ``start``."""
         check_vectors(self._cache.memory, rows_THK, x_TV)
         value_kind("x", x_TV)
@@ -183,91 +182,13 @@ class GpuDiskTable:
 
     def _lookup(
         self, rows_THK: Tensor, layer: int, read: ReadPart, result: Tensor
-    ) -> "GpuDiskLookup":
+    ) -> GpuDiskLookup:
         self._cache.check_lookup(rows_THK, layer)
         if self._staged.is_unfinished and not self.calls.is_capturing:
             raise ValueError("lookup: finish the earlier lookup of this table first, or recover")
         parts = list(self._cache.parts(rows_THK)) if rows_THK.numel() else []
         staged = StagedParts(self._staged, self._stream, self.calls, rows_THK, layer)
         return GpuDiskLookup(staged, parts, read, result)
-
-
-class StagedParts:
-    """Places and fetches the parts of one lookup, where the device and the host get their work."""
-
-    def __init__(
-        self,
-        staged: StagedRows,
-        stream: Callable[[], Stream],
-        calls: HostCalls,
-        rows_THK: Tensor,
-        layer: int,
-    ) -> None:
-        self._staged, self._stream, self._calls = staged, stream, calls
-        self._rows_THK, self._layer = rows_THK, layer
-        self._placed: PlacedRows | None = None
-
-    def place(self, part: slice) -> None:
-        """Queue the placement of a part, and the copy of its row ids to the host."""
-
-        def work() -> None:
-            self._placed = self._staged.place(self._rows_THK[part], self._layer)
-
-        self._stream().run(work)
-
-    def mark(self) -> None:
-        """Let the host note what ``place`` queued, so that it waits for nothing behind it."""
-        self._calls.call(self._staged.mark)
-
-    def fetch(self, part: slice, *, is_marked: bool) -> None:
-        """Let the host fetch a part's missing rows."""
-        num_references = self._rows_THK[part].numel()
-        is_first, staged, calls, layer = part.start == 0, self._staged, self._calls, self._layer
-
-        def work() -> None:
-            if not is_marked:
-                staged.mark()
-            calls.catch_up()
-            staged.fetch(num_references, layer, is_first=is_first)
-
-        calls.call(work)
-
-    def read(self, part: slice, read: ReadPart) -> None:
-        """Queue a kernel that reads a part's rows."""
-
-        def work() -> None:
-            assert self._placed is not None
-            read(part, self._placed.places_THK)
-
-        self._stream().run(work)
-
-
-class GpuDiskLookup:
-    """A lookup in flight. Call ``finish`` once."""
-
-    def __init__(
-        self, staged: StagedParts, parts: list[slice], read: ReadPart, result: Tensor
-    ) -> None:
-        self._staged, self._parts, self._read, self._result = staged, parts, read, result
-        if parts:
-            staged.place(parts[0])
-            staged.mark()
-
-    def finish(self) -> Tensor:
-        """Wait for the rows on the host, and return the result, in fp32.
-
-        Raises:
-            TableReadError: a row could not be read.
-        """
-        if not self._parts:
-            return self._result.zero_()
-        for part in self._parts:
-            is_first = part.start == 0
-            if not is_first:
-                self._staged.place(part)
-            self._staged.fetch(part, is_marked=is_first)
-            self._staged.read(part, self._read)
-        return self._result
 
 
 def gpu_disk_table(

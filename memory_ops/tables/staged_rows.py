@@ -67,6 +67,10 @@ class StagedRows:
         self.is_unfinished = False
         self._counts: dict[int, TableStatistics] = {}
 
+    def __del__(self) -> None:
+        if hasattr(self, "_held"):
+            self._drop()
+
     def place(self, part_THK: Tensor, layer: int) -> PlacedRows:
         """Queue step 1 where the stream's work is queued."""
         placed = self._cache.place(part_THK, layer)

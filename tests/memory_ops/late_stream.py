@@ -100,3 +100,9 @@ class PromptStream(LateStream):
 
     def run(self, work: Work) -> None:
         work()
+
+    def wait(self, event: object) -> None:
+        """Does nothing: everything is done."""
+
+    def is_idle(self) -> bool:
+        return True

@@ -147,17 +147,13 @@ def load_model(
 
     The model is built on the meta device, and weights are assigned to it. On the CPU they are
     mapped, and those that are stored in the serving dtype are not copied. On a GPU they are read
-    into its memory through two page-locked buffers. Tables are read into the device's memory, or
-    into page-locked host memory (GPU), or stay in their files.
+    into its memory through two page-locked buffers. For the tables see ``placed_tables``.
 
     Args:
         folder: the checkpoint folder.
         dtype: dtype of the weights; see ``serving_dtype``.
-        table_cache: bytes of row cache on the device for all tables, which stay in a slower tier:
-            disk on the CPU, host or disk on a GPU. None loads all rows into the device's memory.
+        table_cache, host_cache: bytes of row cache for all tables; see ``placed_tables``.
         device: the CPU or a GPU.
-        host_cache: on a GPU, bytes of row cache in host memory for tables that stay on disk; None
-            reads them into host memory. Only with ``table_cache``.
         table_dtype: one of ``TABLE_DTYPES``, to which tables in memory are converted; auto keeps
             the stored dtype.
         verify_tables: compare the tables' data with the checksums in their files.
@@ -183,16 +179,13 @@ def load_model(
         needed = weight_bytes(stored, chosen, stored_formats(stored))
     else:
         needed = weight_bytes(stored, chosen, {}) + largest_layer_bytes(stored)
-    is_cached, is_on_disk = table_cache is not None, host_cache is not None
+    caches, is_on_disk = (table_cache, host_cache), host_cache is not None
+    is_cached = table_cache is not None
     with naming_lack_of_memory(device, needed, row_bytes, is_cached, is_on_disk=is_on_disk):
         model = _read_model(config.model, stored, chosen, device, keep_stored)
         if tables:
-            options = config.model, table_cache, device
-            placed = placed_tables(
-                *(folder, tables, layouts, *options),
-                host_cache_bytes=host_cache,
-                verify=verify_tables,
-            )
+            options = config.model, caches, device
+            placed = placed_tables(folder, tables, layouts, *options, verify=verify_tables)
             model.attach_tables(placed)
     if device.type == "cuda":
         # return staging memory to the GPU: the executor measures what is left

@@ -18,10 +18,9 @@ def placed_tables(
     stored: Sequence[StoredTensor],
     layouts: Mapping[str, RowLayout],
     config: ModelConfig,
-    cache_bytes: int | None,
+    caches: tuple[int | None, int | None],
     device: torch.device,
     *,
-    host_cache_bytes: int | None = None,
     verify: bool,
 ) -> dict[str, ValueTable]:
     """Tables by name: in the device's memory, in host memory behind a GPU, or on disk.
@@ -30,15 +29,16 @@ def placed_tables(
 
     Args:
         folder: the checkpoint folder.
-        cache_bytes: bytes of row cache on the device for all tables; None loads all rows there.
-        host_cache_bytes: behind a GPU, bytes of row cache in host memory for tables on disk; None
-            loads all rows into host memory.
+        caches: bytes of row cache for all tables: on the device, where None loads all rows into its
+            memory; and behind a GPU in host memory for tables that stay on disk, where None loads
+            all rows into host memory.
         stored, layouts, verify: as for ``load_tables``, ``open_tables`` and ``load_host_tables``.
 
     Raises:
         CheckpointError, ConfigError: as those, or the list of hot rows is not valid.
     """
     assert config.memory is not None
+    cache_bytes, host_cache_bytes = caches
     if cache_bytes is None:
         return load_tables(stored, layouts, device, verify=verify)
     hot_rows = read_hot_rows(folder, config)
@@ -50,9 +50,9 @@ def placed_tables(
     if host_cache_bytes is not None:
         from weights.checkpoints.gpu_disk_tables import open_gpu_disk_tables
 
-        caches = cache_bytes, host_cache_bytes
+        sizes = cache_bytes, host_cache_bytes
         return open_gpu_disk_tables(
-            stored, layouts, config, caches, device, hot_rows=hot_rows, verify=verify
+            stored, layouts, config, sizes, device, hot_rows=hot_rows, verify=verify
         )
     from weights.checkpoints.host_tables import load_host_tables
 

@@ -199,7 +199,8 @@ def test_a_gpu_gets_tables_on_disk_with_both_caches(memory_plus_folder, monkeypa
 
     def opened(stored, layouts, config, caches, device, **options):
         calls.append(caches)
-        return {name: DeviceTable(torch.empty(64, config.memory.value_dim)) for name in config.table_names}
+        rows_RV = torch.empty(config.memory.num_rows, config.memory.value_dim)
+        return {name: DeviceTable(rows_RV) for name in config.table_names}
 
     monkeypatch.setattr(engine_entry, "GpuTierChoice", choice)
     monkeypatch.setattr("weights.checkpoints.gpu_disk_tables.open_gpu_disk_tables", opened)

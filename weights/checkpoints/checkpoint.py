@@ -175,10 +175,7 @@ def load_model(
     layouts = table_layouts(tables, table_dtype)
     all_rows = sum(layout.num_bytes for layout in layouts.values())
     row_bytes = all_rows if table_cache is None else table_cache
-    if keep_stored:
-        needed = weight_bytes(stored, chosen, stored_formats(stored))
-    else:
-        needed = weight_bytes(stored, chosen, {}) + largest_layer_bytes(stored)
+    needed = _needed_bytes(stored, chosen, keep_stored)
     caches, is_on_disk = (table_cache, host_cache), host_cache is not None
     is_cached = table_cache is not None
     with naming_lack_of_memory(device, needed, row_bytes, is_cached, is_on_disk=is_on_disk):
@@ -191,6 +188,13 @@ def load_model(
         # return staging memory to the GPU: the executor measures what is left
         torch.cuda.empty_cache()
     return model.eval().requires_grad_(False), config
+
+
+def _needed_bytes(stored: Mapping[str, StoredTensor], dtype: torch.dtype, keep_stored: bool) -> int:
+    """Bytes of the weights while they are loaded; see ``load_model``."""
+    if keep_stored:
+        return weight_bytes(stored, dtype, stored_formats(stored))
+    return weight_bytes(stored, dtype, {}) + largest_layer_bytes(stored)
 
 
 def _read_model(

@@ -52,6 +52,12 @@ def check_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> None:
     _check_devices(table, rows_THK, weights_THK)
 
 
+def check_no_gradient(name: str, operand: Tensor, place: str) -> None:
+    """Raise ValueError if an operand needs a gradient; ``place`` says where the table is."""
+    if operand.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: tables {place} do not support gradients")
+
+
 def check_vectors(table: Table, rows_THK: Tensor, x_TV: Tensor) -> None:
     """Raise ValueError unless table, rows and one vector per token match."""
     value_dim = table_shape(table)[1]

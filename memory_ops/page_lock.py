@@ -64,6 +64,15 @@ class PageLock:
         self.close()
 
 
+def check_gpu(tier: str, device: torch.device) -> None:
+    """Raise ValueError, which names the table tier, unless ``device`` is a GPU of this machine."""
+    if device.type != "cuda":
+        raise ValueError(f"table_tier: {tier} needs a GPU, not {device}")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= num_gpus:
+        raise ValueError(f"table_tier: {tier} needs {device}, but torch finds {num_gpus} GPUs")
+
+
 def _clear_last_error(device: torch.device) -> None:
     """Clear CUDA's last error, which torch would otherwise report for its next kernel.
 

@@ -57,8 +57,6 @@ def _choice(model: ModelOptions, engine: EngineConfig) -> tuple[torch.device, st
 
 def _cpu_setting(model: ModelOptions, engine: EngineConfig) -> str | None:
     """Name and value of a setting that only a CPU supports, if one is given."""
-    if model.table_tier == "disk":
-        return "table_tier disk"
     if model.weight_dtype != "auto":
         return f"weight_dtype {model.weight_dtype}"
     return "kv_dtype int8" if engine.kv_dtype == "int8" else None

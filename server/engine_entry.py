@@ -27,7 +27,7 @@ from server.config import EngineSettings
 from server.device import chosen_device
 from server.logs import set_up_logs
 from server.memory_nodes import spread_over_nodes
-from server.model_options import ModelOptions
+from server.model_options import DEFAULT_TABLE_CACHE_BYTES, ModelOptions
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.config_json import CheckpointConfig, read_config
 from weights.checkpoints.gpu_tier import GpuTierChoice
@@ -185,7 +185,7 @@ def load_served(
     request = MemoryRequest(
         kv_bytes=engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0,
         requested_cache=options.table_cache_bytes if options.table_cache is not None else None,
-        default_cache=options.table_cache_bytes,
+        default_cache=DEFAULT_TABLE_CACHE_BYTES,
         tier=options.table_tier,
         is_kv_requested=engine is not None and engine.kv_cache_gib is not None,
         grammar_bytes=GRAMMARS_BYTES if engine else 0,
@@ -198,6 +198,7 @@ def load_served(
         options.dtype,
         shares.cache_bytes,
         device=device,
+        host_cache=shares.host_cache_bytes,
         table_dtype=options.table_dtype,
         verify_tables=options.verify_tables,
         keep_stored=keep_stored,

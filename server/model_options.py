@@ -66,7 +66,7 @@ class ModelOptions:
         metadata={
             "group": ("value tables", "--table-tier disk --table-cache 8GiB"),
             "help": "place of the value tables: memory of the device, host memory read by a GPU, or"
-            " the model's files on disk; auto: device if they fit, else host (GPU) or disk (CPU)",
+            " the model's files on disk; auto: device if they fit, else host (GPU only), else disk",
             "choices": _TIERS,
         },
     )
@@ -148,6 +148,13 @@ class ModelOptions:
     @property
     def table_cache_bytes(self) -> int:
         """Size of the row cache of the host and disk tiers, in bytes."""
-        size = self.table_cache or _CACHE
-        number, unit = int(size[:-3]), size[-3:]
-        return number << {"KiB": 10, "MiB": 20, "GiB": 30}[unit]
+        return _num_bytes(self.table_cache or _CACHE)
+
+
+def _num_bytes(size: str) -> int:
+    number, unit = int(size[:-3]), size[-3:]
+    return number << {"KiB": 10, "MiB": 20, "GiB": 30}[unit]
+
+
+# row cache of the host and disk tiers, unless the user requests another one
+DEFAULT_TABLE_CACHE_BYTES = _num_bytes(_CACHE)

@@ -6,7 +6,7 @@ from engine.errors import ConfigError
 from weights.models.named_models import DEFAULT_MODEL
 
 # in order of worth
-PARTS = ("correctness", "kernels", "decode", "tables", "http", "transformers", "lookups")
+PARTS = ("correctness", "kernels", "decode", "tables", "http", "transformers", "lookups", "disk")
 CORE = "core"
 CORE_PARTS = ("correctness", "decode", "tables")
 

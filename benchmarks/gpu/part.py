@@ -41,6 +41,7 @@ class PartSetup:
         shapes, cache_share: of part lookups.
         trace_file: the recorded access trace.
         served_model: name or folder of the model of part http.
+        folder: where figures are saved; part disk writes its table there.
     """
 
     limits: CardLimits
@@ -50,6 +51,7 @@ class PartSetup:
     cache_share: float
     trace_file: Path
     served_model: str
+    folder: Path
 
 
 Part = Callable[[PartSetup], Iterator[Task]]

@@ -30,6 +30,7 @@ PART_MODULES = {
     "http": "benchmarks.gpu.http_serving",
     "transformers": "benchmarks.gpu.transformers_peer",
     "lookups": "benchmarks.gpu.lookups",
+    "disk": "benchmarks.gpu.disk",
 }
 
 
@@ -62,7 +63,7 @@ def measure(check: GpuCheck, shapes: Shapes, trace_file: Path, folder: Path) -> 
     names = [name for name, _ in check.runs]
     if "lookups" in names:
         checked_lookups(shapes, trace_file)
-    if "tables" in names:
+    if "tables" in names or "disk" in names:
         checked_trace(trace_file, (MEMORY_LAYERS, NUM_HEADS, TOP_K))
     folder.mkdir(parents=True, exist_ok=True)
     status = 0
@@ -112,5 +113,6 @@ def _tasks(job: PartJob, card: Card, file: FigureFile) -> Iterable[Task]:
             job.check.cache_share,
             job.trace_file,
             job.check.served_model,
+            job.folder,
         )
     )

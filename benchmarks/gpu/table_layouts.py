@@ -1,4 +1,4 @@
-"""Places, sizes and formats of the value tables that part tables measures; needs no torch."""
+"""Places, sizes and formats of the value tables that parts tables and disk measure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from itertools import product
 
 from benchmarks.gpu.recordings import SKEWS, STEPS
 
-HBM, HOST = "hbm", "host"
+HBM, HOST, DISK = "hbm", "host", "disk"
 DENSE = "dense"
 _BATCHES = tuple(STEPS)
 
@@ -18,8 +18,9 @@ class TableLayout:
     Attributes:
         bits: logarithm of its number of rows.
         dtype: of the rows.
-        place: ``hbm`` or ``host``.
-        cached_share: fraction of the rows that the cache holds; 0 for the smallest cache.
+        place: ``hbm``, ``host`` or ``disk``.
+        cached_share: fraction of the rows that the cache in HBM holds; 0 for the smallest cache.
+        host_share: fraction of the rows of a table on disk that host memory holds.
         lookahead: layers ahead for which rows are predicted; 0 for never.
         skews: access patterns.
         batches: sequences that decode together.
@@ -32,6 +33,7 @@ class TableLayout:
     lookahead: int = 0
     skews: tuple[str, ...] = SKEWS
     batches: tuple[int, ...] = _BATCHES
+    host_share: float = 0.0
 
     @property
     def name(self) -> str:
@@ -39,7 +41,8 @@ class TableLayout:
         if self.place == HBM:
             return f"2^{self.bits} {self.dtype} {HBM}"
         cache = f"cache {self.cached_share:.0%}" if self.cached_share else "smallest cache"
-        return f"2^{self.bits} {self.dtype} {HOST} {cache} lookahead {self.lookahead}"
+        place = f"{DISK} {self.host_share:.0%} in host" if self.place == DISK else HOST
+        return f"2^{self.bits} {self.dtype} {place} {cache} lookahead {self.lookahead}"
 
     @property
     def points(self) -> list[tuple[str, int]]:
@@ -54,6 +57,14 @@ class TableLayout:
     def in_hbm(self) -> "TableLayout":
         """The same table in HBM."""
         return replace(self, place=HBM, cached_share=0.0, lookahead=0)
+
+
+def disk_layouts() -> Iterator[TableLayout]:
+    """The layouts of part disk: the host tier, then the disk with less and less host memory."""
+    # a file of 16 GiB; the same cache in HBM, so that only the place behind it differs
+    yield (host := TableLayout(22, "int8", HOST, 0.02, batches=(1, 8, 32)))
+    for share, lookahead in ((0.3, 0), (0.1, 0), (0.1, 1)):
+        yield replace(host, place=DISK, host_share=share, lookahead=lookahead)
 
 
 def dense_figure(batch: int) -> str:

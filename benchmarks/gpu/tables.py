@@ -15,10 +15,14 @@ from benchmarks.gpu.figures import Figure
 from benchmarks.gpu.host_rows import HostRows
 from benchmarks.gpu.part import PartSetup, Task
 from benchmarks.gpu.recordings import STEPS, recording
-from benchmarks.gpu.replayed_tables import ReplayedDeviceTable, ReplayedHostTable
+from benchmarks.gpu.replayed_tables import (
+    ReplayedDeviceTable,
+    ReplayedDiskTable,
+    ReplayedHostTable,
+)
 from benchmarks.gpu.roofline import Roofline, measured_rate
 from benchmarks.gpu.row_replay import RowReplay
-from benchmarks.gpu.table_layouts import HBM, HOST, TableLayout, dense_figure, layouts
+from benchmarks.gpu.table_layouts import DISK, HBM, TableLayout, dense_figure, layouts
 from benchmarks.memory_variant import MEMORY_LAYERS, NUM_HEADS, TOP_K, with_memory
 from benchmarks.model_shapes import LLAMA_8B_SHAPE
 from benchmarks.row_trace import AccessTrace, checked_trace
@@ -27,7 +31,7 @@ from memory_ops.checks import Table
 from memory_ops.tables.row_cache import rows_memory
 from memory_ops.tables.table_statistics import TableStatistics
 
-ReplayedTable = ReplayedDeviceTable | ReplayedHostTable
+ReplayedTable = ReplayedDeviceTable | ReplayedHostTable | ReplayedDiskTable
 
 _CONTEXT = 512
 # sizes that the sweep over sizes compares
@@ -45,10 +49,7 @@ def tasks(setup: PartSetup) -> Iterator[Task]:
     yield Task(tuple(map(dense_figure, STEPS)), partial(_dense, setup.limits))
     found = list(layouts(is_core=setup.is_core))
     for layout in found:
-        names = [layout.figure(*point) for point in layout.points]
-        if layout.place == HOST:
-            names += [f"{name} hit rate" for name in names]
-        yield Task(tuple(names), _MemoryRun(setup.limits, trace, host_rows, layout).run)
+        yield MemoryRun(setup.limits, trace, host_rows, layout).task
     host_rows.close()
     for layout in found:
         for skew, batch in layout.points:
@@ -59,9 +60,13 @@ def tasks(setup: PartSetup) -> Iterator[Task]:
                 against = replace(layout, bits=_LEAST_BITS).figure(skew, batch)
             else:
                 against = layout.in_hbm.figure(skew, batch)
-            if setup.value(figure) is not None and setup.value(against) is not None:
-                name = f"{figure} / {against}"
-                yield Task((name,), partial(_ratio, setup, figure, against))
+            yield from ratios(setup, figure, against)
+
+
+def ratios(setup: PartSetup, figure: str, against: str) -> Iterator[Task]:
+    """A task that divides a figure by another one, if both are known."""
+    if setup.value(figure) is not None and setup.value(against) is not None:
+        yield Task((f"{figure} / {against}",), partial(_ratio, setup, figure, against))
 
 
 def _dense(limits: CardLimits, wanted: Sequence[str]) -> Iterator[Figure]:
@@ -80,8 +85,8 @@ def _ratio(setup: PartSetup, figure: str, against: str, wanted: Sequence[str]) -
     yield Figure(wanted[0], value / base, "ratio")
 
 
-class _MemoryRun:
-    """Measures the points of one layout on one engine."""
+class MemoryRun:
+    """Measures the points of one layout on one engine; part disk makes other tables."""
 
     def __init__(
         self, limits: CardLimits, trace: AccessTrace, host_rows: HostRows, layout: TableLayout
@@ -90,11 +95,19 @@ class _MemoryRun:
         self._host_rows, self._layout = host_rows, layout
         self._config = with_memory(LLAMA_8B_SHAPE, 2 ** (layout.bits // 2))
 
+    @property
+    def task(self) -> Task:
+        """The task of all figures of the layout."""
+        names = [self._layout.figure(*point) for point in self._layout.points]
+        if self._layout.place != HBM:
+            names += [f"{name} hit rate" for name in names]
+        return Task(tuple(names), self.run)
+
     def run(self, wanted: Sequence[str]) -> Iterator[Figure]:
         """Yield the wanted figures.
 
         Raises:
-            Skipped: the table does not fit in the host's memory.
+            Skipped: the table does not fit in the host's memory, or on its disk.
         """
         config, layout = self._config, self._layout
         replay = RowReplay(
@@ -134,7 +147,7 @@ class _MemoryRun:
 
     def _warm(self, table: ReplayedTable, warm_NMHK: Tensor) -> None:
         """Read rows into the cache, as steps of a few tokens do."""
-        if isinstance(table, ReplayedHostTable):
+        if not isinstance(table, ReplayedDeviceTable):
             for first in range(0, len(warm_NMHK), _WARM_TOKENS):
                 part_NMHK = warm_NMHK[first : first + _WARM_TOKENS]
                 for memory, layer in enumerate(self._config.memory_layers):
@@ -155,8 +168,10 @@ class _MemoryRun:
         read = _totals(table).since(before[0])
         roofline = Roofline(self._config, self._limits, row_bytes=_row_bytes(table.rows))
         bound = roofline.tokens_per_s(timed, read.misses * len(timed) / len(steps))
-        yield Figure(name, measured_rate(timed), "tokens/s", bound)
-        if isinstance(table, ReplayedHostTable):
+        # the limits of the disk are not measured
+        known = None if self._layout.place == DISK else bound
+        yield Figure(name, measured_rate(timed), "tokens/s", known)
+        if not isinstance(table, ReplayedDeviceTable):
             yield Figure(f"{name} hit rate", read.hits / read.unique_rows, "of rows")
 
 

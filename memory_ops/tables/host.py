@@ -18,8 +18,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from memory_ops.checks import Table, check_rows, check_vectors, table_shape
-from memory_ops.page_lock import PageLock
+from memory_ops.checks import (
+    Table,
+    check_no_gradient,
+    check_rows,
+    check_vectors,
+    table_shape,
+)
+from memory_ops.page_lock import PageLock, check_gpu
 from memory_ops.tables.device_counts import DeviceCounts
 from memory_ops.tables.row_cache import RowCache, rows_memory
 from memory_ops.tables.streams import Stream, StreamPair, cuda_streams
@@ -82,7 +88,7 @@ class HostTable:
                 or the layer is outside the cache's layers.
         """
         check_rows(self.rows, rows_THK, weights_THK)
-        _check_no_gradient("weights", weights_THK)
+        check_no_gradient("weights", weights_THK, "in host memory")
         self._cache.check_lookup(rows_THK, layer)
         out_TV = _empty((len(rows_THK), self._value_dim), rows_THK)
         operands = (rows_THK, weights_THK)
@@ -97,7 +103,7 @@ class HostTable:
         """Start a lookup; see ``ValueTable.start_dots``. Raises ValueError like ``start``."""
         check_vectors(self.rows, rows_THK, x_TV)
         value_kind("x", x_TV)
-        _check_no_gradient("x", x_TV)
+        check_no_gradient("x", x_TV, "in host memory")
         self._cache.check_lookup(rows_THK, layer)
         dots_THK = _empty(tuple(rows_THK.shape), rows_THK)
         operands = (rows_THK, x_TV)
@@ -212,11 +218,7 @@ def host_table(
             small or cannot be allocated.
         PageLockError: the rows cannot be page-locked.
     """
-    if device.type != "cuda":
-        raise ValueError(f"table_tier: host needs a GPU, not {device}")
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (device.index or 0) >= num_gpus:
-        raise ValueError(f"table_tier: host needs {device}, but torch finds {num_gpus} GPUs")
+    check_gpu("host", device)
     memory = rows_memory(rows)
     if not memory.is_cpu:
         raise ValueError(f"table: expected rows in host memory, got rows on {memory.device}")
@@ -226,8 +228,3 @@ def host_table(
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _check_no_gradient(name: str, operand: Tensor) -> None:
-    if operand.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: tables in host memory do not support gradients")

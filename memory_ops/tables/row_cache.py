@@ -5,6 +5,7 @@ P rows of the cache's memory.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,20 @@ from memory_ops.triton_kernels.place_rows import CacheSets, place_rows
 from memory_ops.triton_kernels.row_dots import row_dots_into
 from memory_ops.triton_kernels.sort_rows import sort_rows
 from memory_ops.triton_kernels.table_view import table_view
+
+
+class PlacedRows(NamedTuple):
+    """Rows of one part of a lookup, with their places in the cache's memory.
+
+    Attributes:
+        keys_L: int64 keys of the rows, sorted; see ``SortedRows``.
+        fetch_L: int64, in the same order: the place that each row must be fetched to, or -1.
+        places_THK: int64, the place of each row that the lookup reads.
+    """
+
+    keys_L: Tensor
+    fetch_L: Tensor
+    places_THK: Tensor
 
 
 class RowCache:
@@ -54,6 +69,7 @@ class RowCache:
         num_layers: int = 1,
         num_ways: int = NUM_WAYS,
         num_overflow: int = NUM_OVERFLOW,
+        num_rows: int | None = None,
     ) -> None:
         """Allocate the cache on ``device``; fetches nothing.
 
@@ -65,6 +81,8 @@ class RowCache:
             num_ways: rows of a set, a power of two.
             num_overflow: overflow rows. A lookup reads at most this many rows at once, repeats
                 included, and splits larger requests into parts; hints ignore the excess.
+            num_rows: R, by default the rows of ``table``. A caller that gives it fetches rows with
+                ``fetch``, and ``table`` holds only the rows that are being fetched.
 
         Raises:
             ValueError: the table is of another kind, ``num_ways`` is not a power of two, or
@@ -77,7 +95,7 @@ class RowCache:
         stored_RC = rows_memory(table)
         if not stored_RC.is_contiguous():
             raise ValueError(f"table: expected contiguous rows, got strides {stored_RC.stride()}")
-        num_rows, _ = table_shape(table)
+        num_rows = num_rows or table_shape(table)[0]
         self.row_bytes = stored_RC.shape[1] * stored_RC.element_size()
         set_bytes = num_ways * (self.row_bytes + STATE_BYTES)
         least = host_cache_bytes(1, self.row_bytes, num_ways=num_ways, num_overflow=num_overflow)
@@ -117,13 +135,37 @@ class RowCache:
         for part, places_THK in self._placed(rows_THK, layer):
             row_dots_into(dots_THK[part], self.memory, places_THK, x_TV[part])
 
+    def parts(self, rows_THK: Tensor) -> Iterator[slice]:
+        """Ranges of tokens whose rows the cache can hold at once, repeats included."""
+        tokens = self._num_overflow // max(rows_THK.shape[1:].numel(), 1)
+        for first in range(0, len(rows_THK), tokens):
+            yield slice(first, first + tokens)
+
+    def place(self, part_THK: Tensor, layer: int, *, is_first: bool = True) -> PlacedRows:
+        """Place the rows of one of ``parts``, at least one row; the caller fetches missing rows.
+
+        ``is_first`` counts a lookup. The places are valid until the next call.
+        """
+        placed = self._place(part_THK.flatten(), layer, is_hint=False, is_first=is_first)
+        return placed._replace(places_THK=placed.places_THK.view(part_THK.shape))
+
+    def fetch(self, keys_L: Tensor, fetch_L: Tensor) -> None:
+        """Copy rows of the table, by key, to their places; see ``PlacedRows``."""
+        fetch_rows(self._words_RC, keys_L, fetch_L, self._memory_words_PC)
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.sets.tags_SW.fill_(-1)
+        self.sets.priorities_SW.zero_()
+
     def hint(self, rows: Tensor, layer: int) -> None:
         """Prefetch int64 ``rows`` into ways that hold no row in use; skip the other rows.
 
         Only the first ``num_overflow`` rows count: further placements would evict rows in use.
         """
         if rows.numel():
-            self._place(rows.flatten()[: self._num_overflow], layer, is_hint=True)
+            placed = self._place(rows.flatten()[: self._num_overflow], layer, is_hint=True)
+            self.fetch(placed.keys_L, placed.fetch_L)
 
     def fill(self, rows: Tensor, layer: int) -> None:
         """Prefetch int64 ``rows``, most read first, into an unused cache, up to its capacity.
@@ -164,24 +206,22 @@ class RowCache:
 
     def _placed(self, rows_THK: Tensor, layer: int) -> Iterator[tuple[slice, Tensor]]:
         """Parts of a lookup: each a range of tokens, and places of their rows that it may use."""
-        per_token = rows_THK.shape[1:].numel()
-        tokens = self._num_overflow // max(per_token, 1)
-        for first in range(0, len(rows_THK), tokens):
-            part = slice(first, first + tokens)
+        for part in self.parts(rows_THK):
             part_THK = rows_THK[part]
-            if not per_token:
+            if not part_THK.numel():
                 yield part, part_THK
                 continue
-            is_first = first == 0
-            places_L = self._place(part_THK.flatten(), layer, is_hint=False, is_first=is_first)
-            yield part, places_L.view(part_THK.shape)
+            placed = self.place(part_THK, layer, is_first=part.start == 0)
+            self.fetch(placed.keys_L, placed.fetch_L)
+            yield part, placed.places_THK
 
-    def _place(self, rows_L: Tensor, layer: int, *, is_hint: bool, is_first: bool = True) -> Tensor:
-        """Place and fetch rows and return their places, which are undefined for a hint."""
+    def _place(
+        self, rows_L: Tensor, layer: int, *, is_hint: bool, is_first: bool = True
+    ) -> PlacedRows:
+        """Place rows; the places to read are flat, and undefined for a hint."""
         wanted, counts = sort_rows(rows_L.contiguous()), self.counts[layer]
         placed = place_rows(self.sets, wanted, counts, is_hint=is_hint, is_first=is_first)
-        fetch_rows(self._words_RC, wanted.keys_L, placed.fetch_L, self._memory_words_PC)
-        return placed.places_L
+        return PlacedRows(wanted.keys_L, placed.fetch_L, placed.places_L)
 
     def _statistics(self, counts: Sequence[int]) -> TableStatistics:
         unique, misses = counts[columns.UNIQUE.value], counts[columns.MISSES.value]

@@ -15,6 +15,10 @@ class Event(Protocol):
         """Whether all work before this point has completed. Does not block the host."""
         ...
 
+    def synchronize(self) -> None:
+        """Block the host until all work before this point has completed."""
+        ...
+
 
 class Stream(Protocol):
     """A queue of device work that runs in order, concurrently with other streams."""

@@ -8,6 +8,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from memory_ops.tables.device import DeviceTable
 from server import engine_entry
 from server.cli.main import main
 from server.device import chosen_device
@@ -107,7 +108,6 @@ def test_a_cpu_refuses_settings_that_need_a_gpu_with_the_reason(gpus, model, eng
 @pytest.mark.parametrize(
     ("settings", "name", "value"),
     [
-        (ModelOptions, "table_tier", "disk"),
         (ModelOptions, "weight_dtype", "int8"),
         (ModelOptions, "weight_dtype", "int4"),
         (EngineConfig, "kv_dtype", "int8"),
@@ -188,6 +188,27 @@ def test_a_gpu_leaves_the_kv_pool_to_the_executor(memory_plus_folder, monkeypatc
     assert utilization == 0.7 and request.is_kv_requested == (asked is not None)
     # 64 sequences of 512 positions, of 4 layers x 2 x 2 KV heads x 8 dims x 1 byte
     assert request.kv_bytes == (kv_bytes or 64 * 512 * 4 * 2 * 2 * 8)
+
+
+def test_a_gpu_gets_tables_on_disk_with_both_caches(memory_plus_folder, monkeypatch):
+    pytest.importorskip("triton")
+    calls = []
+
+    def choice(request, device, utilization, limits):
+        return GpuTierChoice(request, device, utilization, limits, lambda device: (2**33, 2**33))
+
+    def opened(stored, layouts, config, caches, device, **options):
+        calls.append(caches)
+        rows_RV = torch.empty(config.memory.num_rows, config.memory.value_dim)
+        return {name: DeviceTable(rows_RV) for name in config.table_names}
+
+    monkeypatch.setattr(engine_entry, "GpuTierChoice", choice)
+    monkeypatch.setattr("weights.checkpoints.gpu_disk_tables.open_gpu_disk_tables", opened)
+    options = ModelOptions(str(memory_plus_folder), table_tier="disk", table_cache="3MiB")
+    load_served(options, memory_plus_folder, EngineConfig(), torch.device("meta"))
+    ((gpu_cache, host_cache),) = calls
+    # the GPU's cache holds all rows of the small table
+    assert host_cache == 3 * 2**20 and 0 < gpu_cache < 2**30
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

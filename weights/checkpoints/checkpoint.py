@@ -140,6 +140,7 @@ def load_model(
     table_cache: int | None = None,
     *,
     device: torch.device = CPU,
+    host_cache: int | None = None,
     table_dtype: str = "auto",
     verify_tables: bool = False,
     keep_stored: bool = False,
@@ -149,14 +150,12 @@ def load_model(
 
     The model is built on the meta device, and weights are assigned to it. On the CPU they are
     mapped, and those that are stored in the serving dtype are not copied. On a GPU they are read
-    into its memory through two page-locked buffers. Tables are read into the device's memory, or
-    stay in their files (CPU) or in page-locked host memory (GPU).
+    into its memory through two page-locked buffers. For the tables see ``placed_tables``.
 
     Args:
         folder: the checkpoint folder.
         dtype: dtype of the weights; see ``serving_dtype``.
-        table_cache: bytes of row cache on the device for all tables, which stay in the slower
-            tier: disk on the CPU, host on a GPU. None loads all rows into the device's memory.
+        table_cache, host_cache: bytes of row cache for all tables; see ``placed_tables``.
         device: the CPU or a GPU.
         table_dtype: one of ``TABLE_DTYPES``, to which tables in memory are converted; auto keeps
             the stored dtype.
@@ -182,20 +181,26 @@ def load_model(
     row_bytes = all_rows if table_cache is None else table_cache
     if table_cache is None and device.type == "cpu":
         check_rows_fit(folder, all_rows)
-    if keep_stored:
-        needed = weight_bytes(stored, chosen, stored_formats(stored))
-    else:
-        needed = weight_bytes(stored, chosen, {}) + largest_layer_bytes(stored)
-    with naming_lack_of_memory(device, needed, row_bytes, is_cached=table_cache is not None):
+    needed = _needed_bytes(stored, chosen, keep_stored)
+    caches, is_on_disk = (table_cache, host_cache), host_cache is not None
+    is_cached = table_cache is not None
+    with naming_lack_of_memory(device, needed, row_bytes, is_cached, is_on_disk=is_on_disk):
         model = _read_model(config.model, stored, chosen, device, keep_stored)
         if tables:
-            options = config.model, table_cache, device
+            options = config.model, caches, device
             place = partial(placed_tables, verify=verify_tables, fill_cache=fill_cache)
             model.attach_tables(place(folder, tables, layouts, *options))
     if device.type == "cuda":
         # return staging memory to the GPU: the executor measures what is left
         torch.cuda.empty_cache()
     return model.eval().requires_grad_(False), config
+
+
+def _needed_bytes(stored: Mapping[str, StoredTensor], dtype: torch.dtype, keep_stored: bool) -> int:
+    """Bytes of the weights while they are loaded; see ``load_model``."""
+    if keep_stored:
+        return weight_bytes(stored, dtype, stored_formats(stored))
+    return weight_bytes(stored, dtype, {}) + largest_layer_bytes(stored)
 
 
 def _read_model(

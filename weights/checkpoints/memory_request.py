@@ -18,13 +18,14 @@ class MemoryShares:
     """Memory of an engine in addition to the weights.
 
     Attributes:
-        cache_bytes: row cache of the slower tier (disk on a CPU, host on a GPU), or None for the
-            device tier.
+        cache_bytes: the device's row cache of a slower tier, or None for the device tier.
         kv_bytes: KV pool; None on a GPU leaves its size to the executor.
+        host_cache_bytes: the host's row cache of tables on disk behind a GPU; None otherwise.
     """
 
     cache_bytes: int | None
     kv_bytes: int | None
+    host_cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class MemoryRequest:
     Attributes:
         kv_bytes: largest size of the KV pool; 0 if there is none.
         requested_cache: row cache bytes that the user requested, or None.
-        default_cache: row cache in bytes if the user requested none and memory is no limit.
+        default_cache: row cache in bytes if the user requested none and memory is no limit. For
+            tables on disk behind a GPU, the request is the host's cache, and this is the GPU's.
         tier: auto, device, host or disk, as the user requested.
         is_kv_requested: the user requested ``kv_bytes``, so they are not reduced.
         grammar_bytes: host memory that compiled grammars may take.
@@ -116,13 +118,18 @@ class MemoryRequest:
             )
 
     def check_fits(
-        self, needs: str, num_bytes: int, beyond_weights: int, memory: AvailableMemory
+        self,
+        needs: str,
+        num_bytes: int,
+        beyond_weights: int,
+        memory: AvailableMemory,
+        users: str = "the weights",
     ) -> None:
-        """Raise ConfigError for sizes that exceed what weights and row patches leave; the KV
-        pool and steps may use less."""
+        """Raise ConfigError for sizes that exceed what weights, or other ``users``, and row patches
+        leave; the KV pool and steps may use less."""
         left = beyond_weights - self.patch_bytes
         if num_bytes > max(left, MIN_CACHE_BYTES):
-            users = "the weights and row patches" if self.patch_bytes else "the weights"
+            users += " and row patches" if self.patch_bytes else ""
             raise ConfigError(
                 f"{needs} {size_text(num_bytes)}, but {users} leave {size_text(max(left, 0))}"
                 f" ({size_text(memory.num_bytes)} is available: {memory.bound})"

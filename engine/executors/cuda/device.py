@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.executors.batch import DeviceLostError
+from engine.executors.cuda.graph_pieces import GraphPieces
+from memory_ops.tables.host_calls import Cut
 
 logger = logging.getLogger(__name__)
 Work = Callable[[], None]
@@ -62,11 +64,15 @@ class Device(Protocol):
         """Bytes of its memory that this process holds, with what is kept for reuse."""
         ...
 
-    def capture(self, work: Work) -> Work:
+    def capture(self, work: Callable[[Cut], None]) -> Work:
         """Record the kernels that ``work`` launches, without running them, in a graph.
 
-        ``work`` has run before. Returns the graph's replay, to be queued. All graphs share one
-        pool of memory, so a replay overwrites what other replays computed.
+        ``work`` has run before. It gets a function that cuts the graph: each replay calls the
+        argument of this function on the host, after the kernels before the cut are launched and
+        before those behind it are.
+
+        Returns the replay, to be queued. All graphs share one pool of memory, so a replay
+        overwrites what other replays computed.
         """
         ...
 
@@ -110,11 +116,11 @@ class CudaDevice:
     def memory_bytes(self) -> int:
         return torch.cuda.memory_reserved(self.torch_device)
 
-    def capture(self, work: Work) -> Work:
-        graph = torch.cuda.CUDAGraph()
-        with self._current(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            work()
-        return graph.replay
+    def capture(self, work: Callable[[Cut], None]) -> Work:
+        pieces = GraphPieces(self._pool, self._stream)
+        with self._current(), pieces.captured():
+            work(pieces.cut)
+        return pieces.replay
 
     def _current(self) -> AbstractContextManager[None]:
         return torch.cuda.stream(self._stream)

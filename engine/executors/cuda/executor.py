@@ -55,6 +55,8 @@ class CudaExecutor:
         self.device = device.torch_device
         self.recorder = MemoryRecorder(model.config, self.device)
         self.progress = Progress()
+        for table in self.tables.values():
+            table.watch(self.progress.mark)
         self._device, self._memories = device, model.memories
         self._state = DeviceState.allocate(
             model.config, config, num_blocks, model.dtype, model.device

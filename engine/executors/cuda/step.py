@@ -1,4 +1,4 @@
-"""One step on the GPU, from packed inputs to chosen tokens, with kernels alone: no host waits."""
+"""One step on the GPU, from packed inputs to chosen tokens; tables on disk make the host wait."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Runs steps by shape: replays the shape's graph, or launches kernel by kernel without one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 
 from torch import Tensor
 
@@ -8,7 +9,9 @@ from engine.executors.cuda.buckets import StepShape
 from engine.executors.cuda.device import Device
 from engine.executors.cuda.device_state import DeviceState
 from engine.executors.cuda.step import DeviceModel, StepOutputs
+from memory_ops.tables.gpu_disk import GpuDiskTable
 from memory_ops.tables.host import HostTable
+from memory_ops.tables.host_calls import Cut, HostCalls
 
 Inputs = Mapping[str, Tensor]
 
@@ -21,11 +24,14 @@ class StepRunner:
         self._graphs: dict[StepShape, CapturedStep] = {}
         tables = model.tables.values()
         self._host_tables = [table for table in tables if isinstance(table, HostTable)]
+        self._disk_tables = [table for table in tables if isinstance(table, GpuDiskTable)]
 
     def capture(self, shape: StepShape, inputs: Inputs) -> None:
         """Capture a graph for a shape that has run before, which reads these inputs."""
         self._graphs[shape] = CapturedStep(
-            self._device, lambda: self._model.run(inputs, shape, self._state)
+            self._device,
+            lambda: self._model.run(inputs, shape, self._state),
+            {table.calls for table in self._disk_tables},
         )
 
     def queue(self, shape: StepShape, inputs: Inputs, then: Callable[[StepOutputs], None]) -> None:
@@ -36,6 +42,9 @@ class StepRunner:
             # a replay is ordered by its own stream alone
             for table in self._host_tables:
                 table.join()
+            # an earlier step may have failed before its rows were there
+            for disk_table in self._disk_tables:
+                disk_table.recover()
             if graph is None:
                 outputs = self._model.run(inputs, shape, self._state)
             else:
@@ -46,10 +55,15 @@ class StepRunner:
 
 
 class CapturedStep:
-    """A step's graph, and its outputs in the graph's memory."""
+    """A step's graph, and its outputs in the graph's memory.
 
-    def __init__(self, device: Device, run: Callable[[], StepOutputs]) -> None:
-        self._run = run
+    Where a table on disk needs the host, the graph is cut.
+    """
+
+    def __init__(
+        self, device: Device, run: Callable[[], StepOutputs], calls: Iterable[HostCalls]
+    ) -> None:
+        self._run, self._calls = run, calls
         self._outputs: StepOutputs | None = None
         self._replay = device.capture(self._record)
 
@@ -59,5 +73,8 @@ class CapturedStep:
         assert self._outputs is not None
         return self._outputs
 
-    def _record(self) -> None:
-        self._outputs = self._run()
+    def _record(self, cut: Cut) -> None:
+        with ExitStack() as captures:
+            for calls in self._calls:
+                captures.enter_context(calls.capture(cut))
+            self._outputs = self._run()

@@ -35,6 +35,7 @@ def test_the_help_needs_no_other_package():
     [
         "correctness",
         *(pytest.param(part, marks=pytest.mark.slow) for part in ("kernels", "decode", "tables")),
+        pytest.param("disk", marks=pytest.mark.slow),
         pytest.param("lookups", marks=pytest.mark.slow),
     ],
 )
@@ -52,7 +53,7 @@ import torch
 import engine.executors.executor
 
 setup = PartSetup(
-    CardLimits(1, 1, 1), False, lambda name: None, Shapes(), 0.1, default_trace(), "wordnet"
+    CardLimits(1, 1, 1), False, lambda name: None, Shapes(), 0.1, default_trace(), "wordnet", Path()
 )
 tasks = list(importlib.import_module(PART_MODULES[{part!r}]).tasks(setup))
 names = [name for task in tasks for name in task.names]

@@ -126,7 +126,7 @@ def test_memory_that_cannot_be_page_locked_is_refused_with_the_remedy(folder, mo
         loaded(folder, 2**20)
     assert str(refused.value) == (
         "table_tier: host cannot page-lock 8192 bytes of host memory: out of memory; raise the"
-        " limit of locked memory (`ulimit -l`), free 0.0 MiB of host memory, or use a smaller"
+        " limit of locked memory (`ulimit -l`), free 8.0 KiB of host memory, or use a smaller"
         " --table-dtype"
     )
 

@@ -80,18 +80,36 @@ def test_memory_that_others_use_counts(caplog):
     assert choice_of(free=34 * GIB).shares(22 * GIB, 5 * GIB).cache_bytes is None
 
 
-def test_auto_refuses_tables_that_fit_nowhere():
+def test_auto_takes_the_disk_for_tables_that_fit_nowhere(caplog):
     # 2 GiB of host memory are left to everything else
     auto = choice_of(host=50 * GIB)
-    assert auto.shares(48 * GIB, GIB).cache_bytes == 2 * GIB
-    with pytest.raises(ConfigError) as refused:
-        auto.shares(48 * GIB + GIB // 2, GIB)
-    assert str(refused.value) == (
-        "table_tier: tables of 48.50 GiB fit neither in the memory of cuda:0 (35.00 GiB after the"
-        " weights, 0.9 of cuda:0, --gpu-memory-utilization) nor in host memory (48.00 GiB of 50.00"
-        " GiB is left: a test); a table larger than GPU and host memory is not supported on a GPU"
-        " yet; use --device cpu"
+    assert auto.shares(48 * GIB, GIB) == MemoryShares(2 * GIB, None)
+    caplog.clear()
+    assert auto.shares(48 * GIB + GIB // 2, GIB) == MemoryShares(2 * GIB, None, 2 * GIB)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith(
+        "tables of 48.50 GiB fit neither in the GPU's memory nor in host memory; they stay on disk"
+        " (disk tier) with row caches of 2.00 GiB in host memory (--table-cache) and 2.00 GiB in"
+        " the GPU's: 36.00 GiB is available"
     )
+
+
+def test_caches_of_tables_on_disk():
+    # the request is the host's cache; the GPU's is what the weights leave, or the default
+    disk = choice_of("disk", cache=40 * GIB)
+    assert disk.shares(500 * GIB, GIB) == MemoryShares(2 * GIB, None, 40 * GIB)
+    assert disk.shares(500 * GIB, 32 * GIB) == MemoryShares(GIB, None, 40 * GIB)
+    assert choice_of("disk", host=3 * GIB).shares(500 * GIB, GIB).host_cache_bytes == GIB
+    small = choice_of("disk", limits=HostCacheLimits(64 * MIB, 300 * MIB))
+    assert small.shares(GIB, GIB) == MemoryShares(300 * MIB, None, 2 * GIB)
+    with pytest.raises(ConfigError, match=r"table_cache: takes 63.00 GiB, but other uses leave 62"):
+        choice_of("disk", cache=63 * GIB).shares(500 * GIB, GIB)
+    # a cache that is larger than the table does not take its size
+    assert choice_of("disk", cache=63 * GIB).shares(GIB, GIB).host_cache_bytes == 63 * GIB
+    with pytest.raises(ConfigError, match=r"table_tier: disk needs a row cache of 5.00 GiB, but t"):
+        wide = HostCacheLimits(5 * GIB, 64 * GIB)
+        choice_of("disk", free=9 * GIB, limits=wide).shares(500 * GIB, GIB)
 
 
 def test_small_tables_are_on_the_gpu_because_a_cache_would_hold_them():
@@ -181,8 +199,9 @@ def test_weights_larger_than_the_gpu_are_refused():
 
 
 def test_settings_of_tables_need_tables():
-    with pytest.raises(ConfigError, match="table_tier: host requires value tables"):
-        choice_of("host").shares(0, GIB)
+    for tier in ("host", "disk"):
+        with pytest.raises(ConfigError, match=f"table_tier: {tier} requires value tables"):
+            choice_of(tier).shares(0, GIB)
     with pytest.raises(ConfigError, match="table_cache: requires value tables"):
         choice_of(cache=GIB).shares(0, GIB)
 
@@ -194,15 +213,16 @@ def test_unknown_host_memory_matters_only_if_it_decides(caplog):
     def read_gpu(device: torch.device) -> tuple[int, int]:
         return TOTAL, TOTAL
 
-    auto, host = (
+    auto, host, disk = (
         GpuTierChoice(MemoryRequest(GIB, None, GIB, tier), GPU, 0.9, LIMITS, read_gpu, silent)
-        for tier in ("auto", "host")
+        for tier in ("auto", "host", "disk")
     )
     assert auto.shares(GIB, GIB).cache_bytes is None
     with pytest.raises(ConfigError, match=r"table_tier: auto cannot read .* host .*no meminfo"):
         auto.shares(40 * GIB, GIB)
     assert host.shares(40 * GIB, GIB).cache_bytes == GIB
     assert "host memory is not checked" in caplog.messages[-1]
+    assert disk.shares(40 * GIB, GIB) == MemoryShares(GIB, None, GIB)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +245,14 @@ def test_lack_of_memory_while_loading_says_what_to_change(row_bytes, is_cached, 
         f"device: cuda:0 is out of memory: weights take 9.00 GiB and table rows {rows}, but 8.00"
         f" GiB of 40.00 GiB was free; {remedy}"
     )
+
+
+def test_a_smaller_row_cache_does_not_help_tables_on_disk():
+    lacking = naming_lack_of_memory(
+        GPU, 9 * GIB, GIB, True, lambda device: (8 * GIB, TOTAL), is_on_disk=True
+    )
+    with pytest.raises(ConfigError, match="was free; use another GPU$"), lacking:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_cpu_is_not_asked_for_its_memory():

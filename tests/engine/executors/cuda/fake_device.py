@@ -1,10 +1,12 @@
 """A device on the CPU that runs queued work as late as it may, and can skip a wait."""
 
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
 from engine.executors.cuda.device import Work
+from memory_ops.tables.host_calls import Cut
 
 
 class FakeDevice:
@@ -12,7 +14,8 @@ class FakeDevice:
 
     Attributes:
         is_ahead: run work at once instead, so that results are written as early as they may be.
-        num_replays: how many graphs were replayed.
+        num_replays: how many steps were replayed.
+        num_cuts: how often the host worked between two graphs of a step.
         num_waits: how often the host waited for an event that was not over.
         ignored_wait: which of these waits, counted from 0, is left out.
     """
@@ -22,7 +25,7 @@ class FakeDevice:
 
     def __init__(self) -> None:
         self.is_ahead = False
-        self.num_replays = self.num_waits = 0
+        self.num_replays = self.num_cuts = self.num_waits = 0
         self.ignored_wait = -1
         self._queued: deque[Work | FakeEvent] = deque()
 
@@ -46,12 +49,16 @@ class FakeDevice:
     def memory_bytes(self) -> int:
         return 0
 
-    def capture(self, work: Work) -> Work:
+    def capture(self, work: Callable[[Cut], None]) -> Work:
         def replay() -> None:
             self.num_replays += 1
-            work()
+            work(self._cut)
 
         return replay
+
+    def _cut(self, work: Work) -> None:
+        self.num_cuts += 1
+        work()
 
     def run_to(self, event: "FakeEvent") -> None:
         """Run all work before an event, unless this wait is the ignored one."""

@@ -106,6 +106,38 @@ def test_tables_in_host_memory_behind_a_cache_that_evicts(kinds, lookahead):
         assert any(counts.hits and counts.misses > 16 for counts in counted)
 
 
+@pytest.mark.parametrize("lookahead", [None, LookaheadConfig(1, 2)])
+@pytest.mark.parametrize("kinds", WITH_TABLES, ids="-".join)
+def test_tables_on_disk_behind_caches_that_evict(kinds, lookahead, tmp_path):
+    from memory_ops.tables.disk import DiskTable, row_cache_bytes
+    from memory_ops.tables.gpu_disk import gpu_disk_table
+    from memory_ops.tables.host_cache_size import host_cache_bytes
+    from memory_ops.tables.host_calls import HostCalls
+
+    model = random_model(tiny_config(**feed_forward_changes(*kinds)))
+    expected = {name: plain_greedy(model, ids, COUNT) for name, ids in PROMPTS.items()}
+    calls, tables = HostCalls(), {}
+    for number, (name, table) in enumerate(model.tables.items()):
+        file, rows = tmp_path / str(number), table.rows
+        file.write_bytes(rows.numpy().tobytes())
+        size = rows.shape[1] * rows.itemsize
+        cache_bytes = row_cache_bytes(9, size, len(rows))
+        disk = DiskTable(file, 0, tuple(rows.shape), rows.dtype, cache_bytes)
+        on_gpu = host_cache_bytes(1, size)
+        tables[name] = gpu_disk_table(disk, on_gpu, GPU, calls, num_layers=len(kinds))
+    moved = copied(model, GPU, torch.float32)
+    moved.attach_tables(tables)
+    executor = make_executor(moved, CONFIG, lookahead)
+    try:
+        executor.warm_up()
+        check(executor, expected)
+        counted = [counts for t in tables.values() for counts in t.statistics().values()]
+        assert all(counts.hits and counts.misses for counts in counted)
+    finally:
+        for table in tables.values():
+            table.close()
+
+
 @contextmanager
 def host_tables(model):
     """The tables of a model in host memory, each behind a small cache."""

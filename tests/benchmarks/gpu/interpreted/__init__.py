@@ -1,0 +1,1 @@
+"""Parts of the GPU check on tiny models, with kernels that Triton interprets."""

@@ -229,6 +229,6 @@ def test_the_command_refuses_a_missing_gpu_in_one_line(arguments, tmp_path, monk
     assert main([*arguments, "--device", "cuda"]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert [line for line in lines if "device" in line] == lines[-1:]
-    assert lines[-1].startswith("memplus: device: cuda cannot be used: ")
+    assert lines[-1].startswith("memplus: --device: cuda cannot be used: ")
     # the first line gives the number of threads, the second says that a server loads its model
     assert len(lines) <= 3

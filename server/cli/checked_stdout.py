@@ -71,16 +71,25 @@ class CheckedStdout:
 def checked_stdout() -> Iterator[None]:
     """Replace ``sys.stdout`` while the block runs, and flush it at the end (StdoutError).
 
-    If it fails, ``discard`` has been called, so that nothing else fails after the block.
+    If it fails, ``discard`` has been called, so that nothing else fails after the block. An error
+    of the block itself is raised, whatever happens to stdout.
     """
     checked = CheckedStdout(sys.stdout)
     with contextlib.redirect_stdout(cast(TextIO, checked)):
         try:
             try:
                 yield
-            finally:
-                # now, because a failure at the interpreter's end can no longer be handled
+            except SystemExit:  # argparse's, after a help text
                 checked.finish()
+                raise
+            # now, because a failure at the interpreter's end can no longer be handled
+            checked.finish()
         except StdoutError:
             checked.discard()
+            raise
+        except BaseException:
+            try:
+                checked.flush()
+            except StdoutError:
+                checked.discard()
             raise

@@ -2,13 +2,29 @@
 
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.errors import ConfigError
 from server.plan.machine import GPUS
 from weights.checkpoints.dtype_names import FLOAT_DTYPES, GROUPED_DTYPES, TABLE_DTYPES
 
+# measured on the benchmark model (docs/benchmarks.md)
+_CACHE_SHARE, _HITS = 0.1, 0.77
+# what a GPU or a CPU cannot serve, as `memplus serve` refuses it
+_CPU_ONLY = {"weight_dtype": GROUPED_DTYPES, "kv_dtype": ("int8",)}
+_GPU_ONLY = {"dtype": ("float16",), "kv_dtype": ("fp8",)}
+_CONTEXT, _PROMPT = 1024, 512
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = re.compile(f"([0-9]{{1,9}})({'|'.join(_UNITS)})")
+
+
+class Load(NamedTuple):
+    """Sequences of ``context_len`` tokens that decode in ``batches``, and the tokens of a step
+    that reads a prompt."""
+
+    context_len: int
+    batches: tuple[int, ...]
+    prompt_len: int
 
 
 @dataclass(frozen=True)
@@ -57,26 +73,30 @@ class PlanOptions:
         default=100_000,
         metadata={"metavar": "N", "help": "random reads of a row a second that the disk allows"},
     )
-    context_len: int = field(
-        default=1024,
+    context_len: int | None = field(
+        default=None,
         metadata={
             "group": ("load", "--context-len 4096 --batches 1 32"),
-            "help": "prompt plus answer of every sequence",
+            "help": f"prompt plus answer of every sequence (default: {_CONTEXT}, or the model's"
+            " limit if that is less)",
         },
     )
     batches: tuple[int, ...] = field(
         default=(1, 8, 64), metadata={"help": "sequences that decode together"}
     )
-    prompt_len: int = field(default=512, metadata={"help": "tokens of a step that reads a prompt"})
+    prompt_len: int | None = field(
+        default=None,
+        metadata={"help": f"tokens of a step that reads a prompt (default: {_PROMPT}, likewise)"},
+    )
     cache_share: float = field(
-        default=0.1,
+        default=_CACHE_SHARE,
         metadata={"help": "row cache of the host and disk tiers, as a fraction of the table"},
     )
-    hit_share: float = field(
-        default=0.77,
+    hit_share: float | None = field(
+        default=None,
         metadata={
-            "help": "rows that the cache has when they are read; 0.77 was measured for a tenth of"
-            " the rows (docs/benchmarks.md)"
+            "help": "share of the rows read that the cache has; `memplus bench eviction` measures"
+            f" it (default: {_HITS}, measured for the default --cache-share)"
         },
     )
     efficiency: float = field(
@@ -118,14 +138,24 @@ class PlanOptions:
         if self.gpu is not None and self.host_memory is None:
             raise ConfigError("host_memory: must be given with --gpu")
         for name in ("gpus", "context_len", "prompt_len"):
-            if not 1 <= getattr(self, name) <= 2**24:
-                raise ConfigError(f"{name}: {getattr(self, name)} is outside [1, {2**24}]")
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 2**24:
+                raise ConfigError(f"{name}: {value} is outside [1, {2**24}]")
         for batch in self.batches:
             if not 1 <= batch <= 4096:
                 raise ConfigError(f"batches: {batch} is outside [1, 4096]")
         for name in ("cache_share", "hit_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} is outside [0, 1]")
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ConfigError(f"{name}: {share} is outside [0, 1]")
+        if self.hit_share is None and self.cache_share not in (0, _CACHE_SHARE, 1):
+            raise ConfigError("hit_share: must be given with this --cache-share")
+        device, refused = ("GPU", _CPU_ONLY) if self.gpu else ("CPU", _GPU_ONLY)
+        for name, values in refused.items():
+            if getattr(self, name) in values:
+                raise ConfigError(
+                    f"{name}: {getattr(self, name)} is not supported on a {device} yet"
+                )
         if not 0 < self.efficiency <= 1:
             raise ConfigError(f"efficiency: {self.efficiency} is outside (0, 1]")
         for name in ("disk_reads", "gb_per_s", "tflops"):
@@ -137,6 +167,24 @@ class PlanOptions:
         for name in ("gpu_memory", "host_memory"):
             if getattr(self, name) is not None:
                 size(name, getattr(self, name))
+
+    def load(self, max_positions: int) -> "Load":
+        """The load on a model; ConfigError if a sequence exceeds its positions."""
+        for name in ("context_len", "prompt_len"):
+            if (getattr(self, name) or 1) > max_positions:
+                raise ConfigError(f"{name}: the model has only {max_positions:,} positions")
+        return Load(
+            self.context_len or min(_CONTEXT, max_positions),
+            self.batches,
+            self.prompt_len or min(_PROMPT, max_positions),
+        )
+
+    @property
+    def hits(self) -> float:
+        """The share of the rows read that the cache has."""
+        if self.cache_share in (0, 1):
+            return self.cache_share
+        return _HITS if self.hit_share is None else self.hit_share
 
 
 def size(name: str, text: str) -> int:

@@ -1,15 +1,17 @@
-"""What each tier of a table needs, and how many tokens a second it can give at most."""
+"""Memory that each tier of a table takes, and a bound of the tokens a second that it gives."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.model.step_work import Chunk
 from server.plan.machine import Machine
-from server.plan.options import PlanOptions
+from server.plan.options import Load, PlanOptions
 from server.plan.planned_model import PlannedModel
 
 # of a GPU's memory, as --gpu-memory-utilization; of the host's, which others use too
 _USABLE = 0.9
+# the disk tier's row cache on a GPU, in front of the one in host memory
+_GPU_CACHE = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,21 @@ def plans(model: PlannedModel, machine: Machine, options: PlanOptions) -> list[T
     """The plan of each tier that the machine can have, fastest first.
 
     KV memory is that of the largest batch. A model without tables has one plan.
+
+    Raises:
+        ConfigError: a sequence of the load exceeds the model's positions.
     """
+    load = options.load(model.config.max_positions)
     tiers = ["device"]
     if model.table_bytes:
         tiers += ["disk"] if machine.device_memory is None else ["host", "disk"]
-    return [_plan(tier, model, machine, options) for tier in tiers]
+    return [_plan(tier, model, machine, options, load) for tier in tiers]
 
 
-def _plan(tier: str, model: PlannedModel, machine: Machine, options: PlanOptions) -> TierPlan:
-    kv = max(options.batches) * options.context_len * model.kv_bytes
+def _plan(
+    tier: str, model: PlannedModel, machine: Machine, options: PlanOptions, load: Load
+) -> TierPlan:
+    kv = max(load.batches) * load.context_len * model.kv_bytes
     cache = round(options.cache_share * model.table_bytes)
     device, host = model.weight_bytes + kv, 0
     if tier == "device":
@@ -56,10 +64,10 @@ def _plan(tier: str, model: PlannedModel, machine: Machine, options: PlanOptions
     elif machine.device_memory is None:
         device += cache
     else:
-        host = cache
+        device, host = device + min(_GPU_CACHE, model.table_bytes), cache
     memory = machine.host_memory if machine.device_memory is None else machine.device_memory
     # steps attend to half of the context on average
-    decode = [Chunk(options.context_len // 2, 1)]
+    decode = [Chunk(load.context_len // 2, 1)]
     return TierPlan(
         tier,
         device,
@@ -67,10 +75,9 @@ def _plan(tier: str, model: PlannedModel, machine: Machine, options: PlanOptions
         device <= _USABLE * memory and host <= _USABLE * machine.host_memory,
         tuple(
             batch / _seconds(tier, model, machine, options, decode * batch, batch)
-            for batch in options.batches
+            for batch in load.batches
         ),
-        options.prompt_len
-        / _seconds(tier, model, machine, options, [Chunk(0, options.prompt_len)], 1),
+        load.prompt_len / _seconds(tier, model, machine, options, [Chunk(0, load.prompt_len)], 1),
     )
 
 
@@ -84,15 +91,17 @@ def _seconds(
 ) -> float:
     """The time of a step, if the rows that its cache lacks are read while nothing else is done.
 
-    Reads that overlap with products take less, at best the longer of both.
+    Reads that overlap with products take less, at best the longer of both. Behind a GPU, rows of
+    the disk tier come over the bus from the cache in host memory too.
     """
     work, tokens = model.work.of(chunks, num_logits), sum(chunk.count for chunk in chunks)
     seconds = work.least_seconds(machine.limits) / options.efficiency
     if tier == "device" or not model.row_bytes:
         return seconds
-    missed_bytes = (1 - options.hit_share) * model.work.table_bytes(tokens)
+    row_bytes = model.work.table_bytes(tokens)
+    missed_bytes = (1 - options.hits) * row_bytes
     if machine.bus_gb_per_s:
-        seconds += missed_bytes / machine.bus_gb_per_s / 1e9
+        seconds += (row_bytes if tier == "disk" else missed_bytes) / machine.bus_gb_per_s / 1e9
     if tier == "disk":
         seconds += missed_bytes / model.row_bytes / machine.disk_reads_per_s
     return seconds

@@ -1,5 +1,6 @@
 """A plan as text to print."""
 
+import math
 from collections.abc import Sequence
 
 from server.plan.machine import Machine
@@ -17,24 +18,26 @@ def report(
     plans: Sequence[TierPlan],
 ) -> str:
     """The sizes of the model, the machine, and a line per tier."""
-    most = max(options.batches)
-    kv = most * options.context_len * model.kv_bytes
+    load = options.load(model.config.max_positions)
+    most = max(load.batches)
+    kv = most * load.context_len * model.kv_bytes
     lines = [
         f"model     {name}: {model.dense:,} dense parameters{_table(model)}",
         f"machine   {_machine(machine)}",
         f"weights   {size_text(model.weight_bytes)}",
         f"KV cache  {model.kv_bytes:,} bytes a token; {size_text(kv)} for {most} sequences of"
-        f" {options.context_len:,} tokens",
+        f" {load.context_len:,} tokens",
     ]
     if model.table_bytes:
         lines += [
             f"table     {size_text(model.table_bytes)}; one token reads {model.rows_per_token:,}"
             f" rows of {model.row_bytes:,} bytes, {size_text(model.work.table_bytes(1))}",
-            f"cache     of the host and disk tiers: {options.cache_share:.0%} of the table, which"
-            f" has {options.hit_share:.0%} of the rows read",
+            f"cache     of the host and disk tiers: {options.cache_share:.0%} of the table"
+            f" (--table-cache {math.ceil(options.cache_share * model.table_bytes / 2**20)}MiB),"
+            f" which has {options.hits:.0%} of the rows read",
         ]
     device = "memory" if machine.device_memory is None else "GPU memory  host memory"
-    batches = "".join(f"{f'at {batch}':>10}" for batch in options.batches)
+    batches = "".join(f"{f'at {batch}':>10}" for batch in load.batches)
     lines += ["", f"tier    {device:>12}  fits  tokens/s{batches}    prompt"]
     lines += [_line(one, machine) for one in plans]
     fitting = [one.tier for one in plans if one.fits]

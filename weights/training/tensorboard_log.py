@@ -36,7 +36,7 @@ class TensorboardLog:
             ) from None
         self._rates = dict(rates)
         try:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
         except OSError as error:
             raise ConfigError(f"tensorboard: {folder}: {error.strerror}") from None
 

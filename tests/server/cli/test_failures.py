@@ -167,6 +167,28 @@ def test_a_closed_or_full_stdout_ends_a_verb_without_a_traceback(words, monkeypa
         assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize("place", ["pipe", "/dev/full"])
+def test_a_failed_stdout_hides_no_error_of_the_verb(place, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    said: list[str] = []
+
+    def run() -> int:
+        print("a line that is buffered")
+        raise DataError("step 3: the loss is nan")
+
+    with open(writer if place == "pipe" else place, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert exits.exit_status(run, said.append) == exits.USAGE_ERROR
+        with pytest.raises(AssertionError):
+            exits.exit_status(lambda: print("x") or check_false(), said.append)
+    assert said == ["memplus: step 3: the loss is nan"]
+
+
+def check_false() -> int:
+    raise AssertionError
+
+
 def test_a_closed_stdout_ends_real_work(memory_plus_folder, monkeypatch, capsys):
     for line in (["inspect"], ["generate", "x", "--max-tokens", "3", "--model"]):
         reader, writer = os.pipe()

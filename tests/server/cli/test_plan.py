@@ -17,7 +17,7 @@ def test_a_machine_that_is_not_there(capsys):
     assert "7,803,824,128 dense parameters" in out and "16,777,216 rows x 4,096" in out
     assert [line.split()[0] for line in out.splitlines()[-5:-2]] == ["device", "host", "disk"]
     assert out.endswith("fastest that fits: host\n")
-    main(["plan", MEMORY_8B, "--gpu", "l4", "--host-memory", "16GiB", "--cache-share", "0.5"])
+    main(["plan", MEMORY_8B, "--gpu", "l4", "--host-memory", "16GiB", "--cache-share", "1"])
     assert capsys.readouterr().out.endswith("nothing fits\n")
     main(["plan", MEMORY_8B, "--host-memory", "1TiB", "--gb-per-s", "300", "--tflops", "20"])
     out = capsys.readouterr().out
@@ -28,7 +28,8 @@ def test_a_machine_that_is_not_there(capsys):
 @pytest.mark.skipif(MEMORY_LIBRARY.best_build is None, reason="needs the native library")
 def test_this_machine(memory_plus_folder, capsys, monkeypatch):
     monkeypatch.setattr(limit_meter, "PRODUCT", (16, 32, 64))
-    assert main(["plan", str(memory_plus_folder), "--batches", "1", "4"]) == 0
+    arguments = ["plan", str(memory_plus_folder)]
+    assert main([*arguments, "--batches", "1", "4"]) == 0
     out = capsys.readouterr().out
     assert "this machine" in out and "at 4" in out and "fastest that fits: device" in out
 

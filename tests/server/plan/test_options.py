@@ -17,6 +17,13 @@ from server.plan.options import PlanOptions, size
         ({"host_memory": "0GiB"}, "host_memory: must be a number"),
         ({"batches": (1, 0)}, r"batches: 0 is outside \[1, 4096\]"),
         ({"context_len": 0}, r"context_len: 0 is outside"),
+        ({"cache_share": 0.2}, "hit_share: must be given"),
+        ({"kv_dtype": "fp8"}, "kv_dtype: fp8 is not supported on a CPU"),
+        ({"dtype": "float16"}, "dtype: float16 is not supported on a CPU"),
+        (
+            {"gpu": "h100", "host_memory": "1GiB", "weight_dtype": "int4"},
+            "weight_dtype: int4 is not supported on a GPU",
+        ),
         ({"hit_share": 1.5}, r"hit_share: 1.5 is outside \[0, 1\]"),
         ({"efficiency": 0.0}, r"efficiency: 0.0 is outside \(0, 1\]"),
         ({"gb_per_s": 50.0}, "gb_per_s, tflops: give both or none without --gpu"),
@@ -27,6 +34,19 @@ from server.plan.options import PlanOptions, size
 def test_a_value_out_of_range_is_named(changes, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
         PlanOptions(**changes)
+
+
+def test_a_cache_of_all_rows_or_of_none_needs_no_share_of_hits():
+    shares = [PlanOptions(cache_share=share).hits for share in (0, 0.1, 1)]
+    assert shares == [0, 0.77, 1]
+    assert PlanOptions(cache_share=0.2, hit_share=0.9).hits == 0.9
+
+
+def test_a_load_is_at_most_what_the_model_takes():
+    assert PlanOptions().load(8192) == (1024, (1, 8, 64), 512)
+    assert PlanOptions(batches=(2,)).load(100) == (100, (2,), 100)
+    with pytest.raises(ConfigError, match="^context_len: the model has only 8,192 positions"):
+        PlanOptions(context_len=8193).load(8192)
 
 
 def test_sizes_have_binary_units():

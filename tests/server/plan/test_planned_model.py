@@ -18,7 +18,12 @@ def test_bytes_equal_those_of_the_loader(tmp_path, kinds, table_dtype, weight_dt
     folder = save_model(random_model(config), tmp_path / "model")
     dtype = table_dtype if config.table_names else "auto"
     for one, kv in (("float32", "auto"), ("bfloat16", "int8")):
-        options = PlanOptions(dtype=one, table_dtype=dtype, kv_dtype=kv, weight_dtype=weight_dtype)
+        options = PlanOptions(
+            dtype=one,
+            table_dtype=dtype,
+            kv_dtype=kv,
+            weight_dtype=weight_dtype,
+        )
         wanted = model_bytes(folder, one, dtype, kv, weight_dtype)
         for source in (folder, folder / "config.json"):
             if source.is_file() and dtype == "auto":

@@ -80,19 +80,24 @@ def measure(
     results: list[Result] = []
     # steps of one group are timed interleaved; all groups do not fit in memory at once
     for make_group in (_by_size, _by_kind, _models):
-        group = list(make_group(scale))
-        contestants = [Contestant(one.name, one.step, one.inputs, calls=1) for one in group]
-        for one, seconds in zip(group, median_seconds(contestants, rounds), strict=True):
-            sizes = one.rows, one.width, one.tokens, one.distinct_rows
-            results.append(Result(one.name, scale.device, *sizes, seconds * 1e3))
-            tqdm.write(
-                f"{one.name:<20} {one.rows:>10} {one.width:>6} {one.distinct_rows or '':>9}"
-                f" {seconds * 1e3:>9.2f} {one.tokens / seconds:>9.0f}"
-            )
-        del group, contestants
+        results += _timed(list(make_group(scale)), scale.device, rounds)
         if json_file is not None:
             whole = json.dumps([asdict(result) for result in results], indent=1)
             json_file.write_text(whole + "\n")
+    return results
+
+
+def _timed(group: list[Timed], device: str, rounds: int) -> list[Result]:
+    """Time the steps of a group, whose tables live until this returns; print a line each."""
+    results = []
+    contestants = [Contestant(one.name, one.step, one.inputs, calls=1) for one in group]
+    for one, seconds in zip(group, median_seconds(contestants, rounds), strict=True):
+        sizes = one.rows, one.width, one.tokens, one.distinct_rows
+        results.append(Result(one.name, device, *sizes, seconds * 1e3))
+        tqdm.write(
+            f"{one.name:<20} {one.rows:>10} {one.width:>6} {one.distinct_rows or '':>9}"
+            f" {seconds * 1e3:>9.2f} {one.tokens / seconds:>9.0f}"
+        )
     return results
 
 

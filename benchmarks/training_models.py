@@ -16,7 +16,7 @@ from weights.training.train_config import OptimizerConfig
 
 
 def timed_models(scale: TrainingScale) -> dict[str, Callable[[PackedTokens], None]]:
-    """Steps of each model by its name; a model is made when its step first runs."""
+    """Steps of each model by its name; all models are made at once."""
     assert scale.model is not None
     memory = memory_twin(scale.model, isqrt(scale.peer_rows))
     steps = {"dense model": _step(scale.model, scale.device, "device")}

@@ -173,10 +173,12 @@ class GpuDiskTable:
         Raises:
             PageLockError: the memory cannot be unlocked.
         """
-        self._staged.release()
         try:
-            if self._lock is not None:
-                self._lock.close()
+            try:
+                self._staged.release()
+            finally:
+                if self._lock is not None:
+                    self._lock.close()
         finally:
             self.disk.close()
 

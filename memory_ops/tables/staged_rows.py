@@ -105,11 +105,14 @@ class StagedRows:
         self.is_unfinished = False
 
     def recover(self) -> None:
-        """Forget the rows of a lookup that failed; call it before the next lookup."""
-        self.release()
+        """Forget the rows of a lookup that failed; call it before the next lookup.
+
+        After a finished lookup it waits for nothing: the next one waits before it reuses slots.
+        """
         if self.is_unfinished:
+            self.release()
             self._stream().run(self._cache.clear)
-        self.is_unfinished = False
+            self.is_unfinished = False
 
     def release(self) -> None:
         """Wait until the device has read the slots of the last lookup, and unpin them."""

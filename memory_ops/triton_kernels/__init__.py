@@ -1,7 +1,8 @@
 """GPU backend: the operations as Triton kernels, with the reference's signatures.
 
-Tested in Triton's interpreter, by compiling to machine code, and on an H100. Importing this package
-imports triton, an optional dependency; importing memory_ops does not.
+Tested in Triton's interpreter and by compiling to machine code; those of serving also on an H100,
+those of training not yet. Importing this package imports triton, an optional dependency; importing
+memory_ops does not.
 """
 
 from memory_ops.triton_kernels.add_patched_rows import add_patched_rows

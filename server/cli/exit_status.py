@@ -45,7 +45,9 @@ def exit_status(
             if not isinstance(error, _USER_ERRORS):
                 report(f"memplus: {line}")
                 return FAILURE
-            report(f"memplus: {typed(line)}")
+            # other errors are about files and texts, which may have the names of fields
+            is_setting = isinstance(error, (ConfigError, RequestError))
+            report(f"memplus: {typed(line) if is_setting else line}")
             return USAGE_ERROR
 
 

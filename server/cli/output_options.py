@@ -73,7 +73,7 @@ def _check_file(name: str, file: Path) -> None:
         raise ConfigError(f"{name}: {file} cannot be written (it is a folder)")
     if file.exists() and not os.access(file, os.W_OK):
         raise ConfigError(f"{name}: {file} cannot be written")
-    if file.is_file() or not file.exists():  # not for a pipe or a terminal
+    if not file.exists():
         _probe(file.parent)
 
 

@@ -45,7 +45,7 @@ class GpuTierChoice:
     read_host: Callable[[], AvailableMemory] = available_memory
 
     def shares(self, table_bytes: int, weight_bytes: int) -> MemoryShares:
-        """Divide the memory of GPU and host, which is read once, among the tables' tier.
+        """Divide the memory of GPU and host among the tables' tier.
 
         ``auto`` loads the tables into the GPU's memory if they fit together with the weights, a
         reserve of ``request.kv_bytes`` for the KV pool, 1 GiB for a step and the memory of row
@@ -140,6 +140,7 @@ class GpuTierChoice:
         on_gpu, (smallest, largest) = replace(self.request, requested_cache=None), self.cache_limits
         cache = min(on_gpu.fitting_cache(left, smallest), largest)
         on_gpu.check_fits("table_tier: disk needs a row cache of", cache, beyond_weights, gpu)
+        self.request.log_excess_cache(table_bytes)
         host_cache, host = self.request.full_cache, self._host_memory()
         if host is not None:
             beyond_reserve = max(0, host.num_bytes - _HOST_RESERVE_BYTES)
@@ -149,9 +150,10 @@ class GpuTierChoice:
             taken = min(host_cache, table_bytes)
             request.check_fits("table_cache: takes", taken, beyond_reserve, host, "other uses")
         if self.request.tier == "auto":
+            on_host = size_text(min(host_cache, table_bytes))
             decision = (
                 "fit neither in the GPU's memory nor in host memory; they stay on disk (disk tier)"
-                f" with row caches of {size_text(host_cache)} in host memory (--table-cache) and"
+                f" with row caches of {on_host} in host memory (--table-cache) and"
                 f" {size_text(cache)} in the GPU's"
             )
             self._log(True, decision, table_bytes, weight_bytes, gpu)

@@ -37,9 +37,12 @@ def placed_tables(
 
     Raises:
         CheckpointError, ConfigError: as those, or the list of hot rows is not valid.
+        ValueError: a cache in host memory is given without one on a GPU.
     """
     assert config.memory is not None
     cache_bytes, host_cache_bytes = caches
+    if host_cache_bytes is not None and (cache_bytes is None or device.type == "cpu"):
+        raise ValueError("host_cache: is for tables on disk behind a GPU, with a table_cache")
     if cache_bytes is None:
         return load_tables(stored, layouts, device, verify=verify)
     hot_rows = read_hot_rows(folder, config) if fill_cache else None

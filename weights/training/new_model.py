@@ -66,7 +66,7 @@ def new_model(
         ConfigError: a tensor of that folder has another shape, or one outside the memory layers is
             missing there, or its weights are in groups of few bits; or a memory beside a
             feed-forward cannot start at 0, or there is nothing to train; or the device cannot train
-        from host memory.
+            from host memory.
         CheckpointError: the folder cannot be read.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -81,6 +81,8 @@ def measure_curve(
     if unknown := set(only) - {one.name for one in curve.contestants}:
         names = ", ".join(one.name for one in curve.contestants)
         raise ConfigError(f"only: {min(unknown)!r} is unknown; must be one of {names}")
+    if seeds is not None and seeds < 1:
+        raise ConfigError(f"seeds: must be at least 1, not {seeds}")
     results, picture = folder / "results.csv", folder / curve.plot_name
     folder.mkdir(parents=True, exist_ok=True)
     check_plot(picture)

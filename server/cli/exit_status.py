@@ -45,9 +45,8 @@ def exit_status(
             if not isinstance(error, _USER_ERRORS):
                 report(f"memplus: {line}")
                 return FAILURE
-            # other errors are about files and texts, which may have the names of fields
-            is_setting = isinstance(error, (ConfigError, RequestError))
-            report(f"memplus: {typed(line) if is_setting else line}")
+            # an error of a run begins with its folder, whose name may be that of a field
+            report(f"memplus: {line if isinstance(error, TrainingError) else typed(line)}")
             return USAGE_ERROR
 
 

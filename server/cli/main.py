@@ -225,9 +225,9 @@ def _print(line: str, level: int) -> None:
 def _show(name: str) -> None:
     """Print the lines of a logger on stderr; the server's processes set up their own logs."""
     logger = logging.getLogger(name)
-    if not logger.handlers:
-        logger.setLevel(logging.INFO)
-        logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    # anew: a handler keeps the stderr of its first call, which may be closed
+    logger.handlers[:] = [logging.StreamHandler()]
 
 
 if __name__ == "__main__":

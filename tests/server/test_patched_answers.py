@@ -369,7 +369,7 @@ def test_a_server_does_not_start_with_a_patch_that_it_cannot_use(memory_plus_fol
     options = ("--patch", f"law={patch_dir}/foreign")
     with pytest.raises(AssertionError) as raised, running(memory_plus_folder, *options):
         pass
-    assert str(raised.value).splitlines()[-1].startswith("memplus: patch: law: ")
+    assert str(raised.value).splitlines()[-1].startswith("memplus: --patch: law: ")
 
 
 @pytest.mark.parametrize("kind", ["dense", "peer"])

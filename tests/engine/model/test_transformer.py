@@ -55,7 +55,7 @@ def test_llama_3_scaling_equals_transformers(factor):
         ({"qkv_bias": True, "qk_norm": True}, "qkv_bias"),
         ({"qkv_bias": True, "mlp_bias": True}, "qkv_bias"),
         ({"qk_norm": True, **feed_forward_changes("dense", "moe")}, "qk_norm"),
-        (feed_forward_changes("memory_plus", "moe", placement="beside"), "placement"),
+        (feed_forward_changes("memory_plus", "moe", placement="beside"), "memory.placement"),
     ],
 )
 def test_a_wrong_field_is_named(changes, field):

@@ -11,7 +11,8 @@ from memory_ops.tables import trained_host
 from memory_ops.tables.streams import StreamPair
 from memory_ops.tables.trained_host import TrainedHostTable
 from tests.memory_ops.fake_streams import FakeDevice, HostCaller
-from tests.weights.training.test_trainer import check_same, config, losses, run, texts
+from tests.small_runs import check_same, losses, run
+from tests.weights.training.conftest import config, texts
 
 __all__ = ["config", "texts"]
 SMALL = ("data.sequence_length=12", "run.tokens_per_step=24", "run.passes_per_step=2")

@@ -248,6 +248,15 @@ def test_errors_of_memplus_itself_keep_their_traceback():
             exits.exit_status(raising(error), pytest.fail)
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Makes SIGINT an interrupt, which a parent of the tests may have made ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_ends_a_verb_even_if_a_library_hides_it():
     def run():
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler

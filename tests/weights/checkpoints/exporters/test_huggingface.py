@@ -262,7 +262,7 @@ def test_the_tokenizer_is_loaded_without_a_class_in_the_folder(tmp_path):
 
 
 def test_a_vocabulary_that_json_cannot_express_stays_as_it_is(tmp_path):
-    folder = save_model(random_model(tiny_config()), tmp_path / "ours")
+    folder = save_model(random_model(tiny_config(vocab_size=400)), tmp_path / "ours")
     (folder / "tokenizer.json").unlink()
     vocabulary = train_sentencepiece(tmp_path, ["the fox by the river"] * 30)
     (folder / "tokenizer.model").write_bytes(vocabulary)

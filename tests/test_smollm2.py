@@ -89,6 +89,7 @@ def test_greedy_tokens_and_logits_equal_transformers(smollm2, reference, prompt_
         torch.testing.assert_close(served[i], theirs, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_logits_are_as_close_as_those_of_transformers(smollm2, reference, prompt_ids):
     model, _ = load_model(smollm2, "bfloat16")
     theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16).eval()

@@ -512,7 +512,8 @@ def test_a_process_without_a_sequence_takes_part(config, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["memory_plus", pytest.param("moe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["memory_plus", "moe"])
 def test_two_processes_train_like_one(config, tmp_path, kind):
     # the balancing loss differs between processes, so the test leaves it out
     changes = [*KINDS[kind], "run.passes_per_step=2"]

@@ -1,11 +1,14 @@
 """Inputs of kernel tests: matrices between NaNs, and comparison under the tolerance table."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.conftest import TOLERANCE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# fp16 and bf16 only among the slow tests
+FEW_DTYPES = (DTYPES[0], *(pytest.param(one, marks=pytest.mark.slow) for one in DTYPES[1:]))
 
 
 def between_nans(matrix: Tensor) -> Tensor:

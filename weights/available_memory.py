@@ -1,10 +1,13 @@
 """Memory available to this process: the least of MemAvailable and its cgroup limits."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from weights.cgroups import CGROUPS, PROC, cgroup_folders
 
+logger = logging.getLogger(__name__)
 _KIB = 1024
 
 
@@ -34,6 +37,15 @@ def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> AvailableMem
         if left is not None and left < found.num_bytes:
             found = AvailableMemory(left, f"the limit of cgroup {folder}")
     return found
+
+
+def memory_if_known(read: Callable[[], AvailableMemory]) -> AvailableMemory | None:
+    """What ``read``, such as ``available_memory``, returns; None, after a warning, if it fails."""
+    try:
+        return read()
+    except (OSError, ValueError) as error:
+        logger.warning("memory is not checked: cannot read available memory: %s", error)
+        return None
 
 
 def _mem_available(meminfo: Path) -> int:

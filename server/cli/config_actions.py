@@ -34,9 +34,19 @@ class WriteExample(argparse.Action):
         from weights.training.config_help import example_config
 
         try:
-            with open(Path(file), "x", encoding="utf-8") as example:
-                example.write(example_config())
+            _write_new(Path(file), example_config())
         except OSError as error:
             parser.exit(2, f"memplus: {file}: {error.strerror}\n")
         print(f"{file}: put the names of your texts into data.train")
         parser.exit()
+
+
+def _write_new(file: Path, text: str) -> None:
+    """Write a file that does not exist yet, whole or not at all (OSError)."""
+    with open(file, "x", encoding="utf-8") as new:
+        try:
+            new.write(text)
+            new.flush()
+        except OSError:
+            file.unlink()
+            raise

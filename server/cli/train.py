@@ -24,6 +24,7 @@ from engine.errors import ConfigError
 from server.cli.stop_signals import stop_signals
 from server.config import cache_folder
 from weights.errors import CheckpointError
+from weights.models.hub import hub_model
 from weights.models.named_models import NAMED_MODELS, local_name
 from weights.models.prepare import prepared_folder
 from weights.training.replicas import Replicas
@@ -63,11 +64,10 @@ def run(
     source = _first_model(config.run.init_from, folder, resume=resume)
     config = replace(config, run=replace(config.run, init_from=source))
     if only_plan:
-        plan = plan_run(config, folder, resume=resume, processes=replicas.count)
-        print("\n".join(plan.lines))
-        return 0
-    with run_lock(folder) if replicas.is_first else contextlib.nullcontext():
-        status = _run(config, folder, replicas, resume=resume, tensorboard=tensorboard)
+        status = _plan(config, folder, replicas, resume=resume)
+    else:
+        with run_lock(folder) if replicas.is_first else contextlib.nullcontext():
+            status = _run(config, folder, replicas, resume=resume, tensorboard=tensorboard)
     if replicas.count > 1:
         _exit_now(status)
     return status
@@ -85,9 +85,32 @@ def _first_model(name: str, folder: Path, *, resume: bool) -> str:
             raise
         source = name
     if is_optional and source and not Path(source).exists():
-        logger.warning("run.init_from: %s is gone; the run resumes without it", name)
-        return saved_init_from(folder)
+        saved = saved_init_from(folder)
+        if _is_of_name(saved, name):  # else its error is that of a setting that differs
+            logger.warning("run.init_from: %s is gone; the run resumes without it", name)
+            return saved
     return source
+
+
+def _is_of_name(folder: str, name: str) -> bool:
+    """Whether a name may have led to this folder: a model's, or a checkpoint of a run's."""
+    if name in NAMED_MODELS:
+        return Path(folder).name.startswith(name)
+    from_hub = hub_model(name)
+    in_cache = from_hub is not None and from_hub.cache_name in Path(folder).parts
+    return in_cache or Path(folder).is_relative_to(name)
+
+
+def _plan(config: TrainConfig, folder: Path, replicas: Replicas, *, resume: bool) -> int:
+    """Check the run in each process; the first one reads the texts and prints the plan."""
+    is_first = replicas.is_first
+    with _group(replicas):
+        plan = plan_run(
+            config, folder, resume=resume, processes=replicas.count, reads_texts=is_first
+        )
+    if is_first:
+        print("\n".join(plan.lines))
+    return 0
 
 
 def _run(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import ConfigError
-from weights.available_memory import AvailableMemory, available_memory
+from weights.available_memory import AvailableMemory, available_memory, memory_if_known
 from weights.checkpoints.memory_request import (
     MIN_CACHE_BYTES,
     MemoryRequest,
@@ -27,12 +27,8 @@ def check_rows_fit(
 
     Memory that cannot be read is not checked, and 256 MiB are always tried.
     """
-    try:
-        memory = available()
-    except (OSError, ValueError) as error:
-        logger.warning("memory is not checked: cannot read available memory: %s", error)
-        return
-    if row_bytes > max(memory.num_bytes, MIN_CACHE_BYTES):
+    memory = memory_if_known(available)
+    if memory is not None and row_bytes > max(memory.num_bytes, MIN_CACHE_BYTES):
         raise ConfigError(
             f"{folder}: the table rows take {size_text(row_bytes)} of memory, but"
             f" {size_text(memory.num_bytes)} is available ({memory.bound}); give the tables a"

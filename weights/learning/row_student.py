@@ -1,6 +1,5 @@
 """A student that learns deltas of chosen table rows; everything else is frozen."""
 
-import logging
 import math
 from collections.abc import Mapping
 
@@ -12,7 +11,7 @@ from engine.model.transformer import Transformer, with_tables
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.learned_rows import LearnedRows
 from memory_ops.tables.value_table import ValueTable
-from weights.available_memory import available_memory
+from weights.available_memory import available_memory, memory_if_known
 from weights.checkpoints.memory_request import size_text
 from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import PatchError, TrainingError
@@ -20,8 +19,6 @@ from weights.learning.learning_config import RowConfig
 from weights.learning.row_sgd import RowSgd
 from weights.patches.patch_checks import check_row_ids
 from weights.training.table_optimizer import TableOptimizer
-
-logger = logging.getLogger(__name__)
 
 _ROWS = ".rows"
 _FP32_BYTES = 4
@@ -136,12 +133,8 @@ def _check_memory(base: Transformer, rows: Mapping[str, Tensor], config: RowConf
     for name, rows_P in rows.items():
         table = base.tables[name]
         needed += _FP32_BYTES * (copies * (len(rows_P) + 1) * table.value_dim + table.num_rows)
-    try:
-        available = available_memory()
-    except (OSError, ValueError) as error:
-        logger.warning("memory is not checked: cannot read available memory: %s", error)
-        return
-    if needed > available.num_bytes:
+    available = memory_if_known(available_memory)
+    if available is not None and needed > available.num_bytes:
         option = "rank: all" if config.rank == "all" else f"rows: {config.most_rows}"
         raise ConfigError(
             f"{option} needs {size_text(needed)} of memory, but {size_text(available.num_bytes)} is"

@@ -45,6 +45,11 @@ class HubModel:
     repository: str
     revision: str | None = None
 
+    @property
+    def cache_name(self) -> str:
+        """The name of its folder in the cache of ``huggingface_hub``."""
+        return f"models--{self.repository.replace('/', '--')}"
+
     def __str__(self) -> str:
         return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
 

@@ -14,6 +14,7 @@ from weights.training.parquet_texts import missing_key, parquet_values
 
 TEXT_KEY = "text"
 _PARQUET, _GZIP = ".parquet", ".gz"
+_ESCAPE = "surrogateescape"
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", _PARQUET)
 # a longer document would take several GB of tokens before they are written
 _MAX_CHARACTERS = 2**28
@@ -50,7 +51,8 @@ def other_files(paths: Sequence[str]) -> list[Path]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    return sorted(one for one in folder.rglob("*") if not one.is_dir())
+    # no pipes, which might never end; a link to nothing stays, so that reading it is an error
+    return sorted(one for one in folder.rglob("*") if one.is_file() or not one.exists())
 
 
 def _is_text(path: Path) -> bool:
@@ -76,13 +78,17 @@ def documents(files: Sequence[Path], text_key: str = TEXT_KEY) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[TextIO]:
-    """The file as text; DataError with its name if it cannot be read."""
+    """The file as text; DataError with its name if it cannot be read.
+
+    Bytes that are not UTF-8 become lone surrogates, because an error of the decoder would name the
+    place in the part of the file that it reads at once.
+    """
     try:
         if file.name.lower().endswith(_GZIP):
-            with gzip.open(file, "rt", encoding=ENCODING) as text:
+            with gzip.open(file, "rt", encoding=ENCODING, errors=_ESCAPE) as text:
                 yield text
         else:
-            with open(file, encoding=ENCODING) as text:
+            with open(file, encoding=ENCODING, errors=_ESCAPE) as text:
                 yield text
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 (byte {error.start})") from None
@@ -108,6 +114,13 @@ def _check_length(text: str | bytes, where: str) -> None:
         raise DataError(f"{where}: has more than {_MAX_CHARACTERS:,} characters; split it")
 
 
+def _check_utf8(line: str, where: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: not UTF-8") from None
+
+
 def json_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The location and the object of each line of a JSONL file; skips blank lines.
 
@@ -118,11 +131,13 @@ def json_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with _opened(file) as lines:
         while line := lines.readline(_MAX_CHARACTERS + 1):
             number += 1
-            _check_length(line, f"{file}, line {number}")
+            where = f"{file}, line {number}"
+            _check_length(line, where)
+            _check_utf8(line, where)
             line = line.removeprefix(MARK)  # files that were joined have several marks
             if line.strip():
                 is_empty = False
-                yield f"{file}, line {number}", _object(line, f"{file}, line {number}")
+                yield where, _object(line, where)
     if is_empty:
         raise DataError(f"{file}: is empty")
 

@@ -118,6 +118,16 @@ def planned_model(
     return model
 
 
+def check_table_tier(config: ModelConfig, device: str, table_tier: str) -> None:
+    """Raise ConfigError unless a model has tables that can be trained in this tier."""
+    if table_tier == "device":
+        return
+    if device != "cuda":
+        raise ConfigError(f"run.table_tier: host memory needs a GPU that reads it, not {device}")
+    if not config.table_names:
+        raise ConfigError("run.table_tier: host is for tables, but the model has no memory layers")
+
+
 def placed_table(table_RV: Tensor, device: str, table_tier: str) -> TrainedTable:
     """A table to train, of rows on the CPU: on the device, or in host memory.
 

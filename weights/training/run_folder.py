@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from weights.errors import TrainingError
 
+logger = logging.getLogger(__name__)
 CHECKPOINTS, DATA, LOG, SETTINGS = "checkpoints", "data", "log.jsonl", "settings.json"
 _STATE = re.compile(r"step-\d{8}")
 
@@ -22,6 +24,11 @@ def saved_states(folder: Path) -> list[Path]:
 def newest_state(run: Path) -> Path | None:
     """The newest checkpoint of a run's folder; None if it is not such a folder, or has none."""
     return max(saved_states(run / CHECKPOINTS), default=None)
+
+
+def step_of(state: Path) -> int:
+    """The steps done at one of the ``saved_states``, by its name."""
+    return int(state.name.removeprefix("step-"))
 
 
 def has_run(folder: Path) -> bool:
@@ -57,7 +64,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Keep other processes from training in a folder.
 
     Creates the folder, and removes it if it is empty at the end. The lock ends with the process,
-    however it ends. A file system without locks gives no protection.
+    however it ends. On a file system without locks there is only a warning.
 
     Raises:
         TrainingError: another process trains in the folder, or it cannot be created.
@@ -69,14 +76,16 @@ def run_lock(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise TrainingError(f"{folder}: {error.strerror}") from None
     try:
-        with contextlib.suppress(OSError):
-            _lock(descriptor, folder)
-        yield
+        _lock(descriptor, folder)
+        try:
+            yield
+        finally:
+            # before the lock ends, so that no other process has taken the folder
+            with contextlib.suppress(OSError):  # it is not empty
+                for one in missing:
+                    one.rmdir()
     finally:
         os.close(descriptor)
-        with contextlib.suppress(OSError):  # it is not empty
-            for one in missing:
-                one.rmdir()
 
 
 def _lock(descriptor: int, folder: Path) -> None:
@@ -84,3 +93,13 @@ def _lock(descriptor: int, folder: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise TrainingError(f"{folder}: another process trains in this folder") from None
+    except OSError as error:
+        logger.warning(
+            "%s: cannot be locked (%s); let no other process train in it", folder, error.strerror
+        )
+    try:
+        is_there = os.path.samestat(os.fstat(descriptor), folder.stat())
+    except FileNotFoundError:
+        is_there = False
+    if not is_there:
+        raise TrainingError(f"{folder}: another process has removed it; repeat the command")

@@ -1,5 +1,6 @@
 """Plan of a training run: checks its settings before anything is written, and says its needs."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,13 +8,19 @@ import torch
 
 from engine.errors import ConfigError
 from engine.model.config import ModelConfig
-from weights.available_memory import AvailableMemory, available_memory
+from weights.available_memory import AvailableMemory, available_memory, memory_if_known
 from weights.checkpoints.config_json import read_config
-from weights.training.new_model import model_config, planned_model
+from weights.training.new_model import check_table_tier, model_config, planned_model
 from weights.training.optimizer import warmup_steps
-from weights.training.run_folder import check_resume, newest_state
+from weights.training.run_folder import (
+    CHECKPOINTS,
+    check_resume,
+    newest_state,
+    saved_states,
+    step_of,
+)
 from weights.training.run_record import SavedSettings, resumed_settings
-from weights.training.train_config import TrainConfig
+from weights.training.train_config import RunConfig, TrainConfig
 from weights.training.train_state import MAX_STATES
 from weights.training.training_data import given_text
 from weights.training.training_memory import TrainingMemory, training_memory
@@ -61,6 +68,7 @@ def plan_run(
     texts, saved = None, SavedSettings(config.run.steps, ())
     if resumed is not None:
         saved = resumed_settings(folder, config)
+        _check_steps(config.run, step_of(resumed))
         shape = read_config(resumed).model
         lines.append(f"{folder}: continues from {resumed.name}")
     else:
@@ -69,17 +77,16 @@ def plan_run(
         shape = _new_shape(config)
     lines += saved.changes
     _check_sequences(config, shape)
+    check_table_tier(shape, config.run.device, config.run.table_tier)
     init_from = "" if resumed is not None else config.run.init_from
     model = planned_model(shape, init_from, is_dense_frozen="dense" in config.run.freeze)
-    memory, available = training_memory(model, shape, config), _available(config.run.device)
-    sharing = 1 if config.run.device == "cuda" else processes
-    memory.check_fits(available, sharing)
-    memory.check_table_fits(available_memory(), processes)
-    memory.check_disk(folder)
+    memory = training_memory(model, shape, config)
+    needs = [*_memory_lines(memory, config.run.device, processes)]
+    needs += _disk_lines(memory, config.run, folder)
     if texts is not None:
         texts.check()
         lines += texts.describe()
-    lines += memory.describe(available, sharing)
+    lines += needs
     lines += _schedule_lines(config, saved.schedule_steps)
     return RunPlan(shape, memory, saved.schedule_steps, resumed, texts, tuple(lines))
 
@@ -98,10 +105,36 @@ def _check_sequences(config: TrainConfig, shape: ModelConfig) -> None:
         )
 
 
-def _available(device: str) -> AvailableMemory:
+def _check_steps(run: RunConfig, done: int) -> None:
+    if run.steps < done:
+        raise ConfigError(f"run.steps: must be at least the {done} steps done, not {run.steps}")
+
+
+def _memory_lines(memory: TrainingMemory, device: str, processes: int) -> list[str]:
+    """The memory in words (ConfigError if it does not suffice)."""
+    available, sharing = _available(device), 1 if device == "cuda" else processes
+    if available is not None:
+        memory.check_fits(available, sharing)
+    host = memory_if_known(available_memory) if memory.is_table_on_host else None
+    if host is not None:
+        memory.check_table_fits(host, processes)
+    return memory.describe(available, sharing)
+
+
+def _available(device: str) -> AvailableMemory | None:
     if device == "cuda":
         return AvailableMemory(torch.cuda.mem_get_info()[0], "free on the CUDA device")
-    return available_memory()
+    return memory_if_known(available_memory)
+
+
+def _disk_lines(memory: TrainingMemory, run: RunConfig, folder: Path) -> list[str]:
+    """The disk in words (ConfigError if it does not suffice)."""
+    states = saved_states(folder / CHECKPOINTS)
+    done = step_of(states[-1]) if states else 0
+    planned = math.ceil(run.steps / run.checkpoint_every) - done // run.checkpoint_every
+    # a checkpoint is written before the oldest is removed
+    count = min(planned, max(1, MAX_STATES + 1 - len(states)))
+    return [memory.disk_line(folder, count)] if count and run.steps > done else []
 
 
 def _schedule_lines(config: TrainConfig, schedule_steps: int) -> list[str]:

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.new_folder import replace_file
-from weights.errors import TrainingError
+from weights.checkpoints.weights_hash import weights_hash
+from weights.errors import CheckpointError, TrainingError
 from weights.training.data_source import changed_texts, has_same_sources
 from weights.training.run_folder import DATA, SETTINGS
 from weights.training.train_config import TrainConfig
@@ -18,13 +20,17 @@ _CHANGEABLE = (
     *("run.checkpoint_activations", "run.device", "run.table_tier"),
 )
 # paths that may change if the files there are the same
-_SOURCES = ("data.train", "data.validation", "data.tokenizer", "run.init_from")
+_INIT_FROM = "run.init_from"
+_SOURCES = ("data.train", "data.validation", "data.tokenizer", _INIT_FROM)
+# hash of the weights that the run started from, next to the settings
+_WEIGHTS = "init_from_weights"
 
 # settings that earlier versions lack, with the values that their runs had
 _NEWER: Mapping[str, Any] = {
     "run.freeze": [],
     "data.text_key": "text",
     "run.compile": False,
+    "run.table_tier": "device",
     "optimizer.moment_dtype": "float32",
 }
 _MOST_NAMED = 3
@@ -48,10 +54,13 @@ def save_settings(folder: Path, config: TrainConfig) -> None:
 
     Raises:
         TrainingError: the file cannot be written.
+        CheckpointError: the model that the run starts from cannot be read.
     """
-    path = folder / SETTINGS
+    path, settings = folder / SETTINGS, asdict(config)
+    if config.run.init_from:
+        settings[_WEIGHTS] = _hash(config.run.init_from)
     try:
-        replace_file(path, f"{json.dumps(asdict(config), indent=2)}\n".encode())
+        replace_file(path, f"{json.dumps(settings, indent=2)}\n".encode())
     except OSError as error:
         raise TrainingError(f"{path}: {error.strerror}") from None
 
@@ -64,6 +73,7 @@ def resumed_settings(folder: Path, config: TrainConfig) -> SavedSettings:
             names it.
     """
     before = _saved(folder)
+    weights = before.pop(_WEIGHTS, None)
     now = dict(_leaves(json.loads(json.dumps(asdict(config)))))
     before = {**_NEWER, **before}  # a run of an earlier version lacks newer settings
     changes = []
@@ -71,7 +81,12 @@ def resumed_settings(folder: Path, config: TrainConfig) -> SavedSettings:
         old, new = before.get(name), now.get(name)
         if old == new:
             continue
-        if name in _SOURCES and has_same_sources(folder / DATA, config.data, config.run.init_from):
+        is_same = name != _INIT_FROM or _has_weights(config.run.init_from, weights)
+        if (
+            name in _SOURCES
+            and is_same
+            and has_same_sources(folder / DATA, config.data, config.run.init_from)
+        ):
             continue
         if name not in _CHANGEABLE:
             raise TrainingError(
@@ -84,7 +99,21 @@ def resumed_settings(folder: Path, config: TrainConfig) -> SavedSettings:
 
 def saved_init_from(folder: Path) -> str:
     """``run.init_from`` of the run in a folder (TrainingError)."""
-    return str(_saved(folder)["run.init_from"])
+    return str(_saved(folder)[_INIT_FROM])
+
+
+def _hash(init_from: str) -> str:
+    return weights_hash(open_checkpoint(Path(init_from))[1].values())
+
+
+def _has_weights(init_from: str, wanted: str | None) -> bool:
+    """Whether a model has the weights of this hash; None is that of a run without a record."""
+    if not init_from or wanted is None:
+        return False
+    try:
+        return _hash(init_from) == wanted
+    except CheckpointError:
+        return False
 
 
 def _saved(folder: Path) -> dict[str, Any]:
@@ -92,7 +121,7 @@ def _saved(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     try:
         saved = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
-        if isinstance(saved["run.steps"], int) and isinstance(saved["run.init_from"], str):
+        if isinstance(saved["run.steps"], int) and isinstance(saved[_INIT_FROM], str):
             return saved
         raise ValueError("its values have wrong types")
     except (OSError, ValueError, LookupError, AttributeError) as error:

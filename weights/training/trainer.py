@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from engine.errors import ConfigError
 from engine.model.flops import forward_flops
+from engine.model.transformer import Transformer
+from memory_ops.tables.trained import TrainedTable
 from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.errors import TrainingError
 from weights.training.compiled_layers import compile_dense
@@ -29,7 +30,7 @@ from weights.training.run_plan import RunPlan, plan_run
 from weights.training.run_record import save_settings
 from weights.training.table_usage import TableUsage
 from weights.training.token_stream import TokenStream
-from weights.training.train_config import TrainConfig
+from weights.training.train_config import RunConfig, TrainConfig
 from weights.training.train_state import TrainState
 from weights.training.trained_adapter import trained_adapter
 from weights.training.training_data import TrainingData, prepare_data
@@ -85,20 +86,7 @@ class Trainer:
             for line in plan.lines:
                 logger.info(line)
         data, shape = self._prepared_data(plan), plan.shape
-        # a checkpoint has all weights
-        init_from = run.init_from if plan.resumed is None else ""
-        model, tables = new_model(
-            shape,
-            run.seed,
-            init_from,
-            run.device,
-            table_tier=run.table_tier,
-            is_dense_frozen="dense" in run.freeze,
-        )
-        if run.compile:
-            compile_dense(model, run.device)
-        if run.checkpoint_activations:
-            model.run_layer = partial(checkpoint, use_reentrant=False)
+        model, tables = _model_of_run(plan, run)
         self._model = model
         self._adapter = trained_adapter(shape, run, folder)
         self._optimizer = Optimizer(model, list(tables.values()), config.optimizer, self._replicas)
@@ -114,10 +102,6 @@ class Trainer:
         if plan.resumed is not None:
             self.step, position = self._state.load(plan.resumed)
             self._stream.seek(position)
-        if self.step > run.steps:
-            raise ConfigError(
-                f"run.steps: must be at least the {self.step} steps done, not {run.steps}"
-            )
         self._check_replicas()
         self._log = RunLog(folder / LOG)
         if self._replicas.is_first:
@@ -256,3 +240,20 @@ class Trainer:
         seconds = time.perf_counter() - started
         num_tokens = run.tokens_per_step
         return StepReport(step, total / num_tokens, share, norm, num_tokens / seconds)
+
+
+def _model_of_run(plan: RunPlan, run: RunConfig) -> tuple[Transformer, dict[str, TrainedTable]]:
+    """The model of a plan and its tables, as ``new_model``, before a checkpoint is loaded."""
+    model, tables = new_model(
+        plan.shape,
+        run.seed,
+        run.init_from if plan.resumed is None else "",  # a checkpoint has all weights
+        run.device,
+        table_tier=run.table_tier,
+        is_dense_frozen="dense" in run.freeze,
+    )
+    if run.compile:
+        compile_dense(model, run.device)
+    if run.checkpoint_activations:
+        model.run_layer = partial(checkpoint, use_reentrant=False)
+    return model, tables

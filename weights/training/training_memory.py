@@ -16,6 +16,7 @@ from weights.checkpoints.table_files import OUTPUT_DTYPES
 from weights.training.train_config import TrainConfig
 
 _FLOAT = 4  # bytes of fp32
+_PLACE = 4  # bytes of int32
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class TrainingMemory:
         rows: rows of all tables.
         row_moments: moments of all rows; their pages are taken when a row is first read.
         activations: estimate of what a pass keeps for its backward pass.
-        is_table_on_host: whether rows and their moments lie in host memory and the rest on a GPU.
+        places: on a GPU, the places of the copied rows of a table in host memory; else 0.
+        is_table_on_host: whether rows lie in host memory and the rest on a GPU.
+        is_row_wise: whether rows have one moment each, which stays on the device.
     """
 
     weights: int
@@ -38,7 +41,9 @@ class TrainingMemory:
     rows: int
     row_moments: int
     activations: int
+    places: int = 0
     is_table_on_host: bool = False
+    is_row_wise: bool = False
 
     @property
     def certain(self) -> int:
@@ -48,7 +53,16 @@ class TrainingMemory:
     @property
     def _certain_parts(self) -> dict[str, int]:
         parts = {"weights": self.weights, "gradients": self.gradients, "moments": self.moments}
-        return parts if self.is_table_on_host else parts | {"table rows": self.rows}
+        if not self.is_table_on_host:
+            return parts | {"table rows": self.rows}
+        parts |= {"places of rows": self.places}
+        return parts | {"moments of rows": self.row_moments} if self.is_row_wise else parts
+
+    @property
+    def _host_parts(self) -> dict[str, int]:
+        """Bytes in host memory by their use, if the tables are there."""
+        parts = {"table rows": self.rows}
+        return parts if self.is_row_wise else parts | {"moments of rows": self.row_moments}
 
     @property
     def total(self) -> int:
@@ -73,39 +87,41 @@ class TrainingMemory:
 
     def check_table_fits(self, host: AvailableMemory, processes: int) -> None:
         """Raise ConfigError if host memory does not hold the tables of ``processes``."""
-        needed = processes * (self.rows + self.row_moments)
-        if self.is_table_on_host and needed > host.num_bytes:
+        needed = processes * sum(self._host_parts.values())
+        if needed > host.num_bytes:
             raise ConfigError(
-                f"run.table_tier: host needs {size_text(needed)} for table rows and their moments,"
-                f" but only {size_text(host.num_bytes)} is available ({host.bound}); set"
+                f"run.table_tier: host needs {size_text(needed)} ({_named(self._host_parts)}), but"
+                f" only {size_text(host.num_bytes)} is available ({host.bound}); set"
                 " optimizer.row_wise or optimizer.moment_dtype, or make the table smaller"
             )
 
-    def check_disk(self, folder: Path) -> None:
-        """Raise ConfigError if the disk of a folder, which may not exist, holds no checkpoint."""
-        place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-        free = shutil.disk_usage(place).free
-        if self.checkpoint > free:
-            raise ConfigError(
-                f"{folder}: a checkpoint needs {size_text(self.checkpoint)}, but only"
-                f" {size_text(free)} is free on its disk"
-            )
+    def disk_line(self, folder: Path, count: int) -> str:
+        """A line about the room for ``count`` more checkpoints in a folder, which may not exist.
 
-    def describe(self, memory: AvailableMemory, processes: int = 1) -> list[str]:
-        """Lines for the user."""
+        Raises:
+            ConfigError: the folder's disk has less room.
+        """
+        place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+        free, needed = shutil.disk_usage(place).free, count * self.checkpoint
+        needs = f"checkpoints need {size_text(needed)} ({count} of {size_text(self.checkpoint)})"
+        if needed > free:
+            raise ConfigError(f"{folder}: {needs}, but only {size_text(free)} is free on its disk")
+        return f"disk: {needs}; {size_text(free)} is free"
+
+    def describe(self, memory: AvailableMemory | None, processes: int = 1) -> list[str]:
+        """Lines for the user; ``memory`` is None if it is not known."""
         share = f" in each of {processes} processes" if processes > 1 else ""
         parts = self._certain_parts
         if not self.is_table_on_host:
             parts |= {"moments of rows": self.row_moments}
         parts |= {"activations, estimated": self.activations}
-        lines = [
-            f"memory: torch itself, and about {size_text(self.total)}{share} ({_named(parts)});"
-            f" {size_text(memory.num_bytes)} is available ({memory.bound})"
-        ]
+        line = f"memory: torch itself, and about {size_text(self.total)}{share} ({_named(parts)})"
+        if memory is not None:
+            line += f"; {size_text(memory.num_bytes)} is available ({memory.bound})"
+        lines = [line]
         if self.is_table_on_host:
-            of_tables = {"table rows": self.rows, "moments of rows": self.row_moments}
-            lines.append(f"host memory{share}: {_named(of_tables)}")
-        if processes * self.total > memory.num_bytes:
+            lines.append(f"host memory{share}: {_named(self._host_parts)}")
+        if memory is not None and processes * self.total > memory.num_bytes:
             lines.append(
                 "memory: the run may run out of it; raise run.passes_per_step, set"
                 " run.checkpoint_activations or optimizer.row_wise, or make the model smaller"
@@ -121,12 +137,14 @@ def training_memory(model: nn.Module, shape: ModelConfig, config: TrainConfig) -
     """The memory of a run in one process, with ``model`` on the meta device."""
     sizes = [(one.numel(), one.requires_grad) for one in model.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
-    rows = row_moments = 0
+    is_on_host = config.run.table_tier == "host"
+    rows = row_moments = places = 0
     if shape.memory is not None:
         num_rows = len(shape.table_names) * shape.memory.num_rows
         rows = num_rows * shape.memory.value_dim
         moment_bytes = OUTPUT_DTYPES[config.optimizer.moment_dtype].itemsize
         row_moments = _FLOAT * num_rows if config.optimizer.row_wise else 2 * moment_bytes * rows
+        places = _PLACE * num_rows if is_on_host else 0
     return TrainingMemory(
         weights=_FLOAT * sum(size for size, _ in sizes),
         gradients=_FLOAT * trained,
@@ -134,7 +152,9 @@ def training_memory(model: nn.Module, shape: ModelConfig, config: TrainConfig) -
         rows=_FLOAT * rows,
         row_moments=row_moments,
         activations=_activations(shape, config),
-        is_table_on_host=config.run.table_tier == "host",
+        places=places,
+        is_table_on_host=is_on_host,
+        is_row_wise=config.optimizer.row_wise,
     )
 
 

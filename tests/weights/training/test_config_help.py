@@ -1,5 +1,6 @@
 """The list of training settings: complete, as the docs have it, and an example that is valid."""
 
+import resource
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -79,3 +80,15 @@ def test_the_command_prints_the_list_and_writes_the_example(tmp_path, capsys):
             main(["train", "--write-example", str(tmp_path / "new.toml")])
     assert (tmp_path / "new.toml").read_text() == example_config()
     assert "new.toml: File exists" in capsys.readouterr().err
+
+
+def test_an_example_that_does_not_fit_on_the_disk_leaves_no_file(tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--write-example", str(tmp_path / "new.toml")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "new.toml: File too large" in capsys.readouterr().err
+    assert not (tmp_path / "new.toml").exists()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 
 import pytest
@@ -28,7 +29,8 @@ def test_folders_and_files_are_read_in_order(tmp_path):
         ("a.txt", b" \n", "a.txt: is empty"),
         ("a.txt", b"caf\xe9", r"a.txt: not UTF-8 \(byte 3\)"),
         ("a.jsonl", b"", "a.jsonl: is empty"),
-        ("a.jsonl", b"\xff", "a.jsonl: not UTF-8"),
+        ("a.jsonl", b"\xff", "a.jsonl, line 1: not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n' * 999 + b"caf\xe9", "a.jsonl, line 1000: not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text"', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
         ("a.jsonl", b'["x"]', "line 1: expected a JSON object"),
@@ -63,6 +65,15 @@ def test_missing_paths_are_refused(tmp_path):
     for name, message in (("", "no file of a known"), ("b", "no such"), ("a.pdf", "of no known")):
         with pytest.raises(DataError, match=message):
             corpus_files([str(tmp_path / name)])
+
+
+def test_a_pipe_is_no_text_and_a_broken_link_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert corpus_files([str(tmp_path)]) == [tmp_path / "a.txt"]
+    (tmp_path / "b.txt").symlink_to("nothing")
+    with pytest.raises(DataError, match="b.txt: No such file"):
+        list(documents(corpus_files([str(tmp_path)])))
 
 
 def test_compressed_files_and_other_keys_are_read(tmp_path):

@@ -21,8 +21,10 @@ from tests.models import (
 )
 from weights.adapters.memory_adapter import link_adapter
 from weights.checkpoints.checkpoint import load_model
+from weights.errors import TrainingError
 from weights.training.new_model import model_config, new_model
 from weights.training.run_folder import saved_states
+from weights.training.run_record import resumed_settings
 from weights.training.train_config import read_train_config
 from weights.training.trainer import Trainer
 
@@ -196,11 +198,24 @@ def test_recomputed_activations_change_nothing(settings, tmp_path):
     assert found.read_bytes() == wanted.read_bytes()
 
 
+def test_a_moved_base_must_have_the_same_weights(base, settings, tmp_path):
+    Trainer(settings("run.steps=1"), tmp_path / "run", resume=False).run(lambda report: True)
+    other = shutil.copytree(base[1], tmp_path / "other")
+    moved = settings("run.steps=1", f"run.init_from={other}")
+    Trainer(moved, tmp_path / "run", resume=True).run(lambda report: True)
+    shutil.rmtree(other)
+    save_model(random_model(tiny_config()), other)
+    for changed in (moved, settings("run.steps=1", "run.init_from=")):
+        with pytest.raises(TrainingError, match="run.init_from: must be .* to resume"):
+            Trainer(changed, tmp_path / "run", resume=True)
+
+
 def test_a_run_of_an_earlier_version_resumes(settings, tmp_path):
     config = settings("run.freeze=[]", "run.steps=1")
     Trainer(config, tmp_path / "run", resume=False).run(lambda report: True)
     file = tmp_path / "run" / "settings.json"
     saved = json.loads(file.read_text())
-    del saved["run"]["freeze"]
+    del saved["run"]["freeze"], saved["run"]["table_tier"]
     file.write_text(json.dumps(saved))
+    assert resumed_settings(tmp_path / "run", config).changes == ()
     assert Trainer(config, tmp_path / "run", resume=True).step == 1

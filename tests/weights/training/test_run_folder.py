@@ -1,6 +1,7 @@
 """Run folders: nothing is lost however a run is stopped, copied, or started a second time."""
 
 import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -114,6 +115,31 @@ def test_only_one_process_trains_in_a_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(TrainingError, match="file/run: Not a directory"):
         run_lock(tmp_path / "file" / "run").__enter__()
+
+
+def test_a_folder_that_cannot_be_locked_is_a_warning(tmp_path, monkeypatch, caplog):
+    def unlocked(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unlocked)
+    with run_lock(tmp_path / "run"):
+        assert "run: cannot be locked (No locks available)" in caplog.text
+
+
+def test_a_folder_that_is_removed_before_its_lock_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    for renewed in (False, True):
+
+        def removed(descriptor, operation, renewed=renewed):
+            # an open folder keeps its number, so the new one differs
+            folder.rmdir()
+            if renewed:
+                folder.mkdir()
+
+        monkeypatch.setattr(fcntl, "flock", removed)
+        with pytest.raises(TrainingError, match="run: another process has removed it"):
+            run_lock(folder).__enter__()
+    assert folder.exists()  # it is that of the other process
 
 
 def test_the_newest_checkpoint_of_a_run_is_served_and_kept(config, tmp_path, caplog):

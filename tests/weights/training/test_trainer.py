@@ -25,9 +25,11 @@ from tests.small_runs import CONFIG, MEMORY, check_same, losses, records, run, t
 from weights.checkpoints import checkpoint
 from weights.checkpoints.checkpoint import load_model, table_origins
 from weights.errors import CheckpointError, DataError, TrainingError
-from weights.training import trainer
+from weights.training import run_plan, trainer
+from weights.training.replicas import Replicas
 from weights.training.row_reads import read_row_reads
 from weights.training.run_folder import run_lock, saved_states
+from weights.training.run_plan import plan_run
 from weights.training.train_config import read_train_config
 from weights.training.trainer import Trainer
 from weights.training.training_data import prepare_data
@@ -389,7 +391,7 @@ def test_a_run_does_not_resume_with_other_settings(config, tmp_path, change, mes
     longer = Trainer(config("run.steps=9"), tmp_path / "run", resume=True)
     assert longer.step == 2
     with pytest.raises(ConfigError, match="run.steps: must be at least the 2 steps done, not 1"):
-        Trainer(config("run.steps=1"), tmp_path / "run", resume=True)
+        train.run(config("run.steps=1"), tmp_path / "run", resume=True, only_plan=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -653,6 +655,48 @@ def test_a_plan_writes_nothing(config, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_host_table_needs_a_gpu_and_a_table(config, tmp_path):
+    host = "run.table_tier=host"
+    with pytest.raises(ConfigError, match="run.table_tier: host memory needs a GPU .*, not cpu"):
+        train.run(config(host), tmp_path / "run", only_plan=True)
+    with pytest.raises(ConfigError, match="run.table_tier: host is for tables, but the model has"):
+        plan_run(config(host, "run.device=cuda", memory=False), tmp_path / "run", resume=False)
+
+
+def test_a_plan_names_the_disk_for_the_checkpoints_to_come(config, tmp_path):
+    def disk(*changes):
+        plan = plan_run(config(*changes), folder, resume=folder.exists())
+        return [line.split("(")[1].split(" of")[0] for line in plan.lines if "disk:" in line]
+
+    folder = tmp_path / "run"
+    assert (disk("run.steps=4"), disk("run.steps=5"), disk("run.steps=99")) == (["1"], ["2"], ["3"])
+    run(config("run.checkpoint_every=2"), folder, until=2)
+    assert disk("run.steps=99") == ["2"] and not disk("run.steps=2")
+    run(config("run.checkpoint_every=2"), folder, resume=True, until=4)
+    assert disk("run.steps=99") == ["1"]
+
+
+def test_only_the_first_process_prints_a_plan(config, tmp_path, monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr(train, "_replicas", lambda device: Replicas(1, 2))
+    monkeypatch.setattr(train.distributed, "destroy_process_group", lambda: left.append("group"))
+    monkeypatch.setattr(train, "_exit_now", left.append)
+    settings = config("data.train=nowhere")  # it does not read texts
+    assert train.run(settings, tmp_path / "run", only_plan=True) == 0
+    assert left == ["group", 0] and not capsys.readouterr().out
+
+
+def test_a_plan_without_a_known_memory_warns(config, tmp_path, monkeypatch, caplog):
+    def unknown():
+        raise ValueError("meminfo: has no MemAvailable")
+
+    monkeypatch.setattr(run_plan, "available_memory", unknown)
+    lines = plan_run(config(), tmp_path / "run", resume=False).lines
+    assert any(line.startswith("memory: torch itself") for line in lines)
+    assert not any("available" in line for line in lines)
+    assert "memory is not checked: cannot read available memory: meminfo: has" in caplog.text
+
+
 def test_a_second_process_does_not_train_in_the_folder(config, tmp_path):
     with run_lock(tmp_path / "run"), pytest.raises(TrainingError, match="another process trains"):
         train.run(config(), tmp_path / "run")
@@ -678,8 +722,26 @@ def test_a_run_resumes_without_the_model_that_it_started_from(config, tmp_path, 
     grown = config(f"run.init_from={tmp_path / 'first'}", "run.steps=2")
     assert train.run(grown, tmp_path / "run") == 0
     shutil.rmtree(tmp_path / "first")
+    wrong = config(f"run.init_from={tmp_path / 'frist'}", "run.steps=3")
+    with pytest.raises(TrainingError, match="run.init_from: must be .*first/checkpoints"):
+        train.run(wrong, tmp_path / "run", resume=True)
     grown = config(f"run.init_from={tmp_path / 'first'}", "run.steps=3")
     assert train.run(grown, tmp_path / "run", resume=True) == 0
     assert "the run resumes without it" in caplog.text
     with pytest.raises(CheckpointError, match="first"):
         train.run(grown, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "is_of_name"),
+    [
+        ("a/b", "a/b", True),
+        ("a/run", "a/run/checkpoints/step-00000001", True),
+        ("org/it@main", "/cache/models--org--it/snapshots/0a", True),
+        ("org/other", "/cache/models--org--it/snapshots/0a", False),
+        ("smollm2", "/cache/models/smollm2-135m-instruct-bfloat16-1", True),
+        ("wordnet", "/cache/models/smollm2-135m-instruct-bfloat16-1", False),
+    ],
+)
+def test_the_saved_model_is_known_by_the_name_that_was_given(name, folder, is_of_name):
+    assert train._is_of_name(folder, name) == is_of_name

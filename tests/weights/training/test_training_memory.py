@@ -93,14 +93,26 @@ def test_weights_and_moments_are_exact(options):
 def test_a_table_in_host_memory_is_counted_there():
     _, whole = planned("memory")
     _, apart = planned("memory", device="cuda", table_tier="host")
-    assert apart.certain == whole.certain - whole.rows
-    assert apart.total == whole.total - whole.rows - whole.row_moments
+    assert apart.certain == whole.certain - whole.rows + 4 * 64**2
+    assert apart.total == apart.certain + whole.activations
     needed = apart.rows + apart.row_moments
     apart.check_table_fits(AvailableMemory(2 * needed, "MemAvailable"), 2)
     with pytest.raises(ConfigError, match="run.table_tier: host needs .* is available"):
         apart.check_table_fits(AvailableMemory(2 * needed - 1, "MemAvailable"), 2)
     lines = apart.describe(AvailableMemory(2**40, "free on the CUDA device"))
-    assert "table rows" not in lines[0] and lines[1].startswith("host memory: table rows 1.0 MiB")
+    assert "table rows" not in lines[0] and "places of rows" in lines[0]
+    assert lines[1] == "host memory: table rows 1.0 MiB, moments of rows 2.0 MiB"
+
+
+def test_row_wise_moments_of_a_table_in_host_memory_are_on_the_device():
+    _, apart = planned("memory", device="cuda", table_tier="host", row_wise=True)
+    _, two = planned("memory", device="cuda", table_tier="host")
+    assert apart.certain == two.certain + 4 * 64**2
+    apart.check_table_fits(AvailableMemory(apart.rows, "MemAvailable"), 1)
+    with pytest.raises(ConfigError, match=r"run.table_tier: host needs 1.0 MiB \(table rows 1.0"):
+        apart.check_table_fits(AvailableMemory(apart.rows - 1, "MemAvailable"), 1)
+    lines = apart.describe(AvailableMemory(2**40, "free on the CUDA device"))
+    assert "moments of rows" in lines[0] and lines[1] == "host memory: table rows 1.0 MiB"
 
 
 def test_more_passes_and_recomputed_layers_take_less():
@@ -120,9 +132,9 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             memory.check_fits(little, processes)
-    memory.check_disk(tmp_path / "new" / "run")
-    with pytest.raises(ConfigError, match="a checkpoint needs .* is free on its disk"):
-        replace(memory, rows=2**60).check_disk(tmp_path / "new" / "run")
+    assert memory.disk_line(tmp_path / "new" / "run", 2).startswith("disk: checkpoints need")
+    with pytest.raises(ConfigError, match=r"checkpoints need .* \(1 of .*\), but only .* is free"):
+        replace(memory, rows=2**60).disk_line(tmp_path / "new" / "run", 1)
     assert "may run out" in memory.describe(available)[1]
     lines = memory.describe(AvailableMemory(memory.total * 2, "MemAvailable"), 2)
     assert len(lines) == 1 and "in each of 2 processes" in lines[0]

@@ -40,7 +40,7 @@ def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> AvailableMem
 
 
 def memory_if_known(read: Callable[[], AvailableMemory]) -> AvailableMemory | None:
-    """What ``read``, such as ``available_memory``, returns; None, after a warning, if it fails."""
+    """The result of ``read``; if it fails, log a warning and return None."""
     try:
         return read()
     except (OSError, ValueError) as error:

@@ -24,7 +24,7 @@ class SweptModel:
     Attributes:
         source: its checkpoint folder.
         config: its shapes, memory layers included.
-        own_rows: rows of each of its own tables; None without own memory layers.
+        own_rows: rows per table of the model; None if it has no memory layers.
         own_dtype: dtype of these rows; None without own memory layers.
     """
 

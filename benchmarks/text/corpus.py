@@ -21,7 +21,7 @@ class TextCorpus:
 
     Attributes:
         num_documents: documents of twenty glosses that are trained on.
-        num_scored: documents that are scored: so many of those trained on, and as many others.
+        num_scored: scored documents of each kind: taught, and held out.
         num_topics: topics of the language reference that are held out and scored.
         vocab_size: tokens of the tokenizer, which is trained on the training texts.
         seed: random seed of the draws.

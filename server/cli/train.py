@@ -133,7 +133,7 @@ def _run(
 
 @contextlib.contextmanager
 def _board(config: TrainConfig, trainer: Trainer, *, is_wanted: bool) -> Iterator[OnRecord]:
-    """What gets the records of the log."""
+    """The function that receives each record of the log."""
     if not is_wanted:
         yield lambda record: None
         return

@@ -41,7 +41,7 @@ def initialise(model: Transformer, generator: torch.Generator) -> None:
 
 
 def check_starts(model: Transformer) -> None:
-    """Raise ValueError if a memory beside a feed-forward cannot add 0 at first."""
+    """Raise ValueError if a memory with placement ``beside`` cannot start with an output of 0."""
     for layer in model.layers:
         memory = layer.memory
         if memory is None or layer.feed_forward is None:

@@ -29,7 +29,7 @@ from weights.training.training_texts import TrainingTexts
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run will do.
+    """The checked plan of a run.
 
     Attributes:
         shape: config of the model.

@@ -18,7 +18,7 @@ _LEAST_DIVIDED = 40
 
 @dataclass(frozen=True)
 class _Counts:
-    """What one pass over the documents found; ``longest`` is the number of one document."""
+    """Counts from one pass over the documents; ``longest`` is the index of the longest one."""
 
     documents: int
     characters: int

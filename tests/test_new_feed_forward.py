@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 MODULE = '''"""A toy feed-forward: squared ReLU."""
 
@@ -107,6 +109,7 @@ def listed_files() -> list[str]:
     return re.findall(r"^[0-9]\. `([^`]+)`", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_toy_kind_changes_only_the_listed_files(tmp_path):
     assert listed_files() == list(EDITS)
     skipped = shutil.ignore_patterns("__pycache__", "wordnet")

@@ -77,6 +77,7 @@ def test_results_survive_writing_and_reading(tmp_path):
     assert read_results(tmp_path / "other_order.csv", Result) == results[1:]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "REDUCED", run.Scale(TINY, exposures=40, seeds=1))
     names = [one.name for one in contestants(is_reduced=True)]

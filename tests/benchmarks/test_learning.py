@@ -87,6 +87,7 @@ def test_every_contestant_changes_its_model_and_leaves_the_base_alone(contestant
         assert torch.equal(weight, weights[name])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     runs = LearningRuns(tmp_path, "m", [10, 1], 2, [0.0], ["rows", "LoRA 8"], QUICK)
     monkeypatch.setattr(run, "_MOST_RATES", 3)

@@ -71,6 +71,7 @@ def test_unusable_certificates_are_named(tmp_path):
         assert named in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_server_with_tls_serves_the_metrics_of_vllm(memory_plus_folder, tmp_path):
     certificate, key = self_signed(tmp_path)
 

@@ -4,6 +4,7 @@ import asyncio
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
 from engine.config import EngineConfig
@@ -41,6 +42,7 @@ def loses_its_device_the_first_time(connection, marker: Path):
     run_engine(engine, connection)
 
 
+@pytest.mark.slow
 def test_an_engine_whose_device_is_lost_is_replaced(tmp_path, capfd):
     entry = f"{__name__}:loses_its_device_the_first_time"
     make_process = partial(EngineProcess, entry, tmp_path / "marker")

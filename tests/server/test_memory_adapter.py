@@ -20,6 +20,7 @@ def _cache(monkeypatch, tmp_path):
     monkeypatch.setenv("MEMPLUS_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_a_server_answers_as_the_grown_model(made, tmp_path):
     grown, folder = made
     with running(folder / "base", "--memory-adapter", str(folder / "adapter")) as server:

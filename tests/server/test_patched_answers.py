@@ -346,6 +346,7 @@ def test_metrics_count_reads_and_hits_until_the_name_is_removed(server, loaded):
     assert patch_metrics(server, "a") == {}
 
 
+@pytest.mark.slow
 def test_a_restarted_engine_has_the_patches_that_are_still_in_their_folders(
     server, patch_dir, expected, loaded
 ):

@@ -74,6 +74,7 @@ def test_a_running_stream_is_finished_before_the_end(memory_plus_folder, number)
         assert "Traceback" not in server.process.stderr.read()
 
 
+@pytest.mark.slow
 def test_streams_that_outlast_the_shutdown_timeout_end_with_an_error(slow_folder):
     with running(slow_folder, "--drain-timeout-s", "0") as server:
         body = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}
@@ -87,6 +88,7 @@ def test_streams_that_outlast_the_shutdown_timeout_end_with_an_error(slow_folder
         assert "Traceback" not in server.process.stderr.read()
 
 
+@pytest.mark.slow
 def test_an_incomplete_body_times_out(memory_plus_folder):
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
     with running(memory_plus_folder, "--body-timeout-s", "1") as server:
@@ -178,6 +180,7 @@ def memplus(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.slow
 def test_a_damaged_model_ends_the_command_with_one_line(memory_plus_folder, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(memory_plus_folder, folder)
@@ -319,6 +322,7 @@ def test_500_requests_with_a_third_cancelled_leak_nothing(memory_plus_folder):
         assert server.complete(prompt=["x"] * 616, max_tokens=1).status_code == 200
 
 
+@pytest.mark.slow
 def test_messages_larger_than_the_pipe_pass_in_both_directions(memory_plus_folder):
     with running(memory_plus_folder, "--max-admitted-tokens", "200000") as server:
         # more than 1 MB to the engine in one batch of requests
@@ -332,6 +336,7 @@ def test_messages_larger_than_the_pipe_pass_in_both_directions(memory_plus_folde
         assert server.http.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_engine_restart_ends_all_processes(memory_plus_folder):
     with running(memory_plus_folder, "--engine-restarts", "1") as server:
         os.kill(engine_of(server), signal.SIGKILL)
@@ -342,6 +347,7 @@ def test_a_signal_during_an_engine_restart_ends_all_processes(memory_plus_folder
         assert all(map(ends, pids))
 
 
+@pytest.mark.slow
 def test_a_failed_engine_restart_is_retried(memory_plus_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(memory_plus_folder, folder)
@@ -357,6 +363,7 @@ def test_a_failed_engine_restart_is_retried(memory_plus_folder, tmp_path):
         assert server.complete(prompt="x", max_tokens=2).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_model_behind_a_link_is_served_by_the_name_of_the_link(memory_plus_folder, tmp_path):
     snapshot = tmp_path / "models--acme--tiny" / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)

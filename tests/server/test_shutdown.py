@@ -95,6 +95,7 @@ def test_with_timeout_0_the_server_ends_within_2_s_under_load(slow_folder):
         assert all(map(ends, pids))
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_nothing_does_not_keep_the_server(slow_folder):
     body = b'{"prompt": "x", "n": 64, "max_tokens": 3000, "ignore_eos": true, "stream": true}'
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -109,6 +110,7 @@ def test_a_client_that_reads_nothing_does_not_keep_the_server(slow_folder):
         assert "Traceback" not in server.process.stderr.read()
 
 
+@pytest.mark.slow
 def test_a_server_that_loads_is_alive_and_not_ready(memory_plus_folder, tmp_path):
     path = tmp_path / "socket"
     command = serve_command(memory_plus_folder, "--uds", str(path))

@@ -52,6 +52,7 @@ def test_an_unusable_path_is_named(tmp_path, kind):
     assert kind != "file" or path.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_server_on_a_unix_socket_answers_and_removes_it(memory_plus_folder, tmp_path):
     path = tmp_path / "memplus.sock"
 

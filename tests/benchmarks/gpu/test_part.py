@@ -64,6 +64,7 @@ def test_figures_are_saved_with_card_and_share_and_a_failure_is_a_line(tmp_path,
     assert "FAILED: RuntimeError: out of luck\n" in printed and "bound 4" in printed
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_what_is_missing_or_wrong_and_again_everything(tmp_path):
     run_tasks(FakePart(is_wrong=True).tasks(), FigureFile(tmp_path, "fake", CARD), again=False)
     second = FakePart(fails=False)
@@ -82,6 +83,7 @@ def test_a_wrong_figure_fails_the_run(tmp_path, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cut_line_and_another_cards_lines_do_not_count(tmp_path):
     run_tasks(FakePart(fails=False).tasks(), FigureFile(tmp_path, "fake", CARD), again=False)
     other = FakePart(fails=False)

@@ -52,6 +52,7 @@ def asked(models, tmp_path):
     return written(tmp_path, [*known_a[:3], *known_b[1:3], unknown])
 
 
+@pytest.mark.slow
 def test_it_prints_and_writes_what_only_one_model_knows(
     models, asked, tmp_path, capsys, monkeypatch
 ):

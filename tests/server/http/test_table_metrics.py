@@ -184,6 +184,7 @@ def test_a_failing_write_does_not_end_the_log(caplog):
     assert len(lines) == 3 and "nobody reads" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_server_logs_lines_while_it_works(slow_folder):
     with running(slow_folder, "--log-interval-s", "1") as server:
         body = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}

@@ -225,6 +225,7 @@ def test_rows_are_ranked_by_the_record_of_the_model(folder, texts, tmp_path):
     assert set(patch.description.scores) == {"steps", "exact_after", "facts"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_record", [True, False])
 def test_without_background_the_model_writes_text_to_replay(folder, texts, tmp_path, has_record):
     model, alone = shutil.copytree(folder, tmp_path / "model"), LearningTexts(texts.facts)

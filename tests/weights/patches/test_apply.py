@@ -87,6 +87,7 @@ def test_only_the_rows_of_the_patch_change(memory_plus_folder, tmp_path, monkeyp
     assert {one.name for one in source.iterdir()} == {one.name for one in target.iterdir()}
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 10**6),
     count=st.integers(0, NUM_ROWS),

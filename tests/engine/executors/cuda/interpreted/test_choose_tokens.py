@@ -19,6 +19,8 @@ from tests.engine.sampling.definition import (
     logits,
 )
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 LAST = 1 - 2**-53
@@ -56,7 +58,7 @@ def drawn_rows(count: int, seed: int, **kind) -> np.ndarray:
 
 
 @each_dtype
-@pytest.mark.parametrize("vocab_size", [1, 7, 260, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("vocab_size", [1, 7, 260, 1000])
 def test_random_draws_equal_those_of_torch(vocab_size, dtype):
     logits_LV = (torch.randn(20, vocab_size) * 3).to(dtype)
     rows = drawn_rows(20, vocab_size)
@@ -67,9 +69,7 @@ FILTERS = {"top_k": [-1, 0, 1, 5, 999], "top_p": [1.0, 0.9, 0.3], "min_p": [0.0,
 
 
 @each_dtype
-@pytest.mark.parametrize(
-    "vocab_size", [7, *(pytest.param(size, marks=pytest.mark.slow) for size in (1000, 49_152))]
-)
+@pytest.mark.parametrize("vocab_size", [7, 1000, 49_152])
 def test_filtered_draws_equal_those_of_torch(vocab_size, dtype):
     count = 4
     logits_LV = (torch.randn(count, vocab_size) * 3).to(dtype)
@@ -77,7 +77,6 @@ def test_filtered_draws_equal_those_of_torch(vocab_size, dtype):
     assert torch.equal(sample(logits_LV, rows), choose(logits_LV, rows))
 
 
-@pytest.mark.slow
 @each_dtype
 @pytest.mark.parametrize("vocab_size", [7, 260, 1000, 5000, 49_152])
 def test_many_draws_equal_those_of_torch(vocab_size, dtype):
@@ -86,7 +85,6 @@ def test_many_draws_equal_those_of_torch(vocab_size, dtype):
     assert torch.equal(sample(logits_LV, rows), choose(logits_LV, rows))
 
 
-@pytest.mark.slow
 # a k-th weight that no other reaches; ties at the k-th; a floor below the least weight
 @example(torch.arange(12.0), torch.float32, 1.0, 5, 1.0, 0.0)
 @example(torch.arange(12.0) // 4, torch.bfloat16, 1.0, 5, 0.5, 0.0)
@@ -148,7 +146,7 @@ def test_both_ends_of_the_uniform_numbers(vocab_size, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("vocab_size", [5, 256, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("vocab_size", [5, 256, 5000])
 def test_nan_and_infinity_give_no_token_and_do_not_affect_other_rows(vocab_size, dtype):
     good_LV = torch.randn(5, vocab_size).to(dtype)
     bad_LV = invalid_rows(vocab_size, torch.float32).to(dtype)
@@ -205,7 +203,6 @@ def test_a_weight_below_the_floor_by_rounding_is_kept(kind):
     assert torch.equal(choose(logits_LV, rows), sample(logits_LV, rows))
 
 
-@pytest.mark.slow
 def test_draws_have_the_right_frequencies():
     logits_V, count = torch.randn(5), 200
     rows = choices(count, temperature=0.7, uniform=np.random.default_rng(2).random(count))
@@ -214,7 +211,6 @@ def test_draws_have_the_right_frequencies():
     assert stats.chisquare(drawn, expected_V / expected_V.sum() * count).pvalue > 0.001
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [{"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "min_p": 0.1}])
 def test_filtered_draws_have_the_right_frequencies(kind):
     logits_V, count = torch.randn(12), 400
@@ -265,7 +261,6 @@ def test_logits_whose_columns_have_gaps_are_refused():
         choose_tokens(torch.zeros(1, 8)[:, ::2], on_device(choices(1)), one, one, one)
 
 
-@pytest.mark.slow
 @each_dtype
 def test_a_large_vocabulary(dtype):
     logits_V = (torch.randn(49_155) * 4).to(dtype)

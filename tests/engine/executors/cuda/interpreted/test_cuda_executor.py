@@ -78,6 +78,7 @@ def test_models_in_groups(dtype, tied):
     assert run(served, {0: [greedy(name, ids, COUNT) for name, ids in PROMPTS.items()]}) == expected
 
 
+@pytest.mark.slow
 def test_layers_of_one_product_in_several_formats(dense):
     formats = {"q_proj": 8, "k_proj": 4, "gate_proj": 4}  # the others are dense
     groups = {
@@ -91,6 +92,7 @@ def test_layers_of_one_product_in_several_formats(dense):
     assert found == {"a": wanted}
 
 
+@pytest.mark.slow
 def test_experts_in_several_formats():
     model = random_model(tiny_config(**feed_forward_changes("moe")))
     weights = {
@@ -185,6 +187,7 @@ SAMPLING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -335,6 +338,7 @@ def test_no_wait_can_be_left_out(dense):
         assert found != expected, wait
 
 
+@pytest.mark.slow
 def test_logits_of_a_prompt(dense):
     executor = engine(dense)._executor
     found = executor.logits(prompt_batch(range(15), block_size=4))

@@ -33,7 +33,10 @@ from tests.models import (
     tiny_config,
 )
 
-pytestmark = pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler"),
+]
 
 PROMPTS = {"a": [1, 2, 3], "b": [4, 5, 6, 7, 8, 9, 10], "c": [11]}
 CONFIG = EngineConfig(
@@ -78,7 +81,6 @@ def test_tokens_while_both_caches_evict(tmp_path):
     assert not counts.prefetched
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "memory"),
     [
@@ -94,7 +96,6 @@ def test_tokens_of_every_kind_of_memory(kinds, memory, tmp_path):
     assert bool(counts.prefetched) == ("peer" in kinds)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_of_every_format(kind, tmp_path):
     model = random_model(tiny_config(**feed_forward_changes("memory_plus")))
@@ -103,7 +104,6 @@ def test_tokens_of_every_format(kind, tmp_path):
     assert check(model, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lookahead", [None, LookaheadConfig(2, 3)])
 def test_steps_are_graphs_between_memory_layers(lookahead, tmp_path):
     model = random_model(tiny_config(**feed_forward_changes("memory_plus", "dense", "memory_plus")))
@@ -115,7 +115,6 @@ def test_steps_are_graphs_between_memory_layers(lookahead, tmp_path):
     assert bool(counts.prefetched) == (lookahead is not None)
 
 
-@pytest.mark.slow
 def test_rows_of_traced_tokens(tmp_path):
     model = random_model(tiny_config(**feed_forward_changes("memory_plus")))
     kept = dict(model.tables)
@@ -126,7 +125,6 @@ def test_rows_of_traced_tokens(tmp_path):
     check_reads(model, PROMPTS["a"], reads["a"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lookahead", [None, LookaheadConfig(1, 2)])
 def test_row_patches(lookahead, tmp_path):
     kinds = ("memory_plus", "dense", "memory_plus")
@@ -134,7 +132,6 @@ def test_row_patches(lookahead, tmp_path):
     assert test_patches.check(kinds, table_of=make, lookahead=lookahead).num_replays
 
 
-@pytest.mark.slow
 def test_a_read_error_ends_the_requests_that_need_the_row(tmp_path):
     model = random_model(tiny_config(**feed_forward_changes("memory_plus")))
     expected = {name: plain_greedy(model, ids, 2) for name, ids in PROMPTS.items()}

@@ -19,6 +19,8 @@ from tests.models import (
     tiny_config,
 )
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = {"a": [1, 2, 3], "b": [4, 5, 6, 7, 8, 9, 10], "c": [11]}
 CONFIG = EngineConfig(
     kv_cache_gib=0.001, max_num_seqs=3, max_batched_tokens=16, block_size=4, max_model_len=64
@@ -38,12 +40,10 @@ def check(model, lookahead=None, warm: bool = False) -> FakeDevice:
     return device
 
 
-@pytest.mark.parametrize(
-    "lookahead", [pytest.param(None, marks=pytest.mark.slow), LookaheadConfig(2, 3)]
-)
+@pytest.mark.parametrize("lookahead", [None, LookaheadConfig(2, 3)])
 @pytest.mark.parametrize(
     "kinds",
-    [("memory_plus", "pkm"), pytest.param(("dense", "peer"), marks=pytest.mark.slow)],
+    [("memory_plus", "pkm"), ("dense", "peer")],
 )
 def test_tokens_and_evictions(kinds, lookahead):
     model = random_model(tiny_config(**feed_forward_changes(*kinds)))
@@ -56,7 +56,6 @@ def test_tokens_and_evictions(kinds, lookahead):
     assert any(counts.prefetched for counts in counted) == hints
 
 
-@pytest.mark.slow
 def test_every_step_joins_the_side_stream_first(monkeypatch):
     joins = []
     join = HostTable.join

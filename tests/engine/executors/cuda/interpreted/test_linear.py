@@ -29,6 +29,8 @@ from tests.engine.executors.cuda.padded import (
     check_close,
 )
 
+pytestmark = pytest.mark.slow
+
 EPS = 1e-5
 FUNCTIONS = (narrow_linear, wide_linear)
 
@@ -101,12 +103,8 @@ def test_rows_of_any_number(rows, function, dtype):
 
 
 @pytest.mark.parametrize("is_gated", [False, True])
-@pytest.mark.parametrize(
-    "outputs", [1, 17, *(pytest.param(n, marks=pytest.mark.slow) for n in (96, 1000))]
-)
-@pytest.mark.parametrize(
-    "width", [8, 100, *(pytest.param(n, marks=pytest.mark.slow) for n in (576, 1000))]
-)
+@pytest.mark.parametrize("outputs", [1, 17, 96, 1000])
+@pytest.mark.parametrize("width", [8, 100, 576, 1000])
 def test_ragged_shapes(width, outputs, is_gated):
     check(Case(3, width, outputs, torch.bfloat16, has_norm=True, is_gated=is_gated))
 
@@ -142,7 +140,6 @@ def test_all_options_together(case):
 
 
 # torch's products of fp16 round before the gate, which minimums would make too large
-@pytest.mark.slow
 @given(CASES.filter(lambda case: case.groups is None or not case.groups.has_minimums))
 def test_all_options_of_torch_products(case):
     torch.manual_seed(20)
@@ -176,7 +173,7 @@ def test_weights_of_8_bits_have_the_bits_of_their_dense_copy(width, is_gated, dt
 # the fewest and the most rows of each block
 @pytest.mark.parametrize(
     ("few", "rows"),
-    [(1, 16), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((17, 32), (33, 64)))],
+    [(1, 16), (17, 32), (33, 64)],
 )
 def test_a_row_does_not_depend_on_the_others(few, rows, width, outputs, dtype):
     operands = Case(rows, width, outputs, dtype, True, True, True).operands()

@@ -19,6 +19,8 @@ from tests.engine.executors.cuda.padded import (
     check_close,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def operands(
     num_tokens: int, num_experts: int, width: int, inner: int, dtype: torch.dtype
@@ -57,7 +59,7 @@ def check(tensors: tuple[Tensor, ...], top_k: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [0, 1, 7, pytest.param(33, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 33])
 def test_tokens_of_any_number(num_tokens, dtype):
     check(operands(num_tokens, 8, 40, 24, dtype), 2)
 
@@ -81,7 +83,6 @@ def test_experts_in_groups(one, dtype):
     assert torch.equal(twin, mixture_reference(residual.clone(), x, logits, *dense, 2))
 
 
-@pytest.mark.slow
 @given(
     num_tokens=st.sampled_from([1, 5, 16, 70]),
     num_experts=st.sampled_from([1, 3, 12]),
@@ -112,13 +113,7 @@ def test_experts_that_no_token_chose_are_not_read():
     assert wanted.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.bfloat16,
-        *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float16)),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_a_token_does_not_depend_on_the_others(dtype):
     residual, x, logits, *weights = operands(3, 4, 100, 24, dtype)
     together = added(residual, x, logits, *weights, top_k=2)

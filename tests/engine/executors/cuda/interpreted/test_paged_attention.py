@@ -22,22 +22,16 @@ from engine.model.layout import PagedKv, TokenLayout
 from tests.engine.executors.cuda.interpreted.attention_cases import attention_case
 from tests.kernel_tools.planted_faults import with_fault
 
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # decode, a chunk whose first queries come before the last tile of keys, long chunks, padding
 # without tokens
 MIXED = {"counts": (1, 9, 40, 1, 0, 33), "lengths": (70, 70, 100, 1, 9, 64)}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "fp8"),
-    [
-        (torch.bfloat16, False),
-        (torch.float32, True),
-        *(pytest.param(dtype, False, marks=slow) for dtype in (torch.float32, torch.float16)),
-        *(pytest.param(dtype, True, marks=slow) for dtype in (torch.bfloat16, torch.float16)),
-    ],
-)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_mixed_steps(dtype, fp8):
     attention_case(**MIXED, dtype=dtype, fp8=fp8).check()
     attention_case(**MIXED, dtype=dtype, fp8=fp8, num_shared=3).check(num_splits=3)
@@ -73,7 +67,7 @@ def test_contexts_around_the_borders_of_tiles(count, length):
 
 @pytest.mark.parametrize(
     ("group", "num_splits"),
-    [(4, 4), *(pytest.param(n, m, marks=slow) for n in (1, 2, 3, 5, 7, 8) for m in (1, 4))],
+    [(4, 4), *((n, m) for n in (1, 2, 3, 5, 7, 8) for m in (1, 4))],
 )
 def test_short_chunks_beside_tokens_and_long_chunks(group, num_splits):
     # around the limits of all groups
@@ -81,7 +75,7 @@ def test_short_chunks_beside_tokens_and_long_chunks(group, num_splits):
     attention_case(counts, lengths, num_heads=group, num_kv_heads=1).check(num_splits)
 
 
-@pytest.mark.parametrize("num_splits", [4, *(pytest.param(n, marks=slow) for n in (1, 16))])
+@pytest.mark.parametrize("num_splits", [1, 4, 16])
 def test_long_contexts(num_splits):
     few = {"num_heads": 2, "num_kv_heads": 1, "dtype": torch.bfloat16}
     attention_case([1, 1, 1], [5000, 3, 4097], **few).check(num_splits)
@@ -89,7 +83,7 @@ def test_long_contexts(num_splits):
 
 @pytest.mark.parametrize(
     ("group", "num_splits"),
-    [(4, 4), *(pytest.param(*n, marks=slow) for n in ((1, 4), (4, 1), (8, 4), (4, 16)))],
+    [(4, 4), (1, 4), (4, 1), (8, 4), (4, 16)],
 )
 def test_short_chunks_at_the_end_of_long_contexts(group, num_splits):
     few = {"num_heads": group, "num_kv_heads": 1, "dtype": torch.bfloat16}
@@ -100,17 +94,13 @@ def test_a_chunk_at_the_end_of_a_long_prompt():
     attention_case([40], [5000], num_heads=2, num_kv_heads=1, dtype=torch.bfloat16).check()
 
 
-@pytest.mark.parametrize(
-    "num_splits", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 16, 17, 40))]
-)
+@pytest.mark.parametrize("num_splits", [1, 2, 5, 16, 17, 40])
 @pytest.mark.parametrize("length", [1, 100, 300])
 def test_more_splits_than_tiles_of_keys(length, num_splits):
     attention_case([1, 1], [length, 1], head_dim=64).check(num_splits)
 
 
-@pytest.mark.parametrize(
-    "group", [1, 3, 8, *(pytest.param(n, marks=slow) for n in (2, 4, 5, 7, 16, 17))]
-)
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 17])
 def test_groups(group):
     attention_case((1, 35), (40, 50), num_heads=2 * group, num_kv_heads=2).check(num_splits=2)
 
@@ -179,7 +169,6 @@ def test_every_fp8_code_is_read_exactly():
     assert torch.equal(case.run()[0], codes[0].view(torch.float8_e4m3fn).bfloat16())
 
 
-@pytest.mark.slow
 @given(
     spans=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 90)), min_size=1, max_size=4),
     heads=st.tuples(st.integers(1, 6), st.integers(1, 3)),
@@ -260,12 +249,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
 def test_every_path_passes_without_a_fault():
     full_check()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(fault, monkeypatch, tmp_path):
     faulty = with_fault(attention_kernels, *FAULTS[fault], tmp_path)

@@ -24,6 +24,8 @@ from tests.engine.test_patched_requests import asks, changed_model, model_of
 from tests.memory_ops.interpreted.test_host_in_model import on_host
 from tests.models import plain_greedy, run
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("memory_plus", "dense")
 PROMPTS = {"a": [1, 2, 3], "b": [4, 5], "c": [11]}
 COUNT = 3
@@ -74,17 +76,14 @@ def test_sets_in_one_batch_in_graphs():
     assert check(("memory_plus",), count=2, num_first=3).num_replays == 1
 
 
-@pytest.mark.slow
 def test_mixed_steps_in_graphs():
     assert check(KINDS, replace(CONFIG, max_batched_tokens=64)).num_replays == COUNT + 1
 
 
-@pytest.mark.slow
 def test_tables_of_several_layers():
     check(("memory_plus", "pkm", "memory_plus"), share_values=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lookahead", [None, LookaheadConfig(1, 2)])
 def test_tables_in_host_memory_behind_a_cache_that_evicts(lookahead):
     kinds = ("memory_plus", "dense", "memory_plus")

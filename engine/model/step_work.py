@@ -39,6 +39,13 @@ class StepWork:
     flops: int
     integer_ops: int = 0
 
+    def __add__(self, other: "StepWork") -> "StepWork":
+        return StepWork(
+            self.num_bytes + other.num_bytes,
+            self.flops + other.flops,
+            self.integer_ops + other.integer_ops,
+        )
+
     def least_seconds(self, limits: MachineLimits) -> float:
         """The roofline: reading and multiplying overlap, so the longer of the two counts."""
         products = self.flops / limits.gflops
@@ -107,26 +114,31 @@ class ModelWork:
     def of(self, chunks: Iterable[Chunk], num_logits: int) -> StepWork:
         """The work of a step that runs ``chunks`` and computes ``num_logits`` rows of logits."""
         chunks = list(chunks)
-        config = self._config
-        tokens = sum(chunk.count for chunk in chunks)
-        cached_tokens = sum(chunk.end for chunk in chunks)
-        # pairs of a token and a position that it attends to: itself and all earlier ones
-        pairs = sum(chunk.count * (chunk.start + chunk.end + 1) // 2 for chunk in chunks)
+        return self.products(sum(chunk.count for chunk in chunks), num_logits) + self.attention(
+            chunks
+        )
+
+    def products(self, tokens: int, num_logits: int) -> StepWork:
+        """The part of a step that reads weights and table rows."""
         share = self._share_of_experts(tokens)
         weights = self._layers.num_bytes + (self._head.num_bytes if num_logits else 0)
         grouped = self._layers.grouped + round(self._experts.grouped * share)
         integer_ops = 2 * (grouped * tokens + self._head.grouped * num_logits)
         return StepWork(
-            num_bytes=weights
-            + round(self._experts.num_bytes * share)
-            + cached_tokens * self._kv_bytes
-            + self.table_bytes(tokens),
-            flops=self._layer_flops * tokens
-            + self._head_flops * num_logits
-            # one product with the key, one with the value
-            + 4 * pairs * config.num_layers * config.num_heads * config.head_dim
-            - integer_ops,
+            num_bytes=weights + round(self._experts.num_bytes * share) + self.table_bytes(tokens),
+            flops=self._layer_flops * tokens + self._head_flops * num_logits - integer_ops,
             integer_ops=integer_ops,
+        )
+
+    def attention(self, chunks: Iterable[Chunk]) -> StepWork:
+        """The part of a step that reads keys and values."""
+        chunks, config = list(chunks), self._config
+        # pairs of a token and a position that it attends to: itself and all earlier ones
+        pairs = sum(chunk.count * (chunk.start + chunk.end + 1) // 2 for chunk in chunks)
+        return StepWork(
+            num_bytes=sum(chunk.end for chunk in chunks) * self._kv_bytes,
+            # one product with the key, one with the value
+            flops=4 * pairs * config.num_layers * config.num_heads * config.head_dim,
         )
 
     def table_bytes(self, tokens: int) -> int:

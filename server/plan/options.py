@@ -61,8 +61,9 @@ class PlanOptions:
     gb_per_s: float | None = field(
         default=None,
         metadata={
+            "metavar": "NUMBER",
             "help": "bandwidth of the memory that weights are read from, of one GPU (default: that"
-            " of its kind; without --gpu measured)"
+            " of its kind; without --gpu measured)",
         },
     )
     tflops: float | None = field(

@@ -94,8 +94,10 @@ def _seconds(
     Reads that overlap with products take less, at best the longer of both. Behind a GPU, rows of
     the disk tier come over the bus from the cache in host memory too.
     """
-    work, tokens = model.work.of(chunks, num_logits), sum(chunk.count for chunk in chunks)
-    seconds = work.least_seconds(machine.limits) / options.efficiency
+    tokens = sum(chunk.count for chunk in chunks)
+    # one after the other: attention waits for memory while products wait for arithmetic
+    parts = (model.work.products(tokens, num_logits), model.work.attention(chunks))
+    seconds = sum(part.least_seconds(machine.limits) for part in parts) / options.efficiency
     if tier == "device" or not model.row_bytes:
         return seconds
     row_bytes = model.work.table_bytes(tokens)

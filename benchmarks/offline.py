@@ -27,6 +27,7 @@ from server.device import chosen_device
 from server.engine_entry import build_engine
 from server.memory_nodes import spread_over_nodes
 from server.model_options import ModelOptions
+from server.plan.options import EFFICIENCY
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
 from weights.checkpoints.packed_formats import packed_formats
 from weights.models.adapted_model import find_served
@@ -42,7 +43,8 @@ class Result:
     """One line of the table, one object of the JSON file: the median round.
 
     ``tokens`` counts one round. ``limit_ms`` is the roofline: the least time of a step at this
-    bandwidth and product rates, which are measured between the rounds.
+    bandwidth and product rates, which are measured between the rounds. ``planned_tokens_per_s`` is
+    the prediction of ``memplus plan`` with these limits.
     """
 
     phase: str
@@ -52,6 +54,7 @@ class Result:
     ms_per_step: float
     limit_ms: float
     roofline_share: float
+    planned_tokens_per_s: float
     bandwidth_gb_per_s: float
     product_gflops: float
     integer_gops: float
@@ -95,7 +98,10 @@ def measure(
     print(f"{model.model}, {dtype}, {device}, medians of {load.rounds} rounds")
     if text is not None:
         _print_perplexity(engine, settings.folder.folder, text)
-    print("phase    batch  tokens  tokens/s   ms/step  limit ms  share    GB/s  GFLOP/s   GOP/s")
+    print(
+        "phase    batch  tokens  tokens/s   ms/step  limit ms  share  planned"
+        "    GB/s  GFLOP/s   GOP/s"
+    )
     results: list[Result] = []
     for result in benchmark.results():
         results.append(result)
@@ -136,6 +142,7 @@ def _line(result: Result) -> str:
     return (
         f"{result.phase:<7} {result.batch:>6} {result.tokens:>7} {result.tokens_per_s:>9.1f}"
         f" {result.ms_per_step:>9.3f} {result.limit_ms:>9.3f} {result.roofline_share:>6.2f}"
+        f" {result.planned_tokens_per_s:>8.1f}"
         f" {result.bandwidth_gb_per_s:>7.1f} {result.product_gflops:>8.1f}"
         f" {f'{result.integer_gops:.0f}' if result.integer_gops else '-':>7}"
     )
@@ -185,6 +192,9 @@ class _Benchmark:
         least = sum(
             self._work.of(s.chunks, s.num_logits).least_seconds(median_limits) for s in steps
         )
+        planned = sum(
+            self._work.seconds_in_turn(s.chunks, s.num_logits, median_limits) for s in steps
+        )
         tokens = sum(chunk.count for step in steps for chunk in step.chunks)
         return Result(
             phase=phase,
@@ -194,6 +204,7 @@ class _Benchmark:
             ms_per_step=seconds / len(steps) * 1e3,
             limit_ms=least / len(steps) * 1e3,
             roofline_share=least / seconds,
+            planned_tokens_per_s=tokens / planned * EFFICIENCY,
             bandwidth_gb_per_s=median_limits.gb_per_s,
             product_gflops=median_limits.gflops,
             integer_gops=median_limits.integer_gops,

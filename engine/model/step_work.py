@@ -141,6 +141,17 @@ class ModelWork:
             flops=4 * pairs * config.num_layers * config.num_heads * config.head_dim,
         )
 
+    def seconds_in_turn(
+        self, chunks: Iterable[Chunk], num_logits: int, limits: MachineLimits
+    ) -> float:
+        """The least time of a step whose products and attention take turns.
+
+        On one device they do: attention waits for memory while products wait for arithmetic.
+        """
+        chunks = list(chunks)
+        products = self.products(sum(chunk.count for chunk in chunks), num_logits)
+        return products.least_seconds(limits) + self.attention(chunks).least_seconds(limits)
+
     def table_bytes(self, tokens: int) -> int:
         """Bytes of the table rows that a step of ``tokens`` tokens reads, a part of its bytes."""
         memory = self._config.memory

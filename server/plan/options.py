@@ -13,6 +13,8 @@ _CACHE_SHARE, _HITS = 0.1, 0.77
 # what a GPU or a CPU cannot serve, as `memplus serve` refuses it
 _CPU_ONLY = {"weight_dtype": GROUPED_DTYPES, "kv_dtype": ("int8",)}
 _GPU_ONLY = {"dtype": ("float16",), "kv_dtype": ("fp8",)}
+# of the speed that bytes and products allow; docs/planning.md compares it with measurements
+EFFICIENCY = 0.85
 _CONTEXT, _PROMPT = 1024, 512
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = re.compile(f"([0-9]{{1,9}})({'|'.join(_UNITS)})")
@@ -101,7 +103,7 @@ class PlanOptions:
         },
     )
     efficiency: float = field(
-        default=0.85,
+        default=EFFICIENCY,
         metadata={
             "metavar": "FRACTION",
             "help": "what a step reaches of the speed that bytes and products allow",

@@ -95,9 +95,7 @@ def _seconds(
     the disk tier come over the bus from the cache in host memory too.
     """
     tokens = sum(chunk.count for chunk in chunks)
-    # one after the other: attention waits for memory while products wait for arithmetic
-    parts = (model.work.products(tokens, num_logits), model.work.attention(chunks))
-    seconds = sum(part.least_seconds(machine.limits) for part in parts) / options.efficiency
+    seconds = model.work.seconds_in_turn(chunks, num_logits, machine.limits) / options.efficiency
     if tier == "device" or not model.row_bytes:
         return seconds
     row_bytes = model.work.table_bytes(tokens)

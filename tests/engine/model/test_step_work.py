@@ -85,6 +85,18 @@ def test_peer_reads_two_tables_and_a_mixture_only_the_chosen_experts():
     )
 
 
+def test_products_and_attention_take_turns():
+    work = ModelWork(tiny_config(), 2, 0)
+    chunks, limits = [Chunk(3, 2), Chunk(9, 1)], MachineLimits(gb_per_s=1e-6, gflops=1e-3)
+    attention = work.attention(chunks)
+    # all context tokens are read, and each token attends to itself and all before it
+    assert attention.num_bytes == 15 * KV_BYTES
+    whole, products = work.of(chunks, 2), work.products(3, 2)
+    assert whole.flops - products.flops == attention.flops
+    seconds = products.least_seconds(limits) + attention.least_seconds(limits)
+    assert work.seconds_in_turn(chunks, 2, limits) == seconds >= whole.least_seconds(limits)
+
+
 def test_the_roofline_is_the_longer_of_reading_and_multiplying():
     work = StepWork(num_bytes=8 * 10**9, flops=6 * 10**9)
     assert work.least_seconds(MachineLimits(gb_per_s=2, gflops=3)) == 4

@@ -78,7 +78,7 @@ def test_filtered_draws_equal_those_of_torch(vocab_size, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("vocab_size", [7, 260, 1000, 5000, 49_152])
+@pytest.mark.parametrize("vocab_size", [7, 260, 1000, 5000])
 def test_many_draws_equal_those_of_torch(vocab_size, dtype):
     logits_LV = (torch.randn(60, vocab_size) * 3).to(dtype)
     rows = drawn_rows(60, vocab_size + 1, **FILTERS)
@@ -204,7 +204,7 @@ def test_a_weight_below_the_floor_by_rounding_is_kept(kind):
 
 
 def test_draws_have_the_right_frequencies():
-    logits_V, count = torch.randn(5), 200
+    logits_V, count = torch.randn(5), 100
     rows = choices(count, temperature=0.7, uniform=np.random.default_rng(2).random(count))
     expected_V = kept_weights(logits_V.double().numpy(), rows[0])
     drawn = np.bincount(sample(logits_V.expand(count, -1), rows).numpy(), minlength=5)
@@ -213,10 +213,10 @@ def test_draws_have_the_right_frequencies():
 
 @pytest.mark.parametrize("kind", [{"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "min_p": 0.1}])
 def test_filtered_draws_have_the_right_frequencies(kind):
-    logits_V, count = torch.randn(12), 400
+    logits_V, count = torch.randn(8), 100
     rows = choices(count, uniform=np.random.default_rng(3).random(count), **kind)
     expected_V = kept_weights(logits_V.double().numpy(), rows[0])
-    drawn = np.bincount(sample(logits_V.expand(count, -1), rows).numpy(), minlength=12)
+    drawn = np.bincount(sample(logits_V.expand(count, -1), rows).numpy(), minlength=8)
     assert not drawn[expected_V == 0].any()
     kept = expected_V > 0
     expected = expected_V[kept] / expected_V.sum() * count
@@ -264,4 +264,4 @@ def test_logits_whose_columns_have_gaps_are_refused():
 @each_dtype
 def test_a_large_vocabulary(dtype):
     logits_V = (torch.randn(49_155) * 4).to(dtype)
-    check(sample, logits_V, choices(1, 0.8, 50, 0.9)[0], most_draws=4, num_random=4)
+    check(sample, logits_V, choices(1, 0.8, 50, 0.9)[0], most_draws=2, num_random=2)

@@ -155,8 +155,9 @@ def load_model(
     Args:
         folder: the checkpoint folder.
         dtype: dtype of the weights; see ``serving_dtype``.
-        table_cache, host_cache: bytes of row cache for all tables; see ``placed_tables``.
+        table_cache: bytes of row cache for all tables; see ``placed_tables``.
         device: the CPU or a GPU.
+        host_cache: bytes of the cache in host memory, of tables that a GPU reads from disk.
         table_dtype: one of ``TABLE_DTYPES``, to which tables in memory are converted; auto keeps
             the stored dtype.
         verify_tables: compare the tables' data with the checksums in their files.

@@ -13,7 +13,7 @@ NATIVE := memory_ops/native engine/executors/cpu/native benchmarks/native
 # continues a training run that was interrupted
 RESUME = $(if $(wildcard build/wordnet/run/settings.json),--resume)
 
-.PHONY: install serve test test-slow soak check wordnet format clean
+.PHONY: install serve test test-slow soak check docs wordnet format clean
 
 install: $(VENV)/installed
 serve: install
@@ -27,6 +27,8 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q $(HOUSE)
+docs: $(VENV)/installed-dev  # the website, in build/site; `.ci/run` builds it in tests/docs/test_site.py
+	$(BIN)/mkdocs build --strict
 soak: $(VENV)/installed-dev  # on a quiet machine: `bench overload` also fails if the server is slow
 	$(BIN)/python -m pytest -q -s -m soak tests/soak $(ARGS)
 	$(BIN)/memplus bench overload

@@ -155,10 +155,10 @@ def load_model(
     Args:
         folder: the checkpoint folder.
         dtype: dtype of the weights; see ``serving_dtype``.
-        table_cache, host_cache: bytes of row cache for all tables; see ``placed_tables``.
+        table_cache: bytes of row cache for all tables; see ``placed_tables``.
         device: the CPU or a GPU.
-        table_dtype: one of ``TABLE_DTYPES``, to which tables in memory are converted; auto keeps
-            the stored dtype.
+        host_cache: bytes of the cache in host memory, of tables that a GPU reads from disk.
+        table_dtype: dtype of tables in memory, one of ``TABLE_DTYPES``; auto: as stored.
         verify_tables: compare the tables' data with the checksums in their files.
         keep_stored: load weights for an executor: those in groups stay so, and on the CPU all are
             mapped as they are stored, and the executor converts one layer at a time. Otherwise they

@@ -1,4 +1,4 @@
-"""The collective calls through which processes read and train a value table that they share."""
+"""Protocol of the collective calls by which processes read and train a table that they share."""
 
 from collections.abc import Sequence
 from typing import Protocol

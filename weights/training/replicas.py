@@ -1,15 +1,18 @@
 """Data-parallel training: processes that each compute a part of every batch."""
 
+import contextlib
 import hashlib
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
 
 from memory_ops.tables.trained import TableReads
+from weights.errors import TrainingError
 
 # in a step a process that does not answer is dead; collective calls end after this time
 STEP_TIMEOUT = timedelta(minutes=30)
@@ -21,7 +24,8 @@ class Replicas:
     """The processes of a run. All apply the same steps to the weights that they hold.
 
     With one process, all methods are trivial. Several processes have joined a process group of
-    torch.distributed, and must call the same methods in the same order.
+    torch.distributed, and must call the same methods in the same order. All methods raise
+    TrainingError if another process has ended, or does not answer in time.
 
     Attributes:
         rank: index of this process.
@@ -52,8 +56,7 @@ class Replicas:
         """The processes of the group that this process has joined."""
         rank, count = distributed.get_rank(), distributed.get_world_size()
         patient_group = distributed.new_group(timeout=_PATIENT_TIMEOUT, backend="gloo")
-        digest = hashlib.sha256(socket.gethostname().encode()).digest()
-        machine = torch.tensor([int.from_bytes(digest[:7], "big")])
+        machine = torch.tensor([_machine_number()])
         machines = [torch.empty_like(machine) for _ in range(count)]
         distributed.all_gather(machines, machine, patient_group)
         local_count = sum(bool(one == machine) for one in machines)
@@ -151,28 +154,52 @@ class Replicas:
         self, tensor: Tensor, operation: distributed.ReduceOp.RedOpType, *, is_patient: bool = False
     ) -> None:
         """Replace a tensor by the sums or maxima over all processes."""
-        group = self._patient_group if is_patient else None
-        distributed.all_reduce(tensor, operation, group)
+        with _naming_lost_process():
+            distributed.all_reduce(tensor, operation, self._patient_group if is_patient else None)
 
     def sum_all(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by the sum over all processes, all at the same time."""
-        pending = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
-        for one in pending:
-            one.wait()
+        with _naming_lost_process():
+            pending = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+            for one in pending:
+                one.wait()
 
     def all_gather(self, parts: list[Tensor], part: Tensor) -> None:
         """Fill ``parts`` with the parts of all processes, which have one shape."""
-        distributed.all_gather(parts, part)
+        with _naming_lost_process():
+            distributed.all_gather(parts, part)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Replace a tensor on the CPU by that of the first process."""
-        distributed.broadcast(tensor, 0, self._patient_group)
+        with _naming_lost_process():
+            distributed.broadcast(tensor, 0, self._patient_group)
 
     def swap_bytes(
         self, received: Tensor, sent: Tensor, sizes: list[int], sent_sizes: list[int]
     ) -> None:
         """Fill ``received`` with what the processes send, by the bytes to and from each."""
-        distributed.all_to_all_single(received, sent, sizes, sent_sizes)
+        with _naming_lost_process():
+            distributed.all_to_all_single(received, sent, sizes, sent_sizes)
+
+
+@contextlib.contextmanager
+def _naming_lost_process() -> Iterator[None]:
+    """Raise TrainingError if a collective call fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise TrainingError(
+            f"a process of the run has ended, or does not answer ({reason}); when all have ended,"
+            " continue with --resume"
+        ) from None
+
+
+def _machine_number() -> int:
+    """A number that is the same for processes of one machine, or of one container."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    name = socket.gethostname() + (boot.read_text() if boot.exists() else "")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weights.checkpoints.tensor_files import TensorSource
 from weights.checkpoints.tensor_part import TensorPart, write_part
-from weights.errors import CheckpointError
+from weights.errors import CheckpointError, TrainingError
 from weights.training.replicas import Replicas
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,14 @@ class SharedSave:
     So the run folder must be on a file system that all processes share.
     """
 
-    def __init__(self, files: Mapping[str, Mapping[str, TensorPart]], replicas: Replicas) -> None:
-        """``files`` are the tensors by any names of files and by their own names."""
-        self._files, self._replicas = files, replicas
+    def __init__(
+        self, folder: Path, files: Mapping[str, Mapping[str, TensorPart]], replicas: Replicas
+    ) -> None:
+        """Write below ``folder``, whose path may differ between machines.
+
+        ``files`` are the tensors by any names of files and by their own names.
+        """
+        self._folder, self._files, self._replicas = folder, files, replicas
 
     def sources(self, file: str) -> list[TensorSource]:
         """The tensors of one of the files, for the first process to write."""
@@ -44,13 +49,13 @@ class SharedSave:
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
         """In the first process: let the others go on when the checkpoint is done, or has failed."""
-        outcome = _FAILED
         try:
             yield
-            outcome = _DONE
-        finally:
-            if self._replicas.count > 1:
-                self._replicas.first_text(outcome)
+        except BaseException:
+            with contextlib.suppress(TrainingError):  # another process has ended
+                self._replicas.first_text(_FAILED)
+            raise
+        self._replicas.first_text(_DONE)
 
     def follow(self, target: Path) -> None:
         """In the other processes: write parts until the first process is done.
@@ -60,12 +65,13 @@ class SharedSave:
         """
         while (request := self._replicas.first_text("")) not in (_DONE, _FAILED):
             file, name, path, offset = json.loads(request)
-            self._write(file, name, Path(path), offset)
+            self._write(file, name, self._folder / path, offset)
         if request == _FAILED:
             raise CheckpointError(f"{target}: cannot be written; see the first process's error")
 
     def _store(self, file: str, name: str, path: Path, offset: int) -> None:
-        self._replicas.first_text(json.dumps([file, name, str(path), offset]))
+        place = str(path.relative_to(self._folder))
+        self._replicas.first_text(json.dumps([file, name, place, offset]))
         if self._write(file, name, path, offset):
             raise OSError(0, f"tensor {name}: a process failed; see its log")
 

@@ -1,4 +1,4 @@
-"""How the processes of a run divide its value tables: not at all, by rows, or by columns."""
+"""Division of value tables among the processes of a run: none, by rows, or by columns."""
 
 from dataclasses import dataclass, field
 

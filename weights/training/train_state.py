@@ -73,7 +73,7 @@ class TrainState:
             _MOMENTS_FILE: self._moments(),
             _USAGE_FILE: self._usage(),
         }
-        shared = SharedSave(files, self.replicas)
+        shared = SharedSave(self.folder, files, self.replicas)
         if self.replicas.is_first:
             with shared.leading():
                 self._write(target, step, position, shared, row_reads)

@@ -104,6 +104,7 @@ class Trainer:
         if plan.resumed is not None:
             self.step, position = self._state.load(plan.resumed)
             self._stream.seek(position)
+        self._replicas.wait()  # some may load more slowly than others
         self._check_replicas()
         self._log = RunLog(folder / LOG)
         if self._replicas.is_first:

@@ -85,6 +85,7 @@ def plan_run(
     lines += saved.changes
     _check_sequences(config, shape)
     check_table_tier(shape, config.run.device, config.run.table_tier)
+    lines += _sharding_lines(shape, config.run.table_sharding, replicas.count)
     init_from = "" if resumed is not None else config.run.init_from
     model = planned_model(shape, init_from, is_dense_frozen="dense" in config.run.freeze)
     memory = training_memory(model, shape, config, replicas.count)
@@ -110,6 +111,19 @@ def _check_sequences(config: TrainConfig, shape: ModelConfig) -> None:
             f"data.sequence_length: must be at most model.max_position_embeddings"
             f" {shape.max_positions}, not {config.data.sequence_length}"
         )
+
+
+def _sharding_lines(shape: ModelConfig, sharding: str, processes: int) -> list[str]:
+    """The division of tables in words (ConfigError if there are none)."""
+    if sharding == "none":
+        return []
+    if not shape.table_names:
+        raise ConfigError(
+            f"run.table_sharding: {sharding} is for tables, but the model has no memory layers"
+        )
+    if processes == 1:
+        return ["run.table_sharding: one process holds whole tables"]
+    return [f"tables: divided by {sharding} among {processes} processes"]
 
 
 def _check_steps(run: RunConfig, done: int) -> None:

@@ -164,6 +164,8 @@ def test_tables_that_cannot_be_divided_are_refused(config, tmp_path):
         plan_run(config(COLUMNS), tmp_path / "run", resume=False, replicas=replicas)
     with pytest.raises(ConfigError, match="run.table_sharding: rows is not possible with run.tab"):
         config(ROWS, "run.device=cuda", "run.table_tier=host")
+    with pytest.raises(ConfigError, match="run.table_sharding: rows is for tables, but the model"):
+        plan_run(config(ROWS, memory=False), tmp_path / "run", resume=False)
     assert TableSharding("rows").shard((8, 4)) is None  # of one process
 
 
@@ -172,6 +174,9 @@ def test_a_plan_divides_rows_and_moments(config, tmp_path):
         plan = plan_run(
             config(*changes), tmp_path / "run", resume=False, replicas=Replicas(0, count)
         )
+        wanted = "one process holds whole" if count == 1 else "among 4 processes"
+        said = [line for line in plan.lines if "whole tables" in line or "divided by" in line]
+        assert len(said) == bool(changes) and all(wanted in line for line in said)
         return plan.memory
 
     whole = memory(1, ROWS)

@@ -411,8 +411,12 @@ def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch, rank, n
         ("is_torchelastic_launched", True),
         ("get_rank", 3),
         ("get_world_size", 4),
+        ("new_group", None),
+        ("all_gather", None),
     ):
-        monkeypatch.setattr(train.distributed, name, lambda result=result: result)
+        monkeypatch.setattr(
+            train.distributed, name, lambda *arguments, result=result, **options: result
+        )
     monkeypatch.setattr(
         train.distributed, "init_process_group", lambda backend, timeout: calls.append(backend)
     )

@@ -10,6 +10,7 @@ from memory_ops import operations
 from memory_ops.anonymous import anonymous_zeros
 from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 from memory_ops.tables.device import DeviceTable, ReadyLookup
+from memory_ops.tables.table_shard import TableShard
 
 
 class TableReads(NamedTuple):
@@ -30,7 +31,10 @@ class TrainedTable(DeviceTable):
     Attributes:
         table_RV: the rows, fp32, contiguous; the optimiser updates them in place.
         reads: the reads since the last ``take_reads``, in the order of the backward passes.
+        shard: the part of the table that this process holds; None if it holds all of it.
     """
+
+    shard: TableShard | None = None
 
     def __init__(self, table_RV: Tensor) -> None:
         """Hold ``table_RV``, ``[R, V]``, without copying it.
@@ -79,6 +83,20 @@ class TrainedTable(DeviceTable):
         """Add the reads of a lookup's backward pass."""
         self.reads.append(reads)
 
+    def read_backward(self, reads: TableReads, *, needs_weights: bool) -> Tensor | None:
+        """Record the reads of a ``read``; return the gradient of its weights if it is needed."""
+        self.record(reads)
+        return self.row_dots(reads.rows_THK, reads.grad_TV) if needs_weights else None
+
+    def dots_backward(self, reads: TableReads, *, needs_vectors: bool) -> Tensor | None:
+        """Record the reads of ``dots``; return the gradient of its vectors if it is needed."""
+        self.record(reads)
+        return self.gather(reads.rows_THK, reads.weights_THK) if needs_vectors else None
+
+    def read_counts(self, groups: RowGroups) -> Tensor:
+        """Reads of each row of ``groups``, int64 ``[U]``, which came from ``take_reads``."""
+        return groups.starts_U1.diff()
+
     def new_moments(self, *, is_row_wise: bool, dtype: torch.dtype) -> AdamMoments:
         """Moments of 0, where this tier keeps them; ``dtype`` is for two moments per value.
 
@@ -126,11 +144,10 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor | None, None, None, None]:
         weights_THK, rows_THK = ctx.saved_tensors
         table: TrainedTable = ctx.table
-        table.record(TableReads(rows_THK, weights_THK, grad_TV))
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        grad_THK = table.row_dots(rows_THK, grad_TV)
-        return grad_THK.to(weights_THK.dtype), None, None, None
+        reads = TableReads(rows_THK, weights_THK, grad_TV)
+        grad_THK = table.read_backward(reads, needs_weights=ctx.needs_input_grad[0])
+        grad_THK = None if grad_THK is None else grad_THK.to(weights_THK.dtype)
+        return grad_THK, None, None, None
 
 
 class _Dots(torch.autograd.Function):
@@ -149,8 +166,7 @@ class _Dots(torch.autograd.Function):
     def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, None, None, None]:
         x_TV, rows_THK = ctx.saved_tensors
         table: TrainedTable = ctx.table
-        table.record(TableReads(rows_THK, grad_THK, x_TV.float()))
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        grad_TV = table.gather(rows_THK, grad_THK)
-        return grad_TV.to(x_TV.dtype), None, None, None
+        reads = TableReads(rows_THK, grad_THK, x_TV.float())
+        grad_TV = table.dots_backward(reads, needs_vectors=ctx.needs_input_grad[0])
+        grad_TV = None if grad_TV is None else grad_TV.to(x_TV.dtype)
+        return grad_TV, None, None, None

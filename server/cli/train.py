@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from weights.errors import CheckpointError
 from weights.models.hub import hub_model
 from weights.models.named_models import NAMED_MODELS, local_name
 from weights.models.prepare import prepared_folder
-from weights.training.replicas import Replicas
+from weights.training.replicas import STEP_TIMEOUT, Replicas
 from weights.training.report import describe_flops, remove_report, write_report
 from weights.training.run_folder import newest_state, run_lock
 from weights.training.run_plan import plan_run
@@ -105,9 +104,7 @@ def _plan(config: TrainConfig, folder: Path, replicas: Replicas, *, resume: bool
     """Check the run in each process; the first one reads the texts and prints the plan."""
     is_first = replicas.is_first
     with _group(replicas):
-        plan = plan_run(
-            config, folder, resume=resume, processes=replicas.count, reads_texts=is_first
-        )
+        plan = plan_run(config, folder, resume=resume, replicas=replicas, reads_texts=is_first)
     if is_first:
         print("\n".join(plan.lines))
     return 0
@@ -205,8 +202,7 @@ def _replicas(device: str) -> Replicas:
     if device == "cuda":  # not run on several GPUs
         _take_gpu(distributed.get_node_local_rank())
         backend = "nccl"
-    # one process tokenises and writes checkpoints while the others wait, however long it takes
-    distributed.init_process_group(backend, timeout=timedelta(days=30))
+    distributed.init_process_group(backend, timeout=STEP_TIMEOUT)
     return Replicas.of_group(device)
 
 

@@ -150,8 +150,12 @@ def converted_parts(
         first += len(part)
 
 
-def read_rows(stored: StoredTensor) -> Tensor:
-    """Rows in any format as a floating ``[R, V]`` tensor (CheckpointError as ``read_mapped``)."""
+def float_rows(stored: StoredTensor, rows: Tensor) -> Tensor:
+    """Some rows of a table as they are stored, as floating values (CheckpointError)."""
     records = stored_format(stored)
-    rows = read_mapped(stored)
     return rows if records is None else dequantize_rows(RowRecords(rows, *records))
+
+
+def read_rows(stored: StoredTensor) -> Tensor:
+    """All rows in any format as a floating ``[R, V]`` tensor (CheckpointError)."""
+    return float_rows(stored, read_mapped(stored))

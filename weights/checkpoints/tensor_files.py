@@ -52,7 +52,9 @@ class TensorSource:
     """A tensor that is loaded only when it is written.
 
     ``load`` returns the whole tensor, or parts along its first dimension; each part is valid until
-    the next one is requested. ``metadata`` is added to the metadata of the file.
+    the next one is requested. ``metadata`` is added to the metadata of the file. ``store``, if
+    given, is called instead of ``load``: it writes the tensor into the file of this path, from this
+    offset in bytes on.
     """
 
     name: str
@@ -60,6 +62,7 @@ class TensorSource:
     dtype: torch.dtype
     load: Callable[[], Tensor | Iterable[Tensor]]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    store: Callable[[Path, int], None] | None = None
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:

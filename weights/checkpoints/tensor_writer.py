@@ -3,16 +3,22 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from weights.checkpoints.new_folder import check_space, partial_path, sync_folder
 from weights.checkpoints.table_origin import ORIGIN, new_origin
-from weights.checkpoints.tensor_files import STORED_DTYPES, TensorSource, checksum_key, tensor_bytes
+from weights.checkpoints.tensor_files import (
+    PART_BYTES,
+    STORED_DTYPES,
+    TensorSource,
+    checksum_key,
+    tensor_bytes,
+)
 
 # table rows start on a page boundary, so that direct reads and mappings are aligned
 _DATA_ALIGNMENT = 4096
@@ -40,22 +46,47 @@ def write_tensors(
     with open(path, "xb") as file:
         file.write(_header(sources, dict.fromkeys(checksums, _PLACEHOLDER_CHECKSUM)))
         for source in sources:
-            loaded, num_bytes = source.load(), 0
-            for part in (loaded,) if isinstance(loaded, Tensor) else loaded:
-                assert part.shape[1:] == torch.Size(source.shape[1:]), source.name
-                data = tensor_bytes(part.to(source.dtype).contiguous())
-                file.write(data)
+            num_bytes = 0
+            for data in _written(path, file, source, with_checksums):
                 if with_checksums:
                     checksums[source.name].update(data)
                 on_write(data.nbytes)
                 num_bytes += data.nbytes
-            assert num_bytes == _num_bytes(source), source.name
+            assert num_bytes == _num_bytes(source) or source.store is not None, source.name
         if with_checksums:
             found = {name: checksum.hexdigest() for name, checksum in checksums.items()}
             file.seek(0)
             file.write(_header(sources, found))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _written(
+    path: Path, file: BinaryIO, source: TensorSource, is_read: bool
+) -> Iterator[memoryview]:
+    """Write a tensor at the end of the file, and yield its bytes in parts.
+
+    Those of a source that stores itself are read back, and only if ``is_read`` is set.
+    """
+    if source.store is None:
+        loaded = source.load()
+        for part in (loaded,) if isinstance(loaded, Tensor) else loaded:
+            assert part.shape[1:] == torch.Size(source.shape[1:]), source.name
+            data = tensor_bytes(part.to(source.dtype).contiguous())
+            file.write(data)
+            yield data
+        return
+    file.flush()
+    offset, size = file.tell(), _num_bytes(source)
+    file.truncate(offset + size)
+    source.store(path, offset)
+    if is_read:
+        # opened now, so that a network file system shows what other machines wrote
+        with open(path, "rb") as stored:
+            stored.seek(offset)
+            for first in range(0, size, PART_BYTES):
+                yield memoryview(stored.read(min(PART_BYTES, size - first)))
+    file.seek(offset + size)
 
 
 def replace_tensors(path: Path, sources: list[TensorSource]) -> None:

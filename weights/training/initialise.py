@@ -6,6 +6,9 @@ from torch import Tensor, nn
 from engine.model.memory_layer import MemoryLayer
 from engine.model.norm import RmsNorm
 from engine.model.transformer import Transformer
+from memory_ops.tables.table_shard import TableShard
+
+_DRAWN_NUMBERS = 2**20
 
 
 @torch.no_grad()
@@ -57,6 +60,29 @@ def check_starts(model: Transformer) -> None:
 def initialise_table(table_RV: Tensor, generator: torch.Generator) -> None:
     """Initialise a table's rows as N(0, 1 / V)."""
     _fill_normal(table_RV, table_RV.shape[1], generator)
+
+
+@torch.no_grad()
+def initialise_part(part: Tensor, shard: TableShard, generator: torch.Generator) -> None:
+    """Initialise a process's part of a table with the values that ``initialise_table`` gives it.
+
+    Draws the numbers of the whole table, some rows at a time.
+    """
+    num_rows, width = shard.shape
+    # torch draws normal numbers in groups of 16, and the last ones apart
+    step = max(_DRAWN_NUMBERS // (16 * width), 1) * 16
+    first = 0
+    while first < num_rows:
+        count = step if num_rows - first >= step + 16 else num_rows - first
+        rows = torch.empty(count, width)
+        _fill_normal(rows, width, generator)
+        if shard.axis == 1:
+            part[first : first + count] = shard.part_of(rows)
+        else:
+            begin, end = max(first, shard.first), min(first + count, shard.first + shard.size)
+            if begin < end:
+                part[begin - shard.first : end - shard.first] = rows[begin - first : end - first]
+        first += count
 
 
 @torch.no_grad()

@@ -16,9 +16,16 @@ from memory_ops.tables.trained import TrainedTable
 from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json, parse_model
 from weights.checkpoints.config_keys import IGNORED_KEYS, QUANTIZATION_KEY
-from weights.checkpoints.table_files import read_rows
+from weights.checkpoints.table_files import table_shape
 from weights.checkpoints.tensor_files import StoredTensor, read_mapped
-from weights.training.initialise import check_starts, initialise, initialise_table
+from weights.checkpoints.tensor_part import TensorPart, part_of_table, read_part
+from weights.training.initialise import (
+    check_starts,
+    initialise,
+    initialise_part,
+    initialise_table,
+)
+from weights.training.table_sharding import TableSharding
 
 
 def model_config(raw: Mapping[str, Any], vocab_size: int, init_from: str = "") -> ModelConfig:
@@ -54,13 +61,15 @@ def new_model(
     *,
     table_tier: str = "device",
     is_dense_frozen: bool = False,
+    sharding: TableSharding | None = None,
 ) -> tuple[Transformer, dict[str, TrainedTable]]:
     """A float32 model to train, and its tables by their names in a checkpoint.
 
     Weights are initialised on the CPU, so that a seed gives the same values on every device.
     Tensors of the folder ``init_from`` then replace the initial ones. It may lack memory layers.
     With ``is_dense_frozen``, only the weights of memory layers require gradients. Tables stay in
-    host memory if ``table_tier`` is ``host``.
+    host memory if ``table_tier`` is ``host``. With ``sharding``, tables have only this process's
+    part of the rows or columns, which are those of the whole table.
 
     Raises:
         ConfigError: a tensor of that folder has another shape, or one outside the memory layers is
@@ -76,12 +85,18 @@ def new_model(
     except ValueError as error:
         raise ConfigError(f"model.{error}") from None
     memory = config.memory
-    rows: dict[str, Tensor] = {}
+    sharding = sharding or TableSharding()
+    rows: dict[str, TensorPart] = {}
     for name in config.table_names:
         assert memory is not None
-        table_RV = anonymous_zeros((memory.num_rows, memory.value_dim), torch.float32)
-        initialise_table(table_RV, generator)
-        rows[name] = table_RV
+        shape = memory.num_rows, memory.value_dim
+        shard = sharding.shard(shape)
+        table_RV = anonymous_zeros(shape if shard is None else shard.local_shape, torch.float32)
+        if shard is None:
+            initialise_table(table_RV, generator)
+        else:
+            initialise_part(table_RV, shard, generator)
+        rows[name] = part_of_table(table_RV, shard)
     if init_from:
         _, stored = _open_exact(init_from)
         weights = {name: tuple(one.shape) for name, one in model.named_parameters()}
@@ -90,7 +105,9 @@ def new_model(
     if is_dense_frozen:
         _freeze_dense(model)
     model.to(device)
-    tables = {name: placed_table(rows.pop(name), device, table_tier) for name in tuple(rows)}
+    tables = {
+        name: _placed_part(rows.pop(name), device, table_tier, sharding) for name in tuple(rows)
+    }
     if tables:
         model.attach_tables(tables)
     return model, tables
@@ -126,6 +143,14 @@ def check_table_tier(config: ModelConfig, device: str, table_tier: str) -> None:
         raise ConfigError(f"run.table_tier: host memory needs a GPU that reads it, not {device}")
     if not config.table_names:
         raise ConfigError("run.table_tier: host is for tables, but the model has no memory layers")
+
+
+def _placed_part(
+    part: TensorPart, device: str, table_tier: str, sharding: TableSharding
+) -> TrainedTable:
+    if part.shard is None:
+        return placed_table(part.tensor, device, table_tier)
+    return sharding.table(part.tensor.to(device), part.shard)
 
 
 def placed_table(table_RV: Tensor, device: str, table_tier: str) -> TrainedTable:
@@ -192,16 +217,19 @@ def _check_stored(
 
 @torch.no_grad()
 def _copy_weights(
-    model: Transformer, tables: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]
+    model: Transformer, tables: Mapping[str, TensorPart], stored: Mapping[str, StoredTensor]
 ) -> None:
     """Copy the tensors that ``_check_stored`` has checked."""
-    for name, tensor in (*model.named_parameters(), *tables.items()):
+    for name, parameter in model.named_parameters():
+        if name in stored:
+            parameter.copy_(read_mapped(stored[name]))
+    for name, part in tables.items():
         if name not in stored:
             continue
-        saved = read_rows(stored[name]) if name in tables else read_mapped(stored[name])
-        if saved.shape != tensor.shape:  # a row in a narrow format has another width
+        found = table_shape(stored[name])
+        if found != part.shape:  # a row in a narrow format has another width
             raise ConfigError(
-                f"run.init_from: rows of {name} have {saved.shape[1]} values, but the model"
-                f" requires {tensor.shape[1]}"
+                f"run.init_from: rows of {name} have {found[1]} values, but the model requires"
+                f" {part.shape[1]}"
             )
-        tensor.copy_(saved)
+        read_part(stored[name], part)

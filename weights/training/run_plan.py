@@ -12,6 +12,7 @@ from weights.available_memory import AvailableMemory, available_memory, memory_i
 from weights.checkpoints.config_json import read_config
 from weights.training.new_model import check_table_tier, model_config, planned_model
 from weights.training.optimizer import warmup_steps
+from weights.training.replicas import Replicas
 from weights.training.run_folder import (
     CHECKPOINTS,
     check_resume,
@@ -49,7 +50,12 @@ class RunPlan:
 
 
 def plan_run(
-    config: TrainConfig, folder: Path, *, resume: bool, processes: int = 1, reads_texts: bool = True
+    config: TrainConfig,
+    folder: Path,
+    *,
+    resume: bool,
+    replicas: Replicas | None = None,
+    reads_texts: bool = True,
 ) -> RunPlan:
     """Check everything that can be checked before a run; writes nothing.
 
@@ -62,6 +68,7 @@ def plan_run(
         TrainingError: ``resume`` does not fit the folder, or a setting differs from that of the
             run to resume.
     """
+    replicas = replicas or Replicas()
     check_resume(folder, resume=resume)
     resumed = newest_state(folder)
     lines: list[str] = []
@@ -78,10 +85,11 @@ def plan_run(
     lines += saved.changes
     _check_sequences(config, shape)
     check_table_tier(shape, config.run.device, config.run.table_tier)
+    lines += _sharding_lines(shape, config.run.table_sharding, replicas.count)
     init_from = "" if resumed is not None else config.run.init_from
     model = planned_model(shape, init_from, is_dense_frozen="dense" in config.run.freeze)
-    memory = training_memory(model, shape, config)
-    needs = [*_memory_lines(memory, config.run.device, processes)]
+    memory = training_memory(model, shape, config, replicas.count)
+    needs = [*_memory_lines(memory, config.run.device, replicas.local_count)]
     needs += _disk_lines(memory, config.run, folder)
     if texts is not None:
         texts.check()
@@ -103,6 +111,19 @@ def _check_sequences(config: TrainConfig, shape: ModelConfig) -> None:
             f"data.sequence_length: must be at most model.max_position_embeddings"
             f" {shape.max_positions}, not {config.data.sequence_length}"
         )
+
+
+def _sharding_lines(shape: ModelConfig, sharding: str, processes: int) -> list[str]:
+    """The division of tables in words (ConfigError if there are none)."""
+    if sharding == "none":
+        return []
+    if not shape.table_names:
+        raise ConfigError(
+            f"run.table_sharding: {sharding} is for tables, but the model has no memory layers"
+        )
+    if processes == 1:
+        return ["run.table_sharding: one process holds whole tables"]
+    return [f"tables: divided by {sharding} among {processes} processes"]
 
 
 def _check_steps(run: RunConfig, done: int) -> None:

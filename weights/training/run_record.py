@@ -17,7 +17,7 @@ from weights.training.train_config import TrainConfig
 # settings that may change on resume: length, intervals, and where and how steps are computed
 _CHANGEABLE = (
     *("run.steps", "run.checkpoint_every", "run.evaluate_every"),
-    *("run.checkpoint_activations", "run.device", "run.table_tier"),
+    *("run.checkpoint_activations", "run.device", "run.table_tier", "run.table_sharding"),
 )
 # paths that may change if the files there are the same
 _INIT_FROM = "run.init_from"
@@ -31,6 +31,7 @@ _NEWER: Mapping[str, Any] = {
     "data.text_key": "text",
     "run.compile": False,
     "run.table_tier": "device",
+    "run.table_sharding": "none",
     "optimizer.moment_dtype": "float32",
 }
 _MOST_NAMED = 3

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from memory_ops import operations
 from memory_ops.sparse_adam import AdamStep, RowGroups
-from memory_ops.tables.trained import TableReads, TrainedTable
+from memory_ops.tables.trained import TrainedTable
 from weights.training.replicas import Replicas
+from weights.training.table_usage import RowUse
 
 
 class TableOptimizer:
@@ -20,7 +21,8 @@ class TableOptimizer:
     Attributes:
         moments: moments of each table.
         step_count: steps done.
-        used: rows that the last step updated, per table; None if it read none.
+        used: rows that the last step updated here, and their reads, per table; None if it read
+            none.
     """
 
     def __init__(
@@ -45,13 +47,22 @@ class TableOptimizer:
             table.new_moments(is_row_wise=is_row_wise, dtype=moment_dtype) for table in tables
         ]
         self.step_count = 0
-        self.used: list[RowGroups | None] = [None for _ in tables]
+        self.used: list[RowUse | None] = [None for _ in tables]
 
     def collect(self) -> float:
         """Take the tables' gradients for the next step; return their squared norm."""
         assert self._gradients is None, "collect was called twice without a step"
-        self._gradients = [self._grouped(table.take_reads()) for table in self._tables]
-        return sum(operations.squared_norm(*one) for one in self._gradients if one is not None)
+        self._gradients = [self._grouped(table) for table in self._tables]
+        whole = divided = 0.0
+        for table, one in zip(self._tables, self._gradients, strict=True):
+            square = 0.0 if one is None else operations.squared_norm(*one)
+            if table.shard is None:
+                whole += square
+            else:
+                divided += square
+        if any(table.shard is not None for table in self._tables):
+            (divided,) = self._replicas.sum_numbers(divided)
+        return whole + divided
 
     def step(self, lr: float, scale: float = 1.0) -> None:
         """Apply the collected gradients, multiplied by ``scale`` for clipping."""
@@ -65,11 +76,16 @@ class TableOptimizer:
         ):
             if gradient is not None:
                 table.update(moments, *gradient, step)
-        self.used = [None if one is None else one[0] for one in self._gradients]
+        self.used = [
+            None if one is None else RowUse(one[0].rows_U, table.read_counts(one[0]))
+            for table, one in zip(self._tables, self._gradients, strict=True)
+        ]
         self._gradients = None
 
-    def _grouped(self, reads: TableReads | None) -> tuple[RowGroups, Tensor] | None:
+    def _grouped(self, table: TrainedTable) -> tuple[RowGroups, Tensor] | None:
+        reads = table.take_reads()
         if reads is None:
             return None
-        reads = self._replicas.gather(reads)
+        if table.shard is None:  # else the table has exchanged them
+            reads = self._replicas.gather(reads)
         return operations.group_rows(reads.rows_THK, reads.weights_THK), reads.grad_TV

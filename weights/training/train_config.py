@@ -121,6 +121,8 @@ class RunConfig:
         device: device to train on; several processes on one machine use one CUDA device each.
         table_tier: home of tables and their moments: ``device``, or ``host`` for page-locked memory
             of the host, which only ``cuda`` can train from.
+        table_sharding: division of tables and their moments among several processes: ``none``, so
+            that each holds all of them, by ``rows`` or by ``columns``.
         dtype: dtype of matrix products; weights, scores, norms and the loss are float32.
         checkpoint_activations: recompute each layer in the backward pass to save memory.
         compile: compile norms and dense feed-forwards by torch.compile, in the first step.
@@ -137,6 +139,7 @@ class RunConfig:
     passes_per_step: int = 1
     device: str = field(default="cpu", metadata={"choices": ("cpu", "cuda")})
     table_tier: str = field(default="device", metadata={"choices": ("device", "host")})
+    table_sharding: str = field(default="none", metadata={"choices": ("none", "rows", "columns")})
     dtype: str = field(default="bfloat16", metadata={"choices": ("bfloat16", "float32")})
     checkpoint_activations: bool = False
     compile: bool = False
@@ -153,6 +156,11 @@ class RunConfig:
         for part in self.freeze:
             if part != "dense":
                 raise ConfigError(f"run.freeze: {part!r} is not supported; must be 'dense'")
+        if self.table_sharding != "none" and self.table_tier == "host":
+            raise ConfigError(
+                f"run.table_sharding: {self.table_sharding} is not possible with run.table_tier"
+                " host; use device"
+            )
         if self.tokens_per_step % self.passes_per_step:
             raise ConfigError(
                 f"run.passes_per_step: {self.passes_per_step} does not divide tokens_per_step"

@@ -8,24 +8,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.model.transformer import Transformer
 from memory_ops.tables.trained import TrainedTable
 from weights.checkpoints.checkpoint import save_checkpoint
 from weights.checkpoints.config_json import CheckpointConfig
-from weights.checkpoints.tensor_files import (
-    DTYPES,
-    TensorSource,
-    list_file,
-    read_into,
-    read_mapped,
-)
+from weights.checkpoints.tensor_files import DTYPES, list_file
+from weights.checkpoints.tensor_part import TensorPart, part_of_table, read_part
 from weights.errors import CheckpointError
 from weights.models.folder_lock import remove_unheld
 from weights.training.optimizer import Optimizer
+from weights.training.replicas import Replicas
 from weights.training.row_reads import RowReads, write_row_reads
 from weights.training.run_folder import saved_states
+from weights.training.shared_save import SharedSave
 from weights.training.table_usage import TableUsage
 from weights.training.token_stream import StreamPosition
 from weights.training.training_data import TextTokens
@@ -47,6 +43,7 @@ class TrainState:
         optimizer: optimiser, whose moments are saved.
         text: tokenizer that is saved with the model.
         usage: reads of each table since the last evaluation, by the tables' names.
+        replicas: the processes of the run.
     """
 
     folder: Path
@@ -55,11 +52,13 @@ class TrainState:
     optimizer: Optimizer
     text: TextTokens
     usage: Mapping[str, TableUsage] = field(default_factory=dict)
+    replicas: Replicas = field(default_factory=Replicas)
 
     def save(self, step: int, position: StreamPosition, row_reads: RowReads | None = None) -> Path:
         """Write the state after ``step`` steps, atomically; keep only the two newest states.
 
-        An older state that a server holds stays until it is released.
+        All processes call this. The first one writes the folder; others write only their parts of
+        tables, into its files. An older state that a server holds stays until it is released.
 
         ``row_reads`` is the model's record of row reads, if it is to have one.
 
@@ -69,6 +68,27 @@ class TrainState:
         target = self.folder / f"step-{step:08}"
         for table in self.tables.values():
             table.synchronize()
+        files = {
+            "": self._weights(),
+            _MOMENTS_FILE: self._moments(),
+            _USAGE_FILE: self._usage(),
+        }
+        shared = SharedSave(self.folder, files, self.replicas)
+        if self.replicas.is_first:
+            with shared.leading():
+                self._write(target, step, position, shared, row_reads)
+        else:
+            shared.follow(target)
+        return target
+
+    def _write(
+        self,
+        target: Path,
+        step: int,
+        position: StreamPosition,
+        shared: SharedSave,
+        row_reads: RowReads | None,
+    ) -> None:
         text = self.text
         config = CheckpointConfig(self.model.config, text.eos_ids, text.bos_id, "float32")
         progress = json.dumps({"step": step, "place": position._asdict()})
@@ -76,18 +96,14 @@ class TrainState:
         save_checkpoint(
             target,
             config,
-            _sources(self._weights()),
+            shared.sources(""),
             {**self.text.files, _PROGRESS_FILE: progress.encode()},
-            more_tensors={
-                _MOMENTS_FILE: _sources(self._moments()),
-                _USAGE_FILE: _sources({name: one.counts_R for name, one in self.usage.items()}),
-            },
+            more_tensors={name: shared.sources(name) for name in (_MOMENTS_FILE, _USAGE_FILE)},
             **record,
         )
         for old in saved_states(self.folder)[:-MAX_STATES]:
             with contextlib.suppress(OSError):  # the next save tries again
                 remove_unheld(old)
-        return target
 
     @torch.no_grad()
     def load(self, saved: Path) -> tuple[int, StreamPosition]:
@@ -107,45 +123,42 @@ class TrainState:
         if set(wanted) != set(stored):
             name = min(set(wanted) ^ set(stored))
             raise CheckpointError(f"{saved}: tensor {name} is only in one of the state and the run")
-        for name, tensor in wanted.items():
-            one, shape = stored[name], tuple(tensor.shape)
-            if one.shape != shape or DTYPES.get(one.dtype) is not tensor.dtype:
-                found, wanted_kind = (
-                    f"{one.dtype} {list(one.shape)}",
-                    f"{tensor.dtype} {list(shape)}",
-                )
+        for name, part in wanted.items():
+            one, dtype = stored[name], part.tensor.dtype
+            if one.shape != part.shape or DTYPES.get(one.dtype) is not dtype:
+                found = f"{one.dtype} {list(one.shape)}"
+                wanted_kind = f"{dtype} {list(part.shape)}"
                 raise CheckpointError(f"{saved}: tensor {name} is {found}, not {wanted_kind}")
-            if tensor.is_cpu:
-                read_into(one, tensor)
-            else:
-                tensor.copy_(read_mapped(one))
+            read_part(one, part)
         if self.usage and (saved / _USAGE_FILE).exists():  # not in those of earlier versions
+            usage = self._usage()
             for counts in list_file(saved / _USAGE_FILE):
-                if counts.name in self.usage:
-                    read_into(counts, self.usage[counts.name].counts_R)
+                if counts.name in usage:
+                    read_part(counts, usage[counts.name])
         self.optimizer.set_step(step)
         return step, position
 
-    def _weights(self) -> dict[str, Tensor]:
-        weights = {name: p.detach() for name, p in self.model.named_parameters()}
-        return weights | {name: table.table_RV for name, table in self.tables.items()}
+    def _weights(self) -> dict[str, TensorPart]:
+        weights = {name: TensorPart(p.detach()) for name, p in self.model.named_parameters()}
+        return weights | {
+            name: part_of_table(table.table_RV, table.shard) for name, table in self.tables.items()
+        }
 
-    def _moments(self) -> dict[str, Tensor]:
-        moments: dict[str, Tensor] = {}
+    def _moments(self) -> dict[str, TensorPart]:
+        moments: dict[str, TensorPart] = {}
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
             for kind, moment in self.optimizer.moments(parameter).items():
-                moments[f"{kind}.{name}"] = moment
+                moments[f"{kind}.{name}"] = TensorPart(moment)
         for name, of_table in zip(self.tables, self.optimizer.tables.moments, strict=True):
             for kind, one in zip(("exp_avg", "exp_avg_sq"), of_table, strict=True):
                 if one is not None:
-                    moments[f"{kind}.{name}"] = one
+                    moments[f"{kind}.{name}"] = part_of_table(one, self.tables[name].shard)
         return moments
 
-
-def _sources(tensors: Mapping[str, Tensor]) -> list[TensorSource]:
-    return [
-        TensorSource(name, tuple(tensor.shape), tensor.dtype, tensor.cpu)
-        for name, tensor in tensors.items()
-    ]
+    def _usage(self) -> dict[str, TensorPart]:
+        return {
+            name: part_of_table(one.counts_R, self.tables[name].shard)
+            for name, one in self.usage.items()
+        }

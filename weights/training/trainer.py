@@ -28,6 +28,7 @@ from weights.training.run_folder import CHECKPOINTS, DATA, LOG, remove_leftovers
 from weights.training.run_log import RunLog
 from weights.training.run_plan import RunPlan, plan_run
 from weights.training.run_record import save_settings
+from weights.training.table_sharding import TableSharding
 from weights.training.table_usage import TableUsage
 from weights.training.token_stream import TokenStream
 from weights.training.train_config import RunConfig, TrainConfig
@@ -80,28 +81,30 @@ class Trainer:
         self.folder, self._config = folder, config
         self._replicas = replicas or Replicas()
         run, is_first = config.run, self._replicas.is_first
-        count = self._replicas.count
-        plan = plan_run(config, folder, resume=resume, processes=count, reads_texts=is_first)
+        plan = plan_run(
+            config, folder, resume=resume, replicas=self._replicas, reads_texts=is_first
+        )
         if is_first:
             for line in plan.lines:
                 logger.info(line)
         data, shape = self._prepared_data(plan), plan.shape
-        model, tables = _model_of_run(plan, run)
+        self._sharding = TableSharding(run.table_sharding, self._replicas)
+        model, tables = _model_of_run(plan, run, self._sharding)
         self._model = model
         self._adapter = trained_adapter(shape, run, folder)
         self._optimizer = Optimizer(model, list(tables.values()), config.optimizer, self._replicas)
-        self._usage = {name: TableUsage(table.num_rows) for name, table in tables.items()}
+        self._usage = {name: _usage_of(table, self._replicas) for name, table in tables.items()}
         self._stream = TokenStream(data.train, config.data.sequence_length, run.seed)
         self.flops = forward_flops(shape, self._stream.mean_attended)
         self._train_tokens, self._validation = data.train, data.validation
         self._schedule_steps = plan.schedule_steps
-        self._state = TrainState(
-            folder / CHECKPOINTS, model, tables, self._optimizer, data.text, self._usage
-        )
+        places = folder / CHECKPOINTS, model, tables, self._optimizer, data.text, self._usage
+        self._state = TrainState(*places, self._replicas)
         self.step = 0
         if plan.resumed is not None:
             self.step, position = self._state.load(plan.resumed)
             self._stream.seek(position)
+        self._replicas.wait()  # some may load more slowly than others
         self._check_replicas()
         self._log = RunLog(folder / LOG)
         if self._replicas.is_first:
@@ -132,9 +135,8 @@ class Trainer:
             continues = not stopped
             if self.step % run.checkpoint_every == 0:
                 self._check_replicas()
-            if self._replicas.is_first:
-                is_last = self.step == run.steps or not continues
-                self._evaluate_and_save(is_last=is_last, on_record=on_record)
+            is_last = self.step == run.steps or not continues
+            self._evaluate_and_save(is_last=is_last, on_record=on_record)
         if self.step == run.steps and self._adapter is not None and self._replicas.is_first:
             self._adapter.write(saved_states(self._state.folder)[-1])
 
@@ -145,11 +147,16 @@ class Trainer:
         # evaluate before saving, so that a finished run has been evaluated
         if step % run.evaluate_every == 0 or step == run.steps:
             record = {"kind": "evaluation", "step": step, **self.evaluate()}
-            self._log.write(record)
-            on_record(record)
+            if self._replicas.is_first:
+                self._log.write(record)
+                on_record(record)
         if step % run.checkpoint_every == 0 or is_last:
-            self._log.sync()  # a state's steps are in the log, whatever happens
-            reads = self._row_reads() if step == run.steps and self._usage else None
+            if self._replicas.is_first:
+                self._log.sync()  # a state's steps are in the log, whatever happens
+            # with parts of tables, all processes must make the lookups of one
+            counts = self._replicas.is_first or self._sharding.is_active
+            is_recorded = step == run.steps and bool(self._usage) and counts
+            reads = self._row_reads() if is_recorded else None
             self._state.save(step, self._stream.position, reads)
 
     def _row_reads(self) -> RowReads:
@@ -161,12 +168,12 @@ class Trainer:
 
     @torch.no_grad()
     def _check_replicas(self) -> None:
-        """Raise TrainingError unless all processes have the same step, weights and tables."""
+        """Raise TrainingError unless all processes have the same step, weights and whole tables."""
         if self._replicas.count == 1:
             return
         for table in self._state.tables.values():
             table.synchronize()
-        tables = (table.table_RV for table in self._state.tables.values())
+        tables = (one.table_RV for one in self._state.tables.values() if one.shard is None)
         weights = (*self._model.parameters(), *tables)
         sums = [float(one.sum(dtype=torch.float64)) for one in weights]
         if not self._replicas.agree(self.step, math.fsum(sums)):
@@ -198,7 +205,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean loss and perplexity on held-out documents, and table usage since the last call."""
+        """Mean loss and perplexity on held-out documents, and table usage since the last call.
+
+        All processes must call this: each runs its part of every batch.
+        """
         found: dict[str, float] = {}
         if self._validation is not None:
             config = self._config
@@ -206,9 +216,10 @@ class Trainer:
             size = config.run.tokens_per_step // config.run.passes_per_step
             passes = max(1, min(_EVALUATION_TOKENS, len(self._validation.ids)) // size)
             dtype = OUTPUT_DTYPES[config.run.dtype]
-            total = sum(
-                float(batch_loss(self._model, stream.next(size), dtype).nats) for _ in range(passes)
-            )
+            place = self._replicas.rank, self._replicas.count
+            batches = (stream.next(size).part(*place) for _ in range(passes))
+            total = sum(float(batch_loss(self._model, one, dtype).nats) for one in batches)
+            (total,) = self._replicas.sum_numbers(total)
             loss = total / (passes * size)
             found |= {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         for name, usage in self._usage.items():
@@ -233,16 +244,24 @@ class Trainer:
             norm = self._optimizer.step(share)
         except TrainingError as error:
             raise TrainingError(f"step {step}: {error}") from None
-        for usage, groups in zip(self._usage.values(), self._optimizer.tables.used, strict=True):
-            if groups is not None:
-                usage.add(groups)
+        for usage, use in zip(self._usage.values(), self._optimizer.tables.used, strict=True):
+            if use is not None:
+                usage.add(use)
         self.step = step
         seconds = time.perf_counter() - started
         num_tokens = run.tokens_per_step
         return StepReport(step, total / num_tokens, share, norm, num_tokens / seconds)
 
 
-def _model_of_run(plan: RunPlan, run: RunConfig) -> tuple[Transformer, dict[str, TrainedTable]]:
+def _usage_of(table: TrainedTable, replicas: Replicas) -> TableUsage:
+    if table.shard is None or table.shard.axis == 1:  # each process sees the reads of all
+        return TableUsage(table.num_rows)
+    return TableUsage(table.num_rows, table.shard.size, replicas)
+
+
+def _model_of_run(
+    plan: RunPlan, run: RunConfig, sharding: TableSharding
+) -> tuple[Transformer, dict[str, TrainedTable]]:
     """The model of a plan and its tables, as ``new_model``, before a checkpoint is loaded."""
     model, tables = new_model(
         plan.shape,
@@ -251,6 +270,7 @@ def _model_of_run(plan: RunPlan, run: RunConfig) -> tuple[Transformer, dict[str,
         run.device,
         table_tier=run.table_tier,
         is_dense_frozen="dense" in run.freeze,
+        sharding=sharding,
     )
     if run.compile:
         compile_dense(model, run.device)

@@ -13,10 +13,12 @@ from engine.model.config import ModelConfig
 from weights.available_memory import AvailableMemory
 from weights.checkpoints.memory_request import size_text
 from weights.checkpoints.table_files import OUTPUT_DTYPES
+from weights.training.table_sharding import shard_of
 from weights.training.train_config import TrainConfig
 
 _FLOAT = 4  # bytes of fp32
 _PLACE = 4  # bytes of int32
+_REFERENCE = 12  # bytes of a row id and its weight
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class TrainingMemory:
         weights: dense weights, fp32.
         gradients: gradients of the trained dense weights.
         moments: AdamW's two moments of them.
-        rows: rows of all tables.
-        row_moments: moments of all rows; their pages are taken when a row is first read.
+        rows: rows of all tables, or this process's parts of them.
+        row_moments: their moments; their pages are taken when a row is first read.
         activations: estimate of what a pass keeps for its backward pass.
         places: on a GPU, the places of the copied rows of a table in host memory; else 0.
         is_table_on_host: whether rows lie in host memory and the rest on a GPU.
         is_row_wise: whether rows have one moment each, which stays on the device.
+        exchanged: most bytes of rows and gradients that divided tables exchange at one time.
+        other_parts: rows and moments of the parts of tables that other processes hold.
     """
 
     weights: int
@@ -44,6 +48,8 @@ class TrainingMemory:
     places: int = 0
     is_table_on_host: bool = False
     is_row_wise: bool = False
+    exchanged: int = 0
+    other_parts: int = 0
 
     @property
     def certain(self) -> int:
@@ -68,12 +74,13 @@ class TrainingMemory:
     def total(self) -> int:
         """Bytes on the device if all rows are read."""
         moments = 0 if self.is_table_on_host else self.row_moments
-        return self.certain + moments + self.activations
+        return self.certain + moments + self.activations + self.exchanged
 
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint on disk."""
-        return self.weights + self.moments + self.rows + self.row_moments
+        of_tables = self.rows + self.row_moments + self.other_parts
+        return self.weights + self.moments + of_tables
 
     def check_fits(self, memory: AvailableMemory, processes: int = 1) -> None:
         """Raise ConfigError if ``processes`` that share the memory certainly need more."""
@@ -115,6 +122,8 @@ class TrainingMemory:
         if not self.is_table_on_host:
             parts |= {"moments of rows": self.row_moments}
         parts |= {"activations, estimated": self.activations}
+        if self.exchanged:
+            parts |= {"exchanged rows, at most": self.exchanged}
         line = f"memory: torch itself, and about {size_text(self.total)}{share} ({_named(parts)})"
         if memory is not None:
             line += f"; {size_text(memory.num_bytes)} is available ({memory.bound})"
@@ -133,29 +142,74 @@ def _named(parts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
 
 
-def training_memory(model: nn.Module, shape: ModelConfig, config: TrainConfig) -> TrainingMemory:
-    """The memory of a run in one process, with ``model`` on the meta device."""
+def training_memory(
+    model: nn.Module, shape: ModelConfig, config: TrainConfig, processes: int = 1
+) -> TrainingMemory:
+    """The memory of one of ``processes`` of a run, with ``model`` on the meta device.
+
+    Raises:
+        ConfigError: the tables cannot be divided among the processes.
+    """
     sizes = [(one.numel(), one.requires_grad) for one in model.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     is_on_host = config.run.table_tier == "host"
-    rows = row_moments = places = 0
+    rows = row_moments = places = exchanged = other_parts = 0
     if shape.memory is not None:
-        num_rows = len(shape.table_names) * shape.memory.num_rows
-        rows = num_rows * shape.memory.value_dim
-        moment_bytes = OUTPUT_DTYPES[config.optimizer.moment_dtype].itemsize
-        row_moments = _FLOAT * num_rows if config.optimizer.row_wise else 2 * moment_bytes * rows
-        places = _PLACE * num_rows if is_on_host else 0
+        whole = shape.memory.num_rows, shape.memory.value_dim
+        count, part = len(shape.table_names), _largest_part(whole, config, processes)
+        rows, row_moments = (count * size for size in _table_bytes(part, config))
+        if part != whole:
+            other_parts = count * sum(_table_bytes(whole, config)) - rows - row_moments
+            exchanged = _exchanged(shape, config, processes)
+        places = _PLACE * count * whole[0] if is_on_host else 0
     return TrainingMemory(
         weights=_FLOAT * sum(size for size, _ in sizes),
         gradients=_FLOAT * trained,
         moments=2 * _FLOAT * trained,
-        rows=_FLOAT * rows,
+        rows=rows,
         row_moments=row_moments,
         activations=_activations(shape, config),
         places=places,
         is_table_on_host=is_on_host,
         is_row_wise=config.optimizer.row_wise,
+        exchanged=exchanged,
+        other_parts=other_parts,
     )
+
+
+def _largest_part(whole: tuple[int, int], config: TrainConfig, processes: int) -> tuple[int, int]:
+    """Rows and values of the part of a table that the last process holds, the largest one."""
+    kind = config.run.table_sharding
+    if kind == "none" or processes == 1:
+        return whole
+    return shard_of(kind, whole, processes - 1, processes).local_shape
+
+
+def _table_bytes(part: tuple[int, int], config: TrainConfig) -> tuple[int, int]:
+    """Bytes of the rows of a table, or of a part of one, and of their moments."""
+    num_rows, values = part[0], part[0] * part[1]
+    moment_bytes = OUTPUT_DTYPES[config.optimizer.moment_dtype].itemsize
+    moments = _FLOAT * num_rows if config.optimizer.row_wise else 2 * moment_bytes * values
+    return _FLOAT * values, moments
+
+
+def _exchanged(shape: ModelConfig, config: TrainConfig, processes: int) -> int:
+    """Most bytes of rows and gradients that divided tables exchange at one time.
+
+    These are the summed gradients of a step, and by columns also the lookups of all tokens.
+    """
+    memory, run = shape.memory, config.run
+    assert memory is not None
+    by_rows = run.table_sharding == "rows"
+    references = run.tokens_per_step * memory.num_heads * memory.top_k
+    layers = math.ceil(len(shape.memory_layers) / len(shape.table_names))
+    seen = math.ceil(references / processes) if by_rows else references
+    distinct = min(seen * layers, memory.num_rows)
+    if by_rows:
+        return 2 * _FLOAT * distinct * memory.value_dim  # sent and received
+    of_pass = math.ceil(run.tokens_per_step / run.passes_per_step)
+    lookup = _REFERENCE * references // run.passes_per_step + _FLOAT * of_pass * memory.value_dim
+    return lookup + _FLOAT * distinct * math.ceil(memory.value_dim / processes)
 
 
 def _activations(shape: ModelConfig, config: TrainConfig) -> int:

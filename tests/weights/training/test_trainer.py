@@ -411,8 +411,12 @@ def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch, rank, n
         ("is_torchelastic_launched", True),
         ("get_rank", 3),
         ("get_world_size", 4),
+        ("new_group", None),
+        ("all_gather", None),
     ):
-        monkeypatch.setattr(train.distributed, name, lambda result=result: result)
+        monkeypatch.setattr(
+            train.distributed, name, lambda *arguments, result=result, **options: result
+        )
     monkeypatch.setattr(
         train.distributed, "init_process_group", lambda backend, timeout: calls.append(backend)
     )
@@ -518,7 +522,7 @@ def test_a_process_without_a_sequence_takes_part(config, tmp_path):
 @pytest.mark.parametrize("kind", ["memory_plus", "moe"])
 def test_two_processes_train_like_one(config, tmp_path, kind):
     # the balancing loss differs between processes, so the test leaves it out
-    changes = [*KINDS[kind], "run.passes_per_step=2"]
+    changes = [*KINDS[kind], "run.passes_per_step=2", "run.table_sharding=rows"]
     changes += ["model.router_aux_loss_coef=0"] if kind == "moe" else []
     run(config(*changes, memory=kind != "moe"), tmp_path / "one")
     done = torchrun(tmp_path / "train.toml", tmp_path / "two", *changes)

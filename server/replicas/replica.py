@@ -23,6 +23,7 @@ from server.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
+_ERROR_STATUS = 500
 # for errors of running streams to reach the ingress
 _LAST_S = 2.0
 
@@ -75,10 +76,28 @@ class Replica:
         )
 
     async def stream(self, request: RelayedRequest) -> AsyncGenerator[list[Message], None]:
-        """The ASGI messages of the response, as they arrive."""
-        async with aclosing(response_messages(self._app, request)) as batches:
-            async for messages in batches:
-                yield messages
+        """The ASGI messages of the response, as they arrive.
+
+        A prompt that finds no engine, or whose answer had not begun when the engine died, waits:
+        the engine is restarted, or this process ends and the ingress tries another replica.
+        """
+        while True:
+            if request.text is not None:
+                while not self._service.engine.is_alive:
+                    await asyncio.sleep(_LOOK_EVERY_S)
+            has_begun = False
+            async with aclosing(response_messages(self._app, request)) as batches:
+                async for messages in batches:
+                    if not has_begun and request.text is not None and self._has_failed(messages):
+                        break
+                    has_begun = True
+                    yield messages
+                else:
+                    return
+
+    def _has_failed(self, messages: list[Message]) -> bool:
+        """Whether a response is an error because the engine has died."""
+        return messages[0]["status"] >= _ERROR_STATUS and not self._service.engine.is_alive
 
     async def answer(self, request: RelayedRequest) -> tuple[str, list[Message]]:
         """This replica's name, and the ASGI messages of the whole response."""

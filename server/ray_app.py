@@ -10,9 +10,13 @@ from server.replicas.settings import ApplicationSettings, application_settings
 try:
     from ray import serve
     from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+    from ray.serve.schema import LoggingConfig
 except ImportError as error:
     message = f"replicas need Ray Serve ({error}): install memplus[ray]"
     raise ImportError(message) from None
+
+from server.replicas.ingress import Ingress
+from server.replicas.replica import Replica
 
 # a name, so that handles in other processes import the class; it needs Ray
 _ROUTER = "server.replicas.router:PrefixRouter"
@@ -22,6 +26,8 @@ _WAIT_LOOP_S = 0.5
 # autoscaling averages requests over this time
 _LOOK_BACK_S = 30.0
 _HEALTH_CHECK_PERIOD_S = 5.0
+# Ray would log every request twice; access_log has one line for each
+_LOGGING = LoggingConfig(enable_access_log=False)
 
 
 def build(arguments: Mapping[str, Any]) -> "serve.Application":
@@ -35,8 +41,6 @@ def build(arguments: Mapping[str, Any]) -> "serve.Application":
 
 
 def _replicas(settings: ApplicationSettings) -> Any:
-    from server.replicas.replica import Replica
-
     options = settings.options
     router = RequestRouterConfig(
         request_router_class=_ROUTER, request_router_kwargs={"slack": options.prefix_slack}
@@ -52,6 +56,7 @@ def _replicas(settings: ApplicationSettings) -> Any:
         graceful_shutdown_wait_loop_s=_WAIT_LOOP_S,
         health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         max_surge_percent=options.surge_percent,
+        logging_config=_LOGGING,
     )
     return deployment.bind(settings.replica)
 
@@ -73,8 +78,6 @@ def _number(options: ReplicaOptions, max_num_seqs: int) -> dict[str, Any]:
 
 
 def _ingress(settings: ApplicationSettings, replicas: Any) -> Any:
-    from server.replicas.ingress import Ingress
-
     options, limits = settings.options, settings.ingress.limits
     deployment = serve.deployment(serve.ingress()(Ingress)).options(
         name="Ingress",
@@ -86,5 +89,6 @@ def _ingress(settings: ApplicationSettings, replicas: Any) -> Any:
         graceful_shutdown_timeout_s=options.replica_drain_timeout_s,
         graceful_shutdown_wait_loop_s=_WAIT_LOOP_S,
         max_surge_percent=_MOST_PERCENT,
+        logging_config=_LOGGING,
     )
     return deployment.bind(settings.ingress, replicas)

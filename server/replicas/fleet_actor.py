@@ -85,8 +85,8 @@ class FleetActor:
                 await asyncio.to_thread(serve.status)
             ).applications.keys()
             if self._application not in applications:
-                # nobody waits for an answer of a replica that has ended
-                ray.actor.exit_actor()
+                # an exit of its own would make Ray start it again
+                ray.kill(ray.get_runtime_context().current_actor)
 
 
 class RemoteFleet:

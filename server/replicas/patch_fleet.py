@@ -153,7 +153,9 @@ class PatchFleet:
         async with self._lock:
             outcomes = await self._order("unload", name)
             # a replica may have lost the patch before
-            missing = {r for r, one in outcomes.items() if one.refusal and one.refusal.status == 404}
+            missing = {
+                r for r, one in outcomes.items() if one.refusal and one.refusal.status == 404
+            }
             others = {r: one for r, one in outcomes.items() if r not in missing}
             refusal = _first_refusal(others or outcomes)
             if not outcomes:

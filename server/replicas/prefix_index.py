@@ -42,7 +42,7 @@ class PrefixIndex:
         """The fraction of the prompt that each replica has seen as a prefix, if it has any."""
         seen: dict[str, int] = {}
         number = 0
-        for number, block in enumerate(_blocks(scope, prompt), 1):  # noqa: B007
+        for number, block in enumerate(_blocks(scope, prompt), 1):
             for replica in self._replicas.get(block, ()):
                 if seen.get(replica, 0) == number - 1:
                     seen[replica] = number

@@ -1,6 +1,6 @@
 """Orders replicas for a request: by known prefix while loads are balanced, else by load."""
 
-import zlib
+import hashlib
 from collections.abc import Iterable
 from itertools import count
 
@@ -33,7 +33,7 @@ class ReplicaChoice:
         shares = self._index.shares(text.scope, text.prompt) if text is not None else {}
         seed = f"{next(self._numbers)}" if text is None else f"{text.scope}{text.prompt[:64]}"
 
-        def rank(name: str) -> tuple[float, int, int]:
+        def rank(name: str) -> tuple[float, int, bytes]:
             share = shares.get(name, 0.0)
             is_preferred = share >= _LEAST_SHARE and loads[name] <= least + self._slack
             # several ingresses agree on a new prefix, because the checksum is the same in all
@@ -59,5 +59,5 @@ class ReplicaChoice:
             self._index.forget(name)
 
 
-def _checksum(seed: str, name: str) -> int:
-    return zlib.crc32(f"{seed}\0{name}".encode(errors="surrogatepass"))
+def _checksum(seed: str, name: str) -> bytes:
+    return hashlib.blake2b(f"{seed}\0{name}".encode(errors="surrogatepass"), digest_size=8).digest()

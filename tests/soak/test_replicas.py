@@ -93,9 +93,11 @@ def finish_reason(answer: dict) -> str:
 def test_requests_spread_over_the_replicas(cluster):
     cluster.replicas(2)
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda n: cached_tokens(
-            cluster, "/v1/completions", prompt=words(n)
-        ), range(16)))
+        answers = list(
+            pool.map(
+                lambda n: cached_tokens(cluster, "/v1/completions", prompt=words(n)), range(16)
+            )
+        )
     assert len(answers) == 16
     counts = cluster.metric("request_success_total")
     assert len(counts) == 2 and min(counts.values()) >= 4
@@ -202,6 +204,7 @@ def test_a_rolling_update_loses_nothing(cluster, arguments):
 
 def test_a_queue_adds_a_replica(cluster, arguments):
     scaled = {"replicas": 1, "max_replicas": 2, "target_requests": 2.0, "upscale_delay_s": 0.0}
+    scaled["downscale_delay_s"] = 5.0
     cluster.deploy(**arguments | scaled)
     cluster.replicas(1)
     is_over: list[bool] = []

@@ -1,10 +1,11 @@
 """The ingress in a Ray actor: access, request bodies, and the way to the replicas."""
 
+import logging
 from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -13,7 +14,7 @@ from ray.serve.exceptions import (
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.admission import Admission
-from server.http.errors import ApiError, OverloadedError
+from server.http.errors import ApiError, EngineError, OverloadedError
 from server.http.front import Front
 from server.http.generation_routes import GENERATION_PATHS
 from server.http.intake import Intake
@@ -22,6 +23,7 @@ from server.replicas.relay import Relay, ReplicaLostError
 from server.replicas.relayed_request import RelayedRequest, without_id
 from server.replicas.settings import IngressSettings
 
+logger = logging.getLogger(__name__)
 _LOST = (RayActorError, ReplicaUnavailableError)
 _METRICS_TIMEOUT_S = 10.0
 
@@ -63,6 +65,10 @@ class Ingress:
             raise ReplicaLostError(str(error)) from None
         except BackPressureError:
             raise OverloadedError from None
+        except RayTaskError as error:
+            has_ended = True
+            logger.error("a replica failed: %s", error)
+            raise EngineError("internal error") from None
         except DeploymentUnavailableError:
             raise _unavailable() from None
         finally:

@@ -15,6 +15,7 @@ from server.replicas.relayed_request import RelayedRequest, without_id
 
 # replicas that are tried before a request fails
 _ATTEMPTS = 3
+_CLIENT_LEFT = 499
 _METRICS = "/metrics"
 _PATCHES = "/v1/memory/patches"
 
@@ -51,6 +52,8 @@ class Relay:
         except ApiError as error:
             if not exchange.has_begun:
                 await exchange.send_error(error, scope, receive)
+            elif error.status != _CLIENT_LEFT:
+                await exchange.end_with_error(error)
 
     async def _answer(self, request: RelayedRequest, scope: Scope, exchange: "_Exchange") -> None:
         path = route_path(scope)
@@ -69,8 +72,7 @@ class Relay:
                 return
             except ReplicaLostError:
                 if exchange.has_begun:
-                    await exchange.end_with_error()
-                    return
+                    break
         raise EngineError("the replica has died")
 
 
@@ -100,13 +102,13 @@ class _Exchange:
         response = Response(text, error.status, error.headers, media_type="application/json")
         await response(scope, receive, self._send)
 
-    async def end_with_error(self) -> None:
+    async def end_with_error(self, error: ApiError) -> None:
         """End a stream as a server does whose engine has died; another response stays cut off."""
         if self._has_ended:
             return
         if not self._is_stream:
-            raise ConnectionError("the replica has died in the middle of a response")
-        body = event(json_text(EngineError("the replica has died").body)) + event("[DONE]")
+            raise ConnectionError(f"{error}, in the middle of a response")
+        body = event(json_text(error.body)) + event("[DONE]")
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 

@@ -115,9 +115,20 @@ async def response_messages(
         await left.wait()
         return {"type": "http.disconnect"}
 
+    has_ended = False
+
+    async def send(message: Message) -> None:
+        nonlocal has_ended
+        has_ended = message["type"] == "http.response.body" and not message.get("more_body")
+        messages.put_nowait(message)
+
     async def answer() -> None:
         try:
-            await app({**request.scope}, receive, messages.put)
+            await app({**request.scope}, receive, send)
+        except Exception:
+            # Starlette answers a failed request, then raises; the handler has logged the error
+            if not has_ended:
+                raise
         finally:
             messages.put_nowait(None)
 

@@ -1,6 +1,7 @@
 """Orders replicas for a request: by known prefix while loads are balanced, else by load."""
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import count
 
@@ -9,6 +10,8 @@ from server.replicas.relayed_request import RoutingText
 
 # a shorter known prefix saves too little to be worth a longer queue
 _LEAST_SHARE = 0.1
+# requests that ended before they began here; their callbacks run within milliseconds
+_MOST_EARLY = 1024
 
 
 class ReplicaChoice:
@@ -22,13 +25,14 @@ class ReplicaChoice:
         least loaded one."""
         self._slack = slack
         self._index = PrefixIndex()
-        self._loads: dict[str, int] = {}
+        self._running: dict[str, set[str]] = {}  # ids of requests by replica
+        self._ended_early: OrderedDict[str, None] = OrderedDict()
         self._numbers = count()
 
     def ranked(self, replicas: Iterable[str], text: RoutingText | None) -> list[str]:
         """The replicas, the best one for a request first."""
         names = list(replicas)
-        loads = {name: self._loads.get(name, 0) for name in names}
+        loads = {name: len(self._running.get(name, ())) for name in names}
         least = min(loads.values(), default=0)
         shares = self._index.shares(text.scope, text.prompt) if text is not None else {}
         seed = f"{next(self._numbers)}" if text is None else f"{text.scope}{text.prompt[:64]}"
@@ -41,21 +45,29 @@ class ReplicaChoice:
 
         return sorted(names, key=rank)
 
-    def began(self, replica: str, text: RoutingText | None) -> None:
+    def began(self, replica: str, request_id: str, text: RoutingText | None) -> None:
         """Record that a replica got a request."""
-        self._loads[replica] = self._loads.get(replica, 0) + 1
+        if request_id in self._ended_early:
+            del self._ended_early[request_id]
+        else:
+            self._running.setdefault(replica, set()).add(request_id)
         if text is not None:
             self._index.record(text.scope, text.prompt, replica)
 
-    def ended(self, replica: str) -> None:
-        """Record that a request of a replica has ended."""
-        self._loads[replica] = max(0, self._loads.get(replica, 0) - 1)
+    def ended(self, replica: str, request_id: str) -> None:
+        """Record that a request has ended: perhaps before ``began``, or refused and without it."""
+        running = self._running.get(replica, set())
+        if request_id in running:
+            running.remove(request_id)
+            return
+        self._ended_early[request_id] = None
+        if len(self._ended_early) > _MOST_EARLY:
+            self._ended_early.popitem(last=False)
 
     def keep_only(self, replicas: Iterable[str]) -> None:
         """Forget all other replicas, of which requests may still end."""
-        kept = set(replicas)
-        for name in self._loads.keys() - kept:
-            del self._loads[name]
+        for name in self._running.keys() - set(replicas):
+            del self._running[name]
             self._index.forget(name)
 
 

@@ -42,11 +42,12 @@ class PrefixRouter(RequestRouter):
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
         """Learn where a request went."""
-        self._choice.began(replica_id.unique_id, _text(pending_request))
+        request_id = pending_request.metadata.internal_request_id
+        self._choice.began(replica_id.unique_id, request_id, _text(pending_request))
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Learn that a request has ended."""
-        self._choice.ended(replica_id.unique_id)
+        self._choice.ended(replica_id.unique_id, internal_request_id)
 
 
 def _text(request: PendingRequest) -> RoutingText | None:

@@ -71,6 +71,12 @@ def test_a_stream_of_a_replica_that_dies_ends_with_an_error_event():
     assert error_message(error.removeprefix("data: ")) == "the replica has died"
 
 
+def test_a_stream_of_a_replica_that_fails_ends_with_its_error():
+    replicas = Replicas([EVENTS, body(b"data: 1\n\n", more=True), ApiError(500, "internal error")])
+    error = exchanged(replicas)[1].decode().split("\n\n")[1]
+    assert error_message(error.removeprefix("data: ")) == "internal error"
+
+
 def test_a_response_that_has_not_begun_comes_from_another_replica():
     replicas = Replicas([ReplicaLostError()], [ReplicaLostError()], [JSON, body(b"{}")])
     assert exchanged(replicas) == (200, b"{}")

@@ -121,3 +121,11 @@ def test_an_error_of_the_application_reaches_the_reader():
 
     with pytest.raises(KeyError, match="lost"):
         collected(app, request_of())
+
+
+def test_an_error_after_the_response_is_not_raised_again():
+    async def app(scope, receive, send):
+        await JSONResponse({}, 500)(scope, receive, send)
+        raise KeyError("logged already")
+
+    assert [message["type"] for message in collected(app, request_of())][-1] == "http.response.body"

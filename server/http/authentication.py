@@ -7,7 +7,7 @@ from server.api_keys import ApiKey, ApiKeys
 from server.http.errors import error_body
 from server.http.root_path import route_path
 
-_KEY = "memplus.api_key"
+KEY_IN_SCOPE = "memplus.api_key"
 _OPEN_PATHS = ("/", "/health", "/ready")
 _OPEN_FOLDER = "/page/"
 
@@ -23,7 +23,7 @@ class Authentication:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[_KEY] = key = self._keys.find(_token(scope))
+        scope[KEY_IN_SCOPE] = key = self._keys.find(_token(scope))
         if self._keys and key is None and not _is_open(scope):
             await _refusal()(scope, receive, send)
             return
@@ -32,7 +32,7 @@ class Authentication:
 
 def key_of(scope: Scope) -> ApiKey | None:
     """The key that a request gave; None if it gave none or was refused."""
-    key: ApiKey | None = scope.get(_KEY)
+    key: ApiKey | None = scope.get(KEY_IN_SCOPE)
     return key
 
 

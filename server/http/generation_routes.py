@@ -16,6 +16,7 @@ from server.http.responses import respond
 from server.http.service import Service
 
 logger = logging.getLogger(__name__)
+_COMPLETIONS, _CHAT = GENERATION_PATHS = ("/v1/completions", "/v1/chat/completions")
 # characters of a logged prompt
 _MAX_LOGGED = 4096
 
@@ -29,14 +30,14 @@ def generation_routes(service: Service) -> APIRouter:
             prompt = body.model_dump_json(include={"prompt", "messages"}, exclude_none=True)
             logger.info("prompt: %s", prompt[:_MAX_LOGGED])
 
-    @router.post("/v1/completions", response_model=None, responses=_either(Completion))
+    @router.post(_COMPLETIONS, response_model=None, responses=_either(Completion))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or more prompts."""
         note(body)
         key = key_of(request.scope)
         return await respond(request, completion_answer(service, body, key), body.stream)
 
-    @router.post("/v1/chat/completions", response_model=None, responses=_either(ChatCompletion))
+    @router.post(_CHAT, response_model=None, responses=_either(ChatCompletion))
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Continue a conversation."""
         note(body)

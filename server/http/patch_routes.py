@@ -1,6 +1,6 @@
 """Routes that list, load and remove row patches."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
 from pydantic import Field
@@ -28,8 +28,23 @@ class LoadPatchRequest(RequestBody):
     )
 
 
-def patch_routes(service: Service) -> APIRouter:
-    """``GET`` and ``POST /v1/memory/patches``, ``DELETE /v1/memory/patches/{name}``."""
+class PatchChanges(Protocol):
+    """Loads and removes row patches for the routes."""
+
+    async def load(self, name: str) -> object:
+        """Load a patch as ``ServedPatches.load`` does."""
+        ...
+
+    async def unload(self, name: str) -> None:
+        """Remove a patch as ``ServedPatches.unload`` does."""
+        ...
+
+
+def patch_routes(service: Service, changes: PatchChanges) -> APIRouter:
+    """``GET`` and ``POST /v1/memory/patches``, ``DELETE /v1/memory/patches/{name}``.
+
+    After ``changes`` has loaded a patch, ``service.patches`` has it.
+    """
     router = APIRouter(tags=["memory"])
 
     @router.get("/v1/memory/patches", responses={200: {"model": MemoryPatchList}})
@@ -45,7 +60,8 @@ def patch_routes(service: Service) -> APIRouter:
         """Load a row patch; the server checks it first. If there are keys, it needs one with the
         role admin."""
         _check_admin(request, body.name)
-        return _patch(await service.patches.load(body.name))
+        await changes.load(body.name)
+        return _patch(service.patches[body.name])
 
     @router.delete(
         "/v1/memory/patches/{name}",
@@ -55,7 +71,7 @@ def patch_routes(service: Service) -> APIRouter:
         """Remove a row patch; requests that use it finish with it. If there are keys, it needs one
         with the role admin."""
         _check_admin(request, name)
-        service.patches.unload(name)
+        await changes.unload(name)
         return {"object": "memory_patch.deleted", "name": name, "deleted": True}
 
     return router

@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.request_id import CURRENT_ID
 
-_HEADER = b"x-request-id"
+ID_HEADER = b"x-request-id"
 _VALID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
 
 
@@ -18,12 +18,12 @@ class RequestIds:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = dict(scope["headers"]).get(_HEADER, b"").decode("latin-1")
+        given = dict(scope["headers"]).get(ID_HEADER, b"").decode("latin-1")
         request_id = given if _VALID.fullmatch(given) else uuid.uuid4().hex
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                header = (_HEADER, request_id.encode())
+                header = (ID_HEADER, request_id.encode())
                 message = {**message, "headers": [*message.get("headers", []), header]}
             await send(message)
 

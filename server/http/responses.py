@@ -23,11 +23,11 @@ async def respond(request: Request, answer: Answer, stream: bool) -> Response:
     """
     place, receive = place_of(request.scope), request.receive
     if not stream:
-        body = await _until_disconnect(receive, answer.whole(place))
+        body = await until_disconnect(receive, answer.whole(place))
         return Response(body, media_type="application/json")
     events = answer.events(place)
     # an error before the first token still sets the status of the response
-    first = await _until_disconnect(receive, anext(events))
+    first = await until_disconnect(receive, anext(events))
     return EventStream(first, events)
 
 
@@ -43,7 +43,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _until_disconnect(receive, self._send_all(send))
+            await until_disconnect(receive, self._send_all(send))
         except ApiError:
             return  # the client left
         finally:
@@ -59,7 +59,7 @@ class EventStream(StreamingResponse):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _until_disconnect(receive: Receive, answer: Coroutine[Any, Any, Result]) -> Result:
+async def until_disconnect(receive: Receive, answer: Coroutine[Any, Any, Result]) -> Result:
     """Await ``answer``; if the client disconnects, cancel it and raise ApiError (499)."""
     task = asyncio.ensure_future(answer)
     disconnect = asyncio.ensure_future(_disconnected(receive))

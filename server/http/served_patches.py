@@ -136,7 +136,7 @@ class ServedPatches:
         finally:
             self._loading.remove(name)
 
-    def unload(self, name: str) -> None:
+    async def unload(self, name: str) -> None:
         """Refuse a patch to new requests; those that use it finish with it.
 
         Raises:

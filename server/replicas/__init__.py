@@ -1,0 +1,1 @@
+"""Replicas of a server behind one address, run by Ray Serve."""

@@ -1,0 +1,150 @@
+"""An HTTP request as plain data, which travels from the ingress to a replica."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Scope
+
+from server.http.authentication import KEY_IN_SCOPE
+from server.http.request_ids import ID_HEADER
+from server.http.root_path import route_path
+from server.request_id import current_request_id
+
+_PLAIN_KEYS = (
+    *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string"),
+    *("headers", "client", "server", "root_path", KEY_IN_SCOPE),
+)
+# fields that separate the KV blocks of requests
+_SCOPE_FIELDS = ("model", "memory_patches", "cache_salt")
+
+
+@dataclass(frozen=True)
+class RoutingText:
+    """The part of a request that decides which KV blocks it can share.
+
+    Attributes:
+        scope: what must be equal, besides the prompt.
+        prompt: the prompt, the conversation or the token ids as text.
+    """
+
+    scope: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class RelayedRequest:
+    """A request of a client with access.
+
+    Attributes:
+        scope: the plain values of the ASGI scope, with the request's id and API key.
+        text: None if the request has no prompt.
+    """
+
+    scope: dict[str, Any]
+    body: bytes
+    text: RoutingText | None
+
+    @classmethod
+    def of(cls, scope: Scope, body: bytes, generating: frozenset[str]) -> "RelayedRequest":
+        """The request of a scope. ``generating`` are the paths whose requests have prompts."""
+        plain = {name: scope[name] for name in _PLAIN_KEYS if name in scope}
+        headers = [one for one in scope["headers"] if one[0] != ID_HEADER]
+        request_id = current_request_id()
+        if request_id:
+            headers.append((ID_HEADER, request_id.encode()))
+        text = routing_text(body) if route_path(scope) in generating else None
+        return cls(plain | {"headers": headers}, body, text)
+
+
+def routing_text(body: bytes) -> RoutingText | None:
+    """The routing text of the JSON body of a completion or chat; None if it has no prompt.
+
+    The replica refuses malformed bodies, not this function.
+    """
+    try:
+        fields = json.loads(body)
+    except ValueError:
+        return None
+    if not isinstance(fields, dict):
+        return None
+    scope = json.dumps([fields.get(name) for name in _SCOPE_FIELDS])
+    if fields.get("messages"):
+        # templates put tools before messages
+        prompt = json.dumps([fields.get("tools"), fields["messages"]], ensure_ascii=False)
+    else:
+        prompt = _prompt_text(fields.get("prompt"))
+    return RoutingText(scope, prompt) if prompt else None
+
+
+def _prompt_text(prompt: object) -> str:
+    """A prompt as text; of several prompts the first one."""
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list) or not prompt:
+        return ""
+    if isinstance(prompt[0], int):
+        return " ".join(map(str, prompt))
+    return _prompt_text(prompt[0])
+
+
+def without_id(message: Message) -> Message:
+    """An ASGI message without the header of the request's id."""
+    if message["type"] != "http.response.start":
+        return message
+    headers = [one for one in message.get("headers", ()) if one[0].lower() != ID_HEADER]
+    return {**message, "headers": headers}
+
+
+async def response_messages(
+    app: ASGIApp, request: RelayedRequest
+) -> AsyncGenerator[list[Message], None]:
+    """The ASGI messages with which ``app`` answers; those that arrive together come together.
+
+    If the generator is closed early, ``app`` sees that the client has disconnected.
+    """
+    messages: asyncio.Queue[Message | None] = asyncio.Queue()
+    bodies = [request.body]
+    left = asyncio.Event()
+
+    async def receive() -> Message:
+        if bodies:
+            return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    has_ended = False
+
+    async def send(message: Message) -> None:
+        nonlocal has_ended
+        has_ended = message["type"] == "http.response.body" and not message.get("more_body")
+        messages.put_nowait(message)
+
+    async def answer() -> None:
+        try:
+            await app({**request.scope}, receive, send)
+        except Exception:
+            # Starlette answers a failed request, then raises; the handler has logged the error
+            if not has_ended:
+                raise
+        finally:
+            messages.put_nowait(None)
+
+    task = asyncio.ensure_future(answer())
+    try:
+        is_over = False
+        while not is_over:
+            together = [await messages.get()]
+            while not messages.empty():
+                together.append(messages.get_nowait())
+            is_over = together[-1] is None
+            found = [message for message in together if message is not None]
+            if found:
+                yield found
+        await task
+    finally:
+        left.set()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,36 @@
+"""Tests of the application for Ray Serve; tests/soak/test_replicas.py runs it."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = Path(__file__).parents[2] / "docker" / "replicas.yaml"
+
+
+def test_without_ray_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "server.ray_app", raising=False)
+    with pytest.raises(ImportError, match=r"install memplus\[ray\]"):
+        importlib.import_module("server.ray_app")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_the_example_configuration_is_valid():
+    pytest.importorskip("ray")
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from server.ray_app import build
+
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG.read_text()))
+    (application,) = schema.applications
+    assert application.import_path == "server.ray_app:build"
+    ingress = build(application.args)._bound_deployment
+    (replicas,) = [one for one in ingress.init_args if hasattr(one, "_bound_deployment")]
+    config = replicas._bound_deployment._deployment_config
+    assert config.autoscaling_config.max_replicas == application.args["max_replicas"]
+    assert config.graceful_shutdown_timeout_s == 300
+    assert ingress._deployment_config.num_replicas == 1

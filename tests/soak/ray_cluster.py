@@ -1,0 +1,131 @@
+"""A local Ray cluster in a process that is told what to do by lines, and its handle for tests.
+
+Run as a program it starts the cluster, and answers each line of JSON on stdin with one on stdout.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+_OBJECT_STORE_BYTES = 100 * 2**20
+
+
+@dataclass
+class Cluster:
+    """A cluster and a client of its one address."""
+
+    process: subprocess.Popen[str]
+    http: httpx.Client
+
+    def ask(self, **command: Any) -> Any:
+        """Let the program do something, and wait for its answer."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(command), file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("answer: "):
+                return json.loads(line.removeprefix("answer: "))
+        raise AssertionError("the cluster's program has ended")
+
+    def deploy(self, **arguments: Any) -> None:
+        """Deploy the application, or a new version of it, and wait until it is ready."""
+        assert self.ask(do="deploy", arguments=arguments) is None
+
+    def replicas(self, count: int, without: str = "") -> dict[str, int]:
+        """Wait for this number of running replicas, not one of them ``without``; their process
+        ids by name."""
+        found: dict[str, int] = self.ask(do="replicas", count=count, without=without)
+        return found
+
+    def metric(self, name: str) -> dict[str, float]:
+        """A metric by replica, summed over its other labels."""
+        found: dict[str, float] = {}
+        for line in self.http.get("/metrics").text.splitlines():
+            if line.startswith(f"memplus:{name}{{"):
+                replica = line.partition('replica="')[2].partition('"')[0]
+                found[replica] = found.get(replica, 0.0) + float(line.rpartition(" ")[2])
+        return found
+
+
+@contextlib.contextmanager
+def running_cluster(folder: Path, port: int) -> Iterator[Cluster]:
+    """A cluster until the block ends; it keeps its files in a new folder."""
+    root = Path(__file__).parents[2]
+    # Ray keeps a token in the home folder, and its sockets have short paths
+    environment = os.environ | {"HOME": str(folder), "PYTHONPATH": str(root)}
+    environment |= {"RAY_SERVE_LOG_TO_STDERR": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, "-m", "tests.soak.ray_cluster", str(folder), str(port)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=root, env=environment, stdin=pipe, stdout=pipe, text=True
+    )
+    with process, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
+        try:
+            cluster = Cluster(process, http)
+            cluster.ask(do="wait")
+            yield cluster
+        finally:
+            # it shuts Ray down at the end of its input
+            process.communicate(timeout=120)
+
+
+def _main(port: int) -> None:
+    import ray
+    from ray import serve
+
+    from server.ray_app import build
+
+    ray.init(num_cpus=8, object_store_memory=_OBJECT_STORE_BYTES, include_dashboard=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        for line in sys.stdin:
+            command, answer = json.loads(line), None
+            if command["do"] == "deploy":
+                serve.run(build(command["arguments"]))
+            elif command["do"] == "replicas":
+                answer = _wait_for_replicas(command["count"], command["without"])
+            print(f"answer: {json.dumps(answer)}", flush=True)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _wait_for_replicas(count: int, without: str) -> dict[str, int]:
+    from ray import serve
+
+    pause = threading.Event()
+    while True:
+        states = serve.status().applications["default"].deployments["Replica"].replica_states
+        alive = {str(state): number for state, number in states.items() if number}
+        if alive == {"RUNNING": count}:
+            found = _replica_pids()
+            if len(found) == count and without not in found:
+                return found
+        pause.wait(0.2)
+
+
+def _replica_pids() -> dict[str, int]:
+    import ray
+    from ray.exceptions import RayActorError
+
+    found = {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        name, namespace = actor["name"], actor["namespace"]
+        if "#Replica#" in name:
+            with contextlib.suppress(RayActorError, ValueError):
+                handle = ray.get_actor(name, namespace=namespace)
+                pid = ray.get(handle.__ray_call__.remote(lambda replica: os.getpid()))
+                found[name.rpartition("#")[2]] = pid
+    return found
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[2]))

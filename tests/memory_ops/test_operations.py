@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.autograd import forward_ad, gradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from memory_ops import backends, operations, reference
+from memory_ops import backends, custom_operators, operations, reference
 from memory_ops.native.backend import NativeBackend
 from memory_ops.operations import expert_lookup, gather_rows, product_topk, row_dots, row_gradients
 from memory_ops.row_formats import ROW_FORMATS, quantize_rows
@@ -170,10 +170,10 @@ def test_gradients_flow_past_records_to_the_weights_and_vectors(row_format):
 # Registration with torch.
 
 CALLS = {
-    "topk": (operations._product_topk, lambda t, r, w, x: (torch.randn(3, 2, 2, 9), 4)),
-    "gather": (operations._gather_rows, lambda t, r, w, x: (t, "", t.shape[1], r, w)),
-    "dots": (operations._row_dots, lambda t, r, w, x: (t, "", t.shape[1], r, x)),
-    "gradients": (operations._row_gradients, lambda t, r, w, x: (r, w, x)),
+    "topk": (custom_operators.product_topk, lambda t, r, w, x: (torch.randn(3, 2, 2, 9), 4)),
+    "gather": (custom_operators.gather_rows, lambda t, r, w, x: (t, "", t.shape[1], r, w)),
+    "dots": (custom_operators.row_dots, lambda t, r, w, x: (t, "", t.shape[1], r, x)),
+    "gradients": (custom_operators.row_gradients, lambda t, r, w, x: (r, w, x)),
 }
 
 
@@ -195,8 +195,8 @@ def test_gradients_by_weights_and_vectors_can_be_traced():
     # opcheck sums all outputs, which fails for row ids; test_a_lookup_compiles covers topk
     table, rows, weights, x = random_operands(dtype=torch.float32)
     for operator, arguments in (
-        (operations._gather_rows, (table, "", 7, rows, weights.requires_grad_())),
-        (operations._row_dots, (table, "", 7, rows, x.requires_grad_())),
+        (custom_operators.gather_rows, (table, "", 7, rows, weights.requires_grad_())),
+        (custom_operators.row_dots, (table, "", 7, rows, x.requires_grad_())),
     ):
         results = torch.library.opcheck(operator, arguments, test_utils="test_aot_dispatch_dynamic")
         assert set(results.values()) == {"SUCCESS"}

@@ -14,6 +14,13 @@ from memory_ops.checks import Table, accumulation_dtype
 from memory_ops.row_formats import RowFormat, RowRecords
 
 
+def operands_of(table: Table) -> tuple[Tensor, str, int]:
+    """The three operands of a value table."""
+    if isinstance(table, RowRecords):
+        return table.records_RB, table.row_format, table.value_dim
+    return table, "", table.shape[1]
+
+
 def _from_operands(table: Tensor, row_format: str, value_dim: int) -> Table:
     if not row_format:
         return table

@@ -1,6 +1,7 @@
 """The public operations: refusals, gradients, and torch's operator checks."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.engine.model.test_memory_layer import GOLDEN
 from tests.memory_ops.table_kinds import KINDS, PLAIN, exact_values, table_of
 
 OPERATIONS = ["product_topk", "gather_rows", "row_dots", "row_gradients", "expert_lookup"]
+GROUPED = ["group_rows", "squared_norm", "sparse_adam"]
 
 
 def random_operands(num_tokens=5, num_rows=11, width=7, dtype=torch.float64):
@@ -37,6 +39,15 @@ def random_operands(num_tokens=5, num_rows=11, width=7, dtype=torch.float64):
 def test_the_reference_has_the_same_signature(name):
     ours, plain = getattr(operations, name), getattr(reference, name)
     assert inspect.signature(ours) == inspect.signature(plain)
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, "add_patched_rows", "quantize_rows", *GROUPED])
+def test_the_help_of_an_operation_is_complete(name):
+    operation = getattr(operations, name)
+    text = inspect.getdoc(operation)
+    for argument in inspect.signature(operation).parameters:
+        assert re.search(rf"^    {argument}: ", text, re.MULTILINE)
+    assert "Raises:" in text and "memory_ops.reference" not in text
 
 
 def test_kernels_quantize_the_rows_that_they_support():

@@ -23,7 +23,12 @@ from weights.training.loss import batch_loss
 from weights.training.new_model import new_model
 from weights.training.optimizer import Optimizer, lr_share
 from weights.training.replicas import Replicas
-from weights.training.row_reads import RowReads, count_reads, sampled_passages
+from weights.training.row_reads import (
+    RowReads,
+    count_reads,
+    recorded_tokens,
+    sampled_passages,
+)
 from weights.training.run_folder import CHECKPOINTS, DATA, LOG, remove_leftovers, saved_states
 from weights.training.run_log import RunLog
 from weights.training.run_plan import RunPlan, plan_run
@@ -154,10 +159,13 @@ class Trainer:
 
     def _row_reads(self) -> RowReads:
         """Rows that the trained model reads on a sample of its training documents."""
-        config = self._config
-        length, seed = config.data.sequence_length, config.run.seed
-        passages = sampled_passages(self._train_tokens, length, seed)
-        return count_reads(self._model, passages, OUTPUT_DTYPES[config.run.dtype])
+        run, length = self._config.run, self._config.data.sequence_length
+        most = recorded_tokens(run.steps * run.tokens_per_step)
+        logger.info(
+            "counting row reads of %s tokens", f"{min(most, len(self._train_tokens.ids)):,}"
+        )
+        passages = sampled_passages(self._train_tokens, length, run.seed, most)
+        return count_reads(self._model, passages, OUTPUT_DTYPES[run.dtype])
 
     @torch.no_grad()
     def _check_replicas(self) -> None:

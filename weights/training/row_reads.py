@@ -23,7 +23,7 @@ from weights.training.token_file import TokenFile
 
 # tokens of a record: part of those that a run trained on, within these limits. A token of a record
 # costs about a third of one of training.
-_LEAST_TOKENS, _MOST_TOKENS, _PART_OF_TRAINED = 2**14, 2**18, 4
+_LEAST_TOKENS, _MOST_TOKENS, _PART_OF_TRAINED = 2**12, 2**18, 4
 _READS, _DOCUMENTS = ".reads", ".documents"
 _NUM_DOCUMENTS = "documents"
 _BATCH_TOKENS = 1024

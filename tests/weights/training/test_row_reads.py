@@ -118,5 +118,5 @@ def test_a_sample_has_random_documents_up_to_a_limit(tmp_path):
 
 def test_a_record_takes_a_part_of_the_tokens_that_a_run_trained_on():
     trained = (1000, 2**20, 2**30)
-    assert [recorded_tokens(one) for one in trained] == [2**14, 2**18, 2**18]
+    assert [recorded_tokens(one) for one in trained] == [2**12, 2**18, 2**18]
     assert recorded_tokens(2**18) == 2**16

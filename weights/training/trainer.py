@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from engine.model.flops import forward_flops
@@ -42,6 +43,8 @@ from weights.training.training_data import TrainingData, prepare_data
 
 logger = logging.getLogger(__name__)
 
+# names of these parts of a step in a profile of torch's
+DATA_RANGE, OPTIMIZER_RANGE = "memplus data", "memplus optimizer"
 # tokens of validation documents per evaluation
 _EVALUATION_TOKENS = 65_536
 
@@ -229,7 +232,8 @@ class Trainer:
         size = run.tokens_per_step // run.passes_per_step
         nats = 0.0
         for _ in range(run.passes_per_step):
-            batch = self._stream.next(size).part(self._replicas.rank, self._replicas.count)
+            with record_function(DATA_RANGE):
+                batch = self._stream.next(size).part(self._replicas.rank, self._replicas.count)
             loss = batch_loss(self._model, batch, OUTPUT_DTYPES[run.dtype])
             (loss.total / run.tokens_per_step).backward()  # type: ignore[no-untyped-call]
             nats += float(loss.nats.detach())
@@ -238,7 +242,8 @@ class Trainer:
             raise TrainingError(f"step {step}: the loss is {total}")
         share = lr_share(self._config.optimizer, step, self._schedule_steps)
         try:
-            norm = self._optimizer.step(share)
+            with record_function(OPTIMIZER_RANGE):
+                norm = self._optimizer.step(share)
         except TrainingError as error:
             raise TrainingError(f"step {step}: {error}") from None
         for usage, groups in zip(self._usage.values(), self._optimizer.tables.used, strict=True):

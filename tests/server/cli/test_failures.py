@@ -23,7 +23,7 @@ from tests.server.running import serve_command
 from weights.errors import DataError
 
 # of the arguments that are paths, those that are read
-INPUTS = {"config", "dict", "facts", "known", "patch", "patches", "questions", "text"}
+INPUTS = {"config", "configs", "dict", "facts", "known", "patch", "patches", "questions", "text"}
 INPUTS |= {"tokenizer", "trace"}
 # names of models and texts: a missing one is an error too
 NAMES = {"background", "first", "memory_adapter", "model", "neutral", "second", "source", "texts"}

@@ -152,6 +152,7 @@ def _finish(
             print("\n".join(map(str, written)))
             if len(written) == 1:
                 print("curves: not drawn; run `pip install matplotlib`, then this command --resume")
+            print(f"to serve the model: memplus serve --model {folder}")
         return 0
     if not stopped_by:  # a signal stopped another process
         return 1

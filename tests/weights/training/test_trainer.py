@@ -293,6 +293,7 @@ def test_a_finished_run_leaves_curves_and_a_model_card(
     assert f"{sum(last) / 8:.4f} nats per token" in card and "8 steps, 1,024 tokens" in card
     assert "2 memory_plus" in card and "lr = 0.003" in card and "perplexity" in card
     assert "MFLOP per token forward" in printed and "card.md" in printed
+    assert printed.endswith(f"memplus serve --model {tmp_path / 'run'}\n")
     curves = tmp_path / "run" / "curves.png"
     assert curves.exists() == ("curves.png" in card) == has_matplotlib
     assert ("curves: not drawn" in printed) == (not has_matplotlib)

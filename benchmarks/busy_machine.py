@@ -1,17 +1,17 @@
 """``memplus bench busy``: tokens per second next to busy processes, by wait policy."""
 
-import contextlib
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 from tqdm import tqdm
 
+from benchmarks.busy_loops import busy_loops
 from benchmarks.started_server import last_words
 from engine.errors import ConfigError
 from engine.process import EngineStartError
@@ -71,7 +71,7 @@ def measure(model: str, rounds: int, json_file: Path | None) -> None:
 def _compared(work: Work, neighbours: int, rounds: int) -> list[Result]:
     """Median tokens a second of each part of the work, by policy."""
     found: dict[tuple[str, str], list[float]] = {}
-    with tempfile.TemporaryDirectory() as name, _busy_loops(neighbours):
+    with tempfile.TemporaryDirectory() as name, busy_loops(neighbours):
         for _ in range(rounds):
             for policy, environment in POLICIES.items():
                 for part, tokens_per_s in work(environment, Path(name)).items():
@@ -80,18 +80,6 @@ def _compared(work: Work, neighbours: int, rounds: int) -> list[Result]:
         Result(part, neighbours, policy, median(speeds))
         for (part, policy), speeds in sorted(found.items())
     ]
-
-
-@contextlib.contextmanager
-def _busy_loops(count: int) -> Iterator[None]:
-    command = [sys.executable, "-c", "while True: pass"]
-    loops = [subprocess.Popen(command) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 def _offline(model: str, environment: tuple[str, ...], folder: Path) -> dict[str, float]:

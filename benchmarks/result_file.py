@@ -1,17 +1,37 @@
-"""Results of a long benchmark: a CSV file of one line per run, so that it can resume."""
+"""Results of a long benchmark, so that it can resume: its settings, and a CSV line per run."""
 
 import csv
 import fcntl
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Result = TypeVar("Result", bound="DataclassInstance")
+
+
+def keep_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings that all results of a folder share, if the file does not exist.
+
+    Raises:
+        ConfigError: the file has others; the message names their keys.
+    """
+    text = json.dumps(settings, indent=1) + "\n"
+    if not file.exists():
+        file.write_text(text)
+        return
+    kept, wanted = json.loads(file.read_text()), json.loads(text)
+    if differing := sorted(key for key in {*kept, *wanted} if kept.get(key) != wanted.get(key)):
+        raise ConfigError(
+            f"out: {file.parent} has results of other settings: {', '.join(differing)}; see {file}"
+        )
 
 
 def read_results(file: Path, kind: type[Result]) -> list[Result]:

@@ -15,6 +15,7 @@ from benchmarks.patches.options import PatchLoad
 from benchmarks.retrofit.verb import add_retrofit_benchmark
 from benchmarks.row_verbs import add_row_benchmarks
 from benchmarks.serving_load import ServingLoad
+from benchmarks.train_runs.verb import add_train_run_benchmark
 from engine.config import EngineConfig
 from server.cli.options import add_options, from_options
 from server.cli.output_options import add_output_file, add_results_folder
@@ -271,6 +272,7 @@ def _add_training_benchmarks(
     verb = _add_curve(benchmarks, "text", text)
     source = "WordNet's folder (default: %(default)s, from Debian's package wordnet-base)"
     verb.add_argument("--dict", type=Path, default=Path("/usr/share/wordnet"), help=source)
+    add_train_run_benchmark(benchmarks)
     add_learning_benchmark(benchmarks)
     add_retrofit_benchmark(benchmarks)
 

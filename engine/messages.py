@@ -46,9 +46,13 @@ class EngineReady(NamedTuple):
 
 
 class EngineRefused(NamedTuple):
-    """The engine could not be made; ``message`` tells the user why."""
+    """The engine could not be made; ``message`` tells the user why.
+
+    ``is_failure`` means that the machine failed, and not a setting or the model.
+    """
 
     message: str
+    is_failure: bool = False
 
 
 class MemoryReport(NamedTuple):

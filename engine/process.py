@@ -69,7 +69,11 @@ class StepEngine(PatchEngine, Protocol):
 
 
 class EngineStartError(Exception):
-    """The engine process rejected its settings or model, or died before it was ready."""
+    """The engine process could not start; this class itself: its settings or model are wrong."""
+
+
+class EngineFailedError(EngineStartError):
+    """The machine failed while the engine started: it lacks memory, or the process died."""
 
 
 class EngineLostError(Exception):
@@ -102,6 +106,7 @@ class EngineProcess:
 
         Raises:
             EngineStartError: the engine could not be made, or was stopped; the message says why.
+            EngineFailedError: the machine failed.
         """
         with self._start_lock:
             if self._is_stopped:
@@ -113,14 +118,15 @@ class EngineProcess:
         except EOFError:
             self._process.join()
             code = self._process.exitcode
-            raise EngineStartError(f"the engine process died while loading (exit {code})") from None
+            message = f"the engine process died while loading (exit {code})"
+            raise EngineFailedError(message) from None
         except BaseException:  # a signal to this process, which the child does not get
             self.kill()
             self._process.join()
             raise
         if isinstance(answer, EngineRefused):
             self._process.join()
-            raise EngineStartError(answer.message)
+            raise (EngineFailedError if answer.is_failure else EngineStartError)(answer.message)
         assert isinstance(answer, EngineReady)
         self._sender.start()
         return answer

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """The operations as ``memory_ops.reference`` defines them; modules may implement it too."""
+    """The operations as ``memory_ops.operations`` defines them; modules may implement it too."""
 
     def product_topk(self, half_scores_TH2N: Tensor, top_k: int, /) -> tuple[Tensor, Tensor]: ...
     def gather_rows(self, table: Table, rows_THK: Tensor, weights_THK: Tensor, /) -> Tensor: ...
@@ -32,7 +32,7 @@ class Backend(Protocol):
 
 
 class GroupBackend(Protocol):
-    """The operations on grouped references, as ``memory_ops.reference`` defines them."""
+    """The operations on grouped references, as ``memory_ops.operations`` defines them."""
 
     def group_rows(self, rows_THK: Tensor, weights_THK: Tensor, /) -> RowGroups: ...
     def squared_norm(self, groups: RowGroups, grad_TV: Tensor, /) -> float: ...
@@ -48,7 +48,7 @@ class GroupBackend(Protocol):
 
 
 class PatchBackend(Protocol):
-    """The sums of patches as ``memory_ops.reference`` defines them."""
+    """The sums of patches as ``memory_ops.operations`` defines them."""
 
     def add_patched_rows(
         self, out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, patches: TokenPatches, /

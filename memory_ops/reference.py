@@ -1,8 +1,7 @@
 """Reference implementation of the operations in plain torch, for any dtype and device.
 
-Shape suffixes: T tokens, H memory heads, N subkeys per half, K rows read per head, R = N * N rows,
-V value width. The formulas are those of "Memory Layers at Scale" (arXiv 2412.09764) and "Large
-Memory Layers with Product Keys" (arXiv 1907.05242).
+``memory_ops.operations`` documents each operation: its formula, shapes, dtypes and errors. These
+functions check the same inputs, on any device; gradients come from torch.
 """
 
 import torch
@@ -26,25 +25,7 @@ from memory_ops.sparse_adam import AdamMoments, AdamStep, RowGroups
 
 
 def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Choose each head's ``top_k`` best rows among all N * N sums of two half scores.
-
-        I1, I2 = top-K of s1, top-K of s2;  rows = top-K of s1[i] + s2[j];  row id = i * N + j
-        weights = softmax(scores of the chosen rows)
-
-    Equal half scores go to the smaller subkey, equal sums to the smaller rank in the first half,
-    then in the second. A head whose scores are all -inf gets uniform weights.
-
-    Args:
-        half_scores_TH2N: scores of both halves, fp32 (or fp64), ``[T, H, 2, N]``.
-        top_k: K, from 1 to N.
-
-    Returns:
-        ``rows_THK`` int64 in [0, N * N) and ``weights_THK`` in the scores' dtype, both
-        ``[T, H, K]``, best row first.
-
-    Raises:
-        ValueError: the scores have another shape, or ``top_k`` lies outside [1, N].
-    """
+    """See ``memory_ops.operations.product_topk``."""
     check_scores(half_scores_TH2N, top_k)
     num_subkeys = half_scores_TH2N.shape[3]
     # a stable sort, because torch.topk does not define the order of equal scores
@@ -61,20 +42,7 @@ def product_topk(half_scores_TH2N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
-    """Sum weighted table rows over heads and choices: ``out[t] = sum_hk w[t,h,k] * table[row]``.
-
-    Args:
-        table: the value table, ``[R, V]`` of any floating dtype, or records.
-        rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R).
-        weights_THK: one weight per row, floating, ``[T, H, K]``.
-
-    Returns:
-        ``out_TV``, ``[T, V]``, accumulated and returned in fp32 (fp64 for an fp64 table).
-
-    Raises:
-        ValueError: rows and weights differ in shape, or the table is not a matrix.
-        IndexError: a row id lies outside the table.
-    """
+    """See ``memory_ops.operations.gather_rows``."""
     check_rows(table, rows_THK, weights_THK)
     values_TCV = _values(table, rows_THK.flatten(1))
     weights_T1C = weights_THK.flatten(1).unsqueeze(1).to(values_TCV.dtype)
@@ -84,22 +52,7 @@ def gather_rows(table: Table, rows_THK: Tensor, weights_THK: Tensor) -> Tensor:
 def add_patched_rows(
     out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, patches: TokenPatches
 ) -> None:
-    """Add to each token's sum what its patches add to the rows that it reads, in place.
-
-        out[t] += sum over the patches of t, over h, k: scale * w[t,h,k] * delta[row[t,h,k]]
-
-    Rows that a patch does not have add nothing. Tokens without patches do not change. The patches
-    count the rows read and found.
-
-    Args:
-        out_TV: the sums of ``gather_rows``, fp32 or fp64, ``[T, V]``.
-        rows_THK: row ids, int64, ``[T, H, K]``.
-        weights_THK: one weight per row, floating, ``[T, H, K]``.
-        patches: the patches of the T tokens.
-
-    Raises:
-        ValueError: the shapes do not match.
-    """
+    """See ``memory_ops.operations.add_patched_rows``."""
     check_patches(out_TV, rows_THK, weights_THK, patches)
     for number, uses in enumerate(patches.sets):
         tokens_L = (patches.set_T == number).nonzero().squeeze(1).to(out_TV.device)
@@ -118,22 +71,7 @@ def add_patched_rows(
 
 
 def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
-    """Inner products of table rows and each token's vector: ``table[row[t,h,k]] . x[t]``.
-
-    This is the gradient of ``gather_rows`` in its weights, and the first half of PEER.
-
-    Args:
-        table: as for ``gather_rows``.
-        rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R).
-        x_TV: one vector per token, floating, ``[T, V]``.
-
-    Returns:
-        ``dots_THK``, ``[T, H, K]``, accumulated and returned in fp32 (fp64 for an fp64 table).
-
-    Raises:
-        ValueError: the shapes do not match.
-        IndexError: a row id lies outside the table.
-    """
+    """See ``memory_ops.operations.row_dots``."""
     check_vectors(table, rows_THK, x_TV)
     values_TCV = _values(table, rows_THK.flatten(1))
     return (values_TCV @ x_TV.unsqueeze(2).to(values_TCV.dtype)).view(rows_THK.shape)
@@ -142,47 +80,14 @@ def row_dots(table: Table, rows_THK: Tensor, x_TV: Tensor) -> Tensor:
 def expert_lookup(
     down: Table, up: Table, rows_THK: Tensor, weights_THK: Tensor, x_TD: Tensor
 ) -> Tensor:
-    """PEER's single-neuron experts: ``sum_hk w * gelu(down[row] . x) * up[row]``.
-
-    "Mixture of a Million Experts" (arXiv 2407.04153), with the exact gelu of its code.
-
-    Args:
-        down: u, the experts' input rows, ``[R, D]``, a table as for ``gather_rows``.
-        up: v, the experts' output rows, ``[R, V]``, a table as for ``gather_rows``.
-        rows_THK: row ids, int64, ``[T, H, K]``, each in [0, R).
-        weights_THK: one weight per expert, floating, ``[T, H, K]``.
-        x_TD: one vector per token, floating, ``[T, D]``.
-
-    Returns:
-        ``out_TV``, ``[T, V]`` in fp32 (fp64 for fp64 tables).
-
-    Raises:
-        ValueError: the shapes do not match.
-        IndexError: a row id lies outside a table.
-    """
+    """See ``memory_ops.operations.expert_lookup``."""
     inputs_THK = row_dots(down, rows_THK, x_TD)
     activations_THK = inputs_THK * (inputs_THK / 2**0.5).erf().add(1) / 2
     return gather_rows(up, rows_THK, weights_THK * activations_THK)
 
 
 def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of ``gather_rows`` in its table: of the rows that were read.
-
-        grad_row[r] = sum of weights[t,h,k] * grad[t] over all (t, h, k) that read r
-
-    Args:
-        rows_THK: row ids, int64, ``[T, H, K]``.
-        weights_THK: one weight per row, floating, ``[T, H, K]``.
-        grad_TV: the gradient of the gathered sums, floating, ``[T, V]``.
-
-    Returns:
-        The U distinct rows read, int64 ``[U]`` in ascending order, and their gradients, ``[U, V]``
-        in fp32 (fp64 for an fp64 gradient).
-
-    Raises:
-        ValueError: the shapes do not match.
-        IndexError: a row id is negative.
-    """
+    """See ``memory_ops.operations.row_gradients``."""
     check_gradients(rows_THK, weights_THK, grad_TV)
     dtype = accumulation_dtype(grad_TV.dtype)
     if rows_THK.numel() and int(rows_THK.min()) < 0:
@@ -196,16 +101,7 @@ def row_gradients(rows_THK: Tensor, weights_THK: Tensor, grad_TV: Tensor) -> tup
 
 
 def group_rows(rows_THK: Tensor, weights_THK: Tensor) -> RowGroups:
-    """Sort reads by row; the reads of one row keep their order.
-
-    Args:
-        rows_THK: row ids, int64, ``[T, H, K]``.
-        weights_THK: one weight per row, floating, ``[T, H, K]``.
-
-    Raises:
-        ValueError: rows and weights differ in shape.
-        IndexError: a row id is negative.
-    """
+    """See ``memory_ops.operations.group_rows``."""
     check_references(rows_THK, weights_THK)
     if rows_THK.numel() and int(rows_THK.min()) < 0:
         raise IndexError(f"rows: {int(rows_THK.min())} is outside: row ids are not negative")
@@ -218,15 +114,7 @@ def group_rows(rows_THK: Tensor, weights_THK: Tensor) -> RowGroups:
 
 
 def squared_norm(groups: RowGroups, grad_TV: Tensor) -> float:
-    """The squared norm of a table's gradient: its part of the norm that clipping uses.
-
-    Args:
-        groups: the reads; see ``group_rows``.
-        grad_TV: the gradient of the gathered sums, floating, ``[T, V]``.
-
-    Raises:
-        ValueError: a token of the groups has no gradient.
-    """
+    """See ``memory_ops.operations.squared_norm``."""
     check_groups(groups, grad_TV)
     return float(_group_sums(groups, grad_TV).detach().double().square().sum())
 
@@ -234,32 +122,7 @@ def squared_norm(groups: RowGroups, grad_TV: Tensor) -> float:
 def sparse_adam(
     table_RV: Tensor, moments: AdamMoments, groups: RowGroups, grad_TV: Tensor, step: AdamStep
 ) -> None:
-    """Update the rows that were read, and their moments, by one step of Adam, in place.
-
-        g = scale * sum of weight * grad[token] over a row's reads
-        m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g g
-        row -= step_size * m / (sqrt(v) + eps)
-
-    The row-wise variant has one moment per row:
-
-        v = beta2 v + (1 - beta2) mean(g g);  row -= step_size * g / (sqrt(v) + eps)
-
-    Rows that were not read do not change, nor do their moments, as in torch.optim.SparseAdam.
-    Moments in bf16 are rounded to nearest when they are stored; a row's update uses them before
-    that.
-
-    Args:
-        table_RV: the rows, fp32 or fp64, contiguous.
-        moments: Adam's moments, contiguous, in the table's dtype, or in bf16: two moments per value
-            of an fp32 table.
-        groups: the reads; see ``group_rows``.
-        grad_TV: the gradient of the gathered sums, floating, ``[T, V]``.
-        step: the hyperparameters.
-
-    Raises:
-        ValueError: shapes or dtypes do not match.
-        IndexError: a row id lies outside the table.
-    """
+    """See ``memory_ops.operations.sparse_adam``."""
     check_adam(table_RV, moments, groups, grad_TV)
     first_RV, second = moments
     rows_U = groups.rows_U

@@ -61,7 +61,7 @@ def main(connection: Connection, settings: EngineSettings) -> None:
         reason = lack_of_memory(error)
         if reason is None:
             raise
-        connection.send(EngineRefused(reason))
+        connection.send(EngineRefused(reason, is_failure=True))
         return
     # the loaded objects stay, so the garbage collector need not scan them again
     gc.collect()

@@ -3,6 +3,7 @@
 INTERPRETED = "engine/executors/cuda/interpreted"
 EXPORTED = "weights/checkpoints/exporters/test_huggingface.py"
 COVERED_BY = {
+    "memory_ops/custom_operators.py": "memory_ops/test_operations.py",
     "memory_ops/uncompiled.py": "memory_ops/test_library.py",
     "memory_ops/native/tables.py": "memory_ops/test_gather_rows.py",
     "memory_ops/native/patches.py": "memory_ops/patches/test_token_patches.py",

@@ -13,7 +13,7 @@ from benchmarks.curves.contestants import Contestant
 from benchmarks.curves.plot import plot
 from benchmarks.curves.results import TrainedContestant
 from benchmarks.curves.training import Training
-from benchmarks.result_file import append_result, read_results
+from benchmarks.result_file import append_result, keep_settings, read_results
 from benchmarks.serving_plot import check_plot
 from engine.errors import ConfigError
 from engine.model.flops import total_flops
@@ -103,14 +103,11 @@ def measure_curve(
 
 
 def _write_texts(curve: Curve[Result], folder: Path) -> Path:
-    """Write the texts if they do not exist; ConfigError if the folder has another scale."""
-    texts, scale = folder / "corpus", json.dumps(curve.scale)
-    if (record := folder / "scale.json").exists():
-        if record.read_text() != scale:
-            raise ConfigError(f"out: {folder} has results of another scale")
-    else:
+    """Write the texts if they do not exist; ConfigError if the folder has other settings."""
+    texts, record = folder / "corpus", folder / "scale.json"
+    if not record.exists():
         curve.write_texts(texts)
-        record.write_text(scale)
+    keep_settings(record, curve.scale)
     return texts
 
 

@@ -1,6 +1,5 @@
 """``memplus bench learn``: teaches a model facts in several ways, and tests what it forgot."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ from benchmarks.learning.contestants import Contestant, contestants
 from benchmarks.learning.plot import plot
 from benchmarks.learning.results import RATE_SEED, LearningResult, best_lr, share
 from benchmarks.learning.task import LearningTask, Tasks
-from benchmarks.result_file import append_result, read_results
+from benchmarks.result_file import append_result, keep_settings, read_results
 from benchmarks.serving_plot import check_plot
 from engine.errors import ConfigError
 from weights.learning.learner import Learner, LearningReport
@@ -108,12 +107,7 @@ def _check_settings(runs: LearningRuns, tasks: Tasks) -> None:
         "learning": learning,
         "contestants": {one.name: one.settings for one in contestants()},
     }
-    settings = json.dumps(shared, indent=1) + "\n"
-    file = runs.folder / "settings.json"
-    if not file.exists():
-        file.write_text(settings)
-    elif file.read_text() != settings:
-        raise ConfigError(f"out: {runs.folder} has results of other settings; see {file}")
+    keep_settings(runs.folder / "settings.json", shared)
 
 
 class _Suite:

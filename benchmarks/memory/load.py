@@ -12,6 +12,7 @@ SKEWS = ("recorded", "zipf", "uniform")
 # row numbers for a model without memory layers, which gets drawn tables
 DRAWN_SIZES = (2**12, 2**14, 2**16, 2**18, 2**20)
 _MOST_SUBKEYS = 2**14
+_RECALL, _CANDIDATES = 0.5, 1.0
 # as many sequences as the engine of the benchmark runs at a time
 MOST_SEQUENCES = 64
 
@@ -90,20 +91,20 @@ class MemoryLoad:
             " read; 0: never",
         },
     )
-    recall: float = field(
-        default=0.5,
+    recall: float | None = field(
+        default=None,
         metadata={
             "metavar": "FRACTION",
             "help": "with --lookahead: fraction of the rows of a lookup that its simulated"
-            " prediction contains",
+            f" prediction contains (default: {_RECALL})",
         },
     )
-    candidates: float = field(
-        default=1.0,
+    candidates: float | None = field(
+        default=None,
         metadata={
             "metavar": "FRACTION",
             "help": "with --lookahead: rows predicted per lookup, right and wrong ones, as a"
-            " fraction of the rows that it reads",
+            f" fraction of the rows that it reads (default: {_CANDIDATES})",
         },
     )
     output_len: int = field(
@@ -127,16 +128,27 @@ class MemoryLoad:
         for share in self.cache_shares:
             if not 0 < share <= 1:
                 raise ConfigError(f"cache_shares: {share} is outside (0, 1]")
-        if not 0 < self.candidates <= 8:
-            raise ConfigError(f"candidates: {self.candidates} is outside (0, 8]")
+        recall, candidates = self.prediction
+        if not 0 < candidates <= 8:
+            raise ConfigError(f"candidates: {candidates} is outside (0, 8]")
         if "disk" not in self.tiers and (self.cold or self.lookahead):
             name = "cold" if self.cold else "lookahead"
             raise ConfigError(f"{name}: needs the disk tier in tiers")
-        if not 0 <= self.recall <= min(1, self.candidates):
-            limit = min(1, self.candidates)
-            raise ConfigError(f"recall: {self.recall} is outside [0, {limit}]")
+        if not 0 <= recall <= min(1, candidates):
+            raise ConfigError(f"recall: {recall} is outside [0, {min(1, candidates)}]")
         if self.lookahead < 0:
             raise ConfigError(f"lookahead: must be 0 or more, not {self.lookahead}")
+        for name in ("recall", "candidates"):
+            if not self.lookahead and getattr(self, name) is not None:
+                raise ConfigError(f"{name}: needs a lookahead of 1 or more; nothing is predicted")
+
+    @property
+    def prediction(self) -> tuple[float, float]:
+        """Recall and candidates of a simulated prediction, as given or by default."""
+        return (
+            _RECALL if self.recall is None else self.recall,
+            _CANDIDATES if self.candidates is None else self.candidates,
+        )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def points(model: SweptModel, load: MemoryLoad) -> dict[Point, float | None]:
         is_disk = tier == "disk"
         for (batch, prompt_len), skew in product(workloads, load.skews):
             lookahead = load.lookahead if is_disk and not prompt_len else 0
+            recall, candidates = load.prediction if lookahead else (None, None)
             point = Point(
                 rows=rows,
                 tier=tier,
@@ -42,8 +43,8 @@ def points(model: SweptModel, load: MemoryLoad) -> dict[Point, float | None]:
                 page_cache=_PAGE_CACHE[tier],
                 is_cold=tier == "mmap" or (is_disk and load.cold),
                 lookahead=lookahead,
-                candidates=load.candidates if lookahead else None,
-                recall=load.recall if lookahead else None,
+                candidates=candidates,
+                recall=recall,
                 prompt_len=prompt_len,
                 is_own=model.is_own(rows),
             )

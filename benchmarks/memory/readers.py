@@ -123,8 +123,7 @@ def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
     replay = Replay(
         layers,
         uniform,
-        load.recall if point.lookahead else None,
-        load.candidates,
+        *((point.recall, point.candidates) if point.candidates is not None else ()),
         peer_layers=[layer for layer in layers if config.layer_tables(layer).down is not None],
     )
     replayed: dict[str, ReplayedTable] = {}
@@ -137,8 +136,8 @@ def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
         replayed[name] = ReplayedTable(table, replay, readers)
     model.attach_tables(replayed)
     lookahead = None
-    if point.lookahead:
-        candidates = max(1, round(load.candidates * memory.top_k))
+    if point.candidates is not None:
+        candidates = max(1, round(point.candidates * memory.top_k))
         lookahead = LookaheadConfig(point.lookahead, candidates)
     settings = _engine_config(config, load)
     engine = Engine(make_executor(model, settings, lookahead), settings)

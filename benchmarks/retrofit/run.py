@@ -1,6 +1,5 @@
 """``memplus bench retrofit``: trains every contestant on the same facts, and scores it."""
 
-import json
 import math
 import shutil
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.memory_variant import can_have_memory
-from benchmarks.result_file import append_result, read_results
+from benchmarks.result_file import append_result, keep_settings, read_results
 from benchmarks.retrofit.contestants import BASE, Contestant, contestants
 from benchmarks.retrofit.corpus import FACTS, QUESTIONS, GlossCorpus
 from benchmarks.retrofit.results import RetrofitResult
@@ -24,6 +23,7 @@ from weights.checkpoints.weights_hash import weights_hash
 from weights.training.run_folder import saved_states
 from weights.training.train_config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from weights.training.trainer import StepReport, Trainer
+from weights.training.wordnet import wordnet_hash
 
 # rows learn with this multiple of the weights' learning rate, as in the benchmark model
 _TABLE_LR = 10.0
@@ -147,14 +147,10 @@ def _check_settings(runs: RetrofitRuns) -> None:
     shared = {
         "model": weights_hash(open_checkpoint(runs.model)[1].values()),
         "scale": asdict(runs.scale),
+        "dict": wordnet_hash(runs.wordnet),
         "contestants": {one.name: [one.memory, one.is_frozen] for one in contestants()},
     }
-    settings = json.dumps(shared, indent=1) + "\n"
-    file = runs.folder / "settings.json"
-    if not file.exists():
-        file.write_text(settings)
-    elif file.read_text() != settings:
-        raise ConfigError(f"out: {runs.folder} has results of other settings; see {file}")
+    keep_settings(runs.folder / "settings.json", shared)
 
 
 def _planned(runs: RetrofitRuns) -> Iterator[tuple[Contestant, float, int]]:

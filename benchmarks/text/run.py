@@ -15,6 +15,7 @@ from weights.checkpoints.checkpoint import load_model
 from weights.training.corpus import documents
 from weights.training.evaluate import score_texts
 from weights.training.training_data import checkpoint_text
+from weights.training.wordnet import wordnet_hash
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class TextCurve:
             warmup_steps=100,
             tokenizer="tokenizer.model",
         )
-        self.scale = asdict(self._scale)
+        self.scale = asdict(self._scale) | {"dict": wordnet_hash(wordnet)}
         self.summary = f"{self._scale.steps:,} steps of {TOKENS_PER_STEP:,} tokens"
         self.result = Result
         self.plot_name = "perplexity.png"

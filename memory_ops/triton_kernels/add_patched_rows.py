@@ -38,7 +38,7 @@ _IS_BF16 = tl.constexpr(patched_rows.IS_BF16)
 def add_patched_rows(
     out_TV: Tensor, rows_THK: Tensor, weights_THK: Tensor, patches: TokenPatches
 ) -> None:
-    """See ``memory_ops.reference.add_patched_rows``. It copies the numbers of the sets.
+    """See ``memory_ops.operations.add_patched_rows``. It copies the numbers of the sets.
 
     Args:
         out_TV: fp32, contiguous.

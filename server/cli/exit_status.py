@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable
 
 from engine.errors import ConfigError, PatchNotLoadedError, RequestError
-from engine.process import EngineLostError, EngineStartError
+from engine.process import EngineFailedError, EngineLostError, EngineStartError
 from server.cli.checked_stdout import StdoutError, checked_stdout
 from server.cli.interrupt import interruptible
 from weights.errors import ChatTemplateError, CheckpointError, DataError, TrainingError
@@ -24,10 +24,10 @@ def exit_status(
 ) -> int:
     """Run a verb and return its exit status.
 
-    The status is 2 for a caller's mistake. It is 1 if the machine fails: a lost engine, a file or
-    stdout that cannot be written, or too little memory. It is 130 after Ctrl+C, and 141 if the
-    reader of stdout has gone, about which nothing is said. ``report`` gets one line for any other
-    failure; ``typed`` puts the names that the caller typed into a line about a mistake. Other
+    The status is 2 for a caller's mistake. It is 1 if the machine fails: an engine that dies, a
+    file or stdout that cannot be written, or too little memory. It is 130 after Ctrl+C, and 141 if
+    the reader of stdout has gone, about which nothing is said. ``report`` gets one line for any
+    other failure; ``typed`` puts the names that the caller typed into a line about a mistake. Other
     errors are memplus's own: they pass with their traceback.
     """
     with interruptible() as interrupt:
@@ -42,7 +42,7 @@ def exit_status(
             line = _line(error)
             if line is None:
                 raise
-            if not isinstance(error, _USER_ERRORS):
+            if isinstance(error, EngineFailedError) or not isinstance(error, _USER_ERRORS):
                 report(f"memplus: {line}")
                 return FAILURE
             # an error of a run begins with its folder, whose name may be that of a field

@@ -55,11 +55,11 @@ def run(
     signal stopped this process, and 1 if one stopped another process of the run.
 
     Raises:
-        ConfigError: the device does not exist, or as ``Trainer``.
+        ConfigError: the device does not exist, which a plan does not need, or as ``Trainer``.
         DataError, CheckpointError, TrainingError: as ``Trainer``, or another process trains in
             the folder.
     """
-    replicas = _replicas(config.run.device)
+    replicas = _replicas(config.run.device, only_plan=only_plan)
     source = _first_model(config.run.init_from, folder, resume=resume)
     config = replace(config, run=replace(config.run, init_from=source))
     if only_plan:
@@ -149,6 +149,7 @@ def _finish(
             print("\n".join(map(str, written)))
             if len(written) == 1:
                 print("curves: not drawn; run `pip install matplotlib`, then this command --resume")
+            print(f"to serve the model: memplus serve --model {folder}")
         return 0
     if not stopped_by:  # a signal stopped another process
         return 1
@@ -192,11 +193,12 @@ def _group(replicas: Replicas) -> Iterator[None]:
             distributed.destroy_process_group()
 
 
-def _replicas(device: str) -> Replicas:
-    """The processes that torchrun started, or this process alone."""
-    if device == "cuda" and not torch.cuda.is_available():
+def _replicas(device: str, *, only_plan: bool) -> Replicas:
+    """The processes that torchrun started, or this process alone, which may plan without a GPU."""
+    is_one = not distributed.is_torchelastic_launched()
+    if device == "cuda" and not torch.cuda.is_available() and not (is_one and only_plan):
         raise ConfigError("run.device: cuda needs a CUDA device, but none is available")
-    if not distributed.is_torchelastic_launched():
+    if is_one:
         return Replicas()
     backend = "gloo"
     if device == "cuda":  # not run on several GPUs

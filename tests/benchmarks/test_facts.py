@@ -101,7 +101,7 @@ def test_results_of_another_scale_are_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "FULL", replace(tiny, exposures=11))
     monkeypatch.setattr("benchmarks.curves.run.plot", lambda *arguments: None)
     run.measure(tmp_path, True, None, [])
-    with pytest.raises(ConfigError, match="has results of another scale"):
+    with pytest.raises(ConfigError, match="has results of other settings: exposures"):
         run.measure(tmp_path, False, None, [])
 
 

@@ -168,6 +168,10 @@ def test_invalid_loads_are_rejected():
     for field, value in (("cold", True), ("lookahead", 1)):
         with pytest.raises(ConfigError, match=f"{field}: needs the disk tier"):
             MemoryLoad(tiers=("device", "mmap"), **{field: value})
+    for field in ("recall", "candidates"):
+        with pytest.raises(ConfigError, match=f"{field}: needs a lookahead"):
+            MemoryLoad(**{field: 0.5})
+    assert MemoryLoad(lookahead=1, candidates=2.0).prediction == (0.5, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -127,5 +127,10 @@ def test_invalid_options_and_results_of_another_scale_are_rejected(
     with pytest.raises(ConfigError, match="needs more than 3 layers and no memory layers"):
         run.measure(runs(tmp_path, memory_plus_folder, wordnet))
     run.measure(runs(tmp_path, base, wordnet))
-    with pytest.raises(ConfigError, match="has results of other settings"):
+    with pytest.raises(ConfigError, match="has results of other settings: scale"):
         run.measure(runs(tmp_path, base, wordnet, scale=run.REDUCED))
+    other = tmp_path / "wordnet"
+    other.mkdir()
+    (other / "data.noun").write_text("another")
+    with pytest.raises(ConfigError, match="has results of other settings: dict"):
+        run.measure(runs(tmp_path, base, other))

@@ -9,6 +9,7 @@ from benchmarks.text import run
 from benchmarks.text.contestants import contestants
 from benchmarks.text.corpus import TextCorpus
 from benchmarks.text.results import Result
+from engine.errors import ConfigError
 from engine.model.flops import forward_flops, total_flops
 from server.cli.main import main
 from weights.errors import DataError
@@ -52,6 +53,18 @@ def test_scored_texts_are_held_out_except_those_of_taught_glosses(tmp_path, word
 def test_too_few_glosses_are_an_error(tmp_path, wordnet):
     with pytest.raises(DataError, match="has 7 documents of glosses, not 12"):
         TextCorpus(num_documents=10, num_scored=2).write(wordnet, tmp_path)
+
+
+def test_texts_of_another_dict_are_not_continued(tmp_path, wordnet, monkeypatch):
+    monkeypatch.setattr(run, "REDUCED", run.Scale(TINY, steps=30, seeds=0))
+    monkeypatch.setattr("benchmarks.curves.run.plot", lambda *arguments: None)
+    run.measure(tmp_path / "out", wordnet, True, None, [])
+    run.measure(tmp_path / "out", wordnet, True, None, [])
+    (tmp_path / "data.noun").write_text((wordnet / "data.noun").read_text() + "\n")
+    with pytest.raises(ConfigError, match="has results of other settings: dict"):
+        run.measure(tmp_path / "out", tmp_path, True, None, [])
+    with pytest.raises(DataError, match="has none of WordNet's files"):
+        run.measure(tmp_path / "out", tmp_path / "none", True, None, [])
 
 
 def test_no_memory_needs_more_compute_than_the_dense_model():

@@ -15,7 +15,7 @@ from engine.messages import (
     Heartbeat,
     MemoryReport,
 )
-from engine.process import EngineProcess, EngineStartError, run_engine
+from engine.process import EngineFailedError, EngineProcess, EngineStartError, run_engine
 from engine.progress import Progress
 from engine.request import EngineStatistics, Request, RequestLimits, StepOutput, TokenOutput
 from engine.sampling.params import SamplingParams
@@ -116,6 +116,8 @@ def answering(connection, settings):
     """An entry function for a real process."""
     if settings == "refuse":
         connection.send(EngineRefused("no such model"))
+    elif settings == "fail":
+        connection.send(EngineRefused("out of memory", is_failure=True))
     elif settings == "mask":
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         connection.send(EngineRefused(" ".join(sorted(one.name for one in blocked))))
@@ -145,8 +147,9 @@ def test_an_idle_process_sends_heartbeats():
 
 
 def test_a_refused_start_gives_the_reason():
-    with pytest.raises(EngineStartError, match="no such model"):
+    with pytest.raises(EngineStartError, match="no such model") as caught:
         EngineProcess(ENTRY, "refuse").start()
+    assert not isinstance(caught.value, EngineFailedError)
 
 
 def test_signals_to_the_group_do_not_reach_a_process_even_before_its_first_line():
@@ -156,9 +159,10 @@ def test_signals_to_the_group_do_not_reach_a_process_even_before_its_first_line(
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
-def test_a_process_that_dies_while_loading_is_an_error():
-    with pytest.raises(EngineStartError, match="exit 7"):
-        EngineProcess(ENTRY, "die").start()
+@pytest.mark.parametrize(("settings", "said"), [("die", "exit 7"), ("fail", "out of memory")])
+def test_a_start_that_fails_is_told_from_a_refusal(settings, said):
+    with pytest.raises(EngineFailedError, match=said):
+        EngineProcess(ENTRY, settings).start()
 
 
 def test_output_of_a_killed_process_ends_with_eof():

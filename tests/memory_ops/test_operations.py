@@ -1,6 +1,7 @@
 """The public operations: refusals, gradients, and torch's operator checks."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch.autograd import forward_ad, gradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from memory_ops import backends, operations, reference
+from memory_ops import backends, custom_operators, operations, reference
 from memory_ops.native.backend import NativeBackend
 from memory_ops.operations import expert_lookup, gather_rows, product_topk, row_dots, row_gradients
 from memory_ops.row_formats import ROW_FORMATS, quantize_rows
@@ -19,6 +20,7 @@ from tests.engine.model.test_memory_layer import GOLDEN
 from tests.memory_ops.table_kinds import KINDS, PLAIN, exact_values, table_of
 
 OPERATIONS = ["product_topk", "gather_rows", "row_dots", "row_gradients", "expert_lookup"]
+GROUPED = ["group_rows", "squared_norm", "sparse_adam"]
 
 
 def random_operands(num_tokens=5, num_rows=11, width=7, dtype=torch.float64):
@@ -37,6 +39,15 @@ def random_operands(num_tokens=5, num_rows=11, width=7, dtype=torch.float64):
 def test_the_reference_has_the_same_signature(name):
     ours, plain = getattr(operations, name), getattr(reference, name)
     assert inspect.signature(ours) == inspect.signature(plain)
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, "add_patched_rows", "quantize_rows", *GROUPED])
+def test_the_help_of_an_operation_is_complete(name):
+    operation = getattr(operations, name)
+    text = inspect.getdoc(operation)
+    for argument in inspect.signature(operation).parameters:
+        assert re.search(rf"^    {argument}: ", text, re.MULTILINE)
+    assert "Raises:" in text and "memory_ops.reference" not in text
 
 
 def test_kernels_quantize_the_rows_that_they_support():
@@ -170,10 +181,10 @@ def test_gradients_flow_past_records_to_the_weights_and_vectors(row_format):
 # Registration with torch.
 
 CALLS = {
-    "topk": (operations._product_topk, lambda t, r, w, x: (torch.randn(3, 2, 2, 9), 4)),
-    "gather": (operations._gather_rows, lambda t, r, w, x: (t, "", t.shape[1], r, w)),
-    "dots": (operations._row_dots, lambda t, r, w, x: (t, "", t.shape[1], r, x)),
-    "gradients": (operations._row_gradients, lambda t, r, w, x: (r, w, x)),
+    "topk": (custom_operators.product_topk, lambda t, r, w, x: (torch.randn(3, 2, 2, 9), 4)),
+    "gather": (custom_operators.gather_rows, lambda t, r, w, x: (t, "", t.shape[1], r, w)),
+    "dots": (custom_operators.row_dots, lambda t, r, w, x: (t, "", t.shape[1], r, x)),
+    "gradients": (custom_operators.row_gradients, lambda t, r, w, x: (r, w, x)),
 }
 
 
@@ -195,8 +206,8 @@ def test_gradients_by_weights_and_vectors_can_be_traced():
     # opcheck sums all outputs, which fails for row ids; test_a_lookup_compiles covers topk
     table, rows, weights, x = random_operands(dtype=torch.float32)
     for operator, arguments in (
-        (operations._gather_rows, (table, "", 7, rows, weights.requires_grad_())),
-        (operations._row_dots, (table, "", 7, rows, x.requires_grad_())),
+        (custom_operators.gather_rows, (table, "", 7, rows, weights.requires_grad_())),
+        (custom_operators.row_dots, (table, "", 7, rows, x.requires_grad_())),
     ):
         results = torch.library.opcheck(operator, arguments, test_utils="test_aot_dispatch_dynamic")
         assert set(results.values()) == {"SUCCESS"}

@@ -9,6 +9,7 @@ from typing import Any
 from weights.checkpoints.json_fields import typed
 
 WINDOW_KEYS = {"layer_types", "sliding_window", "use_sliding_window"}
+USES_WINDOW = True  # without use_sliding_window
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -25,7 +26,7 @@ def parse_window(raw: Mapping[str, Any], num_layers: int) -> int | None:
         window = typed("sliding_window", raw["sliding_window"], int)
         if window < 1:
             raise ValueError(f"sliding_window: must be greater than 0, not {window}")
-    if not typed("use_sliding_window", raw.get("use_sliding_window", True), bool):
+    if not typed("use_sliding_window", raw.get("use_sliding_window", USES_WINDOW), bool):
         window = None
     kinds = typed("layer_types", raw.get("layer_types", []), list)
     if kinds and len(kinds) != num_layers:

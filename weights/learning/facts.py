@@ -112,19 +112,18 @@ def _passages(fact: Fact, text: TextTokens, max_positions: int) -> list[Passage]
 
 def _answer_ids(fact: Fact, text: TextTokens) -> tuple[list[int], int]:
     """Tokens of prompt and answer, and how many of them are the prompt's."""
-    tokenizer = text.tokenizer
     is_apart = fact.prompt[-1].isspace() or fact.answer[0].isspace()
     answer = f"{'' if is_apart else ' '}{fact.answer}{fact.until}"
-    given = tokenizer.encode(fact.prompt, add_special_tokens=False)
-    whole = tokenizer.encode(fact.prompt + answer, add_special_tokens=False)
+    given = text.encode(fact.prompt)
+    whole = text.encode(fact.prompt + answer)
     if whole[: len(given)] != given:
         # a token of the whole text spans the end of the prompt, but a server never reads that one
-        whole = given + tokenizer.encode(answer, add_special_tokens=False)
-        if tokenizer.decode(whole) != fact.prompt + answer:
+        whole = given + text.encode(answer)
+        if text.tokenizer.decode(whole) != fact.prompt + answer:
             raise DataError(
                 f"{fact.where}: answer: the tokenizer cannot continue the prompt with it;"
                 " end the prompt at a word boundary"
             )
-    begin = list(tokenizer.begin_ids)
+    begin = list(text.tokenizer.begin_ids)
     end = [] if fact.until else text.end
     return begin + whole + end, len(begin) + len(given)

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from engine.model.config import MEMORY_KINDS, MemoryConfig
-from weights.training.model_keys import MODEL_KEYS
+from weights.training.model_keys import MODEL_KEYS, default_values
 from weights.training.train_config import DataConfig, OptimizerConfig, RunConfig
 
 _SECTIONS = {"data": DataConfig, "optimizer": OptimizerConfig, "run": RunConfig}
@@ -56,7 +56,11 @@ class Setting:
 
 def all_settings() -> list[Setting]:
     """Every key of every section, in the order of the file."""
-    found = [Setting("model", *row) for row in MODEL_KEYS]
+    values = default_values()
+    found = [
+        Setting("model", key, kind, default or _toml(values[key]), meaning)
+        for key, kind, default, meaning in MODEL_KEYS
+    ]
     layers = f"kind of each memory layer, by its index: {', '.join(MEMORY_KINDS)}"
     found.append(Setting("model.memory", "layers", "table", "required", layers))
     found += _fields("model.memory", MemoryConfig)

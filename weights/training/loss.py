@@ -30,17 +30,25 @@ class BatchLoss(NamedTuple):
 
 
 def batch_output(
-    model: Transformer, batch: PackedTokens, dtype: torch.dtype, *, with_trace: bool = False
+    model: Transformer,
+    batch: PackedTokens,
+    dtype: torch.dtype,
+    *,
+    with_logits: bool = True,
+    with_trace: bool = False,
 ) -> ForwardOutput:
-    """Run the model on a batch, with logits of all tokens; autocast if ``dtype`` is bfloat16."""
+    """Run the model on a batch, with logits of all tokens or of none.
+
+    Uses autocast if ``dtype`` is bfloat16.
+    """
     device = model.model.embed_tokens.weight.device
     ids_T, positions_T = (
         torch.from_numpy(part).to(device) for part in (batch.ids_T, batch.positions_T)
     )
     layout = TokenLayout(positions_T, batch.starts)
-    all_T = torch.arange(len(ids_T), device=device)
+    wanted_L = torch.arange(len(ids_T) if with_logits else 0, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-        output: ForwardOutput = model(ids_T, layout, all_T, with_trace=with_trace)
+        output: ForwardOutput = model(ids_T, layout, wanted_L, with_trace=with_trace)
     return output
 
 

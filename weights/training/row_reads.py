@@ -21,7 +21,9 @@ from weights.training.loss import batch_output
 from weights.training.packing import Passage, cut, packed_batches
 from weights.training.token_file import TokenFile
 
-RECORDED_TOKENS = 2**18
+# tokens of a record: part of those that a run trained on, within these limits. A token of a record
+# costs about a third of one of training.
+_LEAST_TOKENS, _MOST_TOKENS, _PART_OF_TRAINED = 2**12, 2**18, 4
 _READS, _DOCUMENTS = ".reads", ".documents"
 _NUM_DOCUMENTS = "documents"
 _BATCH_TOKENS = 1024
@@ -95,18 +97,26 @@ def count_reads(
     """Run a model over passages and count the rows that it reads; each passage is a document."""
     counter = ReadCounter(model.config)
     for batch in packed_batches(passages, _BATCH_TOKENS):
-        counter.add(batch_output(model, batch, dtype, with_trace=True).memory, batch.starts)
+        output = batch_output(model, batch, dtype, with_logits=False, with_trace=True)
+        counter.add(output.memory, batch.starts)
     return counter.reads
 
 
-def sampled_passages(tokens: TokenFile, sequence_length: int, seed: int) -> Iterator[Passage]:
-    """Random documents, cut as in training, of at most ``RECORDED_TOKENS`` tokens in all."""
+def recorded_tokens(trained_tokens: int) -> int:
+    """Tokens of the record of a run that trained on ``trained_tokens``, at most."""
+    return min(max(trained_tokens // _PART_OF_TRAINED, _LEAST_TOKENS), _MOST_TOKENS)
+
+
+def sampled_passages(
+    tokens: TokenFile, sequence_length: int, seed: int, most_tokens: int
+) -> Iterator[Passage]:
+    """Random documents, cut as in training, of at most ``most_tokens`` tokens in all."""
     num_tokens = 0
     for document in np.random.default_rng(seed).permutation(len(tokens)):
         ids = tokens.ids[tokens.starts[document] : tokens.starts[document + 1]].tolist()
         for passage in cut(ids, sequence_length):
             num_tokens += len(passage)
-            if num_tokens > RECORDED_TOKENS:
+            if num_tokens > most_tokens:
                 return
             yield passage
 

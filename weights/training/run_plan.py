@@ -139,11 +139,16 @@ def _memory_lines(memory: TrainingMemory, device: str, processes: int) -> list[s
     host = memory_if_known(available_memory) if memory.is_table_on_host else None
     if host is not None:
         memory.check_table_fits(host, processes)
-    return memory.describe(available, sharing)
+    lines = memory.describe(available, sharing)
+    if device == "cuda" and available is None:
+        lines.append("run.device: there is no CUDA device here, so its memory was not checked")
+    return lines
 
 
 def _available(device: str) -> AvailableMemory | None:
     if device == "cuda":
+        if not torch.cuda.is_available():
+            return None
         return AvailableMemory(torch.cuda.mem_get_info()[0], "free on the CUDA device")
     return memory_if_known(available_memory)
 

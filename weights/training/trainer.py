@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from engine.model.flops import forward_flops
@@ -23,7 +24,12 @@ from weights.training.loss import batch_loss
 from weights.training.new_model import new_model
 from weights.training.optimizer import Optimizer, lr_share
 from weights.training.replicas import Replicas
-from weights.training.row_reads import RowReads, count_reads, sampled_passages
+from weights.training.row_reads import (
+    RowReads,
+    count_reads,
+    recorded_tokens,
+    sampled_passages,
+)
 from weights.training.run_folder import CHECKPOINTS, DATA, LOG, remove_leftovers, saved_states
 from weights.training.run_log import RunLog
 from weights.training.run_plan import RunPlan, plan_run
@@ -38,6 +44,8 @@ from weights.training.training_data import TrainingData, prepare_data
 
 logger = logging.getLogger(__name__)
 
+# names of these parts of a step in a profile of torch's
+DATA_RANGE, OPTIMIZER_RANGE = "memplus data", "memplus optimizer"
 # tokens of validation documents per evaluation
 _EVALUATION_TOKENS = 65_536
 
@@ -161,10 +169,13 @@ class Trainer:
 
     def _row_reads(self) -> RowReads:
         """Rows that the trained model reads on a sample of its training documents."""
-        config = self._config
-        length, seed = config.data.sequence_length, config.run.seed
-        passages = sampled_passages(self._train_tokens, length, seed)
-        return count_reads(self._model, passages, OUTPUT_DTYPES[config.run.dtype])
+        run, length = self._config.run, self._config.data.sequence_length
+        most = recorded_tokens(run.steps * run.tokens_per_step)
+        logger.info(
+            "counting row reads of %s tokens", f"{min(most, len(self._train_tokens.ids)):,}"
+        )
+        passages = sampled_passages(self._train_tokens, length, run.seed, most)
+        return count_reads(self._model, passages, OUTPUT_DTYPES[run.dtype])
 
     @torch.no_grad()
     def _check_replicas(self) -> None:
@@ -232,7 +243,8 @@ class Trainer:
         size = run.tokens_per_step // run.passes_per_step
         nats = 0.0
         for _ in range(run.passes_per_step):
-            batch = self._stream.next(size).part(self._replicas.rank, self._replicas.count)
+            with record_function(DATA_RANGE):
+                batch = self._stream.next(size).part(self._replicas.rank, self._replicas.count)
             loss = batch_loss(self._model, batch, OUTPUT_DTYPES[run.dtype])
             (loss.total / run.tokens_per_step).backward()  # type: ignore[no-untyped-call]
             nats += float(loss.nats.detach())
@@ -241,7 +253,8 @@ class Trainer:
             raise TrainingError(f"step {step}: the loss is {total}")
         share = lr_share(self._config.optimizer, step, self._schedule_steps)
         try:
-            norm = self._optimizer.step(share)
+            with record_function(OPTIMIZER_RANGE):
+                norm = self._optimizer.step(share)
         except TrainingError as error:
             raise TrainingError(f"step {step}: {error}") from None
         for usage, use in zip(self._usage.values(), self._optimizer.tables.used, strict=True):

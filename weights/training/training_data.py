@@ -45,11 +45,30 @@ class TextTokens:
         return sorted(self.eos_ids)[:1]
 
     def document(self, text: str) -> list[int]:
-        """The tokens of a whole document. A huge one is tokenised in parts, to save memory."""
+        """The tokens of a whole document. A huge one is tokenised in parts, to save memory.
+
+        Raises:
+            DataError: as ``encode``.
+        """
         ids = [] if self.bos_id is None else [self.bos_id]
         for part in _parts(text):
-            ids += self.tokenizer.encode(part, add_special_tokens=False)
+            ids += self.encode(part)
         return ids + self.end
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text alone.
+
+        Raises:
+            DataError: it has the name of a special token that the model's vocabulary lacks.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if (largest := max(ids, default=0)) >= self.vocab_size:
+            name = self.tokenizer.token_name(largest)
+            raise DataError(
+                f"texts: contain {name}, the name of token {largest}, but the model has only"
+                f" {self.vocab_size} tokens; remove this name from the texts"
+            )
+        return ids
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Reads https://wordnet.princeton.edu as installed by Debian's package wordnet-base.
 """
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator
@@ -94,6 +95,23 @@ def read_glosses(folder: Path) -> list[str]:
         raise DataError(f"{folder}: has no WordNet file data.{_PARTS[0]}, nor one of another part")
     random.Random(0).shuffle(entries)
     return ["\n".join(entries[i : i + _SENSES]) for i in range(0, len(entries), _SENSES)]
+
+
+def wordnet_hash(folder: Path) -> str:
+    """A SHA-256 hash of the files that this module reads.
+
+    Raises:
+        DataError: there is none of them, or one cannot be read.
+    """
+    names = ("index.noun", *(f"data.{part}" for part in _PARTS))
+    files = [folder / name for name in names if (folder / name).exists()]
+    if not files:
+        raise DataError(f"{folder}: has none of WordNet's files, {', '.join(names)}")
+    found = hashlib.sha256()
+    with _reading(folder):
+        for file in files:
+            found.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.process import EngineFailedError, EngineStartError
 from server.cli import exit_status as exits
 from server.cli import main as command_line
 from server.cli.main import main
@@ -22,7 +23,7 @@ from tests.server.running import serve_command
 from weights.errors import DataError
 
 # of the arguments that are paths, those that are read
-INPUTS = {"config", "dict", "facts", "known", "patch", "patches", "questions", "text"}
+INPUTS = {"config", "configs", "dict", "facts", "known", "patch", "patches", "questions", "text"}
 INPUTS |= {"tokenizer", "trace"}
 # names of models and texts: a missing one is an error too
 NAMES = {"background", "first", "memory_adapter", "model", "neutral", "second", "source", "texts"}
@@ -218,6 +219,8 @@ def raising(error: BaseException):
         (ConnectionRefusedError(111, "Connection refused"), 1, "memplus: Connection refused"),
         (BrokenPipeError(32, "Broken pipe"), 1, "memplus: Broken pipe"),
         (MemoryError(), 1, "memplus: out of memory; "),
+        (EngineFailedError("the engine died"), 1, "memplus: the engine died"),
+        (EngineStartError("no such model"), 2, "memplus: no such model"),
         (OSError(12, "Cannot allocate memory"), 1, "memplus: out of memory; "),
         (
             RuntimeError(

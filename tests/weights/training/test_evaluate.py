@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +56,15 @@ def test_texts_are_scored_token_by_token(model, folder):
     assert found.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     num_bytes = sum(len(one.encode()) for one in TEXTS)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+
+
+def test_a_name_of_a_token_beyond_the_vocabulary_is_refused(model, folder):
+    text = checkpoint_text(folder)
+    largest = max(text.encode(TEXTS[0]))
+    name = re.escape(text.tokenizer.token_name(largest))
+    fewer = replace(text, vocab_size=largest)
+    with pytest.raises(DataError, match=f"^texts: contain {name}, .* only {largest} tokens"):
+        score_texts(model, fewer, iter(TEXTS[:1]))
 
 
 def greedy_text(model, tokenizer, prompt, count):

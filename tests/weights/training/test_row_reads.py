@@ -17,6 +17,7 @@ from weights.training.row_reads import (
     TableReads,
     count_reads,
     read_row_reads,
+    recorded_tokens,
     sampled_passages,
     write_row_reads,
 )
@@ -105,12 +106,17 @@ def test_a_record_of_another_model_is_refused(folder):
         read_row_reads(folder, config, origins)
 
 
-def test_a_sample_has_random_documents_up_to_a_limit(tmp_path, monkeypatch):
+def test_a_sample_has_random_documents_up_to_a_limit(tmp_path):
     documents = [[100 * n, 100 * n + 1, 100 * n + 2] for n in range(9)]
     tokens = TokenFile.write(tmp_path / "tokens", documents, 1000)
-    every = {passage.ids for passage in sampled_passages(tokens, 8, seed=1)}
+    every = {passage.ids for passage in sampled_passages(tokens, 8, 1, 100)}
     assert every == {tuple(one) for one in documents}
-    monkeypatch.setattr("weights.training.row_reads.RECORDED_TOKENS", 7)
-    few = [passage.ids for passage in sampled_passages(tokens, 8, seed=1)]
+    few = [passage.ids for passage in sampled_passages(tokens, 8, 1, 7)]
     assert len(few) == 3 and set(few) < every
-    assert few != [passage.ids for passage in sampled_passages(tokens, 8, seed=2)]
+    assert few != [passage.ids for passage in sampled_passages(tokens, 8, 2, 7)]
+
+
+def test_a_record_takes_a_part_of_the_tokens_that_a_run_trained_on():
+    trained = (1000, 2**20, 2**30)
+    assert [recorded_tokens(one) for one in trained] == [2**12, 2**18, 2**18]
+    assert recorded_tokens(2**18) == 2**16

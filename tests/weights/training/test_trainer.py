@@ -293,6 +293,7 @@ def test_a_finished_run_leaves_curves_and_a_model_card(
     assert f"{sum(last) / 8:.4f} nats per token" in card and "8 steps, 1,024 tokens" in card
     assert "2 memory_plus" in card and "lr = 0.003" in card and "perplexity" in card
     assert "MFLOP per token forward" in printed and "card.md" in printed
+    assert printed.endswith(f"memplus serve --model {tmp_path / 'run'}\n")
     curves = tmp_path / "run" / "curves.png"
     assert curves.exists() == ("curves.png" in card) == has_matplotlib
     assert ("curves: not drawn" in printed) == (not has_matplotlib)
@@ -422,9 +423,9 @@ def test_a_process_takes_its_gpu_before_it_joins_the_others(monkeypatch, rank, n
     )
     if rank == num_gpus:
         with pytest.raises(ConfigError, match="run.device: process 2 of this machine needs a GPU"):
-            train._replicas("cuda")
+            train._replicas("cuda", only_plan=False)
         return
-    replicas = train._replicas("cuda")
+    replicas = train._replicas("cuda", only_plan=False)
     assert calls == [1, "nccl"] and (replicas.rank, replicas.count) == (3, 4)
 
 
@@ -682,7 +683,7 @@ def test_a_plan_names_the_disk_for_the_checkpoints_to_come(config, tmp_path):
 
 def test_only_the_first_process_prints_a_plan(config, tmp_path, monkeypatch, capsys):
     left = []
-    monkeypatch.setattr(train, "_replicas", lambda device: Replicas(1, 2))
+    monkeypatch.setattr(train, "_replicas", lambda device, only_plan: Replicas(1, 2))
     monkeypatch.setattr(train.distributed, "destroy_process_group", lambda: left.append("group"))
     monkeypatch.setattr(train, "_exit_now", left.append)
     settings = config("data.train=nowhere")  # it does not read texts

@@ -1,0 +1,1 @@
+"""``memplus bench train-run``: speed of training runs, and the parts of a step."""

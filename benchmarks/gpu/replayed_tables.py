@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.row_replay import RowReplay
+from benchmarks.memory_variant import MEMORY_LAYERS
+from engine.executors.cuda.micro_batches import HINTS_PER_LAYER
 from memory_ops.checks import Table
 from memory_ops.page_lock import PageLock
 from memory_ops.tables.device import DeviceTable
@@ -84,7 +86,8 @@ class ReplayedDiskTable(GpuDiskTable):
         """
         cache = _cache(disk.slots, disk.num_rows, cached_share, device, num_layers)
         caller = cuda_streams(device).caller
-        super().__init__(disk, cache, caller, HostCalls(), num_layers=num_layers, lock=lock)
+        num_hints = MEMORY_LAYERS * HINTS_PER_LAYER
+        super().__init__(disk, cache, caller, HostCalls(), num_hints=num_hints, lock=lock)
         self._replay = replay
 
     @property

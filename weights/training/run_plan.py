@@ -115,9 +115,9 @@ def _memory_lines(memory: TrainingMemory, device: str, processes: int) -> list[s
     available, sharing = _available(device), 1 if device == "cuda" else processes
     if available is not None:
         memory.check_fits(available, sharing)
-    host = memory_if_known(available_memory) if memory.is_table_on_host else None
+    host = memory_if_known(available_memory) if memory.is_on_gpu else None
     if host is not None:
-        memory.check_table_fits(host, processes)
+        memory.check_host_fits(host, processes)
     return memory.describe(available, sharing)
 
 

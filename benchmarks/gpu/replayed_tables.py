@@ -78,8 +78,12 @@ class ReplayedDiskTable(GpuDiskTable):
         num_layers: int,
         replay: RowReplay,
         lock: PageLock | None,
+        *,
+        is_whole: bool = False,
     ) -> None:
-        """Make a cache on the device for this fraction of the rows; ``lock`` is that of the slots.
+        """Make a cache on the device for this fraction of the rows.
+
+        ``lock`` is that of the slots. With ``is_whole``, steps never run as micro-batches.
 
         Raises:
             ValueError: the cache cannot be allocated.
@@ -88,7 +92,12 @@ class ReplayedDiskTable(GpuDiskTable):
         caller = cuda_streams(device).caller
         num_hints = MEMORY_LAYERS * HINTS_PER_LAYER
         super().__init__(disk, cache, caller, HostCalls(), num_hints=num_hints, lock=lock)
-        self._replay = replay
+        self._replay, self._is_whole = replay, is_whole
+
+    @property
+    def fetched_capacity(self) -> int:
+        # only steps whose rows fit are split
+        return 1 if self._is_whole else super().fetched_capacity
 
     @property
     def rows(self) -> Table:

@@ -61,7 +61,6 @@ COVERED_BY = {
     "engine/executors/cuda/step_tokens.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/traced_tokens.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/eager.py": "engine/executors/test_executor.py",
-    "engine/executors/micro_batch_count.py": "engine/executors/cpu/test_micro_batches.py",
     "engine/executors/row_usage.py": "engine/executors/test_memory_recorder.py",
     "engine/model/config.py": "engine/model/test_transformer.py",
     "engine/model/feed_forward.py": "test_new_feed_forward.py",

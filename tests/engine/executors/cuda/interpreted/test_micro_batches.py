@@ -20,6 +20,7 @@ from memory_ops import reference
 from memory_ops.native import disk_rows
 from memory_ops.tables.value_table import TableReadError
 from tests.engine.executors.cuda.fake_device import FakeDevice
+from tests.engine.executors.cuda.interpreted import test_patches
 from tests.engine.executors.cuda.interpreted.test_disk_tier import CONFIG, on_disk
 from tests.engine.executors.cuda.on_cpu import cuda_on_cpu
 from tests.memory_ops.interpreted.test_gpu_disk import NUM_ROWS, WIDTH, gpu_disk
@@ -232,3 +233,15 @@ def test_tokens_of_split_graphs(tmp_path, monkeypatch):
     device = check(model, tmp_path, monkeypatch, warm=True)
     # each lookup cuts a graph where its rows are known and where they are needed
     assert (device.num_replays, device.num_cuts) == (2, 2 * 2 * 2)
+
+
+@needs_library
+@pytest.mark.slow
+def test_row_patches_and_their_counts_in_split_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "split_rule", lambda weight_bytes: SplitRule(((4, 2),)))
+    runs, seen = micro_batches.run_layers, set[int]()
+    monkeypatch.setattr(step, "run_layers", lambda *args: seen.add(len(args[2])) or runs(*args))
+    make = on_disk(tmp_path, slots=64)
+    # the prompts of three requests, two of them with patches
+    test_patches.check(("memory_plus",), table_of=make, count=2, num_first=3)
+    assert 2 in seen

@@ -1,5 +1,6 @@
 """``memplus bench train``: time of an optimiser step of a value table, ours and torch's."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.alternating import Contestant, median_seconds
 from benchmarks.training_models import drawn_batch, timed_models, wait_for
@@ -65,8 +65,11 @@ def measure(
 ) -> list[Result]:
     """Print a line per optimiser, table size and model; write them as JSON.
 
+    If a group does not fit in the GPU's memory, the next one is timed.
+
     Raises:
-        ConfigError: the native library or the GPU is missing, or ``rounds`` is less than 1.
+        ConfigError: the native library or the GPU is missing, ``rounds`` is less than 1, or a group
+            did not fit.
     """
     scale = scale or {"cpu": CPU_SCALE, "cuda": GPU_SCALE}[device]
     if device == "cpu" and MEMORY_LIBRARY.best_build is None:
@@ -77,13 +80,22 @@ def measure(
         raise ConfigError(f"rounds: must be at least 1, not {rounds}")
     print(f"{scale.tokens} tokens x {HEADS * TOP_K} reads, medians of {rounds} rounds")
     print(f"{'step':<20} {'rows':>10} {'width':>6} {'distinct':>9} {'ms/step':>9} {'tokens/s':>9}")
-    results: list[Result] = []
+    results, too_large = list[Result](), list[str]()
     # steps of one group are timed interleaved; all groups do not fit in memory at once
-    for make_group in (_by_size, _by_kind, _models):
-        results += _timed(list(make_group(scale)), scale.device, rounds)
+    for title, make_group in _GROUPS.items():
+        try:
+            results += _timed(list(make_group(scale)), scale.device, rounds)
+        except torch.OutOfMemoryError:
+            too_large.append(title)
+        # tables of one group would leave the next one too little memory
+        gc.collect()
+        if scale.device == "cuda":
+            torch.cuda.empty_cache()
         if json_file is not None:
             whole = json.dumps([asdict(result) for result in results], indent=1)
             json_file.write_text(whole + "\n")
+    if too_large:
+        raise ConfigError(f"device: the GPU's memory is too small for {' and '.join(too_large)}")
     return results
 
 
@@ -94,9 +106,10 @@ def _timed(group: list[Timed], device: str, rounds: int) -> list[Result]:
     for one, seconds in zip(group, median_seconds(contestants, rounds), strict=True):
         sizes = one.rows, one.width, one.tokens, one.distinct_rows
         results.append(Result(one.name, device, *sizes, seconds * 1e3))
-        tqdm.write(
+        print(
             f"{one.name:<20} {one.rows:>10} {one.width:>6} {one.distinct_rows or '':>9}"
-            f" {seconds * 1e3:>9.2f} {one.tokens / seconds:>9.0f}"
+            f" {seconds * 1e3:>9.2f} {one.tokens / seconds:>9.0f}",
+            flush=True,
         )
     return results
 
@@ -221,3 +234,11 @@ def _torch_sparse_adam(
         wait_for(scale.device)
 
     return step
+
+
+# whose tables and models live at the same time
+_GROUPS = {
+    "tables of all sizes": _by_size,
+    "the optimisers": _by_kind,
+    "the models": _models,
+}

@@ -8,10 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowGroups:
-    """L reads of U distinct rows, sorted by row; reads of one row keep their order.
+    """L reads of U distinct rows, grouped by row; reads of one row keep their order.
 
     Attributes:
-        rows_U: int64 row ids, ascending.
+        rows_U: int64, the row of each group. ``group_rows`` sorts them; the operations on groups
+            take them in any order, such as the places of copied rows.
         starts_U1: int64 offsets; the u-th row's reads are ``[starts[u], starts[u + 1])``.
         tokens_L: int64, the token of each read.
         weights_L: the weight of each read, fp32 (fp64 for fp64 weights).

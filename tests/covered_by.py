@@ -50,6 +50,7 @@ COVERED_BY = {
     "engine/executors/cuda/launched_step.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/layers.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/memory.py": f"{INTERPRETED}/test_host_tier.py",
+    "engine/executors/cuda/micro_batches.py": f"{INTERPRETED}/test_micro_batches.py",
     "engine/executors/cuda/mixture.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/patch_inputs.py": f"{INTERPRETED}/test_patches.py",
     "engine/executors/cuda/products.py": f"{INTERPRETED}/test_cuda_executor.py",

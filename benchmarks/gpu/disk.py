@@ -1,6 +1,7 @@
 """Part disk: decode of Llama-3-8B's shape with its table on disk, next to the host tier."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from benchmarks.gpu.card_limits import CardLimits
 from benchmarks.gpu.drawn_models import GPU
@@ -29,7 +30,11 @@ def tasks(setup: PartSetup) -> Iterator[Task]:
     row_file.close()
     for layout in others:
         for skew, batch in layout.points:
-            yield from ratios(setup, layout.figure(skew, batch), host.figure(skew, batch))
+            figure = layout.figure(skew, batch)
+            yield from ratios(setup, figure, host.figure(skew, batch))
+            if layout.is_whole:
+                split = replace(layout, is_whole=False)
+                yield from ratios(setup, split.figure(skew, batch), figure)
 
 
 class DiskRun(MemoryRun):
@@ -52,4 +57,6 @@ class DiskRun(MemoryRun):
         disk = self._row_file.table(2**layout.bits, layout.dtype, width, layout.host_share)
         lock = PageLock(rows_memory(disk.slots), GPU)
         num_layers = self._config.num_layers
-        return ReplayedDiskTable(disk, layout.cached_share, GPU, num_layers, replay, lock)
+        return ReplayedDiskTable(
+            disk, layout.cached_share, GPU, num_layers, replay, lock, is_whole=layout.is_whole
+        )

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.row_replay import RowReplay
+from benchmarks.memory_variant import MEMORY_LAYERS
+from engine.executors.cuda.micro_batches import HINTS_PER_LAYER
 from memory_ops.checks import Table
 from memory_ops.page_lock import PageLock
 from memory_ops.tables.device import DeviceTable
@@ -76,16 +78,26 @@ class ReplayedDiskTable(GpuDiskTable):
         num_layers: int,
         replay: RowReplay,
         lock: PageLock | None,
+        *,
+        is_whole: bool = False,
     ) -> None:
-        """Make a cache on the device for this fraction of the rows; ``lock`` is that of the slots.
+        """Make a cache on the device for this fraction of the rows.
+
+        ``lock`` is that of the slots. With ``is_whole``, steps never run as micro-batches.
 
         Raises:
             ValueError: the cache cannot be allocated.
         """
         cache = _cache(disk.slots, disk.num_rows, cached_share, device, num_layers)
         caller = cuda_streams(device).caller
-        super().__init__(disk, cache, caller, HostCalls(), num_layers=num_layers, lock=lock)
-        self._replay = replay
+        num_hints = MEMORY_LAYERS * HINTS_PER_LAYER
+        super().__init__(disk, cache, caller, HostCalls(), num_hints=num_hints, lock=lock)
+        self._replay, self._is_whole = replay, is_whole
+
+    @property
+    def fetched_capacity(self) -> int:
+        # only steps whose rows fit are split
+        return 1 if self._is_whole else super().fetched_capacity
 
     @property
     def rows(self) -> Table:

@@ -24,6 +24,7 @@ class TableLayout:
         lookahead: layers ahead for which rows are predicted; 0 for never.
         skews: access patterns.
         batches: sequences that decode together.
+        is_whole: whether steps never run as micro-batches.
     """
 
     bits: int
@@ -34,6 +35,7 @@ class TableLayout:
     skews: tuple[str, ...] = SKEWS
     batches: tuple[int, ...] = _BATCHES
     host_share: float = 0.0
+    is_whole: bool = False
 
     @property
     def name(self) -> str:
@@ -42,7 +44,8 @@ class TableLayout:
             return f"2^{self.bits} {self.dtype} {HBM}"
         cache = f"cache {self.cached_share:.0%}" if self.cached_share else "smallest cache"
         place = f"{DISK} {self.host_share:.0%} in host" if self.place == DISK else HOST
-        return f"2^{self.bits} {self.dtype} {place} {cache} lookahead {self.lookahead}"
+        name = f"2^{self.bits} {self.dtype} {place} {cache} lookahead {self.lookahead}"
+        return f"{name} whole steps" if self.is_whole else name
 
     @property
     def points(self) -> list[tuple[str, int]]:
@@ -62,9 +65,13 @@ class TableLayout:
 def disk_layouts() -> Iterator[TableLayout]:
     """The layouts of part disk: the host tier, then the disk with less and less host memory."""
     # a file of 16 GiB; the same cache in HBM, so that only the place behind it differs
-    yield (host := TableLayout(22, "int8", HOST, 0.02, batches=(1, 8, 32)))
-    for share, lookahead in ((0.3, 0), (0.1, 0), (0.1, 1)):
-        yield replace(host, place=DISK, host_share=share, lookahead=lookahead)
+    yield (host := TableLayout(22, "int8", HOST, 0.02, skews=SKEWS[:1]))
+    for share in (0.3, 0.1):
+        yield replace(host, place=DISK, host_share=share)
+    least = replace(host, place=DISK, host_share=0.1)
+    # smaller steps are never split
+    yield replace(least, is_whole=True, batches=(32, 64))
+    yield replace(least, lookahead=1)
 
 
 def dense_figure(batch: int) -> str:

@@ -1,8 +1,10 @@
 """Positions of a ragged batch's tokens in their sequences and in the KV blocks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,16 +73,39 @@ class TokenLayout:
 
         In each layer, run them after the earlier tokens of their sequences.
         """
-        assert self.paged is not None and first < last
-        spans = list(pairwise(self.query_starts))
-        own = [s for s, (start, end) in enumerate(spans) if start < last and first < end]
-        starts = (first, *(min(spans[s][1], last) for s in own))
-        contexts = tuple(
-            self.paged.context_lengths[s] - (spans[s][1] - end)
-            for s, end in zip(own, starts[1:], strict=True)
+        assert self.paged is not None
+        own, starts, contexts = part_of_sequences(
+            self.query_starts, self.paged.context_lengths, first, last
         )
-        table_SB = self.paged.block_table_SB[own[0] : own[-1] + 1]
-        paged = PagedKv(self.paged.kv_index_T[first:last], table_SB, contexts)
+        paged = PagedKv(self.paged.kv_index_T[first:last], self.paged.block_table_SB[own], contexts)
         patches = None if self.patches is None else self.patches.part(first, last)
-        starts = tuple(s - first for s in starts)
         return TokenLayout(self.positions_T[first:last], starts, paged, patches)
+
+
+class SequencePart(NamedTuple):
+    """The sequences of consecutive tokens of a step, as those of a separate step.
+
+    Attributes:
+        own: the sequences of the step that have tokens in the part.
+        query_starts: offsets of these sequences in the part's tokens.
+        context_lengths: the number of their tokens up to the end of the part.
+    """
+
+    own: slice
+    query_starts: tuple[int, ...]
+    context_lengths: tuple[int, ...]
+
+
+def part_of_sequences(
+    query_starts: Sequence[int], context_lengths: Sequence[int], first: int, last: int
+) -> SequencePart:
+    """The sequences of the tokens ``[first, last)``, at least one; see ``TokenLayout``."""
+    assert first < last
+    spans = list(pairwise(query_starts))
+    own = [s for s, (start, end) in enumerate(spans) if start < last and first < end]
+    ends = [min(spans[s][1], last) for s in own]
+    contexts = tuple(
+        context_lengths[s] - (spans[s][1] - end) for s, end in zip(own, ends, strict=True)
+    )
+    starts = (0, *(end - first for end in ends))
+    return SequencePart(slice(own[0], own[-1] + 1), starts, contexts)

@@ -29,8 +29,6 @@ from memory_ops.triton_kernels.table_view import value_kind
 
 # row ids of one hint; the rest is ignored
 _MOST_HINTED = 2**12
-# a PEER layer hints rows, and a lookahead may predict rows of the same layer
-_HINTS_PER_LAYER = 2
 
 
 class GpuDiskTable:
@@ -52,7 +50,7 @@ class GpuDiskTable:
         stream: Callable[[], Stream],
         calls: HostCalls,
         *,
-        num_layers: int = 1,
+        num_hints: int = 1,
         most_references: int = NUM_OVERFLOW,
         lock: PageLock | None = None,
     ) -> None:
@@ -63,15 +61,16 @@ class GpuDiskTable:
 
         Args:
             stream: the current stream, always the same.
-            num_layers: number of layers that give hints.
+            num_hints: the most hints of a step. Those of a step use different page-locked buffers,
+                32 KiB each, also those of a graph. A step with more of them may prefetch rows
+                that it has not asked for.
             most_references: overflow rows of the cache.
         """
         self.disk, self.calls = disk, calls
         self._cache, self._stream, self._lock = cache, stream, lock
         self._staged = StagedRows(disk, cache, stream, most_references)
-        shape = num_layers * _HINTS_PER_LAYER, _MOST_HINTED
-        # a step's hints use different buffers, also those of a graph
-        self._hinted_BL, self._next_hint = pinned_ids(shape, cache.device), 0
+        self._hinted_BL = pinned_ids((num_hints, _MOST_HINTED), cache.device)
+        self._next_hint = 0
 
     @property
     def num_rows(self) -> int:
@@ -200,6 +199,7 @@ def gpu_disk_table(
     calls: HostCalls,
     *,
     num_layers: int = 1,
+    num_hints: int = 1,
 ) -> GpuDiskTable:
     """Page-lock the slots of a disk table and return a table that ``device`` reads.
 
@@ -208,7 +208,8 @@ def gpu_disk_table(
         cache_bytes: device memory for the cache of rows in use; see ``RowCache``.
         device: a GPU.
         calls: shared by all tables of a model.
-        num_layers: number of layers that read the table.
+        num_layers: number of layers whose lookups are counted.
+        num_hints: the most hints of a step.
 
     Raises:
         ValueError: the GPU does not exist, the rows are fp64, or ``cache_bytes`` is too small or
@@ -222,7 +223,7 @@ def gpu_disk_table(
     def current() -> Stream:
         return CudaStream(torch.cuda.current_stream(device))
 
-    return GpuDiskTable(disk, cache, current, calls, num_layers=num_layers, lock=lock)
+    return GpuDiskTable(disk, cache, current, calls, num_hints=num_hints, lock=lock)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

@@ -38,7 +38,7 @@ class StagedParts:
 
     def mark(self) -> None:
         """Let the host note what ``place`` queued, so that it waits for nothing behind it."""
-        self._calls.call(self._staged.mark)
+        self._calls.call(self._mark)
 
     def fetch(self, part: slice, *, is_marked: bool) -> None:
         """Let the host fetch a part's missing rows."""
@@ -47,7 +47,7 @@ class StagedParts:
 
         def work() -> None:
             if not is_marked:
-                staged.mark()
+                self._mark()
             calls.catch_up()
             staged.fetch(num_references, layer, is_first=is_first)
 
@@ -61,6 +61,10 @@ class StagedParts:
             read(part, self._placed.places_THK)
 
         self._stream().run(work)
+
+    def _mark(self) -> None:
+        self._staged.mark()
+        self._calls.mark()
 
 
 class GpuDiskLookup:

@@ -21,6 +21,7 @@ class HostCalls:
     def __init__(self) -> None:
         self._cut: Cut | None = None
         self._delayed: list[HostWork] = []
+        self._due: list[HostWork] = []
 
     @property
     def is_capturing(self) -> bool:
@@ -37,17 +38,28 @@ class HostCalls:
             self._cut(work)
 
     def delay(self, work: HostWork) -> None:
-        """Run ``work`` at the next ``catch_up``, when the host has launched more of the step."""
+        """Run ``work`` at the first ``catch_up`` after the next ``mark``, when the host has
+        launched more of the step."""
         self._delayed.append(work)
 
+    def mark(self) -> None:
+        """Let the next ``catch_up`` run what has been delayed so far.
+
+        Its caller waits for the device's work up to here. Work that is delayed later may wait for
+        more of the device's work, so it runs later.
+        """
+        self._due += self._delayed
+        self._delayed.clear()
+
     def catch_up(self) -> None:
-        """Run the delayed work, in its order."""
-        while self._delayed:
-            self._delayed.pop(0)()
+        """Run the work that is due, in its order."""
+        while self._due:
+            self._due.pop(0)()
 
     def drop_delayed(self) -> None:
         """Drop the delayed work of a step that failed."""
         self._delayed.clear()
+        self._due.clear()
 
     @contextmanager
     def capture(self, cut: Cut) -> Iterator[None]:

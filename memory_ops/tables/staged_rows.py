@@ -59,7 +59,8 @@ class StagedRows:
             most_references: the most references of one part of a lookup.
         """
         self._disk, self._cache, self._stream = disk, cache, stream
-        shape = 2, most_references
+        # even, so that both lists are aligned to 16 bytes
+        shape = 2, -(-most_references // 2) * 2
         self._found_2L, self._sent_2L = (pinned_ids(shape, cache.device) for _ in range(2))
         self._received_2L = torch.zeros(shape, dtype=torch.int64, device=cache.device)
         self._placed: Event | None = None
@@ -142,17 +143,19 @@ class StagedRows:
         first = 0
         while first < len(rows_M1):
             if first:
-                # the next part may evict the rows of this one
+                # the next part may evict the rows of this one, and replaces its list
                 self._stream().record().synchronize()
             last = disk.rows.next_part(self._held.handle, disk.report_progress)
             if isinstance(last, ReadFailure):
                 raise disk.read_error(last.row, last.error)
-            self._send(slots_M1[first:last, 0], places_M[first:last], first)
+            self._send(slots_M1[first:last, 0], places_M[first:last])
             disk.report_progress()
             first = last
 
-    def _send(self, slots_M: Tensor, places_M: Tensor, first: int) -> None:
-        part = slice(first, first + len(slots_M))
+    def _send(self, slots_M: Tensor, places_M: Tensor) -> None:
+        # every part at the start: Triton compiles the copy once more for pointers that are not
+        # aligned to 16 bytes, and a step must not wait for a compiler
+        part = slice(len(slots_M))
         sent_2M, received_2M = self._sent_2L[:, part], self._received_2L[:, part]
         sent_2M[0] = slots_M * KEY_FACTOR.value & KEY_MASK.value
         sent_2M[1] = places_M

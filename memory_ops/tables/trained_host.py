@@ -87,6 +87,7 @@ class TrainedHostTable(TrainedTable):
     ) -> None:
         working, rows_U = self._working, groups.rows_U
         places_U = working.begin_update(rows_U)
+        # the order of the groups stays that of the rows, so the results do too
         placed = replace(groups, rows_U=places_U)
         if moments.first_RV is None:
             second_P = moments.second.new_zeros(len(working.rows_PV))

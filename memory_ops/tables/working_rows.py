@@ -7,9 +7,9 @@ Synchronisation between the caller's stream and a side stream:
 * The caller's stream computes row ids, reads the rows, and updates rows and moments. Before a copy,
   the side stream waits for the caller's stream. Before a use, the caller's stream waits for the
   copy: an event for each fetch of rows, and one for the moments.
-* Memory belongs to the caller's stream. Row ids that only the side stream still uses are kept for
-  it by ``Stream.keep``. Buffers are replaced only after the caller's stream has waited for the side
-  stream.
+* Memory belongs to the caller's stream, which may have work on it from an earlier owner. Row ids
+  that only the side stream still uses are kept for it by ``Stream.keep``. Other memory is freed
+  only after the caller's stream has waited for the side stream.
 """
 
 from collections.abc import Sequence
@@ -88,7 +88,8 @@ class WorkingRows:
 
     def fetch_moments(self) -> None:
         """Start to copy the moments of all rows that have been fetched."""
-        side = self._follow_caller()
+        # the side stream has waited for their places in ``fetch``, and for nothing later
+        side = self._streams.side
         for rows_U, places_U in self._fetched[self._with_moments :]:
             for source, copy in zip(self._sources[1:], self.moments, strict=True):
                 side.run(partial(copy_rows, source, rows_U, copy, places_U))
@@ -108,10 +109,9 @@ class WorkingRows:
             side.run(partial(copy_rows, copy, places_U, source, rows_U))
         for tensor in (rows_U, places_U):
             side.keep(tensor)
-        for fetched_U, its_places_U in self._fetched:
+        # the caller's stream has waited for the copies of these rows in ``begin_update``
+        for fetched_U, _ in self._fetched:
             self._places_R[fetched_U] = -1
-            side.keep(fetched_U)
-            side.keep(its_places_U)
         self._fetched, self._with_moments, self._count = [], 0, 0
 
     def join(self) -> None:

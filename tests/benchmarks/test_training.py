@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import training
 from benchmarks.training import measure
 from benchmarks.training_scale import CPU_SCALE, GPU_SCALE, TrainingScale, memory_twin
 from engine.errors import ConfigError
@@ -36,6 +37,18 @@ def test_every_step_is_timed(tmp_path, capsys):
     written = json.loads((tmp_path / "results.json").read_text())
     assert [one["name"] for one in written] == names
     assert "torch_sparse_adam" in capsys.readouterr().out
+
+
+def test_a_group_that_does_not_fit_does_not_end_the_others(monkeypatch, tmp_path):
+    def fail(scale):
+        raise torch.OutOfMemoryError("no memory")
+
+    timed = dict.fromkeys(("tables of all sizes", "the optimisers"), fail)
+    monkeypatch.setattr(training, "_GROUPS", {**timed, "the models": training._models})
+    file = tmp_path / "results.json"
+    with pytest.raises(ConfigError, match="too small for tables of all sizes and the optimisers"):
+        measure(1, file, scale=SMALL)
+    assert [one["name"] for one in json.loads(file.read_text())] == ["dense model", "memory model"]
 
 
 def test_the_gpu_sizes_are_those_of_the_paper():

@@ -1,5 +1,7 @@
 """Grouped reads and the Adam step of the rows read, in every native build."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -86,6 +88,26 @@ def test_a_step_is_exact_and_changes_only_the_rows_read(build, kind, **shape):
     others = torch.ones(shape["num_rows"], dtype=torch.bool)
     others[groups.rows_U] = False
     assert torch.equal(table[others], before[others])
+
+
+@each_build
+@pytest.mark.parametrize("kind", MOMENTS)
+def test_the_rows_of_groups_may_have_any_order(build, kind):
+    rows, weights, grad = reads(9, 17, 8, 2, 3)
+    groups, backend = reference.group_rows(rows, weights), NativeBackend(build)
+    table, state = torch.randn(9, 17), moments(9, 17, kind)
+    places_R = torch.randperm(9)  # of each row in the copies
+    table_copy, copies = torch.empty_like(table), [None if m is None else m.clone() for m in state]
+    table_copy[places_R] = table
+    for copy, one in zip(copies, state, strict=True):
+        if copy is not None:
+            copy[places_R] = one
+    placed = replace(groups, rows_U=places_R[groups.rows_U])
+    backend.sparse_adam(table_copy, AdamMoments(*copies), placed, grad, STEP)
+    backend.sparse_adam(table, state, groups, grad, STEP)
+    assert torch.equal(table_copy[places_R], table)
+    for copy, one in zip(copies, state, strict=True):
+        assert copy is None or torch.equal(copy[places_R], one)
 
 
 def test_many_steps_equal_torchs_sparse_adam():

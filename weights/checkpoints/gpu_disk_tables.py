@@ -1,11 +1,13 @@
 """Opens value tables on disk for a GPU, behind row caches in its memory and in host memory."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
+from engine.executors.cuda.micro_batches import HINTS_PER_LAYER
 from engine.model.config import ModelConfig
 from memory_ops.page_lock import PageLockError
 from memory_ops.tables.disk import DiskTable
@@ -54,8 +56,16 @@ def open_gpu_disk_tables(
     for name, table in opened.items():
         assert isinstance(table, DiskTable)
         share = gpu_cache // len(opened)
+        readers = [i for i in config.memory_layers if name in astuple(config.layer_tables(i))]
         try:
-            tables[name] = gpu_disk_table(table, share, device, calls, num_layers=config.num_layers)
+            tables[name] = gpu_disk_table(
+                table,
+                share,
+                device,
+                calls,
+                num_layers=config.num_layers,
+                num_hints=len(readers) * HINTS_PER_LAYER,
+            )
         except PageLockError as error:
             raise ConfigError(
                 f"table_tier: disk {error}; raise the limit of locked memory (`ulimit -l`), free"

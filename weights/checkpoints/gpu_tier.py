@@ -114,8 +114,9 @@ class GpuTierChoice:
                 decision += "; --table-cache is unused"
             self._log(is_unused, decision, *sizes)
             return None, None
-        if request.tier == "disk" or not self._fits_host(table_bytes):
-            return self._disk_caches(*sizes)
+        host = self._host_memory()
+        if request.tier == "disk" or not self._fits_host(table_bytes, host):
+            return self._disk_caches(host, *sizes)
         cache = min(request.fitting_cache(left, smallest), largest)
         if cache < smallest:
             raise ConfigError(
@@ -131,7 +132,11 @@ class GpuTierChoice:
         return cache, None
 
     def _disk_caches(
-        self, table_bytes: int, weight_bytes: int, gpu: AvailableMemory
+        self,
+        host: AvailableMemory | None,
+        table_bytes: int,
+        weight_bytes: int,
+        gpu: AvailableMemory,
     ) -> tuple[int, int]:
         """The row caches of the GPU and of the host for tables on disk."""
         beyond_weights = gpu.num_bytes - weight_bytes
@@ -141,7 +146,7 @@ class GpuTierChoice:
         cache = min(on_gpu.fitting_cache(left, smallest), largest)
         on_gpu.check_fits("table_tier: disk needs a row cache of", cache, beyond_weights, gpu)
         self.request.log_excess_cache(table_bytes)
-        host_cache, host = self.request.full_cache, self._host_memory()
+        host_cache = self.request.full_cache
         if host is not None:
             beyond_reserve = max(0, host.num_bytes - _HOST_RESERVE_BYTES)
             host_cache = self.request.fitting_cache(beyond_reserve)
@@ -174,13 +179,12 @@ class GpuTierChoice:
             logger.warning("host memory is not checked: cannot read available memory: %s", error)
             return None
 
-    def _fits_host(self, table_bytes: int) -> bool:
+    def _fits_host(self, table_bytes: int, host: AvailableMemory | None) -> bool:
         """Whether the tables fit in host memory, which they do not leave.
 
         Raises:
             ConfigError: they do not, but the user requested the host tier.
         """
-        host = self._host_memory()
         if host is None:
             return True
         left = max(0, host.num_bytes - _HOST_RESERVE_BYTES)

@@ -136,12 +136,13 @@ def _memory_lines(memory: TrainingMemory, device: str, processes: int) -> list[s
     available, sharing = _available(device), 1 if device == "cuda" else processes
     if available is not None:
         memory.check_fits(available, sharing)
-    host = memory_if_known(available_memory) if memory.is_table_on_host else None
-    if host is not None:
-        memory.check_table_fits(host, processes)
     lines = memory.describe(available, sharing)
     if device == "cuda" and available is None:
-        lines.append("run.device: there is no CUDA device here, so its memory was not checked")
+        lines.append("run.device: there is no CUDA device here, so memory was not checked")
+    elif memory.is_on_gpu:
+        host = memory_if_known(available_memory)
+        if host is not None:
+            memory.check_host_fits(host, processes)
     return lines
 
 

@@ -35,6 +35,7 @@ class TrainingMemory:
         places: on a GPU, the places of the copied rows of a table in host memory; else 0.
         is_table_on_host: whether rows lie in host memory and the rest on a GPU.
         is_row_wise: whether rows have one moment each, which stays on the device.
+        is_on_gpu: whether the device is a GPU. Weights and tables are made in host memory first.
         exchanged: most bytes of rows and gradients that divided tables exchange at one time.
         other_parts: rows and moments of the parts of tables that other processes hold.
     """
@@ -48,6 +49,7 @@ class TrainingMemory:
     places: int = 0
     is_table_on_host: bool = False
     is_row_wise: bool = False
+    is_on_gpu: bool = False
     exchanged: int = 0
     other_parts: int = 0
 
@@ -71,6 +73,11 @@ class TrainingMemory:
         return parts if self.is_row_wise else parts | {"moments of rows": self.row_moments}
 
     @property
+    def _first_host_parts(self) -> dict[str, int]:
+        """Bytes in host memory by their use, before a GPU gets its weights and tables."""
+        return {"weights": self.weights, "table rows": self.rows} if self.is_on_gpu else {}
+
+    @property
     def total(self) -> int:
         """Bytes on the device if all rows are read."""
         moments = 0 if self.is_table_on_host else self.row_moments
@@ -92,9 +99,18 @@ class TrainingMemory:
                 " (model.memory.num_subkeys, value_dim) smaller"
             )
 
-    def check_table_fits(self, host: AvailableMemory, processes: int) -> None:
-        """Raise ConfigError if host memory does not hold the tables of ``processes``."""
-        needed = processes * sum(self._host_parts.values())
+    def check_host_fits(self, host: AvailableMemory, processes: int) -> None:
+        """Raise ConfigError if host memory does not hold what ``processes`` that train on GPUs
+        need: at first weights and tables, then tables that stay there, with their moments."""
+        first = processes * sum(self._first_host_parts.values())
+        if first > host.num_bytes:
+            raise ConfigError(
+                f"model: weights and tables are made in host memory before the GPU gets them, which"
+                f" needs {size_text(first)} ({_named(self._first_host_parts)}), but only"
+                f" {size_text(host.num_bytes)} is available ({host.bound}); make the model or its"
+                " table (model.memory.num_subkeys, value_dim) smaller, or free memory"
+            )
+        needed = processes * sum(self._host_parts.values()) if self.is_table_on_host else 0
         if needed > host.num_bytes:
             raise ConfigError(
                 f"run.table_tier: host needs {size_text(needed)} ({_named(self._host_parts)}), but"
@@ -130,6 +146,8 @@ class TrainingMemory:
         lines = [line]
         if self.is_table_on_host:
             lines.append(f"host memory{share}: {_named(self._host_parts)}")
+        elif self.is_on_gpu:
+            lines.append(f"host memory{share}, at the start: {_named(self._first_host_parts)}")
         if memory is not None and processes * self.total > memory.num_bytes:
             lines.append(
                 "memory: the run may run out of it; raise run.passes_per_step, set"
@@ -172,6 +190,7 @@ def training_memory(
         places=places,
         is_table_on_host=is_on_host,
         is_row_wise=config.optimizer.row_wise,
+        is_on_gpu=config.run.device == "cuda",
         exchanged=exchanged,
         other_parts=other_parts,
     )

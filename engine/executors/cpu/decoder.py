@@ -50,11 +50,11 @@ class CpuDecoder:
         """
         assert layout.paged is not None
         num_tokens = residual_TD.shape[0]
-        count = self._micro_batches.count(num_tokens)
+        count = self._micro_batches.count.of(num_tokens)
         runs = self._runs
         if num_tokens > _FEW_TOKENS:
             runs = [range(i, i + 1) for i in range(len(self._layers))]
-        with self._micro_batches.watched(num_tokens):
+        with self._micro_batches.count.watched(num_tokens):
             if count > 1:
                 return self._micro_batches.run(residual_TD, layout, angles, kv_blocks, count, trace)
             for run in runs:

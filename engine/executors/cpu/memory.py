@@ -26,6 +26,7 @@ class CpuMemory:
         self._kernels, self._norm = packer.kernels, packer.norm(norm)
         self.index, self.top_k = memory.index, memory.top_k
         self.num_heads, self.num_subkeys = memory.num_heads, memory.num_subkeys
+        self.num_references = memory.num_heads * memory.top_k
         self.tables, self.table = memory.tables, memory.table
         self._down_table = memory.down_table if memory.is_peer else None
         self._query = packer.linear(memory.query, norm=norm)

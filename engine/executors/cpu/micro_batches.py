@@ -1,7 +1,6 @@
 """Runs a step as pipelined micro-batches so that row fetches overlap compute."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,18 +11,16 @@ from engine.executors.cpu.kernels import CpuKernels
 from engine.executors.cpu.layers import CpuLayer
 from engine.executors.cpu.packed_layers import PackedLayers
 from engine.executors.lookahead import Lookahead
+from engine.executors.micro_batch_count import MicroBatchCount, SplitRule
 from engine.model.forward_trace import ForwardTrace
 from engine.model.layout import TokenLayout
 from engine.progress import Progress
-from memory_ops.tables.table_statistics import TableStatistics
 
-# (minimum tokens of a step, micro-batches): each micro-batch reads all weights again, which costs
-# more than overlap gains for fewer tokens. With 3 memories of 128 rows, a quarter of them fetched,
-# and a disk of 100,000 reads per second: 16 tokens take 43 ms as two, 34 as one; 32 take 63 (67),
-# 64 take 96 (113), 512 take 570 as four (755).
-_COUNTS = ((256, 4), (32, 2))
-# minimum fraction of rows fetched: fetching fewer is faster than reading the weights again
-_MIN_FETCHED = 0.1
+# Each micro-batch reads all weights again, which costs more than overlap gains for fewer tokens, or
+# if fewer rows are fetched. With 3 memories of 128 rows, a quarter of them fetched, and a disk of
+# 100,000 reads per second: 16 tokens take 43 ms as two, 34 as one; 32 take 63 (67), 64 take 96
+# (113), 512 take 570 as four (755).
+_RULE = SplitRule(counts=((256, 4), (32, 2)), least_fraction=0.1)
 
 
 @dataclass
@@ -45,6 +42,9 @@ class MicroBatches:
     While a memory layer fetches rows, its tokens cannot advance. Later tokens can, up to that
     layer: of earlier tokens they need only the keys and values of the layers before it. So each
     micro-batch runs up to its next memory layer, starts fetching, and lets the next one run.
+
+    Attributes:
+        count: the number of micro-batches of each step.
     """
 
     def __init__(
@@ -66,39 +66,7 @@ class MicroBatches:
         ]
         self._packed = PackedLayers(without_memory, num_heads)
         memories = [layer.memory for layer in layers if layer.memory is not None]
-        tables = [table for memory in memories for table in memory.tables]
-        capacities = [table.fetched_capacity or 0 for table in tables]
-        self._tables = {id(table): table for table in tables}.values()
-        self._fetched_fraction = 1.0  # of the rows requested by the last step of many tokens
-        self._token_rows = max((one.num_heads * one.top_k for one in memories), default=0)
-        self._num_rows = max((table.num_rows for table in tables), default=0)
-        # rows that every table can hold at once; 0 unless all tables fetch their rows
-        self._capacity = min(capacities, default=0)
-
-    def count(self, num_tokens: int) -> int:
-        """The number of micro-batches for the next step; 1 if more would not be faster."""
-        # all rows of the step must fit, or a micro-batch could find no slot while others wait
-        if not 0 < min(num_tokens * self._token_rows, self._num_rows) <= self._capacity:
-            return 1
-        if self._fetched_fraction < _MIN_FETCHED:
-            return 1
-        return next((count for least, count in _COUNTS if num_tokens >= least), 1)
-
-    @contextmanager
-    def watched(self, num_tokens: int) -> Iterator[None]:
-        """Wrap a step: a large step's fraction of fetched rows decides about the next step."""
-        if not self._capacity or num_tokens < _COUNTS[-1][0]:
-            yield
-            return
-        before = self._statistics()
-        yield
-        step = self._statistics().since(before)
-        self._fetched_fraction = (step.misses + step.late) / max(1, step.requested_rows)
-
-    def _statistics(self) -> TableStatistics:
-        return TableStatistics.sum(
-            [counts for table in self._tables for counts in table.statistics().values()]
-        )
+        self.count = MicroBatchCount(memories, _RULE)
 
     def run(
         self,

@@ -16,6 +16,8 @@ _MOST_SPLITS = 32
 _SHORT_CONTEXT = 2**16
 # a mixed step may hold few sequences with long contexts
 _MIXED_SPLITS = 4
+# words of 8 bytes: kernels are compiled for pointers at multiples of 16 bytes
+_ALIGNED_WORDS = 2
 
 
 class StepShape(NamedTuple):
@@ -28,6 +30,7 @@ class StepShape(NamedTuple):
         is_decode: every sequence has one token and one position of logits, its own.
         num_splits: parts of a context that attention computes side by side, for sequences of few
             tokens. Kernels are compiled for each number, so only buckets of decodes choose it.
+        micro_batches: how many parts the step runs in, each with a range of the tokens.
     """
 
     tokens: int
@@ -35,6 +38,19 @@ class StepShape(NamedTuple):
     logits: int
     is_decode: bool
     num_splits: int = _MIXED_SPLITS
+    micro_batches: int = 1
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Offsets of the micro-batches in the tokens, padding included, and the end."""
+        count = self.micro_batches
+        inner = (self.tokens * number // count for number in range(1, count))
+        return (0, *(edge // _ALIGNED_WORDS * _ALIGNED_WORDS for edge in inner), self.tokens)
+
+    def is_filled(self, num_tokens: int) -> bool:
+        """Whether this many tokens fill at least half of the last micro-batch."""
+        *_, first, last = self.edges
+        return 2 * num_tokens >= first + last
 
 
 @dataclass(frozen=True)

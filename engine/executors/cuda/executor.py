@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -69,7 +69,10 @@ class CudaExecutor:
         # with logits everywhere, as for a scored prompt
         self._largest = StepShape(tokens, config.max_num_seqs, tokens, False)
         layers = patched_layers(model.config, config)
-        self._staging = Staging(device, InputLayout(self._largest, len(layers)))
+        self._micro_batches = model.micro_batches
+        # of all shapes, the inputs of this one take the most memory
+        split = self._largest._replace(micro_batches=self._micro_batches.limit(tokens))
+        self._staging = Staging(device, InputLayout(split, len(layers)))
         self._inputs: dict[StepShape, StagedInputs] = {}  # of the shapes that have a graph
         group = shapes.num_heads // shapes.num_kv_heads
         scrap_slot = num_blocks * config.block_size
@@ -125,7 +128,7 @@ class CudaExecutor:
         begun, before = time.monotonic(), self._device.memory_bytes()
         try:
             self.run_largest()
-            for shape in self._buckets:
+            for shape in self._captured_shapes():
                 # the first run of a shape compiles its kernels, also if it gets no graph
                 self._queue(warm_up_batch(), lambda outputs: None, shape)
                 self._device.record().wait()
@@ -142,6 +145,14 @@ class CudaExecutor:
         logger.info(
             "%d graphs captured in %.1f s, in %.0f MiB", len(self._inputs), taken, memory / 2**20
         )
+
+    def _captured_shapes(self) -> Iterator[StepShape]:
+        """The buckets, the largest first, whole and in micro-batches."""
+        for bucket in self._buckets:
+            yield bucket
+            count = self._micro_batches.most(bucket.tokens)
+            if count > 1:
+                yield bucket._replace(micro_batches=count)
 
     def _capture(self, shape: StepShape) -> None:
         inputs = self._staging.inputs(shape)
@@ -160,14 +171,9 @@ class CudaExecutor:
         then: Callable[[StepOutputs], None],
         shape: StepShape | None = None,
     ) -> None:
-        """Send a batch, and queue its step and what ``then`` launches on the outputs.
-
-        The shape is by default the smallest bucket that has a graph, or else the exact one.
-        """
-        if shape is None:
-            exact = self._buckets.exact(batch)
-            holding = self._buckets.holding(exact)
-            shape = next((bucket for bucket in holding if bucket in self._inputs), exact)
+        """Send a batch, and queue its step, by default in the shape of ``_shape_of``, and what
+        ``then`` launches on the outputs."""
+        shape = shape or self._shape_of(batch)
         inputs = self._inputs.get(shape) or self._staging.inputs(shape)
         biases = graph_biases(batch, self.config.vocab_size)
         updates = self._block_table.updates(batch.seats, batch.block_ids)
@@ -186,10 +192,21 @@ class CudaExecutor:
                     self._choose_by_rules(batch, inputs.on_device, outputs)
                 then(outputs)
 
-            self._runner.queue(shape, inputs.on_device, finish)
+            self._runner.queue(shape, inputs.on_device, finish, len(batch.ids_T))
         except Exception:
             self._block_table.forget(batch.seats)
             raise
+
+    def _shape_of(self, batch: Batch) -> StepShape:
+        """The smallest bucket that has a graph, or else the exact shape; if the rows that the step
+        fetches are worth it, in micro-batches."""
+        exact = self._buckets.exact(batch)
+        holding = self._buckets.holding(exact)
+        whole = next((bucket for bucket in holding if bucket in self._inputs), exact)
+        num_tokens = len(batch.ids_T)
+        split = whole._replace(micro_batches=self._micro_batches.of(num_tokens))
+        can_run = split in self._inputs or whole not in self._inputs
+        return split if can_run and split.is_filled(num_tokens) else whole
 
     def _choose_by_rules(self, batch: Batch, inputs: Inputs, outputs: StepOutputs) -> None:
         """Choose again, after rules that the step itself does not apply."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from engine.executors.cuda.kernels.paged_attention import paged_attention
 from engine.executors.cuda.kernels.rms_norm import Norm
 from engine.executors.cuda.kernels.rotate_and_store import rotate_and_store
-from engine.executors.cuda.memory import CudaMemory
+from engine.executors.cuda.memory import CudaMemory, Pieces
 from engine.executors.cuda.mixture import CudaMixture
 from engine.executors.cuda.products import joined, norm_of
 from engine.executors.cuda.step_tokens import StepTokens
@@ -42,10 +42,27 @@ class CudaLayer:
         self.memory = None if layer.memory is None else CudaMemory(layer.memory, norm)
         self._feed_forward = _feed_forward(layer.feed_forward, norm)
 
-    def run(
+    def pieces(
         self, residual_TD: Tensor, tokens: StepTokens, kv_blocks: Tensor, trace: ForwardTrace
-    ) -> Tensor:
+    ) -> Pieces:
         """Return the new residual stream; ``kv_blocks`` are this layer's."""
+        residual_TD = self._attend(residual_TD, tokens, kv_blocks)
+        if self.memory is None:
+            assert self._feed_forward is not None
+            return self._feed_forward.run(residual_TD, tokens, trace)
+        if self._feed_forward is None:
+            return (yield from self.memory.pieces(residual_TD, tokens, trace))
+        dense, hidden = self._feed_forward, list[Tensor]()
+        assert isinstance(dense, CudaDense)
+
+        def meanwhile() -> None:
+            # before anything is added to the residual stream
+            hidden.append(dense.hidden(residual_TD))
+
+        summed_TD = yield from self.memory.pieces(residual_TD, tokens, trace, meanwhile)
+        return dense.add(hidden[0], summed_TD)
+
+    def _attend(self, residual_TD: Tensor, tokens: StepTokens, kv_blocks: Tensor) -> Tensor:
         qkv_TF = self._qkv(residual_TD, norm=self._norm)
         q_THE = rotate_and_store(
             qkv_TF,
@@ -61,18 +78,7 @@ class CudaLayer:
         paged_attention(
             q_THE, kv_blocks, tokens.paged, num_splits=tokens.num_splits, out_THE=out_THE
         )
-        residual_TD = self._out(out_THE.flatten(1), residual_MO=residual_TD)
-        if self.memory is None:
-            assert self._feed_forward is not None
-            return self._feed_forward.run(residual_TD, tokens, trace)
-        if self._feed_forward is None:
-            return self.memory.run(residual_TD, tokens, trace)
-        assert isinstance(self._feed_forward, CudaDense)
-        started = self.memory.start(residual_TD, tokens, trace)
-        # while rows are fetched, and before anything is added to the residual stream
-        hidden_TI = self._feed_forward.hidden(residual_TD)
-        residual_TD = self.memory.finish(started, residual_TD, tokens)
-        return self._feed_forward.add(hidden_TI, residual_TD)
+        return self._out(out_THE.flatten(1), residual_MO=residual_TD)
 
 
 class CudaDense:

@@ -1,7 +1,7 @@
 """A memory layer on the GPU: row fetches overlap the gate's product."""
 
+from collections.abc import Callable, Generator
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,9 @@ from memory_ops.tables.device import ReadyLookup
 from memory_ops.tables.value_table import Lookup, ValueTable
 from memory_ops.triton_kernels.add_patched_rows import add_device_patches
 
-
-class StartedMemory(NamedTuple):
-    """A memory layer whose rows are being fetched: its normed input, rows, weights and lookup."""
-
-    x_TD: Tensor
-    rows_THK: Tensor
-    weights_THK: Tensor
-    lookup: Lookup
+# Work on a micro-batch that returns its residual stream. It stops three times for each lookup:
+# before it starts, because a table has one at a time; when it has started; when its rows are read.
+Pieces = Generator[None, None, Tensor]
 
 
 class CudaMemory:
@@ -61,14 +56,17 @@ class CudaMemory:
         scores = partial(self._half_scores, norm=self._norm)
         return PredictedMemory(self.index, memory.num_subkeys, memory.tables, scores)
 
-    def run(self, residual_TD: Tensor, tokens: StepTokens, trace: ForwardTrace) -> Tensor:
-        """Return the new residual stream, and add the rows that are read to ``trace``."""
-        return self.finish(self.start(residual_TD, tokens, trace), residual_TD, tokens)
+    def pieces(
+        self,
+        residual_TD: Tensor,
+        tokens: StepTokens,
+        trace: ForwardTrace,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Pieces:
+        """Return the new residual stream, and add the rows that are read to ``trace``.
 
-    def start(self, residual_TD: Tensor, tokens: StepTokens, trace: ForwardTrace) -> StartedMemory:
-        """Choose the rows, add them to ``trace``, and start to fetch them.
-
-        Padding reads the rows of the first token, so that it fetches nothing.
+        Padding reads the rows of the first token, so that it fetches nothing. ``residual_TD`` may
+        change after ``meanwhile``, which runs while rows are fetched.
         """
         memory = self._memory
         x_TD = tokens.with_padding(rms_norm(residual_TD, *self._norm))
@@ -77,21 +75,24 @@ class CudaMemory:
         trace.memory.append(MemoryTrace(rows_THK, weights_THK))
         if memory.is_peer:
             memory.table.hint(rows_THK, self.index)
-            weights_THK = weights_THK * gelu(self._start_dots(rows_THK, x_TD).finish())
+            yield
+            dots = self._start_dots(rows_THK, x_TD)
+            yield
+            weights_THK = weights_THK * gelu(dots.finish())
+            yield
         if self._scale is not None:
             weights_THK = weights_THK * self._scale
-        return StartedMemory(x_TD, rows_THK, weights_THK, self._start(rows_THK, weights_THK))
-
-    def finish(self, started: StartedMemory, residual_TD: Tensor, tokens: StepTokens) -> Tensor:
-        """Return the new residual stream from the one given to ``start``; that one may change."""
-        x_TD, rows_THK, weights_THK, lookup = started
-        # compute the gates while the table fetches rows
+        yield
+        lookup = self._start(rows_THK, weights_THK)
         gate_TV = None if self._gate is None else self._gate(x_TD)
         gate_T1 = None if self._output_gate is None else self._output_gate(x_TD)
+        meanwhile()
+        yield
         sum_TV = lookup.finish()
         patches = tokens.patches.get(self.index)
         if patches is not None:
             add_device_patches(sum_TV, rows_THK, weights_THK, patches)
+        yield
         y_TV = sum_TV if gate_TV is None else silu_gate(gate_TV, sum_TV)
         if self._value is not None and gate_T1 is None:
             return self._value(y_TV.to(x_TD.dtype), residual_MO=residual_TD)

@@ -62,13 +62,13 @@ def write_patches(
 
 
 def device_patches(
-    inputs: Mapping[str, Tensor], layers: Sequence[int]
+    inputs: Mapping[str, Tensor], layers: Sequence[int], part: slice, num_counted_1: Tensor
 ) -> Mapping[int, DevicePatches]:
-    """The patches of a step by layer; none if the inputs have no space for patches."""
+    """The patches of a part of a step's tokens, by layer; none if the inputs have no space for
+    patches. ``num_counted_1`` is the part's number of tokens without padding."""
     if "patch_spans" not in inputs:
         return {}
-    spans_T2, scales_U = inputs["patch_spans"], inputs["patch_scales"]
-    num_counted_1 = inputs["counts"][2:]
+    spans_T2, scales_U = inputs["patch_spans"][part], inputs["patch_scales"]
     return {
         layer: DevicePatches(spans_T2, addresses_U, scales_U, num_counted_1)
         for layer, addresses_U in zip(layers, inputs["patch_addresses"], strict=True)

@@ -14,12 +14,15 @@ from engine.executors.cuda.kernels.choose_tokens import choose_tokens
 from engine.executors.cuda.kernels.embed import embed
 from engine.executors.cuda.layers import CudaLayer
 from engine.executors.cuda.memory import CudaMemory
+from engine.executors.cuda.micro_batches import run_layers, split_rule
 from engine.executors.cuda.products import Product, norm_of, weight_of
 from engine.executors.cuda.step_tokens import StepTokens
 from engine.executors.lookahead import Lookahead, LookaheadConfig
+from engine.executors.micro_batch_count import MicroBatchCount
 from engine.model.forward_trace import ForwardTrace
 from engine.model.rotary import rope_angles
 from engine.model.transformer import Transformer
+from memory_ops.tables.gpu_disk import GpuDiskTable
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class DeviceModel:
     Attributes:
         config: the model's shapes.
         tables: the model's value tables by name.
+        micro_batches: the number of micro-batches of each step, if the tables are on disk.
         dtype: dtype of the residual stream, and of keys and values unless they are fp8.
         device: where the weights are.
     """
@@ -60,6 +64,10 @@ class DeviceModel:
         self._angles = cos.to(self.device), sin.to(self.device)
         self._layers = [CudaLayer(layer, model.config.num_heads) for layer in model.layers]
         self._norm, self._head = norm_of(model.model.norm), Product(weight_of(model.head))
+        is_on_disk = all(isinstance(table, GpuDiskTable) for table in self.tables.values())
+        weight_bytes = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+        split_memories = self.memories if is_on_disk else []
+        self.micro_batches = MicroBatchCount(split_memories, split_rule(weight_bytes))
         memories = [memory.predicted for memory in self.memories]
         self._lookahead = None if lookahead is None else Lookahead(memories, lookahead)
 
@@ -78,11 +86,10 @@ class DeviceModel:
         embed(ids_T, state.last_token_P, self._embedding_VD, residual_TD)
         layers = self.config.memory_layers
         tokens = StepTokens.of(inputs, shape, state.block_table_PB, self._angles, layers)
-        trace = ForwardTrace()
-        for index, layer in enumerate(self._layers):
-            if self._lookahead is not None:
-                self._lookahead.before(index, tokens.with_padding(residual_TD))
-            residual_TD = layer.run(residual_TD, tokens, state.kv_blocks[index], trace)
+        trace, lookahead = ForwardTrace(), self._lookahead
+        residual_TD = run_layers(
+            self._layers, residual_TD, tokens, state.kv_blocks, trace, lookahead
+        )
         if not shape.is_decode:
             residual_TD = residual_TD.index_select(0, inputs["logits_at"])
         logits_LV, chosen_L = self._outputs(shape.logits, state)

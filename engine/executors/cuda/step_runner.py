@@ -34,8 +34,15 @@ class StepRunner:
             {table.calls for table in self._disk_tables},
         )
 
-    def queue(self, shape: StepShape, inputs: Inputs, then: Callable[[StepOutputs], None]) -> None:
-        """Queue a step, and then the kernels and copies that ``then`` launches on its outputs."""
+    def queue(
+        self,
+        shape: StepShape,
+        inputs: Inputs,
+        then: Callable[[StepOutputs], None],
+        num_tokens: int,
+    ) -> None:
+        """Queue a step of ``num_tokens`` tokens without padding, and then the kernels and copies
+        that ``then`` launches on its outputs."""
         graph = self._graphs.get(shape)
 
         def work() -> None:
@@ -45,10 +52,11 @@ class StepRunner:
             # an earlier step may have failed before its rows were there
             for disk_table in self._disk_tables:
                 disk_table.recover()
-            if graph is None:
-                outputs = self._model.run(inputs, shape, self._state)
-            else:
-                outputs = graph.replay()
+            with self._model.micro_batches.watched(num_tokens):
+                if graph is None:
+                    outputs = self._model.run(inputs, shape, self._state)
+                else:
+                    outputs = graph.replay()
             then(outputs)
 
         self._device.queue(work)

@@ -2,20 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
 from engine.executors.cuda.buckets import StepShape
 from engine.executors.cuda.kernels.paged_step import PagedStep
 from engine.executors.cuda.patch_inputs import device_patches
+from engine.executors.cuda.step_inputs import NUM_STEP_COUNTS, PART_INPUTS, part_input
 from memory_ops.patches.device_patches import DevicePatches
 
 
 @dataclass(frozen=True)
 class StepTokens:
-    """Positions, KV slots and sequences of T tokens.
+    """Positions, KV slots and sequences of the T tokens of a step, or of a micro-batch of it.
 
     Attributes:
+        part: the tokens of the step.
         positions_T: int64.
         angles: rotary cosines and sines of all positions, fp32 ``[positions, 1, E / 2]``.
         kv_slots_T: int64, where keys and values are written: block * block size + offset.
@@ -25,6 +28,7 @@ class StepTokens:
         patches: the row patches of each memory layer; none in a graph without patches.
     """
 
+    part: slice
     positions_T: Tensor
     angles: tuple[Tensor, Tensor]
     kv_slots_T: Tensor
@@ -46,23 +50,31 @@ class StepTokens:
         block_table_PB: Tensor,
         angles: tuple[Tensor, Tensor],
         memory_layers: Sequence[int],
-    ) -> "StepTokens":
-        """Views of a step's inputs."""
-        paged = PagedStep(
-            inputs["query_starts"],
-            inputs["context_lengths"],
-            inputs["seats"],
-            block_table_PB,
-            None if shape.is_decode else inputs["tiles"],
-        )
-        # the padding of a decode repeats the whole first sequence
-        sources_T = None if shape.is_decode else inputs["sources"]
-        return cls(
-            inputs["positions"],
-            angles,
-            inputs["kv_slots"],
-            sources_T,
-            paged,
-            shape.num_splits,
-            device_patches(inputs, memory_layers),
-        )
+    ) -> "list[StepTokens]":
+        """Views of a step's inputs, of each micro-batch."""
+        found = []
+        for number, (first, last) in enumerate(pairwise(shape.edges)):
+            part = slice(first, last)
+            own = {name: inputs[part_input(name, number)] for name in PART_INPUTS}
+            paged = PagedStep(
+                own["query_starts"],
+                own["context_lengths"],
+                own["seats"],
+                block_table_PB,
+                None if shape.is_decode else own["tiles"],
+            )
+            num_counted_1 = inputs["counts"][NUM_STEP_COUNTS + number :][:1]
+            found.append(
+                cls(
+                    part,
+                    inputs["positions"][part],
+                    angles,
+                    inputs["kv_slots"][part],
+                    # the padding of a decode repeats the whole first sequence
+                    None if shape.is_decode else inputs["sources"][part],
+                    paged,
+                    shape.num_splits,
+                    device_patches(inputs, memory_layers, part, num_counted_1),
+                )
+            )
+        return found

@@ -101,3 +101,30 @@ except Skipped as skipped:
 """
     found = run(code)
     assert found.stdout.startswith(reason), found.stderr
+
+
+@pytest.mark.slow
+def test_training_is_timed_without_other_packages():
+    code = """
+import importlib.util
+from benchmarks.training import measure
+from benchmarks.training_scale import TrainingScale
+from engine.model.config import ModelConfig
+
+find_spec = importlib.util.find_spec
+
+def found(name, package=None):
+    # torch asks for packages that it may do without
+    try:
+        return find_spec(name, package)
+    except ModuleNotFoundError:
+        return None
+
+importlib.util.find_spec = found
+heads = dict(num_heads=2, num_kv_heads=2, head_dim=8)
+model = ModelConfig(50, 16, 16, 3, **heads, max_positions=8, rope_theta=1e4, tie_embeddings=False)
+measure(1, None, scale=TrainingScale("cpu", (64,), 64, 8, 64, 8, 2, model, 8))
+"""
+    found = run(code)
+    assert found.returncode == 0, found.stderr
+    assert "memory model" in found.stdout

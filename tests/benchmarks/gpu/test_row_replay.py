@@ -37,6 +37,21 @@ def test_each_decode_step_reads_the_next_rows_and_the_first_follow_the_last(repl
             assert torch.equal(found, expected)
 
 
+def test_micro_batches_read_the_rows_of_their_step_one_after_another(replay, recorded):
+    decode, prompt = recorded
+    replay.load(decode, prompt)
+    own = torch.full((1, HEADS, TOP_K), NUM_ROWS)
+    for number in range(2):
+        for memory, layer in enumerate(LAYERS):
+            for token in range(BATCH):
+                predicted = replay.predicted(own, layer)
+                assert torch.equal(predicted[0, :, :3], decode[number, memory, token, :, :3])
+                assert torch.equal(replay.rows(1, layer), decode[number, memory, token, None])
+    for memory, layer in enumerate(LAYERS):
+        found = [replay.rows(4, layer)[:3], replay.rows(3, layer)]
+        assert torch.equal(found[1], prompt[[0, 1, 2], memory])
+
+
 def test_prompts_read_their_own_rows_and_advance_nothing(replay, recorded):
     decode, prompt = recorded
     replay.load(decode, prompt)
@@ -44,7 +59,7 @@ def test_prompts_read_their_own_rows_and_advance_nothing(replay, recorded):
         assert torch.equal(found, prompt[[0, 1, 2, 3, 0], memory])
     assert torch.equal(step(replay, 1)[0], decode[0, 0, :1])
     # a prediction before a prompt selects rows, and leaves the next step right
-    replay.predicted(torch.zeros(2, HEADS, TOP_K, dtype=torch.int64), LAYERS[1])
+    replay.predicted(torch.zeros(2, HEADS, TOP_K, dtype=torch.int64), LAYERS[0])
     step(replay, 5)
     assert torch.equal(step(replay, BATCH)[1], decode[1, 1])
 

@@ -61,7 +61,7 @@ def gpu_disk(
         cache,
         lambda: stream,
         calls or HostCalls(),
-        num_layers=num_layers,
+        num_hints=8,
         most_references=overflow,
     )
 
@@ -150,6 +150,36 @@ def test_no_wait_of_the_host_can_be_left_out(tmp_path):
         except (IndexError, TableReadError):
             continue
         assert not caller.is_right(), ignored
+
+
+def test_nothing_waits_to_recover_from_a_finished_lookup(tmp_path):
+    stream, table = LateStream(), torch.randn(NUM_ROWS, WIDTH)
+    caller = Caller(gpu_disk(tmp_path, table, stream), table.double(), stream)
+    caller.look_up()
+    waits = stream.waits
+    caller.table.recover()
+    assert (stream.waits, stream.is_idle()) == (waits, False)
+    caller.look_up()
+    caller.check()
+
+
+def test_lists_of_rows_to_copy_are_aligned_alike(tmp_path, monkeypatch):
+    # Triton compiles a kernel once more for another alignment
+    places: list[int] = []
+    stream, table = PromptStream(), torch.randn(NUM_ROWS, WIDTH)
+    held = gpu_disk(tmp_path, table, stream, slots=5, cached=2, overflow=11)
+    fetch = held._cache.fetch
+
+    def noted(*lists: Tensor) -> None:
+        places.extend(one.data_ptr() % 16 for one in lists)
+        fetch(*lists)
+
+    monkeypatch.setattr(held._cache, "fetch", noted)
+    rows, weights = torch.arange(6).view(1, 1, 6), torch.ones(1, 1, 6)
+    found = held.start(rows, weights).finish()
+    # five rows, which fill host memory, and one more
+    assert places == [0, 0] * 2
+    torch.testing.assert_close(found, reference.gather_rows(table, rows, weights))
 
 
 def replayed_lookups(folder, *, slots: int) -> Caller:

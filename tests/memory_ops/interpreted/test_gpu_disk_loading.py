@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
+from engine.executors.cuda.micro_batches import HINTS_PER_LAYER
 from engine.model.layout import TokenLayout
 from memory_ops.native import disk_rows
 from memory_ops.page_lock import PageLockError
@@ -40,8 +41,10 @@ def made(monkeypatch):
     """Replaces the GPU: caches lie on the CPU, with 64 overflow rows. Collects the tables."""
     made = []
 
-    def fake(disk, cache_bytes, device, calls, *, num_layers):
+    def fake(disk, cache_bytes, device, calls, *, num_layers, num_hints):
         assert device in (CPU, META) and num_layers == len(KINDS)
+        # of the two layers, one reads the second table
+        assert num_hints == HINTS_PER_LAYER * (1 if made else 2)
         ways = {"num_ways": 2, "num_overflow": 64}
         cache = RowCache(
             disk.slots, cache_bytes, CPU, num_layers=num_layers, num_rows=disk.num_rows, **ways
@@ -49,7 +52,7 @@ def made(monkeypatch):
         stream = PromptStream()
         made.append(
             GpuDiskTable(
-                disk, cache, lambda: stream, calls, num_layers=num_layers, most_references=64
+                disk, cache, lambda: stream, calls, num_hints=num_hints, most_references=64
             )
         )
         return made[-1]
@@ -101,7 +104,7 @@ def test_what_cannot_be_opened_is_refused(folder, made, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="table_cache: 50 bytes are too small"):
         opened(folder, (100, HOST_CACHE))
 
-    def fail(disk, cache_bytes, device, calls, *, num_layers):
+    def fail(disk, cache_bytes, device, calls, *, num_layers, num_hints):
         raise PageLockError("cannot page-lock 8192 bytes of host memory: out of memory")
 
     monkeypatch.setattr(gpu_disk_tables, "gpu_disk_table", fail)

@@ -1,6 +1,7 @@
 """The choice of the table tier on a GPU, for given amounts of GPU and host memory."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,19 @@ def test_memory_of_row_patches_is_reserved(caplog):
     assert choice.shares(BUDGET - 9 * GIB, 5 * GIB).cache_bytes is None
     assert caplog.messages[0].endswith("and 2.00 GiB for a step and row patches")
     assert choice.shares(BUDGET - 9 * GIB + 1, 5 * GIB).cache_bytes == 2 * GIB
+
+
+@pytest.mark.parametrize(("tier", "count"), [("auto", 1), ("host", 1), ("disk", 1), ("device", 0)])
+def test_host_memory_is_read_once(tier, count):
+    reads: list[str] = []
+
+    def read() -> AvailableMemory:
+        reads.append(tier)
+        return AvailableMemory(8 * GIB, "a test")
+
+    tables = 4 * GIB if tier in ("host", "device") else 60 * GIB
+    replace(choice_of(tier), read_host=read).shares(tables, 5 * GIB)
+    assert len(reads) == count
 
 
 def test_auto_takes_host_memory_if_tables_do_not_fit_on_the_gpu(caplog):

@@ -8,6 +8,7 @@ import torch
 
 from engine.errors import ConfigError
 from weights.available_memory import AvailableMemory
+from weights.training import run_plan
 from weights.training.loss import batch_loss
 from weights.training.new_model import model_config, new_model, planned_model
 from weights.training.optimizer import Optimizer
@@ -96,9 +97,9 @@ def test_a_table_in_host_memory_is_counted_there():
     assert apart.certain == whole.certain - whole.rows + 4 * 64**2
     assert apart.total == apart.certain + whole.activations
     needed = apart.rows + apart.row_moments
-    apart.check_table_fits(AvailableMemory(2 * needed, "MemAvailable"), 2)
+    apart.check_host_fits(AvailableMemory(2 * needed, "MemAvailable"), 2)
     with pytest.raises(ConfigError, match="run.table_tier: host needs .* is available"):
-        apart.check_table_fits(AvailableMemory(2 * needed - 1, "MemAvailable"), 2)
+        apart.check_host_fits(AvailableMemory(2 * needed - 1, "MemAvailable"), 2)
     lines = apart.describe(AvailableMemory(2**40, "free on the CUDA device"))
     assert "table rows" not in lines[0] and "places of rows" in lines[0]
     assert lines[1] == "host memory: table rows 1.0 MiB, moments of rows 2.0 MiB"
@@ -108,11 +109,38 @@ def test_row_wise_moments_of_a_table_in_host_memory_are_on_the_device():
     _, apart = planned("memory", device="cuda", table_tier="host", row_wise=True)
     _, two = planned("memory", device="cuda", table_tier="host")
     assert apart.certain == two.certain + 4 * 64**2
-    apart.check_table_fits(AvailableMemory(apart.rows, "MemAvailable"), 1)
+    apart = replace(apart, weights=0)
+    apart.check_host_fits(AvailableMemory(apart.rows, "MemAvailable"), 1)
+    apart = replace(apart, is_on_gpu=False)
     with pytest.raises(ConfigError, match=r"run.table_tier: host needs 1.0 MiB \(table rows 1.0"):
-        apart.check_table_fits(AvailableMemory(apart.rows - 1, "MemAvailable"), 1)
+        apart.check_host_fits(AvailableMemory(apart.rows - 1, "MemAvailable"), 1)
     lines = apart.describe(AvailableMemory(2**40, "free on the CUDA device"))
     assert "moments of rows" in lines[0] and lines[1] == "host memory: table rows 1.0 MiB"
+
+
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_host_memory_holds_weights_and_tables_before_a_gpu_does(tier):
+    _, memory = planned("memory", device="cuda", table_tier=tier, row_wise=True)
+    needed = memory.weights + memory.rows
+    memory.check_host_fits(AvailableMemory(2 * needed, "MemAvailable"), 2)
+    refused = r"model: weights .* needs 2\.\d+ MiB .*table rows 1\.0 MiB\), but only .* \(MemAvail"
+    with pytest.raises(ConfigError, match=refused):
+        memory.check_host_fits(AvailableMemory(2 * needed - 1, "MemAvailable"), 2)
+    if tier == "device":
+        line = memory.describe(None)[1]
+        assert line.startswith("host memory, at the start: weights") and "rows 1.0 MiB" in line
+
+
+def test_a_plan_for_a_gpu_checks_host_memory(monkeypatch):
+    _, memory = planned("memory", device="cuda")
+    card = AvailableMemory(2**40, "a card")
+    monkeypatch.setattr(run_plan, "_available", lambda device: card)
+    monkeypatch.setattr(run_plan, "available_memory", lambda: AvailableMemory(2**20, "a test"))
+    with pytest.raises(ConfigError, match=r"only 1\.00? MiB is available \(a test\)"):
+        run_plan._memory_lines(memory, "cuda", 1)
+    # the machine of a plan without a GPU is another one
+    monkeypatch.setattr(run_plan, "_available", lambda device: None)
+    assert "memory was not checked" in run_plan._memory_lines(memory, "cuda", 1)[-1]
 
 
 def test_more_passes_and_recomputed_layers_take_less():

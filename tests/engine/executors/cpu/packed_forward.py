@@ -58,7 +58,7 @@ class PackedForward:
         self.executor = CpuExecutor(
             model, kernels, num_blocks=25, block_size=8, weight_bits=weight_bits
         )
-        self.executor._decoder._micro_batches.count = lambda num_tokens: 1
+        self.executor._decoder._micro_batches.count.of = lambda num_tokens: 1
 
     def __call__(self, num_tokens, first_id=0):
         """Run two prompts; return (hidden states, rows and weights read by memory layer)."""

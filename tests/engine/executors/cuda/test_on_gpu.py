@@ -109,30 +109,63 @@ def test_tables_in_host_memory_behind_a_cache_that_evicts(kinds, lookahead):
 @pytest.mark.parametrize("lookahead", [None, LookaheadConfig(1, 2)])
 @pytest.mark.parametrize("kinds", WITH_TABLES, ids="-".join)
 def test_tables_on_disk_behind_caches_that_evict(kinds, lookahead, tmp_path):
+    model = random_model(tiny_config(**feed_forward_changes(*kinds)))
+    expected = {name: plain_greedy(model, ids, COUNT) for name, ids in PROMPTS.items()}
+    moved = copied(model, GPU, torch.float32)
+    with disk_tables(model, tmp_path, slots=9) as tables:
+        moved.attach_tables(tables)
+        executor = make_executor(moved, CONFIG, lookahead)
+        executor.warm_up()
+        check(executor, expected)
+        counted = [counts for t in tables.values() for counts in t.statistics().values()]
+        assert all(counts.hits and counts.misses for counts in counted)
+
+
+@pytest.mark.parametrize("kinds", WITH_TABLES, ids="-".join)
+def test_micro_batches_of_tables_on_disk(kinds, tmp_path, monkeypatch):
+    from engine.executors.cuda import buckets, step
+    from engine.executors.micro_batch_count import SplitRule
+
+    # whatever is fetched; the decode of all prompts, and the prompts, fill their graphs
+    monkeypatch.setattr(step, "split_rule", lambda weight_bytes: SplitRule(((4, 2),)))
+    monkeypatch.setattr(buckets, "_MIXED_TOKENS", (12,))
+    run_layers, sizes = step.run_layers, set[int]()
+    monkeypatch.setattr(
+        step, "run_layers", lambda *args: sizes.add(len(args[2])) or run_layers(*args)
+    )
+    model = random_model(tiny_config(**feed_forward_changes(*kinds)))
+    prompts = PROMPTS | {"d": [12]}
+    expected = {name: plain_greedy(model, ids, COUNT) for name, ids in prompts.items()}
+    moved = copied(model, GPU, torch.float32)
+    with disk_tables(model, tmp_path, slots=64) as tables:
+        moved.attach_tables(tables)
+        asked = [greedy(name, ids, COUNT) for name, ids in prompts.items()]
+        check(make_executor(moved, CONFIG), expected, {0: asked})
+    assert 2 in sizes
+
+
+@contextmanager
+def disk_tables(model, folder, *, slots):
+    """The tables of a model in files, with ``slots`` rows in host memory, and few on the GPU."""
+    from engine.executors.cuda.micro_batches import HINTS_PER_LAYER
     from memory_ops.tables.disk import DiskTable, row_cache_bytes
     from memory_ops.tables.gpu_disk import gpu_disk_table
     from memory_ops.tables.host_cache_size import host_cache_bytes
     from memory_ops.tables.host_calls import HostCalls
 
-    model = random_model(tiny_config(**feed_forward_changes(*kinds)))
-    expected = {name: plain_greedy(model, ids, COUNT) for name, ids in PROMPTS.items()}
-    calls, tables = HostCalls(), {}
+    calls, tables, layers = HostCalls(), {}, model.config.num_layers
     for number, (name, table) in enumerate(model.tables.items()):
-        file, rows = tmp_path / str(number), table.rows
+        file, rows = folder / str(number), table.rows
         file.write_bytes(rows.numpy().tobytes())
         size = rows.shape[1] * rows.itemsize
-        cache_bytes = row_cache_bytes(9, size, len(rows))
+        cache_bytes = row_cache_bytes(slots, size, len(rows))
         disk = DiskTable(file, 0, tuple(rows.shape), rows.dtype, cache_bytes)
-        on_gpu = host_cache_bytes(1, size)
-        tables[name] = gpu_disk_table(disk, on_gpu, GPU, calls, num_layers=len(kinds))
-    moved = copied(model, GPU, torch.float32)
-    moved.attach_tables(tables)
-    executor = make_executor(moved, CONFIG, lookahead)
+        on_gpu, num_hints = host_cache_bytes(1, size), layers * HINTS_PER_LAYER
+        tables[name] = gpu_disk_table(
+            disk, on_gpu, GPU, calls, num_layers=layers, num_hints=num_hints
+        )
     try:
-        executor.warm_up()
-        check(executor, expected)
-        counted = [counts for t in tables.values() for counts in t.statistics().values()]
-        assert all(counts.hits and counts.misses for counts in counted)
+        yield tables
     finally:
         for table in tables.values():
             table.close()

@@ -1,0 +1,89 @@
+"""Chooses how many micro-batches a step runs as, by the rows that an earlier step fetched."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from memory_ops.tables.table_statistics import TableStatistics
+from memory_ops.tables.value_table import ValueTable
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """When a device gains from micro-batches, each of which reads all weights again.
+
+    Attributes:
+        counts: (minimum tokens of a step, micro-batches), the most tokens first.
+        least_fraction: minimum fraction of a step's rows that are fetched.
+        least_rows: minimum number of rows that a step fetches.
+    """
+
+    counts: tuple[tuple[int, int], ...]
+    least_fraction: float = 0.0
+    least_rows: float = 0.0
+
+    def most(self, num_tokens: int) -> int:
+        """The number of micro-batches of a step of this many tokens that fetches enough rows."""
+        return next((count for least, count in self.counts if num_tokens >= least), 1)
+
+
+class ReadingMemory(Protocol):
+    """A memory layer: the tables that it reads, and the rows of each that a token reads."""
+
+    @property
+    def tables(self) -> tuple[ValueTable, ...]: ...
+    @property
+    def num_references(self) -> int: ...
+
+
+class MicroBatchCount:
+    """Decides for each step of a model whether it is split."""
+
+    def __init__(self, memories: Sequence[ReadingMemory], rule: SplitRule) -> None:
+        self._rule = rule
+        tables = [table for memory in memories for table in memory.tables]
+        capacities = [table.fetched_capacity or 0 for table in tables]
+        self._tables = {id(table): table for table in tables}.values()
+        self._fetched_fraction = 1.0  # of the rows requested by the last step of many tokens
+        # rows that a token reads of one table in one layer, and of all in all layers
+        self._layer_rows = max((memory.num_references for memory in memories), default=0)
+        self._token_rows = sum(memory.num_references * len(memory.tables) for memory in memories)
+        self._num_rows = max((table.num_rows for table in tables), default=0)
+        # rows that every table can hold at once; 0 unless all tables fetch their rows
+        self._capacity = min(capacities, default=0)
+
+    def limit(self, num_tokens: int) -> int:
+        """An upper limit of ``of`` for at most this many tokens."""
+        return self._rule.most(num_tokens) if self._capacity else 1
+
+    def most(self, num_tokens: int) -> int:
+        """The number of micro-batches if all rows were fetched; see ``of``."""
+        # all rows of the step must fit, or a micro-batch could find no slot while others wait
+        if not 0 < min(num_tokens * self._layer_rows, self._num_rows) <= self._capacity:
+            return 1
+        return self._rule.most(num_tokens)
+
+    def of(self, num_tokens: int) -> int:
+        """The number of micro-batches for the next step; 1 if more would not be faster."""
+        fraction, rule = self._fetched_fraction, self._rule
+        num_fetched = fraction * num_tokens * self._token_rows
+        if fraction < rule.least_fraction or num_fetched < rule.least_rows:
+            return 1
+        return self.most(num_tokens)
+
+    @contextmanager
+    def watched(self, num_tokens: int) -> Iterator[None]:
+        """Wrap a step: a large step's fraction of fetched rows decides about the next step."""
+        if not self._capacity or num_tokens < self._rule.counts[-1][0]:
+            yield
+            return
+        before = self._statistics()
+        yield
+        step = self._statistics().since(before)
+        self._fetched_fraction = (step.misses + step.late) / max(1, step.requested_rows)
+
+    def _statistics(self) -> TableStatistics:
+        return TableStatistics.sum(
+            [counts for table in self._tables for counts in table.statistics().values()]
+        )

@@ -1,53 +1,92 @@
 #!/usr/bin/env bash
-# Builds the CPU image and checks it: size, user, completion, chat, health check, SIGTERM under load.
+# Builds the CPU image and checks it: size, user, answers, health check, rows from disk, SIGTERM under
+# load. Its containers have no network, no capabilities, a root file system that nobody can write, and
+# the profile docker/seccomp.json.
 #
-# Takes Docker if its daemon answers. Otherwise it needs root and Debian's packages buildah and
+# Takes Docker if its daemon answers. Otherwise it needs root and Debian's packages podman, runc and
 # debootstrap: the image is then built without a daemon, on a base that debootstrap makes.
 # pip's own settings apply inside the build: indexes, folders of wheels and the certificate. Docker's
 # daemon cannot read the files of this machine, so the script names those that it leaves out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly IMAGE=memplus-verify MOST_MB=1400 START_S=300 PORT=${PORT:-8765}
-readonly SERVE=(memplus serve --model smollm2 --host 0.0.0.0 --port "$PORT")
+readonly IMAGE=memplus-verify VOLUME=memplus-verify-cache MOST_MB=1400 START_S=300 PORT=8765
 work=$(mktemp -d)
 server=
-container=
 
 main() {
-    if docker info >"$work/docker.log" 2>&1; then tool=docker; else tool=buildah; fi
+    if docker info >"$work/info" 2>&1; then tool=docker; else tool=podman; fi
     trap clean EXIT
     echo "builds with $tool"
     build_arguments=()
     for name in index-url extra-index-url find-links cert; do pass_pip_setting $name; done
     build_$tool
     local size
-    size=$(size_$tool)
+    size=$(($(call image inspect --format '{{.Size}}' $IMAGE) / 1000000))
     check "size: $size MB" test "$size" -lt "$MOST_MB"
-    start_$tool
+    read_rows docker/seccomp.json >"$work/ring"
+    check "io_uring reads rows" lacks "no io_uring" "$work/log"
+    python3 -c "$WITHOUT_IO_URING" <docker/seccomp.json >"$work/seccomp.json"
+    read_rows "$work/seccomp.json" >"$work/threads"
+    check "threads read rows without io_uring" grep --quiet "no io_uring" "$work/log"
+    check "the answers are the same" cmp "$work/ring" "$work/threads"
+    server=$(start docker/seccomp.json --detach --env MEMPLUS_MODEL=smollm2 \
+        --env MEMPLUS_PORT=$PORT $IMAGE)
     wait_until_ready
-    check "user: $(user_$tool)" test "$(user_$tool)" != 0
+    local user
+    user=$(call exec "$server" id -u)
+    check "user: $user" test "$user" != 0
     ask v1/completions '{"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}'
     ask v1/chat/completions '{"messages": [{"role": "user", "content": "Say hello."}],
         "max_tokens": 8, "temperature": 0}'
-    check_health
+    check "health check" healthy_$tool
     terminate_under_load
     echo "the image works"
 }
 
+# podman's default runtime, crun, refuses machines with both versions of cgroups
+call() { if [ $tool = docker ]; then docker "$@"; else podman --runtime runc "$@"; fi; }
+
+# start PROFILE ARGUMENTS
+start() {
+    call run --read-only --tmpfs /tmp --network none --cap-drop ALL \
+        --security-opt no-new-privileges --security-opt "seccomp=$1" \
+        --ulimit nofile=8192:8192 --ulimit nproc=8192:8192 \
+        --volume $VOLUME:/home/memplus/.cache "${@:2}"
+}
+
+readonly WITHOUT_IO_URING='
+import json, sys
+profile = json.load(sys.stdin)
+for rule in profile["syscalls"]:
+    rule["names"] = [name for name in rule["names"] if not name.startswith("io_uring")]
+profile["syscalls"] = [rule for rule in profile["syscalls"] if rule["names"]]
+json.dump(profile, sys.stdout)'
+
+# prints an answer of the default model, whose rows stay on disk
+read_rows() {
+    start "$1" --rm $IMAGE generate "memory (noun):" --temperature 0 --table-tier disk \
+        --table-cache 1MiB 2>"$work/log" || fail "generate: $(cat "$work/log")"
+}
+
+# the load runs in a container of its own, which outlives the server and shares its network
 terminate_under_load() {
-    python3 docker/verify_load.py "http://127.0.0.1:$PORT" >"$work/load" &
-    local load=$! status=0
+    call run --rm --interactive --no-healthcheck --ulimit nofile=8192:8192 --ulimit nproc=8192:8192 \
+        --network "container:$server" --entrypoint python3 $IMAGE - "http://127.0.0.1:$PORT" \
+        <docker/verify_load.py >"$work/load" &
+    local load=$! status
     until grep -q --no-messages started "$work/load"; do
         kill -0 "$load" || fail "the load does not start"
         sleep 0.1
     done
-    stop_$tool
+    call stop -t 10 "$server" >"$work/stop"
     wait "$load" || fail "streams were lost: $(tail -1 "$work/load")"
     echo "ok: every stream ends with a result or an error event: $(tail -1 "$work/load")"
-    wait_$tool || status=$?
+    status=$(call wait "$server")
     check "exit status after SIGTERM: $status" test "$status" = 0
 }
+
+lacks() { ! grep --quiet "$1" "$2"; }
 
 # prints a line, and ends the script if a command fails
 check() {
@@ -61,15 +100,16 @@ fail() {
     echo "FAILED: $1" >&2
     if [ -n "$server" ]; then
         echo "the server's log:" >&2
-        log_$tool >&2
+        call logs "$server" >&2
     fi
     exit 1
 }
 
 wait_until_ready() {
     local begin=$SECONDS
-    until curl --silent --fail "http://127.0.0.1:$PORT/ready" >"$work/ready"; do
-        is_running_$tool || fail "the server ended before it was ready"
+    until request ready >"$work/ready" 2>&1; do
+        test "$(call inspect --format '{{.State.Running}}' "$server")" = true ||
+            fail "the server ended before it was ready"
         test $((SECONDS - begin)) -lt $START_S || fail "the server is not ready after $START_S s"
         sleep 1
     done
@@ -77,18 +117,18 @@ wait_until_ready() {
 }
 
 ask() {
-    check "POST /$1" curl --silent --show-error --fail "http://127.0.0.1:$PORT/$1" \
-        --header "Content-Type: application/json" --data "$2" --output "$work/answer"
-    cat "$work/answer"
-    echo
+    request "$1" "$2" >"$work/answer" || fail "POST /$1"
+    echo "ok: POST /$1: $(cat "$work/answer")"
 }
 
-# the health check of the image, on this server's port
-check_health() {
-    local command
-    mapfile -t command < <(health_$tool '{{range .Test}}{{println .}}{{end}}' |
-        sed -e 1d -e '/^$/d' -e "s/:8000/:$PORT/")
-    check "health check: ${command[*]}" run_$tool "${command[@]}"
+# request PATH [BODY], from inside the container, because it has no network
+request() {
+    call exec "$server" python3 -c '
+import sys, urllib.request as r
+url, body = sys.argv[1], "".join(sys.argv[2:]).encode() or None
+headers = {"Content-Type": "application/json"} if body else {}
+print(r.urlopen(r.Request(url, body, headers)).read().decode())
+' "http://127.0.0.1:$PORT/$1" "${@:2}"
 }
 
 # adds a setting of pip to the arguments of the build, if it is set
@@ -106,25 +146,8 @@ pass_pip_setting() {
 
 share_docker() { echo "not passed to Docker's daemon: $1 $2"; }
 
-build_docker() {
-    docker build --file docker/Dockerfile --tag $IMAGE "${build_arguments[@]}" .
-}
-
-size_docker() { echo $(($(docker image inspect --format '{{.Size}}' $IMAGE) / 1000000)); }
-start_docker() {
-    server=$(docker run --detach --publish "127.0.0.1:$PORT:$PORT" $IMAGE "${SERVE[@]}")
-}
-is_running_docker() { [ "$(docker inspect --format '{{.State.Running}}' "$server")" = true ]; }
-log_docker() { docker logs "$server"; }
-user_docker() { docker exec "$server" id -u; }
-health_docker() { docker image inspect --format "{{with .Config.Healthcheck}}$1{{end}}" $IMAGE; }
-run_docker() { docker exec "$server" "$@"; }
-stop_docker() { docker stop -t 10 "$server" >"$work/stop"; }
-wait_docker() { return "$(docker wait "$server")"; }
-clean_docker() { if [ -n "$server" ]; then docker rm --force "$server" >"$work/rm"; fi; }
-
 # a bind mount; for an index its parent folder, because its pages link to files outside it
-share_buildah() {
+share_podman() {
     local path=${2#file://} folder volume
     folder=$path
     case $1 in *index-url) folder=$(dirname "$path") ;; esac
@@ -136,15 +159,17 @@ share_buildah() {
     passed+=("${2%"$path"}/pip$path")
 }
 
-build_buildah() {
-    # Docker's format, because the OCI format has no health check
-    export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot BUILDAH_FORMAT=docker
-    local base=docker.io/library/debian:bookworm-slim
-    if ! buildah inspect --type image $base >"$work/inspect" 2>&1; then make_base $base; fi
-    repeat "$work/build.log" buildah build --pull-never --layers --file docker/Dockerfile \
-        --tag $IMAGE "${build_arguments[@]}" .
-    # this machine's limits of open files; buildah's own, 1024, is less than the server needs
-    container=$(buildah from --pull-never --ulimit "nofile=$(ulimit -Sn):$(ulimit -Hn)" $IMAGE)
+build_docker() {
+    docker build --file docker/Dockerfile --tag $IMAGE "${build_arguments[@]}" .
+}
+
+build_podman() {
+    local base=localhost/memplus-verify-base
+    podman image exists $base || make_base $base
+    # Docker's format, because the OCI format has no health check; chroot needs no network of its own
+    export BUILDAH_FORMAT=docker BUILDAH_ISOLATION=chroot
+    repeat "$work/build.log" podman build --pull-never --layers --file docker/Dockerfile \
+        --tag $IMAGE --build-arg BASE=$base "${build_arguments[@]}" .
 }
 
 make_base() {
@@ -154,16 +179,13 @@ make_base() {
     # apt's sources and settings of this machine
     rm "$work/root/etc/apt/sources.list"
     cp -r /etc/apt/sources.list* /etc/apt/apt.conf.d "$work/root/etc/apt/"
-    local from_scratch
-    from_scratch=$(buildah from scratch)
-    buildah copy --quiet "$from_scratch" "$work/root" / >"$work/copy"
-    buildah commit --quiet "$from_scratch" "$1" >"$work/commit"
-    buildah rm "$from_scratch" >"$work/rm"
+    tar --create --directory "$work/root" --exclude './var/cache/apt/archives/*.deb' . |
+        podman import --quiet - "$1" >"$work/import"
     rm -r "$work/root"
 }
 
-# runs a command of buildah with its output in a log, again if it failed to seal the copy of itself
-# that it runs: a transient EBUSY of some kernels
+# runs a command with its output in a log, again if it failed to seal the copy of itself that it
+# runs: a transient EBUSY of some kernels
 repeat() {
     local log=$1 status
     shift
@@ -175,33 +197,16 @@ repeat() {
     return $status
 }
 
-size_buildah() { du --summarize --block-size=1MB "$(buildah mount "$container")" | cut -f1; }
-
-start_buildah() {
-    repeat "$work/server.log" buildah run "$container" -- "${SERVE[@]}" >/dev/null &
-    server=$!
+healthy_docker() {
+    until [ "$(docker inspect --format '{{.State.Health.Status}}' "$server")" = healthy ]; do
+        sleep 1
+    done
 }
-
-is_running_buildah() { kill -0 "$server" 2>/dev/null; }
-log_buildah() { cat "$work/server.log"; }
-user_buildah() { stat --format %u "/proc/$(server_pid)"; }
-health_buildah() {
-    buildah inspect --type image --format "{{with .Docker.Config.Healthcheck}}$1{{end}}" $IMAGE
-}
-run_buildah() { repeat "$work/run.log" buildah run "$container" -- "$@"; }
-stop_buildah() { kill -TERM "$(server_pid)"; }
-wait_buildah() { wait "$server"; }
-server_pid() { pgrep --full "^/opt/memplus/bin/python3? /opt/memplus/bin/memplus serve .* $PORT\$"; }
-
-clean_buildah() {
-    local pid
-    if pid=$(server_pid); then kill -KILL "$pid"; fi
-    if [ -n "$server" ]; then wait "$server" || true; fi
-    if [ -n "$container" ]; then buildah rm "$container" >"$work/rm"; fi
-}
+healthy_podman() { call healthcheck run "$server"; }
 
 clean() {
-    clean_$tool
+    if [ -n "$server" ]; then call rm --force "$server" >"$work/rm"; fi
+    call volume rm --force $VOLUME >"$work/rm" 2>&1 || true
     rm -rf "$work"
 }
 

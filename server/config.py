@@ -12,6 +12,7 @@ from server.model_options import ModelOptions
 from server.thread_count import default_threads
 from weights.models.named_models import ModelFolder
 
+PREFIX = "MEMPLUS_"
 _MOST_THREADS = 1024
 # Polls of torch's waiting OpenMP threads before they sleep; they take about as long as a wake-up.
 # By default libgomp polls for milliseconds, which our kernels and other processes need.
@@ -129,6 +130,11 @@ class EngineSettings:
     folder: ModelFolder
     engine: EngineConfig
     log_format: str = "text"
+
+
+def environment_settings() -> dict[str, str]:
+    """All environment variables whose names begin with MEMPLUS_ and that are not empty."""
+    return {name: text for name, text in os.environ.items() if name.startswith(PREFIX) and text}
 
 
 def cache_folder() -> Path:

@@ -1,21 +1,20 @@
 """Options of the command line from a TOML file."""
 
 import argparse
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
+from server.cli.options import option_fields
 from weights.nearest_name import suggestion
 from weights.toml_file import read_toml, typed_value
 
 
 def apply_config(path: Path, options: argparse.Namespace, settings: Sequence[type]) -> None:
-    """Add the options of a file to those of the command line, which override them.
+    """Add the options of a file to those that ``options`` has, which override them.
 
-    ``options.file_keys`` gets the file and key of each field that the file sets.
+    ``options.sources`` gets the file and key of each field that the file sets.
 
     A key is an option's name, with dashes or underscores. Keys may stand in tables that are named
     like the groups of the help.
@@ -24,11 +23,12 @@ def apply_config(path: Path, options: argparse.Namespace, settings: Sequence[typ
         ConfigError: the file cannot be read, or a key is unknown, given twice or of another type;
             the message names the file and the key.
     """
-    hints = {name: hint for kind in settings for name, hint in typing.get_type_hints(kind).items()}
-    known = {one.name: one for kind in settings for one in fields(kind) if "help" in one.metadata}
-    groups = {_name(one.metadata["group"][0]) for one in known.values() if "group" in one.metadata}
+    known = option_fields(settings)
+    groups = {
+        _name(one.metadata["group"][0]) for one, _ in known.values() if "group" in one.metadata
+    }
     given: set[str] = set()
-    options.file_keys = {}
+    options.sources = getattr(options, "sources", {})
     for key, value in _flat(path, read_toml(path), groups):
         name = _name(key)
         if name not in known:
@@ -36,11 +36,11 @@ def apply_config(path: Path, options: argparse.Namespace, settings: Sequence[typ
         if name in given:
             raise ConfigError(f"{path}: {key}: is given twice")
         given.add(name)
-        choices = known[name].metadata.get("choices")
-        checked = typed_value(f"{path}: {key}", value, hints[name], choices)
+        field, kind = known[name]
+        checked = typed_value(f"{path}: {key}", value, kind, field.metadata.get("choices"))
         if not hasattr(options, name):
             setattr(options, name, checked)
-            options.file_keys[name] = f"{path}: {key}"
+            options.sources[name] = f"{path}: {key}"
 
 
 def _flat(path: Path, raw: Mapping[str, Any], groups: set[str]) -> list[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from server.access import AccessOptions
 from server.cli.config_actions import ShowSettings, WriteExample
 from server.cli.config_file import apply_config
 from server.cli.conversions import add_conversions
+from server.cli.environment import apply_environment
 from server.cli.evaluate import add_evaluate
 from server.cli.exit_status import exit_status
 from server.cli.learn import add_learn
@@ -25,7 +26,14 @@ from server.cli.output_options import add_output_folder, check_outputs
 from server.cli.patch import add_patch
 from server.cli.plan import add_plan
 from server.cli.typed_names import in_typed_names, typed_names
-from server.config import HttpOptions, SupervisionOptions, ThreadOptions, cache_folder, set_threads
+from server.config import (
+    HttpOptions,
+    SupervisionOptions,
+    ThreadOptions,
+    cache_folder,
+    environment_settings,
+    set_threads,
+)
 from server.limits import LimitOptions
 from server.logs import say, set_up_logs
 from server.model_options import ModelOptions
@@ -49,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nonlocal report
         _parser().parse_args(arguments, options)
         if options.run is serve:
+            apply_environment(environment_settings(), options, _SERVED)
             if options.config is not None:
                 apply_config(options.config, options, _SERVED)
             set_up_logs(from_options(MonitoringOptions, options).log_format)
@@ -187,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_serve(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", usage: str) -> None:
     verb = verbs.add_parser("serve", help=serve.__doc__, description=serve.__doc__, usage=usage)
     verb.set_defaults(run=serve, computes=True)
-    config = "TOML file with these options; the command line overrides it"
+    config = "TOML file of options; MEMPLUS_ variables and options override it"
     verb.add_argument("--config", type=Path, metavar="FILE", help=config)
     for settings in _SERVED:
         add_options(verb, settings)

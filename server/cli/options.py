@@ -83,6 +83,13 @@ def from_options(settings: type[Settings], namespace: argparse.Namespace) -> Set
     return settings(**{n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
 
 
+def option_fields(settings: Sequence[type]) -> dict[str, tuple[Field[Any], Any]]:
+    """The fields with a help text of several settings classes, with their types, by name."""
+    hints = {name: hint for kind in settings for name, hint in typing.get_type_hints(kind).items()}
+    found = (one for kind in settings for one in fields(kind) if "help" in one.metadata)
+    return {one.name: (one, hints[one.name]) for one in found}
+
+
 def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, max_help_position=32)
 

@@ -1,4 +1,4 @@
-"""Puts the names that a user typed, options and keys of a file, into error messages."""
+"""Puts the names that a user typed into error messages: options, variables, keys of a file."""
 
 import argparse
 import re
@@ -12,8 +12,9 @@ _MENTION = re.compile(r"(?<![\w./'\"`-])[a-z][a-z0-9]*(?:_[a-z0-9]+)+(?![\w/'\"`
 def typed_names(options: argparse.Namespace) -> dict[str, str]:
     """The typed name of each setting of a verb, by its field.
 
-    That is the file and key of ``options.file_keys`` (see ``apply_config``), else the option or the
-    positional argument. A namespace that ``Parser`` did not make has none.
+    That is the variable or the file and key of ``options.sources`` (see ``apply_environment`` and
+    ``apply_config``), else the option or the positional argument. A namespace that ``Parser`` did
+    not make has none.
     """
     parser: argparse.ArgumentParser | None = getattr(options, "parser", None)
     names: dict[str, str] = {}
@@ -21,7 +22,7 @@ def typed_names(options: argparse.Namespace) -> dict[str, str]:
         name = next(iter(action.option_strings), action.metavar)
         if isinstance(name, str):
             names[action.dest] = name
-    return names | getattr(options, "file_keys", {})
+    return names | getattr(options, "sources", {})
 
 
 def in_typed_names(message: str, names: Mapping[str, str]) -> str:

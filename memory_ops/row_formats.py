@@ -235,7 +235,7 @@ def _packed_int4(codes_RV: Tensor) -> Tensor:
 
 def _int4_codes(packed_LB: Tensor) -> Tensor:
     """The codes of whole blocks, from 0 to 15."""
-    packed = packed_LB.unflatten(1, (-1, 16, 4))
+    packed = torch.unflatten(packed_LB, 1, (-1, 16, 4))
     planes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(3)
     return planes.transpose(2, 3).flatten(1)
 

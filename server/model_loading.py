@@ -1,4 +1,4 @@
-"""Loads a model for serving: checks its settings, chooses the tier of its tables, makes executors."""
+"""Loads a model for serving: checks settings, chooses the tables' tier, makes executors."""
 
 import logging
 from dataclasses import dataclass, replace

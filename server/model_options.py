@@ -67,7 +67,7 @@ class ModelOptions:
         default=1,
         metadata={
             "metavar": "N",
-            "help": "processes that share the model: heads, feed-forwards and value tables",
+            "help": "processes that share the model (CPU only)",
         },
     )
     table_tier: str = field(
@@ -83,14 +83,14 @@ class ModelOptions:
         default=None,
         metadata={
             "metavar": "SIZE",
-            "help": "row cache of the host and disk tiers, as a number with KiB, MiB or GiB; the"
-            f" host tier has a minimum (default: {_CACHE}, less if auto finds less free memory)",
+            "help": "row cache of the host and disk tiers, with KiB, MiB or GiB"
+            f" (default: {_CACHE}, less if auto finds less free memory)",
         },
     )
     table_dtype: str = field(
         default="auto",
         metadata={
-            "help": "convert value tables in memory to this dtype; auto: as stored",
+            "help": "dtype of value tables in memory; auto: as stored",
             "choices": ("auto", *TABLE_DTYPES),
         },
     )
@@ -98,8 +98,7 @@ class ModelOptions:
         default=0,
         metadata={
             "metavar": "LAYERS",
-            "help": "start to fetch rows that a memory layer will probably read this many layers"
-            " before it reads them; 0: do not",
+            "help": "prefetch predicted rows this many layers early",
         },
     )
     table_lookahead_share: float | None = field(
@@ -112,8 +111,8 @@ class ModelOptions:
     table_sharding: str | None = field(
         default=None,
         metadata={
-            "help": "with --tensor-parallel: the part of a value table that each process has, columns"
-            " of every row (default) or rows",
+            "metavar": "BY",
+            "help": "with --tensor-parallel: share tables by columns (default) or rows",
             "choices": TABLE_SHARDINGS,
         },
     )

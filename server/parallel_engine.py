@@ -1,4 +1,4 @@
-"""Loads a model over tensor-parallel ranks: the executor of rank 0, and the other ranks' processes."""
+"""Loads a model over tensor-parallel ranks: rank 0's executor, and the other ranks' processes."""
 
 import logging
 import os
@@ -87,6 +87,7 @@ def parallel_executor(
         executor = ParallelExecutor(model, *sizes, share, ranks)
         ranks.wait_until_ready()
         group.meet(ranks.store)
+        ranks.delete_store()
     except KvMemoryError as error:
         ranks.close()
         raise ConfigError("kv_cache_gib: the machine has too little memory for it") from error

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -27,25 +28,33 @@ class RankGroup:
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self._joined: distributed.ProcessGroupGloo | None = None
+        self._joined: Any = None
 
     def meet(self, store: Path) -> None:
         """Wait until all ranks have called this; before, no other method may be called.
 
-        ``store`` is a new file that all ranks can write, in a folder that other users cannot.
+        ``store`` is a new file that all ranks can write, in a folder that other users cannot. It may
+        be deleted afterwards.
 
         Raises:
             RankLostError: a rank has ended, or did not come in time.
         """
+        c10d: Any = distributed  # torch's stubs lack these names
         try:
-            meeting = distributed.FileStore(str(store), self.size)
+            meeting = c10d.FileStore(str(store), self.size)
             meeting.set_timeout(_MEETING_TIMEOUT)
-            self._joined = _gloo(meeting, self.rank, self.size)
+            options = c10d.ProcessGroupGloo._Options()
+            # the default listens on an address that other machines can reach
+            options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+            options._timeout = _TIMEOUT
+            self._joined = c10d.ProcessGroupGloo(meeting, self.rank, self.size, options)
         except RuntimeError as error:
             raise _lost(error) from error
+        # no rank reads the file any more when all have come here
+        self.sum(torch.zeros(1))
 
     @property
-    def _group(self) -> distributed.ProcessGroupGloo:
+    def _group(self) -> Any:
         assert self._joined is not None, "the ranks have not met"
         return self._joined
 
@@ -74,7 +83,7 @@ class RankGroup:
         self._run(lambda: self._group.alltoall_base(got, sent, [], []))
         return got.sum(0)
 
-    def _run(self, start: "Callable[[], distributed.Work]") -> None:
+    def _run(self, start: Callable[[], Any]) -> None:
         try:
             start().wait()
         except RuntimeError as error:
@@ -84,11 +93,3 @@ class RankGroup:
 def _lost(error: RuntimeError) -> RankLostError:
     first_line = str(error).partition("\n")[0]
     return RankLostError(f"a tensor-parallel rank cannot be reached: {first_line}")
-
-
-def _gloo(store: distributed.Store, rank: int, size: int) -> distributed.ProcessGroupGloo:
-    options = distributed.ProcessGroupGloo._Options()
-    # the default listens on an address that other machines can reach
-    options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-    options._timeout = _TIMEOUT
-    return distributed.ProcessGroupGloo(store, rank, size, options)

@@ -83,6 +83,10 @@ class Ranks:
                 raise ConfigError(answer.message)
             assert isinstance(answer, RankReady)
 
+    def delete_store(self) -> None:
+        """Delete the file through which the ranks have met."""
+        self._folder.cleanup()
+
     def send(self, messages: Sequence[RankMessage]) -> None:
         """Send each rank its message: the first one goes to rank 1. RankLostError if it is dead."""
         with self._lock:

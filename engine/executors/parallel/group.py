@@ -33,8 +33,8 @@ class RankGroup:
     def meet(self, store: Path) -> None:
         """Wait until all ranks have called this; before, no other method may be called.
 
-        ``store`` is a new file that all ranks can write, in a folder that other users cannot. It may
-        be deleted afterwards.
+        ``store`` is a new file that all ranks can write, in a folder that other users cannot.
+        Afterwards it may be deleted.
 
         Raises:
             RankLostError: a rank has ended, or did not come in time.

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engine.executors.parallel.messages import AddPatch
-from engine.executors.parallel.shares import RankShare
 from engine.executors.parallel.sharded_model import rank_model
+from engine.executors.parallel.shares import RankShare
 from engine.executors.parallel.tables import shared_table
 from engine.model.attention import kv_memory
 from engine.model.layout import PagedKv, TokenLayout
@@ -26,7 +26,9 @@ def share_of(model, share, group):
     made = rank_model(share, group)
     weights = model.state_dict()
     parts = {name: share.part(name) for name in weights}
-    cut = {name: one if parts[name] is None else parts[name].of(one) for name, one in weights.items()}
+    cut = {
+        name: one if parts[name] is None else parts[name].of(one) for name, one in weights.items()
+    }
     made.load_state_dict(cut, assign=True)
     tables = {}
     for name, table in model.tables.items():

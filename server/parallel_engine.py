@@ -12,10 +12,12 @@ import torch
 
 from engine.config import TABLE_SHARDINGS, EngineConfig
 from engine.errors import ConfigError
+from engine.executors.cpu.kernels import cpu_kernels
 from engine.executors.eager import EagerExecutor
 from engine.executors.parallel.executor import ParallelExecutor
 from engine.executors.parallel.group import RankGroup, RankLostError
 from engine.executors.parallel.messages import RankReady, RankRefused
+from engine.executors.parallel.native_products import use_native_products
 from engine.executors.parallel.rank_loop import run_rank
 from engine.executors.parallel.ranks import Ranks, RankSettings
 from engine.executors.parallel.shares import RankShare
@@ -33,6 +35,7 @@ from weights.errors import CheckpointError
 from weights.lack_of_memory import lack_of_memory
 
 RANK_ENTRY = "server.parallel_engine:main"
+_CPU = torch.device("cpu")
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +62,10 @@ class ShareSettings:
 
     def load(self, share: RankShare, group: RankGroup) -> Transformer:
         """Load one rank's model; errors as ``load_share``."""
-        return load_share(self.folder, share, group, self.dtype, self.table_dtype)
+        model = load_share(self.folder, share, group, self.dtype, self.table_dtype)
+        if (kernels := cpu_kernels(_CPU, self.dtype)) is not None:
+            use_native_products(model, kernels)
+        return model
 
 
 def parallel_executor(
@@ -94,9 +100,11 @@ def parallel_executor(
     except BaseException:
         ranks.close()
         raise
+    has_kernels = cpu_kernels(_CPU, settings.dtype) is not None
     logger.info(
-        "executor: eager, plain torch on %d ranks in %s%s",
+        "executor: eager on %d ranks, %s products in %s%s",
         share.size,
+        "native" if has_kernels else "torch's",
         settings.dtype,
         f", value tables by {share.table_sharding}" if share.config.memory is not None else "",
     )
@@ -121,7 +129,7 @@ def _planned(
         raise ConfigError("table_sharding: requires value tables, but this model has none")
     for one in tables:
         checked_layout(one, options.table_dtype, share)
-    plan = plan_loading(options, folder, engine, torch.device("cpu"), keep_stored=False)
+    plan = plan_loading(options, folder, engine, _CPU, keep_stored=False)
     if plan.shares.cache_bytes is not None:
         raise ConfigError(
             "tensor_parallel: needs memory for the whole value tables; this machine has too little"

@@ -19,10 +19,10 @@ class SummedLinear(Linear):
 
     def __init__(self, inputs: int, outputs: int, bias: bool, group: RankGroup) -> None:
         super().__init__(inputs, outputs, bias=bias)
-        self._group = group
+        self.group = group
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        y_TO = self._group.sum(linear(x_TI, self.weight))
+        y_TO = self.group.sum(linear(x_TI, self.weight))
         return y_TO if self.bias is None else y_TO + self.bias
 
 
@@ -57,11 +57,20 @@ class GatheredLogits:
     """Logits of all tokens, of which each rank computes some."""
 
     def __init__(self, share: RankShare, group: RankGroup) -> None:
-        self._tokens, self._group = share.vocabulary, group
+        self.share, self.group = share, group
         self._width = -(-share.config.vocab_size // share.size)
 
     def __call__(self, hidden_LD: Tensor, weight_VD: Tensor) -> Tensor:
         """The product of the last hidden states with the head's whole weight ``[V, D]``."""
-        own_LW = linear(hidden_LD, weight_VD[self._tokens.start : self._tokens.stop])
+        own_LW = self.own_logits(hidden_LD, weight_VD)
         own_LW = pad(own_LW, (0, self._width - own_LW.shape[1]))
-        return self._group.gather_columns(own_LW)[:, : len(weight_VD)]
+        return self.group.gather_columns(own_LW)[:, : len(weight_VD)]
+
+    def own_rows(self, weight_VD: Tensor) -> Tensor:
+        """The rows of the head's weight that this rank multiplies."""
+        tokens = self.share.vocabulary
+        return weight_VD[tokens.start : tokens.stop]
+
+    def own_logits(self, hidden_LD: Tensor, weight_VD: Tensor) -> Tensor:
+        """The logits of this rank's tokens."""
+        return linear(hidden_LD, self.own_rows(weight_VD))

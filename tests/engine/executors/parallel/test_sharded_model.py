@@ -5,14 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.executors.cpu.kernels import CPU_LIBRARY, CpuKernels
 from engine.executors.parallel.messages import AddPatch
 from engine.executors.parallel.sharded_model import rank_model
+from engine.executors.parallel.native_products import use_native_products
 from engine.executors.parallel.shares import RankShare
 from engine.executors.parallel.tables import shared_table
 from engine.model.attention import kv_memory
 from engine.model.layout import PagedKv, TokenLayout
 from engine.model.row_patches import ScaledPatch, forward_patches
 from memory_ops.tables.device import DeviceTable
+from tests.conftest import TOLERANCE
 from tests.engine.executors.parallel.rank_threads import run_ranks
 from tests.engine.patches import patch_of
 from tests.models import feed_forward_changes, random_model, tiny_config
@@ -107,3 +110,24 @@ def test_a_rank_has_its_part_of_the_weights():
     assert shapes["model.layers.0.memory.gate.bias"] == (16,)
     assert shapes["model.layers.0.memory.value_proj.bias"] == (32,)
     assert replace(share, rank=0).value_columns == range(16)
+
+
+@pytest.mark.parametrize("build", CPU_LIBRARY.runnable_builds)
+def test_native_products_give_the_same_logits(build):
+    kinds = ("dense", "memory_plus", "moe", "pkm")
+    changes = feed_forward_changes(*kinds, value_dim=32, output_gate=True)
+    config = tiny_config(attention_bias=True, mlp_bias=True, **changes)
+    model = random_model(config)
+    expected = forward(model, config, None).logits_LV
+
+    def work(group):
+        share = RankShare(config, group.rank, 2)
+        with torch.inference_mode():
+            own = share_of(model, share, group)
+            use_native_products(own, CpuKernels(build))
+            assert not any(isinstance(one, torch.nn.Linear) for one in own.model.modules())
+            return forward(own, share.kv_config, None).logits_LV
+
+    for logits_LV in run_ranks(2, work):
+        relative, absolute = TOLERANCE[torch.float32]
+        torch.testing.assert_close(logits_LV, expected, rtol=100 * relative, atol=100 * absolute)

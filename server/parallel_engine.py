@@ -17,7 +17,7 @@ from engine.executors.eager import EagerExecutor
 from engine.executors.parallel.executor import ParallelExecutor
 from engine.executors.parallel.group import RankGroup, RankLostError
 from engine.executors.parallel.messages import RankReady, RankRefused
-from engine.executors.parallel.native_products import use_native_products
+from engine.executors.parallel.native_layers import use_native_layers
 from engine.executors.parallel.rank_loop import run_rank
 from engine.executors.parallel.ranks import Ranks, RankSettings
 from engine.executors.parallel.shares import RankShare
@@ -64,7 +64,7 @@ class ShareSettings:
         """Load one rank's model; errors as ``load_share``."""
         model = load_share(self.folder, share, group, self.dtype, self.table_dtype)
         if (kernels := cpu_kernels(_CPU, self.dtype)) is not None:
-            use_native_products(model, kernels)
+            use_native_layers(model, kernels)
         return model
 
 
@@ -102,7 +102,7 @@ def parallel_executor(
         raise
     has_kernels = cpu_kernels(_CPU, settings.dtype) is not None
     logger.info(
-        "executor: eager on %d ranks, %s products in %s%s",
+        "executor: %d tensor-parallel ranks, %s layers in %s%s",
         share.size,
         "native" if has_kernels else "torch's",
         settings.dtype,

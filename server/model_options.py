@@ -111,8 +111,7 @@ class ModelOptions:
     table_sharding: str | None = field(
         default=None,
         metadata={
-            "metavar": "BY",
-            "help": "with --tensor-parallel: share tables by columns (default) or rows",
+            "help": f"split of tables with --tensor-parallel (default: {TABLE_SHARDINGS[0]})",
             "choices": TABLE_SHARDINGS,
         },
     )

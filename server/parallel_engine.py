@@ -178,6 +178,8 @@ def main(connection: Connection, settings: RankSettings) -> None:
         connection.send(RankReady())
         group.meet(settings.store)
         run_rank(executor, connection)
+    except BrokenPipeError:
+        return  # rank 0 ended while this one loaded
     except RankLostError as error:
         logger.error("rank %d ends: %s", settings.rank, error)
         sys.exit(1)

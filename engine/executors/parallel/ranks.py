@@ -100,12 +100,12 @@ class Ranks:
                     raise RankLostError(problem) from None
 
     def close(self) -> None:
-        """End the processes and wait for them; does nothing the second time."""
+        """End the processes, also while they load, and wait; does nothing the second time."""
         self._closing.set()
-        for connection in self._connections:
-            connection.close()
-        for process in self._processes:
+        for connection, process in zip(self._connections, self._processes, strict=True):
+            process.kill()
             process.wait()
+            connection.close()
         self._folder.cleanup()
 
 

@@ -7,6 +7,7 @@ from engine.errors import ConfigError
 from engine.executors.parallel.group import RankGroup
 from engine.executors.parallel.shares import RankShare
 from memory_ops.row_formats import dequantize_rows
+from server.cli.main import main
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.shard_loading import load_share
@@ -66,3 +67,15 @@ def test_int4_rows_whose_groups_would_be_split_are_refused(folder):
     load_share(folder, share, RankGroup(0, 2), torch.float32, "int4")
     with pytest.raises(ConfigError, match="tensor_parallel: 2 ranks would have 48 columns of int4"):
         load_share(folder, narrow, RankGroup(0, 2), torch.float32, "int4")
+
+
+def test_weights_in_groups_are_widened_and_split(folder, tmp_path):
+    grouped = tmp_path / "int8"
+    assert main(["quantize", str(folder), str(grouped), "--weight-dtype", "int8"]) == 0
+    whole, config = load_model(grouped, "float32")
+    share, expected = RankShare(config.model, 1, 2), whole.state_dict()
+    model = load_share(grouped, share, RankGroup(1, 2), torch.float32)
+    for name, weight in model.state_dict().items():
+        part = share.part(name)
+        wanted = expected[name] if part is None else part.of(expected[name])
+        assert torch.equal(weight, wanted), name

@@ -15,7 +15,7 @@ from engine.sampling.params import SamplingParams
 from server.allocator import keep_freed_memory
 from server.config import cache_folder
 from server.device import chosen_device
-from server.engine_entry import load_served, served_executor
+from server.model_loading import load_served, served_executor
 from server.model_options import ModelOptions
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.prepare import prepared_folder

@@ -9,6 +9,8 @@ from engine.sampling.params import option
 _MAX_KV_BYTES = 2 * 2**30
 _KV_DTYPES = ("auto", "fp8", "int8")
 _SPECULATE = ("none", "ngram")
+# how tensor-parallel ranks share a value table: columns of every row, or whole rows
+TABLE_SHARDINGS = ("columns", "rows")
 # one token and its drafts fill the rows that CPU kernels compute at a time
 _NUM_DRAFTS = 11
 _MOST_DRAFTS = 64

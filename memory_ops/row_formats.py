@@ -108,7 +108,7 @@ def quantize_rows(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
     if values_RV.dim() != 2 or not values_RV.is_floating_point():
         found = f"{values_RV.dtype} {tuple(values_RV.shape)}"
         raise ValueError(f"values: expected a floating-point [R, V] tensor, got {found}")
-    records = _zero_records(values_RV, row_format)
+    records = _zero_records(values_RV, row_format, values_RV.shape[1])
     values_RV = values_RV.float()
     limit = _INT4_ROW_LIMIT if row_format == "int4_row" else torch.inf
     is_held_RV = values_RV.abs() < limit
@@ -127,7 +127,7 @@ def int4_row_records(codes_RV: Tensor, scale_R: Tensor) -> RowRecords:
         codes_RV: uint8 ``[R, V]``, from 0 to 15.
         scale_R: fp16 ``[R]``, finite.
     """
-    records = _zero_records(codes_RV, "int4_row")
+    records = _zero_records(codes_RV, "int4_row", codes_RV.shape[1])
     _fill(records, _packed_int4(codes_RV), scale_R[:, None])
     return records
 
@@ -151,15 +151,43 @@ def dequantize_rows(records: RowRecords, rows: Tensor | None = None) -> Tensor:
     return codes_LV.contiguous().view(kind).float() * scale_L1
 
 
+def record_columns(records: RowRecords, columns: range) -> RowRecords:
+    """Records of some contiguous columns of all rows, with the same codes and scales.
+
+    Raises:
+        ValueError: the columns of int4 rows are not whole groups.
+    """
+    row_format, first, last = records.row_format, columns.start, columns.stop
+    value_dim, records_RB = records.value_dim, records.records_RB
+    ends_inside = last % INT4_GROUP and last != value_dim
+    if row_format == "int4" and (first % INT4_GROUP or ends_inside):
+        where = f"columns {first} to {last} do not have whole groups of {INT4_GROUP} values"
+        raise ValueError(f"row_format: int4: {where}")
+    start, size = scale_offset(row_format, value_dim), scale_bytes(row_format, value_dim)
+    scales_RS = records_RB[:, start : start + size]
+    if row_format in _INT4_SCALES:
+        codes_RV = _int4_codes(records_RB[:, :start])
+        codes_RC = _packed_int4(codes_RV[:, first:last])
+    else:
+        codes_RC = records_RB[:, first:last]
+    made = _zero_records(records_RB, row_format, last - first)
+    if row_format == "int4":
+        # the scales of its groups; those that pad the last block stay 0
+        scales_RS = scales_RS[:, 2 * (first // INT4_GROUP) : 2 * -(-last // INT4_GROUP)]
+        missing = scale_bytes(row_format, last - first) - scales_RS.shape[1]
+        scales_RS = torch.nn.functional.pad(scales_RS, (0, missing))
+    _fill(made, codes_RC, scales_RS)
+    return made
+
+
 def _padded_to_blocks(value_dim: int) -> int:
     return -(-value_dim // INT4_BLOCK) * INT4_BLOCK
 
 
-def _zero_records(values_RV: Tensor, row_format: RowFormat) -> RowRecords:
-    """Records of zero bytes for as many rows."""
-    num_rows, value_dim = values_RV.shape
-    shape = num_rows, row_bytes(row_format, value_dim)
-    records_RB = torch.zeros(shape, dtype=torch.uint8, device=values_RV.device)
+def _zero_records(rows: Tensor, row_format: RowFormat, value_dim: int) -> RowRecords:
+    """Records of zero bytes for as many rows, on their device."""
+    shape = len(rows), row_bytes(row_format, value_dim)
+    records_RB = torch.zeros(shape, dtype=torch.uint8, device=rows.device)
     return RowRecords(records_RB, row_format, value_dim)
 
 
@@ -205,14 +233,20 @@ def _packed_int4(codes_RV: Tensor) -> Tensor:
     return (planes[..., 0::2] | planes[..., 1::2] << 4).reshape(num_rows, -1)
 
 
+def _int4_codes(packed_LB: Tensor) -> Tensor:
+    """The codes of whole blocks, from 0 to 15."""
+    packed = torch.unflatten(packed_LB, 1, (-1, 16, 4))
+    planes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(3)
+    return planes.transpose(2, 3).flatten(1)
+
+
 def _unpack_int4(records_LB: Tensor, value_dim: int, row_format: RowFormat) -> Tensor:
     num_rows, width = len(records_LB), _padded_to_blocks(value_dim)
     start, size = scale_offset(row_format, value_dim), scale_bytes(row_format, value_dim)
-    packed = records_LB[:, :start].view(num_rows, width // INT4_BLOCK, 16, 4)
-    planes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(3)
     stored = records_LB[:, start : start + size].contiguous().view(_INT4_SCALES[row_format])
     num_groups = stored.shape[1]
-    codes_LGC = planes.transpose(2, 3).reshape(num_rows, num_groups, width // num_groups).float()
+    codes_LV = _int4_codes(records_LB[:, :start])
+    codes_LGC = codes_LV.view(num_rows, num_groups, width // num_groups).float()
     return ((codes_LGC - 8) * stored.float().unsqueeze(2)).flatten(1)[:, :value_dim]
 
 

@@ -159,25 +159,28 @@ def c_compiler() -> str | None:
     return shutil.which("gcc") or shutil.which("clang")
 
 
-def set_threads(options: ThreadOptions) -> str:
+def set_threads(options: ThreadOptions, num_ranks: int = 1) -> str:
     """Set the number of threads and how torch's wait, for this process and its children.
 
     OpenMP reads the environment when torch is loaded, so call this before torch is imported. The
     user's own environment variables stay as they are, but ``--threads`` overrides the number.
+    Tensor-parallel ranks divide the threads among them; each has at least one.
 
     Returns:
         a log line with the number of threads and the reason for it.
     """
+    per_rank = " per process" if num_ranks > 1 else ""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(_SPIN_COUNT)
     if options.threads is not None:
         # MKL caps its threads at the number of cores, and torch uses as many threads as MKL
-        number = str(options.threads)
+        number = str(max(1, options.threads // num_ranks))
         os.environ |= {"OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number, "MKL_DYNAMIC": "FALSE"}
-        return f"threads: {number} (--threads)"
+        return f"threads: {number}{per_rank} (--threads)"
     for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         if os.environ.get(name):
-            return f"threads: {os.environ[name]} ({name})"
+            return f"threads: {os.environ[name]}{per_rank} ({name})"
     found = default_threads(os.sched_getaffinity(0))
-    os.environ["OMP_NUM_THREADS"] = str(found.count)
-    return f"threads: {found.count} ({found.reason})"
+    number = str(max(1, found.count // num_ranks))
+    os.environ["OMP_NUM_THREADS"] = number
+    return f"threads: {number}{per_rank} ({found.reason})"

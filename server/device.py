@@ -59,6 +59,8 @@ def _cpu_setting(model: ModelOptions, engine: EngineConfig) -> str | None:
     """Name and value of a setting that only a CPU supports, if one is given."""
     if model.weight_dtype != "auto":
         return f"weight_dtype {model.weight_dtype}"
+    if model.tensor_parallel > 1:
+        return f"tensor_parallel {model.tensor_parallel}"
     return "kv_dtype int8" if engine.kv_dtype == "int8" else None
 
 

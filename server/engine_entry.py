@@ -1,48 +1,35 @@
 """The engine process: prepares and loads the model, then serves requests over a pipe."""
 
 import gc
-import logging
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.executors.cpu.kernels import CPU_LIBRARY
-from engine.executors.executor import Executor, check_kv_settings, make_executor
-from engine.executors.lookahead import LookaheadConfig
 from engine.loaded_patches import PatchSource
 from engine.messages import EngineRefused
-from engine.model.config import ModelConfig
-from engine.model.transformer import Transformer
 from engine.process import run_engine
+from engine.rank_patches import RankPatches
 from engine.sampling.masks import Grammars
 from server.allocator import keep_freed_memory
 from server.config import EngineSettings
 from server.device import chosen_device
 from server.logs import set_up_logs
 from server.memory_nodes import spread_over_nodes
-from server.model_options import DEFAULT_TABLE_CACHE_BYTES, ModelOptions
-from weights.checkpoints.checkpoint import load_model
-from weights.checkpoints.config_json import CheckpointConfig, read_config
-from weights.checkpoints.gpu_tier import GpuTierChoice
-from weights.checkpoints.memory_request import MemoryRequest
-from weights.checkpoints.model_bytes import ModelBytes, model_bytes
-from weights.checkpoints.table_tier import CpuTierChoice
+from server.model_loading import LoadedModel, load_served, served_executor
+from server.parallel_engine import parallel_executor
+from weights.checkpoints.config_json import read_config
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.errors import CheckpointError
 from weights.grammars.compiler import GrammarCompiler
-from weights.grammars.grammar_memory import GRAMMARS_BYTES
 from weights.lack_of_memory import lack_of_memory
 from weights.models.prepare import prepare
 from weights.patches.patch_loader import PatchLoader
-
-logger = logging.getLogger(__name__)
 
 
 def main(connection: Connection, settings: EngineSettings) -> None:
@@ -51,7 +38,8 @@ def main(connection: Connection, settings: EngineSettings) -> None:
     set_up_logs(settings.log_format)
     spread_over_nodes(os.sched_getaffinity(0))
     try:
-        engine = build_engine(settings, serves_patches=True)
+        # at once: this process may be in a collective that the dead rank will never join
+        engine = build_engine(settings, serves_patches=True, on_rank_death=lambda: os._exit(1))
         engine.warm_up()
         engine.patches.prepare()
     except (CheckpointError, ConfigError) as error:
@@ -70,12 +58,17 @@ def main(connection: Connection, settings: EngineSettings) -> None:
 
 
 def build_engine(
-    settings: EngineSettings, device: torch.device | None = None, *, serves_patches: bool = False
+    settings: EngineSettings,
+    device: torch.device | None = None,
+    *,
+    serves_patches: bool = False,
+    on_rank_death: Callable[[], object] = lambda: None,
 ) -> Engine:
     """An engine with a loaded model; the model is prepared first if needed.
 
     ``device`` is by default the one that the settings choose. With ``serves_patches`` the engine
-    can read row patches, if the settings allow any.
+    can read row patches, if the settings allow any. ``on_rank_death`` is that of
+    ``parallel_executor``.
 
     Raises:
         CheckpointError: the model cannot be served.
@@ -93,36 +86,23 @@ def build_engine(
             "weight_dtype: cannot be used with row patches; make a folder with `memplus quantize"
             " --weight-dtype` and learn the patches on it"
         )
-    loaded = load_served(settings.model, folder, settings.engine, device, keep_stored=True)
+    checkpoint = read_config(folder)
     grammars = GrammarCompiler(
-        partial(load_tokenizer, folder), loaded.config.model.vocab_size, loaded.config.eos_ids
+        partial(load_tokenizer, folder), checkpoint.model.vocab_size, checkpoint.eos_ids
     )
-    patch_source = None
+    patch_source: PatchSource | None = None
     if serves_patches:
-        patch_source = PatchLoader(folder, loaded.config.model, device)
+        patch_source = PatchLoader(folder, checkpoint.model, device)
+    if settings.model.tensor_parallel > 1:
+        executor = parallel_executor(
+            settings.model, folder, settings.engine, settings.log_format, on_rank_death
+        )
+        if patch_source is not None:
+            patch_source = RankPatches(patch_source, executor.share_patch)
+        eos_ids, engine = checkpoint.eos_ids, settings.engine
+        return Engine(executor, engine, eos_ids, grammars=grammars, patch_source=patch_source)
+    loaded = load_served(settings.model, folder, settings.engine, device, keep_stored=True)
     return served_engine(loaded, settings.engine, grammars, patch_source)
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A loaded model with its serving settings.
-
-    Attributes:
-        model: the network with its value tables, on its device.
-        config: the configuration of its checkpoint.
-        dtype: the dtype to serve in, whatever dtypes the weights are stored in.
-        kv_bytes: bytes for its KV blocks; None on a GPU leaves the size to the executor, which
-            measures the memory that is left.
-        lookahead: settings of the row prefetch; None without prefetch.
-        weight_dtype: auto, int8 or int4; see ``make_executor``.
-    """
-
-    model: Transformer
-    config: CheckpointConfig
-    dtype: torch.dtype
-    kv_bytes: int | None
-    lookahead: LookaheadConfig | None
-    weight_dtype: str = "auto"
 
 
 def served_engine(
@@ -140,111 +120,6 @@ def served_engine(
         ConfigError: a setting does not fit the model; the message names the field.
     """
     executor = served_executor(loaded, engine)
-    eos_ids = loaded.config.eos_ids
-    return Engine(executor, engine, eos_ids, grammars=grammars, patch_source=patch_source)
-
-
-def served_executor(loaded: LoadedModel, engine: EngineConfig) -> Executor:
-    """The executor of ``served_engine``."""
-    if loaded.kv_bytes is not None:
-        engine = replace(engine, kv_cache_gib=loaded.kv_bytes / 2**30)
-    return make_executor(loaded.model, engine, loaded.lookahead, loaded.dtype, loaded.weight_dtype)
-
-
-def load_served(
-    options: ModelOptions,
-    folder: Path,
-    engine: EngineConfig | None,
-    device: torch.device,
-    *,
-    keep_stored: bool = False,
-) -> LoadedModel:
-    """Load a folder's model, with its value tables in the tier that ``options`` and memory allow.
-
-    The tables leave enough memory for the KV blocks of ``engine``; without it none are needed.
-    ``device`` comes from ``chosen_device``. With ``keep_stored``, weights in groups stay so,
-    and on the CPU all keep their stored dtypes: only an executor can run the model.
-
-    Raises:
-        CheckpointError: as ``load_model``.
-        ConfigError: as ``load_model``; or the model cannot prefetch that far or that many rows.
-    """
-    # report bad settings now, before minutes are spent on loading tables
-    checkpoint = read_config(folder)
-    described = checkpoint.model
-    has_kernels = device.type == "cpu" and CPU_LIBRARY.best_build is not None
-    if options.weight_dtype != "auto":
-        _check_rounding(options.weight_dtype, folder, checkpoint, has_kernels=has_kernels)
-    if engine is not None and device.type == "cpu":
-        check_kv_settings(engine, described, has_kernels=has_kernels)
-    lookahead = _lookahead(options, described) if options.table_lookahead else None
-    kv_dtype = engine.kv_dtype if engine else "auto"
-    reads_groups = keep_stored and (has_kernels or device.type != "cpu")
-    packed_dtype = options.weight_dtype if reads_groups else None
-    sizes = model_bytes(folder, options.dtype, options.table_dtype, kv_dtype, packed_dtype, device)
-    request = MemoryRequest(
-        kv_bytes=engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0,
-        requested_cache=options.table_cache_bytes if options.table_cache is not None else None,
-        default_cache=DEFAULT_TABLE_CACHE_BYTES,
-        tier=options.table_tier,
-        is_kv_requested=engine is not None and engine.kv_cache_gib is not None,
-        grammar_bytes=GRAMMARS_BYTES if engine else 0,
-        patch_bytes=engine.patch_bytes if engine and described.takes_patches else 0,
+    return Engine(
+        executor, engine, loaded.config.eos_ids, grammars=grammars, patch_source=patch_source
     )
-    choice = _tier_choice(request, device, engine or EngineConfig(), sizes)
-    shares = choice.shares(sizes.tables, sizes.weights)
-    model, config = load_model(
-        folder,
-        options.dtype,
-        shares.cache_bytes,
-        device=device,
-        host_cache=shares.host_cache_bytes,
-        table_dtype=options.table_dtype,
-        verify_tables=options.verify_tables,
-        keep_stored=keep_stored,
-    )
-    tables = model.tables.values()
-    if lookahead is not None and all(table.fetched_capacity is None for table in tables):
-        logger.warning("all value tables are in memory: --table-lookahead has no effect")
-        lookahead = None
-    return LoadedModel(model, config, sizes.dtype, shares.kv_bytes, lookahead, options.weight_dtype)
-
-
-def _check_rounding(
-    weight_dtype: str, folder: Path, checkpoint: CheckpointConfig, *, has_kernels: bool
-) -> None:
-    """Raise ConfigError unless the weights of a folder can be rounded at load."""
-    if checkpoint.has_groups:
-        raise ConfigError(
-            f"weight_dtype: the weights of {folder} have few bits already; leave the option out"
-        )
-    if not has_kernels:
-        raise ConfigError(f"weight_dtype: {weight_dtype} needs memplus's native library")
-
-
-def _tier_choice(
-    request: MemoryRequest, device: torch.device, engine: EngineConfig, sizes: ModelBytes
-) -> CpuTierChoice | GpuTierChoice:
-    if device.type == "cpu":
-        return CpuTierChoice(request, largest_cache=sizes.disk_cache)
-    return GpuTierChoice(request, device, engine.gpu_memory_utilization, sizes.host_cache)
-
-
-def _lookahead(options: ModelOptions, model: ModelConfig) -> LookaheadConfig:
-    """The prefetch settings of ``options``, checked against the model; at least 1 row."""
-    if model.memory is None:
-        raise ConfigError("table_lookahead: this model has no memory layers")
-    most = model.memory_layers[-1] + 1
-    if options.table_lookahead > most:
-        raise ConfigError(
-            f"table_lookahead: must be at most {most}, the layers up to the last memory layer,"
-            f" not {options.table_lookahead}"
-        )
-    top_k, num_subkeys = model.memory.top_k, model.memory.num_subkeys
-    candidates = max(1, round(options.lookahead_share * top_k))
-    if candidates > num_subkeys:
-        raise ConfigError(
-            f"table_lookahead_share: {options.lookahead_share} of {top_k} rows is {candidates}"
-            f" rows, but at most {num_subkeys} can be predicted, the number of subkeys"
-        )
-    return LookaheadConfig(options.table_lookahead, candidates)

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
+from engine.config import TABLE_SHARDINGS
 from engine.errors import ConfigError
 from engine.model.weight_bits import HEAD_DTYPE
 from weights.checkpoints.dtype_names import GROUPED_DTYPES, TABLE_DTYPES
@@ -10,6 +11,7 @@ from weights.models.named_models import DEFAULT_MODEL
 
 _CACHE = "2GiB"
 _LOOKAHEAD_SHARE = 0.5
+_MOST_RANKS = 64
 _TIERS = ("auto", "device", "host", "disk")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _WEIGHT_DTYPES = ("auto", *GROUPED_DTYPES)
@@ -61,6 +63,13 @@ class ModelOptions:
             "choices": _WEIGHT_DTYPES,
         },
     )
+    tensor_parallel: int = field(
+        default=1,
+        metadata={
+            "metavar": "N",
+            "help": "processes that share the model (CPU only)",
+        },
+    )
     table_tier: str = field(
         default="auto",
         metadata={
@@ -74,14 +83,14 @@ class ModelOptions:
         default=None,
         metadata={
             "metavar": "SIZE",
-            "help": "row cache of the host and disk tiers, as a number with KiB, MiB or GiB; the"
-            f" host tier has a minimum (default: {_CACHE}, less if auto finds less free memory)",
+            "help": "row cache of the host and disk tiers, with KiB, MiB or GiB"
+            f" (default: {_CACHE}, less if auto finds less free memory)",
         },
     )
     table_dtype: str = field(
         default="auto",
         metadata={
-            "help": "convert value tables in memory to this dtype; auto: as stored",
+            "help": "dtype of value tables in memory; auto: as stored",
             "choices": ("auto", *TABLE_DTYPES),
         },
     )
@@ -89,8 +98,7 @@ class ModelOptions:
         default=0,
         metadata={
             "metavar": "LAYERS",
-            "help": "start to fetch rows that a memory layer will probably read this many layers"
-            " before it reads them; 0: do not",
+            "help": "prefetch predicted rows this many layers early",
         },
     )
     table_lookahead_share: float | None = field(
@@ -98,6 +106,13 @@ class ModelOptions:
         metadata={
             "help": "with --table-lookahead: rows to fetch early, as a fraction of those that a"
             f" layer reads for a token, up to 8 (default: {_LOOKAHEAD_SHARE})"
+        },
+    )
+    table_sharding: str | None = field(
+        default=None,
+        metadata={
+            "help": f"split of tables with --tensor-parallel (default: {TABLE_SHARDINGS[0]})",
+            "choices": TABLE_SHARDINGS,
         },
     )
     verify_tables: bool = field(
@@ -126,6 +141,7 @@ class ModelOptions:
             if not self.table_lookahead:
                 raise ConfigError("table_lookahead_share: needs --table-lookahead above 0")
         self._check_cache()
+        self._check_ranks()
 
     def _check_cache(self) -> None:
         if self.table_cache is None:
@@ -138,6 +154,27 @@ class ModelOptions:
             )
         if not self.table_cache_bytes:
             raise ConfigError(f"table_cache: must be more than 0, not {self.table_cache}")
+
+    def _check_ranks(self) -> None:
+        if not 1 <= self.tensor_parallel <= _MOST_RANKS:
+            ranks = self.tensor_parallel
+            raise ConfigError(f"tensor_parallel: {ranks} is outside [1, {_MOST_RANKS}]")
+        if self.table_sharding not in (None, *TABLE_SHARDINGS):
+            known = ", ".join(TABLE_SHARDINGS)
+            raise ConfigError(f"table_sharding: {self.table_sharding!r} is not one of {known}")
+        if self.tensor_parallel == 1:
+            if self.table_sharding is not None:
+                raise ConfigError("table_sharding: needs --tensor-parallel above 1")
+            return
+        combined = "cannot be combined with --tensor-parallel yet"
+        if self.weight_dtype != "auto":
+            raise ConfigError(f"weight_dtype: {self.weight_dtype} {combined}")
+        if self.table_tier not in ("auto", "device"):
+            raise ConfigError(f"table_tier: {self.table_tier} {combined}; use device")
+        if self.table_cache is not None:
+            raise ConfigError(f"table_cache: {combined}, which keeps value tables in memory")
+        if self.table_lookahead:
+            raise ConfigError(f"table_lookahead: {combined}, which keeps value tables in memory")
 
     @property
     def lookahead_share(self) -> float:

@@ -1,5 +1,6 @@
 """Source files without a test file of their own, and the file in tests/ that covers each."""
 
+PARALLEL = "engine/executors/parallel"
 INTERPRETED = "engine/executors/cuda/interpreted"
 EXPORTED = "weights/checkpoints/exporters/test_huggingface.py"
 COVERED_BY = {
@@ -19,6 +20,12 @@ COVERED_BY = {
     "engine/executors/cpu/packed_head_norms.py": "engine/executors/cpu/test_kernels.py",
     "engine/executors/cpu/packed_layers.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cpu/packing.py": "engine/executors/cpu/test_decoder.py",
+    "engine/executors/parallel/layers.py": f"{PARALLEL}/test_sharded_model.py",
+    "engine/executors/parallel/messages.py": f"{PARALLEL}/test_sharded_model.py",
+    "engine/executors/parallel/native_layers.py": f"{PARALLEL}/test_sharded_model.py",
+    "engine/executors/parallel/rank_loop.py": f"{PARALLEL}/test_executor.py",
+    "engine/executors/parallel/ranks.py": f"{PARALLEL}/test_executor.py",
+    "engine/executors/parallel/tables.py": f"{PARALLEL}/test_sharded_model.py",
     "engine/executors/cuda/device_block_table.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/device.py": "engine/executors/cuda/test_staging.py",
     "engine/executors/cuda/device_state.py": f"{INTERPRETED}/test_cuda_executor.py",
@@ -149,7 +156,8 @@ COVERED_BY = {
     "server/replicas/router.py": "soak/test_replicas.py",
     "server/http/named_patches.py": "server/http/test_patch_routes.py",
     "server/http/patch_metrics.py": "server/http/test_served_patches.py",
-    "server/engine_entry.py": "server/test_served_lookahead.py",
+    "server/engine_entry.py": "server/test_served_model.py",
+    "server/model_loading.py": "server/test_served_lookahead.py",
     "server/grammar_worker.py": "server/http/test_grammar_checker.py",
     "server/http/activity_log.py": "server/http/test_table_metrics.py",
     "server/http/answer.py": "server/http/test_completions.py",

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from server.allocator import keep_freed_memory
 from server.config import cache_folder
 from server.device import chosen_device
-from server.engine_entry import load_served, served_executor
+from server.model_loading import load_served, served_executor
 from server.model_options import ModelOptions
 from weights.checkpoints.config_json import read_config
 from weights.models.prepare import prepared_folder

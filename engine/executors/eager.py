@@ -10,6 +10,7 @@ from engine.executors.block_tables import HostBlockTable
 from engine.executors.lookahead import Lookahead, LookaheadConfig, predicted_memories
 from engine.executors.memory_recorder import MemoryRecorder
 from engine.model.attention import kv_memory
+from engine.model.config import ModelConfig
 from engine.model.flops import StepFlops
 from engine.model.forward_trace import ForwardTrace
 from engine.model.transformer import ForwardOutput, Transformer
@@ -30,8 +31,11 @@ class EagerExecutor:
         num_blocks: int,
         block_size: int,
         lookahead: LookaheadConfig | None = None,
+        kv_config: ModelConfig | None = None,
     ) -> None:
         """Reserve KV memory on the model's device and in its dtype.
+
+        ``kv_config`` has the number of KV heads, by default that of the model.
 
         Raises:
             KvMemoryError: the system cannot provide the KV memory.
@@ -49,7 +53,7 @@ class EagerExecutor:
             table.watch(self.progress.mark)
         self._sampler = Sampler()
         self._block_table = HostBlockTable()
-        self._kv_blocks = kv_memory(model.config, num_blocks, block_size, weight)
+        self._kv_blocks = kv_memory(kv_config or model.config, num_blocks, block_size, weight)
         self._lookahead = (
             None if lookahead is None else Lookahead(predicted_memories(model.layers), lookahead)
         )

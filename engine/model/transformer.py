@@ -69,6 +69,7 @@ class Transformer(nn.Module):
         tables: the attached tables, by the names of ``ModelConfig.table_names``.
         run_layer: calls a layer with its arguments; a trainer may replace it, for instance by
             ``torch.utils.checkpoint``.
+        head_product: computes the logits from hidden states ``[L, D]`` and the head's weight.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -76,6 +77,7 @@ class Transformer(nn.Module):
         self.config = config
         self.tables: Mapping[str, ValueTable] = {}
         self.run_layer: Callable[..., Tensor] = _run
+        self.head_product: Callable[[Tensor, Tensor], Tensor] = linear
         self.model = Decoder(config)
         self.lm_head: nn.Linear | GroupedLinear | None = None
         if not config.tie_embeddings:
@@ -157,7 +159,7 @@ class Transformer(nn.Module):
             x_TD = self.run_layer(layer, x_TD, layout, angles, layer_kv, trace)
         hidden_LD = self.model.norm(x_TD[logits_at_L])
         return ForwardOutput(
-            linear(hidden_LD, self.head.weight),
+            self.head_product(hidden_LD, self.head.weight),
             hidden_LD if with_hidden else None,
             dict(zip(self.config.memory_layers, trace.memory, strict=True)) if trace else {},
             tuple(trace.router_logits) if trace else (),

@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             set_up_logs(from_options(MonitoringOptions, options).log_format)
             report = say
         check_outputs(options)
-        line = set_threads(from_options(ThreadOptions, options))
+        ranks = max(1, getattr(options, "tensor_parallel", 1))
+        line = set_threads(from_options(ThreadOptions, options), ranks)
         if options.computes:
             report(line, logging.INFO)
             _show("server.device")

@@ -9,7 +9,8 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server.config import cache_folder
 from server.device import chosen_device
-from server.engine_entry import load_served, served_engine
+from server.engine_entry import served_engine
+from server.model_loading import load_served
 from server.model_options import ModelOptions
 from weights.checkpoints.tokenizer import load_tokenizer
 from weights.models.prepare import prepared_folder

@@ -13,6 +13,7 @@ from memory_ops.row_formats import (
     RowRecords,
     dequantize_rows,
     int4_row_records,
+    record_columns,
     row_bytes,
 )
 from tests.memory_ops.builds import each_build
@@ -200,3 +201,26 @@ def test_native_kernels_name_the_first_row_that_is_not_finite(build, row_format,
     values[[31, 17, 49], [199, 0, 5]] = wrong
     with pytest.raises(ValueError, match="values: row 17 has values that are not finite"):
         NativeBackend(build).quantize_rows(values, row_format)
+
+
+@given(
+    row_format=st.sampled_from(row_formats.ROW_FORMATS),
+    groups=st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(0, 5)),
+    rest=st.integers(0, 31),
+)
+def test_records_of_columns_have_the_same_values(row_format, groups, rest):
+    first, count, after = (32 * one for one in groups)
+    columns = range(first, first + count + (rest if not after else 0))
+    values = torch.randn(3, columns.stop + after)
+    records = quantize_rows(values, row_format)
+    part = record_columns(records, columns)
+    assert part.value_dim == len(columns)
+    expected = dequantize_rows(records)[:, columns.start : columns.stop]
+    assert torch.equal(dequantize_rows(part), expected)
+
+
+def test_int4_groups_are_not_split():
+    records = quantize_rows(torch.randn(2, 96), "int4")
+    for columns in (range(16, 96), range(0, 48)):
+        with pytest.raises(ValueError, match="whole groups of 32"):
+            record_columns(records, columns)

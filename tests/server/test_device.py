@@ -9,10 +9,10 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from memory_ops.tables.device import DeviceTable
-from server import engine_entry
+from server import model_loading
 from server.cli.main import main
 from server.device import chosen_device
-from server.engine_entry import load_served
+from server.model_loading import load_served
 from server.model_options import ModelOptions
 from weights.checkpoints.gpu_tier import GpuTierChoice
 
@@ -177,7 +177,7 @@ def test_a_gpu_leaves_the_kv_pool_to_the_executor(memory_plus_folder, monkeypatc
         requests.append((request, utilization))
         return GpuTierChoice(request, device, utilization, limits, lambda device: (2**33, 2**33))
 
-    monkeypatch.setattr(engine_entry, "GpuTierChoice", choice)
+    monkeypatch.setattr(model_loading, "GpuTierChoice", choice)
     options = ModelOptions(str(memory_plus_folder), dtype="float16")
     # meta tensors stand for those of a GPU
     device = torch.device("meta")
@@ -202,7 +202,7 @@ def test_a_gpu_gets_tables_on_disk_with_both_caches(memory_plus_folder, monkeypa
         rows_RV = torch.empty(config.memory.num_rows, config.memory.value_dim)
         return {name: DeviceTable(rows_RV) for name in config.table_names}
 
-    monkeypatch.setattr(engine_entry, "GpuTierChoice", choice)
+    monkeypatch.setattr(model_loading, "GpuTierChoice", choice)
     monkeypatch.setattr("weights.checkpoints.gpu_disk_tables.open_gpu_disk_tables", opened)
     options = ModelOptions(str(memory_plus_folder), table_tier="disk", table_cache="3MiB")
     load_served(options, memory_plus_folder, EngineConfig(), torch.device("meta"))

@@ -25,20 +25,29 @@ def mapped_weights(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
 
 
 def dense_mapped_weights(
-    stored: Mapping[str, StoredTensor], dtype: torch.dtype, inputs: Mapping[str, int]
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    inputs: Mapping[str, int],
+    part: Callable[[str, Tensor], Tensor] = lambda name, weight: weight,
 ) -> dict[str, Tensor]:
     """Weights in ``dtype``, by name; on mappings of their files if they need no conversion.
 
-    ``inputs`` has the number of inputs of each layer in groups, by the layer's name. The groups of
-    one layer at a time are in memory.
+    Args:
+        inputs: the number of inputs of each layer in groups, by the layer's name. The groups of one
+            layer at a time are in memory.
+        part: returns the part to keep of a weight, by its name; only that part is read.
 
     Raises:
         CheckpointError: as ``mapped_weights``.
     """
     _raise_open_file_limit()
-    weights = dict(_dense_layers(stored, dtype, inputs, read_mapped))
+    weights = {}
+    for name, weight in _dense_layers(stored, dtype, inputs, read_mapped):
+        # a view would keep the whole weight in memory
+        kept = part(name, weight)
+        weights[name] = kept.clone() if kept.numel() < weight.numel() else kept
     for name, one in _others(stored, inputs).items():
-        weights[name] = _finite(one, read_mapped(one)).to(dtype)
+        weights[name] = _finite(one, part(name, read_mapped(one))).to(dtype)
     return weights
 
 

@@ -110,15 +110,20 @@ def open_tables(
     share = cache_bytes // len(stored)
     opened = {one.name: _open(one, layouts[one.name], memory, share) for one in stored}
     if verify:
-        with progress_bar("checksums", stored) as progress:
-            for one in stored:
-                for part in read_parts(one, verify=True):
-                    progress.update(part.nbytes)
+        check_checksums(stored)
     for name, rows in (hot_rows or {}).items():
         num_rows = min(len(rows), opened[name].num_slots)
         logger.info("%s: reading %d hot rows into its row cache", name, num_rows)
         opened[name].fill_cache(rows)
     return {**opened}
+
+
+def check_checksums(stored: Sequence[StoredTensor]) -> None:
+    """Read tables, and keep nothing; CheckpointError unless the data match their checksums."""
+    with progress_bar("checksums", stored) as progress:
+        for one in stored:
+            for part in read_parts(one, verify=True):
+                progress.update(part.nbytes)
 
 
 def rows_in_memory(
@@ -136,13 +141,7 @@ def rows_in_memory(
     Raises:
         CheckpointError, ConfigError: as ``load_tables``.
     """
-    try:
-        rows = anonymous_zeros(layout.shape, layout.dtype)
-    except OSError as error:
-        raise ConfigError(
-            f"table_tier: {tier} cannot allocate {layout.num_bytes} bytes for {stored.name}:"
-            f" {error.strerror}"
-        ) from None
+    rows = allocated_rows(layout, tier, stored.name)
     if layout == stored_layout(stored):
         # read in place
         for part in read_parts(stored, rows, verify=verify):
@@ -150,6 +149,15 @@ def rows_in_memory(
     else:
         _fill(rows, stored, converted_parts(stored, layout, verify=verify), on_bytes)
     return rows
+
+
+def allocated_rows(layout: RowLayout, tier: str, name: str) -> Tensor:
+    """Zeros for the rows of a table in anonymous memory; ConfigError if there is too little."""
+    try:
+        return anonymous_zeros(layout.shape, layout.dtype)
+    except OSError as error:
+        problem = f"cannot allocate {layout.num_bytes} bytes for {name}: {error.strerror}"
+        raise ConfigError(f"table_tier: {tier} {problem}") from None
 
 
 def rows_on_device(

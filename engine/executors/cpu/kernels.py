@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.executors.cpu.packed_head_norms import PackedHeadNorms
 from engine.executors.cpu.packed_layers import PackedLayers
 from engine.executors.cpu.packed_linear import PackedLinear, WeightRows
 from engine.model.layout import PagedKv, TokenLayout
@@ -83,6 +84,37 @@ class CpuKernels:
             packed.address, *rows, residual, out_TO.data_ptr(), self._progress
         )
         return out_TO
+
+    def attention(
+        self,
+        qkv_TF: Tensor,
+        num_heads: int,
+        angles: tuple[Tensor, Tensor],
+        layout: TokenLayout,
+        kv_blocks: Tensor,
+        norms: PackedHeadNorms | None = None,
+    ) -> Tensor:
+        """Attention alone, ``[T, H E]``, after it has written keys and values.
+
+        ``qkv`` has the queries of H heads, then the keys and values of G, ``[T, (H + 2 G) E]``.
+        ``kv_blocks`` and ``angles`` are those of ``Attention.forward``; ``norms`` apply to heads.
+        """
+        assert layout.paged is not None
+        assert qkv_TF.is_contiguous() and kv_blocks.is_contiguous()
+        paged, (num_kv_heads, block_size) = layout.paged, kv_blocks.shape[2:4]
+        head_dim = qkv_TF.shape[1] // (num_heads + 2 * num_kv_heads)
+        out_TF = torch.empty(len(qkv_TF), num_heads * head_dim, dtype=qkv_TF.dtype)
+        sequences = paged.block_table_SB, layout.query_starts_S1, paged.context_lengths_S
+        TEAM.use_torch_thread_count()
+        self._library.memplus_attention(
+            *_addresses(qkv_TF, *angles),
+            norms and norms.address,
+            *_addresses(kv_blocks, *sequences, out_TF),
+            *(len(paged.context_lengths), paged.block_table_SB.stride(0)),
+            *(num_heads, num_kv_heads, head_dim, block_size),
+            *(qkv_TF.dtype is torch.bfloat16, kv_blocks.dtype is torch.int8, self._progress),
+        )
+        return out_TF
 
     def decoder_layers(
         self,

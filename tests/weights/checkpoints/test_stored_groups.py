@@ -18,7 +18,7 @@ from engine.executors.executor import make_executor
 from engine.model.grouped_layers import group_formats
 from engine.model.grouped_weights import dense_weights, group_weights
 from server.cli.main import main
-from server.engine_entry import load_served, served_executor
+from server.model_loading import load_served, served_executor
 from server.model_options import ModelOptions
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.checkpoints.checkpoint import expected_tensors, load_model, open_checkpoint
@@ -291,7 +291,7 @@ def test_layers_of_one_product_are_as_wide_as_the_widest(source, folders, tmp_pa
 @each_dtype
 def test_the_server_reckons_with_the_bytes_of_packed_weights(source, folders, dtype, monkeypatch):
     asked = []
-    monkeypatch.setattr("server.engine_entry.model_bytes", lambda *a: asked.append(a[-2]) or 1 / 0)
+    monkeypatch.setattr("server.model_loading.model_bytes", lambda *a: asked.append(a[-2]) or 1 / 0)
 
     def packed(folder, keep_stored=True, device=CPU, **options):
         with pytest.raises(ZeroDivisionError):
@@ -310,7 +310,7 @@ def test_the_server_reckons_with_the_bytes_of_packed_weights(source, folders, dt
 
 def test_rounding_without_the_native_library_is_refused_before_the_load(source, monkeypatch):
     monkeypatch.setattr(CPU_LIBRARY, "best_build", None)
-    monkeypatch.setattr("server.engine_entry.load_model", None)
+    monkeypatch.setattr("server.model_loading.load_model", None)
     options = ModelOptions(str(source), weight_dtype="int8")
     with pytest.raises(ConfigError, match="weight_dtype: int8 needs memplus's native library"):
         load_served(options, source, None, CPU, keep_stored=True)

@@ -13,8 +13,8 @@ from engine.errors import ConfigError
 from memory_ops.native import disk_rows
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable
-from server import engine_entry
-from server.engine_entry import load_served
+from server import engine_entry, model_loading
+from server.model_loading import load_served
 from server.model_options import ModelOptions
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
 from weights.available_memory import AvailableMemory
@@ -161,7 +161,7 @@ def memory(monkeypatch):
         available = partial(AvailableMemory, found["bytes"], "a test")
         return CpuTierChoice(request, available, largest_cache)
 
-    monkeypatch.setattr(engine_entry, "CpuTierChoice", choice)
+    monkeypatch.setattr(model_loading, "CpuTierChoice", choice)
     monkeypatch.setattr("weights.checkpoints.memory_request.MIN_CACHE_BYTES", 3000)
     monkeypatch.setattr("weights.checkpoints.memory_request._MIN_KV_BYTES", 3000)
     return found

@@ -36,7 +36,8 @@ import torch
 from engine.config import EngineConfig
 from memory_ops.tables.table_statistics import TableStatistics
 from server.model_options import ModelOptions
-from server.engine_entry import load_served, served_engine
+from server.engine_entry import served_engine
+from server.model_loading import load_served
 from tests.models import greedy, run
 from weights.checkpoints.summary import summarize
 

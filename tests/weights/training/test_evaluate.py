@@ -11,7 +11,7 @@ import torch
 from engine.config import EngineConfig
 from server.cli import model_scores
 from server.cli.main import main
-from server.engine_entry import load_served
+from server.model_loading import load_served
 from tests.models import (
     EOS_ID,
     engine_of,

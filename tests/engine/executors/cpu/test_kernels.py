@@ -23,7 +23,6 @@ from engine.model.layout import PagedKv, TokenLayout
 from engine.model.norm import RmsNorm
 from engine.model.rotary import rotate
 from memory_ops.native.library import BUILDS, NativeLibrary
-from memory_ops.native.thread_team import TEAM
 from tests.conftest import TOLERANCE
 from tests.engine.executors.cpu.packed_forward import area_order
 from tests.models import random_model, tiny_config
@@ -86,24 +85,14 @@ def attention_by_torch(qkv, num_heads, num_kv_heads, angles, layout, kv_blocks, 
 
 def native_attention(kernels, qkv, num_heads, angles, kv_blocks, layout, norms=None):
     """Attention alone, as decoder layers run it: ``[T, H E]`` from queries, keys and values."""
-    num_kv_heads, block_size = kv_blocks.shape[2:4]
-    head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
-    paged, out = layout.paged, torch.empty(len(qkv), num_heads * head_dim, dtype=qkv.dtype)
-    sequences = paged.block_table_SB, layout.query_starts_S1, paged.context_lengths_S
+    head_dim = qkv.shape[1] // (num_heads + 2 * kv_blocks.shape[2])
     order, is_int8 = area_order(kv_blocks.shape, kv_blocks.itemsize), kv_blocks.dtype is torch.int8
     if is_int8:  # areas have unsigned keys
         kv_blocks[:, 0, ..., :head_dim] ^= -128
     areas = kv_blocks.view(-1)[order]
-    TEAM.use_torch_thread_count()
     packed = None if norms is None else PackedHeadNorms(*norms)
-    kernels._library.memplus_attention(
-        *(tensor.data_ptr() for tensor in (qkv, *angles)),
-        packed and packed.address,
-        *(tensor.data_ptr() for tensor in (areas, *sequences, out)),
-        *(len(paged.context_lengths), paged.block_table_SB.stride(0)),
-        *(num_heads, num_kv_heads, head_dim, block_size),
-        *(qkv.dtype is torch.bfloat16, is_int8, kernels._progress),
-    )
+    blocks = areas.view(kv_blocks.shape)
+    out = kernels.attention(qkv, num_heads, angles, layout, blocks, packed)
     kv_blocks.view(-1)[order] = areas
     if is_int8:
         kv_blocks[:, 0, ..., :head_dim] ^= -128

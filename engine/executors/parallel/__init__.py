@@ -1,0 +1,1 @@
+"""The CPU executor: packed weights and native kernels."""

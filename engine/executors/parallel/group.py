@@ -1,0 +1,95 @@
+"""The collectives of tensor-parallel ranks, over gloo."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+# a rank that dies ends a collective at once; these bound the wait for one that hangs
+_TIMEOUT, _MEETING_TIMEOUT = timedelta(minutes=10), timedelta(minutes=1)
+
+
+class RankLostError(RuntimeError):
+    """A collective failed: another rank has ended or cannot be reached."""
+
+
+class RankGroup:
+    """The ranks of one model on one machine. All call the same methods in the same order.
+
+    Results have the same bits on all ranks.
+
+    Attributes:
+        rank: the index of this rank.
+        size: the number of ranks.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self._joined: Any = None
+
+    def meet(self, store: Path) -> None:
+        """Wait until all ranks have called this; before, no other method may be called.
+
+        ``store`` is a new file that all ranks can write, in a folder that other users cannot.
+        Afterwards it may be deleted.
+
+        Raises:
+            RankLostError: a rank has ended, or did not come in time.
+        """
+        c10d: Any = distributed  # torch's stubs lack these names
+        try:
+            meeting = c10d.FileStore(str(store), self.size)
+            meeting.set_timeout(_MEETING_TIMEOUT)
+            options = c10d.ProcessGroupGloo._Options()
+            # the default listens on an address that other machines can reach
+            options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+            options._timeout = _TIMEOUT
+            self._joined = c10d.ProcessGroupGloo(meeting, self.rank, self.size, options)
+        except RuntimeError as error:
+            raise _lost(error) from error
+        # no rank reads the file any more when all have come here
+        self.sum(torch.zeros(1))
+
+    @property
+    def _group(self) -> Any:
+        assert self._joined is not None, "the ranks have not met"
+        return self._joined
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over all ranks. It may overwrite ``x``."""
+        x = x.contiguous()
+        self._run(lambda: self._group.allreduce([x]))
+        return x
+
+    def gather_columns(self, x_TC: Tensor) -> Tensor:
+        """The columns of all ranks, ``[T, size * C]``, in the order of the ranks."""
+        num_tokens, columns = x_TC.shape
+        parts = list(x_TC.new_empty((self.size, num_tokens, columns)))
+        self._run(lambda: self._group.allgather([parts], [x_TC.contiguous()]))
+        return torch.cat(parts, dim=1)
+
+    def exchange_columns(self, x_TV: Tensor) -> Tensor:
+        """This rank's columns, ``[T, V / size]``, of the sum of ``x`` over all ranks.
+
+        Each rank sends each other one the columns that are not its own (an all-to-all).
+        """
+        num_tokens, width = x_TV.shape
+        columns = width // self.size
+        sent = x_TV.view(num_tokens, self.size, columns).transpose(0, 1).contiguous()
+        got = torch.empty_like(sent)
+        self._run(lambda: self._group.alltoall_base(got, sent, [], []))
+        return got.sum(0)
+
+    def _run(self, start: Callable[[], Any]) -> None:
+        try:
+            start().wait()
+        except RuntimeError as error:
+            raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> RankLostError:
+    first_line = str(error).partition("\n")[0]
+    return RankLostError(f"a tensor-parallel rank cannot be reached: {first_line}")

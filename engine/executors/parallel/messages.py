@@ -1,0 +1,122 @@
+"""Messages from rank 0 to the other tensor-parallel ranks, as plain data without tensors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.executors.batch import Batch
+from engine.executors.block_tables import BlockIds
+from engine.model.row_patches import RowPatch, ScaledPatch
+from memory_ops.patches.patched_rows import PatchedRows
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RankReady:
+    """A rank has loaded its share; its first message to rank 0."""
+
+
+@dataclass(frozen=True)
+class RankRefused:
+    """A rank cannot load its share; the message says why."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class RunForward:
+    """The forward of one batch; see ``Batch``. Only rank 0 uses its logits.
+
+    Attributes:
+        patches: the numbers and scales of each sequence's row patches.
+        freed: numbers of patches that no later batch uses.
+    """
+
+    ids: Ids
+    positions: Ids
+    query_starts: tuple[int, ...]
+    kv_index: Ids
+    context_lengths: tuple[int, ...]
+    block_ids: Sequence[BlockIds]
+    logits_at: Ids
+    patches: Sequence[Sequence[tuple[int, float]]]
+    freed: Sequence[int]
+
+    @classmethod
+    def of(
+        cls, batch: Batch, patches: Sequence[Sequence[tuple[int, float]]], freed: Sequence[int]
+    ) -> "RunForward":
+        """The message for a batch without pending tokens."""
+        return cls(
+            ids=batch.ids_T.numpy(),
+            positions=batch.positions_T.numpy(),
+            query_starts=batch.query_starts,
+            kv_index=batch.kv_index_T.numpy(),
+            context_lengths=batch.context_lengths,
+            block_ids=batch.block_ids,
+            logits_at=batch.logits_at_L.numpy(),
+            patches=patches,
+            freed=freed,
+        )
+
+    def batch(self, patches: Mapping[int, RowPatch]) -> Batch:
+        """The batch, with patches by their numbers."""
+        return Batch(
+            ids_T=torch.from_numpy(self.ids),
+            positions_T=torch.from_numpy(self.positions),
+            query_starts=self.query_starts,
+            kv_index_T=torch.from_numpy(self.kv_index),
+            context_lengths=self.context_lengths,
+            block_ids=self.block_ids,
+            seats=range(len(self.block_ids)),
+            logits_at_L=torch.from_numpy(self.logits_at),
+            patches=[
+                [ScaledPatch(patches[number], scale) for number, scale in uses]
+                for uses in self.patches
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class AddPatch:
+    """One rank's columns of a row patch, which later batches name by ``number``.
+
+    Attributes:
+        content_hash: see ``RowPatch``.
+        layers: for each memory layer that the patch changes, an index into ``tables``.
+        tables: row ids, and bytes and dtype of their deltas, of each table.
+    """
+
+    number: int
+    content_hash: str
+    layers: Mapping[int, int]
+    tables: Sequence[tuple[Ids, npt.NDArray[Any], str]]
+
+    @classmethod
+    def of(cls, number: int, patch: RowPatch, columns: range) -> "AddPatch":
+        """The message with these columns of a patch on the CPU."""
+        rows = patch.distinct_rows
+        places = {id(one): place for place, one in enumerate(rows)}
+        tables = []
+        for one in rows:
+            deltas_PC = one.deltas_PV[:, columns.start : columns.stop].contiguous()
+            dtype = str(deltas_PC.dtype).removeprefix("torch.")
+            tables.append((one.rows_P.numpy(), deltas_PC.view(torch.uint8).numpy(), dtype))
+        layers = {layer: places[id(one)] for layer, one in patch.layers.items()}
+        return cls(number, patch.content_hash, layers, tables)
+
+    def patch(self) -> RowPatch:
+        """The patch of this rank, on the CPU."""
+        rows = []
+        for rows_P, deltas_PB, dtype in self.tables:
+            deltas_PC = torch.from_numpy(deltas_PB).view(getattr(torch, dtype))
+            rows.append(PatchedRows(torch.from_numpy(rows_P), deltas_PC))
+        return RowPatch(self.content_hash, {one: rows[at] for one, at in self.layers.items()})
+
+
+RankMessage = RunForward | AddPatch

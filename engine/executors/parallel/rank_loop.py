@@ -1,0 +1,29 @@
+"""Runs the forwards of a tensor-parallel rank other than 0, as rank 0 sends them."""
+
+from multiprocessing.connection import Connection
+
+from engine.executors.eager import EagerExecutor
+from engine.executors.parallel.messages import AddPatch, RankMessage
+from engine.model.row_patches import RowPatch
+
+
+def run_rank(executor: EagerExecutor, connection: Connection) -> None:
+    """Run each batch in the order of the messages, until rank 0 closes the connection.
+
+    An error ends it, since the other ranks wait for this one in the middle of a forward.
+
+    Raises:
+        RankLostError: another rank has ended.
+    """
+    patches: dict[int, RowPatch] = {}
+    while True:
+        try:
+            message: RankMessage = connection.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        if isinstance(message, AddPatch):
+            patches[message.number] = message.patch().to(executor.device)
+            continue
+        for number in message.freed:
+            patches.pop(number, None)
+        executor.logits(message.batch(patches))

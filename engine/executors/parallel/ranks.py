@@ -1,0 +1,140 @@
+"""The processes of tensor-parallel ranks 1 and up, which rank 0 starts, feeds and watches."""
+
+import importlib
+import logging
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from socket import AF_UNIX, SOCK_STREAM, socketpair
+
+from engine.errors import ConfigError
+from engine.executors.parallel.group import RankLostError
+from engine.executors.parallel.messages import RankMessage, RankReady, RankRefused
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What the process of one rank needs to join the others.
+
+    Attributes:
+        rank, size: as in ``RankGroup``.
+        store: the file through which the ranks meet.
+        model: what the process's entry function loads its share with.
+    """
+
+    rank: int
+    size: int
+    store: Path
+    model: object
+
+
+class Ranks:
+    """Ranks 1 to N - 1 of a model; this process is rank 0. Any thread may send.
+
+    A daemonic process, as the engine's is, may not use ``multiprocessing.Process``: these are plain
+    subprocesses. Each ends when this process does, because its connection is then closed.
+    """
+
+    def __init__(
+        self, entry: str, size: int, model: object, on_death: Callable[[], object]
+    ) -> None:
+        """Start the processes; each calls ``entry`` (``"module:function"``) with its connection and
+        ``RankSettings``. If one of them fails, that is logged and ``on_death`` called, in a thread.
+        """
+        # others cannot write to a folder that this process just made
+        self._folder = tempfile.TemporaryDirectory(prefix="memplus-ranks-")
+        self.store = Path(self._folder.name) / "store"
+        self.size = size
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._connections: list[Connection] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for rank in range(1, size):
+            process, connection = _start(entry)
+            self._connections.append(connection)
+            self._processes.append(process)
+            connection.send(RankSettings(rank, size, self.store, model))
+        for rank, process in enumerate(self._processes, 1):
+            arguments = rank, process, self._closing, on_death
+            threading.Thread(target=_watch, args=arguments, daemon=True).start()
+
+    def wait_until_ready(self) -> None:
+        """Wait until every rank has loaded its share.
+
+        Raises:
+            ConfigError: a rank cannot load it.
+            RankLostError: a rank has ended.
+        """
+        for rank, connection in enumerate(self._connections, 1):
+            try:
+                answer = connection.recv()
+            except (EOFError, OSError):
+                message = f"tensor-parallel rank {rank} died while it loaded its share"
+                raise RankLostError(message) from None
+            if isinstance(answer, RankRefused):
+                self.close()
+                raise ConfigError(answer.message)
+            assert isinstance(answer, RankReady)
+
+    def delete_store(self) -> None:
+        """Delete the file through which the ranks have met."""
+        self._folder.cleanup()
+
+    def send(self, messages: Sequence[RankMessage]) -> None:
+        """Send each rank its message: the first one goes to rank 1. RankLostError if it is dead."""
+        with self._lock:
+            for rank, (connection, message) in enumerate(
+                zip(self._connections, messages, strict=True), 1
+            ):
+                try:
+                    connection.send(message)
+                except OSError as error:
+                    problem = f"tensor-parallel rank {rank} has died ({error.strerror})"
+                    raise RankLostError(problem) from None
+
+    def close(self) -> None:
+        """End the processes, also while they load, and wait; does nothing the second time."""
+        self._closing.set()
+        for connection, process in zip(self._connections, self._processes, strict=True):
+            process.kill()
+            process.wait()
+            connection.close()
+        self._folder.cleanup()
+
+
+def _start(entry: str) -> tuple["subprocess.Popen[bytes]", Connection]:
+    """A process that calls ``main`` of this file, and the connection to it."""
+    ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
+    call = f"main({entry!r}, {theirs.fileno()})"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; {call}"
+    with theirs:
+        # this thread's blocked signals stay blocked in the process
+        process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
+    return process, Connection(ours.detach())
+
+
+def _watch(
+    rank: int,
+    process: "subprocess.Popen[bytes]",
+    closing: threading.Event,
+    on_death: Callable[[], object],
+) -> None:
+    code = process.wait()
+    # a rank whose connection was closed ends with 0
+    if code and not closing.is_set():
+        logger.error("tensor-parallel rank %d (process %d) died (exit %d)", rank, process.pid, code)
+        on_death()
+
+
+def main(entry: str, descriptor: int) -> None:
+    """Run one rank, in the process that ``Ranks`` started."""
+    connection = Connection(descriptor)
+    module, _, function = entry.partition(":")
+    getattr(importlib.import_module(module), function)(connection, connection.recv())

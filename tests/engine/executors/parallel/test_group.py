@@ -1,0 +1,42 @@
+"""The collectives of tensor-parallel ranks against plain sums and concatenations."""
+
+import pytest
+import torch
+
+from engine.executors.parallel.group import RankLostError
+from tests.conftest import TOLERANCE
+from tests.engine.executors.parallel.rank_threads import run_ranks
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_collectives_equal_sums_and_concatenations(size, dtype):
+    parts = torch.randn(size, 5, 6 * size).to(dtype)
+
+    def work(group):
+        x = parts[group.rank]
+        return group.sum(x.clone()), group.gather_columns(x), group.exchange_columns(x)
+
+    results = run_ranks(size, work)
+    relative, absolute = TOLERANCE[dtype]
+    for rank, (total, gathered, own) in enumerate(results):
+        expected = parts.float().sum(0).to(dtype)
+        torch.testing.assert_close(total, expected, rtol=relative, atol=4 * absolute)
+        # the ranks must choose the same rows, so they need the same bits
+        assert torch.equal(total, results[0][0])
+        assert torch.equal(gathered, torch.cat(list(parts), dim=1))
+        columns = expected[:, 6 * rank : 6 * (rank + 1)]
+        torch.testing.assert_close(own, columns, rtol=relative, atol=4 * absolute)
+
+
+def test_a_rank_whose_partner_has_left_gets_an_error():
+    def work(group):
+        if group.rank == 1:
+            group._group.shutdown()
+            return
+        with pytest.raises(RankLostError, match="cannot be reached"):
+            # some sums may still succeed from what was sent before
+            for _ in range(100):
+                group.sum(torch.ones(2))
+
+    assert run_ranks(2, work) == [None, None]

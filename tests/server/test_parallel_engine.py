@@ -1,0 +1,93 @@
+"""``memplus serve --tensor-parallel``: options, and the death of a process."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from server.device import chosen_device
+from server.model_loading import load_served
+from server.model_options import ModelOptions
+from server.parallel_engine import parallel_executor
+from tests.models import random_model, save_model, tiny_config
+from tests.server.running import running
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory):
+    torch.manual_seed(4)
+    return save_model(random_model(tiny_config()), tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"tensor_parallel": 0}, "tensor_parallel: 0 is outside"),
+        ({"tensor_parallel": 65}, "tensor_parallel: 65 is outside"),
+        ({"table_sharding": "rows"}, "table_sharding: needs --tensor-parallel"),
+        ({"tensor_parallel": 2, "table_sharding": "heads"}, "table_sharding: 'heads' is not one"),
+        ({"tensor_parallel": 2, "weight_dtype": "int8"}, "weight_dtype: int8 cannot be combined"),
+        ({"tensor_parallel": 2, "table_tier": "disk"}, "table_tier: disk cannot be combined"),
+        ({"tensor_parallel": 2, "table_cache": "1GiB"}, "table_cache: cannot be combined"),
+        ({"tensor_parallel": 2, "table_lookahead": 1}, "table_lookahead: cannot be combined"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, reason):
+    with pytest.raises(ConfigError, match=reason):
+        ModelOptions(**options)
+
+
+def test_what_does_not_fit_the_model_is_refused_before_a_process_starts(dense_folder):
+    for options, config, reason in (
+        ({}, {"kv_dtype": "int8"}, "kv_dtype: int8 cannot be combined with tensor_parallel"),
+        ({"table_sharding": "rows"}, {}, "table_sharding: requires value tables"),
+        ({"tensor_parallel": 3}, {}, "tensor_parallel: 3 exceeds num_key_value_heads 2"),
+    ):
+        chosen = ModelOptions(**({"tensor_parallel": 2} | options))
+        with pytest.raises(ConfigError, match=reason):
+            parallel_executor(chosen, dense_folder, EngineConfig(**config))
+
+
+def test_commands_with_one_process_refuse_the_option(dense_folder):
+    options = ModelOptions(tensor_parallel=2)
+    assert chosen_device(options).type == "cpu"
+    with pytest.raises(ConfigError, match="tensor_parallel: this command"):
+        load_served(options, dense_folder, None, torch.device("cpu"))
+
+
+def children_of(process):
+    """The process ids of a process's children."""
+    found = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for file in found for child in file.read_text().split()]
+
+
+@pytest.mark.slow
+def test_a_server_whose_rank_is_killed_says_so_and_ends(memory_plus_folder):
+    with running(memory_plus_folder, "--tensor-parallel", "2") as server:
+        body = {"prompt": "to be", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        first = server.complete(**body)
+        assert first.status_code == 200 and first.json()["usage"]["completion_tokens"] == 12
+        (rank,) = (
+            grandchild
+            for child in children_of(server.process.pid)
+            for grandchild in children_of(child)
+            if b"parallel.ranks" in Path(f"/proc/{grandchild}/cmdline").read_bytes()
+        )
+        lines = []
+        endless = body | {"max_tokens": 480, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=endless) as response:
+            for line in response.iter_lines():
+                if not lines:
+                    os.kill(rank, signal.SIGKILL)
+                lines.append(line)
+        last = [json.loads(one[6:]) for one in lines if one.startswith("data: {")][-1]
+        assert "the engine process has died" in last["error"]["message"]
+        assert server.process.wait(60) == 1
+        errors = server.process.stderr.read()
+        assert f"tensor-parallel rank 1 (process {rank}) died (exit -9)" in errors
+        assert "the engine process has died" in errors

@@ -1,0 +1,81 @@
+"""Loading the share of one tensor-parallel rank from a folder."""
+
+import pytest
+import torch
+
+from engine.errors import ConfigError
+from engine.executors.parallel.group import RankGroup
+from engine.executors.parallel.shares import RankShare
+from memory_ops.row_formats import dequantize_rows
+from server.cli.main import main
+from tests.models import feed_forward_changes, random_model, save_model, tiny_config
+from weights.checkpoints.checkpoint import load_model
+from weights.checkpoints.shard_loading import load_share
+
+WIDTH = 128
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(4)
+    config = tiny_config(**feed_forward_changes("memory_plus", "moe", value_dim=WIDTH))
+    return save_model(random_model(config), tmp_path_factory.mktemp("models") / "model")
+
+
+def values(table):
+    """The values of a table's part, in fp32."""
+    rows = table.rows
+    return rows.float() if isinstance(rows, torch.Tensor) else dequantize_rows(rows)
+
+
+@pytest.mark.parametrize("sharding", ["columns", "rows"])
+@pytest.mark.parametrize("table_dtype", ["auto", "bfloat16", "int8", "int4", "int4_row", "fp8"])
+def test_the_ranks_have_the_values_of_the_whole_tables(folder, sharding, table_dtype):
+    whole, config = load_model(folder, table_dtype=table_dtype)
+    (expected,) = (values(table) for table in whole.tables.values())
+    parts = []
+    for rank in range(2):
+        share = RankShare(config.model, rank, 2, sharding)
+        model = load_share(folder, share, RankGroup(rank, 2), torch.float32, table_dtype)
+        (table,) = model.tables.values()
+        assert (table.num_rows, table.value_dim) == (64, WIDTH)
+        assert (table.tier, table.fault, table.row_source(0)) == ("device", None, None)
+        parts.append(values(table._part))
+    assert torch.equal(torch.cat(parts, dim=int(sharding == "columns")), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_ranks_have_the_parts_of_the_weights(folder, dtype):
+    whole, config = load_model(folder, str(dtype).removeprefix("torch."))
+    share = RankShare(config.model, 1, 2)
+    model = load_share(folder, share, RankGroup(1, 2), dtype)
+    expected = whole.state_dict()
+    for name, weight in model.state_dict().items():
+        part = share.part(name)
+        wanted = expected[name] if part is None else part.of(expected[name])
+        assert torch.equal(weight, wanted), name
+        # a view of a whole weight in memory would keep all of it
+        assert weight.untyped_storage().nbytes() <= expected[name].untyped_storage().nbytes()
+    assert not model.training
+
+
+def test_int4_rows_whose_groups_would_be_split_are_refused(folder):
+    config = load_model(folder)[1].model
+    share = RankShare(config, 0, 2)
+    changed = feed_forward_changes("memory_plus", "moe", value_dim=96)
+    narrow = RankShare(tiny_config(**changed), 0, 2)
+    load_share(folder, share, RankGroup(0, 2), torch.float32, "int4")
+    with pytest.raises(ConfigError, match="tensor_parallel: 2 ranks would have 48 columns of int4"):
+        load_share(folder, narrow, RankGroup(0, 2), torch.float32, "int4")
+
+
+def test_weights_in_groups_are_widened_and_split(folder, tmp_path):
+    grouped = tmp_path / "int8"
+    assert main(["quantize", str(folder), str(grouped), "--weight-dtype", "int8"]) == 0
+    whole, config = load_model(grouped, "float32")
+    share, expected = RankShare(config.model, 1, 2), whole.state_dict()
+    model = load_share(grouped, share, RankGroup(1, 2), torch.float32)
+    for name, weight in model.state_dict().items():
+        part = share.part(name)
+        wanted = expected[name] if part is None else part.of(expected[name])
+        assert torch.equal(weight, wanted), name

@@ -1,0 +1,147 @@
+"""Loads the share of one tensor-parallel rank: its parts of the weights and of the value tables."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError
+from engine.executors.parallel.group import RankGroup
+from engine.executors.parallel.sharded_model import rank_model
+from engine.executors.parallel.shares import RankShare
+from engine.executors.parallel.tables import shared_table
+from engine.model.transformer import Transformer
+from memory_ops.row_formats import INT4_GROUP, RowRecords, record_columns
+from memory_ops.tables.device import DeviceTable
+from weights.checkpoints.checkpoint import open_checkpoint
+from weights.checkpoints.device_loading import OnBytes
+from weights.checkpoints.model_weights import dense_mapped_weights
+from weights.checkpoints.stored_groups import stored_formats
+from weights.checkpoints.table_files import (
+    RowLayout,
+    converted_parts,
+    requested_layout,
+    row_layout,
+)
+from weights.checkpoints.table_loading import allocated_rows, progress_bar
+from weights.checkpoints.tensor_files import StoredTensor
+
+
+def load_share(
+    folder: Path,
+    share: RankShare,
+    group: RankGroup,
+    dtype: torch.dtype,
+    table_dtype: str = "auto",
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+) -> Transformer:
+    """Load one rank's model, with its tables; no rank has the whole model in memory.
+
+    Embedding and head are whole on every rank: on a CPU, as mappings that ranks share if they are
+    stored in ``dtype``. Weights in groups are converted to ``dtype``, one layer at a time. Tables
+    are converted to ``table_dtype`` first, then split, so that every rank has the values that one
+    process would have.
+
+    Args:
+        folder: the checkpoint folder.
+        share, group: the rank.
+        dtype: dtype of the weights.
+        table_dtype: one of ``TABLE_DTYPES``, or auto, which keeps the stored dtype.
+        device: where the model runs.
+
+    Raises:
+        CheckpointError, ConfigError: as ``load_model``.
+    """
+    config, stored = open_checkpoint(folder)
+    tables = [stored.pop(name) for name in config.model.table_names]
+    layouts = {one.name: checked_layout(one, table_dtype, share) for one in tables}
+    model = rank_model(share, group)
+    with torch.device("meta"):
+        shapes = Transformer(config.model).state_dict()
+    inputs = {name: shapes[f"{name}.weight"].shape[1] for name in stored_formats(stored)}
+
+    def part(name: str, weight: Tensor) -> Tensor:
+        found = share.part(name)
+        return weight if found is None else found.of(weight)
+
+    weights = dense_mapped_weights(stored, dtype, inputs, part)
+    model.load_state_dict({name: one.to(device) for name, one in weights.items()}, assign=True)
+    model.rope_frequencies = model.rope_frequencies.to(device)
+    with progress_bar("tables", tables) as progress:
+        loaded = {}
+        for one in tables:
+            rows = _share_of_rows(one, layouts[one.name], share, progress.update)
+            loaded[one.name] = shared_table(DeviceTable(_moved(rows, device)), share, group)
+    model.attach_tables(loaded)
+    return model.eval().requires_grad_(False)
+
+
+def checked_layout(stored: StoredTensor, table_dtype: str, share: RankShare) -> RowLayout:
+    """The layout of a whole table in ``table_dtype``.
+
+    Raises:
+        CheckpointError: the file does not describe its rows.
+        ConfigError: rows cannot be converted, or split into ``share``'s columns.
+    """
+    layout = requested_layout(stored, None if table_dtype == "auto" else table_dtype)
+    columns = len(share.value_columns)
+    if share.table_sharding == "columns" and layout.name == "int4" and columns % INT4_GROUP:
+        raise ConfigError(
+            f"tensor_parallel: {share.size} ranks would have {columns} columns of int4 rows, whose"
+            f" groups have {INT4_GROUP}; use --table-sharding rows or fewer ranks"
+        )
+    return layout
+
+
+def _share_of_rows(
+    stored: StoredTensor, layout: RowLayout, share: RankShare, on_bytes: OnBytes
+) -> Tensor | RowRecords:
+    """This rank's rows, or its columns of all rows, in memory."""
+    value_dim = stored.shape[1] if layout.records is None else layout.records[1]
+    if share.table_sharding == "rows":
+        rows = share.table_rows
+        stored = _row_range(stored, rows)
+        layout = replace(layout, shape=(len(rows), *layout.shape[1:]))
+        columns = range(value_dim)
+    else:
+        columns = share.value_columns
+    shape = stored.shape[0], len(columns)
+    is_float = layout.records is None
+    made = replace(layout, shape=shape) if is_float else row_layout(layout.name, *shape)
+    target, first = allocated_rows(made, "device", stored.name), 0
+    row_bytes = stored.num_bytes // stored.shape[0]
+    for part in _parts(stored, layout, columns):
+        target[first : first + len(part)].copy_(part)
+        first += len(part)
+        on_bytes(row_bytes * len(part))
+    return made.table(target)
+
+
+def _parts(stored: StoredTensor, layout: RowLayout, columns: range) -> Iterator[Tensor]:
+    """Columns of all rows in order, in parts."""
+    for part in converted_parts(stored, layout):
+        if layout.records is None:
+            yield part[:, columns.start : columns.stop]
+        elif len(columns) == layout.records[1]:
+            yield part
+        else:
+            yield record_columns(RowRecords(part, *layout.records), columns).records_RB
+
+
+def _row_range(stored: StoredTensor, rows: range) -> StoredTensor:
+    """A table of some contiguous rows of a stored one."""
+    row_bytes = stored.num_bytes // stored.shape[0]
+    return replace(
+        stored,
+        shape=(len(rows), *stored.shape[1:]),
+        offset=stored.offset + rows.start * row_bytes,
+        num_bytes=len(rows) * row_bytes,
+    )
+
+
+def _moved(rows: Tensor | RowRecords, device: torch.device) -> Tensor | RowRecords:
+    if isinstance(rows, Tensor):
+        return rows.to(device)
+    return replace(rows, records_RB=rows.records_RB.to(device))

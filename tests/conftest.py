@@ -24,6 +24,8 @@ from weights.models.prepare import prepared_folder
 # profile "few"; `make test-slow` runs every property-based test again with the profile "many".
 settings.register_profile("few", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("many", settings.get_profile("few"), max_examples=100)
+# in the interpreter of Triton, where an example takes a second
+settings.register_profile("some", settings.get_profile("few"), max_examples=40)
 settings.load_profile("few")
 
 # (relative, absolute) by compute dtype: the defaults of torch.testing

@@ -35,7 +35,7 @@ def test_the_kernels_compiled(tmp_path):
 
 @pytest.mark.slow
 def test_more_cases_in_the_strict_interpreter(tmp_path):
-    options = ("-m", "slow or hypothesis", "--hypothesis-profile", "many")
+    options = ("-m", "slow or hypothesis", "--hypothesis-profile", "some")
     status, output = run_tests([FOLDER / "interpreted"], tmp_path, *options, TRITON_INTERPRET="1")
     assert status == 0, output
 

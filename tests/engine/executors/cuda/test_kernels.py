@@ -26,7 +26,7 @@ def test_in_the_strict_interpreter(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_more_cases_in_the_strict_interpreter(group, tmp_path):
-    options = ("-m", "slow or hypothesis", "--hypothesis-profile", "many")
+    options = ("-m", "slow or hypothesis", "--hypothesis-profile", "some")
     status, output = run_tests(INTERPRETED[group::GROUPS], tmp_path, *options, TRITON_INTERPRET="1")
     assert status == 0, output
 

@@ -111,6 +111,10 @@ class ModelWork:
         self._experts = _total(one for name, one in layers.items() if ".experts." in name)
         self._layers = _total(one for name, one in layers.items() if ".experts." not in name)
 
+    @property
+    def num_layers(self) -> int:
+        return self._config.num_layers
+
     def of(self, chunks: Iterable[Chunk], num_logits: int) -> StepWork:
         """The work of a step that runs ``chunks`` and computes ``num_logits`` rows of logits."""
         chunks = list(chunks)

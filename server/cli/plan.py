@@ -48,6 +48,8 @@ def add_plan(
 
 
 def _machine(options: PlanOptions, measure: Callable[[], MachineLimits]) -> Machine:
+    import torch  # takes a second
+
     memory = None if options.host_memory is None else size("host_memory", options.host_memory)
     if options.gpu is not None:
         assert memory is not None
@@ -55,11 +57,12 @@ def _machine(options: PlanOptions, measure: Callable[[], MachineLimits]) -> Mach
         return gpu_machine(options.gpu, gpu, options.gpus, memory, options.disk_reads)
     if memory is None:
         memory = available_memory().num_bytes
+    threads = torch.get_num_threads()  # --threads, or those of this machine
     if options.gb_per_s is not None and options.tflops is not None:
         # products of 8-bit integers are twice as fast where processors have them at all
         limits = MachineLimits(options.gb_per_s, 1e3 * options.tflops, 2e3 * options.tflops)
-        return Machine("a CPU", memory, limits, options.disk_reads)
-    return Machine("this machine", memory, measure(), options.disk_reads)
+        return Machine("a CPU", memory, limits, options.disk_reads, threads=threads)
+    return Machine("this machine", memory, measure(), options.disk_reads, threads=threads)
 
 
 def _gpu(name: str, options: PlanOptions) -> Gpu:

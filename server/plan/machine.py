@@ -42,6 +42,7 @@ class Machine:
         disk_reads_per_s: random reads of one table row.
         device_memory: bytes of all GPUs together; None if the CPU computes.
         bus_gb_per_s: bandwidth of all GPUs together to pinned host memory.
+        threads: threads of the CPU that computes; 0 with a GPU.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Machine:
     disk_reads_per_s: float
     device_memory: int | None = None
     bus_gb_per_s: float = 0.0
+    threads: int = 0
 
 
 def gpu_machine(

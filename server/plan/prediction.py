@@ -7,6 +7,7 @@ from engine.model.step_work import Chunk
 from server.plan.machine import Machine
 from server.plan.options import Load, PlanOptions
 from server.plan.planned_model import PlannedModel
+from server.plan.step_time import step_seconds
 
 # of a GPU's memory, as --gpu-memory-utilization; of the host's, which others use too
 _USABLE = 0.9
@@ -95,7 +96,14 @@ def _seconds(
     the disk tier come over the bus from the cache in host memory too.
     """
     tokens = sum(chunk.count for chunk in chunks)
-    seconds = model.work.seconds_in_turn(chunks, num_logits, machine.limits) / options.efficiency
+    seconds = step_seconds(
+        model.work,
+        machine.limits,
+        chunks,
+        num_logits,
+        efficiency=options.efficiency,
+        threads=machine.threads,
+    )
     if tier == "device" or not model.row_bytes:
         return seconds
     row_bytes = model.work.table_bytes(tokens)

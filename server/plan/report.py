@@ -60,6 +60,8 @@ def _table(model: PlannedModel) -> str:
 def _machine(machine: Machine) -> str:
     limits = machine.limits
     products = f"{limits.gflops / 1e3:.2f} TFLOP/s"
+    if machine.threads:
+        products += f" with {machine.threads} thread{'s' if machine.threads > 1 else ''}"
     if limits.integer_gops:
         products += f", {limits.integer_gops / 1e3:.2f} TOP/s of integers"
     host = f"{size_text(machine.host_memory)} of host memory"

@@ -21,7 +21,7 @@ def test_a_machine_that_is_not_there(capsys):
     assert capsys.readouterr().out.endswith("nothing fits\n")
     main(["plan", MEMORY_8B, "--host-memory", "1TiB", "--gb-per-s", "300", "--tflops", "20"])
     out = capsys.readouterr().out
-    assert "1.00 TiB of host memory at 300.0 GB/s, 20.00 TFLOP/s" in out
+    assert "1.00 TiB of host memory at 300.0 GB/s, 20.00 TFLOP/s with " in out
     assert [line.split()[0] for line in out.splitlines()[-4:-2]] == ["device", "disk"]
 
 

@@ -11,6 +11,8 @@ from memory_ops.tables.streams import StreamPair
 from tests.memory_ops.fake_streams import FakeDevice, HostCaller
 from tests.models import feed_forward_changes, random_model, tiny_config
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 7
 
 

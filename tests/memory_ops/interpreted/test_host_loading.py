@@ -19,6 +19,8 @@ from weights.checkpoints.host_tables import load_host_tables
 from weights.checkpoints.table_loading import table_layouts
 from weights.errors import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 CPU, META = torch.device("cpu"), torch.device("meta")
 TOKENS = 7
 KINDS = ("memory_plus", "peer")
@@ -65,8 +67,8 @@ def loaded(folder, size, dtype="auto", **options):
     [
         ("auto", 128),
         ("int8", 64),
-        pytest.param("bfloat16", 64, marks=pytest.mark.slow),
-        pytest.param("int4", 128, marks=pytest.mark.slow),
+        ("bfloat16", 64),
+        ("int4", 128),
     ],
 )
 def test_a_model_reads_loaded_tables_through_its_cache(folder, locked, dtype, row_bytes):

@@ -15,13 +15,12 @@ from memory_ops.triton_kernels.sort_rows import KEY_FACTOR, sort_rows
 from tests.memory_ops.row_cache_model import CacheModel
 from tests.memory_ops.table_kinds import KINDS, num_rows, rows_of, table_of, vast_table
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 # a few ids that repeat, and some of any size
 row_ids = st.integers(0, 9) | st.integers(0, 2**62)
 calls = st.tuples(st.booleans(), st.lists(row_ids, min_size=1, max_size=20))
-
-FAST_KINDS = ("fp32", "int8")
-SLOW_KINDS = [pytest.param(one, marks=pytest.mark.slow) for one in KINDS if one not in FAST_KINDS]
 
 
 def state_of(model: CacheModel) -> tuple[Tensor, Tensor]:
@@ -110,8 +109,8 @@ def gathered(cache: RowCache, rows: Tensor, weights: Tensor, width: int, layer: 
     return out
 
 
-@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 99])
-@pytest.mark.parametrize("kind", [*FAST_KINDS, *SLOW_KINDS])
+@pytest.mark.parametrize("width", [1, 99])
+@pytest.mark.parametrize("kind", KINDS)
 def test_lookups_equal_those_of_the_table_bit_for_bit(kind, width):
     table = table_of(kind, torch.randn(30, width))
     cache = cache_of(table)

@@ -18,6 +18,8 @@ __all__ = ["config", "texts"]
 SMALL = ("data.sequence_length=12", "run.tokens_per_step=24", "run.passes_per_step=2")
 HOST = "run.table_tier=host"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +34,6 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_plan, "check_table_tier", lambda *_: None)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("fake_gpu")
 def test_fifty_steps_follow_the_losses_of_the_cpu(config, tmp_path, monkeypatch):
     changes = ("data.sequence_length=8", "run.tokens_per_step=16", "run.steps=50")
@@ -48,9 +49,7 @@ def test_fifty_steps_follow_the_losses_of_the_cpu(config, tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("fake_gpu")
-@pytest.mark.parametrize(
-    "change", [(), pytest.param(("optimizer.row_wise=true",), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("change", [(), ("optimizer.row_wise=true",)])
 def test_a_run_resumes_bit_for_bit_in_the_other_tier(config, tmp_path, change):
     made = partial(config, *SMALL, *change, "run.steps=4", "run.checkpoint_every=2")
     run(made(), tmp_path / "whole")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def busy_loops(count: int) -> Iterator[None]:
-    """Run ``count`` endless loops in processes of their own until the block ends."""
+    """Run ``count`` endless loops in separate processes until the block ends."""
     command = [sys.executable, "-c", "while True: pass"]
     loops = [subprocess.Popen(command) for _ in range(count)]
     try:

@@ -44,7 +44,8 @@ class Result:
 
     ``tokens`` counts one round. ``limit_ms`` is the roofline: the least time of a step at this
     bandwidth and product rates, which are measured between the rounds. ``planned_tokens_per_s`` is
-    the prediction of ``memplus plan`` with these limits.
+    the prediction of ``memplus plan`` with these limits; None if a table is not on the device,
+    because it leaves out reads of rows from host memory or disk.
     """
 
     phase: str
@@ -54,7 +55,7 @@ class Result:
     ms_per_step: float
     limit_ms: float
     roofline_share: float
-    planned_tokens_per_s: float
+    planned_tokens_per_s: float | None
     bandwidth_gb_per_s: float
     product_gflops: float
     integer_gops: float
@@ -94,7 +95,8 @@ def measure(
         limits = LimitMeter(dtype, with_integers=has_integers).measure
     else:
         limits = partial(gpu_limits, dtype, device)
-    benchmark = _Benchmark(load, rounds, work, limits)
+    is_planned = all(table.tier == "device" for table in engine.memory_report())
+    benchmark = _Benchmark(load, rounds, work, limits, is_planned=is_planned)
     print(f"{model.model}, {dtype}, {device}, medians of {load.rounds} rounds")
     if text is not None:
         _print_perplexity(engine, settings.folder.folder, text)
@@ -139,10 +141,11 @@ def _work(settings: EngineSettings, device: torch.device) -> tuple[ModelWork, to
 
 
 def _line(result: Result) -> str:
+    planned = result.planned_tokens_per_s
     return (
         f"{result.phase:<7} {result.batch:>6} {result.tokens:>7} {result.tokens_per_s:>9.1f}"
         f" {result.ms_per_step:>9.3f} {result.limit_ms:>9.3f} {result.roofline_share:>6.2f}"
-        f" {result.planned_tokens_per_s:>8.1f}"
+        f" {'-' if planned is None else f'{planned:.1f}':>8}"
         f" {result.bandwidth_gb_per_s:>7.1f} {result.product_gflops:>8.1f}"
         f" {f'{result.integer_gops:.0f}' if result.integer_gops else '-':>7}"
     )
@@ -155,11 +158,14 @@ class _Benchmark:
         rounds: EngineRounds,
         work: ModelWork,
         measure_limits: Callable[[], MachineLimits],
+        *,
+        is_planned: bool,
     ) -> None:
         self._load = load
         self._rounds = rounds
         self._work = work
         self._measure_limits = measure_limits
+        self._is_planned = is_planned
 
     def results(self) -> Iterator[Result]:
         """Time all prompt lengths, then all batches."""
@@ -204,7 +210,7 @@ class _Benchmark:
             ms_per_step=seconds / len(steps) * 1e3,
             limit_ms=least / len(steps) * 1e3,
             roofline_share=least / seconds,
-            planned_tokens_per_s=tokens / planned * EFFICIENCY,
+            planned_tokens_per_s=tokens / planned * EFFICIENCY if self._is_planned else None,
             bandwidth_gb_per_s=median_limits.gb_per_s,
             product_gflops=median_limits.gflops,
             integer_gops=median_limits.integer_gops,

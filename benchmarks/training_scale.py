@@ -41,7 +41,7 @@ CPU_SCALE = TrainingScale(
     peer_width=256,
     tokens=1024,
 )
-# 373 million weights, of the size that "Memory Layers at Scale" (arXiv 2412.09764) calls 373m
+# the size that "Memory Layers at Scale" (arXiv 2412.09764) calls 373m
 _DENSE = ModelConfig(
     vocab_size=32_000,
     hidden_size=1024,

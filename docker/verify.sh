@@ -69,7 +69,7 @@ read_rows() {
         --table-cache 1MiB 2>"$work/log" || fail "generate: $(cat "$work/log")"
 }
 
-# the load runs in a container of its own, which outlives the server and shares its network
+# the load runs in a separate container, which outlives the server and shares its network
 terminate_under_load() {
     call run --rm --interactive --no-healthcheck --ulimit nofile=8192:8192 --ulimit nproc=8192:8192 \
         --network "container:$server" --entrypoint python3 $IMAGE - "http://127.0.0.1:$PORT" \
@@ -166,7 +166,7 @@ build_docker() {
 build_podman() {
     local base=localhost/memplus-verify-base
     podman image exists $base || make_base $base
-    # Docker's format, because the OCI format has no health check; chroot needs no network of its own
+    # Docker's format, because the OCI format has no health check; chroot needs no separate network
     export BUILDAH_FORMAT=docker BUILDAH_ISOLATION=chroot
     repeat "$work/build.log" podman build --pull-never --layers --file docker/Dockerfile \
         --tag $IMAGE --build-arg BASE=$base "${build_arguments[@]}" .

@@ -2,14 +2,17 @@
 
     python examples/write_texts.py texts
 
-writes ``texts/python`` and ``texts/memplus``, one ``.txt`` file per document. Every tenth
-document goes to ``texts/python-held-out`` and ``texts/memplus-held-out``, to score models on.
+writes ``texts/python`` and ``texts/memplus``, one ``.txt`` file per document. A tenth of the
+documents goes to ``texts/python-held-out`` and ``texts/memplus-held-out``, to score models on. The
+name of a document decides, so it is held out by every version of the texts, or by none. A second
+run replaces the texts of the first.
 """
 
 import argparse
 import ast
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -34,15 +37,35 @@ def main() -> None:
 
 
 def write(folder: Path, kind: str, documents: dict[str, str]) -> None:
-    """Write each document into a file of its name, and hold out every tenth."""
-    names = list(documents)
-    held_out = {name: documents[name] for name in names[_HELD_OUT - 1 :: _HELD_OUT]}
-    trained = {name: documents[name] for name in names if name not in held_out}
-    for place, part in ((folder / kind, trained), (folder / f"{kind}-held-out", held_out)):
+    """Write each document into a file of its name, and hold out a tenth of them.
+
+    Texts of an earlier run are deleted, or one could be in the other folder now. SystemExit: a
+    folder has files that this script did not write.
+    """
+    held_out = {name: text for name, text in documents.items() if is_held_out(name)}
+    trained = {name: text for name, text in documents.items() if name not in held_out}
+    parts = {folder / kind: trained, folder / f"{kind}-held-out": held_out}
+    for place in parts:
         place.mkdir(parents=True, exist_ok=True)
+        if any(place.iterdir()) and not _mark(place).exists():
+            raise SystemExit(f"{place}: has files that this script did not write; delete it")
+    for place, part in parts.items():
+        _mark(place).touch()
+        for old in place.glob("*.txt"):
+            old.unlink()
         for name, text in part.items():
             (place / f"{name}.txt").write_text(text, encoding="utf-8")
         print(f"{place}: {len(part)} documents of {sum(map(len, part.values())):,} characters")
+
+
+def _mark(place: Path) -> Path:
+    """The empty file next to a folder that says that this script wrote the folder."""
+    return place.parent / f".{place.name}-written"
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a document is held out; a tenth of all names are."""
+    return zlib.crc32(name.encode()) % _HELD_OUT == 0
 
 
 def docstrings(library: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from memory_ops.patches.token_patches import TokenPatches
 from memory_ops.row_formats import RowRecords
@@ -56,6 +57,16 @@ def check_no_gradient(name: str, operand: Tensor, place: str) -> None:
     """Raise ValueError if an operand needs a gradient; ``place`` says where the table is."""
     if operand.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: tables {place} do not support gradients")
+
+
+def reject_tangents(*operands: Table) -> None:
+    """Raise RuntimeError if an operand has a tangent, of a forward-mode derivative."""
+    # torch's custom operators silently drop the tangents of tensors that need no gradient
+    for operand in operands:
+        if isinstance(operand, RowRecords):
+            continue
+        if forward_ad.unpack_dual(operand).tangent is not None:  # type: ignore[no-untyped-call]
+            raise RuntimeError("memory_ops: forward-mode derivatives are not supported")
 
 
 def check_vectors(table: Table, rows_THK: Tensor, x_TV: Tensor) -> None:

@@ -2,6 +2,12 @@
 
 A value table is three operands here: a tensor of values or records, the row format ("" for
 values), and V.
+
+The operators check no operand: ``operations`` checks them before, once a call. torch may call an
+operator again with operands of its derivatives or of a traced graph, which were checked there.
+
+Letters: T tokens, H heads, N subkeys per half, K rows per head, R rows of V values, U distinct
+rows.
 """
 
 from typing import Any, cast
@@ -33,6 +39,11 @@ def _sum_dtype(table: Tensor, row_format: str) -> torch.dtype:
 
 @torch.library.custom_op("memplus::product_topk", mutates_args=())
 def product_topk(half_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """``operations.product_topk`` without checks.
+
+    Takes fp32 or fp64 scores ``[T, H, 2, N]`` and K. Returns row ids int64 ``[T, H, K]``, and
+    weights ``[T, H, K]`` in the scores' dtype.
+    """
     return backends.for_topk(half_scores, top_k).product_topk(half_scores, top_k)
 
 
@@ -47,6 +58,12 @@ def _(half_scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def gather_rows(
     table: Tensor, row_format: str, value_dim: int, rows: Tensor, weights: Tensor
 ) -> Tensor:
+    """``operations.gather_rows`` without checks.
+
+    Takes values ``[R, V]`` in a floating dtype, or uint8 records ``[R, B]`` of B bytes; row ids
+    int64 ``[T, H, K]``; and floating weights ``[T, H, K]``. Returns sums ``[T, V]`` in fp32 (fp64
+    for fp64 values).
+    """
     value_table = _from_operands(table, row_format, value_dim)
     return backends.for_table(value_table, weights).gather_rows(value_table, rows, weights)
 
@@ -59,6 +76,12 @@ def _(table: Tensor, row_format: str, value_dim: int, rows: Tensor, weights: Ten
 
 @torch.library.custom_op("memplus::row_dots", mutates_args=())
 def row_dots(table: Tensor, row_format: str, value_dim: int, rows: Tensor, x: Tensor) -> Tensor:
+    """``operations.row_dots`` without checks.
+
+    Takes values ``[R, V]`` in a floating dtype, or uint8 records ``[R, B]`` of B bytes; row ids
+    int64 ``[T, H, K]``; and floating vectors ``[T, V]``. Returns products ``[T, H, K]`` in fp32
+    (fp64 for fp64 values).
+    """
     value_table = _from_operands(table, row_format, value_dim)
     return backends.for_table(value_table, x).row_dots(value_table, rows, x)
 
@@ -70,6 +93,12 @@ def _(table: Tensor, row_format: str, value_dim: int, rows: Tensor, x: Tensor) -
 
 @torch.library.custom_op("memplus::row_gradients", mutates_args=())
 def row_gradients(rows: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """``operations.row_gradients`` without checks.
+
+    Takes row ids int64 ``[T, H, K]``, floating weights ``[T, H, K]`` and gradients ``[T, V]``.
+    Returns the rows read, int64 ``[U]``, and their gradients ``[U, V]`` in fp32 (fp64 for an fp64
+    gradient).
+    """
     return backends.for_gradients(weights, grad).row_gradients(rows, weights, grad)
 
 

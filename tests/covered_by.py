@@ -97,6 +97,7 @@ COVERED_BY = {
     "engine/scheduling/step_plan.py": "engine/scheduling/test_batching.py",
     "memory_ops/backends.py": "memory_ops/test_operations.py",
     "memory_ops/checks.py": "memory_ops/test_operations.py",
+    "memory_ops/training_operations.py": "memory_ops/test_operations.py",
     "memory_ops/native/backend.py": "memory_ops/test_row_gradients.py",
     "memory_ops/native/disk_rows.py": "memory_ops/tables/test_disk.py",
     "memory_ops/native/row_fetcher.py": "memory_ops/tables/test_disk.py",

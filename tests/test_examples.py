@@ -1,7 +1,9 @@
-"""The training configs of examples/: their plans, and short runs on texts of their own."""
+"""The training configs of examples/: their plans, and short runs on small texts."""
 
 import importlib.util
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,6 @@ import torch
 
 from engine.model.flops import forward_flops
 from server.cli.main import main
-from weights.available_memory import AvailableMemory
-from weights.training import run_plan
 from weights.training.new_model import model_config
 from weights.training.run_folder import saved_states
 from weights.training.train_config import read_train_config
@@ -46,9 +46,34 @@ def texts(write_texts, tmp_path):
     assert "".join(sections.values()) == page and sections["page-07"] == "## 6\n\nThe number 6\n"
     write_texts.write(tmp_path / TEXTS, "python", documents)
     write_texts.write(tmp_path / TEXTS, "memplus", sections)
-    counts = {one.name: len(list(one.iterdir())) for one in (tmp_path / TEXTS).iterdir()}
-    assert counts == {"python": 36, "python-held-out": 4, "memplus": 23, "memplus-held-out": 2}
+    counts = {kind: len(names) for kind, names in written(tmp_path / TEXTS).items()}
+    assert counts == {"python": 37, "python-held-out": 3, "memplus": 24, "memplus-held-out": 1}
     return tmp_path / TEXTS
+
+
+def written(folder):
+    """The names of the texts in each folder."""
+    folders = [one for one in folder.iterdir() if one.is_dir()]
+    return {one.name: {text.name for text in one.iterdir()} for one in folders}
+
+
+def test_no_text_is_in_both_folders_after_a_second_write(write_texts, tmp_path):
+    documents = {f"m{number}": "A text." for number in range(40)}
+    write_texts.write(tmp_path, "python", documents)
+    del documents["m34"], documents["m7"]
+    write_texts.write(tmp_path, "python", {"first": "A text.", **documents})
+    texts = written(tmp_path)
+    assert texts["python-held-out"] == {"m5.txt", "m35.txt"}
+    names = {"first.txt", *(f"{name}.txt" for name in documents)}
+    assert texts["python"] == names - texts["python-held-out"]
+
+
+def test_texts_of_others_are_not_deleted(write_texts, tmp_path):
+    (tmp_path / "python-held-out").mkdir()
+    (tmp_path / "python-held-out" / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="python-held-out: has files that this script did not"):
+        write_texts.write(tmp_path, "python", {"m1": "A text."})
+    assert written(tmp_path) == {"python": set(), "python-held-out": {"mine.txt"}}
 
 
 def test_every_example_is_in_the_readme():
@@ -61,7 +86,9 @@ def test_every_example_is_in_the_readme():
 def test_dense_and_memory_plus_differ_only_in_the_memory():
     dense, memory = (read_train_config(EXAMPLES / f"{name}.toml") for name in TRAINED[:2])
     assert dense.data == memory.data and dense.run == memory.run
-    assert {key: memory.model[key] for key in dense.model} == dense.model
+    assert {key: value for key, value in memory.model.items() if key != "memory"} == dense.model
+    # only the table has this learning rate
+    assert replace(memory.optimizer, table_lr=dense.optimizer.table_lr) == dense.optimizer
     totals = [
         sum(forward_flops(model_config(one.model, 4096), 50).values()) for one in (dense, memory)
     ]
@@ -73,10 +100,16 @@ def test_the_large_example_has_a_plan_without_a_gpu(texts, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     # the machine of a test has less than the disk that two checkpoints need
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2**36))
-    monkeypatch.setattr(run_plan, "available_memory", lambda: AvailableMemory(2**36, "as said"))
-    assert main(["train", str(EXAMPLES / "h100.toml"), "--out", "run", "--plan"]) == 0
+    config = EXAMPLES / "h100.toml"
+    assert main(["train", str(config), "--out", "run", "--plan"]) == 0
     said = capsys.readouterr().out
     assert "there is no CUDA device here" in said and "table rows 4.00 GiB" in said
+    # the card is one of 80 GB, and the file says what a checkpoint takes
+    (memory,) = re.findall(r"and about ([\d.]+) GiB", said)
+    (checkpoint,) = re.findall(r"\(2 of ([\d.]+) GiB\)", said)
+    assert float(memory) * 2**30 < 80e9
+    (claimed,) = re.findall(r"a checkpoint takes about (\d+) GB", config.read_text())
+    assert round(float(checkpoint) * 2**30 / 1e9) == int(claimed)
     assert not Path("run").exists()
 
 

@@ -10,7 +10,8 @@ from benchmarks.busy_loops import busy_loops
 from benchmarks.train_runs.step_parts import part_shares
 from weights.training.trainer import StepReport
 
-ALONE, NEXT_TO_ONE, PROFILED = "alone", "next to one", "profiled"
+# the machine as it is, and with a busy process next to the run
+QUIET, BUSY, PROFILED = "quiet", "busy", "profiled"
 # steps that allocate memory and start threads
 _WARM_UP = "warm-up"
 _WARM_UP_STEPS = 3
@@ -29,7 +30,7 @@ class MeasuredSteps:
 
     def __init__(self, rounds: int, steps: int) -> None:
         """Plan ``rounds`` phases of each kind, in turn, and one profiled phase."""
-        kinds = [kind for _ in range(rounds) for kind in (ALONE, NEXT_TO_ONE)] + [PROFILED]
+        kinds = [kind for _ in range(rounds) for kind in (QUIET, BUSY)] + [PROFILED]
         self._phases = [(_WARM_UP, True)] * _WARM_UP_STEPS
         for kind in kinds:
             self._phases += [(kind, False), *[(kind, True)] * steps]
@@ -78,7 +79,7 @@ class MeasuredSteps:
         if kind != self._kind:
             self.close()
             self._kind = kind
-            if kind == NEXT_TO_ONE:
+            if kind == BUSY:
                 self._open.enter_context(busy_loops(1))
         if kind == PROFILED and is_timed and self._profile is None:
             self._profile = profile(activities=[ProfilerActivity.CPU])

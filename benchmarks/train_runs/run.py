@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.train_runs.measured_steps import (
-    ALONE,
-    NEXT_TO_ONE,
+    BUSY,
+    QUIET,
     AllMeasured,
     MeasuredSteps,
 )
@@ -28,9 +28,9 @@ class Result:
     """One line of the table, one object of the JSON file.
 
     Attributes:
-        config: name of the config file.
+        config: the config file, as it was named; of the defaults, its place in the repository.
         tokens_per_step: tokens of a step.
-        alone_tokens_per_s: median over the timed steps on the machine as it is.
+        quiet_tokens_per_s: median over the timed steps on the machine as it is.
         busy_tokens_per_s: median over the timed steps next to a busy process.
         products: share of matrix products in profiled steps, attention's excluded.
         attention: share of attention.
@@ -42,7 +42,7 @@ class Result:
 
     config: str
     tokens_per_step: int
-    alone_tokens_per_s: float
+    quiet_tokens_per_s: float
     busy_tokens_per_s: float
     products: float
     attention: float
@@ -65,22 +65,25 @@ def measure(configs: Sequence[Path], rounds: int, steps: int, json_file: Path | 
     for name, value in (("rounds", rounds), ("steps", steps)):
         if value < 1:
             raise ConfigError(f"{name}: must be at least 1, not {value}")
-    read = [(file, _config(file)) for file in configs or _examples()]
-    print(f"{'config':<16} {ALONE:>9} {NEXT_TO_ONE:>12}  {'  '.join(PARTS)}")
+    files = [(str(file), file) for file in configs] or _examples()
+    read = [(name, _config(file)) for name, file in files]
+    width = max(len(name) for name, _ in files)
+    print(f"{'config':<{width}} {QUIET:>9} {BUSY:>9}  {'  '.join(PARTS)}")
     results: list[Result] = []
-    for file, config in read:
-        one = _measured(file.name, config, MeasuredSteps(rounds, steps))
+    for name, config in read:
+        one = _measured(name, config, MeasuredSteps(rounds, steps))
         results.append(one)
         shares = "  ".join(f"{getattr(one, part):>{len(part)}.1%}" for part in PARTS)
-        speeds = f"{one.alone_tokens_per_s:>9,.0f} {one.busy_tokens_per_s:>12,.0f}"
-        print(f"{one.config:<16} {speeds}  {shares}")
+        speeds = f"{one.quiet_tokens_per_s:>9,.0f} {one.busy_tokens_per_s:>9,.0f}"
+        print(f"{one.config:<{width}} {speeds}  {shares}")
         if json_file is not None:
             json_file.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
 
 
-def _examples() -> list[Path]:
-    files = [EXAMPLES / f"{name}.toml" for name in _DEFAULTS]
-    if not all(file.exists() for file in files):
+def _examples() -> list[tuple[str, Path]]:
+    """The default configs, each with its place in the repository."""
+    files = [(f"examples/{name}.toml", EXAMPLES / f"{name}.toml") for name in _DEFAULTS]
+    if not all(file.exists() for _, file in files):
         raise ConfigError(f"configs: {EXAMPLES} has no examples; name the files to measure")
     return files
 
@@ -100,7 +103,8 @@ def _measured(name: str, config: TrainConfig, steps: MeasuredSteps) -> Result:
     last = steps.count + 1
     run = replace(run, steps=last, evaluate_every=last, checkpoint_every=last)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(replace(config, run=run), Path(folder) / "run", resume=False)
+        settings = replace(config, run=run)
+        trainer = Trainer(settings, Path(folder) / "run", resume=False, checks_disk=False)
         try:
             trainer.run(lambda report: steps.on_step(report, run.tokens_per_step))
         except AllMeasured:
@@ -108,4 +112,4 @@ def _measured(name: str, config: TrainConfig, steps: MeasuredSteps) -> Result:
         finally:
             steps.close()
     speeds = steps.tokens_per_s
-    return Result(name, run.tokens_per_step, speeds[ALONE], speeds[NEXT_TO_ONE], **steps.shares())
+    return Result(name, run.tokens_per_step, speeds[QUIET], speeds[BUSY], **steps.shares())

@@ -16,12 +16,19 @@ class SplitRule:
     Attributes:
         counts: (minimum tokens of a step, micro-batches), the most tokens first.
         least_fraction: minimum fraction of a step's rows that are fetched.
-        least_rows: minimum number of rows that a step fetches.
+        least_rows: minimum number of rows whose fetches overlap other layers, for each micro-batch
+            after the first.
+        most_references: rows, repeats included, that a lookup of one micro-batch fetches while
+            other layers run; it fetches the rest while nothing runs. None: there is no limit.
+        needs_slots: whether the lookups of all micro-batches are in flight together, so that the
+            rows that one layer reads must fit in the table's slots.
     """
 
     counts: tuple[tuple[int, int], ...]
     least_fraction: float = 0.0
     least_rows: float = 0.0
+    most_references: int | None = None
+    needs_slots: bool = False
 
     def most(self, num_tokens: int) -> int:
         """The number of micro-batches of a step of this many tokens that fetches enough rows."""
@@ -41,7 +48,7 @@ class MicroBatchCount:
     """Decides for each step of a model whether it is split."""
 
     def __init__(self, memories: Sequence[ReadingMemory], rule: SplitRule) -> None:
-        self._rule = rule
+        self._rule, self._memories = rule, memories
         tables = [table for memory in memories for table in memory.tables]
         capacities = [table.fetched_capacity or 0 for table in tables]
         self._tables = {id(table): table for table in tables}.values()
@@ -59,18 +66,21 @@ class MicroBatchCount:
 
     def most(self, num_tokens: int) -> int:
         """The number of micro-batches if all rows were fetched; see ``of``."""
-        # all rows of the step must fit, or a micro-batch could find no slot while others wait
-        if not 0 < min(num_tokens * self._layer_rows, self._num_rows) <= self._capacity:
+        if not self._capacity:
+            return 1
+        layer_rows = min(num_tokens * self._layer_rows, self._num_rows)
+        # a micro-batch could find no slot while others wait
+        if self._rule.needs_slots and layer_rows > self._capacity:
             return 1
         return self._rule.most(num_tokens)
 
     def of(self, num_tokens: int) -> int:
         """The number of micro-batches for the next step; 1 if more would not be faster."""
-        fraction, rule = self._fetched_fraction, self._rule
-        num_fetched = fraction * num_tokens * self._token_rows
-        if fraction < rule.least_fraction or num_fetched < rule.least_rows:
+        fraction, rule, count = self._fetched_fraction, self._rule, self.most(num_tokens)
+        num_hidden = fraction * self._overlapping_rows(num_tokens, count)
+        if fraction < rule.least_fraction or num_hidden < (count - 1) * rule.least_rows:
             return 1
-        return self.most(num_tokens)
+        return count
 
     @contextmanager
     def watched(self, num_tokens: int) -> Iterator[None]:
@@ -81,7 +91,20 @@ class MicroBatchCount:
         before = self._statistics()
         yield
         step = self._statistics().since(before)
-        self._fetched_fraction = (step.misses + step.late) / max(1, step.requested_rows)
+        # padding requests rows too, but of these it misses none
+        self._fetched_fraction = (step.misses + step.late) / (num_tokens * self._token_rows)
+
+    def _overlapping_rows(self, num_tokens: int, count: int) -> int:
+        """Rows that a step of ``count`` micro-batches requests while other layers run."""
+        most = self._rule.most_references
+        if most is None:
+            return num_tokens * self._token_rows
+        return sum(
+            min(num_tokens, count * (most // memory.num_references))
+            * memory.num_references
+            * len(memory.tables)
+            for memory in self._memories
+        )
 
     def _statistics(self) -> TableStatistics:
         return TableStatistics.sum(

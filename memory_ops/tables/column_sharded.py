@@ -75,7 +75,7 @@ class ColumnShardedTable(ShardedTable):
         return self.exchange.gather_parts(part_THK)
 
     def _own_columns(self, values_TV: Tensor, lengths: list[int]) -> Tensor:
-        """This process's columns of the vectors of all tokens, from all columns of its own."""
+        """This process's columns of the vectors of all tokens, from all columns of its tokens."""
         shapes = [(length, self.shard.size) for length in lengths]
         return torch.cat(
             self.exchange.swap(torch.split(values_TV, self.shard.sizes, dim=1), shapes)

@@ -1,8 +1,8 @@
 """The disk tier of a GPU: row caches in the GPU's memory and in host memory, in front of a file.
 
 All calls must use one stream, which orders lookups, so there is no side stream. The host waits once
-in each lookup, for the row ids; see ``staged_rows``. The kernels that the caller launches between
-``start`` and ``finish`` run while the host waits and reads.
+in each part of a lookup, for the row ids; see ``staged_rows``. The kernels that the caller launches
+between ``start`` and ``finish`` run while the host waits for the first part and reads its rows.
 
 A CUDA graph can capture lookups and hints only in pieces, between which the host works: see
 ``HostCalls.capture``. Call ``recover`` before each step.

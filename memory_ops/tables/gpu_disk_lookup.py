@@ -68,7 +68,11 @@ class StagedParts:
 
 
 class GpuDiskLookup:
-    """A lookup in flight. Call ``finish`` once."""
+    """A lookup in flight. Call ``finish`` once.
+
+    The start places the first part alone: one part fills the cache's overflow rows. So only the
+    fetches of the first part overlap what the caller launches before ``finish``.
+    """
 
     def __init__(
         self, staged: StagedParts, parts: list[slice], read: ReadPart, result: Tensor

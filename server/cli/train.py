@@ -8,6 +8,7 @@ trains one model with 2 processes.
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -149,7 +150,7 @@ def _finish(
             print("\n".join(map(str, written)))
             if len(written) == 1:
                 print("curves: not drawn; run `pip install matplotlib`, then this command --resume")
-            print(f"to serve the model: memplus serve --model {folder}")
+            print(f"to serve the model: memplus serve --model {shlex.quote(str(folder))}")
         return 0
     if not stopped_by:  # a signal stopped another process
         return 1

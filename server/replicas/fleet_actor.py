@@ -85,7 +85,7 @@ class FleetActor:
                 await asyncio.to_thread(serve.status)
             ).applications.keys()
             if self._application not in applications:
-                # an exit of its own would make Ray start it again
+                # an exit here would make Ray start it again
                 ray.kill(ray.get_runtime_context().current_actor)
 
 

@@ -97,7 +97,7 @@ class PatchFleet:
         """Add a replica; returns ``changes``, which it must make before it answers requests.
 
         Args:
-            replica: a name of its own.
+            replica: a unique name.
             initial: the names of its ``--patch``.
             held: the patches of a replica that has answered requests already. The first such
                 replica of a new fleet decides the changes: an earlier fleet was lost.

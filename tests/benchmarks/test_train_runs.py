@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.train_runs import measured_steps, run
-from benchmarks.train_runs.measured_steps import ALONE, NEXT_TO_ONE, AllMeasured, MeasuredSteps
+from benchmarks.train_runs.measured_steps import BUSY, QUIET, AllMeasured, MeasuredSteps
 from benchmarks.train_runs.step_parts import PARTS, part_shares
 from server.cli.main import main
 from tests.small_runs import CONFIG, MEMORY
@@ -63,7 +64,7 @@ def test_phases_take_turns_and_medians_leave_out_their_first_steps(monkeypatch):
         for speed in speeds:
             assert steps.on_step(SimpleNamespace(tokens_per_s=speed), num_tokens=100)
     assert opened == ["busy", "alone", "busy", "alone", "profile", "end"]
-    assert steps.tokens_per_s[ALONE] == 15 and steps.tokens_per_s[NEXT_TO_ONE] == 5
+    assert steps.tokens_per_s[QUIET] == 15 and steps.tokens_per_s[BUSY] == 5
     assert steps.shares()["products"] == 0.25  # 0.5 of 2 seconds
 
 
@@ -80,7 +81,9 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_is_measured_and_its_shares_add_up(tmp_path, capsys):
+def test_a_run_is_measured_and_its_shares_add_up(tmp_path, capsys, monkeypatch):
+    # it writes no checkpoint, so it needs no disk for one
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
     texts, file, results = (tmp_path / name for name in ("a.txt", "train.toml", "r.json"))
     words = ["red", "green", "blue", "one", "two", "three"]
     texts.write_text("\n".join(f"{a} {b} makes {b} {a}" for a in words for b in words))
@@ -89,8 +92,9 @@ def test_a_run_is_measured_and_its_shares_add_up(tmp_path, capsys):
     rounds = ["--rounds", "1", "--steps", "1", "--json", str(results)]
     assert main(["bench", "train-run", str(file), *rounds]) == 0
     (found,) = json.loads(results.read_text())
-    assert found["config"] == "train.toml" and found["tokens_per_step"] == 128
+    assert found["config"] == str(file) and found["tokens_per_step"] == 128
     assert sum(found[part] for part in PARTS) == pytest.approx(1)
     assert all(found[part] > 0 for part in PARTS)
-    assert found["alone_tokens_per_s"] > 0 and found["busy_tokens_per_s"] > 0
-    assert "train.toml" in capsys.readouterr().out
+    assert found["quiet_tokens_per_s"] > 0 and found["busy_tokens_per_s"] > 0
+    heading, line = capsys.readouterr().out.splitlines()[:2]
+    assert heading.split()[:3] == ["config", "quiet", "busy"] and line.startswith(str(file))

@@ -12,15 +12,22 @@ from torch.autograd import forward_ad, gradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from memory_ops import backends, custom_operators, operations, reference
+from memory_ops.checks import Table
 from memory_ops.native.backend import NativeBackend
 from memory_ops.operations import expert_lookup, gather_rows, product_topk, row_dots, row_gradients
+from memory_ops.patches.token_patches import TokenPatches
 from memory_ops.row_formats import ROW_FORMATS, quantize_rows
+from memory_ops.sparse_adam import AdamMoments, RowGroups
 from tests.conftest import TOLERANCE
 from tests.engine.model.test_memory_layer import GOLDEN
 from tests.memory_ops.table_kinds import KINDS, PLAIN, exact_values, table_of
 
 OPERATIONS = ["product_topk", "gather_rows", "row_dots", "row_gradients", "expert_lookup"]
 GROUPED = ["group_rows", "squared_norm", "sparse_adam"]
+# arguments that are tensors, or hold some
+TENSORS = (torch.Tensor, Table, RowGroups, AdamMoments, TokenPatches)
+# a dimension's letter is defined by one of these behind it
+NOUNS = "tokens|heads|subkeys|rows|values|experts|distinct|reads|for each"
 
 
 def random_operands(num_tokens=5, num_rows=11, width=7, dtype=torch.float64):
@@ -44,10 +51,20 @@ def test_the_reference_has_the_same_signature(name):
 @pytest.mark.parametrize("name", [*OPERATIONS, "add_patched_rows", "quantize_rows", *GROUPED])
 def test_the_help_of_an_operation_is_complete(name):
     operation = getattr(operations, name)
+    signature = inspect.signature(operation)
     text = inspect.getdoc(operation)
-    for argument in inspect.signature(operation).parameters:
-        assert re.search(rf"^    {argument}: ", text, re.MULTILINE)
-    assert "Raises:" in text and "memory_ops.reference" not in text
+    arguments = text.partition("Args:\n")[2].partition("\n\n")[0]
+    described = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE))
+    assert list(described) == list(signature.parameters)
+    for argument, parameter in signature.parameters.items():
+        if parameter.annotation in TENSORS:
+            assert re.search(r"``\[.+\]``", described[argument]), argument
+            assert re.search(r"\b(int64|int32|fp32|bf16)\b", described[argument]), argument
+    assert "Raises:" in text and ("Returns:" in text) == (signature.return_annotation is not None)
+    assert not re.search("as for|[Ss]ee `|memory_ops.reference", text)
+    shapes, text = re.findall(r"``\[(.+?)\]``", text), " ".join(text.split())
+    for letter in {letter for shape in shapes for letter in re.findall(r"\b[A-Z]\b", shape)}:
+        assert re.search(rf"\b{letter}(, the number| ({NOUNS})\b| =)", text), letter
 
 
 def test_kernels_quantize_the_rows_that_they_support():

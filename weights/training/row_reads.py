@@ -22,7 +22,7 @@ from weights.training.packing import Passage, cut, packed_batches
 from weights.training.token_file import TokenFile
 
 # tokens of a record: part of those that a run trained on, within these limits. A token of a record
-# costs about a third of one of training.
+# needs no backward pass.
 _LEAST_TOKENS, _MOST_TOKENS, _PART_OF_TRAINED = 2**12, 2**18, 4
 _READS, _DOCUMENTS = ".reads", ".documents"
 _NUM_DOCUMENTS = "documents"

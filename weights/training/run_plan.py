@@ -56,10 +56,12 @@ def plan_run(
     resume: bool,
     replicas: Replicas | None = None,
     reads_texts: bool = True,
+    checks_disk: bool = True,
 ) -> RunPlan:
     """Check everything that can be checked before a run; writes nothing.
 
-    Without ``reads_texts`` the texts are not read: another process of the run does it.
+    Without ``reads_texts`` the texts are not read: another process of the run does it. Without
+    ``checks_disk`` the disk is not checked: the run is ended before its first checkpoint.
 
     Raises:
         ConfigError: a setting is invalid, or memory or disk are too small; the message names it.
@@ -90,7 +92,8 @@ def plan_run(
     model = planned_model(shape, init_from, is_dense_frozen="dense" in config.run.freeze)
     memory = training_memory(model, shape, config, replicas.count)
     needs = [*_memory_lines(memory, config.run.device, replicas.local_count)]
-    needs += _disk_lines(memory, config.run, folder)
+    if checks_disk:
+        needs += _disk_lines(memory, config.run, folder)
     if texts is not None:
         texts.check()
         lines += texts.describe()

@@ -72,12 +72,19 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, folder: Path, *, resume: bool, replicas: Replicas | None = None
+        self,
+        config: TrainConfig,
+        folder: Path,
+        *,
+        resume: bool,
+        replicas: Replicas | None = None,
+        checks_disk: bool = True,
     ) -> None:
         """Check all settings, log the plan, then prepare data and model.
 
         ``resume`` loads the newest checkpoint; a run without one starts again. With ``replicas``,
-        all processes use the same folder, and the first process writes it.
+        all processes use the same folder, and the first process writes it. ``checks_disk`` is
+        that of ``plan_run``.
 
         Raises:
             ConfigError: a setting is invalid.
@@ -89,9 +96,8 @@ class Trainer:
         self.folder, self._config = folder, config
         self._replicas = replicas or Replicas()
         run, is_first = config.run, self._replicas.is_first
-        plan = plan_run(
-            config, folder, resume=resume, replicas=self._replicas, reads_texts=is_first
-        )
+        options = {"resume": resume, "reads_texts": is_first, "checks_disk": checks_disk}
+        plan = plan_run(config, folder, replicas=self._replicas, **options)
         if is_first:
             for line in plan.lines:
                 logger.info(line)

@@ -146,7 +146,7 @@ class TrainingMemory:
         lines = [line]
         if self.is_table_on_host:
             lines.append(f"host memory{share}: {_named(self._host_parts)}")
-        elif self.is_on_gpu:
+        if self.is_on_gpu:
             lines.append(f"host memory{share}, at the start: {_named(self._first_host_parts)}")
         if memory is not None and processes * self.total > memory.num_bytes:
             lines.append(

@@ -65,8 +65,9 @@ class CudaMemory:
     ) -> Pieces:
         """Return the new residual stream, and add the rows that are read to ``trace``.
 
-        Padding reads the rows of the first token, so that it fetches nothing. ``residual_TD`` may
-        change after ``meanwhile``, which runs while rows are fetched.
+        In mixed steps padding reads the rows of the first token of its micro-batch, so that it
+        fetches nothing. In decodes it repeats the first sequence. ``residual_TD`` may change after
+        ``meanwhile``, which runs while rows are fetched.
         """
         memory = self._memory
         x_TD = tokens.with_padding(rms_norm(residual_TD, *self._norm))

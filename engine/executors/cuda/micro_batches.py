@@ -7,6 +7,10 @@ another micro-batch are launched between the start of a lookup and the wait for 
     device   A: layers, row ids | B: layers  | A: rows | B: row ids | A: layers  | B: rows | ...
     host                          reads A's rows                      reads B's rows
 
+Only the first part of a lookup overlaps: the rows of the first ``NUM_OVERFLOW`` references of each
+micro-batch, such as 128 tokens of 4 heads x 32 rows. The host fetches each later part when the
+device has read the one before it, and nothing else is queued meanwhile.
+
 Later tokens of a sequence may be in a later micro-batch: in each layer it runs after the earlier
 ones, whose keys and values it reads.
 """
@@ -23,13 +27,14 @@ from engine.executors.cuda.step_tokens import StepTokens
 from engine.executors.lookahead import Lookahead
 from engine.executors.micro_batch_count import SplitRule
 from engine.model.forward_trace import ForwardTrace
+from memory_ops.tables.host_cache_size import NUM_OVERFLOW
 
 # Two micro-batches overlap fetches; four of a long prompt also shorten the work before the first
 # fetch and after the last one, and still have enough tokens to use each weight that they read.
 _COUNTS = ((1024, 4), (32, 2))
-# How long a step takes without fetches, which is what a split may add if it is bound by the weights
-# that it reads again: launches, then bytes. Fewer rows than a disk reads in this time are not worth
-# it. None of these was timed on a GPU.
+# How long a step takes without fetches, which is what each micro-batch after the first may add, if
+# the step is bound by the weights that it reads again: launches, then bytes. Fewer rows than a disk
+# reads in this time are not worth it. None of these was timed on a GPU.
 _LAUNCHES_S = 1e-3
 _WEIGHT_BYTES_PER_S = 3e12
 _READS_PER_S = 400_000
@@ -38,7 +43,7 @@ _READS_PER_S = 400_000
 def split_rule(weight_bytes: int) -> SplitRule:
     """When to split the steps of a model with weights of this size, without its tables."""
     seconds = _LAUNCHES_S + weight_bytes / _WEIGHT_BYTES_PER_S
-    return SplitRule(_COUNTS, least_rows=seconds * _READS_PER_S)
+    return SplitRule(_COUNTS, least_rows=seconds * _READS_PER_S, most_references=NUM_OVERFLOW)
 
 
 # the most hints of a step about one table for each memory layer that reads it: in each micro-batch,

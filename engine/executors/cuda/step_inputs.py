@@ -45,8 +45,8 @@ class InputLayout:
             padding.
         ids, positions, kv_slots: of each token; see ``Batch``; padding repeats the first token, but
             writes its keys and values to the scrap slot.
-        sources: the token of its micro-batch whose memory rows a token reads: itself, or 0 for
-            padding.
+        sources: in mixed steps, the token of its micro-batch whose memory rows a token reads:
+            itself, or 0 for padding. Decodes do not read it.
         query_starts, context_lengths, seats: of each sequence of a micro-batch; padding repeats
             the first sequence in decodes, and has no tokens in mixed steps. A micro-batch of
             padding alone begins with the step's first token.

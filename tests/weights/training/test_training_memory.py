@@ -126,9 +126,8 @@ def test_host_memory_holds_weights_and_tables_before_a_gpu_does(tier):
     refused = r"model: weights .* needs 2\.\d+ MiB .*table rows 1\.0 MiB\), but only .* \(MemAvail"
     with pytest.raises(ConfigError, match=refused):
         memory.check_host_fits(AvailableMemory(2 * needed - 1, "MemAvailable"), 2)
-    if tier == "device":
-        line = memory.describe(None)[1]
-        assert line.startswith("host memory, at the start: weights") and "rows 1.0 MiB" in line
+    line = memory.describe(None)[1 if tier == "device" else 2]
+    assert line.startswith("host memory, at the start: weights") and "rows 1.0 MiB" in line
 
 
 def test_a_plan_for_a_gpu_checks_host_memory(monkeypatch):

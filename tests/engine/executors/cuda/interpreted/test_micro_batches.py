@@ -103,11 +103,14 @@ class LookupLayer:
         return residual_TD
 
 
-def run_lookups(folder, ignored: int = -1) -> tuple[int, list[str], bool]:
-    """Two micro-batches of three layers: the number of waits, a log, and whether rows are right."""
+def run_lookups(folder, ignored: int = -1, **options) -> tuple[int, list[str], bool]:
+    """Two micro-batches of three layers: the number of waits, a log, and whether rows are right.
+
+    ``options`` are those of ``gpu_disk``.
+    """
     torch.manual_seed(0)
     stream, rows_RV, log = LateStream(ignored), torch.randn(NUM_ROWS, WIDTH), list[str]()
-    table = gpu_disk(folder, rows_RV, stream, slots=7)
+    table = gpu_disk(folder, rows_RV, stream, slots=7, **options)
     read = table.disk.rows.start
     table.disk.rows.start = lambda *args, **options: log.append("read") or read(*args, **options)
     parts = [
@@ -135,6 +138,17 @@ def test_the_host_reads_rows_before_the_device_has_done_the_other_layers(tmp_pat
 
 
 @needs_library
+def test_only_the_first_part_of_a_lookup_overlaps_other_layers(tmp_path):
+    # overflow rows for one token: each lookup of two tokens has two parts
+    _, log, is_right = run_lookups(tmp_path, overflow=3)
+    assert is_right
+    assert log[:3] == ["host of A", "A layers", "read"]
+    # the second part is placed behind the layers of B, so its rows are read after them
+    assert log[3:5] == ["B layers", "read"]
+    assert log[5:9] == ["host of B", "read", "A layers", "read"]
+
+
+@needs_library
 @pytest.mark.slow
 def test_no_wait_between_micro_batches_can_be_left_out(tmp_path):
     waits = run_lookups(tmp_path)[0]
@@ -147,6 +161,8 @@ def test_fewer_rows_than_weights_are_worth_are_not_a_reason_to_split():
     small, large = split_rule(2 * 10**8), split_rule(16 * 10**9)
     assert 400 < small.least_rows < 500 and 2000 < large.least_rows < 3000
     assert [large.most(count) for count in (1, 31, 32, 1023, 1024)] == [1, 1, 2, 2, 4]
+    # no lookup needs slots while another one waits, and its first part alone overlaps
+    assert (large.most_references, large.needs_slots) == (2**14, False)
 
 
 def written(shape: StepShape, batch) -> dict[str, list]:

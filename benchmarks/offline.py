@@ -28,6 +28,7 @@ from server.engine_entry import build_engine
 from server.memory_nodes import spread_over_nodes
 from server.model_options import ModelOptions
 from server.plan.options import EFFICIENCY
+from server.plan.step_time import step_seconds
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
 from weights.checkpoints.packed_formats import packed_formats
 from weights.models.adapted_model import find_served
@@ -96,7 +97,8 @@ def measure(
     else:
         limits = partial(gpu_limits, dtype, device)
     is_planned = all(table.tier == "device" for table in engine.memory_report())
-    benchmark = _Benchmark(load, rounds, work, limits, is_planned=is_planned)
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    benchmark = _Benchmark(load, rounds, work, limits, threads, is_planned=is_planned)
     print(f"{model.model}, {dtype}, {device}, medians of {load.rounds} rounds")
     if text is not None:
         _print_perplexity(engine, settings.folder.folder, text)
@@ -158,6 +160,7 @@ class _Benchmark:
         rounds: EngineRounds,
         work: ModelWork,
         measure_limits: Callable[[], MachineLimits],
+        threads: int,
         *,
         is_planned: bool,
     ) -> None:
@@ -165,6 +168,7 @@ class _Benchmark:
         self._rounds = rounds
         self._work = work
         self._measure_limits = measure_limits
+        self._threads = threads
         self._is_planned = is_planned
 
     def results(self) -> Iterator[Result]:
@@ -199,7 +203,15 @@ class _Benchmark:
             self._work.of(s.chunks, s.num_logits).least_seconds(median_limits) for s in steps
         )
         planned = sum(
-            self._work.seconds_in_turn(s.chunks, s.num_logits, median_limits) for s in steps
+            step_seconds(
+                self._work,
+                median_limits,
+                s.chunks,
+                s.num_logits,
+                efficiency=EFFICIENCY,
+                threads=self._threads,
+            )
+            for s in steps
         )
         tokens = sum(chunk.count for step in steps for chunk in step.chunks)
         return Result(
@@ -210,7 +222,7 @@ class _Benchmark:
             ms_per_step=seconds / len(steps) * 1e3,
             limit_ms=least / len(steps) * 1e3,
             roofline_share=least / seconds,
-            planned_tokens_per_s=tokens / planned * EFFICIENCY if self._is_planned else None,
+            planned_tokens_per_s=tokens / planned if self._is_planned else None,
             bandwidth_gb_per_s=median_limits.gb_per_s,
             product_gflops=median_limits.gflops,
             integer_gops=median_limits.integer_gops,

@@ -115,7 +115,7 @@ def test_the_planned_speed_takes_products_and_attention_in_turn():
     rounds = SimpleNamespace(prefill=lambda length: [TimedStep(0.5, (chunk,), 1)])
     load = OfflineLoad((40,), (1,), rounds=1)
     for is_planned in (True, False):
-        benchmark = offline._Benchmark(load, rounds, work, lambda: limits, is_planned=is_planned)
+        benchmark = offline._Benchmark(load, rounds, work, lambda: limits, 0, is_planned=is_planned)
         result = next(benchmark.results())
         if not is_planned:
             assert result.planned_tokens_per_s is None

@@ -102,7 +102,7 @@ def _share_of_rows(
     value_dim = stored.shape[1] if layout.records is None else layout.records[1]
     if share.table_sharding == "rows":
         rows = share.table_rows
-        stored = _row_range(stored, rows)
+        stored = stored.row_range(rows)
         layout = replace(layout, shape=(len(rows), *layout.shape[1:]))
         columns = range(value_dim)
     else:
@@ -128,17 +128,6 @@ def _parts(stored: StoredTensor, layout: RowLayout, columns: range) -> Iterator[
             yield part
         else:
             yield record_columns(RowRecords(part, *layout.records), columns).records_RB
-
-
-def _row_range(stored: StoredTensor, rows: range) -> StoredTensor:
-    """A table of some contiguous rows of a stored one."""
-    row_bytes = stored.num_bytes // stored.shape[0]
-    return replace(
-        stored,
-        shape=(len(rows), *stored.shape[1:]),
-        offset=stored.offset + rows.start * row_bytes,
-        num_bytes=len(rows) * row_bytes,
-    )
 
 
 def _moved(rows: Tensor | RowRecords, device: torch.device) -> Tensor | RowRecords:

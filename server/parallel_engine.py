@@ -16,7 +16,7 @@ from engine.executors.cpu.kernels import cpu_kernels
 from engine.executors.eager import EagerExecutor
 from engine.executors.parallel.executor import ParallelExecutor
 from engine.executors.parallel.group import RankGroup, RankLostError
-from engine.executors.parallel.messages import RankReady, RankRefused
+from engine.executors.parallel.messages import MeetOthers, RankReady, RankRefused
 from engine.executors.parallel.native_layers import use_native_layers
 from engine.executors.parallel.rank_loop import run_rank
 from engine.executors.parallel.ranks import Ranks, RankSettings
@@ -77,7 +77,8 @@ def parallel_executor(
 ) -> ParallelExecutor:
     """Start the other ranks, load this rank's share, and return the executor of all ranks.
 
-    ``on_rank_death`` is called, in a thread, when another rank has died.
+    Call it in the main thread, see ``Ranks``. ``on_rank_death`` is called, in a thread, when
+    another rank dies after it has loaded its share.
 
     Raises:
         CheckpointError: the model cannot be served.
@@ -85,13 +86,15 @@ def parallel_executor(
         RankLostError: another rank died while it loaded.
     """
     share, settings = _planned(options, folder, engine, log_format)
-    ranks = Ranks(RANK_ENTRY, share.size, settings, on_rank_death)
+    ranks = Ranks(RANK_ENTRY, share.size, settings)
     try:
         group = RankGroup(0, share.size)
         model = settings.load(share, group)
         sizes = settings.num_blocks, settings.block_size
         executor = ParallelExecutor(model, *sizes, share, ranks)
         ranks.wait_until_ready()
+        ranks.watch(on_rank_death)
+        ranks.send([MeetOthers()] * (share.size - 1))
         group.meet(ranks.store)
         ranks.delete_store()
     except KvMemoryError as error:
@@ -176,10 +179,13 @@ def main(connection: Connection, settings: RankSettings) -> None:
         return
     try:
         connection.send(RankReady())
+        # ranks load at different speeds, and the meeting waits for a short time only
+        message = connection.recv()
+        assert isinstance(message, MeetOthers)
         group.meet(settings.store)
         run_rank(executor, connection)
-    except BrokenPipeError:
-        return  # rank 0 ended while this one loaded
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # rank 0 ended while a rank loaded
     except RankLostError as error:
         logger.error("rank %d ends: %s", settings.rank, error)
         sys.exit(1)

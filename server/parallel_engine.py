@@ -28,8 +28,12 @@ from server.logs import set_up_logs
 from server.memory_nodes import spread_over_nodes
 from server.model_loading import plan_loading
 from server.model_options import ModelOptions
-from weights.checkpoints.checkpoint import open_checkpoint
-from weights.checkpoints.shard_loading import checked_layout, load_share
+from weights.checkpoints.checkpoint import (
+    check_no_table_options,
+    open_checkpoint,
+    serving_dtype,
+)
+from weights.checkpoints.shard_loading import checked_layout, copied_bytes, load_share
 from weights.checkpoints.table_loading import check_checksums
 from weights.errors import CheckpointError
 from weights.lack_of_memory import lack_of_memory
@@ -128,11 +132,16 @@ def _planned(
     sharding = options.table_sharding or TABLE_SHARDINGS[0]
     share = RankShare(config, 0, options.tensor_parallel, sharding)
     tables = [stored[name] for name in config.table_names]
-    if options.table_sharding is not None and not tables:
-        raise ConfigError("table_sharding: requires value tables, but this model has none")
+    if not tables:
+        check_no_table_options(None, options.table_dtype, options.verify_tables)
+        if options.table_sharding is not None:
+            raise ConfigError("table_sharding: requires value tables, but this model has none")
     for one in tables:
         checked_layout(one, options.table_dtype, share)
-    plan = plan_loading(options, folder, engine, _CPU, keep_stored=False)
+    dense = {name: one for name, one in stored.items() if name not in config.table_names}
+    dtype = serving_dtype(checkpoint, stored, options.dtype)
+    copies = (share.size - 1) * copied_bytes(dense, share, dtype)
+    plan = plan_loading(options, folder, engine, _CPU, keep_stored=False, copy_bytes=copies)
     if plan.shares.cache_bytes is not None:
         raise ConfigError(
             "tensor_parallel: needs memory for the whole value tables; this machine has too little"

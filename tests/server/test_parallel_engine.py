@@ -47,6 +47,8 @@ def test_what_does_not_fit_the_model_is_refused_before_a_process_starts(dense_fo
     for options, config, reason in (
         ({}, {"kv_dtype": "int8"}, "kv_dtype: int8 cannot be combined with tensor_parallel"),
         ({"table_sharding": "rows"}, {}, "table_sharding: requires value tables"),
+        ({"table_dtype": "int8"}, {}, "table_dtype: requires value tables"),
+        ({"verify_tables": True}, {}, "verify_tables: requires value tables"),
         ({"tensor_parallel": 3}, {}, "tensor_parallel: 3 exceeds num_key_value_heads 2"),
     ):
         chosen = ModelOptions(**({"tensor_parallel": 2} | options))

@@ -88,11 +88,11 @@ def _written(
         with open(path, "rb") as stored:
             stored.seek(offset)
             for first in range(0, size, PART_BYTES):
-                data = stored.read(count := min(PART_BYTES, size - first))
-                if len(data) < count:
+                content = stored.read(count := min(PART_BYTES, size - first))
+                if len(content) < count:
                     problem = f"{path.name} is shorter than what was written to it"
                     raise OSError(errno.EIO, problem, str(path))
-                yield memoryview(data)
+                yield memoryview(content)
     file.seek(offset + size)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -87,9 +88,21 @@ def measure(
     settings = EngineSettings(
         model, find_served(model.model, model.memory_adapter, cache_folder()), config
     )
-    engine = build_engine(settings, device)
+    with closing(build_engine(settings, device)) as engine:
+        _measure(load, settings, engine, device, json_file, text)
+
+
+def _measure(
+    load: OfflineLoad,
+    settings: EngineSettings,
+    engine: Engine,
+    device: torch.device,
+    json_file: Path | None,
+    text: Path | None,
+) -> None:
+    """``measure`` with an engine that has no requests."""
     engine.warm_up()
-    rounds = EngineRounds(engine, config)
+    rounds = EngineRounds(engine, settings.engine)
     rounds.check(load)
     work, dtype, has_integers = _work(settings, device)
     if device.type == "cpu":
@@ -99,7 +112,7 @@ def measure(
     is_planned = all(table.tier == "device" for table in engine.memory_report())
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     benchmark = _Benchmark(load, rounds, work, limits, threads, is_planned=is_planned)
-    print(f"{model.model}, {dtype}, {device}, medians of {load.rounds} rounds")
+    print(f"{settings.model.model}, {dtype}, {device}, medians of {load.rounds} rounds")
     if text is not None:
         _print_perplexity(engine, settings.folder.folder, text)
     print(

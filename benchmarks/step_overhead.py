@@ -94,6 +94,9 @@ class InstantExecutor:
     def warm_up(self) -> None:
         self.launch(warm_up_batch())
 
+    def close(self) -> None:
+        """Does nothing: it starts no process."""
+
 
 def measure(batch_sizes: Sequence[int], steps: int, context: int) -> None:
     """Print the median of ``steps`` decode steps for each number of sequences.

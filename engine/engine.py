@@ -144,6 +144,10 @@ class Engine:
         """Let the executor do the extra work of a first step, before any request."""
         self._executor.warm_up()
 
+    def close(self) -> None:
+        """End processes that the executor started, if any; call nothing afterwards."""
+        self._executor.close()
+
     def check_integrity(self) -> None:
         """Raise AssertionError if a block is lost or held by a request that ended."""
         self._scheduler.check_integrity()

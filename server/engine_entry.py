@@ -11,6 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
+from engine.executors.parallel.group import RankLostError
 from engine.loaded_patches import PatchSource
 from engine.messages import EngineRefused
 from engine.process import run_engine
@@ -45,6 +46,9 @@ def main(connection: Connection, settings: EngineSettings) -> None:
     except (CheckpointError, ConfigError) as error:
         connection.send(EngineRefused(str(error)))
         return
+    except RankLostError as error:
+        connection.send(EngineRefused(str(error), is_failure=True))
+        return
     except (MemoryError, OSError, RuntimeError) as error:
         reason = lack_of_memory(error)
         if reason is None:
@@ -55,6 +59,8 @@ def main(connection: Connection, settings: EngineSettings) -> None:
     gc.collect()
     gc.freeze()
     run_engine(engine, connection)
+    # otherwise the end of a rank whose connection is freed would look like a death
+    engine.close()
 
 
 def build_engine(
@@ -73,6 +79,7 @@ def build_engine(
     Raises:
         CheckpointError: the model cannot be served.
         ConfigError: a setting does not fit the model or the device; the message names the field.
+        RankLostError: as ``parallel_executor``.
     """
     # report an unusable device now, before minutes are spent on preparing the model
     device = device or chosen_device(settings.model, settings.engine)
@@ -100,7 +107,11 @@ def build_engine(
         if patch_source is not None:
             patch_source = RankPatches(patch_source, executor.share_patch)
         eos_ids, engine = checkpoint.eos_ids, settings.engine
-        return Engine(executor, engine, eos_ids, grammars=grammars, patch_source=patch_source)
+        try:
+            return Engine(executor, engine, eos_ids, grammars=grammars, patch_source=patch_source)
+        except ConfigError:
+            executor.close()
+            raise
     loaded = load_served(settings.model, folder, settings.engine, device, keep_stored=True)
     return served_engine(loaded, settings.engine, grammars, patch_source)
 

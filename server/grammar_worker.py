@@ -5,7 +5,6 @@ or overflow the stack. Whatever compiles in a fork compiles in the engine proces
 """
 
 import contextlib
-import ctypes
 import os
 import resource
 import signal
@@ -16,6 +15,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 from engine.errors import RequestError
+from engine.parent_death import end_with
 from engine.request import RequestLimits
 from engine.sampling.grammar import Grammar
 from weights.checkpoints.tokenizer import load_tokenizer
@@ -30,7 +30,6 @@ _STACK_BYTES = 2**20
 _MOST_ANSWERS = 128
 # a refusal may be due to a busy machine
 _ANSWER_S = 60
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 def work(connection: Connection, folder: Path, limits: RequestLimits) -> None:
@@ -77,7 +76,7 @@ def _compile_and_exit(
     compiler: GrammarCompiler, grammar: Grammar, writer: Connection, parent: int
 ) -> None:
     try:
-        _die_with(parent)
+        end_with(parent)
         _limit_this_process()
         before = _resident_bytes()
         compiler.compile(grammar)
@@ -86,13 +85,6 @@ def _compile_and_exit(
     except RequestError as error:
         writer.send(error.reason)
     finally:
-        os._exit(0)
-
-
-def _die_with(parent: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it died before
         os._exit(0)
 
 

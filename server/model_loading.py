@@ -118,10 +118,12 @@ def plan_loading(
     device: torch.device,
     *,
     keep_stored: bool,
+    copy_bytes: int = 0,
 ) -> LoadingPlan:
     """Check the settings and choose the tables' tier, before minutes are spent on loading them.
 
-    Arguments and errors are those of ``load_served``.
+    ``copy_bytes`` are bytes of further copies of weights, those of tensor-parallel ranks. The other
+    arguments and the errors are those of ``load_served``.
     """
     checkpoint = read_config(folder)
     described = checkpoint.model
@@ -145,7 +147,8 @@ def plan_loading(
         patch_bytes=engine.patch_bytes if engine and described.takes_patches else 0,
     )
     choice = _tier_choice(request, device, engine or EngineConfig(), sizes)
-    return LoadingPlan(sizes.dtype, choice.shares(sizes.tables, sizes.weights), lookahead)
+    shares = choice.shares(sizes.tables, sizes.weights + copy_bytes)
+    return LoadingPlan(sizes.dtype, shares, lookahead)
 
 
 def _check_rounding(

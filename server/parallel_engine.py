@@ -16,7 +16,7 @@ from engine.executors.cpu.kernels import cpu_kernels
 from engine.executors.eager import EagerExecutor
 from engine.executors.parallel.executor import ParallelExecutor
 from engine.executors.parallel.group import RankGroup, RankLostError
-from engine.executors.parallel.messages import RankReady, RankRefused
+from engine.executors.parallel.messages import MeetOthers, RankReady, RankRefused
 from engine.executors.parallel.native_layers import use_native_layers
 from engine.executors.parallel.rank_loop import run_rank
 from engine.executors.parallel.ranks import Ranks, RankSettings
@@ -28,8 +28,12 @@ from server.logs import set_up_logs
 from server.memory_nodes import spread_over_nodes
 from server.model_loading import plan_loading
 from server.model_options import ModelOptions
-from weights.checkpoints.checkpoint import open_checkpoint
-from weights.checkpoints.shard_loading import checked_layout, load_share
+from weights.checkpoints.checkpoint import (
+    check_no_table_options,
+    open_checkpoint,
+    serving_dtype,
+)
+from weights.checkpoints.shard_loading import checked_layout, copied_bytes, load_share
 from weights.checkpoints.table_loading import check_checksums
 from weights.errors import CheckpointError
 from weights.lack_of_memory import lack_of_memory
@@ -77,7 +81,8 @@ def parallel_executor(
 ) -> ParallelExecutor:
     """Start the other ranks, load this rank's share, and return the executor of all ranks.
 
-    ``on_rank_death`` is called, in a thread, when another rank has died.
+    Call it in the main thread, see ``Ranks``. ``on_rank_death`` is called, in a thread, when
+    another rank dies after it has loaded its share.
 
     Raises:
         CheckpointError: the model cannot be served.
@@ -85,13 +90,15 @@ def parallel_executor(
         RankLostError: another rank died while it loaded.
     """
     share, settings = _planned(options, folder, engine, log_format)
-    ranks = Ranks(RANK_ENTRY, share.size, settings, on_rank_death)
+    ranks = Ranks(RANK_ENTRY, share.size, settings)
     try:
         group = RankGroup(0, share.size)
         model = settings.load(share, group)
         sizes = settings.num_blocks, settings.block_size
         executor = ParallelExecutor(model, *sizes, share, ranks)
         ranks.wait_until_ready()
+        ranks.watch(on_rank_death)
+        ranks.send([MeetOthers()] * (share.size - 1))
         group.meet(ranks.store)
         ranks.delete_store()
     except KvMemoryError as error:
@@ -125,11 +132,16 @@ def _planned(
     sharding = options.table_sharding or TABLE_SHARDINGS[0]
     share = RankShare(config, 0, options.tensor_parallel, sharding)
     tables = [stored[name] for name in config.table_names]
-    if options.table_sharding is not None and not tables:
-        raise ConfigError("table_sharding: requires value tables, but this model has none")
+    if not tables:
+        check_no_table_options(None, options.table_dtype, options.verify_tables)
+        if options.table_sharding is not None:
+            raise ConfigError("table_sharding: requires value tables, but this model has none")
     for one in tables:
         checked_layout(one, options.table_dtype, share)
-    plan = plan_loading(options, folder, engine, _CPU, keep_stored=False)
+    dense = {name: one for name, one in stored.items() if name not in config.table_names}
+    dtype = serving_dtype(checkpoint, stored, options.dtype)
+    copies = (share.size - 1) * copied_bytes(dense, share, dtype)
+    plan = plan_loading(options, folder, engine, _CPU, keep_stored=False, copy_bytes=copies)
     if plan.shares.cache_bytes is not None:
         raise ConfigError(
             "tensor_parallel: needs memory for the whole value tables; this machine has too little"
@@ -176,10 +188,13 @@ def main(connection: Connection, settings: RankSettings) -> None:
         return
     try:
         connection.send(RankReady())
+        # ranks load at different speeds, and the meeting waits for a short time only
+        message = connection.recv()
+        assert isinstance(message, MeetOthers)
         group.meet(settings.store)
         run_rank(executor, connection)
-    except BrokenPipeError:
-        return  # rank 0 ended while this one loaded
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # rank 0 ended while a rank loaded
     except RankLostError as error:
         logger.error("rank %d ends: %s", settings.rank, error)
         sys.exit(1)

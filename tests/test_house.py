@@ -20,7 +20,10 @@ VOCABULARY = ("engine.config", "engine.errors", "engine.progress", "engine.reque
 ENGINE_IMPORTS = {
     "engine/model/": ("engine.model",),
     "engine/sampling/": ("engine.sampling", "engine.errors"),
-    "engine/executors/": ("engine.executors", "engine.model", "engine.sampling", *VOCABULARY),
+    "engine/executors/": (
+        *("engine.executors", "engine.model", "engine.sampling", *VOCABULARY),
+        *("engine.parent_death", "engine.shielded_start"),  # of tensor-parallel ranks
+    ),
 }
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

@@ -92,6 +92,9 @@ class EagerExecutor:
     def warm_up(self) -> None:
         self.launch(warm_up_batch())
 
+    def close(self) -> None:
+        """Does nothing: it starts no process."""
+
     def _before_layer(self, layer: int, residual_TD: Tensor) -> None:
         self.progress.mark()
         if self._lookahead is not None:

@@ -70,6 +70,10 @@ class Executor(Protocol):
         """Do the extra work of a first step; call it before any request."""
         ...
 
+    def close(self) -> None:
+        """End processes that the executor started, if any; call nothing afterwards."""
+        ...
+
 
 def make_executor(
     model: Transformer,

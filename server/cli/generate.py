@@ -1,6 +1,7 @@
 """``memplus generate``: continues one prompt in the terminal, with an in-process engine."""
 
 import sys
+from contextlib import closing
 from typing import TextIO
 
 from engine.config import EngineConfig
@@ -31,16 +32,16 @@ def generate(
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise RequestError("text", "is not valid UTF-8")
     folder = find_served(model.model, model.memory_adapter, cache_folder())
-    engine = build_engine(EngineSettings(model, folder, engine_config))
-    tokenizer = load_tokenizer(folder.folder)
-    prompt_ids = tuple(tokenizer.encode(prompt))
     out = out or sys.stdout
-    engine.add(Request("generate", prompt_ids, sampling))
-    text = TextStream(0, tokenizer, prompt_ids, sampling)
-    while engine.has_work:
-        for output in engine.step().outputs:
-            if output.finish_reason == "error":
-                raise RuntimeError(output.error)
-            out.write(text.push(output).text)
-            out.flush()
+    with closing(build_engine(EngineSettings(model, folder, engine_config))) as engine:
+        tokenizer = load_tokenizer(folder.folder)
+        prompt_ids = tuple(tokenizer.encode(prompt))
+        engine.add(Request("generate", prompt_ids, sampling))
+        text = TextStream(0, tokenizer, prompt_ids, sampling)
+        while engine.has_work:
+            for output in engine.step().outputs:
+                if output.finish_reason == "error":
+                    raise RuntimeError(output.error)
+                out.write(text.push(output).text)
+                out.flush()
     out.write("\n")

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,9 @@ def compare_models(
 def _answers(
     settings: EngineSettings, device: torch.device, questions: Sequence[Question]
 ) -> list[str]:
-    engine = build_engine(settings, device)
-    engine.warm_up()
-    return greedy_answers(engine, load_tokenizer(settings.folder.folder), questions)
+    with closing(build_engine(settings, device)) as engine:
+        engine.warm_up()
+        return greedy_answers(engine, load_tokenizer(settings.folder.folder), questions)
 
 
 def _report(found: Comparison, names: Sequence[str]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from server.model_options import ModelOptions
 from server.parallel_engine import parallel_executor
 from tests.models import random_model, save_model, tiny_config
 from tests.server.running import running
+from tests.server.test_serve import children, ends
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,8 @@ def test_what_does_not_fit_the_model_is_refused_before_a_process_starts(dense_fo
     for options, config, reason in (
         ({}, {"kv_dtype": "int8"}, "kv_dtype: int8 cannot be combined with tensor_parallel"),
         ({"table_sharding": "rows"}, {}, "table_sharding: requires value tables"),
+        ({"table_dtype": "int8"}, {}, "table_dtype: requires value tables"),
+        ({"verify_tables": True}, {}, "verify_tables: requires value tables"),
         ({"tensor_parallel": 3}, {}, "tensor_parallel: 3 exceeds num_key_value_heads 2"),
     ):
         chosen = ModelOptions(**({"tensor_parallel": 2} | options))
@@ -60,10 +63,25 @@ def test_commands_with_one_process_refuse_the_option(dense_folder):
         load_served(options, dense_folder, None, torch.device("cpu"))
 
 
-def children_of(process):
-    """The process ids of a process's children."""
-    found = Path(f"/proc/{process}/task").glob("*/children")
-    return [int(child) for file in found for child in file.read_text().split()]
+def engine_and_rank(server):
+    """The process ids of a server's engine and of rank 1."""
+    ((engine, rank),) = (
+        (child, grandchild)
+        for child in children(server.process.pid)
+        for grandchild in children(child)
+        if b"parallel.ranks" in Path(f"/proc/{grandchild}/cmdline").read_bytes()
+    )
+    return engine, rank
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_with_a_killed_engine(dense_folder):
+    with running(dense_folder, "--tensor-parallel", "2") as server:
+        engine, rank = engine_and_rank(server)
+        os.kill(rank, signal.SIGSTOP)
+        os.kill(engine, signal.SIGKILL)
+        assert ends(rank)
+        assert server.process.wait(60) == 1
 
 
 @pytest.mark.slow
@@ -72,12 +90,7 @@ def test_a_server_whose_rank_is_killed_says_so_and_ends(memory_plus_folder):
         body = {"prompt": "to be", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
         first = server.complete(**body)
         assert first.status_code == 200 and first.json()["usage"]["completion_tokens"] == 12
-        (rank,) = (
-            grandchild
-            for child in children_of(server.process.pid)
-            for grandchild in children_of(child)
-            if b"parallel.ranks" in Path(f"/proc/{grandchild}/cmdline").read_bytes()
-        )
+        _, rank = engine_and_rank(server)
         lines = []
         endless = body | {"max_tokens": 480, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=endless) as response:

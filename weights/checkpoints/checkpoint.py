@@ -175,7 +175,7 @@ def load_model(
     chosen = serving_dtype(config, stored, dtype)
     tables = [stored.pop(name) for name in config.model.table_names]
     if not tables:
-        _check_no_table_options(table_cache, table_dtype, verify_tables)
+        check_no_table_options(table_cache, table_dtype, verify_tables)
     layouts = table_layouts(tables, table_dtype)
     all_rows = sum(layout.num_bytes for layout in layouts.values())
     row_bytes = all_rows if table_cache is None else table_cache
@@ -279,8 +279,8 @@ def table_origins(folder: Path) -> dict[str, str]:
     return {name: table_origin(stored[name]) for name in config.model.table_names}
 
 
-def _check_no_table_options(table_cache: int | None, table_dtype: str, verify_tables: bool) -> None:
-    """Reject table options for a model without tables."""
+def check_no_table_options(table_cache: int | None, table_dtype: str, verify_tables: bool) -> None:
+    """Raise ConfigError for table options of a model without tables; None: not set."""
     problem = "value tables, but this model has none"
     if table_cache is not None:
         raise ConfigError(f"table_cache: requires {problem}")

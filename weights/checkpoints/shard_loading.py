@@ -1,6 +1,6 @@
 """Loads the share of one tensor-parallel rank: its parts of the weights and of the value tables."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from memory_ops.row_formats import INT4_GROUP, RowRecords, record_columns
 from memory_ops.tables.device import DeviceTable
 from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.device_loading import OnBytes
-from weights.checkpoints.model_weights import dense_mapped_weights
+from weights.checkpoints.model_weights import dense_mapped_weights, weight_bytes
 from weights.checkpoints.stored_groups import stored_formats
 from weights.checkpoints.table_files import (
     RowLayout,
@@ -26,7 +26,8 @@ from weights.checkpoints.table_files import (
     row_layout,
 )
 from weights.checkpoints.table_loading import allocated_rows, progress_bar
-from weights.checkpoints.tensor_files import StoredTensor
+from weights.checkpoints.tensor_files import STORED_DTYPES, StoredTensor
+from weights.checkpoints.tied_head import EMBEDDING, HEAD
 
 
 def load_share(
@@ -78,6 +79,20 @@ def load_share(
     return model.eval().requires_grad_(False)
 
 
+def copied_bytes(stored: Mapping[str, StoredTensor], share: RankShare, dtype: torch.dtype) -> int:
+    """Bytes in ``dtype`` of the weights of which each rank has a whole copy.
+
+    ``stored`` has the tensors without the tables. Embedding and head are not counted if the ranks
+    map them.
+    """
+    copied = {}
+    for name, one in stored.items():
+        is_mapped = name in (EMBEDDING, HEAD) and STORED_DTYPES[one.dtype] is dtype
+        if share.part(name) is None and not is_mapped:
+            copied[name] = one
+    return weight_bytes(copied, dtype, {})
+
+
 def checked_layout(stored: StoredTensor, table_dtype: str, share: RankShare) -> RowLayout:
     """The layout of a whole table in ``table_dtype``.
 
@@ -102,7 +117,7 @@ def _share_of_rows(
     value_dim = stored.shape[1] if layout.records is None else layout.records[1]
     if share.table_sharding == "rows":
         rows = share.table_rows
-        stored = _row_range(stored, rows)
+        stored = stored.row_range(rows)
         layout = replace(layout, shape=(len(rows), *layout.shape[1:]))
         columns = range(value_dim)
     else:
@@ -128,17 +143,6 @@ def _parts(stored: StoredTensor, layout: RowLayout, columns: range) -> Iterator[
             yield part
         else:
             yield record_columns(RowRecords(part, *layout.records), columns).records_RB
-
-
-def _row_range(stored: StoredTensor, rows: range) -> StoredTensor:
-    """A table of some contiguous rows of a stored one."""
-    row_bytes = stored.num_bytes // stored.shape[0]
-    return replace(
-        stored,
-        shape=(len(rows), *stored.shape[1:]),
-        offset=stored.offset + rows.start * row_bytes,
-        num_bytes=len(rows) * row_bytes,
-    )
 
 
 def _moved(rows: Tensor | RowRecords, device: torch.device) -> Tensor | RowRecords:

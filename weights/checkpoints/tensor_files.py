@@ -6,7 +6,7 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +45,16 @@ class StoredTensor:
     offset: int
     num_bytes: int
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def row_range(self, rows: range) -> "StoredTensor":
+        """Some contiguous rows, as a stored tensor."""
+        row_bytes = self.num_bytes // self.shape[0]
+        return replace(
+            self,
+            shape=(len(rows), *self.shape[1:]),
+            offset=self.offset + rows.start * row_bytes,
+            num_bytes=len(rows) * row_bytes,
+        )
 
 
 @dataclass(frozen=True)

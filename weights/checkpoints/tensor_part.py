@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def read_part(stored: StoredTensor, part: TensorPart) -> None:
     target, shard = part.tensor, part.shard
     by_rows = shard is not None and shard.axis == 0
     if shard is not None and by_rows:
-        stored = _stored_rows(stored, shard.first, shard.size)
+        stored = stored.row_range(range(shard.first, shard.first + shard.size))
     is_same = STORED_DTYPES[stored.dtype] is target.dtype and stored.shape == tuple(target.shape)
     if is_same and target.is_cpu:
         read_into(stored, target)
@@ -146,14 +146,3 @@ def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
     while len(content):
         done = os.pwrite(descriptor, content, offset)
         content, offset = content[done:], offset + done
-
-
-def _stored_rows(stored: StoredTensor, first: int, count: int) -> StoredTensor:
-    """Some rows of a stored tensor, as a stored tensor."""
-    row_bytes = stored.num_bytes // stored.shape[0]
-    return replace(
-        stored,
-        shape=(count, *stored.shape[1:]),
-        offset=stored.offset + first * row_bytes,
-        num_bytes=count * row_bytes,
-    )

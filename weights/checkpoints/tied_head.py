@@ -7,7 +7,7 @@ import torch
 from weights.checkpoints.tensor_files import DTYPES, StoredTensor, read_mapped
 from weights.errors import CheckpointError
 
-EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS_AT_ONCE = 4096
 
 
@@ -19,7 +19,7 @@ def drop_tied_head(stored: dict[str, StoredTensor]) -> None:
     Raises:
         CheckpointError: the head has other values than the embedding, which may not be in groups.
     """
-    head = stored.pop(_HEAD, None)
+    head = stored.pop(HEAD, None)
     if head is None:
         return
     embedding = stored.get(EMBEDDING)
@@ -36,7 +36,7 @@ def drop_tied_head(stored: dict[str, StoredTensor]) -> None:
         or not _are_equal(head, embedding)
     ):
         raise CheckpointError(
-            f"{head.file}: tensor {_HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true"
+            f"{head.file}: tensor {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true"
         )
 
 

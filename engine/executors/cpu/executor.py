@@ -124,6 +124,9 @@ class CpuExecutor:
     def warm_up(self) -> None:
         self.launch(warm_up_batch())
 
+    def close(self) -> None:
+        """Does nothing: it starts no process."""
+
 
 def _embedding(
     module: nn.Embedding | GroupedEmbedding, dtype: torch.dtype

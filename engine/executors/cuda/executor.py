@@ -118,6 +118,9 @@ class CudaExecutor:
         self._device.record().wait()
         return found[0][: len(batch.logits_at_L)]
 
+    def close(self) -> None:
+        """Does nothing: it starts no process."""
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile the kernels of all buckets and capture their graphs, the largest first.

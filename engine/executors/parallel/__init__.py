@@ -1,1 +1,1 @@
-"""The CPU executor: packed weights and native kernels."""
+"""Tensor-parallel ranks: shares, collectives, processes."""

@@ -52,7 +52,7 @@ class ParallelExecutor(EagerExecutor):
         self._numbers = itertools.count()
         # a patch may die, and be freed, while this thread holds the lock
         self._lock = threading.RLock()
-        # numbers of the living patches by identity, and of those that died since the last step
+        # numbers of the living patches by identity, and of those that died since the last message
         self._known: dict[int, int] = {}
         self._freed: list[int] = []
 
@@ -63,18 +63,32 @@ class ParallelExecutor(EagerExecutor):
             RankLostError: a rank has died.
         """
         number = next(self._numbers)
-        own, *others = (AddPatch.of(number, patch, share.value_columns) for share in self._shares)
-        self._ranks.send(others)
-        layers = own.patch().to(self.device).layers
-        kept = SharedPatch(patch.content_hash, layers, patch.num_bytes)
+        freed = self._take_freed()
+        try:
+            own, *others = (
+                AddPatch.of(number, patch, share.value_columns, freed) for share in self._shares
+            )
+            self._ranks.send(others)
+            layers = own.patch().to(self.device).layers
+            kept = SharedPatch(patch.content_hash, layers, patch.num_bytes)
+        except BaseException:
+            # some ranks may have the patch; a rank ignores numbers that it does not know
+            with self._lock:
+                self._freed += [*freed, number]
+            raise
         with self._lock:
             self._known[id(kept)] = number
         weakref.finalize(kept, self._free, id(kept))
         return kept
 
     def close(self) -> None:
-        """End the processes of the other ranks."""
+        """End the processes of the other ranks; does nothing the second time."""
         self._ranks.close()
+
+    def _take_freed(self) -> list[int]:
+        with self._lock:
+            freed, self._freed = self._freed, []
+            return freed
 
     def _free(self, identity: int) -> None:
         with self._lock:
@@ -83,12 +97,11 @@ class ParallelExecutor(EagerExecutor):
     def _forward(self, batch: Batch, trace: ForwardTrace | None = None) -> Tensor:
         try:
             with self._lock:
-                freed, self._freed = self._freed, []
                 patches = [
                     [(self._known[id(patch)], scale) for patch, scale in uses]
                     for uses in batch.patches
                 ]
-            message = RunForward.of(batch, patches, freed)
+            message = RunForward.of(batch, patches, self._take_freed())
             self._ranks.send([message] * (len(self._shares) - 1))
             return super()._forward(batch, trace)
         except Exception as error:

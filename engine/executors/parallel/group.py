@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-# a rank that dies ends a collective at once; these bound the wait for one that hangs
-_TIMEOUT, _MEETING_TIMEOUT = timedelta(minutes=10), timedelta(minutes=1)
+# bounds one collective's wait for a rank that hangs; a rank that dies ends the collective at once
+_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# bounds the wait in ``meet`` for the other ranks, all of which have loaded their share by then
+_MEETING_TIMEOUT = timedelta(minutes=1)
 
 
 class RankLostError(RuntimeError):
@@ -46,7 +48,7 @@ class RankGroup:
             options = c10d.ProcessGroupGloo._Options()
             # the default listens on an address that other machines can reach
             options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-            options._timeout = _TIMEOUT
+            options._timeout = _COLLECTIVE_TIMEOUT
             self._joined = c10d.ProcessGroupGloo(meeting, self.rank, self.size, options)
         except RuntimeError as error:
             raise _lost(error) from error

@@ -29,6 +29,11 @@ class RankRefused:
 
 
 @dataclass(frozen=True)
+class MeetOthers:
+    """All ranks have loaded their shares: call ``RankGroup.meet`` now."""
+
+
+@dataclass(frozen=True)
 class RunForward:
     """The forward of one batch; see ``Batch``. Only rank 0 uses its logits.
 
@@ -90,15 +95,19 @@ class AddPatch:
         content_hash: see ``RowPatch``.
         layers: for each memory layer that the patch changes, an index into ``tables``.
         tables: row ids, and bytes and dtype of their deltas, of each table.
+        freed: as in ``RunForward``: a server without requests runs no forward.
     """
 
     number: int
     content_hash: str
     layers: Mapping[int, int]
     tables: Sequence[tuple[Ids, npt.NDArray[Any], str]]
+    freed: Sequence[int]
 
     @classmethod
-    def of(cls, number: int, patch: RowPatch, columns: range) -> "AddPatch":
+    def of(
+        cls, number: int, patch: RowPatch, columns: range, freed: Sequence[int] = ()
+    ) -> "AddPatch":
         """The message with these columns of a patch on the CPU."""
         rows = patch.distinct_rows
         places = {id(one): place for place, one in enumerate(rows)}
@@ -108,7 +117,7 @@ class AddPatch:
             dtype = str(deltas_PC.dtype).removeprefix("torch.")
             tables.append((one.rows_P.numpy(), deltas_PC.view(torch.uint8).numpy(), dtype))
         layers = {layer: places[id(one)] for layer, one in patch.layers.items()}
-        return cls(number, patch.content_hash, layers, tables)
+        return cls(number, patch.content_hash, layers, tables, freed)
 
     def patch(self) -> RowPatch:
         """The patch of this rank, on the CPU."""
@@ -119,4 +128,4 @@ class AddPatch:
         return RowPatch(self.content_hash, {one: rows[at] for one, at in self.layers.items()})
 
 
-RankMessage = RunForward | AddPatch
+RankMessage = MeetOthers | RunForward | AddPatch

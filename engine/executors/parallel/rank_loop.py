@@ -3,7 +3,7 @@
 from multiprocessing.connection import Connection
 
 from engine.executors.eager import EagerExecutor
-from engine.executors.parallel.messages import AddPatch, RankMessage
+from engine.executors.parallel.messages import AddPatch, MeetOthers, RankMessage
 from engine.model.row_patches import RowPatch
 
 
@@ -21,9 +21,10 @@ def run_rank(executor: EagerExecutor, connection: Connection) -> None:
             message: RankMessage = connection.recv()
         except (EOFError, ConnectionResetError):
             return
-        if isinstance(message, AddPatch):
-            patches[message.number] = message.patch().to(executor.device)
-            continue
+        assert not isinstance(message, MeetOthers), "the ranks have met"
         for number in message.freed:
             patches.pop(number, None)
-        executor.logits(message.batch(patches))
+        if isinstance(message, AddPatch):
+            patches[message.number] = message.patch().to(executor.device)
+        else:
+            executor.logits(message.batch(patches))

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from socket import AF_UNIX, SOCK_STREAM, socketpair
 from engine.errors import ConfigError
 from engine.executors.parallel.group import RankLostError
 from engine.executors.parallel.messages import RankMessage, RankReady, RankRefused
+from engine.parent_death import end_with
+from engine.shielded_start import shielded
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +42,13 @@ class Ranks:
     """Ranks 1 to N - 1 of a model; this process is rank 0. Any thread may send.
 
     A daemonic process, as the engine's is, may not use ``multiprocessing.Process``: these are plain
-    subprocesses. Each ends when this process does, because its connection is then closed.
+    subprocesses. The kernel kills each when the thread that made this object ends: make it in the
+    main thread. Ctrl+C does not reach them.
     """
 
-    def __init__(
-        self, entry: str, size: int, model: object, on_death: Callable[[], object]
-    ) -> None:
+    def __init__(self, entry: str, size: int, model: object) -> None:
         """Start the processes; each calls ``entry`` (``"module:function"``) with its connection and
-        ``RankSettings``. If one of them fails, that is logged and ``on_death`` called, in a thread.
+        ``RankSettings``.
         """
         # others cannot write to a folder that this process just made
         self._folder = tempfile.TemporaryDirectory(prefix="memplus-ranks-")
@@ -61,9 +63,6 @@ class Ranks:
             self._connections.append(connection)
             self._processes.append(process)
             connection.send(RankSettings(rank, size, self.store, model))
-        for rank, process in enumerate(self._processes, 1):
-            arguments = rank, process, self._closing, on_death
-            threading.Thread(target=_watch, args=arguments, daemon=True).start()
 
     def wait_until_ready(self) -> None:
         """Wait until every rank has loaded its share.
@@ -72,16 +71,28 @@ class Ranks:
             ConfigError: a rank cannot load it.
             RankLostError: a rank has ended.
         """
-        for rank, connection in enumerate(self._connections, 1):
+        pairs = zip(self._connections, self._processes, strict=True)
+        for rank, (connection, process) in enumerate(pairs, 1):
             try:
                 answer = connection.recv()
             except (EOFError, OSError):
-                message = f"tensor-parallel rank {rank} died while it loaded its share"
-                raise RankLostError(message) from None
+                raise RankLostError(
+                    f"tensor-parallel rank {rank} died while it loaded its share"
+                    f" (exit {process.wait()})"
+                ) from None
             if isinstance(answer, RankRefused):
                 self.close()
                 raise ConfigError(answer.message)
             assert isinstance(answer, RankReady)
+
+    def watch(self, on_death: Callable[[], object]) -> None:
+        """From now on, log the end of a rank before ``close``, and call ``on_death``, in a thread.
+
+        Call it when all ranks are ready: before, ``wait_until_ready`` reports why a rank ends.
+        """
+        for rank, process in enumerate(self._processes, 1):
+            arguments = rank, process, self._closing, on_death
+            threading.Thread(target=_watch, args=arguments, daemon=True).start()
 
     def delete_store(self) -> None:
         """Delete the file through which the ranks have met."""
@@ -112,11 +123,12 @@ class Ranks:
 def _start(entry: str) -> tuple["subprocess.Popen[bytes]", Connection]:
     """A process that calls ``main`` of this file, and the connection to it."""
     ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
-    call = f"main({entry!r}, {theirs.fileno()})"
+    call = f"main({entry!r}, {theirs.fileno()}, {os.getpid()})"
     code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; {call}"
-    with theirs:
-        # this thread's blocked signals stay blocked in the process
-        process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
+    with theirs, shielded():
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+        )
     return process, Connection(ours.detach())
 
 
@@ -127,14 +139,16 @@ def _watch(
     on_death: Callable[[], object],
 ) -> None:
     code = process.wait()
-    # a rank whose connection was closed ends with 0
-    if code and not closing.is_set():
+    if not closing.is_set():
         logger.error("tensor-parallel rank %d (process %d) died (exit %d)", rank, process.pid, code)
         on_death()
 
 
-def main(entry: str, descriptor: int) -> None:
-    """Run one rank, in the process that ``Ranks`` started."""
+def main(entry: str, descriptor: int, parent: int) -> None:
+    """Run one rank, in the process that ``Ranks`` started in the process ``parent``."""
+    # the end of the connection would not end a rank that hangs, is stopped or loads; the signal
+    # comes when the thread that started this process ends, so ``Ranks`` needs the main thread
+    end_with(parent)
     connection = Connection(descriptor)
     module, _, function = entry.partition(":")
     getattr(importlib.import_module(module), function)(connection, connection.recv())

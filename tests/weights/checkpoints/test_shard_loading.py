@@ -1,5 +1,7 @@
 """Loading the share of one tensor-parallel rank from a folder."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,8 +11,8 @@ from engine.executors.parallel.shares import RankShare
 from memory_ops.row_formats import dequantize_rows
 from server.cli.main import main
 from tests.models import feed_forward_changes, random_model, save_model, tiny_config
-from weights.checkpoints.checkpoint import load_model
-from weights.checkpoints.shard_loading import load_share
+from weights.checkpoints.checkpoint import load_model, open_checkpoint
+from weights.checkpoints.shard_loading import copied_bytes, load_share
 
 WIDTH = 128
 
@@ -57,6 +59,20 @@ def test_the_ranks_have_the_parts_of_the_weights(folder, dtype):
         # a view of a whole weight in memory would keep all of it
         assert weight.untyped_storage().nbytes() <= expected[name].untyped_storage().nbytes()
     assert not model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whole_weights_count_once_for_each_rank(folder, dtype):
+    checkpoint, stored = open_checkpoint(folder)
+    share = RankShare(checkpoint.model, 0, 2)
+    dense = {k: v for k, v in stored.items() if k not in checkpoint.model.table_names}
+    whole = [k for k in dense if share.part(k) is None]
+    assert {"model.embed_tokens.weight", "model.norm.weight"} < set(whole) < set(dense)
+    if dtype == torch.float32:
+        # mapped from the file, which has this dtype
+        whole = [k for k in whole if k not in ("model.embed_tokens.weight", "lm_head.weight")]
+    expected = sum(math.prod(dense[k].shape) for k in whole) * dtype.itemsize
+    assert copied_bytes(dense, share, dtype) == expected
 
 
 def test_int4_rows_whose_groups_would_be_split_are_refused(folder):

@@ -1,5 +1,6 @@
 """Parts of tensors in a file: written by several processes, and read by any number of them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,13 @@ def test_rows_of_another_dtype_are_converted(folder):
             values = part.tensor.clone()
             read_part(stored, part)
             assert torch.equal(part.tensor, values)
+
+
+def test_a_file_that_becomes_short_is_named(tmp_path):
+    def store(path: Path, offset: int) -> None:
+        os.truncate(path, offset + 5)
+
+    file = tmp_path / "short.safetensors"
+    source = TensorSource("whole", (3,), torch.float32, torch.ones(3).cpu, store=store)
+    with pytest.raises(OSError, match="short.safetensors is shorter than what was written"):
+        write_tensors(file, [source], lambda num_bytes: None, with_checksums=True)

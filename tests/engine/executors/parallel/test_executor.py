@@ -1,10 +1,14 @@
-"""Whole engines over 2 and 3 processes: the tokens of one process."""
+"""Whole engines over 2 and 3 processes: the tokens of one process; and what ranks are sent."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from engine.config import EngineConfig
+from engine.executors.parallel.executor import ParallelExecutor
 from engine.executors.parallel.group import RankLostError
+from engine.executors.parallel.shares import RankShare
 from engine.request import PatchRef, Request
 from engine.sampling.params import SamplingParams
 from server.config import EngineSettings
@@ -92,14 +96,45 @@ def test_the_tokens_are_those_of_one_process(kinds, options, tmp_path):
             several.patches.remove(patch.content_hash)
             # the ranks free a patch that no request uses, and go on
             assert answers(several) == answers(one)
-            assert not several._executor._known and not several._executor._freed
     finally:
-        several._executor.close()
+        several.close()
+
+
+class SentMessages:
+    """Ranks without processes, whose messages stay in a list; sending can fail."""
+
+    def __init__(self):
+        self.sent, self.fails = [], False
+
+    def send(self, messages):
+        if self.fails:
+            raise RankLostError("a rank has died")
+        self.sent += messages
+
+
+def test_numbers_of_dead_patches_travel_with_the_next_message():
+    config = tiny_config(**feed_forward_changes("memory_plus"))
+    model, ranks = random_model(config), SentMessages()
+    executor = ParallelExecutor(model, 4, 16, RankShare(config, 0, 2), ranks)
+    first, second, third = (patch_of(model, seed) for seed in range(3))
+    kept = executor.share_patch(first)
+    del kept
+    ranks.fails = True
+    with pytest.raises(RankLostError):
+        executor.share_patch(second)
+    ranks.fails = False
+    kept = executor.share_patch(third)
+    # a server without requests sends patches only
+    executor.share_patch(replace(third, content_hash="another"))
+    del kept
+    executor.share_patch(first)
+    numbers = [(message.number, message.freed) for message in ranks.sent]
+    assert numbers == [(0, []), (2, [0, 1]), (3, []), (4, [3, 2])]
 
 
 @pytest.mark.slow
 def test_a_process_that_dies_while_it_loads_is_named(tmp_path, monkeypatch):
     folder, _ = saved(("dense",), tmp_path / "model")
     monkeypatch.setattr("server.parallel_engine.RANK_ENTRY", "server.parallel_engine:no_function")
-    with pytest.raises(RankLostError, match="rank 1 died while it loaded"):
+    with pytest.raises(RankLostError, match=r"rank 1 died while it loaded its share \(exit 1"):
         engine_of(folder, tensor_parallel=2)

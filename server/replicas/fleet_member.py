@@ -96,7 +96,8 @@ class FleetMember:
     async def _change(self, change: Callable[[str], Awaitable[Refusal | None]], name: str) -> None:
         try:
             refusal = await change(name)
-        except FleetLostError:
+        except FleetLostError as error:
+            logger.error("row patches: a change of %s was not made: %s", name, error)
             headers = {"Retry-After": "5"}
             message = "the replicas cannot agree on row patches now"
             raise ApiError(503, message, "server_error", headers=headers) from None

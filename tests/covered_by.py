@@ -150,7 +150,6 @@ COVERED_BY = {
     "server/cli/train.py": "weights/training/test_trainer.py",
     "server/config.py": "server/http/test_app.py",
     "server/model_options.py": "server/cli/test_options.py",
-    "server/replicas/fleet_actor.py": "server/replicas/test_with_ray.py",
     "server/replicas/ingress.py": "server/replicas/test_with_ray.py",
     "server/replicas/replica.py": "server/replicas/test_with_ray.py",
     "server/replicas/router.py": "server/replicas/test_with_ray.py",

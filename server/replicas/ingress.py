@@ -78,9 +78,9 @@ class Ingress:
 
     async def _answer_all(self, request: RelayedRequest) -> Sequence[Answer | BaseException]:
         try:
-            answers: Sequence[Answer | BaseException] = await self._replicas.broadcast("answer", request).results_async(
-                timeout_s=_METRICS_TIMEOUT_S, return_exceptions=True
-            )
+            answers: Sequence[Answer | BaseException] = await self._replicas.broadcast(
+                "answer", request
+            ).results_async(timeout_s=_METRICS_TIMEOUT_S, return_exceptions=True)
         except (DeploymentUnavailableError, TimeoutError):
             raise unavailable() from None
         return answers

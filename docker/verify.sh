@@ -11,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly IMAGE=memplus-verify VOLUME=memplus-verify-cache MOST_MB=1400 START_S=300 PORT=8765
+readonly HEALTH_S=60 # Docker checks every 30 s
 work=$(mktemp -d)
 server=
 
@@ -198,7 +199,9 @@ repeat() {
 }
 
 healthy_docker() {
+    local begin=$SECONDS
     until [ "$(docker inspect --format '{{.State.Health.Status}}' "$server")" = healthy ]; do
+        test $((SECONDS - begin)) -lt $HEALTH_S || return 1
         sleep 1
     done
 }

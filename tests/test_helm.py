@@ -147,6 +147,7 @@ def test_the_autoscaler_uses_a_metric_that_the_adapter_makes_of_ours():
     [
         {"replica": 2},
         {"settings": {"port": 80}},
+        {"settings": {"host": "127.0.0.1"}},
         {"settings": {"api-key": "secret"}},
         {"settings": {"drain_timeout_s": 5}},
         {"settings": {"model": None, "Model": "x"}},
@@ -160,3 +161,26 @@ def test_the_autoscaler_uses_a_metric_that_the_adapter_makes_of_ours():
 def test_wrong_values_are_refused(values):
     done = helm("template", "memplus", str(CHART), values=values)
     assert done.returncode != 0 and "schema" in done.stderr, done
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"autoscaling": {"enabled": True}, "settings": {"metrics-prefix": "vllm:"}},
+            "settings.metrics-prefix",
+        ),
+        (
+            {"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 4}},
+            "autoscaling.minReplicas: 5 is more than maxReplicas, 4",
+        ),
+        (
+            {"serviceMonitor": {"enabled": True}, "apiKeys": {"secretName": "keys"}},
+            "serviceMonitor.apiKey.secretName",
+        ),
+    ],
+    ids=str,
+)
+def test_values_that_do_not_fit_each_other_are_refused(values, message):
+    done = helm("template", "memplus", str(CHART), values=values)
+    assert done.returncode != 0 and message in done.stderr, done

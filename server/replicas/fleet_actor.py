@@ -2,16 +2,20 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Collection, Mapping
+import json
+import logging
+from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayError
+from ray.experimental import internal_kv
 
 from server.replicas.fleet_member import FleetLostError
-from server.replicas.patch_fleet import Order, Outcome, PatchFleet, Refusal
+from server.replicas.patch_fleet import Changes, Held, Order, Outcome, PatchFleet, Refusal
 
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _NAMESPACE = "memplus"
 _LOOK_EVERY_S = 1.0
@@ -22,21 +26,24 @@ _IDLE_S = 30.0
 class FleetActor:
     """``PatchFleet`` in a process that outlives replicas and rolling updates.
 
-    It notices replicas that die during a change, and ends when the application is gone.
+    It notices replicas that die during a change, and ends when the application is gone. Ray's
+    store keeps the changes, so that an actor that was started again knows them.
     """
 
     def __init__(self, application: str) -> None:
         self._application = application
-        self._fleet = PatchFleet()
+        self._key = f"changes of {application}"
+        kept = internal_kv._internal_kv_get(self._key, namespace=_NAMESPACE)
+        self._fleet = PatchFleet(json.loads(kept) if kept else {}, self._keep)
         self._replicas: dict[str, Any] = {}  # Ray's handles
+        self._changing: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.get_running_loop().create_task(self._end_when_unused())
 
-    async def join(
-        self, replica: str, handle: Any, initial: list[str], held: dict[str, str] | None
-    ) -> dict[str, str | None]:
+    async def join(self, replica: str, handle: Any, held: Held) -> Changes:
         """As ``PatchFleet.join``; ``handle`` is that of the replica's actor."""
+        await self._drop_the_dead()  # their patches do not count
         self._replicas[replica] = handle
-        return await self._fleet.join(replica, initial, held)
+        return await self._fleet.join(replica, held)
 
     async def leave(self, replica: str) -> None:
         """As ``PatchFleet.leave``."""
@@ -53,56 +60,75 @@ class FleetActor:
 
     async def load(self, name: str) -> Refusal | None:
         """As ``PatchFleet.load``."""
-        return await self._watched(self._fleet.load(name))
+        return await self._whole(self._fleet.load(name))
 
     async def unload(self, name: str) -> Refusal | None:
         """As ``PatchFleet.unload``."""
-        return await self._watched(self._fleet.unload(name))
+        return await self._whole(self._fleet.unload(name))
+
+    async def _keep(self, changes: Changes) -> None:
+        text = json.dumps(changes)
+        await asyncio.to_thread(
+            internal_kv._internal_kv_put, self._key, text, True, namespace=_NAMESPACE
+        )
+
+    async def _whole(self, change: Coroutine[Any, Any, Result]) -> Result:
+        """The result of a change, which goes on if the client leaves and Ray cancels the call."""
+        task = asyncio.create_task(self._watched(change))
+        self._changing.add(task)
+        task.add_done_callback(self._changing.discard)
+        return await asyncio.shield(task)
 
     async def _watched(self, change: Awaitable[Result]) -> Result:
-        watch = asyncio.create_task(self._drop_the_dead())
+        watch = asyncio.create_task(self._watch())
         try:
             return await change
         finally:
             watch.cancel()
 
-    async def _drop_the_dead(self) -> None:
+    async def _watch(self) -> None:
         while True:
-            for replica, handle in list(self._replicas.items()):
-                try:
-                    async with asyncio.timeout(_LOOK_EVERY_S):
-                        await handle.__ray_ready__.remote()
-                except RayActorError:
-                    await self.leave(replica)
-                except TimeoutError:
-                    continue  # it is only busy
+            await self._drop_the_dead()
             await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _drop_the_dead(self) -> None:
+        await asyncio.gather(*map(self._drop_if_dead, list(self._replicas)))
+
+    async def _drop_if_dead(self, replica: str) -> None:
+        try:
+            async with asyncio.timeout(_LOOK_EVERY_S):
+                await self._replicas[replica].__ray_ready__.remote()
+        except ActorDiedError:
+            await self.leave(replica)
+        except (RayError, TimeoutError):
+            return  # it is only busy, or cannot be reached now
 
     async def _end_when_unused(self) -> None:
         while True:
             await asyncio.sleep(_IDLE_S)
-            applications: Collection[str] = (
-                await asyncio.to_thread(serve.status)
-            ).applications.keys()
-            if self._application not in applications:
+            try:
+                status = await asyncio.to_thread(serve.status)
+            except Exception as error:  # whatever it is, replicas may still need this actor
+                logger.warning("the applications are unknown now: %s", error)
+                continue
+            if self._application not in status.applications:
+                internal_kv._internal_kv_del(self._key, namespace=_NAMESPACE)
                 # an exit here would make Ray start it again
                 ray.kill(ray.get_runtime_context().current_actor)
 
 
 class RemoteFleet:
-    """The ``Fleet`` of one replica: calls of the actor, which is started if there is none."""
+    """The ``Fleet`` of one replica: calls of the actor, which ``join`` starts if there is none."""
 
-    def __init__(self, application: str, replica: str, initial: Collection[str]) -> None:
-        self._application, self._replica, self._initial = application, replica, list(initial)
+    def __init__(self, application: str, replica: str) -> None:
+        self._application, self._replica = application, replica
         self._actor: Any = None
-        self._find()
 
-    async def join(self, held: Mapping[str, str] | None = None) -> dict[str, str | None]:
+    async def join(self, held: Held) -> Changes:
         """As ``PatchFleet.join``."""
         self._find()
         handle = ray.get_runtime_context().current_actor
-        held = None if held is None else dict(held)
-        return await _call(self._actor.join.remote(self._replica, handle, self._initial, held))
+        return await _call(self._actor.join.remote(self._replica, handle, held))
 
     async def leave(self) -> None:
         """As ``PatchFleet.leave``."""
@@ -111,11 +137,7 @@ class RemoteFleet:
 
     async def next_order(self) -> Order | None:
         """As ``PatchFleet.next_order``; None if the actor was started again."""
-        try:
-            return await _call(self._actor.next_order.remote(self._replica))
-        except FleetLostError:
-            self._find()
-            raise
+        return await _call(self._actor.next_order.remote(self._replica))
 
     async def report(self, number: int, outcome: Outcome) -> None:
         """As ``PatchFleet.report``."""
@@ -139,11 +161,14 @@ class RemoteFleet:
             max_concurrency=10_000,  # every replica waits for its next order
             num_cpus=0,
         )
-        self._actor = options.remote(self._application)
+        try:
+            self._actor = options.remote(self._application)
+        except (RayError, ValueError) as error:
+            raise FleetLostError(str(error)) from None
 
 
 async def _call(answer: Awaitable[Result]) -> Result:
     try:
         return await answer
-    except RayActorError as error:
+    except RayError as error:
         raise FleetLostError(str(error)) from None

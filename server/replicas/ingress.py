@@ -1,7 +1,7 @@
 """The ingress in a Ray actor: access, request bodies, and the way to the replicas."""
 
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,12 @@ from ray.serve.exceptions import (
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.admission import Admission
-from server.http.errors import ApiError, EngineError, OverloadedError
+from server.http.errors import EngineError, OverloadedError
 from server.http.front import Front
 from server.http.generation_routes import GENERATION_PATHS
 from server.http.intake import Intake
 from server.logs import set_up_logs
-from server.replicas.relay import Relay, ReplicaLostError
+from server.replicas.relay import Answer, Relay, ReplicaLostError, unavailable
 from server.replicas.relayed_request import RelayedRequest, without_id
 from server.replicas.settings import IngressSettings
 
@@ -62,6 +62,7 @@ class Ingress:
             has_ended = True
         except _LOST as error:
             has_ended = True
+            logger.warning("a replica was lost: %s", error)
             raise ReplicaLostError(str(error)) from None
         except BackPressureError:
             raise OverloadedError from None
@@ -70,24 +71,19 @@ class Ingress:
             logger.error("a replica failed: %s", error)
             raise EngineError("internal error") from None
         except DeploymentUnavailableError:
-            raise _unavailable() from None
+            raise unavailable() from None
         finally:
             if not has_ended:
                 response.cancel()
 
-    async def _answer_all(self, request: RelayedRequest) -> Mapping[str, list[Message]]:
+    async def _answer_all(self, request: RelayedRequest) -> Sequence[Answer | BaseException]:
         try:
-            answers = await self._replicas.broadcast("answer", request).results_async(
-                timeout_s=_METRICS_TIMEOUT_S, return_exceptions=True
-            )
+            answers: Sequence[Answer | BaseException] = await self._replicas.broadcast(
+                "answer", request
+            ).results_async(timeout_s=_METRICS_TIMEOUT_S, return_exceptions=True)
         except (DeploymentUnavailableError, TimeoutError):
-            raise _unavailable() from None
-        return dict(one for one in answers if not isinstance(one, BaseException))
-
-
-def _unavailable() -> ApiError:
-    message = "no replica answers"
-    return ApiError(503, message, "server_error", headers={"Retry-After": "5"})
+            raise unavailable() from None
+        return answers
 
 
 def _for_ray(app: ASGIApp) -> ASGIApp:

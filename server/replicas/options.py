@@ -1,10 +1,12 @@
 """Options of replicas: their number, autoscaling, resources and how they are replaced."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from engine.errors import ConfigError
 from engine.sampling.params import option
+
+_AUTOSCALING = ("target_requests", "upscale_delay_s", "downscale_delay_s")
 
 
 @dataclass(frozen=True)
@@ -57,5 +59,7 @@ class ReplicaOptions:
                 raise ConfigError(f"{name}: must be 0 or more, not {getattr(self, name)}")
         if not 0 <= self.surge_percent <= 100:
             raise ConfigError(f"surge_percent: {self.surge_percent} is outside [0, 100]")
-        if self.max_replicas is None and self.target_requests is not None:
-            raise ConfigError("target_requests: needs max_replicas")
+        for one in fields(self):
+            is_set = getattr(self, one.name) != one.default
+            if one.name in _AUTOSCALING and is_set and self.max_replicas is None:
+                raise ConfigError(f"{one.name}: needs max_replicas")

@@ -1,14 +1,17 @@
 """Changes the loaded row patches of all replicas together: on every one, or on none."""
 
 import asyncio
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
 
 from server.http.errors import ApiError, error_body
 
+logger = logging.getLogger(__name__)
 Action = Literal["load", "unload"]
+Changes = dict[str, str | None]
 # a replica's own load ends after 120 s
 ORDER_TIMEOUT_S = 150.0
 
@@ -41,11 +44,18 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Order:
-    """A change that a replica must make; its number grows."""
+    """A change that a replica must make.
+
+    Attributes:
+        number: greater than that of the order before.
+        undoes: the number of the order that this one takes back. A replica that did not carry
+            out that order has nothing to do.
+    """
 
     number: int
     action: Action
     name: str
+    undoes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,16 +71,39 @@ class Outcome:
     refusal: Refusal | None = None
 
 
+@dataclass(frozen=True)
+class Held:
+    """The patches of a replica when it joins.
+
+    Attributes:
+        initial: the folders of its ``--patch``, by name.
+        hashes: the content hashes of all patches that it has loaded, by name.
+    """
+
+    initial: Mapping[str, str]
+    hashes: Mapping[str, str]
+
+
 @dataclass
 class _Member:
-    orders: asyncio.Queue[Order] = field(default_factory=asyncio.Queue)
+    held: Held
+    orders: asyncio.Queue[Order | None] = field(default_factory=asyncio.Queue)
     answers: dict[int, "asyncio.Future[Outcome | None]"] = field(default_factory=dict)
+
+    def initial_hash(self, name: str, folder: str) -> str | None:
+        """The content hash of its ``--patch`` of this name and folder, if it was loaded."""
+        is_equal = self.held.initial.get(name) == folder
+        return self.held.hashes.get(name) if is_equal else None
+
+
+async def _keep_nowhere(changes: Changes) -> None:
+    """For a fleet whose changes end with it."""
 
 
 class PatchFleet:
     """The replicas of one application, and how their patches differ from those of ``--patch``.
 
-    Replicas ask for orders and report on them. A replica joins before it loads patches, so it
+    Replicas ask for orders and report on them. A replica joins before it answers requests, so it
     misses no change. Changes are made one after another.
 
     Attributes:
@@ -78,42 +111,59 @@ class PatchFleet:
             ``--patch`` that were removed.
     """
 
-    def __init__(self, order_timeout_s: float = ORDER_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        changes: Changes | None = None,
+        keep: Callable[[Changes], Awaitable[None]] = _keep_nowhere,
+        order_timeout_s: float = ORDER_TIMEOUT_S,
+    ) -> None:
+        """``changes`` are those of an earlier fleet; ``keep`` stores them for the next one."""
         self._order_timeout_s = order_timeout_s
+        self._keep = keep
         self._members: dict[str, _Member] = {}
         self._lock = asyncio.Lock()
         self._numbers = count()
-        self._initial: set[str] = set()
-        self.changes: dict[str, str | None] = {}
+        self.changes: Changes = dict(changes or {})
 
     @property
     def members(self) -> Collection[str]:
         """The replicas that take part in changes."""
         return tuple(self._members)
 
-    async def join(
-        self, replica: str, initial: Collection[str], held: Mapping[str, str] | None = None
-    ) -> dict[str, str | None]:
-        """Add a replica; returns ``changes``, which it must make before it answers requests.
+    async def join(self, replica: str, held: Held) -> Changes:
+        """Add a replica, or add it again.
 
-        Args:
-            replica: a unique name.
-            initial: the names of its ``--patch``.
-            held: the patches of a replica that has answered requests already. The first such
-                replica of a new fleet decides the changes: an earlier fleet was lost.
+        Returns:
+            The content hashes of patches that it must have, and None for those that it must not
+            have. A patch of ``--patch`` from the same folder as in another replica must have the
+            same content.
         """
+        self.leave(replica)  # at once, so that no change waits for it
         async with self._lock:
-            if held is not None and not self._members and not self.changes:
-                self.changes = {n: content for n, content in held.items() if n not in initial}
-                self.changes |= {name: None for name in initial if name not in held}
-            self._initial.update(initial)
-            self._members[replica] = _Member()
-            return dict(self.changes)
+            wanted = dict(self.changes)
+            for name, content_hash in held.hashes.items():
+                if name in wanted:
+                    continue
+                folder = held.initial.get(name)
+                if folder is None:
+                    wanted[name] = None  # a change that was not finished
+                else:
+                    wanted[name] = self._initial_hash(name, folder) or content_hash
+            self._members[replica] = _Member(held)
+            return wanted
+
+    def _initial_hash(self, name: str, folder: str) -> str | None:
+        found = (member.initial_hash(name, folder) for member in self._members.values())
+        return next((one for one in found if one is not None), None)
 
     def leave(self, replica: str) -> None:
-        """Remove a replica that has ended; nobody waits for its answers any longer."""
+        """Remove a replica; nobody waits for its answers any longer. If it still runs, its next
+        order is to join again."""
         member = self._members.pop(replica, None)
-        for answer in member.answers.values() if member is not None else ():
+        if member is None:
+            return
+        member.orders.put_nowait(None)
+        for answer in member.answers.values():
             if not answer.done():
                 answer.set_result(None)
 
@@ -133,7 +183,8 @@ class PatchFleet:
         """Load a patch in all replicas; the refusal if one of them did not, after which none has
         it."""
         async with self._lock:
-            outcomes = await self._order("load", name)
+            number = next(self._numbers)
+            outcomes = await self._order(Order(number, "load", name), self.members)
             refusal = _first_refusal(outcomes)
             hashes = {one.content_hash for one in outcomes.values() if one.refusal is None}
             if refusal is None and len(hashes) > 1:
@@ -142,16 +193,20 @@ class PatchFleet:
             if refusal is None and not hashes:
                 refusal = _unavailable("no replica is ready")
             if refusal is None:
-                self.changes[name] = hashes.pop()
+                await self._set_changes(self.changes | {name: hashes.pop()})
             else:
-                await self._undo("unload", name, outcomes)
+                await self._undo(number, "unload", name, outcomes)
             return refusal
 
     async def unload(self, name: str) -> Refusal | None:
         """Remove a patch from all replicas; the refusal if one of them did not, after which all
         have it as before."""
         async with self._lock:
-            outcomes = await self._order("unload", name)
+            before = self.changes
+            # stored first: after the death of this process, replicas finish the removal
+            await self._set_changes(self._without(name))
+            number = next(self._numbers)
+            outcomes = await self._order(Order(number, "unload", name), self.members)
             # a replica may have lost the patch before
             missing = {
                 r for r, one in outcomes.items() if one.refusal and one.refusal.status == 404
@@ -161,44 +216,59 @@ class PatchFleet:
             if not outcomes:
                 refusal = _unavailable("no replica is ready")
             if refusal is not None:
-                await self._undo("load", name, outcomes)
-            elif name in self._initial:
-                self.changes[name] = None
-            else:
-                self.changes.pop(name, None)
+                await self._set_changes(before)
+                await self._undo(number, "load", name, outcomes)
             return refusal
 
-    async def _order(
-        self, action: Action, name: str, replicas: Collection[str] | None = None
-    ) -> dict[str, Outcome]:
-        """Give an order, by default to all replicas; the answers of those that have not ended."""
-        number = next(self._numbers)
-        chosen = self._members if replicas is None else {r: self._members[r] for r in replicas}
+    def _without(self, name: str) -> Changes:
+        changes = {other: content for other, content in self.changes.items() if other != name}
+        if any(name in member.held.initial for member in self._members.values()):
+            changes[name] = None
+        return changes
+
+    async def _set_changes(self, changes: Changes) -> None:
+        if changes != self.changes:
+            await self._keep(changes)
+            self.changes = changes
+
+    async def _order(self, order: Order, replicas: Collection[str]) -> dict[str, Outcome]:
+        """Give an order; the answers of the replicas that have not ended."""
         answers: dict[str, asyncio.Future[Outcome | None]] = {}
-        for replica, member in chosen.items():
+        for replica in replicas:
+            member = self._members[replica]
             answers[replica] = asyncio.get_running_loop().create_future()
-            member.answers[number] = answers[replica]
-            member.orders.put_nowait(Order(number, action, name))
+            member.answers[order.number] = answers[replica]
+            member.orders.put_nowait(order)
         if answers:
             await asyncio.wait(answers.values(), timeout=self._order_timeout_s)
         found: dict[str, Outcome] = {}
         for replica, answer in answers.items():
             if replica in self._members:
-                self._members[replica].answers.pop(number, None)
-            outcome = answer.result() if answer.done() else Outcome(refusal=_late(name))
+                self._members[replica].answers.pop(order.number, None)
+            outcome = answer.result() if answer.done() else Outcome(refusal=_late(order.name))
             if outcome is not None:
                 found[replica] = outcome
         return found
 
-    async def _undo(self, action: Action, name: str, outcomes: Mapping[str, Outcome]) -> None:
-        """Take back an order from the replicas that did it, or that may do it yet."""
+    async def _undo(
+        self, number: int, action: Action, name: str, outcomes: Mapping[str, Outcome]
+    ) -> None:
+        """Take back an order from the replicas that did it, or that may do it yet.
+
+        A replica that cannot do so leaves. It ends, or joins again and is told what it must have.
+        """
         changed = [
             replica
             for replica, outcome in outcomes.items()
             if replica in self._members
             and (outcome.refusal is None or outcome.refusal.status == _LATE_STATUS)
         ]
-        await self._order(action, name, changed)
+        order = Order(next(self._numbers), action, name, undoes=number)
+        for replica, outcome in (await self._order(order, changed)).items():
+            if outcome.refusal is not None:
+                reason = outcome.refusal.body["error"]["message"]
+                logger.error("replica %s did not take back a change: %s", replica, reason)
+                self.leave(replica)
 
 
 _LATE_STATUS = 504

@@ -1,7 +1,8 @@
 """ASGI application that passes requests to replicas, and survives the death of one."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -13,33 +14,41 @@ from server.http.root_path import route_path
 from server.replicas.joined_metrics import joined_metrics
 from server.replicas.relayed_request import RelayedRequest, without_id
 
-# replicas that are tried before a request fails
-_ATTEMPTS = 3
+# a replica's name and the ASGI messages of its response
+Answer = tuple[str, list[Message]]
 _CLIENT_LEFT = 499
 _METRICS = "/metrics"
 _PATCHES = "/v1/memory/patches"
 
 
 class ReplicaLostError(Exception):
-    """The replica that was answering a request has died."""
+    """The replica that had accepted a request has died."""
+
+
+def unavailable() -> ApiError:
+    """The error of a request for which there is no replica."""
+    message = "no replica answers"
+    return ApiError(503, message, "server_error", headers={"Retry-After": "5"})
 
 
 class Relay:
     """Sends each request to one replica, and ``/metrics`` to all of them.
 
-    If the replica dies before the response has begun, another one gets the request. If it dies in
-    the middle of a stream, the stream ends with an error event.
+    If the replica dies before the response has begun, another one gets the request, once: the
+    request may be the reason. If it dies in the middle of a stream, the stream ends with an error
+    event.
     """
 
     def __init__(
         self,
         stream: Callable[[RelayedRequest], AsyncGenerator[list[Message], None]],
-        answer_all: Callable[[RelayedRequest], Awaitable[Mapping[str, list[Message]]]],
+        answer_all: Callable[[RelayedRequest], Awaitable[Sequence[Answer | BaseException]]],
         generating: frozenset[str],
     ) -> None:
         """``stream`` gives the ASGI messages of one replica, or raises ReplicaLostError or
-        ApiError; ``answer_all`` those of every replica, by its name. ``generating`` are the paths
-        whose requests have prompts."""
+        ApiError; an empty list of them says that the replica has used up the retry. ``answer_all``
+        gives the answers of all replicas. ``generating`` are the paths whose requests have
+        prompts."""
         self._stream = stream
         self._answer_all = answer_all
         self._generating = generating
@@ -63,17 +72,20 @@ class Relay:
             return
         # the dead replica may have begun a change of the patches, which must not be made twice
         is_change = path.startswith(_PATCHES) and scope["method"] in ("POST", "DELETE")
-        for _ in range(1 if is_change else _ATTEMPTS):
+        may_retry = not is_change
+        while True:
             try:
                 async with aclosing(self._stream(request)) as batches:
                     async for messages in batches:
+                        may_retry = may_retry and bool(messages)
                         for message in messages:
                             await exchange.send(message)
                 return
             except ReplicaLostError:
-                if exchange.has_begun:
-                    break
-        raise EngineError("the replica has died")
+                if exchange.has_begun or not may_retry:
+                    raise EngineError("the replica has died") from None
+            may_retry = False
+            request = replace(request, is_retry=True)
 
 
 class _Exchange:
@@ -112,14 +124,23 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-def _joined(answers: Mapping[str, list[Message]]) -> list[Message]:
-    """One response from those of all replicas; the first error, if there is one."""
+def _joined(answers: Sequence[Answer | BaseException]) -> list[Message]:
+    """One response from those of all replicas; the first error, if there is one.
+
+    Raises:
+        ApiError: a replica did not answer, or there is none.
+    """
     bodies = {}
-    for replica, messages in answers.items():
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise unavailable()
+        replica, messages = answer
         if messages[0]["status"] != 200:
             return messages
         body = b"".join(message.get("body", b"") for message in messages[1:])
         bodies[replica] = body.decode()
+    if not bodies:
+        raise unavailable()
     joined = joined_metrics(bodies)
     headers = [(b"content-type", b"text/plain; version=0.0.4")]
     start = {"type": "http.response.start", "status": 200, "headers": headers}

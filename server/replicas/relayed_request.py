@@ -41,11 +41,13 @@ class RelayedRequest:
     Attributes:
         scope: the plain values of the ASGI scope, with the request's id and API key.
         text: None if the request has no prompt.
+        is_retry: whether a replica or an engine has died while it ran this request.
     """
 
     scope: dict[str, Any]
     body: bytes
     text: RoutingText | None
+    is_retry: bool = False
 
     @classmethod
     def of(cls, scope: Scope, body: bytes, generating: frozenset[str]) -> "RelayedRequest":

@@ -18,12 +18,12 @@ from server.logs import say, set_up_logs
 from server.replicas.fleet_actor import RemoteFleet
 from server.replicas.fleet_member import FleetMember
 from server.replicas.relayed_request import RelayedRequest, response_messages
+from server.replicas.retried_messages import retried_messages
 from server.replicas.settings import ReplicaSettings
 from server.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
-_ERROR_STATUS = 500
 # for errors of running streams to reach the ingress
 _LAST_S = 2.0
 
@@ -51,9 +51,9 @@ class Replica:
         self._service.engine.attach()
         try:
             await self._service.patches.load_first()
+            fleet = RemoteFleet(context.app_name, self._name)
             initial = settings.patches.folders
-            fleet = RemoteFleet(context.app_name, self._name, initial)
-            self._member = FleetMember(self._service.patches, fleet)
+            self._member = FleetMember(self._service.patches, fleet, initial)
             await self._member.join()
         except BaseException:
             await self._stop()
@@ -62,7 +62,7 @@ class Replica:
         interval_s = settings.monitoring.log_interval_s
         if interval_s:
             self._tasks.append(asyncio.create_task(self._served.activity.run(interval_s)))
-        self._tasks.append(asyncio.create_task(self._end_without_engine()))
+        self._tasks.append(asyncio.create_task(self._end_when_lost()))
         # the loaded objects stay, so the garbage collector need not scan them again
         gc.collect()
         gc.freeze()
@@ -78,26 +78,12 @@ class Replica:
     async def stream(self, request: RelayedRequest) -> AsyncGenerator[list[Message], None]:
         """The ASGI messages of the response, as they arrive.
 
-        A prompt that finds no engine, or whose answer had not begun when the engine died, waits:
-        the engine is restarted, or this process ends and the ingress tries another replica.
+        An empty list says that the engine has died, and that the request now runs again.
         """
-        while True:
-            if request.text is not None:
-                while not self._service.engine.is_alive:
-                    await asyncio.sleep(_LOOK_EVERY_S)
-            has_begun = False
-            async with aclosing(response_messages(self._app, request)) as batches:
-                async for messages in batches:
-                    if not has_begun and request.text is not None and self._has_failed(messages):
-                        break
-                    has_begun = True
-                    yield messages
-                else:
-                    return
-
-    def _has_failed(self, messages: list[Message]) -> bool:
-        """Whether a response is an error because the engine has died."""
-        return messages[0]["status"] >= _ERROR_STATUS and not self._service.engine.is_alive
+        messages = retried_messages(self._app, request, self._service.engine)
+        async with aclosing(messages) as batches:
+            async for batch in batches:
+                yield batch
 
     async def answer(self, request: RelayedRequest) -> tuple[str, list[Message]]:
         """This replica's name, and the ASGI messages of the whole response."""
@@ -120,12 +106,15 @@ class Replica:
         await self._service.engine.detach()
         await asyncio.to_thread(self._served.stop)
 
-    async def _end_without_engine(self) -> None:
-        """End the process if its engine is gone: health checks would take seconds, in which
-        a replica that refuses everything at once would be the least loaded one."""
-        while not self._service.engine.is_lost:
+    async def _end_when_lost(self) -> None:
+        """End the process if its engine is gone, or if it cannot follow the changes of patches.
+
+        Health checks would take seconds, in which a replica that refuses everything at once would
+        be the least loaded one."""
+        while not (self._service.engine.is_lost or self._member.is_lost):
             await asyncio.sleep(_LOOK_EVERY_S)
-        logger.error("the engine process has died; this replica ends")
+        if self._service.engine.is_lost:
+            logger.error("the engine process has died; this replica ends")
         await asyncio.sleep(_LAST_S)
         await asyncio.to_thread(self._served.stop)
         os._exit(1)

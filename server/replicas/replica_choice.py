@@ -47,10 +47,11 @@ class ReplicaChoice:
 
     def began(self, replica: str, request_id: str, text: RoutingText | None) -> None:
         """Record that a replica got a request."""
+        running = self._running.setdefault(replica, set())
         if request_id in self._ended_early:
             del self._ended_early[request_id]
         else:
-            self._running.setdefault(replica, set()).add(request_id)
+            running.add(request_id)
         if text is not None:
             self._index.record(text.scope, text.prompt, replica)
 

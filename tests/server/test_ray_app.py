@@ -1,4 +1,4 @@
-"""Tests of the application for Ray Serve; tests/soak/test_replicas.py runs it."""
+"""Tests of the application for Ray Serve; tests/server/replicas/test_with_ray.py runs it."""
 
 import importlib
 import sys
@@ -19,7 +19,6 @@ def test_without_ray_the_error_names_the_extra(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_the_example_configuration_is_valid():
-    pytest.importorskip("ray")
     import yaml
     from ray.serve.schema import ServeDeploySchema
 

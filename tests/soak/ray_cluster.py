@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from typing import Any
 import httpx
 
 _OBJECT_STORE_BYTES = 100 * 2**20
+# replicas load a model, on a machine with two cores
+_READY_S = 300.0
+# the program's own waits end before
+_ANSWER_S = 360.0
 
 
 @dataclass
@@ -27,13 +32,18 @@ class Cluster:
     http: httpx.Client
 
     def ask(self, **command: Any) -> Any:
-        """Let the program do something, and wait for its answer."""
+        """Let the program do something, and wait for its answer; after too long, end it."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps(command), file=self.process.stdin, flush=True)
-        for line in self.process.stdout:
-            if line.startswith("answer: "):
-                return json.loads(line.removeprefix("answer: "))
-        raise AssertionError("the cluster's program has ended")
+        deadline = threading.Timer(_ANSWER_S, self.process.kill)
+        deadline.start()
+        try:
+            print(json.dumps(command), file=self.process.stdin, flush=True)
+            for line in self.process.stdout:
+                if line.startswith("answer: "):
+                    return json.loads(line.removeprefix("answer: "))
+        finally:
+            deadline.cancel()
+        raise AssertionError(f"the cluster's program has ended, or did not answer: {command}")
 
     def deploy(self, **arguments: Any) -> None:
         """Deploy the application, or a new version of it, and wait until it is ready."""
@@ -44,6 +54,10 @@ class Cluster:
         ids by name."""
         found: dict[str, int] = self.ask(do="replicas", count=count, without=without)
         return found
+
+    def restart_patch_actor(self) -> None:
+        """Kill the actor of row patches, and wait until a replica has joined the next one."""
+        assert self.ask(do="restart patch actor") is None
 
     def metric(self, name: str) -> dict[str, float]:
         """A metric by replica, summed over its other labels."""
@@ -92,6 +106,8 @@ def _main(port: int) -> None:
                 serve.run(build(command["arguments"]))
             elif command["do"] == "replicas":
                 answer = _wait_for_replicas(command["count"], command["without"])
+            elif command["do"] == "restart patch actor":
+                _restart_patch_actor()
             print(f"answer: {json.dumps(answer)}", flush=True)
     finally:
         serve.shutdown()
@@ -102,7 +118,9 @@ def _wait_for_replicas(count: int, without: str) -> dict[str, int]:
     from ray import serve
 
     pause = threading.Event()
-    while True:
+    end = time.monotonic() + _READY_S
+    alive: dict[str, int] = {}
+    while time.monotonic() < end:
         states = serve.status().applications["default"].deployments["Replica"].replica_states
         alive = {str(state): number for state, number in states.items() if number}
         if alive == {"RUNNING": count}:
@@ -110,6 +128,30 @@ def _wait_for_replicas(count: int, without: str) -> dict[str, int]:
             if len(found) == count and without not in found:
                 return found
         pause.wait(0.2)
+    raise TimeoutError(f"{count} replicas are not ready after {_READY_S:g} s, but {alive}")
+
+
+def _restart_patch_actor() -> None:
+    import ray
+    from ray.exceptions import RayActorError
+
+    actor = ray.get_actor("patches of default", namespace="memplus")
+    state = actor.__ray_call__
+    before, _ = ray.get(state.remote(_pid_and_members))
+    ray.kill(actor, no_restart=False)
+    pause = threading.Event()
+    end = time.monotonic() + _READY_S
+    while time.monotonic() < end:
+        with contextlib.suppress(RayActorError):
+            pid, members = ray.get(state.remote(_pid_and_members))
+            if pid != before and members:
+                return
+        pause.wait(0.2)
+    raise TimeoutError(f"no replica has joined the new patch actor after {_READY_S:g} s")
+
+
+def _pid_and_members(actor: Any) -> tuple[int, int]:
+    return os.getpid(), len(actor._fleet.members)
 
 
 def _replica_pids() -> dict[str, int]:

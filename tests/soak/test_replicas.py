@@ -18,7 +18,6 @@ from tests.weights.patches.made import saved_patch
 from weights.models.named_models import find_model
 from weights.patches.model_identity import model_identity
 
-pytest.importorskip("ray")
 pytestmark = pytest.mark.soak
 ROUTE = "/v1/memory/patches"
 LONG = {"max_tokens": 450, "ignore_eos": True, "temperature": 0}

@@ -19,6 +19,8 @@ from server.replicas.options import ReplicaOptions
         ("replica_drain_timeout_s", float("inf")),
         ("upscale_delay_s", float("nan")),
         ("downscale_delay_s", -1.0),
+        ("upscale_delay_s", 5.0),  # without max_replicas
+        ("downscale_delay_s", 5.0),
         ("prefix_slack", -1),
         ("surge_percent", 101),
     ],

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from server.http.errors import ApiError
-from server.replicas.patch_fleet import Outcome, PatchFleet, Refusal
+from server.replicas.patch_fleet import Held, Outcome, PatchFleet, Refusal
 
 REFUSED = Refusal.of(ApiError(400, "name: bad", param="name"))
 
@@ -19,8 +19,8 @@ class Member:
 
     async def start(self, *initial):
         self.patches = set(initial)
-        changes = await self.fleet.join(self.name, initial)
-        for name, content in changes.items():
+        wanted = await self.fleet.join(self.name, held(*initial))
+        for name, content in wanted.items():
             if content is None:
                 self.patches.discard(name)
             else:
@@ -29,6 +29,7 @@ class Member:
         return self
 
     async def obey(self):
+        self.done = None
         while (order := await self.fleet.next_order(self.name)) is not None:
             answer = self.answers.get(order.action, Outcome(f"hash of {order.name}"))
             if answer is None:
@@ -36,10 +37,19 @@ class Member:
                 return
             if answer == "silent":
                 continue
-            if answer.refusal is None:
+            if order.undoes is not None and order.undoes != self.done:
+                answer = Outcome()
+            elif answer.refusal is None:
+                self.done = order.number
                 change = self.patches.add if order.action == "load" else self.patches.discard
                 change(order.name)
             self.fleet.report(self.name, order.number, answer)
+
+
+def held(*initial, **others):
+    """Patches of ``--patch``, and others with their hashes."""
+    hashes = {name: f"hash of {name}" for name in initial} | others
+    return Held({name: f"/{name}" for name in initial}, hashes)
 
 
 def run(scenario):
@@ -88,9 +98,12 @@ def test_a_replica_that_does_not_answer_in_time_fails_the_change():
     async def scenario():
         fleet = PatchFleet(order_timeout_s=0.01)
         member = await Member(fleet, "a").start()
-        await Member(fleet, "b", load="silent").start()
+        late = await Member(fleet, "b", load="silent", unload="silent").start()
         refusal = await fleet.load("law")
         assert refusal is not None and refusal.status == 504
+        # it does not take the change back either, so it must join again
+        assert set(fleet.members) == {"a"}
+        await late.work
         return member.patches
 
     assert run(scenario) == set()
@@ -142,14 +155,88 @@ def test_a_replica_that_lost_the_patch_does_not_hinder_its_removal(is_missing_ev
     assert refusal == missing.refusal if is_missing_everywhere else refusal is None
 
 
-def test_a_new_fleet_learns_the_changes_from_a_replica():
+def test_a_new_fleet_knows_the_changes_and_ends_those_that_were_not_finished():
+    kept = []
+
+    async def keep(changes):
+        kept.append(changes)
+
+    async def scenario():
+        fleet = PatchFleet({"later": "3", "first": None}, keep)
+        wanted = await fleet.join("a", Held({"first": "/x", "lost": "/y"}, {"half": "4"}))
+        assert wanted == {"later": "3", "first": None, "half": None}
+        await Member(fleet, "a").start("first")
+        assert await fleet.load("law") is None and await fleet.unload("later") is None
+
+    run(scenario)
+    loaded = {"later": "3", "first": None, "law": "hash of law"}
+    assert kept == [loaded, {"first": None, "law": "hash of law"}]
+
+
+def test_a_replica_that_leaves_or_joins_again_is_not_waited_for():
     async def scenario():
         fleet = PatchFleet()
-        await fleet.join("a", ["first", "second"], {"second": "2", "later": "3"})
-        assert await fleet.next_order("unknown") is None
-        return await fleet.join("b", ["first", "second"])
+        await fleet.join("a", held())
+        order = asyncio.create_task(fleet.next_order("a"))
+        await asyncio.sleep(0)
+        fleet.leave("a")
+        assert await order is None and await fleet.next_order("a") is None
+        await fleet.join("a", held())
+        member = await Member(fleet, "b").start()
+        change = asyncio.create_task(fleet.load("law"))
+        await asyncio.sleep(0)
+        assert await fleet.join("a", held()) == {"law": "hash of law"}
+        assert await change is None
+        return member.patches
 
-    assert run(scenario) == {"later": "3", "first": None}
+    assert run(scenario) == {"law"}
+
+
+def test_a_replica_without_the_patch_of_its_start_does_not_change_the_others():
+    async def scenario():
+        fleet = PatchFleet()
+        await Member(fleet, "a").start("law")
+        lost = await fleet.join("b", Held({"law": "/law"}, {}))
+        return lost, fleet.changes, await fleet.join("c", held("law"))
+
+    assert run(scenario) == ({}, {}, {"law": "hash of law"})
+
+
+def test_equal_folders_must_have_equal_contents():
+    async def scenario():
+        fleet = PatchFleet()
+        await fleet.join("a", Held({"law": "/law"}, {"law": "1"}))
+        same = await fleet.join("b", Held({"law": "/law"}, {"law": "2"}))
+        return same, await fleet.join("c", Held({"law": "/new"}, {"law": "2"}))
+
+    assert run(scenario) == ({"law": "1"}, {"law": "2"})
+
+
+def test_a_late_replica_keeps_what_a_second_order_did_not_load():
+    async def scenario():
+        fleet = PatchFleet()
+        members = [await Member(fleet, name).start() for name in "ab"]
+        assert await fleet.load("law") is None
+        busy = Outcome(refusal=Refusal.of(ApiError(504, "late")))
+        for member in members:
+            member.answers["load"] = busy
+        assert (await fleet.load("law")).status == 504
+        return [member.patches for member in members]
+
+    assert run(scenario) == [{"law"}] * 2
+
+
+def test_a_replica_that_cannot_take_a_change_back_leaves(caplog):
+    async def scenario():
+        fleet = PatchFleet()
+        members = [await Member(fleet, "a", unload=Outcome(refusal=REFUSED)).start()]
+        members.append(await Member(fleet, "b", load=Outcome(refusal=REFUSED)).start())
+        assert (await fleet.load("law")).status == 400
+        await members[0].work
+        return set(fleet.members)
+
+    assert run(scenario) == {"b"}
+    assert "replica a did not take back a change: name: bad" in caplog.text
 
 
 def test_a_refusal_is_the_error_that_it_was_made_of():

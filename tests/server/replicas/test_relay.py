@@ -29,7 +29,7 @@ class Replicas:
         for message in self.scripts.pop(0):
             if isinstance(message, Exception):
                 raise message
-            yield [message]
+            yield [message] if message else []
 
     async def answer_all(self, request):
         return self.all_answers
@@ -78,12 +78,18 @@ def test_a_stream_of_a_replica_that_fails_ends_with_its_error():
 
 
 def test_a_response_that_has_not_begun_comes_from_another_replica():
-    replicas = Replicas([ReplicaLostError()], [ReplicaLostError()], [JSON, body(b"{}")])
+    replicas = Replicas([ReplicaLostError()], [JSON, body(b"{}")])
     assert exchanged(replicas) == (200, b"{}")
+    assert [request.is_retry for request in replicas.requests] == [False, True]
 
 
-def test_a_request_that_kills_its_replicas_fails():
-    status, text = exchanged(Replicas(*([ReplicaLostError()] for _ in range(3))))
+@pytest.mark.parametrize(
+    "scripts",
+    [([ReplicaLostError()], [ReplicaLostError()]), ([None, ReplicaLostError()],)],
+    ids=["two replicas", "two engines of one replica"],
+)
+def test_a_request_is_retried_once_because_it_may_be_the_reason(scripts):
+    status, text = exchanged(Replicas(*scripts))
     assert (status, error_message(text)) == (500, "the replica has died")
 
 
@@ -109,10 +115,10 @@ def test_an_error_of_the_way_is_answered(error, status):
 
 
 def test_metrics_come_from_all_replicas():
-    texts = {
-        name: [PLAIN, body(f"# TYPE x gauge\nx {number}\n".encode())]
+    texts = [
+        (name, [PLAIN, body(f"# TYPE x gauge\nx {number}\n".encode())])
         for number, name in enumerate("ab")
-    }
+    ]
     status, text = exchanged(Replicas(all_answers=texts), "/metrics", "GET")
     assert status == 200
     assert b'x{replica="a"} 0.0' in text and b'x{replica="b"} 1.0' in text
@@ -120,7 +126,13 @@ def test_metrics_come_from_all_replicas():
 
 def test_a_refusal_of_metrics_passes():
     refused = [{**JSON, "status": 403}, body(b"{}")]
-    assert exchanged(Replicas(all_answers={"a": refused}), "/metrics", "GET") == (403, b"{}")
+    assert exchanged(Replicas(all_answers=[("a", refused)]), "/metrics", "GET") == (403, b"{}")
+
+
+@pytest.mark.parametrize("others", [[], [TimeoutError()], [("a", [PLAIN, body(b"")]), KeyError()]])
+def test_metrics_without_those_of_a_replica_are_unavailable(others):
+    status, text = exchanged(Replicas(all_answers=others), "/metrics", "GET")
+    assert (status, error_message(text)) == (503, "no replica answers")
 
 
 def test_a_client_that_leaves_ends_its_request():

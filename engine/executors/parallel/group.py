@@ -1,5 +1,6 @@
-"""The collectives of tensor-parallel ranks, over gloo."""
+"""The collectives of tensor-parallel ranks: through shared memory, and over gloo."""
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from engine.executors.parallel import shared_memory
+from engine.executors.parallel.shared_memory import MOST_BYTES, RankGoneError, SharedMemory
 
 # bounds one collective's wait for a rank that hangs; a rank that dies ends the collective at once
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -31,17 +35,20 @@ class RankGroup:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._joined: Any = None
+        self._memory: SharedMemory | None = None
 
     def meet(self, store: Path) -> None:
         """Wait until all ranks have called this; before, no other method may be called.
 
         ``store`` is a new file that all ranks can write, in a folder that other users cannot.
-        Afterwards it may be deleted.
+        Afterwards the folder may be deleted.
 
         Raises:
             RankLostError: a rank has ended, or did not come in time.
         """
         c10d: Any = distributed  # torch's stubs lack these names
+        if self.rank == 0 and shared_memory.is_available():
+            SharedMemory.create(store.parent, self.size)
         try:
             meeting = c10d.FileStore(str(store), self.size)
             meeting.set_timeout(_MEETING_TIMEOUT)
@@ -52,8 +59,15 @@ class RankGroup:
             self._joined = c10d.ProcessGroupGloo(meeting, self.rank, self.size, options)
         except RuntimeError as error:
             raise _lost(error) from error
-        # no rank reads the file any more when all have come here
+        pids_1S = self.gather_columns(torch.tensor([[os.getpid()]]))
+        if shared_memory.is_available():
+            timeout_s = _COLLECTIVE_TIMEOUT.total_seconds()
+            memory = SharedMemory(store.parent, self.rank, pids_1S[0].tolist(), timeout_s)
+        else:
+            memory = None
+        # no rank opens a file of the folder any more when all have come here
         self.sum(torch.zeros(1))
+        self._memory = memory
 
     @property
     def _group(self) -> Any:
@@ -62,6 +76,8 @@ class RankGroup:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over all ranks. It may overwrite ``x``."""
+        if (parts := self._exchanged(x)) is not None:
+            return parts.sum(0)
         x = x.contiguous()
         self._run(lambda: self._group.allreduce([x]))
         return x
@@ -69,6 +85,8 @@ class RankGroup:
     def gather_columns(self, x_TC: Tensor) -> Tensor:
         """The columns of all ranks, ``[T, size * C]``, in the order of the ranks."""
         num_tokens, columns = x_TC.shape
+        if (exchanged := self._exchanged(x_TC)) is not None:
+            return torch.cat(list(exchanged), dim=1)
         parts = list(x_TC.new_empty((self.size, num_tokens, columns)))
         self._run(lambda: self._group.allgather([parts], [x_TC.contiguous()]))
         return torch.cat(parts, dim=1)
@@ -80,10 +98,21 @@ class RankGroup:
         """
         num_tokens, width = x_TV.shape
         columns = width // self.size
+        if (parts := self._exchanged(x_TV)) is not None:
+            return parts[:, :, columns * self.rank : columns * (self.rank + 1)].sum(0)
         sent = x_TV.view(num_tokens, self.size, columns).transpose(0, 1).contiguous()
         got = torch.empty_like(sent)
         self._run(lambda: self._group.alltoall_base(got, sent, [], []))
         return got.sum(0)
+
+    def _exchanged(self, x: Tensor) -> Tensor | None:
+        """All ranks' ``x`` if shared memory can carry it, until the next collective."""
+        if self._memory is None or x.nbytes > MOST_BYTES:
+            return None
+        try:
+            return self._memory.exchange(x)
+        except RankGoneError as error:
+            raise RankLostError(f"a tensor-parallel rank cannot be reached: {error}") from error
 
     def _run(self, start: Callable[[], Any]) -> None:
         try:

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from socket import AF_UNIX, SOCK_STREAM, socketpair
 from engine.errors import ConfigError
 from engine.executors.parallel.group import RankLostError
 from engine.executors.parallel.messages import RankMessage, RankReady, RankRefused
+from engine.executors.parallel.shared_memory import SharedMemory
 from engine.parent_death import end_with
 from engine.shielded_start import shielded
 
@@ -51,7 +53,8 @@ class Ranks:
         ``RankSettings``.
         """
         # others cannot write to a folder that this process just made
-        self._folder = tempfile.TemporaryDirectory(prefix="memplus-ranks-")
+        folder = _folder_in_memory(size)
+        self._folder = tempfile.TemporaryDirectory(prefix="memplus-ranks-", dir=folder)
         self.store = Path(self._folder.name) / "store"
         self.size = size
         self._lock = threading.Lock()
@@ -118,6 +121,14 @@ class Ranks:
             process.wait()
             connection.close()
         self._folder.cleanup()
+
+
+def _folder_in_memory(size: int) -> Path | None:
+    """A file system in memory with room for what ``size`` ranks share, if there is one."""
+    found = Path("/dev/shm")
+    # half of it stays free
+    needed = 2 * SharedMemory.num_bytes(size)
+    return found if found.is_dir() and shutil.disk_usage(found).free > needed else None
 
 
 def _start(entry: str) -> tuple["subprocess.Popen[bytes]", Connection]:

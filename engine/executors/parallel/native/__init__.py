@@ -1,0 +1,1 @@
+"""How ranks wait for each other in shared memory, in C++."""

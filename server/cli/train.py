@@ -117,6 +117,9 @@ def _run(
     trainer = Trainer(config, folder, resume=resume, replicas=replicas)
     if replicas.is_first:
         print(describe_flops(trainer.flops, config.run.tokens_per_step))
+        read, there = config.run.steps * config.run.tokens_per_step, trainer.num_text_tokens
+        times = f"{read / there:.2g} times the {there:,} tokens of the texts"
+        print(f"texts: the run reads {read:,} tokens, {times}")
         if trainer.step < config.run.steps:
             remove_report(folder)
     # torchrun forwards signals that its processes already got
@@ -181,7 +184,15 @@ def _train(
             bar.set_postfix(loss=f"{report.loss:.3f}", tokens_per_s=f"{report.tokens_per_s:.0f}")
             return not stopped_by
 
-        trainer.run(show, on_record)
+        def on_any(record: Mapping[str, Any]) -> None:
+            on_record(record)
+            if record["kind"] == "evaluation" and "loss" in record:
+                held_out = f"held-out loss {record['loss']:.3f}"
+                bar.write(
+                    f"step {record['step']}: {held_out}, perplexity {record['perplexity']:.4g}"
+                )
+
+        trainer.run(show, on_any)
 
 
 @contextlib.contextmanager

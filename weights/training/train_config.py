@@ -28,7 +28,7 @@ class DataConfig:
         text_key: key of a ``.jsonl`` line, or column of a parquet file, that has the text.
         tokenizer: a ``tokenizer.model`` or checkpoint folder; if empty, a tokenizer is trained.
         vocab_size: tokens of a trained tokenizer.
-        sequence_length: tokens per sequence; longer documents are cut.
+        sequence_length: tokens per sequence; longer documents become several.
     """
 
     train: tuple[str, ...]
@@ -42,6 +42,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.train:
             raise ConfigError("data.train: is empty; must name files or folders")
+        for name in ("train", "validation"):
+            if "" in getattr(self, name):
+                raise ConfigError(f"data.{name}: has an empty path; [] is an empty list")
         _at_least(self, "data", 1, "sequence_length")
         _at_least(self, "data", 260, "vocab_size")  # bytes, and marks of begin and end
         if not 0 <= self.validation_share < 1:

@@ -69,6 +69,7 @@ class Trainer:
         folder: run folder with ``data``, ``checkpoints`` and ``log.jsonl``; when the run is
             complete also with ``adapter``, if only memories beside feed-forwards were trained.
         flops: operations of one token's forward pass, by part of the model.
+        num_text_tokens: tokens of the training texts.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Trainer:
         self._stream = TokenStream(data.train, config.data.sequence_length, run.seed)
         self.flops = forward_flops(shape, self._stream.mean_attended)
         self._train_tokens, self._validation = data.train, data.validation
+        self.num_text_tokens = len(data.train.ids)
         self._schedule_steps = plan.schedule_steps
         places = folder / CHECKPOINTS, model, tables, self._optimizer, data.text, self._usage
         self._state = TrainState(*places, self._replicas)

@@ -71,6 +71,7 @@ def test_the_command_line_overrides_keys(file):
         ("optimizer.beta2=1", r"optimizer.beta2: 1.0 is outside \[0, 1\)"),
         ("data.train=[]", "data.train: is empty"),
         ("data.train=[1]", "data.train: expected a list of strings"),
+        ("data.validation=", "data.validation: has an empty path; .. is an empty list"),
         ("data.validation_share=1", "data.validation_share: 1.0 is outside"),
     ],
 )

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -293,6 +294,8 @@ def test_a_finished_run_leaves_curves_and_a_model_card(
     assert f"{sum(last) / 8:.4f} nats per token" in card and "8 steps, 1,024 tokens" in card
     assert "2 memory_plus" in card and "lr = 0.003" in card and "perplexity" in card
     assert "MFLOP per token forward" in printed and "card.md" in printed
+    assert "texts: the run reads 1,024 tokens, " in printed
+    assert re.search(r"step 8: held-out loss [\d.]+, perplexity [\d.e+]+\n", printed)
     assert printed.endswith(f"memplus serve --model {tmp_path / 'run'}\n")
     curves = tmp_path / "run" / "curves.png"
     assert curves.exists() == ("curves.png" in card) == has_matplotlib

@@ -526,8 +526,8 @@ def test_a_process_without_a_sequence_takes_part(config, tmp_path):
 @pytest.mark.parametrize("kind", ["memory_plus", "moe"])
 def test_two_processes_train_like_one(config, tmp_path, kind):
     # the balancing loss differs between processes, so the test leaves it out
-    changes = [*KINDS[kind], "run.passes_per_step=2", "run.table_sharding=rows"]
-    changes += ["model.router_aux_loss_coef=0"] if kind == "moe" else []
+    changes = [*KINDS[kind], "run.passes_per_step=2"]
+    changes += ["model.router_aux_loss_coef=0" if kind == "moe" else "run.table_sharding=rows"]
     run(config(*changes, memory=kind != "moe"), tmp_path / "one")
     done = torchrun(tmp_path / "train.toml", tmp_path / "two", *changes)
     assert done.returncode == 0, done.stderr

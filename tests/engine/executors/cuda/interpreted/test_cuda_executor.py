@@ -273,12 +273,12 @@ def test_a_failed_launch_overwrites_no_results(dense, monkeypatch, is_ahead):
     runner, count = broken._executor._runner, 0
     queue = runner.queue
 
-    def fail(shape, inputs, then):
+    def fail(*launch):
         nonlocal count
         count += 1
         if count == 2:
             raise torch.OutOfMemoryError("no memory")
-        queue(shape, inputs, then)
+        queue(*launch)
 
     # while the mask waits for its token, its neighbour's step fails alone and a request arrives
     broken.add(greedy("masked", [5, 6], COUNT), Multiples())
@@ -302,10 +302,10 @@ def test_a_failed_launch_leaves_the_device_usable(dense, monkeypatch):
     runner = broken._executor._runner
     queue, failures = runner.queue, [torch.OutOfMemoryError("no memory")]
 
-    def fail_once(shape, inputs, then):
+    def fail_once(*launch):
         if failures:
             raise failures.pop()
-        queue(shape, inputs, then)
+        queue(*launch)
 
     broken.add(greedy("a", [1, 2, 3, 4, 5], COUNT))
     broken.add(greedy("b", [6, 7], COUNT))

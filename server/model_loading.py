@@ -98,7 +98,7 @@ def load_served(
 
 @dataclass(frozen=True)
 class LoadingPlan:
-    """How a model will be loaded; the settings have been checked.
+    """Dtypes and memory of a model that is about to be loaded; the settings have been checked.
 
     Attributes:
         dtype: the dtype to serve in.

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShareSettings:
-    """What every rank loads.
+    """The model and the KV blocks that every rank loads its share of.
 
     Attributes:
         folder: the checkpoint folder.

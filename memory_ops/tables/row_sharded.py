@@ -43,7 +43,7 @@ class RowShardedTable(ShardedTable):
         return rows_UV, places_L.view(rows_THK.shape)
 
     def _counts_by_owner(self, rows_U: Tensor) -> tuple[list[int], list[int]]:
-        """How many of these ascending rows each process owns, and how many each asks of this."""
+        """Count the rows that this process asks of each, and those that each asks of this one."""
         bounds = torch.tensor(self.shard.bounds, device=rows_U.device)
         sent: list[int] = torch.searchsorted(rows_U, bounds).diff().tolist()
         return sent, self.exchange.swap_counts(sent)

@@ -62,7 +62,7 @@ class ShardedTable(TrainedTable):
     def collected(
         self, rows_U: Tensor, sums_UV: Tensor, counts_U: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients for this process's part, from those of its own reads."""
+        """Take the gradients of this process's reads; return those of its part of the table."""
         return rows_U, sums_UV, counts_U
 
     def read_counts(self, groups: RowGroups) -> Tensor:

@@ -255,7 +255,8 @@ class PatchFleet:
     ) -> None:
         """Take back an order from the replicas that did it, or that may do it yet.
 
-        A replica that cannot do so leaves. It ends, or joins again and is told what it must have.
+        A replica that cannot take it back leaves the fleet. Then it ends, or it joins again and
+        gets the list of patches that it must have.
         """
         changed = [
             replica

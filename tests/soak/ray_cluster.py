@@ -1,4 +1,4 @@
-"""A local Ray cluster in a process that is told what to do by lines, and its handle for tests.
+"""A local Ray cluster in a process that reads commands from lines, and its handle for tests.
 
 Run as a program it starts the cluster, and answers each line of JSON on stdin with one on stdout.
 """

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankSettings:
-    """What the process of one rank needs to join the others.
+    """Settings of the process of one rank.
 
     Attributes:
         rank, size: as in ``RankGroup``.

@@ -6,23 +6,8 @@ import sys
 
 import pytest
 
-from tests.small_runs import losses, run
+from tests.small_runs import KILLED, losses, run
 from weights.training.run_folder import saved_states
-
-# counts fsyncs, which are those of its parts of tables, and kills itself at one of them
-KILLED = """
-import os, signal, sys
-from server.cli.main import main
-left, fsync = int(sys.argv[1]), os.fsync
-def counted(descriptor):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(descriptor)
-os.fsync = counted
-sys.exit(main(["train", *sys.argv[2:]]))
-"""
 
 
 def free_port():

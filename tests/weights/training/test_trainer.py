@@ -22,7 +22,7 @@ from engine.errors import ConfigError
 from engine.model.layout import TokenLayout
 from engine.model.memory_layer import half_scores
 from server.cli import train
-from tests.small_runs import CONFIG, MEMORY, check_same, losses, records, run, tensors
+from tests.small_runs import CONFIG, KILLED, MEMORY, check_same, losses, records, run, tensors
 from weights.checkpoints import checkpoint
 from weights.checkpoints.checkpoint import load_model, table_origins
 from weights.errors import CheckpointError, DataError, TrainingError
@@ -137,21 +137,6 @@ def test_steps_after_the_last_checkpoint_are_repeated(config, tmp_path, monkeypa
     check_same(folder, tmp_path / "whole")
     assert losses(folder) == losses(tmp_path / "whole")
     assert not list((folder / "checkpoints").glob(".*"))
-
-
-KILLED = """
-import os, signal, sys
-from server.cli.main import main
-left, fsync = int(sys.argv[1]), os.fsync
-def counted(descriptor):
-    global left
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(descriptor)
-os.fsync = counted
-main(["train", *sys.argv[2:]])
-"""
 
 
 @pytest.mark.slow

@@ -1,1 +1,1 @@
-"""How ranks wait for each other in shared memory, in C++."""
+"""The C++ barrier of ranks in shared memory."""

@@ -11,7 +11,7 @@ from tests.engine.executors.parallel.rank_threads import run_ranks
 
 @pytest.fixture(params=["shared memory", "gloo"])
 def way(request, monkeypatch):
-    """How the ranks exchange tensors."""
+    """The transport of the collectives: shared memory or gloo."""
     if request.param == "gloo":
         monkeypatch.setattr(shared_memory, "is_available", lambda: False)
     elif not shared_memory.is_available():

@@ -1,5 +1,6 @@
 """Shared fixtures: seeds, tolerances, poisoned memory, models and servers."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,17 @@ with torch.device("meta"):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20)
+
+
+@pytest.fixture(autouse=True)
+def _logs_of_one_test() -> Iterator[None]:
+    """Undo ``set_up_logs``: its handler keeps the stderr of this test, which is closed after it."""
+    yield
+    root = logging.getLogger()
+    for handler in [one for one in root.handlers if type(one) is logging.StreamHandler]:
+        root.removeHandler(handler)
+    root.setLevel(logging.WARNING)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(autouse=True)

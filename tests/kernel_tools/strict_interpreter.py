@@ -38,6 +38,8 @@ def make_strict(patch: pytest.MonkeyPatch) -> None:
     _refuse_bf16_arithmetic(patch)
     _widen_bf16_products(patch)
     _sort_faster(patch)
+    _patch_language_once(patch)
+    _describe_tensors_faster(patch)
 
 
 def run_last_programs(patch: pytest.MonkeyPatch, count: int) -> None:
@@ -211,3 +213,58 @@ def _sort_faster(patch: pytest.MonkeyPatch) -> None:
         return self.to_tensor(result, operand.dtype)
 
     patch.setattr(interpreter.ReduceOps, "apply_impl", vectorised)
+
+
+def _patch_language_once(patch: pytest.MonkeyPatch) -> None:
+    """Keep triton.language patched: the interpreter patches it at each call of a device function.
+
+    That takes a quarter of its time. No code of a process that interprets needs the originals.
+    """
+    plain, patched = interpreter._patch_lang, set()
+
+    def once(function):
+        languages = tuple(one in function.__globals__.values() for one in (tl, tl.core))
+        if languages not in patched:
+            plain(function)
+            patched.add(languages)
+        # nothing to restore
+        return interpreter._LangPatchScope()
+
+    patch.setattr(interpreter, "_patch_lang", once)
+
+
+def _describe_tensors_faster(patch: pytest.MonkeyPatch) -> None:
+    """Compute what follows from a type or shape once; the interpreter does it for each tensor."""
+    dtype_of, describe, equals = interpreter._get_np_dtype, tl.block_type.__init__, tl.tuple.__eq__
+    dtypes: dict[str, np.dtype] = {}
+    # by sizes: attributes of a block type, and those of its tensors
+    shapes: dict[tuple[int, ...], tuple[object, ...]] = {}
+    scalar = tl.constexpr(1), tl.tuple([])
+
+    def known_dtype(kind):
+        kind = kind.scalar
+        if kind.name not in dtypes:
+            dtypes[kind.name] = dtype_of(kind)
+        return dtypes[kind.name]
+
+    def known_shape(self, element, shape):
+        sizes = tuple(getattr(size, "value", size) for size in shape)
+        if sizes not in shapes:
+            describe(self, element, shape)
+            of_tensors = tl.constexpr(self.numel), tl.tuple([tl.constexpr(size) for size in sizes])
+            shapes[sizes] = self.shape, self.numel, str(self.shape), of_tensors
+        self.element_ty = element
+        self.shape, self.numel, text, self.of_tensors = shapes[sizes]
+        self.name = f"<{text}, {element}>"
+
+    def start(self, handle, kind):
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.numel, self.shape = kind.of_tensors if kind.is_block() else scalar
+
+    def same_or_equal(self, other):
+        return tl.constexpr(True) if self is other else equals(self, other)
+
+    patch.setattr(interpreter, "_get_np_dtype", known_dtype)
+    patch.setattr(tl.block_type, "__init__", known_shape)
+    patch.setattr(tl.tensor, "__init__", start)
+    patch.setattr(tl.tuple, "__eq__", same_or_equal)

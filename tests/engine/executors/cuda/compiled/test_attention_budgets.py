@@ -234,7 +234,13 @@ def test_attention_of_other_sizes(case, target, budgets):
     attention_check(case, target, budgets, VAST_BYTES)
 
 
-@pytest.mark.parametrize("case", ATTENTION_BUDGETS | SLOW_ATTENTION_BUDGETS)
+def one_of_each_launch() -> list[tuple]:
+    """A case of each launch, with KV blocks of each number of bytes per value."""
+    cases = reversed(ATTENTION_BUDGETS | SLOW_ATTENTION_BUDGETS)
+    return list({(size_of(case), DTYPES[case[1]].itemsize): case for case in cases}.values())
+
+
+@pytest.mark.parametrize("case", one_of_each_launch())
 def test_few_blocks_that_amd_reads_with_32_bit_offsets(case):
     attention_check(case, "gfx942", ((512, 65536),) * 3, num_bytes=2**20)
     rotated = compiled(TARGETS["gfx942"], rotation((*case[:3], False), num_bytes=2**20))
@@ -246,7 +252,8 @@ def test_few_blocks_that_amd_reads_with_32_bit_offsets(case):
 def test_prefill_with_much_shared_memory(case, number, monkeypatch):
     monkeypatch.setattr(paged_attention, "has_large_shared_memory", lambda device: True)
     target = ("sm_90", "sm_100")[number]
-    _, prefill = all_compiled(TARGETS[target], attention(case))
+    # splits, so that the other kernels are those that test_attention compiled
+    *_, prefill = all_compiled(TARGETS[target], attention(case, num_splits=MIXED_SPLITS))
     wide_loads = wide_kv_loads(LARGE_PREFILL_LAUNCHES[size_of(case)], case, target, loops=2)
     check(prefill, LARGE_PREFILL_BUDGETS[case][number], wide_loads)
 

@@ -1,6 +1,6 @@
 """Budgets of the product kernels: registers, shared memory, spills, wide loads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -82,8 +82,7 @@ MIXTURE_BUDGETS = {
 SLOW_MIXTURE_BUDGETS = {
     (256, 4096, 14336): ((128, 49152), (128, 73728), (80, 73760), (104, 49152)),
 }
-SLOW_GROUPED_PRODUCTS = [
-    ("bf16", 64, 4096, 28672, "gated"),
+OTHER_GROUPED_PRODUCTS = [
     ("bf16", 64, 4096, 128256, "normed"),
     ("bf16", 32, 14336, 4096, "added"),
     ("fp16", 64, 4096, 6144, "normed"),
@@ -181,17 +180,26 @@ def groups_check(figures: Figures, target: str) -> None:
     )
 
 
+# the product with the most registers, of few and of many rows
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "case",
-    [
-        ("bf16", 16, 4096, 28672, "gated"),
-        *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_GROUPED_PRODUCTS),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize("one", FORMATS, ids=str)
-def test_products_with_weights_in_groups(one, case, target):
+def test_products_with_weights_in_groups(one, rows, target):
+    case = ("bf16", rows, 4096, 28672, "gated")
+    groups_check(compiled(TARGETS[target], grouped_product_of(one, *case)), target)
+
+
+def paired(cases: Sequence) -> list:
+    """Each case with each target, and each of both with each format, as parameters."""
+    return [
+        pytest.param(FORMATS[(row + column) % len(FORMATS)], case, target, id=f"{case}-{target}")
+        for row, case in enumerate(cases)
+        for column, target in enumerate(TARGETS)
+    ]
+
+
+@pytest.mark.parametrize(("one", "case", "target"), paired(OTHER_GROUPED_PRODUCTS))
+def test_other_products_with_weights_in_groups(one, case, target):
     figures = compiled(TARGETS[target], grouped_product_of(one, *case))
     if case[0] == "fp32":
         assert not figures.spills
@@ -217,11 +225,18 @@ def test_split_sums_embeddings_and_dense_copies_of_groups(one, target):
         assert not figures.spills and figures.registers <= 128
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("num_tokens", [16, 256])
 @pytest.mark.parametrize("one", FORMATS, ids=str)
-def test_experts_in_groups(one, num_tokens, target):
+def test_experts_in_groups(one, target):
+    experts_check(one, 16, target)
+
+
+@pytest.mark.parametrize(("one", "num_tokens", "target"), paired([256]))
+def test_experts_in_groups_of_more_tokens(one, num_tokens, target):
+    experts_check(one, num_tokens, target)
+
+
+def experts_check(one: GroupFormat, num_tokens: int, target: str) -> None:
     x, logits = torch.zeros(num_tokens, 4096, dtype=BF16), torch.zeros(num_tokens, 8, dtype=BF16)
     weights = grouped(one, (8, 28672, 4096)), grouped(one, (8, 4096, 14336))
     _, _, *both, _ = all_compiled(

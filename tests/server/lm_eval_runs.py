@@ -14,18 +14,29 @@ from engine.model.transformer import Transformer
 from tests.models import served_logits
 from weights.checkpoints.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parent.parent.parent
+
 
 def evaluate(
-    tasks: Path, out: Path, kind: str, names: Sequence[str], *options: str, **arguments: Any
+    tasks: Path,
+    out: Path,
+    kind: str,
+    names: Sequence[str],
+    *options: str,
+    program: str = "tests.server.lm_eval_command",
+    **arguments: Any,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Run lm-eval with a model of this kind; return scores, and samples by task."""
+    """Run lm-eval with a model of this kind; return scores, and samples by task.
+
+    ``program`` is ``lm_eval`` for the plain command, which starts ten seconds later.
+    """
     given = ",".join(f"{name}={value}" for name, value in arguments.items())
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", kind, "--model_args", given]
+    command = [sys.executable, "-m", program, "run", "--model", kind, "--model_args", given]
     command += ["--tasks", ",".join(names), "--include_path", str(tasks)]
     command += ["--output_path", str(out), "--log_samples", *options]
     cache = {"HF_HOME": str(out / "cache")}
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    environment = os.environ | offline | cache
+    environment = os.environ | offline | cache | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     (results,) = out.glob("*/results_*.json")

@@ -97,7 +97,9 @@ def test_a_task_of_our_own_has_the_accuracies_that_the_engine_computes(
     monkeypatch.chdir(TASKS.parents[2])
     url = f"{server.url}/v1/completions"
     client = CLIENT | {"base_url": url, "num_concurrent": 4}
-    results, _ = evaluate(TASKS, tmp_path, "local-completions", ["definitions", "recall"], **client)
+    names = ["definitions", "recall"]
+    # the command of docs/evaluate.md as it is
+    results, _ = evaluate(TASKS, tmp_path, "local-completions", names, program="lm_eval", **client)
 
     chosen = [best(scored(direct, f"{one['noun']} (noun):", one["choices"])) for one in NOUNS]
     right = sum(c == one["label"] for c, one in zip(chosen, NOUNS, strict=True))

@@ -65,10 +65,14 @@ def test_no_request_gets_an_undocumented_answer(document, path, method):
     check(document[path][method], 50)
 
 
+# the other operations take no parameters, so that more requests say no more
+WITH_PARAMETERS = [(path, how) for path, how in OPERATIONS if how == "POST" or "{" in path]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+@pytest.mark.parametrize(("path", "method"), WITH_PARAMETERS)
 def test_many_requests_get_no_undocumented_answer(document, path, method):
-    check(document[path][method], 500)
+    check(document[path][method], 300)
 
 
 def fields(value, path=""):

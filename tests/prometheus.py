@@ -1,13 +1,13 @@
 """Starts Debian's Prometheus for tests of the monitoring files."""
 
 import contextlib
-import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+
+from tests.programs import started
 
 
 def tool(name: str) -> str:
@@ -26,18 +26,8 @@ def prometheus(config: Path, folder: Path) -> Iterator[httpx.Client]:
         f"--storage.tsdb.path={folder}",
         "--web.listen-address=127.0.0.1:0",
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        try:
-            lines = []
-            for line in process.stderr:
-                lines.append(line)
-                if found := re.search(r'"Listening on" address=(\S+)', line):
-                    break
-            else:
-                raise AssertionError("".join(lines))
-            with httpx.Client(base_url=f"http://{found[1]}/api/v1", timeout=30) as client:
-                yield client
-        finally:
-            process.terminate()
-            process.communicate(timeout=30)
+    with (
+        started(command, r'"Listening on" address=(\S+)') as (_, found),
+        httpx.Client(base_url=f"http://{found[1]}/api/v1", timeout=30) as client,
+    ):
+        yield client

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import httpx
 
+from tests.programs import started
+
 
 @dataclass
 class Running:
@@ -58,19 +60,7 @@ def running(
     command = serve_command(folder, *options)
     if program is not None:
         command[2] = program
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stderr=pipe, text=True, start_new_session=new_group) as process:
-        assert process.stderr is not None
-        try:
-            lines = []
-            for line in process.stderr:
-                lines.append(line)
-                if found := re.search(r"serving .* at ((http|unix)[^;]+);", line):
-                    break
-            else:
-                raise AssertionError("".join(lines))
-            with client(found[1]) as http:
-                yield Running(process, found[1], http)
-        finally:
-            process.terminate()
-            process.communicate(timeout=60)
+    pattern = r"serving .* at ((http|unix)[^;]+);"
+    ready = started(command, pattern, new_group=new_group)
+    with ready as (process, found), client(found[1]) as http:
+        yield Running(process, found[1], http)

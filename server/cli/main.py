@@ -211,7 +211,7 @@ def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     verb.add_argument("--help-config", action=ShowSettings, help=settings)
     example = "write an example of CONFIG.toml to a new file, and exit"
     verb.add_argument("--write-example", action=WriteExample, metavar="FILE", help=example)
-    add_output_folder(verb, "--out", "folder of the run", required=True)
+    add_output_folder(verb, "--out", "folder of the run; --plan of a new run needs none")
     verb.add_argument("--resume", action="store_true", help="continue the run in that folder")
     plan = "check everything and print what the run needs, but write nothing"
     verb.add_argument("--plan", action="store_true", help=plan)

@@ -42,7 +42,7 @@ OnRecord = Callable[[Mapping[str, Any]], None]
 
 def run(
     config: TrainConfig,
-    folder: Path,
+    folder: Path | None,
     *,
     resume: bool = False,
     only_plan: bool = False,
@@ -50,20 +50,24 @@ def run(
 ) -> int:
     """Train to the last step, or until SIGINT or SIGTERM; or only print the plan of the run.
 
+    Only a plan of a new run needs no ``folder``.
     ``tensorboard`` writes the log as TensorBoard events too, to a folder of that name in the run's.
     After the first signal the step is finished and a checkpoint is written. A second signal ends
     a run of one process at once. Returns 0 after the last step, 128 + the signal's number if a
     signal stopped this process, and 1 if one stopped another process of the run.
 
     Raises:
-        ConfigError: the device does not exist, which a plan does not need, or as ``Trainer``.
+        ConfigError: the device does not exist, which a plan does not need, or ``folder`` is
+            missing, or as ``Trainer``.
         DataError, CheckpointError, TrainingError: as ``Trainer``, or another process trains in
             the folder.
     """
+    if folder is None and (resume or not only_plan):
+        raise ConfigError("out: missing; only --plan of a new run needs no folder")
     replicas = _replicas(config.run.device, only_plan=only_plan)
     source = _first_model(config.run.init_from, folder, resume=resume)
     config = replace(config, run=replace(config.run, init_from=source))
-    if only_plan:
+    if folder is None or only_plan:
         status = _plan(config, folder, replicas, resume=resume)
     else:
         with run_lock(folder) if replicas.is_first else contextlib.nullcontext():
@@ -73,9 +77,9 @@ def run(
     return status
 
 
-def _first_model(name: str, folder: Path, *, resume: bool) -> str:
+def _first_model(name: str, folder: Path | None, *, resume: bool) -> str:
     """The folder of the model that a run starts from; a run to resume may have lost it."""
-    is_optional = resume and newest_state(folder) is not None
+    is_optional = folder is not None and resume and newest_state(folder) is not None
     try:
         source = local_name(name)
         if source in NAMED_MODELS:
@@ -84,7 +88,7 @@ def _first_model(name: str, folder: Path, *, resume: bool) -> str:
         if not is_optional:
             raise
         source = name
-    if is_optional and source and not Path(source).exists():
+    if folder is not None and is_optional and source and not Path(source).exists():
         saved = saved_init_from(folder)
         if _is_of_name(saved, name):  # else its error is that of a setting that differs
             logger.warning("run.init_from: %s is gone; the run resumes without it", name)
@@ -101,7 +105,7 @@ def _is_of_name(folder: str, name: str) -> bool:
     return in_cache or Path(folder).is_relative_to(name)
 
 
-def _plan(config: TrainConfig, folder: Path, replicas: Replicas, *, resume: bool) -> int:
+def _plan(config: TrainConfig, folder: Path | None, replicas: Replicas, *, resume: bool) -> int:
     """Check the run in each process; the first one reads the texts and prints the plan."""
     is_first = replicas.is_first
     with _group(replicas):

@@ -14,6 +14,9 @@ KNOWN = ["optimizer.lr", "run.steps", "run.seed", "data.train"]
         ("run.lr", "optimizer.lr"),
         ("data.trian", "data.train"),
         ("run.colour", None),
+        ("run.max_steps", "run.steps"),
+        ("run.epochs", "run.steps"),
+        ("train.learning_rate", "optimizer.lr"),
         ("x" * 100_000, None),
     ],
 )

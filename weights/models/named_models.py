@@ -137,8 +137,7 @@ def _newest_checkpoint(folder: Path) -> Path | None:
         return None
     newest = newest_state(folder)
     if newest is not None:
-        # a warning, because only these are shown by verbs that set up no logs
-        logger.warning("%s: a training run; uses its newest checkpoint, %s", folder, newest.name)
+        logger.info("%s: a training run; uses its newest checkpoint, %s", folder, newest.name)
     elif has_run(folder):
         raise ModelNotFoundError(f"{folder}: is a training run that has no checkpoint yet")
     return newest

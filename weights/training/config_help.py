@@ -3,12 +3,13 @@
 import inspect
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from engine.model.config import MEMORY_KINDS, MemoryConfig
 from weights.training.model_keys import MODEL_KEYS, default_values
+from weights.training.settings_toml import toml_value
 from weights.training.train_config import DataConfig, OptimizerConfig, RunConfig
 
 _SECTIONS = {"data": DataConfig, "optimizer": OptimizerConfig, "run": RunConfig}
@@ -58,7 +59,7 @@ def all_settings() -> list[Setting]:
     """Every key of every section, in the order of the file."""
     values = default_values()
     found = [
-        Setting("model", key, kind, default or _toml(values[key]), meaning)
+        Setting("model", key, kind, default or toml_value(values[key]), meaning)
         for key, kind, default, meaning in MODEL_KEYS
     ]
     layers = f"kind of each memory layer, by its index: {', '.join(MEMORY_KINDS)}"
@@ -115,7 +116,7 @@ def _fields(section: str, kind: type) -> Iterator[Setting]:
     for field in fields(kind):
         choices = field.metadata.get("choices")
         name = " or ".join(choices) if choices else _type_text(hints[field.name])
-        default = "required" if field.default is MISSING else _toml(field.default)
+        default = "required" if field.default is MISSING else toml_value(field.default)
         yield Setting(section, field.name, name, default, meanings[field.name])
 
 
@@ -137,16 +138,6 @@ def attribute_texts(kind: type) -> dict[str, str]:
 
 def _type_text(hint: Any) -> str:
     return _TYPES.get(hint, "list of texts")
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, Sequence):
-        return f"[{', '.join(_toml(one) for one in value)}]"
-    return str(value)
 
 
 def _default_text(one: Setting) -> str:

@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from weights.checkpoints.summary import describe, summarize
 from weights.errors import TrainingError
 from weights.training.run_folder import saved_states
 from weights.training.run_log import RunLog
+from weights.training.settings_toml import settings_toml
 from weights.training.train_config import TrainConfig
 
 _CARD, _CURVES = "card.md", "curves.png"
@@ -93,21 +93,17 @@ def _card(
         *(["![curves](curves.png)", ""] if has_curves else []),
         "## Settings",
         "",
-        *_settings(config),
+        "As a file for `memplus train`:",
+        "",
+        "```toml",
+        *settings_toml(config),
+        "```",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _indented(text: str) -> list[str]:
     return [f"    {line}" for line in text.splitlines()]
-
-
-def _settings(config: TrainConfig) -> list[str]:
-    lines = []
-    for section, values in asdict(config).items():
-        lines.append(f"    [{section}]")
-        lines += [f"    {key} = {value!r}" for key, value in values.items()]
-    return lines
 
 
 def _draw(records: Records, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Plan of a training run: checks its settings before anything is written, and says its needs."""
+"""Plan of a training run: checks settings and texts, and states the memory and disk it needs."""
 
 import math
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class RunPlan:
 
 def plan_run(
     config: TrainConfig,
-    folder: Path,
+    folder: Path | None,
     *,
     resume: bool,
     replicas: Replicas | None = None,
@@ -60,30 +60,32 @@ def plan_run(
 ) -> RunPlan:
     """Check everything that can be checked before a run; writes nothing.
 
-    Without ``reads_texts`` the texts are not read: another process of the run does it. Without
+    A plan without ``folder`` is that of a new run; it does not check a disk. Without
+    ``reads_texts`` the texts are not read: another process of the run does it. Without
     ``checks_disk`` the disk is not checked: the run is ended before its first checkpoint.
 
     Raises:
         ConfigError: a setting is invalid, or memory or disk are too small; the message names it.
-        DataError: a text cannot be read.
+        DataError: a text cannot be read, or the texts do not allow ``data.vocab_size``.
         CheckpointError: a model, tokenizer or checkpoint cannot be read.
         TrainingError: ``resume`` does not fit the folder, or a setting differs from that of the
             run to resume.
     """
     replicas = replicas or Replicas()
-    check_resume(folder, resume=resume)
-    resumed = newest_state(folder)
+    if folder is not None:
+        check_resume(folder, resume=resume)
+    resumed = newest_state(folder) if folder is not None else None
     lines: list[str] = []
-    texts, saved = None, SavedSettings(config.run.steps, ())
-    if resumed is not None:
+    texts, given, saved = None, None, SavedSettings(config.run.steps, ())
+    if folder is not None and resumed is not None:
         saved = resumed_settings(folder, config)
         _check_steps(config.run, step_of(resumed))
         shape = read_config(resumed).model
         lines.append(f"{folder}: continues from {resumed.name}")
     else:
-        if reads_texts:
-            texts = TrainingTexts(config.data, config.run.seed)
-        shape = _new_shape(config)
+        given = given_text(config.data, config.run.init_from)
+        vocab_size = config.data.vocab_size if given is None else given.vocab_size
+        shape = model_config(config.model, vocab_size, config.run.init_from)
     lines += saved.changes
     _check_sequences(config, shape)
     check_table_tier(shape, config.run.device, config.run.table_tier)
@@ -92,20 +94,21 @@ def plan_run(
     model = planned_model(shape, init_from, is_dense_frozen="dense" in config.run.freeze)
     memory = training_memory(model, shape, config, replicas.count)
     needs = [*_memory_lines(memory, config.run.device, replicas.local_count)]
-    if checks_disk:
+    if checks_disk and folder is not None:
         needs += _disk_lines(memory, config.run, folder)
-    if texts is not None:
-        texts.check()
-        lines += texts.describe()
+    # texts last: to read them may take minutes
+    if resumed is None and reads_texts:
+        texts = TrainingTexts(config.data, config.run.seed)
+        lines += _text_lines(texts, is_tokenizer_given=given is not None)
     lines += needs
     lines += _schedule_lines(config, saved.schedule_steps)
     return RunPlan(shape, memory, saved.schedule_steps, resumed, texts, tuple(lines))
 
 
-def _new_shape(config: TrainConfig) -> ModelConfig:
-    text = given_text(config.data, config.run.init_from)
-    vocab_size = config.data.vocab_size if text is None else text.vocab_size
-    return model_config(config.model, vocab_size, config.run.init_from)
+def _text_lines(texts: TrainingTexts, *, is_tokenizer_given: bool) -> list[str]:
+    """The texts in words, after all of them were read (DataError)."""
+    texts.check()
+    return texts.describe() + ([] if is_tokenizer_given else [texts.check_tokenizer()])
 
 
 def _check_sequences(config: TrainConfig, shape: ModelConfig) -> None:

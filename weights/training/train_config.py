@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import ConfigError
+from weights.checkpoints.config_json import MODEL_KEYS
+from weights.checkpoints.config_keys import FIXED_VALUES, IGNORED_KEYS
 from weights.nearest_name import suggestion
 from weights.toml_file import read_toml, typed_value
 
@@ -201,6 +203,7 @@ def read_train_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
             raise ConfigError(f"{name}: unknown section, not {', '.join(known)}{near}")
         if not isinstance(section, dict):
             raise ConfigError(f"{name}: expected a section, got {section!r}")
+    _check_model_keys(raw.get("model", {}))
     return TrainConfig(
         data=_section(DataConfig, "data", raw),
         run=_section(RunConfig, "run", raw),
@@ -243,9 +246,19 @@ def _section(kind: type[Section], name: str, raw: Mapping[str, Any]) -> Section:
     return kind(**values)
 
 
+def _check_model_keys(given: Mapping[str, Any]) -> None:
+    """Find unknown keys early; their values are checked with the rest of the model's config."""
+    for key in given:
+        if key not in MODEL_KEYS and key not in FIXED_VALUES and key not in IGNORED_KEYS:
+            near = suggestion(f"model.{key}", _known_keys())
+            raise ConfigError(f"model.{key}: unknown key{near}")
+
+
 def _known_keys() -> list[str]:
     sections = {"data": DataConfig, "run": RunConfig, "optimizer": OptimizerConfig}
-    return [f"{name}.{one.name}" for name, kind in sections.items() for one in fields(kind)]
+    keys = [f"{name}.{one.name}" for name, kind in sections.items() for one in fields(kind)]
+    # the vocabulary's size follows from the tokenizer
+    return [*keys, *(f"model.{key}" for key in MODEL_KEYS - {"vocab_size"})]
 
 
 def _at_least(section: object, name: str, least: float, *keys: str) -> None:

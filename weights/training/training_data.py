@@ -1,7 +1,7 @@
 """Prepares a run's tokenizer and tokenised documents, once per run folder."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from weights.checkpoints.tokenizer import TOKENIZER_FILES, Tokenizer, load_token
 from weights.errors import CheckpointError, DataError
 from weights.training.token_file import TokenFile
 from weights.training.train_config import DataConfig
-from weights.training.train_tokenizer import train_tokenizer
 from weights.training.training_texts import TrainingTexts
 
 # characters tokenised at once; a tokenizer takes about 50 bytes for each
@@ -114,13 +113,13 @@ def prepare_data(
         text = checkpoint_text(resumed)
     elif not train.exists():  # it is written last
         texts = texts or TrainingTexts(config, seed)
-        text = _text_tokens(config, folder, texts.train, init_from)
+        text = _text_tokens(config, folder, texts, init_from)
         others = texts.held_out()
         if others is not None and not validation.exists():
             TokenFile.write(validation, map(text.document, others), text.vocab_size)
         TokenFile.write(train, map(text.document, texts.train()), text.vocab_size)
     else:
-        text = _text_tokens(config, folder, tuple, init_from)
+        text = _text_tokens(config, folder, texts, init_from)
     tokens = {path: TokenFile(path) for path in (train, validation) if path.exists()}
     for path, one in tokens.items():
         one.check_pairs(f"data.{path.name}")
@@ -128,7 +127,7 @@ def prepare_data(
 
 
 def _text_tokens(
-    config: DataConfig, folder: Path, train_documents: Callable[[], Iterable[str]], init_from: str
+    config: DataConfig, folder: Path, texts: TrainingTexts | None, init_from: str
 ) -> TextTokens:
     given = given_text(config, init_from)
     if given is not None:
@@ -137,7 +136,9 @@ def _text_tokens(
     try:
         if not saved.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            replace_file(saved, train_tokenizer(train_documents(), config.vocab_size))
+            # written before the documents; another process has these only with a tokenizer
+            assert texts is not None
+            replace_file(saved, texts.tokenizer)
         return _sentencepiece_text(saved.read_bytes())
     except OSError as error:
         raise DataError(f"{saved}: {error.strerror}") from None

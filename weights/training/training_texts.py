@@ -9,11 +9,14 @@ from itertools import compress, count
 from weights.errors import DataError
 from weights.training.corpus import corpus_files, documents, other_files
 from weights.training.train_config import DataConfig
+from weights.training.train_tokenizer import train_tokenizer
 
 # characters of a held-out end of a document: at least these, unless a tenth of it is less
 _LEAST_END = 1000
 # a shorter document is not divided
 _LEAST_DIVIDED = 40
+# characters of texts whose tokenizer is trained in seconds: 2 million take about one
+_QUICK_CHARACTERS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,23 @@ class TrainingTexts:
         assert self._counts.documents
         for _ in documents(self.validation_files, self._config.text_key):
             pass
+
+    def check_tokenizer(self) -> str:
+        """Train the tokenizer if that takes seconds; a line for the user.
+
+        Raises:
+            DataError: the texts do not allow ``vocab_size``; or a document cannot be read.
+        """
+        size = f"{self._config.vocab_size:,} tokens"
+        if self._counts.characters > _QUICK_CHARACTERS:
+            return f"tokenizer: {size} (data.vocab_size), not checked; the run trains it"
+        assert self.tokenizer
+        return f"tokenizer: trained on these texts, {size} (data.vocab_size)"
+
+    @cached_property
+    def tokenizer(self) -> bytes:
+        """A tokenizer trained on the documents, as ``train_tokenizer`` (DataError)."""
+        return train_tokenizer(self.train(), self._config.vocab_size)
 
     def train(self) -> Iterator[str]:
         """The documents to train on (DataError)."""

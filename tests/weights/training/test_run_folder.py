@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -145,9 +146,12 @@ def test_a_folder_that_is_removed_before_its_lock_is_refused(tmp_path, monkeypat
 def test_the_newest_checkpoint_of_a_run_is_served_and_kept(config, tmp_path, caplog):
     folder, cache = tmp_path / "run", tmp_path / "cache"
     run(config("run.checkpoint_every=1"), folder, until=2)
+    caplog.set_level(logging.INFO)
     served = prepare(find_model(str(folder), cache))
     assert served == folder / "checkpoints" / "step-00000002" == Path(local_name(str(folder)))
-    assert "a training run; uses its newest checkpoint, step-00000002" in caplog.text
+    line = f"{folder}: a training run; uses its newest checkpoint, step-00000002"
+    (level,) = {one.levelname for one in caplog.records if one.getMessage() == line}
+    assert level == "INFO"  # a run folder is a good input
     run(config("run.checkpoint_every=1"), folder, resume=True)
     names = [state.name for state in saved_states(folder / "checkpoints")]
     assert names == [f"step-0000000{step}" for step in (2, 7, 8)]

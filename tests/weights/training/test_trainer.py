@@ -26,7 +26,7 @@ from tests.small_runs import CONFIG, KILLED, MEMORY, check_same, losses, records
 from weights.checkpoints import checkpoint
 from weights.checkpoints.checkpoint import load_model, table_origins
 from weights.errors import CheckpointError, DataError, TrainingError
-from weights.training import run_plan, trainer
+from weights.training import run_plan, trainer, training_texts
 from weights.training.replicas import Replicas
 from weights.training.row_reads import read_row_reads
 from weights.training.run_folder import run_lock, saved_states
@@ -286,6 +286,9 @@ def test_a_finished_run_leaves_curves_and_a_model_card(
     assert curves.exists() == ("curves.png" in card) == has_matplotlib
     assert ("curves: not drawn" in printed) == (not has_matplotlib)
     assert f"serve --model {tmp_path / 'run'}\n" in card and "`checkpoints/step-00000008`" in card
+    again = tmp_path / "again.toml"
+    again.write_text(card.partition("```toml\n")[2].partition("```")[0])
+    assert read_train_config(again) == config()
     if has_matplotlib:
         assert curves.read_bytes().startswith(b"\x89PNG")
 
@@ -646,6 +649,51 @@ def test_a_plan_writes_nothing(config, tmp_path, capsys):
     with pytest.raises(ConfigError, match="model: training needs at least"):
         train.run(config("model.memory.num_subkeys=65536"), folder)
     assert not (tmp_path / "new").exists()
+
+
+def test_only_a_plan_of_a_new_run_needs_no_folder(config, capsys):
+    assert train.run(config(), None, only_plan=True) == 0
+    printed = capsys.readouterr().out
+    assert "memory: torch itself" in printed and "disk:" not in printed
+    assert "tokenizer: trained on these texts, 300 tokens (data.vocab_size)\n" in printed
+    for options in ({}, {"resume": True}, {"resume": True, "only_plan": True}):
+        with pytest.raises(ConfigError, match="^out: missing; only --plan of a new run"):
+            train.run(config(), None, **options)
+
+
+@pytest.mark.parametrize("only_plan", [True, False])
+def test_texts_too_few_for_the_vocabulary_are_found_before_anything_is_written(
+    config, tmp_path, only_plan
+):
+    found = r"^data.vocab_size: must be at most (\d+) for these texts, not 9000$"
+    with pytest.raises(DataError, match=found) as error:
+        train.run(config("data.vocab_size=9000"), tmp_path / "run", only_plan=only_plan)
+    assert not (tmp_path / "run").exists()
+    most = re.search(found, str(error.value))[1]
+    assert train.run(config(f"data.vocab_size={most}"), None, only_plan=True) == 0
+
+
+def test_many_texts_leave_the_tokenizer_to_the_run(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_texts, "_QUICK_CHARACTERS", 100)
+    monkeypatch.setattr(training_texts, "train_tokenizer", lambda *_: pytest.fail("trained"))
+    lines = plan_run(config("data.vocab_size=9000"), tmp_path / "run", resume=False).lines
+    assert "tokenizer: 9,000 tokens (data.vocab_size), not checked; the run trains it" in lines
+
+
+def test_a_tokenizer_is_trained_once(config, tmp_path, monkeypatch):
+    trained, made = training_texts.train_tokenizer, []
+    monkeypatch.setattr(
+        training_texts, "train_tokenizer", lambda *given: made.append(trained(*given)) or made[-1]
+    )
+    start(config(), tmp_path / "run")
+    assert made == [(tmp_path / "run" / "data" / "tokenizer.model").read_bytes()]
+
+
+@pytest.mark.parametrize("wrong", ["model.num_attention_heads=3", "data.sequence_length=999"])
+def test_settings_are_checked_before_texts(config, wrong, monkeypatch):
+    monkeypatch.setattr(run_plan, "TrainingTexts", lambda *_: pytest.fail("looked for texts"))
+    with pytest.raises(ConfigError, match="model.head_dim|data.sequence_length"):
+        train.run(config(wrong, "data.train=nowhere"), None, only_plan=True)
 
 
 def test_a_host_table_needs_a_gpu_and_a_table(config, tmp_path):

@@ -1,6 +1,7 @@
 """An HTTP request as plain data, which travels from the ingress to a replica."""
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from starlette.types import ASGIApp, Message, Scope
 from server.http.authentication import KEY_IN_SCOPE
 from server.http.request_ids import ID_HEADER
 from server.http.root_path import route_path
+from server.replicas.prefix_index import MOST_CHARACTERS
 from server.request_id import current_request_id
 
 _PLAIN_KEYS = (
@@ -26,8 +28,8 @@ class RoutingText:
     """The part of a request that decides which KV blocks it can share.
 
     Attributes:
-        scope: what must be equal, besides the prompt.
-        prompt: the prompt, the conversation or the token ids as text.
+        scope: a hash of what must be equal, besides the prompt.
+        prompt: the beginning of the prompt, the conversation or the token ids, as text.
     """
 
     scope: str
@@ -64,7 +66,7 @@ class RelayedRequest:
 def routing_text(body: bytes) -> RoutingText | None:
     """The routing text of the JSON body of a completion or chat; None if it has no prompt.
 
-    The replica refuses malformed bodies, not this function.
+    It stays small whatever the body has. The replica refuses malformed bodies, not this function.
     """
     try:
         fields = json.loads(body)
@@ -72,13 +74,14 @@ def routing_text(body: bytes) -> RoutingText | None:
         return None
     if not isinstance(fields, dict):
         return None
-    scope = json.dumps([fields.get(name) for name in _SCOPE_FIELDS])
+    shared = json.dumps([fields.get(name) for name in _SCOPE_FIELDS])
+    scope = hashlib.blake2b(shared.encode(), digest_size=16).hexdigest()
     if fields.get("messages"):
         # templates put tools before messages
         prompt = json.dumps([fields.get("tools"), fields["messages"]], ensure_ascii=False)
     else:
         prompt = _prompt_text(fields.get("prompt"))
-    return RoutingText(scope, prompt) if prompt else None
+    return RoutingText(scope, prompt[:MOST_CHARACTERS]) if prompt else None
 
 
 def _prompt_text(prompt: object) -> str:
@@ -88,7 +91,7 @@ def _prompt_text(prompt: object) -> str:
     if not isinstance(prompt, list) or not prompt:
         return ""
     if isinstance(prompt[0], int):
-        return " ".join(map(str, prompt))
+        return " ".join(map(str, prompt[:MOST_CHARACTERS]))
     return _prompt_text(prompt[0])
 
 

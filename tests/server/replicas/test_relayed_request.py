@@ -71,6 +71,21 @@ def test_patches_and_salts_separate_prompts():
     assert len(scopes) == 3
 
 
+@pytest.mark.parametrize(
+    "large",
+    [
+        {"prompt": "x" * 10**6},
+        {"prompt": [7] * 10**6},
+        {"prompt": [["x" * 10**6]]},
+        {"prompt": "x", "cache_salt": "s" * 10**6},
+        {"messages": [{"content": "x" * 10**6}], "model": ["m" * 10**6]},
+    ],
+)
+def test_the_routing_text_of_a_large_body_is_small(large):
+    text = routing_text(json.dumps(large).encode())
+    assert 0 < len(text.prompt) <= 65536 and len(text.scope) == 32
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b'{"prompt": {}}', b'{"prompt": []}'])
 def test_a_body_without_a_prompt_is_left_to_the_replica(body):
     assert routing_text(body) is None

@@ -34,9 +34,7 @@ class ReplicaOptions:
     replica_cpus: float | None = option(
         None, "Ray's CPUs per replica (default: threads, which is 1 by default)"
     )
-    replica_gpus: float = option(
-        0.0, "Ray's GPUs per replica; a fraction lets replicas share one"
-    )
+    replica_gpus: float = option(0.0, "Ray's GPUs per replica; a fraction lets replicas share one")
     replica_drain_timeout_s: float = option(
         300.0, "time for a replica that is replaced or removed to finish its requests"
     )

@@ -23,8 +23,9 @@ _ROUTER = "server.replicas.router:PrefixRouter"
 _MOST_PERCENT = 100
 # between two looks at whether a replica's requests have ended
 _WAIT_LOOP_S = 0.5
-# autoscaling averages requests over this time
-_LOOK_BACK_S = 30.0
+# autoscaling averages requests over a time between these; Ray gets a new count every 10 s, and
+# does not take less
+_LEAST_LOOK_BACK_S, _LOOK_BACK_S = 10.5, 30.0
 _HEALTH_CHECK_PERIOD_S = 5.0
 # Ray would log every request twice; access_log has one line for each
 _LOGGING = LoggingConfig(enable_access_log=False)
@@ -72,7 +73,7 @@ def _number(options: ReplicaOptions, max_num_seqs: int) -> dict[str, Any]:
         target_ongoing_requests=options.target_requests or max_num_seqs,
         upscale_delay_s=options.upscale_delay_s,
         downscale_delay_s=options.downscale_delay_s,
-        look_back_period_s=min(_LOOK_BACK_S, max(options.upscale_delay_s, 1.0)),
+        look_back_period_s=min(_LOOK_BACK_S, max(options.upscale_delay_s, _LEAST_LOOK_BACK_S)),
     )
     return {"autoscaling_config": config}
 

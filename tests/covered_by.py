@@ -151,7 +151,7 @@ COVERED_BY = {
     "server/cli/train.py": "weights/training/test_trainer.py",
     "server/config.py": "server/http/test_app.py",
     "server/model_options.py": "server/cli/test_options.py",
-    "server/replicas/ingress.py": "server/replicas/test_with_ray.py",
+    "server/replicas/patch_orders.py": "server/replicas/test_patch_fleet.py",
     "server/replicas/replica.py": "server/replicas/test_with_ray.py",
     "server/replicas/router.py": "server/replicas/test_with_ray.py",
     "server/http/named_patches.py": "server/http/test_patch_routes.py",

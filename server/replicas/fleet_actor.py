@@ -5,6 +5,8 @@ import contextlib
 import json
 import logging
 from collections.abc import Awaitable, Coroutine
+from dataclasses import asdict
+from itertools import starmap
 from typing import Any, TypeVar
 
 import ray
@@ -13,7 +15,8 @@ from ray.exceptions import ActorDiedError, RayError
 from ray.experimental import internal_kv
 
 from server.replicas.fleet_member import FleetLostError
-from server.replicas.patch_fleet import Changes, Held, Order, Outcome, PatchFleet, Refusal
+from server.replicas.patch_fleet import FleetState, PatchFleet
+from server.replicas.patch_orders import Changes, Held, Order, Outcome, Refusal
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -27,14 +30,15 @@ class FleetActor:
     """``PatchFleet`` in a process that outlives replicas and rolling updates.
 
     It notices replicas that die during a change, and ends when the application is gone. Ray's
-    store keeps the changes, so that an actor that was started again knows them.
+    store keeps the changes and the names of replicas for an actor that was started again.
     """
 
     def __init__(self, application: str) -> None:
         self._application = application
         self._key = f"changes of {application}"
         kept = internal_kv._internal_kv_get(self._key, namespace=_NAMESPACE)
-        self._fleet = PatchFleet(json.loads(kept) if kept else {}, self._keep)
+        before = FleetState(**json.loads(kept)) if kept else FleetState()
+        self._fleet = PatchFleet(before, self._keep)
         self._replicas: dict[str, Any] = {}  # Ray's handles
         self._changing: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.get_running_loop().create_task(self._end_when_unused())
@@ -66,8 +70,8 @@ class FleetActor:
         """As ``PatchFleet.unload``."""
         return await self._whole(self._fleet.unload(name))
 
-    async def _keep(self, changes: Changes) -> None:
-        text = json.dumps(changes)
+    async def _keep(self, state: FleetState) -> None:
+        text = json.dumps(asdict(state))
         await asyncio.to_thread(
             internal_kv._internal_kv_put, self._key, text, True, namespace=_NAMESPACE
         )
@@ -92,12 +96,12 @@ class FleetActor:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _drop_the_dead(self) -> None:
-        await asyncio.gather(*map(self._drop_if_dead, list(self._replicas)))
+        await asyncio.gather(*starmap(self._drop_if_dead, list(self._replicas.items())))
 
-    async def _drop_if_dead(self, replica: str) -> None:
+    async def _drop_if_dead(self, replica: str, handle: Any) -> None:
         try:
             async with asyncio.timeout(_LOOK_EVERY_S):
-                await self._replicas[replica].__ray_ready__.remote()
+                await handle.__ray_ready__.remote()
         except ActorDiedError:
             await self.leave(replica)
         except (RayError, TimeoutError):

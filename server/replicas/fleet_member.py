@@ -9,7 +9,7 @@ from typing import Protocol
 from engine.errors import ConfigError
 from server.http.errors import ApiError, EngineError
 from server.http.served_patches import ServedPatches
-from server.replicas.patch_fleet import Changes, Held, Order, Outcome, Refusal
+from server.replicas.patch_orders import Changes, Held, Order, Outcome, Refusal
 
 logger = logging.getLogger(__name__)
 # before the next attempt to reach a fleet that does not answer

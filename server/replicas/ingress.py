@@ -87,14 +87,19 @@ class Ingress:
 
 
 def _for_ray(app: ASGIApp) -> ASGIApp:
-    """``app``, which knows only requests, with the start and end that Ray Serve announces, and
-    without the header of the request's id, which Ray's proxy adds."""
+    """``app``, which knows only HTTP requests, as Ray Serve calls it.
+
+    It answers the start and end that Ray Serve announces, refuses websockets, and leaves out the
+    header of the request's id, which Ray's proxy adds.
+    """
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             await app(scope, receive, partial(_send_without_id, send))
             return
-        assert scope["type"] == "lifespan", "there are no routes for websockets"
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})  # which refuses it with status 403
+            return
         for event in ("startup", "shutdown"):
             await receive()
             await send({"type": f"lifespan.{event}.complete"})

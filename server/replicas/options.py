@@ -34,7 +34,7 @@ class ReplicaOptions:
     replica_cpus: float | None = option(
         None, "Ray's CPUs per replica (default: threads, which is 1 by default)"
     )
-    replica_gpus: float = option(0.0, "Ray's GPUs per replica")
+    replica_gpus: float = option(0.0, "Ray's GPUs per replica; a fraction lets replicas share one")
     replica_drain_timeout_s: float = option(
         300.0, "time for a replica that is replaced or removed to finish its requests"
     )
@@ -57,6 +57,10 @@ class ReplicaOptions:
         for name in ("upscale_delay_s", "downscale_delay_s", "prefix_slack", "replica_gpus"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}: must be 0 or more, not {getattr(self, name)}")
+        if self.replica_gpus > 1 and self.replica_gpus != int(self.replica_gpus):
+            raise ConfigError(
+                f"replica_gpus: above 1 it must be a whole number, not {self.replica_gpus}"
+            )
         if not 0 <= self.surge_percent <= 100:
             raise ConfigError(f"surge_percent: {self.surge_percent} is outside [0, 100]")
         for one in fields(self):

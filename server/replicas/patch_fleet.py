@@ -1,87 +1,33 @@
 """Changes the loaded row patches of all replicas together: on every one, or on none."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Literal
 
-from server.http.errors import ApiError, error_body
+from server.http.errors import error_body
+from server.replicas.patch_orders import Action, Changes, Held, Order, Outcome, Refusal
 
 logger = logging.getLogger(__name__)
-Action = Literal["load", "unload"]
-Changes = dict[str, str | None]
 # a replica's own load ends after 120 s
 ORDER_TIMEOUT_S = 150.0
+# replicas of a fleet that has died join the next one within a few seconds
+REJOIN_TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """The HTTP error of a change that was not made."""
-
-    status: int
-    body: dict[str, Any]
-    headers: dict[str, str] | None = None
-
-    @classmethod
-    def of(cls, error: ApiError) -> "Refusal":
-        """The refusal that an error means."""
-        return cls(error.status, error.body, error.headers)
-
-    def error(self) -> ApiError:
-        """The error to answer with."""
-        fields = self.body["error"]
-        return ApiError(
-            self.status,
-            fields["message"],
-            fields["type"],
-            fields["param"],
-            fields["code"],
-            self.headers,
-        )
-
-
-@dataclass(frozen=True)
-class Order:
-    """A change that a replica must make.
+class FleetState:
+    """The part of a fleet that the next one needs if its process dies.
 
     Attributes:
-        number: greater than that of the order before.
-        undoes: the number of the order that this one takes back. A replica that did not carry
-            out that order has nothing to do.
+        changes: as ``PatchFleet.changes``.
+        replicas: those that have joined. Some of them may have left since.
     """
 
-    number: int
-    action: Action
-    name: str
-    undoes: int | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A replica's answer to an order.
-
-    Attributes:
-        content_hash: the hash of the patch that was loaded or removed.
-        refusal: why the order was not carried out; None if it was.
-    """
-
-    content_hash: str = ""
-    refusal: Refusal | None = None
-
-
-@dataclass(frozen=True)
-class Held:
-    """The patches of a replica when it joins.
-
-    Attributes:
-        initial: the folders of its ``--patch``, by name.
-        hashes: the content hashes of all patches that it has loaded, by name.
-    """
-
-    initial: Mapping[str, str]
-    hashes: Mapping[str, str]
+    changes: Changes = field(default_factory=dict)
+    replicas: tuple[str, ...] = ()
 
 
 @dataclass
@@ -96,7 +42,10 @@ class _Member:
         return self.held.hashes.get(name) if is_equal else None
 
 
-async def _keep_nowhere(changes: Changes) -> None:
+_NEW = FleetState()
+
+
+async def _keep_nowhere(state: FleetState) -> None:
     """For a fleet whose changes end with it."""
 
 
@@ -113,17 +62,22 @@ class PatchFleet:
 
     def __init__(
         self,
-        changes: Changes | None = None,
-        keep: Callable[[Changes], Awaitable[None]] = _keep_nowhere,
+        before: FleetState = _NEW,
+        keep: Callable[[FleetState], Awaitable[None]] = _keep_nowhere,
         order_timeout_s: float = ORDER_TIMEOUT_S,
+        rejoin_timeout_s: float = REJOIN_TIMEOUT_S,
     ) -> None:
-        """``changes`` are those of an earlier fleet; ``keep`` stores them for the next one."""
+        """``before``: the state of a fleet that has died; ``keep`` stores it for the next one."""
         self._order_timeout_s = order_timeout_s
+        self._rejoin_timeout_s = rejoin_timeout_s
         self._keep = keep
         self._members: dict[str, _Member] = {}
+        self._joining: dict[str, _Member] = {}
+        self._missing = set(before.replicas)  # they have not joined again yet
+        self._is_complete = asyncio.Event()
         self._lock = asyncio.Lock()
         self._numbers = count()
-        self.changes: Changes = dict(changes or {})
+        self.changes: Changes = dict(before.changes)
 
     @property
     def members(self) -> Collection[str]:
@@ -139,26 +93,45 @@ class PatchFleet:
             same content.
         """
         self.leave(replica)  # at once, so that no change waits for it
-        async with self._lock:
-            wanted = dict(self.changes)
-            for name, content_hash in held.hashes.items():
-                if name in wanted:
-                    continue
-                folder = held.initial.get(name)
-                if folder is None:
-                    wanted[name] = None  # a change that was not finished
-                else:
-                    wanted[name] = self._initial_hash(name, folder) or content_hash
-            self._members[replica] = _Member(held)
-            return wanted
+        member = self._joining[replica] = _Member(held)
+        try:
+            async with self._lock:
+                wanted = self._wanted(held)
+                await self._keep(self._state(self.changes, replica))
+                # it may have died, or joined once more, while a change was made
+                if self._joining.get(replica) is member:
+                    self._members[replica] = member
+                    self._missing.discard(replica)
+                    if not self._missing:
+                        self._is_complete.set()
+                return wanted
+        finally:
+            if self._joining.get(replica) is member:
+                del self._joining[replica]
+
+    def _wanted(self, held: Held) -> Changes:
+        wanted = dict(self.changes)
+        for name, content_hash in held.hashes.items():
+            if name in wanted:
+                continue
+            folder = held.initial.get(name)
+            if folder is None:
+                wanted[name] = None  # a change that was not finished
+            else:
+                wanted[name] = self._initial_hash(name, folder) or content_hash
+        return wanted
+
+    def _state(self, changes: Changes, *joining: str) -> FleetState:
+        return FleetState(changes, tuple(sorted({*self._members, *self._missing, *joining})))
 
     def _initial_hash(self, name: str, folder: str) -> str | None:
         found = (member.initial_hash(name, folder) for member in self._members.values())
         return next((one for one in found if one is not None), None)
 
     def leave(self, replica: str) -> None:
-        """Remove a replica; nobody waits for its answers any longer. If it still runs, its next
-        order is to join again."""
+        """Remove a replica; no change waits for it any longer. If it still runs, its next order
+        is to join again."""
+        self._joining.pop(replica, None)
         member = self._members.pop(replica, None)
         if member is None:
             return
@@ -182,6 +155,7 @@ class PatchFleet:
     async def load(self, name: str) -> Refusal | None:
         """Load a patch in all replicas; the refusal if one of them did not, after which none has
         it."""
+        await self._wait_for_missing()
         async with self._lock:
             number = next(self._numbers)
             outcomes = await self._order(Order(number, "load", name), self.members)
@@ -201,6 +175,7 @@ class PatchFleet:
     async def unload(self, name: str) -> Refusal | None:
         """Remove a patch from all replicas; the refusal if one of them did not, after which all
         have it as before."""
+        await self._wait_for_missing()
         async with self._lock:
             before = self.changes
             # stored first: after the death of this process, replicas finish the removal
@@ -220,6 +195,15 @@ class PatchFleet:
                 await self._undo(number, "load", name, outcomes)
             return refusal
 
+    async def _wait_for_missing(self) -> None:
+        """Wait until the replicas of the fleet before have joined: a change must reach all of
+        them. Those that do not come in time have died, or make all changes when they join."""
+        if self._missing:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._rejoin_timeout_s):
+                    await self._is_complete.wait()
+            self._missing.clear()
+
     def _without(self, name: str) -> Changes:
         changes = {other: content for other, content in self.changes.items() if other != name}
         if any(name in member.held.initial for member in self._members.values()):
@@ -228,7 +212,7 @@ class PatchFleet:
 
     async def _set_changes(self, changes: Changes) -> None:
         if changes != self.changes:
-            await self._keep(changes)
+            await self._keep(self._state(changes))
             self.changes = changes
 
     async def _order(self, order: Order, replicas: Collection[str]) -> dict[str, Outcome]:

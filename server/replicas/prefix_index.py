@@ -3,10 +3,10 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 
-# characters; the engine shares KV blocks of 16 tokens by default, about as much English text
+# in characters; the engine shares KV blocks of 16 tokens by default, about as much English text
 _BLOCK = 64
-# blocks of one prompt that count, which are 64 KiB of ASCII
-_MOST_BLOCKS = 1024
+# characters of a prompt that count
+MOST_CHARACTERS = 1024 * _BLOCK
 
 
 class PrefixIndex:
@@ -52,6 +52,6 @@ class PrefixIndex:
 def _blocks(scope: str, prompt: str) -> Iterator[int]:
     """Hashes of the prompt's blocks; the last one may be shorter."""
     before = hash(scope)
-    for start in range(0, min(len(prompt), _BLOCK * _MOST_BLOCKS), _BLOCK):
+    for start in range(0, min(len(prompt), MOST_CHARACTERS), _BLOCK):
         before = hash((before, prompt[start : start + _BLOCK]))
         yield before

@@ -1,9 +1,12 @@
 """An HTTP request as plain data, which travels from the ingress to a replica."""
 
 import asyncio
+import contextlib
+import hashlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Scope
@@ -11,12 +14,16 @@ from starlette.types import ASGIApp, Message, Scope
 from server.http.authentication import KEY_IN_SCOPE
 from server.http.request_ids import ID_HEADER
 from server.http.root_path import route_path
+from server.replicas.prefix_index import MOST_CHARACTERS
 from server.request_id import current_request_id
 
 _PLAIN_KEYS = (
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string"),
     *("headers", "client", "server", "root_path", KEY_IN_SCOPE),
 )
+# between two parts of a response: each part costs every process on its way more CPU time than a
+# token costs a server without Ray
+_INTERVAL_S = 0.02
 # fields that separate the KV blocks of requests
 _SCOPE_FIELDS = ("model", "memory_patches", "cache_salt")
 
@@ -26,8 +33,8 @@ class RoutingText:
     """The part of a request that decides which KV blocks it can share.
 
     Attributes:
-        scope: what must be equal, besides the prompt.
-        prompt: the prompt, the conversation or the token ids as text.
+        scope: a hash of what must be equal, besides the prompt.
+        prompt: the beginning of the prompt, the conversation or the token ids, as text.
     """
 
     scope: str
@@ -64,7 +71,7 @@ class RelayedRequest:
 def routing_text(body: bytes) -> RoutingText | None:
     """The routing text of the JSON body of a completion or chat; None if it has no prompt.
 
-    The replica refuses malformed bodies, not this function.
+    It stays small whatever the body has. The replica refuses malformed bodies, not this function.
     """
     try:
         fields = json.loads(body)
@@ -72,13 +79,14 @@ def routing_text(body: bytes) -> RoutingText | None:
         return None
     if not isinstance(fields, dict):
         return None
-    scope = json.dumps([fields.get(name) for name in _SCOPE_FIELDS])
+    shared = json.dumps([fields.get(name) for name in _SCOPE_FIELDS])
+    scope = hashlib.blake2b(shared.encode(), digest_size=16).hexdigest()
     if fields.get("messages"):
         # templates put tools before messages
         prompt = json.dumps([fields.get("tools"), fields["messages"]], ensure_ascii=False)
     else:
         prompt = _prompt_text(fields.get("prompt"))
-    return RoutingText(scope, prompt) if prompt else None
+    return RoutingText(scope, prompt[:MOST_CHARACTERS]) if prompt else None
 
 
 def _prompt_text(prompt: object) -> str:
@@ -88,7 +96,7 @@ def _prompt_text(prompt: object) -> str:
     if not isinstance(prompt, list) or not prompt:
         return ""
     if isinstance(prompt[0], int):
-        return " ".join(map(str, prompt))
+        return " ".join(map(str, prompt[:MOST_CHARACTERS]))
     return _prompt_text(prompt[0])
 
 
@@ -103,7 +111,10 @@ def without_id(message: Message) -> Message:
 async def response_messages(
     app: ASGIApp, request: RelayedRequest
 ) -> AsyncGenerator[list[Message], None]:
-    """The ASGI messages with which ``app`` answers; those that arrive together come together.
+    """The ASGI messages with which ``app`` answers, in lists.
+
+    A list has the messages that arrive within 20 ms after the list before. So the first token and
+    those of a stream of less than 50 tokens per second come at once.
 
     If the generator is closed early, ``app`` sees that the client has disconnected.
     """
@@ -136,17 +147,41 @@ async def response_messages(
 
     task = asyncio.ensure_future(answer())
     try:
-        is_over = False
+        is_over, until = False, 0.0
         while not is_over:
-            together = [await messages.get()]
-            while not messages.empty():
-                together.append(messages.get_nowait())
+            together = await _next_messages(messages, until)
             is_over = together[-1] is None
-            found = [message for message in together if message is not None]
+            found = _joined_bodies(message for message in together if message is not None)
             if found:
+                if found[-1]["type"] == "http.response.body":
+                    until = asyncio.get_running_loop().time() + _INTERVAL_S
                 yield found
         await task
     finally:
         left.set()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def _next_messages(
+    messages: asyncio.Queue[Message | None], until: float
+) -> list[Message | None]:
+    """The next message, and those that arrive before a time of the loop; None ends them."""
+    found = [await messages.get()]
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(until):
+            while found[-1] is not None:
+                found.append(await messages.get())
+    return found
+
+
+def _joined_bodies(messages: Iterable[Message]) -> list[Message]:
+    """The messages, with one body instead of several that follow each other."""
+    found: list[Message] = []
+    for kind, group in groupby(messages, lambda message: message["type"]):
+        parts = list(group)
+        if kind == "http.response.body":
+            body = b"".join(part.get("body", b"") for part in parts)
+            parts = [{**parts[-1], "body": body}]
+        found += parts
+    return found

@@ -104,11 +104,13 @@ def application_settings(
     limits, monitoring = _options(LimitOptions, given), _options(MonitoringOptions, given)
     limits.check_bodies(http.max_body_mib)
     options, threads = _options(ReplicaOptions, given), _options(ThreadOptions, given)
+    model = _options(ModelOptions, given)
+    _check_device(model.device, options.replica_gpus)
     if threads.threads is None:
         # replicas of one machine must not compute with all of its cores each
         threads = ThreadOptions(max(1, int(options.replica_cpus or 1)))
     replica = ReplicaSettings(
-        _options(ModelOptions, given),
+        model,
         _options(EngineConfig, given),
         _options(PatchOptions, given),
         threads,
@@ -120,6 +122,18 @@ def application_settings(
     keys = access.keys(environment_keys)
     ingress = IngressSettings(replace(access, api_key=()), keys, http, limits, monitoring)
     return ApplicationSettings(replica, ingress, options)
+
+
+def _check_device(device: str, replica_gpus: float) -> None:
+    """Raise ConfigError if replicas could not use their device, or would all use the same one."""
+    if device.startswith("cuda:"):
+        raise ConfigError(
+            f"device: Ray chooses the GPUs of each replica; use cuda instead of {device}"
+        )
+    if device == "cuda" and not replica_gpus:
+        raise ConfigError("replica_gpus: must be above 0 with device cuda")
+    if device == "cpu" and replica_gpus:
+        raise ConfigError(f"replica_gpus: {replica_gpus:g} are of no use with device cpu")
 
 
 def _options(group: type[Options], given: Mapping[str, Any]) -> Options:

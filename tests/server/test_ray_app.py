@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,19 @@ def test_the_example_configuration_is_valid():
     assert config.autoscaling_config.max_replicas == application.args["max_replicas"]
     assert config.graceful_shutdown_timeout_s == 300
     assert ingress._deployment_config.num_replicas == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.parametrize("delay_s", [0, 10, 300])
+def test_ray_takes_the_settings_without_warnings_and_gives_each_replica_its_gpus(delay_s):
+    from server.ray_app import build
+
+    arguments = {"max_replicas": 2, "upscale_delay_s": delay_s, "device": "cuda"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ingress = build(arguments | {"replica_gpus": 0.5, "replica_cpus": 3})._bound_deployment
+    (replicas,) = [one for one in ingress.init_args if hasattr(one, "_bound_deployment")]
+    resources = replicas._bound_deployment.ray_actor_options
+    assert resources["num_gpus"] == 0.5 and resources["num_cpus"] == 3
+    assert not ingress.ray_actor_options.get("num_gpus")

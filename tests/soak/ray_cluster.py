@@ -49,10 +49,14 @@ class Cluster:
         """Deploy the application, or a new version of it, and wait until it is ready."""
         assert self.ask(do="deploy", arguments=arguments) is None
 
-    def replicas(self, count: int, without: str = "") -> dict[str, int]:
+    def replicas(
+        self, count: int, without: str = "", deployment: str = "Replica"
+    ) -> dict[str, int]:
         """Wait for this number of running replicas, not one of them ``without``; their process
-        ids by name."""
-        found: dict[str, int] = self.ask(do="replicas", count=count, without=without)
+        ids by name. ``deployment`` may be ``Ingress``."""
+        found: dict[str, int] = self.ask(
+            do="replicas", count=count, without=without, deployment=deployment
+        )
         return found
 
     def restart_patch_actor(self) -> None:
@@ -105,7 +109,9 @@ def _main(port: int) -> None:
             if command["do"] == "deploy":
                 serve.run(build(command["arguments"]))
             elif command["do"] == "replicas":
-                answer = _wait_for_replicas(command["count"], command["without"])
+                answer = _wait_for_replicas(
+                    command["count"], command["without"], command["deployment"]
+                )
             elif command["do"] == "restart patch actor":
                 _restart_patch_actor()
             print(f"answer: {json.dumps(answer)}", flush=True)
@@ -114,17 +120,17 @@ def _main(port: int) -> None:
         ray.shutdown()
 
 
-def _wait_for_replicas(count: int, without: str) -> dict[str, int]:
+def _wait_for_replicas(count: int, without: str, deployment: str) -> dict[str, int]:
     from ray import serve
 
     pause = threading.Event()
     end = time.monotonic() + _READY_S
     alive: dict[str, int] = {}
     while time.monotonic() < end:
-        states = serve.status().applications["default"].deployments["Replica"].replica_states
+        states = serve.status().applications["default"].deployments[deployment].replica_states
         alive = {str(state): number for state, number in states.items() if number}
         if alive == {"RUNNING": count}:
-            found = _replica_pids()
+            found = _replica_pids(deployment)
             if len(found) == count and without not in found:
                 return found
         pause.wait(0.2)
@@ -154,14 +160,14 @@ def _pid_and_members(actor: Any) -> tuple[int, int]:
     return os.getpid(), len(actor._fleet.members)
 
 
-def _replica_pids() -> dict[str, int]:
+def _replica_pids(deployment: str) -> dict[str, int]:
     import ray
     from ray.exceptions import RayActorError
 
     found = {}
     for actor in ray.util.list_named_actors(all_namespaces=True):
         name, namespace = actor["name"], actor["namespace"]
-        if "#Replica#" in name:
+        if f"#{deployment}#" in name:
             with contextlib.suppress(RayActorError, ValueError):
                 handle = ray.get_actor(name, namespace=namespace)
                 pid = ray.get(handle.__ray_call__.remote(lambda replica: os.getpid()))

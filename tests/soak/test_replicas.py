@@ -29,6 +29,7 @@ def patch_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("patches")
     identity = model_identity(find_model("wordnet", folder).folder)
     saved_patch(folder / "law", model=identity, seed=1)
+    saved_patch(folder / "tax", model=identity, seed=3)
     saved_patch(folder / "med", model=identity, seed=2)
     (folder / "med" / "patch.json").write_text("{}")
     return folder
@@ -175,6 +176,20 @@ def test_a_patch_is_loaded_in_all_replicas_or_in_none(cluster):
     assert not cluster.metric("patch_rows")
 
 
+def test_a_change_right_after_the_death_of_the_patch_actor_reaches_all_replicas(cluster):
+    pids = cluster.replicas(2)
+    cluster.http.post(ROUTE, json={"name": "law"}).raise_for_status()
+    cluster.restart_patch_actor()
+    cluster.http.post(ROUTE, json={"name": "tax"}).raise_for_status()
+    body = {"prompt": "a", "max_tokens": 1, "memory_patches": ["law", "tax"]}
+    for _ in range(8):
+        assert cluster.http.post("/v1/completions", json=body).status_code == 200
+    assert cluster.metric("patch_rows").keys() == pids.keys()
+    for name in ("law", "tax"):
+        cluster.http.delete(f"{ROUTE}/{name}").raise_for_status()
+    assert not cluster.metric("patch_rows")
+
+
 def test_a_rolling_update_loses_nothing(cluster, arguments):
     old = cluster.replicas(2)
     cluster.http.post(ROUTE, json={"name": "law"}).raise_for_status()
@@ -199,6 +214,38 @@ def test_a_rolling_update_loses_nothing(cluster, arguments):
     models = cluster.http.get("/v1/models").json()["data"]
     assert [model["id"] for model in models] == ["new", "new+law"]
     assert cluster.metric("patch_rows").keys() == new.keys()
+
+
+def end_or_none(stream: Stream) -> str | None:
+    """As ``read``; None if the response is cut off."""
+    try:
+        return stream.read()
+    except (httpx.RemoteProtocolError, AssertionError):
+        return None
+
+
+def test_the_death_of_one_of_two_ingresses_loses_only_its_requests(cluster, arguments):
+    cluster.deploy(**arguments, ingresses=2)
+    ingresses = cluster.replicas(2, deployment="Ingress")
+    cluster.replicas(2)
+    hits = 0
+    for seed in range(300, 312):
+        cached_tokens(cluster, "/v1/completions", prompt=words(seed))
+        hits += cached_tokens(cluster, "/v1/completions", prompt=words(seed) + " end") > 0
+    # by chance it would be 6 or so of those whose second request takes the other ingress
+    assert hits >= 10
+    assert cluster.http.post(ROUTE, json={"name": "tax"}).status_code == 200
+    for _ in range(8):
+        assert cluster.http.post(ROUTE, json={"name": "tax"}).status_code == 409
+    cluster.http.delete(f"{ROUTE}/tax").raise_for_status()
+    with ExitStack() as stack:
+        streams = [Stream(stack, cluster.http, seed) for seed in range(12)]
+        victim, pid = ingresses.popitem()
+        os.kill(pid, signal.SIGKILL)
+        ends = [end_or_none(stream) for stream in streams]
+    assert set(ends) == {"length", None}
+    assert complete(cluster, 80) == "length"
+    assert len(cluster.replicas(2, without=victim, deployment="Ingress")) == 2
 
 
 def test_a_queue_adds_a_replica(cluster, arguments):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from server.replicas.patch_fleet import Held, Outcome
+from server.replicas.patch_orders import Held, Outcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # it imports Ray
 MODULE = "server.replicas.fleet_actor"
@@ -46,7 +46,7 @@ def test_a_change_goes_on_if_its_client_leaves_and_is_kept(actor_of):
     store = {}
     assert asyncio.run(asyncio.wait_for(run(store), 60)) == {"law": "1"}
     (text,) = store.values()
-    assert json.loads(text) == {"law": "1"}
+    assert json.loads(text) == {"changes": {"law": "1"}, "replicas": ["a", "b"]}
 
 
 def test_the_actor_ends_with_its_application_and_not_before(actor_of, monkeypatch, caplog):

@@ -8,7 +8,7 @@ import pytest
 from engine.errors import ConfigError
 from server.http.errors import ApiError
 from server.replicas.fleet_member import FleetLostError, FleetMember
-from server.replicas.patch_fleet import Held, Order, Outcome, Refusal
+from server.replicas.patch_orders import Held, Order, Outcome, Refusal
 
 
 class Patches(dict):

@@ -16,6 +16,7 @@ from server.replicas.options import ReplicaOptions
         ("target_requests", 4.0),  # without max_replicas
         ("replica_cpus", -1.0),
         ("replica_gpus", -1.0),
+        ("replica_gpus", 1.5),
         ("replica_drain_timeout_s", float("inf")),
         ("upscale_delay_s", float("nan")),
         ("downscale_delay_s", -1.0),

@@ -5,55 +5,9 @@ import asyncio
 import pytest
 
 from server.http.errors import ApiError
-from server.replicas.patch_fleet import Held, Outcome, PatchFleet, Refusal
-
-REFUSED = Refusal.of(ApiError(400, "name: bad", param="name"))
-
-
-class Member:
-    """A replica with patches; ``answers`` replaces its answer to an action."""
-
-    def __init__(self, fleet, name, **answers):
-        self.fleet, self.name, self.answers = fleet, name, answers
-        self.patches = set()
-
-    async def start(self, *initial):
-        self.patches = set(initial)
-        wanted = await self.fleet.join(self.name, held(*initial))
-        for name, content in wanted.items():
-            if content is None:
-                self.patches.discard(name)
-            else:
-                self.patches.add(name)
-        self.work = asyncio.create_task(self.obey())
-        return self
-
-    async def obey(self):
-        self.done = None
-        while (order := await self.fleet.next_order(self.name)) is not None:
-            answer = self.answers.get(order.action, Outcome(f"hash of {order.name}"))
-            if answer is None:
-                self.fleet.leave(self.name)  # it dies
-                return
-            if answer == "silent":
-                continue
-            if order.undoes is not None and order.undoes != self.done:
-                answer = Outcome()
-            elif answer.refusal is None:
-                self.done = order.number
-                change = self.patches.add if order.action == "load" else self.patches.discard
-                change(order.name)
-            self.fleet.report(self.name, order.number, answer)
-
-
-def held(*initial, **others):
-    """Patches of ``--patch``, and others with their hashes."""
-    hashes = {name: f"hash of {name}" for name in initial} | others
-    return Held({name: f"/{name}" for name in initial}, hashes)
-
-
-def run(scenario):
-    return asyncio.run(asyncio.wait_for(scenario(), 60))
+from server.replicas.patch_fleet import PatchFleet
+from server.replicas.patch_orders import Held, Outcome, Refusal
+from tests.server.replicas.fleet_double import REFUSED, Member, held, run
 
 
 def test_a_patch_is_loaded_in_all_and_in_those_that_come_later():
@@ -153,24 +107,6 @@ def test_a_replica_that_lost_the_patch_does_not_hinder_its_removal(is_missing_ev
 
     refusal = run(scenario)
     assert refusal == missing.refusal if is_missing_everywhere else refusal is None
-
-
-def test_a_new_fleet_knows_the_changes_and_ends_those_that_were_not_finished():
-    kept = []
-
-    async def keep(changes):
-        kept.append(changes)
-
-    async def scenario():
-        fleet = PatchFleet({"later": "3", "first": None}, keep)
-        wanted = await fleet.join("a", Held({"first": "/x", "lost": "/y"}, {"half": "4"}))
-        assert wanted == {"later": "3", "first": None, "half": None}
-        await Member(fleet, "a").start("first")
-        assert await fleet.load("law") is None and await fleet.unload("later") is None
-
-    run(scenario)
-    loaded = {"later": "3", "first": None, "law": "hash of law"}
-    assert kept == [loaded, {"first": None, "law": "hash of law"}]
 
 
 def test_a_replica_that_leaves_or_joins_again_is_not_waited_for():

@@ -13,6 +13,7 @@ from server.http.authentication import KEY_IN_SCOPE, key_of
 from server.replicas.relayed_request import RelayedRequest, response_messages, routing_text
 from server.request_id import CURRENT_ID
 
+INTERVAL = "server.replicas.relayed_request._INTERVAL_S"
 GENERATING = frozenset({"/v1/completions"})
 
 
@@ -71,6 +72,21 @@ def test_patches_and_salts_separate_prompts():
     assert len(scopes) == 3
 
 
+@pytest.mark.parametrize(
+    "large",
+    [
+        {"prompt": "x" * 10**6},
+        {"prompt": [7] * 10**6},
+        {"prompt": [["x" * 10**6]]},
+        {"prompt": "x", "cache_salt": "s" * 10**6},
+        {"messages": [{"content": "x" * 10**6}], "model": ["m" * 10**6]},
+    ],
+)
+def test_the_routing_text_of_a_large_body_is_small(large):
+    text = routing_text(json.dumps(large).encode())
+    assert 0 < len(text.prompt) <= 65536 and len(text.scope) == 32
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b'{"prompt": {}}', b'{"prompt": []}'])
 def test_a_body_without_a_prompt_is_left_to_the_replica(body):
     assert routing_text(body) is None
@@ -90,6 +106,34 @@ def test_the_application_gets_the_request():
     start, body = collected(app, request_of())
     assert start["status"] == 200
     assert json.loads(body["body"]) == {"path": "/v1/completions", "body": {"prompt": "x"}}
+
+
+def test_events_of_a_fast_stream_arrive_together_and_the_first_one_at_once(monkeypatch):
+    """The pause between two lists outlasts the test, so only its end lets the rest arrive."""
+    monkeypatch.setattr(INTERVAL, 600)
+    released = asyncio.Event()
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(0)
+        for text in (b"first ", b"second ", b"third "):
+            await send({"type": "http.response.body", "body": text, "more_body": True})
+            await asyncio.sleep(0)
+        await released.wait()
+        await send({"type": "http.response.body", "body": b"end", "more_body": False})
+
+    async def run():
+        found = []
+        async for batch in response_messages(app, request_of()):
+            found.append([message.get("body") for message in batch])
+            if any(body and body.startswith(b"first") for body in found[-1]):
+                released.set()
+        return found
+
+    bodies = asyncio.run(asyncio.wait_for(run(), 60))
+    assert bodies[0] == [None] and bodies[1][0].startswith(b"first ")
+    assert b"".join(body for batch in bodies[1:] for body in batch) == b"first second third end"
+    assert len(bodies) == 3
 
 
 def test_a_reader_that_stops_disconnects_the_client():

@@ -57,6 +57,29 @@ def test_every_ingress_chooses_the_same_replica_for_a_new_prompt():
         assert first.ranked(REPLICAS, other(number)) == second.ranked(REPLICAS, other(number))
 
 
+def test_turns_through_several_ingresses_find_their_replica_while_loads_are_equal():
+    ingresses = [ReplicaChoice(slack=2) for _ in range(3)]
+    for number in range(10):
+        turns = [
+            RoutingText("", f"conversation {number} " * 40 + "and more " * n) for n in range(6)
+        ]
+        chosen = set()
+        for turn, text in enumerate(turns):
+            choice = ingresses[turn % 3]
+            chosen.add(replica := choice.ranked(REPLICAS, text)[0])
+            choice.began(replica, f"{number} {turn}", text)
+            choice.ended(replica, f"{number} {turn}")
+        assert len(chosen) == 1
+
+
+def test_an_ingress_counts_its_own_requests_only():
+    first, second = ReplicaChoice(slack=2), ReplicaChoice(slack=2)
+    best = first.ranked(REPLICAS, PROMPT)[0]
+    first.began(best, "1", None)
+    assert first.ranked(REPLICAS, PROMPT)[0] != best
+    assert second.ranked(REPLICAS, PROMPT)[0] == best
+
+
 def test_a_replica_that_has_ended_is_forgotten():
     choice = ReplicaChoice(slack=2)
     choice.began("b", "1", PROMPT)

@@ -40,6 +40,9 @@ def test_texts_and_values_give_the_same_settings():
         ({"table_tier": "tape"}, "table_tier: 'tape' is not one of"),
         ({"max-num-seqs": 4, "max_num_seqs": 4}, "max_num_seqs: is given twice"),
         ({"max_body_mib": 300}, "max_bodies_mib: must be at least max_body_mib"),
+        ({"device": "cuda"}, "replica_gpus: must be above 0 with device cuda"),
+        ({"device": "cuda:1", "replica_gpus": 1}, "device: Ray chooses the GPUs"),
+        ({"device": "cpu", "replica_gpus": 0.5}, "replica_gpus: 0.5 are of no use"),
         ({"patch": 3}, "patch: expected a list of strings"),
     ],
 )
@@ -54,6 +57,12 @@ def test_a_replica_has_as_many_threads_as_cpus():
     assert application_settings({"replica_cpus": 4}, "").replica.threads.threads == 4
     settings = application_settings({"threads": 3}, "")
     assert settings.replica.threads.threads == settings.replica_cpus == 3
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_replica_has_gpus(device):
+    settings = application_settings({"device": device, "replica_gpus": "0.5"}, "")
+    assert settings.options.replica_gpus == 0.5 and settings.replica.model.device == device
 
 
 def test_ray_sends_a_replica_more_than_its_queue_holds():

@@ -134,7 +134,6 @@ COVERED_BY = {
     "memory_ops/triton_kernels/squared_norm.py": "memory_ops/interpreted/test_sparse_adam.py",
     "memory_ops/triton_kernels/table_view.py": "memory_ops/interpreted/test_gather_rows.py",
     "engine/model/machine_limits.py": "engine/model/test_step_work.py",
-    "benchmarks/memory/planned.py": "benchmarks/test_memory.py",
     "server/plan/machine.py": "server/plan/test_prediction.py",
     "server/plan/report.py": "server/cli/test_plan.py",
     "server/cli/config_actions.py": "weights/training/test_config_help.py",

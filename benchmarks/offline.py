@@ -46,8 +46,8 @@ class Result:
 
     ``tokens`` counts one round. ``limit_ms`` is the roofline: the least time of a step at this
     bandwidth and product rates, which are measured between the rounds. ``planned_tokens_per_s`` is
-    the prediction of ``memplus plan`` with these limits; None if a table is not on the device,
-    because it leaves out reads of rows from host memory or disk.
+    the prediction of ``memplus plan`` with these limits; None if a table is not on the device or
+    ranks share the model, because it leaves out reads of rows from elsewhere, and what ranks send.
     """
 
     phase: str
@@ -109,7 +109,9 @@ def _measure(
         limits = LimitMeter(dtype, with_integers=has_integers).measure
     else:
         limits = partial(gpu_limits, dtype, device)
-    is_planned = all(table.tier == "device" for table in engine.memory_report())
+    is_planned = settings.model.tensor_parallel == 1 and all(
+        table.tier == "device" for table in engine.memory_report()
+    )
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     benchmark = _Benchmark(load, rounds, work, limits, threads, is_planned=is_planned)
     print(f"{settings.model.model}, {dtype}, {device}, medians of {load.rounds} rounds")

@@ -201,6 +201,9 @@ class Round:
         stall_s: seconds of the timed steps spent waiting for rows.
         limit_reads_per_s: random reads of a row's size per second that the disk allows, measured
             after the round.
+        read_latency_s: seconds of one such read alone.
+        planned_tokens_per_s: the prediction of ``memplus plan`` for the timed steps and the rows
+            that they read, with limits measured around the round.
     """
 
     tokens_per_s: float
@@ -211,6 +214,8 @@ class Round:
     reads_per_token: float | None = None
     stall_s: float | None = None
     limit_reads_per_s: float | None = None
+    read_latency_s: float | None = None
+    planned_tokens_per_s: float | None = None
 
 
 def default_trace() -> Path:

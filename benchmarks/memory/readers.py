@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from benchmarks.engine_rounds import EngineRounds
+import torch
+
+from benchmarks.engine_rounds import EngineRounds, TimedStep
 from benchmarks.memory.access import DrawnAccess, RecordedAccess, RowAccess
 from benchmarks.memory.load import MOST_SEQUENCES, MemoryLoad, Point, Round
 from benchmarks.memory.points import INPUT_LEN, UNTIMED_LEN
@@ -17,6 +19,7 @@ from engine.errors import ConfigError
 from engine.executors.executor import make_executor
 from engine.executors.lookahead import LookaheadConfig
 from engine.model.config import MemoryConfig, ModelConfig
+from engine.model.step_work import ModelWork
 from memory_ops.tables.device import DeviceTable
 from memory_ops.tables.disk import DiskTable, row_cache_bytes
 from memory_ops.tables.table_statistics import TableStatistics
@@ -29,11 +32,20 @@ _KV_GIB = 0.25
 
 @dataclass
 class Reader:
-    """An engine, its tables, and the replay that selects the rows."""
+    """An engine, its tables, and the replay that selects the rows.
+
+    Attributes:
+        work: the model's work, with rows as they are stored.
+        dtype: dtype of the weights.
+        steps: the timed steps of the last round.
+    """
 
     rounds: EngineRounds
     tables: Sequence[ReplayedTable]
     replay: Replay
+    work: ModelWork
+    dtype: torch.dtype
+    steps: Sequence[TimedStep] = ()
 
     @property
     def disk_tables(self) -> list[DiskTable]:
@@ -74,6 +86,7 @@ class Reader:
             if replay.error is not None:
                 raise replay.error from None
             raise
+        self.steps = steps
         seconds = sum(step.seconds for step in steps)
         tokens = point.prompt_len or len(steps) * point.batch
         if not is_disk:
@@ -144,7 +157,9 @@ def make_reader(folder: Path, point: Point, load: MemoryLoad) -> Reader:
     rounds = EngineRounds(engine, settings)
     if not point.is_cold:
         rounds.decode(1, INPUT_LEN, 1)  # exclude one-time set-up from the timing
-    return Reader(rounds, [*replayed.values()], replay)
+    row_bytes = stored[names[0]].num_bytes // stored[names[0]].shape[0]
+    work = ModelWork(config, model.dtype.itemsize, row_bytes)
+    return Reader(rounds, [*replayed.values()], replay, work, model.dtype)
 
 
 def _engine_config(model: ModelConfig, load: MemoryLoad) -> EngineConfig:

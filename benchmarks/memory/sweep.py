@@ -4,28 +4,30 @@ import gc
 import hashlib
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from benchmarks.disk_meter import disk_limits
+from benchmarks.limit_meter import LimitMeter
 from benchmarks.memory.access import RowAccess
 from benchmarks.memory.load import MemoryLoad, Point, Round, default_trace
+from benchmarks.memory.planned import planned_tokens_per_s
 from benchmarks.memory.plot import plot
 from benchmarks.memory.points import points
 from benchmarks.memory.readers import Reader, access_patterns, make_reader
 from benchmarks.memory.swept_model import SweptModel
-from benchmarks.read_limits import random_reads_per_s
 from benchmarks.row_trace import AccessTrace
 from benchmarks.serving_plot import check_plot
 from engine.errors import ConfigError
+from engine.model.machine_limits import MachineLimits
 from server.allocator import keep_freed_memory
 
-_DEPTHS = (64, 128, 256)
 _READS = 20_000
 
 
@@ -130,6 +132,7 @@ def _run(
     folders: dict[Point, Path] = {}
     patterns: dict[int, dict[str, RowAccess]] = {}
     readers: dict[tuple[int, str, str], Reader] = {}
+    meters: dict[torch.dtype, LimitMeter] = {}
     with tqdm(total=len(missing) * load.rounds, unit="round", disable=None) as bar:
         bar.update(sum(rounds.number(point) for point in missing))
         for point in missing:
@@ -147,17 +150,26 @@ def _run(
                         gc.collect()
                     if key not in readers:
                         readers[key] = make_reader(folders[point], point, load)
-                    done = readers[key].round(point, load, patterns[point.rows][point.skew], number)
-                    rounds.add(point, replace(done, limit_reads_per_s=_limit(readers[key])))
+                    reader = readers[key]
+                    if reader.dtype not in meters:
+                        meters[reader.dtype] = LimitMeter(reader.dtype)
+                    limits = meters[reader.dtype].measure()
+                    done = reader.round(point, load, patterns[point.rows][point.skew], number)
+                    rounds.add(point, _with_limits(done, reader, point, limits))
                     bar.update()
 
 
-def _limit(reader: Reader) -> float | None:
-    if not reader.disk_tables:
-        return None
-    location = reader.disk_tables[0].location
-    # a new seed reads other rows, which the disk has not cached
-    return max(random_reads_per_s(location, depth, _READS, time.time_ns()) for depth in _DEPTHS)
+def _with_limits(done: Round, reader: Reader, point: Point, limits: MachineLimits) -> Round:
+    """The round with the disk's limits, measured now, and the tokens per second of the plan."""
+    disk = None
+    if reader.disk_tables:
+        disk = disk_limits(reader.disk_tables[0].location, _READS)
+    return replace(
+        done,
+        limit_reads_per_s=None if disk is None else disk.reads_per_s,
+        read_latency_s=None if disk is None else disk.latency_s,
+        planned_tokens_per_s=planned_tokens_per_s(done, reader, point, limits, disk),
+    )
 
 
 def _check_settings(
@@ -176,8 +188,8 @@ def _check_settings(
 
 
 _HEADER = (
-    "      rows       tier   dtype    batch prompt skew      cached  cache MiB  tokens/s  hits"
-    "  late  stall s  of s  reads/token  disk reads/s"
+    "      rows       tier   dtype    batch prompt skew      cached  cache MiB  tokens/s   planned"
+    "  hits  late  stall s  of s  reads/token  disk reads/s"
 )
 
 
@@ -187,7 +199,8 @@ def _line(result: dict[str, Any]) -> str:
         f" {result['tier']:<6} {result['dtype']:<8} {result['batch']:>5}"
         f" {result['prompt_len'] or '-':>6} {result['skew']:<9}"
         f" {_shown(result['cache_share'], '6.2g')} {result['cache_bytes'] / 2**20:>10.1f}"
-        f" {result['tokens_per_s']:>9.1f} {_shown(result['hit_rate'], '5.2f')}"
+        f" {result['tokens_per_s']:>9.1f} {_shown(result['planned_tokens_per_s'], '9.1f')}"
+        f" {_shown(result['hit_rate'], '5.2f')}"
         f" {_shown(result['late_rate'], '5.2f')} {_shown(result['stall_s'], '8.3f')}"
         f" {result['seconds']:>5.2f} {_shown(result['reads_per_token'], '12.1f')}"
         f" {_shown(result['limit_reads_per_s'], '13.0f')}"

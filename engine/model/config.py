@@ -204,6 +204,14 @@ class ModelConfig:
         """Indices of the memory layers."""
         return tuple(i for i, kind in enumerate(self.feed_forward) if kind in MEMORY_KINDS)
 
+    @property
+    def rows_per_token(self) -> int:
+        """Table rows that one token reads in all layers; a peer layer reads two tables."""
+        if self.memory is None:
+            return 0
+        reads = len(self.memory_layers) + self.feed_forward.count("peer")
+        return reads * self.memory.num_heads * self.memory.top_k
+
     def has_dense(self, layer: int) -> bool:
         """Whether a layer has a dense feed-forward, with or without a memory."""
         is_beside = self.memory is not None and self.memory.placement == "beside"

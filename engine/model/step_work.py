@@ -71,6 +71,8 @@ class ModelWork:
     same ones. Activations are assumed to stay in the caches.
 
     Attributes:
+        config: the model.
+        kv_bytes: bytes of one token's keys and values in all layers.
         has_groups: whether weights are multiplied as integers.
     """
 
@@ -103,17 +105,13 @@ class ModelWork:
         self._head_flops = flops.pop("head")
         self._layer_flops = total_flops(flops)
         head = _EMBEDDING if config.tie_embeddings else _HEAD
-        self._config = config
-        self._kv_bytes = config.kv_bytes_per_token(itemsize, kv_dtype)
+        self.config = config
+        self.kv_bytes = config.kv_bytes_per_token(itemsize, kv_dtype)
         self._row_bytes = row_bytes
         self._head = weights[head]
         layers = {name: one for name, one in weights.items() if name not in (_EMBEDDING, _HEAD)}
         self._experts = _total(one for name, one in layers.items() if ".experts." in name)
         self._layers = _total(one for name, one in layers.items() if ".experts." not in name)
-
-    @property
-    def num_layers(self) -> int:
-        return self._config.num_layers
 
     def of(self, chunks: Iterable[Chunk], num_logits: int) -> StepWork:
         """The work of a step that runs ``chunks`` and computes ``num_logits`` rows of logits."""
@@ -136,11 +134,11 @@ class ModelWork:
 
     def attention(self, chunks: Iterable[Chunk]) -> StepWork:
         """The part of a step that reads keys and values."""
-        chunks, config = list(chunks), self._config
+        chunks, config = list(chunks), self.config
         # pairs of a token and a position that it attends to: itself and all earlier ones
         pairs = sum(chunk.count * (chunk.start + chunk.end + 1) // 2 for chunk in chunks)
         return StepWork(
-            num_bytes=sum(chunk.end for chunk in chunks) * self._kv_bytes,
+            num_bytes=sum(chunk.end for chunk in chunks) * self.kv_bytes,
             # one product with the key, one with the value
             flops=4 * pairs * config.num_layers * config.num_heads * config.head_dim,
         )
@@ -158,16 +156,16 @@ class ModelWork:
 
     def table_bytes(self, tokens: int) -> int:
         """Bytes of the table rows that a step of ``tokens`` tokens reads, a part of its bytes."""
-        memory = self._config.memory
+        memory = self.config.memory
         if memory is None:
             return 0
         rows = min(tokens * memory.num_heads * memory.top_k, memory.num_rows)
-        tables = len(self._config.memory_layers) + self._config.feed_forward.count("peer")
+        tables = len(self.config.memory_layers) + self.config.feed_forward.count("peer")
         return rows * self._row_bytes * tables
 
     def _share_of_experts(self, tokens: int) -> float:
         """Share of the experts that a step reads if all tokens choose the same ones."""
-        mixture = self._config.mixture
+        mixture = self.config.mixture
         return mixture.top_k / mixture.num_experts if mixture is not None and tokens else 0.0
 
 

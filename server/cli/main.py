@@ -127,10 +127,15 @@ def plan(options: argparse.Namespace) -> None:
     """Print the memory and the speed that a model has on a machine, by tier of its table."""
     import torch
 
+    from benchmarks.disk_meter import limits_of_tables
     from benchmarks.limit_meter import LimitMeter
     from server.cli.plan import plan
 
-    plan(options, lambda has_groups: LimitMeter(torch.bfloat16, with_integers=has_groups).measure())
+    plan(
+        options,
+        lambda has_groups: LimitMeter(torch.bfloat16, with_integers=has_groups).measure(),
+        limits_of_tables,
+    )
 
 
 def train(options: argparse.Namespace) -> int:

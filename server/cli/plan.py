@@ -9,16 +9,21 @@ from pathlib import Path
 from engine.model.machine_limits import MachineLimits
 from server.cli.options import add_options, from_options
 from server.config import ThreadOptions, cache_folder
-from server.plan.machine import GPUS, Gpu, Machine, gpu_machine
+from server.plan.machine import GPUS, DiskLimits, Gpu, Machine, gpu_machine
 from server.plan.options import PlanOptions, size
 from weights.available_memory import available_memory
 from weights.models.named_models import DEFAULT_MODEL
 
 
-def plan(options: argparse.Namespace, measure: Callable[[bool], MachineLimits]) -> None:
+def plan(
+    options: argparse.Namespace,
+    measure: Callable[[bool], MachineLimits],
+    measure_disk: Callable[[Path], DiskLimits | None],
+) -> None:
     """Print the memory and the speed that a model has on a machine, by tier of its table.
 
-    ``measure`` gives the limits of this machine's CPU, on request with those of integers.
+    ``measure`` gives the limits of this machine's CPU, on request with those of integers, and
+    ``measure_disk`` those of the disk that has the tables of a checkpoint folder, if it has any.
     """
     from server.plan.planned_model import planned_model
     from server.plan.prediction import plans
@@ -30,7 +35,9 @@ def plan(options: argparse.Namespace, measure: Callable[[bool], MachineLimits]) 
     if source.suffix != ".json":
         source = prepared_folder(options.model, cache_folder())
     model = planned_model(source, asked, is_on_gpu=asked.gpu is not None)
-    machine = _machine(asked, partial(measure, model.work.has_groups))
+    is_here = asked.gpu is None and asked.gb_per_s is None
+    measured = measure_disk(source) if is_here and not asked.is_disk_given else None
+    machine = _machine(asked, partial(measure, model.work.has_groups), asked.disk(measured))
     print(report(options.model, model, machine, asked, plans(model, machine, asked)))
 
 
@@ -47,22 +54,24 @@ def add_plan(
     add_options(verb, ThreadOptions)
 
 
-def _machine(options: PlanOptions, measure: Callable[[], MachineLimits]) -> Machine:
+def _machine(
+    options: PlanOptions, measure: Callable[[], MachineLimits], disk: DiskLimits
+) -> Machine:
     import torch  # takes a second
 
     memory = None if options.host_memory is None else size("host_memory", options.host_memory)
     if options.gpu is not None:
         assert memory is not None
         gpu = _gpu(options.gpu, options)
-        return gpu_machine(options.gpu, gpu, options.gpus, memory, options.disk_reads)
+        return gpu_machine(options.gpu, gpu, options.gpus, memory, disk)
     if memory is None:
         memory = available_memory().num_bytes
     threads = torch.get_num_threads()  # --threads, or those of this machine
     if options.gb_per_s is not None and options.tflops is not None:
         # products of 8-bit integers are twice as fast where processors have them at all
         limits = MachineLimits(options.gb_per_s, 1e3 * options.tflops, 2e3 * options.tflops)
-        return Machine("a CPU", memory, limits, options.disk_reads, threads=threads)
-    return Machine("this machine", memory, measure(), options.disk_reads, threads=threads)
+        return Machine("a CPU", memory, limits, disk, threads=threads)
+    return Machine("this machine", memory, measure(), disk, threads=threads)
 
 
 def _gpu(name: str, options: PlanOptions) -> Gpu:

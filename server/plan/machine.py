@@ -32,6 +32,14 @@ GPUS = {
 
 
 @dataclass(frozen=True)
+class DiskLimits:
+    """Random reads of one row: how many a second, and the seconds of one read alone."""
+
+    reads_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
 class Machine:
     """One machine.
 
@@ -39,7 +47,7 @@ class Machine:
         name: what the plan calls it.
         host_memory: bytes that the server may use.
         limits: bandwidth and products of the device that computes: the sum of all GPUs, or the CPU.
-        disk_reads_per_s: random reads of one table row.
+        disk: random reads of one table row.
         device_memory: bytes of all GPUs together; None if the CPU computes.
         bus_gb_per_s: bandwidth of all GPUs together to pinned host memory.
         threads: threads of the CPU that computes; 0 with a GPU.
@@ -48,22 +56,20 @@ class Machine:
     name: str
     host_memory: int
     limits: MachineLimits
-    disk_reads_per_s: float
+    disk: DiskLimits
     device_memory: int | None = None
     bus_gb_per_s: float = 0.0
     threads: int = 0
 
 
-def gpu_machine(
-    name: str, gpu: Gpu, count: int, host_memory: int, disk_reads_per_s: float
-) -> Machine:
+def gpu_machine(name: str, gpu: Gpu, count: int, host_memory: int, disk: DiskLimits) -> Machine:
     """A machine with ``count`` GPUs of one kind."""
     limits = MachineLimits(count * gpu.gb_per_s, count * gpu.tflops * 1e3)
     return Machine(
         f"{count} x {name}",
         host_memory,
         limits,
-        disk_reads_per_s,
+        disk,
         count * gpu.memory,
         count * gpu.bus_gb_per_s,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.errors import ConfigError
-from server.plan.machine import GPUS
+from server.plan.machine import GPUS, DiskLimits
 from weights.checkpoints.dtype_names import FLOAT_DTYPES, GROUPED_DTYPES, TABLE_DTYPES
 
 # measured on the benchmark model (docs/benchmarks.md)
@@ -16,6 +16,8 @@ _GPU_ONLY = {"dtype": ("float16",), "kv_dtype": ("fp8",)}
 # of the speed that bytes and products allow; docs/planning.md compares it with measurements
 EFFICIENCY = 0.85
 _CONTEXT, _PROMPT = 1024, 512
+# a fast disk, as docs/benchmarks.md has measured one
+_DISK = DiskLimits(100_000, 1e-4)
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = re.compile(f"([0-9]{{1,9}})({'|'.join(_UNITS)})")
 
@@ -72,9 +74,20 @@ class PlanOptions:
         default=None,
         metadata={"help": "products of bf16, of one GPU (default: likewise)"},
     )
-    disk_reads: float = field(
-        default=100_000,
-        metadata={"metavar": "N", "help": "random reads of a row a second that the disk allows"},
+    disk_reads: float | None = field(
+        default=None,
+        metadata={
+            "metavar": "N",
+            "help": "random reads of a row a second that the disk allows (default: measured if the"
+            f" machine is this one and MODEL has tables; else {_DISK.reads_per_s:.0f})",
+        },
+    )
+    disk_latency_us: float | None = field(
+        default=None,
+        metadata={
+            "metavar": "MICROSECONDS",
+            "help": f"time of one read alone (default: likewise; else {1e6 * _DISK.latency_s:.0f})",
+        },
     )
     context_len: int | None = field(
         default=None,
@@ -98,8 +111,9 @@ class PlanOptions:
     hit_share: float | None = field(
         default=None,
         metadata={
-            "help": "share of the rows read that the cache has; `memplus bench eviction` measures"
-            f" it (default: {_HITS}, measured for the default --cache-share)"
+            "help": "fraction of the rows read that need no fetch: the cache has them, or another"
+            f" token of the step reads them (default: {_HITS}, measured for the default"
+            " --cache-share)"
         },
     )
     efficiency: float = field(
@@ -161,7 +175,7 @@ class PlanOptions:
                 )
         if not 0 < self.efficiency <= 1:
             raise ConfigError(f"efficiency: {self.efficiency} is outside (0, 1]")
-        for name in ("disk_reads", "gb_per_s", "tflops"):
+        for name in ("disk_reads", "disk_latency_us", "gb_per_s", "tflops"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name}: must be above 0, not {value}")
@@ -170,6 +184,20 @@ class PlanOptions:
         for name in ("gpu_memory", "host_memory"):
             if getattr(self, name) is not None:
                 size(name, getattr(self, name))
+
+    @property
+    def is_disk_given(self) -> bool:
+        """Whether neither limit of the disk is left to a measurement."""
+        return self.disk_reads is not None and self.disk_latency_us is not None
+
+    def disk(self, measured: DiskLimits | None) -> DiskLimits:
+        """The disk's limits: as given, else as ``measured``, else by default."""
+        found = measured or _DISK
+        latency_us = self.disk_latency_us
+        return DiskLimits(
+            found.reads_per_s if self.disk_reads is None else self.disk_reads,
+            found.latency_s if latency_us is None else latency_us / 1e6,
+        )
 
     def load(self, max_positions: int) -> "Load":
         """The load on a model; ConfigError if a sequence exceeds its positions."""
@@ -184,7 +212,7 @@ class PlanOptions:
 
     @property
     def hits(self) -> float:
-        """The share of the rows read that the cache has."""
+        """The fraction of the rows read that need no fetch."""
         if self.cache_share in (0, 1):
             return self.cache_share
         return _HITS if self.hit_share is None else self.hit_share

@@ -29,7 +29,6 @@ class PlannedModel:
         row_bytes: bytes of a table row; 0 without tables.
         table_bytes: bytes of all tables.
         kv_bytes: bytes of one token's keys and values in all layers.
-        rows_per_token: rows that one token reads in all layers.
         work: the least work of a step.
     """
 
@@ -39,7 +38,6 @@ class PlannedModel:
     row_bytes: int
     table_bytes: int
     kv_bytes: int
-    rows_per_token: int
     work: ModelWork
 
 
@@ -64,7 +62,6 @@ def planned_model(source: Path, options: PlanOptions, *, is_on_gpu: bool) -> Pla
     tensors = expected_tensors(config, formats)
     tables = [tensors.pop(name) for name in config.table_names]
     bytes_per_row = _row_bytes(config, stored, options.table_dtype)
-    memory, reads = config.memory, len(config.memory_layers) + config.feed_forward.count("peer")
     plain = expected_tensors(config)
     return PlannedModel(
         config=config,
@@ -76,7 +73,6 @@ def planned_model(source: Path, options: PlanOptions, *, is_on_gpu: bool) -> Pla
         row_bytes=bytes_per_row,
         table_bytes=sum(bytes_per_row * len(table) for table in tables),
         kv_bytes=config.kv_bytes_per_token(dtype.itemsize, options.kv_dtype),
-        rows_per_token=reads * memory.num_heads * memory.top_k if memory else 0,
         work=ModelWork(
             config,
             dtype.itemsize,

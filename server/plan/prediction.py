@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.model.step_work import Chunk
+from server.plan.disk_time import seconds_from_disk
 from server.plan.machine import Machine
 from server.plan.options import Load, PlanOptions
 from server.plan.planned_model import PlannedModel
@@ -90,10 +91,11 @@ def _seconds(
     chunks: Sequence[Chunk],
     num_logits: int,
 ) -> float:
-    """The time of a step, if the rows that its cache lacks are read while nothing else is done.
+    """The time of a step.
 
-    Reads that overlap with products take less, at best the longer of both. Behind a GPU, rows of
-    the disk tier come over the bus from the cache in host memory too.
+    A GPU's transfers of rows are counted as if they did not overlap with products; at best the
+    longer of both counts. Behind a GPU, rows of the disk tier come over the bus from the cache in
+    host memory too.
     """
     tokens = sum(chunk.count for chunk in chunks)
     seconds = step_seconds(
@@ -110,6 +112,15 @@ def _seconds(
     missed_bytes = (1 - options.hits) * row_bytes
     if machine.bus_gb_per_s:
         seconds += (row_bytes if tier == "disk" else missed_bytes) / machine.bus_gb_per_s / 1e9
-    if tier == "disk":
-        seconds += missed_bytes / model.row_bytes / machine.disk_reads_per_s
-    return seconds
+    if tier != "disk":
+        return seconds
+    assert model.config.memory is not None
+    return seconds_from_disk(
+        model.config,
+        machine.disk,
+        seconds,
+        tokens,
+        missed_bytes / model.row_bytes,
+        cached_rows=round(options.cache_share * model.config.memory.num_rows),
+        is_on_gpu=machine.device_memory is not None,
+    )

@@ -29,12 +29,13 @@ def report(
         f" {load.context_len:,} tokens",
     ]
     if model.table_bytes:
+        rows = model.config.rows_per_token
         lines += [
-            f"table     {size_text(model.table_bytes)}; one token reads {model.rows_per_token:,}"
+            f"table     {size_text(model.table_bytes)}; one token reads {rows:,}"
             f" rows of {model.row_bytes:,} bytes, {size_text(model.work.table_bytes(1))}",
             f"cache     of the host and disk tiers: {options.cache_share:.0%} of the table"
             f" (--table-cache {math.ceil(options.cache_share * model.table_bytes / 2**20)}MiB),"
-            f" which has {options.hits:.0%} of the rows read",
+            f" and {options.hits:.0%} of the rows read need no fetch",
         ]
     device = "memory" if machine.device_memory is None else "GPU memory  host memory"
     batches = "".join(f"{f'at {batch}':>10}" for batch in load.batches)
@@ -65,7 +66,7 @@ def _machine(machine: Machine) -> str:
     if limits.integer_gops:
         products += f", {limits.integer_gops / 1e3:.2f} TOP/s of integers"
     host = f"{size_text(machine.host_memory)} of host memory"
-    disk = f"disk {machine.disk_reads_per_s:,.0f} reads/s"
+    disk = f"disk {machine.disk.reads_per_s:,.0f} reads/s, {1e6 * machine.disk.latency_s:.0f} µs"
     if machine.device_memory is None:
         return f"{machine.name}: {host} at {limits.gb_per_s:.1f} GB/s, {products}; {disk}"
     return (

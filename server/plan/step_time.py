@@ -1,14 +1,10 @@
-"""The time that a step is expected to take: its least time, and what a CPU adds to it."""
+"""Time that a step is expected to take with all table rows in the device's memory."""
 
 from collections.abc import Sequence
 
 from engine.model.machine_limits import MachineLimits
 from engine.model.step_work import Chunk, ModelWork
-
-# Of a CPU's step, measured with `memplus bench offline` (docs/planning.md): scheduling; choosing a
-# token and feeding it back, for each sequence; and, for each sequence in each layer, a thread's
-# time for norms, rotation and the fixed costs of attention.
-_STEP, _SEQUENCE, _SEQUENCE_IN_LAYER = 2e-4, 2.8e-5, 1.6e-5
+from server.plan.cpu_time import cpu_seconds
 
 
 def step_seconds(
@@ -20,7 +16,7 @@ def step_seconds(
     efficiency: float,
     threads: int,
 ) -> float:
-    """Seconds of a step that runs ``chunks``, with all table rows in the device's memory.
+    """Seconds of a step that runs ``chunks``.
 
     Args:
         work: the model's work.
@@ -31,7 +27,4 @@ def step_seconds(
         threads: threads of the CPU; 0 on a GPU, whose fixed costs are not counted.
     """
     seconds = work.seconds_in_turn(chunks, num_logits, limits) / efficiency
-    if threads:
-        of_sequence = _SEQUENCE + work.num_layers * _SEQUENCE_IN_LAYER / threads
-        seconds += _STEP + len(chunks) * of_sequence
-    return seconds
+    return seconds + (cpu_seconds(work.config, work.kv_bytes, chunks, threads) if threads else 0.0)

@@ -226,7 +226,10 @@ def test_the_sweep_is_measured_saved_and_plotted(tmp_path, capsys, monkeypatch):
         assert result["tokens_per_s"] > 0
         assert (result["hit_rate"] is None) == (result["tier"] == "mmap")
         assert (result["cache_bytes"] > 0) == is_disk
-        for name in ("stall_s", "reads_per_token", "limit_reads_per_s"):
+        is_planned = result["tier"] != "mmap" and not result["lookahead"]
+        assert (result["planned_tokens_per_s"] is not None) == is_planned
+        assert (result["planned_tokens_per_s"] or 1) > 0
+        for name in ("stall_s", "reads_per_token", "limit_reads_per_s", "read_latency_s"):
             assert (result[name] is not None) == is_disk
         assert (result["lookahead"] > 0) == (is_disk and not result["prompt_len"])
         assert (result["batch"], result["prompt_len"]) in ((1, 0), (2, 0), (1, 70))

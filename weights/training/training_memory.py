@@ -186,7 +186,7 @@ def training_memory(
         moments=2 * _FLOAT * trained,
         rows=rows,
         row_moments=row_moments,
-        activations=_activations(shape, config),
+        activations=_activations(shape, config, processes),
         places=places,
         is_table_on_host=is_on_host,
         is_row_wise=config.optimizer.row_wise,
@@ -231,8 +231,8 @@ def _exchanged(shape: ModelConfig, config: TrainConfig, processes: int) -> int:
     return lookup + _FLOAT * distinct * math.ceil(memory.value_dim / processes)
 
 
-def _activations(shape: ModelConfig, config: TrainConfig) -> int:
-    """Bytes that the tokens of a pass keep, from counts of the tensors that torch saves."""
+def _activations(shape: ModelConfig, config: TrainConfig, processes: int) -> int:
+    """Bytes that a pass keeps in one process, from counts of the tensors that torch saves."""
     run = config.run
     # bfloat16 halves most of them; norms, residuals, scores and the loss stay fp32
     is_half = run.dtype == "bfloat16"
@@ -244,7 +244,7 @@ def _activations(shape: ModelConfig, config: TrainConfig) -> int:
         of_layers = sum(layers)
     # logits, their log-softmax and its gradient
     per_token = of_layers + 3 * _FLOAT * shape.vocab_size
-    return math.ceil(run.tokens_per_step / run.passes_per_step) * per_token
+    return math.ceil(run.tokens_per_step / run.passes_per_step / processes) * per_token
 
 
 def _layer_bytes(shape: ModelConfig, layer: int, *, is_half: bool) -> int:

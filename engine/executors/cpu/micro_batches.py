@@ -20,7 +20,7 @@ from engine.progress import Progress
 # if fewer rows are fetched. With 3 memories of 128 rows, a quarter of them fetched, and a disk of
 # 100,000 reads per second: 16 tokens take 43 ms as two, 34 as one; 32 take 63 (67), 64 take 96
 # (113), 512 take 570 as four (755).
-_RULE = SplitRule(counts=((256, 4), (32, 2)), least_fraction=0.1, needs_slots=True)
+CPU_SPLIT_RULE = SplitRule(counts=((256, 4), (32, 2)), least_fraction=0.1, needs_slots=True)
 
 
 @dataclass
@@ -66,7 +66,7 @@ class MicroBatches:
         ]
         self._packed = PackedLayers(without_memory, num_heads)
         memories = [layer.memory for layer in layers if layer.memory is not None]
-        self.count = MicroBatchCount(memories, _RULE)
+        self.count = MicroBatchCount(memories, CPU_SPLIT_RULE)
 
     def run(
         self,

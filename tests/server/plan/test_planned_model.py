@@ -43,7 +43,7 @@ def test_a_config_without_weights_has_rows_of_bf16(tmp_path):
     assert found.row_bytes == 2 * memory.value_dim
     assert found.table_bytes == len(config.table_names) * memory.num_rows * found.row_bytes
     # a memory_plus layer reads one table, a peer layer two
-    assert found.rows_per_token == 3 * memory.num_heads * memory.top_k
+    assert found.config.rows_per_token == 3 * memory.num_heads * memory.top_k
 
 
 def test_a_config_with_an_unknown_key_is_refused(tmp_path):

@@ -21,12 +21,13 @@ OPTIONS = PlanOptions(
     efficiency=1.0,
     hit_share=0.0,
     disk_reads=1e6,
+    disk_latency_us=200,
 )
 
 
 def planned(options: PlanOptions, gpus: int = 1, host_memory: int = 256 * GIB):
     model = planned_model(MEMORY_8B, options, is_on_gpu=True)
-    machine = gpu_machine("h100", GPUS["h100"], gpus, host_memory, options.disk_reads)
+    machine = gpu_machine("h100", GPUS["h100"], gpus, host_memory, options.disk(None))
     return {one.tier: one for one in plans(model, machine, options)}
 
 
@@ -46,7 +47,7 @@ def test_bounds_of_8b_with_a_memory_are_those_computed_by_hand(tier, hit_share, 
 def test_the_disk_adds_the_time_of_its_reads():
     found = planned(OPTIONS)
     seconds = [1 / found[tier].decode_tokens_per_s[0] for tier in ("host", "disk")]
-    assert seconds[1] - seconds[0] == pytest.approx(3 * 128 / 1e6)
+    assert seconds[1] - seconds[0] == pytest.approx(3 * 2e-4 + 3 * 128 / 1e6)
     # rows of the cache in host memory come over the bus too
     cached = planned(replace(OPTIONS, hit_share=1.0))
     assert cached["disk"].decode_tokens_per_s == found["host"].decode_tokens_per_s

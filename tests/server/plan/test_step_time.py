@@ -1,9 +1,10 @@
-"""The time of a step: shares of the limits, and what a CPU adds for each sequence."""
+"""Time of a step in memory: shares of the limits, and what a CPU adds."""
 
 import pytest
 
 from engine.model.machine_limits import MachineLimits
 from engine.model.step_work import Chunk, ModelWork
+from server.plan.cpu_time import cpu_seconds
 from server.plan.step_time import step_seconds
 from tests.models import tiny_config
 
@@ -21,11 +22,7 @@ def test_a_step_takes_its_least_time_by_the_efficiency():
     assert seconds(4) == least and seconds(4, efficiency=0.5) == 2 * least
 
 
-def test_a_cpu_adds_time_for_each_sequence_which_threads_share_in_layers():
-    def added(sequences, threads):
-        return seconds(sequences, threads=threads) - seconds(sequences)
-
-    assert added(1, 2) > 0
-    one, two = added(5, 1) - added(4, 1), added(5, 2) - added(4, 2)
-    assert two < one < 2 * two
-    assert added(9, 2) - added(8, 2) == pytest.approx(two)
+def test_a_cpu_adds_its_own_time():
+    chunks = [Chunk(9, 1)] * 4
+    added = cpu_seconds(WORK.config, WORK.kv_bytes, chunks, 2)
+    assert seconds(4, threads=2) == pytest.approx(seconds(4) + added)

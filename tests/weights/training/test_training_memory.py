@@ -35,7 +35,7 @@ TOKENS = 512
 DATA = DataConfig(("texts",))
 
 
-def planned(kind, vocab_size=500, **settings):
+def planned(kind, vocab_size=500, processes=1, **settings):
     of_optimizer = {
         name: settings.pop(name) for name in ("row_wise", "moment_dtype") if name in settings
     }
@@ -43,7 +43,13 @@ def planned(kind, vocab_size=500, **settings):
     run = RunConfig(1, tokens_per_step=TOKENS, **settings)
     config = TrainConfig(DATA, run, optimizer, SHAPE | KINDS[kind])
     shape = model_config(config.model, vocab_size)
-    return shape, training_memory(planned_model(shape), shape, config)
+    return shape, training_memory(planned_model(shape), shape, config, processes)
+
+
+def test_processes_share_the_tokens_of_a_pass():
+    (_, one), (_, four) = planned("memory"), planned("memory", processes=4)
+    assert four.activations == one.activations // 4
+    assert four.certain == one.certain
 
 
 def saved_bytes(model, tables, dtype):

@@ -1,0 +1,48 @@
+"""The prediction of ``memplus plan`` for a round of ``memplus bench memory``."""
+
+import torch
+
+from benchmarks.memory.load import Point, Round
+from benchmarks.memory.readers import Reader
+from engine.model.machine_limits import MachineLimits
+from server.plan.disk_time import seconds_from_disk
+from server.plan.machine import DiskLimits
+from server.plan.options import EFFICIENCY
+from server.plan.step_time import step_seconds
+
+
+def planned_tokens_per_s(
+    done: Round, reader: Reader, point: Point, limits: MachineLimits, disk: DiskLimits | None
+) -> float | None:
+    """Tokens per second that the plan predicts for the steps of the reader's last round.
+
+    The plan gets the rows per token that the round read from disk. None for mapped files, which it
+    does not know, and with lookahead, whose reads overlap with earlier layers.
+    """
+    if point.tier == "mmap" or point.lookahead:
+        return None
+    work, config = reader.work, reader.work.config
+    tokens, planned = 0, 0.0
+    for step in reader.steps:
+        count = sum(chunk.count for chunk in step.chunks)
+        seconds = step_seconds(
+            work,
+            limits,
+            step.chunks,
+            step.num_logits,
+            efficiency=EFFICIENCY,
+            threads=torch.get_num_threads(),
+        )
+        if disk is not None:
+            assert done.reads_per_token is not None
+            seconds = seconds_from_disk(
+                config,
+                disk,
+                seconds,
+                count,
+                done.reads_per_token * count,
+                cached_rows=min(table.num_slots for table in reader.disk_tables),
+                is_on_gpu=False,
+            )
+        tokens, planned = tokens + count, planned + seconds
+    return tokens / planned

@@ -1,0 +1,84 @@
+"""Time that a CPU adds to a step: work that neither its bytes nor its products bound."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.model.config import ModelConfig
+from engine.model.step_work import Chunk
+
+
+@dataclass(frozen=True)
+class CpuCosts:
+    """Seconds of one thread, measured on an AMD EPYC (Zen 4) with models of random weights.
+
+    ``docs/planning.md`` tells how. The threads of a step share all but ``step`` and ``sequence``.
+
+    Attributes:
+        step: scheduling, the batch, and the native calls.
+        sequence: choosing a token and feeding it back.
+        element: one value that norms, rotation, gates and conversions compute.
+        kv_byte: a byte of keys and values that one token reads, beyond its share of the bandwidth:
+            they lie in short blocks.
+        kv_position: a position that one token attends to, for each KV head.
+        pair: a token of a prompt and a position that it attends to, for each head.
+        subkey: the score of a subkey, among which the best are chosen.
+        row: a table row.
+        row_value: a value of a table row.
+    """
+
+    step: float = 2.0e-4
+    sequence: float = 3.0e-5
+    element: float = 2.0e-9
+    kv_byte: float = 4.8e-11
+    kv_position: float = 6.2e-9
+    pair: float = 5.8e-10
+    subkey: float = 1.5e-9
+    row: float = 1.5e-8
+    row_value: float = 2.6e-10
+
+
+def cpu_seconds(
+    config: ModelConfig,
+    kv_bytes: int,
+    chunks: Sequence[Chunk],
+    threads: int,
+    costs: CpuCosts = CpuCosts(),
+) -> float:
+    """Seconds that a CPU adds to the least time of a step.
+
+    Args:
+        config: the model.
+        kv_bytes: bytes of one token's keys and values in all layers.
+        chunks: tokens of each sequence.
+        threads: threads of the CPU, at least 1.
+        costs: the times of the parts.
+    """
+    tokens = sum(chunk.count for chunk in chunks)
+    shared = tokens * _token_seconds(config, costs)
+    for chunk in chunks:
+        if chunk.count == 1:  # the kernel of one token reads all keys and values for it alone
+            positions = chunk.end * config.num_layers * config.num_kv_heads
+            shared += chunk.end * kv_bytes * costs.kv_byte + positions * costs.kv_position
+        else:
+            pairs = chunk.count * (chunk.start + chunk.end + 1) // 2
+            shared += pairs * config.num_layers * config.num_heads * costs.pair
+    return costs.step + len(chunks) * costs.sequence + shared / threads
+
+
+def _token_seconds(config: ModelConfig, costs: CpuCosts) -> float:
+    """Seconds of one thread for one token in all layers, without attention."""
+    projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    elements = config.num_layers * (2 * config.hidden_size + projected)
+    for layer, kind in enumerate(config.feed_forward):
+        if config.has_dense(layer):
+            elements += config.intermediate_size
+        if kind == "moe":
+            assert config.mixture is not None
+            elements += config.mixture.top_k * config.mixture.expert_size
+    seconds = elements * costs.element
+    memory = config.memory
+    if memory is not None:
+        subkeys = len(config.memory_layers) * memory.num_heads * 2 * memory.num_subkeys
+        row_seconds = costs.row + memory.value_dim * costs.row_value
+        seconds += subkeys * costs.subkey + config.rows_per_token * row_seconds
+    return seconds

@@ -198,3 +198,5 @@ def main(connection: Connection, settings: RankSettings) -> None:
     except RankLostError as error:
         logger.error("rank %d ends: %s", settings.rank, error)
         sys.exit(1)
+    finally:
+        group.leave()

@@ -65,10 +65,10 @@ class ParallelExecutor(EagerExecutor):
         number = next(self._numbers)
         freed = self._take_freed()
         try:
-            own, *others = (
-                AddPatch.of(number, patch, share.value_columns, freed) for share in self._shares
-            )
-            self._ranks.send(others)
+            for share in self._shares[1:]:  # one rank's copy at a time is in memory
+                message = AddPatch.of(number, patch, share.value_columns, freed)
+                self._ranks.send_to(share.rank, message)
+            own = AddPatch.of(number, patch, self._shares[0].value_columns)
             layers = own.patch().to(self.device).layers
             kept = SharedPatch(patch.content_hash, layers, patch.num_bytes)
         except BaseException:

@@ -19,7 +19,7 @@ _MEETING_TIMEOUT = timedelta(minutes=1)
 
 
 class RankLostError(RuntimeError):
-    """A collective failed: another rank has ended or cannot be reached."""
+    """A collective failed, most often because another rank has ended or cannot be reached."""
 
 
 class RankGroup:
@@ -58,7 +58,7 @@ class RankGroup:
             options._timeout = _COLLECTIVE_TIMEOUT
             self._joined = c10d.ProcessGroupGloo(meeting, self.rank, self.size, options)
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise _failed(error) from error
         pids_1S = self.gather_columns(torch.tensor([[os.getpid()]]))
         if shared_memory.is_available():
             timeout_s = _COLLECTIVE_TIMEOUT.total_seconds()
@@ -105,6 +105,14 @@ class RankGroup:
         self._run(lambda: self._group.alltoall_base(got, sent, [], []))
         return got.sum(0)
 
+    def leave(self) -> None:
+        """End the other ranks' waits for this one, which calls no other method any more.
+
+        Without it they notice the end of this process only at their next check of its id.
+        """
+        if self._memory is not None:
+            self._memory.leave()
+
     def _exchanged(self, x: Tensor) -> Tensor | None:
         """All ranks' ``x`` if shared memory can carry it, until the next collective."""
         if self._memory is None or x.nbytes > MOST_BYTES:
@@ -112,15 +120,16 @@ class RankGroup:
         try:
             return self._memory.exchange(x)
         except RankGoneError as error:
-            raise RankLostError(f"a tensor-parallel rank cannot be reached: {error}") from error
+            raise _failed(error) from error
 
     def _run(self, start: Callable[[], Any]) -> None:
         try:
             start().wait()
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise _failed(error) from error
 
 
-def _lost(error: RuntimeError) -> RankLostError:
+def _failed(error: RuntimeError) -> RankLostError:
+    # gloo raises the same type for a lost connection and for other failures
     first_line = str(error).partition("\n")[0]
-    return RankLostError(f"a tensor-parallel rank cannot be reached: {first_line}")
+    return RankLostError(f"an exchange between tensor-parallel ranks failed: {first_line}")

@@ -103,15 +103,26 @@ class Ranks:
 
     def send(self, messages: Sequence[RankMessage]) -> None:
         """Send each rank its message: the first one goes to rank 1. RankLostError if it is dead."""
+        assert len(messages) == self.size - 1
         with self._lock:
-            for rank, (connection, message) in enumerate(
-                zip(self._connections, messages, strict=True), 1
-            ):
-                try:
-                    connection.send(message)
-                except OSError as error:
-                    problem = f"tensor-parallel rank {rank} has died ({error.strerror})"
-                    raise RankLostError(problem) from None
+            for rank, message in enumerate(messages, 1):
+                self._send(rank, message)
+
+    def send_to(self, rank: int, message: RankMessage) -> None:
+        """Send one rank a message; a ``send`` of another thread waits for this message at most.
+
+        Raises:
+            RankLostError: the rank is dead.
+        """
+        with self._lock:
+            self._send(rank, message)
+
+    def _send(self, rank: int, message: RankMessage) -> None:
+        try:
+            self._connections[rank - 1].send(message)
+        except OSError as error:
+            problem = f"tensor-parallel rank {rank} has died ({error.strerror})"
+            raise RankLostError(problem) from None
 
     def close(self) -> None:
         """End the processes, also while they load, and wait; does nothing the second time."""

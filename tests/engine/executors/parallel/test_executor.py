@@ -103,13 +103,17 @@ def test_the_tokens_are_those_of_one_process(kinds, options, tmp_path):
 class SentMessages:
     """Ranks without processes, whose messages stay in a list; sending can fail."""
 
-    def __init__(self):
-        self.sent, self.fails = [], False
+    def __init__(self, size=2):
+        self.others, self.sent, self.fails = size - 1, [], False
 
     def send(self, messages):
         if self.fails:
             raise RankLostError("a rank has died")
         self.sent += messages
+
+    def send_to(self, rank, message):
+        assert rank == 1 + len(self.sent) % self.others
+        self.send([message])
 
 
 def test_numbers_of_dead_patches_travel_with_the_next_message():

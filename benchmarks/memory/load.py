@@ -200,7 +200,7 @@ class Round:
         reads_per_token: rows per token that were read from disk, prefetches included.
         stall_s: seconds of the timed steps spent waiting for rows.
         limit_reads_per_s: random reads of a row's size per second that the disk allows, measured
-            after the round.
+            after the round; None without io_uring.
     """
 
     tokens_per_s: float

@@ -23,6 +23,7 @@ from benchmarks.read_limits import random_reads_per_s
 from benchmarks.row_trace import AccessTrace
 from benchmarks.serving_plot import check_plot
 from engine.errors import ConfigError
+from memory_ops.native.disk_rows import RingError
 from server.allocator import keep_freed_memory
 
 _DEPTHS = (64, 128, 256)
@@ -110,12 +111,12 @@ class Rounds:
             file.write(json.dumps({"point": asdict(point), "round": asdict(done)}) + "\n")
 
     def median(self, point: Point) -> dict[str, Any]:
-        """A point's fields and the median of each measurement."""
+        """A point's fields and the median of each measurement, over the rounds that have it."""
         columns = [asdict(done) for done in self._rounds[point]]
-        figures = {
-            name: None if columns[0][name] is None else median(column[name] for column in columns)
-            for name in columns[0]
-        }
+        figures = {}
+        for name in columns[0]:
+            measured = [column[name] for column in columns if column[name] is not None]
+            figures[name] = median(measured) if measured else None
         return asdict(point) | figures | {"rounds": len(columns)}
 
 
@@ -156,8 +157,11 @@ def _limit(reader: Reader) -> float | None:
     if not reader.disk_tables:
         return None
     location = reader.disk_tables[0].location
-    # a new seed reads other rows, which the disk has not cached
-    return max(random_reads_per_s(location, depth, _READS, time.time_ns()) for depth in _DEPTHS)
+    try:
+        # a new seed reads other rows, which the disk has not cached
+        return max(random_reads_per_s(location, depth, _READS, time.time_ns()) for depth in _DEPTHS)
+    except RingError:
+        return None  # the engine has logged that it reads with threads
 
 
 def _check_settings(

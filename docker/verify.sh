@@ -23,7 +23,7 @@ server=
 main() {
     case ${1:-cpu} in
     cpu) file=Dockerfile most_mb=1400 settings="index-url extra-index-url find-links cert" ;;
-    cuda) file=Dockerfile.cuda most_mb=5300 settings="index-url cert" ;;
+    cuda) file=Dockerfile.cuda most_mb=5600 settings="index-url cert" ;;
     *) echo "usage: docker/verify.sh [cpu|cuda]" >&2 && exit 2 ;;
     esac
     readonly IMAGE=memplus-verify-${1:-cpu} VOLUME=memplus-verify-cache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.read_limits import random_reads_per_s
 from memory_ops.native import disk_rows
-from memory_ops.native.disk_rows import RowFile
+from memory_ops.native.disk_rows import RingError, RowFile
 from memory_ops.tables.table_file import TableFile
 from server.plan.machine import DiskLimits
 from weights.checkpoints.checkpoint import open_checkpoint
@@ -34,8 +34,8 @@ def disk_limits(location: RowFile, reads: int = _READS) -> DiskLimits:
 def limits_of_tables(folder: Path) -> DiskLimits | None:
     """The limits of direct reads from the first table of a checkpoint folder.
 
-    None if ``folder`` is a file, or has no tables, or its filesystem has no direct reads: reads
-    from the page cache would not show the speed of the disk.
+    None if ``folder`` is a file, or has no tables, if io_uring is not available, or if the
+    filesystem has no direct reads: reads from the page cache would not show the speed of the disk.
 
     Raises:
         CheckpointError, ConfigError, OSError: as ``open_checkpoint`` and ``disk_limits``.
@@ -52,4 +52,7 @@ def limits_of_tables(folder: Path) -> DiskLimits | None:
             return None
         row_bytes = table.num_bytes // num_rows
         location = RowFile(file.descriptor, table.offset, num_rows, row_bytes, file.alignment)
-        return disk_limits(location)
+        try:
+            return disk_limits(location)
+        except RingError:
+            return None

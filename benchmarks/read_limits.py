@@ -1,6 +1,7 @@
 """Measures how fast this machine reads: sequential memory, random rows of memory or of a file."""
 
 import ctypes
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 from benchmarks.alternating import Contestant
 from engine.errors import ConfigError
 from memory_ops.anonymous import anonymous_zeros
-from memory_ops.native.disk_rows import RowFile
+from memory_ops.native.disk_rows import RingError, RowFile
 from memory_ops.native.library import NativeLibrary
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -75,11 +76,13 @@ def random_reads_per_s(file: RowFile, depth: int, count: int, seed: int) -> floa
 
     Raises:
         ConfigError: memplus was installed without its native library.
-        OSError: a read fails, or the kernel does not allow io_uring.
+        RingError: the kernel lacks io_uring or forbids it.
+        OSError: a read fails, or memory cannot be allocated.
     """
     taken: int = read_library().memplus_read_file_ns(*file, depth, count, seed)
     if taken < 0:
-        raise OSError(-taken, os.strerror(-taken))
+        is_forbidden = -taken in (errno.ENOSYS, errno.EPERM)
+        raise (RingError if is_forbidden else OSError)(-taken, os.strerror(-taken))
     return count / taken * 1e9
 
 

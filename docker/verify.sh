@@ -1,30 +1,43 @@
 #!/usr/bin/env bash
-# Builds the CPU image and checks it: size, user, answers, health check, rows from disk, SIGTERM under
-# load. Its containers have no network, no capabilities, a root file system that nobody can write, and
-# the profile docker/seccomp.json.
+# docker/verify.sh [cpu|cuda] builds an image and checks it: size, user, answers, health check, rows
+# from disk, SIGTERM under load. The containers have no network, no capabilities, a read-only root file
+# system, and the profile docker/seccomp.json.
+#
+# No container gets a GPU. The CUDA image answers on the CPU; the script also checks that it compiles
+# kernels, and that it refuses --device cuda. Its build needs 25 GB of disk.
 #
 # Takes Docker if its daemon answers. Otherwise it needs root and Debian's packages podman, runc and
-# debootstrap: the image is then built without a daemon, on a base that debootstrap makes.
-# pip's own settings apply inside the build: indexes, folders of wheels and the certificate. Docker's
-# daemon cannot read the files of this machine, so the script names those that it leaves out.
+# debootstrap: it then builds the image without a daemon, on a base that debootstrap makes.
+# pip's settings apply inside the build: indexes, folders of wheels and the certificate. The CUDA image
+# gets no extra indexes and folders, because they may have the CPU build of torch. Docker's daemon
+# cannot read the files of this machine, so the script names those that it leaves out.
+#
+# Without systemd, podman logs errors about timers of health checks; the script runs the check itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly IMAGE=memplus-verify VOLUME=memplus-verify-cache MOST_MB=1400 START_S=300 PORT=8765
+readonly START_S=300 PORT=8765
 readonly HEALTH_S=60 # Docker checks every 30 s
-work=$(mktemp -d)
 server=
 
 main() {
+    case ${1:-cpu} in
+    cpu) file=Dockerfile most_mb=1400 settings="index-url extra-index-url find-links cert" ;;
+    cuda) file=Dockerfile.cuda most_mb=5600 settings="index-url cert" ;;
+    *) echo "usage: docker/verify.sh [cpu|cuda]" >&2 && exit 2 ;;
+    esac
+    readonly IMAGE=memplus-verify-${1:-cpu} VOLUME=memplus-verify-cache
+    work=$(mktemp -d)
     if docker info >"$work/info" 2>&1; then tool=docker; else tool=podman; fi
     trap clean EXIT
-    echo "builds with $tool"
+    echo "builds docker/$file with $tool"
     build_arguments=()
-    for name in index-url extra-index-url find-links cert; do pass_pip_setting $name; done
+    for name in $settings; do pass_pip_setting $name; done
     build_$tool
     local size
     size=$(($(call image inspect --format '{{.Size}}' $IMAGE) / 1000000))
-    check "size: $size MB" test "$size" -lt "$MOST_MB"
+    check "size: $size MB" test "$size" -lt "$most_mb"
+    if [ $file = Dockerfile.cuda ]; then check_cuda; fi
     read_rows docker/seccomp.json >"$work/ring"
     check "io_uring reads rows" lacks "no io_uring" "$work/log"
     python3 -c "$WITHOUT_IO_URING" <docker/seccomp.json >"$work/seccomp.json"
@@ -32,7 +45,7 @@ main() {
     check "threads read rows without io_uring" grep --quiet "no io_uring" "$work/log"
     check "the answers are the same" cmp "$work/ring" "$work/threads"
     server=$(start docker/seccomp.json --detach --env MEMPLUS_MODEL=smollm2 \
-        --env MEMPLUS_PORT=$PORT $IMAGE)
+        --env MEMPLUS_PORT=$PORT --env MEMPLUS_DEVICE=cpu $IMAGE)
     wait_until_ready
     local user
     user=$(call exec "$server" id -u)
@@ -53,7 +66,25 @@ start() {
     call run --read-only --tmpfs /tmp --network none --cap-drop ALL \
         --security-opt no-new-privileges --security-opt "seccomp=$1" \
         --ulimit nofile=8192:8192 --ulimit nproc=8192:8192 \
-        --volume $VOLUME:/home/memplus/.cache "${@:2}"
+        --env NVIDIA_VISIBLE_DEVICES=void --volume $VOLUME:/home/memplus/.cache "${@:2}"
+}
+
+check_cuda() {
+    start docker/seccomp.json --rm --entrypoint python3 $IMAGE -c '
+import torch, triton
+assert torch.version.cuda
+print(f"torch {torch.__version__} for CUDA {torch.version.cuda}, Triton {triton.__version__}")
+' >"$work/versions" || fail "import torch, triton"
+    echo "ok: $(cat "$work/versions")"
+    # Triton reads the source of kernels, so that it has to be a file
+    start docker/seccomp.json --rm --interactive --entrypoint sh $IMAGE -c \
+        'cat >/tmp/kernel.py && exec python3 /tmp/kernel.py' <docker/verify_kernel.py >"$work/kernel" ||
+        fail "compile a kernel"
+    echo "ok: compiles kernels: $(cat "$work/kernel")"
+    local status=0
+    start docker/seccomp.json --rm $IMAGE serve >"$work/serve" 2>&1 || status=$?
+    check "exit status without a GPU: $status" test $status = 2
+    check "$(tail -1 "$work/serve")" grep --quiet "torch finds no GPU; use --device cpu" "$work/serve"
 }
 
 readonly WITHOUT_IO_URING='
@@ -66,8 +97,8 @@ json.dump(profile, sys.stdout)'
 
 # prints an answer of the default model, whose rows stay on disk
 read_rows() {
-    start "$1" --rm $IMAGE generate "memory (noun):" --temperature 0 --table-tier disk \
-        --table-cache 1MiB 2>"$work/log" || fail "generate: $(cat "$work/log")"
+    start "$1" --rm $IMAGE generate "memory (noun):" --temperature 0 --device cpu \
+        --table-tier disk --table-cache 1MiB 2>"$work/log" || fail "generate: $(cat "$work/log")"
 }
 
 # the load runs in a separate container, which outlives the server and shares its network
@@ -161,7 +192,7 @@ share_podman() {
 }
 
 build_docker() {
-    docker build --file docker/Dockerfile --tag $IMAGE "${build_arguments[@]}" .
+    docker build --file docker/$file --tag $IMAGE "${build_arguments[@]}" .
 }
 
 build_podman() {
@@ -169,7 +200,7 @@ build_podman() {
     podman image exists $base || make_base $base
     # Docker's format, because the OCI format has no health check; chroot needs no separate network
     export BUILDAH_FORMAT=docker BUILDAH_ISOLATION=chroot
-    repeat "$work/build.log" podman build --pull-never --layers --file docker/Dockerfile \
+    repeat "$work/build.log" podman build --pull-never --layers --file docker/$file \
         --tag $IMAGE --build-arg BASE=$base "${build_arguments[@]}" .
 }
 
@@ -213,4 +244,4 @@ clean() {
     rm -rf "$work"
 }
 
-main
+main "$@"

@@ -72,10 +72,7 @@ def test_threads_start_and_namespaces_do_not():
 
 @pytest.mark.slow
 def test_rows_are_read_by_io_uring_or_without_it_by_threads(memory_plus_folder, tmp_path):
-    without = profile()
-    for rule in without["syscalls"]:
-        rule["names"] = [name for name in rule["names"] if not name.startswith("io_uring")]
-    (tmp_path / "threads.json").write_text(json.dumps(without))
+    (tmp_path / "threads.json").write_text(json.dumps(without_io_uring()))
     options = ("--model", str(memory_plus_folder), "--table-tier", "disk", "--table-cache", "1MiB")
     command = ("-m", "server.cli.main", "generate", "memory", "--temperature", "0", *options)
     ring = confined(PROFILE, *command)
@@ -85,6 +82,27 @@ def test_rows_are_read_by_io_uring_or_without_it_by_threads(memory_plus_folder, 
     # a kernel may lack io_uring, but then plain runs say so too
     assert ("no io_uring" in ring.stderr) == (not has_io_uring())
     assert "no io_uring (Function not implemented): 16 threads" in threads.stderr
+
+
+@pytest.mark.slow
+def test_the_disk_tier_is_timed_without_io_uring(memory_plus_folder, tmp_path):
+    (tmp_path / "threads.json").write_text(json.dumps(without_io_uring()))
+    options = ("--model", str(memory_plus_folder), "--tiers", "disk", "--cache-shares", "0.5")
+    short = ("--batches", "1", "--output-len", "2", "--rounds", "1")
+    out = ("--out", str(tmp_path / "out"), "--json", str(tmp_path / "results.json"))
+    command = ("-m", "server.cli.main", "bench", "memory", *options, *short, *out)
+    done = confined(tmp_path / "threads.json", *command)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    assert result["tokens_per_s"] > 0 and result["reads_per_token"] > 0
+    assert result["limit_reads_per_s"] is None
+
+
+def without_io_uring() -> dict:
+    without = profile()
+    for rule in without["syscalls"]:
+        rule["names"] = [name for name in rule["names"] if not name.startswith("io_uring")]
+    return without
 
 
 def has_io_uring() -> bool:

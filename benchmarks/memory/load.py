@@ -200,10 +200,10 @@ class Round:
         reads_per_token: rows per token that were read from disk, prefetches included.
         stall_s: seconds of the timed steps spent waiting for rows.
         limit_reads_per_s: random reads of a row's size per second that the disk allows, measured
-            after the round.
+            after the round; None without io_uring.
         read_latency_s: seconds of one such read alone.
         planned_tokens_per_s: the prediction of ``memplus plan`` for the timed steps and the rows
-            that they read, with limits measured around the round.
+            that they read, with limits measured around the round; None without them.
     """
 
     tokens_per_s: float

@@ -17,9 +17,10 @@ def planned_tokens_per_s(
     """Tokens per second that the plan predicts for the steps of the reader's last round.
 
     The plan gets the rows per token that the round read from disk. None for mapped files, which it
-    does not know, and with lookahead, whose reads overlap with earlier layers.
+    does not know, with lookahead, whose reads overlap with earlier layers, and if the disk of a
+    table was not measured.
     """
-    if point.tier == "mmap" or point.lookahead:
+    if point.tier == "mmap" or point.lookahead or (disk is None and reader.disk_tables):
         return None
     work, config = reader.work, reader.work.config
     tokens, planned = 0, 0.0

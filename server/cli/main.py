@@ -39,6 +39,7 @@ from server.logs import say, set_up_logs
 from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
+from server.version import VERSION
 from weights.models.named_models import DEFAULT_MODEL
 
 # in the order of the help
@@ -158,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = Parser(
         prog="memplus", description="Serve language models with memory layers."
     )
+    parser.add_argument("--version", action="version", version=f"memplus {VERSION}")
     parser.set_defaults(computes=False)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 

@@ -104,3 +104,19 @@ def test_a_server_whose_rank_is_killed_says_so_and_ends(memory_plus_folder):
         errors = server.process.stderr.read()
         assert f"tensor-parallel rank 1 (process {rank}) died (exit -9)" in errors
         assert "the engine process has died" in errors
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_with_its_engine(memory_plus_folder):
+    with running(memory_plus_folder, "--tensor-parallel", "2", "--engine-restarts", "1") as server:
+        body = {"prompt": "to be", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        answer = server.complete(**body).json()["choices"]
+        old = engine_and_rank(server)
+        os.kill(old[1], signal.SIGKILL)
+        while server.metric("memplus:engine_restarts_total") == 0:
+            assert server.process.poll() is None
+        while (again := server.complete(**body)).status_code != 200:
+            assert again.status_code in (500, 503)
+        assert again.json()["choices"] == answer
+        assert not set(old) & set(engine_and_rank(server))
+        assert all(ends(pid) for pid in old)

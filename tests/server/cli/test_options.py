@@ -17,6 +17,7 @@ from server.limits import LimitOptions
 from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
 from server.patch_options import PatchOptions
+from server.version import VERSION
 
 SERVED = (
     *(ModelOptions, EngineConfig, PatchOptions, ThreadOptions, HttpOptions, LimitOptions),
@@ -36,6 +37,12 @@ def serve_help(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     return capsys.readouterr().out
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"memplus {VERSION}\n")
 
 
 def test_help_fits_three_screens_and_each_group_half_of_one(serve_help):

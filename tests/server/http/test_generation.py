@@ -91,7 +91,9 @@ def test_a_deadline_ends_a_request_with_504_or_an_error_event(asked, started, ti
         assert sent[0]["status"] == 504
     assert json.loads(error)["error"]["type"] == "timeout_error"
     assert f"longer than {timeout} s" in json.loads(error)["error"]["message"]
-    assert process.sent[1:] == [Abort(process.sent[0].request_id)]
+    # on a busy machine the shorter deadline may pass before the request is sent
+    assert process.sent[1:] == [Abort(one.request_id) for one in process.sent[:1]]
+    assert process.sent or not started
     assert not any(service.admission.used.values()) and ended(service) == {"abort": 1}
 
 

@@ -179,8 +179,10 @@ def test_a_plan_divides_rows_and_moments(config, tmp_path):
         assert len(said) == bool(changes) and all(wanted in line for line in said)
         return plan.memory
 
-    whole = memory(1, ROWS)
-    assert whole == memory(4)
+    alone, whole = memory(1, ROWS), memory(4)
+    # each process computes a quarter of every batch
+    assert 4 * whole.activations == alone.activations
+    assert whole == replace(alone, activations=whole.activations)
     for sharding in (ROWS, COLUMNS):
         part = memory(4, sharding)
         assert (4 * part.rows, 4 * part.row_moments) == (whole.rows, whole.row_moments)

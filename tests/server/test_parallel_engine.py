@@ -113,8 +113,6 @@ def test_a_killed_rank_is_started_again_with_its_engine(memory_plus_folder):
         answer = server.complete(**body).json()["choices"]
         old = engine_and_rank(server)
         os.kill(old[1], signal.SIGKILL)
-        while server.metric("memplus:engine_restarts_total") == 0:
-            assert server.process.poll() is None
         while (again := server.complete(**body)).status_code != 200:
             assert again.status_code in (500, 503)
         assert again.json()["choices"] == answer

@@ -28,6 +28,7 @@ def disk_limits(location: RowFile, reads: int = _READS) -> DiskLimits:
     return DiskLimits(
         max(random_reads_per_s(location, depth, reads, time.time_ns()) for depth in _DEPTHS),
         1 / alone,
+        "measured",
     )
 
 

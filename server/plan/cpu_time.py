@@ -9,14 +9,14 @@ from engine.model.step_work import Chunk
 
 @dataclass(frozen=True)
 class CpuCosts:
-    """Seconds of one thread, measured on an AMD EPYC (Zen 4) with models of random weights.
+    """Seconds of one thread, fitted to steps of random models on an AMD EPYC (Zen 4).
 
-    ``docs/planning.md`` tells how. The threads of a step share all but ``step`` and ``sequence``.
+    ``docs/planning.md`` describes the fit and its errors. The threads of a step share all but ``step`` and ``sequence``.
 
     Attributes:
         step: scheduling, the batch, and the native calls.
         sequence: choosing a token and feeding it back.
-        element: one value that norms, rotation, gates and conversions compute.
+        element: one computed activation value of norms, rotation, gates or conversions.
         kv_byte: a byte of keys and values that one token reads, beyond its share of the bandwidth:
             they lie in short blocks.
         kv_position: a position that one token attends to, for each KV head.

@@ -4,8 +4,8 @@ from engine.executors.cpu.micro_batches import CPU_SPLIT_RULE
 from engine.model.config import ModelConfig
 from server.plan.machine import DiskLimits
 
-# seconds in which a CPU finds a slot for a row, submits its read and completes it: measured with
-# `memplus bench memory`, as the difference to the same step in memory and to the reads alone
+# seconds in which a CPU finds a slot for a row, submits its read and completes it: fitted to a sweep
+# of `memplus bench memory`, with an assumed latency of 100 µs
 _READ_WORK = 3.3e-6
 
 
@@ -23,7 +23,7 @@ def seconds_from_disk(
 
     Each lookup waits for its own reads, as in a decode step. On a CPU, steps of many tokens that
     read many rows run as micro-batches: then all but the first one's reads overlap with the others'
-    layers.
+    layers. That each micro-batch reads the weights again is not counted.
 
     Args:
         config: the model, which has tables.

@@ -33,10 +33,17 @@ GPUS = {
 
 @dataclass(frozen=True)
 class DiskLimits:
-    """Random reads of one row: how many a second, and the seconds of one read alone."""
+    """Random reads of one row.
+
+    Attributes:
+        reads_per_s: reads per second, if many are in flight.
+        latency_s: seconds of one read alone.
+        origin: ``given``, ``measured``, ``assumed``, or a part of each.
+    """
 
     reads_per_s: float
     latency_s: float
+    origin: str = "given"
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from server.plan.machine import GPUS, DiskLimits
 from weights.checkpoints.dtype_names import FLOAT_DTYPES, GROUPED_DTYPES, TABLE_DTYPES
 
 # measured on the benchmark model (docs/benchmarks.md)
-_CACHE_SHARE, _HITS = 0.1, 0.77
+_CACHE_SHARE, _HITS = 0.1, 0.70
 # what a GPU or a CPU cannot serve, as `memplus serve` refuses it
 _CPU_ONLY = {"weight_dtype": GROUPED_DTYPES, "kv_dtype": ("int8",)}
 _GPU_ONLY = {"dtype": ("float16",), "kv_dtype": ("fp8",)}
 # of the speed that bytes and products allow; docs/planning.md compares it with measurements
 EFFICIENCY = 0.85
 _CONTEXT, _PROMPT = 1024, 512
-# a fast disk, as docs/benchmarks.md has measured one
-_DISK = DiskLimits(100_000, 1e-4)
+# reads as docs/benchmarks.md has measured them on a fast disk; the latency was not measured
+_DISK = DiskLimits(100_000, 1e-4, "assumed")
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = re.compile(f"([0-9]{{1,9}})({'|'.join(_UNITS)})")
 
@@ -193,10 +193,16 @@ class PlanOptions:
     def disk(self, measured: DiskLimits | None) -> DiskLimits:
         """The disk's limits: as given, else as ``measured``, else by default."""
         found = measured or _DISK
-        latency_us = self.disk_latency_us
+        reads, latency_us = self.disk_reads, self.disk_latency_us
+        origin = found.origin
+        if self.is_disk_given:
+            origin = "given"
+        elif (reads, latency_us) != (None, None):
+            origin = f"partly given, partly {found.origin}"
         return DiskLimits(
-            found.reads_per_s if self.disk_reads is None else self.disk_reads,
+            found.reads_per_s if reads is None else reads,
             found.latency_s if latency_us is None else latency_us / 1e6,
+            origin,
         )
 
     def load(self, max_positions: int) -> "Load":

@@ -67,6 +67,7 @@ def _machine(machine: Machine) -> str:
         products += f", {limits.integer_gops / 1e3:.2f} TOP/s of integers"
     host = f"{size_text(machine.host_memory)} of host memory"
     disk = f"disk {machine.disk.reads_per_s:,.0f} reads/s, {1e6 * machine.disk.latency_s:.0f} µs"
+    disk += f" ({machine.disk.origin})"
     if machine.device_memory is None:
         return f"{machine.name}: {host} at {limits.gb_per_s:.1f} GB/s, {products}; {disk}"
     return (

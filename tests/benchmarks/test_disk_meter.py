@@ -31,7 +31,7 @@ def test_tables_are_measured_where_they_are(folder, monkeypatch):
     if found is None:  # a filesystem without direct reads
         assert not seen
         return
-    assert found == DiskLimits(256_000.0, 1e-3)
+    assert found == DiskLimits(256_000.0, 1e-3, "measured")
     assert seen == [(64, 128, depth) for depth in (1, 64, 128, 256)]
 
 

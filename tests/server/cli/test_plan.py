@@ -25,6 +25,20 @@ def test_a_machine_that_is_not_there(capsys):
     assert [line.split()[0] for line in out.splitlines()[-4:-2]] == ["device", "disk"]
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ([], "disk 100,000 reads/s, 100 µs (assumed)"),
+        (["--disk-reads", "5000"], "disk 5,000 reads/s, 100 µs (partly given, partly assumed)"),
+        (["--disk-reads", "5000", "--disk-latency-us", "70"], "disk 5,000 reads/s, 70 µs (given)"),
+    ],
+)
+def test_the_plan_says_where_the_limits_of_the_disk_are_from(capsys, given, shown):
+    machine = ["--host-memory", "1TiB", "--gb-per-s", "300", "--tflops", "20"]
+    assert main(["plan", MEMORY_8B, *machine, *given]) == 0
+    assert shown in capsys.readouterr().out
+
+
 @pytest.mark.skipif(MEMORY_LIBRARY.best_build is None, reason="needs the native library")
 def test_this_machine(memory_plus_folder, capsys, monkeypatch):
     monkeypatch.setattr(limit_meter, "PRODUCT", (16, 32, 64))

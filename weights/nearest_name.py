@@ -20,15 +20,22 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "tokens_per_step": ("batch_size", "train_batch_size", "global_batch_size"),
     "passes_per_step": ("gradient_accumulation_steps", "grad_accum_steps", "micro_batches"),
     "steps": ("epochs", "num_epochs", "num_train_epochs", "max_steps", "num_steps", "max_iters"),
-    "sequence_length": ("seq_len", "seq_length", "max_length"),
+    "sequence_length": (
+        *("seq_len", "seq_length", "max_length", "max_sequence_length", "model_max_length"),
+    ),
+    "dtype": ("torch_dtype", "use_bfloat16"),
+    "checkpoint_activations": ("gradient_checkpointing",),
 }
+# units of names whose other names may have another unit
+_UNITS: Mapping[str, str] = {"tokens_per_step": "in tokens", "steps": "in optimizer steps"}
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str], *, is_typing_error: bool = True) -> str:
     """Text to append to an error: "; did you mean X?", or nothing if no name is near.
 
     Names may have a section: ``run.lr`` is near ``optimizer.lr``. Names of other programs count
-    as near too: ``n_layers`` is near ``num_hidden_layers``.
+    as near too: ``n_layers`` is near ``num_hidden_layers``; a unit follows if theirs may differ.
+    Without ``is_typing_error`` a name of similar spelling is not near.
     """
     if len(name) > _LONGEST:
         return ""
@@ -36,5 +43,10 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     last = name.rpartition(".")[2]
     elsewhere = [one for one in names if one.rpartition(".")[2] == last]
     synonyms = [one for one in names if last in _OTHER_NAMES.get(one.rpartition(".")[2], ())]
-    found = elsewhere or synonyms or difflib.get_close_matches(name, names, 1, 0.7)
-    return f"; did you mean {found[0]}?" if found else ""
+    found = elsewhere or synonyms
+    if not found and is_typing_error:
+        found = difflib.get_close_matches(name, names, 1, 0.7)
+    if not found:
+        return ""
+    unit = _UNITS.get(found[0].rpartition(".")[2]) if found is synonyms else None
+    return f"; did you mean {found[0]}, {unit}?" if unit else f"; did you mean {found[0]}?"

@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 apply_config(options.config, options, _SERVED)
             set_up_logs(from_options(MonitoringOptions, options).log_format)
             report = say
+        else:
+            _show("weights.models")
         check_outputs(options)
         ranks = max(1, getattr(options, "tensor_parallel", 1))
         line = set_threads(from_options(ThreadOptions, options), ranks)
@@ -218,7 +220,7 @@ def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     verb.add_argument("--help-config", action=ShowSettings, help=settings)
     example = "write an example of CONFIG.toml to a new file, and exit"
     verb.add_argument("--write-example", action=WriteExample, metavar="FILE", help=example)
-    add_output_folder(verb, "--out", "folder of the run; --plan of a new run needs none")
+    add_output_folder(verb, "--out", "folder of the run (optional with --plan of a new run)")
     verb.add_argument("--resume", action="store_true", help="continue the run in that folder")
     plan = "check everything and print what the run needs, but write nothing"
     verb.add_argument("--plan", action="store_true", help=plan)

@@ -63,7 +63,7 @@ def run(
             the folder.
     """
     if folder is None and (resume or not only_plan):
-        raise ConfigError("out: missing; only --plan of a new run needs no folder")
+        raise ConfigError("out: missing; give --out DIR (only --plan of a new run needs none)")
     replicas = _replicas(config.run.device, only_plan=only_plan)
     source = _first_model(config.run.init_from, folder, resume=resume)
     config = replace(config, run=replace(config.run, init_from=source))

@@ -96,6 +96,11 @@ def parse_model(raw: Mapping[str, Any]) -> ModelConfig:
     return _parse(raw, raw.get("eos_token_id")).model
 
 
+def is_known_key(key: str) -> bool:
+    """Whether ``read_config`` accepts a key: it affects the model, has a fixed value or neither."""
+    return key in MODEL_KEYS or key in FIXED_VALUES or key in IGNORED_KEYS
+
+
 def config_to_json(config: CheckpointConfig) -> dict[str, Any]:
     """The content of a ``config.json`` that ``read_config`` reads back."""
     model = config.model
@@ -123,7 +128,7 @@ def _parse(raw: Mapping[str, Any], eos: object) -> CheckpointConfig:
     # a null means that a key is not given, and overrides a family's default
     raw = {key: value for key, value in {**family.defaults, **raw}.items() if value is not None}
     for key in raw:
-        if key not in MODEL_KEYS and key not in FIXED_VALUES and key not in IGNORED_KEYS:
+        if not is_known_key(key):
             near = suggestion(key, MODEL_KEYS)
             raise ValueError(f"{key}: unknown key; it may change the model's output{near}")
     values: dict[str, Any] = {}

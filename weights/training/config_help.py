@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from engine.model.config import MEMORY_KINDS, MemoryConfig
-from weights.training.model_keys import MODEL_KEYS, default_values
+from weights.training.model_keys import MODEL_SETTINGS, default_values
 from weights.training.settings_toml import toml_value
 from weights.training.train_config import DataConfig, OptimizerConfig, RunConfig
 
@@ -60,7 +60,7 @@ def all_settings() -> list[Setting]:
     values = default_values()
     found = [
         Setting("model", key, kind, default or toml_value(values[key]), meaning)
-        for key, kind, default, meaning in MODEL_KEYS
+        for key, kind, default, meaning in MODEL_SETTINGS
     ]
     layers = f"kind of each memory layer, by its index: {', '.join(MEMORY_KINDS)}"
     found.append(Setting("model.memory", "layers", "table", "required", layers))

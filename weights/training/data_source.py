@@ -18,26 +18,39 @@ RECORD_FILE = "source.json"
 _VERSION = 2
 
 
+def is_current_data(
+    folder: Path, config: DataConfig, seed: int, init_from: str, texts: TrainingTexts
+) -> bool:
+    """Whether tokenizer and tokens in ``folder`` are from the same texts and settings.
+
+    Texts are known by their content.
+
+    Raises:
+        DataError: a text cannot be read.
+    """
+    before = _read(folder / RECORD_FILE)
+    try:
+        return before is not None and _identity(before) == _identity(
+            _source(config, seed, init_from, texts)
+        )
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}") from None
+
+
 def discard_stale_data(
     folder: Path, config: DataConfig, seed: int, init_from: str, texts: TrainingTexts
 ) -> None:
     """Remove tokenizer and tokens in ``folder`` unless the same texts and settings made them.
 
-    Texts are known by their content. Call it before a run has trained: later, its data must stay
+    Call it before a run has trained: later, its data must stay
     as they are.
 
     Raises:
         DataError: a text cannot be read, or the folder cannot be written.
     """
     record = folder / RECORD_FILE
-    settings = [
-        *(_VERSION, config.vocab_size, config.validation_share, config.text_key),
-        *(bool(config.tokenizer or init_from), seed),
-    ]
     try:
-        files = list(_files(config, init_from, texts))
-        now = {"settings": settings, "files": files}
-        before = _read(record)
+        now, before = _source(config, seed, init_from, texts), _read(record)
         if before is not None and _identity(before) == _identity(now):
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +87,15 @@ def changed_texts(folder: Path) -> list[str]:
     """
     before = _read(folder / RECORD_FILE)
     return [] if before is None else [one["path"] for one in before["files"] if _has_changed(one)]
+
+
+def _source(config: DataConfig, seed: int, init_from: str, texts: TrainingTexts) -> dict[str, Any]:
+    """The record of these texts and settings."""
+    settings = [
+        *(_VERSION, config.vocab_size, config.validation_share, config.text_key),
+        *(bool(config.tokenizer or init_from), seed),
+    ]
+    return {"settings": settings, "files": list(_files(config, init_from, texts))}
 
 
 def _has_changed(recorded: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from weights.checkpoints.config_json import CheckpointConfig, config_to_json, pa
 from weights.checkpoints.window_json import USES_WINDOW
 
 # (key, type, default, meaning); an empty default is one of ``default_values``
-MODEL_KEYS = (
+MODEL_SETTINGS = (
     ("hidden_size", "integer", "required", "width of the model"),
     ("intermediate_size", "integer", "required", "inner width of a dense feed-forward"),
     ("num_hidden_layers", "integer", "required", "number of layers"),
@@ -61,7 +61,9 @@ MODEL_KEYS = (
 
 def default_values() -> dict[str, object]:
     """Values of the keys that a config.json may lack, as its reader fills them in."""
-    required = dict.fromkeys((key for key, _, default, _ in MODEL_KEYS if default == "required"), 2)
+    required = dict.fromkeys(
+        (key for key, _, default, _ in MODEL_SETTINGS if default == "required"), 2
+    )
     least = parse_model({**required, "vocab_size": 1, "hidden_size": 4})
     return {
         **config_to_json(CheckpointConfig(least)),

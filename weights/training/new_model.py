@@ -15,7 +15,6 @@ from memory_ops.page_lock import PageLockError
 from memory_ops.tables.trained import TrainedTable
 from weights.checkpoints.checkpoint import open_checkpoint
 from weights.checkpoints.config_json import CheckpointConfig, config_to_json, parse_model
-from weights.checkpoints.config_keys import IGNORED_KEYS, QUANTIZATION_KEY
 from weights.checkpoints.table_files import table_shape
 from weights.checkpoints.tensor_files import StoredTensor, read_mapped
 from weights.checkpoints.tensor_part import TensorPart, part_of_table, read_part
@@ -26,21 +25,18 @@ from weights.training.initialise import (
     initialise_table,
 )
 from weights.training.table_sharding import TableSharding
+from weights.training.train_config import check_model_keys
 
 
 def model_config(raw: Mapping[str, Any], vocab_size: int, init_from: str = "") -> ModelConfig:
     """Config of the model: the ``model`` section on top of the config of folder ``init_from``.
 
     Raises:
-        ConfigError: a key is unknown, missing or has an invalid value; the message names it. Or
-            the folder's weights are in groups of few bits.
+        ConfigError: a key is unknown, ignored or missing, or has an invalid value; the message
+            names it. Or the folder's weights are in groups of few bits.
         CheckpointError: the folder cannot be read.
     """
-    for key in ("vocab_size", QUANTIZATION_KEY, *sorted(IGNORED_KEYS)):
-        if key in raw:
-            raise ConfigError(
-                f"model.{key}: is not allowed here, because training ignores it; remove it"
-            )
+    check_model_keys(raw)
     whole: dict[str, Any] = {}
     if init_from:
         whole = config_to_json(_open_exact(init_from)[0])

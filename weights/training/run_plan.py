@@ -10,11 +10,13 @@ from engine.errors import ConfigError
 from engine.model.config import ModelConfig
 from weights.available_memory import AvailableMemory, available_memory, memory_if_known
 from weights.checkpoints.config_json import read_config
+from weights.training.data_source import is_current_data
 from weights.training.new_model import check_table_tier, model_config, planned_model
 from weights.training.optimizer import warmup_steps
 from weights.training.replicas import Replicas
 from weights.training.run_folder import (
     CHECKPOINTS,
+    DATA,
     check_resume,
     newest_state,
     saved_states,
@@ -23,7 +25,7 @@ from weights.training.run_folder import (
 from weights.training.run_record import SavedSettings, resumed_settings
 from weights.training.train_config import RunConfig, TrainConfig
 from weights.training.train_state import MAX_STATES
-from weights.training.training_data import given_text
+from weights.training.training_data import TRAINED_TOKENIZER, given_text
 from weights.training.training_memory import TrainingMemory, training_memory
 from weights.training.training_texts import TrainingTexts
 
@@ -99,16 +101,27 @@ def plan_run(
     # texts last: to read them may take minutes
     if resumed is None and reads_texts:
         texts = TrainingTexts(config.data, config.run.seed)
-        lines += _text_lines(texts, is_tokenizer_given=given is not None)
+        lines += _text_lines(texts)
+        if given is None:
+            lines.append(_tokenizer_line(texts, config, folder))
     lines += needs
     lines += _schedule_lines(config, saved.schedule_steps)
     return RunPlan(shape, memory, saved.schedule_steps, resumed, texts, tuple(lines))
 
 
-def _text_lines(texts: TrainingTexts, *, is_tokenizer_given: bool) -> list[str]:
+def _text_lines(texts: TrainingTexts) -> list[str]:
     """The texts in words, after all of them were read (DataError)."""
     texts.check()
-    return texts.describe() + ([] if is_tokenizer_given else [texts.check_tokenizer()])
+    return texts.describe()
+
+
+def _tokenizer_line(texts: TrainingTexts, config: TrainConfig, folder: Path | None) -> str:
+    """The tokenizer in words: that of a run without a checkpoint, or a new one (DataError)."""
+    if folder is not None and (saved := folder / DATA / TRAINED_TOKENIZER).exists():
+        source = config.data, config.run.seed, config.run.init_from
+        if is_current_data(folder / DATA, *source, texts):
+            return f"tokenizer: {saved}, trained on these texts when the run began"
+    return texts.check_tokenizer()
 
 
 def _check_sequences(config: TrainConfig, shape: ModelConfig) -> None:

@@ -51,7 +51,7 @@ class SavedSettings:
 
 
 def save_settings(folder: Path, config: TrainConfig) -> None:
-    """Save the settings of a run without a checkpoint: what failed before binds nobody.
+    """Save the settings of a run without a checkpoint; replaces those of an earlier attempt.
 
     Raises:
         TrainingError: the file cannot be written.

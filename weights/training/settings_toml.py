@@ -29,13 +29,13 @@ def toml_value(value: object) -> str:
 
 def _section(name: str, values: Mapping[str, Any]) -> Iterator[str]:
     """The section's own keys, then the sections inside it, as TOML demands."""
-    inner = {key: value for key, value in values.items() if key == "memory"}
+    inner = {key: one for key, one in values.items() if isinstance(one, Mapping) and one}
     yield f"[{name}]"
     for key, value in values.items():
         if key not in inner:
             yield f"{_key(key)} = {toml_value(value)}"
     for key, value in inner.items():
-        yield from _section(f"{name}.{key}", value)
+        yield from _section(f"{name}.{_key(key)}", value)
 
 
 def _key(key: str) -> str:

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import ConfigError
-from weights.checkpoints.config_json import MODEL_KEYS
-from weights.checkpoints.config_keys import FIXED_VALUES, IGNORED_KEYS
+from engine.model.config import MemoryConfig
+from weights.checkpoints.config_json import MODEL_KEYS, is_known_key
+from weights.checkpoints.config_keys import IGNORED_KEYS, QUANTIZATION_KEY
 from weights.nearest_name import suggestion
 from weights.toml_file import read_toml, typed_value
 
 Section = TypeVar("Section")
 
 _SLOWEST_NARROW_DECAY = 0.99
+# keys of a config.json that say nothing about a model to train
+_WITHOUT_EFFECT = {"vocab_size", QUANTIZATION_KEY, *IGNORED_KEYS}
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ def read_train_config(path: Path, changes: Sequence[str] = ()) -> TrainConfig:
             raise ConfigError(f"{name}: unknown section, not {', '.join(known)}{near}")
         if not isinstance(section, dict):
             raise ConfigError(f"{name}: expected a section, got {section!r}")
-    _check_model_keys(raw.get("model", {}))
+    check_model_keys(raw.get("model", {}))
     return TrainConfig(
         data=_section(DataConfig, "data", raw),
         run=_section(RunConfig, "run", raw),
@@ -246,10 +249,18 @@ def _section(kind: type[Section], name: str, raw: Mapping[str, Any]) -> Section:
     return kind(**values)
 
 
-def _check_model_keys(given: Mapping[str, Any]) -> None:
-    """Find unknown keys early; their values are checked with the rest of the model's config."""
+def check_model_keys(given: Mapping[str, Any]) -> None:
+    """Check the names of keys of the ``model`` section.
+
+    Raises:
+        ConfigError: a key is unknown, or is one of a ``config.json`` that training ignores.
+    """
     for key in given:
-        if key not in MODEL_KEYS and key not in FIXED_VALUES and key not in IGNORED_KEYS:
+        if key in _WITHOUT_EFFECT:
+            known = [*_known_keys(), *(f"model.memory.{one.name}" for one in fields(MemoryConfig))]
+            near = suggestion(f"model.{key}", known, is_typing_error=False) or "; remove it"
+            raise ConfigError(f"model.{key}: has no effect on training{near}")
+        if not is_known_key(key):
             near = suggestion(f"model.{key}", _known_keys())
             raise ConfigError(f"model.{key}: unknown key{near}")
 

@@ -16,6 +16,8 @@ from weights.training.token_file import TokenFile
 from weights.training.train_config import DataConfig
 from weights.training.training_texts import TrainingTexts
 
+# file of a trained tokenizer in the folder of the tokens
+TRAINED_TOKENIZER = "tokenizer.model"
 # characters tokenised at once; a tokenizer takes about 50 bytes for each
 _PART_CHARACTERS = 2**22
 
@@ -105,7 +107,8 @@ def prepare_data(
     checkpoint ``resumed`` has its tokens and its tokenizer, and needs no other files.
 
     Raises:
-        DataError: a text cannot be read, or there are too few documents.
+        DataError: a text cannot be read, there are too few documents, or ``folder`` has tokens but
+            not their tokenizer.
         CheckpointError: the given tokenizer cannot be read.
     """
     train, validation = folder / "train", folder / "validation"
@@ -132,13 +135,18 @@ def _text_tokens(
     given = given_text(config, init_from)
     if given is not None:
         return given
-    saved = folder / "tokenizer.model"
+    saved = folder / TRAINED_TOKENIZER
     try:
         if not saved.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            # written before the documents; another process has these only with a tokenizer
-            assert texts is not None
-            replace_file(saved, texts.tokenizer)
+            # a run writes the tokenizer before any tokens
+            has_tokens = any((folder / name).exists() for name in ("train", "validation"))
+            if has_tokens or texts is None:
+                raise DataError(
+                    f"{saved}: missing, but this tokenizer made the tokens in {folder}; remove this"
+                    " folder, and the run makes tokenizer and tokens again"
+                )
+            replace_file(saved, texts.tokenizer())
         return _sentencepiece_text(saved.read_bytes())
     except OSError as error:
         raise DataError(f"{saved}: {error.strerror}") from None

@@ -44,6 +44,8 @@ class TrainingTexts:
             DataError: a path does not exist or has no text file, or all files are held out.
         """
         self._config, self._seed = config, seed
+        self._tokenizer: bytes | None = None
+        self._counts: _Counts | None = None
         self.validation_files = list(dict.fromkeys(corpus_files(config.validation)))
         held_out = {path.resolve() for path in self.validation_files}
         # no file twice, and no held-out file, which a folder in data.train may contain
@@ -58,7 +60,7 @@ class TrainingTexts:
         Raises:
             DataError: a document cannot be read; the message names the file and the line.
         """
-        assert self._counts.documents
+        self._count()
         for _ in documents(self.validation_files, self._config.text_key):
             pass
 
@@ -69,15 +71,16 @@ class TrainingTexts:
             DataError: the texts do not allow ``vocab_size``; or a document cannot be read.
         """
         size = f"{self._config.vocab_size:,} tokens"
-        if self._counts.characters > _QUICK_CHARACTERS:
+        if self._count().characters > _QUICK_CHARACTERS:
             return f"tokenizer: {size} (data.vocab_size), not checked; the run trains it"
-        assert self.tokenizer
+        self.tokenizer()
         return f"tokenizer: trained on these texts, {size} (data.vocab_size)"
 
-    @cached_property
     def tokenizer(self) -> bytes:
-        """A tokenizer trained on the documents, as ``train_tokenizer`` (DataError)."""
-        return train_tokenizer(self.train(), self._config.vocab_size)
+        """A tokenizer trained once on the documents, as ``train_tokenizer`` (DataError)."""
+        if self._tokenizer is None:
+            self._tokenizer = train_tokenizer(self.train(), self._config.vocab_size)
+        return self._tokenizer
 
     def train(self) -> Iterator[str]:
         """The documents to train on (DataError)."""
@@ -99,7 +102,7 @@ class TrainingTexts:
 
     def describe(self) -> list[str]:
         """Lines for the user: the texts, what of them is held out, and files that are not read."""
-        found, share = self._counts, f"data.validation_share {self._config.validation_share:g}"
+        found, share = self._count(), f"data.validation_share {self._config.validation_share:g}"
         lines = [
             f"texts: files {len(self.train_files):,}, documents {found.documents:,},"
             f" characters {found.characters:,}"
@@ -124,8 +127,13 @@ class TrainingTexts:
     def _only(self, is_chosen: Callable[[int], bool]) -> Iterator[str]:
         return compress(self._all(), map(is_chosen, count()))
 
-    @cached_property
-    def _counts(self) -> _Counts:
+    def _count(self) -> _Counts:
+        """Counts of the documents, from one pass over them in the first call (DataError)."""
+        if self._counts is None:
+            self._counts = self._counted()
+        return self._counts
+
+    def _counted(self) -> _Counts:
         characters, longest, longest_characters, number = 0, 0, 0, 0
         for text in self._all():
             characters += len(text)
@@ -139,7 +147,7 @@ class TrainingTexts:
         """Numbers of the training documents that are held out whole."""
         if self.validation_files:
             return frozenset()
-        total = self._counts.documents
+        total = self._count().documents
         number = min(round(total * self._config.validation_share), total - 1)
         return frozenset(random.Random(self._seed).sample(range(total), number))
 
@@ -147,14 +155,14 @@ class TrainingTexts:
     def _divided(self) -> int | None:
         """Number of the document whose end is held out; None if no document is divided."""
         is_wanted = self._config.validation_share > 0 and not self.validation_files
-        is_long = self._counts.longest_characters >= _LEAST_DIVIDED
+        is_long = self._count().longest_characters >= _LEAST_DIVIDED
         if not is_wanted or self._held_out or not is_long:
             return None
-        return self._counts.longest
+        return self._count().longest
 
     def _end_of(self, text: str) -> int:
         """The character at which the held-out end of a document begins: a word, if there is one."""
-        wanted = round(self._config.validation_share * self._counts.characters)
+        wanted = round(self._config.validation_share * self._count().characters)
         length = min(max(wanted, min(_LEAST_END, len(text) // 10)), len(text) // 2)
         first = len(text) - length
         return max(text.rfind(mark, first // 2, first) for mark in "\n ") + 1 or first

@@ -484,7 +484,9 @@ def test_training_does_not_start_from_rounded_weights(folders):
     for start in (lambda: model_config({}, 260, folder), lambda: new_model(config, 1, folder)):
         with pytest.raises(ConfigError, match=f"run.init_from: the weights of {folder} are round"):
             start()
-    with pytest.raises(ConfigError, match="model.quantization_config: is not allowed here"):
+    with pytest.raises(
+        ConfigError, match="model.quantization_config: has no effect on training; remove it"
+    ):
         model_config({"quantization_config": {}}, 260)
 
 

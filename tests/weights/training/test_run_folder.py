@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from server.cli.main import main
 from tests.small_runs import check_same, records, run
 from weights.errors import CheckpointError, DataError, ModelNotFoundError, TrainingError
 from weights.models.named_models import find_model, local_name
@@ -158,6 +159,22 @@ def test_the_newest_checkpoint_of_a_run_is_served_and_kept(config, tmp_path, cap
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(ModelNotFoundError, match="is a training run that has no checkpoint yet"):
         find_model(str(folder), cache)
+
+
+@pytest.mark.parametrize("verb", ["generate", "eval", "convert", "inspect"])
+def test_a_verb_prints_which_checkpoint_of_a_run_it_uses(config, texts, tmp_path, capsys, verb):
+    folder, model = tmp_path / "run", ["--model", str(tmp_path / "run"), "--device", "cpu"]
+    run(config(), folder, until=2)
+    arguments = {
+        "generate": ["red", "--max-tokens", "2", *model],
+        "eval": [str(texts), *model],
+        "convert": [str(folder), str(tmp_path / "converted")],
+        "inspect": [str(folder)],
+    }
+    capsys.readouterr()
+    assert main([verb, *arguments[verb]]) == 0
+    line = f"{folder}: a training run; uses its newest checkpoint, step-00000002"
+    assert capsys.readouterr().err.splitlines().count(line) == 1
 
 
 def test_states_are_found_by_their_names(tmp_path):

@@ -26,6 +26,15 @@ def test_the_example_and_a_run_without_model_keys_are_read_back(tmp_path):
         assert read_train_config(path) == settings
 
 
+def test_every_mapping_with_keys_is_a_section(config, tmp_path):
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    model = {"rope_scaling": scaling, "a b": {"c.d": {"e": 1}}, "pruned_heads": {}, "f": 1}
+    lines = settings_toml(replace(config(), model=model))
+    for line in ("[model.rope_scaling]", '[model."a b"."c.d"]', "pruned_heads = {}"):
+        assert line in lines
+    assert tomllib.loads("\n".join(lines))["model"] == model
+
+
 @pytest.mark.parametrize(
     "value",
     [

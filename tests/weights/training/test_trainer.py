@@ -34,6 +34,7 @@ from weights.training.run_plan import plan_run
 from weights.training.train_config import read_train_config
 from weights.training.trainer import Trainer
 from weights.training.training_data import prepare_data
+from weights.training.training_texts import TrainingTexts
 
 
 def test_the_last_checkpoint_has_a_record_of_row_reads(config, tmp_path):
@@ -323,7 +324,7 @@ def test_a_users_copy_of_a_checkpoint_is_kept(config, tmp_path):
 
 @pytest.mark.parametrize("key", ["vocab_size", "attention_dropout", "torch_dtype"])
 def test_a_model_key_that_would_be_ignored_is_refused(config, tmp_path, key):
-    with pytest.raises(ConfigError, match=f"model.{key}: is not allowed here"):
+    with pytest.raises(ConfigError, match=f"model.{key}: has no effect on training"):
         Trainer(config(f"model.{key}=3"), tmp_path / "run", resume=False)
 
 
@@ -344,6 +345,21 @@ def test_held_out_texts_are_not_trained_on(config, tmp_path, texts):
     with pytest.raises(DataError, match="all files are in data.validation"):
         changes[0] = changes[1].replace("validation", "train")
         prepare_data(config(*changes).data, tmp_path / "x", seed=0)
+
+
+@pytest.mark.parametrize("tokens", ["train", "validation"])
+def test_tokens_without_their_tokenizer_are_refused(config, tmp_path, tokens):
+    folder, settings = tmp_path / "data", config().data
+    prepare_data(settings, folder, seed=0)
+    (folder / "tokenizer.model").unlink()
+    shutil.rmtree(folder / ({"train", "validation"} - {tokens}).pop())
+    message = f"^{folder / 'tokenizer.model'}: missing, .* in {folder}; remove this folder"
+    for texts in (None, TrainingTexts(settings, seed=0)):
+        with pytest.raises(DataError, match=message):
+            prepare_data(settings, folder, seed=0, texts=texts)
+    assert not (folder / "tokenizer.model").exists()
+    shutil.rmtree(folder)
+    assert len(prepare_data(settings, folder, seed=0).train) == 32
 
 
 def test_a_bfloat16_pass_rounds_queries_like_the_server(config, tmp_path):
@@ -657,7 +673,7 @@ def test_only_a_plan_of_a_new_run_needs_no_folder(config, capsys):
     assert "memory: torch itself" in printed and "disk:" not in printed
     assert "tokenizer: trained on these texts, 300 tokens (data.vocab_size)\n" in printed
     for options in ({}, {"resume": True}, {"resume": True, "only_plan": True}):
-        with pytest.raises(ConfigError, match="^out: missing; only --plan of a new run"):
+        with pytest.raises(ConfigError, match=r"^out: missing; give --out DIR \(only"):
             train.run(config(), None, **options)
 
 
@@ -687,6 +703,27 @@ def test_a_tokenizer_is_trained_once(config, tmp_path, monkeypatch):
     )
     start(config(), tmp_path / "run")
     assert made == [(tmp_path / "run" / "data" / "tokenizer.model").read_bytes()]
+
+
+def test_a_run_without_a_checkpoint_keeps_its_tokenizer(config, tmp_path, texts, monkeypatch):
+    folder = tmp_path / "run"
+    Trainer(config(), folder, resume=False)
+    trained, made = training_texts.train_tokenizer, []
+    monkeypatch.setattr(
+        training_texts, "train_tokenizer", lambda *given: made.append(trained(*given)) or made[-1]
+    )
+    saved = folder / "data" / "tokenizer.model"
+    line = f"tokenizer: {saved}, trained on these texts when the run began"
+    for resume in (True, False):
+        assert line in plan_run(config(), folder, resume=resume).lines
+    start(config(), folder, resume=True)
+    assert not made
+    # other settings or texts need another tokenizer
+    shutil.rmtree(folder / "checkpoints")
+    assert line not in plan_run(config("data.vocab_size=290"), folder, resume=True).lines
+    texts.write_text(texts.read_text().replace("red", "purple"))
+    assert line not in plan_run(config(), folder, resume=True).lines
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("wrong", ["model.num_attention_heads=3", "data.sequence_length=999"])

@@ -11,7 +11,8 @@ from engine.model.step_work import Chunk
 class CpuCosts:
     """Seconds of one thread, fitted to steps of random models on an AMD EPYC (Zen 4).
 
-    ``docs/planning.md`` describes the fit and its errors. The threads of a step share all but ``step`` and ``sequence``.
+    ``docs/planning.md`` describes the fit and its errors. The threads of a step share all but
+    ``step`` and ``sequence``.
 
     Attributes:
         step: scheduling, the batch, and the native calls.

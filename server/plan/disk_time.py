@@ -4,8 +4,8 @@ from engine.executors.cpu.micro_batches import CPU_SPLIT_RULE
 from engine.model.config import ModelConfig
 from server.plan.machine import DiskLimits
 
-# seconds in which a CPU finds a slot for a row, submits its read and completes it: fitted to a sweep
-# of `memplus bench memory`, with an assumed latency of 100 µs
+# seconds in which a CPU finds a slot for a row, submits its read and completes it: fitted to a
+# sweep of `memplus bench memory`, with an assumed latency of 100 µs
 _READ_WORK = 3.3e-6
 
 

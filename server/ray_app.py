@@ -23,8 +23,7 @@ _ROUTER = "server.replicas.router:PrefixRouter"
 _MOST_PERCENT = 100
 # between two looks at whether a replica's requests have ended
 _WAIT_LOOP_S = 0.5
-# autoscaling averages requests over a time between these; Ray gets a new count every 10 s, and
-# does not take less
+# autoscaling's averaging window in seconds: at least 10.5, because Ray counts every 10 s
 _LEAST_LOOK_BACK_S, _LOOK_BACK_S = 10.5, 30.0
 _HEALTH_CHECK_PERIOD_S = 5.0
 # Ray would log every request twice; access_log has one line for each

@@ -36,9 +36,7 @@ class FleetActor:
     def __init__(self, application: str) -> None:
         self._application = application
         self._key = f"changes of {application}"
-        kept = internal_kv._internal_kv_get(self._key, namespace=_NAMESPACE)
-        before = FleetState(**json.loads(kept)) if kept else FleetState()
-        self._fleet = PatchFleet(before, self._keep)
+        self._fleet = PatchFleet(_kept_state(self._key), self._keep)
         self._replicas: dict[str, Any] = {}  # Ray's handles
         self._changing: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.get_running_loop().create_task(self._end_when_unused())
@@ -119,6 +117,17 @@ class FleetActor:
                 internal_kv._internal_kv_del(self._key, namespace=_NAMESPACE)
                 # an exit here would make Ray start it again
                 ray.kill(ray.get_runtime_context().current_actor)
+
+
+def _kept_state(key: str) -> FleetState:
+    """The state in Ray's store; an empty one if there is none, or if its format is unknown: with
+    an error, no start of the actor would succeed."""
+    kept = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+    match json.loads(kept) if kept else {"changes": {}, "replicas": []}:
+        case {"changes": dict(changes), "replicas": list(replicas)}:
+            return FleetState(changes, tuple(replicas))
+    logger.error("row patches: %r in Ray's store has an unknown format, so no change is known", key)
+    return FleetState()
 
 
 class RemoteFleet:

@@ -23,7 +23,7 @@ class FleetState:
 
     Attributes:
         changes: as ``PatchFleet.changes``.
-        replicas: those that have joined. Some of them may have left since.
+        replicas: those that have joined or are joining. Some of them may have left since.
     """
 
     changes: Changes = field(default_factory=dict)
@@ -97,7 +97,7 @@ class PatchFleet:
         try:
             async with self._lock:
                 wanted = self._wanted(held)
-                await self._keep(self._state(self.changes, replica))
+                await self._keep(self._state(self.changes))
                 # it may have died, or joined once more, while a change was made
                 if self._joining.get(replica) is member:
                     self._members[replica] = member
@@ -121,8 +121,9 @@ class PatchFleet:
                 wanted[name] = self._initial_hash(name, folder) or content_hash
         return wanted
 
-    def _state(self, changes: Changes, *joining: str) -> FleetState:
-        return FleetState(changes, tuple(sorted({*self._members, *self._missing, *joining})))
+    def _state(self, changes: Changes) -> FleetState:
+        replicas = {*self._members, *self._missing, *self._joining}
+        return FleetState(changes, tuple(sorted(replicas)))
 
     def _initial_hash(self, name: str, folder: str) -> str | None:
         found = (member.initial_hash(name, folder) for member in self._members.values())
@@ -154,7 +155,7 @@ class PatchFleet:
 
     async def load(self, name: str) -> Refusal | None:
         """Load a patch in all replicas; the refusal if one of them did not, after which none has
-        it."""
+        it. An error of ``keep`` is raised, after which none has it either."""
         await self._wait_for_missing()
         async with self._lock:
             number = next(self._numbers)
@@ -166,15 +167,19 @@ class PatchFleet:
                 refusal = Refusal(500, error_body(message, "server_error", "name"))
             if refusal is None and not hashes:
                 refusal = _unavailable("no replica is ready")
-            if refusal is None:
-                await self._set_changes(self.changes | {name: hashes.pop()})
-            else:
-                await self._undo(number, "unload", name, outcomes)
+            is_kept = False
+            try:
+                if refusal is None:
+                    await self._set_changes(self.changes | {name: hashes.pop()})
+                    is_kept = True
+            finally:
+                if not is_kept:
+                    await self._undo(number, "unload", name, outcomes)
             return refusal
 
     async def unload(self, name: str) -> Refusal | None:
         """Remove a patch from all replicas; the refusal if one of them did not, after which all
-        have it as before."""
+        have it as before. An error of ``keep`` is raised, after which they have it, too."""
         await self._wait_for_missing()
         async with self._lock:
             before = self.changes
@@ -191,18 +196,22 @@ class PatchFleet:
             if not outcomes:
                 refusal = _unavailable("no replica is ready")
             if refusal is not None:
-                await self._set_changes(before)
-                await self._undo(number, "load", name, outcomes)
+                try:
+                    await self._set_changes(before)
+                finally:
+                    self.changes = before  # also if it is not stored: the replicas have it again
+                    await self._undo(number, "load", name, outcomes)
             return refusal
 
     async def _wait_for_missing(self) -> None:
-        """Wait until the replicas of the fleet before have joined: a change must reach all of
+        """Wait until the replicas of the previous fleet have joined: a change must reach all of
         them. Those that do not come in time have died, or make all changes when they join."""
         if self._missing:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._rejoin_timeout_s):
                     await self._is_complete.wait()
             self._missing.clear()
+            self._is_complete.set()  # for other changes that wait
 
     def _without(self, name: str) -> Changes:
         changes = {other: content for other, content in self.changes.items() if other != name}

@@ -21,8 +21,7 @@ _PLAIN_KEYS = (
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string"),
     *("headers", "client", "server", "root_path", KEY_IN_SCOPE),
 )
-# between two parts of a response: each part costs every process on its way more CPU time than a
-# token costs a server without Ray
+# seconds between parts of a response; one part costs more CPU time than one token
 _INTERVAL_S = 0.02
 # fields that separate the KV blocks of requests
 _SCOPE_FIELDS = ("model", "memory_patches", "cache_salt")
@@ -71,12 +70,16 @@ class RelayedRequest:
 def routing_text(body: bytes) -> RoutingText | None:
     """The routing text of the JSON body of a completion or chat; None if it has no prompt.
 
-    It stays small whatever the body has. The replica refuses malformed bodies, not this function.
+    It stays small whatever the body has. The replica refuses malformed and deeply nested bodies,
+    not this function.
     """
     try:
-        fields = json.loads(body)
-    except ValueError:
+        return _text_of(json.loads(body))
+    except (ValueError, RecursionError):
         return None
+
+
+def _text_of(fields: object) -> RoutingText | None:
     if not isinstance(fields, dict):
         return None
     shared = json.dumps([fields.get(name) for name in _SCOPE_FIELDS])
@@ -113,8 +116,8 @@ async def response_messages(
 ) -> AsyncGenerator[list[Message], None]:
     """The ASGI messages with which ``app`` answers, in lists.
 
-    A list has the messages that arrive within 20 ms after the list before. So the first token and
-    those of a stream of less than 50 tokens per second come at once.
+    A list has the messages that arrive within an interval after the list before. Evenly spaced
+    streams of less than one event per interval do not wait; other events wait at most that long.
 
     If the generator is closed early, ``app`` sees that the client has disconnected.
     """

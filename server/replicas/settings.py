@@ -105,13 +105,17 @@ def application_settings(
     limits.check_bodies(http.max_body_mib)
     options, threads = _options(ReplicaOptions, given), _options(ThreadOptions, given)
     model = _options(ModelOptions, given)
+    engine = _options(EngineConfig, given)
     _check_device(model.device, options.replica_gpus)
+    if 0 < options.replica_gpus < 1 and engine.kv_cache_gib is None:
+        shared = f"replicas share a GPU (replica_gpus {options.replica_gpus:g})"
+        raise ConfigError(f"kv_cache_gib: must be set if {shared}")
     if threads.threads is None:
         # replicas of one machine must not compute with all of its cores each
         threads = ThreadOptions(max(1, int(options.replica_cpus or 1)))
     replica = ReplicaSettings(
         model,
-        _options(EngineConfig, given),
+        engine,
         _options(PatchOptions, given),
         threads,
         http,
@@ -133,7 +137,7 @@ def _check_device(device: str, replica_gpus: float) -> None:
     if device == "cuda" and not replica_gpus:
         raise ConfigError("replica_gpus: must be above 0 with device cuda")
     if device == "cpu" and replica_gpus:
-        raise ConfigError(f"replica_gpus: {replica_gpus:g} are of no use with device cpu")
+        raise ConfigError(f"replica_gpus: must be 0 with device cpu, not {replica_gpus:g}")
 
 
 def _options(group: type[Options], given: Mapping[str, Any]) -> Options:

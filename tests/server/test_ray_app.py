@@ -42,10 +42,10 @@ def test_the_example_configuration_is_valid():
 def test_ray_takes_the_settings_without_warnings_and_gives_each_replica_its_gpus(delay_s):
     from server.ray_app import build
 
-    arguments = {"max_replicas": 2, "upscale_delay_s": delay_s, "device": "cuda"}
+    arguments = {"max_replicas": 2, "upscale_delay_s": delay_s, "device": "cuda", "replica_cpus": 3}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ingress = build(arguments | {"replica_gpus": 0.5, "replica_cpus": 3})._bound_deployment
+        ingress = build(arguments | {"replica_gpus": 0.5, "kv_cache_gib": 1.0})._bound_deployment
     (replicas,) = [one for one in ingress.init_args if hasattr(one, "_bound_deployment")]
     resources = replicas._bound_deployment.ray_actor_options
     assert resources["num_gpus"] == 0.5 and resources["num_cpus"] == 3

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class Cluster:
         found: dict[str, int] = self.ask(
             do="replicas", count=count, without=without, deployment=deployment
         )
+        return found
+
+    def running_requests(self, deployment: str) -> dict[str, int]:
+        """The requests that each replica of a deployment runs now, by its name."""
+        found: dict[str, int] = self.ask(do="running requests", deployment=deployment)
         return found
 
     def restart_patch_actor(self) -> None:
@@ -112,6 +117,8 @@ def _main(port: int) -> None:
                 answer = _wait_for_replicas(
                     command["count"], command["without"], command["deployment"]
                 )
+            elif command["do"] == "running requests":
+                answer = _of_each(command["deployment"], _running_requests)
             elif command["do"] == "restart patch actor":
                 _restart_patch_actor()
             print(f"answer: {json.dumps(answer)}", flush=True)
@@ -130,7 +137,7 @@ def _wait_for_replicas(count: int, without: str, deployment: str) -> dict[str, i
         states = serve.status().applications["default"].deployments[deployment].replica_states
         alive = {str(state): number for state, number in states.items() if number}
         if alive == {"RUNNING": count}:
-            found = _replica_pids(deployment)
+            found = _of_each(deployment, _pid)
             if len(found) == count and without not in found:
                 return found
         pause.wait(0.2)
@@ -160,7 +167,16 @@ def _pid_and_members(actor: Any) -> tuple[int, int]:
     return os.getpid(), len(actor._fleet.members)
 
 
-def _replica_pids(deployment: str) -> dict[str, int]:
+def _pid(replica: Any) -> int:
+    return os.getpid()
+
+
+def _running_requests(replica: Any) -> int:
+    return int(replica._replica_impl.get_num_ongoing_requests())
+
+
+def _of_each(deployment: str, value: Callable[[Any], int]) -> dict[str, int]:
+    """A number of each replica by its name, computed in its process."""
     import ray
     from ray.exceptions import RayActorError
 
@@ -170,8 +186,7 @@ def _replica_pids(deployment: str) -> dict[str, int]:
         if f"#{deployment}#" in name:
             with contextlib.suppress(RayActorError, ValueError):
                 handle = ray.get_actor(name, namespace=namespace)
-                pid = ray.get(handle.__ray_call__.remote(lambda replica: os.getpid()))
-                found[name.rpartition("#")[2]] = pid
+                found[name.rpartition("#")[2]] = ray.get(handle.__ray_call__.remote(value))
     return found
 
 

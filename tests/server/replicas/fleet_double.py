@@ -1,4 +1,4 @@
-"""A replica's part of a fleet with answers that a test chooses, and a loop with a time limit."""
+"""A replica in a fleet of patches, with answers that a test chooses."""
 
 import asyncio
 

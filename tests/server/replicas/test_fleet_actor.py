@@ -49,6 +49,23 @@ def test_a_change_goes_on_if_its_client_leaves_and_is_kept(actor_of):
     assert json.loads(text) == {"changes": {"law": "1"}, "replicas": ["a", "b"]}
 
 
+def test_the_actor_starts_from_what_it_kept(actor_of):
+    async def run(store):
+        fleet = actor_of(store)._fleet
+        return fleet.changes, fleet._missing
+
+    store = {"changes of app": '{"changes": {"law": null}, "replicas": ["a"]}'}
+    assert asyncio.run(run(store)) == ({"law": None}, {"a"})
+
+
+def test_the_actor_starts_without_changes_of_an_unknown_format(actor_of, caplog):
+    async def run(store):
+        return actor_of(store)._fleet.changes
+
+    assert asyncio.run(run({"changes of app": '{"law": "1"}'})) == {}
+    assert "'changes of app' in Ray's store has an unknown format" in caplog.text
+
+
 def test_the_actor_ends_with_its_application_and_not_before(actor_of, monkeypatch, caplog):
     async def run(store):
         killed = asyncio.Queue()
@@ -68,6 +85,6 @@ def test_the_actor_ends_with_its_application_and_not_before(actor_of, monkeypatc
         actor_of(store)
         return await killed.get(), answers
 
-    store = {"changes of app": "{}"}
+    store = {"changes of app": '{"changes": {}, "replicas": []}'}
     assert asyncio.run(asyncio.wait_for(run(store), 60)) == ("this", [])
     assert not store and "unknown now: no controller" in caplog.text

@@ -60,6 +60,39 @@ def test_a_new_fleet_does_not_wait_for_ever_for_replicas_that_have_died():
     assert [state.replicas for state in kept] == [("a", "dead"), ("a",), ("a",)]
 
 
+def test_once_one_change_has_waited_in_vain_the_others_do_not_wait():
+    async def scenario():
+        fleet = PatchFleet(FleetState({}, ("a", "dead")), rejoin_timeout_s=0.01)
+        member = await Member(fleet, "a").start()
+        first = asyncio.create_task(fleet.load("law"))
+        await asyncio.sleep(0)
+        fleet._rejoin_timeout_s = 600
+        assert await asyncio.gather(first, fleet.load("tax")) == [None, None]
+        return member.patches
+
+    assert run(scenario) == {"law", "tax"}
+
+
+def test_a_replica_that_is_joining_is_stored_with_a_change():
+    """A fleet that begins then must wait for it."""
+    kept = []
+
+    async def keep(state):
+        kept.append(state)
+
+    async def scenario():
+        fleet = PatchFleet(keep=keep)
+        await Member(fleet, "a").start()
+        change = asyncio.create_task(fleet.load("law"))
+        await asyncio.sleep(0)
+        await Member(fleet, "b").start()
+        return await change
+
+    assert run(scenario) is None
+    law = {"law": "hash of law"}
+    assert kept == [FleetState({}, ("a",)), *[FleetState(law, ("a", "b"))] * 2]
+
+
 def test_a_replica_that_joins_during_a_change_has_it_and_is_not_asked():
     async def scenario():
         fleet = PatchFleet()

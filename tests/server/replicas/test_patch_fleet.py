@@ -1,6 +1,7 @@
 """Tests of changes of the row patches of all replicas."""
 
 import asyncio
+import itertools
 
 import pytest
 
@@ -173,6 +174,44 @@ def test_a_replica_that_cannot_take_a_change_back_leaves(caplog):
 
     assert run(scenario) == {"b"}
     assert "replica a did not take back a change: name: bad" in caplog.text
+
+
+def failing_keep(call):
+    """Fails at this call only."""
+    numbers = itertools.count(1)
+
+    async def keep(state):
+        if next(numbers) == call:
+            raise OSError("no store")
+
+    return keep
+
+
+def test_a_load_that_cannot_be_stored_is_taken_back():
+    async def scenario():
+        fleet = PatchFleet(keep=failing_keep(2))  # the first one is the join
+        member = await Member(fleet, "a").start()
+        with pytest.raises(OSError, match="no store"):
+            await fleet.load("law")
+        assert (fleet.changes, member.patches) == ({}, set())
+        assert await fleet.load("law") is None
+        return fleet.changes, member.patches
+
+    assert run(scenario) == ({"law": "hash of law"}, {"law"})
+
+
+def test_a_refused_removal_is_taken_back_even_if_that_cannot_be_stored():
+    async def scenario():
+        fleet = PatchFleet(keep=failing_keep(4))  # two joins and the removal come first
+        members = [await Member(fleet, "a").start("law")]
+        members.append(await Member(fleet, "b", unload=Outcome(refusal=REFUSED)).start("law"))
+        with pytest.raises(OSError, match="no store"):
+            await fleet.unload("law")
+        # a replica that joins now has what the others have
+        members.append(await Member(fleet, "c").start("law"))
+        return fleet.changes, [member.patches for member in members]
+
+    assert run(scenario) == ({}, [{"law"}] * 3)
 
 
 def test_a_refusal_is_the_error_that_it_was_made_of():

@@ -87,7 +87,21 @@ def test_the_routing_text_of_a_large_body_is_small(large):
     assert 0 < len(text.prompt) <= 65536 and len(text.scope) == 32
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b'{"prompt": {}}', b'{"prompt": []}'])
+def nested(depth):
+    return b"[" * depth + b"]" * depth
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"{", b"[1]", b"\xff", b'{"prompt": {}}', b'{"prompt": []}'),
+        b'{"prompt":' + b"[" * 10**5,
+        *(b'{"prompt":' + nested(depth) + b"}" for depth in (20, 900, 10**5)),
+        b'{"messages":' + nested(10**5) + b"}",
+        b'{"prompt": "x", "model":' + nested(10**5) + b"}",
+    ],
+    ids=lambda body: f"{body[:16]!r}-{len(body)}",
+)
 def test_a_body_without_a_prompt_is_left_to_the_replica(body):
     assert routing_text(body) is None
 

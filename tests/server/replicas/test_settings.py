@@ -42,7 +42,14 @@ def test_texts_and_values_give_the_same_settings():
         ({"max_body_mib": 300}, "max_bodies_mib: must be at least max_body_mib"),
         ({"device": "cuda"}, "replica_gpus: must be above 0 with device cuda"),
         ({"device": "cuda:1", "replica_gpus": 1}, "device: Ray chooses the GPUs"),
-        ({"device": "cpu", "replica_gpus": 0.5}, "replica_gpus: 0.5 are of no use"),
+        (
+            {"device": "cpu", "replica_gpus": 0.5},
+            "replica_gpus: must be 0 with device cpu, not 0.5",
+        ),
+        (
+            {"replica_gpus": 0.5},
+            "kv_cache_gib: must be set if replicas share a GPU (replica_gpus 0.5)",
+        ),
         ({"patch": 3}, "patch: expected a list of strings"),
     ],
 )
@@ -61,7 +68,8 @@ def test_a_replica_has_as_many_threads_as_cpus():
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_replica_has_gpus(device):
-    settings = application_settings({"device": device, "replica_gpus": "0.5"}, "")
+    arguments = {"device": device, "replica_gpus": "0.5", "kv_cache_gib": "1"}
+    settings = application_settings(arguments, "")
     assert settings.options.replica_gpus == 0.5 and settings.replica.model.device == device
 
 

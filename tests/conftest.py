@@ -50,11 +50,13 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _logs_of_one_test() -> Iterator[None]:
-    """Undo ``set_up_logs``: its handler keeps the stderr of this test, which is closed after it."""
+    """Remove the command's log handlers: they keep the stderr of this test, closed after it."""
     yield
     root = logging.getLogger()
-    for handler in [one for one in root.handlers if type(one) is logging.StreamHandler]:
-        root.removeHandler(handler)
+    for logger in (root, *root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):  # others are only parts of names
+            for handler in [one for one in logger.handlers if type(one) is logging.StreamHandler]:
+                logger.removeHandler(handler)
     root.setLevel(logging.WARNING)
     logging.captureWarnings(False)
 

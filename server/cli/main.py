@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             set_up_logs(from_options(MonitoringOptions, options).log_format)
             report = say
         else:
-            _show("weights.models")
+            _show("weights.models.named_models")
         check_outputs(options)
         ranks = max(1, getattr(options, "tensor_parallel", 1))
         line = set_threads(from_options(ThreadOptions, options), ranks)

@@ -5,7 +5,6 @@ Verbs and options are found in the argument parser, so that a new one is tested 
 
 import argparse
 import contextlib
-import logging
 import os
 import resource
 import signal
@@ -62,8 +61,6 @@ READERS = {
 def one_parser(monkeypatch):
     """Make the parser once, because it takes longer than the rest of a test."""
     monkeypatch.setattr(command_line, "_parser", lambda: PARSER)
-    # a handler that an earlier call of main has added keeps that test's stderr
-    monkeypatch.setattr(logging.getLogger("server.device"), "handlers", [])
 
 
 def arguments(words: tuple[str, ...], given: dict[str, object]) -> list[str]:

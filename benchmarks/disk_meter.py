@@ -12,10 +12,12 @@ from server.plan.machine import DiskLimits
 from weights.checkpoints.checkpoint import open_checkpoint
 
 _DEPTHS = (64, 128, 256)
-_READS, _READS_ALONE = 20_000, 500
+# reads of one measurement: at most these, and as many as are expected to take this time
+_MOST_READS, _MOST_S = 20_000, 1.0
+_READS_ALONE = 200
 
 
-def disk_limits(location: RowFile, reads: int = _READS) -> DiskLimits:
+def disk_limits(location: RowFile) -> DiskLimits:
     """The limits of reading random rows of a file: of many in flight, and of one alone.
 
     A new seed for each measurement reads other rows, which the disk has not cached.
@@ -24,7 +26,9 @@ def disk_limits(location: RowFile, reads: int = _READS) -> DiskLimits:
         ConfigError: memplus was installed without its native library.
         OSError: a read fails, or the kernel does not allow io_uring.
     """
-    alone = random_reads_per_s(location, 1, min(reads, _READS_ALONE), time.time_ns())
+    alone = random_reads_per_s(location, 1, _READS_ALONE, time.time_ns())
+    several = random_reads_per_s(location, _DEPTHS[0], _READS_ALONE, time.time_ns())
+    reads = min(_MOST_READS, max(_READS_ALONE, round(_MOST_S * several)))
     return DiskLimits(
         max(random_reads_per_s(location, depth, reads, time.time_ns()) for depth in _DEPTHS),
         1 / alone,

@@ -30,8 +30,6 @@ from engine.model.machine_limits import MachineLimits
 from memory_ops.native.disk_rows import RingError
 from server.allocator import keep_freed_memory
 
-_READS = 20_000
-
 
 def measure(
     source: Path, load: MemoryLoad, trace_file: Path | None, folder: Path, json_file: Path | None
@@ -167,7 +165,7 @@ def _with_limits(done: Round, reader: Reader, point: Point, limits: MachineLimit
     if reader.disk_tables:
         # without io_uring there are none; the engine has logged that it reads with threads
         with contextlib.suppress(RingError):
-            disk = disk_limits(reader.disk_tables[0].location, _READS)
+            disk = disk_limits(reader.disk_tables[0].location)
     return replace(
         done,
         limit_reads_per_s=None if disk is None else disk.reads_per_s,

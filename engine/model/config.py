@@ -205,12 +205,16 @@ class ModelConfig:
         return tuple(i for i, kind in enumerate(self.feed_forward) if kind in MEMORY_KINDS)
 
     @property
+    def table_lookups(self) -> int:
+        """Lookups of a step in value tables; a peer layer reads two tables."""
+        return len(self.memory_layers) + self.feed_forward.count("peer")
+
+    @property
     def rows_per_token(self) -> int:
-        """Table rows that one token reads in all layers; a peer layer reads two tables."""
+        """Table rows that one token reads in all layers."""
         if self.memory is None:
             return 0
-        reads = len(self.memory_layers) + self.feed_forward.count("peer")
-        return reads * self.memory.num_heads * self.memory.top_k
+        return self.table_lookups * self.memory.num_heads * self.memory.top_k
 
     def has_dense(self, layer: int) -> bool:
         """Whether a layer has a dense feed-forward, with or without a memory."""

@@ -27,6 +27,11 @@ class Chunk:
     def end(self) -> int:
         return self.start + self.count
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of a token and a position that it attends to: itself and all earlier ones."""
+        return self.count * (self.start + self.end + 1) // 2
+
 
 @dataclass(frozen=True)
 class StepWork:
@@ -135,8 +140,7 @@ class ModelWork:
     def attention(self, chunks: Iterable[Chunk]) -> StepWork:
         """The part of a step that reads keys and values."""
         chunks, config = list(chunks), self.config
-        # pairs of a token and a position that it attends to: itself and all earlier ones
-        pairs = sum(chunk.count * (chunk.start + chunk.end + 1) // 2 for chunk in chunks)
+        pairs = sum(chunk.pairs for chunk in chunks)
         return StepWork(
             num_bytes=sum(chunk.end for chunk in chunks) * self.kv_bytes,
             # one product with the key, one with the value
@@ -160,8 +164,7 @@ class ModelWork:
         if memory is None:
             return 0
         rows = min(tokens * memory.num_heads * memory.top_k, memory.num_rows)
-        tables = len(self.config.memory_layers) + self.config.feed_forward.count("peer")
-        return rows * self._row_bytes * tables
+        return rows * self._row_bytes * self.config.table_lookups
 
     def _share_of_experts(self, tokens: int) -> float:
         """Share of the experts that a step reads if all tokens choose the same ones."""

@@ -61,8 +61,7 @@ def cpu_seconds(
             positions = chunk.end * config.num_layers * config.num_kv_heads
             shared += chunk.end * kv_bytes * costs.kv_byte + positions * costs.kv_position
         else:
-            pairs = chunk.count * (chunk.start + chunk.end + 1) // 2
-            shared += pairs * config.num_layers * config.num_heads * costs.pair
+            shared += chunk.pairs * config.num_layers * config.num_heads * costs.pair
     return costs.step + len(chunks) * costs.sequence + shared / threads
 
 

@@ -37,8 +37,7 @@ def seconds_from_disk(
     assert config.memory is not None
     if not reads:
         return seconds
-    lookups = len(config.memory_layers) + config.feed_forward.count("peer")
-    reading = min(reads, lookups) * disk.latency_s + reads / disk.reads_per_s
+    reading = min(reads, config.table_lookups) * disk.latency_s + reads / disk.reads_per_s
     working = seconds + (0.0 if is_on_gpu else reads * _READ_WORK)
     count = 1 if is_on_gpu else _micro_batches(config, tokens, reads, cached_rows)
     if count == 1:

@@ -32,7 +32,7 @@ def test_tables_are_measured_where_they_are(folder, monkeypatch):
         assert not seen
         return
     assert found == DiskLimits(256_000.0, 1e-3, "measured")
-    assert seen == [(64, 128, depth) for depth in (1, 64, 128, 256)]
+    assert seen == [(64, 128, depth) for depth in (1, 64, 64, 128, 256)]
 
 
 def test_without_io_uring_nothing_is_measured(folder, monkeypatch):

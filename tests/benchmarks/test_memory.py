@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.memory import sweep
+from benchmarks import disk_meter
 from benchmarks.memory.access import DrawnAccess, RecordedAccess
 from benchmarks.memory.load import MemoryLoad
 from benchmarks.memory.replayed import Replay, ReplayedTable
@@ -200,7 +200,7 @@ def test_a_trace_for_tables_of_two_to_the_n_rows_has_such_a_number_itself(tmp_pa
 @pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")
 @pytest.mark.slow
 def test_the_sweep_is_measured_saved_and_plotted(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "_READS", 500)
+    monkeypatch.setattr(disk_meter, "_MOST_READS", 500)
     source = save_model(random_model(tiny_config(num_layers=8, head_dim=16)), tmp_path / "model")
     trace().save(tmp_path / "trace.npz")
     out, file = tmp_path / "out", tmp_path / "memory.json"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import disk_meter
 from benchmarks.access_trace import record
 from benchmarks.memory import sweep
 from benchmarks.memory.load import MemoryLoad
@@ -166,7 +167,7 @@ def test_only_a_trace_of_the_model_is_replayed(model, tmp_path):
     ],
 )
 def test_models_of_every_kind_are_measured(kinds, memory, dtype, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "_READS", 500)
+    monkeypatch.setattr(disk_meter, "_MOST_READS", 500)
     source = model_of(tmp_path / "model", *kinds, **memory)
     hot = {name: torch.arange(60) for name in SweptModel.open(source).config.table_names}
     (source / HOT_ROWS_FILE).write_bytes(hot_rows_content(hot))

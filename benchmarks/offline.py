@@ -194,7 +194,7 @@ class _Benchmark:
             total=num_results * (load.rounds + 1), unit="round", leave=False, disable=None
         ) as bar:
             for length in load.prompt_lengths:
-                yield self._result("prefill", 1, partial(self._rounds.prefill, length), bar)
+                yield self._result("prefill", 1, partial(self._rounds.warm_prefill, length), bar)
             for batch in load.batches:
                 run = partial(self._rounds.decode, batch, load.input_len, load.output_len)
                 yield self._result("decode", batch, run, bar)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from engine.model.machine_limits import MachineLimits
 from engine.model.step_work import Chunk, ModelWork
-from server.plan.cpu_time import cpu_seconds
+from server.plan.cpu_time import CPU_COSTS, CpuCosts, cpu_seconds
 
 
 def step_seconds(
@@ -15,6 +15,7 @@ def step_seconds(
     *,
     efficiency: float,
     threads: int,
+    costs: CpuCosts = CPU_COSTS,
 ) -> float:
     """Seconds of a step that runs ``chunks``.
 
@@ -25,6 +26,9 @@ def step_seconds(
         num_logits: rows of logits.
         efficiency: the share of the limits that products and attention reach, in (0, 1].
         threads: threads of the CPU; 0 on a GPU, whose fixed costs are not counted.
+        costs: those of the CPU.
     """
     seconds = work.seconds_in_turn(chunks, num_logits, limits) / efficiency
-    return seconds + (cpu_seconds(work.config, work.kv_bytes, chunks, threads) if threads else 0.0)
+    if threads:
+        seconds += cpu_seconds(work.config, work.kv_bytes, chunks, threads, costs)
+    return seconds

@@ -59,6 +59,13 @@ def test_prefill_steps_match_the_scheduler_s_plans(rounds, plans):
     assert len(rounds.prefill(19)) == 3
 
 
+def test_an_untimed_prompt_of_a_block_precedes_a_timed_one(rounds, plans):
+    steps = rounds.warm_prefill(9)
+    assert [step.chunks for step in steps] == [(Chunk(0, 8),), (Chunk(8, 1),)]
+    ran = [[(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks] for plan in plans]
+    assert ran == [[(0, 4)], [(0, 8)], [(8, 1)]]
+
+
 def test_decode_steps_match_the_scheduler_s_plans(rounds, plans):
     steps = rounds.decode(batch=3, input_len=7, output_len=5)
     assert len(steps) == 5
@@ -112,7 +119,7 @@ def test_the_planned_speed_takes_products_and_attention_in_turn():
     # arithmetic binds one of them, reading the other
     first, second = (part.flops / part.num_bytes for part in parts)
     limits = MachineLimits(gb_per_s=1.0, gflops=(first * second) ** 0.5)
-    rounds = SimpleNamespace(prefill=lambda length: [TimedStep(0.5, (chunk,), 1)])
+    rounds = SimpleNamespace(warm_prefill=lambda length: [TimedStep(0.5, (chunk,), 1)])
     load = OfflineLoad((40,), (1,), rounds=1)
     for is_planned in (True, False):
         benchmark = offline._Benchmark(load, rounds, work, lambda: limits, 0, is_planned=is_planned)

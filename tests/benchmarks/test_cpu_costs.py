@@ -96,5 +96,5 @@ def test_the_verb_times_models_and_writes_each_step(tmp_path, monkeypatch, capsy
 
 
 def test_there_must_be_a_model(capsys):
-    assert main(["bench", "cpu-costs", "--models", "0"]) == 1
+    assert main(["bench", "cpu-costs", "--models", "0"]) == 2
     assert "--models: must be at least 1, not 0" in capsys.readouterr().err

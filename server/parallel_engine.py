@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import TABLE_SHARDINGS, EngineConfig
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.cpu.kernels import cpu_kernels
 from engine.executors.eager import EagerExecutor
@@ -28,6 +28,7 @@ from server.logs import set_up_logs
 from server.memory_nodes import spread_over_nodes
 from server.model_loading import plan_loading
 from server.model_options import ModelOptions
+from server.rank_share import first_share
 from weights.checkpoints.checkpoint import (
     check_no_table_options,
     open_checkpoint,
@@ -122,20 +123,12 @@ def _planned(
     options: ModelOptions, folder: Path, engine: EngineConfig, log_format: str
 ) -> tuple[RankShare, ShareSettings]:
     """Rank 0's share and the settings of all ranks, checked before any rank starts."""
-    if engine.kv_dtype != "auto":
-        raise ConfigError(
-            f"kv_dtype: {engine.kv_dtype} cannot be combined with tensor_parallel, whose ranks keep"
-            " keys and values in the dtype of the weights"
-        )
     checkpoint, stored = open_checkpoint(folder)
     config = checkpoint.model
-    sharding = options.table_sharding or TABLE_SHARDINGS[0]
-    share = RankShare(config, 0, options.tensor_parallel, sharding)
+    share = first_share(options, engine.kv_dtype, config)
     tables = [stored[name] for name in config.table_names]
     if not tables:
         check_no_table_options(None, options.table_dtype, options.verify_tables)
-        if options.table_sharding is not None:
-            raise ConfigError("table_sharding: requires value tables, but this model has none")
     for one in tables:
         checked_layout(one, options.table_dtype, share)
     dense = {name: one for name, one in stored.items() if name not in config.table_names}
@@ -156,7 +149,7 @@ def _planned(
         folder=folder,
         dtype=plan.dtype,
         table_dtype=options.table_dtype,
-        table_sharding=sharding,
+        table_sharding=share.table_sharding,
         num_blocks=engine.num_kv_blocks(per_token, config.max_positions),
         block_size=engine.block_size,
         log_format=log_format,

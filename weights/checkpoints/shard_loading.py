@@ -85,12 +85,20 @@ def copied_bytes(stored: Mapping[str, StoredTensor], share: RankShare, dtype: to
     ``stored`` has the tensors without the tables. Embedding and head are not counted if the ranks
     map them.
     """
-    copied = {}
-    for name, one in stored.items():
-        is_mapped = name in (EMBEDDING, HEAD) and STORED_DTYPES[one.dtype] is dtype
-        if share.part(name) is None and not is_mapped:
-            copied[name] = one
+    copied = {
+        name: one
+        for name, one in stored.items()
+        if share.part(name) is None and not is_mapped(name, one, dtype)
+    }
     return weight_bytes(copied, dtype, {})
+
+
+def is_mapped(name: str, stored: StoredTensor | None, dtype: torch.dtype) -> bool:
+    """Whether ranks on a CPU map a weight's file, so that they have the weight in memory once.
+
+    ``stored`` is None for a weight in ``dtype`` that is not written yet.
+    """
+    return name in (EMBEDDING, HEAD) and (stored is None or STORED_DTYPES[stored.dtype] is dtype)
 
 
 def checked_layout(stored: StoredTensor, table_dtype: str, share: RankShare) -> RowLayout:
@@ -101,30 +109,34 @@ def checked_layout(stored: StoredTensor, table_dtype: str, share: RankShare) -> 
         ConfigError: rows cannot be converted, or split into ``share``'s columns.
     """
     layout = requested_layout(stored, None if table_dtype == "auto" else table_dtype)
-    columns = len(share.value_columns)
-    if share.table_sharding == "columns" and layout.name == "int4" and columns % INT4_GROUP:
+    share_layout(layout, share)
+    return layout
+
+
+def share_layout(layout: RowLayout, share: RankShare) -> RowLayout:
+    """The layout of a rank's part of a table: its rows, or its columns of all rows.
+
+    Raises:
+        ConfigError: the columns are not whole groups of a row.
+    """
+    shape = len(share.read_rows), len(share.read_columns)
+    if share.table_sharding == "columns" and layout.name == "int4" and shape[1] % INT4_GROUP:
         raise ConfigError(
-            f"tensor_parallel: {share.size} ranks would have {columns} columns of int4 rows, whose"
+            f"tensor_parallel: {share.size} ranks would have {shape[1]} columns of int4 rows, whose"
             f" groups have {INT4_GROUP}; use --table-sharding rows or fewer ranks"
         )
-    return layout
+    is_float = layout.records is None
+    return replace(layout, shape=shape) if is_float else row_layout(layout.name, *shape)
 
 
 def _share_of_rows(
     stored: StoredTensor, layout: RowLayout, share: RankShare, on_bytes: OnBytes
 ) -> Tensor | RowRecords:
     """This rank's rows, or its columns of all rows, in memory."""
-    value_dim = stored.shape[1] if layout.records is None else layout.records[1]
+    made, columns = share_layout(layout, share), share.read_columns
     if share.table_sharding == "rows":
-        rows = share.table_rows
-        stored = stored.row_range(rows)
-        layout = replace(layout, shape=(len(rows), *layout.shape[1:]))
-        columns = range(value_dim)
-    else:
-        columns = share.value_columns
-    shape = stored.shape[0], len(columns)
-    is_float = layout.records is None
-    made = replace(layout, shape=shape) if is_float else row_layout(layout.name, *shape)
+        stored = stored.row_range(share.read_rows)
+        layout = replace(layout, shape=(len(share.read_rows), *layout.shape[1:]))
     target, first = allocated_rows(made, "device", stored.name), 0
     row_bytes = stored.num_bytes // stored.shape[0]
     for part in _parts(stored, layout, columns):

@@ -44,10 +44,8 @@ def fitted_costs(samples: Sequence[Sample], *, efficiency: float, threads: int) 
 
 def _shares(sample: Sample, threads: int) -> list[float]:
     """The seconds that the plan adds per second of each cost: it is linear in all of them."""
-    work, chunks = sample.work, sample.step.chunks
+    config, chunks = sample.work.config, sample.step.chunks
     return [
-        cpu_seconds(
-            work.config, work.kv_bytes, chunks, threads, CpuCosts(**asdict(_FREE) | {name: 1.0})
-        )
+        cpu_seconds(config, chunks, threads, CpuCosts(**asdict(_FREE) | {name: 1.0}))
         for name in NAMES
     ]

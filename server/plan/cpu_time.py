@@ -19,8 +19,6 @@ class CpuCosts:
         sequence: choosing a token and feeding it back.
         prompt: the first or only part of a prompt: checking it, and reserving its blocks.
         element: one computed activation value of norms, rotation, gates or conversions.
-        kv_byte: a byte of keys and values that one token reads, beyond its share of the bandwidth:
-            they lie in short blocks.
         kv_position: a position that one token attends to, for each KV head.
         pair: a token of a prompt and a position that it attends to, for each head.
         subkey: the score of a subkey, among which the best are chosen.
@@ -28,15 +26,14 @@ class CpuCosts:
         row_value: a value of a table row.
     """
 
-    step: float = 1.5e-4
-    sequence: float = 2.3e-5
-    prompt: float = 2.3e-4
-    element: float = 1.7e-9
-    kv_byte: float = 0.0
-    kv_position: float = 3.3e-9
-    pair: float = 1.1e-9
-    subkey: float = 2.6e-9
-    row: float = 1.4e-7
+    step: float = 1.9e-4
+    sequence: float = 2.8e-5
+    prompt: float = 2.2e-4
+    element: float = 2.3e-9
+    kv_position: float = 8.0e-9
+    pair: float = 1.5e-9
+    subkey: float = 6.9e-10
+    row: float = 2.0e-7
     row_value: float = 4.0e-10
 
 
@@ -45,7 +42,6 @@ CPU_COSTS = CpuCosts()
 
 def cpu_seconds(
     config: ModelConfig,
-    kv_bytes: int,
     chunks: Sequence[Chunk],
     threads: int,
     costs: CpuCosts = CPU_COSTS,
@@ -54,7 +50,6 @@ def cpu_seconds(
 
     Args:
         config: the model.
-        kv_bytes: bytes of one token's keys and values in all layers.
         chunks: tokens of each sequence.
         threads: threads of the CPU, at least 1.
         costs: the times of the parts.
@@ -64,7 +59,7 @@ def cpu_seconds(
     for chunk in chunks:
         if chunk.count == 1:  # the kernel of one token reads all keys and values for it alone
             positions = chunk.end * config.num_layers * config.num_kv_heads
-            shared += chunk.end * kv_bytes * costs.kv_byte + positions * costs.kv_position
+            shared += positions * costs.kv_position
         else:
             shared += chunk.pairs * config.num_layers * config.num_heads * costs.pair
     prompts = sum(chunk.count > 1 and chunk.start == 0 for chunk in chunks)

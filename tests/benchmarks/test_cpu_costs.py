@@ -44,7 +44,7 @@ def made_of(costs, threads):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_fit_finds_the_costs_that_steps_were_made_of(threads):
-    true = CpuCosts(3e-4, 2e-5, 1e-4, 3e-9, 5e-11, 4e-9, 7e-10, 2e-9, 5e-8, 3e-10)
+    true = CpuCosts(3e-4, 2e-5, 1e-4, 3e-9, 4e-9, 7e-10, 2e-9, 5e-8, 3e-10)
     found = fitted_costs(list(made_of(true, threads)), efficiency=0.85, threads=threads)
     for name in NAMES:
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-4), name

@@ -32,7 +32,7 @@ def test_a_step_takes_its_least_time_by_the_efficiency():
 
 def test_a_cpu_adds_its_own_time():
     chunks = [Chunk(9, 1)] * 4
-    added = cpu_seconds(WORK.config, WORK.kv_bytes, chunks, 2)
+    added = cpu_seconds(WORK.config, chunks, 2)
     assert seconds(4, threads=2) == pytest.approx(seconds(4) + added)
 
 

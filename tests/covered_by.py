@@ -21,7 +21,7 @@ COVERED_BY = {
     "engine/executors/cpu/packed_layers.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/cpu/packing.py": "engine/executors/cpu/test_decoder.py",
     "engine/executors/parallel/layers.py": f"{PARALLEL}/test_sharded_model.py",
-    "engine/executors/parallel/messages.py": f"{PARALLEL}/test_sharded_model.py",
+    "engine/executors/parallel/messages.py": f"{PARALLEL}/test_message_codec.py",
     "engine/executors/parallel/native_layers.py": f"{PARALLEL}/test_sharded_model.py",
     "engine/executors/parallel/ranks.py": f"{PARALLEL}/test_executor.py",
     "engine/executors/parallel/tables.py": f"{PARALLEL}/test_sharded_model.py",

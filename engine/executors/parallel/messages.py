@@ -1,4 +1,4 @@
-"""Messages from rank 0 to the other tensor-parallel ranks, as plain data without tensors."""
+"""Messages between tensor-parallel ranks and nodes, as plain data without tensors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from engine.model.row_patches import RowPatch, ScaledPatch
 from memory_ops.patches.patched_rows import PatchedRows
 
 Ids = npt.NDArray[np.int64]
+# those of ``PatchedRows``
+_DELTA_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,57 @@ class RankRefused:
 
 
 @dataclass(frozen=True)
+class RankDied:
+    """A rank that had loaded its share has ended; a node sends it to rank 0.
+
+    Attributes:
+        rank, process: the rank and its process id.
+        code: the exit code; negative: the signal that ended it.
+    """
+
+    rank: int
+    process: int
+    code: int
+
+
+@dataclass(frozen=True)
+class NodeJoin:
+    """A node asks rank 0 to let its ranks take part; its first message.
+
+    Attributes:
+        node: the number of the node, from 1 on.
+        traits: what must be the same on all nodes, by name.
+        num_blocks: the KV blocks for which the node has memory.
+    """
+
+    node: int
+    traits: Mapping[str, str]
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class JoinRefused:
+    """The node cannot take part; the message says why."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class StartRanks:
+    """All nodes have joined: start the ranks, each with the heads of ``num_blocks`` KV blocks."""
+
+    num_blocks: int
+
+
+@dataclass(frozen=True)
 class MeetOthers:
-    """All ranks have loaded their shares: call ``RankGroup.meet`` now."""
+    """All ranks have loaded their shares: call ``RankGroup.meet`` now.
+
+    Attributes:
+        store_port: with several nodes, the port of the store on node 0; see ``NetworkStore``.
+    """
+
+    store_port: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +165,7 @@ class AddPatch:
         tables = []
         for one in rows:
             deltas_PC = one.deltas_PV[:, columns.start : columns.stop].contiguous()
-            dtype = str(deltas_PC.dtype).removeprefix("torch.")
+            (dtype,) = [name for name, one in _DELTA_DTYPES.items() if one is deltas_PC.dtype]
             tables.append((one.rows_P.numpy(), deltas_PC.view(torch.uint8).numpy(), dtype))
         layers = {layer: places[id(one)] for layer, one in patch.layers.items()}
         return cls(number, patch.content_hash, layers, tables, freed)
@@ -123,9 +174,14 @@ class AddPatch:
         """The patch of this rank, on the CPU."""
         rows = []
         for rows_P, deltas_PB, dtype in self.tables:
-            deltas_PC = torch.from_numpy(deltas_PB).view(getattr(torch, dtype))
+            deltas_PC = torch.from_numpy(deltas_PB).view(_DELTA_DTYPES[dtype])
             rows.append(PatchedRows(torch.from_numpy(rows_P), deltas_PC))
         return RowPatch(self.content_hash, {one: rows[at] for one, at in self.layers.items()})
 
 
 RankMessage = MeetOthers | RunForward | AddPatch
+# from a rank of this machine, or from a node, to rank 0
+RankAnswer = RankReady | RankRefused | RankDied
+NodeAnswer = NodeJoin | RankAnswer
+# from rank 0 to a node before its ranks start
+JoinAnswer = JoinRefused | StartRanks

@@ -32,8 +32,7 @@ class EngineConfig:
     )
     block_size: int = option(
         16,
-        "tokens whose keys and values are allocated together and shared between equal prompts; on"
-        " a CPU a multiple of 4",
+        "tokens per KV block; on a CPU a multiple of 4",
     )
     kv_cache_gib: float | None = option(
         None,
@@ -50,8 +49,8 @@ class EngineConfig:
     )
     speculate: str = option(
         "none",
-        "draft tokens that one step verifies, for the same text in less time; ngram: those that"
-        " followed the last tokens before, in the prompt or the answer",
+        "draft tokens that one step verifies, for the same text in less time; ngram: what"
+        " followed the last tokens before",
         choices=_SPECULATE,
     )
     speculate_tokens: int | None = option(

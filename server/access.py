@@ -23,8 +23,8 @@ class AccessOptions:
 
     api_key_file: str | None = option(
         None,
-        "file with a KEY [NAME] [admin] [patches=PATCH:PATCH] per line; also read:"
-        " MEMPLUS_API_KEYS, comma-separated (default: no key is needed)",
+        "KEY [NAME] [admin] [patches=PATCH:PATCH] per line; also read: MEMPLUS_API_KEYS,"
+        " comma-separated (default: no key is needed)",
         group=("access", "--api-key-file keys.txt --tls-cert cert.pem --tls-key key.pem"),
         metavar="FILE",
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server.model_options import ModelOptions
+from server.node_options import NodeSettings
 from server.thread_count import default_threads
 from weights.models.named_models import ModelFolder
 
@@ -124,12 +125,14 @@ class EngineSettings:
     """Settings with which the engine process builds its engine.
 
     ``folder`` is the one of ``model``, found once: an engine that restarts serves the same version.
+    ``nodes`` is given if tensor-parallel ranks run on several machines, of which this is node 0.
     """
 
     model: ModelOptions
     folder: ModelFolder
     engine: EngineConfig
     log_format: str = "text"
+    nodes: NodeSettings | None = None
 
 
 def environment_settings() -> dict[str, str]:
@@ -149,6 +152,11 @@ def cache_folder() -> Path:
 def environment_api_keys() -> str:
     """The API keys of MEMPLUS_API_KEYS; empty if it is not set."""
     return os.environ.get("MEMPLUS_API_KEYS", "")
+
+
+def environment_node_key() -> str:
+    """The secret of MEMPLUS_NODE_KEY; empty if it is not set."""
+    return os.environ.get("MEMPLUS_NODE_KEY", "")
 
 
 def c_compiler() -> str | None:

@@ -101,9 +101,8 @@ def build_engine(
     if serves_patches:
         patch_source = PatchLoader(folder, checkpoint.model, device)
     if settings.model.tensor_parallel > 1:
-        executor = parallel_executor(
-            settings.model, folder, settings.engine, settings.log_format, on_rank_death
-        )
+        arguments = settings.model, folder, settings.engine, settings.log_format, on_rank_death
+        executor = parallel_executor(*arguments, settings.nodes)
         if patch_source is not None:
             patch_source = RankPatches(patch_source, executor.share_patch)
         eos_ids, engine = checkpoint.eos_ids, settings.engine

@@ -33,7 +33,7 @@ class LimitOptions:
     )
     stream_write_timeout_s: float = field(
         default=30.0,
-        metadata={"help": "close a connection whose client reads nothing for this long"},
+        metadata={"help": "close it if the client reads nothing for this long"},
     )
     max_bodies_mib: int = field(
         default=256, metadata={"help": "request bodies in memory; more get a 503"}
@@ -41,8 +41,8 @@ class LimitOptions:
     max_admitted_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "prompt tokens plus max_tokens of all requests, running and waiting; more get"
-            " a 503 (default: max_model_len for every second place)"
+            "help": "prompt tokens plus max_tokens of all requests; more get a 503"
+            " (default: max_model_len for every second place)"
         },
     )
     request_timeout_s: float = field(

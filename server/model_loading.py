@@ -17,6 +17,7 @@ from server.model_options import DEFAULT_TABLE_CACHE_BYTES, ModelOptions
 from weights.checkpoints.checkpoint import load_model
 from weights.checkpoints.config_json import CheckpointConfig, read_config
 from weights.checkpoints.gpu_tier import GpuTierChoice
+from weights.checkpoints.machine_bytes import MachineBytes
 from weights.checkpoints.memory_request import MemoryRequest, MemoryShares
 from weights.checkpoints.model_bytes import ModelBytes, model_bytes
 from weights.checkpoints.table_tier import CpuTierChoice
@@ -118,12 +119,13 @@ def plan_loading(
     device: torch.device,
     *,
     keep_stored: bool,
-    copy_bytes: int = 0,
+    machine: MachineBytes | None = None,
 ) -> LoadingPlan:
     """Check the settings and choose the tables' tier, before minutes are spent on loading them.
 
-    ``copy_bytes`` are bytes of further copies of weights, those of tensor-parallel ranks. The other
-    arguments and the errors are those of ``load_served``.
+    ``machine`` is given if only some ranks of a tensor-parallel model run on this machine, or all:
+    the shares are then those of these ranks. The other arguments and the errors are those of
+    ``load_served``.
     """
     checkpoint = read_config(folder)
     described = checkpoint.model
@@ -137,17 +139,23 @@ def plan_loading(
     reads_groups = keep_stored and (has_kernels or device.type != "cpu")
     packed_dtype = options.weight_dtype if reads_groups else None
     sizes = model_bytes(folder, options.dtype, options.table_dtype, kv_dtype, packed_dtype, device)
+    kv_bytes = engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0
+    patch_bytes = engine.patch_bytes if engine and described.takes_patches else 0
+    weights, tables = sizes.weights, sizes.tables
+    if machine is not None:
+        kv_bytes, patch_bytes = machine.kv_bytes(kv_bytes), int(patch_bytes * machine.columns)
+        weights, tables = machine.weights, machine.tables
     request = MemoryRequest(
-        kv_bytes=engine.kv_bytes(sizes.kv_per_token, described.max_positions) if engine else 0,
+        kv_bytes=kv_bytes,
         requested_cache=options.table_cache_bytes if options.table_cache is not None else None,
         default_cache=DEFAULT_TABLE_CACHE_BYTES,
         tier=options.table_tier,
         is_kv_requested=engine is not None and engine.kv_cache_gib is not None,
         grammar_bytes=GRAMMARS_BYTES if engine else 0,
-        patch_bytes=engine.patch_bytes if engine and described.takes_patches else 0,
+        patch_bytes=patch_bytes,
     )
     choice = _tier_choice(request, device, engine or EngineConfig(), sizes)
-    shares = choice.shares(sizes.tables, sizes.weights + copy_bytes)
+    shares = choice.shares(tables, weights)
     return LoadingPlan(sizes.dtype, shares, lookahead)
 
 

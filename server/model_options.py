@@ -58,8 +58,7 @@ class ModelOptions:
     weight_dtype: str = field(
         default="auto",
         metadata={
-            "help": "round weights to this dtype (CPU only; embedding and head:"
-            f" {HEAD_DTYPE}); auto: as stored",
+            "help": f"round weights (CPU only; embedding and head: {HEAD_DTYPE})",
             "choices": _WEIGHT_DTYPES,
         },
     )
@@ -74,8 +73,8 @@ class ModelOptions:
         default="auto",
         metadata={
             "group": ("value tables", "--table-tier disk --table-cache 8GiB"),
-            "help": "place of the value tables: memory of the device, host memory read by a GPU, or"
-            " the model's files on disk; auto: device if they fit, else host (GPU only), else disk",
+            "help": "device memory, host memory read by a GPU, or disk; auto: device if they"
+            " fit, else host (GPU only), else disk",
             "choices": _TIERS,
         },
     )
@@ -104,8 +103,7 @@ class ModelOptions:
     table_lookahead_share: float | None = field(
         default=None,
         metadata={
-            "help": "with --table-lookahead: rows to fetch early, as a fraction of those that a"
-            f" layer reads for a token, up to 8 (default: {_LOOKAHEAD_SHARE})"
+            "help": f"rows to prefetch, as a fraction of those read (default: {_LOOKAHEAD_SHARE})"
         },
     )
     table_sharding: str | None = field(
@@ -117,7 +115,7 @@ class ModelOptions:
     )
     verify_tables: bool = field(
         default=False,
-        metadata={"help": "compare value tables with the checksums in their files before use"},
+        metadata={"help": "first compare tables with the files' checksums"},
     )
 
     def __post_init__(self) -> None:

@@ -25,9 +25,7 @@ class MonitoringOptions:
     )
     access_log: bool = option(False, "log every HTTP request")
     log_prompts: bool = option(False, "log the prompts of requests")
-    log_interval_s: int = option(
-        10, "log a throughput line every this many seconds while busy (0 disables it)"
-    )
+    log_interval_s: int = option(10, "log throughput this often while busy (0 disables it)")
     metrics_prefix: str = option(
         "memplus:", "start of the metrics' names; vllm: fits dashboards for vLLM", metavar="TEXT"
     )

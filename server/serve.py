@@ -32,6 +32,7 @@ from server.listener import listen
 from server.logs import say
 from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
+from server.node_options import NodeSettings
 from server.patch_options import PatchOptions
 from server.served_model import ServedModel
 from server.unix_socket import unix_socket
@@ -53,11 +54,10 @@ def serve(
     supervision: SupervisionOptions,
     access: AccessOptions,
     monitoring: MonitoringOptions,
+    nodes: NodeSettings | None = None,
 ) -> None:
-    """Load the model in an engine process and answer HTTP requests until SIGINT or SIGTERM.
-
-    It also ends when the engine process has died and no restarts are left, so that a supervisor
-    can restart the server.
+    """Load the model in an engine process and answer HTTP requests until SIGINT or SIGTERM, or
+    until the engine process has died and no restarts are left, so that a supervisor can restart it.
 
     Raises:
         ChatTemplateError: the model's chat template is not valid.
@@ -71,7 +71,7 @@ def serve(
     _allow_files(limits.max_connections)
     keys = access.keys(environment_api_keys())
     access.check_tls()
-    served = ServedModel(model, engine, http, patches, limits, supervision, monitoring)
+    served = ServedModel(model, engine, http, patches, limits, supervision, monitoring, nodes)
     gate = Gate()
 
     async def on_ready(service: Service) -> None:

@@ -20,6 +20,7 @@ from server.limits import LimitOptions
 from server.logs import say
 from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
+from server.node_options import NodeSettings
 from server.patch_options import PatchOptions
 from weights.checkpoints.chat_template import load_chat_template
 from weights.checkpoints.tokenizer import load_tokenizer
@@ -46,6 +47,7 @@ class ServedModel:
         limits: LimitOptions,
         supervision: SupervisionOptions,
         monitoring: MonitoringOptions,
+        nodes: NodeSettings | None = None,
     ) -> None:
         """Read the tokenizer and the chat template, if the model's folder exists already.
 
@@ -72,7 +74,7 @@ class ServedModel:
         self._override = Path(http.chat_template) if http.chat_template else None
         self._template = load_chat_template(self._folder, self._override)
         settings = EngineSettings(
-            model, self._source, patches.engine_config(engine), monitoring.log_format
+            model, self._source, patches.engine_config(engine), monitoring.log_format, nodes
         )
         self._make_process = partial(EngineProcess, ENGINE_ENTRY, settings)
         self._process = self._make_process()

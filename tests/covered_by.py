@@ -23,7 +23,7 @@ COVERED_BY = {
     "engine/executors/parallel/layers.py": f"{PARALLEL}/test_sharded_model.py",
     "engine/executors/parallel/messages.py": f"{PARALLEL}/test_message_codec.py",
     "engine/executors/parallel/native_layers.py": f"{PARALLEL}/test_sharded_model.py",
-    "engine/executors/parallel/ranks.py": f"{PARALLEL}/test_executor.py",
+    "engine/executors/parallel/node_connection.py": f"{PARALLEL}/test_node_listener.py",
     "engine/executors/parallel/tables.py": f"{PARALLEL}/test_sharded_model.py",
     "engine/executors/cuda/device_block_table.py": f"{INTERPRETED}/test_cuda_executor.py",
     "engine/executors/cuda/device.py": "engine/executors/cuda/test_staging.py",

@@ -16,7 +16,7 @@ from weights.toml_file import typed_value
 
 _BOOLEANS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
 # server/config.py reads these, for every verb or when the server starts
-_READ_ELSEWHERE = ("cache", "api_keys")
+_READ_ELSEWHERE = ("cache", "api_keys", "node_key")
 # Kubernetes sets these in all pods of a namespace that has a Service named memplus
 _SERVICE_LINK = re.compile(r"(.+_)?service_(host|port(_.+)?)|port_[0-9]+_(tcp|udp|sctp)(_.+)?")
 

@@ -31,6 +31,7 @@ from server.config import (
     SupervisionOptions,
     ThreadOptions,
     cache_folder,
+    environment_node_key,
     environment_settings,
     set_threads,
 )
@@ -38,14 +39,15 @@ from server.limits import LimitOptions
 from server.logs import say, set_up_logs
 from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
+from server.node_options import NodeOptions
 from server.patch_options import PatchOptions
 from server.version import VERSION
 from weights.models.named_models import DEFAULT_MODEL
 
 # in the order of the help
 _SERVED = (
-    *(ModelOptions, EngineConfig, PatchOptions, ThreadOptions, HttpOptions, LimitOptions),
-    *(AccessOptions, MonitoringOptions, SupervisionOptions),
+    *(ModelOptions, NodeOptions, EngineConfig, PatchOptions, ThreadOptions, HttpOptions),
+    *(LimitOptions, AccessOptions, MonitoringOptions, SupervisionOptions),
 )
 
 
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _show("weights.models.named_models")
         check_outputs(options)
         # a plan measures the whole machine, which its ranks would share
-        ranks = 1 if options.run is plan else max(1, getattr(options, "tensor_parallel", 1))
+        ranks = 1 if options.run is plan else _num_ranks_here(options)
         line = set_threads(from_options(ThreadOptions, options), ranks)
         if options.computes:
             report(line, logging.INFO)
@@ -84,19 +86,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve a model over HTTP, with an OpenAI-compatible API."""
+    model, engine = from_options(ModelOptions, options), from_options(EngineConfig, options)
+    patches = from_options(PatchOptions, options)
+    monitoring = from_options(MonitoringOptions, options)
+    key = environment_node_key()
+    nodes = from_options(NodeOptions, options).settings(model.tensor_parallel, key)
+    if nodes is not None and nodes.node:
+        from server.node import run_node
+
+        run_node(model, engine, patches, nodes, monitoring)
+        return
     from server.serve import serve
 
     if hasattr(options, "uds") and (hasattr(options, "host") or hasattr(options, "port")):
         raise ConfigError("uds: replaces --host and --port; give one or the other")
     serve(
-        from_options(ModelOptions, options),
-        from_options(EngineConfig, options),
-        from_options(PatchOptions, options),
+        model,
+        engine,
+        patches,
         from_options(HttpOptions, options),
         from_options(LimitOptions, options),
         from_options(SupervisionOptions, options),
         from_options(AccessOptions, options),
-        from_options(MonitoringOptions, options),
+        monitoring,
+        nodes,
     )
 
 
@@ -234,6 +247,12 @@ def _add_train(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change
     )
     add_options(verb, ThreadOptions)
+
+
+def _num_ranks_here(options: argparse.Namespace) -> int:
+    """The number of ranks on this machine; options that are out of range are refused later."""
+    num_nodes = max(1, getattr(options, "nnodes", 1))
+    return max(1, getattr(options, "tensor_parallel", 1) // num_nodes)
 
 
 def _print(line: str, level: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,19 @@ from engine.errors import ConfigError
 from server.device import chosen_device
 from server.model_loading import load_served
 from server.model_options import ModelOptions
-from server.parallel_engine import parallel_executor
-from tests.models import random_model, save_model, tiny_config
+from server.parallel_engine import parallel_executor, planned
+from tests.models import (
+    feed_forward_changes,
+    random_model,
+    random_weights,
+    save_model,
+    save_with_sparse_tables,
+    tiny_config,
+)
 from tests.server.running import running
 from tests.server.test_serve import children, ends
+from weights.available_memory import AvailableMemory
+from weights.checkpoints.table_tier import CpuTierChoice
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +64,30 @@ def test_what_does_not_fit_the_model_is_refused_before_a_process_starts(dense_fo
         chosen = ModelOptions(**({"tensor_parallel": 2} | options))
         with pytest.raises(ConfigError, match=reason):
             parallel_executor(chosen, dense_folder, EngineConfig(**config))
+
+
+@pytest.mark.parametrize("sharding", ["columns", "rows"])
+def test_a_machine_needs_memory_for_its_ranks_only(tmp_path, monkeypatch, sharding):
+    changes = feed_forward_changes("memory_plus", num_subkeys=1024, value_dim=256)
+    model = random_weights(tiny_config(**changes))
+    folder = save_with_sparse_tables(model, tmp_path / "model")  # of 1 GiB
+
+    def choice(request, largest_cache):
+        return CpuTierChoice(request, lambda: AvailableMemory(800 * 2**20, "a test"), largest_cache)
+
+    monkeypatch.setattr("server.model_loading.CpuTierChoice", choice)
+    options = ModelOptions(tensor_parallel=2, table_sharding=sharding, table_tier="device")
+    engine = EngineConfig(kv_cache_gib=0.01, max_patches=0)
+    with pytest.raises(ConfigError, match=r"table_tier: device needs 1\.00 GiB, but the weights"):
+        planned(options, folder, engine, "text", range(2))
+    blocks = {
+        planned(options, folder, engine, "text", ranks)[1].num_blocks
+        for ranks in (range(1), range(1, 2))
+    }
+    per_token = model.config.kv_bytes_per_token(4)
+    assert blocks == {engine.num_kv_blocks(per_token, model.config.max_positions)}
+    with pytest.raises(ConfigError, match="needs memory for its ranks' part of the value tables"):
+        planned(replace(options, table_tier="auto"), folder, engine, "text", range(1))
 
 
 def test_commands_with_one_process_refuse_the_option(dense_folder):

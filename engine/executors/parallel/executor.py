@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.executors.batch import Batch, DeviceLostError
 from engine.executors.eager import EagerExecutor
+from engine.executors.parallel.group import RankLostError
 from engine.executors.parallel.messages import AddPatch, RunForward
 from engine.executors.parallel.ranks import Ranks
 from engine.executors.parallel.shares import RankShare
@@ -105,4 +106,6 @@ class ParallelExecutor(EagerExecutor):
             self._ranks.send([message] * (len(self._shares) - 1))
             return super()._forward(batch, trace)
         except Exception as error:
+            if isinstance(error, RankLostError):
+                self._ranks.await_report()
             raise DeviceLostError(f"a tensor-parallel forward failed: {error}") from error

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, distributed
 
 from engine.executors.parallel import shared_memory
+from engine.executors.parallel.network_store import MEETING_TIMEOUT, NetworkPlace
 from engine.executors.parallel.shared_memory import MOST_BYTES, RankGoneError, SharedMemory
 
 # bounds one collective's wait for a rank that hangs; a rank that dies ends the collective at once
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-# bounds the wait in ``meet`` for the other ranks, all of which have loaded their share by then
-_MEETING_TIMEOUT = timedelta(minutes=1)
 
 
 class RankLostError(RuntimeError):
@@ -23,7 +22,7 @@ class RankLostError(RuntimeError):
 
 
 class RankGroup:
-    """The ranks of one model on one machine. All call the same methods in the same order.
+    """The ranks of one model. All call the same methods in the same order.
 
     Results have the same bits on all ranks.
 
@@ -38,10 +37,10 @@ class RankGroup:
         self._memory: SharedMemory | None = None
 
     def meet(self, store: Path) -> None:
-        """Wait until all ranks have called this; before, no other method may be called.
+        """Wait until all ranks, which run on one machine, have called this.
 
-        ``store`` is a new file that all ranks can write, in a folder that other users cannot.
-        Afterwards the folder may be deleted.
+        Before, no other method may be called. ``store`` is a new file that all ranks can write, in
+        a folder that other users cannot. Afterwards the folder may be deleted.
 
         Raises:
             RankLostError: a rank has ended, or did not come in time.
@@ -51,12 +50,9 @@ class RankGroup:
             SharedMemory.create(store.parent, self.size)
         try:
             meeting = c10d.FileStore(str(store), self.size)
-            meeting.set_timeout(_MEETING_TIMEOUT)
-            options = c10d.ProcessGroupGloo._Options()
+            meeting.set_timeout(MEETING_TIMEOUT)
             # the default listens on an address that other machines can reach
-            options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-            options._timeout = _COLLECTIVE_TIMEOUT
-            self._joined = c10d.ProcessGroupGloo(meeting, self.rank, self.size, options)
+            self._join(meeting, "127.0.0.1")
         except RuntimeError as error:
             raise _failed(error) from error
         pids_1S = self.gather_columns(torch.tensor([[os.getpid()]]))
@@ -68,6 +64,30 @@ class RankGroup:
         # no rank opens a file of the folder any more when all have come here
         self.sum(torch.zeros(1))
         self._memory = memory
+
+    def meet_over_network(self, place: NetworkPlace, port: int) -> None:
+        """Wait until all ranks, which run on several machines, have called this.
+
+        Before, no other method may be called. All tensors then go over gloo, which listens at
+        ``place.own``. ``port`` is that of node 0's ``NetworkStore``; afterwards it may be closed.
+
+        Raises:
+            RankLostError: a rank has ended, cannot be reached, or did not come in time.
+        """
+        try:
+            self._join(place.store(port), place.own)
+        except RuntimeError as error:
+            raise _failed(error) from error
+        # no rank needs the store any more when all have come here
+        self.sum(torch.zeros(1))
+
+    def _join(self, meeting: Any, address: str) -> None:
+        """Connect to all other ranks through a store, and listen for them at ``address``."""
+        c10d: Any = distributed  # torch's stubs lack these names
+        options = c10d.ProcessGroupGloo._Options()
+        options._devices = [c10d.ProcessGroupGloo.create_device(hostname=address)]
+        options._timeout = _COLLECTIVE_TIMEOUT
+        self._joined = c10d.ProcessGroupGloo(meeting, self.rank, self.size, options)
 
     @property
     def _group(self) -> Any:

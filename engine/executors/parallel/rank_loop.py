@@ -1,13 +1,12 @@
 """Runs the forwards of a tensor-parallel rank other than 0, as rank 0 sends them."""
 
-from multiprocessing.connection import Connection
-
 from engine.executors.eager import EagerExecutor
+from engine.executors.parallel.channel import Channel
 from engine.executors.parallel.messages import AddPatch, MeetOthers, RankMessage
 from engine.model.row_patches import RowPatch
 
 
-def run_rank(executor: EagerExecutor, connection: Connection) -> None:
+def run_rank(executor: EagerExecutor, connection: Channel) -> None:
     """Run each batch in the order of the messages, until rank 0 closes the connection.
 
     An error ends it, since the other ranks wait for this one in the middle of a forward.

@@ -16,12 +16,13 @@ from server.config import HttpOptions, SupervisionOptions, ThreadOptions
 from server.limits import LimitOptions
 from server.model_options import ModelOptions
 from server.monitoring import MonitoringOptions
+from server.node_options import NodeOptions
 from server.patch_options import PatchOptions
 from server.version import VERSION
 
 SERVED = (
-    *(ModelOptions, EngineConfig, PatchOptions, ThreadOptions, HttpOptions, LimitOptions),
-    *(AccessOptions, MonitoringOptions, SupervisionOptions),
+    *(ModelOptions, NodeOptions, EngineConfig, PatchOptions, ThreadOptions, HttpOptions),
+    *(LimitOptions, AccessOptions, MonitoringOptions, SupervisionOptions),
 )
 GROUPS = {
     title: (settings, example)
@@ -55,8 +56,8 @@ def test_help_fits_three_screens_and_each_group_half_of_one(serve_help):
 def test_groups_have_titles_and_one_example_each(serve_help):
     groups = re.findall(r"^([\w ]+):\n  example: (.+)\n\n  --", serve_help, re.MULTILINE)
     served = (
-        *("model", "value tables", "engine", "row patch limits", "row patches", "threads"),
-        *("HTTP", "limits", "access", "monitoring", "supervision"),
+        *("model", "value tables", "several machines", "engine", "row patch limits"),
+        *("row patches", "threads", "HTTP", "limits", "access", "monitoring", "supervision"),
     )
     assert groups == [(title, GROUPS[title][1]) for title in served]
 

@@ -1,13 +1,14 @@
 """The loop of a rank: it drops patches that rank 0 has freed."""
 
 import weakref
-from multiprocessing import Pipe
+from socket import socketpair
 
 import numpy as np
 import pytest
 import torch
 
-from engine.executors.parallel.messages import AddPatch, RunForward
+from engine.executors.parallel.channel import Channel
+from engine.executors.parallel.messages import AddPatch, RankMessage, RankReady, RunForward
 from engine.executors.parallel.rank_loop import run_rank
 from engine.model.row_patches import RowPatch
 from memory_ops.patches.patched_rows import PatchedRows
@@ -51,11 +52,11 @@ def forward(patches, freed=()):
     ids=["with-a-patch", "with-a-forward", "unknown"],
 )
 def test_a_freed_patch_is_dropped(messages):
-    ours, theirs = Pipe()
-    for message in messages:
-        ours.send(message)
-    ours.close()
     executor = PatchWatch()
+    ours, theirs = socketpair()
     with theirs:
-        run_rank(executor, theirs)
+        with ours:
+            for message in messages:
+                Channel(ours, RankReady).send(message)
+        run_rank(executor, Channel(theirs, RankMessage))
     assert executor.alive == [["0"], ["1"]]

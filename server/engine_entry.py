@@ -5,12 +5,14 @@ import os
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
+from engine.executors.executor import RankedExecutor
 from engine.executors.parallel.group import RankLostError
 from engine.loaded_patches import PatchSource
 from engine.messages import EngineRefused
@@ -99,11 +101,11 @@ def build_engine(
     )
     patch_source: PatchSource | None = None
     if serves_patches:
-        patch_source = PatchLoader(folder, checkpoint.model, device)
+        # each rank moves its columns of a patch to its device
+        place = device if settings.model.tensor_parallel == 1 else torch.device("cpu")
+        patch_source = PatchLoader(folder, checkpoint.model, place)
     if settings.model.tensor_parallel > 1:
-        executor = parallel_executor(
-            settings.model, folder, settings.engine, settings.log_format, on_rank_death
-        )
+        executor = _ranked_executor(settings, folder, device, on_rank_death)
         if patch_source is not None:
             patch_source = RankPatches(patch_source, executor.share_patch)
         eos_ids, engine = checkpoint.eos_ids, settings.engine
@@ -114,6 +116,22 @@ def build_engine(
             raise
     loaded = load_served(settings.model, folder, settings.engine, device, keep_stored=True)
     return served_engine(loaded, settings.engine, grammars, patch_source)
+
+
+def _ranked_executor(
+    settings: EngineSettings,
+    folder: Path,
+    device: torch.device,
+    on_rank_death: Callable[[], object],
+) -> RankedExecutor:
+    """The executor of tensor-parallel ranks, on CPUs or from GPU ``device`` on."""
+    arguments = settings.model, folder, settings.engine
+    if device.type == "cpu":
+        return parallel_executor(*arguments, settings.log_format, on_rank_death)
+    # imports triton, which a CPU does not need
+    from server.parallel_gpu import gpu_parallel_executor
+
+    return gpu_parallel_executor(*arguments, device, settings.log_format, on_rank_death)
 
 
 def served_engine(

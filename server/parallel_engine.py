@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from engine.config import TABLE_SHARDINGS, EngineConfig
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.cpu.kernels import cpu_kernels
 from engine.executors.eager import EagerExecutor
 from engine.executors.parallel.executor import ParallelExecutor
 from engine.executors.parallel.group import RankGroup, RankLostError
-from engine.executors.parallel.messages import MeetOthers, RankReady, RankRefused
+from engine.executors.parallel.messages import MeetOthers, RankReady
 from engine.executors.parallel.native_layers import use_native_layers
 from engine.executors.parallel.rank_loop import run_rank
 from engine.executors.parallel.ranks import Ranks, RankSettings
@@ -28,15 +28,10 @@ from server.logs import set_up_logs
 from server.memory_nodes import spread_over_nodes
 from server.model_loading import plan_loading
 from server.model_options import ModelOptions
-from weights.checkpoints.checkpoint import (
-    check_no_table_options,
-    open_checkpoint,
-    serving_dtype,
-)
-from weights.checkpoints.shard_loading import checked_layout, copied_bytes, load_share
+from server.rank_loading import checked_share, loaded_or_refused
+from weights.checkpoints.checkpoint import open_checkpoint
+from weights.checkpoints.shard_loading import copied_bytes, load_share
 from weights.checkpoints.table_loading import check_checksums
-from weights.errors import CheckpointError
-from weights.lack_of_memory import lack_of_memory
 
 RANK_ENTRY = "server.parallel_engine:main"
 _CPU = torch.device("cpu")
@@ -122,32 +117,16 @@ def _planned(
     options: ModelOptions, folder: Path, engine: EngineConfig, log_format: str
 ) -> tuple[RankShare, ShareSettings]:
     """Rank 0's share and the settings of all ranks, checked before any rank starts."""
-    if engine.kv_dtype != "auto":
-        raise ConfigError(
-            f"kv_dtype: {engine.kv_dtype} cannot be combined with tensor_parallel, whose ranks keep"
-            " keys and values in the dtype of the weights"
-        )
-    checkpoint, stored = open_checkpoint(folder)
-    config = checkpoint.model
-    sharding = options.table_sharding or TABLE_SHARDINGS[0]
-    share = RankShare(config, 0, options.tensor_parallel, sharding)
-    tables = [stored[name] for name in config.table_names]
-    if not tables:
-        check_no_table_options(None, options.table_dtype, options.verify_tables)
-        if options.table_sharding is not None:
-            raise ConfigError("table_sharding: requires value tables, but this model has none")
-    for one in tables:
-        checked_layout(one, options.table_dtype, share)
-    dense = {name: one for name, one in stored.items() if name not in config.table_names}
-    dtype = serving_dtype(checkpoint, stored, options.dtype)
-    copies = (share.size - 1) * copied_bytes(dense, share, dtype)
+    checked = checked_share(options, folder, engine)
+    share, config = checked.share, checked.share.config
+    copies = (share.size - 1) * copied_bytes(checked.weights, share, checked.dtype)
     plan = plan_loading(options, folder, engine, _CPU, keep_stored=False, copy_bytes=copies)
     if plan.shares.cache_bytes is not None:
         raise ConfigError(
             "tensor_parallel: needs memory for the whole value tables; this machine has too little"
         )
     if options.verify_tables:
-        check_checksums(tables)
+        check_checksums(checked.tables)
     if plan.shares.kv_bytes is not None:
         engine = replace(engine, kv_cache_gib=plan.shares.kv_bytes / 2**30)
     # the memory of all ranks together, so that all have the same number of blocks
@@ -156,7 +135,7 @@ def _planned(
         folder=folder,
         dtype=plan.dtype,
         table_dtype=options.table_dtype,
-        table_sharding=sharding,
+        table_sharding=share.table_sharding,
         num_blocks=engine.num_kv_blocks(per_token, config.max_positions),
         block_size=engine.block_size,
         log_format=log_format,
@@ -171,20 +150,15 @@ def main(connection: Connection, settings: RankSettings) -> None:
     set_up_logs(model.log_format)
     spread_over_nodes(os.sched_getaffinity(0))
     group = RankGroup(settings.rank, settings.size)
-    try:
+
+    def load() -> EagerExecutor:
         config = open_checkpoint(model.folder)[0].model
         share = RankShare(config, settings.rank, settings.size, model.table_sharding)
-        loaded = model.load(share, group)
         sizes = model.num_blocks, model.block_size
-        executor = EagerExecutor(loaded, *sizes, kv_config=share.kv_config)
-    except (CheckpointError, ConfigError) as error:
-        connection.send(RankRefused(str(error)))
-        return
-    except (MemoryError, OSError, RuntimeError) as error:
-        reason = lack_of_memory(error)
-        if reason is None:
-            raise
-        connection.send(RankRefused(reason))
+        return EagerExecutor(model.load(share, group), *sizes, kv_config=share.kv_config)
+
+    executor = loaded_or_refused(connection, load)
+    if executor is None:
         return
     try:
         connection.send(RankReady())

@@ -10,7 +10,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.parallel.shares import RankShare
-from server.config import EngineSettings
+from server.config import EngineSettings, keep_nccl_local
 from server.engine_entry import build_engine
 from server.model_options import ModelOptions
 from tests.models import (
@@ -78,6 +78,16 @@ def test_settings_are_refused_before_a_rank_starts(memory_plus_folder, monkeypat
         parallel_gpu.gpu_parallel_executor(
             options, memory_plus_folder, EngineConfig(kv_dtype="fp8"), first
         )
+
+
+def test_nccl_listens_on_the_loopback_interface_unless_the_user_names_another(monkeypatch):
+    # the environment is that of the whole test process
+    monkeypatch.setattr(os, "environ", {})
+    keep_nccl_local()
+    assert os.environ == {"NCCL_SOCKET_IFNAME": "lo"}
+    monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "eth0"})
+    keep_nccl_local()
+    assert os.environ == {"NCCL_SOCKET_IFNAME": "eth0"}
 
 
 def test_the_death_of_a_rank_ends_the_process(monkeypatch):

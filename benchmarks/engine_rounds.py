@@ -62,6 +62,16 @@ class EngineRounds:
                     f" the {total} available"
                 )
 
+    def warm_prefill(self, length: int) -> list[TimedStep]:
+        """``prefill`` after an untimed prompt of up to one block, as ``decode`` has untimed steps.
+
+        What ran since the last round may have emptied the caches.
+        """
+        self._add(min(length, self._config.block_size), 1)
+        while self._engine.has_work:
+            self._step()
+        return self.prefill(length)
+
     def prefill(self, length: int) -> list[TimedStep]:
         """Run one prompt until its first token; returns all its steps."""
         self._add(length, 1)

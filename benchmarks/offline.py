@@ -32,6 +32,7 @@ from server.plan.options import EFFICIENCY
 from server.plan.step_time import step_seconds
 from weights.checkpoints.checkpoint import open_checkpoint, serving_dtype
 from weights.checkpoints.packed_formats import packed_formats
+from weights.checkpoints.table_loading import table_layouts
 from weights.models.adapted_model import find_served
 from weights.training.corpus import corpus_files, documents
 from weights.training.packing import cut
@@ -47,7 +48,7 @@ class Result:
     ``tokens`` counts one round. ``limit_ms`` is the roofline: the least time of a step at this
     bandwidth and product rates, which are measured between the rounds. ``planned_tokens_per_s`` is
     the prediction of ``memplus plan`` with these limits; None if a table is not on the device or
-    ranks share the model, because it leaves out reads of rows from elsewhere, and what ranks send.
+    ranks share the model, because this one leaves out reads from elsewhere, and what ranks send.
     """
 
     phase: str
@@ -148,8 +149,9 @@ def _work(settings: EngineSettings, device: torch.device) -> tuple[ModelWork, to
     dtype = serving_dtype(checkpoint, stored, settings.model.dtype)
     row_bytes = 0
     for name in checkpoint.model.table_names:
-        # all tables have the same row size and keep their stored format
-        row_bytes = stored[name].num_bytes // stored[name].shape[0]
+        # all tables have the same row size
+        layouts = table_layouts([stored[name]], settings.model.table_dtype)
+        row_bytes = layouts[name].num_bytes // stored[name].shape[0]
     formats = packed_formats(checkpoint.model, stored, settings.model.weight_dtype)
     has_integers = device.type == "cpu" and bool(formats)
     shapes = checkpoint.model, dtype.itemsize, row_bytes
@@ -194,7 +196,7 @@ class _Benchmark:
             total=num_results * (load.rounds + 1), unit="round", leave=False, disable=None
         ) as bar:
             for length in load.prompt_lengths:
-                yield self._result("prefill", 1, partial(self._rounds.prefill, length), bar)
+                yield self._result("prefill", 1, partial(self._rounds.warm_prefill, length), bar)
             for batch in load.batches:
                 run = partial(self._rounds.decode, batch, load.input_len, load.output_len)
                 yield self._result("decode", batch, run, bar)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.answer_load import AnswerLoad
+from benchmarks.cpu_costs.verb import add_cpu_costs_benchmark
 from benchmarks.gpu.options import GpuCheck
 from benchmarks.kernel_shapes import Shapes
 from benchmarks.learning.verb import add_learning_benchmark
@@ -182,6 +183,7 @@ def add_benchmarks(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     _add_server_benchmarks(benchmarks)
 
     _add_offline(benchmarks)
+    add_cpu_costs_benchmark(benchmarks)
     _add_answer_benchmark(benchmarks, "speculation", speculation, [1, 8], 256)
     _add_answer_benchmark(benchmarks, "grammars", grammars, [1, 8, 32], 128)
     verb = _add_answer_benchmark(benchmarks, "patches", patches, [1, 8, 32], 128, DEFAULT_MODEL)

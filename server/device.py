@@ -9,6 +9,7 @@ from torch import distributed
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server.config import c_compiler
+from server.device_dtypes import cpu_dtype, gpu_dtype
 from server.model_options import ModelOptions
 
 # the Triton kernels are compiled for bfloat16 products, which older GPUs do not have
@@ -67,9 +68,7 @@ def _choice(model: ModelOptions, engine: EngineConfig) -> tuple[torch.device, st
 
 def _cpu_setting(model: ModelOptions, engine: EngineConfig) -> str | None:
     """Name and value of a setting that only a CPU supports, if one is given."""
-    if model.weight_dtype != "auto":
-        return f"weight_dtype {model.weight_dtype}"
-    return "kv_dtype int8" if engine.kv_dtype == "int8" else None
+    return cpu_dtype(model.weight_dtype, engine.kv_dtype)
 
 
 def _problem(index: int) -> str | None:
@@ -115,10 +114,9 @@ def _check_cpu_settings(model: ModelOptions, engine: EngineConfig, reason: str) 
     needs = f"needs a GPU, but the engine runs on the CPU ({reason})"
     if model.table_tier == "host":
         raise ConfigError(f"table_tier: host {needs}")
-    if model.dtype == "float16":
-        raise ConfigError(f"dtype: float16 {needs}, whose kernels take bfloat16 and float32")
-    if engine.kv_dtype == "fp8":
-        raise ConfigError(f"kv_dtype: fp8 {needs}")
+    dtype = gpu_dtype(model.dtype, engine.kv_dtype)
+    if dtype is not None:
+        raise ConfigError(f"{dtype.replace(' ', ': ')} {needs}")
     if engine.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
         # a warning, so that it shows at every level
         logger.warning("the engine runs on the CPU: --gpu-memory-utilization has no effect")

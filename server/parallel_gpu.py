@@ -13,7 +13,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.cuda.rank_executors import FirstRankExecutor, OtherRankExecutor
-from engine.executors.cuda.rank_sizing import rank_config, sized_rank
+from engine.executors.cuda.rank_sizing import rank_settings, sized_rank
 from engine.executors.cuda.step import DeviceModel, DeviceRank
 from engine.executors.parallel.device_group import DeviceGroup
 from engine.executors.parallel.messages import MeetOthers, RankReady
@@ -67,13 +67,13 @@ class GpuShareSettings:
         """
         checkpoint, stored = open_checkpoint(self.folder)
         share = RankShare(checkpoint.model, rank, size, self.table_sharding)
-        tables = [stored.pop(name) for name in checkpoint.model.table_names]
+        tables = [stored[name] for name in checkpoint.model.table_names]
         device = gpu_of(self.first, rank)
         check_memory(
             share,
             self.engine,
             device,
-            weight_bytes=share_bytes(stored, share, self.dtype),
+            weight_bytes=share_bytes(share, group, self.dtype),
             row_bytes=table_share_bytes(tables, self.table_dtype, share),
             itemsize=self.dtype.itemsize,
         )
@@ -104,7 +104,7 @@ def check_memory(
     ``engine`` has the settings of all ranks together, ``itemsize`` is the bytes of a number in the
     KV cache.
     """
-    own, config = rank_config(engine, share), share.config
+    own, config = rank_settings(engine, share), share.config
     per_token = share.kv_config.kv_bytes_per_token(itemsize)
     request = MemoryRequest(
         kv_bytes=own.kv_bytes(per_token, config.max_positions),

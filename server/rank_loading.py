@@ -8,11 +8,12 @@ from typing import TypeVar
 
 import torch
 
-from engine.config import TABLE_SHARDINGS, EngineConfig
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executors.parallel.messages import RankRefused
 from engine.executors.parallel.shares import RankShare
 from server.model_options import ModelOptions
+from server.rank_share import first_share
 from weights.checkpoints.checkpoint import (
     check_no_table_options,
     open_checkpoint,
@@ -50,20 +51,12 @@ def checked_share(options: ModelOptions, folder: Path, engine: EngineConfig) -> 
         CheckpointError: the model cannot be served.
         ConfigError: a setting does not fit the model or the number of ranks.
     """
-    if engine.kv_dtype != "auto":
-        raise ConfigError(
-            f"kv_dtype: {engine.kv_dtype} cannot be combined with tensor_parallel, whose ranks keep"
-            " keys and values in the dtype of the weights"
-        )
     checkpoint, stored = open_checkpoint(folder)
     config = checkpoint.model
-    sharding = options.table_sharding or TABLE_SHARDINGS[0]
-    share = RankShare(config, 0, options.tensor_parallel, sharding)
+    share = first_share(options, engine.kv_dtype, config)
     tables = [stored[name] for name in config.table_names]
     if not tables:
         check_no_table_options(None, options.table_dtype, options.verify_tables)
-        if options.table_sharding is not None:
-            raise ConfigError("table_sharding: requires value tables, but this model has none")
     for one in tables:
         checked_layout(one, options.table_dtype, share)
     dense = {name: one for name, one in stored.items() if name not in config.table_names}

@@ -141,6 +141,8 @@ COVERED_BY = {
     "engine/model/machine_limits.py": "engine/model/test_step_work.py",
     "server/plan/machine.py": "server/plan/test_prediction.py",
     "server/plan/report.py": "server/cli/test_plan.py",
+    "server/rank_share.py": "server/test_parallel_engine.py",
+    "server/device_dtypes.py": "server/test_device.py",
     "server/cli/config_actions.py": "weights/training/test_config_help.py",
     "server/cli/checked_stdout.py": "server/cli/test_failures.py",
     "server/cli/command.py": "server/cli/test_failures.py",

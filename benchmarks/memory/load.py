@@ -203,7 +203,7 @@ class Round:
             after the round; None without io_uring.
         read_latency_s: seconds of one such read alone.
         planned_tokens_per_s: the prediction of ``memplus plan`` for the timed steps and the rows
-            that they read, with limits measured around the round; None without them.
+            that they read, with limits measured after the round; None without them.
     """
 
     tokens_per_s: float

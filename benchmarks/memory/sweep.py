@@ -5,7 +5,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -153,13 +153,15 @@ def _run(
                     reader = readers[key]
                     if reader.dtype not in meters:
                         meters[reader.dtype] = LimitMeter(reader.dtype)
-                    limits = meters[reader.dtype].measure()
                     done = reader.round(point, load, patterns[point.rows][point.skew], number)
-                    rounds.add(point, _with_limits(done, reader, point, limits))
+                    measure = meters[reader.dtype].measure
+                    rounds.add(point, _with_limits(done, reader, point, measure))
                     bar.update()
 
 
-def _with_limits(done: Round, reader: Reader, point: Point, limits: MachineLimits) -> Round:
+def _with_limits(
+    done: Round, reader: Reader, point: Point, measure: Callable[[], MachineLimits]
+) -> Round:
     """The round with the disk's limits, measured now, and the tokens per second of the plan."""
     disk = None
     if reader.disk_tables:
@@ -170,7 +172,7 @@ def _with_limits(done: Round, reader: Reader, point: Point, limits: MachineLimit
         done,
         limit_reads_per_s=None if disk is None else disk.reads_per_s,
         read_latency_s=None if disk is None else disk.latency_s,
-        planned_tokens_per_s=planned_tokens_per_s(done, reader, point, limits, disk),
+        planned_tokens_per_s=planned_tokens_per_s(done, reader, point, measure, disk),
     )
 
 

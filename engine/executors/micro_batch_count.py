@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from memory_ops.tables.table_statistics import TableStatistics
 from memory_ops.tables.value_table import ValueTable
@@ -35,6 +35,64 @@ class SplitRule:
         return next((count for least, count in self.counts if num_tokens >= least), 1)
 
 
+class LayerReads(NamedTuple):
+    """A memory layer reads ``references`` rows for a token from each of ``tables`` tables."""
+
+    references: int
+    tables: int
+
+
+@dataclass(frozen=True)
+class ModelReads:
+    """The rows that a model's memory layers read, and how many of them its tables can hold.
+
+    Attributes:
+        layers: the reads of each memory layer.
+        num_rows: rows of the largest table.
+        capacity: rows that every table can hold at once; 0 unless all tables fetch their rows.
+    """
+
+    layers: tuple[LayerReads, ...]
+    num_rows: int
+    capacity: int
+
+    @property
+    def token_rows(self) -> int:
+        """Rows that a token reads in all layers."""
+        return sum(layer.references * layer.tables for layer in self.layers)
+
+    def most(self, rule: SplitRule, num_tokens: int) -> int:
+        """The number of micro-batches of a step that fetches all rows; see ``count``."""
+        if not self.capacity:
+            return 1
+        references = max((layer.references for layer in self.layers), default=0)
+        # a micro-batch could find no slot while others wait
+        if rule.needs_slots and min(num_tokens * references, self.num_rows) > self.capacity:
+            return 1
+        return rule.most(num_tokens)
+
+    def count(self, rule: SplitRule, num_tokens: int, fetched_fraction: float) -> int:
+        """The number of micro-batches of a step that fetches this fraction of its rows.
+
+        1 if more would not be faster.
+        """
+        count = self.most(rule, num_tokens)
+        num_hidden = fetched_fraction * self._overlapping_rows(rule, num_tokens, count)
+        if fetched_fraction < rule.least_fraction or num_hidden < (count - 1) * rule.least_rows:
+            return 1
+        return count
+
+    def _overlapping_rows(self, rule: SplitRule, num_tokens: int, count: int) -> int:
+        """Rows that a step of ``count`` micro-batches requests while other layers run."""
+        most = rule.most_references
+        if most is None:
+            return num_tokens * self.token_rows
+        return sum(
+            min(num_tokens, count * (most // layer.references)) * layer.references * layer.tables
+            for layer in self.layers
+        )
+
+
 class ReadingMemory(Protocol):
     """A memory layer: the tables that it reads, and the rows of each that a token reads."""
 
@@ -48,63 +106,40 @@ class MicroBatchCount:
     """Decides for each step of a model whether it is split."""
 
     def __init__(self, memories: Sequence[ReadingMemory], rule: SplitRule) -> None:
-        self._rule, self._memories = rule, memories
+        self._rule = rule
         tables = [table for memory in memories for table in memory.tables]
-        capacities = [table.fetched_capacity or 0 for table in tables]
         self._tables = {id(table): table for table in tables}.values()
         self._fetched_fraction = 1.0  # of the rows requested by the last step of many tokens
-        # rows that a token reads of one table in one layer, and of all in all layers
-        self._layer_rows = max((memory.num_references for memory in memories), default=0)
-        self._token_rows = sum(memory.num_references * len(memory.tables) for memory in memories)
-        self._num_rows = max((table.num_rows for table in tables), default=0)
-        # rows that every table can hold at once; 0 unless all tables fetch their rows
-        self._capacity = min(capacities, default=0)
+        self._reads = ModelReads(
+            tuple(LayerReads(memory.num_references, len(memory.tables)) for memory in memories),
+            max((table.num_rows for table in tables), default=0),
+            min((table.fetched_capacity or 0 for table in tables), default=0),
+        )
 
     def limit(self, num_tokens: int) -> int:
         """An upper limit of ``of`` for at most this many tokens."""
-        return self._rule.most(num_tokens) if self._capacity else 1
+        return self._rule.most(num_tokens) if self._reads.capacity else 1
 
     def most(self, num_tokens: int) -> int:
         """The number of micro-batches if all rows were fetched; see ``of``."""
-        if not self._capacity:
-            return 1
-        layer_rows = min(num_tokens * self._layer_rows, self._num_rows)
-        # a micro-batch could find no slot while others wait
-        if self._rule.needs_slots and layer_rows > self._capacity:
-            return 1
-        return self._rule.most(num_tokens)
+        return self._reads.most(self._rule, num_tokens)
 
     def of(self, num_tokens: int) -> int:
         """The number of micro-batches for the next step; 1 if more would not be faster."""
-        fraction, rule, count = self._fetched_fraction, self._rule, self.most(num_tokens)
-        num_hidden = fraction * self._overlapping_rows(num_tokens, count)
-        if fraction < rule.least_fraction or num_hidden < (count - 1) * rule.least_rows:
-            return 1
-        return count
+        return self._reads.count(self._rule, num_tokens, self._fetched_fraction)
 
     @contextmanager
     def watched(self, num_tokens: int) -> Iterator[None]:
         """Wrap a step: a large step's fraction of fetched rows decides about the next step."""
-        if not self._capacity or num_tokens < self._rule.counts[-1][0]:
+        if not self._reads.capacity or num_tokens < self._rule.counts[-1][0]:
             yield
             return
         before = self._statistics()
         yield
         step = self._statistics().since(before)
         # padding requests rows too, but of these it misses none
-        self._fetched_fraction = (step.misses + step.late) / (num_tokens * self._token_rows)
-
-    def _overlapping_rows(self, num_tokens: int, count: int) -> int:
-        """Rows that a step of ``count`` micro-batches requests while other layers run."""
-        most = self._rule.most_references
-        if most is None:
-            return num_tokens * self._token_rows
-        return sum(
-            min(num_tokens, count * (most // memory.num_references))
-            * memory.num_references
-            * len(memory.tables)
-            for memory in self._memories
-        )
+        requested = num_tokens * self._reads.token_rows
+        self._fetched_fraction = (step.misses + step.late) / requested
 
     def _statistics(self) -> TableStatistics:
         return TableStatistics.sum(

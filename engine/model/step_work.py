@@ -1,8 +1,10 @@
 """Minimum bytes and operations of an engine step, computed from the model's shapes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from math import prod
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -59,6 +61,28 @@ class StepWork:
         return max(self.num_bytes / limits.gb_per_s, products) / 1e9
 
 
+class WeightPart(Protocol):
+    """A range of ``len`` indices of one dimension of a weight."""
+
+    @property
+    def dim(self) -> int: ...
+    def __len__(self) -> int: ...
+
+
+class WorkShare(Protocol):
+    """The part of each step that one of several processes computes; see ``RankShare``."""
+
+    @property
+    def rank_config(self) -> ModelConfig: ...
+    @property
+    def vocabulary(self) -> Sequence[int]: ...
+    @property
+    def read_columns(self) -> Sequence[int]: ...
+    @property
+    def read_rows(self) -> Sequence[int]: ...
+    def part(self, name: str) -> WeightPart | None: ...
+
+
 class _Weights(NamedTuple):
     """Bytes of weights, and the number of those that are multiplied as integers."""
 
@@ -75,10 +99,14 @@ class ModelWork:
     no table row twice. A mixture reads the experts of one token, since all tokens may choose the
     same ones. Activations are assumed to stay in the caches.
 
+    With a ``share`` this is the work of one process. It has its own part of the weights, heads and
+    logits, and on average its part of the table rows.
+
     Attributes:
-        config: the model.
+        config: the model, with the heads and feed-forward columns of the share.
         kv_bytes: bytes of one token's keys and values in all layers.
         has_groups: whether weights are multiplied as integers.
+        read_fraction: the fraction of the values of each row that are read.
     """
 
     def __init__(
@@ -90,30 +118,39 @@ class ModelWork:
         kv_dtype: str = "auto",
         *,
         has_integer_products: bool = True,
+        share: WorkShare | None = None,
     ) -> None:
         """Read the model's shapes.
 
         Args:
             config: the model.
             itemsize: bytes per weight, and by default per number of a key or value.
-            row_bytes: bytes per table row.
+            row_bytes: bytes per table row, or of the share's columns of it.
             formats: formats of the layers whose weights are in groups, by name.
             kv_dtype: that of ``EngineConfig``.
             has_integer_products: whether weights in groups are multiplied as integers, as CPU
                 kernels do; else as values.
+            share: the part of one process, whose weights are not in groups; None computes all.
         """
-        weights = _weights(config, itemsize, formats or {})
+        assert share is None or not formats
+        weights = _weights(config, itemsize, formats or {}, share)
         if not has_integer_products:
             weights = {name: one._replace(grouped=0) for name, one in weights.items()}
         self.has_groups = any(one.grouped for one in weights.values())
         flops = dict(forward_flops(config, attended=0))
         self._head_flops = flops.pop("head")
         self._layer_flops = total_flops(flops)
-        head = _EMBEDDING if config.tie_embeddings else _HEAD
-        self.config = config
-        self.kv_bytes = config.kv_bytes_per_token(itemsize, kv_dtype)
+        self.config, self.read_fraction, self._row_fraction = config, 1.0, 1.0
+        if share is not None:
+            self._head_flops = self._head_flops * len(share.vocabulary) // config.vocab_size
+            self._layer_flops -= _flops_of_others(config, share)
+            self.config = share.rank_config
+            if config.memory is not None:
+                self.read_fraction = len(share.read_columns) / config.memory.value_dim
+                self._row_fraction = len(share.read_rows) / config.memory.num_rows
+        self.kv_bytes = self.config.kv_bytes_per_token(itemsize, kv_dtype)
         self._row_bytes = row_bytes
-        self._head = weights[head]
+        self._head = weights[_head_name(config)]
         layers = {name: one for name, one in weights.items() if name not in (_EMBEDDING, _HEAD)}
         self._experts = _total(one for name, one in layers.items() if ".experts." in name)
         self._layers = _total(one for name, one in layers.items() if ".experts." not in name)
@@ -148,15 +185,24 @@ class ModelWork:
         )
 
     def seconds_in_turn(
-        self, chunks: Iterable[Chunk], num_logits: int, limits: MachineLimits
+        self,
+        chunks: Iterable[Chunk],
+        num_logits: int,
+        limits: MachineLimits,
+        micro_batches: int = 1,
     ) -> float:
         """The least time of a step whose products and attention take turns.
 
-        On one device they do: attention waits for memory while products wait for arithmetic.
+        On one device they do: attention waits for memory while products wait for arithmetic. Each
+        of ``micro_batches`` reads the weights of all layers; the head is read once, after them.
         """
         chunks = list(chunks)
-        products = self.products(sum(chunk.count for chunk in chunks), num_logits)
-        return products.least_seconds(limits) + self.attention(chunks).least_seconds(limits)
+        tokens = sum(chunk.count for chunk in chunks)
+        edges = [tokens * i // micro_batches for i in range(micro_batches + 1)]
+        *earlier, last = (end - start for start, end in pairwise(edges))
+        parts = [self.products(count, 0) for count in earlier] + [self.products(last, num_logits)]
+        seconds = sum(part.least_seconds(limits) for part in parts)
+        return seconds + self.attention(chunks).least_seconds(limits)
 
     def table_bytes(self, tokens: int) -> int:
         """Bytes of the table rows that a step of ``tokens`` tokens reads, a part of its bytes."""
@@ -164,7 +210,7 @@ class ModelWork:
         if memory is None:
             return 0
         rows = min(tokens * memory.num_heads * memory.top_k, memory.num_rows)
-        return rows * self._row_bytes * self.config.table_lookups
+        return round(rows * self._row_fraction * self._row_bytes) * self.config.table_lookups
 
     def _share_of_experts(self, tokens: int) -> float:
         """Share of the experts that a step reads if all tokens choose the same ones."""
@@ -172,19 +218,58 @@ class ModelWork:
         return mixture.top_k / mixture.num_experts if mixture is not None and tokens else 0.0
 
 
-def _weights(
-    config: ModelConfig, itemsize: int, formats: Mapping[str, GroupFormat]
-) -> dict[str, _Weights]:
+def _head_name(config: ModelConfig) -> str:
+    return _EMBEDDING if config.tie_embeddings else _HEAD
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        tensors = Transformer(config).state_dict()
+        return {name: tuple(one.shape) for name, one in Transformer(config).state_dict().items()}
+
+
+def _own_shape(
+    config: ModelConfig, share: WorkShare | None, name: str, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The shape of what the share multiplies of a weight; of the head, some rows."""
+    if share is None:
+        return shape
+    if name == _head_name(config):
+        return (len(share.vocabulary), *shape[1:])
+    part = share.part(name)
+    if part is None:
+        return shape
+    return (*shape[: part.dim], len(part), *shape[part.dim + 1 :])
+
+
+def _weights(
+    config: ModelConfig,
+    itemsize: int,
+    formats: Mapping[str, GroupFormat],
+    share: WorkShare | None,
+) -> dict[str, _Weights]:
     found = {}
-    for name, tensor in tensors.items():
+    for name, shape in _shapes(config).items():
         layer = name.removesuffix(_WEIGHT)
         if layer in formats:
-            found[name] = _Weights(formats[layer].num_bytes(*tensor.shape), tensor.numel())
+            found[name] = _Weights(formats[layer].num_bytes(*shape), prod(shape))
         else:
-            found[name] = _Weights(itemsize * tensor.numel(), 0)
+            found[name] = _Weights(itemsize * prod(_own_shape(config, share, name, shape)), 0)
     return found
+
+
+def _flops_of_others(config: ModelConfig, share: WorkShare) -> int:
+    """The part of a token's operations in all layers that other processes compute."""
+    flops, memory, mixture = 0.0, config.memory, config.mixture
+    for name, shape in _shapes(config).items():
+        if len(shape) == 2 and name != _head_name(config):
+            used = 1.0
+            if mixture is not None and ".experts." in name:
+                used = mixture.top_k / mixture.num_experts
+            flops += 2 * used * (prod(shape) - prod(_own_shape(config, share, name, shape)))
+    if memory is not None:
+        columns = memory.value_dim - len(share.read_columns)
+        flops += 2 * config.rows_per_token * columns
+    return round(flops)
 
 
 def _total(weights: Iterable[_Weights]) -> _Weights:

@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _show("weights.models.named_models")
         check_outputs(options)
-        ranks = max(1, getattr(options, "tensor_parallel", 1))
+        # a plan measures the whole machine, which its ranks would share
+        ranks = 1 if options.run is plan else max(1, getattr(options, "tensor_parallel", 1))
         line = set_threads(from_options(ThreadOptions, options), ranks)
         if options.computes:
             report(line, logging.INFO)

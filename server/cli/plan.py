@@ -36,7 +36,8 @@ def plan(
         source = prepared_folder(options.model, cache_folder())
     model = planned_model(source, asked, is_on_gpu=asked.gpu is not None)
     is_here = asked.gpu is None and asked.gb_per_s is None
-    measured = measure_disk(source) if is_here and not asked.is_disk_given else None
+    needs_disk = not asked.is_disk_given and "disk" not in model.refused
+    measured = measure_disk(source) if is_here and needs_disk else None
     machine = _machine(asked, partial(measure, model.work.has_groups), asked.disk(measured))
     print(report(options.model, model, machine, asked, plans(model, machine, asked)))
 
@@ -60,18 +61,22 @@ def _machine(
     import torch  # takes a second
 
     memory = None if options.host_memory is None else size("host_memory", options.host_memory)
+    ranks = options.tensor_parallel
     if options.gpu is not None:
-        assert memory is not None
         gpu = _gpu(options.gpu, options)
-        return gpu_machine(options.gpu, gpu, options.gpus, memory, disk)
+        link = options.link(gpu.link_gb_per_s) if ranks > 1 else None
+        return gpu_machine(options.gpu, gpu, ranks, memory or 0, disk, link)
     if memory is None:
         memory = available_memory().num_bytes
-    threads = torch.get_num_threads()  # --threads, or those of this machine
+    name, threads = "this machine", torch.get_num_threads()  # --threads, or those of this machine
     if options.gb_per_s is not None and options.tflops is not None:
         # products of 8-bit integers are twice as fast where processors have them at all
+        name = "a CPU"
         limits = MachineLimits(options.gb_per_s, 1e3 * options.tflops, 2e3 * options.tflops)
-        return Machine("a CPU", memory, limits, disk, threads=threads)
-    return Machine("this machine", memory, measure(), disk, threads=threads)
+    else:
+        limits = measure()
+    link = options.link(limits.gb_per_s / ranks) if ranks > 1 else None
+    return Machine(name, memory, limits, disk, ranks, link, threads=threads)
 
 
 def _gpu(name: str, options: PlanOptions) -> Gpu:

@@ -12,14 +12,13 @@ class CpuCosts:
     """Seconds of one thread, fitted to steps of random models on an AMD EPYC (Zen 4).
 
     ``docs/planning.md`` describes the fit and its errors. The threads of a step share all but
-    ``step`` and ``sequence``.
+    ``step``, ``sequence`` and ``prompt``.
 
     Attributes:
         step: scheduling, the batch, and the native calls.
         sequence: choosing a token and feeding it back.
+        prompt: the first or only part of a prompt: checking it, and reserving its blocks.
         element: one computed activation value of norms, rotation, gates or conversions.
-        kv_byte: a byte of keys and values that one token reads, beyond its share of the bandwidth:
-            they lie in short blocks.
         kv_position: a position that one token attends to, for each KV head.
         pair: a token of a prompt and a position that it attends to, for each head.
         subkey: the score of a subkey, among which the best are chosen.
@@ -27,29 +26,30 @@ class CpuCosts:
         row_value: a value of a table row.
     """
 
-    step: float = 2.0e-4
-    sequence: float = 3.0e-5
-    element: float = 2.0e-9
-    kv_byte: float = 4.8e-11
-    kv_position: float = 6.2e-9
-    pair: float = 5.8e-10
-    subkey: float = 1.5e-9
-    row: float = 1.5e-8
-    row_value: float = 2.6e-10
+    step: float = 1.9e-4
+    sequence: float = 2.8e-5
+    prompt: float = 2.2e-4
+    element: float = 2.3e-9
+    kv_position: float = 8.0e-9
+    pair: float = 1.5e-9
+    subkey: float = 6.9e-10
+    row: float = 2.0e-7
+    row_value: float = 4.0e-10
+
+
+CPU_COSTS = CpuCosts()
 
 
 def cpu_seconds(
     config: ModelConfig,
-    kv_bytes: int,
     chunks: Sequence[Chunk],
     threads: int,
-    costs: CpuCosts = CpuCosts(),
+    costs: CpuCosts = CPU_COSTS,
 ) -> float:
     """Seconds that a CPU adds to the least time of a step.
 
     Args:
         config: the model.
-        kv_bytes: bytes of one token's keys and values in all layers.
         chunks: tokens of each sequence.
         threads: threads of the CPU, at least 1.
         costs: the times of the parts.
@@ -59,10 +59,12 @@ def cpu_seconds(
     for chunk in chunks:
         if chunk.count == 1:  # the kernel of one token reads all keys and values for it alone
             positions = chunk.end * config.num_layers * config.num_kv_heads
-            shared += chunk.end * kv_bytes * costs.kv_byte + positions * costs.kv_position
+            shared += positions * costs.kv_position
         else:
             shared += chunk.pairs * config.num_layers * config.num_heads * costs.pair
-    return costs.step + len(chunks) * costs.sequence + shared / threads
+    prompts = sum(chunk.count > 1 and chunk.start == 0 for chunk in chunks)
+    alone = costs.step + len(chunks) * costs.sequence + prompts * costs.prompt
+    return alone + shared / threads
 
 
 def _token_seconds(config: ModelConfig, costs: CpuCosts) -> float:

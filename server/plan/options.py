@@ -1,24 +1,29 @@
 """Options of ``memplus plan``: the machine, the load, and the dtypes."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from engine.config import TABLE_SHARDINGS
 from engine.errors import ConfigError
-from server.plan.machine import GPUS, DiskLimits
+from server.device_dtypes import cpu_dtype, gpu_dtype
+from server.model_options import ModelOptions
+from server.plan.machine import GPUS, DiskLimits, Link
 from weights.checkpoints.dtype_names import FLOAT_DTYPES, GROUPED_DTYPES, TABLE_DTYPES
 
 # measured on the benchmark model (docs/benchmarks.md)
 _CACHE_SHARE, _HITS = 0.1, 0.70
-# what a GPU or a CPU cannot serve, as `memplus serve` refuses it
-_CPU_ONLY = {"weight_dtype": GROUPED_DTYPES, "kv_dtype": ("int8",)}
-_GPU_ONLY = {"dtype": ("float16",), "kv_dtype": ("fp8",)}
 # of the speed that bytes and products allow; docs/planning.md compares it with measurements
 EFFICIENCY = 0.85
 _CONTEXT, _PROMPT = 1024, 512
 # reads as docs/benchmarks.md has measured them on a fast disk; the latency was not measured
 _DISK = DiskLimits(100_000, 1e-4, "assumed")
+# of a collective of GPUs, assumed, and of processes on a CPU, measured once on two busy cores
+_GPU_LINK_US, _CPU_LINK_US = 20.0, 80.0
+_MOST_REPLICAS = 1024
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_POSITIVE = ("disk_reads", "disk_latency_us", "gb_per_s", "tflops", "link_gb_per_s", "link_us")
 _SIZE = re.compile(f"([0-9]{{1,9}})({'|'.join(_UNITS)})")
 
 
@@ -42,14 +47,10 @@ class PlanOptions:
     gpu: str | None = field(
         default=None,
         metadata={
-            "group": ("machine", "--gpu h100 --gpus 8 --host-memory 512GiB"),
+            "group": ("machine", "--gpu h100 --host-memory 512GiB"),
             "choices": tuple(GPUS),
             "help": "kind of GPU (default: none; this machine's CPU, whose speed is measured)",
         },
-    )
-    gpus: int = field(
-        default=1,
-        metadata={"help": "GPUs that share the model; what they send each other is not counted"},
     )
     gpu_memory: str | None = field(
         default=None,
@@ -59,7 +60,8 @@ class PlanOptions:
         default=None,
         metadata={
             "metavar": "SIZE",
-            "help": "memory of the machine (default: what is available here; needed with --gpu)",
+            "help": "memory of the machine (default: what is available here; needed with --gpu and"
+            " one process)",
         },
     )
     gb_per_s: float | None = field(
@@ -88,6 +90,42 @@ class PlanOptions:
             "metavar": "MICROSECONDS",
             "help": f"time of one read alone (default: likewise; else {1e6 * _DISK.latency_s:.0f})",
         },
+    )
+    tensor_parallel: int = field(
+        default=1,
+        metadata={
+            "group": ("several processes (computed)", "--gpu h100 --tensor-parallel 8"),
+            "metavar": "N",
+            "help": "processes of one machine that share the model: each has a GPU, or its part of"
+            " the CPU",
+        },
+    )
+    table_sharding: str | None = field(
+        default=None,
+        metadata={
+            "help": f"split of tables with --tensor-parallel (default: {TABLE_SHARDINGS[0]})",
+            "choices": TABLE_SHARDINGS,
+        },
+    )
+    link_gb_per_s: float | None = field(
+        default=None,
+        metadata={
+            "metavar": "NUMBER",
+            "help": "bandwidth at which a process sends to the others (default: that of its kind of"
+            " GPU; on a CPU its part of the memory bandwidth)",
+        },
+    )
+    link_us: float | None = field(
+        default=None,
+        metadata={
+            "metavar": "MICROSECONDS",
+            "help": "time of one exchange between processes, in addition to its bytes (default:"
+            f" {_GPU_LINK_US:.0f} of GPUs, {_CPU_LINK_US:.0f} on a CPU)",
+        },
+    )
+    replicas: int = field(
+        default=1,
+        metadata={"help": "servers behind one address, each with a whole model and its machine"},
     )
     context_len: int | None = field(
         default=None,
@@ -150,11 +188,10 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.gpu is not None and self.gpu not in GPUS:
             raise ConfigError(f"gpu: {self.gpu!r} is not one of {', '.join(GPUS)}")
-        if self.gpu is None and (self.gpus != 1 or self.gpu_memory is not None):
-            raise ConfigError(f"{'gpus' if self.gpus != 1 else 'gpu_memory'}: needs --gpu")
-        if self.gpu is not None and self.host_memory is None:
-            raise ConfigError("host_memory: must be given with --gpu")
-        for name in ("gpus", "context_len", "prompt_len"):
+        if self.gpu is None and self.gpu_memory is not None:
+            raise ConfigError("gpu_memory: needs --gpu")
+        self._check_processes()
+        for name in ("context_len", "prompt_len"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 2**24:
                 raise ConfigError(f"{name}: {value} is outside [1, {2**24}]")
@@ -167,15 +204,16 @@ class PlanOptions:
                 raise ConfigError(f"{name}: {share} is outside [0, 1]")
         if self.hit_share is None and self.cache_share not in (0, _CACHE_SHARE, 1):
             raise ConfigError("hit_share: must be given with this --cache-share")
-        device, refused = ("GPU", _CPU_ONLY) if self.gpu else ("CPU", _GPU_ONLY)
-        for name, values in refused.items():
-            if getattr(self, name) in values:
-                raise ConfigError(
-                    f"{name}: {getattr(self, name)} is not supported on a {device} yet"
-                )
+        refused = gpu_dtype(self.dtype, self.kv_dtype)
+        if self.gpu is not None:
+            refused = cpu_dtype(self.weight_dtype, self.kv_dtype)
+        if refused is not None:
+            device = "CPU" if self.gpu is None else "GPU"
+            setting = refused.replace(" ", ": ")
+            raise ConfigError(f"{setting} is not supported on a {device} yet")
         if not 0 < self.efficiency <= 1:
             raise ConfigError(f"efficiency: {self.efficiency} is outside (0, 1]")
-        for name in ("disk_reads", "disk_latency_us", "gb_per_s", "tflops"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name}: must be above 0, not {value}")
@@ -184,6 +222,32 @@ class PlanOptions:
         for name in ("gpu_memory", "host_memory"):
             if getattr(self, name) is not None:
                 size(name, getattr(self, name))
+
+    def _check_processes(self) -> None:
+        # the checks of `memplus serve`
+        ranks = self.served.tensor_parallel
+        if self.gpu is not None and self.host_memory is None and ranks == 1:
+            raise ConfigError("host_memory: must be given with --gpu")
+        for name in ("link_gb_per_s", "link_us"):
+            if getattr(self, name) is not None and ranks == 1:
+                raise ConfigError(f"{name}: needs --tensor-parallel above 1")
+        if not 1 <= self.replicas <= _MOST_REPLICAS:
+            raise ConfigError(f"replicas: {self.replicas} is outside [1, {_MOST_REPLICAS}]")
+
+    @property
+    def served(self) -> ModelOptions:
+        """The options of ``memplus serve`` for this plan (ConfigError if it refuses them)."""
+        return ModelOptions(
+            weight_dtype=self.weight_dtype,
+            tensor_parallel=self.tensor_parallel,
+            table_sharding=self.table_sharding,
+        )
+
+    def link(self, gb_per_s: float) -> Link:
+        """The connection of ranks, with this bandwidth unless another one is given."""
+        given = self.link_gb_per_s, self.link_us
+        default_us = _CPU_LINK_US if self.gpu is None else _GPU_LINK_US
+        return Link(given[0] or gb_per_s, (given[1] or default_us) / 1e6, _origin(given, "assumed"))
 
     @property
     def is_disk_given(self) -> bool:
@@ -194,15 +258,10 @@ class PlanOptions:
         """The disk's limits: as given, else as ``measured``, else by default."""
         found = measured or _DISK
         reads, latency_us = self.disk_reads, self.disk_latency_us
-        origin = found.origin
-        if self.is_disk_given:
-            origin = "given"
-        elif (reads, latency_us) != (None, None):
-            origin = f"partly given, partly {found.origin}"
         return DiskLimits(
             found.reads_per_s if reads is None else reads,
             found.latency_s if latency_us is None else latency_us / 1e6,
-            origin,
+            _origin((reads, latency_us), found.origin),
         )
 
     def load(self, max_positions: int) -> "Load":
@@ -222,6 +281,13 @@ class PlanOptions:
         if self.cache_share in (0, 1):
             return self.cache_share
         return _HITS if self.hit_share is None else self.hit_share
+
+
+def _origin(given: Sequence[float | None], otherwise: str) -> str:
+    """Where limits come from, of which those not None are given."""
+    if None not in given:
+        return "given"
+    return otherwise if set(given) == {None} else f"partly given, partly {otherwise}"
 
 
 def size(name: str, text: str) -> int:

@@ -1,10 +1,10 @@
-"""Memory that each tier of a table takes, and a bound of the tokens a second that it gives."""
+"""Memory that each tier of a table takes, and the tokens a second that it is expected to give."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.model.step_work import Chunk
-from server.plan.disk_time import seconds_from_disk
+from server.plan.disk_time import cpu_micro_batches, seconds_from_disk
 from server.plan.machine import Machine
 from server.plan.options import Load, PlanOptions
 from server.plan.planned_model import PlannedModel
@@ -22,8 +22,8 @@ class TierPlan:
 
     Attributes:
         tier: device, host or disk.
-        device_bytes: memory of the device: weights, KV cache, table or its cache. On a CPU this is
-            host memory.
+        device_bytes: memory of each GPU: weights, KV cache, table or its cache. On a CPU this is
+            the host memory of all ranks.
         host_bytes: host memory that a GPU's server needs for the table or its cache.
         fits: whether the machine has both.
         decode_tokens_per_s: of each batch.
@@ -37,9 +37,23 @@ class TierPlan:
     decode_tokens_per_s: tuple[float, ...]
     prefill_tokens_per_s: float
 
+    def of_replicas(self, count: int, machine: Machine) -> "TierPlan":
+        """Memory of all GPUs, or CPUs, and tokens per second of ``count`` copies on such machines.
+
+        Each copy has the whole load, so together they have ``count`` times the sequences.
+        """
+        gpus = machine.ranks if machine.is_on_gpu else 1
+        return replace(
+            self,
+            device_bytes=count * gpus * self.device_bytes,
+            host_bytes=count * self.host_bytes,
+            decode_tokens_per_s=tuple(count * one for one in self.decode_tokens_per_s),
+            prefill_tokens_per_s=count * self.prefill_tokens_per_s,
+        )
+
 
 def plans(model: PlannedModel, machine: Machine, options: PlanOptions) -> list[TierPlan]:
-    """The plan of each tier that the machine can have, fastest first.
+    """The plan of each tier that the machine can have and that is not refused, fastest first.
 
     KV memory is that of the largest batch. A model without tables has one plan.
 
@@ -47,25 +61,34 @@ def plans(model: PlannedModel, machine: Machine, options: PlanOptions) -> list[T
         ConfigError: a sequence of the load exceeds the model's positions.
     """
     load = options.load(model.config.max_positions)
-    tiers = ["device"]
-    if model.table_bytes:
-        tiers += ["disk"] if machine.device_memory is None else ["host", "disk"]
+    tiers = [
+        "device",
+        *(tier for tier in slower_tiers(model, machine) if tier not in model.refused),
+    ]
     return [_plan(tier, model, machine, options, load) for tier in tiers]
+
+
+def slower_tiers(model: PlannedModel, machine: Machine) -> tuple[str, ...]:
+    """The tiers in which tables can be outside of the device's memory."""
+    if not model.table_bytes:
+        return ()
+    return ("host", "disk") if machine.is_on_gpu else ("disk",)
 
 
 def _plan(
     tier: str, model: PlannedModel, machine: Machine, options: PlanOptions, load: Load
 ) -> TierPlan:
-    kv = max(load.batches) * load.context_len * model.kv_bytes
-    cache = round(options.cache_share * model.table_bytes)
-    device, host = model.weight_bytes + kv, 0
-    if tier == "device":
-        device += model.table_bytes
-    elif tier == "host":
+    device = model.bytes_in_memory(
+        max(load.batches) * load.context_len,
+        has_tables=tier == "device",
+        is_on_gpu=machine.is_on_gpu,
+    )
+    host, cache = 0, round(options.cache_share * model.table_bytes)
+    if tier == "host":
         device, host = device + cache, model.table_bytes
-    elif machine.device_memory is None:
+    elif tier == "disk" and not machine.is_on_gpu:
         device += cache
-    else:
+    elif tier == "disk":
         device, host = device + min(_GPU_CACHE, model.table_bytes), cache
     memory = machine.host_memory if machine.device_memory is None else machine.device_memory
     # steps attend to half of the context on average
@@ -93,34 +116,42 @@ def _seconds(
 ) -> float:
     """The time of a step.
 
-    A GPU's transfers of rows are counted as if they did not overlap with products; at best the
-    longer of both counts. Behind a GPU, rows of the disk tier come over the bus from the cache in
-    host memory too.
+    Ranks wait for the slowest one, then exchange. A GPU's transfers of rows are counted as if they
+    did not overlap with products; at best the longer of both counts. Behind a GPU, rows of the disk
+    tier come over the bus from the cache in host memory too.
     """
     tokens = sum(chunk.count for chunk in chunks)
-    seconds = step_seconds(
-        model.work,
-        machine.limits,
-        chunks,
-        num_logits,
-        efficiency=options.efficiency,
-        threads=machine.threads,
-    )
-    if tier == "device" or not model.row_bytes:
-        return seconds
     row_bytes = model.work.table_bytes(tokens)
     missed_bytes = (1 - options.hits) * row_bytes
-    if machine.bus_gb_per_s:
+    reads = missed_bytes / model.row_bytes if tier == "disk" else 0.0
+    micro_batches = 1
+    if reads and not machine.is_on_gpu:
+        assert model.config.memory is not None
+        cached_rows = round(options.cache_share * model.config.memory.num_rows)
+        micro_batches = cpu_micro_batches(model.config, tokens, reads, cached_rows)
+    seconds = max(
+        step_seconds(
+            rank.work,
+            machine.rank_limits,
+            chunks,
+            num_logits,
+            efficiency=options.efficiency,
+            threads=machine.rank_threads,
+            micro_batches=micro_batches,
+        )
+        for rank in model.ranks
+    )
+    if machine.link is not None:
+        seconds += model.exchange.seconds(tokens, num_logits, machine.link)
+    if tier != "device" and machine.is_on_gpu:
         seconds += (row_bytes if tier == "disk" else missed_bytes) / machine.bus_gb_per_s / 1e9
     if tier != "disk":
         return seconds
-    assert model.config.memory is not None
     return seconds_from_disk(
         model.config,
         machine.disk,
         seconds,
-        tokens,
-        missed_bytes / model.row_bytes,
-        cached_rows=round(options.cache_share * model.config.memory.num_rows),
-        is_on_gpu=machine.device_memory is not None,
+        reads,
+        micro_batches=micro_batches,
+        is_on_gpu=machine.is_on_gpu,
     )

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from benchmarks import disk_meter
 from benchmarks.memory.access import DrawnAccess, RecordedAccess
-from benchmarks.memory.load import MemoryLoad
+from benchmarks.memory.load import MemoryLoad, Point, Round
+from benchmarks.memory.planned import planned_tokens_per_s
 from benchmarks.memory.replayed import Replay, ReplayedTable
 from benchmarks.memory.sweep import measure
 from benchmarks.row_trace import AccessTrace, checked_trace
@@ -195,6 +197,19 @@ def test_a_trace_for_tables_of_two_to_the_n_rows_has_such_a_number_itself(tmp_pa
     replace(trace(), counts_MR=np.zeros((3, 1025), dtype=np.int64)).save(tmp_path / "trace.npz")
     with pytest.raises(DataError, match="1025 rows are not a power of two"):
         checked_trace(tmp_path / "trace.npz", (3, 4, 32))
+
+
+@pytest.mark.parametrize(
+    ("tier", "lookahead", "has_tables"), [("mmap", 0, False), ("disk", 2, True), ("disk", 0, True)]
+)
+def test_no_limits_are_measured_for_a_point_without_a_plan(tier, lookahead, has_tables):
+    measured = []
+    point = Point(64, tier, "float32", 1, "zipf", 0, "unused", False, lookahead, None, None)
+    reader = SimpleNamespace(disk_tables=["table"] if has_tables else [])
+    # the disk was not measured: there is no io_uring
+    done = Round(tokens_per_s=1.0, seconds=1.0, hit_rate=None)
+    assert planned_tokens_per_s(done, reader, point, lambda: measured.append(1), None) is None
+    assert not measured
 
 
 @pytest.mark.skipif(not disk_rows.is_available(), reason="built without a compiler")

@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import limit_meter, offline, read_limits
 from benchmarks.engine_rounds import EngineRounds, TimedStep
@@ -17,6 +18,7 @@ from engine.model.step_work import Chunk, ModelWork
 from engine.scheduling.scheduler import Scheduler
 from memory_ops.native.library import MEMORY_LIBRARY
 from server.cli.main import main
+from server.model_options import ModelOptions
 from tests.engine.delayed_executor import delayed
 from tests.models import engine_of, random_model, tiny_config
 
@@ -57,6 +59,13 @@ def test_prefill_steps_match_the_scheduler_s_plans(rounds, plans):
     assert ran == [[(0, 8)], [(8, 8)], [(16, 3)]]
     # the same number of steps again: the next prompt finds no cached prefix
     assert len(rounds.prefill(19)) == 3
+
+
+def test_an_untimed_prompt_of_a_block_precedes_a_timed_one(rounds, plans):
+    steps = rounds.warm_prefill(9)
+    assert [step.chunks for step in steps] == [(Chunk(0, 8),), (Chunk(8, 1),)]
+    ran = [[(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks] for plan in plans]
+    assert ran == [[(0, 4)], [(0, 8)], [(8, 1)]]
 
 
 def test_decode_steps_match_the_scheduler_s_plans(rounds, plans):
@@ -112,7 +121,7 @@ def test_the_planned_speed_takes_products_and_attention_in_turn():
     # arithmetic binds one of them, reading the other
     first, second = (part.flops / part.num_bytes for part in parts)
     limits = MachineLimits(gb_per_s=1.0, gflops=(first * second) ** 0.5)
-    rounds = SimpleNamespace(prefill=lambda length: [TimedStep(0.5, (chunk,), 1)])
+    rounds = SimpleNamespace(warm_prefill=lambda length: [TimedStep(0.5, (chunk,), 1)])
     load = OfflineLoad((40,), (1,), rounds=1)
     for is_planned in (True, False):
         benchmark = offline._Benchmark(load, rounds, work, lambda: limits, 0, is_planned=is_planned)
@@ -125,6 +134,20 @@ def test_the_planned_speed_takes_products_and_attention_in_turn():
         assert result.planned_tokens_per_s == pytest.approx(0.85 * 40 / seconds)
         # the roofline lets them overlap
         assert seconds > 1.01 * result.limit_ms / 1e3
+
+
+@pytest.mark.parametrize(("table_dtype", "row_bytes"), [("auto", 4 * 24), ("int8", 64)])
+def test_rows_are_counted_in_the_dtype_in_which_they_are_served(
+    memory_plus_folder, table_dtype, row_bytes
+):
+    settings = SimpleNamespace(
+        model=ModelOptions(table_dtype=table_dtype),
+        folder=SimpleNamespace(folder=memory_plus_folder),
+        engine=EngineConfig(),
+    )
+    work, _, _ = offline._work(settings, torch.device("cpu"))
+    # two memory layers read 6 rows each
+    assert work.table_bytes(1) == 12 * row_bytes
 
 
 @pytest.mark.skipif(MEMORY_LIBRARY.best_build is None, reason="needs the native library")

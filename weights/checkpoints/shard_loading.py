@@ -88,28 +88,32 @@ def copied_bytes(stored: Mapping[str, StoredTensor], share: RankShare, dtype: to
     ``stored`` has the tensors without the tables. Embedding and head are not counted if the ranks
     map them.
     """
-    copied = {}
-    for name, one in stored.items():
-        is_mapped = name in (EMBEDDING, HEAD) and STORED_DTYPES[one.dtype] is dtype
-        if share.part(name) is None and not is_mapped:
-            copied[name] = one
+    copied = {
+        name: one
+        for name, one in stored.items()
+        if share.part(name) is None and not is_mapped(name, one, dtype)
+    }
     return weight_bytes(copied, dtype, {})
 
 
-def share_bytes(stored: Mapping[str, StoredTensor], share: RankShare, dtype: torch.dtype) -> int:
-    """Bytes in ``dtype`` of the weights that one of equal ranks has in the memory of its GPU.
-
-    ``stored`` is that of ``copied_bytes``.
-    """
-    whole = {name: one for name, one in stored.items() if share.part(name) is None}
-    whole_bytes = weight_bytes(whole, dtype, {})
-    return whole_bytes + -(-(weight_bytes(stored, dtype, {}) - whole_bytes) // share.size)
+def share_bytes(share: RankShare, group: Collectives, dtype: torch.dtype) -> int:
+    """Bytes in ``dtype`` of one rank's weights, without the tables, if it maps none of them."""
+    weights: Mapping[str, Tensor] = rank_model(share, group).state_dict()
+    return dtype.itemsize * sum(one.numel() for one in weights.values())
 
 
 def table_share_bytes(tables: Sequence[StoredTensor], table_dtype: str, share: RankShare) -> int:
     """Bytes of this rank's part of the tables; errors as ``checked_layout``."""
     layouts = (checked_layout(one, table_dtype, share) for one in tables)
-    return sum(_share_layout(layout, share).num_bytes for layout in layouts)
+    return sum(share_layout(layout, share).num_bytes for layout in layouts)
+
+
+def is_mapped(name: str, stored: StoredTensor | None, dtype: torch.dtype) -> bool:
+    """Whether ranks on a CPU map a weight's file, so that they have the weight in memory once.
+
+    ``stored`` is None for a weight in ``dtype`` that is not written yet.
+    """
+    return name in (EMBEDDING, HEAD) and (stored is None or STORED_DTYPES[stored.dtype] is dtype)
 
 
 def checked_layout(stored: StoredTensor, table_dtype: str, share: RankShare) -> RowLayout:
@@ -120,13 +124,24 @@ def checked_layout(stored: StoredTensor, table_dtype: str, share: RankShare) -> 
         ConfigError: rows cannot be converted, or split into ``share``'s columns.
     """
     layout = requested_layout(stored, None if table_dtype == "auto" else table_dtype)
-    columns = len(share.value_columns)
-    if share.table_sharding == "columns" and layout.name == "int4" and columns % INT4_GROUP:
+    share_layout(layout, share)
+    return layout
+
+
+def share_layout(layout: RowLayout, share: RankShare) -> RowLayout:
+    """The layout of a rank's part of a table: its rows, or its columns of all rows.
+
+    Raises:
+        ConfigError: the columns are not whole groups of a row.
+    """
+    shape = len(share.read_rows), len(share.read_columns)
+    if share.table_sharding == "columns" and layout.name == "int4" and shape[1] % INT4_GROUP:
         raise ConfigError(
-            f"tensor_parallel: {share.size} ranks would have {columns} columns of int4 rows, whose"
+            f"tensor_parallel: {share.size} ranks would have {shape[1]} columns of int4 rows, whose"
             f" groups have {INT4_GROUP}; use --table-sharding rows or fewer ranks"
         )
-    return layout
+    is_float = layout.records is None
+    return replace(layout, shape=shape) if is_float else row_layout(layout.name, *shape)
 
 
 def _share_of_rows(
@@ -137,10 +152,10 @@ def _share_of_rows(
     on_bytes: OnBytes,
 ) -> Tensor | RowRecords:
     """This rank's rows, or its columns of all rows, in the memory of a device."""
-    made, columns = _share_layout(layout, share), share.value_columns
+    made, columns = share_layout(layout, share), share.read_columns
     if share.table_sharding == "rows":
-        stored = stored.row_range(share.table_rows)
-        layout, columns = made, range(_value_dim(layout))
+        stored = stored.row_range(share.read_rows)
+        layout = replace(layout, shape=(len(share.read_rows), *layout.shape[1:]))
     if device.type == "cpu":
         target = allocated_rows(made, "device", stored.name)
     else:
@@ -152,19 +167,6 @@ def _share_of_rows(
         first += len(part)
         on_bytes(row_bytes * len(part))
     return made.table(target)
-
-
-def _share_layout(layout: RowLayout, share: RankShare) -> RowLayout:
-    """The layout of this rank's part of a table."""
-    if share.table_sharding == "rows":
-        return replace(layout, shape=(len(share.table_rows), *layout.shape[1:]))
-    shape = layout.shape[0], len(share.value_columns)
-    is_float = layout.records is None
-    return replace(layout, shape=shape) if is_float else row_layout(layout.name, *shape)
-
-
-def _value_dim(layout: RowLayout) -> int:
-    return layout.shape[1] if layout.records is None else layout.records[1]
 
 
 def _parts(stored: StoredTensor, layout: RowLayout, columns: range) -> Iterator[Tensor]:

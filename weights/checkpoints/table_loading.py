@@ -101,12 +101,7 @@ def open_tables(
     if not is_available():
         raise ConfigError("table_tier: disk needs the native library, which is not built")
     for one in stored:
-        found, wanted = stored_layout(one).name, layouts[one.name].name
-        if found != wanted:
-            raise ConfigError(
-                f"table_dtype: the disk tier cannot convert {found} rows to {wanted}; run"
-                f" `memplus quantize {one.file.parent} DST --table-dtype {wanted}`"
-            )
+        check_unconverted(one, layouts[one.name])
     share = cache_bytes // len(stored)
     opened = {one.name: _open(one, layouts[one.name], memory, share) for one in stored}
     if verify:
@@ -116,6 +111,16 @@ def open_tables(
         logger.info("%s: reading %d hot rows into its row cache", name, num_rows)
         opened[name].fill_cache(rows)
     return {**opened}
+
+
+def check_unconverted(stored: StoredTensor, layout: RowLayout) -> None:
+    """ConfigError unless a table is stored in ``layout``, as the disk tier needs it."""
+    found = stored_layout(stored).name
+    if found != layout.name:
+        raise ConfigError(
+            f"table_dtype: the disk tier cannot convert {found} rows to {layout.name}; run"
+            f" `memplus quantize {stored.file.parent} DST --table-dtype {layout.name}`"
+        )
 
 
 def check_checksums(stored: Sequence[StoredTensor]) -> None:

@@ -18,7 +18,7 @@ from engine.model.attention import KvMemoryError
 Made = TypeVar("Made", bound=CudaExecutor)
 
 
-def rank_config(config: EngineConfig, share: RankShare) -> EngineConfig:
+def rank_settings(config: EngineConfig, share: RankShare) -> EngineConfig:
     """The settings of one rank: the KV memory of its heads, and its part of the patches' memory."""
     heads = share.kv_config.num_kv_heads / share.config.num_kv_heads
     kv_gib = config.kv_cache_gib
@@ -62,7 +62,7 @@ def agreed_num_blocks(
     Raises:
         ConfigError: the GPU of a rank cannot hold the blocks; all ranks get this error.
     """
-    own, itemsize = rank_config(config, rank.share), model.dtype.itemsize
+    own, itemsize = rank_settings(config, rank.share), model.dtype.itemsize
     # one block is enough to measure what a step takes
     probe = CudaExecutor(model, config, device, num_blocks=1)
     problem: ConfigError | None = None

@@ -74,6 +74,15 @@ class RankShare:
         per_kv_head = config.num_heads // config.num_kv_heads
         return replace(config, num_heads=heads * per_kv_head, num_kv_heads=heads)
 
+    @cached_property
+    def rank_config(self) -> ModelConfig:
+        """The model's config with the heads and the feed-forward columns of this rank."""
+        config, mixture = self.kv_config, self.config.mixture
+        if mixture is not None:
+            mixture = replace(mixture, expert_size=len(self._of(mixture.expert_size)))
+        columns = len(self._of(config.intermediate_size))
+        return replace(config, intermediate_size=columns, mixture=mixture)
+
     @property
     def value_columns(self) -> range:
         """The columns of value rows that this rank's memory layers compute with."""
@@ -85,6 +94,20 @@ class RankShare:
         """The rows that this rank reads if tables are split by rows."""
         assert self.config.memory is not None
         return self._of(self.config.memory.num_rows)
+
+    @property
+    def read_rows(self) -> range:
+        """The rows of value tables of which this rank reads ``read_columns``."""
+        assert self.config.memory is not None
+        num_rows = self.config.memory.num_rows
+        return self.table_rows if self.table_sharding == "rows" else range(num_rows)
+
+    @property
+    def read_columns(self) -> range:
+        """The columns of ``read_rows`` that this rank reads."""
+        assert self.config.memory is not None
+        width = self.config.memory.value_dim
+        return range(width) if self.table_sharding == "rows" else self.value_columns
 
     @property
     def vocabulary(self) -> range:

@@ -97,6 +97,18 @@ def test_products_and_attention_take_turns():
     assert work.seconds_in_turn(chunks, 2, limits) == seconds >= whole.least_seconds(limits)
 
 
+def test_each_micro_batch_reads_the_layers_but_not_the_head():
+    work = ModelWork(tiny_config(), 2, 0)
+    chunks = [Chunk(0, 5)]
+    reading = MachineLimits(gb_per_s=1e-9, gflops=1e9)
+    seconds = [work.seconds_in_turn(chunks, 1, reading, count) for count in (1, 2, 4)]
+    assert seconds == pytest.approx([seconds[0] + n * 2 * LAYERS for n in (0, 1, 3)])
+    # products take as long in parts
+    multiplying = MachineLimits(gb_per_s=1e9, gflops=1e-9)
+    whole, parts = (work.seconds_in_turn(chunks, 1, multiplying, count) for count in (1, 4))
+    assert parts == pytest.approx(whole)
+
+
 def test_the_roofline_is_the_longer_of_reading_and_multiplying():
     work = StepWork(num_bytes=8 * 10**9, flops=6 * 10**9)
     assert work.least_seconds(MachineLimits(gb_per_s=2, gflops=3)) == 4

@@ -10,10 +10,10 @@ NOTHING = dict.fromkeys(CpuCosts.__dataclass_fields__, 0.0)
 
 
 def seconds(config, chunks, threads=1, **costs):
-    return cpu_seconds(config, 100, chunks, threads, CpuCosts(**(NOTHING | costs)))
+    return cpu_seconds(config, chunks, threads, CpuCosts(**(NOTHING | costs)))
 
 
-def test_threads_share_all_but_the_step_and_its_sequences():
+def test_threads_share_all_but_the_step_its_sequences_and_prompts():
     config, chunks = tiny_config(), [Chunk(9, 1)] * 5
     for name, count in (("step", 1), ("sequence", 5)):
         assert [seconds(config, chunks, n, **{name: 1.0}) for n in (1, 2)] == [count, count]
@@ -22,13 +22,18 @@ def test_threads_share_all_but_the_step_and_its_sequences():
     assert one == 2 * two == 5 * 2 * (2 * 32 + 64 + 48)
 
 
+def test_a_prompt_costs_once_and_its_later_parts_nothing():
+    config = tiny_config()
+    chunks = [Chunk(0, 8), Chunk(0, 2), Chunk(8, 8), Chunk(16, 1), Chunk(0, 1)]
+    assert [seconds(config, chunks, n, prompt=1.0) for n in (1, 2)] == [2, 2]
+
+
 def test_attention_of_one_token_reads_all_keys_and_that_of_a_prompt_pairs():
     config = tiny_config()
     decode, prompt = [Chunk(9, 1)] * 3, [Chunk(4, 6)]
-    assert seconds(config, decode, kv_byte=1.0) == 3 * 10 * 100
     assert seconds(config, decode, kv_position=1.0) == 3 * 10 * 2 * 2
     assert seconds(config, decode, pair=1.0) == 0
-    assert seconds(config, prompt, kv_byte=1.0, kv_position=1.0) == 0
+    assert seconds(config, prompt, kv_position=1.0) == 0
     pairs = 5 + 6 + 7 + 8 + 9 + 10
     assert seconds(config, prompt, pair=1.0) == pytest.approx(pairs * 2 * 4)
 

@@ -11,7 +11,16 @@ from server.plan.options import PlanOptions, size
     [
         ({"gpu": "h1000"}, "gpu: 'h1000' is not one of h100"),
         ({"gpu": "h100"}, "host_memory: must be given with --gpu"),
-        ({"gpus": 2}, "gpus: needs --gpu"),
+        ({"tensor_parallel": 65}, r"tensor_parallel: 65 is outside \[1, 64\]"),
+        ({"table_sharding": "rows"}, "table_sharding: needs --tensor-parallel above 1"),
+        (
+            {"tensor_parallel": 2, "weight_dtype": "int8"},
+            "weight_dtype: int8 cannot be combined with --tensor-parallel",
+        ),
+        ({"link_us": 5.0}, "link_us: needs --tensor-parallel above 1"),
+        ({"link_gb_per_s": 5.0}, "link_gb_per_s: needs --tensor-parallel above 1"),
+        ({"tensor_parallel": 2, "link_us": 0.0}, "link_us: must be above 0"),
+        ({"replicas": 0}, r"replicas: 0 is outside \[1, 1024\]"),
         ({"gpu_memory": "80GiB"}, "gpu_memory: needs --gpu"),
         ({"host_memory": "80GB"}, "host_memory: must be a number with MiB, GiB or TiB"),
         ({"host_memory": "0GiB"}, "host_memory: must be a number"),
@@ -52,3 +61,11 @@ def test_a_load_is_at_most_what_the_model_takes():
 def test_sizes_have_binary_units():
     assert size("host_memory", "3MiB") == 3 * 2**20
     assert size("host_memory", "2TiB") == 2 * 2**40
+
+
+def test_a_link_has_the_limits_given_or_those_of_its_device():
+    gpu = {"gpu": "h100", "tensor_parallel": 2}
+    assert PlanOptions(**gpu).link(450) == (450, 2e-5, "assumed")
+    assert PlanOptions(tensor_parallel=2).link(15) == (15, 8e-5, "assumed")
+    assert PlanOptions(**gpu, link_us=7).link(450) == (450, 7e-6, "partly given, partly assumed")
+    assert PlanOptions(**gpu, link_us=7, link_gb_per_s=9).link(450) == (9, 7e-6, "given")

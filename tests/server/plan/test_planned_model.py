@@ -51,3 +51,25 @@ def test_a_config_with_an_unknown_key_is_refused(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_sizes": 3}))
     with pytest.raises(CheckpointError, match=r"config.json: .*hidden_sizes"):
         planned_model(file, PlanOptions(), is_on_gpu=False)
+
+
+def test_the_bytes_of_a_small_model_by_hand(tmp_path):
+    config = tiny_config(**feed_forward_changes("memory_plus", "dense"))
+    folder = save_model(random_model(config), tmp_path / "model")
+    attention = 2 * (2 * 32 * 32 + 2 * 32 * 16)  # two layers: queries, outputs; keys, values
+    dense = 3 * 32 * 48  # gate, up, down
+    # queries with bias; subkeys of 2 heads, 2 halves; gate and projection with bias
+    memory = (32 * 16 + 16) + 2 * 2 * 8 * 4 + 2 * (32 * 32 + 32)
+    norms, embedding_and_head = 5 * 32, 2 * 260 * 32
+    numbers = attention + dense + memory + norms + embedding_and_head
+    assert numbers == 30_320
+    found = planned_model(folder / "config.json", PlanOptions(), is_on_gpu=False)
+    assert found.dense == numbers and found.weight_bytes == 2 * numbers
+    # 8 * 8 rows of 32 values of 2 bytes
+    assert (found.row_bytes, found.table_bytes) == (64, 4096)
+    # keys and values of two heads of 8 in two layers
+    assert found.kv_bytes == 2 * 2 * 2 * 8 * 2
+    wide = planned_model(folder, PlanOptions(table_dtype="int8"), is_on_gpu=False)
+    assert wide.weight_bytes == 4 * numbers and wide.kv_bytes == 2 * found.kv_bytes
+    # 32 bytes and a scale of 4, in whole 64 bytes
+    assert wide.row_bytes == 64

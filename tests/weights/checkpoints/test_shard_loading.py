@@ -88,11 +88,12 @@ def test_a_share_takes_its_bytes_on_the_device_that_is_asked_for(folder, shardin
     share = RankShare(checkpoint.model, 1, 2, sharding)
     # meta tensors stand for those of a GPU
     options = torch.bfloat16, table_dtype, torch.device("meta"), CapturedPart
-    model = load_share(folder, share, RankGroup(1, 2), *options)
+    group = RankGroup(1, 2)
+    model = load_share(folder, share, group, *options)
     weights = model.state_dict().values()
     assert {one.device.type for one in weights} == {"meta"}
-    tables = [stored.pop(name) for name in checkpoint.model.table_names]
-    assert sum(one.nbytes for one in weights) == share_bytes(stored, share, torch.bfloat16)
+    tables = [stored[name] for name in checkpoint.model.table_names]
+    assert sum(one.nbytes for one in weights) == share_bytes(share, group, torch.bfloat16)
     parts = [table._part for table in model.tables.values()]
     assert {type(part) for part in parts} == {CapturedPart}
     rows = [part.rows if table_dtype == "auto" else part.rows.records_RB for part in parts]

@@ -12,7 +12,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.executors.batch import DeviceLostError, warm_up_batch
-from engine.executors.cuda.rank_sizing import agreed_num_blocks, rank_config
+from engine.executors.cuda.rank_sizing import agreed_num_blocks, rank_settings
 from engine.executors.executor import make_executor
 from engine.executors.parallel.group import RankLostError
 from engine.executors.parallel.shares import RankShare
@@ -205,6 +205,6 @@ def test_all_ranks_get_the_blocks_that_the_fullest_gpu_can_hold(left):
 
 def test_each_rank_has_its_part_of_the_memory_that_the_user_gives():
     config = EngineConfig(kv_cache_gib=3.0, patch_memory_gib=1.0)
-    found = [rank_config(config, RankShare(model_of("dense").config, rank, 2)) for rank in (0, 1)]
+    found = [rank_settings(config, RankShare(model_of("dense").config, rank, 2)) for rank in (0, 1)]
     assert [one.kv_cache_gib for one in found] == [1.0, 2.0]
     assert [one.patch_memory_gib for one in found] == [0.5, 0.5]
